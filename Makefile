@@ -1,0 +1,34 @@
+# Two commands: `make demo` and `make test`. Both need Python >= 3.10 and nothing else; the second time neither
+# installs anything.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/installed
+	$(BIN)/hipa-demo --out $(DEMO)
+
+test: lint types
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The built tree, because a type checker cannot see through setuptools' package-dir map.
+types: $(VENV)/installed
+	rm -rf build/typecheck build/lib
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
+	$(BIN)/mypy build/typecheck/hipa_deploy
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("hipa-deploy needs Python >= 3.10" if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info

@@ -1,0 +1,2 @@
+if __name__ == "engines":
+    raise ImportError("import hipa_deploy.engines, not engines")

@@ -1,0 +1,132 @@
+"""What the pre-training stages share: the data set, exact resume, and an average of the weights."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+@dataclass(frozen=True)
+class EmojiSet:
+    """``images_BHWC`` uint8 [N, 64, 64, 3]; ``rows`` the matching lines of captions.csv."""
+
+    images_BHWC: np.ndarray
+    rows: list[dict[str, str]]
+
+    @classmethod
+    def load(cls, folder: Path) -> EmojiSet:
+        with (folder / "captions.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return cls(np.load(folder / "emoji.npz")["images"], rows)
+
+    def only(self, *splits: str) -> EmojiSet:
+        keep = [i for i, row in enumerate(self.rows) if row["split"] in splits]
+        return EmojiSet(self.images_BHWC[keep], [self.rows[i] for i in keep])
+
+    @property
+    def captions(self) -> list[str]:
+        return [row["caption"] for row in self.rows]
+
+    def pixels_BCHW(self) -> torch.Tensor:
+        """float32 [N, 3, 64, 64] in [-1, 1]."""
+        return torch.from_numpy(self.images_BHWC).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+@dataclass
+class Run:
+    """A resumable optimisation: everything that the next step depends on is in ``state.pt``.
+
+    Batches are drawn from a generator seeded with (seed, step), so a resumed run sees the batches that an
+    unbroken one would have seen.
+    """
+
+    folder: Path
+    modules: dict[str, torch.nn.Module]
+    optimizer: torch.optim.Optimizer
+    steps: int
+    seed: int = 0
+    ema_decay: float = 0.0
+    step: int = 0
+    seconds: float = 0.0
+    ema: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "state.pt"
+
+    def resume(self) -> None:
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            for name, module in self.modules.items():
+                module.load_state_dict(state["modules"][name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds, self.ema = state["step"], state["seconds"], state["ema"]
+        elif self.ema_decay:
+            self.ema = {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in self.modules.items()}
+
+    def save(self) -> None:
+        """Write beside, then rename: a run killed while saving keeps its last checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "ema": self.ema,
+        }
+        torch.save(state, self.path.with_suffix(".tmp"))
+        os.replace(self.path.with_suffix(".tmp"), self.path)
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
+        for name, module in self.modules.items():
+            for key, value in module.state_dict().items():
+                if value.is_floating_point():
+                    self.ema[name][key].lerp_(value, 1 - decay)
+                else:
+                    self.ema[name][key].copy_(value)
+
+    def batches(self, size: int, count: int, save_every: int = 200) -> Iterator[tuple[torch.Tensor, torch.Generator]]:
+        """Yield (indices, generator) until ``steps``; average, count and checkpoint after each."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+            self.task = progress.add_task(self.folder.name, total=self.steps, completed=self.step)
+            self.progress = progress
+            while self.step < self.steps:
+                started = time.perf_counter()
+                generator = torch.Generator().manual_seed((self.seed << 32) + self.step)
+                yield torch.randint(count, (size,), generator=generator), generator
+                self.step += 1
+                self.seconds += time.perf_counter() - started
+                if self.ema_decay:
+                    self.update_ema()
+                progress.update(self.task, completed=self.step)
+                if self.step % save_every == 0 or self.step == self.steps:
+                    self.save()
+
+    def show(self, **terms: Any) -> None:
+        words = " ".join(f"{name} {float(value):.4f}" for name, value in terms.items())
+        self.progress.update(self.task, description=f"{self.folder.name} {words}")
+        if self.step % 100 == 0:
+            self.progress.console.print(f"step {self.step} {words} ({self.seconds:.0f} s)")
+
+
+def warmup_stable_decay(step: int, steps: int, *, warmup: int = 200, decay: float = 0.15) -> float:
+    """Learning-rate factor: linear up, flat, then linear down to a hundredth over the last ``decay`` share."""
+    left = (steps - step) / max(1.0, decay * steps)
+    return min(1.0, (step + 1) / warmup, max(0.01, left))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,134 @@
+"""Train the embedded model's tokenizer and CLIP text encoder.
+
+    python examples/emoji/train_text_encoder.py --run runs/emoji
+
+The tokenizer is CLIP's byte-pair encoding with its own merges, learned from the captions and keywords. The
+encoder starts from meaning rather than from noise: its pooled output learns to agree with MiniLM's sentence vectors (all
+names and keywords, text only) and, CLIP-style, with EfficientNet-Lite0 features of the training images.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from common import EmojiSet, Run, set_learning_rate, warmup_stable_decay
+from minilm import sentence_vectors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from hipa_deploy.train.lite0 import Lite0
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+# OpenAI CLIP's word pattern (clip/simple_tokenizer.py) without its special tokens.
+WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+CONTEXT = 77
+TRAINED_TOKENS = 16  # captions have fewer; padding beyond it is attended to all the same, untrained, as in CLIP
+WIDTH = 192
+
+
+def train_tokenizer(texts: list[str], folder: Path, merges: int = 1600) -> CLIPTokenizer:
+    """Byte-pair encoding as CLIP lays it out: 256 bytes, the same ending a word, merges, two specials."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(WORDS, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=512 + merges, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    pairs = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    words = alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in pairs] + [BOS, EOS]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(dict.fromkeys(words))}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in pairs) + "\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=CONTEXT)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        hidden_act="quick_gelu",
+    )
+    return CLIPTextModel(config)
+
+
+def all_texts(modules: Path, captions: list[str]) -> list[str]:
+    """Captions, emoji names and single keywords: words only, no image of a held-out concept is involved."""
+    names = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text())
+    words = {word.replace("_", " ").lower() for entry in names.values() for word in entry}
+    words = {word for word in words if word.isascii() and any(c.isalpha() for c in word) and len(word) < 40}
+    return captions + sorted(words)
+
+
+@torch.no_grad()
+def image_features(pixels_BCHW: torch.Tensor) -> torch.Tensor:
+    model = Lite0.pretrained()
+    return torch.cat([model.pooled(chunk.add(1).div(2)) for chunk in pixels_BCHW.split(64)])
+
+
+def tokens_of(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> torch.Tensor:
+    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+def main(
+    run: Annotated[Path, typer.Option(help="Folder with emoji.npz; writes tokenizer/ and text_encoder/.")],
+    modules: Annotated[Path, typer.Option(help="Where npm installed emojilib.")] = Path(__file__).parent / "node_modules",
+    steps: int = 600,
+    batch: int = 96,
+    rate: float = 1e-3,
+) -> None:
+    """Train the tokenizer, then the text encoder."""
+    torch.manual_seed(0)
+    emoji = EmojiSet.load(run)
+    texts = all_texts(modules, sorted(set(emoji.captions)))
+    tokenizer = train_tokenizer(texts, run / "tokenizer")
+    train = emoji.only("train")
+    tokens, caption_tokens = (tokens_of(tokenizer, t, TRAINED_TOKENS) for t in (texts, train.captions))
+    meaning, looks = sentence_vectors(texts), F.normalize(image_features(train.pixels_BCHW()), dim=-1)
+    encoder = new_text_encoder(tokenizer)
+    heads = torch.nn.ModuleDict(
+        {"meaning": torch.nn.Linear(WIDTH, 384), "caption": torch.nn.Linear(WIDTH, 256), "image": torch.nn.Linear(1280, 256)}
+    )
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05)
+    state = Run(run / "text_encoder", {"encoder": encoder, "heads": heads}, optimizer, steps, ema_decay=0.99)
+    state.resume()
+    for index, generator in state.batches(batch, len(texts)):
+        set_learning_rate(optimizer, rate * warmup_stable_decay(state.step, steps, warmup=50, decay=0.5))
+        pooled = encoder(tokens[index]).pooler_output
+        distil = 1 - F.cosine_similarity(heads["meaning"](pooled), meaning[index]).mean()
+        pick = torch.randint(len(looks), (batch,), generator=generator)
+        caption = F.normalize(heads["caption"](encoder(caption_tokens[pick]).pooler_output), dim=-1)
+        image = F.normalize(heads["image"](looks[pick]), dim=-1)
+        logits, truth = 20 * caption @ image.T, torch.arange(batch)
+        contrast = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+        (4 * distil + contrast).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state.show(distil=distil, contrast=contrast)
+    encoder.load_state_dict(state.ema["encoder"])
+    encoder.save_pretrained(run / "text_encoder")
+
+
+if __name__ == "__main__":
+    typer.run(main)

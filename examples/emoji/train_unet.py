@@ -1,0 +1,97 @@
+"""Pre-train the embedded model's UNet: eps-prediction on 16x16x4 latents, SD's noise schedule, min-SNR weights.
+
+    python examples/emoji/train_unet.py --run runs/emoji --steps 20000
+
+To resume, or to go on with more ``--steps``, run the same command again. The averaged weights are saved at
+every checkpoint, so ``write_model.py`` can take them at any time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from common import EmojiSet, Run, set_learning_rate, warmup_stable_decay
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+CAPTION_DROPOUT = 0.1  # the empty caption of classifier-free guidance
+MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, 'Efficient Diffusion Training via Min-SNR Weighting Strategy', eps form
+SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def new_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(48, 96, 192),
+        layers_per_block=1,
+        cross_attention_dim=192,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+@torch.no_grad()
+def encode_set(run: Path, emoji: EmojiSet) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled latents [N, 4, 16, 16] and text contexts [N + 1, 77, D], the empty caption last."""
+    vae = AutoencoderKL.from_pretrained(run / "vae").eval()
+    latents = [vae.encode(x).latent_dist.mean for x in emoji.pixels_BCHW().split(64)]
+    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(run / "text_encoder").eval()
+    captions = [*emoji.captions, ""]
+    tokens = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    contexts = [encoder(chunk).last_hidden_state for chunk in tokens.split(256)]
+    return torch.cat(latents) * vae.config.scaling_factor, torch.cat(contexts)
+
+
+def main(
+    run: Annotated[Path, typer.Option(help="Folder with emoji.npz, vae/, tokenizer/, text_encoder/; writes unet/.")],
+    steps: int = 20_000,
+    batch: int = 32,
+    rate: float = 8e-4,
+    compile: bool = True,
+) -> None:
+    """Train the UNet with frozen text encoder and VAE."""
+    torch.manual_seed(0)
+    emoji = EmojiSet.load(run).only("train")
+    latents, contexts = encode_set(run, emoji)
+    latents = latents.contiguous(memory_format=torch.channels_last)
+    schedule = DDPMScheduler(**SCHEDULE)
+    signal = schedule.alphas_cumprod
+    snr = signal / (1 - signal)
+    unet = new_unet().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    state = Run(run / "unet", {"unet": unet}, optimizer, steps, ema_decay=0.9995)
+    state.resume()
+    forward = torch.compile(unet) if compile else unet
+    for index, generator in state.batches(batch, len(latents)):
+        set_learning_rate(optimizer, rate * warmup_stable_decay(state.step, steps))
+        dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
+        context = contexts[torch.where(dropped, len(latents), index)]
+        noise = torch.randn(latents[index].shape, generator=generator)
+        timestep = torch.randint(1000, (batch,), generator=generator)
+        noisy = schedule.add_noise(latents[index], noise, timestep).contiguous(memory_format=torch.channels_last)
+        error = (forward(noisy, timestep, context, return_dict=False)[0] - noise).square().mean(dim=(1, 2, 3))
+        loss = (error * (snr[timestep].clamp(max=MIN_SNR_GAMMA) / snr[timestep])).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state.show(loss=loss, eps=error.detach().mean())
+        if (state.step + 1) % 1000 == 0:
+            save_average(state, run / "unet")
+    save_average(state, run / "unet")
+
+
+def save_average(state: Run, folder: Path) -> None:
+    average = new_unet()
+    average.load_state_dict(state.ema["unet"])
+    average.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,103 @@
+"""Fold a low-rank adaptor into the UNet's weights: W + scale * (alpha / rank) * B A, in float32."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from hipa_deploy.bundle import AdaptorInfo
+from hipa_deploy.errors import HipaError
+from hipa_deploy.hashing import file_sha256
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+METADATA = "hipa_adaptor.json"
+
+
+def read_metadata(adaptor: Path) -> dict[str, Any]:
+    """``hipa_adaptor.json``, or nothing for an adaptor that another tool wrote."""
+    path = adaptor / METADATA
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except ValueError as error:
+        raise HipaError(f"{path} is not JSON ({error}). Train or copy the adaptor again.") from None
+
+
+def check_base(adaptor: Path, unet_sha256: str) -> None:
+    """Raise HipaError if the adaptor says that it was trained on another UNet."""
+    trained_on = read_metadata(adaptor).get("base_unet_sha256")
+    if trained_on not in (None, unet_sha256):
+        raise HipaError(
+            f"{adaptor} was trained on another model: its UNet's hash is {trained_on[:12]}…, this one's is {unet_sha256[:12]}…"
+        )
+
+
+def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0) -> AdaptorInfo:
+    """Merge in place; afterwards the UNet has exactly its own modules again.
+
+    Raises:
+        HipaError: no adaptor, unreadable or not finite, a layer that this UNet does not have or has in another
+            shape, a scale that is not finite.
+
+    """
+    if not math.isfinite(scale):
+        raise HipaError(f"adaptor scale {scale} is not a number. Expected a finite value, 1.0 as trained.")
+    state, metadata = _read_weights(adaptor)
+    _load_into(unet, state, metadata, adaptor)
+    layers = [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]
+    rank, alpha = _rank_and_alpha(layers[0])
+    unet.fuse_lora(lora_scale=scale, safe_fusing=True)
+    unet.unload_lora()
+    if any(isinstance(module, BaseTunerLayer) for module in unet.modules()):
+        raise HipaError(f"{adaptor}: adapter layers are left after merging. Expected a plain LoRA.")
+    for name, weight in unet.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise HipaError(f"{adaptor}: merging made {name} infinite. Lower --adaptor-scale ({scale}).")
+    return AdaptorInfo(
+        name=adaptor.resolve().name, sha256=file_sha256(adaptor / WEIGHTS), rank=rank, alpha=alpha, scale=scale
+    )
+
+
+def _read_weights(adaptor: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    if not (adaptor / WEIGHTS).is_file():
+        raise HipaError(f"{adaptor}: no {WEIGHTS} in it. Expected an adaptor folder, as hipa-train writes it.")
+    try:
+        state, _, metadata = StableDiffusionPipeline.lora_state_dict(
+            adaptor, weight_name=WEIGHTS, return_lora_metadata=True, use_safetensors=True
+        )
+    except Exception as error:  # safetensors, json and key-conversion errors share no base class
+        raise HipaError(f"{adaptor}/{WEIGHTS} cannot be read: {str(error).splitlines()[0]}") from None
+    state = {key: value for key, value in state.items() if key.startswith("unet.")}
+    if not state:
+        raise HipaError(f"{adaptor}/{WEIGHTS} holds no layer of a UNet. Expected keys that start with 'unet.'.")
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            raise HipaError(f"{adaptor}: {key} holds NaN or infinity. Train the adaptor again.")
+    return state, metadata
+
+
+def _load_into(
+    unet: UNet2DConditionModel, state: dict[str, torch.Tensor], metadata: dict[str, Any] | None, adaptor: Path
+) -> None:
+    """Attach the adapter layers, and check that every tensor of the file went to a layer of this UNet."""
+    targets = {key.removeprefix("unet.").split(".lora")[0] for key in state if not key.endswith(".alpha")}
+    missing = sorted(targets - {name for name, _ in unet.named_modules()})
+    if missing:
+        raise HipaError(f"{adaptor} does not fit this UNet: it has no layer {missing[0]} ({len(missing)} such).")
+    try:
+        unet.load_lora_adapter(state, prefix="unet", metadata=metadata)
+    except (RuntimeError, ValueError) as error:
+        raise HipaError(f"{adaptor} does not fit this UNet: {str(error).strip().splitlines()[-1].strip()}") from None
+    adapted = {name for name, module in unet.named_modules() if isinstance(module, BaseTunerLayer)}
+    if adapted != targets:
+        raise HipaError(f"{adaptor}: {len(targets)} layers in the file, {len(adapted)} matched. Expected all of them.")
+
+
+def _rank_and_alpha(layer: Any) -> tuple[int, float]:
+    name = next(iter(layer.r))
+    return int(layer.r[name]), float(layer.lora_alpha[name])

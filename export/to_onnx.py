@@ -1,0 +1,65 @@
+"""A stage's module to an ONNX file, through torch's own exporter."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from hipa_deploy.bundle import StageSpec
+from hipa_deploy.export.stages import TORCH_DTYPES
+
+OPSET = 20
+EXTERNAL_DATA_BYTES = 512 << 20  # protobuf ends at 2 GiB; well before that, weights go to a file beside the graph
+
+
+def export_stage(module: torch.nn.Module, spec: StageSpec, folder: Path) -> list[Path]:
+    """Write ``folder/model.onnx`` (and ``model.onnx.data`` for large weights); the files written.
+
+    Shapes are static. Stack traces and source paths are dropped, so equal weights give equal bytes wherever the
+    export ran.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = tuple(torch.zeros(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype]) for tensor in spec.inputs)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(),
+            inputs,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            verbose=False,
+        )
+    _strip_metadata(program.model)
+    weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
+    program.save(folder / "model.onnx", external_data=weight_bytes > EXTERNAL_DATA_BYTES)
+    return sorted(folder.iterdir())
+
+
+def _strip_metadata(model) -> None:  # type: ignore[no-untyped-def]  # onnx_ir.Model, known only with the extra
+    model.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its own deprecations and progress; what matters to a user is the parity gate."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,31 @@
+"""hipa-deploy: one-step text-to-image on NVIDIA GPUs and Jetson.
+
+>>> from hipa_deploy import OneStepPipeline
+>>> OneStepPipeline.load("emoji")("3d emoji of a red apple", seed=0).images[0].save("apple.png")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hipa_deploy.errors import HipaError
+
+if TYPE_CHECKING:
+    from hipa_deploy.bundle import Bundle
+    from hipa_deploy.pipeline import OneStepPipeline
+
+__version__ = "0.1.0"
+__all__ = ["Bundle", "HipaError", "OneStepPipeline", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import numpy, pydantic and ONNX Runtime only when they are used: ``hipa --help`` needs none of them."""
+    if name == "OneStepPipeline":
+        from hipa_deploy.pipeline import OneStepPipeline
+
+        return OneStepPipeline
+    if name == "Bundle":
+        from hipa_deploy.bundle import Bundle
+
+        return Bundle
+    raise AttributeError(f"module 'hipa_deploy' has no attribute {name!r}")

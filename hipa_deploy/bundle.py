@@ -1,0 +1,174 @@
+"""The bundle: ONNX stages, tokenizer, reference tensors and ``hipa.json``, portable to any machine.
+
+The format is described in docs/bundle.md. Every file is listed with its SHA-256 and checked before use.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.hashing import file_sha256
+
+SCHEMA = 1
+MANIFEST = "hipa.json"
+STAGES = ("text_encoder", "unet", "vae_decoder")
+
+DType = Literal["float16", "float32", "int64", "uint8"]
+Precision = Literal["fp16", "fp32"]
+Layout = Literal["onestep", "generic"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(_Model):
+    """A named tensor at a stage's edge. ``shape`` is static: one engine, one shape."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+class StageSpec(_Model):
+    """What goes into a stage and what comes out, in the ONNX graph's order."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class Parity(_Model):
+    """A stage in ONNX Runtime on the CPU against the same stage in PyTorch FP32, on the reference inputs.
+
+    ONNX Runtime computes FP16 graphs on a CPU through FP32: this checks the graph and the rounding of the weights, not the
+    arithmetic of a GPU.
+    """
+
+    max_abs: float
+    mean_abs: float
+    cosine: float
+    psnr_db: float
+
+
+class Stage(_Model):
+    """One ONNX file and what is known of it."""
+
+    spec: StageSpec
+    path: str
+    precision: Precision
+    opset: int
+    parity: Parity
+
+
+class ModelInfo(_Model):
+    """The base model: where it came from and what its weights hash to."""
+
+    name: str
+    sha256: str
+
+
+class AdaptorInfo(_Model):
+    """The adaptor merged into the UNet, and the scale it was merged at."""
+
+    name: str
+    sha256: str
+    rank: int
+    alpha: float
+    scale: float
+
+
+class OneStep(_Model):
+    """The constants of the step. Latents are [C, H, W] = [latent_channels, height / 2**n, width / 2**n]."""
+
+    prediction_type: Literal["epsilon", "v_prediction", "sample"]
+    timestep: int
+    alpha_bar: float
+    scaling_factor: float
+    latent_shape: tuple[int, int, int]
+    height: int
+    width: int
+
+
+class Manifest(_Model):
+    """``hipa.json``."""
+
+    schema_version: Literal[1]
+    producer: str
+    layout: Layout
+    precision: Precision
+    batch: int
+    base_model: ModelInfo
+    adaptor: AdaptorInfo | None
+    one_step: OneStep
+    stages: tuple[Stage, ...]
+    end_to_end: Parity
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk. ``Bundle.open`` reads the manifest; ``verify`` hashes the files."""
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, root: Path) -> Bundle:
+        """Read ``root/hipa.json``.
+
+        Raises:
+            HipaError: not a bundle, a newer schema, or a manifest that does not validate.
+
+        """
+        path = root / MANIFEST
+        if not path.is_file():
+            raise HipaError(f"{root}: no {MANIFEST} in it. Expected a bundle, as hipa-export writes it.")
+        try:
+            data = json.loads(path.read_text())
+            if data.get("schema_version") != SCHEMA:
+                found = data.get("schema_version")
+                raise HipaError(f"{path}: schema {found}, this version reads {SCHEMA}. Export the bundle again.")
+            return cls(root, Manifest.model_validate(data))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise HipaError(f"{path}: {where}: {first['msg']}. Export the bundle again.") from None
+        except (ValueError, AttributeError) as error:
+            raise HipaError(f"{path} is not a manifest ({error}). Export the bundle again.") from None
+
+    @cached_property
+    def stages(self) -> dict[str, Stage]:
+        """Stages by name."""
+        return {stage.spec.name: stage for stage in self.manifest.stages}
+
+    def path(self, relative: str) -> Path:
+        """The file ``relative`` names, which must be listed in the manifest."""
+        if relative not in self.manifest.files or ".." in PurePosixPath(relative).parts:
+            raise HipaError(f"{self.root}: {relative} is not listed in {MANIFEST}. Export the bundle again.")
+        return self.root / relative
+
+    def stage_path(self, name: str) -> Path:
+        """The ONNX file of stage ``name``."""
+        return self.path(self.stages[name].path)
+
+    def verify(self) -> None:
+        """Hash every listed file.
+
+        Raises:
+            HipaError: a file is missing, truncated or changed.
+
+        """
+        for relative, expected in self.manifest.files.items():
+            path = self.path(relative)
+            if not path.is_file():
+                raise HipaError(f"{path} is missing. Export the bundle again, or copy it whole.")
+            if file_sha256(path) != expected:
+                raise HipaError(f"{path} is corrupt: its SHA-256 is not the manifest's. Copy or export the bundle again.")

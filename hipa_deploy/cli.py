@@ -1,0 +1,296 @@
+"""The commands. ``hipa VERB`` and ``hipa-VERB`` are the same; each function only parses, calls and prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from hipa_deploy.errors import HipaError
+
+app = typer.Typer(
+    name="hipa",
+    help="One-step text-to-image: train, merge, export, compile, run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+
+class Precision(str, Enum):
+    """Weights and arithmetic inside the graphs."""
+
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Layout(str, Enum):
+    """onestep: specialised graphs. generic: optimum's inputs and outputs."""
+
+    onestep = "onestep"
+    generic = "generic"
+
+
+class EngineBackend(str, Enum):
+    """What compiles and runs an engine."""
+
+    rtx = "rtx"
+    tensorrt = "tensorrt"
+
+
+BundleArgument = Annotated[str, typer.Argument(help="A bundle folder, or 'emoji' for the embedded one.")]
+BackendOption = Annotated[
+    str,
+    typer.Option(help="auto | onnxruntime | onnxruntime-cuda | onnxruntime-tensorrt | tensorrt | rtx"),
+]
+ModelOption = Annotated[str, typer.Option(help="Base model: a diffusers folder, a hub id, or 'emoji' (embedded).")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the first image; the next images take the next seeds.")]
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Adaptor folder to write.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name (emoji) or a TOML file.")] = "emoji",
+    model: ModelOption = "emoji",
+    start: Annotated[Optional[str], typer.Option("--from", help="Adaptor to continue from, or 'emoji'.")] = None,
+    steps: Annotated[Optional[int], typer.Option(help="Optimiser steps, in place of the recipe's.")] = None,
+) -> None:
+    """Train a HiPA adaptor: base model + prompts -> adaptor folder. To resume, run the same command again."""
+    from hipa_deploy.embedded import resolve_adaptor, resolve_model
+    from hipa_deploy.train.loop import train_adaptor
+    from hipa_deploy.train.recipe import load_recipe
+
+    changes = {} if steps is None else {"steps": steps}
+    initial = resolve_adaptor(start) if start else None
+    path = train_adaptor(
+        load_recipe(recipe, **changes), Path(resolve_model(model)), out, initial_adaptor=initial, console=console
+    )
+    typer.echo(path)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="Bundle folder to write.")],
+    model: ModelOption,
+    adaptor: Annotated[Optional[str], typer.Option(help="Adaptor folder, or 'emoji' for the embedded one.")] = None,
+    adaptor_scale: Annotated[float, typer.Option(help="1.0 merges the adaptor as it was trained.")] = 1.0,
+    dtype: Annotated[Precision, typer.Option(help="Precision inside the graphs.")] = Precision.fp16,
+    layout: Annotated[Layout, typer.Option(help="onestep is specialised; generic loads in optimum.")] = Layout.onestep,
+    height: Annotated[Optional[int], typer.Option(help="Pixels; the model's own size by default.")] = None,
+    width: Annotated[Optional[int], typer.Option(help="Pixels; the model's own size by default.")] = None,
+    batch: Annotated[int, typer.Option(help="Images a call makes, static.")] = 1,
+    build: Annotated[Optional[EngineBackend], typer.Option(help="Compile engines as well.")] = None,
+) -> None:
+    """Export a one-step bundle: base model (+ adaptor) -> ONNX stages, checked against PyTorch."""
+    from hipa_deploy.embedded import resolve_adaptor, resolve_model
+    from hipa_deploy.export.bundle import ExportOptions, export_bundle
+
+    options = ExportOptions(
+        model=str(resolve_model(model)),
+        out=out,
+        adaptor=resolve_adaptor(adaptor) if adaptor else None,
+        adaptor_scale=adaptor_scale,
+        dtype=dtype.value,
+        layout=layout.value,
+        height=height,
+        width=width,
+        batch=batch,
+    )
+    bundle = export_bundle(options, console)
+    for stage in bundle.manifest.stages:
+        console.print(f"{stage.spec.name}: {stage.parity.psnr_db:.1f} dB against PyTorch FP32 (ONNX Runtime, CPU)")
+    if build:
+        _build(out, build, "auto")
+    typer.echo(out)
+
+
+@app.command()
+def build(
+    bundle: BundleArgument,
+    backend: Annotated[EngineBackend, typer.Option(help="rtx compiles on any machine; tensorrt on the device.")],
+    target: Annotated[str, typer.Option(help="auto, or a target's name: rtx30, rtx40, rtx50, orin-nano, …")] = "auto",
+) -> None:
+    """Compile a bundle's stages into TensorRT engines."""
+    from hipa_deploy.embedded import resolve_bundle
+
+    _build(resolve_bundle(bundle), backend, target)
+
+
+def _build(root: Path, backend: EngineBackend, target: str) -> None:
+    from hipa_deploy.bundle import Bundle
+    from hipa_deploy.engines.build import build_bundle
+
+    bundle = Bundle.open(root)
+    bundle.verify()
+    for engine in build_bundle(bundle, backend=backend.value, target=target, console=console):
+        typer.echo(engine.path)
+
+
+@app.command()
+def generate(
+    bundle: BundleArgument,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts.")],
+    out: Annotated[Path, typer.Option(help="A .png file, or a folder.")] = Path("image.png"),
+    seed: SeedOption = 0,
+    count: Annotated[int, typer.Option(help="Images a prompt.")] = 1,
+    backend: BackendOption = "auto",
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut a prompt that is too long.")] = False,
+) -> None:
+    """Generate images whose PNG metadata can reproduce them."""
+    from hipa_deploy.images import save_png
+    from hipa_deploy.pipeline import OneStepPipeline
+
+    paths = _image_paths(out, len(prompts), count, seed)
+    with OneStepPipeline.load(bundle, backend) as pipe:
+        result = pipe(prompts, seed=seed, count=count, truncate=truncate)
+    for path, image_HWC, recipe in zip(paths, result.images_BHWC, result.recipes, strict=True):
+        save_png(path, image_HWC, recipe)
+        typer.echo(path)
+
+
+def _image_paths(out: Path, prompts: int, count: int, seed: int) -> list[Path]:
+    """One file for one image; otherwise numbered files in a folder."""
+    if out.suffix.lower() == ".png" and not out.is_dir():
+        if prompts * count > 1:
+            raise HipaError(f"{out} is one file, {prompts * count} images were asked for. Give --out a folder.")
+        return [out]
+    if out.suffix and not out.is_dir():
+        raise HipaError(f"{out}: images are written as PNG. Give --out a name that ends in .png, or a folder.")
+    return [out / f"{p:03d}-seed{seed + i}.png" for p in range(prompts) for i in range(count)]
+
+
+@app.command()
+def profile(
+    bundle: BundleArgument,
+    runs: Annotated[int, typer.Option(help="Timed runs after warm-up.")] = 50,
+    backend: BackendOption = "auto",
+    json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the report here.")] = None,
+) -> None:
+    """Measure latency: a table a stage and end to end, with the conditions."""
+    from hipa_deploy.engines.profile import profile_pipeline, render_table
+    from hipa_deploy.files import write_file
+    from hipa_deploy.pipeline import OneStepPipeline
+
+    with OneStepPipeline.load(bundle, backend) as pipe:
+        report = profile_pipeline(pipe, runs=runs, console=console)
+    if json_path:
+        write_file(json_path, (report.model_dump_json(indent=2) + "\n").encode())
+    Console().print(render_table(report))
+
+
+@app.command()
+def evaluate(
+    adaptor: Annotated[str, typer.Option(help="Adaptor folder, or 'emoji' for the embedded one.")] = "emoji",
+    model: ModelOption = "emoji",
+    recipe: Annotated[str, typer.Option(help="Recipe whose held-out prompts and teacher settings to use.")] = "emoji",
+    images: Annotated[int, typer.Option(help="Prompt and noise pairs to compare.")] = 128,
+    json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the report here.")] = None,
+) -> None:
+    """Measure quality: teacher, base in one step and adaptor in one step, on the same prompts and noise."""
+    from hipa_deploy.embedded import resolve_adaptor, resolve_model
+    from hipa_deploy.files import write_file
+    from hipa_deploy.train.evaluate import evaluate_adaptor, render_table
+    from hipa_deploy.train.recipe import load_recipe
+
+    report = evaluate_adaptor(
+        Path(resolve_model(model)), resolve_adaptor(adaptor), load_recipe(recipe), images=images, console=console
+    )
+    if json_path:
+        write_file(json_path, (report.model_dump_json(indent=2) + "\n").encode())
+    Console().print(render_table(report))
+
+
+@app.command()
+def doctor(
+    bundle: Annotated[Optional[str], typer.Argument(help="A bundle to check as well, or 'emoji'.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what this machine can do, what is missing, and the command that mends it."""
+    from hipa_deploy.doctor import examine, render
+
+    report = examine(bundle)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        Console().print(render(report))
+    if report["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Continue from the shipped adaptor, few steps.")] = False,
+) -> None:
+    """Run the whole chain on the embedded model: train, merge, export, compile, generate, profile."""
+    from hipa_deploy.demo import run_demo
+
+    run_demo(out, quick=quick, console=console)
+
+
+# Click's usage error, whichever copy of Click this Typer stands on (a dependency before 0.20, its own after).
+_UsageError = typer.BadParameter.__bases__[0]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of ``hipa``. A user's mistake is one line and exit code 1; a bug keeps its traceback."""
+    try:
+        code = app(args=arguments, prog_name="hipa", standalone_mode=False)
+    except (HipaError, _UsageError) as error:
+        text = str(error) if isinstance(error, HipaError) else error.format_message()  # type: ignore[attr-defined]
+        sys.stderr.write(f"hipa: {' '.join(text.split())}\n")
+        raise SystemExit(1) from None
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("hipa: stopped\n")
+        raise SystemExit(130) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _verb(name: str) -> None:
+    main([name, *sys.argv[1:]])
+
+
+def train_main() -> None:
+    """``hipa-train``."""
+    _verb("train")
+
+
+def export_main() -> None:
+    """``hipa-export``."""
+    _verb("export")
+
+
+def build_main() -> None:
+    """``hipa-build``."""
+    _verb("build")
+
+
+def generate_main() -> None:
+    """``hipa-generate``."""
+    _verb("generate")
+
+
+def profile_main() -> None:
+    """``hipa-profile``."""
+    _verb("profile")
+
+
+def evaluate_main() -> None:
+    """``hipa-evaluate``."""
+    _verb("evaluate")
+
+
+def doctor_main() -> None:
+    """``hipa-doctor``."""
+    _verb("doctor")
+
+
+def demo_main() -> None:
+    """``hipa-demo``."""
+    _verb("demo")

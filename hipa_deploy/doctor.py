@@ -1,0 +1,67 @@
+"""What this machine can do, what it lacks, and the command that mends it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from hipa_deploy import __version__, embedded
+from hipa_deploy.bundle import Bundle
+from hipa_deploy.engines.device import describe_device
+from hipa_deploy.errors import HipaError
+
+
+def examine(bundle: str | None = None) -> dict[str, Any]:
+    """Facts as JSON types: version, device and backends, embedded folders, a bundle's state, problems."""
+    report: dict[str, Any] = {
+        "version": __version__,
+        "device": describe_device().model_dump(mode="json"),
+        "embedded": {"model": str(embedded.MODEL), "adaptor": str(embedded.ADAPTOR), "bundle": str(embedded.BUNDLE)},
+        "problems": [],
+    }
+    for name, folder in report["embedded"].items():
+        if not Path(folder).is_dir():
+            report["problems"].append(f"the embedded {name} is missing. Reinstall hipa-deploy.")
+    if bundle:
+        report["bundle"] = _examine_bundle(bundle, report["problems"])
+    return report
+
+
+def _examine_bundle(name: str, problems: list[str]) -> dict[str, Any]:
+    path = embedded.resolve_bundle(name)
+    try:
+        opened = Bundle.open(path)
+        opened.verify()
+    except HipaError as error:
+        problems.append(str(error))
+        return {"path": str(path)}
+    manifest = opened.manifest
+    return {
+        "path": str(path),
+        "layout": manifest.layout,
+        "precision": manifest.precision,
+        "size": [manifest.one_step.width, manifest.one_step.height],
+        "stages": {stage.spec.name: round(stage.parity.psnr_db, 1) for stage in manifest.stages},
+        "engines": sorted(p.relative_to(path).as_posix() for p in path.glob("engines/*/*.engine")),
+    }
+
+
+def render(report: dict[str, Any]) -> Table:
+    """The report as a table of two columns."""
+    table = Table("", "", show_header=False, title=f"hipa-deploy {report['version']}")
+    for section in ("device", "embedded", "bundle"):
+        for key, value in report.get(section, {}).items():
+            table.add_row(f"{section}.{key}", _plain(value))
+    for problem in report["problems"]:
+        table.add_row("[red]problem[/red]", problem)
+    return table
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {_plain(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(_plain(part) for part in value)
+    return "-" if value is None else str(value)

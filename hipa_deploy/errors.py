@@ -1,0 +1,14 @@
+"""One error class for what a user can mend; everything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+
+class HipaError(Exception):
+    """A mistake the user can mend. The message is one line: what, got, expected, remedy."""
+
+
+class MissingDependencyError(HipaError):
+    """A package that an extra provides is not installed; the message carries the pip command."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed. Run: pip install 'hipa-deploy[{extra}]'")

@@ -1,0 +1,179 @@
+"""From prompt to image in one step. ``OneStepPipeline._generate`` is the whole path."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hipa_deploy.bundle import Bundle
+from hipa_deploy.embedded import resolve_bundle
+from hipa_deploy.errors import HipaError
+from hipa_deploy.one_step import initial_noise, predict_x0
+from hipa_deploy.runners import Runner, open_runner, resolve_backend
+from hipa_deploy.tokenizer import PromptTokenizer
+
+MAX_IMAGES = 10_000
+
+Timer = Callable[[str], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """Images uint8 [N, H, W, 3] with the prompt, seed and recipe of each."""
+
+    images_BHWC: np.ndarray
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    recipes: tuple[dict[str, Any], ...]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The images as PIL, RGB."""
+        return [Image.fromarray(image_HWC) for image_HWC in self.images_BHWC]
+
+
+class OneStepPipeline:
+    """A bundle, loaded on one backend.
+
+    >>> with OneStepPipeline.load("emoji") as pipe:
+    ...     pipe("3d emoji of a red apple", seed=0).images[0].save("apple.png")
+    """
+
+    def __init__(self, bundle: Bundle, backend: str, runners: dict[str, Runner]) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self.runners = runners
+        self.load_seconds = 0.0
+        self._tokenizer = PromptTokenizer(bundle.path("tokenizer/tokenizer.json"))
+        self._contexts: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def load(cls, bundle: str | Path, backend: str = "auto") -> OneStepPipeline:
+        """Open a bundle ('emoji', or a folder), check its hashes and load its stages.
+
+        Raises:
+            HipaError: not a bundle, a corrupt file, or a backend that is unknown, absent or without an engine.
+
+        """
+        started = time.perf_counter()
+        opened = Bundle.open(resolve_bundle(bundle))
+        opened.verify()
+        name = resolve_backend(backend, opened)
+        with ExitStack() as stack:  # a stage that fails to load releases those before it
+            runners = {stage: stack.enter_context(open_runner(opened, stage, name)) for stage in opened.stages}
+            pipeline = cls(opened, name, runners)
+            stack.pop_all()
+        pipeline.load_seconds = time.perf_counter() - started
+        return pipeline
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int = 0,
+        count: int = 1,
+        truncate: bool = False,
+        timer: Timer = nullcontext,
+    ) -> GenerateResult:
+        """Generate ``count`` images for each prompt, with seeds ``seed``, ``seed + 1``, …
+
+        The same prompt and seed give the same image whatever else is in the call.
+
+        Raises:
+            HipaError: no prompt, a prompt that is too long, a seed or count out of range.
+
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not 1 <= count <= MAX_IMAGES:
+            raise HipaError(f"got {len(prompts)} prompts, count {count}. Expected a prompt, 1 <= count <= {MAX_IMAGES}.")
+        jobs = [(text, seed + i) for text in prompts for i in range(count)]
+        images = [self._generate(part, truncate, timer) for part in _chunks(jobs, self.bundle.manifest.batch)]
+        texts, seeds = zip(*jobs, strict=True)
+        recipes = tuple(self._recipe(text, number) for text, number in jobs)
+        return GenerateResult(np.concatenate(images), texts, seeds, recipes)
+
+    def _generate(self, jobs: list[tuple[str, int]], truncate: bool, timer: Timer) -> np.ndarray:
+        """One batch, uint8 [len(jobs), H, W, 3]. A batch that is not full repeats its last job."""
+        batch = self.bundle.manifest.batch
+        full = jobs + jobs[-1:] * (batch - len(jobs))
+        context_BLD = self._encode([text for text, _ in full], truncate, timer)
+        noise_BCHW = initial_noise([seed for _, seed in full], self.bundle.manifest.one_step.latent_shape)
+        with timer("unet"):
+            latents_BCHW = self._predict(noise_BCHW, context_BLD)
+        with timer("vae_decoder"):
+            images_BHWC = self._decode(latents_BCHW)
+        return images_BHWC[: len(jobs)]
+
+    def _encode(self, prompts: list[str], truncate: bool, timer: Timer) -> np.ndarray:
+        """Text context [B, L, D]; each distinct prompt is encoded once in the pipeline's life."""
+        missing = list(dict.fromkeys(text for text in prompts if text not in self._contexts))
+        for part in _chunks(missing, self.bundle.manifest.batch):
+            tokens_BL = self._tokenizer(part, truncate=truncate)
+            padding = np.repeat(tokens_BL[-1:], self.bundle.manifest.batch - len(part), axis=0)
+            with timer("text_encoder"):
+                context_BLD = self._run("text_encoder", np.concatenate([tokens_BL, padding]))
+            self._contexts.update(zip(part, context_BLD, strict=False))
+        return np.stack([self._contexts[text] for text in prompts])
+
+    def _predict(self, noise_BCHW: np.ndarray, context_BLD: np.ndarray) -> np.ndarray:
+        """x0 latents as the decoder takes them. A generic UNet leaves timestep and x0 to us."""
+        step = self.bundle.manifest.one_step
+        if self.bundle.manifest.layout == "onestep":
+            return self._run("unet", noise_BCHW, context_BLD)
+        sample_dtype, timestep = self.runners["unet"].spec.inputs[0].dtype, np.asarray([step.timestep], np.int64)
+        output_BCHW = self._run("unet", noise_BCHW.astype(sample_dtype), timestep, context_BLD)
+        latents_BCHW = predict_x0(noise_BCHW, output_BCHW, step.alpha_bar, step.prediction_type) / step.scaling_factor
+        return latents_BCHW.astype(self.runners["vae_decoder"].spec.inputs[0].dtype)
+
+    def _decode(self, latents_BCHW: np.ndarray) -> np.ndarray:
+        """uint8 [B, H, W, 3]. A generic decoder leaves the conversion of [-1, 1] [B, 3, H, W] to us."""
+        images = self._run("vae_decoder", latents_BCHW)
+        if self.bundle.manifest.layout == "onestep":
+            return images
+        levels = np.round((images.astype(np.float32).clip(-1, 1) + 1) * 127.5)
+        return levels.astype(np.uint8).transpose(0, 2, 3, 1)
+
+    def _run(self, stage: str, *inputs: np.ndarray) -> np.ndarray:
+        """Run a stage on inputs in its specified order; its first output."""
+        runner = self.runners[stage]
+        named = {tensor.name: value for tensor, value in zip(runner.spec.inputs, inputs, strict=True)}
+        return runner(**named)[runner.spec.outputs[0].name]
+
+    def _recipe(self, prompt: str, seed: int) -> dict[str, Any]:
+        manifest = self.bundle.manifest
+        return {
+            "producer": manifest.producer,
+            "prompt": prompt,
+            "seed": seed,
+            "backend": self.backend,
+            "precision": manifest.precision,
+            "base_model": manifest.base_model.sha256,
+            "adaptor": manifest.adaptor.sha256 if manifest.adaptor else None,
+            "unet": manifest.files[self.bundle.stages["unet"].path],
+        }
+
+    def close(self) -> None:
+        """Release every stage."""
+        for runner in self.runners.values():
+            runner.close()
+
+    def __enter__(self) -> OneStepPipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

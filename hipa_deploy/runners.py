@@ -1,0 +1,79 @@
+"""Runners: a stage as a callable, whatever computes it.
+
+``open_runner`` is the one place that knows the backends. A backend that was asked for and cannot run is an
+error, never another backend.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+
+from hipa_deploy.bundle import Bundle, StageSpec
+from hipa_deploy.errors import HipaError
+
+BACKENDS = ("auto", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "rtx")
+
+
+class Runner(Protocol):
+    """One stage, loaded. Owns its device memory until ``close``."""
+
+    spec: StageSpec
+
+    def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Compute the outputs by name. Inputs must have the names, dtypes and shapes of ``spec``."""
+
+    def close(self) -> None:
+        """Release device memory. Calling it twice is harmless."""
+
+    def __enter__(self) -> Runner: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def resolve_backend(backend: str, bundle: Bundle) -> str:
+    """Turn 'auto' into a backend's name: an engine that is built for this device, else ONNX Runtime on the CPU.
+
+    Raises:
+        HipaError: an unknown name.
+
+    """
+    if backend not in BACKENDS:
+        raise HipaError(f"backend {backend!r} is unknown. Expected one of: {', '.join(BACKENDS)}.")
+    if backend != "auto":
+        return backend
+    from hipa_deploy.engines.engine import runnable_flavour
+
+    return runnable_flavour(bundle) or "onnxruntime"
+
+
+def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
+    """Load one stage on one backend (not 'auto').
+
+    Raises:
+        HipaError: the backend is not installed, or no engine fits this device; the message says what to run.
+
+    """
+    if backend.startswith("onnxruntime"):
+        from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner
+
+        return OnnxRuntimeRunner(bundle.stage_path(stage), bundle.stages[stage].spec, backend)
+    from hipa_deploy.engines.engine import open_engine
+
+    return open_engine(bundle, stage, backend)
+
+
+def check_inputs(spec: StageSpec, inputs: dict[str, np.ndarray]) -> None:
+    """Raise HipaError unless names, dtypes and shapes are exactly those of ``spec``."""
+    expected = {tensor.name: tensor for tensor in spec.inputs}
+    if inputs.keys() != expected.keys():
+        raise HipaError(f"{spec.name}: got inputs {sorted(inputs)}, expected {sorted(expected)}.")
+    for name, tensor in expected.items():
+        got = inputs[name]
+        if got.dtype != tensor.dtype or got.shape != tensor.shape:
+            want = f"{tensor.dtype} {list(tensor.shape)}"
+            raise HipaError(f"{spec.name}: input {name} is {got.dtype} {list(got.shape)}, expected {want}.")

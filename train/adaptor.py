@@ -1,0 +1,145 @@
+"""The low-rank adaptor: which layers it touches, and a folder that ``pipe.load_lora_weights`` takes as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.files import new_folder
+from hipa_deploy.hashing import folder_sha256
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+METADATA = "hipa_adaptor.json"
+ADAPTER = "default"
+
+# The paper's 3.3 M trainable parameters fit one set only: SD 2.x, rank 16, all four attention projections.
+PAPER = ("to_q", "to_k", "to_v", "to_out.0")
+# The layers of LCM-LoRA, less time_emb_proj: at a single timestep that one is a constant.
+FULL = (*PAPER, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut",
+        "downsamplers.0.conv", "upsamplers.0.conv")  # fmt: skip
+PRESETS = {"paper": PAPER, "full": FULL}
+
+
+class AdaptorMetadata(BaseModel):
+    """``hipa_adaptor.json``: what an adaptor was made from and how, enough to refuse it for anything else."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    base_unet_sha256: str
+    prompts_sha256: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    timestep: int
+    prediction_type: str
+    alpha_bar: float
+    resolution: tuple[int, int]
+    steps_trained: int
+    recipe: dict[str, Any]
+
+
+def unet_sha256(model_folder: Path) -> str:
+    """What ``base_unet_sha256`` holds: the content of every safetensors file in the model's unet folder."""
+    return folder_sha256(model_folder / "unet")
+
+
+def add_adaptor(unet: nn.Module, *, targets: tuple[str, ...], rank: int, alpha: float, seed: int) -> None:
+    """Freeze ``unet`` and add trainable low-rank layers (B = 0, so the function does not change yet).
+
+    Raises:
+        HipaError: a target matches no layer.
+
+    """
+    names = [name for name, _ in unet.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise HipaError(f"adaptor target {target!r} matches no layer of the UNet. Remove it from the targets.")
+    unet.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(targets)), ADAPTER)
+
+
+def adaptor_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name, in the order of the modules."""
+    return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
+
+
+def one_step_scheduler(schedule: dict[str, Any], timestep: int) -> DDIMScheduler | LCMScheduler:
+    """A scheduler whose single step is exactly the x0 formula at ``timestep`` (measured, reference hipa.md 4.2)."""
+    if timestep == schedule.get("num_train_timesteps", 1000) - 1:
+        exact = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+        return DDIMScheduler(**schedule, **exact)
+    return LCMScheduler(**schedule)  # the pipeline call must then say timesteps=[timestep]
+
+
+def save_adaptor(unet: nn.Module, metadata: AdaptorMetadata, schedule: dict[str, Any], out: Path) -> Path:
+    """Write weights, one-step scheduler and metadata to the new folder ``out``, whole or not at all.
+
+    The LoRA configuration goes into the safetensors header: without it a loader assumes alpha = rank.
+    """
+    weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise HipaError(f"adaptor weight {name} is not finite. Nothing was written to {out}.")
+    config = unet.peft_config[ADAPTER].to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    with new_folder(out) as scratch:
+        StableDiffusionPipeline.save_lora_weights(
+            scratch,
+            unet_lora_layers={k: v.cpu().contiguous() for k, v in convert_state_dict_to_diffusers(weights).items()},
+            unet_lora_adapter_metadata=config,
+        )
+        one_step_scheduler(schedule, metadata.timestep).save_pretrained(scratch / "scheduler")
+        (scratch / METADATA).write_text(metadata.model_dump_json(indent=2) + "\n")
+    return out
+
+
+def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMetadata:
+    """The metadata of an adaptor folder; with ``model_folder`` also check that it was trained on that model.
+
+    Raises:
+        HipaError: not an adaptor folder, or one of another base model.
+
+    """
+    try:
+        metadata = AdaptorMetadata.model_validate(json.loads((folder / METADATA).read_text(encoding="utf-8")))
+    except OSError:
+        raise HipaError(f"adaptor {folder} has no {METADATA}. Expected a folder that hipa-train wrote.") from None
+    except (ValueError, ValidationError):
+        raise HipaError(f"adaptor {folder}: {METADATA} is damaged, or of another version of hipa-deploy.") from None
+    if model_folder is not None and metadata.base_unet_sha256 != unet_sha256(model_folder):
+        raise HipaError(f"adaptor {folder} was trained on another base model than {model_folder} (UNet hashes differ).")
+    return metadata
+
+
+def load_weights(unet: nn.Module, folder: Path) -> None:
+    """Copy an adaptor's weights into the layers that ``add_adaptor`` made.
+
+    Raises:
+        HipaError: the file is damaged, or its layers, rank or alpha are others.
+
+    """
+    alpha = read_metadata(folder).alpha
+    try:
+        stored = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise HipaError(f"adaptor {folder / WEIGHTS} cannot be read: {error}") from None
+    weights = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in stored.items()})
+    expected = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+    same_shapes = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in expected.items()}
+    if not same_shapes or alpha != unet.peft_config[ADAPTER].lora_alpha:
+        raise HipaError(f"adaptor {folder} has another preset, rank or alpha than the recipe. See its {METADATA}.")
+    set_peft_model_state_dict(unet, weights, adapter_name=ADAPTER)

@@ -1,0 +1,153 @@
+"""The frozen base model: a Stable Diffusion folder, loaded in float32, and the few things training asks of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.one_step import initial_noise
+
+SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+                 "rescale_betas_zero_snr")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DiffusionModel:
+    """Tokenizer, text encoder, UNet, VAE and noise schedule of one StableDiffusionPipeline folder."""
+
+    folder: Path
+    pipe: Any
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device | None = None) -> DiffusionModel:
+        """Load in float32 whatever the stored precision, frozen; ``device`` defaults to the GPU if there is one.
+
+        Raises:
+            HipaError: not a Stable Diffusion folder, a model that one step cannot drive, or weights not finite.
+
+        """
+        _check_index(folder)
+        diffusers_logging.disable_progress_bar()
+        parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        try:
+            pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **parts)
+        except Exception as error:  # each library raises its own kinds for a folder with missing or broken parts
+            reason = str(error).strip().partition("\n")[0]
+            raise HipaError(f"model {folder} cannot be loaded: {reason or type(error).__name__}") from None
+        _check_unet(folder, pipe)
+        _check_finite(folder, pipe)
+        pipe.set_progress_bar_config(disable=True)
+        for module in (pipe.text_encoder, pipe.unet, pipe.vae):
+            module.eval().requires_grad_(False)
+        pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(folder, pipe)
+
+    @property
+    def unet(self) -> Any:
+        """UNet2DConditionModel; adaptors are added to it in place."""
+        return self.pipe.unet
+
+    @property
+    def vae(self) -> Any:
+        """AutoencoderKL or AutoencoderTiny."""
+        return self.pipe.vae
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.pipe.unet.device
+
+    @property
+    def latent_shape_CHW(self) -> tuple[int, int, int]:
+        """Latent shape at the model's native resolution."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """Native image height and width."""
+        factor = self.pipe.vae_scale_factor
+        return self.latent_shape_CHW[1] * factor, self.latent_shape_CHW[2] * factor
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The noise schedule as scheduler keyword arguments, without any sampler's own settings."""
+        config = self.pipe.scheduler.config
+        return {key: config[key] for key in SCHEDULE_KEYS if key in config}
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts: epsilon, v_prediction or sample."""
+        return self.schedule.get("prediction_type", "epsilon")
+
+    def alpha_bar(self, timestep: int) -> float:
+        """Cumulative signal power at ``timestep``: 0.0046601 at 999 for Stable Diffusion's schedule."""
+        alphas = DDIMScheduler(**self.schedule).alphas_cumprod
+        if not 0 <= timestep < len(alphas):
+            raise HipaError(f"timestep {timestep} is out of range. Expected 0 to {len(alphas) - 1} for {self.folder}.")
+        value = float(alphas[timestep])
+        if self.prediction_type == "epsilon" and value < 1e-6:
+            raise HipaError(f"timestep {timestep} has no signal, so eps says nothing about x0. Choose a smaller one.")
+        return value
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """Standard normal float32 [B, C, H, W], the same as every backend starts from."""
+        return torch.from_numpy(initial_noise(list(seeds), self.latent_shape_CHW)).to(self.device)
+
+    @torch.no_grad()
+    def context(self, prompts: Sequence[str]) -> Tensor:
+        """Text context float32 [B, L, D]; words beyond the encoder's length are cut."""
+        tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
+        length = tokenizer.model_max_length
+        tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        mask = tokens.attention_mask.to(self.device) if getattr(encoder.config, "use_attention_mask", None) else None
+        return encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Scaled latents -> image [B, 3, H, W], [0, 1] where valid, not clamped: differentiable everywhere."""
+        return self.vae.decode(latents_BCHW / self.vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
+
+
+def to_uint8(image01_BCHW: Tensor) -> Tensor:
+    """Clamp, round and move channels last: uint8 [B, H, W, 3] on the CPU."""
+    return (image01_BCHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def to_float(image_BHWC: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [0, 1]."""
+    return image_BHWC.permute(0, 3, 1, 2).float() / 255
+
+
+def _check_index(folder: Path) -> None:
+    try:
+        kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise HipaError(f"model {folder} has no readable model_index.json. Expected a diffusers folder.") from None
+    if kind != "StableDiffusionPipeline":
+        raise HipaError(f"model {folder} is a {kind}. Expected a StableDiffusionPipeline (one text encoder, eps or v).")
+
+
+def _check_unet(folder: Path, pipe: Any) -> None:
+    config, latent = pipe.unet.config, pipe.vae.config.latent_channels
+    if config.in_channels != latent or config.out_channels != latent:
+        got = f"{config.in_channels} channels in and {config.out_channels} out"
+        raise HipaError(f"model {folder}: its UNet has {got}. Expected {latent}, as its VAE has (text-to-image).")
+    if config.addition_embed_type is not None or config.class_embed_type is not None:
+        raise HipaError(f"model {folder}: its UNet takes added conditions (SDXL?). Expected noise, timestep and text.")
+
+
+def _check_finite(folder: Path, pipe: Any) -> None:
+    for part in ("text_encoder", "unet", "vae"):
+        for name, weight in getattr(pipe, part).named_parameters():
+            if not torch.isfinite(weight).all():
+                raise HipaError(f"model {folder}: {part} weight {name} is not finite. The file is damaged.")

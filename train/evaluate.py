@@ -1,0 +1,159 @@
+"""How good a one-step model is: images of teacher and student, and distances between the two sets.
+
+KID-Lite0 is the kernel inception distance (Binkowski et al. 2018) on EfficientNet-Lite0 features instead of
+Inception's: its values compare with each other only. The training loss looks at other layers of the same network,
+so a model trained with it has an advantage over one that is not: give the paired numbers beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.train.adaptor import read_metadata
+from hipa_deploy.train.base_model import DiffusionModel, to_float, to_uint8
+from hipa_deploy.train.frequency import RADIUS, high_frequency_energy
+from hipa_deploy.train.lite0 import Lite0
+from hipa_deploy.train.one_step import one_step_latents
+from hipa_deploy.train.pairs import teacher_latents
+from hipa_deploy.train.perceptual import DistsLike
+from hipa_deploy.train.recipe import TeacherSettings
+
+CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A set of images against the teacher's for the same prompts and noise.
+
+    kid_lite0: KID-Lite0 of the two sets; distance: mean DISTS-like distance of the pairs; high_frequency_ratio: high
+    frequency energy over the teacher's, 1 at best.
+    """
+
+    kid_lite0: float
+    distance: float
+    high_frequency_ratio: float
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON and tables."""
+        return asdict(self)
+
+
+def compare(images_NHWC: np.ndarray, teacher_NHWC: np.ndarray) -> Quality:
+    """All three numbers for two uint8 sets [N, H, W, 3] whose n-th images belong together."""
+    return Quality(
+        kid_lite0=kid_lite0(images_NHWC, teacher_NHWC),
+        distance=paired_distance(images_NHWC, teacher_NHWC),
+        high_frequency_ratio=high_frequency_ratio(images_NHWC, teacher_NHWC),
+    )
+
+
+def kid(features_a_ND: Tensor, features_b_ND: Tensor) -> float:
+    """Unbiased squared MMD with the kernel (x . y / D + 1)^3 (Binkowski et al. 2018, section 4): may be negative.
+
+    All pairs at once rather than a mean over random subsets: nothing to seed, less variance.
+    """
+    a_ND, b_ND = features_a_ND.double(), features_b_ND.double()
+    if min(len(a_ND), len(b_ND)) < 2:
+        raise HipaError(f"KID-Lite0 of {len(a_ND)} and {len(b_ND)} images. Expected at least two in each set.")
+    within = _mean_off_diagonal(_kernel(a_ND, a_ND)) + _mean_off_diagonal(_kernel(b_ND, b_ND))
+    return float(within - 2 * _kernel(a_ND, b_ND).mean())
+
+
+def kid_lite0(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray) -> float:
+    """KID-Lite0 of two uint8 image sets [N, H, W, 3]; print the value of two real sets beside it, as its floor."""
+    lite0 = Lite0.pretrained()
+    return kid(_by_chunks(lite0.pooled, images_a_NHWC), _by_chunks(lite0.pooled, images_b_NHWC))
+
+
+def paired_distance(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray) -> float:
+    """Mean DISTS-like distance between the n-th images of two uint8 sets [N, H, W, 3]."""
+    return float(_by_chunks(DistsLike(), images_a_NHWC, images_b_NHWC).mean())
+
+
+def high_frequency_ratio(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray, radius: float = RADIUS) -> float:
+    """High-frequency energy of set a over that of set b, uint8 [N, H, W, 3]."""
+    energy_a, energy_b = (
+        float(_by_chunks(lambda image: high_frequency_energy(image, radius), images).mean())
+        for images in (images_a_NHWC, images_b_NHWC)
+    )
+    return energy_a / energy_b
+
+
+def teacher_images(
+    model_dir: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 25,
+    guidance: float = 5.0,
+    sampler: str = "ddim",
+    device: str | None = None,
+) -> np.ndarray:
+    """Images of the multi-step guided sampler, uint8 [N, H, W, 3], one for each (prompt, noise seed)."""
+    model = DiffusionModel.load(model_dir, device)
+    teacher = TeacherSettings(sampler=sampler, steps=steps, guidance=guidance, pairs=max(len(seeds), 1))
+    empty_1LD = model.context([""])
+
+    def latents(noise_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
+        return teacher_latents(model, noise_BCHW, context_BLD, empty_1LD, teacher)
+
+    return _images(model, latents, prompts, seeds)
+
+
+def one_step_images(
+    model_dir: Path,
+    adaptor_dir: Path | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    timestep: int = 999,
+    device: str | None = None,
+) -> np.ndarray:
+    """One-step images, uint8 [N, H, W, 3]: of the base model, or with an adaptor at the timestep it was trained for."""
+    model = DiffusionModel.load(model_dir, device)
+    if adaptor_dir is not None:
+        timestep = read_metadata(adaptor_dir, model_dir).timestep
+        model.pipe.load_lora_weights(adaptor_dir)
+    constants = {"alpha_bar": model.alpha_bar(timestep), "prediction_type": model.prediction_type}
+
+    def latents(noise_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
+        return one_step_latents(model.unet, noise_BCHW, context_BLD, timestep=timestep, **constants)
+
+    return _images(model, latents, prompts, seeds)
+
+
+@torch.no_grad()
+def _images(
+    model: DiffusionModel, latents: Callable[[Tensor, Tensor], Tensor], prompts: Sequence[str], seeds: Sequence[int]
+) -> np.ndarray:
+    if len(prompts) != len(seeds) or not seeds:
+        raise HipaError(f"{len(prompts)} prompts and {len(seeds)} seeds. Expected one seed for each prompt.")
+    images = []
+    for start in range(0, len(seeds), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        images.append(to_uint8(model.decode(latents(model.noise(seeds[chunk]), model.context(prompts[chunk])))))
+    return torch.cat(images).numpy()
+
+
+@torch.no_grad()
+def _by_chunks(function: Callable[..., Tensor], *sets_NHWC: np.ndarray) -> Tensor:
+    if len({images.shape[1:] for images in sets_NHWC}) != 1 or len({len(images) for images in sets_NHWC}) != 1:
+        raise HipaError(f"image sets of shapes {[i.shape for i in sets_NHWC]}. Expected equal ones, [N, H, W, 3].")
+    chunks = [torch.from_numpy(np.array(images)).split(CHUNK) for images in sets_NHWC]
+    return torch.cat([function(*(to_float(chunk) for chunk in group)) for group in zip(*chunks, strict=True)])
+
+
+def _kernel(a_ND: Tensor, b_ND: Tensor) -> Tensor:
+    return (a_ND @ b_ND.T / a_ND.shape[1] + 1) ** 3
+
+
+def _mean_off_diagonal(kernel_NN: Tensor) -> Tensor:
+    count = len(kernel_NN)
+    return (kernel_NN.sum() - kernel_NN.diagonal().sum()) / (count * (count - 1))

@@ -1,0 +1,166 @@
+"""Teacher pairs: (prompt, noise, latents) of a deterministic multi-step sampler, cached by what they depend on.
+
+A shard holds latents, prompt indices and noise seeds of consecutive pairs; noise itself comes back from its seed.
+The cache folder's name hashes model weights, prompts, sampler settings and seed, so no stale pair is ever found,
+and a run that was stopped, or asks for more pairs, makes only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from hipa_deploy.files import write_file
+from hipa_deploy.hashing import folder_sha256
+from hipa_deploy.train.base_model import DiffusionModel
+from hipa_deploy.train.progress import progress_bar
+from hipa_deploy.train.recipe import TeacherSettings
+
+TABLE_BYTES = 2 << 30
+Rows = Callable[[Tensor], Tensor]  # row indices int64 [B] -> rows [B, ...]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """N teacher pairs: latents [N, C, H, W] as stored, index into the prompts and noise seed, int64 [N]."""
+
+    latents_NCHW: Tensor
+    prompt_N: Tensor
+    seed_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.seed_N)
+
+
+def default_cache() -> Path:
+    """$HIPA_CACHE, or ~/.cache/hipa-deploy."""
+    return Path(os.environ.get("HIPA_CACHE") or Path.home() / ".cache" / "hipa-deploy")
+
+
+@torch.no_grad()
+def teacher_latents(
+    model: DiffusionModel, noise_BCHW: Tensor, context_BLD: Tensor, empty_1LD: Tensor, teacher: TeacherSettings
+) -> Tensor:
+    """Integrate the probability-flow ODE from the noise at the last timestep: float32 latents [B, C, H, W].
+
+    Classifier-free guidance (Ho & Salimans 2022): empty and given prompt go through the UNet as one batch.
+    """
+    scheduler = teacher_scheduler(model.schedule, teacher.sampler)
+    scheduler.set_timesteps(teacher.steps, device=model.device)
+    guided = teacher.guidance != 1
+    if guided:
+        context_BLD = torch.cat([empty_1LD.expand_as(context_BLD), context_BLD])
+    x_BCHW = noise_BCHW
+    for timestep in scheduler.timesteps:
+        inputs = torch.cat([x_BCHW, x_BCHW]) if guided else x_BCHW
+        output = model.unet(inputs, timestep, context_BLD, return_dict=False)[0]
+        if guided:
+            empty, given = output.chunk(2)
+            output = empty + teacher.guidance * (given - empty)
+        x_BCHW = scheduler.step(output, timestep, x_BCHW).prev_sample
+    return x_BCHW
+
+
+def teacher_scheduler(schedule: dict[str, Any], sampler: str) -> DDIMScheduler | DPMSolverMultistepScheduler:
+    """Deterministic, and 'trailing': the first step is the last timestep, where the student's only step is."""
+    if sampler == "ddim":
+        return DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
+    return DPMSolverMultistepScheduler(**schedule, timestep_spacing="trailing", final_sigmas_type="zero")
+
+
+def teacher_pairs(
+    model: DiffusionModel,
+    prompts: list[str],
+    teacher: TeacherSettings,
+    *,
+    seed: int,
+    context: Rows | None = None,
+    cache: Path | None = None,
+    console: Console | None = None,
+) -> Pairs:
+    """``teacher.pairs`` pairs, every prompt equally often; shards already in ``cache`` are read, others made.
+
+    ``context`` is what ``prompt_contexts`` returned, if the caller has it already.
+    """
+    folder = cache_folder(model, prompts, teacher, seed, cache or default_cache())
+    prompt_N = prompt_order(len(prompts), teacher.pairs, seed)
+    context = context or prompt_contexts(model, prompts)
+    empty_1LD = model.context([""])
+    shards = []
+    with progress_bar(console) as progress:
+        task = progress.add_task("teacher pairs", total=teacher.pairs)
+        for start in range(0, teacher.pairs, teacher.batch):
+            stop = min(start + teacher.batch, teacher.pairs)
+            path = folder / f"{start:08d}-{stop:08d}.safetensors"
+            shard = _read_shard(path)
+            if shard is None:
+                index_B, seed_B = prompt_N[start:stop], torch.arange(start, stop) + ((seed + 1) << 32)
+                latents = teacher_latents(model, model.noise(seed_B.tolist()), context(index_B), empty_1LD, teacher)
+                latents = latents.to(getattr(torch, teacher.dtype)).cpu()
+                shard = {"latents": latents, "prompt": index_B, "seed": seed_B}
+                write_file(path, save(shard))
+            shards.append(shard)
+            progress.update(task, completed=stop)
+    return Pairs(*(torch.cat([shard[key] for shard in shards]) for key in ("latents", "prompt", "seed")))
+
+
+def cache_folder(model: DiffusionModel, prompts: list[str], teacher: TeacherSettings, seed: int, cache: Path) -> Path:
+    """Where these pairs belong; how many there are does not matter, since a pair depends on its number alone."""
+    key = {
+        "format": 1,
+        "unet": folder_sha256(model.folder / "unet"),
+        "text_encoder": folder_sha256(model.folder / "text_encoder"),
+        "tokenizer": folder_sha256(model.folder / "tokenizer", "*.*"),
+        "schedule": model.schedule,
+        "latent_shape": model.latent_shape_CHW,
+        "teacher": teacher.model_dump(exclude={"pairs"}),
+        "prompts": prompts,
+        "seed": seed,
+    }
+    return cache / "pairs" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def prompt_order(prompts: int, pairs: int, seed: int) -> Tensor:
+    """Prompt of each pair, int64 [pairs]: one shuffled pass over the prompts after another."""
+    passes = [np.random.default_rng((seed, n)).permutation(prompts) for n in range(-(-pairs // prompts))]
+    return torch.from_numpy(np.concatenate(passes)[:pairs])
+
+
+def prompt_contexts(model: DiffusionModel, prompts: list[str]) -> Rows:
+    """Text contexts float32 [B, L, D] by prompt index, each prompt encoded once if all of them fit in memory."""
+    return lookup(lambda rows: model.context([prompts[row] for row in rows]), len(prompts))
+
+
+def lookup(compute: Callable[[list[int]], Tensor], count: int, chunk: int = 64) -> Rows:
+    """A function from row indices [B] to rows [B, ...]: a table when all rows fit in memory, else ``compute``.
+
+    The table is filled in fixed chunks, so that a row does not depend on what was asked for first: a resumed run
+    must see bit-equal rows.
+    """
+    first = compute(list(range(min(chunk, count))))
+    if first[0].numel() * first.element_size() * count > TABLE_BYTES:
+        return lambda index_B: compute(index_B.tolist())
+    others = [compute(list(range(i, min(i + chunk, count)))) for i in range(chunk, count, chunk)]
+    table = torch.cat([first, *others])
+    return lambda index_B: table[index_B.to(table.device)]
+
+
+def _read_shard(path: Path) -> dict[str, Tensor] | None:
+    """None when it is missing or damaged: then it is made again."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None

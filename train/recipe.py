@@ -1,0 +1,188 @@
+"""What a training run is: a TOML recipe, validated before anything expensive starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.train.frequency import RADIUS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SHIPPED = Path(__file__).parent / "recipes"
+MODEL_PREFIX = "model:"
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class AdaptorSettings(_Settings):
+    """The low-rank adaptor."""
+
+    preset: Literal["paper", "full"] = "paper"
+    """paper: the four attention projections; full: also feed-forward, projections in and out, convolutions."""
+    rank: int = Field(16, ge=1, le=1024)
+    """Rank of every pair of matrices. Merging makes it free at inference."""
+    alpha: float | None = Field(None, gt=0)
+    """Scale of the adaptor is alpha / rank; rank itself when left out, which every loader understands."""
+
+
+class TeacherSettings(_Settings):
+    """The deterministic multi-step sampler whose images the one-step model learns."""
+
+    sampler: Literal["ddim", "dpmsolver++"] = "ddim"
+    """Sampler of the probability-flow ODE."""
+    steps: int = Field(25, ge=2, le=1000)
+    """UNet steps of a teacher image."""
+    guidance: float = Field(5.0, ge=1.0, le=30.0)
+    """Classifier-free guidance; 1 turns it off (and halves the cost)."""
+    pairs: int = Field(ge=1, le=10_000_000)
+    """How many (prompt, noise, teacher latents) to make."""
+    batch: int = Field(64, ge=1, le=4096)
+    """Pairs made at once; also the size of a cache shard."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Storage type of the cached latents."""
+
+
+class LossSettings(_Settings):
+    """Weights of the terms; see hipa_deploy.train.loss."""
+
+    perceptual_weight: float = Field(1.0, ge=0)
+    """Weight of the DISTS-like distance."""
+    hf_weight: float = Field(1.0, ge=0)
+    """Weight of the Fourier term and of the edge term."""
+    latent_weight: float = Field(0.05, ge=0)
+    """Weight of the latent mean squared error beside the decoded losses."""
+    latent_warmup_steps: int = Field(0, ge=0)
+    """First steps that use the latent error alone, without decoding: about three times faster a step."""
+    radius: float = Field(RADIUS, gt=0, le=2)
+    """Radius of the Gaussian high-pass, in units of the Nyquist frequency."""
+    perceptual_size: int | None = Field(None, ge=32, le=4096)
+    """Resize the short side to this before the perceptual distance (DISTS evaluates at 256)."""
+
+
+class OptimiserSettings(_Settings):
+    """AdamW."""
+
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    """Peak learning rate."""
+    warmup_steps: int = Field(0, ge=0)
+    """Linear warm-up."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; cosine falls to a hundredth of the peak at the last step."""
+    weight_decay: float = Field(1e-2, ge=0)
+    """Decoupled weight decay."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Gradient norm limit."""
+
+
+class Recipe(_Settings):
+    """One training run."""
+
+    prompts: str
+    """UTF-8 text file, one prompt a line: relative to the recipe, or to the model folder when it begins 'model:'."""
+    steps: int = Field(ge=1, le=10_000_000)
+    """Optimiser steps, the latent warm-up included."""
+    batch: int = Field(16, ge=1, le=4096)
+    """Pairs a step."""
+    timestep: int = Field(999, ge=0)
+    """Where the single step starts."""
+    seed: int = Field(0, ge=0, lt=2**30)
+    """Fixes the pairs, the adaptor's start and the order of batches."""
+    checkpoint_every: int = Field(200, ge=1)
+    """Steps between checkpoints."""
+    sample_every: int = Field(200, ge=1)
+    """Steps between sample grids."""
+    samples: int = Field(8, ge=1, le=64)
+    """Rows of a sample grid."""
+    gradient_checkpointing: bool = False
+    """Recompute UNet and decoder activations in the backward pass: less memory, more time."""
+    adaptor: AdaptorSettings = AdaptorSettings()
+    """The low-rank adaptor."""
+    teacher: TeacherSettings
+    """The teacher and how many of its images to learn."""
+    loss: LossSettings = LossSettings()
+    """Loss weights."""
+    optimiser: OptimiserSettings = OptimiserSettings()
+    """Optimiser."""
+
+
+def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a TOML file, or a shipped recipe by name ('emoji'), with ``overrides`` such as {'teacher.pairs': 256}.
+
+    Raises:
+        HipaError: no such recipe, not TOML, or a key or value that does not belong; the message names the key.
+
+    """
+    path = recipe_path(source)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise HipaError(f"recipe {path} cannot be read: {error}") from None
+    for key, value in (overrides or {}).items():
+        *parents, last = key.split(".")
+        table = values
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        table[last] = value
+    prompts = values.get("prompts")
+    if isinstance(prompts, str) and not prompts.startswith(MODEL_PREFIX):
+        values["prompts"] = str(path.parent.absolute() / prompts)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise HipaError(f"recipe {path}: {_first_problem(error)}") from None
+
+
+def recipe_path(source: str | Path) -> Path:
+    """The file itself, or the shipped recipe of that name."""
+    path = Path(source)
+    shipped = SHIPPED / f"{source}.toml"
+    if path.suffix != ".toml" and shipped.is_file():
+        return shipped
+    if path.is_file():
+        return path
+    names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
+    raise HipaError(f"recipe {str(source)!r} does not exist. Expected a .toml file or one of: {names}.")
+
+
+def read_prompts(recipe: Recipe, model_folder: Path) -> list[str]:
+    """The distinct prompts of the recipe's file, in file order.
+
+    Raises:
+        HipaError: the file is missing, is not UTF-8 or holds no prompt.
+
+    """
+    name = recipe.prompts
+    path = model_folder / name.removeprefix(MODEL_PREFIX) if name.startswith(MODEL_PREFIX) else Path(name)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise HipaError(f"prompts {path} cannot be read: {error.strerror}. Expected a text file.") from None
+    except UnicodeDecodeError as error:
+        raise HipaError(f"prompts {path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise HipaError(f"prompts {path} is empty. Expected one prompt a line.")
+    return prompts
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key, more = ".".join(str(part) for part in problem["loc"]), error.error_count() - 1
+    if problem["type"] == "extra_forbidden":
+        text = f"unknown key {key!r}"
+    elif problem["type"] == "missing":
+        text = f"key {key!r} is missing"
+    else:
+        text = f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return text + (f" (and {more} more)" if more else "")
