@@ -66,11 +66,9 @@ def train(
     from hipa_deploy.train.loop import train_adaptor
     from hipa_deploy.train.recipe import load_recipe
 
-    changes = {} if steps is None else {"steps": steps}
+    chosen = load_recipe(recipe, None if steps is None else {"steps": steps})
     initial = resolve_adaptor(start) if start else None
-    path = train_adaptor(
-        load_recipe(recipe, **changes), Path(resolve_model(model)), out, initial_adaptor=initial, console=console
-    )
+    path = train_adaptor(chosen, Path(resolve_model(model)), out, initial_adaptor=initial, console=console)
     typer.echo(path)
 
 
@@ -188,19 +186,20 @@ def profile(
 def evaluate(
     adaptor: Annotated[str, typer.Option(help="Adaptor folder, or 'emoji' for the embedded one.")] = "emoji",
     model: ModelOption = "emoji",
-    recipe: Annotated[str, typer.Option(help="Recipe whose held-out prompts and teacher settings to use.")] = "emoji",
-    images: Annotated[int, typer.Option(help="Prompt and noise pairs to compare.")] = 128,
+    recipe: Annotated[str, typer.Option(help="Recipe whose teacher settings to use.")] = "emoji",
+    prompts: Annotated[Optional[Path], typer.Option(help="One a line; the model's held-out ones by default.")] = None,
+    images: Annotated[int, typer.Option(help="Images to compare.")] = 128,
     json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the report here.")] = None,
 ) -> None:
     """Measure quality: teacher, base in one step and adaptor in one step, on the same prompts and noise."""
     from hipa_deploy.embedded import resolve_adaptor, resolve_model
     from hipa_deploy.files import write_file
-    from hipa_deploy.train.evaluate import evaluate_adaptor, render_table
     from hipa_deploy.train.recipe import load_recipe
+    from hipa_deploy.train.report import evaluate_adaptor, held_out_prompts, render_table
 
-    report = evaluate_adaptor(
-        Path(resolve_model(model)), resolve_adaptor(adaptor), load_recipe(recipe), images=images, console=console
-    )
+    folder, teacher = Path(resolve_model(model)), load_recipe(recipe).teacher
+    texts = held_out_prompts(folder, prompts)
+    report = evaluate_adaptor(folder, resolve_adaptor(adaptor), texts, teacher, images=images, console=console)
     if json_path:
         write_file(json_path, (report.model_dump_json(indent=2) + "\n").encode())
     Console().print(render_table(report))

@@ -17,7 +17,7 @@ from hipa_deploy.bundle import Bundle
 from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.one_step import initial_noise, predict_x0
-from hipa_deploy.runners import Runner, open_runner, resolve_backend
+from hipa_deploy.runners import Runner, check_backend, open_runner, resolve_backend
 from hipa_deploy.tokenizer import PromptTokenizer
 
 MAX_IMAGES = 10_000
@@ -63,6 +63,7 @@ class OneStepPipeline:
             HipaError: not a bundle, a corrupt file, or a backend that is unknown, absent or without an engine.
 
         """
+        check_backend(backend)
         started = time.perf_counter()
         opened = Bundle.open(resolve_bundle(bundle))
         opened.verify()

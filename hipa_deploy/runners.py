@@ -35,15 +35,14 @@ class Runner(Protocol):
     ) -> None: ...
 
 
-def resolve_backend(backend: str, bundle: Bundle) -> str:
-    """Turn 'auto' into a backend's name: an engine that is built for this device, else ONNX Runtime on the CPU.
-
-    Raises:
-        HipaError: an unknown name.
-
-    """
+def check_backend(backend: str) -> None:
+    """Raise HipaError for a name that is not in ``BACKENDS``."""
     if backend not in BACKENDS:
         raise HipaError(f"backend {backend!r} is unknown. Expected one of: {', '.join(BACKENDS)}.")
+
+
+def resolve_backend(backend: str, bundle: Bundle) -> str:
+    """Turn 'auto' into a backend's name: an engine that is built for this device, else ONNX Runtime on the CPU."""
     if backend != "auto":
         return backend
     from hipa_deploy.engines.engine import runnable_flavour

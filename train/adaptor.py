@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -88,7 +87,8 @@ def one_step_scheduler(schedule: dict[str, Any], timestep: int) -> DDIMScheduler
 def save_adaptor(unet: nn.Module, metadata: AdaptorMetadata, schedule: dict[str, Any], out: Path) -> Path:
     """Write weights, one-step scheduler and metadata to the new folder ``out``, whole or not at all.
 
-    The LoRA configuration goes into the safetensors header: without it a loader assumes alpha = rank.
+    The LoRA configuration goes into the safetensors header: without it a loader assumes alpha = rank. Names stay
+    peft's: diffusers' own conversion renames the attention layers only, and its loader then skips them in silence.
     """
     weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
     for name, weight in weights.items():
@@ -99,7 +99,7 @@ def save_adaptor(unet: nn.Module, metadata: AdaptorMetadata, schedule: dict[str,
     with new_folder(out) as scratch:
         StableDiffusionPipeline.save_lora_weights(
             scratch,
-            unet_lora_layers={k: v.cpu().contiguous() for k, v in convert_state_dict_to_diffusers(weights).items()},
+            unet_lora_layers={name: weight.cpu().contiguous() for name, weight in weights.items()},
             unet_lora_adapter_metadata=config,
         )
         one_step_scheduler(schedule, metadata.timestep).save_pretrained(scratch / "scheduler")
@@ -125,6 +125,19 @@ def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMeta
     return metadata
 
 
+def attach_adaptor(unet: Any, folder: Path) -> None:
+    """Add a trained adaptor for inference: ``pipe.load_lora_weights`` without its warning that there is no text part.
+
+    Raises:
+        HipaError: the file is damaged or does not fit.
+
+    """
+    try:
+        unet.load_lora_adapter(str(folder), prefix="unet", weight_name=WEIGHTS, use_safetensors=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise HipaError(f"adaptor {folder} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from None
+
+
 def load_weights(unet: nn.Module, folder: Path) -> None:
     """Copy an adaptor's weights into the layers that ``add_adaptor`` made.
 
@@ -137,7 +150,7 @@ def load_weights(unet: nn.Module, folder: Path) -> None:
         stored = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise HipaError(f"adaptor {folder / WEIGHTS} cannot be read: {error}") from None
-    weights = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in stored.items()})
+    weights = {name.removeprefix("unet."): weight for name, weight in stored.items()}
     expected = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
     same_shapes = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in expected.items()}
     if not same_shapes or alpha != unet.peft_config[ADAPTER].lora_alpha:

@@ -26,6 +26,7 @@ class DiffusionModel:
 
     folder: Path
     pipe: Any
+    device: torch.device
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device | None = None) -> DiffusionModel:
@@ -48,8 +49,8 @@ class DiffusionModel:
         pipe.set_progress_bar_config(disable=True)
         for module in (pipe.text_encoder, pipe.unet, pipe.vae):
             module.eval().requires_grad_(False)
-        pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(folder, pipe)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(folder, pipe.to(device), device)
 
     @property
     def unet(self) -> Any:
@@ -60,11 +61,6 @@ class DiffusionModel:
     def vae(self) -> Any:
         """AutoencoderKL or AutoencoderTiny."""
         return self.pipe.vae
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lies."""
-        return self.pipe.unet.device
 
     @property
     def latent_shape_CHW(self) -> tuple[int, int, int]:

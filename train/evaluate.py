@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.adaptor import read_metadata
+from hipa_deploy.train.adaptor import attach_adaptor, read_metadata
 from hipa_deploy.train.base_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.frequency import RADIUS, high_frequency_energy
 from hipa_deploy.train.lite0 import Lite0
@@ -120,13 +121,16 @@ def one_step_images(
     model = DiffusionModel.load(model_dir, device)
     if adaptor_dir is not None:
         timestep = read_metadata(adaptor_dir, model_dir).timestep
-        model.pipe.load_lora_weights(adaptor_dir)
-    constants = {"alpha_bar": model.alpha_bar(timestep), "prediction_type": model.prediction_type}
+        attach_adaptor(model.unet, adaptor_dir)
+    step = partial(
+        one_step_latents,
+        model.unet,
+        timestep=timestep,
+        alpha_bar=model.alpha_bar(timestep),
+        prediction_type=model.prediction_type,
+    )
 
-    def latents(noise_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
-        return one_step_latents(model.unet, noise_BCHW, context_BLD, timestep=timestep, **constants)
-
-    return _images(model, latents, prompts, seeds)
+    return _images(model, step, prompts, seeds)
 
 
 @torch.no_grad()

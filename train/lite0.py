@@ -92,11 +92,12 @@ class Lite0(nn.Module):
     @classmethod
     def from_weights(cls, weights: dict[str, Tensor]) -> Lite0:
         """Take the values in order: names differ between publishers, the order does not."""
-        model = cls()
+        with torch.device("meta"):  # no random start to draw: faster, and the global generator stays as it is
+            model = cls()
         own = model.state_dict()
         if [v.shape for v in own.values()] != [v.shape for v in weights.values()]:
             raise HipaError(f"EfficientNet-Lite0 weights: {len(weights)} tensors do not fit. Expected {len(own)}.")
-        model.load_state_dict(dict(zip(own, weights.values(), strict=True)))
+        model.load_state_dict(dict(zip(own, weights.values(), strict=True)), assign=True)
         for module in model.modules():
             if isinstance(module, ConvBN):
                 module.fold()

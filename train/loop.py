@@ -34,7 +34,7 @@ from hipa_deploy.train.adaptor import (
     unet_sha256,
 )
 from hipa_deploy.train.base_model import DiffusionModel, to_uint8
-from hipa_deploy.train.loss import HipaLoss, Terms
+from hipa_deploy.train.loss import HipaLoss
 from hipa_deploy.train.one_step import one_step_latents
 from hipa_deploy.train.pairs import lookup, prompt_contexts, teacher_pairs
 from hipa_deploy.train.perceptual import DistsLike
@@ -120,7 +120,7 @@ def train_adaptor(
             # Step, unless something is not finite.
             total.backward()
             norm = nn.utils.clip_grad_norm_(weights.values(), recipe.optimiser.clip_norm)
-            run.check_finite(total, norm)
+            run.check_finite(total.item(), norm.item())
             rate = learning_rate(recipe.optimiser, run.step, recipe.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -129,9 +129,10 @@ def train_adaptor(
             run.step += 1
 
             # Report, sample, checkpoint.
-            progress.update(task, completed=run.step, terms=describe(total, terms))
-            for name, value in {"total": total, **terms, "gradient_norm": norm, "learning_rate": rate}.items():
-                scalars.add_scalar(name, float(value), run.step)
+            values = {"loss": total.item(), **{name: term.item() for name, term in terms.items()}}
+            progress.update(task, completed=run.step, terms="  ".join(f"{k} {v:.3f}" for k, v in values.items()))
+            for name, value in {**values, "gradient_norm": norm.item(), "learning_rate": rate}.items():
+                scalars.add_scalar(name, value, run.step)
             done = run.step == recipe.steps
             if run.step % recipe.sample_every == 0 or done:
                 with torch.no_grad():
@@ -168,12 +169,6 @@ def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:
         progress = max(0.0, step - settings.warmup_steps) / max(steps - settings.warmup_steps, 1)
         rate *= 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
     return rate
-
-
-def describe(total: Tensor, terms: Terms) -> str:
-    """Loss terms in one line: 'loss 0.512  perceptual 0.301  ...'."""
-    values = {"loss": total, **terms} if len(terms) > 1 else terms
-    return "  ".join(f"{name} {float(value):.3f}" for name, value in values.items())
 
 
 @dataclass
@@ -228,12 +223,12 @@ class Run:
         scratch.replace(self.path)
         self.saved_step = self.step
 
-    def check_finite(self, total: Tensor, norm: Tensor) -> None:
-        """Raise HipaError if the loss or its gradient is not finite."""
-        if math.isfinite(float(total)) and math.isfinite(float(norm)):
+    def check_finite(self, loss: float, norm: float) -> None:
+        """Raise HipaError if the loss or its gradient norm is not finite."""
+        if math.isfinite(loss) and math.isfinite(norm):
             return
         kept = f"The checkpoint of step {self.saved_step} is kept." if self.saved_step else "No checkpoint exists yet."
-        got = f"loss {float(total):g}, gradient norm {float(norm):g} at step {self.step + 1}"
+        got = f"loss {loss:g}, gradient norm {norm:g} at step {self.step + 1}"
         raise HipaError(f"training diverged: {got}. {kept} Lower optimiser.learning_rate.")
 
     def save_samples(self, columns: list[Tensor]) -> None:

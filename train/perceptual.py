@@ -27,8 +27,10 @@ class DistsLike(nn.Module):
 
     def __init__(self, backbone: Backbone | None = None, size: int | None = None) -> None:
         super().__init__()
-        self.lite0 = Lite0.pretrained() if backbone is None else None  # a module, so that .to(device) moves it
-        self.backbone: Backbone = backbone or self.lite0.features
+        if backbone is None:
+            self.lite0 = Lite0.pretrained()  # a submodule, so that .to(device) moves it
+            backbone = self.lite0.features
+        self.backbone = backbone
         self.size = size
 
     def forward(self, image01_BCHW: Tensor, target01_BCHW: Tensor) -> Tensor:

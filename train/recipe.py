@@ -133,6 +133,8 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
         table = values
         for parent in parents:
             table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise HipaError(f"recipe override {key!r} cannot be set: {parent!r} is not a table")
         table[last] = value
     prompts = values.get("prompts")
     if isinstance(prompts, str) and not prompts.startswith(MODEL_PREFIX):

@@ -1,0 +1,182 @@
+"""One engine build in a process of its own: ``python -m hipa_deploy.engines.build_worker``, a Job on stdin.
+
+A process of its own because polygraphy settles on TensorRT or TensorRT-RTX once in a process's life, and because
+what a build holds is given back only when its process ends. Events go to stdout, a JSON object a line; all that
+TensorRT and polygraphy say goes to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TextIO
+
+from hipa_deploy.bundle import Precision
+from hipa_deploy.engines.device import find_gpu, peak_rss_mib
+from hipa_deploy.engines.engine import BuildOptions, PrecisionCheck
+from hipa_deploy.engines.flavour import Flavour, load_tensorrt, set_compute_capabilities
+from hipa_deploy.engines.precision import check_network, read_back
+from hipa_deploy.engines.progress import PhaseTree
+from hipa_deploy.engines.record import Record
+from hipa_deploy.errors import HipaError
+from hipa_deploy.files import write_file
+
+Send = Callable[["Event"], None]
+
+
+class Job(Record):
+    """What to build. The engine is written to ``out``; ``timing_cache`` is read and extended."""
+
+    flavour: Flavour
+    onnx: Path
+    out: Path
+    precision: Precision
+    compute_capabilities: tuple[int, ...]
+    options: BuildOptions
+    timing_cache: Path | None
+
+
+class Outcome(Record):
+    """What a build took."""
+
+    seconds: float
+    peak_mib: int | None
+    precision_check: PrecisionCheck
+
+
+class Event(Record):
+    """A line from the worker: progress (0 to 1, and the phase), or the end in success or failure."""
+
+    fraction: float = 0.0
+    phase: str = ""
+    outcome: Outcome | None = None
+    error: str | None = None
+
+
+def environment(flavour: Flavour) -> dict[str, str]:
+    """The environment that makes polygraphy use ``flavour``."""
+    return {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1" if flavour == "rtx" else "0"}
+
+
+def main() -> int:
+    """Read a Job, build it, report."""
+    events = _claim_stdout()
+
+    def send(event: Event) -> None:
+        events.write(event.model_dump_json(exclude_defaults=True) + "\n")
+
+    try:
+        send(Event(fraction=1.0, outcome=build(Job.model_validate_json(sys.stdin.read()), send)))
+    except HipaError as error:
+        send(Event(error=str(error)))
+        return 1
+    return 0
+
+
+def _claim_stdout() -> TextIO:
+    """Keep stdout for events and point descriptor 1 at stderr: native libraries print too."""
+    events = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return events
+
+
+def build(job: Job, send: Send) -> Outcome:
+    """Parse, check the precision, compile, write ``job.out``.
+
+    Raises:
+        HipaError: wrong precision, or options that TensorRT refuses.
+        polygraphy.exception.PolygraphyException: TensorRT cannot parse or compile the graph.
+
+    """
+    trt = load_tensorrt(job.flavour)
+    from polygraphy.backend import trt as poly
+
+    started = time.perf_counter()
+    builder, network, parser = poly.network_from_onnx_path(str(job.onnx), strongly_typed=True)
+    check = check_network(trt, network, job.precision)
+    monitor = _monitor(trt, send)
+    config = _configure(trt, poly, (builder, network), job, monitor)
+    engine = poly.engine_bytes_from_network((builder, network, parser), config=config)
+    job.out.write_bytes(engine)
+    _save_timing_cache(config, job.timing_cache)
+    seconds = time.perf_counter() - started
+    if find_gpu() is not None:
+        check = read_back(trt, poly.get_trt_logger(), engine) or check
+    return Outcome(seconds=round(seconds, 3), peak_mib=peak_rss_mib(), precision_check=check)
+
+
+def _configure(trt: ModuleType, poly: ModuleType, network: tuple[Any, Any], job: Job, monitor: Any) -> Any:
+    """An ``IBuilderConfig``. No precision flag: TensorRT 11 has none, and the graph says it."""
+    workspace_mib = job.options.workspace_mib
+    config = poly.create_config(
+        *network,
+        memory_pool_limits=workspace_mib and {trt.MemoryPoolType.WORKSPACE: workspace_mib << 20},
+        builder_optimization_level=job.options.optimization_level,
+        max_aux_streams=job.options.max_aux_streams,
+        profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
+        progress_monitor=monitor,
+    )
+    if job.flavour == "rtx":
+        set_compute_capabilities(trt, config, job.compute_capabilities)
+    if job.timing_cache is not None:
+        _load_timing_cache(config, job.timing_cache)
+    return config
+
+
+def _load_timing_cache(config: Any, path: Path) -> None:
+    """Give ``config`` the cache at ``path``, or an empty one if there is none.
+
+    Not through polygraphy, which ignores a mismatch of device or version. TensorRT answers one it cannot use with
+    an empty cache, which must not be written over the user's file.
+    """
+    data, empty = path.read_bytes() if path.is_file() else b"", config.create_timing_cache(b"")
+    cache = config.create_timing_cache(data)
+    refused = data and (cache is None or bytes(cache.serialize()) == bytes(empty.serialize()) != data)
+    if refused or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise HipaError(f"{path} is not a timing cache of this device and TensorRT version. Choose another file.")
+
+
+def _save_timing_cache(config: Any, path: Path | None) -> None:
+    if path is not None:
+        write_file(path, bytes(config.get_timing_cache().serialize()))
+
+
+def _monitor(trt: ModuleType, send: Send) -> Any:
+    """An ``IProgressMonitor`` that sends an event for every percent."""
+    phases = PhaseTree()
+    sent = -1
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)  # pybind11 refuses super() here
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            phases.start(phase_name, parent_phase, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            phases.step(phase_name, step)
+            return report(phase_name)
+
+        def phase_finish(self, phase_name: str) -> None:
+            phases.finish(phase_name)
+
+    def report(phase: str) -> bool:
+        nonlocal sent
+        if (percent := int(phases.fraction * 100)) == sent:
+            return True
+        sent = percent
+        try:
+            send(Event(fraction=phases.fraction, phase=phase))
+        except OSError:  # whoever asked for the build is gone: stop it
+            return False
+        return True
+
+    return Monitor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

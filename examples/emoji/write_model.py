@@ -1,0 +1,63 @@
+"""Assemble the pre-trained parts into the StableDiffusionPipeline folder that the package ships.
+
+    python examples/emoji/write_model.py --run runs/emoji --out hipa_deploy/embedded/model
+
+FP16 safetensors, the prompts of each split beside them. Measure it with measure_model.py, which writes the card.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from common import EmojiSet
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from train_unet import SCHEDULE
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from hipa_deploy.files import new_folder
+
+SIZE_LIMIT_BYTES = 25_000_000
+
+
+def assemble(run: Path, vae: str) -> StableDiffusionPipeline:
+    """The parts of a run as one pipeline, in float16."""
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipe = StableDiffusionPipeline(
+        tokenizer=CLIPTokenizer.from_pretrained(run / "tokenizer"),
+        text_encoder=CLIPTextModel.from_pretrained(run / "text_encoder"),
+        unet=UNet2DConditionModel.from_pretrained(run / "unet"),
+        vae=AutoencoderKL.from_pretrained(run / vae),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return pipe.to(torch.float16)
+
+
+def write_prompts(emoji: EmojiSet, out: Path) -> None:
+    """prompts.txt (trained on), prompts_pair.txt and prompts_concept.txt (held out)."""
+    for split, name in (("train", "prompts"), ("pair", "prompts_pair"), ("concept", "prompts_concept")):
+        (out / f"{name}.txt").write_text("\n".join(dict.fromkeys(emoji.only(split).captions)) + "\n")
+
+
+def main(
+    run: Annotated[Path, typer.Option(help="Folder of the pre-training run.")],
+    out: Annotated[Path, typer.Option(help="Model folder to write; must not exist.")],
+    vae: Annotated[str, typer.Option(help="'vae', or 'vae_decoder' after train_vae.py --decoder-only.")] = "vae",
+) -> None:
+    """Write the model folder, whole or not at all."""
+    with new_folder(out) as scratch:
+        assemble(run, vae).save_pretrained(scratch, safe_serialization=True)
+        write_prompts(EmojiSet.load(run), scratch)
+        size = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
+        if size > SIZE_LIMIT_BYTES:
+            raise SystemExit(f"the model takes {size} bytes, more than {SIZE_LIMIT_BYTES}")
+    print(f"{out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,154 @@
+"""The whole chain on the embedded model, in one command: ``run_demo`` is the list of its steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+
+from hipa_deploy import embedded
+from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.files import write_file
+from hipa_deploy.images import grid, png_bytes
+from hipa_deploy.pipeline import OneStepPipeline
+
+if TYPE_CHECKING:
+    from hipa_deploy.bundle import Bundle
+    from hipa_deploy.train.recipe import Recipe
+
+MARKER = "demo.json"
+IMAGES = 96  # enough for KID-Lite0 to tell base and adaptor apart, few enough for the teacher's 25 steps
+SHEET_ROWS = 12
+
+# Short enough for two CPU cores: pairs cost the teacher's 25 guided steps each, a decoded step about two seconds.
+FULL = {"teacher.pairs": 192, "teacher.batch": 32, "steps": 160, "loss.latent_warmup_steps": 110}
+QUICK = {"teacher.pairs": 64, "teacher.batch": 32, "steps": 12, "loss.latent_warmup_steps": 0}
+COMMON = {"optimiser.warmup_steps": 5, "sample_every": 50, "checkpoint_every": 20, "batch": 12}
+
+
+def run_demo(out: Path, *, quick: bool, console: Console) -> None:
+    """Train, merge, export, compile, generate, profile; a step whose result is there already is not repeated.
+
+    Raises:
+        HipaError: ``out`` holds something else, or the training and export extras are not installed.
+
+    """
+    _open_folder(out, quick)
+    started = time.perf_counter()
+    recipe = _recipe(quick)
+    adaptor = _train(out, recipe, quick, console)
+    bundle = _export(out, adaptor, console)
+    built = _build(bundle, console)
+    quality = _compare(out, recipe, console)
+    latency = _profile(out, console)
+    _tell(out, built, quality, latency, time.perf_counter() - started, console)
+
+
+def _open_folder(out: Path, quick: bool) -> None:
+    for package, extra in (("torch", "train"), ("diffusers", "train"), ("peft", "train"), ("onnxscript", "export")):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(package, extra)
+    settings = {"quick": quick}
+    marker = out / MARKER
+    if marker.exists() and json.loads(marker.read_text()) != settings:
+        raise HipaError(f"{out} holds a demo with other options. Choose another --out, or remove it.")
+    if not marker.exists() and (out.is_file() or out.is_dir() and any(out.iterdir())):
+        raise HipaError(f"{out} is not empty and not a demo's folder. Choose another --out.")
+    write_file(marker, json.dumps(settings).encode())
+
+
+def _recipe(quick: bool) -> Recipe:
+    from hipa_deploy.train.recipe import load_recipe
+
+    return load_recipe(embedded.NAME, {**COMMON, **(QUICK if quick else FULL)})
+
+
+def _train(out: Path, recipe: Recipe, quick: bool, console: Console) -> Path:
+    from hipa_deploy.train.loop import train_adaptor
+
+    adaptor = out / "adaptor"
+    if not adaptor.exists():
+        console.rule("1. train: teacher pairs, then a HiPA adaptor")
+        start = embedded.ADAPTOR if quick else None
+        train_adaptor(recipe, embedded.MODEL, adaptor, initial_adaptor=start, console=console)
+    return adaptor
+
+
+def _export(out: Path, adaptor: Path, console: Console) -> Bundle:
+    from hipa_deploy.bundle import Bundle
+    from hipa_deploy.export.bundle import ExportOptions, export_bundle
+
+    if not (out / "bundle").exists():
+        console.rule("2. merge and export: ONNX, checked against PyTorch")
+        export_bundle(ExportOptions(model=str(embedded.MODEL), adaptor=adaptor, out=out / "bundle"), console)
+    return Bundle.open(out / "bundle")
+
+
+def _build(bundle: Bundle, console: Console) -> list[Path]:
+    from hipa_deploy.engines.build import build_bundle
+
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        return []
+    console.rule("3. compile: TensorRT-RTX engines")
+    return [engine.path for engine in build_bundle(bundle, backend="rtx", console=console)]
+
+
+def _compare(out: Path, recipe: Recipe, console: Console) -> str:
+    """Contact sheet and KID-Lite0 on held-out pairs; the line to print."""
+    from hipa_deploy.train.evaluate import one_step_images, teacher_images
+    from hipa_deploy.train.report import draw, held_out_prompts, quality_report
+
+    console.rule("4. generate and compare")
+    texts, seeds = draw(held_out_prompts(embedded.MODEL), IMAGES)
+    teacher = recipe.teacher
+    with console.status(f"teacher, {teacher.steps} steps, {IMAGES} images"):
+        truth = teacher_images(embedded.MODEL, texts, seeds, steps=teacher.steps, guidance=teacher.guidance)
+    base = one_step_images(embedded.MODEL, None, texts, seeds)
+    with OneStepPipeline.load(out / "bundle", backend="onnxruntime") as pipe:
+        ours = np.concatenate([pipe(t, seed=s).images_BHWC for t, s in zip(texts, seeds, strict=True)])
+    _write_sheet(out / "contact_sheet.png", [truth, base, ours], texts)
+    report = quality_report(teacher, truth, {"base": base, "hipa": ours})
+    write_file(out / "quality.json", (report.model_dump_json(indent=2) + "\n").encode())
+    kids = {name: row.kid_lite0 for name, row in report.rows.items()}
+    return (
+        f"KID-Lite0 to the {teacher.steps}-step teacher on {IMAGES} held-out (style, concept) pairs: base one step "
+        f"{kids['base']:.2f}, HiPA one step {kids['hipa']:.2f} (floor {report.kid_lite0_floor:.2f})"
+    )
+
+
+def _write_sheet(path: Path, columns: list[np.ndarray], texts: list[str]) -> None:
+    sheet = grid([np.repeat(np.repeat(c[:SHEET_ROWS], 2, axis=1), 2, axis=2) for c in columns])
+    columns_are = ["teacher, 25 steps", "base, 1 step", "HiPA, 1 step (bundle)"]
+    write_file(path, png_bytes(sheet, {"columns": columns_are, "rows": texts[:SHEET_ROWS]}))
+
+
+def _profile(out: Path, console: Console) -> str:
+    from hipa_deploy.engines.profile import profile_pipeline, render_table
+
+    console.rule("5. profile: ONNX Runtime on this CPU")
+    with OneStepPipeline.load(out / "bundle", backend="onnxruntime") as pipe:
+        report = profile_pipeline(pipe, runs=30, console=console)
+    write_file(out / "latency.json", (report.model_dump_json(indent=2) + "\n").encode())
+    console.print(render_table(report))
+    return f"latency.json: {report.runs} runs, ONNX Runtime, this CPU"
+
+
+def _tell(out: Path, built: list[Path], quality: str, latency: str, seconds: float, console: Console) -> None:
+    console.rule("done")
+    engines = f"{len(built)} TensorRT-RTX engines compiled; none was run: that needs an RTX GPU" if built else (
+        "no engine compiled: TensorRT-RTX is not installed (pip install 'hipa-deploy[rtx]')"
+    )
+    lines = [
+        f"contact sheet: {out / 'contact_sheet.png'} (columns: teacher 25 steps | base 1 step | HiPA 1 step through the bundle)",
+        quality,
+        latency,
+        f"engines: {engines}",
+        f"run on this machine: training (PyTorch, CPU), export, ONNX Runtime; {seconds / 60:.1f} minutes",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)

@@ -1,0 +1,65 @@
+"""Tiny real ONNX graphs, and bundles made of them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from hipa_deploy.bundle import MANIFEST, Bundle, Manifest, ModelInfo, OneStep, Parity, Stage, StageSpec, TensorSpec
+from hipa_deploy.engines.device import Gpu
+
+PARITY = Parity(max_abs=0.0, mean_abs=0.0, cosine=1.0, psnr_db=99.0)
+SHAPE = (1, 4, 8, 8)
+RTX_4090 = Gpu(name="NVIDIA GeForce RTX 4090", sm=89, memory_mib=24564, integrated=False, driver="580.1", cuda="13.0")
+ORIN = Gpu(name="Orin", sm=87, memory_mib=7620, integrated=True, driver="540.4", cuda="12.6")
+
+
+def save_conv(path: Path, dtype: type, op: str = "Relu", external: bool = False) -> None:
+    """x float32 -> cast -> 3x3 convolution in ``dtype`` -> ``op`` -> cast -> y float32."""
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    weight = np.random.default_rng(0).standard_normal((4, 4, 3, 3)).astype(dtype)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["x_in"], to=kind),
+        helper.make_node("Conv", ["x_in", "weight"], ["h"], pads=[1, 1, 1, 1]),
+        helper.make_node(op, ["h"], ["a"]),
+        helper.make_node("Cast", ["a"], ["y"], to=TensorProto.FLOAT),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, SHAPE) for name in "xy")
+    graph = helper.make_graph(nodes, "conv", [x], [y], [numpy_helper.from_array(weight, "weight")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, path, save_as_external_data=external, location=f"{path.name}.data", size_threshold=0)
+
+
+def conv_spec(name: str) -> StageSpec:
+    return StageSpec(
+        name=name,
+        inputs=(TensorSpec(name="x", dtype="float32", shape=SHAPE),),
+        outputs=(TensorSpec(name="y", dtype="float32", shape=SHAPE),),
+    )
+
+
+def write_bundle(root: Path, precision: str = "fp16") -> Bundle:
+    """Write the manifest for the ONNX files that lie under ``root`` and open the bundle."""
+    stages = tuple(
+        Stage(spec=conv_spec(path.parent.name), path=f"{path.parent.name}/model.onnx", precision=precision, opset=20,
+              parity=PARITY)
+        for path in sorted(root.glob("*/model.onnx"))
+    )  # fmt: skip
+    files = {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.glob("*/model.onnx*"))
+    }
+    manifest = Manifest(
+        schema_version=1, producer="tests", layout="onestep", precision=precision, batch=1,
+        base_model=ModelInfo(name="tiny", sha256="0" * 64), adaptor=None,
+        one_step=OneStep(prediction_type="epsilon", timestep=999, alpha_bar=0.0047, scaling_factor=1.0,
+                         latent_shape=(4, 8, 8), height=8, width=8),
+        stages=stages, end_to_end=PARITY, files=files,
+    )  # fmt: skip
+    (root / MANIFEST).write_text(manifest.model_dump_json())
+    return Bundle.open(root)

@@ -1,0 +1,229 @@
+"""Real TensorRT-RTX builds of tiny graphs, without a GPU."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from hipa_deploy.engines import build as build_module
+from hipa_deploy.engines import build_worker
+from hipa_deploy.engines.build import build_bundle, explain_failure, locked, run_worker
+from hipa_deploy.engines.build_worker import Job
+from hipa_deploy.engines.device import find_gpu
+from hipa_deploy.engines.engine import BuildOptions, read_sidecar
+from hipa_deploy.errors import HipaError, MissingDependencyError
+
+trt = pytest.importorskip("tensorrt_rtx")
+no_gpu = pytest.mark.skipif(find_gpu() is not None, reason="a GPU is here")
+QUIET = Console(file=io.StringIO())
+
+
+def build(bundle, **more):
+    return build_bundle(bundle, backend="rtx", console=QUIET, **more)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+
+
+@no_gpu
+def test_builds_every_stage_then_finds_them_up_to_date(make_bundle):
+    bundle = make_bundle()
+    built = build(bundle)
+    assert [(engine.stage, engine.up_to_date) for engine in built] == [("unet", False), ("vae_decoder", False)]
+    for engine in built:
+        assert engine.path.parent == bundle.root / "engines" / "rtx-portable"
+        assert engine.path.stat().st_size == engine.sidecar.engine_bytes > 10_000
+        assert engine.sidecar == read_sidecar(engine.path.with_suffix(".json"))
+        assert engine.sidecar.key.compute_capabilities == (86, 89, 120)
+        assert engine.sidecar.precision_check.by == "network types"
+        assert engine.sidecar.precision_check.float16 == 1
+        assert engine.sidecar.build_peak_mib > 50
+    assert built[1].sidecar.key.external_sha256 == (bundle.manifest.files["vae_decoder/model.onnx.data"],)
+    before = names(bundle.root / "engines")
+    again = build(bundle)
+    assert all(engine.up_to_date for engine in again)
+    assert names(bundle.root / "engines") == before
+
+
+def test_options_reach_the_builder_and_the_key(make_bundle):
+    bundle = make_bundle(stages=("unet",))
+    options = BuildOptions(optimization_level=0, workspace_mib=64, max_aux_streams=0)
+    (first,) = build(bundle, target="rtx40", options=options)
+    (second,) = build(bundle, target="rtx40", options=BuildOptions(optimization_level=1))
+    assert first.sidecar.key.options == options
+    assert first.path.parent.name == "rtx-rtx40"
+    assert first.path.name != second.path.name
+    assert first.path.is_file()
+
+
+def test_a_damaged_engine_is_built_again(make_bundle):
+    bundle = make_bundle(stages=("unet",))
+    (first,) = build(bundle, target="rtx40")
+    first.path.write_bytes(first.path.read_bytes()[:-1])
+    (second,) = build(bundle, target="rtx40")
+    assert not second.up_to_date
+    assert second.path == first.path
+
+
+@pytest.mark.parametrize(("dtype", "asked", "found"), [(np.float32, "fp16", "fp32"), (np.float16, "fp32", "fp16")])
+def test_a_graph_of_another_precision_is_refused(make_bundle, dtype, asked, found):
+    bundle = make_bundle(dtype=dtype, precision=asked, stages=("unet",))
+    with pytest.raises(
+        HipaError, match=rf"^unet: the ONNX graph is not {asked}: 1 of 1 .* are {found}.*--dtype {asked}"
+    ):
+        build(bundle, target="rtx40")
+    assert names(bundle.root / "engines") == []
+
+
+def test_an_operator_tensorrt_does_not_know_is_named(make_bundle):
+    bundle = make_bundle(dtype=np.float32, precision="fp32", op="Det", stages=("unet",))
+    with pytest.raises(HipaError, match=r"unet: .*Det") as caught:
+        build(bundle, target="rtx40")
+    assert "\n" not in str(caught.value)
+    assert names(bundle.root / "engines") == []
+
+
+def test_a_corrupt_bundle_is_not_built(make_bundle):
+    bundle = make_bundle()
+    bundle.stage_path("unet").write_bytes(b"x")
+    with pytest.raises(HipaError, match="corrupt"):
+        build(bundle)
+    assert not (bundle.root / "engines").exists()
+
+
+def test_progress_rises_to_one(make_bundle, tmp_path):
+    bundle, events = make_bundle(stages=("unet",)), []
+    job = Job(
+        flavour="rtx",
+        onnx=bundle.stage_path("unet"),
+        out=tmp_path / "out",
+        precision="fp16",
+        compute_capabilities=(89,),
+        options=BuildOptions(),
+        timing_cache=None,
+    )
+    outcome = run_worker(job, events.append)
+    fractions = [event.fraction for event in events]
+    assert fractions == sorted(fractions)
+    assert len(set(fractions)) > 5
+    assert fractions[-1] == 1.0
+    assert outcome.seconds > 0
+
+
+def test_a_timing_cache_is_refused_where_it_does_nothing(make_bundle, tmp_path):
+    with pytest.raises(HipaError, match="TensorRT-RTX has no timing cache"):
+        build(make_bundle(), options=BuildOptions(timing_cache=tmp_path / "cache"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_foreign_timing_cache_is_refused_and_an_absent_one_made(tmp_path):
+    config = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR)).create_builder_config()
+    path = tmp_path / "caches" / "new.cache"
+    for _ in range(2):  # absent, then its own
+        build_worker._load_timing_cache(config, path)
+        build_worker._save_timing_cache(config, path)
+    path.write_bytes(b"somebody's photograph")
+    with pytest.raises(HipaError, match=r"new\.cache is not a timing cache of this device"):
+        build_worker._load_timing_cache(config, path)
+    assert path.read_bytes() == b"somebody's photograph"
+
+
+def test_two_builds_at_once_are_refused(make_bundle):
+    bundle = make_bundle(stages=("unet",))
+    code = "import sys, time; from pathlib import Path; from hipa_deploy.engines.build import locked\n"
+    code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
+    folder = bundle.root / "engines" / "rtx-rtx40"
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(HipaError, match=rf"another build \(process {other.pid}\)"):
+            build(bundle, target="rtx40")
+        other.kill()
+    with locked(folder):  # a lock whose holder died is free
+        assert (folder / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_lock_clears_what_a_killed_build_left(tmp_path):
+    (tmp_path / ".unet-0.engine.tmp").write_bytes(b"half")
+    with locked(tmp_path):
+        assert names(tmp_path) == []
+
+
+def test_interrupting_stops_the_worker_and_leaves_nothing(make_bundle, monkeypatch):
+    bundle, workers = make_bundle(stages=("unet",)), []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: workers.append(popen(*args, **more)) or workers[-1])
+
+    def interrupt(event):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_module, "_reporter", lambda bar, task: interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build(bundle, target="rtx40")
+    assert workers[-1].poll() is not None
+    assert names(bundle.root / "engines") == []
+
+
+def test_ctrl_c_in_the_terminal_stops_a_whole_build(make_bundle):
+    bundle = make_bundle(stages=("unet",))
+    code = "import sys; from pathlib import Path; from hipa_deploy.bundle import Bundle\n"
+    code += "from hipa_deploy.engines.build import build_bundle\n"
+    code += "build_bundle(Bundle.open(Path(sys.argv[1])), backend='rtx', target='rtx40')"
+    folder = bundle.root / "engines"
+    with subprocess.Popen([sys.executable, "-c", code, str(bundle.root)], stderr=subprocess.DEVNULL) as process:
+        while not (folder / "rtx-rtx40" / ".lock").exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+    assert process.returncode != 0
+    assert [name for name in names(folder) if name.endswith(".tmp")] == []
+
+
+def test_a_killed_worker_is_explained(make_bundle, monkeypatch):
+    bundle = make_bundle(stages=("unet",))
+    monkeypatch.setattr(build_module, "WORKER", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"))
+    with pytest.raises(HipaError, match="unet: the build was killed by SIGKILL"):
+        build(bundle, target="rtx40")
+    assert names(bundle.root / "engines") == []
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "expected"),
+    [
+        (-9, "", "the build was killed by SIGKILL (out of memory?)."),
+        (-11, "[E] x", "the build was killed by SIGSEGV."),
+        (1, "[W] w\n[E] first\n[E] In node 3: Det\nTraceback\nX: y", "In node 3: Det"),
+        (1, "Traceback\nValueError: y\n", "ValueError: y"),
+        (1, "", "the build ended with status 1."),
+    ],
+)
+def test_failures_are_one_line(status, log, expected):
+    assert explain_failure(status, log) == expected
+
+
+def test_missing_packages_give_the_pip_command(make_bundle, monkeypatch):
+    bundle = make_bundle(stages=("unet",))
+    with pytest.raises(MissingDependencyError, match=r"tensorrt is not installed.*hipa-deploy\[tensorrt\]"):
+        build_bundle(bundle, backend="tensorrt", console=QUIET)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"polygraphy.*hipa-deploy\[rtx\]"):
+        build(bundle)
+    with pytest.raises(HipaError, match=r"'onnxruntime' has no engines. Expected one of: tensorrt, rtx"):
+        build_bundle(bundle, backend="onnxruntime", console=QUIET)
+
+
+def test_the_worker_never_loads_torch_or_onnx(make_bundle):
+    code = "import sys, hipa_deploy.engines.build_worker, polygraphy.backend.trt\n"
+    code += "print([n for n in ('torch', 'onnx', 'diffusers', 'transformers') if n in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(answer.stdout.replace("'", '"')) == []

@@ -1,0 +1,90 @@
+"""The commands and their options, pinned: a change here is a change for every user's script."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from hipa_deploy.cli import app, main
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+SURFACE = {
+    "train": {"--out", "--recipe", "--model", "--from", "--steps"},
+    "export": {
+        "--out", "--model", "--adaptor", "--adaptor-scale", "--dtype", "--layout", "--height", "--width", "--batch",
+        "--build",
+    },
+    "build": {"--backend", "--target"},
+    "generate": {"--out", "--seed", "--count", "--backend", "--truncate"},
+    "profile": {"--runs", "--backend", "--json"},
+    "evaluate": {"--adaptor", "--model", "--recipe", "--prompts", "--images", "--json"},
+    "doctor": {"--json"},
+    "demo": {"--out", "--quick"},
+}  # fmt: skip
+
+
+def commands() -> dict:
+    return get_command(app).commands
+
+
+def test_commands_and_options() -> None:
+    found = {
+        name: {o for p in command.params if p.param_type_name == "option" for o in p.opts} - {"--help"}
+        for name, command in commands().items()
+    }
+    assert found == SURFACE
+
+
+def test_every_command_and_option_has_a_help_text() -> None:
+    for name, command in commands().items():
+        assert command.help, name
+        for parameter in command.params:
+            assert parameter.help, f"{name} {parameter.name}"
+
+
+def test_every_verb_has_an_entry_point() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"hipa": "hipa_deploy.cli:main"} | {
+        f"hipa-{verb}": f"hipa_deploy.cli:{verb}_main" for verb in SURFACE
+    }
+
+
+@pytest.mark.parametrize("verb", SURFACE)
+def test_installed_script_answers(verb: str) -> None:
+    script = Path(sys.executable).with_name(f"hipa-{verb}")
+    result = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+    assert f"hipa {verb}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "No such command"),
+        (["generate", "emoji"], "Missing argument"),
+        (["generate", "emoji", "apple", "--count", "many"], "--count"),
+        (["generate", "emoji", "apple", "--nope"], "--nope"),
+        (["generate", "/no/such", "apple"], "no hipa.json"),
+        (["generate", "emoji", "apple", "--backend", "vulkan"], "vulkan"),
+        (["generate", "emoji", "apple", "--out", "x.jpg"], ".png"),
+        (["generate", "emoji", "apple", "--out", "x.png", "--count", "2"], "one file"),
+        (["export", "--model", "/no/such", "--out", "x", "--dtype", "int3"], "--dtype"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hipa_deploy.train.frequency import edge_loss, fourier_loss, high_frequency_energy, high_pass, sobel
+
+
+def wave(cycles: int, size: int = 32) -> torch.Tensor:
+    """A horizontal cosine of amplitude 1, [1, 1, size, size]."""
+    return torch.cos(2 * math.pi * cycles * torch.arange(size) / size).expand(1, 1, size, size).double()
+
+
+def test_high_pass_is_zero_at_the_mean_and_one_far_out() -> None:
+    mask = high_pass(16, 16, radius=0.2)
+    assert mask[0, 0] == 0
+    assert mask[8, 8] == pytest.approx(1, abs=1e-6)
+    assert mask[0, 2] == pytest.approx(1 - math.exp(-(0.25**2) / (2 * 0.2**2)))
+
+
+@pytest.mark.parametrize("cycles", [1, 4, 11])
+def test_fourier_loss_of_a_wave(cycles: int) -> None:
+    # Two conjugate coefficients of 32 / 2 each under the orthonormal transform, over 32 * 32 places.
+    gain = 1 - math.exp(-((2 * cycles / 32) ** 2) / (2 * 0.2**2))
+    assert fourier_loss(wave(cycles), torch.zeros(1, 1, 32, 32)) == pytest.approx(gain * 2 * 16 / 1024, rel=1e-5)
+
+
+def test_brightness_does_not_matter_and_phase_does() -> None:
+    image = torch.rand(1, 3, 16, 16, dtype=torch.float64)
+    assert fourier_loss(image, image + 0.3) == pytest.approx(0, abs=1e-12)
+    assert edge_loss(image, image + 0.3) == pytest.approx(0, abs=1e-12)
+    assert fourier_loss(image, image.roll(1, dims=3)) > 0.01
+
+
+def test_sobel_of_a_ramp_is_its_slope() -> None:
+    ramp = (0.1 * torch.arange(8.0)).expand(1, 2, 6, 8)
+    responses = sobel(ramp)
+    assert responses.shape == (1, 4, 4, 6)
+    assert torch.allclose(responses[:, 0::2], torch.tensor(0.1))
+    assert torch.allclose(responses[:, 1::2], torch.tensor(0.0), atol=1e-6)
+    assert edge_loss(ramp, torch.zeros_like(ramp)) == pytest.approx(0.05)
+
+
+def test_energy_follows_parseval() -> None:
+    image = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    tiny_radius = 1e-3  # H = 1 everywhere but at the mean
+    centred = image - image.mean(dim=(2, 3), keepdim=True)
+    assert torch.allclose(high_frequency_energy(image, tiny_radius), centred.square().mean(dim=(1, 2, 3)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(height=st.integers(3, 20), width=st.integers(3, 20), radius=st.floats(0.05, 1))
+def test_losses_are_symmetric_and_zero_only_at_equality(height: int, width: int, radius: float) -> None:
+    x, y = torch.rand(2, 1, 1, height, width, dtype=torch.float64)
+    assert fourier_loss(x, x, radius) == edge_loss(x, x) == 0
+    assert fourier_loss(x, y, radius) > 0
+    assert fourier_loss(x, y, radius) == pytest.approx(float(fourier_loss(y, x, radius)))
+
+
+@pytest.mark.parametrize("loss", [fourier_loss, edge_loss])
+def test_gradients(loss) -> None:
+    torch.manual_seed(0)
+    image = torch.rand(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    target = torch.rand(1, 2, 5, 6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: loss(x, target), image)
+
+
+def test_gradient_at_equality_is_finite() -> None:
+    image = torch.rand(1, 3, 8, 8, requires_grad=True)
+    (fourier_loss(image, image.detach()) + edge_loss(image, image.detach())).backward()
+    assert torch.isfinite(image.grad).all()

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.train import loop
+from hipa_deploy.train.adaptor import METADATA, WEIGHTS
+from hipa_deploy.train.loop import batch_rows, interruptible, learning_rate, train_adaptor
+from hipa_deploy.train.recipe import OptimiserSettings, Recipe
+
+QUIET = Console(file=io.StringIO())
+
+
+def train(recipe: Recipe, model_dir: Path, out: Path, cache: Path, **more: Any) -> dict[str, torch.Tensor]:
+    """The weights after training."""
+    folder = train_adaptor(recipe, model_dir, out, cache=cache, console=QUIET, device="cpu", **more)
+    return load_file(folder / WEIGHTS)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch):
+    """Press Ctrl-C during the given step."""
+    original = loop.batch_rows
+
+    def arm(step: int | None) -> None:
+        def rows(count: int, batch: int, seed: int, now: int) -> torch.Tensor:
+            if now + 1 == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(count, batch, seed, now)
+
+        monkeypatch.setattr(loop, "batch_rows", rows)
+
+    return arm
+
+
+def test_resumed_equals_unbroken(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after) -> None:
+    unbroken = train(recipe, model_dir, tmp_path / "unbroken", cache)
+    for step in (1, 3):
+        stop_after(step)
+        with pytest.raises(HipaError, match=f"stopped at step {step} of 4. Run the same command to resume"):
+            train(recipe, model_dir, tmp_path / "broken", cache)
+        assert not (tmp_path / "broken").exists()
+    stop_after(None)
+    assert same(train(recipe, model_dir, tmp_path / "broken", cache), unbroken)
+    assert same(train(recipe, model_dir, tmp_path / "again", cache), unbroken)
+    reseeded = recipe.model_copy(update={"seed": 1})
+    assert not same(train(reseeded, model_dir, tmp_path / "reseeded", cache), unbroken)
+
+
+def test_what_a_run_leaves(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path) -> None:
+    weights = train(recipe, model_dir, tmp_path / "adaptor", cache)
+    assert any(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name or "lora.up" in name)
+    metadata = json.loads((tmp_path / "adaptor" / METADATA).read_text())
+    assert (metadata["rank"], metadata["alpha"], metadata["timestep"]) == (2, 2, 999)
+    assert metadata["recipe"]["teacher"]["guidance"] == 5.0
+    run = tmp_path / "adaptor.run"
+    assert {path.name for path in run.iterdir()} == {"state.pt", "samples", "tensorboard"}
+    assert {path.name for path in (run / "samples").iterdir()} == {"step-00000002.png", "step-00000004.png"}
+    assert Image.open(run / "samples" / "step-00000004.png").size == (3 * 34, 2 * 34)
+    with pytest.raises(HipaError, match="is not empty"):
+        train(recipe, model_dir, tmp_path / "adaptor", cache)
+
+
+def test_v_prediction_and_a_start_from_another_adaptor(
+    recipe: Recipe, v_model_dir: Path, model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    first = train(recipe, v_model_dir, tmp_path / "first", cache)
+    short = recipe.model_copy(update={"steps": 1, "gradient_checkpointing": True})
+    tiny_rate = short.model_copy(update={"optimiser": OptimiserSettings(learning_rate=1e-9)})
+    second = train(tiny_rate, v_model_dir, tmp_path / "second", cache, initial_adaptor=tmp_path / "first")
+    assert all(torch.allclose(second[name], first[name], atol=1e-6) for name in first)
+    with pytest.raises(HipaError, match="trained on another base model"):
+        train(short, model_dir, tmp_path / "third", cache, initial_adaptor=tmp_path / "first")
+
+
+def test_loss_goes_down(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch) -> None:
+    totals = []
+    monkeypatch.setattr(loop.Run, "check_finite", lambda run, loss, norm: totals.append(loss))
+    longer = {
+        "steps": 12,
+        "batch": 6,
+        "sample_every": 12,
+        "checkpoint_every": 12,
+        "loss": recipe.loss.model_copy(update={"latent_warmup_steps": 0}),
+    }
+    train(recipe.model_copy(update=longer), model_dir, tmp_path / "adaptor", cache)
+    assert totals[-1] < 0.9 * totals[0]
+
+
+def test_gradient_checkpointing_changes_nothing(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path) -> None:
+    short = recipe.model_copy(update={"steps": 2})
+    plain = train(short, model_dir, tmp_path / "plain", cache)
+    frugal = short.model_copy(update={"gradient_checkpointing": True})
+    weights = train(frugal, model_dir, tmp_path / "frugal", cache)
+    assert all(torch.allclose(weights[name], plain[name], atol=1e-5) for name in plain)
+
+
+def test_another_recipe_does_not_resume(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
+) -> None:
+    stop_after(1)
+    with pytest.raises(HipaError, match="stopped"):
+        train(recipe, model_dir, tmp_path / "adaptor", cache)
+    stop_after(None)
+    changed = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"hf_weight": 2.0})})
+    with pytest.raises(HipaError, match=r"another recipe: loss.hf_weight was 1.0, is 2.0"):
+        train(changed, model_dir, tmp_path / "adaptor", cache)
+    (tmp_path / "adaptor.run" / "state.pt").write_bytes(b"PK")
+    with pytest.raises(HipaError, match="is damaged"):
+        train(recipe, model_dir, tmp_path / "adaptor", cache)
+
+
+def test_divergence_stops_and_keeps_the_checkpoint(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch
+) -> None:
+    original = loop.one_step_latents
+    calls = []
+
+    def explode(*args: Any, **constants: Any) -> torch.Tensor:
+        calls.append(1)
+        latents = original(*args, **constants)
+        return latents * float("nan") if len(calls) == 5 else latents  # base samples, 1, 2, samples, 3
+
+    monkeypatch.setattr(loop, "one_step_latents", explode)
+    with pytest.raises(HipaError, match=r"diverged: loss nan.*at step 3. The checkpoint of step 2 is kept"):
+        train(recipe, model_dir, tmp_path / "adaptor", cache)
+    assert torch.load(tmp_path / "adaptor.run" / "state.pt", weights_only=True)["step"] == 2
+    assert not (tmp_path / "adaptor").exists()
+
+
+def test_batches_depend_on_seed_and_step() -> None:
+    assert torch.equal(batch_rows(100, 8, 0, 5), batch_rows(100, 8, 0, 5))
+    assert not torch.equal(batch_rows(100, 8, 0, 5), batch_rows(100, 8, 0, 6))
+    assert len(set(batch_rows(8, 8, 0, 0).tolist())) == 8
+    assert len(batch_rows(2, 8, 0, 0)) == 8
+
+
+def test_learning_rate() -> None:
+    settings = OptimiserSettings(learning_rate=1.0, warmup_steps=4, decay="cosine")
+    assert [learning_rate(settings, step, 104) for step in (0, 3)] == [0.25, 1.0]
+    assert learning_rate(settings, 54, 104) == pytest.approx(0.505)
+    assert learning_rate(settings, 104, 104) == pytest.approx(0.01)
+    assert learning_rate(OptimiserSettings(learning_rate=1.0), 50, 100) == 1.0
+
+
+def test_second_interrupt_is_immediate() -> None:
+    with pytest.raises(KeyboardInterrupt), interruptible() as stop:  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(1)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interruptible_outside_the_main_thread() -> None:
+    failures = []
+
+    def work() -> None:
+        try:
+            with interruptible() as stop:
+                failures.extend([1] if stop.is_set() else [])
+        except ValueError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failures == []

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.train.recipe import SHIPPED, Recipe, load_recipe, read_prompts
+
+MINIMAL = 'prompts = "words.txt"\nsteps = 5\n[teacher]\npairs = 3\n'
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_and_state_their_command(path: Path) -> None:
+    assert load_recipe(path.stem) == load_recipe(path)
+    assert path.read_text().startswith("# hipa-train ")
+    assert "Expected cost" in path.read_text()
+
+
+def test_prompts_are_relative_to_the_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    (tmp_path / "words.txt").write_text("a cat\n\n  a dog \na cat\n")
+    assert read_prompts(recipe, tmp_path / "model") == ["a cat", "a dog"]
+
+
+def test_overrides_reach_into_tables(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL), {"steps": 7, "teacher.pairs": 9, "loss.hf_weight": 0})
+    assert (recipe.steps, recipe.teacher.pairs, recipe.loss.hf_weight) == (7, 9, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "pears = 3\n", "unknown key 'teacher.pears'"),
+        ("stepz = 3\n" + MINIMAL, "unknown key 'stepz'"),
+        (MINIMAL.replace("pairs", "steps"), "key 'teacher.pairs' is missing"),
+        (MINIMAL.replace("5", "-5"), "steps = -5: input should be greater than or equal to 1"),
+        (MINIMAL.replace("5", '"many"'), "steps = 'many'"),
+        (MINIMAL + "[adaptor]\npreset = 'big'\n", "adaptor.preset = 'big'.*'paper' or 'full'"),
+        (MINIMAL + "[adaptor]\nrank = 0\nalpha = 0\n", "adaptor.rank = 0.*and 1 more"),
+        ("prompts = ", "cannot be read"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(HipaError, match=message) as error:
+        load_recipe(write(tmp_path, text))
+    assert "\n" not in str(error.value)
+
+
+def test_override_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(HipaError, match=r"unknown key 'teacher.pear'"):
+        load_recipe(write(tmp_path, MINIMAL), {"teacher.pear": 1})
+    with pytest.raises(HipaError, match=r"'steps.x' .*'steps' is not a table"):
+        load_recipe(write(tmp_path, MINIMAL), {"steps.x": 1})
+
+
+def test_unknown_recipe_lists_the_shipped_ones() -> None:
+    with pytest.raises(HipaError, match=r"Expected a .toml file or one of: .*emoji"):
+        load_recipe("emojis")
+
+
+def test_bad_prompt_files(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(HipaError, match="cannot be read: No such file"):
+        read_prompts(recipe, tmp_path)
+    (tmp_path / "prompts.txt").write_text("\n \n")
+    with pytest.raises(HipaError, match="is empty"):
+        read_prompts(recipe, tmp_path)
+    (tmp_path / "prompts.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(HipaError, match=r"is not UTF-8 \(byte 3\)"):
+        read_prompts(recipe, tmp_path)
+
+
+def test_every_field_is_described() -> None:
+    def undescribed(model: type, prefix: str = "") -> list[str]:
+        missing = []
+        for name, field in model.model_fields.items():
+            missing += [] if field.description else [prefix + name]
+            if hasattr(field.annotation, "model_fields"):
+                missing += undescribed(field.annotation, f"{prefix}{name}.")
+        return missing
+
+    assert undescribed(Recipe) == []
