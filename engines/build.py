@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.util
 import os
@@ -96,18 +97,9 @@ def _build_stage(
     if (found := up_to_date(path, key)) is not None:
         bar.update(task, completed=1.0, phase="up to date")
         return BuiltEngine(stage, engine_path(path), found, up_to_date=True)
-    scratch = folder / f".{engine_path(path).name}.tmp"
-    job = Job(
-        flavour=key.flavour,
-        onnx=bundle.stage_path(stage).resolve(),
-        out=scratch.resolve(),
-        precision=key.precision,
-        compute_capabilities=key.compute_capabilities,
-        options=options,
-        timing_cache=options.timing_cache and options.timing_cache.resolve(),
-    )
+    scratch = folder / f".{path.stem}-{os.getpid()}.tmp"
     try:
-        outcome = run_worker(job, _reporter(bar, task))
+        outcome = run_worker(_job(bundle.stage_path(stage), key, scratch, options), _reporter(bar, task))
         sidecar = _keep(scratch, path, stage, key, outcome)
     except HipaError as error:
         raise HipaError(f"{stage}: {error}") from None
@@ -115,6 +107,18 @@ def _build_stage(
         scratch.unlink(missing_ok=True)
     bar.update(task, completed=1.0, phase="built")
     return BuiltEngine(stage, engine_path(path), sidecar, up_to_date=False)
+
+
+def _job(onnx: Path, key: EngineKey, out: Path, options: BuildOptions) -> Job:
+    return Job(
+        flavour=key.flavour,
+        onnx=onnx.resolve(),
+        out=out.resolve(),
+        precision=key.precision,
+        compute_capabilities=key.compute_capabilities,
+        options=options,
+        timing_cache=options.timing_cache and options.timing_cache.resolve(),
+    )
 
 
 def up_to_date(path: Path, key: EngineKey) -> Sidecar | None:
@@ -157,7 +161,7 @@ def run_worker(job: Job, report: Report) -> Outcome:
             report(event)
             outcome, error = event.outcome or outcome, event.error or error
         status = process.wait()
-        if outcome is None or status != 0:
+        if outcome is None:
             log.seek(0)
             raise HipaError(error or explain_failure(status, log.read()))
     return outcome
@@ -175,9 +179,10 @@ def _worker(job: Job, log: IO[str]) -> Iterator[subprocess.Popen[str]]:
         start_new_session=True,  # a terminal's Ctrl-C reaches us alone, and we stop the worker
     )
     try:
-        if process.stdin is not None:
-            process.stdin.write(job.model_dump_json())
-            process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it died at once: its status and log say why
+            if process.stdin is not None:
+                process.stdin.write(job.model_dump_json())
+                process.stdin.close()
         yield process
     finally:
         _stop(process)

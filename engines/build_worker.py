@@ -149,10 +149,11 @@ def _monitor(trt: ModuleType, send: Send) -> Any:
     """An ``IProgressMonitor`` that sends an event for every percent."""
     phases = PhaseTree()
     sent = -1
+    base: Any = trt.IProgressMonitor
 
-    class Monitor(trt.IProgressMonitor):
+    class Monitor(base):
         def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)  # pybind11 refuses super() here
+            base.__init__(self)  # pybind11 wants it called by name
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             phases.start(phase_name, parent_phase, num_steps)

@@ -7,6 +7,7 @@ differs stays here: the module's name, and the compute capabilities that TensorR
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -56,6 +57,26 @@ def load_tensorrt(flavour: Flavour) -> ModuleType:
 
 def _reinstall(package: str) -> str:
     return f"Run: pip install --force-reinstall {package}"
+
+
+@cache
+def recording_logger(trt: ModuleType) -> Any:
+    """A TensorRT logger that prints nothing and keeps the latest error in ``last``.
+
+    One for the whole process: TensorRT keeps the first that it is given.
+    """
+    base: Any = trt.ILogger
+
+    class Recorder(base):
+        def __init__(self) -> None:
+            base.__init__(self)  # pybind11 wants it called by name
+            self.last = "no reason given"
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.Logger.ERROR, trt.Logger.INTERNAL_ERROR):
+                self.last = message.strip().rstrip(".")
+
+    return Recorder()
 
 
 def compilable(trt: ModuleType) -> tuple[int, ...]:

@@ -49,7 +49,10 @@ def read_back(trt: ModuleType, logger: Any, engine: Any) -> PrecisionCheck | Non
 
 def parse_inspector(text: str) -> PrecisionCheck | None:
     """The inspector's JSON of TensorRT 10 ('Format/Datatype') or 11 ('DataType'); None without types in it."""
-    types = [kind for tensor in _outputs(json.loads(text)) if (kind := _type_of(tensor))]
+    try:
+        types = [kind for tensor in _outputs(json.loads(text)) if (kind := _type_of(tensor))]
+    except ValueError:
+        return None
     if not types:
         return None
     return PrecisionCheck(by="inspector", float16=types.count("fp16"), float32=types.count("fp32"))

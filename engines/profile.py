@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Literal
@@ -101,8 +101,7 @@ def profile_pipeline(
     """
     if not 1 <= runs <= MAX_RUNS or not 0 <= warmup <= MAX_RUNS:
         raise HipaError(f"got {runs} runs and {warmup} of warm-up. Expected 1 to {MAX_RUNS} and 0 to {MAX_RUNS}.")
-    numbers = track(range(1 + warmup + runs), "profiling", console=console or Console(stderr=True), transient=True)
-    samples = [_time_run(pipeline, prompt, number) for number in numbers]
+    samples = [_time_run(pipeline, prompt, number) for number in _counted(1 + warmup + runs, console)]
     first, steady = samples[0], samples[1 + warmup :]
     stats = {name: summarise([run[name] for run in steady], first.get(name)) for name in steady[0]}
     conditions = _conditions(pipeline, prompt)
@@ -116,6 +115,12 @@ def profile_pipeline(
         peak_rss_mib=peak_rss_mib(),
         conditions=conditions,
     )
+
+
+def _counted(total: int, console: Console | None) -> Iterable[int]:
+    """0 to ``total``, with a progress bar that is redrawn seldom: drawing takes time from what is timed."""
+    screen = console or Console(stderr=True)
+    return track(range(total), "profiling", console=screen, transient=True, refresh_per_second=1)
 
 
 def _time_run(pipeline: OneStepPipeline, prompt: str | None, number: int) -> dict[str, float]:

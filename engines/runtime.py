@@ -14,7 +14,7 @@ import numpy as np
 
 from hipa_deploy.bundle import StageSpec, TensorSpec
 from hipa_deploy.engines.cuda import call, load_cudart
-from hipa_deploy.engines.flavour import Flavour, load_tensorrt
+from hipa_deploy.engines.flavour import Flavour, load_tensorrt, recording_logger
 from hipa_deploy.errors import HipaError
 from hipa_deploy.runners import check_inputs
 
@@ -68,7 +68,7 @@ class TensorRTRunner:
         if not self._context.set_tensor_address(tensor.name, device):
             raise HipaError(f"{self.spec.name}: the engine refuses a buffer for {tensor.name}.")
         raw = (ctypes.c_uint8 * size).from_address(pinned)
-        return _Buffer(device, pinned, np.frombuffer(raw, dtype).reshape(tensor.shape))
+        return _Buffer(device, pinned, np.ctypeslib.as_array(raw).view(dtype).reshape(tensor.shape))
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Compute the outputs by name; the arrays belong to the caller.
@@ -84,7 +84,7 @@ class TensorRTRunner:
             self._buffers[name].host[...] = value
             self._copy(name, "cudaMemcpyHostToDevice")
         if not self._context.execute_async_v3(int(self._stream)):
-            raise HipaError(f"{self.spec.name}: TensorRT could not run the engine; its message is above.")
+            raise HipaError(f"{self.spec.name}: TensorRT could not run the engine: {recording_logger(self._trt).last}.")
         for tensor in self.spec.outputs:
             self._copy(tensor.name, "cudaMemcpyDeviceToHost")
         call(self._cudart, "cudaStreamSynchronize", self._stream)
@@ -118,12 +118,11 @@ class TensorRTRunner:
 
 def _deserialise(trt: ModuleType, path: Path) -> tuple[Any, Any]:
     """The runtime and its engine."""
-    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    logger = recording_logger(trt)
+    runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        raise HipaError(
-            f"{path} does not deserialise; TensorRT's message is above. Run hipa-doctor, then hipa-build again."
-        )
+        raise HipaError(f"{path} does not deserialise: {logger.last}. Run hipa-doctor, then hipa-build again.")
     return runtime, engine
 
 

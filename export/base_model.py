@@ -37,7 +37,9 @@ class BaseModel:
         folder = Path(model) if Path(model).exists() else _download(str(model))
         index = folder / "model_index.json"
         if not index.is_file():
-            raise HipaError(f"{folder}: no model_index.json in it. Expected a diffusers StableDiffusionPipeline folder.")
+            raise HipaError(
+                f"{folder}: no model_index.json in it. Expected a diffusers StableDiffusionPipeline folder."
+            )
         _check_kind(folder, json.loads(index.read_text()))
         return cls(folder, folder.resolve().name if Path(model).exists() else str(model))
 
@@ -47,11 +49,11 @@ class BaseModel:
 
     def unet(self) -> UNet2DConditionModel:
         """The UNet. Raises HipaError for kinds that need more than a timestep and one text context."""
-        unet = _load(UNet2DConditionModel, self.folder, "unet")
+        config = UNet2DConditionModel.load_config(self.folder, subfolder="unet")
         for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
-            if getattr(unet.config, key, None) is not None:
-                raise HipaError(f"{self.folder}: the UNet has {key}={unet.config[key]!r}, which is not supported.")
-        return unet
+            if config.get(key) is not None:
+                raise HipaError(f"{self.folder}: the UNet has {key}={config[key]!r}, which is not supported.")
+        return _load(UNet2DConditionModel, self.folder, "unet")
 
     def text_encoder(self) -> CLIPTextModel:
         """The CLIP text encoder."""
@@ -112,7 +114,9 @@ def _download(model: str) -> Path:
 
 def _check_kind(folder: Path, index: dict[str, Any]) -> None:
     if "text_encoder_2" in index:
-        raise HipaError(f"{folder} is {index['_class_name']}: two text encoders are not supported. Use an SD 1.x or 2.x model.")
+        raise HipaError(
+            f"{folder} is {index['_class_name']}: two text encoders are not supported. Use an SD 1.x or 2.x model."
+        )
     for part, expected in PARTS.items():
         found = (index.get(part) or [None, None])[1]
         if found != expected:
@@ -121,10 +125,12 @@ def _check_kind(folder: Path, index: dict[str, Any]) -> None:
 
 def _load(kind: Any, folder: Path, part: str) -> Any:
     try:
-        module = kind.from_pretrained(folder, subfolder=part, torch_dtype=torch.float32, use_safetensors=True)
+        module = kind.from_pretrained(folder, subfolder=part, use_safetensors=True).float()
     except Exception as error:  # a truncated file, a missing file and a wrong shape each raise their own kind
         raise HipaError(f"{folder}/{part} cannot be loaded: {_first_line(error)}") from None
     for name, weight in module.named_parameters():
+        if weight.is_meta:
+            raise HipaError(f"{folder}/{part}: weight {name} is missing from the file. Copy the model again.")
         if not torch.isfinite(weight).all():
             raise HipaError(f"{folder}/{part}: weight {name} holds NaN or infinity. Expected finite weights.")
     return module.requires_grad_(False).eval()

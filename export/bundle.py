@@ -157,7 +157,9 @@ def _write_tokenizer(base: BaseModel, root: Path, batch: int) -> np.ndarray:
     tokens_BL = PromptTokenizer(path)([REFERENCE_PROMPT] * batch)
     expected = fast([REFERENCE_PROMPT], padding="max_length", max_length=length, return_tensors="np").input_ids
     if not np.array_equal(tokens_BL[:1], expected):
-        raise HipaError(f"{base.folder}/tokenizer: tokenizer.json does not agree with transformers. Please report this.")
+        raise HipaError(
+            f"{base.folder}/tokenizer: tokenizer.json does not agree with transformers. Please report this."
+        )
     return tokens_BL
 
 
@@ -226,7 +228,10 @@ def _write_diffusers_index(job: _Export) -> None:
     for part, folder in (("text_encoder", "text_encoder"), ("unet", "unet"), ("vae", "vae_decoder")):
         config = json.loads((job.base.folder / part / "config.json").read_text())
         (job.root / folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    job.base.tokenizer().save_pretrained(job.root / "tokenizer")
+    ours = job.root / "tokenizer/tokenizer.json"  # save_pretrained writes its own, without padding and length
+    content = ours.read_bytes()
+    job.base.tokenizer().save_pretrained(ours.parent)
+    ours.write_bytes(content)
     config = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "steps_offset": 0}
     DDIMScheduler.from_config(job.base.scheduler().config, **config).save_pretrained(job.root / "scheduler")
 

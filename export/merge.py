@@ -33,7 +33,8 @@ def check_base(adaptor: Path, unet_sha256: str) -> None:
     trained_on = read_metadata(adaptor).get("base_unet_sha256")
     if trained_on not in (None, unet_sha256):
         raise HipaError(
-            f"{adaptor} was trained on another model: its UNet's hash is {trained_on[:12]}…, this one's is {unet_sha256[:12]}…"
+            f"{adaptor} was trained on another model: its UNet's hash is {trained_on[:12]}…, "
+            f"this one's is {unet_sha256[:12]}…. Give the model it was trained on."
         )
 
 

@@ -36,7 +36,7 @@ def check(stage: str, got: np.ndarray, expected: np.ndarray, precision: Precisio
     parity = compare(got, expected)
     if parity.psnr_db < MIN_PSNR_DB[precision]:
         raise HipaError(
-            f"{stage} in {precision} is {parity.psnr_db:.1f} dB from PyTorch, expected at least {MIN_PSNR_DB[precision]:.0f} dB. "
-            "Export with --dtype fp32."
+            f"{stage} in {precision} is {parity.psnr_db:.1f} dB from PyTorch, "
+            f"expected at least {MIN_PSNR_DB[precision]:.0f} dB. Export with --dtype fp32."
         )
     return parity

@@ -78,9 +78,7 @@ class GenericUNet(torch.nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(
-        self, sample_BCHW: torch.Tensor, timestep: torch.Tensor, context_BLD: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, sample_BCHW: torch.Tensor, timestep: torch.Tensor, context_BLD: torch.Tensor) -> torch.Tensor:
         """The UNet's own output."""
         return self.unet(sample_BCHW, timestep, context_BLD, return_dict=False)[0]
 
@@ -97,7 +95,9 @@ class GenericDecoder(torch.nn.Module):
         return self.vae.decode(latents_BCHW, return_dict=False)[0]
 
 
-def stage_specs(layout: Layout, precision: Precision, batch: int, step: OneStep, length: int, width: int) -> dict[str, StageSpec]:
+def stage_specs(
+    layout: Layout, precision: Precision, batch: int, step: OneStep, length: int, width: int
+) -> dict[str, StageSpec]:
     """Every stage's inputs and outputs: ``length`` tokens, text ``width``, sizes from ``step``."""
     float_dtype = "float16" if precision == "fp16" else "float32"
     latent_BCHW = (batch, *step.latent_shape)
@@ -109,7 +109,10 @@ def stage_specs(layout: Layout, precision: Precision, batch: int, step: OneStep,
                 [("noise", "float32", latent_BCHW), ("context", float_dtype, context_BLD)],
                 ("latents", "float32", latent_BCHW),
             ),
-            "vae_decoder": ([("latents", "float32", latent_BCHW)], ("images", "uint8", (batch, step.height, step.width, 3))),
+            "vae_decoder": (
+                [("latents", "float32", latent_BCHW)],
+                ("images", "uint8", (batch, step.height, step.width, 3)),
+            ),
         }
     else:
         tables = {

@@ -48,8 +48,8 @@ class StageSpec(_Model):
 class Parity(_Model):
     """A stage in ONNX Runtime on the CPU against the same stage in PyTorch FP32, on the reference inputs.
 
-    ONNX Runtime computes FP16 graphs on a CPU through FP32: this checks the graph and the rounding of the weights, not the
-    arithmetic of a GPU.
+    ONNX Runtime computes FP16 graphs on a CPU through FP32: this checks the graph and the rounding of the weights,
+    not the arithmetic of a GPU.
     """
 
     max_abs: float
@@ -171,4 +171,6 @@ class Bundle:
             if not path.is_file():
                 raise HipaError(f"{path} is missing. Export the bundle again, or copy it whole.")
             if file_sha256(path) != expected:
-                raise HipaError(f"{path} is corrupt: its SHA-256 is not the manifest's. Copy or export the bundle again.")
+                raise HipaError(
+                    f"{path} is corrupt: its SHA-256 is not the manifest's. Copy or export the bundle again."
+                )

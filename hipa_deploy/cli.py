@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -58,8 +59,8 @@ def train(
     out: Annotated[Path, typer.Option(help="Adaptor folder to write.")],
     recipe: Annotated[str, typer.Option(help="A recipe's name (emoji) or a TOML file.")] = "emoji",
     model: ModelOption = "emoji",
-    start: Annotated[Optional[str], typer.Option("--from", help="Adaptor to continue from, or 'emoji'.")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Optimiser steps, in place of the recipe's.")] = None,
+    start: Annotated[str | None, typer.Option("--from", help="Adaptor to continue from, or 'emoji'.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of the recipe's.")] = None,
 ) -> None:
     """Train a HiPA adaptor: base model + prompts -> adaptor folder. To resume, run the same command again."""
     from hipa_deploy.embedded import resolve_adaptor, resolve_model
@@ -76,14 +77,14 @@ def train(
 def export(
     out: Annotated[Path, typer.Option(help="Bundle folder to write.")],
     model: ModelOption,
-    adaptor: Annotated[Optional[str], typer.Option(help="Adaptor folder, or 'emoji' for the embedded one.")] = None,
+    adaptor: Annotated[str | None, typer.Option(help="Adaptor folder, or 'emoji' for the embedded one.")] = None,
     adaptor_scale: Annotated[float, typer.Option(help="1.0 merges the adaptor as it was trained.")] = 1.0,
     dtype: Annotated[Precision, typer.Option(help="Precision inside the graphs.")] = Precision.fp16,
     layout: Annotated[Layout, typer.Option(help="onestep is specialised; generic loads in optimum.")] = Layout.onestep,
-    height: Annotated[Optional[int], typer.Option(help="Pixels; the model's own size by default.")] = None,
-    width: Annotated[Optional[int], typer.Option(help="Pixels; the model's own size by default.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's own size by default.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's own size by default.")] = None,
     batch: Annotated[int, typer.Option(help="Images a call makes, static.")] = 1,
-    build: Annotated[Optional[EngineBackend], typer.Option(help="Compile engines as well.")] = None,
+    build: Annotated[EngineBackend | None, typer.Option(help="Compile engines as well.")] = None,
 ) -> None:
     """Export a one-step bundle: base model (+ adaptor) -> ONNX stages, checked against PyTorch."""
     from hipa_deploy.embedded import resolve_adaptor, resolve_model
@@ -168,7 +169,7 @@ def profile(
     bundle: BundleArgument,
     runs: Annotated[int, typer.Option(help="Timed runs after warm-up.")] = 50,
     backend: BackendOption = "auto",
-    json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the report here.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
 ) -> None:
     """Measure latency: a table a stage and end to end, with the conditions."""
     from hipa_deploy.engines.profile import profile_pipeline, render_table
@@ -187,9 +188,9 @@ def evaluate(
     adaptor: Annotated[str, typer.Option(help="Adaptor folder, or 'emoji' for the embedded one.")] = "emoji",
     model: ModelOption = "emoji",
     recipe: Annotated[str, typer.Option(help="Recipe whose teacher settings to use.")] = "emoji",
-    prompts: Annotated[Optional[Path], typer.Option(help="One a line; the model's held-out ones by default.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="One a line; the model's held-out ones by default.")] = None,
     images: Annotated[int, typer.Option(help="Images to compare.")] = 128,
-    json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the report here.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
 ) -> None:
     """Measure quality: teacher, base in one step and adaptor in one step, on the same prompts and noise."""
     from hipa_deploy.embedded import resolve_adaptor, resolve_model
@@ -207,7 +208,7 @@ def evaluate(
 
 @app.command()
 def doctor(
-    bundle: Annotated[Optional[str], typer.Argument(help="A bundle to check as well, or 'emoji'.")] = None,
+    bundle: Annotated[str | None, typer.Argument(help="A bundle to check as well, or 'emoji'.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what this machine can do, what is missing, and the command that mends it."""
@@ -239,6 +240,8 @@ _UsageError = typer.BadParameter.__bases__[0]
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``hipa``. A user's mistake is one line and exit code 1; a bug keeps its traceback."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # before any import of it: its notes are not for our users
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         code = app(args=arguments, prog_name="hipa", standalone_mode=False)
     except (HipaError, _UsageError) as error:

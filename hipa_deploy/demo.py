@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hipa_deploy.train.recipe import Recipe
 
 MARKER = "demo.json"
+SHEET = "contact_sheet.png"
 IMAGES = 96  # enough for KID-Lite0 to tell base and adaptor apart, few enough for the teacher's 25 steps
 SHEET_ROWS = 12
 
@@ -57,7 +58,7 @@ def _open_folder(out: Path, quick: bool) -> None:
     marker = out / MARKER
     if marker.exists() and json.loads(marker.read_text()) != settings:
         raise HipaError(f"{out} holds a demo with other options. Choose another --out, or remove it.")
-    if not marker.exists() and (out.is_file() or out.is_dir() and any(out.iterdir())):
+    if not marker.exists() and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         raise HipaError(f"{out} is not empty and not a demo's folder. Choose another --out.")
     write_file(marker, json.dumps(settings).encode())
 
@@ -111,7 +112,7 @@ def _compare(out: Path, recipe: Recipe, console: Console) -> str:
     base = one_step_images(embedded.MODEL, None, texts, seeds)
     with OneStepPipeline.load(out / "bundle", backend="onnxruntime") as pipe:
         ours = np.concatenate([pipe(t, seed=s).images_BHWC for t, s in zip(texts, seeds, strict=True)])
-    _write_sheet(out / "contact_sheet.png", [truth, base, ours], texts)
+    _write_sheet(out / SHEET, [truth, base, ours], texts)
     report = quality_report(teacher, truth, {"base": base, "hipa": ours})
     write_file(out / "quality.json", (report.model_dump_json(indent=2) + "\n").encode())
     kids = {name: row.kid_lite0 for name, row in report.rows.items()}
@@ -140,11 +141,11 @@ def _profile(out: Path, console: Console) -> str:
 
 def _tell(out: Path, built: list[Path], quality: str, latency: str, seconds: float, console: Console) -> None:
     console.rule("done")
-    engines = f"{len(built)} TensorRT-RTX engines compiled; none was run: that needs an RTX GPU" if built else (
-        "no engine compiled: TensorRT-RTX is not installed (pip install 'hipa-deploy[rtx]')"
-    )
+    engines = "no engine compiled: TensorRT-RTX is not installed (pip install 'hipa-deploy[rtx]')"
+    if built:
+        engines = f"{len(built)} TensorRT-RTX engines compiled; none was run: that needs an RTX GPU"
     lines = [
-        f"contact sheet: {out / 'contact_sheet.png'} (columns: teacher 25 steps | base 1 step | HiPA 1 step through the bundle)",
+        f"contact sheet: {out / SHEET} (teacher 25 steps | base 1 step | HiPA 1 step through the bundle)",
         quality,
         latency,
         f"engines: {engines}",

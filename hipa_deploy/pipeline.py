@@ -94,7 +94,9 @@ class OneStepPipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not 1 <= count <= MAX_IMAGES:
-            raise HipaError(f"got {len(prompts)} prompts, count {count}. Expected a prompt, 1 <= count <= {MAX_IMAGES}.")
+            raise HipaError(
+                f"got {len(prompts)} prompts, count {count}. Expected a prompt, 1 <= count <= {MAX_IMAGES}."
+            )
         jobs = [(text, seed + i) for text in prompts for i in range(count)]
         images = [self._generate(part, truncate, timer) for part in _chunks(jobs, self.bundle.manifest.batch)]
         texts, seeds = zip(*jobs, strict=True)

@@ -19,7 +19,9 @@ class PromptTokenizer:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust library raises bare Exception
             raise HipaError(f"{path} is not a tokenizer ({error}). Export the bundle again.") from None
-        truncation = self._tokenizer.truncation
+        padding, truncation = self._tokenizer.padding, self._tokenizer.truncation
+        if not padding or not truncation:
+            raise HipaError(f"{path} says nothing of length and padding. Export the bundle again.")
         self.length: int = truncation["max_length"]
         self._tokenizer.no_truncation()
 
@@ -40,7 +42,7 @@ class PromptTokenizer:
         first_cut = encoding.offsets[self.length - 1][0]  # the last place is kept for the end token
         if not truncate:
             raise HipaError(
-                f"the prompt has {len(ids)} tokens, the model reads {self.length}: {prompt[first_cut:].strip()!r} would be "
-                "cut. Shorten it, or pass --truncate (truncate=True)."
+                f"the prompt has {len(ids)} tokens, the model reads {self.length}: "
+                f"{prompt[first_cut:].strip()!r} would be cut. Shorten it, or pass --truncate (truncate=True)."
             )
         return np.asarray([*ids[: self.length - 1], ids[-1]], dtype=np.int64)

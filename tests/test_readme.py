@@ -39,7 +39,9 @@ def test_command_line_parses(line: str) -> None:
     command.make_context(name, arguments)
 
 
-@pytest.mark.parametrize("line", [line for line in hipa_commands() if line.startswith(("hipa-generate emoji", "hipa-doctor"))])
+@pytest.mark.parametrize(
+    "line", [line for line in hipa_commands() if line.startswith(("hipa-generate emoji", "hipa-doctor"))]
+)
 def test_quick_command_runs(line: str, tmp_path: Path) -> None:
     name, *arguments = shlex.split(line)
     subprocess.run([SCRIPTS / name, *arguments], cwd=tmp_path, check=True, capture_output=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +73,16 @@ def add_adaptor(unet: nn.Module, *, targets: tuple[str, ...], rank: int, alpha: 
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(targets)), ADAPTER)
 
 
+@contextmanager
+def without_adaptor(unet: Any) -> Iterator[None]:
+    """The base model's function inside the block; the adaptor is trainable again after it."""
+    unet.disable_adapters()
+    try:
+        yield
+    finally:
+        unet.enable_adapters()
+
+
 def adaptor_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, in the order of the modules."""
     return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
@@ -102,6 +114,7 @@ def save_adaptor(unet: nn.Module, metadata: AdaptorMetadata, schedule: dict[str,
             unet_lora_layers={name: weight.cpu().contiguous() for name, weight in weights.items()},
             unet_lora_adapter_metadata=config,
         )
+        (scratch / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
         one_step_scheduler(schedule, metadata.timestep).save_pretrained(scratch / "scheduler")
         (scratch / METADATA).write_text(metadata.model_dump_json(indent=2) + "\n")
     return out

@@ -8,7 +8,7 @@ so a model trained with it has an advantage over one that is not: give the paire
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -40,10 +40,6 @@ class Quality:
     kid_lite0: float
     distance: float
     high_frequency_ratio: float
-
-    def as_dict(self) -> dict[str, float]:
-        """For JSON and tables."""
-        return asdict(self)
 
 
 def compare(images_NHWC: np.ndarray, teacher_NHWC: np.ndarray) -> Quality:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import TextColumn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -32,13 +31,14 @@ from hipa_deploy.train.adaptor import (
     read_metadata,
     save_adaptor,
     unet_sha256,
+    without_adaptor,
 )
 from hipa_deploy.train.base_model import DiffusionModel, to_uint8
 from hipa_deploy.train.loss import HipaLoss
 from hipa_deploy.train.one_step import one_step_latents
 from hipa_deploy.train.pairs import lookup, prompt_contexts, teacher_pairs
 from hipa_deploy.train.perceptual import DistsLike
-from hipa_deploy.train.progress import progress_bar
+from hipa_deploy.train.progress import ProgressBar
 from hipa_deploy.train.recipe import LossSettings, OptimiserSettings, Recipe, read_prompts
 
 # What may change between two sittings of one run.
@@ -73,24 +73,8 @@ def train_adaptor(
     metadata = _metadata(recipe, model, prompts)
     step_constants = {k: getattr(metadata, k) for k in ("timestep", "alpha_bar", "prediction_type")}
 
-    # Teacher pairs: the same noise leads to the student's image and to the teacher's.
-    context = prompt_contexts(model, prompts)
-    pairs = teacher_pairs(
-        model, prompts, recipe.teacher, seed=recipe.seed, context=context, cache=cache, console=console
-    )
-    decode = torch.no_grad()(lambda rows: model.decode(pairs.latents_NCHW[rows].float().to(model.device)).clamp(0, 1))
-    targets = lookup(decode, len(pairs), chunk=16)
-
-    def student(rows: Tensor) -> Tensor:
-        noise_BCHW = model.noise(pairs.seed_N[rows].tolist())
-        return one_step_latents(model.unet, noise_BCHW, context(pairs.prompt_N[rows]), **step_constants)
-
-    # Sample grid: two columns are fixed before there is an adaptor.
-    shown = torch.arange(min(recipe.samples, len(pairs)))
-    with torch.no_grad():
-        columns = [to_uint8(targets(shown)), to_uint8(model.decode(student(shown)))]
-
-    # Adaptor, loss, optimiser; the run folder puts them back to where a stopped run was.
+    # Adaptor, loss, optimiser; the run folder puts them back to where a stopped run was. All of it comes before the
+    # teacher pairs, so that whatever does not fit shows before anything expensive starts.
     settings = recipe.adaptor
     add_adaptor(model.unet, targets=metadata.targets, rank=settings.rank, alpha=metadata.alpha, seed=recipe.seed)
     if initial_adaptor is not None:
@@ -105,13 +89,36 @@ def train_adaptor(
     run = Run(out.with_name(out.name + ".run"), weights, optimizer, metadata)
     run.resume()
 
-    terms_column = TextColumn("{task.fields[terms]}")
-    with run.writer() as scalars, interruptible() as stop, progress_bar(console, terms_column) as progress:
-        task = progress.add_task("training", total=recipe.steps, completed=run.step, terms="")
+    # Teacher pairs: the same noise leads to the student's image and to the teacher's.
+    context = prompt_contexts(model, prompts, console)
+    with without_adaptor(model.unet):
+        pairs = teacher_pairs(
+            model, prompts, recipe.teacher, seed=recipe.seed, context=context, cache=cache, console=console
+        )
+
+    def teacher_latents(rows: Tensor | list[int]) -> Tensor:
+        return pairs.latents_NCHW[rows].float().to(model.device)
+
+    def student_latents(rows: Tensor) -> Tensor:
+        noise_BCHW = model.noise(pairs.seed_N[rows].tolist())
+        return one_step_latents(model.unet, noise_BCHW, context(pairs.prompt_N[rows]), **step_constants)
+
+    @torch.no_grad()
+    def teacher_images(rows: list[int]) -> Tensor:
+        return model.decode(teacher_latents(rows)).clamp(0, 1)
+
+    # What training compares with, and the two columns of the sample grid that stay.
+    targets = lookup("teacher images", teacher_images, len(pairs), console)
+    shown = torch.arange(min(recipe.samples, len(pairs)))
+    with torch.no_grad(), without_adaptor(model.unet):
+        columns = [to_uint8(targets(shown)), to_uint8(model.decode(student_latents(shown)))]
+
+    with run.writer() as scalars, interruptible() as stop, ProgressBar(console) as progress:
+        task = progress.add_task("training", total=recipe.steps, completed=run.step)
         while run.step < recipe.steps:
             # One UNet call at the last timestep, x0 in float32, decoded unless in the warm-up.
             rows = batch_rows(len(pairs), recipe.batch, recipe.seed, run.step)
-            latents, target_latents = student(rows), pairs.latents_NCHW[rows].float().to(model.device)
+            latents, target_latents = student_latents(rows), teacher_latents(rows)
             if run.step < recipe.loss.latent_warmup_steps:
                 total, terms = loss.latent_only(latents, target_latents)
             else:
@@ -130,15 +137,17 @@ def train_adaptor(
 
             # Report, sample, checkpoint.
             values = {"loss": total.item(), **{name: term.item() for name, term in terms.items()}}
-            progress.update(task, completed=run.step, terms="  ".join(f"{k} {v:.3f}" for k, v in values.items()))
+            progress.update(task, completed=run.step)
+            progress.note = f"step {run.step}  " + "  ".join(f"{name} {value:.3f}" for name, value in values.items())
             for name, value in {**values, "gradient_norm": norm.item(), "learning_rate": rate}.items():
                 scalars.add_scalar(name, value, run.step)
             done = run.step == recipe.steps
             if run.step % recipe.sample_every == 0 or done:
                 with torch.no_grad():
-                    run.save_samples([*columns, to_uint8(model.decode(student(shown)))])
+                    run.save_samples([*columns, to_uint8(model.decode(student_latents(shown)))])
             if run.step % recipe.checkpoint_every == 0 or done or stop.is_set():
                 run.save()
+                console.print(progress.note, highlight=False)
             if stop.is_set() and not done:
                 raise HipaError(f"stopped at step {run.step} of {recipe.steps}. Run the same command to resume.")
 
@@ -211,7 +220,6 @@ class Run:
 
     def save(self) -> None:
         """Write beside, then rename: a run killed while saving keeps its last checkpoint."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "weights": {name: weight.detach() for name, weight in self.weights.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -219,8 +227,13 @@ class Run:
             "metadata": self.metadata.model_dump_json(),
         }
         scratch = self.path.with_suffix(".tmp")
-        torch.save(state, scratch)
-        scratch.replace(self.path)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(state, scratch)
+            scratch.replace(self.path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            reason = str(error).partition("\n")[0]
+            raise HipaError(f"checkpoint {self.path} cannot be written: {reason}. The one before it stays.") from None
         self.saved_step = self.step
 
     def check_finite(self, loss: float, norm: float) -> None:

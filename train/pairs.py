@@ -26,10 +26,11 @@ from torch import Tensor
 from hipa_deploy.files import write_file
 from hipa_deploy.hashing import folder_sha256
 from hipa_deploy.train.base_model import DiffusionModel
-from hipa_deploy.train.progress import progress_bar
+from hipa_deploy.train.progress import ProgressBar
 from hipa_deploy.train.recipe import TeacherSettings
 
 TABLE_BYTES = 2 << 30
+CHUNK = 16
 Rows = Callable[[Tensor], Tensor]  # row indices int64 [B] -> rows [B, ...]
 
 
@@ -97,10 +98,10 @@ def teacher_pairs(
     """
     folder = cache_folder(model, prompts, teacher, seed, cache or default_cache())
     prompt_N = prompt_order(len(prompts), teacher.pairs, seed)
-    context = context or prompt_contexts(model, prompts)
+    context = context or prompt_contexts(model, prompts, console)
     empty_1LD = model.context([""])
     shards = []
-    with progress_bar(console) as progress:
+    with ProgressBar(console) as progress:
         task = progress.add_task("teacher pairs", total=teacher.pairs)
         for start in range(0, teacher.pairs, teacher.batch):
             stop = min(start + teacher.batch, teacher.pairs)
@@ -139,22 +140,23 @@ def prompt_order(prompts: int, pairs: int, seed: int) -> Tensor:
     return torch.from_numpy(np.concatenate(passes)[:pairs])
 
 
-def prompt_contexts(model: DiffusionModel, prompts: list[str]) -> Rows:
+def prompt_contexts(model: DiffusionModel, prompts: list[str], console: Console | None = None) -> Rows:
     """Text contexts float32 [B, L, D] by prompt index, each prompt encoded once if all of them fit in memory."""
-    return lookup(lambda rows: model.context([prompts[row] for row in rows]), len(prompts))
+    return lookup("text contexts", lambda rows: model.context([prompts[row] for row in rows]), len(prompts), console)
 
 
-def lookup(compute: Callable[[list[int]], Tensor], count: int, chunk: int = 64) -> Rows:
+def lookup(name: str, compute: Callable[[list[int]], Tensor], count: int, console: Console | None = None) -> Rows:
     """A function from row indices [B] to rows [B, ...]: a table when all rows fit in memory, else ``compute``.
 
     The table is filled in fixed chunks, so that a row does not depend on what was asked for first: a resumed run
     must see bit-equal rows.
     """
-    first = compute(list(range(min(chunk, count))))
-    if first[0].numel() * first.element_size() * count > TABLE_BYTES:
+    row = compute([0])[0]
+    if row.numel() * row.element_size() * count > TABLE_BYTES:
         return lambda index_B: compute(index_B.tolist())
-    others = [compute(list(range(i, min(i + chunk, count)))) for i in range(chunk, count, chunk)]
-    table = torch.cat([first, *others])
+    chunks = [list(range(start, min(start + CHUNK, count))) for start in range(0, count, CHUNK)]
+    with ProgressBar(console) as progress:
+        table = torch.cat([compute(chunk) for chunk in progress.track(chunks, description=name)])
     return lambda index_B: table[index_B.to(table.device)]
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from collections.abc import Iterable
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 
-def progress_bar(console: Console | None, *extra: ProgressColumn) -> Progress:
-    """Name, bar, count, elapsed and remaining time, then ``extra``; on stderr without a console."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), *extra, console=console or Console(stderr=True))
+class ProgressBar(Progress):
+    """Name, bar, count, elapsed and remaining time, and below them a line of text; on stderr without a console."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.note = ""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        super().__init__(*columns, TimeRemainingColumn(), console=console or Console(stderr=True))
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bars, then the note."""
+        yield from super().get_renderables()
+        if self.note:
+            yield Text(self.note)

@@ -74,8 +74,8 @@ def evaluate_adaptor(
 def render_table(report: QualityReport) -> Table:
     """A table with its conditions in the title."""
     title = (
-        f"{report.images} images against the teacher ({report.teacher_steps} steps, guidance {report.teacher_guidance:g}); "
-        f"KID-Lite0 floor {report.kid_lite0_floor:.3f}"
+        f"{report.images} images against the teacher ({report.teacher_steps} steps, guidance "
+        f"{report.teacher_guidance:g}); KID-Lite0 floor {report.kid_lite0_floor:.3f}"
     )
     table = Table("", "KID-Lite0", "DISTS-like distance", "high-frequency ratio", title=title)
     for name, row in report.rows.items():

@@ -34,8 +34,9 @@ STYLES = ("3d", *ICONIFY_STYLES)
 # The domain: animals, plants and food whole, less a few that are scenes or hard to tell at 64 px ...
 WHOLE_GROUPS = ("Animals & Nature", "Food & Drink")
 EXCLUDED = re.compile(
-    r"^(guide|service) dog|globe|moon|sun\b|cloud|star|fog|wind|cyclone|tornado|wave|comet|collision|dizzy|dashing|sweat"
-    r"|stuffed flat|oden|falafel|microbe|amphora|canned|shallow|takeout|mate$|tumbler|beverage|rice cracker|fish cake"
+    r"^(guide|service) dog|globe|moon|sun\b|cloud|star|fog|wind|cyclone|tornado|wave|comet|collision|dizzy|dashing"
+    r"|sweat|stuffed flat|oden|falafel|microbe|amphora|canned|shallow|takeout|mate$|tumbler|beverage|rice cracker"
+    r"|fish cake"
     r"|bento|moon cake|^ice$|spider web|paw prints|lady beetle|ewe|worm|hut|rock|wood"
 )
 # ... and, of faces, things and vehicles, these.
@@ -108,7 +109,7 @@ def concepts(modules: Path) -> Iterator[tuple[str, str, str, str]]:
     for character, words in names.items():
         entry = unicode.get(character)
         concept = words[0].replace("_", " ").replace("-", " ").lower()
-        if entry and (concept in KEPT or entry["group"] in WHOLE_GROUPS and not EXCLUDED.search(concept)):
+        if entry and (concept in KEPT or (entry["group"] in WHOLE_GROUPS and not EXCLUDED.search(concept))):
             yield character, words[0].replace("_", "-"), concept, entry["group"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -84,7 +83,7 @@ class Run:
             "ema": self.ema,
         }
         torch.save(state, self.path.with_suffix(".tmp"))
-        os.replace(self.path.with_suffix(".tmp"), self.path)
+        self.path.with_suffix(".tmp").replace(self.path)
 
     @torch.no_grad()
     def update_ema(self) -> None:

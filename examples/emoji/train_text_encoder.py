@@ -3,8 +3,8 @@
     python examples/emoji/train_text_encoder.py --run runs/emoji
 
 The tokenizer is CLIP's byte-pair encoding with its own merges, learned from the captions and keywords. The
-encoder starts from meaning rather than from noise: its pooled output learns to agree with MiniLM's sentence vectors (all
-names and keywords, text only) and, CLIP-style, with EfficientNet-Lite0 features of the training images.
+encoder starts from meaning rather than from noise: its pooled output learns to agree with MiniLM's sentence vectors
+(all names and keywords, text only) and, CLIP-style, with EfficientNet-Lite0 features of the training images.
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ def tokens_of(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> torch.
 
 def main(
     run: Annotated[Path, typer.Option(help="Folder with emoji.npz; writes tokenizer/ and text_encoder/.")],
-    modules: Annotated[Path, typer.Option(help="Where npm installed emojilib.")] = Path(__file__).parent / "node_modules",
-    steps: int = 600,
+    modules: Annotated[Path, typer.Option(help="Where npm installed emojilib.")] = Path(__file__).parent
+    / "node_modules",
+    steps: int = 260,
     batch: int = 96,
     rate: float = 1e-3,
 ) -> None:
@@ -106,7 +107,11 @@ def main(
     meaning, looks = sentence_vectors(texts), F.normalize(image_features(train.pixels_BCHW()), dim=-1)
     encoder = new_text_encoder(tokenizer)
     heads = torch.nn.ModuleDict(
-        {"meaning": torch.nn.Linear(WIDTH, 384), "caption": torch.nn.Linear(WIDTH, 256), "image": torch.nn.Linear(1280, 256)}
+        {
+            "meaning": torch.nn.Linear(WIDTH, 384),
+            "caption": torch.nn.Linear(WIDTH, 256),
+            "image": torch.nn.Linear(1280, 256),
+        }
     )
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05)

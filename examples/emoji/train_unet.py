@@ -65,7 +65,7 @@ def main(
     snr = signal / (1 - signal)
     unet = new_unet().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2)
-    state = Run(run / "unet", {"unet": unet}, optimizer, steps, ema_decay=0.9995)
+    state = Run(run / "unet", {"unet": unet}, optimizer, steps, ema_decay=0.999)
     state.resume()
     forward = torch.compile(unet) if compile else unet
     for index, generator in state.batches(batch, len(latents)):

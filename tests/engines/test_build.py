@@ -153,6 +153,27 @@ def test_two_builds_at_once_are_refused(make_bundle):
         assert (folder / ".lock").read_text() == str(os.getpid())
 
 
+def test_a_folder_that_cannot_be_written_is_said(make_bundle):
+    bundle = make_bundle()
+    (bundle.root / "engines").write_text("a file where the folder goes")
+    with pytest.raises(HipaError, match="cannot be written"):
+        build(bundle)
+
+
+def test_a_worker_whose_parent_is_gone_stops(make_bundle, tmp_path):
+    job = Job(
+        flavour="rtx", onnx=make_bundle().stage_path("unet"), out=tmp_path / "out", precision="fp16",
+        compute_capabilities=(89,), options=BuildOptions(), timing_cache=None,
+    )  # fmt: skip
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(build_module.WORKER, env=build_worker.environment("rtx"), text=True, **pipes) as worker:
+        worker.stdout.close()
+        worker.stdin.write(job.model_dump_json())
+        worker.stdin.close()
+        assert worker.wait(timeout=30) != 0
+    assert not job.out.exists()
+
+
 def test_a_lock_clears_what_a_killed_build_left(tmp_path):
     (tmp_path / ".unet-0.engine.tmp").write_bytes(b"half")
     with locked(tmp_path):

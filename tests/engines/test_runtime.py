@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import io
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,19 +122,29 @@ class FakeEngine:
         return self.context
 
 
+class FakeLogger:
+    ERROR, INTERNAL_ERROR = 1, 0
+
+
+class FakeILogger:
+    """Nothing of TensorRT's logger but its place in the class tree."""
+
+
+class FakeRuntime:
+    def __init__(self, logger, engine) -> None:
+        self.log, self.engine = logger.log, engine
+
+    def deserialize_cuda_engine(self, data):
+        self.log(1, "bad magic number.\n")
+        return self.engine
+
+
 def fake_trt(engine):
-    class Logger:
-        ERROR = 1
-
-        def __init__(self, severity) -> None:
-            pass
-
-    return SimpleNamespace(
-        Logger=Logger,
-        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: engine),
-        TensorIOMode=SimpleNamespace(INPUT="in"),
-        nptype=np.dtype,
-    )
+    trt = ModuleType("fake_tensorrt")
+    trt.Logger, trt.ILogger, trt.nptype = FakeLogger, FakeILogger, np.dtype
+    trt.Runtime = lambda logger: FakeRuntime(logger, engine)
+    trt.TensorIOMode = SimpleNamespace(INPUT="in")
+    return trt
 
 
 @pytest.fixture
@@ -188,7 +198,7 @@ def test_wrong_inputs_are_refused_before_any_copy(fake):
 @pytest.mark.parametrize(
     ("engine", "fail", "message"),
     [
-        (None, "", "x.engine does not deserialise"),
+        (None, "", r"x\.engine does not deserialise: bad magic number\. Run"),
         (FakeEngine(context=False), "", "not enough GPU memory"),
         (FakeEngine(x=("float16", (2, 3))), "", r"x is float16 \[2, 3\] in the engine, expected float32 \[2, 3\]"),
         (FakeEngine(y=("float16", (2, 4))), "", r"y is float16 \[2, 4\]"),
@@ -211,8 +221,22 @@ def test_other_tensor_names_are_said(fake):
 
 
 def test_a_run_that_tensorrt_refuses_is_an_error(fake):
-    with fake(FakeEngine(runs=False)) as runner, pytest.raises(HipaError, match="could not run"):
+    with (
+        fake(FakeEngine(runs=False)) as runner,
+        pytest.raises(HipaError, match="could not run the engine: bad magic number"),
+    ):
         runner(**INPUTS)
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="a GPU is here")
+def test_without_a_driver_the_real_libraries_say_so(tmp_path):
+    trt = pytest.importorskip("tensorrt_rtx")
+    path = tmp_path / "x.engine"
+    path.write_bytes(b"not an engine")
+    with pytest.raises(HipaError, match=r"cudaStreamCreateWithFlags failed: CUDA driver version is insufficient.*35"):
+        TensorRTRunner(path, SPEC, "rtx")
+    with pytest.raises(HipaError, match=r"does not deserialise: .*cudaError 35.*Run hipa-doctor"):
+        runtime._deserialise(trt, path)
 
 
 def test_every_name_the_runtime_uses_exists():

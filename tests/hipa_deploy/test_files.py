@@ -15,9 +15,13 @@ def test_new_folder_appears_whole(tmp_path: Path) -> None:
 
 
 def test_new_folder_leaves_nothing_behind_on_failure(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as scratch:
-        (scratch / "x").write_text("1")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with new_folder(tmp_path / "out") as scratch:
+            (scratch / "x").write_text("1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,8 @@ def test_noise_is_standard_normal() -> None:
 def test_noise_values_are_pinned() -> None:
     """The numbers themselves: an image's seed must mean the same next year and on another machine."""
     np.testing.assert_array_equal(
-        initial_noise([0], (1, 1, 4)).ravel(), np.float32([0.15853384137153625, 2.982879400253296, -1.9256919622421265, -0.8249255418777466])
+        initial_noise([0], (1, 1, 4)).ravel(),
+        np.float32([0.15853384137153625, 2.982879400253296, -1.9256919622421265, -0.8249255418777466]),
     )
 
 

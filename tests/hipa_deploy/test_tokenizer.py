@@ -44,3 +44,9 @@ def test_not_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(HipaError, match="not a tokenizer"):
         PromptTokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_tokenizer_without_a_length(tmp_path: Path) -> None:
+    Tokenizer(models.WordLevel(WORDS, unk_token="</s>")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(HipaError, match="length"):
+        PromptTokenizer(tmp_path / "tokenizer.json")

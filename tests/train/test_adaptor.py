@@ -20,6 +20,7 @@ from hipa_deploy.train.adaptor import (
     read_metadata,
     save_adaptor,
     unet_sha256,
+    without_adaptor,
 )
 from hipa_deploy.train.base_model import DiffusionModel
 
@@ -69,6 +70,16 @@ def test_trains_the_adaptor_and_nothing_else(model: DiffusionModel, targets: tup
     expected = {f"{name}.lora_{half}.default.weight" for name in modules for half in "AB"}
     assert adaptor_parameters(model.unet).keys() == expected
     assert torch.equal(output(model), before)  # B = 0
+
+
+def test_base_function_without_the_adaptor(model: DiffusionModel) -> None:
+    before = output(model)
+    weights = adaptor_parameters(trained(model).unet)
+    after = output(model)
+    with without_adaptor(model.unet):
+        assert torch.equal(output(model), before)
+    assert torch.equal(output(model), after)
+    assert adaptor_parameters(model.unet).keys() == weights.keys()
 
 
 def test_start_depends_on_the_seed_alone(model_dir: Path) -> None:

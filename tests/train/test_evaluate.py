@@ -14,7 +14,7 @@ from hipa_deploy.train.base_model import DiffusionModel
 from hipa_deploy.train.evaluate import compare, kid, kid_lite0, one_step_images, teacher_images
 from hipa_deploy.train.loop import train_adaptor
 from hipa_deploy.train.recipe import Recipe
-from tests.train.conftest import PROMPTS
+from tests.tiny_model import PROMPTS
 
 
 def smooth_images(count: int, seed: int) -> np.ndarray:

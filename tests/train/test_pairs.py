@@ -17,7 +17,7 @@ from hipa_deploy.train.pairs import (
     teacher_scheduler,
 )
 from hipa_deploy.train.recipe import TeacherSettings
-from tests.train.conftest import PROMPTS
+from tests.tiny_model import PROMPTS
 
 TEACHER = TeacherSettings(steps=3, guidance=4.0, pairs=6, batch=4, dtype="float32")
 
@@ -123,5 +123,5 @@ def test_every_prompt_equally_often() -> None:
 @pytest.mark.parametrize("limit", [1 << 30, 0])
 def test_lookup_in_memory_or_computed(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TABLE_BYTES", limit)
-    rows = lookup(lambda index: torch.tensor(index)[:, None] * 2.0, count=10, chunk=4)
-    assert rows(torch.tensor([9, 0, 9])).tolist() == [[18], [0], [18]]
+    rows = lookup("doubles", lambda index: torch.tensor(index)[:, None] * 2.0, count=40)
+    assert rows(torch.tensor([39, 0, 39])).tolist() == [[78], [0], [78]]

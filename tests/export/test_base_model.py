@@ -1,0 +1,82 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.export.base_model import BaseModel
+
+
+@pytest.fixture
+def copy(model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_dir, tmp_path / "copy"))
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_constants_of_the_step(model_dir: Path) -> None:
+    step = BaseModel.open(model_dir).one_step(999, None, None)
+    assert step.alpha_bar == pytest.approx(0.0046601, abs=1e-7)
+    assert (step.latent_shape, step.height, step.width) == ((4, 8, 8), 32, 32)
+    assert step.prediction_type == "epsilon"
+
+
+def test_height_is_height(model_dir: Path) -> None:
+    step = BaseModel.open(model_dir).one_step(999, 64, 32)
+    assert (step.latent_shape, step.height, step.width) == ((4, 16, 8), 64, 32)
+
+
+@pytest.mark.parametrize(("height", "message"), [(33, "multiple of 8"), (-8, "multiple"), (1_000_000, "too large")])
+def test_absurd_sizes(model_dir: Path, height: int, message: str) -> None:
+    with pytest.raises(HipaError, match=message):
+        BaseModel.open(model_dir).one_step(999, height, None)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "nothing-here"])
+def test_missing_model(name: str) -> None:
+    with pytest.raises(HipaError, match="does not exist"):
+        BaseModel.open(name)
+
+
+def test_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(HipaError, match=r"model_index\.json"):
+        BaseModel.open(tmp_path)
+
+
+def test_sdxl_is_refused(copy: Path) -> None:
+    edit(copy / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
+    with pytest.raises(HipaError, match="two text encoders"):
+        BaseModel.open(copy)
+
+
+def test_another_unet_is_refused(copy: Path) -> None:
+    edit(copy / "model_index.json", unet=["diffusers", "UNet3DConditionModel"])
+    with pytest.raises(HipaError, match="UNet3DConditionModel"):
+        BaseModel.open(copy)
+
+
+def test_added_conditions_are_refused(copy: Path) -> None:
+    edit(copy / "unet/config.json", time_cond_proj_dim=8)
+    with pytest.raises(HipaError, match=r"time_cond_proj_dim|cannot be loaded"):
+        BaseModel.open(copy).unet()
+
+
+def test_truncated_weights(copy: Path) -> None:
+    path = copy / "unet/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(HipaError, match="unet cannot be loaded"):
+        BaseModel.open(copy).unet()
+
+
+def test_nan_weights(copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = copy / "vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights[next(iter(weights))].fill_(float("nan"))
+    save_file(weights, path)
+    with pytest.raises(HipaError, match="NaN"):
+        BaseModel.open(copy).vae()

@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.export.fold import fold_timestep
+
+
+@pytest.mark.parametrize("timestep", [999, 499, 0])
+@torch.no_grad()
+def test_folded_equals_general(model_dir: Path, timestep: int) -> None:
+    unet = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet").eval()
+    noise, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 16)
+    expected = unet(noise, timestep, context).sample
+    assert fold_timestep(unet, timestep) == 9
+    torch.testing.assert_close(unet(noise, timestep, context).sample, expected, atol=1e-5, rtol=1e-5)
+    assert not [name for name, _ in unet.named_parameters() if "time" in name]
+
+
+@torch.no_grad()
+def test_folding_another_timestep_differs(model_dir: Path) -> None:
+    noise, context, outputs = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 16), []
+    for timestep in (999, 0):
+        unet = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet").eval()
+        fold_timestep(unet, timestep)
+        outputs.append(unet(noise, 999, context).sample)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-4
+
+
+def test_scale_and_shift_cannot_be_folded() -> None:
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        mid_block_type=None,
+        layers_per_block=1,
+        norm_num_groups=4,
+        resnet_time_scale_shift="scale_shift",
+    )
+    with pytest.raises(HipaError, match="scale_shift"):
+        fold_timestep(unet, 999)

@@ -1,0 +1,127 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.export.merge import WEIGHTS, check_base, merge_adaptor
+from tests.export.conftest import make_adaptor
+
+
+def load_unet(model_dir: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet").eval()
+
+
+@torch.no_grad()
+def answer(unet: UNet2DConditionModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noise, context = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 77, 16, generator=generator)
+    return unet(noise, 999, context).sample
+
+
+def changed(adaptor: Path, out: Path, **tensors: torch.Tensor) -> Path:
+    """A copy of the adaptor with tensors replaced or added."""
+    shutil.copytree(adaptor, out)
+    save_file(load_file(adaptor / WEIGHTS) | tensors, out / WEIGHTS)
+    return out
+
+
+@pytest.mark.parametrize("preset", ["paper", "full"])
+def test_merged_equals_unmerged_with_alpha_other_than_rank(model_dir: Path, tmp_path: Path, preset: str) -> None:
+    adaptor = make_adaptor(model_dir, tmp_path / "adaptor", preset=preset, rank=4, alpha=8.0)
+    pipe = StableDiffusionPipeline.from_pretrained(model_dir)
+    plain = answer(pipe.unet)
+    pipe.load_lora_weights(adaptor)
+    unet = load_unet(model_dir)
+    info = merge_adaptor(unet, adaptor)
+    assert (info.rank, info.alpha, info.scale) == (4, 8.0, 1.0)
+    torch.testing.assert_close(answer(unet), answer(pipe.unet), atol=1e-5, rtol=1e-4)
+    assert (answer(unet) - plain).abs().max() > 1e-2
+
+
+def test_merged_unet_has_exactly_its_own_modules(model_dir: Path, adaptor_dir: Path) -> None:
+    unet = load_unet(model_dir)
+    names = [name for name, _ in unet.named_parameters()]
+    merge_adaptor(unet, adaptor_dir)
+    assert [name for name, _ in unet.named_parameters()] == names
+
+
+def test_scale_zero_is_the_base_and_a_half_is_between(model_dir: Path, adaptor_dir: Path) -> None:
+    plain, weight = load_unet(model_dir), "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    merged = {}
+    for scale in (0.0, 0.5, 1.0):
+        unet = load_unet(model_dir)
+        merge_adaptor(unet, adaptor_dir, scale)
+        merged[scale] = unet.get_parameter(weight)
+    torch.testing.assert_close(merged[0.0], plain.get_parameter(weight))
+    torch.testing.assert_close(merged[0.5], (merged[0.0] + merged[1.0]) / 2)
+
+
+def test_another_model_is_refused_by_hash(adaptor_dir: Path) -> None:
+    with pytest.raises(HipaError, match="another model"):
+        check_base(adaptor_dir, "f" * 64)
+
+
+def test_a_shape_that_does_not_fit(model_dir: Path, adaptor_dir: Path, tmp_path: Path) -> None:
+    key = next(key for key in load_file(adaptor_dir / WEIGHTS) if "to_q.lora_A" in key)
+    bad = changed(adaptor_dir, tmp_path / "bad", **{key: torch.zeros(4, 999)})
+    with pytest.raises(HipaError, match="does not fit"):
+        merge_adaptor(load_unet(model_dir), bad)
+
+
+def test_a_layer_the_unet_does_not_have(model_dir: Path, adaptor_dir: Path, tmp_path: Path) -> None:
+    extra = {f"unet.no_such_block.to_q.lora_{m}.weight": torch.zeros(4, 4) for m in "AB"}
+    with pytest.raises(HipaError, match="no layer no_such_block"):
+        merge_adaptor(load_unet(model_dir), changed(adaptor_dir, tmp_path / "bad", **extra))
+
+
+def test_nan_is_refused(model_dir: Path, adaptor_dir: Path, tmp_path: Path) -> None:
+    key, value = next(iter(load_file(adaptor_dir / WEIGHTS).items()))
+    with pytest.raises(HipaError, match="NaN"):
+        merge_adaptor(load_unet(model_dir), changed(adaptor_dir, tmp_path / "bad", **{key: value * float("nan")}))
+
+
+def test_overflow_is_refused(model_dir: Path, adaptor_dir: Path) -> None:
+    with pytest.raises(HipaError, match=r"infinite|not a number"):
+        merge_adaptor(load_unet(model_dir), adaptor_dir, 1e38 * 10)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_scale_must_be_finite(model_dir: Path, adaptor_dir: Path, scale: float) -> None:
+    with pytest.raises(HipaError, match="scale"):
+        merge_adaptor(load_unet(model_dir), adaptor_dir, scale)
+
+
+def test_missing_truncated_and_foreign_files(model_dir: Path, adaptor_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(HipaError, match="no pytorch_lora"):
+        merge_adaptor(load_unet(model_dir), tmp_path)
+    shutil.copytree(adaptor_dir, tmp_path / "cut")
+    data = (adaptor_dir / WEIGHTS).read_bytes()
+    (tmp_path / "cut" / WEIGHTS).write_bytes(data[: len(data) // 2])
+    with pytest.raises(HipaError, match="cannot be read"):
+        merge_adaptor(load_unet(model_dir), tmp_path / "cut")
+    (tmp_path / "text").mkdir()
+    save_file({"text_encoder.x.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "text" / WEIGHTS)
+    with pytest.raises(HipaError, match="no layer of a UNet"):
+        merge_adaptor(load_unet(model_dir), tmp_path / "text")
+
+
+def test_damaged_metadata(adaptor_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(adaptor_dir, tmp_path / "bad")
+    (tmp_path / "bad" / "hipa_adaptor.json").write_text("{")
+    with pytest.raises(HipaError, match="not JSON"):
+        check_base(tmp_path / "bad", "0" * 64)
+
+
+def test_an_adaptor_of_another_tool_is_taken(adaptor_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(adaptor_dir, tmp_path / "plain")
+    (tmp_path / "plain" / "hipa_adaptor.json").unlink()
+    check_base(tmp_path / "plain", "0" * 64)
+
+
+def test_metadata_names_its_base(adaptor_dir: Path) -> None:
+    assert json.loads((adaptor_dir / "hipa_adaptor.json").read_text())["base_unet_sha256"]
