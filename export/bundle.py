@@ -240,7 +240,7 @@ def _write_manifest(job: _Export, adaptor: AdaptorInfo | None, end_to_end: Parit
     """Reference tensors and ``hipa.json``, which lists the hash of everything else."""
     reference = job.root / "reference"
     reference.mkdir(exist_ok=True)
-    np.savez_compressed(reference / "tensors.npz", **job.reference)
+    np.savez_compressed(reference / "tensors.npz", **job.reference)  # type: ignore[arg-type]  # numpy's stub
     seeds = list(range(REFERENCE_SEED, REFERENCE_SEED + job.options.batch))
     (reference / "prompts.json").write_text(json.dumps({"prompts": [REFERENCE_PROMPT], "seeds": seeds}) + "\n")
     files = sorted(path for path in job.root.rglob("*") if path.is_file() and path.name != MANIFEST)

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from hipa_deploy.bundle import Layout, OneStep, Precision, StageSpec, TensorSpec
+from hipa_deploy.bundle import DType, Layout, OneStep, Precision, StageSpec, TensorSpec
 
 TORCH_DTYPES = {
     "float16": torch.float16,
@@ -95,44 +95,40 @@ class GenericDecoder(torch.nn.Module):
         return self.vae.decode(latents_BCHW, return_dict=False)[0]
 
 
+_Row = tuple[str, DType, tuple[int, ...]]
+
+
 def stage_specs(
     layout: Layout, precision: Precision, batch: int, step: OneStep, length: int, width: int
 ) -> dict[str, StageSpec]:
     """Every stage's inputs and outputs: ``length`` tokens, text ``width``, sizes from ``step``."""
-    float_dtype = "float16" if precision == "fp16" else "float32"
-    latent_BCHW = (batch, *step.latent_shape)
-    tokens_BL, context_BLD = (batch, length), (batch, length, width)
+    real: DType = "float16" if precision == "fp16" else "float32"
+    latent_BCHW, tokens_BL, context_BLD = (batch, *step.latent_shape), (batch, length), (batch, length, width)
     if layout == "onestep":
-        tables = {
-            "text_encoder": ([("tokens", "int64", tokens_BL)], ("context", float_dtype, context_BLD)),
-            "unet": (
-                [("noise", "float32", latent_BCHW), ("context", float_dtype, context_BLD)],
-                ("latents", "float32", latent_BCHW),
-            ),
-            "vae_decoder": (
-                [("latents", "float32", latent_BCHW)],
-                ("images", "uint8", (batch, step.height, step.width, 3)),
-            ),
-        }
+        context: _Row = ("context", real, context_BLD)
+        latents: _Row = ("latents", "float32", latent_BCHW)
+        specs = (
+            _spec("text_encoder", ("tokens", "int64", tokens_BL), context),
+            _spec("unet", ("noise", "float32", latent_BCHW), context, latents),
+            _spec("vae_decoder", latents, ("images", "uint8", (batch, step.height, step.width, 3))),
+        )
     else:
-        tables = {
-            "text_encoder": ([("input_ids", "int64", tokens_BL)], ("last_hidden_state", float_dtype, context_BLD)),
-            "unet": (
-                [
-                    ("sample", float_dtype, latent_BCHW),
-                    ("timestep", "int64", (1,)),
-                    ("encoder_hidden_states", float_dtype, context_BLD),
-                ],
-                ("out_sample", float_dtype, latent_BCHW),
-            ),
-            "vae_decoder": (
-                [("latent_sample", float_dtype, latent_BCHW)],
-                ("sample", float_dtype, (batch, 3, step.height, step.width)),
-            ),
-        }
-    return {name: _spec(name, inputs, output) for name, (inputs, output) in tables.items()}
+        sample_BCHW = (batch, 3, step.height, step.width)
+        unet: tuple[_Row, ...] = (
+            ("sample", real, latent_BCHW),
+            ("timestep", "int64", (1,)),
+            ("encoder_hidden_states", real, context_BLD),
+            ("out_sample", real, latent_BCHW),
+        )
+        specs = (
+            _spec("text_encoder", ("input_ids", "int64", tokens_BL), ("last_hidden_state", real, context_BLD)),
+            _spec("unet", *unet),
+            _spec("vae_decoder", ("latent_sample", real, latent_BCHW), ("sample", real, sample_BCHW)),
+        )
+    return {spec.name: spec for spec in specs}
 
 
-def _spec(name: str, inputs: list, output: tuple) -> StageSpec:  # type: ignore[type-arg]
-    tensors = [TensorSpec(name=n, dtype=d, shape=s) for n, d, s in (*inputs, output)]
-    return StageSpec(name=name, inputs=tuple(tensors[:-1]), outputs=(tensors[-1],))
+def _spec(name: str, *rows: _Row) -> StageSpec:
+    """A stage from its inputs and, last, its output."""
+    tensors = tuple(TensorSpec(name=n, dtype=dtype, shape=shape) for n, dtype, shape in rows)
+    return StageSpec(name=name, inputs=tensors[:-1], outputs=tensors[-1:])

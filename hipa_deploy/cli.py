@@ -235,7 +235,7 @@ def demo(
 
 
 # Click's usage error, whichever copy of Click this Typer stands on (a dependency before 0.20, its own after).
-_UsageError = typer.BadParameter.__bases__[0]
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main(arguments: list[str] | None = None) -> None:

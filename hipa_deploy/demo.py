@@ -136,7 +136,7 @@ def _profile(out: Path, console: Console) -> str:
         report = profile_pipeline(pipe, runs=30, console=console)
     write_file(out / "latency.json", (report.model_dump_json(indent=2) + "\n").encode())
     console.print(render_table(report))
-    return f"latency.json: {report.runs} runs, ONNX Runtime, this CPU"
+    return f"latency.json: {report.end_to_end.runs} runs, ONNX Runtime, this CPU"
 
 
 def _tell(out: Path, built: list[Path], quality: str, latency: str, seconds: float, console: Console) -> None:
