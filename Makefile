@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/hipa-demo --out $(DEMO)
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -26,7 +26,6 @@ types: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("hipa-deploy needs Python >= 3.10" if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 

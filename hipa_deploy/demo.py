@@ -152,4 +152,4 @@ def _tell(out: Path, built: list[Path], quality: str, latency: str, seconds: flo
         f"run on this machine: training (PyTorch, CPU), export, ONNX Runtime; {seconds / 60:.1f} minutes",
     ]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from hipa_deploy import __version__, embedded
@@ -49,13 +50,20 @@ def _examine_bundle(name: str, problems: list[str]) -> dict[str, Any]:
 
 
 def render(report: dict[str, Any]) -> Table:
-    """The report as a table of two columns."""
+    """The report as a table: a row for each fact, each backend and each problem."""
     table = Table("", "", show_header=False, title=f"hipa-deploy {report['version']}")
-    for section in ("device", "embedded", "bundle"):
+    device = report["device"]
+    for key, value in device.items():
+        if key != "backends":
+            table.add_row(f"device.{key}", _plain(value))
+    for backend in device["backends"]:
+        usable = f"[green]works[/green] {_plain(backend['version'])}"
+        table.add_row(f"backend.{backend['name']}", usable if backend["usable"] else _plain(backend["remedy"]))
+    for section in ("embedded", "bundle"):
         for key, value in report.get(section, {}).items():
             table.add_row(f"{section}.{key}", _plain(value))
     for problem in report["problems"]:
-        table.add_row("[red]problem[/red]", problem)
+        table.add_row("[red]problem[/red]", escape(problem))
     return table
 
 
@@ -64,4 +72,4 @@ def _plain(value: Any) -> str:
         return "\n".join(f"{key}: {_plain(part)}" for key, part in value.items())
     if isinstance(value, list):
         return ", ".join(_plain(part) for part in value)
-    return "-" if value is None else str(value)
+    return "-" if value is None else escape(str(value))
