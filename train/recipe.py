@@ -165,7 +165,17 @@ def read_prompts(recipe: Recipe, model_folder: Path) -> list[str]:
 
     """
     name = recipe.prompts
-    path = model_folder / name.removeprefix(MODEL_PREFIX) if name.startswith(MODEL_PREFIX) else Path(name)
+    in_model = name.startswith(MODEL_PREFIX)
+    return read_prompt_file(model_folder / name.removeprefix(MODEL_PREFIX) if in_model else Path(name))
+
+
+def read_prompt_file(path: Path) -> list[str]:
+    """The distinct lines of a text file that are not blank, in file order.
+
+    Raises:
+        HipaError: the file is missing, is not UTF-8 or holds no prompt.
+
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.evaluate import Quality, compare, kid_lite0, one_step_images, teacher_images
-from hipa_deploy.train.recipe import TeacherSettings
+from hipa_deploy.train.recipe import TeacherSettings, read_prompt_file
 
 FIRST_SEED = 1_000_000  # far from the seeds of training pairs' cousins and of people's own images
 
@@ -31,10 +31,7 @@ class QualityReport(BaseModel):
 
 def held_out_prompts(model_dir: Path, prompts: Path | None = None) -> list[str]:
     """The prompts to evaluate on: a file, one a line, or those that the model folder sets aside."""
-    path = prompts or model_dir / "prompts_pair.txt"
-    if not path.is_file():
-        raise HipaError(f"{path} does not exist. Give --prompts a text file, one prompt a line.")
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return read_prompt_file(prompts or model_dir / "prompts_pair.txt")
 
 
 def draw(prompts: list[str], count: int) -> tuple[list[str], list[int]]:
