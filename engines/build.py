@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import IO
 
 from pydantic import ValidationError
@@ -35,7 +36,7 @@ from hipa_deploy.engines.engine import (
     key_for,
     read_sidecar,
 )
-from hipa_deploy.engines.flavour import as_flavour, load_tensorrt
+from hipa_deploy.engines.flavour import Flavour, as_flavour, load_tensorrt
 from hipa_deploy.engines.target import resolve_target
 from hipa_deploy.errors import HipaError, MissingDependencyError
 from hipa_deploy.files import write_file
@@ -75,18 +76,30 @@ def build_bundle(
             precision than the manifest says, or TensorRT's own refusal. Stages built before it remain.
 
     """
-    flavour = as_flavour(backend)
-    trt = load_tensorrt(flavour)
+    flavour, trt = check_tools(backend)
     if flavour == "rtx" and options.timing_cache is not None:
         raise HipaError("TensorRT-RTX has no timing cache (it times nothing while building). Leave the option out.")
-    if importlib.util.find_spec("polygraphy") is None:
-        raise MissingDependencyError("polygraphy", flavour)
     bundle.verify()
     goal = resolve_target(target, flavour, find_gpu(), trt)
     folder = bundle.root / FOLDER / f"{flavour}-{goal.name}"
     keys = {stage: key_for(bundle, stage, flavour, trt.__version__, goal, options) for stage in bundle.stages}
     with locked(folder), _progress_bar(console) as bar:
         return [_build_stage(bundle, stage, key, folder, options, bar) for stage, key in keys.items()]
+
+
+def check_tools(backend: str) -> tuple[Flavour, ModuleType]:
+    """The flavour and its TensorRT module.
+
+    Raises:
+        MissingDependencyError: TensorRT of that flavour, or polygraphy, is not installed.
+        HipaError: an unknown backend.
+
+    """
+    flavour = as_flavour(backend)
+    trt = load_tensorrt(flavour)
+    if importlib.util.find_spec("polygraphy") is None:
+        raise MissingDependencyError("polygraphy", flavour)
+    return flavour, trt
 
 
 def _build_stage(

@@ -11,7 +11,7 @@ import numpy as np
 
 from hipa_deploy.bundle import StageSpec
 from hipa_deploy.engines.device import INSTALL_ONNXRUNTIME, INSTALL_ONNXRUNTIME_GPU, PROVIDERS
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.runners import check_inputs
 
 _ERRORS_ONLY = 3
@@ -82,7 +82,7 @@ def _open_session(onnxruntime: ModuleType, path: Path, backend: str) -> Any:
             str(path), _session_options(onnxruntime, backend), providers=[provider], enable_fallback=0
         )
     except Exception as error:  # ONNX Runtime's errors share no base class of their own
-        raise HipaError(f"{path}: ONNX Runtime cannot load it on {provider}: {_first_line(error)}") from None
+        raise HipaError(f"{path}: ONNX Runtime cannot load it on {provider}: {first_line(error)}") from None
     if session.get_providers()[0] != provider:
         got = ", ".join(session.get_providers())
         raise HipaError(f"backend {backend}: {provider} did not start, only {got}. Check the CUDA and cuDNN libraries.")
@@ -106,7 +106,3 @@ def _check_names(session: Any, spec: StageSpec, path: Path) -> None:
         got, expected = [node.name for node in nodes], [tensor.name for tensor in tensors]
         if got != expected:
             raise HipaError(f"{path} has {kind} {got}, the manifest says {expected}. Export the bundle again.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
+from hipa_deploy.adaptor import unet_sha256
 from hipa_deploy.bundle import ModelInfo, OneStep
-from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import folder_sha256
+from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.models import model_folder
 
 PARTS = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
 MAX_PIXELS = 2048 * 2048
@@ -27,32 +28,33 @@ class BaseModel:
     name: str
 
     @classmethod
-    def open(cls, model: str | Path) -> BaseModel:
-        """Open a diffusers folder, or fetch a hub id into the local cache.
+    def open(cls, name: str) -> BaseModel:
+        """Open 'emoji', a diffusers folder, or a hub id (fetched into the local cache).
 
         Raises:
             HipaError: no such folder or id, or a pipeline of another kind.
 
         """
-        folder = Path(model) if Path(model).exists() else _download(str(model))
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise HipaError(
-                f"{folder}: no model_index.json in it. Expected a diffusers StableDiffusionPipeline folder."
-            )
-        _check_kind(folder, json.loads(index.read_text()))
-        return cls(folder, folder.resolve().name if Path(model).exists() else str(model))
+        folder = model_folder(name)
+        _check_kind(folder, _read_json(folder, "model_index.json"))
+        return cls(folder, folder.resolve().name if Path(name).exists() else name)
 
     def info(self) -> ModelInfo:
         """Name, and the hash of the UNet's weights: what an adaptor is bound to."""
-        return ModelInfo(name=self.name, sha256=folder_sha256(self.folder / "unet"))
+        return ModelInfo(name=self.name, sha256=unet_sha256(self.folder))
 
     def unet(self) -> UNet2DConditionModel:
-        """The UNet. Raises HipaError for kinds that need more than a timestep and one text context."""
-        config = UNet2DConditionModel.load_config(self.folder, subfolder="unet")
+        """The UNet. Raises HipaError for kinds that take more than noise, a timestep and one text context."""
+        config = _read_json(self.folder, "unet/config.json")
         for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
             if config.get(key) is not None:
                 raise HipaError(f"{self.folder}: the UNet has {key}={config[key]!r}, which is not supported.")
+        latent = _read_json(self.folder, "vae/config.json").get("latent_channels", 4)
+        if config.get("in_channels", 4) != latent:
+            raise HipaError(
+                f"{self.folder}: the UNet takes {config['in_channels']} channels, expected {latent}, as its VAE gives. "
+                "Use a text-to-image model, not one for inpainting or editing."
+            )
         return _load(UNet2DConditionModel, self.folder, "unet")
 
     def text_encoder(self) -> CLIPTextModel:
@@ -68,11 +70,11 @@ class BaseModel:
         try:
             return CLIPTokenizerFast.from_pretrained(self.folder, subfolder="tokenizer")
         except (OSError, ValueError) as error:
-            raise HipaError(f"{self.folder}/tokenizer cannot be loaded: {_first_line(error)}") from None
+            raise HipaError(f"{self.folder}/tokenizer cannot be loaded: {first_line(error)}") from None
 
     def scheduler(self) -> DDPMScheduler:
         """The noise schedule the model was trained with."""
-        return DDPMScheduler.from_pretrained(self.folder, subfolder="scheduler")
+        return DDPMScheduler.from_config(_read_json(self.folder, "scheduler/scheduler_config.json"))
 
     def one_step(self, timestep: int, height: int | None, width: int | None) -> OneStep:
         """The constants of one step at ``timestep`` and a size in pixels (None: the size it was trained for).
@@ -81,11 +83,11 @@ class BaseModel:
             HipaError: a size that is not a multiple the model allows, or is absurd.
 
         """
-        unet = UNet2DConditionModel.load_config(self.folder, subfolder="unet")
-        vae = AutoencoderKL.load_config(self.folder, subfolder="vae")
+        unet, vae = (_read_json(self.folder, f"{part}/config.json") for part in ("unet", "vae"))
         scale = 2 ** (len(vae["block_out_channels"]) - 1)
         multiple = scale * 2 ** (len(unet["block_out_channels"]) - 1)
-        height, width = (size or scale * unet["sample_size"] for size in (height, width))
+        native = scale * unet["sample_size"]
+        height, width = (native if size is None else size for size in (height, width))
         for name, size in (("height", height), ("width", width)):
             if size <= 0 or size % multiple:
                 raise HipaError(f"{name} {size} does not fit this model. Expected a positive multiple of {multiple}.")
@@ -103,13 +105,14 @@ class BaseModel:
         )
 
 
-def _download(model: str) -> Path:
-    if "/" not in model or model.startswith(("/", ".")):
-        raise HipaError(f"{model} does not exist. Expected a diffusers model folder or a hub id like owner/name.")
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
     try:
-        return Path(DiffusionPipeline.download(model))
-    except Exception as error:  # network, authentication and hub errors share no base class
-        raise HipaError(f"{model}: no such folder, and the hub did not provide it: {_first_line(error)}") from None
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError:
+        raise HipaError(f"{folder}: no readable {name} in it. Expected a StableDiffusionPipeline folder.") from None
+    except (ValueError, TypeError):
+        raise HipaError(f"{path} is not JSON of a diffusers folder. Copy the model again.") from None
 
 
 def _check_kind(folder: Path, index: dict[str, Any]) -> None:
@@ -124,17 +127,14 @@ def _check_kind(folder: Path, index: dict[str, Any]) -> None:
 
 
 def _load(kind: Any, folder: Path, part: str) -> Any:
+    """One part in float32, frozen. A weight that the file lacks would be random, so it is refused."""
     try:
-        module = kind.from_pretrained(folder, subfolder=part, use_safetensors=True).float()
+        module, report = kind.from_pretrained(folder, subfolder=part, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # a truncated file, a missing file and a wrong shape each raise their own kind
-        raise HipaError(f"{folder}/{part} cannot be loaded: {_first_line(error)}") from None
+        raise HipaError(f"{folder}/{part} cannot be loaded: {first_line(error)}") from None
+    if report["missing_keys"]:
+        raise HipaError(f"{folder}/{part}: weight {min(report['missing_keys'])} is missing. Copy the model again.")
     for name, weight in module.named_parameters():
-        if weight.is_meta:
-            raise HipaError(f"{folder}/{part}: weight {name} is missing from the file. Copy the model again.")
         if not torch.isfinite(weight).all():
             raise HipaError(f"{folder}/{part}: weight {name} holds NaN or infinity. Expected finite weights.")
-    return module.requires_grad_(False).eval()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+    return module.float().requires_grad_(False).eval()

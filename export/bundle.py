@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hipa_deploy import __version__
+from hipa_deploy.adaptor import METADATA, read_metadata
 from hipa_deploy.bundle import (
     MANIFEST,
+    MAX_BATCH,
     SCHEMA,
     AdaptorInfo,
     Bundle,
@@ -31,7 +33,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.export import parity
 from hipa_deploy.export.base_model import BaseModel
 from hipa_deploy.export.fold import fold_timestep
-from hipa_deploy.export.merge import check_base, merge_adaptor, read_metadata
+from hipa_deploy.export.merge import merge_adaptor
 from hipa_deploy.export.stages import (
     GenericDecoder,
     GenericUNet,
@@ -49,7 +51,6 @@ from hipa_deploy.pipeline import OneStepPipeline
 from hipa_deploy.tokenizer import PromptTokenizer
 
 LAST_TIMESTEP = 999
-MAX_BATCH = 64
 REFERENCE_PROMPT, REFERENCE_SEED = "3d emoji of a red apple", 0
 
 
@@ -108,16 +109,15 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     """
     if not 1 <= options.batch <= MAX_BATCH:
         raise HipaError(f"batch {options.batch} is out of range. Expected 1 <= batch <= {MAX_BATCH}.")
+    base = BaseModel.open(options.model)
+    step = base.one_step(_adaptor_timestep(options, base), options.height, options.width)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with new_folder(options.out) as root, Progress(*columns, console=console) as progress:
-        task = progress.add_task("reading the model", total=6)
+        task = progress.add_task("tokenizer", total=6)
 
         def say(what: str) -> None:
             progress.update(task, description=what, advance=1)
 
-        base = BaseModel.open(options.model)
-        adaptor_timestep = _check_adaptor(options, base)
-        step = base.one_step(adaptor_timestep, options.height, options.width)
         tokens_BL = _write_tokenizer(base, root, options.batch)
         say("text encoder")
         job = _text_encoder(options, base, root, step, tokens_BL)
@@ -135,14 +135,15 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     return Bundle.open(options.out)
 
 
-def _check_adaptor(options: ExportOptions, base: BaseModel) -> int:
+def _adaptor_timestep(options: ExportOptions, base: BaseModel) -> int:
     """The timestep that the adaptor was trained for (999 unless it says otherwise)."""
     if options.adaptor is None:
         return LAST_TIMESTEP
     if not options.adaptor.is_dir():
         raise HipaError(f"{options.adaptor} does not exist. Expected an adaptor folder, as hipa-train writes it.")
-    check_base(options.adaptor, base.info().sha256)
-    return int(read_metadata(options.adaptor).get("timestep", LAST_TIMESTEP))
+    if not (options.adaptor / METADATA).exists():  # another tool's LoRA says nothing of base or timestep
+        return LAST_TIMESTEP
+    return read_metadata(options.adaptor, base.folder).timestep
 
 
 def _write_tokenizer(base: BaseModel, root: Path, batch: int) -> np.ndarray:

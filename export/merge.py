@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,31 +10,10 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from hipa_deploy.adaptor import WEIGHTS
 from hipa_deploy.bundle import AdaptorInfo
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.hashing import file_sha256
-
-WEIGHTS = "pytorch_lora_weights.safetensors"
-METADATA = "hipa_adaptor.json"
-
-
-def read_metadata(adaptor: Path) -> dict[str, Any]:
-    """``hipa_adaptor.json``, or nothing for an adaptor that another tool wrote."""
-    path = adaptor / METADATA
-    try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except ValueError as error:
-        raise HipaError(f"{path} is not JSON ({error}). Train or copy the adaptor again.") from None
-
-
-def check_base(adaptor: Path, unet_sha256: str) -> None:
-    """Raise HipaError if the adaptor says that it was trained on another UNet."""
-    trained_on = read_metadata(adaptor).get("base_unet_sha256")
-    if trained_on not in (None, unet_sha256):
-        raise HipaError(
-            f"{adaptor} was trained on another model: its UNet's hash is {trained_on[:12]}…, "
-            f"this one's is {unet_sha256[:12]}…. Give the model it was trained on."
-        )
 
 
 def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0) -> AdaptorInfo:
@@ -51,8 +29,8 @@ def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0)
     state, metadata = _read_weights(adaptor)
     _load_into(unet, state, metadata, adaptor)
     layers = [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]
-    rank, alpha = _rank_and_alpha(layers[0])
-    unet.fuse_lora(lora_scale=scale, safe_fusing=True)
+    rank, alpha = max(_rank_and_alpha(layer) for layer in layers)
+    unet.fuse_lora(lora_scale=scale)
     unet.unload_lora()
     if any(isinstance(module, BaseTunerLayer) for module in unet.modules()):
         raise HipaError(f"{adaptor}: adapter layers are left after merging. Expected a plain LoRA.")
@@ -72,10 +50,13 @@ def _read_weights(adaptor: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
             adaptor, weight_name=WEIGHTS, return_lora_metadata=True, use_safetensors=True
         )
     except Exception as error:  # safetensors, json and key-conversion errors share no base class
-        raise HipaError(f"{adaptor}/{WEIGHTS} cannot be read: {str(error).splitlines()[0]}") from None
-    state = {key: value for key, value in state.items() if key.startswith("unet.")}
-    if not state:
-        raise HipaError(f"{adaptor}/{WEIGHTS} holds no layer of a UNet. Expected keys that start with 'unet.'.")
+        raise HipaError(f"{adaptor}/{WEIGHTS} cannot be read: {first_line(error)}") from None
+    foreign = [key for key in state if not key.startswith("unet.")]
+    if foreign or not state:
+        got = f"{foreign[0]} ({len(foreign)} such)" if foreign else "nothing"
+        raise HipaError(
+            f"{adaptor}/{WEIGHTS} holds {got}. Expected layers of a UNet alone, keys that start with 'unet.'."
+        )
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise HipaError(f"{adaptor}: {key} holds NaN or infinity. Train the adaptor again.")

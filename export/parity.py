@@ -23,8 +23,15 @@ def compare(got: np.ndarray, expected: np.ndarray) -> Parity:
         max_abs=float(error.max()),
         mean_abs=float(error.mean()),
         cosine=float(a @ b) / norms if norms else float(np.array_equal(a, b)),
-        psnr_db=min(200.0, 10 * float(np.log10(peak**2 / mse))) if mse and peak else 200.0,
+        psnr_db=psnr_db(mse, peak),
     )
+
+
+def psnr_db(mse: float, peak: float) -> float:
+    """10 log10(peak**2 / mse), at most 200; a constant that is missed has no range to measure by, and gives 0."""
+    if mse == 0:
+        return 200.0
+    return min(200.0, 10 * float(np.log10(peak**2 / mse))) if peak else 0.0
 
 
 def check(stage: str, got: np.ndarray, expected: np.ndarray, precision: Precision) -> Parity:

@@ -19,7 +19,7 @@ __all__ = ["Bundle", "HipaError", "OneStepPipeline", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import numpy, pydantic and ONNX Runtime only when they are used: ``hipa --help`` needs none of them."""
+    """Import numpy and ONNX Runtime only when they are used: ``hipa --help`` needs neither."""
     if name == "OneStepPipeline":
         from hipa_deploy.pipeline import OneStepPipeline
 

@@ -11,12 +11,13 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
 
 SCHEMA = 1
+MAX_BATCH = 64
 MANIFEST = "hipa.json"
 STAGES = ("text_encoder", "unet", "vae_decoder")
 
@@ -104,13 +105,21 @@ class Manifest(_Model):
     producer: str
     layout: Layout
     precision: Precision
-    batch: int
+    batch: int = Field(ge=1, le=MAX_BATCH)
     base_model: ModelInfo
     adaptor: AdaptorInfo | None
     one_step: OneStep
-    stages: tuple[Stage, ...]
+    stages: tuple[Stage, ...] = Field(min_length=1)
     end_to_end: Parity
     files: dict[str, str]
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in map(PurePosixPath, files):
+            if name.is_absolute() or ".." in name.parts:
+                raise ValueError(f"{name} lies outside the bundle")
+        return files
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ class Bundle:
 
     def path(self, relative: str) -> Path:
         """The file ``relative`` names, which must be listed in the manifest."""
-        if relative not in self.manifest.files or ".." in PurePosixPath(relative).parts:
+        if relative not in self.manifest.files:
             raise HipaError(f"{self.root}: {relative} is not listed in {MANIFEST}. Export the bundle again.")
         return self.root / relative
 

@@ -7,12 +7,13 @@ import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.extras import require
 
 app = typer.Typer(
     name="hipa",
@@ -63,13 +64,15 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of the recipe's.")] = None,
 ) -> None:
     """Train a HiPA adaptor: base model + prompts -> adaptor folder. To resume, run the same command again."""
-    from hipa_deploy.embedded import resolve_adaptor, resolve_model
+    require("train")
+    from hipa_deploy.embedded import resolve_adaptor
+    from hipa_deploy.models import model_folder
     from hipa_deploy.train.loop import train_adaptor
     from hipa_deploy.train.recipe import load_recipe
 
     chosen = load_recipe(recipe, None if steps is None else {"steps": steps})
     initial = resolve_adaptor(start) if start else None
-    path = train_adaptor(chosen, Path(resolve_model(model)), out, initial_adaptor=initial, console=console)
+    path = train_adaptor(chosen, model_folder(model), out, initial_adaptor=initial, console=console)
     typer.echo(path)
 
 
@@ -87,11 +90,16 @@ def export(
     build: Annotated[EngineBackend | None, typer.Option(help="Compile engines as well.")] = None,
 ) -> None:
     """Export a one-step bundle: base model (+ adaptor) -> ONNX stages, checked against PyTorch."""
-    from hipa_deploy.embedded import resolve_adaptor, resolve_model
+    require("export")
+    if build:
+        from hipa_deploy.engines.build import check_tools
+
+        check_tools(build.value)  # before minutes of export, not after
+    from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.export.bundle import ExportOptions, export_bundle
 
     options = ExportOptions(
-        model=str(resolve_model(model)),
+        model=model,
         out=out,
         adaptor=resolve_adaptor(adaptor) if adaptor else None,
         adaptor_scale=adaptor_scale,
@@ -125,9 +133,7 @@ def _build(root: Path, backend: EngineBackend, target: str) -> None:
     from hipa_deploy.bundle import Bundle
     from hipa_deploy.engines.build import build_bundle
 
-    bundle = Bundle.open(root)
-    bundle.verify()
-    for engine in build_bundle(bundle, backend=backend.value, target=target, console=console):
+    for engine in build_bundle(Bundle.open(root), backend=backend.value, target=target, console=console):
         typer.echo(engine.path)
 
 
@@ -143,14 +149,16 @@ def generate(
 ) -> None:
     """Generate images whose PNG metadata can reproduce them."""
     from hipa_deploy.images import save_png
-    from hipa_deploy.pipeline import OneStepPipeline
+    from hipa_deploy.pipeline import OneStepPipeline, check_count
 
-    paths = _image_paths(out, len(prompts), count, seed)
+    check_count(len(prompts), count)
+    paths = iter(_image_paths(out, len(prompts), count, seed))
     with OneStepPipeline.load(bundle, backend) as pipe:
-        result = pipe(prompts, seed=seed, count=count, truncate=truncate)
-    for path, image_HWC, recipe in zip(paths, result.images_BHWC, result.recipes, strict=True):
-        save_png(path, image_HWC, recipe)
-        typer.echo(path)
+        for batch in pipe.stream(prompts, seed=seed, count=count, truncate=truncate):
+            for image_HWC, recipe in zip(batch.images_BHWC, batch.recipes, strict=True):
+                path = next(paths)
+                save_png(path, image_HWC, recipe)
+                typer.echo(path)
 
 
 def _image_paths(out: Path, prompts: int, count: int, seed: int) -> list[Path]:
@@ -159,7 +167,7 @@ def _image_paths(out: Path, prompts: int, count: int, seed: int) -> list[Path]:
         if prompts * count > 1:
             raise HipaError(f"{out} is one file, {prompts * count} images were asked for. Give --out a folder.")
         return [out]
-    if out.suffix and not out.is_dir():
+    if out.is_file() or (out.suffix and not out.is_dir()):
         raise HipaError(f"{out}: images are written as PNG. Give --out a name that ends in .png, or a folder.")
     return [out / f"{p:03d}-seed{seed + i}.png" for p in range(prompts) for i in range(count)]
 
@@ -193,12 +201,14 @@ def evaluate(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
 ) -> None:
     """Measure quality: teacher, base in one step and adaptor in one step, on the same prompts and noise."""
-    from hipa_deploy.embedded import resolve_adaptor, resolve_model
+    require("train")
+    from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.files import write_file
+    from hipa_deploy.models import model_folder
     from hipa_deploy.train.recipe import load_recipe
     from hipa_deploy.train.report import evaluate_adaptor, held_out_prompts, render_table
 
-    folder, teacher = Path(resolve_model(model)), load_recipe(recipe).teacher
+    folder, teacher = model_folder(model), load_recipe(recipe).teacher
     texts = held_out_prompts(folder, prompts)
     report = evaluate_adaptor(folder, resolve_adaptor(adaptor), texts, teacher, images=images, console=console)
     if json_path:
@@ -229,6 +239,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Continue from the shipped adaptor, few steps.")] = False,
 ) -> None:
     """Run the whole chain on the embedded model: train, merge, export, compile, generate, profile."""
+    require("train", "export")
     from hipa_deploy.demo import run_demo
 
     run_demo(out, quick=quick, console=console)
@@ -244,55 +255,25 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         code = app(args=arguments, prog_name="hipa", standalone_mode=False)
-    except (HipaError, _UsageError) as error:
-        text = str(error) if isinstance(error, HipaError) else error.format_message()  # type: ignore[attr-defined]
-        sys.stderr.write(f"hipa: {' '.join(text.split())}\n")
-        raise SystemExit(1) from None
+    except HipaError as error:
+        _stop(str(error))
+    except _UsageError as error:
+        _stop(error.format_message())  # type: ignore[attr-defined]
+    except OSError as error:  # a full disk, a folder that may not be written: the user's to mend
+        _stop(f"{error.filename or 'a file'}: {error.strerror or error}")
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("hipa: stopped\n")
         raise SystemExit(130) from None
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _verb(name: str) -> None:
-    main([name, *sys.argv[1:]])
+def _stop(message: str) -> NoReturn:
+    """Say it in one line, if there is anything to say (bare ``hipa`` has printed its help), and exit with 1."""
+    if message.strip():
+        sys.stderr.write(f"hipa: {' '.join(message.split())}\n")
+    raise SystemExit(1)
 
 
-def train_main() -> None:
-    """``hipa-train``."""
-    _verb("train")
-
-
-def export_main() -> None:
-    """``hipa-export``."""
-    _verb("export")
-
-
-def build_main() -> None:
-    """``hipa-build``."""
-    _verb("build")
-
-
-def generate_main() -> None:
-    """``hipa-generate``."""
-    _verb("generate")
-
-
-def profile_main() -> None:
-    """``hipa-profile``."""
-    _verb("profile")
-
-
-def evaluate_main() -> None:
-    """``hipa-evaluate``."""
-    _verb("evaluate")
-
-
-def doctor_main() -> None:
-    """``hipa-doctor``."""
-    _verb("doctor")
-
-
-def demo_main() -> None:
-    """``hipa-demo``."""
-    _verb("demo")
+def verb_main() -> None:
+    """Entry point of every ``hipa-VERB``: the command's name says the verb."""
+    main([Path(sys.argv[0]).stem.removeprefix("hipa-"), *sys.argv[1:]])

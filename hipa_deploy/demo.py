@@ -12,7 +12,9 @@ import numpy as np
 from rich.console import Console
 
 from hipa_deploy import embedded
-from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.adaptor import unet_sha256
+from hipa_deploy.errors import HipaError
+from hipa_deploy.extras import require
 from hipa_deploy.files import write_file
 from hipa_deploy.images import grid, png_bytes
 from hipa_deploy.pipeline import OneStepPipeline
@@ -33,15 +35,16 @@ COMMON = {"optimiser.warmup_steps": 5, "sample_every": 50, "checkpoint_every": 2
 
 
 def run_demo(out: Path, *, quick: bool, console: Console) -> None:
-    """Train, merge, export, compile, generate, profile; a step whose result is there already is not repeated.
+    """Train, merge, export, compile, generate, profile. Adaptor, bundle and engines that are there are kept.
 
     Raises:
         HipaError: ``out`` holds something else, or the training and export extras are not installed.
 
     """
-    _open_folder(out, quick)
+    require("train", "export")
     started = time.perf_counter()
     recipe = _recipe(quick)
+    _open_folder(out, recipe)
     adaptor = _train(out, recipe, quick, console)
     bundle = _export(out, adaptor, console)
     built = _build(bundle, console)
@@ -50,17 +53,19 @@ def run_demo(out: Path, *, quick: bool, console: Console) -> None:
     _tell(out, built, quality, latency, time.perf_counter() - started, console)
 
 
-def _open_folder(out: Path, quick: bool) -> None:
-    for package, extra in (("torch", "train"), ("diffusers", "train"), ("peft", "train"), ("onnxscript", "export")):
-        if importlib.util.find_spec(package) is None:
-            raise MissingDependencyError(package, extra)
-    settings = {"quick": quick}
-    marker = out / MARKER
-    if marker.exists() and json.loads(marker.read_text()) != settings:
-        raise HipaError(f"{out} holds a demo with other options. Choose another --out, or remove it.")
-    if not marker.exists() and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+def _open_folder(out: Path, recipe: Recipe) -> None:
+    """Begin a demo's folder, or go on with one of the same model and recipe."""
+    identity = {"model": unet_sha256(embedded.MODEL), "recipe": recipe.model_dump(mode="json")}
+    content, marker = json.dumps(identity, sort_keys=True).encode(), out / MARKER
+    if marker.exists():
+        if marker.read_bytes() != content:
+            raise HipaError(
+                f"{out} holds a demo of another model or with other options. Remove it, or choose another --out."
+            )
+        return
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise HipaError(f"{out} is not empty and not a demo's folder. Choose another --out.")
-    write_file(marker, json.dumps(settings).encode())
+    write_file(marker, content)
 
 
 def _recipe(quick: bool) -> Recipe:
@@ -86,7 +91,7 @@ def _export(out: Path, adaptor: Path, console: Console) -> Bundle:
 
     if not (out / "bundle").exists():
         console.rule("2. merge and export: ONNX, checked against PyTorch")
-        export_bundle(ExportOptions(model=str(embedded.MODEL), adaptor=adaptor, out=out / "bundle"), console)
+        export_bundle(ExportOptions(model=embedded.NAME, adaptor=adaptor, out=out / "bundle"), console)
     return Bundle.open(out / "bundle")
 
 
@@ -140,7 +145,10 @@ def _profile(out: Path, console: Console) -> str:
 
 
 def _tell(out: Path, built: list[Path], quality: str, latency: str, seconds: float, console: Console) -> None:
+    import torch
+
     console.rule("done")
+    device = "CUDA" if torch.cuda.is_available() else "CPU"
     engines = "no engine compiled: TensorRT-RTX is not installed (pip install 'hipa-deploy[rtx]')"
     if built:
         engines = f"{len(built)} TensorRT-RTX engines compiled; none was run: that needs an RTX GPU"
@@ -149,7 +157,7 @@ def _tell(out: Path, built: list[Path], quality: str, latency: str, seconds: flo
         quality,
         latency,
         f"engines: {engines}",
-        f"run on this machine: training (PyTorch, CPU), export, ONNX Runtime; {seconds / 60:.1f} minutes",
+        f"run on this machine: training (PyTorch, {device}), export, ONNX Runtime (CPU); {seconds / 60:.1f} minutes",
     ]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -9,25 +9,37 @@ from rich.markup import escape
 from rich.table import Table
 
 from hipa_deploy import __version__, embedded
-from hipa_deploy.bundle import Bundle
-from hipa_deploy.engines.device import describe_device
+from hipa_deploy.adaptor import WEIGHTS
+from hipa_deploy.bundle import MANIFEST, Bundle
 from hipa_deploy.errors import HipaError
+from hipa_deploy.extras import EXTRAS, missing
+
+NEEDED = {"model": "model_index.json", "adaptor": WEIGHTS, "bundle": MANIFEST}
 
 
 def examine(bundle: str | None = None) -> dict[str, Any]:
-    """Facts as JSON types: version, device and backends, embedded folders, a bundle's state, problems."""
+    """Facts as JSON types: version, device and backends, extras, embedded folders, a bundle's state, problems."""
+    from hipa_deploy.engines.device import describe_device
+
     report: dict[str, Any] = {
         "version": __version__,
         "device": describe_device().model_dump(mode="json"),
         "embedded": {"model": str(embedded.MODEL), "adaptor": str(embedded.ADAPTOR), "bundle": str(embedded.BUNDLE)},
+        "extras": {extra: _extra(extra) for extra in EXTRAS},
         "problems": [],
     }
     for name, folder in report["embedded"].items():
-        if not Path(folder).is_dir():
+        if not (Path(folder) / NEEDED[name]).is_file():
             report["problems"].append(f"the embedded {name} is missing. Reinstall hipa-deploy.")
     if bundle:
         report["bundle"] = _examine_bundle(bundle, report["problems"])
     return report
+
+
+def _extra(extra: str) -> str:
+    """'installed', or what is missing and the command that mends it."""
+    absent = missing(extra)
+    return f"{', '.join(absent)} missing. Run: pip install 'hipa-deploy[{extra}]'" if absent else "installed"
 
 
 def _examine_bundle(name: str, problems: list[str]) -> dict[str, Any]:
@@ -59,7 +71,7 @@ def render(report: dict[str, Any]) -> Table:
     for backend in device["backends"]:
         usable = f"[green]works[/green] {_plain(backend['version'])}"
         table.add_row(f"backend.{backend['name']}", usable if backend["usable"] else _plain(backend["remedy"]))
-    for section in ("embedded", "bundle"):
+    for section in ("extras", "embedded", "bundle"):
         for key, value in report.get(section, {}).items():
             table.add_row(f"{section}.{key}", _plain(value))
     for problem in report["problems"]:

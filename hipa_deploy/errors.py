@@ -12,3 +12,8 @@ class MissingDependencyError(HipaError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed. Run: pip install 'hipa-deploy[{extra}]'")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, for a message of ours; its class where it says nothing."""
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__

@@ -13,7 +13,9 @@ from hipa_deploy.errors import HipaError
 
 
 def refuse_to_overwrite(out: Path) -> None:
-    """Raise HipaError if ``out`` is a file, or a folder with anything in it."""
+    """Raise HipaError if ``out`` is a file, a folder with anything in it, or where we stand."""
+    if out.resolve() == Path.cwd():
+        raise HipaError(f"{out} is the current folder. Choose a name for a new one.")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise HipaError(f"{out} exists and is not empty. Choose another name, or remove it first.")
 

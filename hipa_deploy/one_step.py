@@ -14,6 +14,12 @@ from hipa_deploy.errors import HipaError
 SEED_LIMIT = 2**63
 
 
+def check_seeds(first: int, count: int = 1) -> None:
+    """Raise HipaError unless seeds ``first`` to ``first + count - 1`` are all in [0, 2**63)."""
+    if first < 0 or first + count > SEED_LIMIT:
+        raise HipaError(f"seed {first} (and the {count - 1} after it) is out of range. Expected 0 <= seed < 2**63.")
+
+
 def initial_noise(seeds: Sequence[int], shape_CHW: tuple[int, int, int]) -> np.ndarray:
     """Standard normal noise, one independent stream a seed: float32 [B, C, H, W].
 
@@ -28,8 +34,7 @@ def initial_noise(seeds: Sequence[int], shape_CHW: tuple[int, int, int]) -> np.n
 
 
 def _noise(seed: int, shape_CHW: tuple[int, int, int]) -> np.ndarray:
-    if not 0 <= seed < SEED_LIMIT:
-        raise HipaError(f"seed {seed} is out of range. Expected 0 <= seed < 2**63.")
+    check_seeds(seed)
     count = int(np.prod(shape_CHW))
     raw = np.random.Philox(key=seed).random_raw(2 * ((count + 1) // 2))
     uniform = ((raw >> np.uint64(11)) + 0.5) * 2.0**-53  # in (0, 1): the logarithm stays finite

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,11 +17,12 @@ from PIL import Image
 from hipa_deploy.bundle import Bundle
 from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError
-from hipa_deploy.one_step import initial_noise, predict_x0
+from hipa_deploy.one_step import check_seeds, initial_noise, predict_x0
 from hipa_deploy.runners import Runner, check_backend, open_runner, resolve_backend
 from hipa_deploy.tokenizer import PromptTokenizer
 
 MAX_IMAGES = 10_000
+CACHED_BATCHES = 64
 
 Timer = Callable[[str], AbstractContextManager[object]]
 
@@ -53,7 +55,7 @@ class OneStepPipeline:
         self.runners = runners
         self.load_seconds = 0.0
         self._tokenizer = PromptTokenizer(bundle.path("tokenizer/tokenizer.json"))
-        self._contexts: dict[str, np.ndarray] = {}
+        self._contexts: dict[bytes, np.ndarray] = {}  # by token ids, oldest first
 
     @classmethod
     def load(cls, bundle: str | Path, backend: str = "auto") -> OneStepPipeline:
@@ -92,39 +94,56 @@ class OneStepPipeline:
             HipaError: no prompt, a prompt that is too long, a seed or count out of range.
 
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not 1 <= count <= MAX_IMAGES:
-            raise HipaError(
-                f"got {len(prompts)} prompts, count {count}. Expected a prompt, 1 <= count <= {MAX_IMAGES}."
-            )
-        jobs = [(text, seed + i) for text in prompts for i in range(count)]
-        images = [self._generate(part, truncate, timer) for part in _chunks(jobs, self.bundle.manifest.batch)]
-        texts, seeds = zip(*jobs, strict=True)
-        recipes = tuple(self._recipe(text, number) for text, number in jobs)
-        return GenerateResult(np.concatenate(images), texts, seeds, recipes)
+        parts = list(self.stream(prompt, seed=seed, count=count, truncate=truncate, timer=timer))
+        return GenerateResult(
+            images_BHWC=np.concatenate([part.images_BHWC for part in parts]),
+            prompts=tuple(chain.from_iterable(part.prompts for part in parts)),
+            seeds=tuple(chain.from_iterable(part.seeds for part in parts)),
+            recipes=tuple(chain.from_iterable(part.recipes for part in parts)),
+        )
 
-    def _generate(self, jobs: list[tuple[str, int]], truncate: bool, timer: Timer) -> np.ndarray:
-        """One batch, uint8 [len(jobs), H, W, 3]. A batch that is not full repeats its last job."""
-        batch = self.bundle.manifest.batch
-        full = jobs + jobs[-1:] * (batch - len(jobs))
-        context_BLD = self._encode([text for text, _ in full], truncate, timer)
-        noise_BCHW = initial_noise([seed for _, seed in full], self.bundle.manifest.one_step.latent_shape)
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int = 0,
+        count: int = 1,
+        truncate: bool = False,
+        timer: Timer = nullcontext,
+    ) -> Iterator[GenerateResult]:
+        """The same, a batch at a time. Everything is checked before the first image is made."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        check_count(len(prompts), count)
+        check_seeds(seed, count)
+        tokens_BL = self._tokenizer(prompts, truncate=truncate)
+        jobs = [(index, seed + i) for index in range(len(prompts)) for i in range(count)]
+        for part in _chunks(jobs, self.bundle.manifest.batch):
+            texts, seeds = [prompts[index] for index, _ in part], [number for _, number in part]
+            images_BHWC = self._generate([tokens_BL[index] for index, _ in part], seeds, timer)
+            recipes = [self._recipe(text, number, truncate) for text, number in zip(texts, seeds, strict=True)]
+            yield GenerateResult(images_BHWC, tuple(texts), tuple(seeds), tuple(recipes))
+
+    def _generate(self, tokens: list[np.ndarray], seeds: list[int], timer: Timer) -> np.ndarray:
+        """One batch, uint8 [len(seeds), H, W, 3]. A batch that is not full repeats its last job."""
+        padding = self.bundle.manifest.batch - len(seeds)
+        context_BLD = self._encode(tokens + tokens[-1:] * padding, timer)
+        noise_BCHW = initial_noise(seeds + seeds[-1:] * padding, self.bundle.manifest.one_step.latent_shape)
         with timer("unet"):
             latents_BCHW = self._predict(noise_BCHW, context_BLD)
         with timer("vae_decoder"):
             images_BHWC = self._decode(latents_BCHW)
-        return images_BHWC[: len(jobs)]
+        return images_BHWC[: len(seeds)]
 
-    def _encode(self, prompts: list[str], truncate: bool, timer: Timer) -> np.ndarray:
-        """Text context [B, L, D]; each distinct prompt is encoded once in the pipeline's life."""
-        missing = list(dict.fromkeys(text for text in prompts if text not in self._contexts))
-        for part in _chunks(missing, self.bundle.manifest.batch):
-            tokens_BL = self._tokenizer(part, truncate=truncate)
-            padding = np.repeat(tokens_BL[-1:], self.bundle.manifest.batch - len(part), axis=0)
+    def _encode(self, tokens: list[np.ndarray], timer: Timer) -> np.ndarray:
+        """Text context [B, L, D] of a batch of token ids [L]; the last ``CACHED_BATCHES`` batches are remembered."""
+        tokens_BL = np.stack(tokens)
+        key = tokens_BL.tobytes()
+        if key not in self._contexts:
             with timer("text_encoder"):
-                context_BLD = self._run("text_encoder", np.concatenate([tokens_BL, padding]))
-            self._contexts.update(zip(part, context_BLD, strict=False))
-        return np.stack([self._contexts[text] for text in prompts])
+                self._contexts[key] = self._run("text_encoder", tokens_BL)
+            if len(self._contexts) > CACHED_BATCHES:
+                del self._contexts[next(iter(self._contexts))]
+        return self._contexts[key]
 
     def _predict(self, noise_BCHW: np.ndarray, context_BLD: np.ndarray) -> np.ndarray:
         """x0 latents as the decoder takes them. A generic UNet leaves timestep and x0 to us."""
@@ -150,12 +169,13 @@ class OneStepPipeline:
         named = {tensor.name: value for tensor, value in zip(runner.spec.inputs, inputs, strict=True)}
         return runner(**named)[runner.spec.outputs[0].name]
 
-    def _recipe(self, prompt: str, seed: int) -> dict[str, Any]:
+    def _recipe(self, prompt: str, seed: int, truncate: bool) -> dict[str, Any]:
         manifest = self.bundle.manifest
         return {
             "producer": manifest.producer,
             "prompt": prompt,
             "seed": seed,
+            "truncate": truncate,
             "backend": self.backend,
             "precision": manifest.precision,
             "base_model": manifest.base_model.sha256,
@@ -175,6 +195,12 @@ class OneStepPipeline:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_count(prompts: int, count: int) -> None:
+    """Raise HipaError unless there is something to make, and not absurdly much."""
+    if prompts < 1 or count < 1 or prompts * count > MAX_IMAGES:
+        raise HipaError(f"got {prompts} prompts, count {count}. Expected 1 to {MAX_IMAGES} images in all.")
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

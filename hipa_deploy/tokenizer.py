@@ -35,6 +35,8 @@ class PromptTokenizer:
         return np.stack([self._encode(prompt, truncate) for prompt in prompts])
 
     def _encode(self, prompt: str, truncate: bool) -> np.ndarray:
+        if any("\ud800" <= c <= "\udfff" for c in prompt):  # what Python makes of bytes that are not UTF-8
+            raise HipaError(f"the prompt {prompt!r} is not valid text. Expected UTF-8.")
         encoding = self._tokenizer.encode(prompt)
         ids = encoding.ids
         if len(ids) <= self.length:

@@ -52,7 +52,7 @@ def test_every_command_and_option_has_a_help_text() -> None:
 def test_every_verb_has_an_entry_point() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"hipa": "hipa_deploy.cli:main"} | {
-        f"hipa-{verb}": f"hipa_deploy.cli:{verb}_main" for verb in SURFACE
+        f"hipa-{verb}": "hipa_deploy.cli:verb_main" for verb in SURFACE
     }
 
 

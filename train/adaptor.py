@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.adaptor import METADATA, WEIGHTS, AdaptorMetadata, read_metadata
+from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.files import new_folder
-from hipa_deploy.hashing import folder_sha256
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
-METADATA = "hipa_adaptor.json"
 ADAPTER = "default"
 
 # The paper's 3.3 M trainable parameters fit one set only: SD 2.x, rank 16, all four attention projections.
@@ -30,30 +26,6 @@ PAPER = ("to_q", "to_k", "to_v", "to_out.0")
 FULL = (*PAPER, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut",
         "downsamplers.0.conv", "upsamplers.0.conv")  # fmt: skip
 PRESETS = {"paper": PAPER, "full": FULL}
-
-
-class AdaptorMetadata(BaseModel):
-    """``hipa_adaptor.json``: what an adaptor was made from and how, enough to refuse it for anything else."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: Literal[1] = 1
-    base_unet_sha256: str
-    prompts_sha256: str
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    timestep: int
-    prediction_type: str
-    alpha_bar: float
-    resolution: tuple[int, int]
-    steps_trained: int
-    recipe: dict[str, Any]
-
-
-def unet_sha256(model_folder: Path) -> str:
-    """What ``base_unet_sha256`` holds: the content of every safetensors file in the model's unet folder."""
-    return folder_sha256(model_folder / "unet")
 
 
 def add_adaptor(unet: nn.Module, *, targets: tuple[str, ...], rank: int, alpha: float, seed: int) -> None:
@@ -89,7 +61,7 @@ def adaptor_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def one_step_scheduler(schedule: dict[str, Any], timestep: int) -> DDIMScheduler | LCMScheduler:
-    """A scheduler whose single step is exactly the x0 formula at ``timestep`` (measured, reference hipa.md 4.2)."""
+    """A scheduler whose single step is exactly the x0 formula at ``timestep``."""
     if timestep == schedule.get("num_train_timesteps", 1000) - 1:
         exact = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
         return DDIMScheduler(**schedule, **exact)
@@ -120,24 +92,6 @@ def save_adaptor(unet: nn.Module, metadata: AdaptorMetadata, schedule: dict[str,
     return out
 
 
-def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMetadata:
-    """The metadata of an adaptor folder; with ``model_folder`` also check that it was trained on that model.
-
-    Raises:
-        HipaError: not an adaptor folder, or one of another base model.
-
-    """
-    try:
-        metadata = AdaptorMetadata.model_validate(json.loads((folder / METADATA).read_text(encoding="utf-8")))
-    except OSError:
-        raise HipaError(f"adaptor {folder} has no {METADATA}. Expected a folder that hipa-train wrote.") from None
-    except (ValueError, ValidationError):
-        raise HipaError(f"adaptor {folder}: {METADATA} is damaged, or of another version of hipa-deploy.") from None
-    if model_folder is not None and metadata.base_unet_sha256 != unet_sha256(model_folder):
-        raise HipaError(f"adaptor {folder} was trained on another base model than {model_folder} (UNet hashes differ).")
-    return metadata
-
-
 def attach_adaptor(unet: Any, folder: Path) -> None:
     """Add a trained adaptor for inference: ``pipe.load_lora_weights`` without its warning that there is no text part.
 
@@ -148,7 +102,7 @@ def attach_adaptor(unet: Any, folder: Path) -> None:
     try:
         unet.load_lora_adapter(str(folder), prefix="unet", weight_name=WEIGHTS, use_safetensors=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise HipaError(f"adaptor {folder} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from None
+        raise HipaError(f"adaptor {folder} cannot be loaded: {first_line(error)}") from None
 
 
 def load_weights(unet: nn.Module, folder: Path) -> None:

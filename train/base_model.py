@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.one_step import initial_noise
 
 SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
@@ -42,8 +42,7 @@ class DiffusionModel:
         try:
             pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **parts)
         except Exception as error:  # each library raises its own kinds for a folder with missing or broken parts
-            reason = str(error).strip().partition("\n")[0]
-            raise HipaError(f"model {folder} cannot be loaded: {reason or type(error).__name__}") from None
+            raise HipaError(f"model {folder} cannot be loaded: {first_line(error)}") from None
         _check_unet(folder, pipe)
         _check_finite(folder, pipe)
         pipe.set_progress_bar_config(disable=True)

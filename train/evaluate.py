@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hipa_deploy.adaptor import read_metadata
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.adaptor import attach_adaptor, read_metadata
+from hipa_deploy.train.adaptor import attach_adaptor
 from hipa_deploy.train.base_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.frequency import RADIUS, high_frequency_energy
 from hipa_deploy.train.lite0 import Lite0

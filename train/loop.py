@@ -19,18 +19,16 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.adaptor import AdaptorMetadata, read_metadata, unet_sha256
+from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.files import refuse_to_overwrite
 from hipa_deploy.images import grid
 from hipa_deploy.train.adaptor import (
     PRESETS,
-    AdaptorMetadata,
     adaptor_parameters,
     add_adaptor,
     load_weights,
-    read_metadata,
     save_adaptor,
-    unet_sha256,
     without_adaptor,
 )
 from hipa_deploy.train.base_model import DiffusionModel, to_uint8
@@ -232,8 +230,9 @@ class Run:
             torch.save(state, scratch)
             scratch.replace(self.path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            reason = str(error).partition("\n")[0]
-            raise HipaError(f"checkpoint {self.path} cannot be written: {reason}. The one before it stays.") from None
+            raise HipaError(
+                f"checkpoint {self.path} cannot be written: {first_line(error)}. The one before it stays."
+            ) from None
         self.saved_step = self.step
 
     def check_finite(self, loss: float, norm: float) -> None:

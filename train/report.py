@@ -13,7 +13,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.train.evaluate import Quality, compare, kid_lite0, one_step_images, teacher_images
 from hipa_deploy.train.recipe import TeacherSettings, read_prompt_file
 
-FIRST_SEED = 1_000_000  # far from the seeds of training pairs' cousins and of people's own images
+FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
 
 
 class QualityReport(BaseModel):

@@ -97,7 +97,7 @@ def split_of(style: str, concept: str) -> str:
 
 
 def caption_of(style: str, concept: str) -> str:
-    plural = concept.endswith("s") and not concept.endswith(("ss", "us", "is", "house"))
+    plural = concept.endswith("s") and not concept.endswith(("ss", "us", "is"))
     article = "" if plural else "an " if concept[0] in "aeiou" else "a "
     return f"{style} emoji of {article}{concept}"
 

@@ -107,13 +107,26 @@ def write_sheet(model: Path, path: Path) -> None:
 
 def card(rows: dict[str, Any], run: Path) -> str:
     """The model card, in Markdown."""
-    lines = [Path(__file__).with_name("card.md").read_text().format(**training(run), steps=STEPS, guidance=GUIDANCE)]
+    lines = [
+        Path(__file__)
+        .with_name("card.md")
+        .read_text()
+        .format(**data(run), **training(run), steps=STEPS, guidance=GUIDANCE)
+    ]
     lines.append("| captions | images | KID-Lite0 | R@1 (ceiling) | R@5 (ceiling) |\n|---|---|---|---|---|")
     for split, row in rows["splits"].items():
         recalls = " | ".join(f"{row[f'recall@{k}']:.2f} ({row[f'ceiling@{k}']:.2f})" for k in (1, 5))
         lines.append(f"| {split} | {row['images']} | {row['kid']:.3f} | {recalls} |")
     lines.append(f"\nFloor of KID-Lite0 (training real images against held-out real images): {rows['floor']:.3f}.\n")
     return "\n".join(lines)
+
+
+def data(run: Path) -> dict[str, int]:
+    """How many concepts and images each split has."""
+    emoji = EmojiSet.load(run)
+    counts = {f"{split}_images": len(emoji.only(split).rows) for split in ("train", "pair", "concept")}
+    names = {split: {row["concept"] for row in emoji.only(split).rows} for split in ("train", "concept")}
+    return counts | {"concepts": len(names["train"]), "held_out_concepts": len(names["concept"])}
 
 
 def training(run: Path) -> dict[str, Any]:

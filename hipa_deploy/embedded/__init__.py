@@ -16,17 +16,16 @@ BUNDLE = ROOT / "bundle"
 NAME = "emoji"
 
 
-def resolve_model(name: str) -> Path | str:
-    """'emoji' is the embedded model; anything else is a folder or a hub id, returned as it is."""
-    return MODEL if name == NAME else name
-
-
 def resolve_adaptor(name: str) -> Path:
-    """'emoji' is the embedded adaptor; anything else is a folder."""
-    return ADAPTOR if name == NAME else Path(name)
+    """'emoji' is the embedded adaptor, unless a folder of that name is here; anything else is a folder."""
+    return _resolve(name, ADAPTOR)
 
 
 def resolve_bundle(name: str | Path) -> Path:
     """'emoji' is the embedded bundle, unless a folder of that name is here; anything else is a folder."""
+    return _resolve(name, BUNDLE)
+
+
+def _resolve(name: str | Path, embedded: Path) -> Path:
     path = Path(name)
-    return BUNDLE if str(name) == NAME and not path.exists() else path
+    return embedded if str(name) == NAME and not path.exists() else path

@@ -7,15 +7,14 @@ import pytest
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+from hipa_deploy.adaptor import AdaptorMetadata, unet_sha256
 from hipa_deploy.bundle import Bundle
 from hipa_deploy.export.bundle import ExportOptions, export_bundle
 from hipa_deploy.train.adaptor import (
     PRESETS,
-    AdaptorMetadata,
     adaptor_parameters,
     add_adaptor,
     save_adaptor,
-    unet_sha256,
 )
 from tests.tiny_model import make_model
 

@@ -122,9 +122,16 @@ def test_bad_input_leaves_nothing(model_dir: Path, tmp_path: Path, changes: dict
 
 def test_an_adaptor_of_another_model_leaves_nothing(adaptor_dir: Path, tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", seed=7)
-    with pytest.raises(HipaError, match="another model"):
+    with pytest.raises(HipaError, match="another base model"):
         export_bundle(ExportOptions(model=str(other), adaptor=adaptor_dir, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adaptor_of_another_tool_is_taken(model_dir: Path, adaptor_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(adaptor_dir, tmp_path / "plain")
+    (tmp_path / "plain" / "hipa_adaptor.json").unlink()
+    options = ExportOptions(model=str(model_dir), adaptor=tmp_path / "plain", out=tmp_path / "out", dtype="fp32")
+    assert export_bundle(options).manifest.one_step.timestep == 999
 
 
 def test_a_folder_in_use_is_not_touched(model_dir: Path, tmp_path: Path) -> None:

@@ -1,4 +1,3 @@
-import json
 import shutil
 from pathlib import Path
 
@@ -7,8 +6,9 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from hipa_deploy.adaptor import WEIGHTS
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.merge import WEIGHTS, check_base, merge_adaptor
+from hipa_deploy.export.merge import merge_adaptor
 from tests.export.conftest import make_adaptor
 
 
@@ -61,11 +61,6 @@ def test_scale_zero_is_the_base_and_a_half_is_between(model_dir: Path, adaptor_d
     torch.testing.assert_close(merged[0.5], (merged[0.0] + merged[1.0]) / 2)
 
 
-def test_another_model_is_refused_by_hash(adaptor_dir: Path) -> None:
-    with pytest.raises(HipaError, match="another model"):
-        check_base(adaptor_dir, "f" * 64)
-
-
 def test_a_shape_that_does_not_fit(model_dir: Path, adaptor_dir: Path, tmp_path: Path) -> None:
     key = next(key for key in load_file(adaptor_dir / WEIGHTS) if "to_q.lora_A" in key)
     bad = changed(adaptor_dir, tmp_path / "bad", **{key: torch.zeros(4, 999)})
@@ -106,22 +101,5 @@ def test_missing_truncated_and_foreign_files(model_dir: Path, adaptor_dir: Path,
         merge_adaptor(load_unet(model_dir), tmp_path / "cut")
     (tmp_path / "text").mkdir()
     save_file({"text_encoder.x.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "text" / WEIGHTS)
-    with pytest.raises(HipaError, match="no layer of a UNet"):
+    with pytest.raises(HipaError, match=r"holds text_encoder\.x"):
         merge_adaptor(load_unet(model_dir), tmp_path / "text")
-
-
-def test_damaged_metadata(adaptor_dir: Path, tmp_path: Path) -> None:
-    shutil.copytree(adaptor_dir, tmp_path / "bad")
-    (tmp_path / "bad" / "hipa_adaptor.json").write_text("{")
-    with pytest.raises(HipaError, match="not JSON"):
-        check_base(tmp_path / "bad", "0" * 64)
-
-
-def test_an_adaptor_of_another_tool_is_taken(adaptor_dir: Path, tmp_path: Path) -> None:
-    shutil.copytree(adaptor_dir, tmp_path / "plain")
-    (tmp_path / "plain" / "hipa_adaptor.json").unlink()
-    check_base(tmp_path / "plain", "0" * 64)
-
-
-def test_metadata_names_its_base(adaptor_dir: Path) -> None:
-    assert json.loads((adaptor_dir / "hipa_adaptor.json").read_text())["base_unet_sha256"]

@@ -57,7 +57,13 @@ def test_not_a_manifest(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"schema_version": 2}, "schema 2"), ({"batch": "x"}, "batch"), ({"surprise": 1}, "surprise")],
+    [
+        ({"schema_version": 2}, "schema 2"),
+        ({"batch": "x"}, "batch"),
+        ({"surprise": 1}, "surprise"),
+        ({"batch": 0}, "batch"),
+        ({"stages": []}, "stages"),
+    ],
 )
 def test_a_manifest_that_does_not_validate(copy: Path, changes: dict, message: str) -> None:
     edit(copy, **changes)
@@ -65,7 +71,13 @@ def test_a_manifest_that_does_not_validate(copy: Path, changes: dict, message: s
         Bundle.open(copy)
 
 
-def test_a_path_outside_the_bundle_is_refused(copy: Path) -> None:
-    edit(copy, files={"../secret": "0" * 64})
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
+def test_a_path_outside_the_bundle_is_refused(copy: Path, name: str) -> None:
+    edit(copy, files={name: "0" * 64})
+    with pytest.raises(HipaError, match="outside"):
+        Bundle.open(copy)
+
+
+def test_a_file_that_is_not_listed(copy: Path) -> None:
     with pytest.raises(HipaError, match="not listed"):
-        Bundle.open(copy).verify()
+        Bundle.open(copy).path("notes.txt")

@@ -51,13 +51,13 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, console: Cons
 def test_a_demo_with_other_options_is_not_mixed(tmp_path: Path, console: Console) -> None:
     out = tmp_path / "demo"
     out.mkdir()
-    (out / demo.MARKER).write_text(json.dumps({"quick": False}))
+    (out / demo.MARKER).write_text("{")
     with pytest.raises(HipaError, match="other options"):
         demo.run_demo(out, quick=True, console=console)
 
 
 def test_missing_extras_come_with_the_command(tmp_path: Path, console: Console, monkeypatch) -> None:
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("hipa_deploy.extras.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="pip install"):
         demo.run_demo(tmp_path / "demo", quick=True, console=console)
     assert not (tmp_path / "demo").exists()

@@ -7,19 +7,17 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from hipa_deploy.adaptor import AdaptorMetadata, read_metadata, unet_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.adaptor import (
     FULL,
     METADATA,
     PAPER,
-    AdaptorMetadata,
     adaptor_parameters,
     add_adaptor,
     attach_adaptor,
     load_weights,
-    read_metadata,
     save_adaptor,
-    unet_sha256,
     without_adaptor,
 )
 from hipa_deploy.train.base_model import DiffusionModel

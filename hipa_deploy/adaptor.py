@@ -1,0 +1,60 @@
+"""The adaptor folder: file names, and what ``hipa_adaptor.json`` says of it.
+
+The folder loads with diffusers' ``pipe.load_lora_weights``; its ``scheduler/`` is exact for the one step.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.hashing import folder_sha256
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+METADATA = "hipa_adaptor.json"
+
+
+class AdaptorMetadata(BaseModel):
+    """``hipa_adaptor.json``: what an adaptor was made from and how, enough to refuse it for anything else."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    base_unet_sha256: str
+    prompts_sha256: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    timestep: int
+    prediction_type: str
+    alpha_bar: float
+    resolution: tuple[int, int]
+    steps_trained: int
+    recipe: dict[str, Any]
+
+
+def unet_sha256(model_folder: Path) -> str:
+    """What ``base_unet_sha256`` holds: the content of every safetensors file in the model's unet folder."""
+    return folder_sha256(model_folder / "unet")
+
+
+def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMetadata:
+    """The metadata of an adaptor folder; with ``model_folder`` also check that it was trained on that model.
+
+    Raises:
+        HipaError: not an adaptor folder, or one of another base model.
+
+    """
+    try:
+        metadata = AdaptorMetadata.model_validate(json.loads((folder / METADATA).read_text(encoding="utf-8")))
+    except OSError:
+        raise HipaError(f"adaptor {folder} has no {METADATA}. Expected a folder that hipa-train wrote.") from None
+    except (ValueError, ValidationError):
+        raise HipaError(f"adaptor {folder}: {METADATA} is damaged, or of another version of hipa-deploy.") from None
+    if model_folder is not None and metadata.base_unet_sha256 != unet_sha256(model_folder):
+        raise HipaError(f"adaptor {folder} was trained on another base model than {model_folder} (UNet hashes differ).")
+    return metadata

@@ -1,0 +1,64 @@
+"""The shipped model, adaptor and bundle: what the package promises of them, on the real weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from hipa_deploy import OneStepPipeline
+from hipa_deploy.adaptor import read_metadata
+from hipa_deploy.embedded import ADAPTOR, BUNDLE, MODEL
+from hipa_deploy.export.bundle import ExportOptions, export_bundle
+from hipa_deploy.export.parity import compare
+from hipa_deploy.one_step import initial_noise
+from hipa_deploy.train.evaluate import kid_lite0, one_step_images, teacher_images
+from hipa_deploy.train.report import draw, held_out_prompts
+
+PROMPT = "3d emoji of a red apple"
+
+
+def one_step_image(adaptor: Path | None, seed: int) -> np.ndarray:
+    """The image as a diffusers user makes it: load_lora_weights and the shipped scheduler."""
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_pretrained(ADAPTOR, subfolder="scheduler")
+    if adaptor:
+        pipe.load_lora_weights(adaptor)
+    noise = torch.from_numpy(initial_noise([seed], (4, 16, 16)))
+    image = pipe(PROMPT, num_inference_steps=1, guidance_scale=0, latents=noise, output_type="np").images[0]
+    return (image * 255).round().astype(np.uint8)
+
+
+def test_the_adaptor_belongs_to_the_model_and_the_bundle_to_both() -> None:
+    from hipa_deploy.bundle import Bundle
+    from hipa_deploy.hashing import file_sha256
+
+    metadata, manifest = read_metadata(ADAPTOR, MODEL), Bundle.open(BUNDLE).manifest
+    assert manifest.base_model.sha256 == metadata.base_unet_sha256
+    assert manifest.adaptor is not None
+    assert manifest.adaptor.sha256 == file_sha256(ADAPTOR / "pytorch_lora_weights.safetensors")
+
+
+@pytest.mark.slow
+def test_fp32_bundle_equals_diffusers_with_the_adaptor_and_only_with_it(tmp_path: Path) -> None:
+    export_bundle(ExportOptions(model="emoji", adaptor=ADAPTOR, out=tmp_path / "fp32", dtype="fp32"))
+    with OneStepPipeline.load(tmp_path / "fp32", "onnxruntime") as pipe:
+        ours = pipe(PROMPT, seed=5).images_BHWC[0]
+    assert compare(ours, one_step_image(ADAPTOR, 5)).psnr_db >= 40
+    assert compare(ours, one_step_image(None, 5)).psnr_db < 30
+
+
+def test_shipped_fp16_bundle_is_close_to_diffusers_in_fp32() -> None:
+    with OneStepPipeline.load(BUNDLE, "onnxruntime") as pipe:
+        ours = pipe(PROMPT, seed=5).images_BHWC[0]
+    assert compare(ours, one_step_image(ADAPTOR, 5)).psnr_db >= 35
+
+
+@pytest.mark.slow
+def test_the_adaptor_brings_one_step_closer_to_the_teacher() -> None:
+    texts, seeds = draw(held_out_prompts(MODEL), 32)
+    truth = teacher_images(MODEL, texts, seeds, steps=25, guidance=5.0)
+    base, adapted = (one_step_images(MODEL, adaptor, texts, seeds) for adaptor in (None, ADAPTOR))
+    assert kid_lite0(adapted, truth) < kid_lite0(base, truth) / 2
