@@ -153,7 +153,9 @@ def generate(
 
     check_count(len(prompts), count)
     paths = iter(_image_paths(out, len(prompts), count, seed))
-    with OneStepPipeline.load(bundle, backend) as pipe:
+    with console.status("loading"):
+        pipe = OneStepPipeline.load(bundle, backend)
+    with pipe:
         for batch in pipe.stream(prompts, seed=seed, count=count, truncate=truncate):
             for image_HWC, recipe in zip(batch.images_BHWC, batch.recipes, strict=True):
                 path = next(paths)
