@@ -29,7 +29,7 @@ IMAGES = 96  # enough for KID-Lite0 to tell base and adaptor apart, few enough f
 SHEET_ROWS = 12
 
 # Short enough for two CPU cores: pairs cost the teacher's 25 guided steps each, a decoded step about two seconds.
-FULL = {"teacher.pairs": 192, "teacher.batch": 32, "steps": 160, "loss.latent_warmup_steps": 110}
+FULL = {"teacher.pairs": 224, "teacher.batch": 32, "steps": 260, "loss.latent_warmup_steps": 190}
 QUICK = {"teacher.pairs": 64, "teacher.batch": 32, "steps": 12, "loss.latent_warmup_steps": 0}
 COMMON = {"optimiser.warmup_steps": 5, "sample_every": 50, "checkpoint_every": 20, "batch": 12}
 
