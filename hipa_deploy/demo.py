@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 MARKER = "demo.json"
 SHEET = "contact_sheet.png"
-IMAGES = 96  # enough for KID-Lite0 to tell base and adaptor apart, few enough for the teacher's 25 steps
+IMAGES = 64  # enough for KID-Lite0 to tell base and adaptor apart, few enough for the teacher's 25 steps
 SHEET_ROWS = 12
 
 # Short enough for two CPU cores: pairs cost the teacher's 25 guided steps each, a decoded step about two seconds.
-FULL = {"teacher.pairs": 224, "teacher.batch": 32, "steps": 260, "loss.latent_warmup_steps": 190}
+FULL = {"teacher.pairs": 160, "teacher.batch": 32, "steps": 220, "loss.latent_warmup_steps": 160}
 QUICK = {"teacher.pairs": 64, "teacher.batch": 32, "steps": 12, "loss.latent_warmup_steps": 0}
 COMMON = {"optimiser.warmup_steps": 5, "sample_every": 50, "checkpoint_every": 20, "batch": 12}
 
