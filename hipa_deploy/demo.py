@@ -128,9 +128,11 @@ def _compare(out: Path, recipe: Recipe, console: Console) -> str:
 
 
 def _write_sheet(path: Path, columns: list[np.ndarray], texts: list[str]) -> None:
-    sheet = grid([np.repeat(np.repeat(c[:SHEET_ROWS], 2, axis=1), 2, axis=2) for c in columns])
+    step = max(1, len(texts) // SHEET_ROWS)  # spread over the prompts: neighbours are alike
+    rows = slice(0, step * SHEET_ROWS, step)
+    sheet = grid([np.repeat(np.repeat(c[rows], 2, axis=1), 2, axis=2) for c in columns])
     columns_are = ["teacher, 25 steps", "base, 1 step", "HiPA, 1 step (bundle)"]
-    write_file(path, png_bytes(sheet, {"columns": columns_are, "rows": texts[:SHEET_ROWS]}))
+    write_file(path, png_bytes(sheet, {"columns": columns_are, "rows": texts[rows]}))
 
 
 def _profile(out: Path, console: Console) -> str:
