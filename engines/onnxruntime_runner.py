@@ -20,18 +20,19 @@ _ERRORS_ONLY = 3
 class OnnxRuntimeRunner:
     """One stage in ONNX Runtime, on exactly the provider that ``backend`` names.
 
-    ``backend`` is 'onnxruntime' (CPU), 'onnxruntime-cuda' or 'onnxruntime-tensorrt'.
+    ``backend`` is 'onnxruntime' (CPU), 'onnxruntime-cuda' or 'onnxruntime-tensorrt'. ``optimise`` False runs the
+    graph as it stands.
 
     Raises:
         HipaError: the provider is not installed or does not start, or the file is not a graph it can load.
 
     """
 
-    def __init__(self, path: Path, spec: StageSpec, backend: str) -> None:
+    def __init__(self, path: Path, spec: StageSpec, backend: str, *, optimise: bool = True) -> None:
         self.spec = spec
         onnxruntime = _load_onnxruntime()
         _require_provider(onnxruntime, backend)
-        self._session: Any = _open_session(onnxruntime, path, backend)
+        self._session: Any = _open_session(onnxruntime, path, backend, _session_options(onnxruntime, backend, optimise))
         self._outputs = [tensor.name for tensor in spec.outputs]
         _check_names(self._session, spec, path)
 
@@ -75,12 +76,10 @@ def _require_provider(onnxruntime: ModuleType, backend: str) -> None:
         raise HipaError(f"backend {backend} is not in the installed onnxruntime. Run: {remedy}")
 
 
-def _open_session(onnxruntime: ModuleType, path: Path, backend: str) -> Any:
+def _open_session(onnxruntime: ModuleType, path: Path, backend: str, options: Any) -> Any:
     provider = PROVIDERS[backend]
     try:
-        session = onnxruntime.InferenceSession(
-            str(path), _session_options(onnxruntime, backend), providers=[provider], enable_fallback=0
-        )
+        session = onnxruntime.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's errors share no base class of their own
         raise HipaError(f"{path}: ONNX Runtime cannot load it on {provider}: {first_line(error)}") from None
     if session.get_providers()[0] != provider:
@@ -89,10 +88,12 @@ def _open_session(onnxruntime: ModuleType, path: Path, backend: str) -> Any:
     return session
 
 
-def _session_options(onnxruntime: ModuleType, backend: str) -> Any:
+def _session_options(onnxruntime: ModuleType, backend: str, optimise: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.use_deterministic_compute = True
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if backend != "onnxruntime":  # a node that the GPU provider cannot run is an error, not a slow surprise
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return options

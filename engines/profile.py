@@ -17,6 +17,7 @@ from rich.table import Table
 import hipa_deploy
 from hipa_deploy.engines.device import Device, describe_device, peak_rss_mib, usable_cores
 from hipa_deploy.engines.record import Record
+from hipa_deploy.engines.roofline import Roofline
 from hipa_deploy.errors import HipaError
 from hipa_deploy.pipeline import OneStepPipeline
 
@@ -55,7 +56,10 @@ class Conditions(Record):
 
 
 class LatencyReport(Record):
-    """``hipa-profile``'s result. A run is one batch; throughput is images over the mean time of a run."""
+    """``hipa-profile``'s result. A run is one batch; throughput is images over the mean time of a run.
+
+    ``roofline`` is no measurement but a prediction for the target that was asked for; None without one.
+    """
 
     schema_version: Literal[1] = 1
     created: str
@@ -66,6 +70,7 @@ class LatencyReport(Record):
     throughput_images_per_second: float
     peak_rss_mib: int | None
     conditions: Conditions
+    roofline: Roofline | None = None
 
 
 class StageTimer:

@@ -7,9 +7,11 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
-from hipa_deploy.engines.device import Gpu, l4t_release
+from pydantic import Field
+
+from hipa_deploy.engines.device import Device, Gpu, l4t_release
 from hipa_deploy.engines.flavour import Flavour, compilable
 from hipa_deploy.engines.record import Record
 from hipa_deploy.errors import HipaError, MissingDependencyError
@@ -19,13 +21,32 @@ _FOLDER = Path(__file__).parent / "targets"
 
 
 class TargetProfile(Record):
-    """A target's data file. Units are in the names; ``memory_shared`` means shared with the CPU."""
+    """A target's data file. Units are in the names; ``memory_shared`` means shared with the CPU.
+
+    Rates are peaks at the vendor's highest rated clock, dense, a multiplication and an addition counted as two:
+    FP16 and TF32 in tensor cores, FP32 in CUDA cores. ``fp16_accumulate`` is the type in which ``fp16_tflops`` adds
+    up products; 'either' where FP16 and FP32 are as fast. None: not known, or a family of cards that differ.
+    ``gpu_name`` is a regular expression found in what the device calls its GPU, or on Jetson its module.
+    """
 
     title: str
     sm: int
     memory_gib: int | None = None
     memory_shared: bool
-    bandwidth_gb_s: float | None = None
+    bandwidth_gb_s: float | None = Field(default=None, gt=0)
+    fp16_tflops: float | None = Field(default=None, gt=0)
+    fp16_accumulate: Literal["fp16", "fp32", "either", "not stated"] | None = None
+    tf32_tflops: float | None = Field(default=None, gt=0)
+    fp32_tflops: float | None = Field(default=None, gt=0)
+    gpu_name: str | None = None
+
+    def is_device(self, device: Device) -> bool:
+        """Whether ``device`` is this very model, by name and by memory (Jetson modules share names)."""
+        if device.gpu is None or self.gpu_name is None or self.memory_gib is None:
+            return False
+        named = any(re.search(self.gpu_name, name) for name in (device.gpu.name, device.jetson) if name)
+        # drivers and firmware keep some for themselves: Orin Nano shows 7,620 of 8,192 MiB
+        return named and 0.85 <= device.gpu.memory_mib / (self.memory_gib * 1024) <= 1.01
 
 
 class Target(Record):

@@ -16,7 +16,8 @@ TRT = SimpleNamespace(__version__="10.3")
 
 
 def test_every_target_file_is_valid_and_has_a_source():
-    assert target_names() == ["a100", "agx-orin", "h100", "orin-nano", "orin-nx", "rtx30", "rtx40", "rtx50", "thor"]
+    known = ["a100", "agx-orin", "h100", "orin-nano", "orin-nx", "rtx30", "rtx40", "rtx4090", "rtx50", "thor"]
+    assert target_names() == known
     for name in target_names():
         assert load_target_profile(name).memory_shared == (name.split("-")[0] in ("agx", "orin", "thor"))
 
@@ -28,6 +29,7 @@ def test_every_target_file_is_valid_and_has_a_source():
         ("auto", RTX_4090, "sm89", (89,)),
         ("rtx30", None, "rtx30", (86,)),
         ("rtx50", RTX_4090, "rtx50", (120,)),
+        ("rtx4090", None, "rtx4090", (89,)),
     ],
 )
 def test_rtx_targets(name, gpu, folder, capabilities):
