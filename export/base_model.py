@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
 from hipa_deploy.adaptor import unet_sha256
 from hipa_deploy.bundle import ModelInfo, OneStep
+from hipa_deploy.decoder import DECODER_METADATA, read_decoder_metadata, vae_sha256
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.models import model_folder
 
 PARTS = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
+# What a UNet may take besides noise, a timestep and one text context: folding would drop it and the graph be wrong.
+UNSUPPORTED = (
+    "addition_embed_type",
+    "class_embed_type",
+    "num_class_embeds",
+    "encoder_hid_dim_type",
+    "encoder_hid_dim",
+    "time_cond_proj_dim",
+    "class_embeddings_concat",
+)
 MAX_PIXELS = 2048 * 2048
 
 
@@ -39,6 +51,7 @@ class BaseModel:
         _check_kind(folder, _read_json(folder, "model_index.json"))
         return cls(folder, folder.resolve().name if Path(name).exists() else name)
 
+    @cached_property
     def info(self) -> ModelInfo:
         """Name, and the hash of the UNet's weights: what an adaptor is bound to."""
         return ModelInfo(name=self.name, sha256=unet_sha256(self.folder))
@@ -46,8 +59,8 @@ class BaseModel:
     def unet(self) -> UNet2DConditionModel:
         """The UNet. Raises HipaError for kinds that take more than noise, a timestep and one text context."""
         config = _read_json(self.folder, "unet/config.json")
-        for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
-            if config.get(key) is not None:
+        for key in UNSUPPORTED:
+            if config.get(key):
                 raise HipaError(f"{self.folder}: the UNet has {key}={config[key]!r}, which is not supported.")
         latent = _read_json(self.folder, "vae/config.json").get("latent_channels", 4)
         if config.get("in_channels", 4) != latent:
@@ -57,6 +70,11 @@ class BaseModel:
             )
         return _load(UNet2DConditionModel, self.folder, "unet")
 
+    @property
+    def text_width(self) -> int:
+        """Width D of a text context [B, L, D]."""
+        return int(_read_json(self.folder, "text_encoder/config.json")["hidden_size"])
+
     def text_encoder(self) -> CLIPTextModel:
         """The CLIP text encoder."""
         return _load(CLIPTextModel, self.folder, "text_encoder")
@@ -64,6 +82,27 @@ class BaseModel:
     def vae(self) -> AutoencoderKL:
         """The autoencoder."""
         return _load(AutoencoderKL, self.folder, "vae")
+
+    def tiny_decoder(self, folder: Path) -> AutoencoderTiny:
+        """An AutoencoderTiny for this model's latents.
+
+        Raises:
+            HipaError: it cannot be loaded, decodes other latents, or was distilled from another VAE.
+
+        """
+        if not folder.is_dir():
+            raise HipaError(f"decoder {folder} does not exist. Expected full, tiny, or an AutoencoderTiny folder.")
+        _check_distilled_from(folder, self.folder)
+        tiny, vae = _load(AutoencoderTiny, folder, None), _read_json(self.folder, "vae/config.json")
+        upsamplings = sum(isinstance(layer, torch.nn.Upsample) for layer in tiny.decoder.layers)
+        got = (tiny.config.latent_channels, tiny.config.upsampling_scaling_factor**upsamplings)
+        expected = (vae.get("latent_channels", 4), 2 ** (len(vae["block_out_channels"]) - 1))
+        if got != expected:
+            raise HipaError(
+                f"decoder {folder} takes {got[0]} latent channels and enlarges {got[1]} times, "
+                f"expected {expected[0]} and {expected[1]}. Use one for this model's latents."
+            )
+        return tiny
 
     def tokenizer(self) -> CLIPTokenizerFast:
         """The tokenizer, in its Rust form."""
@@ -90,7 +129,10 @@ class BaseModel:
         height, width = (native if size is None else size for size in (height, width))
         for name, size in (("height", height), ("width", width)):
             if size <= 0 or size % multiple:
-                raise HipaError(f"{name} {size} does not fit this model. Expected a positive multiple of {multiple}.")
+                nearest = max(multiple, round(size / multiple) * multiple)
+                raise HipaError(
+                    f"{name} {size} does not fit this model. Expected a multiple of {multiple}: {nearest} is nearest."
+                )
         if height * width > MAX_PIXELS:
             raise HipaError(f"{width}x{height} is too large. Expected at most {MAX_PIXELS} pixels.")
         schedule = self.scheduler()
@@ -126,15 +168,24 @@ def _check_kind(folder: Path, index: dict[str, Any]) -> None:
             raise HipaError(f"{folder}: its {part} is {found}, expected {expected}. Use an SD 1.x or 2.x model.")
 
 
-def _load(kind: Any, folder: Path, part: str) -> Any:
+def _check_distilled_from(decoder: Path, model: Path) -> None:
+    """A decoder that says which VAE it was distilled from must mean this one; another tool's says nothing."""
+    if not (decoder / DECODER_METADATA).exists():
+        return
+    if read_decoder_metadata(decoder).base_vae_sha256 != vae_sha256(model):
+        raise HipaError(f"decoder {decoder} was distilled from another VAE than {model}'s. Distil one from it.")
+
+
+def _load(kind: Any, folder: Path, part: str | None) -> Any:
     """One part in float32, frozen. A weight that the file lacks would be random, so it is refused."""
+    where = folder / part if part else folder
     try:
         module, report = kind.from_pretrained(folder, subfolder=part, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # a truncated file, a missing file and a wrong shape each raise their own kind
-        raise HipaError(f"{folder}/{part} cannot be loaded: {first_line(error)}") from None
+        raise HipaError(f"{where} cannot be loaded: {first_line(error)}") from None
     if report["missing_keys"]:
-        raise HipaError(f"{folder}/{part}: weight {min(report['missing_keys'])} is missing. Copy the model again.")
+        raise HipaError(f"{where}: weight {min(report['missing_keys'])} is missing. Copy the model again.")
     for name, weight in module.named_parameters():
         if not torch.isfinite(weight).all():
-            raise HipaError(f"{folder}/{part}: weight {name} holds NaN or infinity. Expected finite weights.")
+            raise HipaError(f"{where}: weight {name} holds NaN or infinity. Expected finite weights.")
     return module.float().requires_grad_(False).eval()

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
 
 from hipa_deploy import __version__
 from hipa_deploy.adaptor import METADATA, read_metadata
@@ -21,37 +26,46 @@ from hipa_deploy.bundle import (
     SCHEMA,
     AdaptorInfo,
     Bundle,
+    DecoderInfo,
     Layout,
     Manifest,
     OneStep,
-    Parity,
     Precision,
     Stage,
     StageSpec,
 )
+from hipa_deploy.decoder import vae_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export import parity
 from hipa_deploy.export.base_model import BaseModel
+from hipa_deploy.export.cost import graph_cost
 from hipa_deploy.export.fold import fold_timestep
 from hipa_deploy.export.merge import merge_adaptor
+from hipa_deploy.export.precision import Ranges, fewest_islands, to_half
+from hipa_deploy.export.run_apart import run_apart
 from hipa_deploy.export.stages import (
+    TORCH_DTYPES,
+    Generator,
     GenericDecoder,
     GenericUNet,
     OneStepDecoder,
     OneStepUNet,
     TextEncoderStage,
+    TinyDecoder,
     stage_specs,
-    x0_from,
+    to_uint8,
 )
 from hipa_deploy.export.to_onnx import OPSET, export_stage
 from hipa_deploy.files import new_folder
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.one_step import initial_noise
-from hipa_deploy.pipeline import OneStepPipeline
+from hipa_deploy.hashing import file_sha256, folder_sha256
+from hipa_deploy.one_step import initial_noise, predict_x0
+from hipa_deploy.prompts import BAKED_CONTEXTS, BAKED_PROMPTS, read_closed_set
 from hipa_deploy.tokenizer import PromptTokenizer
 
 LAST_TIMESTEP = 999
 REFERENCE_PROMPT, REFERENCE_SEED = "3d emoji of a red apple", 0
+ENCODED_AT_ONCE = 64
+WHOLE_TEXT_ENCODER = ("encoder",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +73,10 @@ class ExportOptions:
     """What to export.
 
     ``dtype`` is the precision of weights and arithmetic inside the graphs; ``height`` and ``width`` are pixels
-    (None: the size the model was trained for); ``batch`` is the images a call makes, static.
+    (None: the size the model was trained for); ``batch`` is the images a call makes, static. ``fuse`` puts UNet and
+    decoder into one stage, 'generator'. ``decoder`` None is the model's own; otherwise an AutoencoderTiny folder.
+    ``prompts`` is a text file, one prompt a line: the bundle then holds their text contexts in place of the text
+    encoder, and takes no others.
     """
 
     model: str
@@ -71,68 +88,132 @@ class ExportOptions:
     height: int | None = None
     width: int | None = None
     batch: int = 1
-
-
-@dataclass
-class _Export:
-    """The state that the stages share: constants, specifications, and the reference tensors so far."""
-
-    options: ExportOptions
-    base: BaseModel
-    root: Path
-    step: OneStep
-    specs: dict[str, StageSpec]
-    reference: dict[str, np.ndarray]
-    stages: list[Stage] = field(default_factory=list)
-
-    def write(self, name: str, module: torch.nn.Module, inputs: tuple[str, ...], expected: np.ndarray) -> None:
-        """Export ``module`` in the asked precision, run it, and compare with PyTorch's float32 ``expected``."""
-        spec = self.specs[name]
-        module = module.half() if self.options.dtype == "fp16" else module
-        export_stage(module, spec, self.root / name)
-        del module
-        gc.collect()
-        feed = {t.name: self.reference[key].astype(t.dtype) for t, key in zip(spec.inputs, inputs, strict=True)}
-        got = _run_once(self.root / name / "model.onnx", spec, feed)
-        result = parity.check(name, got, expected, self.options.dtype)
-        entry = Stage(spec=spec, path=f"{name}/model.onnx", precision=self.options.dtype, opset=OPSET, parity=result)
-        self.stages.append(entry)
+    fuse: bool = False
+    decoder: Path | None = None
+    prompts: Path | None = None
 
 
 def export_bundle(options: ExportOptions, console: Console | None = None) -> Bundle:
     """Export ``options.model`` (+ adaptor) to a bundle at ``options.out``, whole or not at all.
 
     Raises:
-        HipaError: an unsupported model, an adaptor that does not fit, a size out of range, an output folder in
-            use, or a stage that does not agree with PyTorch.
+        HipaError: an unsupported model, an adaptor or decoder that does not fit, a size out of range, options that
+            exclude each other, an output folder in use, or a stage that does not agree with PyTorch.
 
     """
-    if not 1 <= options.batch <= MAX_BATCH:
-        raise HipaError(f"batch {options.batch} is out of range. Expected 1 <= batch <= {MAX_BATCH}.")
+    _check(options)
     base = BaseModel.open(options.model)
     step = base.one_step(_adaptor_timestep(options, base), options.height, options.width)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with new_folder(options.out) as root, Progress(*columns, console=console) as progress:
-        task = progress.add_task("tokenizer", total=6)
-
-        def say(what: str) -> None:
-            progress.update(task, description=what, advance=1)
-
-        tokens_BL = _write_tokenizer(base, root, options.batch)
-        say("text encoder")
-        job = _text_encoder(options, base, root, step, tokens_BL)
-        say("UNet")
-        adaptor = _unet(job)
-        say("VAE decoder")
-        _vae_decoder(job)
-        if options.layout == "generic":
+    with new_folder(options.out) as root, _progress(console) as say:
+        job = _Export(options, base, root, step)
+        say("text")
+        _text(job)
+        if options.fuse:
+            say("generator")
+            job.write("generator", partial(_generator, job), ("noise", "context"), "images")
+        elif options.layout == "onestep":
+            say("UNet")
+            job.write("unet", partial(_unet, job), ("noise", "context"), "latents")
+            say("decoder")
+            job.write("vae_decoder", partial(_decoder, job), ("latents",), "images")
+        else:
+            say("UNet")
+            job.write("unet", partial(_generic_unet, job), ("noise", "timestep", "context"), "output")
+            say("decoder")
+            job.write("vae_decoder", partial(_generic_decoder, job), ("latent_sample",), "sample")
             _write_diffusers_index(job)
         say("manifest")
-        _write_manifest(job, adaptor)
-        say("end to end")
-        _check_end_to_end(job, adaptor)
-        say("done")
+        _write_manifest(job)
     return Bundle.open(options.out)
+
+
+def _check(options: ExportOptions) -> None:
+    if not 1 <= options.batch <= MAX_BATCH:
+        raise HipaError(f"batch {options.batch} is out of range. Expected 1 <= batch <= {MAX_BATCH}.")
+    special = [name for name in ("fuse", "decoder", "prompts") if getattr(options, name)]
+    if options.layout == "generic" and special:
+        raise HipaError(f"--{special[0]} needs --layout onestep: the generic layout is what optimum can load.")
+
+
+@contextmanager
+def _progress(console: Console | None) -> Iterator[Callable[[str], None]]:
+    """A line that says what is being exported, and for how long."""
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda what: progress.update(task, description=f"export: {what}")
+
+
+@dataclass
+class _Export:
+    """What the stages share. ``reference`` holds PyTorch's float32 tensors, ``given`` those of the ONNX stages."""
+
+    options: ExportOptions
+    base: BaseModel
+    root: Path
+    step: OneStep
+    specs: dict[str, StageSpec] = field(default_factory=dict)
+    reference: dict[str, np.ndarray] = field(default_factory=dict)
+    given: dict[str, np.ndarray] = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
+    prompt: str = REFERENCE_PROMPT
+    adaptor: AdaptorInfo | None = None
+    decoder: DecoderInfo | None = None
+
+    def write(self, name: str, build: Callable[[], nn.Module], inputs: tuple[str, ...], output: str) -> None:
+        """Export the module that ``build`` returns, run it, and compare with the reference that ``build`` left.
+
+        The module lives only while it is exported, so the model is never in memory twice; if float16 turns out
+        not to be faithful it is built once more, to find the layers that need float32.
+        """
+        precision, folder = self.options.dtype, self.root / name
+        islands = self._to_onnx(name, build)
+        got = self._run(name, inputs)
+        if precision == "fp16" and parity.problem(got, self.reference[output], precision):
+            islands = self._to_onnx(name, build, mend=(inputs, output))
+            got = self._run(name, inputs)
+        self.given[output] = got
+        self.stages.append(
+            Stage(
+                spec=self.specs[name],
+                path=f"{name}/model.onnx",
+                precision="fp32" if islands == WHOLE_TEXT_ENCODER else precision,
+                opset=OPSET,
+                fp32_islands=islands,
+                parity=parity.check(name, got, self.reference[output], precision),
+                cost=graph_cost(folder / "model.onnx"),
+            )
+        )
+
+    @torch.no_grad()
+    def _to_onnx(
+        self, name: str, build: Callable[[], nn.Module], mend: tuple[tuple[str, ...], str] | None = None
+    ) -> tuple[str, ...]:
+        """Build, convert to the asked precision, write the graph; the names of the parts left in float32."""
+        with Ranges().watching() as ranges:
+            module = build()
+        islands: tuple[str, ...] = ()
+        if self.options.dtype == "fp16":
+            islands = ranges.islands(module)
+            if mend:
+                feed = tuple(torch.from_numpy(self.given[key].astype(self.reference[key].dtype)) for key in mend[0])
+                islands = fewest_islands(module, feed, partial(self._faithful, mend[1]), islands)
+            if (
+                islands and name == "text_encoder"
+            ):  # its attention is transformers', and the whole costs next to nothing
+                islands = WHOLE_TEXT_ENCODER
+            to_half(module, islands)
+        export_stage(module, self.specs[name], self.root / name)
+        del module
+        gc.collect()  # torch.export leaves cycles that hold the weights
+        return islands
+
+    def _faithful(self, output: str, got: Tensor) -> bool:
+        return parity.problem(got.numpy(), self.reference[output], "fp16") is None
+
+    def _run(self, name: str, inputs: tuple[str, ...]) -> np.ndarray:
+        spec = self.specs[name]
+        feed = {t.name: self.given[key].astype(t.dtype) for t, key in zip(spec.inputs, inputs, strict=True)}
+        return run_apart(self.root / name / "model.onnx", spec, feed)
 
 
 def _adaptor_timestep(options: ExportOptions, base: BaseModel) -> int:
@@ -146,71 +227,121 @@ def _adaptor_timestep(options: ExportOptions, base: BaseModel) -> int:
     return read_metadata(options.adaptor, base.folder).timestep
 
 
-def _write_tokenizer(base: BaseModel, root: Path, batch: int) -> np.ndarray:
-    """Write ``tokenizer.json``, padding and length inside; the reference prompt's tokens int64 [B, L]."""
+def _text(job: _Export) -> None:
+    """Text encoder and tokenizer, or the contexts of a closed set of prompts; and the reference noise."""
+    options, batch = job.options, job.options.batch
+    prompts = read_closed_set(options.prompts) if options.prompts else [REFERENCE_PROMPT]
+    tokenizer = _write_tokenizer(job.base, job.root / "tokenizer/tokenizer.json")
+    tokens_NL = tokenizer(prompts)
+    job.prompt = prompts[0]
+    job.specs = stage_specs(options.layout, options.dtype, batch, job.step, tokens_NL.shape[1], job.base.text_width)
+    noise_BCHW = initial_noise([REFERENCE_SEED + i for i in range(batch)], job.step.latent_shape)
+    job.reference |= {"tokens": tokens_NL[:1].repeat(batch, 0), "noise": noise_BCHW}
+    job.given |= job.reference
+    if options.prompts:
+        _bake(job, tokens_NL, prompts)
+    else:
+        job.write("text_encoder", partial(_text_encoder, job), ("tokens",), "context")
+
+
+def _write_tokenizer(base: BaseModel, path: Path) -> PromptTokenizer:
+    """Write ``tokenizer.json``, padding and length inside, and read it as the runtime will."""
     fast = base.tokenizer()
-    length, path = fast.model_max_length, root / "tokenizer/tokenizer.json"
+    length = fast.model_max_length
     rust = fast.backend_tokenizer
     rust.enable_truncation(length)
     rust.enable_padding(length=length, pad_id=fast.pad_token_id, pad_token=fast.pad_token)
     path.parent.mkdir()
     rust.save(str(path))
-    tokens_BL = PromptTokenizer(path)([REFERENCE_PROMPT] * batch)
+    ours = PromptTokenizer(path)
     expected = fast([REFERENCE_PROMPT], padding="max_length", max_length=length, return_tensors="np").input_ids
-    if not np.array_equal(tokens_BL[:1], expected):
+    if not np.array_equal(ours([REFERENCE_PROMPT]), expected):
         raise HipaError(
             f"{base.folder}/tokenizer: tokenizer.json does not agree with transformers. Please report this."
         )
-    return tokens_BL
+    return ours
 
 
 @torch.no_grad()
-def _text_encoder(options: ExportOptions, base: BaseModel, root: Path, step: OneStep, tokens_BL: np.ndarray) -> _Export:
-    encoder = base.text_encoder()
-    context_BLD = encoder(torch.from_numpy(tokens_BL)).last_hidden_state.numpy()
-    specs = stage_specs(options.layout, options.dtype, options.batch, step, tokens_BL.shape[1], context_BLD.shape[2])
-    noise_BCHW = initial_noise([REFERENCE_SEED + i for i in range(options.batch)], step.latent_shape)
-    reference = {"tokens": tokens_BL, "context": context_BLD, "noise": noise_BCHW}
-    job = _Export(options, base, root, step, specs, reference)
-    job.write("text_encoder", TextEncoderStage(encoder), ("tokens",), context_BLD)
-    return job
+def _bake(job: _Export, tokens_NL: np.ndarray, prompts: list[str]) -> None:
+    """Contexts in place of text encoder and tokenizer."""
+    encoder = job.base.text_encoder()
+    chunks = torch.from_numpy(tokens_NL).split(ENCODED_AT_ONCE)
+    contexts_NLD = torch.cat([encoder(tokens_BL).last_hidden_state for tokens_BL in chunks]).numpy()
+    job.reference["context"] = contexts_NLD[:1].repeat(job.options.batch, 0)
+    stored_NLD = contexts_NLD.astype(np.float16 if job.options.dtype == "fp16" else np.float32)
+    job.given["context"] = stored_NLD[:1].repeat(job.options.batch, 0)
+    path = job.root / BAKED_CONTEXTS
+    path.parent.mkdir()
+    np.save(path, stored_NLD)
+    (job.root / BAKED_PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    shutil.rmtree(job.root / "tokenizer")
 
 
-@torch.no_grad()
-def _unet(job: _Export) -> AdaptorInfo | None:
-    """Merge, keep the general UNet's answer as the reference, then specialise and export."""
-    unet, adaptor = job.base.unet(), None
+def _text_encoder(job: _Export) -> nn.Module:
+    encoder = job.base.text_encoder()
+    job.reference["context"] = encoder(torch.from_numpy(job.reference["tokens"])).last_hidden_state.numpy()
+    return TextEncoderStage(encoder, TORCH_DTYPES[job.specs["text_encoder"].outputs[0].dtype])
+
+
+def _general_unet(job: _Export) -> UNet2DConditionModel:
+    """The merged UNet, after its general form has given the references: its output, and x0."""
+    unet, step, reference = job.base.unet(), job.step, job.reference
     if job.options.adaptor:
-        adaptor = merge_adaptor(unet, job.options.adaptor, job.options.adaptor_scale)
-    noise, context = (torch.from_numpy(job.reference[key]) for key in ("noise", "context"))
-    output = unet(noise, job.step.timestep, context, return_dict=False)[0]
-    job.reference["latents"] = (x0_from(noise, output, job.step) / job.step.scaling_factor).numpy()
-    if job.options.layout == "onestep":
-        fold_timestep(unet, job.step.timestep)
-        job.write("unet", OneStepUNet(unet, job.step), ("noise", "context"), job.reference["latents"])
+        job.adaptor = merge_adaptor(unet, job.options.adaptor, job.options.adaptor_scale)
+    noise, context = (torch.from_numpy(reference[key]) for key in ("noise", "context"))
+    reference["output"] = unet(noise, step.timestep, context, return_dict=False)[0].numpy()
+    reference["latents"] = predict_x0(reference["noise"], reference["output"], step.alpha_bar, step.prediction_type)
+    return unet
+
+
+def _unet(job: _Export) -> nn.Module:
+    unet = _general_unet(job)
+    fold_timestep(unet, job.step.timestep)
+    return OneStepUNet(unet, job.step)
+
+
+def _generic_unet(job: _Export) -> nn.Module:
+    unet = _general_unet(job)
+    job.reference["timestep"] = job.given["timestep"] = np.asarray([job.step.timestep])
+    return GenericUNet(unet)
+
+
+def _decoder(job: _Export) -> nn.Module:
+    """The decoder that was asked for, after its general form has given the reference images."""
+    latents, folder = torch.from_numpy(job.reference["latents"]), job.options.decoder
+    if folder:
+        tiny = job.base.tiny_decoder(folder)
+        job.decoder = DecoderInfo(kind="tiny", name=folder.resolve().name, sha256=folder_sha256(folder))
+        sample_BCHW = tiny.decode(latents, return_dict=False)[0]
+        module: nn.Module = TinyDecoder(tiny)
     else:
-        job.reference["timestep"] = np.asarray([job.step.timestep])
-        job.write("unet", GenericUNet(unet), ("noise", "timestep", "context"), output.numpy())
-    return adaptor
+        vae = _general_vae(job)
+        sample_BCHW = vae.decode(latents / job.step.scaling_factor, return_dict=False)[0]
+        module = OneStepDecoder(vae)
+    job.reference["images"] = to_uint8(sample_BCHW / 2 + 0.5).numpy()
+    return module
 
 
-@torch.no_grad()
-def _vae_decoder(job: _Export) -> None:
-    vae = job.base.vae()
-    latents = torch.from_numpy(job.reference["latents"])
-    sample_BCHW = vae.decode(latents, return_dict=False)[0]
-    job.reference["images"] = OneStepDecoder(vae)(latents).numpy()
-    if job.options.layout == "onestep":
-        job.write("vae_decoder", OneStepDecoder(vae), ("latents",), job.reference["images"])
-    else:
-        job.write("vae_decoder", GenericDecoder(vae), ("latents",), sample_BCHW.numpy())
+def _general_vae(job: _Export) -> AutoencoderKL:
+    job.decoder = DecoderInfo(kind="full", name="vae", sha256=vae_sha256(job.base.folder))
+    return job.base.vae()
 
 
-def _run_once(path: Path, spec: StageSpec, feed: dict[str, np.ndarray]) -> np.ndarray:
-    from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner
+def _generator(job: _Export) -> nn.Module:
+    unet = _unet(job)
+    return Generator(unet, _decoder(job))
 
-    with OnnxRuntimeRunner(path, spec, "onnxruntime") as runner:
-        return runner(**feed)[spec.outputs[0].name]
+
+def _generic_decoder(job: _Export) -> nn.Module:
+    """Fed as the runtime feeds it: x0 of what the UNet in ONNX gave."""
+    vae, step = _general_vae(job), job.step
+    for tensors in (job.reference, job.given):
+        x0_BCHW = predict_x0(tensors["noise"], tensors["output"], step.alpha_bar, step.prediction_type)
+        tensors["latent_sample"] = x0_BCHW / np.float32(step.scaling_factor)
+    sample_BCHW = vae.decode(torch.from_numpy(job.reference["latent_sample"]), return_dict=False)[0]
+    job.reference |= {"sample": sample_BCHW.numpy(), "images": to_uint8(sample_BCHW / 2 + 0.5).numpy()}
+    return GenericDecoder(vae)
 
 
 def _write_diffusers_index(job: _Export) -> None:
@@ -237,32 +368,30 @@ def _write_diffusers_index(job: _Export) -> None:
     DDIMScheduler.from_config(job.base.scheduler().config, **config).save_pretrained(job.root / "scheduler")
 
 
-def _write_manifest(job: _Export, adaptor: AdaptorInfo | None, end_to_end: Parity | None = None) -> None:
+def _write_manifest(job: _Export) -> None:
     """Reference tensors and ``hipa.json``, which lists the hash of everything else."""
-    reference = job.root / "reference"
-    reference.mkdir(exist_ok=True)
-    np.savez_compressed(reference / "tensors.npz", **job.reference)  # type: ignore[arg-type]  # numpy's stub
-    seeds = list(range(REFERENCE_SEED, REFERENCE_SEED + job.options.batch))
-    (reference / "prompts.json").write_text(json.dumps({"prompts": [REFERENCE_PROMPT], "seeds": seeds}) + "\n")
-    files = sorted(path for path in job.root.rglob("*") if path.is_file() and path.name != MANIFEST)
+    _write_reference(job)
+    files = sorted(path for path in job.root.rglob("*") if path.is_file())
     manifest = Manifest(
         schema_version=SCHEMA,
         producer=f"hipa-deploy {__version__}",
         layout=job.options.layout,
         precision=job.options.dtype,
         batch=job.options.batch,
-        base_model=job.base.info(),
-        adaptor=adaptor,
+        base_model=job.base.info,
+        adaptor=job.adaptor,
+        decoder=job.decoder,
         one_step=job.step,
         stages=tuple(job.stages),
-        end_to_end=end_to_end or job.stages[-1].parity,
+        end_to_end=job.stages[-1].parity,
         files={path.relative_to(job.root).as_posix(): file_sha256(path) for path in files},
     )
     (job.root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
 
 
-def _check_end_to_end(job: _Export, adaptor: AdaptorInfo | None) -> None:
-    """Run the written bundle as a user would, prompt to image, and compare with PyTorch's image."""
-    with OneStepPipeline.load(job.root, backend="onnxruntime") as pipe:
-        images = pipe(REFERENCE_PROMPT, seed=REFERENCE_SEED, count=job.options.batch).images_BHWC
-    _write_manifest(job, adaptor, parity.check("prompt to image", images, job.reference["images"], job.options.dtype))
+def _write_reference(job: _Export) -> None:
+    folder = job.root / "reference"
+    folder.mkdir()
+    np.savez_compressed(folder / "tensors.npz", **job.reference)  # type: ignore[arg-type]  # numpy's stub
+    seeds = list(range(REFERENCE_SEED, REFERENCE_SEED + job.options.batch))
+    (folder / "prompts.json").write_text(json.dumps({"prompts": [job.prompt], "seeds": seeds}) + "\n")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from hipa_deploy.bundle import DType, Layout, OneStep, Precision, StageSpec, TensorSpec
+from hipa_deploy.export.fold import fold_decoder_input
 
 TORCH_DTYPES = {
     "float16": torch.float16,
@@ -17,19 +18,20 @@ TORCH_DTYPES = {
 
 
 class TextEncoderStage(torch.nn.Module):
-    """tokens int64 [B, L] -> context [B, L, D]."""
+    """tokens int64 [B, L] -> context [B, L, D] in ``dtype``, whatever the encoder computes in."""
 
-    def __init__(self, encoder: CLIPTextModel) -> None:
+    def __init__(self, encoder: CLIPTextModel, dtype: torch.dtype) -> None:
         super().__init__()
         self.encoder = encoder
+        self.dtype = dtype
 
     def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Last hidden states."""
-        return self.encoder(tokens_BL).last_hidden_state
+        return self.encoder(tokens_BL).last_hidden_state.to(self.dtype)
 
 
 class OneStepUNet(torch.nn.Module):
-    """noise [B, C, H, W], context [B, L, D] -> x0 latents [B, C, H, W], unscaled as the decoder takes them.
+    """noise [B, C, H, W], context [B, L, D] -> x0 latents [B, C, H, W], float32, as the scheduler scales them.
 
     The combination stays in float32 inside a float16 graph: for eps, x0 = (z - s eps) / a amplifies the UNet's
     rounding s / a = 14.6 times at t = 999.
@@ -44,31 +46,60 @@ class OneStepUNet(torch.nn.Module):
         """One call of the UNet, then x0."""
         sample_BCHW = noise_BCHW.to(context_BLD.dtype)
         output_BCHW = self.unet(sample_BCHW, self.step.timestep, context_BLD, return_dict=False)[0].float()
-        return x0_from(noise_BCHW, output_BCHW, self.step) / self.step.scaling_factor
+        return x0_from(noise_BCHW, output_BCHW, self.step)
 
 
 def x0_from(noise_BCHW: torch.Tensor, output_BCHW: torch.Tensor, step: OneStep) -> torch.Tensor:
-    """x0 in float32; the formulas of hipa_deploy.one_step.predict_x0."""
+    """x0 in float32; the formulas of hipa_deploy.one_step.predict_x0, their constants multiplied out."""
     a, s = step.alpha_bar**0.5, (1 - step.alpha_bar) ** 0.5
     if step.prediction_type == "epsilon":
-        return (noise_BCHW - s * output_BCHW) / a
+        return noise_BCHW * (1 / a) - output_BCHW * (s / a)
     return a * noise_BCHW - s * output_BCHW if step.prediction_type == "v_prediction" else output_BCHW
 
 
 class OneStepDecoder(torch.nn.Module):
-    """latents float32 [B, C, H, W] -> images uint8 [B, H, W, 3]."""
+    """x0 latents float32 [B, C, H, W] -> images uint8 [B, H, W, 3], through the VAE's decoder (changed in place)."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
-        self.post_quant_conv = vae.post_quant_conv if vae.config.use_post_quant_conv else torch.nn.Identity()
         self.decoder = vae.decoder
+        self.offset = fold_decoder_input(vae)  # no buffer: it stays float32 when the module is halved
 
     def forward(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
-        """Decode, scale to 0 … 255, round. The cast to uint8 must be the last node: TensorRT refuses it inside."""
-        dtype = next(self.decoder.parameters()).dtype
-        image_BCHW = self.decoder(self.post_quant_conv(latents_BCHW.to(dtype))).float()
-        levels_BHWC = ((image_BCHW.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1)
-        return levels_BHWC.to(torch.uint8)
+        """Decode and convert."""
+        sample_BCHW = (latents_BCHW + self.offset).to(self.decoder.conv_in.weight.dtype)
+        return to_uint8(self.decoder(sample_BCHW).float() / 2 + 0.5)
+
+
+class TinyDecoder(torch.nn.Module):
+    """The same through an AutoencoderTiny, which takes latents as the scheduler scales them."""
+
+    def __init__(self, vae: AutoencoderTiny) -> None:
+        super().__init__()
+        self.layers = vae.decoder.layers
+
+    def forward(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
+        """DecoderTiny's own clamp, its layers, whose output is an image in [0, 1], and the conversion."""
+        sample_BCHW = (torch.tanh(latents_BCHW / 3) * 3).to(self.layers[0].weight.dtype)
+        return to_uint8(self.layers(sample_BCHW).float())
+
+
+def to_uint8(image01_BCHW: torch.Tensor) -> torch.Tensor:
+    """[0, 1] -> uint8 [B, H, W, 3]. The cast must be the last node of a graph: TensorRT refuses it inside."""
+    return (image01_BCHW.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
+
+
+class Generator(torch.nn.Module):
+    """noise, context -> images: UNet and decoder in one graph."""
+
+    def __init__(self, unet: OneStepUNet, decoder: OneStepDecoder | TinyDecoder) -> None:
+        super().__init__()
+        self.unet = unet
+        self.decoder = decoder
+
+    def forward(self, noise_BCHW: torch.Tensor, context_BLD: torch.Tensor) -> torch.Tensor:
+        """The whole of the image, given its context."""
+        return self.decoder(self.unet(noise_BCHW, context_BLD))
 
 
 class GenericUNet(torch.nn.Module):
@@ -101,16 +132,22 @@ _Row = tuple[str, DType, tuple[int, ...]]
 def stage_specs(
     layout: Layout, precision: Precision, batch: int, step: OneStep, length: int, width: int
 ) -> dict[str, StageSpec]:
-    """Every stage's inputs and outputs: ``length`` tokens, text ``width``, sizes from ``step``."""
+    """Every stage's inputs and outputs: ``length`` tokens, text ``width``, sizes from ``step``.
+
+    A bundle has some of them: 'generator' stands for UNet and decoder together.
+    """
     real: DType = "float16" if precision == "fp16" else "float32"
     latent_BCHW, tokens_BL, context_BLD = (batch, *step.latent_shape), (batch, length), (batch, length, width)
     if layout == "onestep":
         context: _Row = ("context", real, context_BLD)
+        noise: _Row = ("noise", "float32", latent_BCHW)
         latents: _Row = ("latents", "float32", latent_BCHW)
-        specs = (
+        images: _Row = ("images", "uint8", (batch, step.height, step.width, 3))
+        specs: tuple[StageSpec, ...] = (
             _spec("text_encoder", ("tokens", "int64", tokens_BL), context),
-            _spec("unet", ("noise", "float32", latent_BCHW), context, latents),
-            _spec("vae_decoder", latents, ("images", "uint8", (batch, step.height, step.width, 3))),
+            _spec("unet", noise, context, latents),
+            _spec("vae_decoder", latents, images),
+            _spec("generator", noise, context, images),
         )
     else:
         sample_BCHW = (batch, 3, step.height, step.width)

@@ -19,7 +19,6 @@ from hipa_deploy.hashing import file_sha256
 SCHEMA = 1
 MAX_BATCH = 64
 MANIFEST = "hipa.json"
-STAGES = ("text_encoder", "unet", "vae_decoder")
 
 DType = Literal["float16", "float32", "int64", "uint8"]
 Precision = Literal["fp16", "fp32"]
@@ -47,16 +46,31 @@ class StageSpec(_Model):
 
 
 class Parity(_Model):
-    """A stage in ONNX Runtime on the CPU against the same stage in PyTorch FP32, on the reference inputs.
+    """From the reference prompt to a stage's output: ONNX Runtime on the CPU against PyTorch FP32.
 
-    ONNX Runtime computes FP16 graphs on a CPU through FP32: this checks the graph and the rounding of the weights,
-    not the arithmetic of a GPU.
+    Errors accumulate: a stage is fed what the ONNX stages before it gave. ONNX Runtime on a CPU computes each FP16
+    node in FP32 and rounds its output: close to a GPU's arithmetic, and not the same.
+    ``high_frequency_ratio`` is the energy of the Laplacian over the reference's; None for tensors without rows
+    and columns.
     """
 
     max_abs: float
     mean_abs: float
     cosine: float
     psnr_db: float
+    high_frequency_ratio: float | None = None
+
+
+class Cost(_Model):
+    """What one call of a stage takes at its specified shapes, from the ONNX graph itself.
+
+    ``flops`` counts a multiplication and an addition as two, in Conv, MatMul and Gemm; the rest is a few per cent.
+    ``weight_bytes`` and ``io_bytes`` (inputs and outputs of the stage) are what must cross the memory bus at least.
+    """
+
+    flops: int = Field(ge=0)
+    weight_bytes: int = Field(ge=0)
+    io_bytes: int = Field(ge=0)
 
 
 class Stage(_Model):
@@ -66,7 +80,9 @@ class Stage(_Model):
     path: str
     precision: Precision
     opset: int
+    fp32_islands: tuple[str, ...] = ()
     parity: Parity
+    cost: Cost | None = None
 
 
 class ModelInfo(_Model):
@@ -84,6 +100,14 @@ class AdaptorInfo(_Model):
     rank: int
     alpha: float
     scale: float
+
+
+class DecoderInfo(_Model):
+    """What decodes: the model's own VAE ('full'), or an AutoencoderTiny ('tiny') with the hash of its weights."""
+
+    kind: Literal["full", "tiny"]
+    name: str
+    sha256: str
 
 
 class OneStep(_Model):
@@ -108,6 +132,7 @@ class Manifest(_Model):
     batch: int = Field(ge=1, le=MAX_BATCH)
     base_model: ModelInfo
     adaptor: AdaptorInfo | None
+    decoder: DecoderInfo | None = None
     one_step: OneStep
     stages: tuple[Stage, ...] = Field(min_length=1)
     end_to_end: Parity
@@ -138,6 +163,8 @@ class Bundle:
 
         """
         path = root / MANIFEST
+        if not root.exists():
+            raise HipaError(f"bundle {root} does not exist. Expected a folder that hipa-export wrote, or 'emoji'.")
         if not path.is_file():
             raise HipaError(f"{root}: no {MANIFEST} in it. Expected a bundle, as hipa-export writes it.")
         try:

@@ -87,6 +87,9 @@ def export(
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own size by default.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own size by default.")] = None,
     batch: Annotated[int, typer.Option(help="Images a call makes, static.")] = 1,
+    decoder: Annotated[str, typer.Option(help="full (the model's VAE) | tiny | an AutoencoderTiny folder.")] = "full",
+    fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="UNet and decoder in one stage.")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="Bake these prompts, one a line: no text encoder.")] = None,
     build: Annotated[EngineBackend | None, typer.Option(help="Compile engines as well.")] = None,
 ) -> None:
     """Export a one-step bundle: base model (+ adaptor) -> ONNX stages, checked against PyTorch."""
@@ -97,6 +100,7 @@ def export(
         check_tools(build.value)  # before minutes of export, not after
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.export.bundle import ExportOptions, export_bundle
+    from hipa_deploy.models import resolve_decoder
 
     options = ExportOptions(
         model=model,
@@ -108,10 +112,15 @@ def export(
         height=height,
         width=width,
         batch=batch,
+        decoder=resolve_decoder(decoder, model),
+        fuse=fuse,
+        prompts=prompts,
     )
     bundle = export_bundle(options, console)
     for stage in bundle.manifest.stages:
-        console.print(f"{stage.spec.name}: {stage.parity.psnr_db:.1f} dB against PyTorch FP32 (ONNX Runtime, CPU)")
+        islands = f"; in FP32: {', '.join(stage.fp32_islands)}" if stage.fp32_islands else ""
+        measured = f"{stage.parity.psnr_db:.1f} dB from PyTorch FP32 (ONNX Runtime, CPU)"
+        console.print(f"{stage.spec.name}: {measured}{islands}", highlight=False)
     if build:
         _build(out, build, "auto")
     typer.echo(out)
@@ -180,17 +189,27 @@ def profile(
     runs: Annotated[int, typer.Option(help="Timed runs after warm-up.")] = 50,
     backend: BackendOption = "auto",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    roofline: Annotated[str | None, typer.Option(help="Predict lower bounds on: orin-nano, rtx4090, …")] = None,
 ) -> None:
     """Measure latency: a table a stage and end to end, with the conditions."""
+    from hipa_deploy.bundle import Bundle
+    from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.engines.profile import profile_pipeline, render_table
+    from hipa_deploy.engines.roofline import predict_roofline, render_roofline, with_roofline
     from hipa_deploy.files import write_file
     from hipa_deploy.pipeline import OneStepPipeline
 
+    # before minutes of profiling, not after
+    prediction = predict_roofline(Bundle.open(resolve_bundle(bundle)), roofline) if roofline is not None else None
     with OneStepPipeline.load(bundle, backend) as pipe:
         report = profile_pipeline(pipe, runs=runs, console=console)
+    if prediction:
+        report = with_roofline(report, prediction)
     if json_path:
         write_file(json_path, (report.model_dump_json(indent=2) + "\n").encode())
     Console().print(render_table(report))
+    if report.roofline:
+        Console().print(render_roofline(report.roofline))
 
 
 @app.command()

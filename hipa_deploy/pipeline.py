@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,13 +18,10 @@ from hipa_deploy.bundle import Bundle
 from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.one_step import check_seeds, initial_noise, predict_x0
+from hipa_deploy.prompts import Timer, open_prompts
 from hipa_deploy.runners import Runner, check_backend, open_runner, resolve_backend
-from hipa_deploy.tokenizer import PromptTokenizer
 
 MAX_IMAGES = 10_000
-CACHED_BATCHES = 64
-
-Timer = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,7 @@ class OneStepPipeline:
         self.backend = backend
         self.runners = runners
         self.load_seconds = 0.0
-        self._tokenizer = PromptTokenizer(bundle.path("tokenizer/tokenizer.json"))
-        self._contexts: dict[bytes, np.ndarray] = {}  # by token ids, oldest first
+        self._prompts = open_prompts(bundle, lambda tokens_BL: self._run("text_encoder", tokens_BL))
 
     @classmethod
     def load(cls, bundle: str | Path, backend: str = "auto") -> OneStepPipeline:
@@ -115,38 +111,29 @@ class OneStepPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         check_count(len(prompts), count)
         check_seeds(seed, count)
-        tokens_BL = self._tokenizer(prompts, truncate=truncate)
+        prepared = self._prompts.prepare(prompts, truncate=truncate)
         jobs = [(index, seed + i) for index in range(len(prompts)) for i in range(count)]
         for part in _chunks(jobs, self.bundle.manifest.batch):
             texts, seeds = [prompts[index] for index, _ in part], [number for _, number in part]
-            images_BHWC = self._generate([tokens_BL[index] for index, _ in part], seeds, timer)
+            images_BHWC = self._generate([prepared[index] for index, _ in part], seeds, timer)
             recipes = [self._recipe(text, number, truncate) for text, number in zip(texts, seeds, strict=True)]
             yield GenerateResult(images_BHWC, tuple(texts), tuple(seeds), tuple(recipes))
 
-    def _generate(self, tokens: list[np.ndarray], seeds: list[int], timer: Timer) -> np.ndarray:
+    def _generate(self, prompts: list[Any], seeds: list[int], timer: Timer) -> np.ndarray:
         """One batch, uint8 [len(seeds), H, W, 3]. A batch that is not full repeats its last job."""
         padding = self.bundle.manifest.batch - len(seeds)
-        context_BLD = self._encode(tokens + tokens[-1:] * padding, timer)
+        context_BLD = self._prompts.contexts(prompts + prompts[-1:] * padding, timer)
         noise_BCHW = initial_noise(seeds + seeds[-1:] * padding, self.bundle.manifest.one_step.latent_shape)
+        if "generator" in self.runners:  # UNet and decoder in one graph
+            with timer("generator"):
+                return self._run("generator", noise_BCHW, context_BLD)[: len(seeds)]
         with timer("unet"):
             latents_BCHW = self._predict(noise_BCHW, context_BLD)
         with timer("vae_decoder"):
-            images_BHWC = self._decode(latents_BCHW)
-        return images_BHWC[: len(seeds)]
-
-    def _encode(self, tokens: list[np.ndarray], timer: Timer) -> np.ndarray:
-        """Text context [B, L, D] of a batch of token ids [L]; the last ``CACHED_BATCHES`` batches are remembered."""
-        tokens_BL = np.stack(tokens)
-        key = tokens_BL.tobytes()
-        if key not in self._contexts:
-            with timer("text_encoder"):
-                self._contexts[key] = self._run("text_encoder", tokens_BL)
-            if len(self._contexts) > CACHED_BATCHES:
-                del self._contexts[next(iter(self._contexts))]
-        return self._contexts[key]
+            return self._decode(latents_BCHW)[: len(seeds)]
 
     def _predict(self, noise_BCHW: np.ndarray, context_BLD: np.ndarray) -> np.ndarray:
-        """x0 latents as the decoder takes them. A generic UNet leaves timestep and x0 to us."""
+        """x0 latents as the decoder takes them. A generic UNet leaves timestep, x0 and latent scaling to us."""
         step = self.bundle.manifest.one_step
         if self.bundle.manifest.layout == "onestep":
             return self._run("unet", noise_BCHW, context_BLD)
@@ -180,7 +167,7 @@ class OneStepPipeline:
             "precision": manifest.precision,
             "base_model": manifest.base_model.sha256,
             "adaptor": manifest.adaptor.sha256 if manifest.adaptor else None,
-            "unet": manifest.files[self.bundle.stages["unet"].path],
+            "unet": manifest.files[self.bundle.stages["generator" if "generator" in self.runners else "unet"].path],
         }
 
     def close(self) -> None:

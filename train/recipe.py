@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -53,21 +53,53 @@ class TeacherSettings(_Settings):
     """Storage type of the cached latents."""
 
 
-class LossSettings(_Settings):
-    """Weights of the terms; see hipa_deploy.train.loss."""
-
+class _ImageLossSettings(_Settings):
     perceptual_weight: float = Field(1.0, ge=0)
     """Weight of the DISTS-like distance."""
     hf_weight: float = Field(1.0, ge=0)
     """Weight of the Fourier term and of the edge term."""
-    latent_weight: float = Field(0.05, ge=0)
-    """Weight of the latent mean squared error beside the decoded losses."""
-    latent_warmup_steps: int = Field(0, ge=0)
-    """First steps that use the latent error alone, without decoding: about three times faster a step."""
     radius: float = Field(RADIUS, gt=0, le=2)
     """Radius of the Gaussian high-pass, in units of the Nyquist frequency."""
     perceptual_size: int | None = Field(None, ge=32, le=4096)
     """Resize the short side to this before the perceptual distance (DISTS evaluates at 256)."""
+
+
+class LossSettings(_ImageLossSettings):
+    """Weights of the terms; see hipa_deploy.train.loss."""
+
+    latent_weight: float = Field(0.05, ge=0)
+    """Weight of the latent mean squared error beside the decoded losses."""
+    latent_warmup_steps: int = Field(0, ge=0)
+    """First steps that use the latent error alone, without decoding: about three times faster a step."""
+
+
+class DecoderLossSettings(_ImageLossSettings):
+    """Weights of the terms of a decoder's loss; see hipa_deploy.train.loss."""
+
+    pixel_weight: float = Field(1.0, ge=0)
+    """Weight of the mean absolute error of pixels in [0, 1]."""
+
+
+class DecoderSettings(_Settings):
+    """The AutoencoderTiny (TAESD, github.com/madebyollin/taesd) to train; its own defaults are here."""
+
+    channels: int = Field(64, ge=4, le=512)
+    """Channels of every layer: AutoencoderTiny takes the same at all levels."""
+    blocks: tuple[Annotated[int, Field(ge=0, le=16)], ...] = Field((3, 3, 3, 1), min_length=2, max_length=6)
+    """Residual blocks at each level, from the latents' size to the image's: four levels enlarge eight times."""
+
+
+class LatentSettings(_Settings):
+    """The one-step latents to learn; the full decoder's images of them are the targets."""
+
+    count: int = Field(4096, ge=1, le=10_000_000)
+    """How many latents to make."""
+    perturbed: float = Field(0.25, ge=0, le=1)
+    """Share of the latents that get Gaussian noise on top, as latents of other tasks differ from one-step ones."""
+    noise: float = Field(0.1, ge=0, le=1)
+    """Standard deviation of that noise, in scaled latents."""
+    held_out: int = Field(256, ge=1, le=100_000)
+    """Further latents, with other prompts and seeds, on which the fidelity is measured."""
 
 
 class OptimiserSettings(_Settings):
@@ -85,25 +117,32 @@ class OptimiserSettings(_Settings):
     """Gradient norm limit."""
 
 
-class Recipe(_Settings):
-    """One training run."""
-
+class _TrainingSettings(_Settings):
     prompts: str
     """UTF-8 text file, one prompt a line: relative to the recipe, or to the model folder when it begins 'model:'."""
     steps: int = Field(ge=1, le=10_000_000)
     """Optimiser steps, the latent warm-up included."""
     batch: int = Field(16, ge=1, le=4096)
-    """Pairs a step."""
+    """Pairs, or latents, a step."""
     timestep: int = Field(999, ge=0)
-    """Where the single step starts."""
+    """Where the single step starts; latents made with an adaptor take the adaptor's."""
     seed: int = Field(0, ge=0, lt=2**30)
-    """Fixes the pairs, the adaptor's start and the order of batches."""
+    """Fixes the pairs or latents, the start and the order of batches."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints."""
     sample_every: int = Field(200, ge=1)
     """Steps between sample grids."""
     samples: int = Field(8, ge=1, le=64)
     """Rows of a sample grid."""
+    optimiser: OptimiserSettings = OptimiserSettings()
+    """Optimiser."""
+
+
+class Recipe(_TrainingSettings):
+    """One training run of an adaptor."""
+
+    kind: Literal["adaptor"] = "adaptor"
+    """What is trained."""
     gradient_checkpointing: bool = False
     """Recompute UNet and decoder activations in the backward pass: less memory, more time."""
     adaptor: AdaptorSettings = AdaptorSettings()
@@ -112,12 +151,36 @@ class Recipe(_Settings):
     """The teacher and how many of its images to learn."""
     loss: LossSettings = LossSettings()
     """Loss weights."""
-    optimiser: OptimiserSettings = OptimiserSettings()
-    """Optimiser."""
+
+
+class DecoderRecipe(_TrainingSettings):
+    """One training run of a tiny decoder."""
+
+    kind: Literal["decoder"]
+    """What is trained."""
+    decoder: DecoderSettings = DecoderSettings()
+    """The tiny decoder."""
+    latents: LatentSettings = LatentSettings()
+    """What it learns to decode."""
+    loss: DecoderLossSettings = DecoderLossSettings()
+    """Loss weights."""
+
+
+KINDS: dict[str, type[Recipe | DecoderRecipe]] = {"adaptor": Recipe, "decoder": DecoderRecipe}
 
 
 def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """An adaptor's recipe: ``load_any_recipe`` that refuses the other kind."""
+    recipe = load_any_recipe(source, overrides)
+    if not isinstance(recipe, Recipe):
+        raise HipaError(f"recipe {recipe_path(source)} is of kind {recipe.kind}. Expected one of kind adaptor.")
+    return recipe
+
+
+def load_any_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe | DecoderRecipe:
     """Read a TOML file, or a shipped recipe by name ('emoji'), with ``overrides`` such as {'teacher.pairs': 256}.
+
+    Its ``kind`` says what it trains: 'adaptor' when left out, or 'decoder'.
 
     Raises:
         HipaError: no such recipe, not TOML, or a key or value that does not belong; the message names the key.
@@ -128,7 +191,21 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise HipaError(f"recipe {path} cannot be read: {error}") from None
-    for key, value in (overrides or {}).items():
+    _override(values, overrides or {})
+    prompts = values.get("prompts")
+    if isinstance(prompts, str) and not prompts.startswith(MODEL_PREFIX):
+        values["prompts"] = str(path.parent.absolute() / prompts)
+    kind = values.get("kind", "adaptor")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise HipaError(f"recipe {path}: kind = {kind!r}: expected one of: {', '.join(KINDS)}.")
+    try:
+        return KINDS[kind].model_validate(values)
+    except ValidationError as error:
+        raise HipaError(f"recipe {path}: {_first_problem(error)}") from None
+
+
+def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    for key, value in overrides.items():
         *parents, last = key.split(".")
         table = values
         for parent in parents:
@@ -136,13 +213,6 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
             if not isinstance(table, dict):
                 raise HipaError(f"recipe override {key!r} cannot be set: {parent!r} is not a table")
         table[last] = value
-    prompts = values.get("prompts")
-    if isinstance(prompts, str) and not prompts.startswith(MODEL_PREFIX):
-        values["prompts"] = str(path.parent.absolute() / prompts)
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise HipaError(f"recipe {path}: {_first_problem(error)}") from None
 
 
 def recipe_path(source: str | Path) -> Path:
@@ -157,7 +227,7 @@ def recipe_path(source: str | Path) -> Path:
     raise HipaError(f"recipe {str(source)!r} does not exist. Expected a .toml file or one of: {names}.")
 
 
-def read_prompts(recipe: Recipe, model_folder: Path) -> list[str]:
+def read_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str]:
     """The distinct prompts of the recipe's file, in file order.
 
     Raises:

@@ -90,7 +90,7 @@ def main(
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        state.show(loss=loss, eps=error.detach().mean())
+        state.show(loss=loss.detach(), eps=error.detach().mean())
         if (state.step + 1) % 1000 == 0:
             save_average(state, run / "unet")
     save_average(state, run / "unet")

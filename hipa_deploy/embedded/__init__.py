@@ -1,7 +1,7 @@
 """What the package carries: the miniature base model, its HiPA adaptor, and a ready one-step bundle.
 
-``model/`` is a StableDiffusionPipeline folder, ``adaptor/`` loads with ``load_lora_weights``, ``bundle/``
-opens with ``OneStepPipeline.load``.
+``model/`` is a StableDiffusionPipeline folder, ``adaptor/`` loads with ``load_lora_weights``, ``decoder/`` is an
+AutoencoderTiny folder for the same latents, ``bundle/`` opens with ``OneStepPipeline.load``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 MODEL = ROOT / "model"
 ADAPTOR = ROOT / "adaptor"
+DECODER = ROOT / "decoder"
 BUNDLE = ROOT / "bundle"
 
 NAME = "emoji"

@@ -3,7 +3,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderTiny
 
+from hipa_deploy.decoder import DECODER_METADATA, DecoderFidelity, DecoderMetadata
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.base_model import BaseModel
 
@@ -29,7 +32,7 @@ def test_height_is_height(model_dir: Path) -> None:
     assert (step.latent_shape, step.height, step.width) == ((4, 16, 8), 64, 32)
 
 
-@pytest.mark.parametrize(("height", "message"), [(33, "multiple of 8"), (-8, "multiple"), (1_000_000, "too large")])
+@pytest.mark.parametrize(("height", "message"), [(33, "32 is nearest"), (-8, "multiple"), (1_000_000, "too large")])
 def test_absurd_sizes(model_dir: Path, height: int, message: str) -> None:
     with pytest.raises(HipaError, match=message):
         BaseModel.open(model_dir).one_step(999, height, None)
@@ -80,3 +83,42 @@ def test_nan_weights(copy: Path) -> None:
     save_file(weights, path)
     with pytest.raises(HipaError, match="NaN"):
         BaseModel.open(copy).vae()
+
+
+def make_decoder(folder: Path, *, levels: int = 3, latent_channels: int = 4) -> Path:
+    sizes = {"decoder_block_out_channels": (8,) * levels, "num_decoder_blocks": (1,) * levels}
+    encoder = {"encoder_block_out_channels": (8,) * levels, "num_encoder_blocks": (1,) * levels}
+    AutoencoderTiny(**sizes, **encoder, latent_channels=latent_channels).save_pretrained(folder)
+    return folder
+
+
+def test_a_decoder_for_these_latents(model_dir: Path, tmp_path: Path) -> None:
+    tiny = BaseModel.open(model_dir).tiny_decoder(make_decoder(tmp_path / "tiny"))
+    assert tiny.decode(torch.zeros(1, 4, 8, 8)).sample.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"levels": 4}, "enlarges 8 times, expected 4 and 4"), ({"latent_channels": 16}, "16 latent channels")],
+)
+def test_a_decoder_for_other_latents(model_dir: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(HipaError, match=message):
+        BaseModel.open(model_dir).tiny_decoder(make_decoder(tmp_path / "tiny", **changes))
+
+
+def test_a_decoder_of_another_vae(model_dir: Path, tmp_path: Path) -> None:
+    folder = make_decoder(tmp_path / "tiny")
+    metadata = DecoderMetadata(
+        base_vae_sha256="0" * 64, latent_channels=4, factor=4, steps_trained=1, recipe={},
+        fidelity=DecoderFidelity(images=1, psnr_db=20, perceptual_distance=0.5),
+    )  # fmt: skip
+    (folder / DECODER_METADATA).write_text(metadata.model_dump_json())
+    with pytest.raises(HipaError, match="another VAE"):
+        BaseModel.open(model_dir).tiny_decoder(folder)
+
+
+@pytest.mark.parametrize(("name", "message"), [("none", "does not exist"), ("empty", "cannot be loaded")])
+def test_no_decoder(model_dir: Path, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HipaError, match=message):
+        BaseModel.open(model_dir).tiny_decoder(tmp_path / name)

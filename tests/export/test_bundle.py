@@ -1,12 +1,14 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from hipa_deploy import OneStepPipeline
@@ -27,14 +29,19 @@ def generic_bundle(model_dir: Path, adaptor_dir: Path, tmp_path_factory: pytest.
     return export_bundle(options)
 
 
-def diffusers_image(model_dir: Path, adaptor_dir: Path, seed: int) -> np.ndarray:
+def diffusers_image(
+    model_dir: Path, adaptor_dir: Path, seed: int, size: tuple[int, int] = (32, 32), decoder: Path | None = None
+) -> np.ndarray:
     """The image as a diffusers user makes it: load_lora_weights and the shipped scheduler."""
     pipe = StableDiffusionPipeline.from_pretrained(model_dir)
+    if decoder:
+        pipe.vae = AutoencoderTiny.from_pretrained(decoder)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(adaptor_dir)
     pipe.scheduler = DDIMScheduler.from_pretrained(adaptor_dir, subfolder="scheduler")
-    noise = torch.from_numpy(initial_noise([seed], (4, 8, 8)))
-    image = pipe(PROMPT, num_inference_steps=1, guidance_scale=0, latents=noise, output_type="np").images[0]
+    (height, width), options = size, {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "np"}
+    noise = torch.from_numpy(initial_noise([seed], (4, height // 4, width // 4)))
+    image = pipe(PROMPT, height=height, width=width, latents=noise, **options).images[0]
     return (image * 255).round().astype(np.uint8)
 
 
@@ -103,12 +110,6 @@ def test_manifest_names_its_parents(fp32_bundle: Bundle) -> None:
     assert {"reference/tensors.npz", "tokenizer/tokenizer.json"} <= manifest.files.keys()
 
 
-def test_another_size(model_dir: Path, tmp_path: Path) -> None:
-    export_bundle(ExportOptions(model=str(model_dir), out=tmp_path / "b", dtype="fp32", height=48, width=32))
-    with OneStepPipeline.load(tmp_path / "b", "onnxruntime") as pipe:
-        assert pipe(PROMPT).images_BHWC.shape == (1, 48, 32, 3)
-
-
 def test_v_prediction(tmp_path: Path) -> None:
     model = make_model(tmp_path / "v", "v_prediction")
     bundle = export_bundle(ExportOptions(model=str(model), out=tmp_path / "b", dtype="fp32"))
@@ -123,6 +124,8 @@ def test_v_prediction(tmp_path: Path) -> None:
         ({"height": 31}, "multiple"),
         ({"adaptor": Path("/no/such")}, "does not exist"),
         ({"model": "/no/such"}, "does not exist"),
+        ({"layout": "generic", "fuse": True}, "--fuse needs --layout onestep"),
+        ({"prompts": Path("/no/such")}, "cannot be read"),
     ],
 )
 def test_bad_input_leaves_nothing(model_dir: Path, tmp_path: Path, changes: dict, message: str) -> None:
@@ -153,16 +156,86 @@ def test_a_folder_in_use_is_not_touched(model_dir: Path, tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_overflow_in_fp16_fails_the_export(model_dir: Path, tmp_path: Path) -> None:
-    """A planted overflow: weights that are fine in FP32 and infinite in FP16."""
-    shutil.copytree(model_dir, tmp_path / "hot")
-    path = tmp_path / "hot/vae/diffusion_pytorch_model.safetensors"
+def test_overflow_in_fp16_becomes_fp32_islands(model_dir: Path, tmp_path: Path) -> None:
+    """Planted: scores of one attention, and the decoder's residual stream, are infinite in FP16."""
+    hot = Path(shutil.copytree(model_dir, tmp_path / "hot"))
+    attention = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    scale_weights(hot / "unet", {f"{attention}.to_q.weight": 3e3, f"{attention}.to_k.weight": 3e3})
+    scale_weights(hot / "vae", {"decoder.conv_in.weight": 1e7})
+    bundle = export_bundle(ExportOptions(model=str(hot), out=tmp_path / "out"))
+    assert bundle.stages["text_encoder"].fp32_islands == ()
+    assert bundle.stages["unet"].fp32_islands == (f"unet.{attention}",)
+    assert "decoder.conv_in" in bundle.stages["vae_decoder"].fp32_islands
+    assert bundle.manifest.end_to_end.psnr_db >= 35
+    weights = onnx.load(bundle.stage_path("unet")).graph.initializer
+    assert {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16} <= {weight.data_type for weight in weights}
+
+
+def scale_weights(folder: Path, factors: dict[str, float]) -> None:
+    path = folder / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
-    weights["decoder.conv_in.weight"] *= 1e7
+    for name, factor in factors.items():
+        weights[name] *= factor
     save_file(weights, path)
-    with pytest.raises(HipaError, match="vae_decoder in fp16"):
-        export_bundle(ExportOptions(model=str(tmp_path / "hot"), out=tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing(model_dir: Path, tmp_path: Path) -> None:
+    """No file of this process may grow past 100 kB, as if the disk were full there."""
+    code = (
+        "import resource, sys; from hipa_deploy.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); main(sys.argv[1:])"
+    )
+    arguments = ["export", "--model", str(model_dir), "--out", str(tmp_path / "out")]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "File too large" in result.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def decoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TAESD's architecture, four times enlarging, in a few thousand seeded parameters."""
+    torch.manual_seed(0)
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
+        decoder_block_out_channels=(8, 8, 8), num_decoder_blocks=(1, 1, 1),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("decoder") / "tiny"
+    tiny.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_bundle(
+    model_dir: Path, adaptor_dir: Path, decoder_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """The smallest thing a device can run: one graph, a tiny decoder, a closed set of prompts."""
+    folder = tmp_path_factory.mktemp("bundle")
+    (folder / "prompts.txt").write_text(f"a red apple\n{PROMPT}\n")
+    options = ExportOptions(
+        model=str(model_dir), adaptor=adaptor_dir, out=folder / "small", dtype="fp32", fuse=True,
+        decoder=decoder_dir, prompts=folder / "prompts.txt", height=48, width=32,
+    )  # fmt: skip
+    return export_bundle(options)
+
+
+def test_fused_tiny_and_baked_equals_diffusers(
+    model_dir: Path, adaptor_dir: Path, decoder_dir: Path, small_bundle: Bundle
+) -> None:
+    assert tuple(small_bundle.stages) == ("generator",)
+    assert not [name for name in small_bundle.manifest.files if "token" in name or "text_encoder" in name]
+    assert small_bundle.manifest.decoder is not None
+    assert small_bundle.manifest.decoder.kind == "tiny"
+    theirs = diffusers_image(model_dir, adaptor_dir, 5, size=(48, 32), decoder=decoder_dir)
+    with OneStepPipeline.load(small_bundle.root, "onnxruntime") as pipe:
+        ours = pipe(PROMPT, seed=5).images_BHWC[0]
+    assert ours.shape == (48, 32, 3)
+    assert compare(ours, theirs).psnr_db >= 40
+
+
+def test_a_prompt_that_was_not_baked(small_bundle: Bundle) -> None:
+    with OneStepPipeline.load(small_bundle.root, "onnxruntime") as pipe, pytest.raises(HipaError, match="nearest"):
+        pipe("a blue apple")
 
 
 def test_generic_layout_has_what_diffusers_reads(generic_bundle: Bundle) -> None:

@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.fold import fold_timestep
+from hipa_deploy.export.fold import fold_decoder_input, fold_timestep
 
 
 @pytest.mark.parametrize("timestep", [999, 499, 0])
@@ -42,3 +42,22 @@ def test_scale_and_shift_cannot_be_folded() -> None:
     )
     with pytest.raises(HipaError, match="scale_shift"):
         fold_timestep(unet, 999)
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+@torch.no_grad()
+def test_decoder_input_folds_exactly_to_the_borders(model_dir: Path, mixes: bool) -> None:
+    vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae", use_post_quant_conv=mixes).eval()
+    if mixes:
+        vae.post_quant_conv.bias += 3  # at the border conv_in pads with zeros, not with this
+    latents = torch.randn(2, 4, 8, 8)
+    expected = vae.decode(latents / vae.config.scaling_factor).sample
+    offset = fold_decoder_input(vae)
+    torch.testing.assert_close(vae.decoder(latents + offset), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_singular_mix_cannot_be_folded(model_dir: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae")
+    torch.nn.init.ones_(vae.post_quant_conv.weight)
+    with pytest.raises(HipaError, match="post_quant_conv"):
+        fold_decoder_input(vae)

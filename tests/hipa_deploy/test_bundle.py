@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hipa_deploy.bundle import MANIFEST, STAGES, Bundle
+from hipa_deploy.bundle import MANIFEST, Bundle
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.errors import HipaError
 
@@ -22,7 +22,7 @@ def edit(root: Path, **changes: object) -> None:
 def test_embedded_bundle_is_whole() -> None:
     bundle = Bundle.open(BUNDLE)
     bundle.verify()
-    assert tuple(bundle.stages) == STAGES
+    assert tuple(bundle.stages) == ("text_encoder", "unet", "vae_decoder")
 
 
 def test_every_file_is_listed() -> None:
