@@ -113,7 +113,7 @@ def _compare(out: Path, recipe: Recipe, console: Console) -> str:
     texts, seeds = draw(held_out_prompts(embedded.MODEL), IMAGES)
     teacher = recipe.teacher
     with console.status(f"teacher, {teacher.steps} steps, {IMAGES} images"):
-        truth = teacher_images(embedded.MODEL, texts, seeds, steps=teacher.steps, guidance=teacher.guidance)
+        truth = teacher_images(embedded.MODEL, texts, seeds, teacher)
     base = one_step_images(embedded.MODEL, None, texts, seeds)
     with OneStepPipeline.load(out / "bundle", backend="onnxruntime") as pipe:
         ours = np.concatenate([pipe(t, seed=s).images_BHWC for t, s in zip(texts, seeds, strict=True)])

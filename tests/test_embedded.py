@@ -14,6 +14,7 @@ from hipa_deploy.export.bundle import ExportOptions, export_bundle
 from hipa_deploy.export.parity import compare
 from hipa_deploy.one_step import initial_noise
 from hipa_deploy.train.evaluate import kid_lite0, one_step_images, teacher_images
+from hipa_deploy.train.recipe import load_recipe
 from hipa_deploy.train.report import draw, held_out_prompts
 
 PROMPT = "3d emoji of a red apple"
@@ -59,6 +60,6 @@ def test_shipped_fp16_bundle_is_close_to_diffusers_in_fp32() -> None:
 @pytest.mark.slow
 def test_the_adaptor_brings_one_step_closer_to_the_teacher() -> None:
     texts, seeds = draw(held_out_prompts(MODEL), 32)
-    truth = teacher_images(MODEL, texts, seeds, steps=25, guidance=5.0)
+    truth = teacher_images(MODEL, texts, seeds, load_recipe("emoji").teacher)
     base, adapted = (one_step_images(MODEL, adaptor, texts, seeds) for adaptor in (None, ADAPTOR))
     assert kid_lite0(adapted, truth) < kid_lite0(base, truth) / 2

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hipa_deploy.adaptor import read_metadata
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.adaptor import attach_adaptor
+from hipa_deploy.train.adaptor import one_step_model
 from hipa_deploy.train.base_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.frequency import RADIUS, high_frequency_energy
 from hipa_deploy.train.lite0 import Lite0
-from hipa_deploy.train.one_step import one_step_latents
 from hipa_deploy.train.pairs import teacher_latents
 from hipa_deploy.train.perceptual import DistsLike
 from hipa_deploy.train.recipe import TeacherSettings
@@ -88,15 +85,12 @@ def teacher_images(
     model_dir: Path,
     prompts: Sequence[str],
     seeds: Sequence[int],
+    teacher: TeacherSettings,
     *,
-    steps: int = 25,
-    guidance: float = 5.0,
-    sampler: str = "ddim",
     device: str | None = None,
 ) -> np.ndarray:
     """Images of the multi-step guided sampler, uint8 [N, H, W, 3], one for each (prompt, noise seed)."""
     model = DiffusionModel.load(model_dir, device)
-    teacher = TeacherSettings(sampler=sampler, steps=steps, guidance=guidance, pairs=max(len(seeds), 1))
     empty_1LD = model.context([""])
 
     def latents(noise_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
@@ -116,18 +110,7 @@ def one_step_images(
 ) -> np.ndarray:
     """One-step images, uint8 [N, H, W, 3]: of the base model, or with an adaptor at the timestep it was trained for."""
     model = DiffusionModel.load(model_dir, device)
-    if adaptor_dir is not None:
-        timestep = read_metadata(adaptor_dir, model_dir).timestep
-        attach_adaptor(model.unet, adaptor_dir)
-    step = partial(
-        one_step_latents,
-        model.unet,
-        timestep=timestep,
-        alpha_bar=model.alpha_bar(timestep),
-        prediction_type=model.prediction_type,
-    )
-
-    return _images(model, step, prompts, seeds)
+    return _images(model, one_step_model(model, timestep, adaptor_dir), prompts, seeds)
 
 
 @torch.no_grad()

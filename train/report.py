@@ -59,7 +59,7 @@ def evaluate_adaptor(
     """Make the images of teacher, base and adaptor, and compare them."""
     texts, seeds = draw(prompts, images)
     with console.status(f"{teacher.steps}-step teacher, {images} images"):
-        truth = teacher_images(model_dir, texts, seeds, steps=teacher.steps, guidance=teacher.guidance)
+        truth = teacher_images(model_dir, texts, seeds, teacher)
     with console.status("one-step images"):
         rows = {
             "base, one step": one_step_images(model_dir, None, texts, seeds),

@@ -10,6 +10,7 @@ images; the ceiling is what the real images reach.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +25,9 @@ from PIL import Image
 from hipa_deploy.images import grid
 from hipa_deploy.train.evaluate import kid, teacher_images
 from hipa_deploy.train.lite0 import Lite0
+from hipa_deploy.train.recipe import load_recipe
 
-STEPS, GUIDANCE = 25, 5.0
+TEACHER = load_recipe("emoji").teacher
 SHEET = [
     "red apple", "cat face", "dog face", "pizza", "rocket", "sunflower", "penguin", "hamburger", "strawberry",
     "automobile", "guitar", "red heart", "ghost", "tropical fish", "butterfly", "crown",
@@ -84,7 +86,7 @@ def measure(run: Path, model: Path, count: int) -> dict[str, Any]:
     ):
         indices = indices or list(range(min(count, len(subset.rows))))
         captions = [subset.captions[i] for i in indices]
-        images = teacher_images(model, captions, list(range(len(captions))), steps=STEPS, guidance=GUIDANCE)
+        images = teacher_images(model, captions, list(range(len(captions))), TEACHER)
         made, true = features(images), features(subset.images_BHWC[indices])
         rows["splits"][split] = {
             "images": len(captions),
@@ -100,18 +102,18 @@ def write_sheet(model: Path, path: Path) -> None:
     """A sheet of the same sixteen concepts in the four styles, seeds 0 to 63."""
     styles = ("3d", "flat", "noto", "twemoji")
     captions = [f"{style} emoji of {'an' if c[0] in 'aeiou' else 'a'} {c}" for style in styles for c in SHEET]
-    images = teacher_images(model, captions, list(range(len(captions))), steps=STEPS, guidance=GUIDANCE)
+    images = teacher_images(model, captions, list(range(len(captions))), TEACHER)
     columns = images.reshape(len(styles), len(SHEET), *images.shape[1:]).transpose(1, 0, 2, 3, 4)
     Image.fromarray(grid(list(columns))).save(path)
 
 
-def card(rows: dict[str, Any], run: Path) -> str:
+def card(rows: dict[str, Any], run: Path, model: Path) -> str:
     """The model card, in Markdown."""
     lines = [
         Path(__file__)
         .with_name("card.md")
         .read_text()
-        .format(**data(run), **training(run), steps=STEPS, guidance=GUIDANCE)
+        .format(**data(run), **training(model), steps=TEACHER.steps, guidance=TEACHER.guidance)
     ]
     lines.append("| captions | images | KID-Lite0 | R@1 (ceiling) | R@5 (ceiling) |\n|---|---|---|---|---|")
     for split, row in rows["splits"].items():
@@ -129,13 +131,10 @@ def data(run: Path) -> dict[str, int]:
     return counts | {"concepts": len(names["train"]), "held_out_concepts": len(names["concept"])}
 
 
-def training(run: Path) -> dict[str, Any]:
-    """Steps and hours of each part, from its last checkpoint."""
-    facts = {}
-    for part in ("text_encoder", "vae", "unet"):
-        state = torch.load(run / part / "state.pt", weights_only=True)
-        facts |= {f"{part}_steps": state["step"], f"{part}_hours": state["seconds"] / 3600}
-    return facts
+def training(model: Path) -> dict[str, Any]:
+    """Steps and hours of each part, as write_model.py recorded them."""
+    facts = json.loads((model / "training.json").read_text())
+    return {f"{part}_{name}": value for part, values in facts.items() for name, value in values.items()}
 
 
 def main(
@@ -145,7 +144,7 @@ def main(
 ) -> None:
     """Measure, then write README.md and samples.png into the model folder."""
     write_sheet(model, model / "samples.png")
-    text = card(measure(run, model, count), run)
+    text = card(measure(run, model, count), run, model)
     (model / "README.md").write_text(text)
     print(text)
 

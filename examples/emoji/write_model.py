@@ -7,6 +7,7 @@ FP16 safetensors, the prompts of each split beside them. Measure it with measure
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,27 @@ def write_prompts(emoji: EmojiSet, out: Path) -> None:
         (out / f"{name}.txt").write_text("\n".join(dict.fromkeys(emoji.only(split).captions)) + "\n")
 
 
+def training(run: Path) -> dict[str, dict[str, float]]:
+    """Steps and hours of each part: of this run's checkpoints, and of the model it started from, if any."""
+    earlier = run / "earlier.json"
+    facts = json.loads(earlier.read_text()) if earlier.exists() else {}
+    for part in ("text_encoder", "vae", "unet"):
+        before = facts.get(part, {"steps": 0, "hours": 0.0})
+        if (path := run / part / "state.pt").exists():
+            state = torch.load(path, weights_only=True)
+            before = {"steps": before["steps"] + state["step"], "hours": before["hours"] + state["seconds"] / 3600}
+        facts[part] = before
+    return facts
+
+
+def forget_paths(model: Path) -> None:
+    """Drop from the configurations where the parts happened to lie."""
+    for path in model.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def main(
     run: Annotated[Path, typer.Option(help="Folder of the pre-training run.")],
     out: Annotated[Path, typer.Option(help="Model folder to write; must not exist.")],
@@ -52,7 +74,9 @@ def main(
     """Write the model folder, whole or not at all."""
     with new_folder(out) as scratch:
         assemble(run, vae).save_pretrained(scratch, safe_serialization=True)
+        forget_paths(scratch)
         write_prompts(EmojiSet.load(run), scratch)
+        (scratch / "training.json").write_text(json.dumps(training(run), indent=2) + "\n")
         size = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
         if size > SIZE_LIMIT_BYTES:
             raise SystemExit(f"the model takes {size} bytes, more than {SIZE_LIMIT_BYTES}")

@@ -13,7 +13,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.train.base_model import DiffusionModel
 from hipa_deploy.train.evaluate import compare, kid, kid_lite0, one_step_images, teacher_images
 from hipa_deploy.train.loop import train_adaptor
-from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.recipe import Recipe, TeacherSettings
 from tests.tiny_model import PROMPTS
 
 
@@ -64,7 +64,7 @@ def test_images_depend_on_prompt_and_seed_alone(model_dir: Path) -> None:
     assert images.dtype == np.uint8
     alone = one_step_images(model_dir, None, PROMPTS[1:2], [1], device="cpu")
     assert np.abs(alone[0].astype(int) - images[1]).max() <= 1
-    teacher = teacher_images(model_dir, PROMPTS[:2], [0, 1], steps=2, device="cpu")
+    teacher = teacher_images(model_dir, PROMPTS[:2], [0, 1], TeacherSettings(steps=2, pairs=2), device="cpu")
     assert teacher.shape == images.shape
     assert not np.array_equal(teacher, images)
     with pytest.raises(HipaError, match="one seed for each prompt"):
