@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 import hipa_deploy
-from hipa_deploy.bundle import Bundle
+from hipa_deploy.bundle import Bundle, StageSpec
 from hipa_deploy.engines.build_worker import Event, Job, Outcome, environment
 from hipa_deploy.engines.device import find_gpu
 from hipa_deploy.engines.engine import (
@@ -112,7 +112,8 @@ def _build_stage(
         return BuiltEngine(stage, engine_path(path), found, up_to_date=True)
     scratch = folder / f".{path.stem}-{os.getpid()}.tmp"
     try:
-        outcome = run_worker(_job(bundle.stage_path(stage), key, scratch, options), _reporter(bar, task))
+        job = _job(bundle.stage_path(stage), bundle.stages[stage].spec, key, scratch, options)
+        outcome = run_worker(job, _reporter(bar, task))
         sidecar = _keep(scratch, path, stage, key, outcome)
     except HipaError as error:
         raise HipaError(f"{stage}: {error}") from None
@@ -122,10 +123,11 @@ def _build_stage(
     return BuiltEngine(stage, engine_path(path), sidecar, up_to_date=False)
 
 
-def _job(onnx: Path, key: EngineKey, out: Path, options: BuildOptions) -> Job:
+def _job(onnx: Path, spec: StageSpec, key: EngineKey, out: Path, options: BuildOptions) -> Job:
     return Job(
         flavour=key.flavour,
         onnx=onnx.resolve(),
+        spec=spec,
         out=out.resolve(),
         precision=key.precision,
         compute_capabilities=key.compute_capabilities,

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
-from hipa_deploy.bundle import Precision
+from hipa_deploy.bundle import Precision, StageSpec
 from hipa_deploy.engines.device import find_gpu, peak_rss_mib
 from hipa_deploy.engines.engine import BuildOptions, PrecisionCheck
 from hipa_deploy.engines.flavour import Flavour, load_tensorrt, set_compute_capabilities
@@ -33,6 +33,7 @@ class Job(Record):
 
     flavour: Flavour
     onnx: Path
+    spec: StageSpec
     out: Path
     precision: Precision
     compute_capabilities: tuple[int, ...]
@@ -114,6 +115,7 @@ def _configure(trt: ModuleType, poly: ModuleType, network: tuple[Any, Any], job:
     workspace_mib = job.options.workspace_mib
     config = poly.create_config(
         *network,
+        profiles=_profiles(poly, job.spec),
         memory_pool_limits=workspace_mib and {trt.MemoryPoolType.WORKSPACE: workspace_mib << 20},
         builder_optimization_level=job.options.optimization_level,
         max_aux_streams=job.options.max_aux_streams,
@@ -125,6 +127,18 @@ def _configure(trt: ModuleType, poly: ModuleType, network: tuple[Any, Any], job:
     if job.timing_cache is not None:
         _load_timing_cache(config, job.timing_cache)
     return config
+
+
+def _profiles(poly: ModuleType, spec: StageSpec) -> list[Any] | None:
+    """One optimisation profile for the inputs with named dimensions; None when every shape is static."""
+    if not spec.axes:
+        return None
+    profile = poly.Profile()
+    for tensor in spec.inputs:
+        if any(isinstance(size, str) for size in tensor.shape):
+            smallest, usual, largest = (tensor.at(spec.sizes(which)) for which in ("min", "opt", "max"))
+            profile.add(tensor.name, smallest, usual, largest)
+    return [profile]
 
 
 def _load_timing_cache(config: Any, path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
-from hipa_deploy.bundle import Bundle, Precision
+from hipa_deploy.bundle import Axis, Bundle, Precision
 from hipa_deploy.engines.device import Gpu, find_gpu
 from hipa_deploy.engines.flavour import FLAVOURS, Flavour, as_flavour, load_tensorrt
 from hipa_deploy.engines.record import Record
@@ -54,6 +54,7 @@ class EngineKey(Record):
     onnx_sha256: str
     external_sha256: tuple[str, ...]
     precision: Precision
+    axes: dict[str, Axis] = Field(default_factory=dict)
     options: BuildOptions
     flavour: Flavour
     tensorrt: str
@@ -131,6 +132,7 @@ def key_for(
         onnx_sha256=files[onnx],
         external_sha256=tuple(external),
         precision=bundle.stages[stage].precision,
+        axes=bundle.stages[stage].spec.axes,
         options=options.model_copy(update={"timing_cache": None}),
         flavour=flavour,
         tensorrt=version,

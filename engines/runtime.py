@@ -21,15 +21,19 @@ from hipa_deploy.runners import check_inputs
 
 @dataclass(frozen=True)
 class _Buffer:
-    """A tensor in device memory and in pinned host memory. ``host`` is a view of the latter."""
+    """A tensor in device memory and in pinned host memory, at its largest. ``host`` is a flat view of the latter."""
 
     device: int
     pinned: int
     host: np.ndarray
 
+    def view(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The beginning of the host memory as an array of ``shape``."""
+        return self.host[: math.prod(shape)].reshape(shape)
+
 
 class TensorRTRunner:
-    """One stage's engine on the first GPU, with one stream and fixed buffers.
+    """One stage's engine on the first GPU, with one stream and buffers for the largest shapes.
 
     A call copies inputs in, computes, copies outputs out and waits, so its duration is the stage's latency. Not
     for use from two threads at once. The caller has compared the engine's key (``engine.open_engine`` does).
@@ -60,7 +64,7 @@ class TensorRTRunner:
 
     def _allocate(self, tensor: TensorSpec, stack: ExitStack) -> _Buffer:
         dtype = np.dtype(tensor.dtype)
-        size = math.prod(tensor.shape) * dtype.itemsize
+        size = math.prod(tensor.at(self.spec.sizes("max"))) * dtype.itemsize
         device = call(self._cudart, "cudaMalloc", size)
         stack.callback(call, self._cudart, "cudaFree", device)
         pinned = call(self._cudart, "cudaMallocHost", size)
@@ -68,7 +72,7 @@ class TensorRTRunner:
         if not self._context.set_tensor_address(tensor.name, device):
             raise HipaError(f"{self.spec.name}: the engine refuses a buffer for {tensor.name}.")
         raw = (ctypes.c_uint8 * size).from_address(pinned)
-        return _Buffer(device, pinned, np.ctypeslib.as_array(raw).view(dtype).reshape(tensor.shape))
+        return _Buffer(device, pinned, np.ctypeslib.as_array(raw).view(dtype))
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Compute the outputs by name; the arrays belong to the caller.
@@ -77,24 +81,36 @@ class TensorRTRunner:
             HipaError: inputs that are not those of ``spec``, a closed runner, or a CUDA error.
 
         """
-        check_inputs(self.spec, inputs)
+        sizes = check_inputs(self.spec, inputs)
         if self._context is None:
             raise HipaError(f"{self.spec.name}: the runner is closed.")
-        for name, value in inputs.items():
-            self._buffers[name].host[...] = value
-            self._copy(name, "cudaMemcpyHostToDevice")
+        for tensor in self.spec.inputs:
+            self._set_shape(tensor, tensor.at(sizes))
+            self._buffers[tensor.name].view(tensor.at(sizes))[...] = inputs[tensor.name]
+            self._copy(tensor.name, tensor.at(sizes), "cudaMemcpyHostToDevice")
+        shapes = {tensor.name: self._shape(tensor) for tensor in self.spec.outputs}
         if not self._context.execute_async_v3(int(self._stream)):
             raise HipaError(f"{self.spec.name}: TensorRT could not run the engine: {recording_logger(self._trt).last}.")
-        for tensor in self.spec.outputs:
-            self._copy(tensor.name, "cudaMemcpyDeviceToHost")
+        for name, shape in shapes.items():
+            self._copy(name, shape, "cudaMemcpyDeviceToHost")
         call(self._cudart, "cudaStreamSynchronize", self._stream)
-        return {tensor.name: self._buffers[tensor.name].host.copy() for tensor in self.spec.outputs}
+        return {name: self._buffers[name].view(shape).copy() for name, shape in shapes.items()}
 
-    def _copy(self, name: str, kind: str) -> None:
+    def _set_shape(self, tensor: TensorSpec, shape: tuple[int, ...]) -> None:
+        """Tell the context the shape of an input whose engine has a profile for it."""
+        if shape != tensor.shape and not self._context.set_input_shape(tensor.name, shape):
+            raise HipaError(f"{self.spec.name}: the engine refuses {tensor.name} of shape {list(shape)}.")
+
+    def _shape(self, tensor: TensorSpec) -> tuple[int, ...]:
+        """An output's shape: the context knows it once the inputs have theirs."""
+        static = tuple(size for size in tensor.shape if isinstance(size, int))
+        return static if static == tensor.shape else tuple(self._context.get_tensor_shape(tensor.name))
+
+    def _copy(self, name: str, shape: tuple[int, ...], kind: str) -> None:
         buffer = self._buffers[name]
         ends = (buffer.device, buffer.pinned) if kind == "cudaMemcpyHostToDevice" else (buffer.pinned, buffer.device)
-        kind_value = getattr(self._cudart.cudaMemcpyKind, kind)
-        call(self._cudart, "cudaMemcpyAsync", *ends, buffer.host.nbytes, kind_value, self._stream)
+        kind_value, size = getattr(self._cudart.cudaMemcpyKind, kind), buffer.view(shape).nbytes
+        call(self._cudart, "cudaMemcpyAsync", *ends, size, kind_value, self._stream)
 
     def _drop(self) -> None:
         """Release TensorRT's objects, context first: each must outlive those made from it."""
@@ -127,7 +143,10 @@ def _deserialise(trt: ModuleType, path: Path) -> tuple[Any, Any]:
 
 
 def check_engine_tensors(trt: ModuleType, engine: Any, spec: StageSpec) -> None:
-    """Raise HipaError unless an engine's inputs and outputs are those of ``spec``: names, dtypes and shapes."""
+    """Raise HipaError unless an engine's inputs and outputs are those of ``spec``: names, dtypes and shapes.
+
+    An engine reports -1 for a dimension that its profile leaves open.
+    """
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
     for kind, expected, got in (
@@ -142,7 +161,7 @@ def check_engine_tensors(trt: ModuleType, engine: Any, spec: StageSpec) -> None:
                 np.dtype(trt.nptype(engine.get_tensor_dtype(tensor.name))),
                 engine.get_tensor_shape(tensor.name),
             )
-            if dtype != tensor.dtype or tuple(shape) != tensor.shape:
+            if dtype != tensor.dtype or tuple(shape) != tuple(-1 if isinstance(n, str) else n for n in tensor.shape):
                 found, wanted_text = f"{dtype} {list(shape)}", f"{tensor.dtype} {list(tensor.shape)}"
                 raise HipaError(
                     f"{spec.name}: {tensor.name} is {found} in the engine, expected {wanted_text}. Build it again."

@@ -93,10 +93,10 @@ class BaseModel:
         if not folder.is_dir():
             raise HipaError(f"decoder {folder} does not exist. Expected full, tiny, or an AutoencoderTiny folder.")
         _check_distilled_from(folder, self.folder)
-        tiny, vae = _load(AutoencoderTiny, folder, None), _read_json(self.folder, "vae/config.json")
+        tiny = _load(AutoencoderTiny, folder, None)
         upsamplings = sum(isinstance(layer, torch.nn.Upsample) for layer in tiny.decoder.layers)
         got = (tiny.config.latent_channels, tiny.config.upsampling_scaling_factor**upsamplings)
-        expected = (vae.get("latent_channels", 4), 2 ** (len(vae["block_out_channels"]) - 1))
+        expected = (_read_json(self.folder, "unet/config.json")["in_channels"], self._scale)
         if got != expected:
             raise HipaError(
                 f"decoder {folder} takes {got[0]} latent channels and enlarges {got[1]} times, "
@@ -115,6 +115,16 @@ class BaseModel:
         """The noise schedule the model was trained with."""
         return DDPMScheduler.from_config(_read_json(self.folder, "scheduler/scheduler_config.json"))
 
+    @property
+    def _scale(self) -> int:
+        """Pixels a latent, in each direction."""
+        return 2 ** (len(_read_json(self.folder, "vae/config.json")["block_out_channels"]) - 1)
+
+    @property
+    def size_multiple(self) -> int:
+        """Heights and widths are multiples of this many pixels: every level of the UNet halves without remainder."""
+        return self._scale * 2 ** (len(_read_json(self.folder, "unet/config.json")["block_out_channels"]) - 1)
+
     def one_step(self, timestep: int, height: int | None, width: int | None) -> OneStep:
         """The constants of one step at ``timestep`` and a size in pixels (None: the size it was trained for).
 
@@ -122,9 +132,7 @@ class BaseModel:
             HipaError: a size that is not a multiple the model allows, or is absurd.
 
         """
-        unet, vae = (_read_json(self.folder, f"{part}/config.json") for part in ("unet", "vae"))
-        scale = 2 ** (len(vae["block_out_channels"]) - 1)
-        multiple = scale * 2 ** (len(unet["block_out_channels"]) - 1)
+        unet, multiple, scale = _read_json(self.folder, "unet/config.json"), self.size_multiple, self._scale
         native = scale * unet["sample_size"]
         height, width = (native if size is None else size for size in (height, width))
         for name, size in (("height", height), ("width", width)):
@@ -140,7 +148,7 @@ class BaseModel:
             prediction_type=schedule.config.prediction_type,
             timestep=timestep,
             alpha_bar=float(schedule.alphas_cumprod[timestep]),
-            scaling_factor=vae["scaling_factor"],
+            scaling_factor=_read_json(self.folder, "vae/config.json")["scaling_factor"],
             latent_shape=(unet["in_channels"], height // scale, width // scale),
             height=height,
             width=width,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from hipa_deploy.bundle import (
     MAX_BATCH,
     SCHEMA,
     AdaptorInfo,
+    Axis,
     Bundle,
     DecoderInfo,
     Layout,
@@ -37,6 +39,7 @@ from hipa_deploy.bundle import (
 from hipa_deploy.decoder import vae_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export import parity
+from hipa_deploy.export.axes import stage_axes
 from hipa_deploy.export.base_model import BaseModel
 from hipa_deploy.export.cost import graph_cost
 from hipa_deploy.export.fold import fold_timestep
@@ -76,7 +79,8 @@ class ExportOptions:
     (None: the size the model was trained for); ``batch`` is the images a call makes, static. ``fuse`` puts UNet and
     decoder into one stage, 'generator'. ``decoder`` None is the model's own; otherwise an AutoencoderTiny folder.
     ``prompts`` is a text file, one prompt a line: the bundle then holds their text contexts in place of the text
-    encoder, and takes no others.
+    encoder, and takes no others. ``dynamic`` has the axes 'batch', 'height' and 'width' that are not static, in
+    images and pixels.
     """
 
     model: str
@@ -91,6 +95,11 @@ class ExportOptions:
     fuse: bool = False
     decoder: Path | None = None
     prompts: Path | None = None
+    dynamic: Mapping[str, Axis] = field(default_factory=dict)
+
+    def size(self, name: Literal["batch", "height", "width"]) -> int | None:
+        """The size to reference: a dynamic axis' usual one, or the static one that was asked for."""
+        return self.dynamic[name].opt if name in self.dynamic else getattr(self, name)
 
 
 def export_bundle(options: ExportOptions, console: Console | None = None) -> Bundle:
@@ -103,9 +112,10 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     """
     _check(options)
     base = BaseModel.open(options.model)
-    step = base.one_step(_adaptor_timestep(options, base), options.height, options.width)
+    step = base.one_step(_adaptor_timestep(options, base), options.size("height"), options.size("width"))
+    axes = stage_axes(options.dynamic, step, base.size_multiple)
     with new_folder(options.out) as root, _progress(console) as say:
-        job = _Export(options, base, root, step)
+        job = _Export(options, base, root, step, axes)
         say("text")
         _text(job)
         if options.fuse:
@@ -130,7 +140,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
 def _check(options: ExportOptions) -> None:
     if not 1 <= options.batch <= MAX_BATCH:
         raise HipaError(f"batch {options.batch} is out of range. Expected 1 <= batch <= {MAX_BATCH}.")
-    special = [name for name in ("fuse", "decoder", "prompts") if getattr(options, name)]
+    special = [name for name in ("fuse", "decoder", "prompts", "dynamic") if getattr(options, name)]
     if options.layout == "generic" and special:
         raise HipaError(f"--{special[0]} needs --layout onestep: the generic layout is what optimum can load.")
 
@@ -151,6 +161,7 @@ class _Export:
     base: BaseModel
     root: Path
     step: OneStep
+    axes: dict[str, Axis]
     specs: dict[str, StageSpec] = field(default_factory=dict)
     reference: dict[str, np.ndarray] = field(default_factory=dict)
     given: dict[str, np.ndarray] = field(default_factory=dict)
@@ -158,6 +169,11 @@ class _Export:
     prompt: str = REFERENCE_PROMPT
     adaptor: AdaptorInfo | None = None
     decoder: DecoderInfo | None = None
+
+    @property
+    def batch(self) -> int:
+        """Images of the reference."""
+        return self.options.size("batch") or 1
 
     def write(self, name: str, build: Callable[[], nn.Module], inputs: tuple[str, ...], output: str) -> None:
         """Export the module that ``build`` returns, run it, and compare with the reference that ``build`` left.
@@ -180,7 +196,7 @@ class _Export:
                 opset=OPSET,
                 fp32_islands=islands,
                 parity=parity.check(name, got, self.reference[output], precision),
-                cost=graph_cost(folder / "model.onnx"),
+                cost=graph_cost(folder / "model.onnx", self.specs[name].sizes("opt")),
             )
         )
 
@@ -229,12 +245,13 @@ def _adaptor_timestep(options: ExportOptions, base: BaseModel) -> int:
 
 def _text(job: _Export) -> None:
     """Text encoder and tokenizer, or the contexts of a closed set of prompts; and the reference noise."""
-    options, batch = job.options, job.options.batch
+    options, batch = job.options, job.batch
     prompts = read_closed_set(options.prompts) if options.prompts else [REFERENCE_PROMPT]
     tokenizer = _write_tokenizer(job.base, job.root / "tokenizer/tokenizer.json")
     tokens_NL = tokenizer(prompts)
     job.prompt = prompts[0]
-    job.specs = stage_specs(options.layout, options.dtype, batch, job.step, tokens_NL.shape[1], job.base.text_width)
+    length, width = tokens_NL.shape[1], job.base.text_width
+    job.specs = stage_specs(options.layout, options.dtype, batch, job.step, length, width, job.axes)
     noise_BCHW = initial_noise([REFERENCE_SEED + i for i in range(batch)], job.step.latent_shape)
     job.reference |= {"tokens": tokens_NL[:1].repeat(batch, 0), "noise": noise_BCHW}
     job.given |= job.reference
@@ -268,9 +285,9 @@ def _bake(job: _Export, tokens_NL: np.ndarray, prompts: list[str]) -> None:
     encoder = job.base.text_encoder()
     chunks = torch.from_numpy(tokens_NL).split(ENCODED_AT_ONCE)
     contexts_NLD = torch.cat([encoder(tokens_BL).last_hidden_state for tokens_BL in chunks]).numpy()
-    job.reference["context"] = contexts_NLD[:1].repeat(job.options.batch, 0)
+    job.reference["context"] = contexts_NLD[:1].repeat(job.batch, 0)
     stored_NLD = contexts_NLD.astype(np.float16 if job.options.dtype == "fp16" else np.float32)
-    job.given["context"] = stored_NLD[:1].repeat(job.options.batch, 0)
+    job.given["context"] = stored_NLD[:1].repeat(job.batch, 0)
     path = job.root / BAKED_CONTEXTS
     path.parent.mkdir()
     np.save(path, stored_NLD)
@@ -377,7 +394,7 @@ def _write_manifest(job: _Export) -> None:
         producer=f"hipa-deploy {__version__}",
         layout=job.options.layout,
         precision=job.options.dtype,
-        batch=job.options.batch,
+        batch=job.batch,
         base_model=job.base.info,
         adaptor=job.adaptor,
         decoder=job.decoder,
@@ -393,5 +410,5 @@ def _write_reference(job: _Export) -> None:
     folder = job.root / "reference"
     folder.mkdir()
     np.savez_compressed(folder / "tensors.npz", **job.reference)  # type: ignore[arg-type]  # numpy's stub
-    seeds = list(range(REFERENCE_SEED, REFERENCE_SEED + job.options.batch))
+    seeds = list(range(REFERENCE_SEED, REFERENCE_SEED + job.batch))
     (folder / "prompts.json").write_text(json.dumps({"prompts": [job.prompt], "seeds": seeds}) + "\n")

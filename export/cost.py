@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper, shape_inference
+from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
 from hipa_deploy.bundle import Cost
 from hipa_deploy.errors import HipaError, first_line
@@ -21,8 +23,8 @@ _UNCOUNTED = {
 }  # fmt: skip
 
 
-def graph_cost(path: Path) -> Cost:
-    """FLOPs, weight bytes and input and output bytes of the ONNX file at ``path``, from its static shapes.
+def graph_cost(path: Path, sizes: Mapping[str, int] = MappingProxyType({})) -> Cost:
+    """FLOPs, weight bytes and input and output bytes of the ONNX file at ``path``, its named dimensions at ``sizes``.
 
     A multiplication and an addition count as two, in Conv, ConvTranspose, MatMul, Gemm and Einsum, without biases
     and as the direct algorithm does them (a Winograd convolution multiplies less). Weights are the initializers;
@@ -33,7 +35,7 @@ def graph_cost(path: Path) -> Cost:
             and is not counted.
 
     """
-    model = _load(path)
+    model = _load(path, sizes)
     try:
         _refuse_unknown(model)
         shapes = _Shapes(model.graph)
@@ -46,13 +48,25 @@ def graph_cost(path: Path) -> Cost:
         raise HipaError(f"{path}: {error}") from None
 
 
-def _load(path: Path) -> ModelProto:
+def _load(path: Path, sizes: Mapping[str, int]) -> ModelProto:
     """The model with every shape that onnx can infer, without external data."""
     try:
         model = onnx.load(path, load_external_data=False)
+        if sizes:
+            _fix(model.graph, sizes)
+            return SymbolicShapeInference.infer_shapes(model, auto_merge=True)  # follows sizes through Shape and Concat
         return shape_inference.infer_shapes(model, data_prop=True)
     except Exception as error:  # protobuf's and onnx's own classes, which differ between versions
         raise HipaError(f"{path} cannot be read as ONNX ({first_line(error)}). Export the bundle again.") from None
+
+
+def _fix(graph: GraphProto, sizes: Mapping[str, int]) -> None:
+    """Give the named dimensions of inputs and outputs their sizes; those between are inferred anew."""
+    del graph.value_info[:]
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
 
 
 def _refuse_unknown(model: ModelProto) -> None:

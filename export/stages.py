@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from hipa_deploy.bundle import DType, Layout, OneStep, Precision, StageSpec, TensorSpec
+from hipa_deploy.bundle import Axis, DType, Layout, OneStep, Precision, StageSpec, TensorSpec
 from hipa_deploy.export.fold import fold_decoder_input
 
 TORCH_DTYPES = {
@@ -126,46 +128,59 @@ class GenericDecoder(torch.nn.Module):
         return self.vae.decode(latents_BCHW, return_dict=False)[0]
 
 
-_Row = tuple[str, DType, tuple[int, ...]]
+_Row = tuple[str, DType, tuple[int | str, ...]]
 
 
 def stage_specs(
-    layout: Layout, precision: Precision, batch: int, step: OneStep, length: int, width: int
+    layout: Layout,
+    precision: Precision,
+    batch: int,
+    step: OneStep,
+    length: int,
+    width: int,
+    axes: Mapping[str, Axis],
 ) -> dict[str, StageSpec]:
-    """Every stage's inputs and outputs: ``length`` tokens, text ``width``, sizes from ``step``.
+    """Every stage's inputs and outputs: ``length`` tokens, text ``width``, sizes from ``step`` but for ``axes``.
 
     A bundle has some of them: 'generator' stands for UNet and decoder together.
     """
+    static = {
+        "batch": batch,
+        "latent_height": step.latent_shape[1],
+        "latent_width": step.latent_shape[2],
+        "height": step.height,
+        "width": step.width,
+    }
+    b, h, w, height, wide = (name if name in axes else size for name, size in static.items())
     real: DType = "float16" if precision == "fp16" else "float32"
-    latent_BCHW, tokens_BL, context_BLD = (batch, *step.latent_shape), (batch, length), (batch, length, width)
+    latent_BCHW, tokens_BL, context_BLD = (b, step.latent_shape[0], h, w), (b, length), (b, length, width)
     if layout == "onestep":
         context: _Row = ("context", real, context_BLD)
         noise: _Row = ("noise", "float32", latent_BCHW)
         latents: _Row = ("latents", "float32", latent_BCHW)
-        images: _Row = ("images", "uint8", (batch, step.height, step.width, 3))
-        specs: tuple[StageSpec, ...] = (
-            _spec("text_encoder", ("tokens", "int64", tokens_BL), context),
-            _spec("unet", noise, context, latents),
-            _spec("vae_decoder", latents, images),
-            _spec("generator", noise, context, images),
-        )
+        images: _Row = ("images", "uint8", (b, height, wide, 3))
+        rows: dict[str, tuple[_Row, ...]] = {
+            "text_encoder": (("tokens", "int64", tokens_BL), context),
+            "unet": (noise, context, latents),
+            "vae_decoder": (latents, images),
+            "generator": (noise, context, images),
+        }
     else:
-        sample_BCHW = (batch, 3, step.height, step.width)
-        unet: tuple[_Row, ...] = (
-            ("sample", real, latent_BCHW),
-            ("timestep", "int64", (1,)),
-            ("encoder_hidden_states", real, context_BLD),
-            ("out_sample", real, latent_BCHW),
-        )
-        specs = (
-            _spec("text_encoder", ("input_ids", "int64", tokens_BL), ("last_hidden_state", real, context_BLD)),
-            _spec("unet", *unet),
-            _spec("vae_decoder", ("latent_sample", real, latent_BCHW), ("sample", real, sample_BCHW)),
-        )
-    return {spec.name: spec for spec in specs}
+        rows = {
+            "text_encoder": (("input_ids", "int64", tokens_BL), ("last_hidden_state", real, context_BLD)),
+            "unet": (
+                ("sample", real, latent_BCHW),
+                ("timestep", "int64", (1,)),
+                ("encoder_hidden_states", real, context_BLD),
+                ("out_sample", real, latent_BCHW),
+            ),
+            "vae_decoder": (("latent_sample", real, latent_BCHW), ("sample", real, (b, 3, height, wide))),
+        }
+    return {name: _spec(name, axes, stage_rows) for name, stage_rows in rows.items()}
 
 
-def _spec(name: str, *rows: _Row) -> StageSpec:
-    """A stage from its inputs and, last, its output."""
+def _spec(name: str, axes: Mapping[str, Axis], rows: tuple[_Row, ...]) -> StageSpec:
+    """A stage from its inputs and, last, its output, with the axes that they name."""
     tensors = tuple(TensorSpec(name=n, dtype=dtype, shape=shape) for n, dtype, shape in rows)
-    return StageSpec(name=name, inputs=tensors[:-1], outputs=tensors[-1:])
+    named = {size: axes[size] for tensor in tensors for size in tensor.shape if isinstance(size, str)}
+    return StageSpec(name=name, inputs=tensors[:-1], outputs=tensors[-1:], axes=named)

@@ -6,12 +6,13 @@ The format is described in docs/bundle.md. Every file is listed with its SHA-256
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
@@ -29,20 +30,51 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Axis(_Model):
+    """Sizes of a named dimension: multiples of ``multiple`` from ``min`` to ``max``; ``opt`` is the usual one."""
+
+    min: int = Field(ge=1)
+    opt: int
+    max: int
+    multiple: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Axis:
+        if not self.min <= self.opt <= self.max or any(n % self.multiple for n in (self.min, self.opt, self.max)):
+            raise ValueError(f"{self.min}:{self.opt}:{self.max} is not min <= opt <= max in steps of {self.multiple}")
+        return self
+
+    def __contains__(self, size: int) -> bool:
+        return self.min <= size <= self.max and size % self.multiple == 0
+
+    def __str__(self) -> str:
+        steps = f" in steps of {self.multiple}" if self.multiple > 1 else ""
+        return f"{self.min} to {self.max}{steps}"
+
+
 class TensorSpec(_Model):
-    """A named tensor at a stage's edge. ``shape`` is static: one engine, one shape."""
+    """A named tensor at a stage's edge. A dimension is a number, or names one of the stage's axes."""
 
     name: str
     dtype: DType
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
+
+    def at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape when the named axes have ``sizes``."""
+        return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
 
 
 class StageSpec(_Model):
-    """What goes into a stage and what comes out, in the ONNX graph's order."""
+    """What goes into a stage and what comes out, in the ONNX graph's order. No ``axes``: every shape is static."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    axes: dict[str, Axis] = {}
+
+    def sizes(self, which: Literal["min", "opt", "max"]) -> dict[str, int]:
+        """The smallest, usual or largest size of every axis."""
+        return {name: getattr(axis, which) for name, axis in self.axes.items()}
 
 
 class Parity(_Model):
@@ -179,6 +211,11 @@ class Bundle:
             raise HipaError(f"{path}: {where}: {first['msg']}. Export the bundle again.") from None
         except (ValueError, AttributeError) as error:
             raise HipaError(f"{path} is not a manifest ({error}). Export the bundle again.") from None
+
+    @cached_property
+    def axes(self) -> dict[str, Axis]:
+        """The axes of all stages: batch, latent_height, latent_width, height, width, those that are not static."""
+        return {name: axis for stage in self.manifest.stages for name, axis in stage.spec.axes.items()}
 
     @cached_property
     def stages(self) -> dict[str, Stage]:

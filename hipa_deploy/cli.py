@@ -57,22 +57,31 @@ SeedOption = Annotated[int, typer.Option(help="Seed of the first image; the next
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Adaptor folder to write.")],
-    recipe: Annotated[str, typer.Option(help="A recipe's name (emoji) or a TOML file.")] = "emoji",
+    out: Annotated[Path, typer.Option(help="Adaptor folder (or decoder folder) to write.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name (emoji, emoji-decoder) or a TOML file.")] = "emoji",
     model: ModelOption = "emoji",
     start: Annotated[str | None, typer.Option("--from", help="Adaptor to continue from, or 'emoji'.")] = None,
+    adaptor: Annotated[str | None, typer.Option(help="For a decoder: the adaptor of its latents, or 'emoji'.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of the recipe's.")] = None,
 ) -> None:
-    """Train a HiPA adaptor: base model + prompts -> adaptor folder. To resume, run the same command again."""
+    """Train a HiPA adaptor, or a tiny decoder by a recipe of that kind. To resume, run the same command again."""
     require("train")
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.models import model_folder
+    from hipa_deploy.train.decoder import train_decoder
     from hipa_deploy.train.loop import train_adaptor
-    from hipa_deploy.train.recipe import load_recipe
+    from hipa_deploy.train.recipe import Recipe, load_any_recipe
 
-    chosen = load_recipe(recipe, None if steps is None else {"steps": steps})
-    initial = resolve_adaptor(start) if start else None
-    path = train_adaptor(chosen, model_folder(model), out, initial_adaptor=initial, console=console)
+    chosen = load_any_recipe(recipe, None if steps is None else {"steps": steps})
+    initial, active = (resolve_adaptor(name) if name else None for name in (start, adaptor))
+    if isinstance(chosen, Recipe):
+        if active:
+            raise HipaError(f"--adaptor is for a decoder; recipe {recipe} trains an adaptor. See --from.")
+        path = train_adaptor(chosen, model_folder(model), out, initial_adaptor=initial, console=console)
+    else:
+        if initial:
+            raise HipaError(f"--from is for an adaptor; recipe {recipe} trains a decoder. Leave it out.")
+        path = train_decoder(chosen, model_folder(model), out, adaptor=active, console=console)
     typer.echo(path)
 
 
@@ -90,6 +99,7 @@ def export(
     decoder: Annotated[str, typer.Option(help="full (the model's VAE) | tiny | an AutoencoderTiny folder.")] = "full",
     fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="UNet and decoder in one stage.")] = False,
     prompts: Annotated[Path | None, typer.Option(help="Bake these prompts, one a line: no text encoder.")] = None,
+    dynamic: Annotated[str | None, typer.Option(help="Axes, as in batch=1:1:4,height=384:512:768,width=…")] = None,
     build: Annotated[EngineBackend | None, typer.Option(help="Compile engines as well.")] = None,
 ) -> None:
     """Export a one-step bundle: base model (+ adaptor) -> ONNX stages, checked against PyTorch."""
@@ -99,6 +109,7 @@ def export(
 
         check_tools(build.value)  # before minutes of export, not after
     from hipa_deploy.embedded import resolve_adaptor
+    from hipa_deploy.export.axes import parse_axes
     from hipa_deploy.export.bundle import ExportOptions, export_bundle
     from hipa_deploy.models import resolve_decoder
 
@@ -115,6 +126,7 @@ def export(
         decoder=resolve_decoder(decoder, model),
         fuse=fuse,
         prompts=prompts,
+        dynamic=parse_axes(dynamic) if dynamic else {},
     )
     bundle = export_bundle(options, console)
     for stage in bundle.manifest.stages:
@@ -153,6 +165,8 @@ def generate(
     out: Annotated[Path, typer.Option(help="A .png file, or a folder.")] = Path("image.png"),
     seed: SeedOption = 0,
     count: Annotated[int, typer.Option(help="Images a prompt.")] = 1,
+    height: Annotated[int | None, typer.Option(help="Pixels, if the bundle has --dynamic sizes.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, if the bundle has --dynamic sizes.")] = None,
     backend: BackendOption = "auto",
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut a prompt that is too long.")] = False,
 ) -> None:
@@ -165,7 +179,7 @@ def generate(
     with console.status("loading"):
         pipe = OneStepPipeline.load(bundle, backend)
     with pipe:
-        for batch in pipe.stream(prompts, seed=seed, count=count, truncate=truncate):
+        for batch in pipe.stream(prompts, seed=seed, count=count, height=height, width=width, truncate=truncate):
             for image_HWC, recipe in zip(batch.images_BHWC, batch.recipes, strict=True):
                 path = next(paths)
                 save_png(path, image_HWC, recipe)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hipa_deploy.bundle import Bundle
+from hipa_deploy.bundle import Axis, Bundle
 from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.one_step import check_seeds, initial_noise, predict_x0
@@ -51,6 +51,8 @@ class OneStepPipeline:
         self.backend = backend
         self.runners = runners
         self.load_seconds = 0.0
+        batch = bundle.manifest.batch
+        self._batch = bundle.axes.get("batch", Axis(min=batch, opt=batch, max=batch))
         self._prompts = open_prompts(bundle, lambda tokens_BL: self._run("text_encoder", tokens_BL))
 
     @classmethod
@@ -79,18 +81,23 @@ class OneStepPipeline:
         *,
         seed: int = 0,
         count: int = 1,
+        height: int | None = None,
+        width: int | None = None,
         truncate: bool = False,
         timer: Timer = nullcontext,
     ) -> GenerateResult:
         """Generate ``count`` images for each prompt, with seeds ``seed``, ``seed + 1``, …
 
-        The same prompt and seed give the same image whatever else is in the call.
+        The same prompt, seed and size give the same image whatever else is in the call. ``height`` and ``width`` are
+        pixels; None is the bundle's own size.
 
         Raises:
-            HipaError: no prompt, a prompt that is too long, a seed or count out of range.
+            HipaError: no prompt, a prompt that is too long, a seed or count out of range, a size that the bundle
+                was not exported for.
 
         """
-        parts = list(self.stream(prompt, seed=seed, count=count, truncate=truncate, timer=timer))
+        options: dict[str, Any] = {"height": height, "width": width, "truncate": truncate, "timer": timer}
+        parts = list(self.stream(prompt, seed=seed, count=count, **options))
         return GenerateResult(
             images_BHWC=np.concatenate([part.images_BHWC for part in parts]),
             prompts=tuple(chain.from_iterable(part.prompts for part in parts)),
@@ -104,6 +111,8 @@ class OneStepPipeline:
         *,
         seed: int = 0,
         count: int = 1,
+        height: int | None = None,
+        width: int | None = None,
         truncate: bool = False,
         timer: Timer = nullcontext,
     ) -> Iterator[GenerateResult]:
@@ -111,19 +120,23 @@ class OneStepPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         check_count(len(prompts), count)
         check_seeds(seed, count)
+        latent_CHW = latent_shape(self.bundle, height, width)
         prepared = self._prompts.prepare(prompts, truncate=truncate)
         jobs = [(index, seed + i) for index in range(len(prompts)) for i in range(count)]
-        for part in _chunks(jobs, self.bundle.manifest.batch):
+        for part in _chunks(jobs, self._batch.max):
             texts, seeds = [prompts[index] for index, _ in part], [number for _, number in part]
-            images_BHWC = self._generate([prepared[index] for index, _ in part], seeds, timer)
-            recipes = [self._recipe(text, number, truncate) for text, number in zip(texts, seeds, strict=True)]
+            images_BHWC = self._generate([prepared[index] for index, _ in part], seeds, latent_CHW, timer)
+            facts = {"height": images_BHWC.shape[1], "width": images_BHWC.shape[2], "truncate": truncate}
+            recipes = [self._recipe(text, number, facts) for text, number in zip(texts, seeds, strict=True)]
             yield GenerateResult(images_BHWC, tuple(texts), tuple(seeds), tuple(recipes))
 
-    def _generate(self, prompts: list[Any], seeds: list[int], timer: Timer) -> np.ndarray:
-        """One batch, uint8 [len(seeds), H, W, 3]. A batch that is not full repeats its last job."""
-        padding = self.bundle.manifest.batch - len(seeds)
+    def _generate(
+        self, prompts: list[Any], seeds: list[int], latent_CHW: tuple[int, int, int], timer: Timer
+    ) -> np.ndarray:
+        """One batch, uint8 [len(seeds), H, W, 3]. A batch that is too small repeats its last job."""
+        padding = max(0, self._batch.min - len(seeds))
         context_BLD = self._prompts.contexts(prompts + prompts[-1:] * padding, timer)
-        noise_BCHW = initial_noise(seeds + seeds[-1:] * padding, self.bundle.manifest.one_step.latent_shape)
+        noise_BCHW = initial_noise(seeds + seeds[-1:] * padding, latent_CHW)
         if "generator" in self.runners:  # UNet and decoder in one graph
             with timer("generator"):
                 return self._run("generator", noise_BCHW, context_BLD)[: len(seeds)]
@@ -156,13 +169,13 @@ class OneStepPipeline:
         named = {tensor.name: value for tensor, value in zip(runner.spec.inputs, inputs, strict=True)}
         return runner(**named)[runner.spec.outputs[0].name]
 
-    def _recipe(self, prompt: str, seed: int, truncate: bool) -> dict[str, Any]:
+    def _recipe(self, prompt: str, seed: int, facts: dict[str, Any]) -> dict[str, Any]:
         manifest = self.bundle.manifest
         return {
             "producer": manifest.producer,
             "prompt": prompt,
             "seed": seed,
-            "truncate": truncate,
+            **facts,
             "backend": self.backend,
             "precision": manifest.precision,
             "base_model": manifest.base_model.sha256,
@@ -182,6 +195,25 @@ class OneStepPipeline:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def latent_shape(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """[C, h, w] of the latents for an image of ``height`` x ``width`` pixels; None is the bundle's own size.
+
+    Raises:
+        HipaError: the bundle does not make images of that size; the message says which it makes.
+
+    """
+    step = bundle.manifest.one_step
+    sizes = {"height": height or step.height, "width": width or step.width}
+    for name, size in sizes.items():
+        usual = getattr(step, name)
+        allowed = bundle.axes.get(name, Axis(min=usual, opt=usual, max=usual))
+        if size not in allowed:
+            expected = str(allowed) if name in bundle.axes else f"{usual}; export with --dynamic for more"
+            raise HipaError(f"{name} {size} is not a size of this bundle. Expected {expected}.")
+    factor = step.height // step.latent_shape[1]
+    return step.latent_shape[0], sizes["height"] // factor, sizes["width"] // factor
 
 
 def check_count(prompts: int, count: int) -> None:

@@ -66,13 +66,31 @@ def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
     return open_engine(bundle, stage, backend)
 
 
-def check_inputs(spec: StageSpec, inputs: dict[str, np.ndarray]) -> None:
-    """Raise HipaError unless names, dtypes and shapes are exactly those of ``spec``."""
+def check_inputs(spec: StageSpec, inputs: dict[str, np.ndarray]) -> dict[str, int]:
+    """The size of every named axis, after a check of names, dtypes and shapes.
+
+    Raises:
+        HipaError: something is not as ``spec`` says, or an axis has a size out of its range.
+
+    """
+    sizes: dict[str, int] = {}
     expected = {tensor.name: tensor for tensor in spec.inputs}
     if inputs.keys() != expected.keys():
         raise HipaError(f"{spec.name}: got inputs {sorted(inputs)}, expected {sorted(expected)}.")
     for name, tensor in expected.items():
         got = inputs[name]
-        if got.dtype != tensor.dtype or got.shape != tensor.shape:
+        if got.dtype != tensor.dtype or not _fits(tensor.shape, got.shape, sizes):
             want = f"{tensor.dtype} {list(tensor.shape)}"
             raise HipaError(f"{spec.name}: input {name} is {got.dtype} {list(got.shape)}, expected {want}.")
+    for name, size in sizes.items():
+        if size not in spec.axes[name]:
+            raise HipaError(f"{spec.name}: {name} is {size}, expected {spec.axes[name]}.")
+    return sizes
+
+
+def _fits(expected: tuple[int | str, ...], got: tuple[int, ...], sizes: dict[str, int]) -> bool:
+    """Compare dimension by dimension; a name stands for the size it has first, and is noted in ``sizes``."""
+    return len(expected) == len(got) and all(
+        (sizes.setdefault(want, have) if isinstance(want, str) else want) == have
+        for want, have in zip(expected, got, strict=True)
+    )

@@ -16,13 +16,13 @@ else:
 
 ROOT = Path(__file__).parents[1]
 SURFACE = {
-    "train": {"--out", "--recipe", "--model", "--from", "--steps"},
+    "train": {"--out", "--recipe", "--model", "--from", "--adaptor", "--steps"},
     "export": {
         "--out", "--model", "--adaptor", "--adaptor-scale", "--dtype", "--layout", "--height", "--width", "--batch",
-        "--decoder", "--fuse", "--prompts", "--build",
+        "--decoder", "--fuse", "--prompts", "--dynamic", "--build",
     },
     "build": {"--backend", "--target"},
-    "generate": {"--out", "--seed", "--count", "--backend", "--truncate"},
+    "generate": {"--out", "--seed", "--count", "--height", "--width", "--backend", "--truncate"},
     "profile": {"--runs", "--backend", "--json", "--roofline"},
     "evaluate": {"--adaptor", "--model", "--recipe", "--prompts", "--images", "--json"},
     "doctor": {"--json"},
@@ -75,6 +75,8 @@ def test_installed_script_answers(verb: str) -> None:
         (["generate", "emoji", "apple", "--out", "x.jpg"], ".png"),
         (["profile", "emoji", "--roofline", "rtx60"], "'rtx60' is unknown"),
         (["generate", "emoji", "apple", "--out", "x.png", "--count", "2"], "one file"),
+        (["train", "--out", "x", "--adaptor", "emoji"], "--adaptor is for a decoder"),
+        (["train", "--out", "x", "--recipe", "emoji-decoder", "--from", "emoji"], "--from is for an adaptor"),
         (["export", "--model", "/no/such", "--out", "x", "--dtype", "int3"], "--dtype"),
     ],
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from hipa_deploy.adaptor import METADATA, WEIGHTS, AdaptorMetadata, read_metadata
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.files import new_folder
+from hipa_deploy.train.base_model import DiffusionModel
+from hipa_deploy.train.one_step import one_step_latents
 
 ADAPTER = "default"
 
@@ -103,6 +106,27 @@ def attach_adaptor(unet: Any, folder: Path) -> None:
         unet.load_lora_adapter(str(folder), prefix="unet", weight_name=WEIGHTS, use_safetensors=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise HipaError(f"adaptor {folder} cannot be loaded: {first_line(error)}") from None
+
+
+def one_step_model(model: DiffusionModel, timestep: int, adaptor: Path | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """(noise [B, C, H, W], context [B, L, D]) -> x0 latents [B, C, H, W] float32, in one UNet call.
+
+    Of the base model at ``timestep``, or with ``adaptor`` added to it in place, at the timestep it was trained for.
+
+    Raises:
+        HipaError: the adaptor is damaged, or was trained on another base model.
+
+    """
+    if adaptor is not None:
+        timestep = read_metadata(adaptor, model.folder).timestep
+        attach_adaptor(model.unet, adaptor)
+    return partial(
+        one_step_latents,
+        model.unet,
+        timestep=timestep,
+        alpha_bar=model.alpha_bar(timestep),
+        prediction_type=model.prediction_type,
+    )
 
 
 def load_weights(unet: nn.Module, folder: Path) -> None:

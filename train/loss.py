@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hipa_deploy.train.frequency import RADIUS, edge_loss, fourier_loss
 from hipa_deploy.train.perceptual import DistsLike
+from hipa_deploy.train.recipe import DecoderLossSettings, LossSettings
 
 Terms = dict[str, Tensor]  # unweighted scalar of each term, by name
 
@@ -59,3 +60,9 @@ class HipaLoss(nn.Module):
         """The warm start's loss: latent mean squared error, no decoded image needed."""
         error = F.mse_loss(latents, target_latents)
         return error, {"latent": error}
+
+
+def hipa_loss(settings: LossSettings | DecoderLossSettings) -> HipaLoss:
+    """The loss a recipe describes, on EfficientNet-Lite0 features."""
+    weights = settings.model_dump(exclude={"perceptual_size", "latent_warmup_steps"})
+    return HipaLoss(DistsLike(size=settings.perceptual_size), **weights)

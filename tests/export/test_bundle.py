@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle import Bundle
 from hipa_deploy.errors import HipaError
+from hipa_deploy.export.axes import parse_axes
 from hipa_deploy.export.bundle import ExportOptions, export_bundle
 from hipa_deploy.export.parity import compare
 from hipa_deploy.one_step import initial_noise
@@ -231,6 +232,25 @@ def test_fused_tiny_and_baked_equals_diffusers(
         ours = pipe(PROMPT, seed=5).images_BHWC[0]
     assert ours.shape == (48, 32, 3)
     assert compare(ours, theirs).psnr_db >= 40
+
+
+def test_sizes_and_batches_of_a_dynamic_bundle(model_dir: Path, adaptor_dir: Path, tmp_path: Path) -> None:
+    axes = parse_axes("batch=1:1:3,height=32:32:64,width=32:48:64")
+    options = ExportOptions(
+        model=str(model_dir), adaptor=adaptor_dir, out=tmp_path / "b", dtype="fp32", fuse=True, dynamic=axes
+    )
+    generator = export_bundle(options).stages["generator"]
+    assert generator.spec.inputs[0].shape == ("batch", 4, "latent_height", "latent_width")
+    assert generator.cost is not None
+    with OneStepPipeline.load(tmp_path / "b", "onnxruntime") as pipe:
+        for size in ((32, 48), (64, 32)):
+            ours = pipe(PROMPT, seed=5, height=size[0], width=size[1]).images_BHWC[0]
+            assert compare(ours, diffusers_image(model_dir, adaptor_dir, 5, size=size)).psnr_db >= 40
+        together = pipe(PROMPT, seed=3, count=4)  # a batch of three and a batch of one
+        assert together.images_BHWC.shape == (4, 32, 48, 3)
+        assert compare(together.images_BHWC[2], pipe(PROMPT, seed=5).images_BHWC[0]).psnr_db >= 60
+        with pytest.raises(HipaError, match=r"height 36 is not a size of this bundle. Expected 32 to 64 in steps of 8"):
+            pipe(PROMPT, height=36)
 
 
 def test_a_prompt_that_was_not_baked(small_bundle: Bundle) -> None:

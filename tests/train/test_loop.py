@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train import loop
 from hipa_deploy.train.adaptor import METADATA, WEIGHTS
-from hipa_deploy.train.loop import batch_rows, interruptible, learning_rate, train_adaptor
+from hipa_deploy.train.loop import train_adaptor
 from hipa_deploy.train.recipe import OptimiserSettings, Recipe
+from hipa_deploy.train.run import Run, batch_rows, interruptible, learning_rate
 
 QUIET = Console(file=io.StringIO())
 
@@ -91,7 +92,7 @@ def test_v_prediction_and_a_start_from_another_adaptor(
 
 def test_loss_goes_down(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch) -> None:
     totals = []
-    monkeypatch.setattr(loop.Run, "check_finite", lambda run, loss, norm: totals.append(loss))
+    monkeypatch.setattr(Run, "check_finite", lambda run, loss, norm: totals.append(loss))
     longer = {
         "steps": 12,
         "batch": 6,

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.recipe import SHIPPED, Recipe, load_recipe, read_prompts
+from hipa_deploy.train.recipe import SHIPPED, DecoderRecipe, Recipe, load_any_recipe, load_recipe, read_prompts
 
 MINIMAL = 'prompts = "words.txt"\nsteps = 5\n[teacher]\npairs = 3\n'
+DECODER = 'kind = "decoder"\nprompts = "words.txt"\nsteps = 5\n'
 
 
 def write(folder: Path, text: str) -> Path:
@@ -18,7 +19,7 @@ def write(folder: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid_and_state_their_command(path: Path) -> None:
-    assert load_recipe(path.stem) == load_recipe(path)
+    assert load_any_recipe(path.stem) == load_any_recipe(path)
     assert path.read_text().startswith("# hipa-train ")
     assert "Expected cost" in path.read_text()
 
@@ -45,12 +46,32 @@ def test_overrides_reach_into_tables(tmp_path: Path) -> None:
         (MINIMAL + "[adaptor]\npreset = 'big'\n", "adaptor.preset = 'big'.*'paper' or 'full'"),
         (MINIMAL + "[adaptor]\nrank = 0\nalpha = 0\n", "adaptor.rank = 0.*and 1 more"),
         ("prompts = ", "cannot be read"),
+        (DECODER.replace("decoder", "vae"), "kind = 'vae': expected one of: adaptor, decoder"),
+        (DECODER.replace('"decoder"', "[1]"), r"kind = \[1\]: expected one of"),
+        (DECODER + "[teacher]\npairs = 3\n", "unknown key 'teacher'"),
+        (DECODER + "[adaptor]\nrank = 3\n", "unknown key 'adaptor'"),
+        (DECODER + "[loss]\nlatent_weight = 1\n", "unknown key 'loss.latent_weight'"),
+        (DECODER + "[decoder]\nchannels = 2\n", "decoder.channels = 2: input should be greater"),
+        (DECODER + "[decoder]\nblocks = [1, -1]\n", "decoder.blocks.1 = -1: input should be greater"),
+        (DECODER + "[latents]\nperturbed = 2\n", "latents.perturbed = 2: input should be less"),
+        ('kind = "adaptor"\n' + MINIMAL + "[latents]\ncount = 2\n", "unknown key 'latents'"),
     ],
 )
 def test_mistakes_are_named_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(HipaError, match=message) as error:
-        load_recipe(write(tmp_path, text))
+        load_any_recipe(write(tmp_path, text))
     assert "\n" not in str(error.value)
+
+
+def test_the_kind_says_what_is_trained(tmp_path: Path) -> None:
+    assert isinstance(load_any_recipe(write(tmp_path, MINIMAL)), Recipe)
+    assert load_recipe(write(tmp_path, 'kind = "adaptor"\n' + MINIMAL)).kind == "adaptor"
+    path = write(tmp_path, DECODER)
+    decoder = load_any_recipe(path, {"latents.count": 9})
+    assert isinstance(decoder, DecoderRecipe)
+    assert (decoder.latents.count, decoder.decoder.blocks) == (9, (3, 3, 3, 1))
+    with pytest.raises(HipaError, match=r"is of kind decoder. Expected one of kind adaptor"):
+        load_recipe(path)
 
 
 def test_override_mistakes_are_named(tmp_path: Path) -> None:
@@ -85,4 +106,4 @@ def test_every_field_is_described() -> None:
                 missing += undescribed(field.annotation, f"{prefix}{name}.")
         return missing
 
-    assert undescribed(Recipe) == []
+    assert undescribed(Recipe) + undescribed(DecoderRecipe) == []
