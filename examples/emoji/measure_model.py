@@ -29,7 +29,7 @@ from hipa_deploy.train.recipe import load_recipe
 
 TEACHER = load_recipe("emoji").teacher
 SHEET = [
-    "red apple", "cat face", "dog face", "pizza", "rocket", "sunflower", "penguin", "hamburger", "strawberry",
+    "red apple", "cat face", "panda", "pizza", "rocket", "sunflower", "penguin", "hamburger", "strawberry",
     "automobile", "guitar", "red heart", "ghost", "tropical fish", "butterfly", "crown",
 ]  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Pre-train the embedded model's UNet: eps-prediction on 16x16x4 latents, SD's noise schedule.
 
-    python examples/emoji/train_unet.py --run runs/emoji --steps 20000
+    python examples/emoji/train_unet.py --run runs/emoji --steps 10000
 
 To resume, or to go on with more ``--steps``, run the same command again. The averaged weights are saved at
 every checkpoint, so ``write_model.py`` can take them at any time.
@@ -9,16 +9,17 @@ every checkpoint, so ``write_model.py`` can take them at any time.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from common import EmojiSet, Run, set_learning_rate, warmup_stable_decay
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 CAPTION_DROPOUT = 0.1  # the empty caption of classifier-free guidance
-MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, 'Efficient Diffusion Training via Min-SNR Weighting Strategy', eps form
+BOUNDS = 0.25, 4.0  # after Hang et al. 2023, 'Efficient Diffusion Training via Min-SNR Weighting Strategy'
 SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
@@ -49,18 +50,18 @@ def encode_set(run: Path, emoji: EmojiSet) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_weight(snr: torch.Tensor) -> torch.Tensor:
-    """Weight of the eps error: min-SNR (gamma 5), times 1 + snr^-0.5.
+    """Weight of the eps error that weighs the error of x0 by snr within BOUNDS.
 
-    The second factor is ours: at high noise, where the caption alone decides what appears, the plain eps error
-    weighs an error of x0 by snr (0.005 at t = 999), and text would begin to steer late.
+    The upper bound is min-SNR's. The lower is ours: at high noise, where the caption alone decides what appears,
+    the plain eps error weighs an error of x0 by snr (0.005 at t = 999), and text would begin to steer late.
     """
-    return snr.clamp(max=MIN_SNR_GAMMA) / snr * (1 + snr.rsqrt())
+    return snr.clamp(*BOUNDS) / snr
 
 
 def main(
     run: Annotated[Path, typer.Option(help="Folder with emoji.npz, vae/, tokenizer/, text_encoder/; writes unet/.")],
-    steps: int = 20_000,
-    batch: int = 32,
+    steps: int = 10_000,
+    batch: int = 64,
     rate: float = 8e-4,
     start: Annotated[Path | None, typer.Option(help="A model folder whose UNet to start from, not from noise.")] = None,
 ) -> None:
@@ -74,9 +75,10 @@ def main(
     snr = signal / (1 - signal)
     unet = UNet2DConditionModel.from_pretrained(start, subfolder="unet").float() if start else new_unet()
     unet.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     state = Run(run / "unet", {"unet": unet}, optimizer, steps, ema_decay=0.999)
     state.resume()
+    predict = predictor(unet)
     for index, generator in state.batches(batch, len(latents)):
         set_learning_rate(optimizer, rate * warmup_stable_decay(state.step, steps))
         dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
@@ -84,7 +86,7 @@ def main(
         noise = torch.randn(latents[index].shape, generator=generator)
         timestep = torch.randint(1000, (batch,), generator=generator)
         noisy = schedule.add_noise(latents[index], noise, timestep).contiguous(memory_format=torch.channels_last)
-        error = (unet(noisy, timestep, context, return_dict=False)[0] - noise).square().mean(dim=(1, 2, 3))
+        error = (predict(noisy, timestep, context) - noise).square().mean(dim=(1, 2, 3))
         loss = (error * loss_weight(snr[timestep])).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -94,6 +96,21 @@ def main(
         if (state.step + 1) % 1000 == 0:
             save_average(state, run / "unet")
     save_average(state, run / "unet")
+
+
+def predictor(unet: UNet2DConditionModel) -> Any:
+    """The UNet's forward pass in bfloat16; weights, gradients and optimiser stay in float32.
+
+    On two AVX-512 cores 110 images a second, against 58 in float32. Attention is written out, because the fused
+    kernel's backward pass is slow on heads this small. Not compiled: torch 2.13 then gives matrices no gradient.
+    """
+    unet.set_attn_processor(AttnProcessor())
+
+    def predict(noisy: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return unet(noisy, timestep, context, return_dict=False)[0].float()
+
+    return predict
 
 
 def save_average(state: Run, folder: Path) -> None:
