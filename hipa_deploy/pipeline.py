@@ -205,7 +205,8 @@ def latent_shape(bundle: Bundle, height: int | None, width: int | None) -> tuple
 
     """
     step = bundle.manifest.one_step
-    sizes = {"height": height or step.height, "width": width or step.width}
+    asked = {"height": height, "width": width}
+    sizes = {name: getattr(step, name) if size is None else size for name, size in asked.items()}
     for name, size in sizes.items():
         usual = getattr(step, name)
         allowed = bundle.axes.get(name, Axis(min=usual, opt=usual, max=usual))

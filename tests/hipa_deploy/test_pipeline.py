@@ -97,6 +97,7 @@ def test_stages_are_timed(pipe: OneStepPipeline) -> None:
         ({"prompt": APPLE, "count": 10**9}, "count"),
         ({"prompt": APPLE, "seed": -1}, "seed"),
         ({"prompt": "apple " * 100}, "77"),
+        ({"prompt": APPLE, "height": 0}, "height 0 is not a size of this bundle. Expected 64"),
     ],
 )
 def test_bad_requests(pipe: OneStepPipeline, arguments: dict, message: str) -> None:
