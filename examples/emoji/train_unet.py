@@ -1,6 +1,6 @@
 """Pre-train the embedded model's UNet: eps-prediction on 16x16x4 latents, SD's noise schedule.
 
-    python examples/emoji/train_unet.py --run runs/emoji --steps 10000
+    python examples/emoji/train_unet.py --run runs/emoji --steps 4000
 
 To resume, or to go on with more ``--steps``, run the same command again. The averaged weights are saved at
 every checkpoint, so ``write_model.py`` can take them at any time.
@@ -60,9 +60,9 @@ def loss_weight(snr: torch.Tensor) -> torch.Tensor:
 
 def main(
     run: Annotated[Path, typer.Option(help="Folder with emoji.npz, vae/, tokenizer/, text_encoder/; writes unet/.")],
-    steps: int = 10_000,
+    steps: int = 4_000,
     batch: int = 64,
-    rate: float = 8e-4,
+    rate: float = 1e-3,
     start: Annotated[Path | None, typer.Option(help="A model folder whose UNet to start from, not from noise.")] = None,
 ) -> None:
     """Train the UNet with frozen text encoder and VAE."""

@@ -43,10 +43,11 @@ def test_a_better_set_has_better_numbers(tmp_path: Path) -> None:
     truth = generator.integers(0, 255, (8, 1, 1, 3)) + generator.integers(0, 60, (8, 64, 64, 3))
     near, far = truth + generator.integers(0, 4, truth.shape), generator.integers(0, 255, truth.shape)
     images = [np.clip(array, 0, 255).astype(np.uint8) for array in (truth, near, far)]
-    report = quality_report(TEACHER, images[0], {"near": images[1], "far": images[2]})
+    report = quality_report(TEACHER, images[0], images[1], {"near": images[1], "far": images[2]})
     assert report.rows["near"].kid_lite0 < report.rows["far"].kid_lite0
+    assert report.kid_lite0_floor == report.rows["near"].kid_lite0
     assert report.rows["near"].distance < report.rows["far"].distance
     assert report.rows["near"].high_frequency_ratio == pytest.approx(1, abs=0.2)
     console = Console(record=True, width=160, file=(tmp_path / "out").open("w"))
     console.print(render_table(report))
-    assert "floor" in console.export_text()
+    assert "other noise" in console.export_text()
