@@ -12,9 +12,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from polygraphy.backend import trt as polygraphy_trt
 from rich.console import Console
 
+from hipa_deploy.bundle import Axis, StageSpec
 from hipa_deploy.engines import build as build_module
 from hipa_deploy.engines import build_worker
 from hipa_deploy.engines.build import build_bundle, explain_failure, locked, run_worker
@@ -107,6 +110,7 @@ def test_progress_rises_to_one(make_bundle, tmp_path):
     job = Job(
         flavour="rtx",
         onnx=bundle.stage_path("unet"),
+        spec=bundle.stages["unet"].spec,
         out=tmp_path / "out",
         precision="fp16",
         compute_capabilities=(89,),
@@ -119,6 +123,26 @@ def test_progress_rises_to_one(make_bundle, tmp_path):
     assert len(set(fractions)) > 5
     assert fractions[-1] == 1.0
     assert outcome.seconds > 0
+
+
+def test_named_axes_become_a_profile(make_bundle, tmp_path):
+    bundle = make_bundle(stages=("unet",))
+    path, spec = bundle.stage_path("unet"), bundle.stages["unet"].spec
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.save(model, path)
+    x, y = (tensor.model_copy(update={"shape": ("batch", 4, 8, 8)}) for tensor in (*spec.inputs, *spec.outputs))
+    axes = {"batch": Axis(min=1, opt=2, max=4)}
+    job = Job(
+        flavour="rtx", onnx=path, spec=StageSpec(name="unet", inputs=(x,), outputs=(y,), axes=axes),
+        out=tmp_path / "out", precision="fp16", compute_capabilities=(89,), options=BuildOptions(), timing_cache=None,
+    )  # fmt: skip
+    run_worker(job, lambda event: None)
+    assert (tmp_path / "out").stat().st_size > 10_000
+    (profile,) = build_worker._profiles(polygraphy_trt, job.spec)
+    assert [shape[0] for shape in profile["x"]] == [1, 2, 4]
+    assert build_worker._profiles(polygraphy_trt, spec) is None
 
 
 def test_a_timing_cache_is_refused_where_it_does_nothing(make_bundle, tmp_path):
@@ -161,9 +185,10 @@ def test_a_folder_that_cannot_be_written_is_said(make_bundle):
 
 
 def test_a_worker_whose_parent_is_gone_stops(make_bundle, tmp_path):
+    bundle = make_bundle()
     job = Job(
-        flavour="rtx", onnx=make_bundle().stage_path("unet"), out=tmp_path / "out", precision="fp16",
-        compute_capabilities=(89,), options=BuildOptions(), timing_cache=None,
+        flavour="rtx", onnx=bundle.stage_path("unet"), spec=bundle.stages["unet"].spec, out=tmp_path / "out",
+        precision="fp16", compute_capabilities=(89,), options=BuildOptions(), timing_cache=None,
     )  # fmt: skip
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(build_module.WORKER, env=build_worker.environment("rtx"), text=True, **pipes) as worker:

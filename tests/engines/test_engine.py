@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from engine_samples import ORIN, RTX_4090, write_bundle
 
+from hipa_deploy.bundle import Axis
 from hipa_deploy.engines import engine as engine_module
 from hipa_deploy.engines.engine import (
     BuildOptions,
@@ -38,6 +39,7 @@ CHANGES = {
     "driver": "1.0",
     "cuda": "11.4",
     "l4t": "35.1",
+    "axes": {"batch": Axis(min=1, opt=1, max=2)},
 }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hipa_deploy.bundle import StageSpec, TensorSpec
+from hipa_deploy.bundle import Axis, StageSpec, TensorSpec
 from hipa_deploy.engines import runtime
 from hipa_deploy.engines.cuda import load_cudart
 from hipa_deploy.engines.device import find_gpu
@@ -83,7 +83,14 @@ class FakeContext:
     """y = x + t in float16."""
 
     def __init__(self, runs: bool) -> None:
-        self.runs, self.addresses = runs, {}
+        self.runs, self.addresses, self.shape = runs, {}, (2, 3)
+
+    def set_input_shape(self, name, shape):
+        self.shape = shape
+        return shape[0] != 2  # as if the profile ended at 1
+
+    def get_tensor_shape(self, name):
+        return self.shape
 
     def set_tensor_address(self, name, address):
         self.addresses[name] = address
@@ -92,9 +99,10 @@ class FakeContext:
     def execute_async_v3(self, stream):
         assert stream == 7
         assert self.addresses.keys() == {"x", "t", "y"}
-        x = np.frombuffer((ctypes.c_uint8 * 24).from_address(self.addresses["x"]), np.float32)
+        size = self.shape[0] * 3
+        x = np.frombuffer((ctypes.c_uint8 * (4 * size)).from_address(self.addresses["x"]), np.float32)
         t = np.frombuffer((ctypes.c_uint8 * 8).from_address(self.addresses["t"]), np.int64)
-        y = np.frombuffer((ctypes.c_uint8 * 12).from_address(self.addresses["y"]), np.float16)
+        y = np.frombuffer((ctypes.c_uint8 * (2 * size)).from_address(self.addresses["y"]), np.float16)
         y[:] = x + t
         return self.runs
 
@@ -151,13 +159,13 @@ def fake_trt(engine):
 def fake(monkeypatch, tmp_path):
     """Opens a runner on fakes; returns it with the fake CUDA runtime."""
 
-    def make(engine, fail=""):
+    def make(engine, fail="", spec=SPEC):
         cudart = FakeCudart(fail)
         monkeypatch.setattr(runtime, "load_tensorrt", lambda flavour: fake_trt(engine))
         monkeypatch.setattr(runtime, "load_cudart", lambda flavour: cudart)
         (tmp_path / "x.engine").write_bytes(b"engine")
         make.cudart = cudart
-        return TensorRTRunner(tmp_path / "x.engine", SPEC, "tensorrt")
+        return TensorRTRunner(tmp_path / "x.engine", spec, "tensorrt")
 
     return make
 
@@ -179,6 +187,26 @@ def test_it_computes_and_gives_everything_back(fake):
     runner.close()
     with pytest.raises(HipaError, match="closed"):
         runner(**INPUTS)
+
+
+def open_rows(tensor: TensorSpec) -> TensorSpec:
+    return tensor.model_copy(update={"shape": ("batch", 3)}) if tensor.shape == (2, 3) else tensor
+
+
+def test_a_dynamic_engine_is_told_its_shape_and_gives_as_many_rows(fake):
+    spec = StageSpec(
+        name="unet",
+        inputs=tuple(map(open_rows, SPEC.inputs)),
+        outputs=tuple(map(open_rows, SPEC.outputs)),
+        axes={"batch": Axis(min=1, opt=1, max=2)},
+    )
+    with fake(FakeEngine(x=("float32", (-1, 3)), y=("float16", (-1, 3))), spec=spec) as runner:
+        one_row = {**INPUTS, "x": INPUTS["x"][1:]}
+        assert runner(**one_row)["y"].tolist() == [[13, 14, 15]]
+        with pytest.raises(HipaError, match=r"refuses x of shape \[2, 3\]"):
+            runner(**INPUTS)
+        with pytest.raises(HipaError, match="batch is 3, expected 1 to 2"):
+            runner(**{**INPUTS, "x": np.zeros((3, 3), np.float32)})
 
 
 def test_non_contiguous_inputs_are_copied_right(fake):
