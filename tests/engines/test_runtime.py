@@ -275,7 +275,7 @@ def test_every_name_the_runtime_uses_exists():
             "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype", "get_tensor_shape",
             "create_execution_context", "create_engine_inspector",
         ],
-        trt.IExecutionContext: ["set_tensor_address", "execute_async_v3"],
+        trt.IExecutionContext: ["set_tensor_address", "set_input_shape", "get_tensor_shape", "execute_async_v3"],
         trt.EngineInspector: ["get_engine_information"],
         trt: ["nptype"],
         cudart: [
