@@ -101,7 +101,7 @@ def main(
 def predictor(unet: UNet2DConditionModel) -> Any:
     """The UNet's forward pass in bfloat16; weights, gradients and optimiser stay in float32.
 
-    On two AVX-512 cores 110 images a second, against 58 in float32. Attention is written out, because the fused
+    On two AVX-512 cores about 105 images a second, against 58 in float32. Attention is written out, because the fused
     kernel's backward pass is slow on heads this small. Not compiled: by torch 2.13's torch.compile on a CPU, 280 of
     the 326 parameters got a gradient of exactly zero.
     """
