@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from hipa_deploy.bundle import StageSpec
 from hipa_deploy.engines.device import INSTALL_ONNXRUNTIME, INSTALL_ONNXRUNTIME_GPU, PROVIDERS
 from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.onnx_weights import with_values
 from hipa_deploy.runners import check_inputs
 
 _ERRORS_ONLY = 3
@@ -21,18 +23,29 @@ class OnnxRuntimeRunner:
     """One stage in ONNX Runtime, on exactly the provider that ``backend`` names.
 
     ``backend`` is 'onnxruntime' (CPU), 'onnxruntime-cuda' or 'onnxruntime-tensorrt'. ``optimise`` False runs the
-    graph as it stands.
+    graph as it stands. ``weights``, by ONNX name, stand for the graph's own.
 
     Raises:
-        HipaError: the provider is not installed or does not start, or the file is not a graph it can load.
+        HipaError: the provider is not installed or does not start, the file is not a graph it can load, or weights
+            are not of that graph.
 
     """
 
-    def __init__(self, path: Path, spec: StageSpec, backend: str, *, optimise: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        spec: StageSpec,
+        backend: str,
+        *,
+        optimise: bool = True,
+        weights: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         self.spec = spec
         onnxruntime = _load_onnxruntime()
         _require_provider(onnxruntime, backend)
-        self._session: Any = _open_session(onnxruntime, path, backend, _session_options(onnxruntime, backend, optimise))
+        options = _session_options(onnxruntime, backend, optimise)
+        model = _with_weights(onnxruntime, path, options, weights) if weights else str(path)
+        self._session: Any = _open_session(onnxruntime, path, backend, options, model)
         self._outputs = [tensor.name for tensor in spec.outputs]
         _check_names(self._session, spec, path)
 
@@ -76,10 +89,23 @@ def _require_provider(onnxruntime: ModuleType, backend: str) -> None:
         raise HipaError(f"backend {backend} is not in the installed onnxruntime. Run: {remedy}")
 
 
-def _open_session(onnxruntime: ModuleType, path: Path, backend: str, options: Any) -> Any:
+def _with_weights(onnxruntime: ModuleType, path: Path, options: Any, weights: Mapping[str, np.ndarray]) -> bytes:
+    """The graph with other weights, as bytes; those in external data go to ``options``.
+
+    Not ``add_initializer``: it takes effect after the graph's optimisation, which has folded the old values by then.
+    """
+    model, external = with_values(path, weights)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    if external:
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in external.values()]
+        options.add_external_initializers(list(external), values)
+    return model
+
+
+def _open_session(onnxruntime: ModuleType, path: Path, backend: str, options: Any, model: str | bytes) -> Any:
     provider = PROVIDERS[backend]
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
+        session = onnxruntime.InferenceSession(model, options, providers=[provider], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's errors share no base class of their own
         raise HipaError(f"{path}: ONNX Runtime cannot load it on {provider}: {first_line(error)}") from None
     if session.get_providers()[0] != provider:

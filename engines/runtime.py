@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,17 @@ class TensorRTRunner:
         ends = (buffer.device, buffer.pinned) if kind == "cudaMemcpyHostToDevice" else (buffer.pinned, buffer.device)
         kind_value, size = getattr(self._cudart.cudaMemcpyKind, kind), buffer.view(shape).nbytes
         call(self._cudart, "cudaMemcpyAsync", *ends, size, kind_value, self._stream)
+
+    def change_engine(self, change: Callable[[ModuleType, Any], None]) -> None:
+        """Let ``change`` alter the loaded engine, given TensorRT and the engine, while nothing runs on it.
+
+        Raises:
+            HipaError: a closed runner, or what ``change`` raises.
+
+        """
+        if self._engine is None:
+            raise HipaError(f"{self.spec.name}: the runner is closed.")
+        change(self._trt, self._engine)
 
     def _drop(self) -> None:
         """Release TensorRT's objects, context first: each must outlive those made from it."""

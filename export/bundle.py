@@ -112,25 +112,18 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     """
     _check(options)
     base = BaseModel.open(options.model)
-    step = base.one_step(_adaptor_timestep(options, base), options.size("height"), options.size("width"))
+    step = base.one_step(adaptor_timestep(options, base), options.size("height"), options.size("width"))
     axes = stage_axes(options.dynamic, step, base.size_multiple)
     with new_folder(options.out) as root, _progress(console) as say:
-        job = _Export(options, base, root, step, axes)
+        job = ExportJob(options, base, root, step, axes)
         say("text")
         _text(job)
-        if options.fuse:
-            say("generator")
-            job.write("generator", partial(_generator, job), ("noise", "context"), "images")
-        elif options.layout == "onestep":
-            say("UNet")
-            job.write("unet", partial(_unet, job), ("noise", "context"), "latents")
+        say("UNet")
+        write_unet(job)
+        if not options.fuse:
             say("decoder")
-            job.write("vae_decoder", partial(_decoder, job), ("latents",), "images")
-        else:
-            say("UNet")
-            job.write("unet", partial(_generic_unet, job), ("noise", "timestep", "context"), "output")
-            say("decoder")
-            job.write("vae_decoder", partial(_generic_decoder, job), ("latent_sample",), "sample")
+            _write_decoder(job)
+        if options.layout == "generic":
             _write_diffusers_index(job)
         say("manifest")
         _write_manifest(job)
@@ -154,8 +147,11 @@ def _progress(console: Console | None) -> Iterator[Callable[[str], None]]:
 
 
 @dataclass
-class _Export:
-    """What the stages share. ``reference`` holds PyTorch's float32 tensors, ``given`` those of the ONNX stages."""
+class ExportJob:
+    """What the stages share. ``reference`` holds PyTorch's float32 tensors, ``given`` those of the ONNX stages.
+
+    ``islands``, by stage, are those of a bundle whose graph is wanted once more; None: find out which are needed.
+    """
 
     options: ExportOptions
     base: BaseModel
@@ -169,6 +165,7 @@ class _Export:
     prompt: str = REFERENCE_PROMPT
     adaptor: AdaptorInfo | None = None
     decoder: DecoderInfo | None = None
+    islands: Mapping[str, tuple[str, ...]] | None = None
 
     @property
     def batch(self) -> int:
@@ -184,9 +181,11 @@ class _Export:
         precision, folder = self.options.dtype, self.root / name
         islands = self._to_onnx(name, build)
         got = self._run(name, inputs)
-        if precision == "fp16" and parity.problem(got, self.reference[output], precision):
+        if precision == "fp16" and self.islands is None and parity.problem(got, self.reference[output], precision):
             islands = self._to_onnx(name, build, mend=(inputs, output))
             got = self._run(name, inputs)
+        if self.islands is not None and (wrong := parity.problem(got, self.reference[output], precision)):
+            raise HipaError(f"{name} {wrong}, with the bundle's FP32 islands. Export a bundle of its own.")
         self.given[output] = got
         self.stages.append(
             Stage(
@@ -209,18 +208,22 @@ class _Export:
             module = build()
         islands: tuple[str, ...] = ()
         if self.options.dtype == "fp16":
-            islands = ranges.islands(module)
-            if mend:
-                feed = tuple(torch.from_numpy(self.given[key].astype(self.reference[key].dtype)) for key in mend[0])
-                islands = fewest_islands(module, feed, partial(self._faithful, mend[1]), islands)
-            if (
-                islands and name == "text_encoder"
-            ):  # its attention is transformers', and the whole costs next to nothing
-                islands = WHOLE_TEXT_ENCODER
+            islands = self._find_islands(name, module, ranges, mend) if self.islands is None else self.islands[name]
             to_half(module, islands)
         export_stage(module, self.specs[name], self.root / name)
         del module
         gc.collect()  # torch.export leaves cycles that hold the weights
+        return islands
+
+    def _find_islands(
+        self, name: str, module: nn.Module, ranges: Ranges, mend: tuple[tuple[str, ...], str] | None
+    ) -> tuple[str, ...]:
+        islands = ranges.islands(module)
+        if mend:
+            feed = tuple(torch.from_numpy(self.given[key].astype(self.reference[key].dtype)) for key in mend[0])
+            islands = fewest_islands(module, feed, partial(self._faithful, mend[1]), islands)
+        if islands and name == "text_encoder":  # its attention is transformers', and the whole costs next to nothing
+            return WHOLE_TEXT_ENCODER
         return islands
 
     def _faithful(self, output: str, got: Tensor) -> bool:
@@ -232,7 +235,26 @@ class _Export:
         return run_apart(self.root / name / "model.onnx", spec, feed)
 
 
-def _adaptor_timestep(options: ExportOptions, base: BaseModel) -> int:
+def write_unet(job: ExportJob) -> str:
+    """Write the stage that holds the UNet; the name of the tensor that it gives."""
+    if job.options.fuse:
+        name, build, inputs, output = "generator", _generator, ("noise", "context"), "images"
+    elif job.options.layout == "onestep":
+        name, build, inputs, output = "unet", _unet, ("noise", "context"), "latents"
+    else:
+        name, build, inputs, output = "unet", _generic_unet, ("noise", "timestep", "context"), "output"
+    job.write(name, partial(build, job), inputs, output)
+    return output
+
+
+def _write_decoder(job: ExportJob) -> None:
+    if job.options.layout == "onestep":
+        job.write("vae_decoder", partial(_decoder, job), ("latents",), "images")
+    else:
+        job.write("vae_decoder", partial(_generic_decoder, job), ("latent_sample",), "sample")
+
+
+def adaptor_timestep(options: ExportOptions, base: BaseModel) -> int:
     """The timestep that the adaptor was trained for (999 unless it says otherwise)."""
     if options.adaptor is None:
         return LAST_TIMESTEP
@@ -243,7 +265,7 @@ def _adaptor_timestep(options: ExportOptions, base: BaseModel) -> int:
     return read_metadata(options.adaptor, base.folder).timestep
 
 
-def _text(job: _Export) -> None:
+def _text(job: ExportJob) -> None:
     """Text encoder and tokenizer, or the contexts of a closed set of prompts; and the reference noise."""
     options, batch = job.options, job.batch
     prompts = read_closed_set(options.prompts) if options.prompts else [REFERENCE_PROMPT]
@@ -280,7 +302,7 @@ def _write_tokenizer(base: BaseModel, path: Path) -> PromptTokenizer:
 
 
 @torch.no_grad()
-def _bake(job: _Export, tokens_NL: np.ndarray, prompts: list[str]) -> None:
+def _bake(job: ExportJob, tokens_NL: np.ndarray, prompts: list[str]) -> None:
     """Contexts in place of text encoder and tokenizer."""
     encoder = job.base.text_encoder()
     chunks = torch.from_numpy(tokens_NL).split(ENCODED_AT_ONCE)
@@ -295,13 +317,13 @@ def _bake(job: _Export, tokens_NL: np.ndarray, prompts: list[str]) -> None:
     shutil.rmtree(job.root / "tokenizer")
 
 
-def _text_encoder(job: _Export) -> nn.Module:
+def _text_encoder(job: ExportJob) -> nn.Module:
     encoder = job.base.text_encoder()
     job.reference["context"] = encoder(torch.from_numpy(job.reference["tokens"])).last_hidden_state.numpy()
     return TextEncoderStage(encoder, TORCH_DTYPES[job.specs["text_encoder"].outputs[0].dtype])
 
 
-def _general_unet(job: _Export) -> UNet2DConditionModel:
+def _general_unet(job: ExportJob) -> UNet2DConditionModel:
     """The merged UNet, after its general form has given the references: its output, and x0."""
     unet, step, reference = job.base.unet(), job.step, job.reference
     if job.options.adaptor:
@@ -312,19 +334,19 @@ def _general_unet(job: _Export) -> UNet2DConditionModel:
     return unet
 
 
-def _unet(job: _Export) -> nn.Module:
+def _unet(job: ExportJob) -> nn.Module:
     unet = _general_unet(job)
     fold_timestep(unet, job.step.timestep)
     return OneStepUNet(unet, job.step)
 
 
-def _generic_unet(job: _Export) -> nn.Module:
+def _generic_unet(job: ExportJob) -> nn.Module:
     unet = _general_unet(job)
     job.reference["timestep"] = job.given["timestep"] = np.asarray([job.step.timestep])
     return GenericUNet(unet)
 
 
-def _decoder(job: _Export) -> nn.Module:
+def _decoder(job: ExportJob) -> nn.Module:
     """The decoder that was asked for, after its general form has given the reference images."""
     latents, folder = torch.from_numpy(job.reference["latents"]), job.options.decoder
     if folder:
@@ -340,17 +362,17 @@ def _decoder(job: _Export) -> nn.Module:
     return module
 
 
-def _general_vae(job: _Export) -> AutoencoderKL:
+def _general_vae(job: ExportJob) -> AutoencoderKL:
     job.decoder = DecoderInfo(kind="full", name="vae", sha256=vae_sha256(job.base.folder))
     return job.base.vae()
 
 
-def _generator(job: _Export) -> nn.Module:
+def _generator(job: ExportJob) -> nn.Module:
     unet = _unet(job)
     return Generator(unet, _decoder(job))
 
 
-def _generic_decoder(job: _Export) -> nn.Module:
+def _generic_decoder(job: ExportJob) -> nn.Module:
     """Fed as the runtime feeds it: x0 of what the UNet in ONNX gave."""
     vae, step = _general_vae(job), job.step
     for tensors in (job.reference, job.given):
@@ -361,7 +383,7 @@ def _generic_decoder(job: _Export) -> nn.Module:
     return GenericDecoder(vae)
 
 
-def _write_diffusers_index(job: _Export) -> None:
+def _write_diffusers_index(job: ExportJob) -> None:
     """``model_index.json``, configurations and the one-step scheduler: what optimum's ORTDiffusionPipeline reads."""
     index = {
         "_class_name": "StableDiffusionPipeline",
@@ -385,7 +407,7 @@ def _write_diffusers_index(job: _Export) -> None:
     DDIMScheduler.from_config(job.base.scheduler().config, **config).save_pretrained(job.root / "scheduler")
 
 
-def _write_manifest(job: _Export) -> None:
+def _write_manifest(job: ExportJob) -> None:
     """Reference tensors and ``hipa.json``, which lists the hash of everything else."""
     _write_reference(job)
     files = sorted(path for path in job.root.rglob("*") if path.is_file())
@@ -406,7 +428,7 @@ def _write_manifest(job: _Export) -> None:
     (job.root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
 
 
-def _write_reference(job: _Export) -> None:
+def _write_reference(job: ExportJob) -> None:
     folder = job.root / "reference"
     folder.mkdir()
     np.savez_compressed(folder / "tensors.npz", **job.reference)  # type: ignore[arg-type]  # numpy's stub

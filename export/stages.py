@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
@@ -19,8 +20,13 @@ TORCH_DTYPES = {
 }
 
 
+# ``places``: what an attribute of a stage is called in the diffusers folder. ``export.weight_map`` names weights by it.
+
+
 class TextEncoderStage(torch.nn.Module):
     """tokens int64 [B, L] -> context [B, L, D] in ``dtype``, whatever the encoder computes in."""
+
+    places: ClassVar = {"encoder": "text_encoder"}
 
     def __init__(self, encoder: CLIPTextModel, dtype: torch.dtype) -> None:
         super().__init__()
@@ -38,6 +44,8 @@ class OneStepUNet(torch.nn.Module):
     The combination stays in float32 inside a float16 graph: for eps, x0 = (z - s eps) / a amplifies the UNet's
     rounding s / a = 14.6 times at t = 999.
     """
+
+    places: ClassVar = {"unet": "unet"}
 
     def __init__(self, unet: UNet2DConditionModel, step: OneStep) -> None:
         super().__init__()
@@ -62,6 +70,8 @@ def x0_from(noise_BCHW: torch.Tensor, output_BCHW: torch.Tensor, step: OneStep) 
 class OneStepDecoder(torch.nn.Module):
     """x0 latents float32 [B, C, H, W] -> images uint8 [B, H, W, 3], through the VAE's decoder (changed in place)."""
 
+    places: ClassVar = {"decoder": "vae.decoder", "offset": "vae.post_quant_conv.bias"}
+
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.decoder = vae.decoder
@@ -75,6 +85,8 @@ class OneStepDecoder(torch.nn.Module):
 
 class TinyDecoder(torch.nn.Module):
     """The same through an AutoencoderTiny, which takes latents as the scheduler scales them."""
+
+    places: ClassVar = {"layers": "decoder.decoder.layers"}
 
     def __init__(self, vae: AutoencoderTiny) -> None:
         super().__init__()
@@ -107,6 +119,8 @@ class Generator(torch.nn.Module):
 class GenericUNet(torch.nn.Module):
     """The UNet as optimum names it: sample, timestep int64 [1], encoder_hidden_states -> out_sample."""
 
+    places: ClassVar = {"unet": "unet"}
+
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
@@ -118,6 +132,8 @@ class GenericUNet(torch.nn.Module):
 
 class GenericDecoder(torch.nn.Module):
     """latent_sample [B, C, H, W] -> sample [B, 3, H, W] in [-1, 1]."""
+
+    places: ClassVar = {"vae": "vae"}
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()

@@ -16,13 +16,15 @@ from hipa_deploy.bundle import StageSpec, TensorSpec
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.axes import example_sizes
 from hipa_deploy.export.stages import TORCH_DTYPES
+from hipa_deploy.export.weight_map import trace_weights
+from hipa_deploy.swap import WEIGHT_MAP
 
 OPSET = 20
 EXTERNAL_DATA_BYTES = 512 << 20  # protobuf ends at 2 GiB; well before that, weights go to a file beside the graph
 
 
 def export_stage(module: torch.nn.Module, spec: StageSpec, folder: Path) -> list[Path]:
-    """Write ``folder/model.onnx`` (and ``model.onnx.data`` for large weights); the files written.
+    """Write ``folder/model.onnx`` (and ``model.onnx.data`` for large weights) and ``weights.json``; the files written.
 
     Shapes are static but for the axes of ``spec``. Stack traces and source paths are dropped, so equal weights give
     equal bytes wherever the export ran.
@@ -46,9 +48,11 @@ def export_stage(module: torch.nn.Module, spec: StageSpec, folder: Path) -> list
             verbose=False,
         )
     _name_axes(program.model, spec)
+    weight_map = trace_weights(program.model, module)
     _strip_metadata(program.model)
     weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
     program.save(folder / "model.onnx", external_data=weight_bytes > EXTERNAL_DATA_BYTES)
+    (folder / WEIGHT_MAP).write_text(weight_map.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return sorted(folder.iterdir())
 
 

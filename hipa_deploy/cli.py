@@ -101,9 +101,20 @@ def export(
     prompts: Annotated[Path | None, typer.Option(help="Bake these prompts, one a line: no text encoder.")] = None,
     dynamic: Annotated[str | None, typer.Option(help="Axes, as in batch=1:1:4,height=384:512:768,width=…")] = None,
     build: Annotated[EngineBackend | None, typer.Option(help="Compile engines as well.")] = None,
+    swap_for: Annotated[
+        Path | None, typer.Option(help="Write only the weights that differ from this bundle's.")
+    ] = None,
 ) -> None:
     """Export a one-step bundle: base model (+ adaptor) -> ONNX stages, checked against PyTorch."""
     require("export")
+    if swap_for is not None:
+        given = (height, width, prompts, dynamic, build, fuse or None, None if batch == 1 else batch)
+        if (dtype, layout) != (Precision.fp16, Layout.onestep) or any(value is not None for value in given):
+            raise HipaError(
+                "--swap-for takes --model, --adaptor, --adaptor-scale and --decoder; the bundle has the rest."
+            )
+        _export_swap(model, adaptor, adaptor_scale, decoder, swap_for, out)
+        return
     if build:
         from hipa_deploy.engines.build import check_tools
 
@@ -138,6 +149,30 @@ def export(
     typer.echo(out)
 
 
+def _export_swap(model: str, adaptor: str | None, scale: float, decoder: str, bundle: Path, out: Path) -> None:
+    """An adaptor to swap in: everything but the adaptor and the decoder's folder is as in the bundle."""
+    from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
+    from hipa_deploy.export.swap import SwapOptions, export_swap
+    from hipa_deploy.models import resolve_decoder
+
+    if adaptor is None:
+        raise HipaError("--swap-for needs --adaptor: the one whose weights to write.")
+    swap = export_swap(
+        SwapOptions(
+            model=model,
+            adaptor=resolve_adaptor(adaptor),
+            adaptor_scale=scale,
+            bundle=resolve_bundle(bundle),
+            out=out,
+            decoder=resolve_decoder(decoder, model),
+        ),
+        console,
+    )
+    measured = f"{swap.manifest.parity.psnr_db:.1f} dB from PyTorch FP32 (ONNX Runtime, CPU)"
+    console.print(f"{swap.manifest.stage}: {len(swap.manifest.weights)} weights differ; {measured}", highlight=False)
+    typer.echo(out)
+
+
 @app.command()
 def build(
     bundle: BundleArgument,
@@ -167,6 +202,7 @@ def generate(
     count: Annotated[int, typer.Option(help="Images a prompt.")] = 1,
     height: Annotated[int | None, typer.Option(help="Pixels, if the bundle has --dynamic sizes.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels, if the bundle has --dynamic sizes.")] = None,
+    adaptor: Annotated[str | None, typer.Option(help="Swap in this one: its name in the bundle, or a folder.")] = None,
     backend: BackendOption = "auto",
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut a prompt that is too long.")] = False,
 ) -> None:
@@ -179,6 +215,8 @@ def generate(
     with console.status("loading"):
         pipe = OneStepPipeline.load(bundle, backend)
     with pipe:
+        if adaptor is not None:
+            pipe.swap_adaptor(adaptor)
         for batch in pipe.stream(prompts, seed=seed, count=count, height=height, width=width, truncate=truncate):
             for image_HWC, recipe in zip(batch.images_BHWC, batch.recipes, strict=True):
                 path = next(paths)

@@ -20,6 +20,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.one_step import check_seeds, initial_noise, predict_x0
 from hipa_deploy.prompts import Timer, open_prompts
 from hipa_deploy.runners import Runner, check_backend, open_runner, resolve_backend
+from hipa_deploy.swap import AdaptorSwap, adapted_stage
 
 MAX_IMAGES = 10_000
 
@@ -51,6 +52,7 @@ class OneStepPipeline:
         self.backend = backend
         self.runners = runners
         self.load_seconds = 0.0
+        self.swapped: AdaptorSwap | None = None  # None: the bundle's own adaptor
         batch = bundle.manifest.batch
         self._batch = bundle.axes.get("batch", Axis(min=batch, opt=batch, max=batch))
         self._prompts = open_prompts(bundle, lambda tokens_BL: self._run("text_encoder", tokens_BL))
@@ -74,6 +76,23 @@ class OneStepPipeline:
             stack.pop_all()
         pipeline.load_seconds = time.perf_counter() - started
         return pipeline
+
+    def swap_adaptor(self, adaptor: str | Path | None) -> None:
+        """Take another adaptor, a name in the bundle's ``adaptors`` or a folder; None: the bundle's own again, exactly.
+
+        Raises:
+            HipaError: no such adaptor, one for another bundle, or an engine that cannot take it; the pipeline is as
+                before, or, if an engine failed half way, closed.
+
+        """
+        from hipa_deploy.engines.refit import swap_stage
+
+        swap, stage = (
+            AdaptorSwap.open(self.bundle, adaptor) if adaptor is not None else None,
+            adapted_stage(self.bundle),
+        )
+        self.runners[stage] = swap_stage(self.bundle, self.runners[stage], self.backend, swap)
+        self.swapped = swap
 
     def __call__(
         self,
@@ -170,7 +189,9 @@ class OneStepPipeline:
         return runner(**named)[runner.spec.outputs[0].name]
 
     def _recipe(self, prompt: str, seed: int, facts: dict[str, Any]) -> dict[str, Any]:
-        manifest = self.bundle.manifest
+        manifest, swap = self.bundle.manifest, self.swapped
+        adaptor = swap.manifest.adaptor if swap else manifest.adaptor
+        path = self.bundle.stages[adapted_stage(self.bundle)].path
         return {
             "producer": manifest.producer,
             "prompt": prompt,
@@ -179,8 +200,8 @@ class OneStepPipeline:
             "backend": self.backend,
             "precision": manifest.precision,
             "base_model": manifest.base_model.sha256,
-            "adaptor": manifest.adaptor.sha256 if manifest.adaptor else None,
-            "unet": manifest.files[self.bundle.stages["generator" if "generator" in self.runners else "unet"].path],
+            "adaptor": adaptor.sha256 if adaptor else None,
+            "unet": swap.manifest.onnx_sha256 if swap else manifest.files[path],
         }
 
     def close(self) -> None:

@@ -19,10 +19,10 @@ SURFACE = {
     "train": {"--out", "--recipe", "--model", "--from", "--adaptor", "--steps"},
     "export": {
         "--out", "--model", "--adaptor", "--adaptor-scale", "--dtype", "--layout", "--height", "--width", "--batch",
-        "--decoder", "--fuse", "--prompts", "--dynamic", "--build",
+        "--decoder", "--fuse", "--prompts", "--dynamic", "--build", "--swap-for",
     },
     "build": {"--backend", "--target"},
-    "generate": {"--out", "--seed", "--count", "--height", "--width", "--backend", "--truncate"},
+    "generate": {"--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate"},
     "profile": {"--runs", "--backend", "--json", "--roofline"},
     "evaluate": {"--adaptor", "--model", "--recipe", "--prompts", "--images", "--json"},
     "doctor": {"--json"},
@@ -78,6 +78,8 @@ def test_installed_script_answers(verb: str) -> None:
         (["train", "--out", "x", "--adaptor", "emoji"], "--adaptor is for a decoder"),
         (["train", "--out", "x", "--recipe", "emoji-decoder", "--from", "emoji"], "--from is for an adaptor"),
         (["export", "--model", "/no/such", "--out", "x", "--dtype", "int3"], "--dtype"),
+        (["export", "--model", "emoji", "--out", "x", "--swap-for", "emoji"], "--swap-for needs --adaptor"),
+        (["generate", "emoji", "apple", "--adaptor", "night"], "no adaptor 'night' to swap in"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(

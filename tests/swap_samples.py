@@ -1,0 +1,42 @@
+"""Adaptors to swap in, made by hand: the embedded bundle's own weights, some of them scaled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from hipa_deploy.bundle import AdaptorInfo, Bundle, Parity
+from hipa_deploy.hashing import file_sha256
+from hipa_deploy.onnx_weights import read_initializers
+from hipa_deploy.swap import MANIFEST, REFERENCE, WEIGHTS, MappedWeight, SwapManifest, adapted_stage, stage_files
+
+INFO = AdaptorInfo(name="night", sha256="1" * 64, rank=4, alpha=4.0, scale=1.0)
+PARITY = Parity(max_abs=0.0, mean_abs=0.0, cosine=1.0, psnr_db=99.0)
+
+
+def scaled_weights(bundle: Bundle, factor: float, count: int = 3) -> dict[str, np.ndarray]:
+    """The first ``count`` kernels of the stage with the UNet, times ``factor``."""
+    weights = read_initializers(bundle.stage_path(adapted_stage(bundle)))
+    kernels = [weight for weight in weights.values() if len(weight.shape) == 4][:count]
+    return {weight.name: (weight.read() * weight.read().dtype.type(factor)) for weight in kernels}
+
+
+def write_swap(bundle: Bundle, out: Path, weights: dict[str, np.ndarray], **changes: object) -> Path:
+    """The folder that ``hipa-export --swap-for`` would have written for these weights."""
+    out.mkdir(parents=True)
+    np.savez(out / WEIGHTS, **weights)  # type: ignore[arg-type]
+    np.save(out / REFERENCE, np.zeros(1, np.float32))
+    stage = adapted_stage(bundle)
+    manifest = SwapManifest(
+        producer="tests",
+        stage=stage,
+        base_files=stage_files(bundle, stage),
+        onnx_sha256="2" * 64,
+        adaptor=INFO,
+        parity=PARITY,
+        weights={name: MappedWeight(places=(f"unet.{name}",), adaptable=True) for name in weights},
+        files={name: file_sha256(out / name) for name in (WEIGHTS, REFERENCE)},
+    )
+    (out / MANIFEST).write_text(manifest.model_copy(update=changes).model_dump_json())
+    return out
