@@ -62,7 +62,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         job = _job(options, bundle, base, Path(scratch))
         with (console or Console(stderr=True)).status("export: UNet"):
             output = write_unet(job)
-        _check_decoder(job, bundle)
+        check_decoder(job, bundle)
         stage, onnx = job.stages[0], Path(scratch) / job.stages[0].path
         weights = _differing(bundle.stage_path(stage.spec.name), onnx)
         np.savez(root / WEIGHTS, **{name: weight.read() for name, weight in weights.items()})  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ def _given_context(bundle: Bundle, reference: Mapping[str, np.ndarray]) -> np.nd
     return run_apart(bundle.stage_path("text_encoder"), spec, {spec.inputs[0].name: reference["tokens"]})
 
 
-def _check_decoder(job: ExportJob, bundle: Bundle) -> None:
+def check_decoder(job: ExportJob, bundle: Bundle) -> None:
     """A fused stage holds the decoder too, and that must stay what it is."""
     if job.options.fuse and job.decoder != bundle.manifest.decoder:
         was = bundle.manifest.decoder

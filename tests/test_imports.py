@@ -15,10 +15,12 @@ RUNTIME = [
     "hipa_deploy.bundle",
     "hipa_deploy.doctor",
     "hipa_deploy.pipeline",
+    "hipa_deploy.swap",
     "hipa_deploy.engines.device",
     "hipa_deploy.engines.engine",
     "hipa_deploy.engines.onnxruntime_runner",
     "hipa_deploy.engines.profile",
+    "hipa_deploy.engines.refit",
     "hipa_deploy.engines.runtime",
 ]
 

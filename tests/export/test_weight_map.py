@@ -1,0 +1,168 @@
+"""The proof of the weight map: TensorRT's weight -> ONNX initializer -> parameter of the merged model, by value.
+
+The values are computed here once more from the model's folder, the adaptor and the folds' formulas, and compared bit
+for bit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.nn.functional import linear, silu
+from transformers import CLIPTextModel
+
+from hipa_deploy.bundle import Bundle
+from hipa_deploy.export.bundle import ExportOptions, export_bundle
+from hipa_deploy.export.merge import merge_adaptor
+from hipa_deploy.export.weight_map import LAYOUTS
+from hipa_deploy.onnx_weights import read_initializers
+from hipa_deploy.swap import WeightMap, read_weight_map, refittable_weights
+from tests.tiny_model import make_model
+
+TIMESTEP = 999
+
+
+@torch.no_grad()
+def merged_model(model_dir: Path, adaptor_dir: Path | None) -> dict[str, np.ndarray]:
+    """Parameters and buffers of the three parts by place, the adaptor merged, the one-step folds applied. float32."""
+    unet = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet")
+    if adaptor_dir:
+        merge_adaptor(unet, adaptor_dir)
+    vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae")
+    encoder = CLIPTextModel.from_pretrained(model_dir, subfolder="text_encoder")
+    parts = {"unet": unet, "vae": vae, "text_encoder": encoder}
+    values = {
+        f"{part}.{name}": value.clone()
+        for part, module in parts.items()
+        for name, value in (*module.named_parameters(), *module.named_buffers())
+    }
+    time = unet.time_proj(torch.tensor([TIMESTEP]))
+    hidden = silu(linear(time, unet.time_embedding.linear_1.weight, unet.time_embedding.linear_1.bias))
+    embedding = linear(hidden, unet.time_embedding.linear_2.weight, unet.time_embedding.linear_2.bias)
+    for name in [name for name in values if name.endswith("time_emb_proj.weight")]:
+        block = name.removesuffix(".time_emb_proj.weight")
+        shift = linear(silu(embedding), values[name], values[f"{block}.time_emb_proj.bias"])[0]
+        values[f"{block}.conv1.bias"] += shift
+    mix, scale = values["vae.post_quant_conv.weight"][:, :, 0, 0], vae.config.scaling_factor
+    kernel = torch.einsum("omhw,mi->oihw", values["vae.decoder.conv_in.weight"], mix) / scale
+    offset = scale * torch.linalg.solve(mix, values["vae.post_quant_conv.bias"])
+    values |= {"vae.decoder.conv_in.weight": kernel, "vae.post_quant_conv.bias": offset.view(1, -1, 1, 1)}
+    return {name: value.numpy() for name, value in values.items()}
+
+
+@pytest.fixture(scope="module")
+def fp16_bundle(model_dir: Path, adaptor_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    out = tmp_path_factory.mktemp("bundle") / "fp16"
+    return export_bundle(ExportOptions(model=str(model_dir), adaptor=adaptor_dir, out=out))
+
+
+def map_of(bundle: Bundle, stage: str) -> WeightMap:
+    found = read_weight_map(bundle, stage)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("stage", ["text_encoder", "unet", "vae_decoder"])
+def test_every_initializer_is_its_place_in_the_merged_model(
+    stage: str, precision: str, model_dir: Path, adaptor_dir: Path, request: pytest.FixtureRequest
+) -> None:
+    bundle = request.getfixturevalue(f"{precision}_bundle")
+    expected, weights = merged_model(model_dir, adaptor_dir), read_initializers(bundle.stage_path(stage))
+    mapped = map_of(bundle, stage)
+    assert weights.keys() == {*mapped.weights, *mapped.constants}
+    for name, entry in mapped.weights.items():
+        value = weights[name].read()
+        for place in entry.places:
+            laid = LAYOUTS[entry.layout](expected[place].astype(value.dtype), value.shape)
+            np.testing.assert_array_equal(value, laid, err_msg=f"{name} = {place}")
+
+
+@pytest.mark.parametrize(
+    ("stage", "part", "gone"),
+    [
+        ("unet", "unet.", ("unet.time_embedding.", ".time_emb_proj.")),  # folded into biases
+        ("vae_decoder", "vae.decoder.", ()),
+        ("text_encoder", "text_encoder.", ()),
+    ],
+)
+def test_every_parameter_of_the_model_is_in_the_graph_once(
+    stage: str, part: str, gone: tuple[str, ...], fp32_bundle: Bundle, model_dir: Path, adaptor_dir: Path
+) -> None:
+    wanted = {
+        name
+        for name, value in merged_model(model_dir, adaptor_dir).items()
+        if name.startswith(part) and value.dtype.kind == "f" and not any(word in name for word in gone)
+    }
+    places = Counter(place for entry in map_of(fp32_bundle, stage).weights.values() for place in entry.places)
+    assert {place for place in places if place.startswith(part)} == wanted
+    assert set(places.values()) == {1}
+
+
+def test_folded_biases_are_marked_as_such(fp32_bundle: Bundle) -> None:
+    folded = {
+        place: entry.fold
+        for stage in fp32_bundle.stages
+        for entry in map_of(fp32_bundle, stage).weights.values()
+        for place in entry.places
+        if entry.fold
+    }
+    timestep = {place for place, fold in folded.items() if fold == "timestep"}
+    assert len(timestep) == 8
+    assert all(place.startswith("unet.") and place.endswith(".conv1.bias") for place in timestep)
+    assert folded.keys() - timestep == {"vae.decoder.conv_in.weight", "vae.post_quant_conv.bias"}
+
+
+def test_what_an_adaptor_can_change(fp32_bundle: Bundle, fp16_bundle: Bundle) -> None:
+    for bundle in (fp32_bundle, fp16_bundle):
+        names, mapped = refittable_weights(bundle, "unet"), map_of(bundle, "unet")
+        places = {place for name in names for place in mapped.weights[name].places}
+        norms = {p for entry in mapped.weights.values() for p in entry.places if "norm" in p}
+        assert norms
+        assert places.isdisjoint(norms)
+        assert {p for p in places if p.endswith("bias")} == {p for p in places if p.endswith("conv1.bias")}
+        assert "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight" in places
+
+
+@pytest.mark.slow
+def test_constants_hold_nothing_of_the_weights(fp32_bundle: Bundle, tmp_path: Path) -> None:
+    """Another model of the same shape: constants are the same, to the bit, and of the weights no large one is."""
+    other = make_model(tmp_path / "tiny", seed=7)
+    theirs = export_bundle(ExportOptions(model=str(other), out=tmp_path / "other", dtype="fp32", batch=2))
+    for stage in fp32_bundle.stages:
+        ours = read_initializers(fp32_bundle.stage_path(stage))
+        found = read_initializers(theirs.stage_path(stage))
+        mapped = map_of(fp32_bundle, stage)
+        assert map_of(theirs, stage).constants == mapped.constants
+        for name in mapped.constants:
+            np.testing.assert_array_equal(ours[name].read(), found[name].read(), err_msg=name)
+        for name in (name for name, entry in mapped.weights.items() if len(ours[name].shape) > 1):
+            values = ours[name].read()
+            assert values.std() == 0 or not np.array_equal(values, found[name].read()), name
+
+
+def test_every_weight_of_the_tensorrt_network_is_traced(
+    fp16_bundle: Bundle, model_dir: Path, adaptor_dir: Path
+) -> None:
+    """The whole way: what TensorRT-RTX's parser holds -> initializer -> place -> value from the merged model."""
+    import onnx
+
+    from tests.network_samples import network_weights, parse
+
+    expected = merged_model(model_dir, adaptor_dir)
+    for stage in fp16_bundle.stages:
+        path, mapped = fp16_bundle.stage_path(stage), map_of(fp16_bundle, stage)
+        trt, network, _alive = parse(path)
+        held = network_weights(trt, network, onnx.load(path))
+        assert mapped.weights.keys() <= held.keys()
+        assert held.keys() - mapped.weights.keys() <= set(mapped.constants)
+        for name, entry in mapped.weights.items():
+            initializer = read_initializers(path)[name]
+            laid = LAYOUTS[entry.layout](expected[entry.places[0]].astype(initializer.dtype), initializer.shape)
+            np.testing.assert_array_equal(np.asarray(held[name]).reshape(-1), laid.reshape(-1), err_msg=name)
+            assert network.mark_weights_refittable(name)
