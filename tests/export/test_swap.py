@@ -19,9 +19,8 @@ from hipa_deploy.hashing import file_sha256
 from hipa_deploy.images import save_png
 from hipa_deploy.onnx_weights import with_values
 from hipa_deploy.swap import FOLDER
-from tests.tiny_model import make_model
-
 from tests.export.conftest import make_adaptor
+from tests.tiny_model import make_model
 
 PROMPT = "a green pear"
 
