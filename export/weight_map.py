@@ -8,6 +8,7 @@ each weight is compared with the parameters of the layers that use it, bit for b
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,10 +36,13 @@ def trace_weights(model: Any, module: nn.Module) -> WeightMap:
     A weight that is no parameter of the module is a constant of the graph: shapes, scales, masks.
     """
     tensors, folds = dict(_tensors(module)), dict(_folds(module))
+    layers: dict[str, list[str]] = defaultdict(list)
+    for name in tensors:
+        layers[name.rpartition(".")[0]].append(name)
     adaptable = _adaptable(module) | {name for name, fold in folds.items() if fold == "timestep"}
     weights, constants = {}, []
     for name, value in model.graph.initializers.items():
-        found, layout = _find(value, tensors) if value.dtype.is_floating_point() else ((), "as it is")
+        found, layout = _find(value, tensors, layers) if value.dtype.is_floating_point() else ((), "as it is")
         if not found:
             constants.append(name)
             continue
@@ -83,26 +87,22 @@ def _adaptable(module: nn.Module) -> set[str]:
     }
 
 
-def _find(value: Any, tensors: dict[str, Tensor]) -> tuple[tuple[str, ...], WeightLayout]:
+def _find(value: Any, tensors: dict[str, Tensor], layers: dict[str, list[str]]) -> tuple[tuple[str, ...], WeightLayout]:
     """Names of the tensors that an initializer holds, and their layout; none if it holds none of them."""
     array = value.const_value.numpy()
     named = value.name in tensors and _layout(tensors[value.name], array) == "as it is"
     own = [value.name] if named else []
     for node in value.consumers():
-        names = _names_near(node, tensors)
+        names = _names_near(node, layers)
         matching = [name for name in names if name not in own and _layout(tensors[name], array) is not None]
         own += _narrowed(matching, node) if not any(name in own for name in names) else []
     return tuple(own), _layout(tensors[own[0]], array) or "as it is" if own else "as it is"
 
 
-def _names_near(node: Any, tensors: dict[str, Tensor]) -> list[str]:
+def _names_near(node: Any, layers: dict[str, list[str]]) -> list[str]:
     """Tensors of the innermost module around ``node`` that has any of its own."""
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-    for scope in reversed(scopes[:-1]):
-        names = [name for name in tensors if name.rpartition(".")[0] == scope]
-        if names:
-            return names
-    return []
+    return next((layers[scope] for scope in reversed(scopes[:-1]) if scope in layers), [])
 
 
 def _narrowed(names: list[str], node: Any) -> list[str]:

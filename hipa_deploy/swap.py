@@ -8,6 +8,7 @@ parameter of the model each ONNX weight is. The formats are described in docs/bu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -22,6 +23,7 @@ from hipa_deploy.onnx_weights import check_values, read_initializers
 
 FOLDER, MANIFEST, WEIGHTS, REFERENCE = "adaptors", "swap.json", "weights.npz", "reference.npy"
 WEIGHT_MAP = "weights.json"
+_SETTING = 4  # numbers so few (the scales of a Resize, a Clip's limits) are settings of a layer to TensorRT, no weights
 ADAPTED_STAGES = ("unet", "generator")  # those that hold the UNet
 
 # How a parameter was laid out anew for the graph, and what was folded into it before.
@@ -78,10 +80,10 @@ def refittable_weights(bundle: Bundle, stage: str) -> tuple[str, ...]:
     """
     if stage not in ADAPTED_STAGES:
         return ()
-    weights = read_initializers(bundle.stage_path(stage))
     if mapped := read_weight_map(bundle, stage):
         return tuple(name for name, weight in mapped.weights.items() if weight.adaptable)
-    return tuple(name for name, weight in weights.items() if weight.dtype.startswith("float"))
+    weights = read_initializers(bundle.stage_path(stage))
+    return tuple(n for n, w in weights.items() if w.dtype.startswith("float") and math.prod(w.shape) > _SETTING)
 
 
 class SwapManifest(_Model):
