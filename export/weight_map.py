@@ -26,7 +26,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 LAYOUTS: dict[WeightLayout, Callable[[np.ndarray, tuple[int, ...]], np.ndarray | None]] = {
     "as it is": lambda value, shape: value if value.shape == shape else None,
     "transposed": lambda value, shape: value.T if value.ndim == 2 and value.shape[::-1] == shape else None,
-    "reshaped": lambda value, shape: value.reshape(shape) if value.ndim == 1 and value.size == np.prod(shape) else None,
+    "reshaped": lambda value, shape: value.reshape(shape) if value.size == np.prod(shape) else None,
 }
 
 
@@ -96,7 +96,9 @@ def _find(value: Any, tensors: dict[str, Tensor], layers: dict[str, list[str]]) 
         names = _names_near(node, layers)
         matching = [name for name in names if name not in own and _layout(tensors[name], array) is not None]
         own += _narrowed(matching, node) if not any(name in own for name in names) else []
-    return tuple(own), _layout(tensors[own[0]], array) or "as it is" if own else "as it is"
+    if not own and array.size > 1 and np.ptp(array) > 0:  # an embedding of all positions is used beside its layer
+        own = [name for name, tensor in tensors.items() if _layout(tensor, array) is not None]
+    return tuple(own), (_layout(tensors[own[0]], array) if own else None) or "as it is"
 
 
 def _names_near(node: Any, layers: dict[str, list[str]]) -> list[str]:
