@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -17,11 +18,13 @@ from torch.nn.functional import linear, silu
 from transformers import CLIPTextModel
 
 from hipa_deploy.bundle import Bundle
+from hipa_deploy.embedded import ADAPTOR, BUNDLE, MODEL
 from hipa_deploy.export.bundle import ExportOptions, export_bundle
 from hipa_deploy.export.merge import merge_adaptor
 from hipa_deploy.export.weight_map import LAYOUTS
-from hipa_deploy.onnx_weights import read_initializers
+from hipa_deploy.onnx_weights import read_initializers, skeleton_sha256
 from hipa_deploy.swap import WeightMap, read_weight_map, refittable_weights
+from tests.network_samples import network_weights, parse
 from tests.tiny_model import make_model
 
 TIMESTEP = 999
@@ -73,8 +76,11 @@ def test_every_initializer_is_its_place_in_the_merged_model(
     stage: str, precision: str, model_dir: Path, adaptor_dir: Path, request: pytest.FixtureRequest
 ) -> None:
     bundle = request.getfixturevalue(f"{precision}_bundle")
-    expected, weights = merged_model(model_dir, adaptor_dir), read_initializers(bundle.stage_path(stage))
-    mapped = map_of(bundle, stage)
+    check_values(bundle, stage, merged_model(model_dir, adaptor_dir))
+
+
+def check_values(bundle: Bundle, stage: str, expected: dict[str, np.ndarray]) -> None:
+    weights, mapped = read_initializers(bundle.stage_path(stage)), map_of(bundle, stage)
     assert weights.keys() == {*mapped.weights, *mapped.constants}
     for name, entry in mapped.weights.items():
         value = weights[name].read()
@@ -150,13 +156,27 @@ def test_every_weight_of_the_tensorrt_network_is_traced(
     fp16_bundle: Bundle, model_dir: Path, adaptor_dir: Path
 ) -> None:
     """The whole way: what TensorRT-RTX's parser holds -> initializer -> place -> value from the merged model."""
-    import onnx
+    check_network(fp16_bundle, merged_model(model_dir, adaptor_dir))
 
-    from tests.network_samples import network_weights, parse
 
-    expected = merged_model(model_dir, adaptor_dir)
-    for stage in fp16_bundle.stages:
-        path, mapped = fp16_bundle.stage_path(stage), map_of(fp16_bundle, stage)
+@pytest.mark.slow
+def test_the_embedded_model(tmp_path: Path) -> None:
+    """The same on the embedded model; and the bundle that is shipped, made elsewhere, has this graph and these values."""
+    bundle = export_bundle(ExportOptions(model="emoji", adaptor=ADAPTOR, out=tmp_path / "emoji"))
+    expected, shipped = merged_model(MODEL, ADAPTOR), Bundle.open(BUNDLE)
+    check_network(bundle, expected)
+    for stage in bundle.stages:
+        check_values(bundle, stage, expected)
+        ours, theirs = bundle.stage_path(stage), shipped.stage_path(stage)
+        weights, found = read_initializers(ours), read_initializers(theirs)
+        assert skeleton_sha256(ours, weights) == skeleton_sha256(theirs, found)
+        for name, weight in weights.items():  # another processor may round the last bit another way
+            np.testing.assert_allclose(weight.read(), found[name].read(), rtol=2**-10, atol=1e-7, err_msg=name)
+
+
+def check_network(bundle: Bundle, expected: dict[str, np.ndarray]) -> None:
+    for stage in bundle.stages:
+        path, mapped = bundle.stage_path(stage), map_of(bundle, stage)
         trt, network, _alive = parse(path)
         held = network_weights(trt, network, onnx.load(path))
         assert mapped.weights.keys() <= held.keys()
