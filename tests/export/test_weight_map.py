@@ -161,7 +161,7 @@ def test_every_weight_of_the_tensorrt_network_is_traced(
 
 @pytest.mark.slow
 def test_the_embedded_model(tmp_path: Path) -> None:
-    """The same on the embedded model; and the bundle that is shipped, made elsewhere, has this graph and these values."""
+    """The same on the embedded model; and the bundle that is shipped has this graph and these values."""
     bundle = export_bundle(ExportOptions(model="emoji", adaptor=ADAPTOR, out=tmp_path / "emoji"))
     expected, shipped = merged_model(MODEL, ADAPTOR), Bundle.open(BUNDLE)
     check_network(bundle, expected)
