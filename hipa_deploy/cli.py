@@ -253,13 +253,15 @@ def evaluate(
 
 @app.command()
 def doctor(
-    bundle: Annotated[str | None, typer.Argument(help="A bundle to check as well, or 'emoji'.")] = None,
+    bundle: Annotated[str | None, typer.Argument(help="A bundle to check and to run, or 'emoji'.")] = None,
+    backend: BackendOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what this machine can do, what is missing, and the command that mends it."""
+    """Say what this machine can do and lacks; rerun a bundle's reference prompt and compare with its export."""
     from hipa_deploy.doctor import examine, render
 
-    report = examine(bundle)
+    with console.status("examining"):
+        report = examine(bundle, backend)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:

@@ -17,10 +17,19 @@ from hipa_deploy.extras import EXTRAS, missing
 NEEDED = {"model": "model_index.json", "adaptor": WEIGHTS, "bundle": MANIFEST}
 
 
-def examine(bundle: str | None = None) -> dict[str, Any]:
-    """Facts as JSON types: version, device and backends, extras, embedded folders, a bundle's state, problems."""
-    from hipa_deploy.engines.device import describe_device
+def examine(bundle: str | None = None, backend: str = "auto") -> dict[str, Any]:
+    """Facts as JSON types: version, device and backends, extras, embedded folders, a bundle's state, problems.
 
+    A bundle's reference prompt is run on ``backend`` and compared with the stored outputs.
+
+    Raises:
+        HipaError: a backend of another name.
+
+    """
+    from hipa_deploy.engines.device import describe_device
+    from hipa_deploy.runners import check_backend
+
+    check_backend(backend)
     report: dict[str, Any] = {
         "version": __version__,
         "device": describe_device().model_dump(mode="json"),
@@ -32,7 +41,7 @@ def examine(bundle: str | None = None) -> dict[str, Any]:
         if not (Path(folder) / NEEDED[name]).is_file():
             report["problems"].append(f"the embedded {name} is missing. Reinstall hipa-deploy.")
     if bundle:
-        report["bundle"] = _examine_bundle(bundle, report["problems"])
+        report["bundle"] = _examine_bundle(bundle, backend, report["problems"])
     return report
 
 
@@ -42,7 +51,7 @@ def _extra(extra: str) -> str:
     return f"{', '.join(absent)} missing. Run: pip install 'hipa-deploy[{extra}]'" if absent else "installed"
 
 
-def _examine_bundle(name: str, problems: list[str]) -> dict[str, Any]:
+def _examine_bundle(name: str, backend: str, problems: list[str]) -> dict[str, Any]:
     path = embedded.resolve_bundle(name)
     try:
         opened = Bundle.open(path)
@@ -58,7 +67,28 @@ def _examine_bundle(name: str, problems: list[str]) -> dict[str, Any]:
         "size": [manifest.one_step.width, manifest.one_step.height],
         "stages": {stage.spec.name: round(stage.parity.psnr_db, 1) for stage in manifest.stages},
         "engines": sorted(p.relative_to(path).as_posix() for p in path.glob("engines/*/*.engine")),
+        "self_check": _self_check(opened, backend, problems),
     }
+
+
+def _self_check(bundle: Bundle, backend: str, problems: list[str]) -> dict[str, str]:
+    """What each stage of the reference prompt gave, in words; failures go to ``problems``."""
+    from hipa_deploy.selfcheck import END_TO_END, check_bundle
+
+    try:
+        found = check_bundle(bundle, backend)
+    except HipaError as error:
+        problems.append(str(error))
+        return {"backend": backend, "outcome": "could not run"}
+    problems.extend(f"{problem} {_mend(bundle, found.backend)}" for problem in found.problems)
+    checks = {**found.stages, END_TO_END: found.end_to_end}
+    return {"backend": found.backend, "prompt": found.prompt, **{name: str(check) for name, check in checks.items()}}
+
+
+def _mend(bundle: Bundle, backend: str) -> str:
+    if backend in ("tensorrt", "rtx"):
+        return f"Run: hipa-build {bundle.root} --backend {backend}; if it stays, export with --dtype fp32."
+    return "Export the bundle again; if it stays, with --dtype fp32."
 
 
 def render(report: dict[str, Any]) -> Table:

@@ -25,7 +25,7 @@ SURFACE = {
     "generate": {"--out", "--seed", "--count", "--height", "--width", "--backend", "--truncate"},
     "profile": {"--runs", "--backend", "--json", "--roofline"},
     "evaluate": {"--adaptor", "--model", "--recipe", "--prompts", "--images", "--json"},
-    "doctor": {"--json"},
+    "doctor": {"--backend", "--json"},
     "demo": {"--out", "--quick"},
 }  # fmt: skip
 
