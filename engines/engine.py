@@ -7,9 +7,9 @@ compared before an engine is deserialised: TensorRT's own message for a mismatch
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -21,6 +21,9 @@ from hipa_deploy.engines.target import Target, binding
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.runners import Runner
+
+if TYPE_CHECKING:
+    from hipa_deploy.engines.runtime import TensorRTRunner
 
 FOLDER = "engines"
 
@@ -223,16 +226,30 @@ def open_engine(bundle: Bundle, stage: str, backend: str) -> Runner:
         HipaError: no GPU, no engine, an engine of another key (names the fields), or a damaged engine.
 
     """
+    return open_engines(bundle, [stage], backend)
+
+
+def open_engines(bundle: Bundle, stages: Iterable[str], backend: str) -> TensorRTRunner:
+    """The same for several stages, which run in this order on one stream.
+
+    Raises:
+        MissingDependencyError: as above.
+        HipaError: as above, for the first stage that cannot be loaded.
+
+    """
     flavour = as_flavour(backend)
     version = load_tensorrt(flavour).__version__
     gpu = find_gpu()
     if gpu is None:
         raise HipaError(f"{backend} needs an NVIDIA GPU and its driver, and none answers. Use --backend onnxruntime.")
-    path = select_engine(bundle, stage, flavour, version, gpu)
-    check_engine_file(engine_path(path), read_sidecar(path), rebuild_command(bundle, flavour))
+    found = []
+    for stage in stages:
+        path = select_engine(bundle, stage, flavour, version, gpu)
+        check_engine_file(engine_path(path), read_sidecar(path), rebuild_command(bundle, flavour))
+        found.append((bundle.stages[stage].spec, engine_path(path)))
     from hipa_deploy.engines.runtime import TensorRTRunner
 
-    return TensorRTRunner(engine_path(path), bundle.stages[stage].spec, flavour)
+    return TensorRTRunner(found, flavour)
 
 
 def select_engine(bundle: Bundle, stage: str, flavour: Flavour, version: str, gpu: Gpu) -> Path:
