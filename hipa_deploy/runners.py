@@ -73,9 +73,10 @@ def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
 
     """
     if backend.startswith("onnxruntime"):
-        from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner
+        from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
 
-        return OnnxRuntimeRunner(bundle.stage_path(stage), bundle.stages[stage].spec, backend)
+        cache = engine_cache(bundle, stage) if backend == "onnxruntime-tensorrt" else None
+        return OnnxRuntimeRunner(bundle.stage_path(stage), bundle.stages[stage].spec, backend, cache=cache)
     from hipa_deploy.engines.engine import open_engine
 
     return open_engine(bundle, stage, backend)
