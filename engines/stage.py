@@ -35,12 +35,24 @@ class EngineStage:
 
     def new_context(self) -> Any:
         """Another execution context, with activations of its own."""
-        context = self._engine.create_execution_context()
+        context = self._engine.create_execution_context(*self._runtime_config())
         if context is None:
             raise HipaError(
                 f"{self.spec.name}: not enough GPU memory for the engine's activations. Close other programs."
             )
         return context
+
+    def _runtime_config(self) -> tuple[Any, ...]:
+        """TensorRT-RTX, dynamic shapes: compile kernels for new shapes at once.
+
+        By default it does so in the background, and a graph would keep the general ones that it starts with.
+        """
+        strategies = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if not self.spec.axes or strategies is None:
+            return ()
+        config = self._engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        return (config,)
 
     def bind(self, buffers: Mapping[str, Buffer], context: Any = None) -> None:
         """Give every tensor its address, once for all."""

@@ -256,8 +256,19 @@ def doctor(
     bundle: Annotated[str | None, typer.Argument(help="A bundle to check and to run, or 'emoji'.")] = None,
     backend: BackendOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    self_test: Annotated[bool, typer.Option("--self-test", help="Build, run and time the embedded bundle.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the self-test's report here, for an issue.")] = None,
 ) -> None:
     """Say what this machine can do and lacks; rerun a bundle's reference prompt and compare with its export."""
+    if self_test:
+        _self_test(bundle, out, as_json)
+    elif out:
+        raise HipaError("--out is for --self-test. Add it, or leave --out away.")
+    else:
+        _examine(bundle, backend, as_json)
+
+
+def _examine(bundle: str | None, backend: str, as_json: bool) -> None:
     from hipa_deploy.doctor import examine, render
 
     with console.status("examining"):
@@ -267,6 +278,21 @@ def doctor(
     else:
         Console().print(render(report))
     if report["problems"]:
+        raise typer.Exit(1)
+
+
+def _self_test(bundle: str | None, out: Path | None, as_json: bool) -> None:
+    from hipa_deploy.files import write_file
+    from hipa_deploy.selftest import render_text, self_test
+
+    if bundle:
+        raise HipaError("--self-test runs the embedded bundle. Leave BUNDLE out, or the option.")
+    report = self_test(console)
+    text = render_text(report)
+    if out:
+        write_file(out, text.encode())
+    typer.echo(report.model_dump_json(indent=2) if as_json else text)
+    if report.failed:
         raise typer.Exit(1)
 
 

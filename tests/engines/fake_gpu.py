@@ -361,7 +361,11 @@ class FakeEngine:
     def get_tensor_shape(self, name):
         return self.tensors[name][1]
 
-    def create_execution_context(self):
+    def create_runtime_config(self):
+        return SimpleNamespace(dynamic_shapes_kernel_specialization_strategy="lazy")
+
+    def create_execution_context(self, config=None):
+        self.strategy = config and config.dynamic_shapes_kernel_specialization_strategy
         if not self.has_context:
             return None
         self.contexts.append(FakeContext(self, self.cudart))
@@ -386,10 +390,14 @@ class FakeIProfiler:
 
 @dataclass
 class FakeGpu:
-    """Both fakes. An engine file holds the name of its entry in ``engines``; None does not deserialise."""
+    """Both fakes. An engine file holds the name of its entry in ``engines``; None does not deserialise.
+
+    ``rtx``: what TensorRT-RTX has and TensorRT has not.
+    """
 
     engines: dict[str, FakeEngine | None]
     cudart: FakeCudart = field(default_factory=FakeCudart)
+    rtx: bool = False
 
     @property
     def trt(self) -> ModuleType:
@@ -399,6 +407,8 @@ class FakeGpu:
             deserialize_cuda_engine=lambda data: self._deserialise(logger, bytes(data))
         )
         trt.TensorIOMode = SimpleNamespace(INPUT="in")
+        if self.rtx:
+            trt.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
         return trt
 
     def _deserialise(self, logger, data: bytes):

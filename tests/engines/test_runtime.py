@@ -41,10 +41,10 @@ IMAGE = [[13, 25, 37]]  # noise + 2 tokens + 1
 def fake(monkeypatch, tmp_path):
     """Opens a runner on fakes, by default of the whole pipeline; ``fake.gpu`` is the fake behind the latest."""
 
-    def make(*specs: StageSpec, fail="", integrated=False, graph=True, gone=(), **options):
+    def make(*specs: StageSpec, fail="", integrated=False, graph=True, gone=(), rtx=False, **options):
         specs = specs or (TEXT, UNET, DECODER)
         engines = {spec.name: FakeEngine(spec, COMPUTE[spec.name], **options.get(spec.name, {})) for spec in specs}
-        make.gpu = FakeGpu({**engines, **dict.fromkeys(gone)}, FakeCudart(fail, integrated))
+        make.gpu = FakeGpu({**engines, **dict.fromkeys(gone)}, FakeCudart(fail, integrated), rtx)
         monkeypatch.setattr(runtime, "load_tensorrt", lambda flavour: make.gpu.trt)
         monkeypatch.setattr(runtime, "load_cudart", lambda flavour: make.gpu.cudart)
         for name in engines:
@@ -230,6 +230,14 @@ def test_other_shapes_are_captured_again_and_the_old_graph_goes(fake):
     assert fake.gpu.cudart.leaks == []
 
 
+@pytest.mark.parametrize(("rtx", "strategy"), [(True, "eager"), (False, None)])
+def test_kernels_for_dynamic_shapes_are_compiled_before_a_capture(fake, rtx, strategy):
+    with fake(open_rows(UNET), rtx=rtx):
+        assert fake.gpu.engines["unet"].strategy == strategy
+    with fake(UNET, rtx=rtx):
+        assert fake.gpu.engines["unet"].strategy is None
+
+
 def test_the_same_shapes_with_and_without_the_text_encoder_keep_both_graphs(fake):
     with fake(*map(open_rows, (TEXT, UNET, DECODER))) as runner:
         context = runner.run(INPUTS, ("context",))["context"]
@@ -377,8 +385,10 @@ def test_every_name_the_runtime_uses_exists():
         trt.Runtime: ["deserialize_cuda_engine"],
         trt.ICudaEngine: [
             "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype", "get_tensor_shape",
-            "create_execution_context", "create_engine_inspector",
+            "create_execution_context", "create_engine_inspector", "create_runtime_config",
         ],
+        trt.IRuntimeConfig: ["dynamic_shapes_kernel_specialization_strategy"],
+        trt.DynamicShapesKernelSpecializationStrategy: ["EAGER"],
         trt.IExecutionContext: [
             "set_tensor_address", "set_input_shape", "get_tensor_shape", "execute_async_v3", "profiler",
             "is_stream_capturable",
