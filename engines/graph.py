@@ -28,25 +28,17 @@ class CapturedGraph:
         except BaseException:
             self._abandon(stream)
             raise
-        graph = self._end(stream)
+        graph = call(cudart, "cudaStreamEndCapture", stream)
         try:
             self._executable = call(cudart, "cudaGraphInstantiate", graph, 0)
         finally:
             call(cudart, "cudaGraphDestroy", graph)
-
-    def _end(self, stream: Any) -> Any:
-        try:
-            return call(self._cudart, "cudaStreamEndCapture", stream)
-        except BaseException:
-            self._cudart.cudaGetLastError()  # or the next call that looks for an error finds this one
-            raise
 
     def _abandon(self, stream: Any) -> None:
         """Leave capture mode; what was recorded is of no use."""
         error, *graph = self._cudart.cudaStreamEndCapture(stream)
         if int(error) == 0 and graph and graph[0] is not None:
             call(self._cudart, "cudaGraphDestroy", graph[0])
-        self._cudart.cudaGetLastError()
 
     def launch(self, stream: Any) -> None:
         """Put the whole graph on ``stream``."""

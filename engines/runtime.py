@@ -228,6 +228,7 @@ class TensorRTRunner:
                 stage.check_capturable(self._stream)
             plan.graph = CapturedGraph(self._cudart, self._stream, lambda: self._enqueue(plan.stages, external))
         except HipaError as error:
+            self._cudart.cudaGetLastError()  # takes the error off: or TensorRT's next launch finds it there
             self.graph_problem = str(error).rstrip(".")
             told = f"no CUDA graph ({self.graph_problem}); the stages run one by one, which costs some launch time."
             warnings.warn(f"{self.spec.name}: {told}", RuntimeWarning, stacklevel=2)

@@ -8,7 +8,8 @@ refuses what the real ones refuse:
 - waiting or allocating while a stream is captured, which spoils the capture; capturing twice or on the default stream;
   a first run inside a capture; launching or destroying a graph that is gone;
 - an external event outside a capture, and the time of an event that a capture swallowed, or that nobody recorded;
-- a run without every address, on memory that is gone or too small, or with a shape outside the profile.
+- a run after an error that nobody took off, without every address, on memory that is gone or too small, or with a shape
+  outside the profile.
 
 ``leaks`` names what was not given back.
 """
@@ -72,7 +73,7 @@ class FakeCudart:
         self.graphs: dict[int, list[Operation]] = {}
         self.executables: dict[int, list[Operation]] = {}
         self.capture: list[Operation] | None = None
-        self.spoiled, self.clock_ms, self.handles = False, 0.0, 100
+        self.spoiled, self.clock_ms, self.handles, self.last_error = False, 0.0, 100, 0
 
     @property
     def leaks(self) -> list[str]:
@@ -84,11 +85,12 @@ class FakeCudart:
 
         def call(*arguments):
             self.log.append(name)
-            if name == self.fail:
-                if name == "cudaStreamEndCapture":
-                    self.capture = None
-                return OUT_OF_MEMORY, None
-            return do(*arguments)
+            result = (OUT_OF_MEMORY, None) if name == self.fail else do(*arguments)
+            if name == self.fail == "cudaStreamEndCapture":
+                self.capture = None
+            if name != "cudaGetLastError":
+                self.last_error = result[0] or self.last_error
+            return result
 
         return call
 
@@ -96,7 +98,8 @@ class FakeCudart:
         return 0, WORDS.get(error, b"invalid argument")
 
     def do_cudaGetLastError(self):
-        return (0,)
+        error, self.last_error = self.last_error, 0
+        return (error,)
 
     def do_cudaDeviceGetAttribute(self, attribute, device):
         return 0, int(self.integrated and attribute == 18)
@@ -292,6 +295,9 @@ class FakeContext:
         now = {name: self.get_tensor_shape(name) for name in self.engine.tensors}
         if not self.engine.runs or self.addresses.keys() != self.engine.tensors.keys():
             self.engine.logger.log(1, "address not set.\n")
+            return False
+        if self.cudart.last_error:
+            self.engine.logger.log(1, "Cuda failure of an earlier call.\n")
             return False
         if any(-1 in shape for shape in now.values()):
             self.engine.logger.log(1, "input shape not specified.\n")

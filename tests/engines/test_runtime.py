@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -74,7 +75,9 @@ def test_the_whole_pipeline_is_one_graph_launch_and_gives_everything_back(fake):
             "cudaStreamSynchronize",
         ]  # fmt: skip
         assert runner.graph_problem is None
+        contexts = [weakref.ref(engine.contexts.pop()) for engine in fake.gpu.engines.values()]
     assert fake.gpu.cudart.leaks == []
+    assert [context() for context in contexts] == [None] * 3
     runner.close()
     with pytest.raises(HipaError, match="closed"):
         runner(**INPUTS)
