@@ -108,6 +108,8 @@ def _check_options(flavour: Flavour, options: BuildOptions, best_of: int) -> Non
         raise HipaError(f"--best-of is {best_of}. Expected 1 to {MAX_CANDIDATES}.")
     if best_of > 1 and find_gpu() is None:
         raise HipaError("--best-of runs each engine to time it, and no NVIDIA GPU answers here. Leave the option out.")
+    if options.refit and find_gpu() is None:  # TensorRT-RTX 1.7 fails in Myelin: CHECK(status == CUDA_SUCCESS)
+        raise HipaError("--refit: a refittable engine is compiled with a driver, and no NVIDIA GPU answers here.")
 
 
 def _resolve_options(options: BuildOptions, flavour: Flavour, target: str, goal: Target, version: str) -> BuildOptions:

@@ -76,10 +76,19 @@ def test_options_reach_the_builder_and_the_key(make_bundle):
     assert first.path.is_file()
 
 
+@no_gpu
+def test_a_refittable_engine_needs_a_driver(make_bundle):
+    bundle = make_bundle(stages=("unet",))
+    with pytest.raises(HipaError, match="--refit: a refittable engine is compiled with a driver"):
+        build(bundle, target="rtx40", options=BuildOptions(refit=True))
+    assert not (bundle.root / "engines").exists()
+
+
+@pytest.mark.gpu
 def test_a_refittable_engine_is_another_engine(make_bundle):
     bundle = make_bundle(stages=("unet",))
-    (plain,) = build(bundle, target="rtx40")
-    (refittable,) = build(bundle, target="rtx40", options=BuildOptions(refit=True))
+    (plain,) = build(bundle)
+    (refittable,) = build(bundle, options=BuildOptions(refit=True))
     assert refittable.sidecar.key.options.refit
     assert refittable.path.read_bytes() != plain.path.read_bytes()
 
