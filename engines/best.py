@@ -25,7 +25,7 @@ def time_engine(path: Path, spec: StageSpec, flavour: Flavour) -> float:
     from hipa_deploy.engines.runtime import TensorRTRunner
 
     inputs = {tensor.name: np.ones(tensor.at(spec.sizes("opt")), tensor.dtype) for tensor in spec.inputs}
-    with TensorRTRunner(path, spec, flavour) as runner:
+    with TensorRTRunner([(spec, path)], flavour) as runner:
         samples = [_timed(runner, inputs) for _ in range(WARMUP + RUNS)]
     return statistics.median(samples[WARMUP:]) * 1e3
 
