@@ -130,6 +130,7 @@ def _configure(trt: ModuleType, poly: ModuleType, network: tuple[Any, Any], job:
         progress_monitor=monitor,
     )
     if job.flavour == "rtx":
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # without it no CUDA graph: release notes of RTX 1.2
         set_compute_capabilities(trt, config, job.compute_capabilities)
     if job.timing_cache is not None:
         _load_timing_cache(config, job.timing_cache)

@@ -88,7 +88,8 @@ def _bundle_of(sidecar_file: Path) -> Bundle | None:
 
 def _here(sidecar: Sidecar, bundle: Bundle | None, gpu: Gpu | None) -> dict[str, Any]:
     """The key's fields as a build with the same options would have them now; those that cannot be told are absent."""
-    built, fields = sidecar.key, {"options": sidecar.key.options, "flavour": sidecar.key.flavour}
+    built = sidecar.key
+    fields: dict[str, Any] = {"options": built.options, "flavour": built.flavour}
     if bundle is not None and sidecar.stage in bundle.stages:
         target = Target(name="here", compute_capabilities=built.compute_capabilities)
         now = key_for(bundle, sidecar.stage, built.flavour, built.tensorrt, target, built.options)

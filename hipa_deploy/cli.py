@@ -16,6 +16,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
 
 if TYPE_CHECKING:
+    from hipa_deploy.bundle import Bundle
     from hipa_deploy.engines.options import BuildOptions
 
 app = typer.Typer(
@@ -194,6 +195,22 @@ def _build(root: Path, backend: EngineBackend, target: str, options: BuildOption
     built = build_bundle(bundle, backend=backend.value, target=target, options=options, console=console, **more)
     for engine in built:
         typer.echo(engine.path)
+    _check_engines(bundle, backend.value)
+
+
+def _check_engines(bundle: Bundle, backend: str) -> None:
+    """Run what was built on the bundle's reference prompt, if it is for this machine."""
+    from hipa_deploy.engines.engine import runnable_flavour
+    from hipa_deploy.selfcheck import check_bundle
+
+    if runnable_flavour(bundle) != backend:
+        console.print("These engines are not for this machine. Where they run, check them: hipa-doctor BUNDLE")
+        return
+    checked = check_bundle(bundle, backend)
+    for name, check in checked.stages.items():
+        console.print(f"{name}: {check}", highlight=False)
+    if checked.problems:
+        raise HipaError(f"{' '.join(checked.problems)} The engines remain. Run hipa-doctor --self-test for a report.")
 
 
 @app.command()
