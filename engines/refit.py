@@ -18,12 +18,13 @@ import numpy as np
 from hipa_deploy.bundle import Bundle
 from hipa_deploy.engines.engine import rebuild_command
 from hipa_deploy.engines.flavour import Flavour, as_flavour, recording_logger
-from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner
+from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
+from hipa_deploy.engines.options import BuildOptions
 from hipa_deploy.errors import HipaError
 from hipa_deploy.onnx_weights import read_initializers
 from hipa_deploy.parity import problem
 from hipa_deploy.runners import Runner
-from hipa_deploy.swap import AdaptorSwap, adapted_stage
+from hipa_deploy.swap import WEIGHTS, AdaptorSwap, adapted_stage
 
 # Releases whose refittable engines are known to compute wrongly, by what their version begins with.
 FAULTS: dict[Flavour, dict[str, str]] = {
@@ -61,11 +62,12 @@ def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap |
     stage, weights = adapted_stage(bundle), swap.weights(bundle) if swap else {}
     path = bundle.stage_path(stage)
     if backend.startswith("onnxruntime"):
-        fresh = OnnxRuntimeRunner(path, bundle.stages[stage].spec, backend, weights=weights)
+        spec, cache = bundle.stages[stage].spec, _engine_cache(bundle, stage, backend, swap)
+        fresh = OnnxRuntimeRunner(path, spec, backend, cache=cache, weights=weights)
         runner.close()
         return fresh
     flavour = as_flavour(backend)
-    remedy = f"{rebuild_command(bundle, flavour)} --refit"
+    remedy = rebuild_command(bundle.root, flavour, BuildOptions(refit=True))
 
     def change(trt: ModuleType, engine: Any) -> None:
         refit_engine(trt, engine, path, weights, flavour, remedy)
@@ -77,6 +79,14 @@ def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap |
         runner.close()
         raise
     return runner
+
+
+def _engine_cache(bundle: Bundle, stage: str, backend: str, swap: AdaptorSwap | None) -> Path | None:
+    """Where the TensorRT provider keeps engines with these weights: it does not look at them itself."""
+    if backend != "onnxruntime-tensorrt":
+        return None
+    own = engine_cache(bundle, stage)
+    return own.with_name(f"{own.name}-{swap.manifest.files[WEIGHTS][:12]}") if swap else own
 
 
 def refit_engine(

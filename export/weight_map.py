@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from hipa_deploy.export.fold import NoTimeEmbedding
 from hipa_deploy.export.stages import Generator, OneStepDecoder
+from hipa_deploy.export.upsample import UpsampledConv
 from hipa_deploy.swap import Fold, MappedWeight, WeightLayout, WeightMap
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+UPSAMPLINGS: tuple[Fold, ...] = ("upsampling 00", "upsampling 01", "upsampling 10", "upsampling 11")  # as PARITIES
 # In the order they are tried: a square matrix that is symmetric counts as it is.
 LAYOUTS: dict[WeightLayout, Callable[[np.ndarray, tuple[int, ...]], np.ndarray | None]] = {
     "as it is": lambda value, shape: value if value.shape == shape else None,
@@ -35,7 +37,8 @@ def trace_weights(model: Any, module: nn.Module) -> WeightMap:
 
     A weight that is no parameter of the module is a constant of the graph: shapes, scales, masks.
     """
-    tensors, folds = dict(_tensors(module)), dict(_folds(module))
+    tensors, folds, origins = dict(_tensors(module)), dict(_folds(module)), dict(_upsampled(module))
+    folds |= {name: fold for name, (_, fold) in origins.items() if fold}
     layers: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
         layers[name.rpartition(".")[0]].append(name)
@@ -47,7 +50,7 @@ def trace_weights(model: Any, module: nn.Module) -> WeightMap:
             constants.append(name)
             continue
         weights[name] = MappedWeight(
-            places=tuple(_place(module, source) for source in found),
+            places=tuple(dict.fromkeys(_place(module, origins.get(name, (name, None))[0]) for name in found)),
             layout=layout,
             fold=folds.get(found[0]),
             adaptable=any(source in adaptable for source in found),
@@ -74,6 +77,19 @@ def _folds(module: nn.Module) -> Iterator[tuple[str, Fold]]:
             yield from ((f"{dot}{name}.conv1.bias", "timestep") for name in blocks)
         if isinstance(part, OneStepDecoder):
             yield from ((f"{dot}{name}", "decoder input") for name in ("decoder.conv_in.weight", "offset"))
+
+
+def _upsampled(module: nn.Module) -> Iterator[tuple[str, tuple[str, Fold | None]]]:
+    """Parameters that ``fold_upsampling`` made: the convolution's that each comes from, and the parity of its sums."""
+    for prefix, part in module.named_modules():
+        if not isinstance(part, UpsampledConv):
+            continue
+        parent, _, name = prefix.rpartition(".")
+        follows = isinstance(module.get_submodule(parent), nn.Sequential)  # if not, it was inside the upsampling
+        conv = f"{parent}.{int(name) + 1}" if follows else f"{prefix}.conv"
+        for index, parity in enumerate(UPSAMPLINGS):
+            yield f"{prefix}.parities.{index}.weight", (f"{conv}.weight", parity)
+            yield f"{prefix}.parities.{index}.bias", (f"{conv}.bias", None)
 
 
 def _adaptable(module: nn.Module) -> set[str]:

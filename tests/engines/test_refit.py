@@ -8,6 +8,7 @@ that is not refittable, another type or size, and a refit with weights missing.
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -285,9 +286,10 @@ def test_on_a_gpu_there_and_back(tmp_path: Path) -> None:
     path = tmp_path / "unet.engine"
     path.write_bytes(build_refittable(bundle))
     spec, outputs = bundle.stages["unet"].spec, []
-    with TensorRTRunner(path, spec, "rtx") as runner:
+    with TensorRTRunner([(spec, path)], "rtx") as runner:
         for values in ({}, changed, {}):
-            runner.change_engine(lambda trt, engine, v=values: refit_engine(trt, engine, UNET, v, "rtx", REMEDY))
+            change = partial(refit_engine, onnx=UNET, changed=values, flavour="rtx", remedy=REMEDY)
+            runner.change_engine(change)
             outputs.append(runner(**feed)["latents"])
     with OnnxRuntimeRunner(UNET, spec, "onnxruntime", weights=changed) as reference:
         np.testing.assert_allclose(outputs[1], reference(**feed)["latents"], rtol=0.05, atol=0.1)
