@@ -237,12 +237,14 @@ class ExportJob:
 
 def write_unet(job: ExportJob) -> str:
     """Write the stage that holds the UNet; the name of the tensor that it gives."""
+    inputs: tuple[str, ...] = ("noise", "context")
     if job.options.fuse:
-        name, build, inputs, output = "generator", _generator, ("noise", "context"), "images"
+        name, build, output = "generator", _generator, "images"
     elif job.options.layout == "onestep":
-        name, build, inputs, output = "unet", _unet, ("noise", "context"), "latents"
+        name, build, output = "unet", _unet, "latents"
     else:
-        name, build, inputs, output = "unet", _generic_unet, ("noise", "timestep", "context"), "output"
+        name, build, output = "unet", _generic_unet, "output"
+        inputs = ("noise", "timestep", "context")
     job.write(name, partial(build, job), inputs, output)
     return output
 

@@ -113,9 +113,9 @@ def _given_context(bundle: Bundle, reference: Mapping[str, np.ndarray]) -> np.nd
 
 def check_decoder(job: ExportJob, bundle: Bundle) -> None:
     """A fused stage holds the decoder too, and that must stay what it is."""
-    if job.options.fuse and job.decoder != bundle.manifest.decoder:
-        was = bundle.manifest.decoder
-        raise HipaError(f"{bundle.root} has another decoder than this. Give --decoder {was.name if was else 'full'}.")
+    was, now = bundle.manifest.decoder, job.decoder
+    if job.options.fuse and (was and was.sha256) != (now and now.sha256):
+        raise HipaError(f"{bundle.root} has another decoder than this. Give --decoder, {was.name if was else 'full'}.")
 
 
 def _differing(base: Path, other: Path) -> dict[str, Initializer]:

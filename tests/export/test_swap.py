@@ -156,5 +156,5 @@ def test_a_fused_bundle_keeps_its_decoder(pair, model_dir: Path, other_adaptor: 
         options = ExportOptions(model="m", out=Path("o"), fuse=True)
         decoder = None
 
-    with pytest.raises(HipaError, match=r"another decoder than this. Give --decoder vae"):
+    with pytest.raises(HipaError, match=r"another decoder than this. Give --decoder, vae"):
         check_decoder(Job(), pair[0])

@@ -13,21 +13,24 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch.nn.functional import linear, silu
 from transformers import CLIPTextModel
 
-from hipa_deploy.bundle import Bundle
+from hipa_deploy.bundle import Bundle, StageSpec, TensorSpec
 from hipa_deploy.embedded import ADAPTOR, BUNDLE, MODEL
 from hipa_deploy.export.bundle import ExportOptions, export_bundle
 from hipa_deploy.export.merge import merge_adaptor
+from hipa_deploy.export.stages import TinyDecoder
+from hipa_deploy.export.to_onnx import export_stage
 from hipa_deploy.export.weight_map import LAYOUTS
 from hipa_deploy.onnx_weights import read_initializers, skeleton_sha256
-from hipa_deploy.swap import MappedWeight, WeightMap, read_weight_map, refittable_weights
+from hipa_deploy.swap import WEIGHT_MAP, MappedWeight, WeightMap, read_weight_map, refittable_weights
 from tests.network_samples import network_weights, parse
 from tests.tiny_model import make_model
 
 TIMESTEP = 999
+TINY_DECODER = (("latents", "float32", (1, 4, 4, 4)), ("images", "uint8", (1, 16, 16, 3)))
 
 
 @torch.no_grad()
@@ -149,6 +152,21 @@ def test_what_an_adaptor_can_change(fp32_bundle: Bundle, fp16_bundle: Bundle) ->
         assert places.isdisjoint(norms)
         assert {p for p in places if p.endswith("bias")} == {p for p in places if p.endswith("conv1.bias")}
         assert "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight" in places
+
+
+def test_a_tiny_decoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tiny = AutoencoderTiny(decoder_block_out_channels=(8, 8, 8), num_decoder_blocks=(1, 1, 1))
+    expected = {f"decoder.{name}": value.detach().numpy().copy() for name, value in tiny.named_parameters()}
+    tensors = [TensorSpec(name=name, dtype=dtype, shape=shape) for name, dtype, shape in TINY_DECODER]
+    export_stage(TinyDecoder(tiny), StageSpec(name="d", inputs=tensors[:1], outputs=tensors[1:]), tmp_path)
+    mapped = WeightMap.model_validate_json((tmp_path / WEIGHT_MAP).read_text()).weights
+    weights = read_initializers(tmp_path / "model.onnx")
+    for name, entry in mapped.items():
+        value = folded(expected[entry.places[0]], entry)
+        np.testing.assert_array_equal(weights[name].read(), LAYOUTS[entry.layout](value, weights[name].shape))
+    places = {place for entry in mapped.values() for place in entry.places}
+    assert places == {name for name in expected if name.startswith("decoder.decoder.")}
 
 
 @pytest.mark.slow
