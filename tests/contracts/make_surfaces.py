@@ -121,6 +121,7 @@ def _cut(node: ast.stmt, known: set[str]) -> ast.stmt:
         node.annotation = surface.known_type(node.annotation, known)
     elif isinstance(node, ast.FunctionDef):
         node.body = [ast.Expr(ast.Constant(...))]
+        node.decorator_list = [_bare(decorator) for decorator in node.decorator_list]
         node.returns = surface.known_type(node.returns, known)
         for argument in node.args.args:
             argument.annotation = surface.known_type(argument.annotation, known) if argument.annotation else None
@@ -129,7 +130,13 @@ def _cut(node: ast.stmt, known: set[str]) -> ast.stmt:
         if any(_name(member) == "__members__" for member in node.body):
             node.bases, members = [ast.Name("Enum")], [m for m in members if isinstance(m, ast.AnnAssign)]
         node.body = [_cut(member, known) for member in members if _name(member)] or [ast.Expr(ast.Constant(...))]
+        node.body += ast.parse(surface.PROTOCOLS.get(node.name, "")).body
     return node
+
+
+def _bare(decorator: ast.expr) -> ast.expr:
+    """``typing.overload`` as ``overload``, which a surface imports by name."""
+    return ast.Name("overload") if ast.unparse(decorator) == "typing.overload" else decorator
 
 
 def _name(node: ast.stmt) -> str:

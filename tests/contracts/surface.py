@@ -15,8 +15,8 @@ from typing import Any
 CLASSES = (
     "Builder", "Dims", "EngineInspector", "IBuilderConfig", "ICudaEngine", "IExecutionContext", "IHostMemory",
     "ILayer", "ILogger", "INetworkDefinition", "IOptimizationProfile", "IProfiler", "IProgressMonitor",
-    "IRuntimeConfig", "ISerializationConfig", "ITensor", "ITimingCache", "Logger", "OnnxParser", "OnnxParserRefitter", "ParserError",
-    "Profiler", "Refitter", "Runtime", "Weights",
+    "IRuntimeConfig", "ISerializationConfig", "ITensor", "ITimingCache", "Logger", "OnnxParser", "OnnxParserRefitter",
+    "ParserError", "Profiler", "Refitter", "Runtime", "Weights",
     "BuilderFlag", "ComputeCapability", "CudaGraphStrategy", "DataType", "DeviceType",
     "EngineCapability", "EngineInvalidityDiagnostics", "EngineStat", "EngineValidity",
     "ExecutionContextAllocationStrategy", "HardwareCompatibilityLevel", "LayerInformationFormat", "LayerType",
@@ -26,6 +26,12 @@ CLASSES = (
 )  # fmt: skip
 FUNCTIONS = ("get_nv_onnx_parser_version", "init_libnvinfer_plugins", "nptype", "volume")
 _UNUSED = re.compile(r"^(__(?!init__|getitem__|len__|iter__)|_pybind11)")
+
+# What no docstring tells: a buffer in C, and iteration by __getitem__.
+PROTOCOLS = {
+    "IHostMemory": "def __buffer__(self, flags: int, /) -> memoryview: ...",
+    "Dims": "def __iter__(self) -> Iterator[int]: ...",
+}
 
 CUDART = re.compile(
     r"cuda(Malloc|MallocHost|MallocAsync|Free|FreeHost|FreeAsync|Memcpy|MemcpyAsync|Memset|MemsetAsync|MemGetInfo|"
@@ -107,9 +113,7 @@ def _class(name: str, kind: type, known: set[str], indent: str = "") -> Iterator
     bases = [base.__name__ for base in kind.__bases__ if base.__name__ in known]
     yield f"{indent}class {name}{'(' + ', '.join(bases) + ')' if bases else ''}:"
     body = [line for member in sorted(vars(kind)) for line in _member(kind, member, known)]
-    if name == "IHostMemory":  # its buffer protocol is in C alone
-        body += ["    def __buffer__(self, flags: int, /) -> memoryview: ..."]
-    yield from body or ["    ..."]
+    yield from body + ([f"    {PROTOCOLS[name]}"] if name in PROTOCOLS else []) or ["    ..."]
 
 
 def _member(kind: type, name: str, known: set[str]) -> Iterator[str]:
@@ -186,7 +190,7 @@ def known_type(annotation: ast.expr | None, known: set[str]) -> ast.expr:
     text = re.sub(r"(?:\b[a-z_]+\.)+(?=[A-Z])", "", ast.unparse(annotation))  # tensorrt_bindings.tensorrt.Dims: Dims
     text = re.sub(r"SupportsInt( \| SupportsIndex)?", "int", text).replace("SupportsFloat", "float")
     names = set(re.findall(r"[A-Za-z_][\w.]*", text))
-    return ast.parse(text if names <= known | _TYPES else "Any", mode="eval").body
+    return ast.parse(text if names and names <= known | _TYPES else "Any", mode="eval").body
 
 
 def _returned(getter: Any, known: set[str]) -> str:

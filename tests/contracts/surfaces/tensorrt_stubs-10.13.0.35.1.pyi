@@ -121,23 +121,26 @@ class DeviceType(Enum):
 class Dims:
     MAX_DIMS: ClassVar[int] = 8
 
-    @typing.overload
+    @overload
     def __getitem__(self, arg0: int) -> int:
         ...
 
-    @typing.overload
+    @overload
     def __getitem__(self, arg0: Any) -> tuple:
         ...
 
-    @typing.overload
+    @overload
     def __init__(self) -> None:
         ...
 
-    @typing.overload
+    @overload
     def __init__(self, shape: list[int]) -> None:
         ...
 
     def __len__(self) -> int:
+        ...
+
+    def __iter__(self) -> Iterator[int]:
         ...
 class EngineCapability(Enum):
     DLA_STANDALONE: ClassVar[EngineCapability]
@@ -268,11 +271,11 @@ class ICudaEngine:
     def create_engine_inspector(self) -> EngineInspector:
         ...
 
-    @typing.overload
+    @overload
     def create_execution_context(self, strategy: ExecutionContextAllocationStrategy=...) -> IExecutionContext:
         ...
 
-    @typing.overload
+    @overload
     def create_execution_context(self, runtime_config: IRuntimeConfig=None) -> IExecutionContext:
         ...
 
@@ -291,38 +294,38 @@ class ICudaEngine:
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
         ...
 
-    @typing.overload
+    @overload
     def get_tensor_bytes_per_component(self, name: str) -> int:
         ...
 
-    @typing.overload
+    @overload
     def get_tensor_bytes_per_component(self, name: str, profile_index: int) -> int:
         ...
 
-    @typing.overload
+    @overload
     def get_tensor_components_per_element(self, name: str) -> int:
         ...
 
-    @typing.overload
+    @overload
     def get_tensor_components_per_element(self, name: str, profile_index: int) -> int:
         ...
 
     def get_tensor_dtype(self, name: str) -> DataType:
         ...
 
-    @typing.overload
+    @overload
     def get_tensor_format(self, name: str) -> TensorFormat:
         ...
 
-    @typing.overload
+    @overload
     def get_tensor_format(self, name: str, profile_index: int) -> TensorFormat:
         ...
 
-    @typing.overload
+    @overload
     def get_tensor_format_desc(self, name: str) -> str:
         ...
 
-    @typing.overload
+    @overload
     def get_tensor_format_desc(self, name: str, profile_index: int) -> str:
         ...
 
@@ -344,11 +347,11 @@ class ICudaEngine:
     def get_tensor_shape(self, name: str) -> Dims:
         ...
 
-    @typing.overload
+    @overload
     def get_tensor_vectorized_dim(self, name: str) -> int:
         ...
 
-    @typing.overload
+    @overload
     def get_tensor_vectorized_dim(self, name: str, profile_index: int) -> int:
         ...
 
@@ -380,7 +383,7 @@ class ICudaEngine:
         ...
 
     @property
-    def hardware_compatibility_level(self) -> ...:
+    def hardware_compatibility_level(self) -> Any:
         ...
 
     @property
@@ -412,7 +415,7 @@ class ICudaEngine:
         ...
 
     @property
-    def profiling_verbosity(self) -> ...:
+    def profiling_verbosity(self) -> Any:
         ...
 
     @property
@@ -435,10 +438,10 @@ class IExecutionContext:
     enqueue_emits_profile: bool
     error_recorder: Any
     name: str
-    nvtx_verbosity: ...
+    nvtx_verbosity: Any
     persistent_cache_limit: int
     profiler: IProfiler
-    temporary_allocator: ...
+    temporary_allocator: Any
     unfused_tensors_debug_state: bool
 
     def execute_async_v3(self, stream_handle: int) -> bool:
@@ -462,7 +465,7 @@ class IExecutionContext:
     def get_output_allocator(self, name: str) -> Any:
         ...
 
-    def get_runtime_config(self) -> ...:
+    def get_runtime_config(self) -> Any:
         ...
 
     def get_tensor_address(self, name: str) -> int:
@@ -495,15 +498,15 @@ class IExecutionContext:
     def set_input_consumed_event(self, event: int) -> bool:
         ...
 
-    @typing.overload
+    @overload
     def set_input_shape(self, name: str, shape: tuple) -> bool:
         ...
 
-    @typing.overload
+    @overload
     def set_input_shape(self, name: str, shape: list) -> bool:
         ...
 
-    @typing.overload
+    @overload
     def set_input_shape(self, name: str, shape: Dims) -> bool:
         ...
 
@@ -535,7 +538,7 @@ class IExecutionContext:
         ...
 
     @property
-    def engine(self) -> ...:
+    def engine(self) -> Any:
         ...
 class IHostMemory:
 
@@ -545,6 +548,9 @@ class IHostMemory:
 
     @property
     def nbytes(self) -> int:
+        ...
+
+    def __buffer__(self, flags: int, /) -> memoryview:
         ...
 class ILayer:
     metadata: str
@@ -610,7 +616,7 @@ class ILogger:
     def log(self, severity: ILogger.Severity, msg: str) -> None:
         ...
 class INetworkDefinition:
-    error_recorder: ...
+    error_recorder: Any
     name: str
 
     def __getitem__(self, arg0: int) -> ILayer:
@@ -622,7 +628,7 @@ class INetworkDefinition:
     def are_weights_marked_refittable(self, name: str) -> bool:
         ...
 
-    def get_flag(self, flag: ...) -> bool:
+    def get_flag(self, flag: Any) -> bool:
         ...
 
     def get_input(self, index: int) -> ITensor:
@@ -674,7 +680,7 @@ class INetworkDefinition:
         ...
 
     @property
-    def builder(self) -> ...:
+    def builder(self) -> Any:
         ...
 
     @property
@@ -752,7 +758,7 @@ class ITensor:
     allowed_formats: int
     broadcast_across_batch: bool
     dtype: DataType
-    location: ...
+    location: Any
     name: str
     shape: Dims
 
@@ -906,13 +912,13 @@ class OnnxParser:
     def clear_errors(self) -> None:
         ...
 
-    def clear_flag(self, flag: ...) -> None:
+    def clear_flag(self, flag: Any) -> None:
         ...
 
-    def get_error(self, index: int) -> ...:
+    def get_error(self, index: int) -> Any:
         ...
 
-    def get_flag(self, flag: ...) -> bool:
+    def get_flag(self, flag: Any) -> bool:
         ...
 
     def get_layer_output_tensor(self, name: str, i: int) -> ITensor:
@@ -945,7 +951,7 @@ class OnnxParser:
     def parse_with_weight_descriptors(self, model: Any) -> bool:
         ...
 
-    def set_flag(self, flag: ...) -> None:
+    def set_flag(self, flag: Any) -> None:
         ...
 
     def supports_model(self, model: Any, path: str=None) -> tuple[bool, list[tuple[list[int], bool]]]:
@@ -1086,11 +1092,11 @@ class Refitter:
     def set_dynamic_range(self, tensor_name: str, range: list[float]) -> bool:
         ...
 
-    @typing.overload
+    @overload
     def set_named_weights(self, name: str, weights: Weights) -> bool:
         ...
 
-    @typing.overload
+    @overload
     def set_named_weights(self, name: str, weights: Weights, location: TensorLocation) -> bool:
         ...
 
@@ -1114,15 +1120,15 @@ class Runtime:
     def __init__(self, logger: ILogger) -> None:
         ...
 
-    @typing.overload
+    @overload
     def deserialize_cuda_engine(self, serialized_engine: Any) -> ICudaEngine:
         ...
 
-    @typing.overload
+    @overload
     def deserialize_cuda_engine(self, stream_reader: Any) -> ICudaEngine:
         ...
 
-    @typing.overload
+    @overload
     def deserialize_cuda_engine(self, stream_reader_v2: Any) -> ICudaEngine:
         ...
 
@@ -1182,15 +1188,15 @@ class TilingOptimizationLevel(Enum):
     NONE: ClassVar[TilingOptimizationLevel]
 class Weights:
 
-    @typing.overload
+    @overload
     def __init__(self, type: DataType=...) -> None:
         ...
 
-    @typing.overload
+    @overload
     def __init__(self, type: DataType, ptr: int, count: int) -> None:
         ...
 
-    @typing.overload
+    @overload
     def __init__(self, a: Any) -> None:
         ...
 
