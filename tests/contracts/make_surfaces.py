@@ -124,7 +124,7 @@ def _cut(node: ast.stmt, known: set[str]) -> ast.stmt:
         node.decorator_list = [_bare(decorator) for decorator in node.decorator_list]
         node.returns = surface.known_type(node.returns, known)
         for argument in node.args.args:
-            argument.annotation = surface.known_type(argument.annotation, known) if argument.annotation else None
+            argument.annotation = surface.parameter_type(argument.annotation, known) if argument.annotation else None
     elif isinstance(node, ast.ClassDef):
         members = [member for member in node.body if not surface.unused(node.name, _name(member))]
         if any(_name(member) == "__members__" for member in node.body):

@@ -18,6 +18,7 @@ CLASSES = (
     "IRuntimeConfig", "ISerializationConfig", "ITensor", "ITimingCache", "Logger", "OnnxParser", "OnnxParserRefitter",
     "ParserError", "Profiler", "Refitter", "Runtime", "Weights",
     "BuilderFlag", "ComputeCapability", "CudaGraphStrategy", "DataType", "DeviceType",
+    "DynamicShapesKernelSpecializationStrategy",
     "EngineCapability", "EngineInvalidityDiagnostics", "EngineStat", "EngineValidity",
     "ExecutionContextAllocationStrategy", "HardwareCompatibilityLevel", "LayerInformationFormat", "LayerType",
     "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParserFlag", "PreviewFeature", "ProfilingVerbosity",
@@ -33,6 +34,9 @@ PROTOCOLS = {
     "Dims": "def __iter__(self) -> Iterator[int]: ...",
 }
 
+# What pybind11 makes of an argument by itself (py::implicitly_convertible in TensorRT's sources); no docstring says it.
+IMPLICIT = {"Weights": "Union[Weights, numpy.ndarray[Any, Any]]", "Dims": "Union[Dims, Sequence[int]]"}
+
 CUDART = re.compile(
     r"cuda(Malloc|MallocHost|MallocAsync|Free|FreeHost|FreeAsync|Memcpy|MemcpyAsync|Memset|MemsetAsync|MemGetInfo|"
     r"HostAlloc\w*|HostGetDevicePointer|HostRegister|HostUnregister|Stream\w+|Event\w+|GetDevice\w*|SetDevice|"
@@ -42,6 +46,8 @@ CUDART = re.compile(
 
 HEADER = """\
 from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union, overload
+
+import numpy
 
 """
 ENUM = '''\
@@ -178,7 +184,7 @@ def _python(text: str) -> str:
 def _typed(function: ast.FunctionDef, known: set[str]) -> str:
     """The parameters with types that the surface knows, and Any for the rest."""
     for argument in [*function.args.args, *function.args.kwonlyargs]:
-        argument.annotation = None if argument.arg == "self" else known_type(argument.annotation, known)
+        argument.annotation = None if argument.arg == "self" else parameter_type(argument.annotation, known)
     function.args.defaults = [ast.Constant(...)] * len(function.args.defaults)
     return f"({ast.unparse(function.args)}) -> {ast.unparse(known_type(function.returns, known))}"
 
@@ -191,6 +197,12 @@ def known_type(annotation: ast.expr | None, known: set[str]) -> ast.expr:
     text = re.sub(r"SupportsInt( \| SupportsIndex)?", "int", text).replace("SupportsFloat", "float")
     names = set(re.findall(r"[A-Za-z_][\w.]*", text))
     return ast.parse(text if names and names <= known | _TYPES else "Any", mode="eval").body
+
+
+def parameter_type(annotation: ast.expr | None, known: set[str]) -> ast.expr:
+    """The same for what a parameter takes."""
+    found = known_type(annotation, known)
+    return ast.parse(IMPLICIT.get(ast.unparse(found), ast.unparse(found)), mode="eval").body
 
 
 def _returned(getter: Any, known: set[str]) -> str:

@@ -71,6 +71,14 @@ def test_two_independent_readings_agree() -> None:
     assert {name for name in names(SURFACES / "tensorrt_stubs-10.13.0.35.1.pyi") - ours if "__" not in name} == set()
 
 
+def test_a_name_that_is_looked_for_exists() -> None:
+    """Looked for with hasattr or a default, so that no checker misses it: once spelt wrong, never found."""
+    for version in ("1.4.0.76", "1.7.1.116"):
+        there = names(SURFACES / f"tensorrt_rtx-{version}.pyi")
+        assert {"ComputeCapability.SM86", "DynamicShapesKernelSpecializationStrategy.EAGER"} <= there
+    assert all("NetworkDefinitionCreationFlag.STRONGLY_TYPED" in names(path) for path in TENSORRT)
+
+
 @pytest.mark.parametrize("path", TENSORRT, ids=lambda path: path.stem)
 def test_computed_names_exist(path: Path) -> None:
     there = names(path)

@@ -18,10 +18,18 @@ PINNED = sorted(path for path in SURFACES.glob("tensorrt*.pyi"))
 ENGINES = [path for path in sorted((ROOT / "engines").glob("*.py")) if touches_tensorrt(path)]
 
 # Objects of other libraries, which TensorRT's surfaces say nothing of: polygraphy (test_polygraphy.py), cuda-python
-# (test_cudart.py), ONNX Runtime, the modules read by name in target.py, and logger classes of our own.
+# (test_cudart.py), ONNX Runtime, tomllib by name, and classes of our own: loggers and profilers.
 OTHERS = re.compile(
-    r"poly|\w+\.poly|profile|(self\._|\w*\.)?cudart\b.*|properties|onnxruntime|_toml\(\)|recording_logger\(.*\)|logger"
+    r"poly|\w+\.poly|profile|(self\._|\w*\.)?cudart\b.*|properties|onnxruntime|_toml\(\)|recording_logger\(.*\)|logger|"
+    r"profiler|strategies"
 )
+
+
+# Reached on TensorRT-RTX alone: set_compute_capabilities; run-time settings behind a look for their enumeration.
+RTX_ALONE = {
+    "flavour": "num_compute_capabilities|set_compute_capability|ComputeCapability",
+    "stage": "IRuntimeConfig|create_runtime_config|dynamic_shapes_kernel_specialization_strategy",
+}
 
 
 class Complaint(NamedTuple):
@@ -90,11 +98,9 @@ def test_the_engines_fit_every_surface(complaints: list[Complaint]) -> None:
 
 
 def rtx_alone(complaint: Complaint) -> bool:
-    """Whether TensorRT lacks what set_compute_capabilities, never called for it, uses of TensorRT-RTX."""
-    lacking = re.search(
-        r'has no attribute "(?:num_compute_capabilities|set_compute_capability|ComputeCapability)"', complaint.text
-    )
-    return lacking is not None and complaint.module == "flavour" and not complaint.surface.startswith("tensorrt_rtx")
+    """Whether TensorRT lacks a name in code that is for TensorRT-RTX alone."""
+    names = RTX_ALONE.get(complaint.module, "(?!)")
+    return re.search(rf'"(?:trt\.)?(?:{names})"', complaint.text) is not None and "_rtx_" not in complaint.surface
 
 
 def test_nothing_of_tensorrt_goes_unchecked(complaints: list[Complaint]) -> None:

@@ -31,7 +31,9 @@ CLASSES = {
 OTHERWISE = {
     "build_worker": {"engine": "IHostMemory"},
     "precision": {"engine": "IHostMemory", "layer": None},  # serialised, still to be loaded; a layer in JSON
-    "runtime": {"logger": None},  # recording_logger's own class
+    "refit": {"logger": None},  # recording_logger's own class
+    "runtime": {"logger": None},
+    "stage": {"logger": None, "config": "IRuntimeConfig"},
 }
 
 

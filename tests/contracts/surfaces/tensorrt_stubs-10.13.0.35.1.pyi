@@ -2,6 +2,8 @@
 # SHA-256 749a36a1f825db0800a82d0dabbf7ef49f3a9edc1e794c9545fb94a551613fea, by tests/contracts/make_surfaces.py.
 from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union, overload
 
+import numpy
+
 __version__: str
 
 class Enum:
@@ -507,7 +509,7 @@ class IExecutionContext:
         ...
 
     @overload
-    def set_input_shape(self, name: str, shape: Dims) -> bool:
+    def set_input_shape(self, name: str, shape: Union[Dims, Sequence[int]]) -> bool:
         ...
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
@@ -661,7 +663,7 @@ class INetworkDefinition:
     def remove_tensor(self, tensor: ITensor) -> None:
         ...
 
-    def set_weights_name(self, weights: Weights, name: str) -> bool:
+    def set_weights_name(self, weights: Union[Weights, numpy.ndarray[Any, Any]], name: str) -> bool:
         ...
 
     def unmark_debug(self, tensor: ITensor) -> bool:
@@ -711,7 +713,7 @@ class IOptimizationProfile:
     def get_shape_input(self, input: str) -> list[list[int]]:
         ...
 
-    def set_shape(self, input: str, min: Dims, opt: Dims, max: Dims) -> None:
+    def set_shape(self, input: str, min: Union[Dims, Sequence[int]], opt: Union[Dims, Sequence[int]], max: Union[Dims, Sequence[int]]) -> None:
         ...
 
     def set_shape_input(self, input: str, min: list[int], opt: list[int], max: list[int]) -> None:
@@ -1093,14 +1095,14 @@ class Refitter:
         ...
 
     @overload
-    def set_named_weights(self, name: str, weights: Weights) -> bool:
+    def set_named_weights(self, name: str, weights: Union[Weights, numpy.ndarray[Any, Any]]) -> bool:
         ...
 
     @overload
-    def set_named_weights(self, name: str, weights: Weights, location: TensorLocation) -> bool:
+    def set_named_weights(self, name: str, weights: Union[Weights, numpy.ndarray[Any, Any]], location: TensorLocation) -> bool:
         ...
 
-    def set_weights(self, layer_name: str, role: WeightsRole, weights: Weights) -> bool:
+    def set_weights(self, layer_name: str, role: WeightsRole, weights: Union[Weights, numpy.ndarray[Any, Any]]) -> bool:
         ...
 
     def unset_named_weights(self, weights_name: str) -> bool:
