@@ -7,13 +7,17 @@ import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
+
+if TYPE_CHECKING:
+    from hipa_deploy.bundle import Bundle
+    from hipa_deploy.engines.options import BuildOptions
 
 app = typer.Typer(
     name="hipa",
@@ -134,7 +138,9 @@ def export(
         measured = f"{stage.parity.psnr_db:.1f} dB from PyTorch FP32 (ONNX Runtime, CPU)"
         console.print(f"{stage.spec.name}: {measured}{islands}", highlight=False)
     if build:
-        _build(out, build, "auto")
+        from hipa_deploy.engines.options import BuildOptions
+
+        _build(out, build, "auto", BuildOptions())
     typer.echo(out)
 
 
@@ -143,19 +149,68 @@ def build(
     bundle: BundleArgument,
     backend: Annotated[EngineBackend, typer.Option(help="rtx compiles on any machine; tensorrt on the device.")],
     target: Annotated[str, typer.Option(help="auto, or a target's name: rtx30, rtx40, rtx50, orin-nano, …")] = "auto",
+    workspace: Annotated[int | None, typer.Option(help="MiB of GPU memory that a layer may use as scratch.")] = None,
+    tactic_dram: Annotated[int | None, typer.Option(help="MiB of host memory for the builder, on a Jetson.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="0 (builds fast) to 5 (runs fast).")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="File; one per device and version by default.")] = None,
+    refit: Annotated[bool, typer.Option("--refit", help="Let the engine take another adaptor later.")] = False,
+    best_of: Annotated[int, typer.Option(help="Build so often, keep what this GPU runs fastest.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the memory plan and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build what the plan says cannot fit.")] = False,
 ) -> None:
     """Compile a bundle's stages into TensorRT engines."""
     from hipa_deploy.embedded import resolve_bundle
+    from hipa_deploy.engines.options import BuildOptions
 
-    _build(resolve_bundle(bundle), backend, target)
+    given = {
+        "workspace_mib": workspace,
+        "tactic_dram_mib": tactic_dram,
+        "optimization_level": optimization_level,
+        "timing_cache": timing_cache,
+        "refit": refit or None,
+    }
+    options = BuildOptions.model_validate({name: value for name, value in given.items() if value is not None})
+    root = resolve_bundle(bundle)
+    if dry_run:
+        _dry_run(root, backend, target, options)
+    else:
+        _build(root, backend, target, options, best_of=best_of, force=force)
 
 
-def _build(root: Path, backend: EngineBackend, target: str) -> None:
+def _dry_run(root: Path, backend: EngineBackend, target: str, options: BuildOptions) -> None:
+    from hipa_deploy.bundle import Bundle
+    from hipa_deploy.engines.build import dry_run
+    from hipa_deploy.engines.plan import render_plan
+
+    plan = dry_run(Bundle.open(root), backend=backend.value, target=target, options=options)
+    Console().print(*render_plan(plan), sep="\n")
+    plan.refuse_misfits()
+
+
+def _build(root: Path, backend: EngineBackend, target: str, options: BuildOptions, **more: Any) -> None:
     from hipa_deploy.bundle import Bundle
     from hipa_deploy.engines.build import build_bundle
 
-    for engine in build_bundle(Bundle.open(root), backend=backend.value, target=target, console=console):
+    bundle = Bundle.open(root)
+    built = build_bundle(bundle, backend=backend.value, target=target, options=options, console=console, **more)
+    for engine in built:
         typer.echo(engine.path)
+    _check_engines(bundle, backend.value)
+
+
+def _check_engines(bundle: Bundle, backend: str) -> None:
+    """Run what was built on the bundle's reference prompt, if it is for this machine."""
+    from hipa_deploy.engines.engine import runnable_flavour
+    from hipa_deploy.selfcheck import check_bundle
+
+    if runnable_flavour(bundle) != backend:
+        console.print("These engines are not for this machine. Where they run, check them: hipa-doctor BUNDLE")
+        return
+    checked = check_bundle(bundle, backend)
+    for name, check in checked.stages.items():
+        console.print(f"{name}: {check}", highlight=False)
+    if checked.problems:
+        raise HipaError(f"{' '.join(checked.problems)} The engines remain. Run hipa-doctor --self-test for a report.")
 
 
 @app.command()
@@ -253,18 +308,46 @@ def evaluate(
 
 @app.command()
 def doctor(
-    bundle: Annotated[str | None, typer.Argument(help="A bundle to check as well, or 'emoji'.")] = None,
+    subject: Annotated[str | None, typer.Argument(help="A bundle (or 'emoji'), which is run, or an engine.")] = None,
+    backend: BackendOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    self_test: Annotated[bool, typer.Option("--self-test", help="Build, run and time the embedded bundle.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the self-test's report here, for an issue.")] = None,
 ) -> None:
-    """Say what this machine can do, what is missing, and the command that mends it."""
+    """Say what this machine can do and lacks; rerun a bundle's reference prompt and compare with its export."""
+    if self_test:
+        _self_test(subject, out, as_json)
+    elif out:
+        raise HipaError("--out is for --self-test. Add it, or leave --out away.")
+    else:
+        _examine(subject, backend, as_json)
+
+
+def _examine(subject: str | None, backend: str, as_json: bool) -> None:
     from hipa_deploy.doctor import examine, render
 
-    report = examine(bundle)
+    with console.status("examining"):
+        report = examine(subject, backend)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
         Console().print(render(report))
     if report["problems"]:
+        raise typer.Exit(1)
+
+
+def _self_test(subject: str | None, out: Path | None, as_json: bool) -> None:
+    from hipa_deploy.files import write_file
+    from hipa_deploy.selftest import render_text, self_test
+
+    if subject:
+        raise HipaError("--self-test runs the embedded bundle. Leave SUBJECT out, or the option.")
+    report = self_test(console)
+    text = render_text(report)
+    if out:
+        write_file(out, text.encode())
+    typer.echo(report.model_dump_json(indent=2) if as_json else text)
+    if report.failed:
         raise typer.Exit(1)
 
 

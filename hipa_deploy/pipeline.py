@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +19,10 @@ from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.one_step import check_seeds, initial_noise, predict_x0
 from hipa_deploy.prompts import Timer, open_prompts
-from hipa_deploy.runners import Runner, check_backend, open_runner, resolve_backend
+from hipa_deploy.runners import Chain, Runner, check_backend, open_stages, resolve_backend
+
+if TYPE_CHECKING:
+    from hipa_deploy.engines.device_array import DeviceArray
 
 MAX_IMAGES = 10_000
 
@@ -46,10 +49,11 @@ class OneStepPipeline:
     ...     pipe("3d emoji of a red apple", seed=0).images[0].save("apple.png")
     """
 
-    def __init__(self, bundle: Bundle, backend: str, runners: dict[str, Runner]) -> None:
+    def __init__(self, bundle: Bundle, backend: str, runners: dict[str, Runner], chain: Chain | None = None) -> None:
         self.bundle = bundle
         self.backend = backend
         self.runners = runners
+        self.chain = chain  # every stage on the device, as one; None where the host carries tensors between them
         self.load_seconds = 0.0
         batch = bundle.manifest.batch
         self._batch = bundle.axes.get("batch", Axis(min=batch, opt=batch, max=batch))
@@ -68,9 +72,11 @@ class OneStepPipeline:
         opened = Bundle.open(resolve_bundle(bundle))
         opened.verify()
         name = resolve_backend(backend, opened)
-        with ExitStack() as stack:  # a stage that fails to load releases those before it
-            runners = {stage: stack.enter_context(open_runner(opened, stage, name)) for stage in opened.stages}
-            pipeline = cls(opened, name, runners)
+        runners, chain = open_stages(opened, name)
+        with ExitStack() as stack:
+            for runner in runners.values():
+                stack.callback(runner.close)
+            pipeline = cls(opened, name, runners, chain)
             stack.pop_all()
         pipeline.load_seconds = time.perf_counter() - started
         return pipeline
@@ -135,8 +141,12 @@ class OneStepPipeline:
     ) -> np.ndarray:
         """One batch, uint8 [len(seeds), H, W, 3]. A batch that is too small repeats its last job."""
         padding = max(0, self._batch.min - len(seeds))
-        context_BLD = self._prompts.contexts(prompts + prompts[-1:] * padding, timer)
+        handles = prompts + prompts[-1:] * padding
         noise_BCHW = initial_noise(seeds + seeds[-1:] * padding, latent_CHW)
+        if self.chain is not None:  # all stages on the device, one CUDA graph
+            with timer("pipeline"):
+                return self._through(self.chain, handles, noise_BCHW)[: len(seeds)]
+        context_BLD = self._prompts.contexts(handles, timer)
         if "generator" in self.runners:  # UNet and decoder in one graph
             with timer("generator"):
                 return self._run("generator", noise_BCHW, context_BLD)[: len(seeds)]
@@ -144,6 +154,40 @@ class OneStepPipeline:
             latents_BCHW = self._predict(noise_BCHW, context_BLD)
         with timer("vae_decoder"):
             return self._decode(latents_BCHW)[: len(seeds)]
+
+    def _through(self, chain: Chain, handles: list[Any], noise_BCHW: np.ndarray) -> np.ndarray:
+        """Noise and token ids (or their context, once it is known) go to the device, images come back."""
+        feed = self._prompts.feed(handles)
+        made = chain.run({"noise": noise_BCHW, **feed}, ("images", "context") if "tokens" in feed else ("images",))
+        if "context" in made:
+            self._prompts.keep(handles, made["context"])
+        return made["images"]
+
+    def generate_on_device(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        count: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        truncate: bool = False,
+    ) -> DeviceArray:
+        """One batch of images, uint8 [count, H, W, 3], left on the device: see ``DeviceArray`` for how long it lives.
+
+        Raises:
+            HipaError: as a call does; a backend that gives host arrays; more or fewer images than a batch holds.
+
+        """
+        if self.chain is None:
+            raise HipaError(f"backend {self.backend} gives host arrays. Use tensorrt or rtx, and the onestep layout.")
+        check_seeds(seed, count)
+        if count not in self._batch:
+            raise HipaError(f"count is {count}, a batch of this bundle holds {self._batch}.")
+        noise_BCHW = initial_noise(range(seed, seed + count), latent_shape(self.bundle, height, width))
+        handles = self._prompts.prepare([prompt], truncate=truncate) * count
+        array: DeviceArray = self.chain.run_device(noise=noise_BCHW, **self._prompts.feed(handles))["images"]
+        return array
 
     def _predict(self, noise_BCHW: np.ndarray, context_BLD: np.ndarray) -> np.ndarray:
         """x0 latents as the decoder takes them. A generic UNet leaves timestep, x0 and latent scaling to us."""

@@ -26,6 +26,12 @@ class PromptSource(Protocol):
     def prepare(self, prompts: Sequence[str], *, truncate: bool) -> list[Any]:
         """One handle a prompt. Raises HipaError for a prompt that cannot be encoded."""
 
+    def feed(self, handles: list[Any]) -> dict[str, np.ndarray]:
+        """What a chain of stages starts from: 'context' [B, L, D] where it is known, else 'tokens' [B, L]."""
+
+    def keep(self, handles: list[Any], context_BLD: np.ndarray) -> None:
+        """Remember the context of prepared prompts."""
+
     def contexts(self, handles: list[Any], timer: Timer) -> np.ndarray:
         """Text context [B, L, D] of prepared prompts."""
 
@@ -49,16 +55,26 @@ class EncodedPrompts:
         """Token ids int64 [L] of each prompt."""
         return list(self._tokenizer(prompts, truncate=truncate))
 
+    def feed(self, handles: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """The context if this batch was seen lately, else the token ids."""
+        tokens_BL = np.stack(handles)
+        known_BLD = self._cache.get(tokens_BL.tobytes())
+        return {"tokens": tokens_BL} if known_BLD is None else {"context": known_BLD}
+
+    def keep(self, handles: list[np.ndarray], context_BLD: np.ndarray) -> None:
+        """Remember a batch, and forget the oldest."""
+        self._cache[np.stack(handles).tobytes()] = context_BLD
+        if len(self._cache) > CACHED_BATCHES:
+            del self._cache[next(iter(self._cache))]
+
     def contexts(self, handles: list[np.ndarray], timer: Timer) -> np.ndarray:
         """Run the text encoder, unless this batch was seen lately."""
-        tokens_BL = np.stack(handles)
-        key = tokens_BL.tobytes()
-        if key not in self._cache:
+        feed = self.feed(handles)
+        if "tokens" in feed:
             with timer("text_encoder"):
-                self._cache[key] = self._run(tokens_BL)
-            if len(self._cache) > CACHED_BATCHES:
-                del self._cache[next(iter(self._cache))]
-        return self._cache[key]
+                feed["context"] = self._run(feed["tokens"])
+            self.keep(handles, feed["context"])
+        return feed["context"]
 
 
 class BakedPrompts:
@@ -82,9 +98,16 @@ class BakedPrompts:
                 )
         return [self._index[prompt] for prompt in prompts]
 
+    def feed(self, handles: list[int]) -> dict[str, np.ndarray]:
+        """Always the context."""
+        return {"context": np.ascontiguousarray(self._contexts_NLD[handles])}
+
+    def keep(self, handles: list[int], context_BLD: np.ndarray) -> None:
+        """Nothing: all are known."""
+
     def contexts(self, handles: list[int], timer: Timer) -> np.ndarray:
         """Look the contexts up."""
-        return np.ascontiguousarray(self._contexts_NLD[handles])
+        return self.feed(handles)["context"]
 
 
 def read_closed_set(path: Path) -> list[str]:

@@ -6,8 +6,10 @@ error, never another backend.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,6 +37,19 @@ class Runner(Protocol):
     ) -> None: ...
 
 
+class Chain(Protocol):
+    """Every stage on one device: what a stage gives is what the next one takes, without leaving it."""
+
+    def run(self, inputs: dict[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Run the stages whose outputs are not among ``inputs``; the ``outputs`` asked for, or the last stage's."""
+
+    def run_device(self, **inputs: np.ndarray) -> dict[str, Any]:
+        """The last stage's outputs as device arrays, valid until the next run."""
+
+    def close(self) -> None:
+        """Release device memory. Calling it twice is harmless."""
+
+
 def check_backend(backend: str) -> None:
     """Raise HipaError for a name that is not in ``BACKENDS``."""
     if backend not in BACKENDS:
@@ -58,12 +73,33 @@ def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
 
     """
     if backend.startswith("onnxruntime"):
-        from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner
+        from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
 
-        return OnnxRuntimeRunner(bundle.stage_path(stage), bundle.stages[stage].spec, backend)
+        cache = engine_cache(bundle, stage) if backend == "onnxruntime-tensorrt" else None
+        return OnnxRuntimeRunner(bundle.stage_path(stage), bundle.stages[stage].spec, backend, cache=cache)
     from hipa_deploy.engines.engine import open_engine
 
     return open_engine(bundle, stage, backend)
+
+
+def open_stages(bundle: Bundle, backend: str) -> tuple[dict[str, Runner], Chain | None]:
+    """Load every stage on one backend (not 'auto'): a runner each, and the chain of them where there is one.
+
+    TensorRT chains the stages of the onestep layout. The generic one has arithmetic of ours between its stages.
+
+    Raises:
+        HipaError: as ``open_runner`` does. Stages that were loaded are released.
+
+    """
+    if backend.startswith("onnxruntime") or bundle.manifest.layout != "onestep":
+        with ExitStack() as stack:
+            runners = {stage: stack.enter_context(open_runner(bundle, stage, backend)) for stage in bundle.stages}
+            stack.pop_all()
+        return runners, None
+    from hipa_deploy.engines.engine import open_engines
+
+    chain = open_engines(bundle, bundle.stages, backend)
+    return {stage: chain.stage(stage) for stage in bundle.stages}, chain
 
 
 def check_inputs(spec: StageSpec, inputs: dict[str, np.ndarray]) -> dict[str, int]:

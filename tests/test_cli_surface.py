@@ -21,11 +21,14 @@ SURFACE = {
         "--out", "--model", "--adaptor", "--adaptor-scale", "--dtype", "--layout", "--height", "--width", "--batch",
         "--decoder", "--fuse", "--prompts", "--dynamic", "--build",
     },
-    "build": {"--backend", "--target"},
+    "build": {
+        "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level", "--timing-cache", "--refit",
+        "--best-of", "--dry-run", "--force",
+    },
     "generate": {"--out", "--seed", "--count", "--height", "--width", "--backend", "--truncate"},
     "profile": {"--runs", "--backend", "--json", "--roofline"},
     "evaluate": {"--adaptor", "--model", "--recipe", "--prompts", "--images", "--json"},
-    "doctor": {"--json"},
+    "doctor": {"--backend", "--json", "--self-test", "--out"},
     "demo": {"--out", "--quick"},
 }  # fmt: skip
 
@@ -75,6 +78,8 @@ def test_installed_script_answers(verb: str) -> None:
         (["generate", "emoji", "apple", "--out", "x.jpg"], ".png"),
         (["profile", "emoji", "--roofline", "rtx60"], "'rtx60' is unknown"),
         (["generate", "emoji", "apple", "--out", "x.png", "--count", "2"], "one file"),
+        (["doctor", "emoji", "--self-test"], "Leave SUBJECT out"),
+        (["doctor", "--out", "x"], "--out is for --self-test"),
         (["train", "--out", "x", "--adaptor", "emoji"], "--adaptor is for a decoder"),
         (["train", "--out", "x", "--recipe", "emoji-decoder", "--from", "emoji"], "--from is for an adaptor"),
         (["export", "--model", "/no/such", "--out", "x", "--dtype", "int3"], "--dtype"),

@@ -11,8 +11,8 @@ from hipa_deploy import OneStepPipeline
 from hipa_deploy.adaptor import read_metadata
 from hipa_deploy.embedded import ADAPTOR, BUNDLE, MODEL
 from hipa_deploy.export.bundle import ExportOptions, export_bundle
-from hipa_deploy.export.parity import compare
 from hipa_deploy.one_step import initial_noise
+from hipa_deploy.parity import compare
 from hipa_deploy.train.evaluate import kid_lite0, one_step_images, teacher_images
 from hipa_deploy.train.recipe import load_recipe
 from hipa_deploy.train.report import draw, held_out_prompts

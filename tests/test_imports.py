@@ -15,6 +15,8 @@ RUNTIME = [
     "hipa_deploy.bundle",
     "hipa_deploy.doctor",
     "hipa_deploy.pipeline",
+    "hipa_deploy.selfcheck",
+    "hipa_deploy.selftest",
     "hipa_deploy.engines.device",
     "hipa_deploy.engines.engine",
     "hipa_deploy.engines.onnxruntime_runner",

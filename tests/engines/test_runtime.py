@@ -1,259 +1,366 @@
-"""The order of the runtime's calls, against a recording fake of TensorRT and cuda-python, and for real on a GPU.
-
-The fake is a fake: it has no kernels, and its 'device' is host memory. It refuses what it knows the real ones refuse:
-a copy from memory that is not allocated, a run without every address, freeing twice.
-"""
+"""The runtime's buffers, order of calls, graphs, errors and clean-up, on a recording fake (fake_gpu says which)."""
 
 from __future__ import annotations
 
-import ctypes
-import io
-from types import ModuleType, SimpleNamespace
+import warnings
+import weakref
 
 import numpy as np
 import pytest
-from rich.console import Console
+from fake_gpu import FakeCudart, FakeEngine, FakeGpu
 
 from hipa_deploy.bundle import Axis, StageSpec, TensorSpec
 from hipa_deploy.engines import runtime
 from hipa_deploy.engines.cuda import load_cudart
 from hipa_deploy.engines.device import find_gpu
-from hipa_deploy.engines.runtime import TensorRTRunner
+from hipa_deploy.engines.runtime import TensorRTRunner, sequence_spec
+from hipa_deploy.engines.stage import deserialise, layer_profiler
 from hipa_deploy.errors import HipaError
 
-SPEC = StageSpec(
-    name="unet",
-    inputs=(TensorSpec(name="x", dtype="float32", shape=(2, 3)), TensorSpec(name="t", dtype="int64", shape=(1,))),
-    outputs=(TensorSpec(name="y", dtype="float16", shape=(2, 3)),),
+
+def tensor(name: str, dtype: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
+TOKENS, CONTEXT = tensor("tokens", "int64", 1, 3), tensor("context", "float16", 1, 3)
+NOISE, LATENTS, IMAGES = (
+    tensor(n, d, 1, 3) for n, d in (("noise", "float32"), ("latents", "float32"), ("images", "uint8"))
 )
-
-
-class FakeCudart:
-    """Host memory behind the CUDA runtime's names; errors are returned, as cuda-python does."""
-
-    cudaStreamNonBlocking = 1
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
-
-    def __init__(self, fail: str = "") -> None:
-        self.fail, self.log, self.live, self.streams = fail, [], {}, set()
-
-    def __getattr__(self, name):
-        def call(*arguments):
-            self.log.append(name)
-            if name == self.fail:
-                return (2,)
-            return getattr(self, f"do_{name}")(*arguments)
-
-        return call
-
-    def cudaGetErrorString(self, error):
-        return 0, b"out of memory" if error == 2 else b"invalid argument"
-
-    def do_cudaMalloc(self, size):
-        memory = (ctypes.c_uint8 * size)()
-        self.live[ctypes.addressof(memory)] = memory
-        return 0, ctypes.addressof(memory)
-
-    do_cudaMallocHost = do_cudaMalloc
-
-    def do_cudaFree(self, pointer):
-        return (0,) if self.live.pop(pointer, None) is not None else (1,)
-
-    do_cudaFreeHost = do_cudaFree
-
-    def do_cudaMemcpyAsync(self, to, source, size, kind, stream):
-        if to not in self.live or source not in self.live or stream not in self.streams:
-            return (1,)
-        ctypes.memmove(to, source, size)
-        return (0,)
-
-    def do_cudaStreamCreateWithFlags(self, flags):
-        self.streams.add(7)
-        return 0, 7
-
-    def do_cudaStreamDestroy(self, stream):
-        self.streams.remove(stream)
-        return (0,)
-
-    def do_cudaStreamSynchronize(self, stream):
-        return (0,) if stream in self.streams else (1,)
-
-
-class FakeContext:
-    """y = x + t in float16."""
-
-    def __init__(self, runs: bool) -> None:
-        self.runs, self.addresses, self.shape = runs, {}, (2, 3)
-
-    def set_input_shape(self, name, shape):
-        self.shape = shape
-        return shape[0] != 2  # as if the profile ended at 1
-
-    def get_tensor_shape(self, name):
-        return self.shape
-
-    def set_tensor_address(self, name, address):
-        self.addresses[name] = address
-        return True
-
-    def execute_async_v3(self, stream):
-        assert stream == 7
-        assert self.addresses.keys() == {"x", "t", "y"}
-        size = self.shape[0] * 3
-        x = np.frombuffer((ctypes.c_uint8 * (4 * size)).from_address(self.addresses["x"]), np.float32)
-        t = np.frombuffer((ctypes.c_uint8 * 8).from_address(self.addresses["t"]), np.int64)
-        y = np.frombuffer((ctypes.c_uint8 * (2 * size)).from_address(self.addresses["y"]), np.float16)
-        y[:] = x + t
-        return self.runs
-
-
-class FakeEngine:
-    num_io_tensors = 3
-
-    def __init__(self, runs=True, context=True, **changes) -> None:
-        self.tensors = {"x": ("float32", (2, 3)), "t": ("int64", (1,)), "y": ("float16", (2, 3)), **changes}
-        self.context = FakeContext(runs) if context else None
-
-    def get_tensor_name(self, index):
-        return list(self.tensors)[index]
-
-    def get_tensor_mode(self, name):
-        return "out" if name == "y" else "in"
-
-    def get_tensor_dtype(self, name):
-        return self.tensors[name][0]
-
-    def get_tensor_shape(self, name):
-        return self.tensors[name][1]
-
-    def create_execution_context(self):
-        return self.context
-
-
-class FakeLogger:
-    ERROR, INTERNAL_ERROR = 1, 0
-
-
-class FakeILogger:
-    """Nothing of TensorRT's logger but its place in the class tree."""
-
-
-class FakeRuntime:
-    def __init__(self, logger, engine) -> None:
-        self.log, self.engine = logger.log, engine
-
-    def deserialize_cuda_engine(self, data):
-        self.log(1, "bad magic number.\n")
-        return self.engine
-
-
-def fake_trt(engine):
-    trt = ModuleType("fake_tensorrt")
-    trt.Logger, trt.ILogger, trt.nptype = FakeLogger, FakeILogger, np.dtype
-    trt.Runtime = lambda logger: FakeRuntime(logger, engine)
-    trt.TensorIOMode = SimpleNamespace(INPUT="in")
-    return trt
+TEXT = StageSpec(name="text_encoder", inputs=(TOKENS,), outputs=(CONTEXT,))
+UNET = StageSpec(name="unet", inputs=(NOISE, CONTEXT), outputs=(LATENTS,))
+DECODER = StageSpec(name="vae_decoder", inputs=(LATENTS,), outputs=(IMAGES,))
+COMPUTE = {
+    "text_encoder": lambda tokens: {"context": 2 * tokens},
+    "unet": lambda noise, context: {"latents": noise + context},
+    "vae_decoder": lambda latents: {"images": latents + 1},
+}
+INPUTS = {"tokens": np.asarray([[1, 2, 3]]), "noise": np.float32([[10, 20, 30]])}
+IMAGE = [[13, 25, 37]]  # noise + 2 tokens + 1
 
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Opens a runner on fakes; returns it with the fake CUDA runtime."""
+    """Opens a runner on fakes, by default of the whole pipeline; ``fake.gpu`` is the fake behind the latest."""
 
-    def make(engine, fail="", spec=SPEC):
-        cudart = FakeCudart(fail)
-        monkeypatch.setattr(runtime, "load_tensorrt", lambda flavour: fake_trt(engine))
-        monkeypatch.setattr(runtime, "load_cudart", lambda flavour: cudart)
-        (tmp_path / "x.engine").write_bytes(b"engine")
-        make.cudart = cudart
-        return TensorRTRunner(tmp_path / "x.engine", spec, "tensorrt")
+    def make(*specs: StageSpec, fail="", integrated=False, graph=True, gone=(), rtx=False, **options):
+        specs = specs or (TEXT, UNET, DECODER)
+        engines = {spec.name: FakeEngine(spec, COMPUTE[spec.name], **options.get(spec.name, {})) for spec in specs}
+        make.gpu = FakeGpu({**engines, **dict.fromkeys(gone)}, FakeCudart(fail, integrated), rtx)
+        monkeypatch.setattr(runtime, "load_tensorrt", lambda flavour: make.gpu.trt)
+        monkeypatch.setattr(runtime, "load_cudart", lambda flavour: make.gpu.cudart)
+        for name in engines:
+            (tmp_path / f"{name}.engine").write_text(name)
+        return TensorRTRunner([(s, tmp_path / f"{s.name}.engine") for s in specs], "tensorrt", graph=graph)
 
     return make
 
 
-INPUTS = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "t": np.asarray([10], np.int64)}
+def calls(fake, since: int) -> list[str]:
+    return fake.gpu.cudart.log[since:]
 
 
-def test_it_computes_and_gives_everything_back(fake):
-    with fake(FakeEngine()) as runner:
-        first = runner(**INPUTS)["y"]
-        assert first.dtype == np.float16
-        assert first.tolist() == [[10, 11, 12], [13, 14, 15]]
-        second = runner(**{**INPUTS, "t": np.asarray([0], np.int64)})["y"]
-        assert first[0, 0] == 10, "the caller's array is not the runner's buffer"
-        assert second[0, 0] == 0
-        copies = ["cudaMemcpyAsync"] * 3  # two inputs, one output
-        assert fake.cudart.log[-4:] == [*copies, "cudaStreamSynchronize"]
-    assert (fake.cudart.live, fake.cudart.streams) == ({}, set())
+def test_the_whole_pipeline_is_one_graph_launch_and_gives_everything_back(fake):
+    with fake() as runner:
+        assert [t.name for t in runner.spec.inputs] == ["tokens", "noise"]
+        assert [t.name for t in runner.spec.outputs] == ["images"]
+        first = runner(**INPUTS)["images"]
+        assert first.dtype == np.uint8
+        assert first.tolist() == IMAGE
+        before = len(fake.gpu.cudart.log)
+        second = runner(**{**INPUTS, "noise": np.zeros((1, 3), np.float32)})["images"]
+        assert second.tolist() == [[3, 5, 7]]
+        assert first.tolist() == IMAGE, "the caller's array is not the runner's buffer"
+        assert calls(fake, before) == [
+            "cudaStreamSynchronize", "cudaMemcpyAsync", "cudaMemcpyAsync", "cudaGraphLaunch", "cudaMemcpyAsync",
+            "cudaStreamSynchronize",
+        ]  # fmt: skip
+        assert runner.graph_problem is None
+        contexts = [weakref.ref(engine.contexts.pop()) for engine in fake.gpu.engines.values()]
+    assert fake.gpu.cudart.leaks == []
+    assert [context() for context in contexts] == [None] * 3
     runner.close()
     with pytest.raises(HipaError, match="closed"):
         runner(**INPUTS)
 
 
-def open_rows(tensor: TensorSpec) -> TensorSpec:
-    return tensor.model_copy(update={"shape": ("batch", 3)}) if tensor.shape == (2, 3) else tensor
+def test_a_stage_between_two_others_reads_the_buffer_that_the_first_wrote(fake):
+    with fake() as runner:
+        runner(**INPUTS)
+        addresses = {name: engine.contexts[0].addresses for name, engine in fake.gpu.engines.items()}
+    assert addresses["text_encoder"]["context"] == addresses["unet"]["context"]
+    assert addresses["unet"]["latents"] == addresses["vae_decoder"]["latents"]
 
 
-def test_a_dynamic_engine_is_told_its_shape_and_gives_as_many_rows(fake):
-    spec = StageSpec(
-        name="unet",
-        inputs=tuple(map(open_rows, SPEC.inputs)),
-        outputs=tuple(map(open_rows, SPEC.outputs)),
-        axes={"batch": Axis(min=1, opt=1, max=2)},
-    )
-    with fake(FakeEngine(x=("float32", (-1, 3)), y=("float16", (-1, 3))), spec=spec) as runner:
-        one_row = {**INPUTS, "x": INPUTS["x"][1:]}
-        assert runner(**one_row)["y"].tolist() == [[13, 14, 15]]
-        with pytest.raises(HipaError, match=r"refuses x of shape \[2, 3\]"):
+def test_a_known_context_leaves_the_text_encoder_out(fake):
+    with fake() as runner:
+        made = runner.run(INPUTS, ("images", "context"))
+        before = len(fake.gpu.cudart.log)
+        again = runner(noise=INPUTS["noise"], context=made["context"] + np.float16(1))
+        assert again["images"].tolist() == [[14, 26, 38]]
+        assert runner.device_ms == 2  # two stages, a fake millisecond each
+        assert "cudaStreamBeginCapture" in calls(fake, before)  # another graph, beside the first
+        before = len(fake.gpu.cudart.log)
+        assert runner(**INPUTS)["images"].tolist() == IMAGE
+        assert "cudaStreamBeginCapture" not in calls(fake, before)
+
+
+def test_a_stage_by_itself_is_a_runner(fake):
+    with fake() as runner:
+        unet = runner.stage("unet")
+        given = {"noise": INPUTS["noise"], "context": np.float16([[1, 1, 1]])}
+        assert unet.device_ms is None
+        assert unet(**given)["latents"].tolist() == [[11, 21, 31]]
+        assert unet.device_ms == 1
+        assert runner.stage("text_encoder").device_ms is None, "it did not run"
+        with pytest.raises(HipaError, match=r"unet: got inputs \['noise'\], expected \['context', 'noise'\]"):
+            unet(noise=INPUTS["noise"])
+        with unet:
+            pass
+        with pytest.raises(HipaError, match="closed"):
             runner(**INPUTS)
-        with pytest.raises(HipaError, match="batch is 3, expected 1 to 2"):
-            runner(**{**INPUTS, "x": np.zeros((3, 3), np.float32)})
 
 
-def test_non_contiguous_inputs_are_copied_right(fake):
-    with fake(FakeEngine()) as runner:
-        transposed = np.ascontiguousarray(INPUTS["x"].T).T
-        assert runner(**{**INPUTS, "x": transposed})["y"][1, 0] == 13
+def test_device_time_is_of_each_stage_and_of_the_whole(fake):
+    with fake() as runner:
+        assert runner.device_ms is None
+        for _ in range(2):  # captured, then launched
+            runner(**INPUTS)
+            assert runner.device_ms == 3
+            assert runner.stage("unet").device_ms == 1
 
 
-def test_wrong_inputs_are_refused_before_any_copy(fake):
-    with fake(FakeEngine()) as runner:
-        before = list(fake.cudart.log)
-        with pytest.raises(HipaError, match="input x is float64"):
-            runner(**{**INPUTS, "x": np.zeros((2, 3))})
-        assert fake.cudart.log == before
+def test_device_memory_is_what_loading_took(fake):
+    with fake() as runner:
+        assert runner.device_memory_mib == runner.stage("unet").device_memory_mib
+        assert runner.device_memory_mib == 2 * (24 + 6 + 12 + 12 + 3)  # the fake's MiB are bytes: device and pinned
+
+
+def test_where_memory_is_shared_nothing_is_copied(fake):
+    with fake(integrated=True) as runner:
+        assert runner(**INPUTS)["images"].tolist() == IMAGE
+        assert runner(**INPUTS)["images"].tolist() == IMAGE
+        assert {"cudaMemcpyAsync", "cudaMalloc", "cudaMallocHost"}.isdisjoint(fake.gpu.cudart.log)
+    assert fake.gpu.cudart.leaks == []
+
+
+def test_outputs_can_stay_on_the_device(fake):
+    with fake() as runner:
+        array = runner.run_device(**INPUTS)["images"]
+        told = array.__cuda_array_interface__
+        assert (told["shape"], told["typestr"], told["version"], told["stream"]) == ((1, 3), "|u1", 3, 7)
+        memory = fake.gpu.cudart.memory[told["data"][0]]
+        assert memory.kind == "device"
+        array.wait()
+        assert list(memory.raw) == IMAGE[0]
+        other = runner.run_device(**{**INPUTS, "noise": np.zeros((1, 3), np.float32)})["images"]
+        with pytest.raises(HipaError, match="stale"):
+            array.__cuda_array_interface__  # noqa: B018
+        assert other.__dlpack_device__() == (2, 0)
+    with pytest.raises(HipaError, match="stale"):
+        other.__dlpack__()
+
+
+def test_layers_are_profiled_in_a_pass_and_a_context_of_their_own(fake):
+    with fake() as runner:
+        runner(**INPUTS)
+        layers = runner.profile_layers(**INPUTS)
+        assert layers[:2] == [("text_encoder/conv", 0.75), ("text_encoder/relu", 0.25)]
+        assert len(layers) == 6
+        assert [len(engine.contexts) for engine in fake.gpu.engines.values()] == [2, 2, 2]
+        assert all(engine.contexts[0].profiler is None for engine in fake.gpu.engines.values())
+        given = {"noise": INPUTS["noise"], "context": np.float16([[1, 1, 1]])}
+        assert runner.stage("unet").profile_layers(**given) == [("conv", 0.75), ("relu", 0.25)]
+        assert runner(**INPUTS)["images"].tolist() == IMAGE
 
 
 @pytest.mark.parametrize(
-    ("engine", "fail", "message"),
+    ("options", "fail", "reason"),
     [
-        (None, "", r"x\.engine does not deserialise: bad magic number\. Run"),
-        (FakeEngine(context=False), "", "not enough GPU memory"),
-        (FakeEngine(x=("float16", (2, 3))), "", r"x is float16 \[2, 3\] in the engine, expected float32 \[2, 3\]"),
-        (FakeEngine(y=("float16", (2, 4))), "", r"y is float16 \[2, 4\]"),
-        (FakeEngine(), "cudaMallocHost", r"cudaMallocHost failed: out of memory \(error 2\)"),
-        (FakeEngine(), "cudaMalloc", "cudaMalloc failed"),
-        (FakeEngine(), "cudaStreamCreateWithFlags", "cudaStreamCreateWithFlags failed"),
+        ({"spoils_capture": True}, "", "could not run the engine: set-up is not permitted when stream is capturing"),
+        ({"capturable": False}, "", "TensorRT-RTX cannot capture this engine"),
+        ({}, "cudaStreamBeginCapture", "cudaStreamBeginCapture failed"),
+        ({}, "cudaStreamEndCapture", "cudaStreamEndCapture failed"),
+        ({}, "cudaGraphInstantiate", "cudaGraphInstantiate failed"),
     ],
 )
-def test_a_failed_start_frees_what_it_took(fake, engine, fail, message):
+def test_a_capture_that_fails_is_said_once_and_the_stages_still_run(fake, options, fail, reason):
+    with fake(unet=options, fail=fail) as runner:
+        with pytest.warns(RuntimeWarning, match=f"no CUDA graph .*{reason}"):
+            assert runner(**INPUTS)["images"].tolist() == IMAGE
+        assert reason in runner.graph_problem
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert runner(**INPUTS)["images"].tolist() == IMAGE
+        assert runner.device_ms == 3
+        assert "cudaGraphLaunch" not in fake.gpu.cudart.log
+    assert fake.gpu.cudart.leaks == []
+
+
+def test_an_engine_that_says_it_can_be_captured_is(fake):
+    with fake(unet={"capturable": True}) as runner:
+        runner(**INPUTS)
+        assert "cudaGraphLaunch" in fake.gpu.cudart.log
+
+
+def test_without_a_graph_nothing_is_captured(fake):
+    with fake(graph=False) as runner:
+        assert runner(**INPUTS)["images"].tolist() == IMAGE
+        assert runner.device_ms == 3
+        assert "cudaStreamBeginCapture" not in fake.gpu.cudart.log
+
+
+def open_rows(spec: StageSpec) -> StageSpec:
+    def reshaped(tensors):
+        return tuple(t.model_copy(update={"shape": ("batch", 3)}) for t in tensors)
+
+    axes = {"batch": Axis(min=1, opt=1, max=3)}
+    return StageSpec(name=spec.name, inputs=reshaped(spec.inputs), outputs=reshaped(spec.outputs), axes=axes)
+
+
+def test_other_shapes_are_captured_again_and_the_old_graph_goes(fake):
+    with fake(*map(open_rows, (TEXT, UNET, DECODER)), unet={"max_rows": 2}) as runner:
+        for rows in (1, 2, 1):
+            before = len(fake.gpu.cudart.log)
+            images = runner(**{name: value.repeat(rows, axis=0) for name, value in INPUTS.items()})["images"]
+            assert images.tolist() == IMAGE * rows
+            assert calls(fake, before).count("cudaStreamBeginCapture") == 1
+            assert len(fake.gpu.cudart.executables) == 1
+        with pytest.raises(HipaError, match=r"unet: the engine refuses noise of shape \[3, 3\]"):
+            runner(**{name: value.repeat(3, axis=0) for name, value in INPUTS.items()})
+        with pytest.raises(HipaError, match="batch is 4, expected 1 to 3"):
+            runner(**{name: value.repeat(4, axis=0) for name, value in INPUTS.items()})
+        assert runner(**INPUTS)["images"].tolist() == IMAGE
+    assert fake.gpu.cudart.leaks == []
+
+
+@pytest.mark.parametrize(("rtx", "strategy"), [(True, "eager"), (False, None)])
+def test_kernels_for_dynamic_shapes_are_compiled_before_a_capture(fake, rtx, strategy):
+    with fake(open_rows(UNET), rtx=rtx):
+        assert fake.gpu.engines["unet"].strategy == strategy
+    with fake(UNET, rtx=rtx):
+        assert fake.gpu.engines["unet"].strategy is None
+
+
+def test_the_same_shapes_with_and_without_the_text_encoder_keep_both_graphs(fake):
+    with fake(*map(open_rows, (TEXT, UNET, DECODER))) as runner:
+        context = runner.run(INPUTS, ("context",))["context"]
+        runner(noise=INPUTS["noise"], context=context)
+        assert len(fake.gpu.cudart.executables) == 2
+
+
+def test_non_contiguous_inputs_are_copied_right(fake):
+    with fake() as runner:
+        noise = np.ascontiguousarray(np.float32([[10, 0], [20, 0], [30, 0]]).T)[:1][:, ::1]
+        backwards = np.float32([[30, 20, 10]])[:, ::-1]
+        assert runner(**{**INPUTS, "noise": backwards})["images"].tolist() == IMAGE
+        assert runner(**{**INPUTS, "noise": noise})["images"].tolist() == IMAGE
+
+
+def test_wrong_inputs_are_refused_before_any_call(fake):
+    with fake() as runner:
+        before = list(fake.gpu.cudart.log)
+        with pytest.raises(HipaError, match="input noise is float64"):
+            runner(**{**INPUTS, "noise": np.zeros((1, 3))})
+        assert fake.gpu.cudart.log == before
+
+
+@pytest.mark.parametrize(
+    ("options", "fail", "message"),
+    [
+        ({"context": False}, "", "unet: not enough GPU memory"),
+        ({"noise": ("float16", (1, 3))}, "", r"noise is float16 \[1, 3\] in the engine, expected float32 \[1, 3\]"),
+        ({"latents": ("float32", (1, 4))}, "", r"latents is float32 \[1, 4\]"),
+        ({"more": ("float32", (1, 3))}, "", r"the engine has outputs \['latents', 'more'\], expected \['latents'\]"),
+        ({"refuses_address": "context"}, "", "unet: the engine refuses a buffer for context"),
+        ({}, "cudaMallocHost", r"cudaMallocHost failed: out of memory \(error 2\)"),
+        ({}, "cudaMalloc", "cudaMalloc failed"),
+        ({}, "cudaMemGetInfo", "cudaMemGetInfo failed"),
+        ({}, "cudaEventCreate", "cudaEventCreate failed"),
+        ({}, "cudaDeviceGetAttribute", "cudaDeviceGetAttribute failed"),
+        ({}, "cudaStreamCreateWithFlags", "cudaStreamCreateWithFlags failed"),
+    ],
+)
+def test_a_failed_start_frees_what_it_took(fake, options, fail, message):
     with pytest.raises(HipaError, match=message):
-        fake(engine, fail)
-    assert (fake.cudart.live, fake.cudart.streams) == ({}, set())
+        fake(unet=options, fail=fail)
+    assert fake.gpu.cudart.leaks == []
 
 
-def test_other_tensor_names_are_said(fake):
-    engine = FakeEngine()
-    engine.tensors = {"z" if name == "x" else name: value for name, value in engine.tensors.items()}
-    with pytest.raises(HipaError, match=r"the engine has inputs \['t', 'z'\], expected \['t', 'x'\]"):
-        fake(engine)
+@pytest.mark.parametrize("fail", ["cudaHostAlloc", "cudaHostGetDevicePointer"])
+def test_a_failed_start_with_shared_memory_frees_what_it_took(fake, fail):
+    with pytest.raises(HipaError, match=f"{fail} failed"):
+        fake(integrated=True, fail=fail)
+    assert fake.gpu.cudart.leaks == []
+
+
+def test_a_damaged_engine_frees_what_was_loaded_before_it(fake):
+    with pytest.raises(HipaError, match=r"unet\.engine does not deserialise: bad magic number\. Run"):
+        fake(gone=("unet",))
+    assert fake.gpu.cudart.leaks == []
+
+
+@pytest.mark.parametrize("fail", ["cudaMemcpyAsync", "cudaGraphLaunch", "cudaEventRecordWithFlags"])
+def test_a_call_that_fails_is_an_error_and_close_still_frees(fake, fail):
+    with fake() as runner:
+        fake.gpu.cudart.fail = fail
+        with pytest.raises(HipaError, match=f"{fail} failed"):
+            runner(**INPUTS)
+    assert fake.gpu.cudart.leaks == []
 
 
 def test_a_run_that_tensorrt_refuses_is_an_error(fake):
     with (
-        fake(FakeEngine(runs=False)) as runner,
-        pytest.raises(HipaError, match="could not run the engine: bad magic number"),
+        fake(unet={"runs": False}) as runner,
+        pytest.raises(HipaError, match="unet: TensorRT could not run the engine: address not set"),
     ):
         runner(**INPUTS)
+
+
+def test_stages_that_do_not_agree_on_a_tensor_are_refused():
+    other = UNET.model_copy(update={"inputs": (NOISE, tensor("context", "float32", 1, 3))})
+    with pytest.raises(HipaError, match=r"unet: context is float32 \[1, 3\], before it float16 \[1, 3\]"):
+        sequence_spec([TEXT, other])
+
+
+class TestTheFakeRefuses:
+    """What the runtime never does, so that a change which does it fails above."""
+
+    def test_use_after_free(self, fake):
+        runner = fake()
+        pointer = fake.gpu.engines["unet"].contexts[0].addresses["noise"]
+        runner(**INPUTS)
+        fake.gpu.cudart.cudaFree(pointer)
+        fake.gpu.engines["unet"].contexts[0].execute_async_v3(7)
+        assert fake.gpu.cudart.cudaStreamSynchronize(7) == (700,)
+
+    def test_waiting_and_allocating_in_a_capture(self):
+        cuda = FakeCudart()
+        _, stream = cuda.cudaStreamCreateWithFlags(1)
+        for spoil in (lambda: cuda.cudaStreamSynchronize(stream), lambda: cuda.cudaMalloc(8)):
+            assert cuda.cudaStreamBeginCapture(stream, 1) == (0,)
+            assert spoil()[0] == 900
+            assert cuda.cudaStreamEndCapture(stream) == (901, None)
+
+    def test_the_wrong_pointer_or_function(self):
+        cuda = FakeCudart()
+        _, stream = cuda.cudaStreamCreateWithFlags(1)
+        (_, device), (_, pinned) = cuda.cudaMalloc(8), cuda.cudaMallocHost(8)
+        assert cuda.cudaMemcpyAsync(device, pinned, 8, 1, stream) == (0,)
+        for arguments in ((pinned, device, 8, 1), (device, pinned, 9, 1), (device, 1234, 8, 1)):
+            assert cuda.cudaMemcpyAsync(*arguments, stream) == (1,)
+        assert cuda.cudaFree(pinned) == (1,)
+        assert cuda.cudaFree(device) == (0,)
+        assert cuda.cudaFree(device) == (1,)
+
+    def test_events_that_a_capture_swallowed(self):
+        cuda = FakeCudart()
+        _, stream = cuda.cudaStreamCreateWithFlags(1)
+        _, event = cuda.cudaEventCreate()
+        assert cuda.cudaEventRecordWithFlags(event, stream, cuda.cudaEventRecordExternal) == (1,)
+        assert cuda.cudaEventElapsedTime(event, event) == (600, None)
+        cuda.cudaStreamBeginCapture(stream, 1)
+        cuda.cudaEventRecordWithFlags(event, stream, cuda.cudaEventRecordDefault)
+        assert cuda.cudaEventElapsedTime(event, event) == (400, None)
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="a GPU is here")
@@ -262,9 +369,17 @@ def test_without_a_driver_the_real_libraries_say_so(tmp_path):
     path = tmp_path / "x.engine"
     path.write_bytes(b"not an engine")
     with pytest.raises(HipaError, match=r"cudaStreamCreateWithFlags failed: CUDA driver version is insufficient.*35"):
-        TensorRTRunner(path, SPEC, "rtx")
+        TensorRTRunner([(UNET, path)], "rtx")
     with pytest.raises(HipaError, match=r"does not deserialise: .*cudaError 35.*Run hipa-doctor"):
-        runtime._deserialise(trt, path)
+        deserialise(trt, path)
+
+
+def test_the_profiler_is_one_for_the_real_tensorrt():
+    trt = pytest.importorskip("tensorrt_rtx")
+    profiler = layer_profiler(trt)
+    profiler.report_layer_time("conv", 0.5)
+    assert isinstance(profiler, trt.IProfiler)
+    assert profiler.layers == [("conv", 0.5)]
 
 
 def test_every_name_the_runtime_uses_exists():
@@ -273,16 +388,29 @@ def test_every_name_the_runtime_uses_exists():
         trt.Runtime: ["deserialize_cuda_engine"],
         trt.ICudaEngine: [
             "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype", "get_tensor_shape",
-            "create_execution_context", "create_engine_inspector",
+            "create_execution_context", "create_engine_inspector", "create_runtime_config",
         ],
-        trt.IExecutionContext: ["set_tensor_address", "set_input_shape", "get_tensor_shape", "execute_async_v3"],
+        trt.IRuntimeConfig: ["dynamic_shapes_kernel_specialization_strategy"],
+        trt.DynamicShapesKernelSpecializationStrategy: ["EAGER"],
+        trt.IExecutionContext: [
+            "set_tensor_address", "set_input_shape", "get_tensor_shape", "execute_async_v3", "profiler",
+            "is_stream_capturable",
+        ],
         trt.EngineInspector: ["get_engine_information"],
-        trt: ["nptype"],
+        trt: ["nptype", "IProfiler"],
         cudart: [
             "cudaMalloc", "cudaMallocHost", "cudaFree", "cudaFreeHost", "cudaMemcpyAsync", "cudaStreamCreateWithFlags",
             "cudaStreamDestroy", "cudaStreamSynchronize", "cudaStreamNonBlocking", "cudaMemcpyKind",
             "cudaGetErrorString", "cudaGetDeviceCount", "cudaGetDeviceProperties", "cudaDriverGetVersion",
+            "cudaHostAlloc", "cudaHostAllocMapped", "cudaHostGetDevicePointer", "cudaMemGetInfo", "cudaGetLastError",
+            "cudaDeviceGetAttribute", "cudaEventCreate", "cudaEventDestroy", "cudaEventRecordWithFlags",
+            "cudaEventRecordDefault", "cudaEventRecordExternal", "cudaEventSynchronize", "cudaEventElapsedTime",
+            "cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphLaunch",
+            "cudaGraphDestroy", "cudaGraphExecDestroy",
         ],
+        cudart.cudaStreamCaptureMode: ["cudaStreamCaptureModeThreadLocal"],
+        cudart.cudaDeviceAttr: ["cudaDevAttrIntegrated"],
+        cudart.cudaMemcpyKind: ["cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"],
     }  # fmt: skip
     assert [name for owner, wanted in names.items() for name in wanted if not hasattr(owner, name)] == []
     assert np.dtype(trt.nptype(trt.uint8)) == "uint8"
@@ -290,16 +418,14 @@ def test_every_name_the_runtime_uses_exists():
     assert np.dtype(trt.nptype(trt.int64)) == "int64"
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(find_gpu() is None, reason="no NVIDIA GPU with a driver")
-@pytest.mark.parametrize("flavour", ["tensorrt", "rtx"])
-def test_an_engine_agrees_with_onnxruntime(make_bundle, flavour):
-    from hipa_deploy.engines.build import build_bundle
-    from hipa_deploy.runners import open_runner
-
-    pytest.importorskip({"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}[flavour])
-    bundle = make_bundle(stages=("unet",))
-    build_bundle(bundle, backend=flavour, console=Console(file=io.StringIO()))
-    x = np.random.default_rng(1).standard_normal((1, 4, 8, 8)).astype(np.float32)
-    with open_runner(bundle, "unet", flavour) as engine, open_runner(bundle, "unet", "onnxruntime") as reference:
-        np.testing.assert_allclose(engine(x=x)["y"], reference(x=x)["y"], rtol=1e-2, atol=2e-2)
+def test_the_real_cuda_python_refuses_as_the_fake_does():
+    """The fake's calls have the real signatures: without a driver they give error 35, and no TypeError."""
+    cudart = load_cudart("rtx")
+    if find_gpu() is not None:
+        pytest.skip("a GPU is here")
+    for name, arguments in {
+        "cudaMalloc": (8,), "cudaMallocHost": (8,), "cudaHostAlloc": (8, cudart.cudaHostAllocMapped),
+        "cudaMemGetInfo": (), "cudaEventCreate": (), "cudaStreamSynchronize": (0,),
+        "cudaDeviceGetAttribute": (cudart.cudaDeviceAttr.cudaDevAttrIntegrated, 0),
+    }.items():  # fmt: skip
+        assert int(getattr(cudart, name)(*arguments)[0]) == 35, name

@@ -16,8 +16,8 @@ from hipa_deploy.bundle import Bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.axes import parse_axes
 from hipa_deploy.export.bundle import ExportOptions, export_bundle
-from hipa_deploy.export.parity import compare
 from hipa_deploy.one_step import initial_noise
+from hipa_deploy.parity import compare
 from tests.tiny_model import make_model
 
 PROMPT = "a green pear"

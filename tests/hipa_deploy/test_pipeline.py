@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -81,12 +82,47 @@ def test_the_recipe_reproduces_the_image(pipe: OneStepPipeline, tmp_path: Path) 
 
 
 def test_stages_are_timed(pipe: OneStepPipeline) -> None:
-    from contextlib import nullcontext
-
     seen: list[str] = []
     for _ in range(2):
         pipe("noto emoji of a pear", timer=lambda stage: nullcontext(seen.append(stage)))
     assert seen == ["text_encoder", "unet", "vae_decoder", "unet", "vae_decoder"]  # the text is cached
+
+
+class HostChain:
+    """A chain of stages as a TensorRT runner is one, but through ONNX Runtime; notes what it was fed and asked."""
+
+    def __init__(self, runners: dict) -> None:
+        self.runners, self.log = runners, []
+
+    def run(self, inputs: dict, outputs: tuple[str, ...]) -> dict:
+        self.log.append((sorted(inputs), outputs))
+        known = dict(inputs)
+        for runner in self.runners.values():
+            if not {t.name for t in runner.spec.outputs} <= known.keys():
+                known |= runner(**{t.name: known[t.name] for t in runner.spec.inputs})
+        return {name: known[name] for name in outputs}
+
+    def run_device(self, **inputs: np.ndarray) -> dict:
+        return self.run(inputs, ("images",))
+
+
+def test_a_chain_gets_noise_and_text_and_gives_images(pipe: OneStepPipeline) -> None:
+    chain = HostChain(pipe.runners)
+    chained = OneStepPipeline(pipe.bundle, "tensorrt", pipe.runners, chain)
+    seen: list[str] = []
+    for _ in range(2):
+        made = chained(APPLE, seed=3, timer=lambda stage: nullcontext(seen.append(stage)))
+        np.testing.assert_array_equal(made.images_BHWC, pipe(APPLE, seed=3).images_BHWC)
+    assert seen == ["pipeline", "pipeline"]
+    assert chain.log == [(["noise", "tokens"], ("images", "context")), (["context", "noise"], ("images",))]
+    np.testing.assert_array_equal(chained.generate_on_device(APPLE, seed=3), made.images_BHWC)
+    with pytest.raises(HipaError, match="count is 2, a batch of this bundle holds 1 to 1"):
+        chained.generate_on_device(APPLE, count=2)
+
+
+def test_host_backends_have_no_device_arrays(pipe: OneStepPipeline) -> None:
+    with pytest.raises(HipaError, match="backend onnxruntime gives host arrays"):
+        pipe.generate_on_device(APPLE)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.parity import check, compare
+from hipa_deploy.export.parity import check
+from hipa_deploy.parity import compare
 
 RAMP = np.linspace(0, 1, 100, dtype=np.float32)
 

@@ -1,0 +1,426 @@
+"""A recording fake of cuda-python and TensorRT. It is a fake: no kernels, and its 'device' is host memory.
+
+It works late, as a GPU does: what is put on a stream runs when somebody waits for it, so a missing wait shows. And it
+refuses what the real ones refuse:
+
+- freeing twice, or with the other kind's function; copies from, to or past memory that is not allocated, or whose
+  kinds are not those the copy says;
+- waiting or allocating while a stream is captured, which spoils the capture; capturing twice or on the default stream;
+  a first run inside a capture; launching or destroying a graph that is gone;
+- an external event outside a capture, and the time of an event that a capture swallowed, or that nobody recorded;
+- a run after an error that nobody took off, without every address, on memory that is gone or too small, or with a shape
+  outside the profile.
+
+``leaks`` names what was not given back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+
+from hipa_deploy.bundle import StageSpec, TensorSpec
+
+INVALID_VALUE, OUT_OF_MEMORY, INVALID_HANDLE, NOT_READY = 1, 2, 400, 600
+ILLEGAL_ADDRESS, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 700, 900, 901
+WORDS = {OUT_OF_MEMORY: b"out of memory", CAPTURE_UNSUPPORTED: b"operation not permitted when stream is capturing",
+         CAPTURE_INVALIDATED: b"operation failed due to a previous error during capture",
+         ILLEGAL_ADDRESS: b"an illegal memory access was encountered"}  # fmt: skip
+STREAM = 7
+
+Operation = Callable[[], None]
+
+
+@dataclass
+class Memory:
+    raw: ctypes.Array
+    kind: str  # device, pinned or mapped
+
+    @property
+    def size(self) -> int:
+        return len(self.raw)
+
+
+@dataclass
+class Event:
+    stamp: float | None = None
+    swallowed: bool = False
+
+
+class IllegalAddress(Exception):
+    """What a kernel does with memory that is gone."""
+
+
+class FakeCudart:
+    """The CUDA runtime's names; errors are returned, as cuda-python does. ``fail`` names calls that have none left."""
+
+    cudaStreamNonBlocking, cudaHostAllocMapped = 1, 2
+    cudaEventRecordDefault, cudaEventRecordExternal = 0, 1
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaDeviceAttr = SimpleNamespace(cudaDevAttrIntegrated=18)
+
+    def __init__(self, fail: str = "", integrated: bool = False) -> None:
+        self.fail, self.integrated, self.log = fail, integrated, []
+        self.memory: dict[int, Memory] = {}
+        self.streams: set[int] = set()
+        self.queue: list[Operation] = []
+        self.events: dict[int, Event] = {}
+        self.graphs: dict[int, list[Operation]] = {}
+        self.executables: dict[int, list[Operation]] = {}
+        self.capture: list[Operation] | None = None
+        self.spoiled, self.clock_ms, self.handles, self.last_error = False, 0.0, 100, 0
+
+    @property
+    def leaks(self) -> list[str]:
+        held = (self.memory, self.streams, self.events, self.graphs, self.executables)
+        return [str(item) for part in held for item in part] + (["capture"] if self.capture is not None else [])
+
+    def __getattr__(self, name: str):
+        do = object.__getattribute__(self, f"do_{name}")
+
+        def call(*arguments):
+            self.log.append(name)
+            result = (OUT_OF_MEMORY, None) if name == self.fail else do(*arguments)
+            if name == self.fail == "cudaStreamEndCapture":
+                self.capture = None
+            if name != "cudaGetLastError":
+                self.last_error = result[0] or self.last_error
+            return result
+
+        return call
+
+    def cudaGetErrorString(self, error):
+        return 0, WORDS.get(error, b"invalid argument")
+
+    def do_cudaGetLastError(self):
+        error, self.last_error = self.last_error, 0
+        return (error,)
+
+    def do_cudaDeviceGetAttribute(self, attribute, device):
+        return 0, int(self.integrated and attribute == 18)
+
+    def do_cudaMemGetInfo(self):
+        used = sum(memory.size for memory in self.memory.values())
+        return 0, (1 << 40) - (used << 20), 1 << 40  # as if a byte were a MiB, so that a test sees it
+
+    # memory
+
+    def _forbidden_in_capture(self) -> bool:
+        self.spoiled |= self.capture is not None
+        return self.capture is not None
+
+    def _allocate(self, size: int, kind: str):
+        if self._forbidden_in_capture():
+            return CAPTURE_UNSUPPORTED, None
+        raw = (ctypes.c_uint8 * size)(*b"\xaa" * size)  # never zeros by luck
+        self.memory[ctypes.addressof(raw)] = Memory(raw, kind)
+        return 0, ctypes.addressof(raw)
+
+    def do_cudaMalloc(self, size):
+        return self._allocate(size, "device")
+
+    def do_cudaMallocHost(self, size):
+        return self._allocate(size, "pinned")
+
+    def do_cudaHostAlloc(self, size, flags):
+        return self._allocate(size, "mapped") if flags == self.cudaHostAllocMapped else (INVALID_VALUE, None)
+
+    def do_cudaHostGetDevicePointer(self, pointer, flags):
+        mapped = pointer in self.memory and self.memory[pointer].kind == "mapped" and flags == 0
+        return (0, pointer) if mapped else (INVALID_VALUE, None)
+
+    def _free(self, pointer: int, kinds: tuple[str, ...]):
+        if self._forbidden_in_capture():
+            return (CAPTURE_UNSUPPORTED,)
+        if pointer not in self.memory or self.memory[pointer].kind not in kinds:
+            return (INVALID_VALUE,)
+        self._run_queue()
+        del self.memory[pointer]
+        return (0,)
+
+    def do_cudaFree(self, pointer):
+        return self._free(pointer, ("device",))
+
+    def do_cudaFreeHost(self, pointer):
+        return self._free(pointer, ("pinned", "mapped"))
+
+    def do_cudaMemcpyAsync(self, to, source, size, kind, stream):
+        kinds = {1: ("device", "pinned"), 2: ("pinned", "device")}[kind]
+        for pointer, wanted in zip((to, source), kinds, strict=True):
+            memory = self.memory.get(pointer)
+            if memory is None or memory.kind != wanted or size > memory.size:
+                return (INVALID_VALUE,)
+        return self.put(stream, lambda: ctypes.memmove(to, source, size) and None)
+
+    # streams, events, graphs
+
+    def put(self, stream: int, operation: Operation):
+        if stream not in self.streams:
+            return (INVALID_HANDLE,)
+        (self.queue if self.capture is None else self.capture).append(operation)
+        return (0,)
+
+    def _run_queue(self) -> None:
+        while self.queue:
+            self.queue.pop(0)()
+
+    def do_cudaStreamCreateWithFlags(self, flags):
+        self.streams.add(STREAM)
+        return 0, STREAM
+
+    def do_cudaStreamDestroy(self, stream):
+        if stream not in self.streams:
+            return (INVALID_HANDLE,)
+        self.streams.remove(stream)
+        return (0,)
+
+    def do_cudaStreamSynchronize(self, stream):
+        if self._forbidden_in_capture():
+            return (CAPTURE_UNSUPPORTED,)
+        if stream not in self.streams:
+            return (INVALID_HANDLE,)
+        try:
+            self._run_queue()
+        except IllegalAddress:
+            return (ILLEGAL_ADDRESS,)
+        return (0,)
+
+    def _handle(self) -> int:
+        self.handles += 1
+        return self.handles
+
+    def do_cudaEventCreate(self):
+        handle = self._handle()
+        self.events[handle] = Event()
+        return 0, handle
+
+    def do_cudaEventDestroy(self, event):
+        return (0,) if self.events.pop(event, None) is not None else (INVALID_HANDLE,)
+
+    def do_cudaEventRecordWithFlags(self, event, stream, flags):
+        if event not in self.events:
+            return (INVALID_HANDLE,)
+        if flags == self.cudaEventRecordExternal and self.capture is None:
+            return (INVALID_VALUE,)
+        found = self.events[event]
+        found.stamp, found.swallowed = None, self.capture is not None and flags == self.cudaEventRecordDefault
+        return self.put(stream, lambda: setattr(found, "stamp", self.clock_ms))
+
+    def do_cudaEventSynchronize(self, event):
+        if self._forbidden_in_capture():
+            return (CAPTURE_UNSUPPORTED,)
+        self._run_queue()
+        return (0,)
+
+    def do_cudaEventElapsedTime(self, start, end):
+        first, last = self.events.get(start), self.events.get(end)
+        if first is None or last is None or first.swallowed or last.swallowed:
+            return INVALID_HANDLE, None
+        return (NOT_READY, None) if None in (first.stamp, last.stamp) else (0, last.stamp - first.stamp)
+
+    def do_cudaStreamBeginCapture(self, stream, mode):
+        if stream not in self.streams or self.capture is not None:
+            return (INVALID_VALUE,)
+        self.capture, self.spoiled = [], False
+        return (0,)
+
+    def do_cudaStreamEndCapture(self, stream):
+        operations, self.capture = self.capture, None
+        if operations is None:
+            return INVALID_VALUE, None
+        if self.spoiled:
+            return CAPTURE_INVALIDATED, None
+        handle = self._handle()
+        self.graphs[handle] = operations
+        return 0, handle
+
+    def do_cudaGraphInstantiate(self, graph, flags):
+        if graph not in self.graphs or flags != 0:
+            return INVALID_VALUE, None
+        handle = self._handle()
+        self.executables[handle] = list(self.graphs[graph])
+        return 0, handle
+
+    def do_cudaGraphDestroy(self, graph):
+        return (0,) if self.graphs.pop(graph, None) is not None else (INVALID_VALUE,)
+
+    def do_cudaGraphExecDestroy(self, executable):
+        return (0,) if self.executables.pop(executable, None) is not None else (INVALID_VALUE,)
+
+    def do_cudaGraphLaunch(self, executable, stream):
+        if executable not in self.executables:
+            return (INVALID_VALUE,)
+        for operation in self.executables[executable]:
+            error, *_ = self.put(stream, operation)
+            if error:
+                return (error,)
+        return (0,)
+
+
+class FakeContext:
+    """Computes with ``engine.compute`` from and to its addresses, and takes 1 ms."""
+
+    def __init__(self, engine: FakeEngine, cudart: FakeCudart) -> None:
+        self.engine, self.cudart = engine, cudart
+        self.addresses: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.warm: set[tuple] = set()
+        self.profiler = None
+        if engine.capturable is not None:
+            self.is_stream_capturable = lambda stream: engine.capturable
+
+    def set_tensor_address(self, name, address):
+        known = name in self.engine.tensors and isinstance(address, int)
+        if known and name != self.engine.refuses_address:
+            self.addresses[name] = address
+            return True
+        return False
+
+    def set_input_shape(self, name, shape):
+        if name not in self.engine.tensors or shape[0] > self.engine.max_rows:
+            return False
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def get_tensor_shape(self, name):
+        rows = next((shape[0] for shape in self.shapes.values()), -1)
+        return tuple(rows if size == -1 else size for size in self.engine.tensors[name][1])
+
+    def execute_async_v3(self, stream):
+        now = {name: self.get_tensor_shape(name) for name in self.engine.tensors}
+        if not self.engine.runs or self.addresses.keys() != self.engine.tensors.keys():
+            self.engine.logger.log(1, "address not set.\n")
+            return False
+        if self.cudart.last_error:
+            self.engine.logger.log(1, "Cuda failure of an earlier call.\n")
+            return False
+        if any(-1 in shape for shape in now.values()):
+            self.engine.logger.log(1, "input shape not specified.\n")
+            return False
+        capturing = self.cudart.capture is not None
+        if capturing and (tuple(now.items()) not in self.warm or self.engine.spoils_capture):
+            self.cudart.spoiled = True
+            self.engine.logger.log(1, "set-up is not permitted when stream is capturing.\n")
+            return False
+        self.warm.add(tuple(now.items()))
+        addresses = dict(self.addresses)  # a graph keeps those it was captured with
+        if self.cudart.put(stream, lambda: self._compute(addresses, now))[0]:
+            return False
+        if self.profiler is not None:
+            self.cudart._run_queue()
+            self.profiler.report_layer_time("conv", 0.75)
+            self.profiler.report_layer_time("relu", 0.25)
+        return True
+
+    def _compute(self, addresses, shapes) -> None:
+        views = {name: self._view(addresses[name], name, shapes[name]) for name in addresses}
+        made = self.engine.compute(**{name: views[name] for name in self.engine.input_names})
+        for name, value in made.items():
+            views[name][...] = value
+        self.cudart.clock_ms += 1
+
+    def _view(self, address: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        dtype = np.dtype(self.engine.tensors[name][0])
+        size = int(np.prod(shape)) * dtype.itemsize
+        memory = self.cudart.memory.get(address)
+        if memory is None or memory.kind == "pinned" or memory.size < size:
+            raise IllegalAddress
+        return np.frombuffer(memory.raw, dtype, int(np.prod(shape))).reshape(shape)
+
+
+class FakeEngine:
+    """An engine with the tensors of ``spec`` (or ``changes``) that computes ``compute``.
+
+    ``capturable`` None has no such question, as TensorRT; True or False answers it, as TensorRT-RTX.
+    """
+
+    def __init__(
+        self, spec: StageSpec, compute, *, runs=True, context=True, capturable=None, spoils_capture=False,
+        refuses_address="", max_rows=99, **changes,
+    ) -> None:  # fmt: skip
+        self.tensors = {tensor.name: _open(tensor) for tensor in spec.inputs + spec.outputs} | changes
+        self.input_names = [tensor.name for tensor in spec.inputs]
+        self.compute, self.runs, self.has_context = compute, runs, context
+        self.capturable, self.spoils_capture = capturable, spoils_capture
+        self.refuses_address, self.max_rows = refuses_address, max_rows
+        self.logger = self.cudart = None
+        self.contexts: list[FakeContext] = []
+
+    @property
+    def num_io_tensors(self):
+        return len(self.tensors)
+
+    def get_tensor_name(self, index):
+        return list(self.tensors)[index]
+
+    def get_tensor_mode(self, name):
+        return "in" if name in self.input_names else "out"
+
+    def get_tensor_dtype(self, name):
+        return self.tensors[name][0]
+
+    def get_tensor_shape(self, name):
+        return self.tensors[name][1]
+
+    def create_runtime_config(self):
+        return SimpleNamespace(dynamic_shapes_kernel_specialization_strategy="lazy")
+
+    def create_execution_context(self, config=None):
+        self.strategy = config and config.dynamic_shapes_kernel_specialization_strategy
+        if not self.has_context:
+            return None
+        self.contexts.append(FakeContext(self, self.cudart))
+        return self.contexts[-1]
+
+
+def _open(tensor: TensorSpec) -> tuple[str, tuple[int, ...]]:
+    return tensor.dtype, tuple(-1 if isinstance(size, str) else size for size in tensor.shape)
+
+
+class FakeLogger:
+    ERROR, INTERNAL_ERROR = 1, 0
+
+
+class FakeILogger:
+    """Nothing of TensorRT's logger but its place in the class tree."""
+
+
+class FakeIProfiler:
+    """The same of its profiler."""
+
+
+@dataclass
+class FakeGpu:
+    """Both fakes. An engine file holds the name of its entry in ``engines``; None does not deserialise.
+
+    ``rtx``: what TensorRT-RTX has and TensorRT has not.
+    """
+
+    engines: dict[str, FakeEngine | None]
+    cudart: FakeCudart = field(default_factory=FakeCudart)
+    rtx: bool = False
+
+    @property
+    def trt(self) -> ModuleType:
+        trt = ModuleType("fake_tensorrt")
+        trt.Logger, trt.ILogger, trt.IProfiler, trt.nptype = FakeLogger, FakeILogger, FakeIProfiler, np.dtype
+        trt.Runtime = lambda logger: SimpleNamespace(
+            deserialize_cuda_engine=lambda data: self._deserialise(logger, bytes(data))
+        )
+        trt.TensorIOMode = SimpleNamespace(INPUT="in")
+        if self.rtx:
+            trt.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+        return trt
+
+    def _deserialise(self, logger, data: bytes):
+        engine = self.engines[data.decode()]
+        if engine is None:
+            logger.log(1, "bad magic number.\n")
+            return None
+        engine.logger, engine.cudart = logger, self.cudart
+        return engine

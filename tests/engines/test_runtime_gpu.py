@@ -1,0 +1,92 @@
+"""The runtime for real: engines built and run on the GPU that is here. Skipped without one."""
+
+from __future__ import annotations
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from hipa_deploy import OneStepPipeline, embedded
+from hipa_deploy.bundle import Bundle
+from hipa_deploy.engines.build import build_bundle
+from hipa_deploy.engines.cuda import load_cudart
+from hipa_deploy.engines.device import find_gpu
+from hipa_deploy.engines.engine import engine_path, find_sidecars
+from hipa_deploy.engines.runtime import TensorRTRunner
+from hipa_deploy.runners import open_runner
+from hipa_deploy.selfcheck import check_pipeline
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(find_gpu() is None, reason="no NVIDIA GPU with a driver"),
+    pytest.mark.parametrize("flavour", ["tensorrt", "rtx"]),
+]
+
+
+@pytest.fixture
+def built(make_bundle):
+    """Builds an engine of the sample convolution; gives the bundle."""
+
+    def build(flavour: str):
+        pytest.importorskip({"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}[flavour])
+        bundle = make_bundle(stages=("unet",))
+        build_bundle(bundle, backend=flavour, console=Console(file=io.StringIO()))
+        return bundle
+
+    return build
+
+
+X = np.random.default_rng(1).standard_normal((1, 4, 8, 8)).astype(np.float32)
+
+
+def test_an_engine_agrees_with_onnxruntime_and_again_from_the_graph(built, flavour):
+    bundle = built(flavour)
+    with open_runner(bundle, "unet", flavour) as engine, open_runner(bundle, "unet", "onnxruntime") as reference:
+        for x in (X, -X):  # captured, then launched
+            np.testing.assert_allclose(engine(x=x)["y"], reference(x=x)["y"], rtol=1e-2, atol=2e-2)
+        assert engine.graph_problem is None
+        assert 0 < engine.device_ms < 1000
+        assert engine.device_memory_mib is not None
+
+
+def test_graph_and_no_graph_agree_to_the_bit(built, flavour):
+    bundle = built(flavour)
+    path = engine_path(next(iter(find_sidecars(bundle, "unet", flavour))))
+    spec = bundle.stages["unet"].spec
+    with (
+        TensorRTRunner([(spec, path)], flavour) as graph,
+        TensorRTRunner([(spec, path)], flavour, graph=False) as plain,
+    ):
+        np.testing.assert_array_equal(graph(x=X)["y"], plain(x=X)["y"])
+
+
+def test_layers_and_device_arrays(built, flavour):
+    with open_runner(built(flavour), "unet", flavour) as engine:
+        layers = engine.profile_layers(x=X)
+        assert layers
+        assert all(ms >= 0 for _, ms in layers)
+        expected = engine(x=X)["y"]
+        array = engine.run_device(x=X)["y"]
+        array.wait()
+        got = np.empty_like(expected)
+        cudart = load_cudart(flavour)
+        pointer, read_only = array.__cuda_array_interface__["data"]
+        (error,) = cudart.cudaMemcpy(got.ctypes.data, pointer, got.nbytes, cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+        assert (int(error), read_only) == (0, False)
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_the_embedded_bundle_as_one_graph_passes_its_self_check(tmp_path, flavour):
+    pytest.importorskip({"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}[flavour])
+    bundle = Bundle.open(
+        shutil.copytree(embedded.BUNDLE, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
+    )
+    build_bundle(bundle, backend=flavour, console=Console(file=io.StringIO()))
+    with OneStepPipeline.load(bundle.root, flavour) as pipe:
+        assert check_pipeline(pipe).problems == ()
+        assert pipe.chain.graph_problem is None
+        twice = [pipe("3d emoji of a red apple", seed=0).images_BHWC for _ in range(2)]  # text encoded, then cached
+        np.testing.assert_array_equal(*twice)
