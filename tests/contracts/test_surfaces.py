@@ -13,6 +13,7 @@ import make_surfaces
 import pytest
 from make_surfaces import SURFACES, read_surface
 from strict_fake import fake_module
+from typed_copy import touches_tensorrt
 
 from hipa_deploy.engines import flavour, precision, target
 
@@ -72,11 +73,19 @@ def test_two_independent_readings_agree() -> None:
 
 
 def test_a_name_that_is_looked_for_exists() -> None:
-    """Looked for with hasattr or a default, so that no checker misses it: once spelt wrong, never found."""
-    for version in ("1.4.0.76", "1.7.1.116"):
-        there = names(SURFACES / f"tensorrt_rtx-{version}.pyi")
-        assert {"ComputeCapability.SM86", "DynamicShapesKernelSpecializationStrategy.EAGER"} <= there
-    assert all("NetworkDefinitionCreationFlag.STRONGLY_TYPED" in names(path) for path in TENSORRT)
+    """Looked for with hasattr or getattr, so that no checker misses it: once spelt wrong, it is never found."""
+    everywhere = {part for path in TENSORRT for name in names(path) for part in name.split(".")} | {"__members__"}
+    looked_for = {
+        (path.stem, node.args[1].value)
+        for path in (ROOT / "engines").glob("*.py")
+        if touches_tensorrt(path)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("getattr", "hasattr")
+        and isinstance(node.args[1], ast.Constant)
+    }
+    assert {("flavour", "STRONGLY_TYPED"), ("flavour", "ComputeCapability")} <= looked_for
+    assert {(module, name) for module, name in looked_for if name not in everywhere} == set()
 
 
 @pytest.mark.parametrize("path", TENSORRT, ids=lambda path: path.stem)

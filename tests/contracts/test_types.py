@@ -25,8 +25,9 @@ OTHERS = re.compile(
 )
 
 
-# Reached on TensorRT-RTX alone: set_compute_capabilities; run-time settings behind a look for their enumeration.
+# Reached on TensorRT-RTX alone: behind a look at the flavour, or for what is not there.
 RTX_ALONE = {
+    "build_worker": "REQUIRE_USER_ALLOCATION",
     "flavour": "num_compute_capabilities|set_compute_capability|ComputeCapability",
     "stage": "IRuntimeConfig|create_runtime_config|dynamic_shapes_kernel_specialization_strategy",
 }

@@ -38,8 +38,8 @@ OTHERWISE = {
 
 
 def touches_tensorrt(path: Path) -> bool:
-    """Whether a module uses TensorRT's module, by the names that the engines give it."""
-    return any(_is_module(node) for node in ast.walk(ast.parse(path.read_text())))
+    """Whether a module uses TensorRT or takes an object of its, by the names that the engines give them."""
+    return any(_is_module(node) or _is_object(node) for node in ast.walk(ast.parse(path.read_text())))
 
 
 def typed_copy(path: Path, surface: str) -> str:
@@ -57,6 +57,11 @@ def _is_module(node: ast.AST) -> bool:
     return (isinstance(node, ast.Name) and node.id == "trt") or (
         isinstance(node, ast.Attribute) and node.attr == "_trt"
     )
+
+
+def _is_object(node: ast.AST) -> bool:
+    """A parameter of type Any with a name of CLASSES."""
+    return isinstance(node, ast.arg) and node.arg in CLASSES and ast.unparse(node.annotation or ast.Name("")) == "Any"
 
 
 class _Typed(ast.NodeTransformer):
