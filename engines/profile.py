@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -92,7 +92,7 @@ class LatencyReport(Record):
 
     ``stages`` are as the host sees them: copies, launches and waiting included. ``device`` is what the device says it
     computed for (CUDA events around the execution, no copies), for backends that say so, and its sum as 'end to end'.
-    ``peak_device_mib`` is the runners' device memory where all of them tell; on Jetson it is a part of the host's.
+    ``peak_device_mib`` is what the runners took on the device, where they tell; on Jetson these are the host's chips.
     ``roofline`` is no measurement but a prediction for the target that was asked for; None without one.
     """
 
@@ -113,10 +113,17 @@ class LatencyReport(Record):
 
 
 class StageTimer:
-    """Collects seconds by stage: ``with timer("unet"): …``. A stage that runs twice adds up."""
+    """Collects seconds by stage: ``with timer("unet"): …``. A stage that runs twice adds up.
 
-    def __init__(self) -> None:
+    ``device_seconds`` is what the device took, from ``runners`` that know: such a runner has ``device_ms``, the
+    milliseconds of its latest call, or None. Empty as soon as one block is not told of.
+    """
+
+    def __init__(self, runners: Mapping[str, object] | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self._runners = runners or {}
+        self._device: dict[str, float] = {}
+        self._silent = False
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -124,6 +131,24 @@ class StageTimer:
         started = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+        self._ask(stage)
+
+    def _ask(self, block: str) -> None:
+        """Read device times at once: runners that share a device know of the latest call alone.
+
+        A block that is no runner's own name stands for a call that runs several of them.
+        """
+        names = [block] if block in self._runners else list(self._runners)
+        told = {name: getattr(self._runners[name], "device_ms", None) for name in names}
+        known = {name: ms for name, ms in told.items() if ms is not None}
+        self._silent = self._silent or not known
+        for name, ms in known.items():
+            self._device[name] = self._device.get(name, 0.0) + ms / 1e3
+
+    @property
+    def device_seconds(self) -> dict[str, float]:
+        """Seconds by stage on the device."""
+        return {} if self._silent else self._device
 
 
 class _Run(NamedTuple):
@@ -216,14 +241,12 @@ def _prompts(bundle: Bundle, prompt: str | None) -> tuple[Prompts, Callable[[int
 
 def _time_run(pipeline: OneStepPipeline, prompt: str, number: int) -> _Run:
     """One full batch."""
-    timer = StageTimer()
+    timer = StageTimer(pipeline.runners)
     started = time.perf_counter()
     pipeline(prompt, seed=number, count=pipeline.bundle.manifest.batch, timer=timer)
     host = {**timer.seconds, END_TO_END: time.perf_counter() - started}
-    # a runner that knows leaves the device's milliseconds of its last call in ``device_ms``
-    ms = {stage: getattr(pipeline.runners.get(stage), "device_ms", None) for stage in timer.seconds}
-    device = {stage: value / 1e3 for stage, value in ms.items() if value is not None}
-    return _Run(host, {**device, END_TO_END: sum(device.values())} if device and len(device) == len(ms) else {})
+    device = timer.device_seconds
+    return _Run(host, {**device, END_TO_END: sum(device.values())} if device else {})
 
 
 def _stats(runs: list[dict[str, float]], first: dict[str, float]) -> dict[str, LatencyStats]:
@@ -262,8 +285,9 @@ def drift_warnings(samples_ms: Sequence[float]) -> tuple[str, ...]:
 
 
 def _device_memory(pipeline: OneStepPipeline) -> float | None:
-    parts = [getattr(runner, "device_memory_mib", None) for runner in pipeline.runners.values()]
-    return sum(parts) if parts and None not in parts else None  # type: ignore[arg-type]
+    """The most that any runner tells of: each tells what was taken on the device since it began to load."""
+    told = [getattr(runner, "device_memory_mib", None) for runner in pipeline.runners.values()]
+    return max((mib for mib in told if mib is not None), default=None)
 
 
 def _conditions(pipeline: OneStepPipeline, prompts: Prompts, device: Device, state: MachineState) -> Conditions:

@@ -92,14 +92,33 @@ def test_device_time_and_memory_where_every_runner_tells():
     assert {name: stats.p50_ms for name, stats in report.device.items()} == pytest.approx(
         {"text_encoder": 0.25, "unet": 1.5, END_TO_END: 1.75}
     )
-    assert report.peak_device_mib == 200
+    assert report.peak_device_mib == 100  # each tells of all
     text = shown(report)
     assert "device p50" in text
-    assert "device memory 200 MiB" in text
+    assert "device memory 100 MiB" in text
     runners["unet"].device_ms = runners["unet"].device_memory_mib = None
     silent = profile_pipeline(pipeline, runs=1, warmup=0, console=QUIET)
     assert (silent.device, silent.peak_device_mib) == ({}, None)
     assert "device p50" not in shown(silent)
+
+
+def test_runners_that_share_a_device_know_of_the_latest_call_alone():
+    """A fake of stages on one device: after the decoder's call the UNet's time is gone."""
+    timer = StageTimer(runners := {name: SimpleNamespace(device_ms=None) for name in ("unet", "vae_decoder")})
+    for stage, other, ms in (("unet", "vae_decoder", 3.0), ("vae_decoder", "unet", 1.0)):
+        with timer(stage):
+            runners[stage].device_ms, runners[other].device_ms = ms, None
+    assert timer.device_seconds == pytest.approx({"unet": 3e-3, "vae_decoder": 1e-3})
+    with timer("unet"):
+        runners["unet"].device_ms = None
+    assert timer.device_seconds == {}
+
+
+def test_a_block_of_several_runners_asks_them_all():
+    timer = StageTimer({name: SimpleNamespace(device_ms=2.0) for name in ("unet", "vae_decoder")})
+    with timer("all stages"):
+        pass
+    assert timer.device_seconds == pytest.approx({"unet": 2e-3, "vae_decoder": 2e-3})
 
 
 def test_the_machines_state_and_its_warnings(tmp_path):
