@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,6 +21,7 @@ from hipa_deploy.engines.device import Device, describe_device, peak_rss_mib, us
 from hipa_deploy.engines.layers import LayerTime, profile_layers
 from hipa_deploy.engines.record import Record
 from hipa_deploy.engines.roofline import Roofline
+from hipa_deploy.engines.stage_timer import StageTimer
 from hipa_deploy.errors import HipaError
 from hipa_deploy.pipeline import OneStepPipeline
 from hipa_deploy.prompts import BAKED_PROMPTS, read_closed_set
@@ -110,45 +110,6 @@ class LatencyReport(Record):
     roofline: Roofline | None = None
     layers: dict[str, tuple[LayerTime, ...]] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-
-
-class StageTimer:
-    """Collects seconds by stage: ``with timer("unet"): …``. A stage that runs twice adds up.
-
-    ``device_seconds`` is what the device took, from ``runners`` that know: such a runner has ``device_ms``, the
-    milliseconds of its latest call, or None. Empty as soon as one block is not told of.
-    """
-
-    def __init__(self, runners: Mapping[str, object] | None = None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._runners = runners or {}
-        self._device: dict[str, float] = {}
-        self._silent = False
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time the block. Runners return host arrays, so nothing is left running on a GPU at its end."""
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-        self._ask(stage)
-
-    def _ask(self, block: str) -> None:
-        """Read device times at once: runners that share a device know of the latest call alone.
-
-        A block that is no runner's own name stands for a call that runs several of them.
-        """
-        names = [block] if block in self._runners else list(self._runners)
-        told = {name: getattr(self._runners[name], "device_ms", None) for name in names}
-        known = {name: ms for name, ms in told.items() if ms is not None}
-        self._silent = self._silent or not known
-        for name, ms in known.items():
-            self._device[name] = self._device.get(name, 0.0) + ms / 1e3
-
-    @property
-    def device_seconds(self) -> dict[str, float]:
-        """Seconds by stage on the device."""
-        return {} if self._silent else self._device
 
 
 class _Run(NamedTuple):
