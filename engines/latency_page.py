@@ -119,7 +119,7 @@ def _statistics(report: LatencyReport) -> Iterator[str]:
 
 def _roofline(roofline: Roofline) -> Iterator[str]:
     yield f"<h2>Prediction: lower bound on {escape(roofline.title)}, not measured</h2>"
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (name, f"{stage.compute_ms:.3f}", f"{stage.memory_ms:.3f}", f"{stage.bound_ms:.3f}", stage.bound_by,
          _percent(stage.measured_percent))
         for name, stage in roofline.stages.items()

@@ -20,7 +20,7 @@ def render_table(report: LatencyReport) -> Table:
     told = report.conditions
     title = f"Latency of a batch of {told.batch}, {told.width}x{told.height}, {told.precision}, {told.backend}, in ms"
     table = Table(title=title, caption=_caption(report), caption_justify="left")
-    table.add_column("stage")
+    table.add_column("stage", no_wrap=True)
     for heading in (*HEADINGS, *(("device p50",) if report.device else ())):
         table.add_column(heading, justify="right")
     for name, stats in {**report.stages, END_TO_END: report.end_to_end}.items():
@@ -30,7 +30,7 @@ def render_table(report: LatencyReport) -> Table:
 
 
 def stat_cells(stats: LatencyStats) -> list[str]:
-    """``HEADINGS``' values, milliseconds with two decimals."""
+    """``HEADINGS``' values, milliseconds."""
     values = (
         stats.first_ms, stats.p50_ms, stats.p90_ms, stats.p95_ms, stats.p99_ms, stats.mean_ms, stats.std_ms,
         stats.min_ms,
@@ -39,7 +39,8 @@ def stat_cells(stats: LatencyStats) -> list[str]:
 
 
 def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    """Four digits or so: eight of them and a stage's name fill the 80 columns of a terminal."""
+    return "-" if value is None else f"{value:.{2 if value < 100 else 1}f}"
 
 
 def _caption(report: LatencyReport) -> str:
