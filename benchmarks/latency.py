@@ -219,7 +219,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder for the bundles; kept.")],
     tiny: Annotated[Path | None, typer.Option(help="AutoencoderTiny folder for the model's latents.")] = None,
     runs: Annotated[int, typer.Option(help="Timed images a contender.")] = 5,
-    only: Annotated[str, typer.Option(help="Contenders whose name contains this.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="Contenders whose name contains this; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
     contender: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -234,13 +234,13 @@ def main(
     for name in CONTENDERS:
         if "OpenVINO" in name and importlib.util.find_spec("openvino") is None:
             print("OpenVINO is not installed and was not measured. Run: pip install openvino")
-        elif only in name:
+        elif not only or any(part in name for part in only):
             results[name] = compare(name, model, work, runs)
             print(name, json.dumps(results[name]), flush=True)
+            if out:
+                out.write_text(json.dumps(results, indent=2) + "\n")
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     Console().print(render(results, f"{model.name}, FP32, {runs} runs in turn, {machine}"))
-    if out:
-        out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,11 @@ SD2_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers":
 SIZES: dict[str, dict[str, Any]] = {
     "sd15": SD1,
     "sd21-base": {"unet": {"sample_size": 64, **SD2_UNET}, "text": SD2_TEXT, "prediction_type": "epsilon"},
-    "sd21": {"unet": {"sample_size": 96, **SD2_UNET}, "text": SD2_TEXT, "prediction_type": "v_prediction"},
+    "sd21": {
+        "unet": {"sample_size": 96, "upcast_attention": True, **SD2_UNET},
+        "text": SD2_TEXT,
+        "prediction_type": "v_prediction",
+    },
 }
 Size = Enum("Size", {name: name for name in SIZES}, type=str)  # type: ignore[misc]  # Typer reads enums
 

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import importlib.util
 import os
-import re
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import IO
 
-from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import hipa_deploy
 from hipa_deploy.bundle import Bundle, StageSpec
-from hipa_deploy.engines.build_worker import Event, Job, Outcome, environment
-from hipa_deploy.engines.device import find_gpu
+from hipa_deploy.engines.best import time_engine
+from hipa_deploy.engines.build_process import Report, run_worker
+from hipa_deploy.engines.build_worker import Event, Job, Outcome
+from hipa_deploy.engines.device import describe_device, find_gpu
 from hipa_deploy.engines.engine import (
     FOLDER,
-    BuildOptions,
     EngineKey,
     Sidecar,
     check_engine_file,
@@ -37,14 +30,14 @@ from hipa_deploy.engines.engine import (
     read_sidecar,
 )
 from hipa_deploy.engines.flavour import Flavour, as_flavour, load_tensorrt
-from hipa_deploy.engines.target import resolve_target
+from hipa_deploy.engines.options import BuildOptions
+from hipa_deploy.engines.plan import Plan, plan_build
+from hipa_deploy.engines.target import Target, default_options, resolve_target
 from hipa_deploy.errors import HipaError, MissingDependencyError
-from hipa_deploy.files import write_file
+from hipa_deploy.files import user_cache, write_file
 from hipa_deploy.hashing import file_sha256
 
-WORKER = (sys.executable, "-m", "hipa_deploy.engines.build_worker")
-
-Report = Callable[[Event], None]
+MAX_CANDIDATES = 20
 
 
 @dataclass(frozen=True)
@@ -63,28 +56,68 @@ def build_bundle(
     backend: str,
     target: str = "auto",
     options: BuildOptions = BuildOptions(),
+    best_of: int = 1,
+    force: bool = False,
     console: Console | None = None,
 ) -> list[BuiltEngine]:
     """Build an engine for every stage into ``bundle.root/engines/<backend>-<target>``.
 
     ``backend`` is 'rtx' (ahead of time for the GPUs that ``target`` names; no GPU needed) or 'tensorrt' (for this
-    machine's GPU). Progress goes to ``console``, by default the terminal's standard error.
+    machine's GPU). Options that are not given are the target's own. ``best_of`` builds each stage so many times and
+    keeps the engine that this GPU runs fastest. What the memory plan says cannot fit is refused, unless ``force``.
+    Progress goes to ``console``, by default the terminal's standard error.
 
     Raises:
         MissingDependencyError: TensorRT of that flavour, or polygraphy, is not installed.
-        HipaError: a corrupt bundle, an unknown or impossible target, a build already running, a graph of another
-            precision than the manifest says, or TensorRT's own refusal. Stages built before it remain.
+        HipaError: a corrupt bundle, an unknown or impossible target, too little memory or disk, a build already
+            running, a graph of another precision than the manifest says, or TensorRT's own refusal. Stages built
+            before it remain.
 
     """
     flavour, trt = check_tools(backend)
-    if flavour == "rtx" and options.timing_cache is not None:
-        raise HipaError("TensorRT-RTX has no timing cache (it times nothing while building). Leave the option out.")
+    _check_options(flavour, options, best_of)
     bundle.verify()
     goal = resolve_target(target, flavour, find_gpu(), trt)
+    options = _resolve_options(options, flavour, target, goal, trt.__version__)
     folder = bundle.root / FOLDER / f"{flavour}-{goal.name}"
     keys = {stage: key_for(bundle, stage, flavour, trt.__version__, goal, options) for stage in bundle.stages}
+    found = {stage: up_to_date(sidecar_path(folder, stage, key), key, best_of) for stage, key in keys.items()}
+    if not force:
+        absent = [stage for stage, sidecar in found.items() if sidecar is None]
+        plan_build(bundle, absent, flavour, target, options, describe_device()).refuse_misfits()
     with locked(folder), _progress_bar(console) as bar:
-        return [_build_stage(bundle, stage, key, folder, options, bar) for stage, key in keys.items()]
+        return [_build_stage(bundle, stage, keys[stage], folder, options, best_of, bar) for stage in keys]
+
+
+def dry_run(bundle: Bundle, *, backend: str, target: str = "auto", options: BuildOptions = BuildOptions()) -> Plan:
+    """What building every stage will take, without building; TensorRT need not be installed, nor the target be here.
+
+    Raises:
+        HipaError: an unknown backend or target.
+
+    """
+    flavour, device = as_flavour(backend), describe_device()
+    options = options.or_else(default_options(target, flavour, device))
+    return plan_build(bundle, bundle.stages, flavour, target, options, device)
+
+
+def _check_options(flavour: Flavour, options: BuildOptions, best_of: int) -> None:
+    if flavour == "rtx" and options.timing_cache is not None:
+        raise HipaError("TensorRT-RTX has no timing cache (it times nothing while building). Leave the option out.")
+    if not 1 <= best_of <= MAX_CANDIDATES:
+        raise HipaError(f"--best-of is {best_of}. Expected 1 to {MAX_CANDIDATES}.")
+    if best_of > 1 and find_gpu() is None:
+        raise HipaError("--best-of runs each engine to time it, and no NVIDIA GPU answers here. Leave the option out.")
+    if options.refit and find_gpu() is None:  # TensorRT-RTX 1.7 fails in Myelin: CHECK(status == CUDA_SUCCESS)
+        raise HipaError("--refit: a refittable engine is compiled with a driver, and no NVIDIA GPU answers here.")
+
+
+def _resolve_options(options: BuildOptions, flavour: Flavour, target: str, goal: Target, version: str) -> BuildOptions:
+    """The target's own options where none is given, and a timing cache for this device and version."""
+    resolved = options.or_else(default_options(target, flavour, describe_device()))
+    if flavour == "rtx" or resolved.timing_cache is not None:
+        return resolved
+    return resolved.model_copy(update={"timing_cache": user_cache() / "timing" / f"{goal.name}-trt{version}.cache"})
 
 
 def check_tools(backend: str) -> tuple[Flavour, ModuleType]:
@@ -103,24 +136,33 @@ def check_tools(backend: str) -> tuple[Flavour, ModuleType]:
 
 
 def _build_stage(
-    bundle: Bundle, stage: str, key: EngineKey, folder: Path, options: BuildOptions, bar: Progress
+    bundle: Bundle, stage: str, key: EngineKey, folder: Path, options: BuildOptions, best_of: int, bar: Progress
 ) -> BuiltEngine:
-    path = folder / f"{stage}-{key.short}.json"
+    path, spec = sidecar_path(folder, stage, key), bundle.stages[stage].spec
     task = bar.add_task(stage, total=1.0, phase="")
-    if (found := up_to_date(path, key)) is not None:
+    if (found := up_to_date(path, key, best_of)) is not None:
         bar.update(task, completed=1.0, phase="up to date")
         return BuiltEngine(stage, engine_path(path), found, up_to_date=True)
-    scratch = folder / f".{path.stem}-{os.getpid()}.tmp"
-    try:
-        job = _job(bundle.stage_path(stage), bundle.stages[stage].spec, key, scratch, options)
-        outcome = run_worker(job, _reporter(bar, task))
-        sidecar = _keep(scratch, path, stage, key, outcome)
-    except HipaError as error:
-        raise HipaError(f"{stage}: {error}") from None
-    finally:
-        scratch.unlink(missing_ok=True)
-    bar.update(task, completed=1.0, phase="built")
+    with ExitStack() as stack:
+        candidates = {}
+        try:
+            for number in range(best_of):
+                scratch = folder / f".{path.stem}-{os.getpid()}-{number}.tmp"
+                stack.callback(scratch.unlink, missing_ok=True)
+                job = _job(bundle.stage_path(stage), spec, key, scratch, options)
+                candidates[scratch] = run_worker(job, _reporter(bar, task, number, best_of))
+            latencies = {} if best_of == 1 else {out: time_engine(out, spec, key.flavour) for out in candidates}
+            best = min(latencies, key=latencies.__getitem__) if latencies else next(iter(candidates))
+            sidecar = _keep(best, path, stage, key, candidates[best], tuple(latencies.values()))
+        except HipaError as error:
+            raise HipaError(f"{stage}: {error}") from None
+    bar.update(task, completed=1.0, phase=_built(candidates[best]))
     return BuiltEngine(stage, engine_path(path), sidecar, up_to_date=False)
+
+
+def _built(outcome: Outcome) -> str:
+    skipped = outcome.skipped_tactics
+    return f"built; {skipped} tactics did not fit in memory and were passed over: harmless" if skipped else "built"
 
 
 def _job(onnx: Path, spec: StageSpec, key: EngineKey, out: Path, options: BuildOptions) -> Job:
@@ -136,17 +178,24 @@ def _job(onnx: Path, spec: StageSpec, key: EngineKey, out: Path, options: BuildO
     )
 
 
-def up_to_date(path: Path, key: EngineKey) -> Sidecar | None:
-    """The sidecar at ``path`` if its key is ``key`` and its engine is whole; else None."""
+def sidecar_path(folder: Path, stage: str, key: EngineKey) -> Path:
+    """Where the sidecar of an engine of ``key`` lies; the engine lies beside it."""
+    return folder / f"{stage}-{key.short}.json"
+
+
+def up_to_date(path: Path, key: EngineKey, best_of: int = 1) -> Sidecar | None:
+    """The sidecar at ``path`` if its key is ``key``, its engine whole and the best of as many; else None."""
     try:
         sidecar = read_sidecar(path)
         check_engine_file(engine_path(path), sidecar, "")
     except (HipaError, OSError):
         return None
-    return sidecar if sidecar.key == key else None
+    return sidecar if sidecar.key == key and max(len(sidecar.candidates_ms), 1) >= best_of else None
 
 
-def _keep(scratch: Path, path: Path, stage: str, key: EngineKey, outcome: Outcome) -> Sidecar:
+def _keep(
+    scratch: Path, path: Path, stage: str, key: EngineKey, outcome: Outcome, candidates_ms: tuple[float, ...]
+) -> Sidecar:
     """Give the engine its name, then write its sidecar: an engine without one is never used."""
     sidecar = Sidecar(
         producer=f"hipa-deploy {hipa_deploy.__version__}",
@@ -157,79 +206,11 @@ def _keep(scratch: Path, path: Path, stage: str, key: EngineKey, outcome: Outcom
         engine_bytes=scratch.stat().st_size,
         build_seconds=outcome.seconds,
         build_peak_mib=outcome.peak_mib,
+        candidates_ms=candidates_ms,
     )
     scratch.replace(engine_path(path))
     write_file(path, sidecar.model_dump_json(indent=2).encode() + b"\n")
     return sidecar
-
-
-def run_worker(job: Job, report: Report) -> Outcome:
-    """Build in a subprocess; stops it when anything interrupts.
-
-    Raises:
-        HipaError: the build failed or the worker was killed; the message has TensorRT's last words.
-
-    """
-    outcome, error = None, None
-    with tempfile.TemporaryFile("w+", errors="replace") as log, _worker(job, log) as process:
-        for event in _events(process):
-            report(event)
-            outcome, error = event.outcome or outcome, event.error or error
-        status = process.wait()
-        if outcome is None:
-            log.seek(0)
-            raise HipaError(error or explain_failure(status, log.read()))
-    return outcome
-
-
-@contextmanager
-def _worker(job: Job, log: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        WORKER,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        env=environment(job.flavour),
-        text=True,
-        start_new_session=True,  # a terminal's Ctrl-C reaches us alone, and we stop the worker
-    )
-    try:
-        with contextlib.suppress(BrokenPipeError):  # it died at once: its status and log say why
-            if process.stdin is not None:
-                process.stdin.write(job.model_dump_json())
-                process.stdin.close()
-        yield process
-    finally:
-        _stop(process)
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:  # inside a long native call
-            process.kill()
-            process.wait()
-
-
-def _events(process: subprocess.Popen[str]) -> Iterator[Event]:
-    for line in process.stdout or ():
-        try:
-            yield Event.model_validate_json(line)
-        except ValidationError:
-            raise HipaError(f"the build worker said {line.strip()!r}, not an event.") from None
-
-
-def explain_failure(status: int, log: str) -> str:
-    """One line on why a worker failed: the signal that killed it, TensorRT's last error, or the log's last line."""
-    if status < 0:
-        name = signal.Signals(-status).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return f"the build was killed by {name}{hint}."
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("[E]")] or lines[-1:]
-    return re.sub(r"^\[E\]\s*", "", errors[-1]) if errors else f"the build ended with status {status}."
 
 
 @contextmanager
@@ -266,14 +247,19 @@ def _progress_bar(console: Console | None) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
-        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[phase]}"),
         console=console or Console(stderr=True),
     )
 
 
-def _reporter(bar: Progress, task: TaskID) -> Report:
+def _reporter(bar: Progress, task: TaskID, number: int, best_of: int) -> Report:
+    """Show a worker's events on its stage's bar; candidate ``number`` of ``best_of`` has its share of it."""
+
     def report(event: Event) -> None:
-        bar.update(task, completed=event.fraction, phase=event.phase)
+        phase = f"{number + 1} of {best_of}: {event.phase}" if best_of > 1 else event.phase
+        bar.update(task, completed=(number + event.fraction) / best_of, phase=phase)
+        if event.layers is not None:
+            bar.update(task, description=f"{bar.tasks[task].description.split(',')[0]}, {event.layers} layers")
 
     return report

@@ -17,8 +17,9 @@ from typing import Any, TextIO
 
 from hipa_deploy.bundle import Precision, StageSpec
 from hipa_deploy.engines.device import find_gpu, peak_rss_mib
-from hipa_deploy.engines.engine import BuildOptions, PrecisionCheck
+from hipa_deploy.engines.engine import PrecisionCheck
 from hipa_deploy.engines.flavour import Flavour, load_tensorrt, set_compute_capabilities
+from hipa_deploy.engines.options import BuildOptions
 from hipa_deploy.engines.precision import check_network, read_back
 from hipa_deploy.engines.progress import PhaseTree
 from hipa_deploy.engines.record import Record
@@ -42,18 +43,23 @@ class Job(Record):
 
 
 class Outcome(Record):
-    """What a build took."""
+    """What a build took, and how many tactics it passed over for want of memory (harmless)."""
 
     seconds: float
     peak_mib: int | None
     precision_check: PrecisionCheck
+    skipped_tactics: int = 0
 
 
 class Event(Record):
-    """A line from the worker: progress (0 to 1, and the phase), or the end in success or failure."""
+    """A line from the worker: progress (0 to 1, and the phase), or the end in success or failure.
+
+    ``layers`` is how many the parsed network has, said once.
+    """
 
     fraction: float = 0.0
     phase: str = ""
+    layers: int | None = None
     outcome: Outcome | None = None
     error: str | None = None
 
@@ -99,6 +105,7 @@ def build(job: Job, send: Send) -> Outcome:
     started = time.perf_counter()
     builder, network, parser = poly.network_from_onnx_path(str(job.onnx), strongly_typed=True)
     check = check_network(trt, network, job.precision)
+    send(Event(layers=network.num_layers))
     monitor = _monitor(trt, send)
     config = _configure(trt, poly, (builder, network), job, monitor)
     engine = poly.engine_bytes_from_network((builder, network, parser), config=config)
@@ -112,11 +119,11 @@ def build(job: Job, send: Send) -> Outcome:
 
 def _configure(trt: ModuleType, poly: ModuleType, network: tuple[Any, Any], job: Job, monitor: Any) -> Any:
     """An ``IBuilderConfig``. No precision flag: TensorRT 11 has none, and the graph says it."""
-    workspace_mib = job.options.workspace_mib
     config = poly.create_config(
         *network,
         profiles=_profiles(poly, job.spec),
-        memory_pool_limits=workspace_mib and {trt.MemoryPoolType.WORKSPACE: workspace_mib << 20},
+        memory_pool_limits=_memory_limits(trt, job.options),
+        refittable=job.options.refit,
         builder_optimization_level=job.options.optimization_level,
         max_aux_streams=job.options.max_aux_streams,
         profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
@@ -127,6 +134,13 @@ def _configure(trt: ModuleType, poly: ModuleType, network: tuple[Any, Any], job:
     if job.timing_cache is not None:
         _load_timing_cache(config, job.timing_cache)
     return config
+
+
+def _memory_limits(trt: ModuleType, options: BuildOptions) -> dict[Any, int]:
+    """Bytes by memory pool, for those that are capped."""
+    pool = trt.MemoryPoolType
+    limits = {pool.WORKSPACE: options.workspace_mib, pool.TACTIC_DRAM: options.tactic_dram_mib}
+    return {kind: mib << 20 for kind, mib in limits.items() if mib is not None}
 
 
 def _profiles(poly: ModuleType, spec: StageSpec) -> list[Any] | None:

@@ -148,6 +148,25 @@ def peak_rss_mib() -> int | None:
     return _field_mib("/proc/self/status", "VmHWM")
 
 
+def available_memory_mib() -> int | None:
+    """Host memory that new allocations can have without swapping, in MiB; None where /proc is absent.
+
+    The kernel's own estimate, or what a container's limit leaves of it.
+    """
+    free, limit = _field_mib("/proc/meminfo", "MemAvailable"), _read("/sys/fs/cgroup/memory.max")
+    used = _read("/sys/fs/cgroup/memory.current")
+    if free is None or not (limit and limit.isdigit() and used):
+        return free
+    droppable = re.search(r"^inactive_file (\d+)$", _read("/sys/fs/cgroup/memory.stat") or "", re.MULTILINE)
+    held = int(used) - (int(droppable[1]) if droppable else 0)
+    return max(min(free, (int(limit) - held) >> 20), 0)
+
+
+def free_swap_mib() -> int:
+    """Free swap space in MiB; 0 where /proc is absent."""
+    return _field_mib("/proc/meminfo", "SwapFree") or 0
+
+
 def usable_cores() -> int:
     """Processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -7,15 +7,17 @@ compared before an engine is deserialised: TensorRT's own message for a mismatch
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from hipa_deploy.bundle import Axis, Bundle, Precision
 from hipa_deploy.engines.device import Gpu, find_gpu
 from hipa_deploy.engines.flavour import FLAVOURS, Flavour, as_flavour, load_tensorrt
+from hipa_deploy.engines.options import BuildOptions
 from hipa_deploy.engines.record import Record
 from hipa_deploy.engines.target import Target, binding
 from hipa_deploy.errors import HipaError
@@ -23,29 +25,6 @@ from hipa_deploy.hashing import file_sha256
 from hipa_deploy.runners import Runner
 
 FOLDER = "engines"
-
-
-class BuildOptions(Record):
-    """What the builder may spend. None leaves TensorRT's own default.
-
-    Raises:
-        HipaError: a value out of range.
-
-    """
-
-    optimization_level: int | None = None
-    workspace_mib: int | None = None
-    max_aux_streams: int | None = None
-    timing_cache: Path | None = Field(default=None, exclude=True)  # a hint for the build, no part of the key
-
-    @model_validator(mode="after")
-    def _in_range(self) -> BuildOptions:
-        ranges = {"optimization_level": (0, 5), "workspace_mib": (1, 1 << 20), "max_aux_streams": (0, 64)}
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise HipaError(f"{name} is {value}. Expected {low} to {high}.")
-        return self
 
 
 class EngineKey(Record):
@@ -83,7 +62,7 @@ class PrecisionCheck(Record):
 
 
 class Sidecar(Record):
-    """The JSON beside an engine."""
+    """The JSON beside an engine. ``candidates_ms``: each build's median latency, with ``--best-of``; the least wins."""
 
     schema_version: Literal[1] = 1
     producer: str
@@ -94,6 +73,7 @@ class Sidecar(Record):
     engine_bytes: int
     build_seconds: float
     build_peak_mib: int | None
+    candidates_ms: tuple[float, ...] = ()
 
 
 class Difference(NamedTuple):
@@ -104,14 +84,17 @@ class Difference(NamedTuple):
     here: Any
 
     def __str__(self) -> str:
-        return f"{self.field} was {_brief(self.built)}, is {_brief(self.here)}"
+        return f"{self.field} was {brief(self.built)}, is {brief(self.here)}"
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A key's value for people: hashes cut short, options without those not set, '-' for None."""
+    if value is None:
+        return "-"
     if isinstance(value, BuildOptions):
-        return value.model_dump_json(exclude_none=True)
+        return value.model_dump_json(exclude_defaults=True)
     if isinstance(value, tuple):
-        return "[" + ", ".join(_brief(part) for part in value) + "]"
+        return "[" + ", ".join(brief(part) for part in value) + "]"
     return value[:12] + "…" if isinstance(value, str) and len(value) == 64 else str(value)
 
 
@@ -210,9 +193,10 @@ def engine_path(sidecar_path: Path) -> Path:
     return sidecar_path.with_suffix(".engine")
 
 
-def rebuild_command(bundle: Bundle, flavour: Flavour) -> str:
-    """The command that builds engines for this machine."""
-    return f"Run: hipa-build {bundle.root} --backend {flavour}"
+def rebuild_command(root: Path, flavour: Flavour, options: BuildOptions = BuildOptions()) -> str:
+    """The command that builds the engines of the bundle at ``root`` for this machine, with the options given."""
+    command = ["hipa-build", str(root), "--backend", flavour, *options.flags()]
+    return f"Run: {shlex.join(command)}"
 
 
 def open_engine(bundle: Bundle, stage: str, backend: str) -> Runner:
@@ -229,7 +213,7 @@ def open_engine(bundle: Bundle, stage: str, backend: str) -> Runner:
     if gpu is None:
         raise HipaError(f"{backend} needs an NVIDIA GPU and its driver, and none answers. Use --backend onnxruntime.")
     path = select_engine(bundle, stage, flavour, version, gpu)
-    check_engine_file(engine_path(path), read_sidecar(path), rebuild_command(bundle, flavour))
+    check_engine_file(engine_path(path), read_sidecar(path), rebuild_command(bundle.root, flavour))
     from hipa_deploy.engines.runtime import TensorRTRunner
 
     return TensorRTRunner(engine_path(path), bundle.stages[stage].spec, flavour)
@@ -242,15 +226,18 @@ def select_engine(bundle: Bundle, stage: str, flavour: Flavour, version: str, gp
         HipaError: no engine, or none fits: the message names what differs in the one that differs least.
 
     """
-    sidecars, remedy = find_sidecars(bundle, stage, flavour), rebuild_command(bundle, flavour)
+    sidecars = find_sidecars(bundle, stage, flavour)
     if not sidecars:
-        raise HipaError(f"{bundle.root}: no {flavour} engine for stage {stage}. {remedy}")
+        raise HipaError(
+            f"{bundle.root}: no {flavour} engine for stage {stage}. {rebuild_command(bundle.root, flavour)}"
+        )
     unfit = {
         path: differences(sidecar.key, key_here(sidecar.key, bundle, stage, version, gpu))
         for path, sidecar in sidecars.items()
     }
     best = min(unfit, key=lambda path: len(unfit[path]))
     if unfit[best]:
+        remedy = rebuild_command(bundle.root, flavour, sidecars[best].key.options)
         raise HipaError(f"{engine_path(best)} does not fit: {'; '.join(map(str, unfit[best]))}. {remedy}")
     return best
 

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from hipa_deploy.engines.device import Device, Gpu, l4t_release
 from hipa_deploy.engines.flavour import Flavour, compilable
+from hipa_deploy.engines.options import BuildOptions
 from hipa_deploy.engines.record import Record
 from hipa_deploy.errors import HipaError, MissingDependencyError
 
@@ -26,7 +27,8 @@ class TargetProfile(Record):
     Rates are peaks at the vendor's highest rated clock, dense, a multiplication and an addition counted as two:
     FP16 and TF32 in tensor cores, FP32 in CUDA cores. ``fp16_accumulate`` is the type in which ``fp16_tflops`` adds
     up products; 'either' where FP16 and FP32 are as fast. None: not known, or a family of cards that differ.
-    ``gpu_name`` is a regular expression found in what the device calls its GPU, or on Jetson its module.
+    ``gpu_name`` is a regular expression found in what the device calls its GPU, or on Jetson its module. ``build``
+    holds build options that suit it, where TensorRT's own defaults do not.
     """
 
     title: str
@@ -39,6 +41,7 @@ class TargetProfile(Record):
     tf32_tflops: float | None = Field(default=None, gt=0)
     fp32_tflops: float | None = Field(default=None, gt=0)
     gpu_name: str | None = None
+    build: BuildOptions = BuildOptions()
 
     def is_device(self, device: Device) -> bool:
         """Whether ``device`` is this very model, by name and by memory (Jetson modules share names)."""
@@ -82,6 +85,19 @@ def _toml() -> Any:
         return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     except ModuleNotFoundError:
         raise MissingDependencyError("tomli", "rtx") from None
+
+
+def default_options(name: str, flavour: Flavour, device: Device) -> BuildOptions:
+    """Build options of the target ``name``; of 'auto', those of the target that ``device`` is, if it is one.
+
+    For 'tensorrt' alone: TensorRT-RTX measures nothing while it builds.
+    """
+    if flavour == "rtx":
+        return BuildOptions()
+    if name != "auto":
+        return load_target_profile(name).build
+    profiles = map(load_target_profile, target_names())
+    return next((profile.build for profile in profiles if profile.is_device(device)), BuildOptions())
 
 
 def resolve_target(name: str, flavour: Flavour, gpu: Gpu | None, trt: ModuleType) -> Target:

@@ -41,7 +41,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.export import parity
 from hipa_deploy.export.axes import stage_axes
 from hipa_deploy.export.base_model import BaseModel
-from hipa_deploy.export.cost import graph_cost
+from hipa_deploy.export.cost import stage_cost
 from hipa_deploy.export.fold import fold_timestep
 from hipa_deploy.export.merge import merge_adaptor
 from hipa_deploy.export.precision import Ranges, fewest_islands, to_half
@@ -196,7 +196,7 @@ class _Export:
                 opset=OPSET,
                 fp32_islands=islands,
                 parity=parity.check(name, got, self.reference[output], precision),
-                cost=graph_cost(folder / "model.onnx", self.specs[name].sizes("opt")),
+                cost=stage_cost(folder / "model.onnx", self.specs[name]),
             )
         )
 

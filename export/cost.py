@@ -1,4 +1,4 @@
-"""What one run of an ONNX graph takes at least: floating-point operations, and bytes across the memory bus."""
+"""What one run of an ONNX graph takes: floating-point operations, bytes across the memory bus, bytes held at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper, shape_inference
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
-from hipa_deploy.bundle import Cost
+from hipa_deploy.bundle import Cost, StageSpec
 from hipa_deploy.errors import HipaError, first_line
 
 Shape = tuple[int, ...]
@@ -21,10 +21,21 @@ Shape = tuple[int, ...]
 _UNCOUNTED = {
     "Attention", "ConvInteger", "DeformConv", "GRU", "LSTM", "MatMulInteger", "QLinearConv", "QLinearMatMul", "RNN",
 }  # fmt: skip
+# Another view of their input's memory.
+_VIEWS = {"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+
+
+def stage_cost(path: Path, spec: StageSpec) -> Cost:
+    """The cost of a stage at its usual shapes; ``activation_bytes`` at its largest. Raises what ``graph_cost`` does."""
+    usual = graph_cost(path, spec.sizes("opt"))
+    if not spec.axes:
+        return usual
+    largest = graph_cost(path, spec.sizes("max"))
+    return usual.model_copy(update={"activation_bytes": largest.activation_bytes})
 
 
 def graph_cost(path: Path, sizes: Mapping[str, int] = MappingProxyType({})) -> Cost:
-    """FLOPs, weight bytes and input and output bytes of the ONNX file at ``path``, its named dimensions at ``sizes``.
+    """The cost of one call of the ONNX file at ``path``, its named dimensions at ``sizes``.
 
     A multiplication and an addition count as two, in Conv, ConvTranspose, MatMul, Gemm and Einsum, without biases
     and as the direct algorithm does them (a Winograd convolution multiplies less). Weights are the initializers;
@@ -43,6 +54,7 @@ def graph_cost(path: Path, sizes: Mapping[str, int] = MappingProxyType({})) -> C
             flops=sum(_FLOPS[node.op_type](node, shapes) for node in model.graph.node if node.op_type in _FLOPS),
             weight_bytes=_weight_bytes(model.graph, shapes),
             io_bytes=sum(shapes.bytes(value.name) for value in (*_inputs(model.graph), *model.graph.output)),
+            activation_bytes=_activation_bytes(model.graph, shapes),
         )
     except HipaError as error:
         raise HipaError(f"{path}: {error}") from None
@@ -122,6 +134,33 @@ def _weight_bytes(graph: GraphProto, shapes: _Shapes) -> int:
         for name in set(node.input):
             readers[name].append(node)
     return sum(_bytes_read(weight.name, readers[weight.name], shapes) for weight in graph.initializer)
+
+
+def _activation_bytes(graph: GraphProto, shapes: _Shapes) -> int | None:
+    """The peak over the nodes, in order, of what is alive: from the node that writes it to the last that reads it.
+
+    Inputs, outputs and weights lie in memory of their own.
+    """
+    holder = {value.name: "" for value in (*graph.input, *graph.output, *graph.initializer)}  # "": not an activation
+    last_read: dict[str, int] = {}
+    for step, node in enumerate(graph.node):
+        for name in node.output:
+            viewed = node.op_type in _VIEWS and node.input[0] in holder
+            holder.setdefault(name, holder[node.input[0]] if viewed else name)
+        last_read.update((holder[name], step) for name in (*node.input, *node.output) if holder.get(name))
+    try:
+        sizes = {name: shapes.bytes(name) for name in last_read}
+    except (HipaError, KeyError):
+        return None
+    dying: dict[int, int] = defaultdict(int)
+    for name, step in last_read.items():
+        dying[step] += sizes[name]
+    alive = peak = 0
+    for step, node in enumerate(graph.node):
+        alive += sum(sizes[name] for name in node.output if holder[name] == name)
+        peak = max(peak, alive)
+        alive -= dying[step]
+    return peak
 
 
 def _bytes_read(name: str, readers: list[NodeProto], shapes: _Shapes) -> int:

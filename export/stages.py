@@ -10,6 +10,7 @@ from transformers import CLIPTextModel
 
 from hipa_deploy.bundle import Axis, DType, Layout, OneStep, Precision, StageSpec, TensorSpec
 from hipa_deploy.export.fold import fold_decoder_input
+from hipa_deploy.export.upsample import fold_upsampling
 
 TORCH_DTYPES = {
     "float16": torch.float16,
@@ -65,6 +66,7 @@ class OneStepDecoder(torch.nn.Module):
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.decoder = vae.decoder
+        fold_upsampling(self.decoder)
         self.offset = fold_decoder_input(vae)  # no buffer: it stays float32 when the module is halved
 
     def forward(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
@@ -74,11 +76,12 @@ class OneStepDecoder(torch.nn.Module):
 
 
 class TinyDecoder(torch.nn.Module):
-    """The same through an AutoencoderTiny, which takes latents as the scheduler scales them."""
+    """The same through an AutoencoderTiny (changed in place), which takes latents as the scheduler scales them."""
 
     def __init__(self, vae: AutoencoderTiny) -> None:
         super().__init__()
         self.layers = vae.decoder.layers
+        fold_upsampling(self.layers)
 
     def forward(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
         """DecoderTiny's own clamp, its layers, whose output is an image in [0, 1], and the conversion."""

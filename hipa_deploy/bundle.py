@@ -98,11 +98,14 @@ class Cost(_Model):
 
     ``flops`` counts a multiplication and an addition as two, in Conv, MatMul and Gemm; the rest is a few per cent.
     ``weight_bytes`` and ``io_bytes`` (inputs and outputs of the stage) are what must cross the memory bus at least.
+    ``activation_bytes`` is the most that the tensors between layers hold at once, at the stage's largest shapes, when
+    none is fused away; None where a shape is unknown, and in older bundles.
     """
 
     flops: int = Field(ge=0)
     weight_bytes: int = Field(ge=0)
     io_bytes: int = Field(ge=0)
+    activation_bytes: int | None = Field(default=None, ge=0)
 
 
 class Stage(_Model):

@@ -7,7 +7,7 @@ import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from typer.core import TyperGroup
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
+
+if TYPE_CHECKING:
+    from hipa_deploy.engines.options import BuildOptions
 
 
 class _Commands(TyperGroup):
@@ -156,7 +159,9 @@ def export(
         measured = f"{stage.parity.psnr_db:.1f} dB from PyTorch FP32 (ONNX Runtime, CPU)"
         console.print(f"{stage.spec.name}: {measured}{islands}", highlight=False)
     if build:
-        _build(out, build, "auto")
+        from hipa_deploy.engines.options import BuildOptions
+
+        _build(out, build, "auto", BuildOptions())
     typer.echo(out)
 
 
@@ -165,18 +170,51 @@ def build(
     bundle: BundleArgument,
     backend: Annotated[EngineBackend, typer.Option(help="rtx compiles on any machine; tensorrt on the device.")],
     target: Annotated[str, typer.Option(help="auto, or a target's name: rtx30, rtx40, rtx50, orin-nano, …")] = "auto",
+    workspace: Annotated[int | None, typer.Option(help="MiB of GPU memory that a layer may use as scratch.")] = None,
+    tactic_dram: Annotated[int | None, typer.Option(help="MiB of host memory for the builder, on a Jetson.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="0 (builds fast) to 5 (runs fast).")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="File; one per device and version by default.")] = None,
+    refit: Annotated[bool, typer.Option("--refit", help="Let the engine take another adaptor later.")] = False,
+    best_of: Annotated[int, typer.Option(help="Build so often, keep what this GPU runs fastest.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the memory plan and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build what the plan says cannot fit.")] = False,
 ) -> None:
     """Compile a bundle's stages into TensorRT engines."""
     from hipa_deploy.embedded import resolve_bundle
+    from hipa_deploy.engines.options import BuildOptions
 
-    _build(resolve_bundle(bundle), backend, target)
+    given = {
+        "workspace_mib": workspace,
+        "tactic_dram_mib": tactic_dram,
+        "optimization_level": optimization_level,
+        "timing_cache": timing_cache,
+        "refit": refit or None,
+    }
+    options = BuildOptions.model_validate({name: value for name, value in given.items() if value is not None})
+    root = resolve_bundle(bundle)
+    if dry_run:
+        _dry_run(root, backend, target, options)
+    else:
+        _build(root, backend, target, options, best_of=best_of, force=force)
 
 
-def _build(root: Path, backend: EngineBackend, target: str) -> None:
+def _dry_run(root: Path, backend: EngineBackend, target: str, options: BuildOptions) -> None:
+    from hipa_deploy.bundle import Bundle
+    from hipa_deploy.engines.build import dry_run
+    from hipa_deploy.engines.plan import render_plan
+
+    plan = dry_run(Bundle.open(root), backend=backend.value, target=target, options=options)
+    Console().print(*render_plan(plan), sep="\n")
+    plan.refuse_misfits()
+
+
+def _build(root: Path, backend: EngineBackend, target: str, options: BuildOptions, **more: Any) -> None:
     from hipa_deploy.bundle import Bundle
     from hipa_deploy.engines.build import build_bundle
 
-    for engine in build_bundle(Bundle.open(root), backend=backend.value, target=target, console=console):
+    bundle = Bundle.open(root)
+    built = build_bundle(bundle, backend=backend.value, target=target, options=options, console=console, **more)
+    for engine in built:
         typer.echo(engine.path)
 
 
@@ -321,13 +359,13 @@ def evaluate(
 
 @app.command()
 def doctor(
-    bundle: Annotated[str | None, typer.Argument(help="A bundle to check as well, or 'emoji'.")] = None,
+    subject: Annotated[str | None, typer.Argument(help="A bundle (or 'emoji') or an engine to check as well.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what this machine can do, what is missing, and the command that mends it."""
     from hipa_deploy.doctor import examine, render
 
-    report = examine(bundle)
+    report = examine(subject)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,9 +18,13 @@ from hipa_deploy.extras import EXTRAS, missing
 NEEDED = {"model": "model_index.json", "adaptor": WEIGHTS, "bundle": MANIFEST}
 
 
-def examine(bundle: str | None = None) -> dict[str, Any]:
-    """Facts as JSON types: version, device and backends, extras, embedded folders, a bundle's state, problems."""
+def examine(subject: str | None = None) -> dict[str, Any]:
+    """Facts as JSON types: version, device and backends, extras, embedded folders, problems.
+
+    With ``subject``, a bundle or an engine, its state as well.
+    """
     from hipa_deploy.engines.device import describe_device
+    from hipa_deploy.engines.diagnose import is_engine
 
     report: dict[str, Any] = {
         "version": __version__,
@@ -31,9 +36,23 @@ def examine(bundle: str | None = None) -> dict[str, Any]:
     for name, folder in report["embedded"].items():
         if not (Path(folder) / NEEDED[name]).is_file():
             report["problems"].append(f"the embedded {name} is missing. Reinstall hipa-deploy.")
-    if bundle:
-        report["bundle"] = _examine_bundle(bundle, report["problems"])
+    if subject and is_engine(Path(subject)):
+        report["engine"] = _examine_engine(Path(subject), report["problems"])
+    elif subject:
+        report["bundle"] = _examine_bundle(subject, report["problems"])
     return report
+
+
+def _examine_engine(path: Path, problems: list[str]) -> dict[str, Any]:
+    from hipa_deploy.engines.diagnose import diagnose
+
+    try:
+        diagnosis = diagnose(path)
+    except HipaError as error:
+        problems.append(str(error))
+        return {"path": str(path)}
+    problems.extend(f"{path}: {problem}" for problem in diagnosis.problems)
+    return diagnosis.model_dump(mode="json", exclude={"problems"})
 
 
 def _extra(extra: str) -> str:
@@ -61,8 +80,23 @@ def _examine_bundle(name: str, problems: list[str]) -> dict[str, Any]:
     }
 
 
-def render(report: dict[str, Any]) -> Table:
-    """The report as a table: a row for each fact, each backend and each problem."""
+def render(report: dict[str, Any]) -> Group:
+    """The report as tables: a row for each fact, each backend, each field of an engine's key, and each problem."""
+    engine = report.get("engine", {}).get("fields")
+    return Group(_facts(report), *([_key_fields(engine)] if engine else []))
+
+
+def _key_fields(fields: list[dict[str, str]]) -> Table:
+    table = Table("field", "as built", "here", "", title="The engine's key")
+    colours = {"same": "green", "differs": "red", "unknown": "yellow"}
+    for field in fields:
+        verdict = field["verdict"]
+        text = (escape(field[column]) for column in ("name", "built", "here"))
+        table.add_row(*text, f"[{colours[verdict]}]{verdict}[/]")
+    return table
+
+
+def _facts(report: dict[str, Any]) -> Table:
     table = Table("", "", show_header=False, title=f"hipa-deploy {report['version']}")
     device = report["device"]
     for key, value in device.items():
@@ -71,9 +105,10 @@ def render(report: dict[str, Any]) -> Table:
     for backend in device["backends"]:
         usable = f"[green]works[/green] {_plain(backend['version'])}"
         table.add_row(f"backend.{backend['name']}", usable if backend["usable"] else _plain(backend["remedy"]))
-    for section in ("extras", "embedded", "bundle"):
+    for section in ("extras", "embedded", "bundle", "engine"):
         for key, value in report.get(section, {}).items():
-            table.add_row(f"{section}.{key}", _plain(value))
+            if key != "fields":
+                table.add_row(f"{section}.{key}", _plain(value))
     for problem in report["problems"]:
         table.add_row("[red]problem[/red]", escape(problem))
     return table

@@ -12,6 +12,11 @@ from pathlib import Path
 from hipa_deploy.errors import HipaError
 
 
+def user_cache() -> Path:
+    """Where what can be made again is kept: $HIPA_CACHE, or ~/.cache/hipa-deploy."""
+    return Path(os.environ.get("HIPA_CACHE") or Path.home() / ".cache" / "hipa-deploy")
+
+
 def refuse_to_overwrite(out: Path) -> None:
     """Raise HipaError if ``out`` is a file, a folder with anything in it, or where we stand."""
     if out.resolve() == Path.cwd():

@@ -21,7 +21,10 @@ SURFACE = {
         "--out", "--model", "--adaptor", "--adaptor-scale", "--dtype", "--layout", "--height", "--width", "--batch",
         "--decoder", "--fuse", "--prompts", "--dynamic", "--build",
     },
-    "build": {"--backend", "--target"},
+    "build": {
+        "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level", "--timing-cache", "--refit",
+        "--best-of", "--dry-run", "--force",
+    },
     "generate": {"--out", "--seed", "--count", "--height", "--width", "--backend", "--truncate"},
     "profile": {"--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers", "--roofline"},
     "profile compare": {"--metric", "--threshold", "--json"},

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hipa_deploy.files import write_file
+from hipa_deploy.files import user_cache, write_file
 from hipa_deploy.hashing import folder_sha256
 from hipa_deploy.train.base_model import DiffusionModel
 from hipa_deploy.train.progress import ProgressBar
@@ -44,11 +43,6 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.seed_N)
-
-
-def default_cache() -> Path:
-    """$HIPA_CACHE, or ~/.cache/hipa-deploy."""
-    return Path(os.environ.get("HIPA_CACHE") or Path.home() / ".cache" / "hipa-deploy")
 
 
 @torch.no_grad()
@@ -96,7 +90,7 @@ def teacher_pairs(
 
     ``context`` is what ``prompt_contexts`` returned, if the caller has it already.
     """
-    folder = cache_folder(model, prompts, teacher, seed, cache or default_cache())
+    folder = cache_folder(model, prompts, teacher, seed, cache or user_cache())
     prompt_N = prompt_order(len(prompts), teacher.pairs, seed)
     context = context or prompt_contexts(model, prompts, console)
     empty_1LD = model.context([""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -14,16 +15,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from engine_samples import RTX_4090
 from polygraphy.backend import trt as polygraphy_trt
 from rich.console import Console
 
 from hipa_deploy.bundle import Axis, StageSpec
 from hipa_deploy.engines import build as build_module
 from hipa_deploy.engines import build_worker
-from hipa_deploy.engines.build import build_bundle, explain_failure, locked, run_worker
+from hipa_deploy.engines import plan as plan_module
+from hipa_deploy.engines.build import build_bundle, dry_run, locked
+from hipa_deploy.engines.build_process import run_worker
 from hipa_deploy.engines.build_worker import Job
 from hipa_deploy.engines.device import find_gpu
-from hipa_deploy.engines.engine import BuildOptions, read_sidecar
+from hipa_deploy.engines.engine import read_sidecar
+from hipa_deploy.engines.options import BuildOptions
+from hipa_deploy.engines.target import load_target_profile
 from hipa_deploy.errors import HipaError, MissingDependencyError
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -70,6 +76,67 @@ def test_options_reach_the_builder_and_the_key(make_bundle):
     assert first.path.is_file()
 
 
+@no_gpu
+def test_a_refittable_engine_needs_a_driver(make_bundle):
+    bundle = make_bundle(stages=("unet",))
+    with pytest.raises(HipaError, match="--refit: a refittable engine is compiled with a driver"):
+        build(bundle, target="rtx40", options=BuildOptions(refit=True))
+    assert not (bundle.root / "engines").exists()
+
+
+@pytest.mark.gpu
+def test_a_refittable_engine_is_another_engine(make_bundle):
+    bundle = make_bundle(stages=("unet",))
+    (plain,) = build(bundle)
+    (refittable,) = build(bundle, options=BuildOptions(refit=True))
+    assert refittable.sidecar.key.options.refit
+    assert refittable.path.read_bytes() != plain.path.read_bytes()
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_written(make_bundle, monkeypatch):
+    bundle = make_bundle(stages=("unet",))
+    monkeypatch.setattr(plan_module, "available_memory_mib", lambda: 100)
+    with pytest.raises(HipaError, match=r"building: memory on this machine takes about \d+ MiB, 100 MiB is there"):
+        build(bundle, target="rtx40")
+    assert not (bundle.root / "engines").exists()
+    (built,) = build(bundle, target="rtx40", force=True)
+    assert build(bundle, target="rtx40") == [dataclasses.replace(built, up_to_date=True)]  # nothing left to build
+
+
+@pytest.mark.parametrize("target", ["auto", "orin-nano"])
+def test_a_dry_run_needs_neither_tensorrt_nor_the_device(make_bundle, target):
+    bundle = make_bundle()
+    plan = dry_run(bundle, backend="tensorrt", target=target)
+    assert [stage.stage for stage in plan.stages] == ["unet", "vae_decoder"]
+    assert not (bundle.root / "engines").exists()
+
+
+def test_a_dry_run_takes_the_targets_own_options(make_bundle):
+    bundle = make_bundle(stages=("unet",))
+    (own,) = dry_run(bundle, backend="tensorrt", target="orin-nano").stages
+    (given,) = dry_run(bundle, backend="tensorrt", target="orin-nano", options=BuildOptions(workspace_mib=5)).stages
+    assert own.build_gpu - given.build_gpu == load_target_profile("orin-nano").build.workspace_mib - 5
+
+
+@no_gpu
+@pytest.mark.parametrize(("best_of", "message"), [(0, "is 0. Expected 1 to 20"), (3, "no NVIDIA GPU answers here")])
+def test_best_of_needs_a_gpu(make_bundle, best_of, message):
+    with pytest.raises(HipaError, match=message):
+        build(make_bundle(), best_of=best_of)
+
+
+def test_the_fastest_of_several_is_kept(make_bundle, monkeypatch):
+    """The timing alone is invented: no GPU runs here."""
+    bundle, latencies = make_bundle(stages=("unet",)), iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(build_module, "find_gpu", lambda: RTX_4090)
+    monkeypatch.setattr(build_module, "time_engine", lambda path, spec, flavour: next(latencies))
+    (built,) = build(bundle, target="rtx40", best_of=3)
+    assert built.sidecar.candidates_ms == (3.0, 1.0, 2.0)
+    assert [name for name in names(bundle.root / "engines") if name.endswith(".tmp")] == []
+    (again,) = build(bundle, target="rtx40", best_of=2)
+    assert again.up_to_date
+
+
 def test_a_damaged_engine_is_built_again(make_bundle):
     bundle = make_bundle(stages=("unet",))
     (first,) = build(bundle, target="rtx40")
@@ -103,26 +170,6 @@ def test_a_corrupt_bundle_is_not_built(make_bundle):
     with pytest.raises(HipaError, match="corrupt"):
         build(bundle)
     assert not (bundle.root / "engines").exists()
-
-
-def test_progress_rises_to_one(make_bundle, tmp_path):
-    bundle, events = make_bundle(stages=("unet",)), []
-    job = Job(
-        flavour="rtx",
-        onnx=bundle.stage_path("unet"),
-        spec=bundle.stages["unet"].spec,
-        out=tmp_path / "out",
-        precision="fp16",
-        compute_capabilities=(89,),
-        options=BuildOptions(),
-        timing_cache=None,
-    )
-    outcome = run_worker(job, events.append)
-    fractions = [event.fraction for event in events]
-    assert fractions == sorted(fractions)
-    assert len(set(fractions)) > 5
-    assert fractions[-1] == 1.0
-    assert outcome.seconds > 0
 
 
 def test_named_axes_become_a_profile(make_bundle, tmp_path):
@@ -184,21 +231,6 @@ def test_a_folder_that_cannot_be_written_is_said(make_bundle):
         build(bundle)
 
 
-def test_a_worker_whose_parent_is_gone_stops(make_bundle, tmp_path):
-    bundle = make_bundle()
-    job = Job(
-        flavour="rtx", onnx=bundle.stage_path("unet"), spec=bundle.stages["unet"].spec, out=tmp_path / "out",
-        precision="fp16", compute_capabilities=(89,), options=BuildOptions(), timing_cache=None,
-    )  # fmt: skip
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(build_module.WORKER, env=build_worker.environment("rtx"), text=True, **pipes) as worker:
-        worker.stdout.close()
-        worker.stdin.write(job.model_dump_json())
-        worker.stdin.close()
-        assert worker.wait(timeout=30) != 0
-    assert not job.out.exists()
-
-
 def test_a_lock_clears_what_a_killed_build_left(tmp_path):
     (tmp_path / ".unet-0.engine.tmp").write_bytes(b"half")
     with locked(tmp_path):
@@ -213,7 +245,7 @@ def test_interrupting_stops_the_worker_and_leaves_nothing(make_bundle, monkeypat
     def interrupt(event):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build_module, "_reporter", lambda bar, task: interrupt)
+    monkeypatch.setattr(build_module, "_reporter", lambda bar, task, number, best_of: interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(bundle, target="rtx40")
     assert workers[-1].poll() is not None
@@ -233,28 +265,6 @@ def test_ctrl_c_in_the_terminal_stops_a_whole_build(make_bundle):
         process.wait(timeout=30)
     assert process.returncode != 0
     assert [name for name in names(folder) if name.endswith(".tmp")] == []
-
-
-def test_a_killed_worker_is_explained(make_bundle, monkeypatch):
-    bundle = make_bundle(stages=("unet",))
-    monkeypatch.setattr(build_module, "WORKER", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"))
-    with pytest.raises(HipaError, match="unet: the build was killed by SIGKILL"):
-        build(bundle, target="rtx40")
-    assert names(bundle.root / "engines") == []
-
-
-@pytest.mark.parametrize(
-    ("status", "log", "expected"),
-    [
-        (-9, "", "the build was killed by SIGKILL (out of memory?)."),
-        (-11, "[E] x", "the build was killed by SIGSEGV."),
-        (1, "[W] w\n[E] first\n[E] In node 3: Det\nTraceback\nX: y", "In node 3: Det"),
-        (1, "Traceback\nValueError: y\n", "ValueError: y"),
-        (1, "", "the build ended with status 1."),
-    ],
-)
-def test_failures_are_one_line(status, log, expected):
-    assert explain_failure(status, log) == expected
 
 
 def test_missing_packages_give_the_pip_command(make_bundle, monkeypatch):

@@ -66,7 +66,8 @@ def node(op: str, *inputs: str, **attributes: object) -> NodeProto:
 )  # fmt: skip
 def test_closed_form(tmp_path: Path, made: NodeProto, x: Dims, weight: Dims, y: Dims, flops: int) -> None:
     cost = graph_cost(save(tmp_path / "model.onnx", made, x, {"w": weight}, y))
-    assert cost == Cost(flops=flops, weight_bytes=2 * math.prod(weight), io_bytes=2 * (math.prod(x) + math.prod(y)))
+    io_bytes = 2 * (math.prod(x) + math.prod(y))
+    assert cost == Cost(flops=flops, weight_bytes=2 * math.prod(weight), io_bytes=io_bytes, activation_bytes=0)
 
 
 @given(st.tuples(*[st.integers(1, 9)] * 4), st.booleans())
@@ -88,6 +89,35 @@ def test_of_an_embedding_the_rows_read_count(tmp_path: Path) -> None:
     tied = [node("Gather", "w", "i"), helper.make_node("Transpose", ["w"], ["z"])]
     whole = graph_cost(save(tmp_path / "tied.onnx", tied, (1,), {"w": (1000, 8), "i": (5,)}))
     assert whole.weight_bytes == 1000 * 8 * 2 + 5 * 8
+
+
+def chain(*steps: tuple[str, str, str]) -> list[NodeProto]:
+    """Nodes of (operator, inputs, output), inputs a letter each."""
+    return [helper.make_node(op, list(inputs), [output]) for op, inputs, output in steps]
+
+
+@pytest.mark.parametrize(
+    ("steps", "alive"),
+    [
+        ([("Relu", "x", "a"), ("Relu", "a", "y")], 1),
+        ([("Relu", "x", "a"), ("Relu", "a", "b"), ("Relu", "b", "c"), ("Relu", "c", "y")], 2),  # what is read, written
+        ([("Relu", "x", "a"), ("Relu", "a", "b"), ("Relu", "b", "c"), ("Add", "ac", "y")], 3),  # a skip connection
+        ([("Relu", "x", "a"), ("Reshape", "ai", "b"), ("Relu", "b", "c"), ("Relu", "c", "y")], 2),  # b is a
+        ([("Relu", "x", "a"), ("Relu", "x", "b"), ("Relu", "x", "y")], 1),  # nobody reads them
+    ],
+)
+def test_activations_live_from_writer_to_last_reader(tmp_path: Path, steps: list, alive: int) -> None:
+    path = save(tmp_path / "model.onnx", chain(*steps), (3, 5), {"i": (2,)}, (3, 5))
+    model = onnx.load(path)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.array([3, 5]), "i"))
+    onnx.save(model, path)
+    assert graph_cost(path).activation_bytes == alive * 3 * 5 * 2
+
+
+def test_activations_of_an_unknown_shape_are_unknown(tmp_path: Path) -> None:
+    steps = chain(("NonZero", "x", "a"), ("Cast", "a", "b"), ("Relu", "x", "y"))
+    steps[1].attribute.append(helper.make_attribute("to", TensorProto.FLOAT16))
+    assert graph_cost(save(tmp_path / "model.onnx", steps, (3, 5), {})).activation_bytes is None
 
 
 def test_external_data_is_not_needed(tmp_path: Path) -> None:
