@@ -146,6 +146,7 @@ def test_a_report_that_is_not_there(tmp_path):
 
 
 def test_the_published_schema_is_the_reports():
+    """If a record has changed: hipa-profile's ``LatencyReport.model_json_schema()``, two spaces, into that file."""
     published = json.loads((Path(__file__).parents[2] / "docs/latency.schema.json").read_text())
     assert published == LatencyReport.model_json_schema()
 
