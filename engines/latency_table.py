@@ -10,6 +10,7 @@ from rich.table import Table
 from hipa_deploy.engines.conditions import MachineState
 from hipa_deploy.engines.profile import END_TO_END, Conditions, LatencyReport, LatencyStats
 from hipa_deploy.engines.sysfs import Clock
+from hipa_deploy.runners import CPU_BACKENDS
 
 HEADINGS = ("first", "p50", "p90", "p95", "p99", "mean", "std", "min")
 UNKNOWN = "unknown"
@@ -60,7 +61,7 @@ def _caption(report: LatencyReport) -> str:
 def device_name(report: LatencyReport) -> str:
     """What computed: Jetson's module, the GPU, or the processor."""
     device = report.conditions.device
-    if report.conditions.backend == "onnxruntime" or device.gpu is None:
+    if report.conditions.backend in CPU_BACKENDS or device.gpu is None:
         return f"{device.jetson} (CPU)" if device.jetson else device.cpu
     return device.jetson or device.gpu.name
 
@@ -164,7 +165,7 @@ def _or_dash(text: str | None) -> str:
 
 
 def _gpu_clock(told: Conditions, state: MachineState | None) -> str:
-    clock = state.after.clocks.get("gpu") if state and told.backend != "onnxruntime" else None
+    clock = state.after.clocks.get("gpu") if state and told.backend not in CPU_BACKENDS else None
     return "-" if clock is None else _clock(clock).replace(" MHz", "")
 
 

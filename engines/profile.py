@@ -25,6 +25,7 @@ from hipa_deploy.engines.stage_timer import StageTimer
 from hipa_deploy.errors import HipaError
 from hipa_deploy.pipeline import OneStepPipeline
 from hipa_deploy.prompts import BAKED_PROMPTS, read_closed_set
+from hipa_deploy.runners import CPU_BACKENDS
 
 DEFAULT_PROMPT = "3d emoji of a red apple"
 END_TO_END = "end to end"
@@ -164,7 +165,7 @@ def profile_pipeline(
         conditions=conditions,
         layers=profile_layers(pipeline, text(0)) if layers else {},
         warnings=(
-            *state_warnings(state, cores=conditions.threads, on_gpu=pipeline.backend != "onnxruntime"),
+            *state_warnings(state, cores=conditions.threads, on_gpu=pipeline.backend not in CPU_BACKENDS),
             *drift_warnings(whole.samples_ms),
         ),
     )

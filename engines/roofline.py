@@ -14,6 +14,7 @@ from hipa_deploy.bundle import Bundle, Cost, Precision, Stage
 from hipa_deploy.engines.record import Record
 from hipa_deploy.engines.target import TargetProfile, load_target_profile, target_names
 from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.runners import CPU_BACKENDS
 
 if TYPE_CHECKING:  # profile.py imports this module
     from hipa_deploy.engines.profile import LatencyReport
@@ -127,7 +128,7 @@ def _known(precision: Precision) -> list[str]:
 def with_roofline(report: LatencyReport, roofline: Roofline) -> LatencyReport:
     """``report`` with the prediction; with its p50 over the bound if it was measured on that very device's GPU."""
     told = report.conditions
-    if told.backend != "onnxruntime" and load_target_profile(roofline.target).is_device(told.device):
+    if told.backend not in CPU_BACKENDS and load_target_profile(roofline.target).is_device(told.device):
         roofline = _compared(roofline, report)
     return report.model_copy(update={"roofline": roofline})
 
@@ -142,7 +143,7 @@ def with_own_roofline(report: LatencyReport, bundle: Bundle) -> LatencyReport:
         return report
     for name, profile in profiles.items():
         known = all(stage.cost and peak_of(profile, stage.precision) for stage in bundle.manifest.stages)
-        if known and report.conditions.backend != "onnxruntime" and profile.is_device(report.conditions.device):
+        if known and report.conditions.backend not in CPU_BACKENDS and profile.is_device(report.conditions.device):
             return with_roofline(report, predict_roofline(bundle, name))
     return report
 

@@ -75,7 +75,7 @@ class Metric(str, Enum):
 BundleArgument = Annotated[str, typer.Argument(help="A bundle folder, or 'emoji' for the embedded one.")]
 BackendOption = Annotated[
     str,
-    typer.Option(help="auto | onnxruntime | onnxruntime-cuda | onnxruntime-tensorrt | tensorrt | rtx"),
+    typer.Option(help="auto | onnxruntime | openvino | onnxruntime-cuda | onnxruntime-tensorrt | tensorrt | rtx"),
 ]
 ModelOption = Annotated[str, typer.Option(help="Base model: a diffusers folder, a hub id, or 'emoji' (embedded).")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the first image; the next images take the next seeds.")]
