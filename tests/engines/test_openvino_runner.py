@@ -13,7 +13,7 @@ from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle import Bundle
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner
-from hipa_deploy.engines.openvino_runner import OpenVinoRunner
+from hipa_deploy.engines.openvino_runner import OpenVinoRunner, load_openvino
 from hipa_deploy.errors import HipaError, MissingDependencyError
 from hipa_deploy.selfcheck import check_bundle
 
@@ -78,6 +78,4 @@ def test_broken_it_says_so(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", fail)
     with pytest.raises(HipaError, match=r"openvino does not load \(no libopenvino.so\)"):
-        from hipa_deploy.engines.openvino_runner import load_openvino
-
         load_openvino()
