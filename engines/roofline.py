@@ -13,7 +13,7 @@ from rich.table import Table
 from hipa_deploy.bundle import Bundle, Cost, Precision, Stage
 from hipa_deploy.engines.record import Record
 from hipa_deploy.engines.target import TargetProfile, load_target_profile, target_names
-from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.errors import HipaError
 from hipa_deploy.runners import CPU_BACKENDS
 
 if TYPE_CHECKING:  # profile.py imports this module
@@ -137,11 +137,8 @@ def with_own_roofline(report: LatencyReport, bundle: Bundle) -> LatencyReport:
     """``report`` beside the bound of the very device it was measured on; as it is where that device is no target,
     or its rates or the bundle's costs are not known.
     """
-    try:
-        profiles = {name: load_target_profile(name) for name in target_names()}
-    except MissingDependencyError:  # no TOML reader on Python 3.10 without an extra: a bound is a bonus
-        return report
-    for name, profile in profiles.items():
+    for name in target_names():
+        profile = load_target_profile(name)
         known = all(stage.cost and peak_of(profile, stage.precision) for stage in bundle.manifest.stages)
         if known and report.conditions.backend not in CPU_BACKENDS and profile.is_device(report.conditions.device):
             return with_roofline(report, predict_roofline(bundle, name))

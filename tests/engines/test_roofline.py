@@ -13,12 +13,11 @@ from rich.console import Console
 from hipa_deploy.bundle import MANIFEST, Bundle, Cost
 from hipa_deploy.cli import main
 from hipa_deploy.embedded import BUNDLE
-from hipa_deploy.engines import roofline
 from hipa_deploy.engines.device import Device, Gpu
 from hipa_deploy.engines.profile import Conditions, LatencyReport, LatencyStats
 from hipa_deploy.engines.roofline import peak_of, predict_roofline, render_roofline, with_own_roofline, with_roofline
 from hipa_deploy.engines.target import load_target_profile, target_names
-from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.errors import HipaError
 
 COSTS = {
     "unet": Cost(flops=34_000_000_000, weight_bytes=40_000_000, io_bytes=800_000),
@@ -133,15 +132,6 @@ def test_elsewhere_there_is_none(bundle, report):
 def test_without_costs_there_is_none(make_bundle):
     report = a_report(RTX_4090)
     assert with_own_roofline(report, make_bundle()) == report
-
-
-def test_without_a_toml_reader_there_is_none(bundle, monkeypatch):
-    def absent(name):
-        raise MissingDependencyError("tomli", "rtx")
-
-    monkeypatch.setattr(roofline, "load_target_profile", absent)
-    report = a_report(RTX_4090)
-    assert with_own_roofline(report, bundle) == report
 
 
 def test_a_stage_that_did_not_run_is_not_compared(bundle):
