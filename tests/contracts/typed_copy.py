@@ -86,7 +86,7 @@ class _Typed(ast.NodeTransformer):
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
         if node.arg == "trt":
-            return ast.arg("module_at_run_time", ast.Name("Any"))
+            return ast.arg("module_at_run_time", ast.Name("object"))
         if node.annotation is not None and ast.unparse(node.annotation) == "Any" and node.arg in self.classes:
             node.annotation = ast.parse(f"trt.{self.classes[node.arg]}", mode="eval").body
         return node
