@@ -98,13 +98,13 @@ def openvino(model: Path, work: Path) -> Image:
     return lambda prompt: decoder(unet((noise, text(tokenizer([prompt]))[0]))[0])[0][0]
 
 
-def ours(bundle: str, prompt: str | None = None) -> Callable[[Path, Path], Image]:
-    """This toolkit on ONNX Runtime; with ``prompt`` the same one every time."""
+def ours(bundle: str, prompt: str | None = None, backend: str = "onnxruntime") -> Callable[[Path, Path], Image]:
+    """This toolkit; with ``prompt`` the same one every time."""
 
     def load(model: Path, work: Path) -> Image:
         from hipa_deploy import OneStepPipeline
 
-        pipe = OneStepPipeline.load(work / bundle, backend="onnxruntime")
+        pipe = OneStepPipeline.load(work / bundle, backend)
         return lambda text: pipe(prompt or text, seed=0).images_BHWC[0]
 
     return load
@@ -118,6 +118,7 @@ CONTENDERS: dict[str, Callable[[Path, Path], Image]] = {
     "ours": ours("full"),
     "ours, prompt cached": ours("full", "a red apple"),
     "ours, fused": ours("fused"),
+    "ours, openvino backend": ours("full", backend="openvino"),
     "ours, tiny decoder": ours("tiny"),
     "ours, tiny decoder, fused": ours("tiny-fused"),
 }
@@ -232,8 +233,8 @@ def main(
     make_bundles(model, tiny, work)
     results = {}
     for name in CONTENDERS:
-        if "OpenVINO" in name and importlib.util.find_spec("openvino") is None:
-            print("OpenVINO is not installed and was not measured. Run: pip install openvino")
+        if "openvino" in name.lower() and importlib.util.find_spec("openvino") is None:
+            print(f"{name}: OpenVINO is not installed and was not measured. Run: pip install openvino")
         elif not only or any(part in name for part in only):
             results[name] = compare(name, model, work, runs)
             print(name, json.dumps(results[name]), flush=True)

@@ -29,11 +29,11 @@ from hipa_deploy.engines.engine import (
     key_for,
     read_sidecar,
 )
-from hipa_deploy.engines.flavour import Flavour, as_flavour, load_tensorrt
+from hipa_deploy.engines.flavour import Flavour, as_flavour, load_tensorrt, missing
 from hipa_deploy.engines.options import BuildOptions
 from hipa_deploy.engines.plan import Plan, plan_build
 from hipa_deploy.engines.target import Target, default_options, resolve_target
-from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.errors import HipaError
 from hipa_deploy.files import user_cache, write_file
 from hipa_deploy.hashing import file_sha256
 
@@ -131,7 +131,7 @@ def check_tools(backend: str) -> tuple[Flavour, ModuleType]:
     flavour = as_flavour(backend)
     trt = load_tensorrt(flavour)
     if importlib.util.find_spec("polygraphy") is None:
-        raise MissingDependencyError("polygraphy", flavour)
+        raise missing("polygraphy", flavour)
     return flavour, trt
 
 

@@ -6,10 +6,10 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-from hipa_deploy.engines.flavour import Flavour
-from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.engines.flavour import Flavour, missing
+from hipa_deploy.errors import HipaError
 
-# cuda-python 12.8 and newer, then 12.6 and 12.7 (JetPack 6).
+# cuda-python 12.6.2 and newer, then 12.6.0.
 _MODULES = ("cuda.bindings.runtime", "cuda.cudart")
 
 
@@ -17,7 +17,7 @@ def load_cudart(extra: Flavour) -> ModuleType:
     """Import cuda-python's binding of the CUDA runtime.
 
     Raises:
-        MissingDependencyError: cuda-python is not installed; the message names ``extra``.
+        MissingDependencyError: cuda-python is not installed; the message names ``extra``, or Jetson's.
         HipaError: it is installed and does not load.
 
     """
@@ -28,7 +28,7 @@ def load_cudart(extra: Flavour) -> ModuleType:
             continue
         except (ImportError, OSError, RuntimeError) as error:
             raise HipaError(f"cuda-python does not load ({error}). Is the NVIDIA driver installed?") from None
-    raise MissingDependencyError("cuda-python", extra)
+    raise missing("cuda-python", extra)
 
 
 def call(cudart: ModuleType, name: str, *arguments: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from hipa_deploy.engines.cuda import call, load_cudart
 from hipa_deploy.engines.flavour import FLAVOURS, Flavour, load_tensorrt
 from hipa_deploy.engines.record import Record
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, MissingDependencyError
 
 INSTALL_ONNXRUNTIME = "pip install onnxruntime"
 INSTALL_ONNXRUNTIME_GPU = "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
@@ -74,7 +75,11 @@ def describe_device() -> Device:
         gpu=gpu,
         jetson=jetson_model(),
         l4t=l4t_release(),
-        backends=tuple(_onnxruntime_backends(gpu)) + tuple(_engine_backend(flavour, gpu) for flavour in FLAVOURS),
+        backends=(
+            *_onnxruntime_backends(gpu),
+            _openvino_backend(),
+            *(_engine_backend(flavour, gpu) for flavour in FLAVOURS),
+        ),
     )
 
 
@@ -213,6 +218,15 @@ def _onnxruntime_backend(name: str, version: str | None, installed: bool, gpu: G
         return Backend(name=name, version=None, usable=False, remedy=f"Run: {remedy}")
     usable = name == "onnxruntime" or gpu is not None
     return Backend(name=name, version=version, usable=usable, remedy=None if usable else _NO_GPU)
+
+
+def _openvino_backend() -> Backend:
+    try:
+        version = importlib.metadata.version("openvino")
+    except importlib.metadata.PackageNotFoundError:
+        remedy = str(MissingDependencyError("openvino", "openvino"))
+        return Backend(name="openvino", version=None, usable=False, remedy=remedy)
+    return Backend(name="openvino", version=version, usable=True, remedy=None)
 
 
 def _engine_backend(flavour: Flavour, gpu: Gpu | None) -> Backend:

@@ -1,7 +1,8 @@
 """TensorRT and TensorRT-RTX behind one name.
 
-Both modules have the same API for all that this package calls (TensorRT 10.3 to 11.4, TensorRT-RTX 1.x). What
-differs stays here: the module's name, and the compute capabilities that TensorRT-RTX compiles for ahead of time.
+Both modules have the same API for all that this package calls (TensorRT 10.3 to 11.4, TensorRT-RTX 1.4 to 1.7, held
+by tests/contracts). What differs stays here: the module's name and packages, and the compute capabilities that
+TensorRT-RTX compiles for ahead of time.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def load_tensorrt(flavour: Flavour) -> ModuleType:
         trt = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name == name:
-            raise MissingDependencyError(package, flavour) from None
+            raise missing(package, flavour) from None
         raise HipaError(f"{package} is installed but incomplete ({error}). {_reinstall(package)}") from None
     except (ImportError, OSError, RuntimeError) as error:
         raise HipaError(f"{package} is installed but does not load ({error}). {_reinstall(package)}") from None
@@ -55,8 +56,34 @@ def load_tensorrt(flavour: Flavour) -> ModuleType:
     return trt
 
 
+def missing(package: str, flavour: Flavour) -> HipaError:
+    """The error for a package that ``flavour`` needs, with the command for this machine.
+
+    On Jetson the extra 'tensorrt' would be wrong: TensorRT is JetPack's own, and cuda-python has to be of its CUDA.
+    """
+    jetpack = _jetpack() if flavour == "tensorrt" else None
+    if jetpack is None:
+        return MissingDependencyError(package, flavour)
+    if package != "tensorrt":
+        return MissingDependencyError(package, f"jetson{jetpack}")
+    return HipaError(
+        "tensorrt is not installed, or hidden from this environment; on Jetson it is JetPack's own. Run:"
+        " sudo apt install python3-libnvinfer, and make the environment with: python3 -m venv --system-site-packages"
+    )
+
+
 def _reinstall(package: str) -> str:
-    return f"Run: pip install --force-reinstall {package}"
+    apt = package == "tensorrt" and _jetpack() is not None
+    command = "sudo apt install --reinstall python3-libnvinfer" if apt else f"pip install --force-reinstall {package}"
+    return f"Run: {command}"
+
+
+def _jetpack() -> int | None:
+    """JetPack's major version, 6 or 7, by the Jetson Linux release; None elsewhere."""
+    from hipa_deploy.engines.device import l4t_release  # which imports this module
+
+    release = l4t_release()
+    return None if release is None else 6 if int(release.split(".")[0]) < 38 else 7
 
 
 @cache

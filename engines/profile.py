@@ -4,32 +4,48 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
+from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import hipa_deploy
+from hipa_deploy.bundle import Bundle
+from hipa_deploy.engines.conditions import Machine, MachineState, state_warnings
 from hipa_deploy.engines.device import Device, describe_device, peak_rss_mib, usable_cores
+from hipa_deploy.engines.layers import LayerTime, profile_layers
 from hipa_deploy.engines.record import Record
 from hipa_deploy.engines.roofline import Roofline
+from hipa_deploy.engines.stage_timer import StageTimer
 from hipa_deploy.errors import HipaError
 from hipa_deploy.pipeline import OneStepPipeline
+from hipa_deploy.prompts import BAKED_PROMPTS, read_closed_set
+from hipa_deploy.runners import CPU_BACKENDS
 
 DEFAULT_PROMPT = "3d emoji of a red apple"
 END_TO_END = "end to end"
 MAX_RUNS = 100_000
+DRIFT = 0.1  # of the first quarter's median, and the last quarter's is another
 
 _PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-python")
 
+Prompts = Literal[
+    "a new prompt every run",
+    "one prompt, its text context cached after the first run",
+    "the bundle's baked prompts in turn, no text encoder",
+]
+
 
 class LatencyStats(Record):
-    """Milliseconds over ``runs`` batches after warm-up. ``first_ms`` is the very first run, part of nothing else."""
+    """Milliseconds over ``runs`` batches after warm-up. ``first_ms`` is the very first run, part of nothing else.
+
+    ``samples_ms`` are the runs in order, to 0.1 microseconds; empty in reports of schema 1.
+    """
 
     runs: int
     first_ms: float | None
@@ -38,11 +54,26 @@ class LatencyStats(Record):
     min_ms: float
     p50_ms: float
     p90_ms: float
+    p95_ms: float | None = None
     p99_ms: float
+    max_ms: float | None = None
+    samples_ms: tuple[float, ...] = ()
+
+
+class BundleFacts(Record):
+    """Which bundle was measured. ``decoder`` is its kind and name, ``graphs`` the SHA-256 of each stage's file."""
+
+    producer: str
+    layout: str
+    base_model: str
+    base_model_sha256: str
+    adaptor: str | None
+    decoder: str | None
+    graphs: dict[str, str]
 
 
 class Conditions(Record):
-    """What the numbers hold for."""
+    """What the numbers hold for. ``bundle`` and ``state`` are None in reports of schema 1."""
 
     backend: str
     precision: str
@@ -50,41 +81,43 @@ class Conditions(Record):
     height: int
     width: int
     threads: int
-    prompts: Literal["a new prompt every run", "one prompt, its text context cached after the first run"]
+    prompts: Prompts
     versions: dict[str, str]
     device: Device
+    bundle: BundleFacts | None = None
+    state: MachineState | None = None
 
 
 class LatencyReport(Record):
     """``hipa-profile``'s result. A run is one batch; throughput is images over the mean time of a run.
 
+    ``stages`` are as the host sees them: copies, launches and waiting included. ``device`` is what the device says it
+    computed for (CUDA events around the execution, no copies), for backends that say so, and its sum as 'end to end'.
+    ``peak_device_mib`` is what the runners took on the device, where they tell; on Jetson these are the host's chips.
     ``roofline`` is no measurement but a prediction for the target that was asked for; None without one.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     created: str
     warmup: int
     load_seconds: float
     end_to_end: LatencyStats
     stages: dict[str, LatencyStats]
+    device: dict[str, LatencyStats] = Field(default_factory=dict)
     throughput_images_per_second: float
     peak_rss_mib: int | None
+    peak_device_mib: float | None = None
     conditions: Conditions
     roofline: Roofline | None = None
+    layers: dict[str, tuple[LayerTime, ...]] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
-class StageTimer:
-    """Collects seconds by stage: ``with timer("unet"): …``. A stage that runs twice adds up."""
+class _Run(NamedTuple):
+    """Seconds of one batch by stage and end to end, and what the device says, by stage and in all."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time the block. Runners return host arrays, so nothing is left running on a GPU at its end."""
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+    host: dict[str, float]
+    device: dict[str, float]
 
 
 def profile_pipeline(
@@ -93,54 +126,99 @@ def profile_pipeline(
     runs: int = 50,
     warmup: int = 5,
     prompt: str | None = None,
+    layers: bool = False,
     console: Console | None = None,
+    root: Path = Path("/"),
 ) -> LatencyReport:
-    """Time ``runs`` batches after a first run and ``warmup`` more.
+    """Time ``runs`` batches after a first run and ``warmup`` more; then, with ``layers``, profile the layers apart.
 
     Without ``prompt`` every run has a new prompt, so that the text encoder runs each time; with it, the pipeline's
-    cached text context serves all runs but the first, and the report says so.
+    cached text context serves all runs but the first. A bundle with baked prompts takes them in turn. The report says
+    which. ``root`` is where the machine's state is read, another than '/' in tests.
 
     Raises:
-        HipaError: a number of runs out of range, or a prompt that is too long.
+        HipaError: a number of runs out of range, a prompt that is too long, or no profiler for the layers.
 
     """
     if not 1 <= runs <= MAX_RUNS or not 0 <= warmup <= MAX_RUNS:
         raise HipaError(f"got {runs} runs and {warmup} of warm-up. Expected 1 to {MAX_RUNS} and 0 to {MAX_RUNS}.")
-    samples = [_time_run(pipeline, prompt, number) for number in _counted(1 + warmup + runs, console)]
-    first, steady = samples[0], samples[1 + warmup :]
-    stats = {name: summarise([run[name] for run in steady], first.get(name)) for name in steady[0]}
-    conditions = _conditions(pipeline, prompt)
+    told, text = _prompts(pipeline.bundle, prompt)
+    device = describe_device()
+    machine = Machine(root, device.gpu.name if device.gpu else None)
+    first, *_ = [_time_run(pipeline, text(number), number) for number in range(1 + warmup)]
+    before = machine.read()
+    steady = [_time_run(pipeline, text(number), number) for number in _counted(1 + warmup, runs, console)]
+    state = machine.state(before, machine.read())
+    stats = _stats([run.host for run in steady], first.host)
+    conditions = _conditions(pipeline, told, device, state)
+    whole = stats.pop(END_TO_END)
     return LatencyReport(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         warmup=warmup,
         load_seconds=round(pipeline.load_seconds, 4),
-        end_to_end=stats.pop(END_TO_END),
+        end_to_end=whole,
         stages=stats,
-        throughput_images_per_second=len(steady) * conditions.batch / sum(run[END_TO_END] for run in steady),
+        device=_stats([run.device for run in steady], first.device),
+        throughput_images_per_second=1e3 * conditions.batch / whole.mean_ms,
         peak_rss_mib=peak_rss_mib(),
+        peak_device_mib=_device_memory(pipeline),
         conditions=conditions,
+        layers=profile_layers(pipeline, text(0)) if layers else {},
+        warnings=(
+            *state_warnings(state, cores=conditions.threads, on_gpu=pipeline.backend not in CPU_BACKENDS),
+            *drift_warnings(whole.samples_ms),
+        ),
     )
 
 
-def _counted(total: int, console: Console | None) -> Iterable[int]:
-    """0 to ``total``, with a progress bar that is redrawn seldom: drawing takes time from what is timed."""
+def read_report(path: Path) -> LatencyReport:
+    """A report that ``hipa-profile --json`` wrote, of this schema or an older one.
+
+    Raises:
+        HipaError: the file cannot be read, or is no such report.
+
+    """
+    try:
+        return LatencyReport.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a latency report of this version"
+        raise HipaError(f"{path}: {reason}. Expected a file that hipa-profile --json wrote.") from None
+
+
+def _counted(start: int, runs: int, console: Console | None) -> Iterable[int]:
+    """``runs`` numbers from ``start``, with a progress bar that is redrawn seldom: drawing takes time from the runs."""
     screen = console or Console(stderr=True)
-    return track(range(total), "profiling", console=screen, transient=True, refresh_per_second=1)
+    return track(range(start, start + runs), "profiling", console=screen, transient=True, refresh_per_second=1)
 
 
-def _time_run(pipeline: OneStepPipeline, prompt: str | None, number: int) -> dict[str, float]:
-    """Seconds by stage, and end to end, of one full batch."""
-    timer = StageTimer()
-    text = prompt if prompt is not None else f"{DEFAULT_PROMPT} {number}"
+def _prompts(bundle: Bundle, prompt: str | None) -> tuple[Prompts, Callable[[int], str]]:
+    """What the report says of the prompts, and the prompt of each run."""
+    if prompt is not None:
+        return "one prompt, its text context cached after the first run", lambda number: prompt
+    if BAKED_PROMPTS in bundle.manifest.files:
+        baked = read_closed_set(bundle.path(BAKED_PROMPTS))
+        return "the bundle's baked prompts in turn, no text encoder", lambda number: baked[number % len(baked)]
+    return "a new prompt every run", lambda number: f"{DEFAULT_PROMPT} {number}"
+
+
+def _time_run(pipeline: OneStepPipeline, prompt: str, number: int) -> _Run:
+    """One full batch."""
+    timer = StageTimer(pipeline.runners)
     started = time.perf_counter()
-    pipeline(text, seed=number, count=pipeline.bundle.manifest.batch, timer=timer)
-    return {**timer.seconds, END_TO_END: time.perf_counter() - started}
+    pipeline(prompt, seed=number, count=pipeline.bundle.manifest.batch, timer=timer)
+    host = {**timer.seconds, END_TO_END: time.perf_counter() - started}
+    device = timer.device_seconds
+    return _Run(host, {**device, END_TO_END: sum(device.values())} if device else {})
+
+
+def _stats(runs: list[dict[str, float]], first: dict[str, float]) -> dict[str, LatencyStats]:
+    return {name: summarise([run[name] for run in runs], first.get(name)) for name in runs[0]}
 
 
 def summarise(seconds: Sequence[float], first_seconds: float | None) -> LatencyStats:
     """Statistics in milliseconds. Percentiles interpolate linearly between runs (numpy's default)."""
     ms = np.asarray(seconds, np.float64) * 1e3
-    p50, p90, p99 = np.percentile(ms, [50, 90, 99])
+    p50, p90, p95, p99 = np.percentile(ms, [50, 90, 95, 99])
     return LatencyStats(
         runs=len(ms),
         first_ms=None if first_seconds is None else first_seconds * 1e3,
@@ -149,11 +227,32 @@ def summarise(seconds: Sequence[float], first_seconds: float | None) -> LatencyS
         min_ms=float(ms.min()),
         p50_ms=float(p50),
         p90_ms=float(p90),
+        p95_ms=float(p95),
         p99_ms=float(p99),
+        max_ms=float(ms.max()),
+        samples_ms=tuple(np.round(ms, 4).tolist()),
     )
 
 
-def _conditions(pipeline: OneStepPipeline, prompt: str | None) -> Conditions:
+def drift_warnings(samples_ms: Sequence[float]) -> tuple[str, ...]:
+    """A sentence if the last quarter of the runs is slower or faster than the first: clocks that fell, or rose."""
+    quarter = len(samples_ms) // 4
+    if quarter < 5:  # too few for medians to differ by more than chance
+        return ()
+    first, last = np.median(samples_ms[:quarter]), np.median(samples_ms[-quarter:])
+    if abs(last / first - 1) < DRIFT:
+        return ()
+    word = "slower" if last > first else "faster"
+    return (f"not steady: the last quarter of the runs was {abs(last / first - 1):.0%} {word} than the first",)
+
+
+def _device_memory(pipeline: OneStepPipeline) -> float | None:
+    """The most that any runner tells of: each tells what was taken on the device since it began to load."""
+    told = [getattr(runner, "device_memory_mib", None) for runner in pipeline.runners.values()]
+    return max((mib for mib in told if mib is not None), default=None)
+
+
+def _conditions(pipeline: OneStepPipeline, prompts: Prompts, device: Device, state: MachineState) -> Conditions:
     manifest = pipeline.bundle.manifest
     return Conditions(
         backend=pipeline.backend,
@@ -162,11 +261,25 @@ def _conditions(pipeline: OneStepPipeline, prompt: str | None) -> Conditions:
         height=manifest.one_step.height,
         width=manifest.one_step.width,
         threads=usable_cores(),
-        prompts="a new prompt every run"
-        if prompt is None
-        else "one prompt, its text context cached after the first run",
+        prompts=prompts,
         versions={"hipa-deploy": hipa_deploy.__version__, **_versions()},
-        device=describe_device(),
+        device=device,
+        bundle=_bundle_facts(pipeline.bundle),
+        state=state,
+    )
+
+
+def _bundle_facts(bundle: Bundle) -> BundleFacts:
+    manifest = bundle.manifest
+    decoder = manifest.decoder
+    return BundleFacts(
+        producer=manifest.producer,
+        layout=manifest.layout,
+        base_model=manifest.base_model.name,
+        base_model_sha256=manifest.base_model.sha256,
+        adaptor=manifest.adaptor.name if manifest.adaptor else None,
+        decoder=f"{decoder.kind}: {decoder.name}" if decoder else None,
+        graphs={name: manifest.files[stage.path] for name, stage in bundle.stages.items()},
     )
 
 
@@ -178,34 +291,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def render_table(report: LatencyReport) -> Table:
-    """The report for a terminal: a row a stage, milliseconds, conditions in the caption."""
-    told = report.conditions
-    title = f"Latency of a batch of {told.batch}, {told.width}x{told.height}, {told.precision}, {told.backend}, in ms"
-    table = Table(title=title, caption=_caption(report), caption_justify="left")
-    table.add_column("stage")
-    for heading in ("first", "p50", "p90", "p99", "mean", "std", "min"):
-        table.add_column(heading, justify="right")
-    for name, stats in report.stages.items():
-        table.add_row(name, *_cells(stats))
-    table.add_row(END_TO_END, *_cells(report.end_to_end), style="bold")
-    return table
-
-
-def _cells(stats: LatencyStats) -> list[str]:
-    values = (stats.first_ms, stats.p50_ms, stats.p90_ms, stats.p99_ms, stats.mean_ms, stats.std_ms, stats.min_ms)
-    return ["-" if value is None else f"{value:.2f}" for value in values]
-
-
-def _caption(report: LatencyReport) -> str:
-    told = report.conditions
-    device = told.device.gpu.name if told.device.gpu and told.backend != "onnxruntime" else told.device.cpu
-    memory = "unknown" if report.peak_rss_mib is None else f"{report.peak_rss_mib} MiB"
-    return (
-        f"{report.end_to_end.runs} runs after {report.warmup} of warm-up; {told.prompts}; "
-        f"{device}, {told.threads} threads; "
-        f"load {report.load_seconds:.2f} s; throughput {report.throughput_images_per_second:.2f} images/s; "
-        f"peak host memory {memory}."
-    )

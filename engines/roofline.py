@@ -14,6 +14,7 @@ from hipa_deploy.bundle import Bundle, Cost, Precision, Stage
 from hipa_deploy.engines.record import Record
 from hipa_deploy.engines.target import TargetProfile, load_target_profile, target_names
 from hipa_deploy.errors import HipaError
+from hipa_deploy.runners import CPU_BACKENDS
 
 if TYPE_CHECKING:  # profile.py imports this module
     from hipa_deploy.engines.profile import LatencyReport
@@ -127,9 +128,21 @@ def _known(precision: Precision) -> list[str]:
 def with_roofline(report: LatencyReport, roofline: Roofline) -> LatencyReport:
     """``report`` with the prediction; with its p50 over the bound if it was measured on that very device's GPU."""
     told = report.conditions
-    if told.backend != "onnxruntime" and load_target_profile(roofline.target).is_device(told.device):
+    if told.backend not in CPU_BACKENDS and load_target_profile(roofline.target).is_device(told.device):
         roofline = _compared(roofline, report)
     return report.model_copy(update={"roofline": roofline})
+
+
+def with_own_roofline(report: LatencyReport, bundle: Bundle) -> LatencyReport:
+    """``report`` beside the bound of the very device it was measured on; as it is where that device is no target,
+    or its rates or the bundle's costs are not known.
+    """
+    for name in target_names():
+        profile = load_target_profile(name)
+        known = all(stage.cost and peak_of(profile, stage.precision) for stage in bundle.manifest.stages)
+        if known and report.conditions.backend not in CPU_BACKENDS and profile.is_device(report.conditions.device):
+            return with_roofline(report, predict_roofline(bundle, name))
+    return report
 
 
 def _compared(roofline: Roofline, report: LatencyReport) -> Roofline:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -15,7 +14,12 @@ from hipa_deploy.engines.device import Device, Gpu, l4t_release
 from hipa_deploy.engines.flavour import Flavour, compilable
 from hipa_deploy.engines.options import BuildOptions
 from hipa_deploy.engines.record import Record
-from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.errors import HipaError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PORTABLE = (86, 89, 120)  # RTX 30, 40 and 50
 _FOLDER = Path(__file__).parent / "targets"
@@ -77,14 +81,7 @@ def load_target_profile(name: str) -> TargetProfile:
     """
     if name not in target_names():
         raise HipaError(f"target {name!r} is unknown. Expected auto or one of: {', '.join(target_names())}.")
-    return TargetProfile.model_validate(_toml().loads((_FOLDER / f"{name}.toml").read_text()))
-
-
-def _toml() -> Any:
-    try:
-        return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    except ModuleNotFoundError:
-        raise MissingDependencyError("tomli", "rtx") from None
+    return TargetProfile.model_validate(tomllib.loads((_FOLDER / f"{name}.toml").read_text()))
 
 
 def default_options(name: str, flavour: Flavour, device: Device) -> BuildOptions:

@@ -137,7 +137,8 @@ def _write_sheet(path: Path, columns: list[np.ndarray], texts: list[str]) -> Non
 
 
 def _profile(out: Path, console: Console) -> str:
-    from hipa_deploy.engines.profile import profile_pipeline, render_table
+    from hipa_deploy.engines.latency_table import render_table
+    from hipa_deploy.engines.profile import profile_pipeline
 
     console.rule("5. profile: ONNX Runtime on this CPU")
     with OneStepPipeline.load(out / "bundle", backend="onnxruntime") as pipe:

@@ -16,7 +16,9 @@ import numpy as np
 from hipa_deploy.bundle import Bundle, StageSpec
 from hipa_deploy.errors import HipaError
 
-BACKENDS = ("auto", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "rtx")
+BACKENDS = ("auto", "onnxruntime", "openvino", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "rtx")
+CPU_BACKENDS = ("onnxruntime", "openvino")
+ENGINE_BACKENDS = ("tensorrt", "rtx")
 
 
 class Runner(Protocol):
@@ -72,6 +74,10 @@ def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
         HipaError: the backend is not installed, or no engine fits this device; the message says what to run.
 
     """
+    if backend == "openvino":
+        from hipa_deploy.engines.openvino_runner import OpenVinoRunner
+
+        return OpenVinoRunner(bundle.stage_path(stage), bundle.stages[stage].spec)
     if backend.startswith("onnxruntime"):
         from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
 
@@ -91,7 +97,7 @@ def open_stages(bundle: Bundle, backend: str) -> tuple[dict[str, Runner], Chain 
         HipaError: as ``open_runner`` does. Stages that were loaded are released.
 
     """
-    if backend.startswith("onnxruntime") or bundle.manifest.layout != "onestep":
+    if backend not in ENGINE_BACKENDS or bundle.manifest.layout != "onestep":
         with ExitStack() as stack:
             runners = {stage: stack.enter_context(open_runner(bundle, stage, backend)) for stage in bundle.stages}
             stack.pop_all()

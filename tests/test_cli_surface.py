@@ -26,7 +26,9 @@ SURFACE = {
         "--best-of", "--dry-run", "--force",
     },
     "generate": {"--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate"},
-    "profile": {"--runs", "--backend", "--json", "--roofline"},
+    "profile": {"--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers", "--roofline"},
+    "profile compare": {"--metric", "--threshold", "--json"},
+    "profile table": set(),
     "evaluate": {"--adaptor", "--model", "--recipe", "--prompts", "--images", "--json"},
     "doctor": {"--backend", "--json", "--self-test", "--out"},
     "demo": {"--out", "--quick"},
@@ -55,14 +57,15 @@ def test_every_command_and_option_has_a_help_text() -> None:
 def test_every_verb_has_an_entry_point() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"hipa": "hipa_deploy.cli:main"} | {
-        f"hipa-{verb}": "hipa_deploy.cli:verb_main" for verb in SURFACE
+        f"hipa-{verb.split()[0]}": "hipa_deploy.cli:verb_main" for verb in SURFACE
     }
 
 
 @pytest.mark.parametrize("verb", SURFACE)
 def test_installed_script_answers(verb: str) -> None:
-    script = Path(sys.executable).with_name(f"hipa-{verb}")
-    result = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+    name, *rest = verb.split()
+    script = Path(sys.executable).with_name(f"hipa-{name}")
+    result = subprocess.run([script, *rest, "--help"], capture_output=True, text=True, check=True)
     assert f"hipa {verb}" in result.stdout
 
 
@@ -77,6 +80,11 @@ def test_installed_script_answers(verb: str) -> None:
         (["generate", "emoji", "apple", "--backend", "vulkan"], "vulkan"),
         (["generate", "emoji", "apple", "--out", "x.jpg"], ".png"),
         (["profile", "emoji", "--roofline", "rtx60"], "'rtx60' is unknown"),
+        (["profile", "emoji", "--runs", "0"], "got 0 runs"),
+        (["profile", "compare", "a.json"], "Missing argument"),
+        (["profile", "compare", "a.json", "b.json"], "a.json: No such file"),
+        (["profile", "compare", "a.json", "b.json", "--threshold", "much"], "'much' is not a percentage"),
+        (["profile", "table"], "Missing argument"),
         (["generate", "emoji", "apple", "--out", "x.png", "--count", "2"], "one file"),
         (["doctor", "emoji", "--self-test"], "Leave SUBJECT out"),
         (["doctor", "--out", "x"], "--out is for --self-test"),

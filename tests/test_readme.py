@@ -16,13 +16,20 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = Path(sys.executable).parent
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def hipa_commands() -> list[str]:
-    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    texts = [*blocks("bash"), *blocks("bash", (ROOT / "docs/profile.md").read_text())]
+    lines = [line for block in texts for line in block.replace("\\\n", " ").splitlines()]
     return [line.split("#")[0].strip() for line in lines if line.startswith("hipa-")]
+
+
+def parse(verb: str, arguments: list[str]) -> None:
+    group = get_command(app)
+    name, command, rest = group.resolve_command(group.make_context("hipa", [verb, *arguments]), [verb, *arguments])
+    command.make_context(name, rest)
 
 
 def test_the_two_commands_are_in_the_makefile() -> None:
@@ -35,8 +42,7 @@ def test_the_two_commands_are_in_the_makefile() -> None:
 @pytest.mark.parametrize("line", hipa_commands())
 def test_command_line_parses(line: str) -> None:
     name, *arguments = shlex.split(line)
-    command = get_command(app).commands[name.removeprefix("hipa-")]
-    command.make_context(name, arguments)
+    parse(name.removeprefix("hipa-"), arguments)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from hipa_deploy.engines import device
 from hipa_deploy.engines.device import Device, describe_device, find_gpu, l4t_release
 from hipa_deploy.errors import HipaError
+from hipa_deploy.runners import BACKENDS
 
 
 def test_it_describes_this_machine():
@@ -17,7 +18,7 @@ def test_it_describes_this_machine():
     assert found.arch
     assert Device.model_validate_json(found.model_dump_json()) == found
     backends = {backend.name: backend for backend in found.backends}
-    assert list(backends) == ["onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "rtx"]
+    assert set(backends) == set(BACKENDS) - {"auto"}
     assert backends["onnxruntime"].usable
     assert all(backend.usable or backend.remedy for backend in found.backends)
 
@@ -34,11 +35,12 @@ def test_it_does_not_raise_where_everything_is_missing(monkeypatch):
     monkeypatch.setattr(device, "_read", lambda path: None)
     found = describe_device()
     assert (found.gpu, found.jetson, found.l4t, found.memory_mib) == (None, None, None, None)
-    remedies = [backend.remedy for backend in found.backends]
-    assert remedies[0] == "Run: pip install onnxruntime"
-    assert remedies[1] == remedies[2] == "Run: pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
-    assert remedies[3].endswith("pip install 'hipa-deploy[tensorrt]'")
-    assert remedies[4].endswith("pip install 'hipa-deploy[rtx]'")
+    remedies = {backend.name: backend.remedy for backend in found.backends}
+    assert remedies["onnxruntime"] == "Run: pip install onnxruntime"
+    for provider in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
+        assert remedies[provider] == "Run: pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
+    assert remedies["tensorrt"].endswith("pip install 'hipa-deploy[tensorrt]'")
+    assert remedies["rtx"].endswith("pip install 'hipa-deploy[rtx]'")
 
 
 def test_nvidia_smi_serves_without_cuda_python(monkeypatch):

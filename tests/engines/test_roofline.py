@@ -15,7 +15,7 @@ from hipa_deploy.cli import main
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.engines.device import Device, Gpu
 from hipa_deploy.engines.profile import Conditions, LatencyReport, LatencyStats
-from hipa_deploy.engines.roofline import peak_of, predict_roofline, render_roofline, with_roofline
+from hipa_deploy.engines.roofline import peak_of, predict_roofline, render_roofline, with_own_roofline, with_roofline
 from hipa_deploy.engines.target import load_target_profile, target_names
 from hipa_deploy.errors import HipaError
 
@@ -114,6 +114,24 @@ def test_measured_on_that_very_device_it_is_compared(bundle, target, report):
 def test_measured_elsewhere_it_stays_a_prediction(bundle, target, report):
     prediction = predict_roofline(bundle, target)
     assert with_roofline(report, prediction).roofline == prediction
+
+
+def test_on_a_known_device_its_own_bound_is_found(bundle):
+    report = a_report(ORIN, "tensorrt", NANO)
+    assert with_own_roofline(report, bundle) == with_roofline(report, predict_roofline(bundle, "orin-nano"))
+
+
+@pytest.mark.parametrize(
+    "report",
+    [a_report(None), a_report(RTX_4090, "onnxruntime"), a_report(ORIN.model_copy(update={"memory_mib": 3810}))],
+)
+def test_elsewhere_there_is_none(bundle, report):
+    assert with_own_roofline(report, bundle) == report
+
+
+def test_without_costs_there_is_none(make_bundle):
+    report = a_report(RTX_4090)
+    assert with_own_roofline(report, make_bundle()) == report
 
 
 def test_a_stage_that_did_not_run_is_not_compared(bundle):

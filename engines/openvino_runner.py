@@ -1,0 +1,76 @@
+"""OpenVINO as a runner, on the CPU: for a machine without a GPU, where it computes these graphs fastest."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import numpy as np
+
+from hipa_deploy.bundle import StageSpec
+from hipa_deploy.errors import HipaError, MissingDependencyError, first_line
+from hipa_deploy.runners import check_inputs
+
+# FP16 weights stay so in memory and compute in FP32, as in ONNX Runtime; by default bfloat16 is taken where it is fast.
+_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+
+
+class OpenVinoRunner:
+    """One stage in OpenVINO, on the CPU.
+
+    Raises:
+        MissingDependencyError: OpenVINO is not installed.
+        HipaError: the file is not a graph it can compile.
+
+    """
+
+    def __init__(self, path: Path, spec: StageSpec) -> None:
+        self.spec = spec
+        openvino = load_openvino()
+        try:
+            self._model: Any = openvino.Core().compile_model(path, "CPU", _OPTIONS)
+        except RuntimeError as error:
+            raise HipaError(f"{path}: OpenVINO cannot compile it: {first_line(error)}") from None
+
+    def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Compute the outputs by name; the arrays belong to the caller.
+
+        Raises:
+            HipaError: inputs that are not those of ``spec``, or a closed runner.
+
+        """
+        check_inputs(self.spec, inputs)
+        if self._model is None:
+            raise HipaError(f"{self.spec.name}: the runner is closed.")
+        made = self._model(inputs)
+        return {tensor.name: made[tensor.name].copy() for tensor in self.spec.outputs}
+
+    def close(self) -> None:
+        """Release the model. Calling it twice is harmless."""
+        self._model = None
+
+    def __enter__(self) -> OpenVinoRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_openvino() -> ModuleType:
+    """Import OpenVINO.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+        HipaError: it is installed and does not load.
+
+    """
+    try:
+        return importlib.import_module("openvino")
+    except ModuleNotFoundError:
+        raise MissingDependencyError("openvino", "openvino") from None
+    except (ImportError, OSError) as error:
+        raise HipaError(f"openvino does not load ({error}). Run: pip install --force-reinstall openvino") from None

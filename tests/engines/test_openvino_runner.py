@@ -1,0 +1,81 @@
+"""OpenVINO for real, on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+from engine_samples import SHAPE
+
+from hipa_deploy import OneStepPipeline
+from hipa_deploy.bundle import Bundle
+from hipa_deploy.embedded import BUNDLE
+from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner
+from hipa_deploy.engines.openvino_runner import OpenVinoRunner, load_openvino
+from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.selfcheck import check_bundle
+
+X = {"x": np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)}
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(np.float32, "fp32"), (np.float16, "fp16")])
+def test_gives_what_onnxruntime_gives(make_bundle, dtype, precision):
+    pytest.importorskip("openvino")
+    bundle = make_bundle(dtype, precision)
+    path, spec = bundle.stage_path("unet"), bundle.stages["unet"].spec
+    with OpenVinoRunner(path, spec) as ours, OnnxRuntimeRunner(path, spec, "onnxruntime") as other:
+        made, expected = ours(**X)["y"], other(**X)["y"]
+        np.testing.assert_allclose(made, expected, atol=2e-2 if precision == "fp16" else 1e-5)
+        again = ours(**X)["y"]
+        again[...] = 0  # the caller's own
+        np.testing.assert_array_equal(ours(**X)["y"], made)
+
+
+def test_the_embedded_bundle_passes_its_gates():
+    pytest.importorskip("openvino")
+    assert check_bundle(Bundle.open(BUNDLE), "openvino").problems == ()
+
+
+def test_the_pipeline_says_which_backend_it_was():
+    pytest.importorskip("openvino")
+    with OneStepPipeline.load("emoji", "openvino") as pipe:
+        assert pipe("3d emoji of a red apple").recipes[0]["backend"] == "openvino"
+
+
+def test_a_closed_runner_and_wrong_inputs_are_refused(make_bundle):
+    pytest.importorskip("openvino")
+    bundle = make_bundle()
+    runner = OpenVinoRunner(bundle.stage_path("unet"), bundle.stages["unet"].spec)
+    with pytest.raises(HipaError, match=r"unet: input x is float64"):
+        runner(x=X["x"].astype(np.float64))
+    runner.close()
+    runner.close()
+    with pytest.raises(HipaError, match="unet: the runner is closed"):
+        runner(**X)
+
+
+def test_what_is_no_graph_is_one_line(make_bundle):
+    pytest.importorskip("openvino")
+    bundle = make_bundle()
+    path = bundle.stage_path("unet")
+    path.write_bytes(b"no graph")
+    with pytest.raises(HipaError, match=r"model\.onnx: OpenVINO cannot compile it: .+") as caught:
+        OpenVinoRunner(path, bundle.stages["unet"].spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_absent_it_gives_the_pip_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingDependencyError, match=r"openvino is not installed.*hipa-deploy\[openvino\]"):
+        OneStepPipeline.load("emoji", "openvino")
+
+
+def test_broken_it_says_so(monkeypatch):
+    def fail(name):
+        raise ImportError("no libopenvino.so")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(HipaError, match=r"openvino does not load \(no libopenvino.so\)"):
+        load_openvino()
