@@ -32,6 +32,7 @@ from hipa_deploy.engines.engine import (
 from hipa_deploy.engines.flavour import Flavour, as_flavour, load_tensorrt, missing
 from hipa_deploy.engines.options import BuildOptions
 from hipa_deploy.engines.plan import Plan, plan_build
+from hipa_deploy.engines.refit import refuse_faulty
 from hipa_deploy.engines.target import Target, default_options, resolve_target
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import user_cache, write_file
@@ -75,7 +76,7 @@ def build_bundle(
 
     """
     flavour, trt = check_tools(backend)
-    _check_options(flavour, options, best_of)
+    _check_options(flavour, trt.__version__, options, best_of)
     bundle.verify()
     goal = resolve_target(target, flavour, find_gpu(), trt)
     options = _resolve_options(options, flavour, target, goal, trt.__version__)
@@ -101,13 +102,15 @@ def dry_run(bundle: Bundle, *, backend: str, target: str = "auto", options: Buil
     return plan_build(bundle, bundle.stages, flavour, target, options, device)
 
 
-def _check_options(flavour: Flavour, options: BuildOptions, best_of: int) -> None:
+def _check_options(flavour: Flavour, version: str, options: BuildOptions, best_of: int) -> None:
     if flavour == "rtx" and options.timing_cache is not None:
         raise HipaError("TensorRT-RTX has no timing cache (it times nothing while building). Leave the option out.")
     if not 1 <= best_of <= MAX_CANDIDATES:
         raise HipaError(f"--best-of is {best_of}. Expected 1 to {MAX_CANDIDATES}.")
     if best_of > 1 and find_gpu() is None:
         raise HipaError("--best-of runs each engine to time it, and no NVIDIA GPU answers here. Leave the option out.")
+    if options.refit:
+        refuse_faulty(flavour, version)
     if options.refit and find_gpu() is None:  # TensorRT-RTX 1.7 fails in Myelin: CHECK(status == CUDA_SUCCESS)
         raise HipaError("--refit: a refittable engine is compiled with a driver, and no NVIDIA GPU answers here.")
 

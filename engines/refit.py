@@ -66,6 +66,8 @@ def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap |
         fresh = OnnxRuntimeRunner(path, spec, backend, cache=cache, weights=weights)
         runner.close()
         return fresh
+    if backend == "openvino":
+        raise HipaError("backend openvino does not swap adaptors. Use --backend onnxruntime.")
     flavour = as_flavour(backend)
     remedy = rebuild_command(bundle.root, flavour, BuildOptions(refit=True))
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -82,6 +83,14 @@ def test_a_refittable_engine_needs_a_driver(make_bundle):
     with pytest.raises(HipaError, match="--refit: a refittable engine is compiled with a driver"):
         build(bundle, target="rtx40", options=BuildOptions(refit=True))
     assert not (bundle.root / "engines").exists()
+
+
+def test_a_refittable_engine_of_a_faulty_version_is_refused(make_bundle, monkeypatch):
+    monkeypatch.setattr(
+        build_module, "check_tools", lambda backend: ("tensorrt", SimpleNamespace(__version__="11.3.0.4"))
+    )
+    with pytest.raises(HipaError, match=r"tensorrt 11\.3\.0\.4 cannot swap adaptors"):
+        build_bundle(make_bundle(), backend="tensorrt", options=BuildOptions(refit=True), console=QUIET)
 
 
 @pytest.mark.gpu

@@ -223,6 +223,12 @@ def test_an_engine_that_cannot_take_it_stays_open(engine_pipe: OneStepPipeline) 
     assert not runner.closed
 
 
+def test_openvino_does_not_swap(engine_pipe: OneStepPipeline) -> None:
+    engine_pipe.backend = "openvino"
+    with pytest.raises(HipaError, match="openvino does not swap adaptors. Use --backend onnxruntime"):
+        engine_pipe.swap_adaptor("night")
+
+
 # For real: TensorRT-RTX from here on.
 
 
