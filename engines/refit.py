@@ -8,10 +8,10 @@ ONNX file, so going back sets what the engine was built from, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -38,6 +38,13 @@ SHOWN = 3  # names in an error message
 _INPUTS = {"onestep": ("noise", "context"), "generic": ("noise", "timestep", "context")}
 
 
+class EngineRunner(Runner, Protocol):
+    """A stage on an engine of TensorRT."""
+
+    def change_engine(self, change: Callable[[ModuleType, Any], None]) -> None:
+        """Let ``change`` alter the engine, given TensorRT and the engine, while nothing runs on it."""
+
+
 def refuse_faulty(flavour: Flavour, version: str) -> None:
     """Raise HipaError for a TensorRT whose refittable engines are known to be wrong."""
     for prefix, fault in FAULTS[flavour].items():
@@ -62,8 +69,8 @@ def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap |
     stage, weights = adapted_stage(bundle), swap.weights(bundle) if swap else {}
     path = bundle.stage_path(stage)
     if backend.startswith("onnxruntime"):
-        spec, cache = bundle.stages[stage].spec, _engine_cache(bundle, stage, backend, swap)
-        fresh = OnnxRuntimeRunner(path, spec, backend, cache=cache, weights=weights)
+        spec, kept = bundle.stages[stage].spec, _engine_cache(bundle, stage, backend, swap)
+        fresh = OnnxRuntimeRunner(path, spec, backend, cache=kept, weights=weights)
         runner.close()
         return fresh
     if backend == "openvino":
@@ -75,7 +82,7 @@ def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap |
         refit_engine(trt, engine, path, weights, flavour, remedy)
 
     try:
-        runner.change_engine(change)  # type: ignore[attr-defined]  # a runner of an engine has it
+        cast(EngineRunner, runner).change_engine(change)
         _check_output(bundle, runner, swap)
     except RefitFailedError:
         runner.close()
