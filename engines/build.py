@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import hipa_deploy
-from hipa_deploy.bundle import Bundle, StageSpec
+from hipa_deploy.bundle import Bundle
 from hipa_deploy.engines.best import time_engine
 from hipa_deploy.engines.build_process import Report, run_worker
 from hipa_deploy.engines.build_worker import Event, Job, Outcome
@@ -37,6 +37,7 @@ from hipa_deploy.engines.target import Target, default_options, resolve_target
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import user_cache, write_file
 from hipa_deploy.hashing import file_sha256
+from hipa_deploy.swap import refittable_weights
 
 MAX_CANDIDATES = 20
 
@@ -152,7 +153,7 @@ def _build_stage(
             for number in range(best_of):
                 scratch = folder / f".{path.stem}-{os.getpid()}-{number}.tmp"
                 stack.callback(scratch.unlink, missing_ok=True)
-                job = _job(bundle.stage_path(stage), spec, key, scratch, options)
+                job = _job(bundle, stage, key, scratch, options)
                 candidates[scratch] = run_worker(job, _reporter(bar, task, number, best_of))
             latencies = {} if best_of == 1 else {out: time_engine(out, spec, key.flavour) for out in candidates}
             best = min(latencies, key=latencies.__getitem__) if latencies else next(iter(candidates))
@@ -168,16 +169,17 @@ def _built(outcome: Outcome) -> str:
     return f"built; {skipped} tactics did not fit in memory and were passed over: harmless" if skipped else "built"
 
 
-def _job(onnx: Path, spec: StageSpec, key: EngineKey, out: Path, options: BuildOptions) -> Job:
+def _job(bundle: Bundle, stage: str, key: EngineKey, out: Path, options: BuildOptions) -> Job:
     return Job(
         flavour=key.flavour,
-        onnx=onnx.resolve(),
-        spec=spec,
+        onnx=bundle.stage_path(stage).resolve(),
+        spec=bundle.stages[stage].spec,
         out=out.resolve(),
         precision=key.precision,
         compute_capabilities=key.compute_capabilities,
         options=options,
         timing_cache=options.timing_cache and options.timing_cache.resolve(),
+        refittable=tuple(refittable_weights(bundle, stage)) if options.refit else (),
     )
 
 

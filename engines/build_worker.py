@@ -30,7 +30,10 @@ Send = Callable[["Event"], None]
 
 
 class Job(Record):
-    """What to build. The engine is written to ``out``; ``timing_cache`` is read and extended."""
+    """What to build. The engine is written to ``out``; ``timing_cache`` is read and extended.
+
+    ``refittable`` names the weights that can be exchanged later; the rest may be fused and folded.
+    """
 
     flavour: Flavour
     onnx: Path
@@ -40,6 +43,7 @@ class Job(Record):
     compute_capabilities: tuple[int, ...]
     options: BuildOptions
     timing_cache: Path | None
+    refittable: tuple[str, ...] = ()
 
 
 class Outcome(Record):
@@ -108,6 +112,7 @@ def build(job: Job, send: Send) -> Outcome:
     send(Event(layers=network.num_layers))
     monitor = _monitor(trt, send)
     config = _configure(trt, poly, (builder, network), job, monitor)
+    _mark_refittable(trt, network, config, job.refittable)
     engine = poly.engine_bytes_from_network((builder, network, parser), config=config)
     job.out.write_bytes(engine)
     _save_timing_cache(config, job.timing_cache)
@@ -123,7 +128,6 @@ def _configure(trt: ModuleType, poly: ModuleType, network: tuple[Any, Any], job:
         *network,
         profiles=_profiles(poly, job.spec),
         memory_pool_limits=_memory_limits(trt, job.options),
-        refittable=job.options.refit,
         builder_optimization_level=job.options.optimization_level,
         max_aux_streams=job.options.max_aux_streams,
         profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
@@ -135,6 +139,20 @@ def _configure(trt: ModuleType, poly: ModuleType, network: tuple[Any, Any], job:
     if job.timing_cache is not None:
         _load_timing_cache(config, job.timing_cache)
     return config
+
+
+def _mark_refittable(trt: ModuleType, network: Any, config: Any, weights: tuple[str, ...]) -> None:
+    """Let these weights be exchanged in the engine.
+
+    Raises:
+        HipaError: the network has no weight of that name.
+
+    """
+    if not weights:
+        return
+    config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+    if unknown := [name for name in weights if not network.mark_weights_refittable(name)]:
+        raise HipaError(f"TensorRT knows no weight {unknown[0]!r} ({len(unknown)} in all). Export the bundle again.")
 
 
 def _memory_limits(trt: ModuleType, options: BuildOptions) -> dict[Any, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
@@ -112,8 +112,7 @@ def key_for(
 ) -> EngineKey:
     """The key of ``stage`` built for ``target``. Hashes come from the manifest: ``bundle.verify`` vouches for them."""
     files, onnx = bundle.manifest.files, bundle.stages[stage].path
-    folder = PurePosixPath(onnx).parent
-    external = [files[name] for name in sorted(files) if PurePosixPath(name).parent == folder and name != onnx]
+    external = [files[name] for name in sorted(files) if name.startswith(onnx) and name != onnx]
     return EngineKey(
         onnx_sha256=files[onnx],
         external_sha256=tuple(external),

@@ -20,8 +20,9 @@ from hipa_deploy.engines.record import Record
 from hipa_deploy.engines.target import TargetProfile, load_target_profile
 from hipa_deploy.errors import HipaError
 
-# Peak resident memory of a stage's build on the host, a base and a multiple of its ONNX files: TensorRT-RTX 1.7 builds
-# without a GPU, from 0.1 MB to 3.4 GB of weights (benchmarks/build_memory.py prints the errors).
+# Peak resident memory of a stage's build on the host, a base and a multiple of its ONNX files. Of TensorRT-RTX 1.7 builds
+# without a GPU it predicts 3 to 8 % too much for the stages of SD 1.5 and SD 2.1 in FP16 (100 to 1,600 MiB of weights),
+# and for a model of 23 MB from 24 % too little to 28 % too much (benchmarks/build_memory.py).
 HOST_BASE_MIB = 330
 HOST_PER_WEIGHT = 3.3
 # Our allowances, not measured: CUDA context, libraries and process of a run; the system beside it on a Jetson.
@@ -115,7 +116,8 @@ def plan_build(
 
 
 def _plan_stage(bundle: Bundle, stage: Stage, flavour: Flavour, options: BuildOptions) -> StagePlan:
-    weights = _mib(sum(path.stat().st_size for path in bundle.stage_path(stage.spec.name).parent.glob("*")))
+    onnx = bundle.stage_path(stage.spec.name)
+    weights = _mib(sum(path.stat().st_size for path in onnx.parent.glob(f"{onnx.name}*")))
     held = stage.cost.activation_bytes if stage.cost else None
     activations = None if held is None else _mib(held)
     on_gpu = None if flavour == "rtx" else weights + (activations or 0) + (options.workspace_mib or 0)

@@ -225,7 +225,7 @@ def test_an_engine_that_cannot_take_it_stays_open(engine_pipe: OneStepPipeline) 
 
 def test_openvino_does_not_swap(engine_pipe: OneStepPipeline) -> None:
     engine_pipe.backend = "openvino"
-    with pytest.raises(HipaError, match="openvino does not swap adaptors. Use --backend onnxruntime"):
+    with pytest.raises(HipaError, match=r"openvino does not swap adaptors\. Use --backend onnxruntime"):
         engine_pipe.swap_adaptor("night")
 
 
