@@ -118,7 +118,7 @@ def build(job: Job, send: Send) -> Outcome:
     _save_timing_cache(config, job.timing_cache)
     seconds = time.perf_counter() - started
     if find_gpu() is not None:
-        check = read_back(trt, poly.get_trt_logger(), engine) or check
+        check = read_back(trt, poly.get_trt_logger(), engine, job.precision) or check
     return Outcome(seconds=round(seconds, 3), peak_mib=peak_rss_mib(), precision_check=check)
 
 

@@ -20,9 +20,9 @@ from hipa_deploy.engines.record import Record
 from hipa_deploy.engines.target import TargetProfile, load_target_profile
 from hipa_deploy.errors import HipaError
 
-# Peak resident memory of a stage's build on the host, a base and a multiple of its ONNX files. Of TensorRT-RTX 1.7 builds
-# without a GPU it predicts 3 to 8 % too much for the stages of SD 1.5 and SD 2.1 in FP16 (100 to 1,600 MiB of weights),
-# and for a model of 23 MB from 24 % too little to 28 % too much (benchmarks/build_memory.py).
+# Peak resident memory of a stage's build on the host: a base and a multiple of its ONNX files. Measured without a GPU,
+# TensorRT-RTX 1.7, it is 3 to 8 % too much for stages of SD 1.5 and SD 2.1 in FP16 (100 to 1,600 MiB of weights), and
+# between 24 % too little and 28 % too much for those of a 23 MB model (benchmarks/build_memory.py).
 HOST_BASE_MIB = 330
 HOST_PER_WEIGHT = 3.3
 # Our allowances, not measured: CUDA context, libraries and process of a run; the system beside it on a Jetson.

@@ -11,6 +11,7 @@ from hipa_deploy.bundle import Precision
 from hipa_deploy.engines.engine import PrecisionCheck
 from hipa_deploy.errors import HipaError
 
+_OTHER = {"fp16": "fp32", "fp32": "fp16"}
 _HEAVY = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 
 
@@ -28,23 +29,48 @@ def check_network(trt: ModuleType, network: Any, asked: Precision) -> PrecisionC
     heavy = [layer for layer in layers if layer.type in {getattr(trt.LayerType, name) for name in _HEAVY}]
     types = [layer.get_output(0).dtype for layer in heavy or layers]
     check = PrecisionCheck(by="network types", float16=types.count(trt.float16), float32=types.count(trt.float32))
-    wrong, right = (check.float32, check.float16) if asked == "fp16" else (check.float16, check.float32)
-    if wrong > right:
-        found = "fp32" if asked == "fp16" else "fp16"
+    if wrong := _wrong(check, asked):
         raise HipaError(
-            f"the ONNX graph is not {asked}: {wrong} of {wrong + right} convolutions and matrix products are {found}."
-            f" Precision lives in the graph: export the bundle again with --dtype {asked}."
+            f"the ONNX graph is not {asked}: {wrong} of {check.float16 + check.float32} convolutions and matrix "
+            f"products are {_OTHER[asked]}. Precision lives in the graph: export the bundle again with --dtype {asked}."
         )
     return check
 
 
-def read_back(trt: ModuleType, logger: Any, engine: Any) -> PrecisionCheck | None:
-    """Count the output types that a built engine reports. Needs a driver; None when the engine does not tell."""
+def read_back(trt: ModuleType, logger: Any, engine: Any, asked: Precision) -> PrecisionCheck | None:
+    """Count the output types that a built engine reports. Needs a driver; None when the engine does not tell.
+
+    Raises:
+        HipaError: most of them are not of the precision that was asked for.
+
+    """
     loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
     if loaded is None:
         return None
     text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return parse_inspector(text)
+    return check_inspected(text, asked)
+
+
+def check_inspected(text: str, asked: Precision) -> PrecisionCheck | None:
+    """Count the types in an inspector's JSON; None without types in it.
+
+    Raises:
+        HipaError: most of them are not of the precision that was asked for.
+
+    """
+    check = parse_inspector(text)
+    if check is not None and (wrong := _wrong(check, asked)):
+        raise HipaError(
+            f"the engine was built in {_OTHER[asked]}, {asked} was asked for: {wrong} of "
+            f"{check.float16 + check.float32} outputs, by its inspector. Report it with hipa-doctor --self-test."
+        )
+    return check
+
+
+def _wrong(check: PrecisionCheck, asked: Precision) -> int:
+    """How many are of the other precision, where they are more than half."""
+    wrong, right = (check.float32, check.float16) if asked == "fp16" else (check.float16, check.float32)
+    return wrong if wrong > right else 0
 
 
 def parse_inspector(text: str) -> PrecisionCheck | None:

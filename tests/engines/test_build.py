@@ -68,7 +68,7 @@ def test_builds_every_stage_then_finds_them_up_to_date(make_bundle):
 
 def test_options_reach_the_builder_and_the_key(make_bundle):
     bundle = make_bundle(stages=("unet",))
-    options = BuildOptions(optimization_level=0, workspace_mib=64, max_aux_streams=0)
+    options = BuildOptions(optimization_level=0, workspace_mib=64, tactic_dram_mib=2048, max_aux_streams=0)
     (first,) = build(bundle, target="rtx40", options=options)
     (second,) = build(bundle, target="rtx40", options=BuildOptions(optimization_level=1))
     assert first.sidecar.key.options == options

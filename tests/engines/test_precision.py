@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from hipa_deploy.engines.precision import parse_inspector
+from hipa_deploy.engines.precision import check_inspected, parse_inspector
+from hipa_deploy.errors import HipaError
 
 TENSORRT_10 = {
     "Layers": [
@@ -29,6 +30,14 @@ TENSORRT_11 = {
 def test_both_forms(report):
     check = parse_inspector(json.dumps(report))
     assert (check.by, check.float16, check.float32) == ("inspector", 1, 1)
+
+
+def test_another_precision_than_asked_is_an_error():
+    half = {"Layers": TENSORRT_11["Layers"] + TENSORRT_11["Layers"][:1]}  # two of three
+    assert check_inspected(json.dumps(half), "fp16").float16 == 2
+    with pytest.raises(HipaError, match=r"built in fp16, fp32 was asked for: 2 of 3 outputs, by its inspector"):
+        check_inspected(json.dumps(half), "fp32")
+    assert check_inspected("{}", "fp16") is None
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"Layers": ["a", "b"]}', '{"Layers": [{"Name": "a"}]}'])
