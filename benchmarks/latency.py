@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 BASELINE = "diffusers eager"
+PAUSE_SECONDS = 0.2  # before each image: threads of the other process that wait by spinning would slow it
 Image = Callable[[str], np.ndarray]  # prompt -> uint8 [H, W, 3], always from seed 0
 
 
@@ -119,6 +120,8 @@ CONTENDERS: dict[str, Callable[[Path, Path], Image]] = {
     "ours, prompt cached": ours("full", "a red apple"),
     "ours, fused": ours("fused"),
     "ours, openvino backend": ours("full", backend="openvino"),
+    "ours, openvino backend, prompt cached": ours("full", "a red apple", backend="openvino"),
+    "ours, openvino backend, tiny decoder": ours("tiny", backend="openvino"),
     "ours, tiny decoder": ours("tiny"),
     "ours, tiny decoder, fused": ours("tiny-fused"),
 }
@@ -161,6 +164,7 @@ class Process:
         """{'seconds', 'peak_gb', 'mean'} of an image; ends us if the process died."""
         assert self.child.stdin
         assert self.child.stdout
+        time.sleep(PAUSE_SECONDS)
         self.child.stdin.write(prompt + "\n")
         self.child.stdin.flush()
         line = self.child.stdout.readline()
