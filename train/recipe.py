@@ -58,6 +58,8 @@ class _ImageLossSettings(_Settings):
     """Weight of the DISTS-like distance."""
     hf_weight: float = Field(1.0, ge=0)
     """Weight of the Fourier term and of the edge term."""
+    amplitude_weight: float = Field(0.0, ge=0)
+    """Weight of the difference of Fourier amplitudes, whatever the phase (ours)."""
     radius: float = Field(RADIUS, gt=0, le=2)
     """Radius of the Gaussian high-pass, in units of the Nyquist frequency."""
     perceptual_size: int | None = Field(None, ge=32, le=4096)
