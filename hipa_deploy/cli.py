@@ -55,7 +55,13 @@ BackendOption = Annotated[
     str,
     typer.Option(help="auto | onnxruntime | onnxruntime-cuda | onnxruntime-tensorrt | tensorrt | rtx"),
 ]
-ModelOption = Annotated[str, typer.Option(help="Base model: a diffusers folder, a hub id, or 'emoji' (embedded).")]
+ModelOption = Annotated[
+    str, typer.Option(help="Base model: a diffusers folder, a .safetensors checkpoint, a hub id, or 'emoji' (embedded).")
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(help="What a .safetensors checkpoint is: sd15 | sd21-base | sd21-v | a diffusers folder like it."),
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of the first image; the next images take the next seeds.")]
 
 
@@ -64,6 +70,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Adaptor folder (or decoder folder) to write.")],
     recipe: Annotated[str, typer.Option(help="A recipe's name (emoji, emoji-decoder) or a TOML file.")] = "emoji",
     model: ModelOption = "emoji",
+    config: ConfigOption = None,
     start: Annotated[str | None, typer.Option("--from", help="Adaptor to continue from, or 'emoji'.")] = None,
     adaptor: Annotated[str | None, typer.Option(help="For a decoder: the adaptor of its latents, or 'emoji'.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of the recipe's.")] = None,
@@ -93,6 +100,7 @@ def train(
 def export(
     out: Annotated[Path, typer.Option(help="Bundle folder to write.")],
     model: ModelOption,
+    config: ConfigOption = None,
     adaptor: Annotated[str | None, typer.Option(help="Adaptor folder, or 'emoji' for the embedded one.")] = None,
     adaptor_scale: Annotated[float, typer.Option(help="1.0 merges the adaptor as it was trained.")] = 1.0,
     dtype: Annotated[Precision, typer.Option(help="Precision inside the graphs.")] = Precision.fp16,
@@ -115,8 +123,9 @@ def export(
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.export.axes import parse_axes
     from hipa_deploy.export.bundle import ExportOptions, export_bundle
-    from hipa_deploy.models import resolve_decoder
+    from hipa_deploy.models import resolve_decoder, unpacked
 
+    model = unpacked(model, config)
     options = ExportOptions(
         model=model,
         out=out,
@@ -285,8 +294,11 @@ def profile(
 def evaluate(
     adaptor: Annotated[str, typer.Option(help="Adaptor folder, or 'emoji' for the embedded one.")] = "emoji",
     model: ModelOption = "emoji",
+    config: ConfigOption = None,
     recipe: Annotated[str, typer.Option(help="Recipe whose teacher settings to use.")] = "emoji",
-    prompts: Annotated[Path | None, typer.Option(help="One a line; the model's held-out ones by default.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file or table of captions; the model's held-out ones by default.")
+    ] = None,
     images: Annotated[int, typer.Option(help="Images to compare.")] = 128,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
 ) -> None:
@@ -298,7 +310,7 @@ def evaluate(
     from hipa_deploy.train.recipe import load_recipe
     from hipa_deploy.train.report import evaluate_adaptor, held_out_prompts, render_table
 
-    folder, teacher = model_folder(model), load_recipe(recipe).teacher
+    folder, teacher = model_folder(model, config), load_recipe(recipe).teacher
     texts = held_out_prompts(folder, prompts)
     report = evaluate_adaptor(folder, resolve_adaptor(adaptor), texts, teacher, images=images, console=console)
     if json_path:

@@ -16,9 +16,12 @@ else:
 
 ROOT = Path(__file__).parents[1]
 SURFACE = {
-    "train": {"--out", "--recipe", "--model", "--from", "--adaptor", "--steps"},
+    "train": {
+        "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps", "--dry-run",
+    },
     "export": {
-        "--out", "--model", "--adaptor", "--adaptor-scale", "--dtype", "--layout", "--height", "--width", "--batch",
+        "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout", "--height", "--width",
+        "--batch",
         "--decoder", "--fuse", "--prompts", "--dynamic", "--build",
     },
     "build": {
@@ -27,7 +30,7 @@ SURFACE = {
     },
     "generate": {"--out", "--seed", "--count", "--height", "--width", "--backend", "--truncate"},
     "profile": {"--runs", "--backend", "--json", "--roofline"},
-    "evaluate": {"--adaptor", "--model", "--recipe", "--prompts", "--images", "--json"},
+    "evaluate": {"--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json"},
     "doctor": {"--backend", "--json", "--self-test", "--out"},
     "demo": {"--out", "--quick"},
 }  # fmt: skip
