@@ -18,32 +18,32 @@ UNET = "model.diffusion_model."
 FIRST_LAYER = UNET + "input_blocks.0.0.weight"
 CROSS_ATTENTION = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 PARTS = {"unet": UNET, "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
-Header = dict[str, tuple[tuple[int, ...], str]]  # of every tensor: shape and safetensors' name of its dtype
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # safetensors' names, torch's
+Shapes = dict[str, tuple[int, ...]]  # of every tensor in the file
 
 
 def converted(checkpoint: Path, config: str | None = None) -> Path:
     """The diffusers folder of a checkpoint of SD 1.x or 2.x in the original layout, converted on the first call.
 
     ``config`` is one of ``MODELS``, or a diffusers folder whose configurations and tokenizer to take; SD 1.x needs
-    none. The folder is found again by the contents of both. Each part keeps the precision it is stored in. Of weights
+    none. The folder is found again by the contents of both. Weights keep the precision they are stored in. Of weights
     that have an averaged copy beside them (EMA), the plain ones are taken, as diffusers does.
 
     Raises:
         HipaError: another kind of file or model, a damaged or incomplete one, or a config that is missing or unfit.
 
     """
-    header = _read_header(checkpoint)
-    _check_kind(checkpoint, header)
-    config = _choose_config(checkpoint, header, config)
+    shapes = _read_shapes(checkpoint)
+    _check_kind(checkpoint, shapes)
+    config = _choose_config(checkpoint, shapes, config)
     with Console(stderr=True).status(f"reading {checkpoint.name}; the first time it becomes a diffusers folder"):
         out = user_cache() / "models" / _key(checkpoint, config) / checkpoint.stem
         if not out.is_dir():
-            _convert(checkpoint, header, config, out)
+            _convert(checkpoint, config, out)
     return out
 
 
-def _read_header(checkpoint: Path) -> Header:
+def _read_shapes(checkpoint: Path) -> Shapes:
     if checkpoint.suffix != ".safetensors":
         raise HipaError(
             f"model {checkpoint} is a {checkpoint.suffix or 'nameless'} file. Expected a diffusers folder or a "
@@ -53,44 +53,44 @@ def _read_header(checkpoint: Path) -> Header:
 
     try:
         with safe_open(checkpoint, "numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
     except (OSError, SafetensorError) as error:
         raise HipaError(f"model {checkpoint} is damaged: {first_line(error)}. Copy it again.") from None
 
 
-def _check_kind(checkpoint: Path, header: Header) -> None:
+def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
     expected = "Expected an SD 1.x or 2.x checkpoint"
-    if any(name.startswith("conditioner.") for name in header):
+    if any(name.startswith("conditioner.") for name in shapes):
         raise HipaError(f"model {checkpoint} is an SDXL checkpoint, with two text encoders. {expected}.")
-    if FIRST_LAYER not in header:
-        lora = any("lora" in name for name in header)
+    if FIRST_LAYER not in shapes:
+        lora = any("lora" in name for name in shapes)
         got = "holds LoRA weights, not a model" if lora else f"has no weight {FIRST_LAYER}"
         raise HipaError(f"model {checkpoint} {got}. {expected} in the original layout.")
-    channels = header[FIRST_LAYER][0][1]
+    channels = shapes[FIRST_LAYER][1]
     if channels != 4:
         got = f"its UNet takes {channels} channels (inpainting or editing?)"
         raise HipaError(f"model {checkpoint}: {got}, expected 4. Use a text-to-image model.")
     for part, prefix in PARTS.items():
-        if not any(name.startswith(prefix) for name in header):
+        if not any(name.startswith(prefix) for name in shapes):
             raise HipaError(f"model {checkpoint} has no {part} (no weight {prefix}…). {expected} with all its parts.")
 
 
-def _choose_config(checkpoint: Path, header: Header, config: str | None) -> str:
+def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
     """A name of ``MODELS`` or a folder."""
     if config is not None and config not in MODELS:
         if not (Path(config) / "model_index.json").is_file():
             names = ", ".join(MODELS)
             raise HipaError(f"--config {config} is no diffusers folder. Expected one with a tokenizer, or: {names}.")
         return config
-    width = header[CROSS_ATTENTION][0][1] if CROSS_ATTENTION in header else 0
+    width = shapes[CROSS_ATTENTION][1] if CROSS_ATTENTION in shapes else 0
     fitting = [name for name in MODELS if context_width(name) == width]
     if config in fitting:
         return str(config)
-    if config is not None or not fitting:
-        got = f"its text contexts are {width} wide" if width else "it has no text contexts where SD has them"
-        remedy = f"--config {' or '.join(fitting)}" if fitting else "--config FOLDER, of the model it was made from"
-        raise HipaError(f"model {checkpoint}: {got}, which {config or 'neither SD 1.x nor 2.x'} does not have. {remedy}.")
+    got = f"its text contexts are {width} wide" if width else "it has no text contexts where SD 1.x and 2.x have them"
+    if not fitting:
+        raise HipaError(f"model {checkpoint}: {got}. Name the model it was made from: --config FOLDER.")
+    if config is not None:
+        raise HipaError(f"model {checkpoint}: {got}, unlike {config}'s. Expected --config {' or '.join(fitting)}.")
     if len(fitting) > 1:
         raise HipaError(
             f"model {checkpoint} is SD 2.x, whose 512-pixel (eps) and 768-pixel (v) weights look alike. "
@@ -105,8 +105,7 @@ def _key(checkpoint: Path, config: str) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _convert(checkpoint: Path, header: Header, config: str, out: Path) -> None:
-    """Convert in float32, which holds every stored value exactly, then store each part as it was stored."""
+def _convert(checkpoint: Path, config: str, out: Path) -> None:
     import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
@@ -117,14 +116,16 @@ def _convert(checkpoint: Path, header: Header, config: str, out: Path) -> None:
         folder = write_config(config, scratch) if config in MODELS else Path(config)
         try:
             pipe = StableDiffusionPipeline.from_single_file(
-                str(checkpoint), config=str(folder), torch_dtype=torch.float32, local_files_only=True, **none
+                str(checkpoint), config=str(folder), local_files_only=True, **none
             )
         except Exception as error:  # diffusers and transformers raise whatever a wrong shape or a missing part meets
-            raise HipaError(f"model {checkpoint} cannot be converted: {first_line(error)}") from None
+            got = first_line(error)
+            raise HipaError(f"model {checkpoint} cannot be converted. Is it complete, and of {config}? {got}") from None
         for part, prefix in PARTS.items():
             module = getattr(pipe, part)
             _check_complete(checkpoint, part, module)
-            module.to(getattr(torch, _stored_dtype(header, prefix)))
+            # Loaded as float32, which holds every smaller format exactly; stored as it was.
+            torch.nn.Module.to(module, getattr(torch, _stored_dtype(checkpoint, prefix)))
         pipe.save_pretrained(scratch)
 
 
@@ -135,7 +136,11 @@ def _check_complete(checkpoint: Path, part: str, module: Any) -> None:
             raise HipaError(f"model {checkpoint} is incomplete: weight {name} of its {part} is missing. Copy it again.")
 
 
-def _stored_dtype(header: Header, prefix: str) -> str:
-    """torch's name of the precision that all weights of the part have; float32, which holds any, if they differ."""
-    kinds = {DTYPES[dtype] for name, (_, dtype) in header.items() if name.startswith(prefix) and dtype in DTYPES}
-    return kinds.pop() if len(kinds) == 1 else "float32"
+def _stored_dtype(checkpoint: Path, prefix: str) -> str:
+    """torch's name of the precision that all weights of the part have; float32 if they differ."""
+    from safetensors import safe_open
+
+    with safe_open(checkpoint, "numpy") as file:
+        found = {file.get_slice(name).get_dtype() for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+    kinds = found & DTYPES.keys()  # the rest are numbers of positions
+    return DTYPES[kinds.pop()] if len(kinds) == 1 else "float32"
