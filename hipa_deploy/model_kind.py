@@ -47,7 +47,9 @@ def check_pipeline(folder: Path, index: dict[str, Any]) -> None:
         found = (index.get(part) or [None, None])[1]
         if found != expected:
             kind = index.get("_class_name", "a pipeline of no name")
-            raise HipaError(f"{folder} is {kind}: its {part} is {found}, expected {expected}. Use an SD 1.x or 2.x model.")
+            raise HipaError(
+                f"{folder} is {kind}: its {part} is {found}, expected {expected}. Use an SD 1.x or 2.x model."
+            )
 
 
 def check_unet(folder: Path) -> None:

@@ -59,7 +59,7 @@ def _configs(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "_class_name": "StableDiffusionPipeline",
         **{part: ["diffusers", kind] for part, kind in diffusers.items()},
         **{part: ["transformers", kind] for part, kind in transformers.items()},
-        **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None]),
+        **{part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")},
         "requires_safety_checker": False,
     }
     vae = {
@@ -78,7 +78,12 @@ def _configs(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "steps_offset": 1,
         "prediction_type": model["prediction_type"],
     }
-    text = {"model_type": "clip_text_model", "vocab_size": 49408, "max_position_embeddings": 77, **model["text_encoder"]}
+    text = {
+        "model_type": "clip_text_model",
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+        **model["text_encoder"],
+    }
     return {
         "model_index.json": index,
         "unet/config.json": {"_class_name": diffusers["unet"], "sample_size": model["size"], **model["unet"]},

@@ -23,6 +23,7 @@ OPEN_CLIP = {
 
 def write_checkpoint(folder: Path, path: Path, *, open_clip: bool = False) -> Path:
     """Write ``path``; with ``open_clip`` the text encoder is named as in SD 2.x."""
+
     def load(part: str, name: str = "diffusion_pytorch_model") -> Weights:
         return load_file(folder / part / f"{name}.safetensors")
 

@@ -21,8 +21,7 @@ SURFACE = {
     },
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout", "--height", "--width",
-        "--batch",
-        "--decoder", "--fuse", "--prompts", "--dynamic", "--build",
+        "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--build",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level", "--timing-cache", "--refit",
@@ -85,7 +84,12 @@ def test_installed_script_answers(verb: str) -> None:
         (["doctor", "--out", "x"], "--out is for --self-test"),
         (["train", "--out", "x", "--adaptor", "emoji"], "--adaptor is for a decoder"),
         (["train", "--out", "x", "--recipe", "emoji-decoder", "--from", "emoji"], "--from is for an adaptor"),
+        (["train", "--out", "x", "--recipe", "emoji-decoder", "--dry-run"], "--dry-run is for an adaptor"),
+        (["train", "--out", "x", "--config", "sd15"], "--config is for a checkpoint in one file"),
+        (["train", "--out", "x", "--prompts", "none.csv"], "none.csv cannot be read"),
         (["export", "--model", "/no/such", "--out", "x", "--dtype", "int3"], "--dtype"),
+        (["export", "--model", "emoji", "--out", "x", "--config", "sd15"], "--config is for a checkpoint in one file"),
+        (["evaluate", "--config", "sd15"], "--config is for a checkpoint in one file"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(

@@ -121,7 +121,7 @@ SD = {FIRST_LAYER: (8, 4, 3, 3), "first_stage_model.x": (1,), "cond_stage_model.
         (SD, "sd3", "--config sd3 is no diffusers folder. Expected one with a tokenizer, or: sd15, sd21-base, sd21-v"),
     ],
 )
-def test_wrong_kinds_are_refused_with_the_reason(tmp_path: Path, shapes: dict, config: str | None, message: str) -> None:
+def test_wrong_kinds_are_refused(tmp_path: Path, shapes: dict, config: str | None, message: str) -> None:
     checkpoint = write(tmp_path / "x.safetensors", shapes)
     with pytest.raises(HipaError, match=message) as error:
         model_folder(str(checkpoint), config)
