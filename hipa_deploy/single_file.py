@@ -109,6 +109,7 @@ def _convert(checkpoint: Path, config: str, out: Path) -> None:
     import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
+    from safetensors import SafetensorError
 
     logging.disable_progress_bar()
     none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -126,7 +127,10 @@ def _convert(checkpoint: Path, config: str, out: Path) -> None:
             _check_complete(checkpoint, part, module)
             # Loaded as float32, which holds every smaller format exactly; stored as it was.
             torch.nn.Module.to(module, getattr(torch, _stored_dtype(checkpoint, prefix)))
-        pipe.save_pretrained(scratch)
+        try:
+            pipe.save_pretrained(scratch)
+        except (OSError, SafetensorError) as error:
+            raise HipaError(f"model {checkpoint} cannot be stored in {out.parent}: {first_line(error)}") from None
 
 
 def _check_complete(checkpoint: Path, part: str, module: Any) -> None:

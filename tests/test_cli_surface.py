@@ -8,6 +8,7 @@ import pytest
 from typer.main import get_command
 
 from hipa_deploy.cli import app, main
+from hipa_deploy.errors import HipaError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -102,4 +103,24 @@ def test_a_mistake_is_one_line_and_exit_code_1(
     assert stopped.value.code == 1
     assert message in error
     assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("problem", "code"), [(None, 0), (HipaError("prompts none.txt cannot be read"), 1)])
+def test_a_dry_run_prints_writes_nothing_and_fails_with_its_prompts(
+    problem: HipaError | None, code: int, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+) -> None:
+    from hipa_deploy.train import dry_run
+
+    def stand_in(recipe: object, model_dir: Path, gpus: list) -> tuple[list[str], HipaError | None]:
+        return [f"{recipe.steps} steps of {model_dir.name}, {'A100 80 GB SXM' in [g.title for g in gpus]}"], problem
+
+    monkeypatch.setattr(dry_run, "dry_run", stand_in)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--out", "x", "--steps", "7", "--dry-run"])
+    captured = capsys.readouterr()
+    assert stopped.value.code == code
+    assert "7 steps of model, True" in captured.out
+    assert ("none.txt" in captured.err) == bool(problem)
     assert list(tmp_path.iterdir()) == []

@@ -93,6 +93,18 @@ def test_a_weight_that_is_missing_and_nothing_is_kept(
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
+def test_a_cache_that_cannot_be_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    def full(self: object, path: Path) -> None:
+        raise OSError("No space left on device")
+
+    checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
+    monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
+    with pytest.raises(HipaError, match="cannot be stored in .*: No space left"):
+        model_folder(str(checkpoint), str(folder))
+
+
 def test_a_config_of_other_shapes_is_refused(folder: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
     stored = load_file(checkpoint)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from hipa_deploy.train.predict import Cost, Trainer, measure_steps, plan_trainin
 from hipa_deploy.train.recipe import Recipe
 
 
-def with_batch(recipe: Recipe, batch: int) -> Recipe:
-    return recipe.model_copy(update={"batch": batch})
+plan_once = cache(plan_training)
+CHECKPOINTED = {"gradient_checkpointing": True}
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def trainer(model_dir: Path, recipe: Recipe) -> Trainer:
 
 
 def test_facts(model: DiffusionModel, model_dir: Path, recipe: Recipe) -> None:
-    plan = plan_training(recipe, model_dir)
+    plan = plan_once(recipe, model_dir)
     assert (plan.prediction_type, plan.resolution) == ("epsilon", (32, 32))
     parts = {"text_encoder": model.pipe.text_encoder, "unet": model.unet, "vae": model.vae}
     assert plan.parameters == {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
@@ -37,8 +38,8 @@ def test_facts(model: DiffusionModel, model_dir: Path, recipe: Recipe) -> None:
 def test_fake_tensors_take_what_real_ones_take(
     model_dir: Path, recipe: Recipe, decoded: bool, checkpointing: bool
 ) -> None:
-    recipe = recipe.model_copy(update={"gradient_checkpointing": checkpointing})
-    plan = plan_training(recipe, model_dir)
+    recipe = recipe.model_copy(update=CHECKPOINTED if checkpointing else {})
+    plan = plan_once(recipe, model_dir)
     real = Trainer(unloaded_model(model_dir), recipe).step_cost(decoded=decoded)
     predicted = plan.step if decoded else plan.warm_up
     assert predicted.flops == real.flops
@@ -70,19 +71,17 @@ def test_memory_is_the_most_that_lives_at_once() -> None:
     assert view.numel() == 10
 
 
-def test_cost_grows_with_the_batch_and_falls_with_checkpointing(model_dir: Path, recipe: Recipe) -> None:
-    small, large = (plan_training(with_batch(recipe, batch), model_dir) for batch in (4, 8))
-    assert large.step.flops == pytest.approx(2 * small.step.flops, rel=0.02)
-    assert large.step.peak_bytes > small.step.peak_bytes
-    checkpointed = plan_training(
-        recipe.model_copy(update={"gradient_checkpointing": True, "batch": 8}), model_dir
-    )
-    assert checkpointed.step.peak_bytes < large.step.peak_bytes
-    assert checkpointed.step.flops > large.step.flops
+def test_cost_grows_with_the_batch_and_memory_falls_with_checkpointing(model_dir: Path, recipe: Recipe) -> None:
+    usual = plan_once(recipe, model_dir)
+    twice = plan_once(recipe.model_copy(update={"batch": 2 * recipe.batch}), model_dir)
+    checkpointed = plan_once(recipe.model_copy(update=CHECKPOINTED), model_dir)
+    assert twice.step.flops == pytest.approx(2 * usual.step.flops, rel=0.02)
+    assert twice.step.peak_bytes > usual.step.peak_bytes > checkpointed.step.peak_bytes
+    assert checkpointed.step.flops > usual.step.flops
 
 
 def test_totals(model_dir: Path, recipe: Recipe) -> None:
-    plan = plan_training(recipe, model_dir)
+    plan = plan_once(recipe, model_dir)
     assert plan.pairs_flops == plan.pairs.flops * 6 / 4
     assert plan.training_flops == plan.warm_up.flops + 3 * plan.step.flops
     assert plan.peak_bytes == max(plan.pairs.peak_bytes, plan.step.peak_bytes)
@@ -102,7 +101,7 @@ def test_no_weights_are_needed(model_dir: Path, recipe: Recipe, tmp_path: Path) 
         target = tmp_path / path.relative_to(model_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-    assert plan_training(recipe, tmp_path).trainable == plan_training(recipe, model_dir).trainable
+    assert plan_training(recipe, tmp_path) == plan_once(recipe, model_dir)
     with pytest.raises(HipaError, match=r"no readable model_index.json"):
         plan_training(recipe, tmp_path / "unet")
 
