@@ -101,7 +101,7 @@ def test_a_cache_that_cannot_be_written(folder: Path, tmp_path: Path, monkeypatc
 
     checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
     monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
-    with pytest.raises(HipaError, match="cannot be stored in .*: No space left"):
+    with pytest.raises(HipaError, match=r"cannot be stored in .*: No space left"):
         model_folder(str(checkpoint), str(folder))
 
 

@@ -13,7 +13,6 @@ from hipa_deploy.train.loss import hipa_loss
 from hipa_deploy.train.predict import Cost, Trainer, measure_steps, plan_training, unloaded_model
 from hipa_deploy.train.recipe import Recipe
 
-
 plan_once = cache(plan_training)
 CHECKPOINTED = {"gradient_checkpointing": True}
 
