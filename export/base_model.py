@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,19 +15,9 @@ from hipa_deploy.adaptor import unet_sha256
 from hipa_deploy.bundle import ModelInfo, OneStep
 from hipa_deploy.decoder import DECODER_METADATA, read_decoder_metadata, vae_sha256
 from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.model_kind import check_pipeline, check_unet, read_config
 from hipa_deploy.models import model_folder
 
-PARTS = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
-# What a UNet may take besides noise, a timestep and one text context: folding would drop it and the graph be wrong.
-UNSUPPORTED = (
-    "addition_embed_type",
-    "class_embed_type",
-    "num_class_embeds",
-    "encoder_hid_dim_type",
-    "encoder_hid_dim",
-    "time_cond_proj_dim",
-    "class_embeddings_concat",
-)
 MAX_PIXELS = 2048 * 2048
 
 
@@ -48,7 +37,7 @@ class BaseModel:
 
         """
         folder = model_folder(name)
-        _check_kind(folder, _read_json(folder, "model_index.json"))
+        check_pipeline(folder, read_config(folder, "model_index.json"))
         return cls(folder, folder.resolve().name if Path(name).exists() else name)
 
     @cached_property
@@ -58,22 +47,13 @@ class BaseModel:
 
     def unet(self) -> UNet2DConditionModel:
         """The UNet. Raises HipaError for kinds that take more than noise, a timestep and one text context."""
-        config = _read_json(self.folder, "unet/config.json")
-        for key in UNSUPPORTED:
-            if config.get(key):
-                raise HipaError(f"{self.folder}: the UNet has {key}={config[key]!r}, which is not supported.")
-        latent = _read_json(self.folder, "vae/config.json").get("latent_channels", 4)
-        if config.get("in_channels", 4) != latent:
-            raise HipaError(
-                f"{self.folder}: the UNet takes {config['in_channels']} channels, expected {latent}, as its VAE gives. "
-                "Use a text-to-image model, not one for inpainting or editing."
-            )
+        check_unet(self.folder)
         return _load(UNet2DConditionModel, self.folder, "unet")
 
     @property
     def text_width(self) -> int:
         """Width D of a text context [B, L, D]."""
-        return int(_read_json(self.folder, "text_encoder/config.json")["hidden_size"])
+        return int(read_config(self.folder, "text_encoder/config.json")["hidden_size"])
 
     def text_encoder(self) -> CLIPTextModel:
         """The CLIP text encoder."""
@@ -96,7 +76,7 @@ class BaseModel:
         tiny = _load(AutoencoderTiny, folder, None)
         upsamplings = sum(isinstance(layer, torch.nn.Upsample) for layer in tiny.decoder.layers)
         got = (tiny.config.latent_channels, tiny.config.upsampling_scaling_factor**upsamplings)
-        expected = (_read_json(self.folder, "unet/config.json")["in_channels"], self._scale)
+        expected = (read_config(self.folder, "unet/config.json")["in_channels"], self._scale)
         if got != expected:
             raise HipaError(
                 f"decoder {folder} takes {got[0]} latent channels and enlarges {got[1]} times, "
@@ -113,17 +93,17 @@ class BaseModel:
 
     def scheduler(self) -> DDPMScheduler:
         """The noise schedule the model was trained with."""
-        return DDPMScheduler.from_config(_read_json(self.folder, "scheduler/scheduler_config.json"))
+        return DDPMScheduler.from_config(read_config(self.folder, "scheduler/scheduler_config.json"))
 
     @property
     def _scale(self) -> int:
         """Pixels a latent, in each direction."""
-        return 2 ** (len(_read_json(self.folder, "vae/config.json")["block_out_channels"]) - 1)
+        return 2 ** (len(read_config(self.folder, "vae/config.json")["block_out_channels"]) - 1)
 
     @property
     def size_multiple(self) -> int:
         """Heights and widths are multiples of this many pixels: every level of the UNet halves without remainder."""
-        return self._scale * 2 ** (len(_read_json(self.folder, "unet/config.json")["block_out_channels"]) - 1)
+        return self._scale * 2 ** (len(read_config(self.folder, "unet/config.json")["block_out_channels"]) - 1)
 
     def one_step(self, timestep: int, height: int | None, width: int | None) -> OneStep:
         """The constants of one step at ``timestep`` and a size in pixels (None: the size it was trained for).
@@ -132,7 +112,7 @@ class BaseModel:
             HipaError: a size that is not a multiple the model allows, or is absurd.
 
         """
-        unet, multiple, scale = _read_json(self.folder, "unet/config.json"), self.size_multiple, self._scale
+        unet, multiple, scale = read_config(self.folder, "unet/config.json"), self.size_multiple, self._scale
         native = scale * unet["sample_size"]
         height, width = (native if size is None else size for size in (height, width))
         for name, size in (("height", height), ("width", width)):
@@ -148,32 +128,11 @@ class BaseModel:
             prediction_type=schedule.config.prediction_type,
             timestep=timestep,
             alpha_bar=float(schedule.alphas_cumprod[timestep]),
-            scaling_factor=_read_json(self.folder, "vae/config.json")["scaling_factor"],
+            scaling_factor=read_config(self.folder, "vae/config.json")["scaling_factor"],
             latent_shape=(unet["in_channels"], height // scale, width // scale),
             height=height,
             width=width,
         )
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError:
-        raise HipaError(f"{folder}: no readable {name} in it. Expected a StableDiffusionPipeline folder.") from None
-    except (ValueError, TypeError):
-        raise HipaError(f"{path} is not JSON of a diffusers folder. Copy the model again.") from None
-
-
-def _check_kind(folder: Path, index: dict[str, Any]) -> None:
-    if "text_encoder_2" in index:
-        raise HipaError(
-            f"{folder} is {index['_class_name']}: two text encoders are not supported. Use an SD 1.x or 2.x model."
-        )
-    for part, expected in PARTS.items():
-        found = (index.get(part) or [None, None])[1]
-        if found != expected:
-            raise HipaError(f"{folder}: its {part} is {found}, expected {expected}. Use an SD 1.x or 2.x model.")
 
 
 def _check_distilled_from(decoder: Path, model: Path) -> None:

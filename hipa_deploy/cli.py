@@ -19,6 +19,7 @@ from hipa_deploy.extras import require
 if TYPE_CHECKING:
     from hipa_deploy.bundle import Bundle
     from hipa_deploy.engines.options import BuildOptions
+    from hipa_deploy.train.recipe import Recipe
 
 
 class _Commands(TyperGroup):
@@ -77,18 +78,32 @@ BackendOption = Annotated[
     str,
     typer.Option(help="auto | onnxruntime | openvino | onnxruntime-cuda | onnxruntime-tensorrt | tensorrt | rtx"),
 ]
-ModelOption = Annotated[str, typer.Option(help="Base model: a diffusers folder, a hub id, or 'emoji' (embedded).")]
+ModelOption = Annotated[
+    str,
+    typer.Option(help="Base model: a diffusers folder, a .safetensors file, a hub id, or 'emoji' (embedded)."),
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(help="What a .safetensors checkpoint is: sd15 | sd21-base | sd21-v | a diffusers folder like it."),
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of the first image; the next images take the next seeds.")]
 
 
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Adaptor folder (or decoder folder) to write.")],
-    recipe: Annotated[str, typer.Option(help="A recipe's name (emoji, emoji-decoder) or a TOML file.")] = "emoji",
+    recipe: Annotated[
+        str, typer.Option(help="A TOML file, or: emoji | emoji-decoder | sd15 | sd21-base | sd21-v.")
+    ] = "emoji",
     model: ModelOption = "emoji",
+    config: ConfigOption = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file or table of captions, in place of the recipe's.")
+    ] = None,
     start: Annotated[str | None, typer.Option("--from", help="Adaptor to continue from, or 'emoji'.")] = None,
     adaptor: Annotated[str | None, typer.Option(help="For a decoder: the adaptor of its latents, or 'emoji'.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of the recipe's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and what it takes, and stop.")] = False,
 ) -> None:
     """Train a HiPA adaptor, or a tiny decoder by a recipe of that kind. To resume, run the same command again."""
     require("train")
@@ -98,23 +113,42 @@ def train(
     from hipa_deploy.train.loop import train_adaptor
     from hipa_deploy.train.recipe import Recipe, load_any_recipe
 
-    chosen = load_any_recipe(recipe, None if steps is None else {"steps": steps})
+    given = {"steps": steps, "prompts": prompts and str(prompts.absolute())}
+    chosen = load_any_recipe(recipe, {key: value for key, value in given.items() if value is not None})
     initial, active = (resolve_adaptor(name) if name else None for name in (start, adaptor))
     if isinstance(chosen, Recipe):
         if active:
             raise HipaError(f"--adaptor is for a decoder; recipe {recipe} trains an adaptor. See --from.")
-        path = train_adaptor(chosen, model_folder(model), out, initial_adaptor=initial, console=console)
+        if dry_run:
+            _dry_run_training(chosen, model_folder(model, config))
+            return
+        path = train_adaptor(chosen, model_folder(model, config), out, initial_adaptor=initial, console=console)
     else:
         if initial:
             raise HipaError(f"--from is for an adaptor; recipe {recipe} trains a decoder. Leave it out.")
-        path = train_decoder(chosen, model_folder(model), out, adaptor=active, console=console)
+        if dry_run:
+            raise HipaError(f"--dry-run is for an adaptor; recipe {recipe} trains a decoder. Leave it out.")
+        path = train_decoder(chosen, model_folder(model, config), out, adaptor=active, console=console)
     typer.echo(path)
+
+
+def _dry_run_training(recipe: Recipe, model_dir: Path) -> None:
+    from hipa_deploy.engines.target import load_target_profile, target_names
+    from hipa_deploy.train.dry_run import dry_run
+
+    gpus = [profile for profile in map(load_target_profile, target_names()) if not profile.memory_shared]
+    with console.status("predicting"):
+        shown, problem = dry_run(recipe, model_dir, gpus)
+    Console().print(*shown, sep="\n", markup=False, highlight=False)
+    if problem:
+        raise problem
 
 
 @app.command()
 def export(
     out: Annotated[Path, typer.Option(help="Bundle folder to write.")],
     model: ModelOption,
+    config: ConfigOption = None,
     adaptor: Annotated[str | None, typer.Option(help="Adaptor folder, or 'emoji' for the embedded one.")] = None,
     adaptor_scale: Annotated[float, typer.Option(help="1.0 merges the adaptor as it was trained.")] = 1.0,
     dtype: Annotated[Precision, typer.Option(help="Precision inside the graphs.")] = Precision.fp16,
@@ -148,8 +182,9 @@ def export(
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.export.axes import parse_axes
     from hipa_deploy.export.bundle import ExportOptions, export_bundle
-    from hipa_deploy.models import resolve_decoder
+    from hipa_deploy.models import resolve_decoder, unpacked
 
+    model = unpacked(model, config)
     options = ExportOptions(
         model=model,
         out=out,
@@ -391,8 +426,11 @@ def profile_table(
 def evaluate(
     adaptor: Annotated[str, typer.Option(help="Adaptor folder, or 'emoji' for the embedded one.")] = "emoji",
     model: ModelOption = "emoji",
+    config: ConfigOption = None,
     recipe: Annotated[str, typer.Option(help="Recipe whose teacher settings to use.")] = "emoji",
-    prompts: Annotated[Path | None, typer.Option(help="One a line; the model's held-out ones by default.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file or table of captions; the model's held-out ones by default.")
+    ] = None,
     images: Annotated[int, typer.Option(help="Images to compare.")] = 128,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
 ) -> None:
@@ -404,7 +442,7 @@ def evaluate(
     from hipa_deploy.train.recipe import load_recipe
     from hipa_deploy.train.report import evaluate_adaptor, held_out_prompts, render_table
 
-    folder, teacher = model_folder(model), load_recipe(recipe).teacher
+    folder, teacher = model_folder(model, config), load_recipe(recipe).teacher
     texts = held_out_prompts(folder, prompts)
     report = evaluate_adaptor(folder, resolve_adaptor(adaptor), texts, teacher, images=images, console=console)
     if json_path:

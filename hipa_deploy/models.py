@@ -11,25 +11,40 @@ from hipa_deploy.errors import HipaError, first_line
 TINY, TAESD = "tiny", "madebyollin/taesd"
 
 
-def model_folder(name: str) -> Path:
+def model_folder(name: str, config: str | None = None) -> Path:
     """'emoji' is the embedded model, unless a folder of that name is here; else a folder, or a hub id to fetch.
 
+    A .safetensors checkpoint is converted into a folder of the user's cache; ``config`` says what it is, where its
+    weights do not (hipa_deploy.single_file).
+
     Raises:
-        HipaError: no such folder, and the hub does not provide it.
+        HipaError: no such folder or file, another kind of model, and the hub does not provide it.
 
     """
     path = Path(name)
+    if path.is_file():
+        from hipa_deploy.single_file import converted
+
+        return converted(path, config)
+    if config is not None:
+        raise HipaError(f"--config is for a checkpoint in one file, and {name} is none. Leave it out.")
     if path.exists():
         return path
     if name == NAME:
         return MODEL
     if "/" not in name or name.startswith(("/", ".")):
         raise HipaError(
-            f"{name} does not exist. Expected a diffusers model folder, a hub id like owner/name, or {NAME}."
+            f"{name} does not exist. Expected a diffusers model folder, a .safetensors checkpoint, "
+            f"a hub id like owner/name, or {NAME}."
         )
     from diffusers import DiffusionPipeline
 
     return _fetch(name, DiffusionPipeline.download)
+
+
+def unpacked(name: str, config: str | None = None) -> str:
+    """``name``; of a checkpoint in one file, the folder it was converted into. Raises what ``model_folder`` does."""
+    return str(model_folder(name, config)) if config is not None or Path(name).is_file() else name
 
 
 def resolve_decoder(name: str, model: str) -> Path | None:

@@ -8,6 +8,7 @@ import pytest
 from typer.main import get_command
 
 from hipa_deploy.cli import app, main
+from hipa_deploy.errors import HipaError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -16,10 +17,12 @@ else:
 
 ROOT = Path(__file__).parents[1]
 SURFACE = {
-    "train": {"--out", "--recipe", "--model", "--from", "--adaptor", "--steps"},
+    "train": {
+        "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps", "--dry-run",
+    },
     "export": {
-        "--out", "--model", "--adaptor", "--adaptor-scale", "--dtype", "--layout", "--height", "--width", "--batch",
-        "--decoder", "--fuse", "--prompts", "--dynamic", "--build", "--swap-for",
+        "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout", "--height", "--width",
+        "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--build", "--swap-for",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level", "--timing-cache", "--refit",
@@ -29,7 +32,7 @@ SURFACE = {
     "profile": {"--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers", "--roofline"},
     "profile compare": {"--metric", "--threshold", "--json"},
     "profile table": set(),
-    "evaluate": {"--adaptor", "--model", "--recipe", "--prompts", "--images", "--json"},
+    "evaluate": {"--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json"},
     "doctor": {"--backend", "--json", "--self-test", "--out"},
     "demo": {"--out", "--quick"},
 }  # fmt: skip
@@ -90,10 +93,15 @@ def test_installed_script_answers(verb: str) -> None:
         (["doctor", "--out", "x"], "--out is for --self-test"),
         (["train", "--out", "x", "--adaptor", "emoji"], "--adaptor is for a decoder"),
         (["train", "--out", "x", "--recipe", "emoji-decoder", "--from", "emoji"], "--from is for an adaptor"),
+        (["train", "--out", "x", "--recipe", "emoji-decoder", "--dry-run"], "--dry-run is for an adaptor"),
+        (["train", "--out", "x", "--config", "sd15"], "--config is for a checkpoint in one file"),
+        (["train", "--out", "x", "--prompts", "none.csv"], "none.csv cannot be read"),
         (["export", "--model", "/no/such", "--out", "x", "--dtype", "int3"], "--dtype"),
         (["export", "--model", "emoji", "--out", "x", "--swap-for", "emoji"], "--swap-for needs --adaptor"),
         (["export", "--model", "emoji", "--out", "x", "--swap-for", "emoji", "--fuse"], "the bundle has the rest"),
         (["generate", "emoji", "apple", "--adaptor", "night"], "no adaptor 'night' to swap in"),
+        (["export", "--model", "emoji", "--out", "x", "--config", "sd15"], "--config is for a checkpoint in one file"),
+        (["evaluate", "--config", "sd15"], "--config is for a checkpoint in one file"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(
@@ -106,4 +114,24 @@ def test_a_mistake_is_one_line_and_exit_code_1(
     assert stopped.value.code == 1
     assert message in error
     assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("problem", "code"), [(None, 0), (HipaError("prompts none.txt cannot be read"), 1)])
+def test_a_dry_run_prints_writes_nothing_and_fails_with_its_prompts(
+    problem: HipaError | None, code: int, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+) -> None:
+    from hipa_deploy.train import dry_run
+
+    def stand_in(recipe: object, model_dir: Path, gpus: list) -> tuple[list[str], HipaError | None]:
+        return [f"{recipe.steps} steps of {model_dir.name}, {'A100 80 GB SXM' in [g.title for g in gpus]}"], problem
+
+    monkeypatch.setattr(dry_run, "dry_run", stand_in)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--out", "x", "--steps", "7", "--dry-run"])
+    captured = capsys.readouterr()
+    assert stopped.value.code == code
+    assert "7 steps of model, True" in captured.out
+    assert ("none.txt" in captured.err) == bool(problem)
     assert list(tmp_path.iterdir()) == []

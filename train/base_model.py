@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.model_kind import check_trainable
 from hipa_deploy.one_step import initial_noise
 
 SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
@@ -36,14 +36,13 @@ class DiffusionModel:
             HipaError: not a Stable Diffusion folder, a model that one step cannot drive, or weights not finite.
 
         """
-        _check_index(folder)
+        check_trainable(folder)
         diffusers_logging.disable_progress_bar()
         parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         try:
             pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **parts)
         except Exception as error:  # each library raises its own kinds for a folder with missing or broken parts
             raise HipaError(f"model {folder} cannot be loaded: {first_line(error)}") from None
-        _check_unet(folder, pipe)
         _check_finite(folder, pipe)
         pipe.set_progress_bar_config(disable=True)
         for module in (pipe.text_encoder, pipe.unet, pipe.vae):
@@ -121,24 +120,6 @@ def to_uint8(image01_BCHW: Tensor) -> Tensor:
 def to_float(image_BHWC: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [0, 1]."""
     return image_BHWC.permute(0, 3, 1, 2).float() / 255
-
-
-def _check_index(folder: Path) -> None:
-    try:
-        kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise HipaError(f"model {folder} has no readable model_index.json. Expected a diffusers folder.") from None
-    if kind != "StableDiffusionPipeline":
-        raise HipaError(f"model {folder} is a {kind}. Expected a StableDiffusionPipeline (one text encoder, eps or v).")
-
-
-def _check_unet(folder: Path, pipe: Any) -> None:
-    config, latent = pipe.unet.config, pipe.vae.config.latent_channels
-    if config.in_channels != latent or config.out_channels != latent:
-        got = f"{config.in_channels} channels in and {config.out_channels} out"
-        raise HipaError(f"model {folder}: its UNet has {got}. Expected {latent}, as its VAE has (text-to-image).")
-    if config.addition_embed_type is not None or config.class_embed_type is not None:
-        raise HipaError(f"model {folder}: its UNet takes added conditions (SDXL?). Expected noise, timestep and text.")
 
 
 def _check_finite(folder: Path, pipe: Any) -> None:

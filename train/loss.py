@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hipa_deploy.train.frequency import RADIUS, edge_loss, fourier_loss
+from hipa_deploy.train.frequency import RADIUS, amplitude_loss, edge_loss, fourier_loss
 from hipa_deploy.train.perceptual import DistsLike
 from hipa_deploy.train.recipe import DecoderLossSettings, LossSettings
 
@@ -29,12 +29,13 @@ class HipaLoss(nn.Module):
         hf_weight: float = 1.0,
         latent_weight: float = 0.05,
         pixel_weight: float = 0.0,
+        amplitude_weight: float = 0.0,
         radius: float = RADIUS,
     ) -> None:
         super().__init__()
         self.perceptual = perceptual or DistsLike()
         self.perceptual_weight, self.hf_weight, self.latent_weight = perceptual_weight, hf_weight, latent_weight
-        self.pixel_weight = pixel_weight
+        self.pixel_weight, self.amplitude_weight = pixel_weight, amplitude_weight
         self.radius = radius
 
     def forward(self, image: Tensor, target: Tensor, latents: Tensor, target_latents: Tensor) -> tuple[Tensor, Terms]:
@@ -51,6 +52,9 @@ class HipaLoss(nn.Module):
             "edge": edge_loss(image, target),
         }
         total = self.perceptual_weight * terms["perceptual"] + self.hf_weight * (terms["fourier"] + terms["edge"])
+        if self.amplitude_weight:
+            terms["amplitude"] = amplitude_loss(image, target, self.radius)
+            total = total + self.amplitude_weight * terms["amplitude"]
         if self.pixel_weight:
             terms["pixel"] = F.l1_loss(image, target)
             total = total + self.pixel_weight * terms["pixel"]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.frequency import RADIUS
+from hipa_deploy.train.prompts import read_prompt_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,6 +59,8 @@ class _ImageLossSettings(_Settings):
     """Weight of the DISTS-like distance."""
     hf_weight: float = Field(1.0, ge=0)
     """Weight of the Fourier term and of the edge term."""
+    amplitude_weight: float = Field(0.0, ge=0)
+    """Weight of the difference of Fourier amplitudes, whatever the phase (ours)."""
     radius: float = Field(RADIUS, gt=0, le=2)
     """Radius of the Gaussian high-pass, in units of the Nyquist frequency."""
     perceptual_size: int | None = Field(None, ge=32, le=4096)
@@ -119,7 +122,10 @@ class OptimiserSettings(_Settings):
 
 class _TrainingSettings(_Settings):
     prompts: str
-    """UTF-8 text file, one prompt a line: relative to the recipe, or to the model folder when it begins 'model:'."""
+    """UTF-8 text file, one prompt a line, or a table of captions (.csv, .tsv, .parquet, a folder of datasets):
+    relative to the recipe, of a shipped recipe to the current folder, or to the model's when it begins 'model:'."""
+    prompts_column: str | None = None
+    """Column of the table; 'caption' or 'text' when left out."""
     steps: int = Field(ge=1, le=10_000_000)
     """Optimiser steps, the latent warm-up included."""
     batch: int = Field(16, ge=1, le=4096)
@@ -194,7 +200,8 @@ def load_any_recipe(source: str | Path, overrides: Mapping[str, Any] | None = No
     _override(values, overrides or {})
     prompts = values.get("prompts")
     if isinstance(prompts, str) and not prompts.startswith(MODEL_PREFIX):
-        values["prompts"] = str(path.parent.absolute() / prompts)
+        base = Path.cwd() if path.parent == SHIPPED else path.parent.absolute()
+        values["prompts"] = str(base / prompts)
     kind = values.get("kind", "adaptor")
     if not isinstance(kind, str) or kind not in KINDS:
         raise HipaError(f"recipe {path}: kind = {kind!r}: expected one of: {', '.join(KINDS)}.")
@@ -228,34 +235,11 @@ def recipe_path(source: str | Path) -> Path:
 
 
 def read_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str]:
-    """The distinct prompts of the recipe's file, in file order.
-
-    Raises:
-        HipaError: the file is missing, is not UTF-8 or holds no prompt.
-
-    """
+    """The distinct prompts of the recipe's file, in file order. Raises what ``read_prompt_file`` does."""
     name = recipe.prompts
     in_model = name.startswith(MODEL_PREFIX)
-    return read_prompt_file(model_folder / name.removeprefix(MODEL_PREFIX) if in_model else Path(name))
-
-
-def read_prompt_file(path: Path) -> list[str]:
-    """The distinct lines of a text file that are not blank, in file order.
-
-    Raises:
-        HipaError: the file is missing, is not UTF-8 or holds no prompt.
-
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise HipaError(f"prompts {path} cannot be read: {error.strerror}. Expected a text file.") from None
-    except UnicodeDecodeError as error:
-        raise HipaError(f"prompts {path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise HipaError(f"prompts {path} is empty. Expected one prompt a line.")
-    return prompts
+    path = model_folder / name.removeprefix(MODEL_PREFIX) if in_model else Path(name)
+    return read_prompt_file(path, recipe.prompts_column)
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.evaluate import Quality, compare, kid_lite0, one_step_images, teacher_images
-from hipa_deploy.train.recipe import TeacherSettings, read_prompt_file
+from hipa_deploy.train.prompts import read_prompt_file
+from hipa_deploy.train.recipe import TeacherSettings
 
 FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
 

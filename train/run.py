@@ -26,7 +26,7 @@ from hipa_deploy.train.progress import ProgressBar
 from hipa_deploy.train.recipe import DecoderRecipe, OptimiserSettings, Recipe
 
 # What may change between two sittings of one run.
-FREE_TO_CHANGE = {"checkpoint_every", "sample_every", "samples", "gradient_checkpointing", "prompts"}
+FREE_TO_CHANGE = {"checkpoint_every", "sample_every", "samples", "gradient_checkpointing", "prompts", "prompts_column"}
 # What a run's identity may hold beside the recipe, and how to say that it differs.
 BELONGS_TO = {
     "base_unet_sha256": "another base model",

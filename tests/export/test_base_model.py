@@ -8,7 +8,8 @@ from diffusers import AutoencoderTiny
 
 from hipa_deploy.decoder import DECODER_METADATA, DecoderFidelity, DecoderMetadata
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.base_model import UNSUPPORTED, BaseModel
+from hipa_deploy.export.base_model import BaseModel
+from hipa_deploy.model_kind import UNSUPPORTED
 
 
 @pytest.fixture

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hipa_deploy.train.frequency import edge_loss, fourier_loss, high_frequency_energy, high_pass, sobel
+from hipa_deploy.train.frequency import (
+    amplitude_loss,
+    edge_loss,
+    fourier_loss,
+    high_frequency_energy,
+    high_pass,
+    sobel,
+)
 
 
 def wave(cycles: int, size: int = 32) -> torch.Tensor:
@@ -36,6 +43,13 @@ def test_brightness_does_not_matter_and_phase_does() -> None:
     assert fourier_loss(image, image.roll(1, dims=3)) > 0.01
 
 
+@pytest.mark.parametrize("shift", [0, 1, 7])
+def test_amplitude_loss_sees_strength_and_not_place(shift: int) -> None:
+    image = torch.rand(1, 3, 16, 16, dtype=torch.float64)
+    assert amplitude_loss(image, image.roll(shift, dims=2)) == pytest.approx(0, abs=1e-9)
+    assert amplitude_loss(2 * image, image) == pytest.approx(float(fourier_loss(2 * image, image)), rel=1e-6)
+
+
 def test_sobel_of_a_ramp_is_its_slope() -> None:
     ramp = (0.1 * torch.arange(8.0)).expand(1, 2, 6, 8)
     responses = sobel(ramp)
@@ -61,7 +75,7 @@ def test_losses_are_symmetric_and_zero_only_at_equality(height: int, width: int,
     assert fourier_loss(x, y, radius) == pytest.approx(float(fourier_loss(y, x, radius)))
 
 
-@pytest.mark.parametrize("loss", [fourier_loss, edge_loss])
+@pytest.mark.parametrize("loss", [fourier_loss, amplitude_loss, edge_loss])
 def test_gradients(loss) -> None:
     torch.manual_seed(0)
     image = torch.rand(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
@@ -71,5 +85,5 @@ def test_gradients(loss) -> None:
 
 def test_gradient_at_equality_is_finite() -> None:
     image = torch.rand(1, 3, 8, 8, requires_grad=True)
-    (fourier_loss(image, image.detach()) + edge_loss(image, image.detach())).backward()
+    sum(loss(image, image.detach()) for loss in (fourier_loss, amplitude_loss, edge_loss)).backward()
     assert torch.isfinite(image.grad).all()

@@ -30,6 +30,18 @@ def test_prompts_are_relative_to_the_recipe(tmp_path: Path) -> None:
     assert read_prompts(recipe, tmp_path / "model") == ["a cat", "a dog"]
 
 
+def test_prompts_of_a_shipped_recipe_are_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "captions.txt").write_text("a cat\n")
+    assert read_prompts(load_recipe("sd15"), tmp_path / "model") == ["a cat"]
+
+
+def test_the_column_of_the_prompts(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, 'prompts_column = "title"\n' + MINIMAL.replace("words.txt", "words.csv")))
+    (tmp_path / "words.csv").write_text("caption,title\nno,a cat\n")
+    assert read_prompts(recipe, tmp_path / "model") == ["a cat"]
+
+
 def test_overrides_reach_into_tables(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL), {"steps": 7, "teacher.pairs": 9, "loss.hf_weight": 0})
     assert (recipe.steps, recipe.teacher.pairs, recipe.loss.hf_weight) == (7, 9, 0)

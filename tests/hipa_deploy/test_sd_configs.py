@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from hipa_deploy.model_kind import check_trainable, read_config
+from hipa_deploy.sd_configs import MODELS, write_config
+from hipa_deploy.train.adaptor import PAPER, adaptor_parameters, add_adaptor
+
+# Parameters of the published weights, and of the adaptor preset 'paper' at rank 16.
+PUBLISHED = {
+    "sd15": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480, "paper": 3_188_736},
+    "sd21-base": {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840, "paper": 3_319_808},
+}
+PUBLISHED["sd21-v"] = PUBLISHED["sd21-base"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    return request.param, write_config(request.param, tmp_path_factory.mktemp("config") / request.param)
+
+
+def count(weights: object) -> int:
+    return sum(weight.numel() for weight in weights)
+
+
+def test_shapes_are_those_of_the_published_weights(config: tuple[str, Path]) -> None:
+    name, folder = config
+    check_trainable(folder)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(read_config(folder, "unet/config.json"))
+        vae = AutoencoderKL.from_config(read_config(folder, "vae/config.json"))
+        text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        parts = {"unet": unet, "vae": vae, "text_encoder": text}
+        counts = {part: count(module.parameters()) for part, module in parts.items()}
+        add_adaptor(unet, targets=PAPER, rank=16, alpha=16, seed=0)
+    assert {**counts, "paper": count(adaptor_parameters(unet).values())} == PUBLISHED[name]
+
+
+def test_schedule(config: tuple[str, Path]) -> None:
+    name, folder = config
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    assert float(scheduler.alphas_cumprod[999]) == pytest.approx(0.0046601, abs=1e-7)
+    assert scheduler.config.prediction_type == ("v_prediction" if name == "sd21-v" else "epsilon")
+
+
+def test_tokens_are_clips(config: tuple[str, Path]) -> None:
+    name, folder = config
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokens = tokenizer("a photo of a cat", padding="max_length").input_ids
+    assert len(tokenizer) == 49408
+    assert tokens[:7] == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokens[7:] == [49407 if name == "sd15" else 0] * 70
