@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train import loop
+from hipa_deploy.train import run as run_module
 from hipa_deploy.train.adaptor import METADATA, WEIGHTS
 from hipa_deploy.train.loop import train_adaptor
 from hipa_deploy.train.recipe import OptimiserSettings, Recipe
@@ -37,7 +38,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch):
     """Press Ctrl-C during the given step."""
-    original = loop.batch_rows
+    original = run_module.batch_rows
 
     def arm(step: int | None) -> None:
         def rows(count: int, batch: int, seed: int, now: int) -> torch.Tensor:
@@ -45,7 +46,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
                 os.kill(os.getpid(), signal.SIGINT)
             return original(count, batch, seed, now)
 
-        monkeypatch.setattr(loop, "batch_rows", rows)
+        monkeypatch.setattr(run_module, "batch_rows", rows)
 
     return arm
 
