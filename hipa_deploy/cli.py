@@ -74,6 +74,7 @@ def train(
     from hipa_deploy.models import model_folder
     from hipa_deploy.train.decoder import train_decoder
     from hipa_deploy.train.loop import train_adaptor
+    from hipa_deploy.train.processes import is_main
     from hipa_deploy.train.recipe import Recipe, load_any_recipe
 
     chosen = load_any_recipe(recipe, None if steps is None else {"steps": steps})
@@ -86,7 +87,8 @@ def train(
         if initial:
             raise HipaError(f"--from is for an adaptor; recipe {recipe} trains a decoder. Leave it out.")
         path = train_decoder(chosen, model_folder(model), out, adaptor=active, console=console)
-    typer.echo(path)
+    if is_main():
+        typer.echo(path)
 
 
 @app.command()

@@ -117,6 +117,11 @@ class Processes:
         return votes.bool().tolist()
 
 
+def is_main() -> bool:
+    """Whether this is the process that speaks, once ``Processes.join`` has met the others."""
+    return PartialState().is_main_process
+
+
 def _check_launcher(recipe: Recipe | DecoderRecipe) -> None:
     for variable, name in UNSUPPORTED.items():
         if _flag(variable):
