@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.images import grid
 from hipa_deploy.train.average import Average
+from hipa_deploy.train.interrupt import interruptible
 from hipa_deploy.train.loss import Terms
 from hipa_deploy.train.precision import grad_scaler
 from hipa_deploy.train.processes import Processes
@@ -269,33 +267,6 @@ class Scalars:
         """Record the values of a step."""
         for name, value in values.items() if self.writer else ():
             self.writer.add_scalar(name, value, step)
-
-
-@contextmanager
-def interruptible(patient: bool = False) -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into an event, so that a step is never cut in half; the second one ends at once.
-
-    When ``patient`` it does not: a launcher sends its processes on what the terminal has sent them already.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(*_: Any) -> None:
-        stop.set()
-        if not patient:
-            restore()
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        restore()
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

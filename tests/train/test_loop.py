@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from hipa_deploy.train import run as run_module
 from hipa_deploy.train.adaptor import METADATA, WEIGHTS
 from hipa_deploy.train.loop import train_adaptor
 from hipa_deploy.train.recipe import OptimiserSettings, Recipe
-from hipa_deploy.train.run import Run, batch_rows, interruptible, learning_rate
+from hipa_deploy.train.run import Run, batch_rows, learning_rate
 
 QUIET = Console(file=io.StringIO())
 
@@ -233,42 +232,3 @@ def test_learning_rate() -> None:
     assert learning_rate(settings, 54, 104) == pytest.approx(0.505)
     assert learning_rate(settings, 104, 104) == pytest.approx(0.01)
     assert learning_rate(OptimiserSettings(learning_rate=1.0), 50, 100) == 1.0
-
-
-def test_sigterm_stops_as_an_interrupt_does() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with interruptible() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.wait(1)
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_under_a_launcher_the_second_interrupt_waits_too() -> None:
-    with interruptible(patient=True) as stop:
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGINT)
-        assert stop.wait(1)
-
-
-def test_second_interrupt_is_immediate() -> None:
-    with pytest.raises(KeyboardInterrupt), interruptible() as stop:  # noqa: PT012
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.wait(1)
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_interruptible_outside_the_main_thread() -> None:
-    failures = []
-
-    def work() -> None:
-        try:
-            with interruptible() as stop:
-                failures.extend([1] if stop.is_set() else [])
-        except ValueError as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert failures == []
