@@ -111,6 +111,7 @@ def train(
     from hipa_deploy.models import model_folder
     from hipa_deploy.train.decoder import train_decoder
     from hipa_deploy.train.loop import train_adaptor
+    from hipa_deploy.train.processes import is_main
     from hipa_deploy.train.recipe import Recipe, load_any_recipe
 
     given = {"steps": steps, "prompts": prompts and str(prompts.absolute())}
@@ -129,7 +130,8 @@ def train(
         if dry_run:
             raise HipaError(f"--dry-run is for an adaptor; recipe {recipe} trains a decoder. Leave it out.")
         path = train_decoder(chosen, model_folder(model, config), out, adaptor=active, console=console)
-    typer.echo(path)
+    if is_main():
+        typer.echo(path)
 
 
 def _dry_run_training(recipe: Recipe, model_dir: Path) -> None:

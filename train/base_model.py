@@ -108,8 +108,8 @@ class DiffusionModel:
         return encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Scaled latents -> image [B, 3, H, W], [0, 1] where valid, not clamped: differentiable everywhere."""
-        return self.vae.decode(latents_BCHW / self.vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
+        """Scaled latents -> float32 image [B, 3, H, W], [0, 1] where valid, not clamped: differentiable everywhere."""
+        return self.vae.decode(latents_BCHW / self.vae.config.scaling_factor, return_dict=False)[0].float() / 2 + 0.5
 
 
 def to_uint8(image01_BCHW: Tensor) -> Tensor:

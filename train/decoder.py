@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from hipa_deploy.train.base_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.evaluate import CHUNK, paired_distance
 from hipa_deploy.train.loss import Terms, hipa_loss
 from hipa_deploy.train.pairs import Rows, lookup, prompt_order
+from hipa_deploy.train.precision import in_precision
+from hipa_deploy.train.processes import Processes
 from hipa_deploy.train.recipe import DecoderRecipe, DecoderSettings, read_prompts
-from hipa_deploy.train.run import Run, batch_rows, run_steps
+from hipa_deploy.train.run import Run, run_steps
 
 # Noise streams of one recipe's seed: none is used twice, nor by the teacher pairs, whose stream is 0.
 TRAINING, PERTURBATION, HELD_OUT = 1, 2, 3
@@ -56,11 +59,12 @@ def train_decoder(
         HipaError: bad input, a loss that is not finite, or Ctrl-C; the last checkpoint stays.
 
     """
-    console = console or Console(stderr=True)
+    processes = Processes.join(recipe, device)
+    console = processes.console(console)
     refuse_to_overwrite(out)
 
     # The frozen one-step model whose latents are to be decoded.
-    model = DiffusionModel.load(model_dir, device)
+    model = DiffusionModel.load(model_dir, processes.device)
     prompts, other_prompts = split_prompts(read_prompts(recipe, model_dir), recipe.seed)
     generate = one_step_model(model, recipe.timestep, adaptor)
 
@@ -70,7 +74,7 @@ def train_decoder(
     loss = hipa_loss(recipe.loss).to(model.device)
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=recipe.optimiser.weight_decay)
     identity = _identity(recipe, model_dir, adaptor, [*prompts, *other_prompts])
-    run = Run(out.with_name(out.name + ".run"), weights, optimizer, identity)
+    run = Run(out.with_name(out.name + ".run"), weights, optimizer, identity, recipe, processes)
     run.resume()
 
     # Latents, a share of them perturbed, and the full decoder's images of them.
@@ -78,30 +82,32 @@ def train_decoder(
     drawn = draw_latents(model, generate, prompts, count, recipe.seed, TRAINING)
     examples = decode_once(model, perturbed(model, drawn, recipe), count, console)
     shown = torch.arange(min(recipe.samples, count))
+    decode = in_precision(partial(decode_tiny, tiny), recipe.mixed_precision, model.device)
 
-    def loss_at(step: int) -> tuple[Tensor, Terms]:
-        rows = batch_rows(count, recipe.batch, recipe.seed, step)
-        return loss.of_images(decode_tiny(tiny, examples.latents(rows)), examples.images(rows))
+    def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:
+        return loss.of_images(decode(examples.latents(rows)), examples.images(rows))
 
     @torch.no_grad()
     def samples() -> list[Tensor]:
-        return [to_uint8(examples.images(shown)), to_uint8(decode_tiny(tiny, examples.latents(shown)))]
+        return [to_uint8(examples.images(shown)), to_uint8(decode(examples.latents(shown)))]
 
-    run_steps(run, recipe, loss_at, samples, console)
+    run_steps(run, count, loss_at, samples, console)
 
     # What is measured is what was stored, on prompts and noise that the training has not seen.
-    held_out = draw_latents(model, generate, other_prompts, recipe.latents.held_out, recipe.seed, HELD_OUT)
-    with new_folder(out) as scratch:
-        stored = store(tiny, scratch).to(model.device)
-        metadata = DecoderMetadata(
-            base_vae_sha256=identity["base_vae_sha256"],
-            latent_channels=tiny.config.latent_channels,
-            factor=model.pipe.vae_scale_factor,
-            steps_trained=recipe.steps,
-            fidelity=fidelity(stored, decode_once(model, held_out, recipe.latents.held_out, console)),
-            recipe=identity["recipe"],
-        )
-        (scratch / DECODER_METADATA).write_text(metadata.model_dump_json(indent=2) + "\n")
+    with processes.together(), run.average.applied():
+        if processes.is_main:
+            held_out = draw_latents(model, generate, other_prompts, recipe.latents.held_out, recipe.seed, HELD_OUT)
+            with new_folder(out) as scratch:
+                stored = store(tiny, scratch).to(model.device)
+                metadata = DecoderMetadata(
+                    base_vae_sha256=identity["base_vae_sha256"],
+                    latent_channels=tiny.config.latent_channels,
+                    factor=model.pipe.vae_scale_factor,
+                    steps_trained=recipe.steps,
+                    fidelity=fidelity(stored, decode_once(model, held_out, recipe.latents.held_out, console)),
+                    recipe=identity["recipe"],
+                )
+                (scratch / DECODER_METADATA).write_text(metadata.model_dump_json(indent=2) + "\n")
     return out
 
 
@@ -200,8 +206,8 @@ def tiny_autoencoder(settings: DecoderSettings, model: DiffusionModel, seed: int
 
 
 def decode_tiny(tiny: Any, latents_BCHW: Tensor) -> Tensor:
-    """Scaled latents [B, C, h, w] -> image [B, 3, H, W], [0, 1] where valid, not clamped."""
-    return tiny.decode(latents_BCHW, return_dict=False)[0] / 2 + 0.5
+    """Scaled latents [B, C, h, w] -> float32 image [B, 3, H, W], [0, 1] where valid, not clamped."""
+    return tiny.decode(latents_BCHW, return_dict=False)[0].float() / 2 + 0.5
 
 
 def store(tiny: Any, folder: Path) -> Any:

@@ -23,8 +23,10 @@ from hipa_deploy.train.base_model import DiffusionModel, to_uint8
 from hipa_deploy.train.loss import Terms, hipa_loss
 from hipa_deploy.train.one_step import one_step_latents
 from hipa_deploy.train.pairs import lookup, prompt_contexts, teacher_pairs
+from hipa_deploy.train.precision import in_precision
+from hipa_deploy.train.processes import Processes
 from hipa_deploy.train.recipe import Recipe, read_prompts
-from hipa_deploy.train.run import Run, batch_rows, run_steps
+from hipa_deploy.train.run import Run, run_steps
 
 
 def train_adaptor(
@@ -39,6 +41,7 @@ def train_adaptor(
 ) -> Path:
     """Train an adaptor for ``model_dir`` and write it to the new folder ``out``; the same call resumes a stopped run.
 
+    Under ``accelerate launch`` every process makes this call, and all train one adaptor (docs/distributed.md).
     ``out``.run holds the checkpoint, TensorBoard scalars and sample grids (teacher | base in one step | adapted).
     ``initial_adaptor`` is an adaptor folder of the same shape to start from. ``cache`` keeps teacher pairs.
 
@@ -46,11 +49,13 @@ def train_adaptor(
         HipaError: bad input, a loss that is not finite, or Ctrl-C; the last checkpoint stays.
 
     """
-    console = console or Console(stderr=True)
+    processes = Processes.join(recipe, device)
+    console = processes.console(console)
     refuse_to_overwrite(out)
 
     # The frozen base model, and what it says about the one step.
-    model = DiffusionModel.load(model_dir, device)
+    model = DiffusionModel.load(model_dir, processes.device)
+    unet, decode = (in_precision(part, recipe.mixed_precision, model.device) for part in (model.unet, model.decode))
     prompts = read_prompts(recipe, model_dir)
     metadata = _metadata(recipe, model, prompts)
     step_constants = {k: getattr(metadata, k) for k in ("timestep", "alpha_bar", "prediction_type")}
@@ -68,14 +73,21 @@ def train_adaptor(
     weights = adaptor_parameters(model.unet)
     loss = hipa_loss(recipe.loss).to(model.device)
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=recipe.optimiser.weight_decay)
-    run = Run(out.with_name(out.name + ".run"), weights, optimizer, metadata.model_dump(mode="json"))
+    run = Run(out.with_name(out.name + ".run"), weights, optimizer, metadata.model_dump(mode="json"), recipe, processes)
     run.resume()
 
     # Teacher pairs: the same noise leads to the student's image and to the teacher's.
     context = prompt_contexts(model, prompts, console)
     with without_adaptor(model.unet):
         pairs = teacher_pairs(
-            model, prompts, recipe.teacher, seed=recipe.seed, context=context, cache=cache, console=console
+            model,
+            prompts,
+            recipe.teacher,
+            seed=recipe.seed,
+            context=context,
+            cache=cache,
+            console=console,
+            processes=processes,
         )
 
     def teacher_latents(rows: Tensor | list[int]) -> Tensor:
@@ -83,32 +95,34 @@ def train_adaptor(
 
     def student_latents(rows: Tensor) -> Tensor:
         noise_BCHW = model.noise(pairs.seed_N[rows].tolist())
-        return one_step_latents(model.unet, noise_BCHW, context(pairs.prompt_N[rows]), **step_constants)
+        return one_step_latents(unet, noise_BCHW, context(pairs.prompt_N[rows]), **step_constants)
 
     @torch.no_grad()
     def teacher_images(rows: list[int]) -> Tensor:
-        return model.decode(teacher_latents(rows)).clamp(0, 1)
+        return decode(teacher_latents(rows)).clamp(0, 1)
 
     # What training compares with, and the two columns of the sample grid that stay.
     targets = lookup("teacher images", teacher_images, len(pairs), console)
     shown = torch.arange(min(recipe.samples, len(pairs)))
     with torch.no_grad(), without_adaptor(model.unet):
-        columns = [to_uint8(targets(shown)), to_uint8(model.decode(student_latents(shown)))]
+        columns = [to_uint8(targets(shown)), to_uint8(decode(student_latents(shown)))]
 
-    def loss_at(step: int) -> tuple[Tensor, Terms]:
+    def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:
         # One UNet call at the last timestep, x0 in float32, decoded unless in the warm-up.
-        rows = batch_rows(len(pairs), recipe.batch, recipe.seed, step)
         latents, target_latents = student_latents(rows), teacher_latents(rows)
         if step < recipe.loss.latent_warmup_steps:
             return loss.latent_only(latents, target_latents)
-        return loss(model.decode(latents), targets(rows), latents, target_latents)
+        return loss(decode(latents), targets(rows), latents, target_latents)
 
     @torch.no_grad()
     def samples() -> list[Tensor]:
-        return [*columns, to_uint8(model.decode(student_latents(shown)))]
+        return [*columns, to_uint8(decode(student_latents(shown)))]
 
-    run_steps(run, recipe, loss_at, samples, console)
-    return save_adaptor(model.unet, metadata, model.schedule, out)
+    run_steps(run, len(pairs), loss_at, samples, console)
+    with processes.together(), run.average.applied():
+        if processes.is_main:
+            save_adaptor(model.unet, metadata, model.schedule, out)
+    return out
 
 
 def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> AdaptorMetadata:

@@ -6,8 +6,11 @@ s / a = 14.6 in x0 at t = 999 of the Stable Diffusion schedule.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hipa_deploy.errors import HipaError
 
@@ -29,7 +32,7 @@ def predict_x0(noise_BCHW: Tensor, output_BCHW: Tensor, alpha_bar: float, predic
 
 
 def one_step_latents(
-    unet: nn.Module,
+    unet: Callable[..., Any],
     noise_BCHW: Tensor,
     context_BLD: Tensor,
     *,

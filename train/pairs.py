@@ -2,7 +2,7 @@
 
 A shard holds latents, prompt indices and noise seeds of consecutive pairs; noise itself comes back from its seed.
 The cache folder's name hashes model weights, prompts, sampler settings and seed, so no stale pair is ever found,
-and a run that was stopped, or asks for more pairs, makes only what is missing.
+and a run that was stopped, or asks for more pairs, makes only what is missing. Several processes divide the shards.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from rich.console import Console
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from hipa_deploy.errors import HipaError
 from hipa_deploy.files import user_cache, write_file
 from hipa_deploy.hashing import folder_sha256
 from hipa_deploy.train.base_model import DiffusionModel
+from hipa_deploy.train.precision import in_precision
+from hipa_deploy.train.processes import Processes
 from hipa_deploy.train.progress import ProgressBar
 from hipa_deploy.train.recipe import TeacherSettings
 
@@ -53,6 +56,7 @@ def teacher_latents(
 
     Classifier-free guidance (Ho & Salimans 2022): empty and given prompt go through the UNet as one batch.
     """
+    unet = in_precision(model.unet, teacher.mixed_precision, model.device)
     scheduler = teacher_scheduler(model.schedule, teacher.sampler)
     scheduler.set_timesteps(teacher.steps, device=model.device)
     guided = teacher.guidance != 1
@@ -61,7 +65,7 @@ def teacher_latents(
     x_BCHW = noise_BCHW
     for timestep in scheduler.timesteps:
         inputs = torch.cat([x_BCHW, x_BCHW]) if guided else x_BCHW
-        output = model.unet(inputs, timestep, context_BLD, return_dict=False)[0]
+        output = unet(inputs, timestep, context_BLD, return_dict=False)[0].float()
         if guided:
             empty, given = output.chunk(2)
             output = empty + teacher.guidance * (given - empty)
@@ -85,35 +89,47 @@ def teacher_pairs(
     context: Rows | None = None,
     cache: Path | None = None,
     console: Console | None = None,
+    processes: Processes | None = None,
 ) -> Pairs:
     """``teacher.pairs`` pairs, every prompt equally often; shards already in ``cache`` are read, others made.
 
-    ``context`` is what ``prompt_contexts`` returned, if the caller has it already.
+    ``context`` is what ``prompt_contexts`` returned, if the caller has it already. Each of ``processes`` makes its
+    share of the shards, then all read all of them: on several machines the cache must be on a disk that they share.
+
+    Raises:
+        HipaError: a shard cannot be written, or holds the pairs of something else.
+
     """
+    processes = processes or Processes()
     folder = cache_folder(model, prompts, teacher, seed, cache or user_cache())
     prompt_N = prompt_order(len(prompts), teacher.pairs, seed)
     context = context or prompt_contexts(model, prompts, console)
     empty_1LD = model.context([""])
-    shards = []
-    with ProgressBar(console) as progress:
+    ranges = [(n, min(n + teacher.batch, teacher.pairs)) for n in range(0, teacher.pairs, teacher.batch)]
+
+    def make(start: int, stop: int) -> dict[str, Tensor]:
+        index_B, seed_B = prompt_N[start:stop], torch.arange(start, stop) + ((seed + 1) << 32)
+        latents = teacher_latents(model, model.noise(seed_B.tolist()), context(index_B), empty_1LD, teacher)
+        return {"latents": latents.to(getattr(torch, teacher.dtype)).cpu(), "prompt": index_B, "seed": seed_B}
+
+    shards = {}
+    with processes.together(), ProgressBar(console) as progress:
         task = progress.add_task("teacher pairs", total=teacher.pairs)
-        for start in range(0, teacher.pairs, teacher.batch):
-            stop = min(start + teacher.batch, teacher.pairs)
-            path = folder / f"{start:08d}-{stop:08d}.safetensors"
-            shard = _read_shard(path)
-            if shard is None:
-                index_B, seed_B = prompt_N[start:stop], torch.arange(start, stop) + ((seed + 1) << 32)
-                latents = teacher_latents(model, model.noise(seed_B.tolist()), context(index_B), empty_1LD, teacher)
-                latents = latents.to(getattr(torch, teacher.dtype)).cpu()
-                shard = {"latents": latents, "prompt": index_B, "seed": seed_B}
-                write_file(path, save(shard))
-            shards.append(shard)
+        for start, stop in ranges[processes.index :: processes.count]:
+            path = _shard_path(folder, start, stop)
+            shards[start] = _read_shard(path) or _write_shard(path, make(start, stop))
             progress.update(task, completed=stop)
-    return Pairs(*(torch.cat([shard[key] for shard in shards]) for key in ("latents", "prompt", "seed")))
+    with processes.together():
+        for start, stop in ranges:
+            path = _shard_path(folder, start, stop)
+            shards[start] = shards.get(start) or _read_shard(path) or _not_shared(path)
+    return Pairs(*(torch.cat([shards[start][key] for start, _ in ranges]) for key in ("latents", "prompt", "seed")))
 
 
 def cache_folder(model: DiffusionModel, prompts: list[str], teacher: TeacherSettings, seed: int, cache: Path) -> Path:
     """Where these pairs belong; how many there are does not matter, since a pair depends on its number alone."""
+    # mixed_precision came later: a cache made before it was in float32 and is still found
+    outside = {"pairs"} if teacher.mixed_precision != "no" else {"pairs", "mixed_precision"}
     key = {
         "format": 1,
         "unet": folder_sha256(model.folder / "unet"),
@@ -121,7 +137,7 @@ def cache_folder(model: DiffusionModel, prompts: list[str], teacher: TeacherSett
         "tokenizer": folder_sha256(model.folder / "tokenizer", "*.*"),
         "schedule": model.schedule,
         "latent_shape": model.latent_shape_CHW,
-        "teacher": teacher.model_dump(exclude={"pairs"}),
+        "teacher": teacher.model_dump(exclude=outside),
         "prompts": prompts,
         "seed": seed,
     }
@@ -154,9 +170,32 @@ def lookup(name: str, compute: Callable[[list[int]], Tensor], count: int, consol
     return lambda index_B: table[index_B.to(table.device)]
 
 
+def _shard_path(folder: Path, start: int, stop: int) -> Path:
+    return folder / f"{start:08d}-{stop:08d}.safetensors"
+
+
 def _read_shard(path: Path) -> dict[str, Tensor] | None:
     """None when it is missing or damaged: then it is made again."""
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            owner = (file.metadata() or {}).get("cache")
+            shard = {key: file.get_tensor(key) for key in ("latents", "prompt", "seed")}
     except (OSError, SafetensorError):
         return None
+    if owner not in (path.parent.name, None):  # None: made before shards said where they belong
+        raise HipaError(f"teacher pairs {path} are another teacher's (cache {owner}). Remove the file.")
+    return shard
+
+
+def _write_shard(path: Path, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        write_file(path, save(shard, {"cache": path.parent.name}))
+    except OSError as error:
+        kept = "The shards before it are kept"
+        raise HipaError(f"teacher pairs {path} cannot be written: {error.strerror}. {kept}; see HIPA_CACHE.") from None
+    return shard
+
+
+def _not_shared(path: Path) -> dict[str, Tensor]:
+    remedy = "Point HIPA_CACHE at a folder that all machines share"
+    raise HipaError(f"teacher pairs {path}, made by another process, are not seen here. {remedy}.")

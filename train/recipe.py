@@ -20,6 +20,7 @@ else:
 
 SHIPPED = Path(__file__).parent / "recipes"
 MODEL_PREFIX = "model:"
+MixedPrecision = Literal["no", "bf16", "fp16"]
 
 
 class _Settings(BaseModel):
@@ -52,6 +53,8 @@ class TeacherSettings(_Settings):
     """Pairs made at once; also the size of a cache shard."""
     dtype: Literal["float16", "float32"] = "float16"
     """Storage type of the cached latents."""
+    mixed_precision: MixedPrecision = "no"
+    """Of the UNet's arithmetic; the sampler's stays in float32."""
 
 
 class _ImageLossSettings(_Settings):
@@ -129,7 +132,13 @@ class _TrainingSettings(_Settings):
     steps: int = Field(ge=1, le=10_000_000)
     """Optimiser steps, the latent warm-up included."""
     batch: int = Field(16, ge=1, le=4096)
-    """Pairs, or latents, a step."""
+    """Pairs, or latents, a step, over all processes."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Rows that a process takes through the models at once, their gradients accumulate; all of its rows if left out."""
+    mixed_precision: MixedPrecision = "no"
+    """Of the networks' arithmetic in training; weights, x0 and losses stay in float32."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Keep an exponential moving average of the weights and store that; 0 stores the weights themselves."""
     timestep: int = Field(999, ge=0)
     """Where the single step starts; latents made with an adaptor take the adaptor's."""
     seed: int = Field(0, ge=0, lt=2**30)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +18,18 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.images import grid
+from hipa_deploy.train.average import Average
+from hipa_deploy.train.interrupt import interruptible
 from hipa_deploy.train.loss import Terms
+from hipa_deploy.train.precision import grad_scaler
+from hipa_deploy.train.processes import Processes
 from hipa_deploy.train.progress import ProgressBar
 from hipa_deploy.train.recipe import DecoderRecipe, OptimiserSettings, Recipe
 
 # What may change between two sittings of one run.
-FREE_TO_CHANGE = {"checkpoint_every", "sample_every", "samples", "gradient_checkpointing", "prompts", "prompts_column"}
+FREE_TO_CHANGE = {
+    "checkpoint_every", "sample_every", "samples", "gradient_checkpointing", "micro_batch", "prompts", "prompts_column",
+}  # fmt: skip
 # What a run's identity may hold beside the recipe, and how to say that it differs.
 BELONGS_TO = {
     "base_unet_sha256": "another base model",
@@ -38,40 +41,41 @@ BELONGS_TO = {
 
 def run_steps(
     run: Run,
-    recipe: Recipe | DecoderRecipe,
-    loss_at: Callable[[int], tuple[Tensor, Terms]],
+    count: int,
+    loss_at: Callable[[Tensor, int], tuple[Tensor, Terms]],
     samples: Callable[[], list[Tensor]],
     console: Console,
 ) -> None:
     """Take the steps that ``run`` still lacks, with a progress bar, scalars, sample grids and checkpoints.
 
-    ``loss_at(step)`` is the loss and its terms, from the step's number and the weights alone; ``samples()`` the
-    columns of a sample grid, uint8 [N, H, W, 3] each.
+    A step's batch is drawn from ``count`` rows. ``loss_at(rows, step)`` is the mean loss of these rows, int64 [B],
+    and its terms, from the weights alone; ``samples()`` the columns of a sample grid, uint8 [N, H, W, 3] each.
 
     Raises:
-        HipaError: the loss is not finite, or Ctrl-C; the last checkpoint stays.
+        HipaError: the loss is not finite, or Ctrl-C or SIGTERM in any process; the last checkpoint stays.
 
     """
-    with run.writer() as scalars, interruptible() as stop, ProgressBar(console) as progress:
+    recipe, processes = run.recipe, run.processes
+    with run.writer() as scalars, interruptible(processes.count > 1) as stop, ProgressBar(console) as progress:
         task = progress.add_task("training", total=recipe.steps, completed=run.step)
         while run.step < recipe.steps:
-            total, terms = loss_at(run.step)
-            record = run.take_step(total, recipe.optimiser, recipe.steps)
+            rows = batch_rows(count, recipe.batch, recipe.seed, run.step)
+            values = run.accumulate(rows, loss_at)
+            record = run.take_step(values["loss"])
 
-            # Report, sample, checkpoint.
-            values = {"loss": total.item(), **{name: term.item() for name, term in terms.items()}}
+            # Report, checkpoint, sample: the checkpoint first, as nothing depends on the rest.
             progress.update(task, completed=run.step)
             progress.note = f"step {run.step}  " + "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-            for name, value in {**values, **record}.items():
-                scalars.add_scalar(name, value, run.step)
-            done = run.step == recipe.steps
-            if run.step % recipe.sample_every == 0 or done:
-                run.save_samples(samples())
-            if run.step % recipe.checkpoint_every == 0 or done or stop.is_set():
+            scalars.add({**values, **record}, run.step)
+            done, stopping = run.step == recipe.steps, processes.any(stop.is_set())
+            if run.step % recipe.checkpoint_every == 0 or done or stopping:
                 run.save()
                 console.print(progress.note, highlight=False)
-            if stop.is_set() and not done:
-                raise HipaError(f"stopped at step {run.step} of {recipe.steps}. Run the same command to resume.")
+            if run.step % recipe.sample_every == 0 or done:
+                run.save_samples(samples)
+            if stopping and not done:
+                resume = "Run the same command to resume."
+                raise processes.error(f"stopped at step {run.step} of {recipe.steps}. {resume}")
 
 
 def batch_rows(count: int, batch: int, seed: int, step: int) -> Tensor:
@@ -93,15 +97,23 @@ def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:
 class Run:
     """The run folder: ``state.pt`` holds everything that the next step depends on.
 
-    ``identity`` says which run it is: ``recipe``, and any keys of BELONGS_TO. It is compared as JSON.
+    ``identity`` says which run it is: ``recipe``, and any keys of BELONGS_TO. It is compared as JSON. The main process
+    writes; the others read the same folder, so on several machines it must be on a disk that they share.
     """
 
     folder: Path
     weights: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     identity: dict[str, Any]
+    recipe: Recipe | DecoderRecipe
+    processes: Processes = field(default_factory=Processes)
     step: int = 0
     saved_step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        device = next(iter(self.weights.values())).device
+        self.scaler = grad_scaler(self.recipe.mixed_precision, device)
+        self.average = Average(self.weights, self.recipe.ema_decay)
 
     @property
     def path(self) -> Path:
@@ -112,11 +124,15 @@ class Run:
         """Load the checkpoint if there is one.
 
         Raises:
-            HipaError: it is damaged, or belongs to another recipe or model.
+            HipaError: it is damaged, or belongs to another recipe or model, or the processes see different ones.
 
         """
-        if not self.path.exists():
-            return
+        with self.processes.together():
+            if self.path.exists():
+                self._load()
+        self.processes.check_same((self.step, json.dumps(self.identity, sort_keys=True)), "what to train")
+
+    def _load(self) -> None:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             stored = json.loads(state["identity"])
@@ -128,13 +144,23 @@ class Run:
             for name, weight in self.weights.items():
                 weight.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load(state["average"])
+        self.scaler.load_state_dict(state["scaler"])
         self.step = self.saved_step = state["step"]
 
     def save(self) -> None:
-        """Write beside, then rename: a run killed while saving keeps its last checkpoint."""
+        """Write beside, then rename: a run killed while saving, or a full disk, keeps its last checkpoint."""
+        with self.processes.together():
+            if self.processes.is_main:
+                self._write()
+        self.saved_step = self.step
+
+    def _write(self) -> None:
         state = {
             "weights": {name: weight.detach() for name, weight in self.weights.items()},
             "optimizer": self.optimizer.state_dict(),
+            "average": self.average.mean,
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
             "identity": json.dumps(self.identity),
         }
@@ -144,46 +170,75 @@ class Run:
             torch.save(state, scratch)
             scratch.replace(self.path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            raise HipaError(
-                f"checkpoint {self.path} cannot be written: {first_line(error)}. The one before it stays."
-            ) from None
-        self.saved_step = self.step
+            scratch.unlink(missing_ok=True)
+            raise HipaError(f"checkpoint {self.path} cannot be written: {first_line(error)}. {self._kept()}") from None
 
-    def take_step(self, total: Tensor, settings: OptimiserSettings, steps: int) -> dict[str, float]:
-        """One optimiser step down the loss ``total``, the one of ``steps`` that is next: what it took, for the record.
+    def accumulate(self, rows: Tensor, loss_at: Callable[[Tensor, int], tuple[Tensor, Terms]]) -> dict[str, float]:
+        """Gradients of the mean loss over ``rows``: the loss and its terms.
+
+        Each process takes its share, in pieces of ``micro_batch``. A piece counts by its rows, so that how a batch is
+        divided changes the rounding and nothing else.
+        """
+        share, sums = self.processes.share(rows), dict[str, Tensor]()
+        for part in share.split(self.recipe.micro_batch or len(share)):
+            total, terms = loss_at(part, self.step)
+            weight = len(part) / len(rows)
+            self.scaler.scale(total * weight).backward()
+            for name, value in {"loss": total, **terms}.items():
+                sums[name] = sums.get(name, 0) + value.detach() * weight
+        values = torch.stack([*sums.values()])
+        self.processes.add_up([*(weight.grad for weight in self.weights.values()), values])
+        return dict(zip(sums, values.tolist(), strict=True))
+
+    def take_step(self, loss: float) -> dict[str, float]:
+        """One optimiser step down the gradients that ``accumulate`` left: what it took, for the record.
 
         Raises:
             HipaError: the loss or its gradient is not finite.
 
         """
-        total.backward()
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), settings.clip_norm)
-        self.check_finite(total.item(), norm.item())
-        rate = learning_rate(settings, self.step, steps)
+        settings = self.recipe.optimiser
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), settings.clip_norm).item()
+        self.check_finite(loss, norm)
+        rate = learning_rate(settings, self.step, self.recipe.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return {"gradient_norm": norm.item(), "learning_rate": rate}
+        self.average.update(self.step)
+        scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
+        return {"gradient_norm": norm, "learning_rate": rate, **scale}
 
     def check_finite(self, loss: float, norm: float) -> None:
-        """Raise HipaError if the loss or its gradient norm is not finite."""
-        if math.isfinite(loss) and math.isfinite(norm):
+        """Raise HipaError if the loss or its gradient norm is not finite.
+
+        A gradient beyond fp16 is no divergence: the scaler skips that step and halves its scale, while it can.
+        """
+        skipped = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if math.isfinite(loss) and (math.isfinite(norm) or skipped):
             return
-        kept = f"The checkpoint of step {self.saved_step} is kept." if self.saved_step else "No checkpoint exists yet."
         got = f"loss {loss:g}, gradient norm {norm:g} at step {self.step + 1}"
-        raise HipaError(f"training diverged: {got}. {kept} Lower optimiser.learning_rate.")
+        raise self.processes.error(f"training diverged: {got}. {self._kept()} Lower optimiser.learning_rate.")
 
-    def save_samples(self, columns: list[Tensor]) -> None:
-        """Columns of uint8 [N, H, W, 3] side by side as samples/step-00001000.png."""
-        path = self.folder / "samples" / f"step-{self.step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(grid([column.numpy() for column in columns])).save(path)
+    def _kept(self) -> str:
+        return f"The checkpoint of step {self.saved_step} is kept." if self.saved_step else "No checkpoint exists yet."
 
-    def writer(self) -> SummaryWriter:
+    def save_samples(self, samples: Callable[[], list[Tensor]]) -> None:
+        """Columns of uint8 [N, H, W, 3] side by side as samples/step-00001000.png, of the averaged weights if any."""
+        with self.processes.together():
+            if self.processes.is_main:
+                path = self.folder / "samples" / f"step-{self.step:08d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with self.average.applied():
+                    columns = samples()
+                Image.fromarray(grid([column.numpy() for column in columns])).save(path)
+
+    def writer(self) -> Scalars:
         """TensorBoard scalars; what a killed run wrote past its checkpoint is hidden."""
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+        return Scalars(self.folder / "tensorboard" if self.processes.is_main else None, self.step)
 
     def _check_same_run(self, stored: dict[str, Any]) -> None:
         remedy = "Remove it, or choose another output folder."
@@ -197,23 +252,23 @@ class Run:
                 raise HipaError(f"run folder {self.folder} has another recipe: {change}. {remedy}")
 
 
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that a step is never cut in half; the second one interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
+class Scalars:
+    """A TensorBoard writer, or none at all in a process that does not write."""
 
-    def handle(*_: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, previous)
+    def __init__(self, folder: Path | None, step: int) -> None:
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1) if folder else None
 
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    def __enter__(self) -> Scalars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writer:
+            self.writer.close()
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Record the values of a step."""
+        for name, value in values.items() if self.writer else ():
+            self.writer.add_scalar(name, value, step)
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

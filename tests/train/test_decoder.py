@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from hipa_deploy.decoder import read_decoder_metadata, vae_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train import decoder
+from hipa_deploy.train import run as run_module
 from hipa_deploy.train.adaptor import one_step_model
 from hipa_deploy.train.base_model import DiffusionModel
 from hipa_deploy.train.decoder import HELD_OUT, TRAINING, draw_latents, perturbed, split_prompts, train_decoder
@@ -71,7 +71,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch):
     """Press Ctrl-C during the given step."""
-    original = decoder.batch_rows
+    original = run_module.batch_rows
 
     def arm(step: int | None) -> None:
         def rows(count: int, batch: int, seed: int, now: int) -> torch.Tensor:
@@ -79,7 +79,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
                 os.kill(os.getpid(), signal.SIGINT)
             return original(count, batch, seed, now)
 
-        monkeypatch.setattr(decoder, "batch_rows", rows)
+        monkeypatch.setattr(run_module, "batch_rows", rows)
 
     return arm
 
@@ -173,8 +173,8 @@ def test_divergence_stops_and_keeps_the_checkpoint(
 ) -> None:
     original = Run.take_step
 
-    def explode(run: Run, total: torch.Tensor, *settings: Any) -> dict[str, float]:
-        return original(run, total * float("nan") if run.step == 2 else total, *settings)
+    def explode(run: Run, loss: float) -> dict[str, float]:
+        return original(run, float("nan") if run.step == 2 else loss)
 
     monkeypatch.setattr(Run, "take_step", explode)
     with pytest.raises(HipaError, match=r"diverged: loss nan.*at step 3. The checkpoint of step 2 is kept"):

@@ -3,23 +3,25 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train import loop
+from hipa_deploy.train import run as run_module
 from hipa_deploy.train.adaptor import METADATA, WEIGHTS
 from hipa_deploy.train.loop import train_adaptor
 from hipa_deploy.train.recipe import OptimiserSettings, Recipe
-from hipa_deploy.train.run import Run, batch_rows, interruptible, learning_rate
+from hipa_deploy.train.run import Run, batch_rows, learning_rate
 
 QUIET = Console(file=io.StringIO())
 
@@ -37,7 +39,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch):
     """Press Ctrl-C during the given step."""
-    original = loop.batch_rows
+    original = run_module.batch_rows
 
     def arm(step: int | None) -> None:
         def rows(count: int, batch: int, seed: int, now: int) -> torch.Tensor:
@@ -45,7 +47,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
                 os.kill(os.getpid(), signal.SIGINT)
             return original(count, batch, seed, now)
 
-        monkeypatch.setattr(loop, "batch_rows", rows)
+        monkeypatch.setattr(run_module, "batch_rows", rows)
 
     return arm
 
@@ -61,6 +63,36 @@ def test_resumed_equals_unbroken(recipe: Recipe, model_dir: Path, cache: Path, t
     assert same(train(recipe, model_dir, tmp_path / "broken", cache), unbroken)
     reseeded = recipe.model_copy(update={"seed": 1})
     assert not same(train(reseeded, model_dir, tmp_path / "reseeded", cache), unbroken)
+
+
+def test_resumed_equals_unbroken_with_everything_on(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
+) -> None:
+    everything = recipe.model_copy(update={"batch": 3, "micro_batch": 2, "ema_decay": 0.9, "mixed_precision": "bf16"})
+    unbroken = train(everything, model_dir, tmp_path / "unbroken", cache)
+    stop_after(3)
+    with pytest.raises(HipaError, match="stopped at step 3"):
+        train(everything, model_dir, tmp_path / "broken", cache)
+    stop_after(None)
+    assert same(train(everything, model_dir, tmp_path / "broken", cache), unbroken)
+
+
+def test_a_batch_in_pieces_is_the_same_batch(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path) -> None:
+    whole = recipe.model_copy(update={"batch": 3, "steps": 2})
+    expected = train(whole, model_dir, tmp_path / "whole", cache)
+    pieces = train(whole.model_copy(update={"micro_batch": 2}), model_dir, tmp_path / "pieces", cache)
+    assert all(torch.allclose(pieces[name], expected[name], atol=1e-4) for name in expected)
+
+
+def test_the_average_is_what_is_stored(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path) -> None:
+    stored = train(recipe.model_copy(update={"ema_decay": 0.9}), model_dir, tmp_path / "adaptor", cache)
+    state = torch.load(tmp_path / "adaptor.run" / "state.pt", weights_only=True)
+    raw, mean = (
+        sum(float(w.abs().sum()) for n, w in state[k].items() if "lora_B" in n) for k in ("weights", "average")
+    )
+    found = sum(float(weight.abs().sum()) for name, weight in stored.items() if "lora_B" in name)
+    assert found == pytest.approx(mean, rel=1e-5)
+    assert found < 0.95 * raw
 
 
 def test_what_a_run_leaves(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path) -> None:
@@ -112,6 +144,25 @@ def test_gradient_checkpointing_changes_nothing(recipe: Recipe, model_dir: Path,
     assert all(torch.allclose(weights[name], plain[name], atol=1e-5) for name in plain)
 
 
+def test_gradient_checkpointing_reaches_the_decoder(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """A checkpointed block runs once forward and once more in the backward pass."""
+    calls, original = [], ResnetBlock2D.forward
+
+    def count(block: ResnetBlock2D, *arguments: Any, **more: Any) -> torch.Tensor:
+        calls[-1] += torch.is_grad_enabled() and block.time_emb_proj is None  # without time: the decoder's
+        return original(block, *arguments, **more)
+
+    monkeypatch.setattr(ResnetBlock2D, "forward", count)
+    decoded = recipe.model_copy(update={"steps": 1, "loss": recipe.loss.model_copy(update={"latent_warmup_steps": 0})})
+    for frugal in (False, True):
+        calls.append(0)
+        train(decoded.model_copy(update={"gradient_checkpointing": frugal}), model_dir, tmp_path / str(frugal), cache)
+    assert calls[0] > 0
+    assert calls[1] == 2 * calls[0]
+
+
 def test_another_recipe_does_not_resume(
     recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
 ) -> None:
@@ -145,6 +196,29 @@ def test_divergence_stops_and_keeps_the_checkpoint(
     assert not (tmp_path / "adaptor").exists()
 
 
+def test_a_full_disk_keeps_the_last_checkpoint(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch
+) -> None:
+    original = Run.accumulate
+
+    def fill(run: Run, *arguments: Any) -> dict[str, float]:
+        if run.step == 3:  # no file may grow beyond 20 kB from here on: the system refuses, as when a disk is full
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        return original(run, *arguments)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(Run, "accumulate", fill)
+    try:
+        with pytest.raises(HipaError, match=r"state.pt cannot be written: .*The checkpoint of step 2 is kept"):
+            train(recipe, model_dir, tmp_path / "adaptor", cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.load(tmp_path / "adaptor.run" / "state.pt", weights_only=True)["step"] == 2
+    assert not (tmp_path / "adaptor.run" / "state.tmp").exists()
+    monkeypatch.undo()
+    assert same(train(recipe, model_dir, tmp_path / "adaptor", cache), train(recipe, model_dir, tmp_path / "b", cache))
+
+
 def test_batches_depend_on_seed_and_step() -> None:
     assert torch.equal(batch_rows(100, 8, 0, 5), batch_rows(100, 8, 0, 5))
     assert not torch.equal(batch_rows(100, 8, 0, 5), batch_rows(100, 8, 0, 6))
@@ -158,27 +232,3 @@ def test_learning_rate() -> None:
     assert learning_rate(settings, 54, 104) == pytest.approx(0.505)
     assert learning_rate(settings, 104, 104) == pytest.approx(0.01)
     assert learning_rate(OptimiserSettings(learning_rate=1.0), 50, 100) == 1.0
-
-
-def test_second_interrupt_is_immediate() -> None:
-    with pytest.raises(KeyboardInterrupt), interruptible() as stop:  # noqa: PT012
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.wait(1)
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_interruptible_outside_the_main_thread() -> None:
-    failures = []
-
-    def work() -> None:
-        try:
-            with interruptible() as stop:
-                failures.extend([1] if stop.is_set() else [])
-        except ValueError as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert failures == []

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
+from hipa_deploy.errors import HipaError
 from hipa_deploy.train import pairs as module
 from hipa_deploy.train.base_model import DiffusionModel
 from hipa_deploy.train.pairs import (
@@ -16,6 +18,7 @@ from hipa_deploy.train.pairs import (
     teacher_pairs,
     teacher_scheduler,
 )
+from hipa_deploy.train.processes import Processes
 from hipa_deploy.train.recipe import TeacherSettings
 from tests.tiny_model import PROMPTS
 
@@ -84,6 +87,46 @@ def test_cache_is_read_resumed_and_extended(
     assert torch.equal(more.latents_NCHW[:4], first.latents_NCHW[:4])
 
 
+def test_a_shard_of_another_teacher_is_refused(model: DiffusionModel, tmp_path: Path) -> None:
+    teacher_pairs(model, PROMPTS, TEACHER, seed=0, cache=tmp_path)
+    other = TEACHER.model_copy(update={"guidance": 2.0})
+    folder, here = (cache_folder(model, PROMPTS, teacher, 0, tmp_path) for teacher in (TEACHER, other))
+    folder.rename(here)
+    with pytest.raises(HipaError, match=rf"00000004.safetensors are another teacher's \(cache {folder.name}\). Remove"):
+        teacher_pairs(model, PROMPTS, other, seed=0, cache=tmp_path)
+
+
+def test_a_full_disk_keeps_the_shards_before(model: DiffusionModel, tmp_path: Path, monkeypatch) -> None:
+    original, written = module.write_file, []
+
+    def full(path: Path, content: bytes) -> None:
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        original(path, content)
+
+    monkeypatch.setattr(module, "write_file", full)
+    with pytest.raises(HipaError, match=r"cannot be written: No space left on device. The shards before it are kept"):
+        teacher_pairs(model, PROMPTS, TEACHER, seed=0, cache=tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["00000000-00000004.safetensors"]
+
+
+def test_a_cache_that_machines_do_not_share(model: DiffusionModel, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Processes, "together", lambda self: nullcontext())
+    with pytest.raises(HipaError, match=r"made by another process, are not seen here. Point HIPA_CACHE at"):
+        teacher_pairs(model, PROMPTS, TEACHER, seed=0, cache=tmp_path, processes=Processes(1, 2))
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["00000004-00000006.safetensors"]
+
+
+def test_a_teacher_in_half_precision(model: DiffusionModel) -> None:
+    half = TEACHER.model_copy(update={"mixed_precision": "fp16"})
+    arguments = (model, model.noise([0]), model.context(PROMPTS[:1]), model.context([""]))
+    exact, rounded = (teacher_latents(*arguments, teacher) for teacher in (TEACHER, half))
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    assert torch.allclose(exact, rounded, rtol=0.05, atol=0.5)
+
+
 def test_stored_noise_and_prompt_lead_to_the_latents(model: DiffusionModel, tmp_path: Path) -> None:
     pairs = teacher_pairs(model, PROMPTS, TEACHER, seed=3, cache=tmp_path)
     context = model.context([PROMPTS[i] for i in pairs.prompt_N[4:]])
@@ -108,8 +151,9 @@ def test_cache_key_depends_on_content(model: DiffusionModel, v_model_dir: Path, 
         key(steps=4),
         key(guidance=2.0),
         key(sampler="dpmsolver++"),
+        key(mixed_precision="bf16"),
     ]
-    assert len({key(), *changed}) == 7
+    assert len({key(), *changed}) == 8
     assert key(pairs=100) == key()
 
 
