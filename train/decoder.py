@@ -70,7 +70,7 @@ def train_decoder(
     loss = hipa_loss(recipe.loss).to(model.device)
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=recipe.optimiser.weight_decay)
     identity = _identity(recipe, model_dir, adaptor, [*prompts, *other_prompts])
-    run = Run(out.with_name(out.name + ".run"), weights, optimizer, identity)
+    run = Run(out.with_name(out.name + ".run"), weights | loss.state, optimizer, identity)
     run.resume()
 
     # Latents, a share of them perturbed, and the full decoder's images of them.

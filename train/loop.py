@@ -68,7 +68,7 @@ def train_adaptor(
     weights = adaptor_parameters(model.unet)
     loss = hipa_loss(recipe.loss).to(model.device)
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=recipe.optimiser.weight_decay)
-    run = Run(out.with_name(out.name + ".run"), weights, optimizer, metadata.model_dump(mode="json"))
+    run = Run(out.with_name(out.name + ".run"), weights | loss.state, optimizer, metadata.model_dump(mode="json"))
     run.resume()
 
     # Teacher pairs: the same noise leads to the student's image and to the teacher's.
@@ -101,6 +101,8 @@ def train_adaptor(
         latents, target_latents = student_latents(rows), teacher_latents(rows)
         if step < recipe.loss.latent_warmup_steps:
             return loss.latent_only(latents, target_latents)
+        if not loss.decodes:
+            return loss.of_latents(latents, target_latents)
         return loss(model.decode(latents), targets(rows), latents, target_latents)
 
     @torch.no_grad()
