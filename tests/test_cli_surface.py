@@ -27,7 +27,7 @@ SURFACE = {
     },
     "generate": {"--out", "--seed", "--count", "--height", "--width", "--backend", "--truncate"},
     "profile": {"--runs", "--backend", "--json", "--roofline"},
-    "evaluate": {"--adaptor", "--model", "--recipe", "--prompts", "--images", "--json"},
+    "evaluate": {"--adaptor", "--model", "--recipe", "--prompts", "--images", "--json", "--out"},
     "doctor": {"--backend", "--json", "--self-test", "--out"},
     "demo": {"--out", "--quick"},
 }  # fmt: skip
