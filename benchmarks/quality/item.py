@@ -22,6 +22,7 @@ from hipa_deploy.train.recipe import Recipe
 
 RESULT = "result.json"
 QUICK_CAPTIONS = 4
+LEAST_STEPS = 10  # two for each phase of a progressive distillation from 25 steps
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def matched_steps(item: Item, setting: Setting) -> int | None:
     budget, pace = setting.result(item.as_long_as), setting.result(item.pace)
     if budget is None or pace is None:
         raise HipaError(f"item {item.name} needs items {item.as_long_as} and {item.pace} first.")
-    return max(setting.recipe.teacher.steps, round(budget["cost"]["cpu_seconds"] / pace["cost"]["cpu_seconds_a_step"]))
+    return max(LEAST_STEPS, round(budget["cost"]["cpu_seconds"] / pace["cost"]["cpu_seconds_a_step"]))
 
 
 def _adaptor(item: Item, setting: Setting, console: Console) -> tuple[Path, dict[str, Any]]:
