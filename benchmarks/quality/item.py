@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from baselines import train_consistency, train_progressive
-from evaluation import load_references, make_references, measure_adaptor, splits, write_json
+from evaluation import load_references, make_references, measure_adaptor, splits
 from plan import FIRST, Item
 from rich.console import Console
 from safetensors import safe_open
@@ -16,6 +16,7 @@ from timing import spent_in, timed_training
 
 from hipa_deploy.adaptor import WEIGHTS, read_metadata
 from hipa_deploy.errors import HipaError
+from hipa_deploy.files import write_file
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.train.loop import train_adaptor
 from hipa_deploy.train.recipe import Recipe
@@ -82,7 +83,7 @@ def run_item(item: Item, setting: Setting, console: Console) -> None:
         references = load_references(setting.folder(FIRST))
         result = cost | {"splits": measure_adaptor(adaptor, setting.model, references, held_out, folder)}
     describes = {"name": item.name, "title": item.title, "group": item.group, "method": item.method}
-    write_json(folder / RESULT, json.dumps(describes | result, indent=2))
+    write_json(folder / RESULT, describes | result)
 
 
 def matched_steps(item: Item, setting: Setting) -> int | None:
@@ -134,6 +135,11 @@ def _train(item: Item, recipe: Recipe, setting: Setting, out: Path, console: Con
     else:
         with timed_training():
             train_adaptor(recipe, setting.model, out, **shared)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Indented, whole or not at all."""
+    write_file(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def parameters(adaptor: Path) -> int:

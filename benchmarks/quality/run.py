@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from evaluation import write_json
-from item import Setting, run_item
+from item import Setting, run_item, write_json
 from plan import Item, base_recipe, find, full_plan, quick_plan
 from rich.console import Console
 from rich.table import Table
@@ -78,10 +77,9 @@ def run_all(items: list[Item], setting: Setting, console: Console) -> None:
 def keep_to_one_setting(setting: Setting) -> None:
     """Write what the results depend on, or refuse a folder that was started with something else."""
     path = setting.out / "setting.json"
-    text = json.dumps(setting.identity, indent=2)
-    if path.exists() and path.read_text().strip() != text:
+    if path.exists() and json.loads(path.read_text()) != setting.identity:
         raise HipaError(f"{setting.out} was started with other settings: {path}. Choose another --out.")
-    write_json(path, text)
+    write_json(path, setting.identity)
 
 
 def plan_table(items: list[Item], setting: Setting) -> Table:
