@@ -435,21 +435,25 @@ def evaluate(
     ] = None,
     images: Annotated[int, typer.Option(help="Images to compare.")] = 128,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.md with spectra, premise and samples.")] = None,
 ) -> None:
     """Measure quality: teacher, base in one step and adaptor in one step, on the same prompts and noise."""
     require("train")
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.files import write_file
     from hipa_deploy.models import model_folder
+    from hipa_deploy.train import report as quality
     from hipa_deploy.train.recipe import load_recipe
-    from hipa_deploy.train.report import evaluate_adaptor, held_out_prompts, render_table
 
     folder, teacher = model_folder(model, config), load_recipe(recipe).teacher
-    texts = held_out_prompts(folder, prompts)
-    report = evaluate_adaptor(folder, resolve_adaptor(adaptor), texts, teacher, images=images, console=console)
+    texts = quality.held_out_prompts(folder, prompts)
+    rows, again = quality.make_images(folder, resolve_adaptor(adaptor), texts, teacher, images, console)
+    report = quality.quality_report(teacher, rows[quality.teacher_row(teacher.steps)], again, rows)
     if json_path:
         write_file(json_path, (report.model_dump_json(indent=2) + "\n").encode())
-    Console().print(render_table(report))
+    Console().print(quality.render_table(report))
+    if out:
+        typer.echo(quality.write_report(out, report, rows))
 
 
 @app.command()

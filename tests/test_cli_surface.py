@@ -32,7 +32,7 @@ SURFACE = {
     "profile": {"--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers", "--roofline"},
     "profile compare": {"--metric", "--threshold", "--json"},
     "profile table": set(),
-    "evaluate": {"--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json"},
+    "evaluate": {"--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json", "--out"},
     "doctor": {"--backend", "--json", "--self-test", "--out"},
     "demo": {"--out", "--quick"},
 }  # fmt: skip

@@ -33,7 +33,7 @@ from hipa_deploy.train.pairs import Rows, lookup, prompt_order
 from hipa_deploy.train.precision import in_precision
 from hipa_deploy.train.processes import Processes
 from hipa_deploy.train.recipe import DecoderRecipe, DecoderSettings, read_prompts
-from hipa_deploy.train.run import Run, run_steps
+from hipa_deploy.train.run import Run, loss_state, run_steps
 
 # Noise streams of one recipe's seed: none is used twice, nor by the teacher pairs, whose stream is 0.
 TRAINING, PERTURBATION, HELD_OUT = 1, 2, 3
@@ -74,7 +74,8 @@ def train_decoder(
     loss = hipa_loss(recipe.loss).to(model.device)
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=recipe.optimiser.weight_decay)
     identity = _identity(recipe, model_dir, adaptor, [*prompts, *other_prompts])
-    run = Run(out.with_name(out.name + ".run"), weights, optimizer, identity, recipe, processes)
+    kept = loss_state(loss, recipe, processes)
+    run = Run(out.with_name(out.name + ".run"), weights, optimizer, identity, recipe, processes, kept=kept)
     run.resume()
 
     # Latents, a share of them perturbed, and the full decoder's images of them.

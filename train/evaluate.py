@@ -29,10 +29,11 @@ CHUNK = 32
 
 @dataclass(frozen=True)
 class Quality:
-    """A set of images against the teacher's for the same prompts and noise.
+    """A set of images against the teacher's for the same prompts.
 
-    kid_lite0: KID-Lite0 of the two sets; distance: mean DISTS-like distance of the pairs; high_frequency_ratio: high
-    frequency energy over the teacher's, 1 at best.
+    kid_lite0: KID-Lite0 to the teacher's images from other noise, so that its own from the same noise are the floor;
+    distance: mean DISTS-like distance to its images from the same noise; high_frequency_ratio: high frequency energy
+    over those images', 1 at best.
     """
 
     kid_lite0: float
@@ -40,10 +41,14 @@ class Quality:
     high_frequency_ratio: float
 
 
-def compare(images_NHWC: np.ndarray, teacher_NHWC: np.ndarray) -> Quality:
-    """All three numbers for two uint8 sets [N, H, W, 3] whose n-th images belong together."""
+def compare(images_NHWC: np.ndarray, teacher_NHWC: np.ndarray, others_NHWC: np.ndarray) -> Quality:
+    """All three numbers of a uint8 set [N, H, W, 3]: the teacher's from the same noise, image by image, and from other.
+
+    KID takes the other noise's because it expects independent sets: against its own noise's, a model that follows the
+    teacher image by image falls below the floor.
+    """
     return Quality(
-        kid_lite0=kid_lite0(images_NHWC, teacher_NHWC),
+        kid_lite0=kid_lite0(images_NHWC, others_NHWC),
         distance=paired_distance(images_NHWC, teacher_NHWC),
         high_frequency_ratio=high_frequency_ratio(images_NHWC, teacher_NHWC),
     )
@@ -63,22 +68,33 @@ def kid(features_a_ND: Tensor, features_b_ND: Tensor) -> float:
 
 def kid_lite0(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray) -> float:
     """KID-Lite0 of two uint8 image sets [N, H, W, 3]; print the value of two real sets beside it, as its floor."""
-    lite0 = Lite0.pretrained()
-    return kid(_by_chunks(lite0.pooled, images_a_NHWC), _by_chunks(lite0.pooled, images_b_NHWC))
+    return kid(lite0_features(images_a_NHWC), lite0_features(images_b_NHWC))
+
+
+def lite0_features(images_NHWC: np.ndarray) -> Tensor:
+    """Pooled EfficientNet-Lite0 features float32 [N, 1280] of uint8 images [N, H, W, 3]."""
+    return _by_chunks(Lite0.pretrained().pooled, images_NHWC)
 
 
 def paired_distance(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray) -> float:
     """Mean DISTS-like distance between the n-th images of two uint8 sets [N, H, W, 3]."""
-    return float(_by_chunks(DistsLike(), images_a_NHWC, images_b_NHWC).mean())
+    return float(paired_distances(images_a_NHWC, images_b_NHWC).mean())
+
+
+def paired_distances(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray) -> Tensor:
+    """DISTS-like distance between the n-th images of two uint8 sets [N, H, W, 3]: float32 [N]."""
+    return _by_chunks(DistsLike(), images_a_NHWC, images_b_NHWC)
 
 
 def high_frequency_ratio(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray, radius: float = RADIUS) -> float:
     """High-frequency energy of set a over that of set b, uint8 [N, H, W, 3]."""
-    energy_a, energy_b = (
-        float(_by_chunks(lambda image: high_frequency_energy(image, radius), images).mean())
-        for images in (images_a_NHWC, images_b_NHWC)
-    )
-    return energy_a / energy_b
+    energies = [high_frequency_energies(images, radius).mean() for images in (images_a_NHWC, images_b_NHWC)]
+    return float(energies[0] / energies[1])
+
+
+def high_frequency_energies(images_NHWC: np.ndarray, radius: float = RADIUS) -> Tensor:
+    """High-frequency energy of each uint8 image [N, H, W, 3], pixels in [0, 1]: float32 [N]."""
+    return _by_chunks(lambda image: high_frequency_energy(image, radius), images_NHWC)
 
 
 def teacher_images(

@@ -1,14 +1,15 @@
-"""The high-frequency promoted loss: Fourier components and edges (HiPA, arXiv 2311.18158).
+"""The Fourier term of the high-frequency promoted loss (HiPA, arXiv 2311.18158).
 
-The paper names both parts; their exact form is not public. What is here is this project's choice: a smooth radial
-high-pass (a hard mask rings), complex differences (phase counts), and Sobel responses rather than their magnitude
-(whose gradient is singular where an image is flat). Images are float [B, C, H, W] with values in [0, 1].
+    L_F = mean w | H . (FFT(image) - FFT(target)) |,    H = 1 - exp(-r^2 / (2 radius^2))
+
+The paper names Fourier components; their exact form is not public. What is here is this project's choice: a smooth
+radial high-pass (a hard mask rings) and complex differences (phase counts). w = 1, or focal: see ``fourier_loss``.
+Images are float [B, C, H, W] with values in [0, 1].
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 RADIUS = 0.2  # of the Nyquist frequency: where the high-pass reaches 1 - exp(-1/2) = 0.39
@@ -27,9 +28,17 @@ def high_frequencies(image_BCHW: Tensor, radius: float = RADIUS) -> Tensor:
     return mask_HW * torch.fft.fft2(image_BCHW, norm="ortho")
 
 
-def fourier_loss(image_BCHW: Tensor, target_BCHW: Tensor, radius: float = RADIUS) -> Tensor:
-    """L_F = mean | H . (FFT(image) - FFT(target)) |, a scalar."""
-    return high_frequencies(image_BCHW - target_BCHW, radius).abs().mean()
+def fourier_loss(image_BCHW: Tensor, target_BCHW: Tensor, radius: float = RADIUS, focal: float = 0.0) -> Tensor:
+    """L_F, a scalar. With ``focal`` > 0 the worst frequencies weigh most, w = (|D| / max |D|)^focal.
+
+    D is the masked difference, its maximum that of each channel's spectrum, and w has no gradient (Jiang et al. 2021,
+    'Focal Frequency Loss for Image Reconstruction and Synthesis', equation 8; there w multiplies |D|^2).
+    """
+    error = high_frequencies(image_BCHW - target_BCHW, radius).abs()
+    if focal:
+        worst = error.detach().amax(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
+        error = (error.detach() / worst) ** focal * error
+    return error.mean()
 
 
 def amplitude_loss(image_BCHW: Tensor, target_BCHW: Tensor, radius: float = RADIUS) -> Tensor:
@@ -44,19 +53,6 @@ def amplitude_loss(image_BCHW: Tensor, target_BCHW: Tensor, radius: float = RADI
 def modulus(spectrum: Tensor) -> Tensor:
     """|z| with a gradient at zero."""
     return (spectrum.real.square() + spectrum.imag.square() + 1e-12).sqrt()
-
-
-def sobel(image_BCHW: Tensor) -> Tensor:
-    """Sobel-x and Sobel-y of every channel, scaled so that a ramp gives its slope per pixel: [B, 2 C, H - 2, W - 2]."""
-    across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]).to(image_BCHW) / 8
-    channels = image_BCHW.shape[1]
-    kernels = torch.stack([across, across.T]).unsqueeze(1).repeat(channels, 1, 1, 1)
-    return F.conv2d(image_BCHW, kernels, groups=channels)
-
-
-def edge_loss(image_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """L_E = mean |Sobel(image) - Sobel(target)| over both directions, a scalar."""
-    return sobel(image_BCHW - target_BCHW).abs().mean()
 
 
 def high_frequency_energy(image_BCHW: Tensor, radius: float = RADIUS) -> Tensor:

@@ -26,7 +26,7 @@ from hipa_deploy.train.pairs import lookup, prompt_contexts, teacher_pairs
 from hipa_deploy.train.precision import in_precision
 from hipa_deploy.train.processes import Processes
 from hipa_deploy.train.recipe import Recipe, read_prompts
-from hipa_deploy.train.run import Run, run_steps
+from hipa_deploy.train.run import Run, loss_state, run_steps
 
 
 def train_adaptor(
@@ -73,7 +73,8 @@ def train_adaptor(
     weights = adaptor_parameters(model.unet)
     loss = hipa_loss(recipe.loss).to(model.device)
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=recipe.optimiser.weight_decay)
-    run = Run(out.with_name(out.name + ".run"), weights, optimizer, metadata.model_dump(mode="json"), recipe, processes)
+    identity, kept = metadata.model_dump(mode="json"), loss_state(loss, recipe, processes)
+    run = Run(out.with_name(out.name + ".run"), weights, optimizer, identity, recipe, processes, kept=kept)
     run.resume()
 
     # Teacher pairs: the same noise leads to the student's image and to the teacher's.
@@ -112,6 +113,8 @@ def train_adaptor(
         latents, target_latents = student_latents(rows), teacher_latents(rows)
         if step < recipe.loss.latent_warmup_steps:
             return loss.latent_only(latents, target_latents)
+        if not loss.decodes:
+            return loss.of_latents(latents, target_latents)
         return loss(decode(latents), targets(rows), latents, target_latents)
 
     @torch.no_grad()

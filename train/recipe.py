@@ -58,32 +58,56 @@ class TeacherSettings(_Settings):
 
 
 class _ImageLossSettings(_Settings):
+    perceptual: Literal["dists", "lpips", "none"] = "dists"
+    """Perceptual distance; none leaves the term out."""
+    backbone: str = Field("lite0", pattern=r"^(lite0|vgg16|[\w.]+:\w+)$")
+    """Its features: lite0, vgg16 (torchvision; with the published channel weights) or your own module:function."""
     perceptual_weight: float = Field(1.0, ge=0)
-    """Weight of the DISTS-like distance."""
+    """Weight of the perceptual distance."""
+    perceptual_size: int | None = Field(None, ge=32, le=4096)
+    """Resize the short side to this before the perceptual distance (DISTS evaluates at 256)."""
     hf_weight: float = Field(1.0, ge=0)
-    """Weight of the Fourier term and of the edge term."""
+    """Weight of the high-frequency terms together: it multiplies the next two."""
+    fourier_weight: float = Field(1.0, ge=0)
+    """Weight of the Fourier term among them."""
+    edge_weight: float = Field(1.0, ge=0)
+    """Weight of the edge term among them."""
+    fourier_focal: float = Field(0.0, ge=0, le=10)
+    """Exponent of the focal weighting that favours the worst frequencies; 0 weighs all alike."""
+    edge: Literal["sobel", "laplacian"] = "sobel"
+    """Operator of the edge term."""
     amplitude_weight: float = Field(0.0, ge=0)
     """Weight of the difference of Fourier amplitudes, whatever the phase (ours)."""
     radius: float = Field(RADIUS, gt=0, le=2)
     """Radius of the Gaussian high-pass, in units of the Nyquist frequency."""
-    perceptual_size: int | None = Field(None, ge=32, le=4096)
-    """Resize the short side to this before the perceptual distance (DISTS evaluates at 256)."""
+    pixel: Literal["l1", "mse"] = "l1"
+    """Error of the pixel term."""
+    balance: Literal["fixed", "gradient"] = "fixed"
+    """gradient: scale the image's terms so that each pulls at the image as its weight says, relative to the first."""
+    balance_every: int = Field(50, ge=1)
+    """Evaluations of the loss between two measurements of the gradients, with balance = gradient."""
 
 
 class LossSettings(_ImageLossSettings):
     """Weights of the terms; see hipa_deploy.train.loss."""
 
+    pixel_weight: float = Field(0.0, ge=0)
+    """Weight of the error of pixels in [0, 1]."""
+    latent: Literal["mse", "huber"] = "mse"
+    """Error of the latents: their mean square, or pseudo-Huber."""
     latent_weight: float = Field(0.05, ge=0)
-    """Weight of the latent mean squared error beside the decoded losses."""
+    """Weight of the latents' error beside the decoded losses."""
+    latent_hf_weight: float = Field(0.0, ge=0)
+    """Weight of the Fourier and edge terms of the latents, which need no decoding (ours)."""
     latent_warmup_steps: int = Field(0, ge=0)
-    """First steps that use the latent error alone, without decoding: about three times faster a step."""
+    """First steps that use the latents' error alone, without decoding: about three times faster a step."""
 
 
 class DecoderLossSettings(_ImageLossSettings):
     """Weights of the terms of a decoder's loss; see hipa_deploy.train.loss."""
 
     pixel_weight: float = Field(1.0, ge=0)
-    """Weight of the mean absolute error of pixels in [0, 1]."""
+    """Weight of the error of pixels in [0, 1]."""
 
 
 class DecoderSettings(_Settings):

@@ -15,19 +15,26 @@ from hipa_deploy.train.prompts import read_prompt_file
 from hipa_deploy.train.recipe import TeacherSettings
 
 FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
+FEWER_STEPS = (1, 2, 4, 8)
+BASE, ADAPTED = "base, one step", "HiPA, one step"
 
 
 class QualityReport(BaseModel):
-    """Each row against the teacher's images for the same prompts and noise; as a floor the teacher from other noise."""
+    """Each row's images for the same prompts and noise; the teacher's own row is the floor of KID-Lite0."""
 
     model_config = ConfigDict(frozen=True)
 
-    schema_version: int = 1
+    schema_version: int = 2
     images: int
     teacher_steps: int
     teacher_guidance: float
     kid_lite0_floor: float
     rows: dict[str, Quality]
+
+    def kid_gap_closed(self, row: str = ADAPTED) -> float:
+        """How much of the way from the base's KID-Lite0 in one step to the teacher's a row goes: 1 is all of it."""
+        base = self.rows[BASE].kid_lite0
+        return (base - self.rows[row].kid_lite0) / (base - self.kid_lite0_floor)
 
 
 def held_out_prompts(model_dir: Path, prompts: Path | None = None) -> list[str]:
@@ -42,20 +49,43 @@ def draw(prompts: list[str], count: int) -> tuple[list[str], list[int]]:
     return [prompts[i % len(prompts)] for i in range(count)], [FIRST_SEED + i for i in range(count)]
 
 
+def teacher_row(steps: int) -> str:
+    """Name of the teacher's row at so many steps."""
+    return f"teacher, {steps} step{'s' * (steps > 1)}"
+
+
+def make_images(
+    model_dir: Path, adaptor: Path | None, prompts: list[str], teacher: TeacherSettings, images: int, console: Console
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The rows' images, uint8 [images, H, W, 3], and the teacher's for the same prompts from other noise."""
+    texts, seeds = draw(prompts, images)
+    rows = {}
+    for steps in (n for n in FEWER_STEPS if n < teacher.steps):
+        with console.status(f"{steps}-step teacher, {images} images"):
+            fewer = teacher.model_copy(update={"steps": steps})
+            rows[teacher_row(steps)] = teacher_images(model_dir, texts, seeds, fewer)
+    with console.status(f"{teacher.steps}-step teacher, twice {images} images"):
+        rows[teacher_row(teacher.steps)], again = teacher_twice(model_dir, texts, seeds, teacher)
+    with console.status("one-step images"):
+        rows[BASE] = one_step_images(model_dir, None, texts, seeds)
+        if adaptor is not None:
+            rows[ADAPTED] = one_step_images(model_dir, adaptor, texts, seeds)
+    return rows, again
+
+
 def quality_report(
     teacher: TeacherSettings, truth_BHWC: np.ndarray, again_BHWC: np.ndarray, rows: dict[str, np.ndarray]
 ) -> QualityReport:
-    """Compare sets of uint8 images [N, H, W, 3] with the teacher's.
+    """Compare sets of uint8 images [N, H, W, 3] with the teacher's for the same prompts and noise.
 
-    ``again_BHWC`` are the teacher's for the same prompts from other noise: their KID-Lite0 is the floor. Rows from the
-    teacher's own noise can fall below it.
+    ``again_BHWC`` are the teacher's from other noise: KID-Lite0 is measured against them, its floor the teacher's.
     """
     return QualityReport(
         images=len(truth_BHWC),
         teacher_steps=teacher.steps,
         teacher_guidance=teacher.guidance,
-        kid_lite0_floor=kid_lite0(again_BHWC, truth_BHWC),
-        rows={name: compare(images_BHWC, truth_BHWC) for name, images_BHWC in rows.items()},
+        kid_lite0_floor=kid_lite0(truth_BHWC, again_BHWC),
+        rows={name: compare(images_BHWC, truth_BHWC, again_BHWC) for name, images_BHWC in rows.items()},
     )
 
 
@@ -68,28 +98,57 @@ def teacher_twice(
     return both[: len(seeds)], both[len(seeds) :]
 
 
-def evaluate_adaptor(
-    model_dir: Path, adaptor: Path, prompts: list[str], teacher: TeacherSettings, *, images: int, console: Console
-) -> QualityReport:
-    """Make the images of teacher, base and adaptor, and compare them."""
-    texts, seeds = draw(prompts, images)
-    with console.status(f"{teacher.steps}-step teacher, twice {images} images"):
-        truth, again = teacher_twice(model_dir, texts, seeds, teacher)
-    with console.status("one-step images"):
-        rows = {
-            "base, one step": one_step_images(model_dir, None, texts, seeds),
-            "HiPA, one step": one_step_images(model_dir, adaptor, texts, seeds),
-        }
-    return quality_report(teacher, truth, again, rows)
-
-
 def render_table(report: QualityReport) -> Table:
     """A table with its conditions in the title."""
-    title = (
-        f"{report.images} images against the teacher ({report.teacher_steps} steps, guidance "
-        f"{report.teacher_guidance:g}); KID-Lite0 of the teacher from other noise {report.kid_lite0_floor:.3f}"
-    )
-    table = Table("", "KID-Lite0", "DISTS-like distance", "high-frequency ratio", title=title)
+    table = Table("", "KID-Lite0", "DISTS-like distance", "high-frequency ratio", title=conditions(report))
     for name, row in report.rows.items():
         table.add_row(name, *(f"{v:.3f}" for v in (row.kid_lite0, row.distance, row.high_frequency_ratio)))
     return table
+
+
+def conditions(report: QualityReport) -> str:
+    """What the numbers were measured on, in one line."""
+    return (
+        f"{report.images} images; KID-Lite0 to the teacher ({report.teacher_steps} steps, guidance "
+        f"{report.teacher_guidance:g}) from other noise, its floor {report.kid_lite0_floor:.3f}; "
+        "the rest to its images from the same noise"
+    )
+
+
+def markdown_table(report: QualityReport) -> str:
+    """The same table in Markdown."""
+    lines = ["| | KID-Lite0 | DISTS-like distance | high-frequency ratio |", "|---|---|---|---|"]
+    for name, row in report.rows.items():
+        lines.append(f"| {name} | {row.kid_lite0:.3f} | {row.distance:.3f} | {row.high_frequency_ratio:.3f} |")
+    return "\n".join(lines)
+
+
+def write_report(folder: Path, report: QualityReport, rows: dict[str, np.ndarray]) -> Path:
+    """report.md, report.json and the pictures spectra.png, premise.png and samples.png, into ``folder``."""
+    from hipa_deploy.files import write_file
+    from hipa_deploy.train.figures import premise_picture, samples_picture, save_picture, spectra_figure
+
+    truth = teacher_row(report.teacher_steps)
+    shown = {name: rows[name] for name in (truth, BASE, ADAPTED) if name in rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    spectra_figure(folder / "spectra.png", shown, truth)
+    save_picture(folder / "premise.png", premise_picture(rows[BASE], rows[truth]))
+    save_picture(folder / "samples.png", samples_picture(rows))
+    closed = f"\n\nKID gap closed: {report.kid_gap_closed():.0%}.\n" if ADAPTED in report.rows else "\n"
+    text = f"# Quality\n\n{conditions(report)}.\n\n{markdown_table(report)}{closed}\n{PICTURES}"
+    text += f"Columns of the samples: {'; '.join(rows)}.\n"
+    write_file(folder / "report.json", (report.model_dump_json(indent=2) + "\n").encode())
+    write_file(folder / "report.md", text.encode())
+    return folder / "report.md"
+
+
+PICTURES = """![Radial power spectra](spectra.png)
+
+![The premise](premise.png)
+
+Left to right: one step of the base model; the teacher; low frequencies of one step with the high ones of the teacher;
+the converse.
+
+![Samples](samples.png)
+
+"""

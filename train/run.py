@@ -20,7 +20,7 @@ from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.images import grid
 from hipa_deploy.train.average import Average
 from hipa_deploy.train.interrupt import interruptible
-from hipa_deploy.train.loss import Terms
+from hipa_deploy.train.loss import HipaLoss, Terms
 from hipa_deploy.train.precision import grad_scaler
 from hipa_deploy.train.processes import Processes
 from hipa_deploy.train.progress import ProgressBar
@@ -97,8 +97,9 @@ def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:
 class Run:
     """The run folder: ``state.pt`` holds everything that the next step depends on.
 
-    ``identity`` says which run it is: ``recipe``, and any keys of BELONGS_TO. It is compared as JSON. The main process
-    writes; the others read the same folder, so on several machines it must be on a disk that they share.
+    ``kept`` is what the loss remembers from step to step. ``identity`` says which run it is: ``recipe``, and any keys of
+    BELONGS_TO. It is compared as JSON. The main process writes; the others read the same folder, so on several machines
+    it must be on a disk that they share.
     """
 
     folder: Path
@@ -107,6 +108,7 @@ class Run:
     identity: dict[str, Any]
     recipe: Recipe | DecoderRecipe
     processes: Processes = field(default_factory=Processes)
+    kept: dict[str, nn.Parameter] = field(default_factory=dict)
     step: int = 0
     saved_step: int = field(default=0, init=False)
 
@@ -141,7 +143,7 @@ class Run:
             raise HipaError(f"checkpoint {self.path} is damaged ({got}). Remove {self.folder}.") from None
         self._check_same_run(stored)
         with torch.no_grad():
-            for name, weight in self.weights.items():
+            for name, weight in {**self.weights, **self.kept}.items():
                 weight.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load(state["average"])
@@ -157,7 +159,7 @@ class Run:
 
     def _write(self) -> None:
         state = {
-            "weights": {name: weight.detach() for name, weight in self.weights.items()},
+            "weights": {name: weight.detach() for name, weight in {**self.weights, **self.kept}.items()},
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.mean,
             "scaler": self.scaler.state_dict(),
@@ -250,6 +252,18 @@ class Run:
             if key not in FREE_TO_CHANGE and was.get(key) != now.get(key):
                 change = f"{key} was {was.get(key)}, is {now.get(key)}"
                 raise HipaError(f"run folder {self.folder} has another recipe: {change}. {remedy}")
+
+
+def loss_state(loss: HipaLoss, recipe: Recipe | DecoderRecipe, processes: Processes) -> dict[str, nn.Parameter]:
+    """What a checkpoint keeps of the loss.
+
+    Raises:
+        HipaError: a loss that is balanced by gradients, which are those of one whole batch, where batches are divided.
+
+    """
+    if loss.state and (processes.count > 1 or recipe.micro_batch):
+        raise processes.error("loss.balance = 'gradient' needs whole batches: one process, and no micro_batch.")
+    return loss.state
 
 
 class Scalars:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from hipa_deploy.train.base_model import DiffusionModel
 from hipa_deploy.train.recipe import Recipe
@@ -46,3 +49,24 @@ def recipe() -> Recipe:
             "optimiser": {"learning_rate": 1e-2},
         }
     )
+
+
+@pytest.fixture
+def random_vgg16() -> Callable[[], nn.Sequential]:
+    """Makes torchvision's ``vgg16().features`` (Simonyan & Zisserman 2014, configuration D) with seeded weights."""
+
+    def make() -> nn.Sequential:
+        generator = torch.Generator().manual_seed(0)
+        layers, inputs = [], 3
+        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+            if width:
+                layer = nn.Conv2d(inputs, width, 3, padding=1)
+                nn.init.kaiming_normal_(layer.weight, generator=generator)
+                nn.init.normal_(layer.bias, std=0.1, generator=generator)
+                layers += [layer, nn.ReLU(inplace=True)]
+            else:
+                layers.append(nn.MaxPool2d(2, 2))
+            inputs = width or inputs
+        return nn.Sequential(*layers)
+
+    return make

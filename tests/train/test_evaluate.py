@@ -43,19 +43,21 @@ def test_kid_needs_two_images() -> None:
 
 def test_quality_orders_equal_blurred_and_noisy_sets() -> None:
     teacher = smooth_images(40, seed=0)
-    same = compare(teacher, teacher)
+    others = smooth_images(40, seed=1)
+    same = compare(teacher, teacher, others)
     assert same.distance == pytest.approx(0, abs=1e-5)
     assert same.high_frequency_ratio == 1
     noise = np.random.default_rng(0).normal(0, 40, teacher.shape)
-    noisy = compare(np.clip(teacher + noise, 0, 255).astype(np.uint8), teacher)
+    noisy = compare(np.clip(teacher + noise, 0, 255).astype(np.uint8), teacher, others)
     assert noisy.high_frequency_ratio > 1.5
     assert noisy.distance > 0.05
-    assert noisy.kid_lite0 > 5 * abs(kid_lite0(teacher, smooth_images(40, seed=1)))
+    assert noisy.kid_lite0 > 5 * abs(same.kid_lite0)
+    assert same.kid_lite0 == kid_lite0(teacher, others)
 
 
 def test_sets_of_other_shapes_are_refused() -> None:
     with pytest.raises(HipaError, match="Expected equal ones"):
-        compare(smooth_images(3, 0), smooth_images(4, 0))
+        compare(smooth_images(3, 0), smooth_images(4, 0), smooth_images(4, 0))
 
 
 def test_images_depend_on_prompt_and_seed_alone(model_dir: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,11 +10,10 @@ from hypothesis import strategies as st
 
 from hipa_deploy.train.frequency import (
     amplitude_loss,
-    edge_loss,
     fourier_loss,
+    high_frequencies,
     high_frequency_energy,
     high_pass,
-    sobel,
 )
 
 
@@ -39,7 +39,6 @@ def test_fourier_loss_of_a_wave(cycles: int) -> None:
 def test_brightness_does_not_matter_and_phase_does() -> None:
     image = torch.rand(1, 3, 16, 16, dtype=torch.float64)
     assert fourier_loss(image, image + 0.3) == pytest.approx(0, abs=1e-12)
-    assert edge_loss(image, image + 0.3) == pytest.approx(0, abs=1e-12)
     assert fourier_loss(image, image.roll(1, dims=3)) > 0.01
 
 
@@ -50,13 +49,25 @@ def test_amplitude_loss_sees_strength_and_not_place(shift: int) -> None:
     assert amplitude_loss(2 * image, image) == pytest.approx(float(fourier_loss(2 * image, image)), rel=1e-6)
 
 
-def test_sobel_of_a_ramp_is_its_slope() -> None:
-    ramp = (0.1 * torch.arange(8.0)).expand(1, 2, 6, 8)
-    responses = sobel(ramp)
-    assert responses.shape == (1, 4, 4, 6)
-    assert torch.allclose(responses[:, 0::2], torch.tensor(0.1))
-    assert torch.allclose(responses[:, 1::2], torch.tensor(0.0), atol=1e-6)
-    assert edge_loss(ramp, torch.zeros_like(ramp)) == pytest.approx(0.05)
+def test_focal_weighting_favours_the_worst_frequency() -> None:
+    # Two waves, the second half as strong: w is 1 and 2^-focal (the mask is 1 at both, or nearly).
+    error = wave(11) + wave(9) / 2
+    plain, weak = (
+        fourier_loss(wave(11), torch.zeros(1, 1, 32, 32)),
+        fourier_loss(wave(9) / 2, torch.zeros(1, 1, 32, 32)),
+    )
+    for focal in (0.5, 2):
+        expected = plain + weak * (weak / plain) ** focal
+        assert fourier_loss(error, torch.zeros(1, 1, 32, 32), focal=focal) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_focal_weights_carry_no_gradient() -> None:
+    image = torch.rand(1, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fourier_loss(image, torch.zeros_like(image), focal=1), image)
+    spectrum = high_frequencies(image.detach()).abs()
+    weights = spectrum / spectrum.max()
+    (expected,) = torch.autograd.grad((weights * high_frequencies(image).abs()).mean(), image)
+    assert torch.allclose(gradient, expected)
 
 
 def test_energy_follows_parseval() -> None:
@@ -70,12 +81,12 @@ def test_energy_follows_parseval() -> None:
 @given(height=st.integers(3, 20), width=st.integers(3, 20), radius=st.floats(0.05, 1))
 def test_losses_are_symmetric_and_zero_only_at_equality(height: int, width: int, radius: float) -> None:
     x, y = torch.rand(2, 1, 1, height, width, dtype=torch.float64)
-    assert fourier_loss(x, x, radius) == edge_loss(x, x) == 0
+    assert fourier_loss(x, x, radius) == 0
     assert fourier_loss(x, y, radius) > 0
     assert fourier_loss(x, y, radius) == pytest.approx(float(fourier_loss(y, x, radius)))
 
 
-@pytest.mark.parametrize("loss", [fourier_loss, amplitude_loss, edge_loss])
+@pytest.mark.parametrize("loss", [fourier_loss, amplitude_loss])
 def test_gradients(loss) -> None:
     torch.manual_seed(0)
     image = torch.rand(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
@@ -84,6 +95,7 @@ def test_gradients(loss) -> None:
 
 
 def test_gradient_at_equality_is_finite() -> None:
+    focal = partial(fourier_loss, focal=1.0)
     image = torch.rand(1, 3, 8, 8, requires_grad=True)
-    sum(loss(image, image.detach()) for loss in (fourier_loss, amplitude_loss, edge_loss)).backward()
+    sum(loss(image, image.detach()) for loss in (fourier_loss, amplitude_loss, focal)).backward()
     assert torch.isfinite(image.grad).all()

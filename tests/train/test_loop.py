@@ -95,6 +95,44 @@ def test_the_average_is_what_is_stored(recipe: Recipe, model_dir: Path, cache: P
     assert found < 0.95 * raw
 
 
+def test_balanced_loss_resumes_exactly(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
+) -> None:
+    loss = {"latent_warmup_steps": 0, "balance": "gradient", "balance_every": 3, "pixel_weight": 1.0}
+    recipe = recipe.model_copy(update={"loss": recipe.loss.model_copy(update=loss)})
+    unbroken = train(recipe, model_dir, tmp_path / "unbroken", cache)
+    stop_after(2)  # between two measurements
+    with pytest.raises(HipaError, match="stopped at step 2"):
+        train(recipe, model_dir, tmp_path / "broken", cache)
+    stop_after(None)
+    assert same(train(recipe, model_dir, tmp_path / "broken", cache), unbroken)
+    plain = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"balance": "fixed"})})
+    assert not same(train(plain, model_dir, tmp_path / "plain", cache), unbroken)
+
+
+def test_latent_terms_alone_never_decode(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch
+) -> None:
+    loss = {
+        "latent_warmup_steps": 1,
+        "perceptual": "none",
+        "hf_weight": 0.0,
+        "latent": "huber",
+        "latent_hf_weight": 1.0,
+    }
+    recipe = recipe.model_copy(update={"loss": recipe.loss.model_copy(update=loss), "sample_every": 100})
+    decode, calls = loop.DiffusionModel.decode, []
+
+    def counted(model: loop.DiffusionModel, latents: torch.Tensor) -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        return decode(model, latents)
+
+    monkeypatch.setattr(loop.DiffusionModel, "decode", counted)
+    train(recipe, model_dir, tmp_path / "adaptor", cache)
+    assert calls
+    assert not any(calls)
+
+
 def test_what_a_run_leaves(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path) -> None:
     weights = train(recipe, model_dir, tmp_path / "adaptor", cache)
     assert any(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name or "lora.up" in name)

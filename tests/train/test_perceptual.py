@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from hipa_deploy.train.loss import HipaLoss
-from hipa_deploy.train.perceptual import C1, C2, DistsLike, dists_distance
+from hipa_deploy.errors import HipaError
+from hipa_deploy.train import backbones
+from hipa_deploy.train.perceptual import C1, C2, DistsLike, dists_distance, perceptual_distance
 
 
 def no_features(image: torch.Tensor) -> list[torch.Tensor]:
@@ -65,13 +68,22 @@ def test_resizes_before_the_backbone() -> None:
     assert seen == [(32, 48), (32, 48)]
 
 
-def test_hipa_loss_is_the_weighted_sum_of_its_terms() -> None:
-    image, target = torch.rand(2, 1, 3, 32, 32)
-    latents, target_latents = torch.rand(2, 1, 4, 8, 8)
-    loss = HipaLoss(DistsLike(no_features), perceptual_weight=2, hf_weight=3, latent_weight=5)
-    total, terms = loss(image, target, latents, target_latents)
-    assert terms.keys() == {"perceptual", "fourier", "edge", "latent"}
-    expected = 2 * terms["perceptual"] + 3 * (terms["fourier"] + terms["edge"]) + 5 * terms["latent"]
-    assert torch.allclose(total, expected)
-    warm, terms = loss.latent_only(latents, target_latents)
-    assert warm == terms["latent"] == (latents - target_latents).square().mean()
+@pytest.mark.filterwarnings("ignore")
+def test_vgg16_with_the_published_weights_is_dists(monkeypatch: pytest.MonkeyPatch, random_vgg16) -> None:
+    """Beside the port of the authors' code in torchmetrics, both on the same random VGG16."""
+    from torchmetrics.functional.image import dists
+
+    monkeypatch.setattr(dists, "_TORCHVISION_AVAILABLE", True)
+    monkeypatch.setattr(dists, "VGG16_Weights", SimpleNamespace(DEFAULT=None), raising=False)
+    monkeypatch.setattr(dists, "vgg16", lambda weights: SimpleNamespace(features=random_vgg16()), raising=False)
+    monkeypatch.setattr(backbones, "torchvision_vgg16", random_vgg16)
+    image, target = torch.rand(2, 2, 3, 48, 64)
+    expected = dists.DISTSNetwork()(image, target, require_grad=True)
+    assert torch.allclose(perceptual_distance("dists", "vgg16")(image, target), expected, atol=1e-5)
+    equal = DistsLike(backbones.load_backbone("vgg16", "l2"))(image, target)
+    assert not torch.allclose(equal, expected, atol=1e-3)  # the published weights do count
+
+
+def test_unknown_distance_is_refused() -> None:
+    with pytest.raises(HipaError, match=r"'ssim' is unknown. Expected dists or lpips"):
+        perceptual_distance("ssim")

@@ -1,12 +1,27 @@
+import io
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.recipe import TeacherSettings
-from hipa_deploy.train.report import draw, held_out_prompts, quality_report, render_table
+from hipa_deploy.train.report import (
+    ADAPTED,
+    BASE,
+    draw,
+    held_out_prompts,
+    make_images,
+    quality_report,
+    render_table,
+    teacher_row,
+    write_report,
+)
+from tests.tiny_model import PROMPTS
 
 TEACHER = TeacherSettings(steps=25, guidance=5.0, pairs=1)
 
@@ -38,16 +53,45 @@ def test_no_prompts(tmp_path: Path, content: str | None) -> None:
         held_out_prompts(tmp_path, tmp_path / "p.txt")
 
 
-def test_a_better_set_has_better_numbers(tmp_path: Path) -> None:
+def image_sets() -> list[np.ndarray]:
+    """Truth, the same from other noise, near to the truth, far from it: uint8 [8, 64, 64, 3] each."""
     generator = np.random.default_rng(0)
     truth = generator.integers(0, 255, (8, 1, 1, 3)) + generator.integers(0, 60, (8, 64, 64, 3))
     near, far = truth + generator.integers(0, 4, truth.shape), generator.integers(0, 255, truth.shape)
-    images = [np.clip(array, 0, 255).astype(np.uint8) for array in (truth, near, far)]
-    report = quality_report(TEACHER, images[0], images[1], {"near": images[1], "far": images[2]})
-    assert report.rows["near"].kid_lite0 < report.rows["far"].kid_lite0
-    assert report.kid_lite0_floor == report.rows["near"].kid_lite0
-    assert report.rows["near"].distance < report.rows["far"].distance
-    assert report.rows["near"].high_frequency_ratio == pytest.approx(1, abs=0.2)
+    again = truth[:, ::-1] + generator.integers(0, 4, truth.shape)
+    return [np.clip(array, 0, 255).astype(np.uint8) for array in (truth, again, near, far)]
+
+
+def test_a_better_set_has_better_numbers(tmp_path: Path) -> None:
+    truth, again, near, far = image_sets()
+    report = quality_report(TEACHER, truth, again, {"truth": truth, ADAPTED: near, BASE: far})
+    assert report.rows[ADAPTED].kid_lite0 < report.rows[BASE].kid_lite0
+    assert report.kid_lite0_floor == report.rows["truth"].kid_lite0
+    assert report.rows[ADAPTED].distance < report.rows[BASE].distance
+    assert report.rows[ADAPTED].high_frequency_ratio == pytest.approx(1, abs=0.2)
+    assert (report.kid_gap_closed("truth"), report.kid_gap_closed(BASE)) == (1, 0)
+    assert 0.8 < report.kid_gap_closed() < 1.2
     console = Console(record=True, width=160, file=(tmp_path / "out").open("w"))
     console.print(render_table(report))
     assert "other noise" in console.export_text()
+
+
+def test_the_report_is_a_folder_of_text_and_pictures(tmp_path: Path) -> None:
+    truth, again, near, far = image_sets()
+    rows = {"teacher, 4 steps": near, teacher_row(25): truth, BASE: far, ADAPTED: near}
+    path = write_report(tmp_path / "report", quality_report(TEACHER, truth, again, rows), rows)
+    text = path.read_text()
+    assert "KID gap closed: " in text
+    assert all(f"| {name} |" in text for name in rows)
+    pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert len(pictures) == 3
+    assert all(Image.open(path.parent / name).size[0] > 200 for name in pictures)
+    assert json.loads((path.parent / "report.json").read_text())["teacher_steps"] == 25
+
+
+def test_images_of_every_row(model_dir: Path) -> None:
+    teacher = TeacherSettings(steps=3, guidance=2.0, pairs=1)
+    rows, again = make_images(model_dir, None, PROMPTS, teacher, 4, Console(file=io.StringIO()))
+    assert list(rows) == ["teacher, 1 step", "teacher, 2 steps", "teacher, 3 steps", BASE]
+    assert {images.shape for images in (*rows.values(), again)} == {(4, 32, 32, 3)}
+    assert not np.array_equal(rows["teacher, 3 steps"], again)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from timing import StepTime, TimedRun, spent_in, timed_training
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.train import loop
+from hipa_deploy.train.recipe import OptimiserSettings
+from hipa_deploy.train.run import Run
+
+
+def new_run(folder: Path) -> TimedRun:
+    weight = torch.nn.Parameter(torch.ones(2))
+    return TimedRun(folder, {"w": weight}, torch.optim.AdamW([weight]), {"recipe": {}})
+
+
+def take(run: TimedRun, steps: int) -> None:
+    for _ in range(steps):
+        run.take_step(run.weights["w"].square().sum(), OptimiserSettings(), 100)
+
+
+def test_time_adds_up_over_sittings_as_far_as_the_checkpoint(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "phase-0")
+    take(run, 4)
+    run.save()
+    take(run, 3)  # lost with the process
+    again = new_run(tmp_path / "phase-0")
+    again.resume()
+    assert (again.step, again.spent.steps) == (4, 3)  # the first step has no beginning
+    take(again, 3)
+    again.save()
+    take(new := new_run(tmp_path / "phase-1"), 2)
+    new.save()
+    total = spent_in(tmp_path)
+    assert total.steps == 3 + 2 + 1
+    assert total.wall > 0
+    assert total.cpu >= 0
+
+
+def test_no_timed_step_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(HipaError, match="no step was timed"):
+        spent_in(tmp_path)
+    assert StepTime(1, 2, 3) + StepTime(1, 1, 1) == StepTime(2, 3, 4)
+
+
+def test_training_is_timed_inside_the_block_only() -> None:
+    with timed_training():
+        assert loop.Run is TimedRun
+    assert loop.Run is Run
