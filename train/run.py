@@ -267,8 +267,9 @@ class Scalars:
 
     def add(self, values: dict[str, float], step: int) -> None:
         """Record the values of a step."""
-        for name, value in values.items() if self.writer else ():
-            self.writer.add_scalar(name, value, step)
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
