@@ -72,7 +72,7 @@ def train_decoder(
     tiny = tiny_autoencoder(recipe.decoder, model, recipe.seed)
     weights = dict(tiny.decoder.named_parameters())
     loss = hipa_loss(recipe.loss).to(model.device)
-    optimizer = torch.optim.AdamW(weights.values(), weight_decay=recipe.optimiser.weight_decay)
+    optimizer = torch.optim.AdamW(weights.values(), weight_decay=recipe.optimiser.weight_decay, fused=True)
     identity = _identity(recipe, model_dir, adaptor, [*prompts, *other_prompts])
     kept = loss_state(loss, recipe, processes)
     run = Run(out.with_name(out.name + ".run"), weights, optimizer, identity, recipe, processes, kept=kept)

@@ -72,7 +72,7 @@ def train_adaptor(
         model.vae.enable_gradient_checkpointing()
     weights = adaptor_parameters(model.unet)
     loss = hipa_loss(recipe.loss).to(model.device)
-    optimizer = torch.optim.AdamW(weights.values(), weight_decay=recipe.optimiser.weight_decay)
+    optimizer = torch.optim.AdamW(weights.values(), weight_decay=recipe.optimiser.weight_decay, fused=True)
     identity, kept = metadata.model_dump(mode="json"), loss_state(loss, recipe, processes)
     run = Run(out.with_name(out.name + ".run"), weights, optimizer, identity, recipe, processes, kept=kept)
     run.resume()

@@ -15,7 +15,7 @@ class ProgressBar(Progress):
     def __init__(self, console: Console | None = None) -> None:
         self.note = ""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        super().__init__(*columns, TimeRemainingColumn(), console=console or Console(stderr=True))
+        super().__init__(*columns, TimeRemainingColumn(), console=console or Console(stderr=True), refresh_per_second=4)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """The bars, then the note."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -275,14 +276,16 @@ class Scalars:
     def __enter__(self) -> Scalars:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.writer:
-            self.writer.close()
+            with suppress(OSError) if kind else nullcontext():  # a full disk has been reported then, and better
+                self.writer.close()
 
     def add(self, values: dict[str, float], step: int) -> None:
         """Record the values of a step."""
-        for name, value in values.items() if self.writer else ():
-            self.writer.add_scalar(name, value, step)
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

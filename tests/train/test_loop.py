@@ -21,7 +21,7 @@ from hipa_deploy.train import run as run_module
 from hipa_deploy.train.adaptor import METADATA, WEIGHTS
 from hipa_deploy.train.loop import train_adaptor
 from hipa_deploy.train.recipe import OptimiserSettings, Recipe
-from hipa_deploy.train.run import Run, batch_rows, learning_rate
+from hipa_deploy.train.run import Run, Scalars, batch_rows, learning_rate
 
 QUIET = Console(file=io.StringIO())
 
@@ -255,6 +255,17 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     assert not (tmp_path / "adaptor.run" / "state.tmp").exists()
     monkeypatch.undo()
     assert same(train(recipe, model_dir, tmp_path / "adaptor", cache), train(recipe, model_dir, tmp_path / "b", cache))
+
+
+def test_scalars_that_cannot_be_closed_do_not_hide_what_happened(tmp_path: Path, monkeypatch) -> None:
+    def full(self: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full)
+    with pytest.raises(HipaError, match="the cause"), Scalars(tmp_path, 0):
+        raise HipaError("the cause")
+    with pytest.raises(OSError, match="No space"), Scalars(tmp_path, 0):
+        pass
 
 
 def test_batches_depend_on_seed_and_step() -> None:
