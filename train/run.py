@@ -98,7 +98,7 @@ def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:
 class Run:
     """The run folder: ``state.pt`` holds everything that the next step depends on.
 
-    ``kept`` is what the loss remembers from step to step. ``identity`` says which run it is: ``recipe``, and any keys of
+    ``kept`` is what the loss remembers from step to step. ``identity`` says which run it is: ``recipe``, and keys of
     BELONGS_TO. It is compared as JSON. The main process writes; the others read the same folder, so on several machines
     it must be on a disk that they share.
     """
