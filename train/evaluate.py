@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def kid_lite0(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray) -> float:
 
 def lite0_features(images_NHWC: np.ndarray) -> Tensor:
     """Pooled EfficientNet-Lite0 features float32 [N, 1280] of uint8 images [N, H, W, 3]."""
-    return _by_chunks(Lite0.pretrained().pooled, images_NHWC)
+    return _by_chunks(_lite0().pooled, images_NHWC)
 
 
 def paired_distance(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray) -> float:
@@ -83,7 +84,7 @@ def paired_distance(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray) -> flo
 
 def paired_distances(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray) -> Tensor:
     """DISTS-like distance between the n-th images of two uint8 sets [N, H, W, 3]: float32 [N]."""
-    return _by_chunks(DistsLike(), images_a_NHWC, images_b_NHWC)
+    return _by_chunks(_dists_like(), images_a_NHWC, images_b_NHWC)
 
 
 def high_frequency_ratio(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray, radius: float = RADIUS) -> float:
@@ -140,6 +141,16 @@ def _images(
         chunk = slice(start, start + CHUNK)
         images.append(to_uint8(model.decode(latents(model.noise(seeds[chunk]), model.context(prompts[chunk])))))
     return torch.cat(images).numpy()
+
+
+@cache
+def _lite0() -> Lite0:
+    return Lite0.pretrained()
+
+
+@cache
+def _dists_like() -> DistsLike:
+    return DistsLike()
 
 
 @torch.no_grad()

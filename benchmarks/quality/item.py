@@ -48,7 +48,8 @@ class Setting:
         if not path.exists():
             return None
         result: dict[str, Any] = json.loads(path.read_text())
-        return result if result.get("adaptor_sha256") in (None, file_sha256(self.adaptor / WEIGHTS)) else None
+        given = result.get("adaptor_sha256")
+        return result if given is None or given == file_sha256(self.adaptor / WEIGHTS) else None
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -87,7 +87,7 @@ BASELINES: dict[str, tuple[str, Method, dict[str, Any]]] = {
     "consistency": ("latent consistency distillation", "consistency", {}),
     "progressive": ("progressive distillation", "progressive", {}),
 }
-QUICK = (FIRST, "shipped", MAIN, *BASELINES, "latent-mse-time", "no-hf", "preset-paper")
+QUICK = (FIRST, "shipped", MAIN, *BASELINES, "latent-mse-time", "no-hf", "rank-4")
 
 
 def full_plan(base: Recipe) -> list[Item]:

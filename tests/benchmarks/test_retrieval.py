@@ -10,7 +10,7 @@ from retrieval import image_vectors, recall, sentence_vectors, text_vectors, tra
 
 def test_recall_by_hand() -> None:
     captions = torch.eye(3)
-    images = torch.tensor([[1.0, 0, 0], [0.9, 0.4, 0], [0, 0, 1], [0, 1, 0]])  # the fourth shows caption 0 again
+    images = torch.tensor([[1.0, 0, 0], [0.9, 0.4, 0], [0, 0, 1], [0, 1, 0.5]])  # the fourth shows caption 0 again
     assert recall(images, captions, 1) == 0.5
     assert recall(images, captions, 2) == 0.75
     assert recall(images, captions, 5) == 1
@@ -21,7 +21,7 @@ def test_heads_learn_what_belongs_together() -> None:
     texts = torch.nn.functional.normalize(torch.randn(64, 12), dim=-1)
     images = texts @ torch.randn(12, 20) + 0.01 * torch.randn(64, 20)
     before = torch.get_rng_state()
-    image_head, text_head = train_heads(images, texts, epochs=60)
+    image_head, text_head = train_heads(images, texts, epochs=40)
     assert torch.equal(torch.get_rng_state(), before)
     vectors = image_vectors(image_head, images).detach(), text_vectors(text_head, texts).detach()
     assert recall(*vectors, 1) > 0.9
