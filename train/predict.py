@@ -125,12 +125,13 @@ def plan_training(recipe: Recipe, model_dir: Path) -> TrainingPlan:
 
 def unloaded_model(folder: Path) -> DiffusionModel:
     """The model of a folder's configurations, float32, with whatever values its constructors draw; no tokenizer."""
+    exact = {"clip_sample": False, "steps_offset": 1}  # as the pipeline wants a scheduler to be; no matter here
     pipe = StableDiffusionPipeline(
         unet=UNet2DConditionModel.from_config(read_config(folder, "unet/config.json")),
         vae=AutoencoderKL.from_config(read_config(folder, "vae/config.json")),
         text_encoder=CLIPTextModel(CLIPTextConfig.from_dict(read_config(folder, "text_encoder/config.json"))),
         tokenizer=None,
-        scheduler=DDIMScheduler.from_config(read_config(folder, "scheduler/scheduler_config.json")),
+        scheduler=DDIMScheduler.from_config(read_config(folder, "scheduler/scheduler_config.json"), **exact),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
