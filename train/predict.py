@@ -217,9 +217,15 @@ class Trainer:
         return torch.randn(rows, config.max_position_embeddings, config.hidden_size)
 
     def _student(self) -> Tensor:
-        rows, kind = self.recipe.batch, self.model.prediction_type
-        constants = {"timestep": self.recipe.timestep, "alpha_bar": self.alpha_bar, "prediction_type": kind}
-        return one_step_latents(self.model.unet, self._latents(rows), self._context(rows), **constants)
+        rows = self.recipe.batch
+        return one_step_latents(
+            self.model.unet,
+            self._latents(rows),
+            self._context(rows),
+            timestep=self.recipe.timestep,
+            alpha_bar=self.alpha_bar,
+            prediction_type=self.model.prediction_type,
+        )
 
 
 def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str, float]:
