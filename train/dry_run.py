@@ -25,10 +25,21 @@ GIB, GB, HOUR = 2**30, 1e9, 3600
 class Gpu(Protocol):
     """What a prediction needs to know of a GPU; engines/targets has them."""
 
-    title: str
-    memory_gib: int | None
-    fp16_tflops: float | None
-    fp16_accumulate: str | None
+    @property
+    def title(self) -> str:
+        """Its name."""
+
+    @property
+    def memory_gib(self) -> int | None:
+        """Its memory."""
+
+    @property
+    def fp16_tflops(self) -> float | None:
+        """Peak rate."""
+
+    @property
+    def fp16_accumulate(self) -> str | None:
+        """What that rate adds up in; 'fp16' if FP32 is half as fast."""
 
 
 def dry_run(recipe: Recipe, model_dir: Path, gpus: Sequence[Gpu]) -> tuple[list[RenderableType], HipaError | None]:

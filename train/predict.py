@@ -125,12 +125,13 @@ def plan_training(recipe: Recipe, model_dir: Path) -> TrainingPlan:
 
 def unloaded_model(folder: Path) -> DiffusionModel:
     """The model of a folder's configurations, float32, with whatever values its constructors draw; no tokenizer."""
+    exact = {"clip_sample": False, "steps_offset": 1}  # as the pipeline wants a scheduler to be; no matter here
     pipe = StableDiffusionPipeline(
         unet=UNet2DConditionModel.from_config(read_config(folder, "unet/config.json")),
         vae=AutoencoderKL.from_config(read_config(folder, "vae/config.json")),
         text_encoder=CLIPTextModel(CLIPTextConfig.from_dict(read_config(folder, "text_encoder/config.json"))),
         tokenizer=None,
-        scheduler=DDIMScheduler.from_config(read_config(folder, "scheduler/scheduler_config.json")),
+        scheduler=DDIMScheduler.from_config(read_config(folder, "scheduler/scheduler_config.json"), **exact),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -216,9 +217,15 @@ class Trainer:
         return torch.randn(rows, config.max_position_embeddings, config.hidden_size)
 
     def _student(self) -> Tensor:
-        rows, kind = self.recipe.batch, self.model.prediction_type
-        constants = {"timestep": self.recipe.timestep, "alpha_bar": self.alpha_bar, "prediction_type": kind}
-        return one_step_latents(self.model.unet, self._latents(rows), self._context(rows), **constants)
+        rows = self.recipe.batch
+        return one_step_latents(
+            self.model.unet,
+            self._latents(rows),
+            self._context(rows),
+            timestep=self.recipe.timestep,
+            alpha_bar=self.alpha_bar,
+            prediction_type=self.model.prediction_type,
+        )
 
 
 def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str, float]:

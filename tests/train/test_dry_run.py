@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,8 @@ plan_once = cache(dry_run.plan_training)
 @pytest.fixture(autouse=True)
 def plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "plan_training", plan_once)
+    seconds = {"teacher call": 1.0, "warm-up step": 2.0, "step": 4.0}
+    monkeypatch.setattr(dry_run, "measure_steps", lambda recipe, model_dir: seconds)
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,9 @@ class Card:
 
 
 def text_of(shown: list) -> str:
-    console = Console(width=120, record=True, quiet=True)
+    console = Console(width=120, file=io.StringIO())
     console.print(*shown, sep="\n", markup=False, highlight=False)
-    return console.export_text()
+    return console.file.getvalue()
 
 
 def test_the_resolved_recipe_is_a_recipe(recipe: Recipe) -> None:
@@ -74,8 +77,10 @@ def test_hours_fits_and_accumulation(model_dir: Path, recipe: Recipe) -> None:
 
 
 def test_prompts_that_cannot_be_read_are_reported_after_the_rest(
-    model_dir: Path, recipe: Recipe, tmp_path: Path
+    model_dir: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plan = plan_once(recipe, model_dir)
+    monkeypatch.setattr(dry_run, "plan_training", lambda recipe, model_dir: plan)
     bad = recipe.model_copy(update={"prompts": str(tmp_path / "none.txt")})
     shown, problem = dry_run.dry_run(bad, model_dir, [])
     assert isinstance(problem, HipaError)
