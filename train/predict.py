@@ -256,7 +256,7 @@ def _loss(recipe: Recipe) -> HipaLoss:
     lite0 = Lite0.from_weights(values)
     perceptual = DistsLike(lite0.features, size=recipe.loss.perceptual_size)
     perceptual.lite0 = lite0
-    return HipaLoss(perceptual, **recipe.loss.model_dump(exclude={"perceptual_size", "latent_warmup_steps"}))
+    return HipaLoss(recipe.loss, perceptual)
 
 
 def _replace_tensors(*modules: nn.Module) -> None:

@@ -36,11 +36,12 @@ from hipa_deploy.train.loss import Terms
 from hipa_deploy.train.one_step import one_step_latents, predict_x0
 from hipa_deploy.train.pairs import Pairs, Rows, prompt_contexts, teacher_pairs
 from hipa_deploy.train.recipe import Recipe, read_prompts
-from hipa_deploy.train.run import batch_rows, run_steps
+from hipa_deploy.train.run import run_steps
 
 SOLVER_STEPS = 50  # of the consistency distillation's DDIM solver
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of its boundary scaling
 HUBER = 0.001
+LossAt = Callable[[Tensor, int], tuple[Tensor, Terms]]
 
 
 @dataclass
@@ -68,9 +69,8 @@ class Student:
         alphas = DDIMScheduler(**model.schedule).alphas_cumprod
         return cls(recipe, model, pairs, context, metadata, alphas, model.context([""]))
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, torch.Generator]:
-        """Teacher latents [B, C, h, w], contexts [B, L, D] and a generator, from (seed, step) alone."""
-        rows = batch_rows(len(self.pairs), self.recipe.batch, self.recipe.seed, step)
+    def batch(self, rows: Tensor, step: int) -> tuple[Tensor, Tensor, torch.Generator]:
+        """Teacher latents [B, C, h, w] and contexts [B, L, D] of these rows, a generator from (seed, step)."""
         generator = torch.Generator().manual_seed((self.recipe.seed << 32) + step)
         return self.pairs.latents_NCHW[rows].float(), self.context(self.pairs.prompt_N[rows]), generator
 
@@ -102,13 +102,10 @@ class Student:
         eps = (z_BCHW - now.sqrt() * x0_BCHW) / (1 - now).sqrt()
         return then.sqrt() * x0_BCHW + (1 - then).sqrt() * eps
 
-    def train(
-        self, run: TimedRun, steps: int, loss_at: Callable[[int], tuple[Tensor, Terms]], console: Console
-    ) -> None:
-        """``steps`` optimiser steps, resumable."""
+    def train(self, run: TimedRun, loss_at: LossAt, console: Console) -> None:
+        """The optimiser steps of the run's recipe, resumable."""
         run.resume()
-        recipe = self.recipe.model_copy(update={"steps": steps, "sample_every": steps})
-        run_steps(run, recipe, loss_at, self.samples, console)
+        run_steps(run, len(self.pairs), loss_at, self.samples, console)
 
     @torch.no_grad()
     def samples(self) -> list[Tensor]:
@@ -124,12 +121,14 @@ class Student:
         )
         return [to_uint8(self.model.decode(latents))]
 
-    def new_run(self, folder: Path, **identity: Any) -> TimedRun:
-        """A run of the adaptor's weights with a fresh optimiser."""
+    def new_run(self, folder: Path, steps: int, phase: int = 0) -> TimedRun:
+        """A run of ``steps`` of the adaptor's weights with a fresh optimiser; another phase draws other batches."""
+        changes = {"steps": steps, "sample_every": steps, "seed": self.recipe.seed + phase}
         weights = adaptor_parameters(self.model.unet)
         optimizer = torch.optim.AdamW(weights.values(), weight_decay=self.recipe.optimiser.weight_decay)
         values = self.metadata.model_dump(mode="json")
-        return TimedRun(folder, weights, optimizer, values | {"recipe": values["recipe"] | identity})
+        identity = values | {"recipe": values["recipe"] | changes}
+        return TimedRun(folder, weights, optimizer, identity, self.recipe.model_copy(update=changes))
 
 
 def train_consistency(recipe: Recipe, model_dir: Path, out: Path, *, cache: Path | None, console: Console) -> Path:
@@ -138,8 +137,8 @@ def train_consistency(recipe: Recipe, model_dir: Path, out: Path, *, cache: Path
     student = Student.prepare(recipe, model_dir, cache, console, "latent consistency distillation")
     skip = len(student.alpha_bar_T) // SOLVER_STEPS
 
-    def loss_at(step: int) -> tuple[Tensor, Terms]:
-        x0, context, generator = student.batch(step)
+    def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:
+        x0, context, generator = student.batch(rows, step)
         now = torch.randint(1, SOLVER_STEPS + 1, (len(x0),), generator=generator) * skip - 1
         then = (now - skip).clamp_min(0)
         z = student.noised(x0, now, generator)
@@ -152,7 +151,7 @@ def train_consistency(recipe: Recipe, model_dir: Path, out: Path, *, cache: Path
         loss = ((error.square() + HUBER**2).sqrt() - HUBER).mean()
         return loss, {"consistency": loss}
 
-    student.train(student.new_run(out.with_name(out.name + ".run")), recipe.steps, loss_at, console)
+    student.train(student.new_run(out.with_name(out.name + ".run"), recipe.steps), loss_at, console)
     return save_adaptor(student.model.unet, student.metadata, student.model.schedule, out)
 
 
@@ -171,8 +170,8 @@ def train_progressive(recipe: Recipe, model_dir: Path, out: Path, *, cache: Path
         teacher = copy.deepcopy(student.model.unet).requires_grad_(False)
         guidance = recipe.teacher.guidance if phase == 0 else 1.0
         loss_at = progressive_loss(student, teacher, halved, guidance, offset=phase * recipe.steps)
-        run = student.new_run(out.with_name(out.name + ".run") / f"phase-{phase}", steps=steps, phase=phase)
-        student.train(run, steps, loss_at, console)
+        run = student.new_run(out.with_name(out.name + ".run") / f"phase-{phase}", steps, phase)
+        student.train(run, loss_at, console)
     return save_adaptor(student.model.unet, student.metadata, student.model.schedule, out)
 
 
@@ -183,17 +182,15 @@ def phases(teacher_steps: int, steps: int) -> list[tuple[int, int]]:
     return [(2 ** (count - 1 - p), share[p]) for p in range(count)]
 
 
-def progressive_loss(
-    student: Student, teacher: Any, halved: int, guidance: float, offset: int
-) -> Callable[[int], tuple[Tensor, Terms]]:
+def progressive_loss(student: Student, teacher: Any, halved: int, guidance: float, offset: int) -> LossAt:
     """The loss of one phase: one step of ``halved`` does two of the teacher's (Salimans & Ho 2022, algorithm 2)."""
     length = len(student.alpha_bar_T)
 
     def timestep(i_B: Tensor) -> Tensor:
         return (i_B * length / halved).round().long() - 1
 
-    def loss_at(step: int) -> tuple[Tensor, Terms]:
-        x0, context, generator = student.batch(offset + step)
+    def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:
+        x0, context, generator = student.batch(rows, offset + step)
         i = torch.randint(1, halved + 1, (len(x0),), generator=generator)
         now, middle, then = timestep(i), timestep(i - 0.5), timestep(i - 1)
         z = student.noised(x0, now, generator)

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import write_file
 from hipa_deploy.train import loop
@@ -49,8 +47,8 @@ class TimedRun(Run):
         if self.step and path.exists():
             self.spent = StepTime(**json.loads(path.read_text()))
 
-    def take_step(self, total: Tensor, *args: Any, **keywords: Any) -> dict[str, float]:
-        record = super().take_step(total, *args, **keywords)
+    def take_step(self, loss: float) -> dict[str, float]:
+        record = super().take_step(loss)
         now = time.perf_counter(), time.process_time()
         if self.marks:
             self.spent += StepTime(1, now[0] - self.marks[0], now[1] - self.marks[1])
