@@ -4,7 +4,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import baselines
 import pytest
 import torch
 from baselines import Student, consistent, phases, train_consistency, train_progressive, two_steps_in_one
@@ -14,6 +13,7 @@ from timing import spent_in
 
 from hipa_deploy.adaptor import WEIGHTS, read_metadata
 from hipa_deploy.errors import HipaError
+from hipa_deploy.train import run as run_module
 from hipa_deploy.train.recipe import Recipe, TeacherSettings
 
 QUIET = Console(file=io.StringIO())
@@ -76,7 +76,7 @@ def test_a_baseline_leaves_an_adaptor_and_resumes_exactly(
     assert "distillation" in metadata.recipe["method"]
     assert spent_in(tmp_path / "a.run").steps >= 2
 
-    original, calls = baselines.batch_rows, []
+    original, calls = run_module.batch_rows, []
 
     def fails_once(*args: Any) -> torch.Tensor:
         calls.append(1)
@@ -84,7 +84,7 @@ def test_a_baseline_leaves_an_adaptor_and_resumes_exactly(
             raise HipaError("the machine went down")
         return original(*args)
 
-    monkeypatch.setattr(baselines, "batch_rows", fails_once)
+    monkeypatch.setattr(run_module, "batch_rows", fails_once)
     with pytest.raises(HipaError, match="went down"):
         train(recipe, model_dir, tmp_path / "b", cache=cache, console=QUIET)
     assert not (tmp_path / "b").exists()

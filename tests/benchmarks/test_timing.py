@@ -8,18 +8,21 @@ from timing import StepTime, TimedRun, spent_in, timed_training
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train import loop
-from hipa_deploy.train.recipe import OptimiserSettings
+from hipa_deploy.train.recipe import Recipe, TeacherSettings
 from hipa_deploy.train.run import Run
 
 
 def new_run(folder: Path) -> TimedRun:
     weight = torch.nn.Parameter(torch.ones(2))
-    return TimedRun(folder, {"w": weight}, torch.optim.AdamW([weight]), {"recipe": {}})
+    recipe = Recipe(prompts="prompts.txt", steps=100, teacher=TeacherSettings(pairs=1))
+    return TimedRun(folder, {"w": weight}, torch.optim.AdamW([weight]), {"recipe": {}}, recipe)
 
 
 def take(run: TimedRun, steps: int) -> None:
     for _ in range(steps):
-        run.take_step(run.weights["w"].square().sum(), OptimiserSettings(), 100)
+        loss = run.weights["w"].square().sum()
+        loss.backward()
+        run.take_step(loss.item())
 
 
 def test_time_adds_up_over_sittings_as_far_as_the_checkpoint(tmp_path: Path) -> None:
