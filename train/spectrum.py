@@ -35,7 +35,8 @@ def mixed(low_NHWC: np.ndarray, high_NHWC: np.ndarray, radius: float = RADIUS) -
     """
     if low_NHWC.shape != high_NHWC.shape:
         raise HipaError(f"images of shapes {low_NHWC.shape} and {high_NHWC.shape}. Expected equal ones, [N, H, W, 3].")
-    mask_HW = high_pass(*low_NHWC.shape[1:3], radius).double()
+    _, height, width, _ = low_NHWC.shape
+    mask_HW = high_pass(height, width, radius).double()
     low, high = (torch.fft.fft2(_float64(images)) for images in (low_NHWC, high_NHWC))
     return to_uint8(torch.fft.ifft2((1 - mask_HW) * low + mask_HW * high).real).numpy()
 
