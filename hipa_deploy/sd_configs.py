@@ -1,7 +1,7 @@
 """The configurations of Stable Diffusion 1.x and 2.1, for a checkpoint that comes as one file, without them.
 
-Values are those of the repositories that Runway and Stability published with the weights; what is a default of
-diffusers or transformers is left out. The tokenizer is CLIP's (https://github.com/openai/CLIP, MIT License).
+Values are those of the repositories that Runway and Stability published with the weights; most that are a default of
+diffusers or transformers are left out. The tokenizer is CLIP's (https://github.com/openai/CLIP, MIT License).
 """
 
 from __future__ import annotations
@@ -16,6 +16,14 @@ from hipa_deploy.embedded import ROOT
 MERGES = ROOT / "clip" / "merges.txt.gz"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
+_UNET = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "layers_per_block": 2,
+}
 _SD1_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
 _SD2_UNET = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
 _SD1_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -63,6 +71,8 @@ def _configs(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "requires_safety_checker": False,
     }
     vae = {
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
         "block_out_channels": [128, 256, 512, 512],
         "layers_per_block": 2,
         "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -86,7 +96,7 @@ def _configs(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
     return {
         "model_index.json": index,
-        "unet/config.json": {"_class_name": diffusers["unet"], "sample_size": model["size"], **model["unet"]},
+        "unet/config.json": {"_class_name": diffusers["unet"], "sample_size": model["size"], **_UNET, **model["unet"]},
         "vae/config.json": {"_class_name": diffusers["vae"], **vae},
         "scheduler/scheduler_config.json": {"_class_name": diffusers["scheduler"], **schedule},
         "text_encoder/config.json": {"architectures": ["CLIPTextModel"], **text},
