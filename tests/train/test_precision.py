@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -82,6 +83,9 @@ def test_a_scale_that_cannot_fall_is_divergence(
 
 class Exploding(torch.nn.Module):
     """A finite loss whose gradient is not: the square root at zero."""
+
+    decodes = True
+    state: ClassVar[dict] = {}
 
     def forward(self, image: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, dict]:
         return (image - image.detach()).sqrt().mean(), {}

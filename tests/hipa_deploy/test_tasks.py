@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hipa_deploy.tasks import STEP_INPUTS, Task, finish_latents, start_latents, strength_timestep
+
+SHAPE = (2, 4, 3, 3)
+
+
+@pytest.fixture
+def given() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    mask_B1HW = (rng.random((2, 1, 3, 3)) < 0.5).astype(np.float32)
+    return {"noise": rng.normal(size=SHAPE), "source": rng.normal(size=SHAPE), "mask": mask_B1HW}
+
+
+def test_closed_forms(given: dict[str, np.ndarray]) -> None:
+    assert np.array_equal(start_latents("generate", given, 0.25), given["noise"])
+    assert np.array_equal(start_latents("upscale", given, 0.25), given["source"])
+    edit = 0.5 * given["source"] + 0.75**0.5 * given["noise"]
+    assert np.allclose(start_latents("edit", given, 0.25), edit)
+
+
+def test_inpainting_keeps_the_source_outside_the_mask(given: dict[str, np.ndarray]) -> None:
+    hole = np.broadcast_to(given["mask"] == 1, SHAPE)
+    start = start_latents("inpaint", given, 0.0047)
+    assert np.array_equal(start[hole], given["noise"][hole])
+    assert np.array_equal(start[~hole], given["source"][~hole])
+    x0 = np.full(SHAPE, 7.0)
+    assert np.array_equal(finish_latents("inpaint", x0, given)[~hole], given["source"][~hole])
+    assert (finish_latents("inpaint", x0, given)[hole] == 7).all()
+    assert np.array_equal(start_latents("inpaint", given, 0.0047, concatenates=True), given["noise"])
+
+
+@pytest.mark.parametrize("task", STEP_INPUTS)
+def test_torch_and_numpy_agree(task: Task, given: dict[str, np.ndarray]) -> None:
+    tensors = {name: torch.from_numpy(given[name]) for name in STEP_INPUTS[task]}
+    alpha_bar_B111 = np.array([0.1, 0.9]).reshape(2, 1, 1, 1)
+    ours = start_latents(task, {name: given[name] for name in STEP_INPUTS[task]}, alpha_bar_B111)
+    assert np.allclose(start_latents(task, tensors, torch.from_numpy(alpha_bar_B111)).numpy(), ours)
+
+
+@pytest.mark.parametrize(("strength", "timestep"), [(1.0, 999), (0.75, 749), (0.5, 499), (0.25, 249), (1e-9, 0)])
+def test_strengths(strength: float, timestep: int) -> None:
+    assert strength_timestep(strength) == timestep
