@@ -14,6 +14,7 @@ RUNTIME = [
     "hipa_deploy",
     "hipa_deploy.bundle",
     "hipa_deploy.doctor",
+    "hipa_deploy.image_input",
     "hipa_deploy.pipeline",
     "hipa_deploy.swap",
     "hipa_deploy.selfcheck",
