@@ -13,17 +13,25 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import folder_sha256
+from hipa_deploy.tasks import Task
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METADATA = "hipa_adaptor.json"
 
 
 class AdaptorMetadata(BaseModel):
-    """``hipa_adaptor.json``: what an adaptor was made from and how, enough to refuse it for anything else."""
+    """``hipa_adaptor.json``: what an adaptor was made from and how, enough to refuse it for anything else.
+
+    ``strengths``, of an adaptor for editing, descend; ``timestep`` is that of the first. ``upscale`` is how many times
+    an adaptor for super-resolution enlarges.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
+    task: Task = "generate"
+    strengths: tuple[float, ...] = ()
+    upscale: int = 1
     base_unet_sha256: str
     prompts_sha256: str
     rank: int
