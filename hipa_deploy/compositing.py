@@ -40,7 +40,8 @@ def latent_mask(mask_HW: np.ndarray, factor: int) -> np.ndarray:
     if height % factor or width % factor:
         raise HipaError(f"mask is {height}x{width} pixels. Expected multiples of {factor}; fit it to the size first.")
     cells_hfwf = (mask_HW > 0).reshape(height // factor, factor, width // factor, factor)
-    return cells_hfwf.any(axis=(1, 3)).astype(np.float32)[None]
+    touched_hw: np.ndarray = cells_hfwf.any(axis=(1, 3))
+    return touched_hw.astype(np.float32)[None]
 
 
 def hide_hole(image_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:

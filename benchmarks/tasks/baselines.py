@@ -22,6 +22,7 @@ from PIL import Image
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.image_input import composite, hide_hole, latent_mask
+from hipa_deploy.images import enlarge
 from hipa_deploy.train.base_model import DiffusionModel
 from hipa_deploy.train.pairs import teacher_scheduler
 
@@ -182,9 +183,7 @@ def _run(
 
 
 def _bicubic(images_NHWC: np.ndarray, scale: int) -> np.ndarray:
-    height, width = images_NHWC.shape[1:3]
-    size = (width * scale, height * scale)
-    return np.stack([np.asarray(Image.fromarray(i).resize(size, Image.Resampling.BICUBIC)) for i in images_NHWC])
+    return np.stack([enlarge(image_HWC, scale) for image_HWC in images_NHWC])
 
 
 def _check(
