@@ -1,4 +1,4 @@
-"""What one step is compared with: diffusers' own multi-step pipelines on the same base model, and bicubic enlarging.
+"""What one step is compared with: diffusers' own multi-step pipelines on the same base model, bicubic, and a control.
 
 Each baseline is a function of the same arguments, uint8 [N, H, W, 3] in and out, and gives the same images again: DDIM
 with trailing timesteps, and a generator for each image from its seed. Import it as ``benchmarks.tasks.baselines``.
@@ -24,7 +24,9 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.image_input import composite, hide_hole, latent_mask
 from hipa_deploy.images import enlarge
 from hipa_deploy.train.base_model import DiffusionModel
+from hipa_deploy.train.evaluate import teacher_images
 from hipa_deploy.train.pairs import teacher_scheduler
+from hipa_deploy.train.recipe import TeacherSettings
 
 CHUNK = 16
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor", "image_encoder")
@@ -139,7 +141,29 @@ def upscale_bicubic(
     return _bicubic(images_NHWC, settings.scale)
 
 
+def prompt_alone(
+    model_dir: Path,
+    images_NHWC: np.ndarray,
+    masks_NHW: np.ndarray | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Settings,
+) -> np.ndarray:
+    """A control: what the model makes of the prompt at its own size, without a look at the image.
+
+    Where this comes as near to the truth as a task's method does, the truth says nothing about the task: a small model
+    that knows its prompts by heart makes nearly one image of each, whatever the noise.
+
+    Raises:
+        HipaError: unequal numbers of prompts and seeds.
+
+    """
+    teacher = TeacherSettings(steps=settings.steps, guidance=settings.guidance, pairs=len(seeds))
+    return teacher_images(model_dir, prompts, seeds, teacher)
+
+
 BASELINES: dict[str, Baseline] = {
+    "prompt alone": prompt_alone,
     "img2img": edit_img2img,
     "inpaint": inpaint_pipeline,
     "upscale img2img": upscale_img2img,
@@ -155,8 +179,10 @@ def unet_calls(settings: Settings) -> int:
 def _pipeline(kind: Any, model_dir: Path) -> Any:
     """A pipeline of this kind on the parts of a DiffusionModel, with the teacher's scheduler."""
     model = DiffusionModel.load(model_dir)
+    # trailing timesteps take no offset; the pipelines warn of any but 1
+    scheduler = teacher_scheduler({**model.schedule, "steps_offset": 1}, "ddim")
     parts = {name: model.pipe.components.get(name) for name in PARTS}
-    pipe = kind(**parts, scheduler=teacher_scheduler(model.schedule, "ddim"), requires_safety_checker=False)
+    pipe = kind(**parts, scheduler=scheduler, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

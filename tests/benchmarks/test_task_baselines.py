@@ -17,7 +17,9 @@ from benchmarks.tasks.baselines import BASELINES, Settings, unet_calls
 from hipa_deploy.errors import HipaError
 from hipa_deploy.image_input import latent_mask
 from hipa_deploy.train.base_model import DiffusionModel
+from hipa_deploy.train.evaluate import teacher_images
 from hipa_deploy.train.pairs import teacher_scheduler
+from hipa_deploy.train.recipe import TeacherSettings
 
 PROMPTS, SEEDS = ["a red apple", "a green pear"], [3, 4]
 FEW = Settings(steps=4, guidance=2.0, strength=0.5, scale=2)
@@ -117,6 +119,22 @@ def test_the_unet_runs_as_often_as_said(model_dir: Path, images: np.ndarray, mon
         settings = replace(FEW, strength=strength)
         BASELINES["img2img"](model_dir, images, None, PROMPTS, SEEDS, settings)
         assert len(calls) == unet_calls(settings)
+
+
+def test_the_control_sees_no_image(model_dir: Path, images: np.ndarray) -> None:
+    made = BASELINES["prompt alone"](model_dir, images, None, PROMPTS, SEEDS, FEW)
+    teacher = TeacherSettings(steps=4, guidance=2.0, pairs=2)
+    np.testing.assert_array_equal(made, teacher_images(model_dir, PROMPTS, SEEDS, teacher))
+    np.testing.assert_array_equal(BASELINES["prompt alone"](model_dir, 255 - images, None, PROMPTS, SEEDS, FEW), made)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("name", ["img2img", "inpaint"])
+def test_no_pipeline_warns_of_its_scheduler(
+    name: str, model_dir: Path, images: np.ndarray, masks: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    BASELINES[name](model_dir, images, masks, PROMPTS, SEEDS, FEW)
+    assert "steps_offset" not in caplog.text
 
 
 def test_bicubic_keeps_a_constant() -> None:
