@@ -297,9 +297,9 @@ def load_any_recipe(source: str | Path, overrides: Mapping[str, Any] | None = No
     base = Path.cwd() if path.parent == SHIPPED else path.parent.absolute()
     if isinstance(prompts, str) and not prompts.startswith(MODEL_PREFIX):
         values["prompts"] = str(base / prompts)
-    source = values.get("source")
-    if isinstance(source, dict) and isinstance(source.get("images"), str):
-        source["images"] = str(base / source["images"])
+    table = values.get("source")
+    if isinstance(table, dict) and isinstance(table.get("images"), str):
+        table["images"] = str(base / table["images"])
     kind = values.get("kind", "adaptor")
     if not isinstance(kind, str) or kind not in KINDS:
         raise HipaError(f"recipe {path}: kind = {kind!r}: expected one of: {', '.join(KINDS)}.")

@@ -1,0 +1,239 @@
+"""Evidence of editing, inpainting and super-resolution: one step, adapted and not, beside the multi-step pipelines.
+
+    python -m benchmarks.tasks.run --task inpaint --adaptor adaptor-inpaint --out report
+    python -m benchmarks.tasks.run --task inpaint --adaptor adaptor-inpaint --out report --data runs/emoji
+
+From the repository's root. All rows see the same images, masks, prompts and noise seeds. The images are those of the
+model's held-out prompts: the teacher's own, or with --data (a folder of examples/emoji/build_dataset.py) real ones.
+What no training saw: the prompts, the images, the masks and the noise.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from benchmarks.tasks import measures
+from benchmarks.tasks.baselines import Settings, edit_img2img, inpaint_pipeline, upscale_bicubic, upscale_img2img
+from hipa_deploy.errors import HipaError
+from hipa_deploy.files import write_file
+from hipa_deploy.images import grid, png_bytes
+from hipa_deploy.models import model_folder
+from hipa_deploy.tasks import Task
+from hipa_deploy.train.evaluate import teacher_images
+from hipa_deploy.train.examples import reduced
+from hipa_deploy.train.masks import random_mask
+from hipa_deploy.train.recipe import TeacherSettings
+from hipa_deploy.train.report import held_out_prompts
+from hipa_deploy.train.task_evaluate import one_step_task_images
+
+TEACHER = TeacherSettings(steps=25, guidance=3.0, pairs=1)
+SAME = r"emoji of (.*)"  # what an edit keeps of a prompt of the embedded model
+COVERAGE = (0.1, 0.4)
+UPSCALE_STRENGTH = 0.2  # of the multi-step pipeline on the enlarged image
+FIRST_SEED = 3_000_000  # training has seeds above 2**32
+SHEET_ROWS = 12
+BASE, ADAPTED = "base, one step", "adapted, one step"
+Rows = dict[str, np.ndarray]
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N held-out cases: what goes in, uint8 [N, H, W, 3], prompt, seed, mask, and the truth, uint8 [N, H, W, 3]."""
+
+    sources: np.ndarray
+    truth: np.ndarray
+    prompts: list[str]
+    seeds: list[int]
+    masks: np.ndarray | None = None
+
+
+def held_out_images(model: Path, data: Path | None) -> dict[str, np.ndarray]:
+    """Image of each prompt that the samples need, by prompt: the held-out ones, and all those that edits start from."""
+    held_out = held_out_prompts(model)
+    if data is not None:
+        with (data / "captions.csv").open(newline="") as file:
+            captions = [row["caption"] for row in csv.DictReader(file)]
+        return dict(zip(captions, np.load(data / "emoji.npz")["images"], strict=True))
+    wanted = list(dict.fromkeys([*held_out, *(start for _, start in edit_pairs(model))]))
+    images = teacher_images(model, wanted, [FIRST_SEED - 1 - n for n in range(len(wanted))], TEACHER)
+    return dict(zip(wanted, images, strict=True))
+
+
+def edit_pairs(model: Path) -> list[tuple[str, str]]:
+    """(held-out prompt, training prompt of the same thing to start from)."""
+    training = (model / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    by_thing = {match[1]: prompt for prompt in reversed(training) if (match := re.search(SAME, prompt))}
+    found = [(prompt, re.search(SAME, prompt)) for prompt in held_out_prompts(model)]
+    return [(prompt, by_thing[match[1]]) for prompt, match in found if match and match[1] in by_thing]
+
+
+def make_samples(task: Task, model: Path, data: Path | None, repeat: int, factor: int) -> Samples:
+    """The held-out cases with the noise and masks of ``repeat``."""
+    images, prompts = held_out_images(model, data), held_out_prompts(model)
+    starts = prompts
+    if task == "edit":
+        prompts, starts = (list(column) for column in zip(*edit_pairs(model), strict=True))
+    seeds = [FIRST_SEED + 10_000 * repeat + n for n in range(len(prompts))]
+    truth, sources = (np.stack([images[text] for text in texts]) for texts in (prompts, starts))
+    if task == "upscale":
+        sources = np.stack([reduced(image, factor) for image in truth])
+    masks = None
+    if task == "inpaint":
+        draws = (np.random.default_rng(seed) for seed in seeds)
+        masks = np.stack([random_mask(rng, *truth.shape[1:3], COVERAGE) for rng in draws])
+    return Samples(sources, truth, prompts, seeds, masks)
+
+
+def one_step(task: Task, model: Path, adaptor: Path | None, samples: Samples, **options: Any) -> np.ndarray:
+    given = (samples.sources, samples.prompts, samples.seeds)
+    return one_step_task_images(model, adaptor, task, *given, masks_NHW=samples.masks, **options)
+
+
+def edit_rows(model: Path, adaptor: Path, samples: Samples, strength: float) -> Rows:
+    settings = Settings(steps=TEACHER.steps, guidance=TEACHER.guidance, strength=strength)
+    pipeline = edit_img2img(model, samples.sources, None, samples.prompts, samples.seeds, settings)
+    return {
+        "source": samples.sources,
+        f"img2img, {round(TEACHER.steps * strength)} steps": pipeline,
+        BASE: one_step("edit", model, None, samples, strength=strength),
+        ADAPTED: one_step("edit", model, adaptor, samples, strength=strength),
+    }
+
+
+def inpaint_rows(model: Path, adaptor: Path, samples: Samples, strength: float) -> Rows:
+    settings = Settings(steps=TEACHER.steps, guidance=TEACHER.guidance, feather=0)
+    given = (samples.truth, samples.masks, samples.prompts, samples.seeds, settings)
+    return {
+        "truth": samples.truth,
+        f"inpaint pipeline, {TEACHER.steps} steps": inpaint_pipeline(model, *given),
+        BASE: one_step("inpaint", model, None, samples),
+        ADAPTED: one_step("inpaint", model, adaptor, samples),
+    }
+
+
+def upscale_rows(model: Path, adaptor: Path, samples: Samples, strength: float) -> Rows:
+    factor = samples.truth.shape[1] // samples.sources.shape[1]
+    settings = Settings(steps=TEACHER.steps, guidance=TEACHER.guidance, strength=UPSCALE_STRENGTH, scale=factor)
+    given = (samples.sources, None, samples.prompts, samples.seeds, settings)
+    return {
+        "truth": samples.truth,
+        f"img2img, {round(TEACHER.steps * UPSCALE_STRENGTH)} steps": upscale_img2img(model, *given),
+        "bicubic": upscale_bicubic(model, *given),
+        BASE: one_step("upscale", model, None, samples, factor=factor),
+        ADAPTED: one_step("upscale", model, adaptor, samples),
+    }
+
+
+def measure_edit(images: np.ndarray, samples: Samples) -> Numbers:
+    return {
+        "KID-Lite0 to the target images": measures.kid_lite0(images, samples.truth),
+        "DISTS-like distance to the target image": float(measures.paired_distances(images, samples.truth).mean()),
+        "structure distance to the source": float(measures.structure_distance(images, samples.sources).mean()),
+        "high-frequency ratio": measures.high_frequency_ratio(images, samples.truth),
+    }
+
+
+def measure_inpaint(images: np.ndarray, samples: Samples) -> Numbers:
+    given = (images, samples.truth, samples.masks)
+    changed = (images != samples.truth).any(axis=(1, 2, 3))
+    psnr = measures.masked_psnr(*given)[changed]
+    return {
+        "LPIPS-like distance in the hole": float(measures.masked_distance(*given).mean()),
+        "PSNR in the hole, dB": float(psnr.mean()) if len(psnr) else float("inf"),
+        "seam energy ratio": measures.seam_ratio(*given),
+    }
+
+
+def measure_upscale(images: np.ndarray, samples: Samples) -> Numbers:
+    changed = (images != samples.truth).any(axis=(1, 2, 3))
+    psnr = measures.psnr(images, samples.truth)[changed]
+    return {
+        "DISTS-like distance": float(measures.paired_distances(images, samples.truth).mean()),
+        "PSNR, dB": float(psnr.mean()) if len(psnr) else float("inf"),
+        "high-frequency ratio": measures.high_frequency_ratio(images, samples.truth),
+    }
+
+
+# Rows, and measures of which the first is the main one: lower is better.
+TASKS: dict[str, tuple[Callable[..., Rows], Callable[[np.ndarray, Samples], Numbers]]] = {
+    "edit": (edit_rows, measure_edit),
+    "inpaint": (inpaint_rows, measure_inpaint),
+    "upscale": (upscale_rows, measure_upscale),
+}
+
+
+def gap_closed(numbers: dict[str, list[Numbers]], teacher: str) -> list[float]:
+    """Of each repeat: how much of the way from the base's main measure to the teacher's the adaptor goes."""
+    main = next(iter(numbers[BASE][0]))
+    values = zip(*(([n[main] for n in numbers[row]]) for row in (BASE, ADAPTED, teacher)), strict=True)
+    return [(base - adapted) / (base - multi) for base, adapted, multi in values]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, of several, half the range."""
+    half = (max(values) - min(values)) / 2
+    return f"{np.mean(values):.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
+
+
+def render(title: str, numbers: dict[str, list[Numbers]], closed: list[float]) -> str:
+    columns = list(next(iter(numbers.values()))[0])
+    lines = [f"## {title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for row, repeats in numbers.items():
+        lines.append(f"| {row} | " + " | ".join(spread([n[c] for n in repeats]) for c in columns) + " |")
+    share = spread([100 * value for value in closed])
+    lines += ["", f"Of the gap from the base model in one step to the multi-step pipeline, closed: {share} %", ""]
+    return "\n".join(lines)
+
+
+def main(
+    task: Annotated[str, typer.Option(help="edit | inpaint | upscale")],
+    adaptor: Annotated[Path, typer.Option(help="An adaptor of that task.")],
+    out: Annotated[Path, typer.Option(help="Folder of the report.")],
+    model: Annotated[str, typer.Option(help="Base model with prompts_pair.txt.")] = "emoji",
+    data: Annotated[Path | None, typer.Option(help="Real images: a folder of build_dataset.py.")] = None,
+    strength: Annotated[float, typer.Option(help="Of edits.")] = 0.8,
+    factor: Annotated[int, typer.Option(help="Of super-resolution.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Times with other noise and masks.")] = 3,
+) -> None:
+    if task not in TASKS:
+        raise HipaError(f"task {task!r} is unknown. Expected one of: {', '.join(TASKS)}.")
+    rows_of, measure = TASKS[task]
+    console, folder = Console(stderr=True), model_folder(model)
+    numbers: dict[str, list[Numbers]] = {}
+    for repeat in range(repeats):
+        with console.status(f"{task}: {repeat + 1} of {repeats}"):
+            samples = make_samples(task, folder, data, repeat, factor)
+            rows = rows_of(folder, adaptor, samples, strength)
+            for name, images in rows.items():
+                numbers.setdefault(name, []).append(measure(images, samples))
+    closed = gap_closed(numbers, next(name for name in numbers if " steps" in name))
+    what = f", strength {strength:g}" if task == "edit" else ""
+    images_are = "real images" if data else "the teacher's images"
+    title = f"{task}{what}: {len(samples.seeds)} held-out cases, {repeats} repeats, {images_are}"
+    report = render(title, numbers, closed)
+    shown = [samples.sources] if task != "upscale" else []
+    step = max(1, len(samples.seeds) // SHEET_ROWS)
+    columns = [column[::step][:SHEET_ROWS] for column in (*shown, *rows.values())]
+    write_file(out / f"{task}.md", (report + f"\n![{task}]({task}.png)\n").encode())
+    write_file(out / f"{task}.json", json.dumps({"title": title, "rows": numbers, "closed": closed}, indent=1).encode())
+    write_file(out / f"{task}.png", png_bytes(grid(columns), {"columns": list(rows)}))
+    typer.echo(report)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except HipaError as error:
+        sys.exit(f"error: {error}")
