@@ -130,7 +130,7 @@ def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> Adap
     return AdaptorMetadata(
         task=recipe.task,
         strengths=recipe.source.strengths if edit else (),
-        upscale=recipe.source.factor if recipe.task == "upscale" else 1,
+        upscale=recipe.source.factor,
         base_unet_sha256=unet_sha256(model.folder),
         prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         rank=settings.rank,

@@ -76,7 +76,7 @@ class SourceSettings(_Settings):
     another; when left out, any two prompts are."""
     coverage: tuple[float, float] = (0.1, 0.5)
     """Of inpainting: least and largest share of the image that a mask covers."""
-    factor: int = Field(4, ge=2, le=16)
+    factor: int = Field(4, ge=2, le=8)
     """Of super-resolution: how many times the image is enlarged."""
 
     @field_validator("strengths")

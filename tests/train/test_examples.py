@@ -103,7 +103,7 @@ def test_an_adaptor_of_each_task_trains(
     metadata = read_metadata(path)
     assert (metadata.task, metadata.timestep) == (task, 499 if task == "edit" else 999)
     assert metadata.strengths == ((0.5,) if task == "edit" else ())
-    assert metadata.upscale == (4 if task == "upscale" else 1)
+    assert metadata.upscale == 4
     samples = Image.open(tmp_path / "adaptor.run" / "samples" / "step-00000004.png")
     assert samples.width > 4 * 8  # source, target, base and adapted
 
