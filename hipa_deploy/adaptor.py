@@ -9,17 +9,22 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import folder_sha256
+from hipa_deploy.tasks import Task
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METADATA = "hipa_adaptor.json"
 
 
 class AdaptorMetadata(BaseModel):
-    """``hipa_adaptor.json``: what an adaptor was made from and how, enough to refuse it for anything else."""
+    """``hipa_adaptor.json``: what an adaptor was made from and how, enough to refuse it for anything else.
+
+    ``strengths`` are an edit's, descending; ``timestep`` is that of the largest. ``upscale`` is how many times larger
+    the images of the task upscale become; for other tasks it means nothing.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,6 +40,9 @@ class AdaptorMetadata(BaseModel):
     resolution: tuple[int, int]
     steps_trained: int
     recipe: dict[str, Any]
+    task: Task = "generate"
+    strengths: tuple[float, ...] = ()
+    upscale: int = Field(default=4, ge=2, le=8)
 
 
 def unet_sha256(model_folder: Path) -> str:

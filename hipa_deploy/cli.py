@@ -56,6 +56,15 @@ class Layout(str, Enum):
     generic = "generic"
 
 
+class Task(str, Enum):
+    """What a bundle makes an image from."""
+
+    generate = "generate"
+    edit = "edit"
+    inpaint = "inpaint"
+    upscale = "upscale"
+
+
 class EngineBackend(str, Enum):
     """What compiles and runs an engine."""
 
@@ -162,6 +171,9 @@ def export(
     fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="UNet and decoder in one stage.")] = False,
     prompts: Annotated[Path | None, typer.Option(help="Bake these prompts, one a line: no text encoder.")] = None,
     dynamic: Annotated[str | None, typer.Option(help="Axes, as in batch=1:1:4,height=384:512:768,width=…")] = None,
+    task: Annotated[Task | None, typer.Option(help="The adaptor's own by default; generate without one.")] = None,
+    strengths: Annotated[str | None, typer.Option(help="Of an edit, as in 0.75,0.5; the adaptor's by default.")] = None,
+    encoder: Annotated[str, typer.Option(help="full (the model's VAE) | tiny | an AutoencoderTiny folder.")] = "full",
     build: Annotated[EngineBackend | None, typer.Option(help="Compile engines as well.")] = None,
     swap_for: Annotated[
         Path | None, typer.Option(help="Write only the weights that differ from this bundle's.")
@@ -170,7 +182,8 @@ def export(
     """Export a one-step bundle: base model (+ adaptor) -> ONNX stages, checked against PyTorch."""
     require("export")
     if swap_for is not None:
-        given = (height, width, prompts, dynamic, build, fuse or None, None if batch == 1 else batch)
+        sizes = (height, width, dynamic, None if batch == 1 else batch)
+        given = (*sizes, prompts, build, fuse or None, task, strengths, None if encoder == "full" else encoder)
         if (dtype, layout) != (Precision.fp16, Layout.onestep) or any(value is not None for value in given):
             raise HipaError(
                 "--swap-for takes --model, --adaptor, --adaptor-scale and --decoder; the bundle has the rest."
@@ -184,7 +197,8 @@ def export(
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.export.axes import parse_axes
     from hipa_deploy.export.bundle import ExportOptions, export_bundle
-    from hipa_deploy.models import resolve_decoder, unpacked
+    from hipa_deploy.export.task import parse_strengths
+    from hipa_deploy.models import resolve_decoder, resolve_encoder, unpacked
 
     model = unpacked(model, config)
     options = ExportOptions(
@@ -201,6 +215,9 @@ def export(
         fuse=fuse,
         prompts=prompts,
         dynamic=parse_axes(dynamic) if dynamic else {},
+        task=task.value if task else None,
+        strengths=parse_strengths(strengths) if strengths else (),
+        encoder=resolve_encoder(encoder),
     )
     bundle = export_bundle(options, console)
     for stage in bundle.manifest.stages:
