@@ -13,6 +13,22 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from hipa_deploy.cli_common import (
+    AdaptorOption,
+    BackendOption,
+    BundleArgument,
+    CountOption,
+    HeightOption,
+    OutOption,
+    PromptsArgument,
+    SeedOption,
+    TruncateOption,
+    WidthOption,
+    console,
+    image_paths,
+    write_images,
+)
+from hipa_deploy.cli_tasks import add_commands
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
 
@@ -39,7 +55,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True)
 
 
 class Precision(str, Enum):
@@ -82,11 +97,6 @@ class Metric(str, Enum):
     mean = "mean"
 
 
-BundleArgument = Annotated[str, typer.Argument(help="A bundle folder, or 'emoji' for the embedded one.")]
-BackendOption = Annotated[
-    str,
-    typer.Option(help="auto | onnxruntime | openvino | onnxruntime-cuda | onnxruntime-tensorrt | tensorrt | rtx"),
-]
 ModelOption = Annotated[
     str,
     typer.Option(help="Base model: a diffusers folder, a .safetensors file, a hub id, or 'emoji' (embedded)."),
@@ -95,7 +105,6 @@ ConfigOption = Annotated[
     str | None,
     typer.Option(help="What a .safetensors checkpoint is: sd15 | sd21-base | sd21-v | a diffusers folder like it."),
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of the first image; the next images take the next seeds.")]
 
 
 @app.command()
@@ -327,43 +336,31 @@ def _check_engines(bundle: Bundle, backend: str) -> None:
 @app.command()
 def generate(
     bundle: BundleArgument,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts.")],
-    out: Annotated[Path, typer.Option(help="A .png file, or a folder.")] = Path("image.png"),
+    prompts: PromptsArgument,
+    out: OutOption = Path("image.png"),
     seed: SeedOption = 0,
-    count: Annotated[int, typer.Option(help="Images a prompt.")] = 1,
-    height: Annotated[int | None, typer.Option(help="Pixels, if the bundle has --dynamic sizes.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels, if the bundle has --dynamic sizes.")] = None,
-    adaptor: Annotated[str | None, typer.Option(help="Swap in this one: its name in the bundle, or a folder.")] = None,
+    count: CountOption = 1,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut a prompt that is too long.")] = False,
+    truncate: TruncateOption = False,
 ) -> None:
     """Generate images whose PNG metadata can reproduce them."""
-    from hipa_deploy.images import save_png
     from hipa_deploy.pipeline import OneStepPipeline, check_count
 
     check_count(len(prompts), count)
-    paths = iter(_image_paths(out, len(prompts), count, seed))
+    paths = image_paths(out, len(prompts), count, seed)
     with console.status("loading"):
         pipe = OneStepPipeline.load(bundle, backend)
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
-        for batch in pipe.stream(prompts, seed=seed, count=count, height=height, width=width, truncate=truncate):
-            for image_HWC, recipe in zip(batch.images_BHWC, batch.recipes, strict=True):
-                path = next(paths)
-                save_png(path, image_HWC, recipe)
-                typer.echo(path)
+        batches = pipe.stream(prompts, seed=seed, count=count, height=height, width=width, truncate=truncate)
+        write_images(batches, paths)
 
 
-def _image_paths(out: Path, prompts: int, count: int, seed: int) -> list[Path]:
-    """One file for one image; otherwise numbered files in a folder."""
-    if out.suffix.lower() == ".png" and not out.is_dir():
-        if prompts * count > 1:
-            raise HipaError(f"{out} is one file, {prompts * count} images were asked for. Give --out a folder.")
-        return [out]
-    if out.is_file() or (out.suffix and not out.is_dir()):
-        raise HipaError(f"{out}: images are written as PNG. Give --out a name that ends in .png, or a folder.")
-    return [out / f"{p:03d}-seed{seed + i}.png" for p in range(prompts) for i in range(count)]
+add_commands(app)
 
 
 @app.command()
