@@ -16,6 +16,7 @@ from rich.table import Table
 from hipa_deploy.bundle import Bundle
 from hipa_deploy.engines.record import Record
 from hipa_deploy.errors import HipaError
+from hipa_deploy.example_source import example_source
 from hipa_deploy.pipeline import OneStepPipeline
 from hipa_deploy.runners import Runner
 
@@ -61,7 +62,7 @@ def stage_inputs(pipeline: OneStepPipeline, prompt: str) -> dict[str, Inputs]:
     seen: dict[str, Inputs] = {}
     recorders: dict[str, Runner] = {name: _Recorder(runner, seen) for name, runner in pipeline.runners.items()}
     copy = OneStepPipeline(pipeline.bundle, pipeline.backend, recorders)  # no text context is cached in it
-    copy(prompt, seed=0, count=pipeline.bundle.manifest.batch)
+    copy(prompt, source=example_source(pipeline.bundle), seed=0, count=pipeline.bundle.manifest.batch)
     return seen
 
 

@@ -23,6 +23,7 @@ from hipa_deploy.engines.record import Record
 from hipa_deploy.engines.roofline import Roofline
 from hipa_deploy.engines.stage_timer import StageTimer
 from hipa_deploy.errors import HipaError
+from hipa_deploy.example_source import example_source
 from hipa_deploy.pipeline import OneStepPipeline
 from hipa_deploy.prompts import BAKED_PROMPTS, read_closed_set
 from hipa_deploy.runners import CPU_BACKENDS
@@ -202,10 +203,10 @@ def _prompts(bundle: Bundle, prompt: str | None) -> tuple[Prompts, Callable[[int
 
 
 def _time_run(pipeline: OneStepPipeline, prompt: str, number: int) -> _Run:
-    """One full batch."""
-    timer = StageTimer(pipeline.runners)
+    """One full batch, of a source image of its own where the task has one."""
+    timer, source = StageTimer(pipeline.runners), example_source(pipeline.bundle, number)
     started = time.perf_counter()
-    pipeline(prompt, seed=number, count=pipeline.bundle.manifest.batch, timer=timer)
+    pipeline(prompt, source=source, seed=number, count=pipeline.bundle.manifest.batch, timer=timer)
     host = {**timer.seconds, END_TO_END: time.perf_counter() - started}
     device = timer.device_seconds
     return _Run(host, {**device, END_TO_END: sum(device.values())} if device else {})

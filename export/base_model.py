@@ -15,8 +15,9 @@ from hipa_deploy.adaptor import unet_sha256
 from hipa_deploy.bundle import ModelInfo, OneStep
 from hipa_deploy.decoder import DECODER_METADATA, read_decoder_metadata, vae_sha256
 from hipa_deploy.errors import HipaError, first_line
-from hipa_deploy.model_kind import check_pipeline, check_unet, read_config
+from hipa_deploy.model_kind import check_pipeline, check_unet, latent_channels, read_config
 from hipa_deploy.models import model_folder
+from hipa_deploy.tasks import Task
 
 MAX_PIXELS = 2048 * 2048
 
@@ -45,9 +46,12 @@ class BaseModel:
         """Name, and the hash of the UNet's weights: what an adaptor is bound to."""
         return ModelInfo(name=self.name, sha256=unet_sha256(self.folder))
 
-    def unet(self) -> UNet2DConditionModel:
-        """The UNet. Raises HipaError for kinds that take more than noise, a timestep and one text context."""
-        check_unet(self.folder)
+    def unet(self, task: Task = "generate") -> UNet2DConditionModel:
+        """The UNet. Raises HipaError for kinds that take more than noise, a timestep and one text context.
+
+        For inpainting it may take mask and source as well.
+        """
+        check_unet(self.folder, task)
         return _load(UNet2DConditionModel, self.folder, "unet")
 
     @property
@@ -63,6 +67,32 @@ class BaseModel:
         """The autoencoder."""
         return _load(AutoencoderKL, self.folder, "vae")
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels C of the latents [B, C, h, w]."""
+        return latent_channels(self.folder)
+
+    def tiny_encoder(self, folder: Path) -> AutoencoderTiny:
+        """An AutoencoderTiny whose encoder gives this model's latents.
+
+        Raises:
+            HipaError: it cannot be loaded, gives other latents, or is a decoder alone.
+
+        """
+        if not folder.is_dir():
+            raise HipaError(f"encoder {folder} does not exist. Expected full, tiny, or an AutoencoderTiny folder.")
+        if (folder / DECODER_METADATA).exists():
+            raise HipaError(f"encoder {folder} is a decoder that hipa-train wrote: its encoder was never trained.")
+        tiny = _load(AutoencoderTiny, folder, None)
+        halvings = sum(layer.stride == (2, 2) for layer in tiny.encoder.layers if isinstance(layer, torch.nn.Conv2d))
+        got, expected = (tiny.config.latent_channels, 2**halvings), (self.latent_channels, self._scale)
+        if got != expected:
+            raise HipaError(
+                f"encoder {folder} gives {got[0]} latent channels and reduces {got[1]} times, "
+                f"expected {expected[0]} and {expected[1]}. Use one for this model's latents."
+            )
+        return tiny
+
     def tiny_decoder(self, folder: Path) -> AutoencoderTiny:
         """An AutoencoderTiny for this model's latents.
 
@@ -76,7 +106,7 @@ class BaseModel:
         tiny = _load(AutoencoderTiny, folder, None)
         upsamplings = sum(isinstance(layer, torch.nn.Upsample) for layer in tiny.decoder.layers)
         got = (tiny.config.latent_channels, tiny.config.upsampling_scaling_factor**upsamplings)
-        expected = (read_config(self.folder, "unet/config.json")["in_channels"], self._scale)
+        expected = (self.latent_channels, self._scale)
         if got != expected:
             raise HipaError(
                 f"decoder {folder} takes {got[0]} latent channels and enlarges {got[1]} times, "
@@ -129,7 +159,7 @@ class BaseModel:
             timestep=timestep,
             alpha_bar=float(schedule.alphas_cumprod[timestep]),
             scaling_factor=read_config(self.folder, "vae/config.json")["scaling_factor"],
-            latent_shape=(unet["in_channels"], height // scale, width // scale),
+            latent_shape=(self.latent_channels, height // scale, width // scale),
             height=height,
             width=width,
         )

@@ -10,17 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from hipa_deploy import __version__
-from hipa_deploy.adaptor import METADATA, read_metadata
 from hipa_deploy.bundle import (
     MANIFEST,
     MAX_BATCH,
@@ -29,21 +27,23 @@ from hipa_deploy.bundle import (
     Axis,
     Bundle,
     DecoderInfo,
-    Layout,
+    EncoderInfo,
     Manifest,
     OneStep,
-    Precision,
+    Parity,
     Stage,
     StageSpec,
 )
 from hipa_deploy.decoder import vae_sha256
 from hipa_deploy.errors import HipaError
+from hipa_deploy.example_source import example_inputs
 from hipa_deploy.export import parity
 from hipa_deploy.export.axes import stage_axes
 from hipa_deploy.export.base_model import BaseModel
 from hipa_deploy.export.cost import stage_cost
 from hipa_deploy.export.fold import fold_timestep
 from hipa_deploy.export.merge import merge_adaptor
+from hipa_deploy.export.options import ExportOptions
 from hipa_deploy.export.precision import Ranges, fewest_islands, to_half
 from hipa_deploy.export.run_apart import run_apart
 from hipa_deploy.export.stages import (
@@ -52,54 +52,28 @@ from hipa_deploy.export.stages import (
     GenericDecoder,
     GenericUNet,
     OneStepDecoder,
+    OneStepEncoder,
     OneStepUNet,
     TextEncoderStage,
     TinyDecoder,
+    TinyEncoder,
+    from_uint8,
+    seen_by_unet,
     stage_specs,
     to_uint8,
 )
+from hipa_deploy.export.task import TaskPlan, plan_task
 from hipa_deploy.export.to_onnx import OPSET, export_stage
 from hipa_deploy.files import new_folder
 from hipa_deploy.hashing import file_sha256, folder_sha256
 from hipa_deploy.one_step import initial_noise, predict_x0
 from hipa_deploy.prompts import BAKED_CONTEXTS, BAKED_PROMPTS, read_closed_set
+from hipa_deploy.tasks import STEP_INPUTS, finish_latents, start_latents
 from hipa_deploy.tokenizer import PromptTokenizer
 
-LAST_TIMESTEP = 999
 REFERENCE_PROMPT, REFERENCE_SEED = "3d emoji of a red apple", 0
 ENCODED_AT_ONCE = 64
 WHOLE_TEXT_ENCODER = ("encoder",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """What to export.
-
-    ``dtype`` is the precision of weights and arithmetic inside the graphs; ``height`` and ``width`` are pixels
-    (None: the size the model was trained for); ``batch`` is the images a call makes, static. ``fuse`` puts UNet and
-    decoder into one stage, 'generator'. ``decoder`` None is the model's own; otherwise an AutoencoderTiny folder.
-    ``prompts`` is a text file, one prompt a line: the bundle then holds their text contexts in place of the text
-    encoder, and takes no others. ``dynamic`` has the axes 'batch', 'height' and 'width' that are not static, in
-    images and pixels.
-    """
-
-    model: str
-    out: Path
-    adaptor: Path | None = None
-    adaptor_scale: float = 1.0
-    dtype: Precision = "fp16"
-    layout: Layout = "onestep"
-    height: int | None = None
-    width: int | None = None
-    batch: int = 1
-    fuse: bool = False
-    decoder: Path | None = None
-    prompts: Path | None = None
-    dynamic: Mapping[str, Axis] = field(default_factory=dict)
-
-    def size(self, name: Literal["batch", "height", "width"]) -> int | None:
-        """The size to reference: a dynamic axis' usual one, or the static one that was asked for."""
-        return self.dynamic[name].opt if name in self.dynamic else getattr(self, name)
 
 
 def export_bundle(options: ExportOptions, console: Console | None = None) -> Bundle:
@@ -112,12 +86,16 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     """
     _check(options)
     base = BaseModel.open(options.model)
-    step = base.one_step(adaptor_timestep(options, base), options.size("height"), options.size("width"))
+    plan = plan_task(options, base)
+    step = base.one_step(plan.timestep, options.size("height"), options.size("width"))
     axes = stage_axes(options.dynamic, step, base.size_multiple)
     with new_folder(options.out) as root, _progress(console) as say:
-        job = ExportJob(options, base, root, step, axes)
+        job = ExportJob(options, base, root, step, axes, plan)
         say("text")
         _text(job)
+        if plan.task != "generate":
+            say("encoder")
+            _write_encoder(job)
         say("UNet")
         write_unet(job)
         if not options.fuse:
@@ -158,6 +136,7 @@ class ExportJob:
     root: Path
     step: OneStep
     axes: dict[str, Axis]
+    plan: TaskPlan
     specs: dict[str, StageSpec] = field(default_factory=dict)
     reference: dict[str, np.ndarray] = field(default_factory=dict)
     given: dict[str, np.ndarray] = field(default_factory=dict)
@@ -165,12 +144,18 @@ class ExportJob:
     prompt: str = REFERENCE_PROMPT
     adaptor: AdaptorInfo | None = None
     decoder: DecoderInfo | None = None
+    encoder: EncoderInfo | None = None
     islands: Mapping[str, tuple[str, ...]] | None = None
 
     @property
     def batch(self) -> int:
         """Images of the reference."""
         return self.options.size("batch") or 1
+
+    @property
+    def moments(self) -> list[tuple[int, float]]:
+        """Timestep and alpha_bar of the step, at each strength of an edit."""
+        return [(moment.timestep, moment.alpha_bar) for moment in self.plan.strengths or (self.step,)]
 
     def write(self, name: str, build: Callable[[], nn.Module], inputs: tuple[str, ...], output: str) -> None:
         """Export the module that ``build`` returns, run it, and compare with the reference that ``build`` left.
@@ -180,13 +165,14 @@ class ExportJob:
         """
         precision, folder = self.options.dtype, self.root / name
         islands = self._to_onnx(name, build)
-        got = self._run(name, inputs)
-        if precision == "fp16" and self.islands is None and parity.problem(got, self.reference[output], precision):
-            islands = self._to_onnx(name, build, mend=(inputs, output))
-            got = self._run(name, inputs)
-        if self.islands is not None and (wrong := parity.problem(got, self.reference[output], precision)):
-            raise HipaError(f"{name} {wrong}, with the bundle's FP32 islands. Export a bundle of its own.")
-        self.given[output] = got
+        got = self._run_all(name, inputs)
+        if precision == "fp16" and self.islands is None and (wrong := self._problems(got, output)):
+            self.given["step"] = np.asarray([min(wrong)])
+            islands = self._to_onnx(name, build, mend=(inputs, at_moment(output, min(wrong))))
+            got = self._run_all(name, inputs)
+        if self.islands is not None and (wrong := self._problems(got, output)):
+            raise HipaError(f"{name} {wrong[min(wrong)]}, with the bundle's FP32 islands. Export a bundle of its own.")
+        self.given[output] = got[0]
         self.stages.append(
             Stage(
                 spec=self.specs[name],
@@ -194,10 +180,26 @@ class ExportJob:
                 precision="fp32" if islands == WHOLE_TEXT_ENCODER else precision,
                 opset=OPSET,
                 fp32_islands=islands,
-                parity=parity.check(name, got, self.reference[output], precision),
+                parity=self._parity(name, got, output),
                 cost=stage_cost(folder / "model.onnx", self.specs[name]),
             )
         )
+
+    def _parity(self, name: str, got: list[np.ndarray], output: str) -> Parity:
+        """Of several strengths, the worst."""
+        found = [
+            parity.check(name, value, self.reference[at_moment(output, index)], self.options.dtype)
+            for index, value in enumerate(got)
+        ]
+        return min(found, key=lambda measured: measured.psnr_db)
+
+    def _problems(self, got: list[np.ndarray], output: str) -> dict[int, str]:
+        """What is wrong, by the number of the strength."""
+        found = {
+            index: parity.problem(value, self.reference[at_moment(output, index)], self.options.dtype)
+            for index, value in enumerate(got)
+        }
+        return {index: wrong for index, wrong in found.items() if wrong}
 
     @torch.no_grad()
     def _to_onnx(
@@ -229,15 +231,27 @@ class ExportJob:
     def _faithful(self, output: str, got: Tensor) -> bool:
         return parity.problem(got.numpy(), self.reference[output], "fp16") is None
 
-    def _run(self, name: str, inputs: tuple[str, ...]) -> np.ndarray:
+    def _run_all(self, name: str, inputs: tuple[str, ...]) -> list[np.ndarray]:
+        """What the stage gives; of a UNet for several strengths, at each."""
+        if "step" not in inputs:
+            return [self._run(name, inputs, self.given)]
+        numbers = range(len(self.plan.strengths))
+        return [self._run(name, inputs, self.given | {"step": np.asarray([number])}) for number in numbers]
+
+    def _run(self, name: str, inputs: tuple[str, ...], given: Mapping[str, np.ndarray]) -> np.ndarray:
         spec = self.specs[name]
-        feed = {t.name: self.given[key].astype(t.dtype) for t, key in zip(spec.inputs, inputs, strict=True)}
+        feed = {t.name: given[key].astype(t.dtype) for t, key in zip(spec.inputs, inputs, strict=True)}
         return run_apart(self.root / name / "model.onnx", spec, feed)
+
+
+def at_moment(name: str, number: int) -> str:
+    """The key of a reference tensor at an edit's strength ``number``: 'latents' at the largest, then 'latents_1'."""
+    return f"{name}_{number}" if number else name
 
 
 def write_unet(job: ExportJob) -> str:
     """Write the stage that holds the UNet; the name of the tensor that it gives."""
-    inputs: tuple[str, ...] = ("noise", "context")
+    inputs = job.plan.inputs
     if job.options.fuse:
         name, build, output = "generator", _generator, "images"
     elif job.options.layout == "onestep":
@@ -256,17 +270,6 @@ def _write_decoder(job: ExportJob) -> None:
         job.write("vae_decoder", partial(_generic_decoder, job), ("latent_sample",), "sample")
 
 
-def adaptor_timestep(options: ExportOptions, base: BaseModel) -> int:
-    """The timestep that the adaptor was trained for (999 unless it says otherwise)."""
-    if options.adaptor is None:
-        return LAST_TIMESTEP
-    if not options.adaptor.is_dir():
-        raise HipaError(f"{options.adaptor} does not exist. Expected an adaptor folder, as hipa-train writes it.")
-    if not (options.adaptor / METADATA).exists():  # another tool's LoRA says nothing of base or timestep
-        return LAST_TIMESTEP
-    return read_metadata(options.adaptor, base.folder).timestep
-
-
 def _text(job: ExportJob) -> None:
     """Text encoder and tokenizer, or the contexts of a closed set of prompts; and the reference noise."""
     options, batch = job.options, job.batch
@@ -275,7 +278,7 @@ def _text(job: ExportJob) -> None:
     tokens_NL = tokenizer(prompts)
     job.prompt = prompts[0]
     length, width = tokens_NL.shape[1], job.base.text_width
-    job.specs = stage_specs(options.layout, options.dtype, batch, job.step, length, width, job.axes)
+    job.specs = stage_specs(options.layout, options.dtype, batch, job.step, length, width, job.axes, job.plan.inputs)
     noise_BCHW = initial_noise([REFERENCE_SEED + i for i in range(batch)], job.step.latent_shape)
     job.reference |= {"tokens": tokens_NL[:1].repeat(batch, 0), "noise": noise_BCHW}
     job.given |= job.reference
@@ -325,21 +328,63 @@ def _text_encoder(job: ExportJob) -> nn.Module:
     return TextEncoderStage(encoder, TORCH_DTYPES[job.specs["text_encoder"].outputs[0].dtype])
 
 
+def _write_encoder(job: ExportJob) -> None:
+    """The encoder of the source image, and what else of the reference the task takes."""
+    step, plan = job.step, job.plan
+    given = example_inputs(plan.task, step.height, step.width, step.height // step.latent_shape[1], plan.upscale or 1)
+    job.reference |= {name: value[None].repeat(job.batch, 0) for name, value in given.items()}
+    if "step" in plan.inputs:
+        job.reference["step"] = np.asarray([0])
+    job.given |= {name: value for name, value in job.reference.items() if name in ("image", "mask", "step")}
+    job.write("vae_encoder", partial(_encoder, job), ("image",), "source")
+
+
+def _encoder(job: ExportJob) -> nn.Module:
+    """The encoder that was asked for, after its general form has given the reference latents."""
+    sample_BCHW, folder = from_uint8(torch.from_numpy(job.reference["image"])) * 2 - 1, job.options.encoder
+    if folder:
+        tiny = job.base.tiny_encoder(folder)
+        job.encoder = EncoderInfo(kind="tiny", name=folder.resolve().name, sha256=folder_sha256(folder))
+        source_BCHW = tiny.encode(sample_BCHW).latents
+        module: nn.Module = TinyEncoder(tiny)
+    else:
+        vae = job.base.vae()
+        job.encoder = EncoderInfo(kind="full", name="vae", sha256=vae_sha256(job.base.folder))
+        source_BCHW = vae.encode(sample_BCHW).latent_dist.mean * job.step.scaling_factor
+        module = OneStepEncoder(vae)
+    job.reference["source"] = source_BCHW.numpy()
+    return module
+
+
 def _general_unet(job: ExportJob) -> UNet2DConditionModel:
-    """The merged UNet, after its general form has given the references: its output, and x0."""
-    unet, step, reference = job.base.unet(), job.step, job.reference
+    """The merged UNet, after its general form has given the references: its output, and the latents to decode."""
+    unet = job.base.unet(job.plan.task)
     if job.options.adaptor:
         job.adaptor = merge_adaptor(unet, job.options.adaptor, job.options.adaptor_scale)
-    noise, context = (torch.from_numpy(reference[key]) for key in ("noise", "context"))
-    reference["output"] = unet(noise, step.timestep, context, return_dict=False)[0].numpy()
-    reference["latents"] = predict_x0(reference["noise"], reference["output"], step.alpha_bar, step.prediction_type)
+    for number, (timestep, alpha_bar) in enumerate(job.moments):
+        output_BCHW, latents_BCHW = _general_step(job, unet, timestep, alpha_bar)
+        job.reference |= {at_moment("output", number): output_BCHW, at_moment("latents", number): latents_BCHW}
     return unet
+
+
+def _general_step(
+    job: ExportJob, unet: UNet2DConditionModel, timestep: int, alpha_bar: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """One step of the task in PyTorch FP32: the UNet's output, and the latents to decode."""
+    task, concatenates = job.plan.task, unet.config.in_channels != job.step.latent_shape[0]
+    given = {name: job.reference[name] for name in STEP_INPUTS[task]}
+    start_BCHW = start_latents(task, given, alpha_bar, concatenates=concatenates)
+    start, context, *_ = (torch.from_numpy(value) for value in (start_BCHW, job.reference["context"]))
+    sample = seen_by_unet(start, {n: torch.from_numpy(v) for n, v in given.items()}, concatenates=concatenates)
+    output_BCHW = unet(sample, timestep, context, return_dict=False)[0].numpy()
+    x0_BCHW = predict_x0(start_BCHW, output_BCHW, alpha_bar, job.step.prediction_type)
+    return output_BCHW, finish_latents(task, x0_BCHW, given)
 
 
 def _unet(job: ExportJob) -> nn.Module:
     unet = _general_unet(job)
-    fold_timestep(unet, job.step.timestep)
-    return OneStepUNet(unet, job.step)
+    fold_timestep(unet, *(timestep for timestep, _ in job.moments))
+    return OneStepUNet(unet, job.step, job.plan.task, job.plan.strengths)
 
 
 def _generic_unet(job: ExportJob) -> nn.Module:
@@ -350,18 +395,18 @@ def _generic_unet(job: ExportJob) -> nn.Module:
 
 def _decoder(job: ExportJob) -> nn.Module:
     """The decoder that was asked for, after its general form has given the reference images."""
-    latents, folder = torch.from_numpy(job.reference["latents"]), job.options.decoder
+    folder = job.options.decoder
+    vae: AutoencoderTiny | AutoencoderKL
     if folder:
-        tiny = job.base.tiny_decoder(folder)
+        vae = job.base.tiny_decoder(folder)
         job.decoder = DecoderInfo(kind="tiny", name=folder.resolve().name, sha256=folder_sha256(folder))
-        sample_BCHW = tiny.decode(latents, return_dict=False)[0]
-        module: nn.Module = TinyDecoder(tiny)
     else:
         vae = _general_vae(job)
-        sample_BCHW = vae.decode(latents / job.step.scaling_factor, return_dict=False)[0]
-        module = OneStepDecoder(vae)
-    job.reference["images"] = to_uint8(sample_BCHW / 2 + 0.5).numpy()
-    return module
+    for number in range(len(job.moments)):
+        latents_BCHW = torch.from_numpy(job.reference[at_moment("latents", number)])
+        sample_BCHW = vae.decode(latents_BCHW if folder else latents_BCHW / job.step.scaling_factor).sample
+        job.reference[at_moment("images", number)] = to_uint8(sample_BCHW / 2 + 0.5).numpy()
+    return TinyDecoder(vae) if isinstance(vae, AutoencoderTiny) else OneStepDecoder(vae)
 
 
 def _general_vae(job: ExportJob) -> AutoencoderKL:
@@ -422,6 +467,10 @@ def _write_manifest(job: ExportJob) -> None:
         base_model=job.base.info,
         adaptor=job.adaptor,
         decoder=job.decoder,
+        encoder=job.encoder,
+        task=job.plan.task,
+        strengths=job.plan.strengths,
+        upscale=job.plan.upscale,
         one_step=job.step,
         stages=tuple(job.stages),
         end_to_end=job.stages[-1].parity,

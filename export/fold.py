@@ -1,4 +1,7 @@
-"""One-step specialisation: at one step the timestep is a constant, so nothing of the time path need remain."""
+"""One-step specialisation: at one step the timestep is a constant, so nothing of the time path need remain.
+
+Where a UNet serves several timesteps, a table of their constants remains.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,32 @@ class NoTimeEmbedding(torch.nn.Module):
         """Return nothing, whatever comes."""
 
 
-@torch.no_grad()
-def fold_timestep(unet: UNet2DConditionModel, timestep: int) -> int:
-    """Fold the embedding of ``timestep`` into the bias of each ResNet block's first convolution, in place.
+class StepEmbedding(torch.nn.Module):
+    """Stands there when the UNet serves several timesteps: hands the index of one, int64 [1], on to every block."""
 
-    A block adds its projected embedding to the output of ``conv1``, per channel: the same sum as a bias.
+    def forward(self, step: torch.Tensor, _: Any = None) -> torch.Tensor:
+        """The index as it came."""
+        return step
+
+
+class StepBias(torch.nn.Module):
+    """Stands where a block projected the time embedding: the block's bias at each of K timesteps, [K, C]."""
+
+    def __init__(self, bias_KC: torch.Tensor) -> None:
+        super().__init__()
+        self.bias_KC = torch.nn.Parameter(bias_KC, requires_grad=False)
+
+    def forward(self, step: torch.Tensor) -> torch.Tensor:
+        """Index int64 [1] -> bias [1, C]."""
+        return torch.nn.functional.embedding(step, self.bias_KC)
+
+
+@torch.no_grad()
+def fold_timestep(unet: UNet2DConditionModel, *timesteps: int) -> int:
+    """Fold the embedding of the timestep into the bias of each ResNet block's first convolution, in place.
+
+    A block adds its projected embedding to the output of ``conv1``, per channel: the same sum as a bias. With several
+    ``timesteps`` the bias is a row of a table, and the UNet takes its index, int64 [1], in place of a timestep.
     Returns the number of blocks folded.
 
     Raises:
@@ -32,15 +56,41 @@ def fold_timestep(unet: UNet2DConditionModel, timestep: int) -> int:
 
     """
     probe = torch.zeros(1, dtype=next(unet.parameters()).dtype)
-    embedding_BD = unet.time_embedding(unet.get_time_embed(probe, timestep))
+    embedding_KD = torch.cat([unet.time_embedding(unet.get_time_embed(probe, timestep)) for timestep in timesteps])
     blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
     for block in blocks:
         if block.time_embedding_norm != "default" or block.time_emb_proj is None:
             raise HipaError(f"time embedding '{block.time_embedding_norm}' cannot be folded. Use --layout generic.")
-        block.conv1.bias += block.time_emb_proj(block.nonlinearity(embedding_BD))[0]
-        block.time_emb_proj = None
-    unet.time_embedding = NoTimeEmbedding()
+        bias_KC = block.conv1.bias + block.time_emb_proj(block.nonlinearity(embedding_KD))
+        if len(timesteps) == 1:
+            block.conv1.bias.copy_(bias_KC[0])
+            block.time_emb_proj = None
+        else:
+            block.conv1.bias, block.time_emb_proj, block.skip_time_act = None, StepBias(bias_KC), True
+    if len(timesteps) == 1:
+        unet.time_embedding = NoTimeEmbedding()
+    else:
+        unet.get_time_embed = lambda sample, timestep: timestep
+        unet.time_embedding = StepEmbedding()
     return len(blocks)
+
+
+@torch.no_grad()
+def fold_encoder_output(vae: AutoencoderKL) -> None:
+    """Fold ``quant_conv``'s mean and the latent scaling into the encoder's last convolution, in place.
+
+    Nothing is padded between the two, so it is exact: with W and b the rows of the 1x1 ``quant_conv`` that give the
+    mean and s the scaling factor, ``conv_out`` gets weights ``s W conv_out`` and the bias ``s (W bias + b)``. It then
+    gives the C channels of the scaled mean, not the 2 C of mean and variance.
+    """
+    conv_out, scale, channels = vae.encoder.conv_out, vae.config.scaling_factor, vae.config.latent_channels
+    mix_CM, offset_C = torch.eye(channels, conv_out.out_channels), torch.zeros(channels)
+    if vae.config.use_quant_conv:
+        mix_CM, offset_C = vae.quant_conv.weight[:channels, :, 0, 0], vae.quant_conv.bias[:channels]
+    weight = scale * torch.einsum("om,mihw->oihw", mix_CM, conv_out.weight)
+    bias = scale * (mix_CM @ conv_out.bias + offset_C)
+    conv_out.weight, conv_out.bias = (torch.nn.Parameter(value, requires_grad=False) for value in (weight, bias))
+    conv_out.out_channels = channels
 
 
 @torch.no_grad()

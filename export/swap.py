@@ -18,8 +18,9 @@ from hipa_deploy import __version__
 from hipa_deploy.bundle import Bundle, Stage
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.base_model import BaseModel
-from hipa_deploy.export.bundle import ExportJob, ExportOptions, adaptor_timestep, write_unet
+from hipa_deploy.export.bundle import ExportJob, ExportOptions, write_unet
 from hipa_deploy.export.run_apart import run_apart
+from hipa_deploy.export.task import plan_task
 from hipa_deploy.files import new_folder
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.onnx_weights import Initializer, read_initializers, skeleton_sha256
@@ -87,17 +88,22 @@ def _job(options: SwapOptions, bundle: Bundle, base: BaseModel, root: Path) -> E
         batch=manifest.batch,
         fuse="generator" in bundle.stages,
         decoder=options.decoder,
+        task=manifest.task,
+        strengths=tuple(entry.strength for entry in manifest.strengths),
     )
-    timestep = adaptor_timestep(like, base)
-    if timestep != manifest.one_step.timestep:
+    plan = plan_task(like, base)
+    if plan.timestep != manifest.one_step.timestep:
         want = manifest.one_step.timestep
-        raise HipaError(f"{options.adaptor} was trained for timestep {timestep}, {bundle.root} is for {want}.")
-    job = ExportJob(like, base, root, manifest.one_step, dict(bundle.axes))
+        raise HipaError(f"{options.adaptor} was trained for timestep {plan.timestep}, {bundle.root} is for {want}.")
+    job = ExportJob(like, base, root, manifest.one_step, dict(bundle.axes), plan)
     job.specs = {name: stage.spec for name, stage in bundle.stages.items()}
     job.islands = {name: stage.fp32_islands for name, stage in bundle.stages.items()}
     with np.load(bundle.path("reference/tensors.npz")) as tensors:
-        job.reference |= {name: tensors[name] for name in ("tokens", "context", "noise")}
+        job.reference |= {name: tensors[name] for name in tensors.files if name in ("tokens", "image", *plan.inputs)}
     job.given |= job.reference | {"context": _given_context(bundle, job.reference)}
+    if "vae_encoder" in bundle.stages:
+        spec, image_BHWC = bundle.stages["vae_encoder"].spec, job.reference["image"]
+        job.given["source"] = run_apart(bundle.stage_path("vae_encoder"), spec, {"image": image_BHWC})
     return job
 
 

@@ -17,8 +17,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from hipa_deploy.export.fold import NoTimeEmbedding
-from hipa_deploy.export.stages import Generator, OneStepDecoder
+from hipa_deploy.export.fold import NoTimeEmbedding, StepBias
+from hipa_deploy.export.stages import Generator, OneStepDecoder, OneStepEncoder
 from hipa_deploy.export.upsample import UpsampledConv
 from hipa_deploy.swap import Fold, MappedWeight, WeightLayout, WeightMap
 
@@ -37,12 +37,12 @@ def trace_weights(model: Any, module: nn.Module) -> WeightMap:
 
     A weight that is no parameter of the module is a constant of the graph: shapes, scales, masks.
     """
-    tensors, folds, origins = dict(_tensors(module)), dict(_folds(module)), dict(_upsampled(module))
+    tensors, folds, origins = dict(_tensors(module)), dict(_folds(module)), dict(_replaced(module))
     folds |= {name: fold for name, (_, fold) in origins.items() if fold}
     layers: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
         layers[name.rpartition(".")[0]].append(name)
-    adaptable = _adaptable(module) | {name for name, fold in folds.items() if fold == "timestep"}
+    adaptable = _adaptable(module) | {name for name, fold in folds.items() if fold in ("timestep", "timesteps")}
     weights, constants = {}, []
     for name, value in model.graph.initializers.items():
         found, layout = _find(value, tensors, layers) if value.dtype.is_floating_point() else ((), "as it is")
@@ -64,19 +64,29 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
     for prefix, part in module.named_modules():
         for name, value in vars(part).items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name in getattr(part, "places", (name,)):
                 yield f"{prefix}.{name}".lstrip("."), value
 
 
 def _folds(module: nn.Module) -> Iterator[tuple[str, Fold]]:
-    """What ``fold_timestep`` and ``fold_decoder_input`` have changed."""
+    """What ``fold_timestep``, ``fold_encoder_output`` and ``fold_decoder_input`` have changed."""
     for prefix, part in module.named_modules():
         dot = f"{prefix}." if prefix else ""
         if isinstance(part, UNet2DConditionModel) and isinstance(part.time_embedding, NoTimeEmbedding):
             blocks = (name for name, block in part.named_modules() if isinstance(block, ResnetBlock2D))
             yield from ((f"{dot}{name}.conv1.bias", "timestep") for name in blocks)
+        if isinstance(part, OneStepEncoder):
+            yield from ((f"{dot}encoder.conv_out.{name}", "encoder output") for name in ("weight", "bias"))
         if isinstance(part, OneStepDecoder):
             yield from ((f"{dot}{name}", "decoder input") for name in ("decoder.conv_in.weight", "offset"))
+
+
+def _replaced(module: nn.Module) -> Iterator[tuple[str, tuple[str, Fold | None]]]:
+    """Parameters of modules that a fold put in, and what they come from."""
+    yield from _upsampled(module)
+    for prefix, part in module.named_modules():
+        if isinstance(part, StepBias):
+            yield f"{prefix}.bias_KC", (f"{prefix.rpartition('.')[0]}.conv1.bias", "timesteps")
 
 
 def _upsampled(module: nn.Module) -> Iterator[tuple[str, tuple[str, Fold | None]]]:

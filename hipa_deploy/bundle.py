@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
+from hipa_deploy.tasks import Task
 
 SCHEMA = 1
 MAX_BATCH = 64
@@ -145,6 +146,18 @@ class DecoderInfo(_Model):
     sha256: str
 
 
+class EncoderInfo(DecoderInfo):
+    """The same of what encodes the source image of a task that has one."""
+
+
+class Strength(_Model):
+    """A strength of an edit, and the constants of the step that starts there."""
+
+    strength: float = Field(gt=0, le=1)
+    timestep: int
+    alpha_bar: float
+
+
 class OneStep(_Model):
     """The constants of the step. Latents are [C, H, W] = [latent_channels, height / 2**n, width / 2**n]."""
 
@@ -158,7 +171,11 @@ class OneStep(_Model):
 
 
 class Manifest(_Model):
-    """``hipa.json``."""
+    """``hipa.json``.
+
+    ``strengths`` are an edit's, descending, the first with the constants of ``one_step``; ``upscale`` is how many times
+    larger super-resolution makes an image. Both are empty for other tasks.
+    """
 
     schema_version: Literal[1]
     producer: str
@@ -168,6 +185,10 @@ class Manifest(_Model):
     base_model: ModelInfo
     adaptor: AdaptorInfo | None
     decoder: DecoderInfo | None = None
+    encoder: EncoderInfo | None = None
+    task: Task = "generate"
+    strengths: tuple[Strength, ...] = ()
+    upscale: int | None = None
     one_step: OneStep
     stages: tuple[Stage, ...] = Field(min_length=1)
     end_to_end: Parity
@@ -250,3 +271,23 @@ class Bundle:
                 raise HipaError(
                     f"{path} is corrupt: its SHA-256 is not the manifest's. Copy or export the bundle again."
                 )
+
+
+def latent_shape(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """[C, h, w] of the latents for an image of ``height`` x ``width`` pixels; None is the bundle's own size.
+
+    Raises:
+        HipaError: the bundle does not make images of that size; the message says which it makes.
+
+    """
+    step = bundle.manifest.one_step
+    asked = {"height": height, "width": width}
+    sizes = {name: getattr(step, name) if size is None else size for name, size in asked.items()}
+    for name, size in sizes.items():
+        usual = getattr(step, name)
+        allowed = bundle.axes.get(name, Axis(min=usual, opt=usual, max=usual))
+        if size not in allowed:
+            expected = str(allowed) if name in bundle.axes else f"{usual}; export with --dynamic for more"
+            raise HipaError(f"{name} {size} is not a size of this bundle. Expected {expected}.")
+    factor = step.height // step.latent_shape[1]
+    return step.latent_shape[0], sizes["height"] // factor, sizes["width"] // factor

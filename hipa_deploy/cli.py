@@ -13,6 +13,22 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from hipa_deploy.cli_common import (
+    AdaptorOption,
+    BackendOption,
+    BundleArgument,
+    CountOption,
+    HeightOption,
+    OutOption,
+    PromptsArgument,
+    SeedOption,
+    TruncateOption,
+    WidthOption,
+    console,
+    image_paths,
+    write_images,
+)
+from hipa_deploy.cli_tasks import add_commands
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
 
@@ -39,7 +55,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True)
 
 
 class Precision(str, Enum):
@@ -54,6 +69,15 @@ class Layout(str, Enum):
 
     onestep = "onestep"
     generic = "generic"
+
+
+class Task(str, Enum):
+    """What a bundle makes an image from."""
+
+    generate = "generate"
+    edit = "edit"
+    inpaint = "inpaint"
+    upscale = "upscale"
 
 
 class EngineBackend(str, Enum):
@@ -73,11 +97,6 @@ class Metric(str, Enum):
     mean = "mean"
 
 
-BundleArgument = Annotated[str, typer.Argument(help="A bundle folder, or 'emoji' for the embedded one.")]
-BackendOption = Annotated[
-    str,
-    typer.Option(help="auto | onnxruntime | openvino | onnxruntime-cuda | onnxruntime-tensorrt | tensorrt | rtx"),
-]
 ModelOption = Annotated[
     str,
     typer.Option(help="Base model: a diffusers folder, a .safetensors file, a hub id, or 'emoji' (embedded)."),
@@ -86,7 +105,6 @@ ConfigOption = Annotated[
     str | None,
     typer.Option(help="What a .safetensors checkpoint is: sd15 | sd21-base | sd21-v | a diffusers folder like it."),
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of the first image; the next images take the next seeds.")]
 
 
 @app.command()
@@ -162,6 +180,9 @@ def export(
     fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="UNet and decoder in one stage.")] = False,
     prompts: Annotated[Path | None, typer.Option(help="Bake these prompts, one a line: no text encoder.")] = None,
     dynamic: Annotated[str | None, typer.Option(help="Axes, as in batch=1:1:4,height=384:512:768,width=…")] = None,
+    task: Annotated[Task | None, typer.Option(help="The adaptor's own by default; generate without one.")] = None,
+    strengths: Annotated[str | None, typer.Option(help="Of an edit, as in 0.75,0.5; the adaptor's by default.")] = None,
+    encoder: Annotated[str, typer.Option(help="full (the model's VAE) | tiny | an AutoencoderTiny folder.")] = "full",
     build: Annotated[EngineBackend | None, typer.Option(help="Compile engines as well.")] = None,
     swap_for: Annotated[
         Path | None, typer.Option(help="Write only the weights that differ from this bundle's.")
@@ -170,7 +191,8 @@ def export(
     """Export a one-step bundle: base model (+ adaptor) -> ONNX stages, checked against PyTorch."""
     require("export")
     if swap_for is not None:
-        given = (height, width, prompts, dynamic, build, fuse or None, None if batch == 1 else batch)
+        sizes = (height, width, dynamic, None if batch == 1 else batch)
+        given = (*sizes, prompts, build, fuse or None, task, strengths, None if encoder == "full" else encoder)
         if (dtype, layout) != (Precision.fp16, Layout.onestep) or any(value is not None for value in given):
             raise HipaError(
                 "--swap-for takes --model, --adaptor, --adaptor-scale and --decoder; the bundle has the rest."
@@ -184,7 +206,8 @@ def export(
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.export.axes import parse_axes
     from hipa_deploy.export.bundle import ExportOptions, export_bundle
-    from hipa_deploy.models import resolve_decoder, unpacked
+    from hipa_deploy.export.task import parse_strengths
+    from hipa_deploy.models import resolve_decoder, resolve_encoder, unpacked
 
     model = unpacked(model, config)
     options = ExportOptions(
@@ -201,6 +224,9 @@ def export(
         fuse=fuse,
         prompts=prompts,
         dynamic=parse_axes(dynamic) if dynamic else {},
+        task=task.value if task else None,
+        strengths=parse_strengths(strengths) if strengths else (),
+        encoder=resolve_encoder(encoder),
     )
     bundle = export_bundle(options, console)
     for stage in bundle.manifest.stages:
@@ -310,43 +336,31 @@ def _check_engines(bundle: Bundle, backend: str) -> None:
 @app.command()
 def generate(
     bundle: BundleArgument,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts.")],
-    out: Annotated[Path, typer.Option(help="A .png file, or a folder.")] = Path("image.png"),
+    prompts: PromptsArgument,
+    out: OutOption = Path("image.png"),
     seed: SeedOption = 0,
-    count: Annotated[int, typer.Option(help="Images a prompt.")] = 1,
-    height: Annotated[int | None, typer.Option(help="Pixels, if the bundle has --dynamic sizes.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels, if the bundle has --dynamic sizes.")] = None,
-    adaptor: Annotated[str | None, typer.Option(help="Swap in this one: its name in the bundle, or a folder.")] = None,
+    count: CountOption = 1,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut a prompt that is too long.")] = False,
+    truncate: TruncateOption = False,
 ) -> None:
     """Generate images whose PNG metadata can reproduce them."""
-    from hipa_deploy.images import save_png
     from hipa_deploy.pipeline import OneStepPipeline, check_count
 
     check_count(len(prompts), count)
-    paths = iter(_image_paths(out, len(prompts), count, seed))
+    paths = image_paths(out, len(prompts), count, seed)
     with console.status("loading"):
         pipe = OneStepPipeline.load(bundle, backend)
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
-        for batch in pipe.stream(prompts, seed=seed, count=count, height=height, width=width, truncate=truncate):
-            for image_HWC, recipe in zip(batch.images_BHWC, batch.recipes, strict=True):
-                path = next(paths)
-                save_png(path, image_HWC, recipe)
-                typer.echo(path)
+        batches = pipe.stream(prompts, seed=seed, count=count, height=height, width=width, truncate=truncate)
+        write_images(batches, paths)
 
 
-def _image_paths(out: Path, prompts: int, count: int, seed: int) -> list[Path]:
-    """One file for one image; otherwise numbered files in a folder."""
-    if out.suffix.lower() == ".png" and not out.is_dir():
-        if prompts * count > 1:
-            raise HipaError(f"{out} is one file, {prompts * count} images were asked for. Give --out a folder.")
-        return [out]
-    if out.is_file() or (out.suffix and not out.is_dir()):
-        raise HipaError(f"{out}: images are written as PNG. Give --out a name that ends in .png, or a folder.")
-    return [out / f"{p:03d}-seed{seed + i}.png" for p in range(prompts) for i in range(count)]
+add_commands(app)
 
 
 @app.command()

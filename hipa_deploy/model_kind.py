@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.tasks import Task
 
 PARTS = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -52,19 +53,34 @@ def check_pipeline(folder: Path, index: dict[str, Any]) -> None:
             )
 
 
-def check_unet(folder: Path) -> None:
-    """Raise HipaError if the UNet takes more than noise of the VAE's latents, a timestep and one text context."""
+def latent_channels(folder: Path) -> int:
+    """Channels C of the VAE's latents."""
+    return int(read_config(folder, "vae/config.json").get("latent_channels", 4))
+
+
+def check_unet(folder: Path, task: Task = "generate") -> None:
+    """Raise HipaError if the UNet takes more than noise of the VAE's latents, a timestep and one text context.
+
+    For inpainting it may take a mask and the source's latents as well, in channels of their own.
+    """
     config = read_config(folder, "unet/config.json")
     for key in UNSUPPORTED:
         if config.get(key):
             raise HipaError(f"{folder}: the UNet has {key}={config[key]!r}, which is not supported.")
-    latent = read_config(folder, "vae/config.json").get("latent_channels", 4)
-    for way, key in (("takes", "in_channels"), ("gives", "out_channels")):
-        if config.get(key, 4) != latent:
+    latent = latent_channels(folder)
+    for way, key, inpainting in (("takes", "in_channels", 2 * latent + 1), ("gives", "out_channels", latent)):
+        got = config.get(key, 4)
+        if got == latent or (task == "inpaint" and got == inpainting):
+            continue
+        if got == inpainting:
             raise HipaError(
-                f"{folder}: the UNet {way} {config[key]} channels, expected {latent}, as its VAE gives. "
-                "Use a text-to-image model, not one for inpainting or editing."
+                f"{folder}: the UNet takes {got} channels, expected {latent}: it is made for inpainting. "
+                f"Use it for the task inpaint, or a text-to-image model for {task}."
             )
+        raise HipaError(
+            f"{folder}: the UNet {way} {got} channels, expected {latent}, as its VAE gives. "
+            "Use a text-to-image model, not one for inpainting or editing."
+        )
 
 
 def check_trainable(folder: Path) -> None:

@@ -47,6 +47,18 @@ def unpacked(name: str, config: str | None = None) -> str:
     return str(model_folder(name, config)) if config is not None or Path(name).is_file() else name
 
 
+def resolve_encoder(name: str) -> Path | None:
+    """The AutoencoderTiny folder that ``--encoder name`` means; None for 'full', the model's own VAE.
+
+    'tiny' is TAESD (github.com/madebyollin/taesd); the embedded decoder has no encoder of its own.
+
+    Raises:
+        HipaError: the hub does not provide it.
+
+    """
+    return None if name == "full" else _fetch_taesd() if name == TINY else Path(name)
+
+
 def resolve_decoder(name: str, model: str) -> Path | None:
     """The AutoencoderTiny folder that ``--decoder name`` means for ``model``; None for 'full', the model's own VAE.
 
@@ -62,6 +74,10 @@ def resolve_decoder(name: str, model: str) -> Path | None:
         return Path(name)
     if model_folder(model) == MODEL:
         return DECODER
+    return _fetch_taesd()
+
+
+def _fetch_taesd() -> Path:
     from huggingface_hub import snapshot_download
 
     return _fetch(TAESD, snapshot_download)

@@ -15,13 +15,20 @@ from hipa_deploy.one_step import initial_noise
 from hipa_deploy.parity import MIN_PSNR_DB, compare, problem
 from hipa_deploy.pipeline import OneStepPipeline
 from hipa_deploy.runners import Runner
+from hipa_deploy.source import Source
 
 REFERENCE_TENSORS, REFERENCE_PROMPTS = "reference/tensors.npz", "reference/prompts.json"
 END_TO_END = "end to end"
 
 # The reference tensor that a stage's output is compared with.
 _EXPECTED = {
-    "onestep": {"text_encoder": "context", "unet": "latents", "vae_decoder": "images", "generator": "images"},
+    "onestep": {
+        "text_encoder": "context",
+        "vae_encoder": "source",
+        "unet": "latents",
+        "vae_decoder": "images",
+        "generator": "images",
+    },
     "generic": {"text_encoder": "context", "unet": "output", "vae_decoder": "sample"},
 }
 _NOISE_TOLERANCE = 1e-5  # another libm's logarithm may round another way
@@ -140,7 +147,18 @@ def check_pipeline(pipe: OneStepPipeline) -> SelfCheck:
 
 
 def _generate(pipe: OneStepPipeline, reference: Reference) -> np.ndarray:
-    return pipe(reference.prompt, seed=reference.seeds[0], count=len(reference.seeds)).images_BHWC
+    source = _source(reference, pipe.bundle)
+    return pipe(reference.prompt, source=source, seed=reference.seeds[0], count=len(reference.seeds)).images_BHWC
+
+
+def _source(reference: Reference, bundle: Bundle) -> Source | None:
+    """The reference's source image, which is the same for every seed, as the stages take it."""
+    task = bundle.manifest.task
+    if task == "generate":
+        return None
+    mask_1hw = _tensor(reference, "mask", bundle)[0] if task == "inpaint" else None
+    step = 0 if "step" in reference.tensors else None
+    return Source(task, _tensor(reference, "image", bundle)[0], mask_1hw, step)
 
 
 def _check_noise(bundle: Bundle, reference: Reference) -> None:

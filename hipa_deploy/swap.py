@@ -28,7 +28,10 @@ ADAPTED_STAGES = ("unet", "generator")  # those that hold the UNet
 
 # How a parameter was laid out anew for the graph, and what was folded into it before.
 WeightLayout = Literal["as it is", "transposed", "reshaped"]
-Fold = Literal["timestep", "decoder input", "upsampling 00", "upsampling 01", "upsampling 10", "upsampling 11"]
+Fold = Literal[
+    "timestep", "timesteps", "encoder output", "decoder input",
+    "upsampling 00", "upsampling 01", "upsampling 10", "upsampling 11",
+]  # fmt: skip
 
 
 class _Model(BaseModel):

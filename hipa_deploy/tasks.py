@@ -30,6 +30,11 @@ STEP_INPUTS: dict[Task, tuple[str, ...]] = {
 }
 
 
+def unet_inputs(task: Task, strengths: int = 1) -> tuple[str, ...]:
+    """Names of a UNet stage's inputs, in order. 'step' says which it is of several ``strengths`` of an edit."""
+    return (*STEP_INPUTS[task], *(("step",) if strengths > 1 else ()), "context")
+
+
 def start_latents(task: Task, given: Mapping[str, Any], alpha_bar: Any, *, concatenates: bool = False) -> Any:
     """Where the step starts, [B, C, h, w], from the ``STEP_INPUTS`` of ``task``: 'noise', 'source' and 'mask'.
 

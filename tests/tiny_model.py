@@ -23,16 +23,19 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
 
 
-def make_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """A StableDiffusionPipeline folder as Stability and Runway shipped theirs: PNDM, SD betas, safetensors."""
+def make_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0, in_channels: int = 4) -> Path:
+    """A StableDiffusionPipeline folder as Stability and Runway shipped theirs: PNDM, SD betas, safetensors.
+
+    ``in_channels`` 9: a UNet made for inpainting.
+    """
     torch.manual_seed(seed)
     text = CLIPTextConfig(
         vocab_size=514, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         bos_token_id=512, eos_token_id=513, pad_token_id=513,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=16, attention_head_dim=2,
-        norm_num_groups=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        sample_size=8, in_channels=in_channels, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
+        cross_attention_dim=16, attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     vae = AutoencoderKL(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +27,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def make_adaptor(model_dir: Path, out: Path, *, preset: str = "full", rank: int = 4, alpha: float = 8.0) -> Path:
-    """An adaptor whose B matrices are not zero: merging it changes the UNet."""
+def make_adaptor(
+    model_dir: Path, out: Path, *, preset: str = "full", rank: int = 4, alpha: float = 8.0, **task: Any
+) -> Path:
+    """An adaptor whose B matrices are not zero: merging it changes the UNet. ``task``: what its metadata says of it."""
     unet = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet")
     add_adaptor(unet, targets=PRESETS[preset], rank=rank, alpha=alpha, seed=0)
     for index, weight in enumerate(adaptor_parameters(unet).values()):
@@ -39,12 +42,13 @@ def make_adaptor(model_dir: Path, out: Path, *, preset: str = "full", rank: int 
         rank=rank,
         alpha=alpha,
         targets=PRESETS[preset],
-        timestep=999,
+        timestep=task.pop("timestep", 999),
         prediction_type="epsilon",
         alpha_bar=0.0046601,
         resolution=(32, 32),
         steps_trained=1,
         recipe={},
+        **task,
     )
     return save_adaptor(unet, metadata, SD_SCHEDULE, out)
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.fold import fold_decoder_input, fold_timestep
+from hipa_deploy.export.fold import fold_decoder_input, fold_encoder_output, fold_timestep
 
 
 @pytest.mark.parametrize("timestep", [999, 499, 0])
@@ -17,6 +17,27 @@ def test_folded_equals_general(model_dir: Path, timestep: int) -> None:
     assert fold_timestep(unet, timestep) == 8
     torch.testing.assert_close(unet(noise, timestep, context).sample, expected, atol=1e-5, rtol=1e-5)
     assert not [name for name, _ in unet.named_parameters() if "time" in name]
+
+
+@torch.no_grad()
+def test_several_timesteps_are_rows_of_a_table(model_dir: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet").eval()
+    noise, context, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 16), (999, 499, 0)
+    expected = [unet(noise, timestep, context).sample for timestep in timesteps]
+    assert fold_timestep(unet, *timesteps) == 8
+    for index, value in enumerate(expected):
+        torch.testing.assert_close(unet(noise, torch.tensor([index]), context).sample, value, atol=1e-5, rtol=1e-5)
+    assert not [name for name, _ in unet.named_parameters() if "time_embedding" in name]
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+@torch.no_grad()
+def test_encoder_output_folds(model_dir: Path, mixes: bool) -> None:
+    vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae", use_quant_conv=mixes).eval()
+    image = torch.randn(2, 3, 32, 32)
+    expected = vae.encode(image).latent_dist.mean * vae.config.scaling_factor
+    fold_encoder_output(vae)
+    torch.testing.assert_close(vae.encoder(image), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

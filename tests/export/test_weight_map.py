@@ -34,7 +34,9 @@ TINY_DECODER = (("latents", "float32", (1, 4, 4, 4)), ("images", "uint8", (1, 16
 
 
 @torch.no_grad()
-def merged_model(model_dir: Path, adaptor_dir: Path | None) -> dict[str, np.ndarray]:
+def merged_model(
+    model_dir: Path, adaptor_dir: Path | None, timesteps: tuple[int, ...] = (TIMESTEP,)
+) -> dict[str, np.ndarray]:
     """Parameters and buffers of the three parts by place, the adaptor merged, the one-step folds applied. float32."""
     unet = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet")
     if adaptor_dir:
@@ -47,17 +49,21 @@ def merged_model(model_dir: Path, adaptor_dir: Path | None) -> dict[str, np.ndar
         for part, module in parts.items()
         for name, value in (*module.named_parameters(), *module.named_buffers())
     }
-    time = unet.time_proj(torch.tensor([TIMESTEP]))
+    time = unet.time_proj(torch.tensor(timesteps))
     hidden = silu(linear(time, unet.time_embedding.linear_1.weight, unet.time_embedding.linear_1.bias))
     embedding = linear(hidden, unet.time_embedding.linear_2.weight, unet.time_embedding.linear_2.bias)
     for name in [name for name in values if name.endswith("time_emb_proj.weight")]:
         block = name.removesuffix(".time_emb_proj.weight")
-        shift = linear(silu(embedding), values[name], values[f"{block}.time_emb_proj.bias"])[0]
-        values[f"{block}.conv1.bias"] += shift
+        shift = linear(silu(embedding), values[name], values[f"{block}.time_emb_proj.bias"])
+        values[f"{block}.conv1.bias"] = values[f"{block}.conv1.bias"] + (shift if len(timesteps) > 1 else shift[0])
     mix, scale = values["vae.post_quant_conv.weight"][:, :, 0, 0], vae.config.scaling_factor
     kernel = torch.einsum("omhw,mi->oihw", values["vae.decoder.conv_in.weight"], mix) / scale
     offset = scale * torch.linalg.solve(mix, values["vae.post_quant_conv.bias"])
     values |= {"vae.decoder.conv_in.weight": kernel, "vae.post_quant_conv.bias": offset.view(1, -1, 1, 1)}
+    mean, last = values["vae.quant_conv.weight"][:4, :, 0, 0], values["vae.encoder.conv_out.weight"]
+    bias = mean @ values["vae.encoder.conv_out.bias"] + values["vae.quant_conv.bias"][:4]
+    values["vae.encoder.conv_out.weight"] = scale * torch.einsum("om,mihw->oihw", mean, last)
+    values["vae.encoder.conv_out.bias"] = scale * bias
     return {name: value.numpy() for name, value in values.items()}
 
 
@@ -122,6 +128,22 @@ def test_every_parameter_of_the_model_is_in_the_graph_once(
     assert {place for place, _ in places if place.startswith(part)} == wanted
     assert set(places.values()) == {1}
     assert {sum(p == place for p, _ in places) for place in wanted} <= {1, 4}  # four kernels after an upsampling
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_an_edit_of_several_strengths(model_dir: Path, tmp_path: Path, dtype: str) -> None:
+    """Its biases are tables, which an adaptor changes; its encoder ends with the folded mean."""
+    strengths = (1.0, 0.5)
+    options = ExportOptions(model=str(model_dir), out=tmp_path / "b", dtype=dtype, task="edit", strengths=strengths)
+    bundle, expected = export_bundle(options), merged_model(model_dir, None, (999, 499))
+    for stage in bundle.stages:
+        check_values(bundle, stage, expected)
+    tables = {n: e for n, e in map_of(bundle, "unet").weights.items() if e.fold == "timesteps"}
+    assert len(tables) == 8
+    assert all(entry.adaptable and entry.places[0].endswith(".conv1.bias") for entry in tables.values())
+    folded_last = {p for e in map_of(bundle, "vae_encoder").weights.values() if e.fold for p in e.places}
+    assert folded_last == {"vae.encoder.conv_out.weight", "vae.encoder.conv_out.bias"}
+    check_network(bundle, expected)
 
 
 def test_folded_biases_are_marked_as_such(fp32_bundle: Bundle) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.model_kind import UNSUPPORTED, check_trainable
+from hipa_deploy.model_kind import UNSUPPORTED, check_trainable, check_unet
 from hipa_deploy.sd_configs import write_config
 
 
@@ -44,6 +44,15 @@ def test_wrong_kinds_are_refused_with_the_reason(
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
     with pytest.raises(HipaError, match=message):
         check_trainable(folder)
+
+
+def test_a_unet_for_inpainting_is_for_that_task_alone(sd15: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sd15, tmp_path / "copy"))
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"in_channels": 9}))
+    check_unet(folder, "inpaint")
+    with pytest.raises(HipaError, match=r"expected 4: it is made for inpainting\. Use it for the task inpaint"):
+        check_unet(folder, "edit")
 
 
 def test_files_that_are_missing_or_damaged(sd15: Path, tmp_path: Path) -> None:
