@@ -83,10 +83,10 @@ def check_unet(folder: Path, task: Task = "generate") -> None:
         )
 
 
-def check_trainable(folder: Path) -> None:
+def check_trainable(folder: Path, task: Task = "generate") -> None:
     """Raise HipaError, with the reason, unless the folder holds a model whose one step can be trained and exported."""
     check_pipeline(folder, read_config(folder, "model_index.json"))
-    check_unet(folder)
+    check_unet(folder, task)
     kind = read_config(folder, "scheduler/scheduler_config.json").get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         raise HipaError(f"{folder} predicts {kind!r}. Expected one of: {', '.join(PREDICTION_TYPES)}.")

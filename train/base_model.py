@@ -15,6 +15,7 @@ from torch import Tensor
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.model_kind import check_trainable
 from hipa_deploy.one_step import initial_noise
+from hipa_deploy.tasks import Task
 
 SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
                  "rescale_betas_zero_snr")  # fmt: skip
@@ -29,14 +30,16 @@ class DiffusionModel:
     device: torch.device
 
     @classmethod
-    def load(cls, folder: Path, device: str | torch.device | None = None) -> DiffusionModel:
+    def load(cls, folder: Path, device: str | torch.device | None = None, task: Task = "generate") -> DiffusionModel:
         """Load in float32 whatever the stored precision, frozen; ``device`` defaults to the GPU if there is one.
+
+        A UNet that was made for inpainting is for that ``task`` alone.
 
         Raises:
             HipaError: not a Stable Diffusion folder, a model that one step cannot drive, or weights not finite.
 
         """
-        check_trainable(folder)
+        check_trainable(folder, task)
         diffusers_logging.disable_progress_bar()
         parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         try:

@@ -19,7 +19,8 @@ from rich.console import Console
 from torch import Tensor
 
 from hipa_deploy.compositing import hide_hole, latent_mask
-from hipa_deploy.images import enlarge
+from hipa_deploy.errors import HipaError
+from hipa_deploy.source import enlarge
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.base_model import DiffusionModel, to_float
 from hipa_deploy.train.masks import random_mask
@@ -80,6 +81,8 @@ def task_examples(
                    console=console, processes=processes)  # fmt: skip
     decode = in_precision(model.decode, recipe.mixed_precision, model.device)
     if not folder or task == "generate":
+        if model.concatenates:
+            raise HipaError(f"{model.folder} fills holes only and makes no images to learn from. Set source.images.")
         pairs = make()
         originals = teacher_originals(model, pairs, len(prompts), decode, console)
     if task == "generate":
@@ -216,7 +219,7 @@ def upscale_examples(
         images = originals.images(image_of(rows)).numpy()
         blurs = [BLURS[row % len(BLURS)] for row in rows.tolist()]
         small = [reduced(image, recipe.source.factor, blur) for image, blur in zip(images, blurs, strict=True)]
-        return torch.from_numpy(np.stack([enlarge(image, recipe.source.factor) for image in small]))
+        return torch.from_numpy(np.stack([enlarge(image, *model.resolution) for image in small]))
 
     source = _encoded(model, enlarged, count, console)
     return Examples(

@@ -55,7 +55,7 @@ def train_adaptor(
     refuse_to_overwrite(out)
 
     # The frozen base model, and what it says about the one step.
-    model = DiffusionModel.load(model_dir, processes.device)
+    model = DiffusionModel.load(model_dir, processes.device, recipe.task)
     unet, decode = (in_precision(part, recipe.mixed_precision, model.device) for part in (model.unet, model.decode))
     prompts = read_prompts(recipe, model_dir)
     metadata = _metadata(recipe, model, prompts)

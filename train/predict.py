@@ -97,7 +97,7 @@ def plan_training(recipe: Recipe, model_dir: Path) -> TrainingPlan:
         HipaError: a model that cannot be trained, with the reason.
 
     """
-    check_trainable(model_dir)
+    check_trainable(model_dir, recipe.task)
     with torch.device("meta"):
         trainer = Trainer(unloaded_model(model_dir), recipe)
     model = trainer.model

@@ -12,7 +12,7 @@ from torch import Tensor
 from hipa_deploy.adaptor import read_metadata
 from hipa_deploy.compositing import composite, hide_hole, latent_mask
 from hipa_deploy.errors import HipaError
-from hipa_deploy.images import enlarge
+from hipa_deploy.source import enlarge
 from hipa_deploy.tasks import STEP_INPUTS, Task, strength_timestep
 from hipa_deploy.train.adaptor import attach_adaptor
 from hipa_deploy.train.base_model import DiffusionModel, to_float, to_uint8
@@ -45,7 +45,7 @@ def one_step_task_images(
         HipaError: an adaptor of another task, or without this strength.
 
     """
-    model = DiffusionModel.load(model_dir, device)
+    model = DiffusionModel.load(model_dir, device, task)
     if adaptor_dir is not None:
         metadata = read_metadata(adaptor_dir, model_dir)
         if metadata.task != task or (task == "edit" and strength not in metadata.strengths):
@@ -82,7 +82,8 @@ def _sources(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """What the VAE's encoder sees, and the masks of inpainting."""
     if task == "upscale":
-        return np.stack([enlarge(image, factor) for image in images_NHWC]), None
+        height, width = (factor * side for side in images_NHWC.shape[1:3])
+        return np.stack([enlarge(image, height, width) for image in images_NHWC]), None
     if task != "inpaint":
         return images_NHWC, None
     if masks_NHW is None:

@@ -17,6 +17,7 @@ from hipa_deploy.train.examples import Examples, related_prompts, task_examples
 from hipa_deploy.train.loop import train_adaptor
 from hipa_deploy.train.pairs import teacher_latents
 from hipa_deploy.train.recipe import Recipe, SourceSettings, read_prompts
+from tests.tiny_model import make_model
 
 QUIET = Console(quiet=True)
 
@@ -151,3 +152,14 @@ def test_mistakes(recipe: Recipe, source: dict[str, Any], message: str) -> None:
 
 def test_strengths_descend() -> None:
     assert SourceSettings(strengths=(0.25, 0.75)).strengths == (0.75, 0.25)
+
+
+def test_a_nine_channel_model_learns_from_real_images(
+    recipe: Recipe, images: Path, cache: Path, tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "nine", in_channels=9)
+    chosen = of_task(recipe, "inpaint", images=str(images))
+    path = train_adaptor(chosen, folder, tmp_path / "adaptor", cache=cache, device="cpu", console=QUIET)
+    assert read_metadata(path).task == "inpaint"
+    with pytest.raises(HipaError, match=r"makes no images to learn from\. Set source\.images"):
+        train_adaptor(of_task(recipe, "inpaint"), folder, tmp_path / "b", cache=cache, device="cpu", console=QUIET)
