@@ -519,9 +519,15 @@ def _self_test(subject: str | None, out: Path | None, as_json: bool) -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Continue from the shipped adaptor, few steps.")] = False,
+    task: Annotated[Task, typer.Option(help="generate trains; the others take their shipped adaptor.")] = Task.generate,
 ) -> None:
     """Run the whole chain on the embedded model: train, merge, export, compile, generate, profile."""
     require("train", "export")
+    if task is not Task.generate:
+        from hipa_deploy.demo_tasks import run_task_demo
+
+        run_task_demo(task.value, out, console=console)
+        return
     from hipa_deploy.demo import run_demo
 
     run_demo(out, quick=quick, console=console)

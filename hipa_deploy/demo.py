@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -44,18 +45,18 @@ def run_demo(out: Path, *, quick: bool, console: Console) -> None:
     require("train", "export")
     started = time.perf_counter()
     recipe = _recipe(quick)
-    _open_folder(out, recipe)
+    open_folder(out, {"model": unet_sha256(embedded.MODEL), "recipe": recipe.model_dump(mode="json")})
     adaptor = _train(out, recipe, quick, console)
-    bundle = _export(out, adaptor, console)
-    built = _build(bundle, console)
+    bundle = export(out, adaptor, console)
+    built = build(bundle, console)
     quality = _compare(out, recipe, console)
-    latency = _profile(out, console)
-    _tell(out, built, quality, latency, time.perf_counter() - started, console)
+    latency = profile(out, console)
+    columns = ("teacher 25 steps", "base 1 step", "HiPA 1 step through the bundle")
+    tell(out, columns, built, [quality, latency], f"{_trained()}, ", time.perf_counter() - started, console)
 
 
-def _open_folder(out: Path, recipe: Recipe) -> None:
-    """Begin a demo's folder, or go on with one of the same model and recipe."""
-    identity = {"model": unet_sha256(embedded.MODEL), "recipe": recipe.model_dump(mode="json")}
+def open_folder(out: Path, identity: dict[str, Any]) -> None:
+    """Begin a demo's folder, or go on with one of the same identity: a model and what is done with it."""
     content, marker = json.dumps(identity, sort_keys=True).encode(), out / MARKER
     if marker.exists():
         if marker.read_bytes() != content:
@@ -85,7 +86,8 @@ def _train(out: Path, recipe: Recipe, quick: bool, console: Console) -> Path:
     return adaptor
 
 
-def _export(out: Path, adaptor: Path, console: Console) -> Bundle:
+def export(out: Path, adaptor: Path, console: Console) -> Bundle:
+    """The bundle of the embedded model with ``adaptor``, made now unless it is there."""
     from hipa_deploy.bundle import Bundle
     from hipa_deploy.export.bundle import ExportOptions, export_bundle
 
@@ -95,7 +97,8 @@ def _export(out: Path, adaptor: Path, console: Console) -> Bundle:
     return Bundle.open(out / "bundle")
 
 
-def _build(bundle: Bundle, console: Console) -> list[Path]:
+def build(bundle: Bundle, console: Console) -> list[Path]:
+    """TensorRT-RTX engines of ``bundle``, where that is installed."""
     from hipa_deploy.engines.build import build_bundle
 
     if importlib.util.find_spec("tensorrt_rtx") is None:
@@ -117,7 +120,7 @@ def _compare(out: Path, recipe: Recipe, console: Console) -> str:
     base = one_step_images(embedded.MODEL, None, texts, seeds)
     with OneStepPipeline.load(out / "bundle", backend="onnxruntime") as pipe:
         ours = np.concatenate([pipe(t, seed=s).images_BHWC for t, s in zip(texts, seeds, strict=True)])
-    _write_sheet(out / SHEET, [truth, base, ours], texts)
+    write_sheet(out / SHEET, {"teacher, 25 steps": truth, "base, 1 step": base, "HiPA, 1 step (bundle)": ours}, texts)
     report = quality_report(teacher, truth, again, {"base": base, "hipa": ours})
     write_file(out / "quality.json", (report.model_dump_json(indent=2) + "\n").encode())
     kids = {name: row.kid_lite0 for name, row in report.rows.items()}
@@ -128,15 +131,16 @@ def _compare(out: Path, recipe: Recipe, console: Console) -> str:
     )
 
 
-def _write_sheet(path: Path, columns: list[np.ndarray], texts: list[str]) -> None:
+def write_sheet(path: Path, columns: dict[str, np.ndarray], texts: list[str]) -> None:
+    """Some rows of the columns, uint8 [N, H, W, 3] each, twice as large."""
     step = max(1, len(texts) // SHEET_ROWS)  # spread over the prompts: neighbours are alike
     rows = slice(0, step * SHEET_ROWS, step)
-    sheet = grid([np.repeat(np.repeat(c[rows], 2, axis=1), 2, axis=2) for c in columns])
-    columns_are = ["teacher, 25 steps", "base, 1 step", "HiPA, 1 step (bundle)"]
-    write_file(path, png_bytes(sheet, {"columns": columns_are, "rows": texts[rows]}))
+    sheet = grid([np.repeat(np.repeat(c[rows], 2, axis=1), 2, axis=2) for c in columns.values()])
+    write_file(path, png_bytes(sheet, {"columns": list(columns), "rows": texts[rows]}))
 
 
-def _profile(out: Path, console: Console) -> str:
+def profile(out: Path, console: Console) -> str:
+    """latency.json of the bundle on this CPU; the line to print."""
     from hipa_deploy.engines.latency_table import render_table
     from hipa_deploy.engines.profile import profile_pipeline
 
@@ -148,20 +152,31 @@ def _profile(out: Path, console: Console) -> str:
     return f"latency.json: {report.end_to_end.runs} runs, ONNX Runtime, this CPU"
 
 
-def _tell(out: Path, built: list[Path], quality: str, latency: str, seconds: float, console: Console) -> None:
+def _trained() -> str:
     import torch
 
+    return f"training (PyTorch, {'CUDA' if torch.cuda.is_available() else 'CPU'})"
+
+
+def tell(
+    out: Path,
+    columns: Sequence[str],
+    built: list[Path],
+    found: list[str],
+    trained: str,
+    seconds: float,
+    console: Console,
+) -> None:
+    """What is where, what was measured, and what ran on this machine."""
     console.rule("done")
-    device = "CUDA" if torch.cuda.is_available() else "CPU"
     engines = "no engine compiled: TensorRT-RTX is not installed (pip install 'hipa-deploy[rtx]')"
     if built:
         engines = f"{len(built)} TensorRT-RTX engines compiled; none was run: that needs an RTX GPU"
     lines = [
-        f"contact sheet: {out / SHEET} (teacher 25 steps | base 1 step | HiPA 1 step through the bundle)",
-        quality,
-        latency,
+        f"contact sheet: {out / SHEET} ({' | '.join(columns)})",
+        *found,
         f"engines: {engines}",
-        f"run on this machine: training (PyTorch, {device}), export, ONNX Runtime (CPU); {seconds / 60:.1f} minutes",
+        f"run on this machine: {trained}export, ONNX Runtime (CPU); {seconds / 60:.1f} minutes",
     ]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

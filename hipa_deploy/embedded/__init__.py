@@ -1,7 +1,8 @@
-"""What the package carries: the miniature base model, its HiPA adaptor, and a ready one-step bundle.
+"""What the package carries: the miniature base model, its HiPA adaptors, and a ready one-step bundle.
 
-``model/`` is a StableDiffusionPipeline folder, ``adaptor/`` loads with ``load_lora_weights``, ``decoder/`` is an
-AutoencoderTiny folder for the same latents, ``bundle/`` opens with ``OneStepPipeline.load``.
+``model/`` is a StableDiffusionPipeline folder, ``adaptor/`` loads with ``load_lora_weights``, as ``adaptor-edit/``,
+``adaptor-inpaint/`` and ``adaptor-upscale/`` do; ``decoder/`` is an AutoencoderTiny folder for the same latents,
+``bundle/`` opens with ``OneStepPipeline.load``.
 """
 
 from __future__ import annotations
@@ -15,18 +16,16 @@ DECODER = ROOT / "decoder"
 BUNDLE = ROOT / "bundle"
 
 NAME = "emoji"
+ADAPTORS = {NAME: ADAPTOR, **{f"{NAME}-{task}": ROOT / f"adaptor-{task}" for task in ("edit", "inpaint", "upscale")}}
 
 
 def resolve_adaptor(name: str) -> Path:
-    """'emoji' is the embedded adaptor, unless a folder of that name is here; anything else is a folder."""
-    return _resolve(name, ADAPTOR)
+    """'emoji' and 'emoji-TASK' are embedded, unless a folder of that name is here; anything else is a folder."""
+    path = Path(name)
+    return ADAPTORS[name] if name in ADAPTORS and not path.exists() else path
 
 
 def resolve_bundle(name: str | Path) -> Path:
     """'emoji' is the embedded bundle, unless a folder of that name is here; anything else is a folder."""
-    return _resolve(name, BUNDLE)
-
-
-def _resolve(name: str | Path, embedded: Path) -> Path:
     path = Path(name)
-    return embedded if str(name) == NAME and not path.exists() else path
+    return BUNDLE if str(name) == NAME and not path.exists() else path
