@@ -114,11 +114,14 @@ def one_step_model(model: DiffusionModel, timestep: int, adaptor: Path | None) -
     Of the base model at ``timestep``, or with ``adaptor`` added to it in place, at the timestep it was trained for.
 
     Raises:
-        HipaError: the adaptor is damaged, or was trained on another base model.
+        HipaError: the adaptor is damaged, for another task, or was trained on another base model.
 
     """
     if adaptor is not None:
-        timestep = read_metadata(adaptor, model.folder).timestep
+        metadata = read_metadata(adaptor, model.folder)
+        if metadata.task != "generate":
+            raise HipaError(f"adaptor {adaptor} is for the task {metadata.task}. Expected one for text to image.")
+        timestep = metadata.timestep
         attach_adaptor(model.unet, adaptor)
     return partial(
         one_step_latents,

@@ -83,6 +83,11 @@ def test_an_adaptor_changes_the_image_and_knows_its_task(
         one_step_task_images(model_dir, edit_adaptor, "upscale", images, PROMPTS, SEEDS)
 
 
+def test_an_adaptor_for_edits_does_not_generate(edit_adaptor: Path, model_dir: Path) -> None:
+    with pytest.raises(HipaError, match=r"is for the task edit\. Expected one for text to image"):
+        one_step_images(model_dir, edit_adaptor, PROMPTS, SEEDS)
+
+
 def test_inpainting_without_masks(model_dir: Path, images: np.ndarray) -> None:
     with pytest.raises(HipaError, match="needs a mask for each image"):
         one_step_task_images(model_dir, None, "inpaint", images, PROMPTS, SEEDS)
