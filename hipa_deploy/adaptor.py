@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import folder_sha256
@@ -22,13 +22,16 @@ METADATA = "hipa_adaptor.json"
 class AdaptorMetadata(BaseModel):
     """``hipa_adaptor.json``: what an adaptor was made from and how, enough to refuse it for anything else.
 
-    ``strengths`` are an edit's, descending; ``timestep`` is that of the largest. ``upscale`` is how many times larger
-    the images of the task upscale become; for other tasks it means nothing.
+    ``strengths``, of an adaptor for editing, descend; ``timestep`` is that of the first. ``upscale`` is how many times
+    an adaptor for super-resolution enlarges.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
+    task: Task = "generate"
+    strengths: tuple[float, ...] = ()
+    upscale: int = 1
     base_unet_sha256: str
     prompts_sha256: str
     rank: int
@@ -40,9 +43,6 @@ class AdaptorMetadata(BaseModel):
     resolution: tuple[int, int]
     steps_trained: int
     recipe: dict[str, Any]
-    task: Task = "generate"
-    strengths: tuple[float, ...] = ()
-    upscale: int = Field(default=4, ge=2, le=8)
 
 
 def unet_sha256(model_folder: Path) -> str:

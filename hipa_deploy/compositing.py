@@ -39,8 +39,8 @@ def latent_mask(mask_HW: np.ndarray, factor: int) -> np.ndarray:
     height, width = mask_HW.shape
     if height % factor or width % factor:
         raise HipaError(f"mask is {height}x{width} pixels. Expected multiples of {factor}; fit it to the size first.")
-    cells_hfwf = (mask_HW > 0).reshape(height // factor, factor, width // factor, factor)
-    return cells_hfwf.any(axis=(1, 3)).astype(np.float32)[None]
+    cells_1hfwf = (mask_HW > 0).reshape(1, height // factor, factor, width // factor, factor)
+    return np.asarray(cells_1hfwf.any(axis=(2, 4)), np.float32)
 
 
 def hide_hole(image_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:

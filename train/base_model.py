@@ -65,7 +65,7 @@ class DiffusionModel:
         """Latent shape at the model's native resolution."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
+        return self.vae.config.latent_channels, height, width
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -83,6 +83,11 @@ class DiffusionModel:
     def prediction_type(self) -> str:
         """What the UNet predicts: epsilon, v_prediction or sample."""
         return self.schedule.get("prediction_type", "epsilon")
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """``alpha_bar`` of every timestep, float32 [T], on the model's device."""
+        return DDIMScheduler(**self.schedule).alphas_cumprod.to(self.device)
 
     def alpha_bar(self, timestep: int) -> float:
         """Cumulative signal power at ``timestep``: 0.0046601 at 999 for Stable Diffusion's schedule."""
@@ -106,6 +111,17 @@ class DiffusionModel:
         tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         mask = tokens.attention_mask.to(self.device) if getattr(encoder.config, "use_attention_mask", None) else None
         return encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+
+    @torch.no_grad()
+    def encode(self, image_BCHW: Tensor) -> Tensor:
+        """Image [B, 3, H, W] in [0, 1] -> scaled latents float32 [B, C, h, w], the mean of the VAE's posterior."""
+        posterior = self.vae.encode(image_BCHW.to(self.device) * 2 - 1).latent_dist
+        return posterior.mean.float() * self.vae.config.scaling_factor
+
+    @property
+    def concatenates(self) -> bool:
+        """Whether the UNet was made for inpainting: noise, mask and source are channels beside each other."""
+        return bool(self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1)
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Scaled latents -> float32 image [B, 3, H, W], [0, 1] where valid, not clamped: differentiable everywhere."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hipa_deploy.adaptor import AdaptorMetadata, read_metadata, unet_sha256
 from hipa_deploy.files import refuse_to_overwrite
+from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.adaptor import (
     PRESETS,
     adaptor_parameters,
@@ -20,9 +21,9 @@ from hipa_deploy.train.adaptor import (
     without_adaptor,
 )
 from hipa_deploy.train.base_model import DiffusionModel, to_uint8
+from hipa_deploy.train.examples import task_examples
 from hipa_deploy.train.loss import Terms, hipa_loss
-from hipa_deploy.train.one_step import one_step_latents
-from hipa_deploy.train.pairs import lookup, prompt_contexts, teacher_pairs
+from hipa_deploy.train.one_step import task_latents
 from hipa_deploy.train.precision import in_precision
 from hipa_deploy.train.processes import Processes
 from hipa_deploy.train.recipe import Recipe, read_prompts
@@ -58,7 +59,6 @@ def train_adaptor(
     unet, decode = (in_precision(part, recipe.mixed_precision, model.device) for part in (model.unet, model.decode))
     prompts = read_prompts(recipe, model_dir)
     metadata = _metadata(recipe, model, prompts)
-    step_constants = {k: getattr(metadata, k) for k in ("timestep", "alpha_bar", "prediction_type")}
 
     # Adaptor, loss, optimiser; the run folder puts them back to where a stopped run was. All of it comes before the
     # teacher pairs, so that whatever does not fit shows before anything expensive starts.
@@ -77,51 +77,47 @@ def train_adaptor(
     run = Run(out.with_name(out.name + ".run"), weights, optimizer, identity, recipe, processes, kept=kept)
     run.resume()
 
-    # Teacher pairs: the same noise leads to the student's image and to the teacher's.
-    context = prompt_contexts(model, prompts, console)
+    # What to learn from: for text to image the same noise leads to the student's image and to the teacher's.
     with without_adaptor(model.unet):
-        pairs = teacher_pairs(
-            model,
-            prompts,
-            recipe.teacher,
-            seed=recipe.seed,
-            context=context,
-            cache=cache,
-            console=console,
-            processes=processes,
-        )
-
-    def teacher_latents(rows: Tensor | list[int]) -> Tensor:
-        return pairs.latents_NCHW[rows].float().to(model.device)
+        examples = task_examples(model, recipe, prompts, cache=cache, console=console, processes=processes)
+    alpha_bar_T = model.alphas_cumprod
 
     def student_latents(rows: Tensor) -> Tensor:
-        noise_BCHW = model.noise(pairs.seed_N[rows].tolist())
-        return one_step_latents(unet, noise_BCHW, context(pairs.prompt_N[rows]), **step_constants)
+        timestep_B = examples.timestep(rows)
+        return task_latents(
+            unet,
+            recipe.task,
+            examples.given(rows),
+            examples.context(rows),
+            timestep_B=timestep_B,
+            alpha_bar=alpha_bar_T[timestep_B].view(-1, 1, 1, 1),
+            prediction_type=model.prediction_type,
+            concatenates=model.concatenates,
+        )
 
-    @torch.no_grad()
-    def teacher_images(rows: list[int]) -> Tensor:
-        return decode(teacher_latents(rows)).clamp(0, 1)
+    def student_images(rows: Tensor) -> Tensor:
+        return examples.whole(decode(student_latents(rows)), rows)
 
-    # What training compares with, and the two columns of the sample grid that stay.
-    targets = lookup("teacher images", teacher_images, len(pairs), console)
-    shown = torch.arange(min(recipe.samples, len(pairs)))
+    # The columns of the sample grid that stay: source, if there is one; target; the base model.
+    shown = torch.arange(min(recipe.samples, examples.count))
     with torch.no_grad(), without_adaptor(model.unet):
-        columns = [to_uint8(targets(shown)), to_uint8(decode(student_latents(shown)))]
+        columns = [examples.source(shown)] if examples.source else []
+        columns += [to_uint8(examples.images(shown)), to_uint8(student_images(shown))]
 
     def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:
-        # One UNet call at the last timestep, x0 in float32, decoded unless in the warm-up.
-        latents, target_latents = student_latents(rows), teacher_latents(rows)
+        # One UNet call, x0 in float32, decoded unless in the warm-up.
+        latents, target_latents = student_latents(rows), examples.latents(rows)
         if step < recipe.loss.latent_warmup_steps:
             return loss.latent_only(latents, target_latents)
         if not loss.decodes:
             return loss.of_latents(latents, target_latents)
-        return loss(decode(latents), targets(rows), latents, target_latents)
+        return loss(examples.whole(decode(latents), rows), examples.images(rows), latents, target_latents)
 
     @torch.no_grad()
     def samples() -> list[Tensor]:
-        return [*columns, to_uint8(decode(student_latents(shown)))]
+        return [*columns, to_uint8(student_images(shown))]
 
-    run_steps(run, len(pairs), loss_at, samples, console)
+    run_steps(run, examples.count, loss_at, samples, console)
     with processes.together(), run.average.applied():
         if processes.is_main:
             save_adaptor(model.unet, metadata, model.schedule, out)
@@ -129,16 +125,20 @@ def train_adaptor(
 
 
 def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> AdaptorMetadata:
-    settings = recipe.adaptor
+    settings, edit = recipe.adaptor, recipe.task == "edit"
+    timestep = strength_timestep(recipe.source.strengths[0]) if edit else recipe.timestep
     return AdaptorMetadata(
+        task=recipe.task,
+        strengths=recipe.source.strengths if edit else (),
+        upscale=recipe.source.factor if recipe.task == "upscale" else 1,
         base_unet_sha256=unet_sha256(model.folder),
         prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         rank=settings.rank,
         alpha=settings.alpha or settings.rank,
         targets=PRESETS[settings.preset],
-        timestep=recipe.timestep,
+        timestep=timestep,
         prediction_type=model.prediction_type,
-        alpha_bar=model.alpha_bar(recipe.timestep),
+        alpha_bar=model.alpha_bar(timestep),
         resolution=model.resolution,
         steps_trained=recipe.steps,
         recipe=recipe.model_dump() | {"prompts": Path(recipe.prompts).name},

@@ -25,6 +25,7 @@ from torch import Tensor
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import user_cache, write_file
 from hipa_deploy.hashing import folder_sha256
+from hipa_deploy.tasks import start_latents
 from hipa_deploy.train.base_model import DiffusionModel
 from hipa_deploy.train.precision import in_precision
 from hipa_deploy.train.processes import Processes
@@ -34,6 +35,20 @@ from hipa_deploy.train.recipe import TeacherSettings
 TABLE_BYTES = 2 << 30
 CHUNK = 16
 Rows = Callable[[Tensor], Tensor]  # row indices int64 [B] -> rows [B, ...]
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What a teacher's edits start from: images and their latents, timestep and prompt to follow of each, int64 [N].
+
+    ``key`` says what they depend on, how many there are left out, and so what the cache of the edits depends on.
+    """
+
+    images: Rows
+    source: Rows
+    prompt_N: Tensor
+    timestep_N: Tensor
+    key: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,10 +65,16 @@ class Pairs:
 
 @torch.no_grad()
 def teacher_latents(
-    model: DiffusionModel, noise_BCHW: Tensor, context_BLD: Tensor, empty_1LD: Tensor, teacher: TeacherSettings
+    model: DiffusionModel,
+    noise_BCHW: Tensor,
+    context_BLD: Tensor,
+    empty_1LD: Tensor,
+    teacher: TeacherSettings,
+    first: int | None = None,
 ) -> Tensor:
     """Integrate the probability-flow ODE from the noise at the last timestep: float32 latents [B, C, H, W].
 
+    From noised latents at timestep ``first``, which must be one of the sampler's, it is what an edit is.
     Classifier-free guidance (Ho & Salimans 2022): empty and given prompt go through the UNet as one batch.
     """
     unet = in_precision(model.unet, teacher.mixed_precision, model.device)
@@ -63,7 +84,7 @@ def teacher_latents(
     if guided:
         context_BLD = torch.cat([empty_1LD.expand_as(context_BLD), context_BLD])
     x_BCHW = noise_BCHW
-    for timestep in scheduler.timesteps:
+    for timestep in scheduler.timesteps[scheduler.timesteps <= (first if first is not None else np.inf)]:
         inputs = torch.cat([x_BCHW, x_BCHW]) if guided else x_BCHW
         output = unet(inputs, timestep, context_BLD, return_dict=False)[0].float()
         if guided:
@@ -71,6 +92,26 @@ def teacher_latents(
             output = empty + teacher.guidance * (given - empty)
         x_BCHW = scheduler.step(output, timestep, x_BCHW).prev_sample
     return x_BCHW
+
+
+def edited_latents(
+    model: DiffusionModel,
+    edits: Edits,
+    rows: Tensor,
+    noise_BCHW: Tensor,
+    context_BLD: Tensor,
+    empty_1LD: Tensor,
+    teacher: TeacherSettings,
+) -> Tensor:
+    """The teacher's own edits of pairs ``rows``, int64 [B]: it finishes what is noised to each one's timestep."""
+    source_BCHW, timestep_B = edits.source(rows), edits.timestep_N[rows]
+    latents_BCHW = torch.empty_like(noise_BCHW)
+    for timestep in timestep_B.unique().tolist():
+        chosen = timestep_B == timestep
+        given = {"noise": noise_BCHW[chosen], "source": source_BCHW[chosen]}
+        start = start_latents("edit", given, model.alpha_bar(timestep))
+        latents_BCHW[chosen] = teacher_latents(model, start, context_BLD[chosen], empty_1LD, teacher, timestep)
+    return latents_BCHW
 
 
 def teacher_scheduler(schedule: dict[str, Any], sampler: str) -> DDIMScheduler | DPMSolverMultistepScheduler:
@@ -90,8 +131,11 @@ def teacher_pairs(
     cache: Path | None = None,
     console: Console | None = None,
     processes: Processes | None = None,
+    edits: Edits | None = None,
 ) -> Pairs:
     """``teacher.pairs`` pairs, every prompt equally often; shards already in ``cache`` are read, others made.
+
+    With ``edits`` they are edits of those sources, and as many.
 
     ``context`` is what ``prompt_contexts`` returned, if the caller has it already. Each of ``processes`` makes its
     share of the shards, then all read all of them: on several machines the cache must be on a disk that they share.
@@ -101,20 +145,22 @@ def teacher_pairs(
 
     """
     processes = processes or Processes()
-    folder = cache_folder(model, prompts, teacher, seed, cache or user_cache())
-    prompt_N = prompt_order(len(prompts), teacher.pairs, seed)
+    folder = cache_folder(model, prompts, teacher, seed, cache or user_cache(), edits)
+    prompt_N = prompt_order(len(prompts), teacher.pairs, seed) if edits is None else edits.prompt_N
     context = context or prompt_contexts(model, prompts, console)
-    empty_1LD = model.context([""])
-    ranges = [(n, min(n + teacher.batch, teacher.pairs)) for n in range(0, teacher.pairs, teacher.batch)]
+    empty_1LD, count = model.context([""]), len(prompt_N)
+    ranges = [(n, min(n + teacher.batch, count)) for n in range(0, count, teacher.batch)]
 
     def make(start: int, stop: int) -> dict[str, Tensor]:
-        index_B, seed_B = prompt_N[start:stop], torch.arange(start, stop) + ((seed + 1) << 32)
-        latents = teacher_latents(model, model.noise(seed_B.tolist()), context(index_B), empty_1LD, teacher)
+        rows, index_B = torch.arange(start, stop), prompt_N[start:stop]
+        seed_B = rows + ((seed + 1) << 32)
+        inputs = model.noise(seed_B.tolist()), context(index_B), empty_1LD, teacher
+        latents = teacher_latents(model, *inputs) if edits is None else edited_latents(model, edits, rows, *inputs)
         return {"latents": latents.to(getattr(torch, teacher.dtype)).cpu(), "prompt": index_B, "seed": seed_B}
 
     shards = {}
     with processes.together(), ProgressBar(console) as progress:
-        task = progress.add_task("teacher pairs", total=teacher.pairs)
+        task = progress.add_task("teacher pairs" if edits is None else "teacher's edits", total=count)
         for start, stop in ranges[processes.index :: processes.count]:
             path = _shard_path(folder, start, stop)
             shards[start] = _read_shard(path) or _write_shard(path, make(start, stop))
@@ -126,7 +172,14 @@ def teacher_pairs(
     return Pairs(*(torch.cat([shards[start][key] for start, _ in ranges]) for key in ("latents", "prompt", "seed")))
 
 
-def cache_folder(model: DiffusionModel, prompts: list[str], teacher: TeacherSettings, seed: int, cache: Path) -> Path:
+def cache_folder(
+    model: DiffusionModel,
+    prompts: list[str],
+    teacher: TeacherSettings,
+    seed: int,
+    cache: Path,
+    edits: Edits | None = None,
+) -> Path:
     """Where these pairs belong; how many there are does not matter, since a pair depends on its number alone."""
     # mixed_precision came later: a cache made before it was in float32 and is still found
     outside = {"pairs"} if teacher.mixed_precision != "no" else {"pairs", "mixed_precision"}
@@ -141,6 +194,8 @@ def cache_folder(model: DiffusionModel, prompts: list[str], teacher: TeacherSett
         "prompts": prompts,
         "seed": seed,
     }
+    if edits is not None:
+        key |= {"edits": edits.key, "vae": folder_sha256(model.folder / "vae")}
     return cache / "pairs" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 

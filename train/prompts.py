@@ -41,6 +41,20 @@ def read_prompt_file(path: Path, column: str | None = None) -> list[str]:
     return prompts
 
 
+def read_cells(path: Path, column: str | None) -> list[str]:
+    """Every cell of a table's ``column`` (by default of 'caption' or 'text'), in order; empty cells are ''.
+
+    Raises:
+        HipaError: the file is missing, damaged, or has no such column.
+
+    """
+    table = _open_table(path)
+    if table is None:
+        raise HipaError(f"captions {path} are no table. Expected .csv, .tsv, .parquet or a folder of datasets.")
+    names, cells_of = table
+    return [_clean(path, cell) for cell in cells_of(_choose(path, names, column))]
+
+
 def _clean(path: Path, cell: object) -> str:
     """One line of text; empty for an empty cell."""
     if cell is None:

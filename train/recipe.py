@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.tasks import Task
 from hipa_deploy.train.frequency import RADIUS
 from hipa_deploy.train.prompts import read_prompt_file
 
@@ -55,6 +57,52 @@ class TeacherSettings(_Settings):
     """Storage type of the cached latents."""
     mixed_precision: MixedPrecision = "no"
     """Of the UNet's arithmetic; the sampler's stays in float32."""
+
+
+class SourceSettings(_Settings):
+    """The images that editing, inpainting and super-resolution start from."""
+
+    images: str | None = None
+    """Folder of images, with captions in metadata.csv (file_name, text): relative to the recipe; the teacher's own
+    images of the prompts when left out."""
+    per_image: int = Field(1, ge=1, le=1000)
+    """Examples made of each image, each with noise, mask, strength or blur of its own."""
+    without_prompt: float = Field(0.1, ge=0, le=1)
+    """Share of the examples of inpainting and super-resolution that have no prompt."""
+    strengths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.8, 0.6, 0.4)
+    """Of editing: how far from the source; each a whole number of the teacher's steps."""
+    same: str | None = None
+    """Of editing: regular expression with a group. Prompts in which the group matches the same text are edits of one
+    another; when left out, any two prompts are."""
+    coverage: tuple[float, float] = (0.1, 0.5)
+    """Of inpainting: least and largest share of the image that a mask covers."""
+    factor: int = Field(4, ge=2, le=16)
+    """Of super-resolution: how many times the image is enlarged."""
+
+    @field_validator("strengths")
+    @classmethod
+    def _descending(cls, strengths: tuple[float, ...]) -> tuple[float, ...]:
+        if not strengths or len(set(strengths)) < len(strengths):
+            raise ValueError("expected at least one strength, each once")
+        return tuple(sorted(strengths, reverse=True))
+
+    @field_validator("same")
+    @classmethod
+    def _has_group(cls, same: str | None) -> str | None:
+        try:
+            groups = re.compile(same or "()").groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"expected a regular expression with one group, got {groups}")
+        return same
+
+    @field_validator("coverage")
+    @classmethod
+    def _ordered(cls, coverage: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < coverage[0] <= coverage[1] < 1:
+            raise ValueError("expected 0 < least <= largest < 1")
+        return coverage
 
 
 class _ImageLossSettings(_Settings):
@@ -182,6 +230,10 @@ class Recipe(_TrainingSettings):
 
     kind: Literal["adaptor"] = "adaptor"
     """What is trained."""
+    task: Task = "generate"
+    """What the one step is for; see hipa_deploy.tasks."""
+    source: SourceSettings = SourceSettings()
+    """What tasks other than generate start from."""
     gradient_checkpointing: bool = False
     """Recompute UNet and decoder activations in the backward pass: less memory, more time."""
     adaptor: AdaptorSettings = AdaptorSettings()
@@ -190,6 +242,16 @@ class Recipe(_TrainingSettings):
     """The teacher and how many of its images to learn."""
     loss: LossSettings = LossSettings()
     """Loss weights."""
+
+    @model_validator(mode="after")
+    def _strengths_are_steps(self) -> Recipe:
+        for strength in self.source.strengths if self.task == "edit" else ():
+            steps = strength * self.teacher.steps
+            if abs(steps - round(steps)) > 1e-6 or 1000 % self.teacher.steps:
+                raise ValueError(
+                    f"strength {strength:g} is no whole number of teacher.steps = {self.teacher.steps} equal steps"
+                )
+        return self
 
 
 class DecoderRecipe(_TrainingSettings):
@@ -232,9 +294,12 @@ def load_any_recipe(source: str | Path, overrides: Mapping[str, Any] | None = No
         raise HipaError(f"recipe {path} cannot be read: {error}") from None
     _override(values, overrides or {})
     prompts = values.get("prompts")
+    base = Path.cwd() if path.parent == SHIPPED else path.parent.absolute()
     if isinstance(prompts, str) and not prompts.startswith(MODEL_PREFIX):
-        base = Path.cwd() if path.parent == SHIPPED else path.parent.absolute()
         values["prompts"] = str(base / prompts)
+    source = values.get("source")
+    if isinstance(source, dict) and isinstance(source.get("images"), str):
+        source["images"] = str(base / source["images"])
     kind = values.get("kind", "adaptor")
     if not isinstance(kind, str) or kind not in KINDS:
         raise HipaError(f"recipe {path}: kind = {kind!r}: expected one of: {', '.join(KINDS)}.")

@@ -26,11 +26,11 @@ from hipa_deploy.example_source import example_image, example_mask
 from hipa_deploy.export.axes import parse_axes
 from hipa_deploy.export.bundle import ExportOptions, export_bundle
 from hipa_deploy.image_input import hide_hole, latent_mask
-from hipa_deploy.images import png_bytes, read_recipe
+from hipa_deploy.images import enlarge, png_bytes, read_recipe
 from hipa_deploy.one_step import initial_noise
 from hipa_deploy.runners import open_runner
 from hipa_deploy.selfcheck import check_bundle
-from hipa_deploy.source import edit_source, enlarge
+from hipa_deploy.source import edit_source
 from tests.host_chain import HostChain
 from tests.tiny_model import make_model
 
@@ -201,7 +201,7 @@ def test_inpainting_keeps_the_sources_latents_and_pixels(inpaint_bundle: Bundle,
 
 def test_an_image_of_one_tile_is_not_cut(upscale_bundle: Bundle, parts: Parts) -> None:
     small_HWC = example_image(8, 8)
-    latents = parts.x0(parts.encode(enlarge(small_HWC, 32, 32)), 999)
+    latents = parts.x0(parts.encode(enlarge(small_HWC, 4)), 999)
     with OneStepPipeline.load(upscale_bundle.root, "onnxruntime") as pipe:
         result = pipe.upscale(small_HWC, PROMPT)
         part = pipe.upscale(small_HWC[:5, :7], PROMPT)
