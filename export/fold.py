@@ -56,12 +56,13 @@ def fold_timestep(unet: UNet2DConditionModel, *timesteps: int) -> int:
 
     """
     probe = torch.zeros(1, dtype=next(unet.parameters()).dtype)
-    embedding_KD = torch.cat([unet.time_embedding(unet.get_time_embed(probe, timestep)) for timestep in timesteps])
+    embeddings_1D = [unet.time_embedding(unet.get_time_embed(probe, timestep)) for timestep in timesteps]
     blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
     for block in blocks:
         if block.time_embedding_norm != "default" or block.time_emb_proj is None:
             raise HipaError(f"time embedding '{block.time_embedding_norm}' cannot be folded. Use --layout generic.")
-        bias_KC = block.conv1.bias + block.time_emb_proj(block.nonlinearity(embedding_KD))
+        shifts_1C = [block.time_emb_proj(block.nonlinearity(embedding_1D)) for embedding_1D in embeddings_1D]
+        bias_KC = block.conv1.bias + torch.cat(shifts_1C)  # one by one: a row is to the bit what it is alone
         if len(timesteps) == 1:
             block.conv1.bias.copy_(bias_KC[0])
             block.time_emb_proj = None
@@ -87,9 +88,12 @@ def fold_encoder_output(vae: AutoencoderKL) -> None:
     mix_CM, offset_C = torch.eye(channels, conv_out.out_channels), torch.zeros(channels)
     if vae.config.use_quant_conv:
         mix_CM, offset_C = vae.quant_conv.weight[:channels, :, 0, 0], vae.quant_conv.bias[:channels]
-    weight = scale * torch.einsum("om,mihw->oihw", mix_CM, conv_out.weight)
-    bias = scale * (mix_CM @ conv_out.bias + offset_C)
-    conv_out.weight, conv_out.bias = (torch.nn.Parameter(value, requires_grad=False) for value in (weight, bias))
+    mix_CM = mix_CM.double()  # rounded once, so that the order of the sums does not show in the weights
+    weight = scale * torch.einsum("om,mihw->oihw", mix_CM, conv_out.weight.double())
+    bias = scale * (mix_CM @ conv_out.bias.double() + offset_C)
+    conv_out.weight, conv_out.bias = (
+        torch.nn.Parameter(value.to(conv_out.weight.dtype), requires_grad=False) for value in (weight, bias)
+    )
     conv_out.out_channels = channels
 
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from hipa_deploy.bundle import Bundle
 from hipa_deploy.image_input import hide_hole, latent_mask
-from hipa_deploy.source import Source, enlarge
+from hipa_deploy.images import enlarge
+from hipa_deploy.source import Source
 from hipa_deploy.tasks import Task
 
 _RED, _BLUE = (214, 48, 49), (9, 60, 132)
@@ -32,7 +33,7 @@ def example_inputs(
     """
     image_HWC = example_image(height, width, number)
     if task == "upscale":
-        return {"image": enlarge(image_HWC[::upscale, ::upscale], height, width)}
+        return {"image": enlarge(image_HWC[::upscale, ::upscale], upscale)[:height, :width]}
     if task == "edit":
         return {"image": image_HWC}
     mask_HW = example_mask(height, width)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from hipa_deploy.bundle import Bundle, latent_shape
 from hipa_deploy.errors import HipaError
@@ -27,6 +26,7 @@ from hipa_deploy.image_input import (
     read_mask,
     tiles,
 )
+from hipa_deploy.images import enlarge
 from hipa_deploy.tasks import Task
 
 MAX_UPSCALED_PIXELS = 16384 * 16384
@@ -93,8 +93,8 @@ def _strength_number(bundle: Bundle, strength: float | None) -> int:
         return 0
     if not 0 < strength <= 1:
         raise HipaError(f"strength {strength} is out of range. Expected 0 < strength <= 1.")
-    for number, have in enumerate(known):
-        if math.isclose(strength, have, rel_tol=1e-6):
+    for number, entry in enumerate(known):
+        if math.isclose(strength, entry, rel_tol=1e-6):
             return number
     have = ", ".join(map(str, known))
     raise HipaError(f"strength {strength} is not one of this bundle's: {have}. Export it with --strengths for others.")
@@ -167,17 +167,13 @@ def upscaling(bundle: Bundle, image: ImageSource, *, overlap: int | None = None)
     if height * width > MAX_UPSCALED_PIXELS:
         raise HipaError(f"{width}x{height} pixels are too many. Expected at most {MAX_UPSCALED_PIXELS} in the result.")
     margins = [max(0, tile - size) for tile, size in ((step.height, height), (step.width, width))]
-    padded_HWC = np.pad(enlarge(small_HWC, height, width), ((0, margins[0]), (0, margins[1]), (0, 0)), mode="edge")
+    padded_HWC = np.pad(enlarge(small_HWC, factor), ((0, margins[0]), (0, margins[1]), (0, 0)), mode="edge")
     least = min(step.height, step.width) // OVERLAP if overlap is None else overlap
-    offsets = tiles(*padded_HWC.shape[:2], step.height, step.width, least)
+    rows, columns = padded_HWC.shape[:2]
+    offsets = tiles(rows, columns, step.height, step.width, least)
     cut = [padded_HWC[top : top + step.height, left : left + step.width] for top, left in offsets]
     facts = {**_facts("upscale", small_HWC), "upscale": factor, "overlap": least}
     return Upscaling(tuple(Source("upscale", tile) for tile in cut), tuple(offsets), height, width, facts)
-
-
-def enlarge(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The image at ``height`` x ``width`` pixels, bicubic: what super-resolution starts from."""
-    return np.asarray(Image.fromarray(image_HWC).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def batch_inputs(sources: Sequence[Source]) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -96,7 +97,7 @@ def cost_table(plan: TrainingPlan) -> Table:
     def add(name: str, rows: int, cost: Cost, times: int) -> None:
         table.add_row(name, str(rows), f"{cost.flops / 1e12:.3g}", f"{cost.peak_bytes / GIB:.2f}", f"{times:,}")
 
-    add("teacher pairs", teacher.batch, plan.pairs, -(-teacher.pairs // teacher.batch))
+    add("teacher pairs", teacher.batch, plan.pairs, math.ceil(plan.sampler_batches))
     add("step, latents alone", recipe.batch, plan.warm_up, warm_up)
     add("step, decoded", recipe.batch, plan.step, recipe.steps - warm_up)
     if plan.target:
@@ -128,7 +129,7 @@ def measured_table(plan: TrainingPlan, seconds: Mapping[str, float]) -> Table:
     recipe, teacher = plan.recipe, plan.recipe.teacher
     warm_up = min(recipe.loss.latent_warmup_steps, recipe.steps)
     times = {
-        "teacher call": teacher.steps * teacher.pairs / teacher.batch,
+        "teacher call": teacher.steps * plan.sampler_batches,
         "warm-up step": warm_up,
         "step": recipe.steps - warm_up,
     }

@@ -24,11 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from hipa_deploy.model_kind import check_trainable, read_config
+from hipa_deploy.tasks import STEP_INPUTS
 from hipa_deploy.train.adaptor import PRESETS, adaptor_parameters, add_adaptor, without_adaptor
 from hipa_deploy.train.base_model import DiffusionModel
 from hipa_deploy.train.lite0 import Lite0
 from hipa_deploy.train.loss import HipaLoss
-from hipa_deploy.train.one_step import one_step_latents
+from hipa_deploy.train.one_step import task_latents
 from hipa_deploy.train.pairs import TABLE_BYTES
 from hipa_deploy.train.perceptual import DistsLike
 from hipa_deploy.train.recipe import Recipe
@@ -77,9 +78,21 @@ class TrainingPlan:
         return max(cost.peak_bytes for cost in (self.pairs, self.warm_up, self.step, self.target) if cost)
 
     @property
+    def sampler_batches(self) -> float:
+        """How often the teacher's sampler runs through a batch; an edit takes its strength's share of a run.
+
+        Where editing starts from a folder of images it is taken to hold ``teacher.pairs``.
+        """
+        recipe, source = self.recipe, self.recipe.source
+        runs = 0.0 if source.images and recipe.task != "generate" else 1.0
+        if recipe.task == "edit":
+            runs += source.per_image * sum(source.strengths) / len(source.strengths)
+        return runs * recipe.teacher.pairs / recipe.teacher.batch
+
+    @property
     def pairs_flops(self) -> float:
         """Of all teacher pairs."""
-        return self.pairs.flops * self.recipe.teacher.pairs / self.recipe.teacher.batch
+        return self.pairs.flops * self.sampler_batches
 
     @property
     def training_flops(self) -> float:
@@ -105,7 +118,7 @@ def plan_training(recipe: Recipe, model_dir: Path) -> TrainingPlan:
     counts = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
     trainable = sum(weight.numel() for weight in trainer.weights.values())
     height, width = model.resolution
-    images_bytes = 4 * 3 * height * width * recipe.teacher.pairs
+    images_bytes = 3 * height * width * recipe.teacher.pairs
     with FakeTensorMode():
         _replace_tensors(*parts.values(), trainer.loss)
         trainer.weights = adaptor_parameters(model.unet)
@@ -177,7 +190,12 @@ class Trainer:
 
     @torch.no_grad()
     def teacher_call(self) -> None:
-        """One UNet call of the sampler for one batch of pairs: with guidance, empty and given prompt together."""
+        """One UNet call of the sampler for one batch of pairs: with guidance, empty and given prompt together.
+
+        None of a UNet that was made for inpainting: it makes no pairs.
+        """
+        if self.model.concatenates:
+            return
         rows = self.recipe.teacher.batch * (2 if self.recipe.teacher.guidance != 1 else 1)
         with without_adaptor(self.model.unet):
             self.model.unet(self._latents(rows), self.recipe.timestep, self._context(rows), return_dict=False)
@@ -217,14 +235,19 @@ class Trainer:
         return torch.randn(rows, config.max_position_embeddings, config.hidden_size)
 
     def _student(self) -> Tensor:
-        rows = self.recipe.batch
-        return one_step_latents(
+        rows, task = self.recipe.batch, self.recipe.task
+        given = {name: self._latents(rows) for name in STEP_INPUTS[task]}
+        if "mask" in given:
+            given["mask"] = given["mask"][:, :1]
+        return task_latents(
             self.model.unet,
-            self._latents(rows),
+            task,
+            given,
             self._context(rows),
-            timestep=self.recipe.timestep,
+            timestep_B=torch.full((rows,), self.recipe.timestep),
             alpha_bar=self.alpha_bar,
             prediction_type=self.model.prediction_type,
+            concatenates=self.model.concatenates,
         )
 
 

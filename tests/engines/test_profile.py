@@ -38,13 +38,14 @@ class StubPipeline:
         manifest = SimpleNamespace(
             batch=batch, precision="fp16", one_step=SimpleNamespace(height=8, width=16), producer="tests",
             layout="onestep", base_model=ModelInfo(name="tiny", sha256="0" * 64), adaptor=None, decoder=None,
-            files=files or {},
+            files=files or {}, task="generate",
         )  # fmt: skip
         self.bundle = SimpleNamespace(manifest=manifest, stages={}, path=lambda name: root / name)
         self.runners: dict[str, SimpleNamespace] = {}
         self.prompts: list[str] = []
 
-    def __call__(self, prompt, *, seed, count, timer):
+    def __call__(self, prompt, *, source, seed, count, timer):
+        assert source is None
         assert count == self.bundle.manifest.batch
         if prompt not in self.prompts:
             with timer("text_encoder"):

@@ -25,6 +25,10 @@ def test_several_timesteps_are_rows_of_a_table(model_dir: Path) -> None:
     noise, context, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 16), (999, 499, 0)
     expected = [unet(noise, timestep, context).sample for timestep in timesteps]
     assert fold_timestep(unet, *timesteps) == 8
+    alone = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet")
+    fold_timestep(alone, timesteps[1])
+    row, bias = unet.mid_block.resnets[0].time_emb_proj.bias_KC[1], alone.mid_block.resnets[0].conv1.bias
+    assert torch.equal(row, bias)
     for index, value in enumerate(expected):
         torch.testing.assert_close(unet(noise, torch.tensor([index]), context).sample, value, atol=1e-5, rtol=1e-5)
     assert not [name for name, _ in unet.named_parameters() if "time_embedding" in name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,19 +12,26 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
+from rich.console import Console
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle import Bundle
+from hipa_deploy.cli import main
+from hipa_deploy.engines.profile import profile_pipeline
+from hipa_deploy.engines.refit import _check_output
+from hipa_deploy.engines.runtime import sequence_spec
 from hipa_deploy.errors import HipaError
 from hipa_deploy.example_source import example_image, example_mask
 from hipa_deploy.export.axes import parse_axes
 from hipa_deploy.export.bundle import ExportOptions, export_bundle
 from hipa_deploy.image_input import hide_hole, latent_mask
+from hipa_deploy.images import enlarge, png_bytes, read_recipe
 from hipa_deploy.one_step import initial_noise
 from hipa_deploy.runners import open_runner
 from hipa_deploy.selfcheck import check_bundle
-from hipa_deploy.source import enlarge
+from hipa_deploy.source import edit_source
+from tests.host_chain import HostChain
 from tests.tiny_model import make_model
 
 PROMPT, SEED = "a green pear", 5
@@ -193,7 +201,7 @@ def test_inpainting_keeps_the_sources_latents_and_pixels(inpaint_bundle: Bundle,
 
 def test_an_image_of_one_tile_is_not_cut(upscale_bundle: Bundle, parts: Parts) -> None:
     small_HWC = example_image(8, 8)
-    latents = parts.x0(parts.encode(enlarge(small_HWC, 32, 32)), 999)
+    latents = parts.x0(parts.encode(enlarge(small_HWC, 4)), 999)
     with OneStepPipeline.load(upscale_bundle.root, "onnxruntime") as pipe:
         result = pipe.upscale(small_HWC, PROMPT)
         part = pipe.upscale(small_HWC[:5, :7], PROMPT)
@@ -316,3 +324,77 @@ def test_options_that_contradict_leave_nothing(model_dir: Path, tmp_path: Path, 
     with pytest.raises(HipaError, match=message):
         export_bundle(replace(ExportOptions(model=str(model_dir), out=tmp_path / "out"), **changes))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_chain_starts_at_the_image_and_leaves_out_what_is_known(edit_bundle: Bundle) -> None:
+    """The chain that TensorRT runs, on ONNX Runtime: the same stages, composed by the names of their tensors."""
+    with OneStepPipeline.load(edit_bundle.root, "onnxruntime") as pipe:
+        chain = HostChain(pipe.runners)
+        chained = OneStepPipeline(edit_bundle, "tensorrt", pipe.runners, chain)
+        expected = pipe.edit(IMAGE_HWC, PROMPT, strength=0.5, seed=SEED).images_BHWC
+        for _ in range(2):
+            made = chained.edit(IMAGE_HWC, PROMPT, strength=0.5, seed=SEED).images_BHWC
+            np.testing.assert_array_equal(made, expected)
+        source = edit_source(edit_bundle, 255 - IMAGE_HWC, height=None, width=None)
+        on_device = chained.generate_on_device(PROMPT, source=source, seed=SEED)
+        np.testing.assert_array_equal(on_device, pipe(PROMPT, source=source, seed=SEED).images_BHWC)
+    assert chain.log == [
+        (["image", "noise", "step", "tokens"], ("images", "context", "source")),
+        (["context", "noise", "source", "step"], ("images",)),
+        (["context", "image", "noise", "step"], ("images",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "inputs"),
+    [
+        ("edit", ["tokens", "image", "noise", "step"]),
+        ("inpaint", ["tokens", "image", "noise", "mask"]),
+        ("upscale", ["tokens", "image"]),
+    ],
+)
+def test_what_an_engine_chain_takes(task: str, inputs: list[str], request: pytest.FixtureRequest) -> None:
+    whole = sequence_spec([stage.spec for stage in request.getfixturevalue(f"{task}_bundle").manifest.stages])
+    assert [tensor.name for tensor in whole.inputs] == inputs
+    assert [tensor.name for tensor in whole.outputs] == ["images"]
+
+
+def test_the_reference_of_a_refit(edit_bundle: Bundle) -> None:
+    """What a refitted engine is checked by, here with ONNX Runtime in its place."""
+    with open_runner(edit_bundle, "unet", "onnxruntime") as runner:
+        _check_output(edit_bundle, runner, None)
+
+
+def test_a_profile_times_the_encoder_in_every_run(edit_bundle: Bundle) -> None:
+    with OneStepPipeline.load(edit_bundle.root, "onnxruntime") as pipe:
+        report = profile_pipeline(pipe, runs=3, warmup=0, layers=True, console=Console(file=io.StringIO()))
+    assert list(report.stages) == ["text_encoder", "vae_encoder", "unet", "vae_decoder"]
+    assert {stage.runs for stage in report.stages.values()} == {3}
+    assert report.layers["vae_encoder"]
+
+
+def test_the_commands(
+    edit_bundle: Bundle, inpaint_bundle: Bundle, upscale_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files in, PNG with recipes out; the same bytes as from Python."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(IMAGE_HWC).save("image.tiff")
+    Image.fromarray((MASK_HW * 255).astype(np.uint8)).save("mask.png")
+    backend = ["--backend", "onnxruntime"]
+    run("edit", edit_bundle, "image.tiff", PROMPT, "--strength", "0.5", "--count", "2", "--out", "edited", *backend)
+    run("inpaint", inpaint_bundle, "image.tiff", "mask.png", PROMPT, "--feather", "2", "--out", "in.png", *backend)
+    run("upscale", upscale_bundle, "image.tiff", "--out", "large.png", *backend)
+    assert sorted(path.name for path in Path("edited").iterdir()) == ["000-seed0.png", "000-seed1.png"]
+    with OneStepPipeline.load(edit_bundle.root, "onnxruntime") as pipe:
+        made = pipe.edit(IMAGE_HWC, PROMPT, strength=0.5, seed=1)
+    assert Path("edited/000-seed1.png").read_bytes() == png_bytes(made.images_BHWC[0], made.recipes[0])
+    recipe = read_recipe(Path("in.png"))
+    assert (recipe["task"], recipe["feather"], recipe["source"]) == ("inpaint", 2, made.recipes[0]["source"])
+    assert Image.open("large.png").size == (128, 128)
+    assert read_recipe(Path("large.png"))["upscale"] == 4
+
+
+def run(verb: str, bundle: Bundle, *arguments: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, str(bundle.root), *arguments])
+    assert stopped.value.code == 0

@@ -49,21 +49,22 @@ def merged_model(
         for part, module in parts.items()
         for name, value in (*module.named_parameters(), *module.named_buffers())
     }
-    time = unet.time_proj(torch.tensor(timesteps))
-    hidden = silu(linear(time, unet.time_embedding.linear_1.weight, unet.time_embedding.linear_1.bias))
-    embedding = linear(hidden, unet.time_embedding.linear_2.weight, unet.time_embedding.linear_2.bias)
+    one, two = unet.time_embedding.linear_1, unet.time_embedding.linear_2
+    embeddings = [unet.time_proj(torch.tensor([timestep])) for timestep in timesteps]
+    embeddings = [linear(silu(linear(time, one.weight, one.bias)), two.weight, two.bias) for time in embeddings]
     for name in [name for name in values if name.endswith("time_emb_proj.weight")]:
         block = name.removesuffix(".time_emb_proj.weight")
-        shift = linear(silu(embedding), values[name], values[f"{block}.time_emb_proj.bias"])
+        bias = values[f"{block}.time_emb_proj.bias"]
+        shift = torch.cat([linear(silu(embedding), values[name], bias) for embedding in embeddings])
         values[f"{block}.conv1.bias"] = values[f"{block}.conv1.bias"] + (shift if len(timesteps) > 1 else shift[0])
     mix, scale = values["vae.post_quant_conv.weight"][:, :, 0, 0], vae.config.scaling_factor
     kernel = torch.einsum("omhw,mi->oihw", values["vae.decoder.conv_in.weight"], mix) / scale
     offset = scale * torch.linalg.solve(mix, values["vae.post_quant_conv.bias"])
     values |= {"vae.decoder.conv_in.weight": kernel, "vae.post_quant_conv.bias": offset.view(1, -1, 1, 1)}
-    mean, last = values["vae.quant_conv.weight"][:4, :, 0, 0], values["vae.encoder.conv_out.weight"]
-    bias = mean @ values["vae.encoder.conv_out.bias"] + values["vae.quant_conv.bias"][:4]
-    values["vae.encoder.conv_out.weight"] = scale * torch.einsum("om,mihw->oihw", mean, last)
-    values["vae.encoder.conv_out.bias"] = scale * bias
+    mean, last = values["vae.quant_conv.weight"][:4, :, 0, 0].double(), values["vae.encoder.conv_out.weight"].double()
+    bias = mean @ values["vae.encoder.conv_out.bias"].double() + values["vae.quant_conv.bias"][:4]
+    values["vae.encoder.conv_out.weight"] = (scale * torch.einsum("om,mihw->oihw", mean, last)).float()
+    values["vae.encoder.conv_out.bias"] = (scale * bias).float()
     return {name: value.numpy() for name, value in values.items()}
 
 

@@ -16,6 +16,7 @@ from hipa_deploy import OneStepPipeline
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.errors import HipaError
 from hipa_deploy.images import read_recipe, save_png
+from tests.host_chain import HostChain
 
 APPLE = "3d emoji of a red apple"
 
@@ -86,24 +87,6 @@ def test_stages_are_timed(pipe: OneStepPipeline) -> None:
     for _ in range(2):
         pipe("noto emoji of a pear", timer=lambda stage: nullcontext(seen.append(stage)))
     assert seen == ["text_encoder", "unet", "vae_decoder", "unet", "vae_decoder"]  # the text is cached
-
-
-class HostChain:
-    """A chain of stages as a TensorRT runner is one, but through ONNX Runtime; notes what it was fed and asked."""
-
-    def __init__(self, runners: dict) -> None:
-        self.runners, self.log = runners, []
-
-    def run(self, inputs: dict, outputs: tuple[str, ...]) -> dict:
-        self.log.append((sorted(inputs), outputs))
-        known = dict(inputs)
-        for runner in self.runners.values():
-            if not {t.name for t in runner.spec.outputs} <= known.keys():
-                known |= runner(**{t.name: known[t.name] for t in runner.spec.inputs})
-        return {name: known[name] for name in outputs}
-
-    def run_device(self, **inputs: np.ndarray) -> dict:
-        return self.run(inputs, ("images",))
 
 
 def test_a_chain_gets_noise_and_text_and_gives_images(pipe: OneStepPipeline) -> None:

@@ -11,12 +11,12 @@ from hipa_deploy.bundle import Bundle, Strength
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.example_source import example_image, example_inputs, example_mask, example_source
 from hipa_deploy.image_input import hide_hole
+from hipa_deploy.images import enlarge
 from hipa_deploy.source import (
     EncodedImages,
     Source,
     batch_inputs,
     edit_source,
-    enlarge,
     inpaint_source,
     upscaling,
 )
@@ -58,7 +58,7 @@ def test_tiles_of_an_enlarged_image_are_it(height: int, width: int, count: int) 
     assert len(job.tiles) == count
     assert {tile.image_HWC.shape for tile in job.tiles} == {(64, 64, 3)}
     merged = job.merge(np.stack([tile.image_HWC for tile in job.tiles]))
-    np.testing.assert_array_equal(merged, enlarge(small_HWC, 4 * height, 4 * width))
+    np.testing.assert_array_equal(merged, enlarge(small_HWC, 4))
 
 
 def test_the_border_goes_on_beyond_a_small_image() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hipa_deploy.train.base_model import DiffusionModel
 from hipa_deploy.train.loss import hipa_loss
 from hipa_deploy.train.predict import Cost, Trainer, measure_steps, plan_training, unloaded_model
 from hipa_deploy.train.recipe import Recipe
+from tests.tiny_model import make_model
 
 plan_once = cache(plan_training)
 CHECKPOINTED = {"gradient_checkpointing": True}
@@ -109,3 +111,22 @@ def test_measured_seconds(model_dir: Path, recipe: Recipe) -> None:
     seconds = measure_steps(recipe, model_dir, repeats=1)
     assert seconds.keys() == {"teacher call", "warm-up step", "step"}
     assert all(0 < value < 60 for value in seconds.values())
+
+
+def of_task(recipe: Recipe, task: str, **source: Any) -> Recipe:
+    return Recipe.model_validate(recipe.model_dump() | {"task": task, "source": source})
+
+
+def test_edits_take_a_share_of_the_sampler_and_real_images_none(model_dir: Path, recipe: Recipe) -> None:
+    teacher = recipe.teacher.model_copy(update={"steps": 5})
+    edit = of_task(recipe.model_copy(update={"teacher": teacher}), "edit", strengths=[1, 0.2])
+    batches = recipe.teacher.pairs / recipe.teacher.batch
+    assert plan_training(edit, model_dir).sampler_batches == pytest.approx(1.6 * batches)
+    real = of_task(recipe, "upscale", images="folder")
+    assert plan_training(real, model_dir).sampler_batches == 0
+
+
+def test_a_nine_channel_model_is_planned(recipe: Recipe, tmp_path: Path) -> None:
+    plan = plan_training(of_task(recipe, "inpaint", images="folder"), make_model(tmp_path / "nine", in_channels=9))
+    assert plan.pairs.flops == 0
+    assert plan.step.flops > plan.warm_up.flops > 0
