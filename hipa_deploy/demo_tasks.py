@@ -14,8 +14,8 @@ from hipa_deploy.compositing import hide_hole
 from hipa_deploy.demo import SHEET, SHEET_ROWS, build, export, open_folder, profile, tell, write_sheet
 from hipa_deploy.example_source import example_mask
 from hipa_deploy.extras import require
+from hipa_deploy.images import enlarge
 from hipa_deploy.pipeline import OneStepPipeline
-from hipa_deploy.source import enlarge
 from hipa_deploy.tasks import Task
 
 SEED = 1_000_000  # training has seeds above 2**32: no noise is seen twice
@@ -84,7 +84,7 @@ def _inputs(task: Task, originals_NHWC: np.ndarray, factor: int) -> tuple[np.nda
     height, width = originals_NHWC.shape[1:3]
     if task == "upscale":
         small = np.stack([reduced(image, factor) for image in originals_NHWC])
-        return small, None, np.stack([enlarge(image, height, width) for image in small])
+        return small, None, np.stack([enlarge(image, factor) for image in small])
     if task == "inpaint":
         mask_HW = example_mask(height, width)
         hidden = np.stack([hide_hole(image, mask_HW) for image in originals_NHWC])

@@ -47,6 +47,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise HipaError(f"{path} cannot be read ({error}). Expected a PNG that hipa-generate wrote.") from None
 
 
+def enlarge(image_HWC: np.ndarray, factor: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> [factor H, factor W, 3], bicubic: what super-resolution starts from."""
+    height, width = image_HWC.shape[:2]
+    return np.asarray(Image.fromarray(image_HWC).resize((factor * width, factor * height), Image.Resampling.BICUBIC))
+
+
 def grid(columns: list[np.ndarray], gap: int = 2) -> np.ndarray:
     """Lay out columns of uint8 [N, H, W, 3] side by side on white: uint8 [N * (H + gap), columns * (W + gap), 3]."""
     padded = [np.pad(c, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255) for c in columns]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hipa_deploy.compositing import hide_hole, latent_mask
 from hipa_deploy.errors import HipaError
-from hipa_deploy.source import enlarge
+from hipa_deploy.images import enlarge
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.base_model import DiffusionModel, to_float
 from hipa_deploy.train.masks import random_mask
@@ -213,13 +213,16 @@ def upscale_examples(
     model: DiffusionModel, originals: Originals, recipe: Recipe, context: Rows, console: Console | None
 ) -> Examples:
     """Super-resolution: from the latents of the small image, enlarged, to the image that it was reduced from."""
-    count, image_of = _several(originals, recipe.source)
+    (count, image_of), factor = _several(originals, recipe.source), recipe.source.factor
+    if any(side % factor for side in model.resolution):
+        size = "x".join(map(str, model.resolution))
+        raise HipaError(f"source.factor = {factor} does not divide {size}. Choose one that divides the model's size.")
 
     def enlarged(rows: Tensor) -> Tensor:
         images = originals.images(image_of(rows)).numpy()
         blurs = [BLURS[row % len(BLURS)] for row in rows.tolist()]
-        small = [reduced(image, recipe.source.factor, blur) for image, blur in zip(images, blurs, strict=True)]
-        return torch.from_numpy(np.stack([enlarge(image, *model.resolution) for image in small]))
+        small = [reduced(image, factor, blur) for image, blur in zip(images, blurs, strict=True)]
+        return torch.from_numpy(np.stack([enlarge(image, factor) for image in small]))
 
     source = _encoded(model, enlarged, count, console)
     return Examples(

@@ -12,7 +12,7 @@ from torch import Tensor
 from hipa_deploy.adaptor import read_metadata
 from hipa_deploy.compositing import composite, hide_hole, latent_mask
 from hipa_deploy.errors import HipaError
-from hipa_deploy.source import enlarge
+from hipa_deploy.images import enlarge
 from hipa_deploy.tasks import STEP_INPUTS, Task, strength_timestep
 from hipa_deploy.train.adaptor import attach_adaptor
 from hipa_deploy.train.base_model import DiffusionModel, to_float, to_uint8
@@ -82,8 +82,7 @@ def _sources(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """What the VAE's encoder sees, and the masks of inpainting."""
     if task == "upscale":
-        height, width = (factor * side for side in images_NHWC.shape[1:3])
-        return np.stack([enlarge(image, height, width) for image in images_NHWC]), None
+        return np.stack([enlarge(image, factor) for image in images_NHWC]), None
     if task != "inpaint":
         return images_NHWC, None
     if masks_NHW is None:

@@ -88,6 +88,11 @@ def test_upscaling_starts_from_the_small_image(model: DiffusionModel, recipe: Re
     assert torch.allclose(examples.context(ROWS), model.context([""] * 3), atol=1e-6)
 
 
+def test_a_factor_that_does_not_divide_the_size(model: DiffusionModel, recipe: Recipe, cache: Path) -> None:
+    with pytest.raises(HipaError, match=r"source.factor = 3 does not divide 32x32"):
+        examples_of(model, of_task(recipe, "upscale", factor=3), cache)
+
+
 def test_related_prompts() -> None:
     prompts = ["3d emoji of a cat", "flat emoji of a cat", "3d emoji of a dog", "a tree"]
     related = related_prompts(prompts, r"emoji of (.*)")
