@@ -42,7 +42,7 @@ SURFACE = {
     "profile table": set(),
     "evaluate": {"--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json", "--out"},
     "doctor": {"--backend", "--json", "--self-test", "--out"},
-    "demo": {"--out", "--quick"},
+    "demo": {"--out", "--quick", "--task"},
 }  # fmt: skip
 
 
