@@ -28,7 +28,7 @@ from hipa_deploy.train.originals import Originals, folder_originals, teacher_ori
 from hipa_deploy.train.pairs import Edits, Pairs, Rows, lookup, prompt_contexts, teacher_pairs
 from hipa_deploy.train.precision import in_precision
 from hipa_deploy.train.processes import Processes
-from hipa_deploy.train.recipe import Recipe, SourceSettings
+from hipa_deploy.train.recipe import Recipe, SourceSettings, source_prompts
 
 BLURS = (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS, Image.Resampling.BOX)  # how small images come about
 NOISE_STREAM, CHOICES, WITHOUT_PROMPT, MASKS = 1, 2, 3, 4
@@ -77,19 +77,19 @@ def task_examples(
         originals, prompts = folder_originals(model, Path(folder), prompts if task == "edit" else [], console)
     texts = prompts if task == "generate" else [*prompts, ""]
     context = prompt_contexts(model, texts, console)
-    make = partial(teacher_pairs, model, prompts, recipe.teacher, seed=recipe.seed, context=context, cache=cache,
+    make = partial(teacher_pairs, model, teacher=recipe.teacher, seed=recipe.seed, context=context, cache=cache,
                    console=console, processes=processes)  # fmt: skip
     decode = in_precision(model.decode, recipe.mixed_precision, model.device)
     if not folder or task == "generate":
         if model.concatenates:
             raise HipaError(f"{model.folder} fills holes only and makes no images to learn from. Set source.images.")
-        pairs = make()
+        pairs = make(first) if (first := source_prompts(recipe, model.folder)) else make(prompts)
         originals = teacher_originals(model, pairs, len(prompts), decode, console)
     if task == "generate":
         return generate_examples(model, pairs, originals, context, recipe.timestep)
     if task == "edit":
         edits = choose_edits(model, originals, prompts, recipe, console)
-        edited = make(edits=edits)
+        edited = make(prompts, edits=edits)
         images = teacher_originals(model, edited, len(prompts), decode, console)
         return edit_examples(model, edits, edited, images, context)
     build = inpaint_examples if task == "inpaint" else upscale_examples

@@ -65,6 +65,8 @@ class SourceSettings(_Settings):
     images: str | None = None
     """Folder of images, with captions in metadata.csv (file_name, text): relative to the recipe; the teacher's own
     images of the prompts when left out."""
+    prompts: str | None = None
+    """Of editing: file of the prompts that the teacher's source images are made of, when the edits follow others."""
     per_image: int = Field(1, ge=1, le=1000)
     """Examples made of each image, each with noise, mask, strength or blur of its own."""
     without_prompt: float = Field(0.1, ge=0, le=1)
@@ -293,13 +295,10 @@ def load_any_recipe(source: str | Path, overrides: Mapping[str, Any] | None = No
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise HipaError(f"recipe {path} cannot be read: {error}") from None
     _override(values, overrides or {})
-    prompts = values.get("prompts")
     base = Path.cwd() if path.parent == SHIPPED else path.parent.absolute()
-    if isinstance(prompts, str) and not prompts.startswith(MODEL_PREFIX):
-        values["prompts"] = str(base / prompts)
-    table = values.get("source")
-    if isinstance(table, dict) and isinstance(table.get("images"), str):
-        table["images"] = str(base / table["images"])
+    for table, key in ((values, "prompts"), (values.get("source"), "prompts"), (values.get("source"), "images")):
+        if isinstance(table, dict) and isinstance(name := table.get(key), str) and not name.startswith(MODEL_PREFIX):
+            table[key] = str(base / name)
     kind = values.get("kind", "adaptor")
     if not isinstance(kind, str) or kind not in KINDS:
         raise HipaError(f"recipe {path}: kind = {kind!r}: expected one of: {', '.join(KINDS)}.")
@@ -333,11 +332,23 @@ def recipe_path(source: str | Path) -> Path:
 
 
 def read_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str]:
-    """The distinct prompts of the recipe's file, in file order. Raises what ``read_prompt_file`` does."""
-    name = recipe.prompts
+    """The distinct prompts of the recipe's file, in file order; those of an edit's sources come first.
+
+    Raises what ``read_prompt_file`` does.
+    """
+    prompts = read_prompt_file(_prompts_path(recipe.prompts, model_folder), recipe.prompts_column)
+    return list(dict.fromkeys([*source_prompts(recipe, model_folder), *prompts]))
+
+
+def source_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str]:
+    """The prompts of an edit's sources, when they are others than the edits'; else none."""
+    name = recipe.source.prompts if isinstance(recipe, Recipe) and recipe.task == "edit" else None
+    return read_prompt_file(_prompts_path(name, model_folder), None) if name else []
+
+
+def _prompts_path(name: str, model_folder: Path) -> Path:
     in_model = name.startswith(MODEL_PREFIX)
-    path = model_folder / name.removeprefix(MODEL_PREFIX) if in_model else Path(name)
-    return read_prompt_file(path, recipe.prompts_column)
+    return model_folder / name.removeprefix(MODEL_PREFIX) if in_model else Path(name)
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -61,10 +61,7 @@ def test_report_of_a_base_model_as_its_own_adaptor(
     original = run.one_step_task_images
     monkeypatch.setattr(run, "one_step_task_images", lambda m, adaptor, *a, **k: original(m, None, *a, **k))
     run.main("upscale", tmp_path / "none", tmp_path, model=str(emoji_dir), factor=4, repeats=2)
-    assert (
-        "Of the gap from the base model in one step to the multi-step pipeline, closed: 0.000"
-        in capsys.readouterr().out
-    )
+    assert "Of the gap from the base model in one step to many steps, closed: 0.000" in capsys.readouterr().out
     stored = json.loads((tmp_path / "upscale.json").read_text())
     assert stored["rows"][run.BASE] == stored["rows"][run.ADAPTED]
     assert (tmp_path / "upscale.png").stat().st_size > 0
