@@ -8,8 +8,8 @@ model's held-out prompts: the teacher's own, or with --data (a folder of example
 What no training saw: the prompts, the images, the masks and the noise.
 
 Inpainting and super-resolution are compared with the image that was there. An edit has no truth: KID-Lite0 is to the
-pipeline's edits of the same sources from other noise, the rest to what the teacher makes of the same noise, which is the
-row of many steps and so the floor.
+pipeline's edits of the same sources from other noise, the rest to what the teacher makes of the same noise, which is
+the row of many steps and so the floor.
 """
 
 from __future__ import annotations
