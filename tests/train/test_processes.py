@@ -26,9 +26,9 @@ from tests.tiny_model import PROMPTS
 
 ROOT = Path(__file__).parents[2]
 # Of the adaptor's B matrices, which start at zero: how far two ways to sum a gradient in float32 may lead apart in a
-# few steps of AdamW, which divides small gradients by themselves. Measured: 5e-5; with
-# one row of three left out 0.46.
-TOLERANCE = 2e-3
+# few steps of AdamW, which divides small gradients by themselves. Measured: 5e-5 or 6e-3, as the threads are; with one
+# row of three left out 0.46.
+TOLERANCE = 2e-2
 
 
 def launch(*command: object, cwd: Path) -> subprocess.CompletedProcess:
