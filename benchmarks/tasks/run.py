@@ -9,7 +9,7 @@ What no training saw: the prompts, the images, the masks and the noise.
 
 Inpainting and super-resolution are compared with the image that was there. An edit has no truth: KID-Lite0 is to the
 pipeline's edits of the same sources from other noise, the rest to what the teacher makes of the same noise, which is
-the row of many steps and so the floor.
+the row of many steps and so the floor. The base model takes its step at the adaptor's timestep.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ from rich.console import Console
 
 from benchmarks.tasks import measures
 from benchmarks.tasks.baselines import Settings, edit_img2img, inpaint_pipeline, upscale_bicubic, upscale_img2img
+from hipa_deploy.adaptor import read_metadata
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import write_file
 from hipa_deploy.images import grid, png_bytes
@@ -67,6 +69,7 @@ class Samples:
     masks: np.ndarray | None = None
 
 
+@cache
 def held_out_images(model: Path, data: Path | None) -> dict[str, np.ndarray]:
     """Image of each prompt that the samples need, by prompt: the held-out ones, and all those that edits start from."""
     held_out = held_out_prompts(model)
@@ -139,7 +142,7 @@ def inpaint_rows(model: Path, adaptor: Path, samples: Samples, strength: float) 
     return {
         "truth": samples.truth,
         f"inpaint pipeline, {TEACHER.steps} steps": inpaint_pipeline(model, *given),
-        BASE: one_step("inpaint", model, None, samples),
+        BASE: one_step("inpaint", model, None, samples, timestep=read_metadata(adaptor).timestep),
         ADAPTED: one_step("inpaint", model, adaptor, samples),
     }
 
@@ -152,7 +155,7 @@ def upscale_rows(model: Path, adaptor: Path, samples: Samples, strength: float) 
         "truth": samples.truth,
         f"img2img, {round(TEACHER.steps * UPSCALE_STRENGTH)} steps": upscale_img2img(model, *given),
         "bicubic": upscale_bicubic(model, *given),
-        BASE: one_step("upscale", model, None, samples, factor=factor),
+        BASE: one_step("upscale", model, None, samples, factor=factor, timestep=read_metadata(adaptor).timestep),
         ADAPTED: one_step("upscale", model, adaptor, samples),
     }
 

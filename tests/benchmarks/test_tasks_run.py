@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,6 +60,7 @@ def test_report_of_a_base_model_as_its_own_adaptor(
 ) -> None:
     monkeypatch.setattr(run, "TEACHER", run.TEACHER.model_copy(update={"steps": 5}))
     original = run.one_step_task_images
+    monkeypatch.setattr(run, "read_metadata", lambda adaptor: SimpleNamespace(timestep=999))
     monkeypatch.setattr(run, "one_step_task_images", lambda m, adaptor, *a, **k: original(m, None, *a, **k))
     run.main("upscale", tmp_path / "none", tmp_path, model=str(emoji_dir), factor=4, repeats=2)
     assert "Of the gap from the base model in one step to many steps, closed: 0.000" in capsys.readouterr().out
