@@ -40,9 +40,27 @@ def assemble(run: Path, vae: str) -> StableDiffusionPipeline:
 
 
 def write_prompts(emoji: EmojiSet, out: Path) -> None:
-    """prompts.txt (trained on), prompts_pair.txt and prompts_concept.txt (held out)."""
+    """prompts.txt (trained on), prompts_pair.txt and prompts_concept.txt (held out); prompts_edit.txt: blended styles."""
     for split, name in (("train", "prompts"), ("pair", "prompts_pair"), ("concept", "prompts_concept")):
         (out / f"{name}.txt").write_text("\n".join(dict.fromkeys(emoji.only(split).captions)) + "\n")
+    blended = blended_prompts(list(dict.fromkeys(emoji.only("train").captions)))
+    (out / "prompts_edit.txt").write_text("\n".join(blended) + "\n")
+
+
+def blended_prompts(prompts: list[str]) -> list[str]:
+    """The prompts, then each concept without a style and in every two styles that it is trained on in.
+
+    A style in which the concept is held out is not among them.
+    """
+    styles: dict[str, list[str]] = {}
+    for prompt in prompts:
+        style, concept = prompt.split(" emoji of ", maxsplit=1)
+        styles.setdefault(concept, []).append(style)
+    blended = list(prompts)
+    for concept, known in styles.items():
+        twice = [f"{one} {other} emoji of {concept}" for one in known for other in known if one != other]
+        blended += [f"emoji of {concept}", *twice]
+    return blended
 
 
 def training(run: Path) -> dict[str, dict[str, float]]:
