@@ -40,7 +40,7 @@ def assemble(run: Path, vae: str) -> StableDiffusionPipeline:
 
 
 def write_prompts(emoji: EmojiSet, out: Path) -> None:
-    """prompts.txt (trained on), prompts_pair.txt and prompts_concept.txt (held out); prompts_edit.txt: blended styles."""
+    """prompts.txt (trained on), prompts_pair.txt and prompts_concept.txt (held out), prompts_edit.txt (blends)."""
     for split, name in (("train", "prompts"), ("pair", "prompts_pair"), ("concept", "prompts_concept")):
         (out / f"{name}.txt").write_text("\n".join(dict.fromkeys(emoji.only(split).captions)) + "\n")
     blended = blended_prompts(list(dict.fromkeys(emoji.only("train").captions)))
