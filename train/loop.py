@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -141,5 +142,13 @@ def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> Adap
         alpha_bar=model.alpha_bar(timestep),
         resolution=model.resolution,
         steps_trained=recipe.steps,
-        recipe=recipe.model_dump() | {"prompts": Path(recipe.prompts).name},
+        recipe=_without_folders(recipe),
     )
+
+
+def _without_folders(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as the adaptor keeps it: files by name, not by where they lay."""
+    values: dict[str, Any] = recipe.model_dump()
+    for table, key in ((values, "prompts"), (values["source"], "prompts"), (values["source"], "images")):
+        table[key] = table[key] and Path(table[key]).name
+    return values

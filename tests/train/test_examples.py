@@ -165,6 +165,7 @@ def test_a_nine_channel_model_learns_from_real_images(
     folder = make_model(tmp_path / "nine", in_channels=9)
     chosen = of_task(recipe, "inpaint", images=str(images))
     path = train_adaptor(chosen, folder, tmp_path / "adaptor", cache=cache, device="cpu", console=QUIET)
-    assert read_metadata(path).task == "inpaint"
+    metadata = read_metadata(path)
+    assert (metadata.task, metadata.recipe["source"]["images"]) == ("inpaint", "images")
     with pytest.raises(HipaError, match=r"makes no images to learn from\. Set source\.images"):
         train_adaptor(of_task(recipe, "inpaint"), folder, tmp_path / "b", cache=cache, device="cpu", console=QUIET)
