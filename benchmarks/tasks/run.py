@@ -207,7 +207,9 @@ def gap_closed(numbers: dict[str, list[Numbers]], teacher: str) -> list[float]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and, of several, half the range."""
+    """Mean and, of several, half the range; the truth's own PSNR is infinite."""
+    if not np.isfinite(values).all():
+        return "-"
     half = (max(values) - min(values)) / 2
     return f"{np.mean(values):.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
 

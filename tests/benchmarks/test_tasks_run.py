@@ -20,6 +20,7 @@ def test_gap_closed_and_spread() -> None:
     assert run.gap_closed(numbers, "pipeline, 25 steps") == [0.6, 1.5]
     assert run.spread([1.0, 3.0]) == "2.000 ± 1.000"
     assert run.spread([1.0]) == "1.000"
+    assert run.spread([float("inf")]) == "-"
 
 
 @pytest.fixture
