@@ -45,6 +45,8 @@ def run_task_demo(task: Task, out: Path, *, console: Console) -> None:
 def _compare(task: Task, out: Path, adaptor: Path, console: Console) -> list[str]:
     """The contact sheet; what its columns are."""
     from hipa_deploy.train.evaluate import teacher_images
+    from hipa_deploy.train.examples import edit_starts
+    from hipa_deploy.train.prompts import read_prompt_file
     from hipa_deploy.train.recipe import load_recipe
     from hipa_deploy.train.report import held_out_prompts
     from hipa_deploy.train.task_evaluate import one_step_task_images
@@ -53,7 +55,8 @@ def _compare(task: Task, out: Path, adaptor: Path, console: Console) -> list[str
     recipe, prompts = load_recipe(f"{embedded.NAME}-{task}"), held_out_prompts(embedded.MODEL)
     prompts = prompts[:: max(1, len(prompts) // SHEET_ROWS)][:SHEET_ROWS]
     seeds = [SEED + n for n in range(len(prompts))]
-    starts = _starts(prompts, recipe.source.same) if task == "edit" else prompts
+    training = read_prompt_file(embedded.MODEL / "prompts.txt")
+    starts = edit_starts(prompts, training, recipe.source.same) if task == "edit" else prompts
     with console.status(f"teacher, {recipe.teacher.steps} steps, {len(starts)} images"):
         originals = teacher_images(embedded.MODEL, starts, seeds, recipe.teacher)
     given, masks, shown = _inputs(task, originals, recipe.source.factor)
@@ -65,16 +68,6 @@ def _compare(task: Task, out: Path, adaptor: Path, console: Console) -> list[str
     columns = {"source": shown, "base, 1 step": base, "adapted, 1 step (bundle)": ours}
     write_sheet(out / SHEET, columns if task == "edit" else {**columns, "original": originals}, prompts)
     return list(columns)
-
-
-def _starts(prompts: list[str], same: str | None) -> list[str]:
-    """For each held-out prompt a training prompt of the same thing, or itself if there is none."""
-    from hipa_deploy.train.examples import related_prompts
-
-    training = (embedded.MODEL / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    related = related_prompts([*training, *prompts], same)
-    found = (min(related(len(training) + n)) for n in range(len(prompts)))
-    return [[*training, *prompts][index] for index in found]
 
 
 def _inputs(task: Task, originals_NHWC: np.ndarray, factor: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:

@@ -29,7 +29,7 @@ from hipa_deploy.train.adaptor import one_step_model
 from hipa_deploy.train.base_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.evaluate import CHUNK, paired_distance
 from hipa_deploy.train.loss import Terms, hipa_loss
-from hipa_deploy.train.pairs import Rows, lookup, prompt_order
+from hipa_deploy.train.pairs import Rows, lookup, prompt_order, stream_noise
 from hipa_deploy.train.precision import in_precision
 from hipa_deploy.train.processes import Processes
 from hipa_deploy.train.recipe import DecoderRecipe, DecoderSettings, read_prompts
@@ -163,11 +163,6 @@ def perturbed(model: DiffusionModel, latents: Rows, recipe: DecoderRecipe) -> Ro
         return latents(rows) + deviation_N[rows].view(-1, 1, 1, 1).to(model.device) * noise_BCHW
 
     return rows_with_noise
-
-
-def stream_noise(model: DiffusionModel, rows: Tensor, seed: int, stream: int) -> Tensor:
-    """Standard normal float32 [B, C, h, w], one draw for each (seed, stream, row)."""
-    return model.noise((rows + ((seed + 1) << 32) + (stream << 28)).tolist())
 
 
 def decode_once(model: DiffusionModel, latents: Rows, count: int, console: Console) -> Examples:

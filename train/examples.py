@@ -25,7 +25,7 @@ from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.base_model import DiffusionModel, to_float
 from hipa_deploy.train.masks import random_mask
 from hipa_deploy.train.originals import Originals, folder_originals, teacher_originals
-from hipa_deploy.train.pairs import Edits, Pairs, Rows, lookup, prompt_contexts, teacher_pairs
+from hipa_deploy.train.pairs import Edits, Pairs, Rows, lookup, prompt_contexts, stream_noise, teacher_pairs
 from hipa_deploy.train.precision import in_precision
 from hipa_deploy.train.processes import Processes
 from hipa_deploy.train.recipe import Recipe, SourceSettings, source_prompts
@@ -165,6 +165,13 @@ def related_prompts(prompts: list[str], same: str | None) -> Callable[[int], lis
     return lambda index: groups[group_of[index]]
 
 
+def edit_starts(prompts: list[str], training: list[str], same: str | None) -> list[str]:
+    """For each prompt the first training prompt that it is an edit of, or itself if there is none."""
+    related = related_prompts([*training, *prompts], same)
+    firsts = [min(related(len(training) + n)) for n in range(len(prompts))]
+    return [training[first] if first < len(training) else own for first, own in zip(firsts, prompts, strict=True)]
+
+
 def inpaint_examples(
     model: DiffusionModel, originals: Originals, recipe: Recipe, context: Rows, console: Console | None
 ) -> Examples:
@@ -191,7 +198,7 @@ def inpaint_examples(
 
     def given(rows: Tensor) -> dict[str, Tensor]:
         cells = torch.from_numpy(np.stack([latent_mask(mask(row), factor) for row in rows.tolist()])).to(model.device)
-        return {"noise": _noise(model, rows, recipe.seed), "source": source(rows), "mask": cells}
+        return {"noise": stream_noise(model, rows, recipe.seed, NOISE_STREAM), "source": source(rows), "mask": cells}
 
     def whole(image: Tensor, rows: Tensor) -> Tensor:
         mask_B1HW = masks(rows)
@@ -245,10 +252,6 @@ def reduced(image_HWC: np.ndarray, factor: int, blur: Image.Resampling = Image.R
 def _several(originals: Originals, settings: SourceSettings) -> tuple[int, Rows]:
     """How many examples there are of all images, and the image of each."""
     return len(originals) * settings.per_image, lambda rows: rows // settings.per_image
-
-
-def _noise(model: DiffusionModel, rows: Tensor, seed: int) -> Tensor:
-    return model.noise((rows + ((seed + 1) << 32) + (NOISE_STREAM << 28)).tolist())
 
 
 def _context(originals: Originals, image_of: Rows, recipe: Recipe, context: Rows) -> Rows:

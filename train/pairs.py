@@ -199,6 +199,11 @@ def cache_folder(
     return cache / "pairs" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
+def stream_noise(model: DiffusionModel, rows: Tensor, seed: int, stream: int) -> Tensor:
+    """Standard normal float32 [B, C, h, w], one draw for each (seed, stream, row)."""
+    return model.noise((rows + ((seed + 1) << 32) + (stream << 28)).tolist())
+
+
 def prompt_order(prompts: int, pairs: int, seed: int) -> Tensor:
     """Prompt of each pair, int64 [pairs]: one shuffled pass over the prompts after another."""
     passes = [np.random.default_rng((seed, n)).permutation(prompts) for n in range(-(-pairs // prompts))]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,9 +38,10 @@ from hipa_deploy.models import model_folder
 from hipa_deploy.tasks import Task, strength_timestep
 from hipa_deploy.train.base_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.evaluate import teacher_images
-from hipa_deploy.train.examples import reduced
+from hipa_deploy.train.examples import edit_starts, reduced
 from hipa_deploy.train.masks import random_mask
 from hipa_deploy.train.pairs import Edits, edited_latents
+from hipa_deploy.train.prompts import read_prompt_file
 from hipa_deploy.train.recipe import TeacherSettings
 from hipa_deploy.train.report import held_out_prompts
 from hipa_deploy.train.task_evaluate import one_step_task_images
@@ -84,10 +84,9 @@ def held_out_images(model: Path, data: Path | None) -> dict[str, np.ndarray]:
 
 def edit_pairs(model: Path) -> list[tuple[str, str]]:
     """(held-out prompt, training prompt of the same thing to start from)."""
-    training = (model / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    by_thing = {match[1]: prompt for prompt in reversed(training) if (match := re.search(SAME, prompt))}
-    found = [(prompt, re.search(SAME, prompt)) for prompt in held_out_prompts(model)]
-    return [(prompt, by_thing[match[1]]) for prompt, match in found if match and match[1] in by_thing]
+    prompts = held_out_prompts(model)
+    starts = edit_starts(prompts, read_prompt_file(model / "prompts.txt"), SAME)
+    return [(prompt, start) for prompt, start in zip(prompts, starts, strict=True) if start != prompt]
 
 
 def make_samples(task: Task, model: Path, data: Path | None, repeat: int, factor: int) -> Samples:

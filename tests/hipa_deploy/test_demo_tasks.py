@@ -45,10 +45,3 @@ def test_a_demo_of_another_task_is_not_mixed(tmp_path: Path, console: Console) -
     demo.open_folder(out, {"model": "m", "task": "edit"})
     with pytest.raises(HipaError, match="with other options"):
         demo_tasks.run_task_demo("inpaint", out, console=console)
-
-
-def test_edits_start_from_the_same_thing() -> None:
-    starts = demo_tasks._starts(
-        ["twemoji emoji of a grinning face", "noto emoji of an unknown thing"], r"emoji of (.*)"
-    )
-    assert starts == ["3d emoji of a grinning face", "noto emoji of an unknown thing"]

@@ -10,12 +10,14 @@ from PIL import Image
 from rich.console import Console
 
 from hipa_deploy.compositing import latent_mask
+from hipa_deploy.embedded import MODEL
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.adaptor import read_metadata
 from hipa_deploy.train.base_model import DiffusionModel, to_float
-from hipa_deploy.train.examples import Examples, related_prompts, task_examples
+from hipa_deploy.train.examples import Examples, edit_starts, related_prompts, task_examples
 from hipa_deploy.train.loop import train_adaptor
 from hipa_deploy.train.pairs import teacher_latents
+from hipa_deploy.train.prompts import read_prompt_file
 from hipa_deploy.train.recipe import Recipe, SourceSettings, read_prompts
 from tests.tiny_model import make_model
 
@@ -91,6 +93,13 @@ def test_upscaling_starts_from_the_small_image(model: DiffusionModel, recipe: Re
 def test_a_factor_that_does_not_divide_the_size(model: DiffusionModel, recipe: Recipe, cache: Path) -> None:
     with pytest.raises(HipaError, match=r"source.factor = 3 does not divide 32x32"):
         examples_of(model, of_task(recipe, "upscale", factor=3), cache)
+
+
+def test_edits_start_from_the_same_thing() -> None:
+    training = read_prompt_file(MODEL / "prompts.txt")
+    unknown = ["noto emoji of an unknown thing", "3d emoji of an unknown thing"]
+    starts = edit_starts(["twemoji emoji of a grinning face", *unknown], training, r"emoji of (.*)")
+    assert starts == ["3d emoji of a grinning face", *unknown]
 
 
 def test_related_prompts() -> None:
