@@ -124,6 +124,7 @@ def test_installed_script_answers(verb: str) -> None:
         (["export", "--model", "emoji", "--out", "x", "--strengths", "0.5"], "--strengths is for the task edit"),
         (["generate", "emoji", "apple", "--adaptor", "night"], "no adaptor 'night' to swap in"),
         (["export", "--model", "emoji", "--out", "x", "--config", "sd15"], "--config is for a checkpoint in one file"),
+        (["demo", "--task", "edit", "--quick", "--out", "x"], "edit trains nothing"),
         (["evaluate", "--config", "sd15"], "--config is for a checkpoint in one file"),
     ],
 )
