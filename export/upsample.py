@@ -34,9 +34,8 @@ class UpsampledConv(nn.Module):
         parts = [
             conv(nn.functional.pad(small_BCHW, padding)) for conv, padding in zip(self.parities, paddings, strict=True)
         ]
-        batch, channels, height, width = parts[0].shape
-        by_parity = torch.cat(parts, dim=1).reshape(batch, 2, 2, channels, height, width)
-        return by_parity.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels, 2 * height, 2 * width)
+        # DepthToSpace in ONNX: half to a third of the time of a transposition in six dimensions, in ONNX Runtime.
+        return nn.functional.pixel_shuffle(torch.stack(parts, dim=2).flatten(1, 2), 2)
 
 
 def _parity_conv(conv: nn.Conv2d, row: int, column: int) -> nn.Conv2d:
