@@ -15,7 +15,7 @@ from hipa_deploy.train.prompts import read_prompt_file
 from hipa_deploy.train.recipe import TeacherSettings
 
 FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
-FEWER_STEPS = (1, 2, 4, 8)
+FEWER_STEPS, REFERENCE_STEPS = (1, 2, 4, 8), 25
 BASE, ADAPTED = "base, one step", "HiPA, one step"
 
 
@@ -47,6 +47,12 @@ def draw(prompts: list[str], count: int) -> tuple[list[str], list[int]]:
     if not 4 <= count <= 100_000:
         raise HipaError(f"{count} images were asked for. Expected 4 to 100000.")
     return [prompts[i % len(prompts)] for i in range(count)], [FIRST_SEED + i for i in range(count)]
+
+
+def reference_teacher(teacher: TeacherSettings) -> TeacherSettings:
+    """What images are compared with, however coarsely the training's pairs were made: DDIM, 25 steps or more, FP32."""
+    steps = max(REFERENCE_STEPS, teacher.steps)
+    return teacher.model_copy(update={"sampler": "ddim", "steps": steps, "mixed_precision": "no"})
 
 
 def teacher_row(steps: int) -> str:

@@ -24,7 +24,7 @@ from hipa_deploy.train.evaluate import (
 )
 from hipa_deploy.train.pairs import teacher_pairs
 from hipa_deploy.train.recipe import Recipe, TeacherSettings, read_prompt_file, read_prompts
-from hipa_deploy.train.report import BASE, FEWER_STEPS, FIRST_SEED, teacher_row
+from hipa_deploy.train.report import BASE, FEWER_STEPS, FIRST_SEED, reference_teacher, teacher_row
 from hipa_deploy.train.spectrum import mixed
 
 SPLITS = {"held-out pairs": "prompts_pair.txt", "held-out concepts": "prompts_concept.txt"}
@@ -115,13 +115,14 @@ def make_references(
 ) -> dict[str, Any]:
     """Images of teacher and base for every split, stored in ``folder``, and what they measure: the result to keep."""
     console = Console(stderr=True)
+    teacher = reference_teacher(recipe.teacher)
     heads, source = _heads(recipe, model_dir, cache, data, console)
     stored: dict[str, Any] = {"heads": None, "splits": {}}
     if heads is not None:
         stored["heads"] = {"image": heads[0].state_dict(), "text": heads[1].state_dict()}
     for split in held_out:
-        rows = _rows(model_dir, split, recipe.teacher)
-        others = teacher_images(model_dir, split.prompts, split.other_seeds, recipe.teacher)
+        rows = _rows(model_dir, split, teacher)
+        others = teacher_images(model_dir, split.prompts, split.other_seeds, teacher)
         stored["splits"][split.name] = {
             "images": {name: torch.from_numpy(images) for name, images in rows.items()},
             "others": lite0_features(others),
@@ -133,7 +134,7 @@ def make_references(
     references = load_references(folder)
     return {
         "retrieval": source,
-        "truth": teacher_row(recipe.teacher.steps),
+        "truth": teacher_row(teacher.steps),
         "rows": _measured_rows(references, held_out),
         "ceiling": _real_ceiling(references, held_out, data),
     }

@@ -22,7 +22,7 @@ from hipa_deploy.train.figures import (
     save_picture,
     spectra_figure,
 )
-from hipa_deploy.train.report import BASE
+from hipa_deploy.train.report import BASE, reference_teacher
 
 GROUPS = {
     "main": "HiPA",
@@ -64,7 +64,8 @@ def conditions(setting: Setting, results: dict[str, dict[str, Any]]) -> str:
     teacher, recipe = setting.recipe.teacher, setting.recipe
     retrieval = results.get(FIRST, {}).get("retrieval", "not done yet")
     return (
-        f"Teacher: {teacher.sampler}, {teacher.steps} steps, guidance {teacher.guidance:g}. Training: {recipe.steps} "
+        f"Teacher: DDIM, {reference_teacher(teacher).steps} steps, guidance {teacher.guidance:g}; of the training "
+        f"pairs: {teacher.sampler}, {teacher.steps} steps. Training: {recipe.steps} "
         f"steps of {recipe.batch} of {teacher.pairs} pairs, AdamW {recipe.optimiser.learning_rate:g}. Every row has "
         f"the same held-out prompts and the same {setting.repeats} noise seeds for each; ± is the standard deviation "
         "over those seeds. KID-Lite0 is measured to the teacher's images from other noise: the teacher's own row is "

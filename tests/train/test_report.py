@@ -17,6 +17,7 @@ from hipa_deploy.train.report import (
     held_out_prompts,
     make_images,
     quality_report,
+    reference_teacher,
     render_table,
     teacher_row,
     write_report,
@@ -87,6 +88,12 @@ def test_the_report_is_a_folder_of_text_and_pictures(tmp_path: Path) -> None:
     assert len(pictures) == 3
     assert all(Image.open(path.parent / name).size[0] > 200 for name in pictures)
     assert json.loads((path.parent / "report.json").read_text())["teacher_steps"] == 25
+
+
+def test_the_reference_is_fine_however_coarse_the_pairs_were() -> None:
+    coarse = TeacherSettings(sampler="dpmsolver++", steps=8, guidance=2.0, pairs=1, mixed_precision="bf16")
+    assert reference_teacher(coarse) == TeacherSettings(sampler="ddim", steps=25, guidance=2.0, pairs=1)
+    assert reference_teacher(coarse.model_copy(update={"steps": 50})).steps == 50
 
 
 def test_images_of_every_row(model_dir: Path) -> None:
