@@ -29,10 +29,16 @@ SHEET = "contact_sheet.png"
 IMAGES = 64  # enough for KID-Lite0 to tell base and adaptor apart, few enough for the teacher's 25 steps
 SHEET_ROWS = 12
 
-# Short enough for two CPU cores: a pair is the teacher's 25 guided steps, 0.3 s, a decoded training step twice that.
+# Short enough for two CPU cores: a teacher pair is 0.1 to 0.3 s there, a decoded training step 0.6 s.
 FULL = {"teacher.pairs": 384, "teacher.batch": 32, "steps": 400, "loss.latent_warmup_steps": 250}
 QUICK = {"teacher.pairs": 64, "teacher.batch": 32, "steps": 12, "loss.latent_warmup_steps": 0}
-COMMON = {"optimiser.warmup_steps": 5, "sample_every": 50, "checkpoint_every": 20, "batch": 12}
+COMMON = {
+    "prompts": "model:prompts.txt",
+    "optimiser.warmup_steps": 5,
+    "sample_every": 50,
+    "checkpoint_every": 20,
+    "batch": 12,
+}
 
 
 def run_demo(out: Path, *, quick: bool, console: Console) -> None:
@@ -110,11 +116,11 @@ def build(bundle: Bundle, console: Console) -> list[Path]:
 def _compare(out: Path, recipe: Recipe, console: Console) -> str:
     """Contact sheet and KID-Lite0 on held-out pairs; the line to print."""
     from hipa_deploy.train.evaluate import one_step_images
-    from hipa_deploy.train.report import draw, held_out_prompts, quality_report, teacher_twice
+    from hipa_deploy.train.report import draw, held_out_prompts, quality_report, reference_teacher, teacher_twice
 
     console.rule("4. generate and compare")
     texts, seeds = draw(held_out_prompts(embedded.MODEL), IMAGES)
-    teacher = recipe.teacher
+    teacher = reference_teacher(recipe.teacher)
     with console.status(f"teacher, {teacher.steps} steps, twice {IMAGES} images"):
         truth, again = teacher_twice(embedded.MODEL, texts, seeds, teacher)
     base = one_step_images(embedded.MODEL, None, texts, seeds)

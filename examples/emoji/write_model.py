@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from common import EmojiSet
@@ -21,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from hipa_deploy.files import new_folder
 
 SIZE_LIMIT_BYTES = 25_000_000
+WIDE_PROMPTS = 11_008
 
 
 def assemble(run: Path, vae: str) -> StableDiffusionPipeline:
@@ -40,27 +42,43 @@ def assemble(run: Path, vae: str) -> StableDiffusionPipeline:
 
 
 def write_prompts(emoji: EmojiSet, out: Path) -> None:
-    """prompts.txt (trained on), prompts_pair.txt and prompts_concept.txt (held out), prompts_edit.txt (blends)."""
+    """prompts.txt (trained on), prompts_pair.txt and prompts_concept.txt (held out), prompts_wide.txt (adaptors)."""
     for split, name in (("train", "prompts"), ("pair", "prompts_pair"), ("concept", "prompts_concept")):
         (out / f"{name}.txt").write_text("\n".join(dict.fromkeys(emoji.only(split).captions)) + "\n")
-    blended = blended_prompts(list(dict.fromkeys(emoji.only("train").captions)))
-    (out / "prompts_edit.txt").write_text("\n".join(blended) + "\n")
+    wide = wide_prompts(list(dict.fromkeys(emoji.only("train").captions)))
+    (out / "prompts_wide.txt").write_text("\n".join(wide) + "\n")
 
 
-def blended_prompts(prompts: list[str]) -> list[str]:
-    """The prompts, then each concept without a style and in every two styles that it is trained on in.
+def wide_prompts(prompts: list[str]) -> list[str]:
+    """The prompts; each concept without a style and in every two styles; two concepts in one image, in several styles.
 
-    A style in which the concept is held out is not among them.
+    Adaptors learn from the model's own images of prompts, so that these need no pictures. A style in which a concept is
+    held out is never one of its own here, nor are the concepts that are held out.
     """
     styles: dict[str, list[str]] = {}
     for prompt in prompts:
         style, concept = prompt.split(" emoji of ", maxsplit=1)
         styles.setdefault(concept, []).append(style)
-    blended = list(prompts)
+    wide = list(prompts)
     for concept, known in styles.items():
         twice = [f"{one} {other} emoji of {concept}" for one in known for other in known if one != other]
-        blended += [f"emoji of {concept}", *twice]
-    return blended
+        wide += [f"emoji of {concept}", *twice]
+    return wide + two_concepts(styles, WIDE_PROMPTS - len(wide))
+
+
+def two_concepts(styles: dict[str, list[str]], count: int) -> list[str]:
+    """At least ``count`` prompts of two concepts each, in every style that both have and in two of them at once."""
+    concepts, seen, made = sorted(styles), set[tuple[str, str]](), list[str]()
+    rng = np.random.default_rng(0)
+    while len(made) < count:
+        first, second = (concepts[index] for index in rng.choice(len(concepts), 2, replace=False))
+        known = [style for style in styles[first] if style in styles[second]]
+        if len(known) < 2 or (first, second) in seen:
+            continue
+        seen.add((first, second))
+        blend = " ".join(rng.permutation(known)[:2])
+        made += [f"{style} emoji of {first} and {second}" for style in [*known, blend]]
+    return made
 
 
 def training(run: Path) -> dict[str, dict[str, float]]:
