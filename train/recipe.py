@@ -248,8 +248,8 @@ class Recipe(_TrainingSettings):
     @model_validator(mode="after")
     def _strengths_are_steps(self) -> Recipe:
         for strength in self.source.strengths if self.task == "edit" else ():
-            steps = strength * self.teacher.steps
-            if abs(steps - round(steps)) > 1e-6 or 1000 % self.teacher.steps:
+            steps, timesteps = strength * self.teacher.steps, strength * 1000
+            if abs(steps - round(steps)) > 1e-6 or abs(timesteps - round(timesteps)) > 1e-6:
                 raise ValueError(
                     f"strength {strength:g} is no whole number of teacher.steps = {self.teacher.steps} equal steps"
                 )

@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.tasks import strength_timestep
+from hipa_deploy.train.base_model import DiffusionModel
+from hipa_deploy.train.pairs import teacher_scheduler
 from hipa_deploy.train.recipe import SHIPPED, DecoderRecipe, Recipe, load_any_recipe, load_recipe, read_prompts
 
 MINIMAL = 'prompts = "words.txt"\nsteps = 5\n[teacher]\npairs = 3\n'
@@ -119,3 +122,15 @@ def test_every_field_is_described() -> None:
         return missing
 
     assert undescribed(Recipe) + undescribed(DecoderRecipe) == []
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 25), ("dpmsolver++", 15), ("ddim", 30)])
+def test_an_edit_starts_where_a_step_of_the_teacher_does(model_dir: Path, sampler: str, steps: int) -> None:
+    schedule = DiffusionModel.load(model_dir).schedule
+    scheduler = teacher_scheduler(schedule, sampler)
+    scheduler.set_timesteps(steps)
+    strengths = [n / steps for n in range(1, steps + 1) if (1000 * n) % steps == 0]
+    for strength in strengths:
+        load_recipe("emoji-edit", {"source.strengths": [strength], "teacher.steps": steps})
+        assert strength_timestep(strength) in scheduler.timesteps.tolist()
+    assert len(strengths) >= 5
