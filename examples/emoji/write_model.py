@@ -8,6 +8,7 @@ FP16 safetensors, the prompts of each split beside them. Measure it with measure
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from hipa_deploy.files import new_folder
 
 SIZE_LIMIT_BYTES = 25_000_000
 WIDE_PROMPTS = 11_008
+BLENDS = 14  # of three words of style, a concept
 
 
 def assemble(run: Path, vae: str) -> StableDiffusionPipeline:
@@ -42,28 +44,57 @@ def assemble(run: Path, vae: str) -> StableDiffusionPipeline:
 
 
 def write_prompts(emoji: EmojiSet, out: Path) -> None:
-    """prompts.txt (trained on), prompts_pair.txt and prompts_concept.txt (held out), prompts_wide.txt (adaptors)."""
-    for split, name in (("train", "prompts"), ("pair", "prompts_pair"), ("concept", "prompts_concept")):
-        (out / f"{name}.txt").write_text("\n".join(dict.fromkeys(emoji.only(split).captions)) + "\n")
-    wide = wide_prompts(list(dict.fromkeys(emoji.only("train").captions)))
-    (out / "prompts_wide.txt").write_text("\n".join(wide) + "\n")
+    """prompts.txt (trained on), prompts_pair, _concept (held out), prompts_edit, _wide, _refine (for adaptors)."""
+    splits = {name: list(dict.fromkeys(emoji.only(name).captions)) for name in ("train", "pair", "concept")}
+    written = {
+        "prompts": splits["train"],
+        "prompts_pair": splits["pair"],
+        "prompts_concept": splits["concept"],
+        "prompts_edit": blended_prompts(splits["train"]),
+        "prompts_wide": wide_prompts(splits["train"]),
+        "prompts_refine": refine_prompts(splits["train"]),
+    }
+    for name, prompts in written.items():
+        (out / f"{name}.txt").write_text("\n".join(prompts) + "\n")
 
 
-def wide_prompts(prompts: list[str]) -> list[str]:
-    """The prompts; each concept without a style and in every two styles; two concepts in one image, in several styles.
-
-    Adaptors learn from the model's own images of prompts, so that these need no pictures. A style in which a concept is
-    held out is never one of its own here, nor are the concepts that are held out.
-    """
+def by_concept(prompts: list[str]) -> dict[str, list[str]]:
+    """The styles in which each concept is trained on: those in which it is held out are not among them."""
     styles: dict[str, list[str]] = {}
     for prompt in prompts:
         style, concept = prompt.split(" emoji of ", maxsplit=1)
         styles.setdefault(concept, []).append(style)
-    wide = list(prompts)
-    for concept, known in styles.items():
+    return styles
+
+
+def blended_prompts(prompts: list[str]) -> list[str]:
+    """The prompts, then each concept without a style and in every two styles."""
+    blended = list(prompts)
+    for concept, known in by_concept(prompts).items():
         twice = [f"{one} {other} emoji of {concept}" for one in known for other in known if one != other]
-        wide += [f"emoji of {concept}", *twice]
-    return wide + two_concepts(styles, WIDE_PROMPTS - len(wide))
+        blended += [f"emoji of {concept}", *twice]
+    return blended
+
+
+def wide_prompts(prompts: list[str]) -> list[str]:
+    """The blended prompts, then two concepts in one image, in several styles.
+
+    Adaptors learn from the model's own images of prompts, so that these need no pictures.
+    """
+    blended = blended_prompts(prompts)
+    return blended + two_concepts(by_concept(prompts), WIDE_PROMPTS - len(blended))
+
+
+def refine_prompts(prompts: list[str]) -> list[str]:
+    """The prompts; each concept without a style, in every two styles and in some blends of three words of style."""
+    rng, refined = np.random.default_rng(1), list(prompts)
+    for concept, known in sorted(by_concept(prompts).items()):
+        twice = [pair for pair in product(known, repeat=2) if pair[0] != pair[1]]
+        thrice = [words for words in product(known, repeat=3) if len(set(words)) > 1]
+        rng.shuffle(thrice)
+        blends = [*twice, *map(tuple, thrice[:BLENDS])]
+        refined += [f"emoji of {concept}", *(f"{' '.join(words)} emoji of {concept}" for words in blends)]
+    return refined
 
 
 def two_concepts(styles: dict[str, list[str]], count: int) -> list[str]:
