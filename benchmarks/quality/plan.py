@@ -10,10 +10,10 @@ from hipa_deploy.train.recipe import Recipe, load_recipe
 
 Method = Literal["references", "adaptor", "hipa", "consistency", "progressive"]
 # Seconds a step of 16 pairs of the embedded model, on two AVX-512 cores with nothing else running: an expectation to
-# print before anything has run. Two were measured (the recipe's header), two are counted from their UNet calls.
+# print before anything has run. Two were measured, two are counted from their UNet calls.
 PACE = {"latent": 0.45, "decoded": 0.6, "consistency": 0.85, "progressive": 0.75}
-OVERHEAD = 60.0  # seconds an item: start, targets, images, measurement
-PAIR = 0.27  # seconds a teacher pair; those of the recipe's own seed are taken to be in the cache
+OVERHEAD = 150.0  # seconds an item: start, contexts and targets of all pairs, images, measurement
+PAIR = 0.08  # seconds a teacher pair; those of the recipe's own seed are taken to be in the cache
 REFERENCES_SECONDS = 600.0
 FIRST, MAIN = "references", "hipa"
 PIXEL_WEIGHT = 10.0  # of the mean square pixel error that takes the perceptual distance's place
