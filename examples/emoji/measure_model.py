@@ -104,7 +104,7 @@ def write_sheet(model: Path, path: Path) -> None:
     captions = [f"{style} emoji of {'an' if c[0] in 'aeiou' else 'a'} {c}" for style in styles for c in SHEET]
     images = teacher_images(model, captions, list(range(len(captions))), TEACHER)
     columns = images.reshape(len(styles), len(SHEET), *images.shape[1:]).transpose(1, 0, 2, 3, 4)
-    Image.fromarray(grid(list(columns))).save(path)
+    Image.fromarray(grid(list(columns))).quantize(256).save(path, optimize=True)
 
 
 def card(rows: dict[str, Any], run: Path, model: Path) -> str:
