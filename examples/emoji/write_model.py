@@ -8,7 +8,7 @@ FP16 safetensors, the prompts of each split beside them. Measure it with measure
 from __future__ import annotations
 
 import json
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 from typing import Annotated
 
@@ -71,7 +71,7 @@ def blended_prompts(prompts: list[str]) -> list[str]:
     """The prompts, then each concept without a style and in every two styles."""
     blended = list(prompts)
     for concept, known in by_concept(prompts).items():
-        twice = [f"{one} {other} emoji of {concept}" for one in known for other in known if one != other]
+        twice = [f"{one} {other} emoji of {concept}" for one, other in permutations(known, 2)]
         blended += [f"emoji of {concept}", *twice]
     return blended
 
@@ -89,10 +89,9 @@ def refine_prompts(prompts: list[str]) -> list[str]:
     """The prompts; each concept without a style, in every two styles and in some blends of three words of style."""
     rng, refined = np.random.default_rng(1), list(prompts)
     for concept, known in sorted(by_concept(prompts).items()):
-        twice = [pair for pair in product(known, repeat=2) if pair[0] != pair[1]]
         thrice = [words for words in product(known, repeat=3) if len(set(words)) > 1]
         rng.shuffle(thrice)
-        blends = [*twice, *map(tuple, thrice[:BLENDS])]
+        blends = [*permutations(known, 2), *thrice[:BLENDS]]
         refined += [f"emoji of {concept}", *(f"{' '.join(words)} emoji of {concept}" for words in blends)]
     return refined
 
