@@ -33,7 +33,7 @@ from hipa_deploy.train.pairs import Rows, lookup, prompt_order, stream_noise
 from hipa_deploy.train.precision import in_precision
 from hipa_deploy.train.processes import Processes
 from hipa_deploy.train.recipe import DecoderRecipe, DecoderSettings, read_prompts
-from hipa_deploy.train.run import Run, loss_state, run_steps
+from hipa_deploy.train.run import Run, loss_state, new_optimizer, run_steps
 
 # Noise streams of one recipe's seed: none is used twice, nor by the teacher pairs, whose stream is 0.
 TRAINING, PERTURBATION, HELD_OUT = 1, 2, 3
@@ -72,7 +72,7 @@ def train_decoder(
     tiny = tiny_autoencoder(recipe.decoder, model, recipe.seed)
     weights = dict(tiny.decoder.named_parameters())
     loss = hipa_loss(recipe.loss).to(model.device)
-    optimizer = torch.optim.AdamW(weights.values(), weight_decay=recipe.optimiser.weight_decay, fused=True)
+    optimizer = new_optimizer(weights, loss, recipe.optimiser)
     identity = _identity(recipe, model_dir, adaptor, [*prompts, *other_prompts])
     kept = loss_state(loss, recipe, processes)
     run = Run(out.with_name(out.name + ".run"), weights, optimizer, identity, recipe, processes, kept=kept)

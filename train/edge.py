@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FLOOR = 1e-4  # mean square slope below which a window counts as flat: a hundredth of white a pixel
+WINDOW = 8  # pixels
+
 
 def sobel(image_BCHW: Tensor) -> Tensor:
     """Sobel-x and Sobel-y of every channel, scaled so that a ramp gives its slope per pixel: [B, 2 C, H - 2, W - 2]."""
@@ -30,6 +33,16 @@ OPERATORS = {"sobel": sobel, "laplacian": laplacian}
 def edge_loss(image_BCHW: Tensor, target_BCHW: Tensor, operator: str = "sobel") -> Tensor:
     """L_E with an operator of OPERATORS, a scalar."""
     return OPERATORS[operator](image_BCHW - target_BCHW).abs().mean()
+
+
+def edge_similarity_loss(image_BCHW: Tensor, target_BCHW: Tensor, operator: str = "sobel") -> Tensor:
+    """L_E as a similarity: mean over windows of 1 - (2 <E(x), E(y)> + c) / (|E(x)|^2 + |E(y)|^2 + c), a scalar.
+
+    As frequency.fourier_similarity_loss: least where edges are as strong as the target's, whatever they share.
+    """
+    image, target = OPERATORS[operator](image_BCHW), OPERATORS[operator](target_BCHW)
+    cross, own, other = (F.avg_pool2d(power, WINDOW, WINDOW // 2) for power in (image * target, image**2, target**2))
+    return (1 - (2 * cross + FLOOR) / (own + other + FLOOR)).mean()
 
 
 def _filter(image_BCHW: Tensor, kernels_KHW: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FLOOR = 1e-4  # mean power below which bands count as empty: a ripple of a hundredth of white
 RADIUS = 0.2  # of the Nyquist frequency: where the high-pass reaches 1 - exp(-1/2) = 0.39
 
 
@@ -48,6 +49,31 @@ def amplitude_loss(image_BCHW: Tensor, target_BCHW: Tensor, radius: float = RADI
     """
     image, target = (high_frequencies(part, radius) for part in (image_BCHW, target_BCHW))
     return (modulus(image) - modulus(target)).abs().mean()
+
+
+def fourier_similarity_loss(image_BCHW: Tensor, target_BCHW: Tensor, radius: float = RADIUS) -> Tensor:
+    """L_F as a similarity: mean over octave bands of 1 - (2 Re <X, Y> + c) / (|X|^2 + |Y|^2 + c), a scalar.
+
+    X and Y are the spectra of a channel in the bands radius to 2 radius, to 4 radius, … of the Nyquist frequency. Ours,
+    SSIM's structure and contrast of each band (Wang et al. 2004, equation 13 without means). Where the student cannot
+    know a detail's place a difference is least at zero, a blur; this is least where both are as strong, whatever they
+    share. A band weighs the same however little energy it has.
+    """
+    image, target = (torch.fft.fft2(part, norm="ortho") for part in (image_BCHW, target_BCHW))
+    bands_KHW = octaves(*image_BCHW.shape[-2:], radius).to(image_BCHW)
+    cross, own, other = (
+        torch.einsum("bchw,khw->bck", power, bands_KHW)
+        for power in ((image * target.conj()).real, image.abs().square(), target.abs().square())
+    )
+    return (1 - (2 * cross + FLOOR) / (own + other + FLOOR)).mean()
+
+
+def octaves(height: int, width: int, radius: float = RADIUS) -> Tensor:
+    """Which frequencies belong to which band, float32 [K, H, W]: each band's sum to 1, or are 0 if it has none."""
+    vertical, horizontal = torch.fft.fftfreq(height) * 2, torch.fft.fftfreq(width) * 2
+    octave_HW = torch.log2((vertical[:, None] ** 2 + horizontal[None, :] ** 2).sqrt() / radius).floor()
+    bands = torch.stack([octave_HW == octave for octave in range(max(1, int(octave_HW.max()) + 1))]).float()
+    return bands / bands.sum(dim=(1, 2), keepdim=True).clamp_min(1)
 
 
 def modulus(spectrum: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from hipa_deploy.train.one_step import task_latents
 from hipa_deploy.train.precision import in_precision
 from hipa_deploy.train.processes import Processes
 from hipa_deploy.train.recipe import Recipe, read_prompts
-from hipa_deploy.train.run import Run, loss_state, run_steps
+from hipa_deploy.train.run import Run, loss_state, new_optimizer, run_steps
 
 
 def train_adaptor(
@@ -73,7 +73,7 @@ def train_adaptor(
         model.vae.enable_gradient_checkpointing()
     weights = adaptor_parameters(model.unet)
     loss = hipa_loss(recipe.loss).to(model.device)
-    optimizer = torch.optim.AdamW(weights.values(), weight_decay=recipe.optimiser.weight_decay, fused=True)
+    optimizer = new_optimizer(weights, loss, recipe.optimiser)
     identity, kept = metadata.model_dump(mode="json"), loss_state(loss, recipe, processes)
     run = Run(out.with_name(out.name + ".run"), weights, optimizer, identity, recipe, processes, kept=kept)
     run.resume()

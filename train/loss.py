@@ -1,10 +1,11 @@
 """The HiPA adaptation loss: spatial perceptual loss + high-frequency promoted loss (arXiv 2311.18158).
 
     L = perceptual_weight D + hf_weight (fourier_weight L_F + edge_weight L_E)      of decoded images
-        + amplitude_weight L_A + pixel_weight L_pixel                               of decoded images, ours
+        + amplitude_weight L_A + pixel_weight L_pixel + adversarial_weight L_G      of decoded images, ours
         + latent_weight L_latent + latent_hf_weight (L_F + L_E of latents)          of latents, ours
 
-D is in perceptual.py or lpips.py, L_F and L_A in frequency.py, L_E in edge.py; balance.py can scale the image's terms.
+D is in perceptual.py or lpips.py, L_F and L_A in frequency.py, L_E in edge.py, L_G in discriminator.py, whose own loss
+for its own weights comes on top; balance.py can scale the image's terms.
 
 The latent error alone is a cheap warm start (no decoding), beside the others it keeps colours in place. The paper's
 weights are not public. A tiny decoder learns the image terms.
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.balance import GradientBalance
-from hipa_deploy.train.edge import edge_loss
-from hipa_deploy.train.frequency import amplitude_loss, fourier_loss
+from hipa_deploy.train.discriminator import Discriminator
+from hipa_deploy.train.edge import edge_loss, edge_similarity_loss
+from hipa_deploy.train.frequency import amplitude_loss, fourier_loss, fourier_similarity_loss
 from hipa_deploy.train.perceptual import perceptual_distance
 from hipa_deploy.train.recipe import DecoderLossSettings, LossSettings
 
@@ -43,10 +45,9 @@ class HipaLoss(nn.Module):
         self.weights = {name: weight for name, weight in image_weights(s).items() if weight}
         if "perceptual" in self.weights:
             self.perceptual = perceptual or perceptual_distance(s.perceptual, s.backbone, s.perceptual_size)
+        self.discriminator = Discriminator(self.perceptual.maps) if "adversarial" in self.weights else None
         self.image_terms: dict[str, Term] = {
-            "perceptual": lambda image, target: self.perceptual(image, target).mean(),
-            "fourier": partial(fourier_loss, radius=s.radius, focal=s.fourier_focal),
-            "edge": partial(edge_loss, operator=s.edge),
+            **_high_frequency_terms(s),
             "amplitude": partial(amplitude_loss, radius=s.radius),
             "pixel": F.mse_loss if s.pixel == "mse" else F.l1_loss,
         }
@@ -66,7 +67,13 @@ class HipaLoss(nn.Module):
     @property
     def state(self) -> dict[str, nn.Parameter]:
         """What a checkpoint must keep beside the weights, so that a resumed run takes the same steps."""
-        return {} if self.balance is None else {"loss.balance": self.balance.state}
+        balance = {} if self.balance is None else {"loss.balance": self.balance.state}
+        return balance | {f"loss.{name}": weight for name, weight in self.trained.items()}
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The loss's own weights that train beside the student's."""
+        return {name: weight for name, weight in self.named_parameters() if name.startswith("discriminator.")}
 
     def forward(self, image: Tensor, target: Tensor, latents: Tensor, target_latents: Tensor) -> tuple[Tensor, Terms]:
         """The weighted total and its unweighted terms, all scalars."""
@@ -76,13 +83,20 @@ class HipaLoss(nn.Module):
 
     def of_images(self, image: Tensor, target: Tensor) -> tuple[Tensor, Terms]:
         """The terms that need no latents: the weighted total and its unweighted terms, all scalars."""
-        terms = {name: self.image_terms[name](image, target) for name in self.weights}
+        terms = {name: term(image, target) for name, term in self.image_terms.items() if name in self.weights}
+        own: Terms = {}
+        if "perceptual" in self.weights:
+            maps, target_maps = self.perceptual.maps(image), self.perceptual.maps(target)
+            terms = {"perceptual": self.perceptual.between(maps, target_maps).mean(), **terms}
+            if self.discriminator is not None:
+                terms["adversarial"] = self.discriminator.adversarial(maps)
+                own["discriminator"] = self.discriminator.loss(maps, target_maps)
         if not terms:
             return image.new_zeros(()), terms
-        weights = image.new_tensor(list(self.weights.values()))
+        weights = image.new_tensor([self.weights[name] for name in terms])
         if self.balance is not None:
             weights = weights * self.balance(list(terms.values()), image)
-        return (weights * torch.stack(list(terms.values()))).sum(), terms
+        return (weights * torch.stack(list(terms.values()))).sum() + sum(own.values()), terms | own
 
     def of_latents(self, latents: Tensor, target_latents: Tensor) -> tuple[Tensor, Terms]:
         """The terms that need no decoded image: the weighted total and its unweighted terms, all scalars."""
@@ -99,6 +113,14 @@ class HipaLoss(nn.Module):
         return error, {"latent": error}
 
 
+def _high_frequency_terms(s: LossSettings | DecoderLossSettings) -> dict[str, Term]:
+    if s.high_frequency == "similarity":
+        fourier: Term = partial(fourier_similarity_loss, radius=s.radius)
+        return {"fourier": fourier, "edge": partial(edge_similarity_loss, operator=s.edge)}
+    fourier = partial(fourier_loss, radius=s.radius, focal=s.fourier_focal)
+    return {"fourier": fourier, "edge": partial(edge_loss, operator=s.edge)}
+
+
 def image_weights(settings: LossSettings | DecoderLossSettings) -> dict[str, float]:
     """Weight of each image term, in the order in which they are reported and balanced."""
     s = settings
@@ -108,6 +130,7 @@ def image_weights(settings: LossSettings | DecoderLossSettings) -> dict[str, flo
         "edge": s.hf_weight * s.edge_weight,
         "amplitude": s.amplitude_weight,
         "pixel": s.pixel_weight,
+        "adversarial": s.adversarial_weight,
     }
 
 

@@ -35,8 +35,15 @@ class LpipsLike(nn.Module):
 
     def forward(self, image01_BCHW: Tensor, target01_BCHW: Tensor) -> Tensor:
         """Distance of each pair, [B]."""
-        maps, targets = (self.backbone(resized(image, self.size)) for image in (image01_BCHW, target01_BCHW))
-        return lpips_distance(maps, targets, self.heads)
+        return self.between(self.maps(image01_BCHW), self.maps(target01_BCHW))
+
+    def maps(self, image01_BCHW: Tensor) -> list[Tensor]:
+        """The image's feature maps."""
+        return list(self.backbone(resized(image01_BCHW, self.size)))
+
+    def between(self, maps: Sequence[Tensor], target_maps: Sequence[Tensor]) -> Tensor:
+        """Distance of each pair, [B], from the maps of its images."""
+        return lpips_distance(maps, target_maps, self.heads)
 
 
 def lpips_distance(

@@ -44,12 +44,16 @@ class DistsLike(nn.Module):
 
     def forward(self, image01_BCHW: Tensor, target01_BCHW: Tensor) -> Tensor:
         """Distance of each pair, [B]."""
-        return dists_distance(self.maps(image01_BCHW), self.maps(target01_BCHW), self.alpha, self.beta)
+        return self.between(self.maps(image01_BCHW), self.maps(target01_BCHW))
 
     def maps(self, image01_BCHW: Tensor) -> list[Tensor]:
         """The image and its feature maps."""
         image01_BCHW = resized(image01_BCHW, self.size)
         return [image01_BCHW, *self.backbone(image01_BCHW)]
+
+    def between(self, maps: Sequence[Tensor], target_maps: Sequence[Tensor]) -> Tensor:
+        """Distance of each pair, [B], from the maps of its images."""
+        return dists_distance(maps, target_maps, self.alpha, self.beta)
 
 
 def perceptual_distance(kind: str, backbone: str = "lite0", size: int | None = None) -> nn.Module:

@@ -185,7 +185,7 @@ class Trainer:
         else:
             total, _ = self.loss.latent_only(latents, target)
         total.backward()
-        for weight in self.weights.values():
+        for weight in (*self.weights.values(), *self.loss.trained.values()):
             weight.grad = None
 
     @torch.no_grad()

@@ -122,8 +122,10 @@ class _ImageLossSettings(_Settings):
     """Weight of the Fourier term among them."""
     edge_weight: float = Field(1.0, ge=0)
     """Weight of the edge term among them."""
+    high_frequency: Literal["difference", "similarity"] = "difference"
+    """Form of both: the L1 difference, or a similarity, which asks for as much energy whatever agrees (ours)."""
     fourier_focal: float = Field(0.0, ge=0, le=10)
-    """Exponent of the focal weighting that favours the worst frequencies; 0 weighs all alike."""
+    """Of the difference: exponent of the focal weighting that favours the worst frequencies; 0 weighs all alike."""
     edge: Literal["sobel", "laplacian"] = "sobel"
     """Operator of the edge term."""
     amplitude_weight: float = Field(0.0, ge=0)
@@ -132,10 +134,18 @@ class _ImageLossSettings(_Settings):
     """Radius of the Gaussian high-pass, in units of the Nyquist frequency."""
     pixel: Literal["l1", "mse"] = "l1"
     """Error of the pixel term."""
+    adversarial_weight: float = Field(0.0, ge=0)
+    """Weight of a discriminator's judgement of the perceptual distance's features (ours)."""
     balance: Literal["fixed", "gradient"] = "fixed"
     """gradient: scale the image's terms so that each pulls at the image as its weight says, relative to the first."""
     balance_every: int = Field(50, ge=1)
     """Evaluations of the loss between two measurements of the gradients, with balance = gradient."""
+
+    @model_validator(mode="after")
+    def _judges_features(self) -> _ImageLossSettings:
+        if self.adversarial_weight and (self.perceptual == "none" or not self.perceptual_weight):
+            raise ValueError("adversarial_weight needs a perceptual distance with a weight, whose features it judges")
+        return self
 
 
 class LossSettings(_ImageLossSettings):

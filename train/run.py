@@ -190,7 +190,8 @@ class Run:
             for name, value in {"loss": total, **terms}.items():
                 sums[name] = sums.get(name, 0) + value.detach() * weight
         values = torch.stack([*sums.values()])
-        self.processes.add_up([*(weight.grad for weight in self.weights.values()), values])
+        trained = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        self.processes.add_up([*(weight.grad for weight in trained if weight.grad is not None), values])
         return dict(zip(sums, values.tolist(), strict=True))
 
     def take_step(self, loss: float) -> dict[str, float]:
@@ -202,10 +203,10 @@ class Run:
         """
         settings = self.recipe.optimiser
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), settings.clip_norm).item()
-        self.check_finite(loss, norm)
-        rate = learning_rate(settings, self.step, self.recipe.steps)
-        for group in self.optimizer.param_groups:
+        rate, groups = learning_rate(settings, self.step, self.recipe.steps), self.optimizer.param_groups
+        norm, *others = (nn.utils.clip_grad_norm_(group["params"], settings.clip_norm).item() for group in groups)
+        self.check_finite(loss, sum(others, norm))
+        for group in groups:
             group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -255,6 +256,16 @@ class Run:
                 raise HipaError(f"run folder {self.folder} has another recipe: {change}. {remedy}")
 
 
+def new_optimizer(
+    weights: dict[str, nn.Parameter], loss: HipaLoss, settings: OptimiserSettings
+) -> torch.optim.Optimizer:
+    """AdamW of the weights, and of the loss's own in a group without momentum (as in Sauer et al. 2021) or decay."""
+    groups: list[dict[str, Any]] = [{"params": [*weights.values()]}]
+    if loss.trained:
+        groups.append({"params": [*loss.trained.values()], "betas": (0.0, 0.99), "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+
+
 def loss_state(loss: HipaLoss, recipe: Recipe | DecoderRecipe, processes: Processes) -> dict[str, nn.Parameter]:
     """What a checkpoint keeps of the loss.
 
@@ -262,7 +273,7 @@ def loss_state(loss: HipaLoss, recipe: Recipe | DecoderRecipe, processes: Proces
         HipaError: a loss that is balanced by gradients, which are those of one whole batch, where batches are divided.
 
     """
-    if loss.state and (processes.count > 1 or recipe.micro_batch):
+    if loss.balance is not None and (processes.count > 1 or recipe.micro_batch):
         raise processes.error("loss.balance = 'gradient' needs whole batches: one process, and no micro_batch.")
     return loss.state
 

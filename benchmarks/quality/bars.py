@@ -48,7 +48,10 @@ def against_others(results: Results, split: str) -> list[str]:
             verdicts = [_better(results, name, split, key) for key in ("kid", "distance")]
             lines.append(f"HiPA against {results[name]['title']}: {'; '.join(verdicts)}")
     if "no-hf" in results:
-        lines.append(f"HiPA against {results['no-hf']['title']}: {_better_ratio(results, split)}")
+        verdicts = [_better(results, "no-hf", split, key) for key in ("kid", "distance")]
+        lines.append(
+            f"HiPA against {results['no-hf']['title']}: {'; '.join(verdicts)}; {_better_ratio(results, split)}"
+        )
     return lines
 
 

@@ -75,7 +75,12 @@ class Item:
 
 LATENT = {"loss.latent_warmup_steps": "all"}
 NO_HF = {"loss.hf_weight": 0.0, "loss.amplitude_weight": 0.0}
-PIXEL = {"loss.perceptual": "none", "loss.pixel": "mse", "loss.pixel_weight": PIXEL_WEIGHT}
+PIXEL = {
+    "loss.perceptual": "none",
+    "loss.adversarial_weight": 0.0,  # it judges the perceptual distance's features
+    "loss.pixel": "mse",
+    "loss.pixel_weight": PIXEL_WEIGHT,
+}
 HIGH_FREQUENCIES: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("no high-frequency term", NO_HF),
     "fourier": ("Fourier only", {"loss.edge_weight": 0.0}),
@@ -137,7 +142,12 @@ def _ablations() -> list[Item]:
                 continue  # the main item
             item_name = "no-hf" + name if hf == "none" else f"hf-{hf}{name}"
             items.append(Item(item_name, f"{title}; {kind}", "ablations", overrides=changes | perceptual))
-    return items
+    difference = {"loss.high_frequency": "difference", "loss.hf_weight": 1.0}
+    return [
+        *items,
+        Item("hf-difference", "both as L1 differences", "ablations", overrides=difference),
+        Item("no-adversarial", "no discriminator", "ablations", overrides={"loss.adversarial_weight": 0.0}),
+    ]
 
 
 def _sizes(base: Recipe) -> list[Item]:

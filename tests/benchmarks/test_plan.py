@@ -23,7 +23,8 @@ def test_the_issues_ablations_are_there(recipe: Recipe) -> None:
     names = {item.name for item in full_plan(recipe)}
     assert {f"{b}{suffix}" for b in BASELINES for suffix in ("", "-time")} < names
     ablations = {f"{hf}{kind}" for hf in ("no-hf", "hf-fourier", "hf-edge") for kind in ("", "-pixel")}
-    assert ablations | {"hf-both-pixel", "rank-4", "rank-16", "rank-64", "preset-full", "hipa-seed"} < names
+    ablations |= {"hf-both-pixel", "hf-difference", "no-adversarial"}
+    assert ablations | {"rank-4", "rank-16", "rank-64", "preset-full", "hipa-seed"} < names
 
 
 def weights(name: str, recipe: Recipe) -> dict[str, float]:
@@ -41,6 +42,9 @@ def test_an_ablation_changes_what_it_says(recipe: Recipe) -> None:
     edge = weights("hf-edge-pixel", with_amplitude)
     assert (edge["fourier"], edge["edge"], edge["amplitude"], edge["perceptual"]) == (0, 1, 0, 0)
     assert edge["pixel"] > 0
+    judged = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"adversarial_weight": 0.1})})
+    assert weights("hf-difference", judged)["adversarial"] == 0.1
+    assert weights("no-adversarial", judged)["adversarial"] == weights("no-hf-pixel", judged)["adversarial"] == 0
     assert find(full_plan(recipe), "rank-64").recipe(recipe).adaptor.rank == 64
 
 

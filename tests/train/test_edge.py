@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hipa_deploy.train.edge import OPERATORS, edge_loss, laplacian, sobel
+from hipa_deploy.train.edge import OPERATORS, edge_loss, edge_similarity_loss, laplacian, sobel
 
 
 def test_sobel_of_a_ramp_is_its_slope() -> None:
@@ -38,3 +38,19 @@ def test_gradients(operator: str) -> None:
     assert torch.autograd.gradcheck(lambda x: edge_loss(x, target, operator), image.requires_grad_())
     edge_loss(image, image.detach(), operator).backward()
     assert torch.isfinite(image.grad).all()
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
+def test_similarity_of_a_scaled_image_has_the_closed_form(operator: str, scale: float) -> None:
+    image = 100 * torch.randn(1, 2, 32, 32, dtype=torch.float64)  # far above the floor
+    expected = 1 - 2 * scale / (scale**2 + 1)
+    assert edge_similarity_loss(scale * image, image, operator).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_similarity_misses_faint_edges_as_strong_ones_and_none_where_all_is_flat() -> None:
+    torch.manual_seed(0)
+    edges, flat = torch.rand(1, 3, 18, 18), torch.full((1, 3, 18, 18), 0.5)
+    strong, faint = (edge_similarity_loss(flat, 0.5 + scale * edges) for scale in (1, 0.3))
+    assert 0.8 * strong < faint < strong < 1
+    assert edge_similarity_loss(flat, flat + 0.1) == 0

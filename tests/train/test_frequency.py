@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from hipa_deploy.train.frequency import (
     amplitude_loss,
     fourier_loss,
+    fourier_similarity_loss,
     high_frequencies,
     high_frequency_energy,
     high_pass,
+    octaves,
 )
 
 
@@ -47,6 +49,37 @@ def test_amplitude_loss_sees_strength_and_not_place(shift: int) -> None:
     image = torch.rand(1, 3, 16, 16, dtype=torch.float64)
     assert amplitude_loss(image, image.roll(shift, dims=2)) == pytest.approx(0, abs=1e-9)
     assert amplitude_loss(2 * image, image) == pytest.approx(float(fourier_loss(2 * image, image)), rel=1e-6)
+
+
+def test_octaves_part_what_is_above_the_radius() -> None:
+    bands = octaves(32, 48, radius=0.2)
+    frequency = (torch.fft.fftfreq(48) * 2).abs()
+    assert torch.allclose(bands.sum(dim=(1, 2)), torch.ones(3))
+    assert [frequency[row > 0].min() >= low for row, low in zip(bands[:, 0], (0.2, 0.4, 0.8), strict=True)] == [
+        True
+    ] * 3
+    assert ((bands > 0).sum(dim=0) <= 1).all()
+    assert (octaves(8, 8, radius=2) == 0).all()
+
+
+def test_similarity_asks_for_as_much_energy_whatever_agrees() -> None:
+    """Of a target whose one half the student knows and the other half it cannot, the best scale is not below 1."""
+    torch.manual_seed(0)
+    known, unknown, target = torch.randn(3, 8, 1, 32, 32, dtype=torch.float64)
+    image, target = known + unknown, known + target
+    scales = (0.25, 0.5, 1.0, 2.0)
+    similarity, difference = (
+        [loss(scale * image, target).item() for scale in scales] for loss in (fourier_similarity_loss, fourier_loss)
+    )
+    assert scales[similarity.index(min(similarity))] == 1
+    assert scales[difference.index(min(difference))] == 0.5
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
+def test_similarity_of_a_scaled_image_has_the_closed_form(scale: float) -> None:
+    image = 100 * torch.randn(1, 2, 32, 32, dtype=torch.float64)  # far above the floor
+    expected = 1 - 2 * scale / (scale**2 + 1)
+    assert fourier_similarity_loss(scale * image, image).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_focal_weighting_favours_the_worst_frequency() -> None:
@@ -86,7 +119,7 @@ def test_losses_are_symmetric_and_zero_only_at_equality(height: int, width: int,
     assert fourier_loss(x, y, radius) == pytest.approx(float(fourier_loss(y, x, radius)))
 
 
-@pytest.mark.parametrize("loss", [fourier_loss, amplitude_loss])
+@pytest.mark.parametrize("loss", [fourier_loss, amplitude_loss, fourier_similarity_loss])
 def test_gradients(loss) -> None:
     torch.manual_seed(0)
     image = torch.rand(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
@@ -97,5 +130,7 @@ def test_gradients(loss) -> None:
 def test_gradient_at_equality_is_finite() -> None:
     focal = partial(fourier_loss, focal=1.0)
     image = torch.rand(1, 3, 8, 8, requires_grad=True)
-    sum(loss(image, image.detach()) for loss in (fourier_loss, amplitude_loss, focal)).backward()
+    sum(
+        loss(image, image.detach()) for loss in (fourier_loss, amplitude_loss, fourier_similarity_loss, focal)
+    ).backward()
     assert torch.isfinite(image.grad).all()

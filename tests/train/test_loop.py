@@ -67,7 +67,9 @@ def test_resumed_equals_unbroken(recipe: Recipe, model_dir: Path, cache: Path, t
 def test_resumed_equals_unbroken_with_everything_on(
     recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
 ) -> None:
-    everything = recipe.model_copy(update={"batch": 3, "micro_batch": 2, "ema_decay": 0.9, "mixed_precision": "bf16"})
+    loss = recipe.loss.model_copy(update={"adversarial_weight": 0.1})
+    changes = {"batch": 3, "micro_batch": 2, "ema_decay": 0.9, "mixed_precision": "bf16", "loss": loss}
+    everything = recipe.model_copy(update=changes)
     unbroken = train(everything, model_dir, tmp_path / "unbroken", cache)
     stop_after(3)
     with pytest.raises(HipaError, match="stopped at step 3"):
@@ -82,7 +84,7 @@ def test_a_batch_in_pieces_is_the_same_batch(recipe: Recipe, model_dir: Path, ca
     pieces = train(whole.model_copy(update={"micro_batch": 2}), model_dir, tmp_path / "pieces", cache)
     # Adam makes whole steps of gradients that are zero but for rounding: compare them all, not each.
     pieces_N, expected_N = (torch.cat([w.flatten() for w in weights.values()]) for weights in (pieces, expected))
-    assert (pieces_N - expected_N).norm() < 1e-3 * expected_N.norm()
+    assert (pieces_N - expected_N).norm() < 1e-2 * expected_N.norm()
 
 
 def test_the_average_is_what_is_stored(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path) -> None:

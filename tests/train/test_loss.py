@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.edge import edge_loss
-from hipa_deploy.train.frequency import amplitude_loss, fourier_loss
+from hipa_deploy.train.edge import edge_loss, edge_similarity_loss
+from hipa_deploy.train.frequency import amplitude_loss, fourier_loss, fourier_similarity_loss
 from hipa_deploy.train.loss import HUBER, HipaLoss, hipa_loss, pseudo_huber
 from hipa_deploy.train.perceptual import DistsLike
 from hipa_deploy.train.recipe import DecoderLossSettings, LossSettings
@@ -24,6 +24,10 @@ def images() -> tuple[torch.Tensor, ...]:
 def latents() -> tuple[torch.Tensor, ...]:
     torch.manual_seed(1)
     return tuple(torch.rand(2, 1, 4, 8, 8))
+
+
+def coarse(image: torch.Tensor) -> list[torch.Tensor]:
+    return [F.pixel_unshuffle(image, 4)]
 
 
 def plain(**settings: Any) -> HipaLoss:
@@ -57,6 +61,13 @@ def test_every_setting_reaches_its_term(images, latents) -> None:
     assert torch.allclose(total, expected)
 
 
+def test_similarity_takes_the_place_of_both_differences(images, latents) -> None:
+    loss = plain(high_frequency="similarity", radius=0.4, edge="laplacian")
+    _, terms = loss(*images, *latents)
+    assert terms["fourier"] == fourier_similarity_loss(*images, 0.4)
+    assert terms["edge"] == edge_similarity_loss(*images, "laplacian")
+
+
 def test_what_has_no_weight_is_not_computed(images, latents) -> None:
     _, terms = HipaLoss(LossSettings(perceptual="none", fourier_weight=0, latent_weight=0))(*images, *latents)
     assert terms.keys() == {"edge", "latent"}
@@ -65,6 +76,19 @@ def test_what_has_no_weight_is_not_computed(images, latents) -> None:
     assert latent.of_latents(*latents)[0] == 0.05 * F.mse_loss(*latents)
     assert latent(*images, *latents)[0] == 0.05 * F.mse_loss(*latents)
     assert not hasattr(latent, "perceptual")
+
+
+def test_a_discriminator_judges_the_perceptual_maps(images, latents) -> None:
+    loss = HipaLoss(LossSettings(adversarial_weight=5, hf_weight=0), DistsLike(coarse))
+    total, terms = loss(*images, *latents)
+    maps, targets = ([image, *coarse(image)] for image in images)
+    assert terms["adversarial"] == loss.discriminator.adversarial(maps)
+    assert terms["discriminator"] == loss.discriminator.loss(maps, targets)
+    expected = terms["perceptual"] + 5 * terms["adversarial"] + terms["discriminator"] + 0.05 * terms["latent"]
+    assert torch.allclose(total, expected)
+    assert loss.trained.keys() == {f"discriminator.{name}" for name, _ in loss.discriminator.named_parameters()}
+    assert loss.state.keys() == {f"loss.{name}" for name in loss.trained}
+    assert plain().trained == plain().state == {}
 
 
 def test_a_decoders_loss_has_no_latents(images) -> None:

@@ -55,7 +55,7 @@ def two_recipe() -> Recipe:
             "samples": 2,
             "adaptor": {"preset": "full", "rank": 2},
             "teacher": {"steps": 2, "pairs": 6, "batch": 2},
-            "loss": {"latent_warmup_steps": 1},
+            "loss": {"latent_warmup_steps": 1, "adversarial_weight": 0.1},
             "optimiser": {"learning_rate": 1e-2},
         }
     )

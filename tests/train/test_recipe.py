@@ -69,6 +69,11 @@ def test_overrides_reach_into_tables(tmp_path: Path) -> None:
         (DECODER + "[decoder]\nchannels = 2\n", "decoder.channels = 2: input should be greater"),
         (DECODER + "[decoder]\nblocks = [1, -1]\n", "decoder.blocks.1 = -1: input should be greater"),
         (DECODER + "[latents]\nperturbed = 2\n", "latents.perturbed = 2: input should be less"),
+        (
+            MINIMAL + "[loss]\nadversarial_weight = 1\nperceptual = 'none'\n",
+            "needs a perceptual distance with a weight",
+        ),
+        (MINIMAL + "[loss]\nadversarial_weight = 1\nperceptual_weight = 0\n", "needs a perceptual distance"),
         ('kind = "adaptor"\n' + MINIMAL + "[latents]\ncount = 2\n", "unknown key 'latents'"),
     ],
 )
