@@ -14,7 +14,7 @@ from hipa_deploy.export.bundle import ExportOptions, export_bundle
 from hipa_deploy.one_step import initial_noise
 from hipa_deploy.parity import compare
 from hipa_deploy.train.evaluate import kid_lite0, one_step_images, teacher_images
-from hipa_deploy.train.recipe import load_recipe
+from hipa_deploy.train.recipe import load_recipe, read_prompt_file
 from hipa_deploy.train.report import draw, held_out_prompts
 
 PROMPT = "3d emoji of a red apple"
@@ -63,3 +63,13 @@ def test_the_adaptor_brings_one_step_closer_to_the_teacher() -> None:
     truth = teacher_images(MODEL, texts, seeds, load_recipe("emoji").teacher)
     base, adapted = (one_step_images(MODEL, adaptor, texts, seeds) for adaptor in (None, ADAPTOR))
     assert kid_lite0(adapted, truth) < kid_lite0(base, truth) / 2
+
+
+@pytest.mark.parametrize("file", ["prompts_words.txt", "prompts_wide.txt"])
+def test_adaptors_learn_from_nothing_that_is_held_out(file: str) -> None:
+    held_out = read_prompt_file(MODEL / "prompts_pair.txt") + read_prompt_file(MODEL / "prompts_concept.txt")
+    concepts = {prompt.split(" of ")[1] for prompt in read_prompt_file(MODEL / "prompts_concept.txt")}
+    prompts = read_prompt_file(MODEL / file)
+    subjects = {prompt.split(" of ", 1)[1] for prompt in prompts}
+    assert not set(prompts) & set(held_out)
+    assert not subjects & concepts

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.quality.retrieval import image_vectors, recall, text_vectors
+from benchmarks.quality.retrieval import image_vectors, text_vectors
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.backbones import Backbone, load_backbone
 from hipa_deploy.train.base_model import to_float
@@ -23,7 +23,7 @@ from hipa_deploy.train.edge import sobel
 from hipa_deploy.train.evaluate import high_frequency_ratio, kid_lite0, lite0_features, paired_distances
 from hipa_deploy.train.lpips import EPSILON
 
-__all__ = ["caption_recall", "high_frequency_ratio", "kid_lite0", "masked_distance", "masked_psnr", "paired_distances",
+__all__ = ["choice_recall", "high_frequency_ratio", "kid_lite0", "masked_distance", "masked_psnr", "paired_distances",
            "psnr", "seam_energies", "seam_ratio", "structure_distance"]  # fmt: skip
 
 CHUNK = 32
@@ -128,13 +128,15 @@ def structure_distance(images_NHWC: np.ndarray, source_NHWC: np.ndarray) -> np.n
 
 
 @torch.no_grad()
-def caption_recall(heads: tuple[nn.Linear, nn.Linear], images_NHWC: np.ndarray, texts_CD: Tensor, at: int = 1) -> float:
-    """Share of images that find their caption, the (n mod C)-th, among the ``at`` nearest of C captions.
+def choice_recall(heads: tuple[nn.Linear, nn.Linear], images_NHWC: np.ndarray, texts_NKD: Tensor) -> float:
+    """Share of images that are nearest to the first of their K captions.
 
-    ``heads`` are those of ``benchmarks.quality.retrieval.train_heads``, ``texts_CD`` its ``sentence_vectors``' of the
-    captions: for an edit, what was asked for.
+    ``heads`` are those of ``benchmarks.quality.retrieval.train_heads``, ``texts_NKD`` its ``sentence_vectors``' of the
+    captions: for an edit, what was asked for, then the same thing in the other styles.
     """
-    return recall(image_vectors(heads[0], lite0_features(images_NHWC)), text_vectors(heads[1], texts_CD), at)
+    image_NW, text_NKW = image_vectors(heads[0], lite0_features(images_NHWC)), text_vectors(heads[1], texts_NKD)
+    nearest_N = torch.einsum("nw,nkw->nk", image_NW, text_NKW).argmax(dim=1)
+    return float((nearest_N == 0).float().mean())
 
 
 def _weighted_difference(x_BCHW: Tensor, y_BCHW: Tensor, mask_B1HW: Tensor) -> Tensor:

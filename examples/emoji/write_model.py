@@ -3,20 +3,23 @@
     python examples/emoji/write_model.py --run runs/emoji --out hipa_deploy/embedded/model
 
 FP16 safetensors, the prompts of each split beside them. Measure it with measure_model.py, which writes the card.
+With --prompts-only it writes the prompts alone, into the model folder that is there.
 """
 
 from __future__ import annotations
 
 import json
-from itertools import permutations, product
+from itertools import permutations
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
+from build_dataset import CONCEPTS, MODULES, STYLES, caption_of, split_of
 from common import EmojiSet
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from train_text_encoder import emoji_words
 from train_unet import SCHEDULE
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -24,7 +27,7 @@ from hipa_deploy.files import new_folder
 
 SIZE_LIMIT_BYTES = 25_000_000
 WIDE_PROMPTS = 11_008
-BLENDS = 14  # of three words of style, a concept
+WORD_STYLES = 2  # in how many styles each word is asked for
 
 
 def assemble(run: Path, vae: str) -> StableDiffusionPipeline:
@@ -43,16 +46,15 @@ def assemble(run: Path, vae: str) -> StableDiffusionPipeline:
     return pipe.to(torch.float16)
 
 
-def write_prompts(emoji: EmojiSet, out: Path) -> None:
-    """prompts.txt (trained on), prompts_pair, _concept (held out), prompts_edit, _wide, _refine (for adaptors)."""
+def write_prompts(emoji: EmojiSet, modules: Path, out: Path) -> None:
+    """prompts.txt (trained on), prompts_pair and _concept (held out), prompts_words and _wide (for adaptors)."""
     splits = {name: list(dict.fromkeys(emoji.only(name).captions)) for name in ("train", "pair", "concept")}
     written = {
         "prompts": splits["train"],
         "prompts_pair": splits["pair"],
         "prompts_concept": splits["concept"],
-        "prompts_edit": blended_prompts(splits["train"]),
+        "prompts_words": blended_prompts(splits["train"]) + word_prompts(modules),
         "prompts_wide": wide_prompts(splits["train"]),
-        "prompts_refine": refine_prompts(splits["train"]),
     }
     for name, prompts in written.items():
         (out / f"{name}.txt").write_text("\n".join(prompts) + "\n")
@@ -85,15 +87,20 @@ def wide_prompts(prompts: list[str]) -> list[str]:
     return blended + two_concepts(by_concept(prompts), WIDE_PROMPTS - len(blended))
 
 
-def refine_prompts(prompts: list[str]) -> list[str]:
-    """The prompts; each concept without a style, in every two styles and in some blends of three words of style."""
-    rng, refined = np.random.default_rng(1), list(prompts)
-    for concept, known in sorted(by_concept(prompts).items()):
-        thrice = [words for words in product(known, repeat=3) if len(set(words)) > 1]
-        rng.shuffle(thrice)
-        blends = [*permutations(known, 2), *thrice[:BLENDS]]
-        refined += [f"emoji of {concept}", *(f"{' '.join(words)} emoji of {concept}" for words in blends)]
-    return refined
+def word_prompts(modules: Path) -> list[str]:
+    """Names and keywords of emoji that are no concept of the model, in some styles each: its text encoder knows them.
+
+    What belongs to a held-out concept is left out: its name, its keywords, and whatever contains a word of its name
+    that no trained concept has.
+    """
+    entries = [{word.replace("-", " ") for word in words} for words in emoji_words(modules)]
+    held_out = {concept for concept in CONCEPTS if split_of(STYLES[0], concept) == "concept"}
+    known = {word for concept in CONCEPTS - held_out for word in concept.split()}
+    telling = {word for concept in held_out for word in concept.split()} - known
+    barred = CONCEPTS.union(*(words for words in entries if words & held_out))
+    words = sorted(word for word in set().union(*entries) - barred if not any(part in word for part in telling))
+    rng = np.random.default_rng(1)
+    return [caption_of(STYLES[i], word) for word in words for i in sorted(rng.permutation(len(STYLES))[:WORD_STYLES])]
 
 
 def two_concepts(styles: dict[str, list[str]], count: int) -> list[str]:
@@ -136,12 +143,17 @@ def main(
     run: Annotated[Path, typer.Option(help="Folder of the pre-training run.")],
     out: Annotated[Path, typer.Option(help="Model folder to write; must not exist.")],
     vae: Annotated[str, typer.Option(help="'vae', or 'vae_decoder' after train_vae.py --decoder-only.")] = "vae",
+    modules: Annotated[Path, typer.Option(help="Where npm installed emojilib.")] = MODULES,
+    prompts_only: Annotated[bool, typer.Option(help="Write the prompts into the folder that is there.")] = False,
 ) -> None:
     """Write the model folder, whole or not at all."""
+    if prompts_only:
+        write_prompts(EmojiSet.load(run), modules, out)
+        return
     with new_folder(out) as scratch:
         assemble(run, vae).save_pretrained(scratch, safe_serialization=True)
         forget_paths(scratch)
-        write_prompts(EmojiSet.load(run), scratch)
+        write_prompts(EmojiSet.load(run), modules, scratch)
         (scratch / "training.json").write_text(json.dumps(training(run), indent=2) + "\n")
         size = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
         if size > SIZE_LIMIT_BYTES:

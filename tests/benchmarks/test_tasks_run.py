@@ -51,6 +51,11 @@ def test_real_images_are_found_by_their_captions(emoji_dir: Path, tmp_path: Path
     assert samples.sources.shape == (3, 4, 4, 3)
 
 
+def test_an_edit_is_asked_for_its_style_among_all() -> None:
+    asked = run.in_all_styles("flat emoji of a fox", ["3d", "flat", "noto"])
+    assert asked == ["flat emoji of a fox", "3d emoji of a fox", "noto emoji of a fox"]
+
+
 def test_unknown_task(tmp_path: Path) -> None:
     with pytest.raises(HipaError, match="task 'draw' is unknown"):
         run.main("draw", tmp_path, tmp_path)
