@@ -101,7 +101,7 @@ ConfigOption = Annotated[
 def train(
     out: Annotated[Path, typer.Option(help="Adaptor folder (or decoder folder) to write.")],
     recipe: Annotated[
-        str, typer.Option(help="A TOML file, or: emoji | emoji-refine | emoji-decoder | sd15 | sd21-base | sd21-v.")
+        str, typer.Option(help="A TOML file, or: emoji | emoji-decoder | sd15 | sd21-base | sd21-v.")
     ] = "emoji",
     model: ModelOption = "emoji",
     config: ConfigOption = None,
