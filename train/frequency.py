@@ -60,7 +60,7 @@ def fourier_similarity_loss(image_BCHW: Tensor, target_BCHW: Tensor, radius: flo
     share. A band weighs the same however little energy it has.
     """
     image, target = (torch.fft.fft2(part, norm="ortho") for part in (image_BCHW, target_BCHW))
-    bands_KHW = octaves(*image_BCHW.shape[-2:], radius).to(image_BCHW)
+    bands_KHW = octaves(image_BCHW.shape[-2], image_BCHW.shape[-1], radius).to(image_BCHW)
     cross, own, other = (
         torch.einsum("bchw,khw->bck", power, bands_KHW)
         for power in ((image * target.conj()).real, image.abs().square(), target.abs().square())
