@@ -86,6 +86,8 @@ class Exploding(torch.nn.Module):
 
     decodes = True
     state: ClassVar[dict] = {}
+    trained: ClassVar[dict] = {}
+    balance = None
 
     def forward(self, image: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, dict]:
         return (image - image.detach()).sqrt().mean(), {}
