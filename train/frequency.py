@@ -18,9 +18,7 @@ RADIUS = 0.2  # of the Nyquist frequency: where the high-pass reaches 1 - exp(-1
 
 def high_pass(height: int, width: int, radius: float = RADIUS) -> Tensor:
     """H = 1 - exp(-r^2 / (2 radius^2)) on the FFT grid, r in units of Nyquist: float32 [H, W], zero at the mean."""
-    vertical, horizontal = torch.fft.fftfreq(height) * 2, torch.fft.fftfreq(width) * 2
-    squared_HW = vertical[:, None] ** 2 + horizontal[None, :] ** 2
-    return 1 - torch.exp(-squared_HW / (2 * radius**2))
+    return 1 - torch.exp(-_squared_frequency(height, width) / (2 * radius**2))
 
 
 def high_frequencies(image_BCHW: Tensor, radius: float = RADIUS) -> Tensor:
@@ -70,10 +68,15 @@ def fourier_similarity_loss(image_BCHW: Tensor, target_BCHW: Tensor, radius: flo
 
 def octaves(height: int, width: int, radius: float = RADIUS) -> Tensor:
     """Which frequencies belong to which band, float32 [K, H, W]: each band's sum to 1, or are 0 if it has none."""
-    vertical, horizontal = torch.fft.fftfreq(height) * 2, torch.fft.fftfreq(width) * 2
-    octave_HW = torch.log2((vertical[:, None] ** 2 + horizontal[None, :] ** 2).sqrt() / radius).floor()
+    octave_HW = torch.log2(_squared_frequency(height, width).sqrt() / radius).floor()
     bands = torch.stack([octave_HW == octave for octave in range(max(1, int(octave_HW.max()) + 1))]).float()
     return bands / bands.sum(dim=(1, 2), keepdim=True).clamp_min(1)
+
+
+def _squared_frequency(height: int, width: int) -> Tensor:
+    """r^2 on the FFT grid, r in units of Nyquist: float32 [H, W]."""
+    vertical, horizontal = torch.fft.fftfreq(height) * 2, torch.fft.fftfreq(width) * 2
+    return vertical[:, None] ** 2 + horizontal[None, :] ** 2
 
 
 def modulus(spectrum: Tensor) -> Tensor:
