@@ -43,15 +43,11 @@ def against_others(results: Results, split: str) -> list[str]:
     if MAIN not in results:
         return []
     lines = []
-    for name in (f"{baseline}{suffix}" for baseline in BASELINES for suffix in ("", "-time")):
+    for name in (*(f"{baseline}{suffix}" for baseline in BASELINES for suffix in ("", "-time")), "no-hf"):
         if name in results:
             verdicts = [_better(results, name, split, key) for key in ("kid", "distance")]
+            verdicts += [_better_ratio(results, split)] if name == "no-hf" else []
             lines.append(f"HiPA against {results[name]['title']}: {'; '.join(verdicts)}")
-    if "no-hf" in results:
-        verdicts = [_better(results, "no-hf", split, key) for key in ("kid", "distance")]
-        lines.append(
-            f"HiPA against {results['no-hf']['title']}: {'; '.join(verdicts)}; {_better_ratio(results, split)}"
-        )
     return lines
 
 
