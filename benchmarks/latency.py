@@ -5,8 +5,11 @@
     python benchmarks/latency.py --model hipa_deploy/embedded/model --tiny hipa_deploy/embedded/decoder --runs 30 ...
 
 Every contender is a process of its own (its start-up and peak memory are its own) and runs in turn with diffusers
-eager, one image each, so that what disturbs the machine disturbs both: the ratio is the median of the paired ratios.
-Everything computes in FP32; every run has a new prompt, except where the name says that its context is cached.
+eager, two images each, so that what disturbs the machine disturbs both: the ratio is the median of the paired ratios.
+The first image of a turn comes after a pause, the second right after it, and each is compared with its like: a small
+model's threads and caches are asleep after a pause, which costs every contender the same two milliseconds or so.
+Everything computes in FP32, but for bfloat16 where the name says so; every image has a new prompt, except where
+the name says that its context is cached.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 BASELINE = "diffusers eager"
-PAUSE_SECONDS = 0.2  # before each image: threads of the other process that wait by spinning would slow it
+PAUSE_SECONDS = 0.2  # before each turn: threads of the other process that wait by spinning would slow it
 Image = Callable[[str], np.ndarray]  # prompt -> uint8 [H, W, 3], always from seed 0
 
 
@@ -44,14 +47,14 @@ def diffusers_pipeline(model: Path) -> Any:
     return pipe
 
 
-def call(pipe: Any, shape_CHW: tuple[int, int, int]) -> Image:
-    """A pipeline with diffusers' interface as a function of the prompt."""
+def call(pipe: Any, shape_CHW: tuple[int, int, int], dtype: Any = None) -> Image:
+    """A pipeline with diffusers' interface as a function of the prompt; ``dtype`` of the noise, float32 by default."""
     import torch
 
     from hipa_deploy.one_step import initial_noise
 
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.from_numpy(initial_noise([0], shape_CHW))
+    noise = torch.from_numpy(initial_noise([0], shape_CHW)).to(dtype or torch.float32)
 
     def image(prompt: str) -> np.ndarray:
         made = pipe(prompt, num_inference_steps=1, guidance_scale=0, latents=noise, output_type="np").images[0]
@@ -63,6 +66,14 @@ def call(pipe: Any, shape_CHW: tuple[int, int, int]) -> Image:
 def eager(model: Path, work: Path) -> Image:
     """Diffusers as installed."""
     return call(diffusers_pipeline(model), latent_shape(work))
+
+
+def bfloat16(model: Path, work: Path) -> Image:
+    """The same with all weights and arithmetic in bfloat16."""
+    import torch
+
+    pipe = diffusers_pipeline(model).to(torch.bfloat16)
+    return call(pipe, latent_shape(work), torch.bfloat16)
 
 
 def compiled(model: Path, work: Path) -> Image:
@@ -114,6 +125,7 @@ def ours(bundle: str, prompt: str | None = None, backend: str = "onnxruntime") -
 CONTENDERS: dict[str, Callable[[Path, Path], Image]] = {
     BASELINE: eager,
     "diffusers, torch.compile": compiled,
+    "diffusers, bfloat16": bfloat16,
     "optimum-onnx": optimum,
     "OpenVINO, our graphs": openvino,
     "ours": ours("full"),
@@ -122,6 +134,10 @@ CONTENDERS: dict[str, Callable[[Path, Path], Image]] = {
     "ours, openvino backend": ours("full", backend="openvino"),
     "ours, openvino backend, prompt cached": ours("full", "a red apple", backend="openvino"),
     "ours, openvino backend, tiny decoder": ours("tiny", backend="openvino"),
+    "ours, openvino backend, tiny decoder, fused, prompt cached": ours("tiny-fused", "a red apple", "openvino"),
+    "ours, openvino-bf16 backend": ours("full", backend="openvino-bf16"),
+    "ours, openvino-bf16 backend, prompt cached": ours("full", "a red apple", "openvino-bf16"),
+    "ours, openvino-bf16 backend, tiny decoder": ours("tiny", backend="openvino-bf16"),
     "ours, tiny decoder": ours("tiny"),
     "ours, tiny decoder, fused": ours("tiny-fused"),
 }
@@ -161,7 +177,7 @@ class Process:
         self.first_image_seconds = time.perf_counter() - started
 
     def ask(self, prompt: str) -> dict[str, Any]:
-        """{'seconds', 'peak_gb', 'mean'} of an image; ends us if the process died."""
+        """{'seconds', 'next_seconds', 'peak_gb', 'mean'} of two images; ends us if the process died."""
         assert self.child.stdin
         assert self.child.stdout
         time.sleep(PAUSE_SECONDS)
@@ -185,9 +201,11 @@ def serve(name: str, model: Path, work: Path) -> None:
     for line in sys.stdin:
         started = time.perf_counter()
         made = image(line.strip())
-        seconds = time.perf_counter() - started
+        between = time.perf_counter()
+        image(f"{line.strip()}, once more")
+        times = {"seconds": between - started, "next_seconds": time.perf_counter() - between}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        print(json.dumps({"seconds": seconds, "peak_gb": peak, "mean": float(made.mean())}), flush=True)
+        print(json.dumps({**times, "peak_gb": peak, "mean": float(made.mean())}), flush=True)
 
 
 def compare(name: str, model: Path, work: Path, runs: int) -> dict[str, Any]:
@@ -199,11 +217,16 @@ def compare(name: str, model: Path, work: Path, runs: int) -> dict[str, Any]:
             answers[index].append(pair[index].ask(f"a red apple, number {run}"))
     for process in pair:
         process.close()
-    theirs, own = ([answer["seconds"] for answer in part] for part in answers)
+    result = {}
+    for prefix, key in (("", "seconds"), ("next_", "next_seconds")):
+        theirs, own = ([answer[key] for answer in part] for part in answers)
+        result |= {
+            f"{prefix}median_seconds": statistics.median(own),
+            f"{prefix}baseline_median_seconds": statistics.median(theirs),
+            f"{prefix}times_faster": statistics.median(a / b for a, b in zip(theirs, own, strict=True)),
+        }
     return {
-        "median_seconds": statistics.median(own),
-        "baseline_median_seconds": statistics.median(theirs),
-        "times_faster": statistics.median(a / b for a, b in zip(theirs, own, strict=True)),
+        **result,
         "first_image_seconds": pair[1].first_image_seconds,
         "peak_gb": answers[1][-1]["peak_gb"],
         "image_mean_difference": abs(answers[0][-1]["mean"] - answers[1][-1]["mean"]),
@@ -212,10 +235,12 @@ def compare(name: str, model: Path, work: Path, runs: int) -> dict[str, Any]:
 
 def render(results: dict[str, dict[str, Any]], title: str) -> Table:
     """The results as a table."""
-    table = Table("", "median", "times faster than eager", "first image after", "peak memory", title=title)
+    heads = ("after a pause", "times faster than eager", "right after", "times faster than eager")
+    table = Table("", *heads, "first image after", "peak memory", title=title)
     for name, row in results.items():
-        faster, first, peak = row["times_faster"], row["first_image_seconds"], row["peak_gb"]
-        table.add_row(name, f"{row['median_seconds']:.3f} s", f"{faster:.2f}", f"{first:.1f} s", f"{peak:.2f} GB")
+        cells = [(f"{row[p + 'median_seconds']:.4f} s", f"{row[p + 'times_faster']:.2f}") for p in ("", "next_")]
+        first, peak = row["first_image_seconds"], row["peak_gb"]
+        table.add_row(name, *cells[0], *cells[1], f"{first:.1f} s", f"{peak:.2f} GB")
     return table
 
 
@@ -245,7 +270,7 @@ def main(
             if out:
                 out.write_text(json.dumps(results, indent=2) + "\n")
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
-    Console().print(render(results, f"{model.name}, FP32, {runs} runs in turn, {machine}"))
+    Console().print(render(results, f"{model.name}, {runs} runs in turn, {machine}"))
 
 
 if __name__ == "__main__":

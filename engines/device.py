@@ -77,7 +77,7 @@ def describe_device() -> Device:
         l4t=l4t_release(),
         backends=(
             *_onnxruntime_backends(gpu),
-            _openvino_backend(),
+            *_openvino_backends(),
             *(_engine_backend(flavour, gpu) for flavour in FLAVOURS),
         ),
     )
@@ -220,13 +220,18 @@ def _onnxruntime_backend(name: str, version: str | None, installed: bool, gpu: G
     return Backend(name=name, version=version, usable=usable, remedy=None if usable else _NO_GPU)
 
 
-def _openvino_backend() -> Backend:
+def _openvino_backends() -> list[Backend]:
     try:
         version = importlib.metadata.version("openvino")
     except importlib.metadata.PackageNotFoundError:
-        remedy = str(MissingDependencyError("openvino", "openvino"))
-        return Backend(name="openvino", version=None, usable=False, remedy=remedy)
-    return Backend(name="openvino", version=version, usable=True, remedy=None)
+        absent = str(MissingDependencyError("openvino", "openvino"))
+        return [Backend(name=name, version=None, usable=False, remedy=absent) for name in ("openvino", "openvino-bf16")]
+    bf16 = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", _read("/proc/cpuinfo") or "") is not None
+    remedy = None if bf16 else "This CPU has no bfloat16 arithmetic."
+    return [
+        Backend(name="openvino", version=version, usable=True, remedy=None),
+        Backend(name="openvino-bf16", version=version, usable=bf16, remedy=remedy),
+    ]
 
 
 def _engine_backend(flavour: Flavour, gpu: Gpu | None) -> Backend:

@@ -13,24 +13,31 @@ from hipa_deploy.bundle import StageSpec
 from hipa_deploy.errors import HipaError, MissingDependencyError, first_line
 from hipa_deploy.runners import check_inputs
 
-# FP16 weights stay so in memory and compute in FP32, as in ONNX Runtime; by default bfloat16 is taken where it is fast.
-_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+# What a backend computes in; OpenVINO by itself would take bfloat16 wherever that is fast. FP16 weights stay so in
+# memory and compute in FP32, as in ONNX Runtime.
+_PRECISION = {"openvino": "f32", "openvino-bf16": "bf16"}
 
 
 class OpenVinoRunner:
     """One stage in OpenVINO, on the CPU.
 
+    ``backend`` is 'openvino' (FP32) or 'openvino-bf16' (8 significant bits, on CPUs that multiply bfloat16).
+    Whether that is near enough to FP32 for a model, the bundle's own gates tell: ``hipa-doctor BUNDLE --backend …``.
+
     Raises:
         MissingDependencyError: OpenVINO is not installed.
-        HipaError: the file is not a graph it can compile.
+        HipaError: the file is not a graph it can compile, or this CPU has no bfloat16.
 
     """
 
-    def __init__(self, path: Path, spec: StageSpec) -> None:
+    def __init__(self, path: Path, spec: StageSpec, backend: str = "openvino") -> None:
         self.spec = spec
-        openvino = load_openvino()
+        core, precision = load_openvino().Core(), _PRECISION[backend]
+        if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise HipaError(f"backend {backend}: this CPU has no bfloat16 arithmetic. Use --backend openvino.")
+        options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         try:
-            self._model: Any = openvino.Core().compile_model(path, "CPU", _OPTIONS)
+            self._model: Any = core.compile_model(path, "CPU", options)
         except RuntimeError as error:
             raise HipaError(f"{path}: OpenVINO cannot compile it: {first_line(error)}") from None
 
@@ -44,7 +51,7 @@ class OpenVinoRunner:
         check_inputs(self.spec, inputs)
         if self._model is None:
             raise HipaError(f"{self.spec.name}: the runner is closed.")
-        made = self._model(inputs)
+        made = self._model(inputs, share_inputs=True)  # read in place
         return {tensor.name: made[tensor.name].copy() for tensor in self.spec.outputs}
 
     def close(self) -> None:

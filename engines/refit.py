@@ -73,8 +73,8 @@ def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap |
         fresh = OnnxRuntimeRunner(path, spec, backend, cache=kept, weights=weights)
         runner.close()
         return fresh
-    if backend == "openvino":
-        raise HipaError("backend openvino does not swap adaptors. Use --backend onnxruntime.")
+    if backend.startswith("openvino"):
+        raise HipaError(f"backend {backend} does not swap adaptors. Use --backend onnxruntime.")
     flavour = as_flavour(backend)
     remedy = rebuild_command(bundle.root, flavour, BuildOptions(refit=True))
 

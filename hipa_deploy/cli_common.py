@@ -20,7 +20,9 @@ BundleArgument = Annotated[str, typer.Argument(help="A bundle folder, or 'emoji'
 PromptsArgument = Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts.")]
 BackendOption = Annotated[
     str,
-    typer.Option(help="auto | onnxruntime | openvino | onnxruntime-cuda | onnxruntime-tensorrt | tensorrt | rtx"),
+    typer.Option(
+        help="auto | onnxruntime | openvino | openvino-bf16 | onnxruntime-cuda | onnxruntime-tensorrt | tensorrt | rtx"
+    ),
 ]
 OutOption = Annotated[Path, typer.Option(help="A .png file, or a folder.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the first image; the next images take the next seeds.")]

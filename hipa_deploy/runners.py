@@ -16,8 +16,8 @@ import numpy as np
 from hipa_deploy.bundle import Bundle, StageSpec
 from hipa_deploy.errors import HipaError
 
-BACKENDS = ("auto", "onnxruntime", "openvino", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "rtx")
-CPU_BACKENDS = ("onnxruntime", "openvino")
+CPU_BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
+BACKENDS = ("auto", *CPU_BACKENDS, "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "rtx")
 ENGINE_BACKENDS = ("tensorrt", "rtx")
 
 
@@ -74,10 +74,10 @@ def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
         HipaError: the backend is not installed, or no engine fits this device; the message says what to run.
 
     """
-    if backend == "openvino":
+    if backend.startswith("openvino"):
         from hipa_deploy.engines.openvino_runner import OpenVinoRunner
 
-        return OpenVinoRunner(bundle.stage_path(stage), bundle.stages[stage].spec)
+        return OpenVinoRunner(bundle.stage_path(stage), bundle.stages[stage].spec, backend)
     if backend.startswith("onnxruntime"):
         from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
 

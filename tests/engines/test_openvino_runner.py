@@ -11,10 +11,12 @@ from engine_samples import SHAPE
 
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle import Bundle
+from hipa_deploy.cli_common import BackendOption
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner
 from hipa_deploy.engines.openvino_runner import OpenVinoRunner, load_openvino
 from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.runners import BACKENDS, open_runner
 from hipa_deploy.selfcheck import check_bundle
 
 X = {"x": np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)}
@@ -36,6 +38,28 @@ def test_gives_what_onnxruntime_gives(make_bundle, dtype, precision):
 def test_the_embedded_bundle_passes_its_gates():
     pytest.importorskip("openvino")
     assert check_bundle(Bundle.open(BUNDLE), "openvino").problems == ()
+
+
+def has_bf16() -> bool:
+    openvino = pytest.importorskip("openvino")
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def test_bfloat16_passes_the_gates_where_the_cpu_has_it():
+    if not has_bf16():
+        pytest.skip("this CPU has no bfloat16")
+    exact, rounded = (check_bundle(Bundle.open(BUNDLE), name) for name in ("openvino", "openvino-bf16"))
+    assert rounded.problems == ()
+    assert rounded.end_to_end.parity.psnr_db < exact.end_to_end.parity.psnr_db - 3  # it is not FP32 by another name
+
+
+def test_bfloat16_is_refused_where_the_cpu_lacks_it(make_bundle, monkeypatch):
+    openvino = pytest.importorskip("openvino")
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
+    with pytest.raises(
+        HipaError, match=r"openvino-bf16: this CPU has no bfloat16 arithmetic\. Use --backend openvino\."
+    ):
+        open_runner(make_bundle(), "unet", "openvino-bf16")
 
 
 def test_the_pipeline_says_which_backend_it_was():
@@ -64,6 +88,11 @@ def test_what_is_no_graph_is_one_line(make_bundle):
     with pytest.raises(HipaError, match=r"model\.onnx: OpenVINO cannot compile it: .+") as caught:
         OpenVinoRunner(path, bundle.stages["unet"].spec)
     assert "\n" not in str(caught.value)
+
+
+def test_help_names_every_backend():
+    help_text = BackendOption.__metadata__[0].help
+    assert help_text.split(" | ") == list(BACKENDS)
 
 
 def test_absent_it_gives_the_pip_command(monkeypatch):
