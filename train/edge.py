@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLOOR = 1e-4  # mean square slope below which a window counts as flat: a hundredth of white a pixel
+from hipa_deploy.train.frequency import dissimilarity
+
 WINDOW = 8  # pixels
 
 
@@ -42,7 +43,7 @@ def edge_similarity_loss(image_BCHW: Tensor, target_BCHW: Tensor, operator: str 
     """
     image, target = OPERATORS[operator](image_BCHW), OPERATORS[operator](target_BCHW)
     cross, own, other = (F.avg_pool2d(power, WINDOW, WINDOW // 2) for power in (image * target, image**2, target**2))
-    return (1 - (2 * cross + FLOOR) / (own + other + FLOOR)).mean()
+    return dissimilarity(cross, own, other)
 
 
 def _filter(image_BCHW: Tensor, kernels_KHW: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOOR = 1e-4  # mean power below which bands count as empty: a ripple of a hundredth of white
+FLOOR = 1e-4  # mean power below which a band counts as empty, a window as flat: a hundredth of white
 RADIUS = 0.2  # of the Nyquist frequency: where the high-pass reaches 1 - exp(-1/2) = 0.39
 
 
@@ -63,6 +63,11 @@ def fourier_similarity_loss(image_BCHW: Tensor, target_BCHW: Tensor, radius: flo
         torch.einsum("bchw,khw->bck", power, bands_KHW)
         for power in ((image * target.conj()).real, image.abs().square(), target.abs().square())
     )
+    return dissimilarity(cross, own, other)
+
+
+def dissimilarity(cross: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """mean 1 - (2 <X, Y> + c) / (|X|^2 + |Y|^2 + c), a scalar, of bands' or windows' mean products and powers."""
     return (1 - (2 * cross + FLOOR) / (own + other + FLOOR)).mean()
 
 
