@@ -378,9 +378,9 @@ def evaluate(
     from hipa_deploy.train.recipe import load_recipe
 
     folder, teacher = model_folder(model, config), quality.reference_teacher(load_recipe(recipe).teacher)
-    texts = quality.held_out_prompts(folder, prompts)
+    texts, _ = quality.draw(quality.held_out_prompts(folder, prompts), images)
     rows, again = quality.make_images(folder, resolve_adaptor(adaptor), texts, teacher, images, console)
-    report = quality.quality_report(teacher, rows[quality.teacher_row(teacher.steps)], again, rows)
+    report = quality.quality_report(teacher, texts, rows[quality.teacher_row(teacher.steps)], again, rows)
     if json_path:
         write_file(json_path, (report.model_dump_json(indent=2) + "\n").encode())
     Console().print(quality.render_table(report))

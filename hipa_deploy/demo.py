@@ -127,7 +127,7 @@ def _compare(out: Path, recipe: Recipe, console: Console) -> str:
     with OneStepPipeline.load(out / "bundle", backend="onnxruntime") as pipe:
         ours = np.concatenate([pipe(t, seed=s).images_BHWC for t, s in zip(texts, seeds, strict=True)])
     write_sheet(out / SHEET, {"teacher, 25 steps": truth, "base, 1 step": base, "HiPA, 1 step (bundle)": ours}, texts)
-    report = quality_report(teacher, truth, again, {"base": base, "hipa": ours})
+    report = quality_report(teacher, texts, truth, again, {"base": base, "hipa": ours})
     write_file(out / "quality.json", (report.model_dump_json(indent=2) + "\n").encode())
     kids = {name: row.kid_lite0 for name, row in report.rows.items()}
     return (

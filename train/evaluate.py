@@ -42,34 +42,46 @@ class Quality:
     high_frequency_ratio: float
 
 
-def compare(images_NHWC: np.ndarray, teacher_NHWC: np.ndarray, others_NHWC: np.ndarray) -> Quality:
+def compare(
+    images_NHWC: np.ndarray, teacher_NHWC: np.ndarray, others_NHWC: np.ndarray, prompts: Sequence[str]
+) -> Quality:
     """All three numbers of a uint8 set [N, H, W, 3]: the teacher's from the same noise, image by image, and from other.
 
-    KID takes the other noise's because it expects independent sets: against its own noise's, a model that follows the
-    teacher image by image falls below the floor.
+    ``prompts`` are those of each row, of all three sets.
     """
     return Quality(
-        kid_lite0=kid_lite0(images_NHWC, others_NHWC),
+        kid_lite0=kid_lite0(images_NHWC, others_NHWC, prompts),
         distance=paired_distance(images_NHWC, teacher_NHWC),
         high_frequency_ratio=high_frequency_ratio(images_NHWC, teacher_NHWC),
     )
 
 
-def kid(features_a_ND: Tensor, features_b_ND: Tensor) -> float:
+def kid(features_a_ND: Tensor, features_b_ND: Tensor, prompts: Sequence[str] | None = None) -> float:
     """Unbiased squared MMD with the kernel (x . y / D + 1)^3 (Binkowski et al. 2018, section 4): may be negative.
 
-    All pairs at once rather than a mean over random subsets: nothing to seed, less variance.
+    All pairs at once rather than a mean over random subsets: nothing to seed, less variance. The sets are taken to be
+    independent, unless ``prompts`` says what the n-th rows of both were made of: rows of the same prompt are not, and
+    the kernel of two such rows counts nowhere (Gretton et al. 2012, 'A Kernel Two-Sample Test', equation 4).
+
+    Raises:
+        HipaError: fewer than two images, or prompts, to compare.
+
     """
     a_ND, b_ND = features_a_ND.double(), features_b_ND.double()
     if min(len(a_ND), len(b_ND)) < 2:
         raise HipaError(f"KID-Lite0 of {len(a_ND)} and {len(b_ND)} images. Expected at least two in each set.")
-    within = _mean_off_diagonal(_kernel(a_ND, a_ND)) + _mean_off_diagonal(_kernel(b_ND, b_ND))
-    return float(within - 2 * _kernel(a_ND, b_ND).mean())
+    if prompts is None:
+        within_a, within_b = (~torch.eye(len(rows), dtype=torch.bool) for rows in (a_ND, b_ND))
+        across = torch.ones(len(a_ND), len(b_ND), dtype=torch.bool)
+    else:
+        within_a = within_b = across = _other_prompts(prompts, a_ND, b_ND)
+    within = _kernel(a_ND, a_ND)[within_a].mean() + _kernel(b_ND, b_ND)[within_b].mean()
+    return float(within - 2 * _kernel(a_ND, b_ND)[across].mean())
 
 
-def kid_lite0(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray) -> float:
-    """KID-Lite0 of two uint8 image sets [N, H, W, 3]; print the value of two real sets beside it, as its floor."""
-    return kid(lite0_features(images_a_NHWC), lite0_features(images_b_NHWC))
+def kid_lite0(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray, prompts: Sequence[str] | None = None) -> float:
+    """``kid`` of two uint8 image sets [N, H, W, 3]: 0 where they come from one distribution."""
+    return kid(lite0_features(images_a_NHWC), lite0_features(images_b_NHWC), prompts)
 
 
 def lite0_features(images_NHWC: np.ndarray) -> Tensor:
@@ -165,6 +177,11 @@ def _kernel(a_ND: Tensor, b_ND: Tensor) -> Tensor:
     return (a_ND @ b_ND.T / a_ND.shape[1] + 1) ** 3
 
 
-def _mean_off_diagonal(kernel_NN: Tensor) -> Tensor:
-    count = len(kernel_NN)
-    return (kernel_NN.sum() - kernel_NN.diagonal().sum()) / (count * (count - 1))
+def _other_prompts(prompts: Sequence[str], a_ND: Tensor, b_ND: Tensor) -> Tensor:
+    """Which two rows have different prompts, bool [N, N]."""
+    index = {prompt: i for i, prompt in enumerate(prompts)}
+    number_N = torch.tensor([index[prompt] for prompt in prompts])
+    if not len(a_ND) == len(b_ND) == len(number_N) or len(index) < 2:
+        got = f"{len(a_ND)} and {len(b_ND)} images of {len(number_N)} prompts, {len(index)} of them different"
+        raise HipaError(f"KID-Lite0 of {got}. Expected a prompt for each row, and at least two.")
+    return number_N[:, None] != number_N

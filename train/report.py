@@ -20,11 +20,14 @@ BASE, ADAPTED = "base, one step", "HiPA, one step"
 
 
 class QualityReport(BaseModel):
-    """Each row's images for the same prompts and noise; the teacher's own row is the floor of KID-Lite0."""
+    """Each row's images for the same prompts and noise; the teacher's own row is the floor of KID-Lite0.
+
+    Version 3: KID-Lite0 leaves out rows of the same prompt (``kid``), so that the floor is about 0 and not below it.
+    """
 
     model_config = ConfigDict(frozen=True)
 
-    schema_version: int = 2
+    schema_version: int = 3
     images: int
     teacher_steps: int
     teacher_guidance: float
@@ -80,9 +83,13 @@ def make_images(
 
 
 def quality_report(
-    teacher: TeacherSettings, truth_BHWC: np.ndarray, again_BHWC: np.ndarray, rows: dict[str, np.ndarray]
+    teacher: TeacherSettings,
+    prompts: list[str],
+    truth_BHWC: np.ndarray,
+    again_BHWC: np.ndarray,
+    rows: dict[str, np.ndarray],
 ) -> QualityReport:
-    """Compare sets of uint8 images [N, H, W, 3] with the teacher's for the same prompts and noise.
+    """Compare sets of uint8 images [N, H, W, 3] with the teacher's for the same N prompts and noise.
 
     ``again_BHWC`` are the teacher's from other noise: KID-Lite0 is measured against them, its floor the teacher's.
     """
@@ -90,8 +97,8 @@ def quality_report(
         images=len(truth_BHWC),
         teacher_steps=teacher.steps,
         teacher_guidance=teacher.guidance,
-        kid_lite0_floor=kid_lite0(truth_BHWC, again_BHWC),
-        rows={name: compare(images_BHWC, truth_BHWC, again_BHWC) for name, images_BHWC in rows.items()},
+        kid_lite0_floor=kid_lite0(truth_BHWC, again_BHWC, prompts),
+        rows={name: compare(images_BHWC, truth_BHWC, again_BHWC, prompts) for name, images_BHWC in rows.items()},
     )
 
 

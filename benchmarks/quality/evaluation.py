@@ -80,17 +80,17 @@ class Reference:
     def __post_init__(self) -> None:
         self.truth_energy_N = high_frequency_energies(self.images[self.truth])
 
-    def measure(self, images_NHWC: np.ndarray, repeats: int) -> Measured:
-        """All numbers, of all images and of each repeat's."""
-        numbers = _PerImage(self, images_NHWC)
-        count = len(images_NHWC) // repeats
-        groups = [slice(r * count, (r + 1) * count) for r in range(repeats)]
+    def measure(self, images_NHWC: np.ndarray, split: Split) -> Measured:
+        """All numbers, of all images of the split and of each repeat's."""
+        numbers = _PerImage(self, images_NHWC, split.prompts)
+        count = len(split.captions)
+        groups = [slice(r * count, (r + 1) * count) for r in range(split.repeats)]
         return {"pooled": numbers.of(slice(None)), "repeats": [numbers.of(group) for group in groups]}
 
 
 class _PerImage:
-    def __init__(self, reference: Reference, images_NHWC: np.ndarray) -> None:
-        self.reference = reference
+    def __init__(self, reference: Reference, images_NHWC: np.ndarray, prompts: list[str]) -> None:
+        self.reference, self.prompts = reference, prompts
         self.features_ND = lite0_features(images_NHWC)
         self.distance_N = paired_distances(images_NHWC, reference.images[reference.truth])
         self.energy_N = high_frequency_energies(images_NHWC)
@@ -98,7 +98,7 @@ class _PerImage:
     def of(self, group: slice) -> dict[str, float]:
         reference = self.reference
         numbers = {
-            "kid": kid(self.features_ND[group], reference.others_ND[group]),
+            "kid": kid(self.features_ND[group], reference.others_ND[group], self.prompts[group]),
             "distance": float(self.distance_N[group].mean()),
             "hf_ratio": float(self.energy_N[group].mean() / reference.truth_energy_N[group].mean()),
         }
@@ -159,7 +159,7 @@ def measure_adaptor(
     images, measured = {}, {}
     for split in held_out:
         images[split.name] = one_step_images(model_dir, adaptor, split.prompts, split.seeds)
-        measured[split.name] = references[split.name].measure(images[split.name], split.repeats)
+        measured[split.name] = references[split.name].measure(images[split.name], split)
     scratch = folder / "images.tmp.npz"
     np.savez_compressed(scratch, **images)
     scratch.replace(folder / "images.npz")
@@ -182,7 +182,7 @@ def _measured_rows(references: dict[str, Reference], held_out: list[Split]) -> d
         one, many = reference.images[BASE], reference.images[reference.truth]
         premise = {LOW_OF_ONE: mixed(one, many), LOW_OF_MANY: mixed(many, one)}
         for name, images in (reference.images | premise).items():
-            measured.setdefault(name, {})[split.name] = reference.measure(images, split.repeats)
+            measured.setdefault(name, {})[split.name] = reference.measure(images, split)
     return measured
 
 

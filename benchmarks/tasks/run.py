@@ -162,7 +162,7 @@ def upscale_rows(model: Path, adaptor: Path, samples: Samples, strength: float) 
 def measure_edit(images: np.ndarray, samples: Samples, rows: Rows) -> Numbers:
     teacher = next(row for name, row in rows.items() if name.startswith("teacher"))
     return {
-        "KID-Lite0 to the pipeline's edits": measures.kid_lite0(images, rows[PIPELINE]),
+        "KID-Lite0 to the pipeline's edits": measures.kid_lite0(images, rows[PIPELINE], samples.prompts),
         "DISTS-like distance to the teacher's edit": float(measures.paired_distances(images, teacher).mean()),
         "structure distance to the source": float(measures.structure_distance(images, samples.sources).mean()),
         "high-frequency ratio to the teacher's": measures.high_frequency_ratio(images, teacher),

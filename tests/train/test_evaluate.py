@@ -36,6 +36,32 @@ def test_kid_is_unbiased() -> None:
     assert kid(torch.randn(50, 8), torch.randn(50, 8) + 1) > 1
 
 
+def test_kid_by_hand_of_rows_that_share_prompts() -> None:
+    # As above, and across only the rows of different prompts count: 1 * 3 -> 64, 2 * 0 -> 1.
+    a, b = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [3.0]])
+    assert kid(a, b, ["x", "y"]) == pytest.approx(27 + 1 - 2 * (64 + 1) / 2)
+
+
+def test_kid_is_unbiased_for_sets_of_the_same_prompts() -> None:
+    """Each row is its prompt's and a little noise; each prompt has two rows."""
+    torch.manual_seed(0)
+    prompts = [f"prompt {n % 20}" for n in range(40)]
+    values, taken_for_independent = [], []
+    for _ in range(200):
+        of_prompt = torch.randn(20, 8).repeat(2, 1)
+        a, b = of_prompt + 0.1 * torch.randn(2, 40, 8)
+        values.append(kid(a, b, prompts))
+        taken_for_independent.append(kid(a, b))
+    assert abs(np.mean(values)) < 3 * np.std(values) / 200**0.5
+    assert abs(np.mean(taken_for_independent)) > 3 * np.std(taken_for_independent) / 200**0.5
+
+
+@pytest.mark.parametrize("prompts", [["a", "a"], ["a", "b", "c"]])
+def test_kid_needs_a_prompt_for_each_row_and_two_of_them(prompts: list[str]) -> None:
+    with pytest.raises(HipaError, match=r"Expected a prompt for each row, and at least two"):
+        kid(torch.zeros(2, 4), torch.zeros(2, 4), prompts)
+
+
 def test_kid_needs_two_images() -> None:
     with pytest.raises(HipaError, match="at least two"):
         kid(torch.zeros(1, 4), torch.zeros(5, 4))
@@ -44,20 +70,21 @@ def test_kid_needs_two_images() -> None:
 def test_quality_orders_equal_blurred_and_noisy_sets() -> None:
     teacher = smooth_images(40, seed=0)
     others = smooth_images(40, seed=1)
-    same = compare(teacher, teacher, others)
+    prompts = [f"prompt {n}" for n in range(40)]
+    same = compare(teacher, teacher, others, prompts)
     assert same.distance == pytest.approx(0, abs=1e-5)
     assert same.high_frequency_ratio == 1
     noise = np.random.default_rng(0).normal(0, 40, teacher.shape)
-    noisy = compare(np.clip(teacher + noise, 0, 255).astype(np.uint8), teacher, others)
+    noisy = compare(np.clip(teacher + noise, 0, 255).astype(np.uint8), teacher, others, prompts)
     assert noisy.high_frequency_ratio > 1.5
     assert noisy.distance > 0.05
     assert noisy.kid_lite0 > 5 * abs(same.kid_lite0)
-    assert same.kid_lite0 == kid_lite0(teacher, others)
+    assert same.kid_lite0 == kid_lite0(teacher, others, prompts)
 
 
 def test_sets_of_other_shapes_are_refused() -> None:
     with pytest.raises(HipaError, match="Expected equal ones"):
-        compare(smooth_images(3, 0), smooth_images(4, 0), smooth_images(4, 0))
+        compare(smooth_images(3, 0), smooth_images(4, 0), smooth_images(3, 1), ["a", "b", "c"])
 
 
 def test_images_depend_on_prompt_and_seed_alone(model_dir: Path) -> None:

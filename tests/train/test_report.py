@@ -54,6 +54,9 @@ def test_no_prompts(tmp_path: Path, content: str | None) -> None:
         held_out_prompts(tmp_path, tmp_path / "p.txt")
 
 
+TEXTS = [f"prompt {n}" for n in range(8)]
+
+
 def image_sets() -> list[np.ndarray]:
     """Truth, the same from other noise, near to the truth, far from it: uint8 [8, 64, 64, 3] each."""
     generator = np.random.default_rng(0)
@@ -65,7 +68,7 @@ def image_sets() -> list[np.ndarray]:
 
 def test_a_better_set_has_better_numbers(tmp_path: Path) -> None:
     truth, again, near, far = image_sets()
-    report = quality_report(TEACHER, truth, again, {"truth": truth, ADAPTED: near, BASE: far})
+    report = quality_report(TEACHER, TEXTS, truth, again, {"truth": truth, ADAPTED: near, BASE: far})
     assert report.rows[ADAPTED].kid_lite0 < report.rows[BASE].kid_lite0
     assert report.kid_lite0_floor == report.rows["truth"].kid_lite0
     assert report.rows[ADAPTED].distance < report.rows[BASE].distance
@@ -80,7 +83,7 @@ def test_a_better_set_has_better_numbers(tmp_path: Path) -> None:
 def test_the_report_is_a_folder_of_text_and_pictures(tmp_path: Path) -> None:
     truth, again, near, far = image_sets()
     rows = {"teacher, 4 steps": near, teacher_row(25): truth, BASE: far, ADAPTED: near}
-    path = write_report(tmp_path / "report", quality_report(TEACHER, truth, again, rows), rows)
+    path = write_report(tmp_path / "report", quality_report(TEACHER, TEXTS, truth, again, rows), rows)
     text = path.read_text()
     assert "KID gap closed: " in text
     assert all(f"| {name} |" in text for name in rows)
