@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 
 from hipa_deploy.errors import HipaError
 
@@ -52,11 +52,14 @@ def fold_timestep(unet: UNet2DConditionModel, *timesteps: int) -> int:
     Returns the number of blocks folded.
 
     Raises:
-        HipaError: a block that uses the embedding in another way (scale and shift, for one).
+        HipaError: a block that uses the embedding in another way (scale and shift, or in its norms).
 
     """
-    probe = torch.zeros(1, dtype=next(unet.parameters()).dtype)
-    embeddings_1D = [unet.time_embedding(unet.get_time_embed(probe, timestep)) for timestep in timesteps]
+    probe, activation = torch.zeros(1, dtype=next(unet.parameters()).dtype), unet.time_embed_act or torch.nn.Identity()
+    embed = torch.nn.Sequential(unet.time_embedding, activation)
+    embeddings_1D = [embed(unet.get_time_embed(probe, timestep)) for timestep in timesteps]
+    if any(isinstance(module, ResnetBlockCondNorm2D) for module in unet.modules()):
+        raise HipaError("a time embedding in the norms of its blocks cannot be folded. Use --layout generic.")
     blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
     for block in blocks:
         if block.time_embedding_norm != "default" or block.time_emb_proj is None:
@@ -73,6 +76,7 @@ def fold_timestep(unet: UNet2DConditionModel, *timesteps: int) -> int:
     else:
         unet.get_time_embed = lambda sample, timestep: timestep
         unet.time_embedding = StepEmbedding()
+    unet.time_embed_act = None
     return len(blocks)
 
 

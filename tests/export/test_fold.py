@@ -54,6 +54,29 @@ def test_folding_another_timestep_differs(model_dir: Path) -> None:
     assert (outputs[0] - outputs[1]).abs().max() > 1e-4
 
 
+@torch.no_grad()
+def test_an_activation_after_the_embedding_folds_too(model_dir: Path) -> None:
+    noise, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 16)
+    for timesteps, given in (((999,), 999), ((999, 499), torch.tensor([0]))):
+        unet = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet", time_embedding_act_fn="gelu").eval()
+        expected = unet(noise, 999, context).sample
+        fold_timestep(unet, *timesteps)
+        torch.testing.assert_close(unet(noise, given, context).sample, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_embedding_in_the_norms_cannot_be_folded() -> None:
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        down_block_types=("KDownBlock2D", "KDownBlock2D"),
+        up_block_types=("KUpBlock2D", "KUpBlock2D"),
+        mid_block_type=None,
+        layers_per_block=1,
+    )
+    with pytest.raises(HipaError, match=r"in the norms of its blocks cannot be folded\. Use --layout generic\."):
+        fold_timestep(unet, 999)
+
+
 def test_scale_and_shift_cannot_be_folded() -> None:
     unet = UNet2DConditionModel(
         sample_size=8,
