@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle import StageSpec
+from hipa_deploy.engines.device import NO_BF16
 from hipa_deploy.errors import HipaError, MissingDependencyError, first_line
 from hipa_deploy.runners import check_inputs
 
@@ -32,12 +33,12 @@ class OpenVinoRunner:
 
     def __init__(self, path: Path, spec: StageSpec, backend: str = "openvino") -> None:
         self.spec = spec
-        core, precision = load_openvino().Core(), _PRECISION[backend]
-        if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise HipaError(f"backend {backend}: this CPU has no bfloat16 arithmetic. Use --backend openvino.")
+        openvino, precision = load_openvino(), _PRECISION[backend]
+        if precision == "bf16" and not has_bf16(openvino):
+            raise HipaError(f"backend {backend}: {NO_BF16}")
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         try:
-            self._model: Any = core.compile_model(path, "CPU", options)
+            self._model: Any = openvino.Core().compile_model(path, "CPU", options)
         except RuntimeError as error:
             raise HipaError(f"{path}: OpenVINO cannot compile it: {first_line(error)}") from None
 
@@ -51,7 +52,7 @@ class OpenVinoRunner:
         check_inputs(self.spec, inputs)
         if self._model is None:
             raise HipaError(f"{self.spec.name}: the runner is closed.")
-        made = self._model(inputs, share_inputs=True)  # read in place
+        made = self._model(inputs)
         return {tensor.name: made[tensor.name].copy() for tensor in self.spec.outputs}
 
     def close(self) -> None:
@@ -81,3 +82,8 @@ def load_openvino() -> ModuleType:
         raise MissingDependencyError("openvino", "openvino") from None
     except (ImportError, OSError) as error:
         raise HipaError(f"openvino does not load ({error}). Run: pip install --force-reinstall openvino") from None
+
+
+def has_bf16(openvino: ModuleType) -> bool:
+    """Whether OpenVINO multiplies bfloat16 on this CPU."""
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -55,8 +55,8 @@ def fold_timestep(unet: UNet2DConditionModel, *timesteps: int) -> int:
         HipaError: a block that uses the embedding in another way (scale and shift, or in its norms).
 
     """
-    probe, activation = torch.zeros(1, dtype=next(unet.parameters()).dtype), unet.time_embed_act or torch.nn.Identity()
-    embed = torch.nn.Sequential(unet.time_embedding, activation)
+    probe = torch.zeros(1, dtype=next(unet.parameters()).dtype)
+    embed = torch.nn.Sequential(unet.time_embedding, unet.time_embed_act or torch.nn.Identity())
     embeddings_1D = [embed(unet.get_time_embed(probe, timestep)) for timestep in timesteps]
     if any(isinstance(module, ResnetBlockCondNorm2D) for module in unet.modules()):
         raise HipaError("a time embedding in the norms of its blocks cannot be folded. Use --layout generic.")

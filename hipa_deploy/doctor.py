@@ -106,6 +106,8 @@ def _self_check(bundle: Bundle, backend: str, problems: list[str]) -> dict[str, 
 def _mend(bundle: Bundle, backend: str) -> str:
     if backend in ("tensorrt", "rtx"):
         return f"Run: hipa-build {bundle.root} --backend {backend}; if it stays, export with --dtype fp32."
+    if backend == "openvino-bf16":
+        return "bfloat16 is too coarse for this bundle. Use --backend openvino."
     return "Export the bundle again; if it stays, with --dtype fp32."
 
 

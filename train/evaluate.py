@@ -32,7 +32,7 @@ CHUNK = 32
 class Quality:
     """A set of images against the teacher's for the same prompts.
 
-    kid_lite0: KID-Lite0 to the teacher's images from other noise, so that its own from the same noise are the floor;
+    kid_lite0: KID-Lite0 to the teacher's images from other noise, without pairs of one prompt: its own are at 0;
     distance: mean DISTS-like distance to its images from the same noise; high_frequency_ratio: high frequency energy
     over those images', 1 at best.
     """
@@ -61,7 +61,8 @@ def kid(features_a_ND: Tensor, features_b_ND: Tensor, prompts: Sequence[str] | N
 
     All pairs at once rather than a mean over random subsets: nothing to seed, less variance. The sets are taken to be
     independent, unless ``prompts`` says what the n-th rows of both were made of: rows of the same prompt are not, and
-    the kernel of two such rows counts nowhere (Gretton et al. 2012, 'A Kernel Two-Sample Test', equation 4).
+    the kernel of two such rows counts nowhere, in the form of Gretton et al. 2012, 'A Kernel Two-Sample Test', equation
+    4, which needs only that rows of different prompts are independent.
 
     Raises:
         HipaError: fewer than two images, or prompts, to compare.
@@ -80,7 +81,7 @@ def kid(features_a_ND: Tensor, features_b_ND: Tensor, prompts: Sequence[str] | N
 
 
 def kid_lite0(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray, prompts: Sequence[str] | None = None) -> float:
-    """``kid`` of two uint8 image sets [N, H, W, 3]: 0 where they come from one distribution."""
+    """``kid`` of two uint8 image sets [N, H, W, 3]: 0 on average where they come from one distribution."""
     return kid(lite0_features(images_a_NHWC), lite0_features(images_b_NHWC), prompts)
 
 

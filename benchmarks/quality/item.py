@@ -23,6 +23,7 @@ from hipa_deploy.train.recipe import Recipe
 
 RESULT = "result.json"
 QUICK_CAPTIONS = 4
+KID = "without pairs of one prompt"  # how KID-Lite0 is measured; reports from before kept those
 LEAST_STEPS = 10  # two for each phase of a progressive distillation from 25 steps
 
 
@@ -55,6 +56,7 @@ class Setting:
     def identity(self) -> dict[str, Any]:
         """What the results depend on: a report folder keeps to one."""
         return {
+            "kid": KID,
             "model": str(self.model),
             "recipe": self.recipe.model_dump(mode="json"),
             "repeats": self.repeats,

@@ -68,10 +68,11 @@ def conditions(setting: Setting, results: dict[str, dict[str, Any]]) -> str:
         f"pairs: {teacher.sampler}, {teacher.steps} steps. Training: {recipe.steps} "
         f"steps of {recipe.batch} of {teacher.pairs} pairs, AdamW {recipe.optimiser.learning_rate:g}. Every row has "
         f"the same held-out prompts and the same {setting.repeats} noise seeds for each; ± is the standard deviation "
-        "over those seeds. KID-Lite0 is measured to the teacher's images from other noise: the teacher's own row is "
-        "its floor. Distance (DISTS-like) and high-frequency energy ratio are measured to the teacher's images from "
-        f"the same noise. R@1 and R@5: caption retrieval by own heads, not CLIP; {retrieval}. KID-Lite0 and distance "
-        "look at features of the same network as the perceptual term does: a loss with that term has an advantage."
+        "over those seeds. KID-Lite0 is measured to the teacher's images from other noise, without pairs of images of "
+        "one prompt: the teacher's own row is its floor. Distance (DISTS-like) and high-frequency energy ratio are "
+        "measured to the teacher's images from the same noise. R@1 and R@5: caption retrieval by own heads, not CLIP; "
+        f"{retrieval}. KID-Lite0 and distance look at features of the same network as the perceptual term does: a loss "
+        "with that term has an advantage."
     )
 
 

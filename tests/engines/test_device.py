@@ -23,6 +23,16 @@ def test_it_describes_this_machine():
     assert all(backend.usable or backend.remedy for backend in found.backends)
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_bfloat16_is_usable_where_openvino_says_so(monkeypatch, bf16):
+    openvino = pytest.importorskip("openvino")
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "BF16"] if bf16 else ["FP32"])
+    backends = {backend.name: backend for backend in describe_device().backends}
+    assert backends["openvino"].usable
+    assert backends["openvino-bf16"].usable == bf16
+    assert backends["openvino-bf16"].remedy == (None if bf16 else device.NO_BF16)
+
+
 def test_it_does_not_raise_where_everything_is_missing(monkeypatch):
     def absent(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)

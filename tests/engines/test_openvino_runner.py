@@ -57,7 +57,7 @@ def test_bfloat16_is_refused_where_the_cpu_lacks_it(make_bundle, monkeypatch):
     openvino = pytest.importorskip("openvino")
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
     with pytest.raises(
-        HipaError, match=r"openvino-bf16: this CPU has no bfloat16 arithmetic\. Use --backend openvino\."
+        HipaError, match=r"openvino-bf16: This CPU has no bfloat16 arithmetic\. Use --backend openvino\."
     ):
         open_runner(make_bundle(), "unet", "openvino-bf16")
 

@@ -223,9 +223,10 @@ def test_an_engine_that_cannot_take_it_stays_open(engine_pipe: OneStepPipeline) 
     assert not runner.closed
 
 
-def test_openvino_does_not_swap(engine_pipe: OneStepPipeline) -> None:
-    engine_pipe.backend = "openvino"
-    with pytest.raises(HipaError, match=r"openvino does not swap adaptors\. Use --backend onnxruntime"):
+@pytest.mark.parametrize("backend", ["openvino", "openvino-bf16"])
+def test_openvino_does_not_swap(engine_pipe: OneStepPipeline, backend: str) -> None:
+    engine_pipe.backend = backend
+    with pytest.raises(HipaError, match=rf"{backend} does not swap adaptors\. Use --backend onnxruntime"):
         engine_pipe.swap_adaptor("night")
 
 

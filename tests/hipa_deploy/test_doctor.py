@@ -8,6 +8,7 @@ from rich.console import Console
 from hipa_deploy import OneStepPipeline, embedded
 from hipa_deploy.cli import main
 from hipa_deploy.doctor import examine, render
+from hipa_deploy.parity import MIN_PSNR_DB
 
 
 def test_says_where_the_embedded_pieces_lie(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,3 +54,18 @@ def test_the_table_shows_all(tmp_path: Path) -> None:
     text = console.export_text()
     assert "embedded.model" in text
     assert "onnxruntime" in text
+
+
+@pytest.mark.parametrize(
+    ("backend", "remedy"),
+    [("onnxruntime", "Export the bundle again"), ("openvino-bf16", "Use --backend openvino.")],
+)
+def test_a_failed_gate_comes_with_the_backends_remedy(
+    monkeypatch: pytest.MonkeyPatch, backend: str, remedy: str
+) -> None:
+    if not next(b for b in examine()["device"]["backends"] if b["name"] == backend)["usable"]:
+        pytest.skip(f"{backend} does not run here")
+    monkeypatch.setitem(MIN_PSNR_DB, "fp16", 200.0)
+    problems = examine("emoji", backend)["problems"]
+    assert problems
+    assert all(remedy in problem for problem in problems)

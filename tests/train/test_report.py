@@ -36,7 +36,7 @@ def test_draw_goes_through_the_prompts_in_turn() -> None:
 @pytest.mark.parametrize("count", [0, -1, 3, 10**9])
 def test_absurd_counts(count: int) -> None:
     with pytest.raises(HipaError, match="images were asked for"):
-        draw(["a"], count)
+        draw(["a", "b"], count)
 
 
 def test_held_out_prompts_come_from_the_model_or_a_file(tmp_path: Path) -> None:
@@ -44,6 +44,11 @@ def test_held_out_prompts_come_from_the_model_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("a boat\n")
     assert held_out_prompts(tmp_path) == ["a red apple", "a pear"]
     assert held_out_prompts(tmp_path, tmp_path / "mine.txt") == ["a boat"]
+
+
+def test_one_prompt_alone_cannot_be_evaluated() -> None:
+    with pytest.raises(HipaError, match=r"1 prompts to evaluate on\. Expected at least two different ones\."):
+        draw(["a", "a"], 8)
 
 
 @pytest.mark.parametrize("content", [None, "\n \n"])
