@@ -23,7 +23,8 @@ class AdaptorMetadata(BaseModel):
     """``hipa_adaptor.json``: what an adaptor was made from and how, enough to refuse it for anything else.
 
     ``strengths`` are an edit's, descending; ``timestep`` is that of the largest. ``upscale`` is how many times larger
-    the images of the task upscale become; for other tasks it means nothing.
+    the images of the task upscale become; for other tasks it means nothing. ``initial_sha256`` is of the weights that
+    the training started from, an adaptor's; None where it started from nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +44,7 @@ class AdaptorMetadata(BaseModel):
     task: Task = "generate"
     strengths: tuple[float, ...] = ()
     upscale: int = Field(default=4, ge=2, le=8)
+    initial_sha256: str | None = None
 
 
 def unet_sha256(model_folder: Path) -> str:

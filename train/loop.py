@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from hipa_deploy.adaptor import AdaptorMetadata, read_metadata, unet_sha256
+from hipa_deploy.adaptor import WEIGHTS, AdaptorMetadata, read_metadata, unet_sha256
 from hipa_deploy.files import refuse_to_overwrite
+from hipa_deploy.hashing import file_sha256
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.adaptor import (
     PRESETS,
@@ -68,6 +69,7 @@ def train_adaptor(
     if initial_adaptor is not None:
         read_metadata(initial_adaptor, model_dir)
         load_weights(model.unet, initial_adaptor)
+        metadata = metadata.model_copy(update={"initial_sha256": file_sha256(initial_adaptor / WEIGHTS)})
     if recipe.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
         model.vae.enable_gradient_checkpointing()

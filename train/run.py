@@ -36,6 +36,7 @@ BELONGS_TO = {
     "base_unet_sha256": "another base model",
     "base_vae_sha256": "another VAE",
     "adaptor_sha256": "another adaptor",
+    "initial_sha256": "another adaptor to start from",
     "prompts_sha256": "other prompts",
 }
 

@@ -15,7 +15,9 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+from hipa_deploy.adaptor import read_metadata
 from hipa_deploy.errors import HipaError
+from hipa_deploy.hashing import file_sha256
 from hipa_deploy.train import loop
 from hipa_deploy.train import run as run_module
 from hipa_deploy.train.adaptor import METADATA, WEIGHTS
@@ -168,6 +170,11 @@ def test_v_prediction_and_a_start_from_another_adaptor(
     tiny_rate = short.model_copy(update={"optimiser": OptimiserSettings(learning_rate=1e-9)})
     second = train(tiny_rate, v_model_dir, tmp_path / "second", cache, initial_adaptor=tmp_path / "first")
     assert all(torch.allclose(second[name], first[name], atol=1e-6) for name in first)
+    assert read_metadata(tmp_path / "first").initial_sha256 is None
+    assert read_metadata(tmp_path / "second").initial_sha256 == file_sha256(tmp_path / "first" / WEIGHTS)
+    (tmp_path / "second").rename(tmp_path / "elsewhere")
+    with pytest.raises(HipaError, match=r"second\.run was started with another adaptor to start from"):
+        train(tiny_rate, v_model_dir, tmp_path / "second", cache)
     with pytest.raises(HipaError, match="trained on another base model"):
         train(short, model_dir, tmp_path / "third", tmp_path / "unused", initial_adaptor=tmp_path / "first")
     assert not (tmp_path / "unused").exists()  # refused before any teacher pair was made
