@@ -31,6 +31,7 @@ GROUPS = {
     "sizes": "Ranks and presets",
     "seeds": "Another training seed",
 }
+LEAST_SHOWN = -0.5  # of the plot of gaps: what lies far below the base would squeeze the rest, and is a number
 NUMBERS = {"kid": "KID-Lite0", "distance": "distance", "hf_ratio": "HF ratio", "recall@1": "R@1", "recall@5": "R@5"}
 PICTURED = ("shipped", "hipa", "latent-mse", "consistency", "progressive")
 
@@ -138,6 +139,10 @@ def gap_figure(path: Path, results: dict[str, dict[str, Any]]) -> None:
         middle = [share(r["splits"][split]["pooled"]) for r in trained]
         places = [k + n * height for k in range(len(trained))]
         axes.barh(places, middle, height, xerr=[_spread(values) for values in repeats], label=split)
+        for place, value in zip(places, middle, strict=True):
+            if value < LEAST_SHOWN:
+                axes.text(LEAST_SHOWN + 0.01, place, f"{value:.0%}", va="center", color="white", fontsize="small")
+    axes.set_xlim(left=max(axes.get_xlim()[0], LEAST_SHOWN))
     axes.set_yticks([k + height / 2 for k in range(len(trained))], [r["title"] for r in trained], fontsize="small")
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
