@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +53,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
     return arm
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Of several, on CPUs with AMX, the same convolution of one or two rows now and then rounds otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_resumed_equals_unbroken(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after) -> None:
+def test_resumed_equals_unbroken(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after, one_thread: None
+) -> None:
     unbroken = train(recipe, model_dir, tmp_path / "unbroken", cache)
     for step in (1, 3):
         stop_after(step)
