@@ -103,7 +103,7 @@ def test_the_average_is_what_is_stored(recipe: Recipe, model_dir: Path, cache: P
 
 
 def test_balanced_loss_resumes_exactly(
-    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after, one_thread: None
 ) -> None:
     loss = {"latent_warmup_steps": 0, "balance": "gradient", "balance_every": 3, "pixel_weight": 1.0}
     recipe = recipe.model_copy(update={"loss": recipe.loss.model_copy(update=loss)})
