@@ -48,7 +48,7 @@ def held_out_prompts(model_dir: Path, prompts: Path | None = None) -> list[str]:
 def draw(prompts: list[str], count: int) -> tuple[list[str], list[int]]:
     """``count`` (prompt, seed) jobs that go through the prompts in turn."""
     if len(set(prompts)) < 2:
-        raise HipaError(f"{len(set(prompts))} prompts to evaluate on. Expected at least two different ones.")
+        raise HipaError(f"different prompts to evaluate on: {len(set(prompts))}. Expected at least 2.")
     if not 4 <= count <= 100_000:
         raise HipaError(f"{count} images were asked for. Expected 4 to 100000.")
     return [prompts[i % len(prompts)] for i in range(count)], [FIRST_SEED + i for i in range(count)]

@@ -47,7 +47,7 @@ def test_held_out_prompts_come_from_the_model_or_a_file(tmp_path: Path) -> None:
 
 
 def test_one_prompt_alone_cannot_be_evaluated() -> None:
-    with pytest.raises(HipaError, match=r"1 prompts to evaluate on\. Expected at least two different ones\."):
+    with pytest.raises(HipaError, match=r"different prompts to evaluate on: 1\. Expected at least 2\."):
         draw(["a", "a"], 8)
 
 
