@@ -14,7 +14,7 @@ from pathlib import Path
 from hipa_deploy.engines.cuda import call, load_cudart
 from hipa_deploy.engines.flavour import FLAVOURS, Flavour, load_tensorrt
 from hipa_deploy.engines.record import Record
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, MissingDependencyError
 
 INSTALL_ONNXRUNTIME = "pip install onnxruntime"
 INSTALL_ONNXRUNTIME_GPU = "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
@@ -221,14 +221,13 @@ def _onnxruntime_backend(name: str, version: str | None, installed: bool, gpu: G
 
 
 def _openvino_backends() -> list[Backend]:
-    from hipa_deploy.engines.openvino_runner import has_bf16, load_openvino
-
+    """By its metadata and the processor's flags: loading OpenVINO would cost every profile its time and memory."""
     try:
-        openvino = load_openvino()
-    except HipaError as error:
-        names = ("openvino", "openvino-bf16")
-        return [Backend(name=name, version=None, usable=False, remedy=str(error)) for name in names]
-    version, bf16 = importlib.metadata.version("openvino"), has_bf16(openvino)
+        version = importlib.metadata.version("openvino")
+    except importlib.metadata.PackageNotFoundError:
+        absent = str(MissingDependencyError("openvino", "openvino"))
+        return [Backend(name=name, version=None, usable=False, remedy=absent) for name in ("openvino", "openvino-bf16")]
+    bf16 = re.search(_BF16_FLAGS, _read("/proc/cpuinfo") or "") is not None
     return [
         Backend(name="openvino", version=version, usable=True, remedy=None),
         Backend(name="openvino-bf16", version=version, usable=bf16, remedy=None if bf16 else NO_BF16),
@@ -245,4 +244,5 @@ def _engine_backend(flavour: Flavour, gpu: Gpu | None) -> Backend:
 
 
 NO_BF16 = "This CPU has no bfloat16 arithmetic. Use --backend openvino."
+_BF16_FLAGS = r"\b(avx512_bf16|amx_bf16|avx_ne_convert)\b"  # with which OpenVINO multiplies bfloat16
 _NO_GPU = "No NVIDIA GPU with a driver answers on this machine."

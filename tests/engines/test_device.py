@@ -23,10 +23,10 @@ def test_it_describes_this_machine():
     assert all(backend.usable or backend.remedy for backend in found.backends)
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-def test_bfloat16_is_usable_where_openvino_says_so(monkeypatch, bf16):
-    openvino = pytest.importorskip("openvino")
-    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "BF16"] if bf16 else ["FP32"])
+@pytest.mark.parametrize(("flags", "bf16"), [("fpu avx512_bf16 sse", True), ("fpu sse asimd bf16", False)])
+def test_bfloat16_is_usable_where_openvino_multiplies_it(monkeypatch, flags, bf16):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(device, "_read", lambda path: f"flags : {flags}" if path == "/proc/cpuinfo" else None)
     backends = {backend.name: backend for backend in describe_device().backends}
     assert backends["openvino"].usable
     assert backends["openvino-bf16"].usable == bf16
