@@ -1,6 +1,11 @@
 """Settings for every test."""
 
+import os
 import signal
+
+# Before anything imports torch: one thread a worker. With several, on CPUs with AMX, the same convolution of one or two
+# rows now and then rounds otherwise, and a process that changes their number amid its work has crashed there.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import settings
 

@@ -103,9 +103,7 @@ def test_what_a_run_leaves(decoder_recipe: DecoderRecipe, model_dir: Path, tmp_p
         train(decoder_recipe, model_dir, tmp_path / "tiny")
 
 
-def test_resumed_equals_unbroken(
-    decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path, stop_after, one_thread: None
-) -> None:
+def test_resumed_equals_unbroken(decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path, stop_after) -> None:
     unbroken = train(decoder_recipe, model_dir, tmp_path / "unbroken")
     stop_after(3)
     with pytest.raises(HipaError, match=r"stopped at step 3 of 4. Run the same command to resume"):

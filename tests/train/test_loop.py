@@ -53,9 +53,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
     return arm
 
 
-def test_resumed_equals_unbroken(
-    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after, one_thread: None
-) -> None:
+def test_resumed_equals_unbroken(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after) -> None:
     unbroken = train(recipe, model_dir, tmp_path / "unbroken", cache)
     for step in (1, 3):
         stop_after(step)
@@ -69,7 +67,7 @@ def test_resumed_equals_unbroken(
 
 
 def test_resumed_equals_unbroken_with_everything_on(
-    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after, one_thread: None
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
 ) -> None:
     loss = recipe.loss.model_copy(update={"adversarial_weight": 0.1})
     changes = {"batch": 3, "micro_batch": 2, "ema_decay": 0.9, "mixed_precision": "bf16", "loss": loss}
@@ -103,7 +101,7 @@ def test_the_average_is_what_is_stored(recipe: Recipe, model_dir: Path, cache: P
 
 
 def test_balanced_loss_resumes_exactly(
-    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after, one_thread: None
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
 ) -> None:
     loss = {"latent_warmup_steps": 0, "balance": "gradient", "balance_every": 3, "pixel_weight": 1.0}
     recipe = recipe.model_copy(update={"loss": recipe.loss.model_copy(update=loss)})
