@@ -119,7 +119,7 @@ def train(
     from hipa_deploy.models import model_folder
     from hipa_deploy.train.decoder import train_decoder
     from hipa_deploy.train.loop import train_adaptor
-    from hipa_deploy.train.processes import is_main
+    from hipa_deploy.train.processes import is_main, parting
     from hipa_deploy.train.recipe import Recipe, load_any_recipe
 
     given = {"steps": steps, "prompts": prompts and str(prompts.absolute())}
@@ -131,13 +131,15 @@ def train(
         if dry_run:
             _dry_run_training(chosen, model_folder(model, config))
             return
-        path = train_adaptor(chosen, model_folder(model, config), out, initial_adaptor=initial, console=console)
+        with parting():
+            path = train_adaptor(chosen, model_folder(model, config), out, initial_adaptor=initial, console=console)
     else:
         if initial:
             raise HipaError(f"--from is for an adaptor; recipe {recipe} trains a decoder. Leave it out.")
         if dry_run:
             raise HipaError(f"--dry-run is for an adaptor; recipe {recipe} trains a decoder. Leave it out.")
-        path = train_decoder(chosen, model_folder(model, config), out, adaptor=active, console=console)
+        with parting():
+            path = train_decoder(chosen, model_folder(model, config), out, adaptor=active, console=console)
     if is_main():
         typer.echo(path)
 

@@ -122,6 +122,27 @@ def is_main() -> bool:
     return PartialState().is_main_process
 
 
+@contextmanager
+def parting() -> Iterator[None]:
+    """Part from the other processes at the end of a command, also where all of them end with a HipaError.
+
+    Gloo's threads otherwise run on while the interpreter ends, and now and then abort the process
+    (https://github.com/pytorch/pytorch/issues/190489). After any other error the launcher ends the processes: parting
+    can wait for those that are still adding up (https://github.com/pytorch/torchtitan/pull/1342).
+    """
+    try:
+        yield
+    except HipaError:
+        _part()
+        raise
+    _part()
+
+
+def _part() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _check_launcher(recipe: Recipe | DecoderRecipe) -> None:
     for variable, name in UNSUPPORTED.items():
         if _flag(variable):

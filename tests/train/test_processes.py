@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.train.base_model import DiffusionModel
 from hipa_deploy.train.loop import train_adaptor
 from hipa_deploy.train.pairs import teacher_pairs
-from hipa_deploy.train.processes import Processes
+from hipa_deploy.train.processes import Processes, parting
 from hipa_deploy.train.recipe import Recipe
 from tests.tiny_model import PROMPTS
 
@@ -145,6 +146,17 @@ def test_the_command_under_accelerate_launch(model_dir: Path, tmp_path: Path, mo
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout == "adaptor\n"
     assert (tmp_path / "adaptor" / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize(("error", "parted"), [(None, True), (HipaError("x"), True), (RuntimeError("x"), False)])
+def test_a_command_parts_unless_the_others_may_be_waiting(tmp_path: Path, error: Exception | None, parted: bool):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    with suppress(HipaError, RuntimeError), parting():
+        if error:
+            raise error
+    assert torch.distributed.is_initialized() is not parted
+    if not parted:
+        torch.distributed.destroy_process_group()
 
 
 def test_shares_are_the_batch_in_order() -> None:
