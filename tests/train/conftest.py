@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from hipa_deploy.train import run as run_module
 from hipa_deploy.train.base_model import DiffusionModel
 from hipa_deploy.train.recipe import Recipe
 from tests.tiny_model import make_model
@@ -49,6 +51,26 @@ def recipe() -> Recipe:
             "optimiser": {"learning_rate": 1e-2},
         }
     )
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch):
+    """Press Ctrl-C during the given step.
+
+    Python's handler is called as Ctrl-C would call it. The signal itself goes to processes of their own alone
+    (test_interrupt.py): it is for the whole process, and other tests' native threads live in this one.
+    """
+    original = run_module.batch_rows
+
+    def arm(step: int | None) -> None:
+        def rows(count: int, batch: int, seed: int, now: int) -> torch.Tensor:
+            if now + 1 == step:
+                signal.getsignal(signal.SIGINT)(signal.SIGINT, None)
+            return original(count, batch, seed, now)
+
+        monkeypatch.setattr(run_module, "batch_rows", rows)
+
+    return arm
 
 
 @pytest.fixture

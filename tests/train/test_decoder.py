@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import io
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +9,16 @@ import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import load_file
 
 from hipa_deploy.decoder import read_decoder_metadata, vae_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train import run as run_module
 from hipa_deploy.train.adaptor import one_step_model
 from hipa_deploy.train.base_model import DiffusionModel
 from hipa_deploy.train.decoder import HELD_OUT, TRAINING, draw_latents, perturbed, split_prompts, train_decoder
 from hipa_deploy.train.loop import train_adaptor
 from hipa_deploy.train.recipe import DecoderRecipe, Recipe
 from hipa_deploy.train.run import Run
+from tests.weights import differences, read_weights
 
 QUIET = Console(file=io.StringIO())
 
@@ -61,27 +58,7 @@ def adaptor(model_dir: Path, cache: Path, tmp_path_factory: pytest.TempPathFacto
 def train(recipe: DecoderRecipe, model_dir: Path, out: Path, **more: Any) -> dict[str, torch.Tensor]:
     """The weights after training."""
     folder = train_decoder(recipe, model_dir, out, console=QUIET, device="cpu", **more)
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch):
-    """Press Ctrl-C during the given step."""
-    original = run_module.batch_rows
-
-    def arm(step: int | None) -> None:
-        def rows(count: int, batch: int, seed: int, now: int) -> torch.Tensor:
-            if now + 1 == step:
-                os.kill(os.getpid(), signal.SIGINT)
-            return original(count, batch, seed, now)
-
-        monkeypatch.setattr(run_module, "batch_rows", rows)
-
-    return arm
+    return read_weights(folder / "diffusion_pytorch_model.safetensors")
 
 
 def test_what_a_run_leaves(decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path) -> None:
@@ -110,7 +87,7 @@ def test_resumed_equals_unbroken(decoder_recipe: DecoderRecipe, model_dir: Path,
         train(decoder_recipe, model_dir, tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
     stop_after(None)
-    assert same(train(decoder_recipe, model_dir, tmp_path / "broken"), unbroken)
+    assert not differences(train(decoder_recipe, model_dir, tmp_path / "broken"), unbroken)
 
 
 def test_training_raises_the_fidelity(decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path) -> None:
@@ -124,7 +101,7 @@ def test_training_raises_the_fidelity(decoder_recipe: DecoderRecipe, model_dir: 
 
 def test_the_latents_are_the_adaptors(decoder_recipe: DecoderRecipe, model_dir: Path, adaptor: Path, tmp_path: Path):
     plain = train(decoder_recipe, model_dir, tmp_path / "base")
-    assert not same(train(decoder_recipe, model_dir, tmp_path / "tiny", adaptor=adaptor), plain)
+    assert differences(train(decoder_recipe, model_dir, tmp_path / "tiny", adaptor=adaptor), plain)
     (tmp_path / "tiny").rename(tmp_path / "done")
     with pytest.raises(HipaError, match="started with another adaptor"):
         train(decoder_recipe, model_dir, tmp_path / "tiny")

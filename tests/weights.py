@@ -1,0 +1,28 @@
+"""Weights that a training stored, and how two of them differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A copy: ``load_file`` maps the file, and what is compared later must not hang on a file or on its pages."""
+    return load(path.read_bytes())
+
+
+def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Names whose values are not bit for bit the same, with the largest difference; infinite where one lacks it."""
+    return {name: _largest(a.get(name), b.get(name)) for name in {**a, **b} if not _equal(a.get(name), b.get(name))}
+
+
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
+
+
+def _largest(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
+    if a is None or b is None or a.shape != b.shape:
+        return float("inf")
+    return float((a.double() - b.double()).abs().max())
