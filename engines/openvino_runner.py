@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -38,7 +39,7 @@ class OpenVinoRunner:
             raise HipaError(f"backend {backend}: {NO_BF16}")
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         try:
-            self._model: Any = openvino.Core().compile_model(path, "CPU", options)
+            self._model: Any = core(openvino).compile_model(path, "CPU", options)
         except RuntimeError as error:
             raise HipaError(f"{path}: OpenVINO cannot compile it: {first_line(error)}") from None
 
@@ -84,6 +85,18 @@ def load_openvino() -> ModuleType:
         raise HipaError(f"openvino does not load ({error}). Run: pip install --force-reinstall openvino") from None
 
 
+@functools.cache
+def core(openvino: ModuleType) -> Any:
+    """The process's one ``Core``, which lives as long as the process.
+
+    The CPU plugin of every Core installs a signal stack (sigaltstack(2)) and, when it goes, restores the one it found.
+    Of two Cores that go in the order they came, the second restores the first's, which is unmapped by then: the next
+    Ctrl-C ends the process, or is written over what has been mapped there since. (Read in OpenVINO's source,
+    ``SigAltStackSetup`` of src/plugins/intel_cpu; seen with 2026.4.)
+    """
+    return openvino.Core()
+
+
 def has_bf16(openvino: ModuleType) -> bool:
     """Whether OpenVINO multiplies bfloat16 on this CPU."""
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in core(openvino).get_property("CPU", "OPTIMIZATION_CAPABILITIES")

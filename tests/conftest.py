@@ -4,7 +4,7 @@ import os
 import signal
 
 # Before anything imports torch: one thread a worker. With several, on CPUs with AMX, the same convolution of one or two
-# rows now and then rounds otherwise, and a process that changes their number amid its work has crashed there.
+# rows now and then rounds otherwise, and a run that was resumed is to be what it would have been, to the bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import settings

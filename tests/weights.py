@@ -9,7 +9,7 @@ from safetensors.torch import load
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A copy: ``load_file`` maps the file, and what is compared later must not hang on a file or on its pages."""
+    """A copy, where ``load_file`` would map the file."""
     return load(path.read_bytes())
 
 

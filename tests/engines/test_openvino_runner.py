@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 
 import numpy as np
@@ -14,7 +15,7 @@ from hipa_deploy.bundle import Bundle
 from hipa_deploy.cli_common import BackendOption
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner
-from hipa_deploy.engines.openvino_runner import OpenVinoRunner, load_openvino
+from hipa_deploy.engines.openvino_runner import OpenVinoRunner, core, load_openvino
 from hipa_deploy.errors import HipaError, MissingDependencyError
 from hipa_deploy.runners import BACKENDS, open_runner
 from hipa_deploy.selfcheck import check_bundle
@@ -42,7 +43,7 @@ def test_the_embedded_bundle_passes_its_gates():
 
 def has_bf16() -> bool:
     openvino = pytest.importorskip("openvino")
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in core(openvino).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def test_bfloat16_passes_the_gates_where_the_cpu_has_it():
@@ -60,6 +61,31 @@ def test_bfloat16_is_refused_where_the_cpu_lacks_it(make_bundle, monkeypatch):
         HipaError, match=r"openvino-bf16: This CPU has no bfloat16 arithmetic\. Use --backend openvino\."
     ):
         open_runner(make_bundle(), "unet", "openvino-bf16")
+
+
+CTRL_C_AFTER_TWO = """
+import os, signal, sys
+from pathlib import Path
+from hipa_deploy.bundle import Bundle
+from hipa_deploy.engines.openvino_runner import OpenVinoRunner
+
+bundle = Bundle.open(Path(sys.argv[1]))
+path, spec = bundle.stage_path("unet"), bundle.stages["unet"].spec
+first, second = OpenVinoRunner(path, spec), OpenVinoRunner(path, spec)
+first.close()
+second.close()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_after_two_runners_that_closed_in_the_order_they_came(make_bundle):
+    pytest.importorskip("openvino")
+    command = [sys.executable, "-c", CTRL_C_AFTER_TWO, str(make_bundle().root)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 def test_the_pipeline_says_which_backend_it_was():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -55,17 +56,13 @@ def recipe() -> Recipe:
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch):
-    """Press Ctrl-C during the given step.
-
-    Python's handler is called as Ctrl-C would call it. The signal itself goes to processes of their own alone
-    (test_interrupt.py): it is for the whole process, and other tests' native threads live in this one.
-    """
+    """Press Ctrl-C during the given step."""
     original = run_module.batch_rows
 
     def arm(step: int | None) -> None:
         def rows(count: int, batch: int, seed: int, now: int) -> torch.Tensor:
             if now + 1 == step:
-                signal.getsignal(signal.SIGINT)(signal.SIGINT, None)
+                os.kill(os.getpid(), signal.SIGINT)
             return original(count, batch, seed, now)
 
         monkeypatch.setattr(run_module, "batch_rows", rows)
