@@ -9,8 +9,8 @@ from safetensors.torch import load
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A copy, where ``load_file`` would map the file."""
-    return load(path.read_bytes())
+    """In the order of their names. A copy, where ``load_file`` would map the file."""
+    return dict(sorted(load(path.read_bytes()).items()))
 
 
 def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, float]:
