@@ -11,7 +11,7 @@ import numpy as np
 from bars import bars_section
 from evaluation import LOW_OF_MANY, LOW_OF_ONE, SPLITS, load_references
 from item import Setting
-from plan import FIRST, Item
+from plan import CONSISTENCY_RATE, FIRST, Item
 
 from hipa_deploy.files import write_file
 from hipa_deploy.train.figures import (
@@ -66,12 +66,13 @@ def conditions(setting: Setting, results: dict[str, dict[str, Any]]) -> str:
     retrieval = results.get(FIRST, {}).get("retrieval", "not done yet")
     return (
         f"Teacher: {reference.sampler}, {reference.steps} steps, guidance {teacher.guidance:g}; of the training "
-        f"pairs: {teacher.sampler}, {teacher.steps} steps. Training: {recipe.steps} "
-        f"steps of {recipe.batch} of {teacher.pairs} pairs, AdamW {recipe.optimiser.learning_rate:g}. Every row has "
-        f"the same held-out prompts and the same {setting.repeats} noise seeds for each; ± is the standard deviation "
-        "over those seeds. KID-Lite0 is measured to the teacher's images from other noise, without pairs of images of "
-        "one prompt: the teacher's own row is its floor. Distance (DISTS-like) and high-frequency energy ratio are "
-        "measured to the teacher's images from the same noise. R@1 and R@5: caption retrieval by own heads, not CLIP; "
+        f"pairs: {teacher.sampler}, {teacher.steps} steps. Training: {recipe.steps} steps of {recipe.batch} of "
+        f"{teacher.pairs} pairs, AdamW {recipe.optimiser.learning_rate:g} (latent consistency distillation "
+        f"{CONSISTENCY_RATE:g}). Every row has the same held-out prompts and the same {setting.repeats} noise seeds "
+        "for each; ± is the standard deviation over those seeds. KID-Lite0 is measured to the teacher's images from "
+        "other noise, without pairs of images of one prompt: the teacher's own row is its floor. Distance (DISTS-like) "
+        "and high-frequency energy ratio are measured to the teacher's images from the same noise. R@1 and R@5: "
+        "caption retrieval by own heads, not CLIP; "
         f"{retrieval}. KID-Lite0 and distance look at features of the same network as the perceptual term does: a loss "
         "with that term has an advantage."
     )

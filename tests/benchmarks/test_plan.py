@@ -55,12 +55,14 @@ def test_the_latent_baseline_never_decodes_whatever_its_steps(recipe: Recipe) ->
     assert longer.steps == longer.loss.latent_warmup_steps == 50
 
 
-def test_a_budget_keeps_the_share_of_the_warm_up() -> None:
+def test_a_budget_keeps_the_share_of_the_warm_up_and_the_pairs_it_has_time_for() -> None:
     shipped = load_recipe("emoji")
     half = base_recipe("emoji", budget_steps=shipped.steps // 2, quick=False)
     assert half.steps == shipped.steps // 2
     assert half.loss.latent_warmup_steps == shipped.loss.latent_warmup_steps // 2
-    assert half.teacher == shipped.teacher  # the same cached pairs
+    assert half.teacher == shipped.teacher
+    short = base_recipe("emoji", budget_steps=400, quick=False)
+    assert short.teacher == shipped.teacher.model_copy(update={"pairs": 400 * shipped.batch})
     quick = base_recipe("emoji", budget_steps=None, quick=True)
     assert quick.steps <= 10
     assert quick.teacher.pairs == quick.teacher.batch == shipped.teacher.batch  # one shard of the same cache
