@@ -11,7 +11,7 @@ from hipa_deploy.bundle import DecoderInfo, EncoderInfo
 from hipa_deploy.decoder import vae_sha256
 from hipa_deploy.export.fold import fold_timestep
 from hipa_deploy.export.job import ExportJob, at_moment
-from hipa_deploy.export.merge import merge_adaptor
+from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
 from hipa_deploy.export.stages import (
     TORCH_DTYPES,
     Generator,
@@ -49,7 +49,9 @@ def encoder_stage(job: ExportJob) -> nn.Module:
         module: nn.Module = TinyEncoder(tiny)
     else:
         vae = job.base.vae()
-        job.encoder = EncoderInfo(kind="full", name="vae", sha256=vae_sha256(job.base.folder))
+        merged = merge_encoder_adaptor(vae, job.options.adaptor, job.options.adaptor_scale)
+        sha256 = vae_sha256(job.base.folder)
+        job.encoder = EncoderInfo(kind="full", name="vae", sha256=sha256, adaptor_sha256=merged)
         source_BCHW = vae.encode(sample_BCHW).latent_dist.mean * job.step.scaling_factor
         module = OneStepEncoder(vae)
     job.reference["source"] = source_BCHW.numpy()

@@ -1,4 +1,4 @@
-"""Fold a low-rank adaptor into the UNet's weights: W + scale * (alpha / rank) * B A, in float32."""
+"""Fold a low-rank adaptor into the weights of the UNet, and of the VAE's encoder: W + scale * (alpha / rank) * B A."""
 
 from __future__ import annotations
 
@@ -7,39 +7,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 
-from hipa_deploy.adaptor import WEIGHTS
+from hipa_deploy.adaptor import ENCODER_WEIGHTS, WEIGHTS
 from hipa_deploy.bundle import AdaptorInfo
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.hashing import file_sha256
 
 
 def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0) -> AdaptorInfo:
-    """Merge in place; afterwards the UNet has exactly its own modules again.
+    """Merge in place, in float32; afterwards the UNet has exactly its own modules again.
 
     Raises:
         HipaError: no adaptor, unreadable or not finite, a layer that this UNet does not have or has in another
             shape, a scale that is not finite.
 
     """
-    if not math.isfinite(scale):
-        raise HipaError(f"adaptor scale {scale} is not a number. Expected a finite value, 1.0 as trained.")
+    _check_scale(scale)
     state, metadata = _read_weights(adaptor)
     _load_into(unet, state, metadata, adaptor)
     layers = [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]
     rank, alpha = max(_rank_and_alpha(layer) for layer in layers)
-    unet.fuse_lora(lora_scale=scale)
-    unet.unload_lora()
-    if any(isinstance(module, BaseTunerLayer) for module in unet.modules()):
-        raise HipaError(f"{adaptor}: adapter layers are left after merging. Expected a plain LoRA.")
-    for name, weight in unet.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise HipaError(f"{adaptor}: merging made {name} infinite. Lower --adaptor-scale ({scale}).")
+    _fuse(unet, adaptor, scale)
     return AdaptorInfo(
         name=adaptor.resolve().name, sha256=file_sha256(adaptor / WEIGHTS), rank=rank, alpha=alpha, scale=scale
     )
+
+
+def merge_encoder_adaptor(vae: AutoencoderKL, adaptor: Path | None, scale: float = 1.0) -> str | None:
+    """Merge the adaptor's part for the VAE's encoder, if it has one, in place; the hash of that file, or None.
+
+    Raises:
+        HipaError: it is unreadable, does not fit this encoder or is not finite, or a scale that is not finite.
+
+    """
+    if adaptor is None or not (path := adaptor / ENCODER_WEIGHTS).exists():
+        return None
+    _check_scale(scale)
+    try:
+        with safe_open(path, "pt") as file:
+            targets = {key.split(".lora")[0] for key in file.keys()}  # noqa: SIM118
+        vae.load_lora_adapter(str(adaptor), prefix=None, weight_name=ENCODER_WEIGHTS, use_safetensors=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise HipaError(f"{path} cannot be merged: {first_line(error)}") from None
+    adapted = {name for name, module in vae.named_modules() if isinstance(module, BaseTunerLayer)}
+    if adapted != targets:
+        raise HipaError(f"{path}: {len(targets)} layers in the file, {len(adapted)} matched. Expected all of them.")
+    _fuse(vae, path, scale)
+    return file_sha256(path)
+
+
+def _check_scale(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise HipaError(f"adaptor scale {scale} is not a number. Expected a finite value, 1.0 as trained.")
+
+
+def _fuse(model: Any, adaptor: Path, scale: float) -> None:
+    model.fuse_lora(lora_scale=scale)
+    model.unload_lora()
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise HipaError(f"{adaptor}: adapter layers are left after merging. Expected a plain LoRA.")
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise HipaError(f"{adaptor}: merging made {name} infinite. Lower --adaptor-scale ({scale}).")
 
 
 def _read_weights(adaptor: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:

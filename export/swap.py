@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from hipa_deploy import __version__
+from hipa_deploy.adaptor import ENCODER_WEIGHTS
 from hipa_deploy.bundle import Bundle, Stage
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.base_model import BaseModel
@@ -76,6 +77,11 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
 def _job(options: SwapOptions, bundle: Bundle, base: BaseModel, root: Path) -> ExportJob:
     """The export that the bundle came from, with the other adaptor, up to its UNet."""
     manifest = bundle.manifest
+    if (options.adaptor / ENCODER_WEIGHTS).exists() or (manifest.encoder and manifest.encoder.adaptor_sha256):
+        raise HipaError(
+            f"{options.adaptor} or the one in {bundle.root} adapts the VAE's encoder too, and only the UNet's weights "
+            "are swapped. Export a bundle of its own."
+        )
     if base.info.sha256 != manifest.base_model.sha256:
         raise HipaError(f"{bundle.root} was exported from another base model than {options.model}. Give that one.")
     like = ExportOptions(

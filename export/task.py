@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hipa_deploy.adaptor import METADATA, AdaptorMetadata, read_metadata
+from hipa_deploy.adaptor import ENCODER_WEIGHTS, METADATA, AdaptorMetadata, read_metadata
 from hipa_deploy.bundle import Strength
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.base_model import BaseModel
@@ -49,6 +49,8 @@ def plan_task(asked: ExportOptions, base: BaseModel) -> TaskPlan:
             f"Use an adaptor for {task}, or leave --task out."
         )
     _check_options(task, asked)
+    if asked.encoder and asked.adaptor and (asked.adaptor / ENCODER_WEIGHTS).exists():
+        raise HipaError(f"adaptor {asked.adaptor} adapts the VAE's own encoder. Leave --encoder {asked.encoder} out.")
     if task == "edit":
         strengths = strength_steps(_asked_strengths(asked, metadata), base)
         return TaskPlan(task, strengths[0].timestep, strengths)

@@ -16,6 +16,7 @@ from hipa_deploy.hashing import folder_sha256
 from hipa_deploy.tasks import Task
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+ENCODER_WEIGHTS = "vae_encoder_lora.safetensors"  # where the VAE's encoder is adapted too
 METADATA = "hipa_adaptor.json"
 
 
@@ -24,7 +25,8 @@ class AdaptorMetadata(BaseModel):
 
     ``strengths`` are an edit's, descending; ``timestep`` is that of the largest. ``upscale`` is how many times larger
     the images of the task upscale become; for other tasks it means nothing. ``initial_sha256`` is of the weights that
-    the training started from, an adaptor's; None where it started from nothing.
+    the training started from, an adaptor's; None where it started from nothing. ``encoder_rank`` is the rank of the
+    VAE encoder's adaptor, 0 where it has none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +47,7 @@ class AdaptorMetadata(BaseModel):
     strengths: tuple[float, ...] = ()
     upscale: int = Field(default=4, ge=2, le=8)
     initial_sha256: str | None = None
+    encoder_rank: int = 0
 
 
 def unet_sha256(model_folder: Path) -> str:

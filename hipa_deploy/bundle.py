@@ -147,7 +147,9 @@ class DecoderInfo(_Model):
 
 
 class EncoderInfo(DecoderInfo):
-    """The same of what encodes the source image of a task that has one."""
+    """The same of what encodes the source image of a task that has one; ``adaptor_sha256``, where that is adapted."""
+
+    adaptor_sha256: str | None = None
 
 
 class Strength(_Model):

@@ -19,9 +19,8 @@ from hipa_deploy.adaptor import METADATA, WEIGHTS, AdaptorMetadata, read_metadat
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.files import new_folder
 from hipa_deploy.train.base_model import DiffusionModel
+from hipa_deploy.train.encoder import ADAPTER, save_encoder_adaptor
 from hipa_deploy.train.one_step import one_step_latents
-
-ADAPTER = "default"
 
 # The paper's 3.3 M trainable parameters fit one set only: SD 2.x, rank 16, all four attention projections.
 PAPER = ("to_q", "to_k", "to_v", "to_out.0")
@@ -49,13 +48,22 @@ def add_adaptor(unet: nn.Module, *, targets: tuple[str, ...], rank: int, alpha: 
 
 
 @contextmanager
-def without_adaptor(unet: Any) -> Iterator[None]:
-    """The base model's function inside the block; the adaptor is trainable again after it."""
-    unet.disable_adapters()
+def without_adaptor(*models: Any) -> Iterator[None]:
+    """The base models' functions inside the block; adaptors, where there are any, are trainable again after it."""
+    adapted = [model for model in models if getattr(model, "peft_config", None)]
+    for model in adapted:
+        model.disable_adapters()
     try:
         yield
     finally:
-        unet.enable_adapters()
+        for model in adapted:
+            model.enable_adapters()
+
+
+def trained_parameters(model: DiffusionModel) -> dict[str, nn.Parameter]:
+    """Those of the UNet by their names in it, and those of the VAE by 'vae.' and theirs."""
+    encoder = {f"vae.{name}": weight for name, weight in adaptor_parameters(model.vae).items()}
+    return adaptor_parameters(model.unet) | encoder
 
 
 def adaptor_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
@@ -71,8 +79,12 @@ def one_step_scheduler(schedule: dict[str, Any], timestep: int) -> DDIMScheduler
     return LCMScheduler(**schedule)  # the pipeline call must then say timesteps=[timestep]
 
 
-def save_adaptor(unet: nn.Module, metadata: AdaptorMetadata, schedule: dict[str, Any], out: Path) -> Path:
+def save_adaptor(
+    unet: nn.Module, metadata: AdaptorMetadata, schedule: dict[str, Any], out: Path, vae: Any = None
+) -> Path:
     """Write weights, one-step scheduler and metadata to the new folder ``out``, whole or not at all.
+
+    Of ``vae`` too, where the metadata says that its encoder is adapted.
 
     The LoRA configuration goes into the safetensors header: without it a loader assumes alpha = rank. Names stay
     peft's: diffusers' own conversion renames the attention layers only, and its loader then skips them in silence.
@@ -90,6 +102,8 @@ def save_adaptor(unet: nn.Module, metadata: AdaptorMetadata, schedule: dict[str,
             unet_lora_adapter_metadata=config,
         )
         (scratch / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
+        if metadata.encoder_rank:
+            save_encoder_adaptor(vae, scratch)
         one_step_scheduler(schedule, metadata.timestep).save_pretrained(scratch / "scheduler")
         (scratch / METADATA).write_text(metadata.model_dump_json(indent=2) + "\n")
     return out

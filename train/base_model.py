@@ -115,9 +115,11 @@ class DiffusionModel:
         mask = tokens.attention_mask.to(self.device) if getattr(encoder.config, "use_attention_mask", None) else None
         return encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
 
-    @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:
-        """Image [B, 3, H, W] in [0, 1] -> scaled latents float32 [B, C, h, w], the mean of the VAE's posterior."""
+        """Image [B, 3, H, W] in [0, 1] -> scaled latents float32 [B, C, h, w], the mean of the VAE's posterior.
+
+        Differentiable, as the encoder may have an adaptor.
+        """
         posterior = self.vae.encode(image_BCHW.to(self.device) * 2 - 1).latent_dist
         return posterior.mean.float() * self.vae.config.scaling_factor
 

@@ -231,7 +231,12 @@ def upscale_examples(
         small = [reduced(image, factor, blur) for image, blur in zip(images, blurs, strict=True)]
         return torch.from_numpy(np.stack([enlarge(image, factor) for image in small]))
 
-    source = _encoded(model, enlarged, count, console)
+    def encoded(rows: Tensor) -> Tensor:
+        return encode(to_float(enlarged(rows)))
+
+    # An encoder that learns is asked anew in each step.
+    encode = in_precision(model.encode, recipe.mixed_precision, model.device)
+    source = encoded if recipe.adaptor.encoder_rank else _encoded(model, enlarged, count, console)
     return Examples(
         count=count,
         given=lambda rows: {"source": source(rows)},

@@ -16,13 +16,14 @@ from hipa_deploy.hashing import file_sha256
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.adaptor import (
     PRESETS,
-    adaptor_parameters,
     add_adaptor,
     load_weights,
     save_adaptor,
+    trained_parameters,
     without_adaptor,
 )
 from hipa_deploy.train.base_model import DiffusionModel, to_uint8
+from hipa_deploy.train.encoder import add_encoder_adaptor, load_encoder_weights
 from hipa_deploy.train.examples import task_examples
 from hipa_deploy.train.loss import Terms, hipa_loss
 from hipa_deploy.train.one_step import task_latents
@@ -66,14 +67,17 @@ def train_adaptor(
     # teacher pairs, so that whatever does not fit shows before anything expensive starts.
     settings = recipe.adaptor
     add_adaptor(model.unet, targets=metadata.targets, rank=settings.rank, alpha=metadata.alpha, seed=recipe.seed)
+    if settings.encoder_rank:
+        add_encoder_adaptor(model.vae, settings.encoder_rank, recipe.seed)
     if initial_adaptor is not None:
         read_metadata(initial_adaptor, model_dir)
         load_weights(model.unet, initial_adaptor)
+        load_encoder_weights(model.vae, initial_adaptor)
         metadata = metadata.model_copy(update={"initial_sha256": file_sha256(initial_adaptor / WEIGHTS)})
     if recipe.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
         model.vae.enable_gradient_checkpointing()
-    weights = adaptor_parameters(model.unet)
+    weights = trained_parameters(model)
     loss = hipa_loss(recipe.loss).to(model.device)
     optimizer = new_optimizer(weights, loss, recipe.optimiser)
     identity, kept = metadata.model_dump(mode="json"), loss_state(loss, recipe, processes)
@@ -81,7 +85,7 @@ def train_adaptor(
     run.resume()
 
     # What to learn from: for text to image the same noise leads to the student's image and to the teacher's.
-    with without_adaptor(model.unet):
+    with without_adaptor(model.unet, model.vae):
         examples = task_examples(model, recipe, prompts, cache=cache, console=console, processes=processes)
     alpha_bar_T = model.alphas_cumprod
 
@@ -103,7 +107,7 @@ def train_adaptor(
 
     # The columns of the sample grid that stay: source, if there is one; target; the base model.
     shown = torch.arange(min(recipe.samples, examples.count))
-    with torch.no_grad(), without_adaptor(model.unet):
+    with torch.no_grad(), without_adaptor(model.unet, model.vae):
         columns = [examples.source(shown)] if examples.source else []
         columns += [to_uint8(examples.images(shown)), to_uint8(student_images(shown))]
 
@@ -123,7 +127,7 @@ def train_adaptor(
     run_steps(run, examples.count, loss_at, samples, console)
     with processes.together(), run.average.applied():
         if processes.is_main:
-            save_adaptor(model.unet, metadata, model.schedule, out)
+            save_adaptor(model.unet, metadata, model.schedule, out, vae=model.vae)
     return out
 
 
@@ -136,6 +140,7 @@ def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> Adap
         upscale=recipe.source.factor,
         base_unet_sha256=unet_sha256(model.folder),
         prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        encoder_rank=settings.encoder_rank,
         rank=settings.rank,
         alpha=settings.alpha or settings.rank,
         targets=PRESETS[settings.preset],

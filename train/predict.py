@@ -25,8 +25,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from hipa_deploy.model_kind import check_trainable, read_config
 from hipa_deploy.tasks import STEP_INPUTS
-from hipa_deploy.train.adaptor import PRESETS, adaptor_parameters, add_adaptor, without_adaptor
+from hipa_deploy.train.adaptor import PRESETS, add_adaptor, trained_parameters, without_adaptor
 from hipa_deploy.train.base_model import DiffusionModel
+from hipa_deploy.train.encoder import add_encoder_adaptor
 from hipa_deploy.train.lite0 import Lite0
 from hipa_deploy.train.loss import HipaLoss
 from hipa_deploy.train.one_step import task_latents
@@ -115,18 +116,21 @@ def plan_training(recipe: Recipe, model_dir: Path) -> TrainingPlan:
         trainer = Trainer(unloaded_model(model_dir), recipe)
     model = trainer.model
     parts = {"text_encoder": model.pipe.text_encoder, "unet": model.unet, "vae": model.vae}
-    counts = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
+    counts = {
+        name: sum(weight.numel() for weight in part.parameters() if not weight.requires_grad)
+        for name, part in parts.items()
+    }
     trainable = sum(weight.numel() for weight in trainer.weights.values())
     height, width = model.resolution
     images_bytes = 3 * height * width * recipe.teacher.pairs
     with FakeTensorMode():
         _replace_tensors(*parts.values(), trainer.loss)
-        trainer.weights = adaptor_parameters(model.unet)
+        trainer.weights = trained_parameters(model)
         return TrainingPlan(
             recipe=recipe,
             prediction_type=model.prediction_type,
             resolution=model.resolution,
-            parameters={**counts, "unet": counts["unet"] - trainable},
+            parameters=counts,
             trainable=trainable,
             pairs_bytes=recipe.teacher.pairs * (pair_bytes(model, recipe) + PAIR_NUMBERS_BYTES),
             pairs=trainer.pairs_cost(),
@@ -168,10 +172,12 @@ class Trainer:
         settings = recipe.adaptor
         alpha = settings.alpha or settings.rank
         add_adaptor(model.unet, targets=PRESETS[settings.preset], rank=settings.rank, alpha=alpha, seed=recipe.seed)
+        if settings.encoder_rank:
+            add_encoder_adaptor(model.vae, settings.encoder_rank, recipe.seed)
         if recipe.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
             model.vae.enable_gradient_checkpointing()
-        self.weights = adaptor_parameters(model.unet)
+        self.weights = trained_parameters(model)
         self.loss = _loss(recipe)
         with torch.device("cpu"):
             self.alpha_bar = model.alpha_bar(recipe.timestep)
@@ -239,6 +245,8 @@ class Trainer:
         given = {name: self._latents(rows) for name in STEP_INPUTS[task]}
         if "mask" in given:
             given["mask"] = given["mask"][:, :1]
+        if self.recipe.adaptor.encoder_rank:
+            given["source"] = self.model.encode(torch.rand(rows, 3, *self.model.resolution))
         return task_latents(
             self.model.unet,
             task,

@@ -38,6 +38,8 @@ class AdaptorSettings(_Settings):
     """Rank of every pair of matrices. Merging makes it free at inference."""
     alpha: float | None = Field(None, gt=0)
     """Scale of the adaptor is alpha / rank; rank itself when left out, which every loader understands."""
+    encoder_rank: int = Field(0, ge=0, le=1024)
+    """Of super-resolution: rank of an adaptor on the VAE's encoder beside the UNet's; 0 leaves the encoder as it is."""
 
 
 class TeacherSettings(_Settings):
@@ -254,6 +256,12 @@ class Recipe(_TrainingSettings):
     """The teacher and how many of its images to learn."""
     loss: LossSettings = LossSettings()
     """Loss weights."""
+
+    @model_validator(mode="after")
+    def _encoder_sees_blur(self) -> Recipe:
+        if self.adaptor.encoder_rank and self.task != "upscale":
+            raise ValueError(f"adaptor.encoder_rank is for the task upscale, this is {self.task}")
+        return self
 
     @model_validator(mode="after")
     def _strengths_are_steps(self) -> Recipe:

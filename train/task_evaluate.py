@@ -16,6 +16,7 @@ from hipa_deploy.images import enlarge
 from hipa_deploy.tasks import STEP_INPUTS, Task, strength_timestep
 from hipa_deploy.train.adaptor import attach_adaptor
 from hipa_deploy.train.base_model import DiffusionModel, to_float, to_uint8
+from hipa_deploy.train.encoder import attach_encoder_adaptor
 from hipa_deploy.train.one_step import task_latents
 
 CHUNK = 32
@@ -52,6 +53,7 @@ def one_step_task_images(
             got = f"task {metadata.task}, strengths {metadata.strengths}"
             raise HipaError(f"adaptor {adaptor_dir} has {got}. Expected {task}, strength {strength:g}.")
         attach_adaptor(model.unet, adaptor_dir)
+        attach_encoder_adaptor(model.vae, adaptor_dir)
         timestep, factor = metadata.timestep, metadata.upscale
     timestep = strength_timestep(strength) if task == "edit" else timestep
     sources, holes = _sources(task, images_NHWC, masks_NHW, factor)
