@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from hipa_deploy.adaptor import ENCODER_WEIGHTS, WEIGHTS
 from hipa_deploy.bundle import AdaptorInfo
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.errors import HipaError, first_line, last_line
 from hipa_deploy.hashing import file_sha256
 
 
@@ -27,7 +28,7 @@ def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0)
     """
     _check_scale(scale)
     state, metadata = _read_weights(adaptor)
-    _load_into(unet, state, metadata, adaptor)
+    _load_into(unet, state, adaptor, prefix="unet", metadata=metadata)
     layers = [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]
     rank, alpha = max(_rank_and_alpha(layer) for layer in layers)
     _fuse(unet, adaptor, scale)
@@ -47,14 +48,13 @@ def merge_encoder_adaptor(vae: AutoencoderKL, adaptor: Path | None, scale: float
         return None
     _check_scale(scale)
     try:
-        with safe_open(path, "pt") as file:
-            targets = {key.split(".lora")[0] for key in file.keys()}  # noqa: SIM118
-        vae.load_lora_adapter(str(adaptor), prefix=None, weight_name=ENCODER_WEIGHTS, use_safetensors=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise HipaError(f"{path} cannot be merged: {first_line(error)}") from None
-    adapted = {name for name, module in vae.named_modules() if isinstance(module, BaseTunerLayer)}
-    if adapted != targets:
-        raise HipaError(f"{path}: {len(targets)} layers in the file, {len(adapted)} matched. Expected all of them.")
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise HipaError(f"{path} cannot be read: {first_line(error)}") from None
+    if not state:
+        raise HipaError(f"{path} holds nothing. Copy the adaptor again.")
+    _check_finite(state, adaptor)
+    _load_into(vae, state, path, prefix=None)  # alpha is the rank: what diffusers takes where nothing is said
     _fuse(vae, path, scale)
     return file_sha256(path)
 
@@ -89,25 +89,35 @@ def _read_weights(adaptor: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
         raise HipaError(
             f"{adaptor}/{WEIGHTS} holds {got}. Expected layers of a UNet alone, keys that start with 'unet.'."
         )
-    for key, value in state.items():
-        if not torch.isfinite(value).all():
-            raise HipaError(f"{adaptor}: {key} holds NaN or infinity. Train the adaptor again.")
+    _check_finite(state, adaptor)
     return state, metadata
 
 
+def _check_finite(state: dict[str, torch.Tensor], adaptor: Path) -> None:
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            raise HipaError(f"{adaptor}: {key} holds NaN or infinity. Train the adaptor again.")
+
+
 def _load_into(
-    unet: UNet2DConditionModel, state: dict[str, torch.Tensor], metadata: dict[str, Any] | None, adaptor: Path
+    model: Any,
+    state: dict[str, torch.Tensor],
+    adaptor: Path,
+    *,
+    prefix: str | None,
+    metadata: dict[str, Any] | None = None,
 ) -> None:
-    """Attach the adapter layers, and check that every tensor of the file went to a layer of this UNet."""
+    """Attach the adapter layers, and check that every tensor of the file went to a layer of this UNet, or VAE."""
+    kind = "UNet" if prefix else "VAE"
     targets = {key.removeprefix("unet.").split(".lora")[0] for key in state if not key.endswith(".alpha")}
-    missing = sorted(targets - {name for name, _ in unet.named_modules()})
+    missing = sorted(targets - {name for name, _ in model.named_modules()})
     if missing:
-        raise HipaError(f"{adaptor} does not fit this UNet: it has no layer {missing[0]} ({len(missing)} such).")
+        raise HipaError(f"{adaptor} does not fit this {kind}: it has no layer {missing[0]} ({len(missing)} such).")
     try:
-        unet.load_lora_adapter(state, prefix="unet", metadata=metadata)
-    except (RuntimeError, ValueError) as error:
-        raise HipaError(f"{adaptor} does not fit this UNet: {str(error).strip().splitlines()[-1].strip()}") from None
-    adapted = {name for name, module in unet.named_modules() if isinstance(module, BaseTunerLayer)}
+        model.load_lora_adapter(state, prefix=prefix, metadata=metadata)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:  # of files that are not whole, or not LoRA
+        raise HipaError(f"{adaptor} does not fit this {kind}: {last_line(error)}") from None
+    adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if adapted != targets:
         raise HipaError(f"{adaptor}: {len(targets)} layers in the file, {len(adapted)} matched. Expected all of them.")
 

@@ -34,6 +34,7 @@ from hipa_deploy.swap import (
     SwapManifest,
     WeightMap,
     adapted_stage,
+    check_encoder,
     stage_files,
 )
 
@@ -77,11 +78,10 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
 def _job(options: SwapOptions, bundle: Bundle, base: BaseModel, root: Path) -> ExportJob:
     """The export that the bundle came from, with the other adaptor, up to its UNet."""
     manifest = bundle.manifest
-    if (options.adaptor / ENCODER_WEIGHTS).exists() or (manifest.encoder and manifest.encoder.adaptor_sha256):
-        raise HipaError(
-            f"{options.adaptor} or the one in {bundle.root} adapts the VAE's encoder too, and only the UNet's weights "
-            "are swapped. Export a bundle of its own."
-        )
+    if (options.adaptor / ENCODER_WEIGHTS).exists():
+        got = f"adaptor {options.adaptor} is on the VAE's encoder too"
+        raise HipaError(f"{got}, which no swap changes. Export a bundle of its own.")
+    check_encoder(bundle)
     if base.info.sha256 != manifest.base_model.sha256:
         raise HipaError(f"{bundle.root} was exported from another base model than {options.model}. Give that one.")
     like = ExportOptions(

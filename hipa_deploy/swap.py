@@ -103,6 +103,12 @@ class SwapManifest(_Model):
     files: dict[str, str]
 
 
+def check_encoder(bundle: Bundle) -> None:
+    """Raise HipaError for a bundle whose adaptor is on the encoder too: a swap would leave that part in place."""
+    if bundle.manifest.encoder and bundle.manifest.encoder.adaptor_sha256:
+        raise HipaError(f"{bundle.root} has an adaptor on its encoder, which no swap takes out. Export another bundle.")
+
+
 @dataclass(frozen=True)
 class AdaptorSwap:
     """An adaptor's weights on disk, checked against the bundle they are for."""
@@ -118,6 +124,7 @@ class AdaptorSwap:
             HipaError: no such adaptor, a damaged one, or one for another bundle.
 
         """
+        check_encoder(bundle)
         root = find_swap(bundle, adaptor)
         try:
             manifest = SwapManifest.model_validate_json((root / MANIFEST).read_text(encoding="utf-8"))

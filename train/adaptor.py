@@ -19,8 +19,9 @@ from hipa_deploy.adaptor import METADATA, WEIGHTS, AdaptorMetadata, read_metadat
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.files import new_folder
 from hipa_deploy.train.base_model import DiffusionModel
-from hipa_deploy.train.encoder import ADAPTER, save_encoder_adaptor
+from hipa_deploy.train.encoder import ADAPTER, add_encoder_adaptor, save_encoder_adaptor
 from hipa_deploy.train.one_step import one_step_latents
+from hipa_deploy.train.recipe import Recipe
 
 # The paper's 3.3 M trainable parameters fit one set only: SD 2.x, rank 16, all four attention projections.
 PAPER = ("to_q", "to_k", "to_v", "to_out.0")
@@ -28,6 +29,26 @@ PAPER = ("to_q", "to_k", "to_v", "to_out.0")
 FULL = (*PAPER, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut",
         "downsamplers.0.conv", "upsamplers.0.conv")  # fmt: skip
 PRESETS = {"paper": PAPER, "full": FULL}
+
+
+def add_adaptors(model: DiffusionModel, recipe: Recipe) -> dict[str, nn.Parameter]:
+    """Add the recipe's trainable layers to the frozen ``model``, in place; their parameters by name.
+
+    Those of the UNet have their names in it, those of the VAE's encoder 'vae.' and theirs.
+
+    Raises:
+        HipaError: a target of the preset matches no layer.
+
+    """
+    settings = recipe.adaptor
+    alpha = settings.alpha or settings.rank
+    add_adaptor(model.unet, targets=PRESETS[settings.preset], rank=settings.rank, alpha=alpha, seed=recipe.seed)
+    if settings.encoder_rank:
+        add_encoder_adaptor(model.vae, settings.encoder_rank, recipe.seed)
+    if recipe.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        model.vae.enable_gradient_checkpointing()
+    return trained_parameters(model)
 
 
 def add_adaptor(unet: nn.Module, *, targets: tuple[str, ...], rank: int, alpha: float, seed: int) -> None:
@@ -84,7 +105,7 @@ def save_adaptor(
 ) -> Path:
     """Write weights, one-step scheduler and metadata to the new folder ``out``, whole or not at all.
 
-    Of ``vae`` too, where the metadata says that its encoder is adapted.
+    With ``vae``, its encoder's part too.
 
     The LoRA configuration goes into the safetensors header: without it a loader assumes alpha = rank. Names stay
     peft's: diffusers' own conversion renames the attention layers only, and its loader then skips them in silence.
@@ -102,7 +123,7 @@ def save_adaptor(
             unet_lora_adapter_metadata=config,
         )
         (scratch / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
-        if metadata.encoder_rank:
+        if vae is not None:
             save_encoder_adaptor(vae, scratch)
         one_step_scheduler(schedule, metadata.timestep).save_pretrained(scratch / "scheduler")
         (scratch / METADATA).write_text(metadata.model_dump_json(indent=2) + "\n")

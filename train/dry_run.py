@@ -80,7 +80,8 @@ def facts_table(plan: TrainingPlan, model_dir: Path, prompts: str) -> Table:
     (height, width), settings, teacher = plan.resolution, plan.recipe.adaptor, plan.recipe.teacher
     table.add_row("model", f"{model_dir.name}: predicts {plan.prediction_type}, {width}x{height} pixels")
     table.add_row("parameters", sizes)
-    table.add_row("trainable", f"{plan.trainable / 1e6:.2f} M ({settings.preset}, rank {settings.rank})")
+    encoder = f", encoder rank {settings.encoder_rank}" if settings.encoder_rank else ""
+    table.add_row("trainable", f"{plan.trainable / 1e6:.2f} M ({settings.preset}, rank {settings.rank}{encoder})")
     table.add_row("prompts", prompts)
     table.add_row("teacher pairs", f"{teacher.pairs:,}: {plan.pairs_bytes / GB:.2f} GB in the cache")
     return table

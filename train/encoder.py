@@ -14,10 +14,11 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hipa_deploy.adaptor import ENCODER_WEIGHTS
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.adaptor import ENCODER_WEIGHTS, read_metadata
+from hipa_deploy.errors import HipaError, first_line, last_line
 
 ADAPTER = "default"
+# Every convolution and projection of AutoencoderKL's encoder.
 LAYERS = r"encoder\.(.+\.)?(conv_in|conv_out|conv1|conv2|conv_shortcut|conv|to_q|to_k|to_v|to_out\.0)"
 
 
@@ -54,7 +55,7 @@ def attach_encoder_adaptor(vae: Any, folder: Path) -> None:
     try:
         vae.load_lora_adapter(str(folder), prefix=None, weight_name=ENCODER_WEIGHTS, use_safetensors=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise HipaError(f"adaptor {folder / ENCODER_WEIGHTS} cannot be loaded: {first_line(error)}") from None
+        raise HipaError(f"adaptor {folder / ENCODER_WEIGHTS} cannot be loaded: {last_line(error)}") from None
 
 
 def load_encoder_weights(vae: Any, folder: Path) -> None:
@@ -72,5 +73,7 @@ def load_encoder_weights(vae: Any, folder: Path) -> None:
         raise HipaError(f"adaptor {folder / ENCODER_WEIGHTS} cannot be read: {first_line(error)}") from None
     expected = get_peft_model_state_dict(vae, adapter_name=ADAPTER) if hasattr(vae, "peft_config") else {}
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
-        raise HipaError(f"adaptor {folder} adapts the encoder with another rank than the recipe's encoder_rank.")
+        rank = read_metadata(folder).encoder_rank
+        got = f"adaptor {folder} has encoder_rank {rank}, the recipe another"
+        raise HipaError(f"{got}. Set adaptor.encoder_rank = {rank}.")
     set_peft_model_state_dict(vae, weights, adapter_name=ADAPTER)

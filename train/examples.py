@@ -231,12 +231,10 @@ def upscale_examples(
         small = [reduced(image, factor, blur) for image, blur in zip(images, blurs, strict=True)]
         return torch.from_numpy(np.stack([enlarge(image, factor) for image in small]))
 
-    def encoded(rows: Tensor) -> Tensor:
-        return encode(to_float(enlarged(rows)))
+    def learning(rows: Tensor) -> Tensor:
+        return model.encode(to_float(enlarged(rows)))  # in float32, as it goes into x0
 
-    # An encoder that learns is asked anew in each step.
-    encode = in_precision(model.encode, recipe.mixed_precision, model.device)
-    source = encoded if recipe.adaptor.encoder_rank else _encoded(model, enlarged, count, console)
+    source = learning if recipe.adaptor.encoder_rank else _encoded(model, enlarged, count, console)
     return Examples(
         count=count,
         given=lambda rows: {"source": source(rows)},

@@ -10,20 +10,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from hipa_deploy.adaptor import WEIGHTS, AdaptorMetadata, read_metadata, unet_sha256
+from hipa_deploy.adaptor import AdaptorMetadata, read_metadata, unet_sha256, weights_sha256
+from hipa_deploy.decoder import vae_sha256
 from hipa_deploy.files import refuse_to_overwrite
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.adaptor import (
     PRESETS,
-    add_adaptor,
+    add_adaptors,
     load_weights,
     save_adaptor,
-    trained_parameters,
     without_adaptor,
 )
 from hipa_deploy.train.base_model import DiffusionModel, to_uint8
-from hipa_deploy.train.encoder import add_encoder_adaptor, load_encoder_weights
+from hipa_deploy.train.encoder import load_encoder_weights
 from hipa_deploy.train.examples import task_examples
 from hipa_deploy.train.loss import Terms, hipa_loss
 from hipa_deploy.train.one_step import task_latents
@@ -65,19 +64,12 @@ def train_adaptor(
 
     # Adaptor, loss, optimiser; the run folder puts them back to where a stopped run was. All of it comes before the
     # teacher pairs, so that whatever does not fit shows before anything expensive starts.
-    settings = recipe.adaptor
-    add_adaptor(model.unet, targets=metadata.targets, rank=settings.rank, alpha=metadata.alpha, seed=recipe.seed)
-    if settings.encoder_rank:
-        add_encoder_adaptor(model.vae, settings.encoder_rank, recipe.seed)
+    weights = add_adaptors(model, recipe)
     if initial_adaptor is not None:
         read_metadata(initial_adaptor, model_dir)
         load_weights(model.unet, initial_adaptor)
         load_encoder_weights(model.vae, initial_adaptor)
-        metadata = metadata.model_copy(update={"initial_sha256": file_sha256(initial_adaptor / WEIGHTS)})
-    if recipe.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-        model.vae.enable_gradient_checkpointing()
-    weights = trained_parameters(model)
+        metadata = metadata.model_copy(update={"initial_sha256": weights_sha256(initial_adaptor)})
     loss = hipa_loss(recipe.loss).to(model.device)
     optimizer = new_optimizer(weights, loss, recipe.optimiser)
     identity, kept = metadata.model_dump(mode="json"), loss_state(loss, recipe, processes)
@@ -127,7 +119,8 @@ def train_adaptor(
     run_steps(run, examples.count, loss_at, samples, console)
     with processes.together(), run.average.applied():
         if processes.is_main:
-            save_adaptor(model.unet, metadata, model.schedule, out, vae=model.vae)
+            vae = model.vae if metadata.encoder_rank else None
+            save_adaptor(model.unet, metadata, model.schedule, out, vae)
     return out
 
 
@@ -141,6 +134,7 @@ def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> Adap
         base_unet_sha256=unet_sha256(model.folder),
         prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         encoder_rank=settings.encoder_rank,
+        base_vae_sha256=vae_sha256(model.folder) if settings.encoder_rank else None,
         rank=settings.rank,
         alpha=settings.alpha or settings.rank,
         targets=PRESETS[settings.preset],

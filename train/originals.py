@@ -15,6 +15,7 @@ from torch import Tensor
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.image_input import fit_image, read_image
+from hipa_deploy.train.adaptor import without_adaptor
 from hipa_deploy.train.base_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.pairs import Pairs, Rows, lookup
 from hipa_deploy.train.prompts import read_cells
@@ -77,10 +78,14 @@ def folder_originals(
     def images(rows: list[int]) -> Tensor:
         return torch.from_numpy(np.stack([fit_image(read_image(paths[i]), *model.resolution) for i in rows]))
 
+    def latents(rows: list[int]) -> Tensor:
+        with without_adaptor(model.vae):  # targets, also where a step asks for them while the encoder learns
+            return model.encode(to_float(table(torch.tensor(rows))))
+
     table = lookup("images", images, len(paths), console)
     originals = Originals(
         table,
-        lookup("latents", lambda rows: model.encode(to_float(table(torch.tensor(rows)))), len(paths), console),
+        lookup("latents", latents, len(paths), console),
         torch.tensor([index[text] for text in texts]),
         len(index),
         {"images": [file_sha256(path) for path in paths]},

@@ -219,8 +219,9 @@ def lookup(name: str, compute: Callable[[list[int]], Tensor], count: int, consol
     """A function from row indices [B] to rows [B, ...]: a table when all rows fit in memory, else ``compute``.
 
     The table is filled in fixed chunks, so that a row does not depend on what was asked for first: a resumed run
-    must see bit-equal rows.
+    must see bit-equal rows. Nothing in it is learned from: no row has a gradient.
     """
+    compute = torch.no_grad()(compute)
     row = compute([0])[0]
     if row.numel() * row.element_size() * count > TABLE_BYTES:
         return lambda index_B: compute(index_B.tolist())

@@ -25,9 +25,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from hipa_deploy.model_kind import check_trainable, read_config
 from hipa_deploy.tasks import STEP_INPUTS
-from hipa_deploy.train.adaptor import PRESETS, add_adaptor, trained_parameters, without_adaptor
+from hipa_deploy.train.adaptor import add_adaptors, trained_parameters, without_adaptor
 from hipa_deploy.train.base_model import DiffusionModel
-from hipa_deploy.train.encoder import add_encoder_adaptor
 from hipa_deploy.train.lite0 import Lite0
 from hipa_deploy.train.loss import HipaLoss
 from hipa_deploy.train.one_step import task_latents
@@ -169,15 +168,7 @@ class Trainer:
 
     def __init__(self, model: DiffusionModel, recipe: Recipe) -> None:
         self.model, self.recipe = model, recipe
-        settings = recipe.adaptor
-        alpha = settings.alpha or settings.rank
-        add_adaptor(model.unet, targets=PRESETS[settings.preset], rank=settings.rank, alpha=alpha, seed=recipe.seed)
-        if settings.encoder_rank:
-            add_encoder_adaptor(model.vae, settings.encoder_rank, recipe.seed)
-        if recipe.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
-            model.vae.enable_gradient_checkpointing()
-        self.weights = trained_parameters(model)
+        self.weights = add_adaptors(model, recipe)
         self.loss = _loss(recipe)
         with torch.device("cpu"):
             self.alpha_bar = model.alpha_bar(recipe.timestep)

@@ -124,23 +124,24 @@ def is_main() -> bool:
 
 @contextmanager
 def parting() -> Iterator[None]:
-    """Part from the other processes at the end of a command, also where all of them end with a HipaError.
+    """Part from the other processes at the end of a command.
 
     Gloo's threads otherwise run on while the interpreter ends, and now and then abort the process
-    (https://github.com/pytorch/pytorch/issues/190489). After any other error the launcher ends the processes: parting
-    can wait for those that are still adding up (https://github.com/pytorch/torchtitan/pull/1342).
+    (https://github.com/pytorch/pytorch/issues/190489). NCCL's do not, and after an error in one process it would wait
+    there for the others, which are still adding up (https://github.com/pytorch/torchtitan/pull/1342).
     """
     try:
         yield
-    except HipaError:
-        _part()
+    except BaseException:
+        if _joined() and torch.distributed.get_backend() == "gloo":
+            torch.distributed.destroy_process_group()
         raise
-    _part()
-
-
-def _part() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _joined():
         torch.distributed.destroy_process_group()
+
+
+def _joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _check_launcher(recipe: Recipe | DecoderRecipe) -> None:

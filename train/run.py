@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -250,11 +251,17 @@ class Run:
         for key, other in BELONGS_TO.items():
             if stored.get(key) != self.identity.get(key):
                 raise HipaError(f"run folder {self.folder} was started with {other}. {remedy}")
-        was, now = _flat(stored["recipe"]), _flat(json.loads(json.dumps(self.identity["recipe"])))
+        was, now = self._with_defaults(stored["recipe"]), self._with_defaults(self.identity["recipe"])
         for key in sorted(was.keys() | now.keys()):
             if key not in FREE_TO_CHANGE and was.get(key) != now.get(key):
                 change = f"{key} was {was.get(key)}, is {now.get(key)}"
                 raise HipaError(f"run folder {self.folder} has another recipe: {change}. {remedy}")
+
+    def _with_defaults(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Flat, as JSON has it; a setting that came later than a stored recipe has its default."""
+        with suppress(ValidationError):  # of settings that are no more: compared as they stand
+            recipe = type(self.recipe).model_validate(recipe).model_dump(mode="json")
+        return _flat(json.loads(json.dumps(recipe)))
 
 
 def new_optimizer(

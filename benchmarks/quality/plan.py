@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -116,11 +117,12 @@ def quick_plan(base: Recipe) -> list[Item]:
 
 
 def base_recipe(name: str, *, budget_steps: int | None, quick: bool) -> Recipe:
-    """The recipe that all items share; a budget keeps the warm-up's share of the steps, and the pairs they reach."""
+    """The recipe that all items share; a budget keeps the warm-up's share of the steps, and the pairs they draw."""
     recipe = load_recipe(name)
     steps = 10 if quick else budget_steps or recipe.steps
     recipe = Item(MAIN, "", "main").recipe(recipe, steps)
-    pairs = recipe.teacher.batch if quick else min(recipe.teacher.pairs, steps * recipe.batch)
+    shard = recipe.teacher.batch  # whole ones, which a full run's cache has
+    pairs = shard if quick else min(recipe.teacher.pairs, math.ceil(steps * recipe.batch / shard) * shard)
     teacher = recipe.teacher.model_copy(update={"pairs": pairs})
     optimiser = recipe.optimiser.model_copy(update={"warmup_steps": 2} if quick else {})
     return recipe.model_copy(update={"teacher": teacher, "optimiser": optimiser})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
 
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.adaptor import ENCODER_WEIGHTS
@@ -21,6 +23,7 @@ from hipa_deploy.export.merge import merge_encoder_adaptor
 from hipa_deploy.export.swap import SwapOptions, export_swap
 from hipa_deploy.export.task import plan_task
 from hipa_deploy.hashing import file_sha256
+from hipa_deploy.swap import AdaptorSwap
 from hipa_deploy.train.adaptor import adaptor_parameters
 from hipa_deploy.train.encoder import add_encoder_adaptor, attach_encoder_adaptor, save_encoder_adaptor
 from hipa_deploy.train.task_evaluate import one_step_task_images
@@ -86,9 +89,13 @@ def test_the_bundle_makes_what_training_measured(model_dir: Path, adaptor: Path,
 def test_only_the_unet_is_swapped(
     model_dir: Path, adaptor: Path, adaptor_dir: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
-    for chosen in (adaptor, adaptor_dir):  # it has such a part, or the bundle's has
-        with pytest.raises(HipaError, match=r"adapts the VAE's encoder too, and only the UNet's weights are swapped"):
-            export_swap(SwapOptions(model=str(model_dir), adaptor=chosen, bundle=bundle.root, out=tmp_path / "x"))
+    asked = SwapOptions(model=str(model_dir), adaptor=adaptor, bundle=bundle.root, out=tmp_path / "x")
+    with pytest.raises(HipaError, match=r"is on the VAE's encoder too, which no swap changes"):
+        export_swap(asked)
+    with pytest.raises(HipaError, match=r"has an adaptor on its encoder, which no swap takes out"):
+        export_swap(replace(asked, adaptor=adaptor_dir))
+    with pytest.raises(HipaError, match=r"has an adaptor on its encoder, which no swap takes out"):
+        AdaptorSwap.open(bundle, adaptor_dir)
     assert not (tmp_path / "x").exists()
 
 
@@ -105,5 +112,21 @@ def test_what_cannot_be_merged(model_dir: Path, adaptor: Path, tmp_path: Path) -
         merge_encoder_adaptor(load_vae(model_dir), adaptor, 1e38 * 10)
     shutil.copytree(adaptor, tmp_path / "cut")
     (tmp_path / "cut" / ENCODER_WEIGHTS).write_bytes((adaptor / ENCODER_WEIGHTS).read_bytes()[:100])
-    with pytest.raises(HipaError, match=rf"{ENCODER_WEIGHTS} cannot be merged: "):
+    with pytest.raises(HipaError, match=rf"{ENCODER_WEIGHTS} cannot be read: "):
         merge_encoder_adaptor(load_vae(model_dir), tmp_path / "cut")
+    for weights, message in (
+        ({}, "holds nothing"),
+        ({"encoder.conv_in.lora_A.weight": torch.full((2, 3, 3, 3), torch.nan)}, "holds NaN or infinity"),
+        ({"encoder.other.lora_A.weight": torch.zeros(2, 3)}, "does not fit this VAE: it has no layer encoder.other"),
+        ({"encoder.conv_in.lora_A.weight": torch.zeros(2, 3, 3, 3)}, "does not fit this VAE: list index"),
+        (
+            {
+                "encoder.conv_in.lora_A.weight": torch.zeros(2, 5, 3, 3),
+                "encoder.conv_in.lora_B.weight": torch.zeros(8, 2, 1, 1),
+            },
+            "does not fit this VAE: size mismatch",
+        ),
+    ):
+        save_file(weights, tmp_path / "cut" / ENCODER_WEIGHTS)
+        with pytest.raises(HipaError, match=message):
+            merge_encoder_adaptor(load_vae(model_dir), tmp_path / "cut")

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from pydantic import ValidationError
 from rich.console import Console
+from safetensors.torch import save_file
 
-from hipa_deploy.adaptor import ENCODER_WEIGHTS, WEIGHTS, read_metadata
+from hipa_deploy.adaptor import ENCODER_WEIGHTS, WEIGHTS, read_metadata, weights_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.example_source import example_image
+from hipa_deploy.hashing import file_sha256
+from hipa_deploy.train import pairs
 from hipa_deploy.train.adaptor import adaptor_parameters, trained_parameters, without_adaptor
 from hipa_deploy.train.base_model import DiffusionModel
 from hipa_deploy.train.encoder import (
@@ -23,6 +27,7 @@ from hipa_deploy.train.encoder import (
     save_encoder_adaptor,
 )
 from hipa_deploy.train.loop import train_adaptor
+from hipa_deploy.train.originals import folder_originals
 from hipa_deploy.train.predict import plan_training
 from hipa_deploy.train.recipe import Recipe
 from hipa_deploy.train.task_evaluate import one_step_task_images
@@ -76,8 +81,8 @@ def test_both_parts_are_trained_and_stored(folder: Path, model: DiffusionModel) 
 
 
 def test_the_encoder_changes_what_one_step_makes(folder: Path, model_dir: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "half")
-    (tmp_path / "half" / ENCODER_WEIGHTS).unlink()
+    half = shutil.copytree(folder, tmp_path / "half") / ENCODER_WEIGHTS
+    save_file({name: torch.zeros_like(weight) for name, weight in read_weights(half).items()}, half)
     small = example_image(8, 8)[None]
     whole, half = (
         one_step_task_images(model_dir, f, "upscale", small, ["a"], [0]) for f in (folder, tmp_path / "half")
@@ -123,7 +128,7 @@ def test_training_starts_from_both_parts(folder: Path, model: DiffusionModel) ->
 def test_another_rank_is_refused(rank: int, folder: Path, model: DiffusionModel) -> None:
     if rank:
         add_encoder_adaptor(model.vae, rank, seed=0)
-    with pytest.raises(HipaError, match="adapts the encoder with another rank than the recipe's encoder_rank"):
+    with pytest.raises(HipaError, match=r"has encoder_rank 2, the recipe another. Set adaptor.encoder_rank = 2"):
         load_encoder_weights(model.vae, folder)
 
 
@@ -157,3 +162,45 @@ def test_the_prediction_counts_it(folder: Path, recipe: Recipe, model_dir: Path)
     assert both.trainable == stored > alone.trainable
     assert both.parameters == alone.parameters
     assert both.warm_up.flops > alone.warm_up.flops
+
+
+def test_targets_do_not_learn_along(
+    recipe: Recipe, model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they do not fit in memory, and a step asks for them while the encoder learns."""
+    monkeypatch.setattr(pairs, "TABLE_BYTES", 0)
+    Image.fromarray(example_image(32, 32)).save(tmp_path / "a.png")
+    originals, _ = folder_originals(model, tmp_path, [], QUIET)
+    before = originals.latents(torch.tensor([0]))
+    add_encoder_adaptor(model.vae, 2, seed=0)
+    for weight in adaptor_parameters(model.vae).values():
+        weight.data.normal_()
+    after = originals.latents(torch.tensor([0]))
+    assert not after.requires_grad
+    assert torch.equal(before, after)
+
+
+def test_with_everything_on_and_from_an_adaptor(
+    folder: Path, recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    more = {"ema_decay": 0.5, "mixed_precision": "bf16", "micro_batch": 1, "gradient_checkpointing": True}
+    chosen = upscaling(recipe).model_copy(update=more)
+    made = train_adaptor(
+        chosen, model_dir, tmp_path / "more", initial_adaptor=folder, cache=cache, device="cpu", console=QUIET
+    )
+    assert differences(read_weights(made / ENCODER_WEIGHTS), read_weights(folder / ENCODER_WEIGHTS))
+    assert read_metadata(made).initial_sha256 == weights_sha256(folder) != file_sha256(folder / WEIGHTS)
+
+
+def test_it_belongs_to_its_vae_and_comes_whole(folder: Path, model_dir: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(model_dir, tmp_path / "model")
+    vae = AutoencoderKL.from_pretrained(other, subfolder="vae")
+    vae.encoder.conv_in.bias.data += 1
+    vae.save_pretrained(other / "vae")
+    read_metadata(folder, model_dir)
+    with pytest.raises(HipaError, match=r"was trained with another VAE than .*model's"):
+        read_metadata(folder, other)
+    shutil.copytree(folder, tmp_path / "half")
+    (tmp_path / "half" / ENCODER_WEIGHTS).unlink()
+    with pytest.raises(HipaError, match=rf"half lacks {ENCODER_WEIGHTS}, its part on the VAE's encoder"):
+        read_metadata(tmp_path / "half")

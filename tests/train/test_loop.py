@@ -203,6 +203,21 @@ def test_another_recipe_does_not_resume(
         train(recipe, model_dir, tmp_path / "adaptor", cache)
 
 
+def test_a_run_from_before_a_setting_came_resumes(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
+) -> None:
+    stop_after(1)
+    with pytest.raises(HipaError, match="stopped"):
+        train(recipe, model_dir, tmp_path / "adaptor", cache)
+    stop_after(None)
+    path = tmp_path / "adaptor.run" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    identity = json.loads(state["identity"])
+    del identity["recipe"]["adaptor"]["encoder_rank"]
+    torch.save(state | {"identity": json.dumps(identity)}, path)
+    assert train(recipe, model_dir, tmp_path / "adaptor", cache)
+
+
 def test_divergence_stops_and_keeps_the_checkpoint(
     recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch
 ) -> None:

@@ -148,10 +148,16 @@ def test_the_command_under_accelerate_launch(model_dir: Path, tmp_path: Path, mo
     assert (tmp_path / "adaptor" / WEIGHTS).exists()
 
 
-@pytest.mark.parametrize(("error", "parted"), [(None, True), (HipaError("x"), True), (RuntimeError("x"), False)])
-def test_a_command_parts_unless_the_others_may_be_waiting(tmp_path: Path, error: Exception | None, parted: bool):
+@pytest.mark.parametrize(
+    ("error", "backend", "parted"),
+    [(None, "gloo", True), (None, "nccl", True), (HipaError("x"), "gloo", True), (HipaError("x"), "nccl", False)],
+)
+def test_a_command_parts_unless_it_would_wait_for_the_others(
+    tmp_path: Path, error: Exception | None, backend: str, parted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    with suppress(HipaError, RuntimeError), parting():
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    with suppress(HipaError), parting():
         if error:
             raise error
     assert torch.distributed.is_initialized() is not parted
