@@ -34,7 +34,8 @@ PRESETS = {"paper": PAPER, "full": FULL}
 def add_adaptors(model: DiffusionModel, recipe: Recipe) -> dict[str, nn.Parameter]:
     """Add the recipe's trainable layers to the frozen ``model``, in place; their parameters by name.
 
-    Those of the UNet have their names in it, those of the VAE's encoder 'vae.' and theirs.
+    Those of the UNet have their names in it, those of the VAE's encoder 'vae.' and theirs. Activations are recomputed
+    in the backward pass if the recipe says so.
 
     Raises:
         HipaError: a target of the preset matches no layer.
