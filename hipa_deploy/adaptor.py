@@ -83,6 +83,7 @@ def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMeta
         raise HipaError(f"adaptor {folder} was trained on another base model than {model_folder} (UNet hashes differ).")
     if metadata.encoder_rank and not (folder / ENCODER_WEIGHTS).is_file():
         raise HipaError(f"adaptor {folder} lacks {ENCODER_WEIGHTS}, its part on the VAE's encoder. Copy it again.")
-    if model_folder is not None and metadata.base_vae_sha256 not in (None, vae_sha256(model_folder)):
+    vae = metadata.base_vae_sha256
+    if model_folder is not None and vae is not None and vae != vae_sha256(model_folder):
         raise HipaError(f"adaptor {folder} was trained with another VAE than {model_folder}'s (VAE hashes differ).")
     return metadata

@@ -169,7 +169,6 @@ def decode_once(model: DiffusionModel, latents: Rows, count: int, console: Conso
     """Make all latents and images now if they fit in memory; otherwise each time they are asked for."""
     table = lookup("latents", lambda rows: latents(torch.tensor(rows)), count, console)
 
-    @torch.no_grad()
     def images(rows: list[int]) -> Tensor:
         return to_uint8(model.decode(table(torch.tensor(rows))))
 

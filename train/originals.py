@@ -49,7 +49,6 @@ def teacher_originals(
     def latents(rows: Tensor) -> Tensor:
         return pairs.latents_NCHW[rows].float().to(model.device)
 
-    @torch.no_grad()
     def images(rows: list[int]) -> Tensor:
         return to_uint8(decode(latents(torch.tensor(rows))))
 

@@ -123,9 +123,10 @@ def base_recipe(name: str, *, budget_steps: int | None, quick: bool) -> Recipe:
     recipe = Item(MAIN, "", "main").recipe(recipe, steps)
     shard = recipe.teacher.batch  # whole ones, which a full run's cache has
     pairs = shard if quick else min(recipe.teacher.pairs, math.ceil(steps * recipe.batch / shard) * shard)
-    teacher = recipe.teacher.model_copy(update={"pairs": pairs})
-    optimiser = recipe.optimiser.model_copy(update={"warmup_steps": 2} if quick else {})
-    return recipe.model_copy(update={"teacher": teacher, "optimiser": optimiser})
+    changes: dict[str, Any] = {"teacher": recipe.teacher.model_copy(update={"pairs": pairs})}
+    if quick:
+        changes["optimiser"] = recipe.optimiser.model_copy(update={"warmup_steps": 2})
+    return recipe.model_copy(update=changes)
 
 
 def find(items: list[Item], name: str) -> Item:

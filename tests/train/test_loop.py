@@ -188,33 +188,34 @@ def test_gradient_checkpointing_reaches_the_decoder(
     assert calls[1] == 2 * calls[0]
 
 
-def test_another_recipe_does_not_resume(
-    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
-) -> None:
+@pytest.fixture
+def stopped_run(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after) -> Path:
+    """The checkpoint of a run to ``tmp_path / "adaptor"`` that was stopped after a step."""
     stop_after(1)
     with pytest.raises(HipaError, match="stopped"):
         train(recipe, model_dir, tmp_path / "adaptor", cache)
     stop_after(None)
+    return tmp_path / "adaptor.run" / "state.pt"
+
+
+def test_another_recipe_does_not_resume(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stopped_run: Path
+) -> None:
     changed = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"hf_weight": 2.0})})
     with pytest.raises(HipaError, match=r"another recipe: loss.hf_weight was 1.0, is 2.0"):
         train(changed, model_dir, tmp_path / "adaptor", cache)
-    (tmp_path / "adaptor.run" / "state.pt").write_bytes(b"PK")
+    stopped_run.write_bytes(b"PK")
     with pytest.raises(HipaError, match="is damaged"):
         train(recipe, model_dir, tmp_path / "adaptor", cache)
 
 
 def test_a_run_from_before_a_setting_came_resumes(
-    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stopped_run: Path
 ) -> None:
-    stop_after(1)
-    with pytest.raises(HipaError, match="stopped"):
-        train(recipe, model_dir, tmp_path / "adaptor", cache)
-    stop_after(None)
-    path = tmp_path / "adaptor.run" / "state.pt"
-    state = torch.load(path, weights_only=True)
+    state = torch.load(stopped_run, weights_only=True)
     identity = json.loads(state["identity"])
     del identity["recipe"]["adaptor"]["encoder_rank"]
-    torch.save(state | {"identity": json.dumps(identity)}, path)
+    torch.save(state | {"identity": json.dumps(identity)}, stopped_run)
     assert train(recipe, model_dir, tmp_path / "adaptor", cache)
 
 
