@@ -20,13 +20,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hipa_deploy.bundle import Bundle
-from hipa_deploy.engines.build import build_bundle, dry_run
+from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.engines.build.build_bundle import build_bundle, dry_run
 
 
 def measure(root: Path, scratch: Path, target: str) -> list[dict[str, Any]]:
     """Predicted and measured peak of every stage of a bundle, in MiB."""
-    copy = Path(shutil.copytree(root, scratch / root.name, copy_function=os.link, ignore=lambda *_: ["engines"]))
+    copy = Path(
+        shutil.copytree(
+            root, scratch / root.name, copy_function=os.link, ignore=lambda *_: ["engines"]
+        )
+    )
     bundle = Bundle.open(copy)
     planned = {stage.stage: stage for stage in dry_run(bundle, backend="rtx", target=target).stages}
     return [
@@ -44,7 +48,16 @@ def measure(root: Path, scratch: Path, target: str) -> list[dict[str, Any]]:
 
 def render(rows: list[dict[str, Any]], target: str) -> Table:
     """The rows as a table, with the error of the prediction, and the least-squares line."""
-    table = Table("", "weights", "predicted", "measured", "error", "engine", "seconds", title=f"MiB, rtx, {target}")
+    table = Table(
+        "",
+        "weights",
+        "predicted",
+        "measured",
+        "error",
+        "engine",
+        "seconds",
+        title=f"MiB, rtx, {target}",
+    )
     for row in rows:
         error = f"{row['predicted'] / row['measured'] - 1:+.0%}"
         numbers = (f"{row[key]:,}" for key in ("weights", "predicted", "measured"))

@@ -31,10 +31,28 @@ BIN = Path(sys.executable).parent
 def command(name: str, model: Path, out: Path) -> list[str]:
     """The command line of a contender."""
     if name == BASELINE:
-        return [str(BIN / "optimum-cli"), "export", "onnx", "--model", str(model), "--task", "text-to-image", str(out)]
+        return [
+            str(BIN / "optimum-cli"),
+            "export",
+            "onnx",
+            "--model",
+            str(model),
+            "--task",
+            "text-to-image",
+            str(out),
+        ]
     dtype, *layout = name.removeprefix("hipa-export, ").lower().split(", ")
     options = ["--layout", layout[0]] if layout else []
-    return [str(BIN / "hipa-export"), "--model", str(model), "--out", str(out), "--dtype", dtype, *options]
+    return [
+        str(BIN / "hipa-export"),
+        "--model",
+        str(model),
+        "--out",
+        str(out),
+        "--dtype",
+        dtype,
+        *options,
+    ]
 
 
 CONTENDERS = (BASELINE, "hipa-export, FP32, generic", "hipa-export, FP32", "hipa-export, FP16")
@@ -47,23 +65,35 @@ def measure(name: str, model: Path, work: Path) -> dict[str, float]:
     started = time.perf_counter()
     with (work / "log.txt").open("w") as log:
         process = subprocess.Popen(command(name, model, out), stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)  # its usage covers every process that it waited for
+        _, status, usage = os.wait4(
+            process.pid, 0
+        )  # its usage covers every process that it waited for
     seconds = time.perf_counter() - started
     if status:
         raise SystemExit(f"{name} failed:\n{(work / 'log.txt').read_text()[-2000:]}")
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     shutil.rmtree(out)
-    return {"seconds": seconds, "peak_gb": usage.ru_maxrss * 1024 / 1e9, "written_gb": written / 1e9}
+    return {
+        "seconds": seconds,
+        "peak_gb": usage.ru_maxrss * 1024 / 1e9,
+        "written_gb": written / 1e9,
+    }
 
 
 def render(results: dict[str, dict[str, float]], title: str) -> Table:
     """The results as a table, with ratios to optimum's export."""
-    table = Table("", "time", "peak memory", "written", "times faster", "times less memory", title=title)
+    table = Table(
+        "", "time", "peak memory", "written", "times faster", "times less memory", title=title
+    )
     base = results[BASELINE]
     for name, row in results.items():
         ratios = [f"{base[key] / row[key]:.2f}" for key in ("seconds", "peak_gb")]
         table.add_row(
-            name, f"{row['seconds']:.0f} s", f"{row['peak_gb']:.1f} GB", f"{row['written_gb']:.1f} GB", *ratios
+            name,
+            f"{row['seconds']:.0f} s",
+            f"{row['peak_gb']:.1f} GB",
+            f"{row['written_gb']:.1f} GB",
+            *ratios,
         )
     return table
 

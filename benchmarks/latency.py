@@ -33,7 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 BASELINE = "diffusers eager"
-PAUSE_SECONDS = 0.2  # before each turn: threads of the other process that wait by spinning would slow it
+PAUSE_SECONDS = (
+    0.2  # before each turn: threads of the other process that wait by spinning would slow it
+)
 Image = Callable[[str], np.ndarray]  # prompt -> uint8 [H, W, 3], always from seed 0
 
 
@@ -51,13 +53,15 @@ def call(pipe: Any, shape_CHW: tuple[int, int, int], dtype: Any = None) -> Image
     """A pipeline with diffusers' interface as a function of the prompt; ``dtype`` of the noise, float32 by default."""
     import torch
 
-    from hipa_deploy.one_step import initial_noise
+    from hipa_deploy.generate.noise import initial_noise
 
     pipe.set_progress_bar_config(disable=True)
     noise = torch.from_numpy(initial_noise([0], shape_CHW)).to(dtype or torch.float32)
 
     def image(prompt: str) -> np.ndarray:
-        made = pipe(prompt, num_inference_steps=1, guidance_scale=0, latents=noise, output_type="np").images[0]
+        made = pipe(
+            prompt, num_inference_steps=1, guidance_scale=0, latents=noise, output_type="np"
+        ).images[0]
         return (made * 255).round().astype(np.uint8)
 
     return image
@@ -97,20 +101,24 @@ def optimum(model: Path, work: Path) -> Image:
 def openvino(model: Path, work: Path) -> Image:
     """OpenVINO on this toolkit's own graphs, with its tokenizer and noise: the runtimes alone differ."""
     ov = importlib.import_module("openvino")
-    from hipa_deploy.bundle import Bundle
-    from hipa_deploy.one_step import initial_noise
-    from hipa_deploy.tokenizer import PromptTokenizer
+    from hipa_deploy.bundle.manifest import Bundle
+    from hipa_deploy.generate.noise import initial_noise
+    from hipa_deploy.generate.tokenizer import PromptTokenizer
 
     bundle = Bundle.open(work / "full")
     core = ov.Core()
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    text, unet, decoder = (core.compile_model(bundle.stage_path(name), "CPU", options) for name in bundle.stages)
+    text, unet, decoder = (
+        core.compile_model(bundle.stage_path(name), "CPU", options) for name in bundle.stages
+    )
     tokenizer = PromptTokenizer(bundle.path("tokenizer/tokenizer.json"))
     noise = initial_noise([0], bundle.manifest.one_step.latent_shape)
     return lambda prompt: decoder(unet((noise, text(tokenizer([prompt]))[0]))[0])[0][0]
 
 
-def ours(bundle: str, prompt: str | None = None, backend: str = "onnxruntime") -> Callable[[Path, Path], Image]:
+def ours(
+    bundle: str, prompt: str | None = None, backend: str = "onnxruntime"
+) -> Callable[[Path, Path], Image]:
     """This toolkit; with ``prompt`` the same one every time."""
 
     def load(model: Path, work: Path) -> Image:
@@ -134,7 +142,9 @@ CONTENDERS: dict[str, Callable[[Path, Path], Image]] = {
     "ours, openvino backend": ours("full", backend="openvino"),
     "ours, openvino backend, prompt cached": ours("full", "a red apple", backend="openvino"),
     "ours, openvino backend, tiny decoder": ours("tiny", backend="openvino"),
-    "ours, openvino backend, tiny decoder, fused, prompt cached": ours("tiny-fused", "a red apple", "openvino"),
+    "ours, openvino backend, tiny decoder, fused, prompt cached": ours(
+        "tiny-fused", "a red apple", "openvino"
+    ),
     "ours, openvino-bf16 backend": ours("full", backend="openvino-bf16"),
     "ours, openvino-bf16 backend, prompt cached": ours("full", "a red apple", "openvino-bf16"),
     "ours, openvino-bf16 backend, tiny decoder": ours("tiny", backend="openvino-bf16"),
@@ -152,7 +162,9 @@ BUNDLES = {
 
 def latent_shape(work: Path) -> tuple[int, int, int]:
     """[C, h, w], from the bundle's manifest: without loading anything."""
-    channels, height, width = json.loads((work / "full/hipa.json").read_text())["one_step"]["latent_shape"]
+    channels, height, width = json.loads((work / "full/hipa.json").read_text())["one_step"][
+        "latent_shape"
+    ]
     return channels, height, width
 
 
@@ -170,9 +182,20 @@ class Process:
     """A contender, loaded in a process of its own, that makes an image when it is asked to."""
 
     def __init__(self, name: str, model: Path, work: Path) -> None:
-        command = [sys.executable, __file__, "--model", str(model), "--work", str(work), "--contender", name]
+        command = [
+            sys.executable,
+            __file__,
+            "--model",
+            str(model),
+            "--work",
+            str(work),
+            "--contender",
+            name,
+        ]
         started = time.perf_counter()
-        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         first = self.ask("warm up")
         self.first_image_seconds = time.perf_counter() - started - first["next_seconds"]
 
@@ -223,7 +246,9 @@ def compare(name: str, model: Path, work: Path, runs: int) -> dict[str, Any]:
         result |= {
             f"{prefix}median_seconds": statistics.median(own),
             f"{prefix}baseline_median_seconds": statistics.median(theirs),
-            f"{prefix}times_faster": statistics.median(a / b for a, b in zip(theirs, own, strict=True)),
+            f"{prefix}times_faster": statistics.median(
+                a / b for a, b in zip(theirs, own, strict=True)
+            ),
         }
     return {
         **result,
@@ -235,9 +260,11 @@ def compare(name: str, model: Path, work: Path, runs: int) -> dict[str, Any]:
 
 def cannot_run(name: str) -> str | None:
     """What to do about what a contender lacks here, or None."""
-    from hipa_deploy.engines.device import describe_device
+    from hipa_deploy.engines.device.describe import describe_device
 
-    backend = next((part for part in name.lower().split() if part.startswith("openvino")), "").strip(",")
+    backend = next(
+        (part for part in name.lower().split() if part.startswith("openvino")), ""
+    ).strip(",")
     problems = {found.name: found.remedy for found in describe_device().backends}
     return problems[backend] if backend else None
 
@@ -247,7 +274,10 @@ def render(results: dict[str, dict[str, Any]], title: str) -> Table:
     heads = ("after a pause", "times faster than eager", "right after", "times faster than eager")
     table = Table("", *heads, "first image after", "peak memory", title=title)
     for name, row in results.items():
-        cells = [(f"{row[p + 'median_seconds']:.4f} s", f"{row[p + 'times_faster']:.2f}") for p in ("", "next_")]
+        cells = [
+            (f"{row[p + 'median_seconds']:.4f} s", f"{row[p + 'times_faster']:.2f}")
+            for p in ("", "next_")
+        ]
         first, peak = row["first_image_seconds"], row["peak_gb"]
         table.add_row(name, *cells[0], *cells[1], f"{first:.1f} s", f"{peak:.2f} GB")
     return table
@@ -256,9 +286,13 @@ def render(results: dict[str, dict[str, Any]], title: str) -> Table:
 def main(
     model: Annotated[Path, typer.Option(help="Diffusers folder.")],
     work: Annotated[Path, typer.Option(help="Folder for the bundles; kept.")],
-    tiny: Annotated[Path | None, typer.Option(help="AutoencoderTiny folder for the model's latents.")] = None,
+    tiny: Annotated[
+        Path | None, typer.Option(help="AutoencoderTiny folder for the model's latents.")
+    ] = None,
     runs: Annotated[int, typer.Option(help="Turns a contender, of two timed images each.")] = 5,
-    only: Annotated[list[str] | None, typer.Option(help="Contenders whose name contains this; repeatable.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Contenders whose name contains this; repeatable.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
     contender: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:

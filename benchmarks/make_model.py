@@ -16,21 +16,45 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hipa_deploy.embedded import MODEL
 
 SD1 = {
     "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "text": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
     "prediction_type": "epsilon",
 }
-SD2_UNET = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
-SD2_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+SD2_UNET = {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+SD2_TEXT = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+}
 SIZES: dict[str, dict[str, Any]] = {
     "sd15": SD1,
-    "sd21-base": {"unet": {"sample_size": 64, **SD2_UNET}, "text": SD2_TEXT, "prediction_type": "epsilon"},
+    "sd21-base": {
+        "unet": {"sample_size": 64, **SD2_UNET},
+        "text": SD2_TEXT,
+        "prediction_type": "epsilon",
+    },
     "sd21": {
         "unet": {"sample_size": 96, "upcast_attention": True, **SD2_UNET},
         "text": SD2_TEXT,
@@ -55,7 +79,12 @@ def new_pipeline(size: str) -> StableDiffusionPipeline:
     )
     encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49408, **shapes["text"]))
     torch.set_default_dtype(torch.float32)
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    schedule = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+    }
     return StableDiffusionPipeline(
         unet=unet,
         vae=vae,

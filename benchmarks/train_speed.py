@@ -29,13 +29,13 @@ from rich.console import Console
 from torch import Tensor
 
 from hipa_deploy.embedded import MODEL
-from hipa_deploy.train import run
-from hipa_deploy.train.adaptor import PRESETS
-from hipa_deploy.train.base_model import DiffusionModel
-from hipa_deploy.train.loop import train_adaptor
-from hipa_deploy.train.loss import hipa_loss
-from hipa_deploy.train.pairs import prompt_contexts, teacher_pairs
+from hipa_deploy.train.data.teacher_pairs import prompt_contexts, teacher_pairs
+from hipa_deploy.train.loop import run
+from hipa_deploy.train.losses.hipa_loss import hipa_loss
+from hipa_deploy.train.model.diffusion_model import DiffusionModel
+from hipa_deploy.train.model.unet_adaptor import PRESETS
 from hipa_deploy.train.recipe import Recipe, load_recipe, read_prompts
+from hipa_deploy.train.train_adaptor import train_adaptor
 
 DISCARDED = 3  # first steps of each, while allocators and the processor's caches settle
 
@@ -45,8 +45,14 @@ def plain_loop(model_dir: Path, recipe: Recipe, cache: Path) -> Callable[[Tensor
     model = DiffusionModel.load(model_dir, "cpu")
     prompts = read_prompts(recipe, model_dir)
     context = prompt_contexts(model, prompts)
-    pairs = teacher_pairs(model, prompts, recipe.teacher, seed=recipe.seed, context=context, cache=cache)
-    noise, contexts, latents = model.noise(pairs.seed_N.tolist()), context(pairs.prompt_N), pairs.latents_NCHW.float()
+    pairs = teacher_pairs(
+        model, prompts, recipe.teacher, seed=recipe.seed, context=context, cache=cache
+    )
+    noise, contexts, latents = (
+        model.noise(pairs.seed_N.tolist()),
+        context(pairs.prompt_N),
+        pairs.latents_NCHW.float(),
+    )
     with torch.no_grad():
         images = torch.cat([model.decode(part).clamp(0, 1) for part in latents.split(16)])
 
@@ -112,7 +118,9 @@ def measure(recipe: Recipe, model_dir: Path, work: Path) -> dict[str, list[tuple
 def main(
     steps: Annotated[int, typer.Option(help="Steps of each that count.")] = 30,
     model: Annotated[Path, typer.Option(help="Diffusers folder with a prompts.txt.")] = MODEL,
-    warm_up: Annotated[bool, typer.Option("--warm-up", help="Time the latent warm-up's steps.")] = False,
+    warm_up: Annotated[
+        bool, typer.Option("--warm-up", help="Time the latent warm-up's steps.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
 ) -> None:
     """Time both loops, the emoji recipe's adaptor and batch."""
@@ -131,9 +139,15 @@ def main(
     results: dict[str, object] = {"seconds": seconds, "machine": machine}
     for index, kind in enumerate(("wall", "processor")):
         ours, plain = ([lap[index] for lap in seconds[name]] for name in ("ours", "plain"))
-        ratio = results[f"{kind}_ratio"] = statistics.median(p / o for p, o in zip(plain, ours, strict=True))
-        medians = f"ours {statistics.median(ours):.3f} s, plain {statistics.median(plain):.3f} s a step"
-        Console().print(f"{kind}: {medians}; ours is {ratio:.3f} times as fast (median of {len(ours)} paired ratios)")
+        ratio = results[f"{kind}_ratio"] = statistics.median(
+            p / o for p, o in zip(plain, ours, strict=True)
+        )
+        medians = (
+            f"ours {statistics.median(ours):.3f} s, plain {statistics.median(plain):.3f} s a step"
+        )
+        Console().print(
+            f"{kind}: {medians}; ours is {ratio:.3f} times as fast (median of {len(ours)} paired ratios)"
+        )
     Console().print(machine)
     if out:
         out.write_text(json.dumps(results, indent=2) + "\n")

@@ -7,12 +7,9 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 
-from hipa_deploy.bundle import DecoderInfo, EncoderInfo
-from hipa_deploy.decoder import vae_sha256
-from hipa_deploy.export.fold import fold_timestep
-from hipa_deploy.export.job import ExportJob, at_moment
-from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
-from hipa_deploy.export.stages import (
+from hipa_deploy.bundle.manifest import DecoderInfo, EncoderInfo
+from hipa_deploy.export.graph.fold import fold_timestep
+from hipa_deploy.export.graph.modules import (
     TORCH_DTYPES,
     Generator,
     GenericDecoder,
@@ -27,24 +24,34 @@ from hipa_deploy.export.stages import (
     seen_by_unet,
     to_uint8,
 )
+from hipa_deploy.export.job import ExportJob, at_moment
+from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
+from hipa_deploy.generate.noise import predict_x0
 from hipa_deploy.hashing import folder_sha256
-from hipa_deploy.one_step import predict_x0
+from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.tasks import STEP_INPUTS, finish_latents, start_latents
 
 
 def text_encoder_stage(job: ExportJob) -> nn.Module:
     """The text encoder; leaves 'context'."""
     encoder = job.base.text_encoder()
-    job.reference["context"] = encoder(torch.from_numpy(job.reference["tokens"])).last_hidden_state.numpy()
+    job.reference["context"] = encoder(
+        torch.from_numpy(job.reference["tokens"])
+    ).last_hidden_state.numpy()
     return TextEncoderStage(encoder, TORCH_DTYPES[job.specs["text_encoder"].outputs[0].dtype])
 
 
 def encoder_stage(job: ExportJob) -> nn.Module:
     """The encoder that was asked for, after its general form has given the reference latents."""
-    sample_BCHW, folder = from_uint8(torch.from_numpy(job.reference["image"])) * 2 - 1, job.options.encoder
+    sample_BCHW, folder = (
+        from_uint8(torch.from_numpy(job.reference["image"])) * 2 - 1,
+        job.options.encoder,
+    )
     if folder:
         tiny = job.base.tiny_encoder(folder)
-        job.encoder = EncoderInfo(kind="tiny", name=folder.resolve().name, sha256=folder_sha256(folder))
+        job.encoder = EncoderInfo(
+            kind="tiny", name=folder.resolve().name, sha256=folder_sha256(folder)
+        )
         source_BCHW = tiny.encode(sample_BCHW).latents
         module: nn.Module = TinyEncoder(tiny)
     else:
@@ -65,7 +72,10 @@ def _general_unet(job: ExportJob) -> UNet2DConditionModel:
         job.adaptor = merge_adaptor(unet, job.options.adaptor, job.options.adaptor_scale)
     for number, (timestep, alpha_bar) in enumerate(job.moments):
         output_BCHW, latents_BCHW = _general_step(job, unet, timestep, alpha_bar)
-        job.reference |= {at_moment("output", number): output_BCHW, at_moment("latents", number): latents_BCHW}
+        job.reference |= {
+            at_moment("output", number): output_BCHW,
+            at_moment("latents", number): latents_BCHW,
+        }
     return unet
 
 
@@ -77,7 +87,9 @@ def _general_step(
     given = {name: job.reference[name] for name in STEP_INPUTS[task]}
     start_BCHW = start_latents(task, given, alpha_bar, concatenates=concatenates)
     start, context = torch.from_numpy(start_BCHW), torch.from_numpy(job.reference["context"])
-    sample = seen_by_unet(start, {n: torch.from_numpy(v) for n, v in given.items()}, concatenates=concatenates)
+    sample = seen_by_unet(
+        start, {n: torch.from_numpy(v) for n, v in given.items()}, concatenates=concatenates
+    )
     output_BCHW = unet(sample, timestep, context, return_dict=False)[0].numpy()
     x0_BCHW = predict_x0(start_BCHW, output_BCHW, alpha_bar, job.step.prediction_type)
     return output_BCHW, finish_latents(task, x0_BCHW, given)
@@ -103,12 +115,16 @@ def decoder_stage(job: ExportJob) -> OneStepDecoder | TinyDecoder:
     vae: AutoencoderTiny | AutoencoderKL
     if folder:
         vae = job.base.tiny_decoder(folder)
-        job.decoder = DecoderInfo(kind="tiny", name=folder.resolve().name, sha256=folder_sha256(folder))
+        job.decoder = DecoderInfo(
+            kind="tiny", name=folder.resolve().name, sha256=folder_sha256(folder)
+        )
     else:
         vae = _general_vae(job)
     for number in range(len(job.moments)):
         latents_BCHW = torch.from_numpy(job.reference[at_moment("latents", number)])
-        sample_BCHW = vae.decode(latents_BCHW if folder else latents_BCHW / job.step.scaling_factor).sample
+        sample_BCHW = vae.decode(
+            latents_BCHW if folder else latents_BCHW / job.step.scaling_factor
+        ).sample
         job.reference[at_moment("images", number)] = to_uint8(sample_BCHW / 2 + 0.5).numpy()
     return TinyDecoder(vae) if isinstance(vae, AutoencoderTiny) else OneStepDecoder(vae)
 
@@ -128,8 +144,13 @@ def generic_decoder_stage(job: ExportJob) -> nn.Module:
     """Fed as the runtime feeds it: x0 of what the UNet in ONNX gave."""
     vae, step = _general_vae(job), job.step
     for tensors in (job.reference, job.given):
-        x0_BCHW = predict_x0(tensors["noise"], tensors["output"], step.alpha_bar, step.prediction_type)
+        x0_BCHW = predict_x0(
+            tensors["noise"], tensors["output"], step.alpha_bar, step.prediction_type
+        )
         tensors["latent_sample"] = x0_BCHW / np.float32(step.scaling_factor)
     sample_BCHW = vae.decode(torch.from_numpy(job.reference["latent_sample"]), return_dict=False)[0]
-    job.reference |= {"sample": sample_BCHW.numpy(), "images": to_uint8(sample_BCHW / 2 + 0.5).numpy()}
+    job.reference |= {
+        "sample": sample_BCHW.numpy(),
+        "images": to_uint8(sample_BCHW / 2 + 0.5).numpy(),
+    }
     return GenericDecoder(vae)

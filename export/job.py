@@ -12,16 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hipa_deploy.bundle import AdaptorInfo, Axis, DecoderInfo, EncoderInfo, OneStep, Parity, Stage, StageSpec
+from hipa_deploy.bundle.manifest import (
+    AdaptorInfo,
+    Axis,
+    DecoderInfo,
+    EncoderInfo,
+    OneStep,
+    Parity,
+    Stage,
+    StageSpec,
+)
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export import parity
-from hipa_deploy.export.base_model import BaseModel
-from hipa_deploy.export.cost import stage_cost
-from hipa_deploy.export.options import ExportOptions
-from hipa_deploy.export.precision import Ranges, fewest_islands, to_half
+from hipa_deploy.export import gate as parity
+from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.graph.graph_cost import stage_cost
+from hipa_deploy.export.graph.half_precision import Ranges, fewest_islands, to_half
+from hipa_deploy.export.graph.to_onnx import OPSET, export_stage
+from hipa_deploy.export.model_parts import BaseModel
 from hipa_deploy.export.run_apart import run_apart
 from hipa_deploy.export.task import TaskPlan
-from hipa_deploy.export.to_onnx import OPSET, export_stage
 
 REFERENCE_PROMPT = "3d emoji of a red apple"
 WHOLE_TEXT_ENCODER = ("encoder",)
@@ -58,9 +67,13 @@ class ExportJob:
     @property
     def moments(self) -> list[tuple[int, float]]:
         """Timestep and alpha_bar of the step, at each strength of an edit."""
-        return [(moment.timestep, moment.alpha_bar) for moment in self.plan.strengths or (self.step,)]
+        return [
+            (moment.timestep, moment.alpha_bar) for moment in self.plan.strengths or (self.step,)
+        ]
 
-    def write(self, name: str, build: Callable[[], nn.Module], inputs: tuple[str, ...], output: str) -> None:
+    def write(
+        self, name: str, build: Callable[[], nn.Module], inputs: tuple[str, ...], output: str
+    ) -> None:
         """Export the module that ``build`` returns, run it, and compare with the reference that ``build`` left.
 
         The module lives only while it is exported, so the model is never in memory twice; if float16 turns out
@@ -74,7 +87,9 @@ class ExportJob:
             islands = self._to_onnx(name, build, mend=(inputs, at_moment(output, min(wrong))))
             got = self._run_all(name, inputs)
         if self.islands is not None and (wrong := self._problems(got, output)):
-            raise HipaError(f"{name} {wrong[min(wrong)]}, with the bundle's FP32 islands. Export a bundle of its own.")
+            raise HipaError(
+                f"{name} {wrong[min(wrong)]}, with the bundle's FP32 islands. Export a bundle of its own."
+            )
         self.given[output] = got[0]
         self.stages.append(
             Stage(
@@ -99,21 +114,30 @@ class ExportJob:
     def _problems(self, got: list[np.ndarray], output: str) -> dict[int, str]:
         """What is wrong, by the number of the strength."""
         found = {
-            index: parity.problem(value, self.reference[at_moment(output, index)], self.options.dtype)
+            index: parity.problem(
+                value, self.reference[at_moment(output, index)], self.options.dtype
+            )
             for index, value in enumerate(got)
         }
         return {index: wrong for index, wrong in found.items() if wrong}
 
     @torch.no_grad()
     def _to_onnx(
-        self, name: str, build: Callable[[], nn.Module], mend: tuple[tuple[str, ...], str] | None = None
+        self,
+        name: str,
+        build: Callable[[], nn.Module],
+        mend: tuple[tuple[str, ...], str] | None = None,
     ) -> tuple[str, ...]:
         """Build, convert to the asked precision, write the graph; the names of the parts left in float32."""
         with Ranges().watching() as ranges:
             module = build()
         islands: tuple[str, ...] = ()
         if self.options.dtype == "fp16":
-            islands = self._find_islands(name, module, ranges, mend) if self.islands is None else self.islands[name]
+            islands = (
+                self._find_islands(name, module, ranges, mend)
+                if self.islands is None
+                else self.islands[name]
+            )
             to_half(module, islands)
         export_stage(module, self.specs[name], self.root / name)
         del module
@@ -125,9 +149,14 @@ class ExportJob:
     ) -> tuple[str, ...]:
         islands = ranges.islands(module)
         if mend:
-            feed = tuple(torch.from_numpy(self.given[key].astype(self.reference[key].dtype)) for key in mend[0])
+            feed = tuple(
+                torch.from_numpy(self.given[key].astype(self.reference[key].dtype))
+                for key in mend[0]
+            )
             islands = fewest_islands(module, feed, partial(self._faithful, mend[1]), islands)
-        if islands and name == "text_encoder":  # its attention is transformers', and the whole costs next to nothing
+        if (
+            islands and name == "text_encoder"
+        ):  # its attention is transformers', and the whole costs next to nothing
             return WHOLE_TEXT_ENCODER
         return islands
 
@@ -139,11 +168,18 @@ class ExportJob:
         if "step" not in inputs:
             return [self._run(name, inputs, self.given)]
         numbers = range(len(self.plan.strengths))
-        return [self._run(name, inputs, self.given | {"step": np.asarray([number])}) for number in numbers]
+        return [
+            self._run(name, inputs, self.given | {"step": np.asarray([number])})
+            for number in numbers
+        ]
 
-    def _run(self, name: str, inputs: tuple[str, ...], given: Mapping[str, np.ndarray]) -> np.ndarray:
+    def _run(
+        self, name: str, inputs: tuple[str, ...], given: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
         spec = self.specs[name]
-        feed = {t.name: given[key].astype(t.dtype) for t, key in zip(spec.inputs, inputs, strict=True)}
+        feed = {
+            t.name: given[key].astype(t.dtype) for t, key in zip(spec.inputs, inputs, strict=True)
+        }
         return run_apart(self.root / name / "model.onnx", spec, feed)
 
 

@@ -12,10 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hipa_deploy.adaptor import ENCODER_WEIGHTS, WEIGHTS
-from hipa_deploy.bundle import AdaptorInfo
+from hipa_deploy.bundle.manifest import AdaptorInfo
 from hipa_deploy.errors import HipaError, first_line, last_line
 from hipa_deploy.hashing import file_sha256
+from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, WEIGHTS
 
 
 def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0) -> AdaptorInfo:
@@ -33,11 +33,17 @@ def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0)
     rank, alpha = max(_rank_and_alpha(layer) for layer in layers)
     _fuse(unet, adaptor, scale)
     return AdaptorInfo(
-        name=adaptor.resolve().name, sha256=file_sha256(adaptor / WEIGHTS), rank=rank, alpha=alpha, scale=scale
+        name=adaptor.resolve().name,
+        sha256=file_sha256(adaptor / WEIGHTS),
+        rank=rank,
+        alpha=alpha,
+        scale=scale,
     )
 
 
-def merge_encoder_adaptor(vae: AutoencoderKL, adaptor: Path | None, scale: float = 1.0) -> str | None:
+def merge_encoder_adaptor(
+    vae: AutoencoderKL, adaptor: Path | None, scale: float = 1.0
+) -> str | None:
     """Merge the adaptor's part for the VAE's encoder, if it has one, in place; the hash of that file, or None.
 
     Raises:
@@ -54,14 +60,18 @@ def merge_encoder_adaptor(vae: AutoencoderKL, adaptor: Path | None, scale: float
     if not state:
         raise HipaError(f"{path} holds nothing. Copy the adaptor again.")
     _check_finite(state, adaptor)
-    _load_into(vae, state, path, prefix=None)  # alpha is the rank: what diffusers takes where nothing is said
+    _load_into(
+        vae, state, path, prefix=None
+    )  # alpha is the rank: what diffusers takes where nothing is said
     _fuse(vae, path, scale)
     return file_sha256(path)
 
 
 def _check_scale(scale: float) -> None:
     if not math.isfinite(scale):
-        raise HipaError(f"adaptor scale {scale} is not a number. Expected a finite value, 1.0 as trained.")
+        raise HipaError(
+            f"adaptor scale {scale} is not a number. Expected a finite value, 1.0 as trained."
+        )
 
 
 def _fuse(model: Any, adaptor: Path, scale: float) -> None:
@@ -71,12 +81,16 @@ def _fuse(model: Any, adaptor: Path, scale: float) -> None:
         raise HipaError(f"{adaptor}: adapter layers are left after merging. Expected a plain LoRA.")
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
-            raise HipaError(f"{adaptor}: merging made {name} infinite. Lower --adaptor-scale ({scale}).")
+            raise HipaError(
+                f"{adaptor}: merging made {name} infinite. Lower --adaptor-scale ({scale})."
+            )
 
 
 def _read_weights(adaptor: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     if not (adaptor / WEIGHTS).is_file():
-        raise HipaError(f"{adaptor}: no {WEIGHTS} in it. Expected an adaptor folder, as hipa-train writes it.")
+        raise HipaError(
+            f"{adaptor}: no {WEIGHTS} in it. Expected an adaptor folder, as hipa-train writes it."
+        )
     try:
         state, _, metadata = StableDiffusionPipeline.lora_state_dict(
             adaptor, weight_name=WEIGHTS, return_lora_metadata=True, use_safetensors=True
@@ -109,17 +123,28 @@ def _load_into(
 ) -> None:
     """Attach the adapter layers, and check that every tensor of the file went to a layer of this UNet, or VAE."""
     kind = "UNet" if prefix else "VAE"
-    targets = {key.removeprefix("unet.").split(".lora")[0] for key in state if not key.endswith(".alpha")}
+    targets = {
+        key.removeprefix("unet.").split(".lora")[0] for key in state if not key.endswith(".alpha")
+    }
     missing = sorted(targets - {name for name, _ in model.named_modules()})
     if missing:
-        raise HipaError(f"{adaptor} does not fit this {kind}: it has no layer {missing[0]} ({len(missing)} such).")
+        raise HipaError(
+            f"{adaptor} does not fit this {kind}: it has no layer {missing[0]} ({len(missing)} such)."
+        )
     try:
         model.load_lora_adapter(state, prefix=prefix, metadata=metadata)
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:  # of files that are not whole, or not LoRA
+    except (
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # of files that are not whole, or not LoRA
         raise HipaError(f"{adaptor} does not fit this {kind}: {last_line(error)}") from None
     adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if adapted != targets:
-        raise HipaError(f"{adaptor}: {len(targets)} layers in the file, {len(adapted)} matched. Expected all of them.")
+        raise HipaError(
+            f"{adaptor}: {len(targets)} layers in the file, {len(adapted)} matched. Expected all of them."
+        )
 
 
 def _rank_and_alpha(layer: Any) -> tuple[int, float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hipa_deploy.bundle import StageSpec
+from hipa_deploy.bundle.manifest import StageSpec
 from hipa_deploy.errors import HipaError
 
 
@@ -27,19 +27,34 @@ def run_apart(path: Path, spec: StageSpec, feed: dict[str, np.ndarray]) -> np.nd
     with tempfile.TemporaryDirectory() as scratch:
         feed_path, out_path = Path(scratch, "feed.npz"), Path(scratch, "out.npy")
         np.savez(feed_path, **feed)  # type: ignore[arg-type]  # numpy's stub
-        command = [sys.executable, "-m", __name__, str(path), spec.model_dump_json(), str(feed_path), str(out_path)]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        command = [
+            sys.executable,
+            "-m",
+            __name__,
+            str(path),
+            spec.model_dump_json(),
+            str(feed_path),
+            str(out_path),
+        ]
+        done = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode:
             words = done.stderr.strip().splitlines()
-            raise HipaError(words[-1] if words else f"{spec.name}: its run ended with status {done.returncode}.")
+            raise HipaError(
+                words[-1] if words else f"{spec.name}: its run ended with status {done.returncode}."
+            )
         return np.load(out_path)
 
 
 def _main(path: str, spec: str, feed: str, out: str) -> None:
-    from hipa_deploy.engines.onnxruntime_runner import OnnxRuntimeRunner
+    from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner
 
     stage = StageSpec.model_validate_json(spec)
-    with OnnxRuntimeRunner(Path(path), stage, "onnxruntime", optimise=False) as runner, np.load(feed) as tensors:
+    with (
+        OnnxRuntimeRunner(Path(path), stage, "onnxruntime", optimise=False) as runner,
+        np.load(feed) as tensors,
+    ):
         np.save(out, runner(**tensors)[stage.outputs[0].name])
 
 

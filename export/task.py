@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hipa_deploy.adaptor import ENCODER_WEIGHTS, METADATA, AdaptorMetadata, read_metadata
-from hipa_deploy.bundle import Strength
+from hipa_deploy.bundle.manifest import Strength
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.base_model import BaseModel
-from hipa_deploy.export.options import ExportOptions
+from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.model_parts import BaseModel
+from hipa_deploy.models.adaptor_folder import (
+    ENCODER_WEIGHTS,
+    METADATA,
+    AdaptorMetadata,
+    read_metadata,
+)
 from hipa_deploy.tasks import Task, strength_timestep, unet_inputs
 
 LAST_TIMESTEP = 999
@@ -50,7 +55,9 @@ def plan_task(asked: ExportOptions, base: BaseModel) -> TaskPlan:
         )
     _check_options(task, asked)
     if asked.encoder and asked.adaptor and (asked.adaptor / ENCODER_WEIGHTS).exists():
-        raise HipaError(f"adaptor {asked.adaptor} adapts the VAE's own encoder. Leave --encoder {asked.encoder} out.")
+        raise HipaError(
+            f"adaptor {asked.adaptor} adapts the VAE's own encoder. Leave --encoder {asked.encoder} out."
+        )
     if task == "edit":
         strengths = strength_steps(_asked_strengths(asked, metadata), base)
         return TaskPlan(task, strengths[0].timestep, strengths)
@@ -63,7 +70,9 @@ def _metadata(adaptor: Path | None, base: BaseModel) -> AdaptorMetadata | None:
     if adaptor is None:
         return None
     if not adaptor.is_dir():
-        raise HipaError(f"{adaptor} does not exist. Expected an adaptor folder, as hipa-train writes it.")
+        raise HipaError(
+            f"{adaptor} does not exist. Expected an adaptor folder, as hipa-train writes it."
+        )
     return read_metadata(adaptor, base.folder) if (adaptor / METADATA).exists() else None
 
 
@@ -71,9 +80,13 @@ def _check_options(task: Task, asked: ExportOptions) -> None:
     if task != "edit" and asked.strengths:
         raise HipaError(f"--strengths is for the task edit, this is {task}. Leave it out.")
     if task == "generate" and asked.encoder:
-        raise HipaError("--encoder is for tasks with a source image, this is generate. Leave it out.")
+        raise HipaError(
+            "--encoder is for tasks with a source image, this is generate. Leave it out."
+        )
     if task != "generate" and asked.layout == "generic":
-        raise HipaError(f"--layout generic is for the task generate, this is {task}. Use --layout onestep.")
+        raise HipaError(
+            f"--layout generic is for the task generate, this is {task}. Use --layout onestep."
+        )
 
 
 def _asked_strengths(asked: ExportOptions, metadata: AdaptorMetadata | None) -> tuple[float, ...]:
@@ -83,9 +96,13 @@ def _asked_strengths(asked: ExportOptions, metadata: AdaptorMetadata | None) -> 
     trained = metadata.strengths
     if foreign := [strength for strength in asked.strengths if strength not in trained]:
         have = ", ".join(map(str, trained))
-        raise HipaError(f"adaptor {asked.adaptor} was not trained for strength {foreign[0]}. It has: {have}.")
+        raise HipaError(
+            f"adaptor {asked.adaptor} was not trained for strength {foreign[0]}. It has: {have}."
+        )
     if not trained:
-        raise HipaError(f"adaptor {asked.adaptor} was trained to edit, but names no strengths. Train it again.")
+        raise HipaError(
+            f"adaptor {asked.adaptor} was trained to edit, but names no strengths. Train it again."
+        )
     return asked.strengths or trained
 
 
@@ -104,7 +121,9 @@ def strength_steps(strengths: Sequence[float], base: BaseModel) -> tuple[Strengt
         timestep = strength_timestep(strength, len(schedule.alphas_cumprod))
         if timestep in found:
             twice = f"{found[timestep].strength} and {strength}"
-            raise HipaError(f"strengths {twice} start at the same timestep, {timestep}. Leave one out.")
+            raise HipaError(
+                f"strengths {twice} start at the same timestep, {timestep}. Leave one out."
+            )
         alpha_bar = float(schedule.alphas_cumprod[timestep])
         found[timestep] = Strength(strength=strength, timestep=timestep, alpha_bar=alpha_bar)
     return tuple(found.values())
@@ -120,4 +139,6 @@ def parse_strengths(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise HipaError(f"--strengths {text!r}: expected numbers in (0, 1], as in 0.75,0.5.") from None
+        raise HipaError(
+            f"--strengths {text!r}: expected numbers in (0, 1], as in 0.75,0.5."
+        ) from None

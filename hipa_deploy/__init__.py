@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hipa_deploy.errors import HipaError
 
 if TYPE_CHECKING:
-    from hipa_deploy.bundle import Bundle
-    from hipa_deploy.pipeline import OneStepPipeline
+    from hipa_deploy.bundle.manifest import Bundle
+    from hipa_deploy.generate.pipeline import OneStepPipeline
 
 __version__ = "0.1.0"
 __all__ = ["Bundle", "HipaError", "OneStepPipeline", "__version__"]
@@ -21,11 +21,11 @@ __all__ = ["Bundle", "HipaError", "OneStepPipeline", "__version__"]
 def __getattr__(name: str) -> Any:
     """Import numpy and ONNX Runtime only when they are used: ``hipa --help`` needs neither."""
     if name == "OneStepPipeline":
-        from hipa_deploy.pipeline import OneStepPipeline
+        from hipa_deploy.generate.pipeline import OneStepPipeline
 
         return OneStepPipeline
     if name == "Bundle":
-        from hipa_deploy.bundle import Bundle
+        from hipa_deploy.bundle.manifest import Bundle
 
         return Bundle
     raise AttributeError(f"module 'hipa_deploy' has no attribute {name!r}")

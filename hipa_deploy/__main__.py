@@ -1,5 +1,5 @@
 """``python -m hipa_deploy VERB``."""
 
-from hipa_deploy.cli import main
+from hipa_deploy.commands.app import main
 
 main()

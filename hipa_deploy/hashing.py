@@ -26,6 +26,8 @@ def folder_sha256(folder: Path, pattern: str = "*.safetensors") -> str:
     """
     paths = sorted(path for path in folder.rglob(pattern) if path.is_file())
     if not paths:
-        raise HipaError(f"{folder}: no {pattern} file in it or below. Expected a folder of safetensors weights.")
+        raise HipaError(
+            f"{folder}: no {pattern} file in it or below. Expected a folder of safetensors weights."
+        )
     lines = [f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n" for path in paths]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

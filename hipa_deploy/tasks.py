@@ -35,7 +35,9 @@ def unet_inputs(task: Task, strengths: int = 1) -> tuple[str, ...]:
     return (*STEP_INPUTS[task], *(("step",) if strengths > 1 else ()), "context")
 
 
-def start_latents(task: Task, given: Mapping[str, Any], alpha_bar: Any, *, concatenates: bool = False) -> Any:
+def start_latents(
+    task: Task, given: Mapping[str, Any], alpha_bar: Any, *, concatenates: bool = False
+) -> Any:
     """Where the step starts, [B, C, h, w], from the ``STEP_INPUTS`` of ``task``: 'noise', 'source' and 'mask'.
 
     Noise and source are [B, C, h, w], the mask [B, 1, h, w] in [0, 1]; ``alpha_bar`` is a number or [B, 1, 1, 1].

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hipa_deploy.engines.flavour import recording_logger
+from hipa_deploy.engines.tensorrt.library import recording_logger
 
 
 def parse(path: Path):
@@ -34,5 +34,9 @@ def network_weights(trt, network, model) -> dict[str, np.ndarray]:
             if layer.weights.dtype.kind == "f":
                 found[layer.name] = layer.weights
         else:
-            assert layer.type not in (trt.LayerType.SCALE, trt.LayerType.DECONVOLUTION, trt.LayerType.PLUGIN_V3)
+            assert layer.type not in (
+                trt.LayerType.SCALE,
+                trt.LayerType.DECONVOLUTION,
+                trt.LayerType.PLUGIN_V3,
+            )
     return found

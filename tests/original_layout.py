@@ -30,14 +30,20 @@ def write_checkpoint(folder: Path, path: Path, *, open_clip: bool = False) -> Pa
     text = load("text_encoder", "model")
     unet = {f"model.diffusion_model.{name}": w for name, w in unet_names(load("unet")).items()}
     vae = {f"first_stage_model.{name}": w for name, w in vae_names(load("vae")).items()}
-    encoder = open_clip_names(text) if open_clip else {f"cond_stage_model.transformer.{n}": w for n, w in text.items()}
+    encoder = (
+        open_clip_names(text)
+        if open_clip
+        else {f"cond_stage_model.transformer.{n}": w for n, w in text.items()}
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: w.contiguous() for name, w in {**unet, **vae, **encoder}.items()}, path)
     return path
 
 
 def unet_names(unet: Weights) -> Weights:
-    layers = 1 + max(int(m[1]) for n in unet if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)", n)))
+    layers = 1 + max(
+        int(m[1]) for n in unet if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)", n))
+    )
 
     def rename(name: str) -> str:
         for start, new in {
@@ -60,7 +66,11 @@ def unet_names(unet: Weights) -> Weights:
                 name = f"{'in' if way == 'down' else 'out'}put_blocks.{index}.{place}{rest}"
         if re.match(r"(input_blocks\.\d+|output_blocks\.\d+|middle_block)\.[02]?\.?", name):
             for old, new in RESNET.items():
-                name = re.sub(rf"^((?:input|output)_blocks\.\d+\.0|middle_block\.[02])\.{old}\.", rf"\1.{new}.", name)
+                name = re.sub(
+                    rf"^((?:input|output)_blocks\.\d+\.0|middle_block\.[02])\.{old}\.",
+                    rf"\1.{new}.",
+                    name,
+                )
         return name
 
     return {rename(name): weight for name, weight in unet.items()}
@@ -74,10 +84,22 @@ def vae_names(vae: Weights) -> Weights:
         name = name.replace("mid_block.attentions.0", "mid.attn_1")
         name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
         name = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", name)
-        name = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", name)
+        name = re.sub(
+            r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", name
+        )
         name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
-        name = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", name)
-        for old, new in {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
+        name = re.sub(
+            r"up_blocks\.(\d+)\.upsamplers\.0",
+            lambda m: f"up.{levels - 1 - int(m[1])}.upsample",
+            name,
+        )
+        for old, new in {
+            "group_norm": "norm",
+            "to_q": "q",
+            "to_k": "k",
+            "to_v": "v",
+            "to_out.0": "proj_out",
+        }.items():
             name = name.replace(f"attn_1.{old}.", f"attn_1.{new}.")
         return name
 

@@ -6,10 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from hipa_deploy.bundle import AdaptorInfo, Bundle, Parity
+from hipa_deploy.bundle.adaptor_swap import (
+    MANIFEST,
+    REFERENCE,
+    WEIGHTS,
+    MappedWeight,
+    SwapManifest,
+    adapted_stage,
+    stage_files,
+)
+from hipa_deploy.bundle.manifest import AdaptorInfo, Bundle, Parity
+from hipa_deploy.bundle.onnx_weights import read_initializers
 from hipa_deploy.hashing import file_sha256
-from hipa_deploy.onnx_weights import read_initializers
-from hipa_deploy.swap import MANIFEST, REFERENCE, WEIGHTS, MappedWeight, SwapManifest, adapted_stage, stage_files
 
 INFO = AdaptorInfo(name="night", sha256="1" * 64, rank=4, alpha=4.0, scale=1.0)
 PARITY = Parity(max_abs=0.0, mean_abs=0.0, cosine=1.0, psnr_db=99.0)
@@ -22,7 +30,9 @@ def scaled_weights(bundle: Bundle, factor: float, count: int = 3) -> dict[str, n
     return {weight.name: (weight.read() * weight.read().dtype.type(factor)) for weight in kernels}
 
 
-def write_swap(bundle: Bundle, out: Path, weights: dict[str, np.ndarray], **changes: object) -> Path:
+def write_swap(
+    bundle: Bundle, out: Path, weights: dict[str, np.ndarray], **changes: object
+) -> Path:
     """The folder that ``hipa-export --swap-for`` would have written for these weights."""
     out.mkdir(parents=True)
     np.savez(out / WEIGHTS, **weights)  # type: ignore[arg-type]

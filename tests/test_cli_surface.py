@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from hipa_deploy.cli import app, main
+from hipa_deploy.commands.app import app, main
 from hipa_deploy.errors import HipaError
 
 if sys.version_info >= (3, 11):
@@ -52,7 +52,8 @@ def commands() -> dict:
 
 def test_commands_and_options() -> None:
     found = {
-        name: {o for p in command.params if p.param_type_name == "option" for o in p.opts} - {"--help"}
+        name: {o for p in command.params if p.param_type_name == "option" for o in p.opts}
+        - {"--help"}
         for name, command in commands().items()
     }
     assert found == SURFACE
@@ -67,8 +68,8 @@ def test_every_command_and_option_has_a_help_text() -> None:
 
 def test_every_verb_has_an_entry_point() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"hipa": "hipa_deploy.cli:main"} | {
-        f"hipa-{verb.split()[0]}": "hipa_deploy.cli:verb_main" for verb in SURFACE
+    assert scripts == {"hipa": "hipa_deploy.commands.app:main"} | {
+        f"hipa-{verb.split()[0]}": "hipa_deploy.commands.app:verb_main" for verb in SURFACE
     }
 
 
@@ -94,7 +95,10 @@ def test_installed_script_answers(verb: str) -> None:
             ["edit", "emoji", "a.png", "apple"],
             "to generate, not to edit. Use hipa-generate, or pipe(prompt)",
         ),
-        (["inpaint", "emoji", "a.png", "b.png", "apple"], "is a bundle to generate, not to inpaint"),
+        (
+            ["inpaint", "emoji", "a.png", "b.png", "apple"],
+            "is a bundle to generate, not to inpaint",
+        ),
         (["upscale", "emoji", "a.png"], "is a bundle to generate, not to upscale"),
         (["upscale", "emoji", "a.png", "--out", "x.jpg"], ".png"),
         (["inpaint", "emoji", "a.png", "apple"], "Missing argument"),
@@ -102,34 +106,62 @@ def test_installed_script_answers(verb: str) -> None:
         (["profile", "emoji", "--runs", "0"], "got 0 runs"),
         (["profile", "compare", "a.json"], "Missing argument"),
         (["profile", "compare", "a.json", "b.json"], "a.json: No such file"),
-        (["profile", "compare", "a.json", "b.json", "--threshold", "much"], "'much' is not a percentage"),
+        (
+            ["profile", "compare", "a.json", "b.json", "--threshold", "much"],
+            "'much' is not a percentage",
+        ),
         (["profile", "table"], "Missing argument"),
         (["generate", "emoji", "apple", "--out", "x.png", "--count", "2"], "one file"),
         (["doctor", "emoji", "--self-test"], "Leave SUBJECT out"),
         (["doctor", "--out", "x"], "--out is for --self-test"),
         (["train", "--out", "x", "--adaptor", "emoji"], "--adaptor is for a decoder"),
-        (["train", "--out", "x", "--recipe", "emoji-decoder", "--from", "emoji"], "--from is for an adaptor"),
-        (["train", "--out", "x", "--recipe", "emoji-decoder", "--dry-run"], "--dry-run is for an adaptor"),
+        (
+            ["train", "--out", "x", "--recipe", "emoji-decoder", "--from", "emoji"],
+            "--from is for an adaptor",
+        ),
+        (
+            ["train", "--out", "x", "--recipe", "emoji-decoder", "--dry-run"],
+            "--dry-run is for an adaptor",
+        ),
         (["train", "--out", "x", "--config", "sd15"], "--config is for a checkpoint in one file"),
         (["train", "--out", "x", "--prompts", "none.csv"], "none.csv cannot be read"),
         (["export", "--model", "/no/such", "--out", "x", "--dtype", "int3"], "--dtype"),
-        (["export", "--model", "emoji", "--out", "x", "--swap-for", "emoji"], "--swap-for needs --adaptor"),
-        (["export", "--model", "emoji", "--out", "x", "--swap-for", "emoji", "--fuse"], "the bundle has the rest"),
+        (
+            ["export", "--model", "emoji", "--out", "x", "--swap-for", "emoji"],
+            "--swap-for needs --adaptor",
+        ),
+        (
+            ["export", "--model", "emoji", "--out", "x", "--swap-for", "emoji", "--fuse"],
+            "the bundle has the rest",
+        ),
         (["export", "--model", "emoji", "--out", "x", "--task", "paint"], "--task"),
         (
             ["export", "--model", "emoji", "--out", "x", "--swap-for", "emoji", "--task", "edit"],
             "the bundle has the rest",
         ),
-        (["export", "--model", "emoji", "--out", "x", "--strengths", "a,b"], "--strengths 'a,b': expected numbers"),
-        (["export", "--model", "emoji", "--out", "x", "--strengths", "0.5"], "--strengths is for the task edit"),
+        (
+            ["export", "--model", "emoji", "--out", "x", "--strengths", "a,b"],
+            "--strengths 'a,b': expected numbers",
+        ),
+        (
+            ["export", "--model", "emoji", "--out", "x", "--strengths", "0.5"],
+            "--strengths is for the task edit",
+        ),
         (["generate", "emoji", "apple", "--adaptor", "night"], "no adaptor 'night' to swap in"),
-        (["export", "--model", "emoji", "--out", "x", "--config", "sd15"], "--config is for a checkpoint in one file"),
+        (
+            ["export", "--model", "emoji", "--out", "x", "--config", "sd15"],
+            "--config is for a checkpoint in one file",
+        ),
         (["demo", "--task", "edit", "--quick", "--out", "x"], "edit trains nothing"),
         (["evaluate", "--config", "sd15"], "--config is for a checkpoint in one file"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -141,14 +173,22 @@ def test_a_mistake_is_one_line_and_exit_code_1(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("problem", "code"), [(None, 0), (HipaError("prompts none.txt cannot be read"), 1)])
+@pytest.mark.parametrize(
+    ("problem", "code"), [(None, 0), (HipaError("prompts none.txt cannot be read"), 1)]
+)
 def test_a_dry_run_prints_writes_nothing_and_fails_with_its_prompts(
-    problem: HipaError | None, code: int, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+    problem: HipaError | None,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch,
 ) -> None:
-    from hipa_deploy.train import dry_run
+    from hipa_deploy.train.prediction import dry_run
 
     def stand_in(recipe: object, model_dir: Path, gpus: list) -> tuple[list[str], HipaError | None]:
-        return [f"{recipe.steps} steps of {model_dir.name}, {'A100 80 GB SXM' in [g.title for g in gpus]}"], problem
+        return [
+            f"{recipe.steps} steps of {model_dir.name}, {'A100 80 GB SXM' in [g.title for g in gpus]}"
+        ], problem
 
     monkeypatch.setattr(dry_run, "dry_run", stand_in)
     monkeypatch.chdir(tmp_path)

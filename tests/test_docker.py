@@ -73,7 +73,10 @@ def test_its_last_word_is_a_command_of_ours() -> None:
 
 def test_jetson_never_takes_tensorrt_from_pypi() -> None:
     for extra in ("jetson6", "jetson7"):
-        assert {re.split(r"[^\w-]", need)[0] for need in EXTRAS[extra]} <= {"cuda-python", "polygraphy"}
+        assert {re.split(r"[^\w-]", need)[0] for need in EXTRAS[extra]} <= {
+            "cuda-python",
+            "polygraphy",
+        }
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from hipa_deploy.cli import app
-from hipa_deploy.engines.engine import EngineKey, Sidecar
+from hipa_deploy.commands.app import app
+from hipa_deploy.engines.store.select import EngineKey, Sidecar
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -19,11 +19,17 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 def commands(page: Path) -> list[str]:
     """hipa-… lines of a page's bash blocks, without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    lines = [line.split(" #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [
+        line.split(" #")[0].strip()
+        for block in blocks
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
     return [line for line in lines if line.startswith("hipa-")]
 
 
-@pytest.mark.parametrize(("page", "line"), [(page.name, line) for page in PAGES for line in commands(page)])
+@pytest.mark.parametrize(
+    ("page", "line"), [(page.name, line) for page in PAGES for line in commands(page)]
+)
 def test_command_line_parses(page: str, line: str) -> None:
     name, *arguments = shlex.split(line.removeprefix("hipa-"))
     known = get_command(app).commands
@@ -49,13 +55,23 @@ def test_links_lead_somewhere(page: Path) -> None:
 def first_cells(page: str, heading: str) -> set[str]:
     """Names in the first column of the tables under a heading."""
     section = (ROOT / "docs" / page).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return {name for row in re.findall(r"^\| (.+?) \|", section, flags=re.MULTILINE) for name in row.split(", ")}
+    return {
+        name
+        for row in re.findall(r"^\| (.+?) \|", section, flags=re.MULTILINE)
+        for name in row.split(", ")
+    }
 
 
 def test_the_options_are_those_of_hipa_build() -> None:
-    told = {re.match(r"`(--[\w-]+)", cell)[1] for cell in first_cells("engines.md", "Options") if cell[0] == "`"}
+    told = {
+        re.match(r"`(--[\w-]+)", cell)[1]
+        for cell in first_cells("engines.md", "Options")
+        if cell[0] == "`"
+    }
     build = get_command(app).commands["build"]
-    real = {option for parameter in build.params for option in parameter.opts if option.startswith("--")}
+    real = {
+        option for parameter in build.params for option in parameter.opts if option.startswith("--")
+    }
     assert told == real - {"--backend", "--target", "--help"}
 
 

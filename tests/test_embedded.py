@@ -8,14 +8,14 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from hipa_deploy import OneStepPipeline
-from hipa_deploy.adaptor import read_metadata
+from hipa_deploy.bundle.parity import compare
 from hipa_deploy.embedded import ADAPTOR, BUNDLE, MODEL
-from hipa_deploy.export.bundle import ExportOptions, export_bundle
-from hipa_deploy.one_step import initial_noise
-from hipa_deploy.parity import compare
-from hipa_deploy.train.evaluate import kid_lite0, one_step_images, teacher_images
+from hipa_deploy.export.export_bundle import ExportOptions, export_bundle
+from hipa_deploy.generate.noise import initial_noise
+from hipa_deploy.models.adaptor_folder import read_metadata
+from hipa_deploy.train.evaluation.quality import kid_lite0, one_step_images, teacher_images
+from hipa_deploy.train.evaluation.quality_report import draw, held_out_prompts
 from hipa_deploy.train.recipe import load_recipe, read_prompt_file
-from hipa_deploy.train.report import draw, held_out_prompts
 
 PROMPT = "3d emoji of a red apple"
 
@@ -28,12 +28,14 @@ def one_step_image(adaptor: Path | None, seed: int) -> np.ndarray:
     if adaptor:
         pipe.load_lora_weights(adaptor)
     noise = torch.from_numpy(initial_noise([seed], (4, 16, 16)))
-    image = pipe(PROMPT, num_inference_steps=1, guidance_scale=0, latents=noise, output_type="np").images[0]
+    image = pipe(
+        PROMPT, num_inference_steps=1, guidance_scale=0, latents=noise, output_type="np"
+    ).images[0]
     return (image * 255).round().astype(np.uint8)
 
 
 def test_the_adaptor_belongs_to_the_model_and_the_bundle_to_both() -> None:
-    from hipa_deploy.bundle import Bundle
+    from hipa_deploy.bundle.manifest import Bundle
     from hipa_deploy.hashing import file_sha256
 
     metadata, manifest = read_metadata(ADAPTOR, MODEL), Bundle.open(BUNDLE).manifest
@@ -44,7 +46,9 @@ def test_the_adaptor_belongs_to_the_model_and_the_bundle_to_both() -> None:
 
 @pytest.mark.slow
 def test_fp32_bundle_equals_diffusers_with_the_adaptor_and_only_with_it(tmp_path: Path) -> None:
-    export_bundle(ExportOptions(model="emoji", adaptor=ADAPTOR, out=tmp_path / "fp32", dtype="fp32"))
+    export_bundle(
+        ExportOptions(model="emoji", adaptor=ADAPTOR, out=tmp_path / "fp32", dtype="fp32")
+    )
     with OneStepPipeline.load(tmp_path / "fp32", "onnxruntime") as pipe:
         ours = pipe(PROMPT, seed=5).images_BHWC[0]
     assert compare(ours, one_step_image(ADAPTOR, 5)).psnr_db >= 40
@@ -67,8 +71,12 @@ def test_the_adaptor_brings_one_step_closer_to_the_teacher() -> None:
 
 @pytest.mark.parametrize("file", ["prompts_words.txt", "prompts_wide.txt"])
 def test_adaptors_learn_from_nothing_that_is_held_out(file: str) -> None:
-    held_out = read_prompt_file(MODEL / "prompts_pair.txt") + read_prompt_file(MODEL / "prompts_concept.txt")
-    concepts = {prompt.split(" of ")[1] for prompt in read_prompt_file(MODEL / "prompts_concept.txt")}
+    held_out = read_prompt_file(MODEL / "prompts_pair.txt") + read_prompt_file(
+        MODEL / "prompts_concept.txt"
+    )
+    concepts = {
+        prompt.split(" of ")[1] for prompt in read_prompt_file(MODEL / "prompts_concept.txt")
+    }
     prompts = read_prompt_file(MODEL / file)
     subjects = {prompt.split(" of ", 1)[1] for prompt in prompts}
     assert not set(prompts) & set(held_out)

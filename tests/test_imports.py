@@ -12,38 +12,42 @@ HEAVY = ("torch", "diffusers", "transformers", "onnx", "peft", "polygraphy")
 STAGES = ("train", "export", "engines")
 RUNTIME = [
     "hipa_deploy",
-    "hipa_deploy.bundle",
-    "hipa_deploy.doctor",
-    "hipa_deploy.image_input",
-    "hipa_deploy.pipeline",
-    "hipa_deploy.swap",
-    "hipa_deploy.selfcheck",
-    "hipa_deploy.selftest",
-    "hipa_deploy.engines.device",
-    "hipa_deploy.engines.compare",
-    "hipa_deploy.engines.engine",
-    "hipa_deploy.engines.latency_page",
-    "hipa_deploy.engines.onnxruntime_runner",
-    "hipa_deploy.engines.profile",
-    "hipa_deploy.engines.refit",
-    "hipa_deploy.engines.runtime",
+    "hipa_deploy.bundle.manifest",
+    "hipa_deploy.doctor.examine",
+    "hipa_deploy.images.read",
+    "hipa_deploy.generate.pipeline",
+    "hipa_deploy.bundle.adaptor_swap",
+    "hipa_deploy.doctor.self_check",
+    "hipa_deploy.doctor.self_test",
+    "hipa_deploy.engines.device.describe",
+    "hipa_deploy.engines.latency.compare",
+    "hipa_deploy.engines.store.select",
+    "hipa_deploy.engines.latency.html_page",
+    "hipa_deploy.engines.backends.onnxruntime_runner",
+    "hipa_deploy.engines.latency.measure",
+    "hipa_deploy.engines.tensorrt.refit",
+    "hipa_deploy.engines.tensorrt.tensorrt_runner",
 ]
 
 
 def loaded_by(code: str) -> set[str]:
     """Top-level packages in sys.modules after ``code`` ran in a fresh interpreter."""
     script = f"import sys\n{code}\nprint(' '.join({{name.split('.')[0] for name in sys.modules}}))"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     return set(result.stdout.splitlines()[-1].split())
 
 
 def test_runtime_imports_nothing_heavy() -> None:
-    loaded = loaded_by("import importlib\n" + "\n".join(f"importlib.import_module('{name}')" for name in RUNTIME))
+    loaded = loaded_by(
+        "import importlib\n" + "\n".join(f"importlib.import_module('{name}')" for name in RUNTIME)
+    )
     assert loaded.isdisjoint(HEAVY)
 
 
 def test_help_imports_no_numerics() -> None:
-    code = "from hipa_deploy.cli import main\ntry:\n    main(['generate', '--help'])\nexcept SystemExit:\n    pass"
+    code = "from hipa_deploy.commands.app import main\ntry:\n    main(['generate', '--help'])\nexcept SystemExit:\n    pass"
     assert loaded_by(code).isdisjoint({*HEAVY, "numpy", "onnxruntime", "PIL"})
 
 
@@ -60,7 +64,10 @@ def imports_at_top(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "hipa_deploy").rglob("*.py")), ids=lambda p: p.name)
 def test_core_imports_no_stage_at_top(path: Path) -> None:
-    assert not any(name.startswith(tuple(f"hipa_deploy.{stage}" for stage in STAGES)) for name in imports_at_top(path))
+    assert not any(
+        name.startswith(tuple(f"hipa_deploy.{stage}" for stage in STAGES))
+        for name in imports_at_top(path)
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,12 +86,18 @@ def test_stages_do_not_import_each_other(stage: str, forbidden: tuple[str, ...])
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_use_absolute_imports(stage: str) -> None:
     for path in (ROOT / stage).rglob("*.py"):
-        relative = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.level]
+        relative = [
+            n
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.ImportFrom) and n.level
+        ]
         assert not relative, path
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_folder_refuses_its_bare_name(stage: str) -> None:
-    result = subprocess.run([sys.executable, "-c", f"import {stage}"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", f"import {stage}"], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 1
     assert f"import hipa_deploy.{stage}, not {stage}" in result.stderr

@@ -13,7 +13,11 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-MAPPED = {"train": "hipa_deploy.train", "export": "hipa_deploy.export", "engines": "hipa_deploy.engines"}
+MAPPED = {
+    "train": "hipa_deploy.train",
+    "export": "hipa_deploy.export",
+    "engines": "hipa_deploy.engines",
+}
 
 
 @pytest.fixture(scope="module")
@@ -21,20 +25,37 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     out = tmp_path_factory.mktemp("wheel")
     source = out / "source"
     tracked = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    for name in tracked.stdout.splitlines():  # a copy: building in the tree would leave build/ behind
+    for (
+        name
+    ) in tracked.stdout.splitlines():  # a copy: building in the tree would leave build/ behind
         target = source / name
         if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/")):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(out),
+        str(source),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return zipfile.ZipFile(next(out.glob("*.whl"))).namelist()
 
 
 def test_wheel_exposes_only_hipa_deploy(wheel_names: list[str]) -> None:
-    assert {name.split("/")[0] for name in wheel_names if ".dist-info/" not in name} == {"hipa_deploy"}
+    assert {name.split("/")[0] for name in wheel_names if ".dist-info/" not in name} == {
+        "hipa_deploy"
+    }
 
 
 def test_wheel_holds_every_module_and_recipe(wheel_names: list[str]) -> None:
@@ -46,7 +67,11 @@ def test_wheel_holds_every_module_and_recipe(wheel_names: list[str]) -> None:
 
 
 def test_wheel_holds_the_embedded_pieces(wheel_names: list[str]) -> None:
-    for name in ("model/model_index.json", "adaptor/pytorch_lora_weights.safetensors", "bundle/hipa.json"):
+    for name in (
+        "model/model_index.json",
+        "adaptor/pytorch_lora_weights.safetensors",
+        "bundle/hipa.json",
+    ):
         assert f"hipa_deploy/embedded/{name}" in wheel_names
 
 
@@ -62,7 +87,11 @@ def test_packages_on_disk_are_listed() -> None:
 
 def test_embedded_pieces_stay_small() -> None:
     def size(folder: str) -> int:
-        return sum(p.stat().st_size for p in (ROOT / "hipa_deploy/embedded" / folder).rglob("*") if p.is_file())
+        return sum(
+            p.stat().st_size
+            for p in (ROOT / "hipa_deploy/embedded" / folder).rglob("*")
+            if p.is_file()
+        )
 
     assert size("model") <= 25e6
     assert size("model") + size("bundle") <= 50e6

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from hipa_deploy.cli import app
+from hipa_deploy.commands.app import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,7 +28,9 @@ def hipa_commands() -> list[str]:
 
 def parse(verb: str, arguments: list[str]) -> None:
     group = get_command(app)
-    name, command, rest = group.resolve_command(group.make_context("hipa", [verb, *arguments]), [verb, *arguments])
+    name, command, rest = group.resolve_command(
+        group.make_context("hipa", [verb, *arguments]), [verb, *arguments]
+    )
     command.make_context(name, rest)
 
 
@@ -46,7 +48,8 @@ def test_command_line_parses(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [line for line in hipa_commands() if line.startswith(("hipa-generate emoji", "hipa-doctor"))]
+    "line",
+    [line for line in hipa_commands() if line.startswith(("hipa-generate emoji", "hipa-doctor"))],
 )
 def test_quick_command_runs(line: str, tmp_path: Path) -> None:
     name, *arguments = shlex.split(line)

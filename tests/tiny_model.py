@@ -20,10 +20,14 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+    )
 
 
-def make_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0, in_channels: int = 4) -> Path:
+def make_model(
+    folder: Path, prediction_type: str = "epsilon", seed: int = 0, in_channels: int = 4
+) -> Path:
     """A StableDiffusionPipeline folder as Stability and Runway shipped theirs: PNDM, SD betas, safetensors.
 
     ``in_channels`` 9: a UNet made for inpainting.

@@ -15,7 +15,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, float]:
     """Names whose values are not bit for bit the same, with the largest difference; infinite where one lacks it."""
-    return {name: _largest(a.get(name), b.get(name)) for name in {**a, **b} if not _equal(a.get(name), b.get(name))}
+    return {
+        name: _largest(a.get(name), b.get(name))
+        for name in {**a, **b}
+        if not _equal(a.get(name), b.get(name))
+    }
 
 
 def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

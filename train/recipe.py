@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.tasks import Task
-from hipa_deploy.train.frequency import RADIUS
-from hipa_deploy.train.prompts import read_prompt_file
+from hipa_deploy.train.data.prompt_files import read_prompt_file
+from hipa_deploy.train.losses.frequency import RADIUS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -146,12 +146,14 @@ class _ImageLossSettings(_Settings):
     @model_validator(mode="after")
     def _judges_features(self) -> _ImageLossSettings:
         if self.adversarial_weight and (self.perceptual == "none" or not self.perceptual_weight):
-            raise ValueError("adversarial_weight needs a perceptual distance with a weight, whose features it judges")
+            raise ValueError(
+                "adversarial_weight needs a perceptual distance with a weight, whose features it judges"
+            )
         return self
 
 
 class LossSettings(_ImageLossSettings):
-    """Weights of the terms; see hipa_deploy.train.loss."""
+    """Weights of the terms; see hipa_deploy.train.losses.hipa_loss."""
 
     pixel_weight: float = Field(0.0, ge=0)
     """Weight of the error of pixels in [0, 1]."""
@@ -166,7 +168,7 @@ class LossSettings(_ImageLossSettings):
 
 
 class DecoderLossSettings(_ImageLossSettings):
-    """Weights of the terms of a decoder's loss; see hipa_deploy.train.loss."""
+    """Weights of the terms of a decoder's loss; see hipa_deploy.train.losses.hipa_loss."""
 
     pixel_weight: float = Field(1.0, ge=0)
     """Weight of the error of pixels in [0, 1]."""
@@ -177,7 +179,9 @@ class DecoderSettings(_Settings):
 
     channels: int = Field(64, ge=4, le=512)
     """Channels of every layer: AutoencoderTiny takes the same at all levels."""
-    blocks: tuple[Annotated[int, Field(ge=0, le=16)], ...] = Field((3, 3, 3, 1), min_length=2, max_length=6)
+    blocks: tuple[Annotated[int, Field(ge=0, le=16)], ...] = Field(
+        (3, 3, 3, 1), min_length=2, max_length=6
+    )
     """Residual blocks at each level, from the latents' size to the image's: four levels enlarge eight times."""
 
 
@@ -293,11 +297,15 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
     """An adaptor's recipe: ``load_any_recipe`` that refuses the other kind."""
     recipe = load_any_recipe(source, overrides)
     if not isinstance(recipe, Recipe):
-        raise HipaError(f"recipe {recipe_path(source)} is of kind {recipe.kind}. Expected one of kind adaptor.")
+        raise HipaError(
+            f"recipe {recipe_path(source)} is of kind {recipe.kind}. Expected one of kind adaptor."
+        )
     return recipe
 
 
-def load_any_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe | DecoderRecipe:
+def load_any_recipe(
+    source: str | Path, overrides: Mapping[str, Any] | None = None
+) -> Recipe | DecoderRecipe:
     """Read a TOML file, or a shipped recipe by name ('emoji'), with ``overrides`` such as {'teacher.pairs': 256}.
 
     Its ``kind`` says what it trains: 'adaptor' when left out, or 'decoder'.
@@ -313,8 +321,16 @@ def load_any_recipe(source: str | Path, overrides: Mapping[str, Any] | None = No
         raise HipaError(f"recipe {path} cannot be read: {error}") from None
     _override(values, overrides or {})
     base = Path.cwd() if path.parent == SHIPPED else path.parent.absolute()
-    for table, key in ((values, "prompts"), (values.get("source"), "prompts"), (values.get("source"), "images")):
-        if isinstance(table, dict) and isinstance(name := table.get(key), str) and not name.startswith(MODEL_PREFIX):
+    for table, key in (
+        (values, "prompts"),
+        (values.get("source"), "prompts"),
+        (values.get("source"), "images"),
+    ):
+        if (
+            isinstance(table, dict)
+            and isinstance(name := table.get(key), str)
+            and not name.startswith(MODEL_PREFIX)
+        ):
             table[key] = str(base / name)
     kind = values.get("kind", "adaptor")
     if not isinstance(kind, str) or kind not in KINDS:
@@ -345,7 +361,9 @@ def recipe_path(source: str | Path) -> Path:
     if path.is_file():
         return path
     names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
-    raise HipaError(f"recipe {str(source)!r} does not exist. Expected a .toml file or one of: {names}.")
+    raise HipaError(
+        f"recipe {str(source)!r} does not exist. Expected a .toml file or one of: {names}."
+    )
 
 
 def read_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from evaluation import SPLITS
 from plan import BASELINES, MAIN
 
-from hipa_deploy.train.report import BASE
+from hipa_deploy.train.evaluation.quality_report import BASE
 
 Results = dict[str, dict[str, Any]]
 LEAST_GAP, HF_RANGE = 0.9, (0.85, 1.15)
@@ -20,7 +20,10 @@ def bars_section(results: Results) -> str:
     for split in SPLITS:
         for name in ("shipped", MAIN):
             if name in results:
-                lines += [f"- {split}, {results[name]['title']}: {text}" for text in of_one(results, name, split)]
+                lines += [
+                    f"- {split}, {results[name]['title']}: {text}"
+                    for text in of_one(results, name, split)
+                ]
         lines += [f"- {split}: {text}" for text in against_others(results, split)]
     return "## Bars\n\n" + ("\n".join(lines) or "Nothing trained yet.")
 
@@ -43,7 +46,10 @@ def against_others(results: Results, split: str) -> list[str]:
     if MAIN not in results:
         return []
     lines = []
-    for name in (*(f"{baseline}{suffix}" for baseline in BASELINES for suffix in ("", "-time")), "no-hf"):
+    for name in (
+        *(f"{baseline}{suffix}" for baseline in BASELINES for suffix in ("", "-time")),
+        "no-hf",
+    ):
         if name in results:
             verdicts = [_better(results, name, split, key) for key in ("kid", "distance")]
             verdicts += [_better_ratio(results, split)] if name == "no-hf" else []
@@ -64,7 +70,8 @@ def _better(results: Results, name: str, split: str, key: str) -> str:
 def _better_ratio(results: Results, split: str) -> str:
     ours, theirs = (results[n]["splits"][split] for n in (MAIN, "no-hf"))
     differences = [
-        abs(b["hf_ratio"] - 1) - abs(a["hf_ratio"] - 1) for a, b in zip(ours["repeats"], theirs["repeats"], strict=True)
+        abs(b["hf_ratio"] - 1) - abs(a["hf_ratio"] - 1)
+        for a, b in zip(ours["repeats"], theirs["repeats"], strict=True)
     ]
     values = f"high-frequency ratio {ours['pooled']['hf_ratio']:.3f} against {theirs['pooled']['hf_ratio']:.3f}"
     return f"{values}, {_verdict(differences)}"
@@ -73,7 +80,9 @@ def _better_ratio(results: Results, split: str) -> str:
 def _verdict(differences: list[float]) -> str:
     """Of paired differences that are positive where HiPA is better."""
     mean, spread = statistics.mean(differences), statistics.stdev(differences)
-    word = "better" if min(differences) > 0 else "worse" if max(differences) < 0 else "not told apart"
+    word = (
+        "better" if min(differences) > 0 else "worse" if max(differences) < 0 else "not told apart"
+    )
     return f"{word} (difference {mean:.3f} ± {spread:.3f} over {len(differences)} noise seeds)"
 
 

@@ -28,15 +28,21 @@ from rich.console import Console
 from timing import TimedRun
 from torch import Tensor
 
-from hipa_deploy.adaptor import AdaptorMetadata, unet_sha256
 from hipa_deploy.files import refuse_to_overwrite
-from hipa_deploy.train.adaptor import PRESETS, adaptor_parameters, add_adaptor, save_adaptor, without_adaptor
-from hipa_deploy.train.base_model import DiffusionModel, to_uint8
-from hipa_deploy.train.loss import Terms
-from hipa_deploy.train.one_step import one_step_latents, predict_x0
-from hipa_deploy.train.pairs import Pairs, Rows, prompt_contexts, teacher_pairs
+from hipa_deploy.models.adaptor_folder import AdaptorMetadata, unet_sha256
+from hipa_deploy.train.data.teacher_pairs import Pairs, Rows, prompt_contexts, teacher_pairs
+from hipa_deploy.train.loop.run import run_steps
+from hipa_deploy.train.losses.hipa_loss import Terms
+from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
+from hipa_deploy.train.model.one_step import one_step_latents, predict_x0
+from hipa_deploy.train.model.unet_adaptor import (
+    PRESETS,
+    adaptor_parameters,
+    add_adaptor,
+    save_adaptor,
+    without_adaptor,
+)
 from hipa_deploy.train.recipe import Recipe, read_prompts
-from hipa_deploy.train.run import run_steps
 
 SOLVER_STEPS = 50  # of the consistency distillation's DDIM solver
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of its boundary scaling
@@ -57,22 +63,40 @@ class Student:
     empty_1LD: Tensor
 
     @classmethod
-    def prepare(cls, recipe: Recipe, model_dir: Path, cache: Path | None, console: Console, method: str) -> Student:
+    def prepare(
+        cls, recipe: Recipe, model_dir: Path, cache: Path | None, console: Console, method: str
+    ) -> Student:
         model = DiffusionModel.load(model_dir)
         prompts = read_prompts(recipe, model_dir)
         metadata = adaptor_metadata(recipe, model, prompts, method)
         context = prompt_contexts(model, prompts, console)
         pairs = teacher_pairs(
-            model, prompts, recipe.teacher, seed=recipe.seed, context=context, cache=cache, console=console
+            model,
+            prompts,
+            recipe.teacher,
+            seed=recipe.seed,
+            context=context,
+            cache=cache,
+            console=console,
         )
-        add_adaptor(model.unet, targets=metadata.targets, rank=metadata.rank, alpha=metadata.alpha, seed=recipe.seed)
+        add_adaptor(
+            model.unet,
+            targets=metadata.targets,
+            rank=metadata.rank,
+            alpha=metadata.alpha,
+            seed=recipe.seed,
+        )
         alphas = DDIMScheduler(**model.schedule).alphas_cumprod
         return cls(recipe, model, pairs, context, metadata, alphas, model.context([""]))
 
     def batch(self, rows: Tensor, step: int) -> tuple[Tensor, Tensor, torch.Generator]:
         """Teacher latents [B, C, h, w] and contexts [B, L, D] of these rows, a generator from (seed, step)."""
         generator = torch.Generator().manual_seed((self.recipe.seed << 32) + step)
-        return self.pairs.latents_NCHW[rows].float(), self.context(self.pairs.prompt_N[rows]), generator
+        return (
+            self.pairs.latents_NCHW[rows].float(),
+            self.context(self.pairs.prompt_N[rows]),
+            generator,
+        )
 
     def alpha_bar(self, timestep_B: Tensor) -> Tensor:
         """[B, 1, 1, 1]; at timestep -1 there is no noise: 1."""
@@ -86,13 +110,21 @@ class Student:
         return alpha_bar.sqrt() * x0_BCHW + (1 - alpha_bar).sqrt() * noise
 
     def predict(
-        self, z_BCHW: Tensor, timestep_B: Tensor, context_BLD: Tensor, *, unet: Any = None, guidance: float = 1.0
+        self,
+        z_BCHW: Tensor,
+        timestep_B: Tensor,
+        context_BLD: Tensor,
+        *,
+        unet: Any = None,
+        guidance: float = 1.0,
     ) -> Tensor:
         """x0 as the UNet sees it, [B, C, h, w]; with guidance as the teacher's sampler has it."""
         unet = unet or self.model.unet
         output = unet(z_BCHW, timestep_B, context_BLD, return_dict=False)[0]
         if guidance != 1:
-            empty = unet(z_BCHW, timestep_B, self.empty_1LD.expand_as(context_BLD), return_dict=False)[0]
+            empty = unet(
+                z_BCHW, timestep_B, self.empty_1LD.expand_as(context_BLD), return_dict=False
+            )[0]
             output = empty + guidance * (output - empty)
         return predict_x0(z_BCHW, output, self.alpha_bar(timestep_B), self.model.prediction_type)
 
@@ -125,13 +157,19 @@ class Student:
         """A run of ``steps`` of the adaptor's weights with a fresh optimiser; another phase draws other batches."""
         changes = {"steps": steps, "sample_every": steps, "seed": self.recipe.seed + phase}
         weights = adaptor_parameters(self.model.unet)
-        optimizer = torch.optim.AdamW(weights.values(), weight_decay=self.recipe.optimiser.weight_decay)
+        optimizer = torch.optim.AdamW(
+            weights.values(), weight_decay=self.recipe.optimiser.weight_decay
+        )
         values = self.metadata.model_dump(mode="json")
         identity = values | {"recipe": values["recipe"] | changes}
-        return TimedRun(folder, weights, optimizer, identity, self.recipe.model_copy(update=changes))
+        return TimedRun(
+            folder, weights, optimizer, identity, self.recipe.model_copy(update=changes)
+        )
 
 
-def train_consistency(recipe: Recipe, model_dir: Path, out: Path, *, cache: Path | None, console: Console) -> Path:
+def train_consistency(
+    recipe: Recipe, model_dir: Path, out: Path, *, cache: Path | None, console: Console
+) -> Path:
     """Latent consistency distillation into the adaptor folder ``out``; the same call resumes."""
     refuse_to_overwrite(out)
     student = Student.prepare(recipe, model_dir, cache, console, "latent consistency distillation")
@@ -162,7 +200,9 @@ def consistent(x0_BCHW: Tensor, z_BCHW: Tensor, timestep_B: Tensor) -> Tensor:
     return SIGMA_DATA**2 / norm * z_BCHW + t / norm.sqrt() * x0_BCHW
 
 
-def train_progressive(recipe: Recipe, model_dir: Path, out: Path, *, cache: Path | None, console: Console) -> Path:
+def train_progressive(
+    recipe: Recipe, model_dir: Path, out: Path, *, cache: Path | None, console: Console
+) -> Path:
     """Progressive distillation into the adaptor folder ``out``; the same call resumes, in the phase it was in."""
     refuse_to_overwrite(out)
     student = Student.prepare(recipe, model_dir, cache, console, "progressive distillation")
@@ -182,7 +222,9 @@ def phases(teacher_steps: int, steps: int) -> list[tuple[int, int]]:
     return [(2 ** (count - 1 - p), share[p]) for p in range(count)]
 
 
-def progressive_loss(student: Student, teacher: Any, halved: int, guidance: float, offset: int) -> LossAt:
+def progressive_loss(
+    student: Student, teacher: Any, halved: int, guidance: float, offset: int
+) -> LossAt:
     """The loss of one phase: one step of ``halved`` does two of the teacher's (Salimans & Ho 2022, algorithm 2)."""
     length = len(student.alpha_bar_T)
 
@@ -195,7 +237,9 @@ def progressive_loss(student: Student, teacher: Any, halved: int, guidance: floa
         now, middle, then = timestep(i), timestep(i - 0.5), timestep(i - 1)
         z = student.noised(x0, now, generator)
         with torch.no_grad():
-            first = student.ddim(z, student.predict(z, now, context, unet=teacher, guidance=guidance), now, middle)
+            first = student.ddim(
+                z, student.predict(z, now, context, unet=teacher, guidance=guidance), now, middle
+            )
             x0_second = student.predict(first, middle, context, unet=teacher, guidance=guidance)
             second = student.ddim(first, x0_second, middle, then)
             target = two_steps_in_one(z, second, student.alpha_bar(now), student.alpha_bar(then))
@@ -207,13 +251,17 @@ def progressive_loss(student: Student, teacher: Any, halved: int, guidance: floa
     return loss_at
 
 
-def two_steps_in_one(z_BCHW: Tensor, second_BCHW: Tensor, now_B111: Tensor, then_B111: Tensor) -> Tensor:
+def two_steps_in_one(
+    z_BCHW: Tensor, second_BCHW: Tensor, now_B111: Tensor, then_B111: Tensor
+) -> Tensor:
     """The x0 from which one DDIM step from z ends at ``second`` (Salimans & Ho 2022, equation 8)."""
     ratio = ((1 - then_B111) / (1 - now_B111)).sqrt()
     return (second_BCHW - ratio * z_BCHW) / (then_B111.sqrt() - ratio * now_B111.sqrt())
 
 
-def adaptor_metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str], method: str) -> AdaptorMetadata:
+def adaptor_metadata(
+    recipe: Recipe, model: DiffusionModel, prompts: list[str], method: str
+) -> AdaptorMetadata:
     """As hipa-train writes it, with the method's name in the recipe."""
     settings = recipe.adaptor
     return AdaptorMetadata(

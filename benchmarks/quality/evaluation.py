@@ -8,12 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from retrieval import INSTALL, data_set, image_vectors, real_heads, recall, sentence_vectors, text_vectors, train_heads
+from retrieval import (
+    INSTALL,
+    data_set,
+    image_vectors,
+    real_heads,
+    recall,
+    sentence_vectors,
+    text_vectors,
+    train_heads,
+)
 from rich.console import Console
 from torch import Tensor
 
-from hipa_deploy.train.base_model import DiffusionModel, to_uint8
-from hipa_deploy.train.evaluate import (
+from hipa_deploy.train.data.teacher_pairs import teacher_pairs
+from hipa_deploy.train.evaluation.quality import (
     high_frequency_energies,
     kid,
     lite0_features,
@@ -21,10 +30,16 @@ from hipa_deploy.train.evaluate import (
     paired_distances,
     teacher_images,
 )
-from hipa_deploy.train.pairs import teacher_pairs
+from hipa_deploy.train.evaluation.quality_report import (
+    BASE,
+    FEWER_STEPS,
+    FIRST_SEED,
+    reference_teacher,
+    teacher_row,
+)
+from hipa_deploy.train.evaluation.spectrum import mixed
+from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
 from hipa_deploy.train.recipe import Recipe, TeacherSettings, read_prompt_file, read_prompts
-from hipa_deploy.train.report import BASE, FEWER_STEPS, FIRST_SEED, reference_teacher, teacher_row
-from hipa_deploy.train.spectrum import mixed
 
 SPLITS = {"held-out pairs": "prompts_pair.txt", "held-out concepts": "prompts_concept.txt"}
 LOW_OF_ONE, LOW_OF_MANY = "low of one step + high of many", "low of many + high of one step"
@@ -49,7 +64,9 @@ class Split:
     def seeds(self) -> list[int]:
         """One noise seed for each prompt, used by nothing else."""
         start = FIRST_SEED + 100_000 * (1 + self.number)
-        return [start + 1000 * r + n for r in range(self.repeats) for n in range(len(self.captions))]
+        return [
+            start + 1000 * r + n for r in range(self.repeats) for n in range(len(self.captions))
+        ]
 
     @property
     def other_seeds(self) -> list[int]:
@@ -85,7 +102,10 @@ class Reference:
         numbers = _PerImage(self, images_NHWC, split.prompts)
         count = len(split.captions)
         groups = [slice(r * count, (r + 1) * count) for r in range(split.repeats)]
-        return {"pooled": numbers.of(slice(None)), "repeats": [numbers.of(group) for group in groups]}
+        return {
+            "pooled": numbers.of(slice(None)),
+            "repeats": [numbers.of(group) for group in groups],
+        }
 
 
 class _PerImage:
@@ -110,7 +130,13 @@ class _PerImage:
 
 
 def make_references(
-    recipe: Recipe, model_dir: Path, folder: Path, held_out: list[Split], *, cache: Path | None, data: Path | None
+    recipe: Recipe,
+    model_dir: Path,
+    folder: Path,
+    held_out: list[Split],
+    *,
+    cache: Path | None,
+    data: Path | None,
 ) -> dict[str, Any]:
     """Images of teacher and base for every split, stored in ``folder``, and what they measure: the result to keep."""
     console = Console(stderr=True)
@@ -153,7 +179,11 @@ def load_references(folder: Path) -> dict[str, Reference]:
 
 
 def measure_adaptor(
-    adaptor: Path, model_dir: Path, references: dict[str, Reference], held_out: list[Split], folder: Path
+    adaptor: Path,
+    model_dir: Path,
+    references: dict[str, Reference],
+    held_out: list[Split],
+    folder: Path,
 ) -> dict[str, Measured]:
     """Numbers of an adaptor on every split; its images go to ``folder`` as images.npz."""
     images, measured = {}, {}
@@ -175,7 +205,9 @@ def _rows(model_dir: Path, split: Split, teacher: TeacherSettings) -> dict[str, 
     return rows
 
 
-def _measured_rows(references: dict[str, Reference], held_out: list[Split]) -> dict[str, dict[str, Measured]]:
+def _measured_rows(
+    references: dict[str, Reference], held_out: list[Split]
+) -> dict[str, dict[str, Measured]]:
     measured: dict[str, dict[str, Measured]] = {}
     for split in held_out:
         reference = references[split.name]
@@ -186,7 +218,9 @@ def _measured_rows(references: dict[str, Reference], held_out: list[Split]) -> d
     return measured
 
 
-def _heads(recipe: Recipe, model_dir: Path, cache: Path | None, data: Path | None, console: Console) -> Any:
+def _heads(
+    recipe: Recipe, model_dir: Path, cache: Path | None, data: Path | None, console: Console
+) -> Any:
     """Trained heads and a sentence about them; (None, why not) without MiniLM."""
     vectors = sentence_vectors()
     if vectors is None:
@@ -200,15 +234,25 @@ def _heads(recipe: Recipe, model_dir: Path, cache: Path | None, data: Path | Non
         return model.context([prompts[i] for i in rows_B.tolist()])
 
     pairs = teacher_pairs(
-        model, prompts, recipe.teacher, seed=recipe.seed, context=context, cache=cache, console=console
+        model,
+        prompts,
+        recipe.teacher,
+        seed=recipe.seed,
+        context=context,
+        cache=cache,
+        console=console,
     )
     with torch.no_grad():
         decoded = [to_uint8(model.decode(chunk.float())) for chunk in pairs.latents_NCHW.split(32)]
     texts = vectors([prompts[i] for i in pairs.prompt_N.tolist()])
-    return train_heads(lite0_features(torch.cat(decoded).numpy()), texts), "heads trained on the teacher's images"
+    return train_heads(
+        lite0_features(torch.cat(decoded).numpy()), texts
+    ), "heads trained on the teacher's images"
 
 
-def _real_ceiling(references: dict[str, Reference], held_out: list[Split], data: Path | None) -> dict[str, Any]:
+def _real_ceiling(
+    references: dict[str, Reference], held_out: list[Split], data: Path | None
+) -> dict[str, Any]:
     """Recall of the real images of each split's captions, where the data set is given."""
     if data is None:
         return {}

@@ -14,12 +14,12 @@ from rich.console import Console
 from safetensors import safe_open
 from timing import spent_in, timed_training
 
-from hipa_deploy.adaptor import WEIGHTS, read_metadata
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import write_file
 from hipa_deploy.hashing import file_sha256
-from hipa_deploy.train.loop import train_adaptor
+from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata
 from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.train_adaptor import train_adaptor
 
 RESULT = "result.json"
 QUICK_CAPTIONS = 4
@@ -74,7 +74,9 @@ def run_item(item: Item, setting: Setting, console: Console) -> None:
     """
     for name in item.needs:
         if setting.result(name) is None:
-            raise HipaError(f"item {item.name} needs item {name}, which is not done. Run: --only {name}")
+            raise HipaError(
+                f"item {item.name} needs item {name}, which is not done. Run: --only {name}"
+            )
     folder = setting.folder(item.name)
     held_out = splits(setting.model, setting.repeats, QUICK_CAPTIONS if setting.quick else None)
     if item.name == FIRST:
@@ -84,7 +86,9 @@ def run_item(item: Item, setting: Setting, console: Console) -> None:
     else:
         adaptor, cost = _adaptor(item, setting, console)
         references = load_references(setting.folder(FIRST))
-        result = cost | {"splits": measure_adaptor(adaptor, setting.model, references, held_out, folder)}
+        result = cost | {
+            "splits": measure_adaptor(adaptor, setting.model, references, held_out, folder)
+        }
     describes = {"name": item.name, "title": item.title, "group": item.group, "method": item.method}
     write_json(folder / RESULT, describes | result)
 
@@ -99,7 +103,9 @@ def matched_steps(item: Item, setting: Setting) -> int | None:
     budget, pace = setting.result(item.as_long_as), setting.result(item.pace)
     if budget is None or pace is None:
         raise HipaError(f"item {item.name} needs items {item.as_long_as} and {item.pace} first.")
-    return max(LEAST_STEPS, round(budget["cost"]["cpu_seconds"] / pace["cost"]["cpu_seconds_a_step"]))
+    return max(
+        LEAST_STEPS, round(budget["cost"]["cpu_seconds"] / pace["cost"]["cpu_seconds_a_step"])
+    )
 
 
 def _adaptor(item: Item, setting: Setting, console: Console) -> tuple[Path, dict[str, Any]]:
@@ -108,7 +114,10 @@ def _adaptor(item: Item, setting: Setting, console: Console) -> tuple[Path, dict
     folder.mkdir(parents=True, exist_ok=True)
     if item.method == "adaptor":
         metadata = read_metadata(setting.adaptor, setting.model)
-        cost = {"trainable_parameters": parameters(setting.adaptor), "steps": metadata.steps_trained}
+        cost = {
+            "trainable_parameters": parameters(setting.adaptor),
+            "steps": metadata.steps_trained,
+        }
         images = metadata.steps_trained * int(metadata.recipe.get("batch", 0))
         sha256 = file_sha256(setting.adaptor / WEIGHTS)
         return setting.adaptor, {"cost": cost | {"images_seen": images}, "adaptor_sha256": sha256}

@@ -57,7 +57,9 @@ class Item:
             for parent in parents:
                 table = table[parent]
             table[last] = value
-        return Recipe.model_validate(values | {"checkpoint_every": min(100, steps), "sample_every": steps})
+        return Recipe.model_validate(
+            values | {"checkpoint_every": min(100, steps), "sample_every": steps}
+        )
 
     def expected_seconds(self, base: Recipe) -> float:
         """How long it should take on the machine that PACE speaks of."""
@@ -91,7 +93,11 @@ HIGH_FREQUENCIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 BASELINES: dict[str, tuple[str, Method, dict[str, Any]]] = {
     "latent-mse": ("latent MSE", "hipa", LATENT),
-    "consistency": ("latent consistency distillation", "consistency", {"optimiser.learning_rate": CONSISTENCY_RATE}),
+    "consistency": (
+        "latent consistency distillation",
+        "consistency",
+        {"optimiser.learning_rate": CONSISTENCY_RATE},
+    ),
     "progressive": ("progressive distillation", "progressive", {}),
 }
 QUICK = (FIRST, "shipped", MAIN, *BASELINES, "latent-mse-time", "no-hf", "rank-4")
@@ -107,7 +113,11 @@ def full_plan(base: Recipe) -> list[Item]:
     for name, (title, method, overrides) in BASELINES.items():
         items.append(Item(name, f"{title}, as many steps", "baselines", method, overrides))
     for name, (title, method, overrides) in BASELINES.items():
-        items.append(Item(f"{name}-time", f"{title}, as much time", "baselines", method, overrides, MAIN, name))
+        items.append(
+            Item(
+                f"{name}-time", f"{title}, as much time", "baselines", method, overrides, MAIN, name
+            )
+        )
     return items + _ablations() + _sizes(base) + _seeds(base)
 
 
@@ -122,7 +132,11 @@ def base_recipe(name: str, *, budget_steps: int | None, quick: bool) -> Recipe:
     steps = 10 if quick else budget_steps or recipe.steps
     recipe = Item(MAIN, "", "main").recipe(recipe, steps)
     shard = recipe.teacher.batch  # whole ones, which a full run's cache has
-    pairs = shard if quick else min(recipe.teacher.pairs, math.ceil(steps * recipe.batch / shard) * shard)
+    pairs = (
+        shard
+        if quick
+        else min(recipe.teacher.pairs, math.ceil(steps * recipe.batch / shard) * shard)
+    )
     changes: dict[str, Any] = {"teacher": recipe.teacher.model_copy(update={"pairs": pairs})}
     if quick:
         changes["optimiser"] = recipe.optimiser.model_copy(update={"warmup_steps": 2})
@@ -134,29 +148,46 @@ def find(items: list[Item], name: str) -> Item:
     for item in items:
         if item.name == name:
             return item
-    raise HipaError(f"item {name!r} is not in the plan. Expected one of: {', '.join(i.name for i in items)}.")
+    raise HipaError(
+        f"item {name!r} is not in the plan. Expected one of: {', '.join(i.name for i in items)}."
+    )
 
 
 def _ablations() -> list[Item]:
     items = []
     for hf, (title, changes) in HIGH_FREQUENCIES.items():
-        for name, kind, perceptual in (("", "perceptual", {}), ("-pixel", "pixel MSE in its place", PIXEL)):
+        for name, kind, perceptual in (
+            ("", "perceptual", {}),
+            ("-pixel", "pixel MSE in its place", PIXEL),
+        ):
             if hf == "both" and not perceptual:
                 continue  # the main item
             item_name = "no-hf" + name if hf == "none" else f"hf-{hf}{name}"
-            items.append(Item(item_name, f"{title}; {kind}", "ablations", overrides=changes | perceptual))
+            items.append(
+                Item(item_name, f"{title}; {kind}", "ablations", overrides=changes | perceptual)
+            )
     difference = {"loss.high_frequency": "difference", "loss.hf_weight": 1.0}
     return [
         *items,
         Item("hf-difference", "both as L1 differences", "ablations", overrides=difference),
-        Item("no-adversarial", "no discriminator", "ablations", overrides={"loss.adversarial_weight": 0.0}),
+        Item(
+            "no-adversarial",
+            "no discriminator",
+            "ablations",
+            overrides={"loss.adversarial_weight": 0.0},
+        ),
     ]
 
 
 def _sizes(base: Recipe) -> list[Item]:
     adaptor = base.adaptor
     items = [
-        Item(f"rank-{rank}", f"preset {adaptor.preset}, rank {rank}", "sizes", overrides={"adaptor.rank": rank})
+        Item(
+            f"rank-{rank}",
+            f"preset {adaptor.preset}, rank {rank}",
+            "sizes",
+            overrides={"adaptor.rank": rank},
+        )
         for rank in (4, 16, 64)
         if rank != adaptor.rank
     ]
@@ -169,5 +200,10 @@ def _seeds(base: Recipe) -> list[Item]:
     seed = base.seed + 1
     return [
         Item(f"{MAIN}-seed", f"HiPA, training seed {seed}", "seeds", overrides={"seed": seed}),
-        Item("latent-mse-seed", f"latent MSE, training seed {seed}", "seeds", overrides=LATENT | {"seed": seed}),
+        Item(
+            "latent-mse-seed",
+            f"latent MSE, training seed {seed}",
+            "seeds",
+            overrides=LATENT | {"seed": seed},
+        ),
     ]

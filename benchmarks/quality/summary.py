@@ -14,7 +14,7 @@ from item import Setting
 from plan import CONSISTENCY_RATE, FIRST, Item
 
 from hipa_deploy.files import write_file
-from hipa_deploy.train.figures import (
+from hipa_deploy.train.evaluation.figures import (
     new_figure,
     premise_picture,
     samples_picture,
@@ -22,7 +22,7 @@ from hipa_deploy.train.figures import (
     save_picture,
     spectra_figure,
 )
-from hipa_deploy.train.report import BASE, reference_teacher
+from hipa_deploy.train.evaluation.quality_report import BASE, reference_teacher
 
 GROUPS = {
     "main": "HiPA",
@@ -31,14 +31,24 @@ GROUPS = {
     "sizes": "Ranks and presets",
     "seeds": "Another training seed",
 }
-LEAST_SHOWN = -0.5  # of the plot of gaps: what lies far below the base would squeeze the rest, and is a number
-NUMBERS = {"kid": "KID-Lite0", "distance": "distance", "hf_ratio": "HF ratio", "recall@1": "R@1", "recall@5": "R@5"}
+LEAST_SHOWN = (
+    -0.5
+)  # of the plot of gaps: what lies far below the base would squeeze the rest, and is a number
+NUMBERS = {
+    "kid": "KID-Lite0",
+    "distance": "distance",
+    "hf_ratio": "HF ratio",
+    "recall@1": "R@1",
+    "recall@5": "R@5",
+}
 PICTURED = ("shipped", "hipa", "latent-mse", "consistency", "progressive")
 
 
 def write_report(setting: Setting, items: list[Item]) -> Path:
     """report.md with what is done so far; pictures as soon as the references are."""
-    results = {item.name: result for item in items if (result := setting.result(item.name)) is not None}
+    results = {
+        item.name: result for item in items if (result := setting.result(item.name)) is not None
+    }
     text = render(setting, items, results)
     if FIRST in results:
         text += "\n" + pictures(setting, results)
@@ -62,7 +72,11 @@ def render(setting: Setting, items: list[Item], results: dict[str, dict[str, Any
 
 def conditions(setting: Setting, results: dict[str, dict[str, Any]]) -> str:
     """What was measured, and how to read it."""
-    recipe, teacher, reference = setting.recipe, setting.recipe.teacher, reference_teacher(setting.recipe.teacher)
+    recipe, teacher, reference = (
+        setting.recipe,
+        setting.recipe.teacher,
+        reference_teacher(setting.recipe.teacher),
+    )
     retrieval = results.get(FIRST, {}).get("retrieval", "not done yet")
     return (
         f"Teacher: {reference.sampler}, {reference.steps} steps, guidance {teacher.guidance:g}; of the training "
@@ -84,14 +98,26 @@ def quality_section(split: str, results: dict[str, dict[str, Any]]) -> str:
     gap = _gap(reference, split)
     keys = [key for key in NUMBERS if key in reference["rows"][BASE][split]["pooled"]]
     head = ["", *(NUMBERS[key] for key in keys), "KID gap closed"]
-    rows = [[name, *_cells(row[split], keys), gap(row[split])] for name, row in reference["rows"].items()]
+    rows = [
+        [name, *_cells(row[split], keys), gap(row[split])]
+        for name, row in reference["rows"].items()
+    ]
     if split in reference.get("ceiling", {}):
         ceiling = reference["ceiling"][split]
-        rows.append(["real images (ceiling)", *(f"{ceiling[k]:.2f}" if k in ceiling else "" for k in keys), ""])
+        rows.append(
+            [
+                "real images (ceiling)",
+                *(f"{ceiling[k]:.2f}" if k in ceiling else "" for k in keys),
+                "",
+            ]
+        )
     for group, title in GROUPS.items():
         members = [r for r in results.values() if r.get("group") == group]
         rows += [[f"**{title}**", *[""] * (len(head) - 1)]] if members else []
-        rows += [[r["title"], *_cells(r["splits"][split], keys), gap(r["splits"][split])] for r in members]
+        rows += [
+            [r["title"], *_cells(r["splits"][split], keys), gap(r["splits"][split])]
+            for r in members
+        ]
     return f"## {split.capitalize()}\n\n{table(head, rows)}"
 
 
@@ -101,7 +127,10 @@ def cost_section(results: dict[str, dict[str, Any]]) -> str:
     rows = []
     for result in results.values():
         if cost := result.get("cost"):
-            times = [f"{cost[k]:.0f}" if k in cost else "not timed" for k in ("wall_seconds", "cpu_seconds")]
+            times = [
+                f"{cost[k]:.0f}" if k in cost else "not timed"
+                for k in ("wall_seconds", "cpu_seconds")
+            ]
             counts = [f"{cost[k]:,}" for k in ("trainable_parameters", "steps", "images_seen")]
             rows.append([result["title"], *counts, *times])
     note = (
@@ -123,7 +152,10 @@ def pictures(setting: Setting, results: dict[str, dict[str, Any]]) -> str:
     }
     shown = {truth: reference.images[truth], BASE: reference.images[BASE]} | trained
     spectra_figure(setting.out / "spectra.png", shown, truth)
-    save_picture(setting.out / "premise.png", premise_picture(reference.images[BASE], reference.images[truth]))
+    save_picture(
+        setting.out / "premise.png",
+        premise_picture(reference.images[BASE], reference.images[truth]),
+    )
     save_picture(setting.out / "samples.png", samples_picture(shown))
     gap_figure(setting.out / "gap.png", results)
     return PICTURES.format(columns="; ".join(shown), one=LOW_OF_ONE, many=LOW_OF_MANY)
@@ -142,13 +174,26 @@ def gap_figure(path: Path, results: dict[str, dict[str, Any]]) -> None:
         axes.barh(places, middle, height, xerr=[_spread(values) for values in repeats], label=split)
         for place, value in zip(places, middle, strict=True):
             if value < LEAST_SHOWN:
-                axes.text(LEAST_SHOWN + 0.01, place, f"{value:.0%}", va="center", color="white", fontsize="small")
+                axes.text(
+                    LEAST_SHOWN + 0.01,
+                    place,
+                    f"{value:.0%}",
+                    va="center",
+                    color="white",
+                    fontsize="small",
+                )
     axes.set_xlim(left=max(axes.get_xlim()[0], LEAST_SHOWN))
-    axes.set_yticks([k + height / 2 for k in range(len(trained))], [r["title"] for r in trained], fontsize="small")
+    axes.set_yticks(
+        [k + height / 2 for k in range(len(trained))],
+        [r["title"] for r in trained],
+        fontsize="small",
+    )
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xlabel="KID gap closed: 0 is the base in one step, 1 the teacher")
-    axes.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=len(SPLITS))  # off the bars
+    axes.legend(
+        fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=len(SPLITS)
+    )  # off the bars
     save_figure(path, figure)
 
 

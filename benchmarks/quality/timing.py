@@ -12,8 +12,8 @@ from typing import Any
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import write_file
-from hipa_deploy.train import loop
-from hipa_deploy.train.run import Run
+from hipa_deploy.train import train_adaptor as loop
+from hipa_deploy.train.loop.run import Run
 
 FILE = "time.json"
 
@@ -81,5 +81,7 @@ def spent_in(run_folder: Path) -> StepTime:
     times = [StepTime(**json.loads(path.read_text())) for path in sorted(run_folder.rglob(FILE))]
     total = sum(times, StepTime())
     if not total.steps:
-        raise HipaError(f"{run_folder}: no step was timed. Expected a run of at least two steps in one sitting.")
+        raise HipaError(
+            f"{run_folder}: no step was timed. Expected a run of at least two steps in one sitting."
+        )
     return total

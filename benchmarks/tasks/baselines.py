@@ -21,15 +21,23 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipe
 from PIL import Image
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.image_input import composite, hide_hole, latent_mask
-from hipa_deploy.images import enlarge
-from hipa_deploy.train.base_model import DiffusionModel
-from hipa_deploy.train.evaluate import teacher_images
-from hipa_deploy.train.pairs import teacher_scheduler
+from hipa_deploy.images.png import enlarge
+from hipa_deploy.images.read import composite, hide_hole, latent_mask
+from hipa_deploy.train.data.teacher_pairs import teacher_scheduler
+from hipa_deploy.train.evaluation.quality import teacher_images
+from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.recipe import TeacherSettings
 
 CHUNK = 16
-PARTS = ("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor", "image_encoder")
+PARTS = (
+    "vae",
+    "text_encoder",
+    "tokenizer",
+    "unet",
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +109,24 @@ def inpaint_pipeline(
     _check(images_NHWC, prompts, seeds, settings, factor)
     if masks_NHW is None or masks_NHW.shape != images_NHWC.shape[:3]:
         got = "no masks" if masks_NHW is None else f"masks of shape {masks_NHW.shape}"
-        raise HipaError(f"{got} for images of shape {images_NHWC.shape}. Expected one mask [H, W] for each image.")
+        raise HipaError(
+            f"{got} for images of shape {images_NHWC.shape}. Expected one mask [H, W] for each image."
+        )
     pairs = list(zip(images_NHWC, masks_NHW, strict=True))
     hidden = np.stack([hide_hole(image, mask) for image, mask in pairs])
-    cells = np.stack([np.kron(latent_mask(mask, factor)[0], np.ones((factor, factor))) for _, mask in pairs])
+    cells = np.stack(
+        [np.kron(latent_mask(mask, factor)[0], np.ones((factor, factor))) for _, mask in pairs]
+    )
     whole = {"image": hidden, "mask_image": (cells * 255).astype(np.uint8)}
     made = _run(pipe, whole, prompts, seeds, settings)
     if settings.feather is None:
         return made
-    return np.stack([composite(m, image, mask, settings.feather) for m, (image, mask) in zip(made, pairs, strict=True)])
+    return np.stack(
+        [
+            composite(m, image, mask, settings.feather)
+            for m, (image, mask) in zip(made, pairs, strict=True)
+        ]
+    )
 
 
 def upscale_img2img(
@@ -126,7 +143,9 @@ def upscale_img2img(
         HipaError: as ``edit_img2img``; the enlarged images are the ones to be whole latent cells.
 
     """
-    return edit_img2img(model_dir, _bicubic(images_NHWC, settings.scale), masks_NHW, prompts, seeds, settings)
+    return edit_img2img(
+        model_dir, _bicubic(images_NHWC, settings.scale), masks_NHW, prompts, seeds, settings
+    )
 
 
 def upscale_bicubic(
@@ -188,7 +207,11 @@ def _pipeline(kind: Any, model_dir: Path) -> Any:
 
 
 def _run(
-    pipe: Any, arrays: dict[str, np.ndarray], prompts: Sequence[str], seeds: Sequence[int], settings: Settings
+    pipe: Any,
+    arrays: dict[str, np.ndarray],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Settings,
 ) -> np.ndarray:
     """The pipeline by chunks, uint8 [N, H, W, 3]; ``arrays`` are its image arguments, [N, H, W(, 3)]."""
     made, size = [], dict(zip(("height", "width"), arrays["image"].shape[1:3], strict=True))
@@ -196,7 +219,10 @@ def _run(
         chunk = slice(start, start + CHUNK)
         images_BHWC = pipe(
             list(prompts[chunk]),
-            **{name: [Image.fromarray(array) for array in values[chunk]] for name, values in arrays.items()},
+            **{
+                name: [Image.fromarray(array) for array in values[chunk]]
+                for name, values in arrays.items()
+            },
             **(size if "mask_image" in arrays else {}),  # img2img keeps its image's size
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
@@ -213,13 +239,21 @@ def _bicubic(images_NHWC: np.ndarray, scale: int) -> np.ndarray:
 
 
 def _check(
-    images_NHWC: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, factor: int
+    images_NHWC: np.ndarray,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Settings,
+    factor: int,
 ) -> None:
     if not len(images_NHWC) == len(prompts) == len(seeds) > 0:
         got = f"{len(images_NHWC)} images, {len(prompts)} prompts, {len(seeds)} seeds"
         raise HipaError(f"{got}. Expected one prompt and one seed for each image.")
     if any(side % factor for side in images_NHWC.shape[1:3]):
-        raise HipaError(f"images of shape {images_NHWC.shape}. Expected sides that are multiples of {factor}.")
+        raise HipaError(
+            f"images of shape {images_NHWC.shape}. Expected sides that are multiples of {factor}."
+        )
     if not 0 < settings.strength <= 1 or unet_calls(settings) < 1:
         got = f"strength {settings.strength} of {settings.steps} steps"
-        raise HipaError(f"{got} is {unet_calls(settings)} steps. Expected a strength in (0, 1], and one step or more.")
+        raise HipaError(
+            f"{got} is {unet_calls(settings)} steps. Expected a strength in (0, 1], and one step or more."
+        )

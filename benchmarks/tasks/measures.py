@@ -1,7 +1,7 @@
 """What editing, inpainting and super-resolution are measured by: pure functions of uint8 images [N, H, W, 3].
 
 A value for each image, [N], unless said otherwise; masks are [N, H, W], 1 where repainted. KID-Lite0, the paired
-DISTS-like distance and the high-frequency ratio are those of ``hipa_deploy.train.evaluate``, the retrieval heads those
+DISTS-like distance and the high-frequency ratio are those of ``hipa_deploy.train.evaluation.quality``, the retrieval heads those
 of benchmarks/quality. The networks that published numbers of these tasks use (LPIPS' and DISTS' VGG16, CLIP, the DINO
 of Splice's structure distance) are not among the project's dependencies: compare the values with each other only.
 """
@@ -17,11 +17,16 @@ from torch import Tensor, nn
 
 from benchmarks.quality.retrieval import image_vectors, text_vectors
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.backbones import Backbone, load_backbone
-from hipa_deploy.train.base_model import to_float
-from hipa_deploy.train.edge import sobel
-from hipa_deploy.train.evaluate import high_frequency_ratio, kid_lite0, lite0_features, paired_distances
-from hipa_deploy.train.lpips import EPSILON
+from hipa_deploy.train.evaluation.quality import (
+    high_frequency_ratio,
+    kid_lite0,
+    lite0_features,
+    paired_distances,
+)
+from hipa_deploy.train.losses.backbones import Backbone, load_backbone
+from hipa_deploy.train.losses.edge import sobel
+from hipa_deploy.train.losses.lpips import EPSILON
+from hipa_deploy.train.model.diffusion_model import to_float
 
 __all__ = ["choice_recall", "high_frequency_ratio", "kid_lite0", "masked_distance", "masked_psnr", "paired_distances",
            "psnr", "seam_energies", "seam_ratio", "structure_distance"]  # fmt: skip
@@ -36,7 +41,9 @@ def psnr(images_NHWC: np.ndarray, truth_NHWC: np.ndarray) -> np.ndarray:
     return masked_psnr(images_NHWC, truth_NHWC, np.ones(images_NHWC.shape[:3]))
 
 
-def masked_psnr(images_NHWC: np.ndarray, truth_NHWC: np.ndarray, masks_NHW: np.ndarray) -> np.ndarray:
+def masked_psnr(
+    images_NHWC: np.ndarray, truth_NHWC: np.ndarray, masks_NHW: np.ndarray
+) -> np.ndarray:
     """PSNR of the pixels inside the mask, in dB, float64 [N]; infinite where equal."""
     _check(images_NHWC, truth_NHWC, masks_NHW)
     squared_NHW = np.square(images_NHWC.astype(np.float64) - truth_NHWC).mean(axis=3)
@@ -48,7 +55,10 @@ def masked_psnr(images_NHWC: np.ndarray, truth_NHWC: np.ndarray, masks_NHW: np.n
 
 @torch.no_grad()
 def masked_distance(
-    images_NHWC: np.ndarray, truth_NHWC: np.ndarray, masks_NHW: np.ndarray, backbone: Backbone | None = None
+    images_NHWC: np.ndarray,
+    truth_NHWC: np.ndarray,
+    masks_NHW: np.ndarray,
+    backbone: Backbone | None = None,
 ) -> np.ndarray:
     """Perceptual distance inside the mask, float64 [N]: 0 when equal there, whatever lies outside.
 
@@ -64,7 +74,9 @@ def masked_distance(
     return torch.cat(chunks).double().numpy()
 
 
-def _masked_chunk(backbone: Backbone, images_BHWC: np.ndarray, truth_BHWC: np.ndarray, masks_BHW: np.ndarray) -> Tensor:
+def _masked_chunk(
+    backbone: Backbone, images_BHWC: np.ndarray, truth_BHWC: np.ndarray, masks_BHW: np.ndarray
+) -> Tensor:
     mask_B1HW = torch.from_numpy((masks_BHW > 0).astype(np.float32))[:, None]
     truth_BCHW = _float(truth_BHWC)
     pasted_BCHW = torch.where(mask_B1HW > 0, _float(images_BHWC), truth_BCHW)
@@ -90,7 +102,9 @@ def seam_energies(images_NHWC: np.ndarray, masks_NHW: np.ndarray) -> np.ndarray:
         total_N += (step_NHW * crosses_NHW).sum(axis=(1, 2))
         pairs_N += crosses_NHW.sum(axis=(1, 2))
     if not pairs_N.all():
-        raise HipaError(f"mask {int(pairs_N.argmin())} is full: it has no seam. Expected a border in every one.")
+        raise HipaError(
+            f"mask {int(pairs_N.argmin())} is full: it has no seam. Expected a border in every one."
+        )
     return total_N / pairs_N
 
 
@@ -107,7 +121,9 @@ def seam_ratio(images_NHWC: np.ndarray, truth_NHWC: np.ndarray, masks_NHW: np.nd
     _check(images_NHWC, truth_NHWC, masks_NHW)
     truth = seam_energies(truth_NHWC, masks_NHW).mean()
     if truth == 0:
-        raise HipaError("the truth is flat across every mask's border: the seam energy has nothing to be divided by.")
+        raise HipaError(
+            "the truth is flat across every mask's border: the seam energy has nothing to be divided by."
+        )
     return float(seam_energies(images_NHWC, masks_NHW).mean() / truth)
 
 
@@ -128,13 +144,18 @@ def structure_distance(images_NHWC: np.ndarray, source_NHWC: np.ndarray) -> np.n
 
 
 @torch.no_grad()
-def choice_recall(heads: tuple[nn.Linear, nn.Linear], images_NHWC: np.ndarray, texts_NKD: Tensor) -> float:
+def choice_recall(
+    heads: tuple[nn.Linear, nn.Linear], images_NHWC: np.ndarray, texts_NKD: Tensor
+) -> float:
     """Share of images that are nearest to the first of their K captions.
 
     ``heads`` are those of ``benchmarks.quality.retrieval.train_heads``, ``texts_NKD`` its ``sentence_vectors``' of the
     captions: for an edit, what was asked for, then the same thing in the other styles.
     """
-    image_NW, text_NKW = image_vectors(heads[0], lite0_features(images_NHWC)), text_vectors(heads[1], texts_NKD)
+    image_NW, text_NKW = (
+        image_vectors(heads[0], lite0_features(images_NHWC)),
+        text_vectors(heads[1], texts_NKD),
+    )
     nearest_N = torch.einsum("nw,nkw->nk", image_NW, text_NKW).argmax(dim=1)
     return float((nearest_N == 0).float().mean())
 
@@ -142,13 +163,18 @@ def choice_recall(heads: tuple[nn.Linear, nn.Linear], images_NHWC: np.ndarray, t
 def _weighted_difference(x_BCHW: Tensor, y_BCHW: Tensor, mask_B1HW: Tensor) -> Tensor:
     """LPIPS' squared difference of one map, averaged with the mask's share of each place as weight: [B]."""
     weight_BHW = F.adaptive_avg_pool2d(mask_B1HW, x_BCHW.shape[-2:])[:, 0]
-    x, y = (map_BCHW / (map_BCHW.square().sum(dim=1, keepdim=True) + EPSILON).sqrt() for map_BCHW in (x_BCHW, y_BCHW))
+    x, y = (
+        map_BCHW / (map_BCHW.square().sum(dim=1, keepdim=True) + EPSILON).sqrt()
+        for map_BCHW in (x_BCHW, y_BCHW)
+    )
     return ((x - y).square().sum(dim=1) * weight_BHW).sum(dim=(1, 2)) / weight_BHW.sum(dim=(1, 2))
 
 
 def _edges(images_NHWC: np.ndarray) -> Tensor:
     """Edge maps as rows with mean 0, float64 [N, H' W']."""
-    luma_N1HW = (_float(images_NHWC).double() * torch.tensor(LUMA).double().view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    luma_N1HW = (_float(images_NHWC).double() * torch.tensor(LUMA).double().view(1, 3, 1, 1)).sum(
+        dim=1, keepdim=True
+    )
     magnitude_N1HW = sobel(luma_N1HW).norm(dim=1, keepdim=True)
     reach = 1 + 2 * (min(images_NHWC.shape[1:3]) // TOLERANCE)
     blurred_ND = F.avg_pool2d(magnitude_N1HW, reach, stride=1).flatten(1)
@@ -164,13 +190,19 @@ def _lite0() -> Backbone:
     return load_backbone("lite0")
 
 
-def _check(images_NHWC: np.ndarray, truth_NHWC: np.ndarray, masks_NHW: np.ndarray | None = None) -> None:
+def _check(
+    images_NHWC: np.ndarray, truth_NHWC: np.ndarray, masks_NHW: np.ndarray | None = None
+) -> None:
     """Sizes agree, and every mask holds something."""
     if images_NHWC.shape != truth_NHWC.shape:
-        raise HipaError(f"images of shapes {images_NHWC.shape} and {truth_NHWC.shape}. Expected equal ones.")
+        raise HipaError(
+            f"images of shapes {images_NHWC.shape} and {truth_NHWC.shape}. Expected equal ones."
+        )
     if masks_NHW is None:
         return
     if masks_NHW.shape != images_NHWC.shape[:3]:
-        raise HipaError(f"masks of shape {masks_NHW.shape} for images {images_NHWC.shape}. Expected [N, H, W].")
+        raise HipaError(
+            f"masks of shape {masks_NHW.shape} for images {images_NHWC.shape}. Expected [N, H, W]."
+        )
     if not (masks_NHW > 0).any(axis=(1, 2)).all():
         raise HipaError("a mask is empty. Expected a region to measure in every one.")

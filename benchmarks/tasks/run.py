@@ -30,22 +30,28 @@ from rich.console import Console
 
 from benchmarks.quality.retrieval import INSTALL, data_set, real_heads, sentence_vectors
 from benchmarks.tasks import measures
-from benchmarks.tasks.baselines import Settings, edit_img2img, inpaint_pipeline, upscale_bicubic, upscale_img2img
-from hipa_deploy.adaptor import read_metadata
+from benchmarks.tasks.baselines import (
+    Settings,
+    edit_img2img,
+    inpaint_pipeline,
+    upscale_bicubic,
+    upscale_img2img,
+)
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import write_file
-from hipa_deploy.images import grid, png_bytes
-from hipa_deploy.models import model_folder
+from hipa_deploy.images.png import grid, png_bytes
+from hipa_deploy.models.adaptor_folder import read_metadata
+from hipa_deploy.models.locate import model_folder
 from hipa_deploy.tasks import Task, strength_timestep
-from hipa_deploy.train.base_model import DiffusionModel, to_float, to_uint8
-from hipa_deploy.train.evaluate import teacher_images
-from hipa_deploy.train.examples import edit_starts, reduced
-from hipa_deploy.train.masks import random_mask
-from hipa_deploy.train.pairs import Edits, edited_latents
-from hipa_deploy.train.prompts import read_prompt_file
+from hipa_deploy.train.data.examples import edit_starts, reduced
+from hipa_deploy.train.data.masks import random_mask
+from hipa_deploy.train.data.prompt_files import read_prompt_file
+from hipa_deploy.train.data.teacher_pairs import Edits, edited_latents
+from hipa_deploy.train.evaluation.quality import teacher_images
+from hipa_deploy.train.evaluation.quality_report import held_out_prompts
+from hipa_deploy.train.evaluation.task_images import one_step_task_images
+from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.recipe import TeacherSettings
-from hipa_deploy.train.report import held_out_prompts
-from hipa_deploy.train.task_evaluate import one_step_task_images
 
 TEACHER = TeacherSettings(steps=25, guidance=3.0, pairs=1)
 SAME = r"emoji of (.*)"  # what an edit keeps of a prompt of the embedded model
@@ -54,7 +60,9 @@ UPSCALE_STRENGTH = 0.2  # of the multi-step pipeline on the enlarged image
 FIRST_SEED = 3_000_000  # training has seeds above 2**32
 SHEET_ROWS = 12
 BASE, ADAPTED = "base, one step", "adapted, one step"
-PIPELINE = "img2img pipeline, other noise"  # what an edit's KID is measured to, and no row of the table
+PIPELINE = (
+    "img2img pipeline, other noise"  # what an edit's KID is measured to, and no row of the table
+)
 Rows = dict[str, np.ndarray]
 Numbers = dict[str, float]
 
@@ -78,7 +86,9 @@ def held_out_images(model: Path, data: Path | None) -> dict[str, np.ndarray]:
         rows, real = data_set(data)
         return dict(zip((row["caption"] for row in rows), real, strict=True))
     wanted = list(dict.fromkeys([*held_out, *(start for _, start in edit_pairs(model))]))
-    images = teacher_images(model, wanted, [FIRST_SEED - 1 - n for n in range(len(wanted))], TEACHER)
+    images = teacher_images(
+        model, wanted, [FIRST_SEED - 1 - n for n in range(len(wanted))], TEACHER
+    )
     return dict(zip(wanted, images, strict=True))
 
 
@@ -86,7 +96,9 @@ def edit_pairs(model: Path) -> list[tuple[str, str]]:
     """(held-out prompt, training prompt of the same thing to start from)."""
     prompts = held_out_prompts(model)
     starts = edit_starts(prompts, read_prompt_file(model / "prompts.txt"), SAME)
-    return [(prompt, start) for prompt, start in zip(prompts, starts, strict=True) if start != prompt]
+    return [
+        (prompt, start) for prompt, start in zip(prompts, starts, strict=True) if start != prompt
+    ]
 
 
 def make_samples(task: Task, model: Path, data: Path | None, repeat: int, factor: int) -> Samples:
@@ -106,7 +118,9 @@ def make_samples(task: Task, model: Path, data: Path | None, repeat: int, factor
     return Samples(sources, truth, prompts, seeds, masks)
 
 
-def one_step(task: Task, model: Path, adaptor: Path | None, samples: Samples, **options: Any) -> np.ndarray:
+def one_step(
+    task: Task, model: Path, adaptor: Path | None, samples: Samples, **options: Any
+) -> np.ndarray:
     given = (samples.sources, samples.prompts, samples.seeds)
     return one_step_task_images(model, adaptor, task, *given, masks_NHW=samples.masks, **options)
 
@@ -129,7 +143,9 @@ def edit_rows(model: Path, adaptor: Path, samples: Samples, strength: float) -> 
     return {
         "source": samples.sources,
         PIPELINE: pipeline,
-        f"teacher, {round(TEACHER.steps * strength)} steps": teacher_edits(model, samples, strength),
+        f"teacher, {round(TEACHER.steps * strength)} steps": teacher_edits(
+            model, samples, strength
+        ),
         BASE: one_step("edit", model, None, samples, strength=strength),
         ADAPTED: one_step("edit", model, adaptor, samples, strength=strength),
     }
@@ -148,13 +164,17 @@ def inpaint_rows(model: Path, adaptor: Path, samples: Samples, strength: float) 
 
 def upscale_rows(model: Path, adaptor: Path, samples: Samples, strength: float) -> Rows:
     factor = samples.truth.shape[1] // samples.sources.shape[1]
-    settings = Settings(steps=TEACHER.steps, guidance=TEACHER.guidance, strength=UPSCALE_STRENGTH, scale=factor)
+    settings = Settings(
+        steps=TEACHER.steps, guidance=TEACHER.guidance, strength=UPSCALE_STRENGTH, scale=factor
+    )
     given = (samples.sources, None, samples.prompts, samples.seeds, settings)
     return {
         "truth": samples.truth,
         f"img2img, {round(TEACHER.steps * UPSCALE_STRENGTH)} steps": upscale_img2img(model, *given),
         "bicubic": upscale_bicubic(model, *given),
-        BASE: one_step("upscale", model, None, samples, factor=factor, timestep=read_metadata(adaptor).timestep),
+        BASE: one_step(
+            "upscale", model, None, samples, factor=factor, timestep=read_metadata(adaptor).timestep
+        ),
         ADAPTED: one_step("upscale", model, adaptor, samples),
     }
 
@@ -162,9 +182,15 @@ def upscale_rows(model: Path, adaptor: Path, samples: Samples, strength: float) 
 def measure_edit(images: np.ndarray, samples: Samples, rows: Rows) -> Numbers:
     teacher = next(row for name, row in rows.items() if name.startswith("teacher"))
     return {
-        "KID-Lite0 to the pipeline's edits": measures.kid_lite0(images, rows[PIPELINE], samples.prompts),
-        "DISTS-like distance to the teacher's edit": float(measures.paired_distances(images, teacher).mean()),
-        "structure distance to the source": float(measures.structure_distance(images, samples.sources).mean()),
+        "KID-Lite0 to the pipeline's edits": measures.kid_lite0(
+            images, rows[PIPELINE], samples.prompts
+        ),
+        "DISTS-like distance to the teacher's edit": float(
+            measures.paired_distances(images, teacher).mean()
+        ),
+        "structure distance to the source": float(
+            measures.structure_distance(images, samples.sources).mean()
+        ),
         "high-frequency ratio to the teacher's": measures.high_frequency_ratio(images, teacher),
     }
 
@@ -186,7 +212,9 @@ def style_recall(data: Path) -> Callable[[np.ndarray, list[str]], float]:
 
     def recall(edits: np.ndarray, prompts: list[str]) -> float:
         texts = [text for prompt in prompts for text in in_all_styles(prompt, styles)]
-        return measures.choice_recall(heads, edits, vectors(texts).view(len(prompts), len(styles), -1))
+        return measures.choice_recall(
+            heads, edits, vectors(texts).view(len(prompts), len(styles), -1)
+        )
 
     return recall
 
@@ -229,7 +257,9 @@ TASKS: dict[str, tuple[Callable[..., Rows], Callable[[np.ndarray, Samples, Rows]
 def gap_closed(numbers: dict[str, list[Numbers]], teacher: str) -> list[float]:
     """Of each repeat: how much of the way from the base's main measure to the teacher's the adaptor goes."""
     main = next(iter(numbers[BASE][0]))
-    values = zip(*(([n[main] for n in numbers[row]]) for row in (BASE, ADAPTED, teacher)), strict=True)
+    values = zip(
+        *(([n[main] for n in numbers[row]]) for row in (BASE, ADAPTED, teacher)), strict=True
+    )
     return [(base - adapted) / (base - multi) for base, adapted, multi in values]
 
 
@@ -245,9 +275,15 @@ def render(title: str, numbers: dict[str, list[Numbers]], closed: list[float]) -
     columns = list(next(iter(numbers.values()))[0])
     lines = [f"## {title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row, repeats in numbers.items():
-        lines.append(f"| {row} | " + " | ".join(spread([n[c] for n in repeats]) for c in columns) + " |")
+        lines.append(
+            f"| {row} | " + " | ".join(spread([n[c] for n in repeats]) for c in columns) + " |"
+        )
     share = spread([100 * value for value in closed])
-    lines += ["", f"Of the gap from the base model in one step to many steps, closed: {share} %", ""]
+    lines += [
+        "",
+        f"Of the gap from the base model in one step to many steps, closed: {share} %",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -256,7 +292,9 @@ def main(
     adaptor: Annotated[Path, typer.Option(help="An adaptor of that task.")],
     out: Annotated[Path, typer.Option(help="Folder of the report.")],
     model: Annotated[str, typer.Option(help="Base model with prompts_pair.txt.")] = "emoji",
-    data: Annotated[Path | None, typer.Option(help="Real images: a folder of build_dataset.py.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Real images: a folder of build_dataset.py.")
+    ] = None,
     strength: Annotated[float, typer.Option(help="Of edits.")] = 0.8,
     factor: Annotated[int, typer.Option(help="Of super-resolution.")] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="Times with other noise and masks.")] = 3,
@@ -285,7 +323,10 @@ def main(
     step = max(1, len(samples.seeds) // SHEET_ROWS)
     columns = [column[::step][:SHEET_ROWS] for column in (*shown, *rows.values())]
     write_file(out / f"{task}.md", (report + f"\n![{task}]({task}.png)\n").encode())
-    write_file(out / f"{task}.json", json.dumps({"title": title, "rows": numbers, "closed": closed}, indent=1).encode())
+    write_file(
+        out / f"{task}.json",
+        json.dumps({"title": title, "rows": numbers, "closed": closed}, indent=1).encode(),
+    )
     write_file(out / f"{task}.png", png_bytes(grid(columns), {"columns": list(rows)}))
     typer.echo(report)
 

@@ -27,7 +27,9 @@ from rich.progress import track
 
 MODULES = Path(__file__).parent / "node_modules"
 SIZE = 64
-RENDER_SIZE = 256  # rendered large, then reduced with Lanczos: cleaner edges than rendering at 64 px
+RENDER_SIZE = (
+    256  # rendered large, then reduced with Lanczos: cleaner edges than rendering at 64 px
+)
 ICONIFY_STYLES = {"flat": "fluent-emoji-flat", "noto": "noto", "twemoji": "twemoji"}
 STYLES = ("3d", *ICONIFY_STYLES)
 
@@ -133,13 +135,19 @@ class IconifySet:
         icon = self.icons.get(key)
         if icon is None:
             return None
-        return render_svg(icon["body"], icon.get("width", self.size[0]), icon.get("height", self.size[1]))
+        return render_svg(
+            icon["body"], icon.get("width", self.size[0]), icon.get("height", self.size[1])
+        )
 
 
 def find_3d(assets: Path, character: str) -> Image.Image | None:
     """Fluent 3D files are named by code points, with or without the variation selector."""
     points = [f"{ord(c):04x}" for c in character]
-    for name in ("-".join(points), "-".join(p for p in points if p != "fe0f"), "-".join([*points, "fe0f"])):
+    for name in (
+        "-".join(points),
+        "-".join(p for p in points if p != "fe0f"),
+        "-".join([*points, "fe0f"]),
+    ):
         path = assets / f"{name}.webp"
         if path.exists():
             return Image.open(path)
@@ -147,24 +155,35 @@ def find_3d(assets: Path, character: str) -> Image.Image | None:
 
 
 def render_all(modules: Path) -> Iterator[tuple[Sample, np.ndarray]]:
-    sets = {style: IconifySet(modules / f"@iconify-json/{name}/icons.json") for style, name in ICONIFY_STYLES.items()}
+    sets = {
+        style: IconifySet(modules / f"@iconify-json/{name}/icons.json")
+        for style, name in ICONIFY_STYLES.items()
+    }
     assets = modules / "@lobehub/fluent-emoji-3d/assets"
     for character, key, concept, group in track(list(concepts(modules)), "rendering"):
-        images = {"3d": find_3d(assets, character)} | {style: icons.find(key) for style, icons in sets.items()}
+        images = {"3d": find_3d(assets, character)} | {
+            style: icons.find(key) for style, icons in sets.items()
+        }
         if any(image is None for image in images.values()):
             continue  # four styles or none: held-out pairs need the concept in the other styles
         for style, image in images.items():
-            sample = Sample(caption_of(style, concept), style, concept, group, split_of(style, concept))
+            sample = Sample(
+                caption_of(style, concept), style, concept, group, split_of(style, concept)
+            )
             yield sample, on_white(image)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write emoji.npz and captions.csv to.")],
-    modules: Annotated[Path, typer.Option(help="Where npm installed the emoji packages.")] = MODULES,
+    modules: Annotated[
+        Path, typer.Option(help="Where npm installed the emoji packages.")
+    ] = MODULES,
 ) -> None:
     """Render the four-style captioned emoji set at 64 px."""
     if not modules.is_dir():
-        raise SystemExit(f"{modules} does not exist. Run: npm install --ignore-scripts --prefix {modules.parent}")
+        raise SystemExit(
+            f"{modules} does not exist. Run: npm install --ignore-scripts --prefix {modules.parent}"
+        )
     samples, images = zip(*render_all(modules), strict=True)
     out.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out / "emoji.npz", images=np.stack(images))
@@ -172,7 +191,9 @@ def main(
         writer = csv.writer(file)
         writer.writerow(Sample._fields)
         writer.writerows(samples)
-    counts = {split: sum(s.split == split for s in samples) for split in ("train", "pair", "concept")}
+    counts = {
+        split: sum(s.split == split for s in samples) for split in ("train", "pair", "concept")
+    }
     print(f"{len(samples)} images, {len({s.concept for s in samples})} concepts, {counts} -> {out}")
 
 

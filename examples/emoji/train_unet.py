@@ -19,8 +19,13 @@ from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 CAPTION_DROPOUT = 0.1  # the empty caption of classifier-free guidance
-BOUNDS = 0.25, 4.0  # after Hang et al. 2023, 'Efficient Diffusion Training via Min-SNR Weighting Strategy'
-SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+BOUNDS = (
+    0.25,
+    4.0,
+)  # after Hang et al. 2023, 'Efficient Diffusion Training via Min-SNR Weighting Strategy'
+SCHEDULE = dict(
+    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+)
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -44,7 +49,9 @@ def encode_set(run: Path, emoji: EmojiSet) -> tuple[torch.Tensor, torch.Tensor]:
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(run / "text_encoder").eval()
     captions = [*emoji.captions, ""]
-    tokens = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    tokens = tokenizer(
+        captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
     contexts = [encoder(chunk).last_hidden_state for chunk in tokens.split(256)]
     return torch.cat(latents) * vae.config.scaling_factor, torch.cat(contexts)
 
@@ -59,11 +66,16 @@ def loss_weight(snr: torch.Tensor) -> torch.Tensor:
 
 
 def main(
-    run: Annotated[Path, typer.Option(help="Folder with emoji.npz, vae/, tokenizer/, text_encoder/; writes unet/.")],
+    run: Annotated[
+        Path,
+        typer.Option(help="Folder with emoji.npz, vae/, tokenizer/, text_encoder/; writes unet/."),
+    ],
     steps: int = 4_000,
     batch: int = 64,
     rate: float = 1e-3,
-    start: Annotated[Path | None, typer.Option(help="A model folder whose UNet to start from, not from noise.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="A model folder whose UNet to start from, not from noise.")
+    ] = None,
 ) -> None:
     """Train the UNet with frozen text encoder and VAE."""
     torch.manual_seed(0)
@@ -73,9 +85,15 @@ def main(
     schedule = DDPMScheduler(**SCHEDULE)
     signal = schedule.alphas_cumprod
     snr = signal / (1 - signal)
-    unet = UNet2DConditionModel.from_pretrained(start, subfolder="unet").float() if start else new_unet()
+    unet = (
+        UNet2DConditionModel.from_pretrained(start, subfolder="unet").float()
+        if start
+        else new_unet()
+    )
     unet.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
+    )
     state = Run(run / "unet", {"unet": unet}, optimizer, steps, ema_decay=0.999)
     state.resume()
     predict = predictor(unet)
@@ -85,7 +103,9 @@ def main(
         context = contexts[torch.where(dropped, len(latents), index)]
         noise = torch.randn(latents[index].shape, generator=generator)
         timestep = torch.randint(1000, (batch,), generator=generator)
-        noisy = schedule.add_noise(latents[index], noise, timestep).contiguous(memory_format=torch.channels_last)
+        noisy = schedule.add_noise(latents[index], noise, timestep).contiguous(
+            memory_format=torch.channels_last
+        )
         error = (predict(noisy, timestep, context) - noise).square().mean(dim=(1, 2, 3))
         loss = (error * loss_weight(snr[timestep])).mean()
         loss.backward()

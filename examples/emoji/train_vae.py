@@ -54,7 +54,9 @@ def latent_scale(vae: AutoencoderKL, pixels_BCHW: torch.Tensor) -> float:
 
 
 def main(
-    run: Annotated[Path, typer.Option(help="Folder with emoji.npz; the VAE goes to its vae/ folder.")],
+    run: Annotated[
+        Path, typer.Option(help="Folder with emoji.npz; the VAE goes to its vae/ folder.")
+    ],
     steps: int = 4000,
     batch: int = 8,
     rate: float = 2e-3,
@@ -74,7 +76,9 @@ def main(
     state = Run(folder, {"vae": vae}, optimizer, steps, ema_decay=0.995)
     state.resume()
     for index, generator in state.batches(batch, len(pixels)):
-        set_learning_rate(optimizer, rate * warmup_stable_decay(state.step, steps, warmup=50, decay=0.7))
+        set_learning_rate(
+            optimizer, rate * warmup_stable_decay(state.step, steps, warmup=50, decay=0.7)
+        )
         target = pixels[index].contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(target).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)

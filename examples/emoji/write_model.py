@@ -48,7 +48,10 @@ def assemble(run: Path, vae: str) -> StableDiffusionPipeline:
 
 def write_prompts(emoji: EmojiSet, modules: Path, out: Path) -> None:
     """prompts.txt (trained on), prompts_pair and _concept (held out), prompts_words and _wide (for adaptors)."""
-    splits = {name: list(dict.fromkeys(emoji.only(name).captions)) for name in ("train", "pair", "concept")}
+    splits = {
+        name: list(dict.fromkeys(emoji.only(name).captions))
+        for name in ("train", "pair", "concept")
+    }
     written = {
         "prompts": splits["train"],
         "prompts_pair": splits["pair"],
@@ -98,9 +101,15 @@ def word_prompts(modules: Path) -> list[str]:
     known = {word for concept in CONCEPTS - held_out for word in concept.split()}
     telling = {word for concept in held_out for word in concept.split()} - known
     barred = CONCEPTS.union(*(words for words in entries if words & held_out))
-    words = sorted(word for word in set().union(*entries) - barred if not any(part in word for part in telling))
+    words = sorted(
+        word for word in set().union(*entries) - barred if not any(part in word for part in telling)
+    )
     rng = np.random.default_rng(1)
-    return [caption_of(STYLES[i], word) for word in words for i in sorted(rng.permutation(len(STYLES))[:WORD_STYLES])]
+    return [
+        caption_of(STYLES[i], word)
+        for word in words
+        for i in sorted(rng.permutation(len(STYLES))[:WORD_STYLES])
+    ]
 
 
 def two_concepts(styles: dict[str, list[str]], count: int) -> list[str]:
@@ -126,7 +135,10 @@ def training(run: Path) -> dict[str, dict[str, float]]:
         before = facts.get(part, {"steps": 0, "hours": 0.0})
         if (path := run / part / "state.pt").exists():
             state = torch.load(path, weights_only=True)
-            before = {"steps": before["steps"] + state["step"], "hours": before["hours"] + state["seconds"] / 3600}
+            before = {
+                "steps": before["steps"] + state["step"],
+                "hours": before["hours"] + state["seconds"] / 3600,
+            }
         facts[part] = before
     return facts
 
@@ -142,9 +154,13 @@ def forget_paths(model: Path) -> None:
 def main(
     run: Annotated[Path, typer.Option(help="Folder of the pre-training run.")],
     out: Annotated[Path, typer.Option(help="Model folder to write; must not exist.")],
-    vae: Annotated[str, typer.Option(help="'vae', or 'vae_decoder' after train_vae.py --decoder-only.")] = "vae",
+    vae: Annotated[
+        str, typer.Option(help="'vae', or 'vae_decoder' after train_vae.py --decoder-only.")
+    ] = "vae",
     modules: Annotated[Path, typer.Option(help="Where npm installed emojilib.")] = MODULES,
-    prompts_only: Annotated[bool, typer.Option(help="Write the prompts into the folder that is there.")] = False,
+    prompts_only: Annotated[
+        bool, typer.Option(help="Write the prompts into the folder that is there.")
+    ] = False,
 ) -> None:
     """Write the model folder, whole or not at all."""
     if prompts_only:

@@ -16,7 +16,10 @@ DECODER = ROOT / "decoder"
 BUNDLE = ROOT / "bundle"
 
 NAME = "emoji"
-ADAPTORS = {NAME: ADAPTOR, **{f"{NAME}-{task}": ROOT / f"adaptor-{task}" for task in ("edit", "inpaint", "upscale")}}
+ADAPTORS = {
+    NAME: ADAPTOR,
+    **{f"{NAME}-{task}": ROOT / f"adaptor-{task}" for task in ("edit", "inpaint", "upscale")},
+}
 
 
 def resolve_adaptor(name: str) -> Path:

@@ -6,14 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from baselines import Student, consistent, phases, train_consistency, train_progressive, two_steps_in_one
+from baselines import (
+    Student,
+    consistent,
+    phases,
+    train_consistency,
+    train_progressive,
+    two_steps_in_one,
+)
 from rich.console import Console
 from safetensors.torch import load_file
 from timing import spent_in
 
-from hipa_deploy.adaptor import WEIGHTS, read_metadata
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train import run as run_module
+from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata
+from hipa_deploy.train.loop import run as run_module
 from hipa_deploy.train.recipe import Recipe, TeacherSettings
 
 QUIET = Console(file=io.StringIO())
@@ -47,12 +54,14 @@ def test_one_step_to_the_target_ends_where_two_steps_did(student: Student) -> No
 
 def test_a_step_to_no_noise_is_the_prediction(student: Student) -> None:
     z, x0 = torch.randn(2, 2, 4, 8, 8)
-    assert torch.allclose(student.ddim(z, x0, torch.tensor([999, 30]), torch.tensor([-1, -1])), x0, atol=1e-6)
+    assert torch.allclose(
+        student.ddim(z, x0, torch.tensor([999, 30]), torch.tensor([-1, -1])), x0, atol=1e-6
+    )
 
 
 def test_guided_ddim_is_the_teachers_sampler(student: Student) -> None:
     """The steps made of predict and ddim are those of the scheduler that made the pairs."""
-    from hipa_deploy.train.pairs import teacher_latents
+    from hipa_deploy.train.data.teacher_pairs import teacher_latents
 
     noise, context = student.model.noise([3, 4]), student.model.context(["a pear", "a boat"])
     teacher = TeacherSettings(steps=2, guidance=3.0, pairs=1)
@@ -67,9 +76,16 @@ def test_guided_ddim_is_the_teachers_sampler(student: Student) -> None:
 
 @pytest.mark.parametrize("train", [train_consistency, train_progressive])
 def test_a_baseline_leaves_an_adaptor_and_resumes_exactly(
-    train: Any, recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Any,
+    recipe: Recipe,
+    model_dir: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    unbroken = load_file(train(recipe, model_dir, tmp_path / "a", cache=cache, console=QUIET) / WEIGHTS)
+    unbroken = load_file(
+        train(recipe, model_dir, tmp_path / "a", cache=cache, console=QUIET) / WEIGHTS
+    )
     assert any(weight.abs().sum() > 0 for name, weight in unbroken.items() if "lora_B" in name)
     metadata = read_metadata(tmp_path / "a", model_dir)
     assert (metadata.rank, metadata.timestep, metadata.steps_trained) == (2, 999, 6)
@@ -88,5 +104,7 @@ def test_a_baseline_leaves_an_adaptor_and_resumes_exactly(
     with pytest.raises(HipaError, match="went down"):
         train(recipe, model_dir, tmp_path / "b", cache=cache, console=QUIET)
     assert not (tmp_path / "b").exists()
-    resumed = load_file(train(recipe, model_dir, tmp_path / "b", cache=cache, console=QUIET) / WEIGHTS)
+    resumed = load_file(
+        train(recipe, model_dir, tmp_path / "b", cache=cache, console=QUIET) / WEIGHTS
+    )
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)

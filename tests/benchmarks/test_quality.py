@@ -21,20 +21,24 @@ from run import keep_to_one_setting, plan_table
 from summary import render, write_report
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.train.evaluation.quality_report import BASE
 from hipa_deploy.train.recipe import Recipe
-from hipa_deploy.train.report import BASE
 
 QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture
 def setting(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path) -> Setting:
-    return Setting(tmp_path / "report", model_dir, tmp_path / "no-adaptor", recipe, 2, quick=True, cache=cache)
+    return Setting(
+        tmp_path / "report", model_dir, tmp_path / "no-adaptor", recipe, 2, quick=True, cache=cache
+    )
 
 
 def letters(captions: list[str]) -> torch.Tensor:
     """In place of MiniLM: how often each letter occurs."""
-    return torch.tensor([[caption.count(chr(97 + i)) for i in range(26)] for caption in captions]).float()
+    return torch.tensor(
+        [[caption.count(chr(97 + i)) for i in range(26)] for caption in captions]
+    ).float()
 
 
 def test_seeds_are_used_once(model_dir: Path) -> None:
@@ -47,8 +51,14 @@ def test_seeds_are_used_once(model_dir: Path) -> None:
 
 def test_from_nothing_to_a_report(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "sentence_vectors", lambda: letters)
-    items = [item for item in full_plan(setting.recipe) if item.name in (FIRST, MAIN, "latent-mse", "latent-mse-time")]
-    with pytest.raises(HipaError, match=r"needs item references, which is not done. Run: --only references"):
+    items = [
+        item
+        for item in full_plan(setting.recipe)
+        if item.name in (FIRST, MAIN, "latent-mse", "latent-mse-time")
+    ]
+    with pytest.raises(
+        HipaError, match=r"needs item references, which is not done. Run: --only references"
+    ):
         run_item(items[1], setting, QUIET)
     for item in items:
         run_item(item, setting, QUIET)
@@ -61,7 +71,9 @@ def test_from_nothing_to_a_report(setting: Setting, monkeypatch: pytest.MonkeyPa
         assert truth["pooled"]["hf_ratio"] == 1
         assert base["pooled"]["distance"] > 0.01
         assert len(base["repeats"]) == 2
-        assert references["rows"][LOW_OF_ONE][split]["pooled"]["distance"] < base["pooled"]["distance"]
+        assert (
+            references["rows"][LOW_OF_ONE][split]["pooled"]["distance"] < base["pooled"]["distance"]
+        )
         assert 0 <= base["pooled"]["recall@1"] <= base["pooled"]["recall@5"] <= 1
     main, matched = setting.result(MAIN), setting.result("latent-mse-time")
     assert main is not None
@@ -109,8 +121,13 @@ def test_verdicts_follow_the_numbers(setting: Setting) -> None:
     assert "high-frequency ratio 0.90, 0.85 to 1.15 asked: met" in text
     assert re.search(r"latent MSE, as many steps: KID-Lite0 0.100 against 0.500, better", text)
     assert re.search(r"consistency, as many steps: KID-Lite0 0.100 against 0.050, worse", text)
-    assert re.search(r"no high-frequency term: .*high-frequency ratio 0.900 against 0.800, better", text)
-    assert "| latent MSE, as many steps | 0.500 ± 0.071 | 0.050 ± 0.000 | 0.700 ± 0.000 | 75% |" in text
+    assert re.search(
+        r"no high-frequency term: .*high-frequency ratio 0.900 against 0.800, better", text
+    )
+    assert (
+        "| latent MSE, as many steps | 0.500 ± 0.071 | 0.050 ± 0.000 | 0.700 ± 0.000 | 75% |"
+        in text
+    )
     assert "Not done yet: shipped, progressive" in text
     assert "not timed" in text
 

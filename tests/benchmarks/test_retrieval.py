@@ -10,7 +10,9 @@ from retrieval import image_vectors, recall, sentence_vectors, text_vectors, tra
 
 def test_recall_by_hand() -> None:
     captions = torch.eye(3)
-    images = torch.tensor([[1.0, 0, 0], [0.9, 0.4, 0], [0, 0, 1], [0, 1, 0.5]])  # the fourth shows caption 0 again
+    images = torch.tensor(
+        [[1.0, 0, 0], [0.9, 0.4, 0], [0, 0, 1], [0, 1, 0.5]]
+    )  # the fourth shows caption 0 again
     assert recall(images, captions, 1) == 0.5
     assert recall(images, captions, 2) == 0.75
     assert recall(images, captions, 5) == 1

@@ -15,10 +15,10 @@ from PIL import Image
 from benchmarks.tasks import baselines
 from benchmarks.tasks.baselines import BASELINES, Settings, unet_calls
 from hipa_deploy.errors import HipaError
-from hipa_deploy.image_input import latent_mask
-from hipa_deploy.train.base_model import DiffusionModel
-from hipa_deploy.train.evaluate import teacher_images
-from hipa_deploy.train.pairs import teacher_scheduler
+from hipa_deploy.images.read import latent_mask
+from hipa_deploy.train.data.teacher_pairs import teacher_scheduler
+from hipa_deploy.train.evaluation.quality import teacher_images
+from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.recipe import TeacherSettings
 
 PROMPTS, SEEDS = ["a red apple", "a green pear"], [3, 4]
@@ -38,8 +38,12 @@ def masks() -> np.ndarray:
     return masks
 
 
-def arguments(name: str, images: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    return (images[:, ::2, ::2], None) if name in ("upscale img2img", "bicubic") else (images, masks)
+def arguments(
+    name: str, images: np.ndarray, masks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    return (
+        (images[:, ::2, ::2], None) if name in ("upscale img2img", "bicubic") else (images, masks)
+    )
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -51,7 +55,9 @@ def test_equal_calls_give_equal_images_and_other_seeds_others(
     made = BASELINES[name](model_dir, *given, PROMPTS, SEEDS, settings)
     assert made.shape == (2, 32, 32, 3)
     assert made.dtype == np.uint8
-    np.testing.assert_array_equal(BASELINES[name](model_dir, *given, PROMPTS, SEEDS, settings), made)
+    np.testing.assert_array_equal(
+        BASELINES[name](model_dir, *given, PROMPTS, SEEDS, settings), made
+    )
     other = BASELINES[name](model_dir, *given, PROMPTS, [3, 5], settings)
     assert np.abs(other[0].astype(int) - made[0]).max() <= 1
     assert (other[1] != made[1]).any() == (name != "bicubic")
@@ -59,7 +65,11 @@ def test_equal_calls_give_equal_images_and_other_seeds_others(
 
 @pytest.mark.parametrize("name", ["img2img", "inpaint"])
 def test_an_image_does_not_depend_on_its_batch(
-    name: str, model_dir: Path, images: np.ndarray, masks: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    model_dir: Path,
+    images: np.ndarray,
+    masks: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     together = BASELINES[name](model_dir, images, masks, PROMPTS, SEEDS, FEW)
     monkeypatch.setattr(baselines, "CHUNK", 1)
@@ -70,23 +80,31 @@ def test_an_image_does_not_depend_on_its_batch(
 def test_img2img_is_what_diffusers_gives(model_dir: Path, images: np.ndarray) -> None:
     """Its own from_pipe, an image at a time."""
     model = DiffusionModel.load(model_dir)
-    pipe = StableDiffusionImg2ImgPipeline.from_pipe(model.pipe, scheduler=teacher_scheduler(model.schedule, "ddim"))
+    pipe = StableDiffusionImg2ImgPipeline.from_pipe(
+        model.pipe, scheduler=teacher_scheduler(model.schedule, "ddim")
+    )
     pipe.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 2.0, "strength": 0.5}
     expected = [
-        pipe(text, Image.fromarray(image), generator=torch.Generator().manual_seed(seed), **options).images[0]
+        pipe(
+            text, Image.fromarray(image), generator=torch.Generator().manual_seed(seed), **options
+        ).images[0]
         for text, image, seed in zip(PROMPTS, images, SEEDS, strict=True)
     ]
     made = BASELINES["img2img"](model_dir, images, None, PROMPTS, SEEDS, FEW)
     assert np.abs(made.astype(int) - np.stack([np.asarray(image) for image in expected])).max() <= 1
 
 
-def test_the_hole_is_hidden_and_composited(model_dir: Path, images: np.ndarray, masks: np.ndarray) -> None:
+def test_the_hole_is_hidden_and_composited(
+    model_dir: Path, images: np.ndarray, masks: np.ndarray
+) -> None:
     """What lies under the mask changes nothing; the rest is the original's where it is composited."""
     settings = replace(FEW, strength=1.0, feather=0)
     made = BASELINES["inpaint"](model_dir, images, masks, PROMPTS, SEEDS, settings)
     other = np.where(masks[..., None] > 0, 255 - images, images)
-    np.testing.assert_array_equal(BASELINES["inpaint"](model_dir, other, masks, PROMPTS, SEEDS, settings), made)
+    np.testing.assert_array_equal(
+        BASELINES["inpaint"](model_dir, other, masks, PROMPTS, SEEDS, settings), made
+    )
     np.testing.assert_array_equal(made[masks == 0], images[masks == 0])
     assert (made[0][masks[0] > 0] != 127).any()
     assert (made[1][masks[1] > 0] != 127).any()
@@ -99,13 +117,18 @@ def test_the_pipeline_repaints_every_cell_that_the_mask_touches(
     given: dict[str, np.ndarray] = {}
     monkeypatch.setattr(baselines, "_run", lambda pipe, arrays, *_: given.update(arrays) or images)
     BASELINES["inpaint"](model_dir, images, masks, PROMPTS, SEEDS, FEW)
-    sampled = torch.nn.functional.interpolate(torch.from_numpy(given["mask_image"])[:, None], size=(8, 8)) > 127
+    sampled = (
+        torch.nn.functional.interpolate(torch.from_numpy(given["mask_image"])[:, None], size=(8, 8))
+        > 127
+    )
     plain = torch.nn.functional.interpolate(torch.from_numpy(masks)[:, None], size=(8, 8)) > 0.5
     assert np.array_equal(sampled.float(), np.stack([latent_mask(mask, 4) for mask in masks]))
     assert not plain[1].any()
 
 
-def test_the_unet_runs_as_often_as_said(model_dir: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unet_runs_as_often_as_said(
+    model_dir: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls, original = [], baselines._pipeline
 
     def counting(kind: Any, folder: Path) -> Any:
@@ -125,13 +148,19 @@ def test_the_control_sees_no_image(model_dir: Path, images: np.ndarray) -> None:
     made = BASELINES["prompt alone"](model_dir, images, None, PROMPTS, SEEDS, FEW)
     teacher = TeacherSettings(steps=4, guidance=2.0, pairs=2)
     np.testing.assert_array_equal(made, teacher_images(model_dir, PROMPTS, SEEDS, teacher))
-    np.testing.assert_array_equal(BASELINES["prompt alone"](model_dir, 255 - images, None, PROMPTS, SEEDS, FEW), made)
+    np.testing.assert_array_equal(
+        BASELINES["prompt alone"](model_dir, 255 - images, None, PROMPTS, SEEDS, FEW), made
+    )
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("name", ["img2img", "inpaint"])
 def test_no_pipeline_warns_of_its_scheduler(
-    name: str, model_dir: Path, images: np.ndarray, masks: np.ndarray, caplog: pytest.LogCaptureFixture
+    name: str,
+    model_dir: Path,
+    images: np.ndarray,
+    masks: np.ndarray,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     BASELINES[name](model_dir, images, masks, PROMPTS, SEEDS, FEW)
     assert "steps_offset" not in caplog.text
@@ -148,8 +177,14 @@ def test_what_cannot_be_run(model_dir: Path, images: np.ndarray, masks: np.ndarr
     for call, words in [
         (("img2img", images, None, PROMPTS[:1], SEEDS, FEW), "2 images, 1 prompts, 2 seeds"),
         (("img2img", images[:, :30], None, PROMPTS, SEEDS, FEW), "multiples of 4"),
-        (("img2img", images, None, PROMPTS, SEEDS, replace(FEW, strength=0.2)), "0.2 of 4 steps is 0 steps"),
-        (("img2img", images, None, PROMPTS, SEEDS, replace(FEW, strength=1.5)), r"strength in \(0, 1\]"),
+        (
+            ("img2img", images, None, PROMPTS, SEEDS, replace(FEW, strength=0.2)),
+            "0.2 of 4 steps is 0 steps",
+        ),
+        (
+            ("img2img", images, None, PROMPTS, SEEDS, replace(FEW, strength=1.5)),
+            r"strength in \(0, 1\]",
+        ),
         (("inpaint", images, None, PROMPTS, SEEDS, FEW), "no masks"),
         (("inpaint", images, masks[:, :8], PROMPTS, SEEDS, FEW), "one mask"),
     ]:

@@ -16,8 +16,8 @@ from benchmarks.tasks.measures import (
     structure_distance,
 )
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.evaluate import lite0_features
-from hipa_deploy.train.lpips import LpipsLike
+from hipa_deploy.train.evaluation.quality import lite0_features
+from hipa_deploy.train.losses.lpips import LpipsLike
 
 SHAPE = (3, 64, 64, 3)
 
@@ -67,7 +67,9 @@ def test_the_distance_by_hand(masks: np.ndarray) -> None:
     assert masked_distance(half, black, masks, lambda image: [image]) == pytest.approx([1, 0.5, 1])
 
 
-def test_the_distance_depends_on_nothing_outside_the_mask(masks: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_distance_depends_on_nothing_outside_the_mask(
+    masks: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     truth, images = noise(0), noise(1)
     outside = np.where(masks[..., None] > 0, images, noise(2))
     distance = masked_distance(images, truth, masks)
@@ -106,7 +108,10 @@ def test_structure_ignores_colour_and_contrast_but_not_place() -> None:
     source = squares(20)
     for same in (source, 255 - source, squares(20, 90, 60), squares(20, 0, 255)):
         assert structure_distance(same, source) == pytest.approx([0], abs=1e-3)
-    near, far = structure_distance(squares(21), source)[0], structure_distance(squares(34), source)[0]
+    near, far = (
+        structure_distance(squares(21), source)[0],
+        structure_distance(squares(34), source)[0],
+    )
     assert 0.01 < near < 0.5 < far
     unrelated = structure_distance(noise(0), noise(1))
     assert unrelated == pytest.approx([1, 1, 1], abs=0.1)
@@ -119,7 +124,9 @@ def test_structure_of_images_without_edges() -> None:
 
 
 def test_choice_recall_finds_the_caption_that_was_asked_for() -> None:
-    images = np.repeat(np.arange(0, 256, 17, dtype=np.uint8), 64 * 64 * 3).reshape(16, 64, 64, 3).copy()
+    images = (
+        np.repeat(np.arange(0, 256, 17, dtype=np.uint8), 64 * 64 * 3).reshape(16, 64, 64, 3).copy()
+    )
     images[:, ::2, :, 0] = 255 - images[:, ::2, :, 0]
     torch.manual_seed(0)
     texts = torch.nn.functional.normalize(torch.randn(16, 12), dim=-1)

@@ -27,7 +27,9 @@ def test_gap_closed_and_spread() -> None:
 def emoji_dir(model_dir: Path) -> Path:
     """The tiny model, with prompts that edits can be made of."""
     (model_dir / "prompts.txt").write_text("3d emoji of a pear\n3d emoji of a lemon\n")
-    (model_dir / "prompts_pair.txt").write_text("flat emoji of a pear\nflat emoji of a lemon\nflat emoji of a boat\n")
+    (model_dir / "prompts_pair.txt").write_text(
+        "flat emoji of a pear\nflat emoji of a lemon\nflat emoji of a boat\n"
+    )
     return model_dir
 
 
@@ -62,14 +64,22 @@ def test_unknown_task(tmp_path: Path) -> None:
 
 
 def test_report_of_a_base_model_as_its_own_adaptor(
-    emoji_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    emoji_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(run, "TEACHER", run.TEACHER.model_copy(update={"steps": 5}))
     original = run.one_step_task_images
     monkeypatch.setattr(run, "read_metadata", lambda adaptor: SimpleNamespace(timestep=999))
-    monkeypatch.setattr(run, "one_step_task_images", lambda m, adaptor, *a, **k: original(m, None, *a, **k))
+    monkeypatch.setattr(
+        run, "one_step_task_images", lambda m, adaptor, *a, **k: original(m, None, *a, **k)
+    )
     run.main("upscale", tmp_path / "none", tmp_path, model=str(emoji_dir), factor=4, repeats=2)
-    assert "Of the gap from the base model in one step to many steps, closed: 0.000" in capsys.readouterr().out
+    assert (
+        "Of the gap from the base model in one step to many steps, closed: 0.000"
+        in capsys.readouterr().out
+    )
     stored = json.loads((tmp_path / "upscale.json").read_text())
     assert stored["rows"][run.BASE] == stored["rows"][run.ADAPTED]
     assert (tmp_path / "upscale.png").stat().st_size > 0

@@ -42,7 +42,11 @@ def main(wheels: list[str]) -> None:
         family = re.sub(r"_cu\d+(_bindings)?$", "", name)
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
-            text = stubs_surface(Path(folder)) if family == "tensorrt_stubs" else _describe(family, Path(folder))
+            text = (
+                stubs_surface(Path(folder))
+                if family == "tensorrt_stubs"
+                else _describe(family, Path(folder))
+            )
         out = SURFACES / f"{family}-{version}.pyi"
         out.write_text(_provenance(wheel) + text)
         print(out, out.stat().st_size)
@@ -56,7 +60,9 @@ def _provenance(wheel: Path) -> str:
 
 def read_surface(path: Path) -> str:
     """A surface without its provenance."""
-    return "".join(line for line in path.read_text().splitlines(keepends=True) if not line.startswith("# "))
+    return "".join(
+        line for line in path.read_text().splitlines(keepends=True) if not line.startswith("# ")
+    )
 
 
 def _describe(family: str, folder: Path) -> str:
@@ -77,14 +83,20 @@ def _describe(family: str, folder: Path) -> str:
 def describe(module: str) -> str:
     """The surface of an importable module."""
     found = importlib.import_module(module)
-    return (surface.cudart_surface if module.startswith("cuda") else surface.tensorrt_surface)(found)
+    return (surface.cudart_surface if module.startswith("cuda") else surface.tensorrt_surface)(
+        found
+    )
 
 
 def empty_libraries(binding: Path, folder: Path) -> None:
     """Libraries of the names that ``binding`` needs, whose functions all return 0."""
     folder.mkdir(exist_ok=True)
-    needed = re.findall(r"Shared library: \[(lib(?:nv|tensorrt)[^]]+)\]", _run("readelf", "-d", binding))
-    symbols = re.findall(r" U ((?:create|get|init)[A-Z]\w+)$", _run("nm", "-D", "--undefined-only", binding), re.M)
+    needed = re.findall(
+        r"Shared library: \[(lib(?:nv|tensorrt)[^]]+)\]", _run("readelf", "-d", binding)
+    )
+    symbols = re.findall(
+        r" U ((?:create|get|init)[A-Z]\w+)$", _run("nm", "-D", "--undefined-only", binding), re.M
+    )
     source = folder / "empty.c"
     source.write_text("".join(f"int {symbol}(void) {{ return 0; }}\n" for symbol in symbols))
     for name in needed:
@@ -92,27 +104,52 @@ def empty_libraries(binding: Path, folder: Path) -> None:
 
 
 def _run(*command: str | Path) -> str:
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=True
+    ).stdout
 
 
 def stubs_surface(folder: Path) -> str:
     """``tensorrt-stubs`` cut down to the classes of a surface, without docstrings."""
     # As published it is no Python everywhere ('in' as a parameter; defaults before none): only what is used is parsed.
-    text = (folder / "tensorrt_bindings/tensorrt.pyi").read_text().replace(", channel_axis: int)", ")")
+    text = (
+        (folder / "tensorrt_bindings/tensorrt.pyi").read_text().replace(", channel_axis: int)", ")")
+    )
     blocks = re.split(r"^(?=\w)", text, flags=re.M)
     tree = ast.parse("".join(block for block in blocks if _wanted(block)))
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in surface.CLASSES]
-    constants = [node for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) != "bool"]
+    classes = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name in surface.CLASSES
+    ]
+    constants = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) != "bool"
+    ]
     known = {node.name for node in classes} | {"ILogger.Severity"}
     top = tree.body + ast.parse((folder / "tensorrt_bindings/__init__.pyi").read_text()).body
-    functions = [node for node in top if isinstance(node, ast.FunctionDef) and node.name in surface.FUNCTIONS]
+    functions = [
+        node for node in top if isinstance(node, ast.FunctionDef) and node.name in surface.FUNCTIONS
+    ]
     body = [_cut(node, known) for node in [*classes, *constants, *functions]]
-    return surface.HEADER + "__version__: str\n\n" + surface.ENUM + "\n" + "\n".join(map(ast.unparse, body)) + "\n"
+    return (
+        surface.HEADER
+        + "__version__: str\n\n"
+        + surface.ENUM
+        + "\n"
+        + "\n".join(map(ast.unparse, body))
+        + "\n"
+    )
 
 
 def _wanted(block: str) -> bool:
     match = re.match(r"class (\w+)|def (\w+)|\w+: ", block)
-    return match is not None and (match[1] or match[2]) in (None, *surface.CLASSES, *surface.FUNCTIONS)
+    return match is not None and (match[1] or match[2]) in (
+        None,
+        *surface.CLASSES,
+        *surface.FUNCTIONS,
+    )
 
 
 def _cut(node: ast.stmt, known: set[str]) -> ast.stmt:
@@ -124,12 +161,19 @@ def _cut(node: ast.stmt, known: set[str]) -> ast.stmt:
         node.decorator_list = [_bare(decorator) for decorator in node.decorator_list]
         node.returns = surface.known_type(node.returns, known)
         for argument in node.args.args:
-            argument.annotation = surface.parameter_type(argument.annotation, known) if argument.annotation else None
+            argument.annotation = (
+                surface.parameter_type(argument.annotation, known) if argument.annotation else None
+            )
     elif isinstance(node, ast.ClassDef):
         members = [member for member in node.body if not surface.unused(node.name, _name(member))]
         if any(_name(member) == "__members__" for member in node.body):
-            node.bases, members = [ast.Name("Enum")], [m for m in members if isinstance(m, ast.AnnAssign)]
-        node.body = [_cut(member, known) for member in members if _name(member)] or [ast.Expr(ast.Constant(...))]
+            node.bases, members = (
+                [ast.Name("Enum")],
+                [m for m in members if isinstance(m, ast.AnnAssign)],
+            )
+        node.body = [_cut(member, known) for member in members if _name(member)] or [
+            ast.Expr(ast.Constant(...))
+        ]
         node.body += ast.parse(surface.PROTOCOLS.get(node.name, "")).body
     return node
 

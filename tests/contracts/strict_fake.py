@@ -19,7 +19,13 @@ import numpy as np
 
 PLAIN = {"bool": True, "int": 0, "float": 0.0, "str": "", "None": None, "tuple": (), "list": []}
 # A network of one layer, with one input whose batch size its profile decides.
-NETWORK = {"num_inputs": 1, "num_layers": 1, "name": "x", "shape": (-1, 4, 8, 8), "is_shape_tensor": False}
+NETWORK = {
+    "num_inputs": 1,
+    "num_layers": 1,
+    "name": "x",
+    "shape": (-1, 4, 8, 8),
+    "is_shape_tensor": False,
+}
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
 
@@ -54,13 +60,21 @@ def _class(node: ast.ClassDef, made: Any) -> type:
     for part in node.body:
         if isinstance(part, ast.AnnAssign):
             members[ast.unparse(part.target)] = _attribute(part, members, made)
-        elif isinstance(part, ast.FunctionDef) and part.name not in ("__init__", "__buffer__", "__getitem__"):
+        elif isinstance(part, ast.FunctionDef) and part.name not in (
+            "__init__",
+            "__buffer__",
+            "__getitem__",
+        ):
             overloads = [other for other in node.body if getattr(other, "name", "") == part.name]
             members[part.name] = _method(overloads, made)
         elif getattr(part, "name", "") == "__getitem__":
             members["__getitem__"] = _item(part.returns, made)
     if node.name == "IHostMemory":
-        return type(node.name, (bytes,), {"__new__": lambda kind: bytes.__new__(kind, b"built"), "nbytes": 5})
+        return type(
+            node.name,
+            (bytes,),
+            {"__new__": lambda kind: bytes.__new__(kind, b"built"), "nbytes": 5},
+        )
     return type(node.name, tuple(getattr(made, base) for base in bases) or (Strict,), members)
 
 
@@ -78,7 +92,11 @@ def _attribute(node: ast.AnnAssign, members: dict[str, Any], made: Any) -> Any:
     """A member of the class's own enumeration, or an attribute that can be set."""
     kind, name = ast.unparse(node.annotation), ast.unparse(node.target)
     severity = members.get("Severity", getattr(getattr(made, "ILogger", None), "Severity", None))
-    return severity[name] if kind == "ClassVar[ILogger.Severity]" else NETWORK.get(name, PLAIN.get(kind))
+    return (
+        severity[name]
+        if kind == "ClassVar[ILogger.Severity]"
+        else NETWORK.get(name, PLAIN.get(kind))
+    )
 
 
 def _method(overloads: list[Any], made: Any) -> Any:
@@ -96,7 +114,9 @@ def _method(overloads: list[Any], made: Any) -> Any:
             except TypeError:
                 continue
             return _value(returns, made)
-        raise TypeError(f"{overloads[0].name} takes {' or '.join(str(signature) for signature, _ in accepted)}")
+        raise TypeError(
+            f"{overloads[0].name} takes {' or '.join(str(signature) for signature, _ in accepted)}"
+        )
 
     return staticmethod(method) if "staticmethod" in decorators else method
 

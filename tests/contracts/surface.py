@@ -35,7 +35,10 @@ PROTOCOLS = {
 }
 
 # What pybind11 makes of an argument by itself (py::implicitly_convertible in TensorRT's sources); no docstring says it.
-IMPLICIT = {"Weights": "Union[Weights, numpy.ndarray[Any, Any]]", "Dims": "Union[Dims, Sequence[int]]"}
+IMPLICIT = {
+    "Weights": "Union[Weights, numpy.ndarray[Any, Any]]",
+    "Dims": "Union[Dims, Sequence[int]]",
+}
 
 CUDART = re.compile(
     r"cuda(Malloc|MallocHost|MallocAsync|Free|FreeHost|FreeAsync|Memcpy|MemcpyAsync|Memset|MemsetAsync|MemGetInfo|"
@@ -70,13 +73,24 @@ _TYPES = {
 def tensorrt_surface(trt: ModuleType) -> str:
     """The stub of a TensorRT or TensorRT-RTX module, without its provenance."""
     present = [name for name in sorted(CLASSES) if hasattr(trt, name)]
-    known = {*present, *(f"{name}.{inner}" for name in present for inner in _nested(getattr(trt, name)))}
+    known = {
+        *present,
+        *(f"{name}.{inner}" for name in present for inner in _nested(getattr(trt, name))),
+    }
     parts = [HEADER + "__version__: str", ENUM.rstrip()]
     parts += ["\n".join(_class(name, getattr(trt, name), known)) for name in present]
-    values = [(name, value) for name, value in sorted(vars(trt).items()) if _is_enum(type(value)) and name != "bool"]
-    constants = [f"{name}: {type(value).__name__}" for name, value in values if type(value).__name__ in known]
+    values = [
+        (name, value)
+        for name, value in sorted(vars(trt).items())
+        if _is_enum(type(value)) and name != "bool"
+    ]
+    constants = [
+        f"{name}: {type(value).__name__}" for name, value in values if type(value).__name__ in known
+    ]
     functions = [
-        f"def {name}{_function(name, getattr(trt, name), known)}: ..." for name in FUNCTIONS if hasattr(trt, name)
+        f"def {name}{_function(name, getattr(trt, name), known)}: ..."
+        for name in FUNCTIONS
+        if hasattr(trt, name)
     ]
     return "\n\n".join([*parts, "\n".join([*constants, *functions])]) + "\n"
 
@@ -88,7 +102,9 @@ def cudart_surface(cudart: ModuleType) -> str:
         if not CUDART.fullmatch(name):
             continue
         if isinstance(value, type):
-            names = getattr(value, "__members__", None) or [part for part in dir(value) if part[0] != "_"]
+            names = getattr(value, "__members__", None) or [
+                part for part in dir(value) if part[0] != "_"
+            ]
             lines += [f"class {name}:", *(f"    {part}: Any" for part in sorted(names)), ""]
         elif callable(value):
             lines.append(f"def {name}{_untyped(value)}: ...")
@@ -99,7 +115,9 @@ def cudart_surface(cudart: ModuleType) -> str:
 
 def unused(kind: str, member: str) -> bool:
     """Whether a member stays out of the surface: operators, and the layers of a network made by hand."""
-    return bool(_UNUSED.match(member)) or (kind == "INetworkDefinition" and member.startswith("add_"))
+    return bool(_UNUSED.match(member)) or (
+        kind == "INetworkDefinition" and member.startswith("add_")
+    )
 
 
 def _is_enum(kind: type) -> bool:
@@ -107,14 +125,18 @@ def _is_enum(kind: type) -> bool:
 
 
 def _nested(kind: type) -> list[str]:
-    return [name for name, value in vars(kind).items() if isinstance(value, type) and _is_enum(value)]
+    return [
+        name for name, value in vars(kind).items() if isinstance(value, type) and _is_enum(value)
+    ]
 
 
 def _class(name: str, kind: type, known: set[str], indent: str = "") -> Iterator[str]:
     if _is_enum(kind):
         yield f"{indent}class {name}(Enum):"
         members: dict[str, Any] = kind.__members__  # type: ignore[attr-defined]
-        yield from (f"{indent}    {member}: ClassVar[{kind.__qualname__}]" for member in sorted(members))
+        yield from (
+            f"{indent}    {member}: ClassVar[{kind.__qualname__}]" for member in sorted(members)
+        )
         return
     bases = [base.__name__ for base in kind.__bases__ if base.__name__ in known]
     yield f"{indent}class {name}{'(' + ', '.join(bases) + ')' if bases else ''}:"
@@ -184,7 +206,9 @@ def _python(text: str) -> str:
 def _typed(function: ast.FunctionDef, known: set[str]) -> str:
     """The parameters with types that the surface knows, and Any for the rest."""
     for argument in [*function.args.args, *function.args.kwonlyargs]:
-        argument.annotation = None if argument.arg == "self" else parameter_type(argument.annotation, known)
+        argument.annotation = (
+            None if argument.arg == "self" else parameter_type(argument.annotation, known)
+        )
     function.args.defaults = [ast.Constant(...)] * len(function.args.defaults)
     return f"({ast.unparse(function.args)}) -> {ast.unparse(known_type(function.returns, known))}"
 
@@ -193,7 +217,9 @@ def known_type(annotation: ast.expr | None, known: set[str]) -> ast.expr:
     """The annotation without module names, or Any if it has a class outside the surface."""
     if annotation is None:
         return ast.Name("Any")
-    text = re.sub(r"(?:\b[a-z_]+\.)+(?=[A-Z])", "", ast.unparse(annotation))  # tensorrt_bindings.tensorrt.Dims: Dims
+    text = re.sub(
+        r"(?:\b[a-z_]+\.)+(?=[A-Z])", "", ast.unparse(annotation)
+    )  # tensorrt_bindings.tensorrt.Dims: Dims
     text = re.sub(r"SupportsInt( \| SupportsIndex)?", "int", text).replace("SupportsFloat", "float")
     names = set(re.findall(r"[A-Za-z_][\w.]*", text))
     return ast.parse(text if names and names <= known | _TYPES else "Any", mode="eval").body
@@ -207,7 +233,11 @@ def parameter_type(annotation: ast.expr | None, known: set[str]) -> ast.expr:
 
 def _returned(getter: Any, known: set[str]) -> str:
     match = re.search(r"\) -> (.+)", getter.__doc__ or "")
-    return ast.unparse(known_type(ast.parse(_python(match[1]), mode="eval").body, known)) if match else "Any"
+    return (
+        ast.unparse(known_type(ast.parse(_python(match[1]), mode="eval").body, known))
+        if match
+        else "Any"
+    )
 
 
 def _setter_type(setter: Any, known: set[str]) -> str:

@@ -24,14 +24,20 @@ def known(surface: Path) -> dict[str, int | None]:
         elif isinstance(node, ast.AnnAssign):
             found[ast.unparse(node.target)] = None
         elif isinstance(node, ast.ClassDef):
-            parts = [ast.unparse(part.target) for part in node.body if isinstance(part, ast.AnnAssign)]
+            parts = [
+                ast.unparse(part.target) for part in node.body if isinstance(part, ast.AnnAssign)
+            ]
             found |= dict.fromkeys([node.name, *parts, *(f"{node.name}.{part}" for part in parts)])
     return found
 
 
 def used(tree: ast.AST) -> set[str]:
     """Names of CUDA's in a module, as attributes or as texts (``call(cudart, "cudaMalloc", size)``)."""
-    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    texts = {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     return {name for name in texts | attributes if re.fullmatch(r"cuda[A-Z]\w+", name)}
 
@@ -42,7 +48,9 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, int, bool]]:
         if isinstance(node, ast.Call):
             plain = [ast.unparse(argument) for argument in node.args]
             texts = [
-                i for i, argument in enumerate(node.args) if re.fullmatch(r"'cuda[A-Z]\w+'", ast.unparse(argument))
+                i
+                for i, argument in enumerate(node.args)
+                if re.fullmatch(r"'cuda[A-Z]\w+'", ast.unparse(argument))
             ]
             if texts and (ast.unparse(node.func) == "call" or plain[:1] == ["call"]):
                 rest = node.args[texts[0] + 1 :]
@@ -57,14 +65,17 @@ def misfits(source: str, surface: Path) -> list[str]:
     wrong = [
         f"{name} takes {there[name]}, not {number}"
         for name, number, more in calls(tree)
-        if (expected := there.get(name)) is not None and (number > expected if more else number != expected)
+        if (expected := there.get(name)) is not None
+        and (number > expected if more else number != expected)
     ]
     return absent + wrong
 
 
 @pytest.mark.parametrize("surface", PINNED, ids=lambda path: path.stem)
 def test_the_engines_fit(surface: Path) -> None:
-    assert {path.name: told for path in ENGINES if (told := misfits(path.read_text(), surface))} == {}
+    assert {
+        path.name: told for path in ENGINES if (told := misfits(path.read_text(), surface))
+    } == {}
 
 
 @pytest.mark.parametrize("surface", PINNED, ids=lambda path: path.stem)
@@ -74,7 +85,11 @@ def test_device_properties_exist(surface: Path, field: str) -> None:
 
 
 def test_the_versions_that_jetpack_and_desktops_take() -> None:
-    assert {path.stem.split("-")[1].rpartition(".")[0][:4] for path in PINNED} >= {"12.6", "12.9", "13.4"}
+    assert {path.stem.split("-")[1].rpartition(".")[0][:4] for path in PINNED} >= {
+        "12.6",
+        "12.9",
+        "13.4",
+    }
 
 
 @pytest.mark.parametrize(

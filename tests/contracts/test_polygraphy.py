@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from make_surfaces import SURFACES
 
-from hipa_deploy.engines.build_worker import environment
+from hipa_deploy.engines.build.worker import environment
 
 HERE = Path(__file__).parent
 BUILD = """
@@ -54,7 +54,14 @@ def build_on(surface: Path, folder: Path, code: str = BUILD) -> subprocess.Compl
     flavour = "rtx" if name == "tensorrt_rtx" else "tensorrt"
     paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("POLYGRAPHY_UNDER_TEST")])])
     return subprocess.run(
-        [sys.executable, "-c", code, str(folder / "model.onnx"), str(folder / "unet.engine"), flavour],
+        [
+            sys.executable,
+            "-c",
+            code,
+            str(folder / "model.onnx"),
+            str(folder / "unet.engine"),
+            flavour,
+        ],
         env={**environment(flavour), "PYTHONPATH": paths},
         cwd=folder,
         capture_output=True,

@@ -15,10 +15,14 @@ from make_surfaces import SURFACES, read_surface
 from strict_fake import fake_module
 from typed_copy import touches_tensorrt
 
-from hipa_deploy.engines import flavour, precision, target
+from hipa_deploy.engines.build import precision_check as precision
+from hipa_deploy.engines.targets import target
+from hipa_deploy.engines.tensorrt import library as flavour
 
 ROOT = Path(__file__).parents[2]
-CONSTRAINTS = dict(re.findall(r"^([\w-]+)==([^;\s]+)", (ROOT / "constraints.txt").read_text(), flags=re.M))
+CONSTRAINTS = dict(
+    re.findall(r"^([\w-]+)==([^;\s]+)", (ROOT / "constraints.txt").read_text(), flags=re.M)
+)
 TENSORRT = sorted(SURFACES.glob("tensorrt*.pyi"))
 INSTALLED = [
     ("tensorrt_rtx", "tensorrt_rtx", "tensorrt_rtx"),
@@ -27,7 +31,9 @@ INSTALLED = [
 
 # Names that the engines compute: the code (module, expression), and every name it can come to.
 COMPUTED = {
-    ("precision", "getattr(trt.LayerType, name)"): [f"LayerType.{name}" for name in precision._HEAVY],
+    ("precision", "getattr(trt.LayerType, name)"): [
+        f"LayerType.{name}" for name in precision._HEAVY
+    ],
     ("flavour", "getattr(trt.ComputeCapability, f'SM{capability}')"): [
         f"ComputeCapability.SM{sm}" for sm in target.PORTABLE
     ],
@@ -37,7 +43,9 @@ COMPUTED = {
 def test_each_pin_says_where_it_is_from() -> None:
     for path in SURFACES.iterdir():
         first, second, *_ = path.read_text().splitlines()
-        assert re.fullmatch(rf"# Names, parameters and types alone, from {path.stem.split('-')[0]}\S*\.whl", first)
+        assert re.fullmatch(
+            rf"# Names, parameters and types alone, from {path.stem.split('-')[0]}\S*\.whl", first
+        )
         assert re.match(r"# SHA-256 [0-9a-f]{64}, ", second)
         assert path.stat().st_size < 40_000
 
@@ -46,7 +54,9 @@ def test_each_pin_says_where_it_is_from() -> None:
 def test_the_pin_is_what_is_installed(package: str, family: str, module: str) -> None:
     version = CONSTRAINTS[package]
     pin = SURFACES / f"{family}-{version}.pyi"
-    assert pin.is_file(), f"constraints.txt has {package} {version}: make its surface (make_surfaces.py)"
+    assert pin.is_file(), (
+        f"constraints.txt has {package} {version}: make its surface (make_surfaces.py)"
+    )
     pytest.importorskip(module)
     if importlib.metadata.version(package) != version:
         pytest.skip(f"{package} {version} is pinned, another is installed")
@@ -63,18 +73,26 @@ def names(path: Path) -> set[str]:
 
 
 def _name(node: ast.stmt) -> str:
-    return ast.unparse(node.target) if isinstance(node, ast.AnnAssign) else getattr(node, "name", "")
+    return (
+        ast.unparse(node.target) if isinstance(node, ast.AnnAssign) else getattr(node, "name", "")
+    )
 
 
 def test_two_independent_readings_agree() -> None:
     """tensorrt-stubs 10.13.0, made by others from TensorRT at work, and the bindings of 10.13.3 on empty libraries."""
     ours = names(SURFACES / "tensorrt-10.13.3.9.pyi")
-    assert {name for name in names(SURFACES / "tensorrt_stubs-10.13.0.35.1.pyi") - ours if "__" not in name} == set()
+    assert {
+        name
+        for name in names(SURFACES / "tensorrt_stubs-10.13.0.35.1.pyi") - ours
+        if "__" not in name
+    } == set()
 
 
 def test_a_name_that_is_looked_for_exists() -> None:
     """Looked for with hasattr or getattr, so that no checker misses it: once spelt wrong, it is never found."""
-    everywhere = {part for path in TENSORRT for name in names(path) for part in name.split(".")} | {"__members__"}
+    everywhere = {part for path in TENSORRT for name in names(path) for part in name.split(".")} | {
+        "__members__"
+    }
     looked_for = {
         (path.stem, node.args[1].value)
         for path in (ROOT / "engines").glob("*.py")
@@ -113,20 +131,28 @@ def test_load_tensorrt_takes_every_version(path: Path, monkeypatch: pytest.Monke
     assert flavour.load_tensorrt("tensorrt") is fake
 
 
-@pytest.mark.skipif(not all(map(shutil.which, ("cc", "nm", "readelf"))), reason="needs a C compiler and binutils")
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("cc", "nm", "readelf"))), reason="needs a C compiler and binutils"
+)
 def test_empty_libraries_hold_what_a_binding_needs(tmp_path: Path) -> None:
     """On a binding of our own: a library that calls createInferBuilder_INTERNAL from libnvinfer.so.10."""
     source = tmp_path / "binding.c"
-    source.write_text("int createInferBuilder_INTERNAL(void); int made(void) { return createInferBuilder_INTERNAL(); }")
+    source.write_text(
+        "int createInferBuilder_INTERNAL(void); int made(void) { return createInferBuilder_INTERNAL(); }"
+    )
     stub = tmp_path / "libnvinfer.so.10"
     subprocess.run(
-        ["cc", "-shared", "-fPIC", "-x", "c", "/dev/null", "-o", stub, f"-Wl,-soname,{stub.name}"], check=True
+        ["cc", "-shared", "-fPIC", "-x", "c", "/dev/null", "-o", stub, f"-Wl,-soname,{stub.name}"],
+        check=True,
     )
     binding = tmp_path / "tensorrt.so"
     command = ["cc", "-shared", "-fPIC", source, "-o", binding, "-Wl,--no-as-needed", stub]
     subprocess.run(command, check=True)
     make_surfaces.empty_libraries(binding, tmp_path / "libraries")
     told = subprocess.run(
-        ["nm", "-D", tmp_path / "libraries/libnvinfer.so.10"], capture_output=True, text=True, check=True
+        ["nm", "-D", tmp_path / "libraries/libnvinfer.so.10"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert " T createInferBuilder_INTERNAL" in told

@@ -60,8 +60,19 @@ def check(folder: Path, sources: list[Path]) -> list[Complaint]:
             copies.append(folder / f"on_{name}" / path.name)
             copies[-1].write_text(typed_copy(path, name))
         (folder / f"on_{name}" / "__init__.py").touch()
-    flags = ["--ignore-missing-imports", "--follow-imports=silent", "--no-strict-optional", "--disallow-any-expr"]
-    shown = ["--show-error-end", "--no-error-summary", "--hide-error-context", "--no-pretty", "--cache-dir=cache"]
+    flags = [
+        "--ignore-missing-imports",
+        "--follow-imports=silent",
+        "--no-strict-optional",
+        "--disallow-any-expr",
+    ]
+    shown = [
+        "--show-error-end",
+        "--no-error-summary",
+        "--hide-error-context",
+        "--no-pretty",
+        "--cache-dir=cache",
+    ]
     command = [sys.executable, "-m", "mypy", "--config-file=", *flags, *shown, *map(str, copies)]
     told = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert told.returncode in (0, 1), told.stderr
@@ -71,7 +82,9 @@ def check(folder: Path, sources: list[Path]) -> list[Complaint]:
 def _parse(line: str) -> Complaint:
     where, text = line.split(": error: ", 1)
     name, *place = where.rsplit(":", 4)
-    return Complaint(Path(name).parent.name.removeprefix("on_"), Path(name).stem, tuple(map(int, place)), text)
+    return Complaint(
+        Path(name).parent.name.removeprefix("on_"), Path(name).stem, tuple(map(int, place)), text
+    )
 
 
 def of_any(complaint: Complaint) -> bool:
@@ -91,17 +104,28 @@ def complaints(tmp_path_factory: pytest.TempPathFactory) -> list[Complaint]:
 
 def test_every_module_that_touches_tensorrt_is_looked_at() -> None:
     assert {"build_worker", "flavour", "precision", "runtime"} <= {path.stem for path in ENGINES}
-    assert {path.stem.split("-")[0] for path in PINNED} == {"tensorrt", "tensorrt_rtx", "tensorrt_stubs"}
+    assert {path.stem.split("-")[0] for path in PINNED} == {
+        "tensorrt",
+        "tensorrt_rtx",
+        "tensorrt_stubs",
+    }
 
 
 def test_the_engines_fit_every_surface(complaints: list[Complaint]) -> None:
-    assert [str(complaint) for complaint in complaints if not of_any(complaint) and not rtx_alone(complaint)] == []
+    assert [
+        str(complaint)
+        for complaint in complaints
+        if not of_any(complaint) and not rtx_alone(complaint)
+    ] == []
 
 
 def rtx_alone(complaint: Complaint) -> bool:
     """Whether TensorRT lacks a name in code that is for TensorRT-RTX alone."""
     names = RTX_ALONE.get(complaint.module, "(?!)")
-    return re.search(rf'"(?:trt\.)?(?:{names})"', complaint.text) is not None and "_rtx_" not in complaint.surface
+    return (
+        re.search(rf'"(?:trt\.)?(?:{names})"', complaint.text) is not None
+        and "_rtx_" not in complaint.surface
+    )
 
 
 def test_nothing_of_tensorrt_goes_unchecked(complaints: list[Complaint]) -> None:
@@ -134,7 +158,9 @@ def test_an_object_without_a_class_is_noticed(tmp_path: Path) -> None:
         "def f(trt: Any, thing: Any) -> None:\n    thing.set_flag(trt.BuilderFlag.REFIT)\n"
     )
     told = {complaint.place for complaint in check(tmp_path, [source]) if of_any(complaint)}
-    (owner,) = (node for node in ast.walk(ast.parse(typed_copy(source, "x"))) if _is_name(node, "thing"))
+    (owner,) = (
+        node for node in ast.walk(ast.parse(typed_copy(source, "x"))) if _is_name(node, "thing")
+    )
     assert _place(owner) in told
 
 
@@ -143,14 +169,26 @@ def _is_name(node: ast.AST, name: str) -> bool:
 
 
 MISTAKES = {
-    "an invented method": ("config.get_flags_of(1)", 'IBuilderConfig" has no attribute "get_flags_of'),
-    "an invented flag": ("config.set_flag(trt.BuilderFlag.FASTER)", 'BuilderFlag]" has no attribute "FASTER'),
+    "an invented method": (
+        "config.get_flags_of(1)",
+        'IBuilderConfig" has no attribute "get_flags_of',
+    ),
+    "an invented flag": (
+        "config.set_flag(trt.BuilderFlag.FASTER)",
+        'BuilderFlag]" has no attribute "FASTER',
+    ),
     "an invented class": ("trt.Compiler(config)", 'Module has no attribute "Compiler'),
-    "another keyword": ("config.set_timing_cache(cache, ignore=True)", 'Unexpected keyword argument "ignore"'),
+    "another keyword": (
+        "config.set_timing_cache(cache, ignore=True)",
+        'Unexpected keyword argument "ignore"',
+    ),
     "too many arguments": ("config.clear_flag(trt.BuilderFlag.REFIT, 1)", "Too many arguments"),
     "another type": ("config.set_memory_pool_limit('workspace', 1)", "incompatible type"),
     "setting what is read-only": ("config.num_optimization_profiles = 2", "read-only"),
-    "a chained invented name": ("trt.Runtime(logger).deserialize_cuda_engine(b'').get_name(0)", "get_name"),
+    "a chained invented name": (
+        "trt.Runtime(logger).deserialize_cuda_engine(b'').get_name(0)",
+        "get_name",
+    ),
 }
 
 
@@ -158,7 +196,9 @@ def test_mistakes_are_found(tmp_path: Path) -> None:
     source = tmp_path / "mistakes.py"
     head = "from __future__ import annotations\nfrom typing import Any\n"
     body = "".join(f"    {code}\n" for code, _ in MISTAKES.values())
-    source.write_text(f"{head}def f(trt: Any, config: Any, cache: Any, logger: Any) -> None:\n{body}")
+    source.write_text(
+        f"{head}def f(trt: Any, config: Any, cache: Any, logger: Any) -> None:\n{body}"
+    )
     told = [complaint for complaint in check(tmp_path, [source]) if not of_any(complaint)]
     for name, (_, words) in MISTAKES.items():
         assert {c.surface for c in told if words in c.text} == set(map(module_of, PINNED)), name
@@ -169,5 +209,7 @@ def test_what_one_version_lacks_is_found_there(tmp_path: Path) -> None:
     source.write_text(
         "from __future__ import annotations\ndef f(trt: object) -> None:\n    print(trt.BuilderFlag.FP16)\n"
     )
-    told = {complaint.surface for complaint in check(tmp_path, [source]) if "FP16" in complaint.text}
+    told = {
+        complaint.surface for complaint in check(tmp_path, [source]) if "FP16" in complaint.text
+    }
     assert told == {"tensorrt_11_4_0_106", "tensorrt_rtx_1_7_1_116"}

@@ -30,7 +30,10 @@ CLASSES = {
 }
 OTHERWISE = {
     "build_worker": {"engine": "IHostMemory"},
-    "precision": {"engine": "IHostMemory", "layer": None},  # serialised, still to be loaded; a layer in JSON
+    "precision": {
+        "engine": "IHostMemory",
+        "layer": None,
+    },  # serialised, still to be loaded; a layer in JSON
     "refit": {"logger": None},  # recording_logger's own class
     "runtime": {"logger": None},
     "stage": {"logger": None, "config": "IRuntimeConfig"},
@@ -39,7 +42,9 @@ OTHERWISE = {
 
 def touches_tensorrt(path: Path) -> bool:
     """Whether a module uses TensorRT or takes an object of its, by the names that the engines give them."""
-    return any(_is_module(node) or _is_object(node) for node in ast.walk(ast.parse(path.read_text())))
+    return any(
+        _is_module(node) or _is_object(node) for node in ast.walk(ast.parse(path.read_text()))
+    )
 
 
 def typed_copy(path: Path, surface: str) -> str:
@@ -47,7 +52,9 @@ def typed_copy(path: Path, surface: str) -> str:
     classes = {**CLASSES, **OTHERWISE.get(path.stem, {})}
     known = {name: kind for name, kind in classes.items() if kind is not None}
     tree = _Typed(known).visit(ast.parse(path.read_text()))
-    position = 1 + next(i for i, node in enumerate(tree.body) if getattr(node, "module", "") == "__future__")
+    position = 1 + next(
+        i for i, node in enumerate(tree.body) if getattr(node, "module", "") == "__future__"
+    )
     tree.body.insert(position, ast.parse(f"import {surface} as trt").body[0])
     return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
 
@@ -61,7 +68,11 @@ def _is_module(node: ast.AST) -> bool:
 
 def _is_object(node: ast.AST) -> bool:
     """A parameter of type Any with a name of CLASSES."""
-    return isinstance(node, ast.arg) and node.arg in CLASSES and ast.unparse(node.annotation or ast.Name("")) == "Any"
+    return (
+        isinstance(node, ast.arg)
+        and node.arg in CLASSES
+        and ast.unparse(node.annotation or ast.Name("")) == "Any"
+    )
 
 
 class _Typed(ast.NodeTransformer):
@@ -70,7 +81,9 @@ class _Typed(ast.NodeTransformer):
         self.bases: dict[str, ast.expr] = {}
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        parameters = {argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)}
+        parameters = {
+            argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)
+        }
         names = sorted({name for name in _stored(node) if name in self.classes} - parameters)
         self.generic_visit(node)
         node.body[:0] = [self._declared(name, name) for name in names]
@@ -79,7 +92,11 @@ class _Typed(ast.NodeTransformer):
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         node.bases = [self.bases.get(ast.unparse(base), base) for base in node.bases]
         held = {f"_{name}": name for name in self.classes}
-        stored = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute) and _is_store(part)}
+        stored = {
+            part.attr
+            for part in ast.walk(node)
+            if isinstance(part, ast.Attribute) and _is_store(part)
+        }
         self.generic_visit(node)
         node.body += [self._declared(name, held[name]) for name in sorted(stored & set(held))]
         return node
@@ -87,7 +104,11 @@ class _Typed(ast.NodeTransformer):
     def visit_arg(self, node: ast.arg) -> ast.AST:
         if node.arg == "trt":
             return ast.arg("module_at_run_time", ast.Name("object"))
-        if node.annotation is not None and ast.unparse(node.annotation) == "Any" and node.arg in self.classes:
+        if (
+            node.annotation is not None
+            and ast.unparse(node.annotation) == "Any"
+            and node.arg in self.classes
+        ):
             node.annotation = ast.parse(f"trt.{self.classes[node.arg]}", mode="eval").body
         return node
 
@@ -101,7 +122,11 @@ class _Typed(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.AST:
         if node.id == "base" and "base" in self.bases:
             return self.bases["base"]
-        return ast.Name("module_at_run_time", node.ctx) if node.id == "trt" and _is_store(node) else node
+        return (
+            ast.Name("module_at_run_time", node.ctx)
+            if node.id == "trt" and _is_store(node)
+            else node
+        )
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         if _is_module(node) and not _is_store(node):
@@ -124,6 +149,14 @@ def _stored(function: ast.FunctionDef) -> Iterator[str]:
         if isinstance(node, ast.Name) and _is_store(node):
             yield node.id
         if not isinstance(
-            node, (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+            node,
+            (
+                ast.FunctionDef,
+                ast.Lambda,
+                ast.ListComp,
+                ast.SetComp,
+                ast.DictComp,
+                ast.GeneratorExp,
+            ),
         ):
             pending += ast.iter_child_nodes(node)

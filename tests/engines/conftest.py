@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hipa_deploy.bundle import Bundle
+from hipa_deploy.bundle.manifest import Bundle
 
 sys.path.insert(0, str(Path(__file__).parent))  # engine_samples, whatever pytest's import mode
 from engine_samples import save_conv, write_bundle
@@ -18,10 +18,18 @@ def make_bundle(tmp_path: Path) -> Callable[..., Bundle]:
     """A bundle with the stages 'unet' and 'vae_decoder' (the latter with external data), or those named."""
 
     def make(
-        dtype: type = np.float16, precision: str = "fp16", op: str = "Relu", stages: tuple[str, ...] = ()
+        dtype: type = np.float16,
+        precision: str = "fp16",
+        op: str = "Relu",
+        stages: tuple[str, ...] = (),
     ) -> Bundle:
         for stage in stages or ("unet", "vae_decoder"):
-            save_conv(tmp_path / "bundle" / stage / "model.onnx", dtype, op, external=stage == "vae_decoder")
+            save_conv(
+                tmp_path / "bundle" / stage / "model.onnx",
+                dtype,
+                op,
+                external=stage == "vae_decoder",
+            )
         return write_bundle(tmp_path / "bundle", precision)
 
     return make

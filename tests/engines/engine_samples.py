@@ -9,12 +9,34 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from hipa_deploy.bundle import MANIFEST, Bundle, Manifest, ModelInfo, OneStep, Parity, Stage, StageSpec, TensorSpec
-from hipa_deploy.engines.device import Gpu
+from hipa_deploy.bundle.manifest import (
+    MANIFEST,
+    Bundle,
+    Manifest,
+    ModelInfo,
+    OneStep,
+    Parity,
+    Stage,
+    StageSpec,
+    TensorSpec,
+)
+from hipa_deploy.engines.device.describe import Gpu
+from hipa_deploy.engines.store.build_options import BuildOptions
+from hipa_deploy.engines.store.select import PrecisionCheck, Sidecar, engine_path, key_for
+from hipa_deploy.engines.targets.target import Target, binding
+from hipa_deploy.hashing import file_sha256
 
+CONTENT = b"an engine"
 PARITY = Parity(max_abs=0.0, mean_abs=0.0, cosine=1.0, psnr_db=99.0)
 SHAPE = (1, 4, 8, 8)
-RTX_4090 = Gpu(name="NVIDIA GeForce RTX 4090", sm=89, memory_mib=24564, integrated=False, driver="580.1", cuda="13.0")
+RTX_4090 = Gpu(
+    name="NVIDIA GeForce RTX 4090",
+    sm=89,
+    memory_mib=24564,
+    integrated=False,
+    driver="580.1",
+    cuda="13.0",
+)
 ORIN = Gpu(name="Orin", sm=87, memory_mib=7620, integrated=True, driver="540.4", cuda="12.6")
 
 
@@ -32,7 +54,9 @@ def save_conv(path: Path, dtype: type, op: str = "Relu", external: bool = False)
     graph = helper.make_graph(nodes, "conv", [x], [y], [numpy_helper.from_array(weight, "weight")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(model, path, save_as_external_data=external, location=f"{path.name}.data", size_threshold=0)
+    onnx.save(
+        model, path, save_as_external_data=external, location=f"{path.name}.data", size_threshold=0
+    )
 
 
 def conv_spec(name: str) -> StageSpec:
@@ -63,3 +87,26 @@ def write_bundle(root: Path, precision: str = "fp16") -> Bundle:
     )  # fmt: skip
     (root / MANIFEST).write_text(manifest.model_dump_json())
     return Bundle.open(root)
+
+
+def put_engine(bundle, stage="unet", flavour="tensorrt", gpu=ORIN, **changes) -> Path:
+    """Write an engine and the sidecar of a build on ``gpu`` with fields of its key changed; the sidecar's path."""
+    target = Target(name="t", compute_capabilities=(gpu.sm,), **binding(flavour, gpu))
+    key = key_for(bundle, stage, flavour, "10.13.3", target, BuildOptions()).model_copy(
+        update=changes
+    )
+    path = bundle.root / "engines" / f"{flavour}-t" / f"{stage}-{key.short}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    engine_path(path).write_bytes(CONTENT)
+    sidecar = Sidecar(
+        producer="tests",
+        stage=stage,
+        key=key,
+        precision_check=PrecisionCheck(by="inspector", float16=1, float32=0),
+        engine_sha256=file_sha256(engine_path(path)),
+        engine_bytes=len(CONTENT),
+        build_seconds=1.0,
+        build_peak_mib=None,
+    )
+    path.write_text(sidecar.model_dump_json())
+    return path

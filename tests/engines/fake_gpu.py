@@ -23,7 +23,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-from hipa_deploy.bundle import StageSpec, TensorSpec
+from hipa_deploy.bundle.manifest import StageSpec, TensorSpec
 
 INVALID_VALUE, OUT_OF_MEMORY, INVALID_HANDLE, NOT_READY = 1, 2, 400, 600
 ILLEGAL_ADDRESS, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 700, 900, 901
@@ -78,7 +78,9 @@ class FakeCudart:
     @property
     def leaks(self) -> list[str]:
         held = (self.memory, self.streams, self.events, self.graphs, self.executables)
-        return [str(item) for part in held for item in part] + (["capture"] if self.capture is not None else [])
+        return [str(item) for part in held for item in part] + (
+            ["capture"] if self.capture is not None else []
+        )
 
     def __getattr__(self, name: str):
         do = object.__getattribute__(self, f"do_{name}")
@@ -106,7 +108,11 @@ class FakeCudart:
 
     def do_cudaMemGetInfo(self):
         used = sum(memory.size for memory in self.memory.values())
-        return 0, (1 << 40) - (used << 20), 1 << 40  # as if a byte were a MiB, so that a test sees it
+        return (
+            0,
+            (1 << 40) - (used << 20),
+            1 << 40,
+        )  # as if a byte were a MiB, so that a test sees it
 
     # memory
 
@@ -128,7 +134,11 @@ class FakeCudart:
         return self._allocate(size, "pinned")
 
     def do_cudaHostAlloc(self, size, flags):
-        return self._allocate(size, "mapped") if flags == self.cudaHostAllocMapped else (INVALID_VALUE, None)
+        return (
+            self._allocate(size, "mapped")
+            if flags == self.cudaHostAllocMapped
+            else (INVALID_VALUE, None)
+        )
 
     def do_cudaHostGetDevicePointer(self, pointer, flags):
         mapped = pointer in self.memory and self.memory[pointer].kind == "mapped" and flags == 0
@@ -208,7 +218,10 @@ class FakeCudart:
         if flags == self.cudaEventRecordExternal and self.capture is None:
             return (INVALID_VALUE,)
         found = self.events[event]
-        found.stamp, found.swallowed = None, self.capture is not None and flags == self.cudaEventRecordDefault
+        found.stamp, found.swallowed = (
+            None,
+            self.capture is not None and flags == self.cudaEventRecordDefault,
+        )
         return self.put(stream, lambda: setattr(found, "stamp", self.clock_ms))
 
     def do_cudaEventSynchronize(self, event):
@@ -221,7 +234,11 @@ class FakeCudart:
         first, last = self.events.get(start), self.events.get(end)
         if first is None or last is None or first.swallowed or last.swallowed:
             return INVALID_HANDLE, None
-        return (NOT_READY, None) if None in (first.stamp, last.stamp) else (0, last.stamp - first.stamp)
+        return (
+            (NOT_READY, None)
+            if None in (first.stamp, last.stamp)
+            else (0, last.stamp - first.stamp)
+        )
 
     def do_cudaStreamBeginCapture(self, stream, mode):
         if stream not in self.streams or self.capture is not None:
@@ -343,7 +360,9 @@ class FakeEngine:
         self, spec: StageSpec, compute, *, runs=True, context=True, capturable=None, spoils_capture=False,
         refuses_address="", max_rows=99, **changes,
     ) -> None:  # fmt: skip
-        self.tensors = {tensor.name: _open(tensor) for tensor in spec.inputs + spec.outputs} | changes
+        self.tensors = {
+            tensor.name: _open(tensor) for tensor in spec.inputs + spec.outputs
+        } | changes
         self.input_names = [tensor.name for tensor in spec.inputs]
         self.compute, self.runs, self.has_context = compute, runs, context
         self.capturable, self.spoils_capture = capturable, spoils_capture
@@ -408,7 +427,12 @@ class FakeGpu:
     @property
     def trt(self) -> ModuleType:
         trt = ModuleType("fake_tensorrt")
-        trt.Logger, trt.ILogger, trt.IProfiler, trt.nptype = FakeLogger, FakeILogger, FakeIProfiler, np.dtype
+        trt.Logger, trt.ILogger, trt.IProfiler, trt.nptype = (
+            FakeLogger,
+            FakeILogger,
+            FakeIProfiler,
+            np.dtype,
+        )
         trt.Runtime = lambda logger: SimpleNamespace(
             deserialize_cuda_engine=lambda data: self._deserialise(logger, bytes(data))
         )

@@ -1,4 +1,4 @@
-"""Trees of files that imitate Jetson's, from the sources that engines/sysfs.py names. None was read on a Jetson."""
+"""Trees of files that imitate Jetson's, from the sources that engines/device/sysfs.py names. None was read on a Jetson."""
 
 from __future__ import annotations
 

@@ -7,10 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 from engine_samples import ORIN
 
-from hipa_deploy.engines.conditions import MachineState, Reading
-from hipa_deploy.engines.device import Device
-from hipa_deploy.engines.profile import END_TO_END, BundleFacts, Conditions, LatencyReport, summarise
-from hipa_deploy.engines.sysfs import Clock
+from hipa_deploy.engines.device.describe import Device
+from hipa_deploy.engines.device.sysfs import Clock
+from hipa_deploy.engines.latency.machine_state import MachineState, Reading
+from hipa_deploy.engines.latency.measure import (
+    END_TO_END,
+    BundleFacts,
+    Conditions,
+    LatencyReport,
+    summarise,
+)
 
 READING = Reading(
     clocks={"gpu": Clock(now_mhz=1020, max_mhz=1020, locked=True)}, temperatures_c={"gpu-thermal": 54.5},
@@ -40,7 +46,10 @@ def a_report(unet_ms: Sequence[float] = (), *, device: bool = False, **fields) -
     host = {"unet": unet, "vae_decoder": np.full(len(unet), 2e-3)}
     whole = sum(host.values()) + 5e-4
     stages = {name: summarise(seconds, 0.1) for name, seconds in host.items()}
-    inner = {name: summarise(seconds * 0.9, 0.1) for name, seconds in (*host.items(), (END_TO_END, whole))}
+    inner = {
+        name: summarise(seconds * 0.9, 0.1)
+        for name, seconds in (*host.items(), (END_TO_END, whole))
+    }
     made = {
         "created": "2030-01-01T00:00:00+00:00", "warmup": 5, "load_seconds": 1.0, "stages": stages,
         "end_to_end": summarise(whole, 0.3), "device": inner if device else {},

@@ -10,14 +10,14 @@ import pytest
 from rich.console import Console
 
 from hipa_deploy import OneStepPipeline, embedded
-from hipa_deploy.bundle import Bundle
-from hipa_deploy.engines.build import build_bundle
-from hipa_deploy.engines.cuda import load_cudart
-from hipa_deploy.engines.device import find_gpu
-from hipa_deploy.engines.engine import engine_path, find_sidecars
-from hipa_deploy.engines.runtime import TensorRTRunner
-from hipa_deploy.runners import open_runner
-from hipa_deploy.selfcheck import check_pipeline
+from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.doctor.self_check import check_pipeline
+from hipa_deploy.engines.build.build_bundle import build_bundle
+from hipa_deploy.engines.device.describe import find_gpu
+from hipa_deploy.engines.store.select import engine_path, find_sidecars
+from hipa_deploy.engines.tensorrt.cuda import load_cudart
+from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
+from hipa_deploy.generate.runner import open_runner
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,7 +44,10 @@ X = np.random.default_rng(1).standard_normal((1, 4, 8, 8)).astype(np.float32)
 
 def test_an_engine_agrees_with_onnxruntime_and_again_from_the_graph(built, flavour):
     bundle = built(flavour)
-    with open_runner(bundle, "unet", flavour) as engine, open_runner(bundle, "unet", "onnxruntime") as reference:
+    with (
+        open_runner(bundle, "unet", flavour) as engine,
+        open_runner(bundle, "unet", "onnxruntime") as reference,
+    ):
         for x in (X, -X):  # captured, then launched
             np.testing.assert_allclose(engine(x=x)["y"], reference(x=x)["y"], rtol=1e-2, atol=2e-2)
         assert engine.graph_problem is None
@@ -74,7 +77,9 @@ def test_layers_and_device_arrays(built, flavour):
         got = np.empty_like(expected)
         cudart = load_cudart(flavour)
         pointer, read_only = array.__cuda_array_interface__["data"]
-        (error,) = cudart.cudaMemcpy(got.ctypes.data, pointer, got.nbytes, cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+        (error,) = cudart.cudaMemcpy(
+            got.ctypes.data, pointer, got.nbytes, cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        )
         assert (int(error), read_only) == (0, False)
         np.testing.assert_array_equal(got, expected)
 
@@ -82,11 +87,15 @@ def test_layers_and_device_arrays(built, flavour):
 def test_the_embedded_bundle_as_one_graph_passes_its_self_check(tmp_path, flavour):
     pytest.importorskip({"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}[flavour])
     bundle = Bundle.open(
-        shutil.copytree(embedded.BUNDLE, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
+        shutil.copytree(
+            embedded.BUNDLE, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines")
+        )
     )
     build_bundle(bundle, backend=flavour, console=Console(file=io.StringIO()))
     with OneStepPipeline.load(bundle.root, flavour) as pipe:
         assert check_pipeline(pipe).problems == ()
         assert pipe.chain.graph_problem is None
-        twice = [pipe("3d emoji of a red apple", seed=0).images_BHWC for _ in range(2)]  # text encoded, then cached
+        twice = [
+            pipe("3d emoji of a red apple", seed=0).images_BHWC for _ in range(2)
+        ]  # text encoded, then cached
         np.testing.assert_array_equal(*twice)

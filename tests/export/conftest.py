@@ -8,10 +8,10 @@ import pytest
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from hipa_deploy.adaptor import AdaptorMetadata, unet_sha256
-from hipa_deploy.bundle import Bundle
-from hipa_deploy.export.bundle import ExportOptions, export_bundle
-from hipa_deploy.train.adaptor import (
+from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.export.export_bundle import ExportOptions, export_bundle
+from hipa_deploy.models.adaptor_folder import AdaptorMetadata, unet_sha256
+from hipa_deploy.train.model.unet_adaptor import (
     PRESETS,
     adaptor_parameters,
     add_adaptor,
@@ -28,7 +28,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_adaptor(
-    model_dir: Path, out: Path, *, preset: str = "full", rank: int = 4, alpha: float = 8.0, **task: Any
+    model_dir: Path,
+    out: Path,
+    *,
+    preset: str = "full",
+    rank: int = 4,
+    alpha: float = 8.0,
+    **task: Any,
 ) -> Path:
     """An adaptor whose B matrices are not zero: merging it changes the UNet. ``task``: what its metadata says of it."""
     unet = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet")
@@ -61,6 +67,10 @@ def adaptor_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def fp32_bundle(model_dir: Path, adaptor_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def fp32_bundle(
+    model_dir: Path, adaptor_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
     out = tmp_path_factory.mktemp("bundle") / "fp32"
-    return export_bundle(ExportOptions(model=str(model_dir), adaptor=adaptor_dir, out=out, dtype="fp32", batch=2))
+    return export_bundle(
+        ExportOptions(model=str(model_dir), adaptor=adaptor_dir, out=out, dtype="fp32", batch=2)
+    )

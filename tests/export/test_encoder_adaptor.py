@@ -13,20 +13,24 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from hipa_deploy import OneStepPipeline
-from hipa_deploy.adaptor import ENCODER_WEIGHTS
-from hipa_deploy.bundle import Bundle
+from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
+from hipa_deploy.bundle.manifest import Bundle
 from hipa_deploy.errors import HipaError
-from hipa_deploy.example_source import example_image
-from hipa_deploy.export.base_model import BaseModel
-from hipa_deploy.export.bundle import ExportOptions, export_bundle
+from hipa_deploy.export.export_bundle import ExportOptions, export_bundle
+from hipa_deploy.export.export_swap import SwapOptions, export_swap
 from hipa_deploy.export.merge import merge_encoder_adaptor
-from hipa_deploy.export.swap import SwapOptions, export_swap
+from hipa_deploy.export.model_parts import BaseModel
 from hipa_deploy.export.task import plan_task
 from hipa_deploy.hashing import file_sha256
-from hipa_deploy.swap import AdaptorSwap
-from hipa_deploy.train.adaptor import adaptor_parameters
-from hipa_deploy.train.encoder import add_encoder_adaptor, attach_encoder_adaptor, save_encoder_adaptor
-from hipa_deploy.train.task_evaluate import one_step_task_images
+from hipa_deploy.images.example_source import example_image
+from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
+from hipa_deploy.train.evaluation.task_images import one_step_task_images
+from hipa_deploy.train.model.encoder_adaptor import (
+    add_encoder_adaptor,
+    attach_encoder_adaptor,
+    save_encoder_adaptor,
+)
+from hipa_deploy.train.model.unet_adaptor import adaptor_parameters
 from tests.export.conftest import make_adaptor
 
 SMALL_HWC = example_image(8, 8)
@@ -40,7 +44,9 @@ def load_vae(model_dir: Path) -> AutoencoderKL:
 @pytest.fixture(scope="module")
 def adaptor(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For super-resolution, with B matrices of the encoder that are not zero."""
-    folder = make_adaptor(model_dir, tmp_path_factory.mktemp("both") / "adaptor", task="upscale", timestep=249)
+    folder = make_adaptor(
+        model_dir, tmp_path_factory.mktemp("both") / "adaptor", task="upscale", timestep=249
+    )
     vae = load_vae(model_dir).requires_grad_(False)
     add_encoder_adaptor(vae, 2, seed=0)
     with torch.no_grad():
@@ -53,7 +59,9 @@ def adaptor(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(model_dir: Path, adaptor: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     out = tmp_path_factory.mktemp("bundle") / "b"
-    return export_bundle(ExportOptions(model=str(model_dir), adaptor=adaptor, out=out, dtype="fp32"))
+    return export_bundle(
+        ExportOptions(model=str(model_dir), adaptor=adaptor, out=out, dtype="fp32")
+    )
 
 
 @torch.no_grad()
@@ -77,7 +85,9 @@ def test_an_adaptor_without_it_leaves_the_encoder(model_dir: Path, adaptor_dir: 
     assert torch.equal(encoded(vae), encoded(load_vae(model_dir)))
 
 
-def test_the_bundle_makes_what_training_measured(model_dir: Path, adaptor: Path, bundle: Bundle) -> None:
+def test_the_bundle_makes_what_training_measured(
+    model_dir: Path, adaptor: Path, bundle: Bundle
+) -> None:
     expected = one_step_task_images(model_dir, adaptor, "upscale", SMALL_HWC[None], [PROMPT], [0])
     with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
         made = pipe.upscale(SMALL_HWC, PROMPT).images_BHWC
@@ -89,7 +99,9 @@ def test_the_bundle_makes_what_training_measured(model_dir: Path, adaptor: Path,
 def test_only_the_unet_is_swapped(
     model_dir: Path, adaptor: Path, adaptor_dir: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
-    asked = SwapOptions(model=str(model_dir), adaptor=adaptor, bundle=bundle.root, out=tmp_path / "x")
+    asked = SwapOptions(
+        model=str(model_dir), adaptor=adaptor, bundle=bundle.root, out=tmp_path / "x"
+    )
     with pytest.raises(HipaError, match=r"is on the VAE's encoder too, which no swap changes"):
         export_swap(asked)
     with pytest.raises(HipaError, match=r"has an adaptor on its encoder, which no swap takes out"):
@@ -100,7 +112,9 @@ def test_only_the_unet_is_swapped(
 
 
 def test_a_tiny_encoder_does_not_take_it(model_dir: Path, adaptor: Path, tmp_path: Path) -> None:
-    asked = ExportOptions(model=str(model_dir), adaptor=adaptor, out=tmp_path / "b", encoder=tmp_path)
+    asked = ExportOptions(
+        model=str(model_dir), adaptor=adaptor, out=tmp_path / "b", encoder=tmp_path
+    )
     with pytest.raises(HipaError, match=r"adapts the VAE's own encoder\. Leave --encoder .* out"):
         plan_task(asked, BaseModel.open(str(model_dir)))
 
@@ -116,9 +130,18 @@ def test_what_cannot_be_merged(model_dir: Path, adaptor: Path, tmp_path: Path) -
         merge_encoder_adaptor(load_vae(model_dir), tmp_path / "cut")
     for weights, message in (
         ({}, "holds nothing"),
-        ({"encoder.conv_in.lora_A.weight": torch.full((2, 3, 3, 3), torch.nan)}, "holds NaN or infinity"),
-        ({"encoder.other.lora_A.weight": torch.zeros(2, 3)}, "does not fit this VAE: it has no layer encoder.other"),
-        ({"encoder.conv_in.lora_A.weight": torch.zeros(2, 3, 3, 3)}, "does not fit this VAE: list index"),
+        (
+            {"encoder.conv_in.lora_A.weight": torch.full((2, 3, 3, 3), torch.nan)},
+            "holds NaN or infinity",
+        ),
+        (
+            {"encoder.other.lora_A.weight": torch.zeros(2, 3)},
+            "does not fit this VAE: it has no layer encoder.other",
+        ),
+        (
+            {"encoder.conv_in.lora_A.weight": torch.zeros(2, 3, 3, 3)},
+            "does not fit this VAE: list index",
+        ),
         (
             {
                 "encoder.conv_in.lora_A.weight": torch.zeros(2, 5, 3, 3),

@@ -6,9 +6,9 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from hipa_deploy.adaptor import WEIGHTS
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.merge import merge_adaptor
+from hipa_deploy.models.adaptor_folder import WEIGHTS
 from tests.export.conftest import make_adaptor
 
 
@@ -19,7 +19,10 @@ def load_unet(model_dir: Path) -> UNet2DConditionModel:
 @torch.no_grad()
 def answer(unet: UNet2DConditionModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    noise, context = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 77, 16, generator=generator)
+    noise, context = (
+        torch.randn(1, 4, 8, 8, generator=generator),
+        torch.randn(1, 77, 16, generator=generator),
+    )
     return unet(noise, 999, context).sample
 
 
@@ -31,7 +34,9 @@ def changed(adaptor: Path, out: Path, **tensors: torch.Tensor) -> Path:
 
 
 @pytest.mark.parametrize("preset", ["paper", "full"])
-def test_merged_equals_unmerged_with_alpha_other_than_rank(model_dir: Path, tmp_path: Path, preset: str) -> None:
+def test_merged_equals_unmerged_with_alpha_other_than_rank(
+    model_dir: Path, tmp_path: Path, preset: str
+) -> None:
     adaptor = make_adaptor(model_dir, tmp_path / "adaptor", preset=preset, rank=4, alpha=8.0)
     pipe = StableDiffusionPipeline.from_pretrained(model_dir)
     plain = answer(pipe.unet)
@@ -51,7 +56,10 @@ def test_merged_unet_has_exactly_its_own_modules(model_dir: Path, adaptor_dir: P
 
 
 def test_scale_zero_is_the_base_and_a_half_is_between(model_dir: Path, adaptor_dir: Path) -> None:
-    plain, weight = load_unet(model_dir), "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    plain, weight = (
+        load_unet(model_dir),
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight",
+    )
     merged = {}
     for scale in (0.0, 0.5, 1.0):
         unet = load_unet(model_dir)
@@ -77,7 +85,10 @@ def test_a_layer_the_unet_does_not_have(model_dir: Path, adaptor_dir: Path, tmp_
 def test_nan_is_refused(model_dir: Path, adaptor_dir: Path, tmp_path: Path) -> None:
     key, value = next(iter(load_file(adaptor_dir / WEIGHTS).items()))
     with pytest.raises(HipaError, match="NaN"):
-        merge_adaptor(load_unet(model_dir), changed(adaptor_dir, tmp_path / "bad", **{key: value * float("nan")}))
+        merge_adaptor(
+            load_unet(model_dir),
+            changed(adaptor_dir, tmp_path / "bad", **{key: value * float("nan")}),
+        )
 
 
 def test_overflow_is_refused(model_dir: Path, adaptor_dir: Path) -> None:
@@ -91,7 +102,9 @@ def test_scale_must_be_finite(model_dir: Path, adaptor_dir: Path, scale: float) 
         merge_adaptor(load_unet(model_dir), adaptor_dir, scale)
 
 
-def test_missing_truncated_and_foreign_files(model_dir: Path, adaptor_dir: Path, tmp_path: Path) -> None:
+def test_missing_truncated_and_foreign_files(
+    model_dir: Path, adaptor_dir: Path, tmp_path: Path
+) -> None:
     with pytest.raises(HipaError, match="no pytorch_lora"):
         merge_adaptor(load_unet(model_dir), tmp_path)
     shutil.copytree(adaptor_dir, tmp_path / "cut")

@@ -8,11 +8,11 @@ import pytest
 
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.errors import HipaError
-from hipa_deploy.example_source import example_image
-from hipa_deploy.export.base_model import BaseModel
-from hipa_deploy.export.bundle import ExportOptions, export_bundle
-from hipa_deploy.export.swap import SwapOptions, export_swap
+from hipa_deploy.export.export_bundle import ExportOptions, export_bundle
+from hipa_deploy.export.export_swap import SwapOptions, export_swap
+from hipa_deploy.export.model_parts import BaseModel
 from hipa_deploy.export.task import TaskPlan, parse_strengths, plan_task
+from hipa_deploy.images.example_source import example_image
 from tests.export.conftest import make_adaptor
 
 EDIT = {"task": "edit", "timestep": 749, "strengths": (0.75, 0.5)}
@@ -24,13 +24,19 @@ def edit_adaptor(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def plan(model_dir: Path, **options) -> TaskPlan:
-    return plan_task(ExportOptions(model=str(model_dir), out=Path("out"), **options), BaseModel.open(str(model_dir)))
+    return plan_task(
+        ExportOptions(model=str(model_dir), out=Path("out"), **options),
+        BaseModel.open(str(model_dir)),
+    )
 
 
 def test_the_adaptor_says(model_dir: Path, edit_adaptor: Path, tmp_path: Path) -> None:
     found = plan(model_dir, adaptor=edit_adaptor)
     assert (found.task, found.timestep, found.upscale) == ("edit", 749, None)
-    assert [(entry.strength, entry.timestep) for entry in found.strengths] == [(0.75, 749), (0.5, 499)]
+    assert [(entry.strength, entry.timestep) for entry in found.strengths] == [
+        (0.75, 749),
+        (0.5, 499),
+    ]
     assert found.inputs == ("noise", "source", "step", "context")
     fewer = plan(model_dir, adaptor=edit_adaptor, task="edit", strengths=(0.5,))
     assert (fewer.timestep, fewer.inputs) == (499, ("noise", "source", "context"))
@@ -56,7 +62,9 @@ def test_a_base_model_takes_what_is_asked(model_dir: Path) -> None:
         ({"task": "edit"}, {}, "names no strengths"),
     ],
 )
-def test_contradictions_are_refused(model_dir: Path, tmp_path: Path, metadata: dict, asked: dict, message: str) -> None:
+def test_contradictions_are_refused(
+    model_dir: Path, tmp_path: Path, metadata: dict, asked: dict, message: str
+) -> None:
     adaptor = make_adaptor(model_dir, tmp_path / "adaptor", **metadata)
     with pytest.raises(HipaError, match=message):
         plan(model_dir, adaptor=adaptor, **asked)
@@ -68,14 +76,20 @@ def test_strengths_are_numbers() -> None:
         parse_strengths("0.75;0.5")
 
 
-def test_an_edit_takes_another_adaptor_at_every_strength(model_dir: Path, edit_adaptor: Path, tmp_path: Path) -> None:
+def test_an_edit_takes_another_adaptor_at_every_strength(
+    model_dir: Path, edit_adaptor: Path, tmp_path: Path
+) -> None:
     """To the byte what the other adaptor's own export gives: the tables of biases change too."""
     other = make_adaptor(model_dir, tmp_path / "other", preset="paper", rank=2, alpha=6.0, **EDIT)
     base, own = (
-        export_bundle(ExportOptions(model=str(model_dir), adaptor=adaptor, out=tmp_path / name, dtype="fp32"))
+        export_bundle(
+            ExportOptions(model=str(model_dir), adaptor=adaptor, out=tmp_path / name, dtype="fp32")
+        )
         for name, adaptor in (("base", edit_adaptor), ("own", other))
     )
-    export_swap(SwapOptions(model=str(model_dir), adaptor=other, bundle=base.root, out=tmp_path / "swap"))
+    export_swap(
+        SwapOptions(model=str(model_dir), adaptor=other, bundle=base.root, out=tmp_path / "swap")
+    )
     with (
         OneStepPipeline.load(base.root, "onnxruntime") as pipe,
         OneStepPipeline.load(own.root, "onnxruntime") as theirs,
@@ -83,13 +97,23 @@ def test_an_edit_takes_another_adaptor_at_every_strength(model_dir: Path, edit_a
         before = pipe.edit(example_image(32, 32), "a pear", strength=0.5)
         pipe.swap_adaptor(tmp_path / "swap")
         for strength in (0.75, 0.5):
-            ours, expected = (p.edit(example_image(32, 32), "a pear", strength=strength) for p in (pipe, theirs))
+            ours, expected = (
+                p.edit(example_image(32, 32), "a pear", strength=strength) for p in (pipe, theirs)
+            )
             assert ours.images_BHWC.tobytes() == expected.images_BHWC.tobytes()
-            assert ours.recipes[0] == expected.recipes[0] | {"producer": ours.recipes[0]["producer"]}
+            assert ours.recipes[0] == expected.recipes[0] | {
+                "producer": ours.recipes[0]["producer"]
+            }
     assert before.images_BHWC.tobytes() != expected.images_BHWC.tobytes()
     generates = make_adaptor(model_dir, tmp_path / "generates")
     with pytest.raises(HipaError, match="was trained to generate, not to edit"):
-        export_swap(SwapOptions(model=str(model_dir), adaptor=generates, bundle=base.root, out=tmp_path / "no"))
+        export_swap(
+            SwapOptions(
+                model=str(model_dir), adaptor=generates, bundle=base.root, out=tmp_path / "no"
+            )
+        )
     fewer = make_adaptor(model_dir, tmp_path / "fewer", **EDIT | {"strengths": (0.75,)})
     with pytest.raises(HipaError, match=r"not trained for strength 0\.5"):
-        export_swap(SwapOptions(model=str(model_dir), adaptor=fewer, bundle=base.root, out=tmp_path / "no"))
+        export_swap(
+            SwapOptions(model=str(model_dir), adaptor=fewer, bundle=base.root, out=tmp_path / "no")
+        )

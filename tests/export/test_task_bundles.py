@@ -16,21 +16,21 @@ from rich.console import Console
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hipa_deploy import OneStepPipeline
-from hipa_deploy.bundle import Bundle
-from hipa_deploy.cli import main
-from hipa_deploy.engines.profile import profile_pipeline
-from hipa_deploy.engines.refit import _check_output
-from hipa_deploy.engines.runtime import sequence_spec
+from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.commands.app import main
+from hipa_deploy.doctor.self_check import check_bundle
+from hipa_deploy.engines.latency.measure import profile_pipeline
+from hipa_deploy.engines.tensorrt.refit import _check_output
+from hipa_deploy.engines.tensorrt.tensorrt_runner import sequence_spec
 from hipa_deploy.errors import HipaError
-from hipa_deploy.example_source import example_image, example_mask
-from hipa_deploy.export.axes import parse_axes
-from hipa_deploy.export.bundle import ExportOptions, export_bundle
-from hipa_deploy.image_input import hide_hole, latent_mask
-from hipa_deploy.images import enlarge, png_bytes, read_recipe
-from hipa_deploy.one_step import initial_noise
-from hipa_deploy.runners import open_runner
-from hipa_deploy.selfcheck import check_bundle
-from hipa_deploy.source import edit_source
+from hipa_deploy.export.export_bundle import ExportOptions, export_bundle
+from hipa_deploy.export.graph.axes import parse_axes
+from hipa_deploy.generate.noise import initial_noise
+from hipa_deploy.generate.runner import open_runner
+from hipa_deploy.images.example_source import example_image, example_mask
+from hipa_deploy.images.png import enlarge, png_bytes, read_recipe
+from hipa_deploy.images.read import hide_hole, latent_mask
+from hipa_deploy.images.source import edit_source
 from tests.host_chain import HostChain
 from tests.tiny_model import make_model
 
@@ -47,7 +47,9 @@ class Parts:
         self.vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae")
         self.text_encoder = CLIPTextModel.from_pretrained(model_dir, subfolder="text_encoder")
         self.tokenizer = CLIPTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
-        self.alpha_bar = DDPMScheduler.from_pretrained(model_dir, subfolder="scheduler").alphas_cumprod
+        self.alpha_bar = DDPMScheduler.from_pretrained(
+            model_dir, subfolder="scheduler"
+        ).alphas_cumprod
         self.noise = torch.from_numpy(initial_noise([SEED], (4, 8, 8)))
 
     def encode(self, image_HWC: np.ndarray) -> torch.Tensor:
@@ -55,19 +57,26 @@ class Parts:
         return self.vae.encode(sample).latent_dist.mean * self.vae.config.scaling_factor
 
     def x0(self, z: torch.Tensor, timestep: int, seen: torch.Tensor | None = None) -> torch.Tensor:
-        tokens = self.tokenizer([PROMPT], padding="max_length", max_length=77, return_tensors="pt").input_ids
+        tokens = self.tokenizer(
+            [PROMPT], padding="max_length", max_length=77, return_tensors="pt"
+        ).input_ids
         context = self.text_encoder(tokens).last_hidden_state
         eps = self.unet(z if seen is None else seen, timestep, context).sample
         a = self.alpha_bar[timestep]
         return (z - (1 - a).sqrt() * eps) / a.sqrt()
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
-        image = self.vae.decode(latents / self.vae.config.scaling_factor).sample[0].permute(1, 2, 0) / 2 + 0.5
+        image = (
+            self.vae.decode(latents / self.vae.config.scaling_factor).sample[0].permute(1, 2, 0) / 2
+            + 0.5
+        )
         return (image.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
     def edit(self, image_HWC: np.ndarray, timestep: int) -> np.ndarray:
         a = self.alpha_bar[timestep]
-        return self.decode(self.x0(a.sqrt() * self.encode(image_HWC) + (1 - a).sqrt() * self.noise, timestep))
+        return self.decode(
+            self.x0(a.sqrt() * self.encode(image_HWC) + (1 - a).sqrt() * self.noise, timestep)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +91,9 @@ def export(model_dir: Path, out: Path, **options) -> Bundle:
 
 @pytest.fixture(scope="module")
 def edit_bundle(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export(model_dir, tmp_path_factory.mktemp("edit") / "b", task="edit", strengths=(0.5, 0.75))
+    return export(
+        model_dir, tmp_path_factory.mktemp("edit") / "b", task="edit", strengths=(0.5, 0.75)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +118,9 @@ def test_the_encoder_gives_the_scaled_mean(edit_bundle: Bundle, parts: Parts) ->
 
 
 @pytest.mark.parametrize(("strength", "timestep"), [(0.75, 749), (0.5, 499), (None, 749)])
-def test_an_edit_at_each_strength(edit_bundle: Bundle, parts: Parts, strength: float | None, timestep: int) -> None:
+def test_an_edit_at_each_strength(
+    edit_bundle: Bundle, parts: Parts, strength: float | None, timestep: int
+) -> None:
     with OneStepPipeline.load(edit_bundle.root, "onnxruntime") as pipe:
         result = pipe.edit(IMAGE_HWC, PROMPT, strength=strength, seed=SEED)
     assert_close(result.images_BHWC[0], parts.edit(IMAGE_HWC, timestep))
@@ -117,10 +130,20 @@ def test_an_edit_at_each_strength(edit_bundle: Bundle, parts: Parts, strength: f
 def test_the_edits_manifest(edit_bundle: Bundle, parts: Parts) -> None:
     manifest = edit_bundle.manifest
     assert list(edit_bundle.stages) == ["text_encoder", "vae_encoder", "unet", "vae_decoder"]
-    assert [tensor.name for tensor in edit_bundle.stages["unet"].spec.inputs] == ["noise", "source", "step", "context"]
+    assert [tensor.name for tensor in edit_bundle.stages["unet"].spec.inputs] == [
+        "noise",
+        "source",
+        "step",
+        "context",
+    ]
     assert (manifest.task, manifest.upscale, manifest.one_step.timestep) == ("edit", None, 749)
-    assert [(entry.strength, entry.timestep) for entry in manifest.strengths] == [(0.75, 749), (0.5, 499)]
-    assert [entry.alpha_bar for entry in manifest.strengths] == [float(parts.alpha_bar[t]) for t in (749, 499)]
+    assert [(entry.strength, entry.timestep) for entry in manifest.strengths] == [
+        (0.75, 749),
+        (0.5, 499),
+    ]
+    assert [entry.alpha_bar for entry in manifest.strengths] == [
+        float(parts.alpha_bar[t]) for t in (749, 499)
+    ]
     assert manifest.encoder is not None
     assert manifest.decoder is not None
     assert (manifest.encoder.kind, manifest.encoder.sha256) == ("full", manifest.decoder.sha256)
@@ -131,35 +154,58 @@ def test_one_strength_is_folded_and_gives_the_same(
     model_dir: Path, tmp_path: Path, edit_bundle: Bundle, parts: Parts
 ) -> None:
     bundle = export(model_dir, tmp_path / "b", task="edit")
-    assert [tensor.name for tensor in bundle.stages["unet"].spec.inputs] == ["noise", "source", "context"]
+    assert [tensor.name for tensor in bundle.stages["unet"].spec.inputs] == [
+        "noise",
+        "source",
+        "context",
+    ]
     assert [entry.strength for entry in bundle.manifest.strengths] == [0.5]
     with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
         result = pipe.edit(IMAGE_HWC, PROMPT, seed=SEED)
     assert_close(result.images_BHWC[0], parts.edit(IMAGE_HWC, 499))
 
 
-def test_several_strengths_fused_in_fp16_with_dynamic_sizes(model_dir: Path, tmp_path: Path, parts: Parts) -> None:
+def test_several_strengths_fused_in_fp16_with_dynamic_sizes(
+    model_dir: Path, tmp_path: Path, parts: Parts
+) -> None:
     axes = parse_axes("batch=1:1:2,height=32:32:64,width=32:48:64")
     options = ExportOptions(
-        model=str(model_dir), out=tmp_path / "b", fuse=True, dynamic=axes, task="edit", strengths=STRENGTHS
+        model=str(model_dir),
+        out=tmp_path / "b",
+        fuse=True,
+        dynamic=axes,
+        task="edit",
+        strengths=STRENGTHS,
     )
     bundle = export_bundle(options)
     assert bundle.stages["vae_encoder"].spec.inputs[0].shape == ("batch", "height", "width", 3)
     with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
-        edited = pipe.edit(IMAGE_HWC, PROMPT, strength=0.5, seed=SEED - 1, count=3, height=32, width=32)
+        edited = pipe.edit(
+            IMAGE_HWC, PROMPT, strength=0.5, seed=SEED - 1, count=3, height=32, width=32
+        )
         assert pipe.edit(IMAGE_HWC, PROMPT).images_BHWC.shape == (1, 32, 48, 3)
     error = np.abs(edited.images_BHWC[1].astype(float) - parts.edit(IMAGE_HWC, 499))
     assert error.mean() < 1
     assert check_bundle(bundle, "onnxruntime").problems == ()
 
 
-def test_where_the_step_starts_and_ends_is_float32_in_an_fp16_graph(model_dir: Path, tmp_path: Path) -> None:
-    options = ExportOptions(model=str(model_dir), out=tmp_path / "b", task="edit", strengths=STRENGTHS)
-    graph = onnx.shape_inference.infer_shapes(onnx.load(export_bundle(options).stage_path("unet"))).graph
-    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+def test_where_the_step_starts_and_ends_is_float32_in_an_fp16_graph(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    options = ExportOptions(
+        model=str(model_dir), out=tmp_path / "b", task="edit", strengths=STRENGTHS
+    )
+    graph = onnx.shape_inference.infer_shapes(
+        onnx.load(export_bundle(options).stage_path("unet"))
+    ).graph
+    types = {
+        value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)
+    }
     produced = {output: node for node in graph.node for output in node.output}
     last = produced[graph.output[0].name]
-    assert {types[name] for name in (*last.input, *last.output) if name in types} == {onnx.TensorProto.FLOAT}
+    assert {types[name] for name in (*last.input, *last.output) if name in types} == {
+        onnx.TensorProto.FLOAT
+    }
     first = next(node for node in graph.node if node.op_type == "Conv")
     cast = produced[first.input[0]]
     assert cast.op_type == "Cast"
@@ -175,7 +221,10 @@ def test_inpainting_equals_the_formulas(
         model_dir = make_model(tmp_path / "tiny", in_channels=9)
         bundle, parts = export(model_dir, tmp_path / "b", task="inpaint"), Parts(model_dir)
     assert bundle.manifest.one_step.latent_shape == (4, 8, 8)
-    mask, source = torch.from_numpy(latent_mask(MASK_HW, 4))[None], parts.encode(hide_hole(IMAGE_HWC, MASK_HW))
+    mask, source = (
+        torch.from_numpy(latent_mask(MASK_HW, 4))[None],
+        parts.encode(hide_hole(IMAGE_HWC, MASK_HW)),
+    )
     z = parts.noise if in_channels == 9 else mask * parts.noise + (1 - mask) * source
     seen = torch.cat([z, mask, source], dim=1) if in_channels == 9 else None
     made = parts.decode(mask * parts.x0(z, 999, seen) + (1 - mask) * source)
@@ -185,17 +234,26 @@ def test_inpainting_equals_the_formulas(
     assert_close(result.images_BHWC[0], expected)
 
 
-def test_inpainting_keeps_the_sources_latents_and_pixels(inpaint_bundle: Bundle, parts: Parts) -> None:
+def test_inpainting_keeps_the_sources_latents_and_pixels(
+    inpaint_bundle: Bundle, parts: Parts
+) -> None:
     mask_1hw, source = latent_mask(MASK_HW, 4), parts.encode(IMAGE_HWC).numpy()
     context = np.random.default_rng(0).normal(size=(1, 77, 16)).astype(np.float32)
     with OneStepPipeline.load(inpaint_bundle.root, "onnxruntime") as pipe:
-        given = {"noise": parts.noise.numpy(), "source": source, "mask": mask_1hw[None], "context": context}
+        given = {
+            "noise": parts.noise.numpy(),
+            "source": source,
+            "mask": mask_1hw[None],
+            "context": context,
+        }
         latents = pipe.runners["unet"](**given)["latents"]
         image = pipe.inpaint(IMAGE_HWC, MASK_HW, PROMPT, feather=2).images_BHWC[0]
     kept = np.broadcast_to(mask_1hw[None] == 0, latents.shape)
     np.testing.assert_array_equal(latents[kept], source[kept])
     assert not np.isclose(latents[~kept], source[~kept]).all()
-    np.testing.assert_array_equal(image[:, :13], IMAGE_HWC[:, :13])  # the mask begins at 16, the seam reaches to 14
+    np.testing.assert_array_equal(
+        image[:, :13], IMAGE_HWC[:, :13]
+    )  # the mask begins at 16, the seam reaches to 14
     assert not np.array_equal(image[8:24, 16:28], IMAGE_HWC[8:24, 16:28])
 
 
@@ -206,7 +264,10 @@ def test_an_image_of_one_tile_is_not_cut(upscale_bundle: Bundle, parts: Parts) -
         result = pipe.upscale(small_HWC, PROMPT)
         part = pipe.upscale(small_HWC[:5, :7], PROMPT)
     assert upscale_bundle.manifest.upscale == 4
-    assert [tensor.name for tensor in upscale_bundle.stages["unet"].spec.inputs] == ["source", "context"]
+    assert [tensor.name for tensor in upscale_bundle.stages["unet"].spec.inputs] == [
+        "source",
+        "context",
+    ]
     assert_close(result.images_BHWC[0], parts.decode(latents))
     assert part.images_BHWC.shape == (1, 20, 28, 3)
 
@@ -268,11 +329,15 @@ def test_a_pil_image_of_another_size_is_cropped_and_scaled(edit_bundle: Bundle) 
     wide = Image.fromarray(example_image(64, 96)).convert("RGBA")
     with OneStepPipeline.load(edit_bundle.root, "onnxruntime") as pipe:
         whole, middle = (pipe.edit(image, PROMPT) for image in (wide, wide.crop((16, 0, 80, 64))))
-    assert np.abs(whole.images_BHWC.astype(int) - middle.images_BHWC).mean() < 1  # Lanczos sees beyond the crop
+    assert (
+        np.abs(whole.images_BHWC.astype(int) - middle.images_BHWC).mean() < 1
+    )  # Lanczos sees beyond the crop
     assert whole.recipes[0]["source"] != middle.recipes[0]["source"]
 
 
-def test_bad_requests_are_said_in_one_line(edit_bundle: Bundle, inpaint_bundle: Bundle, upscale_bundle: Bundle) -> None:
+def test_bad_requests_are_said_in_one_line(
+    edit_bundle: Bundle, inpaint_bundle: Bundle, upscale_bundle: Bundle
+) -> None:
     with OneStepPipeline.load(edit_bundle.root, "onnxruntime") as pipe:
         for strength, message in (
             (0.0, "out of range"),
@@ -281,7 +346,10 @@ def test_bad_requests_are_said_in_one_line(edit_bundle: Bundle, inpaint_bundle: 
         ):
             with pytest.raises(HipaError, match=message):
                 pipe.edit(IMAGE_HWC, PROMPT, strength=strength)
-        with pytest.raises(HipaError, match=r"to edit, not to generate. Use hipa-edit, or pipe.edit\(image, prompt\)"):
+        with pytest.raises(
+            HipaError,
+            match=r"to edit, not to generate. Use hipa-edit, or pipe.edit\(image, prompt\)",
+        ):
             pipe(PROMPT)
         with pytest.raises(HipaError, match="to edit, not to inpaint"):
             pipe.inpaint(IMAGE_HWC, MASK_HW, PROMPT)
@@ -314,13 +382,18 @@ def test_bad_requests_are_said_in_one_line(edit_bundle: Bundle, inpaint_bundle: 
     [
         ({"strengths": (0.5,)}, "--strengths is for the task edit, this is generate"),
         ({"encoder": Path("tiny")}, "--encoder is for tasks with a source image"),
-        ({"task": "inpaint", "layout": "generic"}, "--layout generic is for the task generate, this is inpaint"),
+        (
+            {"task": "inpaint", "layout": "generic"},
+            "--layout generic is for the task generate, this is inpaint",
+        ),
         ({"task": "edit", "strengths": (1.2,)}, "strength 1.2 is out of range"),
         ({"task": "edit", "strengths": (0.5, 0.5004)}, "start at the same timestep, 499"),
         ({"task": "edit", "encoder": Path("/no/such")}, "encoder /no/such does not exist"),
     ],
 )
-def test_options_that_contradict_leave_nothing(model_dir: Path, tmp_path: Path, changes: dict, message: str) -> None:
+def test_options_that_contradict_leave_nothing(
+    model_dir: Path, tmp_path: Path, changes: dict, message: str
+) -> None:
     with pytest.raises(HipaError, match=message):
         export_bundle(replace(ExportOptions(model=str(model_dir), out=tmp_path / "out"), **changes))
     assert list(tmp_path.iterdir()) == []
@@ -353,8 +426,12 @@ def test_a_chain_starts_at_the_image_and_leaves_out_what_is_known(edit_bundle: B
         ("upscale", ["tokens", "image"]),
     ],
 )
-def test_what_an_engine_chain_takes(task: str, inputs: list[str], request: pytest.FixtureRequest) -> None:
-    whole = sequence_spec([stage.spec for stage in request.getfixturevalue(f"{task}_bundle").manifest.stages])
+def test_what_an_engine_chain_takes(
+    task: str, inputs: list[str], request: pytest.FixtureRequest
+) -> None:
+    whole = sequence_spec(
+        [stage.spec for stage in request.getfixturevalue(f"{task}_bundle").manifest.stages]
+    )
     assert [tensor.name for tensor in whole.inputs] == inputs
     assert [tensor.name for tensor in whole.outputs] == ["images"]
 
@@ -367,29 +444,67 @@ def test_the_reference_of_a_refit(edit_bundle: Bundle) -> None:
 
 def test_a_profile_times_the_encoder_in_every_run(edit_bundle: Bundle) -> None:
     with OneStepPipeline.load(edit_bundle.root, "onnxruntime") as pipe:
-        report = profile_pipeline(pipe, runs=3, warmup=0, layers=True, console=Console(file=io.StringIO()))
+        report = profile_pipeline(
+            pipe, runs=3, warmup=0, layers=True, console=Console(file=io.StringIO())
+        )
     assert list(report.stages) == ["text_encoder", "vae_encoder", "unet", "vae_decoder"]
     assert {stage.runs for stage in report.stages.values()} == {3}
     assert report.layers["vae_encoder"]
 
 
 def test_the_commands(
-    edit_bundle: Bundle, inpaint_bundle: Bundle, upscale_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    edit_bundle: Bundle,
+    inpaint_bundle: Bundle,
+    upscale_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Files in, PNG with recipes out; the same bytes as from Python."""
     monkeypatch.chdir(tmp_path)
     Image.fromarray(IMAGE_HWC).save("image.tiff")
     Image.fromarray((MASK_HW * 255).astype(np.uint8)).save("mask.png")
     backend = ["--backend", "onnxruntime"]
-    run("edit", edit_bundle, "image.tiff", PROMPT, "--strength", "0.5", "--count", "2", "--out", "edited", *backend)
-    run("inpaint", inpaint_bundle, "image.tiff", "mask.png", PROMPT, "--feather", "2", "--out", "in.png", *backend)
+    run(
+        "edit",
+        edit_bundle,
+        "image.tiff",
+        PROMPT,
+        "--strength",
+        "0.5",
+        "--count",
+        "2",
+        "--out",
+        "edited",
+        *backend,
+    )
+    run(
+        "inpaint",
+        inpaint_bundle,
+        "image.tiff",
+        "mask.png",
+        PROMPT,
+        "--feather",
+        "2",
+        "--out",
+        "in.png",
+        *backend,
+    )
     run("upscale", upscale_bundle, "image.tiff", "--out", "large.png", *backend)
-    assert sorted(path.name for path in Path("edited").iterdir()) == ["000-seed0.png", "000-seed1.png"]
+    assert sorted(path.name for path in Path("edited").iterdir()) == [
+        "000-seed0.png",
+        "000-seed1.png",
+    ]
     with OneStepPipeline.load(edit_bundle.root, "onnxruntime") as pipe:
         made = pipe.edit(IMAGE_HWC, PROMPT, strength=0.5, seed=1)
-    assert Path("edited/000-seed1.png").read_bytes() == png_bytes(made.images_BHWC[0], made.recipes[0])
+    assert Path("edited/000-seed1.png").read_bytes() == png_bytes(
+        made.images_BHWC[0], made.recipes[0]
+    )
     recipe = read_recipe(Path("in.png"))
-    assert (recipe["task"], recipe["feather"], recipe["source"]) == ("inpaint", 2, made.recipes[0]["source"])
+    assert (recipe["task"], recipe["feather"], recipe["source"]) == (
+        "inpaint",
+        2,
+        made.recipes[0]["source"],
+    )
     assert Image.open("large.png").size == (128, 128)
     assert read_recipe(Path("large.png"))["upscale"] == 4
 

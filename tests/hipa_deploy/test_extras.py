@@ -15,7 +15,10 @@ def test_nothing_is_missing_here(extra: str) -> None:
 
 def test_a_missing_module_comes_with_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "peft" else object())
-    with pytest.raises(MissingDependencyError, match=r"peft is not installed. Run: pip install 'hipa-deploy\[train\]'"):
+    with pytest.raises(
+        MissingDependencyError,
+        match=r"peft is not installed. Run: pip install 'hipa-deploy\[train\]'",
+    ):
         extras.require("train")
 
 
@@ -40,9 +43,11 @@ def test_a_core_install_says_what_a_verb_needs(arguments: list[str], tmp_path) -
         "import hipa_deploy.extras as extras\n"
         "real = extras.find_spec\n"
         "extras.find_spec = lambda name: None if name in ('torch', 'onnx') else real('json')\n"
-        f"from hipa_deploy.cli import main\nmain({arguments!r})\n"
+        f"from hipa_deploy.commands.app import main\nmain({arguments!r})\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 1
     assert "pip install 'hipa-deploy[" in result.stderr
     assert result.stderr.count("\n") == 1

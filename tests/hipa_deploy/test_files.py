@@ -64,7 +64,10 @@ def test_folder_hash_depends_on_content_and_names_only(tmp_path: Path) -> None:
 
 def test_hash_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
-    assert file_sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        file_sha256(tmp_path / "x")
+        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
 
 
 def test_folder_without_weights_is_refused(tmp_path: Path) -> None:

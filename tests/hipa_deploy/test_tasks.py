@@ -31,7 +31,9 @@ def test_inpainting_keeps_the_source_outside_the_mask(given: dict[str, np.ndarra
     x0 = np.full(SHAPE, 7.0)
     assert np.array_equal(finish_latents("inpaint", x0, given)[~hole], given["source"][~hole])
     assert (finish_latents("inpaint", x0, given)[hole] == 7).all()
-    assert np.array_equal(start_latents("inpaint", given, 0.0047, concatenates=True), given["noise"])
+    assert np.array_equal(
+        start_latents("inpaint", given, 0.0047, concatenates=True), given["noise"]
+    )
 
 
 @pytest.mark.parametrize("task", STEP_INPUTS)
@@ -42,6 +44,8 @@ def test_torch_and_numpy_agree(task: Task, given: dict[str, np.ndarray]) -> None
     assert np.allclose(start_latents(task, tensors, torch.from_numpy(alpha_bar_B111)).numpy(), ours)
 
 
-@pytest.mark.parametrize(("strength", "timestep"), [(1.0, 999), (0.75, 749), (0.5, 499), (0.25, 249), (1e-9, 0)])
+@pytest.mark.parametrize(
+    ("strength", "timestep"), [(1.0, 999), (0.75, 749), (0.5, 499), (0.25, 249), (1e-9, 0)]
+)
 def test_strengths(strength: float, timestep: int) -> None:
     assert strength_timestep(strength) == timestep

@@ -6,9 +6,16 @@ import pytest
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.tasks import strength_timestep
-from hipa_deploy.train.base_model import DiffusionModel
-from hipa_deploy.train.pairs import teacher_scheduler
-from hipa_deploy.train.recipe import SHIPPED, DecoderRecipe, Recipe, load_any_recipe, load_recipe, read_prompts
+from hipa_deploy.train.data.teacher_pairs import teacher_scheduler
+from hipa_deploy.train.model.diffusion_model import DiffusionModel
+from hipa_deploy.train.recipe import (
+    SHIPPED,
+    DecoderRecipe,
+    Recipe,
+    load_any_recipe,
+    load_recipe,
+    read_prompts,
+)
 
 MINIMAL = 'prompts = "words.txt"\nsteps = 5\n[teacher]\npairs = 3\n'
 DECODER = 'kind = "decoder"\nprompts = "words.txt"\nsteps = 5\n'
@@ -33,20 +40,26 @@ def test_prompts_are_relative_to_the_recipe(tmp_path: Path) -> None:
     assert read_prompts(recipe, tmp_path / "model") == ["a cat", "a dog"]
 
 
-def test_prompts_of_a_shipped_recipe_are_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_of_a_shipped_recipe_are_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "captions.txt").write_text("a cat\n")
     assert read_prompts(load_recipe("sd15"), tmp_path / "model") == ["a cat"]
 
 
 def test_the_column_of_the_prompts(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, 'prompts_column = "title"\n' + MINIMAL.replace("words.txt", "words.csv")))
+    recipe = load_recipe(
+        write(tmp_path, 'prompts_column = "title"\n' + MINIMAL.replace("words.txt", "words.csv"))
+    )
     (tmp_path / "words.csv").write_text("caption,title\nno,a cat\n")
     assert read_prompts(recipe, tmp_path / "model") == ["a cat"]
 
 
 def test_overrides_reach_into_tables(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, MINIMAL), {"steps": 7, "teacher.pairs": 9, "loss.hf_weight": 0})
+    recipe = load_recipe(
+        write(tmp_path, MINIMAL), {"steps": 7, "teacher.pairs": 9, "loss.hf_weight": 0}
+    )
     assert (recipe.steps, recipe.teacher.pairs, recipe.loss.hf_weight) == (7, 9, 0)
 
 
@@ -67,13 +80,19 @@ def test_overrides_reach_into_tables(tmp_path: Path) -> None:
         (DECODER + "[adaptor]\nrank = 3\n", "unknown key 'adaptor'"),
         (DECODER + "[loss]\nlatent_weight = 1\n", "unknown key 'loss.latent_weight'"),
         (DECODER + "[decoder]\nchannels = 2\n", "decoder.channels = 2: input should be greater"),
-        (DECODER + "[decoder]\nblocks = [1, -1]\n", "decoder.blocks.1 = -1: input should be greater"),
+        (
+            DECODER + "[decoder]\nblocks = [1, -1]\n",
+            "decoder.blocks.1 = -1: input should be greater",
+        ),
         (DECODER + "[latents]\nperturbed = 2\n", "latents.perturbed = 2: input should be less"),
         (
             MINIMAL + "[loss]\nadversarial_weight = 1\nperceptual = 'none'\n",
             "needs a perceptual distance with a weight",
         ),
-        (MINIMAL + "[loss]\nadversarial_weight = 1\nperceptual_weight = 0\n", "needs a perceptual distance"),
+        (
+            MINIMAL + "[loss]\nadversarial_weight = 1\nperceptual_weight = 0\n",
+            "needs a perceptual distance",
+        ),
         ('kind = "adaptor"\n' + MINIMAL + "[latents]\ncount = 2\n", "unknown key 'latents'"),
     ],
 )
@@ -130,7 +149,9 @@ def test_every_field_is_described() -> None:
 
 
 @pytest.mark.parametrize(("sampler", "steps"), [("ddim", 25), ("dpmsolver++", 15), ("ddim", 30)])
-def test_an_edit_starts_where_a_step_of_the_teacher_does(model_dir: Path, sampler: str, steps: int) -> None:
+def test_an_edit_starts_where_a_step_of_the_teacher_does(
+    model_dir: Path, sampler: str, steps: int
+) -> None:
     schedule = DiffusionModel.load(model_dir).schedule
     scheduler = teacher_scheduler(schedule, sampler)
     scheduler.set_timesteps(steps)

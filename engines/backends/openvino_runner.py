@@ -1,0 +1,107 @@
+"""OpenVINO as a runner, on the CPU: for a machine without a GPU, where it computes these graphs fastest."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import numpy as np
+
+from hipa_deploy.bundle.manifest import StageSpec
+from hipa_deploy.engines.device.describe import NO_BF16
+from hipa_deploy.errors import HipaError, MissingDependencyError, first_line
+from hipa_deploy.generate.runner import check_inputs
+
+# What a backend computes in; OpenVINO by itself would take bfloat16 wherever that is fast. FP16 weights stay so in
+# memory and compute in FP32, as in ONNX Runtime.
+_PRECISION = {"openvino": "f32", "openvino-bf16": "bf16"}
+
+
+class OpenVinoRunner:
+    """One stage in OpenVINO, on the CPU.
+
+    ``backend`` is 'openvino' (FP32) or 'openvino-bf16' (8 significant bits, on CPUs that multiply bfloat16).
+    Whether that is near enough to FP32 for a model, the bundle's own gates tell: ``hipa-doctor BUNDLE --backend …``.
+
+    Raises:
+        MissingDependencyError: OpenVINO is not installed.
+        HipaError: the file is not a graph it can compile, or this CPU has no bfloat16.
+
+    """
+
+    def __init__(self, path: Path, spec: StageSpec, backend: str = "openvino") -> None:
+        self.spec = spec
+        openvino, precision = load_openvino(), _PRECISION[backend]
+        if precision == "bf16" and not has_bf16(openvino):
+            raise HipaError(f"backend {backend}: {NO_BF16}")
+        options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        try:
+            self._model: Any = core(openvino).compile_model(path, "CPU", options)
+        except RuntimeError as error:
+            raise HipaError(f"{path}: OpenVINO cannot compile it: {first_line(error)}") from None
+
+    def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Compute the outputs by name; the arrays belong to the caller.
+
+        Raises:
+            HipaError: inputs that are not those of ``spec``, or a closed runner.
+
+        """
+        check_inputs(self.spec, inputs)
+        if self._model is None:
+            raise HipaError(f"{self.spec.name}: the runner is closed.")
+        made = self._model(inputs)
+        return {tensor.name: made[tensor.name].copy() for tensor in self.spec.outputs}
+
+    def close(self) -> None:
+        """Release the model. Calling it twice is harmless."""
+        self._model = None
+
+    def __enter__(self) -> OpenVinoRunner:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def load_openvino() -> ModuleType:
+    """Import OpenVINO.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+        HipaError: it is installed and does not load.
+
+    """
+    try:
+        return importlib.import_module("openvino")
+    except ModuleNotFoundError:
+        raise MissingDependencyError("openvino", "openvino") from None
+    except (ImportError, OSError) as error:
+        raise HipaError(
+            f"openvino does not load ({error}). Run: pip install --force-reinstall openvino"
+        ) from None
+
+
+@functools.cache
+def core(openvino: ModuleType) -> Any:
+    """The process's one ``Core``, which lives as long as the process.
+
+    The CPU plugin of every Core installs a signal stack (sigaltstack(2)) and, when it goes, restores the one it found.
+    Of two Cores that go in the order they came, the second restores the first's, which is unmapped by then: the next
+    Ctrl-C ends the process, or is written over what has been mapped there since. (Read in OpenVINO's source,
+    ``SigAltStackSetup`` of src/plugins/intel_cpu; seen with 2026.4.)
+    """
+    return openvino.Core()
+
+
+def has_bf16(openvino: ModuleType) -> bool:
+    """Whether OpenVINO multiplies bfloat16 on this CPU."""
+    return "BF16" in core(openvino).get_property("CPU", "OPTIMIZATION_CAPABILITIES")

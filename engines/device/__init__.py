@@ -1,0 +1,4 @@
+"""What this machine is: GPU, driver, memory, clocks, temperatures. Pure data; nothing here raises.
+
+May import: the core.
+"""

@@ -1,0 +1,219 @@
+"""What Linux and Jetson Linux say of themselves in files: clocks, temperatures, throttling, power mode.
+
+Every function takes ``root``, so that tests can hand in a tree of their own. What a machine does not say is None or
+empty, never guessed. Sources: the kernel's ABI (https://docs.kernel.org/admin-guide/pm/cpufreq.html,
+https://www.kernel.org/doc/Documentation/ABI/testing/sysfs-class-thermal) and NVIDIA's Jetson Linux guide, "Platform
+Power and Performance" (https://docs.nvidia.com/jetson/archives/r36.4.3/DeveloperGuide/SD/PlatformPowerAndPerformance/
+JetsonOrinNanoSeriesJetsonOrinNxSeriesAndJetsonAgxOrinSeries.html).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from hipa_deploy.record import Record
+
+# 17000000.gpu on JetPack 6, 17000000.ga10b on 5; gpu-gpc-0 on Thor, which has no device-tree name to look at
+# (https://github.com/rbonghi/jetson_stats/issues/885).
+_GPU = re.compile(r"(\.(gpu|ga10b|gb10b|gv11b|gp10b|gm20b)|^gpu-gpc-\d+)$")
+# A state above 0 is throttling at work. Not 'pwm-fan', whose state above 0 is a fan that turns.
+_THROTTLES = re.compile(r"-throttle-alert$|^hot-surface-alert$|^(thermal-)?(devfreq|cpufreq)-")
+
+
+class Clock(Record):
+    """Megahertz. ``max_mhz`` is what the power mode allows; ``locked``: the least allowed is the most allowed."""
+
+    now_mhz: float | None
+    max_mhz: float | None
+    locked: bool | None = None
+
+
+def read_text(path: Path) -> str | None:
+    """A file's text without its ends, or None where it cannot be read or is empty."""
+    try:
+        return path.read_text(errors="replace").strip("\0\n ") or None
+    except OSError:
+        return None
+
+
+def read_number(path: Path) -> float | None:
+    """A file's number, or None."""
+    try:
+        return float(read_text(path) or "")
+    except ValueError:
+        return None
+
+
+def clocks(root: Path) -> dict[str, Clock]:
+    """'gpu', 'memory' and 'cpu', each where it can be read. Jetson's GPU and memory only; the memory's often as root.
+
+    'cpu' is the fastest core: the others idle while one feeds a GPU.
+    """
+    readers: dict[str, Callable[[Path], Clock | None]] = {
+        "gpu": _gpu,
+        "memory": _memory,
+        "cpu": _cpu,
+    }
+    found = {name: reader(root) for name, reader in readers.items()}
+    return {name: clock for name, clock in found.items() if clock}
+
+
+def _gpu(root: Path) -> Clock | None:
+    folder = _gpu_folder(root)
+    return _devfreq(folder) if folder else None
+
+
+def _gpu_folder(root: Path) -> Path | None:
+    return next(
+        (path for path in _list(root, "sys/class/devfreq", "*") if _GPU.search(path.name)), None
+    )
+
+
+def _devfreq(folder: Path) -> Clock | None:
+    now, low, high = (_scaled(folder / f"{name}_freq", 1e6) for name in ("cur", "min", "max"))
+    return None if now is None else Clock(now_mhz=now, max_mhz=high, locked=_same(low, high))
+
+
+def _memory(root: Path) -> Clock | None:
+    """The external memory controller: devfreq on Thor (https://github.com/rbonghi/jetson_stats/pull/825), else
+    debugfs, which only root may read.
+    """
+    if clock := _devfreq(root / "sys/class/devfreq/bwmgr"):
+        return clock
+    emc = root / "sys/kernel/debug/bpmp/debug/clk/emc"
+    now, high = _scaled(emc / "rate", 1e6), _scaled(emc / "max_rate", 1e6)
+    return None if now is None else Clock(now_mhz=now, max_mhz=high)
+
+
+def _cpu(root: Path) -> Clock | None:
+    cores = [_core(folder) for folder in _list(root, "sys/devices/system/cpu", "cpu[0-9]*/cpufreq")]
+    return max((core for core in cores if core), key=lambda core: core.now_mhz or 0, default=None)
+
+
+def _core(folder: Path) -> Clock | None:
+    now, low, high = (
+        _scaled(folder / f"scaling_{name}_freq", 1e3) for name in ("cur", "min", "max")
+    )
+    return None if now is None else Clock(now_mhz=now, max_mhz=high, locked=_same(low, high))
+
+
+def cpu_governor(root: Path) -> str | None:
+    """The cores' frequency governors, 'performance' or 'performance, schedutil'."""
+    files = _list(root, "sys/devices/system/cpu", "cpu[0-9]*/cpufreq/scaling_governor")
+    return ", ".join(sorted({text for text in map(read_text, files) if text})) or None
+
+
+def gpu_governor(root: Path) -> str | None:
+    """The frequency governor of a Jetson's GPU."""
+    folder = _gpu_folder(root)
+    return read_text(folder / "governor") if folder else None
+
+
+def temperatures(root: Path) -> dict[str, float]:
+    """Degrees Celsius by thermal zone; of zones with one name the hottest. Switched-off zones are left out."""
+    found: dict[str, float] = {}
+    for zone in _list(root, "sys/class/thermal", "thermal_zone*"):
+        name, celsius = read_text(zone / "type"), _scaled(zone / "temp", 1e3)
+        if (
+            name and celsius is not None and -50 < celsius < 200
+        ):  # Tegra reports -256 for a zone without power
+            found[name] = max(celsius, found.get(name, celsius))
+    return found
+
+
+def throttled_by(root: Path) -> tuple[str, ...] | None:
+    """Cooling devices that hold clocks down at this moment; None where there are none that could."""
+    devices = _list(root, "sys/class/thermal", "cooling_device*")
+    states = {read_text(path / "type") or "": read_number(path / "cur_state") for path in devices}
+    watched = {
+        name: state
+        for name, state in states.items()
+        if _THROTTLES.search(name) and state is not None
+    }
+    return tuple(sorted(name for name, state in watched.items() if state > 0)) if watched else None
+
+
+def overcurrent_events(root: Path) -> int | None:
+    """Throttling by under-voltage and over-current, events since boot (Orin and Thor); None elsewhere."""
+    counts = [read_number(path) for path in _list(root, "sys/class/hwmon", "hwmon*/oc*_event_cnt")]
+    known = [int(count) for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def module_watts(root: Path) -> float | None:
+    """What a Jetson Orin Nano or NX module draws, its INA3221's rail VDD_IN; None on modules without that rail."""
+    for label in _list(root, "sys/class/hwmon", "hwmon*/in*_label"):
+        if read_text(label) == "VDD_IN":
+            number = label.name.removeprefix("in").removesuffix("_label")
+            volts = _scaled(label.with_name(f"in{number}_input"), 1e3)
+            amperes = _scaled(label.with_name(f"curr{number}_input"), 1e3)
+            return None if volts is None or amperes is None else round(volts * amperes, 2)
+    return None
+
+
+def fan_rpm(root: Path) -> int | None:
+    """The first fan's turns a minute."""
+    files = [
+        *_list(root, "sys/class/hwmon", "hwmon*/rpm"),
+        *_list(root, "sys/class/hwmon", "hwmon*/fan*_input"),
+    ]
+    turns = next((value for value in map(read_number, files) if value is not None), None)
+    return None if turns is None else int(turns)
+
+
+def power_mode(root: Path) -> str | None:
+    """Jetson's power mode, 'MAXN_SUPER (mode 2)', as nvpmodel last set it.
+
+    The number is in /var/lib/nvpmodel/status ('pmode:0002 fmode:quiet'), its name in /etc/nvpmodel.conf
+    ('< POWER_MODEL ID=2 NAME=MAXN_SUPER >'). A service that failed at boot leaves an older mode's clocks: they tell.
+    """
+    match = re.search(r"pmode:0*(\d+)", read_text(root / "var/lib/nvpmodel/status") or "")
+    if not match:
+        return None
+    mode, names = match[1], read_text(root / "etc/nvpmodel.conf") or ""
+    named = re.search(rf"^\s*<\s*POWER_MODEL\s+ID={mode}\s+NAME=(\S+)", names, re.MULTILINE)
+    return f"{named[1]} (mode {mode})" if named else f"mode {mode}"
+
+
+def jetpack(root: Path) -> str | None:
+    """The version of the package nvidia-jetpack, '6.2+b77'; None where it is not installed."""
+    packages = (
+        read_text(root / "var/lib/dpkg/status")
+        if (root / "etc/nv_tegra_release").exists()
+        else None
+    )
+    match = re.search(
+        r"^Package: nvidia-jetpack\n(?:.+\n)*?Version: (.+)$", packages or "", re.MULTILINE
+    )
+    return match[1] if match else None
+
+
+def load_average(root: Path) -> float | None:
+    """Processes that ran or waited, averaged over the last minute."""
+    words = (read_text(root / "proc/loadavg") or "").split()
+    return float(words[0]) if words else None
+
+
+def busy_seconds(root: Path) -> float | None:
+    """Processor seconds since boot that were not idle, of all cores and processes; None where /proc/stat is mute."""
+    match = re.search(r"^cpu +(.+)$", read_text(root / "proc/stat") or "", re.MULTILINE)
+    ticks = [int(word) for word in match[1].split()] if match else []
+    # user nice system idle iowait irq softirq steal; the guests after them are counted in user
+    busy = sum(ticks[:3]) + sum(ticks[5:8])
+    return busy / os.sysconf("SC_CLK_TCK") if busy else None
+
+
+def _list(root: Path, folder: str, pattern: str) -> Iterator[Path]:
+    yield from sorted((root / folder).glob(pattern))
+
+
+def _scaled(path: Path, unit: float) -> float | None:
+    value = read_number(path)
+    return None if value is None else value / unit
+
+
+def _same(low: float | None, high: float | None) -> bool | None:
+    return None if low is None or high is None else low == high

@@ -1,0 +1,238 @@
+"""A latency report as one HTML page that stands alone: no script, no style sheet, font or image from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+
+from hipa_deploy.engines.latency.layer_times import ROWS, RUNS, LayerTime, op_text
+from hipa_deploy.engines.latency.measure import END_TO_END, LatencyReport
+from hipa_deploy.engines.latency.plots import GREY, colours_of, line_plot, share_bar, strip_plot
+from hipa_deploy.engines.latency.roofline import Roofline
+from hipa_deploy.engines.latency.table import (
+    HEADINGS,
+    UNKNOWN,
+    device_name,
+    memory_text,
+    stat_cells,
+    state_facts,
+)
+
+OUTSIDE = "outside the stages"
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6474; --line: #d9dde5; --paper: #fff; --tint: #f5f7fa }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ef; --soft: #a2abba; --line: #363d4a; --paper: #14181f; --tint: #1c222c }
+}
+body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 58rem; color: var(--ink); background: var(--paper);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
+h1 { font-size: 1.6rem; margin: 0 0 .2rem } h2 { font-size: 1.1rem; margin: 2.6rem 0 .4rem }
+p { margin: .3rem 0 } .soft { color: var(--soft) } figure { margin: .8rem 0 } svg { width: 100%; height: auto }
+.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.4rem 0 }
+.cards div { flex: 1 1 8rem; padding: .7rem 1rem; background: var(--tint); border-radius: .5rem }
+.cards b { display: block; font-size: 1.5rem; font-weight: 600 }
+.warn { border-left: 4px solid #d9822b; background: var(--tint); padding: .6rem 1rem; margin: 1rem 0 }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
+th:first-child, td:first-child { text-align: left } th { color: var(--soft); font-weight: 500 }
+.facts td { text-align: left }
+.facts td:first-child { color: var(--soft); width: 13rem } tr.last td { font-weight: 600 }
+.wide { overflow-x: auto } td.name { overflow-wrap: anywhere }
+"""
+
+
+def render_page(report: LatencyReport) -> str:
+    """The page: figures, plots, statistics, roofline and layers where the report has them, conditions.
+
+    Plots need samples; a report of schema 1 has none, and its page says so.
+    """
+    told = report.conditions
+    title = f"Latency on {device_name(report)}"
+    facts = f"{_model(report)}, {told.width}x{told.height}, batch {told.batch}, {told.precision}, {told.backend}"
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{escape(facts)}; measured {escape(report.created)}</p>',
+    ]
+    body += [*_warnings(report), *_cards(report), *_plots(report), *_statistics(report)]
+    if report.roofline:
+        body += _roofline(report.roofline)
+    body += _conditions(report)
+    for stage, layers in report.layers.items():
+        body += _layers(stage, layers)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    page = [
+        "<!doctype html>",
+        f'<html lang="en"><head>{head}<style>{_STYLE}</style></head><body>',
+        *body,
+    ]
+    return "\n".join([*page, "</body></html>", ""])
+
+
+def _model(report: LatencyReport) -> str:
+    facts = report.conditions.bundle
+    return (
+        UNKNOWN
+        if facts is None
+        else facts.base_model + (f" + {facts.adaptor}" if facts.adaptor else "")
+    )
+
+
+def _warnings(report: LatencyReport) -> Iterator[str]:
+    if report.warnings:
+        yield (
+            '<div class="warn">'
+            + "".join(f"<p>{escape(text)}</p>" for text in report.warnings)
+            + "</div>"
+        )
+
+
+def _cards(report: LatencyReport) -> Iterator[str]:
+    whole = report.end_to_end
+    cards = [
+        (f"{whole.p50_ms:.2f} ms", "p50, prompt to image"),
+        (f"{whole.p99_ms:.2f} ms", "p99"),
+        ("-" if whole.first_ms is None else f"{whole.first_ms:.1f} ms", "the first run, apart"),
+        (f"{report.throughput_images_per_second:.2f}", "images a second: throughput"),
+    ]
+    yield '<div class="cards">'
+    yield from (
+        f"<div><b>{escape(value)}</b><span class=soft>{escape(label)}</span></div>"
+        for value, label in cards
+    )
+    yield "</div>"
+
+
+def _plots(report: LatencyReport) -> Iterator[str]:
+    rows = {
+        name: stats.samples_ms
+        for name, stats in {**report.stages, END_TO_END: report.end_to_end}.items()
+    }
+    if not report.end_to_end.samples_ms:
+        yield '<p class="soft">No plots: a report of schema 1 keeps no samples.</p>'
+        return
+    colours = {**colours_of(list(rows)), OUTSIDE: GREY}
+    yield from _figure(
+        "Distribution",
+        f"A dot a run, {report.end_to_end.runs} after {report.warmup} of warm-up; "
+        "box 25 to 75 %, strokes p50 and p99; each stage on its own scale.",
+        strip_plot(rows, colours, "ms"),
+    )
+    yield from _figure(
+        "Over time",
+        "A line that climbs is a machine that slows down.",
+        line_plot(rows, colours, "ms"),
+    )
+    yield from _figure(
+        "Where the time goes", "Means, which add up.", share_bar(_shares(report), colours, "ms")
+    )
+
+
+def _figure(title: str, caption: str, svg: str) -> Iterator[str]:
+    yield f'<h2>{escape(title)}</h2><p class="soft">{escape(caption)}</p><figure>{svg}</figure>'
+
+
+def _shares(report: LatencyReport) -> dict[str, dict[str, float]]:
+    """Mean ms by stage as the host sees them, with what is outside; and the device's own, where it tells."""
+    stages = {name: stats.mean_ms for name, stats in report.stages.items()}
+    bars = {"host": {**stages, OUTSIDE: max(0.0, report.end_to_end.mean_ms - sum(stages.values()))}}
+    device = {name: stats.mean_ms for name, stats in report.device.items() if name != END_TO_END}
+    return {**bars, "device": device} if device else bars
+
+
+def _statistics(report: LatencyReport) -> Iterator[str]:
+    rows = [(name, *stat_cells(stats)) for name, stats in report.stages.items()]
+    rows.append((END_TO_END, *stat_cells(report.end_to_end)))
+    yield "<h2>Statistics, ms of one batch</h2>"
+    yield from _table(("stage", *HEADINGS), rows, last=True)
+    if report.device:
+        yield "<h2>Device time, ms</h2><p class=soft>CUDA events around the execution, without copies.</p>"
+        rows = [(name, *stat_cells(stats)) for name, stats in report.device.items()]
+        yield from _table(("stage", *HEADINGS), rows, last=True)
+
+
+def _roofline(roofline: Roofline) -> Iterator[str]:
+    yield f"<h2>Prediction: lower bound on {escape(roofline.title)}, not measured</h2>"
+    rows: list[tuple[str, ...]] = [
+        (name, f"{stage.compute_ms:.3f}", f"{stage.memory_ms:.3f}", f"{stage.bound_ms:.3f}", stage.bound_by,
+         _percent(stage.measured_percent))
+        for name, stage in roofline.stages.items()
+    ]  # fmt: skip
+    rows.append(
+        (
+            END_TO_END,
+            "",
+            "",
+            f"{roofline.end_to_end_ms:.3f}",
+            "",
+            _percent(roofline.measured_percent),
+        )
+    )
+    headings = (
+        "stage",
+        "compute ms",
+        "memory ms",
+        "bound ms",
+        "bound by",
+        "measured p50, % of bound",
+    )
+    yield from _table(headings, rows, last=True)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _layers(stage: str, layers: Sequence[LayerTime]) -> Iterator[str]:
+    yield f"<h2>Layers of {escape(stage)}</h2>"
+    yield f'<p class="soft">A pass of its own, {RUNS} runs: profiling slows a stage. {escape(op_text(layers))}</p>'
+    rows = [
+        (layer.name, layer.op or "-", f"{layer.ms:.3f}", f"{layer.percent:.1f}") for layer in layers
+    ]
+    yield from _table(("layer", "op", "ms", "%"), rows[:ROWS])
+    if rows[ROWS:]:
+        yield f"<details><summary>{len(rows) - ROWS} more</summary>"
+        yield from _table(("layer", "op", "ms", "%"), rows[ROWS:])
+        yield "</details>"
+
+
+def _conditions(report: LatencyReport) -> Iterator[str]:
+    told, device = report.conditions, report.conditions.device
+    facts = [
+        ("device", device_name(report)),
+        ("processor", f"{device.cpu}, {told.threads} threads usable"),
+        ("GPU", device.gpu.name if device.gpu else "none"),
+        ("driver", (device.gpu.driver if device.gpu else None) or UNKNOWN),
+        ("CUDA", (device.gpu.cuda if device.gpu else None) or UNKNOWN),
+        ("system", f"{device.os}, {device.arch}" + (f", L4T {device.l4t}" if device.l4t else "")),
+        ("JetPack", (told.state.jetpack if told.state else None) or UNKNOWN),
+        ("prompts", told.prompts),
+        ("memory", memory_text(report)),
+        ("load", f"{report.load_seconds:.2f} s"),
+        *state_facts(told),
+        *((f"version of {name}", version) for name, version in told.versions.items()),
+    ]
+    yield '<h2>Conditions</h2><table class="facts">'
+    yield from (
+        f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in facts
+    )
+    yield "</table>"
+
+
+def _table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], *, last: bool = False
+) -> Iterator[str]:
+    """A table whose first column is names; ``last`` sets the last row apart."""
+    yield (
+        '<div class="wide"><table><tr>'
+        + "".join(f"<th>{escape(text)}</th>" for text in headings)
+        + "</tr>"
+    )
+    for index, row in enumerate(rows):
+        mark = ' class="last"' if last and index == len(rows) - 1 else ""
+        cells = "".join(
+            f"<td{' class=name' if i == 0 else ''}>{escape(cell)}</td>"
+            for i, cell in enumerate(row)
+        )
+        yield f"<tr{mark}>{cells}</tr>"
+    yield "</table></div>"

@@ -1,0 +1,4 @@
+"""Engines on disk: the key that says what an engine is, its sidecar, and which engine fits this GPU.
+
+May import: the core, ``engines.device``, ``engines.targets`` and ``engines.tensorrt``.
+"""

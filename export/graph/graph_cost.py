@@ -1,0 +1,240 @@
+"""What one run of an ONNX graph takes: floating-point operations, bytes across the memory bus, bytes held at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper, shape_inference
+from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+from hipa_deploy.bundle.manifest import Cost, StageSpec
+from hipa_deploy.errors import HipaError, first_line
+
+Shape = tuple[int, ...]
+
+# Products that no formula below covers: counting them as nothing would undercount.
+_UNCOUNTED = {
+    "Attention", "ConvInteger", "DeformConv", "GRU", "LSTM", "MatMulInteger", "QLinearConv", "QLinearMatMul", "RNN",
+}  # fmt: skip
+# Another view of their input's memory.
+_VIEWS = {"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+
+
+def stage_cost(path: Path, spec: StageSpec) -> Cost:
+    """The cost of a stage at its usual shapes; ``activation_bytes`` at its largest. Raises what ``graph_cost`` does."""
+    usual = graph_cost(path, spec.sizes("opt"))
+    if not spec.axes:
+        return usual
+    largest = graph_cost(path, spec.sizes("max"))
+    return usual.model_copy(update={"activation_bytes": largest.activation_bytes})
+
+
+def graph_cost(path: Path, sizes: Mapping[str, int] = MappingProxyType({})) -> Cost:
+    """The cost of one call of the ONNX file at ``path``, its named dimensions at ``sizes``.
+
+    A multiplication and an addition count as two, in Conv, ConvTranspose, MatMul, Gemm and Einsum, without biases
+    and as the direct algorithm does them (a Winograd convolution multiplies less). Weights are the initializers;
+    of a table that only Gather reads, an embedding, the rows read count. External data is not loaded.
+
+    Raises:
+        HipaError: not an ONNX file, a shape that is dynamic or cannot be inferred, or an operator that multiplies
+            and is not counted.
+
+    """
+    model = _load(path, sizes)
+    try:
+        _refuse_unknown(model)
+        shapes = _Shapes(model.graph)
+        return Cost(
+            flops=sum(
+                _FLOPS[node.op_type](node, shapes)
+                for node in model.graph.node
+                if node.op_type in _FLOPS
+            ),
+            weight_bytes=_weight_bytes(model.graph, shapes),
+            io_bytes=sum(
+                shapes.bytes(value.name) for value in (*_inputs(model.graph), *model.graph.output)
+            ),
+            activation_bytes=_activation_bytes(model.graph, shapes),
+        )
+    except HipaError as error:
+        raise HipaError(f"{path}: {error}") from None
+
+
+def _load(path: Path, sizes: Mapping[str, int]) -> ModelProto:
+    """The model with every shape that onnx can infer, without external data."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+        if sizes:
+            _fix(model.graph, sizes)
+            return SymbolicShapeInference.infer_shapes(
+                model, auto_merge=True
+            )  # follows sizes through Shape and Concat
+        return shape_inference.infer_shapes(model, data_prop=True)
+    except Exception as error:  # protobuf's and onnx's own classes, which differ between versions
+        raise HipaError(
+            f"{path} cannot be read as ONNX ({first_line(error)}). Export the bundle again."
+        ) from None
+
+
+def _fix(graph: GraphProto, sizes: Mapping[str, int]) -> None:
+    """Give the named dimensions of inputs and outputs their sizes; those between are inferred anew."""
+    del graph.value_info[:]
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
+
+
+def _refuse_unknown(model: ModelProto) -> None:
+    """Raise for a node whose operations cannot be known from its operator."""
+    for node in model.graph.node:
+        foreign = node.domain not in ("", "ai.onnx")
+        control_flow = any(attribute.HasField("g") for attribute in node.attribute)
+        if foreign or control_flow or node.op_type in _UNCOUNTED:
+            operator = f"{node.domain}.{node.op_type}" if foreign else node.op_type
+            raise HipaError(
+                f"the FLOPs of {operator} (node {node.name!r}) are unknown. Expected plain ONNX operators."
+            )
+
+
+class _Shapes:
+    """Static shapes and sizes in bytes of the graph's tensors, by name."""
+
+    def __init__(self, graph: GraphProto) -> None:
+        self._values = {
+            value.name: value for value in (*graph.value_info, *graph.input, *graph.output)
+        }
+        self._weights = {weight.name: weight for weight in graph.initializer}
+
+    def __getitem__(self, name: str) -> Shape:
+        """The shape of ``name``.
+
+        Raises:
+            HipaError: it is unknown, or a dimension is not a number.
+
+        """
+        if name in self._weights:
+            return tuple(self._weights[name].dims)
+        if name not in self._values or not self._values[name].type.tensor_type.HasField("shape"):
+            raise HipaError(
+                f"the shape of tensor {name!r} cannot be inferred. Expected static shapes."
+            )
+        dims = self._values[name].type.tensor_type.shape.dim
+        if not all(dim.HasField("dim_value") for dim in dims):
+            got = [
+                dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in dims
+            ]
+            raise HipaError(f"tensor {name!r} has the dynamic shape {got}. Expected static shapes.")
+        return tuple(dim.dim_value for dim in dims)
+
+    def bytes(self, name: str) -> int:
+        """Elements times the size of one."""
+        weight = self._weights.get(name)
+        kind = weight.data_type if weight else self._values[name].type.tensor_type.elem_type
+        return prod(self[name]) * helper.tensor_dtype_to_np_dtype(kind).itemsize
+
+
+def _inputs(graph: GraphProto) -> Iterable[ValueInfoProto]:
+    """What is fed: before IR version 4 initializers are listed as inputs as well."""
+    weights = {weight.name for weight in graph.initializer}
+    return (value for value in graph.input if value.name not in weights)
+
+
+def _weight_bytes(graph: GraphProto, shapes: _Shapes) -> int:
+    readers: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in set(node.input):
+            readers[name].append(node)
+    return sum(
+        _bytes_read(weight.name, readers[weight.name], shapes) for weight in graph.initializer
+    )
+
+
+def _activation_bytes(graph: GraphProto, shapes: _Shapes) -> int | None:
+    """The peak over the nodes, in order, of what is alive: from the node that writes it to the last that reads it.
+
+    Inputs, outputs and weights lie in memory of their own.
+    """
+    holder = {
+        value.name: "" for value in (*graph.input, *graph.output, *graph.initializer)
+    }  # "": not an activation
+    last_read: dict[str, int] = {}
+    for step, node in enumerate(graph.node):
+        for name in node.output:
+            viewed = node.op_type in _VIEWS and node.input[0] in holder
+            holder.setdefault(name, holder[node.input[0]] if viewed else name)
+        last_read.update(
+            (holder[name], step) for name in (*node.input, *node.output) if holder.get(name)
+        )
+    try:
+        sizes = {name: shapes.bytes(name) for name in last_read}
+    except (HipaError, KeyError):
+        return None
+    dying: dict[int, int] = defaultdict(int)
+    for name, step in last_read.items():
+        dying[step] += sizes[name]
+    alive = peak = 0
+    for step, node in enumerate(graph.node):
+        alive += sum(sizes[name] for name in node.output if holder[name] == name)
+        peak = max(peak, alive)
+        alive -= dying[step]
+    return peak
+
+
+def _bytes_read(name: str, readers: list[NodeProto], shapes: _Shapes) -> int:
+    """All of a weight once; of a table no more than the rows that are looked up."""
+    whole = shapes.bytes(name)
+    if all(node.op_type == "Gather" and node.input[0] == name for node in readers):
+        itemsize = whole // max(prod(shapes[name]), 1)
+        return min(whole, sum(prod(shapes[node.output[0]]) * itemsize for node in readers))
+    return whole
+
+
+def _conv(node: NodeProto, shapes: _Shapes) -> int:
+    # weight [M, C / groups, *kernel]: each output value sums over all but M
+    return 2 * prod(shapes[node.output[0]]) * prod(shapes[node.input[1]][1:])
+
+
+def _conv_transpose(node: NodeProto, shapes: _Shapes) -> int:
+    # weight [C, M / groups, *kernel]: each input value is spread over all but C
+    return 2 * prod(shapes[node.input[0]]) * prod(shapes[node.input[1]][1:])
+
+
+def _matmul(node: NodeProto, shapes: _Shapes) -> int:
+    # [..., M, K] x [..., K, N], batch dimensions broadcast into the output
+    return 2 * prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
+
+
+def _gemm(node: NodeProto, shapes: _Shapes) -> int:
+    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+    return 2 * prod(shapes[node.output[0]]) * shapes[node.input[0]][0 if transposed else 1]
+
+
+def _einsum(node: NodeProto, shapes: _Shapes) -> int:
+    """2 x the product of every index's size, for two operands; the order of more is the runtime's choice."""
+    equation = next(a.s.decode() for a in node.attribute if a.name == "equation").replace(" ", "")
+    terms = equation.split("->")[0].split(",")
+    if len(terms) != 2 or "..." in equation:
+        raise HipaError(
+            f"the FLOPs of Einsum {equation!r} are unknown. Expected two operands and no ellipsis."
+        )
+    sizes: dict[str, int] = {}
+    for term, name in zip(terms, node.input, strict=True):
+        for index, size in zip(term, shapes[name], strict=True):
+            sizes[index] = max(size, sizes.get(index, 1))
+    return 2 * prod(sizes.values())
+
+
+_FLOPS: dict[str, Callable[[NodeProto, _Shapes], int]] = {
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Einsum": _einsum,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+}

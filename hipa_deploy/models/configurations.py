@@ -1,0 +1,150 @@
+"""The configurations of Stable Diffusion 1.x and 2.1, for a checkpoint that comes as one file, without them.
+
+Values are those of the repositories that Runway and Stability published with the weights; most that are a default of
+diffusers or transformers are left out. The tokenizer is CLIP's (https://github.com/openai/CLIP, MIT License).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+from hipa_deploy.embedded import ROOT
+
+MERGES = ROOT / "clip" / "merges.txt.gz"
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+_UNET = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "layers_per_block": 2,
+}
+_SD1_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
+_SD2_UNET = {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
+_SD1_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+             "hidden_act": "quick_gelu"}  # fmt: skip
+_SD2_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+             "hidden_act": "gelu"}  # fmt: skip
+# OpenCLIP, the text encoder of SD 2.x, was trained with zeros, the token '!', after the end of a prompt.
+_SD1: dict[str, Any] = {"unet": _SD1_UNET, "text_encoder": _SD1_TEXT, "pad_token": END}
+_SD2: dict[str, Any] = {"unet": _SD2_UNET, "text_encoder": _SD2_TEXT, "pad_token": "!"}
+MODELS: dict[str, dict[str, Any]] = {
+    "sd15": {**_SD1, "size": 64, "prediction_type": "epsilon"},
+    "sd21-base": {**_SD2, "size": 64, "prediction_type": "epsilon"},
+    "sd21-v": {
+        **_SD2,
+        "unet": {**_SD2_UNET, "upcast_attention": True},
+        "size": 96,
+        "prediction_type": "v_prediction",
+    },
+}
+
+
+def context_width(name: str) -> int:
+    """Width D of the text context [B, 77, D] of one of ``MODELS``."""
+    return int(MODELS[name]["unet"]["cross_attention_dim"])
+
+
+def write_config(name: str, folder: Path) -> Path:
+    """Write one of ``MODELS`` as a StableDiffusionPipeline folder without weights; tokenizer included."""
+    for part, config in _configs(MODELS[name]).items():
+        path = folder / part
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_tokenizer(folder / "tokenizer", MODELS[name]["pad_token"])
+    return folder
+
+
+def _configs(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    diffusers = {
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+        "scheduler": "DDIMScheduler",
+    }
+    transformers = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        **{part: ["diffusers", kind] for part, kind in diffusers.items()},
+        **{part: ["transformers", kind] for part, kind in transformers.items()},
+        **{part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")},
+        "requires_safety_checker": False,
+    }
+    vae = {
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "sample_size": 8 * model["size"],
+    }
+    schedule = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": model["prediction_type"],
+    }
+    text = {
+        "model_type": "clip_text_model",
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+        **model["text_encoder"],
+    }
+    return {
+        "model_index.json": index,
+        "unet/config.json": {
+            "_class_name": diffusers["unet"],
+            "sample_size": model["size"],
+            **_UNET,
+            **model["unet"],
+        },
+        "vae/config.json": {"_class_name": diffusers["vae"], **vae},
+        "scheduler/scheduler_config.json": {"_class_name": diffusers["scheduler"], **schedule},
+        "text_encoder/config.json": {"architectures": ["CLIPTextModel"], **text},
+    }
+
+
+def _write_tokenizer(folder: Path, pad_token: str) -> None:
+    merges = gzip.decompress(MERGES.read_bytes()).decode("utf-8")
+    letters = _byte_letters()
+    words = [*letters, *(letter + "</w>" for letter in letters)]
+    words += ["".join(line.split()) for line in merges.splitlines()[1:]]
+    vocabulary = {word: i for i, word in enumerate([*words, START, END])}
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "do_lower_case": True,
+        **special,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        ("merges.txt", merges),
+        ("vocab.json", json.dumps(vocabulary, ensure_ascii=False)),
+        ("special_tokens_map.json", json.dumps(special)),
+        ("tokenizer_config.json", json.dumps(settings)),
+    ):
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+def _byte_letters() -> list[str]:
+    """A printable letter for each byte, in the order of CLIP's vocabulary: bytes that print as themselves first."""
+    plain = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return [*map(chr, plain), *(chr(256 + i) for i in range(len(rest)))]

@@ -1,0 +1,157 @@
+"""The memory plan against invented machines, and bundles whose files are sparse."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+from engine_samples import ORIN, RTX_4090
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from hipa_deploy.bundle.manifest import Bundle, Cost
+from hipa_deploy.engines.build import memory_plan as plan_module
+from hipa_deploy.engines.build.memory_plan import (
+    HOST_BASE_MIB,
+    HOST_PER_WEIGHT,
+    RUNTIME_MIB,
+    Need,
+    plan_build,
+    render_plan,
+)
+from hipa_deploy.engines.device.describe import Device
+from hipa_deploy.engines.store.build_options import BuildOptions
+from hipa_deploy.errors import HipaError
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def bundle(make_bundle, monkeypatch) -> Bundle:
+    """Two stages, 1000 MiB of weights and 50 of activations in 'unet', 100 and none known in 'vae_decoder'."""
+    made = make_bundle()
+    for stage, mib in (("unet", 1000), ("vae_decoder", 100)):
+        files = list(made.stage_path(stage).parent.glob("*"))
+        os.truncate(files[0], mib * MIB - sum(path.stat().st_size for path in files[1:]))
+    cost = Cost(flops=0, weight_bytes=0, io_bytes=0, activation_bytes=50 * MIB)
+    costs = {"unet": cost, "vae_decoder": None}
+    stages = [
+        stage.model_copy(update={"cost": costs[stage.spec.name]}) for stage in made.manifest.stages
+    ]
+    monkeypatch.setattr(plan_module, "available_memory_mib", lambda: 4000)
+    monkeypatch.setattr(plan_module, "free_swap_mib", lambda: 500)
+    return Bundle(made.root, made.manifest.model_copy(update={"stages": tuple(stages)}))
+
+
+def machine(gpu=None, jetson=None) -> Device:
+    facts = {
+        "cpu": "c",
+        "cores": 2,
+        "memory_mib": 8000,
+        "os": "o",
+        "arch": "a",
+        "python": "3",
+        "l4t": None,
+    }
+    return Device(**facts, gpu=gpu, jetson=jetson, backends=())
+
+
+def plan(bundle, flavour, target="auto", device=None, stages=("unet", "vae_decoder"), **options):
+    return plan_build(bundle, stages, flavour, target, BuildOptions(**options), device or machine())
+
+
+def test_rtx_compiles_on_the_host_and_the_largest_stage_counts(bundle):
+    planned = plan(bundle, "rtx")
+    unet, decoder = planned.stages
+    assert (unet.weights, unet.activations, unet.build_gpu) == (1000, 50, None)
+    assert (decoder.weights, decoder.activations) == (100, None)
+    building, disk = planned.needs
+    assert building.need == unet.build_host == round(HOST_BASE_MIB + HOST_PER_WEIGHT * 1000)
+    assert (building.where, building.have, building.verdict) == ("this machine", 4000, "fits")
+    assert disk.need == pytest.approx(1100 * 1.1 + 16, abs=1)
+    planned.refuse_misfits()
+
+
+def test_only_what_is_to_be_built_counts(bundle):
+    planned = plan(bundle, "rtx", stages=())
+    assert planned.stages == ()
+    assert [need.what for need in planned.needs] == ["engines: disk"]
+
+
+def test_a_named_target_says_whether_the_whole_pipeline_runs_there(bundle):
+    running = plan(bundle, "rtx", "rtx4090").needs[-1]
+    assert running.where == "GeForce RTX 4090"
+    assert running.need == RUNTIME_MIB + 1000 + 50 + 100
+    assert running.verdict == "fits"
+    assert plan(bundle, "rtx", "rtx40").needs[-1].verdict == "unknown"  # a family: cards differ
+
+
+def test_on_a_jetson_host_and_gpu_share(bundle):
+    planned = plan(bundle, "tensorrt", device=machine(ORIN), workspace_mib=300)
+    building, _, running = planned.needs
+    gpu = 1000 + 50 + 300
+    assert planned.stages[0].build_gpu == gpu
+    assert building.what == "building: shared memory"
+    assert building.need == planned.stages[0].build_host + gpu + RUNTIME_MIB
+    assert building.verdict == "does not fit"
+    assert running.where == "this machine"
+    numbers = r"on this machine takes about 5,\d+ MiB, 4,000 MiB is there and 500 MiB of swap. Close other programs"
+    with pytest.raises(HipaError, match=numbers):
+        planned.refuse_misfits()
+
+
+def test_swap_takes_the_hosts_part(bundle, monkeypatch):
+    monkeypatch.setattr(plan_module, "free_swap_mib", lambda: 3000)
+    planned = plan(bundle, "tensorrt", device=machine(ORIN))
+    assert planned.needs[0].verdict == "fits with swap"
+    planned.refuse_misfits()
+
+
+def test_a_discrete_gpu_has_its_own(bundle):
+    host, gpu, _, running = plan(bundle, "tensorrt", device=machine(RTX_4090)).needs
+    assert (host.what, gpu.what, running.what) == (
+        "building: memory",
+        "building: GPU memory",
+        "running: GPU memory",
+    )
+    assert gpu.have == RTX_4090.memory_mib
+
+
+def test_a_jetson_that_is_not_here_is_planned_from_its_data_file(bundle):
+    building, _, running = plan(bundle, "tensorrt", "orin-nano").needs
+    assert building.where == running.where == "Jetson Orin Nano 8 GB"
+    assert building.have == running.have == round(8192 * 0.93) - 1024
+    assert building.verdict == "fits"
+
+
+def test_a_full_disk_is_refused_with_numbers(bundle, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=MIB))
+    with pytest.raises(
+        HipaError, match=r"engines: disk on .* about 1,2\d\d MiB, 1 MiB is there\. Free some disk"
+    ):
+        plan(bundle, "rtx").refuse_misfits()
+
+
+def test_too_little_to_run_has_its_own_remedy(bundle, monkeypatch):
+    small = RTX_4090.model_copy(update={"memory_mib": 1000})
+    with pytest.raises(HipaError, match=r"running: GPU memory .* Use --decoder tiny"):
+        plan(bundle, "rtx", device=machine(small)).refuse_misfits()
+
+
+@given(*[st.integers(0, 10_000)] * 4)
+def test_a_need_that_fits_never_stops_fitting_with_more(need, have, swap, pageable):
+    order = ["does not fit", "fits with swap", "fits"]
+    one = Need(what="w", where="x", need=need, have=have, swap=swap, pageable=min(pageable, need))
+    more = one.model_copy(update={"have": have + 1, "swap": swap + 1})
+    assert order.index(more.verdict) >= order.index(one.verdict)
+    assert (one.verdict == "does not fit") == (need > have + min(swap, min(pageable, need)))
+
+
+def test_the_tables_show_every_number(bundle):
+    console = Console(record=True, width=140)
+    console.print(*render_plan(plan(bundle, "tensorrt", device=machine(ORIN))), sep="\n")
+    text = console.export_text()
+    for part in ("unet", "1,000", "3,630", "does not fit", "this machine", "500"):
+        assert part in text

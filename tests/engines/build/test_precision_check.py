@@ -1,0 +1,55 @@
+"""The inspector's JSON, in the two forms that NVIDIA documents (written by hand: no engine can be read here)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hipa_deploy.engines.build.precision_check import check_inspected, parse_inspector
+from hipa_deploy.errors import HipaError
+
+TENSORRT_10 = {
+    "Layers": [
+        {
+            "Name": "a",
+            "Outputs": [{"Name": "t", "Format/Datatype": "Row major linear FP16 format"}],
+        },
+        {"Name": "b", "Outputs": [{"Name": "u", "Format/Datatype": "Row major linear FP32"}]},
+        {
+            "Name": "c",
+            "Outputs": [{"Name": "v", "Format/Datatype": "Row major linear UInt8 format"}],
+        },
+    ],
+    "Bindings": ["x", "y"],
+}
+TENSORRT_11 = {
+    "Layers": [
+        {"Name": "a", "Outputs": [{"Name": "t", "DataType": "Half", "Format": "Row major linear"}]},
+        {"Name": "b", "Outputs": [{"Name": "u", "DataType": "Float"}]},
+    ],
+    "I/O Tensors": [{"Name": "x", "DataType": "Float"}],
+}
+
+
+@pytest.mark.parametrize("report", [TENSORRT_10, TENSORRT_11])
+def test_both_forms(report):
+    check = parse_inspector(json.dumps(report))
+    assert (check.by, check.float16, check.float32) == ("inspector", 1, 1)
+
+
+def test_another_precision_than_asked_is_an_error():
+    half = {"Layers": TENSORRT_11["Layers"] + TENSORRT_11["Layers"][:1]}  # two of three
+    assert check_inspected(json.dumps(half), "fp16").float16 == 2
+    with pytest.raises(
+        HipaError, match=r"built in fp16, fp32 was asked for: 2 of 3 outputs, by its inspector"
+    ):
+        check_inspected(json.dumps(half), "fp32")
+    assert check_inspected("{}", "fp16") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"Layers": ["a", "b"]}', '{"Layers": [{"Name": "a"}]}']
+)
+def test_no_types_is_no_answer(text):
+    assert parse_inspector(text) is None

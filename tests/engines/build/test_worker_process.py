@@ -1,0 +1,92 @@
+"""The worker's process: real TensorRT-RTX builds of a tiny graph, and the ways in which one ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from hipa_deploy.engines.build import worker as build_worker
+from hipa_deploy.engines.build import worker_process as build_process
+from hipa_deploy.engines.build.worker import Job
+from hipa_deploy.engines.build.worker_process import (
+    count_skipped_tactics,
+    explain_failure,
+    run_worker,
+)
+from hipa_deploy.engines.store.build_options import BuildOptions
+from hipa_deploy.errors import HipaError
+
+pytest.importorskip("tensorrt_rtx")
+
+
+# What TensorRT 10 prints where memory is short and nothing is wrong.
+SKIPPED = """\
+[E] Tactic Device request: 2304MB Available: 1536MB. Device memory is insufficient to use tactic.
+[W] UNSUPPORTED_STATE: Skipping tactic 3 due to insufficient memory on requested size of 2304 detected for tactic 0x3.
+[E] Some tactics do not have sufficient memory to run. Increasing workspace will enable more tactics.
+"""
+
+
+@pytest.fixture
+def job(make_bundle, tmp_path) -> Job:
+    """A build of one convolution."""
+    bundle = make_bundle(stages=("unet",))
+    return Job(
+        flavour="rtx", onnx=bundle.stage_path("unet"), spec=bundle.stages["unet"].spec, out=tmp_path / "out",
+        precision="fp16", compute_capabilities=(89,), options=BuildOptions(), timing_cache=None,
+    )  # fmt: skip
+
+
+def test_progress_rises_to_one(job):
+    events = []
+    outcome = run_worker(job, events.append)
+    fractions = [event.fraction for event in events]
+    assert fractions == sorted(fractions)
+    assert len(set(fractions)) > 5
+    assert fractions[-1] == 1.0
+    assert outcome.seconds > 0
+    assert outcome.skipped_tactics == 0
+    assert [event.layers for event in events if event.layers] == [4]
+
+
+def test_a_worker_whose_parent_is_gone_stops(job):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(
+        build_process.WORKER, env=build_worker.environment("rtx"), text=True, **pipes
+    ) as worker:
+        worker.stdout.close()
+        worker.stdin.write(job.model_dump_json())
+        worker.stdin.close()
+        assert worker.wait(timeout=30) != 0
+    assert not job.out.exists()
+
+
+def test_a_killed_worker_is_explained(job, monkeypatch):
+    monkeypatch.setattr(
+        build_process, "WORKER", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
+    )
+    with pytest.raises(HipaError, match="the build was killed by SIGKILL"):
+        run_worker(job, lambda event: None)
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "expected"),
+    [
+        (-9, "", "the build was killed by SIGKILL (out of memory?)."),
+        (-11, "[E] x", "the build was killed by SIGSEGV."),
+        (1, "[W] w\n[E] first\n[E] In node 3: Det\nTraceback\nX: y", "In node 3: Det"),
+        (1, f"[E] it broke\n{SKIPPED}", "it broke"),
+        (1, f"{SKIPPED}\nValueError: y\n", "ValueError: y"),
+        (1, "Traceback\nValueError: y\n", "ValueError: y"),
+        (1, "", "the build ended with status 1."),
+    ],
+)
+def test_failures_are_one_line(status, log, expected):
+    assert explain_failure(status, log) == expected
+
+
+def test_tactics_that_did_not_fit_are_counted():
+    assert count_skipped_tactics(SKIPPED) == 2
+    assert count_skipped_tactics("[E] it broke") == 0

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from hipa_deploy.engines.device.nvidia_smi import ask_smi, smi_number, smi_text, smi_throttles
+
+ROW = "NVIDIA GeForce RTX 4090, 2520, 3120, 10501, 10501, 54, 310.55, 450.00, P2, Enabled, 0x0000000000000004"
+OTHER = "NVIDIA T400, 420, 1425, 405, 5001, 40, [N/A], [N/A], P8, Disabled, 0x0000000000000001"
+
+
+def answer_with(monkeypatch, *rows: str, known: str = "clocks_event_reasons.active") -> list[str]:
+    """nvidia-smi, faked: it fails for a field that it does not know, as the real one does."""
+    asked: list[str] = []
+
+    def run(command, **more):
+        asked.append(command[1])
+        if not command[1].endswith(known):
+            raise subprocess.CalledProcessError(2, command)
+        return subprocess.CompletedProcess(command, 0, stdout="\n".join(rows) + "\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return asked
+
+
+def test_one_gpu(monkeypatch):
+    asked = answer_with(monkeypatch, ROW)
+    smi = ask_smi(None)
+    assert len(asked) == 1
+    assert (smi_number(smi, "clocks.sm"), smi_number(smi, "power.draw")) == (2520, 310.55)
+    assert (smi_text(smi, "pstate"), smi_throttles(smi)) == ("P2", ("power cap",))
+
+
+def test_an_older_driver_knows_the_reasons_by_another_name(monkeypatch):
+    asked = answer_with(monkeypatch, ROW, known="clocks_throttle_reasons.active")
+    assert smi_throttles(ask_smi(None)) == ("power cap",)
+    assert len(asked) == 2
+
+
+def test_of_several_gpus_the_one_of_that_name(monkeypatch):
+    answer_with(monkeypatch, ROW, OTHER)
+    smi = ask_smi("NVIDIA T400")
+    assert smi_throttles(smi) == ()  # idle is no throttling
+    assert smi_number(smi, "power.draw") is smi_text(smi, "power.limit") is None
+    assert ask_smi("Orin") == ask_smi(None) == {}
+
+
+def test_two_of_one_name_cannot_be_told_apart(monkeypatch):
+    answer_with(monkeypatch, OTHER, OTHER)
+    assert ask_smi("NVIDIA T400") == {}
+
+
+@pytest.mark.parametrize("rows", [(), ("No devices were found",)])
+def test_nothing_useful_is_nothing_known(monkeypatch, rows):
+    answer_with(monkeypatch, *rows)
+    smi = ask_smi(None)
+    assert smi == {}
+    assert smi_number(smi, "clocks.sm") is smi_text(smi, "pstate") is smi_throttles(smi) is None
+
+
+def test_without_the_command_nothing_is_known(monkeypatch):
+    def absent(command, **more):
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    assert ask_smi(None) == {}

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from hipa_deploy.engines.latency.layer_times import (
+    LayerTime,
+    by_op,
+    node_times,
+    profile_layers,
+    render_layers,
+    stage_inputs,
+)
+from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.pipeline import OneStepPipeline
+
+PROMPT = "3d emoji of a red apple"
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    with OneStepPipeline.load("emoji", "onnxruntime") as pipe:
+        yield pipe
+
+
+def test_onnxruntime_times_its_own_nodes(pipeline):
+    """The real profiler on the embedded bundle."""
+    found = profile_layers(pipeline, PROMPT)
+    assert list(found) == ["text_encoder", "unet", "vae_decoder"]
+    for layers in found.values():
+        assert sum(layer.percent for layer in layers) == pytest.approx(100)
+        assert [layer.ms for layer in layers] == sorted(
+            (layer.ms for layer in layers), reverse=True
+        )
+        assert all(layer.op for layer in layers)
+    assert "Conv" in by_op(found["vae_decoder"])
+    assert "Conv" not in by_op(found["text_encoder"])
+    pipeline(PROMPT, seed=0)  # still open
+
+
+def test_stages_are_fed_what_the_pipeline_feeds_them(pipeline):
+    inputs = stage_inputs(pipeline, PROMPT)
+    assert inputs["text_encoder"]["tokens"].shape == (1, 77)
+    latents = pipeline.runners["unet"](**inputs["unet"])["latents"]
+    assert np.array_equal(latents, inputs["vae_decoder"]["latents"])
+
+
+def test_a_runner_that_profiles_itself_is_asked(pipeline):
+    """A fake of TensorRT's runner: its first call is slow and does not count, two layers share a name."""
+
+    class Profiling:
+        def __init__(self, runner) -> None:
+            self.spec, self.calls, self._runner = runner.spec, 0, runner
+
+        def __call__(self, **inputs):
+            return self._runner(**inputs)
+
+        def profile_layers(self, **inputs) -> list[tuple[str, float]]:
+            assert set(inputs) == {tensor.name for tensor in self.spec.inputs}
+            self.calls += 1
+            return [("conv", 100.0 if self.calls == 1 else 1.0), ("conv", 3.0)]
+
+    runners = {name: Profiling(runner) for name, runner in pipeline.runners.items()}
+    found = profile_layers(OneStepPipeline(pipeline.bundle, "rtx", runners), PROMPT)
+    assert found["unet"] == (
+        LayerTime(name="conv", op=None, ms=3.0, percent=75.0),
+        LayerTime(name="conv", op=None, ms=1.0, percent=25.0),
+    )
+
+
+def test_a_backend_whose_profiler_times_the_host_is_refused():
+    pipeline = SimpleNamespace(backend="onnxruntime-cuda", runners={"unet": object()})
+    with pytest.raises(
+        HipaError, match="onnxruntime-cuda has no profiler of layers that times the device"
+    ):
+        profile_layers(pipeline, PROMPT)
+
+
+def test_the_first_run_of_a_node_does_not_count():
+    def event(name: str, dur: int, **more) -> dict:
+        return {"cat": "Node", "name": name, "dur": dur, "args": {"op_name": "Conv"}, **more}
+
+    events = [
+        event("a_kernel_time", 9000),
+        event("a_kernel_time", 1000),
+        event("a_kernel_time", 3000),
+        event("a_fence_before", 7000),
+        event("once_kernel_time", 5000),
+        {"cat": "Session", "name": "model_run", "dur": 1},
+    ]
+    assert node_times(events) == [("a", "Conv", 2.0)]
+
+
+def test_the_table_has_the_slowest_and_the_rest():
+    layers = [
+        LayerTime(name=f"node{i}", op="Conv" if i < 2 else None, ms=1.0, percent=10.0)
+        for i in range(10)
+    ]
+    console = Console(file=io.StringIO(), width=100)
+    console.print(render_layers("unet", layers, rows=3))
+    text = console.file.getvalue()
+    for part in ("Layers of unet", "node2", "7 more", "7.000", "70.0", "Conv 20 %"):
+        assert part in text
+    assert "node3" not in text

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from report_samples import CONDITIONS, READING, STATE, a_report
+
+from hipa_deploy.commands.app import main
+from hipa_deploy.engines.device.sysfs import Clock
+from hipa_deploy.engines.latency.measure import summarise
+from hipa_deploy.engines.latency.table import device_name, markdown_table, state_facts
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_row_a_report_with_all_stages_and_numbered_notes():
+    fused = {"generator": summarise([0.011] * 10, None)}
+    reports = [
+        a_report(warnings=("throttled", "not steady")),
+        a_report(stages=fused, warnings=("not steady",)),
+    ]
+    lines = markdown_table(reports).splitlines()
+    head, first, second = cells(lines[0]), cells(lines[2]), cells(lines[3])
+    assert len(head) == len(first) == len(second)
+    row = dict(zip(head, first, strict=True))
+    assert row["device"] == "NVIDIA Jetson Orin Nano Developer Kit Super"
+    assert row["power mode"] == "MAXN_SUPER (mode 2)"
+    assert row["GPU clock, MHz"] == "1020 of 1020 (locked)"
+    assert row["L4T / JetPack"] == "36.4.3 / 6.2"
+    assert row["backend"] == "tensorrt 10.3.0.30"
+    assert (row["model"], row["decoder"], row["size"]) == ("sd15 + hipa", "tiny: taesd", "512x512")
+    assert (row["vae_decoder p50"], row["generator p50"], row["notes"]) == ("2.00", "-", "[1] [2]")
+    assert dict(zip(head, second, strict=True))["generator p50"] == "11.00"
+    assert second[-1] == "[2]"
+    assert lines[-2:] == ["[1] throttled", "[2] not steady"]
+
+
+def test_a_report_of_schema_1_has_a_row_too():
+    old = json.loads((Path(__file__).parents[1] / "latency-schema-1.json").read_text())
+    from hipa_deploy.engines.latency.measure import LatencyReport
+
+    row = markdown_table([LatencyReport.model_validate(old)]).splitlines()[2]
+    assert "unknown" in cells(row)
+
+
+def test_a_bar_in_a_name_does_not_break_the_table():
+    facts = CONDITIONS.bundle.model_copy(update={"base_model": "a|b"})
+    text = markdown_table([a_report(conditions=CONDITIONS.model_copy(update={"bundle": facts}))])
+    assert "a\\|b + hipa" in text
+
+
+def test_on_the_processor_the_gpu_is_not_the_device():
+    told = CONDITIONS.model_copy(update={"backend": "onnxruntime"})
+    assert (
+        device_name(a_report(conditions=told))
+        == "NVIDIA Jetson Orin Nano Developer Kit Super (CPU)"
+    )
+    desktop = told.model_copy(update={"device": told.device.model_copy(update={"jetson": None})})
+    assert device_name(a_report(conditions=desktop)) == "ARMv8 Processor"
+    gpu = desktop.model_copy(update={"backend": "rtx"})
+    assert device_name(a_report(conditions=gpu)) == "Orin"
+
+
+@pytest.mark.parametrize(
+    ("reading", "expected"),
+    [
+        ({"throttled_by": None}, ("throttling", "unknown")),
+        ({"throttled_by": ("power cap",)}, ("throttling", "power cap")),
+        ({"throttled_by": ()}, ("throttling", "none")),
+        ({"clocks": {}}, ("clocks", "unknown")),
+        ({"clocks": {"gpu": Clock(now_mhz=900, max_mhz=None)}}, ("gpu clock", "900 MHz")),
+        ({"temperatures_c": {"a": 40.0, "b": 60.4}}, ("hottest", "60 °C (b)")),
+        ({"temperatures_c": {}}, ("hottest", "unknown")),
+    ],
+)
+def test_what_is_not_known_is_called_unknown(reading, expected):
+    state = STATE.model_copy(update={"after": READING.model_copy(update=reading)})
+    assert expected in state_facts(CONDITIONS.model_copy(update={"state": state}))
+
+
+def test_the_command_merges_reports(tmp_path, capsys):
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path in paths:
+        path.write_text(a_report().model_dump_json())
+    with pytest.raises(SystemExit) as stopped:
+        main(["profile", "table", *map(str, paths)])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == markdown_table([a_report(), a_report()])

@@ -1,0 +1,136 @@
+"""What the doctor says of an engine, without a GPU and with invented ones."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from engine_samples import ORIN, RTX_4090, put_engine
+
+from hipa_deploy.doctor.examine import examine, render
+from hipa_deploy.engines.store import diagnose as diagnose_module
+from hipa_deploy.engines.store.build_options import BuildOptions
+from hipa_deploy.engines.store.diagnose import UNKNOWN, diagnose, is_engine
+from hipa_deploy.engines.store.select import engine_path
+from hipa_deploy.errors import HipaError
+
+
+@pytest.fixture
+def orin(monkeypatch) -> None:
+    """As on the Orin of engine_samples with TensorRT 10.13.3."""
+    monkeypatch.setattr(diagnose_module, "find_gpu", lambda: ORIN)
+    monkeypatch.setattr(diagnose_module, "_version", lambda flavour: "10.13.3")
+
+
+def verdicts(path: Path) -> dict[str, str]:
+    return {field.name: field.verdict for field in diagnose(path).fields}
+
+
+@pytest.mark.usefixtures("orin")
+def test_an_engine_that_fits_has_no_problem(make_bundle):
+    path = put_engine(make_bundle(stages=("unet",)))
+    for given in (path, engine_path(path)):
+        found = diagnose(given)
+        assert found.problems == ()
+        assert {field.verdict for field in found.fields} == {"same"}
+        assert found.path == str(engine_path(path))
+        assert found.precision == "1 of 1 layers in float16, by the inspector"
+
+
+@pytest.mark.usefixtures("orin")
+def test_every_differing_field_is_told_old_and_new(make_bundle):
+    bundle = make_bundle(stages=("unet",))
+    path = put_engine(bundle, tensorrt="10.3.0", driver="1.0", onnx_sha256="0" * 64)
+    found = diagnose(path)
+    changed = {
+        field.name: (field.built, field.here)
+        for field in found.fields
+        if field.verdict == "differs"
+    }
+    assert changed.pop("onnx_sha256")[0] == "000000000000…"
+    assert changed == {"tensorrt": ("10.3.0", "10.13.3"), "driver": ("1.0", "540.4")}
+    assert found.problems == ("it does not fit here: onnx_sha256, tensorrt, driver differ.",)
+    assert found.rebuild == f"Run: hipa-build {bundle.root} --backend tensorrt"
+
+
+def test_without_a_gpu_and_tensorrt_the_rest_cannot_be_told(make_bundle, monkeypatch):
+    monkeypatch.setattr(diagnose_module, "find_gpu", lambda: None)
+    monkeypatch.setattr(diagnose_module, "_version", lambda flavour: None)
+    path = put_engine(make_bundle(stages=("unet",)))
+    found = {field.name: field for field in diagnose(path).fields}
+    assert found["device"].here == UNKNOWN
+    unknown = {name for name, field in found.items() if field.verdict == "unknown"}
+    assert unknown == {"tensorrt", "compute_capabilities", "device", "driver", "cuda"}
+    assert diagnose(path).problems == ()
+
+
+def test_an_rtx_engine_is_bound_to_capabilities_alone(make_bundle, monkeypatch):
+    bundle = make_bundle(stages=("unet",))
+    path = put_engine(bundle, flavour="rtx", gpu=RTX_4090)
+    monkeypatch.setattr(diagnose_module, "_version", lambda flavour: "10.13.3")
+    monkeypatch.setattr(diagnose_module, "find_gpu", lambda: RTX_4090)
+    assert set(verdicts(path).values()) == {"same"}
+    monkeypatch.setattr(
+        diagnose_module, "find_gpu", lambda: RTX_4090.model_copy(update={"sm": 120})
+    )
+    assert [name for name, verdict in verdicts(path).items() if verdict == "differs"] == [
+        "compute_capabilities"
+    ]
+
+
+@pytest.mark.usefixtures("orin")
+def test_the_rebuild_command_keeps_the_options_and_quotes_the_path(make_bundle, tmp_path):
+    bundle = make_bundle(stages=("unet",))
+    options = BuildOptions(workspace_mib=64, optimization_level=3, tactic_dram_mib=512, refit=True)
+    put_engine(bundle, options=options)
+    moved = shutil.copytree(bundle.root, tmp_path / "my bundle")
+    found = diagnose(next(moved.glob("engines/*/*.engine")))
+    flags = "--optimization-level 3 --workspace 64 --tactic-dram 512 --refit"
+    assert found.rebuild == f"Run: hipa-build '{moved}' --backend tensorrt {flags}"
+
+
+@pytest.mark.usefixtures("orin")
+@pytest.mark.parametrize("content", [b"short", b"an enginf", None])
+def test_a_damaged_engine_is_a_problem(make_bundle, content):
+    path = put_engine(make_bundle(stages=("unet",)))
+    engine_path(path).unlink()
+    if content is not None:
+        engine_path(path).write_bytes(content)
+    (problem,) = diagnose(path).problems
+    assert ("is corrupt" if content else "is missing beside its sidecar") in problem
+
+
+@pytest.mark.usefixtures("orin")
+def test_an_engine_taken_out_of_its_bundle(make_bundle, tmp_path):
+    path = put_engine(make_bundle(stages=("unet",)))
+    away = tmp_path / "a" / "b" / path.name
+    away.parent.mkdir(parents=True)
+    shutil.copy(path, away)
+    shutil.copy(engine_path(path), engine_path(away))
+    assert verdicts(away)["onnx_sha256"] == "unknown"
+    assert "is not a bundle" in diagnose(away).problems[0]
+
+
+def test_an_engine_without_a_sidecar(tmp_path):
+    path = tmp_path / "unet.engine"
+    with pytest.raises(
+        HipaError, match=r"unet\.engine does not exist. Expected unet\.json beside the engine"
+    ):
+        diagnose(path)
+    path.write_bytes(b"x")
+    with pytest.raises(HipaError, match=r"unet\.engine has no sidecar"):
+        diagnose(path)
+
+
+@pytest.mark.usefixtures("orin")
+def test_the_doctor_shows_it(make_bundle):
+    path = put_engine(make_bundle(stages=("unet",)), driver="1.0")
+    assert is_engine(path)
+    assert not is_engine(path.parent)
+    report = examine(str(path))
+    assert report["engine"]["stage"] == "unet"
+    assert any("does not fit here: driver differs" in problem for problem in report["problems"])
+    assert render(report).renderables[1].row_count == len(report["engine"]["fields"])
+    missing = examine(str(path.with_name("other.engine")))
+    assert any("does not exist" in problem for problem in missing["problems"])

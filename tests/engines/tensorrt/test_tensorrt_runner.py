@@ -1,0 +1,492 @@
+"""The runtime's buffers, order of calls, graphs, errors and clean-up, on a recording fake (fake_gpu says which)."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+from fake_gpu import FakeCudart, FakeEngine, FakeGpu
+
+from hipa_deploy.bundle.manifest import Axis, StageSpec, TensorSpec
+from hipa_deploy.engines.device.describe import find_gpu
+from hipa_deploy.engines.tensorrt import tensorrt_runner as runtime
+from hipa_deploy.engines.tensorrt.cuda import load_cudart
+from hipa_deploy.engines.tensorrt.engine_stage import deserialise, layer_profiler
+from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner, sequence_spec
+from hipa_deploy.errors import HipaError
+
+
+def tensor(name: str, dtype: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
+TOKENS, CONTEXT = tensor("tokens", "int64", 1, 3), tensor("context", "float16", 1, 3)
+NOISE, LATENTS, IMAGES = (
+    tensor(n, d, 1, 3)
+    for n, d in (("noise", "float32"), ("latents", "float32"), ("images", "uint8"))
+)
+TEXT = StageSpec(name="text_encoder", inputs=(TOKENS,), outputs=(CONTEXT,))
+UNET = StageSpec(name="unet", inputs=(NOISE, CONTEXT), outputs=(LATENTS,))
+DECODER = StageSpec(name="vae_decoder", inputs=(LATENTS,), outputs=(IMAGES,))
+COMPUTE = {
+    "text_encoder": lambda tokens: {"context": 2 * tokens},
+    "unet": lambda noise, context: {"latents": noise + context},
+    "vae_decoder": lambda latents: {"images": latents + 1},
+}
+INPUTS = {"tokens": np.asarray([[1, 2, 3]]), "noise": np.float32([[10, 20, 30]])}
+IMAGE = [[13, 25, 37]]  # noise + 2 tokens + 1
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Opens a runner on fakes, by default of the whole pipeline; ``fake.gpu`` is the fake behind the latest."""
+
+    def make(
+        *specs: StageSpec, fail="", integrated=False, graph=True, gone=(), rtx=False, **options
+    ):
+        specs = specs or (TEXT, UNET, DECODER)
+        engines = {
+            spec.name: FakeEngine(spec, COMPUTE[spec.name], **options.get(spec.name, {}))
+            for spec in specs
+        }
+        make.gpu = FakeGpu({**engines, **dict.fromkeys(gone)}, FakeCudart(fail, integrated), rtx)
+        monkeypatch.setattr(runtime, "load_tensorrt", lambda flavour: make.gpu.trt)
+        monkeypatch.setattr(runtime, "load_cudart", lambda flavour: make.gpu.cudart)
+        for name in engines:
+            (tmp_path / f"{name}.engine").write_text(name)
+        return TensorRTRunner(
+            [(s, tmp_path / f"{s.name}.engine") for s in specs], "tensorrt", graph=graph
+        )
+
+    return make
+
+
+def calls(fake, since: int) -> list[str]:
+    return fake.gpu.cudart.log[since:]
+
+
+def test_the_whole_pipeline_is_one_graph_launch_and_gives_everything_back(fake):
+    with fake() as runner:
+        assert [t.name for t in runner.spec.inputs] == ["tokens", "noise"]
+        assert [t.name for t in runner.spec.outputs] == ["images"]
+        first = runner(**INPUTS)["images"]
+        assert first.dtype == np.uint8
+        assert first.tolist() == IMAGE
+        before = len(fake.gpu.cudart.log)
+        second = runner(**{**INPUTS, "noise": np.zeros((1, 3), np.float32)})["images"]
+        assert second.tolist() == [[3, 5, 7]]
+        assert first.tolist() == IMAGE, "the caller's array is not the runner's buffer"
+        assert calls(fake, before) == [
+            "cudaStreamSynchronize", "cudaMemcpyAsync", "cudaMemcpyAsync", "cudaGraphLaunch", "cudaMemcpyAsync",
+            "cudaStreamSynchronize",
+        ]  # fmt: skip
+        assert runner.graph_problem is None
+        contexts = [weakref.ref(engine.contexts.pop()) for engine in fake.gpu.engines.values()]
+    assert fake.gpu.cudart.leaks == []
+    assert [context() for context in contexts] == [None] * 3
+    runner.close()
+    with pytest.raises(HipaError, match="closed"):
+        runner(**INPUTS)
+
+
+def test_a_stage_between_two_others_reads_the_buffer_that_the_first_wrote(fake):
+    with fake() as runner:
+        runner(**INPUTS)
+        addresses = {
+            name: engine.contexts[0].addresses for name, engine in fake.gpu.engines.items()
+        }
+    assert addresses["text_encoder"]["context"] == addresses["unet"]["context"]
+    assert addresses["unet"]["latents"] == addresses["vae_decoder"]["latents"]
+
+
+def test_a_known_context_leaves_the_text_encoder_out(fake):
+    with fake() as runner:
+        made = runner.run(INPUTS, ("images", "context"))
+        before = len(fake.gpu.cudart.log)
+        again = runner(noise=INPUTS["noise"], context=made["context"] + np.float16(1))
+        assert again["images"].tolist() == [[14, 26, 38]]
+        assert runner.device_ms == 2  # two stages, a fake millisecond each
+        assert "cudaStreamBeginCapture" in calls(fake, before)  # another graph, beside the first
+        before = len(fake.gpu.cudart.log)
+        assert runner(**INPUTS)["images"].tolist() == IMAGE
+        assert "cudaStreamBeginCapture" not in calls(fake, before)
+
+
+def test_a_stage_by_itself_is_a_runner(fake):
+    with fake() as runner:
+        unet = runner.stage("unet")
+        given = {"noise": INPUTS["noise"], "context": np.float16([[1, 1, 1]])}
+        assert unet.device_ms is None
+        assert unet(**given)["latents"].tolist() == [[11, 21, 31]]
+        assert unet.device_ms == 1
+        assert runner.stage("text_encoder").device_ms is None, "it did not run"
+        with pytest.raises(
+            HipaError, match=r"unet: got inputs \['noise'\], expected \['context', 'noise'\]"
+        ):
+            unet(noise=INPUTS["noise"])
+        with unet:
+            pass
+        with pytest.raises(HipaError, match="closed"):
+            runner(**INPUTS)
+
+
+def test_an_engine_is_changed_while_idle_and_its_graph_captured_anew(fake):
+    def change(trt, engine):
+        assert (trt.__name__, engine) == ("fake_tensorrt", fake.gpu.engines["unet"])
+        assert not fake.gpu.cudart.queue, "what was under way has ended"
+        assert not fake.gpu.cudart.executables
+        engine.compute = lambda noise, context: {"latents": noise - context}
+
+    with fake() as runner:
+        runner.run_device(**INPUTS)
+        runner.stage("unet").change_engine(change)
+        before = len(fake.gpu.cudart.log)
+        assert runner(**INPUTS)["images"].tolist() == [[9, 17, 25]]
+        assert "cudaStreamBeginCapture" in calls(fake, before)
+    with pytest.raises(HipaError, match="closed"):
+        runner.change_engine(change)
+
+
+def test_device_time_is_of_each_stage_and_of_the_whole(fake):
+    with fake() as runner:
+        assert runner.device_ms is None
+        for _ in range(2):  # captured, then launched
+            runner(**INPUTS)
+            assert runner.device_ms == 3
+            assert runner.stage("unet").device_ms == 1
+
+
+def test_device_memory_is_what_loading_took(fake):
+    with fake() as runner:
+        assert runner.device_memory_mib == runner.stage("unet").device_memory_mib
+        assert runner.device_memory_mib == 2 * (
+            24 + 6 + 12 + 12 + 3
+        )  # the fake's MiB are bytes: device and pinned
+
+
+def test_where_memory_is_shared_nothing_is_copied(fake):
+    with fake(integrated=True) as runner:
+        assert runner(**INPUTS)["images"].tolist() == IMAGE
+        assert runner(**INPUTS)["images"].tolist() == IMAGE
+        assert {"cudaMemcpyAsync", "cudaMalloc", "cudaMallocHost"}.isdisjoint(fake.gpu.cudart.log)
+    assert fake.gpu.cudart.leaks == []
+
+
+def test_outputs_can_stay_on_the_device(fake):
+    with fake() as runner:
+        array = runner.run_device(**INPUTS)["images"]
+        told = array.__cuda_array_interface__
+        assert (told["shape"], told["typestr"], told["version"], told["stream"]) == (
+            (1, 3),
+            "|u1",
+            3,
+            7,
+        )
+        memory = fake.gpu.cudart.memory[told["data"][0]]
+        assert memory.kind == "device"
+        array.wait()
+        assert list(memory.raw) == IMAGE[0]
+        other = runner.run_device(**{**INPUTS, "noise": np.zeros((1, 3), np.float32)})["images"]
+        with pytest.raises(HipaError, match="stale"):
+            array.__cuda_array_interface__  # noqa: B018
+        assert other.__dlpack_device__() == (2, 0)
+    with pytest.raises(HipaError, match="stale"):
+        other.__dlpack__()
+
+
+def test_layers_are_profiled_in_a_pass_and_a_context_of_their_own(fake):
+    with fake() as runner:
+        runner(**INPUTS)
+        layers = runner.profile_layers(**INPUTS)
+        assert layers[:2] == [("text_encoder/conv", 0.75), ("text_encoder/relu", 0.25)]
+        assert len(layers) == 6
+        assert [len(engine.contexts) for engine in fake.gpu.engines.values()] == [2, 2, 2]
+        assert all(engine.contexts[0].profiler is None for engine in fake.gpu.engines.values())
+        given = {"noise": INPUTS["noise"], "context": np.float16([[1, 1, 1]])}
+        assert runner.stage("unet").profile_layers(**given) == [("conv", 0.75), ("relu", 0.25)]
+        assert runner(**INPUTS)["images"].tolist() == IMAGE
+
+
+@pytest.mark.parametrize(
+    ("options", "fail", "reason"),
+    [
+        (
+            {"spoils_capture": True},
+            "",
+            "could not run the engine: set-up is not permitted when stream is capturing",
+        ),
+        ({"capturable": False}, "", "TensorRT-RTX cannot capture this engine"),
+        ({}, "cudaStreamBeginCapture", "cudaStreamBeginCapture failed"),
+        ({}, "cudaStreamEndCapture", "cudaStreamEndCapture failed"),
+        ({}, "cudaGraphInstantiate", "cudaGraphInstantiate failed"),
+    ],
+)
+def test_a_capture_that_fails_is_said_once_and_the_stages_still_run(fake, options, fail, reason):
+    with fake(unet=options, fail=fail) as runner:
+        with pytest.warns(RuntimeWarning, match=f"no CUDA graph .*{reason}"):
+            assert runner(**INPUTS)["images"].tolist() == IMAGE
+        assert reason in runner.graph_problem
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert runner(**INPUTS)["images"].tolist() == IMAGE
+        assert runner.device_ms == 3
+        assert "cudaGraphLaunch" not in fake.gpu.cudart.log
+    assert fake.gpu.cudart.leaks == []
+
+
+def test_an_engine_that_says_it_can_be_captured_is(fake):
+    with fake(unet={"capturable": True}) as runner:
+        runner(**INPUTS)
+        assert "cudaGraphLaunch" in fake.gpu.cudart.log
+
+
+def test_without_a_graph_nothing_is_captured(fake):
+    with fake(graph=False) as runner:
+        assert runner(**INPUTS)["images"].tolist() == IMAGE
+        assert runner.device_ms == 3
+        assert "cudaStreamBeginCapture" not in fake.gpu.cudart.log
+
+
+def open_rows(spec: StageSpec) -> StageSpec:
+    def reshaped(tensors):
+        return tuple(t.model_copy(update={"shape": ("batch", 3)}) for t in tensors)
+
+    axes = {"batch": Axis(min=1, opt=1, max=3)}
+    return StageSpec(
+        name=spec.name, inputs=reshaped(spec.inputs), outputs=reshaped(spec.outputs), axes=axes
+    )
+
+
+def test_other_shapes_are_captured_again_and_the_old_graph_goes(fake):
+    with fake(*map(open_rows, (TEXT, UNET, DECODER)), unet={"max_rows": 2}) as runner:
+        for rows in (1, 2, 1):
+            before = len(fake.gpu.cudart.log)
+            images = runner(**{name: value.repeat(rows, axis=0) for name, value in INPUTS.items()})[
+                "images"
+            ]
+            assert images.tolist() == IMAGE * rows
+            assert calls(fake, before).count("cudaStreamBeginCapture") == 1
+            assert len(fake.gpu.cudart.executables) == 1
+        with pytest.raises(HipaError, match=r"unet: the engine refuses noise of shape \[3, 3\]"):
+            runner(**{name: value.repeat(3, axis=0) for name, value in INPUTS.items()})
+        with pytest.raises(HipaError, match="batch is 4, expected 1 to 3"):
+            runner(**{name: value.repeat(4, axis=0) for name, value in INPUTS.items()})
+        assert runner(**INPUTS)["images"].tolist() == IMAGE
+    assert fake.gpu.cudart.leaks == []
+
+
+@pytest.mark.parametrize(("rtx", "strategy"), [(True, "eager"), (False, None)])
+def test_kernels_for_dynamic_shapes_are_compiled_before_a_capture(fake, rtx, strategy):
+    with fake(open_rows(UNET), rtx=rtx):
+        assert fake.gpu.engines["unet"].strategy == strategy
+    with fake(UNET, rtx=rtx):
+        assert fake.gpu.engines["unet"].strategy is None
+
+
+def test_the_same_shapes_with_and_without_the_text_encoder_keep_both_graphs(fake):
+    with fake(*map(open_rows, (TEXT, UNET, DECODER))) as runner:
+        context = runner.run(INPUTS, ("context",))["context"]
+        runner(noise=INPUTS["noise"], context=context)
+        assert len(fake.gpu.cudart.executables) == 2
+
+
+def test_non_contiguous_inputs_are_copied_right(fake):
+    with fake() as runner:
+        noise = np.ascontiguousarray(np.float32([[10, 0], [20, 0], [30, 0]]).T)[:1][:, ::1]
+        backwards = np.float32([[30, 20, 10]])[:, ::-1]
+        assert runner(**{**INPUTS, "noise": backwards})["images"].tolist() == IMAGE
+        assert runner(**{**INPUTS, "noise": noise})["images"].tolist() == IMAGE
+
+
+def test_wrong_inputs_are_refused_before_any_call(fake):
+    with fake() as runner:
+        before = list(fake.gpu.cudart.log)
+        with pytest.raises(HipaError, match="input noise is float64"):
+            runner(**{**INPUTS, "noise": np.zeros((1, 3))})
+        assert fake.gpu.cudart.log == before
+
+
+@pytest.mark.parametrize(
+    ("options", "fail", "message"),
+    [
+        ({"context": False}, "", "unet: not enough GPU memory"),
+        (
+            {"noise": ("float16", (1, 3))},
+            "",
+            r"noise is float16 \[1, 3\] in the engine, expected float32 \[1, 3\]",
+        ),
+        ({"latents": ("float32", (1, 4))}, "", r"latents is float32 \[1, 4\]"),
+        (
+            {"more": ("float32", (1, 3))},
+            "",
+            r"the engine has outputs \['latents', 'more'\], expected \['latents'\]",
+        ),
+        ({"refuses_address": "context"}, "", "unet: the engine refuses a buffer for context"),
+        ({}, "cudaMallocHost", r"cudaMallocHost failed: out of memory \(error 2\)"),
+        ({}, "cudaMalloc", "cudaMalloc failed"),
+        ({}, "cudaMemGetInfo", "cudaMemGetInfo failed"),
+        ({}, "cudaEventCreate", "cudaEventCreate failed"),
+        ({}, "cudaDeviceGetAttribute", "cudaDeviceGetAttribute failed"),
+        ({}, "cudaStreamCreateWithFlags", "cudaStreamCreateWithFlags failed"),
+    ],
+)
+def test_a_failed_start_frees_what_it_took(fake, options, fail, message):
+    with pytest.raises(HipaError, match=message):
+        fake(unet=options, fail=fail)
+    assert fake.gpu.cudart.leaks == []
+
+
+@pytest.mark.parametrize("fail", ["cudaHostAlloc", "cudaHostGetDevicePointer"])
+def test_a_failed_start_with_shared_memory_frees_what_it_took(fake, fail):
+    with pytest.raises(HipaError, match=f"{fail} failed"):
+        fake(integrated=True, fail=fail)
+    assert fake.gpu.cudart.leaks == []
+
+
+def test_a_damaged_engine_frees_what_was_loaded_before_it(fake):
+    with pytest.raises(
+        HipaError, match=r"unet\.engine does not deserialise: bad magic number\. Run"
+    ):
+        fake(gone=("unet",))
+    assert fake.gpu.cudart.leaks == []
+
+
+@pytest.mark.parametrize("fail", ["cudaMemcpyAsync", "cudaGraphLaunch", "cudaEventRecordWithFlags"])
+def test_a_call_that_fails_is_an_error_and_close_still_frees(fake, fail):
+    with fake() as runner:
+        fake.gpu.cudart.fail = fail
+        with pytest.raises(HipaError, match=f"{fail} failed"):
+            runner(**INPUTS)
+    assert fake.gpu.cudart.leaks == []
+
+
+def test_a_run_that_tensorrt_refuses_is_an_error(fake):
+    with (
+        fake(unet={"runs": False}) as runner,
+        pytest.raises(HipaError, match="unet: TensorRT could not run the engine: address not set"),
+    ):
+        runner(**INPUTS)
+
+
+def test_stages_that_do_not_agree_on_a_tensor_are_refused():
+    other = UNET.model_copy(update={"inputs": (NOISE, tensor("context", "float32", 1, 3))})
+    with pytest.raises(
+        HipaError, match=r"unet: context is float32 \[1, 3\], before it float16 \[1, 3\]"
+    ):
+        sequence_spec([TEXT, other])
+
+
+class TestTheFakeRefuses:
+    """What the runtime never does, so that a change which does it fails above."""
+
+    def test_use_after_free(self, fake):
+        runner = fake()
+        pointer = fake.gpu.engines["unet"].contexts[0].addresses["noise"]
+        runner(**INPUTS)
+        fake.gpu.cudart.cudaFree(pointer)
+        fake.gpu.engines["unet"].contexts[0].execute_async_v3(7)
+        assert fake.gpu.cudart.cudaStreamSynchronize(7) == (700,)
+
+    def test_waiting_and_allocating_in_a_capture(self):
+        cuda = FakeCudart()
+        _, stream = cuda.cudaStreamCreateWithFlags(1)
+        for spoil in (lambda: cuda.cudaStreamSynchronize(stream), lambda: cuda.cudaMalloc(8)):
+            assert cuda.cudaStreamBeginCapture(stream, 1) == (0,)
+            assert spoil()[0] == 900
+            assert cuda.cudaStreamEndCapture(stream) == (901, None)
+
+    def test_the_wrong_pointer_or_function(self):
+        cuda = FakeCudart()
+        _, stream = cuda.cudaStreamCreateWithFlags(1)
+        (_, device), (_, pinned) = cuda.cudaMalloc(8), cuda.cudaMallocHost(8)
+        assert cuda.cudaMemcpyAsync(device, pinned, 8, 1, stream) == (0,)
+        for arguments in ((pinned, device, 8, 1), (device, pinned, 9, 1), (device, 1234, 8, 1)):
+            assert cuda.cudaMemcpyAsync(*arguments, stream) == (1,)
+        assert cuda.cudaFree(pinned) == (1,)
+        assert cuda.cudaFree(device) == (0,)
+        assert cuda.cudaFree(device) == (1,)
+
+    def test_events_that_a_capture_swallowed(self):
+        cuda = FakeCudart()
+        _, stream = cuda.cudaStreamCreateWithFlags(1)
+        _, event = cuda.cudaEventCreate()
+        assert cuda.cudaEventRecordWithFlags(event, stream, cuda.cudaEventRecordExternal) == (1,)
+        assert cuda.cudaEventElapsedTime(event, event) == (600, None)
+        cuda.cudaStreamBeginCapture(stream, 1)
+        cuda.cudaEventRecordWithFlags(event, stream, cuda.cudaEventRecordDefault)
+        assert cuda.cudaEventElapsedTime(event, event) == (400, None)
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="a GPU is here")
+def test_without_a_driver_the_real_libraries_say_so(tmp_path):
+    trt = pytest.importorskip("tensorrt_rtx")
+    path = tmp_path / "x.engine"
+    path.write_bytes(b"not an engine")
+    with pytest.raises(
+        HipaError,
+        match=r"cudaStreamCreateWithFlags failed: CUDA driver version is insufficient.*35",
+    ):
+        TensorRTRunner([(UNET, path)], "rtx")
+    with pytest.raises(HipaError, match=r"does not deserialise: .*cudaError 35.*Run hipa-doctor"):
+        deserialise(trt, path)
+
+
+def test_the_profiler_is_one_for_the_real_tensorrt():
+    trt = pytest.importorskip("tensorrt_rtx")
+    profiler = layer_profiler(trt)
+    profiler.report_layer_time("conv", 0.5)
+    assert isinstance(profiler, trt.IProfiler)
+    assert profiler.layers == [("conv", 0.5)]
+
+
+def test_every_name_the_runtime_uses_exists():
+    trt, cudart = pytest.importorskip("tensorrt_rtx"), load_cudart("rtx")
+    names = {
+        trt.Runtime: ["deserialize_cuda_engine"],
+        trt.ICudaEngine: [
+            "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype", "get_tensor_shape",
+            "create_execution_context", "create_engine_inspector", "create_runtime_config",
+        ],
+        trt.IRuntimeConfig: ["dynamic_shapes_kernel_specialization_strategy"],
+        trt.DynamicShapesKernelSpecializationStrategy: ["EAGER"],
+        trt.IExecutionContext: [
+            "set_tensor_address", "set_input_shape", "get_tensor_shape", "execute_async_v3", "profiler",
+            "is_stream_capturable",
+        ],
+        trt.EngineInspector: ["get_engine_information"],
+        trt: ["nptype", "IProfiler"],
+        cudart: [
+            "cudaMalloc", "cudaMallocHost", "cudaFree", "cudaFreeHost", "cudaMemcpyAsync", "cudaStreamCreateWithFlags",
+            "cudaStreamDestroy", "cudaStreamSynchronize", "cudaStreamNonBlocking", "cudaMemcpyKind",
+            "cudaGetErrorString", "cudaGetDeviceCount", "cudaGetDeviceProperties", "cudaDriverGetVersion",
+            "cudaHostAlloc", "cudaHostAllocMapped", "cudaHostGetDevicePointer", "cudaMemGetInfo", "cudaGetLastError",
+            "cudaDeviceGetAttribute", "cudaEventCreate", "cudaEventDestroy", "cudaEventRecordWithFlags",
+            "cudaEventRecordDefault", "cudaEventRecordExternal", "cudaEventSynchronize", "cudaEventElapsedTime",
+            "cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphLaunch",
+            "cudaGraphDestroy", "cudaGraphExecDestroy",
+        ],
+        cudart.cudaStreamCaptureMode: ["cudaStreamCaptureModeThreadLocal"],
+        cudart.cudaDeviceAttr: ["cudaDevAttrIntegrated"],
+        cudart.cudaMemcpyKind: ["cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"],
+    }  # fmt: skip
+    assert [
+        name for owner, wanted in names.items() for name in wanted if not hasattr(owner, name)
+    ] == []
+    assert np.dtype(trt.nptype(trt.uint8)) == "uint8"
+    assert np.dtype(trt.nptype(trt.float16)) == "float16"
+    assert np.dtype(trt.nptype(trt.int64)) == "int64"
+
+
+def test_the_real_cuda_python_refuses_as_the_fake_does():
+    """The fake's calls have the real signatures: without a driver they give error 35, and no TypeError."""
+    cudart = load_cudart("rtx")
+    if find_gpu() is not None:
+        pytest.skip("a GPU is here")
+    for name, arguments in {
+        "cudaMalloc": (8,), "cudaMallocHost": (8,), "cudaHostAlloc": (8, cudart.cudaHostAllocMapped),
+        "cudaMemGetInfo": (), "cudaEventCreate": (), "cudaStreamSynchronize": (0,),
+        "cudaDeviceGetAttribute": (cudart.cudaDeviceAttr.cudaDevAttrIntegrated, 0),
+    }.items():  # fmt: skip
+        assert int(getattr(cudart, name)(*arguments)[0]) == 35, name

@@ -1,0 +1,48 @@
+"""The demos of the tasks, on few images; the compiling of engines is the chain's demo's to test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.demo import task_demo as demo_tasks
+from hipa_deploy.demo import training_demo as demo
+from hipa_deploy.errors import HipaError
+from hipa_deploy.tasks import Task
+
+
+@pytest.fixture
+def console(tmp_path: Path) -> Console:
+    return Console(record=True, width=160, file=(tmp_path / "console.txt").open("w"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "columns"), [("edit", 3), ("inpaint", 4), ("upscale", 4)])
+def test_a_demo_of_each_task(
+    task: Task, columns: int, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_tasks, "build", lambda bundle, console: [])
+    for module in (demo, demo_tasks):
+        monkeypatch.setattr(module, "SHEET_ROWS", 2)
+    out = tmp_path / "demo"
+    demo_tasks.run_task_demo(task, out, console=console)
+    bundle = Bundle.open(out / "bundle")
+    bundle.verify()
+    assert bundle.manifest.task == task
+    assert bundle.manifest.adaptor is not None
+    with Image.open(out / "contact_sheet.png") as sheet:
+        assert sheet.size == (columns * 130, 2 * 130)
+    assert json.loads((out / "latency.json").read_text())["end_to_end"]["p50_ms"] > 0
+    assert "contact sheet" in console.export_text()
+
+
+def test_a_demo_of_another_task_is_not_mixed(tmp_path: Path, console: Console) -> None:
+    out = tmp_path / "demo"
+    demo.open_folder(out, {"model": "m", "task": "edit"})
+    with pytest.raises(HipaError, match="with other options"):
+        demo_tasks.run_task_demo("inpaint", out, console=console)

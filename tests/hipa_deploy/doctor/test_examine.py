@@ -1,0 +1,75 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hipa_deploy import OneStepPipeline, embedded
+from hipa_deploy.bundle.parity import MIN_PSNR_DB
+from hipa_deploy.commands.app import main
+from hipa_deploy.doctor.examine import examine, render
+
+
+def test_says_where_the_embedded_pieces_lie(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert stopped.value.code == 0
+    assert (Path(report["embedded"]["model"]) / "model_index.json").is_file()
+    assert (Path(report["embedded"]["adaptor"]) / "pytorch_lora_weights.safetensors").is_file()
+    OneStepPipeline.load(report["embedded"]["bundle"]).close()
+
+
+def test_missing_backends_come_with_the_command() -> None:
+    backends = examine()["device"]["backends"]
+    assert any(b["usable"] for b in backends)
+    for backend in backends:
+        assert backend["usable"] or backend["remedy"]
+
+
+def test_a_bundle_is_checked() -> None:
+    report = examine("emoji")
+    assert report["problems"] == []
+    assert report["bundle"]["size"] == [64, 64]
+
+
+def test_a_corrupt_bundle_is_a_problem_and_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(embedded.BUNDLE, tmp_path / "bundle"))
+    (root / "unet/model.onnx").write_bytes(b"")
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", str(root), "--json"])
+    assert stopped.value.code == 1
+    assert "corrupt" in json.loads(capsys.readouterr().out)["problems"][0]
+
+
+def test_missing_embedded_pieces_are_a_problem(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(embedded, "MODEL", tmp_path / "gone")
+    assert "model is missing" in examine()["problems"][0]
+
+
+def test_the_table_shows_all(tmp_path: Path) -> None:
+    console = Console(record=True, width=200, file=(tmp_path / "out").open("w"))
+    console.print(render(examine("emoji")))
+    text = console.export_text()
+    assert "embedded.model" in text
+    assert "onnxruntime" in text
+
+
+@pytest.mark.parametrize(
+    ("backend", "remedy"),
+    [("onnxruntime", "Export the bundle again"), ("openvino-bf16", "Use --backend openvino.")],
+)
+def test_a_failed_gate_comes_with_the_backends_remedy(
+    monkeypatch: pytest.MonkeyPatch, backend: str, remedy: str
+) -> None:
+    if not next(b for b in examine()["device"]["backends"] if b["name"] == backend)["usable"]:
+        pytest.skip(f"{backend} does not run here")
+    monkeypatch.setitem(MIN_PSNR_DB, "fp16", 200.0)
+    problems = examine("emoji", backend)["problems"]
+    assert problems
+    assert all(remedy in problem for problem in problems)

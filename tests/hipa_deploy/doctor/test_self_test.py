@@ -1,0 +1,100 @@
+"""The self-test on this machine as it is, and on steps that were made to fail."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from hipa_deploy.commands.app import main
+from hipa_deploy.doctor import self_test as selftest
+from hipa_deploy.doctor.self_check import check_pipeline
+from hipa_deploy.doctor.self_test import SelfTest, describe
+from hipa_deploy.engines.device.describe import find_gpu
+from hipa_deploy.errors import HipaError
+
+
+def report_of(text: str) -> SelfTest:
+    return SelfTest.model_validate_json(text.split("```json")[1].split("```")[0])
+
+
+@pytest.mark.slow
+def test_it_builds_runs_and_writes_a_report_that_a_program_can_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", "--self-test", "--out", str(tmp_path / "report.md")])
+    text = (tmp_path / "report.md").read_text()
+    steps = {step.name: step for step in report_of(text).steps}
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.rstrip() == text.rstrip()
+    ran = steps["run onnxruntime"]
+    assert ran.outcome == "passed"
+    assert ran.figures["self_check"]["end to end"].endswith("passes")
+    assert ran.figures["p50_ms"] > 0
+    assert all(step.outcome != "skipped" or step.detail for step in steps.values())
+    if find_gpu() is None:
+        assert steps["run rtx"].outcome == "skipped"
+        if steps["build rtx"].outcome != "skipped":  # built for real, of the smallest stage
+            assert steps["build rtx"].detail == "1 of 3 engines: vae_decoder"
+            assert steps["build rtx"].figures["vae_decoder"]["bytes"] > 100_000
+
+
+@pytest.fixture
+def only_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No build, one backend."""
+    from hipa_deploy.engines.device import describe as device
+
+    def unusable(flavour: str, gpu: object) -> device.Backend:
+        return device.Backend(name=flavour, version=None, usable=False, remedy="not here")
+
+    monkeypatch.setattr(device, "_engine_backend", unusable)
+
+
+def broken(*arguments: object) -> None:
+    raise ZeroDivisionError("a bug")
+
+
+@pytest.mark.usefixtures("only_onnxruntime")
+def test_a_step_that_breaks_is_told_by_its_last_line_and_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(selftest, "check_pipeline", broken)
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", "--self-test", "--json"])
+    steps = {step["name"]: step for step in json.loads(capsys.readouterr().out)["steps"]}
+    assert stopped.value.code == 1
+    assert steps["run onnxruntime"]["outcome"] == "failed"
+    assert steps["run onnxruntime"]["detail"].startswith(
+        "ZeroDivisionError: a bug (test_selftest.py:"
+    )
+    assert steps["build rtx"] | {"seconds": 0} == {
+        "name": "build rtx", "outcome": "skipped", "detail": "not here", "seconds": 0, "figures": {}, "notes": [],
+    }  # fmt: skip
+    assert steps["run rtx"]["outcome"] == "skipped"
+
+
+@pytest.mark.usefixtures("only_onnxruntime")
+def test_a_gate_that_fails_keeps_its_figures_and_warnings_are_notes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(pipe):
+        warnings.warn("no CUDA graph", RuntimeWarning, stacklevel=1)
+        return check_pipeline(pipe).model_copy(update={"problems": ("unet is 3 dB from PyTorch.",)})
+
+    monkeypatch.setattr(selftest, "check_pipeline", failing)
+    report = selftest.self_test()
+    step = next(step for step in report.steps if step.name == "run onnxruntime")
+    assert report.failed
+    assert (step.outcome, step.detail, step.notes) == (
+        "failed",
+        "unet is 3 dB from PyTorch.",
+        ("no CUDA graph",),
+    )
+    assert step.figures["p50_ms"] > 0
+    assert report_of(selftest.render_text(report)) == report
+
+
+def test_our_errors_are_told_as_they_stand() -> None:
+    assert describe(HipaError("run this. It helps.")) == "run this. It helps."
+    assert describe(ValueError("two\nlines")) == "ValueError: two"

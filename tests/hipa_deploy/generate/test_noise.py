@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.noise import initial_noise, predict_x0
+
+ALPHA_BAR = 0.0046601
+
+
+def test_noise_is_standard_normal() -> None:
+    noise = initial_noise([7], (4, 128, 128))
+    assert noise.dtype == np.float32
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    assert abs((noise**4).mean() - 3) < 0.1  # kurtosis of a normal distribution
+
+
+def test_noise_values_are_pinned() -> None:
+    """The numbers themselves: an image's seed must mean the same next year and on another machine."""
+    np.testing.assert_array_equal(
+        initial_noise([0], (1, 1, 4)).ravel(),
+        np.float32(
+            [0.15853384137153625, 2.982879400253296, -1.9256919622421265, -0.8249255418777466]
+        ),
+    )
+
+
+@given(
+    st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(1, 5),
+)
+def test_noise_of_a_seed_does_not_depend_on_its_batch(
+    seeds: list[int], channels: int, size: int
+) -> None:
+    together = initial_noise(seeds, (channels, size, size))
+    for index, seed in enumerate(seeds):
+        np.testing.assert_array_equal(
+            together[index], initial_noise([seed], (channels, size, size))[0]
+        )
+
+
+def test_seeds_differ_and_zero_counts() -> None:
+    zero, one = initial_noise([0, 1], (4, 8, 8))
+    assert np.abs(zero).sum() > 0
+    assert not np.array_equal(zero, one)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seed_out_of_range(seed: int) -> None:
+    with pytest.raises(HipaError, match="seed"):
+        initial_noise([seed], (4, 8, 8))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_predict_x0_inverts_the_forward_process(prediction_type: str) -> None:
+    x0, eps = initial_noise([1, 2], (4, 8, 8))[:, None]
+    a, s = ALPHA_BAR**0.5, (1 - ALPHA_BAR) ** 0.5
+    noisy = np.float32(a) * x0 + np.float32(s) * eps
+    output = {"epsilon": eps, "v_prediction": a * eps - s * x0, "sample": x0}[prediction_type]
+    got = predict_x0(noisy, output.astype(np.float32), ALPHA_BAR, prediction_type)
+    np.testing.assert_allclose(got, x0, atol=2e-5)
+
+
+def test_unknown_prediction_type() -> None:
+    with pytest.raises(HipaError, match="flow"):
+        predict_x0(np.zeros(1, np.float32), np.zeros(1, np.float32), ALPHA_BAR, "flow")

@@ -1,0 +1,162 @@
+"""The pipeline on the embedded bundle: the real model, through ONNX Runtime."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hipa_deploy import OneStepPipeline
+from hipa_deploy.embedded import BUNDLE
+from hipa_deploy.errors import HipaError
+from hipa_deploy.images.png import read_recipe, save_png
+from tests.host_chain import HostChain
+
+APPLE = "3d emoji of a red apple"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Iterator[OneStepPipeline]:
+    with OneStepPipeline.load("emoji", backend="onnxruntime") as pipe:
+        yield pipe
+
+
+def test_an_image(pipe: OneStepPipeline) -> None:
+    result = pipe(APPLE)
+    assert result.images_BHWC.shape == (1, 64, 64, 3)
+    assert result.images_BHWC.dtype == np.uint8
+    assert result.images[0].size == (64, 64)
+    corners = result.images_BHWC[0, ::63, ::63].astype(float)
+    assert corners.mean() > 230  # emoji stand on white
+    red, green, blue = result.images_BHWC[0, 20:50, 20:50].reshape(-1, 3).mean(axis=0)
+    assert red > green
+    assert red > blue
+
+
+def test_same_seed_same_image_in_a_new_pipeline(pipe: OneStepPipeline) -> None:
+    with OneStepPipeline.load(BUNDLE, backend="onnxruntime") as again:
+        np.testing.assert_array_equal(
+            again(APPLE, seed=0).images_BHWC, pipe(APPLE, seed=0).images_BHWC
+        )
+
+
+def test_seeds_count_from_zero_and_differ(pipe: OneStepPipeline) -> None:
+    result = pipe(APPLE, seed=0, count=2)
+    assert result.seeds == (0, 1)
+    np.testing.assert_array_equal(result.images_BHWC[1], pipe(APPLE, seed=1).images_BHWC[0])
+    assert not np.array_equal(*result.images_BHWC)
+
+
+@settings(
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(seed=st.integers(0, 2**63 - 4), count=st.integers(1, 3))
+def test_an_image_does_not_depend_on_its_company(
+    pipe: OneStepPipeline, seed: int, count: int
+) -> None:
+    together = pipe(["flat emoji of a cat", APPLE], seed=seed, count=count)
+    alone = pipe(APPLE, seed=seed + count - 1)
+    np.testing.assert_array_equal(together.images_BHWC[-1], alone.images_BHWC[0])
+
+
+def test_prompt_steers(pipe: OneStepPipeline) -> None:
+    images = pipe([APPLE, "3d emoji of a green apple"]).images_BHWC.astype(float)
+    assert np.abs(images[0] - images[1]).mean() > 3
+
+
+def test_command_and_python_give_the_same_bytes(pipe: OneStepPipeline, tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("hipa-generate")
+    for name in ("a.png", "b.png"):
+        command = [script, "emoji", APPLE, "--seed", "3", "--backend", "onnxruntime", "--out", name]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    result = pipe(APPLE, seed=3)
+    save_png(tmp_path / "c.png", result.images_BHWC[0], result.recipes[0])
+    assert len({(tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png")}) == 1
+
+
+def test_the_recipe_reproduces_the_image(pipe: OneStepPipeline, tmp_path: Path) -> None:
+    result = pipe(APPLE, seed=11)
+    save_png(tmp_path / "x.png", result.images_BHWC[0], result.recipes[0])
+    recipe = read_recipe(tmp_path / "x.png")
+    again = pipe(recipe["prompt"], seed=recipe["seed"])
+    np.testing.assert_array_equal(again.images_BHWC, result.images_BHWC)
+
+
+def test_stages_are_timed(pipe: OneStepPipeline) -> None:
+    seen: list[str] = []
+    for _ in range(2):
+        pipe("noto emoji of a pear", timer=lambda stage: nullcontext(seen.append(stage)))
+    assert seen == [
+        "text_encoder",
+        "unet",
+        "vae_decoder",
+        "unet",
+        "vae_decoder",
+    ]  # the text is cached
+
+
+def test_a_chain_gets_noise_and_text_and_gives_images(pipe: OneStepPipeline) -> None:
+    chain = HostChain(pipe.runners)
+    chained = OneStepPipeline(pipe.bundle, "tensorrt", pipe.runners, chain)
+    seen: list[str] = []
+    for _ in range(2):
+        made = chained(APPLE, seed=3, timer=lambda stage: nullcontext(seen.append(stage)))
+        np.testing.assert_array_equal(made.images_BHWC, pipe(APPLE, seed=3).images_BHWC)
+    assert seen == ["pipeline", "pipeline"]
+    assert chain.log == [
+        (["noise", "tokens"], ("images", "context")),
+        (["context", "noise"], ("images",)),
+    ]
+    np.testing.assert_array_equal(chained.generate_on_device(APPLE, seed=3), made.images_BHWC)
+    with pytest.raises(HipaError, match="count is 2, a batch of this bundle holds 1 to 1"):
+        chained.generate_on_device(APPLE, count=2)
+
+
+def test_host_backends_have_no_device_arrays(pipe: OneStepPipeline) -> None:
+    with pytest.raises(HipaError, match="backend onnxruntime gives host arrays"):
+        pipe.generate_on_device(APPLE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "0 prompts"),
+        ({"prompt": APPLE, "count": 0}, "count 0"),
+        ({"prompt": APPLE, "count": 10**9}, "count"),
+        ({"prompt": APPLE, "seed": -1}, "seed"),
+        ({"prompt": "apple " * 100}, "77"),
+        ({"prompt": APPLE, "height": 0}, "height 0 is not a size of this bundle. Expected 64"),
+    ],
+)
+def test_bad_requests(pipe: OneStepPipeline, arguments: dict, message: str) -> None:
+    with pytest.raises(HipaError, match=message):
+        pipe(**arguments)
+
+
+def test_truncation_on_request(pipe: OneStepPipeline) -> None:
+    assert pipe("apple " * 100, truncate=True).images_BHWC.shape == (1, 64, 64, 3)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(HipaError, match="vulkan"):
+        OneStepPipeline.load("emoji", backend="vulkan")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime-cuda", "tensorrt"])
+def test_absent_backend_names_the_pip_command(backend: str) -> None:
+    with pytest.raises(HipaError, match="pip install"):
+        OneStepPipeline.load("emoji", backend=backend)
+
+
+def test_corrupt_bundle(tmp_path: Path) -> None:
+    root = Path(shutil.copytree(BUNDLE, tmp_path / "bundle"))
+    with (root / "unet/model.onnx").open("r+b") as file:
+        file.write(b"\0")
+    with pytest.raises(HipaError, match="corrupt"):
+        OneStepPipeline.load(root)

@@ -1,0 +1,279 @@
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.images.read import check_size, fit_image, fit_mask, read_image, read_mask
+
+RGB = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+
+
+def saved(folder: Path, image: Image.Image, name: str = "x.png", **options: Any) -> Path:
+    image.save(folder / name, **options)
+    return folder / name
+
+
+def png(
+    colour_type: int, bits: int, size: tuple[int, int], rows: bytes, extra: bytes = b""
+) -> bytes:
+    """A PNG written by hand: Pillow writes neither 16-bit colour nor 16-bit transparency."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", *size, bits, colour_type, 0, 0, 0)
+    transparency = chunk(b"tRNS", extra) if extra else b""
+    body = (
+        chunk(b"IHDR", header)
+        + transparency
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_a_path_a_pillow_image_and_an_array_are_one(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.fromarray(RGB))
+    for source in (path, str(path), Image.open(path), Image.fromarray(RGB), RGB, RGB / 255):
+        read = read_image(source)
+        assert read.dtype == np.uint8
+        np.testing.assert_array_equal(read, RGB)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "back"),
+    [
+        (1, lambda a: a),
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: a[::-1, ::-1]),
+        (4, lambda a: a[::-1]),
+        (5, lambda a: a.transpose(1, 0, 2)),
+        (6, lambda a: np.rot90(a, 1)),
+        (7, lambda a: np.rot90(a, 2).transpose(1, 0, 2)),
+        (8, lambda a: np.rot90(a, -1)),
+    ],
+)
+def test_exif_orientation_is_applied_to_image_and_mask(
+    tmp_path: Path, orientation: int, back: Any
+) -> None:
+    """The file holds the upright image turned the other way."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, Image.fromarray(np.ascontiguousarray(back(RGB))), exif=exif)
+    np.testing.assert_array_equal(read_image(path), RGB)
+    np.testing.assert_array_equal(read_mask(path), read_mask(RGB))
+
+
+def test_a_photo_turned_by_its_camera(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held upright, stored lying
+    stored = np.full((16, 32, 3), 255, np.uint8)
+    stored[:, :16] = 0
+    read = read_image(saved(tmp_path, Image.fromarray(stored), "x.jpg", exif=exif))
+    assert read.shape == (32, 16, 3)
+    assert read[:8].max() < 10
+    assert read[-8:].min() > 245
+
+
+def test_broken_exif_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.fromarray(RGB), exif=b"Exif\x00\x00nonsense")
+    np.testing.assert_array_equal(read_image(path), RGB)
+
+
+def test_transparency_lies_over_white(tmp_path: Path) -> None:
+    alpha = np.array([[0, 255, 128, 255]] * 6, np.uint8)
+    read = read_image(saved(tmp_path, Image.fromarray(np.dstack([RGB, alpha]))))
+    assert (read[:, 0] == 255).all()
+    np.testing.assert_array_equal(read[:, [1, 3]], RGB[:, [1, 3]])
+    half = RGB[:, 2] * (128 / 255) + 255 * (127 / 255)
+    assert np.abs(read[:, 2] - half).max() <= 1
+    np.testing.assert_array_equal(read_image(np.dstack([RGB, alpha])), read)
+    premultiplied = Image.fromarray(np.dstack([RGB, alpha])).convert("RGBa")
+    assert np.abs(read_image(premultiplied).astype(int) - read).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "PA"])
+def test_grey_and_palette_with_alpha(mode: str) -> None:
+    alpha = Image.fromarray(np.array([[0, 255, 0]] * 2, np.uint8))
+    image = Image.new("L", (3, 2), 40)
+    if mode == "PA":
+        image = image.convert("P")
+    image.putalpha(alpha)
+    read = read_image(image.convert("La") if mode == "La" else image)
+    assert image.mode in ("LA", "PA")
+    assert read[0].tolist() == [[255] * 3, [40] * 3, [255] * 3]
+
+
+def test_a_palette_with_a_transparent_entry(tmp_path: Path) -> None:
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    image.putpalette([10, 20, 30, 200, 0, 0, 0, 200, 0])
+    for name in ("x.png", "x.gif"):
+        read = read_image(saved(tmp_path, image, name, transparency=1))
+        assert read[0].tolist() == [[10, 20, 30], [255, 255, 255], [0, 200, 0]]
+
+
+def test_one_bit_and_grey(tmp_path: Path) -> None:
+    bits = np.array([[True, False]])
+    for source in (bits, saved(tmp_path, Image.fromarray(bits))):
+        assert read_image(source).tolist() == [[[255] * 3, [0] * 3]]
+    grey = np.array([[7, 250]], np.uint8)
+    for source in (grey, grey[..., None], saved(tmp_path, Image.fromarray(grey))):
+        assert read_image(source).tolist() == [[[7] * 3, [250] * 3]]
+    keyed = saved(tmp_path, Image.fromarray(grey), "keyed.png", transparency=7)
+    assert read_image(keyed).tolist() == [[[255] * 3, [250] * 3]]
+
+
+def test_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
+    """A plain conversion by Pillow cuts everything above 255 to white."""
+    levels = np.array([[0, 257 * 40 + 100, 257 * 128, 65535]], np.uint16)
+    expected = [[[0] * 3, [40] * 3, [128] * 3, [255] * 3]]
+    for source in (levels, Image.fromarray(levels), Image.fromarray(levels.astype(np.int32))):
+        assert read_image(source).tolist() == expected
+    for name in ("x.png", "x.tif"):
+        assert read_image(saved(tmp_path, Image.fromarray(levels), name)).tolist() == expected
+
+
+def test_sixteen_bit_colour_and_transparency(tmp_path: Path) -> None:
+    colours = np.array([[[65535, 0, 257 * 40]]], ">u2")
+    (tmp_path / "rgb.png").write_bytes(png(2, 16, (1, 1), b"\0" + colours.tobytes()))
+    assert read_image(tmp_path / "rgb.png").tolist() == [[[255, 0, 40]]]
+    grey = np.array([300, 257 * 40], ">u2")
+    (tmp_path / "grey.png").write_bytes(
+        png(0, 16, (2, 1), b"\0" + grey.tobytes(), extra=struct.pack(">H", 300))
+    )
+    assert read_image(tmp_path / "grey.png").tolist() == [[[255] * 3, [40] * 3]]
+
+
+def test_a_cmyk_jpeg(tmp_path: Path) -> None:
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # red
+    read = read_image(saved(tmp_path, image, "x.jpg", quality=95))
+    assert np.abs(read.astype(int) - [255, 0, 0]).max() < 8
+
+
+def test_floats_of_pillow() -> None:
+    assert read_image(Image.fromarray(np.array([[0, 0.5, 1]], np.float32)))[0, :, 0].tolist() == [
+        0,
+        128,
+        255,
+    ]
+
+
+def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
+    red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    path = saved(tmp_path, red, "x.gif", save_all=True, append_images=[blue])
+    assert Image.open(path).n_frames == 2
+    assert (read_image(path) == [255, 0, 0]).all()
+
+
+def test_files_that_are_no_image(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("text")
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        whole, "PNG"
+    )
+    (tmp_path / "half.png").write_bytes(whole.getvalue()[:4000])
+    for name, reason in [
+        ("absent.png", "No such file"),
+        ("", "directory"),
+        ("text.png", "identify"),
+        ("half.png", ""),
+    ]:
+        for read in (read_image, read_mask):
+            with pytest.raises(HipaError, match=f"cannot be read .*{reason}") as caught:
+                read(tmp_path / name)
+            assert str(tmp_path / name) in str(caught.value)
+            assert "\n" not in str(caught.value)
+
+
+def test_an_enormous_image_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(png(0, 1, (50_000, 50_000), b""))
+    with pytest.raises(HipaError, match=r"exceeds limit of .* pixels"):
+        read_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_large_photo_warns_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, Image.fromarray(RGB))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    assert read_image(path).shape == RGB.shape
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (np.zeros((3, 8, 8), np.uint8), "channels last"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "channels last"),
+        (np.zeros((0, 8, 3), np.uint8), "channels last"),
+        (np.zeros((8, 8, 3), np.int64), "array of int64"),
+        (np.full((8, 8), 1.5), "from 1.5 to 1.5"),
+        (np.full((8, 8), np.nan), "nan"),
+        (np.full((8, 8), -0.5, np.float32), "from -0.5"),
+        (Image.fromarray(np.full((2, 2), 70000, np.int32)), "70000"),
+        (Image.fromarray(np.full((2, 2), 200, np.float32)), "from 200"),
+        ([[1, 2]], "is a list"),
+    ],
+)
+def test_arrays_that_are_no_image(source: Any, words: str) -> None:
+    with pytest.raises(HipaError, match=words):
+        read_image(source)
+
+
+def test_a_mask_is_white_where_grey_is_half_or_more(tmp_path: Path) -> None:
+    grey = np.array([[0, 127, 128, 255]], np.uint8)
+    for source in (
+        grey,
+        grey / 255,
+        Image.fromarray(grey),
+        saved(tmp_path, Image.fromarray(grey)),
+        np.dstack([grey] * 3),
+    ):
+        mask = read_mask(source)
+        assert mask.dtype == np.float32
+        assert mask.tolist() == [[0, 0, 1, 1]]
+
+
+def test_a_mask_ignores_alpha(tmp_path: Path) -> None:
+    white, clear = np.array([[0, 255]], np.uint8), np.array([[255, 0]], np.uint8)
+    for mode in ("LA", "RGBA"):
+        image = Image.merge(
+            mode, [Image.fromarray(white)] * (len(mode) - 1) + [Image.fromarray(clear)]
+        )
+        assert read_mask(image).tolist() == [[0, 1]]
+        assert read_mask(saved(tmp_path, image)).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.uint16, np.float32])
+def test_a_mask_of_zeros_and_ones(dtype: Any) -> None:
+    assert read_mask(np.array([[0, 1]], dtype)).tolist() == [[0, 1]]
+
+
+def test_fitting_crops_the_centre_and_keeps_what_fits() -> None:
+    np.testing.assert_array_equal(fit_image(RGB, 6, 4), RGB)
+    np.testing.assert_array_equal(fit_image(RGB, 4, 4), RGB[1:5])
+    mask = read_mask(RGB)
+    np.testing.assert_array_equal(fit_mask(mask, 4, 4), mask[1:5])
+    assert fit_image(RGB, 16, 24).shape == (16, 24, 3)
+
+
+def test_image_and_mask_are_fitted_alike() -> None:
+    mask = np.zeros((60, 100), np.float32)
+    mask[20:40, 30:60] = 1
+    image = np.repeat((mask * 255).astype(np.uint8)[..., None], 3, axis=2)
+    fitted = fit_mask(mask, 32, 32)
+    assert set(np.unique(fitted)) == {0, 1}
+    assert fitted.dtype == np.float32
+    assert (read_mask(fit_image(image, 32, 32)) != fitted).mean() < 0.02
+
+
+def test_an_image_smaller_than_a_latent_cell() -> None:
+    check_size(np.zeros((8, 8, 3), np.uint8), 8)
+    with pytest.raises(HipaError, match=r"6x4 pixels .* cell of 8x8"):
+        check_size(RGB, 8)

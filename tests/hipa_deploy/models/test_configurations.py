@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.loaders import single_file_utils
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from hipa_deploy.models.configurations import MODELS, write_config
+from hipa_deploy.models.kind import check_trainable, read_config
+from hipa_deploy.train.model.unet_adaptor import PAPER, adaptor_parameters, add_adaptor
+from tests.original_layout import open_clip_names, unet_names, vae_names
+
+# Parameters of the published weights, and of the adaptor preset 'paper' at rank 16.
+PUBLISHED = {
+    "sd15": {
+        "unet": 859_520_964,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "paper": 3_188_736,
+    },
+    "sd21-base": {
+        "unet": 865_910_724,
+        "vae": 83_653_863,
+        "text_encoder": 340_387_840,
+        "paper": 3_319_808,
+    },
+}
+PUBLISHED["sd21-v"] = PUBLISHED["sd21-base"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def config(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    return request.param, write_config(
+        request.param, tmp_path_factory.mktemp("config") / request.param
+    )
+
+
+def models(folder: Path) -> dict[str, torch.nn.Module]:
+    """On the meta device."""
+    with torch.device("meta"):
+        return {
+            "unet": UNet2DConditionModel.from_config(read_config(folder, "unet/config.json")),
+            "vae": AutoencoderKL.from_config(read_config(folder, "vae/config.json")),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
+        }
+
+
+def count(weights: object) -> int:
+    return sum(weight.numel() for weight in weights)
+
+
+def test_shapes_are_those_of_the_published_weights(config: tuple[str, Path]) -> None:
+    name, folder = config
+    check_trainable(folder)
+    parts = models(folder)
+    counts = {part: count(module.parameters()) for part, module in parts.items()}
+    with torch.device("meta"):
+        add_adaptor(parts["unet"], targets=PAPER, rank=16, alpha=16, seed=0)
+    assert {**counts, "paper": count(adaptor_parameters(parts["unet"]).values())} == PUBLISHED[name]
+
+
+def test_every_weight_of_the_published_layout_finds_its_place(config: tuple[str, Path]) -> None:
+    name, folder = config
+    parts = models(folder)
+    own = {part: module.state_dict() for part, module in parts.items()}
+    unet, vae = unet_names(own["unet"]), vae_names(own["vae"])
+    assert "middle_block.1.transformer_blocks.0.attn2.to_k.weight" in unet
+    assert "output_blocks.11.0.skip_connection.weight" in unet
+    settings = {part: read_config(folder, f"{part}/config.json") for part in ("unet", "vae")}
+    prefixed = {f"model.diffusion_model.{key}": weight for key, weight in unet.items()}
+    found = {
+        "unet": single_file_utils.convert_ldm_unet_checkpoint(prefixed, settings["unet"]),
+        "vae": single_file_utils.convert_ldm_vae_checkpoint(
+            {f"first_stage_model.{key}": weight for key, weight in vae.items()}, settings["vae"]
+        ),
+    }
+    if name != "sd15":
+        text = open_clip_names(own["text_encoder"])
+        found["text_encoder"] = single_file_utils.convert_open_clip_checkpoint(
+            parts["text_encoder"], text
+        )
+    for part, weights in found.items():
+        assert {key: weight.shape for key, weight in weights.items()} == {
+            k: w.shape for k, w in own[part].items()
+        }
+
+
+def test_schedule(config: tuple[str, Path]) -> None:
+    name, folder = config
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    assert float(scheduler.alphas_cumprod[999]) == pytest.approx(0.0046601, abs=1e-7)
+    assert scheduler.config.prediction_type == ("v_prediction" if name == "sd21-v" else "epsilon")
+
+
+def test_tokens_are_clips(config: tuple[str, Path]) -> None:
+    name, folder = config
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokens = tokenizer("a photo of a cat", padding="max_length").input_ids
+    assert len(tokenizer) == 49408
+    assert tokens[:7] == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokens[7:] == [49407 if name == "sd15" else 0] * 70

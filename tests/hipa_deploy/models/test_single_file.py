@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.locate import model_folder, unpacked
+from hipa_deploy.models.single_file import CROSS_ATTENTION, FIRST_LAYER, PARTS
+from tests.original_layout import write_checkpoint
+from tests.tiny_model import make_model
+
+FILES = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("single") / "tiny", "v_prediction")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / part / f"{FILES[part]}.safetensors")
+
+
+def write(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("open_clip", [False, True], ids=["sd1", "sd2"])
+def test_every_weight_of_the_checkpoint_arrives(
+    folder: Path, tmp_path: Path, open_clip: bool
+) -> None:
+    checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors", open_clip=open_clip)
+    out = model_folder(str(checkpoint), str(folder))
+    assert out.name == "mine"
+    for part in PARTS:
+        expected, got = weights(folder, part), weights(out, part)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert (out / "tokenizer" / "vocab.json").read_text() == (
+        folder / "tokenizer" / "vocab.json"
+    ).read_text()
+    assert "v_prediction" in (out / "scheduler" / "scheduler_config.json").read_text()
+
+
+def test_it_is_converted_once_and_found_by_its_content(folder: Path, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
+    out = model_folder(str(checkpoint), str(folder))
+    stamp = (out / "model_index.json").stat().st_mtime_ns
+    moved = tmp_path / "elsewhere" / "mine.safetensors"
+    moved.parent.mkdir()
+    shutil.copy(checkpoint, moved)
+    assert model_folder(str(moved), str(folder)) == out
+    assert (out / "model_index.json").stat().st_mtime_ns == stamp
+    other = {name: w + 1 for name, w in load_file(checkpoint).items()}
+    save_file(other, moved)
+    assert model_folder(str(moved), str(folder)) != out
+
+
+def test_each_part_keeps_its_precision(folder: Path, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
+    half = {
+        n: w.half() if n.startswith(PARTS["unet"]) else w for n, w in load_file(checkpoint).items()
+    }
+    save_file(half, checkpoint)
+    out = model_folder(str(checkpoint), str(folder))
+    assert {w.dtype for w in weights(out, "unet").values()} == {torch.float16}
+    assert {w.dtype for w in weights(out, "vae").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (
+            "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+            "incomplete: weight .*final_layer_norm.bias",
+        ),
+        ("model.diffusion_model.out.2.bias", "cannot be converted. Is it complete"),
+        ("first_stage_model.decoder.conv_in.weight", "cannot be converted. Is it complete"),
+    ],
+)
+def test_a_weight_that_is_missing_and_nothing_is_kept(
+    folder: Path, tmp_path: Path, cache: Path, weight: str, message: str
+) -> None:
+    checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
+    stored = load_file(checkpoint)
+    del stored[weight]
+    save_file(stored, checkpoint)
+    with pytest.raises(HipaError, match=message):
+        model_folder(str(checkpoint), str(folder))
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_a_cache_that_cannot_be_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    def full(self: object, path: Path) -> None:
+        raise OSError("No space left on device")
+
+    checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
+    monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
+    with pytest.raises(HipaError, match=r"cannot be stored in .*: No space left"):
+        model_folder(str(checkpoint), str(folder))
+
+
+def test_a_config_of_other_shapes_is_refused(folder: Path, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
+    stored = load_file(checkpoint)
+    stored[FIRST_LAYER] = torch.zeros(32, 4, 3, 3)
+    save_file(stored, checkpoint)
+    with pytest.raises(HipaError, match="cannot be converted"):
+        model_folder(str(checkpoint), str(folder))
+
+
+SD = {FIRST_LAYER: (8, 4, 3, 3), "first_stage_model.x": (1,), "cond_stage_model.x": (1,)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "message"),
+    [
+        (
+            {"conditioner.embedders.1.model.ln_final.bias": (4,)},
+            None,
+            "is an SDXL checkpoint, with two text encoders",
+        ),
+        ({"unet.to_q.lora_A.weight": (4, 4)}, None, "holds LoRA weights"),
+        ({"double_blocks.0.weight": (4, 4)}, None, f"has no weight {FIRST_LAYER}"),
+        ({**SD, FIRST_LAYER: (8, 9, 3, 3)}, None, "takes 9 channels"),
+        ({FIRST_LAYER: (8, 4, 3, 3), "cond_stage_model.x": (1,)}, None, "has no vae"),
+        ({FIRST_LAYER: (8, 4, 3, 3), "first_stage_model.x": (1,)}, None, "has no text_encoder"),
+        (
+            {**SD, CROSS_ATTENTION: (8, 1024)},
+            None,
+            "Say which it is: --config sd21-base or --config sd21-v",
+        ),
+        (
+            {**SD, CROSS_ATTENTION: (8, 768)},
+            "sd21-v",
+            r"768 wide, unlike sd21-v's. Expected --config sd15",
+        ),
+        ({**SD, CROSS_ATTENTION: (8, 640)}, None, r"640 wide\. Name the model .* --config FOLDER"),
+        (SD, None, "no text contexts where SD 1.x and 2.x have them.*--config FOLDER"),
+        (
+            SD,
+            "sd3",
+            "--config sd3 is no diffusers folder. Expected one with a tokenizer, or: sd15, sd21-base, sd21-v",
+        ),
+    ],
+)
+def test_wrong_kinds_are_refused(
+    tmp_path: Path, shapes: dict, config: str | None, message: str
+) -> None:
+    checkpoint = write(tmp_path / "x.safetensors", shapes)
+    with pytest.raises(HipaError, match=message) as error:
+        model_folder(str(checkpoint), config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "x.ckpt",
+            b"pickle",
+            "is a .ckpt file. Expected a diffusers folder or a .safetensors checkpoint",
+        ),
+        ("x.safetensors", b"1234", "is damaged"),
+        ("x.safetensors", b"", "is damaged"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(HipaError, match=message):
+        model_folder(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("resolve", [model_folder, unpacked])
+def test_a_config_is_for_one_file(folder: Path, resolve: Callable) -> None:
+    with pytest.raises(HipaError, match="--config is for a checkpoint in one file"):
+        resolve(str(folder), "sd15")
+    assert str(resolve(str(folder))) == str(folder)

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from hipa_deploy.embedded import MODEL
+from hipa_deploy.errors import HipaError
+from hipa_deploy.images.compositing import latent_mask
+from hipa_deploy.train.data.examples import Examples, edit_starts, related_prompts, task_examples
+from hipa_deploy.train.data.prompt_files import read_prompt_file
+from hipa_deploy.train.data.teacher_pairs import teacher_latents
+from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float
+from hipa_deploy.train.model.unet_adaptor import read_metadata
+from hipa_deploy.train.recipe import Recipe, SourceSettings, read_prompts
+from hipa_deploy.train.train_adaptor import train_adaptor
+from tests.tiny_model import make_model
+
+QUIET = Console(quiet=True)
+
+
+def of_task(recipe: Recipe, task: str, **source: Any) -> Recipe:
+    values = recipe.model_dump() | {"task": task, "source": source}
+    values["teacher"] |= {"steps": 4}
+    return Recipe.model_validate(values)
+
+
+def examples_of(model: DiffusionModel, recipe: Recipe, cache: Path) -> Examples:
+    return task_examples(
+        model, recipe, read_prompts(recipe, model.folder), cache=cache, console=QUIET
+    )
+
+
+ROWS = torch.arange(3)
+
+
+def test_generate_starts_from_noise(model: DiffusionModel, recipe: Recipe, cache: Path) -> None:
+    examples = examples_of(model, of_task(recipe, "generate"), cache)
+    assert examples.count == recipe.teacher.pairs
+    assert list(examples.given(ROWS)) == ["noise"]
+    assert examples.source is None
+    decoded = model.decode(examples.latents(ROWS)).clamp(0, 1)
+    assert torch.allclose(examples.images(ROWS), decoded, atol=0.51 / 255)
+
+
+def test_edits_follow_another_prompt_from_the_encoded_source(
+    model: DiffusionModel, recipe: Recipe, cache: Path
+) -> None:
+    examples = examples_of(model, of_task(recipe, "edit", strengths=[0.5, 1.0], per_image=2), cache)
+    assert examples.count == 2 * recipe.teacher.pairs
+    assert examples.timestep(torch.arange(4)).tolist() == [999, 499, 999, 499]
+    sources = examples.source(ROWS)
+    assert torch.equal(sources[0], sources[1])
+    assert torch.allclose(
+        examples.given(ROWS)["source"], model.encode(to_float(sources)), atol=1e-5
+    )
+    assert examples.images(ROWS).shape == (3, 3, *model.resolution)
+
+
+def test_the_teachers_edit_of_full_strength_is_close_to_its_image_from_the_noise(
+    model: DiffusionModel, recipe: Recipe, cache: Path
+) -> None:
+    """At strength 1 the noise hides nearly all of the source: a = 0.068."""
+    examples = examples_of(model, of_task(recipe, "edit", strengths=[1.0]), cache)
+    given, edit = examples.given(ROWS), of_task(recipe, "edit", strengths=[1.0])
+    start = 0.0682649 * given["source"] + 0.9976672 * given["noise"]
+    expected = teacher_latents(
+        model, start, examples.context(ROWS), model.context([""]), edit.teacher
+    )
+    assert torch.allclose(examples.latents(ROWS), expected, atol=2e-2)  # stored in float16
+
+
+def test_inpainting_hides_the_hole_and_keeps_the_rest(
+    model: DiffusionModel, recipe: Recipe, cache: Path
+) -> None:
+    examples = examples_of(model, of_task(recipe, "inpaint", coverage=[0.2, 0.6]), cache)
+    given, source, images = examples.given(ROWS), examples.source(ROWS), examples.images(ROWS)
+    hidden = (source == 127).all(dim=-1)
+    expected = np.stack(
+        [latent_mask(hole.numpy(), model.pipe.vae_scale_factor) for hole in hidden.float()]
+    )
+    assert np.array_equal(given["mask"].numpy(), expected)
+    assert (
+        (hidden.float().mean(dim=(1, 2)) > 0.19) & (hidden.float().mean(dim=(1, 2)) < 0.61)
+    ).all()
+    white = examples.whole(torch.ones_like(images), ROWS)
+    assert torch.equal(
+        white[~hidden[:, None].expand_as(white)], images[~hidden[:, None].expand_as(images)]
+    )
+    assert (white[hidden[:, None].expand_as(white)] == 1).all()
+    assert not torch.equal(given["noise"][0], given["noise"][1])
+
+
+def test_upscaling_starts_from_the_small_image(
+    model: DiffusionModel, recipe: Recipe, cache: Path
+) -> None:
+    examples = examples_of(model, of_task(recipe, "upscale", factor=2, without_prompt=1.0), cache)
+    assert list(examples.given(ROWS)) == ["source"]
+    error = (to_float(examples.source(ROWS)) - examples.images(ROWS)).abs().mean()
+    assert 0 < error < 0.2
+    assert torch.allclose(examples.context(ROWS), model.context([""] * 3), atol=1e-6)
+
+
+def test_a_factor_that_does_not_divide_the_size(
+    model: DiffusionModel, recipe: Recipe, cache: Path
+) -> None:
+    with pytest.raises(HipaError, match=r"source.factor = 3 does not divide 32x32"):
+        examples_of(model, of_task(recipe, "upscale", factor=3), cache)
+
+
+def test_edits_start_from_the_same_thing() -> None:
+    training = read_prompt_file(MODEL / "prompts.txt")
+    unknown = ["noto emoji of an unknown thing", "3d emoji of an unknown thing"]
+    starts = edit_starts(["twemoji emoji of a grinning face", *unknown], training, r"emoji of (.*)")
+    assert starts == ["3d emoji of a grinning face", *unknown]
+
+
+def test_related_prompts() -> None:
+    prompts = ["3d emoji of a cat", "flat emoji of a cat", "3d emoji of a dog", "a tree"]
+    related = related_prompts(prompts, r"emoji of (.*)")
+    assert [related(i) for i in range(4)] == [[0, 1], [0, 1], [2], [3]]
+    assert related_prompts(prompts, None)(2) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("task", ["edit", "inpaint", "upscale"])
+def test_an_adaptor_of_each_task_trains(
+    task: str, recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    chosen = of_task(recipe, task, strengths=[0.5])
+    path = train_adaptor(
+        chosen, model_dir, tmp_path / "adaptor", cache=cache, device="cpu", console=QUIET
+    )
+    metadata = read_metadata(path)
+    assert (metadata.task, metadata.timestep) == (task, 499 if task == "edit" else 999)
+    assert metadata.strengths == ((0.5,) if task == "edit" else ())
+    assert metadata.upscale == 4
+    samples = Image.open(tmp_path / "adaptor.run" / "samples" / "step-00000004.png")
+    assert samples.width > 4 * 8  # source, target, base and adapted
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    for name, colour in {"a.png": "red", "b.jpg": "blue", "more/c.png": "white"}.items():
+        Image.new("RGB", (40, 30), colour).save(folder / name)
+    (folder / "metadata.csv").write_text("file_name,text\na.png,a red wall\nmore/c.png,snow\n")
+    return folder
+
+
+def test_real_images_with_captions(
+    model: DiffusionModel, recipe: Recipe, images: Path, cache: Path
+) -> None:
+    examples = examples_of(
+        model, of_task(recipe, "upscale", images=str(images), without_prompt=0.0), cache
+    )
+    assert examples.count == 3
+    assert torch.allclose(examples.images(ROWS)[0, :, 0, 0], torch.tensor([1.0, 0, 0]))
+    expected = model.context(["a red wall", "", "snow"])
+    assert torch.allclose(examples.context(ROWS), expected, atol=1e-6)
+    edited = examples_of(model, of_task(recipe, "edit", images=str(images), strengths=[0.5]), cache)
+    assert edited.count == 3
+
+
+def test_a_folder_without_images(
+    model: DiffusionModel, recipe: Recipe, tmp_path: Path, cache: Path
+) -> None:
+    with pytest.raises(HipaError, match=r"none: no image in it. Expected a folder of .bmp, .jpeg"):
+        examples_of(model, of_task(recipe, "inpaint", images=str(tmp_path / "none")), cache)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"strengths": [0.3]}, "strength 0.3 is no whole number of teacher.steps = 4"),
+        ({"strengths": [0.5, 0.5]}, "each once"),
+        ({"strengths": [1.5]}, "less than or equal to 1"),
+        ({"same": "("}, "not a regular expression"),
+        ({"same": "a"}, "one group, got 0"),
+        ({"coverage": [0.5, 0.1]}, "0 < least <= largest < 1"),
+    ],
+)
+def test_mistakes(recipe: Recipe, source: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        of_task(recipe, "edit", **source)
+
+
+def test_strengths_descend() -> None:
+    assert SourceSettings(strengths=(0.25, 0.75)).strengths == (0.75, 0.25)
+
+
+def test_a_nine_channel_model_learns_from_real_images(
+    recipe: Recipe, images: Path, cache: Path, tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "nine", in_channels=9)
+    chosen = of_task(recipe, "inpaint", images=str(images))
+    path = train_adaptor(
+        chosen, folder, tmp_path / "adaptor", cache=cache, device="cpu", console=QUIET
+    )
+    metadata = read_metadata(path)
+    assert (metadata.task, metadata.recipe["source"]["images"]) == ("inpaint", "images")
+    with pytest.raises(HipaError, match=r"makes no images to learn from\. Set source\.images"):
+        train_adaptor(
+            of_task(recipe, "inpaint"),
+            folder,
+            tmp_path / "b",
+            cache=cache,
+            device="cpu",
+            console=QUIET,
+        )

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.train.data.prompt_files import read_prompt_file
+
+CATS = ["a cat, sitting", "a dog"]
+
+
+def write_csv(path: Path, header: str = "id,caption") -> Path:
+    path.write_text(f'{header}\n1,"a cat, sitting"\n2,a dog\n3,\n4,a dog\n5\n')
+    return path
+
+
+def write_parquet(path: Path, name: str = "caption", cells: list | None = None) -> Path:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"id": [1, 2, 3], name: cells or [*CATS, None]}), path)
+    return path
+
+
+def write_dataset(folder: Path, name: str = "text") -> Path:
+    """What ``datasets.Dataset.save_to_disk`` writes, in two shards."""
+    pa = pytest.importorskip("pyarrow")
+    folder.mkdir(parents=True)
+    for index, cell in enumerate(CATS):
+        table = pa.table({name: [cell]})
+        with (
+            pa.OSFile(str(folder / f"data-{index}.arrow"), "wb") as sink,
+            pa.ipc.new_stream(sink, table.schema) as out,
+        ):
+            out.write_table(table)
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": f"data-{i}.arrow"} for i in (0, 1)]})
+    )
+    return folder
+
+
+def test_a_text_file(tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("﻿a cat,  sitting\n\n a dog \na dog\n", encoding="utf-8")
+    assert read_prompt_file(path) == CATS
+
+
+def test_csv_and_tsv(tmp_path: Path) -> None:
+    assert read_prompt_file(write_csv(tmp_path / "x.csv")) == CATS
+    assert read_prompt_file(write_csv(tmp_path / "x.csv", "id,text")) == CATS
+    assert read_prompt_file(write_csv(tmp_path / "x.CSV", "id,title"), "title") == CATS
+    (tmp_path / "x.tsv").write_text("caption\tid\na cat, sitting\t1\n" + '"a\ndog"\t2\n')
+    assert read_prompt_file(tmp_path / "x.tsv") == CATS
+
+
+def test_parquet(tmp_path: Path) -> None:
+    assert read_prompt_file(write_parquet(tmp_path / "x.parquet")) == CATS
+    assert read_prompt_file(write_parquet(tmp_path / "x.parquet", "title"), "title") == CATS
+
+
+def test_a_folder_of_datasets(tmp_path: Path) -> None:
+    assert read_prompt_file(write_dataset(tmp_path / "one")) == CATS
+    write_dataset(tmp_path / "splits" / "train")
+    (tmp_path / "splits" / "dataset_dict.json").write_text('{"splits": ["test", "train"]}')
+    assert read_prompt_file(tmp_path / "splits") == CATS
+
+
+def test_what_datasets_itself_writes(tmp_path: Path) -> None:
+    datasets = pytest.importorskip(
+        "datasets", exc_type=ImportError
+    )  # needs a hub client of its own
+    whole = datasets.Dataset.from_dict({"caption": ["no", *CATS]})
+    whole.select([1, 2]).save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": whole.select([1, 2])}).save_to_disk(tmp_path / "splits")
+    assert read_prompt_file(tmp_path / "one") == read_prompt_file(tmp_path / "splits") == CATS
+
+
+def damaged(path: Path, content: bytes = b"no") -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "column", "message"),
+    [
+        (lambda p: p / "none.txt", None, "cannot be read: No such file"),
+        (lambda p: p / "none.csv", None, "cannot be read: No such file"),
+        (lambda p: p / "none.parquet", None, "cannot be read as Parquet"),
+        (lambda p: damaged(p / "x.txt", b" \n"), None, "is empty. Expected one prompt a line"),
+        (lambda p: damaged(p / "x.txt", b"caf\xe9"), None, r"is not UTF-8 \(byte 3\)"),
+        (lambda p: damaged(p / "x.csv", b"caf\xe9"), None, r"is not UTF-8 \(byte 3\)"),
+        (
+            lambda p: damaged(p / "x.txt", b"a"),
+            "text",
+            "has no columns: prompts_column = 'text' is for a table",
+        ),
+        (lambda p: damaged(p / "x.csv", b""), None, "is empty. Expected a header line"),
+        (lambda p: damaged(p / "x.csv", b"caption\n"), None, "is empty. Expected one prompt a row"),
+        (
+            lambda p: damaged(p / "x.csv", b'caption\n"a'),
+            None,
+            "is damaged: unexpected end of data",
+        ),
+        (
+            lambda p: write_csv(p / "x.csv", "id,title"),
+            None,
+            "no column 'caption' or 'text'. It has: id, title. Set",
+        ),
+        (lambda p: write_csv(p / "x.csv"), "title", "no column 'title'. It has: id, caption"),
+        (lambda p: damaged(p / "x.parquet"), None, "cannot be read as Parquet"),
+        (
+            lambda p: write_parquet(p / "x.parquet", cells=[1, 2, 3]),
+            None,
+            "a caption is of type int. Expected",
+        ),
+        (lambda p: p, None, "has no readable state.json"),
+        (
+            lambda p: damaged(p / "dataset_dict.json").parent,
+            None,
+            "has no readable dataset_dict.json",
+        ),
+        (
+            lambda p: damaged(p / "dataset_dict.json", b'{"splits": ["a", "b"]}').parent,
+            None,
+            "the splits a, b. Name",
+        ),
+        (
+            lambda p: damaged(write_dataset(p / "d") / "data-1.arrow").parent,
+            None,
+            "cannot be read as a dataset",
+        ),
+        (lambda p: damaged(p / "state.json", b'{"_data_files": []}').parent, None, "It has: none"),
+    ],
+)
+def test_mistakes_are_one_line(
+    make: object, column: str | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(HipaError, match=message) as error:
+        read_prompt_file(make(tmp_path), column)
+    assert "\n" not in str(error.value)
+
+
+def test_the_missing_package_and_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(
+        MissingDependencyError, match=r"pyarrow is not installed. .*hipa-deploy\[captions"
+    ):
+        read_prompt_file(tmp_path / "x.parquet")

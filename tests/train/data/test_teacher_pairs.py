@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.train.data import teacher_pairs as module
+from hipa_deploy.train.data.teacher_pairs import (
+    cache_folder,
+    lookup,
+    prompt_order,
+    teacher_latents,
+    teacher_pairs,
+    teacher_scheduler,
+)
+from hipa_deploy.train.loop.processes import Processes
+from hipa_deploy.train.model.diffusion_model import DiffusionModel
+from hipa_deploy.train.recipe import TeacherSettings
+from tests.tiny_model import PROMPTS
+
+TEACHER = TeacherSettings(steps=3, guidance=4.0, pairs=6, batch=4, dtype="float32")
+
+
+def equal(a: module.Pairs, b: module.Pairs) -> bool:
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for name in ("latents_NCHW", "prompt_N", "seed_N")
+    )
+
+
+def test_same_as_the_pipeline(model: DiffusionModel) -> None:
+    noise = model.noise([7])
+    got = teacher_latents(
+        model, noise, model.context(["a red apple"]), model.context([""]), TEACHER
+    )
+    model.pipe.scheduler = teacher_scheduler(model.schedule, "ddim")
+    expected = model.pipe(
+        "a red apple",
+        latents=noise,
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        output_type="latent",
+    ).images
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_guidance_the_empty_prompt_does_not_matter(model: DiffusionModel) -> None:
+    plain = TEACHER.model_copy(update={"guidance": 1.0})
+    noise, context = model.noise([7]), model.context(["a red apple"])
+    first = teacher_latents(model, noise, context, model.context([""]), plain)
+    assert torch.equal(
+        first, teacher_latents(model, noise, context, torch.full_like(context, torch.nan), plain)
+    )
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
+@pytest.mark.parametrize("kind", ["model_dir", "v_model_dir"])
+def test_samplers_start_at_the_last_timestep(
+    sampler: str, kind: str, request: pytest.FixtureRequest
+) -> None:
+    model = DiffusionModel.load(request.getfixturevalue(kind), "cpu")
+    scheduler = teacher_scheduler(model.schedule, sampler)
+    scheduler.set_timesteps(25)
+    assert len(scheduler.timesteps) == 25
+    assert scheduler.timesteps[0] == 999
+    assert scheduler.config.prediction_type == model.prediction_type
+    teacher = TEACHER.model_copy(update={"sampler": sampler})
+    latents = teacher_latents(
+        model, model.noise([0, 1]), model.context(PROMPTS[:2]), model.context([""]), teacher
+    )
+    assert latents.shape == (2, 4, 8, 8)
+    assert torch.isfinite(latents).all()
+    assert isinstance(scheduler, DPMSolverMultistepScheduler) == (sampler == "dpmsolver++")
+
+
+def test_cache_is_read_resumed_and_extended(
+    model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    original = teacher_latents
+    monkeypatch.setattr(
+        module,
+        "teacher_latents",
+        lambda m, noise, *rest: made.append(len(noise)) or original(m, noise, *rest),
+    )
+    first = teacher_pairs(model, PROMPTS, TEACHER, seed=0, cache=tmp_path)
+    assert made == [4, 2]
+    assert equal(teacher_pairs(model, PROMPTS, TEACHER, seed=0, cache=tmp_path), first)
+    assert made == [4, 2]
+
+    # A damaged shard is made again, and is the same.
+    shard = sorted(tmp_path.rglob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:100])
+    assert equal(teacher_pairs(model, PROMPTS, TEACHER, seed=0, cache=tmp_path), first)
+    assert made == [4, 2, 4]
+
+    # More pairs: whole shards stay.
+    more = teacher_pairs(
+        model, PROMPTS, TEACHER.model_copy(update={"pairs": 8}), seed=0, cache=tmp_path
+    )
+    assert made == [4, 2, 4, 4]
+    assert torch.equal(more.latents_NCHW[:4], first.latents_NCHW[:4])
+
+
+def test_a_shard_of_another_teacher_is_refused(model: DiffusionModel, tmp_path: Path) -> None:
+    teacher_pairs(model, PROMPTS, TEACHER, seed=0, cache=tmp_path)
+    other = TEACHER.model_copy(update={"guidance": 2.0})
+    folder, here = (
+        cache_folder(model, PROMPTS, teacher, 0, tmp_path) for teacher in (TEACHER, other)
+    )
+    folder.rename(here)
+    with pytest.raises(
+        HipaError,
+        match=rf"00000004.safetensors are another teacher's \(cache {folder.name}\). Remove",
+    ):
+        teacher_pairs(model, PROMPTS, other, seed=0, cache=tmp_path)
+
+
+def test_a_full_disk_keeps_the_shards_before(
+    model: DiffusionModel, tmp_path: Path, monkeypatch
+) -> None:
+    original, written = module.write_file, []
+
+    def full(path: Path, content: bytes) -> None:
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        original(path, content)
+
+    monkeypatch.setattr(module, "write_file", full)
+    with pytest.raises(
+        HipaError,
+        match=r"cannot be written: No space left on device. The shards before it are kept",
+    ):
+        teacher_pairs(model, PROMPTS, TEACHER, seed=0, cache=tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == [
+        "00000000-00000004.safetensors"
+    ]
+
+
+def test_a_cache_that_machines_do_not_share(
+    model: DiffusionModel, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(Processes, "together", lambda self: nullcontext())
+    with pytest.raises(
+        HipaError, match=r"made by another process, are not seen here. Point HIPA_CACHE at"
+    ):
+        teacher_pairs(model, PROMPTS, TEACHER, seed=0, cache=tmp_path, processes=Processes(1, 2))
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == [
+        "00000004-00000006.safetensors"
+    ]
+
+
+def test_a_teacher_in_half_precision(model: DiffusionModel) -> None:
+    half = TEACHER.model_copy(update={"mixed_precision": "fp16"})
+    arguments = (model, model.noise([0]), model.context(PROMPTS[:1]), model.context([""]))
+    exact, rounded = (teacher_latents(*arguments, teacher) for teacher in (TEACHER, half))
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    assert torch.allclose(exact, rounded, rtol=0.05, atol=0.5)
+
+
+def test_stored_noise_and_prompt_lead_to_the_latents(model: DiffusionModel, tmp_path: Path) -> None:
+    pairs = teacher_pairs(model, PROMPTS, TEACHER, seed=3, cache=tmp_path)
+    context = model.context([PROMPTS[i] for i in pairs.prompt_N[4:]])
+    again = teacher_latents(
+        model, model.noise(pairs.seed_N[4:].tolist()), context, model.context([""]), TEACHER
+    )
+    assert torch.allclose(again, pairs.latents_NCHW[4:], atol=1e-5)
+    assert len(set(pairs.seed_N.tolist())) == 6
+
+
+def test_half_precision_storage(model: DiffusionModel, tmp_path: Path) -> None:
+    half = TEACHER.model_copy(update={"dtype": "float16"})
+    assert (
+        teacher_pairs(model, PROMPTS, half, seed=0, cache=tmp_path).latents_NCHW.dtype
+        == torch.float16
+    )
+
+
+def test_cache_key_depends_on_content(
+    model: DiffusionModel, v_model_dir: Path, tmp_path: Path
+) -> None:
+    def key(
+        model: DiffusionModel = model,
+        prompts: list[str] = PROMPTS,
+        seed: int = 0,
+        **changes: object,
+    ) -> Path:
+        return cache_folder(model, prompts, TEACHER.model_copy(update=changes), seed, tmp_path)
+
+    changed = [
+        key(DiffusionModel.load(v_model_dir, "cpu")),
+        key(prompts=PROMPTS[:2]),
+        key(seed=1),
+        key(steps=4),
+        key(guidance=2.0),
+        key(sampler="dpmsolver++"),
+        key(mixed_precision="bf16"),
+    ]
+    assert len({key(), *changed}) == 8
+    assert key(pairs=100) == key()
+
+
+def test_every_prompt_equally_often() -> None:
+    order = prompt_order(5, 23, seed=0)
+    assert sorted(order[:20].bincount().tolist()) == [4] * 5
+    assert torch.equal(prompt_order(5, 11, seed=0), order[:11])
+    assert not torch.equal(prompt_order(5, 23, seed=1), order)
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+def test_lookup_in_memory_or_computed(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TABLE_BYTES", limit)
+    rows = lookup("doubles", lambda index: torch.tensor(index)[:, None] * 2.0, count=40)
+    assert rows(torch.tensor([39, 0, 39])).tolist() == [[78], [0], [78]]

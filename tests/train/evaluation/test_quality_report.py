@@ -1,0 +1,125 @@
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.train.evaluation.quality_report import (
+    ADAPTED,
+    BASE,
+    draw,
+    held_out_prompts,
+    make_images,
+    quality_report,
+    reference_teacher,
+    render_table,
+    teacher_row,
+    write_report,
+)
+from hipa_deploy.train.recipe import TeacherSettings
+from tests.tiny_model import PROMPTS
+
+TEACHER = TeacherSettings(steps=25, guidance=5.0, pairs=1)
+
+
+def test_draw_goes_through_the_prompts_in_turn() -> None:
+    texts, seeds = draw(["a", "b", "c"], 5)
+    assert texts == ["a", "b", "c", "a", "b"]
+    assert len(set(seeds)) == 5
+
+
+@pytest.mark.parametrize("count", [0, -1, 3, 10**9])
+def test_absurd_counts(count: int) -> None:
+    with pytest.raises(HipaError, match="images were asked for"):
+        draw(["a", "b"], count)
+
+
+def test_held_out_prompts_come_from_the_model_or_a_file(tmp_path: Path) -> None:
+    (tmp_path / "prompts_pair.txt").write_text("a red apple\n\na pear\n")
+    (tmp_path / "mine.txt").write_text("a boat\n")
+    assert held_out_prompts(tmp_path) == ["a red apple", "a pear"]
+    assert held_out_prompts(tmp_path, tmp_path / "mine.txt") == ["a boat"]
+
+
+def test_one_prompt_alone_cannot_be_evaluated() -> None:
+    with pytest.raises(
+        HipaError, match=r"different prompts to evaluate on: 1\. Expected at least 2\."
+    ):
+        draw(["a", "a"], 8)
+
+
+@pytest.mark.parametrize("content", [None, "\n \n"])
+def test_no_prompts(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "p.txt").write_text(content)
+    with pytest.raises(HipaError, match=r"p\.txt"):
+        held_out_prompts(tmp_path, tmp_path / "p.txt")
+
+
+TEXTS = [f"prompt {n}" for n in range(8)]
+
+
+def image_sets() -> list[np.ndarray]:
+    """Truth, the same from other noise, near to the truth, far from it: uint8 [8, 64, 64, 3] each."""
+    generator = np.random.default_rng(0)
+    truth = generator.integers(0, 255, (8, 1, 1, 3)) + generator.integers(0, 60, (8, 64, 64, 3))
+    near, far = (
+        truth + generator.integers(0, 4, truth.shape),
+        generator.integers(0, 255, truth.shape),
+    )
+    again = truth[:, ::-1] + generator.integers(0, 4, truth.shape)
+    return [np.clip(array, 0, 255).astype(np.uint8) for array in (truth, again, near, far)]
+
+
+def test_a_better_set_has_better_numbers(tmp_path: Path) -> None:
+    truth, again, near, far = image_sets()
+    report = quality_report(
+        TEACHER, TEXTS, truth, again, {"truth": truth, ADAPTED: near, BASE: far}
+    )
+    assert report.rows[ADAPTED].kid_lite0 < report.rows[BASE].kid_lite0
+    assert report.kid_lite0_floor == report.rows["truth"].kid_lite0
+    assert report.rows[ADAPTED].distance < report.rows[BASE].distance
+    assert report.rows[ADAPTED].high_frequency_ratio == pytest.approx(1, abs=0.2)
+    assert (report.kid_gap_closed("truth"), report.kid_gap_closed(BASE)) == (1, 0)
+    assert 0.8 < report.kid_gap_closed() < 1.2
+    console = Console(record=True, width=160, file=(tmp_path / "out").open("w"))
+    console.print(render_table(report))
+    assert "other noise" in console.export_text()
+
+
+def test_the_report_is_a_folder_of_text_and_pictures(tmp_path: Path) -> None:
+    truth, again, near, far = image_sets()
+    rows = {"teacher, 4 steps": near, teacher_row(25): truth, BASE: far, ADAPTED: near}
+    path = write_report(
+        tmp_path / "report", quality_report(TEACHER, TEXTS, truth, again, rows), rows
+    )
+    text = path.read_text()
+    assert "KID gap closed: " in text
+    assert all(f"| {name} |" in text for name in rows)
+    pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert len(pictures) == 3
+    assert all(Image.open(path.parent / name).size[0] > 200 for name in pictures)
+    assert json.loads((path.parent / "report.json").read_text())["teacher_steps"] == 25
+
+
+def test_the_reference_is_fine_however_coarse_the_pairs_were() -> None:
+    coarse = TeacherSettings(
+        sampler="dpmsolver++", steps=8, guidance=2.0, pairs=1, mixed_precision="bf16"
+    )
+    assert reference_teacher(coarse) == TeacherSettings(
+        sampler="ddim", steps=25, guidance=2.0, pairs=1
+    )
+    assert reference_teacher(coarse.model_copy(update={"steps": 50})).steps == 50
+
+
+def test_images_of_every_row(model_dir: Path) -> None:
+    teacher = TeacherSettings(steps=3, guidance=2.0, pairs=1)
+    rows, again = make_images(model_dir, None, PROMPTS, teacher, 4, Console(file=io.StringIO()))
+    assert list(rows) == ["teacher, 1 step", "teacher, 2 steps", "teacher, 3 steps", BASE]
+    assert {images.shape for images in (*rows.values(), again)} == {(4, 32, 32, 3)}
+    assert not np.array_equal(rows["teacher, 3 steps"], again)

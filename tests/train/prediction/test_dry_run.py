@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import io
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.train.prediction import dry_run
+from hipa_deploy.train.recipe import Recipe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+plan_once = cache(dry_run.plan_training)
+
+
+@pytest.fixture(autouse=True)
+def plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "plan_training", plan_once)
+    seconds = {"teacher call": 1.0, "warm-up step": 2.0, "step": 4.0}
+    monkeypatch.setattr(dry_run, "measure_steps", lambda recipe, model_dir: seconds)
+
+
+@dataclass(frozen=True)
+class Card:
+    title: str = "a card"
+    memory_gib: int | None = 24
+    fp16_tflops: float | None = 100.0
+    fp16_accumulate: str | None = "either"
+
+
+def text_of(shown: list) -> str:
+    console = Console(width=120, file=io.StringIO())
+    console.print(*shown, sep="\n", markup=False, highlight=False)
+    return console.file.getvalue()
+
+
+def test_the_resolved_recipe_is_a_recipe(recipe: Recipe) -> None:
+    assert Recipe.model_validate(tomllib.loads(dry_run.to_toml(recipe))) == recipe
+
+
+def test_a_small_model_is_measured(model_dir: Path, recipe: Recipe) -> None:
+    shown, problem = dry_run.dry_run(recipe, model_dir, [Card()])
+    text = text_of(shown)
+    assert problem is None
+    for expected in (
+        "3 distinct",
+        "predicts epsilon, 32x32 pixels",
+        "full, rank 2",
+        "Predicted",
+        "Measured on this",
+    ):
+        assert expected in text
+    assert "a card" not in text
+
+
+def test_a_large_model_is_predicted_for_named_gpus(
+    model_dir: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "SMALL_FLOPS", 0)
+    text = text_of(
+        dry_run.dry_run(recipe, model_dir, [Card(), Card("unknown", None), Card("slow", 24, None)])[
+            0
+        ]
+    )
+    assert "a card" in text
+    assert "Predicted hours at 30% (pairs) and 10% (steps)" in text
+    assert not any(word in text for word in ("unknown", "slow", "Measured"))
+
+
+def test_hours_fits_and_accumulation(model_dir: Path, recipe: Recipe) -> None:
+    plan = dry_run.plan_training(recipe, model_dir)
+    cards = [Card(), Card("half", fp16_accumulate="fp16"), Card("none", memory_gib=0)]
+    rows = list(
+        zip(*(column.cells for column in dry_run.gpu_table(plan, cards).columns), strict=True)
+    )
+    assert float(rows[0][3]) == pytest.approx(plan.pairs_flops / 30e12 / 3600, rel=0.01)
+    assert float(rows[0][4]) == pytest.approx(plan.training_flops / 10e12 / 3600, rel=0.01)
+    assert float(rows[1][3]) == pytest.approx(2 * float(rows[0][3]), rel=0.02)
+    assert [row[2] for row in rows] == ["yes", "yes", "no"]
+
+
+def test_prompts_that_cannot_be_read_are_reported_after_the_rest(
+    model_dir: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_once(recipe, model_dir)
+    monkeypatch.setattr(dry_run, "plan_training", lambda recipe, model_dir: plan)
+    bad = recipe.model_copy(update={"prompts": str(tmp_path / "none.txt")})
+    shown, problem = dry_run.dry_run(bad, model_dir, [])
+    assert isinstance(problem, HipaError)
+    assert "unreadable" in text_of(shown)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.train.losses.hipa_loss import hipa_loss
+from hipa_deploy.train.model.diffusion_model import DiffusionModel
+from hipa_deploy.train.prediction import training_cost as predict
+from hipa_deploy.train.prediction.training_cost import (
+    Cost,
+    Trainer,
+    measure_steps,
+    plan_training,
+    unloaded_model,
+)
+from hipa_deploy.train.recipe import Recipe
+from tests.tiny_model import make_model
+
+plan_once = cache(plan_training)
+CHECKPOINTED = {"gradient_checkpointing": True}
+
+
+@pytest.fixture
+def trainer(model_dir: Path, recipe: Recipe) -> Trainer:
+    """With real tensors."""
+    return Trainer(unloaded_model(model_dir), recipe)
+
+
+def test_facts(model: DiffusionModel, model_dir: Path, recipe: Recipe) -> None:
+    plan = plan_once(recipe, model_dir)
+    assert (plan.prediction_type, plan.resolution) == ("epsilon", (32, 32))
+    parts = {"text_encoder": model.pipe.text_encoder, "unet": model.unet, "vae": model.vae}
+    assert plan.parameters == {
+        name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()
+    }
+    assert plan.pairs_bytes == 6 * (4 * 8 * 8 * 2 + 16)
+    assert plan.target is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("decoded", [False, True])
+def test_fake_tensors_take_what_real_ones_take(
+    model_dir: Path, recipe: Recipe, decoded: bool, checkpointing: bool
+) -> None:
+    recipe = recipe.model_copy(update=CHECKPOINTED if checkpointing else {})
+    plan = plan_once(recipe, model_dir)
+    real = Trainer(unloaded_model(model_dir), recipe).step_cost(decoded=decoded)
+    predicted = plan.step if decoded else plan.warm_up
+    assert predicted.flops == real.flops
+    assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
+
+
+def test_the_loss_costs_what_the_real_one_costs(trainer: Trainer, recipe: Recipe) -> None:
+    stand_in = trainer.step_cost(decoded=True)
+    trainer.loss = hipa_loss(recipe.loss)
+    real = trainer.step_cost(decoded=True)
+    assert stand_in.flops == real.flops
+    assert stand_in.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
+
+
+def test_flops_are_those_of_a_product_and_its_gradients(trainer: Trainer) -> None:
+    a, b = torch.ones(3, 5, requires_grad=True), torch.ones(5, 7, requires_grad=True)
+    assert trainer._cost(lambda: (a @ b).sum().backward()).flops == 3 * (2 * 3 * 5 * 7)
+
+
+def test_memory_is_the_most_that_lives_at_once() -> None:
+    layer = torch.nn.Linear(10, 10)
+    weights = 4 * (100 + 10)
+    with predict._LiveBytes(layer) as live:
+        for _ in range(3):
+            torch.empty(1000)  # freed each time
+        kept = torch.empty(500)
+        view = kept[:10].reshape(2, 5)
+    assert (live.peak, live.now) == (weights + 4000, weights + 2000)
+    assert view.numel() == 10
+
+
+def test_cost_grows_with_the_batch_and_memory_falls_with_checkpointing(
+    model_dir: Path, recipe: Recipe
+) -> None:
+    usual = plan_once(recipe, model_dir)
+    twice = plan_once(recipe.model_copy(update={"batch": 2 * recipe.batch}), model_dir)
+    checkpointed = plan_once(recipe.model_copy(update=CHECKPOINTED), model_dir)
+    assert twice.step.flops == pytest.approx(2 * usual.step.flops, rel=0.02)
+    assert twice.step.peak_bytes > usual.step.peak_bytes > checkpointed.step.peak_bytes
+    assert checkpointed.step.flops > usual.step.flops
+
+
+def test_totals(model_dir: Path, recipe: Recipe) -> None:
+    plan = plan_once(recipe, model_dir)
+    assert plan.pairs_flops == plan.pairs.flops * 6 / 4
+    assert plan.training_flops == plan.warm_up.flops + 3 * plan.step.flops
+    assert plan.peak_bytes == max(plan.pairs.peak_bytes, plan.step.peak_bytes)
+
+
+def test_images_that_do_not_fit_are_decoded_in_each_step(
+    model_dir: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "TABLE_BYTES", 1000)
+    plan = plan_training(recipe, model_dir)
+    assert isinstance(plan.target, Cost)
+    assert plan.training_flops == plan.warm_up.flops + 3 * (plan.step.flops + plan.target.flops)
+
+
+def test_no_weights_are_needed(model_dir: Path, recipe: Recipe, tmp_path: Path) -> None:
+    for path in model_dir.rglob("*.json"):
+        target = tmp_path / path.relative_to(model_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    assert plan_training(recipe, tmp_path) == plan_once(recipe, model_dir)
+    with pytest.raises(HipaError, match=r"no readable model_index.json"):
+        plan_training(recipe, tmp_path / "unet")
+
+
+def test_measured_seconds(model_dir: Path, recipe: Recipe) -> None:
+    seconds = measure_steps(recipe, model_dir, repeats=1)
+    assert seconds.keys() == {"teacher call", "warm-up step", "step"}
+    assert all(0 < value < 60 for value in seconds.values())
+
+
+def of_task(recipe: Recipe, task: str, **source: Any) -> Recipe:
+    return Recipe.model_validate(recipe.model_dump() | {"task": task, "source": source})
+
+
+def test_edits_take_a_share_of_the_sampler_and_real_images_none(
+    model_dir: Path, recipe: Recipe
+) -> None:
+    teacher = recipe.teacher.model_copy(update={"steps": 5})
+    edit = of_task(recipe.model_copy(update={"teacher": teacher}), "edit", strengths=[1, 0.2])
+    batches = recipe.teacher.pairs / recipe.teacher.batch
+    assert plan_training(edit, model_dir).sampler_batches == pytest.approx(1.6 * batches)
+    real = of_task(recipe, "upscale", images="folder")
+    assert plan_training(real, model_dir).sampler_batches == 0
+
+
+def test_a_nine_channel_model_is_planned(recipe: Recipe, tmp_path: Path) -> None:
+    plan = plan_training(
+        of_task(recipe, "inpaint", images="folder"), make_model(tmp_path / "nine", in_channels=9)
+    )
+    assert plan.pairs.flops == 0
+    assert plan.step.flops > plan.warm_up.flops > 0

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from PIL import Image
+from rich.console import Console
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.decoder_folder import read_decoder_metadata, vae_sha256
+from hipa_deploy.train.loop.run import Run
+from hipa_deploy.train.model.diffusion_model import DiffusionModel
+from hipa_deploy.train.model.unet_adaptor import one_step_model
+from hipa_deploy.train.recipe import DecoderRecipe, Recipe
+from hipa_deploy.train.train_adaptor import train_adaptor
+from hipa_deploy.train.train_decoder import (
+    HELD_OUT,
+    TRAINING,
+    draw_latents,
+    perturbed,
+    split_prompts,
+    train_decoder,
+)
+from tests.weights import differences, read_weights
+
+QUIET = Console(file=io.StringIO())
+
+
+@pytest.fixture
+def decoder_recipe() -> DecoderRecipe:
+    return DecoderRecipe.model_validate(
+        {
+            "kind": "decoder",
+            "prompts": "model:prompts.txt",
+            "steps": 4,
+            "batch": 2,
+            "checkpoint_every": 2,
+            "sample_every": 2,
+            "samples": 2,
+            "decoder": {"channels": 8, "blocks": [1, 1, 0]},
+            "latents": {"count": 6, "held_out": 4},
+            "optimiser": {"learning_rate": 1e-2},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def adaptor(model_dir: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = {
+        "prompts": "model:prompts.txt",
+        "steps": 1,
+        "batch": 2,
+        "adaptor": {"rank": 2},
+        "teacher": {"steps": 2, "pairs": 2},
+        "optimiser": {"learning_rate": 0.1},
+    }
+    out = tmp_path_factory.mktemp("adaptor") / "adaptor"
+    return train_adaptor(
+        Recipe.model_validate(recipe), model_dir, out, cache=cache, device="cpu", console=QUIET
+    )
+
+
+def train(
+    recipe: DecoderRecipe, model_dir: Path, out: Path, **more: Any
+) -> dict[str, torch.Tensor]:
+    """The weights after training."""
+    folder = train_decoder(recipe, model_dir, out, console=QUIET, device="cpu", **more)
+    return read_weights(folder / "diffusion_pytorch_model.safetensors")
+
+
+def test_what_a_run_leaves(decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path) -> None:
+    weights = train(decoder_recipe, model_dir, tmp_path / "tiny")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    tiny = AutoencoderTiny.from_pretrained(tmp_path / "tiny", torch_dtype=torch.float32)
+    assert tiny.config.scaling_factor == 1.0
+    with torch.no_grad():
+        assert tiny.decode(torch.zeros(2, 4, 8, 8)).sample.shape == (2, 3, 32, 32)
+        assert tiny.encode(torch.zeros(2, 3, 32, 32)).latents.shape == (2, 4, 8, 8)
+    metadata = read_decoder_metadata(tmp_path / "tiny")
+    assert metadata.base_vae_sha256 == vae_sha256(model_dir)
+    assert (metadata.latent_channels, metadata.factor, metadata.steps_trained) == (4, 4, 4)
+    assert metadata.recipe["decoder"] == {"channels": 8, "blocks": [1, 1, 0]}
+    assert metadata.fidelity.images == 4
+    assert {path.name for path in (tmp_path / "tiny.run").iterdir()} == {
+        "state.pt",
+        "samples",
+        "tensorboard",
+    }
+    assert Image.open(tmp_path / "tiny.run" / "samples" / "step-00000004.png").size == (
+        2 * 34,
+        2 * 34,
+    )
+    with pytest.raises(HipaError, match="is not empty"):
+        train(decoder_recipe, model_dir, tmp_path / "tiny")
+
+
+def test_resumed_equals_unbroken(
+    decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path, stop_after
+) -> None:
+    unbroken = train(decoder_recipe, model_dir, tmp_path / "unbroken")
+    stop_after(3)
+    with pytest.raises(HipaError, match=r"stopped at step 3 of 4. Run the same command to resume"):
+        train(decoder_recipe, model_dir, tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+    stop_after(None)
+    assert not differences(train(decoder_recipe, model_dir, tmp_path / "broken"), unbroken)
+
+
+def test_training_raises_the_fidelity(
+    decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path
+) -> None:
+    longer = decoder_recipe.model_copy(
+        update={"steps": 40, "batch": 6, "sample_every": 40, "checkpoint_every": 40}
+    )
+    train(decoder_recipe, model_dir, tmp_path / "short")
+    train(longer, model_dir, tmp_path / "long")
+    short, long = (read_decoder_metadata(tmp_path / name).fidelity for name in ("short", "long"))
+    assert long.psnr_db > short.psnr_db + 3
+    assert long.perceptual_distance < short.perceptual_distance
+
+
+def test_the_latents_are_the_adaptors(
+    decoder_recipe: DecoderRecipe, model_dir: Path, adaptor: Path, tmp_path: Path
+):
+    plain = train(decoder_recipe, model_dir, tmp_path / "base")
+    assert differences(train(decoder_recipe, model_dir, tmp_path / "tiny", adaptor=adaptor), plain)
+    (tmp_path / "tiny").rename(tmp_path / "done")
+    with pytest.raises(HipaError, match="started with another adaptor"):
+        train(decoder_recipe, model_dir, tmp_path / "tiny")
+
+
+def test_latents_depend_on_their_row_alone(
+    decoder_recipe: DecoderRecipe, model: DiffusionModel
+) -> None:
+    generate = one_step_model(model, 999, None)
+    plain, other = (
+        draw_latents(model, generate, ["a", "b"], 6, 0, stream) for stream in (TRAINING, HELD_OUT)
+    )
+    every_BCHW = plain(torch.arange(6))
+    assert torch.allclose(plain(torch.tensor([4])), every_BCHW[4:5], atol=1e-4)
+    assert not torch.allclose(other(torch.tensor([4])), every_BCHW[4:5], atol=1e-2)
+
+    settings = decoder_recipe.latents.model_copy(
+        update={"count": 1000, "perturbed": 0.3, "noise": 0.5}
+    )
+    recipe = decoder_recipe.model_copy(update={"latents": settings})
+    noise_BCHW = perturbed(model, lambda rows: torch.zeros(len(rows), 4, 8, 8), recipe)(
+        torch.arange(1000)
+    )
+    touched = noise_BCHW.abs().amax(dim=(1, 2, 3)) > 0
+    assert touched.float().mean() == pytest.approx(0.3, abs=0.05)
+    assert noise_BCHW[touched].std() == pytest.approx(0.5, rel=0.05)
+
+
+def test_held_out_prompts_are_others() -> None:
+    prompts = [str(i) for i in range(25)]
+    trained, aside = split_prompts(prompts, seed=0)
+    assert sorted(trained + aside) == sorted(prompts)
+    assert len(aside) == 2
+    assert split_prompts(prompts, seed=1) != (trained, aside)
+    assert split_prompts(["one"], seed=0) == (["one"], ["one"])
+
+
+def test_the_levels_must_enlarge_as_the_vae(
+    decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path
+) -> None:
+    settings = decoder_recipe.decoder.model_copy(update={"blocks": (1, 1)})
+    wrong = decoder_recipe.model_copy(update={"decoder": settings})
+    with pytest.raises(
+        HipaError, match=r"2 levels, which enlarge 2 times. Expected 3 for the 4 times"
+    ):
+        train(wrong, model_dir, tmp_path / "tiny")
+
+
+def test_an_adaptor_of_another_model_is_refused(
+    decoder_recipe: DecoderRecipe, v_model_dir: Path, adaptor: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(HipaError, match="trained on another base model"):
+        train(decoder_recipe, v_model_dir, tmp_path / "tiny", adaptor=adaptor)
+
+
+def test_divergence_stops_and_keeps_the_checkpoint(
+    decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path, monkeypatch
+) -> None:
+    original = Run.take_step
+
+    def explode(run: Run, loss: float) -> dict[str, float]:
+        return original(run, float("nan") if run.step == 2 else loss)
+
+    monkeypatch.setattr(Run, "take_step", explode)
+    with pytest.raises(
+        HipaError, match=r"diverged: loss nan.*at step 3. The checkpoint of step 2 is kept"
+    ):
+        train(decoder_recipe, model_dir, tmp_path / "tiny")
+    assert torch.load(tmp_path / "tiny.run" / "state.pt", weights_only=True)["step"] == 2
+    assert not (tmp_path / "tiny").exists()

@@ -1,0 +1,113 @@
+"""DISTS, a perceptual distance of structure and texture, with a pluggable backbone.
+
+    D = 1 - sum_i sum_c ( alpha_ic S1_ic + beta_ic S2_ic ),    sum alpha + sum beta = 1
+    S1 = (2 mx my + c1) / (mx^2 + my^2 + c1),    S2 = (2 cov + c2) / (vx + vy + c2),    c1 = c2 = 1e-6
+
+Ding et al. 2020, 'Image Quality Assessment: Unifying Structure and Texture Similarity', equations 4 to 8;
+https://github.com/dingkeyan93/DISTS. The published alpha and beta weigh VGG16's channels: with that backbone this is
+DISTS. With any other all channels weigh the same: 'DISTS-like', and its values are not DISTS scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.train.losses.backbones import (
+    Backbone,
+    load_backbone,
+    published_dists,
+    published_lpips,
+    resized,
+)
+from hipa_deploy.train.losses.lpips import LpipsLike
+
+C1 = C2 = 1e-6
+
+
+class DistsLike(nn.Module):
+    """Distance between images in [0, 1], differentiable: 0 when equal, about 1 when nothing agrees.
+
+    ``backbone`` defaults to EfficientNet-Lite0; the image itself is the first stage, as in DISTS. With ``size`` the
+    short side is resized first (the official DISTS evaluation uses 256). ``weights`` are alpha and beta, [channels]
+    each, image first; equal ones when left out.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone | None = None,
+        size: int | None = None,
+        weights: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone or load_backbone(
+            "lite0"
+        )  # a submodule if a module, so that .to(device) moves it
+        self.size = size
+        alpha, beta = weights or (None, None)
+        self.register_buffer("alpha", alpha)
+        self.register_buffer("beta", beta)
+
+    def forward(self, image01_BCHW: Tensor, target01_BCHW: Tensor) -> Tensor:
+        """Distance of each pair, [B]."""
+        return self.between(self.maps(image01_BCHW), self.maps(target01_BCHW))
+
+    def maps(self, image01_BCHW: Tensor) -> list[Tensor]:
+        """The image and its feature maps."""
+        image01_BCHW = resized(image01_BCHW, self.size)
+        return [image01_BCHW, *self.backbone(image01_BCHW)]
+
+    def between(self, maps: Sequence[Tensor], target_maps: Sequence[Tensor]) -> Tensor:
+        """Distance of each pair, [B], from the maps of its images."""
+        return dists_distance(maps, target_maps, self.alpha, self.beta)
+
+
+def perceptual_distance(kind: str, backbone: str = "lite0", size: int | None = None) -> nn.Module:
+    """The distance that a recipe names, 'dists' or 'lpips', on a backbone of ``load_backbone``.
+
+    The published channel weights are used with vgg16, which they were fitted to; with any other backbone all channels
+    weigh the same.
+
+    Raises:
+        HipaError: a package or weights are missing, or there is no such distance.
+
+    """
+    published = backbone == "vgg16"
+    if kind == "dists":
+        weights = published_dists() if published else None
+        return DistsLike(load_backbone(backbone, "l2"), size, weights)
+    if kind == "lpips":
+        return LpipsLike(
+            load_backbone(backbone, "max"), size, published_lpips() if published else None
+        )
+    raise HipaError(f"perceptual loss {kind!r} is unknown. Expected dists or lpips.")
+
+
+def dists_distance(
+    maps: Sequence[Tensor],
+    target_maps: Sequence[Tensor],
+    alpha_C: Tensor | None = None,
+    beta_C: Tensor | None = None,
+) -> Tensor:
+    """1 - sum(alpha S1 + beta S2), [B]; alpha = beta = 1 / (2 channels) when left out (DISTS, equations 6 to 8)."""
+    channels = [features.shape[1] for features in maps]
+    pairs = [_similarities(x, y) for x, y in zip(maps, target_maps, strict=True)]
+    if alpha_C is None or beta_C is None:
+        return 1 - sum((s1 + s2).sum(dim=1) for s1, s2 in pairs) / (2 * sum(channels))
+    weights = zip(alpha_C.split(channels), beta_C.split(channels), strict=True)
+    return 1 - sum(
+        (a * s1 + b * s2).sum(dim=1) for (s1, s2), (a, b) in zip(pairs, weights, strict=True)
+    )
+
+
+def _similarities(x_BCHW: Tensor, y_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Texture S1 (means agree) and structure S2 (maps correlate) of each channel, [B, C]."""
+    mean_x, mean_y = x_BCHW.mean(dim=(2, 3)), y_BCHW.mean(dim=(2, 3))
+    variance_x = x_BCHW.var(dim=(2, 3), correction=0)
+    variance_y = y_BCHW.var(dim=(2, 3), correction=0)
+    covariance = (x_BCHW * y_BCHW).mean(dim=(2, 3)) - mean_x * mean_y
+    texture = (2 * mean_x * mean_y + C1) / (mean_x.square() + mean_y.square() + C1)
+    structure = (2 * covariance + C2) / (variance_x + variance_y + C2)
+    return texture, structure

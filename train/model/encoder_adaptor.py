@@ -1,0 +1,89 @@
+"""Low-rank layers on the VAE's encoder, beside the UNet's: for super-resolution, whose encoder sees a blurred image.
+
+OSEDiff adapts both too, and leaves the decoder as it is (Wu et al. 2024, https://arxiv.org/abs/2406.08177). The file
+loads with diffusers: ``vae.load_lora_adapter(folder, prefix=None, weight_name="vae_encoder_lora.safetensors")``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from hipa_deploy.errors import HipaError, first_line, last_line
+from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, read_metadata
+
+ADAPTER = "default"
+# Every convolution and projection of AutoencoderKL's encoder.
+LAYERS = (
+    r"encoder\.(.+\.)?(conv_in|conv_out|conv1|conv2|conv_shortcut|conv|to_q|to_k|to_v|to_out\.0)"
+)
+
+
+def add_encoder_adaptor(vae: Any, rank: int, seed: int) -> None:
+    """Add trainable low-rank layers of scale 1 to the encoder of a frozen ``vae`` (B = 0: nothing changes yet)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS), ADAPTER)
+
+
+def save_encoder_adaptor(vae: Any, folder: Path) -> None:
+    """Write ENCODER_WEIGHTS into ``folder``, with its configuration in the header.
+
+    Raises:
+        HipaError: a weight is not finite.
+
+    """
+    for name, weight in get_peft_model_state_dict(vae, adapter_name=ADAPTER).items():
+        if not torch.isfinite(weight).all():
+            raise HipaError(f"adaptor weight vae.{name} is not finite. Nothing was written.")
+    vae.save_lora_adapter(folder, ADAPTER, weight_name=ENCODER_WEIGHTS)
+    (folder / ENCODER_WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
+
+
+def attach_encoder_adaptor(vae: Any, folder: Path) -> None:
+    """Add the encoder's part of a trained adaptor, if it has one, for inference.
+
+    Raises:
+        HipaError: the file is damaged or does not fit.
+
+    """
+    if not (folder / ENCODER_WEIGHTS).exists():
+        return
+    try:
+        vae.load_lora_adapter(
+            str(folder), prefix=None, weight_name=ENCODER_WEIGHTS, use_safetensors=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise HipaError(
+            f"adaptor {folder / ENCODER_WEIGHTS} cannot be loaded: {last_line(error)}"
+        ) from None
+
+
+def load_encoder_weights(vae: Any, folder: Path) -> None:
+    """Copy the encoder's part of an adaptor, if it has one, into the layers that ``add_encoder_adaptor`` made.
+
+    Raises:
+        HipaError: the file is damaged, or its layers or rank are others.
+
+    """
+    if not (folder / ENCODER_WEIGHTS).exists():
+        return
+    try:
+        weights = load_file(folder / ENCODER_WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise HipaError(
+            f"adaptor {folder / ENCODER_WEIGHTS} cannot be read: {first_line(error)}"
+        ) from None
+    expected = (
+        get_peft_model_state_dict(vae, adapter_name=ADAPTER) if hasattr(vae, "peft_config") else {}
+    )
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
+        rank = read_metadata(folder).encoder_rank
+        got = f"adaptor {folder} has encoder_rank {rank}, the recipe another"
+        raise HipaError(f"{got}. Set adaptor.encoder_rank = {rank}.")
+    set_peft_model_state_dict(vae, weights, adapter_name=ADAPTER)
