@@ -101,7 +101,7 @@ def optimum(model: Path, work: Path) -> Image:
 def openvino(model: Path, work: Path) -> Image:
     """OpenVINO on this toolkit's own graphs, with its tokenizer and noise: the runtimes alone differ."""
     ov = importlib.import_module("openvino")
-    from hipa_deploy.bundle.manifest import Bundle
+    from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.generate.noise import initial_noise
     from hipa_deploy.generate.tokenizer import PromptTokenizer
 
@@ -260,7 +260,7 @@ def compare(name: str, model: Path, work: Path, runs: int) -> dict[str, Any]:
 
 def cannot_run(name: str) -> str | None:
     """What to do about what a contender lacks here, or None."""
-    from hipa_deploy.engines.device.describe import describe_device
+    from hipa_deploy.engines.backends.available import describe_device
 
     backend = next(
         (part for part in name.lower().split() if part.startswith("openvino")), ""

@@ -34,7 +34,7 @@ from hipa_deploy.train.loop import run
 from hipa_deploy.train.losses.hipa_loss import hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.unet_adaptor import PRESETS
-from hipa_deploy.train.recipe import Recipe, load_recipe, read_prompts
+from hipa_deploy.train.recipes.recipe import Recipe, load_recipe, read_prompts
 from hipa_deploy.train.train_adaptor import train_adaptor
 
 DISCARDED = 3  # first steps of each, while allocators and the processor's caches settle

@@ -26,7 +26,7 @@ from hipa_deploy.export.graph.modules import (
 )
 from hipa_deploy.export.job import ExportJob, at_moment
 from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
-from hipa_deploy.generate.noise import predict_x0
+from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.hashing import folder_sha256
 from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.tasks import STEP_INPUTS, finish_latents, start_latents

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hipa_deploy import __version__
-from hipa_deploy.bundle.manifest import MANIFEST, MAX_BATCH, SCHEMA, Bundle, Manifest
+from hipa_deploy.bundle.folder import MANIFEST, SCHEMA, Bundle
+from hipa_deploy.bundle.manifest import MAX_BATCH, Manifest
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import (
     decoder_stage,

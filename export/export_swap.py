@@ -27,10 +27,13 @@ from hipa_deploy.bundle.adaptor_swap import (
     check_encoder,
     stage_files,
 )
-from hipa_deploy.bundle.manifest import Bundle, Stage
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import Stage
 from hipa_deploy.bundle.onnx_weights import Initializer, read_initializers, skeleton_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.export_bundle import ExportJob, ExportOptions, write_unet
+from hipa_deploy.export.export_bundle import write_unet
+from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.job import ExportJob
 from hipa_deploy.export.model_parts import BaseModel
 from hipa_deploy.export.run_apart import run_apart
 from hipa_deploy.export.task import plan_task

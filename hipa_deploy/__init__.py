@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hipa_deploy.errors import HipaError
 
 if TYPE_CHECKING:
-    from hipa_deploy.bundle.manifest import Bundle
+    from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.generate.pipeline import OneStepPipeline
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return OneStepPipeline
     if name == "Bundle":
-        from hipa_deploy.bundle.manifest import Bundle
+        from hipa_deploy.bundle.folder import Bundle
 
         return Bundle
     raise AttributeError(f"module 'hipa_deploy' has no attribute {name!r}")

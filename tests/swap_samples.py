@@ -15,7 +15,8 @@ from hipa_deploy.bundle.adaptor_swap import (
     adapted_stage,
     stage_files,
 )
-from hipa_deploy.bundle.manifest import AdaptorInfo, Bundle, Parity
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import AdaptorInfo, Parity
 from hipa_deploy.bundle.onnx_weights import read_initializers
 from hipa_deploy.hashing import file_sha256
 

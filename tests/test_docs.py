@@ -10,7 +10,8 @@ import pytest
 from typer.main import get_command
 
 from hipa_deploy.commands.app import app
-from hipa_deploy.engines.store.select import EngineKey, Sidecar
+from hipa_deploy.engines.store.engine_key import EngineKey
+from hipa_deploy.engines.store.sidecar import Sidecar
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ RUNTIME = [
     "hipa_deploy.bundle.adaptor_swap",
     "hipa_deploy.doctor.self_check",
     "hipa_deploy.doctor.self_test",
-    "hipa_deploy.engines.device.describe",
+    "hipa_deploy.engines.backends.available",
     "hipa_deploy.engines.latency.compare",
     "hipa_deploy.engines.store.select",
     "hipa_deploy.engines.latency.html_page",
@@ -51,36 +53,157 @@ def test_help_imports_no_numerics() -> None:
     assert loaded_by(code).isdisjoint({*HEAVY, "numpy", "onnxruntime", "PIL"})
 
 
-def imports_at_top(path: Path) -> set[str]:
-    """Modules that a file imports outside functions."""
+# The rooms, from the ground up: a module imports from its own room and from those before it.
+ROOMS = (
+    "hipa_deploy",
+    "hipa_deploy.embedded",
+    "hipa_deploy.bundle",
+    "hipa_deploy.images",
+    "hipa_deploy.generate",
+    "hipa_deploy.models",
+    "hipa_deploy.engines",
+    "hipa_deploy.engines.device",
+    "hipa_deploy.engines.tensorrt",
+    "hipa_deploy.engines.backends",
+    "hipa_deploy.engines.targets",
+    "hipa_deploy.engines.store",
+    "hipa_deploy.engines.build",
+    "hipa_deploy.engines.latency",
+    "hipa_deploy.export.graph",
+    "hipa_deploy.export",
+    "hipa_deploy.train.recipes",
+    "hipa_deploy.train.losses",
+    "hipa_deploy.train.model",
+    "hipa_deploy.train.loop",
+    "hipa_deploy.train.data",
+    "hipa_deploy.train.evaluation",
+    "hipa_deploy.train.prediction",
+    "hipa_deploy.train",
+    "hipa_deploy.doctor",
+    "hipa_deploy.demo",
+    "hipa_deploy.commands",
+)
+MOST_MODULES = 12  # in one room
+# Imports that go up all the same: from this module, into that room or any within it, for this reason.
+UPWARD = {
+    (
+        "hipa_deploy",
+        "hipa_deploy.bundle",
+    ): "the package's own names, imported when they are asked for",
+    (
+        "hipa_deploy",
+        "hipa_deploy.generate",
+    ): "the package's own names, imported when they are asked for",
+    ("hipa_deploy.__main__", "hipa_deploy.commands"): "python -m hipa_deploy is the command",
+    (
+        "hipa_deploy.generate.open_stages",
+        "hipa_deploy.engines",
+    ): "the one place that knows the backends",
+    (
+        "hipa_deploy.generate.swap_stage",
+        "hipa_deploy.engines",
+    ): "the same, for the weights of an adaptor",
+    ("hipa_deploy.generate.pipeline", "hipa_deploy.engines.tensorrt"): "a type of a signature",
+}
+# Imports from one stage to another.
+ACROSS = {
+    (
+        "hipa_deploy.export.run_apart",
+        "hipa_deploy.engines.backends",
+    ): "an exported stage is run to be checked",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name."""
+    found = {}
+    for folder in ("hipa_deploy", *STAGES):
+        package = folder if folder == "hipa_deploy" else f"hipa_deploy.{folder}"
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of this package that a file imports, anywhere in it."""
     names: set[str] = set()
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return names
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                names.add(whole if whole in MODULES else node.module)
+    return names & MODULES.keys()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "hipa_deploy").rglob("*.py")), ids=lambda p: p.name)
-def test_core_imports_no_stage_at_top(path: Path) -> None:
-    assert not any(
-        name.startswith(tuple(f"hipa_deploy.{stage}" for stage in STAGES))
-        for name in imports_at_top(path)
-    )
+def room(module: str) -> str:
+    return module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
 
 
-@pytest.mark.parametrize(
-    ("stage", "forbidden"),
-    [
-        ("train", ("hipa_deploy.export", "hipa_deploy.engines")),
-        ("export", ("hipa_deploy.train", "hipa_deploy.engines")),
-        ("engines", ("hipa_deploy.train", "hipa_deploy.export")),
-    ],
-)
-def test_stages_do_not_import_each_other(stage: str, forbidden: tuple[str, ...]) -> None:
-    for path in (ROOT / stage).rglob("*.py"):
-        assert not any(name.startswith(forbidden) for name in imports_at_top(path)), path
+def stage(module: str) -> str | None:
+    part = [*module.split("."), ""][1]
+    return part if part in STAGES else None
+
+
+def edges() -> list[tuple[str, str]]:
+    return [(name, other) for name, path in MODULES.items() for other in imported(path) - {name}]
+
+
+def is_listed(edge: tuple[str, str], listed: dict[tuple[str, str], str]) -> bool:
+    source, target = edge
+    return any(source == name and room(target).startswith(into) for name, into in listed)
+
+
+def test_every_room_is_listed() -> None:
+    assert {room(name) for name in MODULES} == set(ROOMS) | {"hipa_deploy.train.recipes"}
+
+
+@pytest.mark.parametrize("edge", edges(), ids=" -> ".join)
+def test_imports_go_down(edge: tuple[str, str]) -> None:
+    source, target = edge
+    down = ROOMS.index(room(source)) >= ROOMS.index(room(target))
+    assert down or is_listed(edge, UPWARD)
+
+
+@pytest.mark.parametrize("edge", edges(), ids=" -> ".join)
+def test_stages_do_not_import_each_other(edge: tuple[str, str]) -> None:
+    source, target = map(stage, edge)
+    assert source is None or target in (None, source) or is_listed(edge, ACROSS)
+
+
+@pytest.mark.parametrize("listed", [*UPWARD, *ACROSS], ids=" -> ".join)
+def test_what_is_listed_is_there(listed: tuple[str, str]) -> None:
+    source, into = listed
+    assert any(name == source and room(other).startswith(into) for name, other in edges())
+
+
+def test_no_circle_of_modules() -> None:
+    """Imports of types count too: a circle of these ties two modules together as well."""
+    order = TopologicalSorter({name: imported(path) - {name} for name, path in MODULES.items()})
+    order.prepare()  # raises CycleError
+
+
+def test_no_room_is_crowded() -> None:
+    rooms = Counter(room(name) for name, path in MODULES.items() if path.name != "__init__.py")
+    assert {name: count for name, count in rooms.items() if count > MOST_MODULES} == {}
+
+
+def test_no_two_modules_share_a_name() -> None:
+    """But a command and the room that it opens."""
+    names = Counter(path.stem for path in MODULES.values() if path.stem != "__init__")
+    commands = {path.stem for path in (ROOT / "hipa_deploy/commands").glob("*.py")}
+    assert {name for name, count in names.items() if count > 1} - commands == set()
+
+
+@pytest.mark.parametrize("name", sorted(set(ROOMS) - {"hipa_deploy"}))
+def test_a_room_says_what_it_is_for(name: str) -> None:
+    text = ast.get_docstring(ast.parse(MODULES[name].read_text())) or ""
+    assert len(text) > 40
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -34,7 +34,7 @@ from hipa_deploy.train.model.unet_adaptor import (
     save_adaptor,
     without_adaptor,
 )
-from hipa_deploy.train.recipe import Recipe, read_prompts
+from hipa_deploy.train.recipes.recipe import Recipe, read_prompts
 
 
 def train_adaptor(

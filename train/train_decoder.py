@@ -38,7 +38,7 @@ from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.mixed_precision import in_precision
 from hipa_deploy.train.model.unet_adaptor import one_step_model
-from hipa_deploy.train.recipe import DecoderRecipe, DecoderSettings, read_prompts
+from hipa_deploy.train.recipes.recipe import DecoderRecipe, DecoderSettings, read_prompts
 
 # Noise streams of one recipe's seed: none is used twice, nor by the teacher pairs, whose stream is 0.
 TRAINING, PERTURBATION, HELD_OUT = 1, 2, 3

@@ -42,7 +42,7 @@ from hipa_deploy.train.model.unet_adaptor import (
     save_adaptor,
     without_adaptor,
 )
-from hipa_deploy.train.recipe import Recipe, read_prompts
+from hipa_deploy.train.recipes.recipe import Recipe, read_prompts
 
 SOLVER_STEPS = 50  # of the consistency distillation's DDIM solver
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of its boundary scaling

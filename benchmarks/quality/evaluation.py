@@ -21,6 +21,7 @@ from retrieval import (
 from rich.console import Console
 from torch import Tensor
 
+from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.train.data.teacher_pairs import teacher_pairs
 from hipa_deploy.train.evaluation.quality import (
     high_frequency_energies,
@@ -39,7 +40,7 @@ from hipa_deploy.train.evaluation.quality_report import (
 )
 from hipa_deploy.train.evaluation.spectrum import mixed
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
-from hipa_deploy.train.recipe import Recipe, TeacherSettings, read_prompt_file, read_prompts
+from hipa_deploy.train.recipes.recipe import Recipe, TeacherSettings, read_prompts
 
 SPLITS = {"held-out pairs": "prompts_pair.txt", "held-out concepts": "prompts_concept.txt"}
 LOW_OF_ONE, LOW_OF_MANY = "low of one step + high of many", "low of many + high of one step"

@@ -18,7 +18,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.files import write_file
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata
-from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 
 RESULT = "result.json"

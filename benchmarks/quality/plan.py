@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.recipe import Recipe, load_recipe
+from hipa_deploy.train.recipes.recipe import Recipe, load_recipe
 
 Method = Literal["references", "adaptor", "hipa", "consistency", "progressive"]
 # Seconds a step of 16 pairs of the embedded model, on two AVX-512 cores with nothing else running: an expectation to

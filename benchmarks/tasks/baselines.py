@@ -21,12 +21,12 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipe
 from PIL import Image
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.images.compositing import composite, hide_hole, latent_mask
 from hipa_deploy.images.png import enlarge
-from hipa_deploy.images.read import composite, hide_hole, latent_mask
 from hipa_deploy.train.data.teacher_pairs import teacher_scheduler
 from hipa_deploy.train.evaluation.quality import teacher_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
-from hipa_deploy.train.recipe import TeacherSettings
+from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 CHUNK = 16
 PARTS = (

@@ -39,19 +39,19 @@ from benchmarks.tasks.baselines import (
 )
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import write_file
+from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.images.png import grid, png_bytes
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.locate import model_folder
 from hipa_deploy.tasks import Task, strength_timestep
 from hipa_deploy.train.data.examples import edit_starts, reduced
 from hipa_deploy.train.data.masks import random_mask
-from hipa_deploy.train.data.prompt_files import read_prompt_file
 from hipa_deploy.train.data.teacher_pairs import Edits, edited_latents
 from hipa_deploy.train.evaluation.quality import teacher_images
 from hipa_deploy.train.evaluation.quality_report import held_out_prompts
 from hipa_deploy.train.evaluation.task_images import one_step_task_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
-from hipa_deploy.train.recipe import TeacherSettings
+from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 TEACHER = TeacherSettings(steps=25, guidance=3.0, pairs=1)
 SAME = r"emoji of (.*)"  # what an edit keeps of a prompt of the embedded model

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from hipa_deploy.bundle.manifest import Bundle, StageSpec
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import StageSpec
 from hipa_deploy.bundle.onnx_weights import with_values
-from hipa_deploy.engines.device.describe import (
+from hipa_deploy.engines.backends.available import (
     INSTALL_ONNXRUNTIME,
     INSTALL_ONNXRUNTIME_GPU,
     PROVIDERS,
-    find_gpu,
 )
+from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.generate.runner import check_inputs
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
-from hipa_deploy.engines.device.describe import NO_BF16
+from hipa_deploy.engines.backends.available import NO_BF16
 from hipa_deploy.errors import HipaError, MissingDependencyError, first_line
 from hipa_deploy.generate.runner import check_inputs
 

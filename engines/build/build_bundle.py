@@ -23,23 +23,23 @@ from rich.progress import (
 
 import hipa_deploy
 from hipa_deploy.bundle.adaptor_swap import refittable_weights
-from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.engines.backends.available import describe_device
 from hipa_deploy.engines.build.best_of import time_engine
 from hipa_deploy.engines.build.memory_plan import Plan, plan_build
 from hipa_deploy.engines.build.worker import Event, Job, Outcome
 from hipa_deploy.engines.build.worker_process import Report, run_worker
-from hipa_deploy.engines.device.describe import describe_device, find_gpu
-from hipa_deploy.engines.store.build_options import BuildOptions
-from hipa_deploy.engines.store.select import (
+from hipa_deploy.engines.store.engine_key import EngineKey, key_for
+from hipa_deploy.engines.store.sidecar import (
     FOLDER,
-    EngineKey,
     Sidecar,
     check_engine_file,
     engine_path,
-    key_for,
     read_sidecar,
 )
+from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.target import Target, default_options, resolve_target
+from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.engines.tensorrt.library import Flavour, as_flavour, load_tensorrt, missing
 from hipa_deploy.engines.tensorrt.refit import refuse_faulty
 from hipa_deploy.errors import HipaError

@@ -12,9 +12,11 @@ from typing import Literal
 
 from rich.table import Table
 
-from hipa_deploy.bundle.manifest import Bundle, Stage
-from hipa_deploy.engines.device.describe import Device, available_memory_mib, free_swap_mib
-from hipa_deploy.engines.store.build_options import BuildOptions
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import Stage
+from hipa_deploy.engines.backends.available import Device
+from hipa_deploy.engines.device.machine import available_memory_mib, free_swap_mib
+from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.target import TargetProfile, load_target_profile
 from hipa_deploy.engines.tensorrt.library import Flavour
 from hipa_deploy.errors import HipaError

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from hipa_deploy.bundle.manifest import Precision
-from hipa_deploy.engines.store.select import PrecisionCheck
+from hipa_deploy.engines.store.sidecar import PrecisionCheck
 from hipa_deploy.errors import HipaError
 
 _OTHER = {"fp16": "fp32", "fp32": "fp16"}

@@ -18,9 +18,10 @@ from typing import Any, TextIO
 from hipa_deploy.bundle.manifest import Precision, StageSpec
 from hipa_deploy.engines.build.build_progress import PhaseTree
 from hipa_deploy.engines.build.precision_check import check_network, read_back
-from hipa_deploy.engines.device.describe import find_gpu, peak_rss_mib
-from hipa_deploy.engines.store.build_options import BuildOptions
-from hipa_deploy.engines.store.select import PrecisionCheck
+from hipa_deploy.engines.device.machine import peak_rss_mib
+from hipa_deploy.engines.store.sidecar import PrecisionCheck
+from hipa_deploy.engines.targets.build_options import BuildOptions
+from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.engines.tensorrt.library import Flavour, load_tensorrt, set_compute_capabilities
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import write_file

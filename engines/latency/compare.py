@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
-from hipa_deploy.engines.latency.measure import END_TO_END, LatencyReport, LatencyStats
+from hipa_deploy.engines.latency.report import END_TO_END, LatencyReport, LatencyStats
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 

@@ -7,16 +7,15 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.pipeline import OneStepPipeline
-from hipa_deploy.generate.runner import Runner
+from hipa_deploy.generate.stages import stage_feed
 from hipa_deploy.images.example_source import example_source
 from hipa_deploy.record import Record
 
@@ -63,44 +62,14 @@ def profile_layers(pipeline: OneStepPipeline, prompt: str) -> dict[str, tuple[La
 
 def stage_inputs(pipeline: OneStepPipeline, prompt: str) -> dict[str, Inputs]:
     """What every stage is fed for one batch of ``prompt``, in the order in which the stages run."""
-    seen: dict[str, Inputs] = {}
-    recorders: dict[str, Runner] = {
-        name: _Recorder(runner, seen) for name, runner in pipeline.runners.items()
+    manifest = pipeline.bundle.manifest
+    source = example_source(pipeline.bundle)
+    tensors = pipeline.tensors(prompt, source=source, seed=0, count=manifest.batch)
+    tensors["timestep"] = np.asarray([manifest.one_step.timestep], np.int64)  # a generic UNet's
+    return {
+        name: stage_feed(runner.spec, tensors, manifest.layout)
+        for name, runner in pipeline.runners.items()
     }
-    copy = OneStepPipeline(
-        pipeline.bundle, pipeline.backend, recorders
-    )  # no text context is cached in it
-    copy(
-        prompt, source=example_source(pipeline.bundle), seed=0, count=pipeline.bundle.manifest.batch
-    )
-    return seen
-
-
-class _Recorder:
-    """A runner that notes what it is fed. The real runner stays its owner's to close."""
-
-    def __init__(self, runner: Runner, seen: dict[str, Inputs]) -> None:
-        self.spec = runner.spec
-        self._runner = runner
-        self._seen = seen
-
-    def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        self._seen[self.spec.name] = inputs
-        return self._runner(**inputs)
-
-    def close(self) -> None:
-        """Nothing of its own to release."""
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Nothing of its own to release."""
 
 
 def _mean_layers(

@@ -7,111 +7,38 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.progress import track
 
 import hipa_deploy
-from hipa_deploy.bundle.manifest import Bundle
-from hipa_deploy.engines.device.describe import Device, describe_device, peak_rss_mib, usable_cores
-from hipa_deploy.engines.latency.layer_times import LayerTime, profile_layers
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.engines.backends.available import Device, describe_device
+from hipa_deploy.engines.device.machine import peak_rss_mib, usable_cores
+from hipa_deploy.engines.latency.layer_times import profile_layers
 from hipa_deploy.engines.latency.machine_state import Machine, MachineState, state_warnings
-from hipa_deploy.engines.latency.roofline import Roofline
+from hipa_deploy.engines.latency.report import (
+    END_TO_END,
+    BundleFacts,
+    Conditions,
+    LatencyReport,
+    LatencyStats,
+    Prompts,
+)
 from hipa_deploy.engines.latency.stage_timer import StageTimer
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.prompts import BAKED_PROMPTS, read_closed_set
 from hipa_deploy.generate.runner import CPU_BACKENDS
 from hipa_deploy.images.example_source import example_source
-from hipa_deploy.record import Record
 
 DEFAULT_PROMPT = "3d emoji of a red apple"
-END_TO_END = "end to end"
 MAX_RUNS = 100_000
 DRIFT = 0.1  # of the first quarter's median, and the last quarter's is another
 
 _PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-python")
-
-Prompts = Literal[
-    "a new prompt every run",
-    "one prompt, its text context cached after the first run",
-    "the bundle's baked prompts in turn, no text encoder",
-]
-
-
-class LatencyStats(Record):
-    """Milliseconds over ``runs`` batches after warm-up. ``first_ms`` is the very first run, part of nothing else.
-
-    ``samples_ms`` are the runs in order, to 0.1 microseconds; empty in reports of schema 1.
-    """
-
-    runs: int
-    first_ms: float | None
-    mean_ms: float
-    std_ms: float
-    min_ms: float
-    p50_ms: float
-    p90_ms: float
-    p95_ms: float | None = None
-    p99_ms: float
-    max_ms: float | None = None
-    samples_ms: tuple[float, ...] = ()
-
-
-class BundleFacts(Record):
-    """Which bundle was measured. ``decoder`` is its kind and name, ``graphs`` the SHA-256 of each stage's file."""
-
-    producer: str
-    layout: str
-    base_model: str
-    base_model_sha256: str
-    adaptor: str | None
-    decoder: str | None
-    graphs: dict[str, str]
-
-
-class Conditions(Record):
-    """What the numbers hold for. ``bundle`` and ``state`` are None in reports of schema 1."""
-
-    backend: str
-    precision: str
-    batch: int
-    height: int
-    width: int
-    threads: int
-    prompts: Prompts
-    versions: dict[str, str]
-    device: Device
-    bundle: BundleFacts | None = None
-    state: MachineState | None = None
-
-
-class LatencyReport(Record):
-    """``hipa-profile``'s result. A run is one batch; throughput is images over the mean time of a run.
-
-    ``stages`` are as the host sees them: copies, launches and waiting included. ``device`` is what the device says it
-    computed for (CUDA events around the execution, no copies), for backends that say so, and its sum as 'end to end'.
-    ``peak_device_mib`` is what the runners took on the device, where they tell; on Jetson these are the host's chips.
-    ``roofline`` is no measurement but a prediction for the target that was asked for; None without one.
-    """
-
-    schema_version: Literal[1, 2] = 2
-    created: str
-    warmup: int
-    load_seconds: float
-    end_to_end: LatencyStats
-    stages: dict[str, LatencyStats]
-    device: dict[str, LatencyStats] = Field(default_factory=dict)
-    throughput_images_per_second: float
-    peak_rss_mib: int | None
-    peak_device_mib: float | None = None
-    conditions: Conditions
-    roofline: Roofline | None = None
-    layers: dict[str, tuple[LayerTime, ...]] = Field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
 
 
 class _Run(NamedTuple):
@@ -176,24 +103,6 @@ def profile_pipeline(
             *drift_warnings(whole.samples_ms),
         ),
     )
-
-
-def read_report(path: Path) -> LatencyReport:
-    """A report that ``hipa-profile --json`` wrote, of this schema or an older one.
-
-    Raises:
-        HipaError: the file cannot be read, or is no such report.
-
-    """
-    try:
-        return LatencyReport.model_validate_json(path.read_bytes())
-    except (ValidationError, OSError) as error:
-        reason = (
-            error.strerror if isinstance(error, OSError) else "not a latency report of this version"
-        )
-        raise HipaError(
-            f"{path}: {reason}. Expected a file that hipa-profile --json wrote."
-        ) from None
 
 
 def _counted(start: int, runs: int, console: Console | None) -> Iterable[int]:

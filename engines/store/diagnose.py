@@ -5,19 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from hipa_deploy.bundle.manifest import Bundle
-from hipa_deploy.engines.device.describe import Gpu, find_gpu
-from hipa_deploy.engines.store.select import (
-    EngineKey,
-    Sidecar,
-    brief,
-    check_engine_file,
-    engine_path,
-    key_for,
-    read_sidecar,
-    rebuild_command,
-)
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.engines.store.engine_key import EngineKey, brief, key_for
+from hipa_deploy.engines.store.select import rebuild_command
+from hipa_deploy.engines.store.sidecar import Sidecar, check_engine_file, engine_path, read_sidecar
 from hipa_deploy.engines.targets.target import Target, binding
+from hipa_deploy.engines.tensorrt.gpu import Gpu, find_gpu
 from hipa_deploy.engines.tensorrt.library import Flavour, load_tensorrt
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record

@@ -6,171 +6,29 @@ compared before an engine is deserialised: TensorRT's own message for a mismatch
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
-from pydantic import Field, ValidationError
-
-from hipa_deploy.bundle.manifest import Axis, Bundle, Precision
-from hipa_deploy.engines.device.describe import Gpu, find_gpu
-from hipa_deploy.engines.store.build_options import BuildOptions
-from hipa_deploy.engines.targets.target import Target, binding
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.engines.store.engine_key import differences, key_here
+from hipa_deploy.engines.store.sidecar import (
+    FOLDER,
+    Sidecar,
+    check_engine_file,
+    engine_path,
+    find_sidecars,
+    read_sidecar,
+)
+from hipa_deploy.engines.targets.build_options import BuildOptions
+from hipa_deploy.engines.tensorrt.gpu import Gpu, find_gpu
 from hipa_deploy.engines.tensorrt.library import FLAVOURS, Flavour, as_flavour, load_tensorrt
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.runner import Runner
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.record import Record
 
 if TYPE_CHECKING:
     from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
-
-FOLDER = "engines"
-
-
-class EngineKey(Record):
-    """Everything an engine depends on: an equal key needs no rebuild. None: not bound to it."""
-
-    onnx_sha256: str
-    external_sha256: tuple[str, ...]
-    precision: Precision
-    axes: dict[str, Axis] = Field(default_factory=dict)
-    options: BuildOptions
-    flavour: Flavour
-    tensorrt: str
-    compute_capabilities: tuple[int, ...]
-    device: str | None
-    driver: str | None
-    cuda: str | None
-    l4t: str | None
-
-    @property
-    def short(self) -> str:
-        """Twelve hexadecimal digits that stand for the key in file names."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
-
-
-class PrecisionCheck(Record):
-    """How many layers compute in each type, and how that was found out.
-
-    'network types' counts the parsed network's convolutions and matrix products before the build; strong typing
-    obliges TensorRT to keep them. 'inspector' counts what the deserialised engine reports, which takes a driver.
-    """
-
-    by: Literal["network types", "inspector"]
-    float16: int
-    float32: int
-
-
-class Sidecar(Record):
-    """The JSON beside an engine. ``candidates_ms``: each build's median latency, with ``--best-of``; the least wins."""
-
-    schema_version: Literal[1] = 1
-    producer: str
-    stage: str
-    key: EngineKey
-    precision_check: PrecisionCheck
-    engine_sha256: str
-    engine_bytes: int
-    build_seconds: float
-    build_peak_mib: int | None
-    candidates_ms: tuple[float, ...] = ()
-
-
-class Difference(NamedTuple):
-    """A field of the key in which an engine does not fit."""
-
-    field: str
-    built: Any
-    here: Any
-
-    def __str__(self) -> str:
-        return f"{self.field} was {brief(self.built)}, is {brief(self.here)}"
-
-
-def brief(value: Any) -> str:
-    """A key's value for people: hashes cut short, options without those not set, '-' for None."""
-    if value is None:
-        return "-"
-    if isinstance(value, BuildOptions):
-        return value.model_dump_json(exclude_defaults=True)
-    if isinstance(value, tuple):
-        return "[" + ", ".join(brief(part) for part in value) + "]"
-    return value[:12] + "…" if isinstance(value, str) and len(value) == 64 else str(value)
-
-
-def differences(built: EngineKey, here: EngineKey) -> list[Difference]:
-    """The fields in which two keys differ, in the key's order."""
-    pairs = [
-        Difference(name, getattr(built, name), getattr(here, name))
-        for name in EngineKey.model_fields
-    ]
-    return [pair for pair in pairs if pair.built != pair.here]
-
-
-def key_for(
-    bundle: Bundle,
-    stage: str,
-    flavour: Flavour,
-    version: str,
-    target: Target,
-    options: BuildOptions,
-) -> EngineKey:
-    """The key of ``stage`` built for ``target``. Hashes come from the manifest: ``bundle.verify`` vouches for them."""
-    files, onnx = bundle.manifest.files, bundle.stages[stage].path
-    external = [files[name] for name in sorted(files) if name.startswith(onnx) and name != onnx]
-    return EngineKey(
-        onnx_sha256=files[onnx],
-        external_sha256=tuple(external),
-        precision=bundle.stages[stage].precision,
-        axes=bundle.stages[stage].spec.axes,
-        options=options.model_copy(update={"timing_cache": None}),
-        flavour=flavour,
-        tensorrt=version,
-        **target.model_dump(exclude={"name"}),
-    )
-
-
-def key_here(built: EngineKey, bundle: Bundle, stage: str, version: str, gpu: Gpu) -> EngineKey:
-    """The key that an engine with key ``built`` needs on ``gpu``: its own options, and capabilities with this GPU's."""
-    fits = gpu.sm in built.compute_capabilities
-    target = Target(
-        name="here",
-        compute_capabilities=built.compute_capabilities if fits else (gpu.sm,),
-        **binding(built.flavour, gpu),
-    )
-    return key_for(bundle, stage, built.flavour, version, target, built.options)
-
-
-def read_sidecar(path: Path) -> Sidecar:
-    """Read an engine's JSON.
-
-    Raises:
-        HipaError: it is not one, or of another schema.
-
-    """
-    try:
-        return Sidecar.model_validate_json(path.read_text())
-    except (ValidationError, ValueError):
-        raise HipaError(
-            f"{path} is not an engine's sidecar of this version. Remove it and run hipa-build again."
-        ) from None
-
-
-def find_sidecars(bundle: Bundle, stage: str, flavour: Flavour) -> dict[Path, Sidecar]:
-    """Sidecars of a stage's engines by path, newest first.
-
-    Raises:
-        HipaError: a sidecar that cannot be read.
-
-    """
-    paths = (bundle.root / FOLDER).glob(f"{flavour}-*/{stage}-*.json")
-    return {
-        path: read_sidecar(path)
-        for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    }
 
 
 def runnable_flavour(bundle: Bundle) -> str | None:
@@ -206,11 +64,6 @@ def _fits(
             and engine_path(path).is_file()
         ):
             yield path
-
-
-def engine_path(sidecar_path: Path) -> Path:
-    """The engine file that a sidecar describes."""
-    return sidecar_path.with_suffix(".engine")
 
 
 def rebuild_command(root: Path, flavour: Flavour, options: BuildOptions = BuildOptions()) -> str:
@@ -280,11 +133,3 @@ def select_engine(bundle: Bundle, stage: str, flavour: Flavour, version: str, gp
             f"{engine_path(best)} does not fit: {'; '.join(map(str, unfit[best]))}. {remedy}"
         )
     return best
-
-
-def check_engine_file(path: Path, sidecar: Sidecar, remedy: str) -> None:
-    """Raise HipaError unless ``path`` has the size and SHA-256 that its sidecar says."""
-    if not path.is_file():
-        raise HipaError(f"{path} is missing beside its sidecar. {remedy}")
-    if path.stat().st_size != sidecar.engine_bytes or file_sha256(path) != sidecar.engine_sha256:
-        raise HipaError(f"{path} is corrupt: its size or SHA-256 is not the sidecar's. {remedy}")

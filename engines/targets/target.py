@@ -10,8 +10,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from hipa_deploy.engines.device.describe import Device, Gpu, l4t_release
-from hipa_deploy.engines.store.build_options import BuildOptions
+from hipa_deploy.engines.backends.available import Device
+from hipa_deploy.engines.device.jetson import l4t_release
+from hipa_deploy.engines.targets.build_options import BuildOptions
+from hipa_deploy.engines.tensorrt.gpu import Gpu
 from hipa_deploy.engines.tensorrt.library import Flavour, compilable
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record

@@ -12,6 +12,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any, Literal, get_args
 
+from hipa_deploy.engines.device.jetson import l4t_release
 from hipa_deploy.errors import HipaError, MissingDependencyError
 
 Flavour = Literal["tensorrt", "rtx"]
@@ -90,8 +91,6 @@ def _reinstall(package: str) -> str:
 
 def _jetpack() -> int | None:
     """JetPack's major version, 6 or 7, by the Jetson Linux release; None elsewhere."""
-    from hipa_deploy.engines.device.describe import l4t_release  # which imports this module
-
     release = l4t_release()
     return None if release is None else 6 if int(release.split(".")[0]) < 38 else 7
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -25,7 +25,8 @@ from hipa_deploy.engines.tensorrt.device_array import DeviceArray
 from hipa_deploy.engines.tensorrt.engine_stage import EngineStage, Shape
 from hipa_deploy.engines.tensorrt.library import Flavour, load_tensorrt
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.runner import check_inputs
+from hipa_deploy.generate.runner import Runner, check_inputs
+from hipa_deploy.generate.stages import Timer
 
 
 @dataclass
@@ -75,6 +76,9 @@ class TensorRTRunner:
             self._stages = {spec.name: self._load(spec, path, stack) for spec, path in stages}
             self._events = [self._event(stack) for _ in range(len(stages) + 1)]
             self.device_memory_mib: int | None = self._used_mib()
+            self.runners: dict[str, Runner] = {
+                name: StageRunner(self, stage.spec) for name, stage in self._stages.items()
+            }
             stack.callback(self._drop_graphs)
             stack.callback(self._wait)
             self._closing: ExitStack | None = stack.pop_all()
@@ -113,21 +117,26 @@ class TensorRTRunner:
 
     def run(
         self,
-        inputs: dict[str, np.ndarray],
+        feed: Mapping[str, np.ndarray],
         outputs: Sequence[str] | None = None,
+        timer: Timer = nullcontext,
         stages: Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:
-        """The same, with the choice of ``outputs`` (any that is computed) and of the ``stages`` to run."""
-        plan = self._submit(inputs, stages)
-        wanted = self._outputs(plan) if outputs is None else outputs
-        for name in wanted:
-            self._copy(name, plan.shapes[name], "cudaMemcpyDeviceToHost")
-        self._wait()
-        return {name: self._buffers[name].view(plan.shapes[name]).copy() for name in wanted}
+        """The same, with the choice of ``outputs`` (any that is computed) and of the ``stages`` to run.
 
-    def run_device(self, **inputs: np.ndarray) -> dict[str, DeviceArray]:
+        It is timed as one, 'pipeline': the host sees nothing of what lies between the stages.
+        """
+        with timer("pipeline"):
+            plan = self._submit(feed, stages)
+            wanted = self._outputs(plan) if outputs is None else outputs
+            for name in wanted:
+                self._copy(name, plan.shapes[name], "cudaMemcpyDeviceToHost")
+            self._wait()
+            return {name: self._buffers[name].view(plan.shapes[name]).copy() for name in wanted}
+
+    def run_on_device(self, feed: Mapping[str, np.ndarray]) -> dict[str, DeviceArray]:
         """Like a call, but the outputs stay on the device and may still be under way. See ``DeviceArray``."""
-        plan = self._submit(inputs, None)
+        plan = self._submit(feed, None)
         made = self._calls
         return {
             name: DeviceArray(
@@ -197,7 +206,7 @@ class TensorRTRunner:
         self._wait()
         return found
 
-    def _submit(self, inputs: dict[str, np.ndarray], names: Sequence[str] | None) -> _Plan:
+    def _submit(self, inputs: Mapping[str, np.ndarray], names: Sequence[str] | None) -> _Plan:
         """Check, copy in, launch. Returns while the device works."""
         if self._closing is None:
             raise HipaError(f"{self.spec.name}: the runner is closed.")
@@ -216,7 +225,7 @@ class TensorRTRunner:
         self._ran = chosen
         return plan
 
-    def _choose(self, inputs: dict[str, np.ndarray]) -> tuple[str, ...]:
+    def _choose(self, inputs: Mapping[str, np.ndarray]) -> tuple[str, ...]:
         """The stages to run: all but those whose outputs are given."""
         return tuple(
             name

@@ -25,7 +25,7 @@ from PIL import Image
 from hipa_deploy.images.png import grid
 from hipa_deploy.train.evaluation.quality import kid, teacher_images
 from hipa_deploy.train.losses.lite0 import Lite0
-from hipa_deploy.train.recipe import load_recipe
+from hipa_deploy.train.recipes.recipe import load_recipe
 
 TEACHER = load_recipe("emoji").teacher
 SHEET = [

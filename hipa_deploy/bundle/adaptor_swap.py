@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hipa_deploy.bundle.manifest import AdaptorInfo, Bundle, Parity
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import AdaptorInfo, Parity
 from hipa_deploy.bundle.onnx_weights import check_values, read_initializers
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256

@@ -24,18 +24,12 @@ from hipa_deploy.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from hipa_deploy.bundle.manifest import Bundle
+    from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.images.source import Source
 
 ImageArgument = Annotated[
     Path, typer.Argument(help="The image: any size and kind that Pillow reads.")
 ]
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Register the commands of this module."""
-    for command in (edit, inpaint, upscale):
-        app.command()(command)
 
 
 def edit(
@@ -137,7 +131,7 @@ def upscale(
 
 
 def _open(bundle: str) -> Bundle:
-    from hipa_deploy.bundle.manifest import Bundle
+    from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_bundle
 
     return Bundle.open(resolve_bundle(bundle))

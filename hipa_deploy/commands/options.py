@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,52 @@ if TYPE_CHECKING:
     from hipa_deploy.generate.pipeline import GenerateResult
 
 console = Console(stderr=True)
+
+
+class Precision(str, Enum):
+    """Weights and arithmetic inside the graphs."""
+
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Layout(str, Enum):
+    """onestep: specialised graphs. generic: optimum's inputs and outputs."""
+
+    onestep = "onestep"
+    generic = "generic"
+
+
+class Task(str, Enum):
+    """What a bundle makes an image from."""
+
+    generate = "generate"
+    edit = "edit"
+    inpaint = "inpaint"
+    upscale = "upscale"
+
+
+class EngineBackend(str, Enum):
+    """What compiles and runs an engine."""
+
+    rtx = "rtx"
+    tensorrt = "tensorrt"
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="Base model: a diffusers folder, a .safetensors file, a hub id, or 'emoji' (embedded)."
+    ),
+]
+
+
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What a .safetensors checkpoint is: sd15 | sd21-base | sd21-v | a diffusers folder like it."
+    ),
+]
 
 BundleArgument = Annotated[
     str, typer.Argument(help="A bundle folder, or 'emoji' for the embedded one.")
@@ -49,7 +96,7 @@ def write_images(batches: Iterable[GenerateResult], paths: list[Path]) -> None:
 
     left = iter(paths)
     for batch in batches:
-        for image_HWC, recipe in zip(batch.images_BHWC, batch.recipes, strict=True):
+        for image_HWC, recipe in zip(batch.images_BHWC, batch.parameters, strict=True):
             path = next(left)
             save_png(path, image_HWC, recipe)
             typer.echo(path)

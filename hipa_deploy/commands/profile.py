@@ -22,13 +22,6 @@ class Metric(str, Enum):
     mean = "mean"
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Register the commands of this module."""
-    app.command()(profile)
-    app.command("profile compare")(profile_compare)
-    app.command("profile table")(profile_table)
-
-
 def profile(
     bundle: BundleArgument,
     runs: Annotated[int, typer.Option(help="Timed runs after warm-up.")] = 50,
@@ -51,18 +44,14 @@ def profile(
     ] = None,
 ) -> None:
     """Measure latency: a table a stage and end to end, with the conditions. See profile compare, profile table."""
-    from hipa_deploy.bundle.manifest import Bundle
+    from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.engines.latency.html_page import render_page
     from hipa_deploy.engines.latency.layer_times import render_layers
     from hipa_deploy.engines.latency.measure import profile_pipeline
-    from hipa_deploy.engines.latency.roofline import (
-        predict_roofline,
-        render_roofline,
-        with_own_roofline,
-        with_roofline,
-    )
+    from hipa_deploy.engines.latency.roofline import predict_roofline, render_roofline
     from hipa_deploy.engines.latency.table import markdown_table, render_table
+    from hipa_deploy.engines.latency.with_roofline import with_own_roofline, with_roofline
     from hipa_deploy.files import write_file
     from hipa_deploy.generate.pipeline import OneStepPipeline
 
@@ -112,7 +101,7 @@ def profile_compare(
         parse_percent,
         render_comparison,
     )
-    from hipa_deploy.engines.latency.measure import read_report
+    from hipa_deploy.engines.latency.report import read_report
     from hipa_deploy.files import write_file
 
     percent, pair = parse_percent(threshold), [read_report(path) for path in (first, second)]
@@ -130,7 +119,7 @@ def profile_table(
     ],
 ) -> None:
     """Print latency reports as one Markdown table to publish: a row a report, with its conditions."""
-    from hipa_deploy.engines.latency.measure import read_report
+    from hipa_deploy.engines.latency.report import read_report
     from hipa_deploy.engines.latency.table import markdown_table
 
     typer.echo(markdown_table([read_report(path) for path in reports]), nl=False)

@@ -53,12 +53,12 @@ def run_task_demo(task: Task, out: Path, *, console: Console) -> None:
 
 def _compare(task: Task, out: Path, adaptor: Path, console: Console) -> list[str]:
     """The contact sheet; what its columns are."""
+    from hipa_deploy.generate.prompt_files import read_prompt_file
     from hipa_deploy.train.data.examples import edit_starts
-    from hipa_deploy.train.data.prompt_files import read_prompt_file
     from hipa_deploy.train.evaluation.quality import teacher_images
     from hipa_deploy.train.evaluation.quality_report import held_out_prompts
     from hipa_deploy.train.evaluation.task_images import one_step_task_images
-    from hipa_deploy.train.recipe import load_recipe
+    from hipa_deploy.train.recipes.recipe import load_recipe
 
     console.rule("4. run and compare")
     recipe, prompts = load_recipe(f"{embedded.NAME}-{task}"), held_out_prompts(embedded.MODEL)

@@ -21,8 +21,8 @@ from hipa_deploy.images.png import grid, png_bytes
 from hipa_deploy.models.adaptor_folder import unet_sha256
 
 if TYPE_CHECKING:
-    from hipa_deploy.bundle.manifest import Bundle
-    from hipa_deploy.train.recipe import Recipe
+    from hipa_deploy.bundle.folder import Bundle
+    from hipa_deploy.train.recipes.recipe import Recipe
 
 MARKER = "demo.json"
 SHEET = "contact_sheet.png"
@@ -88,7 +88,7 @@ def open_folder(out: Path, identity: dict[str, Any]) -> None:
 
 
 def _recipe(quick: bool) -> Recipe:
-    from hipa_deploy.train.recipe import load_recipe
+    from hipa_deploy.train.recipes.recipe import load_recipe
 
     return load_recipe(embedded.NAME, {**COMMON, **(QUICK if quick else FULL)})
 
@@ -106,8 +106,9 @@ def _train(out: Path, recipe: Recipe, quick: bool, console: Console) -> Path:
 
 def export(out: Path, adaptor: Path, console: Console) -> Bundle:
     """The bundle of the embedded model with ``adaptor``, made now unless it is there."""
-    from hipa_deploy.bundle.manifest import Bundle
-    from hipa_deploy.export.export_bundle import ExportOptions, export_bundle
+    from hipa_deploy.bundle.folder import Bundle
+    from hipa_deploy.export.export_bundle import export_bundle
+    from hipa_deploy.export.export_options import ExportOptions
 
     if not (out / "bundle").exists():
         console.rule("2. merge and export: ONNX, checked against PyTorch")

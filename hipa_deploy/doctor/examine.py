@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hipa_deploy import __version__, embedded
-from hipa_deploy.bundle.manifest import MANIFEST, Bundle
+from hipa_deploy.bundle.folder import MANIFEST, Bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import EXTRAS, missing
 from hipa_deploy.models.adaptor_folder import WEIGHTS
@@ -29,7 +29,7 @@ def examine(subject: str | None = None, backend: str = "auto") -> dict[str, Any]
         HipaError: a backend of another name.
 
     """
-    from hipa_deploy.engines.device.describe import describe_device
+    from hipa_deploy.engines.backends.available import describe_device
     from hipa_deploy.engines.store.diagnose import is_engine
     from hipa_deploy.generate.runner import check_backend
 

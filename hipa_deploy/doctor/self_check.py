@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from hipa_deploy.bundle.manifest import Bundle, Parity, Precision, StageSpec
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import Parity, Precision
 from hipa_deploy.bundle.parity import MIN_PSNR_DB, compare, problem
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.pipeline import OneStepPipeline
-from hipa_deploy.generate.runner import Runner
 from hipa_deploy.images.source import Source
 
 REFERENCE_TENSORS, REFERENCE_PROMPTS = "reference/tensors.npz", "reference/prompts.json"
@@ -90,33 +89,6 @@ class Reference:
             ) from None
 
 
-class _Recording:
-    """A runner that keeps the first output of its latest call."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.spec: StageSpec = runner.spec
-        self._runner = runner
-        self.output: np.ndarray | None = None
-
-    def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        outputs = self._runner(**inputs)
-        self.output = outputs[self.spec.outputs[0].name]
-        return outputs
-
-    def close(self) -> None:
-        """Nothing: the pipeline that opened the runner closes it."""
-
-    def __enter__(self) -> _Recording:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-
 def check_bundle(bundle: Bundle, backend: str = "auto") -> SelfCheck:
     """Run the reference prompt of ``bundle`` on ``backend`` and compare with the tensors it carries.
 
@@ -133,35 +105,44 @@ def check_bundle(bundle: Bundle, backend: str = "auto") -> SelfCheck:
 def check_pipeline(pipe: OneStepPipeline) -> SelfCheck:
     """The same, with a pipeline that is loaded.
 
-    A stage is fed what the stages before it gave, so errors accumulate as they do in the manifest's parity. End to
-    end is ``pipe`` as a user calls it, prompt to image; stage by stage the same runners are called one by one.
+    A stage is fed what the stages before it gave, so errors accumulate as they do in the manifest's
+    parity. End to end is ``pipe`` as a user calls it, prompt to image.
 
     Raises:
         HipaError: the bundle has no reference that fits it, or a stage cannot run.
 
     """
-    reference, precision = Reference.read(pipe.bundle), pipe.bundle.manifest.precision
+    reference = Reference.read(pipe.bundle)
+    precision = pipe.bundle.manifest.precision
     _check_noise(pipe.bundle, reference)
-    recorders = {name: _Recording(runner) for name, runner in pipe.runners.items()}
-    _generate(OneStepPipeline(pipe.bundle, pipe.backend, {**recorders}), reference)
-    expected = _EXPECTED[pipe.bundle.manifest.layout]
-    stages = {
-        name: _check(recorder.output, _tensor(reference, expected[name], pipe.bundle), precision)
-        for name, recorder in recorders.items()
-    }
-    whole = _check(_generate(pipe, reference), _tensor(reference, "images", pipe.bundle), precision)
-    found = {**stages, END_TO_END: whole}
-    problems = tuple(
-        f"{name} on {pipe.backend} {check.problem}."
-        for name, check in found.items()
-        if check.problem
+
+    # Stage by stage: one run that keeps every tensor, each beside PyTorch's.
+    tensors = pipe.tensors(
+        reference.prompt,
+        source=_source(reference, pipe.bundle),
+        seed=reference.seeds[0],
+        count=len(reference.seeds),
     )
+    stages = {}
+    for stage in pipe.bundle.stages:
+        name = _EXPECTED[pipe.bundle.manifest.layout][stage]
+        stages[stage] = _check(tensors[name], _tensor(reference, name, pipe.bundle), precision)
+
+    # And as a user calls it.
+    images_BHWC = _generate(pipe, reference)
+    whole = _check(images_BHWC, _tensor(reference, "images", pipe.bundle), precision)
+
+    problems = [
+        f"{name} on {pipe.backend} {check.problem}."
+        for name, check in {**stages, END_TO_END: whole}.items()
+        if check.problem
+    ]
     return SelfCheck(
         backend=pipe.backend,
         prompt=reference.prompt,
         stages=stages,
         end_to_end=whole,
-        problems=problems,
+        problems=tuple(problems),
     )
 
 
@@ -200,14 +181,13 @@ def _tensor(reference: Reference, name: str, bundle: Bundle) -> np.ndarray:
     return reference.tensors[name]
 
 
-def _check(got: np.ndarray | None, expected: np.ndarray, precision: Precision) -> StageCheck:
+def _check(got: np.ndarray, expected: np.ndarray, precision: Precision) -> StageCheck:
     least = MIN_PSNR_DB[precision]
-    if got is None or got.shape != expected.shape:
-        shape = None if got is None else list(got.shape)
+    if got.shape != expected.shape:
         return StageCheck(
             parity=None,
             least_psnr_db=least,
-            problem=f"gives shape {shape}, the reference has {list(expected.shape)}",
+            problem=f"gives shape {list(got.shape)}, the reference has {list(expected.shape)}",
         )
     finite = np.isfinite(got.astype(np.float32)).all()
     return StageCheck(

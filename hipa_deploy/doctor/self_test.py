@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from hipa_deploy import __version__, embedded
-from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.doctor.self_check import END_TO_END, check_pipeline
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.generate.pipeline import OneStepPipeline
@@ -70,7 +70,7 @@ class SelfTest(BaseModel):
 
 def self_test(console: Console | None = None) -> SelfTest:
     """Run every step that this machine can; a step that fails does not stop the others, and nothing raises."""
-    from hipa_deploy.engines.device.describe import describe_device
+    from hipa_deploy.engines.backends.available import describe_device
 
     device = describe_device()
     with tempfile.TemporaryDirectory(prefix="hipa-self-test-") as scratch:
@@ -183,8 +183,8 @@ def _run(bundle: Bundle, backend: str, console: Console) -> tuple[str, dict[str,
             "p50_ms": round(latency.end_to_end.p50_ms, 3),
             "first_ms": latency.end_to_end.first_ms,
             "load_seconds": latency.load_seconds,
-            "device_ms": getattr(pipe.chain, "device_ms", None),
-            "device_memory_mib": getattr(pipe.chain, "device_memory_mib", None),
+            "device_ms": getattr(pipe.stages, "device_ms", None),
+            "device_memory_mib": getattr(pipe.stages, "device_memory_mib", None),
             "graph_problems": _graph_problems(pipe),
         }
     if found.problems:
@@ -195,9 +195,10 @@ def _run(bundle: Bundle, backend: str, console: Console) -> tuple[str, dict[str,
 
 
 def _graph_problems(pipe: OneStepPipeline) -> list[str]:
-    owners = [pipe.chain] if pipe.chain is not None else list(pipe.runners.values())
-    found = (getattr(owner, "graph_problem", None) for owner in owners)
-    return [problem for problem in found if problem]
+    """Why there is no CUDA graph: said by all the stages as one, or by each of them."""
+    owners = [pipe.stages, *pipe.runners.values()]
+    found = [getattr(owner, "graph_problem", None) for owner in owners]
+    return [problem for problem in dict.fromkeys(found) if problem]
 
 
 def _versions() -> dict[str, str]:

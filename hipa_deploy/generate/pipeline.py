@@ -1,10 +1,14 @@
-"""From prompt to image in one step. ``OneStepPipeline._generate`` is the whole path."""
+"""From prompt to image in one step. ``OneStepPipeline._make_batch`` is the whole path.
+
+Shape suffixes throughout the package: B batch, L tokens, D width of a context, C channels,
+H W image size, h w latent size.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,12 +19,15 @@ import numpy as np
 from PIL import Image
 
 from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, adapted_stage
-from hipa_deploy.bundle.manifest import Axis, Bundle, latent_shape
+from hipa_deploy.bundle.folder import Bundle, latent_shape
+from hipa_deploy.bundle.manifest import Axis
 from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.noise import check_seeds, initial_noise, predict_x0
-from hipa_deploy.generate.prompts import Timer, open_prompts
-from hipa_deploy.generate.runner import Chain, Runner, check_backend, open_stages, resolve_backend
+from hipa_deploy.generate.noise import check_seeds, initial_noise
+from hipa_deploy.generate.open_stages import open_stages, resolve_backend
+from hipa_deploy.generate.prompts import Prepared, open_prompts
+from hipa_deploy.generate.runner import Runner, check_backend
+from hipa_deploy.generate.stages import Stages, Tensors, Timer, stage_outputs
 from hipa_deploy.images.read import ImageSource
 from hipa_deploy.images.source import (
     EncodedImages,
@@ -42,46 +49,67 @@ DEFAULT_FEATHER = 8  # pixels
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """Images uint8 [N, H, W, 3] with the prompt, seed and recipe of each."""
+    """Images with the prompt, the seed and the generation parameters of each.
+
+    Attributes:
+        images_BHWC: uint8 [N, H, W, 3], RGB.
+        prompts: N prompts.
+        seeds: N seeds, each in [0, 2**63).
+        parameters: N dictionaries: all that reproduces the image. A PNG carries its own as JSON.
+
+    """
 
     images_BHWC: np.ndarray
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    recipes: tuple[dict[str, Any], ...]
+    parameters: tuple[dict[str, Any], ...]
 
     @property
     def images(self) -> list[Image.Image]:
-        """The images as PIL, RGB."""
+        """The images as Pillow's, RGB."""
         return [Image.fromarray(image_HWC) for image_HWC in self.images_BHWC]
+
+    @property
+    def recipes(self) -> tuple[dict[str, Any], ...]:
+        """The name that ``parameters`` had in version 0.1.0."""
+        return self.parameters
 
 
 class OneStepPipeline:
-    """A bundle, loaded on one backend.
+    """A bundle, loaded on one backend: prompts in, images out, one UNet call each.
 
-    >>> with OneStepPipeline.load("emoji") as pipe:
-    ...     pipe("3d emoji of a red apple", seed=0).images[0].save("apple.png")
+    Example:
+        >>> with OneStepPipeline.load("emoji") as pipe:
+        ...     result = pipe("3d emoji of a red apple", seed=0, count=2)
+        >>> result.images_BHWC.shape
+        (2, 64, 64, 3)
+        >>> result.images[0].save("apple.png")
+
     """
 
-    def __init__(
-        self, bundle: Bundle, backend: str, runners: dict[str, Runner], chain: Chain | None = None
-    ) -> None:
+    def __init__(self, bundle: Bundle, backend: str, stages: Stages) -> None:
         self.bundle = bundle
         self.backend = backend
-        self.runners = runners
-        self.chain = chain  # every stage on the device, as one; None where the host carries tensors between them
+        self.stages = stages
         self.load_seconds = 0.0
         self.swapped: AdaptorSwap | None = None  # None: the bundle's own adaptor
         batch = bundle.manifest.batch
         self._batch = bundle.axes.get("batch", Axis(min=batch, opt=batch, max=batch))
-        self._prompts = open_prompts(bundle, lambda tokens_BL: self._run("text_encoder", tokens_BL))
-        self._images = EncodedImages()
+        self._prompts = open_prompts(bundle)
+        self._encoded_images = EncodedImages()
 
     @classmethod
     def load(cls, bundle: str | Path, backend: str = "auto") -> OneStepPipeline:
-        """Open a bundle ('emoji', or a folder), check its hashes and load its stages.
+        """Open a bundle, check the hashes of its files and load its stages.
+
+        Args:
+            bundle: a folder that ``hipa-export`` wrote, or 'emoji' for the embedded bundle.
+            backend: one of ``hipa_deploy.generate.runner.BACKENDS``. 'auto' is an engine that was
+                built for this device, else ONNX Runtime on the CPU.
 
         Raises:
-            HipaError: not a bundle, a corrupt file, or a backend that is unknown, absent or without an engine.
+            HipaError: not a bundle, a corrupt file, or a backend that is unknown, not installed or
+                without an engine. Never another backend in its place.
 
         """
         check_backend(backend)
@@ -89,29 +117,14 @@ class OneStepPipeline:
         opened = Bundle.open(resolve_bundle(bundle))
         opened.verify()
         name = resolve_backend(backend, opened)
-        runners, chain = open_stages(opened, name)
-        with ExitStack() as stack:
-            for runner in runners.values():
-                stack.callback(runner.close)
-            pipeline = cls(opened, name, runners, chain)
-            stack.pop_all()
+        stages = open_stages(opened, name)
+        try:
+            pipeline = cls(opened, name, stages)
+        except BaseException:
+            stages.close()
+            raise
         pipeline.load_seconds = time.perf_counter() - started
         return pipeline
-
-    def swap_adaptor(self, adaptor: str | Path | None) -> None:
-        """Take another adaptor, a name in the bundle's ``adaptors`` or a folder; None: the bundle's own again, exactly.
-
-        Raises:
-            HipaError: no such adaptor, one for another bundle, or an engine that cannot take it; the pipeline is as
-                before, or, if an engine failed half way, closed.
-
-        """
-        from hipa_deploy.engines.tensorrt.refit import swap_stage
-
-        swap = None if adaptor is None else AdaptorSwap.open(self.bundle, adaptor)
-        stage = adapted_stage(self.bundle)
-        self.runners[stage] = swap_stage(self.bundle, self.runners[stage], self.backend, swap)
-        self.swapped = swap
 
     def __call__(
         self,
@@ -127,27 +140,133 @@ class OneStepPipeline:
     ) -> GenerateResult:
         """Generate ``count`` images for each prompt, with seeds ``seed``, ``seed + 1``, …
 
-        The same prompt, seed and size give the same image whatever else is in the call. ``height`` and ``width`` are
-        pixels; None is the bundle's own size, or that of ``source``, what a task makes the images from.
+        The same prompt, seed and size give the same image, whatever else is in the call.
+
+        Args:
+            prompt: one prompt, or several.
+            source: what a task makes the images from; ``edit``, ``inpaint`` and ``upscale`` make it.
+            seed: of the first image, in [0, 2**63).
+            count: images a prompt; at most 10,000 images in all.
+            height: pixels; None is the bundle's own size, or that of ``source``.
+            width: pixels; None is the bundle's own size, or that of ``source``.
+            truncate: cut prompts that are too long, in place of refusing them.
+            timer: called with a stage's name, gives a context to run the stage in.
 
         Raises:
-            HipaError: no prompt, a prompt that is too long, a seed or count out of range, a size or a task that the
-                bundle was not exported for.
+            HipaError: no prompt, a prompt that is too long, a seed or count out of range, a size or
+                a task that the bundle was not exported for.
 
         """
-        options: dict[str, Any] = {
-            "height": height,
-            "width": width,
-            "truncate": truncate,
-            "timer": timer,
-        }
-        parts = list(self.stream(prompt, source=source, seed=seed, count=count, **options))
-        return GenerateResult(
-            images_BHWC=np.concatenate([part.images_BHWC for part in parts]),
-            prompts=tuple(chain.from_iterable(part.prompts for part in parts)),
-            seeds=tuple(chain.from_iterable(part.seeds for part in parts)),
-            recipes=tuple(chain.from_iterable(part.recipes for part in parts)),
+        batches = list(
+            self.stream(
+                prompt,
+                source=source,
+                seed=seed,
+                count=count,
+                height=height,
+                width=width,
+                truncate=truncate,
+                timer=timer,
+            )
         )
+        return GenerateResult(
+            images_BHWC=np.concatenate([batch.images_BHWC for batch in batches]),
+            prompts=tuple(chain.from_iterable(batch.prompts for batch in batches)),
+            seeds=tuple(chain.from_iterable(batch.seeds for batch in batches)),
+            parameters=tuple(chain.from_iterable(batch.parameters for batch in batches)),
+        )
+
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        source: Source | None = None,
+        seed: int = 0,
+        count: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        truncate: bool = False,
+        timer: Timer = nullcontext,
+    ) -> Iterator[GenerateResult]:
+        """The same as a call, a batch at a time.
+
+        Everything is checked before the first image is made.
+
+        Example:
+            >>> for batch in pipe.stream("3d emoji of a red apple", count=1000):
+            ...     save(batch.images)  # at most the bundle's largest batch in memory
+
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        check_count(len(prompts), count)
+        check_seeds(seed, count)
+        latent_CHW = self._latent_shape(source, height, width)
+        prepared = self._prompts.prepare(prompts, truncate=truncate)
+
+        # One entry an image: which prompt, and which seed.
+        images = [(index, seed + i) for index in range(len(prompts)) for i in range(count)]
+        for batch in _batches(images, self._batch.max):
+            texts = [prompts[index] for index, _ in batch]
+            seeds = [number for _, number in batch]
+            images_BHWC = self._make_batch(
+                [prepared[index] for index, _ in batch],
+                seeds,
+                latent_CHW,
+                [source] * len(batch) if source else [],
+                timer,
+            )
+            size = {"height": images_BHWC.shape[1], "width": images_BHWC.shape[2]}
+            facts: dict[str, Any] = {**size, "truncate": truncate}
+            if source:
+                images_BHWC = source.finish(images_BHWC)
+                facts |= source.facts
+            parameters = [
+                self._parameters(text, number, facts)
+                for text, number in zip(texts, seeds, strict=True)
+            ]
+            yield GenerateResult(images_BHWC, tuple(texts), tuple(seeds), tuple(parameters))
+
+    def _make_batch(
+        self,
+        prompts: list[Prepared],
+        seeds: list[int],
+        latent_CHW: tuple[int, int, int],
+        sources: list[Source],
+        timer: Timer,
+    ) -> np.ndarray:
+        """The whole path, from prompts to images uint8 [B, H, W, 3], for one batch."""
+        # A bundle has a smallest batch: what is missing repeats the last image, and is dropped.
+        missing = max(0, self._batch.min - len(seeds))
+        padded = prompts + prompts[-1:] * missing
+
+        # tokens_BL, or context_BLD where the text encoder has seen these prompts lately.
+        text = self._prompts.feed(padded)
+        # noise_BCHW; of a task with a source image also image_BHWC (or source_BCHW), mask and step.
+        start = self._start(
+            seeds + seeds[-1:] * missing, latent_CHW, sources + sources[-1:] * missing
+        )
+
+        # text_encoder: tokens_BL                -> context_BLD
+        # vae_encoder:  image_BHWC               -> source_BCHW
+        # unet:         noise_BCHW, context_BLD  -> latents_BCHW, which are x0: the one step
+        # vae_decoder:  latents_BCHW             -> images_BHWC
+        outputs = ["images", *_worth_keeping(text | start)]
+        made = self.stages.run(text | start, outputs, timer)
+
+        # The next batch of these prompts, or from these images, starts from what is known now.
+        if "context" in made:
+            self._prompts.keep(padded, made["context"])
+        if "source" in made:
+            self._encoded_images.keep(start["image"], made["source"])
+        return made["images"][: len(seeds)]
+
+    def _start(
+        self, seeds: Sequence[int], latent_CHW: tuple[int, int, int], sources: Sequence[Source]
+    ) -> dict[str, np.ndarray]:
+        """What the step starts from beside the text: noise, and the sources' images and masks."""
+        takes_noise = "noise" in STEP_INPUTS[self.bundle.manifest.task]
+        noise = {"noise": initial_noise(seeds, latent_CHW)} if takes_noise else {}
+        return self._encoded_images.feed(noise | batch_inputs(sources))
 
     def edit(
         self,
@@ -159,12 +278,23 @@ class OneStepPipeline:
         width: int | None = None,
         **options: Any,
     ) -> GenerateResult:
-        """Edit ``image`` (a path, Pillow's or an array) as ``prompt`` says; ``options`` are those of a call.
+        """Edit ``image`` as ``prompt`` says.
 
-        ``strength`` in (0, 1] is how much of the image may change, one of the bundle's; None is the largest of them.
+        Args:
+            image: a path, a Pillow image or an array; cropped and scaled to the bundle's size.
+            prompt: what the image should become.
+            strength: how much of the image may change, in (0, 1], one of the bundle's. None is the
+                largest of them.
+            height: pixels; None is the bundle's own size.
+            width: pixels; None is the bundle's own size.
+            options: ``seed``, ``count``, ``truncate`` and ``timer``, as a call takes them.
 
         Raises:
-            HipaError: as a call does, no image, or a strength that the bundle does not have.
+            HipaError: as a call does; no image; or a strength that the bundle does not have.
+
+        Example:
+            >>> pipe = OneStepPipeline.load("edit-bundle")
+            >>> pipe.edit("apple.png", "flat emoji of a red apple", strength=0.6, seed=1)
 
         """
         source = edit_source(self.bundle, image, strength=strength, height=height, width=width)
@@ -181,13 +311,27 @@ class OneStepPipeline:
         width: int | None = None,
         **options: Any,
     ) -> GenerateResult:
-        """Repaint what is white in ``mask``, of the image's size; ``options`` are those of a call.
+        """Repaint what is white in ``mask``.
 
-        Farther than ``feather`` pixels outside the mask the image, cropped and scaled to the bundle's size, is kept
-        bit for bit.
+        Farther than ``feather`` pixels outside the mask the image, cropped and scaled to the
+        bundle's size, is kept bit for bit.
+
+        Args:
+            image: a path, a Pillow image or an array.
+            mask: the same, of the image's size; white is repainted.
+            prompt: what the whole image should show.
+            feather: pixels over which the seam is blended, 0 or more.
+            height: pixels; None is the bundle's own size.
+            width: pixels; None is the bundle's own size.
+            options: ``seed``, ``count``, ``truncate`` and ``timer``, as a call takes them.
 
         Raises:
-            HipaError: as a call does, no image, a mask of another size, empty or full, or a negative ``feather``.
+            HipaError: as a call does; no image; a mask of another size, empty or full; or a
+                negative ``feather``.
+
+        Example:
+            >>> pipe = OneStepPipeline.load("inpaint-bundle")
+            >>> pipe.inpaint("room.png", "mask.png", "a room with a red sofa", seed=1)
 
         """
         source = inpaint_source(
@@ -204,129 +348,42 @@ class OneStepPipeline:
         truncate: bool = False,
         timer: Timer = nullcontext,
     ) -> GenerateResult:
-        """Enlarge ``image`` by the bundle's factor, in tiles where it is larger than the bundle's images.
+        """Enlarge ``image`` by the bundle's factor, in tiles where it is larger than the bundle's.
 
-        There is no noise in it: the same image and prompt give the same result. ``overlap`` of the tiles is in pixels
-        of the result, an eighth of a tile by default.
+        No noise goes into it: the same image and prompt give the same result.
+
+        Args:
+            image: a path, a Pillow image or an array, [H, W].
+            prompt: what the image shows; may be empty.
+            overlap: pixels of the result by which tiles overlap; None is an eighth of a tile.
+            truncate: cut a prompt that is too long, in place of refusing it.
+            timer: as a call takes it.
+
+        Returns:
+            One image, [factor * H, factor * W].
 
         Raises:
-            HipaError: no image, a prompt that cannot be encoded, a bundle for another task, an overlap out of range.
+            HipaError: no image, a prompt that cannot be encoded, a bundle for another task, or an
+                overlap out of range.
+
+        Example:
+            >>> pipe = OneStepPipeline.load("upscale-bundle")
+            >>> pipe.upscale("small.png").images[0].save("large.png")
 
         """
-        job = upscaling(self.bundle, image, overlap=overlap)
-        handle = self._prompts.prepare([prompt], truncate=truncate)
+        enlargement = upscaling(self.bundle, image, overlap=overlap)
+        prepared = self._prompts.prepare([prompt], truncate=truncate)
         latent_CHW = latent_shape(self.bundle, None, None)
         made = [
-            self._generate(handle * len(part), [0] * len(part), latent_CHW, timer, part)
-            for part in _chunks(list(job.tiles), self._batch.max)
+            self._make_batch(prepared * len(tiles), [0] * len(tiles), latent_CHW, tiles, timer)
+            for tiles in _batches(list(enlargement.tiles), self._batch.max)
         ]
-        image_HWC = job.merge(np.concatenate(made))
-        facts = {"height": job.height, "width": job.width, "truncate": truncate, **job.facts}
-        return GenerateResult(image_HWC[None], (prompt,), (0,), (self._recipe(prompt, 0, facts),))
-
-    def stream(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        source: Source | None = None,
-        seed: int = 0,
-        count: int = 1,
-        height: int | None = None,
-        width: int | None = None,
-        truncate: bool = False,
-        timer: Timer = nullcontext,
-    ) -> Iterator[GenerateResult]:
-        """The same, a batch at a time. Everything is checked before the first image is made."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        check_count(len(prompts), count)
-        check_seeds(seed, count)
-        latent_CHW = self._latent_shape(source, height, width)
-        prepared = self._prompts.prepare(prompts, truncate=truncate)
-        jobs = [(index, seed + i) for index in range(len(prompts)) for i in range(count)]
-        for part in _chunks(jobs, self._batch.max):
-            texts, seeds = [prompts[index] for index, _ in part], [number for _, number in part]
-            handles, sources = (
-                [prepared[index] for index, _ in part],
-                [source] * len(part) if source else [],
-            )
-            images_BHWC = self._generate(handles, seeds, latent_CHW, timer, sources)
-            facts = {
-                "height": images_BHWC.shape[1],
-                "width": images_BHWC.shape[2],
-                "truncate": truncate,
-            }
-            if source:
-                images_BHWC, facts = source.finish(images_BHWC), {**facts, **source.facts}
-            recipes = [
-                self._recipe(text, number, facts) for text, number in zip(texts, seeds, strict=True)
-            ]
-            yield GenerateResult(images_BHWC, tuple(texts), tuple(seeds), tuple(recipes))
-
-    def _latent_shape(
-        self, source: Source | None, height: int | None, width: int | None
-    ) -> tuple[int, int, int]:
-        """[C, h, w] of what is asked for, after a check that this bundle makes it."""
-        require_task(self.bundle, source.task if source else "generate")
-        return latent_shape(
-            self.bundle, *(source.image_HWC.shape[:2] if source else (height, width))
+        image_HWC = enlargement.merge(np.concatenate(made))
+        size = {"height": enlargement.height, "width": enlargement.width}
+        parameters = self._parameters(
+            prompt, 0, {**size, "truncate": truncate, **enlargement.facts}
         )
-
-    def _generate(
-        self,
-        prompts: list[Any],
-        seeds: list[int],
-        latent_CHW: tuple[int, int, int],
-        timer: Timer,
-        sources: list[Source],
-    ) -> np.ndarray:
-        """One batch, uint8 [len(seeds), H, W, 3]. A batch that is too small repeats its last job."""
-        padding = max(0, self._batch.min - len(seeds))
-        handles = prompts + prompts[-1:] * padding
-        given = self._given(
-            seeds + seeds[-1:] * padding, latent_CHW, sources + sources[-1:] * padding
-        )
-        if self.chain is not None:  # all stages on the device, one CUDA graph
-            with timer("pipeline"):
-                return self._through(self.chain, handles, given)[: len(seeds)]
-        given["context"] = self._prompts.contexts(handles, timer)
-        if "image" in given:
-            given["source"] = self._encode(given["image"], timer)
-        if "generator" in self.runners:  # UNet and decoder in one graph
-            with timer("generator"):
-                return self._run_named("generator", given)[: len(seeds)]
-        with timer("unet"):
-            latents_BCHW = self._predict(given)
-        with timer("vae_decoder"):
-            return self._decode(latents_BCHW)[: len(seeds)]
-
-    def _given(
-        self, seeds: Sequence[int], latent_CHW: tuple[int, int, int], sources: Sequence[Source]
-    ) -> dict[str, np.ndarray]:
-        """What a batch starts from beside its prompts, by name: noise, and the sources' images, masks and step."""
-        noisy = "noise" in STEP_INPUTS[self.bundle.manifest.task]
-        given = {"noise": initial_noise(seeds, latent_CHW)} if noisy else {}
-        return self._images.feed(given | batch_inputs(sources))
-
-    def _through(
-        self, chain: Chain, handles: list[Any], given: dict[str, np.ndarray]
-    ) -> np.ndarray:
-        """Noise, image and token ids (or what they give, once it is known) go to the device, images come back."""
-        feed = given | self._prompts.feed(handles)
-        wanted = [
-            made for start, made in (("tokens", "context"), ("image", "source")) if start in feed
-        ]
-        made = chain.run(feed, ("images", *wanted))
-        if "context" in made:
-            self._prompts.keep(handles, made["context"])
-        if "source" in made:
-            self._images.keep(feed["image"], made["source"])
-        return made["images"]
-
-    def _encode(self, image_BHWC: np.ndarray, timer: Timer) -> np.ndarray:
-        with timer("vae_encoder"):
-            source_BCHW = self._run("vae_encoder", image_BHWC)
-        self._images.keep(image_BHWC, source_BCHW)
-        return source_BCHW
+        return GenerateResult(image_HWC[None], (prompt,), (0,), (parameters,))
 
     def generate_on_device(
         self,
@@ -339,73 +396,94 @@ class OneStepPipeline:
         width: int | None = None,
         truncate: bool = False,
     ) -> DeviceArray:
-        """One batch of images, uint8 [count, H, W, 3], left on the device: see ``DeviceArray`` for how long it lives.
+        """One batch of images, uint8 [count, H, W, 3], left on the device.
 
-        They are as the decoder gives them: an inpainting's composite (``source.finish``) is left to the caller.
+        See ``DeviceArray`` for how long it lives. The images are as the decoder gives them: an
+        inpainting's composite (``source.finish``) is left to the caller.
 
         Raises:
-            HipaError: as a call does; a backend that gives host arrays; more or fewer images than a batch holds.
+            HipaError: as a call does; a backend that gives host arrays; or more or fewer images
+                than a batch holds.
 
         """
-        if self.chain is None:
-            raise HipaError(
-                f"backend {self.backend} gives host arrays. Use tensorrt or rtx, and the onestep layout."
-            )
         check_seeds(seed, count)
         if count not in self._batch:
             raise HipaError(f"count is {count}, a batch of this bundle holds {self._batch}.")
         latent_CHW = self._latent_shape(source, height, width)
-        given = self._given(
-            range(seed, seed + count), latent_CHW, [source] * count if source else []
-        )
-        handles = self._prompts.prepare([prompt], truncate=truncate) * count
-        array: DeviceArray = self.chain.run_device(**given, **self._prompts.feed(handles))["images"]
-        return array
+        sources = [source] * count if source else []
+        text = self._prompts.feed(self._prompts.prepare([prompt], truncate=truncate) * count)
+        start = self._start(range(seed, seed + count), latent_CHW, sources)
+        images: DeviceArray = self.stages.run_on_device(text | start)["images"]
+        return images
 
-    def _predict(self, given: dict[str, np.ndarray]) -> np.ndarray:
-        """Latents as the decoder takes them. A generic UNet leaves timestep, x0 and latent scaling to us."""
-        if self.bundle.manifest.layout == "onestep":
-            return self._run_named("unet", given)
-        step, noise_BCHW, context_BLD = (
-            self.bundle.manifest.one_step,
-            given["noise"],
-            given["context"],
-        )
-        sample_dtype, timestep = (
-            self.runners["unet"].spec.inputs[0].dtype,
-            np.asarray([step.timestep], np.int64),
-        )
-        output_BCHW = self._run("unet", noise_BCHW.astype(sample_dtype), timestep, context_BLD)
-        latents_BCHW = (
-            predict_x0(noise_BCHW, output_BCHW, step.alpha_bar, step.prediction_type)
-            / step.scaling_factor
-        )
-        return latents_BCHW.astype(self.runners["vae_decoder"].spec.inputs[0].dtype)
+    def tensors(
+        self, prompt: str, *, source: Source | None = None, seed: int = 0, count: int = 1
+    ) -> Tensors:
+        """Every tensor along the path of one batch, by name: for checks, and for profiles of a stage.
 
-    def _decode(self, latents_BCHW: np.ndarray) -> np.ndarray:
-        """uint8 [B, H, W, 3]. A generic decoder leaves the conversion of [-1, 1] [B, 3, H, W] to us."""
-        images = self._run("vae_decoder", latents_BCHW)
-        if self.bundle.manifest.layout == "onestep":
-            return images
-        levels = np.round((images.astype(np.float32).clip(-1, 1) + 1) * 127.5)
-        return levels.astype(np.uint8).transpose(0, 2, 3, 1)
+        The names and shapes are those of ``hipa_deploy.generate.stages``. Every stage runs: nothing
+        that is cached is taken.
 
-    def _run(self, stage: str, *inputs: np.ndarray) -> np.ndarray:
-        """Run a stage on inputs in its specified order; its first output."""
+        Raises:
+            HipaError: as a call does.
+
+        """
+        layout = self.bundle.manifest.layout
+        made = [
+            name
+            for stage in self.bundle.manifest.stages
+            for name in stage_outputs(stage.spec, layout)
+        ]
+        fresh = OneStepPipeline(self.bundle, self.backend, self.stages)  # with empty caches
+        latent_CHW = self._latent_shape(source, None, None)
+        prepared = fresh._prompts.prepare([prompt], truncate=False)
+        feed = fresh._prompts.feed(prepared * count)
+        sources = [source] * count if source else []
+        feed |= fresh._start(range(seed, seed + count), latent_CHW, sources)
+        return feed | self.stages.run(feed, list(dict.fromkeys([*made, "images"])))
+
+    @property
+    def runners(self) -> dict[str, Runner]:
+        """Each stage by itself, in the order in which they run."""
+        return self.stages.runners
+
+    def swap_adaptor(self, adaptor: str | Path | None) -> None:
+        """Take another adaptor, without a rebuild.
+
+        Args:
+            adaptor: a name in the bundle's ``adaptors`` folder, or a folder that
+                ``hipa-export --swap-for`` wrote. None is the bundle's own again, exactly.
+
+        Raises:
+            HipaError: no such adaptor, one for another bundle, or an engine that cannot take it.
+                The pipeline is as before; if an engine failed half way, it is closed.
+
+        """
+        from hipa_deploy.generate.swap_stage import swap_stage  # imports the engines
+
+        swap = None if adaptor is None else AdaptorSwap.open(self.bundle, adaptor)
+        stage = adapted_stage(self.bundle)
         runner = self.runners[stage]
-        named = {
-            tensor.name: value for tensor, value in zip(runner.spec.inputs, inputs, strict=True)
-        }
-        return runner(**named)[runner.spec.outputs[0].name]
+        self.runners[stage] = swap_stage(self.bundle, runner, self.backend, swap)
+        self.swapped = swap
 
-    def _run_named(self, stage: str, given: dict[str, np.ndarray]) -> np.ndarray:
-        """Run a stage on those of ``given`` that it takes; its first output."""
-        return self._run(stage, *(given[tensor.name] for tensor in self.runners[stage].spec.inputs))
+    def _latent_shape(
+        self, source: Source | None, height: int | None, width: int | None
+    ) -> tuple[int, int, int]:
+        """[C, h, w] of what is asked for, after a check that this bundle makes it."""
+        require_task(self.bundle, source.task if source else "generate")
+        if source:
+            height, width = source.image_HWC.shape[:2]
+        return latent_shape(self.bundle, height, width)
 
-    def _recipe(self, prompt: str, seed: int, facts: dict[str, Any]) -> dict[str, Any]:
-        manifest, swap = self.bundle.manifest, self.swapped
-        adaptor = swap.manifest.adaptor if swap else manifest.adaptor
-        path = self.bundle.stages[adapted_stage(self.bundle)].path
+    def _parameters(self, prompt: str, seed: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """All that reproduces an image: what a PNG carries."""
+        manifest = self.bundle.manifest
+        adaptor = manifest.adaptor
+        unet_sha256 = manifest.files[self.bundle.stages[adapted_stage(self.bundle)].path]
+        if self.swapped:
+            adaptor = self.swapped.manifest.adaptor
+            unet_sha256 = self.swapped.manifest.onnx_sha256
         return {
             "producer": manifest.producer,
             "prompt": prompt,
@@ -415,13 +493,12 @@ class OneStepPipeline:
             "precision": manifest.precision,
             "base_model": manifest.base_model.sha256,
             "adaptor": adaptor.sha256 if adaptor else None,
-            "unet": swap.manifest.onnx_sha256 if swap else manifest.files[path],
+            "unet": unet_sha256,
         }
 
     def close(self) -> None:
-        """Release every stage."""
-        for runner in self.runners.values():
-            runner.close()
+        """Release every stage. Calling it twice is harmless."""
+        self.stages.close()
 
     def __enter__(self) -> OneStepPipeline:
         return self
@@ -443,6 +520,12 @@ def check_count(prompts: int, count: int) -> None:
         )
 
 
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _worth_keeping(feed: Mapping[str, np.ndarray]) -> list[str]:
+    """Tensors to keep for the next batch: those that this batch must compute first."""
+    first_computed = {"tokens": "context", "image": "source"}
+    return [made for given, made in first_computed.items() if given in feed]
+
+
+def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]

@@ -3,84 +3,70 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.tokenizer import PromptTokenizer
 
 BAKED_PROMPTS, BAKED_CONTEXTS = "prompts/prompts.txt", "prompts/contexts.npy"
 CACHED_BATCHES = 64
 
-Timer = Callable[[str], AbstractContextManager[object]]
+Prepared = Any
+"""A prompt that can be encoded: token ids int64 [L], or its place in a closed set."""
 
 
 class PromptSource(Protocol):
-    """Where text contexts come from. ``prepare`` refuses bad prompts before the first image is made."""
+    """Where text contexts come from."""
 
-    def prepare(self, prompts: Sequence[str], *, truncate: bool) -> list[Any]:
-        """One handle a prompt. Raises HipaError for a prompt that cannot be encoded."""
+    def prepare(self, prompts: Sequence[str], *, truncate: bool) -> list[Prepared]:
+        """Check prompts, before the first image is made.
 
-    def feed(self, handles: list[Any]) -> dict[str, np.ndarray]:
-        """What a chain of stages starts from: 'context' [B, L, D] where it is known, else 'tokens' [B, L]."""
+        Raises:
+            HipaError: a prompt that cannot be encoded.
 
-    def keep(self, handles: list[Any], context_BLD: np.ndarray) -> None:
-        """Remember the context of prepared prompts."""
+        """
 
-    def contexts(self, handles: list[Any], timer: Timer) -> np.ndarray:
-        """Text context [B, L, D] of prepared prompts."""
+    def feed(self, prompts: list[Prepared]) -> dict[str, np.ndarray]:
+        """What the stages start from: 'context' [B, L, D] where it is known, else 'tokens' [B, L]."""
+
+    def keep(self, prompts: list[Prepared], context_BLD: np.ndarray) -> None:
+        """Remember the context of a batch."""
 
 
-def open_prompts(
-    bundle: Bundle, run_text_encoder: Callable[[np.ndarray], np.ndarray]
-) -> PromptSource:
-    """The bundle's prompt source; ``run_text_encoder`` maps token ids int64 [B, L] to contexts [B, L, D]."""
+def open_prompts(bundle: Bundle) -> PromptSource:
+    """The bundle's prompt source: its tokenizer, or the contexts that its export baked."""
     if "text_encoder" not in bundle.stages:
         return BakedPrompts(bundle.path(BAKED_PROMPTS), bundle.path(BAKED_CONTEXTS))
-    return EncodedPrompts(
-        PromptTokenizer(bundle.path("tokenizer/tokenizer.json")), run_text_encoder
-    )
+    return EncodedPrompts(PromptTokenizer(bundle.path("tokenizer/tokenizer.json")))
 
 
 class EncodedPrompts:
-    """Any prompt, through tokenizer and text encoder. The last ``CACHED_BATCHES`` batches are remembered."""
+    """Any prompt, through the tokenizer. The contexts of the last ``CACHED_BATCHES`` are remembered."""
 
-    def __init__(
-        self, tokenizer: PromptTokenizer, run_text_encoder: Callable[[np.ndarray], np.ndarray]
-    ) -> None:
+    def __init__(self, tokenizer: PromptTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._run = run_text_encoder
-        self._cache: dict[bytes, np.ndarray] = {}  # by token ids, oldest first
+        self._cache: dict[bytes, np.ndarray] = {}  # contexts by their token ids, oldest first
 
     def prepare(self, prompts: Sequence[str], *, truncate: bool) -> list[np.ndarray]:
         """Token ids int64 [L] of each prompt."""
         return list(self._tokenizer(prompts, truncate=truncate))
 
-    def feed(self, handles: list[np.ndarray]) -> dict[str, np.ndarray]:
+    def feed(self, prompts: list[np.ndarray]) -> dict[str, np.ndarray]:
         """The context if this batch was seen lately, else the token ids."""
-        tokens_BL = np.stack(handles)
+        tokens_BL = np.stack(prompts)
         known_BLD = self._cache.get(tokens_BL.tobytes())
         return {"tokens": tokens_BL} if known_BLD is None else {"context": known_BLD}
 
-    def keep(self, handles: list[np.ndarray], context_BLD: np.ndarray) -> None:
+    def keep(self, prompts: list[np.ndarray], context_BLD: np.ndarray) -> None:
         """Remember a batch, and forget the oldest."""
-        self._cache[np.stack(handles).tobytes()] = context_BLD
+        self._cache[np.stack(prompts).tobytes()] = context_BLD
         if len(self._cache) > CACHED_BATCHES:
             del self._cache[next(iter(self._cache))]
-
-    def contexts(self, handles: list[np.ndarray], timer: Timer) -> np.ndarray:
-        """Run the text encoder, unless this batch was seen lately."""
-        feed = self.feed(handles)
-        if "tokens" in feed:
-            with timer("text_encoder"):
-                feed["context"] = self._run(feed["tokens"])
-            self.keep(handles, feed["context"])
-        return feed["context"]
 
 
 class BakedPrompts:
@@ -104,16 +90,12 @@ class BakedPrompts:
                 )
         return [self._index[prompt] for prompt in prompts]
 
-    def feed(self, handles: list[int]) -> dict[str, np.ndarray]:
+    def feed(self, prompts: list[int]) -> dict[str, np.ndarray]:
         """Always the context."""
-        return {"context": np.ascontiguousarray(self._contexts_NLD[handles])}
+        return {"context": np.ascontiguousarray(self._contexts_NLD[prompts])}
 
-    def keep(self, handles: list[int], context_BLD: np.ndarray) -> None:
+    def keep(self, prompts: list[int], context_BLD: np.ndarray) -> None:
         """Nothing: all are known."""
-
-    def contexts(self, handles: list[int], timer: Timer) -> np.ndarray:
-        """Look the contexts up."""
-        return self.feed(handles)["context"]
 
 
 def read_closed_set(path: Path) -> list[str]:

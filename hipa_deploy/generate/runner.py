@@ -6,14 +6,13 @@ error, never another backend.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from hipa_deploy.bundle.manifest import Bundle, StageSpec
+from hipa_deploy.bundle.manifest import StageSpec
 from hipa_deploy.errors import HipaError
 
 CPU_BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
@@ -42,83 +41,13 @@ class Runner(Protocol):
     ) -> None: ...
 
 
-class Chain(Protocol):
-    """Every stage on one device: what a stage gives is what the next one takes, without leaving it."""
-
-    def run(
-        self, inputs: dict[str, np.ndarray], outputs: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray]:
-        """Run the stages whose outputs are not among ``inputs``; the ``outputs`` asked for, or the last stage's."""
-
-    def run_device(self, **inputs: np.ndarray) -> dict[str, Any]:
-        """The last stage's outputs as device arrays, valid until the next run."""
-
-    def close(self) -> None:
-        """Release device memory. Calling it twice is harmless."""
-
-
 def check_backend(backend: str) -> None:
     """Raise HipaError for a name that is not in ``BACKENDS``."""
     if backend not in BACKENDS:
         raise HipaError(f"backend {backend!r} is unknown. Expected one of: {', '.join(BACKENDS)}.")
 
 
-def resolve_backend(backend: str, bundle: Bundle) -> str:
-    """Turn 'auto' into a backend's name: an engine that is built for this device, else ONNX Runtime on the CPU."""
-    if backend != "auto":
-        return backend
-    from hipa_deploy.engines.store.select import runnable_flavour
-
-    return runnable_flavour(bundle) or "onnxruntime"
-
-
-def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
-    """Load one stage on one backend (not 'auto').
-
-    Raises:
-        HipaError: the backend is not installed, or no engine fits this device; the message says what to run.
-
-    """
-    if backend.startswith("openvino"):
-        from hipa_deploy.engines.backends.openvino_runner import OpenVinoRunner
-
-        return OpenVinoRunner(bundle.stage_path(stage), bundle.stages[stage].spec, backend)
-    if backend.startswith("onnxruntime"):
-        from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
-
-        cache = engine_cache(bundle, stage) if backend == "onnxruntime-tensorrt" else None
-        return OnnxRuntimeRunner(
-            bundle.stage_path(stage), bundle.stages[stage].spec, backend, cache=cache
-        )
-    from hipa_deploy.engines.store.select import open_engine
-
-    return open_engine(bundle, stage, backend)
-
-
-def open_stages(bundle: Bundle, backend: str) -> tuple[dict[str, Runner], Chain | None]:
-    """Load every stage on one backend (not 'auto'): a runner each, and the chain of them where there is one.
-
-    TensorRT chains the stages of the onestep layout. The generic one has arithmetic of ours between its stages.
-
-    Raises:
-        HipaError: as ``open_runner`` does. Stages that were loaded are released.
-
-    """
-    if backend not in ENGINE_BACKENDS or bundle.manifest.layout != "onestep":
-        with ExitStack() as stack:
-            runners = {
-                stage: stack.enter_context(open_runner(bundle, stage, backend))
-                for stage in bundle.stages
-            }
-            stack.pop_all()
-        return runners, None
-    from hipa_deploy.engines.store.select import open_engines
-
-    chain = open_engines(bundle, bundle.stages, backend)
-    return {stage: chain.stage(stage) for stage in bundle.stages}, chain
-
-
-def check_inputs(spec: StageSpec, inputs: dict[str, np.ndarray]) -> dict[str, int]:
+def check_inputs(spec: StageSpec, inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
     """The size of every named axis, after a check of names, dtypes and shapes.
 
     Raises:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.images.compositing import hide_hole, latent_mask
 from hipa_deploy.images.png import enlarge
-from hipa_deploy.images.read import hide_hole, latent_mask
 from hipa_deploy.images.source import Source
 from hipa_deploy.tasks import Task
 

@@ -13,13 +13,13 @@ from PIL import Image, PngImagePlugin
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import write_file
 
-RECIPE_KEY = "hipa"
+PARAMETERS_KEY = "hipa"
 
 
 def png_bytes(image_HWC: np.ndarray, recipe: dict[str, Any]) -> bytes:
     """uint8 [H, W, 3] as PNG with the recipe as JSON in a text chunk. Equal input gives equal bytes."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(RECIPE_KEY, json.dumps(recipe, sort_keys=True, ensure_ascii=False))
+    info.add_itxt(PARAMETERS_KEY, json.dumps(recipe, sort_keys=True, ensure_ascii=False))
     buffer = io.BytesIO()
     Image.fromarray(image_HWC).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
@@ -30,7 +30,7 @@ def save_png(path: Path, image_HWC: np.ndarray, recipe: dict[str, Any]) -> None:
     write_file(path, png_bytes(image_HWC, recipe))
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_parameters(path: Path) -> dict[str, Any]:
     """The recipe of an image that hipa-generate wrote.
 
     Raises:
@@ -39,7 +39,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     try:
         with Image.open(path) as image:
-            recipe: dict[str, Any] = json.loads(image.info[RECIPE_KEY])
+            recipe: dict[str, Any] = json.loads(image.info[PARAMETERS_KEY])
             return recipe
     except KeyError:
         raise HipaError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hipa_deploy.bundle.manifest import Bundle, latent_shape
+from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.errors import HipaError
 from hipa_deploy.images.png import enlarge
 from hipa_deploy.images.read import (

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe
 from tests.tiny_model import make_model
 
 

@@ -5,7 +5,7 @@ from plan import BASELINES, FIRST, MAIN, QUICK, base_recipe, find, full_plan, qu
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.losses.hipa_loss import image_weights
-from hipa_deploy.train.recipe import Recipe, load_recipe
+from hipa_deploy.train.recipes.recipe import Recipe, load_recipe
 
 
 def test_needs_come_first_and_names_are_unique(recipe: Recipe) -> None:

@@ -22,7 +22,7 @@ from summary import render, write_report
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.evaluation.quality_report import BASE
-from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe
 
 QUIET = Console(file=io.StringIO())
 

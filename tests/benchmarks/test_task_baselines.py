@@ -15,11 +15,11 @@ from PIL import Image
 from benchmarks.tasks import baselines
 from benchmarks.tasks.baselines import BASELINES, Settings, unet_calls
 from hipa_deploy.errors import HipaError
-from hipa_deploy.images.read import latent_mask
+from hipa_deploy.images.compositing import latent_mask
 from hipa_deploy.train.data.teacher_pairs import teacher_scheduler
 from hipa_deploy.train.evaluation.quality import teacher_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
-from hipa_deploy.train.recipe import TeacherSettings
+from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 PROMPTS, SEEDS = ["a red apple", "a green pear"], [3, 4]
 FEW = Settings(steps=4, guidance=2.0, strength=0.5, scale=2)

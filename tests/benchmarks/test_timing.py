@@ -9,7 +9,7 @@ from timing import StepTime, TimedRun, spent_in, timed_training
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train import train_adaptor as loop
 from hipa_deploy.train.loop.run import Run
-from hipa_deploy.train.recipe import Recipe, TeacherSettings
+from hipa_deploy.train.recipes.recipe import Recipe, TeacherSettings
 
 
 def new_run(folder: Path) -> TimedRun:

@@ -11,7 +11,7 @@ import pytest
 from make_surfaces import SURFACES
 
 ROOT = Path(__file__).parents[2]
-ENGINES = sorted((ROOT / "engines").glob("*.py"))
+ENGINES = sorted((ROOT / "engines").rglob("*.py"))
 PINNED = [*SURFACES.glob("cuda_*.pyi")]
 
 

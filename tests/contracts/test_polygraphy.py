@@ -20,9 +20,9 @@ HERE = Path(__file__).parent
 BUILD = """
 import sys
 from pathlib import Path
-from hipa_deploy.bundle import Axis, StageSpec, TensorSpec
-from hipa_deploy.engines.build_worker import Job, build
-from hipa_deploy.engines.engine import BuildOptions
+from hipa_deploy.bundle.manifest import Axis, StageSpec, TensorSpec
+from hipa_deploy.engines.build.worker import Job, build
+from hipa_deploy.engines.targets.build_options import BuildOptions
 
 onnx, out, flavour = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 x, y = (TensorSpec(name=name, dtype="float32", shape=("N", 4, 8, 8)) for name in "xy")

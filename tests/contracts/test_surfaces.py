@@ -31,10 +31,10 @@ INSTALLED = [
 
 # Names that the engines compute: the code (module, expression), and every name it can come to.
 COMPUTED = {
-    ("precision", "getattr(trt.LayerType, name)"): [
+    ("precision_check", "getattr(trt.LayerType, name)"): [
         f"LayerType.{name}" for name in precision._HEAVY
     ],
-    ("flavour", "getattr(trt.ComputeCapability, f'SM{capability}')"): [
+    ("library", "getattr(trt.ComputeCapability, f'SM{capability}')"): [
         f"ComputeCapability.SM{sm}" for sm in target.PORTABLE
     ],
 }
@@ -95,14 +95,14 @@ def test_a_name_that_is_looked_for_exists() -> None:
     }
     looked_for = {
         (path.stem, node.args[1].value)
-        for path in (ROOT / "engines").glob("*.py")
+        for path in (ROOT / "engines").rglob("*.py")
         if touches_tensorrt(path)
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) in ("getattr", "hasattr")
         and isinstance(node.args[1], ast.Constant)
     }
-    assert {("flavour", "STRONGLY_TYPED"), ("flavour", "ComputeCapability")} <= looked_for
+    assert {("library", "STRONGLY_TYPED"), ("library", "ComputeCapability")} <= looked_for
     assert {(module, name) for module, name in looked_for if name not in everywhere} == set()
 
 
@@ -110,13 +110,13 @@ def test_a_name_that_is_looked_for_exists() -> None:
 def test_computed_names_exist(path: Path) -> None:
     there = names(path)
     for (module, _), wanted in COMPUTED.items():
-        if module != "flavour" or path.name.startswith("tensorrt_rtx"):
+        if module != "library" or path.name.startswith("tensorrt_rtx"):
             assert set(wanted) <= there
 
 
 def test_every_computed_name_is_declared() -> None:
     found = set()
-    for path in (ROOT / "engines").glob("*.py"):
+    for path in (ROOT / "engines").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             text = ast.unparse(node) if isinstance(node, ast.Call) else ""
             if text.startswith("getattr(trt") and not isinstance(node.args[1], ast.Constant):

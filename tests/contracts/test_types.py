@@ -15,7 +15,7 @@ from typed_copy import touches_tensorrt, typed_copy
 
 ROOT = Path(__file__).parents[2]
 PINNED = sorted(path for path in SURFACES.glob("tensorrt*.pyi"))
-ENGINES = [path for path in sorted((ROOT / "engines").glob("*.py")) if touches_tensorrt(path)]
+ENGINES = [path for path in sorted((ROOT / "engines").rglob("*.py")) if touches_tensorrt(path)]
 
 # Objects of other libraries, which TensorRT's surfaces say nothing of: polygraphy (test_polygraphy.py), cuda-python
 # (test_cudart.py), ONNX Runtime, tomllib by name, and classes of our own: loggers and profilers.
@@ -27,9 +27,9 @@ OTHERS = re.compile(
 
 # Reached on TensorRT-RTX alone: behind a look at the flavour, or for what is not there.
 RTX_ALONE = {
-    "build_worker": "REQUIRE_USER_ALLOCATION",
-    "flavour": "num_compute_capabilities|set_compute_capability|ComputeCapability",
-    "stage": "IRuntimeConfig|create_runtime_config|dynamic_shapes_kernel_specialization_strategy",
+    "worker": "REQUIRE_USER_ALLOCATION",
+    "library": "num_compute_capabilities|set_compute_capability|ComputeCapability",
+    "engine_stage": "IRuntimeConfig|create_runtime_config|dynamic_shapes_kernel_specialization_strategy",
 }
 
 
@@ -103,7 +103,9 @@ def complaints(tmp_path_factory: pytest.TempPathFactory) -> list[Complaint]:
 
 
 def test_every_module_that_touches_tensorrt_is_looked_at() -> None:
-    assert {"build_worker", "flavour", "precision", "runtime"} <= {path.stem for path in ENGINES}
+    assert {"worker", "library", "precision_check", "tensorrt_runner"} <= {
+        path.stem for path in ENGINES
+    }
     assert {path.stem.split("-")[0] for path in PINNED} == {
         "tensorrt",
         "tensorrt_rtx",

@@ -29,14 +29,14 @@ CLASSES = {
     "runtime": "Runtime",
 }
 OTHERWISE = {
-    "build_worker": {"engine": "IHostMemory"},
-    "precision": {
+    "worker": {"engine": "IHostMemory"},
+    "precision_check": {
         "engine": "IHostMemory",
         "layer": None,
     },  # serialised, still to be loaded; a layer in JSON
     "refit": {"logger": None},  # recording_logger's own class
-    "runtime": {"logger": None},
-    "stage": {"logger": None, "config": "IRuntimeConfig"},
+    "tensorrt_runner": {"logger": None},
+    "engine_stage": {"logger": None, "config": "IRuntimeConfig"},
 }
 
 

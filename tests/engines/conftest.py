@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hipa_deploy.bundle.manifest import Bundle
-
-sys.path.insert(0, str(Path(__file__).parent))  # engine_samples, whatever pytest's import mode
-from engine_samples import save_conv, write_bundle
+from hipa_deploy.bundle.folder import Bundle
+from tests.engines.engine_samples import save_conv, write_bundle
 
 
 @pytest.fixture

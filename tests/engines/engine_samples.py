@@ -9,9 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from hipa_deploy.bundle.folder import MANIFEST, Bundle
 from hipa_deploy.bundle.manifest import (
-    MANIFEST,
-    Bundle,
     Manifest,
     ModelInfo,
     OneStep,
@@ -20,10 +19,11 @@ from hipa_deploy.bundle.manifest import (
     StageSpec,
     TensorSpec,
 )
-from hipa_deploy.engines.device.describe import Gpu
-from hipa_deploy.engines.store.build_options import BuildOptions
-from hipa_deploy.engines.store.select import PrecisionCheck, Sidecar, engine_path, key_for
+from hipa_deploy.engines.store.engine_key import key_for
+from hipa_deploy.engines.store.sidecar import PrecisionCheck, Sidecar, engine_path
+from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.target import Target, binding
+from hipa_deploy.engines.tensorrt.gpu import Gpu
 from hipa_deploy.hashing import file_sha256
 
 CONTENT = b"an engine"

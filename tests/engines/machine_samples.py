@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+from hipa_deploy.engines.backends import available
+from hipa_deploy.engines.device import jetson, machine
+from hipa_deploy.engines.tensorrt import gpu
 
 ORIN = {
     "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3",
@@ -61,3 +68,9 @@ def plant(root: Path, files: dict[str, str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return root
+
+
+def imitate_files(monkeypatch: pytest.MonkeyPatch, read: Callable[[str], str | None]) -> None:
+    """Let everything that looks at this machine's files see what ``read`` gives for a path."""
+    for module in (machine, jetson, gpu, available):
+        monkeypatch.setattr(module, "read_text", read)

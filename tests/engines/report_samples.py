@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from engine_samples import ORIN
 
-from hipa_deploy.engines.device.describe import Device
+from hipa_deploy.engines.backends.available import Device
 from hipa_deploy.engines.device.sysfs import Clock
 from hipa_deploy.engines.latency.machine_state import MachineState, Reading
-from hipa_deploy.engines.latency.measure import (
-    END_TO_END,
-    BundleFacts,
-    Conditions,
-    LatencyReport,
-    summarise,
-)
+from hipa_deploy.engines.latency.measure import summarise
+from hipa_deploy.engines.latency.report import END_TO_END, BundleFacts, Conditions, LatencyReport
+from tests.engines.engine_samples import ORIN
 
 READING = Reading(
     clocks={"gpu": Clock(now_mhz=1020, max_mhz=1020, locked=True)}, temperatures_c={"gpu-thermal": 54.5},

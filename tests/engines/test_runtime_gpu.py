@@ -10,14 +10,14 @@ import pytest
 from rich.console import Console
 
 from hipa_deploy import OneStepPipeline, embedded
-from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.doctor.self_check import check_pipeline
 from hipa_deploy.engines.build.build_bundle import build_bundle
-from hipa_deploy.engines.device.describe import find_gpu
-from hipa_deploy.engines.store.select import engine_path, find_sidecars
+from hipa_deploy.engines.store.sidecar import engine_path, find_sidecars
 from hipa_deploy.engines.tensorrt.cuda import load_cudart
+from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
-from hipa_deploy.generate.runner import open_runner
+from hipa_deploy.generate.open_stages import open_runner
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,7 +72,7 @@ def test_layers_and_device_arrays(built, flavour):
         assert layers
         assert all(ms >= 0 for _, ms in layers)
         expected = engine(x=X)["y"]
-        array = engine.run_device(x=X)["y"]
+        array = engine.run_on_device({"x": X})["y"]
         array.wait()
         got = np.empty_like(expected)
         cudart = load_cudart(flavour)
@@ -94,7 +94,7 @@ def test_the_embedded_bundle_as_one_graph_passes_its_self_check(tmp_path, flavou
     build_bundle(bundle, backend=flavour, console=Console(file=io.StringIO()))
     with OneStepPipeline.load(bundle.root, flavour) as pipe:
         assert check_pipeline(pipe).problems == ()
-        assert pipe.chain.graph_problem is None
+        assert pipe.stages.graph_problem is None
         twice = [
             pipe("3d emoji of a red apple", seed=0).images_BHWC for _ in range(2)
         ]  # text encoded, then cached

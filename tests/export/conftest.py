@@ -8,8 +8,9 @@ import pytest
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from hipa_deploy.bundle.manifest import Bundle
-from hipa_deploy.export.export_bundle import ExportOptions, export_bundle
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.export.export_bundle import export_bundle
+from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.models.adaptor_folder import AdaptorMetadata, unet_sha256
 from hipa_deploy.train.model.unet_adaptor import (
     PRESETS,

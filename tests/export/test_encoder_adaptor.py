@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
-from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.export_bundle import ExportOptions, export_bundle
+from hipa_deploy.export.export_bundle import export_bundle
+from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_swap import SwapOptions, export_swap
 from hipa_deploy.export.merge import merge_encoder_adaptor
 from hipa_deploy.export.model_parts import BaseModel

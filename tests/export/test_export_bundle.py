@@ -12,10 +12,11 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from hipa_deploy import OneStepPipeline
-from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.parity import compare
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.export_bundle import ExportOptions, export_bundle
+from hipa_deploy.export.export_bundle import export_bundle
+from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.axes import parse_axes
 from hipa_deploy.generate.noise import initial_noise
 from tests.tiny_model import make_model

@@ -12,11 +12,12 @@ from safetensors.numpy import load_file
 
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.adaptor_swap import FOLDER, AdaptorSwap
-from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.onnx_weights import read_initializers, with_values
 from hipa_deploy.embedded import ADAPTOR, BUNDLE
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.export_bundle import ExportOptions, export_bundle
+from hipa_deploy.export.export_bundle import export_bundle
+from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_swap import SwapOptions, check_decoder, export_swap
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.images.png import save_png
@@ -59,7 +60,7 @@ def png(bundle: Bundle, path: Path, *adaptors: str | None) -> bytes:
         for adaptor in adaptors:
             pipe.swap_adaptor(adaptor)
         result = pipe(PROMPT, seed=5)
-    save_png(path, result.images_BHWC[0], result.recipes[0])
+    save_png(path, result.images_BHWC[0], result.parameters[0])
     return path.read_bytes()
 
 

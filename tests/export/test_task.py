@@ -8,7 +8,8 @@ import pytest
 
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.export_bundle import ExportOptions, export_bundle
+from hipa_deploy.export.export_bundle import export_bundle
+from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_swap import SwapOptions, export_swap
 from hipa_deploy.export.model_parts import BaseModel
 from hipa_deploy.export.task import TaskPlan, parse_strengths, plan_task
@@ -101,8 +102,8 @@ def test_an_edit_takes_another_adaptor_at_every_strength(
                 p.edit(example_image(32, 32), "a pear", strength=strength) for p in (pipe, theirs)
             )
             assert ours.images_BHWC.tobytes() == expected.images_BHWC.tobytes()
-            assert ours.recipes[0] == expected.recipes[0] | {
-                "producer": ours.recipes[0]["producer"]
+            assert ours.parameters[0] == expected.parameters[0] | {
+                "producer": ours.parameters[0]["producer"]
             }
     assert before.images_BHWC.tobytes() != expected.images_BHWC.tobytes()
     generates = make_adaptor(model_dir, tmp_path / "generates")

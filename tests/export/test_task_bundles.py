@@ -16,22 +16,23 @@ from rich.console import Console
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hipa_deploy import OneStepPipeline
-from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.commands.app import main
 from hipa_deploy.doctor.self_check import check_bundle
 from hipa_deploy.engines.latency.measure import profile_pipeline
-from hipa_deploy.engines.tensorrt.refit import _check_output
 from hipa_deploy.engines.tensorrt.tensorrt_runner import sequence_spec
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.export_bundle import ExportOptions, export_bundle
+from hipa_deploy.export.export_bundle import export_bundle
+from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.axes import parse_axes
 from hipa_deploy.generate.noise import initial_noise
-from hipa_deploy.generate.runner import open_runner
+from hipa_deploy.generate.open_stages import open_runner
+from hipa_deploy.generate.swap_stage import _check_output
+from hipa_deploy.images.compositing import hide_hole, latent_mask
 from hipa_deploy.images.example_source import example_image, example_mask
-from hipa_deploy.images.png import enlarge, png_bytes, read_recipe
-from hipa_deploy.images.read import hide_hole, latent_mask
+from hipa_deploy.images.png import enlarge, png_bytes, read_parameters
 from hipa_deploy.images.source import edit_source
-from tests.host_chain import HostChain
+from tests.stages_as_one import StagesAsOne
 from tests.tiny_model import make_model
 
 PROMPT, SEED = "a green pear", 5
@@ -124,7 +125,7 @@ def test_an_edit_at_each_strength(
     with OneStepPipeline.load(edit_bundle.root, "onnxruntime") as pipe:
         result = pipe.edit(IMAGE_HWC, PROMPT, strength=strength, seed=SEED)
     assert_close(result.images_BHWC[0], parts.edit(IMAGE_HWC, timestep))
-    assert result.recipes[0]["strength"] == (strength or 0.75)
+    assert result.parameters[0]["strength"] == (strength or 0.75)
 
 
 def test_the_edits_manifest(edit_bundle: Bundle, parts: Parts) -> None:
@@ -281,7 +282,7 @@ def test_a_large_image_is_made_of_tiles(upscale_bundle: Bundle) -> None:
     assert result.images_BHWC.shape == (1, 64, 32, 3)
     assert seen == ["vae_encoder", "unet", "vae_decoder"] * 2  # three tiles in batches of two
     assert top.images_BHWC.shape == (1, 36, 32, 3)
-    assert result.recipes[0]["overlap"] == 16
+    assert result.parameters[0]["overlap"] == 16
 
 
 class _Noted:
@@ -332,7 +333,7 @@ def test_a_pil_image_of_another_size_is_cropped_and_scaled(edit_bundle: Bundle) 
     assert (
         np.abs(whole.images_BHWC.astype(int) - middle.images_BHWC).mean() < 1
     )  # Lanczos sees beyond the crop
-    assert whole.recipes[0]["source"] != middle.recipes[0]["source"]
+    assert whole.parameters[0]["source"] != middle.parameters[0]["source"]
 
 
 def test_bad_requests_are_said_in_one_line(
@@ -402,8 +403,8 @@ def test_options_that_contradict_leave_nothing(
 def test_a_chain_starts_at_the_image_and_leaves_out_what_is_known(edit_bundle: Bundle) -> None:
     """The chain that TensorRT runs, on ONNX Runtime: the same stages, composed by the names of their tensors."""
     with OneStepPipeline.load(edit_bundle.root, "onnxruntime") as pipe:
-        chain = HostChain(pipe.runners)
-        chained = OneStepPipeline(edit_bundle, "tensorrt", pipe.runners, chain)
+        stages = StagesAsOne(pipe.runners)
+        chained = OneStepPipeline(edit_bundle, "tensorrt", stages)
         expected = pipe.edit(IMAGE_HWC, PROMPT, strength=0.5, seed=SEED).images_BHWC
         for _ in range(2):
             made = chained.edit(IMAGE_HWC, PROMPT, strength=0.5, seed=SEED).images_BHWC
@@ -411,7 +412,7 @@ def test_a_chain_starts_at_the_image_and_leaves_out_what_is_known(edit_bundle: B
         source = edit_source(edit_bundle, 255 - IMAGE_HWC, height=None, width=None)
         on_device = chained.generate_on_device(PROMPT, source=source, seed=SEED)
         np.testing.assert_array_equal(on_device, pipe(PROMPT, source=source, seed=SEED).images_BHWC)
-    assert chain.log == [
+    assert stages.log == [
         (["image", "noise", "step", "tokens"], ("images", "context", "source")),
         (["context", "noise", "source", "step"], ("images",)),
         (["context", "image", "noise", "step"], ("images",)),
@@ -497,16 +498,16 @@ def test_the_commands(
     with OneStepPipeline.load(edit_bundle.root, "onnxruntime") as pipe:
         made = pipe.edit(IMAGE_HWC, PROMPT, strength=0.5, seed=1)
     assert Path("edited/000-seed1.png").read_bytes() == png_bytes(
-        made.images_BHWC[0], made.recipes[0]
+        made.images_BHWC[0], made.parameters[0]
     )
-    recipe = read_recipe(Path("in.png"))
+    recipe = read_parameters(Path("in.png"))
     assert (recipe["task"], recipe["feather"], recipe["source"]) == (
         "inpaint",
         2,
-        made.recipes[0]["source"],
+        made.parameters[0]["source"],
     )
     assert Image.open("large.png").size == (128, 128)
-    assert read_recipe(Path("large.png"))["upscale"] == 4
+    assert read_parameters(Path("large.png"))["upscale"] == 4
 
 
 def run(verb: str, bundle: Bundle, *arguments: str) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from hipa_deploy.train.loop import run as run_module
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
-from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe
 from tests.tiny_model import make_model
 
 

@@ -17,7 +17,7 @@ from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.train import train_adaptor as loop
 from hipa_deploy.train.loop.run import Run, Scalars, batch_rows, learning_rate
 from hipa_deploy.train.model.unet_adaptor import METADATA, WEIGHTS
-from hipa_deploy.train.recipe import OptimiserSettings, Recipe
+from hipa_deploy.train.recipes.recipe import OptimiserSettings, Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 from tests.weights import differences, read_weights
 

@@ -15,7 +15,7 @@ from hipa_deploy.models.decoder_folder import read_decoder_metadata, vae_sha256
 from hipa_deploy.train.loop.run import Run
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.unet_adaptor import one_step_model
-from hipa_deploy.train.recipe import DecoderRecipe, Recipe
+from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 from hipa_deploy.train.train_decoder import (
     HELD_OUT,

@@ -36,7 +36,7 @@ from hipa_deploy.train.data.teacher_pairs import (
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float
 from hipa_deploy.train.model.mixed_precision import in_precision
-from hipa_deploy.train.recipe import Recipe, SourceSettings, source_prompts
+from hipa_deploy.train.recipes.recipe import Recipe, SourceSettings, source_prompts
 
 BLURS = (
     Image.Resampling.BICUBIC,

@@ -13,9 +13,9 @@ from rich.console import Console
 from torch import Tensor
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.prompt_files import read_cells
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.images.read import fit_image, read_image
-from hipa_deploy.train.data.prompt_files import read_cells
 from hipa_deploy.train.data.teacher_pairs import Pairs, Rows, lookup
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.unet_adaptor import without_adaptor

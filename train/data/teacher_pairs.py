@@ -30,7 +30,7 @@ from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.progress_bar import ProgressBar
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.mixed_precision import in_precision
-from hipa_deploy.train.recipe import TeacherSettings
+from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 TABLE_BYTES = 2 << 30
 CHUNK = 16

@@ -19,11 +19,11 @@ from torch import Tensor
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.data.teacher_pairs import teacher_latents
 from hipa_deploy.train.losses.dists import DistsLike
-from hipa_deploy.train.losses.frequency import RADIUS, high_frequency_energy
+from hipa_deploy.train.losses.frequency import high_frequency_energy
 from hipa_deploy.train.losses.lite0 import Lite0
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.unet_adaptor import one_step_model
-from hipa_deploy.train.recipe import TeacherSettings
+from hipa_deploy.train.recipes.recipe import RADIUS, TeacherSettings
 
 CHUNK = 32
 

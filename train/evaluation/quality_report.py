@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.data.prompt_files import read_prompt_file
+from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.train.evaluation.quality import (
     Quality,
     compare,
@@ -18,7 +18,7 @@ from hipa_deploy.train.evaluation.quality import (
     one_step_images,
     teacher_images,
 )
-from hipa_deploy.train.recipe import TeacherSettings
+from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
 FEWER_STEPS, REFERENCE_STEPS = (1, 2, 4, 8), 25

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.losses.frequency import RADIUS, high_pass
+from hipa_deploy.train.losses.frequency import high_pass
 from hipa_deploy.train.model.diffusion_model import to_float, to_uint8
+from hipa_deploy.train.recipes.recipe import RADIUS
 
 
 def radial_power(images_NHWC: np.ndarray) -> np.ndarray:

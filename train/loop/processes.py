@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.recipe import DecoderRecipe, Recipe
+from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
 
 # What `accelerate launch` can ask for beside data parallelism, by the variable that says so.
 UNSUPPORTED = {

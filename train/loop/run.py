@@ -26,7 +26,7 @@ from hipa_deploy.train.loop.progress_bar import ProgressBar
 from hipa_deploy.train.losses.hipa_loss import HipaLoss, Terms
 from hipa_deploy.train.model.mixed_precision import grad_scaler
 from hipa_deploy.train.model.weight_average import Average
-from hipa_deploy.train.recipe import DecoderRecipe, OptimiserSettings, Recipe
+from hipa_deploy.train.recipes.recipe import DecoderRecipe, OptimiserSettings, Recipe
 
 # What may change between two sittings of one run.
 FREE_TO_CHANGE = {

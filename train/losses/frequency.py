@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hipa_deploy.train.recipes.recipe import RADIUS
+
 FLOOR = (
     1e-4  # mean power below which a band counts as empty, a window as flat: a hundredth of white
 )
-RADIUS = 0.2  # of the Nyquist frequency: where the high-pass reaches 1 - exp(-1/2) = 0.39
 
 
 def high_pass(height: int, width: int, radius: float = RADIUS) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch.amp import GradScaler
 
-from hipa_deploy.train.recipe import MixedPrecision
+from hipa_deploy.train.recipes.recipe import MixedPrecision
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Function = TypeVar("Function", bound=Callable[..., Any])

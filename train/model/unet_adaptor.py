@@ -25,7 +25,7 @@ from hipa_deploy.train.model.encoder_adaptor import (
     save_encoder_adaptor,
 )
 from hipa_deploy.train.model.one_step import one_step_latents
-from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe
 
 # The paper's 3.3 M trainable parameters fit one set only: SD 2.x, rank 16, all four attention projections.
 PAPER = ("to_q", "to_k", "to_v", "to_out.0")

@@ -18,7 +18,7 @@ from hipa_deploy.train.prediction.training_cost import (
     measure_steps,
     plan_training,
 )
-from hipa_deploy.train.recipe import Recipe, read_prompts
+from hipa_deploy.train.recipes.recipe import Recipe, read_prompts
 
 # Shares of an A100's FP16 peak that InstaFlow's published rates come to (arXiv 2309.06380: 200 k pairs a day at 25
 # guided steps, 86 k steps a day at batch 4 with LPIPS), with the operations counted as here.

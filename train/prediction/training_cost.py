@@ -32,7 +32,7 @@ from hipa_deploy.train.losses.lite0 import Lite0
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import add_adaptors, trained_parameters, without_adaptor
-from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe
 
 PAIR_NUMBERS_BYTES = 16  # prompt and seed
 ADAMW_BYTES = 8  # two float32 moments a trainable parameter

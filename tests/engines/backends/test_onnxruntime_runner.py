@@ -8,19 +8,21 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from engine_samples import ORIN, SHAPE, conv_spec, save_conv
 
-from hipa_deploy.bundle.manifest import Axis, Bundle, StageSpec, TensorSpec
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import Axis, StageSpec, TensorSpec
 from hipa_deploy.engines.backends import onnxruntime_runner
+from hipa_deploy.engines.backends.available import PROVIDERS
 from hipa_deploy.engines.backends.onnxruntime_runner import (
     BoundSession,
     OnnxRuntimeRunner,
     engine_cache,
     provider_options,
 )
-from hipa_deploy.engines.device.describe import PROVIDERS, find_gpu
+from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.runner import open_runner
+from hipa_deploy.generate.open_stages import open_runner
+from tests.engines.engine_samples import ORIN, SHAPE, conv_spec, save_conv
 
 
 @pytest.fixture
@@ -262,8 +264,8 @@ def test_a_gpu_provider_agrees_with_the_cpu(make_bundle, backend):
 
 def test_the_runtime_path_imports_nothing_heavy():
     code = "import sys, hipa_deploy.engines.backends.onnxruntime_runner, hipa_deploy.engines.store.select, hipa_deploy.engines.tensorrt.tensorrt_runner\n"
-    code += "import hipa_deploy.engines.latency.measure, hipa_deploy.engines.device.describe\n"
-    code += "hipa_deploy.engines.device.describe.describe_device()\n"
+    code += "import hipa_deploy.engines.latency.measure, hipa_deploy.engines.backends.available\n"
+    code += "hipa_deploy.engines.backends.available.describe_device()\n"
     code += "heavy = ('torch', 'onnx', 'diffusers', 'transformers', 'polygraphy')\n"
     code += "sys.exit(', '.join(name for name in heavy if name in sys.modules) or None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -8,17 +8,18 @@ import sys
 
 import numpy as np
 import pytest
-from engine_samples import SHAPE
 
 from hipa_deploy import OneStepPipeline
-from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.commands.options import BackendOption
 from hipa_deploy.doctor.self_check import check_bundle
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner
 from hipa_deploy.engines.backends.openvino_runner import OpenVinoRunner, core, load_openvino
 from hipa_deploy.errors import HipaError, MissingDependencyError
-from hipa_deploy.generate.runner import BACKENDS, open_runner
+from hipa_deploy.generate.open_stages import open_runner
+from hipa_deploy.generate.runner import BACKENDS
+from tests.engines.engine_samples import SHAPE
 
 X = {"x": np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)}
 
@@ -71,8 +72,8 @@ def test_bfloat16_is_refused_where_the_cpu_lacks_it(make_bundle, monkeypatch):
 CTRL_C_AFTER_TWO = """
 import os, signal, sys
 from pathlib import Path
-from hipa_deploy.bundle import Bundle
-from hipa_deploy.engines.openvino_runner import OpenVinoRunner
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.engines.backends.openvino_runner import OpenVinoRunner
 
 bundle = Bundle.open(Path(sys.argv[1]))
 path, spec = bundle.stage_path("unet"), bundle.stages["unet"].spec
@@ -96,7 +97,7 @@ def test_ctrl_c_after_two_runners_that_closed_in_the_order_they_came(make_bundle
 def test_the_pipeline_says_which_backend_it_was():
     pytest.importorskip("openvino")
     with OneStepPipeline.load("emoji", "openvino") as pipe:
-        assert pipe("3d emoji of a red apple").recipes[0]["backend"] == "openvino"
+        assert pipe("3d emoji of a red apple").parameters[0]["backend"] == "openvino"
 
 
 def test_a_closed_runner_and_wrong_inputs_are_refused(make_bundle):

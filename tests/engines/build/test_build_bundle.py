@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
-from engine_samples import RTX_4090
 from polygraphy.backend import trt as polygraphy_trt
 from rich.console import Console
 
@@ -27,11 +26,12 @@ from hipa_deploy.engines.build import worker as build_worker
 from hipa_deploy.engines.build.build_bundle import build_bundle, dry_run, locked
 from hipa_deploy.engines.build.worker import Job
 from hipa_deploy.engines.build.worker_process import run_worker
-from hipa_deploy.engines.device.describe import find_gpu
-from hipa_deploy.engines.store.build_options import BuildOptions
-from hipa_deploy.engines.store.select import read_sidecar
+from hipa_deploy.engines.store.sidecar import read_sidecar
+from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.target import load_target_profile
+from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.errors import HipaError, MissingDependencyError
+from tests.engines.engine_samples import RTX_4090
 
 trt = pytest.importorskip("tensorrt_rtx")
 no_gpu = pytest.mark.skipif(find_gpu() is not None, reason="a GPU is here")
@@ -298,7 +298,7 @@ def test_interrupting_stops_the_worker_and_leaves_nothing(make_bundle, monkeypat
 
 def test_ctrl_c_in_the_terminal_stops_a_whole_build(make_bundle):
     bundle = make_bundle(stages=("unet",))
-    code = "import sys; from pathlib import Path; from hipa_deploy.bundle.manifest import Bundle\n"
+    code = "import sys; from pathlib import Path; from hipa_deploy.bundle.folder import Bundle\n"
     code += "from hipa_deploy.engines.build.build_bundle import build_bundle\n"
     code += "build_bundle(Bundle.open(Path(sys.argv[1])), backend='rtx', target='rtx40')"
     folder = bundle.root / "engines"

@@ -6,12 +6,13 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from engine_samples import ORIN, RTX_4090
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from hipa_deploy.bundle.manifest import Bundle, Cost
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import Cost
+from hipa_deploy.engines.backends.available import Device
 from hipa_deploy.engines.build import memory_plan as plan_module
 from hipa_deploy.engines.build.memory_plan import (
     HOST_BASE_MIB,
@@ -21,9 +22,9 @@ from hipa_deploy.engines.build.memory_plan import (
     plan_build,
     render_plan,
 )
-from hipa_deploy.engines.device.describe import Device
-from hipa_deploy.engines.store.build_options import BuildOptions
+from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.errors import HipaError
+from tests.engines.engine_samples import ORIN, RTX_4090
 
 MIB = 1 << 20
 

@@ -15,7 +15,7 @@ from hipa_deploy.engines.build.worker_process import (
     explain_failure,
     run_worker,
 )
-from hipa_deploy.engines.store.build_options import BuildOptions
+from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.errors import HipaError
 
 pytest.importorskip("tensorrt_rtx")

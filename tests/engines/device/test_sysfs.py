@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from machine_samples import ORIN, THOR, plant
 
 from hipa_deploy.engines.device import sysfs
 from hipa_deploy.engines.device.sysfs import Clock
+from tests.engines.machine_samples import ORIN, THOR, plant
 
 
 def test_orin(tmp_path):

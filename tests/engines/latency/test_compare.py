@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from report_samples import CONDITIONS, READING, STATE, a_report
 from rich.console import Console
 
 from hipa_deploy.commands.app import main
@@ -18,8 +17,9 @@ from hipa_deploy.engines.latency.compare import (
     render_comparison,
     resampled,
 )
-from hipa_deploy.engines.latency.measure import END_TO_END
+from hipa_deploy.engines.latency.report import END_TO_END
 from hipa_deploy.errors import HipaError
+from tests.engines.report_samples import CONDITIONS, READING, STATE, a_report
 
 
 def noisy(centre: float, spread: float = 0.2, runs: int = 50, seed: int = 1) -> list[float]:

@@ -6,12 +6,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_samples import CONDITIONS, a_report
 
 from hipa_deploy.commands.app import main
 from hipa_deploy.engines.latency.html_page import render_page
 from hipa_deploy.engines.latency.layer_times import LayerTime
-from hipa_deploy.engines.latency.measure import LatencyReport
+from hipa_deploy.engines.latency.report import LatencyReport
+from tests.engines.report_samples import CONDITIONS, a_report
 
 VOID = {"meta"}
 

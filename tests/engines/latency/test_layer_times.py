@@ -17,6 +17,7 @@ from hipa_deploy.engines.latency.layer_times import (
 )
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.pipeline import OneStepPipeline
+from hipa_deploy.generate.stages import HostStages
 
 PROMPT = "3d emoji of a red apple"
 
@@ -65,7 +66,9 @@ def test_a_runner_that_profiles_itself_is_asked(pipeline):
             return [("conv", 100.0 if self.calls == 1 else 1.0), ("conv", 3.0)]
 
     runners = {name: Profiling(runner) for name, runner in pipeline.runners.items()}
-    found = profile_layers(OneStepPipeline(pipeline.bundle, "rtx", runners), PROMPT)
+    found = profile_layers(
+        OneStepPipeline(pipeline.bundle, "rtx", HostStages("rtx", runners)), PROMPT
+    )
     assert found["unet"] == (
         LayerTime(name="conv", op=None, ms=3.0, percent=75.0),
         LayerTime(name="conv", op=None, ms=1.0, percent=25.0),

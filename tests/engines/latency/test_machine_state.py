@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from machine_samples import ORIN, plant
 
 from hipa_deploy.engines.device.sysfs import Clock
 from hipa_deploy.engines.latency import machine_state as conditions
 from hipa_deploy.engines.latency.machine_state import Machine, MachineState, Reading, state_warnings
+from tests.engines.machine_samples import ORIN, plant
 
 
 @pytest.fixture(autouse=True)

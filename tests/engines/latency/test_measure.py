@@ -11,20 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from machine_samples import ORIN, plant
 from rich.console import Console
 
 from hipa_deploy.bundle.manifest import ModelInfo
-from hipa_deploy.engines.latency.measure import (
-    END_TO_END,
-    LatencyReport,
-    drift_warnings,
-    profile_pipeline,
-    read_report,
-    summarise,
-)
+from hipa_deploy.engines.latency.measure import drift_warnings, profile_pipeline, summarise
+from hipa_deploy.engines.latency.report import END_TO_END, LatencyReport, read_report
 from hipa_deploy.engines.latency.table import render_table
 from hipa_deploy.errors import HipaError
+from tests.engines.machine_samples import ORIN, plant
 
 QUIET = Console(file=io.StringIO())
 

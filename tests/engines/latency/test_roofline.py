@@ -7,23 +7,20 @@ import shutil
 from pathlib import Path
 
 import pytest
-from engine_samples import ORIN, RTX_4090
 from rich.console import Console
 
-from hipa_deploy.bundle.manifest import MANIFEST, Bundle, Cost
+from hipa_deploy.bundle.folder import MANIFEST, Bundle
+from hipa_deploy.bundle.manifest import Cost
 from hipa_deploy.commands.app import main
 from hipa_deploy.embedded import BUNDLE
-from hipa_deploy.engines.device.describe import Device, Gpu
-from hipa_deploy.engines.latency.measure import Conditions, LatencyReport, LatencyStats
-from hipa_deploy.engines.latency.roofline import (
-    peak_of,
-    predict_roofline,
-    render_roofline,
-    with_own_roofline,
-    with_roofline,
-)
+from hipa_deploy.engines.backends.available import Device
+from hipa_deploy.engines.latency.report import Conditions, LatencyReport, LatencyStats
+from hipa_deploy.engines.latency.roofline import peak_of, predict_roofline, render_roofline
+from hipa_deploy.engines.latency.with_roofline import with_own_roofline, with_roofline
 from hipa_deploy.engines.targets.target import load_target_profile, target_names
+from hipa_deploy.engines.tensorrt.gpu import Gpu
 from hipa_deploy.errors import HipaError
+from tests.engines.engine_samples import ORIN, RTX_4090
 
 COSTS = {
     "unet": Cost(flops=34_000_000_000, weight_bytes=40_000_000, io_bytes=800_000),

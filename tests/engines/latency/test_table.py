@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from report_samples import CONDITIONS, READING, STATE, a_report
 
 from hipa_deploy.commands.app import main
 from hipa_deploy.engines.device.sysfs import Clock
 from hipa_deploy.engines.latency.measure import summarise
 from hipa_deploy.engines.latency.table import device_name, markdown_table, state_facts
+from tests.engines.report_samples import CONDITIONS, READING, STATE, a_report
 
 
 def cells(line: str) -> list[str]:
@@ -40,7 +40,7 @@ def test_a_row_a_report_with_all_stages_and_numbered_notes():
 
 def test_a_report_of_schema_1_has_a_row_too():
     old = json.loads((Path(__file__).parents[1] / "latency-schema-1.json").read_text())
-    from hipa_deploy.engines.latency.measure import LatencyReport
+    from hipa_deploy.engines.latency.report import LatencyReport
 
     row = markdown_table([LatencyReport.model_validate(old)]).splitlines()[2]
     assert "unknown" in cells(row)

@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from engine_samples import ORIN, RTX_4090, put_engine
 
 from hipa_deploy.doctor.examine import examine, render
 from hipa_deploy.engines.store import diagnose as diagnose_module
-from hipa_deploy.engines.store.build_options import BuildOptions
 from hipa_deploy.engines.store.diagnose import UNKNOWN, diagnose, is_engine
-from hipa_deploy.engines.store.select import engine_path
+from hipa_deploy.engines.store.sidecar import engine_path
+from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.errors import HipaError
+from tests.engines.engine_samples import ORIN, RTX_4090, put_engine
 
 
 @pytest.fixture

@@ -6,24 +6,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine_samples import CONTENT, ORIN, RTX_4090, put_engine, write_bundle
 
 from hipa_deploy.bundle.manifest import Axis
 from hipa_deploy.engines.store import select as engine_module
+from hipa_deploy.engines.store.engine_key import EngineKey, differences, key_for
 from hipa_deploy.engines.store.select import (
     BuildOptions,
-    EngineKey,
-    differences,
-    engine_path,
-    key_for,
     open_engine,
-    read_sidecar,
     runnable_flavour,
     select_engine,
 )
+from hipa_deploy.engines.store.sidecar import engine_path, read_sidecar
 from hipa_deploy.engines.targets.target import Target
 from hipa_deploy.engines.tensorrt.library import load_tensorrt
 from hipa_deploy.errors import HipaError, MissingDependencyError
+from tests.engines.engine_samples import CONTENT, ORIN, RTX_4090, put_engine, write_bundle
 
 CHANGES = {
     "onnx_sha256": "0" * 64,

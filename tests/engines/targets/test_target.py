@@ -3,10 +3,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from engine_samples import ORIN, RTX_4090
 
 from hipa_deploy.engines.targets.target import load_target_profile, resolve_target, target_names
 from hipa_deploy.errors import HipaError
+from tests.engines.engine_samples import ORIN, RTX_4090
 
 RTX = SimpleNamespace(
     __version__="1.7",

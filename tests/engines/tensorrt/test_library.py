@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from hipa_deploy.engines.device import describe as device
 from hipa_deploy.engines.tensorrt import cuda
 from hipa_deploy.engines.tensorrt.library import load_tensorrt, missing
 from hipa_deploy.errors import HipaError
+from tests.engines.machine_samples import imitate_files
 
 JETPACK_6 = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic"
 JETPACK_7 = "# R38 (release), REVISION: 2.0, GCID: 41844464, BOARD: generic"
@@ -18,9 +18,7 @@ JETPACK_7 = "# R38 (release), REVISION: 2.0, GCID: 41844464, BOARD: generic"
 @pytest.fixture
 def on_release(monkeypatch):
     def set_release(text):
-        monkeypatch.setattr(
-            device, "_read", lambda path: text if path == "/etc/nv_tegra_release" else None
-        )
+        imitate_files(monkeypatch, lambda path: text if path == "/etc/nv_tegra_release" else None)
 
     return set_release
 

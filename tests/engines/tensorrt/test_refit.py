@@ -25,12 +25,12 @@ from hipa_deploy.bundle.adaptor_swap import (
     SwapManifest,
     refittable_weights,
 )
-from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.onnx_weights import read_initializers
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner
-from hipa_deploy.engines.device.describe import find_gpu
 from hipa_deploy.engines.tensorrt import refit
+from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.engines.tensorrt.library import (
     FLAVOURS,
     recording_logger,
@@ -39,6 +39,7 @@ from hipa_deploy.engines.tensorrt.library import (
 from hipa_deploy.engines.tensorrt.refit import RefitFailedError, refit_engine, refuse_faulty
 from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.stages import HostStages
 from hipa_deploy.hashing import file_sha256
 from tests.network_samples import network_weights, parse
 from tests.swap_samples import scaled_weights, write_swap
@@ -238,7 +239,7 @@ def engine_pipe(tmp_path: Path) -> OneStepPipeline:
     files = manifest.files | {REFERENCE: file_sha256(night / REFERENCE)}
     (night / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json())
     runner = FakeRunner(bundle.stages["unet"].spec, FakeEngine(UNET), latents)
-    return OneStepPipeline(bundle, "tensorrt", {"unet": runner})
+    return OneStepPipeline(bundle, "tensorrt", HostStages("tensorrt", {"unet": runner}))
 
 
 def test_a_pipeline_on_engines_there_and_back(engine_pipe: OneStepPipeline) -> None:

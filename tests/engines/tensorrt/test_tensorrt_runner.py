@@ -7,15 +7,15 @@ import weakref
 
 import numpy as np
 import pytest
-from fake_gpu import FakeCudart, FakeEngine, FakeGpu
 
 from hipa_deploy.bundle.manifest import Axis, StageSpec, TensorSpec
-from hipa_deploy.engines.device.describe import find_gpu
 from hipa_deploy.engines.tensorrt import tensorrt_runner as runtime
 from hipa_deploy.engines.tensorrt.cuda import load_cudart
 from hipa_deploy.engines.tensorrt.engine_stage import deserialise, layer_profiler
+from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner, sequence_spec
 from hipa_deploy.errors import HipaError
+from tests.engines.fake_gpu import FakeCudart, FakeEngine, FakeGpu
 
 
 def tensor(name: str, dtype: str, *shape: int | str) -> TensorSpec:
@@ -140,7 +140,7 @@ def test_an_engine_is_changed_while_idle_and_its_graph_captured_anew(fake):
         engine.compute = lambda noise, context: {"latents": noise - context}
 
     with fake() as runner:
-        runner.run_device(**INPUTS)
+        runner.run_on_device(INPUTS)
         runner.stage("unet").change_engine(change)
         before = len(fake.gpu.cudart.log)
         assert runner(**INPUTS)["images"].tolist() == [[9, 17, 25]]
@@ -176,7 +176,7 @@ def test_where_memory_is_shared_nothing_is_copied(fake):
 
 def test_outputs_can_stay_on_the_device(fake):
     with fake() as runner:
-        array = runner.run_device(**INPUTS)["images"]
+        array = runner.run_on_device(INPUTS)["images"]
         told = array.__cuda_array_interface__
         assert (told["shape"], told["typestr"], told["version"], told["stream"]) == (
             (1, 3),
@@ -188,7 +188,7 @@ def test_outputs_can_stay_on_the_device(fake):
         assert memory.kind == "device"
         array.wait()
         assert list(memory.raw) == IMAGE[0]
-        other = runner.run_device(**{**INPUTS, "noise": np.zeros((1, 3), np.float32)})["images"]
+        other = runner.run_on_device({**INPUTS, "noise": np.zeros((1, 3), np.float32)})["images"]
         with pytest.raises(HipaError, match="stale"):
             array.__cuda_array_interface__  # noqa: B018
         assert other.__dlpack_device__() == (2, 0)

@@ -24,10 +24,12 @@ from hipa_deploy.bundle.adaptor_swap import (
     read_weight_map,
     refittable_weights,
 )
-from hipa_deploy.bundle.manifest import Bundle, StageSpec, TensorSpec
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import StageSpec, TensorSpec
 from hipa_deploy.bundle.onnx_weights import read_initializers, skeleton_sha256
 from hipa_deploy.embedded import ADAPTOR, BUNDLE, MODEL
-from hipa_deploy.export.export_bundle import ExportOptions, export_bundle
+from hipa_deploy.export.export_bundle import export_bundle
+from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.modules import TinyDecoder
 from hipa_deploy.export.graph.to_onnx import export_stage
 from hipa_deploy.export.graph.weight_map import LAYOUTS

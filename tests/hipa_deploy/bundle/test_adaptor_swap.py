@@ -24,13 +24,13 @@ from hipa_deploy.bundle.adaptor_swap import (
     read_weight_map,
     refittable_weights,
 )
-from hipa_deploy.bundle.manifest import MANIFEST as BUNDLE_MANIFEST
-from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.bundle.folder import MANIFEST as BUNDLE_MANIFEST
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.onnx_weights import read_initializers
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
-from hipa_deploy.images.png import read_recipe
+from hipa_deploy.images.png import read_parameters
 from tests.swap_samples import scaled_weights, write_swap
 
 APPLE = "3d emoji of a red apple"
@@ -110,11 +110,11 @@ def rehash(root: Path) -> None:
 
 def test_the_recipe_names_the_adaptor(bundle: Bundle) -> None:
     with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
-        own = pipe(APPLE).recipes[0]
+        own = pipe(APPLE).parameters[0]
         pipe.swap_adaptor("night")
-        swapped = pipe(APPLE).recipes[0]
+        swapped = pipe(APPLE).parameters[0]
         pipe.swap_adaptor(None)
-        assert pipe(APPLE).recipes[0] == own
+        assert pipe(APPLE).parameters[0] == own
     assert {key for key in own if own[key] != swapped[key]} == {"adaptor", "unet"}
     assert swapped["adaptor"] == "1" * 64
 
@@ -133,7 +133,7 @@ def test_command(bundle: Bundle, tmp_path: Path) -> None:
         "a.png",
     ]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    assert read_recipe(tmp_path / "a.png")["adaptor"] == "1" * 64
+    assert read_parameters(tmp_path / "a.png")["adaptor"] == "1" * 64
 
 
 def test_a_folder_elsewhere(bundle: Bundle, tmp_path: Path) -> None:

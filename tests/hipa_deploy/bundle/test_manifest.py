@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hipa_deploy.bundle.manifest import MANIFEST, Bundle
+from hipa_deploy.bundle.folder import MANIFEST, Bundle
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.errors import HipaError
 

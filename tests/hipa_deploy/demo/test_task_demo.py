@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from hipa_deploy.bundle.manifest import Bundle
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.demo import task_demo as demo_tasks
 from hipa_deploy.demo import training_demo as demo
 from hipa_deploy.errors import HipaError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hipa_deploy import OneStepPipeline, embedded
-from hipa_deploy.bundle.manifest import MANIFEST, Bundle
+from hipa_deploy.bundle.folder import MANIFEST, Bundle
 from hipa_deploy.commands.app import main
 from hipa_deploy.doctor.self_check import (
     REFERENCE_PROMPTS,

@@ -10,7 +10,7 @@ from hipa_deploy.commands.app import main
 from hipa_deploy.doctor import self_test as selftest
 from hipa_deploy.doctor.self_check import check_pipeline
 from hipa_deploy.doctor.self_test import SelfTest, describe
-from hipa_deploy.engines.device.describe import find_gpu
+from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.errors import HipaError
 
 
@@ -43,7 +43,7 @@ def test_it_builds_runs_and_writes_a_report_that_a_program_can_read(
 @pytest.fixture
 def only_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     """No build, one backend."""
-    from hipa_deploy.engines.device import describe as device
+    from hipa_deploy.engines.backends import available as device
 
     def unusable(flavour: str, gpu: object) -> device.Backend:
         return device.Backend(name=flavour, version=None, usable=False, remedy="not here")
@@ -66,7 +66,7 @@ def test_a_step_that_breaks_is_told_by_its_last_line_and_the_rest_goes_on(
     assert stopped.value.code == 1
     assert steps["run onnxruntime"]["outcome"] == "failed"
     assert steps["run onnxruntime"]["detail"].startswith(
-        "ZeroDivisionError: a bug (test_selftest.py:"
+        "ZeroDivisionError: a bug (test_self_test.py:"
     )
     assert steps["build rtx"] | {"seconds": 0} == {
         "name": "build rtx", "outcome": "skipped", "detail": "not here", "seconds": 0, "figures": {}, "notes": [],

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.noise import initial_noise, predict_x0
+from hipa_deploy.generate.noise import initial_noise
+from hipa_deploy.generate.x0 import predict_x0
 
 ALPHA_BAR = 0.0046601
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.errors import HipaError
-from hipa_deploy.images.png import read_recipe, save_png
-from tests.host_chain import HostChain
+from hipa_deploy.images.png import read_parameters, save_png
+from tests.stages_as_one import StagesAsOne
 
 APPLE = "3d emoji of a red apple"
 
@@ -76,14 +76,14 @@ def test_command_and_python_give_the_same_bytes(pipe: OneStepPipeline, tmp_path:
         command = [script, "emoji", APPLE, "--seed", "3", "--backend", "onnxruntime", "--out", name]
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     result = pipe(APPLE, seed=3)
-    save_png(tmp_path / "c.png", result.images_BHWC[0], result.recipes[0])
+    save_png(tmp_path / "c.png", result.images_BHWC[0], result.parameters[0])
     assert len({(tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png")}) == 1
 
 
 def test_the_recipe_reproduces_the_image(pipe: OneStepPipeline, tmp_path: Path) -> None:
     result = pipe(APPLE, seed=11)
-    save_png(tmp_path / "x.png", result.images_BHWC[0], result.recipes[0])
-    recipe = read_recipe(tmp_path / "x.png")
+    save_png(tmp_path / "x.png", result.images_BHWC[0], result.parameters[0])
+    recipe = read_parameters(tmp_path / "x.png")
     again = pipe(recipe["prompt"], seed=recipe["seed"])
     np.testing.assert_array_equal(again.images_BHWC, result.images_BHWC)
 
@@ -101,15 +101,15 @@ def test_stages_are_timed(pipe: OneStepPipeline) -> None:
     ]  # the text is cached
 
 
-def test_a_chain_gets_noise_and_text_and_gives_images(pipe: OneStepPipeline) -> None:
-    chain = HostChain(pipe.runners)
-    chained = OneStepPipeline(pipe.bundle, "tensorrt", pipe.runners, chain)
+def test_stages_that_run_as_one_get_noise_and_text_and_give_images(pipe: OneStepPipeline) -> None:
+    stages = StagesAsOne(pipe.runners)
+    chained = OneStepPipeline(pipe.bundle, "tensorrt", stages)
     seen: list[str] = []
     for _ in range(2):
         made = chained(APPLE, seed=3, timer=lambda stage: nullcontext(seen.append(stage)))
         np.testing.assert_array_equal(made.images_BHWC, pipe(APPLE, seed=3).images_BHWC)
     assert seen == ["pipeline", "pipeline"]
-    assert chain.log == [
+    assert stages.log == [
         (["noise", "tokens"], ("images", "context")),
         (["context", "noise"], ("images",)),
     ]

@@ -1,4 +1,3 @@
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,9 @@ def bake(folder: Path, prompts: list[str], contexts: int) -> BakedPrompts:
 
 def test_baked_contexts_are_looked_up(tmp_path: Path) -> None:
     source = bake(tmp_path, ["a cat", "a dog"], 2)
-    context_BLD = source.contexts(
-        source.prepare(["a dog", "a cat", "a dog"], truncate=False), nullcontext
-    )
+    feed = source.feed(source.prepare(["a dog", "a cat", "a dog"], truncate=False))
+    assert list(feed) == ["context"]
+    context_BLD = feed["context"]
     assert context_BLD.dtype == np.float16
     assert context_BLD[:, 0, 0].tolist() == [6, 0, 6]
 
@@ -65,16 +64,12 @@ def test_a_missing_set(tmp_path: Path) -> None:
 
 
 def test_contexts_are_remembered_and_forgotten() -> None:
-    runs: list[np.ndarray] = []
-
-    def run(tokens_BL: np.ndarray) -> np.ndarray:
-        runs.append(tokens_BL)
-        return tokens_BL.astype(np.float32)
-
-    source = EncodedPrompts(None, run)  # type: ignore[arg-type]  # contexts() needs no tokenizer
-    for number in (*range(CACHED_BATCHES), 0):
-        source.contexts([np.asarray([number])], nullcontext)
-    assert len(runs) == CACHED_BATCHES
-    source.contexts([np.asarray([-1])], nullcontext)  # pushes out 0
-    source.contexts([np.asarray([0])], nullcontext)
-    assert len(runs) == CACHED_BATCHES + 2
+    source = EncodedPrompts(None)  # type: ignore[arg-type]  # feed and keep need no tokenizer
+    batches = [[np.asarray([number])] for number in range(CACHED_BATCHES + 1)]
+    for batch in batches[:-1]:
+        assert list(source.feed(batch)) == ["tokens"]
+        source.keep(batch, np.stack(batch).astype(np.float32))
+    assert all(source.feed(batch)["context"] == batch[0] for batch in batches[:-1])
+    source.keep(batches[-1], np.zeros((1, 1), np.float32))  # pushes out the first
+    assert list(source.feed(batches[0])) == ["tokens"]
+    assert list(source.feed(batches[1])) == ["context"]

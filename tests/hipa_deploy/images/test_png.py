@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.images.png import grid, png_bytes, read_recipe, save_png
+from hipa_deploy.images.png import grid, png_bytes, read_parameters, save_png
 
 IMAGE = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 
@@ -16,7 +16,7 @@ IMAGE = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 def test_recipe_survives_any_prompt(tmp_path_factory: pytest.TempPathFactory, prompt: str) -> None:
     path = tmp_path_factory.mktemp("png") / "x.png"
     save_png(path, IMAGE, {"prompt": prompt, "seed": 0})
-    assert read_recipe(path) == {"prompt": prompt, "seed": 0}
+    assert read_parameters(path) == {"prompt": prompt, "seed": 0}
     np.testing.assert_array_equal(np.asarray(Image.open(path)), IMAGE)
 
 
@@ -27,13 +27,13 @@ def test_same_input_same_bytes() -> None:
 def test_png_without_a_recipe(tmp_path: Path) -> None:
     Image.fromarray(IMAGE).save(tmp_path / "x.png")
     with pytest.raises(HipaError, match="no recipe"):
-        read_recipe(tmp_path / "x.png")
+        read_parameters(tmp_path / "x.png")
 
 
 def test_not_an_image(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("text")
     with pytest.raises(HipaError, match="cannot be read"):
-        read_recipe(tmp_path / "x.png")
+        read_parameters(tmp_path / "x.png")
 
 
 def test_grid_places_columns_side_by_side() -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hipa_deploy.bundle.manifest import Bundle, Strength
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import Strength
 from hipa_deploy.embedded import BUNDLE
+from hipa_deploy.images.compositing import hide_hole
 from hipa_deploy.images.example_source import (
     example_image,
     example_inputs,
@@ -16,7 +18,6 @@ from hipa_deploy.images.example_source import (
     example_source,
 )
 from hipa_deploy.images.png import enlarge
-from hipa_deploy.images.read import hide_hole
 from hipa_deploy.images.source import (
     EncodedImages,
     Source,

@@ -11,13 +11,13 @@ from rich.console import Console
 
 from hipa_deploy.embedded import MODEL
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.images.compositing import latent_mask
+from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.train.data.examples import Examples, edit_starts, related_prompts, task_examples
-from hipa_deploy.train.data.prompt_files import read_prompt_file
 from hipa_deploy.train.data.teacher_pairs import teacher_latents
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float
-from hipa_deploy.train.model.unet_adaptor import read_metadata
-from hipa_deploy.train.recipe import Recipe, SourceSettings, read_prompts
+from hipa_deploy.train.recipes.recipe import Recipe, SourceSettings, read_prompts
 from hipa_deploy.train.train_adaptor import train_adaptor
 from tests.tiny_model import make_model
 

@@ -19,7 +19,7 @@ from hipa_deploy.train.data.teacher_pairs import (
 )
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
-from hipa_deploy.train.recipe import TeacherSettings
+from hipa_deploy.train.recipes.recipe import TeacherSettings
 from tests.tiny_model import PROMPTS
 
 TEACHER = TeacherSettings(steps=3, guidance=4.0, pairs=6, batch=4, dtype="float32")

@@ -18,7 +18,7 @@ from hipa_deploy.train.evaluation.quality import (
     teacher_images,
 )
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
-from hipa_deploy.train.recipe import Recipe, TeacherSettings
+from hipa_deploy.train.recipes.recipe import Recipe, TeacherSettings
 from hipa_deploy.train.train_adaptor import train_adaptor
 from tests.tiny_model import PROMPTS
 

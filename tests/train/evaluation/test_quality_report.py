@@ -21,7 +21,7 @@ from hipa_deploy.train.evaluation.quality_report import (
     teacher_row,
     write_report,
 )
-from hipa_deploy.train.recipe import TeacherSettings
+from hipa_deploy.train.recipes.recipe import TeacherSettings
 from tests.tiny_model import PROMPTS
 
 TEACHER = TeacherSettings(steps=25, guidance=5.0, pairs=1)

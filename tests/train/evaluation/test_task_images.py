@@ -13,7 +13,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.train.evaluation.quality import one_step_images
 from hipa_deploy.train.evaluation.task_images import one_step_task_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
-from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 
 PROMPTS, SEEDS = ["a red apple", "a boat"], [3, 4]

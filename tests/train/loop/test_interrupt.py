@@ -10,7 +10,7 @@ from hipa_deploy.train.loop.interrupt import interruptible
 
 PREAMBLE = """
 import os, signal
-from hipa_deploy.train.interrupt import interruptible
+from hipa_deploy.train.loop.interrupt import interruptible
 
 def press(number):
     os.kill(os.getpid(), number)

@@ -21,7 +21,7 @@ from hipa_deploy.models.adaptor_folder import WEIGHTS
 from hipa_deploy.train.data.teacher_pairs import teacher_pairs
 from hipa_deploy.train.loop.processes import Processes, parting
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
-from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 from tests.tiny_model import PROMPTS
 

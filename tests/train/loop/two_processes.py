@@ -18,7 +18,7 @@ from rich.console import Console
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.data import teacher_pairs as pairs
 from hipa_deploy.train.loop import run
-from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 
 model, cache, work = (Path(argument) for argument in sys.argv[1:4])

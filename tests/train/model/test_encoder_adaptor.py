@@ -38,7 +38,7 @@ from hipa_deploy.train.model.unet_adaptor import (
     without_adaptor,
 )
 from hipa_deploy.train.prediction.training_cost import plan_training
-from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 from tests.weights import differences, read_weights
 

@@ -16,7 +16,7 @@ from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.mixed_precision import DTYPES, in_precision
 from hipa_deploy.train.model.one_step import predict_x0
 from hipa_deploy.train.model.unet_adaptor import WEIGHTS
-from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.prediction import dry_run
-from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -18,7 +18,7 @@ from hipa_deploy.train.prediction.training_cost import (
     plan_training,
     unloaded_model,
 )
-from hipa_deploy.train.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe
 from tests.tiny_model import make_model
 
 plan_once = cache(plan_training)

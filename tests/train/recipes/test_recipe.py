@@ -8,7 +8,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.data.teacher_pairs import teacher_scheduler
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
-from hipa_deploy.train.recipe import (
+from hipa_deploy.train.recipes.recipe import (
     SHIPPED,
     DecoderRecipe,
     Recipe,

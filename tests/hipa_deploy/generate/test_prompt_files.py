@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hipa_deploy.errors import HipaError, MissingDependencyError
-from hipa_deploy.train.data.prompt_files import read_prompt_file
+from hipa_deploy.generate.prompt_files import read_prompt_file
 
 CATS = ["a cat, sitting", "a dog"]
 

@@ -11,16 +11,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.tasks import Task
-from hipa_deploy.train.data.prompt_files import read_prompt_file
-from hipa_deploy.train.losses.frequency import RADIUS
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-SHIPPED = Path(__file__).parent / "recipes"
+SHIPPED = Path(__file__).parent
+RADIUS = 0.2  # of the Nyquist frequency: where the high-pass reaches 1 - exp(-1/2) = 0.39
 MODEL_PREFIX = "model:"
 MixedPrecision = Literal["no", "bf16", "fp16"]
 

@@ -1,0 +1,128 @@
+"""What this machine is and which backends it can run. Pure data; nothing here raises."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import re
+
+from hipa_deploy.engines.device.jetson import jetson_model, l4t_release
+from hipa_deploy.engines.device.machine import cpu_name, field_mib, os_name, read_text, usable_cores
+from hipa_deploy.engines.tensorrt.cuda import load_cudart
+from hipa_deploy.engines.tensorrt.gpu import Gpu, find_gpu
+from hipa_deploy.engines.tensorrt.library import FLAVOURS, Flavour, load_tensorrt
+from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.record import Record
+
+INSTALL_ONNXRUNTIME = "pip install onnxruntime"
+INSTALL_ONNXRUNTIME_GPU = "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
+PROVIDERS = {
+    "onnxruntime": "CPUExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
+
+
+class Backend(Record):
+    """A backend: installed or not, usable here or not, and what to do about it."""
+
+    name: str
+    version: str | None
+    usable: bool
+    remedy: str | None
+
+
+class Device(Record):
+    """This machine. ``memory_mib`` is all of the host's memory, shared with the GPU on Jetson."""
+
+    cpu: str
+    cores: int
+    memory_mib: int | None
+    os: str
+    arch: str
+    python: str
+    gpu: Gpu | None
+    jetson: str | None
+    l4t: str | None
+    backends: tuple[Backend, ...]
+
+
+def describe_device() -> Device:
+    """Look at this machine: processor, memory, GPU, Jetson release and backends. Never raises."""
+    gpu = find_gpu()
+    return Device(
+        cpu=cpu_name(),
+        cores=usable_cores(),
+        memory_mib=field_mib("/proc/meminfo", "MemTotal"),
+        os=os_name(),
+        arch=platform.machine(),
+        python=platform.python_version(),
+        gpu=gpu,
+        jetson=jetson_model(),
+        l4t=l4t_release(),
+        backends=(
+            *_onnxruntime_backends(gpu),
+            *_openvino_backends(),
+            *(_engine_backend(flavour, gpu) for flavour in FLAVOURS),
+        ),
+    )
+
+
+def _onnxruntime_backends(gpu: Gpu | None) -> list[Backend]:
+    try:
+        onnxruntime = importlib.import_module("onnxruntime")
+        version, available = onnxruntime.__version__, onnxruntime.get_available_providers()
+    except (ImportError, OSError, AttributeError):
+        version, available = None, []
+    return [
+        _onnxruntime_backend(name, version, provider in available, gpu)
+        for name, provider in PROVIDERS.items()
+    ]
+
+
+def _onnxruntime_backend(
+    name: str, version: str | None, installed: bool, gpu: Gpu | None
+) -> Backend:
+    if not installed:
+        remedy = INSTALL_ONNXRUNTIME if name == "onnxruntime" else INSTALL_ONNXRUNTIME_GPU
+        return Backend(name=name, version=None, usable=False, remedy=f"Run: {remedy}")
+    usable = name == "onnxruntime" or gpu is not None
+    return Backend(name=name, version=version, usable=usable, remedy=None if usable else _NO_GPU)
+
+
+def _openvino_backends() -> list[Backend]:
+    """By its metadata and the processor's flags: loading OpenVINO would cost every profile its time and memory."""
+    try:
+        version = importlib.metadata.version("openvino")
+    except importlib.metadata.PackageNotFoundError:
+        absent = str(MissingDependencyError("openvino", "openvino"))
+        return [
+            Backend(name=name, version=None, usable=False, remedy=absent)
+            for name in ("openvino", "openvino-bf16")
+        ]
+    bf16 = re.search(_BF16_FLAGS, read_text("/proc/cpuinfo") or "") is not None
+    return [
+        Backend(name="openvino", version=version, usable=True, remedy=None),
+        Backend(
+            name="openvino-bf16", version=version, usable=bf16, remedy=None if bf16 else NO_BF16
+        ),
+    ]
+
+
+def _engine_backend(flavour: Flavour, gpu: Gpu | None) -> Backend:
+    try:
+        version = load_tensorrt(flavour).__version__
+        load_cudart(flavour)
+    except HipaError as error:
+        return Backend(name=flavour, version=None, usable=False, remedy=str(error))
+    return Backend(
+        name=flavour, version=version, usable=gpu is not None, remedy=None if gpu else _NO_GPU
+    )
+
+
+NO_BF16 = "This CPU has no bfloat16 arithmetic. Use --backend openvino."
+_BF16_FLAGS = (
+    r"\b(avx512_bf16|amx_bf16|avx_ne_convert)\b"  # with which OpenVINO multiplies bfloat16
+)
+_NO_GPU = "No NVIDIA GPU with a driver answers on this machine."

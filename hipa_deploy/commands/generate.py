@@ -1,0 +1,53 @@
+"""``hipa-generate``: images from prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hipa_deploy.commands.options import (
+    AdaptorOption,
+    BackendOption,
+    BundleArgument,
+    CountOption,
+    HeightOption,
+    OutOption,
+    PromptsArgument,
+    SeedOption,
+    TruncateOption,
+    WidthOption,
+    console,
+    image_paths,
+    write_images,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def generate(
+    bundle: BundleArgument,
+    prompts: PromptsArgument,
+    out: OutOption = Path("image.png"),
+    seed: SeedOption = 0,
+    count: CountOption = 1,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    adaptor: AdaptorOption = None,
+    backend: BackendOption = "auto",
+    truncate: TruncateOption = False,
+) -> None:
+    """Generate images whose PNG metadata can reproduce them."""
+    from hipa_deploy.generate.pipeline import OneStepPipeline, check_count
+
+    check_count(len(prompts), count)
+    paths = image_paths(out, len(prompts), count, seed)
+    with console.status("loading"):
+        pipe = OneStepPipeline.load(bundle, backend)
+    with pipe:
+        if adaptor is not None:
+            pipe.swap_adaptor(adaptor)
+        batches = pipe.stream(
+            prompts, seed=seed, count=count, height=height, width=width, truncate=truncate
+        )
+        write_images(batches, paths)

@@ -1,0 +1,63 @@
+"""Load a bundle's stages on a backend. The one place that knows the backends."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.generate.runner import ENGINE_BACKENDS, Runner
+from hipa_deploy.generate.stages import Stages, host_stages
+
+
+def resolve_backend(backend: str, bundle: Bundle) -> str:
+    """Turn 'auto' into a backend's name: an engine that is built for this device, else ONNX Runtime on the CPU."""
+    if backend != "auto":
+        return backend
+    from hipa_deploy.engines.store.select import runnable_flavour
+
+    return runnable_flavour(bundle) or "onnxruntime"
+
+
+def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
+    """Load one stage on one backend (not 'auto').
+
+    Raises:
+        HipaError: the backend is not installed, or no engine fits this device; the message says what to run.
+
+    """
+    if backend.startswith("openvino"):
+        from hipa_deploy.engines.backends.openvino_runner import OpenVinoRunner
+
+        return OpenVinoRunner(bundle.stage_path(stage), bundle.stages[stage].spec, backend)
+    if backend.startswith("onnxruntime"):
+        from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
+
+        cache = engine_cache(bundle, stage) if backend == "onnxruntime-tensorrt" else None
+        return OnnxRuntimeRunner(
+            bundle.stage_path(stage), bundle.stages[stage].spec, backend, cache=cache
+        )
+    from hipa_deploy.engines.store.select import open_engine
+
+    return open_engine(bundle, stage, backend)
+
+
+def open_stages(bundle: Bundle, backend: str) -> Stages:
+    """Load every stage on one backend (not 'auto').
+
+    TensorRT runs the stages of the onestep layout as one CUDA graph. The generic layout has
+    arithmetic of ours between its stages, so there the host hands tensors over on every backend.
+
+    Raises:
+        HipaError: as ``open_runner`` does. Stages that were loaded are released.
+
+    """
+    if backend in ENGINE_BACKENDS and bundle.manifest.layout == "onestep":
+        from hipa_deploy.engines.store.select import open_engines
+
+        return open_engines(bundle, bundle.stages, backend)
+    with ExitStack() as opened:
+        runners = {}
+        for stage in bundle.stages:
+            runners[stage] = opened.enter_context(open_runner(bundle, stage, backend))
+        opened.pop_all()  # all are loaded, so the stages own them now
+    return host_stages(bundle, backend, runners)
