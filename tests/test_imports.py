@@ -151,7 +151,9 @@ def stage(module: str) -> str | None:
 
 
 def edges() -> list[tuple[str, str]]:
-    return [(name, other) for name, path in MODULES.items() for other in imported(path) - {name}]
+    return [
+        (name, other) for name, path in MODULES.items() for other in sorted(imported(path) - {name})
+    ]
 
 
 def is_listed(edge: tuple[str, str], listed: dict[tuple[str, str], str]) -> bool:
