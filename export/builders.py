@@ -29,7 +29,7 @@ from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
 from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.hashing import folder_sha256
 from hipa_deploy.models.decoder_folder import vae_sha256
-from hipa_deploy.tasks import STEP_INPUTS, finish_latents, start_latents
+from hipa_deploy.tasks import STEP_INPUTS, finish_latents, is_inpainting_unet, start_latents
 
 
 def text_encoder_stage(job: ExportJob) -> nn.Module:
@@ -83,7 +83,8 @@ def _general_step(
     job: ExportJob, unet: UNet2DConditionModel, timestep: int, alpha_bar: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """One step of the task in PyTorch FP32: the UNet's output, and the latents to decode."""
-    task, concatenates = job.plan.task, unet.config.in_channels != job.step.latent_shape[0]
+    task = job.plan.task
+    concatenates = is_inpainting_unet(unet.config.in_channels, job.step.latent_shape[0])
     given = {name: job.reference[name] for name in STEP_INPUTS[task]}
     start_BCHW = start_latents(task, given, alpha_bar, concatenates=concatenates)
     start, context = torch.from_numpy(start_BCHW), torch.from_numpy(job.reference["context"])

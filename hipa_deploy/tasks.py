@@ -35,6 +35,17 @@ def unet_inputs(task: Task, strengths: int = 1) -> tuple[str, ...]:
     return (*STEP_INPUTS[task], *(("step",) if strengths > 1 else ()), "context")
 
 
+def is_inpainting_unet(in_channels: int, latent_channels: int) -> bool:
+    """Whether a UNet was made for inpainting: it sees [z, mask, source], 2 C + 1 channels.
+
+    Example:
+        >>> is_inpainting_unet(9, 4)
+        True
+
+    """
+    return in_channels == 2 * latent_channels + 1
+
+
 def start_latents(
     task: Task, given: Mapping[str, Any], alpha_bar: Any, *, concatenates: bool = False
 ) -> Any:

@@ -29,12 +29,13 @@ from timing import TimedRun
 from torch import Tensor
 
 from hipa_deploy.files import refuse_to_overwrite
+from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.models.adaptor_folder import AdaptorMetadata, unet_sha256
 from hipa_deploy.train.data.teacher_pairs import Pairs, Rows, prompt_contexts, teacher_pairs
 from hipa_deploy.train.loop.run import run_steps
 from hipa_deploy.train.losses.hipa_loss import Terms
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
-from hipa_deploy.train.model.one_step import one_step_latents, predict_x0
+from hipa_deploy.train.model.one_step import one_step_latents
 from hipa_deploy.train.model.unet_adaptor import (
     PRESETS,
     adaptor_parameters,

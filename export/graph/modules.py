@@ -22,7 +22,8 @@ from hipa_deploy.bundle.manifest import (
 )
 from hipa_deploy.export.graph.fold import fold_decoder_input, fold_encoder_output
 from hipa_deploy.export.graph.upsample import fold_upsampling
-from hipa_deploy.tasks import Task, finish_latents, start_latents, unet_inputs
+from hipa_deploy.generate.x0 import predict_x0_in_a_graph
+from hipa_deploy.tasks import Task, finish_latents, is_inpainting_unet, start_latents, unet_inputs
 
 TORCH_DTYPES = {
     "float16": torch.float16,
@@ -73,7 +74,7 @@ class OneStepUNet(torch.nn.Module):
         self.task: Task = task
         self.names = unet_inputs(task, len(strengths))
         name_arguments(self, self.names)
-        self.concatenates = unet.config.in_channels != step.latent_shape[0]
+        self.concatenates = is_inpainting_unet(unet.config.in_channels, step.latent_shape[0])
         # no buffer: it stays float32 when the module is halved
         self.alpha_bar_K1 = torch.tensor(
             [[strength.alpha_bar] for strength in strengths], dtype=torch.float32
@@ -90,7 +91,9 @@ class OneStepUNet(torch.nn.Module):
         )
         output_BCHW = self.unet(sample_BCHW, moment, context_BLD, return_dict=False)[0].float()
         return finish_latents(
-            self.task, x0_from(start_BCHW, output_BCHW, self.step.prediction_type, alpha_bar), given
+            self.task,
+            predict_x0_in_a_graph(start_BCHW, output_BCHW, alpha_bar, self.step.prediction_type),
+            given,
         )
 
     def _alpha_bar(self, given: Mapping[str, torch.Tensor]) -> Any:
@@ -126,16 +129,6 @@ def seen_by_unet(
         if concatenates
         else start_BCHW
     )
-
-
-def x0_from(
-    z_BCHW: torch.Tensor, output_BCHW: torch.Tensor, prediction_type: str, alpha_bar: Any
-) -> torch.Tensor:
-    """x0 in float32; the formulas of hipa_deploy.generate.noise.predict_x0, their constants multiplied out."""
-    a, s = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    if prediction_type == "epsilon":
-        return z_BCHW * (1 / a) - output_BCHW * (s / a)
-    return a * z_BCHW - s * output_BCHW if prediction_type == "v_prediction" else output_BCHW
 
 
 class OneStepEncoder(torch.nn.Module):

@@ -212,7 +212,10 @@ def _x0_stage(step: OneStep) -> _NumpyStage:
 
     def compute(tensors: Tensors) -> Tensors:
         x0_BCHW = predict_x0(
-            tensors["noise"], tensors["output"], step.alpha_bar, step.prediction_type
+            tensors["noise"],
+            tensors["output"],
+            step.alpha_bar,
+            step.prediction_type,
         )
         return {"latents": x0_BCHW / step.scaling_factor}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.models.kind import check_trainable
-from hipa_deploy.tasks import Task
+from hipa_deploy.tasks import Task, is_inpainting_unet
 
 SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
                  "rescale_betas_zero_snr")  # fmt: skip
@@ -150,7 +150,7 @@ class DiffusionModel:
     @property
     def concatenates(self) -> bool:
         """Whether the UNet was made for inpainting: noise, mask and source are channels beside each other."""
-        return bool(self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1)
+        return is_inpainting_unet(self.unet.config.in_channels, self.vae.config.latent_channels)
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Scaled latents -> float32 image [B, 3, H, W], [0, 1] where valid, not clamped: differentiable everywhere."""

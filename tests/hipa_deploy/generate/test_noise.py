@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import initial_noise
-from hipa_deploy.generate.x0 import predict_x0
 
 ALPHA_BAR = 0.0046601
 
@@ -53,18 +52,3 @@ def test_seeds_differ_and_zero_counts() -> None:
 def test_seed_out_of_range(seed: int) -> None:
     with pytest.raises(HipaError, match="seed"):
         initial_noise([seed], (4, 8, 8))
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_predict_x0_inverts_the_forward_process(prediction_type: str) -> None:
-    x0, eps = initial_noise([1, 2], (4, 8, 8))[:, None]
-    a, s = ALPHA_BAR**0.5, (1 - ALPHA_BAR) ** 0.5
-    noisy = np.float32(a) * x0 + np.float32(s) * eps
-    output = {"epsilon": eps, "v_prediction": a * eps - s * x0, "sample": x0}[prediction_type]
-    got = predict_x0(noisy, output.astype(np.float32), ALPHA_BAR, prediction_type)
-    np.testing.assert_allclose(got, x0, atol=2e-5)
-
-
-def test_unknown_prediction_type() -> None:
-    with pytest.raises(HipaError, match="flow"):
-        predict_x0(np.zeros(1, np.float32), np.zeros(1, np.float32), ALPHA_BAR, "flow")

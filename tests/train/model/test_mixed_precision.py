@@ -9,12 +9,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.train import train_adaptor as loop
 from hipa_deploy.train.loop.run import Run
 from hipa_deploy.train.losses.hipa_loss import HipaLoss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.mixed_precision import DTYPES, in_precision
-from hipa_deploy.train.model.one_step import predict_x0
 from hipa_deploy.train.model.unet_adaptor import WEIGHTS
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
