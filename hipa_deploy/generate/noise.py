@@ -1,6 +1,6 @@
-"""The arithmetic of one diffusion step, in numpy.
+"""The noise that an image starts from, equal on every backend and machine.
 
-Shape suffixes throughout the package: B batch, L tokens, D width, C channels, H W latent or image size.
+Shape suffixes: B batch, C latent channels, H W latent height and width.
 """
 
 from __future__ import annotations
@@ -15,21 +15,39 @@ SEED_LIMIT = 2**63
 
 
 def check_seeds(first: int, count: int = 1) -> None:
-    """Raise HipaError unless seeds ``first`` to ``first + count - 1`` are all in [0, 2**63)."""
+    """Check the seeds ``first`` to ``first + count - 1``.
+
+    Raises:
+        HipaError: one is not in [0, 2**63).
+
+    """
     if first < 0 or first + count > SEED_LIMIT:
         raise HipaError(
-            f"seed {first} (and the {count - 1} after it) is out of range. Expected 0 <= seed < 2**63."
+            f"seed {first} (and the {count - 1} after it) is out of range. "
+            "Expected 0 <= seed < 2**63."
         )
 
 
 def initial_noise(seeds: Sequence[int], shape_CHW: tuple[int, int, int]) -> np.ndarray:
-    """Standard normal noise, one independent stream a seed: float32 [B, C, H, W].
+    """Standard normal noise, float32 [B, C, H, W]: one independent stream a seed.
 
-    Counter-based (Philox 4x64, Salmon et al. 2011) with Box-Muller in float64, so an image depends on its seed
-    alone: not on the backend, nor on the batch it was made in, nor on numpy's version.
+    An image depends on its seed alone: not on the backend, nor on the batch that it was made in,
+    nor on numpy's version. That is why neither numpy's own normal generator nor a backend's is
+    used.
+
+    Source: the counter-based generator Philox 4x64 (Salmon et al. 2011) with the Box-Muller
+    transform in float64.
+
+    Args:
+        seeds: B numbers in [0, 2**63).
+        shape_CHW: latent channels, height and width.
 
     Raises:
-        HipaError: a seed outside [0, 2**63).
+        HipaError: a seed out of range.
+
+    Example:
+        >>> initial_noise([0, 1], (4, 64, 64)).shape
+        (2, 4, 64, 64)
 
     """
     return np.stack([_noise(seed, shape_CHW) for seed in seeds])
@@ -38,8 +56,14 @@ def initial_noise(seeds: Sequence[int], shape_CHW: tuple[int, int, int]) -> np.n
 def _noise(seed: int, shape_CHW: tuple[int, int, int]) -> np.ndarray:
     check_seeds(seed)
     count = int(np.prod(shape_CHW))
+
+    # Two uniform numbers make two normal ones, so an odd count draws one more. The upper 53 bits,
+    # moved by half a step, lie in (0, 1): the logarithm stays finite.
     raw = np.random.Philox(key=seed).random_raw(2 * ((count + 1) // 2))
-    uniform = ((raw >> np.uint64(11)) + 0.5) * 2.0**-53  # in (0, 1): the logarithm stays finite
-    radius, angle = np.sqrt(-2 * np.log(uniform[0::2])), 2 * np.pi * uniform[1::2]
+    uniform = ((raw >> np.uint64(11)) + 0.5) * 2.0**-53
+
+    # Box-Muller. In float64, because the logarithm of a float32 near zero has few digits.
+    radius = np.sqrt(-2 * np.log(uniform[0::2]))
+    angle = 2 * np.pi * uniform[1::2]
     pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
     return pairs.reshape(-1)[:count].reshape(shape_CHW).astype(np.float32)

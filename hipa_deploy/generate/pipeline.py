@@ -144,7 +144,8 @@ class OneStepPipeline:
 
         Args:
             prompt: one prompt, or several.
-            source: what a task makes the images from; ``edit``, ``inpaint`` and ``upscale`` make it.
+            source: what a task makes the images from; ``edit``, ``inpaint`` and ``upscale`` make
+            it.
             seed: of the first image, in [0, 2**63).
             count: images a prompt; at most 10,000 images in all.
             height: pixels; None is the bundle's own size, or that of ``source``.
@@ -419,7 +420,7 @@ class OneStepPipeline:
     def tensors(
         self, prompt: str, *, source: Source | None = None, seed: int = 0, count: int = 1
     ) -> Tensors:
-        """Every tensor along the path of one batch, by name: for checks, and for profiles of a stage.
+        """Every tensor along the path of one batch, by name: for checks and profiles of a stage.
 
         The names and shapes are those of ``hipa_deploy.generate.stages``. Every stage runs: nothing
         that is cached is taken.

@@ -1,4 +1,9 @@
-"""From prompts to text contexts: the bundle's text encoder, or contexts that the export computed once for all."""
+"""From prompts to what the stages start from: token ids, or text contexts that are known.
+
+A bundle has a text encoder, or a closed set of prompts whose contexts the export baked.
+
+Shape suffixes: B prompts of a batch, N prompts of a closed set, L tokens, D width of a context.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,12 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.tokenizer import PromptTokenizer
 
-BAKED_PROMPTS, BAKED_CONTEXTS = "prompts/prompts.txt", "prompts/contexts.npy"
+BAKED_PROMPTS = "prompts/prompts.txt"
+BAKED_CONTEXTS = "prompts/contexts.npy"
 CACHED_BATCHES = 64
 
 Prepared = Any
-"""A prompt that can be encoded: token ids int64 [L], or its place in a closed set."""
+"""A prompt that was checked: its token ids int64 [L], or its place in a closed set."""
 
 
 class PromptSource(Protocol):
@@ -32,7 +38,7 @@ class PromptSource(Protocol):
         """
 
     def feed(self, prompts: list[Prepared]) -> dict[str, np.ndarray]:
-        """What the stages start from: 'context' [B, L, D] where it is known, else 'tokens' [B, L]."""
+        """What the stages start from: 'context' [B, L, D] if it is known, else 'tokens' [B, L]."""
 
     def keep(self, prompts: list[Prepared], context_BLD: np.ndarray) -> None:
         """Remember the context of a batch."""
@@ -46,7 +52,11 @@ def open_prompts(bundle: Bundle) -> PromptSource:
 
 
 class EncodedPrompts:
-    """Any prompt, through the tokenizer. The contexts of the last ``CACHED_BATCHES`` are remembered."""
+    """Any prompt, through the tokenizer.
+
+    The contexts of the last ``CACHED_BATCHES`` batches are remembered, so that a prompt that is
+    used again does not run the text encoder again.
+    """
 
     def __init__(self, tokenizer: PromptTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -66,11 +76,21 @@ class EncodedPrompts:
         """Remember a batch, and forget the oldest."""
         self._cache[np.stack(prompts).tobytes()] = context_BLD
         if len(self._cache) > CACHED_BATCHES:
-            del self._cache[next(iter(self._cache))]
+            oldest = next(iter(self._cache))
+            del self._cache[oldest]
 
 
 class BakedPrompts:
-    """A closed set of prompts, their contexts [N, L, D] mapped from a file: no tokenizer, no text encoder."""
+    """A closed set of prompts: no tokenizer and no text encoder on the device.
+
+    Args:
+        prompts: a text file, one prompt a line.
+        contexts: their contexts [N, L, D] in numpy's format, mapped and not read.
+
+    Raises:
+        HipaError: the two files do not hold as many.
+
+    """
 
     def __init__(self, prompts: Path, contexts: Path) -> None:
         self._index = {prompt: i for i, prompt in enumerate(read_closed_set(prompts))}
@@ -95,14 +115,15 @@ class BakedPrompts:
         return {"context": np.ascontiguousarray(self._contexts_NLD[prompts])}
 
     def keep(self, prompts: list[int], context_BLD: np.ndarray) -> None:
-        """Nothing: all are known."""
+        """Nothing to remember: all contexts are known."""
 
 
 def read_closed_set(path: Path) -> list[str]:
     """The prompts of a text file, one a line.
 
     Raises:
-        HipaError: the file cannot be read as UTF-8, has no line, an empty line or a line that repeats another.
+        HipaError: the file cannot be read as UTF-8, has no line, an empty line, or a line that
+            repeats another.
 
     """
     try:
@@ -113,13 +134,16 @@ def read_closed_set(path: Path) -> list[str]:
         ) from None
     if not lines:
         raise HipaError(f"prompts {path} is empty. Expected one prompt a line.")
+
+    # A place in the set stands for a prompt, so each line must be a prompt, and only once.
     first: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise HipaError(f"prompts {path}: line {number} is empty. Expected one prompt a line.")
         if line in first:
             raise HipaError(
-                f"prompts {path}: line {number} repeats line {first[line]} ({line!r}). Remove one of them."
+                f"prompts {path}: line {number} repeats line {first[line]} ({line!r}). "
+                "Remove one of them."
             )
         first[line] = number
     return lines

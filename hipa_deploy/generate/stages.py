@@ -82,12 +82,12 @@ def stage_outputs(spec: StageSpec, layout: Layout) -> tuple[str, ...]:
 class Stages(Protocol):
     """Every stage of a bundle, loaded on one backend.
 
-    The caller never asks which backend it is: host stages hand tensors over in host memory, TensorRT's
-    run as one CUDA graph.
+    The caller never asks which backend it is: host stages hand tensors over in host memory,
+    TensorRT's run as one CUDA graph.
     """
 
     runners: dict[str, Runner]
-    """Each stage by itself, in the order in which they run: to swap, to check or to time one alone."""
+    """Each stage by itself, in the order in which they run: to swap, check or time one alone."""
 
     def run(
         self, feed: Mapping[str, np.ndarray], outputs: Sequence[str], timer: Timer = nullcontext

@@ -1,4 +1,7 @@
-"""Prompts to token ids, with the Rust tokenizers library alone."""
+"""Prompts to token ids, with the Rust tokenizers library alone.
+
+Shape suffixes: B prompts, L tokens a prompt (77 for CLIP).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,20 @@ from hipa_deploy.errors import HipaError
 
 
 class PromptTokenizer:
-    """CLIP tokenisation from the bundle's ``tokenizer.json``, which holds special tokens, padding and length."""
+    """CLIP's tokenizer, from a bundle's ``tokenizer.json``.
+
+    The file holds the vocabulary, the special tokens, the padding and the length, so nothing of
+    them is known here.
+
+    Raises:
+        HipaError: the file is no tokenizer, or says nothing of length and padding.
+
+    Example:
+        >>> tokenizer = PromptTokenizer(Path("bundle/tokenizer/tokenizer.json"))
+        >>> tokenizer(["a photo of a cat"]).shape
+        (1, 77)
+
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -21,34 +37,43 @@ class PromptTokenizer:
             raise HipaError(
                 f"{path} is not a tokenizer ({error}). Export the bundle again."
             ) from None
-        padding, truncation = self._tokenizer.padding, self._tokenizer.truncation
-        if not padding or not truncation:
+        truncation = self._tokenizer.truncation
+        if not self._tokenizer.padding or not truncation:
             raise HipaError(f"{path} says nothing of length and padding. Export the bundle again.")
         self.length: int = truncation["max_length"]
+        # The library would cut in silence. Here a prompt that is too long is an error by default.
         self._tokenizer.no_truncation()
 
     def __call__(self, prompts: Sequence[str], *, truncate: bool = False) -> np.ndarray:
-        """Token ids int64 [B, L], padded to the model's length L (77).
+        """Token ids int64 [B, L], padded to the model's length.
+
+        Args:
+            prompts: B prompts.
+            truncate: cut a prompt that is too long, and keep its end token.
 
         Raises:
-            HipaError: a prompt is too long and ``truncate`` is false; the message quotes what would be cut.
+            HipaError: text that is not valid Unicode; or a prompt that is too long while
+                ``truncate`` is false: the message quotes what would be cut.
 
         """
         return np.stack([self._encode(prompt, truncate) for prompt in prompts])
 
     def _encode(self, prompt: str, truncate: bool) -> np.ndarray:
-        if any(
-            "\ud800" <= c <= "\udfff" for c in prompt
-        ):  # what Python makes of bytes that are not UTF-8
+        # Python turns bytes of the command line that are not UTF-8 into lone surrogates.
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise HipaError(f"the prompt {prompt!r} is not valid text. Expected UTF-8.")
+
         encoding = self._tokenizer.encode(prompt)
         ids = encoding.ids
         if len(ids) <= self.length:
             return np.asarray(ids, dtype=np.int64)
-        first_cut = encoding.offsets[self.length - 1][0]  # the last place is kept for the end token
+
+        # The last place is kept for the end token.
+        first_cut = encoding.offsets[self.length - 1][0]
         if not truncate:
             raise HipaError(
                 f"the prompt has {len(ids)} tokens, the model reads {self.length}: "
-                f"{prompt[first_cut:].strip()!r} would be cut. Shorten it, or pass --truncate (truncate=True)."
+                f"{prompt[first_cut:].strip()!r} would be cut. "
+                "Shorten it, or pass --truncate (truncate=True)."
             )
         return np.asarray([*ids[: self.length - 1], ids[-1]], dtype=np.int64)

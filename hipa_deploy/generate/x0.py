@@ -8,8 +8,8 @@ the UNet saw:
     sample        x0 = the output itself
 
 The formulas are plain arithmetic: training and export give them torch tensors, the runtime numpy
-arrays. They are combined in float32: an error of eps grows by s / a, which is 14.6 at t = 999 of Stable
-Diffusion's schedule.
+arrays. They are combined in float32: an error of eps grows by s / a, which is 14.6 at t = 999 of
+Stable Diffusion's schedule.
 """
 
 from __future__ import annotations

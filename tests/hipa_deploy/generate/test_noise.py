@@ -18,7 +18,7 @@ def test_noise_is_standard_normal() -> None:
 
 
 def test_noise_values_are_pinned() -> None:
-    """The numbers themselves: an image's seed must mean the same next year and on another machine."""
+    """The numbers themselves: a seed must mean the same next year and on another machine."""
     np.testing.assert_array_equal(
         initial_noise([0], (1, 1, 4)).ravel(),
         np.float32(

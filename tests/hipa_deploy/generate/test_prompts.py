@@ -33,7 +33,8 @@ def test_another_prompt_is_refused_with_the_nearest(tmp_path: Path) -> None:
     source = bake(tmp_path, ["3d emoji of a cat", "3d emoji of a dog"], 2)
     with pytest.raises(
         HipaError,
-        match=r"'3d emoji of a dig' is not one of this bundle's 2 baked prompts.*'3d emoji of a dog'",
+        match=r"'3d emoji of a dig' is not one of this bundle's 2 baked prompts"
+        r".*'3d emoji of a dog'",
     ):
         source.prepare(["3d emoji of a dig"], truncate=False)
 
