@@ -11,7 +11,7 @@ from hipa_deploy.engines.device.jetson import jetson_model, l4t_release
 from hipa_deploy.engines.device.machine import cpu_name, field_mib, os_name, read_text, usable_cores
 from hipa_deploy.engines.tensorrt.cuda import load_cudart
 from hipa_deploy.engines.tensorrt.gpu import Gpu, find_gpu
-from hipa_deploy.engines.tensorrt.library import FLAVOURS, Flavour, load_tensorrt
+from hipa_deploy.engines.tensorrt.library import TENSORRT_LIBRARIES, TensorRTLibrary, load_tensorrt
 from hipa_deploy.errors import HipaError, MissingDependencyError
 from hipa_deploy.record import Record
 
@@ -64,7 +64,7 @@ def describe_device() -> Device:
         backends=(
             *_onnxruntime_backends(gpu),
             *_openvino_backends(),
-            *(_engine_backend(flavour, gpu) for flavour in FLAVOURS),
+            *(_engine_backend(library, gpu) for library in TENSORRT_LIBRARIES),
         ),
     )
 
@@ -110,14 +110,14 @@ def _openvino_backends() -> list[Backend]:
     ]
 
 
-def _engine_backend(flavour: Flavour, gpu: Gpu | None) -> Backend:
+def _engine_backend(library: TensorRTLibrary, gpu: Gpu | None) -> Backend:
     try:
-        version = load_tensorrt(flavour).__version__
-        load_cudart(flavour)
+        version = load_tensorrt(library).__version__
+        load_cudart(library)
     except HipaError as error:
-        return Backend(name=flavour, version=None, usable=False, remedy=str(error))
+        return Backend(name=library, version=None, usable=False, remedy=str(error))
     return Backend(
-        name=flavour, version=version, usable=gpu is not None, remedy=None if gpu else _NO_GPU
+        name=library, version=version, usable=gpu is not None, remedy=None if gpu else _NO_GPU
     )
 
 

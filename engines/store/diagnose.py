@@ -11,7 +11,7 @@ from hipa_deploy.engines.store.select import rebuild_command
 from hipa_deploy.engines.store.sidecar import Sidecar, check_engine_file, engine_path, read_sidecar
 from hipa_deploy.engines.targets.target import Target, binding
 from hipa_deploy.engines.tensorrt.gpu import Gpu, find_gpu
-from hipa_deploy.engines.tensorrt.library import Flavour, load_tensorrt
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, load_tensorrt
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
@@ -98,9 +98,9 @@ def _here(sidecar: Sidecar, bundle: Bundle | None, gpu: Gpu | None) -> dict[str,
     return fields
 
 
-def _version(flavour: Flavour) -> str | None:
+def _version(library: TensorRTLibrary) -> str | None:
     try:
-        return str(load_tensorrt(flavour).__version__)
+        return str(load_tensorrt(library).__version__)
     except HipaError:
         return None
 

@@ -12,7 +12,7 @@ from hipa_deploy.bundle.manifest import Axis, Precision
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.target import Target, binding
 from hipa_deploy.engines.tensorrt.gpu import Gpu
-from hipa_deploy.engines.tensorrt.library import Flavour
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 from hipa_deploy.record import Record
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ class EngineKey(Record):
     precision: Precision
     axes: dict[str, Axis] = Field(default_factory=dict)
     options: BuildOptions
-    flavour: Flavour
+    # The TensorRT library, under the name that the file format has for it.
+    flavour: TensorRTLibrary
     tensorrt: str
     compute_capabilities: tuple[int, ...]
     device: str | None
@@ -75,7 +76,7 @@ def differences(built: EngineKey, here: EngineKey) -> list[Difference]:
 def key_for(
     bundle: Bundle,
     stage: str,
-    flavour: Flavour,
+    library: TensorRTLibrary,
     version: str,
     target: Target,
     options: BuildOptions,
@@ -89,7 +90,7 @@ def key_for(
         precision=bundle.stages[stage].precision,
         axes=bundle.stages[stage].spec.axes,
         options=options.model_copy(update={"timing_cache": None}),
-        flavour=flavour,
+        flavour=library,
         tensorrt=version,
         **target.model_dump(exclude={"name"}),
     )

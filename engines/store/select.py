@@ -1,6 +1,6 @@
 """Engine files, their sidecars, and the key that says what an engine was made from and where it may run.
 
-``BUNDLE/engines/<flavour>-<target>/<stage>-<key>.engine`` with a ``.json`` of the same name beside it. The key is
+``BUNDLE/engines/<library>-<target>/<stage>-<key>.engine`` with a ``.json`` of the same name beside it. The key is
 compared before an engine is deserialised: TensorRT's own message for a mismatch names neither field nor remedy.
 """
 
@@ -23,7 +23,12 @@ from hipa_deploy.engines.store.sidecar import (
 )
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.tensorrt.gpu import Gpu, find_gpu
-from hipa_deploy.engines.tensorrt.library import FLAVOURS, Flavour, as_flavour, load_tensorrt
+from hipa_deploy.engines.tensorrt.library import (
+    TENSORRT_LIBRARIES,
+    TensorRTLibrary,
+    as_tensorrt_library,
+    load_tensorrt,
+)
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.runner import Runner
 
@@ -31,23 +36,23 @@ if TYPE_CHECKING:
     from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
 
 
-def runnable_flavour(bundle: Bundle) -> str | None:
-    """The flavour whose engines for every stage fit this device, its package and driver present; else None.
+def backend_with_engines(bundle: Bundle) -> str | None:
+    """The library whose engines for every stage fit this device, its package and driver present; else None.
 
     Cheap without an ``engines`` folder, and never raises.
     """
     if not (bundle.root / FOLDER).is_dir():
         return None
-    return next((flavour for flavour in FLAVOURS if _runs_all(bundle, flavour)), None)
+    return next((library for library in TENSORRT_LIBRARIES if _runs_all(bundle, library)), None)
 
 
-def _runs_all(bundle: Bundle, flavour: Flavour) -> bool:
+def _runs_all(bundle: Bundle, library: TensorRTLibrary) -> bool:
     try:
-        found = {stage: find_sidecars(bundle, stage, flavour) for stage in bundle.stages}
+        found = {stage: find_sidecars(bundle, stage, library) for stage in bundle.stages}
         gpu = find_gpu() if all(found.values()) else None
         if gpu is None:
             return False
-        version = load_tensorrt(flavour).__version__
+        version = load_tensorrt(library).__version__
         return all(
             any(_fits(bundle, stage, sidecars, version, gpu)) for stage, sidecars in found.items()
         )
@@ -66,9 +71,11 @@ def _fits(
             yield path
 
 
-def rebuild_command(root: Path, flavour: Flavour, options: BuildOptions = BuildOptions()) -> str:
+def rebuild_command(
+    root: Path, library: TensorRTLibrary, options: BuildOptions = BuildOptions()
+) -> str:
     """The command that builds the engines of the bundle at ``root`` for this machine, with the options given."""
-    command = ["hipa-build", str(root), "--backend", flavour, *options.flags()]
+    command = ["hipa-build", str(root), "--backend", library, *options.flags()]
     return f"Run: {shlex.join(command)}"
 
 
@@ -76,7 +83,7 @@ def open_engine(bundle: Bundle, stage: str, backend: str) -> Runner:
     """Load the newest engine of ``stage`` that fits this device.
 
     Raises:
-        MissingDependencyError: TensorRT of that flavour, or cuda-python, is not installed.
+        MissingDependencyError: the backend's TensorRT library, or cuda-python, is not installed.
         HipaError: no GPU, no engine, an engine of another key (names the fields), or a damaged engine.
 
     """
@@ -91,8 +98,8 @@ def open_engines(bundle: Bundle, stages: Iterable[str], backend: str) -> TensorR
         HipaError: as above, for the first stage that cannot be loaded.
 
     """
-    flavour = as_flavour(backend)
-    version = load_tensorrt(flavour).__version__
+    library = as_tensorrt_library(backend)
+    version = load_tensorrt(library).__version__
     gpu = find_gpu()
     if gpu is None:
         raise HipaError(
@@ -100,27 +107,29 @@ def open_engines(bundle: Bundle, stages: Iterable[str], backend: str) -> TensorR
         )
     found = []
     for stage in stages:
-        path = select_engine(bundle, stage, flavour, version, gpu)
+        path = select_engine(bundle, stage, library, version, gpu)
         check_engine_file(
-            engine_path(path), read_sidecar(path), rebuild_command(bundle.root, flavour)
+            engine_path(path), read_sidecar(path), rebuild_command(bundle.root, library)
         )
         found.append((bundle.stages[stage].spec, engine_path(path)))
     from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
 
-    return TensorRTRunner(found, flavour)
+    return TensorRTRunner(found, library)
 
 
-def select_engine(bundle: Bundle, stage: str, flavour: Flavour, version: str, gpu: Gpu) -> Path:
+def select_engine(
+    bundle: Bundle, stage: str, library: TensorRTLibrary, version: str, gpu: Gpu
+) -> Path:
     """The sidecar of the newest engine whose key fits ``gpu``.
 
     Raises:
         HipaError: no engine, or none fits: the message names what differs in the one that differs least.
 
     """
-    sidecars = find_sidecars(bundle, stage, flavour)
+    sidecars = find_sidecars(bundle, stage, library)
     if not sidecars:
         raise HipaError(
-            f"{bundle.root}: no {flavour} engine for stage {stage}. {rebuild_command(bundle.root, flavour)}"
+            f"{bundle.root}: no {library} engine for stage {stage}. {rebuild_command(bundle.root, library)}"
         )
     unfit = {
         path: differences(sidecar.key, key_here(sidecar.key, bundle, stage, version, gpu))
@@ -128,7 +137,7 @@ def select_engine(bundle: Bundle, stage: str, flavour: Flavour, version: str, gp
     }
     best = min(unfit, key=lambda path: len(unfit[path]))
     if unfit[best]:
-        remedy = rebuild_command(bundle.root, flavour, sidecars[best].key.options)
+        remedy = rebuild_command(bundle.root, library, sidecars[best].key.options)
         raise HipaError(
             f"{engine_path(best)} does not fit: {'; '.join(map(str, unfit[best]))}. {remedy}"
         )

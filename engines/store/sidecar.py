@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.engines.store.engine_key import EngineKey
-from hipa_deploy.engines.tensorrt.library import Flavour
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.record import Record
@@ -63,14 +63,14 @@ def read_sidecar(path: Path) -> Sidecar:
         ) from None
 
 
-def find_sidecars(bundle: Bundle, stage: str, flavour: Flavour) -> dict[Path, Sidecar]:
+def find_sidecars(bundle: Bundle, stage: str, library: TensorRTLibrary) -> dict[Path, Sidecar]:
     """Sidecars of a stage's engines by path, newest first.
 
     Raises:
         HipaError: a sidecar that cannot be read.
 
     """
-    paths = (bundle.root / FOLDER).glob(f"{flavour}-*/{stage}-*.json")
+    paths = (bundle.root / FOLDER).glob(f"{library}-*/{stage}-*.json")
     return {
         path: read_sidecar(path)
         for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)

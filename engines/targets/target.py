@@ -14,7 +14,7 @@ from hipa_deploy.engines.backends.available import Device
 from hipa_deploy.engines.device.jetson import l4t_release
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.tensorrt.gpu import Gpu
-from hipa_deploy.engines.tensorrt.library import Flavour, compilable
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, compilable
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
@@ -90,12 +90,12 @@ def load_target_profile(name: str) -> TargetProfile:
     return TargetProfile.model_validate(tomllib.loads((_FOLDER / f"{name}.toml").read_text()))
 
 
-def default_options(name: str, flavour: Flavour, device: Device) -> BuildOptions:
+def default_options(name: str, library: TensorRTLibrary, device: Device) -> BuildOptions:
     """Build options of the target ``name``; of 'auto', those of the target that ``device`` is, if it is one.
 
     For 'tensorrt' alone: TensorRT-RTX measures nothing while it builds.
     """
-    if flavour == "rtx":
+    if library == "rtx":
         return BuildOptions()
     if name != "auto":
         return load_target_profile(name).build
@@ -105,7 +105,7 @@ def default_options(name: str, flavour: Flavour, device: Device) -> BuildOptions
     )
 
 
-def resolve_target(name: str, flavour: Flavour, gpu: Gpu | None, trt: ModuleType) -> Target:
+def resolve_target(name: str, library: TensorRTLibrary, gpu: Gpu | None, trt: ModuleType) -> Target:
     """The target ``name`` stands for; 'auto' is this GPU, or for 'rtx' without a GPU every RTX 30, 40 and 50.
 
     Raises:
@@ -113,7 +113,7 @@ def resolve_target(name: str, flavour: Flavour, gpu: Gpu | None, trt: ModuleType
             not this machine's GPU.
 
     """
-    if flavour == "tensorrt":
+    if library == "tensorrt":
         return _this_gpu(name, gpu)
     capabilities = _rtx_capabilities(name, gpu)
     if unsupported := set(capabilities) - set(compilable(trt)):
@@ -148,9 +148,9 @@ def _this_gpu(name: str, gpu: Gpu | None) -> Target:
     )
 
 
-def binding(flavour: Flavour, gpu: Gpu) -> dict[str, str | None]:
+def binding(library: TensorRTLibrary, gpu: Gpu) -> dict[str, str | None]:
     """What ties an engine to a machine beyond its compute capability; TensorRT-RTX engines are compiled on at load."""
-    if flavour == "rtx":
+    if library == "rtx":
         return dict.fromkeys(("device", "driver", "cuda", "l4t"))
     return {"device": gpu.name, "driver": gpu.driver, "cuda": gpu.cuda, "l4t": l4t_release()}
 

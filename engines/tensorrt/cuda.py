@@ -6,14 +6,14 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-from hipa_deploy.engines.tensorrt.library import Flavour, missing
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, missing
 from hipa_deploy.errors import HipaError
 
 # cuda-python 12.6.2 and newer, then 12.6.0.
 _MODULES = ("cuda.bindings.runtime", "cuda.cudart")
 
 
-def load_cudart(extra: Flavour) -> ModuleType:
+def load_cudart(extra: TensorRTLibrary) -> ModuleType:
     """Import cuda-python's binding of the CUDA runtime.
 
     Raises:

@@ -15,40 +15,42 @@ from typing import Any, Literal, get_args
 from hipa_deploy.engines.device.jetson import l4t_release
 from hipa_deploy.errors import HipaError, MissingDependencyError
 
-Flavour = Literal["tensorrt", "rtx"]
-FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
+TensorRTLibrary = Literal["tensorrt", "rtx"]
+TENSORRT_LIBRARIES: tuple[TensorRTLibrary, ...] = get_args(TensorRTLibrary)
 
-_MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
-_PACKAGES: dict[Flavour, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}
+_MODULES: dict[TensorRTLibrary, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+_PACKAGES: dict[TensorRTLibrary, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}
 
 
-def as_flavour(name: str) -> Flavour:
-    """``name`` as a flavour.
+def as_tensorrt_library(name: str) -> TensorRTLibrary:
+    """``name`` as a TensorRT library.
 
     Raises:
         HipaError: it is not one.
 
     """
-    for flavour in FLAVOURS:
-        if name == flavour:
-            return flavour
-    raise HipaError(f"backend {name!r} has no engines. Expected one of: {', '.join(FLAVOURS)}.")
+    for library in TENSORRT_LIBRARIES:
+        if name == library:
+            return library
+    raise HipaError(
+        f"backend {name!r} has no engines. Expected one of: {', '.join(TENSORRT_LIBRARIES)}."
+    )
 
 
-def load_tensorrt(flavour: Flavour) -> ModuleType:
-    """Import the TensorRT module of ``flavour``.
+def load_tensorrt(library: TensorRTLibrary) -> ModuleType:
+    """Import the TensorRT module of ``library``.
 
     Raises:
         MissingDependencyError: the package is not installed.
         HipaError: it is installed and does not load, or is too old for strongly typed networks.
 
     """
-    name, package = _MODULES[flavour], _PACKAGES[flavour]
+    name, package = _MODULES[library], _PACKAGES[library]
     try:
         trt = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name == name:
-            raise missing(package, flavour) from None
+            raise missing(package, library) from None
         raise HipaError(
             f"{package} is installed but incomplete ({error}). {_reinstall(package)}"
         ) from None
@@ -63,14 +65,14 @@ def load_tensorrt(flavour: Flavour) -> ModuleType:
     return trt
 
 
-def missing(package: str, flavour: Flavour) -> HipaError:
-    """The error for a package that ``flavour`` needs, with the command for this machine.
+def missing(package: str, library: TensorRTLibrary) -> HipaError:
+    """The error for a package that ``library`` needs, with the command for this machine.
 
     On Jetson the extra 'tensorrt' would be wrong: TensorRT is JetPack's own, and cuda-python has to be of its CUDA.
     """
-    jetpack = _jetpack() if flavour == "tensorrt" else None
+    jetpack = _jetpack() if library == "tensorrt" else None
     if jetpack is None:
-        return MissingDependencyError(package, flavour)
+        return MissingDependencyError(package, library)
     if package != "tensorrt":
         return MissingDependencyError(package, f"jetson{jetpack}")
     return HipaError(

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.onnx_weights import read_initializers
-from hipa_deploy.engines.tensorrt.library import Flavour, recording_logger
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, recording_logger
 from hipa_deploy.errors import HipaError
 
 # Releases whose refittable engines are known to compute wrongly, by what their version begins with.
-FAULTS: dict[Flavour, dict[str, str]] = {
+FAULTS: dict[TensorRTLibrary, dict[str, str]] = {
     "tensorrt": {
         "11.3.0": "a refittable engine may lose the bias of a matrix product, which no refit can set "
         "(TensorRT 11.3.0 release notes, known issues)",
@@ -30,12 +30,12 @@ FAULTS: dict[Flavour, dict[str, str]] = {
 SHOWN = 3  # names in an error message
 
 
-def refuse_faulty(flavour: Flavour, version: str) -> None:
+def refuse_faulty(library: TensorRTLibrary, version: str) -> None:
     """Raise HipaError for a TensorRT whose refittable engines are known to be wrong."""
-    for prefix, fault in FAULTS[flavour].items():
+    for prefix, fault in FAULTS[library].items():
         if version == prefix or version.startswith(f"{prefix}."):
             raise HipaError(
-                f"{flavour} {version} cannot swap adaptors: {fault}. Use another version, "
+                f"{library} {version} cannot swap adaptors: {fault}. Use another version, "
                 "or export and build a bundle for each adaptor."
             )
 
@@ -45,7 +45,7 @@ def refit_engine(
     engine: Any,
     onnx: Path,
     changed: Mapping[str, np.ndarray],
-    flavour: Flavour,
+    library: TensorRTLibrary,
     remedy: str,
 ) -> None:
     """Give ``engine``, built from the file ``onnx``, the weights ``changed``, and that file's own for every other.
@@ -58,7 +58,7 @@ def refit_engine(
         RefitFailedError: TensorRT stopped while refitting.
 
     """
-    refuse_faulty(flavour, trt.__version__)
+    refuse_faulty(library, trt.__version__)
     stage, logger = onnx.parent.name, recording_logger(trt)
     if not engine.refittable:
         raise HipaError(f"{stage}: the engine was not built to take another adaptor. {remedy}")

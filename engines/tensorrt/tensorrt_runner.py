@@ -23,7 +23,7 @@ from hipa_deploy.engines.tensorrt.cuda import call, load_cudart
 from hipa_deploy.engines.tensorrt.cuda_graph import CapturedGraph
 from hipa_deploy.engines.tensorrt.device_array import DeviceArray
 from hipa_deploy.engines.tensorrt.engine_stage import EngineStage, Shape
-from hipa_deploy.engines.tensorrt.library import Flavour, load_tensorrt
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, load_tensorrt
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.runner import Runner, check_inputs
 from hipa_deploy.generate.stages import Timer
@@ -55,12 +55,16 @@ class TensorRTRunner:
     """
 
     def __init__(
-        self, stages: Sequence[tuple[StageSpec, Path]], flavour: Flavour, *, graph: bool = True
+        self,
+        stages: Sequence[tuple[StageSpec, Path]],
+        library: TensorRTLibrary,
+        *,
+        graph: bool = True,
     ) -> None:
         self.spec = sequence_spec([spec for spec, _ in stages])
         self.graph_problem: str | None = None
         self._graph = graph
-        self._trt, self._cudart = load_tensorrt(flavour), load_cudart(flavour)
+        self._trt, self._cudart = load_tensorrt(library), load_cudart(library)
         self._plans: dict[tuple[str, ...], _Plan] = {}
         self._shapes: dict[str, Shape] = {}  # of every tensor, as the contexts have it
         self._ran: tuple[str, ...] = ()

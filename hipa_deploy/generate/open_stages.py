@@ -13,9 +13,9 @@ def resolve_backend(backend: str, bundle: Bundle) -> str:
     """Turn 'auto' into a backend's name: an engine that is built for this device, else ONNX Runtime on the CPU."""
     if backend != "auto":
         return backend
-    from hipa_deploy.engines.store.select import runnable_flavour
+    from hipa_deploy.engines.store.select import backend_with_engines
 
-    return runnable_flavour(bundle) or "onnxruntime"
+    return backend_with_engines(bundle) or "onnxruntime"
 
 
 def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:

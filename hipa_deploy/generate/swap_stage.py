@@ -15,7 +15,7 @@ from hipa_deploy.bundle.parity import problem
 from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
 from hipa_deploy.engines.store.select import rebuild_command
 from hipa_deploy.engines.targets.build_options import BuildOptions
-from hipa_deploy.engines.tensorrt.library import as_flavour
+from hipa_deploy.engines.tensorrt.library import as_tensorrt_library
 from hipa_deploy.engines.tensorrt.refit import RefitFailedError, refit_engine
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.runner import Runner
@@ -54,11 +54,11 @@ def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap |
         return fresh
     if backend.startswith("openvino"):
         raise HipaError(f"backend {backend} does not swap adaptors. Use --backend onnxruntime.")
-    flavour = as_flavour(backend)
-    remedy = rebuild_command(bundle.root, flavour, BuildOptions(refit=True))
+    library = as_tensorrt_library(backend)
+    remedy = rebuild_command(bundle.root, library, BuildOptions(refit=True))
 
     def change(trt: ModuleType, engine: Any) -> None:
-        refit_engine(trt, engine, path, weights, flavour, remedy)
+        refit_engine(trt, engine, path, weights, library, remedy)
 
     try:
         cast(EngineRunner, runner).change_engine(change)

@@ -24,13 +24,13 @@ from hipa_deploy.bundle.manifest import Axis, StageSpec, TensorSpec
 from hipa_deploy.engines.build.worker import Job, build
 from hipa_deploy.engines.targets.build_options import BuildOptions
 
-onnx, out, flavour = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+onnx, out, library = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 x, y = (TensorSpec(name=name, dtype="float32", shape=("N", 4, 8, 8)) for name in "xy")
 spec = StageSpec(name="unet", inputs=[x], outputs=[y], axes={"N": Axis(min=1, opt=1, max=2)})
 options = BuildOptions(optimization_level=3, workspace_mib=64, max_aux_streams=0)
-cache = out.with_suffix(".cache") if flavour == "tensorrt" else None
-capabilities = (86, 89) if flavour == "rtx" else (87,)
-job = Job(flavour=flavour, onnx=onnx, spec=spec, out=out, precision="fp16", compute_capabilities=capabilities,
+cache = out.with_suffix(".cache") if library == "tensorrt" else None
+capabilities = (86, 89) if library == "rtx" else (87,)
+job = Job(library=library, onnx=onnx, spec=spec, out=out, precision="fp16", compute_capabilities=capabilities,
           options=options, timing_cache=cache)
 build(job, print)
 assert out.is_file()
@@ -51,7 +51,7 @@ def build_on(surface: Path, folder: Path, code: str = BUILD) -> subprocess.Compl
     (folder / name).mkdir()
     (folder / name / "__init__.py").write_text(FAKE.format(here=str(HERE), surface=str(surface)))
     (folder / "model.onnx").touch()
-    flavour = "rtx" if name == "tensorrt_rtx" else "tensorrt"
+    library = "rtx" if name == "tensorrt_rtx" else "tensorrt"
     paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("POLYGRAPHY_UNDER_TEST")])])
     return subprocess.run(
         [
@@ -60,9 +60,9 @@ def build_on(surface: Path, folder: Path, code: str = BUILD) -> subprocess.Compl
             code,
             str(folder / "model.onnx"),
             str(folder / "unet.engine"),
-            flavour,
+            library,
         ],
-        env={**environment(flavour), "PYTHONPATH": paths},
+        env={**environment(library), "PYTHONPATH": paths},
         cwd=folder,
         capture_output=True,
         text=True,

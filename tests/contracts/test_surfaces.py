@@ -17,7 +17,7 @@ from typed_copy import touches_tensorrt
 
 from hipa_deploy.engines.build import precision_check as precision
 from hipa_deploy.engines.targets import target
-from hipa_deploy.engines.tensorrt import library as flavour
+from hipa_deploy.engines.tensorrt import library as tensorrt_library
 
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = dict(
@@ -127,8 +127,8 @@ def test_every_computed_name_is_declared() -> None:
 @pytest.mark.parametrize("path", TENSORRT, ids=lambda path: path.stem)
 def test_load_tensorrt_takes_every_version(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = fake_module(path, "tensorrt")
-    monkeypatch.setattr(flavour.importlib, "import_module", lambda name: fake)
-    assert flavour.load_tensorrt("tensorrt") is fake
+    monkeypatch.setattr(tensorrt_library.importlib, "import_module", lambda name: fake)
+    assert tensorrt_library.load_tensorrt("tensorrt") is fake
 
 
 @pytest.mark.skipif(

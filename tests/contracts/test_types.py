@@ -25,7 +25,7 @@ OTHERS = re.compile(
 )
 
 
-# Reached on TensorRT-RTX alone: behind a look at the flavour, or for what is not there.
+# Reached on TensorRT-RTX alone: behind a look at the library, or for what is not there.
 RTX_ALONE = {
     "worker": "REQUIRE_USER_ALLOCATION",
     "library": "num_compute_capabilities|set_compute_capability|ComputeCapability",

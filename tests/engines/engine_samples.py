@@ -89,13 +89,13 @@ def write_bundle(root: Path, precision: str = "fp16") -> Bundle:
     return Bundle.open(root)
 
 
-def put_engine(bundle, stage="unet", flavour="tensorrt", gpu=ORIN, **changes) -> Path:
+def put_engine(bundle, stage="unet", library="tensorrt", gpu=ORIN, **changes) -> Path:
     """Write an engine and the sidecar of a build on ``gpu`` with fields of its key changed; the sidecar's path."""
-    target = Target(name="t", compute_capabilities=(gpu.sm,), **binding(flavour, gpu))
-    key = key_for(bundle, stage, flavour, "10.13.3", target, BuildOptions()).model_copy(
+    target = Target(name="t", compute_capabilities=(gpu.sm,), **binding(library, gpu))
+    key = key_for(bundle, stage, library, "10.13.3", target, BuildOptions()).model_copy(
         update=changes
     )
-    path = bundle.root / "engines" / f"{flavour}-t" / f"{stage}-{key.short}.json"
+    path = bundle.root / "engines" / f"{library}-t" / f"{stage}-{key.short}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     engine_path(path).write_bytes(CONTENT)
     sidecar = Sidecar(

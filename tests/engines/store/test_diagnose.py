@@ -20,7 +20,7 @@ from tests.engines.engine_samples import ORIN, RTX_4090, put_engine
 def orin(monkeypatch) -> None:
     """As on the Orin of engine_samples with TensorRT 10.13.3."""
     monkeypatch.setattr(diagnose_module, "find_gpu", lambda: ORIN)
-    monkeypatch.setattr(diagnose_module, "_version", lambda flavour: "10.13.3")
+    monkeypatch.setattr(diagnose_module, "_version", lambda library: "10.13.3")
 
 
 def verdicts(path: Path) -> dict[str, str]:
@@ -56,7 +56,7 @@ def test_every_differing_field_is_told_old_and_new(make_bundle):
 
 def test_without_a_gpu_and_tensorrt_the_rest_cannot_be_told(make_bundle, monkeypatch):
     monkeypatch.setattr(diagnose_module, "find_gpu", lambda: None)
-    monkeypatch.setattr(diagnose_module, "_version", lambda flavour: None)
+    monkeypatch.setattr(diagnose_module, "_version", lambda library: None)
     path = put_engine(make_bundle(stages=("unet",)))
     found = {field.name: field for field in diagnose(path).fields}
     assert found["device"].here == UNKNOWN
@@ -67,8 +67,8 @@ def test_without_a_gpu_and_tensorrt_the_rest_cannot_be_told(make_bundle, monkeyp
 
 def test_an_rtx_engine_is_bound_to_capabilities_alone(make_bundle, monkeypatch):
     bundle = make_bundle(stages=("unet",))
-    path = put_engine(bundle, flavour="rtx", gpu=RTX_4090)
-    monkeypatch.setattr(diagnose_module, "_version", lambda flavour: "10.13.3")
+    path = put_engine(bundle, library="rtx", gpu=RTX_4090)
+    monkeypatch.setattr(diagnose_module, "_version", lambda library: "10.13.3")
     monkeypatch.setattr(diagnose_module, "find_gpu", lambda: RTX_4090)
     assert set(verdicts(path).values()) == {"same"}
     monkeypatch.setattr(

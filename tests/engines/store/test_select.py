@@ -12,8 +12,8 @@ from hipa_deploy.engines.store import select as engine_module
 from hipa_deploy.engines.store.engine_key import EngineKey, differences, key_for
 from hipa_deploy.engines.store.select import (
     BuildOptions,
+    backend_with_engines,
     open_engine,
-    runnable_flavour,
     select_engine,
 )
 from hipa_deploy.engines.store.sidecar import engine_path, read_sidecar
@@ -44,10 +44,10 @@ def on_orin(monkeypatch):
         __version__ = "10.13.3"
 
     monkeypatch.setattr(engine_module, "find_gpu", lambda: ORIN)
-    monkeypatch.setattr(engine_module, "load_tensorrt", lambda flavour: Trt)
+    monkeypatch.setattr(engine_module, "load_tensorrt", lambda library: Trt)
 
 
-def test_every_field_of_the_key_but_options_and_flavour_is_tried():
+def test_every_field_of_the_key_but_options_and_library_is_tried():
     assert CHANGES.keys() == EngineKey.model_fields.keys() - {"options", "flavour"}
 
 
@@ -61,7 +61,7 @@ def test_each_mismatch_is_named_before_deserialising(make_bundle, on_orin, field
     assert f"{engine_path(path)} does not fit: {field} was " in message
     assert message.endswith(f"Run: hipa-build {bundle.root} --backend tensorrt")
     assert message.count(" was ") == 1
-    assert runnable_flavour(bundle) is None
+    assert backend_with_engines(bundle) is None
 
 
 def test_a_mismatch_shows_old_and_new(make_bundle, on_orin):
@@ -91,7 +91,7 @@ def test_the_fitting_engine_is_chosen_among_others(make_bundle):
 
 def test_rtx_engines_hold_for_any_driver_and_any_of_their_gpus(make_bundle):
     bundle = make_bundle(stages=("unet",))
-    path = put_engine(bundle, flavour="rtx", compute_capabilities=(86, 89, 120))
+    path = put_engine(bundle, library="rtx", compute_capabilities=(86, 89, 120))
     assert read_sidecar(path).key.driver is None
     assert select_engine(bundle, "unet", "rtx", "10.13.3", RTX_4090) == path
     with pytest.raises(HipaError, match=r"compute_capabilities was \[86, 89, 120\], is \[87\]"):
@@ -123,37 +123,37 @@ def test_a_broken_sidecar_is_one_line(make_bundle, on_orin, text):
     put_engine(bundle).write_text(text)
     with pytest.raises(HipaError, match="is not an engine's sidecar"):
         open_engine(bundle, "unet", "tensorrt")
-    assert runnable_flavour(bundle) is None
+    assert backend_with_engines(bundle) is None
 
 
 def test_runnable_takes_an_engine_for_every_stage(make_bundle, on_orin):
     bundle = make_bundle()
     put_engine(bundle, "unet")
-    assert runnable_flavour(bundle) is None
+    assert backend_with_engines(bundle) is None
     put_engine(bundle, "vae_decoder")
-    assert runnable_flavour(bundle) == "tensorrt"
+    assert backend_with_engines(bundle) == "tensorrt"
 
 
 def test_without_engines_nothing_heavy_is_asked(make_bundle, monkeypatch):
     monkeypatch.setattr(engine_module, "find_gpu", lambda: pytest.fail("asked for a GPU"))
-    assert runnable_flavour(make_bundle()) is None
+    assert backend_with_engines(make_bundle()) is None
 
 
 def test_no_gpu_is_said(make_bundle, monkeypatch):
     pytest.importorskip("tensorrt_rtx")
     bundle = make_bundle(stages=("unet",))
-    put_engine(bundle, flavour="rtx")
+    put_engine(bundle, library="rtx")
     monkeypatch.setattr(engine_module, "find_gpu", lambda: None)
     with pytest.raises(HipaError, match="rtx needs an NVIDIA GPU and its driver, and none answers"):
         open_engine(bundle, "unet", "rtx")
-    assert runnable_flavour(bundle) is None
+    assert backend_with_engines(bundle) is None
 
 
-@pytest.mark.parametrize(("flavour", "module"), [("tensorrt", "tensorrt"), ("rtx", "tensorrt_rtx")])
-def test_a_missing_package_gives_the_pip_command(make_bundle, monkeypatch, flavour, module):
+@pytest.mark.parametrize(("library", "module"), [("tensorrt", "tensorrt"), ("rtx", "tensorrt_rtx")])
+def test_a_missing_package_gives_the_pip_command(make_bundle, monkeypatch, library, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingDependencyError, match=rf"hipa-deploy\[{flavour}\]"):
-        open_engine(make_bundle(), "unet", flavour)
+    with pytest.raises(MissingDependencyError, match=rf"hipa-deploy\[{library}\]"):
+        open_engine(make_bundle(), "unet", library)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def on_release(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("release", "flavour", "extra"),
+    ("release", "library", "extra"),
     [
         (JETPACK_6, "tensorrt", "jetson6"),
         (JETPACK_7, "tensorrt", "jetson7"),
@@ -32,9 +32,9 @@ def on_release(monkeypatch):
         (None, "tensorrt", "tensorrt"),
     ],
 )
-def test_the_extra_is_the_machines_own(on_release, release, flavour, extra):
+def test_the_extra_is_the_machines_own(on_release, release, library, extra):
     on_release(release)
-    assert str(missing("polygraphy", flavour)).endswith(f"pip install 'hipa-deploy[{extra}]'")
+    assert str(missing("polygraphy", library)).endswith(f"pip install 'hipa-deploy[{extra}]'")
 
 
 def test_jetson_has_tensorrt_from_its_system(on_release, monkeypatch):

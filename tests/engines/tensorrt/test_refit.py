@@ -32,7 +32,7 @@ from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner
 from hipa_deploy.engines.tensorrt import refit
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.engines.tensorrt.library import (
-    FLAVOURS,
+    TENSORRT_LIBRARIES,
     recording_logger,
     set_compute_capabilities,
 )
@@ -203,9 +203,9 @@ def test_versions_with_a_known_fault(version: str, faulty: bool) -> None:
     return None
 
 
-def test_the_other_flavour_has_its_own_versions() -> None:
+def test_the_other_library_has_its_own_versions() -> None:
     refuse_faulty("rtx", "11.3.0")
-    assert refit.FAULTS.keys() == set(FLAVOURS)
+    assert refit.FAULTS.keys() == set(TENSORRT_LIBRARIES)
 
 
 class FakeRunner:
@@ -347,7 +347,7 @@ def test_on_a_gpu_there_and_back(tmp_path: Path) -> None:
     spec, outputs = bundle.stages["unet"].spec, []
     with TensorRTRunner([(spec, path)], "rtx") as runner:
         for values in ({}, changed, {}):
-            change = partial(refit_engine, onnx=UNET, changed=values, flavour="rtx", remedy=REMEDY)
+            change = partial(refit_engine, onnx=UNET, changed=values, library="rtx", remedy=REMEDY)
             runner.change_engine(change)
             outputs.append(runner(**feed)["latents"])
     with OnnxRuntimeRunner(UNET, spec, "onnxruntime", weights=changed) as reference:

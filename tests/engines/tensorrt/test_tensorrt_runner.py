@@ -52,8 +52,8 @@ def fake(monkeypatch, tmp_path):
             for spec in specs
         }
         make.gpu = FakeGpu({**engines, **dict.fromkeys(gone)}, FakeCudart(fail, integrated), rtx)
-        monkeypatch.setattr(runtime, "load_tensorrt", lambda flavour: make.gpu.trt)
-        monkeypatch.setattr(runtime, "load_cudart", lambda flavour: make.gpu.cudart)
+        monkeypatch.setattr(runtime, "load_tensorrt", lambda library: make.gpu.trt)
+        monkeypatch.setattr(runtime, "load_cudart", lambda library: make.gpu.cudart)
         for name in engines:
             (tmp_path / f"{name}.engine").write_text(name)
         return TensorRTRunner(
