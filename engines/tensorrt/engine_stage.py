@@ -1,4 +1,4 @@
-"""One stage's engine, loaded: checked against the manifest, bound to named buffers, run on a stream."""
+"""One stage's engine, loaded: checked against the manifest, bound to buffers, run on a stream."""
 
 from __future__ import annotations
 

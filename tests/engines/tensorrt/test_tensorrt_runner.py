@@ -13,7 +13,8 @@ from hipa_deploy.engines.tensorrt import tensorrt_runner as runtime
 from hipa_deploy.engines.tensorrt.cuda import load_cudart
 from hipa_deploy.engines.tensorrt.engine_stage import deserialise, layer_profiler
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
-from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner, sequence_spec
+from hipa_deploy.engines.tensorrt.sequence_spec import sequence_spec
+from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
 from hipa_deploy.errors import HipaError
 from tests.engines.fake_gpu import FakeCudart, FakeEngine, FakeGpu
 
@@ -116,12 +117,12 @@ def test_a_known_context_leaves_the_text_encoder_out(fake):
 
 def test_a_stage_by_itself_is_a_runner(fake):
     with fake() as runner:
-        unet = runner.stage("unet")
+        unet = runner.runners["unet"]
         given = {"noise": INPUTS["noise"], "context": np.float16([[1, 1, 1]])}
         assert unet.device_ms is None
         assert unet(**given)["latents"].tolist() == [[11, 21, 31]]
         assert unet.device_ms == 1
-        assert runner.stage("text_encoder").device_ms is None, "it did not run"
+        assert runner.runners["text_encoder"].device_ms is None, "it did not run"
         with pytest.raises(
             HipaError, match=r"unet: got inputs \['noise'\], expected \['context', 'noise'\]"
         ):
@@ -141,7 +142,7 @@ def test_an_engine_is_changed_while_idle_and_its_graph_captured_anew(fake):
 
     with fake() as runner:
         runner.run_on_device(INPUTS)
-        runner.stage("unet").change_engine(change)
+        runner.runners["unet"].change_engine(change)
         before = len(fake.gpu.cudart.log)
         assert runner(**INPUTS)["images"].tolist() == [[9, 17, 25]]
         assert "cudaStreamBeginCapture" in calls(fake, before)
@@ -155,12 +156,12 @@ def test_device_time_is_of_each_stage_and_of_the_whole(fake):
         for _ in range(2):  # captured, then launched
             runner(**INPUTS)
             assert runner.device_ms == 3
-            assert runner.stage("unet").device_ms == 1
+            assert runner.runners["unet"].device_ms == 1
 
 
 def test_device_memory_is_what_loading_took(fake):
     with fake() as runner:
-        assert runner.device_memory_mib == runner.stage("unet").device_memory_mib
+        assert runner.device_memory_mib == runner.runners["unet"].device_memory_mib
         assert runner.device_memory_mib == 2 * (
             24 + 6 + 12 + 12 + 3
         )  # the fake's MiB are bytes: device and pinned
@@ -205,7 +206,7 @@ def test_layers_are_profiled_in_a_pass_and_a_context_of_their_own(fake):
         assert [len(engine.contexts) for engine in fake.gpu.engines.values()] == [2, 2, 2]
         assert all(engine.contexts[0].profiler is None for engine in fake.gpu.engines.values())
         given = {"noise": INPUTS["noise"], "context": np.float16([[1, 1, 1]])}
-        assert runner.stage("unet").profile_layers(**given) == [("conv", 0.75), ("relu", 0.25)]
+        assert runner.runners["unet"].profile_layers(**given) == [("conv", 0.75), ("relu", 0.25)]
         assert runner(**INPUTS)["images"].tolist() == IMAGE
 
 
