@@ -13,8 +13,8 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import Axis, StageSpec, TensorSpec
 from hipa_deploy.engines.backends import onnxruntime_runner
 from hipa_deploy.engines.backends.available import PROVIDERS
+from hipa_deploy.engines.backends.bound_session import BoundSession
 from hipa_deploy.engines.backends.onnxruntime_runner import (
-    BoundSession,
     OnnxRuntimeRunner,
     engine_cache,
     provider_options,
