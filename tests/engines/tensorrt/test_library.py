@@ -63,3 +63,25 @@ def test_jetson_has_a_cuda_python_of_its_own(on_release, monkeypatch):
         HipaError, match=r"cuda-python is not installed. Run: pip install 'hipa-deploy\[jetson6\]'"
     ):
         cuda.load_cudart("tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            OSError("libnvinfer.so.10: cannot open"),
+            "does not load .*libnvinfer.*--force-reinstall tensorrt",
+        ),
+        (
+            ModuleNotFoundError("No module named 'tensorrt_libs'", name="tensorrt_libs"),
+            "incomplete .*tensorrt_libs",
+        ),
+    ],
+)
+def test_a_package_that_does_not_load_is_said(monkeypatch, error, expected):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr("importlib.import_module", fail)
+    with pytest.raises(HipaError, match=expected):
+        load_tensorrt("tensorrt")
