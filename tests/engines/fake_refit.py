@@ -90,7 +90,7 @@ def fake_trt(version: str = "10.16.1") -> ModuleType:
 
 
 def assert_weights(engine: FakeEngine, onnx_path: Path, changed: dict[str, np.ndarray]) -> None:
-    """Every weight of ``engine`` is that of ``changed``, or else the ONNX file's own, bit for bit."""
+    """Every weight of ``engine`` is that of ``changed``, or else the ONNX file's own."""
     own = read_initializers(onnx_path)
     for name, value in engine.weights.items():
         expected = changed[name] if name in changed else own[name].read()

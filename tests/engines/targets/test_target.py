@@ -1,3 +1,5 @@
+"""Targets: their files, what each stands for on a machine, and those that are impossible."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace

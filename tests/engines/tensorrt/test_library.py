@@ -1,4 +1,4 @@
-"""The commands that mend a missing or broken TensorRT, on Jetson and elsewhere."""
+"""The commands that fix a missing or broken TensorRT, on Jetson and elsewhere."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_jetson_has_tensorrt_from_its_system(on_release, monkeypatch):
         load_tensorrt("tensorrt")
 
 
-def test_jetson_mends_a_broken_tensorrt_with_apt(on_release, monkeypatch):
+def test_jetson_repairs_a_broken_tensorrt_with_apt(on_release, monkeypatch):
     def fail(name):
         raise OSError("libnvinfer.so.10: cannot open shared object file")
 
@@ -78,7 +78,7 @@ def test_jetson_has_a_cuda_python_of_its_own(on_release, monkeypatch):
         ),
     ],
 )
-def test_a_package_that_does_not_load_is_said(monkeypatch, error, expected):
+def test_a_package_that_does_not_load_is_an_error(monkeypatch, error, expected):
     def fail(name):
         raise error
 

@@ -147,7 +147,7 @@ def settings(model) -> set[str]:
 
 
 def build_refittable(bundle: Bundle) -> bytes:
-    """An engine of the UNet for this GPU whose weights ``refittable_weights`` are marked, and no other.
+    """An engine of the UNet for this GPU, with just the ``refittable_weights`` marked.
 
     Without a driver TensorRT-RTX 1.7.1 compiles none as soon as one weight is marked.
     """
