@@ -1,6 +1,6 @@
 """What the fake of a GPU refuses, and that the real libraries have what it imitates.
 
-The runtime does none of what is refused here, so a change that does it fails in the runtime's tests.
+The runner does none of what is refused here: a change that does it fails in the runner's tests.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def test_every_name_the_runtime_uses_exists():
 
 
 def test_the_real_cuda_python_refuses_as_the_fake_does():
-    """The fake's calls have the real signatures: without a driver they give error 35, and no TypeError."""
+    """The fake's calls have the real signatures: without a driver error 35, and no TypeError."""
     cudart = load_cudart("rtx")
     if find_gpu() is not None:
         pytest.skip("a GPU is here")
