@@ -81,7 +81,10 @@ def _class(node: ast.ClassDef, module: Any) -> type:
 
 
 class Strict:
-    """Takes no attribute that its class lacks, as pybind11's objects do; classes derived in Python may."""
+    """Takes no attribute that its class lacks, as pybind11's objects do.
+
+    An object of a class derived in Python takes any.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind = type(self)

@@ -47,18 +47,18 @@ IMPLICIT = {
 CUDART = re.compile(
     r"cuda(Malloc|MallocHost|MallocAsync|Free|FreeHost|FreeAsync|Memcpy|MemcpyAsync|Memset|"
     r"MemsetAsync|MemGetInfo|"
-    r"HostAlloc\w*|HostGetDevicePointer|HostRegister|HostUnregister|Stream\w+|Event\w+|GetDevice\w*|SetDevice|"
+    r"HostAlloc\w*|HostGetDevicePointer|HostRegister|HostUnregister|Stream\w+|Event\w+|"
+    r"GetDevice\w*|SetDevice|"
     r"DeviceSynchronize|DeviceGetAttribute|DriverGetVersion|RuntimeGetVersion|GetError\w+|"
     r"GetLastError|PeekAtLastError|"
-    r"Graph(Instantiate\w*|Launch|Upload|Destroy|ExecDestroy|ExecUpdate)|MemcpyKind|DeviceProp|DeviceAttr)"
+    r"Graph(Instantiate\w*|Launch|Upload|Destroy|ExecDestroy|ExecUpdate)|"
+    r"MemcpyKind|DeviceProp|DeviceAttr)"
 )
 
-HEADER = """\
-from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union, overload
-
-import numpy
-
-"""
+HEADER = (
+    "from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Set, "
+    "Tuple, Union, overload\n\nimport numpy\n\n"
+)
 ENUM = '''\
 class Enum:
     """What pybind11 gives every enumeration."""
@@ -120,7 +120,7 @@ def cudart_surface(cudart: ModuleType) -> str:
 
 
 def unused(kind: str, member: str) -> bool:
-    """Whether a member stays out of the surface: operators, and layers of a network made by hand."""
+    """Whether a member stays out of the surface: an operator, or a hand-made network's layer."""
     return bool(_UNUSED.match(member)) or (
         kind == "INetworkDefinition" and member.startswith("add_")
     )
