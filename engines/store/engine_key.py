@@ -47,6 +47,7 @@ class EngineKey(Record):
     @property
     def short(self) -> str:
         """Twelve hexadecimal digits that stand for the key in file names."""
+        # pydantic writes the fields in the order of the class, so equal keys have equal text.
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:_SHORT_DIGITS]
 
 
@@ -114,6 +115,7 @@ def key_for(
         external_sha256=tuple(external),
         precision=bundle.stages[stage].precision,
         axes=bundle.stages[stage].spec.axes,
+        # A timing cache changes how long a build takes, not what an engine depends on.
         options=options.model_copy(update={"timing_cache": None}),
         flavour=library,
         tensorrt=version,

@@ -69,6 +69,7 @@ def _any_fits(
     bundle: Bundle, stage: str, sidecars: dict[Path, Sidecar], version: str, gpu: Gpu
 ) -> bool:
     for path, sidecar in sidecars.items():
+        # The key alone is compared: hashing every engine would make 'auto' slow.
         same_key = sidecar.key == key_here(sidecar.key, bundle, stage, version, gpu)
         if same_key and engine_path(path).is_file():
             return True

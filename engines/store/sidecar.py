@@ -61,6 +61,7 @@ def read_sidecar(path: Path) -> Sidecar:
     """
     try:
         return Sidecar.model_validate_json(path.read_text())
+    # ValueError: the file is not UTF-8 text.
     except (ValidationError, ValueError):
         raise HipaError(
             f"{path} is not an engine's sidecar of this version. "

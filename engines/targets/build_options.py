@@ -55,11 +55,13 @@ class BuildOptions(Record):
 
     def or_else(self, defaults: BuildOptions) -> BuildOptions:
         """These options; where one was not set, the value in ``defaults``."""
+        # Whatever was passed counts as chosen, also where it equals the default.
         chosen = {name: getattr(self, name) for name in self.model_fields_set}
         return defaults.model_copy(update=chosen)
 
     def flags(self) -> list[str]:
         """The options of ``hipa-build`` that stand for these."""
+        # ``max_aux_streams`` has no option there. A timing cache changes no engine, only the time.
         values = {
             "--optimization-level": self.optimization_level,
             "--workspace": self.workspace_mib,

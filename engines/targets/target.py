@@ -19,6 +19,7 @@ from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, compilable
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
+# Python 3.10 has no tomllib.
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -66,8 +67,11 @@ class TargetProfile(Record):
         """
         if device.gpu is None or self.gpu_name is None or self.memory_gib is None:
             return False
-        names = [name for name in (device.gpu.name, device.jetson) if name]
-        if not any(re.search(self.gpu_name, name) for name in names):
+        # CUDA calls every Orin's GPU just 'Orin': there the name of the module decides.
+        found = re.search(self.gpu_name, device.gpu.name)
+        if not found and device.jetson:
+            found = re.search(self.gpu_name, device.jetson)
+        if not found:
             return False
         visible = device.gpu.memory_mib / (self.memory_gib * 1024)
         return _LEAST_VISIBLE <= visible <= _MOST_VISIBLE
@@ -99,6 +103,7 @@ def load_target_profile(name: str) -> TargetProfile:
         HipaError: there is no such target.
 
     """
+    # Only a listed name may become part of a path.
     if name not in target_names():
         raise HipaError(
             f"target {name!r} is unknown. Expected auto or one of: {', '.join(target_names())}."
@@ -112,6 +117,7 @@ def default_options(name: str, library: TensorRTLibrary, device: Device) -> Buil
     For 'auto' they are those of the named target that ``device`` is, if it is one of them.
     TensorRT-RTX needs none: it measures nothing while it builds.
     """
+    # The options of a target limit what measuring takes of a small device's memory.
     if library == "rtx":
         return BuildOptions()
     if name != "auto":
@@ -142,6 +148,7 @@ def resolve_target(name: str, library: TensorRTLibrary, gpu: Gpu | None, trt: Mo
     if library == "tensorrt":
         return _this_gpu(name, gpu)
 
+    # Checked before the build, which takes minutes.
     capabilities = _rtx_capabilities(name, gpu)
     unsupported = set(capabilities) - set(compilable(trt))
     if unsupported:
@@ -196,6 +203,7 @@ def binding(library: TensorRTLibrary, gpu: Gpu) -> dict[str, str | None]:
 
 
 def _slug(name: str) -> str:
+    """A GPU's name for a folder: 'NVIDIA A100-SXM4-80GB' is 'nvidia-a100-sxm4-80gb'."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

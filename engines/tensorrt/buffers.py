@@ -72,5 +72,6 @@ def allocate(
         pinned = call(cudart, "cudaMallocHost", size)
         stack.callback(call, cudart, "cudaFreeHost", pinned)
 
+    # A view without a copy: the memory belongs to ``stack``, and the view ends with it.
     raw = (ctypes.c_uint8 * size).from_address(pinned)
     return Buffer(device, np.ctypeslib.as_array(raw).view(dtype), shared)

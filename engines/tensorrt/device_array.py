@@ -99,6 +99,7 @@ class DeviceArray:
             BufferError: the consumer asks for a copy or for another device.
 
         """
+        # ``max_version`` is only the consumer's upper limit: it takes an unversioned capsule too.
         if copy or (dl_device is not None and tuple(dl_device) != self.device):
             raise BufferError(
                 f"no copy is made, and the array stays on DLPack device {self.device}."

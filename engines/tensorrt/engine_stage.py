@@ -192,6 +192,7 @@ def deserialise(trt: ModuleType, path: Path) -> tuple[Any, Any]:
     runtime = trt.Runtime(logger)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         engine = runtime.deserialize_cuda_engine(data)
+    # TensorRT raises nothing: the reason is in its log alone.
     if engine is None:
         raise HipaError(
             f"{path} does not deserialise: {logger.last}. Run hipa-doctor, then hipa-build again."

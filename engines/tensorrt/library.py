@@ -134,6 +134,7 @@ def compilable(trt: ModuleType) -> tuple[int, ...]:
 
     TensorRT has none: it builds on the device itself.
     """
+    # TensorRT has no such enumeration. RTX's also has members that name no GPU: NONE, CURRENT.
     names = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
     return tuple(sorted(int(name[2:]) for name in names if name.startswith("SM")))
 

@@ -113,6 +113,7 @@ class TensorRTRunner:
             # One event before the first stage and one after each.
             self._events = [self._new_event(stack) for _ in range(len(stages) + 1)]
             self.device_memory_mib: int | None = self._used_mib()
+            # ``Runner`` and not ``StageRunner``: the protocol ``Stages`` has it so.
             self.runners: dict[str, Runner] = {}
             for spec in specs:
                 self.runners[spec.name] = StageRunner(self, spec)
@@ -243,6 +244,7 @@ class TensorRTRunner:
         """
         if self._closing is None:
             raise HipaError(f"{self.spec.name}: the runner is closed.")
+        # TensorRT allows no change while a context of the engine runs.
         self._wait()
         self._drop_graphs()
         self._stages[stage or next(iter(self._stages))].change(change)
@@ -291,6 +293,7 @@ class TensorRTRunner:
         """Check the feed, copy it in and launch the stages. Returns while the device works."""
         if self._closing is None:
             raise HipaError(f"{self.spec.name}: the runner is closed.")
+        # Checked before anything reaches CUDA: a wrong feed leaves the runner as it was.
         chosen = self._choose(feed) if names is None else tuple(names)
         check_inputs(sequence_spec([self._stages[name].spec for name in chosen]), feed)
 

@@ -69,6 +69,7 @@ def open_stages(bundle: Bundle, backend: str) -> Stages:
 
         return open_engines(bundle, bundle.stages, backend)
 
+    # If a stage cannot be loaded, the stack closes those before it.
     with ExitStack() as opened:
         runners = {}
         for stage in bundle.stages:
