@@ -103,6 +103,7 @@ def _values_here(sidecar: Sidecar, bundle: Bundle | None, gpu: Gpu | None) -> di
     TensorRT library its version, without a GPU everything about the GPU.
     """
     built = sidecar.key
+    # By the field names of the file format: the TensorRT library is "flavour" there.
     values: dict[str, Any] = {"options": built.options, "flavour": built.flavour}
 
     if bundle is not None and sidecar.stage in bundle.stages:
