@@ -1,4 +1,4 @@
-"""Runners that need no engine: ONNX Runtime and OpenVINO.
+"""Runners that need no engine: ONNX Runtime and OpenVINO; and which backends this machine can run.
 
-May import: the core and ``engines.device``.
+May import: the core, ``engines.device`` and ``engines.tensorrt``.
 """

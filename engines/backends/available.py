@@ -1,4 +1,4 @@
-"""What this machine is and which backends it can run. Pure data; nothing here raises."""
+"""Which backends this machine can run. Pure data; nothing here raises."""
 
 from __future__ import annotations
 
@@ -11,21 +11,33 @@ from hipa_deploy.engines.device.jetson import jetson_model, l4t_release
 from hipa_deploy.engines.device.machine import cpu_name, field_mib, os_name, read_text, usable_cores
 from hipa_deploy.engines.tensorrt.cuda import load_cudart
 from hipa_deploy.engines.tensorrt.gpu import Gpu, find_gpu
-from hipa_deploy.engines.tensorrt.library import FLAVOURS, Flavour, load_tensorrt
+from hipa_deploy.engines.tensorrt.library import TENSORRT_LIBRARIES, TensorRTLibrary, load_tensorrt
 from hipa_deploy.errors import HipaError, MissingDependencyError
 from hipa_deploy.record import Record
 
 INSTALL_ONNXRUNTIME = "pip install onnxruntime"
+# Both packages install the same module: the one without GPU has to go first.
 INSTALL_ONNXRUNTIME_GPU = "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
+
+# The backends of ONNX Runtime, and what it calls the execution provider of each.
 PROVIDERS = {
     "onnxruntime": "CPUExecutionProvider",
     "onnxruntime-cuda": "CUDAExecutionProvider",
     "onnxruntime-tensorrt": "TensorrtExecutionProvider",
 }
 
+NO_BF16 = "This CPU has no bfloat16 arithmetic. Use --backend openvino."
+_NO_GPU = "No NVIDIA GPU with a driver answers on this machine."
+
+# Processor flags with which OpenVINO multiplies bfloat16.
+_BF16_FLAGS = r"\b(avx512_bf16|amx_bf16|avx_ne_convert)\b"
+
 
 class Backend(Record):
-    """A backend: installed or not, usable here or not, and what to do about it."""
+    """A backend: installed or not, usable here or not, and otherwise the remedy.
+
+    ``version`` is None where the backend is not installed, ``remedy`` where nothing is to be done.
+    """
 
     name: str
     version: str | None
@@ -34,7 +46,7 @@ class Backend(Record):
 
 
 class Device(Record):
-    """This machine. ``memory_mib`` is all of the host's memory, shared with the GPU on Jetson."""
+    """This machine. ``memory_mib`` is all of the host's memory; Jetson shares it with its GPU."""
 
     cpu: str
     cores: int
@@ -51,6 +63,9 @@ class Device(Record):
 def describe_device() -> Device:
     """Look at this machine: processor, memory, GPU, Jetson release and backends. Never raises."""
     gpu = find_gpu()
+    backends = [*_onnxruntime_backends(gpu), *_openvino_backends()]
+    for library in TENSORRT_LIBRARIES:
+        backends.append(_engine_backend(library, gpu))
     return Device(
         cpu=cpu_name(),
         cores=usable_cores(),
@@ -61,68 +76,63 @@ def describe_device() -> Device:
         gpu=gpu,
         jetson=jetson_model(),
         l4t=l4t_release(),
-        backends=(
-            *_onnxruntime_backends(gpu),
-            *_openvino_backends(),
-            *(_engine_backend(flavour, gpu) for flavour in FLAVOURS),
-        ),
+        backends=tuple(backends),
     )
 
 
 def _onnxruntime_backends(gpu: Gpu | None) -> list[Backend]:
+    version = None
+    available: list[str] = []
     try:
         onnxruntime = importlib.import_module("onnxruntime")
-        version, available = onnxruntime.__version__, onnxruntime.get_available_providers()
+        available = onnxruntime.get_available_providers()
+        version = onnxruntime.__version__
+    # AttributeError: an empty folder of that name imports as a package without content.
     except (ImportError, OSError, AttributeError):
-        version, available = None, []
-    return [
-        _onnxruntime_backend(name, version, provider in available, gpu)
-        for name, provider in PROVIDERS.items()
-    ]
+        available = []
+
+    backends = []
+    for name, provider in PROVIDERS.items():
+        backends.append(_onnxruntime_backend(name, version, provider in available, gpu))
+    return backends
 
 
 def _onnxruntime_backend(
     name: str, version: str | None, installed: bool, gpu: Gpu | None
 ) -> Backend:
     if not installed:
-        remedy = INSTALL_ONNXRUNTIME if name == "onnxruntime" else INSTALL_ONNXRUNTIME_GPU
-        return Backend(name=name, version=None, usable=False, remedy=f"Run: {remedy}")
+        command = INSTALL_ONNXRUNTIME if name == "onnxruntime" else INSTALL_ONNXRUNTIME_GPU
+        return Backend(name=name, version=None, usable=False, remedy=f"Run: {command}")
     usable = name == "onnxruntime" or gpu is not None
     return Backend(name=name, version=version, usable=usable, remedy=None if usable else _NO_GPU)
 
 
 def _openvino_backends() -> list[Backend]:
-    """By its metadata and the processor's flags: loading OpenVINO would cost every profile its time and memory."""
+    """OpenVINO by its package's metadata and the processor's flags.
+
+    Loading OpenVINO itself would cost every report of a device its time and memory.
+    """
+    names = ("openvino", "openvino-bf16")
     try:
         version = importlib.metadata.version("openvino")
     except importlib.metadata.PackageNotFoundError:
-        absent = str(MissingDependencyError("openvino", "openvino"))
-        return [
-            Backend(name=name, version=None, usable=False, remedy=absent)
-            for name in ("openvino", "openvino-bf16")
-        ]
+        remedy = str(MissingDependencyError("openvino", "openvino"))
+        return [Backend(name=name, version=None, usable=False, remedy=remedy) for name in names]
+
     bf16 = re.search(_BF16_FLAGS, read_text("/proc/cpuinfo") or "") is not None
+    plain, rounded = names
     return [
-        Backend(name="openvino", version=version, usable=True, remedy=None),
-        Backend(
-            name="openvino-bf16", version=version, usable=bf16, remedy=None if bf16 else NO_BF16
-        ),
+        Backend(name=plain, version=version, usable=True, remedy=None),
+        Backend(name=rounded, version=version, usable=bf16, remedy=None if bf16 else NO_BF16),
     ]
 
 
-def _engine_backend(flavour: Flavour, gpu: Gpu | None) -> Backend:
+def _engine_backend(library: TensorRTLibrary, gpu: Gpu | None) -> Backend:
+    """A TensorRT library, which runs engines only together with cuda-python."""
     try:
-        version = load_tensorrt(flavour).__version__
-        load_cudart(flavour)
+        version = load_tensorrt(library).__version__
+        load_cudart(library)
     except HipaError as error:
-        return Backend(name=flavour, version=None, usable=False, remedy=str(error))
-    return Backend(
-        name=flavour, version=version, usable=gpu is not None, remedy=None if gpu else _NO_GPU
-    )
-
-
-NO_BF16 = "This CPU has no bfloat16 arithmetic. Use --backend openvino."
-_BF16_FLAGS = (
-    r"\b(avx512_bf16|amx_bf16|avx_ne_convert)\b"  # with which OpenVINO multiplies bfloat16
-)
-_NO_GPU = "No NVIDIA GPU with a driver answers on this machine."
+        return Backend(name=library, version=None, usable=False, remedy=str(error))
+    usable = gpu is not None
+    return Backend(name=library, version=version, usable=usable, remedy=None if usable else _NO_GPU)

@@ -1,4 +1,4 @@
-"""ONNX Runtime as a runner: on the CPU everywhere, on CUDA or TensorRT when onnxruntime-gpu is installed."""
+"""ONNX Runtime as a runner: on the CPU everywhere, on a GPU where onnxruntime-gpu is installed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import StageSpec
+from hipa_deploy.bundle.manifest import StageSpec, TensorSpec
 from hipa_deploy.bundle.onnx_weights import with_values
 from hipa_deploy.engines.backends.available import (
     INSTALL_ONNXRUNTIME,
     INSTALL_ONNXRUNTIME_GPU,
     PROVIDERS,
 )
+from hipa_deploy.engines.backends.bound_session import BoundSession
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.generate.runner import check_inputs
 
-_ERRORS_ONLY = 3
+_ERRORS_ONLY = 3  # ONNX Runtime's log severity
+
+# The provider option that captures a session as a CUDA graph, and how a refusal of it reads.
 _GRAPH = {"onnxruntime-cuda": "enable_cuda_graph", "onnxruntime-tensorrt": "trt_cuda_graph_enable"}
 _NO_GRAPH = r"cannot use the (cuda graph|graph capture) feature"
 
@@ -37,19 +40,33 @@ Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 class OnnxRuntimeRunner:
     """One stage in ONNX Runtime, on exactly the provider that ``backend`` names.
 
-    ``backend`` is 'onnxruntime' (CPU), 'onnxruntime-cuda' or 'onnxruntime-tensorrt'. ``optimise`` False runs the
-    graph as it stands. ``cache`` is where the TensorRT provider keeps the engines it builds on a first run; None
-    keeps none. On a GPU inputs and outputs are bound to device memory, and a stage with static shapes is captured as
-    a CUDA graph; where ONNX Runtime refuses that, ``graph_problem`` says why and a RuntimeWarning was given.
-    ``weights``, by ONNX name, stand for the graph's own.
+    On a GPU, inputs and outputs are bound to device memory, and a stage with static shapes is
+    captured as a CUDA graph. Where ONNX Runtime refuses that, a RuntimeWarning and
+    ``graph_problem`` say why, and the stage runs without a graph.
+
+    The runner owns its memory until ``close``; the arrays that it returns belong to the caller.
+
+    Args:
+        path: the stage's ONNX file.
+        spec: its inputs and outputs, as the manifest has them.
+        backend: 'onnxruntime' (CPU), 'onnxruntime-cuda' or 'onnxruntime-tensorrt'.
+        optimise: False runs the graph as it stands in the file.
+        cache: a folder where the TensorRT provider keeps the engines that it builds on a first run;
+            None: it keeps none.
+        weights: values by ONNX name that replace the graph's own.
 
     Raises:
-        HipaError: the provider is not installed or does not start, the file is not a graph it can load, or weights
-            are not of that graph.
+        HipaError: the provider is not installed or does not start, ONNX Runtime cannot load the
+            file, or weights are not of that graph.
+
+    Example:
+        >>> with OnnxRuntimeRunner(path, spec, "onnxruntime") as unet:
+        ...     latents_BCHW = unet(noise=noise_BCHW, context=context_BLD)["latents"]
 
     """
 
-    device_ms: float | None = None  # ONNX Runtime tells neither
+    # ONNX Runtime reports neither.
+    device_ms: float | None = None
     device_memory_mib: int | None = None
 
     def __init__(
@@ -69,28 +86,34 @@ class OnnxRuntimeRunner:
         options = _session_options(onnxruntime, backend, optimise)
         settings = provider_options(backend, spec, cache and _writable(cache))
         model = _with_weights(onnxruntime, path, options, weights) if weights else str(path)
+
         try:
             session: Any = _open_session(onnxruntime, path, backend, options, settings, model)
         except _NoGraphError as error:
             self.graph_problem = str(error)
-            told = f"{spec.name}: no CUDA graph ({error}); kernels are launched one by one, which costs some time."
-            warnings.warn(told, RuntimeWarning, stacklevel=2)
-            settings = {
-                name: value for name, value in settings.items() if name not in _GRAPH.values()
-            }
+            warnings.warn(
+                f"{spec.name}: no CUDA graph ({error}); "
+                "kernels are launched one by one, which costs some time.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            settings = {name: settings[name] for name in settings if name != _GRAPH[backend]}
             session = _open_session(onnxruntime, path, backend, options, settings, model)
-        _check_names(session, spec, path)
-        self._run: Run | None = (
-            partial(_run_on_host, session, [tensor.name for tensor in spec.outputs])
-            if backend == "onnxruntime"
-            else BoundSession(onnxruntime, session, spec, "cuda")
-        )
+
+        _check_names(path, "inputs", session.get_inputs(), spec.inputs)
+        _check_names(path, "outputs", session.get_outputs(), spec.outputs)
+        self._run: Run | None
+        if backend == "onnxruntime":
+            self._run = partial(_run_on_host, session, [tensor.name for tensor in spec.outputs])
+        else:
+            self._run = BoundSession(onnxruntime, session, spec, "cuda")
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Compute the outputs by name.
+        """Compute the outputs by name; the arrays belong to the caller.
 
         Raises:
-            HipaError: inputs that are not those of ``spec``, a closed runner, or what ONNX Runtime says of a run.
+            HipaError: inputs that are not those of ``spec``, a closed runner, or an error of ONNX
+                Runtime's.
 
         """
         check_inputs(self.spec, inputs)
@@ -120,114 +143,64 @@ def _run_on_host(
     return dict(zip(outputs, session.run(outputs, inputs), strict=True))
 
 
-class BoundSession:
-    """A session whose inputs and outputs live in ``device`` memory ('cuda', or 'cpu') at addresses that stay.
-
-    They must stay, for a CUDA graph has them in it. Other shapes get memory of their own.
-    """
-
-    def __init__(self, onnxruntime: ModuleType, session: Any, spec: StageSpec, device: str) -> None:
-        self._onnxruntime, self._session, self._spec, self._device = (
-            onnxruntime,
-            session,
-            spec,
-            device,
-        )
-        self._shapes: dict[str, tuple[int, ...]] = {}
-
-    def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Copy in, run, copy out; the arrays belong to the caller.
-
-        Raises:
-            HipaError: ONNX Runtime cannot run it.
-
-        """
-        try:
-            shapes = {name: value.shape for name, value in inputs.items()}
-            if shapes != self._shapes:
-                self._bind(inputs)
-                self._shapes = shapes
-            for name, value in inputs.items():
-                self._inputs[name].update_inplace(np.ascontiguousarray(value))
-            self._binding.synchronize_inputs()
-            self._session.run_with_iobinding(self._binding)
-            self._binding.synchronize_outputs()
-            return dict(
-                zip(
-                    self._names,
-                    (np.array(v.numpy()) for v in self._binding.get_outputs()),
-                    strict=True,
-                )
-            )
-        except Exception as error:  # ONNX Runtime's errors share no base class of their own
-            raise HipaError(
-                f"{self._spec.name}: ONNX Runtime cannot run it: {first_line(error)}"
-            ) from None
-
-    def _bind(self, inputs: dict[str, np.ndarray]) -> None:
-        """Memory for these shapes. An output whose shape depends on named axes is ONNX Runtime's to allocate."""
-        self._binding = self._session.io_binding()
-        self._names = [tensor.name for tensor in self._spec.outputs]
-        self._inputs = {
-            name: self._memory(value.shape, value.dtype) for name, value in inputs.items()
-        }
-        for name, value in self._inputs.items():
-            self._binding.bind_ortvalue_input(name, value)
-        for tensor in self._spec.outputs:
-            if self._spec.axes:
-                self._binding.bind_output(tensor.name, self._device)
-            else:
-                memory = self._memory(tensor.at({}), np.dtype(tensor.dtype))
-                self._binding.bind_ortvalue_output(tensor.name, memory)
-
-    def _memory(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        return self._onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-            list(shape), dtype, self._device, 0
-        )
-
-
 def provider_options(backend: str, spec: StageSpec, cache: Path | None) -> dict[str, str]:
-    """What the provider of ``backend`` is told.
+    """The options of a backend's execution provider.
 
-    No trt_fp16_enable: without it the TensorRT provider builds strongly typed networks (10.x and newer), so the graph
-    says the precision. No TF32 either: float32 is float32.
+    There is no trt_fp16_enable: without it the TensorRT provider (10.x and newer) builds strongly
+    typed networks, so the graph says the precision. There is no TF32 either: float32 is float32.
     """
     if backend == "onnxruntime":
         return {}
-    static = {_GRAPH[backend]: "1"} if not spec.axes else {}
+    # A graph holds addresses, and other shapes have others: only static shapes are captured.
+    graph = {} if spec.axes else {_GRAPH[backend]: "1"}
     if backend == "onnxruntime-cuda":
-        return {"use_tf32": "0", **static}
-    options = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)} if cache else {}
-    for which in ("min", "opt", "max") if spec.axes else ():
-        shapes = (f"{t.name}:{'x'.join(map(str, t.at(spec.sizes(which))))}" for t in spec.inputs)
-        options[f"trt_profile_{which}_shapes"] = ",".join(shapes)
-    return {**options, **static}
+        return {"use_tf32": "0", **graph}
+
+    options = {}
+    if cache:
+        options["trt_engine_cache_enable"] = "1"
+        options["trt_engine_cache_path"] = str(cache)
+    if spec.axes:
+        for bound in ("min", "opt", "max"):
+            options[f"trt_profile_{bound}_shapes"] = _profile_shapes(spec, spec.sizes(bound))
+    return {**options, **graph}
+
+
+def _profile_shapes(spec: StageSpec, sizes: Mapping[str, int]) -> str:
+    """Shapes as the TensorRT provider reads them: 'noise:1x4x64x64,context:1x77x768'."""
+    shapes = []
+    for tensor in spec.inputs:
+        dimensions = "x".join(map(str, tensor.at(sizes)))
+        shapes.append(f"{tensor.name}:{dimensions}")
+    return ",".join(shapes)
 
 
 def engine_cache(bundle: Bundle, stage: str) -> Path:
-    """Where the TensorRT provider keeps this stage's engines.
+    """The folder where the TensorRT provider keeps this stage's engines.
 
-    The provider looks at neither the weights nor the device before it takes an engine from its cache, so both are in
-    the folder's name, and its own version.
+    The provider checks neither the weights nor the device before it takes an engine from its cache.
+    So the folder's name has a hash of both, and of ONNX Runtime's version.
     """
-    gpu, files = find_gpu(), bundle.manifest.files
+    gpu = find_gpu()
+    files = bundle.manifest.files
     folder = PurePosixPath(bundle.stages[stage].path).parent
-    parts = [files[name] for name in sorted(files) if PurePosixPath(name).parent == folder]
-    identity = json.dumps(
-        [_load_onnxruntime().__version__, gpu and gpu.model_dump(mode="json"), parts]
-    )
+    hashes = [files[name] for name in sorted(files) if PurePosixPath(name).parent == folder]
+    device = gpu.model_dump(mode="json") if gpu else None
+    identity = json.dumps([_load_onnxruntime().__version__, device, hashes])
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return bundle.root / "engines" / "onnxruntime-tensorrt" / f"{stage}-{key}"
 
 
 def _writable(cache: Path) -> Path | None:
-    """The folder, made; or None, with a RuntimeWarning, if nobody may write there."""
+    """Make the folder. None, with a RuntimeWarning, if that is not permitted."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        told = f"{cache} cannot be written ({error.strerror}): TensorRT builds the stage anew at every start."
         warnings.warn(
-            f"{told} Copy the bundle to a folder of your own.", RuntimeWarning, stacklevel=3
+            f"{cache} cannot be written ({error.strerror}): TensorRT builds the stage anew at "
+            "every start. Copy the bundle to a folder of your own.",
+            RuntimeWarning,
+            stacklevel=3,
         )
         return None
     return cache
@@ -243,6 +216,7 @@ def _load_onnxruntime() -> ModuleType:
 
 
 def _require_provider(onnxruntime: ModuleType, backend: str) -> None:
+    """Raise HipaError unless the installed package has the provider of ``backend``."""
     if backend not in PROVIDERS:
         raise HipaError(
             f"backend {backend!r} is not ONNX Runtime's. Expected one of: {', '.join(PROVIDERS)}."
@@ -261,9 +235,11 @@ def _with_weights(
 ) -> bytes:
     """The graph with other weights, as bytes; those in external data go to ``options``.
 
-    Not ``add_initializer``: it takes effect after the graph's optimisation, which has folded the old values by then.
+    ``add_initializer`` would not do: it takes effect after the graph's optimisation, which has
+    folded the old values by then.
     """
     model, external = with_values(path, weights)
+    # A model from bytes has no folder, so ONNX Runtime has to be told where its other weights lie.
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent)
     )
@@ -281,6 +257,13 @@ def _open_session(
     settings: dict[str, str],
     model: str | bytes,
 ) -> Any:
+    """An InferenceSession on the provider of ``backend`` and no other.
+
+    Raises:
+        _NoGraphError: ONNX Runtime refuses to capture it; without the option it may load.
+        HipaError: ONNX Runtime cannot load it, or the provider does not start.
+
+    """
     provider = PROVIDERS[backend]
     try:
         session = onnxruntime.InferenceSession(
@@ -291,10 +274,13 @@ def _open_session(
         if _GRAPH.get(backend) in settings and re.search(_NO_GRAPH, words, re.IGNORECASE):
             raise _NoGraphError(words) from None
         raise HipaError(f"{path}: ONNX Runtime cannot load it on {provider}: {words}") from None
+
+    # A provider whose libraries do not load is left out with no more than a log line.
     if session.get_providers()[0] != provider:
-        got = ", ".join(session.get_providers())
+        others = ", ".join(session.get_providers())
         raise HipaError(
-            f"backend {backend}: {provider} did not start, only {got}. Check the CUDA and cuDNN libraries."
+            f"backend {backend}: {provider} did not start, only {others}. "
+            "Check the CUDA and cuDNN libraries."
         )
     return session
 
@@ -306,23 +292,21 @@ def _session_options(onnxruntime: ModuleType, backend: str, optimise: bool) -> A
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if backend == "onnxruntime":
-        # Threads that wait asleep, not spinning: on two cores 17 ms an image in place of 24 for the embedded model, 1 %
-        # more time at SD 1.5 size; and what else runs on the machine has the cores meanwhile.
+        # Threads that wait sleep instead of spinning. On two cores that takes 17 ms an image in
+        # place of 24 for the embedded model, and 1 % more time at the size of SD 1.5; and whatever
+        # else runs on the machine has the cores meanwhile.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if (
-        backend != "onnxruntime"
-    ):  # a node that the GPU provider cannot run is an error, not a slow surprise
+    else:
+        # A node that the GPU provider cannot run is an error, not a slow surprise.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return options
 
 
-def _check_names(session: Any, spec: StageSpec, path: Path) -> None:
-    for kind, tensors, nodes in (
-        ("inputs", spec.inputs, session.get_inputs()),
-        ("outputs", spec.outputs, session.get_outputs()),
-    ):
-        got, expected = [node.name for node in nodes], [tensor.name for tensor in tensors]
-        if got != expected:
-            raise HipaError(
-                f"{path} has {kind} {got}, the manifest says {expected}. Export the bundle again."
-            )
+def _check_names(path: Path, kind: str, nodes: list[Any], tensors: tuple[TensorSpec, ...]) -> None:
+    """Raise HipaError unless the graph's inputs or outputs are the manifest's, in its order."""
+    names = [node.name for node in nodes]
+    expected = [tensor.name for tensor in tensors]
+    if names != expected:
+        raise HipaError(
+            f"{path} has {kind} {names}, the manifest says {expected}. Export the bundle again."
+        )

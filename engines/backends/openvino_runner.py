@@ -1,4 +1,4 @@
-"""OpenVINO as a runner, on the CPU: for a machine without a GPU, where it computes these graphs fastest."""
+"""OpenVINO as a runner, on the CPU: the fastest backend for these graphs without a GPU."""
 
 from __future__ import annotations
 
@@ -15,26 +15,33 @@ from hipa_deploy.engines.backends.available import NO_BF16
 from hipa_deploy.errors import HipaError, MissingDependencyError, first_line
 from hipa_deploy.generate.runner import check_inputs
 
-# What a backend computes in; OpenVINO by itself would take bfloat16 wherever that is fast. FP16 weights stay so in
-# memory and compute in FP32, as in ONNX Runtime.
+# The precision that a backend computes in. OpenVINO itself would choose bfloat16 wherever that is
+# fast. FP16 weights stay FP16 in memory and compute in FP32, as in ONNX Runtime.
 _PRECISION = {"openvino": "f32", "openvino-bf16": "bf16"}
 
 
 class OpenVinoRunner:
     """One stage in OpenVINO, on the CPU.
 
-    ``backend`` is 'openvino' (FP32) or 'openvino-bf16' (8 significant bits, on CPUs that multiply bfloat16).
-    Whether that is near enough to FP32 for a model, the bundle's own gates tell: ``hipa-doctor BUNDLE --backend …``.
+    The runner owns its memory until ``close``; the arrays that it returns belong to the caller.
+
+    Args:
+        path: the stage's ONNX file.
+        spec: its inputs and outputs, as the manifest has them.
+        backend: 'openvino' (FP32) or 'openvino-bf16' (8 significant bits, on CPUs that multiply
+            bfloat16). Whether that is near enough to FP32 for a model, the bundle's own checks say:
+            ``hipa-doctor BUNDLE --backend openvino-bf16``.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
-        HipaError: the file is not a graph it can compile, or this CPU has no bfloat16.
+        HipaError: OpenVINO cannot compile the file, or this CPU has no bfloat16.
 
     """
 
     def __init__(self, path: Path, spec: StageSpec, backend: str = "openvino") -> None:
         self.spec = spec
-        openvino, precision = load_openvino(), _PRECISION[backend]
+        openvino = load_openvino()
+        precision = _PRECISION[backend]
         if precision == "bf16" and not has_bf16(openvino):
             raise HipaError(f"backend {backend}: {NO_BF16}")
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
@@ -53,8 +60,9 @@ class OpenVinoRunner:
         check_inputs(self.spec, inputs)
         if self._model is None:
             raise HipaError(f"{self.spec.name}: the runner is closed.")
-        made = self._model(inputs)
-        return {tensor.name: made[tensor.name].copy() for tensor in self.spec.outputs}
+        results = self._model(inputs)
+        # OpenVINO's arrays are views of memory that its next run overwrites.
+        return {tensor.name: results[tensor.name].copy() for tensor in self.spec.outputs}
 
     def close(self) -> None:
         """Release the model. Calling it twice is harmless."""
@@ -76,8 +84,8 @@ def load_openvino() -> ModuleType:
     """Import OpenVINO.
 
     Raises:
-        MissingDependencyError: it is not installed.
-        HipaError: it is installed and does not load.
+        MissingDependencyError: OpenVINO is not installed.
+        HipaError: OpenVINO is installed and does not load.
 
     """
     try:
@@ -94,10 +102,11 @@ def load_openvino() -> ModuleType:
 def core(openvino: ModuleType) -> Any:
     """The process's one ``Core``, which lives as long as the process.
 
-    The CPU plugin of every Core installs a signal stack (sigaltstack(2)) and, when it goes, restores the one it found.
-    Of two Cores that go in the order they came, the second restores the first's, which is unmapped by then: the next
-    Ctrl-C ends the process, or is written over what has been mapped there since. (Read in OpenVINO's source,
-    ``SigAltStackSetup`` of src/plugins/intel_cpu; seen with 2026.4.)
+    The CPU plugin of every Core installs a signal stack (sigaltstack(2)), and restores the stack
+    that it found when the Core goes. Suppose two Cores come and go in the same order: the second
+    then restores the first's stack, which is unmapped by then. The next Ctrl-C ends the process, or
+    overwrites what has been mapped there since. (Read in OpenVINO's source, ``SigAltStackSetup`` of
+    src/plugins/intel_cpu; seen with 2026.4.)
     """
     return openvino.Core()
 

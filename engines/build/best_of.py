@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
-from hipa_deploy.engines.tensorrt.library import Flavour
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 
 if TYPE_CHECKING:
     from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 WARMUP, RUNS = 5, 30
 
 
-def time_engine(path: Path, spec: StageSpec, flavour: Flavour) -> float:
+def time_engine(path: Path, spec: StageSpec, library: TensorRTLibrary) -> float:
     """Median time in ms that an engine takes on this GPU, copies not included, at its usual shapes on inputs of ones.
 
     Raises:
@@ -29,7 +29,7 @@ def time_engine(path: Path, spec: StageSpec, flavour: Flavour) -> float:
     inputs = {
         tensor.name: np.ones(tensor.at(spec.sizes("opt")), tensor.dtype) for tensor in spec.inputs
     }
-    with TensorRTRunner([(spec, path)], flavour) as runner:
+    with TensorRTRunner([(spec, path)], library) as runner:
         samples = [_timed(runner, inputs) for _ in range(WARMUP + RUNS)]
     return statistics.median(samples[WARMUP:])
 

@@ -40,7 +40,12 @@ from hipa_deploy.engines.store.sidecar import (
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.target import Target, default_options, resolve_target
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
-from hipa_deploy.engines.tensorrt.library import Flavour, as_flavour, load_tensorrt, missing
+from hipa_deploy.engines.tensorrt.library import (
+    TensorRTLibrary,
+    as_tensorrt_library,
+    load_tensorrt,
+    missing,
+)
 from hipa_deploy.engines.tensorrt.refit import refuse_faulty
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import user_cache, write_file
@@ -77,20 +82,20 @@ def build_bundle(
     Progress goes to ``console``, by default the terminal's standard error.
 
     Raises:
-        MissingDependencyError: TensorRT of that flavour, or polygraphy, is not installed.
+        MissingDependencyError: the TensorRT library of this backend, or polygraphy, is not installed.
         HipaError: a corrupt bundle, an unknown or impossible target, too little memory or disk, a build already
             running, a graph of another precision than the manifest says, or TensorRT's own refusal. Stages built
             before it remain.
 
     """
-    flavour, trt = check_tools(backend)
-    _check_options(flavour, trt.__version__, options, best_of)
+    library, trt = check_tools(backend)
+    _check_options(library, trt.__version__, options, best_of)
     bundle.verify()
-    goal = resolve_target(target, flavour, find_gpu(), trt)
-    options = _resolve_options(options, flavour, target, goal, trt.__version__)
-    folder = bundle.root / FOLDER / f"{flavour}-{goal.name}"
+    goal = resolve_target(target, library, find_gpu(), trt)
+    options = _resolve_options(options, library, target, goal, trt.__version__)
+    folder = bundle.root / FOLDER / f"{library}-{goal.name}"
     keys = {
-        stage: key_for(bundle, stage, flavour, trt.__version__, goal, options)
+        stage: key_for(bundle, stage, library, trt.__version__, goal, options)
         for stage in bundle.stages
     }
     found = {
@@ -99,7 +104,7 @@ def build_bundle(
     }
     if not force:
         absent = [stage for stage, sidecar in found.items() if sidecar is None]
-        plan_build(bundle, absent, flavour, target, options, describe_device()).refuse_misfits()
+        plan_build(bundle, absent, library, target, options, describe_device()).refuse_misfits()
     with locked(folder), _progress_bar(console) as bar:
         return [
             _build_stage(bundle, stage, keys[stage], folder, options, best_of, bar)
@@ -116,13 +121,15 @@ def dry_run(
         HipaError: an unknown backend or target.
 
     """
-    flavour, device = as_flavour(backend), describe_device()
-    options = options.or_else(default_options(target, flavour, device))
-    return plan_build(bundle, bundle.stages, flavour, target, options, device)
+    library, device = as_tensorrt_library(backend), describe_device()
+    options = options.or_else(default_options(target, library, device))
+    return plan_build(bundle, bundle.stages, library, target, options, device)
 
 
-def _check_options(flavour: Flavour, version: str, options: BuildOptions, best_of: int) -> None:
-    if flavour == "rtx" and options.timing_cache is not None:
+def _check_options(
+    library: TensorRTLibrary, version: str, options: BuildOptions, best_of: int
+) -> None:
+    if library == "rtx" and options.timing_cache is not None:
         raise HipaError(
             "TensorRT-RTX has no timing cache (it times nothing while building). Leave the option out."
         )
@@ -133,7 +140,7 @@ def _check_options(flavour: Flavour, version: str, options: BuildOptions, best_o
             "--best-of runs each engine to time it, and no NVIDIA GPU answers here. Leave the option out."
         )
     if options.refit:
-        refuse_faulty(flavour, version)
+        refuse_faulty(library, version)
     if (
         options.refit and find_gpu() is None
     ):  # TensorRT-RTX 1.7 fails in Myelin: CHECK(status == CUDA_SUCCESS)
@@ -143,30 +150,30 @@ def _check_options(flavour: Flavour, version: str, options: BuildOptions, best_o
 
 
 def _resolve_options(
-    options: BuildOptions, flavour: Flavour, target: str, goal: Target, version: str
+    options: BuildOptions, library: TensorRTLibrary, target: str, goal: Target, version: str
 ) -> BuildOptions:
     """The target's own options where none is given, and a timing cache for this device and version."""
-    resolved = options.or_else(default_options(target, flavour, describe_device()))
-    if flavour == "rtx" or resolved.timing_cache is not None:
+    resolved = options.or_else(default_options(target, library, describe_device()))
+    if library == "rtx" or resolved.timing_cache is not None:
         return resolved
     return resolved.model_copy(
         update={"timing_cache": user_cache() / "timing" / f"{goal.name}-trt{version}.cache"}
     )
 
 
-def check_tools(backend: str) -> tuple[Flavour, ModuleType]:
-    """The flavour and its TensorRT module.
+def check_tools(backend: str) -> tuple[TensorRTLibrary, ModuleType]:
+    """The TensorRT library and its module.
 
     Raises:
-        MissingDependencyError: TensorRT of that flavour, or polygraphy, is not installed.
+        MissingDependencyError: the TensorRT library of this backend, or polygraphy, is not installed.
         HipaError: an unknown backend.
 
     """
-    flavour = as_flavour(backend)
-    trt = load_tensorrt(flavour)
+    library = as_tensorrt_library(backend)
+    trt = load_tensorrt(library)
     if importlib.util.find_spec("polygraphy") is None:
-        raise missing("polygraphy", flavour)
-    return flavour, trt
+        raise missing("polygraphy", library)
+    return library, trt
 
 
 def _build_stage(
@@ -217,7 +224,7 @@ def _built(outcome: Outcome) -> str:
 
 def _job(bundle: Bundle, stage: str, key: EngineKey, out: Path, options: BuildOptions) -> Job:
     return Job(
-        flavour=key.flavour,
+        library=key.flavour,
         onnx=bundle.stage_path(stage).resolve(),
         spec=bundle.stages[stage].spec,
         out=out.resolve(),

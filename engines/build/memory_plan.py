@@ -18,7 +18,7 @@ from hipa_deploy.engines.backends.available import Device
 from hipa_deploy.engines.device.machine import available_memory_mib, free_swap_mib
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.target import TargetProfile, load_target_profile
-from hipa_deploy.engines.tensorrt.library import Flavour
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
@@ -102,7 +102,7 @@ class Plan(Record):
 def plan_build(
     bundle: Bundle,
     stages: Iterable[str],
-    flavour: Flavour,
+    library: TensorRTLibrary,
     target: str,
     options: BuildOptions,
     device: Device,
@@ -113,11 +113,11 @@ def plan_build(
         HipaError: an unknown target.
 
     """
-    chosen = tuple(_plan_stage(bundle, bundle.stages[stage], flavour, options) for stage in stages)
-    everything = [_plan_stage(bundle, stage, flavour, options) for stage in bundle.manifest.stages]
+    chosen = tuple(_plan_stage(bundle, bundle.stages[stage], library, options) for stage in stages)
+    everything = [_plan_stage(bundle, stage, library, options) for stage in bundle.manifest.stages]
     profile = None if target == "auto" else load_target_profile(target)
     needs = [
-        *_build_needs(chosen, _build_place(flavour, profile, device)),
+        *_build_needs(chosen, _build_place(library, profile, device)),
         _disk_need(bundle, chosen),
     ]
     if (place := _run_place(profile, device)) is not None:
@@ -125,13 +125,15 @@ def plan_build(
     return Plan(stages=chosen, needs=tuple(needs))
 
 
-def _plan_stage(bundle: Bundle, stage: Stage, flavour: Flavour, options: BuildOptions) -> StagePlan:
+def _plan_stage(
+    bundle: Bundle, stage: Stage, library: TensorRTLibrary, options: BuildOptions
+) -> StagePlan:
     onnx = bundle.stage_path(stage.spec.name)
     weights = _mib(sum(path.stat().st_size for path in onnx.parent.glob(f"{onnx.name}*")))
     held = stage.cost.activation_bytes if stage.cost else None
     activations = None if held is None else _mib(held)
     on_gpu = (
-        None if flavour == "rtx" else weights + (activations or 0) + (options.workspace_mib or 0)
+        None if library == "rtx" else weights + (activations or 0) + (options.workspace_mib or 0)
     )
     return StagePlan(
         stage=stage.spec.name,
@@ -142,9 +144,9 @@ def _plan_stage(bundle: Bundle, stage: Stage, flavour: Flavour, options: BuildOp
     )
 
 
-def _build_place(flavour: Flavour, profile: TargetProfile | None, device: Device) -> Place:
+def _build_place(library: TensorRTLibrary, profile: TargetProfile | None, device: Device) -> Place:
     """TensorRT-RTX compiles on this machine's processor; TensorRT on the device that runs the engine."""
-    if flavour == "tensorrt" and profile is not None and not _is_here(profile, device):
+    if library == "tensorrt" and profile is not None and not _is_here(profile, device):
         return _elsewhere(profile)
     return _here(device)
 

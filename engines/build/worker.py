@@ -22,7 +22,11 @@ from hipa_deploy.engines.device.machine import peak_rss_mib
 from hipa_deploy.engines.store.sidecar import PrecisionCheck
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
-from hipa_deploy.engines.tensorrt.library import Flavour, load_tensorrt, set_compute_capabilities
+from hipa_deploy.engines.tensorrt.library import (
+    TensorRTLibrary,
+    load_tensorrt,
+    set_compute_capabilities,
+)
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import write_file
 from hipa_deploy.record import Record
@@ -36,7 +40,7 @@ class Job(Record):
     ``refittable`` names the weights that can be exchanged later; the rest may be fused and folded.
     """
 
-    flavour: Flavour
+    library: TensorRTLibrary
     onnx: Path
     spec: StageSpec
     out: Path
@@ -69,9 +73,9 @@ class Event(Record):
     error: str | None = None
 
 
-def environment(flavour: Flavour) -> dict[str, str]:
-    """The environment that makes polygraphy use ``flavour``."""
-    return {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1" if flavour == "rtx" else "0"}
+def environment(library: TensorRTLibrary) -> dict[str, str]:
+    """The environment that makes polygraphy use ``library``."""
+    return {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1" if library == "rtx" else "0"}
 
 
 def main() -> int:
@@ -104,7 +108,7 @@ def build(job: Job, send: Send) -> Outcome:
         polygraphy.exception.PolygraphyException: TensorRT cannot parse or compile the graph.
 
     """
-    trt = load_tensorrt(job.flavour)
+    trt = load_tensorrt(job.library)
     from polygraphy.backend import trt as poly
 
     started = time.perf_counter()
@@ -136,7 +140,7 @@ def _configure(
         profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
         progress_monitor=monitor,
     )
-    if job.flavour == "rtx":
+    if job.library == "rtx":
         config.set_flag(
             trt.BuilderFlag.REQUIRE_USER_ALLOCATION
         )  # without it no CUDA graph: release notes of RTX 1.2

@@ -53,7 +53,7 @@ def _worker(job: Job, log: IO[str]) -> Iterator[subprocess.Popen[str]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
-        env=environment(job.flavour),
+        env=environment(job.library),
         text=True,
         start_new_session=True,  # a terminal's Ctrl-C reaches us alone, and we stop the worker
     )

@@ -1,4 +1,5 @@
-"""Engines on disk: the key that says what an engine is, its sidecar, and which engine fits this GPU.
+"""Engines on disk: the key that says what one is, its sidecar, and which one fits this GPU.
 
-May import: the core, ``engines.device``, ``engines.targets`` and ``engines.tensorrt``.
+May import: the core, ``engines.device``, ``engines.tensorrt``, ``engines.backends`` and
+``engines.targets``.
 """

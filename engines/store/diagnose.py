@@ -1,4 +1,4 @@
-"""Why an engine does or does not fit here: every field of its key, as it was built and as it would be built now."""
+"""Why an engine fits here or does not: each field of its key, as built and as it would be here."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from hipa_deploy.engines.store.select import rebuild_command
 from hipa_deploy.engines.store.sidecar import Sidecar, check_engine_file, engine_path, read_sidecar
 from hipa_deploy.engines.targets.target import Target, binding
 from hipa_deploy.engines.tensorrt.gpu import Gpu, find_gpu
-from hipa_deploy.engines.tensorrt.library import Flavour, load_tensorrt
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, load_tensorrt
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
-UNKNOWN = "cannot be told here"
+UNKNOWN = "not known here"
+
+# The fields of the key that the bundle alone decides.
 _OF_BUNDLE = ("onnx_sha256", "external_sha256", "precision", "axes")
 
 
 class Field(Record):
-    """A field of the key. ``here`` is what a build would have now."""
+    """A field of the key: its value in the engine, and the value that a build here would have."""
 
     name: str
     built: str
@@ -29,7 +31,7 @@ class Field(Record):
 
 
 class Diagnosis(Record):
-    """What ``hipa-doctor ENGINE`` says. ``rebuild`` is the command that makes an engine that fits."""
+    """What ``hipa-doctor ENGINE`` prints. ``rebuild`` is the command for a fitting engine."""
 
     path: str
     stage: str
@@ -41,99 +43,126 @@ class Diagnosis(Record):
 
 
 def is_engine(path: Path) -> bool:
-    """Whether a path names an engine or its sidecar, there or not."""
+    """Whether a path names an engine or its sidecar, whether or not the file exists."""
     return path.suffix in (".engine", ".json") and not path.is_dir()
 
 
 def diagnose(path: Path) -> Diagnosis:
-    """Explain the engine, or the engine of the sidecar, at ``path``; nothing is deserialised and no GPU is needed.
+    """Explain the engine at ``path``, or the engine of the sidecar at ``path``.
+
+    Nothing is deserialised, and no GPU is needed.
 
     Raises:
-        HipaError: no sidecar that can be read.
+        HipaError: there is no sidecar that can be read.
 
     """
     sidecar_file = path.with_suffix(".json")
     if not sidecar_file.is_file():
-        missing = "has no sidecar" if path.is_file() else "does not exist"
+        problem = "has no sidecar" if path.is_file() else "does not exist"
         raise HipaError(
-            f"{path} {missing}. Expected {sidecar_file.name} beside the engine. Run hipa-build again."
+            f"{path} {problem}. Expected {sidecar_file.name} beside the engine. "
+            "Run hipa-build again."
         )
+
     sidecar = read_sidecar(sidecar_file)
+    key = sidecar.key
     bundle = _bundle_of(sidecar_file)
-    fields = tuple(_compare(sidecar.key, _here(sidecar, bundle, find_gpu())))
+    fields = tuple(_compare(key, _values_here(sidecar, bundle, find_gpu())))
     check = sidecar.precision_check
+    layers = check.float16 + check.float32
     return Diagnosis(
         path=str(engine_path(sidecar_file)),
         stage=sidecar.stage,
-        built_by=f"{sidecar.producer}, {sidecar.key.flavour} {sidecar.key.tensorrt}, in {sidecar.build_seconds:.1f} s",
-        precision=f"{check.float16} of {check.float16 + check.float32} layers in float16, by the {check.by}",
+        built_by=f"{sidecar.producer}, {key.flavour} {key.tensorrt}, "
+        f"in {sidecar.build_seconds:.1f} s",
+        precision=f"{check.float16} of {layers} layers in float16, by the {check.by}",
         fields=fields,
-        rebuild=rebuild_command(sidecar_file.parents[2], sidecar.key.flavour, sidecar.key.options),
+        rebuild=rebuild_command(_bundle_root(sidecar_file), key.flavour, key.options),
         problems=tuple(_problems(sidecar_file, sidecar, bundle, fields)),
     )
 
 
+def _bundle_root(sidecar_file: Path) -> Path:
+    """The bundle's folder: a sidecar is at BUNDLE/engines/NAME/FILE."""
+    return sidecar_file.parents[2]
+
+
 def _bundle_of(sidecar_file: Path) -> Bundle | None:
-    """The bundle whose ``engines`` folder the sidecar lies in; None for an engine that was taken elsewhere."""
+    """The bundle whose ``engines`` folder holds the sidecar; None for an engine moved elsewhere."""
     try:
-        return Bundle.open(sidecar_file.parents[2])
+        return Bundle.open(_bundle_root(sidecar_file))
+    # IndexError: a path with fewer than three folders above the file.
     except (HipaError, IndexError):
         return None
 
 
-def _here(sidecar: Sidecar, bundle: Bundle | None, gpu: Gpu | None) -> dict[str, Any]:
-    """The key's fields as a build with the same options would have them now; those that cannot be told are absent."""
+def _values_here(sidecar: Sidecar, bundle: Bundle | None, gpu: Gpu | None) -> dict[str, Any]:
+    """The key's values that a build with the same options would have here and now.
+
+    A value that cannot be found out here is absent: without the bundle its hashes, without the
+    TensorRT library its version, without a GPU everything about the GPU.
+    """
     built = sidecar.key
-    fields: dict[str, Any] = {"options": built.options, "flavour": built.flavour}
+    # By the field names of the file format: the TensorRT library is "flavour" there.
+    values: dict[str, Any] = {"options": built.options, "flavour": built.flavour}
+
     if bundle is not None and sidecar.stage in bundle.stages:
         target = Target(name="here", compute_capabilities=built.compute_capabilities)
         now = key_for(bundle, sidecar.stage, built.flavour, built.tensorrt, target, built.options)
-        fields.update({name: getattr(now, name) for name in _OF_BUNDLE})
-    if (version := _version(built.flavour)) is not None:
-        fields["tensorrt"] = version
+        for name in _OF_BUNDLE:
+            values[name] = getattr(now, name)
+
+    version = _version(built.flavour)
+    if version is not None:
+        values["tensorrt"] = version
+
     if gpu is not None:
         fits = gpu.sm in built.compute_capabilities
-        fields["compute_capabilities"] = built.compute_capabilities if fits else (gpu.sm,)
-        fields.update(binding(built.flavour, gpu))
-    return fields
+        values["compute_capabilities"] = built.compute_capabilities if fits else (gpu.sm,)
+        values.update(binding(built.flavour, gpu))
+    return values
 
 
-def _version(flavour: Flavour) -> str | None:
+def _version(library: TensorRTLibrary) -> str | None:
     try:
-        return str(load_tensorrt(flavour).__version__)
+        return str(load_tensorrt(library).__version__)
     except HipaError:
         return None
 
 
 def _compare(built: EngineKey, here: dict[str, Any]) -> list[Field]:
+    """Every field of the key, in the key's order."""
     return [_field(name, getattr(built, name), here) for name in EngineKey.model_fields]
 
 
 def _field(name: str, built: Any, here: dict[str, Any]) -> Field:
-    if name not in here:
-        not_bound = built is None
-        return Field(
-            name=name, built=brief(built), here=UNKNOWN, verdict="same" if not_bound else "unknown"
-        )
-    verdict: Literal["same", "differs"] = "same" if here[name] == built else "differs"
-    return Field(name=name, built=brief(built), here=brief(here[name]), verdict=verdict)
+    verdict: Literal["same", "differs", "unknown"]
+    if name in here:
+        verdict = "same" if here[name] == built else "differs"
+        return Field(name=name, built=brief(built), here=brief(here[name]), verdict=verdict)
+    # None: the engine is not bound to it, so it fits whatever the value is here.
+    verdict = "same" if built is None else "unknown"
+    return Field(name=name, built=brief(built), here=UNKNOWN, verdict=verdict)
 
 
 def _problems(
     path: Path, sidecar: Sidecar, bundle: Bundle | None, fields: tuple[Field, ...]
 ) -> list[str]:
+    """What keeps the engine from being used, a sentence each."""
     problems = []
     try:
+        # No remedy: the diagnosis has the command once, for all problems.
         check_engine_file(engine_path(path), sidecar, "")
     except HipaError as error:
         problems.append(str(error).strip())
+
     if bundle is None:
         problems.append(
-            f"{path.parents[2]} is not a bundle: an engine is used from BUNDLE/engines/NAME."
+            f"{_bundle_root(path)} is not a bundle: an engine is used from BUNDLE/engines/NAME."
         )
+
     differing = [field.name for field in fields if field.verdict == "differs"]
     if differing:
-        problems.append(
-            f"it does not fit here: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}."
-        )
+        verb = "differs" if len(differing) == 1 else "differ"
+        problems.append(f"it does not fit here: {', '.join(differing)} {verb}.")
     return problems

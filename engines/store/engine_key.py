@@ -1,9 +1,13 @@
-"""The key of an engine: what it was made from, and where it may run."""
+"""The key of an engine: what it was made from, and where it may run.
+
+TensorRT's own message for an engine that does not fit names neither the difference nor a remedy.
+So the key is compared before an engine is deserialised.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -12,22 +16,27 @@ from hipa_deploy.bundle.manifest import Axis, Precision
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.target import Target, binding
 from hipa_deploy.engines.tensorrt.gpu import Gpu
-from hipa_deploy.engines.tensorrt.library import Flavour
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 from hipa_deploy.record import Record
 
-if TYPE_CHECKING:
-    pass
+_SHA256_DIGITS = 64
+_SHORT_DIGITS = 12  # of a hash, where a person or a file name has to hold it
 
 
 class EngineKey(Record):
-    """Everything an engine depends on: an equal key needs no rebuild. None: not bound to it."""
+    """Everything that an engine depends on: with an equal key it needs no rebuild.
+
+    None: the engine is not bound to it. The fields and their order are part of the file format:
+    ``short`` is a hash of them, and stands in file names.
+    """
 
     onnx_sha256: str
     external_sha256: tuple[str, ...]
     precision: Precision
     axes: dict[str, Axis] = Field(default_factory=dict)
     options: BuildOptions
-    flavour: Flavour
+    # The TensorRT library, under the name that the file format has for it.
+    flavour: TensorRTLibrary
     tensorrt: str
     compute_capabilities: tuple[int, ...]
     device: str | None
@@ -38,7 +47,8 @@ class EngineKey(Record):
     @property
     def short(self) -> str:
         """Twelve hexadecimal digits that stand for the key in file names."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        # pydantic writes the fields in the order of the class, so equal keys have equal text.
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:_SHORT_DIGITS]
 
 
 class Difference(NamedTuple):
@@ -53,50 +63,71 @@ class Difference(NamedTuple):
 
 
 def brief(value: Any) -> str:
-    """A key's value for people: hashes cut short, options without those not set, '-' for None."""
+    """A value of the key for people: hashes cut short, only options that are set, '-' for None."""
     if value is None:
         return "-"
     if isinstance(value, BuildOptions):
         return value.model_dump_json(exclude_defaults=True)
     if isinstance(value, tuple):
         return "[" + ", ".join(brief(part) for part in value) + "]"
-    return value[:12] + "…" if isinstance(value, str) and len(value) == 64 else str(value)
+    if isinstance(value, str) and len(value) == _SHA256_DIGITS:
+        return value[:_SHORT_DIGITS] + "…"
+    return str(value)
 
 
 def differences(built: EngineKey, here: EngineKey) -> list[Difference]:
     """The fields in which two keys differ, in the key's order."""
-    pairs = [
-        Difference(name, getattr(built, name), getattr(here, name))
-        for name in EngineKey.model_fields
-    ]
-    return [pair for pair in pairs if pair.built != pair.here]
+    found = []
+    for name in EngineKey.model_fields:
+        pair = Difference(name, getattr(built, name), getattr(here, name))
+        if pair.built != pair.here:
+            found.append(pair)
+    return found
 
 
 def key_for(
     bundle: Bundle,
     stage: str,
-    flavour: Flavour,
+    library: TensorRTLibrary,
     version: str,
     target: Target,
     options: BuildOptions,
 ) -> EngineKey:
-    """The key of ``stage`` built for ``target``. Hashes come from the manifest: ``bundle.verify`` vouches for them."""
-    files, onnx = bundle.manifest.files, bundle.stages[stage].path
+    """The key of an engine of ``stage``, built for ``target``.
+
+    The hashes come from the manifest: ``bundle.verify`` checks the files against them.
+
+    Args:
+        bundle: the bundle that has the stage.
+        stage: the stage's name.
+        library: the TensorRT library that builds the engine.
+        version: that library's version.
+        target: where the engine is to run.
+        options: the build options; the timing cache is no part of the key.
+
+    """
+    files = bundle.manifest.files
+    onnx = bundle.stages[stage].path
+    # The weights lie beside the graph: model.onnx.data, or several such files.
     external = [files[name] for name in sorted(files) if name.startswith(onnx) and name != onnx]
     return EngineKey(
         onnx_sha256=files[onnx],
         external_sha256=tuple(external),
         precision=bundle.stages[stage].precision,
         axes=bundle.stages[stage].spec.axes,
+        # A timing cache changes how long a build takes, not what an engine depends on.
         options=options.model_copy(update={"timing_cache": None}),
-        flavour=flavour,
+        flavour=library,
         tensorrt=version,
         **target.model_dump(exclude={"name"}),
     )
 
 
 def key_here(built: EngineKey, bundle: Bundle, stage: str, version: str, gpu: Gpu) -> EngineKey:
-    """The key that an engine with key ``built`` needs on ``gpu``: its own options, and capabilities with this GPU's."""
+    """The key that an engine with the key ``built`` would need on ``gpu``, with the same options.
+
+    An engine may be built for several GPUs. Where this one is among them, its capabilities fit.
+    """
     fits = gpu.sm in built.compute_capabilities
     target = Target(
         name="here",

@@ -1,18 +1,14 @@
-"""Engine files, their sidecars, and the key that says what an engine was made from and where it may run.
-
-``BUNDLE/engines/<flavour>-<target>/<stage>-<key>.engine`` with a ``.json`` of the same name beside it. The key is
-compared before an engine is deserialised: TensorRT's own message for a mismatch names neither field nor remedy.
-"""
+"""Choose the engine of each stage that fits this GPU, and load it."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.engines.store.engine_key import differences, key_here
+from hipa_deploy.engines.store.engine_key import Difference, differences, key_here
 from hipa_deploy.engines.store.sidecar import (
     FOLDER,
     Sidecar,
@@ -23,7 +19,12 @@ from hipa_deploy.engines.store.sidecar import (
 )
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.tensorrt.gpu import Gpu, find_gpu
-from hipa_deploy.engines.tensorrt.library import FLAVOURS, Flavour, as_flavour, load_tensorrt
+from hipa_deploy.engines.tensorrt.library import (
+    TENSORRT_LIBRARIES,
+    TensorRTLibrary,
+    as_tensorrt_library,
+    load_tensorrt,
+)
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.runner import Runner
 
@@ -31,44 +32,55 @@ if TYPE_CHECKING:
     from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
 
 
-def runnable_flavour(bundle: Bundle) -> str | None:
-    """The flavour whose engines for every stage fit this device, its package and driver present; else None.
+def backend_with_engines(bundle: Bundle) -> str | None:
+    """The first backend with an engine for every stage that fits this device; None without one.
 
-    Cheap without an ``engines`` folder, and never raises.
+    The backend's package and driver have to be installed. It never raises, and is cheap for a
+    bundle without an ``engines`` folder: neither TensorRT nor CUDA is loaded.
     """
     if not (bundle.root / FOLDER).is_dir():
         return None
-    return next((flavour for flavour in FLAVOURS if _runs_all(bundle, flavour)), None)
+    for library in TENSORRT_LIBRARIES:
+        if _runs_all_stages(bundle, library):
+            return library
+    return None
 
 
-def _runs_all(bundle: Bundle, flavour: Flavour) -> bool:
+def _runs_all_stages(bundle: Bundle, library: TensorRTLibrary) -> bool:
     try:
-        found = {stage: find_sidecars(bundle, stage, flavour) for stage in bundle.stages}
-        gpu = find_gpu() if all(found.values()) else None
+        sidecars = {stage: find_sidecars(bundle, stage, library) for stage in bundle.stages}
+        # Files are cheap to look for, CUDA and TensorRT are not cheap to load.
+        if not all(sidecars.values()):
+            return False
+        gpu = find_gpu()
         if gpu is None:
             return False
-        version = load_tensorrt(flavour).__version__
-        return all(
-            any(_fits(bundle, stage, sidecars, version, gpu)) for stage, sidecars in found.items()
-        )
+        version = load_tensorrt(library).__version__
+        for stage in bundle.stages:
+            if not _any_fits(bundle, stage, sidecars[stage], version, gpu):
+                return False
+    # A sidecar that cannot be read, or a library that is not installed: another backend is used.
     except (HipaError, OSError):
         return False
+    return True
 
 
-def _fits(
+def _any_fits(
     bundle: Bundle, stage: str, sidecars: dict[Path, Sidecar], version: str, gpu: Gpu
-) -> Iterator[Path]:
+) -> bool:
     for path, sidecar in sidecars.items():
-        if (
-            sidecar.key == key_here(sidecar.key, bundle, stage, version, gpu)
-            and engine_path(path).is_file()
-        ):
-            yield path
+        # The key alone is compared: hashing every engine would make 'auto' slow.
+        same_key = sidecar.key == key_here(sidecar.key, bundle, stage, version, gpu)
+        if same_key and engine_path(path).is_file():
+            return True
+    return False
 
 
-def rebuild_command(root: Path, flavour: Flavour, options: BuildOptions = BuildOptions()) -> str:
-    """The command that builds the engines of the bundle at ``root`` for this machine, with the options given."""
-    command = ["hipa-build", str(root), "--backend", flavour, *options.flags()]
+def rebuild_command(
+    root: Path, library: TensorRTLibrary, options: BuildOptions = BuildOptions()
+) -> str:
+    """'Run: hipa-build …': how to build the engines of the bundle at ``root`` for this machine."""
+    command = ["hipa-build", str(root), "--backend", library, *options.flags()]
     return f"Run: {shlex.join(command)}"
 
 
@@ -76,60 +88,72 @@ def open_engine(bundle: Bundle, stage: str, backend: str) -> Runner:
     """Load the newest engine of ``stage`` that fits this device.
 
     Raises:
-        MissingDependencyError: TensorRT of that flavour, or cuda-python, is not installed.
-        HipaError: no GPU, no engine, an engine of another key (names the fields), or a damaged engine.
+        MissingDependencyError: the backend's TensorRT library, or cuda-python, is not installed.
+        HipaError: no GPU, no engine, an engine of another key (the message names the fields), or a
+            damaged engine.
 
     """
     return open_engines(bundle, [stage], backend)
 
 
 def open_engines(bundle: Bundle, stages: Iterable[str], backend: str) -> TensorRTRunner:
-    """The same for several stages, which run in this order on one stream.
+    """Load the newest fitting engine of each of ``stages``, which run in this order on one stream.
 
     Raises:
-        MissingDependencyError: as above.
-        HipaError: as above, for the first stage that cannot be loaded.
+        MissingDependencyError: as ``open_engine``.
+        HipaError: as ``open_engine``, for the first stage that cannot be loaded.
 
     """
-    flavour = as_flavour(backend)
-    version = load_tensorrt(flavour).__version__
+    library = as_tensorrt_library(backend)
+    version = load_tensorrt(library).__version__
     gpu = find_gpu()
     if gpu is None:
         raise HipaError(
-            f"{backend} needs an NVIDIA GPU and its driver, and none answers. Use --backend onnxruntime."
+            f"{backend} needs an NVIDIA GPU and its driver, and none answers. "
+            "Use --backend onnxruntime."
         )
-    found = []
+
+    # Every engine is found and checked before the first is loaded, which takes seconds.
+    engines = []
     for stage in stages:
-        path = select_engine(bundle, stage, flavour, version, gpu)
-        check_engine_file(
-            engine_path(path), read_sidecar(path), rebuild_command(bundle.root, flavour)
-        )
-        found.append((bundle.stages[stage].spec, engine_path(path)))
+        path = select_engine(bundle, stage, library, version, gpu)
+        remedy = rebuild_command(bundle.root, library)
+        check_engine_file(engine_path(path), read_sidecar(path), remedy)
+        engines.append((bundle.stages[stage].spec, engine_path(path)))
+
+    # Imported here: 'auto' asks this module about engines on machines that have none.
     from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
 
-    return TensorRTRunner(found, flavour)
+    return TensorRTRunner(engines, library)
 
 
-def select_engine(bundle: Bundle, stage: str, flavour: Flavour, version: str, gpu: Gpu) -> Path:
-    """The sidecar of the newest engine whose key fits ``gpu``.
+def select_engine(
+    bundle: Bundle, stage: str, library: TensorRTLibrary, version: str, gpu: Gpu
+) -> Path:
+    """The sidecar of the newest engine whose key fits ``gpu`` and this ``version`` of the library.
 
     Raises:
-        HipaError: no engine, or none fits: the message names what differs in the one that differs least.
+        HipaError: the stage has no engine, or none that fits: the message names what differs in the
+            one that differs least.
 
     """
-    sidecars = find_sidecars(bundle, stage, flavour)
+    sidecars = find_sidecars(bundle, stage, library)
     if not sidecars:
         raise HipaError(
-            f"{bundle.root}: no {flavour} engine for stage {stage}. {rebuild_command(bundle.root, flavour)}"
+            f"{bundle.root}: no {library} engine for stage {stage}. "
+            f"{rebuild_command(bundle.root, library)}"
         )
-    unfit = {
-        path: differences(sidecar.key, key_here(sidecar.key, bundle, stage, version, gpu))
-        for path, sidecar in sidecars.items()
-    }
-    best = min(unfit, key=lambda path: len(unfit[path]))
-    if unfit[best]:
-        remedy = rebuild_command(bundle.root, flavour, sidecars[best].key.options)
+
+    differing: dict[Path, list[Difference]] = {}
+    for path, sidecar in sidecars.items():
+        here = key_here(sidecar.key, bundle, stage, version, gpu)
+        differing[path] = differences(sidecar.key, here)
+
+    # The newest of those that differ least: ``min`` keeps the first, and the newest come first.
+    best = min(differing, key=lambda path: len(differing[path]))
+    if differing[best]:
+        remedy = rebuild_command(bundle.root, library, sidecars[best].key.options)
         raise HipaError(
-            f"{engine_path(best)} does not fit: {'; '.join(map(str, unfit[best]))}. {remedy}"
+            f"{engine_path(best)} does not fit: {'; '.join(map(str, differing[best]))}. {remedy}"
         )
     return best

@@ -1,22 +1,22 @@
-"""The JSON beside an engine, and where both files lie."""
+"""The JSON file beside an engine, called its sidecar, and where both files lie.
+
+Both are in ``BUNDLE/engines/<library>-<target>/``: ``<stage>-<key>.engine``, and ``.json`` with the
+same stem.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.engines.store.engine_key import EngineKey
-from hipa_deploy.engines.tensorrt.library import Flavour
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.record import Record
-
-if TYPE_CHECKING:
-    pass
-
 
 FOLDER = "engines"
 
@@ -24,8 +24,9 @@ FOLDER = "engines"
 class PrecisionCheck(Record):
     """How many layers compute in each type, and how that was found out.
 
-    'network types' counts the parsed network's convolutions and matrix products before the build; strong typing
-    obliges TensorRT to keep them. 'inspector' counts what the deserialised engine reports, which takes a driver.
+    'network types' counts the convolutions and matrix products of the parsed network before the
+    build; strong typing obliges TensorRT to keep their types. 'inspector' counts what the
+    deserialised engine reports, which needs a driver.
     """
 
     by: Literal["network types", "inspector"]
@@ -34,7 +35,10 @@ class PrecisionCheck(Record):
 
 
 class Sidecar(Record):
-    """The JSON beside an engine. ``candidates_ms``: each build's median latency, with ``--best-of``; the least wins."""
+    """What the JSON file beside an engine holds.
+
+    ``candidates_ms`` is the median latency of every build with ``--best-of``; the fastest was kept.
+    """
 
     schema_version: Literal[1] = 1
     producer: str
@@ -49,32 +53,36 @@ class Sidecar(Record):
 
 
 def read_sidecar(path: Path) -> Sidecar:
-    """Read an engine's JSON.
+    """Read the JSON file of an engine.
 
     Raises:
-        HipaError: it is not one, or of another schema.
+        HipaError: the file is not a sidecar, or has another schema version.
 
     """
     try:
         return Sidecar.model_validate_json(path.read_text())
+    # ValueError: the file is not UTF-8 text.
     except (ValidationError, ValueError):
         raise HipaError(
-            f"{path} is not an engine's sidecar of this version. Remove it and run hipa-build again."
+            f"{path} is not an engine's sidecar of this version. "
+            "Remove it and run hipa-build again."
         ) from None
 
 
-def find_sidecars(bundle: Bundle, stage: str, flavour: Flavour) -> dict[Path, Sidecar]:
-    """Sidecars of a stage's engines by path, newest first.
+def find_sidecars(bundle: Bundle, stage: str, library: TensorRTLibrary) -> dict[Path, Sidecar]:
+    """The sidecars of a stage's engines by path, newest first.
 
     Raises:
-        HipaError: a sidecar that cannot be read.
+        HipaError: a sidecar cannot be read.
 
     """
-    paths = (bundle.root / FOLDER).glob(f"{flavour}-*/{stage}-*.json")
-    return {
-        path: read_sidecar(path)
-        for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    }
+    paths = list((bundle.root / FOLDER).glob(f"{library}-*/{stage}-*.json"))
+    paths.sort(key=_modified_ns, reverse=True)
+    return {path: read_sidecar(path) for path in paths}
+
+
+def _modified_ns(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def engine_path(sidecar_path: Path) -> Path:
@@ -83,8 +91,12 @@ def engine_path(sidecar_path: Path) -> Path:
 
 
 def check_engine_file(path: Path, sidecar: Sidecar, remedy: str) -> None:
-    """Raise HipaError unless ``path`` has the size and SHA-256 that its sidecar says."""
+    """Raise HipaError unless ``path`` has the size and SHA-256 that its sidecar says.
+
+    ``remedy`` ends the message: how to get a whole engine.
+    """
     if not path.is_file():
         raise HipaError(f"{path} is missing beside its sidecar. {remedy}")
+    # The size first: hashing a file of gigabytes takes seconds.
     if path.stat().st_size != sidecar.engine_bytes or file_sha256(path) != sidecar.engine_sha256:
         raise HipaError(f"{path} is corrupt: its size or SHA-256 is not the sidecar's. {remedy}")

@@ -1,4 +1,4 @@
-"""What a build may spend, and what it should keep open."""
+"""What a build may use, and what the engine should stay open to."""
 
 from __future__ import annotations
 
@@ -18,13 +18,23 @@ _RANGES = {
 
 
 class BuildOptions(Record):
-    """What the builder may spend. None leaves TensorRT's own default.
+    """What the builder may use. None leaves TensorRT's own default.
 
-    ``workspace_mib`` is the scratch memory on the GPU that a layer may take, ``tactic_dram_mib`` the host memory that
-    the builder may take on a device whose memory is shared. ``refit``: the engine's weights can be exchanged later.
+    Args:
+        optimization_level: 0 to 5; a higher one takes longer to build.
+        workspace_mib: scratch memory on the GPU that a layer may take.
+        tactic_dram_mib: host memory that the builder may take where memory is shared with the GPU.
+        max_aux_streams: how many more streams an engine may use, 0 to 64.
+        refit: the engine's weights can be exchanged later.
+        timing_cache: a file that the build reads and extends. It only saves time, so it is no part
+            of an engine's key.
 
     Raises:
-        HipaError: a value out of range.
+        HipaError: a value out of its range.
+
+    Example:
+        >>> BuildOptions(optimization_level=5, refit=True).flags()
+        ['--optimization-level', '5', '--refit']
 
     """
 
@@ -33,9 +43,7 @@ class BuildOptions(Record):
     tactic_dram_mib: int | None = None
     max_aux_streams: int | None = None
     refit: bool = False
-    timing_cache: Path | None = Field(
-        default=None, exclude=True
-    )  # a hint for the build, no part of the key
+    timing_cache: Path | None = Field(default=None, exclude=True)
 
     @model_validator(mode="after")
     def _in_range(self) -> BuildOptions:
@@ -46,22 +54,23 @@ class BuildOptions(Record):
         return self
 
     def or_else(self, defaults: BuildOptions) -> BuildOptions:
-        """These options; where one is not set, the value in ``defaults``."""
-        return defaults.model_copy(
-            update={name: getattr(self, name) for name in self.model_fields_set}
-        )
+        """These options; where one was not set, the value in ``defaults``."""
+        # Whatever was passed counts as chosen, also where it equals the default.
+        chosen = {name: getattr(self, name) for name in self.model_fields_set}
+        return defaults.model_copy(update=chosen)
 
     def flags(self) -> list[str]:
         """The options of ``hipa-build`` that stand for these."""
-        given = {
+        # ``max_aux_streams`` has no option there. A timing cache changes no engine, only the time.
+        values = {
             "--optimization-level": self.optimization_level,
             "--workspace": self.workspace_mib,
             "--tactic-dram": self.tactic_dram_mib,
         }
-        flags = [
-            part
-            for flag, value in given.items()
-            if value is not None
-            for part in (flag, str(value))
-        ]
-        return [*flags, "--refit"] if self.refit else flags
+        flags = []
+        for flag, value in values.items():
+            if value is not None:
+                flags += [flag, str(value)]
+        if self.refit:
+            flags.append("--refit")
+        return flags

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -14,27 +15,36 @@ from hipa_deploy.engines.backends.available import Device
 from hipa_deploy.engines.device.jetson import l4t_release
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.tensorrt.gpu import Gpu
-from hipa_deploy.engines.tensorrt.library import Flavour, compilable
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, compilable
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
+# Python 3.10 has no tomllib.
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
 PORTABLE = (86, 89, 120)  # RTX 30, 40 and 50
+
+# Drivers and firmware keep some memory for themselves: Orin Nano shows 7,620 of 8,192 MiB.
+_LEAST_VISIBLE = 0.85
+_MOST_VISIBLE = 1.01
+
 _FOLDER = Path(__file__).parent
 
 
 class TargetProfile(Record):
     """A target's data file. Units are in the names; ``memory_shared`` means shared with the CPU.
 
-    Rates are peaks at the vendor's highest rated clock, dense, a multiplication and an addition counted as two:
-    FP16 and TF32 in tensor cores, FP32 in CUDA cores. ``fp16_accumulate`` is the type in which ``fp16_tflops`` adds
-    up products; 'either' where FP16 and FP32 are as fast. None: not known, or a family of cards that differ.
-    ``gpu_name`` is a regular expression found in what the device calls its GPU, or on Jetson its module. ``build``
-    holds build options that suit it, where TensorRT's own defaults do not.
+    Rates are peaks at the vendor's highest rated clock, dense, with a multiplication and an
+    addition counted as two operations: FP16 and TF32 in tensor cores, FP32 in CUDA cores.
+    ``fp16_accumulate`` is the type in which ``fp16_tflops`` adds up products; 'either' where both
+    are equally fast. None: not known, or different among the cards of a family.
+
+    ``gpu_name`` is a regular expression that is found in the device's name of its GPU, or on Jetson
+    in the name of its module. ``build`` holds build options that suit the target where TensorRT's
+    own defaults do not.
     """
 
     title: str
@@ -50,18 +60,28 @@ class TargetProfile(Record):
     build: BuildOptions = BuildOptions()
 
     def is_device(self, device: Device) -> bool:
-        """Whether ``device`` is this very model, by name and by memory (Jetson modules share names)."""
+        """Whether ``device`` is this very model, by name and by memory.
+
+        Memory decides because Jetson modules share names: there is an AGX Orin of 32 GB and one of
+        64 GB.
+        """
         if device.gpu is None or self.gpu_name is None or self.memory_gib is None:
             return False
-        named = any(
-            re.search(self.gpu_name, name) for name in (device.gpu.name, device.jetson) if name
-        )
-        # drivers and firmware keep some for themselves: Orin Nano shows 7,620 of 8,192 MiB
-        return named and 0.85 <= device.gpu.memory_mib / (self.memory_gib * 1024) <= 1.01
+        # CUDA calls every Orin's GPU just 'Orin': there the name of the module decides.
+        found = re.search(self.gpu_name, device.gpu.name)
+        if not found and device.jetson:
+            found = re.search(self.gpu_name, device.jetson)
+        if not found:
+            return False
+        visible = device.gpu.memory_mib / (self.memory_gib * 1024)
+        return _LEAST_VISIBLE <= visible <= _MOST_VISIBLE
 
 
 class Target(Record):
-    """What an engine is bound to. None: not bound to it."""
+    """What an engine is bound to. None: the engine is not bound to it.
+
+    ``compute_capabilities`` are times ten, 86 for 8.6. ``l4t`` is the Jetson Linux release.
+    """
 
     name: str
     compute_capabilities: tuple[int, ...]
@@ -77,12 +97,13 @@ def target_names() -> list[str]:
 
 
 def load_target_profile(name: str) -> TargetProfile:
-    """Read ``targets/name.toml``.
+    """Read ``targets/NAME.toml``.
 
     Raises:
-        HipaError: no such target.
+        HipaError: there is no such target.
 
     """
+    # Only a listed name may become part of a path.
     if name not in target_names():
         raise HipaError(
             f"target {name!r} is unknown. Expected auto or one of: {', '.join(target_names())}."
@@ -90,39 +111,52 @@ def load_target_profile(name: str) -> TargetProfile:
     return TargetProfile.model_validate(tomllib.loads((_FOLDER / f"{name}.toml").read_text()))
 
 
-def default_options(name: str, flavour: Flavour, device: Device) -> BuildOptions:
-    """Build options of the target ``name``; of 'auto', those of the target that ``device`` is, if it is one.
+def default_options(name: str, library: TensorRTLibrary, device: Device) -> BuildOptions:
+    """The build options that suit the target ``name``.
 
-    For 'tensorrt' alone: TensorRT-RTX measures nothing while it builds.
+    For 'auto' they are those of the named target that ``device`` is, if it is one of them.
+    TensorRT-RTX needs none: it measures nothing while it builds.
     """
-    if flavour == "rtx":
+    # The options of a target limit what measuring takes of a small device's memory.
+    if library == "rtx":
         return BuildOptions()
     if name != "auto":
         return load_target_profile(name).build
-    profiles = map(load_target_profile, target_names())
-    return next(
-        (profile.build for profile in profiles if profile.is_device(device)), BuildOptions()
-    )
+    for known in target_names():
+        profile = load_target_profile(known)
+        if profile.is_device(device):
+            return profile.build
+    return BuildOptions()
 
 
-def resolve_target(name: str, flavour: Flavour, gpu: Gpu | None, trt: ModuleType) -> Target:
-    """The target ``name`` stands for; 'auto' is this GPU, or for 'rtx' without a GPU every RTX 30, 40 and 50.
+def resolve_target(name: str, library: TensorRTLibrary, gpu: Gpu | None, trt: ModuleType) -> Target:
+    """The target that ``name`` stands for on this machine.
+
+    'auto' is this GPU; for TensorRT-RTX without a GPU it is every RTX 30, 40 and 50.
+
+    Args:
+        name: 'auto' or a named target.
+        library: the TensorRT library that builds.
+        gpu: this machine's GPU.
+        trt: the module of that library.
 
     Raises:
-        HipaError: an unknown name, GPUs that TensorRT-RTX cannot compile for, or a 'tensorrt' target that is
-            not this machine's GPU.
+        HipaError: an unknown name, GPUs that TensorRT-RTX cannot compile for, or for TensorRT a
+            target that is not this machine's GPU.
 
     """
-    if flavour == "tensorrt":
+    if library == "tensorrt":
         return _this_gpu(name, gpu)
+
+    # Checked before the build, which takes minutes.
     capabilities = _rtx_capabilities(name, gpu)
-    if unsupported := set(capabilities) - set(compilable(trt)):
-        got, known = _sm_names(unsupported), _sm_names(compilable(trt))
+    unsupported = set(capabilities) - set(compilable(trt))
+    if unsupported:
         raise HipaError(
-            f"target {name}: TensorRT-RTX {trt.__version__} cannot compile for {got}. Expected {known}."
+            f"target {name}: TensorRT-RTX {trt.__version__} cannot compile "
+            f"for {_sm_names(unsupported)}. Expected {_sm_names(compilable(trt))}."
         )
-    folder = name if name != "auto" else "portable" if gpu is None else f"sm{gpu.sm}"
-    return Target(name=folder, compute_capabilities=capabilities)
+    return Target(name=_rtx_folder(name, gpu), compute_capabilities=capabilities)
 
 
 def _rtx_capabilities(name: str, gpu: Gpu | None) -> tuple[int, ...]:
@@ -131,15 +165,25 @@ def _rtx_capabilities(name: str, gpu: Gpu | None) -> tuple[int, ...]:
     return (gpu.sm,) if gpu else PORTABLE
 
 
+def _rtx_folder(name: str, gpu: Gpu | None) -> str:
+    """The target's part of the name of its engines' folder."""
+    if name != "auto":
+        return name
+    return "portable" if gpu is None else f"sm{gpu.sm}"
+
+
 def _this_gpu(name: str, gpu: Gpu | None) -> Target:
+    """The target of TensorRT, which measures on the GPU itself and builds for no other."""
     sm = None if name == "auto" else load_target_profile(name).sm
     if gpu is None:
         raise HipaError(
-            "TensorRT builds on the device itself, and no NVIDIA GPU with a driver answers. Build there."
+            "TensorRT builds on the device itself, and no NVIDIA GPU with a driver answers. "
+            "Build there."
         )
     if sm not in (None, gpu.sm):
         raise HipaError(
-            f"target {name} is SM{sm}, this GPU ({gpu.name}) is SM{gpu.sm}. TensorRT builds on the device."
+            f"target {name} is SM{sm}, this GPU ({gpu.name}) is SM{gpu.sm}. "
+            "TensorRT builds on the device."
         )
     return Target(
         name=f"{_slug(gpu.name)}-sm{gpu.sm}",
@@ -148,16 +192,20 @@ def _this_gpu(name: str, gpu: Gpu | None) -> Target:
     )
 
 
-def binding(flavour: Flavour, gpu: Gpu) -> dict[str, str | None]:
-    """What ties an engine to a machine beyond its compute capability; TensorRT-RTX engines are compiled on at load."""
-    if flavour == "rtx":
+def binding(library: TensorRTLibrary, gpu: Gpu) -> dict[str, str | None]:
+    """What ties an engine to a machine beyond its compute capability, by the key's fields.
+
+    Nothing does for TensorRT-RTX: it compiles the rest of an engine when the engine is loaded.
+    """
+    if library == "rtx":
         return dict.fromkeys(("device", "driver", "cuda", "l4t"))
     return {"device": gpu.name, "driver": gpu.driver, "cuda": gpu.cuda, "l4t": l4t_release()}
 
 
 def _slug(name: str) -> str:
+    """A GPU's name for a folder: 'NVIDIA A100-SXM4-80GB' is 'nvidia-a100-sxm4-80gb'."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _sm_names(capabilities: set[int] | tuple[int, ...]) -> str:
+def _sm_names(capabilities: Iterable[int]) -> str:
     return ", ".join(f"SM{capability}" for capability in sorted(capabilities))

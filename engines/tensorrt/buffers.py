@@ -1,4 +1,4 @@
-"""Named buffers: device memory with its page-locked twin on the host, or one memory that both share."""
+"""Named buffers: device memory with a page-locked copy on the host, or one memory for both."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from hipa_deploy.engines.tensorrt.cuda import call
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor at its largest. ``device`` is its address for the GPU, ``host`` a flat view of page-locked memory.
+    """The memory of one tensor at its largest shape.
 
-    ``shared``: both are the same memory, and nothing has to be copied.
+    Args:
+        device: the address that the GPU uses.
+        host: a flat view of page-locked host memory, in the tensor's dtype.
+        shared: ``device`` and ``host`` are the same memory, and nothing has to be copied.
+
     """
 
     device: int
@@ -32,25 +36,32 @@ class Buffer:
 def shares_memory(cudart: ModuleType) -> bool:
     """Whether the first GPU is integrated (Jetson): its memory is the host's.
 
-    There a tensor at the pipeline's edge lies in mapped page-locked memory, which the GPU reads without caching
-    (CUDA for Tegra, 'Memory Selection'): right for what is read once, so engines keep activations in memory of their
-    own.
+    On such a GPU a stage's inputs and outputs lie in mapped page-locked memory, which the GPU reads
+    without caching (CUDA for Tegra, 'Memory Selection'). That is right for data that is read once;
+    engines keep their activations in memory of their own.
     """
-    return bool(
-        call(cudart, "cudaDeviceGetAttribute", cudart.cudaDeviceAttr.cudaDevAttrIntegrated, 0)
-    )
+    integrated = cudart.cudaDeviceAttr.cudaDevAttrIntegrated
+    return bool(call(cudart, "cudaDeviceGetAttribute", integrated, 0))
 
 
 def allocate(
     cudart: ModuleType, dtype: np.dtype, count: int, shared: bool, stack: ExitStack
 ) -> Buffer:
-    """A buffer for ``count`` elements; ``stack`` frees it.
+    """Allocate a buffer.
+
+    Args:
+        cudart: the CUDA runtime.
+        dtype: of the tensor.
+        count: how many elements the tensor has at its largest shape.
+        shared: one memory for host and GPU, where the GPU is integrated.
+        stack: what frees the buffer when it closes.
 
     Raises:
-        HipaError: CUDA has no memory left.
+        HipaError: CUDA has no memory left. What was allocated before is on ``stack``.
 
     """
     size = count * dtype.itemsize
+    # Each memory goes on the stack before the next call, which may fail.
     if shared:
         pinned = call(cudart, "cudaHostAlloc", size, cudart.cudaHostAllocMapped)
         stack.callback(call, cudart, "cudaFreeHost", pinned)
@@ -60,5 +71,7 @@ def allocate(
         stack.callback(call, cudart, "cudaFree", device)
         pinned = call(cudart, "cudaMallocHost", size)
         stack.callback(call, cudart, "cudaFreeHost", pinned)
+
+    # A view without a copy: the memory belongs to ``stack``, and the view ends with it.
     raw = (ctypes.c_uint8 * size).from_address(pinned)
     return Buffer(device, np.ctypeslib.as_array(raw).view(dtype), shared)

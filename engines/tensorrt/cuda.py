@@ -6,19 +6,23 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-from hipa_deploy.engines.tensorrt.library import Flavour, missing
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, missing
 from hipa_deploy.errors import HipaError
 
 # cuda-python 12.6.2 and newer, then 12.6.0.
 _MODULES = ("cuda.bindings.runtime", "cuda.cudart")
 
 
-def load_cudart(extra: Flavour) -> ModuleType:
+def load_cudart(extra: TensorRTLibrary) -> ModuleType:
     """Import cuda-python's binding of the CUDA runtime.
 
+    Args:
+        extra: the extra of this package that an error tells the user to install; on Jetson the
+            message names Jetson's extra instead.
+
     Raises:
-        MissingDependencyError: cuda-python is not installed; the message names ``extra``, or Jetson's.
-        HipaError: it is installed and does not load.
+        MissingDependencyError: cuda-python is not installed.
+        HipaError: cuda-python is installed and does not load.
 
     """
     for name in _MODULES:
@@ -34,10 +38,15 @@ def load_cudart(extra: Flavour) -> ModuleType:
 
 
 def call(cudart: ModuleType, name: str, *arguments: Any) -> Any:
-    """Call a CUDA runtime function; its one result, or None.
+    """Call the function ``name`` of the CUDA runtime.
+
+    cuda-python returns the error code first and the results after it.
+
+    Returns:
+        The function's first result, or None for a function without results.
 
     Raises:
-        HipaError: CUDA reports an error; the message has the function's name and CUDA's words.
+        HipaError: CUDA reports an error; the message has the function's name and CUDA's own text.
 
     """
     error, *results = getattr(cudart, name)(*arguments)
@@ -47,7 +56,10 @@ def call(cudart: ModuleType, name: str, *arguments: Any) -> Any:
 
 
 def describe_error(cudart: ModuleType, error: Any) -> str:
-    """CUDA's words for an error: 'CUDA driver version is insufficient for CUDA runtime version (error 35)'."""
+    """CUDA's text for an error code, and the code.
+
+    Example: 'CUDA driver version is insufficient for CUDA runtime version (error 35)'.
+    """
     _, text = cudart.cudaGetErrorString(error)
     words = text.decode() if isinstance(text, bytes) else str(text)
     return f"{words} (error {int(error)})"

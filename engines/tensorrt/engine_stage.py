@@ -1,4 +1,4 @@
-"""One stage's engine, loaded: checked against the manifest, bound to named buffers, put on a stream."""
+"""One stage's engine, loaded: checked against the manifest, bound to buffers, run on a stream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hipa_deploy.bundle.manifest import StageSpec
+from hipa_deploy.bundle.manifest import StageSpec, TensorSpec
 from hipa_deploy.engines.tensorrt.buffers import Buffer
 from hipa_deploy.engines.tensorrt.library import recording_logger
 from hipa_deploy.errors import HipaError
@@ -21,8 +21,17 @@ Shape = tuple[int, ...]
 class EngineStage:
     """An engine and its execution context.
 
+    The context's activations belong to the engine; the buffers of inputs and outputs belong to the
+    runner, which binds them.
+
+    Args:
+        trt: the module of TensorRT or TensorRT-RTX.
+        spec: the stage's inputs and outputs, as the manifest has them.
+        path: the engine file.
+
     Raises:
-        HipaError: an engine that does not deserialise, one whose tensors are not those of ``spec``, or no memory left.
+        HipaError: an engine that does not deserialise, whose tensors are not those of ``spec``, or
+            for whose activations no memory is left.
 
     """
 
@@ -38,14 +47,16 @@ class EngineStage:
         context = self._engine.create_execution_context(*self._runtime_config())
         if context is None:
             raise HipaError(
-                f"{self.spec.name}: not enough GPU memory for the engine's activations. Close other programs."
+                f"{self.spec.name}: not enough GPU memory for the engine's activations. "
+                "Close other programs."
             )
         return context
 
     def _runtime_config(self) -> tuple[Any, ...]:
-        """TensorRT-RTX, dynamic shapes: compile kernels for new shapes at once.
+        """Arguments for a new context: on TensorRT-RTX with dynamic shapes a runtime configuration.
 
-        By default it does so in the background, and a graph would keep the general ones that it starts with.
+        It compiles the kernels for new shapes at once. By default TensorRT-RTX compiles them in the
+        background, and a CUDA graph would keep the general kernels that it starts with.
         """
         strategies = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
         if not self.spec.axes or strategies is None:
@@ -55,36 +66,56 @@ class EngineStage:
         return (config,)
 
     def bind(self, buffers: Mapping[str, Buffer], context: Any = None) -> None:
-        """Give every tensor its address, once for all."""
+        """Set the address of every tensor, once and for all.
+
+        Raises:
+            HipaError: the engine refuses a buffer.
+
+        """
         context = self._context if context is None else context
         for tensor in self.spec.inputs + self.spec.outputs:
             if not context.set_tensor_address(tensor.name, buffers[tensor.name].device):
                 raise HipaError(f"{self.spec.name}: the engine refuses a buffer for {tensor.name}.")
 
     def set_shapes(self, shapes: dict[str, Shape], context: Any = None) -> None:
-        """Tell the context its inputs' shapes, and add the outputs' to ``shapes``."""
+        """Set the context's input shapes, and add the output shapes to ``shapes``.
+
+        Raises:
+            HipaError: a shape outside the engine's profile.
+
+        """
         context = self._context if context is None else context
         for tensor in self.spec.inputs:
             shape = shapes[tensor.name]
+            # TensorRT knows a static shape already.
             if shape != tensor.shape and not context.set_input_shape(tensor.name, shape):
                 raise HipaError(
                     f"{self.spec.name}: the engine refuses {tensor.name} of shape {list(shape)}."
                 )
         for tensor in self.spec.outputs:
-            static = tuple(size for size in tensor.shape if isinstance(size, int))
-            shapes[tensor.name] = (
-                static if static == tensor.shape else tuple(context.get_tensor_shape(tensor.name))
-            )
+            static = _static_shape(tensor)
+            if static is None:
+                shapes[tensor.name] = tuple(context.get_tensor_shape(tensor.name))
+            else:
+                shapes[tensor.name] = static
 
     def enqueue(self, stream: Any, context: Any = None) -> None:
-        """Put one run on ``stream``."""
+        """Put one run on ``stream``.
+
+        Raises:
+            HipaError: TensorRT could not run the engine; the message has its last error.
+
+        """
         context = self._context if context is None else context
         if not context.execute_async_v3(int(stream)):
             words = recording_logger(self._trt).last
             raise HipaError(f"{self.spec.name}: TensorRT could not run the engine: {words}.")
 
     def check_capturable(self, stream: Any) -> None:
-        """Raise HipaError where TensorRT-RTX knows that it cannot be captured; TensorRT has no such question."""
+        """Raise HipaError where TensorRT-RTX knows that the engine cannot be captured.
+
+        TensorRT cannot say so beforehand: there the capture itself fails.
+        """
         ask = getattr(self._context, "is_stream_capturable", None)
         if ask is not None and not ask(int(stream)):
             raise HipaError(
@@ -95,21 +126,32 @@ class EngineStage:
     def profile(
         self, stream: Any, buffers: Mapping[str, Buffer], shapes: dict[str, Shape]
     ) -> list[tuple[str, float]]:
-        """Milliseconds of every layer on what the input buffers hold, from the second of two runs.
+        """Time every layer on the present content of the input buffers.
 
-        In a context of its own: a profiler cannot be taken off again, and it slows what it watches.
+        It uses a context of its own: a profiler cannot be removed from a context, and it slows
+        what it watches.
+
+        Returns:
+            (layer, milliseconds) of the second of two runs, in the order in which the layers ran.
+
+        Raises:
+            HipaError: no memory for another context, or as ``enqueue`` does.
+
         """
-        context, profiler = self.new_context(), layer_profiler(self._trt)
+        context = self.new_context()
+        profiler = layer_profiler(self._trt)
         self.bind(buffers, context)
         self.set_shapes(shapes, context)
         context.profiler = profiler
+        # The first run does TensorRT's deferred set-up. A run with a profiler waits for the device,
+        # and reports its layers before it returns.
         for _ in range(2):
             profiler.layers.clear()
-            self.enqueue(stream, context)  # with a profiler it waits, and reports before it returns
+            self.enqueue(stream, context)
         return list(profiler.layers)
 
     def change(self, change: Callable[[ModuleType, Any], None]) -> None:
-        """Let ``change`` alter the engine, given TensorRT and the engine; the context remains."""
+        """Call ``change(trt, engine)``, which may alter the engine; the context remains."""
         change(self._trt, self._engine)
 
     def drop(self) -> None:
@@ -125,7 +167,7 @@ def layer_profiler(trt: ModuleType) -> Any:
 
     class Profiler(base):
         def __init__(self) -> None:
-            base.__init__(self)  # pybind11 wants it called by name
+            base.__init__(self)  # pybind11 requires the base's constructor by name
             self.layers: list[tuple[str, float]] = []
 
         def report_layer_time(self, layer_name: str, ms: float) -> None:
@@ -135,11 +177,22 @@ def layer_profiler(trt: ModuleType) -> Any:
 
 
 def deserialise(trt: ModuleType, path: Path) -> tuple[Any, Any]:
-    """The runtime and its engine. The file is mapped, not read: on Jetson a copy would take the GPU's memory."""
+    """Load an engine file.
+
+    The file is mapped into memory, not read: on Jetson a copy would take the GPU's memory.
+
+    Returns:
+        The runtime and the engine. The runtime must outlive the engine.
+
+    Raises:
+        HipaError: the file is not an engine of this TensorRT.
+
+    """
     logger = recording_logger(trt)
     runtime = trt.Runtime(logger)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         engine = runtime.deserialize_cuda_engine(data)
+    # TensorRT raises nothing: the reason is in its log alone.
     if engine is None:
         raise HipaError(
             f"{path} does not deserialise: {logger.last}. Run hipa-doctor, then hipa-build again."
@@ -148,33 +201,49 @@ def deserialise(trt: ModuleType, path: Path) -> tuple[Any, Any]:
 
 
 def check_engine_tensors(trt: ModuleType, engine: Any, spec: StageSpec) -> None:
-    """Raise HipaError unless an engine's inputs and outputs are those of ``spec``: names, dtypes and shapes.
+    """Check that an engine's inputs and outputs are those of ``spec``: names, dtypes and shapes.
 
-    An engine reports -1 for a dimension that its profile leaves open.
+    Raises:
+        HipaError: they are not; the message has what the engine has and what the manifest has.
+
     """
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
-    for kind, expected, got in (
-        ("inputs", spec.inputs, inputs),
-        ("outputs", spec.outputs, set(names) - inputs),
-    ):
-        if got != {tensor.name for tensor in expected}:
-            wanted = sorted(tensor.name for tensor in expected)
-            raise HipaError(
-                f"{spec.name}: the engine has {kind} {sorted(got)}, expected {wanted}. Build it again."
-            )
-        for tensor in expected:
-            dtype, shape = (
-                np.dtype(trt.nptype(engine.get_tensor_dtype(tensor.name))),
-                engine.get_tensor_shape(tensor.name),
-            )
-            if dtype != tensor.dtype or tuple(shape) != tuple(
-                -1 if isinstance(n, str) else n for n in tensor.shape
-            ):
-                found, wanted_text = (
-                    f"{dtype} {list(shape)}",
-                    f"{tensor.dtype} {list(tensor.shape)}",
-                )
-                raise HipaError(
-                    f"{spec.name}: {tensor.name} is {found} in the engine, expected {wanted_text}. Build it again."
-                )
+    outputs = set(names) - inputs
+
+    _check_names(spec, "inputs", spec.inputs, inputs)
+    for tensor in spec.inputs:
+        _check_tensor(trt, engine, spec, tensor)
+    _check_names(spec, "outputs", spec.outputs, outputs)
+    for tensor in spec.outputs:
+        _check_tensor(trt, engine, spec, tensor)
+
+
+def _check_names(
+    spec: StageSpec, kind: str, tensors: tuple[TensorSpec, ...], got: set[str]
+) -> None:
+    expected = {tensor.name for tensor in tensors}
+    if got != expected:
+        raise HipaError(
+            f"{spec.name}: the engine has {kind} {sorted(got)}, expected {sorted(expected)}. "
+            "Build it again."
+        )
+
+
+def _check_tensor(trt: ModuleType, engine: Any, spec: StageSpec, tensor: TensorSpec) -> None:
+    """Compare one tensor's dtype and shape."""
+    dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(tensor.name)))
+    shape = tuple(engine.get_tensor_shape(tensor.name))
+    # An engine reports -1 for a dimension that its profile leaves open.
+    expected = tuple(-1 if isinstance(size, str) else size for size in tensor.shape)
+    if dtype != tensor.dtype or shape != expected:
+        raise HipaError(
+            f"{spec.name}: {tensor.name} is {dtype} {list(shape)} in the engine, "
+            f"expected {tensor.dtype} {list(tensor.shape)}. Build it again."
+        )
+
+
+def _static_shape(tensor: TensorSpec) -> Shape | None:
+    """The shape of a tensor without named axes; None where a call decides a dimension."""
+    sizes = tuple(size for size in tensor.shape if isinstance(size, int))
+    return sizes if len(sizes) == len(tensor.shape) else None

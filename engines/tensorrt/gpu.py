@@ -14,10 +14,15 @@ _SMI_QUERY = (
     "--query-gpu=name,compute_cap,memory.total",
     "--format=csv,noheader,nounits",
 )
+_SMI_TIMEOUT_S = 10
 
 
 class Gpu(Record):
-    """An NVIDIA GPU whose driver answers. ``sm`` is the compute capability times ten: 86 for 8.6."""
+    """An NVIDIA GPU whose driver answers.
+
+    ``sm`` is the compute capability times ten: 86 for 8.6. ``integrated`` is None where only
+    nvidia-smi answered, and so is ``cuda``, the newest CUDA version that the driver supports.
+    """
 
     name: str
     sm: int
@@ -28,14 +33,14 @@ class Gpu(Record):
 
 
 def find_gpu() -> Gpu | None:
-    """The first NVIDIA GPU, or None without one or without its driver. Asks cuda-python, then nvidia-smi."""
+    """The first NVIDIA GPU, or None without one or without its driver.
+
+    It asks cuda-python first, then nvidia-smi. It never raises.
+    """
     try:
         return _gpu_from_cuda()
-    except (
-        HipaError,
-        RuntimeError,
-        AttributeError,
-    ):  # cuda-python raises the last two where libraries are missing
+    # cuda-python raises RuntimeError and AttributeError where libraries are missing.
+    except (HipaError, RuntimeError, AttributeError):
         return _gpu_from_smi()
 
 
@@ -44,8 +49,10 @@ def _gpu_from_cuda() -> Gpu:
     call(cudart, "cudaGetDeviceCount")  # fails without a driver
     properties = call(cudart, "cudaGetDeviceProperties", 0)
     name = properties.name
+    if isinstance(name, bytes):
+        name = name.decode()
     return Gpu(
-        name=(name.decode() if isinstance(name, bytes) else str(name)).rstrip("\0"),
+        name=str(name).rstrip("\0"),
         sm=properties.major * 10 + properties.minor,
         memory_mib=properties.totalGlobalMem >> 20,
         integrated=bool(properties.integrated),
@@ -60,22 +67,23 @@ def _cuda_version(number: int) -> str:
 
 
 def _gpu_from_smi() -> Gpu | None:
+    """The first GPU by nvidia-smi's table: 'NVIDIA GeForce RTX 4090, 8.9, 24564'."""
     try:
         answer = subprocess.run(
-            _SMI_QUERY, capture_output=True, text=True, timeout=10, check=True
-        ).stdout
-        name, capability, memory_mib = (
-            part.strip() for part in answer.splitlines()[0].rsplit(",", 2)
+            _SMI_QUERY, capture_output=True, text=True, timeout=_SMI_TIMEOUT_S, check=True
         )
-        major, minor = capability.split(".")
+        # From the right: a name may have a comma in it.
+        name, capability, memory_mib = answer.stdout.splitlines()[0].rsplit(",", 2)
+        major, minor = capability.strip().split(".")
         return Gpu(
-            name=name,
+            name=name.strip(),
             sm=int(major) * 10 + int(minor),
             memory_mib=int(memory_mib),
             integrated=None,
             driver=_driver_version(),
             cuda=None,
         )
+    # No nvidia-smi, one that fails, or an answer that is no table: there is no usable GPU.
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 

@@ -1,14 +1,15 @@
-"""Another adaptor in a loaded stage, without a rebuild: TensorRT's Refitter, or a new session of ONNX Runtime.
+"""Exchange the weights of a loaded engine without a rebuild, with TensorRT's Refitter.
 
-Every refittable weight is set at every swap, not only those that the new adaptor changes: what one adaptor changed
-and the next does not would otherwise remain (NVIDIA/TensorRT#3628 shows images of two adaptors mixed), and
-TensorRT-RTX does not report such weights as missing (pytorch/TensorRT#4198). The bundle's own values are read from its
-ONNX file, so going back sets what the engine was built from, bit for bit.
+Every refittable weight is set at every swap, not only those that the new adaptor changes. A weight
+that one adaptor changed and the next does not would otherwise keep the first one's value
+(NVIDIA/TensorRT#3628 shows images of two adaptors mixed), and TensorRT-RTX does not report such
+weights as missing (pytorch/TensorRT#4198). The bundle's own values are read from its ONNX file, so
+going back sets what the engine was built from, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,26 +17,28 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.onnx_weights import read_initializers
-from hipa_deploy.engines.tensorrt.library import Flavour, recording_logger
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, recording_logger
 from hipa_deploy.errors import HipaError
 
 # Releases whose refittable engines are known to compute wrongly, by what their version begins with.
-FAULTS: dict[Flavour, dict[str, str]] = {
+FAULTS: dict[TensorRTLibrary, dict[str, str]] = {
     "tensorrt": {
-        "11.3.0": "a refittable engine may lose the bias of a matrix product, which no refit can set "
-        "(TensorRT 11.3.0 release notes, known issues)",
+        "11.3.0": "a refittable engine may lose the bias of a matrix product, which no refit can "
+        "set (TensorRT 11.3.0 release notes, known issues)",
     },
     "rtx": {},
 }
+
 SHOWN = 3  # names in an error message
 
 
-def refuse_faulty(flavour: Flavour, version: str) -> None:
+def refuse_faulty(library: TensorRTLibrary, version: str) -> None:
     """Raise HipaError for a TensorRT whose refittable engines are known to be wrong."""
-    for prefix, fault in FAULTS[flavour].items():
+    for prefix, fault in FAULTS[library].items():
+        # With the dot: 11.3.0 must not match 11.3.01.
         if version == prefix or version.startswith(f"{prefix}."):
             raise HipaError(
-                f"{flavour} {version} cannot swap adaptors: {fault}. Use another version, "
+                f"{library} {version} cannot swap adaptors: {fault}. Use another version, "
                 "or export and build a bundle for each adaptor."
             )
 
@@ -45,57 +48,90 @@ def refit_engine(
     engine: Any,
     onnx: Path,
     changed: Mapping[str, np.ndarray],
-    flavour: Flavour,
+    library: TensorRTLibrary,
     remedy: str,
 ) -> None:
-    """Give ``engine``, built from the file ``onnx``, the weights ``changed``, and that file's own for every other.
+    """Set the weights of ``engine``: ``changed`` where it has them, else those of the ONNX file.
 
-    The engine must be idle; its execution contexts remain valid.
+    The engine must be idle. Its execution contexts remain valid; captured CUDA graphs do not.
+
+    Args:
+        trt: the module of TensorRT or TensorRT-RTX.
+        engine: the ICudaEngine, built from ``onnx`` with the option ``refit``.
+        onnx: the stage's graph, ``STAGE/model.onnx``.
+        changed: new values by the names of the graph's initializers; shapes and dtypes as there.
+        library: which of the two libraries ``trt`` is.
+        remedy: how to build an engine that can be refitted, for messages.
 
     Raises:
-        HipaError: a version with a known fault, an engine that was not built to be refitted, or a weight that it has
-            not, not as refittable, or in another type or size. The engine is as before.
+        HipaError: a version with a known fault, an engine that was not built to be refitted, or a
+            weight that the engine does not have, holds fixed, or has in another dtype or size. The
+            engine is as before.
         RefitFailedError: TensorRT stopped while refitting.
 
     """
-    refuse_faulty(flavour, trt.__version__)
-    stage, logger = onnx.parent.name, recording_logger(trt)
+    refuse_faulty(library, trt.__version__)
+    stage = onnx.parent.name
+    logger = recording_logger(trt)
     if not engine.refittable:
         raise HipaError(f"{stage}: the engine was not built to take another adaptor. {remedy}")
+
     refitter = trt.Refitter(engine, logger)
-    names, own = refitter.get_all_weights(), read_initializers(onnx)
-    if fixed := sorted(changed.keys() - set(names)):
-        shown = ", ".join(fixed[:SHOWN])
+    names = refitter.get_all_weights()
+    fixed = sorted(changed.keys() - set(names))
+    if fixed:
         raise HipaError(
-            f"{stage}: the engine holds {len(fixed)} of the adaptor's weights fixed ({shown}). {remedy}"
+            f"{stage}: the engine holds {len(fixed)} of the adaptor's weights fixed "
+            f"({_shown(fixed)}). {remedy}"
         )
-    # What is neither the adaptor's nor the graph's is TensorRT's own, and stays.
-    values = {
-        n: changed[n] if n in changed else own[n].read() for n in names if n in changed or n in own
-    }
-    kept = [
-        _set_weight(trt, refitter, stage, name, value, remedy) for name, value in values.items()
-    ]
-    if missing := refitter.get_missing_weights():
-        raise HipaError(
-            f"{stage}: TensorRT asks for weights {', '.join(missing[:SHOWN])} as well. {remedy}"
-        )
+
+    # TensorRT reads these arrays when it refits, and not before: they have to live until then.
+    kept = []
+    for name, value in _new_values(names, changed, onnx).items():
+        kept.append(_set_weight(trt, refitter, stage, name, value, remedy))
+
+    missing = refitter.get_missing_weights()
+    if missing:
+        raise HipaError(f"{stage}: TensorRT asks for weights {_shown(missing)} as well. {remedy}")
     if not refitter.refit_cuda_engine():
         raise RefitFailedError(
             f"{stage}: refitting {len(kept)} weights failed: {logger.last}. Load the bundle again."
         )
 
 
+def _new_values(
+    names: Iterable[str], changed: Mapping[str, np.ndarray], onnx: Path
+) -> dict[str, np.ndarray]:
+    """A value for every refittable weight that the adaptor or the graph has.
+
+    A weight that neither has is one that TensorRT made itself; it stays as it is.
+    """
+    own = read_initializers(onnx)
+    values = {}
+    for name in names:
+        if name in changed:
+            values[name] = changed[name]
+        elif name in own:
+            values[name] = own[name].read()
+    return values
+
+
 def _set_weight(
     trt: ModuleType, refitter: Any, stage: str, name: str, value: np.ndarray, remedy: str
 ) -> np.ndarray:
-    """Set one weight; the array that TensorRT reads when it refits, and not before."""
-    array, prototype = np.ascontiguousarray(value).reshape(-1), refitter.get_weights_prototype(name)
+    """Set one weight and return the array that TensorRT will read when it refits.
+
+    Raises:
+        HipaError: the engine has the weight in another dtype or size, or refuses it.
+
+    """
+    array = np.ascontiguousarray(value).reshape(-1)
+    prototype = refitter.get_weights_prototype(name)
     dtype = np.dtype(trt.nptype(prototype.dtype))
     if (prototype.size, dtype) != (array.size, array.dtype):
-        want, got = f"{prototype.size} of {dtype}", f"{array.size} of {array.dtype}"
         raise HipaError(
-            f"{stage}: weight {name} is {want} in the engine, {got} in the graph. {remedy}"
+            f"{stage}: weight {name} is {prototype.size} of {dtype} in the engine, "
+            f"{array.size} of {array.dtype} in the graph. {remedy}"
         )
     if not refitter.set_named_weights(name, array):
         raise HipaError(
@@ -104,5 +140,10 @@ def _set_weight(
     return array
 
 
+def _shown(names: list[str]) -> str:
+    """The first few of many names, for a message."""
+    return ", ".join(names[:SHOWN])
+
+
 class RefitFailedError(HipaError):
-    """The engine holds a mixture of weights, or computes wrongly with them, and must not be used any more."""
+    """The engine holds a mixture of weights, or computes wrongly: it must not be used any more."""

@@ -1,7 +1,8 @@
-"""Running engines: TensorRT and cuda-python, nothing else.
+"""The runner of engines: TensorRT and cuda-python, nothing else.
 
-``TensorRTRunner`` is one stage or several in sequence. Several share one stream and one buffer a tensor name, so what
-a stage gives is what the next one takes, on the device; and the whole is one CUDA graph.
+A ``TensorRTRunner`` holds one stage or several in sequence. Several share one stream and one buffer
+for each tensor name, so that an output of a stage is the input of the next one, on the device; and
+all of them together are one CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,83 +18,130 @@ from typing import Any
 
 import numpy as np
 
-from hipa_deploy.bundle.manifest import StageSpec, TensorSpec
+from hipa_deploy.bundle.manifest import StageSpec
 from hipa_deploy.engines.tensorrt.buffers import Buffer, allocate, shares_memory
 from hipa_deploy.engines.tensorrt.cuda import call, load_cudart
 from hipa_deploy.engines.tensorrt.cuda_graph import CapturedGraph
 from hipa_deploy.engines.tensorrt.device_array import DeviceArray
 from hipa_deploy.engines.tensorrt.engine_stage import EngineStage, Shape
-from hipa_deploy.engines.tensorrt.library import Flavour, load_tensorrt
+from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, load_tensorrt
+from hipa_deploy.engines.tensorrt.sequence_spec import sequence_spec
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.runner import Runner, check_inputs
 from hipa_deploy.generate.stages import Timer
 
 
 @dataclass
-class _Plan:
-    """Stages to run, the inputs' shapes it was made for, every tensor's shape, and the graph (None: not captured)."""
+class _PreparedRun:
+    """A choice of stages, made ready to run at the shapes of one feed.
+
+    Args:
+        stages: the stages, in the order in which they run.
+        feed_shapes: the shapes of the feed that it was prepared for.
+        shapes: the shape of every tensor, of the feed and computed.
+        graph: the stages as one CUDA graph; None where they are put on the stream one by one.
+
+    """
 
     stages: tuple[EngineStage, ...]
-    asked: dict[str, Shape]
+    feed_shapes: dict[str, Shape]
     shapes: dict[str, Shape]
     graph: CapturedGraph | None = None
 
 
 class TensorRTRunner:
-    """Stages on the first GPU, in their order, with one stream and buffers for the largest shapes.
+    """Stages on the first GPU, with one stream, and one buffer a tensor for its largest shape.
 
-    The first call with new shapes runs the stages, then captures them as a CUDA graph that this and every later call
-    launches. A capture that fails is a RuntimeWarning and stands in ``graph_problem``; calls then enqueue the stages
-    one by one. Not for use from two threads at once. The caller has compared the engines' keys
-    (``engine.open_engines`` does).
+    It is a ``Runner`` of its stages in sequence, and the ``Stages`` of a bundle
+    (``hipa_deploy.generate``): ``run``, ``run_on_device``, ``runners`` and ``close``.
+
+    The first call with new shapes runs the stages and then captures them as a CUDA graph, which
+    this and every later call launches. Where the capture fails, a RuntimeWarning says why, the
+    reason stands in ``graph_problem``, and calls put the stages on the stream one by one.
+
+    The runner owns all device memory until ``close``. It copies what it is fed, and the arrays that
+    it returns belong to the caller. Do not use one from two threads at once. Whoever opens it has
+    compared the engines' keys (``engines.store.select.open_engines`` does).
+
+    Args:
+        stages: each stage's inputs and outputs, and its engine file, in the order they run in.
+        library: the TensorRT library that built the engines.
+        graph: False never captures a CUDA graph.
+
+    Attributes:
+        spec: the inputs and outputs of the stages together.
+        runners: each stage by itself; it shares stream and buffers with the others.
+        graph_problem: why there is no CUDA graph; None while nothing is wrong.
+        device_memory_mib: device memory that loading and running took so far.
 
     Raises:
         MissingDependencyError: TensorRT or cuda-python is not installed.
-        HipaError: no driver, no memory left, an engine that does not deserialise or whose tensors are not its
-            spec's, or two stages that do not agree on a tensor they share.
+        HipaError: no driver, no memory left, an engine that does not deserialise or whose tensors
+            are not its spec's, or two stages that do not agree on a tensor they share.
+
+    Example:
+        >>> with TensorRTRunner([(spec, Path("unet.engine"))], "tensorrt") as unet:
+        ...     latents_BCHW = unet(noise=noise_BCHW, context=context_BLD)["latents"]
 
     """
 
     def __init__(
-        self, stages: Sequence[tuple[StageSpec, Path]], flavour: Flavour, *, graph: bool = True
+        self,
+        stages: Sequence[tuple[StageSpec, Path]],
+        library: TensorRTLibrary,
+        *,
+        graph: bool = True,
     ) -> None:
-        self.spec = sequence_spec([spec for spec, _ in stages])
+        specs = [spec for spec, _ in stages]
+        self.spec = sequence_spec(specs)
         self.graph_problem: str | None = None
         self._graph = graph
-        self._trt, self._cudart = load_tensorrt(flavour), load_cudart(flavour)
-        self._plans: dict[tuple[str, ...], _Plan] = {}
+        self._trt = load_tensorrt(library)
+        self._cudart = load_cudart(library)
+        self._prepared: dict[tuple[str, ...], _PreparedRun] = {}  # by the names of its stages
         self._shapes: dict[str, Shape] = {}  # of every tensor, as the contexts have it
         self._ran: tuple[str, ...] = ()
         self._calls = 0
+
+        # ``stack`` releases everything in reverse order, also when a later step here fails.
         with ExitStack() as stack:
-            self._stream = call(
-                self._cudart, "cudaStreamCreateWithFlags", self._cudart.cudaStreamNonBlocking
-            )
-            stack.callback(call, self._cudart, "cudaStreamDestroy", self._stream)
+            self._stream = self._new_stream(stack)
             self._shared = shares_memory(self._cudart)
-            self._free_bytes = call(self._cudart, "cudaMemGetInfo")
-            self._buffers = self._allocate([spec for spec, _ in stages], stack)
+            self._free_bytes = call(self._cudart, "cudaMemGetInfo")  # before anything is allocated
+            self._buffers = self._allocate(specs, stack)
             self._stages = {spec.name: self._load(spec, path, stack) for spec, path in stages}
-            self._events = [self._event(stack) for _ in range(len(stages) + 1)]
+            # One event before the first stage and one after each.
+            self._events = [self._new_event(stack) for _ in range(len(stages) + 1)]
             self.device_memory_mib: int | None = self._used_mib()
-            self.runners: dict[str, Runner] = {
-                name: StageRunner(self, stage.spec) for name, stage in self._stages.items()
-            }
+            # ``Runner`` and not ``StageRunner``: the protocol ``Stages`` has it so.
+            self.runners: dict[str, Runner] = {}
+            for spec in specs:
+                self.runners[spec.name] = StageRunner(self, spec)
+
+            # Graphs go before the engines they hold, and only when nothing is under way.
             stack.callback(self._drop_graphs)
             stack.callback(self._wait)
             self._closing: ExitStack | None = stack.pop_all()
 
+    def _new_stream(self, stack: ExitStack) -> Any:
+        # Non-blocking: work on CUDA's default stream, another library's say, does not wait for it.
+        flags = self._cudart.cudaStreamNonBlocking
+        stream = call(self._cudart, "cudaStreamCreateWithFlags", flags)
+        stack.callback(call, self._cudart, "cudaStreamDestroy", stream)
+        return stream
+
     def _allocate(self, specs: Iterable[StageSpec], stack: ExitStack) -> dict[str, Buffer]:
-        """A buffer for every tensor name."""
+        """A buffer for every tensor name, for the tensor's largest shape."""
         largest: dict[str, tuple[np.dtype, int]] = {}
         for spec in specs:
             for tensor in spec.inputs + spec.outputs:
                 count = math.prod(tensor.at(spec.sizes("max")))
                 largest[tensor.name] = np.dtype(tensor.dtype), count
-        return {
-            name: allocate(self._cudart, dtype, count, self._shared, stack)
-            for name, (dtype, count) in largest.items()
-        }
+
+        buffers = {}
+        for name, (dtype, count) in largest.items():
+            buffers[name] = allocate(self._cudart, dtype, count, self._shared, stack)
+        return buffers
 
     def _load(self, spec: StageSpec, path: Path, stack: ExitStack) -> EngineStage:
         stage = EngineStage(self._trt, spec, path)
@@ -101,16 +149,19 @@ class TensorRTRunner:
         stage.bind(self._buffers)
         return stage
 
-    def _event(self, stack: ExitStack) -> object:
+    def _new_event(self, stack: ExitStack) -> object:
         event = call(self._cudart, "cudaEventCreate")
         stack.callback(call, self._cudart, "cudaEventDestroy", event)
         return event
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Compute the outputs by name; the arrays belong to the caller. A stage whose output is given is left out.
+        """Compute the outputs by name; the arrays belong to the caller.
+
+        A stage whose outputs are all among ``inputs`` does not run.
 
         Raises:
-            HipaError: inputs that are not those of the stages to run, a closed runner, or a CUDA error.
+            HipaError: inputs that are not those of the stages to run, a closed runner, or a CUDA
+                error.
 
         """
         return self.run(inputs)
@@ -122,44 +173,70 @@ class TensorRTRunner:
         timer: Timer = nullcontext,
         stages: Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:
-        """The same, with the choice of ``outputs`` (any that is computed) and of the ``stages`` to run.
+        """Like a call, with a choice of outputs and stages; see ``Stages.run``.
 
-        It is timed as one, 'pipeline': the host sees nothing of what lies between the stages.
+        Args:
+            feed: the inputs by name, with the dtypes and shapes of the stages to run.
+            outputs: names of tensors that these stages compute; None: those that none of them uses.
+            timer: is entered once, as 'pipeline': the host cannot see what happens between the
+                stages on the device.
+            stages: names of the stages to run; None: all but those whose outputs are in ``feed``.
+
+        Raises:
+            HipaError: as a call does.
+
         """
         with timer("pipeline"):
-            plan = self._submit(feed, stages)
-            wanted = self._outputs(plan) if outputs is None else outputs
-            for name in wanted:
-                self._copy(name, plan.shapes[name], "cudaMemcpyDeviceToHost")
+            prepared = self._submit(feed, stages)
+            names = self._outputs(prepared) if outputs is None else outputs
+            for name in names:
+                self._copy_to_host(name, prepared.shapes[name])
             self._wait()
-            return {name: self._buffers[name].view(plan.shapes[name]).copy() for name in wanted}
+
+            # The next call overwrites the buffers, so the caller gets copies.
+            results = {}
+            for name in names:
+                results[name] = self._buffers[name].view(prepared.shapes[name]).copy()
+            return results
 
     def run_on_device(self, feed: Mapping[str, np.ndarray]) -> dict[str, DeviceArray]:
-        """Like a call, but the outputs stay on the device and may still be under way. See ``DeviceArray``."""
-        plan = self._submit(feed, None)
-        made = self._calls
-        return {
-            name: DeviceArray(
-                pointer=int(self._buffers[name].device),
-                shape=plan.shapes[name],
-                dtype=self._buffers[name].host.dtype,
+        """Like a call, but the outputs stay on the device and may still be under way.
+
+        They are valid until the next call or ``close``; see ``DeviceArray``.
+
+        Raises:
+            HipaError: as a call does.
+
+        """
+        prepared = self._submit(feed, None)
+        this_call = self._calls
+
+        def current() -> bool:
+            return self._closing is not None and self._calls == this_call
+
+        arrays = {}
+        for name in self._outputs(prepared):
+            buffer = self._buffers[name]
+            arrays[name] = DeviceArray(
+                pointer=int(buffer.device),
+                shape=prepared.shapes[name],
+                dtype=buffer.host.dtype,
                 stream=int(self._stream),
                 wait=self._wait,
-                current=lambda: self._closing is not None and self._calls == made,
+                current=current,
             )
-            for name in self._outputs(plan)
-        }
-
-    def stage(self, name: str) -> StageRunner:
-        """One stage alone, as a runner; it shares stream and buffers with the others."""
-        return StageRunner(self, self._stages[name].spec)
+        return arrays
 
     def change_engine(
         self, change: Callable[[ModuleType, Any], None], stage: str | None = None
     ) -> None:
-        """Let ``change`` alter the engine of ``stage`` (or the first), given TensorRT and it, while nothing runs on it.
+        """Call ``change(trt, engine)``, which may alter the engine, while nothing runs on it.
 
         Graphs are captured anew at the next call: they may hold what the engine was.
+
+        Args:
+            change: receives the module of TensorRT and the engine.
+            stage: whose engine; None: the first stage's.
 
         Raises:
             HipaError: a closed runner, or what ``change`` raises.
@@ -167,160 +244,193 @@ class TensorRTRunner:
         """
         if self._closing is None:
             raise HipaError(f"{self.spec.name}: the runner is closed.")
+        # TensorRT allows no change while a context of the engine runs.
         self._wait()
         self._drop_graphs()
         self._stages[stage or next(iter(self._stages))].change(change)
 
     @property
     def device_ms(self) -> float | None:
-        """Milliseconds that the latest call took on the device, copies not included; None before the first."""
+        """Milliseconds that the latest call took on the device, without the copies to and from it.
+
+        None before the first call.
+        """
         return self._elapsed(0, len(self._ran)) if self._ran else None
 
     def stage_ms(self, name: str) -> float | None:
-        """The same of one stage; None if the latest call did not run it."""
+        """The milliseconds of one stage; None if the latest call did not run it."""
         if name not in self._ran:
             return None
         number = self._ran.index(name)
         return self._elapsed(number, number + 1)
 
     def profile_layers(self, **inputs: np.ndarray) -> list[tuple[str, float]]:
-        """Milliseconds of every layer, ('stage/layer', ms), in a separate pass without a CUDA graph.
+        """Milliseconds of every layer, ('stage/layer', ms), in a pass without a CUDA graph.
 
         Raises:
             HipaError: as a call does, or no memory for a second execution context.
 
         """
-        return [(f"{stage}/{layer}", ms) for stage, layer, ms in self.profile(inputs)]
+        times = self.profile(inputs)
+        return [(f"{stage}/{layer_name}", ms) for stage, layer_name, ms in times]
 
     def profile(
-        self, inputs: dict[str, np.ndarray], stages: Sequence[str] | None = None
+        self, feed: Mapping[str, np.ndarray], stages: Sequence[str] | None = None
     ) -> list[tuple[str, str, float]]:
-        """The same as (stage, layer, ms), with the choice of the ``stages`` to run."""
-        plan = self._submit(inputs, stages)
+        """Like ``profile_layers``, as (stage, layer, ms), with a choice of the stages to run."""
+        # A whole run first: then every stage's inputs are in its buffers.
+        prepared = self._submit(feed, stages)
         self._wait()
-        found = [
-            (stage.spec.name, layer, ms)
-            for stage in plan.stages
-            for layer, ms in stage.profile(self._stream, self._buffers, dict(plan.shapes))
-        ]
+        times = []
+        for stage in prepared.stages:
+            shapes = dict(prepared.shapes)
+            for layer_name, ms in stage.profile(self._stream, self._buffers, shapes):
+                times.append((stage.spec.name, layer_name, ms))
         self._wait()
-        return found
+        return times
 
-    def _submit(self, inputs: Mapping[str, np.ndarray], names: Sequence[str] | None) -> _Plan:
-        """Check, copy in, launch. Returns while the device works."""
+    def _submit(self, feed: Mapping[str, np.ndarray], names: Sequence[str] | None) -> _PreparedRun:
+        """Check the feed, copy it in and launch the stages. Returns while the device works."""
         if self._closing is None:
             raise HipaError(f"{self.spec.name}: the runner is closed.")
-        chosen = self._choose(inputs) if names is None else tuple(names)
-        check_inputs(sequence_spec([self._stages[name].spec for name in chosen]), inputs)
-        self._wait()  # an earlier call whose outputs stay on the device may still read what we write now
-        self._calls += 1
-        for name, value in inputs.items():
-            self._buffers[name].view(value.shape)[...] = value
-            self._copy(name, value.shape, "cudaMemcpyHostToDevice")
-        plan = self._plan(chosen, {name: value.shape for name, value in inputs.items()})
-        if plan.graph is not None:
-            plan.graph.launch(self._stream)
-        else:
-            self._enqueue(plan.stages, self._cudart.cudaEventRecordDefault)
-        self._ran = chosen
-        return plan
+        # Checked before anything reaches CUDA: a wrong feed leaves the runner as it was.
+        chosen = self._choose(feed) if names is None else tuple(names)
+        check_inputs(sequence_spec([self._stages[name].spec for name in chosen]), feed)
 
-    def _choose(self, inputs: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-        """The stages to run: all but those whose outputs are given."""
-        return tuple(
-            name
-            for name, stage in self._stages.items()
-            if not all(tensor.name in inputs for tensor in stage.spec.outputs)
-        )
-
-    def _plan(self, names: tuple[str, ...], asked: dict[str, Shape]) -> _Plan:
-        """The plan for these stages and shapes; made, warmed up and captured if it is new."""
-        known = self._plans.get(names)
-        if known is not None and known.asked == asked:
-            return known
-        if any(self._shapes.get(name, shape) != shape for name, shape in asked.items()):
-            self._drop_graphs()  # a context has one set of shapes, and its graphs stand on it
-        plan = _Plan(tuple(self._stages[name] for name in names), asked, dict(asked))
-        for stage in plan.stages:
-            stage.set_shapes(plan.shapes)
-        self._shapes.update(plan.shapes)
-        if self._graph and self.graph_problem is None:
-            self._capture(plan)
-        self._plans[names] = plan
-        self.device_memory_mib = max(self.device_memory_mib or 0, self._used_mib())
-        return plan
-
-    def _capture(self, plan: _Plan) -> None:
-        """Run once, as TensorRT defers set-up to the first run with new shapes, then capture; or say why not."""
-        self._enqueue(plan.stages, self._cudart.cudaEventRecordDefault)
+        # An earlier call whose outputs stay on the device may still read the buffers written here.
         self._wait()
-        external = (
-            self._cudart.cudaEventRecordExternal
-        )  # in a graph: a node that stamps the time at every launch
+        self._calls += 1
+        for name, value in feed.items():
+            self._buffers[name].view(value.shape)[...] = value
+            self._copy_to_device(name, value.shape)
+
+        prepared = self._prepare(chosen, {name: value.shape for name, value in feed.items()})
+        if prepared.graph is not None:
+            prepared.graph.launch(self._stream)
+        else:
+            self._enqueue(prepared.stages, self._cudart.cudaEventRecordDefault)
+        self._ran = chosen
+        return prepared
+
+    def _choose(self, feed: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+        """The stages to run: all but those whose outputs are all in the feed."""
+        chosen = []
+        for name, stage in self._stages.items():
+            if not all(tensor.name in feed for tensor in stage.spec.outputs):
+                chosen.append(name)
+        return tuple(chosen)
+
+    def _prepare(self, names: tuple[str, ...], feed_shapes: dict[str, Shape]) -> _PreparedRun:
+        """Make these stages ready for these shapes: set the shapes, warm up, capture.
+
+        What an earlier call prepared serves again while the shapes stay the same.
+        """
+        known = self._prepared.get(names)
+        if known is not None and known.feed_shapes == feed_shapes:
+            return known
+
+        # A context has one set of shapes, and every graph was captured with it.
+        if any(self._shapes.get(name, shape) != shape for name, shape in feed_shapes.items()):
+            self._drop_graphs()
+
+        stages = tuple(self._stages[name] for name in names)
+        prepared = _PreparedRun(stages, feed_shapes, shapes=dict(feed_shapes))
+        for stage in stages:
+            stage.set_shapes(prepared.shapes)
+        self._shapes.update(prepared.shapes)
+        if self._graph and self.graph_problem is None:
+            self._capture(prepared)
+        self._prepared[names] = prepared
+        # TensorRT's deferred set-up and the graph take memory too.
+        self.device_memory_mib = max(self.device_memory_mib or 0, self._used_mib())
+        return prepared
+
+    def _capture(self, prepared: _PreparedRun) -> None:
+        """Run the stages once, then capture them; a RuntimeWarning where that fails."""
+        # TensorRT defers set-up to the first run with new shapes, and set-up cannot be captured.
+        self._enqueue(prepared.stages, self._cudart.cudaEventRecordDefault)
+        self._wait()
+
+        # An external event is a node of the graph that stamps the time at every launch.
+        external = self._cudart.cudaEventRecordExternal
         try:
-            for stage in plan.stages:
+            for stage in prepared.stages:
                 stage.check_capturable(self._stream)
-            plan.graph = CapturedGraph(
-                self._cudart, self._stream, lambda: self._enqueue(plan.stages, external)
+            prepared.graph = CapturedGraph(
+                self._cudart, self._stream, lambda: self._enqueue(prepared.stages, external)
             )
         except HipaError as error:
-            self._cudart.cudaGetLastError()  # takes the error off: or TensorRT's next launch finds it there
+            # CUDA keeps its last error until it is read: TensorRT's next launch would find it.
+            self._cudart.cudaGetLastError()
             self.graph_problem = str(error).rstrip(".")
-            told = f"no CUDA graph ({self.graph_problem}); the stages run one by one, which costs some launch time."
-            warnings.warn(f"{self.spec.name}: {told}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"{self.spec.name}: no CUDA graph ({self.graph_problem}); "
+                "the stages run one by one, which costs some launch time.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _enqueue(self, stages: Sequence[EngineStage], record: int) -> None:
         """Put every stage on the stream, with an event before the first and after each."""
         call(self._cudart, "cudaEventRecordWithFlags", self._events[0], self._stream, record)
+        # There may be fewer stages than events: those that a call leaves out.
         for event, stage in zip(self._events[1:], stages, strict=False):
             stage.enqueue(self._stream)
             call(self._cudart, "cudaEventRecordWithFlags", event, self._stream, record)
 
     def _elapsed(self, first: int, last: int) -> float:
-        call(self._cudart, "cudaEventSynchronize", self._events[last])
-        return float(
-            call(self._cudart, "cudaEventElapsedTime", self._events[first], self._events[last])
-        )
+        """Milliseconds between two events."""
+        start = self._events[first]
+        end = self._events[last]
+        call(self._cudart, "cudaEventSynchronize", end)
+        return float(call(self._cudart, "cudaEventElapsedTime", start, end))
 
-    def _outputs(self, plan: _Plan) -> list[str]:
-        return [
-            tensor.name for tensor in sequence_spec([stage.spec for stage in plan.stages]).outputs
-        ]
+    def _outputs(self, prepared: _PreparedRun) -> list[str]:
+        """The tensors that these stages compute and none of them uses."""
+        spec = sequence_spec([stage.spec for stage in prepared.stages])
+        return [tensor.name for tensor in spec.outputs]
 
-    def _copy(self, name: str, shape: Shape, kind: str) -> None:
+    def _copy_to_device(self, name: str, shape: Shape) -> None:
         buffer = self._buffers[name]
-        if buffer.shared:
-            return
-        pinned, size = buffer.host.ctypes.data, buffer.view(shape).nbytes
-        ends = (
-            (buffer.device, pinned) if kind == "cudaMemcpyHostToDevice" else (pinned, buffer.device)
-        )
-        call(
-            self._cudart,
-            "cudaMemcpyAsync",
-            *ends,
-            size,
-            getattr(self._cudart.cudaMemcpyKind, kind),
-            self._stream,
-        )
+        if not buffer.shared:
+            kind = self._cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
+            self._copy(buffer.device, buffer.host.ctypes.data, buffer.view(shape).nbytes, kind)
+
+    def _copy_to_host(self, name: str, shape: Shape) -> None:
+        buffer = self._buffers[name]
+        if not buffer.shared:
+            kind = self._cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
+            self._copy(buffer.host.ctypes.data, buffer.device, buffer.view(shape).nbytes, kind)
+
+    def _copy(self, destination: int, source: int, size: int, kind: Any) -> None:
+        """Put a copy of ``size`` bytes on the stream. From page-locked memory it does not block."""
+        call(self._cudart, "cudaMemcpyAsync", destination, source, size, kind, self._stream)
 
     def _wait(self) -> None:
         call(self._cudart, "cudaStreamSynchronize", self._stream)
 
     def _used_mib(self) -> int:
-        """MiB of device memory taken since before loading. Of the whole device: what others take meanwhile counts."""
+        """MiB of device memory taken since before loading.
+
+        CUDA counts the whole device: what other processes take meanwhile is included.
+        """
         return max(0, self._free_bytes - call(self._cudart, "cudaMemGetInfo")) >> 20
 
     def _drop_graphs(self) -> None:
         self._shapes = {}
-        while self._plans:
-            _, plan = self._plans.popitem()
-            if plan.graph is not None:
-                plan.graph.close()
+        # One by one: if CUDA fails at one, the next attempt does not release it twice.
+        while self._prepared:
+            _, prepared = self._prepared.popitem()
+            if prepared.graph is not None:
+                prepared.graph.close()
 
     def close(self) -> None:
-        """Release graphs, engines, memory and the stream, in that order. Calling it twice is harmless."""
-        closing, self._closing = self._closing, None
+        """Release graphs, engines, memory and the stream, in that order.
+
+        Calling it twice is harmless.
+        """
+        closing = self._closing
+        self._closing = None
         if closing is not None:
             self._ran = ()
             closing.close()
@@ -338,28 +448,34 @@ class TensorRTRunner:
 
 
 class StageRunner:
-    """One stage of a ``TensorRTRunner``, called by itself: host arrays in and out. ``close`` closes the whole."""
+    """One stage of a ``TensorRTRunner``, called by itself: host arrays in and out.
+
+    It owns nothing: ``close`` closes the whole runner.
+    """
 
     def __init__(self, owner: TensorRTRunner, spec: StageSpec) -> None:
         self.spec = spec
         self._owner = owner
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Compute the stage's outputs by name.
+        """Compute the stage's outputs by name; the arrays belong to the caller.
 
         Raises:
-            HipaError: as the whole does.
+            HipaError: as a call of the whole does.
 
         """
         return self._owner.run(inputs, stages=(self.spec.name,))
 
     def change_engine(self, change: Callable[[ModuleType, Any], None]) -> None:
-        """Let ``change`` alter this stage's engine, as ``TensorRTRunner.change_engine`` does."""
+        """Alter this stage's engine; see ``TensorRTRunner.change_engine``."""
         self._owner.change_engine(change, self.spec.name)
 
     @property
     def device_ms(self) -> float | None:
-        """Milliseconds on the device in the latest call of the whole or of this stage; None if it did not run."""
+        """Milliseconds of this stage on the device in the runner's latest call.
+
+        None if that call did not run this stage.
+        """
         return self._owner.stage_ms(self.spec.name)
 
     @property
@@ -369,7 +485,8 @@ class StageRunner:
 
     def profile_layers(self, **inputs: np.ndarray) -> list[tuple[str, float]]:
         """Milliseconds of every layer, (layer, ms), in a separate pass without a CUDA graph."""
-        return [(layer, ms) for _, layer, ms in self._owner.profile(inputs, (self.spec.name,))]
+        times = self._owner.profile(inputs, (self.spec.name,))
+        return [(layer_name, ms) for _, layer_name, ms in times]
 
     def close(self) -> None:
         """Close the runner that this stage belongs to."""
@@ -385,31 +502,3 @@ class StageRunner:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def sequence_spec(specs: Sequence[StageSpec]) -> StageSpec:
-    """What goes into stages that run in this order, and what comes out of them at the end.
-
-    Raises:
-        HipaError: two stages give the tensor they share another dtype or shape.
-
-    """
-    made: dict[str, TensorSpec] = {}
-    inputs: dict[str, TensorSpec] = {}
-    used: set[str] = set()
-    for spec in specs:
-        for tensor in spec.inputs:
-            known = made.get(tensor.name) or inputs.setdefault(tensor.name, tensor)
-            if known != tensor:
-                got, want = (f"{t.dtype} {list(t.shape)}" for t in (tensor, known))
-                raise HipaError(
-                    f"{spec.name}: {tensor.name} is {got}, before it {want}. Export the bundle again."
-                )
-            used.add(tensor.name)
-        made.update({tensor.name: tensor for tensor in spec.outputs})
-    return StageSpec(
-        name="+".join(spec.name for spec in specs),
-        inputs=tuple(inputs.values()),
-        outputs=tuple(tensor for name, tensor in made.items() if name not in used),
-        axes={name: axis for spec in specs for name, axis in spec.axes.items()},
-    )

@@ -103,9 +103,9 @@ def build_engines(
 def _check_engines(bundle: Bundle, backend: str) -> None:
     """Run what was built on the bundle's reference prompt, if it is for this machine."""
     from hipa_deploy.doctor.self_check import check_bundle
-    from hipa_deploy.engines.store.select import runnable_flavour
+    from hipa_deploy.engines.store.select import backend_with_engines
 
-    if runnable_flavour(bundle) != backend:
+    if backend_with_engines(bundle) != backend:
         console.print(
             "These engines are not for this machine. Where they run, check them: hipa-doctor BUNDLE"
         )

@@ -91,16 +91,16 @@ def self_test(console: Console | None = None) -> SelfTest:
 
 
 def _steps(bundle: Bundle, device: dict[str, Any], console: Console) -> Iterator[Step]:
-    from hipa_deploy.engines.tensorrt.library import FLAVOURS
+    from hipa_deploy.engines.tensorrt.library import TENSORRT_LIBRARIES
 
     backends = {backend["name"]: backend for backend in device["backends"]}
-    for flavour in FLAVOURS:
-        name, found = f"build {flavour}", backends[flavour]
-        if found["version"] is None or (flavour == "tensorrt" and not found["usable"]):
+    for library in TENSORRT_LIBRARIES:
+        name, found = f"build {library}", backends[library]
+        if found["version"] is None or (library == "tensorrt" and not found["usable"]):
             yield Step(name=name, outcome="skipped", detail=found["remedy"])
         else:
             yield _attempt(
-                name, partial(_build, bundle, flavour, device["gpu"] is not None, console)
+                name, partial(_build, bundle, library, device["gpu"] is not None, console)
             )
     for backend in backends.values():
         name = f"run {backend['name']}"
@@ -149,7 +149,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}{place}"
 
 
-def _build(bundle: Bundle, flavour: str, gpu: bool, console: Console) -> tuple[str, dict[str, Any]]:
+def _build(bundle: Bundle, library: str, gpu: bool, console: Console) -> tuple[str, dict[str, Any]]:
     """Engines of every stage where they can run, of the smallest where building is all that can be done."""
     from hipa_deploy.engines.build.build_bundle import build_bundle
 
@@ -157,7 +157,7 @@ def _build(bundle: Bundle, flavour: str, gpu: bool, console: Console) -> tuple[s
     smallest = min(stages, key=lambda stage: bundle.stage_path(stage.spec.name).stat().st_size)
     chosen = stages if gpu else (smallest,)
     part = Bundle(bundle.root, bundle.manifest.model_copy(update={"stages": chosen}))
-    built = build_bundle(part, backend=flavour, console=console)
+    built = build_bundle(part, backend=library, console=console)
     figures = {
         engine.stage: {
             "bytes": engine.sidecar.engine_bytes,

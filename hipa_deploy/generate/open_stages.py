@@ -1,4 +1,8 @@
-"""Load a bundle's stages on a backend. The one place that knows the backends."""
+"""Load a bundle's stages on a backend. This is the one place that knows every backend.
+
+Each backend's module is imported only where that backend is chosen: none of them needs the others
+to be installed.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +14,41 @@ from hipa_deploy.generate.stages import Stages, host_stages
 
 
 def resolve_backend(backend: str, bundle: Bundle) -> str:
-    """Turn 'auto' into a backend's name: an engine that is built for this device, else ONNX Runtime on the CPU."""
+    """The backend that 'auto' stands for; any other name as it is.
+
+    'auto' is TensorRT or TensorRT-RTX where engines are built for this device, else ONNX Runtime on
+    the CPU.
+    """
     if backend != "auto":
         return backend
-    from hipa_deploy.engines.store.select import runnable_flavour
+    from hipa_deploy.engines.store.select import backend_with_engines
 
-    return runnable_flavour(bundle) or "onnxruntime"
+    return backend_with_engines(bundle) or "onnxruntime"
 
 
 def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
     """Load one stage on one backend (not 'auto').
 
     Raises:
-        HipaError: the backend is not installed, or no engine fits this device; the message says what to run.
+        HipaError: the backend is not installed, or no engine fits this device; the message says
+            what to run.
+
+    Example:
+        >>> with open_runner(bundle, "unet", "onnxruntime") as unet:
+        ...     latents_BCHW = unet(noise=noise_BCHW, context=context_BLD)["latents"]
 
     """
+    path = bundle.stage_path(stage)
+    spec = bundle.stages[stage].spec
     if backend.startswith("openvino"):
         from hipa_deploy.engines.backends.openvino_runner import OpenVinoRunner
 
-        return OpenVinoRunner(bundle.stage_path(stage), bundle.stages[stage].spec, backend)
+        return OpenVinoRunner(path, spec, backend)
     if backend.startswith("onnxruntime"):
         from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
 
         cache = engine_cache(bundle, stage) if backend == "onnxruntime-tensorrt" else None
-        return OnnxRuntimeRunner(
-            bundle.stage_path(stage), bundle.stages[stage].spec, backend, cache=cache
-        )
+        return OnnxRuntimeRunner(path, spec, backend, cache=cache)
     from hipa_deploy.engines.store.select import open_engine
 
     return open_engine(bundle, stage, backend)
@@ -55,6 +68,8 @@ def open_stages(bundle: Bundle, backend: str) -> Stages:
         from hipa_deploy.engines.store.select import open_engines
 
         return open_engines(bundle, bundle.stages, backend)
+
+    # If a stage cannot be loaded, the stack closes those before it.
     with ExitStack() as opened:
         runners = {}
         for stage in bundle.stages:

@@ -1,8 +1,8 @@
-"""Another adaptor in a loaded stage, on every backend that can swap."""
+"""Exchange the adaptor of a loaded stage, on every backend that can."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
@@ -15,50 +15,88 @@ from hipa_deploy.bundle.parity import problem
 from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
 from hipa_deploy.engines.store.select import rebuild_command
 from hipa_deploy.engines.targets.build_options import BuildOptions
-from hipa_deploy.engines.tensorrt.library import as_flavour
+from hipa_deploy.engines.tensorrt.library import as_tensorrt_library
 from hipa_deploy.engines.tensorrt.refit import RefitFailedError, refit_engine
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.runner import Runner
 
-_GENERIC_INPUTS = (
-    "noise",
-    "timestep",
-    "context",
-)  # the reference tensors; a onestep stage's inputs are named so
+# The reference tensors for the inputs of a generic UNet, in their order. A stage of the onestep
+# layout has inputs of the same names as its reference tensors.
+_GENERIC_INPUTS = ("noise", "timestep", "context")
 
 
 class EngineRunner(Runner, Protocol):
-    """A stage on an engine of TensorRT."""
+    """A runner of one stage on an engine of TensorRT or TensorRT-RTX."""
 
     def change_engine(self, change: Callable[[ModuleType, Any], None]) -> None:
-        """Let ``change`` alter the engine, given TensorRT and the engine, while nothing runs on it."""
+        """Call ``change(trt, engine)``, which may alter the engine, while nothing runs on it."""
 
 
 def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap | None) -> Runner:
-    """The runner of the stage that holds the UNet with the weights of ``swap``; None: with the bundle's own.
+    """The runner of the stage that has the UNet, with the weights of ``swap``.
 
-    An engine changes in place, is checked against PyTorch's output for the bundle's reference inputs, and is closed
-    if it fails. ONNX Runtime gets a new session, and the old one is closed.
+    An engine changes in place and is then checked: its output for the bundle's reference inputs
+    must agree with PyTorch's. It is closed if it does not. ONNX Runtime gets a new session, and the
+    old one is closed.
+
+    Args:
+        bundle: the bundle that ``runner`` was opened from.
+        runner: the loaded stage.
+        backend: the runner's backend.
+        swap: the adaptor; None: the bundle's own weights.
+
+    Returns:
+        The runner to use from now on: on TensorRT the same, on ONNX Runtime a new one.
 
     Raises:
-        HipaError: weights that are not of the bundle's graph, an engine that cannot be refitted, a TensorRT with a
-            known fault, or an output that does not agree with PyTorch.
+        HipaError: weights that are not of the bundle's graph, a backend that cannot swap, an engine
+            that cannot be refitted, a TensorRT with a known fault, or an output that does not agree
+            with PyTorch's.
 
     """
-    stage, weights = adapted_stage(bundle), swap.weights(bundle) if swap else {}
-    path = bundle.stage_path(stage)
+    weights = swap.weights(bundle) if swap else {}
     if backend.startswith("onnxruntime"):
-        spec, kept = bundle.stages[stage].spec, _engine_cache(bundle, stage, backend, swap)
-        fresh = OnnxRuntimeRunner(path, spec, backend, cache=kept, weights=weights)
-        runner.close()
-        return fresh
+        return _swap_session(bundle, runner, backend, swap, weights)
     if backend.startswith("openvino"):
         raise HipaError(f"backend {backend} does not swap adaptors. Use --backend onnxruntime.")
-    flavour = as_flavour(backend)
-    remedy = rebuild_command(bundle.root, flavour, BuildOptions(refit=True))
+    return _swap_engine(bundle, runner, backend, swap, weights)
+
+
+def _swap_session(
+    bundle: Bundle,
+    runner: Runner,
+    backend: str,
+    swap: AdaptorSwap | None,
+    weights: Mapping[str, np.ndarray],
+) -> Runner:
+    """A new session of ONNX Runtime: an existing one has folded its weights already."""
+    stage = adapted_stage(bundle)
+    session = OnnxRuntimeRunner(
+        bundle.stage_path(stage),
+        bundle.stages[stage].spec,
+        backend,
+        cache=_engine_cache(bundle, stage, backend, swap),
+        weights=weights,
+    )
+    # Closed last: if the new session cannot be opened, the old one still runs.
+    runner.close()
+    return session
+
+
+def _swap_engine(
+    bundle: Bundle,
+    runner: Runner,
+    backend: str,
+    swap: AdaptorSwap | None,
+    weights: Mapping[str, np.ndarray],
+) -> Runner:
+    """Refit the engine in place and check it. Only an engine that computes wrongly is closed."""
+    path = bundle.stage_path(adapted_stage(bundle))
+    library = as_tensorrt_library(backend)
+    remedy = rebuild_command(bundle.root, library, BuildOptions(refit=True))
 
     def change(trt: ModuleType, engine: Any) -> None:
-        refit_engine(trt, engine, path, weights, flavour, remedy)
+        refit_engine(trt, engine, path, weights, library, remedy)
 
     try:
         cast(EngineRunner, runner).change_engine(change)
@@ -72,29 +110,38 @@ def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap |
 def _engine_cache(
     bundle: Bundle, stage: str, backend: str, swap: AdaptorSwap | None
 ) -> Path | None:
-    """Where the TensorRT provider keeps engines with these weights: it does not look at them itself."""
+    """Where ONNX Runtime's TensorRT provider keeps engines with these weights.
+
+    The provider does not look at the weights itself, so an adaptor has a folder of its own.
+    """
     if backend != "onnxruntime-tensorrt":
         return None
-    own = engine_cache(bundle, stage)
-    return own.with_name(f"{own.name}-{swap.manifest.files[WEIGHTS][:12]}") if swap else own
+    cache = engine_cache(bundle, stage)
+    if swap is None:
+        return cache
+    return cache.with_name(f"{cache.name}-{swap.manifest.files[WEIGHTS][:12]}")
 
 
 def _check_output(bundle: Bundle, runner: Runner, swap: AdaptorSwap | None) -> None:
-    """Raise RefitFailedError unless the stage gives what PyTorch gives with this adaptor."""
-    spec, output = runner.spec, _reference_output(bundle)
+    """Compare the stage's output with PyTorch's, for the bundle's reference inputs.
+
+    Raises:
+        RefitFailedError: they do not agree.
+
+    """
+    spec = runner.spec
+    generic = bundle.manifest.layout == "generic"
+    names = _GENERIC_INPUTS if generic else [tensor.name for tensor in spec.inputs]
     with np.load(bundle.path("reference/tensors.npz")) as tensors:
-        named = (
-            _GENERIC_INPUTS
-            if bundle.manifest.layout == "generic"
-            else [tensor.name for tensor in spec.inputs]
-        )
-        inputs = [tensors[name] for name in named]
-        expected = swap.reference() if swap else tensors[output]
-    feed = {
-        tensor.name: value.astype(tensor.dtype)
-        for tensor, value in zip(spec.inputs, inputs, strict=True)
-    }
-    wrong = problem(runner(**feed)[spec.outputs[0].name], expected, bundle.manifest.precision)
+        inputs = [tensors[name] for name in names]
+        expected = swap.reference() if swap else tensors[_reference_output(bundle)]
+
+    # A graph may take float16 where the reference is float32.
+    feed = {}
+    for tensor, value in zip(spec.inputs, inputs, strict=True):
+        feed[tensor.name] = value.astype(tensor.dtype)
+    output = runner(**feed)[spec.outputs[0].name]
+    wrong = problem(output, expected, bundle.manifest.precision)
     if wrong:
         raise RefitFailedError(
             f"{spec.name} after the swap {wrong}. Load the bundle again, and report this."
@@ -102,7 +149,7 @@ def _check_output(bundle: Bundle, runner: Runner, swap: AdaptorSwap | None) -> N
 
 
 def _reference_output(bundle: Bundle) -> str:
-    """The reference tensor that the stage with the UNet gives."""
+    """The name of the reference tensor that the stage with the UNet computes."""
     if bundle.manifest.layout == "generic":
         return "output"
     return "images" if "generator" in bundle.stages else "latents"

@@ -1,6 +1,7 @@
-"""A binding's *surface* as a Python stub: the names, parameters and types of the classes that the engines use.
+"""A binding's *surface* as a Python stub: names, parameters and types of the classes in use.
 
-Whole classes rather than the names used today, less what a graph parsed from ONNX never needs (``add_*``).
+It has whole classes rather than the names used today, without what a graph parsed from ONNX never
+needs (``add_*``).
 """
 
 from __future__ import annotations
@@ -13,46 +14,51 @@ from types import ModuleType
 from typing import Any
 
 CLASSES = (
-    "Builder", "Dims", "EngineInspector", "IBuilderConfig", "ICudaEngine", "IExecutionContext", "IHostMemory",
-    "ILayer", "ILogger", "INetworkDefinition", "IOptimizationProfile", "IProfiler", "IProgressMonitor",
-    "IRuntimeConfig", "ISerializationConfig", "ITensor", "ITimingCache", "Logger", "OnnxParser", "OnnxParserRefitter",
-    "ParserError", "Profiler", "Refitter", "Runtime", "Weights",
+    "Builder", "Dims", "EngineInspector", "IBuilderConfig", "ICudaEngine", "IExecutionContext",
+    "IHostMemory", "ILayer", "ILogger", "INetworkDefinition", "IOptimizationProfile", "IProfiler",
+    "IProgressMonitor", "IRuntimeConfig", "ISerializationConfig", "ITensor", "ITimingCache",
+    "Logger", "OnnxParser", "OnnxParserRefitter", "ParserError", "Profiler", "Refitter", "Runtime",
+    "Weights",
     "BuilderFlag", "ComputeCapability", "CudaGraphStrategy", "DataType", "DeviceType",
     "DynamicShapesKernelSpecializationStrategy",
     "EngineCapability", "EngineInvalidityDiagnostics", "EngineStat", "EngineValidity",
-    "ExecutionContextAllocationStrategy", "HardwareCompatibilityLevel", "LayerInformationFormat", "LayerType",
-    "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParserFlag", "PreviewFeature", "ProfilingVerbosity",
-    "RuntimePlatform", "SerializationFlag", "TacticSource", "TempfileControlFlag", "TensorFormat", "TensorIOMode",
-    "TensorLocation", "TilingOptimizationLevel", "WeightsRole",
+    "ExecutionContextAllocationStrategy", "HardwareCompatibilityLevel", "LayerInformationFormat",
+    "LayerType", "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParserFlag",
+    "PreviewFeature", "ProfilingVerbosity", "RuntimePlatform", "SerializationFlag", "TacticSource",
+    "TempfileControlFlag", "TensorFormat", "TensorIOMode", "TensorLocation",
+    "TilingOptimizationLevel", "WeightsRole",
 )  # fmt: skip
 FUNCTIONS = ("get_nv_onnx_parser_version", "init_libnvinfer_plugins", "nptype", "volume")
 _UNUSED = re.compile(r"^(__(?!init__|getitem__|len__|iter__)|_pybind11)")
 
-# What no docstring tells: a buffer in C, and iteration by __getitem__.
+# What no docstring says: a buffer in C, and iteration by __getitem__.
 PROTOCOLS = {
     "IHostMemory": "def __buffer__(self, flags: int, /) -> memoryview: ...",
     "Dims": "def __iter__(self) -> Iterator[int]: ...",
 }
 
-# What pybind11 makes of an argument by itself (py::implicitly_convertible in TensorRT's sources); no docstring says it.
+# What pybind11 converts of an argument (py::implicitly_convertible in TensorRT's sources); no
+# docstring says it.
 IMPLICIT = {
     "Weights": "Union[Weights, numpy.ndarray[Any, Any]]",
     "Dims": "Union[Dims, Sequence[int]]",
 }
 
 CUDART = re.compile(
-    r"cuda(Malloc|MallocHost|MallocAsync|Free|FreeHost|FreeAsync|Memcpy|MemcpyAsync|Memset|MemsetAsync|MemGetInfo|"
-    r"HostAlloc\w*|HostGetDevicePointer|HostRegister|HostUnregister|Stream\w+|Event\w+|GetDevice\w*|SetDevice|"
-    r"DeviceSynchronize|DeviceGetAttribute|DriverGetVersion|RuntimeGetVersion|GetError\w+|GetLastError|PeekAtLastError|"
-    r"Graph(Instantiate\w*|Launch|Upload|Destroy|ExecDestroy|ExecUpdate)|MemcpyKind|DeviceProp|DeviceAttr)"
+    r"cuda(Malloc|MallocHost|MallocAsync|Free|FreeHost|FreeAsync|Memcpy|MemcpyAsync|Memset|"
+    r"MemsetAsync|MemGetInfo|"
+    r"HostAlloc\w*|HostGetDevicePointer|HostRegister|HostUnregister|Stream\w+|Event\w+|"
+    r"GetDevice\w*|SetDevice|"
+    r"DeviceSynchronize|DeviceGetAttribute|DriverGetVersion|RuntimeGetVersion|GetError\w+|"
+    r"GetLastError|PeekAtLastError|"
+    r"Graph(Instantiate\w*|Launch|Upload|Destroy|ExecDestroy|ExecUpdate)|"
+    r"MemcpyKind|DeviceProp|DeviceAttr)"
 )
 
-HEADER = """\
-from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union, overload
-
-import numpy
-
-"""
+HEADER = (
+    "from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Set, "
+    "Tuple, Union, overload\n\nimport numpy\n\n"
+)
 ENUM = '''\
 class Enum:
     """What pybind11 gives every enumeration."""
@@ -65,34 +71,33 @@ class Enum:
     def __index__(self) -> int: ...
 '''
 _TYPES = {
-    "Any", "Callable", "ClassVar", "Dict", "Iterator", "List", "Optional", "Sequence", "Set", "Tuple", "Union", "bool",
-    "bytes", "dict", "float", "int", "list", "object", "set", "str", "tuple", "None",
+    "Any", "Callable", "ClassVar", "Dict", "Iterator", "List", "Optional", "Sequence", "Set",
+    "Tuple", "Union", "bool", "bytes", "dict", "float", "int", "list", "object", "set", "str",
+    "tuple", "None",
 }  # fmt: skip
 
 
 def tensorrt_surface(trt: ModuleType) -> str:
     """The stub of a TensorRT or TensorRT-RTX module, without its provenance."""
     present = [name for name in sorted(CLASSES) if hasattr(trt, name)]
-    known = {
-        *present,
-        *(f"{name}.{inner}" for name in present for inner in _nested(getattr(trt, name))),
-    }
+    known = set(present)
+    for name in present:
+        known.update(f"{name}.{inner}" for inner in _nested(getattr(trt, name)))
+
     parts = [HEADER + "__version__: str", ENUM.rstrip()]
-    parts += ["\n".join(_class(name, getattr(trt, name), known)) for name in present]
-    values = [
-        (name, value)
-        for name, value in sorted(vars(trt).items())
-        if _is_enum(type(value)) and name != "bool"
-    ]
-    constants = [
-        f"{name}: {type(value).__name__}" for name, value in values if type(value).__name__ in known
-    ]
-    functions = [
-        f"def {name}{_function(name, getattr(trt, name), known)}: ..."
-        for name in FUNCTIONS
-        if hasattr(trt, name)
-    ]
-    return "\n\n".join([*parts, "\n".join([*constants, *functions])]) + "\n"
+    for name in present:
+        parts.append("\n".join(_class(name, getattr(trt, name), known)))
+
+    # The module's constants (trt.float16), except the one that would hide Python's own bool.
+    last = []
+    for name, value in sorted(vars(trt).items()):
+        kind = type(value)
+        if _is_enum(kind) and name != "bool" and kind.__name__ in known:
+            last.append(f"{name}: {kind.__name__}")
+    for name in FUNCTIONS:
+        if hasattr(trt, name):
+            last.append(f"def {name}{_function(name, getattr(trt, name), known)}: ...")
+    return "\n\n".join([*parts, "\n".join(last)]) + "\n"
 
 
 def cudart_surface(cudart: ModuleType) -> str:
@@ -102,10 +107,11 @@ def cudart_surface(cudart: ModuleType) -> str:
         if not CUDART.fullmatch(name):
             continue
         if isinstance(value, type):
-            names = getattr(value, "__members__", None) or [
-                part for part in dir(value) if part[0] != "_"
-            ]
-            lines += [f"class {name}:", *(f"    {part}: Any" for part in sorted(names)), ""]
+            public = [part for part in dir(value) if part[0] != "_"]
+            names = getattr(value, "__members__", None) or public
+            lines.append(f"class {name}:")
+            lines += [f"    {part}: Any" for part in sorted(names)]
+            lines.append("")
         elif callable(value):
             lines.append(f"def {name}{_untyped(value)}: ...")
         else:
@@ -114,7 +120,7 @@ def cudart_surface(cudart: ModuleType) -> str:
 
 
 def unused(kind: str, member: str) -> bool:
-    """Whether a member stays out of the surface: operators, and the layers of a network made by hand."""
+    """Whether a member stays out of the surface: an operator, or a hand-made network's layer."""
     return bool(_UNUSED.match(member)) or (
         kind == "INetworkDefinition" and member.startswith("add_")
     )
@@ -134,14 +140,18 @@ def _class(name: str, kind: type, known: set[str], indent: str = "") -> Iterator
     if _is_enum(kind):
         yield f"{indent}class {name}(Enum):"
         members: dict[str, Any] = kind.__members__  # type: ignore[attr-defined]
-        yield from (
-            f"{indent}    {member}: ClassVar[{kind.__qualname__}]" for member in sorted(members)
-        )
+        for member in sorted(members):
+            yield f"{indent}    {member}: ClassVar[{kind.__qualname__}]"
         return
     bases = [base.__name__ for base in kind.__bases__ if base.__name__ in known]
-    yield f"{indent}class {name}{'(' + ', '.join(bases) + ')' if bases else ''}:"
-    body = [line for member in sorted(vars(kind)) for line in _member(kind, member, known)]
-    yield from body + ([f"    {PROTOCOLS[name]}"] if name in PROTOCOLS else []) or ["    ..."]
+    inherited = f"({', '.join(bases)})" if bases else ""
+    yield f"{indent}class {name}{inherited}:"
+    body: list[str] = []
+    for member in sorted(vars(kind)):
+        body += _member(kind, member, known)
+    if name in PROTOCOLS:
+        body.append(f"    {PROTOCOLS[name]}")
+    yield from body or ["    ..."]
 
 
 def _member(kind: type, name: str, known: set[str]) -> Iterator[str]:
@@ -182,13 +192,19 @@ def _method(name: str, value: Any, static: bool, known: set[str]) -> Iterator[st
 
 
 def signatures(function: Any, name: str) -> list[ast.FunctionDef]:
-    """The signatures that pybind11 writes first in a docstring, one for each overload; none: it wrote none."""
+    """The signatures that pybind11 writes first in a docstring, one for each overload.
+
+    Empty where it wrote none.
+    """
     lines = (function.__doc__ or "").strip().splitlines()
     pattern = re.compile(rf"^(?:\d+\. )?{re.escape(name)}(\(.*)$")
     overloaded = len(lines) > 1 and lines[1] == "Overloaded function."
-    told = lines[2:] if overloaded else lines[:1]
-    texts = [match[1] for line in told if (match := pattern.match(line.strip()))]
-    return [_parse(name, text) for text in texts]
+    found = []
+    for line in lines[2:] if overloaded else lines[:1]:
+        match = pattern.match(line.strip())
+        if match:
+            found.append(_parse(name, match[1]))
+    return found
 
 
 def _parse(name: str, text: str) -> ast.FunctionDef:
@@ -199,16 +215,20 @@ def _parse(name: str, text: str) -> ast.FunctionDef:
 
 
 def _python(text: str) -> str:
-    """C++ names, which pybind11 writes for classes that it bound later: nvinfer1::BuilderFlag is BuilderFlag."""
+    """Python's names for C++ ones: nvinfer1::BuilderFlag is BuilderFlag.
+
+    pybind11 writes the C++ name for a class that it bound later.
+    """
     return re.sub(r"\b\w+::(?:\w+::)*(\w+)", r"\1", text)
 
 
 def _typed(function: ast.FunctionDef, known: set[str]) -> str:
-    """The parameters with types that the surface knows, and Any for the rest."""
+    """The parameters with types that the surface knows, and Any for the others."""
     for argument in [*function.args.args, *function.args.kwonlyargs]:
-        argument.annotation = (
-            None if argument.arg == "self" else parameter_type(argument.annotation, known)
-        )
+        if argument.arg == "self":
+            argument.annotation = None
+        else:
+            argument.annotation = parameter_type(argument.annotation, known)
     function.args.defaults = [ast.Constant(...)] * len(function.args.defaults)
     return f"({ast.unparse(function.args)}) -> {ast.unparse(known_type(function.returns, known))}"
 
@@ -217,9 +237,8 @@ def known_type(annotation: ast.expr | None, known: set[str]) -> ast.expr:
     """The annotation without module names, or Any if it has a class outside the surface."""
     if annotation is None:
         return ast.Name("Any")
-    text = re.sub(
-        r"(?:\b[a-z_]+\.)+(?=[A-Z])", "", ast.unparse(annotation)
-    )  # tensorrt_bindings.tensorrt.Dims: Dims
+    # tensorrt_bindings.tensorrt.Dims is Dims.
+    text = re.sub(r"(?:\b[a-z_]+\.)+(?=[A-Z])", "", ast.unparse(annotation))
     text = re.sub(r"SupportsInt( \| SupportsIndex)?", "int", text).replace("SupportsFloat", "float")
     names = set(re.findall(r"[A-Za-z_][\w.]*", text))
     return ast.parse(text if names and names <= known | _TYPES else "Any", mode="eval").body
@@ -233,11 +252,10 @@ def parameter_type(annotation: ast.expr | None, known: set[str]) -> ast.expr:
 
 def _returned(getter: Any, known: set[str]) -> str:
     match = re.search(r"\) -> (.+)", getter.__doc__ or "")
-    return (
-        ast.unparse(known_type(ast.parse(_python(match[1]), mode="eval").body, known))
-        if match
-        else "Any"
-    )
+    if match is None:
+        return "Any"
+    annotation = ast.parse(_python(match[1]), mode="eval").body
+    return ast.unparse(known_type(annotation, known))
 
 
 def _setter_type(setter: Any, known: set[str]) -> str:
@@ -256,8 +274,8 @@ def _function(name: str, function: Any, known: set[str]) -> str:
 
 def _untyped(function: Any) -> str:
     """The parameters of a Python or Cython function by name."""
-    parameters = [
-        name if parameter.default is parameter.empty else f"{name}=..."
-        for name, parameter in inspect.signature(function).parameters.items()
-    ]
+    parameters = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        required = parameter.default is parameter.empty
+        parameters.append(name if required else f"{name}=...")
     return f"({', '.join(parameters)})"

@@ -1,6 +1,7 @@
-"""Polygraphy on our path through TensorRT: every name it touches exists in each version, held against a strict fake.
+"""Polygraphy on our path through TensorRT: every name that it touches exists in each version.
 
-The fake is made from the surface (strict_fake.py): nothing is parsed or built. Polygraphy itself is the real one.
+TensorRT is a strict fake made from the surface (strict_fake.py), so nothing is parsed or built.
+Polygraphy is the real one.
 """
 
 from __future__ import annotations
@@ -24,14 +25,19 @@ from hipa_deploy.bundle.manifest import Axis, StageSpec, TensorSpec
 from hipa_deploy.engines.build.worker import Job, build
 from hipa_deploy.engines.targets.build_options import BuildOptions
 
-onnx, out, flavour = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-x, y = (TensorSpec(name=name, dtype="float32", shape=("N", 4, 8, 8)) for name in "xy")
+onnx = Path(sys.argv[1])
+out = Path(sys.argv[2])
+library = sys.argv[3]
+x = TensorSpec(name="x", dtype="float32", shape=("N", 4, 8, 8))
+y = TensorSpec(name="y", dtype="float32", shape=("N", 4, 8, 8))
 spec = StageSpec(name="unet", inputs=[x], outputs=[y], axes={"N": Axis(min=1, opt=1, max=2)})
 options = BuildOptions(optimization_level=3, workspace_mib=64, max_aux_streams=0)
-cache = out.with_suffix(".cache") if flavour == "tensorrt" else None
-capabilities = (86, 89) if flavour == "rtx" else (87,)
-job = Job(flavour=flavour, onnx=onnx, spec=spec, out=out, precision="fp16", compute_capabilities=capabilities,
-          options=options, timing_cache=cache)
+cache = out.with_suffix(".cache") if library == "tensorrt" else None
+capabilities = (86, 89) if library == "rtx" else (87,)
+job = Job(
+    library=library, onnx=onnx, spec=spec, out=out, precision="fp16",
+    compute_capabilities=capabilities, options=options, timing_cache=cache,
+)
 build(job, print)
 assert out.is_file()
 """
@@ -46,23 +52,20 @@ SURFACE = [path for path in sorted(SURFACES.glob("tensorrt*-*.pyi")) if "stubs" 
 
 
 def build_on(surface: Path, folder: Path, code: str = BUILD) -> subprocess.CompletedProcess[str]:
-    """Run the worker's build, with polygraphy, in a process where TensorRT is the fake of ``surface``."""
+    """Run the worker's build with polygraphy, where TensorRT is the fake of ``surface``."""
     name = re.sub(r"-.*", "", surface.stem)
     (folder / name).mkdir()
     (folder / name / "__init__.py").write_text(FAKE.format(here=str(HERE), surface=str(surface)))
     (folder / "model.onnx").touch()
-    flavour = "rtx" if name == "tensorrt_rtx" else "tensorrt"
-    paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("POLYGRAPHY_UNDER_TEST")])])
+    library = "rtx" if name == "tensorrt_rtx" else "tensorrt"
+    paths = [str(folder)]
+    other_polygraphy = os.environ.get("POLYGRAPHY_UNDER_TEST")
+    if other_polygraphy:
+        paths.append(other_polygraphy)
+    arguments = [str(folder / "model.onnx"), str(folder / "unet.engine"), library]
     return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-            str(folder / "model.onnx"),
-            str(folder / "unet.engine"),
-            flavour,
-        ],
-        env={**environment(flavour), "PYTHONPATH": paths},
+        [sys.executable, "-c", code, *arguments],
+        env={**environment(library), "PYTHONPATH": os.pathsep.join(paths)},
         cwd=folder,
         capture_output=True,
         text=True,

@@ -1,4 +1,7 @@
-"""The pins themselves: what they are, that they match what is installed, and what the engines need of them by text."""
+"""The pinned surfaces: what they are, and that they match what is installed.
+
+Also the names that the engines look for by text, which no type checker sees.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from typed_copy import touches_tensorrt
 
 from hipa_deploy.engines.build import precision_check as precision
 from hipa_deploy.engines.targets import target
-from hipa_deploy.engines.tensorrt import library as flavour
+from hipa_deploy.engines.tensorrt import library as tensorrt_library
 
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = dict(
@@ -67,41 +70,42 @@ def names(path: Path) -> set[str]:
     """'Class', 'Class.member' and module constants of a surface."""
     found = set()
     for node in ast.parse(path.read_text()).body:
-        inside = node.body if isinstance(node, ast.ClassDef) else []
-        found |= {f"{_name(node)}.{_name(part)}" for part in inside} | {_name(node)}
+        found.add(_name(node))
+        if isinstance(node, ast.ClassDef):
+            found.update(f"{_name(node)}.{_name(part)}" for part in node.body)
     return found
 
 
 def _name(node: ast.stmt) -> str:
-    return (
-        ast.unparse(node.target) if isinstance(node, ast.AnnAssign) else getattr(node, "name", "")
-    )
+    if isinstance(node, ast.AnnAssign):
+        return ast.unparse(node.target)
+    return getattr(node, "name", "")
 
 
 def test_two_independent_readings_agree() -> None:
-    """tensorrt-stubs 10.13.0, made by others from TensorRT at work, and the bindings of 10.13.3 on empty libraries."""
+    """Two sources: tensorrt-stubs 10.13.0, and the bindings of 10.13.3 on empty libraries.
+
+    Others made the stubs, from a TensorRT at work.
+    """
     ours = names(SURFACES / "tensorrt-10.13.3.9.pyi")
-    assert {
-        name
-        for name in names(SURFACES / "tensorrt_stubs-10.13.0.35.1.pyi") - ours
-        if "__" not in name
-    } == set()
+    theirs = names(SURFACES / "tensorrt_stubs-10.13.0.35.1.pyi")
+    assert {name for name in theirs - ours if "__" not in name} == set()
 
 
 def test_a_name_that_is_looked_for_exists() -> None:
-    """Looked for with hasattr or getattr, so that no checker misses it: once spelt wrong, it is never found."""
-    everywhere = {part for path in TENSORRT for name in names(path) for part in name.split(".")} | {
-        "__members__"
-    }
-    looked_for = {
-        (path.stem, node.args[1].value)
-        for path in (ROOT / "engines").rglob("*.py")
-        if touches_tensorrt(path)
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call)
-        and ast.unparse(node.func) in ("getattr", "hasattr")
-        and isinstance(node.args[1], ast.Constant)
-    }
+    """Names in hasattr and getattr: a checker accepts any, and one spelt wrong is never found."""
+    everywhere = {"__members__"}
+    for path in TENSORRT:
+        for name in names(path):
+            everywhere.update(name.split("."))
+    looked_for = set()
+    for path in filter(touches_tensorrt, (ROOT / "engines").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            asks = ast.unparse(node.func) in ("getattr", "hasattr")
+            if asks and isinstance(node.args[1], ast.Constant):
+                looked_for.add((path.stem, node.args[1].value))
     assert {("library", "STRONGLY_TYPED"), ("library", "ComputeCapability")} <= looked_for
     assert {(module, name) for module, name in looked_for if name not in everywhere} == set()
 
@@ -127,18 +131,19 @@ def test_every_computed_name_is_declared() -> None:
 @pytest.mark.parametrize("path", TENSORRT, ids=lambda path: path.stem)
 def test_load_tensorrt_takes_every_version(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = fake_module(path, "tensorrt")
-    monkeypatch.setattr(flavour.importlib, "import_module", lambda name: fake)
-    assert flavour.load_tensorrt("tensorrt") is fake
+    monkeypatch.setattr(tensorrt_library.importlib, "import_module", lambda name: fake)
+    assert tensorrt_library.load_tensorrt("tensorrt") is fake
 
 
 @pytest.mark.skipif(
     not all(map(shutil.which, ("cc", "nm", "readelf"))), reason="needs a C compiler and binutils"
 )
 def test_empty_libraries_hold_what_a_binding_needs(tmp_path: Path) -> None:
-    """On a binding of our own: a library that calls createInferBuilder_INTERNAL from libnvinfer.so.10."""
+    """On a binding made here, which calls createInferBuilder_INTERNAL from libnvinfer.so.10."""
     source = tmp_path / "binding.c"
     source.write_text(
-        "int createInferBuilder_INTERNAL(void); int made(void) { return createInferBuilder_INTERNAL(); }"
+        "int createInferBuilder_INTERNAL(void);\n"
+        "int made(void) { return createInferBuilder_INTERNAL(); }\n"
     )
     stub = tmp_path / "libnvinfer.so.10"
     subprocess.run(
@@ -149,10 +154,10 @@ def test_empty_libraries_hold_what_a_binding_needs(tmp_path: Path) -> None:
     command = ["cc", "-shared", "-fPIC", source, "-o", binding, "-Wl,--no-as-needed", stub]
     subprocess.run(command, check=True)
     make_surfaces.empty_libraries(binding, tmp_path / "libraries")
-    told = subprocess.run(
+    symbols = subprocess.run(
         ["nm", "-D", tmp_path / "libraries/libnvinfer.so.10"],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert " T createInferBuilder_INTERNAL" in told
+    assert " T createInferBuilder_INTERNAL" in symbols

@@ -17,24 +17,28 @@ ROOT = Path(__file__).parents[2]
 PINNED = sorted(path for path in SURFACES.glob("tensorrt*.pyi"))
 ENGINES = [path for path in sorted((ROOT / "engines").rglob("*.py")) if touches_tensorrt(path)]
 
-# Objects of other libraries, which TensorRT's surfaces say nothing of: polygraphy (test_polygraphy.py), cuda-python
-# (test_cudart.py), ONNX Runtime, tomllib by name, and classes of our own: loggers and profilers.
+# Objects that TensorRT's surfaces say nothing of: those of polygraphy (test_polygraphy.py), of
+# cuda-python (test_cudart.py), of ONNX Runtime and tomllib, and our own loggers and profilers.
 OTHERS = re.compile(
-    r"poly|\w+\.poly|profile|(self\._|\w*\.)?cudart\b.*|properties|onnxruntime|_toml\(\)|recording_logger\(.*\)|logger|"
-    r"profiler|strategies"
+    r"poly|\w+\.poly|profile|(self\._|\w*\.)?cudart\b.*|properties|onnxruntime|_toml\(\)|"
+    r"recording_logger\(.*\)|logger|profiler|strategies"
 )
 
-
-# Reached on TensorRT-RTX alone: behind a look at the flavour, or for what is not there.
+# Reached on TensorRT-RTX alone: behind a check of the library, or of whether the name is there.
 RTX_ALONE = {
     "worker": "REQUIRE_USER_ALLOCATION",
     "library": "num_compute_capabilities|set_compute_capability|ComputeCapability",
-    "engine_stage": "IRuntimeConfig|create_runtime_config|dynamic_shapes_kernel_specialization_strategy",
+    "engine_stage": (
+        "IRuntimeConfig|create_runtime_config|dynamic_shapes_kernel_specialization_strategy"
+    ),
 }
 
 
 class Complaint(NamedTuple):
-    """A line of mypy's. ``place``: first line and column, last line and column, from 1, both ends included."""
+    """A line of mypy's.
+
+    ``place``: first line and column, last line and column, from 1, both ends included.
+    """
 
     surface: str
     module: str
@@ -74,17 +78,16 @@ def check(folder: Path, sources: list[Path]) -> list[Complaint]:
         "--cache-dir=cache",
     ]
     command = [sys.executable, "-m", "mypy", "--config-file=", *flags, *shown, *map(str, copies)]
-    told = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert told.returncode in (0, 1), told.stderr
-    return [_parse(line) for line in told.stdout.splitlines() if ": error: " in line]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert result.returncode in (0, 1), result.stderr
+    return [_parse(line) for line in result.stdout.splitlines() if ": error: " in line]
 
 
 def _parse(line: str) -> Complaint:
     where, text = line.split(": error: ", 1)
     name, *place = where.rsplit(":", 4)
-    return Complaint(
-        Path(name).parent.name.removeprefix("on_"), Path(name).stem, tuple(map(int, place)), text
-    )
+    surface = Path(name).parent.name.removeprefix("on_")
+    return Complaint(surface, Path(name).stem, tuple(map(int, place)), text)
 
 
 def of_any(complaint: Complaint) -> bool:
@@ -103,22 +106,15 @@ def complaints(tmp_path_factory: pytest.TempPathFactory) -> list[Complaint]:
 
 
 def test_every_module_that_touches_tensorrt_is_looked_at() -> None:
-    assert {"worker", "library", "precision_check", "tensorrt_runner"} <= {
-        path.stem for path in ENGINES
-    }
-    assert {path.stem.split("-")[0] for path in PINNED} == {
-        "tensorrt",
-        "tensorrt_rtx",
-        "tensorrt_stubs",
-    }
+    modules = {path.stem for path in ENGINES}
+    assert {"worker", "library", "precision_check", "tensorrt_runner"} <= modules
+    families = {path.stem.split("-")[0] for path in PINNED}
+    assert families == {"tensorrt", "tensorrt_rtx", "tensorrt_stubs"}
 
 
 def test_the_engines_fit_every_surface(complaints: list[Complaint]) -> None:
-    assert [
-        str(complaint)
-        for complaint in complaints
-        if not of_any(complaint) and not rtx_alone(complaint)
-    ] == []
+    mistakes = [complaint for complaint in complaints if not of_any(complaint)]
+    assert [str(mistake) for mistake in mistakes if not rtx_alone(mistake)] == []
 
 
 def rtx_alone(complaint: Complaint) -> bool:
@@ -131,21 +127,24 @@ def rtx_alone(complaint: Complaint) -> bool:
 
 
 def test_nothing_of_tensorrt_goes_unchecked(complaints: list[Complaint]) -> None:
-    """An attribute read off an ``Any`` is checked by nobody: its owner needs a line in typed_copy.CLASSES."""
+    """An attribute of an ``Any`` is checked by nobody.
+
+    Its owner needs a line in typed_copy.CLASSES.
+    """
     surface = module_of(PINNED[-2])  # TensorRT-RTX's newest has every name
-    untyped = {
-        (told.module, *told.place)
-        for told in complaints
-        if told.surface == surface and told.text.startswith('Expression has type "Any"')
-    }
-    unchecked = [
-        f"{path.name}: {ast.unparse(node)}"
-        for path in ENGINES
-        for node in ast.walk(ast.parse(typed_copy(path, surface)))
-        if isinstance(node, ast.Attribute)
-        and (path.stem, *_place(node.value)) in untyped
-        and not OTHERS.fullmatch(ast.unparse(node.value))
-    ]
+    untyped = set()
+    for complaint in complaints:
+        of_type_any = complaint.text.startswith('Expression has type "Any"')
+        if complaint.surface == surface and of_type_any:
+            untyped.add((complaint.module, *complaint.place))
+
+    unchecked = []
+    for path in ENGINES:
+        for node in ast.walk(ast.parse(typed_copy(path, surface))):
+            if not isinstance(node, ast.Attribute) or OTHERS.fullmatch(ast.unparse(node.value)):
+                continue
+            if (path.stem, *_place(node.value)) in untyped:
+                unchecked.append(f"{path.name}: {ast.unparse(node)}")
     assert unchecked == []
 
 
@@ -159,11 +158,10 @@ def test_an_object_without_a_class_is_noticed(tmp_path: Path) -> None:
         "from __future__ import annotations\nfrom typing import Any\n"
         "def f(trt: Any, thing: Any) -> None:\n    thing.set_flag(trt.BuilderFlag.REFIT)\n"
     )
-    told = {complaint.place for complaint in check(tmp_path, [source]) if of_any(complaint)}
-    (owner,) = (
-        node for node in ast.walk(ast.parse(typed_copy(source, "x"))) if _is_name(node, "thing")
-    )
-    assert _place(owner) in told
+    places = {complaint.place for complaint in check(tmp_path, [source]) if of_any(complaint)}
+    tree = ast.parse(typed_copy(source, "x"))
+    (owner,) = [node for node in ast.walk(tree) if _is_name(node, "thing")]
+    assert _place(owner) in places
 
 
 def _is_name(node: ast.AST, name: str) -> bool:
@@ -201,17 +199,18 @@ def test_mistakes_are_found(tmp_path: Path) -> None:
     source.write_text(
         f"{head}def f(trt: Any, config: Any, cache: Any, logger: Any) -> None:\n{body}"
     )
-    told = [complaint for complaint in check(tmp_path, [source]) if not of_any(complaint)]
+    found = [complaint for complaint in check(tmp_path, [source]) if not of_any(complaint)]
     for name, (_, words) in MISTAKES.items():
-        assert {c.surface for c in told if words in c.text} == set(map(module_of, PINNED)), name
+        surfaces = {complaint.surface for complaint in found if words in complaint.text}
+        assert surfaces == set(map(module_of, PINNED)), name
 
 
 def test_what_one_version_lacks_is_found_there(tmp_path: Path) -> None:
     source = tmp_path / "version.py"
     source.write_text(
-        "from __future__ import annotations\ndef f(trt: object) -> None:\n    print(trt.BuilderFlag.FP16)\n"
+        "from __future__ import annotations\n"
+        "def f(trt: object) -> None:\n    print(trt.BuilderFlag.FP16)\n"
     )
-    told = {
-        complaint.surface for complaint in check(tmp_path, [source]) if "FP16" in complaint.text
-    }
-    assert told == {"tensorrt_11_4_0_106", "tensorrt_rtx_1_7_1_116"}
+    found = check(tmp_path, [source])
+    surfaces = {complaint.surface for complaint in found if "FP16" in complaint.text}
+    assert surfaces == {"tensorrt_11_4_0_106", "tensorrt_rtx_1_7_1_116"}

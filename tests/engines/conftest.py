@@ -12,7 +12,7 @@ from tests.engines.engine_samples import save_conv, write_bundle
 
 @pytest.fixture
 def make_bundle(tmp_path: Path) -> Callable[..., Bundle]:
-    """A bundle with the stages 'unet' and 'vae_decoder' (the latter with external data), or those named."""
+    """A bundle with ``stages``: 'unet', and 'vae_decoder' with external data."""
 
     def make(
         dtype: type = np.float16,

@@ -29,6 +29,15 @@ from hipa_deploy.hashing import file_sha256
 CONTENT = b"an engine"
 PARITY = Parity(max_abs=0.0, mean_abs=0.0, cosine=1.0, psnr_db=99.0)
 SHAPE = (1, 4, 8, 8)
+ONE_STEP = OneStep(
+    prediction_type="epsilon",
+    timestep=999,
+    alpha_bar=0.0047,
+    scaling_factor=1.0,
+    latent_shape=(4, 8, 8),
+    height=8,
+    width=8,
+)
 RTX_4090 = Gpu(
     name="NVIDIA GeForce RTX 4090",
     sm=89,
@@ -50,7 +59,8 @@ def save_conv(path: Path, dtype: type, op: str = "Relu", external: bool = False)
         helper.make_node(op, ["h"], ["a"]),
         helper.make_node("Cast", ["a"], ["y"], to=TensorProto.FLOAT),
     ]
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, SHAPE) for name in "xy")
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, SHAPE)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, SHAPE)
     graph = helper.make_graph(nodes, "conv", [x], [y], [numpy_helper.from_array(weight, "weight")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,33 +79,50 @@ def conv_spec(name: str) -> StageSpec:
 
 def write_bundle(root: Path, precision: str = "fp16") -> Bundle:
     """Write the manifest for the ONNX files that lie under ``root`` and open the bundle."""
-    stages = tuple(
-        Stage(spec=conv_spec(path.parent.name), path=f"{path.parent.name}/model.onnx", precision=precision, opset=20,
-              parity=PARITY)
-        for path in sorted(root.glob("*/model.onnx"))
-    )  # fmt: skip
-    files = {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(root.glob("*/model.onnx*"))
-    }
+    stages = []
+    for path in sorted(root.glob("*/model.onnx")):
+        name = path.parent.name
+        stage = Stage(
+            spec=conv_spec(name),
+            path=f"{name}/model.onnx",
+            precision=precision,
+            opset=20,
+            parity=PARITY,
+        )
+        stages.append(stage)
+
+    files = {}
+    for path in sorted(root.glob("*/model.onnx*")):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        files[path.relative_to(root).as_posix()] = digest
+
     manifest = Manifest(
-        schema_version=1, producer="tests", layout="onestep", precision=precision, batch=1,
-        base_model=ModelInfo(name="tiny", sha256="0" * 64), adaptor=None,
-        one_step=OneStep(prediction_type="epsilon", timestep=999, alpha_bar=0.0047, scaling_factor=1.0,
-                         latent_shape=(4, 8, 8), height=8, width=8),
-        stages=stages, end_to_end=PARITY, files=files,
-    )  # fmt: skip
+        schema_version=1,
+        producer="tests",
+        layout="onestep",
+        precision=precision,
+        batch=1,
+        base_model=ModelInfo(name="tiny", sha256="0" * 64),
+        adaptor=None,
+        one_step=ONE_STEP,
+        stages=tuple(stages),
+        end_to_end=PARITY,
+        files=files,
+    )
     (root / MANIFEST).write_text(manifest.model_dump_json())
     return Bundle.open(root)
 
 
-def put_engine(bundle, stage="unet", flavour="tensorrt", gpu=ORIN, **changes) -> Path:
-    """Write an engine and the sidecar of a build on ``gpu`` with fields of its key changed; the sidecar's path."""
-    target = Target(name="t", compute_capabilities=(gpu.sm,), **binding(flavour, gpu))
-    key = key_for(bundle, stage, flavour, "10.13.3", target, BuildOptions()).model_copy(
+def put_engine(bundle, stage="unet", library="tensorrt", gpu=ORIN, **changes) -> Path:
+    """Write an engine and the sidecar of a build on ``gpu``; returns the sidecar's path.
+
+    ``changes`` replace fields of the engine's key.
+    """
+    target = Target(name="t", compute_capabilities=(gpu.sm,), **binding(library, gpu))
+    key = key_for(bundle, stage, library, "10.13.3", target, BuildOptions()).model_copy(
         update=changes
     )
-    path = bundle.root / "engines" / f"{flavour}-t" / f"{stage}-{key.short}.json"
+    path = bundle.root / "engines" / f"{library}-t" / f"{stage}-{key.short}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     engine_path(path).write_bytes(CONTENT)
     sidecar = Sidecar(

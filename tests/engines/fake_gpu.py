@@ -1,17 +1,18 @@
-"""A recording fake of cuda-python and TensorRT. It is a fake: no kernels, and its 'device' is host memory.
+"""A recording fake of cuda-python and TensorRT. It has no kernels, and its 'device' is host memory.
 
-It works late, as a GPU does: what is put on a stream runs when somebody waits for it, so a missing wait shows. And it
-refuses what the real ones refuse:
+It works late, as a GPU does: what is put on a stream runs when somebody waits for it, so a missing
+wait shows. And it refuses what the real ones refuse:
 
-- freeing twice, or with the other kind's function; copies from, to or past memory that is not allocated, or whose
-  kinds are not those the copy says;
-- waiting or allocating while a stream is captured, which spoils the capture; capturing twice or on the default stream;
-  a first run inside a capture; launching or destroying a graph that is gone;
-- an external event outside a capture, and the time of an event that a capture swallowed, or that nobody recorded;
-- a run after an error that nobody took off, without every address, on memory that is gone or too small, or with a shape
-  outside the profile.
+- freeing twice, or with the other kind's function; copies from, to or past memory that is not
+  allocated, or whose kinds are not those that the copy names;
+- waiting or allocating while a stream is captured, which spoils the capture; capturing twice or on
+  the default stream; a first run inside a capture; launching or destroying a graph that is gone;
+- an external event outside a capture, and the time of an event that a capture swallowed or that
+  nobody recorded;
+- a run after an error that nobody read, without every address, on memory that is gone or too
+  small, or with a shape outside the profile.
 
-``leaks`` names what was not given back.
+``leaks`` names what was not released.
 """
 
 from __future__ import annotations
@@ -25,11 +26,20 @@ import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec, TensorSpec
 
-INVALID_VALUE, OUT_OF_MEMORY, INVALID_HANDLE, NOT_READY = 1, 2, 400, 600
-ILLEGAL_ADDRESS, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 700, 900, 901
-WORDS = {OUT_OF_MEMORY: b"out of memory", CAPTURE_UNSUPPORTED: b"operation not permitted when stream is capturing",
-         CAPTURE_INVALIDATED: b"operation failed due to a previous error during capture",
-         ILLEGAL_ADDRESS: b"an illegal memory access was encountered"}  # fmt: skip
+# CUDA's error codes, and its words for some of them.
+INVALID_VALUE = 1
+OUT_OF_MEMORY = 2
+INVALID_HANDLE = 400
+NOT_READY = 600
+ILLEGAL_ADDRESS = 700
+CAPTURE_UNSUPPORTED = 900
+CAPTURE_INVALIDATED = 901
+WORDS = {
+    OUT_OF_MEMORY: b"out of memory",
+    CAPTURE_UNSUPPORTED: b"operation not permitted when stream is capturing",
+    CAPTURE_INVALIDATED: b"operation failed due to a previous error during capture",
+    ILLEGAL_ADDRESS: b"an illegal memory access was encountered",
+}
 STREAM = 7
 
 Operation = Callable[[], None]
@@ -56,16 +66,23 @@ class IllegalAddress(Exception):
 
 
 class FakeCudart:
-    """The CUDA runtime's names; errors are returned, as cuda-python does. ``fail`` names calls that have none left."""
+    """The CUDA runtime's names. Errors are returned, as cuda-python returns them.
 
-    cudaStreamNonBlocking, cudaHostAllocMapped = 1, 2
-    cudaEventRecordDefault, cudaEventRecordExternal = 0, 1
+    ``fail`` names a function that fails whenever it is called.
+    """
+
+    cudaStreamNonBlocking = 1
+    cudaHostAllocMapped = 2
+    cudaEventRecordDefault = 0
+    cudaEventRecordExternal = 1
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaDeviceAttr = SimpleNamespace(cudaDevAttrIntegrated=18)
 
     def __init__(self, fail: str = "", integrated: bool = False) -> None:
-        self.fail, self.integrated, self.log = fail, integrated, []
+        self.fail = fail
+        self.integrated = integrated
+        self.log: list[str] = []  # the names of all calls, in order
         self.memory: dict[int, Memory] = {}
         self.streams: set[int] = set()
         self.queue: list[Operation] = []
@@ -73,14 +90,19 @@ class FakeCudart:
         self.graphs: dict[int, list[Operation]] = {}
         self.executables: dict[int, list[Operation]] = {}
         self.capture: list[Operation] | None = None
-        self.spoiled, self.clock_ms, self.handles, self.last_error = False, 0.0, 100, 0
+        self.spoiled = False
+        self.clock_ms = 0.0
+        self.handles = 100
+        self.last_error = 0
 
     @property
     def leaks(self) -> list[str]:
-        held = (self.memory, self.streams, self.events, self.graphs, self.executables)
-        return [str(item) for part in held for item in part] + (
-            ["capture"] if self.capture is not None else []
-        )
+        leaks = []
+        for held in (self.memory, self.streams, self.events, self.graphs, self.executables):
+            leaks += [str(item) for item in held]
+        if self.capture is not None:
+            leaks.append("capture")
+        return leaks
 
     def __getattr__(self, name: str):
         do = object.__getattribute__(self, f"do_{name}")
@@ -100,7 +122,8 @@ class FakeCudart:
         return 0, WORDS.get(error, b"invalid argument")
 
     def do_cudaGetLastError(self):
-        error, self.last_error = self.last_error, 0
+        error = self.last_error
+        self.last_error = 0
         return (error,)
 
     def do_cudaDeviceGetAttribute(self, attribute, device):
@@ -108,11 +131,8 @@ class FakeCudart:
 
     def do_cudaMemGetInfo(self):
         used = sum(memory.size for memory in self.memory.values())
-        return (
-            0,
-            (1 << 40) - (used << 20),
-            1 << 40,
-        )  # as if a byte were a MiB, so that a test sees it
+        # As if a byte were a MiB, so that a test sees it.
+        return 0, (1 << 40) - (used << 20), 1 << 40
 
     # memory
 
@@ -134,11 +154,9 @@ class FakeCudart:
         return self._allocate(size, "pinned")
 
     def do_cudaHostAlloc(self, size, flags):
-        return (
-            self._allocate(size, "mapped")
-            if flags == self.cudaHostAllocMapped
-            else (INVALID_VALUE, None)
-        )
+        if flags != self.cudaHostAllocMapped:
+            return INVALID_VALUE, None
+        return self._allocate(size, "mapped")
 
     def do_cudaHostGetDevicePointer(self, pointer, flags):
         mapped = pointer in self.memory and self.memory[pointer].kind == "mapped" and flags == 0
@@ -218,10 +236,8 @@ class FakeCudart:
         if flags == self.cudaEventRecordExternal and self.capture is None:
             return (INVALID_VALUE,)
         found = self.events[event]
-        found.stamp, found.swallowed = (
-            None,
-            self.capture is not None and flags == self.cudaEventRecordDefault,
-        )
+        found.stamp = None
+        found.swallowed = self.capture is not None and flags == self.cudaEventRecordDefault
         return self.put(stream, lambda: setattr(found, "stamp", self.clock_ms))
 
     def do_cudaEventSynchronize(self, event):
@@ -231,23 +247,24 @@ class FakeCudart:
         return (0,)
 
     def do_cudaEventElapsedTime(self, start, end):
-        first, last = self.events.get(start), self.events.get(end)
+        first = self.events.get(start)
+        last = self.events.get(end)
         if first is None or last is None or first.swallowed or last.swallowed:
             return INVALID_HANDLE, None
-        return (
-            (NOT_READY, None)
-            if None in (first.stamp, last.stamp)
-            else (0, last.stamp - first.stamp)
-        )
+        if first.stamp is None or last.stamp is None:
+            return NOT_READY, None
+        return 0, last.stamp - first.stamp
 
     def do_cudaStreamBeginCapture(self, stream, mode):
         if stream not in self.streams or self.capture is not None:
             return (INVALID_VALUE,)
-        self.capture, self.spoiled = [], False
+        self.capture = []
+        self.spoiled = False
         return (0,)
 
     def do_cudaStreamEndCapture(self, stream):
-        operations, self.capture = self.capture, None
+        operations = self.capture
+        self.capture = None
         if operations is None:
             return INVALID_VALUE, None
         if self.spoiled:
@@ -283,7 +300,8 @@ class FakeContext:
     """Computes with ``engine.compute`` from and to its addresses, and takes 1 ms."""
 
     def __init__(self, engine: FakeEngine, cudart: FakeCudart) -> None:
-        self.engine, self.cudart = engine, cudart
+        self.engine = engine
+        self.cudart = cudart
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.warm: set[tuple] = set()
@@ -336,8 +354,8 @@ class FakeContext:
 
     def _compute(self, addresses, shapes) -> None:
         views = {name: self._view(addresses[name], name, shapes[name]) for name in addresses}
-        made = self.engine.compute(**{name: views[name] for name in self.engine.input_names})
-        for name, value in made.items():
+        outputs = self.engine.compute(**{name: views[name] for name in self.engine.input_names})
+        for name, value in outputs.items():
             views[name][...] = value
         self.cudart.clock_ms += 1
 
@@ -353,21 +371,34 @@ class FakeContext:
 class FakeEngine:
     """An engine with the tensors of ``spec`` (or ``changes``) that computes ``compute``.
 
-    ``capturable`` None has no such question, as TensorRT; True or False answers it, as TensorRT-RTX.
+    ``capturable``: None as TensorRT, which cannot be asked; True or False as TensorRT-RTX.
     """
 
     def __init__(
-        self, spec: StageSpec, compute, *, runs=True, context=True, capturable=None, spoils_capture=False,
-        refuses_address="", max_rows=99, **changes,
-    ) -> None:  # fmt: skip
-        self.tensors = {
-            tensor.name: _open(tensor) for tensor in spec.inputs + spec.outputs
-        } | changes
+        self,
+        spec: StageSpec,
+        compute,
+        *,
+        runs=True,
+        context=True,
+        capturable=None,
+        spoils_capture=False,
+        refuses_address="",
+        max_rows=99,
+        **changes,
+    ) -> None:
+        self.tensors = {tensor.name: _open(tensor) for tensor in spec.inputs + spec.outputs}
+        self.tensors |= changes
         self.input_names = [tensor.name for tensor in spec.inputs]
-        self.compute, self.runs, self.has_context = compute, runs, context
-        self.capturable, self.spoils_capture = capturable, spoils_capture
-        self.refuses_address, self.max_rows = refuses_address, max_rows
-        self.logger = self.cudart = None
+        self.compute = compute
+        self.runs = runs
+        self.has_context = context
+        self.capturable = capturable
+        self.spoils_capture = spoils_capture
+        self.refuses_address = refuses_address
+        self.max_rows = max_rows
+        self.logger = None
+        self.cudart = None
         self.contexts: list[FakeContext] = []
 
     @property
@@ -402,7 +433,8 @@ def _open(tensor: TensorSpec) -> tuple[str, tuple[int, ...]]:
 
 
 class FakeLogger:
-    ERROR, INTERNAL_ERROR = 1, 0
+    ERROR = 1
+    INTERNAL_ERROR = 0
 
 
 class FakeILogger:
@@ -410,14 +442,14 @@ class FakeILogger:
 
 
 class FakeIProfiler:
-    """The same of its profiler."""
+    """Nothing of TensorRT's profiler but its place in the class tree."""
 
 
 @dataclass
 class FakeGpu:
-    """Both fakes. An engine file holds the name of its entry in ``engines``; None does not deserialise.
+    """Both fakes. An engine file holds the name of its entry in ``engines``.
 
-    ``rtx``: what TensorRT-RTX has and TensorRT has not.
+    An entry of None does not deserialise. ``rtx``: with what only TensorRT-RTX has.
     """
 
     engines: dict[str, FakeEngine | None]
@@ -427,12 +459,10 @@ class FakeGpu:
     @property
     def trt(self) -> ModuleType:
         trt = ModuleType("fake_tensorrt")
-        trt.Logger, trt.ILogger, trt.IProfiler, trt.nptype = (
-            FakeLogger,
-            FakeILogger,
-            FakeIProfiler,
-            np.dtype,
-        )
+        trt.Logger = FakeLogger
+        trt.ILogger = FakeILogger
+        trt.IProfiler = FakeIProfiler
+        trt.nptype = np.dtype
         trt.Runtime = lambda logger: SimpleNamespace(
             deserialize_cuda_engine=lambda data: self._deserialise(logger, bytes(data))
         )
@@ -446,5 +476,6 @@ class FakeGpu:
         if engine is None:
             logger.log(1, "bad magic number.\n")
             return None
-        engine.logger, engine.cudart = logger, self.cudart
+        engine.logger = logger
+        engine.cudart = self.cudart
         return engine

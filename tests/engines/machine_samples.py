@@ -1,4 +1,7 @@
-"""Trees of files that imitate Jetson's, from the sources that engines/device/sysfs.py names. None was read on a Jetson."""
+"""Trees of files that imitate Jetson's, after the sources that engines/device/sysfs.py names.
+
+None of them was read on a Jetson.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ ORIN = {
     "var/lib/nvpmodel/status": "pmode:0002 fmode:quiet",
     "var/lib/dpkg/status": (
         "Package: nvidia-jetpack-dev\nStatus: install ok installed\nVersion: 9\n\n"
-        "Package: nvidia-jetpack\nStatus: install ok installed\nVersion: 6.2+b77\n\nPackage: zlib\nVersion: 1\n"
+        "Package: nvidia-jetpack\nStatus: install ok installed\nVersion: 6.2+b77\n\n"
+        "Package: zlib\nVersion: 1\n"
     ),
     "sys/class/devfreq/15340000.vic/cur_freq": "115200000",
     "sys/class/devfreq/17000000.gpu/cur_freq": "1020000000\n",
@@ -71,6 +75,6 @@ def plant(root: Path, files: dict[str, str]) -> Path:
 
 
 def imitate_files(monkeypatch: pytest.MonkeyPatch, read: Callable[[str], str | None]) -> None:
-    """Let everything that looks at this machine's files see what ``read`` gives for a path."""
+    """Replace this machine's files by what ``read`` returns for a path."""
     for module in (machine, jetson, gpu, available):
         monkeypatch.setattr(module, "read_text", read)

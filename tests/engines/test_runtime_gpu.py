@@ -22,7 +22,7 @@ from hipa_deploy.generate.open_stages import open_runner
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(find_gpu() is None, reason="no NVIDIA GPU with a driver"),
-    pytest.mark.parametrize("flavour", ["tensorrt", "rtx"]),
+    pytest.mark.parametrize("library", ["tensorrt", "rtx"]),
 ]
 
 
@@ -30,10 +30,10 @@ pytestmark = [
 def built(make_bundle):
     """Builds an engine of the sample convolution; gives the bundle."""
 
-    def build(flavour: str):
-        pytest.importorskip({"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}[flavour])
+    def build(library: str):
+        pytest.importorskip({"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}[library])
         bundle = make_bundle(stages=("unet",))
-        build_bundle(bundle, backend=flavour, console=Console(file=io.StringIO()))
+        build_bundle(bundle, backend=library, console=Console(file=io.StringIO()))
         return bundle
 
     return build
@@ -42,10 +42,10 @@ def built(make_bundle):
 X = np.random.default_rng(1).standard_normal((1, 4, 8, 8)).astype(np.float32)
 
 
-def test_an_engine_agrees_with_onnxruntime_and_again_from_the_graph(built, flavour):
-    bundle = built(flavour)
+def test_an_engine_agrees_with_onnxruntime_and_again_from_the_graph(built, library):
+    bundle = built(library)
     with (
-        open_runner(bundle, "unet", flavour) as engine,
+        open_runner(bundle, "unet", library) as engine,
         open_runner(bundle, "unet", "onnxruntime") as reference,
     ):
         for x in (X, -X):  # captured, then launched
@@ -55,19 +55,19 @@ def test_an_engine_agrees_with_onnxruntime_and_again_from_the_graph(built, flavo
         assert engine.device_memory_mib is not None
 
 
-def test_graph_and_no_graph_agree_to_the_bit(built, flavour):
-    bundle = built(flavour)
-    path = engine_path(next(iter(find_sidecars(bundle, "unet", flavour))))
+def test_graph_and_no_graph_agree_to_the_bit(built, library):
+    bundle = built(library)
+    path = engine_path(next(iter(find_sidecars(bundle, "unet", library))))
     spec = bundle.stages["unet"].spec
     with (
-        TensorRTRunner([(spec, path)], flavour) as graph,
-        TensorRTRunner([(spec, path)], flavour, graph=False) as plain,
+        TensorRTRunner([(spec, path)], library) as graph,
+        TensorRTRunner([(spec, path)], library, graph=False) as plain,
     ):
         np.testing.assert_array_equal(graph(x=X)["y"], plain(x=X)["y"])
 
 
-def test_layers_and_device_arrays(built, flavour):
-    with open_runner(built(flavour), "unet", flavour) as engine:
+def test_layers_and_device_arrays(built, library):
+    with open_runner(built(library), "unet", library) as engine:
         layers = engine.profile_layers(x=X)
         assert layers
         assert all(ms >= 0 for _, ms in layers)
@@ -75,7 +75,7 @@ def test_layers_and_device_arrays(built, flavour):
         array = engine.run_on_device({"x": X})["y"]
         array.wait()
         got = np.empty_like(expected)
-        cudart = load_cudart(flavour)
+        cudart = load_cudart(library)
         pointer, read_only = array.__cuda_array_interface__["data"]
         (error,) = cudart.cudaMemcpy(
             got.ctypes.data, pointer, got.nbytes, cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
@@ -84,15 +84,15 @@ def test_layers_and_device_arrays(built, flavour):
         np.testing.assert_array_equal(got, expected)
 
 
-def test_the_embedded_bundle_as_one_graph_passes_its_self_check(tmp_path, flavour):
-    pytest.importorskip({"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}[flavour])
+def test_the_embedded_bundle_as_one_graph_passes_its_self_check(tmp_path, library):
+    pytest.importorskip({"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}[library])
     bundle = Bundle.open(
         shutil.copytree(
             embedded.BUNDLE, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines")
         )
     )
-    build_bundle(bundle, backend=flavour, console=Console(file=io.StringIO()))
-    with OneStepPipeline.load(bundle.root, flavour) as pipe:
+    build_bundle(bundle, backend=library, console=Console(file=io.StringIO()))
+    with OneStepPipeline.load(bundle.root, library) as pipe:
         assert check_pipeline(pipe).problems == ()
         assert pipe.stages.graph_problem is None
         twice = [

@@ -20,7 +20,7 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.commands.app import main
 from hipa_deploy.doctor.self_check import check_bundle
 from hipa_deploy.engines.latency.measure import profile_pipeline
-from hipa_deploy.engines.tensorrt.tensorrt_runner import sequence_spec
+from hipa_deploy.engines.tensorrt.sequence_spec import sequence_spec
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions

@@ -1,3 +1,5 @@
+"""Which backends a machine can run, and the remedy for those that it cannot."""
+
 from __future__ import annotations
 
 import importlib
@@ -5,8 +7,7 @@ import subprocess
 
 import pytest
 
-from hipa_deploy.engines.backends import available as device
-from hipa_deploy.engines.backends.available import Device, describe_device
+from hipa_deploy.engines.backends.available import NO_BF16, Device, describe_device
 from hipa_deploy.generate.runner import BACKENDS
 from tests.engines.machine_samples import imitate_files
 
@@ -32,7 +33,7 @@ def test_bfloat16_is_usable_where_openvino_multiplies_it(monkeypatch, flags, bf1
     backends = {backend.name: backend for backend in describe_device().backends}
     assert backends["openvino"].usable
     assert backends["openvino-bf16"].usable == bf16
-    assert backends["openvino-bf16"].remedy == (None if bf16 else device.NO_BF16)
+    assert backends["openvino-bf16"].remedy == (None if bf16 else NO_BF16)
 
 
 def test_it_does_not_raise_where_everything_is_missing(monkeypatch):

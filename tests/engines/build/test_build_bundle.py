@@ -161,7 +161,7 @@ def test_the_fastest_of_several_is_kept(make_bundle, monkeypatch):
     """The timing alone is invented: no GPU runs here."""
     bundle, latencies = make_bundle(stages=("unet",)), iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(build_module, "find_gpu", lambda: RTX_4090)
-    monkeypatch.setattr(build_module, "time_engine", lambda path, spec, flavour: next(latencies))
+    monkeypatch.setattr(build_module, "time_engine", lambda path, spec, library: next(latencies))
     (built,) = build(bundle, target="rtx40", best_of=3)
     assert built.sidecar.candidates_ms == (3.0, 1.0, 2.0)
     assert [name for name in names(bundle.root / "engines") if name.endswith(".tmp")] == []
@@ -220,7 +220,7 @@ def test_named_axes_become_a_profile(make_bundle, tmp_path):
     )
     axes = {"batch": Axis(min=1, opt=2, max=4)}
     job = Job(
-        flavour="rtx", onnx=path, spec=StageSpec(name="unet", inputs=(x,), outputs=(y,), axes=axes),
+        library="rtx", onnx=path, spec=StageSpec(name="unet", inputs=(x,), outputs=(y,), axes=axes),
         out=tmp_path / "out", precision="fp16", compute_capabilities=(89,), options=BuildOptions(), timing_cache=None,
     )  # fmt: skip
     run_worker(job, lambda event: None)

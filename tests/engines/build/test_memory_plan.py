@@ -59,8 +59,8 @@ def machine(gpu=None, jetson=None) -> Device:
     return Device(**facts, gpu=gpu, jetson=jetson, backends=())
 
 
-def plan(bundle, flavour, target="auto", device=None, stages=("unet", "vae_decoder"), **options):
-    return plan_build(bundle, stages, flavour, target, BuildOptions(**options), device or machine())
+def plan(bundle, library, target="auto", device=None, stages=("unet", "vae_decoder"), **options):
+    return plan_build(bundle, stages, library, target, BuildOptions(**options), device or machine())
 
 
 def test_rtx_compiles_on_the_host_and_the_largest_stage_counts(bundle):

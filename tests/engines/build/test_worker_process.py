@@ -34,7 +34,7 @@ def job(make_bundle, tmp_path) -> Job:
     """A build of one convolution."""
     bundle = make_bundle(stages=("unet",))
     return Job(
-        flavour="rtx", onnx=bundle.stage_path("unet"), spec=bundle.stages["unet"].spec, out=tmp_path / "out",
+        library="rtx", onnx=bundle.stage_path("unet"), spec=bundle.stages["unet"].spec, out=tmp_path / "out",
         precision="fp16", compute_capabilities=(89,), options=BuildOptions(), timing_cache=None,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What the doctor says of an engine, without a GPU and with invented ones."""
+"""The diagnosis of an engine, without a GPU and with invented ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.engines.engine_samples import ORIN, RTX_4090, put_engine
 def orin(monkeypatch) -> None:
     """As on the Orin of engine_samples with TensorRT 10.13.3."""
     monkeypatch.setattr(diagnose_module, "find_gpu", lambda: ORIN)
-    monkeypatch.setattr(diagnose_module, "_version", lambda flavour: "10.13.3")
+    monkeypatch.setattr(diagnose_module, "_version", lambda library: "10.13.3")
 
 
 def verdicts(path: Path) -> dict[str, str]:
@@ -30,8 +30,8 @@ def verdicts(path: Path) -> dict[str, str]:
 @pytest.mark.usefixtures("orin")
 def test_an_engine_that_fits_has_no_problem(make_bundle):
     path = put_engine(make_bundle(stages=("unet",)))
-    for given in (path, engine_path(path)):
-        found = diagnose(given)
+    for subject in (path, engine_path(path)):
+        found = diagnose(subject)
         assert found.problems == ()
         assert {field.verdict for field in found.fields} == {"same"}
         assert found.path == str(engine_path(path))
@@ -39,7 +39,7 @@ def test_an_engine_that_fits_has_no_problem(make_bundle):
 
 
 @pytest.mark.usefixtures("orin")
-def test_every_differing_field_is_told_old_and_new(make_bundle):
+def test_every_differing_field_is_shown_old_and_new(make_bundle):
     bundle = make_bundle(stages=("unet",))
     path = put_engine(bundle, tensorrt="10.3.0", driver="1.0", onnx_sha256="0" * 64)
     found = diagnose(path)
@@ -54,9 +54,9 @@ def test_every_differing_field_is_told_old_and_new(make_bundle):
     assert found.rebuild == f"Run: hipa-build {bundle.root} --backend tensorrt"
 
 
-def test_without_a_gpu_and_tensorrt_the_rest_cannot_be_told(make_bundle, monkeypatch):
+def test_without_a_gpu_and_tensorrt_their_fields_are_unknown(make_bundle, monkeypatch):
     monkeypatch.setattr(diagnose_module, "find_gpu", lambda: None)
-    monkeypatch.setattr(diagnose_module, "_version", lambda flavour: None)
+    monkeypatch.setattr(diagnose_module, "_version", lambda library: None)
     path = put_engine(make_bundle(stages=("unet",)))
     found = {field.name: field for field in diagnose(path).fields}
     assert found["device"].here == UNKNOWN
@@ -67,8 +67,8 @@ def test_without_a_gpu_and_tensorrt_the_rest_cannot_be_told(make_bundle, monkeyp
 
 def test_an_rtx_engine_is_bound_to_capabilities_alone(make_bundle, monkeypatch):
     bundle = make_bundle(stages=("unet",))
-    path = put_engine(bundle, flavour="rtx", gpu=RTX_4090)
-    monkeypatch.setattr(diagnose_module, "_version", lambda flavour: "10.13.3")
+    path = put_engine(bundle, library="rtx", gpu=RTX_4090)
+    monkeypatch.setattr(diagnose_module, "_version", lambda library: "10.13.3")
     monkeypatch.setattr(diagnose_module, "find_gpu", lambda: RTX_4090)
     assert set(verdicts(path).values()) == {"same"}
     monkeypatch.setattr(

@@ -1,3 +1,5 @@
+"""Targets: their files, what each stands for on a machine, and those that are impossible."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -65,7 +67,7 @@ def test_tensorrt_binds_to_this_gpu():
 
 
 @pytest.mark.parametrize(
-    ("name", "flavour", "gpu", "message"),
+    ("name", "library", "gpu", "message"),
     [
         (
             "rtx60",
@@ -80,6 +82,6 @@ def test_tensorrt_binds_to_this_gpu():
         ("thor", "tensorrt", ORIN, r"thor is SM110, this GPU \(Orin\) is SM87"),
     ],
 )
-def test_impossible_targets_are_one_line(name, flavour, gpu, message):
+def test_impossible_targets_are_one_line(name, library, gpu, message):
     with pytest.raises(HipaError, match=message):
-        resolve_target(name, flavour, gpu, RTX if flavour == "rtx" else TRT)
+        resolve_target(name, library, gpu, RTX if library == "rtx" else TRT)

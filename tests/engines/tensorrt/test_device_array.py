@@ -1,4 +1,7 @@
-"""DLPack for real, with numpy as the consumer: it takes memory on the CPU, so the array says it lies there."""
+"""The real DLPack, with numpy as the consumer.
+
+numpy takes only memory on the CPU, so these arrays say that they lie there.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def test_numpy_sees_the_same_memory_and_releases_it(dtype):
     assert device_array._alive == {}
 
 
-def test_a_capsule_that_nobody_took_releases_it():
+def test_a_capsule_that_nobody_consumed_releases_its_tensor():
     capsule = on_cpu(np.zeros(3, np.float32)).__dlpack__(stream=1)
     assert len(device_array._alive) == 1
     del capsule
@@ -39,7 +42,7 @@ def test_a_capsule_that_nobody_took_releases_it():
     assert device_array._alive == {}
 
 
-def test_a_consumer_gets_it_filled():
+def test_a_consumer_receives_a_filled_array():
     memory = np.zeros(3, np.float32)
     array = on_cpu(memory, wait=lambda: memory.fill(5))
     assert np.from_dlpack(array).tolist() == [5, 5, 5]
@@ -47,11 +50,14 @@ def test_a_consumer_gets_it_filled():
 
 def test_the_cuda_array_interface():
     memory = np.zeros((1, 2), np.float16)
-    told = on_cpu(memory).__cuda_array_interface__
-    assert told == {
-        "shape": (1, 2), "typestr": "<f2", "data": (memory.ctypes.data, False), "strides": None, "version": 3,
+    assert on_cpu(memory).__cuda_array_interface__ == {
+        "shape": (1, 2),
+        "typestr": "<f2",
+        "data": (memory.ctypes.data, False),
+        "strides": None,
+        "version": 3,
         "stream": 7,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("arguments", [{"copy": True}, {"dl_device": (2, 0)}])

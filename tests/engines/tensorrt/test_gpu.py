@@ -1,3 +1,5 @@
+"""The first GPU as nvidia-smi describes it, where cuda-python cannot."""
+
 from __future__ import annotations
 
 import subprocess

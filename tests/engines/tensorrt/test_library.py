@@ -1,4 +1,4 @@
-"""The commands that mend a missing or broken TensorRT, on Jetson and elsewhere."""
+"""The commands that fix a missing or broken TensorRT, on Jetson and elsewhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def on_release(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("release", "flavour", "extra"),
+    ("release", "library", "extra"),
     [
         (JETPACK_6, "tensorrt", "jetson6"),
         (JETPACK_7, "tensorrt", "jetson7"),
@@ -32,9 +32,9 @@ def on_release(monkeypatch):
         (None, "tensorrt", "tensorrt"),
     ],
 )
-def test_the_extra_is_the_machines_own(on_release, release, flavour, extra):
+def test_the_extra_is_the_machines_own(on_release, release, library, extra):
     on_release(release)
-    assert str(missing("polygraphy", flavour)).endswith(f"pip install 'hipa-deploy[{extra}]'")
+    assert str(missing("polygraphy", library)).endswith(f"pip install 'hipa-deploy[{extra}]'")
 
 
 def test_jetson_has_tensorrt_from_its_system(on_release, monkeypatch):
@@ -44,7 +44,7 @@ def test_jetson_has_tensorrt_from_its_system(on_release, monkeypatch):
         load_tensorrt("tensorrt")
 
 
-def test_jetson_mends_a_broken_tensorrt_with_apt(on_release, monkeypatch):
+def test_jetson_repairs_a_broken_tensorrt_with_apt(on_release, monkeypatch):
     def fail(name):
         raise OSError("libnvinfer.so.10: cannot open shared object file")
 
@@ -63,3 +63,25 @@ def test_jetson_has_a_cuda_python_of_its_own(on_release, monkeypatch):
         HipaError, match=r"cuda-python is not installed. Run: pip install 'hipa-deploy\[jetson6\]'"
     ):
         cuda.load_cudart("tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            OSError("libnvinfer.so.10: cannot open"),
+            "does not load .*libnvinfer.*--force-reinstall tensorrt",
+        ),
+        (
+            ModuleNotFoundError("No module named 'tensorrt_libs'", name="tensorrt_libs"),
+            "incomplete .*tensorrt_libs",
+        ),
+    ],
+)
+def test_a_package_that_does_not_load_is_an_error(monkeypatch, error, expected):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr("importlib.import_module", fail)
+    with pytest.raises(HipaError, match=expected):
+        load_tensorrt("tensorrt")

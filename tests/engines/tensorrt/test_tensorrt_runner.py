@@ -1,4 +1,7 @@
-"""The runtime's buffers, order of calls, graphs, errors and clean-up, on a recording fake (fake_gpu says which)."""
+"""The runner's buffers, order of calls, graphs, errors and clean-up, on a recording fake.
+
+The fake is tests/engines/fake_gpu.py; it refuses what CUDA and TensorRT refuse.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,10 @@ import numpy as np
 import pytest
 
 from hipa_deploy.bundle.manifest import Axis, StageSpec, TensorSpec
-from hipa_deploy.engines.tensorrt import tensorrt_runner as runtime
-from hipa_deploy.engines.tensorrt.cuda import load_cudart
-from hipa_deploy.engines.tensorrt.engine_stage import deserialise, layer_profiler
+from hipa_deploy.engines.tensorrt import tensorrt_runner as runner_module
+from hipa_deploy.engines.tensorrt.engine_stage import deserialise
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
-from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner, sequence_spec
+from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
 from hipa_deploy.errors import HipaError
 from tests.engines.fake_gpu import FakeCudart, FakeEngine, FakeGpu
 
@@ -22,11 +24,11 @@ def tensor(name: str, dtype: str, *shape: int | str) -> TensorSpec:
     return TensorSpec(name=name, dtype=dtype, shape=shape)
 
 
-TOKENS, CONTEXT = tensor("tokens", "int64", 1, 3), tensor("context", "float16", 1, 3)
-NOISE, LATENTS, IMAGES = (
-    tensor(n, d, 1, 3)
-    for n, d in (("noise", "float32"), ("latents", "float32"), ("images", "uint8"))
-)
+TOKENS = tensor("tokens", "int64", 1, 3)
+CONTEXT = tensor("context", "float16", 1, 3)
+NOISE = tensor("noise", "float32", 1, 3)
+LATENTS = tensor("latents", "float32", 1, 3)
+IMAGES = tensor("images", "uint8", 1, 3)
 TEXT = StageSpec(name="text_encoder", inputs=(TOKENS,), outputs=(CONTEXT,))
 UNET = StageSpec(name="unet", inputs=(NOISE, CONTEXT), outputs=(LATENTS,))
 DECODER = StageSpec(name="vae_decoder", inputs=(LATENTS,), outputs=(IMAGES,))
@@ -41,7 +43,10 @@ IMAGE = [[13, 25, 37]]  # noise + 2 tokens + 1
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Opens a runner on fakes, by default of the whole pipeline; ``fake.gpu`` is the fake behind the latest."""
+    """Opens a runner on fakes, by default of the whole pipeline.
+
+    ``fake.gpu`` is the fake behind the latest runner.
+    """
 
     def make(
         *specs: StageSpec, fail="", integrated=False, graph=True, gone=(), rtx=False, **options
@@ -52,8 +57,8 @@ def fake(monkeypatch, tmp_path):
             for spec in specs
         }
         make.gpu = FakeGpu({**engines, **dict.fromkeys(gone)}, FakeCudart(fail, integrated), rtx)
-        monkeypatch.setattr(runtime, "load_tensorrt", lambda flavour: make.gpu.trt)
-        monkeypatch.setattr(runtime, "load_cudart", lambda flavour: make.gpu.cudart)
+        monkeypatch.setattr(runner_module, "load_tensorrt", lambda library: make.gpu.trt)
+        monkeypatch.setattr(runner_module, "load_cudart", lambda library: make.gpu.cudart)
         for name in engines:
             (tmp_path / f"{name}.engine").write_text(name)
         return TensorRTRunner(
@@ -79,9 +84,13 @@ def test_the_whole_pipeline_is_one_graph_launch_and_gives_everything_back(fake):
         assert second.tolist() == [[3, 5, 7]]
         assert first.tolist() == IMAGE, "the caller's array is not the runner's buffer"
         assert calls(fake, before) == [
-            "cudaStreamSynchronize", "cudaMemcpyAsync", "cudaMemcpyAsync", "cudaGraphLaunch", "cudaMemcpyAsync",
             "cudaStreamSynchronize",
-        ]  # fmt: skip
+            "cudaMemcpyAsync",
+            "cudaMemcpyAsync",
+            "cudaGraphLaunch",
+            "cudaMemcpyAsync",
+            "cudaStreamSynchronize",
+        ]
         assert runner.graph_problem is None
         contexts = [weakref.ref(engine.contexts.pop()) for engine in fake.gpu.engines.values()]
     assert fake.gpu.cudart.leaks == []
@@ -94,18 +103,17 @@ def test_the_whole_pipeline_is_one_graph_launch_and_gives_everything_back(fake):
 def test_a_stage_between_two_others_reads_the_buffer_that_the_first_wrote(fake):
     with fake() as runner:
         runner(**INPUTS)
-        addresses = {
-            name: engine.contexts[0].addresses for name, engine in fake.gpu.engines.items()
-        }
-    assert addresses["text_encoder"]["context"] == addresses["unet"]["context"]
-    assert addresses["unet"]["latents"] == addresses["vae_decoder"]["latents"]
+        text, unet, decoder = fake.gpu.engines.values()
+        unet_addresses = unet.contexts[0].addresses
+        assert text.contexts[0].addresses["context"] == unet_addresses["context"]
+        assert decoder.contexts[0].addresses["latents"] == unet_addresses["latents"]
 
 
-def test_a_known_context_leaves_the_text_encoder_out(fake):
+def test_with_a_known_context_the_text_encoder_does_not_run(fake):
     with fake() as runner:
-        made = runner.run(INPUTS, ("images", "context"))
+        results = runner.run(INPUTS, ("images", "context"))
         before = len(fake.gpu.cudart.log)
-        again = runner(noise=INPUTS["noise"], context=made["context"] + np.float16(1))
+        again = runner(noise=INPUTS["noise"], context=results["context"] + np.float16(1))
         assert again["images"].tolist() == [[14, 26, 38]]
         assert runner.device_ms == 2  # two stages, a fake millisecond each
         assert "cudaStreamBeginCapture" in calls(fake, before)  # another graph, beside the first
@@ -116,12 +124,12 @@ def test_a_known_context_leaves_the_text_encoder_out(fake):
 
 def test_a_stage_by_itself_is_a_runner(fake):
     with fake() as runner:
-        unet = runner.stage("unet")
-        given = {"noise": INPUTS["noise"], "context": np.float16([[1, 1, 1]])}
+        unet = runner.runners["unet"]
+        feed = {"noise": INPUTS["noise"], "context": np.float16([[1, 1, 1]])}
         assert unet.device_ms is None
-        assert unet(**given)["latents"].tolist() == [[11, 21, 31]]
+        assert unet(**feed)["latents"].tolist() == [[11, 21, 31]]
         assert unet.device_ms == 1
-        assert runner.stage("text_encoder").device_ms is None, "it did not run"
+        assert runner.runners["text_encoder"].device_ms is None, "it did not run"
         with pytest.raises(
             HipaError, match=r"unet: got inputs \['noise'\], expected \['context', 'noise'\]"
         ):
@@ -141,7 +149,7 @@ def test_an_engine_is_changed_while_idle_and_its_graph_captured_anew(fake):
 
     with fake() as runner:
         runner.run_on_device(INPUTS)
-        runner.stage("unet").change_engine(change)
+        runner.runners["unet"].change_engine(change)
         before = len(fake.gpu.cudart.log)
         assert runner(**INPUTS)["images"].tolist() == [[9, 17, 25]]
         assert "cudaStreamBeginCapture" in calls(fake, before)
@@ -155,15 +163,14 @@ def test_device_time_is_of_each_stage_and_of_the_whole(fake):
         for _ in range(2):  # captured, then launched
             runner(**INPUTS)
             assert runner.device_ms == 3
-            assert runner.stage("unet").device_ms == 1
+            assert runner.runners["unet"].device_ms == 1
 
 
 def test_device_memory_is_what_loading_took(fake):
     with fake() as runner:
-        assert runner.device_memory_mib == runner.stage("unet").device_memory_mib
-        assert runner.device_memory_mib == 2 * (
-            24 + 6 + 12 + 12 + 3
-        )  # the fake's MiB are bytes: device and pinned
+        assert runner.device_memory_mib == runner.runners["unet"].device_memory_mib
+        # The fake's MiB are bytes. Every tensor has memory on the device and a pinned copy.
+        assert runner.device_memory_mib == 2 * (24 + 6 + 12 + 12 + 3)
 
 
 def test_where_memory_is_shared_nothing_is_copied(fake):
@@ -177,14 +184,12 @@ def test_where_memory_is_shared_nothing_is_copied(fake):
 def test_outputs_can_stay_on_the_device(fake):
     with fake() as runner:
         array = runner.run_on_device(INPUTS)["images"]
-        told = array.__cuda_array_interface__
-        assert (told["shape"], told["typestr"], told["version"], told["stream"]) == (
-            (1, 3),
-            "|u1",
-            3,
-            7,
-        )
-        memory = fake.gpu.cudart.memory[told["data"][0]]
+        interface = array.__cuda_array_interface__
+        assert interface["shape"] == (1, 3)
+        assert interface["typestr"] == "|u1"
+        assert interface["version"] == 3
+        assert interface["stream"] == 7
+        memory = fake.gpu.cudart.memory[interface["data"][0]]
         assert memory.kind == "device"
         array.wait()
         assert list(memory.raw) == IMAGE[0]
@@ -204,8 +209,8 @@ def test_layers_are_profiled_in_a_pass_and_a_context_of_their_own(fake):
         assert len(layers) == 6
         assert [len(engine.contexts) for engine in fake.gpu.engines.values()] == [2, 2, 2]
         assert all(engine.contexts[0].profiler is None for engine in fake.gpu.engines.values())
-        given = {"noise": INPUTS["noise"], "context": np.float16([[1, 1, 1]])}
-        assert runner.stage("unet").profile_layers(**given) == [("conv", 0.75), ("relu", 0.25)]
+        feed = {"noise": INPUTS["noise"], "context": np.float16([[1, 1, 1]])}
+        assert runner.runners["unet"].profile_layers(**feed) == [("conv", 0.75), ("relu", 0.25)]
         assert runner(**INPUTS)["images"].tolist() == IMAGE
 
 
@@ -223,7 +228,7 @@ def test_layers_are_profiled_in_a_pass_and_a_context_of_their_own(fake):
         ({}, "cudaGraphInstantiate", "cudaGraphInstantiate failed"),
     ],
 )
-def test_a_capture_that_fails_is_said_once_and_the_stages_still_run(fake, options, fail, reason):
+def test_a_capture_that_fails_warns_once_and_the_stages_still_run(fake, options, fail, reason):
     with fake(unet=options, fail=fail) as runner:
         with pytest.warns(RuntimeWarning, match=f"no CUDA graph .*{reason}"):
             assert runner(**INPUTS)["images"].tolist() == IMAGE
@@ -259,20 +264,21 @@ def open_rows(spec: StageSpec) -> StageSpec:
     )
 
 
+def repeated(rows: int) -> dict[str, np.ndarray]:
+    return {name: value.repeat(rows, axis=0) for name, value in INPUTS.items()}
+
+
 def test_other_shapes_are_captured_again_and_the_old_graph_goes(fake):
     with fake(*map(open_rows, (TEXT, UNET, DECODER)), unet={"max_rows": 2}) as runner:
         for rows in (1, 2, 1):
             before = len(fake.gpu.cudart.log)
-            images = runner(**{name: value.repeat(rows, axis=0) for name, value in INPUTS.items()})[
-                "images"
-            ]
-            assert images.tolist() == IMAGE * rows
+            assert runner(**repeated(rows))["images"].tolist() == IMAGE * rows
             assert calls(fake, before).count("cudaStreamBeginCapture") == 1
             assert len(fake.gpu.cudart.executables) == 1
         with pytest.raises(HipaError, match=r"unet: the engine refuses noise of shape \[3, 3\]"):
-            runner(**{name: value.repeat(3, axis=0) for name, value in INPUTS.items()})
+            runner(**repeated(3))
         with pytest.raises(HipaError, match="batch is 4, expected 1 to 3"):
-            runner(**{name: value.repeat(4, axis=0) for name, value in INPUTS.items()})
+            runner(**repeated(4))
         assert runner(**INPUTS)["images"].tolist() == IMAGE
     assert fake.gpu.cudart.leaks == []
 
@@ -370,55 +376,6 @@ def test_a_run_that_tensorrt_refuses_is_an_error(fake):
         runner(**INPUTS)
 
 
-def test_stages_that_do_not_agree_on_a_tensor_are_refused():
-    other = UNET.model_copy(update={"inputs": (NOISE, tensor("context", "float32", 1, 3))})
-    with pytest.raises(
-        HipaError, match=r"unet: context is float32 \[1, 3\], before it float16 \[1, 3\]"
-    ):
-        sequence_spec([TEXT, other])
-
-
-class TestTheFakeRefuses:
-    """What the runtime never does, so that a change which does it fails above."""
-
-    def test_use_after_free(self, fake):
-        runner = fake()
-        pointer = fake.gpu.engines["unet"].contexts[0].addresses["noise"]
-        runner(**INPUTS)
-        fake.gpu.cudart.cudaFree(pointer)
-        fake.gpu.engines["unet"].contexts[0].execute_async_v3(7)
-        assert fake.gpu.cudart.cudaStreamSynchronize(7) == (700,)
-
-    def test_waiting_and_allocating_in_a_capture(self):
-        cuda = FakeCudart()
-        _, stream = cuda.cudaStreamCreateWithFlags(1)
-        for spoil in (lambda: cuda.cudaStreamSynchronize(stream), lambda: cuda.cudaMalloc(8)):
-            assert cuda.cudaStreamBeginCapture(stream, 1) == (0,)
-            assert spoil()[0] == 900
-            assert cuda.cudaStreamEndCapture(stream) == (901, None)
-
-    def test_the_wrong_pointer_or_function(self):
-        cuda = FakeCudart()
-        _, stream = cuda.cudaStreamCreateWithFlags(1)
-        (_, device), (_, pinned) = cuda.cudaMalloc(8), cuda.cudaMallocHost(8)
-        assert cuda.cudaMemcpyAsync(device, pinned, 8, 1, stream) == (0,)
-        for arguments in ((pinned, device, 8, 1), (device, pinned, 9, 1), (device, 1234, 8, 1)):
-            assert cuda.cudaMemcpyAsync(*arguments, stream) == (1,)
-        assert cuda.cudaFree(pinned) == (1,)
-        assert cuda.cudaFree(device) == (0,)
-        assert cuda.cudaFree(device) == (1,)
-
-    def test_events_that_a_capture_swallowed(self):
-        cuda = FakeCudart()
-        _, stream = cuda.cudaStreamCreateWithFlags(1)
-        _, event = cuda.cudaEventCreate()
-        assert cuda.cudaEventRecordWithFlags(event, stream, cuda.cudaEventRecordExternal) == (1,)
-        assert cuda.cudaEventElapsedTime(event, event) == (600, None)
-        cuda.cudaStreamBeginCapture(stream, 1)
-        cuda.cudaEventRecordWithFlags(event, stream, cuda.cudaEventRecordDefault)
-        assert cuda.cudaEventElapsedTime(event, event) == (400, None)
-
-
 @pytest.mark.skipif(find_gpu() is not None, reason="a GPU is here")
 def test_without_a_driver_the_real_libraries_say_so(tmp_path):
     trt = pytest.importorskip("tensorrt_rtx")
@@ -431,62 +388,3 @@ def test_without_a_driver_the_real_libraries_say_so(tmp_path):
         TensorRTRunner([(UNET, path)], "rtx")
     with pytest.raises(HipaError, match=r"does not deserialise: .*cudaError 35.*Run hipa-doctor"):
         deserialise(trt, path)
-
-
-def test_the_profiler_is_one_for_the_real_tensorrt():
-    trt = pytest.importorskip("tensorrt_rtx")
-    profiler = layer_profiler(trt)
-    profiler.report_layer_time("conv", 0.5)
-    assert isinstance(profiler, trt.IProfiler)
-    assert profiler.layers == [("conv", 0.5)]
-
-
-def test_every_name_the_runtime_uses_exists():
-    trt, cudart = pytest.importorskip("tensorrt_rtx"), load_cudart("rtx")
-    names = {
-        trt.Runtime: ["deserialize_cuda_engine"],
-        trt.ICudaEngine: [
-            "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype", "get_tensor_shape",
-            "create_execution_context", "create_engine_inspector", "create_runtime_config",
-        ],
-        trt.IRuntimeConfig: ["dynamic_shapes_kernel_specialization_strategy"],
-        trt.DynamicShapesKernelSpecializationStrategy: ["EAGER"],
-        trt.IExecutionContext: [
-            "set_tensor_address", "set_input_shape", "get_tensor_shape", "execute_async_v3", "profiler",
-            "is_stream_capturable",
-        ],
-        trt.EngineInspector: ["get_engine_information"],
-        trt: ["nptype", "IProfiler"],
-        cudart: [
-            "cudaMalloc", "cudaMallocHost", "cudaFree", "cudaFreeHost", "cudaMemcpyAsync", "cudaStreamCreateWithFlags",
-            "cudaStreamDestroy", "cudaStreamSynchronize", "cudaStreamNonBlocking", "cudaMemcpyKind",
-            "cudaGetErrorString", "cudaGetDeviceCount", "cudaGetDeviceProperties", "cudaDriverGetVersion",
-            "cudaHostAlloc", "cudaHostAllocMapped", "cudaHostGetDevicePointer", "cudaMemGetInfo", "cudaGetLastError",
-            "cudaDeviceGetAttribute", "cudaEventCreate", "cudaEventDestroy", "cudaEventRecordWithFlags",
-            "cudaEventRecordDefault", "cudaEventRecordExternal", "cudaEventSynchronize", "cudaEventElapsedTime",
-            "cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphLaunch",
-            "cudaGraphDestroy", "cudaGraphExecDestroy",
-        ],
-        cudart.cudaStreamCaptureMode: ["cudaStreamCaptureModeThreadLocal"],
-        cudart.cudaDeviceAttr: ["cudaDevAttrIntegrated"],
-        cudart.cudaMemcpyKind: ["cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"],
-    }  # fmt: skip
-    assert [
-        name for owner, wanted in names.items() for name in wanted if not hasattr(owner, name)
-    ] == []
-    assert np.dtype(trt.nptype(trt.uint8)) == "uint8"
-    assert np.dtype(trt.nptype(trt.float16)) == "float16"
-    assert np.dtype(trt.nptype(trt.int64)) == "int64"
-
-
-def test_the_real_cuda_python_refuses_as_the_fake_does():
-    """The fake's calls have the real signatures: without a driver they give error 35, and no TypeError."""
-    cudart = load_cudart("rtx")
-    if find_gpu() is not None:
-        pytest.skip("a GPU is here")
-    for name, arguments in {
-        "cudaMalloc": (8,), "cudaMallocHost": (8,), "cudaHostAlloc": (8, cudart.cudaHostAllocMapped),
-        "cudaMemGetInfo": (), "cudaEventCreate": (), "cudaStreamSynchronize": (0,),
-        "cudaDeviceGetAttribute": (cudart.cudaDeviceAttr.cudaDevAttrIntegrated, 0),
-    }.items():  # fmt: skip
-        assert int(getattr(cudart, name)(*arguments)[0]) == 35, name

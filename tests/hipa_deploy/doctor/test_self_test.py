@@ -45,8 +45,8 @@ def only_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     """No build, one backend."""
     from hipa_deploy.engines.backends import available as device
 
-    def unusable(flavour: str, gpu: object) -> device.Backend:
-        return device.Backend(name=flavour, version=None, usable=False, remedy="not here")
+    def unusable(library: str, gpu: object) -> device.Backend:
+        return device.Backend(name=library, version=None, usable=False, remedy="not here")
 
     monkeypatch.setattr(device, "_engine_backend", unusable)
 

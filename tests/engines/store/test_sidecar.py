@@ -1,0 +1,44 @@
+"""Sidecars: an engine and its JSON file have to be whole before the engine is loaded."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from hipa_deploy.engines.store.select import backend_with_engines, open_engine
+from hipa_deploy.engines.store.sidecar import engine_path, find_sidecars
+from hipa_deploy.errors import HipaError
+from tests.engines.engine_samples import CONTENT, put_engine
+
+
+def test_sidecars_are_found_newest_first(make_bundle):
+    bundle = make_bundle(stages=("unet",))
+    older = put_engine(bundle)
+    newer = put_engine(bundle, tensorrt="11.4")
+    os.utime(older, ns=(1, 1))
+    assert list(find_sidecars(bundle, "unet", "tensorrt")) == [newer, older]
+    os.utime(newer, ns=(0, 0))
+    assert list(find_sidecars(bundle, "unet", "tensorrt")) == [older, newer]
+    assert find_sidecars(bundle, "unet", "rtx") == {}
+
+
+@pytest.mark.parametrize("content", [CONTENT[:-1], b"an engin?"])
+def test_a_damaged_engine_is_not_deserialised(make_bundle, on_orin, content):
+    bundle = make_bundle(stages=("unet",))
+    path = engine_path(put_engine(bundle))
+    path.write_bytes(content)
+    with pytest.raises(HipaError, match=r"corrupt: .*hipa-build"):
+        open_engine(bundle, "unet", "tensorrt")
+    path.unlink()
+    with pytest.raises(HipaError, match="is missing beside its sidecar"):
+        open_engine(bundle, "unet", "tensorrt")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema_version": 2}', "\x00"])
+def test_a_broken_sidecar_is_one_line(make_bundle, on_orin, text):
+    bundle = make_bundle(stages=("unet",))
+    put_engine(bundle).write_text(text)
+    with pytest.raises(HipaError, match="is not an engine's sidecar"):
+        open_engine(bundle, "unet", "tensorrt")
+    assert backend_with_engines(bundle) is None

@@ -1,0 +1,97 @@
+"""Swapping the adaptor of a loaded pipeline, on a fake engine (tests/engines/fake_refit.py)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hipa_deploy import OneStepPipeline
+from hipa_deploy.bundle.adaptor_swap import FOLDER, MANIFEST, REFERENCE, SwapManifest
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.embedded import BUNDLE
+from hipa_deploy.engines.tensorrt.refit import RefitFailedError
+from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.stages import HostStages
+from hipa_deploy.hashing import file_sha256
+from tests.engines.fake_refit import FakeEngine, assert_weights, fake_trt
+from tests.swap_samples import scaled_weights, write_swap
+
+UNET = BUNDLE / "unet/model.onnx"
+
+
+class FakeRunner:
+    """A runner of a fake engine that gives ``output``, whatever its weights."""
+
+    def __init__(self, spec, engine: FakeEngine, output: np.ndarray) -> None:
+        self.spec = spec
+        self.engine = engine
+        self.output = output
+        self.closed = False
+
+    def change_engine(self, change) -> None:
+        change(fake_trt(), self.engine)
+
+    def __call__(self, **inputs):
+        for tensor in self.spec.inputs:
+            assert inputs[tensor.name].dtype == tensor.dtype
+        return {self.spec.outputs[0].name: self.output}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def engine_pipe(tmp_path: Path) -> OneStepPipeline:
+    """A pipeline on fake engines of the embedded bundle.
+
+    The bundle has an adaptor 'night' that changes no output.
+    """
+    bundle = Bundle.open(Path(shutil.copytree(BUNDLE, tmp_path / "bundle")))
+    with np.load(bundle.path("reference/tensors.npz")) as tensors:
+        latents = tensors["latents"]
+    night = write_swap(bundle, bundle.root / FOLDER / "night", scaled_weights(bundle, 0.5))
+    np.save(night / REFERENCE, latents)
+    manifest = SwapManifest.model_validate_json((night / MANIFEST).read_text())
+    files = manifest.files | {REFERENCE: file_sha256(night / REFERENCE)}
+    (night / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json())
+    runner = FakeRunner(bundle.stages["unet"].spec, FakeEngine(UNET), latents)
+    return OneStepPipeline(bundle, "tensorrt", HostStages("tensorrt", {"unet": runner}))
+
+
+def test_a_pipeline_on_engines_there_and_back(engine_pipe: OneStepPipeline) -> None:
+    runner = engine_pipe.runners["unet"]
+    engine_pipe.swap_adaptor("night")
+    assert_weights(runner.engine, UNET, scaled_weights(engine_pipe.bundle, 0.5))
+    engine_pipe.swap_adaptor(None)
+    assert_weights(runner.engine, UNET, {})
+    assert engine_pipe.swapped is None
+    assert not runner.closed
+
+
+def test_an_engine_that_computes_wrongly_afterwards_is_closed(engine_pipe: OneStepPipeline) -> None:
+    runner = engine_pipe.runners["unet"]
+    runner.output = runner.output + np.random.default_rng(0).normal(size=runner.output.shape)
+    with pytest.raises(RefitFailedError, match=r"unet after the swap is .* dB from PyTorch"):
+        engine_pipe.swap_adaptor("night")
+    assert runner.closed
+    assert engine_pipe.swapped is None
+
+
+def test_an_engine_that_cannot_take_it_stays_open(engine_pipe: OneStepPipeline) -> None:
+    runner = engine_pipe.runners["unet"]
+    runner.engine.refittable = False
+    with pytest.raises(HipaError, match="--backend tensorrt --refit"):
+        engine_pipe.swap_adaptor("night")
+    assert not runner.closed
+
+
+@pytest.mark.parametrize("backend", ["openvino", "openvino-bf16"])
+def test_openvino_does_not_swap(engine_pipe: OneStepPipeline, backend: str) -> None:
+    engine_pipe.backend = backend
+    with pytest.raises(
+        HipaError, match=rf"{backend} does not swap adaptors\. Use --backend onnxruntime"
+    ):
+        engine_pipe.swap_adaptor("night")
