@@ -220,6 +220,25 @@ class Generator(torch.nn.Module):
         return self.decoder(self.unet(*inputs))
 
 
+def place_of(module: torch.nn.Module, name: str) -> str:
+    """The place in the diffusers folder of a stage's module or tensor called ``name``.
+
+    The stage itself, '', and the two halves of a ``Generator`` have none: ''.
+
+    Example:
+        >>> place_of(OneStepDecoder(vae), "decoder.conv_in.weight")
+        'vae.decoder.conv_in.weight'
+
+    """
+    if not name:
+        return ""
+    head, _, tail = name.partition(".")
+    if isinstance(module, Generator):
+        return place_of(getattr(module, head), tail)
+    place: str = module.places[head]  # type: ignore[index, assignment]  # nn.Module's stub
+    return f"{place}.{tail}" if tail else place
+
+
 class GenericUNet(torch.nn.Module):
     """The UNet as optimum names it: sample, timestep int64 [1], encoder_hidden_states -> out_sample."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hipa_deploy.bundle.adaptor_swap import Fold, MappedWeight, WeightLayout, WeightMap
 from hipa_deploy.export.graph.fold import NoTimeEmbedding, StepBias
-from hipa_deploy.export.graph.modules import Generator, OneStepDecoder, OneStepEncoder
+from hipa_deploy.export.graph.modules import OneStepDecoder, OneStepEncoder, place_of
 from hipa_deploy.export.graph.upsample import UpsampledConv
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -62,7 +62,9 @@ def trace_weights(model: Any, module: nn.Module) -> WeightMap:
             continue
         weights[name] = MappedWeight(
             places=tuple(
-                dict.fromkeys(_place(module, origins.get(name, (name, None))[0]) for name in found)
+                dict.fromkeys(
+                    place_of(module, origins.get(name, (name, None))[0]) for name in found
+                )
             ),
             layout=layout,
             fold=folds.get(found[0]),
@@ -180,11 +182,3 @@ def _layout(tensor: Tensor, array: np.ndarray) -> WeightLayout | None:
         if laid is not None and np.array_equal(laid, array):
             return name
     return None
-
-
-def _place(module: nn.Module, name: str) -> str:
-    """A stage module's tensor as a parameter of the diffusers folder: 'unet.conv_in.weight', 'vae.decoder.…'."""
-    head, _, rest = name.partition(".")
-    if isinstance(module, Generator):
-        return _place(getattr(module, head), rest)
-    return ".".join(part for part in (module.places[head], rest) if part)
