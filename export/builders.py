@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
 from hipa_deploy.bundle.manifest import OneStep
 from hipa_deploy.export.chosen_parts import ChosenParts

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from hipa_deploy.bundle.adaptor_swap import Fold, MappedWeight, WeightLayout, WeightMap
