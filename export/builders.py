@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from hipa_deploy.bundle.manifest import OneStep
 from hipa_deploy.export.chosen_parts import ChosenParts
@@ -34,17 +34,14 @@ def bundle_sources(
     if options.prompts is None:
         sources.append(text_encoder_source(options, parts))
     if settings.task != "generate":
-        build_encoder = partial(encoder_module, parts)
-        sources.append(StageSource("vae_encoder", build_encoder, ("image",), "source"))
+        sources.append(
+            StageSource("vae_encoder", partial(encoder_module, parts), ("image",), "source")
+        )
     sources.append(unet_source(options, parts, settings, step))
 
     # A fused generator decodes by itself.
-    if options.layout == "generic":
-        build_decoder = partial(generic_decoder_module, parts)
-        sources.append(StageSource("vae_decoder", build_decoder, ("latent_sample",), "sample"))
-    elif not options.fuse:
-        build_decoder = partial(decoder_module, parts)
-        sources.append(StageSource("vae_decoder", build_decoder, ("latents",), "images"))
+    if not options.fuse:
+        sources.append(decoder_source(options, parts))
     return sources
 
 
@@ -70,6 +67,15 @@ def unet_source(
     return StageSource("unet", build_unet, settings.inputs, "latents")
 
 
+def decoder_source(options: ExportOptions, parts: ChosenParts) -> StageSource:
+    """The decoder."""
+    if options.layout == "generic":
+        build_generic = partial(generic_decoder_module, parts)
+        return StageSource("vae_decoder", build_generic, ("latent_sample",), "sample")
+    build = partial(decoder_module, parts)
+    return StageSource("vae_decoder", build, ("latents",), "images")
+
+
 def text_encoder_module(parts: ChosenParts, dtype: torch.dtype) -> TextEncoderStage:
     """The text encoder, whose context has ``dtype``."""
     return TextEncoderStage(parts.text_encoder(), dtype)
@@ -78,7 +84,9 @@ def text_encoder_module(parts: ChosenParts, dtype: torch.dtype) -> TextEncoderSt
 def encoder_module(parts: ChosenParts) -> OneStepEncoder | TinyEncoder:
     """The encoder, with its scaling folded in."""
     vae = parts.encoder()
-    return TinyEncoder(vae) if isinstance(vae, AutoencoderTiny) else OneStepEncoder(vae)
+    if isinstance(vae, AutoencoderKL):
+        return OneStepEncoder(vae)
+    return TinyEncoder(vae)
 
 
 def unet_module(parts: ChosenParts, settings: TaskSettings, step: OneStep) -> OneStepUNet:
@@ -92,7 +100,9 @@ def unet_module(parts: ChosenParts, settings: TaskSettings, step: OneStep) -> On
 def decoder_module(parts: ChosenParts) -> OneStepDecoder | TinyDecoder:
     """The decoder, with its scaling and its upsamplings folded."""
     vae = parts.decoder()
-    return TinyDecoder(vae) if isinstance(vae, AutoencoderTiny) else OneStepDecoder(vae)
+    if isinstance(vae, AutoencoderKL):
+        return OneStepDecoder(vae)
+    return TinyDecoder(vae)
 
 
 def generator_module(parts: ChosenParts, settings: TaskSettings, step: OneStep) -> Generator:

@@ -65,7 +65,7 @@ class ChosenParts:
         return unet, merge_adaptor(unet, self.adaptor, self.adaptor_scale)
 
     def encoder(self) -> AutoencoderKL | AutoencoderTiny:
-        """The autoencoder that encodes, its encoder adapted where the adaptor has weights for it."""
+        """The autoencoder that encodes, with the adaptor's weights for it merged, if any."""
         if self.tiny_encoder is not None:
             return self.model.tiny_encoder(self.tiny_encoder)
         vae = self.model.vae()

@@ -215,7 +215,7 @@ class ModelParts:
             raise HipaError(f"{width}x{height} is too large. Expected at most {MAX_PIXELS} pixels.")
         schedule = self.scheduler()
         return OneStep(
-            prediction_type=schedule.config.prediction_type,
+            prediction_type=schedule.config["prediction_type"],
             timestep=timestep,
             alpha_bar=float(schedule.alphas_cumprod[timestep]),
             scaling_factor=read_config(self.folder, "vae/config.json")["scaling_factor"],

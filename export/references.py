@@ -93,7 +93,13 @@ class References:
 
 
 def strength_key(name: str, index: int) -> str:
-    """The key of a tensor at an edit's strength ``index``: 'latents' at the largest, 'latents_1'."""
+    """The key of a tensor at strength number ``index`` of an edit; 0 is the largest strength.
+
+    Example:
+        >>> strength_key("latents", 0), strength_key("latents", 1)
+        ('latents', 'latents_1')
+
+    """
     return f"{name}_{index}" if index else name
 
 
@@ -194,7 +200,7 @@ def _one_step(
     conditions: dict[str, np.ndarray] = {}
     for name in STEP_INPUTS[settings.task]:
         conditions[name] = tensors[name]
-    concatenates = is_inpainting_unet(unet.config.in_channels, step.latent_shape[0])
+    concatenates = is_inpainting_unet(unet.config["in_channels"], step.latent_shape[0])
     start_BCHW = start_latents(settings.task, conditions, alpha_bar, concatenates=concatenates)
 
     # The UNet takes torch tensors; the formulas around it are numpy, as the runtime has them.
@@ -295,7 +301,10 @@ def make_references(
 
 @contextmanager
 def _watched(watch: bool, name: str, module: nn.Module) -> Iterator[dict[str, float]]:
-    """The largest magnitudes of ``module``'s calls inside the block, by place: filled at its end."""
+    """Record ``module``'s largest magnitudes inside the block, by place in the diffusers folder.
+
+    The dict that the block gets is filled when the block ends.
+    """
     largest: dict[str, float] = {}
     if not watch:
         yield largest

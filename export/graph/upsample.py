@@ -41,7 +41,7 @@ class UpsampledConv(nn.Module):
         """Convolve for each parity and interleave the four results."""
         parts = []
         for conv, (row, column) in zip(self.parities, PARITIES, strict=True):
-            # A 2x2 kernel reaches to one side only: up and left of even pixels, else down and right.
+            # A 2x2 kernel reaches to one side: up and left of even pixels, down and right of odd.
             padding = (1 - column, column, 1 - row, row)
             parts.append(conv(nn.functional.pad(small_BCHW, padding)))
 
@@ -66,7 +66,7 @@ def _parity_conv(conv: nn.Conv2d, row: int, column: int) -> nn.Conv2d:
 
 
 def _copies(parity: int) -> torch.Tensor:
-    """Which of three large pixels, around one of ``parity``, copy each of two small ones: [2, 3]."""
+    """[2, 3]: which of three large pixels around one of ``parity`` copy each of two small ones."""
     if parity == 0:
         return torch.tensor([[1.0, 0, 0], [0, 1, 1]])
     return torch.tensor([[1.0, 1, 0], [0, 0, 1]])
