@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
 from hipa_deploy.bundle.manifest import OneStep
 from hipa_deploy.export.chosen_parts import ChosenParts
@@ -84,9 +86,10 @@ def text_encoder_module(parts: ChosenParts, dtype: torch.dtype) -> TextEncoderSt
 def encoder_module(parts: ChosenParts) -> OneStepEncoder | TinyEncoder:
     """The encoder, with its scaling folded in."""
     vae = parts.encoder()
-    if isinstance(vae, AutoencoderKL):
-        return OneStepEncoder(vae)
-    return TinyEncoder(vae)
+    if isinstance(vae, AutoencoderTiny):
+        return TinyEncoder(vae)
+    # mypy does not rule out the tiny one here, as diffusers' base classes are untyped.
+    return OneStepEncoder(cast("AutoencoderKL", vae))
 
 
 def unet_module(parts: ChosenParts, settings: TaskSettings, step: OneStep) -> OneStepUNet:
@@ -100,9 +103,10 @@ def unet_module(parts: ChosenParts, settings: TaskSettings, step: OneStep) -> On
 def decoder_module(parts: ChosenParts) -> OneStepDecoder | TinyDecoder:
     """The decoder, with its scaling and its upsamplings folded."""
     vae = parts.decoder()
-    if isinstance(vae, AutoencoderKL):
-        return OneStepDecoder(vae)
-    return TinyDecoder(vae)
+    if isinstance(vae, AutoencoderTiny):
+        return TinyDecoder(vae)
+    # mypy does not rule out the tiny one here, as diffusers' base classes are untyped.
+    return OneStepDecoder(cast("AutoencoderKL", vae))
 
 
 def generator_module(parts: ChosenParts, settings: TaskSettings, step: OneStep) -> Generator:

@@ -33,6 +33,7 @@ def write_tokenizer(root: Path, model: ModelParts, prompt: str) -> PromptTokeniz
         HipaError: the two tokenizers do not agree.
 
     """
+    # Padding and length go into the file: the runtime has no other configuration of the tokenizer.
     fast = model.tokenizer()
     length = fast.model_max_length
     rust = fast.backend_tokenizer
@@ -42,6 +43,7 @@ def write_tokenizer(root: Path, model: ModelParts, prompt: str) -> PromptTokeniz
     path.parent.mkdir()
     rust.save(str(path))
 
+    # A wrong token would give a plausible image of something else, so both are compared once.
     tokenizer = PromptTokenizer(path)
     expected = fast([prompt], padding="max_length", max_length=length, return_tensors="np")
     if not np.array_equal(tokenizer([prompt]), expected.input_ids):

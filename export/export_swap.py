@@ -266,6 +266,8 @@ def _manifest(
     """
     text = (onnx.parent / WEIGHT_MAP).read_text(encoding="utf-8")
     mapped = WeightMap.model_validate_json(text).weights
+
+    # A weight that no adaptor reaches and that differs all the same is a bug of the exporter.
     unexpected = []
     for name in weights:
         if name not in mapped or not mapped[name].adaptable:

@@ -202,6 +202,7 @@ class ModelParts:
             self.size_multiple,
             self._scale,
         )
+        # diffusers gives the size that a model was trained for in latents.
         native = scale * unet["sample_size"]
         height, width = (native if size is None else size for size in (height, width))
         for name, size in (("height", height), ("width", width)):
@@ -211,8 +212,10 @@ class ModelParts:
                     f"{name} {size} does not fit this model. "
                     f"Expected a multiple of {multiple}: {nearest} is nearest."
                 )
+        # A typing error such as a digit too many should not cost minutes and all memory.
         if height * width > MAX_PIXELS:
             raise HipaError(f"{width}x{height} is too large. Expected at most {MAX_PIXELS} pixels.")
+
         schedule = self.scheduler()
         return OneStep(
             prediction_type=schedule.config["prediction_type"],

@@ -130,6 +130,7 @@ def _requested_strengths(
     """The requested strengths, all of which the adaptor must be trained for; by default all its."""
     if metadata is None:
         return options.strengths or DEFAULT_STRENGTHS
+    # At another strength the adaptor would start from noise that it has never seen.
     trained = metadata.strengths
     for strength in options.strengths:
         if strength not in trained:
@@ -154,6 +155,7 @@ def strength_steps(strengths: Sequence[float], model: ModelParts) -> tuple[Stren
 
     """
     alpha_bars = model.scheduler().alphas_cumprod
+    # Two strengths of one timestep would be two rows of the UNet's table with the same numbers.
     by_timestep: dict[int, Strength] = {}
     for strength in sorted(strengths, reverse=True):
         if not 0 < strength <= 1:

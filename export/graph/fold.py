@@ -179,6 +179,7 @@ def fold_decoder_input(vae: AutoencoderKL) -> torch.Tensor:
     if vae.config["use_post_quant_conv"]:
         post_quant_conv: Any = vae.post_quant_conv
         mix_CC = post_quant_conv.weight[:, :, 0, 0]
+        # d needs W's inverse: a badly conditioned W would turn rounding into visible errors.
         if torch.linalg.cond(mix_CC) > MAX_CONDITION:
             raise HipaError(
                 "the VAE's post_quant_conv cannot be inverted, so it cannot be folded. "

@@ -65,6 +65,7 @@ def graph_cost(path: Path, sizes: Mapping[str, int] = MappingProxyType({})) -> C
     try:
         _refuse_unknown(model)
         shapes = _Shapes(model.graph)
+        # Operators without a formula multiply nothing: _refuse_unknown has stopped those that do.
         flops = 0
         for node in model.graph.node:
             if node.op_type in _FLOPS:
@@ -141,6 +142,7 @@ class _Shapes:
             raise HipaError(
                 f"the shape of tensor {name!r} cannot be inferred. Expected static shapes."
             )
+        # All dimensions before the check, so that the message can show the whole shape.
         shape: list[int | str] = []
         for dim in self._values[name].type.tensor_type.shape.dim:
             shape.append(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?")

@@ -222,6 +222,8 @@ class Rounding:
         for name, layer in self.layers.items():
             if not _is_inside(name, islands):
                 rounded[name] = layer
+
+        # The weights are rounded in place, so that a copy of them is needed to restore them after.
         weights = {name: copy.deepcopy(layer.state_dict()) for name, layer in rounded.items()}
 
         hooks = []
@@ -230,6 +232,8 @@ class Rounding:
                 weight.copy_(_round(weight))
             hooks.append(layer.register_forward_pre_hook(_round_inputs))
             hooks.append(layer.register_forward_hook(_round_output))
+
+        # Whatever happens inside, the module is left as it was.
         try:
             output: Tensor = self.module(*inputs)
             return output

@@ -77,8 +77,8 @@ class OneStepUNet(torch.nn.Module):
 
     The inputs are ``unet_inputs(task)``: noise and source [B, C, H, W], mask [B, 1, H, W], the
     index of one of several strengths [1], context [B, L, D]. The start of the step and the
-    combination to x0 stay in float32 inside a float16 graph: for eps, x0 = (z - s eps) / a amplifies the UNet's
-    rounding s / a = 14.6 times at t = 999.
+    combination to x0 stay in float32 inside a float16 graph: for eps, x0 = (z - s eps) / a
+    amplifies the UNet's rounding s / a = 14.6 times at t = 999.
 
     Args:
         unet: a UNet with its timesteps folded.
@@ -151,6 +151,7 @@ def name_arguments(module: torch.nn.Module, names: Sequence[str]) -> None:
     def named(*inputs: torch.Tensor) -> torch.Tensor:
         return forward(*inputs)
 
+    # Suffixes as everywhere: without one of its own, a tensor has the shape of the latents.
     parameters = []
     for name in names:
         argument = f"{name}_{suffixes.get(name, 'BCHW')}"
@@ -402,6 +403,8 @@ def _onestep_rows(
     latent_BCHW = (batch, channels, *latent_size)
     image_BHWC = (batch, sizes["height"], sizes["width"], 3)
 
+    # Between stages latents are float32, so that only the stages' own arithmetic is rounded; images
+    # are uint8 at both ends, a quarter of the bytes to copy.
     tokens: _Row = ("tokens", "int64", (batch, length))
     context: _Row = ("context", real, (batch, length, width))
     image: _Row = ("image", "uint8", image_BHWC)
@@ -415,6 +418,7 @@ def _onestep_rows(
         "step": ("step", "int64", (1,)),
         "context": context,
     }
+    # Each task takes some of the UNet's inputs, in the order of its names.
     inputs = [unet_inputs[name] for name in names]
     return {
         "text_encoder": (tokens, context),
@@ -432,6 +436,7 @@ def _generic_rows(
     batch = sizes["batch"]
     latent_BCHW = (batch, channels, sizes["latent_height"], sizes["latent_width"])
     context_BLD = (batch, length, width)
+    # The names are optimum's: ORTDiffusionPipeline feeds and reads by them.
     return {
         "text_encoder": (
             ("input_ids", "int64", (batch, length)),

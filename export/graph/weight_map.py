@@ -122,6 +122,7 @@ def _folds(module: nn.Module) -> Iterator[tuple[str, Fold]]:
     """Tensors that ``fold_timestep``, ``fold_encoder_output`` or ``fold_decoder_input`` changed."""
     for prefix, part in module.named_modules():
         dot = f"{prefix}." if prefix else ""
+        # At one timestep the fold is in the biases; a table of several has a module of its own.
         if isinstance(part, UNet2DConditionModel) and isinstance(
             part.time_embedding, NoTimeEmbedding
         ):
