@@ -1,4 +1,8 @@
-"""The base model: what kind it is, its parts, and the constants of its one step."""
+"""The base model that is exported: its parts, and the constants of its one step.
+
+Each part is loaded anew by every call, so the caller decides how long it stays in memory: an export
+never holds two copies of the UNet.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
 from hipa_deploy.bundle.manifest import ModelInfo, OneStep
@@ -23,33 +30,51 @@ MAX_PIXELS = 2048 * 2048
 
 
 @dataclass(frozen=True)
-class BaseModel:
-    """A Stable Diffusion folder with one CLIP text encoder. Parts are loaded one at a time, in float32, frozen."""
+class ModelParts:
+    """A Stable Diffusion folder with one CLIP text encoder. Its parts come in float32, frozen.
+
+    Attributes:
+        folder: the diffusers folder.
+        name: what the bundle's manifest calls the model.
+
+    Example:
+        >>> model = ModelParts.open("emoji")
+        >>> model.one_step(999, None, None).latent_shape
+        (4, 16, 16)
+        >>> model.unet().config.in_channels
+        4
+
+    """
 
     folder: Path
     name: str
 
     @classmethod
-    def open(cls, name: str) -> BaseModel:
+    def open(cls, name: str) -> ModelParts:
         """Open 'emoji', a diffusers folder, or a hub id (fetched into the local cache).
 
         Raises:
-            HipaError: no such folder or id, or a pipeline of another kind.
+            HipaError: there is no such folder or id, or it holds another kind of pipeline.
 
         """
         folder = model_folder(name)
         check_pipeline(folder, read_config(folder, "model_index.json"))
-        return cls(folder, folder.resolve().name if Path(name).exists() else name)
+        # A local path says nothing on another machine; a hub id or 'emoji' does.
+        is_local = Path(name).exists()
+        return cls(folder, folder.resolve().name if is_local else name)
 
     @cached_property
     def info(self) -> ModelInfo:
-        """Name, and the hash of the UNet's weights: what an adaptor is bound to."""
+        """The name, and the hash of the UNet's weights, to which an adaptor is bound."""
         return ModelInfo(name=self.name, sha256=unet_sha256(self.folder))
 
     def unet(self, task: Task = "generate") -> UNet2DConditionModel:
-        """The UNet. Raises HipaError for kinds that take more than noise, a timestep and one text context.
+        """The UNet.
 
-        For inpainting it may take mask and source as well.
+        Raises:
+            HipaError: it takes more than noise, a timestep and one text context (for the task
+                inpaint: and more than mask and source), or it cannot be loaded.
+
         """
         check_unet(self.folder, task)
         return _load(UNet2DConditionModel, self.folder, "unet")
@@ -73,57 +98,63 @@ class BaseModel:
         return latent_channels(self.folder)
 
     def tiny_encoder(self, folder: Path) -> AutoencoderTiny:
-        """An AutoencoderTiny whose encoder gives this model's latents.
+        """The AutoencoderTiny in ``folder``, whose encoder gives this model's latents.
 
         Raises:
-            HipaError: it cannot be loaded, gives other latents, or is a decoder alone.
+            HipaError: it cannot be loaded, gives other latents, or only its decoder was trained.
 
         """
         if not folder.is_dir():
             raise HipaError(
-                f"encoder {folder} does not exist. Expected full, tiny, or an AutoencoderTiny folder."
+                f"encoder {folder} does not exist. "
+                "Expected full, tiny, or an AutoencoderTiny folder."
             )
         if (folder / DECODER_METADATA).exists():
             raise HipaError(
-                f"encoder {folder} is a decoder that hipa-train wrote: its encoder was never trained."
+                f"encoder {folder} is a decoder that hipa-train wrote: its encoder was never "
+                "trained. Use full, or another AutoencoderTiny folder."
             )
         tiny = _load(AutoencoderTiny, folder, None)
-        halvings = sum(
-            layer.stride == (2, 2)
-            for layer in tiny.encoder.layers
-            if isinstance(layer, torch.nn.Conv2d)
-        )
-        got, expected = (
-            (tiny.config.latent_channels, 2**halvings),
-            (self.latent_channels, self._scale),
-        )
-        if got != expected:
+
+        # EncoderTiny does not record its factor: each convolution of stride two halves the image.
+        factor = 1
+        for layer in tiny.encoder.layers:
+            if isinstance(layer, torch.nn.Conv2d) and layer.stride == (2, 2):
+                factor *= 2
+        channels = tiny.config.latent_channels
+        if (channels, factor) != (self.latent_channels, self._scale):
             raise HipaError(
-                f"encoder {folder} gives {got[0]} latent channels and reduces {got[1]} times, "
-                f"expected {expected[0]} and {expected[1]}. Use one for this model's latents."
+                f"encoder {folder} gives {channels} latent channels and reduces {factor} times, "
+                f"expected {self.latent_channels} and {self._scale}. "
+                "Use one for this model's latents."
             )
         return tiny
 
     def tiny_decoder(self, folder: Path) -> AutoencoderTiny:
-        """An AutoencoderTiny for this model's latents.
+        """The AutoencoderTiny in ``folder``, whose decoder takes this model's latents.
 
         Raises:
-            HipaError: it cannot be loaded, decodes other latents, or was distilled from another VAE.
+            HipaError: it cannot be loaded, decodes other latents, or was distilled from another
+                VAE.
 
         """
         if not folder.is_dir():
             raise HipaError(
-                f"decoder {folder} does not exist. Expected full, tiny, or an AutoencoderTiny folder."
+                f"decoder {folder} does not exist. "
+                "Expected full, tiny, or an AutoencoderTiny folder."
             )
         _check_distilled_from(folder, self.folder)
         tiny = _load(AutoencoderTiny, folder, None)
+
+        # Every upsampling of DecoderTiny enlarges by the same factor.
         upsamplings = sum(isinstance(layer, torch.nn.Upsample) for layer in tiny.decoder.layers)
-        got = (tiny.config.latent_channels, tiny.config.upsampling_scaling_factor**upsamplings)
-        expected = (self.latent_channels, self._scale)
-        if got != expected:
+        factor = tiny.config.upsampling_scaling_factor**upsamplings
+        channels = tiny.config.latent_channels
+        if (channels, factor) != (self.latent_channels, self._scale):
             raise HipaError(
-                f"decoder {folder} takes {got[0]} latent channels and enlarges {got[1]} times, "
-                f"expected {expected[0]} and {expected[1]}. Use one for this model's latents."
+                f"decoder {folder} takes {channels} latent channels and enlarges {factor} times, "
+                f"expected {self.latent_channels} and {self._scale}. "
+                "Use one for this model's latents."
             )
         return tiny
 
@@ -149,16 +180,21 @@ class BaseModel:
 
     @property
     def size_multiple(self) -> int:
-        """Heights and widths are multiples of this many pixels: every level of the UNet halves without remainder."""
+        """Heights and widths are multiples of this: every level of the UNet halves them evenly."""
         return self._scale * 2 ** (
             len(read_config(self.folder, "unet/config.json")["block_out_channels"]) - 1
         )
 
     def one_step(self, timestep: int, height: int | None, width: int | None) -> OneStep:
-        """The constants of one step at ``timestep`` and a size in pixels (None: the size it was trained for).
+        """The constants of one step at ``timestep`` for images of a size in pixels.
+
+        Args:
+            timestep: 0 to 999.
+            height: pixels; None is the size that the model was trained for.
+            width: the same.
 
         Raises:
-            HipaError: a size that is not a multiple the model allows, or is absurd.
+            HipaError: a size that is not a multiple of ``size_multiple``, or is too large.
 
         """
         unet, multiple, scale = (
@@ -166,19 +202,23 @@ class BaseModel:
             self.size_multiple,
             self._scale,
         )
+        # diffusers gives the size that a model was trained for in latents.
         native = scale * unet["sample_size"]
         height, width = (native if size is None else size for size in (height, width))
         for name, size in (("height", height), ("width", width)):
             if size <= 0 or size % multiple:
                 nearest = max(multiple, round(size / multiple) * multiple)
                 raise HipaError(
-                    f"{name} {size} does not fit this model. Expected a multiple of {multiple}: {nearest} is nearest."
+                    f"{name} {size} does not fit this model. "
+                    f"Expected a multiple of {multiple}: {nearest} is nearest."
                 )
+        # A typing error such as a digit too many should not cost minutes and all memory.
         if height * width > MAX_PIXELS:
             raise HipaError(f"{width}x{height} is too large. Expected at most {MAX_PIXELS} pixels.")
+
         schedule = self.scheduler()
         return OneStep(
-            prediction_type=schedule.config.prediction_type,
+            prediction_type=schedule.config["prediction_type"],
             timestep=timestep,
             alpha_bar=float(schedule.alphas_cumprod[timestep]),
             scaling_factor=read_config(self.folder, "vae/config.json")["scaling_factor"],
@@ -189,26 +229,31 @@ class BaseModel:
 
 
 def _check_distilled_from(decoder: Path, model: Path) -> None:
-    """A decoder that says which VAE it was distilled from must mean this one; another tool's says nothing."""
+    """Raise HipaError if the decoder's metadata names another VAE than ``model``'s.
+
+    A decoder of another tool has no such metadata and is taken on trust.
+    """
     if not (decoder / DECODER_METADATA).exists():
         return
     if read_decoder_metadata(decoder).base_vae_sha256 != vae_sha256(model):
         raise HipaError(
-            f"decoder {decoder} was distilled from another VAE than {model}'s. Distil one from it."
+            f"decoder {decoder} was distilled from another VAE than {model}'s. "
+            f"Distil one from {model}, or use --decoder full."
         )
 
 
 def _load(kind: Any, folder: Path, part: str | None) -> Any:
-    """One part in float32, frozen. A weight that the file lacks would be random, so it is refused."""
+    """One part in float32, frozen, in evaluation mode; ``part`` None is the folder itself."""
     where = folder / part if part else folder
     try:
         module, report = kind.from_pretrained(
             folder, subfolder=part, use_safetensors=True, output_loading_info=True
         )
-    except (
-        Exception
-    ) as error:  # a truncated file, a missing file and a wrong shape each raise their own kind
+    # A truncated file, a missing file and a wrong shape each raise a class of their own.
+    except Exception as error:
         raise HipaError(f"{where} cannot be loaded: {first_line(error)}") from None
+
+    # diffusers fills a weight that the file lacks with random values, and only reports it.
     if report["missing_keys"]:
         raise HipaError(
             f"{where}: weight {min(report['missing_keys'])} is missing. Copy the model again."
