@@ -119,7 +119,7 @@ def write_diffusers_files(root: Path, model: ModelParts) -> None:
         "clip_sample": False,
         "steps_offset": 0,
     }
-    scheduler = DDIMScheduler.from_config(model.scheduler().config, **one_step)
+    scheduler = DDIMScheduler(**model.config.schedule, **one_step)
     scheduler.save_pretrained(root / "scheduler")
 
 

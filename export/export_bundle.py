@@ -72,7 +72,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     settings = choose_task(options, model)
     parts = ChosenParts.choose(model, options, settings.task)
     step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
-    axes = stage_axes(options.dynamic, step, model.size_multiple)
+    axes = stage_axes(options.dynamic, step, model.config.size_multiple)
     batch = options.size("batch") or 1
 
     with new_folder(options.out) as root, _progress(console) as show:
@@ -87,7 +87,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
             batch=batch,
             step=step,
             length=tokens_NL.shape[1],
-            width=model.text_width,
+            width=model.config.text_width,
             axes=axes,
             names=settings.inputs,
         )

@@ -15,15 +15,15 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
 from hipa_deploy.bundle.manifest import ModelInfo, OneStep
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.models.adaptor_folder import unet_sha256
 from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_metadata, vae_sha256
-from hipa_deploy.models.kind import check_pipeline, check_unet, latent_channels, read_config
+from hipa_deploy.models.kind import check_unet
 from hipa_deploy.models.locate import model_folder
+from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.tasks import Task
 
 MAX_PIXELS = 2048 * 2048
@@ -58,7 +58,7 @@ class ModelParts:
 
         """
         folder = model_folder(name)
-        check_pipeline(folder, read_config(folder, "model_index.json"))
+        ModelConfig.read(folder)  # refuses another kind of model before anything slow
         # A local path says nothing on another machine; a hub id or 'emoji' does.
         is_local = Path(name).exists()
         return cls(folder, folder.resolve().name if is_local else name)
@@ -79,11 +79,6 @@ class ModelParts:
         check_unet(self.folder, task)
         return _load(UNet2DConditionModel, self.folder, "unet")
 
-    @property
-    def text_width(self) -> int:
-        """Width D of a text context [B, L, D]."""
-        return int(read_config(self.folder, "text_encoder/config.json")["hidden_size"])
-
     def text_encoder(self) -> CLIPTextModel:
         """The CLIP text encoder."""
         return _load(CLIPTextModel, self.folder, "text_encoder")
@@ -91,11 +86,6 @@ class ModelParts:
     def vae(self) -> AutoencoderKL:
         """The autoencoder."""
         return _load(AutoencoderKL, self.folder, "vae")
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels C of the latents [B, C, h, w]."""
-        return latent_channels(self.folder)
 
     def tiny_encoder(self, folder: Path) -> AutoencoderTiny:
         """The AutoencoderTiny in ``folder``, whose encoder gives this model's latents.
@@ -122,10 +112,10 @@ class ModelParts:
             if isinstance(layer, torch.nn.Conv2d) and layer.stride == (2, 2):
                 factor *= 2
         channels = tiny.config.latent_channels
-        if (channels, factor) != (self.latent_channels, self._scale):
+        if (channels, factor) != (self.config.latent_channels, self.config.vae_factor):
             raise HipaError(
                 f"encoder {folder} gives {channels} latent channels and reduces {factor} times, "
-                f"expected {self.latent_channels} and {self._scale}. "
+                f"expected {self.config.latent_channels} and {self.config.vae_factor}. "
                 "Use one for this model's latents."
             )
         return tiny
@@ -150,10 +140,10 @@ class ModelParts:
         upsamplings = sum(isinstance(layer, torch.nn.Upsample) for layer in tiny.decoder.layers)
         factor = tiny.config.upsampling_scaling_factor**upsamplings
         channels = tiny.config.latent_channels
-        if (channels, factor) != (self.latent_channels, self._scale):
+        if (channels, factor) != (self.config.latent_channels, self.config.vae_factor):
             raise HipaError(
                 f"decoder {folder} takes {channels} latent channels and enlarges {factor} times, "
-                f"expected {self.latent_channels} and {self._scale}. "
+                f"expected {self.config.latent_channels} and {self.config.vae_factor}. "
                 "Use one for this model's latents."
             )
         return tiny
@@ -167,23 +157,10 @@ class ModelParts:
                 f"{self.folder}/tokenizer cannot be loaded: {first_line(error)}"
             ) from None
 
-    def scheduler(self) -> DDPMScheduler:
-        """The noise schedule the model was trained with."""
-        return DDPMScheduler.from_config(
-            read_config(self.folder, "scheduler/scheduler_config.json")
-        )
-
-    @property
-    def _scale(self) -> int:
-        """Pixels a latent, in each direction."""
-        return 2 ** (len(read_config(self.folder, "vae/config.json")["block_out_channels"]) - 1)
-
-    @property
-    def size_multiple(self) -> int:
-        """Heights and widths are multiples of this: every level of the UNet halves them evenly."""
-        return self._scale * 2 ** (
-            len(read_config(self.folder, "unet/config.json")["block_out_channels"]) - 1
-        )
+    @cached_property
+    def config(self) -> ModelConfig:
+        """What the model's configuration files say."""
+        return ModelConfig.read(self.folder)
 
     def one_step(self, timestep: int, height: int | None, width: int | None) -> OneStep:
         """The constants of one step at ``timestep`` for images of a size in pixels.
@@ -194,17 +171,17 @@ class ModelParts:
             width: the same.
 
         Raises:
-            HipaError: a size that is not a multiple of ``size_multiple``, or is too large.
+            HipaError: a size that is not a multiple of ``ModelConfig.size_multiple``, or is too
+                large; a model that does not say its own size, where one is not given; a timestep
+                out of range or without signal.
 
         """
-        unet, multiple, scale = (
-            read_config(self.folder, "unet/config.json"),
-            self.size_multiple,
-            self._scale,
-        )
-        # diffusers gives the size that a model was trained for in latents.
-        native = scale * unet["sample_size"]
-        height, width = (native if size is None else size for size in (height, width))
+        config = self.config
+        multiple = config.size_multiple
+        if height is None:
+            height = config.native_size[0]
+        if width is None:
+            width = config.native_size[1]
         for name, size in (("height", height), ("width", width)):
             if size <= 0 or size % multiple:
                 nearest = max(multiple, round(size / multiple) * multiple)
@@ -216,13 +193,13 @@ class ModelParts:
         if height * width > MAX_PIXELS:
             raise HipaError(f"{width}x{height} is too large. Expected at most {MAX_PIXELS} pixels.")
 
-        schedule = self.scheduler()
+        scale = config.vae_factor
         return OneStep(
-            prediction_type=schedule.config["prediction_type"],
+            prediction_type=config.prediction_type,
             timestep=timestep,
-            alpha_bar=float(schedule.alphas_cumprod[timestep]),
-            scaling_factor=read_config(self.folder, "vae/config.json")["scaling_factor"],
-            latent_shape=(self.latent_channels, height // scale, width // scale),
+            alpha_bar=config.alpha_bar(timestep),
+            scaling_factor=config.scaling_factor,
+            latent_shape=(config.latent_channels, height // scale, width // scale),
             height=height,
             width=width,
         )

@@ -154,7 +154,7 @@ def strength_steps(strengths: Sequence[float], model: ModelParts) -> tuple[Stren
         HipaError: a strength is outside (0, 1], or two of them start at the same timestep.
 
     """
-    alpha_bars = model.scheduler().alphas_cumprod
+    alpha_bars = model.config.alphas_cumprod
     # Two strengths of one timestep would be two rows of the UNet's table with the same numbers.
     by_timestep: dict[int, Strength] = {}
     for strength in sorted(strengths, reverse=True):
@@ -167,7 +167,7 @@ def strength_steps(strengths: Sequence[float], model: ModelParts) -> tuple[Stren
                 f"strengths {both} start at the same timestep, {timestep}. Leave out one of them."
             )
         by_timestep[timestep] = Strength(
-            strength=strength, timestep=timestep, alpha_bar=float(alpha_bars[timestep])
+            strength=strength, timestep=timestep, alpha_bar=model.config.alpha_bar(timestep)
         )
     return tuple(by_timestep.values())
 

@@ -19,7 +19,6 @@ from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.tasks import Task, is_inpainting_unet
 
 
-
 @dataclass(frozen=True)
 class DiffusionModel:
     """Tokenizer, text encoder, UNet, VAE and noise schedule of one StableDiffusionPipeline folder."""
