@@ -1,94 +1,170 @@
-"""Base model (+ adaptor) -> bundle: merge, specialise, export, compare, list. ``export_bundle`` is the whole path."""
+"""Base model (+ adaptor) -> bundle. ``export_bundle`` is the whole path."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 
-import numpy as np
-import torch
-from diffusers import DDIMScheduler
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hipa_deploy import __version__
 from hipa_deploy.bundle.folder import MANIFEST, SCHEMA, Bundle
-from hipa_deploy.bundle.manifest import MAX_BATCH, Manifest
+from hipa_deploy.bundle.manifest import MAX_BATCH, Manifest, Stage
+from hipa_deploy.embedded import EXAMPLE_PROMPT, MODEL
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.builders import (
-    decoder_stage,
-    encoder_stage,
-    generator_stage,
-    generic_decoder_stage,
-    generic_unet_stage,
-    text_encoder_stage,
-    unet_stage,
+from hipa_deploy.export.builders import bundle_sources
+from hipa_deploy.export.bundle_files import (
+    file_hashes,
+    write_closed_set,
+    write_diffusers_files,
+    write_references,
+    write_tokenizer,
 )
+from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.axes import stage_axes
 from hipa_deploy.export.graph.modules import stage_specs
-from hipa_deploy.export.job import REFERENCE_PROMPT, ExportJob
-from hipa_deploy.export.model_parts import BaseModel
-from hipa_deploy.export.task import plan_task
+from hipa_deploy.export.model_parts import ModelParts
+from hipa_deploy.export.references import (
+    encode_closed_set,
+    latent_sample,
+    make_references,
+    text_references,
+)
+from hipa_deploy.export.task import choose_task
+from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder
-from hipa_deploy.generate.noise import initial_noise
-from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS, read_closed_set
-from hipa_deploy.generate.tokenizer import PromptTokenizer
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.images.example_source import example_inputs
+from hipa_deploy.generate.prompts import read_closed_set
 
-__all__ = ["ExportJob", "ExportOptions", "export_bundle", "write_unet"]
+__all__ = ["ExportOptions", "export_bundle"]
 
-REFERENCE_SEED = 0
-ENCODED_AT_ONCE = 64
+NEUTRAL_PROMPT = "a photo of a red apple"
+PROGRESS_LABELS = {
+    "text_encoder": "text",
+    "vae_encoder": "encoder",
+    "unet": "UNet",
+    "generator": "UNet",
+    "vae_decoder": "decoder",
+}
 
 
 def export_bundle(options: ExportOptions, console: Console | None = None) -> Bundle:
     """Export ``options.model`` (+ adaptor) to a bundle at ``options.out``, whole or not at all.
 
+    Args:
+        options: what to export.
+        console: where progress is shown; None is a console of its own.
+
     Raises:
-        HipaError: an unsupported model, an adaptor or decoder that does not fit, a size out of range, options that
-            exclude each other, an output folder in use, or a stage that does not agree with PyTorch.
+        HipaError: the model is not supported, an adaptor or decoder does not fit it, a size is out
+            of range, options exclude each other, the output folder is in use, or a stage does not
+            agree with PyTorch.
+
+    Example:
+        >>> bundle = export_bundle(ExportOptions(model="emoji", out=Path("bundle"), dtype="fp32"))
+        >>> list(bundle.stages)
+        ['text_encoder', 'unet', 'vae_decoder']
 
     """
     _check(options)
-    base = BaseModel.open(options.model)
-    plan = plan_task(options, base)
-    step = base.one_step(plan.timestep, options.size("height"), options.size("width"))
-    axes = stage_axes(options.dynamic, step, base.size_multiple)
-    with new_folder(options.out) as root, _progress(console) as say:
-        job = ExportJob(options, base, root, step, axes, plan)
-        say("text")
-        _text(job)
-        if plan.task != "generate":
-            say("encoder")
-            _write_encoder(job)
-        say("UNet")
-        write_unet(job)
-        if not options.fuse:
-            say("decoder")
-            _write_decoder(job)
+    model = ModelParts.open(options.model)
+    settings = choose_task(options, model)
+    parts = ChosenParts.choose(model, options, settings.task)
+    step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
+    axes = stage_axes(options.dynamic, step, model.config.size_multiple)
+    batch = options.size("batch") or 1
+
+    with new_folder(options.out) as root, _progress(console) as show:
+        # The tokenizer comes first: the length of its tokens is a size of the stages.
+        show("text")
+        closed_set = read_closed_set(options.prompts) if options.prompts else None
+        prompts = closed_set or [example_prompt(model)]
+        tokens_NL = write_tokenizer(root, model, prompts[0])(prompts)
+        specs = stage_specs(
+            layout=options.layout,
+            precision=options.dtype,
+            batch=batch,
+            step=step,
+            length=tokens_NL.shape[1],
+            width=model.config.text_width,
+            axes=axes,
+            names=settings.inputs,
+        )
+
+        # All of PyTorch's tensors before anything is exported: each part of the model is loaded
+        # for its references, freed, and loaded again for its stage.
+        show("references")
+        references = text_references(prompts[0], tokens_NL[:1], batch, step)
+        tensors = references.inputs()
+        if closed_set:
+            contexts_NLD = encode_closed_set(parts, tokens_NL)
+            references = references.plus({"context": contexts_NLD[:1].repeat(batch, 0)})
+            stored_NLD = write_closed_set(root, closed_set, contexts_NLD, options.dtype)
+            tensors["context"] = stored_NLD[:1].repeat(batch, 0)
+        references = make_references(
+            references, parts, settings, step, options.layout, watch=options.dtype == "fp16"
+        )
+
+        # The chain: a stage is fed with what the ONNX stages before it gave, not with PyTorch's
+        # tensors, so that the last stage's error is that of the whole bundle.
+        tensors |= references.inputs()
+        writer = StageWriter(root, options.dtype, specs, references, len(settings.strengths))
+        stages: list[Stage] = []
+        for source in bundle_sources(options, parts, settings, step):
+            show(PROGRESS_LABELS[source.name])
+            if "latent_sample" in source.inputs:
+                # The generic UNet gives its raw output, of which the runtime makes x0.
+                tensors["latent_sample"] = latent_sample(tensors, step)
+            written = writer.write(source, tensors)
+            tensors[source.output] = written.output
+            stages.append(written.stage)
         if options.layout == "generic":
-            _write_diffusers_index(job)
-        say("manifest")
-        _write_manifest(job)
+            write_diffusers_files(root, model)
+
+        # The manifest is last: it lists the hash of every other file.
+        show("manifest")
+        write_references(root, references)
+        manifest = Manifest(
+            schema_version=SCHEMA,
+            producer=f"hipa-deploy {__version__}",
+            layout=options.layout,
+            precision=options.dtype,
+            batch=batch,
+            base_model=model.info,
+            adaptor=references.adaptor,
+            decoder=parts.decoder_info(),
+            encoder=None if settings.task == "generate" else parts.encoder_info(),
+            task=settings.task,
+            strengths=settings.strengths,
+            upscale=settings.upscale,
+            one_step=step,
+            stages=tuple(stages),
+            end_to_end=stages[-1].parity,
+            files=file_hashes(root),
+        )
+        (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
     return Bundle.open(options.out)
 
 
+def example_prompt(model: ModelParts) -> str:
+    """The prompt of a bundle's reference: the embedded model's own, or a neutral one."""
+    is_embedded = model.folder.resolve() == MODEL.resolve()
+    return EXAMPLE_PROMPT if is_embedded else NEUTRAL_PROMPT
+
+
 def _check(options: ExportOptions) -> None:
+    """Raise HipaError for a batch out of range and options that exclude each other."""
     if not 1 <= options.batch <= MAX_BATCH:
         raise HipaError(
             f"batch {options.batch} is out of range. Expected 1 <= batch <= {MAX_BATCH}."
         )
-    special = [name for name in ("fuse", "decoder", "prompts", "dynamic") if getattr(options, name)]
-    if options.layout == "generic" and special:
-        raise HipaError(
-            f"--{special[0]} needs --layout onestep: the generic layout is what optimum can load."
-        )
+    if options.layout == "generic":
+        for name in ("fuse", "decoder", "prompts", "dynamic"):
+            if getattr(options, name):
+                raise HipaError(
+                    f"--{name} needs --layout onestep: the generic layout is what optimum can load."
+                )
 
 
 @contextmanager
@@ -99,167 +175,3 @@ def _progress(console: Console | None) -> Iterator[Callable[[str], None]]:
     ) as progress:
         task = progress.add_task("", total=None)
         yield lambda what: progress.update(task, description=f"export: {what}")
-
-
-def write_unet(job: ExportJob) -> str:
-    """Write the stage that holds the UNet; the name of the tensor that it gives."""
-    inputs = job.plan.inputs
-    if job.options.fuse:
-        name, build, output = "generator", generator_stage, "images"
-    elif job.options.layout == "onestep":
-        name, build, output = "unet", unet_stage, "latents"
-    else:
-        name, build, output = "unet", generic_unet_stage, "output"
-        inputs = ("noise", "timestep", "context")
-    job.write(name, partial(build, job), inputs, output)
-    return output
-
-
-def _write_decoder(job: ExportJob) -> None:
-    if job.options.layout == "onestep":
-        job.write("vae_decoder", partial(decoder_stage, job), ("latents",), "images")
-    else:
-        job.write("vae_decoder", partial(generic_decoder_stage, job), ("latent_sample",), "sample")
-
-
-def _text(job: ExportJob) -> None:
-    """Text encoder and tokenizer, or the contexts of a closed set of prompts; and the reference noise."""
-    options, batch = job.options, job.batch
-    prompts = read_closed_set(options.prompts) if options.prompts else [REFERENCE_PROMPT]
-    tokenizer = _write_tokenizer(job.base, job.root / "tokenizer/tokenizer.json")
-    tokens_NL = tokenizer(prompts)
-    job.prompt = prompts[0]
-    length, width = tokens_NL.shape[1], job.base.text_width
-    job.specs = stage_specs(
-        options.layout, options.dtype, batch, job.step, length, width, job.axes, job.plan.inputs
-    )
-    noise_BCHW = initial_noise([REFERENCE_SEED + i for i in range(batch)], job.step.latent_shape)
-    job.reference |= {"tokens": tokens_NL[:1].repeat(batch, 0), "noise": noise_BCHW}
-    job.given |= job.reference
-    if options.prompts:
-        _bake(job, tokens_NL, prompts)
-    else:
-        job.write("text_encoder", partial(text_encoder_stage, job), ("tokens",), "context")
-
-
-def _write_tokenizer(base: BaseModel, path: Path) -> PromptTokenizer:
-    """Write ``tokenizer.json``, padding and length inside, and read it as the runtime will."""
-    fast = base.tokenizer()
-    length = fast.model_max_length
-    rust = fast.backend_tokenizer
-    rust.enable_truncation(length)
-    rust.enable_padding(length=length, pad_id=fast.pad_token_id, pad_token=fast.pad_token)
-    path.parent.mkdir()
-    rust.save(str(path))
-    ours = PromptTokenizer(path)
-    expected = fast(
-        [REFERENCE_PROMPT], padding="max_length", max_length=length, return_tensors="np"
-    ).input_ids
-    if not np.array_equal(ours([REFERENCE_PROMPT]), expected):
-        raise HipaError(
-            f"{base.folder}/tokenizer: tokenizer.json does not agree with transformers. Please report this."
-        )
-    return ours
-
-
-@torch.no_grad()
-def _bake(job: ExportJob, tokens_NL: np.ndarray, prompts: list[str]) -> None:
-    """Contexts in place of text encoder and tokenizer."""
-    encoder = job.base.text_encoder()
-    chunks = torch.from_numpy(tokens_NL).split(ENCODED_AT_ONCE)
-    contexts_NLD = torch.cat([encoder(tokens_BL).last_hidden_state for tokens_BL in chunks]).numpy()
-    job.reference["context"] = contexts_NLD[:1].repeat(job.batch, 0)
-    stored_NLD = contexts_NLD.astype(np.float16 if job.options.dtype == "fp16" else np.float32)
-    job.given["context"] = stored_NLD[:1].repeat(job.batch, 0)
-    path = job.root / BAKED_CONTEXTS
-    path.parent.mkdir()
-    np.save(path, stored_NLD)
-    (job.root / BAKED_PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    shutil.rmtree(job.root / "tokenizer")
-
-
-def _write_encoder(job: ExportJob) -> None:
-    """The encoder of the source image, and what else of the reference the task takes."""
-    step, plan = job.step, job.plan
-    given = example_inputs(
-        plan.task, step.height, step.width, step.height // step.latent_shape[1], plan.upscale or 1
-    )
-    job.reference |= {name: value[None].repeat(job.batch, 0) for name, value in given.items()}
-    if "step" in plan.inputs:
-        job.reference["step"] = np.asarray([0])
-    job.given |= {
-        name: value for name, value in job.reference.items() if name in ("image", "mask", "step")
-    }
-    job.write("vae_encoder", partial(encoder_stage, job), ("image",), "source")
-
-
-def _write_diffusers_index(job: ExportJob) -> None:
-    """``model_index.json``, configurations and the one-step scheduler: what optimum's ORTDiffusionPipeline reads."""
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-    }
-    (job.root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for part, folder in (
-        ("text_encoder", "text_encoder"),
-        ("unet", "unet"),
-        ("vae", "vae_decoder"),
-    ):
-        config = json.loads((job.base.folder / part / "config.json").read_text())
-        (job.root / folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    ours = (
-        job.root / "tokenizer/tokenizer.json"
-    )  # save_pretrained writes its own, without padding and length
-    content = ours.read_bytes()
-    job.base.tokenizer().save_pretrained(ours.parent)
-    ours.write_bytes(content)
-    config = {
-        "timestep_spacing": "trailing",
-        "set_alpha_to_one": True,
-        "clip_sample": False,
-        "steps_offset": 0,
-    }
-    DDIMScheduler.from_config(job.base.scheduler().config, **config).save_pretrained(
-        job.root / "scheduler"
-    )
-
-
-def _write_manifest(job: ExportJob) -> None:
-    """Reference tensors and ``hipa.json``, which lists the hash of everything else."""
-    _write_reference(job)
-    files = sorted(path for path in job.root.rglob("*") if path.is_file())
-    manifest = Manifest(
-        schema_version=SCHEMA,
-        producer=f"hipa-deploy {__version__}",
-        layout=job.options.layout,
-        precision=job.options.dtype,
-        batch=job.batch,
-        base_model=job.base.info,
-        adaptor=job.adaptor,
-        decoder=job.decoder,
-        encoder=job.encoder,
-        task=job.plan.task,
-        strengths=job.plan.strengths,
-        upscale=job.plan.upscale,
-        one_step=job.step,
-        stages=tuple(job.stages),
-        end_to_end=job.stages[-1].parity,
-        files={path.relative_to(job.root).as_posix(): file_sha256(path) for path in files},
-    )
-    (job.root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-
-
-def _write_reference(job: ExportJob) -> None:
-    folder = job.root / "reference"
-    folder.mkdir()
-    np.savez_compressed(folder / "tensors.npz", **job.reference)  # type: ignore[arg-type]  # numpy's stub
-    seeds = list(range(REFERENCE_SEED, REFERENCE_SEED + job.batch))
-    (folder / "prompts.json").write_text(
-        json.dumps({"prompts": [job.prompt], "seeds": seeds}) + "\n"
-    )

@@ -1,4 +1,4 @@
-"""What to export."""
+"""The request of an export."""
 
 from __future__ import annotations
 
@@ -15,13 +15,29 @@ from hipa_deploy.tasks import Task
 class ExportOptions:
     """What to export.
 
-    ``dtype`` is the precision of weights and arithmetic inside the graphs; ``height`` and ``width`` are pixels
-    (None: the size the model was trained for); ``batch`` is the images a call makes, static. ``fuse`` puts UNet and
-    decoder into one stage, 'generator'. ``decoder`` None is the model's own; otherwise an AutoencoderTiny folder.
-    ``prompts`` is a text file, one prompt a line: the bundle then holds their text contexts in place of the text
-    encoder, and takes no others. ``dynamic`` has the axes 'batch', 'height' and 'width' that are not static, in
-    images and pixels. ``task`` None is the adaptor's own, generate without one; ``strengths`` are an edit's, of which
-    an adaptor has its own; ``encoder`` None is the model's, otherwise an AutoencoderTiny folder.
+    Attributes:
+        model: 'emoji', a diffusers folder or a hub id.
+        out: the bundle's folder, which must be new or empty.
+        adaptor: an adaptor folder; None exports the model as it is.
+        adaptor_scale: 1.0 merges the adaptor as it was trained.
+        dtype: precision of weights and arithmetic inside the graphs, fp16 or fp32.
+        layout: onestep is specialised to one step; generic is what optimum loads.
+        height: pixels; None is the size that the model was trained for.
+        width: the same.
+        batch: images per call, static.
+        fuse: UNet and decoder become one stage, 'generator'.
+        decoder: an AutoencoderTiny folder; None is the model's own VAE.
+        prompts: a text file, one prompt per line. The bundle then holds the contexts of these
+            prompts in place of the text encoder, and takes no others.
+        dynamic: axes that are not static, of 'batch', 'height' and 'width', in images and pixels.
+        task: None is the adaptor's own; generate without an adaptor.
+        strengths: of an edit, in (0, 1]; empty means all that the adaptor was trained for.
+        encoder: an AutoencoderTiny folder; None is the model's own VAE.
+
+    Example:
+        >>> ExportOptions(model="emoji", out=Path("bundle"), batch=2).size("batch")
+        2
+
     """
 
     model: str
@@ -42,5 +58,11 @@ class ExportOptions:
     encoder: Path | None = None
 
     def size(self, name: Literal["batch", "height", "width"]) -> int | None:
-        """The size to reference: a dynamic axis' usual one, or the static one that was asked for."""
-        return self.dynamic[name].opt if name in self.dynamic else getattr(self, name)
+        """The size of the reference: the usual one of a dynamic axis, or the static one.
+
+        None: the size that the model was trained for.
+        """
+        if name in self.dynamic:
+            return self.dynamic[name].opt
+        static: int | None = getattr(self, name)
+        return static

@@ -1,7 +1,7 @@
-"""Another adaptor for a bundle that is there already: its graph once more, and of that the weights that differ.
+"""Another adaptor for a bundle that exists: the graph exported again, and its weights that differ.
 
-The graph must come out equal but for the values of its weights; then a runtime can put these values in the other's
-place, and what it runs is to the bit what an export with this adaptor would have given.
+The graph must come out equal but for the values of its weights. Then a runtime can put these values
+in place of the bundle's, and what it runs is bit for bit what an export with this adaptor gives.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from hipa_deploy.bundle.adaptor_swap import (
     stage_files,
 )
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import Stage
+from hipa_deploy.bundle.manifest import AdaptorInfo, DecoderInfo, Stage
 from hipa_deploy.bundle.onnx_weights import Initializer, read_initializers, skeleton_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.export_bundle import write_unet
+from hipa_deploy.export.builders import unet_source
+from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.job import ExportJob
-from hipa_deploy.export.model_parts import BaseModel
+from hipa_deploy.export.model_parts import ModelParts
+from hipa_deploy.export.references import INPUTS, References, add_images, add_step
 from hipa_deploy.export.run_apart import run_apart
-from hipa_deploy.export.task import plan_task
+from hipa_deploy.export.task import TaskSettings, choose_task
+from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
@@ -44,7 +46,17 @@ from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
 
 @dataclass(frozen=True, kw_only=True)
 class SwapOptions:
-    """Which adaptor to make fit for which bundle. ``decoder`` is the AutoencoderTiny folder of a fused bundle."""
+    """Which adaptor to export for which bundle.
+
+    Attributes:
+        model: the base model that the bundle was exported from.
+        adaptor: the adaptor folder whose weights to write.
+        bundle: the bundle's folder.
+        out: the folder to write.
+        adaptor_scale: 1.0 merges the adaptor as it was trained.
+        decoder: the AutoencoderTiny folder of a fused bundle; None is the model's VAE.
+
+    """
 
     model: str
     adaptor: Path
@@ -55,41 +67,83 @@ class SwapOptions:
 
 
 def export_swap(options: SwapOptions, console: Console | None = None) -> AdaptorSwap:
-    """Export ``options.adaptor`` as weights to swap into ``options.bundle``, to ``options.out``, whole or not at all.
+    """Export ``options.adaptor`` as weights to swap into ``options.bundle``, whole or not at all.
+
+    Args:
+        options: which adaptor, for which bundle, and where to write.
+        console: where progress is shown; None is the standard error.
 
     Raises:
-        HipaError: a base model, timestep or decoder that is not the bundle's, an adaptor that does not fit the model or
-            needs other float32 islands, a graph that comes out different, or weights that do not differ at all.
+        HipaError: base model, timestep or decoder are not the bundle's, the adaptor does not fit
+            the model or needs other FP32 islands, the graph comes out different, or no weight
+            differs at all.
+
+    Example:
+        >>> swap = export_swap(
+        ...     SwapOptions(model="emoji", adaptor=Path("mine"), bundle=Path("b"), out=Path("swap"))
+        ... )
+        >>> swap.manifest.stage
+        'unet'
 
     """
-    bundle, base = Bundle.open(options.bundle), BaseModel.open(options.model)
+    bundle = Bundle.open(options.bundle)
+    model = ModelParts.open(options.model)
     bundle.verify()
     with new_folder(options.out) as root, tempfile.TemporaryDirectory() as scratch:
-        job = _job(options, bundle, base, Path(scratch))
+        # The request that the bundle came from, with the other adaptor.
+        _check_same_base(options, bundle, model)
+        like_bundle = _bundle_options(options, bundle)
+        settings = choose_task(like_bundle, model)
+        _check_timestep(options, bundle, settings)
+        parts = ChosenParts.choose(model, like_bundle, settings.task)
+        if like_bundle.fuse:
+            check_decoder(bundle, parts.decoder_info())
+
+        # The UNet's stage once more, fed with what the bundle's own stages before it give.
         with (console or Console(stderr=True)).status("export: UNet"):
-            output = write_unet(job)
-        check_decoder(job, bundle)
-        stage, onnx = job.stages[0], Path(scratch) / job.stages[0].path
+            references = _references(bundle, parts, settings)
+            source = unet_source(like_bundle, parts, settings, bundle.manifest.one_step)
+            writer = StageWriter(
+                root=Path(scratch),
+                precision=like_bundle.dtype,
+                specs={name: stage.spec for name, stage in bundle.stages.items()},
+                references=references,
+                strengths=len(settings.strengths),
+                islands={name: stage.fp32_islands for name, stage in bundle.stages.items()},
+            )
+            stage = writer.write(source, _stage_inputs(bundle, references)).stage
+
+        # Only what differs is kept.
+        onnx = Path(scratch) / stage.path
         weights = _differing(bundle.stage_path(stage.spec.name), onnx)
-        np.savez(root / WEIGHTS, **{name: weight.read() for name, weight in weights.items()})  # type: ignore[arg-type]
-        np.save(root / REFERENCE, job.reference[output])
-        manifest = _manifest(job, bundle, stage, onnx, weights, root)
+        values = {name: weight.read() for name, weight in weights.items()}
+        np.savez(root / WEIGHTS, **values)  # type: ignore[arg-type]  # numpy's stub
+        np.save(root / REFERENCE, references.tensors[source.output])
+        assert references.adaptor is not None  # SwapOptions.adaptor is no option
+        manifest = _manifest(bundle, stage, onnx, weights, references.adaptor, root)
         (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return AdaptorSwap.open(bundle, options.out)
 
 
-def _job(options: SwapOptions, bundle: Bundle, base: BaseModel, root: Path) -> ExportJob:
-    """The export that the bundle came from, with the other adaptor, up to its UNet."""
-    manifest = bundle.manifest
+def _check_same_base(options: SwapOptions, bundle: Bundle, model: ModelParts) -> None:
+    """Raise HipaError for another base model, and where the VAE's encoder is adapted."""
     if (options.adaptor / ENCODER_WEIGHTS).exists():
-        got = f"adaptor {options.adaptor} is on the VAE's encoder too"
-        raise HipaError(f"{got}, which no swap changes. Export a bundle of its own.")
-    check_encoder(bundle)
-    if base.info.sha256 != manifest.base_model.sha256:
         raise HipaError(
-            f"{bundle.root} was exported from another base model than {options.model}. Give that one."
+            f"adaptor {options.adaptor} is on the VAE's encoder too, which no swap changes. "
+            "Export a bundle of its own."
         )
-    like = ExportOptions(
+    check_encoder(bundle)
+    if model.info.sha256 != bundle.manifest.base_model.sha256:
+        raise HipaError(
+            f"{bundle.root} was exported from another base model than {options.model}. "
+            f"Give --model as for the bundle's own export: {bundle.manifest.base_model.name}."
+        )
+
+
+def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
+    """The options that ``bundle`` was exported with, but for the adaptor."""
+    manifest = bundle.manifest
+    return ExportOptions(
         model=options.model,
         out=options.out,
         adaptor=options.adaptor,
@@ -102,71 +156,94 @@ def _job(options: SwapOptions, bundle: Bundle, base: BaseModel, root: Path) -> E
         task=manifest.task,
         strengths=tuple(entry.strength for entry in manifest.strengths),
     )
-    plan = plan_task(like, base)
-    if plan.timestep != manifest.one_step.timestep:
-        want = manifest.one_step.timestep
+
+
+def _check_timestep(options: SwapOptions, bundle: Bundle, settings: TaskSettings) -> None:
+    """Raise HipaError unless the adaptor was trained for the bundle's timestep."""
+    expected = bundle.manifest.one_step.timestep
+    if settings.timestep != expected:
         raise HipaError(
-            f"{options.adaptor} was trained for timestep {plan.timestep}, {bundle.root} is for {want}."
+            f"{options.adaptor} was trained for timestep {settings.timestep}, "
+            f"{bundle.root} is for {expected}. Export a bundle of its own."
         )
-    job = ExportJob(like, base, root, manifest.one_step, dict(bundle.axes), plan)
-    job.specs = {name: stage.spec for name, stage in bundle.stages.items()}
-    job.islands = {name: stage.fp32_islands for name, stage in bundle.stages.items()}
-    with np.load(bundle.path("reference/tensors.npz")) as tensors:
-        job.reference |= {
-            name: tensors[name]
-            for name in tensors.files
-            if name in ("tokens", "image", *plan.inputs)
-        }
-    job.given |= job.reference | {"context": _given_context(bundle, job.reference)}
+
+
+def check_decoder(bundle: Bundle, decoder: DecoderInfo) -> None:
+    """Raise HipaError unless ``decoder`` is the bundle's: a fused stage holds the decoder too."""
+    expected = bundle.manifest.decoder
+    if expected is None or expected.sha256 != decoder.sha256:
+        name = expected.name if expected else "full"
+        raise HipaError(f"{bundle.root} has another decoder than this. Give --decoder, {name}.")
+
+
+def _references(bundle: Bundle, parts: ChosenParts, settings: TaskSettings) -> References:
+    """The bundle's reference inputs, and what PyTorch gives for them with the other adaptor.
+
+    Prompt and seeds are not needed, as nothing of them is written.
+    """
+    step = bundle.manifest.one_step
+    tensors: dict[str, np.ndarray] = {}
+    with np.load(bundle.path("reference/tensors.npz")) as stored:
+        for name in stored.files:
+            if name in (*INPUTS, *settings.inputs):
+                tensors[name] = stored[name]
+    references = References(prompt="", seeds=(), tensors=tensors)
+    references = add_step(references, parts, settings, step, watch=False)
+    if "generator" in bundle.stages:
+        references = add_images(references, parts, settings, step, watch=False)
+    return references
+
+
+def _stage_inputs(bundle: Bundle, references: References) -> dict[str, np.ndarray]:
+    """What the UNet's stage is fed with: the reference inputs, and what the stages before give."""
+    tensors = references.inputs()
+    tensors["context"] = _context(bundle, references.tensors)
     if "vae_encoder" in bundle.stages:
-        spec, image_BHWC = bundle.stages["vae_encoder"].spec, job.reference["image"]
-        job.given["source"] = run_apart(
-            bundle.stage_path("vae_encoder"), spec, {"image": image_BHWC}
-        )
-    return job
+        spec = bundle.stages["vae_encoder"].spec
+        feed = {"image": tensors["image"]}
+        tensors["source"] = run_apart(bundle.stage_path("vae_encoder"), spec, feed)
+    return tensors
 
 
-def _given_context(bundle: Bundle, reference: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The context as the bundle's text encoder gives it, or as it is baked."""
-    if "text_encoder" not in bundle.stages:
-        spec = bundle.stages[adapted_stage(bundle)].spec
-        dtype = next(tensor.dtype for tensor in spec.inputs if tensor.name == "context")
-        return reference["context"].astype(dtype)
-    spec = bundle.stages["text_encoder"].spec
-    return run_apart(
-        bundle.stage_path("text_encoder"), spec, {spec.inputs[0].name: reference["tokens"]}
-    )
-
-
-def check_decoder(job: ExportJob, bundle: Bundle) -> None:
-    """A fused stage holds the decoder too, and that must stay what it is."""
-    was, now = bundle.manifest.decoder, job.decoder
-    if job.options.fuse and (was and was.sha256) != (now and now.sha256):
-        raise HipaError(
-            f"{bundle.root} has another decoder than this. Give --decoder, {was.name if was else 'full'}."
-        )
+def _context(bundle: Bundle, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The context as the bundle's text encoder gives it, or as the bundle stores it."""
+    if "text_encoder" in bundle.stages:
+        spec = bundle.stages["text_encoder"].spec
+        feed = {spec.inputs[0].name: tensors["tokens"]}
+        return run_apart(bundle.stage_path("text_encoder"), spec, feed)
+    spec = bundle.stages[adapted_stage(bundle)].spec
+    dtype = next(tensor.dtype for tensor in spec.inputs if tensor.name == "context")
+    return tensors["context"].astype(dtype)
 
 
 def _differing(base: Path, other: Path) -> dict[str, Initializer]:
-    """The weights of ``other`` whose values are not those of ``base``.
+    """The weights of the graph ``other`` whose values are not those of the graph ``base``.
 
     Raises:
         HipaError: the graphs differ in more than that, or not at all.
 
     """
-    ours, theirs = read_initializers(base), read_initializers(other)
-    same_layout = [_layout(weight) for weight in ours.values()] == [
-        _layout(weight) for weight in theirs.values()
-    ]
-    if not same_layout or skeleton_sha256(base, ours) != skeleton_sha256(other, theirs):
+    base_weights = read_initializers(base)
+    other_weights = read_initializers(other)
+    same_layout = list(map(_layout, base_weights.values())) == list(
+        map(_layout, other_weights.values())
+    )
+    if not same_layout or (
+        skeleton_sha256(base, base_weights) != skeleton_sha256(other, other_weights)
+    ):
         raise HipaError(
-            f"{base}: the graph comes out different with this adaptor, or with the exporter that is installed now. "
-            "Export a bundle of its own."
+            f"{base}: the graph comes out different with this adaptor, or with the exporter that "
+            "is installed now. Export a bundle of its own."
         )
-    found = {n: w for n, w in theirs.items() if w.read().tobytes() != ours[n].read().tobytes()}
-    if not found:
+
+    # By bytes: NaN equals itself, and 0.0 is not -0.0.
+    differing: dict[str, Initializer] = {}
+    for name, weight in other_weights.items():
+        if weight.read().tobytes() != base_weights[name].read().tobytes():
+            differing[name] = weight
+    if not differing:
         raise HipaError(f"{base}: this adaptor changes no weight of it: the bundle has it already.")
-    return found
+    return differing
 
 
 def _layout(weight: Initializer) -> tuple[object, ...]:
@@ -174,27 +251,38 @@ def _layout(weight: Initializer) -> tuple[object, ...]:
 
 
 def _manifest(
-    job: ExportJob,
     bundle: Bundle,
     stage: Stage,
     onnx: Path,
     weights: Mapping[str, Initializer],
+    adaptor: AdaptorInfo,
     root: Path,
 ) -> SwapManifest:
-    mapped = WeightMap.model_validate_json(
-        (onnx.parent / WEIGHT_MAP).read_text(encoding="utf-8")
-    ).weights
-    strangers = [name for name in weights if name not in mapped or not mapped[name].adaptable]
-    if strangers or job.adaptor is None:
+    """The manifest of the swap in ``root``, whose ``weights`` are from the graph ``onnx``.
+
+    Raises:
+        HipaError: a weight differs that no adaptor can change.
+
+    """
+    text = (onnx.parent / WEIGHT_MAP).read_text(encoding="utf-8")
+    mapped = WeightMap.model_validate_json(text).weights
+
+    # A weight that no adaptor reaches and that differs all the same is a bug of the exporter.
+    unexpected = []
+    for name in weights:
+        if name not in mapped or not mapped[name].adaptable:
+            unexpected.append(name)
+    if unexpected:
         raise HipaError(
-            f"{onnx}: {', '.join(strangers)} changed, which no adaptor can change. Please report this."
+            f"{onnx}: {', '.join(unexpected)} changed, which no adaptor can change. "
+            "Please report this."
         )
     return SwapManifest(
         producer=f"hipa-deploy {__version__}",
         stage=stage.spec.name,
         base_files=stage_files(bundle, stage.spec.name),
         onnx_sha256=file_sha256(onnx),
-        adaptor=job.adaptor,
+        adaptor=adaptor,
         parity=stage.parity,
         weights={name: mapped[name] for name in weights},
         files={name: file_sha256(root / name) for name in (WEIGHTS, REFERENCE)},

@@ -1,4 +1,7 @@
-"""Fold a low-rank adaptor into the weights of the UNet, and of the VAE's encoder: W + scale * (alpha / rank) * B A."""
+"""Merge a low-rank adaptor into the weights of the UNet, and of the VAE's encoder.
+
+A layer's weights W become W + scale * (alpha / rank) * B A, with the adapter weights A and B.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -19,16 +24,30 @@ from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, WEIGHTS
 
 
 def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0) -> AdaptorInfo:
-    """Merge in place, in float32; afterwards the UNet has exactly its own modules again.
+    """Merge an adaptor into ``unet``, in place, in float32.
+
+    Args:
+        unet: afterwards it has exactly its own modules again.
+        adaptor: a folder, as hipa-train writes it.
+        scale: 1.0 merges as trained, 0.0 changes nothing.
+
+    Returns:
+        What the bundle's manifest says of the adaptor.
 
     Raises:
-        HipaError: no adaptor, unreadable or not finite, a layer that this UNet does not have or has in another
-            shape, a scale that is not finite.
+        HipaError: there is no adaptor, it cannot be read, it is not finite or has a layer that this
+            UNet does not have or has in another shape, or the scale is not finite.
+
+    Example:
+        >>> merge_adaptor(ModelParts.open("emoji").unet(), embedded.ADAPTOR).scale
+        1.0
 
     """
     _check_scale(scale)
     state, metadata = _read_weights(adaptor)
     _load_into(unet, state, adaptor, prefix="unet", metadata=metadata)
+
+    # Layers may differ in rank; the manifest names the largest. After the fusion none is left.
     layers = [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]
     rank, alpha = max(_rank_and_alpha(layer) for layer in layers)
     _fuse(unet, adaptor, scale)
@@ -44,13 +63,20 @@ def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0)
 def merge_encoder_adaptor(
     vae: AutoencoderKL, adaptor: Path | None, scale: float = 1.0
 ) -> str | None:
-    """Merge the adaptor's part for the VAE's encoder, if it has one, in place; the hash of that file, or None.
+    """Merge the adaptor's weights for the VAE's encoder into ``vae``, in place, in float32.
+
+    Returns:
+        The hash of the file of these weights; None if the adaptor has none.
 
     Raises:
-        HipaError: it is unreadable, does not fit this encoder or is not finite, or a scale that is not finite.
+        HipaError: they cannot be read, do not fit this encoder or are not finite, or the scale is
+            not finite.
 
     """
-    if adaptor is None or not (path := adaptor / ENCODER_WEIGHTS).exists():
+    if adaptor is None:
+        return None
+    path = adaptor / ENCODER_WEIGHTS
+    if not path.exists():
         return None
     _check_scale(scale)
     try:
@@ -60,9 +86,8 @@ def merge_encoder_adaptor(
     if not state:
         raise HipaError(f"{path} holds nothing. Copy the adaptor again.")
     _check_finite(state, adaptor)
-    _load_into(
-        vae, state, path, prefix=None
-    )  # alpha is the rank: what diffusers takes where nothing is said
+    # Without metadata diffusers takes the rank for alpha, which is how hipa-train trains them.
+    _load_into(vae, state, path, prefix=None)
     _fuse(vae, path, scale)
     return file_sha256(path)
 
@@ -75,6 +100,7 @@ def _check_scale(scale: float) -> None:
 
 
 def _fuse(model: Any, adaptor: Path, scale: float) -> None:
+    """Merge the attached adapter layers and take them out, and check that nothing went wrong."""
     model.fuse_lora(lora_scale=scale)
     model.unload_lora()
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -87,6 +113,7 @@ def _fuse(model: Any, adaptor: Path, scale: float) -> None:
 
 
 def _read_weights(adaptor: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """The adapter weights and their metadata, after the checks that need no UNet."""
     if not (adaptor / WEIGHTS).is_file():
         raise HipaError(
             f"{adaptor}: no {WEIGHTS} in it. Expected an adaptor folder, as hipa-train writes it."
@@ -95,13 +122,17 @@ def _read_weights(adaptor: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
         state, _, metadata = StableDiffusionPipeline.lora_state_dict(
             adaptor, weight_name=WEIGHTS, return_lora_metadata=True, use_safetensors=True
         )
-    except Exception as error:  # safetensors, json and key-conversion errors share no base class
+    # Errors of safetensors, of JSON and of the conversion of keys share no base class.
+    except Exception as error:
         raise HipaError(f"{adaptor}/{WEIGHTS} cannot be read: {first_line(error)}") from None
+
+    # Adapter weights of a text encoder would be dropped silently.
     foreign = [key for key in state if not key.startswith("unet.")]
     if foreign or not state:
         got = f"{foreign[0]} ({len(foreign)} such)" if foreign else "nothing"
         raise HipaError(
-            f"{adaptor}/{WEIGHTS} holds {got}. Expected layers of a UNet alone, keys that start with 'unet.'."
+            f"{adaptor}/{WEIGHTS} holds {got}. "
+            "Expected layers of a UNet alone, keys that start with 'unet.'."
         )
     _check_finite(state, adaptor)
     return state, metadata
@@ -121,32 +152,39 @@ def _load_into(
     prefix: str | None,
     metadata: dict[str, Any] | None = None,
 ) -> None:
-    """Attach the adapter layers, and check that every tensor of the file went to a layer of this UNet, or VAE."""
+    """Attach the adapter layers to ``model``.
+
+    Raises:
+        HipaError: a tensor of ``state`` does not belong to a layer of this UNet or VAE.
+
+    """
     kind = "UNet" if prefix else "VAE"
-    targets = {
-        key.removeprefix("unet.").split(".lora")[0] for key in state if not key.endswith(".alpha")
-    }
+    targets = set()
+    for key in state:
+        if not key.endswith(".alpha"):
+            targets.add(key.removeprefix("unet.").split(".lora")[0])
     missing = sorted(targets - {name for name, _ in model.named_modules()})
     if missing:
         raise HipaError(
-            f"{adaptor} does not fit this {kind}: it has no layer {missing[0]} ({len(missing)} such)."
+            f"{adaptor} does not fit this {kind}: it has no layer {missing[0]} "
+            f"({len(missing)} such)."
         )
     try:
         model.load_lora_adapter(state, prefix=prefix, metadata=metadata)
-    except (
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # of files that are not whole, or not LoRA
+    # What diffusers and peft raise for files that are cut, or are not LoRA.
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise HipaError(f"{adaptor} does not fit this {kind}: {last_line(error)}") from None
+
+    # diffusers skips keys that it does not understand.
     adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if adapted != targets:
         raise HipaError(
-            f"{adaptor}: {len(targets)} layers in the file, {len(adapted)} matched. Expected all of them."
+            f"{adaptor}: {len(targets)} layers in the file, {len(adapted)} matched. "
+            "Expected all of them."
         )
 
 
 def _rank_and_alpha(layer: Any) -> tuple[int, float]:
+    """Rank and alpha of a peft layer, which has one adaptor."""
     name = next(iter(layer.r))
     return int(layer.r[name]), float(layer.lora_alpha[name])

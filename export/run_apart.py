@@ -1,7 +1,10 @@
-"""Run an exported stage once, in a process of its own: its memory is given back whole, and never adds to PyTorch's.
+"""Run an exported stage once, in a process of its own.
 
-Graph optimisations are off. They would cost more than the one run does, and they remove the roundings to float16
-between nodes, which are what an FP16 graph has to be judged by: so run, a value that overflows is infinite here too.
+Its memory is given back as a whole, and is never needed at the same time as PyTorch's.
+
+Graph optimisations are off. They would cost more than the one run does, and they remove the
+roundings to float16 between nodes, which are what an FP16 graph is judged by: run like this, a
+value that overflows is infinite here too.
 """
 
 from __future__ import annotations
@@ -18,14 +21,29 @@ from hipa_deploy.errors import HipaError
 
 
 def run_apart(path: Path, spec: StageSpec, feed: dict[str, np.ndarray]) -> np.ndarray:
-    """The first output of the stage at ``path`` on ``feed``, from ONNX Runtime on the CPU.
+    """Run a stage on the CPU with ONNX Runtime.
+
+    Args:
+        path: the stage's ``model.onnx``.
+        spec: its inputs and outputs.
+        feed: a tensor for each input, by name.
+
+    Returns:
+        The stage's first output.
 
     Raises:
-        HipaError: ONNX Runtime cannot load or run the graph, or the process was killed (out of memory).
+        HipaError: ONNX Runtime cannot load or run the graph, or the process was killed, as by a
+            system that is out of memory.
+
+    Example:
+        >>> run_apart(bundle.stage_path("unet"), spec, {"noise": noise, "context": context}).shape
+        (1, 4, 64, 64)
 
     """
     with tempfile.TemporaryDirectory() as scratch:
-        feed_path, out_path = Path(scratch, "feed.npz"), Path(scratch, "out.npy")
+        # Tensors travel as files: they can be larger than a pipe's buffer or a command line.
+        feed_path = Path(scratch, "feed.npz")
+        out_path = Path(scratch, "out.npy")
         np.savez(feed_path, **feed)  # type: ignore[arg-type]  # numpy's stub
         command = [
             sys.executable,
@@ -40,22 +58,24 @@ def run_apart(path: Path, spec: StageSpec, feed: dict[str, np.ndarray]) -> np.nd
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
         )
         if done.returncode:
-            words = done.stderr.strip().splitlines()
-            raise HipaError(
-                words[-1] if words else f"{spec.name}: its run ended with status {done.returncode}."
-            )
-        return np.load(out_path)
+            # The last line is the error's message. A process that was killed leaves none.
+            lines = done.stderr.strip().splitlines()
+            if lines:
+                raise HipaError(lines[-1])
+            raise HipaError(f"{spec.name}: its run ended with status {done.returncode}.")
+        output: np.ndarray = np.load(out_path)
+        return output
 
 
 def _main(path: str, spec: str, feed: str, out: str) -> None:
+    """What the process does: run the stage on the tensors in ``feed`` and write its output."""
     from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner
 
     stage = StageSpec.model_validate_json(spec)
-    with (
-        OnnxRuntimeRunner(Path(path), stage, "onnxruntime", optimise=False) as runner,
-        np.load(feed) as tensors,
-    ):
-        np.save(out, runner(**tensors)[stage.outputs[0].name])
+    runner = OnnxRuntimeRunner(Path(path), stage, "onnxruntime", optimise=False)
+    with runner, np.load(feed) as tensors:
+        outputs = runner(**tensors)
+    np.save(out, outputs[stage.outputs[0].name])
 
 
 if __name__ == "__main__":

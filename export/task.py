@@ -1,4 +1,4 @@
-"""Which task is exported, and where its step starts: what the adaptor was trained for, or what is asked of a model."""
+"""Which task is exported and where its step starts: as the adaptor was trained, or as requested."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hipa_deploy.bundle.manifest import Strength
+from hipa_deploy.bundle.manifest import OneStep, Strength
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.model_parts import BaseModel
+from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.models.adaptor_folder import (
     ENCODER_WEIGHTS,
     METADATA,
@@ -24,8 +24,16 @@ DEFAULT_UPSCALE = 4
 
 
 @dataclass(frozen=True)
-class TaskPlan:
-    """The task, the timestep of its step (of an edit's largest strength), and what belongs to some tasks alone."""
+class TaskSettings:
+    """The task of a bundle and the constants that belong to it.
+
+    Attributes:
+        task: what the bundle makes an image from.
+        timestep: where the one step starts; of an edit, at its largest strength.
+        strengths: the strengths of an edit, largest first; empty for other tasks.
+        upscale: how many times the task upscale enlarges; None for other tasks.
+
+    """
 
     task: Task = "generate"
     timestep: int = LAST_TIMESTEP
@@ -34,106 +42,145 @@ class TaskPlan:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the UNet's inputs."""
+        """Names of the UNet stage's inputs, in order."""
         return unet_inputs(self.task, len(self.strengths))
 
+    def starts(self, step: OneStep) -> tuple[OneStep | Strength, ...]:
+        """Timestep and alpha_bar of every start: one for each strength of an edit, else one."""
+        return self.strengths or (step,)
 
-def plan_task(asked: ExportOptions, base: BaseModel) -> TaskPlan:
-    """The plan for ``asked``.
+
+def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
+    """The task that ``options`` mean for ``model``.
+
+    Args:
+        options: the request; what it leaves open is taken from the adaptor's metadata.
+        model: the base model that the adaptor must belong to.
 
     Raises:
-        HipaError: no such adaptor, one for another base model, task or strength, a strength that is no share of the
-            noise or is there twice, or an option that the task does not take.
+        HipaError: there is no such adaptor, it belongs to another base model, task or strength, a
+            strength is outside (0, 1] or given twice, or an option is not for this task.
+
+    Example:
+        >>> model = ModelParts.open("emoji")
+        >>> choose_task(ExportOptions(model="emoji", out=Path("b"), task="inpaint"), model)
+        TaskSettings(task='inpaint', timestep=999, strengths=(), upscale=None)
 
     """
-    metadata = _metadata(asked.adaptor, base)
-    task = asked.task or (metadata.task if metadata else "generate")
+    metadata = _adaptor_metadata(options.adaptor, model)
+
+    # The options win where both name a task, but only to be checked: an adaptor knows one task.
+    trained_task: Task = metadata.task if metadata else "generate"
+    task = options.task or trained_task
     if metadata and metadata.task != task:
         raise HipaError(
-            f"adaptor {asked.adaptor} was trained to {metadata.task}, not to {task}. "
-            f"Use an adaptor for {task}, or leave --task out."
+            f"adaptor {options.adaptor} was trained to {metadata.task}, not to {task}. "
+            f"Use an adaptor for {task}, or leave out --task."
         )
-    _check_options(task, asked)
-    if asked.encoder and asked.adaptor and (asked.adaptor / ENCODER_WEIGHTS).exists():
+    _check_options(task, options)
+
+    # An encoder adaptor changes the VAE's own encoder, so another encoder would not carry it.
+    adapts_encoder = options.adaptor is not None and (options.adaptor / ENCODER_WEIGHTS).exists()
+    if options.encoder and adapts_encoder:
         raise HipaError(
-            f"adaptor {asked.adaptor} adapts the VAE's own encoder. Leave --encoder {asked.encoder} out."
+            f"adaptor {options.adaptor} adapts the VAE's own encoder. "
+            f"Leave out --encoder {options.encoder}."
         )
+
     if task == "edit":
-        strengths = strength_steps(_asked_strengths(asked, metadata), base)
-        return TaskPlan(task, strengths[0].timestep, strengths)
-    upscale = (metadata.upscale if metadata else DEFAULT_UPSCALE) if task == "upscale" else None
-    return TaskPlan(task, metadata.timestep if metadata else LAST_TIMESTEP, upscale=upscale)
+        strengths = strength_steps(_requested_strengths(options, metadata), model)
+        return TaskSettings(task, strengths[0].timestep, strengths)
+    timestep = metadata.timestep if metadata else LAST_TIMESTEP
+    if task == "upscale":
+        upscale = metadata.upscale if metadata else DEFAULT_UPSCALE
+        return TaskSettings(task, timestep, upscale=upscale)
+    return TaskSettings(task, timestep)
 
 
-def _metadata(adaptor: Path | None, base: BaseModel) -> AdaptorMetadata | None:
-    """What the adaptor says of itself; another tool's LoRA says nothing."""
+def _adaptor_metadata(adaptor: Path | None, model: ModelParts) -> AdaptorMetadata | None:
+    """The metadata that hipa-train wrote; None without an adaptor, or for another tool's LoRA."""
     if adaptor is None:
         return None
     if not adaptor.is_dir():
         raise HipaError(
             f"{adaptor} does not exist. Expected an adaptor folder, as hipa-train writes it."
         )
-    return read_metadata(adaptor, base.folder) if (adaptor / METADATA).exists() else None
+    if not (adaptor / METADATA).exists():
+        return None
+    return read_metadata(adaptor, model.folder)
 
 
-def _check_options(task: Task, asked: ExportOptions) -> None:
-    if task != "edit" and asked.strengths:
-        raise HipaError(f"--strengths is for the task edit, this is {task}. Leave it out.")
-    if task == "generate" and asked.encoder:
+def _check_options(task: Task, options: ExportOptions) -> None:
+    """Raise HipaError for an option that belongs to another task."""
+    if task != "edit" and options.strengths:
+        raise HipaError(f"--strengths is for the task edit, this is {task}. Leave out --strengths.")
+    if task == "generate" and options.encoder:
         raise HipaError(
-            "--encoder is for tasks with a source image, this is generate. Leave it out."
+            "--encoder is for tasks with a source image, this is generate. Leave out --encoder."
         )
-    if task != "generate" and asked.layout == "generic":
+    if task != "generate" and options.layout == "generic":
         raise HipaError(
             f"--layout generic is for the task generate, this is {task}. Use --layout onestep."
         )
 
 
-def _asked_strengths(asked: ExportOptions, metadata: AdaptorMetadata | None) -> tuple[float, ...]:
-    """Those that were asked for, of those that the adaptor was trained for; or all of these."""
+def _requested_strengths(
+    options: ExportOptions, metadata: AdaptorMetadata | None
+) -> tuple[float, ...]:
+    """The requested strengths, all of which the adaptor must be trained for; by default all its."""
     if metadata is None:
-        return asked.strengths or DEFAULT_STRENGTHS
+        return options.strengths or DEFAULT_STRENGTHS
+    # At another strength the adaptor would start from noise that it has never seen.
     trained = metadata.strengths
-    if foreign := [strength for strength in asked.strengths if strength not in trained]:
-        have = ", ".join(map(str, trained))
-        raise HipaError(
-            f"adaptor {asked.adaptor} was not trained for strength {foreign[0]}. It has: {have}."
-        )
+    for strength in options.strengths:
+        if strength not in trained:
+            known = ", ".join(map(str, trained))
+            raise HipaError(
+                f"adaptor {options.adaptor} was not trained for strength {strength}. "
+                f"It was trained for: {known}."
+            )
     if not trained:
         raise HipaError(
-            f"adaptor {asked.adaptor} was trained to edit, but names no strengths. Train it again."
+            f"adaptor {options.adaptor} was trained to edit, but its metadata names no strengths. "
+            "Train it again."
         )
-    return asked.strengths or trained
+    return options.strengths or trained
 
 
-def strength_steps(strengths: Sequence[float], base: BaseModel) -> tuple[Strength, ...]:
-    """The constants of each strength, largest first.
+def strength_steps(strengths: Sequence[float], model: ModelParts) -> tuple[Strength, ...]:
+    """The constants of each strength in ``model``'s noise schedule, largest strength first.
 
     Raises:
-        HipaError: one outside (0, 1], or two that start at the same timestep.
+        HipaError: a strength is outside (0, 1], or two of them start at the same timestep.
 
     """
-    schedule = base.scheduler()
-    found: dict[int, Strength] = {}
+    alpha_bars = model.config.alphas_cumprod
+    # Two strengths of one timestep would be two rows of the UNet's table with the same numbers.
+    by_timestep: dict[int, Strength] = {}
     for strength in sorted(strengths, reverse=True):
         if not 0 < strength <= 1:
             raise HipaError(f"strength {strength} is out of range. Expected 0 < strength <= 1.")
-        timestep = strength_timestep(strength, len(schedule.alphas_cumprod))
-        if timestep in found:
-            twice = f"{found[timestep].strength} and {strength}"
+        timestep = strength_timestep(strength, len(alpha_bars))
+        if timestep in by_timestep:
+            both = f"{by_timestep[timestep].strength} and {strength}"
             raise HipaError(
-                f"strengths {twice} start at the same timestep, {timestep}. Leave one out."
+                f"strengths {both} start at the same timestep, {timestep}. Leave out one of them."
             )
-        alpha_bar = float(schedule.alphas_cumprod[timestep])
-        found[timestep] = Strength(strength=strength, timestep=timestep, alpha_bar=alpha_bar)
-    return tuple(found.values())
+        by_timestep[timestep] = Strength(
+            strength=strength, timestep=timestep, alpha_bar=model.config.alpha_bar(timestep)
+        )
+    return tuple(by_timestep.values())
 
 
 def parse_strengths(text: str) -> tuple[float, ...]:
-    """'0.75,0.5' -> (0.75, 0.5).
+    """The strengths in the text of ``--strengths``.
 
     Raises:
-        HipaError: not numbers between commas.
+        HipaError: the text is not numbers between commas.
+
+    Example:
+        >>> parse_strengths("0.75,0.5")
+        (0.75, 0.5)
 
     """
     try:

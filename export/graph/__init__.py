@@ -1,4 +1,4 @@
-"""From a torch module to an ONNX graph: folding, precision, axes, cost, and the map of its weights.
+"""A torch module -> an ONNX graph: folds, precision, dynamic axes, cost and the weight map.
 
 May import: the core, and nothing else of ``hipa_deploy.export``.
 """

@@ -1,4 +1,4 @@
-"""What one run of an ONNX graph takes: floating-point operations, bytes across the memory bus, bytes held at once."""
+"""The cost of one run of an ONNX graph: FLOPs, bytes across the memory bus, bytes held at once."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ from hipa_deploy.errors import HipaError, first_line
 
 Shape = tuple[int, ...]
 
-# Products that no formula below covers: counting them as nothing would undercount.
+# Products that no formula below covers: to count them as nothing would undercount.
 _UNCOUNTED = {
-    "Attention", "ConvInteger", "DeformConv", "GRU", "LSTM", "MatMulInteger", "QLinearConv", "QLinearMatMul", "RNN",
+    "Attention", "ConvInteger", "DeformConv", "GRU", "LSTM", "MatMulInteger", "QLinearConv",
+    "QLinearMatMul", "RNN",
 }  # fmt: skip
 # Another view of their input's memory.
 _VIEWS = {"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 
 
 def stage_cost(path: Path, spec: StageSpec) -> Cost:
-    """The cost of a stage at its usual shapes; ``activation_bytes`` at its largest. Raises what ``graph_cost`` does."""
+    """The cost of a stage at its usual shapes; its ``activation_bytes`` at the largest shapes.
+
+    Raises:
+        HipaError: as ``graph_cost`` does.
+
+    """
     usual = graph_cost(path, spec.sizes("opt"))
     if not spec.axes:
         return usual
@@ -35,31 +41,42 @@ def stage_cost(path: Path, spec: StageSpec) -> Cost:
 
 
 def graph_cost(path: Path, sizes: Mapping[str, int] = MappingProxyType({})) -> Cost:
-    """The cost of one call of the ONNX file at ``path``, its named dimensions at ``sizes``.
+    """The cost of one call of an ONNX file.
 
-    A multiplication and an addition count as two, in Conv, ConvTranspose, MatMul, Gemm and Einsum, without biases
-    and as the direct algorithm does them (a Winograd convolution multiplies less). Weights are the initializers;
-    of a table that only Gather reads, an embedding, the rows read count. External data is not loaded.
+    A multiplication and an addition count as two FLOPs, in Conv, ConvTranspose, MatMul, Gemm and
+    Einsum, without biases and as the direct algorithm does them (a Winograd convolution multiplies
+    less). Weights are the initializers; of a table that only Gather reads, such as an embedding,
+    only the rows that are read count.
+
+    Args:
+        path: the ONNX file; its external data is not loaded.
+        sizes: of the named dimensions.
 
     Raises:
-        HipaError: not an ONNX file, a shape that is dynamic or cannot be inferred, or an operator that multiplies
-            and is not counted.
+        HipaError: the file is no ONNX, a shape is dynamic or cannot be inferred, or an operator
+            multiplies and is not counted.
+
+    Example:
+        >>> graph_cost(Path("bundle/unet/model.onnx")).flops
+        803274485760
 
     """
     model = _load(path, sizes)
     try:
         _refuse_unknown(model)
         shapes = _Shapes(model.graph)
+        # Operators without a formula multiply nothing: _refuse_unknown has stopped those that do.
+        flops = 0
+        for node in model.graph.node:
+            if node.op_type in _FLOPS:
+                flops += _FLOPS[node.op_type](node, shapes)
+        io_bytes = 0
+        for value in (*_inputs(model.graph), *model.graph.output):
+            io_bytes += shapes.bytes(value.name)
         return Cost(
-            flops=sum(
-                _FLOPS[node.op_type](node, shapes)
-                for node in model.graph.node
-                if node.op_type in _FLOPS
-            ),
+            flops=flops,
             weight_bytes=_weight_bytes(model.graph, shapes),
-            io_bytes=sum(
-                shapes.bytes(value.name) for value in (*_inputs(model.graph), *model.graph.output)
-            ),
+            io_bytes=io_bytes,
             activation_bytes=_activation_bytes(model.graph, shapes),
         )
     except HipaError as error:
@@ -71,19 +88,19 @@ def _load(path: Path, sizes: Mapping[str, int]) -> ModelProto:
     try:
         model = onnx.load(path, load_external_data=False)
         if sizes:
-            _fix(model.graph, sizes)
-            return SymbolicShapeInference.infer_shapes(
-                model, auto_merge=True
-            )  # follows sizes through Shape and Concat
+            _set_sizes(model.graph, sizes)
+            # Unlike onnx's own inference, this one follows sizes through Shape and Concat.
+            return SymbolicShapeInference.infer_shapes(model, auto_merge=True)
         return shape_inference.infer_shapes(model, data_prop=True)
-    except Exception as error:  # protobuf's and onnx's own classes, which differ between versions
+    # Classes of protobuf and of onnx, which differ between versions.
+    except Exception as error:
         raise HipaError(
             f"{path} cannot be read as ONNX ({first_line(error)}). Export the bundle again."
         ) from None
 
 
-def _fix(graph: GraphProto, sizes: Mapping[str, int]) -> None:
-    """Give the named dimensions of inputs and outputs their sizes; those between are inferred anew."""
+def _set_sizes(graph: GraphProto, sizes: Mapping[str, int]) -> None:
+    """Give the named dimensions of inputs and outputs their sizes; all others are inferred anew."""
     del graph.value_info[:]
     for value in (*graph.input, *graph.output):
         for dim in value.type.tensor_type.shape.dim:
@@ -99,7 +116,8 @@ def _refuse_unknown(model: ModelProto) -> None:
         if foreign or control_flow or node.op_type in _UNCOUNTED:
             operator = f"{node.domain}.{node.op_type}" if foreign else node.op_type
             raise HipaError(
-                f"the FLOPs of {operator} (node {node.name!r}) are unknown. Expected plain ONNX operators."
+                f"the FLOPs of {operator} (node {node.name!r}) are unknown. "
+                "Expected plain ONNX operators."
             )
 
 
@@ -107,9 +125,8 @@ class _Shapes:
     """Static shapes and sizes in bytes of the graph's tensors, by name."""
 
     def __init__(self, graph: GraphProto) -> None:
-        self._values = {
-            value.name: value for value in (*graph.value_info, *graph.input, *graph.output)
-        }
+        values = (*graph.value_info, *graph.input, *graph.output)
+        self._values = {value.name: value for value in values}
         self._weights = {weight.name: weight for weight in graph.initializer}
 
     def __getitem__(self, name: str) -> Shape:
@@ -125,13 +142,16 @@ class _Shapes:
             raise HipaError(
                 f"the shape of tensor {name!r} cannot be inferred. Expected static shapes."
             )
-        dims = self._values[name].type.tensor_type.shape.dim
-        if not all(dim.HasField("dim_value") for dim in dims):
-            got = [
-                dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in dims
-            ]
-            raise HipaError(f"tensor {name!r} has the dynamic shape {got}. Expected static shapes.")
-        return tuple(dim.dim_value for dim in dims)
+        # All dimensions before the check, so that the message can show the whole shape.
+        shape: list[int | str] = []
+        for dim in self._values[name].type.tensor_type.shape.dim:
+            shape.append(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?")
+        static = tuple(size for size in shape if isinstance(size, int))
+        if len(static) < len(shape):
+            raise HipaError(
+                f"tensor {name!r} has the dynamic shape {shape}. Expected static shapes."
+            )
+        return static
 
     def bytes(self, name: str) -> int:
         """Elements times the size of one."""
@@ -141,83 +161,100 @@ class _Shapes:
 
 
 def _inputs(graph: GraphProto) -> Iterable[ValueInfoProto]:
-    """What is fed: before IR version 4 initializers are listed as inputs as well."""
+    """The graph's inputs. Before IR version 4 the initializers were listed among them."""
     weights = {weight.name for weight in graph.initializer}
     return (value for value in graph.input if value.name not in weights)
 
 
 def _weight_bytes(graph: GraphProto, shapes: _Shapes) -> int:
+    """Bytes of all weights that one run reads."""
     readers: dict[str, list[NodeProto]] = defaultdict(list)
     for node in graph.node:
         for name in set(node.input):
             readers[name].append(node)
-    return sum(
-        _bytes_read(weight.name, readers[weight.name], shapes) for weight in graph.initializer
-    )
+    total = 0
+    for weight in graph.initializer:
+        total += _bytes_read(weight.name, readers[weight.name], shapes)
+    return total
 
 
 def _activation_bytes(graph: GraphProto, shapes: _Shapes) -> int | None:
-    """The peak over the nodes, in order, of what is alive: from the node that writes it to the last that reads it.
+    """The largest sum, over the nodes in order, of the tensors that are alive.
 
-    Inputs, outputs and weights lie in memory of their own.
+    A tensor is alive from the node that writes it to the last node that reads it. Inputs, outputs
+    and weights lie in memory of their own. None: a shape is not known.
     """
-    holder = {
-        value.name: "" for value in (*graph.input, *graph.output, *graph.initializer)
-    }  # "": not an activation
+    # Which tensor's memory a name lies in: its own, or of a view that of its source. "" stands for
+    # memory that is no activation.
+    holder: dict[str, str] = {}
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        holder[value.name] = ""
     last_read: dict[str, int] = {}
-    for step, node in enumerate(graph.node):
+    for index, node in enumerate(graph.node):
         for name in node.output:
-            viewed = node.op_type in _VIEWS and node.input[0] in holder
-            holder.setdefault(name, holder[node.input[0]] if viewed else name)
-        last_read.update(
-            (holder[name], step) for name in (*node.input, *node.output) if holder.get(name)
-        )
+            is_view = node.op_type in _VIEWS and node.input[0] in holder
+            holder.setdefault(name, holder[node.input[0]] if is_view else name)
+        for name in (*node.input, *node.output):
+            if holder.get(name):
+                last_read[holder[name]] = index
+
     try:
         sizes = {name: shapes.bytes(name) for name in last_read}
     except (HipaError, KeyError):
         return None
-    dying: dict[int, int] = defaultdict(int)
-    for name, step in last_read.items():
-        dying[step] += sizes[name]
-    alive = peak = 0
-    for step, node in enumerate(graph.node):
-        alive += sum(sizes[name] for name in node.output if holder[name] == name)
+
+    # What every node is the last to read is freed after it.
+    freed: dict[int, int] = defaultdict(int)
+    for name, index in last_read.items():
+        freed[index] += sizes[name]
+    alive = 0
+    peak = 0
+    for index, node in enumerate(graph.node):
+        for name in node.output:
+            if holder[name] == name:
+                alive += sizes[name]
         peak = max(peak, alive)
-        alive -= dying[step]
+        alive -= freed[index]
     return peak
 
 
 def _bytes_read(name: str, readers: list[NodeProto], shapes: _Shapes) -> int:
-    """All of a weight once; of a table no more than the rows that are looked up."""
+    """Bytes that one run reads of a weight: of a table, no more than the rows that it looks up."""
     whole = shapes.bytes(name)
-    if all(node.op_type == "Gather" and node.input[0] == name for node in readers):
-        itemsize = whole // max(prod(shapes[name]), 1)
-        return min(whole, sum(prod(shapes[node.output[0]]) * itemsize for node in readers))
-    return whole
+    is_table = all(node.op_type == "Gather" and node.input[0] == name for node in readers)
+    if not is_table:
+        return whole
+    item_bytes = whole // max(prod(shapes[name]), 1)
+    rows = sum(prod(shapes[node.output[0]]) for node in readers)
+    return min(whole, rows * item_bytes)
 
 
 def _conv(node: NodeProto, shapes: _Shapes) -> int:
-    # weight [M, C / groups, *kernel]: each output value sums over all but M
+    # Weight [M, C / groups, *kernel]: each output value sums over all but M.
     return 2 * prod(shapes[node.output[0]]) * prod(shapes[node.input[1]][1:])
 
 
 def _conv_transpose(node: NodeProto, shapes: _Shapes) -> int:
-    # weight [C, M / groups, *kernel]: each input value is spread over all but C
+    # Weight [C, M / groups, *kernel]: each input value is spread over all but C.
     return 2 * prod(shapes[node.input[0]]) * prod(shapes[node.input[1]][1:])
 
 
 def _matmul(node: NodeProto, shapes: _Shapes) -> int:
-    # [..., M, K] x [..., K, N], batch dimensions broadcast into the output
+    # [..., M, K] x [..., K, N]: batch dimensions are broadcast into the output.
     return 2 * prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
 
 
 def _gemm(node: NodeProto, shapes: _Shapes) -> int:
-    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
-    return 2 * prod(shapes[node.output[0]]) * shapes[node.input[0]][0 if transposed else 1]
+    # A [M, K], or [K, M] if transposed: each output value sums over K.
+    is_transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+    return 2 * prod(shapes[node.output[0]]) * shapes[node.input[0]][0 if is_transposed else 1]
 
 
 def _einsum(node: NodeProto, shapes: _Shapes) -> int:
-    """2 x the product of every index's size, for two operands; the order of more is the runtime's choice."""
+    """2 x the product of every index's size.
+
+    Only for two operands: in which order more of them are multiplied is the runtime's choice.
+    """
     equation = next(a.s.decode() for a in node.attribute if a.name == "equation").replace(" ", "")
     terms = equation.split("->")[0].split(",")
     if len(terms) != 2 or "..." in equation:

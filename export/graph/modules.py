@@ -1,4 +1,11 @@
-"""The stages as modules of flat tensors, with their specification. One list a layout; nothing else declares shapes."""
+"""The stages as modules of plain tensors, and what each takes and gives.
+
+``stage_specs`` is the only place that declares shapes.
+
+    B batch   C latent channels   H, W height and width   L tokens   D text width   K strengths
+
+The arguments of every ``forward`` are written into the graph, so their names are part of its bytes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from hipa_deploy.bundle.manifest import (
@@ -33,11 +42,23 @@ TORCH_DTYPES = {
 }
 
 
-# ``places``: what an attribute of a stage is called in the diffusers folder. ``export.weight_map`` names weights by it.
+# ``places`` of a stage: what its attributes are called in the diffusers folder. The weight map
+# names weights by them, and the references name the layers that they watched.
 
 
 class TextEncoderStage(torch.nn.Module):
-    """tokens int64 [B, L] -> context [B, L, D] in ``dtype``, whatever the encoder computes in."""
+    """tokens int64 [B, L] -> context [B, L, D] in ``dtype``.
+
+    Args:
+        encoder: the text encoder.
+        dtype: of the context, as the UNet takes it.
+
+    Example:
+        >>> stage = TextEncoderStage(ModelParts.open("emoji").text_encoder(), torch.float32)
+        >>> stage(torch.zeros(1, 77, dtype=torch.int64)).shape[:2]
+        torch.Size([1, 77])
+
+    """
 
     places: ClassVar = {"encoder": "text_encoder"}
 
@@ -52,11 +73,24 @@ class TextEncoderStage(torch.nn.Module):
 
 
 class OneStepUNet(torch.nn.Module):
-    """What a task's step takes, context [B, L, D] -> latents to decode [B, C, H, W], float32, as the scheduler scales.
+    """The one step of a task -> the latents to decode, scaled, float32 [B, C, H, W].
 
-    The inputs are ``unet_inputs(task)``: noise and source [B, C, H, W], mask [B, 1, H, W], an index into several
-    strengths. Where the step starts and the combination to x0 stay in float32 inside a float16 graph: for eps,
-    x0 = (z - s eps) / a amplifies the UNet's rounding s / a = 14.6 times at t = 999.
+    The inputs are ``unet_inputs(task)``: noise and source [B, C, H, W], mask [B, 1, H, W], the
+    index of one of several strengths [1], context [B, L, D]. The start of the step and the
+    combination to x0 stay in float32 inside a float16 graph: for eps, x0 = (z - s eps) / a
+    amplifies the UNet's rounding s / a = 14.6 times at t = 999.
+
+    Args:
+        unet: a UNet with its timesteps folded.
+        step: the constants of the step.
+        task: what the image is made from.
+        strengths: of an edit; with several, the UNet takes the index of one.
+
+    Example:
+        >>> fold_timestep(unet, step.timestep)
+        >>> OneStepUNet(unet, step)(noise_BCHW, context_BLD).shape
+        torch.Size([1, 4, 64, 64])
+
     """
 
     places: ClassVar = {"unet": "unet"}
@@ -74,65 +108,76 @@ class OneStepUNet(torch.nn.Module):
         self.task: Task = task
         self.names = unet_inputs(task, len(strengths))
         name_arguments(self, self.names)
-        self.concatenates = is_inpainting_unet(unet.config.in_channels, step.latent_shape[0])
-        # no buffer: it stays float32 when the module is halved
-        self.alpha_bar_K1 = torch.tensor(
-            [[strength.alpha_bar] for strength in strengths], dtype=torch.float32
-        )
+        self.concatenates = is_inpainting_unet(unet.config["in_channels"], step.latent_shape[0])
+        # Not a buffer: it must stay float32 when the module is converted to float16.
+        alpha_bars = [[strength.alpha_bar] for strength in strengths]
+        self.alpha_bar_K1 = torch.tensor(alpha_bars, dtype=torch.float32)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """One call of the UNet, then x0."""
-        given = dict(zip(self.names, inputs, strict=True))
-        context_BLD, moment = given["context"], given.get("step", self.step.timestep)
-        alpha_bar = self._alpha_bar(given)
-        start_BCHW = start_latents(self.task, given, alpha_bar, concatenates=self.concatenates)
-        sample_BCHW = seen_by_unet(start_BCHW, given, concatenates=self.concatenates).to(
-            context_BLD.dtype
-        )
-        output_BCHW = self.unet(sample_BCHW, moment, context_BLD, return_dict=False)[0].float()
-        return finish_latents(
-            self.task,
-            predict_x0_in_a_graph(start_BCHW, output_BCHW, alpha_bar, self.step.prediction_type),
-            given,
-        )
+        tensors = dict(zip(self.names, inputs, strict=True))
+        context_BLD = tensors["context"]
+        timestep = tensors.get("step", self.step.timestep)
+        alpha_bar = self._alpha_bar(tensors)
 
-    def _alpha_bar(self, given: Mapping[str, torch.Tensor]) -> Any:
-        """A number; of several strengths the one that is asked for, [1, 1, 1, 1]."""
-        if "step" not in given:
+        # Everything but the UNet's own arithmetic is float32.
+        start_BCHW = start_latents(self.task, tensors, alpha_bar, concatenates=self.concatenates)
+        sample_BCHW = seen_by_unet(start_BCHW, tensors, concatenates=self.concatenates)
+        sample_BCHW = sample_BCHW.to(context_BLD.dtype)
+        output_BCHW = self.unet(sample_BCHW, timestep, context_BLD, return_dict=False)[0].float()
+
+        prediction_type = self.step.prediction_type
+        x0_BCHW = predict_x0_in_a_graph(start_BCHW, output_BCHW, alpha_bar, prediction_type)
+        latents_BCHW: torch.Tensor = finish_latents(self.task, x0_BCHW, tensors)
+        return latents_BCHW
+
+    def _alpha_bar(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """A number; with several strengths, that of the index 'step', [1, 1, 1, 1]."""
+        if "step" not in tensors:
             return self.step.alpha_bar
-        return torch.nn.functional.embedding(given["step"], self.alpha_bar_K1).view(1, 1, 1, 1)
+        alpha_bar_11 = torch.nn.functional.embedding(tensors["step"], self.alpha_bar_K1)
+        return alpha_bar_11.view(1, 1, 1, 1)
 
 
 def name_arguments(module: torch.nn.Module, names: Sequence[str]) -> None:
-    """Let ``module.forward``, which takes ``*inputs``, look as if it took arguments of these names.
+    """Give ``module.forward``, which takes ``*inputs``, a signature with arguments of these names.
 
-    The exporter writes them into the graph. They are part of its bytes, by which an adaptor knows what it fits.
+    The exporter writes them into the graph. They are part of its bytes, by which an adaptor knows
+    which bundle it fits.
     """
-    forward, shapes = module.forward, {"context": "BLD", "mask": "B1HW", "step": "1"}
+    forward = module.forward
+    suffixes = {"context": "BLD", "mask": "B1HW", "step": "1"}
 
     def named(*inputs: torch.Tensor) -> torch.Tensor:
         return forward(*inputs)
 
-    arguments = [f"{name}_{shapes.get(name, 'BCHW')}" for name in names]
-    named.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # which inspect.signature reads
-        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in arguments]
-    )
+    # Suffixes as everywhere: without one of its own, a tensor has the shape of the latents.
+    parameters = []
+    for name in names:
+        argument = f"{name}_{suffixes.get(name, 'BCHW')}"
+        parameters.append(inspect.Parameter(argument, inspect.Parameter.POSITIONAL_OR_KEYWORD))
+    signature = inspect.Signature(parameters)
+    named.__signature__ = signature  # type: ignore[attr-defined]  # inspect.signature reads it
     module.forward = named
 
 
 def seen_by_unet(
-    start_BCHW: torch.Tensor, given: Mapping[str, torch.Tensor], *, concatenates: bool
+    start_BCHW: torch.Tensor, tensors: Mapping[str, torch.Tensor], *, concatenates: bool
 ) -> torch.Tensor:
-    """The UNet's input: where the step starts; for one made for inpainting [z, mask, source], [B, 2 C + 1, H, W]."""
-    return (
-        torch.cat([start_BCHW, given["mask"], given["source"]], dim=1)
-        if concatenates
-        else start_BCHW
-    )
+    """The UNet's input: where the step starts, [B, C, H, W].
+
+    A UNet made for inpainting sees [z, mask, source], [B, 2 C + 1, H, W].
+    """
+    if not concatenates:
+        return start_BCHW
+    return torch.cat([start_BCHW, tensors["mask"], tensors["source"]], dim=1)
 
 
 class OneStepEncoder(torch.nn.Module):
-    """image uint8 [B, H, W, 3] -> the posterior's mean, scaled, float32 [B, C, H, W]; changes the VAE."""
+    """image uint8 [B, H, W, 3] -> the mean of the posterior, scaled, float32 [B, C, h, w].
+
+    The encoder of ``vae`` is changed in place.
+    """
 
     places: ClassVar = {"encoder": "vae.encoder"}
 
@@ -148,7 +193,10 @@ class OneStepEncoder(torch.nn.Module):
 
 
 class TinyEncoder(torch.nn.Module):
-    """The same through an AutoencoderTiny's encoder, which gives latents as the scheduler scales them."""
+    """image uint8 [B, H, W, 3] -> scaled latents float32 [B, C, h, w].
+
+    Through the encoder of an AutoencoderTiny.
+    """
 
     places: ClassVar = {"layers": "encoder.encoder.layers"}
 
@@ -158,16 +206,24 @@ class TinyEncoder(torch.nn.Module):
 
     def forward(self, image_BHWC: torch.Tensor) -> torch.Tensor:
         """EncoderTiny's layers take an image in [0, 1]."""
-        return self.layers(from_uint8(image_BHWC).to(self.layers[0].weight.dtype)).float()
+        first: Any = self.layers[0]
+        latents_BCHW: torch.Tensor = self.layers(from_uint8(image_BHWC).to(first.weight.dtype))
+        return latents_BCHW.float()
 
 
 def from_uint8(image_BHWC: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, H, W, 3] -> [0, 1] float32. The cast must be the first node of a graph: TensorRT refuses it inside."""
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [0, 1].
+
+    The cast must be the first node of a graph: TensorRT refuses it further inside.
+    """
     return image_BHWC.float().permute(0, 3, 1, 2) * (1 / 255)
 
 
 class OneStepDecoder(torch.nn.Module):
-    """x0 latents float32 [B, C, H, W] -> images uint8 [B, H, W, 3], through the VAE's decoder (changed in place)."""
+    """scaled latents float32 [B, C, h, w] -> images uint8 [B, H, W, 3].
+
+    Through the decoder of an AutoencoderKL, which is changed in place.
+    """
 
     places: ClassVar = {"decoder": "vae.decoder", "offset": "vae.post_quant_conv.bias"}
 
@@ -175,9 +231,8 @@ class OneStepDecoder(torch.nn.Module):
         super().__init__()
         self.decoder = vae.decoder
         fold_upsampling(self.decoder)
-        self.offset = fold_decoder_input(
-            vae
-        )  # no buffer: it stays float32 when the module is halved
+        # Not a buffer: it must stay float32 when the module is converted to float16.
+        self.offset = fold_decoder_input(vae)
 
     def forward(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
         """Decode and convert."""
@@ -186,7 +241,10 @@ class OneStepDecoder(torch.nn.Module):
 
 
 class TinyDecoder(torch.nn.Module):
-    """The same through an AutoencoderTiny (changed in place), which takes latents as the scheduler scales them."""
+    """scaled latents float32 [B, C, h, w] -> images uint8 [B, H, W, 3].
+
+    Through the decoder of an AutoencoderTiny, which is changed in place.
+    """
 
     places: ClassVar = {"layers": "decoder.decoder.layers"}
 
@@ -196,18 +254,22 @@ class TinyDecoder(torch.nn.Module):
         fold_upsampling(self.layers)
 
     def forward(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
-        """DecoderTiny's own clamp, its layers, whose output is an image in [0, 1], and the conversion."""
-        sample_BCHW = (torch.tanh(latents_BCHW / 3) * 3).to(self.layers[0].weight.dtype)
+        """Clamp as DecoderTiny does, decode to an image in [0, 1], and convert."""
+        first: Any = self.layers[0]
+        sample_BCHW = (torch.tanh(latents_BCHW / 3) * 3).to(first.weight.dtype)
         return to_uint8(self.layers(sample_BCHW).float())
 
 
 def to_uint8(image01_BCHW: torch.Tensor) -> torch.Tensor:
-    """[0, 1] -> uint8 [B, H, W, 3]. The cast must be the last node of a graph: TensorRT refuses it inside."""
+    """[B, 3, H, W] in [0, 1] -> uint8 [B, H, W, 3].
+
+    The cast must be the last node of a graph: TensorRT refuses it further inside.
+    """
     return (image01_BCHW.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
 
 
 class Generator(torch.nn.Module):
-    """The UNet's inputs -> images: UNet and decoder in one graph."""
+    """The UNet's inputs -> images uint8 [B, H, W, 3]: UNet and decoder in one graph."""
 
     def __init__(self, unet: OneStepUNet, decoder: OneStepDecoder | TinyDecoder) -> None:
         super().__init__()
@@ -216,12 +278,34 @@ class Generator(torch.nn.Module):
         name_arguments(self, unet.names)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The whole of the image, given its context."""
+        """The UNet's one step, then the decoder."""
         return self.decoder(self.unet(*inputs))
 
 
+def place_of(module: torch.nn.Module, name: str) -> str:
+    """The place in the diffusers folder of a stage's module or tensor called ``name``.
+
+    The stage itself, '', and the two halves of a ``Generator`` have none: ''.
+
+    Example:
+        >>> place_of(OneStepDecoder(vae), "decoder.conv_in.weight")
+        'vae.decoder.conv_in.weight'
+
+    """
+    if not name:
+        return ""
+    head, _, tail = name.partition(".")
+    if isinstance(module, Generator):
+        return place_of(getattr(module, head), tail)
+    place: str = module.places[head]  # type: ignore[index, assignment]  # nn.Module's stub
+    return f"{place}.{tail}" if tail else place
+
+
 class GenericUNet(torch.nn.Module):
-    """The UNet as optimum names it: sample, timestep int64 [1], encoder_hidden_states -> out_sample."""
+    """The UNet as optimum names it.
+
+    sample [B, C, h, w], timestep int64 [1], encoder_hidden_states [B, L, D] -> out_sample.
+    """
 
     places: ClassVar = {"unet": "unet"}
 
@@ -250,6 +334,7 @@ class GenericDecoder(torch.nn.Module):
         return self.vae.decode(latents_BCHW, return_dict=False)[0]
 
 
+# Name, type, shape of a tensor; the last row of a stage is its output.
 _Row = tuple[str, DType, tuple[int | str, ...]]
 
 
@@ -263,67 +348,122 @@ def stage_specs(
     axes: Mapping[str, Axis],
     names: Sequence[str] = ("noise", "context"),
 ) -> dict[str, StageSpec]:
-    """Every stage's inputs and outputs: ``length`` tokens, text ``width``, sizes from ``step`` but for ``axes``.
+    """Inputs and outputs of every stage, by the stage's name.
 
-    ``names`` are the UNet's inputs. A bundle has some of the stages: 'generator' stands for UNet and decoder together.
+    A bundle has some of the stages: 'generator' stands for UNet and decoder together.
+
+    Args:
+        layout: onestep, or generic with optimum's names.
+        precision: of the text context and, in layout generic, of all tensors between stages.
+        batch: images per call.
+        step: sizes of latents and images.
+        length: tokens of a prompt.
+        width: of the text context.
+        axes: dimensions that are dynamic, by name.
+        names: the UNet's inputs.
+
+    Example:
+        >>> specs = stage_specs("onestep", "fp16", 1, step, 77, 768, {})
+        >>> [tensor.name for tensor in specs["unet"].inputs]
+        ['noise', 'context']
+
     """
-    static = {
+    sizes = {
         "batch": batch,
         "latent_height": step.latent_shape[1],
         "latent_width": step.latent_shape[2],
         "height": step.height,
         "width": step.width,
     }
-    b, h, w, height, wide = (name if name in axes else size for name, size in static.items())
+    # A dynamic dimension has its axis' name in place of a size.
+    shown: dict[str, int | str] = {}
+    for name, size in sizes.items():
+        shown[name] = name if name in axes else size
+
     real: DType = "float16" if precision == "fp16" else "float32"
-    latent_BCHW, tokens_BL, context_BLD = (
-        (b, step.latent_shape[0], h, w),
-        (b, length),
-        (b, length, width),
-    )
-    if layout == "onestep":
-        context: _Row = ("context", real, context_BLD)
-        latents, source, noise = (
-            _row(name, "float32", latent_BCHW) for name in ("latents", "source", "noise")
-        )
-        image, images = (_row(name, "uint8", (b, height, wide, 3)) for name in ("image", "images"))
-        known = [noise, source, ("mask", "float32", (b, 1, h, w)), ("step", "int64", (1,)), context]
-        given = tuple(row for name in names for row in known if row[0] == name)
-        rows: dict[str, tuple[_Row, ...]] = {
-            "text_encoder": (("tokens", "int64", tokens_BL), context),
-            "vae_encoder": (image, source),
-            "unet": (*given, latents),
-            "vae_decoder": (latents, images),
-            "generator": (*given, images),
-        }
+    channels = step.latent_shape[0]
+    if layout == "generic":
+        rows = _generic_rows(shown, channels, length, width, real)
     else:
-        rows = {
-            "text_encoder": (
-                ("input_ids", "int64", tokens_BL),
-                ("last_hidden_state", real, context_BLD),
-            ),
-            "unet": (
-                ("sample", real, latent_BCHW),
-                ("timestep", "int64", (1,)),
-                ("encoder_hidden_states", real, context_BLD),
-                ("out_sample", real, latent_BCHW),
-            ),
-            "vae_decoder": (
-                ("latent_sample", real, latent_BCHW),
-                ("sample", real, (b, 3, height, wide)),
-            ),
-        }
+        rows = _onestep_rows(shown, channels, length, width, real, names)
     return {name: _spec(name, axes, stage_rows) for name, stage_rows in rows.items()}
 
 
-def _row(name: str, dtype: DType, shape: tuple[int | str, ...]) -> _Row:
-    return name, dtype, shape
+def _onestep_rows(
+    sizes: Mapping[str, int | str],
+    channels: int,
+    length: int,
+    width: int,
+    real: DType,
+    names: Sequence[str],
+) -> dict[str, tuple[_Row, ...]]:
+    """The stages of layout onestep. Latents are float32 between stages, images uint8."""
+    batch = sizes["batch"]
+    latent_size = (sizes["latent_height"], sizes["latent_width"])
+    latent_BCHW = (batch, channels, *latent_size)
+    image_BHWC = (batch, sizes["height"], sizes["width"], 3)
+
+    # Between stages latents are float32, so that only the stages' own arithmetic is rounded; images
+    # are uint8 at both ends, a quarter of the bytes to copy.
+    tokens: _Row = ("tokens", "int64", (batch, length))
+    context: _Row = ("context", real, (batch, length, width))
+    image: _Row = ("image", "uint8", image_BHWC)
+    images: _Row = ("images", "uint8", image_BHWC)
+    latents: _Row = ("latents", "float32", latent_BCHW)
+    source: _Row = ("source", "float32", latent_BCHW)
+    unet_inputs: dict[str, _Row] = {
+        "noise": ("noise", "float32", latent_BCHW),
+        "source": source,
+        "mask": ("mask", "float32", (batch, 1, *latent_size)),
+        "step": ("step", "int64", (1,)),
+        "context": context,
+    }
+    # Each task takes some of the UNet's inputs, in the order of its names.
+    inputs = [unet_inputs[name] for name in names]
+    return {
+        "text_encoder": (tokens, context),
+        "vae_encoder": (image, source),
+        "unet": (*inputs, latents),
+        "vae_decoder": (latents, images),
+        "generator": (*inputs, images),
+    }
+
+
+def _generic_rows(
+    sizes: Mapping[str, int | str], channels: int, length: int, width: int, real: DType
+) -> dict[str, tuple[_Row, ...]]:
+    """The stages of layout generic, with the names that optimum expects."""
+    batch = sizes["batch"]
+    latent_BCHW = (batch, channels, sizes["latent_height"], sizes["latent_width"])
+    context_BLD = (batch, length, width)
+    # The names are optimum's: ORTDiffusionPipeline feeds and reads by them.
+    return {
+        "text_encoder": (
+            ("input_ids", "int64", (batch, length)),
+            ("last_hidden_state", real, context_BLD),
+        ),
+        "unet": (
+            ("sample", real, latent_BCHW),
+            ("timestep", "int64", (1,)),
+            ("encoder_hidden_states", real, context_BLD),
+            ("out_sample", real, latent_BCHW),
+        ),
+        "vae_decoder": (
+            ("latent_sample", real, latent_BCHW),
+            ("sample", real, (batch, 3, sizes["height"], sizes["width"])),
+        ),
+    }
 
 
 def _spec(name: str, axes: Mapping[str, Axis], rows: tuple[_Row, ...]) -> StageSpec:
-    """A stage from its inputs and, last, its output, with the axes that they name."""
-    tensors = tuple(TensorSpec(name=n, dtype=dtype, shape=shape) for n, dtype, shape in rows)
-    named = {
-        size: axes[size] for tensor in tensors for size in tensor.shape if isinstance(size, str)
-    }
-    return StageSpec(name=name, inputs=tensors[:-1], outputs=tensors[-1:], axes=named)
+    """A stage of ``rows``, the last of which is its output, with the axes that they name."""
+    tensors = []
+    used_axes: dict[str, Axis] = {}
+    for tensor_name, dtype, shape in rows:
+        tensors.append(TensorSpec(name=tensor_name, dtype=dtype, shape=shape))
+        for size in shape:
+            if isinstance(size, str):
+                used_axes[size] = axes[size]
+    return StageSpec(
+        name=name, inputs=tuple(tensors[:-1]), outputs=tuple(tensors[-1:]), axes=used_axes
+    )

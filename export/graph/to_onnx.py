@@ -1,4 +1,4 @@
-"""A stage's module to an ONNX file, through torch's own exporter."""
+"""A stage's module -> an ONNX file, through torch's own exporter."""
 
 from __future__ import annotations
 
@@ -20,70 +20,94 @@ from hipa_deploy.export.graph.modules import TORCH_DTYPES
 from hipa_deploy.export.graph.weight_map import trace_weights
 
 OPSET = 20
-EXTERNAL_DATA_BYTES = (
-    512 << 20
-)  # protobuf ends at 2 GiB; well before that, weights go to a file beside the graph
+# protobuf ends at 2 GiB. Well before that, weights go to a file beside the graph.
+EXTERNAL_DATA_BYTES = 512 << 20
 
 
 def export_stage(module: torch.nn.Module, spec: StageSpec, folder: Path) -> list[Path]:
-    """Write ``folder/model.onnx`` (and ``model.onnx.data`` for large weights) and ``weights.json``; the files written.
+    """Write ``folder/model.onnx``, ``weights.json`` and, for large weights, ``model.onnx.data``.
 
-    Shapes are static but for the axes of ``spec``. Stack traces and source paths are dropped, so equal weights give
-    equal bytes wherever the export ran.
+    Stack traces and source paths are dropped, so equal weights give equal bytes wherever the export
+    ran.
+
+    Args:
+        module: the stage, in the precision that the graph is to have.
+        spec: its inputs and outputs; shapes are static but for its axes.
+        folder: is created.
+
+    Returns:
+        The files written, sorted.
 
     Raises:
         HipaError: the module does not allow an axis to vary.
 
+    Example:
+        >>> export_stage(OneStepDecoder(vae), specs["vae_decoder"], Path("bundle/vae_decoder"))
+        [PosixPath('bundle/vae_decoder/model.onnx'), PosixPath('bundle/vae_decoder/weights.json')]
+
     """
     folder.mkdir(parents=True, exist_ok=True)
     sizes = example_sizes(spec.axes)
-    inputs = tuple(
-        torch.zeros(tensor.at(sizes), dtype=TORCH_DTYPES[tensor.dtype]) for tensor in spec.inputs
-    )
+    inputs = []
+    for tensor in spec.inputs:
+        inputs.append(torch.zeros(tensor.at(sizes), dtype=TORCH_DTYPES[tensor.dtype]))
+    dynamic_shapes = None
+    if spec.axes:
+        dynamic_shapes = tuple(_open_dimensions(tensor) for tensor in spec.inputs)
+
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(),
-            inputs,
+            tuple(inputs),
             dynamo=True,
             opset_version=OPSET,
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
-            dynamic_shapes=tuple(_open_dimensions(tensor) for tensor in spec.inputs)
-            if spec.axes
-            else None,
+            dynamic_shapes=dynamic_shapes,
             verbose=False,
         )
+    assert program is not None  # dynamo=True without a file always returns one
+
+    # The weight map needs the exporter's metadata, so it comes before they are dropped.
     _name_axes(program.model, spec)
     weight_map = trace_weights(program.model, module)
     _strip_metadata(program.model)
-    weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
+
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in module.parameters())
     program.save(folder / "model.onnx", external_data=weight_bytes > EXTERNAL_DATA_BYTES)
-    (folder / WEIGHT_MAP).write_text(weight_map.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    text = weight_map.model_dump_json(indent=1) + "\n"
+    (folder / WEIGHT_MAP).write_text(text, encoding="utf-8")
     return sorted(folder.iterdir())
 
 
 def _open_dimensions(tensor: TensorSpec) -> dict[int, Any]:
-    return {
-        index: torch.export.Dim.AUTO
-        for index, size in enumerate(tensor.shape)
-        if isinstance(size, str)
-    }
+    """The dimensions of ``tensor`` that have an axis, as torch.export takes them."""
+    dimensions: dict[int, Any] = {}
+    for index, size in enumerate(tensor.shape):
+        if isinstance(size, str):
+            dimensions[index] = torch.export.Dim.AUTO
+    return dimensions
 
 
-def _name_axes(model, spec: StageSpec) -> None:  # type: ignore[no-untyped-def]  # onnx_ir.Model, as below
+# The exporter's model is an onnx_ir.Model, a package that comes with the extra 'export' alone.
+def _name_axes(model: Any, spec: StageSpec) -> None:
     """Call the open dimensions of inputs and outputs what ``spec`` calls them."""
     for values, tensors in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
         for value, tensor in zip(values, tensors, strict=True):
             for index, size in enumerate(tensor.shape):
-                if isinstance(size, str) and isinstance(value.shape[index], int):
+                if not isinstance(size, str):
+                    continue
+                # With Dim.AUTO the exporter silently fixes a dimension that the module fixes.
+                if isinstance(value.shape[index], int):
                     raise HipaError(
-                        f"{spec.name}: this model does not allow a dynamic {size}. Leave it out."
+                        f"{spec.name}: this model does not allow a dynamic {size}. "
+                        f"Leave {size} out of --dynamic."
                     )
-                if isinstance(size, str):
-                    value.shape[index] = size
+                value.shape[index] = size
 
 
-def _strip_metadata(model) -> None:  # type: ignore[no-untyped-def]  # onnx_ir.Model, known only with the extra
+def _strip_metadata(model: Any) -> None:
+    """Drop stack traces, source paths and the exporter's notes."""
     model.metadata_props.clear()
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
@@ -94,7 +118,7 @@ def _strip_metadata(model) -> None:  # type: ignore[no-untyped-def]  # onnx_ir.M
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports its own deprecations and progress; what matters to a user is the parity gate."""
+    """Silence the exporter's own warnings and progress: what counts is the check afterwards."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -16,6 +16,7 @@ DECODER = ROOT / "decoder"
 BUNDLE = ROOT / "bundle"
 
 NAME = "emoji"
+EXAMPLE_PROMPT = "3d emoji of a red apple"  # of the form that the model was trained on
 ADAPTORS = {
     NAME: ADAPTOR,
     **{f"{NAME}-{task}": ROOT / f"adaptor-{task}" for task in ("edit", "inpaint", "upscale")},

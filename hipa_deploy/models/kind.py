@@ -10,7 +10,6 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.tasks import Task
 
 PARTS = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # What a UNet may take besides noise, a timestep and one text context: folding would drop it and the graph be wrong.
 UNSUPPORTED = (
     "addition_embed_type",
@@ -91,15 +90,4 @@ def check_unet(folder: Path, task: Task = "generate") -> None:
         raise HipaError(
             f"{folder}: the UNet {way} {got} channels, expected {latent}, as its VAE gives. "
             "Use a text-to-image model, not one for inpainting or editing."
-        )
-
-
-def check_trainable(folder: Path, task: Task = "generate") -> None:
-    """Raise HipaError, with the reason, unless the folder holds a model whose one step can be trained and exported."""
-    check_pipeline(folder, read_config(folder, "model_index.json"))
-    check_unet(folder, task)
-    kind = read_config(folder, "scheduler/scheduler_config.json").get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES:
-        raise HipaError(
-            f"{folder} predicts {kind!r}. Expected one of: {', '.join(PREDICTION_TYPES)}."
         )

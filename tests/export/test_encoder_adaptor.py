@@ -20,8 +20,8 @@ from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_swap import SwapOptions, export_swap
 from hipa_deploy.export.merge import merge_encoder_adaptor
-from hipa_deploy.export.model_parts import BaseModel
-from hipa_deploy.export.task import plan_task
+from hipa_deploy.export.model_parts import ModelParts
+from hipa_deploy.export.task import choose_task
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.images.example_source import example_image
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
@@ -116,8 +116,8 @@ def test_a_tiny_encoder_does_not_take_it(model_dir: Path, adaptor: Path, tmp_pat
     asked = ExportOptions(
         model=str(model_dir), adaptor=adaptor, out=tmp_path / "b", encoder=tmp_path
     )
-    with pytest.raises(HipaError, match=r"adapts the VAE's own encoder\. Leave --encoder .* out"):
-        plan_task(asked, BaseModel.open(str(model_dir)))
+    with pytest.raises(HipaError, match=r"adapts the VAE's own encoder\. Leave out --encoder .*\."):
+        choose_task(asked, ModelParts.open(str(model_dir)))
 
 
 def test_what_cannot_be_merged(model_dir: Path, adaptor: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.adaptor_swap import FOLDER, AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import DecoderInfo
 from hipa_deploy.bundle.onnx_weights import read_initializers, with_values
 from hipa_deploy.embedded import ADAPTOR, BUNDLE
 from hipa_deploy.errors import HipaError
@@ -196,10 +197,7 @@ def test_a_graph_that_comes_out_different(
         export_swap(options)
 
 
-def test_a_fused_bundle_keeps_its_decoder(pair, model_dir: Path, other_adaptor: Path) -> None:
-    class Job:
-        options = ExportOptions(model="m", out=Path("o"), fuse=True)
-        decoder = None
-
+def test_a_fused_bundle_keeps_its_decoder(pair: tuple[Bundle, Bundle]) -> None:
+    other = DecoderInfo(kind="tiny", name="tiny", sha256="0" * 64)
     with pytest.raises(HipaError, match=r"another decoder than this. Give --decoder, vae"):
-        check_decoder(Job(), pair[0])
+        check_decoder(pair[0], other)

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.model_parts import BaseModel
+from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.models.decoder_folder import DECODER_METADATA, DecoderFidelity, DecoderMetadata
 from hipa_deploy.models.kind import UNSUPPORTED
 
@@ -22,14 +22,14 @@ def edit(path: Path, **changes: object) -> None:
 
 
 def test_constants_of_the_step(model_dir: Path) -> None:
-    step = BaseModel.open(model_dir).one_step(999, None, None)
+    step = ModelParts.open(model_dir).one_step(999, None, None)
     assert step.alpha_bar == pytest.approx(0.0046601, abs=1e-7)
     assert (step.latent_shape, step.height, step.width) == ((4, 8, 8), 32, 32)
     assert step.prediction_type == "epsilon"
 
 
 def test_height_is_height(model_dir: Path) -> None:
-    step = BaseModel.open(model_dir).one_step(999, 64, 32)
+    step = ModelParts.open(model_dir).one_step(999, 64, 32)
     assert (step.latent_shape, step.height, step.width) == ((4, 16, 8), 64, 32)
 
 
@@ -38,44 +38,44 @@ def test_height_is_height(model_dir: Path) -> None:
 )
 def test_absurd_sizes(model_dir: Path, height: int, message: str) -> None:
     with pytest.raises(HipaError, match=message):
-        BaseModel.open(model_dir).one_step(999, height, None)
+        ModelParts.open(model_dir).one_step(999, height, None)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "nothing-here"])
 def test_missing_model(name: str) -> None:
     with pytest.raises(HipaError, match="does not exist"):
-        BaseModel.open(name)
+        ModelParts.open(name)
 
 
 def test_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(HipaError, match=r"model_index\.json"):
-        BaseModel.open(tmp_path)
+        ModelParts.open(tmp_path)
 
 
 def test_sdxl_is_refused(copy: Path) -> None:
     edit(copy / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
     with pytest.raises(HipaError, match="two text encoders"):
-        BaseModel.open(copy)
+        ModelParts.open(copy)
 
 
 def test_another_unet_is_refused(copy: Path) -> None:
     edit(copy / "model_index.json", unet=["diffusers", "UNet3DConditionModel"])
     with pytest.raises(HipaError, match="UNet3DConditionModel"):
-        BaseModel.open(copy)
+        ModelParts.open(copy)
 
 
 @pytest.mark.parametrize("key", UNSUPPORTED)
 def test_added_conditions_are_refused_by_name(copy: Path, key: str) -> None:
     edit(copy / "unet/config.json", **{key: 8})
     with pytest.raises(HipaError, match=f"has {key}=8"):
-        BaseModel.open(copy).unet()
+        ModelParts.open(copy).unet()
 
 
 def test_truncated_weights(copy: Path) -> None:
     path = copy / "unet/diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(HipaError, match="unet cannot be loaded"):
-        BaseModel.open(copy).unet()
+        ModelParts.open(copy).unet()
 
 
 def test_nan_weights(copy: Path) -> None:
@@ -86,7 +86,7 @@ def test_nan_weights(copy: Path) -> None:
     weights[next(iter(weights))].fill_(float("nan"))
     save_file(weights, path)
     with pytest.raises(HipaError, match="NaN"):
-        BaseModel.open(copy).vae()
+        ModelParts.open(copy).vae()
 
 
 def make_decoder(folder: Path, *, levels: int = 3, latent_channels: int = 4) -> Path:
@@ -97,7 +97,7 @@ def make_decoder(folder: Path, *, levels: int = 3, latent_channels: int = 4) -> 
 
 
 def test_a_decoder_for_these_latents(model_dir: Path, tmp_path: Path) -> None:
-    tiny = BaseModel.open(model_dir).tiny_decoder(make_decoder(tmp_path / "tiny"))
+    tiny = ModelParts.open(model_dir).tiny_decoder(make_decoder(tmp_path / "tiny"))
     assert tiny.decode(torch.zeros(1, 4, 8, 8)).sample.shape == (1, 3, 32, 32)
 
 
@@ -112,7 +112,7 @@ def test_a_decoder_for_other_latents(
     model_dir: Path, tmp_path: Path, changes: dict, message: str
 ) -> None:
     with pytest.raises(HipaError, match=message):
-        BaseModel.open(model_dir).tiny_decoder(make_decoder(tmp_path / "tiny", **changes))
+        ModelParts.open(model_dir).tiny_decoder(make_decoder(tmp_path / "tiny", **changes))
 
 
 def test_a_decoder_of_another_vae(model_dir: Path, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_decoder_of_another_vae(model_dir: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     (folder / DECODER_METADATA).write_text(metadata.model_dump_json())
     with pytest.raises(HipaError, match="another VAE"):
-        BaseModel.open(model_dir).tiny_decoder(folder)
+        ModelParts.open(model_dir).tiny_decoder(folder)
 
 
 @pytest.mark.parametrize(
@@ -132,4 +132,4 @@ def test_a_decoder_of_another_vae(model_dir: Path, tmp_path: Path) -> None:
 def test_no_decoder(model_dir: Path, tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(HipaError, match=message):
-        BaseModel.open(model_dir).tiny_decoder(tmp_path / name)
+        ModelParts.open(model_dir).tiny_decoder(tmp_path / name)

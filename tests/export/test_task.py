@@ -11,8 +11,8 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_swap import SwapOptions, export_swap
-from hipa_deploy.export.model_parts import BaseModel
-from hipa_deploy.export.task import TaskPlan, parse_strengths, plan_task
+from hipa_deploy.export.model_parts import ModelParts
+from hipa_deploy.export.task import TaskSettings, choose_task, parse_strengths
 from hipa_deploy.images.example_source import example_image
 from tests.export.conftest import make_adaptor
 
@@ -24,32 +24,32 @@ def edit_adaptor(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return make_adaptor(model_dir, tmp_path_factory.mktemp("adaptor") / "edit", **EDIT)
 
 
-def plan(model_dir: Path, **options) -> TaskPlan:
-    return plan_task(
+def chosen(model_dir: Path, **options) -> TaskSettings:
+    return choose_task(
         ExportOptions(model=str(model_dir), out=Path("out"), **options),
-        BaseModel.open(str(model_dir)),
+        ModelParts.open(str(model_dir)),
     )
 
 
 def test_the_adaptor_says(model_dir: Path, edit_adaptor: Path, tmp_path: Path) -> None:
-    found = plan(model_dir, adaptor=edit_adaptor)
+    found = chosen(model_dir, adaptor=edit_adaptor)
     assert (found.task, found.timestep, found.upscale) == ("edit", 749, None)
     assert [(entry.strength, entry.timestep) for entry in found.strengths] == [
         (0.75, 749),
         (0.5, 499),
     ]
     assert found.inputs == ("noise", "source", "step", "context")
-    fewer = plan(model_dir, adaptor=edit_adaptor, task="edit", strengths=(0.5,))
+    fewer = chosen(model_dir, adaptor=edit_adaptor, task="edit", strengths=(0.5,))
     assert (fewer.timestep, fewer.inputs) == (499, ("noise", "source", "context"))
     larger = make_adaptor(model_dir, tmp_path / "larger", task="upscale", timestep=249, upscale=2)
-    assert plan(model_dir, adaptor=larger) == TaskPlan("upscale", 249, upscale=2)
+    assert chosen(model_dir, adaptor=larger) == TaskSettings("upscale", 249, upscale=2)
 
 
 def test_a_base_model_takes_what_is_asked(model_dir: Path) -> None:
-    assert plan(model_dir) == TaskPlan("generate", 999)
-    assert plan(model_dir, task="inpaint") == TaskPlan("inpaint", 999)
-    assert plan(model_dir, task="upscale") == TaskPlan("upscale", 999, upscale=4)
-    assert [entry.strength for entry in plan(model_dir, task="edit").strengths] == [0.5]
+    assert chosen(model_dir) == TaskSettings("generate", 999)
+    assert chosen(model_dir, task="inpaint") == TaskSettings("inpaint", 999)
+    assert chosen(model_dir, task="upscale") == TaskSettings("upscale", 999, upscale=4)
+    assert [entry.strength for entry in chosen(model_dir, task="edit").strengths] == [0.5]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,11 @@ def test_a_base_model_takes_what_is_asked(model_dir: Path) -> None:
     [
         (EDIT, {"task": "inpaint"}, "was trained to edit, not to inpaint"),
         (EDIT, {"task": "generate"}, "was trained to edit, not to generate"),
-        (EDIT, {"strengths": (0.6,)}, r"not trained for strength 0\.6\. It has: 0\.75, 0\.5"),
+        (
+            EDIT,
+            {"strengths": (0.6,)},
+            r"not trained for strength 0\.6\. It was trained for: 0\.75, 0\.5",
+        ),
         (EDIT, {"layout": "generic"}, "--layout generic is for the task generate, this is edit"),
         ({}, {"task": "edit"}, "was trained to generate, not to edit"),
         ({"task": "edit"}, {}, "names no strengths"),
@@ -68,7 +72,7 @@ def test_contradictions_are_refused(
 ) -> None:
     adaptor = make_adaptor(model_dir, tmp_path / "adaptor", **metadata)
     with pytest.raises(HipaError, match=message):
-        plan(model_dir, adaptor=adaptor, **asked)
+        chosen(model_dir, adaptor=adaptor, **asked)
 
 
 def test_strengths_are_numbers() -> None:

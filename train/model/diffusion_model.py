@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.generate.noise import initial_noise
-from hipa_deploy.models.kind import check_trainable
+from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.tasks import Task, is_inpainting_unet
-
-SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
-                 "rescale_betas_zero_snr")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class DiffusionModel:
             HipaError: not a Stable Diffusion folder, a model that one step cannot drive, or weights not finite.
 
         """
-        check_trainable(folder, task)
+        ModelConfig.read(folder, task)
         diffusers_logging.disable_progress_bar()
         parts = {
             "safety_checker": None,
@@ -73,48 +71,39 @@ class DiffusionModel:
         """AutoencoderKL or AutoencoderTiny."""
         return self.pipe.vae
 
+    @cached_property
+    def config(self) -> ModelConfig:
+        """What the model's configuration files say."""
+        return ModelConfig.read(self.folder)
+
     @property
     def latent_shape_CHW(self) -> tuple[int, int, int]:
         """Latent shape at the model's native resolution."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.vae.config.latent_channels, height, width
+        return self.config.native_latents
 
     @property
     def resolution(self) -> tuple[int, int]:
-        """Native image height and width."""
-        factor = self.pipe.vae_scale_factor
-        return self.latent_shape_CHW[1] * factor, self.latent_shape_CHW[2] * factor
+        """Native image height and width in pixels."""
+        return self.config.native_size
 
     @property
     def schedule(self) -> dict[str, Any]:
-        """The noise schedule as scheduler keyword arguments, without any sampler's own settings."""
-        config = self.pipe.scheduler.config
-        return {key: config[key] for key in SCHEDULE_KEYS if key in config}
+        """The noise schedule as scheduler keywords, without any sampler's own settings."""
+        return self.config.schedule
 
     @property
     def prediction_type(self) -> str:
         """What the UNet predicts: epsilon, v_prediction or sample."""
-        return self.schedule.get("prediction_type", "epsilon")
+        return self.config.prediction_type
 
     @property
     def alphas_cumprod(self) -> Tensor:
         """``alpha_bar`` of every timestep, float32 [T], on the model's device."""
-        return DDIMScheduler(**self.schedule).alphas_cumprod.to(self.device)
+        return self.config.alphas_cumprod.to(self.device)
 
     def alpha_bar(self, timestep: int) -> float:
-        """Cumulative signal power at ``timestep``: 0.0046601 at 999 for Stable Diffusion's schedule."""
-        alphas = DDIMScheduler(**self.schedule).alphas_cumprod
-        if not 0 <= timestep < len(alphas):
-            raise HipaError(
-                f"timestep {timestep} is out of range. Expected 0 to {len(alphas) - 1} for {self.folder}."
-            )
-        value = float(alphas[timestep])
-        if self.prediction_type == "epsilon" and value < 1e-6:
-            raise HipaError(
-                f"timestep {timestep} has no signal, so eps says nothing about x0. Choose a smaller one."
-            )
-        return value
+        """Cumulative signal power at ``timestep``; see ``ModelConfig.alpha_bar``."""
+        return self.config.alpha_bar(timestep)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Standard normal float32 [B, C, H, W], the same as every backend starts from."""

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from hipa_deploy.models.kind import check_trainable, read_config
+from hipa_deploy.models.kind import read_config
+from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.tasks import STEP_INPUTS
 from hipa_deploy.train.data.teacher_pairs import TABLE_BYTES
 from hipa_deploy.train.losses.dists import DistsLike
@@ -114,7 +115,7 @@ def plan_training(recipe: Recipe, model_dir: Path) -> TrainingPlan:
         HipaError: a model that cannot be trained, with the reason.
 
     """
-    check_trainable(model_dir, recipe.task)
+    ModelConfig.read(model_dir, recipe.task)
     with torch.device("meta"):
         trainer = Trainer(unloaded_model(model_dir), recipe)
     model = trainer.model
@@ -145,10 +146,9 @@ def plan_training(recipe: Recipe, model_dir: Path) -> TrainingPlan:
 
 def unloaded_model(folder: Path) -> DiffusionModel:
     """The model of a folder's configurations, float32, with whatever values its constructors draw; no tokenizer."""
-    exact = {
-        "clip_sample": False,
-        "steps_offset": 1,
-    }  # as the pipeline wants a scheduler to be; no matter here
+    # As the pipeline wants a scheduler to be, or it warns; nothing here samples with it.
+    exact = {"clip_sample": False, "steps_offset": 1}
+    schedule = ModelConfig.read(folder).schedule
     pipe = StableDiffusionPipeline(
         unet=UNet2DConditionModel.from_config(read_config(folder, "unet/config.json")),
         vae=AutoencoderKL.from_config(read_config(folder, "vae/config.json")),
@@ -156,9 +156,7 @@ def unloaded_model(folder: Path) -> DiffusionModel:
             CLIPTextConfig.from_dict(read_config(folder, "text_encoder/config.json"))
         ),
         tokenizer=None,
-        scheduler=DDIMScheduler.from_config(
-            read_config(folder, "scheduler/scheduler_config.json"), **exact
-        ),
+        scheduler=DDIMScheduler(**schedule, **exact),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

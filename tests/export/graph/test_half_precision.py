@@ -12,6 +12,7 @@ from hipa_deploy.export.graph.half_precision import (
     Ranges,
     Rounding,
     fewest_islands,
+    islands_by_range,
     to_half,
     whole_attentions,
 )
@@ -57,7 +58,7 @@ def latents() -> torch.Tensor:
 def islands_of(module: nn.Module) -> tuple[tuple[str, ...], torch.Tensor]:
     with torch.no_grad(), Ranges().watching() as ranges:
         output = module(latents())
-    return ranges.islands(module), output
+    return islands_by_range(module, ranges.by_name(module)), output
 
 
 @torch.no_grad()

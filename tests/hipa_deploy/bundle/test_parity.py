@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from hipa_deploy.bundle.parity import compare
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.gate import check
+from hipa_deploy.export.writer import check_parity as check
 
 RAMP = np.linspace(0, 1, 100, dtype=np.float32)
 

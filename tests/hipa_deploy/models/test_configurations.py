@@ -9,7 +9,8 @@ from diffusers.loaders import single_file_utils
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hipa_deploy.models.configurations import MODELS, write_config
-from hipa_deploy.models.kind import check_trainable, read_config
+from hipa_deploy.models.kind import read_config
+from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.train.model.unet_adaptor import PAPER, adaptor_parameters, add_adaptor
 from tests.original_layout import open_clip_names, unet_names, vae_names
 
@@ -56,7 +57,7 @@ def count(weights: object) -> int:
 
 def test_shapes_are_those_of_the_published_weights(config: tuple[str, Path]) -> None:
     name, folder = config
-    check_trainable(folder)
+    ModelConfig.read(folder, "generate")
     parts = models(folder)
     counts = {part: count(module.parameters()) for part, module in parts.items()}
     with torch.device("meta"):

@@ -8,7 +8,8 @@ import pytest
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.configurations import write_config
-from hipa_deploy.models.kind import UNSUPPORTED, check_trainable, check_unet
+from hipa_deploy.models.kind import UNSUPPORTED, check_unet
+from hipa_deploy.models.model_config import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +48,10 @@ def test_wrong_kinds_are_refused_with_the_reason(
     sd15: Path, tmp_path: Path, file: str, changes: dict, message: str
 ) -> None:
     folder = Path(shutil.copytree(sd15, tmp_path / "copy"))
-    check_trainable(folder)
+    ModelConfig.read(folder, "generate")
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
     with pytest.raises(HipaError, match=message):
-        check_trainable(folder)
+        ModelConfig.read(folder, "generate")
 
 
 def test_a_unet_for_inpainting_is_for_that_task_alone(sd15: Path, tmp_path: Path) -> None:
@@ -68,14 +69,14 @@ def test_files_that_are_missing_or_damaged(sd15: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sd15, tmp_path / "copy"))
     (folder / "unet/config.json").write_text("no")
     with pytest.raises(HipaError, match="is not JSON"):
-        check_trainable(folder)
+        ModelConfig.read(folder, "generate")
     (folder / "unet/config.json").unlink()
     with pytest.raises(HipaError, match=r"no readable unet/config.json"):
-        check_trainable(folder)
+        ModelConfig.read(folder, "generate")
 
 
 def test_a_pipeline_of_another_name_with_the_same_parts(sd15: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sd15, tmp_path / "copy"))
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "MyPipeline"}))
-    check_trainable(folder)
+    ModelConfig.read(folder, "generate")

@@ -1,0 +1,136 @@
+"""The files of a bundle that are no stages: tokenizer, prompts, references, configurations."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+from hipa_deploy.bundle.manifest import Precision
+from hipa_deploy.errors import HipaError
+from hipa_deploy.export.model_parts import ModelParts
+from hipa_deploy.export.references import References
+from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS
+from hipa_deploy.generate.tokenizer import PromptTokenizer
+from hipa_deploy.hashing import file_sha256
+
+TOKENIZER = "tokenizer/tokenizer.json"
+
+
+def write_tokenizer(root: Path, model: ModelParts, prompt: str) -> PromptTokenizer:
+    """Write ``tokenizer.json``, padding and length inside, and open it as the runtime will.
+
+    Args:
+        root: the bundle's folder.
+        model: the base model.
+        prompt: the tokens of this one are compared with transformers'.
+
+    Raises:
+        HipaError: the two tokenizers do not agree.
+
+    """
+    # Padding and length go into the file: the runtime has no other configuration of the tokenizer.
+    fast = model.tokenizer()
+    length = fast.model_max_length
+    rust = fast.backend_tokenizer
+    rust.enable_truncation(length)
+    rust.enable_padding(length=length, pad_id=fast.pad_token_id, pad_token=fast.pad_token)
+    path = root / TOKENIZER
+    path.parent.mkdir()
+    rust.save(str(path))
+
+    # A wrong token would give a plausible image of something else, so both are compared once.
+    tokenizer = PromptTokenizer(path)
+    expected = fast([prompt], padding="max_length", max_length=length, return_tensors="np")
+    if not np.array_equal(tokenizer([prompt]), expected.input_ids):
+        raise HipaError(
+            f"{model.folder}/tokenizer: tokenizer.json does not agree with transformers. "
+            "Please report this."
+        )
+    return tokenizer
+
+
+def write_closed_set(
+    root: Path, prompts: Sequence[str], contexts_NLD: np.ndarray, precision: Precision
+) -> np.ndarray:
+    """Write prompts and their contexts in place of the tokenizer; returns the contexts as stored.
+
+    Args:
+        root: the bundle's folder; its tokenizer is deleted, as nothing is tokenized any more.
+        prompts: N prompts.
+        contexts_NLD: float32.
+        precision: fp16 stores the contexts as float16.
+
+    """
+    stored_NLD = contexts_NLD.astype(np.float16 if precision == "fp16" else np.float32)
+    path = root / BAKED_CONTEXTS
+    path.parent.mkdir()
+    np.save(path, stored_NLD)
+    (root / BAKED_PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    shutil.rmtree((root / TOKENIZER).parent)
+    return stored_NLD
+
+
+def write_references(root: Path, references: References) -> None:
+    """Write ``reference/``: the tensors, and the prompt and seeds that they belong to."""
+    folder = root / "reference"
+    folder.mkdir()
+    np.savez_compressed(folder / "tensors.npz", **references.tensors)  # type: ignore[arg-type]  # numpy's stub
+    content = {"prompts": [references.prompt], "seeds": list(references.seeds)}
+    (folder / "prompts.json").write_text(json.dumps(content) + "\n")
+
+
+def write_diffusers_files(root: Path, model: ModelParts) -> None:
+    """Write what optimum's ORTDiffusionPipeline reads beside the stages of the layout generic.
+
+    That is ``model_index.json``, the configurations, the tokenizer's vocabulary and the one-step
+    scheduler.
+    """
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+    }
+    _write_json(root / "model_index.json", index)
+    stages = {"text_encoder": "text_encoder", "unet": "unet", "vae": "vae_decoder"}
+    for part, stage in stages.items():
+        config = json.loads((model.folder / part / "config.json").read_text())
+        _write_json(root / stage / "config.json", config)
+
+    # save_pretrained writes a tokenizer.json of its own, without padding and length.
+    tokenizer = root / TOKENIZER
+    content = tokenizer.read_bytes()
+    model.tokenizer().save_pretrained(tokenizer.parent)
+    tokenizer.write_bytes(content)
+
+    # With these, DDIM's one step starts at the last timestep and ends at x0 itself.
+    one_step = {
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+        "steps_offset": 0,
+    }
+    scheduler = DDIMScheduler(**model.config.schedule, **one_step)
+    scheduler.save_pretrained(root / "scheduler")
+
+
+def file_hashes(root: Path) -> dict[str, str]:
+    """SHA-256 of every file under ``root``, by its path in the bundle."""
+    hashes: dict[str, str] = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            hashes[path.relative_to(root).as_posix()] = file_sha256(path)
+    return hashes
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,97 @@
+"""The parts that one export is made of: the model's own or tiny ones, with the adaptor merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from hipa_deploy.bundle.manifest import AdaptorInfo, DecoderInfo, EncoderInfo
+from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
+from hipa_deploy.export.model_parts import ModelParts
+from hipa_deploy.hashing import file_sha256, folder_sha256
+from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
+from hipa_deploy.models.decoder_folder import vae_sha256
+from hipa_deploy.tasks import Task
+
+
+@dataclass(frozen=True)
+class ChosenParts:
+    """What an export is made of. Every call loads its part anew, in float32, as ``ModelParts`` do.
+
+    Attributes:
+        model: the base model.
+        task: what the bundle makes an image from.
+        adaptor: the adaptor folder to merge; None leaves the model as it is.
+        adaptor_scale: 1.0 merges the adaptor as it was trained.
+        tiny_encoder: an AutoencoderTiny folder that encodes in place of the model's VAE.
+        tiny_decoder: an AutoencoderTiny folder that decodes in place of the model's VAE.
+
+    """
+
+    model: ModelParts
+    task: Task
+    adaptor: Path | None = None
+    adaptor_scale: float = 1.0
+    tiny_encoder: Path | None = None
+    tiny_decoder: Path | None = None
+
+    @classmethod
+    def choose(cls, model: ModelParts, options: ExportOptions, task: Task) -> ChosenParts:
+        """The parts that ``options`` ask for."""
+        return cls(
+            model=model,
+            task=task,
+            adaptor=options.adaptor,
+            adaptor_scale=options.adaptor_scale,
+            tiny_encoder=options.encoder,
+            tiny_decoder=options.decoder,
+        )
+
+    def text_encoder(self) -> CLIPTextModel:
+        """The model's text encoder, which no adaptor changes."""
+        return self.model.text_encoder()
+
+    def unet(self) -> tuple[UNet2DConditionModel, AdaptorInfo | None]:
+        """The UNet with the adaptor merged, and what the manifest says of that adaptor."""
+        unet = self.model.unet(self.task)
+        if self.adaptor is None:
+            return unet, None
+        return unet, merge_adaptor(unet, self.adaptor, self.adaptor_scale)
+
+    def encoder(self) -> AutoencoderKL | AutoencoderTiny:
+        """The autoencoder that encodes, with the adaptor's weights for it merged, if any."""
+        if self.tiny_encoder is not None:
+            return self.model.tiny_encoder(self.tiny_encoder)
+        vae = self.model.vae()
+        merge_encoder_adaptor(vae, self.adaptor, self.adaptor_scale)
+        return vae
+
+    def decoder(self) -> AutoencoderKL | AutoencoderTiny:
+        """The autoencoder that decodes."""
+        if self.tiny_decoder is not None:
+            return self.model.tiny_decoder(self.tiny_decoder)
+        return self.model.vae()
+
+    def encoder_info(self) -> EncoderInfo:
+        """What the manifest says of the encoder."""
+        if self.tiny_encoder is not None:
+            name = self.tiny_encoder.resolve().name
+            return EncoderInfo(kind="tiny", name=name, sha256=folder_sha256(self.tiny_encoder))
+        adaptor_sha256 = None
+        if self.adaptor is not None and (self.adaptor / ENCODER_WEIGHTS).exists():
+            adaptor_sha256 = file_sha256(self.adaptor / ENCODER_WEIGHTS)
+        vae = vae_sha256(self.model.folder)
+        return EncoderInfo(kind="full", name="vae", sha256=vae, adaptor_sha256=adaptor_sha256)
+
+    def decoder_info(self) -> DecoderInfo:
+        """What the manifest says of the decoder."""
+        if self.tiny_decoder is not None:
+            name = self.tiny_decoder.resolve().name
+            return DecoderInfo(kind="tiny", name=name, sha256=folder_sha256(self.tiny_decoder))
+        return DecoderInfo(kind="full", name="vae", sha256=vae_sha256(self.model.folder))

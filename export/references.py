@@ -1,0 +1,315 @@
+"""The reference tensors of a bundle: what PyTorch gives in float32, before anything is exported.
+
+Every tensor comes from the model in its general form: nothing folded, the timestep an input. So an
+error in a fold shows in the comparison of a stage with its reference. Only one part of the model is
+in memory at a time.
+
+    tokens       int64   [B, L]
+    context      float32 [B, L, D]      text encoder
+    noise        float32 [B, C, h, w]
+    image        uint8   [B, H, W, 3]   tasks with a source image
+    mask         float32 [B, 1, h, w]   task inpaint
+    source       float32 [B, C, h, w]   encoder of ``image``, scaled
+    step         int64   [1]            index of the strength, of an edit with several
+    output       float32 [B, C, h, w]   UNet
+    latents      float32 [B, C, h, w]   what the decoder takes, scaled
+    images       uint8   [B, H, W, 3]   decoder
+    timestep     int64   [1]            layout generic
+    latent_sample float32 [B, C, h, w]  layout generic: x0 without the scaling
+    sample       float32 [B, 3, H, W]   layout generic: decoder, in [-1, 1]
+
+At further strengths of an edit the keys are 'output_1', 'latents_1', 'images_1' and so on.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
+
+from hipa_deploy.bundle.manifest import AdaptorInfo, Layout, OneStep
+from hipa_deploy.export.chosen_parts import ChosenParts
+from hipa_deploy.export.graph.half_precision import Ranges
+from hipa_deploy.export.graph.modules import from_uint8, seen_by_unet, to_uint8
+from hipa_deploy.export.task import TaskSettings
+from hipa_deploy.generate.noise import initial_noise
+from hipa_deploy.generate.x0 import predict_x0
+from hipa_deploy.images.example_source import example_inputs
+from hipa_deploy.tasks import STEP_INPUTS, finish_latents, is_inpainting_unet, start_latents
+
+FIRST_SEED = 0
+ENCODED_AT_ONCE = 64  # prompts of a closed set; thousands at once would not fit into memory
+# Tensors that come from outside of the model. The stages of a bundle compute all others.
+INPUTS = ("tokens", "noise", "image", "mask", "step", "timestep")
+
+
+@dataclass(frozen=True)
+class References:
+    """The tensors that the exported stages are judged by, and what they were made from.
+
+    Attributes:
+        prompt: the prompt of every image.
+        seeds: the seed of each image's noise.
+        tensors: by the names in this module's legend, in the order they were made.
+        largest: by module of the diffusers folder ('unet.conv_in'), the largest magnitude that went
+            into or came out of it. Empty where nobody looks for layers that float16 cannot hold.
+        adaptor: the adaptor that was merged into the UNet.
+
+    """
+
+    prompt: str
+    seeds: tuple[int, ...]
+    tensors: Mapping[str, np.ndarray]
+    largest: Mapping[str, float] = field(default_factory=dict)
+    adaptor: AdaptorInfo | None = None
+
+    @property
+    def batch(self) -> int:
+        """Images of the reference."""
+        return len(self.seeds)
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """The tensors that come from outside of the model."""
+        return {name: self.tensors[name] for name in INPUTS if name in self.tensors}
+
+    def plus(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        largest: Mapping[str, float] | None = None,
+    ) -> References:
+        """These references and more ``tensors``."""
+        return replace(
+            self,
+            tensors={**self.tensors, **tensors},
+            largest={**self.largest, **(largest or {})},
+        )
+
+
+def strength_key(name: str, index: int) -> str:
+    """The key of a tensor at strength number ``index`` of an edit; 0 is the largest strength.
+
+    Example:
+        >>> strength_key("latents", 0), strength_key("latents", 1)
+        ('latents', 'latents_1')
+
+    """
+    return f"{name}_{index}" if index else name
+
+
+def text_references(prompt: str, tokens_1L: np.ndarray, batch: int, step: OneStep) -> References:
+    """The tensors that need no part of the model: the tokens of ``prompt``, and noise per image."""
+    seeds = tuple(range(FIRST_SEED, FIRST_SEED + batch))
+    tensors = {
+        "tokens": tokens_1L.repeat(batch, 0),
+        "noise": initial_noise(list(seeds), step.latent_shape),
+    }
+    return References(prompt, seeds, tensors)
+
+
+@torch.no_grad()
+def add_context(references: References, parts: ChosenParts, *, watch: bool) -> References:
+    """Add 'context', the text encoder's last hidden states for 'tokens'."""
+    encoder = parts.text_encoder()
+    with _watched(watch, "text_encoder", encoder) as largest:
+        tokens_BL = torch.from_numpy(references.tensors["tokens"])
+        context_BLD = encoder(tokens_BL).last_hidden_state.numpy()
+    return references.plus({"context": context_BLD}, largest)
+
+
+@torch.no_grad()
+def encode_closed_set(parts: ChosenParts, tokens_NL: np.ndarray) -> np.ndarray:
+    """Contexts float32 [N, L, D] of all prompts of a closed set."""
+    encoder = parts.text_encoder()
+    contexts = []
+    for tokens_BL in torch.from_numpy(tokens_NL).split(ENCODED_AT_ONCE):
+        contexts.append(encoder(tokens_BL).last_hidden_state)
+    return torch.cat(contexts).numpy()
+
+
+@torch.no_grad()
+def add_source(
+    references: References,
+    parts: ChosenParts,
+    settings: TaskSettings,
+    step: OneStep,
+    *,
+    watch: bool,
+) -> References:
+    """Add 'image', 'mask' and 'step' as the task takes them, and 'source', the encoded image."""
+    tensors: dict[str, np.ndarray] = {}
+    factor = step.height // step.latent_shape[1]
+    conditions = example_inputs(
+        settings.task, step.height, step.width, factor, settings.upscale or 1
+    )
+    for name, value in conditions.items():
+        tensors[name] = value[None].repeat(references.batch, 0)
+    if "step" in settings.inputs:
+        tensors["step"] = np.asarray([0])
+
+    # The mean of the posterior, not a sample of it: one image has one encoding.
+    vae = parts.encoder()
+    sample_BCHW = from_uint8(torch.from_numpy(tensors["image"])) * 2 - 1
+    if isinstance(vae, AutoencoderTiny):
+        with _watched(watch, "encoder", vae) as largest:
+            source_BCHW = vae.encode(sample_BCHW).latents
+    else:
+        with _watched(watch, "vae", vae) as largest:
+            source_BCHW = vae.encode(sample_BCHW).latent_dist.mean * step.scaling_factor
+    tensors["source"] = source_BCHW.numpy()
+    return references.plus(tensors, largest)
+
+
+@torch.no_grad()
+def add_step(
+    references: References,
+    parts: ChosenParts,
+    settings: TaskSettings,
+    step: OneStep,
+    *,
+    watch: bool,
+) -> References:
+    """Add 'output' and 'latents' of the one step, at every strength of an edit."""
+    unet, adaptor = parts.unet()
+    tensors: dict[str, np.ndarray] = {}
+    with _watched(watch, "unet", unet) as largest:
+        for index, start in enumerate(settings.starts(step)):
+            output_BCHW, latents_BCHW = _one_step(
+                unet, references.tensors, settings, step, start.timestep, start.alpha_bar
+            )
+            tensors[strength_key("output", index)] = output_BCHW
+            tensors[strength_key("latents", index)] = latents_BCHW
+    return replace(references.plus(tensors, largest), adaptor=adaptor)
+
+
+def _one_step(
+    unet: UNet2DConditionModel,
+    tensors: Mapping[str, np.ndarray],
+    settings: TaskSettings,
+    step: OneStep,
+    timestep: int,
+    alpha_bar: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One step of the task: the UNet's output, and the latents to decode."""
+    conditions: dict[str, np.ndarray] = {}
+    for name in STEP_INPUTS[settings.task]:
+        conditions[name] = tensors[name]
+    concatenates = is_inpainting_unet(unet.config["in_channels"], step.latent_shape[0])
+    start_BCHW = start_latents(settings.task, conditions, alpha_bar, concatenates=concatenates)
+
+    # The UNet takes torch tensors; the formulas around it are numpy, as the runtime has them.
+    on_torch = {name: torch.from_numpy(value) for name, value in conditions.items()}
+    sample_BCHW = seen_by_unet(torch.from_numpy(start_BCHW), on_torch, concatenates=concatenates)
+    context_BLD = torch.from_numpy(tensors["context"])
+    output_BCHW = unet(sample_BCHW, timestep, context_BLD, return_dict=False)[0].numpy()
+
+    x0_BCHW = predict_x0(start_BCHW, output_BCHW, alpha_bar, step.prediction_type)
+    return output_BCHW, finish_latents(settings.task, x0_BCHW, conditions)
+
+
+@torch.no_grad()
+def add_images(
+    references: References,
+    parts: ChosenParts,
+    settings: TaskSettings,
+    step: OneStep,
+    *,
+    watch: bool,
+) -> References:
+    """Add 'images', decoded from 'latents', at every strength of an edit."""
+    vae = parts.decoder()
+    is_tiny = isinstance(vae, AutoencoderTiny)
+    tensors: dict[str, np.ndarray] = {}
+    with _watched(watch, "decoder" if is_tiny else "vae", vae) as largest:
+        for index in range(len(settings.starts(step))):
+            latents_BCHW = torch.from_numpy(references.tensors[strength_key("latents", index)])
+            # A tiny decoder takes latents as the scheduler scales them; the model's VAE does not.
+            if not is_tiny:
+                latents_BCHW = latents_BCHW / step.scaling_factor
+            sample_BCHW = vae.decode(latents_BCHW).sample
+            tensors[strength_key("images", index)] = to_uint8(sample_BCHW / 2 + 0.5).numpy()
+    return references.plus(tensors, largest)
+
+
+@torch.no_grad()
+def add_sample(
+    references: References, parts: ChosenParts, step: OneStep, *, watch: bool
+) -> References:
+    """Add the decoder's tensors of the layout generic: 'latent_sample', 'sample' and 'images'."""
+    vae = parts.decoder()
+    latents_BCHW = latent_sample(references.tensors, step)
+    with _watched(watch, "vae", vae) as largest:
+        sample_BCHW = vae.decode(torch.from_numpy(latents_BCHW), return_dict=False)[0]
+    tensors = {
+        "latent_sample": latents_BCHW,
+        "sample": sample_BCHW.numpy(),
+        "images": to_uint8(sample_BCHW / 2 + 0.5).numpy(),
+    }
+    return references.plus(tensors, largest)
+
+
+def latent_sample(tensors: Mapping[str, np.ndarray], step: OneStep) -> np.ndarray:
+    """What the layout generic decodes: x0 of 'noise' and 'output', without the VAE's scaling."""
+    x0_BCHW = predict_x0(tensors["noise"], tensors["output"], step.alpha_bar, step.prediction_type)
+    return x0_BCHW / np.float32(step.scaling_factor)
+
+
+def make_references(
+    references: References,
+    parts: ChosenParts,
+    settings: TaskSettings,
+    step: OneStep,
+    layout: Layout,
+    *,
+    watch: bool,
+) -> References:
+    """All tensors of a bundle, part by part.
+
+    Args:
+        references: the prompt's tokens and the noise; with 'context', where that is made already.
+        parts: the model's parts; each is loaded, run and freed again.
+        settings: the task.
+        step: the constants of the one step.
+        layout: the generic one has a timestep as an input, and a decoder without conversion.
+        watch: record the magnitudes that tell which layers float16 cannot hold.
+
+    """
+    # A part ends with its function, but modules and their hooks may refer to each other in cycles:
+    # without a collection the next part could be loaded beside the one before.
+    if "context" not in references.tensors:
+        references = add_context(references, parts, watch=watch)
+        gc.collect()
+    if settings.task != "generate":
+        references = add_source(references, parts, settings, step, watch=watch)
+        gc.collect()
+    references = add_step(references, parts, settings, step, watch=watch)
+    gc.collect()
+    if layout == "generic":
+        references = references.plus({"timestep": np.asarray([step.timestep])})
+        references = add_sample(references, parts, step, watch=watch)
+    else:
+        references = add_images(references, parts, settings, step, watch=watch)
+    gc.collect()
+    return references
+
+
+@contextmanager
+def _watched(watch: bool, name: str, module: nn.Module) -> Iterator[dict[str, float]]:
+    """Record ``module``'s largest magnitudes inside the block, by place in the diffusers folder.
+
+    The dict that the block gets is filled when the block ends.
+    """
+    largest: dict[str, float] = {}
+    if not watch:
+        yield largest
+        return
+    with Ranges().watching() as ranges:
+        yield largest
+    for layer, value in ranges.by_name(module).items():
+        largest[f"{name}.{layer}"] = value

@@ -1,0 +1,150 @@
+"""What a model's configuration files mean, with the values that published files have and lack."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.configurations import write_config
+from hipa_deploy.models.model_config import ModelConfig
+
+VAE = "vae/config.json"
+UNET = "unet/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@pytest.fixture
+def sd15(tmp_path: Path) -> Path:
+    return write_config("sd15", tmp_path / "sd15")
+
+
+def change(folder: Path, file: str, without: tuple[str, ...] = (), **values: Any) -> None:
+    config = json.loads((folder / file).read_text())
+    kept = {key: value for key, value in config.items() if key not in without}
+    (folder / file).write_text(json.dumps(kept | values))
+
+
+def test_stable_diffusion_1(sd15: Path) -> None:
+    config = ModelConfig.read(sd15, "generate")
+    assert config.native_latents == (4, 64, 64)
+    assert config.native_size == (512, 512)
+    assert config.vae_factor == 8
+    assert config.size_multiple == 64
+    assert config.text_width == 768
+    assert config.prediction_type == "epsilon"
+    assert not config.is_inpainting
+    assert config.alpha_bar(999) == pytest.approx(0.0046601, rel=1e-4)
+
+
+def test_a_vae_that_does_not_say_its_scaling_factor(sd15: Path) -> None:
+    """As the published SD 1.x folders: the default of AutoencoderKL is meant."""
+    change(sd15, VAE, without=("scaling_factor", "latent_channels"))
+    config = ModelConfig.read(sd15)
+    assert config.scaling_factor == 0.18215
+    assert config.latent_channels == 4
+
+
+@pytest.mark.parametrize(
+    ("size", "latents", "pixels"),
+    [(96, (4, 96, 96), (768, 768)), ([8, 16], (4, 8, 16), (64, 128))],
+)
+def test_a_size_is_a_number_or_height_and_width(
+    sd15: Path, size: Any, latents: tuple, pixels: tuple
+) -> None:
+    change(sd15, UNET, sample_size=size)
+    config = ModelConfig.read(sd15)
+    assert config.native_latents == latents
+    assert config.native_size == pixels
+
+
+@pytest.mark.parametrize("without", [("sample_size",), ()])
+def test_a_model_that_does_not_say_its_size(sd15: Path, without: tuple[str, ...]) -> None:
+    change(sd15, UNET, without=without, **({} if without else {"sample_size": None}))
+    config = ModelConfig.read(sd15)
+    with pytest.raises(HipaError, match="does not say what size the model is for"):
+        _ = config.native_size
+
+
+@pytest.mark.parametrize("kind", ["v-prediction", "flow_prediction", None])
+def test_another_prediction_type(sd15: Path, kind: str | None) -> None:
+    change(sd15, SCHEDULER, prediction_type=kind)
+    with pytest.raises(HipaError, match=rf"predicts {kind!r}\. Expected one of: epsilon, v_pred"):
+        ModelConfig.read(sd15)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler"],
+)
+def test_what_a_scheduler_leaves_out_is_its_own_classs_default(sd15: Path, name: str) -> None:
+    (sd15 / SCHEDULER).write_text(json.dumps({"_class_name": name}))
+    config = ModelConfig.read(sd15)
+    kind = getattr(diffusers, name)
+    own = inspect.signature(kind.__init__).parameters
+    assert config.schedule["beta_start"] == own["beta_start"].default
+    np.testing.assert_allclose(config.alphas_cumprod, kind().alphas_cumprod, rtol=1e-6)
+
+
+def test_a_class_that_only_the_index_names(sd15: Path) -> None:
+    change(sd15, SCHEDULER, without=("_class_name",))
+    assert ModelConfig.read(sd15).schedule["beta_start"] == 0.00085
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000},
+        {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002},
+        {"_class_name": "NoSuchScheduler"},
+        {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},
+    ],
+)
+def test_a_scheduler_of_another_family(sd15: Path, scheduler: dict) -> None:
+    (sd15 / SCHEDULER).write_text(json.dumps(scheduler))
+    name = scheduler["_class_name"]
+    with pytest.raises(HipaError, match=f"scheduler {name}.*is not of DDPM's family"):
+        ModelConfig.read(sd15)
+
+
+def test_a_schedule_that_ends_in_pure_noise(sd15: Path) -> None:
+    change(sd15, SCHEDULER, rescale_betas_zero_snr=True)
+    with pytest.raises(HipaError, match="timestep 999 has no signal, so eps says nothing about x0"):
+        ModelConfig.read(sd15).alpha_bar(999)
+    assert ModelConfig.read(sd15).alpha_bar(900) > 0
+    change(sd15, SCHEDULER, prediction_type="v_prediction")
+    assert ModelConfig.read(sd15).alpha_bar(999) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_schedule_of_500_timesteps(sd15: Path) -> None:
+    change(sd15, SCHEDULER, num_train_timesteps=500)
+    config = ModelConfig.read(sd15)
+    assert len(config.alphas_cumprod) == 500
+    with pytest.raises(HipaError, match=r"timestep 999 is out of range\. Expected 0 to 499"):
+        config.alpha_bar(999)
+
+
+def test_a_schedule_that_cannot_be_made(sd15: Path) -> None:
+    change(sd15, SCHEDULER, beta_schedule="no_such")
+    with pytest.raises(HipaError, match="its noise schedule cannot be made"):
+        ModelConfig.read(sd15).alpha_bar(0)
+
+
+def test_a_unet_for_inpainting(sd15: Path) -> None:
+    change(sd15, UNET, in_channels=9)
+    assert ModelConfig.read(sd15, "inpaint").is_inpainting
+    with pytest.raises(HipaError, match="it is made for inpainting"):
+        ModelConfig.read(sd15, "generate")
+
+
+def test_files_that_are_missing(sd15: Path) -> None:
+    shutil.rmtree(sd15 / "vae")
+    with pytest.raises(HipaError, match="no readable vae/config"):
+        ModelConfig.read(sd15)
