@@ -1,4 +1,4 @@
-"""``hipa-doctor``: options that do not go together are refused. Its reports are tested elsewhere."""
+"""``hipa-doctor``: options that do not go together are refused."""
 
 from __future__ import annotations
 
