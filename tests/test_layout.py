@@ -13,10 +13,12 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-MAPPED = {
+# A folder of the repository, and the package that it becomes.
+PACKAGES = {
     "train": "hipa_deploy.train",
     "export": "hipa_deploy.export",
     "engines": "hipa_deploy.engines",
+    "hipa_deploy": "hipa_deploy",
 }
 
 
@@ -31,42 +33,32 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         text=True,
         check=True,
     )
-    for (
-        name
-    ) in tracked.stdout.splitlines():  # a copy: building in the tree would leave build/ behind
+    # A copy: building in the tree itself would leave build/ behind.
+    for name in tracked.stdout.splitlines():
         target = source / name
         if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/")):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
-    command = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(out),
-        str(source),
-    ]
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation"]
+    command += ["--outdir", str(out), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     return zipfile.ZipFile(next(out.glob("*.whl"))).namelist()
 
 
 def test_wheel_exposes_only_hipa_deploy(wheel_names: list[str]) -> None:
-    assert {name.split("/")[0] for name in wheel_names if ".dist-info/" not in name} == {
-        "hipa_deploy"
-    }
+    content = [name for name in wheel_names if ".dist-info/" not in name]
+    assert {name.split("/")[0] for name in content} == {"hipa_deploy"}
 
 
 def test_wheel_holds_every_module_and_recipe(wheel_names: list[str]) -> None:
-    for folder, package in {**MAPPED, "hipa_deploy": "hipa_deploy"}.items():
+    for folder, package in PACKAGES.items():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".toml") and "__pycache__" not in path.parts:
                 inside = f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}"
                 assert inside in wheel_names
 
 
-def test_wheel_holds_the_embedded_pieces(wheel_names: list[str]) -> None:
+def test_wheel_holds_the_embedded_folders(wheel_names: list[str]) -> None:
     for name in (
         "model/model_index.json",
         "adaptor/pytorch_lora_weights.safetensors",
@@ -77,21 +69,18 @@ def test_wheel_holds_the_embedded_pieces(wheel_names: list[str]) -> None:
 
 def test_packages_on_disk_are_listed() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    found = {
-        ".".join([package, *init.parent.relative_to(ROOT / folder).parts])
-        for folder, package in {**MAPPED, "hipa_deploy": "hipa_deploy"}.items()
-        for init in (ROOT / folder).rglob("__init__.py")
-    }
+    found = set()
+    for folder, package in PACKAGES.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            inside = init.parent.relative_to(ROOT / folder).parts
+            found.add(".".join([package, *inside]))
     assert found == set(settings["packages"]) == set(settings["package-dir"])
 
 
-def test_embedded_pieces_stay_small() -> None:
+def test_the_embedded_folders_stay_small() -> None:
     def size(folder: str) -> int:
-        return sum(
-            p.stat().st_size
-            for p in (ROOT / "hipa_deploy/embedded" / folder).rglob("*")
-            if p.is_file()
-        )
+        paths = (ROOT / "hipa_deploy/embedded" / folder).rglob("*")
+        return sum(path.stat().st_size for path in paths if path.is_file())
 
     assert size("model") <= 25e6
     assert size("model") + size("bundle") <= 50e6

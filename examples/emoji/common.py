@@ -23,23 +23,26 @@ from rich.progress import (
 
 @dataclass(frozen=True)
 class EmojiSet:
-    """``images_BHWC`` uint8 [N, 64, 64, 3]; ``rows`` the matching lines of captions.csv."""
+    """Images, uint8 [N, 64, 64, 3], and the line of captions.csv of each."""
 
     images_BHWC: np.ndarray
     rows: list[dict[str, str]]
 
     @classmethod
     def load(cls, folder: Path) -> EmojiSet:
+        """Read what build_dataset.py wrote into ``folder``."""
         with (folder / "captions.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         return cls(np.load(folder / "emoji.npz")["images"], rows)
 
     def only(self, *splits: str) -> EmojiSet:
+        """The images of these splits: 'train', 'pair', 'concept'."""
         keep = [i for i, row in enumerate(self.rows) if row["split"] in splits]
         return EmojiSet(self.images_BHWC[keep], [self.rows[i] for i in keep])
 
     @property
     def captions(self) -> list[str]:
+        """The caption of each image."""
         return [row["caption"] for row in self.rows]
 
     def pixels_BCHW(self) -> torch.Tensor:
@@ -49,10 +52,10 @@ class EmojiSet:
 
 @dataclass
 class Run:
-    """A resumable optimisation: everything that the next step depends on is in ``state.pt``.
+    """A training that can be stopped and resumed.
 
-    Batches are drawn from a generator seeded with (seed, step), so a resumed run sees the batches that an
-    unbroken one would have seen.
+    Everything that the next step depends on is in ``state.pt``. Batches are drawn from a generator
+    seeded with (seed, step), so a resumed run sees the same batches as one that was never stopped.
     """
 
     folder: Path
@@ -67,23 +70,29 @@ class Run:
 
     @property
     def path(self) -> Path:
+        """The checkpoint."""
         return self.folder / "state.pt"
 
     def resume(self) -> None:
+        """Continue from the checkpoint; without one, begin the average at the initial weights."""
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
             for name, module in self.modules.items():
                 module.load_state_dict(state["modules"][name])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.seconds, self.ema = state["step"], state["seconds"], state["ema"]
+            self.step = state["step"]
+            self.seconds = state["seconds"]
+            self.ema = state["ema"]
         elif self.ema_decay:
-            self.ema = {
-                n: {k: v.clone() for k, v in m.state_dict().items()}
-                for n, m in self.modules.items()
-            }
+            for name, module in self.modules.items():
+                weights = module.state_dict()
+                self.ema[name] = {key: value.clone() for key, value in weights.items()}
 
     def save(self) -> None:
-        """Write beside, then rename: a run killed while saving keeps its last checkpoint."""
+        """Write the checkpoint.
+
+        It is written to another file and renamed: a run killed while saving keeps its last one.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
@@ -97,6 +106,8 @@ class Run:
 
     @torch.no_grad()
     def update_ema(self) -> None:
+        """Move the average towards the current weights; integers (counters) are copied."""
+        # Early on the average forgets faster: the initial weights say little.
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
         for name, module in self.modules.items():
             for key, value in module.state_dict().items():
@@ -108,7 +119,14 @@ class Run:
     def batches(
         self, size: int, count: int, save_every: int = 200
     ) -> Iterator[tuple[torch.Tensor, torch.Generator]]:
-        """Yield (indices, generator) until ``steps``; average, count and checkpoint after each."""
+        """Yield (indices, generator) until ``steps``; after each step average, count and save.
+
+        Args:
+            size: rows a batch.
+            count: rows to draw from, with replacement.
+            save_every: steps between checkpoints.
+
+        """
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
             self.task = progress.add_task(self.folder.name, total=self.steps, completed=self.step)
@@ -126,6 +144,7 @@ class Run:
                     self.save()
 
     def show(self, **terms: Any) -> None:
+        """Show numbers beside the progress bar, and print them every 100 steps."""
         words = " ".join(f"{name} {float(value):.4f}" for name, value in terms.items())
         self.progress.update(self.task, description=f"{self.folder.name} {words}")
         if self.step % 100 == 0:
@@ -133,11 +152,16 @@ class Run:
 
 
 def warmup_stable_decay(step: int, steps: int, *, warmup: int = 200, decay: float = 0.15) -> float:
-    """Learning-rate factor: linear up, flat, then linear down to a hundredth over the last ``decay`` share."""
+    """Factor of the learning rate at ``step``.
+
+    Linear up over ``warmup`` steps, flat, then linear down to a hundredth over the last part
+    ``decay`` of the steps.
+    """
     left = (steps - step) / max(1.0, decay * steps)
     return min(1.0, (step + 1) / warmup, max(0.01, left))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every parameter."""
     for group in optimizer.param_groups:
         group["lr"] = rate

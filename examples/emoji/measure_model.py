@@ -2,10 +2,12 @@
 
     python examples/emoji/measure_model.py --run runs/emoji --model hipa_deploy/embedded/model
 
-KID-Lite0: 25-step guided samples of training captions against held-out real images, beside the floor (training
-real images against held-out real images, same sizes). Retrieval: does an image find its own caption among those of
-its split, by linear heads on Lite0 features and MiniLM sentence vectors, trained on the training split's real
-images; the ceiling is what the real images reach.
+KID-Lite0 compares 25-step guided samples with held-out real images. Its floor is that of real
+training images against the same, in sets of the same size.
+
+Retrieval asks whether an image finds its own caption among those of its split. Linear heads on
+Lite0 features and MiniLM sentence vectors decide; they are trained on the real images of the
+training split. The ceiling is what the real images reach.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from hipa_deploy.train.recipes.recipe import load_recipe
 
 TEACHER = load_recipe("emoji").teacher
 SHEET = [
-    "red apple", "cat face", "panda", "pizza", "rocket", "sunflower", "penguin", "hamburger", "strawberry",
-    "automobile", "guitar", "red heart", "ghost", "tropical fish", "butterfly", "crown",
+    "red apple", "cat face", "panda", "pizza", "rocket", "sunflower", "penguin", "hamburger",
+    "strawberry", "automobile", "guitar", "red heart", "ghost", "tropical fish", "butterfly",
+    "crown",
 ]  # fmt: skip
 
 
@@ -43,16 +46,18 @@ def features(images_BHWC: np.ndarray) -> torch.Tensor:
 
 
 class Retrieval:
-    """Caption retrieval by own linear heads (not CLIP), trained on real images of the training split."""
+    """Caption retrieval by linear heads of our own, not CLIP, trained on real training images."""
 
     def __init__(self, images_ND: torch.Tensor, captions: list[str], epochs: int = 30) -> None:
         torch.manual_seed(0)
         texts_ND = sentence_vectors(captions)
-        self.image_head, self.text_head = torch.nn.Linear(1280, 256), torch.nn.Linear(384, 256)
+        self.image_head = torch.nn.Linear(1280, 256)
+        self.text_head = torch.nn.Linear(384, 256)
         parameters = [*self.image_head.parameters(), *self.text_head.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1)
         for _ in range(epochs):
             for pick in torch.randperm(len(captions)).split(256):
+                # CLIP's loss: each image finds its caption, each caption its image.
                 logits = self._similarity(images_ND[pick], texts_ND[pick])
                 truth = torch.arange(len(pick))
                 loss = F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)
@@ -61,6 +66,8 @@ class Retrieval:
                 optimizer.zero_grad()
 
     def _similarity(self, images_ND: torch.Tensor, texts_ND: torch.Tensor) -> torch.Tensor:
+        # A unit vector of 1280 numbers, times 30, has numbers of about one, which suits a linear
+        # layer; 20 is the inverse temperature of the softmax in the loss.
         images = F.normalize(self.image_head(F.normalize(images_ND, dim=-1) * 30), dim=-1)
         return 20 * images @ F.normalize(self.text_head(texts_ND), dim=-1).T
 
@@ -72,65 +79,67 @@ class Retrieval:
 
 
 def measure(run: Path, model: Path, count: int) -> dict[str, Any]:
-    """Every number of the card."""
+    """Every number of the card: 'splits', a row for each, and 'floor'."""
     emoji = EmojiSet.load(run)
-    train, held_out = emoji.only("train"), emoji.only("pair", "concept")
-    real = {"train": features(train.images_BHWC), "held out": features(held_out.images_BHWC)}
-    retrieval = Retrieval(real["train"], train.captions)
-    pick = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(0))[
-        :count
-    ].tolist()
-    rows: dict[str, Any] = {"splits": {}}
-    for split, subset, indices in (
-        ("training captions", train, pick),
-        ("held-out pairs", emoji.only("pair"), None),
-        ("held-out concepts", emoji.only("concept"), None),
-    ):
-        indices = indices or list(range(min(count, len(subset.rows))))
+    train = emoji.only("train")
+    real_train_ND = features(train.images_BHWC)
+    real_held_out_ND = features(emoji.only("pair", "concept").images_BHWC)
+    retrieval = Retrieval(real_train_ND, train.captions)
+
+    # Of the training split a random part, of the small held-out splits the first rows.
+    shuffled = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(0))
+    pick = shuffled[:count].tolist()
+    subsets = {
+        "training captions": (train, pick),
+        "held-out pairs": (emoji.only("pair"), None),
+        "held-out concepts": (emoji.only("concept"), None),
+    }
+
+    splits: dict[str, Any] = {}
+    for split, (subset, chosen) in subsets.items():
+        indices = chosen or list(range(min(count, len(subset.rows))))
         captions = [subset.captions[i] for i in indices]
         images = teacher_images(model, captions, list(range(len(captions))), TEACHER)
-        made, true = features(images), features(subset.images_BHWC[indices])
-        rows["splits"][split] = {
-            "images": len(captions),
-            "kid": kid(made, real["held out"]),
-            **{f"recall@{k}": retrieval.recall(made, captions, k) for k in (1, 5)},
-            **{f"ceiling@{k}": retrieval.recall(true, captions, k) for k in (1, 5)},
-        }
-    rows["floor"] = kid(real["train"][pick], real["held out"])
-    return rows
+        made_ND = features(images)
+        real_ND = features(subset.images_BHWC[indices])
+        row = {"images": len(captions), "kid": kid(made_ND, real_held_out_ND)}
+        for k in (1, 5):
+            row[f"recall@{k}"] = retrieval.recall(made_ND, captions, k)
+            row[f"ceiling@{k}"] = retrieval.recall(real_ND, captions, k)
+        splits[split] = row
+    return {"splits": splits, "floor": kid(real_train_ND[pick], real_held_out_ND)}
 
 
 def write_sheet(model: Path, path: Path) -> None:
     """A sheet of the same sixteen concepts in the four styles, seeds 0 to 63."""
     styles = ("3d", "flat", "noto", "twemoji")
-    captions = [
-        f"{style} emoji of {'an' if c[0] in 'aeiou' else 'a'} {c}"
-        for style in styles
-        for c in SHEET
-    ]
+    captions = []
+    for style in styles:
+        for concept in SHEET:
+            article = "an" if concept[0] in "aeiou" else "a"
+            captions.append(f"{style} emoji of {article} {concept}")
     images = teacher_images(model, captions, list(range(len(captions))), TEACHER)
+
+    # [4 styles * 16 concepts, H, W, 3] -> a column for each concept, a row for each style.
     columns = images.reshape(len(styles), len(SHEET), *images.shape[1:]).transpose(1, 0, 2, 3, 4)
     Image.fromarray(grid(list(columns))).quantize(256).save(path, optimize=True)
 
 
 def card(rows: dict[str, Any], run: Path, model: Path) -> str:
     """The model card, in Markdown."""
-    lines = [
-        Path(__file__)
-        .with_name("card.md")
-        .read_text()
-        .format(**data(run), **training(model), steps=TEACHER.steps, guidance=TEACHER.guidance)
-    ]
-    lines.append(
-        "| captions | images | KID-Lite0 | R@1 (ceiling) | R@5 (ceiling) |\n|---|---|---|---|---|"
-    )
+    template = Path(__file__).with_name("card.md").read_text()
+    facts = {**data(run), **training(model)}
+    text = template.format(**facts, steps=TEACHER.steps, guidance=TEACHER.guidance)
+
+    lines = [text, "| captions | images | KID-Lite0 | R@1 (ceiling) | R@5 (ceiling) |"]
+    lines.append("|---|---|---|---|---|")
     for split, row in rows["splits"].items():
-        recalls = " | ".join(
-            f"{row[f'recall@{k}']:.2f} ({row[f'ceiling@{k}']:.2f})" for k in (1, 5)
-        )
-        lines.append(f"| {split} | {row['images']} | {row['kid']:.3f} | {recalls} |")
+        first = f"{row['recall@1']:.2f} ({row['ceiling@1']:.2f})"
+        fifth = f"{row['recall@5']:.2f} ({row['ceiling@5']:.2f})"
+        lines.append(f"| {split} | {row['images']} | {row['kid']:.3f} | {first} | {fifth} |")
     lines.append(
-        f"\nFloor of KID-Lite0 (training real images against held-out real images): {rows['floor']:.3f}.\n"
+        "\nFloor of KID-Lite0 (training real images against held-out real images): "
+        f"{rows['floor']:.3f}.\n"
     )
     return "\n".join(lines)
 
@@ -138,21 +147,25 @@ def card(rows: dict[str, Any], run: Path, model: Path) -> str:
 def data(run: Path) -> dict[str, int]:
     """How many concepts and images each split has."""
     emoji = EmojiSet.load(run)
-    counts = {
-        f"{split}_images": len(emoji.only(split).rows) for split in ("train", "pair", "concept")
+    train = emoji.only("train").rows
+    held_out = emoji.only("concept").rows
+    return {
+        "train_images": len(train),
+        "pair_images": len(emoji.only("pair").rows),
+        "concept_images": len(held_out),
+        "concepts": len({row["concept"] for row in train}),
+        "held_out_concepts": len({row["concept"] for row in held_out}),
     }
-    names = {
-        split: {row["concept"] for row in emoji.only(split).rows} for split in ("train", "concept")
-    }
-    return counts | {"concepts": len(names["train"]), "held_out_concepts": len(names["concept"])}
 
 
 def training(model: Path) -> dict[str, Any]:
     """Steps and hours of each part, as write_model.py recorded them."""
-    facts = json.loads((model / "training.json").read_text())
-    return {
-        f"{part}_{name}": value for part, values in facts.items() for name, value in values.items()
-    }
+    parts = json.loads((model / "training.json").read_text())
+    facts = {}
+    for part, values in parts.items():
+        for name, value in values.items():
+            facts[f"{part}_{name}"] = value
+    return facts
 
 
 def main(

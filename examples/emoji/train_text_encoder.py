@@ -2,9 +2,10 @@
 
     python examples/emoji/train_text_encoder.py --run runs/emoji
 
-The tokenizer is CLIP's byte-pair encoding with its own merges, learned from the captions and keywords. The
-encoder starts from meaning rather than from noise: its pooled output learns to agree with MiniLM's sentence vectors
-(all names and keywords, text only) and, CLIP-style, with EfficientNet-Lite0 features of the training images.
+The tokenizer is CLIP's byte-pair encoding with its own merges, learned from the captions and
+keywords. The encoder is taught what words mean before the UNet is trained: its pooled output learns
+to agree with MiniLM's sentence vectors (of all names and keywords, text only) and, as in CLIP, with
+EfficientNet-Lite0 features of the training images.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # OpenAI CLIP's word pattern (clip/simple_tokenizer.py) without its special tokens.
 WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 CONTEXT = 77
-TRAINED_TOKENS = (
-    16  # captions have fewer; padding beyond it is attended to all the same, untrained, as in CLIP
-)
+# Captions have fewer. The UNet sees the padding beyond them too; its positions stay untrained.
+TRAINED_TOKENS = 16
 WIDTH = 192
 
 
 def train_tokenizer(texts: list[str], folder: Path, merges: int = 1600) -> CLIPTokenizer:
-    """Byte-pair encoding as CLIP lays it out: 256 bytes, the same ending a word, merges, two specials."""
+    """Learn a byte-pair encoding with CLIP's vocabulary order, and write it to ``folder``.
+
+    The order is: 256 bytes, the same 256 at the end of a word, the merges, two special tokens.
+    """
+    # Text is split into words as CLIP does, then merges are learned inside the words.
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -54,15 +58,18 @@ def train_tokenizer(texts: list[str], folder: Path, merges: int = 1600) -> CLIPT
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+
+    # The library's own vocabulary has another order; CLIP's follows from the merges.
     pairs = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    words = alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in pairs] + [BOS, EOS]
+    ending = [letter + "</w>" for letter in alphabet]
+    merged = [first + second for first, second in pairs]
+    words = dict.fromkeys([*alphabet, *ending, *merged, BOS, EOS])
+    vocabulary = {word: number for number, word in enumerate(words)}
+
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(
-        json.dumps({w: i for i, w in enumerate(dict.fromkeys(words))})
-    )
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in pairs) + "\n"
-    )
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
     tokenizer = CLIPTokenizer(
         str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=CONTEXT
     )
@@ -71,6 +78,7 @@ def train_tokenizer(texts: list[str], folder: Path, merges: int = 1600) -> CLIPT
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A small CLIP text encoder with random weights."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -87,27 +95,37 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def all_texts(modules: Path, captions: list[str]) -> list[str]:
-    """Captions, emoji names and single keywords: words only, no image of a held-out concept is involved."""
-    return captions + sorted({word for words in emoji_words(modules) for word in words})
+    """Captions, emoji names and keywords: words only, no image of a held-out concept."""
+    words: set[str] = set()
+    for entry in emoji_words(modules):
+        words.update(entry)
+    return captions + sorted(words)
 
 
 def emoji_words(modules: Path) -> list[list[str]]:
     """The name of each emoji, then its keywords: of ASCII, with letters, short."""
     names = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text())
-    entries = [[word.replace("_", " ").lower() for word in entry] for entry in names.values()]
-    return [
-        [w for w in words if w.isascii() and any(c.isalpha() for c in w) and len(w) < 40]
-        for words in entries
-    ]
+    entries = []
+    for entry in names.values():
+        words = [word.replace("_", " ").lower() for word in entry]
+        entries.append([word for word in words if _is_plain(word)])
+    return entries
+
+
+def _is_plain(word: str) -> bool:
+    has_letter = any(letter.isalpha() for letter in word)
+    return word.isascii() and has_letter and len(word) < 40
 
 
 @torch.no_grad()
 def image_features(pixels_BCHW: torch.Tensor) -> torch.Tensor:
+    """Pooled Lite0 features [B, 1280] of pixels in [-1, 1]."""
     model = Lite0.pretrained()
     return torch.cat([model.pooled(chunk.add(1).div(2)) for chunk in pixels_BCHW.split(64)])
 
 
 def tokens_of(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> torch.Tensor:
+    """Token ids int64 [N, length], padded or cut."""
     return tokenizer(
         texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
@@ -128,13 +146,14 @@ def main(
     texts = all_texts(modules, sorted(set(emoji.captions)))
     tokenizer = train_tokenizer(texts, run / "tokenizer")
     train = emoji.only("train")
-    tokens, caption_tokens = (
-        tokens_of(tokenizer, t, TRAINED_TOKENS) for t in (texts, train.captions)
-    )
-    meaning, looks = (
-        sentence_vectors(texts),
-        F.normalize(image_features(train.pixels_BCHW()), dim=-1),
-    )
+    tokens = tokens_of(tokenizer, texts, TRAINED_TOKENS)
+    caption_tokens = tokens_of(tokenizer, train.captions, TRAINED_TOKENS)
+
+    # What the encoder is to agree with: sentence vectors and image features, both unit vectors.
+    meaning = sentence_vectors(texts)
+    looks = F.normalize(image_features(train.pixels_BCHW()), dim=-1)
+
+    # Linear heads bring the three kinds of vectors to a common width; only the encoder is kept.
     encoder = new_text_encoder(tokenizer)
     heads = torch.nn.ModuleDict(
         {
@@ -153,13 +172,19 @@ def main(
         set_learning_rate(
             optimizer, rate * warmup_stable_decay(state.step, steps, warmup=50, decay=0.5)
         )
+
+        # Meaning: the angle to MiniLM's vector of the same text.
         pooled = encoder(tokens[index]).pooler_output
         distil = 1 - F.cosine_similarity(heads["meaning"](pooled), meaning[index]).mean()
+
+        # Looks: CLIP's loss over a batch of captions and their images.
         pick = torch.randint(len(looks), (batch,), generator=generator)
         caption = F.normalize(heads["caption"](encoder(caption_tokens[pick]).pooler_output), dim=-1)
         image = F.normalize(heads["image"](looks[pick]), dim=-1)
-        logits, truth = 20 * caption @ image.T, torch.arange(batch)
+        logits = 20 * caption @ image.T
+        truth = torch.arange(batch)
         contrast = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+
         (4 * distil + contrast).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -2,8 +2,8 @@
 
     python examples/emoji/train_unet.py --run runs/emoji --steps 4000
 
-To resume, or to go on with more ``--steps``, run the same command again. The averaged weights are saved at
-every checkpoint, so ``write_model.py`` can take them at any time.
+To resume, or to continue with more ``--steps``, run the same command again. The averaged weights
+are saved every 1000 steps, so that ``write_model.py`` can take them during the training.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 CAPTION_DROPOUT = 0.1  # the empty caption of classifier-free guidance
-BOUNDS = (
-    0.25,
-    4.0,
-)  # after Hang et al. 2023, 'Efficient Diffusion Training via Min-SNR Weighting Strategy'
+# After Hang et al. 2023, 'Efficient Diffusion Training via Min-SNR Weighting Strategy'.
+BOUNDS = (0.25, 4.0)
 SCHEDULE = dict(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
 )
 
 
 def new_unet() -> UNet2DConditionModel:
+    """The embedded model's UNet, 9.6 million parameters, with random weights."""
     return UNet2DConditionModel(
         sample_size=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -57,10 +56,11 @@ def encode_set(run: Path, emoji: EmojiSet) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_weight(snr: torch.Tensor) -> torch.Tensor:
-    """Weight of the eps error that weighs the error of x0 by snr within BOUNDS.
+    """Weight of the eps error with which the error of x0 is weighed by snr, kept within BOUNDS.
 
-    The upper bound is min-SNR's. The lower is ours: at high noise, where the caption alone decides what appears,
-    the plain eps error weighs an error of x0 by snr (0.005 at t = 999), and text would begin to steer late.
+    The upper bound is min-SNR's, the lower is ours. At high noise the caption alone decides what
+    appears; there the plain eps error would weigh an error of x0 by snr, which is 0.005 at t = 999,
+    and the text would begin to steer late in the training.
     """
     return snr.clamp(*BOUNDS) / snr
 
@@ -79,17 +79,19 @@ def main(
 ) -> None:
     """Train the UNet with frozen text encoder and VAE."""
     torch.manual_seed(0)
+
+    # Text encoder and VAE are frozen: every caption and image is encoded once.
     emoji = EmojiSet.load(run).only("train")
     latents, contexts = encode_set(run, emoji)
     latents = latents.contiguous(memory_format=torch.channels_last)
     schedule = DDPMScheduler(**SCHEDULE)
     signal = schedule.alphas_cumprod
     snr = signal / (1 - signal)
-    unet = (
-        UNet2DConditionModel.from_pretrained(start, subfolder="unet").float()
-        if start
-        else new_unet()
-    )
+
+    if start:
+        unet = UNet2DConditionModel.from_pretrained(start, subfolder="unet").float()
+    else:
+        unet = new_unet()
     unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
@@ -99,6 +101,8 @@ def main(
     predict = predictor(unet)
     for index, generator in state.batches(batch, len(latents)):
         set_learning_rate(optimizer, rate * warmup_stable_decay(state.step, steps))
+
+        # Some captions are replaced by the empty one, which is the last context.
         dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
         context = contexts[torch.where(dropped, len(latents), index)]
         noise = torch.randn(latents[index].shape, generator=generator)
@@ -106,6 +110,8 @@ def main(
         noisy = schedule.add_noise(latents[index], noise, timestep).contiguous(
             memory_format=torch.channels_last
         )
+
+        # An error for each image, weighted by its timestep.
         error = (predict(noisy, timestep, context) - noise).square().mean(dim=(1, 2, 3))
         loss = (error * loss_weight(snr[timestep])).mean()
         loss.backward()
@@ -121,9 +127,10 @@ def main(
 def predictor(unet: UNet2DConditionModel) -> Any:
     """The UNet's forward pass in bfloat16; weights, gradients and optimiser stay in float32.
 
-    On two AVX-512 cores about 105 images a second, against 58 in float32. Attention is written out, because the fused
-    kernel's backward pass is slow on heads this small. Not compiled: by torch 2.13's torch.compile on a CPU, 280 of
-    the 326 parameters got a gradient of exactly zero.
+    On two AVX-512 cores it makes about 105 images a second, against 58 in float32. Attention is
+    written out, because the fused kernel's backward pass is slow on heads this small. The UNet is
+    not compiled: with torch.compile of torch 2.13 on a CPU, 280 of the 326 parameters got a
+    gradient of exactly zero.
     """
     unet.set_attn_processor(AttnProcessor())
 
@@ -135,6 +142,7 @@ def predictor(unet: UNet2DConditionModel) -> Any:
 
 
 def save_average(state: Run, folder: Path) -> None:
+    """Save the averaged weights as a diffusers folder."""
     average = new_unet()
     average.load_state_dict(state.ema["unet"])
     average.save_pretrained(folder)

@@ -2,8 +2,8 @@
 
     python examples/emoji/train_vae.py --run runs/emoji
 
-To resume, run the same command again. With ``--decoder-only`` a finished encoder stays as it is (and so do the
-latents that a UNet was trained on) while the decoder goes on learning.
+To resume, run the same command again. With ``--decoder-only`` a finished encoder stays as it is,
+and so do the latents that a UNet was trained on, while the decoder continues to learn.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import typer
 from common import EmojiSet, Run, set_learning_rate, warmup_stable_decay
 from diffusers import AutoencoderKL
 
-KL_WEIGHT = 1e-3
+KL_WEIGHT = 1e-3  # of the divergence a latent number
 
 
 def new_vae() -> AutoencoderKL:
+    """A small AutoencoderKL with random weights: 64x64x3 <-> 16x16x4."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -35,11 +36,12 @@ def new_vae() -> AutoencoderKL:
 
 
 def differences(image_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences of vertical and of horizontal neighbours."""
     return image_BCHW.diff(dim=2), image_BCHW.diff(dim=3)
 
 
 def reconstruction_loss(image_BCHW: torch.Tensor, target_BCHW: torch.Tensor) -> torch.Tensor:
-    """L1 and squared error of pixels, and L1 of their differences: the first two hold colours, the last edges."""
+    """L1 and squared error of pixels, for colours, and L1 of their differences, for edges."""
     loss = F.l1_loss(image_BCHW, target_BCHW) + F.mse_loss(image_BCHW, target_BCHW)
     for got, expected in zip(differences(image_BCHW), differences(target_BCHW), strict=True):
         loss = loss + 0.5 * F.l1_loss(got, expected)
@@ -65,12 +67,13 @@ def main(
     """Train, then save with the latents' scale in the configuration."""
     torch.manual_seed(0)
     pixels = EmojiSet.load(run).only("train").pixels_BCHW()
+
     vae = AutoencoderKL.from_pretrained(run / "vae") if decoder_only else new_vae()
     vae.to(memory_format=torch.channels_last)
     if decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    trained = [p for p in vae.parameters() if p.requires_grad]
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=1e-4)
     folder = run / ("vae_decoder" if decoder_only else "vae")
     state = Run(folder, {"vae": vae}, optimizer, steps, ema_decay=0.995)
@@ -79,15 +82,21 @@ def main(
         set_learning_rate(
             optimizer, rate * warmup_stable_decay(state.step, steps, warmup=50, decay=0.7)
         )
+
+        # The decoder sees a sample of the encoder's posterior, as in every variational autoencoder.
         target = pixels[index].contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(target).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         image = vae.decode(posterior.mean + posterior.std * noise).sample
         loss = reconstruction_loss(image, target)
+
+        # The divergence is a sum over the latent; divided by its size it does not depend on it.
         (loss + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+        # Pixels are in [-1, 1]: the peak is 2, its square 4.
         state.show(loss=loss, psnr=-10 * torch.log10(F.mse_loss(image.detach(), target) / 4))
     vae.load_state_dict(state.ema["vae"])
     if not decoder_only:

@@ -2,8 +2,9 @@
 
     python examples/emoji/write_model.py --run runs/emoji --out hipa_deploy/embedded/model
 
-FP16 safetensors, the prompts of each split beside them. Measure it with measure_model.py, which writes the card.
-With --prompts-only it writes the prompts alone, into the model folder that is there.
+The weights are FP16 safetensors, with the prompts of each split beside them. measure_model.py then
+measures the model and writes its card. With --prompts-only the prompts alone are written, into a
+model folder that exists.
 """
 
 from __future__ import annotations
@@ -47,24 +48,30 @@ def assemble(run: Path, vae: str) -> StableDiffusionPipeline:
 
 
 def write_prompts(emoji: EmojiSet, modules: Path, out: Path) -> None:
-    """prompts.txt (trained on), prompts_pair and _concept (held out), prompts_words and _wide (for adaptors)."""
-    splits = {
-        name: list(dict.fromkeys(emoji.only(name).captions))
-        for name in ("train", "pair", "concept")
-    }
+    """Write five files of prompts, one prompt a line.
+
+    prompts.txt was trained on; prompts_pair.txt and prompts_concept.txt are held out;
+    prompts_words.txt and prompts_wide.txt are for training adaptors.
+    """
+    train = unique_captions(emoji, "train")
     written = {
-        "prompts": splits["train"],
-        "prompts_pair": splits["pair"],
-        "prompts_concept": splits["concept"],
-        "prompts_words": blended_prompts(splits["train"]) + word_prompts(modules),
-        "prompts_wide": wide_prompts(splits["train"]),
+        "prompts": train,
+        "prompts_pair": unique_captions(emoji, "pair"),
+        "prompts_concept": unique_captions(emoji, "concept"),
+        "prompts_words": blended_prompts(train) + word_prompts(modules),
+        "prompts_wide": wide_prompts(train),
     }
     for name, prompts in written.items():
         (out / f"{name}.txt").write_text("\n".join(prompts) + "\n")
 
 
+def unique_captions(emoji: EmojiSet, split: str) -> list[str]:
+    """The captions of a split, each once, in order."""
+    return list(dict.fromkeys(emoji.only(split).captions))
+
+
 def by_concept(prompts: list[str]) -> dict[str, list[str]]:
-    """The styles in which each concept is trained on: those in which it is held out are not among them."""
+    """The styles in which each concept is trained on, without those in which it is held out."""
     styles: dict[str, list[str]] = {}
     for prompt in prompts:
         style, concept = prompt.split(" emoji of ", maxsplit=1)
@@ -76,8 +83,9 @@ def blended_prompts(prompts: list[str]) -> list[str]:
     """The prompts, then each concept without a style and in every two styles."""
     blended = list(prompts)
     for concept, known in by_concept(prompts).items():
-        twice = [f"{one} {other} emoji of {concept}" for one, other in permutations(known, 2)]
-        blended += [f"emoji of {concept}", *twice]
+        blended.append(f"emoji of {concept}")
+        for one, other in permutations(known, 2):
+            blended.append(f"{one} {other} emoji of {concept}")
     return blended
 
 
@@ -91,33 +99,54 @@ def wide_prompts(prompts: list[str]) -> list[str]:
 
 
 def word_prompts(modules: Path) -> list[str]:
-    """Names and keywords of emoji that are no concept of the model, in some styles each: its text encoder knows them.
+    """Names and keywords of emoji that are no concept of the model, in some styles each.
 
-    What belongs to a held-out concept is left out: its name, its keywords, and whatever contains a word of its name
-    that no trained concept has.
+    The text encoder knows these words. What belongs to a held-out concept is left out: its name,
+    its keywords, and whatever contains a word of its name that no trained concept has.
     """
     entries = [{word.replace("-", " ") for word in words} for words in emoji_words(modules)]
     held_out = {concept for concept in CONCEPTS if split_of(STYLES[0], concept) == "concept"}
-    known = {word for concept in CONCEPTS - held_out for word in concept.split()}
-    telling = {word for concept in held_out for word in concept.split()} - known
-    barred = CONCEPTS.union(*(words for words in entries if words & held_out))
-    words = sorted(
-        word for word in set().union(*entries) - barred if not any(part in word for part in telling)
-    )
+
+    # Words that occur in the names of held-out concepts alone: they would give a concept away.
+    revealing = words_of(held_out) - words_of(CONCEPTS - held_out)
+
+    # Every name and keyword, without the concepts themselves and what describes a held-out one.
+    candidates: set[str] = set()
+    excluded = set(CONCEPTS)
+    for words in entries:
+        candidates |= words
+        if words & held_out:
+            excluded |= words
+    allowed = []
+    for word in sorted(candidates - excluded):
+        if not any(part in word for part in revealing):
+            allowed.append(word)
+
+    # Styles are drawn at random, word after word, from one seeded generator.
     rng = np.random.default_rng(1)
-    return [
-        caption_of(STYLES[i], word)
-        for word in words
-        for i in sorted(rng.permutation(len(STYLES))[:WORD_STYLES])
-    ]
+    prompts = []
+    for word in allowed:
+        for style in sorted(rng.permutation(len(STYLES))[:WORD_STYLES]):
+            prompts.append(caption_of(STYLES[style], word))
+    return prompts
+
+
+def words_of(concepts: set[str]) -> set[str]:
+    """Every single word of the concepts' names."""
+    return set(" ".join(concepts).split())
 
 
 def two_concepts(styles: dict[str, list[str]], count: int) -> list[str]:
-    """At least ``count`` prompts of two concepts each, in every style that both have and in two of them at once."""
-    concepts, seen, made = sorted(styles), set[tuple[str, str]](), list[str]()
+    """At least ``count`` prompts of two concepts each.
+
+    A pair of concepts is prompted in every style that both have, and in two of them at once.
+    """
+    concepts = sorted(styles)
+    seen: set[tuple[str, str]] = set()
+    made: list[str] = []
     rng = np.random.default_rng(0)
     while len(made) < count:
-        first, second = (concepts[index] for index in rng.choice(len(concepts), 2, replace=False))
+        first, second = [concepts[index] for index in rng.choice(len(concepts), 2, replace=False)]
         known = [style for style in styles[first] if style in styles[second]]
         if len(known) < 2 or (first, second) in seen:
             continue
@@ -128,23 +157,24 @@ def two_concepts(styles: dict[str, list[str]], count: int) -> list[str]:
 
 
 def training(run: Path) -> dict[str, dict[str, float]]:
-    """Steps and hours of each part: of this run's checkpoints, and of the model it started from, if any."""
+    """Steps and hours of each part, those of the model that this run started from included."""
     earlier = run / "earlier.json"
     facts = json.loads(earlier.read_text()) if earlier.exists() else {}
     for part in ("text_encoder", "vae", "unet"):
-        before = facts.get(part, {"steps": 0, "hours": 0.0})
-        if (path := run / part / "state.pt").exists():
+        total = facts.get(part, {"steps": 0, "hours": 0.0})
+        path = run / part / "state.pt"
+        if path.exists():
             state = torch.load(path, weights_only=True)
-            before = {
-                "steps": before["steps"] + state["step"],
-                "hours": before["hours"] + state["seconds"] / 3600,
+            total = {
+                "steps": total["steps"] + state["step"],
+                "hours": total["hours"] + state["seconds"] / 3600,
             }
-        facts[part] = before
+        facts[part] = total
     return facts
 
 
 def forget_paths(model: Path) -> None:
-    """Drop from the configurations where the parts happened to lie."""
+    """Remove the paths of the run's folder from the configurations: elsewhere they mean nothing."""
     for path in model.glob("*/config.json"):
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)

@@ -1,4 +1,5 @@
-"""The command line, a module a command: each parses, calls and prints.
+"""The command line, one module a command: each parses its options, calls a function, prints.
 
-May import: everything, but only inside the functions that need it, so that ``--help`` answers at once.
+May import: everything, but only inside the functions that need it, so that ``--help`` answers at
+once. At the top of a module stand the standard library, Typer, rich and ``hipa_deploy.errors``.
 """

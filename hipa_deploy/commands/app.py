@@ -1,11 +1,13 @@
-"""The commands. ``hipa VERB`` and ``hipa-VERB`` are the same; each function only parses, calls and prints."""
+"""``hipa VERB`` and ``hipa-VERB``: every command registered, and errors turned into exit codes."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -21,74 +23,124 @@ from hipa_deploy.commands.profile import profile, profile_compare, profile_table
 from hipa_deploy.commands.train import train
 from hipa_deploy.errors import HipaError
 
-if TYPE_CHECKING:
-    pass
+ABOUT = """Turn a multi-step text-to-image diffusion model into a one-step one, and run it fast.
+
+hipa-train makes an adaptor: a small set of weights with which the model needs one step.
+
+hipa-export makes a bundle: a folder of ONNX models, the adaptor merged, that runs without PyTorch.
+
+hipa-build makes engines: a bundle's models compiled for one kind of NVIDIA GPU.
+
+hipa-generate makes images from a bundle, with engines or on the CPU.
+
+A small model named 'emoji' is included: hipa-generate emoji "3d emoji of a red apple"
+
+Each command also runs as hipa-COMMAND. hipa COMMAND --help lists its options.
+"""
 
 
 class _Commands(TyperGroup):
     """Commands, of which some have a name of two words: ``profile compare``."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if (two := " ".join(args[:2])) in self.commands:
-            args = [two, *args[2:]]
+        two_words = " ".join(args[:2])
+        if two_words in self.commands:
+            args = [two_words, *args[2:]]
         return super().resolve_command(ctx, args)
 
 
 app = typer.Typer(
     name="hipa",
     cls=_Commands,
-    help="One-step text-to-image: train, merge, export, compile, run.",
+    help=ABOUT,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# In the order in which --help lists them: along the chain, then what runs a bundle, then what measures it.
-app.command()(train)
-app.command()(export)
-app.command()(build)
-app.command()(generate)
-app.command()(edit)
-app.command()(inpaint)
-app.command()(upscale)
-app.command()(profile)
-app.command("profile compare")(profile_compare)
-app.command("profile table")(profile_table)
-app.command()(evaluate)
-app.command()(doctor)
-app.command()(demo)
+
+# ``hipa --help`` shows a panel for each of these, in this order.
+START = "Start here"
+CHAIN = "From a model to engines"
+IMAGES = "Make images with a bundle"
+MEASURE = "Measure and check"
 
 
-# Click's usage error, whichever copy of Click this Typer stands on (a dependency before 0.20, its own after).
+def _register(command: Callable[..., None], panel: str, name: str | None = None) -> None:
+    """Add a command under the name of its function (or ``name``), to one panel of the help."""
+    # Typer prints a docstring's line breaks as they are. Here a paragraph is one long line, so that
+    # it is wrapped to the width of the terminal.
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    text = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+    app.command(name, help=text, rich_help_panel=panel)(command)
+
+
+_register(demo, START)
+_register(train, CHAIN)
+_register(export, CHAIN)
+_register(build, CHAIN)
+_register(generate, IMAGES)
+_register(edit, IMAGES)
+_register(inpaint, IMAGES)
+_register(upscale, IMAGES)
+_register(profile, MEASURE)
+_register(profile_compare, MEASURE, "profile compare")
+_register(profile_table, MEASURE, "profile table")
+_register(evaluate, MEASURE)
+_register(doctor, MEASURE)
+
+
+# Click's usage error. Typer before 0.20 depends on Click, later versions carry a copy of it; the
+# base class of Typer's own error is the right one in both.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of ``hipa``. A user's mistake is one line and exit code 1; a bug keeps its traceback."""
-    os.environ.setdefault(
-        "DIFFUSERS_VERBOSITY", "error"
-    )  # before any import of it: its notes are not for our users
+    """Entry point of ``hipa``: run a command and exit with its code.
+
+    A user's mistake is one line on stderr and exit code 1, Ctrl-C is exit code 130. A bug keeps its
+    traceback.
+
+    Args:
+        arguments: the words after ``hipa``; None takes them from ``sys.argv``.
+
+    Raises:
+        SystemExit: always.
+
+    """
+    # Set before anything imports these libraries: their notes are for developers, not for users.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+    # standalone_mode would let Click print its own usage block; ours is one line with a remedy.
     try:
         code = app(args=arguments, prog_name="hipa", standalone_mode=False)
     except HipaError as error:
         _stop(str(error))
     except _UsageError as error:
         _stop(error.format_message())  # type: ignore[attr-defined]
-    except OSError as error:  # a full disk, a folder that may not be written: the user's to mend
-        _stop(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except OSError as error:
+        # A full disk or a folder without write permission is for the user to fix, not a bug.
+        problem = f"{error.filename or 'a file'}: {error.strerror or error}"
+        _stop(f"{problem}. Check the path, its permissions and the free disk space.")
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("hipa: stopped\n")
         raise SystemExit(130) from None
+
+    # A command that ended with typer.Exit(n) returns n here.
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
 def _stop(message: str) -> NoReturn:
-    """Say it in one line, if there is anything to say (bare ``hipa`` has printed its help), and exit with 1."""
+    """Write ``message`` to stderr as one line and exit with 1.
+
+    It is empty after bare ``hipa``, which has printed its help.
+    """
     if message.strip():
         sys.stderr.write(f"hipa: {' '.join(message.split())}\n")
     raise SystemExit(1)
 
 
 def verb_main() -> None:
-    """Entry point of every ``hipa-VERB``: the command's name says the verb."""
-    main([Path(sys.argv[0]).stem.removeprefix("hipa-"), *sys.argv[1:]])
+    """Entry point of every ``hipa-VERB``: the script's own name says the verb."""
+    verb = Path(sys.argv[0]).stem.removeprefix("hipa-")
+    main([verb, *sys.argv[1:]])

@@ -8,11 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from hipa_deploy.commands.options import (
-    BundleArgument,
-    EngineBackend,
-    console,
-)
+from hipa_deploy.commands.options import BundleArgument, EngineBackend, console
 from hipa_deploy.errors import HipaError
 
 if TYPE_CHECKING:
@@ -23,41 +19,75 @@ if TYPE_CHECKING:
 def build(
     bundle: BundleArgument,
     backend: Annotated[
-        EngineBackend, typer.Option(help="rtx compiles on any machine; tensorrt on the device.")
+        EngineBackend,
+        typer.Option(
+            help="rtx: TensorRT-RTX, compiles on any machine for a GeForce or RTX GPU. "
+            "tensorrt: compiles on the device that will run the engines."
+        ),
     ],
     target: Annotated[
-        str, typer.Option(help="auto, or a target's name: rtx30, rtx40, rtx50, orin-nano, …")
+        str,
+        typer.Option(
+            help="Device to build for: auto (this machine), or a name such as rtx30, rtx40, "
+            "rtx50, orin-nano. A wrong name prints the list."
+        ),
     ] = "auto",
     workspace: Annotated[
-        int | None, typer.Option(help="MiB of GPU memory that a layer may use as scratch.")
+        int | None,
+        typer.Option(
+            help="Scratch memory that one layer may use on the GPU, in MiB; "
+            "by default what suits the target."
+        ),
     ] = None,
     tactic_dram: Annotated[
-        int | None, typer.Option(help="MiB of host memory for the builder, on a Jetson.")
+        int | None,
+        typer.Option(
+            help="Jetson only: memory that the builder may use while it tries out kernels, in MiB; "
+            "by default what suits the target."
+        ),
     ] = None,
     optimization_level: Annotated[
-        int | None, typer.Option(help="0 (builds fast) to 5 (runs fast).")
+        int | None,
+        typer.Option(help="0 builds fastest, 5 may run fastest; by default what suits the target."),
     ] = None,
     timing_cache: Annotated[
-        Path | None, typer.Option(help="File; one per device and version by default.")
+        Path | None,
+        typer.Option(
+            help="File that keeps kernel timings, so that the next build is faster; "
+            "by default one in the cache folder for each device and version."
+        ),
     ] = None,
     refit: Annotated[
-        bool, typer.Option("--refit", help="Let the engine take another adaptor later.")
+        bool,
+        typer.Option(
+            "--refit",
+            help="Build engines whose weights can be replaced later, as hipa-generate --adaptor "
+            "does; they may be slower.",
+        ),
     ] = False,
     best_of: Annotated[
-        int, typer.Option(help="Build so often, keep what this GPU runs fastest.")
+        int,
+        typer.Option(
+            help="Build this many times and keep the engine that runs fastest on this GPU."
+        ),
     ] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the memory plan and stop.")
+        bool, typer.Option("--dry-run", help="Print the predicted memory and build nothing.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Build what the plan says cannot fit.")
+        bool, typer.Option("--force", help="Build even if the prediction says it will not fit.")
     ] = False,
 ) -> None:
-    """Compile a bundle's stages into TensorRT engines."""
+    """Compile a bundle's models into TensorRT engines for one kind of GPU.
+
+    The engines are written into the bundle, and checked here if this machine can run them. Engines
+    that are already up to date are kept.
+    """
     from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.engines.targets.build_options import BuildOptions
 
-    given = {
+    # An option that was not given keeps the default of BuildOptions, or of the target.
+    options_by_name = {
         "workspace_mib": workspace,
         "tactic_dram_mib": tactic_dram,
         "optimization_level": optimization_level,
@@ -65,8 +95,9 @@ def build(
         "refit": refit or None,
     }
     options = BuildOptions.model_validate(
-        {name: value for name, value in given.items() if value is not None}
+        {name: value for name, value in options_by_name.items() if value is not None}
     )
+
     root = resolve_bundle(bundle)
     if dry_run:
         _dry_run(root, backend, target, options)
@@ -75,19 +106,40 @@ def build(
 
 
 def _dry_run(root: Path, backend: EngineBackend, target: str, options: BuildOptions) -> None:
+    """Print the memory plan.
+
+    Raises:
+        HipaError: a stage does not fit the target.
+
+    """
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.engines.build.build_bundle import dry_run
     from hipa_deploy.engines.build.memory_plan import render_plan
 
     plan = dry_run(Bundle.open(root), backend=backend.value, target=target, options=options)
     Console().print(*render_plan(plan), sep="\n")
+
+    # After the table: the user sees the numbers as well as the refusal.
     plan.refuse_misfits()
 
 
 def build_engines(
     root: Path, backend: EngineBackend, target: str, options: BuildOptions, **more: Any
 ) -> None:
-    """Build the engines of the bundle at ``root``, print their paths, and check those that run here."""
+    """Build the engines of the bundle at ``root``, print their paths, check those that run here.
+
+    Args:
+        root: a bundle's folder.
+        backend: what compiles the engines.
+        target: 'auto', or a target's name.
+        options: build options that are not the target's own.
+        more: ``best_of`` and ``force``, as ``build_bundle`` takes them.
+
+    Raises:
+        HipaError: the bundle, the backend or the target does not allow it, or an engine built for
+            this machine gives other images than the export did.
+
+    """
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.engines.build.build_bundle import build_bundle
 
@@ -101,19 +153,20 @@ def build_engines(
 
 
 def _check_engines(bundle: Bundle, backend: str) -> None:
-    """Run what was built on the bundle's reference prompt, if it is for this machine."""
+    """Run the new engines on the bundle's reference prompt, if they are for this machine."""
     from hipa_deploy.doctor.self_check import check_bundle
     from hipa_deploy.engines.store.select import backend_with_engines
 
+    # An engine for another device can be built here but not run here.
     if backend_with_engines(bundle) != backend:
-        console.print(
-            "These engines are not for this machine. Where they run, check them: hipa-doctor BUNDLE"
-        )
+        console.print("These engines are for another machine. Check them there: hipa-doctor BUNDLE")
         return
+
     checked = check_bundle(bundle, backend)
     for name, check in checked.stages.items():
         console.print(f"{name}: {check}", highlight=False)
     if checked.problems:
         raise HipaError(
-            f"{' '.join(checked.problems)} The engines remain. Run hipa-doctor --self-test for a report."
+            f"{' '.join(checked.problems)} The engines are kept. "
+            "Run hipa-doctor --self-test for a report."
         )

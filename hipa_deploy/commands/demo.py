@@ -3,41 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from hipa_deploy.commands.options import (
-    Task,
-    console,
-)
+from hipa_deploy.commands.options import Task, console
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
 
-if TYPE_CHECKING:
-    pass
-
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo"),
+    out: Annotated[
+        Path, typer.Option(help="Folder to write: adaptor, bundle, engines, contact sheet.")
+    ] = Path("demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Continue from the shipped adaptor, few steps.")
+        bool,
+        typer.Option(
+            "--quick", help="Train for a few steps only, starting from the included adaptor."
+        ),
     ] = False,
     task: Annotated[
-        Task, typer.Option(help="generate trains; the others take their shipped adaptor.")
+        Task,
+        typer.Option(
+            help="generate trains an adaptor; edit, inpaint and upscale use the included ones."
+        ),
     ] = Task.generate,
 ) -> None:
-    """Run the whole chain on the embedded model: train, merge, export, compile, generate, profile."""
+    """Run everything on the small included model: train, export, compile, generate, measure.
+
+    Needs no GPU. It ends with contact_sheet.png, a picture that compares the images.
+    """
     require("train", "export")
     if task is not Task.generate:
         if quick:
             raise HipaError(
-                f"--quick shortens a training, and {task.value} trains nothing. Leave it away."
+                f"--quick shortens the training, but the {task.value} demo trains nothing. "
+                "Leave --quick out."
             )
         from hipa_deploy.demo.task_demo import run_task_demo
 
         run_task_demo(task.value, out, console=console)
         return
+
     from hipa_deploy.demo.training_demo import run_demo
 
     run_demo(out, quick=quick, console=console)

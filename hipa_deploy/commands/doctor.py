@@ -4,44 +4,53 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from hipa_deploy.commands.options import (
-    BackendOption,
-    console,
-)
+from hipa_deploy.commands.options import BackendOption, console
 from hipa_deploy.errors import HipaError
-
-if TYPE_CHECKING:
-    pass
 
 
 def doctor(
     subject: Annotated[
-        str | None, typer.Argument(help="A bundle (or 'emoji'), which is run, or an engine.")
+        str | None,
+        typer.Argument(
+            help="What to check: a bundle folder (or 'emoji'), which is run, or an .engine file."
+        ),
     ] = None,
     backend: BackendOption = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
     self_test: Annotated[
-        bool, typer.Option("--self-test", help="Build, run and time the embedded bundle.")
+        bool,
+        typer.Option(
+            "--self-test",
+            help="Build, run and time the included model on every backend of this machine.",
+        ),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Write the self-test's report here, for an issue.")
+        Path | None,
+        typer.Option(
+            help="With --self-test: also write its report to this file, to attach to an issue."
+        ),
     ] = None,
 ) -> None:
-    """Say what this machine can do and lacks; rerun a bundle's reference prompt and compare with its export."""
+    """Show what this machine can run, what is missing, and the command that fixes it.
+
+    With a bundle, its reference prompt is run and compared with the outputs stored by the export.
+    Exit code 1: a problem was found.
+    """
     if self_test:
         _self_test(subject, out, as_json)
     elif out:
-        raise HipaError("--out is for --self-test. Add it, or leave --out away.")
+        raise HipaError("--out is for --self-test. Add --self-test, or leave --out out.")
     else:
         _examine(subject, backend, as_json)
 
 
 def _examine(subject: str | None, backend: str, as_json: bool) -> None:
+    """Print the report on this machine and on ``subject``; exit with 1 on a problem."""
     from hipa_deploy.doctor.examine import examine, render
 
     with console.status("examining"):
@@ -55,11 +64,15 @@ def _examine(subject: str | None, backend: str, as_json: bool) -> None:
 
 
 def _self_test(subject: str | None, out: Path | None, as_json: bool) -> None:
+    """Print the self-test's report, write it to ``out``; exit with 1 if a step failed."""
     from hipa_deploy.doctor.self_test import render_text, self_test
     from hipa_deploy.files import write_file
 
     if subject:
-        raise HipaError("--self-test runs the embedded bundle. Leave SUBJECT out, or the option.")
+        raise HipaError(
+            f"--self-test runs the embedded bundle, not {subject}. "
+            "Leave SUBJECT out, or leave --self-test out."
+        )
     report = self_test(console)
     text = render_text(report)
     if out:

@@ -3,58 +3,70 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from hipa_deploy.commands.options import (
-    ConfigOption,
-    ModelOption,
-    console,
-)
+from hipa_deploy.commands.options import ConfigOption, ModelOption, console
 from hipa_deploy.extras import require
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate(
     adaptor: Annotated[
-        str, typer.Option(help="Adaptor folder, or 'emoji' for the embedded one.")
+        str, typer.Option(help="Adaptor folder, or 'emoji' for the included one.")
     ] = "emoji",
     model: ModelOption = "emoji",
     config: ConfigOption = None,
-    recipe: Annotated[str, typer.Option(help="Recipe whose teacher's guidance to use.")] = "emoji",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="Training recipe, a name or a TOML file, whose multi-step settings (steps, "
+            "guidance) the comparison uses."
+        ),
+    ] = "emoji",
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Text file or table of captions; the model's held-out ones by default."),
+        typer.Option(
+            help="Text file, one prompt a line, or a table of captions; by default the prompts "
+            "that the model folder keeps aside."
+        ),
     ] = None,
-    images: Annotated[int, typer.Option(help="Images to compare.")] = 128,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    images: Annotated[int, typer.Option(help="How many images to compare.")] = 128,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the report to this JSON file.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for report.md with spectra, premise and samples.")
+        Path | None,
+        typer.Option(help="Also write a folder with report.md, frequency spectra and samples."),
     ] = None,
 ) -> None:
-    """Measure quality: teacher, base in one step and adaptor in one step, on the same prompts and noise."""
+    """Measure an adaptor's image quality against the multi-step model.
+
+    Compared on the same prompts and noise: the model with all its steps (the teacher), the model in
+    one step, and the model with the adaptor in one step.
+    """
     require("train")
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.files import write_file
+    from hipa_deploy.models.adaptor_folder import read_metadata
     from hipa_deploy.models.locate import model_folder
     from hipa_deploy.train.evaluation import quality_report as quality
     from hipa_deploy.train.recipes.recipe import load_recipe
 
-    folder, teacher = (
-        model_folder(model, config),
-        quality.reference_teacher(load_recipe(recipe).teacher),
-    )
+    folder = model_folder(model, config)
+    teacher = quality.reference_teacher(load_recipe(recipe).teacher)
+    adaptor_dir = resolve_adaptor(adaptor)
+
+    # Before minutes of the teacher's images: a wrong adaptor is reported at once.
+    read_metadata(adaptor_dir, folder)
+
+    # Every kind of image is made from the same prompts and seeds, so that only the model differs.
     texts, _ = quality.draw(quality.held_out_prompts(folder, prompts), images)
-    rows, again = quality.make_images(
-        folder, resolve_adaptor(adaptor), texts, teacher, images, console
-    )
-    report = quality.quality_report(
-        teacher, texts, rows[quality.teacher_row(teacher.steps)], again, rows
-    )
+    rows, again = quality.make_images(folder, adaptor_dir, texts, teacher, images, console)
+    truth = rows[quality.teacher_row(teacher.steps)]
+    report = quality.quality_report(teacher, texts, truth, again, rows)
+
     if json_path:
         write_file(json_path, (report.model_dump_json(indent=2) + "\n").encode())
     Console().print(quality.render_table(report))

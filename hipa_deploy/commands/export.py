@@ -21,81 +21,132 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
 
 if TYPE_CHECKING:
-    pass
+    from hipa_deploy.bundle.manifest import Parity
 
 
 def export(
-    out: Annotated[Path, typer.Option(help="Bundle folder to write.")],
+    out: Annotated[Path, typer.Option(help="Bundle folder to write, new or empty.")],
     model: ModelOption,
     config: ConfigOption = None,
     adaptor: Annotated[
-        str | None, typer.Option(help="Adaptor folder, or 'emoji' for the embedded one.")
+        str | None,
+        typer.Option(
+            help="Adaptor to merge into the model: a folder that hipa-train wrote, or an included "
+            "one: emoji, emoji-edit, emoji-inpaint, emoji-upscale. None by default."
+        ),
     ] = None,
     adaptor_scale: Annotated[
-        float, typer.Option(help="1.0 merges the adaptor as it was trained.")
+        float,
+        typer.Option(help="How strongly to merge the adaptor; 1.0 is as it was trained."),
     ] = 1.0,
-    dtype: Annotated[Precision, typer.Option(help="Precision inside the graphs.")] = Precision.fp16,
+    dtype: Annotated[
+        Precision, typer.Option(help="Precision of weights and arithmetic in the ONNX models.")
+    ] = Precision.fp16,
     layout: Annotated[
-        Layout, typer.Option(help="onestep is specialised; generic loads in optimum.")
+        Layout,
+        typer.Option(
+            help="onestep: models specialised for one step, the fastest. generic: inputs and "
+            "outputs as optimum-onnx expects them."
+        ),
     ] = Layout.onestep,
     height: Annotated[
-        int | None, typer.Option(help="Pixels; the model's own size by default.")
+        int | None, typer.Option(help="Image height in pixels; the model's own by default.")
     ] = None,
     width: Annotated[
-        int | None, typer.Option(help="Pixels; the model's own size by default.")
+        int | None, typer.Option(help="Image width in pixels; the model's own by default.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images a call makes, static.")] = 1,
+    batch: Annotated[
+        int, typer.Option(help="How many images the models make at once, always.")
+    ] = 1,
     decoder: Annotated[
-        str, typer.Option(help="full (the model's VAE) | tiny | an AutoencoderTiny folder.")
+        str,
+        typer.Option(
+            help="full: the model's own image decoder. tiny: a smaller, faster one. "
+            "Or an AutoencoderTiny folder, such as hipa-train wrote."
+        ),
     ] = "full",
     fuse: Annotated[
-        bool, typer.Option("--fuse/--no-fuse", help="UNet and decoder in one stage.")
+        bool,
+        typer.Option("--fuse/--no-fuse", help="Join UNet and decoder into one ONNX model."),
     ] = False,
     prompts: Annotated[
-        Path | None, typer.Option(help="Bake these prompts, one a line: no text encoder.")
+        Path | None,
+        typer.Option(
+            help="Text file, one prompt a line: the bundle then makes these prompts only, "
+            "and needs no text encoder."
+        ),
     ] = None,
     dynamic: Annotated[
-        str | None, typer.Option(help="Axes, as in batch=1:1:4,height=384:512:768,width=…")
+        str | None,
+        typer.Option(
+            help="Which of batch, height and width may vary, as NAME=min:usual:max, separated by "
+            "commas. For example: height=384:512:768. None by default."
+        ),
     ] = None,
     task: Annotated[
-        Task | None, typer.Option(help="The adaptor's own by default; generate without one.")
+        Task | None,
+        typer.Option(
+            help="What the bundle is for; by default what the adaptor was trained for, "
+            "generate without one."
+        ),
     ] = None,
     strengths: Annotated[
-        str | None, typer.Option(help="Of an edit, as in 0.75,0.5; the adaptor's by default.")
+        str | None,
+        typer.Option(
+            help="Task edit only: the strengths that hipa-edit may use, as in 0.75,0.5; "
+            "by default those that the adaptor was trained for."
+        ),
     ] = None,
     encoder: Annotated[
-        str, typer.Option(help="full (the model's VAE) | tiny | an AutoencoderTiny folder.")
+        str,
+        typer.Option(
+            help="Tasks edit, inpaint and upscale only: the image encoder. full: the model's own. "
+            "tiny: a smaller one. Or an AutoencoderTiny folder."
+        ),
     ] = "full",
-    build: Annotated[EngineBackend | None, typer.Option(help="Compile engines as well.")] = None,
+    build: Annotated[
+        EngineBackend | None,
+        typer.Option(help="Also compile engines for this machine, as hipa-build does."),
+    ] = None,
     swap_for: Annotated[
-        Path | None, typer.Option(help="Write only the weights that differ from this bundle's.")
+        Path | None,
+        typer.Option(
+            help="Write no bundle, but only the weights in which this adaptor differs from the "
+            "given bundle, for hipa-generate --adaptor."
+        ),
     ] = None,
 ) -> None:
-    """Export a one-step bundle: base model (+ adaptor) -> ONNX stages, checked against PyTorch."""
+    """Export a model, with an adaptor merged, as a bundle of ONNX models.
+
+    Each model is run with ONNX Runtime and compared with PyTorch; the bundle is written only if the
+    results agree. The bundle runs without PyTorch.
+    """
     require("export")
     if swap_for is not None:
-        sizes = (height, width, dynamic, None if batch == 1 else batch)
-        given = (
-            *sizes,
-            prompts,
-            build,
-            fuse or None,
-            task,
-            strengths,
-            None if encoder == "full" else encoder,
+        others_are_default = (
+            dtype is Precision.fp16
+            and layout is Layout.onestep
+            and batch == 1
+            and not fuse
+            and encoder == "full"
+            and all(
+                value is None for value in (height, width, prompts, dynamic, task, strengths, build)
+            )
         )
-        if (dtype, layout) != (Precision.fp16, Layout.onestep) or any(
-            value is not None for value in given
-        ):
+        if not others_are_default:
             raise HipaError(
-                "--swap-for takes --model, --adaptor, --adaptor-scale and --decoder; the bundle has the rest."
+                "--swap-for takes --model, --adaptor, --adaptor-scale, --decoder and --out; "
+                "the bundle decides everything else. Leave the other options out."
             )
         _export_swap(model, adaptor, adaptor_scale, decoder, swap_for, out)
         return
+
     if build:
         from hipa_deploy.engines.build.build_bundle import check_tools
 
-        check_tools(build.value)  # before minutes of export, not after
+        # Before minutes of export: a missing compiler is reported at once.
+        check_tools(build.value)
+
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.export.export_bundle import export_bundle
     from hipa_deploy.export.export_options import ExportOptions
@@ -103,6 +154,7 @@ def export(
     from hipa_deploy.export.task import parse_strengths
     from hipa_deploy.models.locate import resolve_decoder, resolve_encoder, unpacked
 
+    # A .safetensors checkpoint becomes a folder first; the decoder depends on which model it is.
     model = unpacked(model, config)
     options = ExportOptions(
         model=model,
@@ -123,10 +175,14 @@ def export(
         encoder=resolve_encoder(encoder),
     )
     bundle = export_bundle(options, console)
+
+    # One line a stage: how close it is to PyTorch, and what FP16 could not hold.
     for stage in bundle.manifest.stages:
-        islands = f"; in FP32: {', '.join(stage.fp32_islands)}" if stage.fp32_islands else ""
-        measured = f"{stage.parity.psnr_db:.1f} dB from PyTorch FP32 (ONNX Runtime, CPU)"
-        console.print(f"{stage.spec.name}: {measured}{islands}", highlight=False)
+        line = f"{stage.spec.name}: {_parity_text(stage.parity)}"
+        if stage.fp32_islands:
+            line += f"; in FP32: {', '.join(stage.fp32_islands)}"
+        console.print(line, highlight=False)
+
     if build:
         from hipa_deploy.engines.targets.build_options import BuildOptions
 
@@ -137,13 +193,15 @@ def export(
 def _export_swap(
     model: str, adaptor: str | None, scale: float, decoder: str, bundle: Path, out: Path
 ) -> None:
-    """An adaptor to swap in: everything but the adaptor and the decoder's folder is as in the bundle."""
+    """Write to ``out`` the weights of ``adaptor`` that differ from those of ``bundle``."""
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
     from hipa_deploy.export.export_swap import SwapOptions, export_swap
     from hipa_deploy.models.locate import resolve_decoder
 
     if adaptor is None:
-        raise HipaError("--swap-for needs --adaptor: the one whose weights to write.")
+        raise HipaError("--swap-for needs --adaptor: the adaptor whose weights to write.")
+
+    # The decoder is asked for because a fused bundle has it in the same graph as the adaptor.
     swap = export_swap(
         SwapOptions(
             model=model,
@@ -155,9 +213,12 @@ def _export_swap(
         ),
         console,
     )
-    measured = f"{swap.manifest.parity.psnr_db:.1f} dB from PyTorch FP32 (ONNX Runtime, CPU)"
-    console.print(
-        f"{swap.manifest.stage}: {len(swap.manifest.weights)} weights differ; {measured}",
-        highlight=False,
-    )
+    manifest = swap.manifest
+    line = f"{manifest.stage}: {len(manifest.weights)} weights differ; "
+    console.print(line + _parity_text(manifest.parity), highlight=False)
     typer.echo(out)
+
+
+def _parity_text(parity: Parity) -> str:
+    """How close an exported stage is to PyTorch, in words."""
+    return f"{parity.psnr_db:.1f} dB from PyTorch FP32 (ONNX Runtime, CPU)"

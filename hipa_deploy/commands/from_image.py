@@ -1,4 +1,4 @@
-"""The commands that make an image from an image: ``hipa-edit``, ``hipa-inpaint``, ``hipa-upscale``."""
+"""The commands that make an image from an image: ``hipa-edit``, ``-inpaint``, ``-upscale``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hipa_deploy.images.source import Source
 
 ImageArgument = Annotated[
-    Path, typer.Argument(help="The image: any size and kind that Pillow reads.")
+    Path, typer.Argument(help="The image file to start from: any size and format Pillow reads.")
 ]
 
 
@@ -38,7 +38,10 @@ def edit(
     prompts: PromptsArgument,
     strength: Annotated[
         float | None,
-        typer.Option(help="How much may change, one of the bundle's; its largest by default."),
+        typer.Option(
+            help="How much of the image may change, above 0 and up to 1. It must be one of the "
+            "strengths the bundle was exported for; by default the largest."
+        ),
     ] = None,
     out: OutOption = Path("image.png"),
     seed: SeedOption = 0,
@@ -49,11 +52,15 @@ def edit(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
 ) -> None:
-    """Edit an image as a prompt says, in one step; it is cropped and scaled to the bundle's size."""
+    """Edit an image as a prompt says, in one step.
+
+    Needs a bundle for editing, such as hipa-export --adaptor emoji-edit writes. The image is
+    cropped at its centre and scaled to the bundle's size.
+    """
     from hipa_deploy.images.source import edit_source
 
     source = edit_source(_open(bundle), image, strength=strength, height=height, width=width)
-    _make(
+    _generate_from(
         bundle,
         source,
         prompts,
@@ -70,11 +77,15 @@ def inpaint(
     bundle: BundleArgument,
     image: ImageArgument,
     mask: Annotated[
-        Path, typer.Argument(help="An image of the same size: white is repainted, black is kept.")
+        Path,
+        typer.Argument(help="An image file of the same size: white is repainted, black is kept."),
     ],
     prompts: PromptsArgument,
     feather: Annotated[
-        int, typer.Option(help="Pixels outside the mask over which old fades into new.")
+        int,
+        typer.Option(
+            help="Width in pixels, outside the mask, over which the old image fades into the new."
+        ),
     ] = 8,
     out: OutOption = Path("image.png"),
     seed: SeedOption = 0,
@@ -85,11 +96,16 @@ def inpaint(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
 ) -> None:
-    """Repaint a part of an image in one step; the rest of it stays bit for bit, once it has the bundle's size."""
+    """Repaint a part of an image as a prompt says, in one step.
+
+    Needs a bundle for inpainting, such as hipa-export --adaptor emoji-inpaint writes. The image is
+    cropped at its centre and scaled to the bundle's size; then every pixel away from the mask is
+    kept exactly.
+    """
     from hipa_deploy.images.source import inpaint_source
 
     source = inpaint_source(_open(bundle), image, mask, feather=feather, height=height, width=width)
-    _make(
+    _generate_from(
         bundle,
         source,
         prompts,
@@ -105,39 +121,49 @@ def inpaint(
 def upscale(
     bundle: BundleArgument,
     image: ImageArgument,
-    prompt: Annotated[str, typer.Argument(help="What the image shows.")] = "",
+    prompt: Annotated[str, typer.Argument(help="What the image shows; may be left out.")] = "",
     overlap: Annotated[
-        int | None, typer.Option(help="Pixels of the result that tiles share; 1/8 of one.")
+        int | None,
+        typer.Option(
+            help="Large images are enlarged in tiles: how many pixels of the result neighbouring "
+            "tiles share; by default an eighth of a tile."
+        ),
     ] = None,
     out: OutOption = Path("image.png"),
     adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
 ) -> None:
-    """Enlarge an image by the bundle's factor, in one step a tile."""
+    """Enlarge an image by the factor that the bundle is for, in one step a tile.
+
+    Needs a bundle for upscaling, such as hipa-export --adaptor emoji-upscale writes.
+    """
     from hipa_deploy.generate.pipeline import OneStepPipeline
     from hipa_deploy.images.source import upscaling
 
+    # Before engines are loaded: a mistake in the image or the overlap is reported at once.
     paths = image_paths(out, 1, 1, 0)
-    upscaling(_open(bundle), image, overlap=overlap)  # before engines are loaded, not after
+    upscaling(_open(bundle), image, overlap=overlap)
+
     with console.status("loading"):
         pipe = OneStepPipeline.load(bundle, backend)
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
         with console.status("enlarging"):
-            made = pipe.upscale(image, prompt, overlap=overlap, truncate=truncate)
-        write_images([made], paths)
+            result = pipe.upscale(image, prompt, overlap=overlap, truncate=truncate)
+        write_images([result], paths)
 
 
 def _open(bundle: str) -> Bundle:
+    """The bundle of a name or path, its manifest read, nothing loaded."""
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_bundle
 
     return Bundle.open(resolve_bundle(bundle))
 
 
-def _make(
+def _generate_from(
     bundle: str,
     source: Source,
     prompts: list[str],
@@ -149,16 +175,17 @@ def _make(
     backend: str,
     truncate: bool,
 ) -> None:
-    """Load, make every image from ``source``, write."""
+    """Load the bundle, make every image from ``source``, write each."""
     from hipa_deploy.generate.pipeline import OneStepPipeline, check_count
 
+    # Before the bundle is loaded: a mistake is reported at once.
     check_count(len(prompts), count)
     paths = image_paths(out, len(prompts), count, seed)
+
     with console.status("loading"):
         pipe = OneStepPipeline.load(bundle, backend)
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
-        write_images(
-            pipe.stream(prompts, source=source, seed=seed, count=count, truncate=truncate), paths
-        )
+        batches = pipe.stream(prompts, source=source, seed=seed, count=count, truncate=truncate)
+        write_images(batches, paths)

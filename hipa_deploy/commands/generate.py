@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hipa_deploy.commands.options import (
     AdaptorOption,
@@ -21,9 +20,6 @@ from hipa_deploy.commands.options import (
     write_images,
 )
 
-if TYPE_CHECKING:
-    pass
-
 
 def generate(
     bundle: BundleArgument,
@@ -37,11 +33,16 @@ def generate(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
 ) -> None:
-    """Generate images whose PNG metadata can reproduce them."""
+    """Generate images from prompts, in one step each.
+
+    The same prompt and seed give the same image. Each PNG carries the parameters that made it.
+    """
     from hipa_deploy.generate.pipeline import OneStepPipeline, check_count
 
+    # Before the bundle is loaded: a mistake is reported at once.
     check_count(len(prompts), count)
     paths = image_paths(out, len(prompts), count, seed)
+
     with console.status("loading"):
         pipe = OneStepPipeline.load(bundle, backend)
     with pipe:

@@ -15,6 +15,7 @@ from hipa_deploy.errors import HipaError
 if TYPE_CHECKING:
     from hipa_deploy.generate.pipeline import GenerateResult
 
+# Progress and notes go to stderr, results (paths, tables, JSON) to stdout: a script can pipe them.
 console = Console(stderr=True)
 
 
@@ -51,67 +52,111 @@ class EngineBackend(str, Enum):
 ModelOption = Annotated[
     str,
     typer.Option(
-        help="Base model: a diffusers folder, a .safetensors file, a hub id, or 'emoji' (embedded)."
+        help="Base model: a diffusers folder, a .safetensors file, a Hugging Face hub id, "
+        "or 'emoji' (included)."
     ),
 ]
-
-
 ConfigOption = Annotated[
     str | None,
     typer.Option(
-        help="What a .safetensors checkpoint is: sd15 | sd21-base | sd21-v | a diffusers folder like it."
+        help="For a .safetensors file, the model it is of: sd15 | sd21-base | sd21-v | "
+        "a diffusers folder of the same architecture. Needed only if its weights do not show it."
     ),
 ]
-
 BundleArgument = Annotated[
-    str, typer.Argument(help="A bundle folder, or 'emoji' for the embedded one.")
+    str, typer.Argument(help="A folder that hipa-export wrote, or 'emoji' for the included one.")
 ]
 PromptsArgument = Annotated[
-    list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts.")
+    list[str],
+    typer.Argument(
+        metavar="PROMPT...", help="One or more prompts, each in quotes: what the image shows."
+    ),
 ]
 BackendOption = Annotated[
     str,
     typer.Option(
-        help="auto | onnxruntime | openvino | openvino-bf16 | onnxruntime-cuda | onnxruntime-tensorrt | tensorrt | rtx"
+        help="What runs the models: auto | onnxruntime | openvino | openvino-bf16 | "
+        "onnxruntime-cuda | onnxruntime-tensorrt | tensorrt | rtx. auto takes engines built for "
+        "this GPU, else ONNX Runtime on the CPU."
     ),
 ]
-OutOption = Annotated[Path, typer.Option(help="A .png file, or a folder.")]
+OutOption = Annotated[Path, typer.Option(help="A .png file for one image, a folder for several.")]
 SeedOption = Annotated[
-    int, typer.Option(help="Seed of the first image; the next images take the next seeds.")
+    int, typer.Option(help="Seed of the first image; further images take the next numbers.")
 ]
-CountOption = Annotated[int, typer.Option(help="Images a prompt.")]
+CountOption = Annotated[int, typer.Option(help="How many images to make of each prompt.")]
 HeightOption = Annotated[
-    int | None, typer.Option(help="Pixels, if the bundle has --dynamic sizes.")
+    int | None,
+    typer.Option(help="Image height in pixels; only for a bundle exported with --dynamic height."),
 ]
-WidthOption = Annotated[int | None, typer.Option(help="Pixels, if the bundle has --dynamic sizes.")]
+WidthOption = Annotated[
+    int | None,
+    typer.Option(help="Image width in pixels; only for a bundle exported with --dynamic width."),
+]
 AdaptorOption = Annotated[
-    str | None, typer.Option(help="Swap in this one: its name in the bundle, or a folder.")
+    str | None,
+    typer.Option(
+        help="Use another adaptor's weights: a folder that hipa-export --swap-for wrote, or its "
+        "name inside the bundle's adaptors/ folder."
+    ),
 ]
-TruncateOption = Annotated[bool, typer.Option("--truncate", help="Cut a prompt that is too long.")]
+TruncateOption = Annotated[
+    bool,
+    typer.Option("--truncate", help="Cut off a prompt that is too long, instead of refusing it."),
+]
 
 
 def write_images(batches: Iterable[GenerateResult], paths: list[Path]) -> None:
-    """Write every image with its recipe as soon as it is made, and print where."""
+    """Write each image as soon as its batch is made, and print its path.
+
+    Args:
+        batches: results, in the order of ``paths``.
+        paths: one PNG path for each image.
+
+    """
     from hipa_deploy.images.png import save_png
 
-    left = iter(paths)
+    remaining = iter(paths)
     for batch in batches:
-        for image_HWC, recipe in zip(batch.images_BHWC, batch.parameters, strict=True):
-            path = next(left)
-            save_png(path, image_HWC, recipe)
+        for image_HWC, parameters in zip(batch.images_BHWC, batch.parameters, strict=True):
+            path = next(remaining)
+            save_png(path, image_HWC, parameters)
             typer.echo(path)
 
 
 def image_paths(out: Path, prompts: int, count: int, seed: int) -> list[Path]:
-    """One file for one image; otherwise numbered files in a folder."""
+    """Paths of the images of a command: one file for one image, else numbered files in a folder.
+
+    Args:
+        out: a .png file or a folder.
+        prompts: number of prompts.
+        count: images a prompt.
+        seed: of the first image of each prompt.
+
+    Raises:
+        HipaError: several images for one file, or a file that is not a PNG.
+
+    Example:
+        >>> [path.name for path in image_paths(Path("images"), prompts=2, count=1, seed=7)]
+        ['000-seed7.png', '001-seed7.png']
+
+    """
+    # A folder may have a name that ends in .png; one that exists is taken as a folder.
     if out.suffix.lower() == ".png" and not out.is_dir():
         if prompts * count > 1:
             raise HipaError(
-                f"{out} is one file, {prompts * count} images were asked for. Give --out a folder."
+                f"--out {out} is one file for {prompts * count} images. Give --out a folder."
             )
         return [out]
+
     if out.is_file() or (out.suffix and not out.is_dir()):
         raise HipaError(
-            f"{out}: images are written as PNG. Give --out a name that ends in .png, or a folder."
+            f"--out {out}: images are written as PNG. "
+            "Give --out a name that ends in .png, or a folder."
         )
-    return [out / f"{p:03d}-seed{seed + i}.png" for p in range(prompts) for i in range(count)]
+
+    paths = []
+    for number in range(prompts):
+        for i in range(count):
+            paths.append(out / f"{number:03d}-seed{seed + i}.png")
+    return paths

@@ -1,4 +1,4 @@
-"""The commands that measure latency: ``hipa-profile``, ``hipa profile compare``, ``hipa profile table``."""
+"""The commands that measure latency: ``hipa-profile``, ``profile compare``, ``profile table``."""
 
 from __future__ import annotations
 
@@ -24,26 +24,44 @@ class Metric(str, Enum):
 
 def profile(
     bundle: BundleArgument,
-    runs: Annotated[int, typer.Option(help="Timed runs after warm-up.")] = 50,
+    runs: Annotated[int, typer.Option(help="How many timed runs, after the warm-up.")] = 50,
     warmup: Annotated[
-        int, typer.Option(help="Runs before them that do not count, after the very first.")
+        int,
+        typer.Option(
+            help="Runs before the timed ones that do not count; the very first is reported apart."
+        ),
     ] = 5,
     backend: BackendOption = "auto",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    json_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Also write the report to this JSON file, for profile compare or table."
+        ),
+    ] = None,
     html_path: Annotated[
-        Path | None, typer.Option("--html", help="Write a page with plots here.")
+        Path | None,
+        typer.Option("--html", help="Also write the report to this HTML page, with plots."),
     ] = None,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print a Markdown row to publish, not a table.")
+        bool, typer.Option("--markdown", help="Print one Markdown table row, to publish.")
     ] = False,
     layers: Annotated[
-        bool, typer.Option("--layers", help="Profile the layers too, in a pass of its own.")
+        bool,
+        typer.Option("--layers", help="Also time the layers inside each model, in extra runs."),
     ] = False,
     roofline: Annotated[
-        str | None, typer.Option(help="Predict lower bounds on: orin-nano, rtx4090, …")
+        str | None,
+        typer.Option(
+            help="Also predict the shortest possible time on another device, such as orin-nano "
+            "or rtx4090."
+        ),
     ] = None,
 ) -> None:
-    """Measure latency: a table a stage and end to end, with the conditions. See profile compare, profile table."""
+    """Measure how long one image takes: in each model and from prompt to image.
+
+    The report includes the conditions (device, versions, clocks). See also: hipa-profile compare,
+    hipa-profile table.
+    """
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.engines.latency.html_page import render_page
@@ -55,23 +73,24 @@ def profile(
     from hipa_deploy.files import write_file
     from hipa_deploy.generate.pipeline import OneStepPipeline
 
-    # before minutes of profiling, not after
-    prediction = (
-        predict_roofline(Bundle.open(resolve_bundle(bundle)), roofline)
-        if roofline is not None
-        else None
-    )
+    # Before minutes of profiling: an unknown device is reported at once.
+    prediction = None
+    if roofline is not None:
+        prediction = predict_roofline(Bundle.open(resolve_bundle(bundle)), roofline)
+
     with OneStepPipeline.load(bundle, backend) as pipe:
         report = profile_pipeline(pipe, runs=runs, warmup=warmup, layers=layers, console=console)
-        report = (
-            with_roofline(report, prediction)
-            if prediction
-            else with_own_roofline(report, pipe.bundle)
-        )
+        if prediction:
+            report = with_roofline(report, prediction)
+        else:
+            report = with_own_roofline(report, pipe.bundle)
+
+    # Files first: a long measurement is not lost to a terminal that closes.
     if json_path:
         write_file(json_path, (report.model_dump_json(indent=2) + "\n").encode())
     if html_path:
         write_file(html_path, render_page(report).encode())
+
     if markdown:
         typer.echo(markdown_table([report]), nl=False)
         return
@@ -86,16 +105,23 @@ def profile_compare(
     first: Annotated[
         Path, typer.Argument(help="The report to compare with, from hipa-profile --json.")
     ],
-    second: Annotated[Path, typer.Argument(help="The report that may be slower.")],
-    metric: Annotated[Metric, typer.Option(help="Which number of the runs.")] = Metric.p50,
+    second: Annotated[
+        Path, typer.Argument(help="The report that may be slower, from hipa-profile --json.")
+    ],
+    metric: Annotated[
+        Metric, typer.Option(help="Which number to compare: a percentile of the runs, or the mean.")
+    ] = Metric.p50,
     threshold: Annotated[
-        str, typer.Option(help="How much slower end to end is a regression.")
+        str, typer.Option(help="How much slower, from prompt to image, counts as a regression.")
     ] = "5%",
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write the comparison here.")
+        Path | None, typer.Option("--json", help="Also write the comparison to this JSON file.")
     ] = None,
 ) -> None:
-    """Compare two latency reports: ratio, confidence interval, conditions. Exit code 1: a regression."""
+    """Compare two latency reports: is the second slower, by more than chance?
+
+    Shows ratios with confidence intervals, and conditions that differ. Exit code 1: a regression.
+    """
     from hipa_deploy.engines.latency.compare import (
         compare_reports,
         parse_percent,
@@ -104,8 +130,13 @@ def profile_compare(
     from hipa_deploy.engines.latency.report import read_report
     from hipa_deploy.files import write_file
 
-    percent, pair = parse_percent(threshold), [read_report(path) for path in (first, second)]
-    comparison = compare_reports(*pair, metric=metric.value, threshold_percent=percent)
+    threshold_percent = parse_percent(threshold)
+    first_report = read_report(first)
+    second_report = read_report(second)
+    comparison = compare_reports(
+        first_report, second_report, metric=metric.value, threshold_percent=threshold_percent
+    )
+
     if json_path:
         write_file(json_path, (comparison.model_dump_json(indent=2) + "\n").encode())
     Console().print(render_comparison(comparison))
@@ -115,10 +146,14 @@ def profile_compare(
 
 def profile_table(
     reports: Annotated[
-        list[Path], typer.Argument(metavar="REPORT...", help="Reports from hipa-profile --json.")
+        list[Path],
+        typer.Argument(metavar="REPORT...", help="Reports, from hipa-profile --json."),
     ],
 ) -> None:
-    """Print latency reports as one Markdown table to publish: a row a report, with its conditions."""
+    """Print latency reports as one Markdown table to publish, a row for each.
+
+    Each row includes the conditions of its measurement.
+    """
     from hipa_deploy.engines.latency.report import read_report
     from hipa_deploy.engines.latency.table import markdown_table
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from hipa_deploy.commands.options import (
-    ConfigOption,
-    ModelOption,
-    console,
-)
+from hipa_deploy.commands.options import ConfigOption, ModelOption, console
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
 
@@ -21,30 +17,52 @@ if TYPE_CHECKING:
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Adaptor folder (or decoder folder) to write.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: the adaptor, or the decoder.")],
     recipe: Annotated[
         str,
-        typer.Option(help="A TOML file, or: emoji | emoji-decoder | sd15 | sd21-base | sd21-v."),
+        typer.Option(
+            help="Settings of the training: a TOML file, or an included recipe: emoji | "
+            "emoji-edit | emoji-inpaint | emoji-upscale | emoji-decoder | sd15 | sd21-base | "
+            "sd21-v."
+        ),
     ] = "emoji",
     model: ModelOption = "emoji",
     config: ConfigOption = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file or table of captions, in place of the recipe's.")
+        Path | None,
+        typer.Option(
+            help="Text file, one prompt a line, or a table of captions (.csv, .parquet) to train "
+            "on, in place of the recipe's prompts."
+        ),
     ] = None,
     start: Annotated[
-        str | None, typer.Option("--from", help="Adaptor to continue from, or 'emoji'.")
+        str | None,
+        typer.Option(
+            "--from", help="Adaptor to start from: a folder, or 'emoji'. From scratch by default."
+        ),
     ] = None,
     adaptor: Annotated[
-        str | None, typer.Option(help="For a decoder: the adaptor of its latents, or 'emoji'.")
+        str | None,
+        typer.Option(
+            help="For a decoder recipe only: the adaptor with which the decoder will be used, "
+            "a folder or 'emoji'."
+        ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps, in place of the recipe's.")
+        int | None, typer.Option(help="Training steps, in place of the recipe's number.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the recipe and what it takes, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the settings and the predicted time and memory; train nothing."
+        ),
     ] = False,
 ) -> None:
-    """Train a HiPA adaptor, or a tiny decoder by a recipe of that kind. To resume, run the same command again."""
+    """Train a HiPA adaptor, with which a model makes an image in one step.
+
+    A recipe for a decoder trains a small image decoder instead. A training that was stopped
+    continues when the same command runs again.
+    """
     require("train")
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.models.locate import model_folder
@@ -53,15 +71,21 @@ def train(
     from hipa_deploy.train.train_adaptor import train_adaptor
     from hipa_deploy.train.train_decoder import train_decoder
 
-    given = {"steps": steps, "prompts": prompts and str(prompts.absolute())}
-    chosen = load_any_recipe(
-        recipe, {key: value for key, value in given.items() if value is not None}
-    )
-    initial, active = (resolve_adaptor(name) if name else None for name in (start, adaptor))
+    # Only what was given on the command line replaces a value of the recipe.
+    overrides: dict[str, Any] = {}
+    if steps is not None:
+        overrides["steps"] = steps
+    if prompts is not None:
+        overrides["prompts"] = str(prompts.absolute())
+    chosen = load_any_recipe(recipe, overrides)
+    initial = resolve_adaptor(start) if start else None
+    active = resolve_adaptor(adaptor) if adaptor else None
+
     if isinstance(chosen, Recipe):
         if active:
             raise HipaError(
-                f"--adaptor is for a decoder; recipe {recipe} trains an adaptor. See --from."
+                f"--adaptor is for a decoder, but recipe {recipe} trains an adaptor. "
+                "Leave it out, or use --from to start from an adaptor."
             )
         if dry_run:
             _dry_run_training(chosen, model_folder(model, config))
@@ -73,29 +97,40 @@ def train(
     else:
         if initial:
             raise HipaError(
-                f"--from is for an adaptor; recipe {recipe} trains a decoder. Leave it out."
+                f"--from is for an adaptor, but recipe {recipe} trains a decoder. Leave it out."
             )
         if dry_run:
             raise HipaError(
-                f"--dry-run is for an adaptor; recipe {recipe} trains a decoder. Leave it out."
+                f"--dry-run is for an adaptor, but recipe {recipe} trains a decoder. Leave it out."
             )
         with parting():
             path = train_decoder(
                 chosen, model_folder(model, config), out, adaptor=active, console=console
             )
+
+    # Several processes may train together; the path is printed once.
     if is_main():
         typer.echo(path)
 
 
 def _dry_run_training(recipe: Recipe, model_dir: Path) -> None:
+    """Print the resolved recipe and the predicted cost on every GPU that hipa-deploy knows.
+
+    Raises:
+        HipaError: the training could not start, for example because its prompts cannot be read.
+
+    """
     from hipa_deploy.engines.targets.target import load_target_profile, target_names
     from hipa_deploy.train.prediction.dry_run import dry_run
 
-    gpus = [
-        profile for profile in map(load_target_profile, target_names()) if not profile.memory_shared
-    ]
+    # Devices whose memory is shared with the CPU (Jetson) are for running, not for training.
+    profiles = [load_target_profile(name) for name in target_names()]
+    gpus = [profile for profile in profiles if not profile.memory_shared]
+
     with console.status("predicting"):
-        shown, problem = dry_run(recipe, model_dir, gpus)
-    Console().print(*shown, sep="\n", markup=False, highlight=False)
+        lines, problem = dry_run(recipe, model_dir, gpus)
+
+    # The problem comes last: the user sees the recipe that has it.
+    Console().print(*lines, sep="\n", markup=False, highlight=False)
     if problem:
         raise problem

@@ -1,4 +1,4 @@
-"""What this machine can do, and whether it does it right: the report, the self-check, the self-test.
+"""What this machine can do and whether it does it right: report, self-check, self-test.
 
-May import: all of the core but ``commands`` and ``demo``; ``hipa_deploy.engines`` when it is called.
+May import: all of the core but ``commands`` and ``demo``; inside functions ``hipa_deploy.engines``.
 """

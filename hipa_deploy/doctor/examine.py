@@ -1,4 +1,4 @@
-"""What this machine can do, what it lacks, and the command that mends it."""
+"""What this machine can do, what it lacks, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,31 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import EXTRAS, missing
 from hipa_deploy.models.adaptor_folder import WEIGHTS
 
+# A file of each embedded folder without which the folder is no use.
 NEEDED = {"model": "model_index.json", "adaptor": WEIGHTS, "bundle": MANIFEST}
+
+VERDICT_COLOURS = {"same": "green", "differs": "red", "unknown": "yellow"}
 
 
 def examine(subject: str | None = None, backend: str = "auto") -> dict[str, Any]:
-    """Facts as JSON types: version, device and backends, extras, embedded folders, problems.
-
-    With ``subject``, a bundle or an engine, its state as well.
+    """Facts about this machine, and the state of a bundle or an engine, as JSON types.
 
     A bundle's reference prompt is run on ``backend`` and compared with the stored outputs.
 
+    Args:
+        subject: a bundle folder, 'emoji' for the embedded bundle, an .engine file, or None.
+        backend: what runs the bundle; one of ``hipa_deploy.generate.runner.BACKENDS``.
+
+    Returns:
+        'version', 'device' (with its 'backends'), 'embedded', 'extras' and 'problems', a line each;
+        with a subject also 'bundle' or 'engine'.
+
     Raises:
-        HipaError: a backend of another name.
+        HipaError: an unknown backend. Whatever is wrong with the subject is in 'problems'.
+
+    Example:
+        >>> examine("emoji")["bundle"]["size"]
+        [64, 64]
 
     """
     from hipa_deploy.engines.backends.available import describe_device
@@ -45,9 +58,11 @@ def examine(subject: str | None = None, backend: str = "auto") -> dict[str, Any]
         "extras": {extra: _extra(extra) for extra in EXTRAS},
         "problems": [],
     }
+
     for name, folder in report["embedded"].items():
         if not (Path(folder) / NEEDED[name]).is_file():
             report["problems"].append(f"the embedded {name} is missing. Reinstall hipa-deploy.")
+
     if subject and is_engine(Path(subject)):
         report["engine"] = _examine_engine(Path(subject), report["problems"])
     elif subject:
@@ -56,6 +71,7 @@ def examine(subject: str | None = None, backend: str = "auto") -> dict[str, Any]
 
 
 def _examine_engine(path: Path, problems: list[str]) -> dict[str, Any]:
+    """What an engine was built for, beside what is here; what is wrong goes to ``problems``."""
     from hipa_deploy.engines.store.diagnose import diagnose
 
     try:
@@ -68,98 +84,123 @@ def _examine_engine(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _extra(extra: str) -> str:
-    """'installed', or what is missing and the command that mends it."""
+    """'installed', or the missing modules and the command that installs them."""
     absent = missing(extra)
-    return (
-        f"{', '.join(absent)} missing. Run: pip install 'hipa-deploy[{extra}]'"
-        if absent
-        else "installed"
-    )
+    if not absent:
+        return "installed"
+    return f"{', '.join(absent)} missing. Run: pip install 'hipa-deploy[{extra}]'"
 
 
 def _examine_bundle(name: str, backend: str, problems: list[str]) -> dict[str, Any]:
+    """What a bundle is and whether it runs right; what is wrong goes to ``problems``."""
     path = embedded.resolve_bundle(name)
     try:
-        opened = Bundle.open(path)
-        opened.verify()
+        bundle = Bundle.open(path)
+        bundle.verify()
     except HipaError as error:
         problems.append(str(error))
         return {"path": str(path)}
-    manifest = opened.manifest
+
+    manifest = bundle.manifest
+    engines = sorted(
+        engine.relative_to(path).as_posix() for engine in path.glob("engines/*/*.engine")
+    )
     return {
         "path": str(path),
         "layout": manifest.layout,
         "precision": manifest.precision,
         "size": [manifest.one_step.width, manifest.one_step.height],
         "stages": {stage.spec.name: round(stage.parity.psnr_db, 1) for stage in manifest.stages},
-        "engines": sorted(p.relative_to(path).as_posix() for p in path.glob("engines/*/*.engine")),
-        "self_check": _self_check(opened, backend, problems),
+        "engines": engines,
+        "self_check": _self_check(bundle, backend, problems),
     }
 
 
 def _self_check(bundle: Bundle, backend: str, problems: list[str]) -> dict[str, str]:
-    """What each stage of the reference prompt gave, in words; failures go to ``problems``."""
+    """How each stage did on the reference prompt, in words; failures go to ``problems``."""
     from hipa_deploy.doctor.self_check import END_TO_END, check_bundle
 
     try:
-        found = check_bundle(bundle, backend)
+        result = check_bundle(bundle, backend)
     except HipaError as error:
         problems.append(str(error))
         return {"backend": backend, "outcome": "could not run"}
-    problems.extend(f"{problem} {_mend(bundle, found.backend)}" for problem in found.problems)
-    checks = {**found.stages, END_TO_END: found.end_to_end}
-    return {
-        "backend": found.backend,
-        "prompt": found.prompt,
-        **{name: str(check) for name, check in checks.items()},
-    }
+
+    remedy = _remedy(bundle, result.backend)
+    problems.extend(f"{problem} {remedy}" for problem in result.problems)
+    words = {"backend": result.backend, "prompt": result.prompt}
+    for name, check in result.stages.items():
+        words[name] = str(check)
+    words[END_TO_END] = str(result.end_to_end)
+    return words
 
 
-def _mend(bundle: Bundle, backend: str) -> str:
+def _remedy(bundle: Bundle, backend: str) -> str:
+    """What to do about a bundle whose images are wrong on ``backend``."""
     if backend in ("tensorrt", "rtx"):
-        return f"Run: hipa-build {bundle.root} --backend {backend}; if it stays, export with --dtype fp32."
+        return (
+            f"Run: hipa-build {bundle.root} --backend {backend}. "
+            "If the problem stays, export the bundle with --dtype fp32."
+        )
     if backend == "openvino-bf16":
         return "bfloat16 is too coarse for this bundle. Use --backend openvino."
-    return "Export the bundle again; if it stays, with --dtype fp32."
+    return "Export the bundle again. If the problem stays, export it with --dtype fp32."
 
 
 def render(report: dict[str, Any]) -> Group:
-    """The report as tables: a row for each fact, each backend, each field of an engine's key, and each problem."""
-    engine = report.get("engine", {}).get("fields")
-    return Group(_facts(report), *([_key_fields(engine)] if engine else []))
+    """The report of ``examine`` as tables for a terminal.
+
+    One table has a row for each fact, backend and problem; a second one, for an engine, has a row
+    for each field of its key.
+    """
+    tables = [_facts(report)]
+    fields = report.get("engine", {}).get("fields")
+    if fields:
+        tables.append(_key_fields(fields))
+    return Group(*tables)
 
 
 def _key_fields(fields: list[dict[str, str]]) -> Table:
     table = Table("field", "as built", "here", "", title="The engine's key")
-    colours = {"same": "green", "differs": "red", "unknown": "yellow"}
     for field in fields:
         verdict = field["verdict"]
-        text = (escape(field[column]) for column in ("name", "built", "here"))
-        table.add_row(*text, f"[{colours[verdict]}]{verdict}[/]")
+        table.add_row(
+            escape(field["name"]),
+            escape(field["built"]),
+            escape(field["here"]),
+            f"[{VERDICT_COLOURS[verdict]}]{verdict}[/]",
+        )
     return table
 
 
 def _facts(report: dict[str, Any]) -> Table:
     table = Table("", "", show_header=False, title=f"hipa-deploy {report['version']}")
+
+    # The machine, then a row for each backend: its version, or the command that makes it work.
     device = report["device"]
     for key, value in device.items():
         if key != "backends":
             table.add_row(f"device.{key}", _plain(value))
     for backend in device["backends"]:
-        usable = f"[green]works[/green] {_plain(backend['version'])}"
-        table.add_row(
-            f"backend.{backend['name']}", usable if backend["usable"] else _plain(backend["remedy"])
-        )
+        state = _plain(backend["remedy"])
+        if backend["usable"]:
+            state = f"[green]works[/green] {_plain(backend['version'])}"
+        table.add_row(f"backend.{backend['name']}", state)
+
+    # Then what is installed and what was asked about; an engine's key has a table of its own.
     for section in ("extras", "embedded", "bundle", "engine"):
         for key, value in report.get(section, {}).items():
             if key != "fields":
                 table.add_row(f"{section}.{key}", _plain(value))
+
+    # Problems last: at the end of a long table they are what is seen first.
     for problem in report["problems"]:
         table.add_row("[red]problem[/red]", escape(problem))
     return table
 
 
 def _plain(value: Any) -> str:
+    """A JSON value as text for a cell: a line for each key, commas between list items."""
     if isinstance(value, dict):
         return "\n".join(f"{key}: {_plain(part)}" for key, part in value.items())
     if isinstance(value, list):

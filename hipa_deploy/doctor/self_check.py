@@ -1,4 +1,9 @@
-"""Does this device give the images that the bundle's export gave? The reference prompt again, by the same gates."""
+"""Does this machine give the images that the bundle's export gave?
+
+The bundle's reference prompt is run again and judged by the same gates as at the export.
+
+Shape suffixes: B batch, C channels, H W image size, h w latent size.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +21,11 @@ from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.images.source import Source
 
-REFERENCE_TENSORS, REFERENCE_PROMPTS = "reference/tensors.npz", "reference/prompts.json"
+REFERENCE_TENSORS = "reference/tensors.npz"
+REFERENCE_PROMPTS = "reference/prompts.json"
 END_TO_END = "end to end"
 
-# The reference tensor that a stage's output is compared with.
+# The reference tensor that a stage's output is compared with, by layout and stage.
 _EXPECTED = {
     "onestep": {
         "text_encoder": "context",
@@ -30,11 +36,18 @@ _EXPECTED = {
     },
     "generic": {"text_encoder": "context", "unet": "output", "vae_decoder": "sample"},
 }
-_NOISE_TOLERANCE = 1e-5  # another libm's logarithm may round another way
+_NOISE_TOLERANCE = 1e-5  # another C library's logarithm may round differently
 
 
 class StageCheck(BaseModel):
-    """One output against PyTorch FP32. ``parity`` is None where there is nothing to measure: NaN, or another shape."""
+    """One output compared with PyTorch in FP32.
+
+    Attributes:
+        parity: how close it is; None where nothing can be measured (NaN, or another shape).
+        least_psnr_db: the gate, in dB.
+        problem: what is wrong, to be read after 'STAGE on BACKEND'; None if the gate is passed.
+
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,16 +56,23 @@ class StageCheck(BaseModel):
     problem: str | None
 
     def __str__(self) -> str:
-        figure = (
-            f"{self.parity.psnr_db:.1f} dB from PyTorch FP32"
-            if self.parity
-            else "nothing to measure"
-        )
-        return f"{figure}, gate {self.least_psnr_db:.0f} dB: {self.problem or 'passes'}"
+        measured = "nothing to measure"
+        if self.parity:
+            measured = f"{self.parity.psnr_db:.1f} dB from PyTorch FP32"
+        return f"{measured}, gate {self.least_psnr_db:.0f} dB: {self.problem or 'passes'}"
 
 
 class SelfCheck(BaseModel):
-    """What the device gave for the reference prompt, stage by stage and end to end."""
+    """How the backend did on the reference prompt, stage by stage and end to end.
+
+    Attributes:
+        backend: what ran the stages.
+        prompt: the reference prompt.
+        stages: a check for each stage, in the order in which they run.
+        end_to_end: the images as a user gets them.
+        problems: a line for each gate that failed.
+
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -90,12 +110,16 @@ class Reference:
 
 
 def check_bundle(bundle: Bundle, backend: str = "auto") -> SelfCheck:
-    """Run the reference prompt of ``bundle`` on ``backend`` and compare with the tensors it carries.
+    """Run the reference prompt of ``bundle`` on ``backend`` and compare with its stored tensors.
 
-    Failures of the gates are in the report's ``problems``, a line each.
+    Gates that fail are in the result's ``problems``; they raise nothing.
 
     Raises:
         HipaError: the bundle cannot be read, or the backend cannot run it here.
+
+    Example:
+        >>> check_bundle(Bundle.open(embedded.BUNDLE), "onnxruntime").problems
+        ()
 
     """
     with OneStepPipeline.load(bundle.root, backend) as pipe:
@@ -103,7 +127,7 @@ def check_bundle(bundle: Bundle, backend: str = "auto") -> SelfCheck:
 
 
 def check_pipeline(pipe: OneStepPipeline) -> SelfCheck:
-    """The same, with a pipeline that is loaded.
+    """The same as ``check_bundle``, with a pipeline that is loaded already.
 
     A stage is fed what the stages before it gave, so errors accumulate as they do in the manifest's
     parity. End to end is ``pipe`` as a user calls it, prompt to image.
@@ -112,49 +136,52 @@ def check_pipeline(pipe: OneStepPipeline) -> SelfCheck:
         HipaError: the bundle has no reference that fits it, or a stage cannot run.
 
     """
-    reference = Reference.read(pipe.bundle)
-    precision = pipe.bundle.manifest.precision
-    _check_noise(pipe.bundle, reference)
+    bundle = pipe.bundle
+    reference = Reference.read(bundle)
+    _check_noise(bundle, reference)
 
-    # Stage by stage: one run that keeps every tensor, each beside PyTorch's.
+    # Stage by stage: one run that keeps every tensor, each compared with PyTorch's.
     tensors = pipe.tensors(
         reference.prompt,
-        source=_source(reference, pipe.bundle),
+        source=_source(reference, bundle),
         seed=reference.seeds[0],
         count=len(reference.seeds),
     )
     stages = {}
-    for stage in pipe.bundle.stages:
-        name = _EXPECTED[pipe.bundle.manifest.layout][stage]
-        stages[stage] = _check(tensors[name], _tensor(reference, name, pipe.bundle), precision)
+    for stage in bundle.stages:
+        name = _EXPECTED[bundle.manifest.layout][stage]
+        stages[stage] = _check(tensors[name], reference, name, bundle)
 
-    # And as a user calls it.
+    # And as a user calls it: caches and batches of the pipeline take part.
     images_BHWC = _generate(pipe, reference)
-    whole = _check(images_BHWC, _tensor(reference, "images", pipe.bundle), precision)
+    end_to_end = _check(images_BHWC, reference, "images", bundle)
 
-    problems = [
-        f"{name} on {pipe.backend} {check.problem}."
-        for name, check in {**stages, END_TO_END: whole}.items()
-        if check.problem
-    ]
+    problems = []
+    for name, check in {**stages, END_TO_END: end_to_end}.items():
+        if check.problem:
+            problems.append(f"{name} on {pipe.backend} {check.problem}.")
     return SelfCheck(
         backend=pipe.backend,
         prompt=reference.prompt,
         stages=stages,
-        end_to_end=whole,
+        end_to_end=end_to_end,
         problems=tuple(problems),
     )
 
 
 def _generate(pipe: OneStepPipeline, reference: Reference) -> np.ndarray:
-    source = _source(reference, pipe.bundle)
-    return pipe(
-        reference.prompt, source=source, seed=reference.seeds[0], count=len(reference.seeds)
-    ).images_BHWC
+    """The reference's images, uint8 [B, H, W, 3]."""
+    result = pipe(
+        reference.prompt,
+        source=_source(reference, pipe.bundle),
+        seed=reference.seeds[0],
+        count=len(reference.seeds),
+    )
+    return result.images_BHWC
 
 
 def _source(reference: Reference, bundle: Bundle) -> Source | None:
-    """The reference's source image, which is the same for every seed, as the stages take it."""
+    """The reference's source image as the stages take it, the same one for every seed."""
     task = bundle.manifest.task
     if task == "generate":
         return None
@@ -165,11 +192,13 @@ def _source(reference: Reference, bundle: Bundle) -> Source | None:
 
 def _check_noise(bundle: Bundle, reference: Reference) -> None:
     """This machine's noise must be the reference's, or nothing after it can agree."""
-    expected = _tensor(reference, "noise", bundle)
-    got = initial_noise(reference.seeds, bundle.manifest.one_step.latent_shape)
-    if got.shape != expected.shape or not np.allclose(got, expected, rtol=0, atol=_NOISE_TOLERANCE):
+    expected_BCHW = _tensor(reference, "noise", bundle)
+    noise_BCHW = initial_noise(reference.seeds, bundle.manifest.one_step.latent_shape)
+    same_shape = noise_BCHW.shape == expected_BCHW.shape
+    if not same_shape or not np.allclose(noise_BCHW, expected_BCHW, rtol=0, atol=_NOISE_TOLERANCE):
         raise HipaError(
-            f"{bundle.root}: the noise of seeds {reference.seeds} is not the reference's. Export the bundle again."
+            f"{bundle.root}: the noise of seeds {reference.seeds} is not the reference's. "
+            "Export the bundle again."
         )
 
 
@@ -181,8 +210,13 @@ def _tensor(reference: Reference, name: str, bundle: Bundle) -> np.ndarray:
     return reference.tensors[name]
 
 
-def _check(got: np.ndarray, expected: np.ndarray, precision: Precision) -> StageCheck:
+def _check(got: np.ndarray, reference: Reference, name: str, bundle: Bundle) -> StageCheck:
+    """Compare an output with the reference tensor ``name``, by the gate of the precision."""
+    expected = _tensor(reference, name, bundle)
+    precision: Precision = bundle.manifest.precision
     least = MIN_PSNR_DB[precision]
+
+    # Tensors of different shapes, or with NaN or infinity, have no distance in dB.
     if got.shape != expected.shape:
         return StageCheck(
             parity=None,

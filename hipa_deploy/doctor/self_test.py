@@ -1,7 +1,7 @@
-"""``hipa-doctor --self-test``: build, run, check and time the embedded bundle on all that this machine has.
+"""``hipa-doctor --self-test``: build, run, check and time the embedded bundle on every backend.
 
-The report is meant to be attached to an issue: facts of the device, versions, and the outcome of every step, with the
-reason where one was skipped.
+The report is meant to be attached to an issue: facts of the device, versions, and the outcome of
+every step, with the reason where one was skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ from hipa_deploy.doctor.self_check import END_TO_END, check_pipeline
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.generate.pipeline import OneStepPipeline
 
-RUNS, WARMUP = 10, 2
+# Enough for a median to see that something is wrong, few enough for a slow device.
+RUNS = 10
+WARMUP = 2
+
+# What the report gives the version of, where it is installed.
 PACKAGES = (
     "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-python",
     "cuda-bindings", "polygraphy", "torch",
@@ -38,7 +42,17 @@ Outcome = Literal["passed", "failed", "skipped"]
 
 
 class Step(BaseModel):
-    """What was tried and what came of it. ``detail`` is one line; ``figures`` has the numbers, by name."""
+    """One thing that was tried.
+
+    Attributes:
+        name: 'build BACKEND' or 'run BACKEND'.
+        outcome: 'passed', 'failed' or 'skipped'.
+        detail: the result in one line, the error, or why it was skipped.
+        seconds: how long it took.
+        figures: numbers and checks by name.
+        notes: warnings that came up meanwhile.
+
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -51,7 +65,7 @@ class Step(BaseModel):
 
 
 class SelfTest(BaseModel):
-    """The report."""
+    """The report of a self-test: device and versions, as JSON types, and a result for each step."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -69,39 +83,49 @@ class SelfTest(BaseModel):
 
 
 def self_test(console: Console | None = None) -> SelfTest:
-    """Run every step that this machine can; a step that fails does not stop the others, and nothing raises."""
+    """Run every step that this machine can.
+
+    A step that fails does not stop the others, and no step's error is raised.
+
+    Args:
+        console: where progress is shown; stderr by default.
+
+    """
     from hipa_deploy.engines.backends.available import describe_device
 
-    device = describe_device()
+    device = describe_device().model_dump(mode="json")
+    screen = console or Console(stderr=True)
+
+    # A copy: engines are built into the bundle, and the installed package stays as it is.
     with tempfile.TemporaryDirectory(prefix="hipa-self-test-") as scratch:
-        ours = shutil.copytree(
-            embedded.BUNDLE, Path(scratch, "bundle"), ignore=shutil.ignore_patterns("engines")
-        )
-        bundle = Bundle.open(Path(ours))
-        steps = tuple(
-            _steps(bundle, device.model_dump(mode="json"), console or Console(stderr=True))
-        )
+        root = Path(scratch, "bundle")
+        shutil.copytree(embedded.BUNDLE, root, ignore=shutil.ignore_patterns("engines"))
+        steps = tuple(_steps(Bundle.open(root), device, screen))
+
     return SelfTest(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         producer=f"hipa-deploy {__version__}",
-        device=device.model_dump(mode="json"),
+        device=device,
         versions=_versions(),
         steps=steps,
     )
 
 
 def _steps(bundle: Bundle, device: dict[str, Any], console: Console) -> Iterator[Step]:
+    """Builds first, because the backends that run engines need them; then a run on each backend."""
     from hipa_deploy.engines.tensorrt.library import TENSORRT_LIBRARIES
 
     backends = {backend["name"]: backend for backend in device["backends"]}
     for library in TENSORRT_LIBRARIES:
-        name, found = f"build {library}", backends[library]
+        name = f"build {library}"
+        found = backends[library]
+        # TensorRT-RTX builds without a GPU, TensorRT only on the device itself.
         if found["version"] is None or (library == "tensorrt" and not found["usable"]):
             yield Step(name=name, outcome="skipped", detail=found["remedy"])
         else:
-            yield _attempt(
-                name, partial(_build, bundle, library, device["gpu"] is not None, console)
-            )
+            has_gpu = device["gpu"] is not None
+            yield _attempt(name, partial(_build, bundle, library, has_gpu, console))
+
     for backend in backends.values():
         name = f"run {backend['name']}"
         if backend["usable"]:
@@ -119,29 +143,47 @@ class _GateError(Exception):
 
 
 def _attempt(name: str, work: Callable[[], tuple[str, dict[str, Any]]]) -> Step:
-    """Do ``work``; whatever it raises is the step's outcome, with the traceback's last line."""
+    """Do ``work``, which gives a line and figures; whatever it raises is the step's outcome."""
     started = time.perf_counter()
     figures: dict[str, Any] = {}
     outcome: Outcome = "passed"
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
+        # Every warning is recorded, also one that this process has seen before.
         warnings.simplefilter("always")
         try:
             detail, figures = work()
         except _GateError as error:
-            outcome, detail, figures = "failed", str(error), error.figures
-        except Exception as error:  # the report is for what nobody foresaw
-            outcome, detail = "failed", describe(error)
-    notes = tuple(
-        str(warning.message) for warning in told if issubclass(warning.category, RuntimeWarning)
-    )
+            outcome = "failed"
+            detail = str(error)
+            figures = error.figures
+        except Exception as error:  # the report is for errors that nobody foresaw
+            outcome = "failed"
+            detail = describe(error)
     seconds = round(time.perf_counter() - started, 3)
+
+    # RuntimeWarning is what this project warns with; other libraries' deprecations are no news.
+    notes = []
+    for warning in caught:
+        if issubclass(warning.category, RuntimeWarning):
+            notes.append(str(warning.message))
     return Step(
-        name=name, outcome=outcome, detail=detail, seconds=seconds, figures=figures, notes=notes
+        name=name,
+        outcome=outcome,
+        detail=detail,
+        seconds=seconds,
+        figures=figures,
+        notes=tuple(notes),
     )
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line: ours as it stands, another with its class and the place it came from."""
+    """An error in one line: a HipaError's message, or class, message and place of another.
+
+    Example:
+        >>> describe(ValueError("two\\nlines"))
+        'ValueError: two'
+
+    """
     if isinstance(error, HipaError):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
@@ -149,104 +191,123 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}{place}"
 
 
-def _build(bundle: Bundle, library: str, gpu: bool, console: Console) -> tuple[str, dict[str, Any]]:
-    """Engines of every stage where they can run, of the smallest where building is all that can be done."""
+def _build(
+    bundle: Bundle, library: str, has_gpu: bool, console: Console
+) -> tuple[str, dict[str, Any]]:
+    """Build engines of every stage; without a GPU, where none could run, of the smallest alone."""
     from hipa_deploy.engines.build.build_bundle import build_bundle
 
     stages = bundle.manifest.stages
-    smallest = min(stages, key=lambda stage: bundle.stage_path(stage.spec.name).stat().st_size)
-    chosen = stages if gpu else (smallest,)
+    chosen = stages
+    if not has_gpu:
+        chosen = (min(stages, key=lambda stage: bundle.stage_path(stage.spec.name).stat().st_size),)
     part = Bundle(bundle.root, bundle.manifest.model_copy(update={"stages": chosen}))
-    built = build_bundle(part, backend=library, console=console)
-    figures = {
-        engine.stage: {
+
+    figures = {}
+    for engine in build_bundle(part, backend=library, console=console):
+        figures[engine.stage] = {
             "bytes": engine.sidecar.engine_bytes,
             "seconds": engine.sidecar.build_seconds,
         }
-        for engine in built
-    }
-    return f"{len(built)} of {len(stages)} engines: {', '.join(figures)}", figures
+    return f"{len(figures)} of {len(stages)} engines: {', '.join(figures)}", figures
 
 
 def _run(bundle: Bundle, backend: str, console: Console) -> tuple[str, dict[str, Any]]:
-    """The self-check, then a short latency measurement."""
+    """The self-check, then a short latency measurement.
+
+    Raises:
+        _GateError: a stage's output is not close enough to PyTorch's.
+
+    """
     from hipa_deploy.engines.latency.measure import profile_pipeline
 
     with OneStepPipeline.load(bundle.root, backend) as pipe:
-        found = check_pipeline(pipe)
+        check = check_pipeline(pipe)
         latency = profile_pipeline(pipe, runs=RUNS, warmup=WARMUP, console=console)
+        checks = {**check.stages, END_TO_END: check.end_to_end}
         figures = {
-            "self_check": {
-                name: str(check)
-                for name, check in {**found.stages, END_TO_END: found.end_to_end}.items()
-            },
+            "self_check": {name: str(stage_check) for name, stage_check in checks.items()},
             "p50_ms": round(latency.end_to_end.p50_ms, 3),
             "first_ms": latency.end_to_end.first_ms,
             "load_seconds": latency.load_seconds,
+            # Only stages that run on engines know these.
             "device_ms": getattr(pipe.stages, "device_ms", None),
             "device_memory_mib": getattr(pipe.stages, "device_memory_mib", None),
             "graph_problems": _graph_problems(pipe),
         }
-    if found.problems:
-        raise _GateError(found.problems, figures)
-    parity = found.end_to_end.parity
+
+    if check.problems:
+        raise _GateError(check.problems, figures)
+    parity = check.end_to_end.parity
     psnr = f"{parity.psnr_db:.1f} dB from PyTorch FP32" if parity else ""
     return f"{psnr}, p50 {latency.end_to_end.p50_ms:.2f} ms over {RUNS} runs", figures
 
 
 def _graph_problems(pipe: OneStepPipeline) -> list[str]:
-    """Why there is no CUDA graph: said by all the stages as one, or by each of them."""
-    owners = [pipe.stages, *pipe.runners.values()]
-    found = [getattr(owner, "graph_problem", None) for owner in owners]
-    return [problem for problem in dict.fromkeys(found) if problem]
+    """Why there is no CUDA graph, as the stages together or each runner say; each reason once."""
+    problems = []
+    for owner in (pipe.stages, *pipe.runners.values()):
+        problem = getattr(owner, "graph_problem", None)
+        if problem and problem not in problems:
+            problems.append(problem)
+    return problems
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    """Versions of the installed packages among ``PACKAGES``."""
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def render_text(report: SelfTest) -> str:
-    """The report as one Markdown text, its JSON at the end: readable in an issue, and by a program."""
-    device = report.device
-    gpu = device["gpu"]
-    about = [
-        f"{report.producer}, {report.created}",
-        f"machine: {device['jetson'] or device['cpu']}, {device['cores']} cores, {device['memory_mib']} MiB, "
-        f"{device['os']}, {device['arch']}, Python {device['python']}, L4T {device['l4t'] or '-'}",
-        f"GPU: {gpu['name']}, SM {gpu['sm']}, {gpu['memory_mib']} MiB, driver {gpu['driver']}, CUDA {gpu['cuda']}"
-        if gpu
-        else "GPU: none answers",
-        f"versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
-    ]
-    rows = [
-        (
-            step.name,
-            step.outcome,
-            f"{step.seconds:.1f} s",
-            "; ".join((step.detail, *step.notes)).replace("|", "/"),
-        )
-        for step in report.steps
-    ]
-    table = [
-        f"| {' | '.join(cells)} |"
-        for cells in (("step", "outcome", "time", "what"), ("---",) * 4, *rows)
-    ]
+    """The report as Markdown, its JSON at the end: readable in an issue, and by a program."""
     body = json.dumps(report.model_dump(mode="json"), indent=2)
     lines = [
         "# hipa-deploy self-test",
         "",
-        *(f"- {line}" for line in about),
+        *(f"- {fact}" for fact in _fact_lines(report)),
         "",
-        *table,
+        _row("step", "outcome", "time", "what"),
+        _row("---", "---", "---", "---"),
+        *(_step_row(step) for step in report.steps),
         "",
         "```json",
         body,
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _fact_lines(report: SelfTest) -> list[str]:
+    """Producer, machine, GPU and versions, a line each."""
+    device = report.device
+    machine = (
+        f"machine: {device['jetson'] or device['cpu']}, {device['cores']} cores, "
+        f"{device['memory_mib']} MiB, {device['os']}, {device['arch']}, "
+        f"Python {device['python']}, L4T {device['l4t'] or '-'}"
+    )
+    gpu = "GPU: none answers"
+    if device["gpu"]:
+        facts = device["gpu"]
+        gpu = (
+            f"GPU: {facts['name']}, SM {facts['sm']}, {facts['memory_mib']} MiB, "
+            f"driver {facts['driver']}, CUDA {facts['cuda']}"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    return [f"{report.producer}, {report.created}", machine, gpu, f"versions: {versions}"]
+
+
+def _step_row(step: Step) -> str:
+    # A bar in a message would begin another cell of the table.
+    text = "; ".join((step.detail, *step.notes)).replace("|", "/")
+    return _row(step.name, step.outcome, f"{step.seconds:.1f} s", text)
+
+
+def _row(*cells: str) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"

@@ -1,4 +1,4 @@
-"""The demos of the tasks, on few images; the compiling of engines is the chain's demo's to test."""
+"""The demos of the tasks, on few images; building engines is tested with the training demo."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ from PIL import Image
 from rich.console import Console
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.demo import task_demo as demo_tasks
-from hipa_deploy.demo import training_demo as demo
+from hipa_deploy.demo import contact_sheet, task_demo
+from hipa_deploy.demo.contact_sheet import HEADING_HEIGHT, PROMPT_WIDTH
+from hipa_deploy.demo.steps import open_folder
 from hipa_deploy.errors import HipaError
 from hipa_deploy.tasks import Task
-
-
-@pytest.fixture
-def console(tmp_path: Path) -> Console:
-    return Console(record=True, width=160, file=(tmp_path / "console.txt").open("w"))
 
 
 @pytest.mark.slow
@@ -26,23 +22,23 @@ def console(tmp_path: Path) -> Console:
 def test_a_demo_of_each_task(
     task: Task, columns: int, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_tasks, "build", lambda bundle, console: [])
-    for module in (demo, demo_tasks):
+    monkeypatch.setattr(task_demo, "build", lambda bundle, console: [])
+    for module in (contact_sheet, task_demo):
         monkeypatch.setattr(module, "SHEET_ROWS", 2)
     out = tmp_path / "demo"
-    demo_tasks.run_task_demo(task, out, console=console)
+    task_demo.run_task_demo(task, out, console=console)
     bundle = Bundle.open(out / "bundle")
     bundle.verify()
     assert bundle.manifest.task == task
     assert bundle.manifest.adaptor is not None
     with Image.open(out / "contact_sheet.png") as sheet:
-        assert sheet.size == (columns * 130, 2 * 130)
+        assert sheet.size == (PROMPT_WIDTH + columns * 130, HEADING_HEIGHT + 2 * 130)
     assert json.loads((out / "latency.json").read_text())["end_to_end"]["p50_ms"] > 0
     assert "contact sheet" in console.export_text()
 
 
 def test_a_demo_of_another_task_is_not_mixed(tmp_path: Path, console: Console) -> None:
     out = tmp_path / "demo"
-    demo.open_folder(out, {"model": "m", "task": "edit"})
+    open_folder(out, {"model": "m", "task": "edit"})
     with pytest.raises(HipaError, match="with other options"):
-        demo_tasks.run_task_demo("inpaint", out, console=console)
+        task_demo.run_task_demo("inpaint", out, console=console)

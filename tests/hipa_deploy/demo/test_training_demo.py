@@ -1,5 +1,7 @@
 """The demo, whole but small: every step is real, on a few images."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
@@ -8,33 +10,30 @@ from PIL import Image
 from rich.console import Console
 
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.demo import contact_sheet
 from hipa_deploy.demo import training_demo as demo
+from hipa_deploy.demo.contact_sheet import HEADING_HEIGHT, PROMPT_WIDTH
+from hipa_deploy.demo.steps import MARKER
 from hipa_deploy.engines.store.sidecar import find_sidecars
 from hipa_deploy.errors import HipaError, MissingDependencyError
-
-
-@pytest.fixture
-def console(tmp_path: Path) -> Console:
-    return Console(record=True, width=160, file=(tmp_path / "console.txt").open("w"))
 
 
 @pytest.mark.slow
 def test_demo_writes_what_it_says(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    short = {"teacher.pairs": 4, "teacher.batch": 4, "steps": 1, "batch": 2}
     monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "IMAGES", 8)
-    monkeypatch.setattr(demo, "SHEET_ROWS", 4)
-    monkeypatch.setattr(
-        demo, "QUICK", demo.QUICK | {"teacher.pairs": 4, "teacher.batch": 4, "steps": 1, "batch": 2}
-    )
+    monkeypatch.setattr(contact_sheet, "SHEET_ROWS", 4)
+    monkeypatch.setattr(demo, "QUICK", demo.QUICK | short)
     out = tmp_path / "demo"
     demo.run_demo(out, quick=True, console=console)
     text = console.export_text()
     assert "KID-Lite0" in text
     assert "none was run" in text
     with Image.open(out / "contact_sheet.png") as sheet:
-        assert sheet.size == (3 * 130, 4 * 130)
+        assert sheet.size == (PROMPT_WIDTH + 3 * 130, HEADING_HEIGHT + 4 * 130)
     bundle = Bundle.open(out / "bundle")
     bundle.verify()
     assert all(find_sidecars(bundle, stage, "rtx") for stage in bundle.stages)
@@ -49,19 +48,19 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, console: Cons
     (out / "thesis.txt").write_text("mine")
     with pytest.raises(HipaError, match="not a demo's folder"):
         demo.run_demo(out, quick=True, console=console)
-    assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
 def test_a_demo_with_other_options_is_not_mixed(tmp_path: Path, console: Console) -> None:
     out = tmp_path / "demo"
     out.mkdir()
-    (out / demo.MARKER).write_text("{")
+    (out / MARKER).write_text("{")
     with pytest.raises(HipaError, match="other options"):
         demo.run_demo(out, quick=True, console=console)
 
 
 def test_missing_extras_come_with_the_command(
-    tmp_path: Path, console: Console, monkeypatch
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hipa_deploy.extras.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="pip install"):

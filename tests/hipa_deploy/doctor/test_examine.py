@@ -1,3 +1,5 @@
+"""What hipa-doctor reports of this machine, of a bundle, and of what is wrong with it."""
+
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +13,7 @@ from hipa_deploy.commands.app import main
 from hipa_deploy.doctor.examine import examine, render
 
 
-def test_says_where_the_embedded_pieces_lie(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_says_where_the_embedded_folders_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
@@ -21,9 +23,9 @@ def test_says_where_the_embedded_pieces_lie(capsys: pytest.CaptureFixture[str]) 
     OneStepPipeline.load(report["embedded"]["bundle"]).close()
 
 
-def test_missing_backends_come_with_the_command() -> None:
+def test_a_backend_that_is_missing_comes_with_a_remedy() -> None:
     backends = examine()["device"]["backends"]
-    assert any(b["usable"] for b in backends)
+    assert any(backend["usable"] for backend in backends)
     for backend in backends:
         assert backend["usable"] or backend["remedy"]
 
@@ -45,16 +47,17 @@ def test_a_corrupt_bundle_is_a_problem_and_exit_code_1(
     assert "corrupt" in json.loads(capsys.readouterr().out)["problems"][0]
 
 
-def test_missing_embedded_pieces_are_a_problem(
+def test_a_missing_embedded_folder_is_a_problem(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(embedded, "MODEL", tmp_path / "gone")
     assert "model is missing" in examine()["problems"][0]
 
 
-def test_the_table_shows_all(tmp_path: Path) -> None:
-    console = Console(record=True, width=200, file=(tmp_path / "out").open("w"))
-    console.print(render(examine("emoji")))
+def test_the_table_shows_device_backends_and_embedded_folders(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w") as file:
+        console = Console(record=True, width=200, file=file)
+        console.print(render(examine("emoji")))
     text = console.export_text()
     assert "embedded.model" in text
     assert "onnxruntime" in text
@@ -67,7 +70,8 @@ def test_the_table_shows_all(tmp_path: Path) -> None:
 def test_a_failed_gate_comes_with_the_backends_remedy(
     monkeypatch: pytest.MonkeyPatch, backend: str, remedy: str
 ) -> None:
-    if not next(b for b in examine()["device"]["backends"] if b["name"] == backend)["usable"]:
+    usable = {found["name"]: found["usable"] for found in examine()["device"]["backends"]}
+    if not usable[backend]:
         pytest.skip(f"{backend} does not run here")
     monkeypatch.setitem(MIN_PSNR_DB, "fp16", 200.0)
     problems = examine("emoji", backend)["problems"]

@@ -1,4 +1,4 @@
-"""The self-check on the embedded bundle, for real on ONNX Runtime, and on copies that were made wrong."""
+"""The self-check on the embedded bundle, with ONNX Runtime, and on copies that were made wrong."""
 
 import json
 import shutil
@@ -39,10 +39,10 @@ def sign(root: Path, name: str) -> Bundle:
 
 
 def change_tensors(root: Path, **changes: np.ndarray | None) -> Bundle:
+    """Replace tensors of a bundle's reference; None removes one."""
     tensors = {**Reference.read(Bundle.open(root)).tensors, **changes}
-    np.savez_compressed(
-        root / REFERENCE_TENSORS, **{k: v for k, v in tensors.items() if v is not None}
-    )
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    np.savez_compressed(root / REFERENCE_TENSORS, **kept)
     return sign(root, REFERENCE_TENSORS)
 
 
@@ -56,7 +56,7 @@ def test_the_embedded_bundle_passes_stage_by_stage_and_as_a_whole() -> None:
         assert check.parity.psnr_db >= check.least_psnr_db == 35
 
 
-def test_another_image_fails_by_stage_figure_and_gate(copy: Path) -> None:
+def test_another_image_fails_with_stage_distance_and_gate(copy: Path) -> None:
     images = Reference.read(Bundle.open(copy)).tensors["images"]
     found = check_bundle(change_tensors(copy, images=255 - images), "onnxruntime")
     assert len(found.problems) == 2  # the decoder, and the whole
@@ -69,13 +69,16 @@ class Poisoned:
     """A runner whose outputs are NaN."""
 
     def __init__(self, runner) -> None:
-        self.spec, self.close = runner.spec, runner.close
+        self.spec = runner.spec
+        self.close = runner.close
 
     def __call__(self, **inputs):
-        return {t.name: np.full(t.shape, np.nan, t.dtype) for t in self.spec.outputs}
+        return {
+            output.name: np.full(output.shape, np.nan, output.dtype) for output in self.spec.outputs
+        }
 
 
-def test_nan_is_a_problem_without_a_figure() -> None:
+def test_nan_is_a_problem_without_a_distance() -> None:
     with OneStepPipeline.load("emoji", "onnxruntime") as pipe:
         pipe.runners["unet"] = Poisoned(pipe.runners["unet"])
         found = check_pipeline(pipe)
@@ -84,7 +87,7 @@ def test_nan_is_a_problem_without_a_figure() -> None:
     assert found.stages["text_encoder"].problem is None
 
 
-def test_another_shape_is_a_problem_without_a_figure(copy: Path) -> None:
+def test_another_shape_is_a_problem_without_a_distance(copy: Path) -> None:
     found = check_bundle(
         change_tensors(copy, context=np.zeros((1, 76, 192), np.float32)), "onnxruntime"
     )
@@ -93,12 +96,12 @@ def test_another_shape_is_a_problem_without_a_figure(copy: Path) -> None:
     )
 
 
-def test_a_missing_tensor_is_said(copy: Path) -> None:
+def test_a_missing_tensor_is_named(copy: Path) -> None:
     with pytest.raises(HipaError, match="no reference tensor 'latents'"):
         check_bundle(change_tensors(copy, latents=None), "onnxruntime")
 
 
-def test_noise_of_another_seed_is_said(copy: Path) -> None:
+def test_noise_of_another_seed_is_refused(copy: Path) -> None:
     noise = Reference.read(Bundle.open(copy)).tensors["noise"]
     with pytest.raises(HipaError, match=r"the noise of seeds \[0\] is not the reference's"):
         check_bundle(change_tensors(copy, noise=noise[::-1, ::-1]), "onnxruntime")
@@ -111,13 +114,13 @@ def test_a_reference_that_cannot_be_read(copy: Path, content: str) -> None:
         check_bundle(sign(copy, REFERENCE_PROMPTS), "onnxruntime")
 
 
-def test_doctor_says_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_prints_the_checks(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["doctor", "emoji", "--backend", "onnxruntime", "--json"])
-    told = json.loads(capsys.readouterr().out)["bundle"]["self_check"]
+    check = json.loads(capsys.readouterr().out)["bundle"]["self_check"]
     assert stopped.value.code == 0
-    assert told["backend"] == "onnxruntime"
-    assert told["end to end"].endswith("gate 35 dB: passes")
+    assert check["backend"] == "onnxruntime"
+    assert check["end to end"].endswith("gate 35 dB: passes")
 
 
 @pytest.mark.parametrize(

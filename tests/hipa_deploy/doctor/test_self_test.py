@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hipa_deploy.commands.app import main
-from hipa_deploy.doctor import self_test as selftest
+from hipa_deploy.doctor import self_test as self_test_module
 from hipa_deploy.doctor.self_check import check_pipeline
 from hipa_deploy.doctor.self_test import SelfTest, describe
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
@@ -56,10 +56,10 @@ def broken(*arguments: object) -> None:
 
 
 @pytest.mark.usefixtures("only_onnxruntime")
-def test_a_step_that_breaks_is_told_by_its_last_line_and_the_rest_goes_on(
+def test_a_step_that_breaks_is_reported_in_one_line_and_the_others_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(selftest, "check_pipeline", broken)
+    monkeypatch.setattr(self_test_module, "check_pipeline", broken)
     with pytest.raises(SystemExit) as stopped:
         main(["doctor", "--self-test", "--json"])
     steps = {step["name"]: step for step in json.loads(capsys.readouterr().out)["steps"]}
@@ -69,8 +69,13 @@ def test_a_step_that_breaks_is_told_by_its_last_line_and_the_rest_goes_on(
         "ZeroDivisionError: a bug (test_self_test.py:"
     )
     assert steps["build rtx"] | {"seconds": 0} == {
-        "name": "build rtx", "outcome": "skipped", "detail": "not here", "seconds": 0, "figures": {}, "notes": [],
-    }  # fmt: skip
+        "name": "build rtx",
+        "outcome": "skipped",
+        "detail": "not here",
+        "seconds": 0,
+        "figures": {},
+        "notes": [],
+    }
     assert steps["run rtx"]["outcome"] == "skipped"
 
 
@@ -82,8 +87,8 @@ def test_a_gate_that_fails_keeps_its_figures_and_warnings_are_notes(
         warnings.warn("no CUDA graph", RuntimeWarning, stacklevel=1)
         return check_pipeline(pipe).model_copy(update={"problems": ("unet is 3 dB from PyTorch.",)})
 
-    monkeypatch.setattr(selftest, "check_pipeline", failing)
-    report = selftest.self_test()
+    monkeypatch.setattr(self_test_module, "check_pipeline", failing)
+    report = self_test_module.self_test()
     step = next(step for step in report.steps if step.name == "run onnxruntime")
     assert report.failed
     assert (step.outcome, step.detail, step.notes) == (
@@ -92,9 +97,9 @@ def test_a_gate_that_fails_keeps_its_figures_and_warnings_are_notes(
         ("no CUDA graph",),
     )
     assert step.figures["p50_ms"] > 0
-    assert report_of(selftest.render_text(report)) == report
+    assert report_of(self_test_module.render_text(report)) == report
 
 
-def test_our_errors_are_told_as_they_stand() -> None:
+def test_our_own_errors_are_reported_as_they_are() -> None:
     assert describe(HipaError("run this. It helps.")) == "run this. It helps."
     assert describe(ValueError("two\nlines")) == "ValueError: two"

@@ -1,0 +1,87 @@
+"""The demo's picture: columns of images, a heading over each, the prompts at the left.
+
+Shape suffixes: N images, H W image or sheet size, C three colours.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from hipa_deploy.files import write_file
+from hipa_deploy.images.png import grid, png_bytes
+
+SHEET = "contact_sheet.png"
+SHEET_ROWS = 12
+ENLARGED = 2  # the embedded model's 64x64 pixels are small on a screen
+
+# Pixels of the labels, and characters of Pillow's default font that fit into them.
+HEADING_HEIGHT = 18
+PROMPT_WIDTH = 132
+PROMPT_CHARACTERS = 22
+LINE_HEIGHT = 12
+
+
+def write_sheet(path: Path, columns: Mapping[str, np.ndarray], prompts: Sequence[str]) -> None:
+    """Write a labelled sheet of at most ``SHEET_ROWS`` of the prompts, as PNG.
+
+    Args:
+        path: the file to write.
+        columns: uint8 [N, H, W, 3] by heading, from left to right.
+        prompts: N prompts, one a row.
+
+    """
+    # Spread over the prompts: neighbours in the list are alike.
+    step = max(1, len(prompts) // SHEET_ROWS)
+    rows = slice(0, step * SHEET_ROWS, step)
+    shown = {heading: images_NHWC[rows] for heading, images_NHWC in columns.items()}
+
+    sheet_HWC = labelled_sheet(shown, prompts[rows])
+    write_file(path, png_bytes(sheet_HWC, {"columns": list(columns), "rows": list(prompts[rows])}))
+
+
+def labelled_sheet(columns: Mapping[str, np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+    """Images as a table: a heading over each column, the prompt at the left of each row.
+
+    Args:
+        columns: uint8 [N, H, W, 3] by heading, from left to right; each is enlarged.
+        prompts: N prompts.
+
+    Returns:
+        uint8 [height, width, 3], black on white.
+
+    Example:
+        >>> images_NHWC = np.zeros((2, 64, 64, 3), np.uint8)
+        >>> labelled_sheet({"before": images_NHWC, "after": images_NHWC}, ["a cat", "a dog"]).shape
+        (278, 392, 3)
+
+    """
+    # Whole pixels are repeated: nothing is smoothed that the viewer is to compare.
+    enlarged = []
+    for images_NHWC in columns.values():
+        tall_NHWC = np.repeat(images_NHWC, ENLARGED, axis=1)
+        enlarged.append(np.repeat(tall_NHWC, ENLARGED, axis=2))
+    pictures_HWC = grid(enlarged)
+    row_height = pictures_HWC.shape[0] // len(prompts)
+    column_width = pictures_HWC.shape[1] // len(columns)
+
+    height = HEADING_HEIGHT + pictures_HWC.shape[0]
+    width = PROMPT_WIDTH + pictures_HWC.shape[1]
+    sheet = Image.new("RGB", (width, height), "white")
+    sheet.paste(Image.fromarray(pictures_HWC), (PROMPT_WIDTH, HEADING_HEIGHT))
+
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default()
+    draw.text((4, 3), "prompt", "black", font)
+    for number, heading in enumerate(columns):
+        draw.text((PROMPT_WIDTH + number * column_width + 2, 3), heading, "black", font)
+    for number, prompt in enumerate(prompts):
+        top = HEADING_HEIGHT + number * row_height + 4
+        for line in textwrap.wrap(prompt, PROMPT_CHARACTERS):
+            draw.text((4, top), line, "black", font)
+            top += LINE_HEIGHT
+    return np.asarray(sheet)

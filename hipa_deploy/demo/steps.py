@@ -1,0 +1,122 @@
+"""The steps that every demo has: its folder, export, build, latency, and the final summary."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from hipa_deploy import embedded
+from hipa_deploy.demo.contact_sheet import SHEET
+from hipa_deploy.errors import HipaError
+from hipa_deploy.files import write_file
+from hipa_deploy.generate.pipeline import OneStepPipeline
+
+if TYPE_CHECKING:
+    from hipa_deploy.bundle.folder import Bundle
+
+MARKER = "demo.json"
+
+
+def open_folder(out: Path, identity: dict[str, Any]) -> None:
+    """Begin a demo's folder, or continue one with the same identity.
+
+    Args:
+        out: the folder. It is new, empty, or one of a demo that was stopped.
+        identity: the model and what is done with it, as JSON types; kept in ``demo.json``.
+
+    Raises:
+        HipaError: ``out`` holds something else, or a demo with another identity.
+
+    """
+    content = json.dumps(identity, sort_keys=True).encode()
+    marker = out / MARKER
+    if marker.exists():
+        # Adaptor and bundle in the folder are kept as they are; they must be of this very demo.
+        if marker.read_bytes() != content:
+            raise HipaError(
+                f"{out} holds a demo of another model or with other options. "
+                "Remove it, or choose another --out."
+            )
+        return
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise HipaError(f"{out} is not empty and not a demo's folder. Choose another --out.")
+    write_file(marker, content)
+
+
+def export(out: Path, adaptor: Path, console: Console) -> Bundle:
+    """The bundle of the embedded model with ``adaptor``, exported now unless it is there."""
+    from hipa_deploy.bundle.folder import Bundle
+    from hipa_deploy.export.export_bundle import export_bundle
+    from hipa_deploy.export.export_options import ExportOptions
+
+    root = out / "bundle"
+    if not root.exists():
+        console.rule("2. merge and export: ONNX, checked against PyTorch")
+        export_bundle(ExportOptions(model=embedded.NAME, adaptor=adaptor, out=root), console)
+    return Bundle.open(root)
+
+
+def build(bundle: Bundle, console: Console) -> list[Path]:
+    """Paths of the bundle's TensorRT-RTX engines; none where TensorRT-RTX is not installed."""
+    from hipa_deploy.engines.build.build_bundle import build_bundle
+
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        return []
+    console.rule("3. compile: TensorRT-RTX engines")
+    return [engine.path for engine in build_bundle(bundle, backend="rtx", console=console)]
+
+
+def profile(out: Path, console: Console) -> str:
+    """Write latency.json of the bundle on this CPU; give the line to print about it."""
+    from hipa_deploy.engines.latency.measure import profile_pipeline
+    from hipa_deploy.engines.latency.table import render_table
+
+    console.rule("5. profile: ONNX Runtime on this CPU")
+    with OneStepPipeline.load(out / "bundle", backend="onnxruntime") as pipe:
+        report = profile_pipeline(pipe, runs=30, console=console)
+    write_file(out / "latency.json", (report.model_dump_json(indent=2) + "\n").encode())
+    console.print(render_table(report))
+    return f"latency.json: {report.end_to_end.runs} runs, ONNX Runtime, this CPU"
+
+
+def print_summary(
+    out: Path,
+    columns: Sequence[str],
+    engines: list[Path],
+    results: list[str],
+    trained_with: str | None,
+    seconds: float,
+    console: Console,
+) -> None:
+    """Print where everything is, what was measured, and what ran on this machine.
+
+    Args:
+        out: the demo's folder.
+        columns: headings of the contact sheet.
+        engines: paths of the engines that were built.
+        results: a line for each measurement.
+        trained_with: what the training ran on; None where nothing was trained.
+        seconds: how long the demo took.
+        console: where to print.
+
+    """
+    if engines:
+        built = f"{len(engines)} TensorRT-RTX engines compiled; none was run: that needs an RTX GPU"
+    else:
+        built = "none compiled: TensorRT-RTX is not installed (pip install 'hipa-deploy[rtx]')"
+    training = f"training ({trained_with}), " if trained_with else ""
+
+    console.rule("done")
+    lines = [
+        f"contact sheet: {out / SHEET} ({' | '.join(columns)})",
+        *results,
+        f"engines: {built}",
+        f"run on this machine: {training}export, ONNX Runtime (CPU); {seconds / 60:.1f} minutes",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,19 @@
+"""``hipa-evaluate``: mistakes are refused before any image is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "sd15"], "--config is for a checkpoint in one file"),
+        (["--adaptor", "nope"], "adaptor nope has no hipa_adaptor.json"),
+        (["--prompts", "nope.txt"], "nope.txt cannot be read"),
+    ],
+)
+def test_a_mistake(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
+    assert message in refused("evaluate", *arguments)

@@ -1,0 +1,46 @@
+"""``hipa-export``: mistakes are refused before anything is exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/no/such", "--dtype", "int3"], "--dtype"),
+        (["--model", "emoji", "--task", "paint"], "--task"),
+        (["--model", "emoji", "--strengths", "a,b"], "--strengths 'a,b': expected numbers"),
+        (["--model", "emoji", "--strengths", "0.5"], "--strengths is for the task edit"),
+        (["--model", "emoji", "--config", "sd15"], "--config is for a checkpoint in one file"),
+        (["--model", "emoji", "--swap-for", "emoji"], "--swap-for needs --adaptor"),
+    ],
+)
+def test_a_mistake(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
+    assert message in refused("export", "--out", "x", *arguments)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--dtype", "fp32"],
+        ["--layout", "generic"],
+        ["--height", "64"],
+        ["--width", "64"],
+        ["--batch", "2"],
+        ["--fuse"],
+        ["--prompts", "prompts.txt"],
+        ["--dynamic", "batch=1:1:4"],
+        ["--task", "edit"],
+        ["--strengths", "0.5"],
+        ["--encoder", "tiny"],
+        ["--build", "rtx"],
+    ],
+)
+def test_a_swap_takes_no_option_that_the_bundle_decides(
+    option: list[str], refused: Callable[..., str]
+) -> None:
+    error = refused("export", "--model", "emoji", "--out", "x", "--swap-for", "emoji", *option)
+    assert "the bundle decides everything else" in error

@@ -1,0 +1,52 @@
+"""``hipa-train``: mistakes are refused, and a dry run writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hipa_deploy.commands.app import main
+from hipa_deploy.errors import HipaError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adaptor", "emoji"], "--adaptor is for a decoder"),
+        (["--recipe", "emoji-decoder", "--from", "emoji"], "--from is for an adaptor"),
+        (["--recipe", "emoji-decoder", "--dry-run"], "--dry-run is for an adaptor"),
+        (["--config", "sd15"], "--config is for a checkpoint in one file"),
+        (["--prompts", "none.csv"], "none.csv cannot be read"),
+    ],
+)
+def test_a_mistake(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
+    assert message in refused("train", "--out", "x", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("problem", "code"), [(None, 0), (HipaError("prompts none.txt cannot be read"), 1)]
+)
+def test_a_dry_run_prints_writes_nothing_and_fails_with_its_prompts(
+    problem: HipaError | None,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from hipa_deploy.train.prediction import dry_run
+
+    def stand_in(recipe: object, model_dir: Path, gpus: list) -> tuple[list[str], HipaError | None]:
+        knows_a100 = "A100 80 GB SXM" in [gpu.title for gpu in gpus]
+        return [f"{recipe.steps} steps of {model_dir.name}, {knows_a100}"], problem
+
+    monkeypatch.setattr(dry_run, "dry_run", stand_in)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--out", "x", "--steps", "7", "--dry-run"])
+    captured = capsys.readouterr()
+    assert stopped.value.code == code
+    assert "7 steps of model, True" in captured.out
+    assert ("none.txt" in captured.err) == bool(problem)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,48 @@
+"""A demo's folder is begun, continued, and never mixed with something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hipa_deploy.demo.steps import MARKER, open_folder, print_summary
+from hipa_deploy.errors import HipaError
+
+
+def test_a_folder_is_begun_and_continued(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    open_folder(out, {"model": "m", "task": "edit"})
+    open_folder(out, {"task": "edit", "model": "m"})
+    assert [path.name for path in out.iterdir()] == [MARKER]
+
+
+def test_a_demo_with_other_options_is_not_mixed(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    open_folder(out, {"model": "m", "task": "edit"})
+    with pytest.raises(HipaError, match="with other options"):
+        open_folder(out, {"model": "m", "task": "inpaint"})
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "demo").write_text("mine")
+    with pytest.raises(HipaError, match="not a demo's folder"):
+        open_folder(tmp_path / "demo", {})
+
+
+@pytest.mark.parametrize(
+    ("engines", "trained_with", "expected"),
+    [
+        ([], None, ["pip install 'hipa-deploy[rtx]'", "machine: export, ONNX Runtime (CPU); 1.5"]),
+        ([Path("a")], "PyTorch, CPU", ["1 TensorRT-RTX", "machine: training (PyTorch, CPU), "]),
+    ],
+)
+def test_the_summary_says_what_ran_here(
+    engines: list[Path], trained_with: str | None, expected: list[str], console: Console
+) -> None:
+    columns = ["before", "after"]
+    print_summary(Path("demo"), columns, engines, ["result: 1"], trained_with, 90.0, console)
+    text = console.export_text()
+    for part in ("contact_sheet.png (before | after)", "result: 1", *expected):
+        assert part in text
