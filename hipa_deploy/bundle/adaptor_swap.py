@@ -1,9 +1,14 @@
-"""Adaptors to swap in: files that hold another adaptor's weights for a bundle that is there already.
+"""Adaptors to swap in: files that hold another adaptor's weights for a bundle that exists.
 
-``adaptors/NAME/`` of a bundle, or a folder anywhere: ``swap.json``, ``weights.npz`` (the weights of one stage that
-differ, under their ONNX names, in the graph's own dtype and shape) and ``reference.npy`` (what that stage gives in
-PyTorch FP32 for the bundle's reference inputs). And the weight map, ``weights.json`` beside a stage's graph: which
-parameter of the model each ONNX weight is. The formats are described in docs/bundle.md.
+Such an adaptor is a folder, ``adaptors/NAME/`` of a bundle or anywhere else, with three files:
+
+- ``swap.json``: what it is, and which graph it fits.
+- ``weights.npz``: the weights of one stage that differ, under their ONNX names, in the graph's own
+  dtype and shape.
+- ``reference.npy``: what that stage gives in PyTorch FP32 for the bundle's reference inputs.
+
+The weight map, ``weights.json`` beside a stage's graph, says which parameter of the model each ONNX
+weight is. The formats are described in docs/bundle.md.
 """
 
 from __future__ import annotations
@@ -14,17 +19,23 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import AdaptorInfo, Parity
 from hipa_deploy.bundle.onnx_weights import check_values, read_initializers
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
+from hipa_deploy.record import Record
 
-FOLDER, MANIFEST, WEIGHTS, REFERENCE = "adaptors", "swap.json", "weights.npz", "reference.npy"
+FOLDER = "adaptors"
+MANIFEST = "swap.json"
+WEIGHTS = "weights.npz"
+REFERENCE = "reference.npy"
 WEIGHT_MAP = "weights.json"
-_SETTING = 4  # numbers so few (the scales of a Resize, a Clip's limits) are settings of a layer to TensorRT, no weights
+# Numbers so few (the scales of a Resize, the limits of a Clip) are settings of a layer to TensorRT,
+# and no weights.
+_SETTING = 4
 ADAPTED_STAGES = ("unet", "generator")  # those that hold the UNet
 
 # How a parameter was laid out anew for the graph, and what was folded into it before.
@@ -35,15 +46,18 @@ Fold = Literal[
 ]  # fmt: skip
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class MappedWeight(Record):
+    """Where a weight of the graph comes from.
 
+    Attributes:
+        places: the parameters of the model that it is; several, if they are equal.
+            'unet.down_blocks.0.resnets.0.conv1.bias' is a parameter of the diffusers folder's part
+            ``unet``, merged with the adaptor.
+        layout: how it was laid out anew for the graph.
+        fold: what was folded into it before that.
+        adaptable: whether an adaptor can change it: weights of linear and convolution layers, and
+            biases that something was folded into.
 
-class MappedWeight(_Model):
-    """Where a weight of the graph comes from: parameters of the model (several, if equal), folded, then laid out.
-
-    'unet.down_blocks.0.resnets.0.conv1.bias' is a parameter of the diffusers folder's part ``unet``, merged with the
-    adaptor. ``adaptable``: an adaptor can change it (weights of linear and convolution layers, and folded biases).
     """
 
     places: tuple[str, ...]
@@ -52,8 +66,14 @@ class MappedWeight(_Model):
     adaptable: bool = False
 
 
-class WeightMap(_Model):
-    """``weights.json``: every initializer of a stage is one of ``weights`` or of ``constants``, which hold none."""
+class WeightMap(Record):
+    """``weights.json``: every initializer of a stage, as a weight or as a constant.
+
+    Attributes:
+        weights: initializers that come from parameters of the model, by ONNX name.
+        constants: names of the others, which hold no weight.
+
+    """
 
     schema_version: Literal[1] = 1
     weights: dict[str, MappedWeight]
@@ -61,7 +81,7 @@ class WeightMap(_Model):
 
 
 def read_weight_map(bundle: Bundle, stage: str) -> WeightMap | None:
-    """The weight map of ``stage``; None for a bundle that was exported without.
+    """The weight map of ``stage``; None for a bundle that was exported without one.
 
     Raises:
         HipaError: it is damaged.
@@ -79,25 +99,37 @@ def read_weight_map(bundle: Bundle, stage: str) -> WeightMap | None:
 
 
 def refittable_weights(bundle: Bundle, stage: str) -> tuple[str, ...]:
-    """Names of the ONNX weights of ``stage`` that an engine must let be refitted, for any adaptor to be swapped in.
+    """ONNX names of the weights of ``stage`` that an engine must keep refittable.
 
-    Those that an adaptor can change; all of floating point where the bundle has no weight map; none for a stage
-    without the UNet.
+    These are the weights that an adaptor can change. A bundle without a weight map does not say
+    which these are: then it is every weight of floating point. A stage without the UNet has none.
     """
     if stage not in ADAPTED_STAGES:
         return ()
-    if mapped := read_weight_map(bundle, stage):
-        return tuple(name for name, weight in mapped.weights.items() if weight.adaptable)
-    weights = read_initializers(bundle.stage_path(stage))
-    return tuple(
-        n
-        for n, w in weights.items()
-        if w.dtype.startswith("float") and math.prod(w.shape) > _SETTING
-    )
+    weight_map = read_weight_map(bundle, stage)
+    if weight_map is not None:
+        return tuple(name for name, weight in weight_map.weights.items() if weight.adaptable)
+
+    names = []
+    for name, weight in read_initializers(bundle.stage_path(stage)).items():
+        if weight.dtype.startswith("float") and math.prod(weight.shape) > _SETTING:
+            names.append(name)
+    return tuple(names)
 
 
-class SwapManifest(_Model):
-    """``swap.json``. The ``base`` hashes are of the graph it fits, ``onnx_sha256`` of the same adaptor's own export."""
+class SwapManifest(Record):
+    """``swap.json``.
+
+    Attributes:
+        stage: the stage whose weights it changes.
+        base_files: SHA-256 of the files of the graph that it fits, by name.
+        onnx_sha256: of the graph that an export of the same adaptor has.
+        adaptor: the adaptor that was merged.
+        parity: of that stage, against PyTorch FP32.
+        weights: where each weight that differs comes from, by ONNX name.
+        files: SHA-256 of this folder's files, by name.
+
+    """
 
     schema_version: Literal[1] = 1
     producer: str
@@ -111,23 +143,41 @@ class SwapManifest(_Model):
 
 
 def check_encoder(bundle: Bundle) -> None:
-    """Raise HipaError for a bundle whose adaptor is on the encoder too: a swap would leave that part in place."""
-    if bundle.manifest.encoder and bundle.manifest.encoder.adaptor_sha256:
+    """Check that the bundle's adaptor is on the UNet alone.
+
+    Raises:
+        HipaError: it is on the VAE's encoder too. A swap would leave that part in place.
+
+    """
+    encoder = bundle.manifest.encoder
+    if encoder and encoder.adaptor_sha256:
         raise HipaError(
-            f"{bundle.root} has an adaptor on its encoder, which no swap takes out. Export another bundle."
+            f"{bundle.root} has an adaptor on its encoder, which no swap takes out. "
+            "Export another bundle."
         )
 
 
 @dataclass(frozen=True)
 class AdaptorSwap:
-    """An adaptor's weights on disk, checked against the bundle they are for."""
+    """An adaptor's weights on disk, checked against the bundle that they are for.
+
+    Example:
+        >>> swap = AdaptorSwap.open(bundle, "night")
+        >>> swap.weights(bundle)["unet.conv_in.weight"].shape
+        (320, 4, 3, 3)
+
+    """
 
     root: Path
     manifest: SwapManifest
 
     @classmethod
     def open(cls, bundle: Bundle, adaptor: str | Path) -> AdaptorSwap:
-        """Open ``adaptor``, a name in the bundle's ``adaptors`` folder or a folder, and check its hashes.
+        """Open an adaptor and check its hashes.
+
+        Args:
+            bundle: the bundle that it is for.
+            adaptor: a name in the bundle's ``adaptors`` folder, or a folder.
 
         Raises:
             HipaError: no such adaptor, a damaged one, or one for another bundle.
@@ -141,8 +191,11 @@ class AdaptorSwap:
             )
         except (OSError, ValidationError, ValueError):
             raise HipaError(
-                f"{root}/{MANIFEST} is not of an adaptor to swap in, of this version. Run: {export_command(bundle)}"
+                f"{root}/{MANIFEST} is not of an adaptor to swap in, of this version. "
+                f"Run: {export_command(bundle)}"
             ) from None
+
+        # The weights fit one graph alone: another has other names, shapes or layouts.
         if manifest.base_files != stage_files(bundle, manifest.stage):
             raise HipaError(
                 f"adaptor {root} was exported for another bundle. Run: {export_command(bundle)}"
@@ -183,15 +236,16 @@ def find_swap(bundle: Bundle, adaptor: str | Path) -> Path:
         if (root / MANIFEST).is_file():
             return root
     names = sorted(path.parent.name for path in (bundle.root / FOLDER).glob(f"*/{MANIFEST}"))
-    have = (
-        f"It has: {', '.join(names)}." if names else f"It has none. Run: {export_command(bundle)}"
-    )
-    raise HipaError(f"{bundle.root} has no adaptor {str(adaptor)!r} to swap in. {have}")
+    found = f"It has: {', '.join(names)}."
+    if not names:
+        found = f"It has none. Run: {export_command(bundle)}"
+    raise HipaError(f"{bundle.root} has no adaptor {str(adaptor)!r} to swap in. {found}")
 
 
 def export_command(bundle: Bundle) -> str:
     """The command that makes an adaptor fit to be swapped into ``bundle``."""
-    model, root = bundle.manifest.base_model.name, bundle.root
+    model = bundle.manifest.base_model.name
+    root = bundle.root
     return (
         f"hipa-export --model {model} --adaptor FOLDER --swap-for {root} --out {root / FOLDER}/NAME"
     )
@@ -201,10 +255,9 @@ def stage_files(bundle: Bundle, stage: str) -> dict[str, str]:
     """SHA-256 of the files that hold the graph and weights of ``stage``, by name."""
     if stage not in bundle.stages:
         return {}
-    onnx = bundle.stages[stage].path
-    return {
-        name: sha for name, sha in bundle.manifest.files.items() if name in (onnx, f"{onnx}.data")
-    }
+    graph = bundle.stages[stage].path
+    own = (graph, f"{graph}.data")
+    return {name: sha256 for name, sha256 in bundle.manifest.files.items() if name in own}
 
 
 def adapted_stage(bundle: Bundle) -> str:

@@ -1,4 +1,7 @@
-"""A bundle on disk: its manifest read, its files found by name, and every one of them hashed."""
+"""A bundle on disk: its manifest is read, its files are found by name, and each of them is hashed.
+
+The format is described in docs/bundle.md.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,22 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
 
 SCHEMA = 1
-
-
 MANIFEST = "hipa.json"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk. ``Bundle.open`` reads the manifest; ``verify`` hashes the files."""
+    """A bundle on disk.
+
+    ``Bundle.open`` reads the manifest alone, which is quick. ``verify`` hashes every file.
+
+    Example:
+        >>> bundle = Bundle.open(Path("my-bundle"))
+        >>> bundle.verify()
+        >>> list(bundle.stages)
+        ['text_encoder', 'unet', 'vae_decoder']
+
+    """
 
     root: Path
     manifest: Manifest
@@ -37,7 +48,8 @@ class Bundle:
         path = root / MANIFEST
         if not root.exists():
             raise HipaError(
-                f"bundle {root} does not exist. Expected a folder that hipa-export wrote, or 'emoji'."
+                f"bundle {root} does not exist. "
+                "Expected a folder that hipa-export wrote, or 'emoji'."
             )
         if not path.is_file():
             raise HipaError(
@@ -45,8 +57,9 @@ class Bundle:
             )
         try:
             data = json.loads(path.read_text())
-            if data.get("schema_version") != SCHEMA:
-                found = data.get("schema_version")
+            # First the schema: of another one, every field's error would be beside the point.
+            found = data.get("schema_version")
+            if found != SCHEMA:
                 raise HipaError(
                     f"{path}: schema {found}, this version reads {SCHEMA}. Export the bundle again."
                 )
@@ -62,18 +75,27 @@ class Bundle:
 
     @cached_property
     def axes(self) -> dict[str, Axis]:
-        """The axes of all stages: batch, latent_height, latent_width, height, width, those that are not static."""
-        return {
-            name: axis for stage in self.manifest.stages for name, axis in stage.spec.axes.items()
-        }
+        """The axes of all stages that are not static.
+
+        Their names are batch, latent_height, latent_width, height and width.
+        """
+        axes: dict[str, Axis] = {}
+        for stage in self.manifest.stages:
+            axes |= stage.spec.axes
+        return axes
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
-        """Stages by name."""
+        """The stages by name, in the order in which they run."""
         return {stage.spec.name: stage for stage in self.manifest.stages}
 
     def path(self, relative: str) -> Path:
-        """The file ``relative`` names, which must be listed in the manifest."""
+        """The file that ``relative`` names.
+
+        Raises:
+            HipaError: the manifest does not list it, so its content is not vouched for.
+
+        """
         if relative not in self.manifest.files:
             raise HipaError(
                 f"{self.root}: {relative} is not listed in {MANIFEST}. Export the bundle again."
@@ -85,7 +107,7 @@ class Bundle:
         return self.path(self.stages[name].path)
 
     def verify(self) -> None:
-        """Hash every listed file.
+        """Hash every file that the manifest lists.
 
         Raises:
             HipaError: a file is missing, truncated or changed.
@@ -97,27 +119,45 @@ class Bundle:
                 raise HipaError(f"{path} is missing. Export the bundle again, or copy it whole.")
             if file_sha256(path) != expected:
                 raise HipaError(
-                    f"{path} is corrupt: its SHA-256 is not the manifest's. Copy or export the bundle again."
+                    f"{path} is corrupt: its SHA-256 is not the manifest's. "
+                    "Copy or export the bundle again."
                 )
 
 
 def latent_shape(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, int, int]:
-    """[C, h, w] of the latents for an image of ``height`` x ``width`` pixels; None is the bundle's own size.
+    """[C, h, w] of the latents for an image of ``height`` x ``width`` pixels.
+
+    Args:
+        bundle: the bundle that makes the image.
+        height: pixels; None is the bundle's own height.
+        width: pixels; None is the bundle's own width.
 
     Raises:
         HipaError: the bundle does not make images of that size; the message says which it makes.
 
+    Example:
+        >>> latent_shape(bundle, 512, None)
+        (4, 64, 64)
+
     """
     step = bundle.manifest.one_step
-    asked = {"height": height, "width": width}
-    sizes = {name: getattr(step, name) if size is None else size for name, size in asked.items()}
-    for name, size in sizes.items():
-        usual = getattr(step, name)
-        allowed = bundle.axes.get(name, Axis(min=usual, opt=usual, max=usual))
-        if size not in allowed:
-            expected = (
-                str(allowed) if name in bundle.axes else f"{usual}; export with --dynamic for more"
-            )
-            raise HipaError(f"{name} {size} is not a size of this bundle. Expected {expected}.")
-    factor = step.height // step.latent_shape[1]
-    return step.latent_shape[0], sizes["height"] // factor, sizes["width"] // factor
+    if height is None:
+        height = step.height
+    if width is None:
+        width = step.width
+    _check_size(bundle, "height", height, step.height)
+    _check_size(bundle, "width", width, step.width)
+    pixels_a_latent = step.height // step.latent_shape[1]
+    return step.latent_shape[0], height // pixels_a_latent, width // pixels_a_latent
+
+
+def _check_size(bundle: Bundle, name: str, size: int, own: int) -> None:
+    """Raise HipaError unless the axis ``name`` may have ``size``; a static one has one size."""
+    if name in bundle.axes:
+        allowed = bundle.axes[name]
+        expected = str(allowed)
+    else:
+        allowed = Axis(min=own, opt=own, max=own)
+        expected = f"{own}; export with --dynamic for more"
+    if size not in allowed:
+        raise HipaError(f"{name} {size} is not a size of this bundle. Expected {expected}.")

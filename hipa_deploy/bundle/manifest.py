@@ -1,6 +1,9 @@
-"""The bundle: ONNX stages, tokenizer, reference tensors and ``hipa.json``, portable to any machine.
+"""The records of ``hipa.json``, a bundle's manifest: the public format, version 1.
 
-The format is described in docs/bundle.md. Every file is listed with its SHA-256 and checked before use.
+A bundle is ONNX stages, a tokenizer, reference tensors and this manifest, portable to any machine.
+Every file is listed with its SHA-256 and checked before use.
+
+Shapes: B batch, L tokens, D width of a text context, C latent channels, H W pixels, h w latents.
 """
 
 from __future__ import annotations
@@ -9,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
 
 MAX_BATCH = 64
@@ -20,12 +24,20 @@ Precision = Literal["fp16", "fp32"]
 Layout = Literal["onestep", "generic"]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Axis(Record):
+    """The sizes that a named dimension may have.
 
+    Attributes:
+        min: the smallest, 1 or more.
+        opt: the usual one, which an engine is tuned for.
+        max: the largest.
+        multiple: every size is a multiple of it.
 
-class Axis(_Model):
-    """Sizes of a named dimension: multiples of ``multiple`` from ``min`` to ``max``; ``opt`` is the usual one."""
+    Example:
+        >>> 512 in Axis(min=384, opt=512, max=768, multiple=64)
+        True
+
+    """
 
     min: int = Field(ge=1)
     opt: int
@@ -34,11 +46,12 @@ class Axis(_Model):
 
     @model_validator(mode="after")
     def _ordered(self) -> Axis:
-        if not self.min <= self.opt <= self.max or any(
-            n % self.multiple for n in (self.min, self.opt, self.max)
-        ):
+        in_order = self.min <= self.opt <= self.max
+        odd = [size for size in (self.min, self.opt, self.max) if size % self.multiple]
+        if not in_order or odd:
             raise ValueError(
-                f"{self.min}:{self.opt}:{self.max} is not min <= opt <= max in steps of {self.multiple}"
+                f"{self.min}:{self.opt}:{self.max} is not min <= opt <= max "
+                f"in steps of {self.multiple}"
             )
         return self
 
@@ -50,38 +63,68 @@ class Axis(_Model):
         return f"{self.min} to {self.max}{steps}"
 
 
-class TensorSpec(_Model):
-    """A named tensor at a stage's edge. A dimension is a number, or names one of the stage's axes."""
+class TensorSpec(Record):
+    """A named tensor at a stage's edge.
+
+    Attributes:
+        name: as the ONNX graph has it.
+        dtype: numpy's name of its type.
+        shape: each dimension is a number, or the name of one of the stage's axes.
+
+    """
 
     name: str
     dtype: DType
     shape: tuple[int | str, ...]
 
     def at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape when the named axes have ``sizes``."""
+        """The shape when the named axes have ``sizes``.
+
+        Example:
+            >>> noise = TensorSpec(name="noise", dtype="float32", shape=("batch", 4, 64, 64))
+            >>> noise.at({"batch": 2})
+            (2, 4, 64, 64)
+
+        """
         return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
 
 
-class StageSpec(_Model):
-    """What goes into a stage and what comes out, in the ONNX graph's order. No ``axes``: every shape is static."""
+class StageSpec(Record):
+    """What goes into a stage and what comes out.
+
+    Attributes:
+        name: text_encoder, vae_encoder, unet, vae_decoder or generator (UNet and decoder in one).
+        inputs: in the ONNX graph's order.
+        outputs: in the ONNX graph's order.
+        axes: dimensions that are not static, by name; empty if every shape is static.
+
+    """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    axes: dict[str, Axis] = {}
+    axes: dict[str, Axis] = Field(default_factory=dict)
 
     def sizes(self, which: Literal["min", "opt", "max"]) -> dict[str, int]:
         """The smallest, usual or largest size of every axis."""
         return {name: getattr(axis, which) for name, axis in self.axes.items()}
 
 
-class Parity(_Model):
-    """From the reference prompt to a stage's output: ONNX Runtime on the CPU against PyTorch FP32.
+class Parity(Record):
+    """How near a stage's output is to PyTorch FP32's, from the reference prompt on.
 
-    Errors accumulate: a stage is fed what the ONNX stages before it gave. ONNX Runtime on a CPU computes each FP16
-    node in FP32 and rounds its output: close to a GPU's arithmetic, and not the same.
-    ``high_frequency_ratio`` is the energy of the Laplacian over the reference's; None for tensors without rows
-    and columns.
+    In a manifest it was measured with ONNX Runtime on the CPU. Errors accumulate: a stage is fed
+    what the ONNX stages before it gave. ONNX Runtime on a CPU computes each FP16 node in FP32 and rounds
+    its output, which is close to a GPU's arithmetic and not the same.
+
+    Attributes:
+        max_abs: the largest error, in the tensor's own units.
+        mean_abs: the mean error, in the tensor's own units.
+        cosine: of the angle between the two, 1 if they agree.
+        psnr_db: dB, relative to the reference's range (255 for uint8), at most 200.
+        high_frequency_ratio: energy of the Laplacian over the reference's; None for tensors without
+            rows and columns.
+
     """
 
     max_abs: float
@@ -91,13 +134,18 @@ class Parity(_Model):
     high_frequency_ratio: float | None = None
 
 
-class Cost(_Model):
+class Cost(Record):
     """What one call of a stage takes at its specified shapes, from the ONNX graph itself.
 
-    ``flops`` counts a multiplication and an addition as two, in Conv, MatMul and Gemm; the rest is a few per cent.
-    ``weight_bytes`` and ``io_bytes`` (inputs and outputs of the stage) are what must cross the memory bus at least.
-    ``activation_bytes`` is the most that the tensors between layers hold at once, at the stage's largest shapes, when
-    none is fused away; None where a shape is unknown, and in older bundles.
+    Attributes:
+        flops: floating-point operations in Conv, MatMul and Gemm, a multiplication and an addition
+            counted as two. All other operators are a few per cent.
+        weight_bytes: bytes of the weights, which must cross the memory bus at least once.
+        io_bytes: bytes of the stage's inputs and outputs, which must cross it too.
+        activation_bytes: the most bytes that the tensors between layers hold at once, at the stage's
+            largest shapes, when none is fused away. None where a shape is unknown, and in older
+            bundles.
+
     """
 
     flops: int = Field(ge=0)
@@ -106,8 +154,19 @@ class Cost(_Model):
     activation_bytes: int | None = Field(default=None, ge=0)
 
 
-class Stage(_Model):
-    """One ONNX file and what is known of it."""
+class Stage(Record):
+    """One ONNX file and what is known of it.
+
+    Attributes:
+        spec: its inputs and outputs.
+        path: the file, relative to the bundle.
+        precision: of weights and arithmetic inside the graph.
+        opset: ONNX operator set.
+        fp32_islands: modules that stay in float32 inside an FP16 graph.
+        parity: against PyTorch FP32, measured at the export.
+        cost: what one call takes; None in older bundles.
+
+    """
 
     spec: StageSpec
     path: str
@@ -118,15 +177,30 @@ class Stage(_Model):
     cost: Cost | None = None
 
 
-class ModelInfo(_Model):
-    """The base model: where it came from and what its weights hash to."""
+class ModelInfo(Record):
+    """The base model.
+
+    Attributes:
+        name: a hub id, 'emoji', or the name of a local folder.
+        sha256: of the UNet's weights, to which an adaptor is bound.
+
+    """
 
     name: str
     sha256: str
 
 
-class AdaptorInfo(_Model):
-    """The adaptor merged into the UNet, and the scale it was merged at."""
+class AdaptorInfo(Record):
+    """The adaptor that was merged into the UNet.
+
+    Attributes:
+        name: of its folder.
+        sha256: of its weights' file.
+        rank: of its low-rank matrices; the largest, if layers differ.
+        alpha: the change of a weight is scaled by alpha / rank.
+        scale: what it was merged at; 1 is as trained.
+
+    """
 
     name: str
     sha256: str
@@ -135,8 +209,15 @@ class AdaptorInfo(_Model):
     scale: float
 
 
-class DecoderInfo(_Model):
-    """What decodes: the model's own VAE ('full'), or an AutoencoderTiny ('tiny') with the hash of its weights."""
+class DecoderInfo(Record):
+    """What decodes the latents.
+
+    Attributes:
+        kind: the model's own VAE ('full'), or an AutoencoderTiny ('tiny').
+        name: of its folder.
+        sha256: of its weights.
+
+    """
 
     kind: Literal["full", "tiny"]
     name: str
@@ -144,21 +225,44 @@ class DecoderInfo(_Model):
 
 
 class EncoderInfo(DecoderInfo):
-    """The same of what encodes the source image of a task that has one; ``adaptor_sha256``, where that is adapted."""
+    """What encodes the source image of a task that has one: the same fields as of a decoder.
+
+    Attributes:
+        adaptor_sha256: of the adaptor's part on this encoder; None where there is none.
+
+    """
 
     adaptor_sha256: str | None = None
 
 
-class Strength(_Model):
-    """A strength of an edit, and the constants of the step that starts there."""
+class Strength(Record):
+    """A strength of an edit, and the constants of the step that starts there.
+
+    Attributes:
+        strength: in (0, 1], how much of the image may change.
+        timestep: where the step starts, 0 to 999 of Stable Diffusion's schedule.
+        alpha_bar: cumulative signal power at that timestep, in (0, 1].
+
+    """
 
     strength: float = Field(gt=0, le=1)
     timestep: int
     alpha_bar: float
 
 
-class OneStep(_Model):
-    """The constants of the step. Latents are [C, H, W] = [latent_channels, height / 2**n, width / 2**n]."""
+class OneStep(Record):
+    """The constants of the one step.
+
+    Attributes:
+        prediction_type: what the UNet predicts.
+        timestep: where the step starts, 0 to 999 of Stable Diffusion's schedule.
+        alpha_bar: cumulative signal power at that timestep, in [0, 1].
+        scaling_factor: the VAE's latents times this are the UNet's.
+        latent_shape: [C, h, w] = [latent channels, height / 2**n, width / 2**n].
+        height: of an image, in pixels.
+        width: of an image, in pixels.
+
+    """
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"]
     timestep: int
@@ -169,11 +273,27 @@ class OneStep(_Model):
     width: int
 
 
-class Manifest(_Model):
+class Manifest(Record):
     """``hipa.json``.
 
-    ``strengths`` are an edit's, descending, the first with the constants of ``one_step``; ``upscale`` is how many times
-    larger super-resolution makes an image. Both are empty for other tasks.
+    Attributes:
+        schema_version: of this format.
+        producer: the program and its version.
+        layout: 'onestep' is specialised graphs, 'generic' has optimum's inputs and outputs.
+        precision: inside the graphs.
+        batch: images that a call makes where the batch is static; the usual number where it is not.
+        base_model: the model that it came from.
+        adaptor: merged into the UNet; None without one.
+        decoder: what decodes; None in older bundles.
+        encoder: what encodes a source image; None for text to image.
+        task: what an image is made from.
+        strengths: an edit's, largest first, the first with the constants of ``one_step``.
+        upscale: how many times larger super-resolution makes an image; None for other tasks.
+        one_step: the constants of the step.
+        stages: in the order in which they run.
+        end_to_end: from the reference prompt to images.
+        files: SHA-256 of every file, by its path in the bundle.
+
     """
 
     schema_version: Literal[1]
