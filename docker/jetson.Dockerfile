@@ -6,7 +6,7 @@
 #   docker run --rm --runtime nvidia --ipc host -v "$PWD":/work hipa-deploy hipa-doctor
 #
 # Neither this recipe nor its images have been built or run by us: no Jetson and no Docker were at hand. What it copies
-# and installs is checked by tests/test_docker.py, and its packages resolve for aarch64 (docs/jetson.md).
+# and installs is checked by tests/test_docker.py, and its packages resolve for aarch64 (docs/tutorials/jetson.md).
 # An engine is bound to the TensorRT that built it: build and run in the same image.
 ARG BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0
 FROM ${BASE}
