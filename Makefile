@@ -1,5 +1,5 @@
-# Two commands: `make demo` and `make test`. Both need Python >= 3.10 and nothing else; the second time neither
-# installs anything.
+# `make demo`, `make test` and `make docs` need Python >= 3.10 (docs: 3.11) and nothing else. Each makes
+# .venv the first time, and installs nothing after that.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
