@@ -104,6 +104,8 @@ def _type(schema: dict[str, Any], field: dict[str, Any]) -> str:
     if field.get("type") == "array":
         inner = field.get("items") or field.get("prefixItems", [{}])[0]
         return f"list of {_type(schema, inner)}"
+    if isinstance(field.get("additionalProperties"), dict):
+        return f"map from names to {_type(schema, field['additionalProperties'])}"
     return field.get("type", "any") + _limits(field)
 
 
@@ -114,7 +116,7 @@ def _limits(field: dict[str, Any]) -> str:
         "maximum": "≤",
         "exclusiveMaximum": "<",
     }
-    limits = [f"{sign} {field[key]:g}" for key, sign in signs.items() if key in field]
+    limits = [f"{sign} {field[key]:,}" for key, sign in signs.items() if key in field]
     return f" {', '.join(limits)}" if limits else ""
 
 

@@ -135,3 +135,9 @@ def test_the_main_class_is_documented(site: Path) -> None:
     anchors = Addresses((site / "reference/python.html").read_text(encoding="utf-8")).anchors
     for name in ("load", "stream", "__call__", "edit", "inpaint", "upscale", "swap_adaptor"):
         assert f"hipa_deploy.generate.pipeline.OneStepPipeline.{name}" in anchors, name
+
+
+def test_examples_of_docstrings_are_code(site: Path) -> None:
+    text = (site / "reference/python.html").read_text(encoding="utf-8")
+    assert "<blockquote>" not in text  # what Markdown makes of '>>>' outside code
+    assert "Examples:" in text
