@@ -3,7 +3,7 @@
 ``adaptors/NAME/`` of a bundle, or a folder anywhere: ``swap.json``, ``weights.npz`` (the weights of one stage that
 differ, under their ONNX names, in the graph's own dtype and shape) and ``reference.npy`` (what that stage gives in
 PyTorch FP32 for the bundle's reference inputs). And the weight map, ``weights.json`` beside a stage's graph: which
-parameter of the model each ONNX weight is. The formats are described in docs/bundle.md.
+parameter of the model each ONNX weight is. The formats are described in docs/reference/bundle.md.
 """
 
 from __future__ import annotations

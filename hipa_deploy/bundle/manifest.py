@@ -1,6 +1,6 @@
 """The bundle: ONNX stages, tokenizer, reference tensors and ``hipa.json``, portable to any machine.
 
-The format is described in docs/bundle.md. Every file is listed with its SHA-256 and checked before use.
+The format is described in docs/reference/bundle.md. Every file is listed with its SHA-256 and checked before use.
 """
 
 from __future__ import annotations
