@@ -1,11 +1,11 @@
-# Two commands: `make demo` and `make test`. Both need Python >= 3.10 and nothing else; the second time neither
-# installs anything.
+# `make demo`, `make test` and `make docs` need Python >= 3.10 (docs: 3.11) and nothing else. Each makes
+# .venv the first time, and installs nothing after that.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/hipa-demo --out $(DEMO)
@@ -23,6 +23,10 @@ types: $(VENV)/installed
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
 	$(BIN)/mypy build/typecheck/hipa_deploy
 
+# The documentation site, into site/. A broken link is an error.
+docs: $(VENV)/installed
+	$(BIN)/zensical build --clean --strict
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("hipa-deploy needs Python >= 3.10" if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,4 +34,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info
+	rm -rf build dist site .cache *.egg-info

@@ -1,13 +1,16 @@
-# hipa-deploy for a desktop GPU. From the repository's root:
+# hipa-deploy for a desktop GPU. Run these in the root of the repository:
 #
 #   docker build -f docker/gpu.Dockerfile -t hipa-deploy .
-#   docker run --rm --gpus all -v "$PWD":/work hipa-deploy hipa-generate emoji "3d emoji of a red apple"
+#   docker run --rm --gpus all -v "$PWD":/work \
+#     hipa-deploy hipa-generate emoji "3d emoji of a red apple"
 #
-# EXTRA is rtx (TensorRT-RTX, from PyPI) or tensorrt (whose libraries, gigabytes, come from NVIDIA's index). CUDA's
-# runtime is in the packages and the driver comes from the host, through NVIDIA's container toolkit.
+# EXTRA is rtx or tensorrt. The extra rtx installs TensorRT-RTX from PyPI. The extra tensorrt needs
+# several gigabytes of libraries from NVIDIA's index. The packages contain CUDA's runtime. The
+# driver comes from the host, through NVIDIA's container toolkit.
 #
-# Neither this recipe nor its image has been built or run by us: no GPU and no Docker were at hand. What it copies and
-# installs is checked by tests/test_docker.py; the same packages are installed, without a GPU, by `make test`.
+# Neither this file nor its image has been built or run by us: no GPU and no Docker were at hand.
+# tests/test_docker.py checks what it copies and installs. `make test` installs the same packages
+# on a machine without a GPU.
 ARG BASE=python:3.12-slim
 FROM ${BASE}
 

@@ -127,9 +127,9 @@ def _read_weights(adaptor: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
         raise HipaError(f"{adaptor}/{WEIGHTS} cannot be read: {first_line(error)}") from None
 
     # Adapter weights of a text encoder would be dropped silently.
-    foreign = [key for key in state if not key.startswith("unet.")]
-    if foreign or not state:
-        got = f"{foreign[0]} ({len(foreign)} such)" if foreign else "nothing"
+    others = [key for key in state if not key.startswith("unet.")]
+    if others or not state:
+        got = f"{others[0]} ({len(others)} such)" if others else "nothing"
         raise HipaError(
             f"{adaptor}/{WEIGHTS} holds {got}. "
             "Expected layers of a UNet alone, keys that start with 'unet.'."

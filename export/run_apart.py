@@ -1,6 +1,6 @@
 """Run an exported stage once, in a process of its own.
 
-Its memory is given back as a whole, and is never needed at the same time as PyTorch's.
+The process gives all its memory back when it ends, so that PyTorch's peak does not grow by it.
 
 Graph optimisations are off. They would cost more than the one run does, and they remove the
 roundings to float16 between nodes, which are what an FP16 graph is judged by: run like this, a

@@ -95,7 +95,7 @@ def test_mistakes_are_found(tmp_path: Path, before: str, after: str, problem: st
     assert problem in problems(recipe)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/jetson.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorials/jetson.md"])
 def test_pages_name_recipes_that_exist(page: str) -> None:
     named = re.findall(r"docker/[\w.]+Dockerfile", (ROOT / page).read_text())
     assert named

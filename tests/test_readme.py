@@ -11,6 +11,11 @@ from typer.main import get_command
 
 from hipa_deploy.commands.app import app
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SCRIPTS = Path(sys.executable).parent
@@ -21,9 +26,14 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def hipa_commands() -> list[str]:
-    texts = [*blocks("bash"), *blocks("bash", (ROOT / "docs/profile.md").read_text())]
-    lines = [line for block in texts for line in block.replace("\\\n", " ").splitlines()]
-    return [line.split("#")[0].strip() for line in lines if line.startswith("hipa-")]
+    """hipa-… lines of the README and of the page on latency, without comments."""
+    latency = (ROOT / "docs/how-to/measure-latency.md").read_text()
+    found = []
+    for block in [*blocks("bash"), *blocks("bash", latency)]:
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("hipa-"):
+                found.append(line.split("#")[0].strip())
+    return found
 
 
 def parse(verb: str, arguments: list[str]) -> None:
@@ -61,6 +71,17 @@ def test_python_block_runs(block: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, capture_output=True)
 
 
-def test_relative_links_exist() -> None:
-    for link in re.findall(r"\]\((?!http)([^)#]+)", README):
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
+def test_relative_links_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (ROOT / link).exists(), link
+
+
+def test_every_room_has_a_row_in_contributing() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    # What holds no code of its own, or is the ground that all rooms stand on.
+    without = {"hipa_deploy", "hipa_deploy/embedded", "hipa_deploy/demo", "engines", "train"}
+    for folder in set(settings["package-dir"].values()) - without:
+        assert f"`{folder}`" in table, folder

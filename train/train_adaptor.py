@@ -49,7 +49,7 @@ def train_adaptor(
 ) -> Path:
     """Train an adaptor for ``model_dir`` and write it to the new folder ``out``; the same call resumes a stopped run.
 
-    Under ``accelerate launch`` every process makes this call, and all train one adaptor (docs/distributed.md).
+    Under ``accelerate launch`` every process makes this call, and all train one adaptor (docs/how-to/several-gpus.md).
     ``out``.run holds the checkpoint, TensorBoard scalars and sample grids (teacher | base in one step | adapted).
     ``initial_adaptor`` is an adaptor folder of the same shape to start from. ``cache`` keeps teacher pairs.
 

@@ -111,10 +111,10 @@ def _set_sizes(graph: GraphProto, sizes: Mapping[str, int]) -> None:
 def _refuse_unknown(model: ModelProto) -> None:
     """Raise for a node whose operations cannot be known from its operator."""
     for node in model.graph.node:
-        foreign = node.domain not in ("", "ai.onnx")
+        is_custom = node.domain not in ("", "ai.onnx")
         control_flow = any(attribute.HasField("g") for attribute in node.attribute)
-        if foreign or control_flow or node.op_type in _UNCOUNTED:
-            operator = f"{node.domain}.{node.op_type}" if foreign else node.op_type
+        if is_custom or control_flow or node.op_type in _UNCOUNTED:
+            operator = f"{node.domain}.{node.op_type}" if is_custom else node.op_type
             raise HipaError(
                 f"the FLOPs of {operator} (node {node.name!r}) are unknown. "
                 "Expected plain ONNX operators."

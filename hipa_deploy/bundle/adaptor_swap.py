@@ -8,7 +8,7 @@ Such an adaptor is a folder, ``adaptors/NAME/`` of a bundle or anywhere else, wi
 - ``reference.npy``: what that stage gives in PyTorch FP32 for the bundle's reference inputs.
 
 The weight map, ``weights.json`` beside a stage's graph, says which parameter of the model each ONNX
-weight is. The formats are described in docs/bundle.md.
+weight is. The formats are described in docs/reference/bundle.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A bundle on disk: its manifest is read, its files are found by name, and each of them is hashed.
 
-The format is described in docs/bundle.md.
+The format is described in docs/reference/bundle.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The records of ``hipa.json``, a bundle's manifest: the public format, version 1.
 
 A bundle is ONNX stages, a tokenizer, reference tensors and this manifest, portable to any machine.
-Every file is listed with its SHA-256 and checked before use.
+Every file is listed with its SHA-256 and checked before use. The format is described in
+docs/reference/bundle.md.
 
 Shapes: B batch, L tokens, D width of a text context, C latent channels, H W pixels, h w latents.
 """

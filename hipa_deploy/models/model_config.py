@@ -1,17 +1,17 @@
 """What the configuration files of a diffusers folder say: the one reader of every command.
 
-Training and export ask the same questions here, so a model is accepted or refused alike, and one that
-leaves a key out means what the class of diffusers or transformers means by it: the published SD 1.x
-folders have no ``scaling_factor`` in ``vae/config.json``, for example.
+Training and export ask the same questions here, so a model is accepted or refused alike. A key
+that a file leaves out has the default of the class of diffusers or transformers that the file is
+for: the published SD 1.x folders have no ``scaling_factor`` in ``vae/config.json``, for example.
 
-Reading needs diffusers and transformers, for the defaults of their classes. They are imported when a
-configuration is read, not with this module.
+Reading needs diffusers and transformers, for the defaults of their classes. They are imported when
+a configuration is read, not with this module.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,9 +35,18 @@ SCHEDULE_KEYS = (
     "prediction_type",
     "rescale_betas_zero_snr",
 )
-# Settings with which a scheduler of this family leaves it: x0 is then no function of alpha_bar alone.
+# Settings with which a scheduler of this family leaves it: x0 then depends on more than alpha_bar.
 LEAVING = ("use_flow_sigmas", "snr_shift_scale")
 LEAST_SIGNAL = 1e-6  # of alpha_bar: below it eps says nothing about x0
+# diffusers puts an empty stand-in where a scheduler's own dependency (scipy, torchsde) is not
+# installed. These two are of DDPM's family; the classes beside them have the same defaults.
+SAME_DEFAULTS = {
+    "LMSDiscreteScheduler": "DDPMScheduler",
+    "DPMSolverSDEScheduler": "HeunDiscreteScheduler",
+}
+# Before this release UNets of 64 latents were published with a wrong sample_size of 32.
+SIZES_ARE_RIGHT_SINCE = "0.9.0.dev0"
+LEAST_SIZE_BEFORE = 64
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,9 @@ class ModelConfig:
             task: also check that the UNet is one for this task.
 
         Raises:
-            HipaError: no such files; a pipeline of another kind; a scheduler that is not of DDPM's
-                family; a prediction type other than epsilon, v_prediction or sample.
+            HipaError: no such files; a pipeline of another kind; a value that is no positive
+                number where one is needed; a scheduler that is not of DDPM's family; a prediction
+                type other than epsilon, v_prediction or sample.
 
         """
         from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -84,20 +94,40 @@ class ModelConfig:
         check_pipeline(folder, index)
         if task is not None:
             check_unet(folder, task)
+        unet = read_config(folder, "unet/config.json")
         text = CLIPTextConfig.from_dict(read_config(folder, "text_encoder/config.json"))
         config = cls(
             folder=folder,
-            unet=_with_defaults(UNet2DConditionModel, read_config(folder, "unet/config.json")),
+            unet=_with_true_size(_with_defaults(UNet2DConditionModel, unet)),
             vae=_with_defaults(AutoencoderKL, read_config(folder, "vae/config.json")),
             text_encoder=text.to_dict(),
             scheduler=_read_scheduler(folder, index),
         )
+        config._check_numbers()
         if config.prediction_type not in PREDICTION_TYPES:
             raise HipaError(
                 f"{folder} predicts {config.prediction_type!r}. "
                 f"Expected one of: {', '.join(PREDICTION_TYPES)}."
             )
         return config
+
+    def _check_numbers(self) -> None:
+        """Refuse a value that the properties below could not use."""
+        wanted: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+            ("unet", "sample_size", _is_size, "a latent size, or [height, width]"),
+            ("unet", "block_out_channels", _is_widths, "a list of widths"),
+            ("vae", "block_out_channels", _is_widths, "a list of widths"),
+            ("vae", "latent_channels", _is_count, "a number of channels"),
+            ("vae", "scaling_factor", _is_factor, "a number above 0"),
+            ("text_encoder", "hidden_size", _is_count, "a width"),
+        )
+        for part, key, fits, expected in wanted:
+            value = getattr(self, part)[key]
+            if not fits(value):
+                raise HipaError(
+                    f"{self.folder}: {part}/config.json has {key}={value!r}. "
+                    f"Expected {expected}. Copy the model again, or correct the file."
+                )
 
     @property
     def prediction_type(self) -> str:
@@ -112,7 +142,7 @@ class ModelConfig:
 
     @property
     def vae_factor(self) -> int:
-        """Pixels a latent, in each direction: every level of the VAE but the last halves the image."""
+        """Pixels a latent, in each direction: every level but the VAE's last halves the image."""
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     @property
@@ -146,10 +176,10 @@ class ModelConfig:
         size = self.unet["sample_size"]
         if isinstance(size, int):
             size = (size, size)
-        if not isinstance(size, list | tuple) or len(size) != 2:
+        if size is None:
             raise HipaError(
                 f"{self.folder}: unet/config.json does not say what size the model is for "
-                f"(sample_size is {size}). Write the latent size there, such as 64 for 512 pixels; "
+                "(sample_size is None). Write the latent size there, such as 64 for 512 pixels; "
                 "an export can take --height and --width in its place."
             )
         height, width = size
@@ -179,11 +209,12 @@ class ModelConfig:
             HipaError: a schedule that diffusers does not know.
 
         """
-        from diffusers import DDIMScheduler
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
         try:
             alphas: Tensor = DDIMScheduler(**self.schedule).alphas_cumprod
-        except (NotImplementedError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
+            # RuntimeError is torch's for betas below 0; NotImplementedError is one of them.
             raise HipaError(
                 f"{self.folder}: its noise schedule cannot be made ({first_line(error)}). "
                 "Correct scheduler/scheduler_config.json."
@@ -194,8 +225,8 @@ class ModelConfig:
         """Cumulative signal power at ``timestep``: 0.0046601 at 999 of Stable Diffusion's schedule.
 
         Raises:
-            HipaError: a timestep out of range, or one where a model that predicts eps has no signal:
-                x0 would be divided by zero.
+            HipaError: a timestep out of range, or one where a model that predicts eps has no
+                signal: x0 would be divided by zero.
 
         """
         alphas = self.alphas_cumprod
@@ -207,15 +238,58 @@ class ModelConfig:
         value = float(alphas[timestep])
         if self.prediction_type == "epsilon" and value < LEAST_SIGNAL:
             raise HipaError(
-                f"timestep {timestep} has no signal, so eps says nothing about x0. Choose a smaller "
-                f"one, or a model that predicts v: {self.folder} has a schedule that ends in pure "
-                "noise, which no model can be trained on to predict eps."
+                f"timestep {timestep} has no signal, so eps says nothing about x0. Choose a "
+                f"smaller one, or a model that predicts v: {self.folder} has a schedule that "
+                "ends in pure noise, which no model can be trained on to predict eps."
             )
         return value
 
 
+def _is_count(value: Any) -> bool:
+    """Whether a value of a JSON file is a whole number above 0; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_factor(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _is_widths(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0
+
+
+def _is_size(value: Any) -> bool:
+    """Whether it is one side, or height and width; None where the file does not say the size."""
+    if isinstance(value, list | tuple):
+        return len(value) == 2 and all(_is_count(side) for side in value)
+    return value is None or _is_count(value)
+
+
+def _with_true_size(unet: dict[str, Any]) -> dict[str, Any]:
+    """The UNet's keywords with the size that StableDiffusionPipeline takes for an old folder.
+
+    Folders of SD 1.1 to 1.5 that diffusers before 0.9.0 wrote say 32 for a model of 64 latents. The
+    pipeline corrects this when it loads them (diffusers, pipeline_stable_diffusion.py).
+    """
+    from packaging.version import Version
+
+    written_by = unet.get("_diffusers_version")
+    size = unet["sample_size"]
+    if not written_by or not _is_count(size) or size >= LEAST_SIZE_BEFORE:
+        return unet
+    # A development version counts as its release, as the pipeline has it.
+    if Version(Version(written_by).base_version) < Version(SIZES_ARE_RIGHT_SINCE):
+        return {**unet, "sample_size": LEAST_SIZE_BEFORE}
+    return unet
+
+
 def _with_defaults(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords of a diffusers class: its defaults, and over them what the file says."""
+    """The keywords of a diffusers class: its defaults, and over them what the file says.
+
+    Without a class, what the file says.
+    """
+    if kind is None:
+        return dict(config)
     parameters = inspect.signature(kind.__init__).parameters.values()
     defaults = {
         parameter.name: parameter.default
@@ -231,23 +305,32 @@ def _read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     The class decides what a configuration means: FlowMatchEulerDiscreteScheduler's has the same
     ``num_train_timesteps``, and read as DDPM's it would give images without sense and no error.
     """
-    from diffusers import schedulers
-
     config = read_config(folder, "scheduler/scheduler_config.json")
     listed = (index.get("scheduler") or [None, None])[-1]
     name = str(config.get("_class_name") or listed)
+
+    # A pipeline is loaded with the class that its index lists, whatever the file beside says, so a
+    # listed class of another family is one that the model was made for.
+    for candidate in dict.fromkeys((name, str(listed or name))):
+        kind = _scheduler_class(candidate)
+        known = inspect.signature(kind.__init__).parameters if kind is not None else {}
+        settings = _with_defaults(kind, config)
+        leaves = [key for key in LEAVING if key in known and settings.get(key)]
+        if not {"beta_start", "beta_schedule", "prediction_type"} <= set(known) or leaves:
+            why = f" with {', '.join(leaves)}" if leaves else ""
+            raise HipaError(
+                f"{folder} has the scheduler {candidate}{why}, which is not of DDPM's family: its "
+                "x0 is neither eps nor v. Expected a model of DDPM's noise schedule, such as SD "
+                "1.x or 2.x."
+            )
+    return _with_defaults(_scheduler_class(name), config)
+
+
+def _scheduler_class(name: str) -> Any:
+    """The class of diffusers, or one with its defaults; None if diffusers has none of this name."""
+    from diffusers import schedulers
+
     kind = getattr(schedulers, name, None)
     if hasattr(kind, "_backends"):
-        # diffusers puts an empty stand-in where a scheduler's own dependency is not installed.
-        # LMSDiscreteScheduler alone of these is of the family, and has DDPM's defaults.
-        kind = schedulers.DDPMScheduler if name == "LMSDiscreteScheduler" else None
-    known = inspect.signature(kind.__init__).parameters if kind is not None else {}
-    settings = _with_defaults(kind, config) if kind is not None else dict(config)
-    leaves = [key for key in LEAVING if key in known and settings.get(key)]
-    if not {"beta_start", "beta_schedule", "prediction_type"} <= set(known) or leaves:
-        why = f" with {', '.join(leaves)}" if leaves else ""
-        raise HipaError(
-            f"{folder} has the scheduler {name}{why}, which is not of DDPM's family: its x0 is "
-            "neither eps nor v. Expected a model of DDPM's noise schedule, such as SD 1.x or 2.x."
-        )
-    return settings
+        return getattr(schedulers, SAME_DEFAULTS.get(name, ""), None)
+    return kind

@@ -5,13 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import UNet2DConditionModel
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.models.adaptor_folder import AdaptorMetadata, unet_sha256
+from hipa_deploy.train.model.encoder_adaptor import add_encoder_adaptor, save_encoder_adaptor
 from hipa_deploy.train.model.unet_adaptor import (
     PRESETS,
     adaptor_parameters,
@@ -37,7 +39,10 @@ def make_adaptor(
     alpha: float = 8.0,
     **task: Any,
 ) -> Path:
-    """An adaptor whose B matrices are not zero: merging it changes the UNet. ``task``: what its metadata says of it."""
+    """An adaptor whose B matrices are not zero, so that merging it changes the UNet.
+
+    ``task``: further fields of its metadata.
+    """
     unet = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet")
     add_adaptor(unet, targets=PRESETS[preset], rank=rank, alpha=alpha, seed=0)
     for index, weight in enumerate(adaptor_parameters(unet).values()):
@@ -71,7 +76,23 @@ def adaptor_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def fp32_bundle(
     model_dir: Path, adaptor_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
+    # Two images per call: a batch that is not one shows where a shape is taken for granted.
     out = tmp_path_factory.mktemp("bundle") / "fp32"
     return export_bundle(
         ExportOptions(model=str(model_dir), adaptor=adaptor_dir, out=out, dtype="fp32", batch=2)
     )
+
+
+@pytest.fixture(scope="session")
+def encoder_adaptor_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For super-resolution, with B matrices of the encoder that are not zero."""
+    folder = make_adaptor(
+        model_dir, tmp_path_factory.mktemp("both") / "adaptor", task="upscale", timestep=249
+    )
+    vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae").eval().requires_grad_(False)
+    add_encoder_adaptor(vae, 2, seed=0)
+    with torch.no_grad():
+        for index, weight in enumerate(adaptor_parameters(vae).values()):
+            weight.normal_(std=0.1, generator=torch.Generator().manual_seed(index))
+    save_encoder_adaptor(vae, folder)
+    return folder

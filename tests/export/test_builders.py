@@ -44,7 +44,11 @@ def sources_of(model_dir: Path, **changes) -> list[StageSource]:
         ({"prompts": Path("set.txt"), "fuse": True}, {"generator": Generator}),
         (
             {"task": "upscale", "fuse": True},
-            {"text_encoder": TextEncoderStage, "vae_encoder": OneStepEncoder, "generator": Generator},
+            {
+                "text_encoder": TextEncoderStage,
+                "vae_encoder": OneStepEncoder,
+                "generator": Generator,
+            },
         ),
         (
             {"layout": "generic"},

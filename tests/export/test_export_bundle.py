@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.parity import compare
+from hipa_deploy.embedded import EXAMPLE_PROMPT, MODEL
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.export_bundle import export_bundle
+from hipa_deploy.export.export_bundle import example_prompt, export_bundle
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.axes import parse_axes
+from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.generate.noise import initial_noise
 from tests.tiny_model import make_model
 
@@ -49,10 +51,8 @@ def diffusers_image(
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(adaptor_dir)
     pipe.scheduler = DDIMScheduler.from_pretrained(adaptor_dir, subfolder="scheduler")
-    (height, width), options = (
-        size,
-        {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "np"},
-    )
+    height, width = size
+    options = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "np"}
     noise = torch.from_numpy(initial_noise([seed], (4, height // 4, width // 4)))
     image = pipe(PROMPT, height=height, width=width, latents=noise, **options).images[0]
     return (image * 255).round().astype(np.uint8)
@@ -61,7 +61,7 @@ def diffusers_image(
 def test_equals_diffusers_with_the_adaptor_loaded(
     model_dir: Path, adaptor_dir: Path, fp32_bundle: Bundle
 ) -> None:
-    """The chain's own promise: at least 40 dB on the same noise."""
+    """The promise of every export: at least 40 dB on the same noise."""
     with OneStepPipeline.load(fp32_bundle.root, "onnxruntime") as pipe:
         ours = pipe(PROMPT, seed=5).images_BHWC[0]
     assert compare(ours, diffusers_image(model_dir, adaptor_dir, 5)).psnr_db >= 40
@@ -186,7 +186,7 @@ def test_a_folder_in_use_is_not_touched(model_dir: Path, tmp_path: Path) -> None
 
 
 def test_overflow_in_fp16_becomes_fp32_islands(model_dir: Path, tmp_path: Path) -> None:
-    """Planted: scores of one attention, and the decoder's residual stream, are infinite in FP16."""
+    """Scores of one attention, and the decoder's residual stream, are infinite in FP16."""
     hot = Path(shutil.copytree(model_dir, tmp_path / "hot"))
     attention = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
     scale_weights(hot / "unet", {f"{attention}.to_q.weight": 3e3, f"{attention}.to_k.weight": 3e3})
@@ -313,3 +313,13 @@ def test_generic_layout_has_what_diffusers_reads(generic_bundle: Bundle) -> None
     scheduler = json.loads((generic_bundle.root / "scheduler/scheduler_config.json").read_text())
     assert scheduler["timestep_spacing"] == "trailing"
     assert scheduler["set_alpha_to_one"] is True
+
+
+def test_the_prompt_of_the_reference_is_the_models(
+    fp32_bundle: Bundle, small_bundle: Bundle
+) -> None:
+    assert example_prompt(ModelParts.open("emoji")) == EXAMPLE_PROMPT
+    assert example_prompt(ModelParts.open(str(MODEL))) == EXAMPLE_PROMPT
+    for bundle, prompt in ((fp32_bundle, "a photo of a red apple"), (small_bundle, "a red apple")):
+        written = json.loads((bundle.root / "reference/prompts.json").read_text())
+        assert written["prompts"] == [prompt]

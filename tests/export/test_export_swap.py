@@ -31,7 +31,7 @@ PROMPT = "a green pear"
 
 @pytest.fixture(scope="module")
 def other_adaptor(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another adaptor than ``adaptor_dir``, and on fewer layers: some of the first's must be undone."""
+    """Another adaptor than ``adaptor_dir``, on fewer layers: some of the first must be undone."""
     return make_adaptor(
         model_dir, tmp_path_factory.mktemp("adaptor") / "night", preset="paper", rank=2, alpha=6.0
     )
@@ -41,7 +41,7 @@ def other_adaptor(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def pair(
     model_dir: Path, adaptor_dir: Path, other_adaptor: Path, tmp_path_factory
 ) -> tuple[Bundle, Bundle]:
-    """A bundle with an adaptor 'night' to swap in, and the bundle of that adaptor's own export. FP16."""
+    """An FP16 bundle with an adaptor 'night' to swap in, and the bundle of night's own export."""
     root = tmp_path_factory.mktemp("bundles")
     options = ExportOptions(model=str(model_dir), adaptor=adaptor_dir, out=root / "base")
     base = export_bundle(options)
@@ -84,9 +84,8 @@ def test_the_swapped_graph_is_the_direct_exports_file(pair: tuple[Bundle, Bundle
     assert swap.manifest.parity == own.stages["unet"].parity
     places = {place for weight in swap.manifest.weights.values() for place in weight.places}
     assert any(".to_q." in place for place in places)
-    assert any(
-        ".conv1.weight" in place for place in places
-    )  # of the first adaptor alone: the base's value again
+    # Only the first adaptor changes conv1: the swap gives it the base model's values again.
+    assert any(".conv1.weight" in place for place in places)
 
 
 @pytest.mark.slow
@@ -111,7 +110,10 @@ def test_other_bundles(
 
 @pytest.mark.slow
 def test_the_embedded_bundle(tmp_path: Path) -> None:
-    """Its graph comes out equal here, whichever machine exported it; half the adaptor is another adaptor."""
+    """Its graph comes out equal here, whichever machine exported it.
+
+    The adaptor at half its scale is another adaptor.
+    """
     bundle = Bundle.open(Path(shutil.copytree(BUNDLE, tmp_path / "bundle")))
     swap = export_swap(
         SwapOptions(
@@ -125,10 +127,10 @@ def test_the_embedded_bundle(tmp_path: Path) -> None:
     layers = {key.split(".lora")[0] for key in load_file(ADAPTOR / WEIGHTS)}
     changed = [name for name, weight in swap.manifest.weights.items() if weight.fold != "timestep"]
     assert len(changed) == len(layers) == 118
-    values, initializers = swap.weights(bundle), read_initializers(bundle.stage_path("unet"))
-    for name in swap.manifest.weights.keys() - set(
-        changed
-    ):  # a folded bias may round otherwise on this machine
+    # A folded bias may round otherwise on this machine.
+    values = swap.weights(bundle)
+    initializers = read_initializers(bundle.stage_path("unet"))
+    for name in swap.manifest.weights.keys() - set(changed):
         np.testing.assert_allclose(values[name], initializers[name].read(), rtol=1e-3, atol=1e-5)
     assert swap.manifest.parity.psnr_db > 60
     with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:

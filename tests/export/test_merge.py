@@ -3,12 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.merge import merge_adaptor
-from hipa_deploy.models.adaptor_folder import WEIGHTS
+from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
+from hipa_deploy.hashing import file_sha256
+from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, WEIGHTS
+from hipa_deploy.train.model.encoder_adaptor import attach_encoder_adaptor
 from tests.export.conftest import make_adaptor
 
 
@@ -19,10 +21,8 @@ def load_unet(model_dir: Path) -> UNet2DConditionModel:
 @torch.no_grad()
 def answer(unet: UNet2DConditionModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    noise, context = (
-        torch.randn(1, 4, 8, 8, generator=generator),
-        torch.randn(1, 77, 16, generator=generator),
-    )
+    noise = torch.randn(1, 4, 8, 8, generator=generator)
+    context = torch.randn(1, 77, 16, generator=generator)
     return unet(noise, 999, context).sample
 
 
@@ -56,10 +56,8 @@ def test_merged_unet_has_exactly_its_own_modules(model_dir: Path, adaptor_dir: P
 
 
 def test_scale_zero_is_the_base_and_a_half_is_between(model_dir: Path, adaptor_dir: Path) -> None:
-    plain, weight = (
-        load_unet(model_dir),
-        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight",
-    )
+    plain = load_unet(model_dir)
+    weight = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     merged = {}
     for scale in (0.0, 0.5, 1.0):
         unet = load_unet(model_dir)
@@ -116,3 +114,74 @@ def test_missing_truncated_and_foreign_files(
     save_file({"text_encoder.x.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "text" / WEIGHTS)
     with pytest.raises(HipaError, match=r"holds text_encoder\.x"):
         merge_adaptor(load_unet(model_dir), tmp_path / "text")
+
+
+def load_vae(model_dir: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(model_dir, subfolder="vae").eval()
+
+
+@torch.no_grad()
+def encoded(vae: AutoencoderKL) -> torch.Tensor:
+    return vae.encode(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)).latent_dist.mean
+
+
+def test_a_merged_encoder_equals_an_unmerged_one(
+    model_dir: Path, encoder_adaptor_dir: Path
+) -> None:
+    merged, attached, plain = (load_vae(model_dir) for _ in range(3))
+    assert merge_encoder_adaptor(merged, encoder_adaptor_dir) == file_sha256(
+        encoder_adaptor_dir / ENCODER_WEIGHTS
+    )
+    attach_encoder_adaptor(attached, encoder_adaptor_dir)
+    torch.testing.assert_close(encoded(merged), encoded(attached), atol=1e-5, rtol=1e-4)
+    assert (encoded(merged) - encoded(plain)).abs().max() > 1e-3
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_an_adaptor_without_encoder_weights_leaves_the_encoder(
+    model_dir: Path, adaptor_dir: Path
+) -> None:
+    vae = load_vae(model_dir)
+    assert merge_encoder_adaptor(vae, adaptor_dir) is None
+    assert merge_encoder_adaptor(vae, None) is None
+    assert torch.equal(encoded(vae), encoded(load_vae(model_dir)))
+
+
+def test_encoder_weights_that_cannot_be_merged(
+    model_dir: Path, encoder_adaptor_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(HipaError, match="adaptor scale nan is not a number"):
+        merge_encoder_adaptor(load_vae(model_dir), encoder_adaptor_dir, float("nan"))
+    with pytest.raises(HipaError, match=r"merging made .* infinite. Lower --adaptor-scale"):
+        merge_encoder_adaptor(load_vae(model_dir), encoder_adaptor_dir, 1e38 * 10)
+    shutil.copytree(encoder_adaptor_dir, tmp_path / "cut")
+    (tmp_path / "cut" / ENCODER_WEIGHTS).write_bytes(
+        (encoder_adaptor_dir / ENCODER_WEIGHTS).read_bytes()[:100]
+    )
+    with pytest.raises(HipaError, match=rf"{ENCODER_WEIGHTS} cannot be read: "):
+        merge_encoder_adaptor(load_vae(model_dir), tmp_path / "cut")
+    for weights, message in (
+        ({}, "holds nothing"),
+        (
+            {"encoder.conv_in.lora_A.weight": torch.full((2, 3, 3, 3), torch.nan)},
+            "holds NaN or infinity",
+        ),
+        (
+            {"encoder.other.lora_A.weight": torch.zeros(2, 3)},
+            "does not fit this VAE: it has no layer encoder.other",
+        ),
+        (
+            {"encoder.conv_in.lora_A.weight": torch.zeros(2, 3, 3, 3)},
+            "does not fit this VAE: list index",
+        ),
+        (
+            {
+                "encoder.conv_in.lora_A.weight": torch.zeros(2, 5, 3, 3),
+                "encoder.conv_in.lora_B.weight": torch.zeros(8, 2, 1, 1),
+            },
+            "does not fit this VAE: size mismatch",
+        ),
+    ):
+        save_file(weights, tmp_path / "cut" / ENCODER_WEIGHTS)
+        with pytest.raises(HipaError, match=message):
+            merge_encoder_adaptor(load_vae(model_dir), tmp_path / "cut")

@@ -1,4 +1,4 @@
-"""Reference tensors: each against diffusers' own parts and the formula, and nothing left in memory."""
+"""Reference tensors, against diffusers' own parts and the formulas; nothing stays in memory."""
 
 from __future__ import annotations
 

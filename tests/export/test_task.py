@@ -45,7 +45,7 @@ def test_the_adaptor_says(model_dir: Path, edit_adaptor: Path, tmp_path: Path) -
     assert chosen(model_dir, adaptor=larger) == TaskSettings("upscale", 249, upscale=2)
 
 
-def test_a_base_model_takes_what_is_asked(model_dir: Path) -> None:
+def test_a_base_model_takes_what_is_options(model_dir: Path) -> None:
     assert chosen(model_dir) == TaskSettings("generate", 999)
     assert chosen(model_dir, task="inpaint") == TaskSettings("inpaint", 999)
     assert chosen(model_dir, task="upscale") == TaskSettings("upscale", 999, upscale=4)
@@ -53,7 +53,7 @@ def test_a_base_model_takes_what_is_asked(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "asked", "message"),
+    ("metadata", "options", "message"),
     [
         (EDIT, {"task": "inpaint"}, "was trained to edit, not to inpaint"),
         (EDIT, {"task": "generate"}, "was trained to edit, not to generate"),
@@ -68,11 +68,11 @@ def test_a_base_model_takes_what_is_asked(model_dir: Path) -> None:
     ],
 )
 def test_contradictions_are_refused(
-    model_dir: Path, tmp_path: Path, metadata: dict, asked: dict, message: str
+    model_dir: Path, tmp_path: Path, metadata: dict, options: dict, message: str
 ) -> None:
     adaptor = make_adaptor(model_dir, tmp_path / "adaptor", **metadata)
     with pytest.raises(HipaError, match=message):
-        chosen(model_dir, adaptor=adaptor, **asked)
+        chosen(model_dir, adaptor=adaptor, **options)
 
 
 def test_strengths_are_numbers() -> None:

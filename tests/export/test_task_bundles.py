@@ -1,4 +1,4 @@
-"""Bundles of the tasks with a source image, exported from the tiny model, against diffusers' parts and the formulas."""
+"""Bundles of the tasks with a source image, against diffusers' parts and the formulas."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ from hipa_deploy.images.source import edit_source
 from tests.stages_as_one import StagesAsOne
 from tests.tiny_model import make_model
 
-PROMPT, SEED = "a green pear", 5
-IMAGE_HWC, MASK_HW = example_image(32, 32, number=3), example_mask(32, 32)
+PROMPT = "a green pear"
+SEED = 5
+IMAGE_HWC = example_image(32, 32, number=3)
+MASK_HW = example_mask(32, 32)
 STRENGTHS = (0.75, 0.5)
 
 
@@ -220,12 +222,11 @@ def test_inpainting_equals_the_formulas(
     bundle = inpaint_bundle
     if in_channels == 9:
         model_dir = make_model(tmp_path / "tiny", in_channels=9)
-        bundle, parts = export(model_dir, tmp_path / "b", task="inpaint"), Parts(model_dir)
+        bundle = export(model_dir, tmp_path / "b", task="inpaint")
+        parts = Parts(model_dir)
     assert bundle.manifest.one_step.latent_shape == (4, 8, 8)
-    mask, source = (
-        torch.from_numpy(latent_mask(MASK_HW, 4))[None],
-        parts.encode(hide_hole(IMAGE_HWC, MASK_HW)),
-    )
+    mask = torch.from_numpy(latent_mask(MASK_HW, 4))[None]
+    source = parts.encode(hide_hole(IMAGE_HWC, MASK_HW))
     z = parts.noise if in_channels == 9 else mask * parts.noise + (1 - mask) * source
     seen = torch.cat([z, mask, source], dim=1) if in_channels == 9 else None
     made = parts.decode(mask * parts.x0(z, 999, seen) + (1 - mask) * source)
@@ -238,23 +239,23 @@ def test_inpainting_equals_the_formulas(
 def test_inpainting_keeps_the_sources_latents_and_pixels(
     inpaint_bundle: Bundle, parts: Parts
 ) -> None:
-    mask_1hw, source = latent_mask(MASK_HW, 4), parts.encode(IMAGE_HWC).numpy()
+    mask_1hw = latent_mask(MASK_HW, 4)
+    source = parts.encode(IMAGE_HWC).numpy()
     context = np.random.default_rng(0).normal(size=(1, 77, 16)).astype(np.float32)
     with OneStepPipeline.load(inpaint_bundle.root, "onnxruntime") as pipe:
-        given = {
+        feed = {
             "noise": parts.noise.numpy(),
             "source": source,
             "mask": mask_1hw[None],
             "context": context,
         }
-        latents = pipe.runners["unet"](**given)["latents"]
+        latents = pipe.runners["unet"](**feed)["latents"]
         image = pipe.inpaint(IMAGE_HWC, MASK_HW, PROMPT, feather=2).images_BHWC[0]
     kept = np.broadcast_to(mask_1hw[None] == 0, latents.shape)
     np.testing.assert_array_equal(latents[kept], source[kept])
     assert not np.isclose(latents[~kept], source[~kept]).all()
-    np.testing.assert_array_equal(
-        image[:, :13], IMAGE_HWC[:, :13]
-    )  # the mask begins at 16, the seam reaches to 14
+    # The mask begins at column 16, and the seam reaches to column 14.
+    np.testing.assert_array_equal(image[:, :13], IMAGE_HWC[:, :13])
     assert not np.array_equal(image[8:24, 16:28], IMAGE_HWC[8:24, 16:28])
 
 
@@ -274,7 +275,8 @@ def test_an_image_of_one_tile_is_not_cut(upscale_bundle: Bundle, parts: Parts) -
 
 
 def test_a_large_image_is_made_of_tiles(upscale_bundle: Bundle) -> None:
-    small_HWC, seen = example_image(16, 8), []
+    small_HWC = example_image(16, 8)
+    seen: list[str] = []
     with OneStepPipeline.load(upscale_bundle.root, "onnxruntime") as pipe:
         result = pipe.upscale(small_HWC, PROMPT, overlap=16)
         pipe.upscale(small_HWC, PROMPT, overlap=16, timer=lambda stage: _Noted(seen, stage))
@@ -286,6 +288,8 @@ def test_a_large_image_is_made_of_tiles(upscale_bundle: Bundle) -> None:
 
 
 class _Noted:
+    """A timer that notes which stages it was asked to time."""
+
     def __init__(self, seen: list[str], stage: str) -> None:
         seen.append(stage)
 
@@ -330,9 +334,8 @@ def test_a_pil_image_of_another_size_is_cropped_and_scaled(edit_bundle: Bundle) 
     wide = Image.fromarray(example_image(64, 96)).convert("RGBA")
     with OneStepPipeline.load(edit_bundle.root, "onnxruntime") as pipe:
         whole, middle = (pipe.edit(image, PROMPT) for image in (wide, wide.crop((16, 0, 80, 64))))
-    assert (
-        np.abs(whole.images_BHWC.astype(int) - middle.images_BHWC).mean() < 1
-    )  # Lanczos sees beyond the crop
+    # Not equal, as Lanczos sees beyond the crop.
+    assert np.abs(whole.images_BHWC.astype(int) - middle.images_BHWC).mean() < 1
     assert whole.parameters[0]["source"] != middle.parameters[0]["source"]
 
 
@@ -367,7 +370,8 @@ def test_bad_requests_are_said_in_one_line(
         ):
             with pytest.raises(HipaError, match=message):
                 pipe.inpaint(IMAGE_HWC, mask, PROMPT, feather=feather)
-        wide_HWC, edge_HW = example_image(32, 96), np.zeros((32, 96))
+        wide_HWC = example_image(32, 96)
+        edge_HW = np.zeros((32, 96))
         edge_HW[:, :8] = 1
         with pytest.raises(HipaError, match="outside the centre crop"):
             pipe.inpaint(wide_HWC, edge_HW, PROMPT)
@@ -401,7 +405,7 @@ def test_options_that_contradict_leave_nothing(
 
 
 def test_a_chain_starts_at_the_image_and_leaves_out_what_is_known(edit_bundle: Bundle) -> None:
-    """The chain that TensorRT runs, on ONNX Runtime: the same stages, composed by the names of their tensors."""
+    """The chain that TensorRT runs, on ONNX Runtime: stages composed by their tensors' names."""
     with OneStepPipeline.load(edit_bundle.root, "onnxruntime") as pipe:
         stages = StagesAsOne(pipe.runners)
         chained = OneStepPipeline(edit_bundle, "tensorrt", stages)
@@ -460,7 +464,7 @@ def test_the_commands(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Files in, PNG with recipes out; the same bytes as from Python."""
+    """Files in, PNG with their generation parameters out; the same bytes as from Python."""
     monkeypatch.chdir(tmp_path)
     Image.fromarray(IMAGE_HWC).save("image.tiff")
     Image.fromarray((MASK_HW * 255).astype(np.uint8)).save("mask.png")
@@ -500,8 +504,8 @@ def test_the_commands(
     assert Path("edited/000-seed1.png").read_bytes() == png_bytes(
         made.images_BHWC[0], made.parameters[0]
     )
-    recipe = read_parameters(Path("in.png"))
-    assert (recipe["task"], recipe["feather"], recipe["source"]) == (
+    parameters = read_parameters(Path("in.png"))
+    assert (parameters["task"], parameters["feather"], parameters["source"]) == (
         "inpaint",
         2,
         made.parameters[0]["source"],

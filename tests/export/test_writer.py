@@ -1,4 +1,4 @@
-"""The writer of a stage: fed along the chain, checked, and given FP32 islands where float16 is not enough."""
+"""The writer of a stage: feeds it along the chain, checks it, and finds its FP32 islands."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Processes:
         if any(other != values[0] for other in values):
             remedy = "They must see the same folders, models and recipe"
             raise self.error(
-                f"the {self.count} processes do not agree on {what}. {remedy} (see docs/distributed.md)."
+                f"the {self.count} processes do not agree on {what}. {remedy} (see docs/how-to/several-gpus.md)."
             )
 
     def error(self, message: str) -> HipaError:

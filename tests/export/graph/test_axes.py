@@ -7,8 +7,8 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.export.graph.axes import example_sizes, parse_axes, stage_axes
 
 STEP = OneStep(
-    prediction_type="epsilon", timestep=999, alpha_bar=0.0047, scaling_factor=0.18215, latent_shape=(4, 64, 64),
-    height=512, width=512,
+    prediction_type="epsilon", timestep=999, alpha_bar=0.0047, scaling_factor=0.18215,
+    latent_shape=(4, 64, 64), height=512, width=512,
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def test_a_size_the_model_does_not_allow() -> None:
 
 @given(st.integers(1, 8), st.integers(0, 8), st.integers(0, 8), st.integers(1, 3))
 def test_examples_are_allowed_and_differ(first: int, more: int, most: int, multiple: int) -> None:
-    """Where an axis has only sizes that another has taken, or only 1, its usual one is all there is."""
+    """Where an axis has no size but 1 and those of other axes, it gets its usual one."""
     smallest, usual, largest = (n * multiple for n in (first, first + more, first + more + most))
     axis = Axis(min=smallest, opt=usual, max=largest, multiple=multiple)
     sizes = example_sizes({"latent_height": axis, "latent_width": axis})

@@ -12,7 +12,8 @@ from hipa_deploy.export.graph.fold import fold_decoder_input, fold_encoder_outpu
 @torch.no_grad()
 def test_folded_equals_general(model_dir: Path, timestep: int) -> None:
     unet = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet").eval()
-    noise, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 16)
+    noise = torch.randn(2, 4, 8, 8)
+    context = torch.randn(2, 77, 16)
     expected = unet(noise, timestep, context).sample
     assert fold_timestep(unet, timestep) == 8
     torch.testing.assert_close(
@@ -24,15 +25,15 @@ def test_folded_equals_general(model_dir: Path, timestep: int) -> None:
 @torch.no_grad()
 def test_several_timesteps_are_rows_of_a_table(model_dir: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet").eval()
-    noise, context, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 16), (999, 499, 0)
+    noise = torch.randn(2, 4, 8, 8)
+    context = torch.randn(2, 77, 16)
+    timesteps = (999, 499, 0)
     expected = [unet(noise, timestep, context).sample for timestep in timesteps]
     assert fold_timestep(unet, *timesteps) == 8
     alone = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet")
     fold_timestep(alone, timesteps[1])
-    row, bias = (
-        unet.mid_block.resnets[0].time_emb_proj.bias_KC[1],
-        alone.mid_block.resnets[0].conv1.bias,
-    )
+    row = unet.mid_block.resnets[0].time_emb_proj.bias_KC[1]
+    bias = alone.mid_block.resnets[0].conv1.bias
     assert torch.equal(row, bias)
     for index, value in enumerate(expected):
         torch.testing.assert_close(
@@ -53,7 +54,9 @@ def test_encoder_output_folds(model_dir: Path, mixes: bool) -> None:
 
 @torch.no_grad()
 def test_folding_another_timestep_differs(model_dir: Path) -> None:
-    noise, context, outputs = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 16), []
+    noise = torch.randn(1, 4, 8, 8)
+    context = torch.randn(1, 77, 16)
+    outputs = []
     for timestep in (999, 0):
         unet = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet").eval()
         fold_timestep(unet, timestep)
@@ -63,15 +66,16 @@ def test_folding_another_timestep_differs(model_dir: Path) -> None:
 
 @torch.no_grad()
 def test_an_activation_after_the_embedding_folds_too(model_dir: Path) -> None:
-    noise, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 16)
-    for timesteps, given in (((999,), 999), ((999, 499), torch.tensor([0]))):
+    noise = torch.randn(2, 4, 8, 8)
+    context = torch.randn(2, 77, 16)
+    for timesteps, argument in (((999,), 999), ((999, 499), torch.tensor([0]))):
         unet = UNet2DConditionModel.from_pretrained(
             model_dir, subfolder="unet", time_embedding_act_fn="gelu"
         ).eval()
         expected = unet(noise, 999, context).sample
         fold_timestep(unet, *timesteps)
         torch.testing.assert_close(
-            unet(noise, given, context).sample, expected, atol=1e-5, rtol=1e-5
+            unet(noise, argument, context).sample, expected, atol=1e-5, rtol=1e-5
         )
 
 

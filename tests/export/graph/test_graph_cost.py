@@ -29,7 +29,7 @@ def save(
     weights: dict[str, Dims],
     y: Dims | None = None,
 ) -> Path:
-    """x float16 -> nodes -> y; weights float16, or int64 zeros for those whose name begins with i."""
+    """x float16 -> nodes -> y; weights are float16, those whose name begins with i int64 zeros."""
     tensors = [
         numpy_helper.from_array(
             np.zeros(dims, np.int64 if name.startswith("i") else np.float16), name
@@ -65,11 +65,17 @@ def node(op: str, *inputs: str, **attributes: object) -> NodeProto:
             (1, 4, 5, 5), (4, 3, 2, 2), (1, 6, 10, 10), 2 * (4 * 5 * 5) * (3 * 2 * 2),
         ),
         (node("MatMul", "x", "w"), (2, 3, 5, 7), (7, 11), (2, 3, 5, 11), 2 * (2 * 3) * 5 * 7 * 11),
-        (node("MatMul", "x", "w"), (1, 3, 5, 7), (2, 1, 7, 11), (2, 3, 5, 11), 2 * (2 * 3) * 5 * 7 * 11),
+        (
+            node("MatMul", "x", "w"),
+            (1, 3, 5, 7), (2, 1, 7, 11), (2, 3, 5, 11), 2 * (2 * 3) * 5 * 7 * 11,
+        ),
         (node("MatMul", "x", "w"), (7,), (4, 7, 11), (4, 11), 2 * 4 * 7 * 11),
         (node("Gemm", "x", "w"), (3, 5), (5, 7), (3, 7), 2 * 3 * 5 * 7),
         (node("Gemm", "x", "w", transA=1, transB=1), (5, 3), (7, 5), (3, 7), 2 * 3 * 5 * 7),
-        (node("Einsum", "x", "w", equation="bhqd, bhkd -> bhqk"), (2, 3, 5, 7), (2, 3, 4, 7), (2, 3, 5, 4), 2 * 840),
+        (
+            node("Einsum", "x", "w", equation="bhqd, bhkd -> bhqk"),
+            (2, 3, 5, 7), (2, 3, 4, 7), (2, 3, 5, 4), 2 * 840,
+        ),
         (node("Add", "x", "w"), (3, 5), (5,), (3, 5), 0),
     ],
 )  # fmt: skip
@@ -169,11 +175,13 @@ def test_external_data_is_not_needed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("made", "x", "message"),
     [
-        (node("MatMul", "x", "w"), ("batch", 4), r"tensor '[xy]' has the dynamic shape \['batch', 4\]. Expected"),
+        (node("MatMul", "x", "w"), ("batch", 4),
+         r"tensor '[xy]' has the dynamic shape \['batch', 4\]. Expected"),
         ([helper.make_node("NonZero", ["x"], ["h"]), helper.make_node("Cast", ["h"], ["c"], to=10),
           node("MatMul", "c", "w")], (4, 4), r"tensor 'c' has the dynamic shape \[2, '\w+'\]"),
         (node("MatMul", "x", "w"), None, "shape of tensor '[xy]' cannot be inferred"),
-        ([helper.make_node("Mystery", ["x"], ["h"], domain="com.example"), node("MatMul", "h", "w")], (4, 4),
+        ([helper.make_node("Mystery", ["x"], ["h"], domain="com.example"),
+          node("MatMul", "h", "w")], (4, 4),
          "FLOPs of com.example.Mystery"),
         (node("QLinearMatMul", *"xxxwxxxx"), (4, 4), "FLOPs of QLinearMatMul"),
         (node("Einsum", "x", "w", equation="...i,ij->...j"), (4, 4), "FLOPs of Einsum"),
@@ -229,7 +237,8 @@ def test_an_exported_module_costs_what_torch_counts(tmp_path: Path) -> None:
             h_BLC = self.conv(x_BCHW).flatten(2).transpose(1, 2)
             return self.out(self.attention(h_BLC, h_BLC, h_BLC, need_weights=False)[0])
 
-    block, x = Block(), torch.zeros(1, 4, 6, 6)
+    block = Block()
+    x = torch.zeros(1, 4, 6, 6)
     # as plain products: the counter does not know the CPU's fused attention
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         block.train()(x)

@@ -1,4 +1,4 @@
-"""Planted trouble: weights that are fine in float32 and not in float16."""
+"""Weights that were made to be fine in float32 and not in float16."""
 
 from pathlib import Path
 
@@ -76,7 +76,10 @@ def test_a_sound_model_has_no_islands_and_no_casts(unet: UNet2DConditionModel) -
 
 
 def test_overflow_in_the_decoder(decoder: nn.Module) -> None:
-    """The residual stream is out of range from conv_in on: its readers are islands, the convolutions inside are not."""
+    """The residual stream is out of range from conv_in on.
+
+    The layers that read it are islands; the convolutions between two norms are not.
+    """
     decoder.conv_in.weight *= 1e7
     islands, exact = islands_of(decoder)
     assert "conv_in" in islands
@@ -101,7 +104,7 @@ def test_overflow_of_attention_scores(unet: UNet2DConditionModel) -> None:
     assert error_in_half(Call(unet), islands, exact) < 0.02
 
 
-def test_rounding_that_hurts_is_found_and_mended(unet: UNet2DConditionModel) -> None:
+def test_rounding_that_hurts_is_found_and_avoided(unet: UNet2DConditionModel) -> None:
     """In range, but where one unit of float16 is 16: the output carries a large constant."""
     unet.conv_out.bias += 20_000
     module = Call(unet)

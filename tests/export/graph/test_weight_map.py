@@ -1,7 +1,7 @@
-"""The proof of the weight map: TensorRT's weight -> ONNX initializer -> parameter of the merged model, by value.
+"""The weight map, by value: TensorRT's weight -> ONNX initializer -> parameter of the merged model.
 
-The values are computed here once more from the model's folder, the adaptor and the folds' formulas, and compared bit
-for bit.
+The values are computed here once more from the model's folder, the adaptor and the folds' formulas,
+and compared bit for bit.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TINY_DECODER = (("latents", "float32", (1, 4, 4, 4)), ("images", "uint8", (1, 16
 def merged_model(
     model_dir: Path, adaptor_dir: Path | None, timesteps: tuple[int, ...] = (TIMESTEP,)
 ) -> dict[str, np.ndarray]:
-    """Parameters and buffers of the three parts by place, the adaptor merged, the one-step folds applied. float32."""
+    """Parameters and buffers of the three parts in float32, by place: merged and folded."""
     unet = UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet")
     if adaptor_dir:
         merge_adaptor(unet, adaptor_dir)
@@ -57,7 +57,9 @@ def merged_model(
         for part, module in parts.items()
         for name, value in (*module.named_parameters(), *module.named_buffers())
     }
-    one, two = unet.time_embedding.linear_1, unet.time_embedding.linear_2
+    # The timestep's fold: each block's bias, plus its projection of the embedding.
+    one = unet.time_embedding.linear_1
+    two = unet.time_embedding.linear_2
     embeddings = [unet.time_proj(torch.tensor([timestep])) for timestep in timesteps]
     embeddings = [
         linear(silu(linear(time, one.weight, one.bias)), two.weight, two.bias)
@@ -70,17 +72,18 @@ def merged_model(
         values[f"{block}.conv1.bias"] = values[f"{block}.conv1.bias"] + (
             shift if len(timesteps) > 1 else shift[0]
         )
-    mix, scale = values["vae.post_quant_conv.weight"][:, :, 0, 0], vae.config.scaling_factor
+    # The decoder input's fold.
+    mix = values["vae.post_quant_conv.weight"][:, :, 0, 0]
+    scale = vae.config.scaling_factor
     kernel = torch.einsum("omhw,mi->oihw", values["vae.decoder.conv_in.weight"], mix) / scale
     offset = scale * torch.linalg.solve(mix, values["vae.post_quant_conv.bias"])
     values |= {
         "vae.decoder.conv_in.weight": kernel,
         "vae.post_quant_conv.bias": offset.view(1, -1, 1, 1),
     }
-    mean, last = (
-        values["vae.quant_conv.weight"][:4, :, 0, 0].double(),
-        values["vae.encoder.conv_out.weight"].double(),
-    )
+    # The encoder output's fold, in float64 as the export computes it.
+    mean = values["vae.quant_conv.weight"][:4, :, 0, 0].double()
+    last = values["vae.encoder.conv_out.weight"].double()
     bias = mean @ values["vae.encoder.conv_out.bias"].double() + values["vae.quant_conv.bias"][:4]
     values["vae.encoder.conv_out.weight"] = (
         scale * torch.einsum("om,mihw->oihw", mean, last)
@@ -113,7 +116,8 @@ def test_every_initializer_is_its_place_in_the_merged_model(
 
 
 def check_values(bundle: Bundle, stage: str, expected: dict[str, np.ndarray]) -> None:
-    weights, mapped = read_initializers(bundle.stage_path(stage)), map_of(bundle, stage)
+    weights = read_initializers(bundle.stage_path(stage))
+    mapped = map_of(bundle, stage)
     assert weights.keys() == {*mapped.weights, *mapped.constants}
     for name, entry in mapped.weights.items():
         value = weights[name].read()
@@ -125,7 +129,10 @@ def check_values(bundle: Bundle, stage: str, expected: dict[str, np.ndarray]) ->
 
 
 def folded(value: np.ndarray, entry: MappedWeight) -> np.ndarray:
-    """A 3x3 kernel [O, I, 3, 3] as one of the four of 2x2 that stand for it after an upsampling; others as they are."""
+    """A kernel as the fold of ``entry`` changed it.
+
+    Of a 3x3 kernel [O, I, 3, 3] after an upsampling, one of the four 2x2 kernels in its place.
+    """
     if not (entry.fold and entry.fold.startswith("upsampling")):
         return value
     for axis, parity in zip((2, 3), entry.fold.split()[1], strict=True):
@@ -177,7 +184,8 @@ def test_an_edit_of_several_strengths(model_dir: Path, tmp_path: Path, dtype: st
     options = ExportOptions(
         model=str(model_dir), out=tmp_path / "b", dtype=dtype, task="edit", strengths=strengths
     )
-    bundle, expected = export_bundle(options), merged_model(model_dir, None, (999, 499))
+    bundle = export_bundle(options)
+    expected = merged_model(model_dir, None, (999, 499))
     for stage in bundle.stages:
         check_values(bundle, stage, expected)
     tables = {n: e for n, e in map_of(bundle, "unet").weights.items() if e.fold == "timesteps"}
@@ -213,7 +221,8 @@ def test_folded_biases_are_marked_as_such(fp32_bundle: Bundle) -> None:
 
 def test_what_an_adaptor_can_change(fp32_bundle: Bundle, fp16_bundle: Bundle) -> None:
     for bundle in (fp32_bundle, fp16_bundle):
-        names, mapped = refittable_weights(bundle, "unet"), map_of(bundle, "unet")
+        names = refittable_weights(bundle, "unet")
+        mapped = map_of(bundle, "unet")
         places = {place for name in names for place in mapped.weights[name].places}
         norms = {p for entry in mapped.weights.values() for p in entry.places if "norm" in p}
         assert norms
@@ -249,7 +258,7 @@ def test_a_tiny_decoder(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_constants_hold_nothing_of_the_weights(fp32_bundle: Bundle, tmp_path: Path) -> None:
-    """Another model of the same shape: constants are the same, to the bit, and of the weights no large one is."""
+    """Another model of the same shape has the same constants, bit for bit, and other weights."""
     other = make_model(tmp_path / "tiny", seed=7)
     theirs = export_bundle(
         ExportOptions(model=str(other), out=tmp_path / "other", dtype="fp32", batch=2)
@@ -269,20 +278,23 @@ def test_constants_hold_nothing_of_the_weights(fp32_bundle: Bundle, tmp_path: Pa
 def test_every_weight_of_the_tensorrt_network_is_traced(
     fp16_bundle: Bundle, model_dir: Path, adaptor_dir: Path
 ) -> None:
-    """The whole way: what TensorRT-RTX's parser holds -> initializer -> place -> value from the merged model."""
+    """From what TensorRT-RTX's parser holds to the value in the merged model."""
     check_network(fp16_bundle, merged_model(model_dir, adaptor_dir))
 
 
 @pytest.mark.slow
 def test_the_embedded_model(tmp_path: Path) -> None:
-    """The same on the embedded model; and the shipped bundle's UNet has this graph and these values."""
+    """The same on the embedded model; the packaged bundle has this graph and these values."""
     bundle = export_bundle(ExportOptions(model="emoji", adaptor=ADAPTOR, out=tmp_path / "emoji"))
-    expected, shipped = merged_model(MODEL, ADAPTOR), Bundle.open(BUNDLE)
+    expected = merged_model(MODEL, ADAPTOR)
+    shipped = Bundle.open(BUNDLE)
     check_network(bundle, expected)
     for stage in bundle.stages:
         check_values(bundle, stage, expected)
-    ours, theirs = bundle.stage_path("unet"), shipped.stage_path("unet")
-    weights, found = read_initializers(ours), read_initializers(theirs)
+    ours = bundle.stage_path("unet")
+    theirs = shipped.stage_path("unet")
+    weights = read_initializers(ours)
+    found = read_initializers(theirs)
     assert skeleton_sha256(ours, weights) == skeleton_sha256(theirs, found)
     for name, weight in weights.items():  # another processor may round the last bit another way
         np.testing.assert_allclose(
@@ -292,7 +304,8 @@ def test_the_embedded_model(tmp_path: Path) -> None:
 
 def check_network(bundle: Bundle, expected: dict[str, np.ndarray]) -> None:
     for stage in bundle.stages:
-        path, mapped = bundle.stage_path(stage), map_of(bundle, stage)
+        path = bundle.stage_path(stage)
+        mapped = map_of(bundle, stage)
         trt, network, _alive = parse(path)
         held = network_weights(trt, network, onnx.load(path))
         assert mapped.weights.keys() <= held.keys()

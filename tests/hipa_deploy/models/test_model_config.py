@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+from diffusers import schedulers
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.configurations import write_config
-from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.model_config import SAME_DEFAULTS, SCHEDULE_KEYS, ModelConfig
+from tests.tiny_model import make_model
 
 VAE = "vae/config.json"
 UNET = "unet/config.json"
@@ -65,6 +69,45 @@ def test_a_size_is_a_number_or_height_and_width(
     assert config.native_size == pixels
 
 
+@pytest.mark.parametrize(
+    ("version", "size", "native"),
+    [("0.6.0", 32, 512), ("0.9.0.dev0", 32, 256), ("0.9.0", 32, 256), ("0.6.0", 96, 768)],
+)
+def test_an_old_folder_has_the_size_that_the_pipeline_takes(
+    tmp_path: Path, version: str, size: int, native: int
+) -> None:
+    """diffusers before 0.9.0 wrote 32 for UNets of 64 latents; the pipeline corrects it."""
+    folder = make_model(tmp_path / "tiny")
+    change(folder, UNET, _diffusers_version=version, sample_size=size)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    config = ModelConfig.read(folder)
+    assert config.native_latents[1:] == (pipe.unet.config.sample_size,) * 2
+    assert config.native_size[0] * 8 == native * config.vae_factor
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        (UNET, "sample_size", 0),
+        (UNET, "sample_size", True),
+        (UNET, "sample_size", 64.5),
+        (UNET, "sample_size", [64, None]),
+        (UNET, "sample_size", [8, 8, 8]),
+        (UNET, "block_out_channels", None),
+        (VAE, "block_out_channels", []),
+        (VAE, "latent_channels", None),
+        (VAE, "scaling_factor", None),
+        (VAE, "scaling_factor", "big"),
+        (VAE, "scaling_factor", 0),
+        ("text_encoder/config.json", "hidden_size", None),
+    ],
+)
+def test_a_value_that_no_model_can_have(sd15: Path, file: str, key: str, value: Any) -> None:
+    change(sd15, file, **{key: value})
+    with pytest.raises(HipaError, match=re.escape(f"{file} has {key}={value!r}. Expected a")):
+        ModelConfig.read(sd15)
+
+
 @pytest.mark.parametrize("without", [("sample_size",), ()])
 def test_a_model_that_does_not_say_its_size(sd15: Path, without: tuple[str, ...]) -> None:
     change(sd15, UNET, without=without, **({} if without else {"sample_size": None}))
@@ -96,6 +139,34 @@ def test_what_a_scheduler_leaves_out_is_its_own_classs_default(sd15: Path, name:
 def test_a_class_that_only_the_index_names(sd15: Path) -> None:
     change(sd15, SCHEDULER, without=("_class_name",))
     assert ModelConfig.read(sd15).schedule["beta_start"] == 0.00085
+
+
+@pytest.mark.parametrize(("name", "other"), SAME_DEFAULTS.items())
+def test_a_scheduler_whose_dependency_is_not_installed(sd15: Path, name: str, other: str) -> None:
+    """Its defaults, read from diffusers' source, are those of the class that stands for it."""
+    folder = Path(schedulers.__file__).parent
+    sources = [path.read_text() for path in folder.glob("scheduling_*.py")]
+    (source,) = [text for text in sources if f"class {name}(" in text]
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    functions = {node.name: node for node in classes[name].body if hasattr(node, "args")}
+    arguments = functions["__init__"].args
+    names = [argument.arg for argument in arguments.args][-len(arguments.defaults) :]
+    defaults = dict(zip(names, map(ast.literal_eval, arguments.defaults), strict=True))
+    beside = inspect.signature(getattr(schedulers, other).__init__).parameters
+    of_the_schedule = [key for key in SCHEDULE_KEYS if key in defaults]
+    assert len(of_the_schedule) >= 6
+    for key in of_the_schedule:
+        assert beside[key].default == defaults[key]
+    change(sd15, SCHEDULER, _class_name=name)
+    assert ModelConfig.read(sd15).alpha_bar(999) == pytest.approx(0.0046601, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "NoSuchScheduler"])
+def test_a_listed_scheduler_of_another_family(sd15: Path, name: str) -> None:
+    """The pipeline is loaded with it, although scheduler_config.json names another."""
+    change(sd15, "model_index.json", scheduler=["diffusers", name])
+    with pytest.raises(HipaError, match=f"scheduler {name}, which is not of DDPM's family"):
+        ModelConfig.read(sd15)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +202,11 @@ def test_a_schedule_of_500_timesteps(sd15: Path) -> None:
         config.alpha_bar(999)
 
 
-def test_a_schedule_that_cannot_be_made(sd15: Path) -> None:
-    change(sd15, SCHEDULER, beta_schedule="no_such")
+@pytest.mark.parametrize(
+    "changes", [{"beta_schedule": "no_such"}, {"beta_start": -1.0}, {"beta_end": "x"}]
+)
+def test_a_schedule_that_cannot_be_made(sd15: Path, changes: dict) -> None:
+    change(sd15, SCHEDULER, **changes)
     with pytest.raises(HipaError, match="its noise schedule cannot be made"):
         ModelConfig.read(sd15).alpha_bar(0)
 
