@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import WEIGHTS
 from hipa_deploy.train.data.teacher_pairs import teacher_pairs
-from hipa_deploy.train.loop.processes import Processes, parting
+from hipa_deploy.train.loop.processes import Processes, leaving_process_group
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
@@ -221,7 +221,7 @@ def test_a_command_parts_unless_it_would_wait_for_the_others(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
-    with suppress(HipaError), parting():
+    with suppress(HipaError), leaving_process_group():
         if error:
             raise error
     assert torch.distributed.is_initialized() is not parted
