@@ -1,4 +1,4 @@
-"""Training an adaptor end to end on the tiny model: exact resuming, and what each setting changes."""
+"""Training an adaptor on the tiny model: exact resuming, and what each setting changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop and the run folder, driven by train_adaptor: batches, checkpoints, resuming, divergence."""
+"""The training loop and the run folder, driven by train_adaptor."""
 
 from __future__ import annotations
 
