@@ -187,7 +187,7 @@ def train_adaptor(
 
 
 def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> AdaptorMetadata:
-    """What the adaptor's folder says of itself, and by which a checkpoint is recognised."""
+    """The metadata of the adaptor folder. It is also the identity of the run's checkpoints."""
     settings = recipe.adaptor
 
     # An edit starts at the timestep of its strength; the strongest one stands for the adaptor.
@@ -224,7 +224,7 @@ def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> Adap
 def _without_folders(recipe: Recipe) -> dict[str, Any]:
     """The recipe as the adaptor stores it: paths are shortened to their file names.
 
-    Folders are of no use to another user, and a run folder that was moved must still resume.
+    Folders are of no use to another user, and a run whose files were moved must still resume.
     """
     values: dict[str, Any] = recipe.model_dump()
     paths = (

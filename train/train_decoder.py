@@ -333,7 +333,7 @@ def _identity(
     recipe: DecoderRecipe, model_dir: Path, adaptor: Path | None, prompts: list[str]
 ) -> dict[str, Any]:
     """What the run depends on: a checkpoint of another identity is refused."""
-    # The prompts' file goes in by name alone, so that a run folder that was moved still resumes.
+    # The prompts' file goes in by its name alone: its folder is of no use to another user.
     stored_recipe = recipe.model_dump(mode="json") | {"prompts": Path(recipe.prompts).name}
     return {
         "base_unet_sha256": unet_sha256(model_dir),

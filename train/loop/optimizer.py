@@ -49,6 +49,6 @@ def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:
     rate = settings.learning_rate * min(1.0, (step + 1) / max(settings.warmup_steps, 1))
     if settings.decay == "cosine":
         progress = max(0.0, step - settings.warmup_steps) / max(steps - settings.warmup_steps, 1)
-        # Down to a hundredth of the peak and not to zero, so that the last steps still learn.
+        # Down to a hundredth of the peak, not to zero.
         rate *= 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
     return rate

@@ -46,6 +46,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, backbone: Callable[[Tensor], Sequence[Tensor]], seed: int = 0) -> None:
         super().__init__()
+        # Which maps are coarse is read off their sizes, since a user's backbone may have any.
         with torch.no_grad():
             maps = backbone(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
         largest = PROBE_SIZE // REDUCTION
@@ -56,6 +57,9 @@ class Discriminator(nn.Module):
                 "of the image's size or below. Expected at least one: use lite0 or vgg16, or "
                 "remove the weight."
             )
+
+        # The global random generator does not change, so that a discriminator does not alter what
+        # other parts of a training draw.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.heads = nn.ModuleList(_head(maps[i].shape[1]) for i in self.judged)
@@ -66,6 +70,7 @@ class Discriminator(nn.Module):
 
     def hinge_loss(self, maps: Sequence[Tensor], target_maps: Sequence[Tensor]) -> Tensor:
         """L_D, a scalar with a gradient for the heads alone."""
+        # Detached maps: this loss must not teach the student.
         judged = self([features.detach() for features in maps])
         judged_targets = self([features.detach() for features in target_maps])
         losses = []

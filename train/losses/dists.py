@@ -101,6 +101,7 @@ def perceptual_distance(
         HipaError: a package or its weights are missing, or there is no such distance.
 
     """
+    # The pooling is part of the distance: DISTS replaces VGG16's maximum, LPIPS keeps it.
     published = backbone == "vgg16"
     if kind == "dists":
         weights = published_dists() if published else None
@@ -126,6 +127,8 @@ def dists_distance(
         beta_C: beta of the same. Without alpha or beta, both are 1 / (2 sum C_i) everywhere.
 
     """
+    # The similarities of all channels of all maps form one weighted sum: the published weights are
+    # normalised over all of them, not for each map.
     channels = [features.shape[1] for features in maps]
     pairs = [_similarities(x, y) for x, y in zip(maps, target_maps, strict=True)]
     if alpha_C is None or beta_C is None:
@@ -138,6 +141,7 @@ def dists_distance(
 
 def _similarities(x_BCHW: Tensor, y_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Texture S1 and structure S2 of each channel, [B, C] each."""
+    # Biased variances, and the covariance as E[xy] - E[x] E[y], as in the authors' code.
     mean_x = x_BCHW.mean(dim=(2, 3))
     mean_y = y_BCHW.mean(dim=(2, 3))
     variance_x = x_BCHW.var(dim=(2, 3), correction=0)

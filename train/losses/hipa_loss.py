@@ -175,6 +175,7 @@ class HipaLoss(nn.Module):
         terms = {"latent": self.latent_error(latents, target_latents)}
         total = self.latent_weight * terms["latent"]
         if self.latent_hf_weight:
+            # With the settings of the image's terms, but always as differences.
             settings = self.settings
             fourier = fourier_loss(latents, target_latents, settings.radius, settings.fourier_focal)
             terms["latent_hf"] = fourier + edge_loss(latents, target_latents, settings.edge)

@@ -165,6 +165,8 @@ class Lite0(nn.Module):
         # random generator does not change.
         with torch.device("meta"):
             model = cls()
+
+        # Names are not compared, so shapes must be: all of them, in order.
         own = model.state_dict()
         shapes = [weight.shape for weight in weights.values()]
         if shapes != [weight.shape for weight in own.values()]:

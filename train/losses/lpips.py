@@ -80,6 +80,7 @@ def lpips_distance(
         heads: The weights w, [C_i] each. Default: all 1.
 
     """
+    # At unit length the pattern over the channels counts, not how strong all of them are.
     squares = [(_unit(x) - _unit(y)).square() for x, y in zip(maps, target_maps, strict=True)]
     if heads is not None:
         pairs = zip(squares, heads, strict=True)

@@ -43,6 +43,7 @@ def save_encoder_adaptor(vae: Any, folder: Path) -> None:
         HipaError: a weight is not finite.
 
     """
+    # Before anything is written: weights of a training that diverged are of no use.
     for name, weight in get_peft_model_state_dict(vae, adapter_name=ADAPTER).items():
         if not torch.isfinite(weight).all():
             raise HipaError(f"adaptor weight vae.{name} is not finite. Nothing was written.")

@@ -88,12 +88,15 @@ def task_latents(
         x0 latents, float32 [B, C, H, W]; for inpainting they are the source's outside the mask.
 
     """
+    # An inpainting UNet was trained to see mask and source in this order, after the noise. They are
+    # conditions: the step itself starts from ``start_BCHW`` alone.
     start_BCHW = start_latents(task, step_inputs, alpha_bar, concatenates=concatenates)
     unet_input = start_BCHW
     if concatenates:
         channels = [start_BCHW, step_inputs["mask"], step_inputs["source"]]
         unet_input = torch.cat(channels, dim=1)  # [B, 2 C + 1, H, W]
 
+    # predict_x0 combines them in float32, even if the UNet ran in half precision.
     output_BCHW = unet(unet_input, timestep_B, context_BLD, return_dict=False)[0]
     x0_BCHW = predict_x0(start_BCHW, output_BCHW, alpha_bar, prediction_type)
     return finish_latents(task, x0_BCHW, step_inputs)

@@ -169,6 +169,7 @@ def save_adaptor(
         HipaError: a weight is not finite, or ``out`` exists and is not empty.
 
     """
+    # Before anything is written: weights of a training that diverged are of no use.
     weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
@@ -238,6 +239,7 @@ def one_step_model(
                 f"adaptor {adaptor} is for the task {metadata.task}. "
                 "Expected one for text to image."
             )
+        # The adaptor knows one timestep; a recipe's own would start where it was never trained.
         timestep = metadata.timestep
         attach_adaptor(model.unet, adaptor)
     return partial(
