@@ -70,7 +70,7 @@ def plain_loop(model_dir: Path, recipe: Recipe, cache: Path) -> Callable[[Tensor
         eps = unet(z, torch.full((len(rows),), recipe.timestep), contexts[rows]).sample
         x0 = (z - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
         if recipe.loss.latent_warmup_steps:
-            loss, _ = loss_function.latent_only(x0, latents[rows])
+            loss, _ = loss_function.warmup_loss(x0, latents[rows])
         else:
             image = vae.decode(x0 / vae.config.scaling_factor).sample / 2 + 0.5
             loss, _ = loss_function(image, images[rows], x0, latents[rows])

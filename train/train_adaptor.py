@@ -1,4 +1,8 @@
-"""Train a HiPA adaptor: one readable function."""
+"""Train a HiPA adaptor: one readable function.
+
+Shape suffixes: B rows of a batch, T timesteps of the noise schedule, L tokens, D width of the text
+context, C channels, H W height and width (of latents, or of images where the name says image).
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,9 @@ from hipa_deploy.models.adaptor_folder import (
 from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.data.examples import task_examples
+from hipa_deploy.train.loop.optimizer import new_optimizer
 from hipa_deploy.train.loop.processes import Processes
-from hipa_deploy.train.loop.run import Run, loss_state, new_optimizer, run_steps
+from hipa_deploy.train.loop.run import Run, loss_state, run_steps
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
 from hipa_deploy.train.model.encoder_adaptor import load_encoder_weights
@@ -30,7 +35,7 @@ from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import (
     PRESETS,
     add_adaptors,
-    load_weights,
+    load_adaptor_weights,
     save_adaptor,
     without_adaptor,
 )
@@ -47,46 +52,76 @@ def train_adaptor(
     device: str | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Train an adaptor for ``model_dir`` and write it to the new folder ``out``; the same call resumes a stopped run.
+    """Train an adaptor for a Stable Diffusion model and write it to a new folder.
 
-    Under ``accelerate launch`` every process makes this call, and all train one adaptor (docs/how-to/several-gpus.md).
-    ``out``.run holds the checkpoint, TensorBoard scalars and sample grids (teacher | base in one step | adapted).
-    ``initial_adaptor`` is an adaptor folder of the same shape to start from. ``cache`` keeps teacher pairs.
+    The same call resumes a stopped run: the folder ``out``.run holds its checkpoint, TensorBoard
+    scalars and sample grids, whose columns are source image if the task has one, teacher, base
+    model in one step, adapted model in one step. Under ``accelerate launch`` every process makes
+    this call, and all of them train one adaptor (docs/how-to/several-gpus.md).
+
+    Args:
+        recipe: The task, adaptor, teacher, loss and optimiser (docs/reference/recipe-keys.md).
+        model_dir: Stable Diffusion folder, in the format of diffusers. It is not changed.
+        out: The adaptor folder to write. It must not exist, or be empty.
+        initial_adaptor: Adaptor folder to start from, with the recipe's preset, rank and alpha.
+        cache: Folder that keeps teacher pairs between runs. Default: the user's cache.
+        device: Torch device such as 'cpu' or 'cuda:1'. Default: the GPU, or the CPU without one.
+        console: Where to print progress. Default: stderr.
+
+    Returns:
+        ``out``, which ``pipe.load_lora_weights`` of diffusers reads.
 
     Raises:
-        HipaError: bad input, a loss that is not finite, or Ctrl-C; the last checkpoint stays.
+        HipaError: bad input, a loss that is not finite, or Ctrl-C; the last checkpoint is kept.
+
+    Example:
+        >>> recipe = load_recipe("sd15", {"steps": 1000})
+        >>> train_adaptor(recipe, Path("stable-diffusion-v1-5"), Path("adaptor"))
+        PosixPath('adaptor')
 
     """
+    # Before anything expensive: an output folder that cannot be written must fail now, and every
+    # process of a launch must know which of them prints and writes.
     processes = Processes.join(recipe, device)
     console = processes.console(console)
     refuse_to_overwrite(out)
 
-    # The frozen base model, and what it says about the one step.
+    # The frozen base model. Only the networks run in the recipe's precision; x0 and the losses stay
+    # in float32, because x0 enlarges an error of the UNet's output
+    # (train/model/mixed_precision.py).
     model = DiffusionModel.load(model_dir, processes.device, recipe.task)
-    unet, decode = (
-        in_precision(part, recipe.mixed_precision, model.device)
-        for part in (model.unet, model.decode)
-    )
+    unet = in_precision(model.unet, recipe.mixed_precision, model.device)
+    decode = in_precision(model.decode, recipe.mixed_precision, model.device)
     prompts = read_prompts(recipe, model_dir)
     metadata = _metadata(recipe, model, prompts)
 
-    # Adaptor, loss, optimiser; the run folder puts them back to where a stopped run was. All of it comes before the
-    # teacher pairs, so that whatever does not fit shows before anything expensive starts.
+    # The weights to train, in place in the model. The hash of the initial adaptor becomes part of
+    # the run's identity, so that a checkpoint never continues from another start.
     weights = add_adaptors(model, recipe)
     if initial_adaptor is not None:
         read_metadata(initial_adaptor, model_dir)
-        load_weights(model.unet, initial_adaptor)
+        load_adaptor_weights(model.unet, initial_adaptor)
         load_encoder_weights(model.vae, initial_adaptor)
         metadata = metadata.model_copy(update={"initial_sha256": weights_sha256(initial_adaptor)})
+
+    # Loss, optimiser and the run folder, which restores weights and optimiser of a stopped run.
+    # They come before the teacher pairs so that a checkpoint of another recipe is refused at once,
+    # not after hours of sampling.
     loss = hipa_loss(recipe.loss).to(model.device)
     optimizer = new_optimizer(weights, loss, recipe.optimiser)
-    identity, kept = metadata.model_dump(mode="json"), loss_state(loss, recipe, processes)
     run = Run(
-        out.with_name(out.name + ".run"), weights, optimizer, identity, recipe, processes, kept=kept
+        folder=out.with_name(out.name + ".run"),
+        weights=weights,
+        optimizer=optimizer,
+        identity=metadata.model_dump(mode="json"),
+        recipe=recipe,
+        processes=processes,
+        extra_state=loss_state(loss, recipe, processes),
     )
     run.resume()
 
-    # What to learn from: for text to image the same noise leads to the student's image and to the teacher's.
+    # The examples to learn from, made by the base model as teacher. For text to image the student
+    # starts from the same noise as the teacher: the loss compares the two images pixel by pixel.
     with without_adaptor(model.unet, model.vae):
         examples = task_examples(
             model, recipe, prompts, cache=cache, console=console, processes=processes
@@ -94,6 +129,7 @@ def train_adaptor(
     alpha_bar_T = model.alphas_cumprod
 
     def student_latents(rows: Tensor) -> Tensor:
+        """The student's one step, for examples ``rows`` (int64 [B]): x0 latents [B, C, H, W]."""
         timestep_B = examples.timestep(rows)
         return task_latents(
             unet,
@@ -107,31 +143,43 @@ def train_adaptor(
         )
 
     def student_images(rows: Tensor) -> Tensor:
+        """The student's images [B, 3, H, W], in [0, 1] but for overshoot."""
         return examples.whole(decode(student_latents(rows)), rows)
 
-    # The columns of the sample grid that stay: source, if there is one; target; the base model.
-    shown = torch.arange(min(recipe.samples, examples.count))
+    # The columns of the sample grid that stay the same: source image, target, base model. They are
+    # made once, before the first step, while they still cost nothing but a forward pass.
+    sample_rows = torch.arange(min(recipe.samples, examples.count))
+    fixed_columns = []
     with torch.no_grad(), without_adaptor(model.unet, model.vae):
-        columns = [examples.source(shown)] if examples.source else []
-        columns += [to_uint8(examples.images(shown)), to_uint8(student_images(shown))]
+        if examples.source is not None:
+            fixed_columns.append(examples.source(sample_rows))
+        fixed_columns.append(to_uint8(examples.images(sample_rows)))
+        fixed_columns.append(to_uint8(student_images(sample_rows)))
 
     def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:
-        # One UNet call, x0 in float32, decoded unless in the warm-up.
-        latents, target_latents = student_latents(rows), examples.latents(rows)
+        """Mean loss over examples ``rows`` at ``step``, and its terms."""
+        latents = student_latents(rows)
+        target_latents = examples.latents(rows)
+
+        # Decoding, forward and backward, is two thirds of a step's time: it happens only where an
+        # image term needs it.
         if step < recipe.loss.latent_warmup_steps:
-            return loss.latent_only(latents, target_latents)
-        if not loss.decodes:
-            return loss.of_latents(latents, target_latents)
-        return loss(
-            examples.whole(decode(latents), rows), examples.images(rows), latents, target_latents
-        )
+            return loss.warmup_loss(latents, target_latents)
+        if not loss.needs_images:
+            return loss.latent_loss(latents, target_latents)
+        images = examples.whole(decode(latents), rows)
+        return loss(images, examples.images(rows), latents, target_latents)
 
     @torch.no_grad()
-    def samples() -> list[Tensor]:
-        return [*columns, to_uint8(student_images(shown))]
+    def sample_columns() -> list[Tensor]:
+        """Columns of the sample grid, uint8 [N, H, W, 3] each."""
+        return [*fixed_columns, to_uint8(student_images(sample_rows))]
 
-    run_steps(run, examples.count, loss_at, samples, console)
-    with processes.together(), run.average.applied():
+    run_steps(run, examples.count, loss_at, sample_columns, console)
+
+    # What is stored is the average of the weights, if the recipe keeps one. One process writes;
+    # the others wait, so that a full disk ends all of them with one message.
+    with processes.fail_together(), run.average.applied():
         if processes.is_main:
             vae = model.vae if metadata.encoder_rank else None
             save_adaptor(model.unet, metadata, model.schedule, out, vae)
@@ -139,16 +187,28 @@ def train_adaptor(
 
 
 def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> AdaptorMetadata:
-    settings, edit = recipe.adaptor, recipe.task == "edit"
-    timestep = strength_timestep(recipe.source.strengths[0]) if edit else recipe.timestep
+    """The metadata of the adaptor folder. It is also the identity of the run's checkpoints."""
+    settings = recipe.adaptor
+
+    # An edit starts at the timestep of its strength; the strongest one stands for the adaptor.
+    if recipe.task == "edit":
+        strengths = recipe.source.strengths
+        timestep = strength_timestep(strengths[0])
+    else:
+        strengths = ()
+        timestep = recipe.timestep
+
+    # The VAE is part of what was trained on only if its encoder has an adaptor: otherwise the
+    # adaptor fits the model whatever its VAE.
+    base_vae_sha256 = vae_sha256(model.folder) if settings.encoder_rank else None
     return AdaptorMetadata(
         task=recipe.task,
-        strengths=recipe.source.strengths if edit else (),
+        strengths=strengths,
         upscale=recipe.source.factor,
         base_unet_sha256=unet_sha256(model.folder),
         prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         encoder_rank=settings.encoder_rank,
-        base_vae_sha256=vae_sha256(model.folder) if settings.encoder_rank else None,
+        base_vae_sha256=base_vae_sha256,
         rank=settings.rank,
         alpha=settings.alpha or settings.rank,
         targets=PRESETS[settings.preset],
@@ -162,12 +222,17 @@ def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> Adap
 
 
 def _without_folders(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as the adaptor keeps it: files by name, not by where they lay."""
+    """The recipe as the adaptor stores it: paths are shortened to their file names.
+
+    Folders are of no use to another user, and a run whose files were moved must still resume.
+    """
     values: dict[str, Any] = recipe.model_dump()
-    for table, key in (
+    paths = (
         (values, "prompts"),
         (values["source"], "prompts"),
         (values["source"], "images"),
-    ):
-        table[key] = table[key] and Path(table[key]).name
+    )
+    for table, key in paths:
+        if table[key]:
+            table[key] = Path(table[key]).name
     return values

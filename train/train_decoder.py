@@ -1,7 +1,11 @@
 """Distil a tiny decoder from a model's own: one readable function.
 
-Architecture and folder are AutoencoderTiny's (TAESD, https://github.com/madebyollin/taesd). No images are needed:
-the latents to learn are those that the one-step model makes, their targets the full decoder's images.
+Architecture and folder are those of AutoencoderTiny (TAESD, https://github.com/madebyollin/taesd).
+No images are needed: it learns to decode the latents that the one-step model makes, and its targets
+are the full decoder's images of them.
+
+Shape suffixes: B rows of a batch, N all rows, L tokens, D width of the text context, C channels, H
+W height and width (of latents, or of images where the name says image).
 """
 
 from __future__ import annotations
@@ -32,19 +36,21 @@ from hipa_deploy.models.decoder_folder import (
 )
 from hipa_deploy.train.data.teacher_pairs import Rows, lookup, prompt_order, stream_noise
 from hipa_deploy.train.evaluation.quality import CHUNK, paired_distance
+from hipa_deploy.train.loop.optimizer import new_optimizer
 from hipa_deploy.train.loop.processes import Processes
-from hipa_deploy.train.loop.run import Run, loss_state, new_optimizer, run_steps
+from hipa_deploy.train.loop.run import Run, loss_state, run_steps
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.mixed_precision import in_precision
 from hipa_deploy.train.model.unet_adaptor import one_step_model
 from hipa_deploy.train.recipes.recipe import DecoderRecipe, DecoderSettings, read_prompts
 
-# Noise streams of one recipe's seed: none is used twice, nor by the teacher pairs, whose stream is 0.
-TRAINING, PERTURBATION, HELD_OUT = 1, 2, 3
-ENCODER_CHANNELS = (
-    4  # of the encoder that every AutoencoderTiny has: never trained here, so as small as it can be
-)
+# Noise streams of a recipe's seed. No two uses share one, and the teacher pairs have stream 0.
+TRAINING = 1
+PERTURBATION = 2
+HELD_OUT = 3
+# Every AutoencoderTiny has an encoder. This one is never trained, so it is as small as it can be.
+ENCODER_CHANNELS = 4
 
 
 def train_decoder(
@@ -56,69 +62,101 @@ def train_decoder(
     device: str | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Distil a tiny decoder for ``model_dir`` into the new folder ``out``; the same call resumes a stopped run.
+    """Distil a tiny decoder for a Stable Diffusion model and write it to a new folder.
 
-    It learns the latents of the base model in one step, or of the base model with ``adaptor``, an adaptor folder.
-    ``out`` loads with ``AutoencoderTiny.from_pretrained`` and says in hipa_decoder.json how faithful it is; its
-    encoder is not trained. ``out``.run holds the checkpoint, TensorBoard scalars and sample grids (full | tiny).
+    The same call resumes a stopped run: the folder ``out``.run holds its checkpoint, TensorBoard
+    scalars and sample grids, whose columns are the full and the tiny decoder's images.
+
+    Args:
+        recipe: The decoder's size, latents, loss and optimiser (docs/reference/training-inputs.md).
+        model_dir: Stable Diffusion folder, in the format of diffusers. It is not changed.
+        out: The decoder folder to write. It must not exist, or be empty.
+        adaptor: Adaptor folder; the decoder then learns the latents of the adapted model. Default:
+            those of the base model in one step.
+        device: Torch device such as 'cpu' or 'cuda:1'. Default: the GPU, or the CPU without one.
+        console: Where to print progress. Default: stderr.
+
+    Returns:
+        ``out``, which ``AutoencoderTiny.from_pretrained`` reads. Its hipa_decoder.json says how
+        faithful it is. Its encoder is not trained.
 
     Raises:
-        HipaError: bad input, a loss that is not finite, or Ctrl-C; the last checkpoint stays.
+        HipaError: bad input, a loss that is not finite, or Ctrl-C; the last checkpoint is kept.
+
+    Example:
+        >>> recipe = load_any_recipe("emoji-decoder", {"steps": 1000})
+        >>> train_decoder(recipe, Path("model"), Path("decoder"), adaptor=Path("adaptor"))
+        PosixPath('decoder')
 
     """
+    # Before anything expensive: an output folder that cannot be written must fail now, and every
+    # process of a launch must know which of them prints and writes.
     processes = Processes.join(recipe, device)
     console = processes.console(console)
     refuse_to_overwrite(out)
 
     # The frozen one-step model whose latents are to be decoded.
     model = DiffusionModel.load(model_dir, processes.device)
-    prompts, other_prompts = split_prompts(read_prompts(recipe, model_dir), recipe.seed)
+    all_prompts = read_prompts(recipe, model_dir)
+    prompts, held_out_prompts = split_prompts(all_prompts, recipe.seed)
     generate = one_step_model(model, recipe.timestep, adaptor)
 
-    # Tiny decoder, loss, optimiser; the run folder puts them back to where a stopped run was.
+    # Tiny decoder, loss, optimiser and the run folder, which restores those of a stopped run. They
+    # come before the latents, so that a checkpoint of another recipe is refused at once.
     tiny = tiny_autoencoder(recipe.decoder, model, recipe.seed)
     weights = dict(tiny.decoder.named_parameters())
     loss = hipa_loss(recipe.loss).to(model.device)
     optimizer = new_optimizer(weights, loss, recipe.optimiser)
-    identity = _identity(recipe, model_dir, adaptor, [*prompts, *other_prompts])
-    kept = loss_state(loss, recipe, processes)
+    identity = _identity(recipe, model_dir, adaptor, [*prompts, *held_out_prompts])
     run = Run(
-        out.with_name(out.name + ".run"), weights, optimizer, identity, recipe, processes, kept=kept
+        folder=out.with_name(out.name + ".run"),
+        weights=weights,
+        optimizer=optimizer,
+        identity=identity,
+        recipe=recipe,
+        processes=processes,
+        extra_state=loss_state(loss, recipe, processes),
     )
     run.resume()
 
-    # Latents, a share of them perturbed, and the full decoder's images of them.
+    # The examples: one-step latents and the full decoder's images of them. A share of the latents
+    # gets noise on top, because the latents of other tasks differ from one-step latents.
     count = recipe.latents.count
-    drawn = draw_latents(model, generate, prompts, count, recipe.seed, TRAINING)
-    examples = decode_once(model, perturbed(model, drawn, recipe), count, console)
-    shown = torch.arange(min(recipe.samples, count))
+    latents = draw_latents(model, generate, prompts, count, recipe.seed, TRAINING)
+    examples = decoder_examples(model, perturbed(model, latents, recipe), count, console)
+    sample_rows = torch.arange(min(recipe.samples, count))
     decode = in_precision(partial(decode_tiny, tiny), recipe.mixed_precision, model.device)
 
     def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:
-        return loss.of_images(decode(examples.latents(rows)), examples.images(rows))
+        """Mean loss over examples ``rows`` (int64 [B]), and its terms."""
+        return loss.image_loss(decode(examples.latents(rows)), examples.images(rows))
 
     @torch.no_grad()
-    def samples() -> list[Tensor]:
-        return [to_uint8(examples.images(shown)), to_uint8(decode(examples.latents(shown)))]
+    def sample_columns() -> list[Tensor]:
+        """Columns of the sample grid, uint8 [N, H, W, 3] each: full decoder, tiny decoder."""
+        full_images = examples.images(sample_rows)
+        tiny_images = decode(examples.latents(sample_rows))
+        return [to_uint8(full_images), to_uint8(tiny_images)]
 
-    run_steps(run, count, loss_at, samples, console)
+    run_steps(run, count, loss_at, sample_columns, console)
 
-    # What is measured is what was stored, on prompts and noise that the training has not seen.
-    with processes.together(), run.average.applied():
+    # The folder says how faithful the decoder is. What is measured is what was stored, in float16,
+    # on prompts and noise that the training has not seen.
+    with processes.fail_together(), run.average.applied():
         if processes.is_main:
-            held_out = draw_latents(
-                model, generate, other_prompts, recipe.latents.held_out, recipe.seed, HELD_OUT
+            held_out = recipe.latents.held_out
+            latents = draw_latents(
+                model, generate, held_out_prompts, held_out, recipe.seed, HELD_OUT
             )
             with new_folder(out) as scratch:
-                stored = store(tiny, scratch).to(model.device)
+                stored = save_and_reload(tiny, scratch).to(model.device)
+                held_out_examples = decoder_examples(model, latents, held_out, console)
                 metadata = DecoderMetadata(
                     base_vae_sha256=identity["base_vae_sha256"],
                     latent_channels=tiny.config.latent_channels,
                     factor=model.pipe.vae_scale_factor,
                     steps_trained=recipe.steps,
-                    fidelity=fidelity(
-                        stored, decode_once(model, held_out, recipe.latents.held_out, console)
-                    ),
+                    fidelity=measure_fidelity(stored, held_out_examples),
                     recipe=identity["recipe"],
                 )
                 (scratch / DECODER_METADATA).write_text(metadata.model_dump_json(indent=2) + "\n")
@@ -126,11 +164,14 @@ def train_decoder(
 
 
 @dataclass(frozen=True)
-class Examples:
-    """N latents and the full decoder's images of them.
+class DecoderExamples:
+    """``count`` latents and the full decoder's images of them, by row.
 
-    ``latents``: int64 rows [B] -> scaled latents float32 [B, C, h, w]; ``images``: rows -> float32 [B, 3, H, W] in
-    [0, 1], multiples of 1 / 255.
+    Args:
+        latents: Rows, int64 [B] -> scaled latents, float32 [B, C, H, W].
+        images: Rows -> images, float32 [B, 3, H, W] in [0, 1], multiples of 1 / 255.
+        count: How many there are.
+
     """
 
     latents: Rows
@@ -139,11 +180,22 @@ class Examples:
 
 
 def split_prompts(prompts: list[str], seed: int) -> tuple[list[str], list[str]]:
-    """The prompts to train on, and a tenth of them, at least one, that are set aside; a single prompt serves both."""
+    """The prompts to train on, and a tenth of all, at least one, that is held out.
+
+    A single prompt is used for both.
+
+    Example:
+        >>> trained, held_out = split_prompts([f"prompt {i}" for i in range(25)], seed=0)
+        >>> len(trained), len(held_out)
+        (23, 2)
+
+    """
     order = np.random.default_rng(seed).permutation(len(prompts))
-    aside = max(1, len(prompts) // 10)
-    chosen = [prompts[i] for i in order]
-    return chosen[aside:] or chosen, chosen[:aside]
+    shuffled = [prompts[i] for i in order]
+    count = max(1, len(prompts) // 10)
+    held_out = shuffled[:count]
+    trained = shuffled[count:] or shuffled
+    return trained, held_out
 
 
 def draw_latents(
@@ -154,7 +206,20 @@ def draw_latents(
     seed: int,
     stream: int,
 ) -> Rows:
-    """Rows int64 [B] -> one-step latents float32 [B, C, h, w]: every prompt equally often, noise from the stream."""
+    """One-step latents by row, each a function of its row, ``seed`` and ``stream`` alone.
+
+    Args:
+        model: The base model, for noise and text contexts.
+        generate: (noise [B, C, H, W], context [B, L, D]) -> latents [B, C, H, W].
+        prompts: Each is used equally often, but for a last incomplete pass.
+        count: How many rows there are.
+        seed: Of the order of prompts and of the noise.
+        stream: TRAINING or HELD_OUT: other noise for the same seed.
+
+    Returns:
+        A function from rows, int64 [B], to latents, float32 [B, C, H, W].
+
+    """
     prompt_N = prompt_order(len(prompts), count, seed)
 
     @torch.no_grad()
@@ -166,42 +231,61 @@ def draw_latents(
 
 
 def perturbed(model: DiffusionModel, latents: Rows, recipe: DecoderRecipe) -> Rows:
-    """The same latents; a share of the rows, the same at every call, with Gaussian noise on top."""
+    """The same latents, with Gaussian noise on a share of the rows.
+
+    Which rows, and what noise, is the same at every call.
+    """
     settings = recipe.latents
     draws = np.random.default_rng((recipe.seed, PERTURBATION)).random(settings.count)
     deviation_N = torch.from_numpy(draws < settings.perturbed).float() * settings.noise
 
     def rows_with_noise(rows: Tensor) -> Tensor:
         noise_BCHW = stream_noise(model, rows, recipe.seed, PERTURBATION)
-        return latents(rows) + deviation_N[rows].view(-1, 1, 1, 1).to(model.device) * noise_BCHW
+        deviation_B111 = deviation_N[rows].view(-1, 1, 1, 1).to(model.device)
+        return latents(rows) + deviation_B111 * noise_BCHW
 
     return rows_with_noise
 
 
-def decode_once(model: DiffusionModel, latents: Rows, count: int, console: Console) -> Examples:
-    """Make all latents and images now if they fit in memory; otherwise each time they are asked for."""
-    table = lookup("latents", lambda rows: latents(torch.tensor(rows)), count, console)
+def decoder_examples(
+    model: DiffusionModel, latents: Rows, count: int, console: Console
+) -> DecoderExamples:
+    """The examples of ``latents``: all are made now if they fit in memory, else at each use."""
+    latents_table = lookup("latents", lambda rows: latents(torch.tensor(rows)), count, console)
 
-    def images(rows: list[int]) -> Tensor:
-        return to_uint8(model.decode(table(torch.tensor(rows))))
+    # Images are kept as uint8: a quarter of the memory, and what the decoder will be measured by.
+    def decoded(rows: list[int]) -> Tensor:
+        return to_uint8(model.decode(latents_table(torch.tensor(rows))))
 
-    targets = lookup("full decoder", images, count, console)
-    return Examples(table, lambda rows: to_float(targets(rows)).to(model.device), count)
+    images_table = lookup("full decoder", decoded, count, console)
+
+    def images(rows: Tensor) -> Tensor:
+        return to_float(images_table(rows)).to(model.device)
+
+    return DecoderExamples(latents_table, images, count)
 
 
 def tiny_autoencoder(settings: DecoderSettings, model: DiffusionModel, seed: int) -> Any:
-    """A seeded AutoencoderTiny on the model's device that decodes its scaled latents: only its decoder trains.
+    """A new AutoencoderTiny for the model's scaled latents, on its device; only its decoder trains.
+
+    ``seed`` alone decides its weights.
 
     Raises:
-        HipaError: the levels do not enlarge as the model's VAE does.
+        HipaError: its levels do not enlarge as the model's VAE does.
 
     """
-    levels, factor = len(settings.blocks), model.pipe.vae_scale_factor
-    if 2 ** (levels - 1) != factor:
-        got = f"decoder.blocks has {levels} levels, which enlarge {2 ** (levels - 1)} times"
+    # Every level but the last doubles height and width.
+    levels = len(settings.blocks)
+    enlargement = 2 ** (levels - 1)
+    factor = model.pipe.vae_scale_factor
+    if enlargement != factor:
         raise HipaError(
-            f"{got}. Expected {factor.bit_length()} for the {factor} times of {model.folder}."
+            f"decoder.blocks has {levels} levels, which enlarge {enlargement} times. "
+            f"Expected {factor.bit_length()} for the {factor} times of {model.folder}."
         )
+
+    # Any: type checkers see diffusers' placeholder for an environment without torch.
+    tiny: Any
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tiny = AutoencoderTiny(
@@ -216,40 +300,45 @@ def tiny_autoencoder(settings: DecoderSettings, model: DiffusionModel, seed: int
 
 
 def decode_tiny(tiny: Any, latents_BCHW: Tensor) -> Tensor:
-    """Scaled latents [B, C, h, w] -> float32 image [B, 3, H, W], [0, 1] where valid, not clamped."""
+    """Scaled latents [B, C, h, w] -> image, float32 [B, 3, H, W], in [0, 1] but for overshoot."""
     return tiny.decode(latents_BCHW, return_dict=False)[0].float() / 2 + 0.5
 
 
-def store(tiny: Any, folder: Path) -> Any:
-    """Save in float16 (which changes ``tiny``), and load again as float32, as a user would."""
+def save_and_reload(tiny: Any, folder: Path) -> Any:
+    """Save in float16, which changes ``tiny``, and load again in float32, as a user would."""
     tiny.half().save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
-        path.chmod(0o644)  # safetensors writes for the owner alone
+        path.chmod(0o644)  # safetensors makes it readable for its owner alone
     return AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32).eval()
 
 
 @torch.no_grad()
-def fidelity(tiny: Any, examples: Examples) -> DecoderFidelity:
-    """PSNR over all pixels of all images, and the mean DISTS-like distance, both of uint8 images."""
+def measure_fidelity(tiny: Any, examples: DecoderExamples) -> DecoderFidelity:
+    """PSNR over all pixels of all images and the mean DISTS-like distance, of uint8 images."""
     chunks = torch.arange(examples.count).split(CHUNK)
-    full = torch.cat([to_uint8(examples.images(rows)) for rows in chunks])
-    ours = torch.cat([to_uint8(decode_tiny(tiny, examples.latents(rows))) for rows in chunks])
-    error = max(
-        float((to_float(ours) - to_float(full)).square().mean()), 1e-10
-    )  # at most 100 dB, never infinite
-    distance = paired_distance(ours.numpy(), full.numpy())
+    full_images = torch.cat([to_uint8(examples.images(rows)) for rows in chunks])
+    tiny_images = torch.cat(
+        [to_uint8(decode_tiny(tiny, examples.latents(rows))) for rows in chunks]
+    )
+    squared_error = float((to_float(tiny_images) - to_float(full_images)).square().mean())
+    psnr_db = -10 * math.log10(max(squared_error, 1e-10))  # at most 100 dB, never infinite
     return DecoderFidelity(
-        images=examples.count, psnr_db=-10 * math.log10(error), perceptual_distance=distance
+        images=examples.count,
+        psnr_db=psnr_db,
+        perceptual_distance=paired_distance(tiny_images.numpy(), full_images.numpy()),
     )
 
 
 def _identity(
     recipe: DecoderRecipe, model_dir: Path, adaptor: Path | None, prompts: list[str]
 ) -> dict[str, Any]:
+    """What the run depends on: a checkpoint of another identity is refused."""
+    # The prompts' file goes in by its name alone: its folder is of no use to another user.
+    stored_recipe = recipe.model_dump(mode="json") | {"prompts": Path(recipe.prompts).name}
     return {
         "base_unet_sha256": unet_sha256(model_dir),
         "base_vae_sha256": vae_sha256(model_dir),
         "adaptor_sha256": file_sha256(adaptor / WEIGHTS) if adaptor else None,
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "recipe": recipe.model_dump(mode="json") | {"prompts": Path(recipe.prompts).name},
+        "recipe": stored_recipe,
     }

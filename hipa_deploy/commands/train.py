@@ -66,7 +66,7 @@ def train(
     require("train")
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.models.locate import model_folder
-    from hipa_deploy.train.loop.processes import is_main, parting
+    from hipa_deploy.train.loop.processes import is_main, leaving_process_group
     from hipa_deploy.train.recipes.recipe import Recipe, load_any_recipe
     from hipa_deploy.train.train_adaptor import train_adaptor
     from hipa_deploy.train.train_decoder import train_decoder
@@ -90,7 +90,7 @@ def train(
         if dry_run:
             _dry_run_training(chosen, model_folder(model, config))
             return
-        with parting():
+        with leaving_process_group():
             path = train_adaptor(
                 chosen, model_folder(model, config), out, initial_adaptor=initial, console=console
             )
@@ -103,7 +103,7 @@ def train(
             raise HipaError(
                 f"--dry-run is for an adaptor, but recipe {recipe} trains a decoder. Leave it out."
             )
-        with parting():
+        with leaving_process_group():
             path = train_decoder(
                 chosen, model_folder(model, config), out, adaptor=active, console=console
             )

@@ -14,25 +14,33 @@ from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.recipes.recipe import Recipe
 from tests.tiny_model import make_model
 
+StopAfter = Callable[[int | None], None]
+
+# Widths of VGG16's convolutions (Simonyan & Zisserman 2014, configuration D); 0 is a pooling layer.
+VGG16_WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion folder that predicts noise."""
     return make_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def v_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion folder that predicts v."""
     return make_model(tmp_path_factory.mktemp("model") / "tiny-v", "v_prediction", seed=1)
 
 
 @pytest.fixture
 def model(model_dir: Path) -> DiffusionModel:
-    """A fresh copy, since adaptors are added in place."""
+    """A fresh copy for each test, since adaptors are added in place."""
     return DiffusionModel.load(model_dir, "cpu")
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache of teacher pairs for all tests: the same pairs are made once."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -55,15 +63,15 @@ def recipe() -> Recipe:
 
 
 @pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch):
-    """Press Ctrl-C during the given step."""
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> StopAfter:
+    """A function that arms a Ctrl-C during the step of that number, or disarms it (None)."""
     original = run_module.batch_rows
 
     def arm(step: int | None) -> None:
-        def rows(count: int, batch: int, seed: int, now: int) -> torch.Tensor:
-            if now + 1 == step:
+        def rows(count: int, batch: int, seed: int, current: int) -> torch.Tensor:
+            if current + 1 == step:
                 os.kill(os.getpid(), signal.SIGINT)
-            return original(count, batch, seed, now)
+            return original(count, batch, seed, current)
 
         monkeypatch.setattr(run_module, "batch_rows", rows)
 
@@ -72,20 +80,22 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def random_vgg16() -> Callable[[], nn.Sequential]:
-    """Makes torchvision's ``vgg16().features`` (Simonyan & Zisserman 2014, configuration D) with seeded weights."""
+    """A function that makes torchvision's ``vgg16().features`` with seeded weights."""
 
     def make() -> nn.Sequential:
         generator = torch.Generator().manual_seed(0)
-        layers, inputs = [], 3
-        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
-            if width:
-                layer = nn.Conv2d(inputs, width, 3, padding=1)
-                nn.init.kaiming_normal_(layer.weight, generator=generator)
-                nn.init.normal_(layer.bias, std=0.1, generator=generator)
-                layers += [layer, nn.ReLU(inplace=True)]
-            else:
+        layers: list[nn.Module] = []
+        inputs = 3
+        for width in VGG16_WIDTHS:
+            if width == 0:
                 layers.append(nn.MaxPool2d(2, 2))
-            inputs = width or inputs
+                continue
+            convolution = nn.Conv2d(inputs, width, 3, padding=1)
+            nn.init.kaiming_normal_(convolution.weight, generator=generator)
+            nn.init.normal_(convolution.bias, std=0.1, generator=generator)
+            layers.append(convolution)
+            layers.append(nn.ReLU(inplace=True))
+            inputs = width
         return nn.Sequential(*layers)
 
     return make

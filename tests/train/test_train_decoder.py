@@ -50,7 +50,7 @@ def decoder_recipe() -> DecoderRecipe:
 
 @pytest.fixture(scope="module")
 def adaptor(model_dir: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    recipe = {
+    settings = {
         "prompts": "model:prompts.txt",
         "steps": 1,
         "batch": 2,
@@ -58,21 +58,22 @@ def adaptor(model_dir: Path, cache: Path, tmp_path_factory: pytest.TempPathFacto
         "teacher": {"steps": 2, "pairs": 2},
         "optimiser": {"learning_rate": 0.1},
     }
+    recipe = Recipe.model_validate(settings)
     out = tmp_path_factory.mktemp("adaptor") / "adaptor"
-    return train_adaptor(
-        Recipe.model_validate(recipe), model_dir, out, cache=cache, device="cpu", console=QUIET
-    )
+    return train_adaptor(recipe, model_dir, out, cache=cache, device="cpu", console=QUIET)
 
 
 def train(
-    recipe: DecoderRecipe, model_dir: Path, out: Path, **more: Any
+    recipe: DecoderRecipe, model_dir: Path, out: Path, **options: Any
 ) -> dict[str, torch.Tensor]:
-    """The weights after training."""
-    folder = train_decoder(recipe, model_dir, out, console=QUIET, device="cpu", **more)
+    """The stored weights after training."""
+    folder = train_decoder(recipe, model_dir, out, console=QUIET, device="cpu", **options)
     return read_weights(folder / "diffusion_pytorch_model.safetensors")
 
 
-def test_what_a_run_leaves(decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_a_decoder_and_its_run_folder(
+    decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path
+) -> None:
     weights = train(decoder_recipe, model_dir, tmp_path / "tiny")
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
     tiny = AutoencoderTiny.from_pretrained(tmp_path / "tiny", torch_dtype=torch.float32)
@@ -85,15 +86,9 @@ def test_what_a_run_leaves(decoder_recipe: DecoderRecipe, model_dir: Path, tmp_p
     assert (metadata.latent_channels, metadata.factor, metadata.steps_trained) == (4, 4, 4)
     assert metadata.recipe["decoder"] == {"channels": 8, "blocks": [1, 1, 0]}
     assert metadata.fidelity.images == 4
-    assert {path.name for path in (tmp_path / "tiny.run").iterdir()} == {
-        "state.pt",
-        "samples",
-        "tensorboard",
-    }
-    assert Image.open(tmp_path / "tiny.run" / "samples" / "step-00000004.png").size == (
-        2 * 34,
-        2 * 34,
-    )
+    run = tmp_path / "tiny.run"
+    assert {path.name for path in run.iterdir()} == {"state.pt", "samples", "tensorboard"}
+    assert Image.open(run / "samples" / "step-00000004.png").size == (2 * 34, 2 * 34)
     with pytest.raises(HipaError, match="is not empty"):
         train(decoder_recipe, model_dir, tmp_path / "tiny")
 
@@ -103,7 +98,8 @@ def test_resumed_equals_unbroken(
 ) -> None:
     unbroken = train(decoder_recipe, model_dir, tmp_path / "unbroken")
     stop_after(3)
-    with pytest.raises(HipaError, match=r"stopped at step 3 of 4. Run the same command to resume"):
+    expected = r"stopped at step 3 of 4. Run the same command to resume"
+    with pytest.raises(HipaError, match=expected):
         train(decoder_recipe, model_dir, tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
     stop_after(None)
@@ -113,66 +109,69 @@ def test_resumed_equals_unbroken(
 def test_training_raises_the_fidelity(
     decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path
 ) -> None:
-    longer = decoder_recipe.model_copy(
-        update={"steps": 40, "batch": 6, "sample_every": 40, "checkpoint_every": 40}
-    )
+    changes = {"steps": 40, "batch": 6, "sample_every": 40, "checkpoint_every": 40}
+    longer = decoder_recipe.model_copy(update=changes)
     train(decoder_recipe, model_dir, tmp_path / "short")
     train(longer, model_dir, tmp_path / "long")
-    short, long = (read_decoder_metadata(tmp_path / name).fidelity for name in ("short", "long"))
+    short = read_decoder_metadata(tmp_path / "short").fidelity
+    long = read_decoder_metadata(tmp_path / "long").fidelity
     assert long.psnr_db > short.psnr_db + 3
     assert long.perceptual_distance < short.perceptual_distance
 
 
-def test_the_latents_are_the_adaptors(
+def test_with_an_adaptor_it_learns_the_adapted_models_latents(
     decoder_recipe: DecoderRecipe, model_dir: Path, adaptor: Path, tmp_path: Path
-):
-    plain = train(decoder_recipe, model_dir, tmp_path / "base")
-    assert differences(train(decoder_recipe, model_dir, tmp_path / "tiny", adaptor=adaptor), plain)
+) -> None:
+    base = train(decoder_recipe, model_dir, tmp_path / "base")
+    adapted = train(decoder_recipe, model_dir, tmp_path / "tiny", adaptor=adaptor)
+    assert differences(adapted, base)
     (tmp_path / "tiny").rename(tmp_path / "done")
     with pytest.raises(HipaError, match="started with another adaptor"):
         train(decoder_recipe, model_dir, tmp_path / "tiny")
 
 
-def test_latents_depend_on_their_row_alone(
+def test_latents_depend_on_row_and_stream_alone(model: DiffusionModel) -> None:
+    generate = one_step_model(model, 999, None)
+    training = draw_latents(model, generate, ["a", "b"], 6, 0, TRAINING)
+    held_out = draw_latents(model, generate, ["a", "b"], 6, 0, HELD_OUT)
+    row = torch.tensor([4])
+    all_BCHW = training(torch.arange(6))
+    assert torch.allclose(training(row), all_BCHW[4:5], atol=1e-4)
+    assert not torch.allclose(held_out(row), all_BCHW[4:5], atol=1e-2)
+
+
+def test_a_share_of_the_latents_is_perturbed(
     decoder_recipe: DecoderRecipe, model: DiffusionModel
 ) -> None:
-    generate = one_step_model(model, 999, None)
-    plain, other = (
-        draw_latents(model, generate, ["a", "b"], 6, 0, stream) for stream in (TRAINING, HELD_OUT)
-    )
-    every_BCHW = plain(torch.arange(6))
-    assert torch.allclose(plain(torch.tensor([4])), every_BCHW[4:5], atol=1e-4)
-    assert not torch.allclose(other(torch.tensor([4])), every_BCHW[4:5], atol=1e-2)
-
-    settings = decoder_recipe.latents.model_copy(
-        update={"count": 1000, "perturbed": 0.3, "noise": 0.5}
-    )
+    changes = {"count": 1000, "perturbed": 0.3, "noise": 0.5}
+    settings = decoder_recipe.latents.model_copy(update=changes)
     recipe = decoder_recipe.model_copy(update={"latents": settings})
-    noise_BCHW = perturbed(model, lambda rows: torch.zeros(len(rows), 4, 8, 8), recipe)(
-        torch.arange(1000)
-    )
-    touched = noise_BCHW.abs().amax(dim=(1, 2, 3)) > 0
-    assert touched.float().mean() == pytest.approx(0.3, abs=0.05)
-    assert noise_BCHW[touched].std() == pytest.approx(0.5, rel=0.05)
+
+    def zeros(rows: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(rows), 4, 8, 8)
+
+    noise_BCHW = perturbed(model, zeros, recipe)(torch.arange(1000))
+    has_noise_B = noise_BCHW.abs().amax(dim=(1, 2, 3)) > 0
+    assert has_noise_B.float().mean() == pytest.approx(0.3, abs=0.05)
+    assert noise_BCHW[has_noise_B].std() == pytest.approx(0.5, rel=0.05)
 
 
-def test_held_out_prompts_are_others() -> None:
+def test_held_out_prompts_are_not_trained_on() -> None:
     prompts = [str(i) for i in range(25)]
-    trained, aside = split_prompts(prompts, seed=0)
-    assert sorted(trained + aside) == sorted(prompts)
-    assert len(aside) == 2
-    assert split_prompts(prompts, seed=1) != (trained, aside)
+    trained, held_out = split_prompts(prompts, seed=0)
+    assert sorted(trained + held_out) == sorted(prompts)
+    assert len(held_out) == 2
+    assert split_prompts(prompts, seed=1) != (trained, held_out)
     assert split_prompts(["one"], seed=0) == (["one"], ["one"])
 
 
-def test_the_levels_must_enlarge_as_the_vae(
+def test_levels_that_enlarge_otherwise_than_the_vae_are_refused(
     decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path
 ) -> None:
     settings = decoder_recipe.decoder.model_copy(update={"blocks": (1, 1)})
     wrong = decoder_recipe.model_copy(update={"decoder": settings})
-    with pytest.raises(
-        HipaError, match=r"2 levels, which enlarge 2 times. Expected 3 for the 4 times"
-    ):
+    expected = r"2 levels, which enlarge 2 times. Expected 3 for the 4 times"
+    with pytest.raises(HipaError, match=expected):
         train(wrong, model_dir, tmp_path / "tiny")
 
 
@@ -188,13 +187,12 @@ def test_divergence_stops_and_keeps_the_checkpoint(
 ) -> None:
     original = Run.take_step
 
-    def explode(run: Run, loss: float) -> dict[str, float]:
+    def explode_in_step_3(run: Run, loss: float) -> dict[str, float]:
         return original(run, float("nan") if run.step == 2 else loss)
 
-    monkeypatch.setattr(Run, "take_step", explode)
-    with pytest.raises(
-        HipaError, match=r"diverged: loss nan.*at step 3. The checkpoint of step 2 is kept"
-    ):
+    monkeypatch.setattr(Run, "take_step", explode_in_step_3)
+    expected = r"diverged: loss nan.*at step 3. The checkpoint of step 2 is kept"
+    with pytest.raises(HipaError, match=expected):
         train(decoder_recipe, model_dir, tmp_path / "tiny")
     assert torch.load(tmp_path / "tiny.run" / "state.pt", weights_only=True)["step"] == 2
     assert not (tmp_path / "tiny").exists()

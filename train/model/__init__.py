@@ -1,4 +1,4 @@
-"""The model that trains: the frozen base, its low-rank layers, one step, precision and averages.
+"""The model that trains: the frozen base, its low-rank layers, the one step, precision, averages.
 
-May import: the core and ``hipa_deploy.train.recipes.recipe``.
+May import: the core and ``train.recipes``.
 """

@@ -1,4 +1,8 @@
-"""The frozen base model: a Stable Diffusion folder, loaded in float32, and the few things training asks of it."""
+"""The frozen base model: a Stable Diffusion folder in float32, and what training needs of it.
+
+Shape suffixes: B batch, T timesteps of the noise schedule, L tokens, D width of the text context,
+C channels, H W height and width; h w where the size of latents stands beside that of images.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,21 @@ from hipa_deploy.tasks import Task, is_inpainting_unet
 
 @dataclass(frozen=True)
 class DiffusionModel:
-    """Tokenizer, text encoder, UNet, VAE and noise schedule of one StableDiffusionPipeline folder."""
+    """Tokenizer, text encoder, UNet, VAE and noise schedule of one StableDiffusionPipeline folder.
+
+    Args:
+        folder: Where it was loaded from.
+        pipe: The StableDiffusionPipeline that holds its parts.
+        device: Where its parts are.
+
+    Example:
+        >>> model = DiffusionModel.load(Path("stable-diffusion-v1-5"), "cuda")
+        >>> model.latent_shape_CHW, model.resolution
+        ((4, 64, 64), (512, 512))
+        >>> model.context(["a cat", "a dog"]).shape
+        torch.Size([2, 77, 768])
+
+    """
 
     folder: Path
     pipe: Any
@@ -31,30 +49,35 @@ class DiffusionModel:
     def load(
         cls, folder: Path, device: str | torch.device | None = None, task: Task = "generate"
     ) -> DiffusionModel:
-        """Load in float32 whatever the stored precision, frozen; ``device`` defaults to the GPU if there is one.
+        """Load in float32, whatever the stored precision, and freeze all weights.
 
-        A UNet that was made for inpainting is for that ``task`` alone.
+        Args:
+            folder: A Stable Diffusion folder, in the format of diffusers.
+            device: Default: the GPU, or the CPU without one.
+            task: The task to train. A UNet that was made for inpainting can learn that task alone.
 
         Raises:
-            HipaError: not a Stable Diffusion folder, a model that one step cannot drive, or weights not finite.
+            HipaError: it is not a Stable Diffusion folder, its kind of model cannot be trained to
+                one step, or its weights are not finite.
 
         """
+        # Before loading gigabytes: its configuration says whether the model can be trained at all.
         ModelConfig.read(folder, task)
         diffusers_logging.disable_progress_bar()
-        parts = {
-            "safety_checker": None,
-            "feature_extractor": None,
-            "requires_safety_checker": False,
-        }
         try:
             pipe = StableDiffusionPipeline.from_pretrained(
-                folder, torch_dtype=torch.float32, **parts
+                folder,
+                torch_dtype=torch.float32,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
             )
-        except (
-            Exception
-        ) as error:  # each library raises its own kinds for a folder with missing or broken parts
+        except Exception as error:  # a broken folder: each library raises classes of its own
             raise HipaError(f"model {folder} cannot be loaded: {first_line(error)}") from None
+
+        # A damaged file would otherwise show as a loss of NaN, hours later.
         _check_finite(folder, pipe)
+
         pipe.set_progress_bar_config(disable=True)
         for module in (pipe.text_encoder, pipe.unet, pipe.vae):
             module.eval().requires_grad_(False)
@@ -106,54 +129,58 @@ class DiffusionModel:
         return self.config.alpha_bar(timestep)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
-        """Standard normal float32 [B, C, H, W], the same as every backend starts from."""
+        """Standard normal noise, float32 [B, C, H, W], one seed a row.
+
+        The runtime makes the same noise of the same seeds, on every backend.
+        """
         return torch.from_numpy(initial_noise(list(seeds), self.latent_shape_CHW)).to(self.device)
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str]) -> Tensor:
-        """Text context float32 [B, L, D]; words beyond the encoder's length are cut."""
-        tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
-        length = tokenizer.model_max_length
+        """Text context, float32 [B, L, D]; words beyond the encoder's length are cut."""
+        tokenizer = self.pipe.tokenizer
         tokens = tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=length,
+            max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
-        mask = (
-            tokens.attention_mask.to(self.device)
-            if getattr(encoder.config, "use_attention_mask", None)
-            else None
-        )
+
+        # As StableDiffusionPipeline does: Stable Diffusion was trained with the padding visible,
+        # and the configuration of a text encoder says so if it was trained otherwise.
+        encoder = self.pipe.text_encoder
+        mask = None
+        if getattr(encoder.config, "use_attention_mask", None):
+            mask = tokens.attention_mask.to(self.device)
         return encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
-        """Image [B, 3, H, W] in [0, 1] -> scaled latents float32 [B, C, h, w], the mean of the VAE's posterior.
+        """Image [B, 3, H, W] in [0, 1] -> scaled latents, float32 [B, C, h, w].
 
-        Differentiable, as the encoder may have an adaptor.
+        They are the mean of the VAE's posterior. Differentiable, as the encoder may have an
+        adaptor.
         """
         posterior = self.vae.encode(image_BCHW.to(self.device) * 2 - 1).latent_dist
         return posterior.mean.float() * self.vae.config.scaling_factor
 
     @property
     def concatenates(self) -> bool:
-        """Whether the UNet was made for inpainting: noise, mask and source are channels beside each other."""
+        """Whether the UNet was made for inpainting: noise, mask and source are its channels."""
         return is_inpainting_unet(self.unet.config.in_channels, self.vae.config.latent_channels)
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Scaled latents -> float32 image [B, 3, H, W], [0, 1] where valid, not clamped: differentiable everywhere."""
-        return (
-            self.vae.decode(latents_BCHW / self.vae.config.scaling_factor, return_dict=False)[
-                0
-            ].float()
-            / 2
-            + 0.5
-        )
+        """Scaled latents [B, C, h, w] -> image, float32 [B, 3, H, W], in [0, 1] but for overshoot.
+
+        It is not clamped: a clamped pixel would have no gradient.
+        """
+        unscaled_BCHW = latents_BCHW / self.vae.config.scaling_factor
+        image_BCHW = self.vae.decode(unscaled_BCHW, return_dict=False)[0]
+        return image_BCHW.float() / 2 + 0.5
 
 
 def to_uint8(image01_BCHW: Tensor) -> Tensor:
-    """Clamp, round and move channels last: uint8 [B, H, W, 3] on the CPU."""
+    """Float image [B, 3, H, W], clamped to [0, 1] -> uint8 [B, H, W, 3] on the CPU."""
     return (image01_BCHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 

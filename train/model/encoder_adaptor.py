@@ -1,7 +1,8 @@
-"""Low-rank layers on the VAE's encoder, beside the UNet's: for super-resolution, whose encoder sees a blurred image.
+"""Low-rank layers on the VAE's encoder, beside the UNet's: for super-resolution.
 
-OSEDiff adapts both too, and leaves the decoder as it is (Wu et al. 2024, https://arxiv.org/abs/2406.08177). The file
-loads with diffusers: ``vae.load_lora_adapter(folder, prefix=None, weight_name="vae_encoder_lora.safetensors")``.
+Its encoder sees a blurred, enlarged image. OSEDiff adapts both too, and leaves the decoder as it is
+(Wu et al. 2024, https://arxiv.org/abs/2406.08177). diffusers loads the file with
+``vae.load_lora_adapter(folder, prefix=None, weight_name="vae_encoder_lora.safetensors")``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from hipa_deploy.errors import HipaError, first_line, last_line
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, read_metadata
 
-ADAPTER = "default"
+ADAPTER = "default"  # peft's name of the adapter that trains
 # Every convolution and projection of AutoencoderKL's encoder.
 LAYERS = (
     r"encoder\.(.+\.)?(conv_in|conv_out|conv1|conv2|conv_shortcut|conv|to_q|to_k|to_v|to_out\.0)"
@@ -25,24 +26,29 @@ LAYERS = (
 
 
 def add_encoder_adaptor(vae: Any, rank: int, seed: int) -> None:
-    """Add trainable low-rank layers of scale 1 to the encoder of a frozen ``vae`` (B = 0: nothing changes yet)."""
+    """Add trainable low-rank layers of scale 1 to the encoder of a frozen AutoencoderKL.
+
+    Their B matrices are zero, so that the encoder's function does not change yet. ``seed`` alone
+    decides their A matrices.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vae.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS), ADAPTER)
 
 
 def save_encoder_adaptor(vae: Any, folder: Path) -> None:
-    """Write ENCODER_WEIGHTS into ``folder``, with its configuration in the header.
+    """Write ENCODER_WEIGHTS into ``folder``, with its LoRA configuration in the header.
 
     Raises:
         HipaError: a weight is not finite.
 
     """
+    # Before anything is written: weights of a training that diverged are of no use.
     for name, weight in get_peft_model_state_dict(vae, adapter_name=ADAPTER).items():
         if not torch.isfinite(weight).all():
             raise HipaError(f"adaptor weight vae.{name} is not finite. Nothing was written.")
     vae.save_lora_adapter(folder, ADAPTER, weight_name=ENCODER_WEIGHTS)
-    (folder / ENCODER_WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
+    (folder / ENCODER_WEIGHTS).chmod(0o644)  # safetensors makes it readable for its owner alone
 
 
 def attach_encoder_adaptor(vae: Any, folder: Path) -> None:
@@ -65,10 +71,10 @@ def attach_encoder_adaptor(vae: Any, folder: Path) -> None:
 
 
 def load_encoder_weights(vae: Any, folder: Path) -> None:
-    """Copy the encoder's part of an adaptor, if it has one, into the layers that ``add_encoder_adaptor`` made.
+    """Copy the encoder's part of an adaptor, if any, into the layers of ``add_encoder_adaptor``.
 
     Raises:
-        HipaError: the file is damaged, or its layers or rank are others.
+        HipaError: the file is damaged, or it has other layers or another rank.
 
     """
     if not (folder / ENCODER_WEIGHTS).exists():
@@ -79,11 +85,22 @@ def load_encoder_weights(vae: Any, folder: Path) -> None:
         raise HipaError(
             f"adaptor {folder / ENCODER_WEIGHTS} cannot be read: {first_line(error)}"
         ) from None
-    expected = (
-        get_peft_model_state_dict(vae, adapter_name=ADAPTER) if hasattr(vae, "peft_config") else {}
-    )
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
+
+    # A recipe with encoder_rank = 0 added no layers; peft cannot be asked for weights then.
+    expected = {}
+    if hasattr(vae, "peft_config"):
+        expected = get_peft_model_state_dict(vae, adapter_name=ADAPTER)
+    if not same_shapes(weights, expected):
         rank = read_metadata(folder).encoder_rank
-        got = f"adaptor {folder} has encoder_rank {rank}, the recipe another"
-        raise HipaError(f"{got}. Set adaptor.encoder_rank = {rank}.")
+        raise HipaError(
+            f"adaptor {folder} has encoder_rank {rank}, the recipe another. "
+            f"Set adaptor.encoder_rank = {rank}."
+        )
     set_peft_model_state_dict(vae, weights, adapter_name=ADAPTER)
+
+
+def same_shapes(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of weights have the same names and shapes."""
+    if a.keys() != b.keys():
+        return False
+    return all(a[name].shape == b[name].shape for name in a)

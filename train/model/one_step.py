@@ -1,6 +1,9 @@
 """One diffusion step in torch: from where a task starts straight to x0 latents.
 
-Differentiable, and always combined in float32 (hipa_deploy.generate.x0 has the formulas, and why).
+Differentiable, and always combined in float32; hipa_deploy.generate.x0 has the formulas and the
+reason.
+
+Shape suffixes: B batch, L tokens, D width of the text context, C latent channels, H W latent size.
 """
 
 from __future__ import annotations
@@ -24,7 +27,27 @@ def one_step_latents(
     alpha_bar: float,
     prediction_type: str,
 ) -> Tensor:
-    """Text to image: one UNet call without guidance, float32 x0 latents [B, C, H, W], scaled as the VAE's are."""
+    """Text to image in one UNet call, without guidance.
+
+    Args:
+        unet: diffusers' UNet2DConditionModel, or a function that is called like one.
+        noise_BCHW: Standard normal, float32 [B, C, H, W].
+        context_BLD: Text context, float32 [B, L, D].
+        timestep: Where the step starts, 999 for pure noise.
+        alpha_bar: Cumulative signal power at ``timestep``, in (0, 1).
+        prediction_type: What the UNet predicts: epsilon, v_prediction or sample.
+
+    Returns:
+        x0 latents, float32 [B, C, H, W], scaled as the VAE's are.
+
+    Example:
+        >>> one_step_latents(
+        ...     model.unet, model.noise([0, 1]), model.context(["a cat", "a dog"]),
+        ...     timestep=999, alpha_bar=0.0046601, prediction_type="epsilon",
+        ... ).shape
+        torch.Size([2, 4, 64, 64])
+
+    """
     return task_latents(
         unet,
         "generate",
@@ -39,7 +62,7 @@ def one_step_latents(
 def task_latents(
     unet: Callable[..., Any],
     task: Task,
-    given: Mapping[str, Tensor],
+    step_inputs: Mapping[str, Tensor],
     context_BLD: Tensor,
     *,
     timestep_B: Tensor,
@@ -47,16 +70,33 @@ def task_latents(
     prediction_type: str,
     concatenates: bool = False,
 ) -> Tensor:
-    """The same of any task: ``given`` holds its ``STEP_INPUTS``, ``alpha_bar`` may differ by row, [B, 1, 1, 1].
+    """One step of any task; see ``one_step_latents`` for what is not named here.
 
-    ``concatenates``: the UNet was made for inpainting, and sees mask and source as channels after the noise.
+    Args:
+        unet: As there.
+        task: The task, which decides where the step starts.
+        step_inputs: The tensors that hipa_deploy.tasks.STEP_INPUTS names for ``task``: noise and
+            source [B, C, H, W], mask [B, 1, H, W].
+        context_BLD: As there.
+        timestep_B: Timestep of each row, int64 [B].
+        alpha_bar: Of each row, [B, 1, 1, 1], or one number for all rows.
+        prediction_type: As there.
+        concatenates: Whether the UNet was made for inpainting, and sees mask and source as channels
+            after the noise.
+
+    Returns:
+        x0 latents, float32 [B, C, H, W]; for inpainting they are the source's outside the mask.
+
     """
-    start_BCHW = start_latents(task, given, alpha_bar, concatenates=concatenates)
-    sample = (
-        torch.cat([start_BCHW, given["mask"], given["source"]], dim=1)
-        if concatenates
-        else start_BCHW
-    )
-    output_BCHW = unet(sample, timestep_B, context_BLD, return_dict=False)[0]
+    # An inpainting UNet was trained to see mask and source in this order, after the noise. They are
+    # conditions: the step itself starts from ``start_BCHW`` alone.
+    start_BCHW = start_latents(task, step_inputs, alpha_bar, concatenates=concatenates)
+    unet_input = start_BCHW
+    if concatenates:
+        channels = [start_BCHW, step_inputs["mask"], step_inputs["source"]]
+        unet_input = torch.cat(channels, dim=1)  # [B, 2 C + 1, H, W]
+
+    # predict_x0 combines them in float32, even if the UNet ran in half precision.
+    output_BCHW = unet(unet_input, timestep_B, context_BLD, return_dict=False)[0]
     x0_BCHW = predict_x0(start_BCHW, output_BCHW, alpha_bar, prediction_type)
-    return finish_latents(task, x0_BCHW, given)
+    return finish_latents(task, x0_BCHW, step_inputs)

@@ -1,4 +1,9 @@
-"""The low-rank adaptor: which layers it touches, and a folder that ``pipe.load_lora_weights`` takes as it is."""
+"""The low-rank adaptor: which layers it has, and the folder it is stored in.
+
+diffusers reads that folder with ``pipe.load_lora_weights``.
+
+Shape suffixes: B batch, L tokens, D width of the text context, C latent channels, H W latent size.
+"""
 
 from __future__ import annotations
 
@@ -22,36 +27,49 @@ from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.encoder_adaptor import (
     ADAPTER,
     add_encoder_adaptor,
+    same_shapes,
     save_encoder_adaptor,
 )
 from hipa_deploy.train.model.one_step import one_step_latents
 from hipa_deploy.train.recipes.recipe import Recipe
 
-# The paper's 3.3 M trainable parameters fit one set only: SD 2.x, rank 16, all four attention projections.
+# The four attention projections: at rank 16 on SD 2.x they have the paper's 3.3 M trainable
+# parameters (docs/explanation/hipa.md).
 PAPER = ("to_q", "to_k", "to_v", "to_out.0")
-# The layers of LCM-LoRA, less time_emb_proj: at a single timestep that one is a constant.
-FULL = (*PAPER, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut",
-        "downsamplers.0.conv", "upsamplers.0.conv")  # fmt: skip
+# The layers of LCM-LoRA without time_emb_proj: at a single timestep its output is a constant.
+FULL = (
+    *PAPER,
+    "ff.net.0.proj",
+    "ff.net.2",
+    "proj_in",
+    "proj_out",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+)
 PRESETS = {"paper": PAPER, "full": FULL}
 
 
 def add_adaptors(model: DiffusionModel, recipe: Recipe) -> dict[str, nn.Parameter]:
-    """Add the recipe's trainable layers to the frozen ``model``, in place; their parameters by name.
+    """Add the recipe's trainable layers to the frozen ``model``, in place.
 
-    Those of the UNet have their names in it, those of the VAE's encoder 'vae.' and theirs. Activations are recomputed
-    in the backward pass if the recipe says so.
+    With the recipe's ``gradient_checkpointing``, activations are recomputed in the backward pass.
+
+    Returns:
+        ``trained_parameters(model)``.
 
     Raises:
         HipaError: a target of the preset matches no layer.
 
     """
     settings = recipe.adaptor
-    alpha = settings.alpha or settings.rank
     add_adaptor(
         model.unet,
         targets=PRESETS[settings.preset],
         rank=settings.rank,
-        alpha=alpha,
+        alpha=settings.alpha or settings.rank,
         seed=recipe.seed,
     )
     if settings.encoder_rank:
@@ -62,32 +80,42 @@ def add_adaptors(model: DiffusionModel, recipe: Recipe) -> dict[str, nn.Paramete
     return trained_parameters(model)
 
 
-def add_adaptor(
-    unet: nn.Module, *, targets: tuple[str, ...], rank: int, alpha: float, seed: int
-) -> None:
-    """Freeze ``unet`` and add trainable low-rank layers (B = 0, so the function does not change yet).
+def add_adaptor(unet: Any, *, targets: tuple[str, ...], rank: int, alpha: float, seed: int) -> None:
+    """Freeze a UNet2DConditionModel and add trainable low-rank layers to it, in place.
+
+    Their B matrices are zero, so that the UNet's function does not change yet. ``seed`` alone
+    decides their A matrices.
+
+    Args:
+        unet: The UNet2DConditionModel.
+        targets: The layers to adapt: names, or the ends of names after a dot.
+        rank: Rank of every pair of matrices.
+        alpha: The layers' output is multiplied by alpha / rank.
+        seed: Of the A matrices.
 
     Raises:
         HipaError: a target matches no layer.
 
     """
+    # peft raises only if no target at all matches: a misspelt one among others would go unnoticed.
     names = [name for name, _ in unet.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise HipaError(
-                f"adaptor target {target!r} matches no layer of the UNet. Remove it from the targets."
+                f"adaptor target {target!r} matches no layer of the UNet. "
+                "Remove it from the targets."
             )
+
     unet.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(targets))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        unet.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(targets)), ADAPTER
-        )
+        unet.add_adapter(config, ADAPTER)
 
 
 @contextmanager
 def without_adaptor(*models: Any) -> Iterator[None]:
-    """The base models' functions inside the block; adaptors, where there are any, are trainable again after it."""
+    """Disable the adaptors of ``models`` inside the block; models without one stay as they are."""
     adapted = [model for model in models if getattr(model, "peft_config", None)]
     for model in adapted:
         model.disable_adapters()
@@ -99,47 +127,65 @@ def without_adaptor(*models: Any) -> Iterator[None]:
 
 
 def trained_parameters(model: DiffusionModel) -> dict[str, nn.Parameter]:
-    """Those of the UNet by their names in it, and those of the VAE by 'vae.' and theirs."""
+    """The trainable parameters of UNet and VAE by name; those of the VAE begin with 'vae.'."""
     encoder = {f"vae.{name}": weight for name, weight in adaptor_parameters(model.vae).items()}
     return adaptor_parameters(model.unet) | encoder
 
 
-def adaptor_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters by name, in the order of the modules."""
-    return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
+def adaptor_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters of a UNet or VAE by name, in the order of its modules."""
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
 
-def one_step_scheduler(schedule: dict[str, Any], timestep: int) -> DDIMScheduler | LCMScheduler:
-    """A scheduler whose single step is exactly the x0 formula at ``timestep``."""
+def one_step_scheduler(schedule: dict[str, Any], timestep: int) -> Any:
+    """A diffusers scheduler whose single step is exactly the x0 formula at ``timestep``.
+
+    DDIMScheduler at the last timestep; LCMScheduler at any other, where the pipeline call must say
+    ``timesteps=[timestep]``.
+    """
     if timestep == schedule.get("num_train_timesteps", 1000) - 1:
-        exact = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
-        return DDIMScheduler(**schedule, **exact)
-    return LCMScheduler(**schedule)  # the pipeline call must then say timesteps=[timestep]
+        # The defaults would leave residual noise (set_alpha_to_one=False) or start elsewhere.
+        return DDIMScheduler(
+            **schedule, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+        )
+    return LCMScheduler(**schedule)
 
 
 def save_adaptor(
-    unet: nn.Module, metadata: AdaptorMetadata, schedule: dict[str, Any], out: Path, vae: Any = None
+    unet: Any, metadata: AdaptorMetadata, schedule: dict[str, Any], out: Path, vae: Any = None
 ) -> Path:
-    """Write weights, one-step scheduler and metadata to the new folder ``out``, whole or not at all.
+    """Write weights, one-step scheduler and metadata to the new folder ``out``.
 
-    With ``vae``, its encoder's part too.
+    The folder appears whole or not at all.
 
-    The LoRA configuration goes into the safetensors header: without it a loader assumes alpha = rank. Names stay
-    peft's: diffusers' own conversion renames the attention layers only, and its loader then skips them in silence.
+    Args:
+        unet: The UNet2DConditionModel that ``add_adaptor`` was called on.
+        metadata: Written as METADATA.
+        schedule: The noise schedule, as ``DiffusionModel.schedule``.
+        out: The folder to write.
+        vae: If its encoder has an adaptor, the AutoencoderKL; its weights are written too.
+
+    Raises:
+        HipaError: a weight is not finite, or ``out`` exists and is not empty.
+
     """
+    # Before anything is written: weights of a training that diverged are of no use.
     weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             raise HipaError(f"adaptor weight {name} is not finite. Nothing was written to {out}.")
+
+    # The LoRA configuration goes into the safetensors header: without it a loader assumes alpha =
+    # rank. Names stay peft's: diffusers' own conversion renames the attention layers only, and its
+    # loader then skips those without a word.
     config = unet.peft_config[ADAPTER].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
+    stored = {name: weight.cpu().contiguous() for name, weight in weights.items()}
     with new_folder(out) as scratch:
         StableDiffusionPipeline.save_lora_weights(
-            scratch,
-            unet_lora_layers={name: weight.cpu().contiguous() for name, weight in weights.items()},
-            unet_lora_adapter_metadata=config,
+            scratch, unet_lora_layers=stored, unet_lora_adapter_metadata=config
         )
-        (scratch / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
+        (scratch / WEIGHTS).chmod(0o644)  # safetensors makes it readable for its owner alone
         if vae is not None:
             save_encoder_adaptor(vae, scratch)
         one_step_scheduler(schedule, metadata.timestep).save_pretrained(scratch / "scheduler")
@@ -148,7 +194,9 @@ def save_adaptor(
 
 
 def attach_adaptor(unet: Any, folder: Path) -> None:
-    """Add a trained adaptor for inference: ``pipe.load_lora_weights`` without its warning that there is no text part.
+    """Add a trained adaptor to a UNet2DConditionModel for inference, in place.
+
+    It does what ``pipe.load_lora_weights`` does, without its warning that there is no text part.
 
     Raises:
         HipaError: the file is damaged or does not fit.
@@ -165,20 +213,33 @@ def attach_adaptor(unet: Any, folder: Path) -> None:
 def one_step_model(
     model: DiffusionModel, timestep: int, adaptor: Path | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """(noise [B, C, H, W], context [B, L, D]) -> x0 latents [B, C, H, W] float32, in one UNet call.
+    """The text-to-image model as a function of noise and context.
 
-    Of the base model at ``timestep``, or with ``adaptor`` added to it in place, at the timestep it was trained for.
+    Args:
+        model: The base model. With ``adaptor`` it is changed in place.
+        timestep: Where the step starts; with ``adaptor`` it starts where that was trained instead.
+        adaptor: Adaptor folder, or None for the base model.
+
+    Returns:
+        A function (noise [B, C, H, W], context [B, L, D]) -> x0 latents, float32 [B, C, H, W].
 
     Raises:
         HipaError: the adaptor is damaged, for another task, or was trained on another base model.
+
+    Example:
+        >>> generate = one_step_model(model, 999, Path("adaptor"))
+        >>> generate(model.noise([0]), model.context(["a cat"])).shape
+        torch.Size([1, 4, 64, 64])
 
     """
     if adaptor is not None:
         metadata = read_metadata(adaptor, model.folder)
         if metadata.task != "generate":
             raise HipaError(
-                f"adaptor {adaptor} is for the task {metadata.task}. Expected one for text to image."
+                f"adaptor {adaptor} is for the task {metadata.task}. "
+                "Expected one for text to image."
             )
+        # The adaptor knows one timestep; a recipe's own would start where it was never trained.
         timestep = metadata.timestep
         attach_adaptor(model.unet, adaptor)
     return partial(
@@ -190,11 +251,11 @@ def one_step_model(
     )
 
 
-def load_weights(unet: nn.Module, folder: Path) -> None:
-    """Copy an adaptor's weights into the layers that ``add_adaptor`` made.
+def load_adaptor_weights(unet: Any, folder: Path) -> None:
+    """Copy an adaptor's weights into the layers that ``add_adaptor`` made, to train on from there.
 
     Raises:
-        HipaError: the file is damaged, or its layers, rank or alpha are others.
+        HipaError: the file is damaged, or it has other layers, another rank or another alpha.
 
     """
     alpha = read_metadata(folder).alpha
@@ -202,13 +263,14 @@ def load_weights(unet: nn.Module, folder: Path) -> None:
         stored = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise HipaError(f"adaptor {folder / WEIGHTS} cannot be read: {error}") from None
+
+    # Alpha is compared beside the shapes: another one would scale the same weights differently.
     weights = {name.removeprefix("unet."): weight for name, weight in stored.items()}
     expected = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
-    same_shapes = {k: v.shape for k, v in weights.items()} == {
-        k: v.shape for k, v in expected.items()
-    }
-    if not same_shapes or alpha != unet.peft_config[ADAPTER].lora_alpha:
+    same_alpha = alpha == unet.peft_config[ADAPTER].lora_alpha
+    if not (same_alpha and same_shapes(weights, expected)):
         raise HipaError(
-            f"adaptor {folder} has another preset, rank or alpha than the recipe. See its {METADATA}."
+            f"adaptor {folder} has another preset, rank or alpha than the recipe. "
+            f"See its {METADATA}."
         )
     set_peft_model_state_dict(unet, weights, adapter_name=ADAPTER)

@@ -9,20 +9,37 @@ import torch
 from torch import Tensor
 
 
-class Average:
-    """``decay`` 0 keeps none: then the average is the weights themselves."""
+class WeightAverage:
+    """Exponential moving average of ``weights``, which stay where they are.
+
+    Args:
+        weights: The weights, by name. The average starts at their values.
+        decay: In [0, 1). 0 keeps no average: ``applied`` then leaves the weights as they are.
+
+    Example:
+        >>> weights = {"a": torch.zeros(2)}
+        >>> average = WeightAverage(weights, decay=0.5)
+        >>> _ = weights["a"].fill_(1.0)
+        >>> average.update(step=1000)
+        >>> with average.applied():
+        ...     weights["a"]
+        tensor([0.5000, 0.5000])
+
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
-        self.weights, self.decay = weights, decay
-        self.mean = (
-            {name: weight.detach().clone() for name, weight in weights.items()} if decay else {}
-        )
+        self.weights = weights
+        self.decay = decay
+        self.mean: dict[str, Tensor] = {}
+        if decay:
+            self.mean = {name: weight.detach().clone() for name, weight in weights.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after ``step`` steps; the decay rises as (1 + step) / (10 + step), as in diffusers.
+        """Take in the weights after ``step`` steps.
 
-        Without that a short run's average would be mostly the start, which for an adaptor is nothing.
+        The decay rises to its value as (1 + step) / (10 + step), as in diffusers' EMAModel. Without
+        that the average of a short run would be mostly its start, which for an adaptor is zero.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, mean in self.mean.items():
@@ -30,16 +47,16 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the weights be the average inside the block."""
-        kept = {name: self.weights[name].detach().clone() for name in self.mean}
+        """Replace the weights by their average inside the block."""
+        saved = {name: self.weights[name].detach().clone() for name in self.mean}
         self._copy(self.mean)
         try:
             yield
         finally:
-            self._copy(kept)
+            self._copy(saved)
 
     def load(self, mean: Mapping[str, Tensor]) -> None:
-        """Take back what ``mean`` held at a checkpoint."""
+        """Restore the average that a checkpoint stored."""
         for name, value in self.mean.items():
             value.copy_(mean[name])
 

@@ -189,9 +189,9 @@ class Trainer:
             image = self.model.decode(latents)
             total, _ = self.loss(image, torch.rand_like(image), latents, target)
         else:
-            total, _ = self.loss.latent_only(latents, target)
+            total, _ = self.loss.warmup_loss(latents, target)
         total.backward()
-        for weight in (*self.weights.values(), *self.loss.trained.values()):
+        for weight in (*self.weights.values(), *self.loss.trained_parameters.values()):
             weight.grad = None
 
     @torch.no_grad()

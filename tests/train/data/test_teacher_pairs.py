@@ -145,7 +145,7 @@ def test_a_full_disk_keeps_the_shards_before(
 def test_a_cache_that_machines_do_not_share(
     model: DiffusionModel, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(Processes, "together", lambda self: nullcontext())
+    monkeypatch.setattr(Processes, "fail_together", lambda self: nullcontext())
     with pytest.raises(
         HipaError, match=r"made by another process, are not seen here. Point HIPA_CACHE at"
     ):

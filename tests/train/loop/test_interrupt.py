@@ -1,4 +1,4 @@
-"""Signals go to processes of their own: a test's own process has other things to do with them."""
+"""The signals go to new processes: in the tests' own they would stop the tests."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ def press(number):
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that can press() a signal."""
     return subprocess.run(
         [sys.executable, "-c", PREAMBLE + program], capture_output=True, text=True, timeout=60
     )
 
 
-def test_sigterm_stops_as_an_interrupt_does() -> None:
+def test_sigterm_sets_the_event_and_its_handler_is_restored() -> None:
     done = run("""
 before = signal.getsignal(signal.SIGTERM)
 with interruptible() as stop:
@@ -34,9 +35,9 @@ assert signal.getsignal(signal.SIGTERM) is before
     assert done.returncode == 0, done.stderr
 
 
-def test_under_a_launcher_the_second_interrupt_waits_too() -> None:
+def test_under_a_launcher_later_interrupts_set_the_event_too() -> None:
     done = run("""
-with interruptible(patient=True) as stop:
+with interruptible(under_launcher=True) as stop:
     for _ in range(3):
         press(signal.SIGINT)
     assert stop.wait(1)
@@ -44,7 +45,7 @@ with interruptible(patient=True) as stop:
     assert done.returncode == 0, done.stderr
 
 
-def test_second_interrupt_is_immediate() -> None:
+def test_the_second_interrupt_takes_effect_at_once() -> None:
     done = run("""
 try:
     with interruptible() as stop:
@@ -58,7 +59,7 @@ except KeyboardInterrupt:
     assert done.returncode == 0, done.stderr
 
 
-def test_interruptible_outside_the_main_thread() -> None:
+def test_outside_the_main_thread_the_event_is_never_set() -> None:
     failures = []
 
     def work() -> None:

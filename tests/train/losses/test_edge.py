@@ -22,7 +22,8 @@ def test_sobel_of_a_ramp_is_its_slope() -> None:
 
 
 def test_laplacian_of_a_parabola_is_its_curvature() -> None:
-    x, y = torch.arange(8.0), torch.arange(6.0)[:, None]
+    x = torch.arange(8.0)
+    y = torch.arange(6.0)[:, None]
     bowl = (0.1 * x**2 + 0.2 * y**2).expand(1, 2, 6, 8)
     assert laplacian(bowl).shape == (1, 2, 4, 6)
     assert torch.allclose(laplacian(bowl), torch.tensor(0.6), atol=1e-5)
@@ -53,14 +54,15 @@ def test_gradients(operator: str) -> None:
 def test_similarity_of_a_scaled_image_has_the_closed_form(operator: str, scale: float) -> None:
     image = 100 * torch.randn(1, 2, 32, 32, dtype=torch.float64)  # far above the floor
     expected = 1 - 2 * scale / (scale**2 + 1)
-    assert edge_similarity_loss(scale * image, image, operator).item() == pytest.approx(
-        expected, abs=1e-5
-    )
+    got = edge_similarity_loss(scale * image, image, operator).item()
+    assert got == pytest.approx(expected, abs=1e-5)
 
 
-def test_similarity_misses_faint_edges_as_strong_ones_and_none_where_all_is_flat() -> None:
+def test_missing_edges_count_alike_faint_or_strong() -> None:
     torch.manual_seed(0)
-    edges, flat = torch.rand(1, 3, 18, 18), torch.full((1, 3, 18, 18), 0.5)
-    strong, faint = (edge_similarity_loss(flat, 0.5 + scale * edges) for scale in (1, 0.3))
+    edges = torch.rand(1, 3, 18, 18)
+    flat = torch.full((1, 3, 18, 18), 0.5)
+    strong = edge_similarity_loss(flat, 0.5 + edges)
+    faint = edge_similarity_loss(flat, 0.5 + 0.3 * edges)
     assert 0.8 * strong < faint < strong < 1
     assert edge_similarity_loss(flat, flat + 0.1) == 0

@@ -15,17 +15,14 @@ from hipa_deploy.train.losses.frequency import (
     high_frequencies,
     high_frequency_energy,
     high_pass,
-    octaves,
+    octave_bands,
 )
 
 
 def wave(cycles: int, size: int = 32) -> torch.Tensor:
     """A horizontal cosine of amplitude 1, [1, 1, size, size]."""
-    return (
-        torch.cos(2 * math.pi * cycles * torch.arange(size) / size)
-        .expand(1, 1, size, size)
-        .double()
-    )
+    row = torch.cos(2 * math.pi * cycles * torch.arange(size) / size)
+    return row.expand(1, 1, size, size).double()
 
 
 def test_high_pass_is_zero_at_the_mean_and_one_far_out() -> None:
@@ -37,11 +34,11 @@ def test_high_pass_is_zero_at_the_mean_and_one_far_out() -> None:
 
 @pytest.mark.parametrize("cycles", [1, 4, 11])
 def test_fourier_loss_of_a_wave(cycles: int) -> None:
-    # Two conjugate coefficients of 32 / 2 each under the orthonormal transform, over 32 * 32 places.
+    # Under the orthonormal transform a cosine has two conjugate coefficients of 32 / 2 each. The
+    # loss is a mean over 32 * 32 frequencies.
     gain = 1 - math.exp(-((2 * cycles / 32) ** 2) / (2 * 0.2**2))
-    assert fourier_loss(wave(cycles), torch.zeros(1, 1, 32, 32)) == pytest.approx(
-        gain * 2 * 16 / 1024, rel=1e-5
-    )
+    got = fourier_loss(wave(cycles), torch.zeros(1, 1, 32, 32))
+    assert got == pytest.approx(gain * 2 * 16 / 1024, rel=1e-5)
 
 
 def test_brightness_does_not_matter_and_phase_does() -> None:
@@ -54,33 +51,29 @@ def test_brightness_does_not_matter_and_phase_does() -> None:
 def test_amplitude_loss_sees_strength_and_not_place(shift: int) -> None:
     image = torch.rand(1, 3, 16, 16, dtype=torch.float64)
     assert amplitude_loss(image, image.roll(shift, dims=2)) == pytest.approx(0, abs=1e-9)
-    assert amplitude_loss(2 * image, image) == pytest.approx(
-        float(fourier_loss(2 * image, image)), rel=1e-6
-    )
+    difference = float(fourier_loss(2 * image, image))
+    assert amplitude_loss(2 * image, image) == pytest.approx(difference, rel=1e-6)
 
 
-def test_octaves_part_what_is_above_the_radius() -> None:
-    bands = octaves(32, 48, radius=0.2)
+def test_octave_bands_divide_the_frequencies_above_the_radius() -> None:
+    bands = octave_bands(32, 48, radius=0.2)
     frequency = (torch.fft.fftfreq(48) * 2).abs()
     assert torch.allclose(bands.sum(dim=(1, 2)), torch.ones(3))
-    assert [
-        frequency[row > 0].min() >= low
-        for row, low in zip(bands[:, 0], (0.2, 0.4, 0.8), strict=True)
-    ] == [True] * 3
+    for row, low in zip(bands[:, 0], (0.2, 0.4, 0.8), strict=True):
+        assert frequency[row > 0].min() >= low
     assert ((bands > 0).sum(dim=0) <= 1).all()
-    assert (octaves(8, 8, radius=2) == 0).all()
+    assert (octave_bands(8, 8, radius=2) == 0).all()
 
 
-def test_similarity_asks_for_as_much_energy_whatever_agrees() -> None:
-    """Of a target whose one half the student knows and the other half it cannot, the best scale is not below 1."""
+def test_similarity_is_least_at_the_targets_energy_and_the_difference_below_it() -> None:
+    """The student knows one half of the target and cannot know the other."""
     torch.manual_seed(0)
-    known, unknown, target = torch.randn(3, 8, 1, 32, 32, dtype=torch.float64)
-    image, target = known + unknown, known + target
+    known, unknown, other = torch.randn(3, 8, 1, 32, 32, dtype=torch.float64)
+    image = known + unknown
+    target = known + other
     scales = (0.25, 0.5, 1.0, 2.0)
-    similarity, difference = (
-        [loss(scale * image, target).item() for scale in scales]
-        for loss in (fourier_similarity_loss, fourier_loss)
-    )
+    similarity = [fourier_similarity_loss(scale * image, target).item() for scale in scales]
+    difference = [fourier_loss(scale * image, target).item() for scale in scales]
     assert scales[similarity.index(min(similarity))] == 1
     assert scales[difference.index(min(difference))] == 0.5
 
@@ -93,17 +86,15 @@ def test_similarity_of_a_scaled_image_has_the_closed_form(scale: float) -> None:
 
 
 def test_focal_weighting_favours_the_worst_frequency() -> None:
-    # Two waves, the second half as strong: w is 1 and 2^-focal (the mask is 1 at both, or nearly).
+    # Two waves, the second half as strong: w is 1 and 2^-focal, as the mask is nearly 1 at both.
     error = wave(11) + wave(9) / 2
-    plain, weak = (
-        fourier_loss(wave(11), torch.zeros(1, 1, 32, 32)),
-        fourier_loss(wave(9) / 2, torch.zeros(1, 1, 32, 32)),
-    )
+    zero = torch.zeros(1, 1, 32, 32)
+    strong = fourier_loss(wave(11), zero)
+    weak = fourier_loss(wave(9) / 2, zero)
     for focal in (0.5, 2):
-        expected = plain + weak * (weak / plain) ** focal
-        assert fourier_loss(error, torch.zeros(1, 1, 32, 32), focal=focal) == pytest.approx(
-            float(expected), rel=1e-4
-        )
+        expected = strong + weak * (weak / strong) ** focal
+        got = fourier_loss(error, zero, focal=focal)
+        assert got == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_focal_weights_carry_no_gradient() -> None:
@@ -117,11 +108,10 @@ def test_focal_weights_carry_no_gradient() -> None:
 
 def test_energy_follows_parseval() -> None:
     image = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    tiny_radius = 1e-3  # H = 1 everywhere but at the mean
     centred = image - image.mean(dim=(2, 3), keepdim=True)
-    assert torch.allclose(
-        high_frequency_energy(image, tiny_radius), centred.square().mean(dim=(1, 2, 3))
-    )
+    # With a tiny radius H is 1 everywhere but at the mean.
+    got = high_frequency_energy(image, radius=1e-3)
+    assert torch.allclose(got, centred.square().mean(dim=(1, 2, 3)))
 
 
 @settings(max_examples=20, deadline=None)
@@ -145,9 +135,7 @@ def test_gradients(loss) -> None:
 
 def test_gradient_at_equality_is_finite() -> None:
     focal = partial(fourier_loss, focal=1.0)
-    image = torch.rand(1, 3, 8, 8, requires_grad=True)
-    sum(
-        loss(image, image.detach())
-        for loss in (fourier_loss, amplitude_loss, fourier_similarity_loss, focal)
-    ).backward()
-    assert torch.isfinite(image.grad).all()
+    for loss in (fourier_loss, amplitude_loss, fourier_similarity_loss, focal):
+        image = torch.rand(1, 3, 8, 8, requires_grad=True)
+        loss(image, image.detach()).backward()
+        assert torch.isfinite(image.grad).all()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hipa_deploy.train.losses.gradient_balance import LARGEST, GradientBalance, gradient_scales
+from hipa_deploy.train.losses.gradient_balance import MAX_SCALE, GradientBalance, gradient_scales
 
 
 def test_scales_make_the_gradients_as_long_as_the_first() -> None:
@@ -15,18 +15,16 @@ def test_scales_make_the_gradients_as_long_as_the_first() -> None:
         (image - target).square().sum(),
     ]
     scales = gradient_scales(terms, image)
-    gradients = [
-        torch.autograd.grad(s * t, image, retain_graph=True)[0]
-        for s, t in zip(scales, terms, strict=True)
-    ]
     assert scales[0] == 1
-    assert all(g.norm() == pytest.approx(float(target.norm()), rel=1e-5) for g in gradients)
+    for scale, term in zip(scales, terms, strict=True):
+        (gradient,) = torch.autograd.grad(scale * term, image, retain_graph=True)
+        assert gradient.norm() == pytest.approx(float(target.norm()), rel=1e-5)
     assert scales[2] == pytest.approx(7 * float(scales[1]), rel=1e-5)
 
 
 def test_a_term_without_gradient_gets_the_largest_scale() -> None:
     image = torch.rand(1, 1, 2, 2, requires_grad=True)
-    assert gradient_scales([image.sum(), 0 * image.sum()], image).tolist() == [1, LARGEST]
+    assert gradient_scales([image.sum(), 0 * image.sum()], image).tolist() == [1, MAX_SCALE]
 
 
 def test_measures_at_every_nth_evaluation_and_never_without_gradient() -> None:

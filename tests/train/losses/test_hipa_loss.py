@@ -10,7 +10,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.edge import edge_loss, edge_similarity_loss
 from hipa_deploy.train.losses.frequency import amplitude_loss, fourier_loss, fourier_similarity_loss
-from hipa_deploy.train.losses.hipa_loss import HUBER, HipaLoss, hipa_loss, pseudo_huber
+from hipa_deploy.train.losses.hipa_loss import HUBER_C, HipaLoss, hipa_loss, pseudo_huber
 from hipa_deploy.train.recipes.recipe import DecoderLossSettings, LossSettings
 
 
@@ -31,7 +31,7 @@ def coarse(image: torch.Tensor) -> list[torch.Tensor]:
 
 
 def plain(**settings: Any) -> HipaLoss:
-    """DISTS without features."""
+    """A loss whose perceptual distance is DISTS of the image itself, without features."""
     return HipaLoss(LossSettings(**settings), DistsLike(lambda image: []))
 
 
@@ -47,8 +47,8 @@ def test_is_the_weighted_sum_of_its_terms(images, latents) -> None:
         + 5 * terms["latent"]
     )
     assert torch.allclose(total, expected)
-    warm, terms = loss.latent_only(*latents)
-    assert warm == terms["latent"] == F.mse_loss(*latents)
+    warmup, terms = loss.warmup_loss(*latents)
+    assert warmup == terms["latent"] == F.mse_loss(*latents)
 
 
 def test_every_setting_reaches_its_term(images, latents) -> None:
@@ -70,8 +70,8 @@ def test_every_setting_reaches_its_term(images, latents) -> None:
     assert terms["pixel"] == F.mse_loss(*images)
     assert terms["latent"] == pseudo_huber(*latents)
     assert terms["latent_hf"] == hf
-    rest = sum(terms[name] for name in ("perceptual", "fourier", "edge"))
-    expected = rest + 7 * terms["amplitude"] + 11 * terms["pixel"] + 2 * terms["latent"] + 13 * hf
+    expected = terms["perceptual"] + terms["fourier"] + terms["edge"]
+    expected += 7 * terms["amplitude"] + 11 * terms["pixel"] + 2 * terms["latent"] + 13 * hf
     assert torch.allclose(total, expected)
 
 
@@ -82,24 +82,24 @@ def test_similarity_takes_the_place_of_both_differences(images, latents) -> None
     assert terms["edge"] == edge_similarity_loss(*images, "laplacian")
 
 
-def test_what_has_no_weight_is_not_computed(images, latents) -> None:
-    _, terms = HipaLoss(LossSettings(perceptual="none", fourier_weight=0, latent_weight=0))(
-        *images, *latents
-    )
+def test_terms_without_weight_are_not_computed(images, latents) -> None:
+    loss = HipaLoss(LossSettings(perceptual="none", fourier_weight=0, latent_weight=0))
+    _, terms = loss(*images, *latents)
     assert terms.keys() == {"edge", "latent"}
-    latent = hipa_loss(LossSettings(perceptual_weight=0, hf_weight=0))
-    assert not latent.decodes
-    assert latent.of_latents(*latents)[0] == 0.05 * F.mse_loss(*latents)
-    assert latent(*images, *latents)[0] == 0.05 * F.mse_loss(*latents)
-    assert not hasattr(latent, "perceptual")
+    latent_terms = hipa_loss(LossSettings(perceptual_weight=0, hf_weight=0))
+    assert not latent_terms.needs_images
+    assert latent_terms.latent_loss(*latents)[0] == 0.05 * F.mse_loss(*latents)
+    assert latent_terms(*images, *latents)[0] == 0.05 * F.mse_loss(*latents)
+    assert not hasattr(latent_terms, "perceptual")
 
 
 def test_a_discriminator_judges_the_perceptual_maps(images, latents) -> None:
     loss = HipaLoss(LossSettings(adversarial_weight=5, hf_weight=0), DistsLike(coarse))
     total, terms = loss(*images, *latents)
-    maps, targets = ([image, *coarse(image)] for image in images)
-    assert terms["adversarial"] == loss.discriminator.adversarial(maps)
-    assert terms["discriminator"] == loss.discriminator.loss(maps, targets)
+    maps = [images[0], *coarse(images[0])]
+    target_maps = [images[1], *coarse(images[1])]
+    assert terms["adversarial"] == loss.discriminator.generator_loss(maps)
+    assert terms["discriminator"] == loss.discriminator.hinge_loss(maps, target_maps)
     expected = (
         terms["perceptual"]
         + 5 * terms["adversarial"]
@@ -107,16 +107,15 @@ def test_a_discriminator_judges_the_perceptual_maps(images, latents) -> None:
         + 0.05 * terms["latent"]
     )
     assert torch.allclose(total, expected)
-    assert loss.trained.keys() == {
-        f"discriminator.{name}" for name, _ in loss.discriminator.named_parameters()
-    }
-    assert loss.state.keys() == {f"loss.{name}" for name in loss.trained}
-    assert plain().trained == plain().state == {}
+    names = [f"discriminator.{name}" for name, _ in loss.discriminator.named_parameters()]
+    assert list(loss.trained_parameters) == names
+    assert list(loss.state) == [f"loss.{name}" for name in names]
+    assert plain().trained_parameters == plain().state == {}
 
 
 def test_a_decoders_loss_has_no_latents(images) -> None:
     loss = HipaLoss(DecoderLossSettings(perceptual="none", hf_weight=0))
-    total, terms = loss.of_images(*images)
+    total, terms = loss.image_loss(*images)
     assert total == terms["pixel"] == F.l1_loss(*images)
 
 
@@ -134,13 +133,14 @@ def test_a_loss_without_weights_is_refused(settings) -> None:
 
 def test_pseudo_huber_is_square_below_and_absolute_above() -> None:
     zero = torch.zeros(1).double()
-    assert pseudo_huber(zero + 1e-4, zero) == pytest.approx(1e-8 / (2 * HUBER), rel=1e-3)
-    assert pseudo_huber(zero + 100, zero) == pytest.approx(100 - HUBER, rel=1e-5)
+    assert pseudo_huber(zero + 1e-4, zero) == pytest.approx(1e-8 / (2 * HUBER_C), rel=1e-3)
+    assert pseudo_huber(zero + 100, zero) == pytest.approx(100 - HUBER_C, rel=1e-5)
     assert torch.autograd.gradcheck(lambda x: pseudo_huber(x, zero), zero.clone().requires_grad_())
 
 
 def test_balanced_terms_pull_as_their_weights_say(images) -> None:
-    image, target = images[0].requires_grad_(), images[1]
+    image = images[0].requires_grad_()
+    target = images[1]
     loss = plain(
         balance="gradient",
         perceptual_weight=2,
@@ -149,15 +149,12 @@ def test_balanced_terms_pull_as_their_weights_say(images) -> None:
         pixel_weight=0.25,
         latent_weight=0,
     )
-    total, terms = loss.of_images(image, target)
-    gradients = {
-        name: torch.autograd.grad(term, image, retain_graph=True)[0] for name, term in terms.items()
-    }
-    unit = gradients["perceptual"].norm()
-    pulls = {"perceptual": 2, "fourier": 3, "edge": 1.5, "pixel": 0.25}
-    expected = sum(
-        pull * unit * gradients[name] / gradients[name].norm() for name, pull in pulls.items()
-    )
+    total, terms = loss.image_loss(image, target)
+    (perceptual,) = torch.autograd.grad(terms["perceptual"], image, retain_graph=True)
+    expected = torch.zeros_like(image)
+    for name, weight in {"perceptual": 2, "fourier": 3, "edge": 1.5, "pixel": 0.25}.items():
+        (gradient,) = torch.autograd.grad(terms[name], image, retain_graph=True)
+        expected += weight * perceptual.norm() * gradient / gradient.norm()
     (got,) = torch.autograd.grad(total, image)
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-7)
     assert loss.state.keys() == {"loss.balance"}

@@ -10,16 +10,17 @@ from hipa_deploy.train.losses.lpips import LpipsLike, lpips_distance
 
 
 def test_orthogonal_features_have_the_closed_form() -> None:
-    # Unit vectors at a right angle differ by sqrt(2): D = w1 + w2, at every place; their lengths do not matter.
+    # Unit vectors at a right angle differ by sqrt(2), whatever the lengths before normalisation:
+    # D = w1 + w2 at every place.
     x, y = torch.zeros(2, 1, 2, 3, 3).double()
-    x[:, 0], y[:, 1] = 5, 0.1
+    x[:, 0] = 5
+    y[:, 1] = 0.1
     assert lpips_distance([x], [y]).item() == pytest.approx(2, rel=1e-5)
-    assert lpips_distance([x, x], [y, x], [torch.tensor([0.25, 0.5])] * 2).item() == pytest.approx(
-        0.75, rel=1e-5
-    )
+    heads = [torch.tensor([0.25, 0.5])] * 2
+    assert lpips_distance([x, x], [y, x], heads).item() == pytest.approx(0.75, rel=1e-5)
 
 
-def test_equal_images_are_at_distance_zero_and_blur_is_seen() -> None:
+def test_equal_images_are_at_distance_zero_and_blur_adds_distance() -> None:
     torch.manual_seed(0)
     image = F.interpolate(torch.rand(2, 3, 16, 16), size=64, mode="bicubic").clamp(0, 1)
     distance = LpipsLike()
@@ -36,7 +37,7 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda x: distance(x, target), image.requires_grad_())
 
 
-def test_gradient_where_features_vanish_is_finite() -> None:
+def test_gradient_is_finite_where_features_vanish() -> None:
     image = torch.zeros(1, 3, 4, 4, requires_grad=True)
     LpipsLike(lambda image: [image])(image, torch.rand(1, 3, 4, 4)).sum().backward()
     assert torch.isfinite(image.grad).all()

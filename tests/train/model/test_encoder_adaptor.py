@@ -1,4 +1,4 @@
-"""The adaptor's part on the VAE's encoder: trained, resumed, stored, loaded by diffusers, and what it refuses."""
+"""The adaptor's part on the VAE's encoder: training, resuming, storing, loading, refusing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hipa_deploy.models.adaptor_folder import (
     read_metadata,
     weights_sha256,
 )
-from hipa_deploy.train.data import teacher_pairs as pairs
+from hipa_deploy.train.data import teacher_pairs as teacher_pairs_module
 from hipa_deploy.train.data.source_images import folder_originals
 from hipa_deploy.train.evaluation.task_images import one_step_task_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
@@ -46,6 +46,7 @@ QUIET = Console(quiet=True)
 
 
 def upscaling(recipe: Recipe, **adaptor: int) -> Recipe:
+    """The recipe for super-resolution, with an adaptor of rank 2 on the encoder."""
     values = recipe.model_dump() | {"task": "upscale"}
     values["adaptor"] |= {"encoder_rank": 2} | adaptor
     return Recipe.model_validate(values)
@@ -53,17 +54,16 @@ def upscaling(recipe: Recipe, **adaptor: int) -> Recipe:
 
 @pytest.fixture(scope="module")
 def trained_once(model_dir: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Train once for all tests: the recipe is a fixture of each."""
+    """A function that trains once for all tests of this module, with the recipe of the first."""
     folders: list[Path] = []
 
     def train(recipe: Recipe) -> Path:
         if not folders:
             out = tmp_path_factory.mktemp("encoder") / "adaptor"
-            folders.append(
-                train_adaptor(
-                    upscaling(recipe), model_dir, out, cache=cache, device="cpu", console=QUIET
-                )
+            train_adaptor(
+                upscaling(recipe), model_dir, out, cache=cache, device="cpu", console=QUIET
             )
+            folders.append(out)
         return folders[0]
 
     return train
@@ -75,6 +75,7 @@ def folder(trained_once, recipe: Recipe) -> Path:
 
 
 def encoded(vae: AutoencoderKL) -> torch.Tensor:
+    """The encoder's latents of an example image."""
     image = torch.from_numpy(example_image(32, 32)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         return vae.encode(image).latent_dist.mean
@@ -87,43 +88,42 @@ def test_both_parts_are_trained_and_stored(folder: Path, model: DiffusionModel) 
     assert all(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
     assert read_metadata(folder).encoder_rank == 2
     plain = encoded(model.vae)
-    model.vae.load_lora_adapter(
-        str(folder), prefix=None, weight_name=ENCODER_WEIGHTS
-    )  # as a diffusers user would
+
+    # As a user of diffusers loads them; two files of weights in the folder do not confuse it.
+    model.vae.load_lora_adapter(str(folder), prefix=None, weight_name=ENCODER_WEIGHTS)
     adapted = encoded(model.vae)
     assert (adapted - plain).abs().max() > 1e-4
-    model.pipe.load_lora_weights(folder)  # two files of weights do not confuse it
+    model.pipe.load_lora_weights(folder)
 
 
-def test_the_encoder_changes_what_one_step_makes(
+def test_the_encoder_changes_the_image_of_one_step(
     folder: Path, model_dir: Path, tmp_path: Path
 ) -> None:
-    half = shutil.copytree(folder, tmp_path / "half") / ENCODER_WEIGHTS
-    save_file({name: torch.zeros_like(weight) for name, weight in read_weights(half).items()}, half)
+    without_encoder = shutil.copytree(folder, tmp_path / "without_encoder")
+    path = without_encoder / ENCODER_WEIGHTS
+    zeros = {name: torch.zeros_like(weight) for name, weight in read_weights(path).items()}
+    save_file(zeros, path)
     small = example_image(8, 8)[None]
-    whole, half = (
-        one_step_task_images(model_dir, f, "upscale", small, ["a"], [0])
-        for f in (folder, tmp_path / "half")
-    )
-    assert (whole != half).any()
+    images = one_step_task_images(model_dir, folder, "upscale", small, ["a"], [0])
+    others = one_step_task_images(model_dir, without_encoder, "upscale", small, ["a"], [0])
+    assert (images != others).any()
 
 
 def test_resumed_equals_unbroken(
     folder: Path, recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
 ) -> None:
     stop_after(3)
-    arguments = upscaling(recipe), model_dir, tmp_path / "broken"
+    broken = tmp_path / "broken"
+    options = {"cache": cache, "device": "cpu", "console": QUIET}
     with pytest.raises(HipaError, match="stopped at step 3 of 4"):
-        train_adaptor(*arguments, cache=cache, device="cpu", console=QUIET)
+        train_adaptor(upscaling(recipe), model_dir, broken, **options)
     stop_after(None)
-    train_adaptor(*arguments, cache=cache, device="cpu", console=QUIET)
+    train_adaptor(upscaling(recipe), model_dir, broken, **options)
     for name in (WEIGHTS, ENCODER_WEIGHTS):
-        assert not differences(
-            read_weights(tmp_path / "broken" / name), read_weights(folder / name)
-        )
+        assert not differences(read_weights(broken / name), read_weights(folder / name))
 
 
-def test_the_base_is_there_without_it(model: DiffusionModel) -> None:
+def test_without_adaptor_gives_the_base_encoder(model: DiffusionModel) -> None:
     plain = encoded(model.vae)
     add_encoder_adaptor(model.vae, 2, seed=0)
     assert torch.equal(encoded(model.vae), plain)  # B = 0
@@ -148,13 +148,12 @@ def test_training_starts_from_both_parts(folder: Path, model: DiffusionModel) ->
 def test_another_rank_is_refused(rank: int, folder: Path, model: DiffusionModel) -> None:
     if rank:
         add_encoder_adaptor(model.vae, rank, seed=0)
-    with pytest.raises(
-        HipaError, match=r"has encoder_rank 2, the recipe another. Set adaptor.encoder_rank = 2"
-    ):
+    expected = r"has encoder_rank 2, the recipe another. Set adaptor.encoder_rank = 2"
+    with pytest.raises(HipaError, match=expected):
         load_encoder_weights(model.vae, folder)
 
 
-def test_a_damaged_file_is_one_line(folder: Path, model: DiffusionModel, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused(folder: Path, model: DiffusionModel, tmp_path: Path) -> None:
     (tmp_path / ENCODER_WEIGHTS).write_bytes((folder / ENCODER_WEIGHTS).read_bytes()[:100])
     with pytest.raises(HipaError, match=rf"{ENCODER_WEIGHTS} cannot be loaded: "):
         attach_encoder_adaptor(model.vae, tmp_path)
@@ -162,7 +161,7 @@ def test_a_damaged_file_is_one_line(folder: Path, model: DiffusionModel, tmp_pat
         load_encoder_weights(model.vae, tmp_path)
 
 
-def test_what_is_not_finite_is_not_written(model: DiffusionModel, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_written(model: DiffusionModel, tmp_path: Path) -> None:
     add_encoder_adaptor(model.vae, 2, seed=0)
     with torch.no_grad():
         next(iter(adaptor_parameters(model.vae).values())).fill_(float("inf"))
@@ -171,32 +170,30 @@ def test_what_is_not_finite_is_not_written(model: DiffusionModel, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_tasks_have_no_use_for_it(recipe: Recipe) -> None:
-    with pytest.raises(
-        ValidationError, match=r"adaptor.encoder_rank is for the task upscale, this is generate"
-    ):
+def test_other_tasks_refuse_an_encoder_rank(recipe: Recipe) -> None:
+    expected = r"adaptor.encoder_rank is for the task upscale, this is generate"
+    with pytest.raises(ValidationError, match=expected):
         Recipe.model_validate(recipe.model_dump() | {"adaptor": {"encoder_rank": 2}})
 
 
-def test_the_prediction_counts_it(folder: Path, recipe: Recipe, model_dir: Path) -> None:
-    both, alone = (
-        plan_training(upscaling(recipe, encoder_rank=rank), model_dir) for rank in (2, 0)
-    )
-    stored = sum(
-        weight.numel()
-        for name in (WEIGHTS, ENCODER_WEIGHTS)
-        for weight in read_weights(folder / name).values()
-    )
+def test_the_predicted_cost_includes_the_encoder(
+    folder: Path, recipe: Recipe, model_dir: Path
+) -> None:
+    both = plan_training(upscaling(recipe, encoder_rank=2), model_dir)
+    alone = plan_training(upscaling(recipe, encoder_rank=0), model_dir)
+    stored = 0
+    for name in (WEIGHTS, ENCODER_WEIGHTS):
+        stored += sum(weight.numel() for weight in read_weights(folder / name).values())
     assert both.trainable == stored > alone.trainable
     assert both.parameters == alone.parameters
     assert both.warm_up.flops > alone.warm_up.flops
 
 
-def test_targets_do_not_learn_along(
+def test_targets_do_not_depend_on_the_encoder_adaptor(
     recipe: Recipe, model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where they do not fit in memory, and a step asks for them while the encoder learns."""
-    monkeypatch.setattr(pairs, "TABLE_BYTES", 0)
+    """Not even where they do not fit in memory, and are made anew while the encoder learns."""
+    monkeypatch.setattr(teacher_pairs_module, "TABLE_BYTES", 0)
     Image.fromarray(example_image(32, 32)).save(tmp_path / "a.png")
     originals, _ = folder_originals(model, tmp_path, [], QUIET)
     before = originals.latents(torch.tensor([0]))
@@ -211,31 +208,22 @@ def test_targets_do_not_learn_along(
 def test_with_everything_on_and_from_an_adaptor(
     folder: Path, recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path
 ) -> None:
-    more = {
+    changes = {
         "ema_decay": 0.5,
         "mixed_precision": "bf16",
         "micro_batch": 1,
         "gradient_checkpointing": True,
     }
-    chosen = upscaling(recipe).model_copy(update=more)
-    made = train_adaptor(
-        chosen,
-        model_dir,
-        tmp_path / "more",
-        initial_adaptor=folder,
-        cache=cache,
-        device="cpu",
-        console=QUIET,
-    )
-    assert differences(read_weights(made / ENCODER_WEIGHTS), read_weights(folder / ENCODER_WEIGHTS))
-    assert (
-        read_metadata(made).initial_sha256
-        == weights_sha256(folder)
-        != file_sha256(folder / WEIGHTS)
-    )
+    everything = upscaling(recipe).model_copy(update=changes)
+    out = tmp_path / "more"
+    options = {"initial_adaptor": folder, "cache": cache, "device": "cpu", "console": QUIET}
+    train_adaptor(everything, model_dir, out, **options)
+    assert differences(read_weights(out / ENCODER_WEIGHTS), read_weights(folder / ENCODER_WEIGHTS))
+    initial_sha256 = read_metadata(out).initial_sha256
+    assert initial_sha256 == weights_sha256(folder) != file_sha256(folder / WEIGHTS)
 
 
-def test_it_belongs_to_its_vae_and_comes_whole(
+def test_an_adaptor_is_refused_with_another_vae_or_without_its_encoder_file(
     folder: Path, model_dir: Path, tmp_path: Path
 ) -> None:
     other = shutil.copytree(model_dir, tmp_path / "model")
@@ -247,7 +235,6 @@ def test_it_belongs_to_its_vae_and_comes_whole(
         read_metadata(folder, other)
     shutil.copytree(folder, tmp_path / "half")
     (tmp_path / "half" / ENCODER_WEIGHTS).unlink()
-    with pytest.raises(
-        HipaError, match=rf"half lacks {ENCODER_WEIGHTS}, its part on the VAE's encoder"
-    ):
+    expected = rf"half lacks {ENCODER_WEIGHTS}, its part on the VAE's encoder"
+    with pytest.raises(HipaError, match=expected):
         read_metadata(tmp_path / "half")

@@ -17,7 +17,7 @@ from hipa_deploy.train.model.unet_adaptor import (
     adaptor_parameters,
     add_adaptor,
     attach_adaptor,
-    load_weights,
+    load_adaptor_weights,
     save_adaptor,
     without_adaptor,
 )
@@ -33,13 +33,22 @@ SD21_UNET = {
 
 def metadata_of(model: DiffusionModel, rank: int, alpha: float) -> AdaptorMetadata:
     return AdaptorMetadata(
-        base_unet_sha256=unet_sha256(model.folder), prompts_sha256="", rank=rank, alpha=alpha, targets=FULL,
-        timestep=999, prediction_type="epsilon", alpha_bar=0.00466, resolution=(32, 32), steps_trained=1, recipe={},
-    )  # fmt: skip
+        base_unet_sha256=unet_sha256(model.folder),
+        prompts_sha256="",
+        rank=rank,
+        alpha=alpha,
+        targets=FULL,
+        timestep=999,
+        prediction_type="epsilon",
+        alpha_bar=0.00466,
+        resolution=(32, 32),
+        steps_trained=1,
+        recipe={},
+    )
 
 
-def trained(model: DiffusionModel, rank: int = 2, alpha: float = 2) -> DiffusionModel:
-    """``model`` with an adaptor whose weights are all random: as if it had been trained."""
+def with_random_adaptor(model: DiffusionModel, rank: int = 2, alpha: float = 2) -> DiffusionModel:
+    """``model`` with an adaptor whose weights are all random, as after training."""
     add_adaptor(model.unet, targets=FULL, rank=rank, alpha=alpha, seed=0)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -48,7 +57,12 @@ def trained(model: DiffusionModel, rank: int = 2, alpha: float = 2) -> Diffusion
     return model
 
 
+def save(model: DiffusionModel, out: Path, alpha: float = 2) -> Path:
+    return save_adaptor(model.unet, metadata_of(model, 2, alpha), model.schedule, out)
+
+
 def output(model: DiffusionModel) -> torch.Tensor:
+    """The UNet's output for a fixed noise and prompt."""
     with torch.no_grad():
         return model.unet(model.noise([3]), 999, model.context(["a green pear"])).sample
 
@@ -64,21 +78,21 @@ def test_paper_preset_has_the_papers_parameter_count() -> None:
 def test_trains_the_adaptor_and_nothing_else(
     model: DiffusionModel, targets: tuple[str, ...]
 ) -> None:
-    modules = [
-        name
-        for name, _ in model.unet.named_modules()
-        if name.endswith(tuple(f".{t}" for t in targets))
-    ]
+    endings = tuple(f".{target}" for target in targets)
+    expected = set()
+    for name, _ in model.unet.named_modules():
+        if name.endswith(endings):
+            expected.add(f"{name}.lora_A.default.weight")
+            expected.add(f"{name}.lora_B.default.weight")
     before = output(model)
     add_adaptor(model.unet, targets=targets, rank=2, alpha=2, seed=0)
-    expected = {f"{name}.lora_{half}.default.weight" for name in modules for half in "AB"}
     assert adaptor_parameters(model.unet).keys() == expected
     assert torch.equal(output(model), before)  # B = 0
 
 
 def test_base_function_without_the_adaptor(model: DiffusionModel) -> None:
     before = output(model)
-    weights = adaptor_parameters(trained(model).unet)
+    weights = adaptor_parameters(with_random_adaptor(model).unet)
     after = output(model)
     with without_adaptor(model.unet):
         assert torch.equal(output(model), before)
@@ -86,15 +100,15 @@ def test_base_function_without_the_adaptor(model: DiffusionModel) -> None:
     assert adaptor_parameters(model.unet).keys() == weights.keys()
 
 
-def test_start_depends_on_the_seed_alone(model_dir: Path) -> None:
-    def start(seed: int) -> torch.Tensor:
+def test_initial_weights_depend_on_the_seed_alone(model_dir: Path) -> None:
+    def initial_weights(seed: int) -> torch.Tensor:
         model = DiffusionModel.load(model_dir, "cpu")
         torch.randn(seed + 3)
         add_adaptor(model.unet, targets=PAPER, rank=2, alpha=2, seed=seed)
         return torch.cat([weight.flatten() for weight in adaptor_parameters(model.unet).values()])
 
-    assert torch.equal(start(0), start(0))
-    assert not torch.equal(start(0), start(1))
+    assert torch.equal(initial_weights(0), initial_weights(0))
+    assert not torch.equal(initial_weights(0), initial_weights(1))
 
 
 def test_target_without_a_layer_is_refused(model: DiffusionModel) -> None:
@@ -106,10 +120,8 @@ def test_target_without_a_layer_is_refused(model: DiffusionModel) -> None:
 def test_diffusers_loads_what_was_trained(
     model: DiffusionModel, tmp_path: Path, alpha: float
 ) -> None:
-    expected = output(trained(model, alpha=alpha))
-    folder = save_adaptor(
-        model.unet, metadata_of(model, 2, alpha), model.schedule, tmp_path / "adaptor"
-    )
+    expected = output(with_random_adaptor(model, alpha=alpha))
+    folder = save(model, tmp_path / "adaptor", alpha)
     fresh = DiffusionModel.load(model.folder, "cpu")
     assert not torch.allclose(output(fresh), expected, atol=1e-3)
     fresh.pipe.load_lora_weights(folder)
@@ -117,39 +129,30 @@ def test_diffusers_loads_what_was_trained(
     attached = DiffusionModel.load(model.folder, "cpu")
     attach_adaptor(attached.unet, folder)
     assert torch.allclose(output(attached), expected, atol=1e-6)
-    assert {path.name for path in folder.iterdir()} == {
-        METADATA,
-        "pytorch_lora_weights.safetensors",
-        "scheduler",
-    }
-    assert (
-        json.loads((folder / "scheduler/scheduler_config.json").read_text())["set_alpha_to_one"]
-        is True
-    )
+    files = {METADATA, "pytorch_lora_weights.safetensors", "scheduler"}
+    assert {path.name for path in folder.iterdir()} == files
+    scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    assert scheduler["set_alpha_to_one"] is True
 
 
-def test_training_goes_on_from_a_folder(model: DiffusionModel, tmp_path: Path) -> None:
-    expected = output(trained(model))
-    folder = save_adaptor(
-        model.unet, metadata_of(model, 2, 2), model.schedule, tmp_path / "adaptor"
-    )
+def test_training_continues_from_a_folder(model: DiffusionModel, tmp_path: Path) -> None:
+    expected = output(with_random_adaptor(model))
+    folder = save(model, tmp_path / "adaptor")
     fresh = DiffusionModel.load(model.folder, "cpu")
     add_adaptor(fresh.unet, targets=FULL, rank=2, alpha=2, seed=9)
-    load_weights(fresh.unet, folder)
+    load_adaptor_weights(fresh.unet, folder)
     assert torch.equal(output(fresh), expected)
 
 
 @pytest.mark.parametrize(("targets", "rank", "alpha"), [(PAPER, 2, 2), (FULL, 4, 4), (FULL, 2, 1)])
-def test_training_refuses_another_shape(
+def test_training_refuses_another_preset_rank_or_alpha(
     model: DiffusionModel, tmp_path: Path, targets: tuple[str, ...], rank: int, alpha: float
 ) -> None:
-    folder = save_adaptor(
-        trained(model).unet, metadata_of(model, 2, 2), model.schedule, tmp_path / "adaptor"
-    )
+    folder = save(with_random_adaptor(model), tmp_path / "adaptor")
     fresh = DiffusionModel.load(model.folder, "cpu")
     add_adaptor(fresh.unet, targets=targets, rank=rank, alpha=alpha, seed=0)
     with pytest.raises(HipaError, match="another preset, rank or alpha"):
-        load_weights(fresh.unet, folder)
+        load_adaptor_weights(fresh.unet, folder)
 
 
 def test_broken_folders_are_refused(
@@ -157,16 +160,14 @@ def test_broken_folders_are_refused(
 ) -> None:
     with pytest.raises(HipaError, match=r"has no hipa_adaptor.json"):
         read_metadata(tmp_path)
-    folder = save_adaptor(
-        trained(model).unet, metadata_of(model, 2, 2), model.schedule, tmp_path / "adaptor"
-    )
+    folder = save(with_random_adaptor(model), tmp_path / "adaptor")
     assert read_metadata(folder, model.folder).rank == 2
     with pytest.raises(HipaError, match="trained on another base model"):
         read_metadata(folder, v_model_dir)
     weights = folder / "pytorch_lora_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
     with pytest.raises(HipaError, match="cannot be read"):
-        load_weights(model.unet, folder)
+        load_adaptor_weights(model.unet, folder)
     with pytest.raises(HipaError, match="cannot be loaded"):
         attach_adaptor(model.unet, folder)
     (folder / METADATA).write_text("{}")
@@ -174,14 +175,16 @@ def test_broken_folders_are_refused(
         read_metadata(folder)
 
 
-def test_nothing_is_written_over_or_half(model: DiffusionModel, tmp_path: Path) -> None:
-    trained(model)
+def test_nothing_is_overwritten_and_nothing_is_half_written(
+    model: DiffusionModel, tmp_path: Path
+) -> None:
+    with_random_adaptor(model)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     with pytest.raises(HipaError, match="is not empty"):
-        save_adaptor(model.unet, metadata_of(model, 2, 2), model.schedule, tmp_path / "full")
+        save(model, tmp_path / "full")
     with torch.no_grad():
         next(iter(adaptor_parameters(model.unet).values())).fill_(float("nan"))
     with pytest.raises(HipaError, match="is not finite"):
-        save_adaptor(model.unet, metadata_of(model, 2, 2), model.schedule, tmp_path / "new")
+        save(model, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

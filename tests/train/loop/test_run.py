@@ -1,0 +1,129 @@
+"""The training loop and the run folder, driven by train_adaptor."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.train import train_adaptor as train_adaptor_module
+from hipa_deploy.train.loop.run import Run, batch_rows
+from hipa_deploy.train.model.unet_adaptor import WEIGHTS
+from hipa_deploy.train.recipes.recipe import Recipe
+from hipa_deploy.train.train_adaptor import train_adaptor
+from tests.weights import differences, read_weights
+
+QUIET = Console(file=io.StringIO())
+
+
+def train(recipe: Recipe, model_dir: Path, out: Path, cache: Path) -> dict[str, torch.Tensor]:
+    """The adaptor's weights after training."""
+    folder = train_adaptor(recipe, model_dir, out, cache=cache, console=QUIET, device="cpu")
+    return read_weights(folder / WEIGHTS)
+
+
+def read_step(run_folder: Path) -> int:
+    """The step of a run folder's checkpoint."""
+    return torch.load(run_folder / "state.pt", weights_only=True)["step"]
+
+
+@pytest.fixture
+def stopped_run(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after) -> Path:
+    """The checkpoint of a run to ``tmp_path / "adaptor"`` that was stopped after one step."""
+    stop_after(1)
+    with pytest.raises(HipaError, match="stopped"):
+        train(recipe, model_dir, tmp_path / "adaptor", cache)
+    stop_after(None)
+    return tmp_path / "adaptor.run" / "state.pt"
+
+
+def test_batches_depend_on_seed_and_step() -> None:
+    assert torch.equal(batch_rows(100, 8, 0, 5), batch_rows(100, 8, 0, 5))
+    assert not torch.equal(batch_rows(100, 8, 0, 5), batch_rows(100, 8, 0, 6))
+    assert len(set(batch_rows(8, 8, 0, 0).tolist())) == 8
+    assert len(batch_rows(2, 8, 0, 0)) == 8
+
+
+def test_files_of_a_run_folder(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    train(recipe, model_dir, tmp_path / "adaptor", cache)
+    run = tmp_path / "adaptor.run"
+    samples = run / "samples"
+    assert {path.name for path in run.iterdir()} == {"state.pt", "samples", "tensorboard"}
+    expected = {"step-00000002.png", "step-00000004.png"}
+    assert {path.name for path in samples.iterdir()} == expected
+    assert Image.open(samples / "step-00000004.png").size == (3 * 34, 2 * 34)
+
+
+def test_another_recipe_does_not_resume(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stopped_run: Path
+) -> None:
+    loss = recipe.loss.model_copy(update={"hf_weight": 2.0})
+    changed = recipe.model_copy(update={"loss": loss})
+    with pytest.raises(HipaError, match=r"another recipe: loss.hf_weight was 1.0, is 2.0"):
+        train(changed, model_dir, tmp_path / "adaptor", cache)
+    stopped_run.write_bytes(b"PK")
+    with pytest.raises(HipaError, match="is damaged"):
+        train(recipe, model_dir, tmp_path / "adaptor", cache)
+
+
+def test_a_run_older_than_a_setting_resumes(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stopped_run: Path
+) -> None:
+    state = torch.load(stopped_run, weights_only=True)
+    identity = json.loads(state["identity"])
+    del identity["recipe"]["adaptor"]["encoder_rank"]
+    torch.save(state | {"identity": json.dumps(identity)}, stopped_run)
+    assert train(recipe, model_dir, tmp_path / "adaptor", cache)
+
+
+def test_divergence_stops_and_keeps_the_checkpoint(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch
+) -> None:
+    original = train_adaptor_module.task_latents
+    calls = []
+
+    def explode_in_step_3(*args: Any, **constants: Any) -> torch.Tensor:
+        calls.append(1)
+        latents = original(*args, **constants)
+        # The calls: base samples, step 1, step 2, samples, step 3.
+        return latents * float("nan") if len(calls) == 5 else latents
+
+    monkeypatch.setattr(train_adaptor_module, "task_latents", explode_in_step_3)
+    expected = r"diverged: loss nan.*at step 3. The checkpoint of step 2 is kept"
+    with pytest.raises(HipaError, match=expected):
+        train(recipe, model_dir, tmp_path / "adaptor", cache)
+    assert read_step(tmp_path / "adaptor.run") == 2
+    assert not (tmp_path / "adaptor").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch
+) -> None:
+    original = Run.accumulate
+    scratch = tmp_path / "adaptor.run" / "state.tmp"
+
+    def fill_disk(run: Run, *arguments: Any) -> dict[str, float]:
+        # The next checkpoint goes to a device where every write fails as on a full disk.
+        if run.step == 3:
+            scratch.symlink_to("/dev/full")
+        return original(run, *arguments)
+
+    monkeypatch.setattr(Run, "accumulate", fill_disk)
+    expected = r"state.pt cannot be written: .*The checkpoint of step 2 is kept"
+    with pytest.raises(HipaError, match=expected):
+        train(recipe, model_dir, tmp_path / "adaptor", cache)
+    assert read_step(tmp_path / "adaptor.run") == 2
+    assert not scratch.is_symlink()
+
+    monkeypatch.undo()
+    unbroken = train(recipe, model_dir, tmp_path / "unbroken", cache)
+    assert not differences(train(recipe, model_dir, tmp_path / "adaptor", cache), unbroken)
