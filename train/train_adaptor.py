@@ -98,7 +98,7 @@ def train_adaptor(
         return task_latents(
             unet,
             recipe.task,
-            examples.given(rows),
+            examples.step_inputs(rows),
             examples.context(rows),
             timestep_B=timestep_B,
             alpha_bar=alpha_bar_T[timestep_B].view(-1, 1, 1, 1),
@@ -107,7 +107,7 @@ def train_adaptor(
         )
 
     def student_images(rows: Tensor) -> Tensor:
-        return examples.whole(decode(student_latents(rows)), rows)
+        return examples.composite(decode(student_latents(rows)), rows)
 
     # The columns of the sample grid that stay: source, if there is one; target; the base model.
     shown = torch.arange(min(recipe.samples, examples.count))
@@ -123,7 +123,10 @@ def train_adaptor(
         if not loss.decodes:
             return loss.of_latents(latents, target_latents)
         return loss(
-            examples.whole(decode(latents), rows), examples.images(rows), latents, target_latents
+            examples.composite(decode(latents), rows),
+            examples.images(rows),
+            latents,
+            target_latents,
         )
 
     @torch.no_grad()

@@ -30,7 +30,12 @@ from hipa_deploy.models.decoder_folder import (
     DecoderMetadata,
     vae_sha256,
 )
-from hipa_deploy.train.data.teacher_pairs import Rows, lookup, prompt_order, stream_noise
+from hipa_deploy.train.data.teacher_pairs import (
+    RowFunction,
+    cached_rows,
+    prompt_order,
+    stream_noise,
+)
 from hipa_deploy.train.evaluation.quality import CHUNK, paired_distance
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.run import Run, loss_state, new_optimizer, run_steps
@@ -133,8 +138,8 @@ class Examples:
     [0, 1], multiples of 1 / 255.
     """
 
-    latents: Rows
-    images: Rows
+    latents: RowFunction
+    images: RowFunction
     count: int
 
 
@@ -153,7 +158,7 @@ def draw_latents(
     count: int,
     seed: int,
     stream: int,
-) -> Rows:
+) -> RowFunction:
     """Rows int64 [B] -> one-step latents float32 [B, C, h, w]: every prompt equally often, noise from the stream."""
     prompt_N = prompt_order(len(prompts), count, seed)
 
@@ -165,7 +170,7 @@ def draw_latents(
     return latents
 
 
-def perturbed(model: DiffusionModel, latents: Rows, recipe: DecoderRecipe) -> Rows:
+def perturbed(model: DiffusionModel, latents: RowFunction, recipe: DecoderRecipe) -> RowFunction:
     """The same latents; a share of the rows, the same at every call, with Gaussian noise on top."""
     settings = recipe.latents
     draws = np.random.default_rng((recipe.seed, PERTURBATION)).random(settings.count)
@@ -178,14 +183,16 @@ def perturbed(model: DiffusionModel, latents: Rows, recipe: DecoderRecipe) -> Ro
     return rows_with_noise
 
 
-def decode_once(model: DiffusionModel, latents: Rows, count: int, console: Console) -> Examples:
+def decode_once(
+    model: DiffusionModel, latents: RowFunction, count: int, console: Console
+) -> Examples:
     """Make all latents and images now if they fit in memory; otherwise each time they are asked for."""
-    table = lookup("latents", lambda rows: latents(torch.tensor(rows)), count, console)
+    table = cached_rows("latents", lambda rows: latents(torch.tensor(rows)), count, console)
 
     def images(rows: list[int]) -> Tensor:
         return to_uint8(model.decode(table(torch.tensor(rows))))
 
-    targets = lookup("full decoder", images, count, console)
+    targets = cached_rows("full decoder", images, count, console)
     return Examples(table, lambda rows: to_float(targets(rows)).to(model.device), count)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from hipa_deploy.files import refuse_to_overwrite
 from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.models.adaptor_folder import AdaptorMetadata, unet_sha256
-from hipa_deploy.train.data.teacher_pairs import Pairs, Rows, prompt_contexts, teacher_pairs
+from hipa_deploy.train.data.teacher_pairs import Pairs, RowFunction, prompt_contexts, teacher_pairs
 from hipa_deploy.train.loop.run import run_steps
 from hipa_deploy.train.losses.hipa_loss import Terms
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
@@ -58,7 +58,7 @@ class Student:
     recipe: Recipe
     model: DiffusionModel
     pairs: Pairs
-    context: Rows
+    context: RowFunction
     metadata: AdaptorMetadata
     alpha_bar_T: Tensor
     empty_1LD: Tensor

@@ -23,7 +23,7 @@ from hipa_deploy.models.adaptor_folder import (
     weights_sha256,
 )
 from hipa_deploy.train.data import teacher_pairs as pairs
-from hipa_deploy.train.data.source_images import folder_originals
+from hipa_deploy.train.data.source_images import folder_source_images
 from hipa_deploy.train.evaluation.task_images import one_step_task_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.encoder_adaptor import (
@@ -198,7 +198,7 @@ def test_targets_do_not_learn_along(
     """Also where they do not fit in memory, and a step asks for them while the encoder learns."""
     monkeypatch.setattr(pairs, "TABLE_BYTES", 0)
     Image.fromarray(example_image(32, 32)).save(tmp_path / "a.png")
-    originals, _ = folder_originals(model, tmp_path, [], QUIET)
+    originals, _ = folder_source_images(model, tmp_path, [], QUIET)
     before = originals.latents(torch.tensor([0]))
     add_encoder_adaptor(model.vae, 2, seed=0)
     for weight in adaptor_parameters(model.vae).values():
