@@ -37,7 +37,7 @@ from hipa_deploy.train.model.unet_adaptor import (
     trained_parameters,
     without_adaptor,
 )
-from hipa_deploy.train.prediction.training_cost import plan_training
+from hipa_deploy.train.prediction.training_cost import predict_training
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 from tests.weights import differences, read_weights
@@ -180,7 +180,7 @@ def test_other_tasks_have_no_use_for_it(recipe: Recipe) -> None:
 
 def test_the_prediction_counts_it(folder: Path, recipe: Recipe, model_dir: Path) -> None:
     both, alone = (
-        plan_training(upscaling(recipe, encoder_rank=rank), model_dir) for rank in (2, 0)
+        predict_training(upscaling(recipe, encoder_rank=rank), model_dir) for rank in (2, 0)
     )
     stored = sum(
         weight.numel()
