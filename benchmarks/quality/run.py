@@ -10,8 +10,8 @@ Commands, from the repository's root::
     python benchmarks/quality/run.py --out report --only hipa  # one item, if what it needs is done
     python benchmarks/quality/run.py --out quick --quick       # shows that it runs
 
-Expected time: hours for the full run (``--plan`` prints how many, on two idle AVX-512 cores); some
-minutes with ``--quick``, whose numbers mean nothing.
+Expected time: about 29 hours for the full run on two idle AVX-512 cores (``--plan`` prints what is
+left); some minutes with ``--quick``, whose numbers mean nothing.
 
 Every item is a process of its own and resumes where it was stopped; an item with a
 runs/NAME/result.json is not repeated. Teacher pairs come from the cache that hipa-train uses.
