@@ -134,7 +134,7 @@ def train_adaptor(
         return task_latents(
             unet,
             recipe.task,
-            examples.given(rows),
+            examples.step_inputs(rows),
             examples.context(rows),
             timestep_B=timestep_B,
             alpha_bar=alpha_bar_T[timestep_B].view(-1, 1, 1, 1),
@@ -144,7 +144,7 @@ def train_adaptor(
 
     def student_images(rows: Tensor) -> Tensor:
         """The student's images [B, 3, H, W], in [0, 1] but for overshoot."""
-        return examples.whole(decode(student_latents(rows)), rows)
+        return examples.composite(decode(student_latents(rows)), rows)
 
     # The columns of the sample grid that stay the same: source image, target, base model. They are
     # made once, before the first step, while they still cost nothing but a forward pass.
@@ -167,7 +167,7 @@ def train_adaptor(
             return loss.warmup_loss(latents, target_latents)
         if not loss.needs_images:
             return loss.latent_loss(latents, target_latents)
-        images = examples.whole(decode(latents), rows)
+        images = examples.composite(decode(latents), rows)
         return loss(images, examples.images(rows), latents, target_latents)
 
     @torch.no_grad()

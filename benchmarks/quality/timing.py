@@ -1,4 +1,7 @@
-"""What a training costs: time between the ends of its steps, added up over its sittings."""
+"""What a training costs: the time between the ends of its steps, summed over its sittings.
+
+A sitting is one start of a training; a training that was stopped and resumed has several.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import write_file
-from hipa_deploy.train import train_adaptor as loop
+from hipa_deploy.train import train_adaptor as adaptor_training
 from hipa_deploy.train.loop.run import Run
 
 FILE = "time.json"
@@ -20,7 +23,14 @@ FILE = "time.json"
 
 @dataclass
 class StepTime:
-    """``steps`` timed ones took ``wall`` seconds and ``cpu`` processor seconds (of all threads)."""
+    """The time of the steps that were timed.
+
+    Attributes:
+        steps: How many steps were timed.
+        wall: Their seconds.
+        cpu: Their processor seconds, of all threads.
+
+    """
 
     steps: int = 0
     wall: float = 0.0
@@ -31,15 +41,21 @@ class StepTime:
 
 
 class TimedRun(Run):
-    """A run that writes time.json beside its checkpoint, and goes on from there when it is resumed.
+    """A run that writes time.json beside its checkpoint and continues it when it is resumed.
 
-    A sitting's first step is not timed (nothing marks its beginning), nor is what happens outside of steps.
+    The first step of a sitting is not timed, since nothing marks its beginning. Work between steps
+    (checkpoints, sample grids) is not timed either.
+
+    Attributes:
+        spent: The time of all steps up to now.
+        last_step_end: Wall and processor seconds at the end of the last step; None before one.
+
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self.spent = StepTime()
-        self.marks: tuple[float, float] | None = None
+        self.last_step_end: tuple[float, float] | None = None
 
     def resume(self) -> None:
         super().resume()
@@ -49,37 +65,42 @@ class TimedRun(Run):
 
     def take_step(self, loss: float) -> dict[str, float]:
         record = super().take_step(loss)
-        now = time.perf_counter(), time.process_time()
-        if self.marks:
-            self.spent += StepTime(1, now[0] - self.marks[0], now[1] - self.marks[1])
-        self.marks = now
+        wall = time.perf_counter()
+        cpu = time.process_time()
+        if self.last_step_end:
+            last_wall, last_cpu = self.last_step_end
+            self.spent += StepTime(1, wall - last_wall, cpu - last_cpu)
+        self.last_step_end = (wall, cpu)
         return record
 
     def save(self) -> None:
         super().save()
         write_file(self.folder / FILE, json.dumps(asdict(self.spent)).encode())
-        self.marks = time.perf_counter(), time.process_time()  # saving is no step
+        # Saving is no part of the next step.
+        self.last_step_end = (time.perf_counter(), time.process_time())
 
 
 @contextmanager
 def timed_training() -> Iterator[None]:
     """Inside the block ``train_adaptor`` uses a TimedRun."""
-    original, loop.Run = loop.Run, TimedRun  # type: ignore[misc]
+    original = adaptor_training.Run
+    adaptor_training.Run = TimedRun  # type: ignore[misc]
     try:
         yield
     finally:
-        loop.Run = original  # type: ignore[misc]
+        adaptor_training.Run = original  # type: ignore[misc]
 
 
 def spent_in(run_folder: Path) -> StepTime:
-    """The time of every run below a run folder.
+    """The time of all runs below a run folder.
 
     Raises:
-        HipaError: none was timed.
+        HipaError: No step was timed.
 
     """
-    times = [StepTime(**json.loads(path.read_text())) for path in sorted(run_folder.rglob(FILE))]
-    total = sum(times, StepTime())
+    total = StepTime()
+    for path in sorted(run_folder.rglob(FILE)):
+        total += StepTime(**json.loads(path.read_text()))
     if not total.steps:
         raise HipaError(
             f"{run_folder}: no step was timed. Expected a run of at least two steps in one sitting."

@@ -1,11 +1,15 @@
-"""What one step is compared with: diffusers' own multi-step pipelines on the same base model, bicubic, and a control.
+"""The baselines of the tasks: diffusers' multi-step pipelines, bicubic enlarging, and a control.
 
-Each baseline is a function of the same arguments, uint8 [N, H, W, 3] in and out, and gives the same images again: DDIM
-with trailing timesteps, and a generator for each image from its seed. Import it as ``benchmarks.tasks.baselines``.
+All of them use the same base model as the one step they are compared with, and have the same
+arguments and results: uint8 [N, H, W, 3] in and out. Equal calls return equal images: DDIM with
+trailing timesteps, and a generator for each image from its seed.
 
-The pipelines are used as they are, with two differences that keep the comparison fair. Inpainting gets the image with
-its hole already hidden, since the VAE carries what was there into the latents around it, and a mask of whole latent
-cells, since diffusers takes only the nearest pixel of each: our one step gets the same. The safety checker is off.
+The pipelines are used as they are, with two differences that keep the comparison fair; our one step
+gets the same. The image to inpaint has its hole already hidden, since the VAE carries what was
+there into the latents around it. The mask consists of whole latent cells, since diffusers looks
+only at the nearest pixel of each cell. The safety checker is off.
+
+Shapes: N images, H, W image size in pixels.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ from hipa_deploy.train.evaluation.quality import teacher_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
-CHUNK = 16
+CHUNK = 16  # images that go through a pipeline at once
+# The parts of a pipeline; those that the base model's folder does not have are None.
 PARTS = (
     "vae",
     "text_encoder",
@@ -42,22 +47,27 @@ PARTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Of a multi-step baseline; bicubic looks at ``scale`` alone."""
+    """The settings of a baseline; bicubic enlarging uses ``scale`` alone."""
 
     steps: int = 25
-    """Of the whole schedule: the UNet runs int(steps * strength) times (twice with guidance)."""
+    """Steps of the whole schedule; the UNet runs int(steps * strength) times (guided: twice)."""
     guidance: float = 5.0
     """Classifier-free guidance; 1 turns it off."""
     strength: float = 1.0
-    """How much of the schedule is run, in (0, 1]: 1 for inpainting, about 0.3 for super-resolution."""
+    """Share of the schedule that is run, in (0, 1]: 1 for inpainting, about 0.3 for
+    super-resolution."""
     scale: int = 4
-    """Super-resolution: how many times larger each way."""
+    """Of super-resolution: how many times larger each way."""
     feather: int | None = None
-    """Inpainting: composite over the original with this feather, in pixels; None: as the pipeline leaves it."""
+    """Of inpainting: composite the result over the original with this feather in pixels; None
+    returns the pipeline's own result."""
 
 
 class Baseline(Protocol):
-    """Images and masks (None where the task has none) of one size, a prompt and a seed for each."""
+    """A baseline: images and masks (None where the task has none), a prompt and a seed for each.
+
+    All images of a call have one size.
+    """
 
     def __call__(
         self,
@@ -78,11 +88,11 @@ def edit_img2img(
     seeds: Sequence[int],
     settings: Settings,
 ) -> np.ndarray:
-    """SDEdit (Meng et al. 2022) as StableDiffusionImg2ImgPipeline does it; masks are not looked at.
+    """SDEdit (Meng et al. 2022) as StableDiffusionImg2ImgPipeline does it; masks are ignored.
 
     Raises:
-        HipaError: unequal numbers of images, prompts and seeds, images that are no multiple of the latent cells, or a
-            strength that leaves no step.
+        HipaError: Unequal numbers of images, prompts and seeds, image sides that are no multiples
+            of the latent cells, or a strength that leaves no step.
 
     """
     pipe = _pipeline(StableDiffusionImg2ImgPipeline, model_dir)
@@ -98,10 +108,12 @@ def inpaint_pipeline(
     seeds: Sequence[int],
     settings: Settings,
 ) -> np.ndarray:
-    """StableDiffusionInpaintPipeline: with a 4-channel UNet the known latents are blended in after every step.
+    """Inpainting as StableDiffusionInpaintPipeline does it.
+
+    With a 4-channel UNet the pipeline blends in the known latents after every step.
 
     Raises:
-        HipaError: as ``edit_img2img``, or not one mask for each image.
+        HipaError: As ``edit_img2img``, or not one mask for each image.
 
     """
     pipe = _pipeline(StableDiffusionInpaintPipeline, model_dir)
@@ -110,23 +122,27 @@ def inpaint_pipeline(
     if masks_NHW is None or masks_NHW.shape != images_NHWC.shape[:3]:
         got = "no masks" if masks_NHW is None else f"masks of shape {masks_NHW.shape}"
         raise HipaError(
-            f"{got} for images of shape {images_NHWC.shape}. Expected one mask [H, W] for each image."
+            f"{got} for images of shape {images_NHWC.shape}. "
+            "Expected one mask [H, W] for each image."
         )
-    pairs = list(zip(images_NHWC, masks_NHW, strict=True))
-    hidden = np.stack([hide_hole(image, mask) for image, mask in pairs])
-    cells = np.stack(
-        [np.kron(latent_mask(mask, factor)[0], np.ones((factor, factor))) for _, mask in pairs]
-    )
-    whole = {"image": hidden, "mask_image": (cells * 255).astype(np.uint8)}
-    made = _run(pipe, whole, prompts, seeds, settings)
+
+    # The hole is hidden and the mask is extended to whole latent cells, as for our one step.
+    hidden = []
+    cell_masks = []
+    for image, mask in zip(images_NHWC, masks_NHW, strict=True):
+        cells_HW = latent_mask(mask, factor)[0]
+        hidden.append(hide_hole(image, mask))
+        cell_masks.append(np.kron(cells_HW, np.ones((factor, factor))))
+    masks_uint8 = (np.stack(cell_masks) * 255).astype(np.uint8)
+    arrays = {"image": np.stack(hidden), "mask_image": masks_uint8}
+    made = _run(pipe, arrays, prompts, seeds, settings)
     if settings.feather is None:
         return made
-    return np.stack(
-        [
-            composite(m, image, mask, settings.feather)
-            for m, (image, mask) in zip(made, pairs, strict=True)
-        ]
-    )
+
+    finished = []
+    for result, image, mask in zip(made, images_NHWC, masks_NHW, strict=True):
+        finished.append(composite(result, image, mask, settings.feather))
+    return np.stack(finished)
 
 
 def upscale_img2img(
@@ -137,15 +153,17 @@ def upscale_img2img(
     seeds: Sequence[int],
     settings: Settings,
 ) -> np.ndarray:
-    """Bicubic, then img2img at a low strength, so that the prior adds the detail: uint8 [N, scale H, scale W, 3].
+    """Bicubic enlarging, then img2img at a low strength, so that the model adds the detail.
+
+    Returns:
+        uint8 [N, scale H, scale W, 3].
 
     Raises:
-        HipaError: as ``edit_img2img``; the enlarged images are the ones to be whole latent cells.
+        HipaError: As ``edit_img2img``, for the enlarged images.
 
     """
-    return edit_img2img(
-        model_dir, _bicubic(images_NHWC, settings.scale), masks_NHW, prompts, seeds, settings
-    )
+    enlarged_NHWC = _bicubic(images_NHWC, settings.scale)
+    return edit_img2img(model_dir, enlarged_NHWC, masks_NHW, prompts, seeds, settings)
 
 
 def upscale_bicubic(
@@ -168,13 +186,14 @@ def prompt_alone(
     seeds: Sequence[int],
     settings: Settings,
 ) -> np.ndarray:
-    """A control: what the model makes of the prompt at its own size, without a look at the image.
+    """A control: what the model makes of the prompt at its own size, without seeing the image.
 
-    Where this comes as near to the truth as a task's method does, the truth says nothing about the task: a small model
-    that knows its prompts by heart makes nearly one image of each, whatever the noise.
+    Where the control comes as near to the truth as a task's method does, the truth says nothing
+    about the task. This can happen: a small model that knows its prompts by heart makes nearly the
+    same image of a prompt, whatever the noise.
 
     Raises:
-        HipaError: unequal numbers of prompts and seeds.
+        HipaError: Unequal numbers of prompts and seeds.
 
     """
     teacher = TeacherSettings(steps=settings.steps, guidance=settings.guidance, pairs=len(seeds))
@@ -191,14 +210,14 @@ BASELINES: dict[str, Baseline] = {
 
 
 def unet_calls(settings: Settings) -> int:
-    """How often the pipelines run the UNet for an image, the two halves of guidance counted as one."""
+    """UNet calls of a pipeline for one image; the two halves of guidance count as one call."""
     return min(int(settings.steps * settings.strength), settings.steps)
 
 
 def _pipeline(kind: Any, model_dir: Path) -> Any:
     """A pipeline of this kind on the parts of a DiffusionModel, with the teacher's scheduler."""
     model = DiffusionModel.load(model_dir)
-    # trailing timesteps take no offset; the pipelines warn of any but 1
+    # Trailing timesteps use no offset, but the pipelines warn of any value other than 1.
     scheduler = teacher_scheduler({**model.schedule, "steps_offset": 1}, "ddim")
     parts = {name: model.pipe.components.get(name) for name in PARTS}
     pipe = kind(**parts, scheduler=scheduler, requires_safety_checker=False)
@@ -213,17 +232,30 @@ def _run(
     seeds: Sequence[int],
     settings: Settings,
 ) -> np.ndarray:
-    """The pipeline by chunks, uint8 [N, H, W, 3]; ``arrays`` are its image arguments, [N, H, W(, 3)]."""
-    made, size = [], dict(zip(("height", "width"), arrays["image"].shape[1:3], strict=True))
+    """Run a pipeline by chunks, uint8 [N, H, W, 3].
+
+    Args:
+        pipe: An img2img or inpainting pipeline.
+        arrays: Its image arguments by name, uint8 [N, H, W] or [N, H, W, 3].
+        prompts: N prompts.
+        seeds: The seed of each image's generator.
+        settings: Steps, guidance and strength.
+
+    """
+    # The inpainting pipeline resizes to the model's own size unless it is told the image's;
+    # img2img keeps the size of its image, and has no such arguments.
+    size = {}
+    if "mask_image" in arrays:
+        size["height"], size["width"] = arrays["image"].shape[1:3]
+
+    made = []
     for start in range(0, len(seeds), CHUNK):
         chunk = slice(start, start + CHUNK)
+        images = {name: _pil_images(values[chunk]) for name, values in arrays.items()}
         images_BHWC = pipe(
             list(prompts[chunk]),
-            **{
-                name: [Image.fromarray(array) for array in values[chunk]]
-                for name, values in arrays.items()
-            },
-            **(size if "mask_image" in arrays else {}),  # img2img keeps its image's size
+            **images,
+            **size,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             strength=settings.strength,
@@ -232,6 +264,10 @@ def _run(
         ).images
         made.append(np.rint(images_BHWC * 255).astype(np.uint8))
     return np.concatenate(made)
+
+
+def _pil_images(arrays: np.ndarray) -> list[Image.Image]:
+    return [Image.fromarray(array) for array in arrays]
 
 
 def _bicubic(images_NHWC: np.ndarray, scale: int) -> np.ndarray:
@@ -245,15 +281,18 @@ def _check(
     settings: Settings,
     factor: int,
 ) -> None:
+    """Raise HipaError for what the pipelines would refuse later, or silently change."""
     if not len(images_NHWC) == len(prompts) == len(seeds) > 0:
-        got = f"{len(images_NHWC)} images, {len(prompts)} prompts, {len(seeds)} seeds"
-        raise HipaError(f"{got}. Expected one prompt and one seed for each image.")
+        raise HipaError(
+            f"{len(images_NHWC)} images, {len(prompts)} prompts, {len(seeds)} seeds. "
+            "Expected one prompt and one seed for each image."
+        )
     if any(side % factor for side in images_NHWC.shape[1:3]):
         raise HipaError(
             f"images of shape {images_NHWC.shape}. Expected sides that are multiples of {factor}."
         )
     if not 0 < settings.strength <= 1 or unet_calls(settings) < 1:
-        got = f"strength {settings.strength} of {settings.steps} steps"
         raise HipaError(
-            f"{got} is {unet_calls(settings)} steps. Expected a strength in (0, 1], and one step or more."
+            f"strength {settings.strength} of {settings.steps} steps is {unet_calls(settings)} "
+            "steps. Expected a strength in (0, 1], and one step or more."
         )

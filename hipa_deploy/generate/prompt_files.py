@@ -1,4 +1,8 @@
-"""Prompts from a text file, or from the captions of a table: CSV, TSV, Parquet, or a folder of ``datasets``."""
+"""Prompts from a text file, or from the captions of a table.
+
+A table is a CSV, TSV or Parquet file with a header, or a folder that the ``datasets`` package wrote
+with ``save_to_disk``.
+"""
 
 from __future__ import annotations
 
@@ -11,47 +15,64 @@ from typing import Any
 
 from hipa_deploy.errors import HipaError, MissingDependencyError, first_line
 
-COLUMNS = ("caption", "text")
+COLUMNS = ("caption", "text")  # the columns that are read by default, the first that exists
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-Table = tuple[
-    Sequence[str], Callable[[str], Iterable[object]]
-]  # the columns' names; name -> the column's cells
+Table = tuple[Sequence[str], Callable[[str], Iterable[object]]]
+"""The names of the columns, and a function from a column's name to its cells."""
 
 
 def read_prompt_file(path: Path, column: str | None = None) -> list[str]:
-    """The distinct prompts of ``path`` in its order, without blank ones.
+    """The distinct prompts of a file or a table, in its order; blank ones are skipped.
 
-    One prompt a line; or the cells of ``column`` (by default of 'caption' or 'text') of a .csv, .tsv or .parquet
-    file with a header, or of a folder that ``datasets`` wrote with ``save_to_disk``.
+    White space within a prompt becomes single spaces.
+
+    Args:
+        path: A UTF-8 text file with one prompt a line, a .csv, .tsv or .parquet file with a header,
+            or a folder of ``datasets``.
+        column: Column of a table; by default 'caption' or 'text'.
 
     Raises:
-        HipaError: the file is missing, damaged, not UTF-8, has no such column or holds no prompt.
-        MissingDependencyError: pyarrow is needed for this format.
+        HipaError: The file is missing, damaged or not UTF-8, has no such column, or holds no
+            prompt.
+        MissingDependencyError: This format needs pyarrow, which is not installed.
+
+    Example:
+        >>> read_prompt_file(Path("captions.csv"), "title")
+        ['a red apple', 'a boat']
 
     """
     table = _open_table(path)
-    if table is None:
-        if column is not None:
-            raise HipaError(
-                f"prompts {path} has no columns: prompts_column = {column!r} is for a table. Leave it out."
-            )
-        cells: Iterable[object] = _read_text(path).splitlines()
-    else:
+    cells: Iterable[object]
+    if table is not None:
         names, cells_of = table
-        cells = cells_of(_choose(path, names, column))
-    prompts = list(dict.fromkeys(text for cell in cells if (text := _clean(path, cell))))
-    if not prompts:
+        cells = cells_of(_choose_column(path, names, column))
+    elif column is None:
+        cells = _read_text(path).splitlines()
+    else:
         raise HipaError(
-            f"prompts {path} is empty. Expected one prompt a {'row' if table else 'line'}."
+            f"prompts {path} has no columns: prompts_column = {column!r} is for a table. "
+            "Remove prompts_column, or choose a .csv, .tsv or .parquet file."
         )
-    return prompts
+
+    # A dictionary keeps the first of equal prompts, and the order.
+    prompts = dict.fromkeys(_clean(path, cell) for cell in cells)
+    prompts.pop("", None)
+    if not prompts:
+        unit = "row" if table else "line"
+        raise HipaError(f"prompts {path} is empty. Expected one prompt a {unit}.")
+    return list(prompts)
 
 
 def read_cells(path: Path, column: str | None) -> list[str]:
-    """Every cell of a table's ``column`` (by default of 'caption' or 'text'), in order; empty cells are ''.
+    """Every cell of one column of a table, in order; empty cells are ''.
+
+    Args:
+        path: A .csv, .tsv or .parquet file with a header, or a folder of ``datasets``.
+        column: The column; None is 'caption' or 'text'.
 
     Raises:
-        HipaError: the file is missing, damaged, or has no such column.
+        HipaError: The file is missing or damaged, is no table, or has no such column.
+        MissingDependencyError: This format needs pyarrow, which is not installed.
 
     """
     table = _open_table(path)
@@ -60,7 +81,7 @@ def read_cells(path: Path, column: str | None) -> list[str]:
             f"captions {path} are no table. Expected .csv, .tsv, .parquet or a folder of datasets."
         )
     names, cells_of = table
-    return [_clean(path, cell) for cell in cells_of(_choose(path, names, column))]
+    return [_clean(path, cell) for cell in cells_of(_choose_column(path, names, column))]
 
 
 def _clean(path: Path, cell: object) -> str:
@@ -69,20 +90,23 @@ def _clean(path: Path, cell: object) -> str:
         return ""
     if not isinstance(cell, str):
         raise HipaError(
-            f"prompts {path}: a caption is of type {type(cell).__name__}. Expected a column of text."
+            f"prompts {path}: a caption is of type {type(cell).__name__}. "
+            "Expected a column of text."
         )
     return " ".join(cell.split())
 
 
-def _choose(path: Path, names: Sequence[str], column: str | None) -> str:
-    found = [name for name in (COLUMNS if column is None else (column,)) if name in names]
-    if not found:
-        wanted = repr(column) if column is not None else " or ".join(map(repr, COLUMNS))
-        got = ", ".join(names) or "none"
-        raise HipaError(
-            f"prompts {path} has no column {wanted}. It has: {got}. Set prompts_column in the recipe."
-        )
-    return found[0]
+def _choose_column(path: Path, names: Sequence[str], column: str | None) -> str:
+    """The wanted column, or the first of the default ones that exists."""
+    wanted = COLUMNS if column is None else (column,)
+    for name in wanted:
+        if name in names:
+            return name
+    expected = " or ".join(map(repr, wanted))
+    raise HipaError(
+        f"prompts {path} has no column {expected}. It has: {', '.join(names) or 'none'}. "
+        "Set prompts_column in the recipe."
+    )
 
 
 def _open_table(path: Path) -> Table | None:
@@ -92,14 +116,15 @@ def _open_table(path: Path) -> Table | None:
         return _open_saved_dataset(path)
     if suffix in DELIMITERS:
         return _open_csv(path, DELIMITERS[suffix])
-    return _open_parquet(path) if suffix == ".parquet" else None
+    if suffix == ".parquet":
+        return _open_parquet(path)
+    return None
 
 
 def _read_text(path: Path) -> str:
+    # utf-8-sig skips the byte order mark with which spreadsheets begin a file.
     try:
-        return path.read_text(
-            encoding="utf-8-sig"
-        )  # a spreadsheet's export begins with a byte order mark
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise HipaError(
             f"prompts {path} cannot be read: {error.strerror}. Expected a file of prompts."
@@ -111,19 +136,20 @@ def _read_text(path: Path) -> str:
 
 
 def _open_csv(path: Path, delimiter: str) -> Table:
+    # newline="" leaves line breaks to the csv module, as they may lie within quoted fields.
+    text = io.StringIO(_read_text(path), newline="")
     try:
-        header, *rows = csv.reader(
-            io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True
-        )
-    except ValueError:
-        raise HipaError(
-            f"prompts {path} is empty. Expected a header line and one prompt a row."
-        ) from None
+        lines = list(csv.reader(text, delimiter=delimiter, strict=True))
     except csv.Error as error:
         raise HipaError(
             f"prompts {path} is damaged: {error}. Expected quoted fields, as spreadsheets write."
         ) from None
+    if not lines:
+        raise HipaError(f"prompts {path} is empty. Expected a header line and one prompt a row.")
+    header = lines[0]
+    rows = lines[1:]
 
+    # A row may be shorter than the header: its missing cells are empty.
     def cells(name: str) -> list[str | None]:
         index = header.index(name)
         return [row[index] if index < len(row) else None for row in rows]
@@ -137,44 +163,62 @@ def _open_parquet(path: Path) -> Table:
         file = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise HipaError(f"prompts {path} cannot be read as Parquet: {first_line(error)}") from None
-    return file.schema_arrow.names, lambda name: file.read(columns=[name])[name].to_pylist()
+
+    # Only the wanted column is read: the others may hold images.
+    def cells(name: str) -> Iterable[object]:
+        return file.read(columns=[name])[name].to_pylist()
+
+    return file.schema_arrow.names, cells
 
 
 def _open_saved_dataset(folder: Path) -> Table:
     """The Arrow streams that state.json lists; of several splits 'train', or the only one.
 
-    The format: https://huggingface.co/docs/datasets/about_arrow. The ``datasets`` package itself is not needed.
+    The format: https://huggingface.co/docs/datasets/about_arrow. The ``datasets`` package itself is
+    not needed.
     """
     ipc = _pyarrow("pyarrow.ipc")
+
+    # A DatasetDict has a folder for each split, and says which in dataset_dict.json.
     if (folder / "dataset_dict.json").exists():
         splits = list(_read_json(folder / "dataset_dict.json", "splits"))
-        if "train" not in splits and len(splits) != 1:
-            got = ", ".join(splits) or "none"
-            raise HipaError(f"prompts {folder} has the splits {got}. Name one: {folder}/SPLIT.")
-        folder = folder / ("train" if "train" in splits else splits[0])
-    files = [
-        folder / str(entry["filename"])
-        for entry in _read_json(folder / "state.json", "_data_files")
-    ]
+        if "train" in splits:
+            folder = folder / "train"
+        elif len(splits) == 1:
+            folder = folder / splits[0]
+        else:
+            names = ", ".join(splits) or "none"
+            raise HipaError(f"prompts {folder} has the splits {names}. Name one: {folder}/SPLIT.")
+
+    entries = _read_json(folder / "state.json", "_data_files")
+    files = [folder / str(entry["filename"]) for entry in entries]
     try:
         tables = [ipc.open_stream(file.read_bytes()).read_all() for file in files]
     except (OSError, ValueError) as error:
         raise HipaError(
             f"prompts {folder} cannot be read as a dataset: {first_line(error)}"
         ) from None
-    names = tables[0].schema.names if tables else []
-    return names, lambda name: [cell for table in tables for cell in table[name].to_pylist()]
+
+    def cells(name: str) -> Iterable[object]:
+        for table in tables:
+            yield from table[name].to_pylist()
+
+    return (tables[0].schema.names if tables else []), cells
 
 
 def _read_json(path: Path, key: str) -> Any:
+    """The value of ``key`` in a JSON file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):
-        message = f"prompts {path.parent} has no readable {path.name}. Expected a folder of datasets' save_to_disk."
-        raise HipaError(message) from None
+        raise HipaError(
+            f"prompts {path.parent} has no readable {path.name}. "
+            "Expected a folder of datasets' save_to_disk."
+        ) from None
 
 
 def _pyarrow(module: str) -> Any:
+    """A module of pyarrow, which is an optional dependency."""
     from importlib import import_module
 
     try:

@@ -1,4 +1,5 @@
-"""What a training learns from: prompt files, teacher pairs, source images, masks, examples of each task.
+"""The training data: teacher pairs, source images, masks, and the examples of each task.
 
-May import: the core, ``train.recipe``, ``train.model`` and ``train.loop``'s processes and progress bar.
+May import: the core, ``train.recipes``, ``train.model``, and from ``train.loop`` the processes and
+the progress bar.
 """

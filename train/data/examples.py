@@ -1,6 +1,10 @@
-"""What one step learns from, for each task: where it starts and where it should arrive.
+"""The training examples of each task: what one step starts from and where it should arrive.
 
-An example is a function of its row and the recipe's seed alone, so that a resumed run sees what an unbroken one would.
+An example is a function of its row and the recipe's seed alone, so that a resumed run sees what an
+unbroken one would.
+
+Shapes: N examples, B rows of a batch, C latent channels, H, W image size in pixels, h, w latent
+size, L tokens of a prompt, D width of the text encoder.
 """
 
 from __future__ import annotations
@@ -9,7 +13,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +26,16 @@ from hipa_deploy.images.compositing import hide_hole, latent_mask
 from hipa_deploy.images.png import enlarge
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.data.masks import random_mask
-from hipa_deploy.train.data.source_images import Originals, folder_originals, teacher_originals
+from hipa_deploy.train.data.source_images import (
+    SourceImages,
+    folder_source_images,
+    teacher_source_images,
+)
 from hipa_deploy.train.data.teacher_pairs import (
     Edits,
     Pairs,
-    Rows,
-    lookup,
+    RowFunction,
+    cached_rows,
     prompt_contexts,
     stream_noise,
     teacher_pairs,
@@ -38,35 +45,51 @@ from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float
 from hipa_deploy.train.model.mixed_precision import in_precision
 from hipa_deploy.train.recipes.recipe import Recipe, SourceSettings, source_prompts
 
-BLURS = (
+# The filters with which small images are usually made: the adaptor must not learn one of them only.
+REDUCING_FILTERS = (
     Image.Resampling.BICUBIC,
     Image.Resampling.LANCZOS,
     Image.Resampling.BOX,
-)  # how small images come about
-NOISE_STREAM, CHOICES, WITHOUT_PROMPT, MASKS = 1, 2, 3, 4
+)
+
+# Random streams of a recipe's seed. The first is for noise (``stream_noise``), the others are part
+# of the seeds of numpy's generators: no two choices share their randomness.
+NOISE_STREAM = 1
+EDIT_CHOICE_STREAM = 2
+WITHOUT_PROMPT_STREAM = 3
+MASK_STREAM = 4
 
 
-def _same(image: Tensor, rows: Tensor) -> Tensor:
+def _unchanged(image: Tensor, rows: Tensor) -> Tensor:
     return image
 
 
 @dataclass(frozen=True)
-class Examples:
-    """``count`` examples, by row: int64 [B] -> rows.
+class TaskExamples:
+    """``count`` examples of a task, as functions of row indices int64 [B].
 
-    ``given`` are the task's STEP_INPUTS, ``context`` the text's, [B, L, D], ``timestep`` where the step is, int64 [B];
-    ``latents`` and ``images`` (float32 [B, 3, H, W] in [0, 1]) are the targets. ``whole(image, rows)`` is what becomes
-    of a decoded image: inpainting puts it into its source. ``source`` is the image to start from, uint8 [B, H, W, 3].
+    Attributes:
+        count: How many examples there are.
+        step_inputs: Rows -> the tensors of the task's ``STEP_INPUTS``, by name: noise and source
+            float32 [B, C, h, w], mask float32 [B, 1, h, w].
+        context: Rows -> text contexts float32 [B, L, D].
+        timestep: Rows -> timestep of the step, int64 [B].
+        latents: Rows -> target latents float32 [B, C, h, w].
+        images: Rows -> target images float32 [B, 3, H, W] in [0, 1].
+        composite: (decoded image [B, 3, H, W], rows) -> the finished image. Inpainting puts the
+            repainted hole into its source; the other tasks change nothing.
+        source: Rows -> image that the task starts from, uint8 [B, H, W, 3]; None for text to image.
+
     """
 
     count: int
-    given: Callable[[Tensor], dict[str, Tensor]]
-    context: Rows
-    timestep: Rows
-    latents: Rows
-    images: Rows
-    whole: Callable[[Tensor, Tensor], Tensor] = _same
-    source: Rows | None = None
+    step_inputs: Callable[[Tensor], dict[str, Tensor]]
+    context: RowFunction
+    timestep: RowFunction
+    latents: RowFunction
+    images: RowFunction
+    composite: Callable[[Tensor, Tensor], Tensor] = _unchanged
+    source: RowFunction | None = None
 
 
 def task_examples(
@@ -77,68 +100,119 @@ def task_examples(
     cache: Path | None = None,
     console: Console | None = None,
     processes: Processes | None = None,
-) -> Examples:
-    """The examples of ``recipe``, on the teacher's images of ``prompts``, or on the images that it names.
+) -> TaskExamples:
+    """The examples of a recipe, on the teacher's images of its prompts or on a folder of images.
+
+    Args:
+        model: The base model, without adaptor.
+        recipe: The task, its source images, and the teacher.
+        prompts: The recipe's prompts, as ``read_prompts`` returns them.
+        cache: Folder of the teacher pairs' cache; None is the user's own.
+        console: Where progress bars go; stderr if None.
+        processes: The processes that share the making of teacher pairs.
 
     Raises:
-        HipaError: images or their captions cannot be read, or what ``teacher_pairs`` raises.
+        HipaError: The images or their captions cannot be read, ``source.factor`` does not divide
+            the model's resolution, or the errors of ``teacher_pairs``.
+
+    Example:
+        >>> examples = task_examples(model, recipe, read_prompts(recipe, model.folder))
+        >>> rows = torch.arange(4)
+        >>> examples.images(rows).shape  # a model of 64x64 pixels
+        torch.Size([4, 3, 64, 64])
 
     """
-    task, folder = recipe.task, recipe.source.images
-    if folder and task != "generate":
-        originals, prompts = folder_originals(
-            model, Path(folder), prompts if task == "edit" else [], console
-        )
+    task = recipe.task
+    folder = None if task == "generate" else recipe.source.images
+
+    # A folder's captions become prompts. Only edits follow the recipe's prompts as well.
+    if folder:
+        own_prompts = prompts if task == "edit" else []
+        source_images, prompts = folder_source_images(model, Path(folder), own_prompts, console)
+
+    # The empty prompt comes last: a share of the inpainting and super-resolution examples has it.
     texts = prompts if task == "generate" else [*prompts, ""]
     context = prompt_contexts(model, texts, console)
-    make = partial(teacher_pairs, model, teacher=recipe.teacher, seed=recipe.seed, context=context, cache=cache,
-                   console=console, processes=processes)  # fmt: skip
+
+    def make_pairs(pair_prompts: list[str], edits: Edits | None = None) -> Pairs:
+        return teacher_pairs(
+            model,
+            pair_prompts,
+            recipe.teacher,
+            seed=recipe.seed,
+            context=context,
+            cache=cache,
+            console=console,
+            processes=processes,
+            edits=edits,
+        )
+
+    # Without a folder the teacher makes the images: of an edit, those that it will edit.
     decode = in_precision(model.decode, recipe.mixed_precision, model.device)
-    if not folder or task == "generate":
+    if not folder:
         if model.concatenates:
             raise HipaError(
-                f"{model.folder} fills holes only and makes no images to learn from. Set source.images."
+                f"{model.folder} fills holes only and makes no images to learn from. "
+                "Set source.images."
             )
-        pairs = make(first) if (first := source_prompts(recipe, model.folder)) else make(prompts)
-        originals = teacher_originals(model, pairs, len(prompts), decode, console)
+        pairs = make_pairs(source_prompts(recipe, model.folder) or prompts)
+        source_images = teacher_source_images(model, pairs, len(prompts), decode, console)
+
     if task == "generate":
-        return generate_examples(model, pairs, originals, context, recipe.timestep)
+        return generate_examples(model, pairs, source_images, context, recipe.timestep)
     if task == "edit":
-        edits = choose_edits(model, originals, prompts, recipe, console)
-        edited = make(prompts, edits=edits)
-        images = teacher_originals(model, edited, len(prompts), decode, console)
-        return edit_examples(model, edits, edited, images, context)
-    build = inpaint_examples if task == "inpaint" else upscale_examples
-    return build(model, originals, recipe, context, console)
+        edits = choose_edits(model, source_images, prompts, recipe, console)
+        edit_pairs = make_pairs(prompts, edits)
+        edited = teacher_source_images(model, edit_pairs, len(prompts), decode, console)
+        return edit_examples(model, edits, edit_pairs, edited, context)
+    if task == "inpaint":
+        return inpaint_examples(model, source_images, recipe, context, console)
+    return upscale_examples(model, source_images, recipe, context, console)
 
 
 def generate_examples(
-    model: DiffusionModel, pairs: Pairs, originals: Originals, context: Rows, timestep: int
-) -> Examples:
+    model: DiffusionModel,
+    pairs: Pairs,
+    teacher_images: SourceImages,
+    context: RowFunction,
+    timestep: int,
+) -> TaskExamples:
     """Text to image: from noise to the image that the teacher makes of the same noise."""
-    return Examples(
+
+    def step_inputs(rows: Tensor) -> dict[str, Tensor]:
+        return {"noise": model.noise(pairs.seed_N[rows].tolist())}
+
+    return TaskExamples(
         count=len(pairs),
-        given=lambda rows: {"noise": model.noise(pairs.seed_N[rows].tolist())},
+        step_inputs=step_inputs,
         context=lambda rows: context(pairs.prompt_N[rows]),
-        timestep=lambda rows: torch.full((len(rows),), timestep, device=model.device),
-        latents=originals.latents,
-        images=lambda rows: to_float(originals.images(rows)).to(model.device),
+        timestep=_constant_timestep(model, timestep),
+        latents=teacher_images.latents,
+        images=lambda rows: to_float(teacher_images.images(rows)).to(model.device),
     )
 
 
 def edit_examples(
-    model: DiffusionModel, edits: Edits, pairs: Pairs, edited: Originals, context: Rows
-) -> Examples:
-    """Editing: from a source image, noised to its strength's timestep, to what the teacher makes of the same.
+    model: DiffusionModel, edits: Edits, pairs: Pairs, edited: SourceImages, context: RowFunction
+) -> TaskExamples:
+    """Editing: from a noised source image to what the teacher makes of the same start.
 
-    ``pairs`` are the teacher's edits, and ``edited`` their images.
+    Args:
+        model: The base model.
+        edits: Sources, prompts and timesteps (one for each strength).
+        pairs: The teacher's edits; their noise is added to the sources.
+        edited: The images of ``pairs``.
+        context: Text contexts by prompt index.
+
     """
-    return Examples(
+
+    def step_inputs(rows: Tensor) -> dict[str, Tensor]:
+        noise_BCHW = model.noise(pairs.seed_N[rows].tolist())
+        return {"noise": noise_BCHW, "source": edits.source(rows)}
+
+    return TaskExamples(
         count=len(pairs),
-        given=lambda rows: {
-            "noise": model.noise(pairs.seed_N[rows].tolist()),
-            "source": edits.source(rows),
-        },
+        step_inputs=step_inputs,
         context=lambda rows: context(pairs.prompt_N[rows]),
         timestep=lambda rows: edits.timestep_N[rows].to(model.device),
         latents=edited.latents,
@@ -149,177 +223,276 @@ def edit_examples(
 
 def choose_edits(
     model: DiffusionModel,
-    originals: Originals,
+    source_images: SourceImages,
     prompts: list[str],
     recipe: Recipe,
     console: Console | None,
 ) -> Edits:
-    """A prompt and a strength for each source: another prompt that ``source.same`` allows, or its own if none does."""
-    settings, partners = recipe.source, related_prompts(prompts, recipe.source.same)
-    image_N = torch.arange(len(originals) * settings.per_image) // settings.per_image
+    """Choose a prompt and a strength for each source image, ``source.per_image`` times.
+
+    The prompt is another one to which ``source.same`` allows an edit, or the image's own prompt if
+    there is none. The strengths take turns.
+    """
+    settings = recipe.source
+    related = related_prompts(prompts, settings.same)
     timesteps = [strength_timestep(strength) for strength in settings.strengths]
-    prompt_N, timestep_N = [], []
-    for row, own in enumerate(originals.prompt_N[image_N].tolist()):
-        rng = np.random.default_rng((recipe.seed, CHOICES, row))
-        others = [index for index in partners(own) if index != own] or [own]
-        prompt_N.append(int(rng.choice(others)))
+    image_N = torch.arange(len(source_images) * settings.per_image) // settings.per_image
+
+    # Each row has a generator of its own, so that a longer run keeps the choices of a shorter one.
+    prompt_N = []
+    timestep_N = []
+    for row, own in enumerate(source_images.prompt_N[image_N].tolist()):
+        rng = np.random.default_rng((recipe.seed, EDIT_CHOICE_STREAM, row))
+        others = [index for index in related(own) if index != own]
+        prompt_N.append(int(rng.choice(others or [own])))
         timestep_N.append(timesteps[row % len(timesteps)])
-    keep = {"strengths", "same", "per_image"}
 
     def images(rows: Tensor) -> Tensor:
-        return originals.images(image_N[rows])
+        return source_images.images(image_N[rows])
 
+    # Of the settings only those that the loop above reads belong in the cache key.
+    used_settings = {"strengths", "same", "per_image"}
     return Edits(
         images=images,
         source=_encoded(model, images, len(image_N), console),
         prompt_N=torch.tensor(prompt_N),
         timestep_N=torch.tensor(timestep_N),
-        key={**originals.key, **settings.model_dump(mode="json", include=keep)},
+        key={**source_images.key, **settings.model_dump(mode="json", include=used_settings)},
     )
 
 
 def related_prompts(prompts: list[str], same: str | None) -> Callable[[int], list[int]]:
-    """From a prompt's index to those of the prompts that are edits of one another, itself included."""
+    """Group prompts that are edits of one another.
+
+    Args:
+        prompts: All prompts.
+        same: Regular expression with one group. Prompts in which the group matches the same text
+            are related; a prompt without a match is related to equal prompts only. With None all
+            prompts are related.
+
+    Returns:
+        A function from a prompt's index to the indices of all related prompts, itself included.
+
+    Example:
+        >>> related = related_prompts(["3d emoji of a cat", "flat emoji of a cat"], "of (.*)")
+        >>> related(0)
+        [0, 1]
+
+    """
     if same is None:
         return lambda index: list(range(len(prompts)))
-    groups, group_of = defaultdict[str, list[int]](list), []
+
+    group_of = []
+    members = defaultdict[str, list[int]](list)
     for index, prompt in enumerate(prompts):
         match = re.search(same, prompt)
-        group_of.append(match[1] if match else prompt)
-        groups[group_of[-1]].append(index)
-    return lambda index: groups[group_of[index]]
+        group = match[1] if match else prompt
+        group_of.append(group)
+        members[group].append(index)
+    return lambda index: members[group_of[index]]
 
 
 def edit_starts(prompts: list[str], training: list[str], same: str | None) -> list[str]:
-    """For each prompt the first training prompt that it is an edit of, or itself if there is none."""
+    """For each prompt, the prompt of the image that an edit to it can start from.
+
+    Args:
+        prompts: Prompts that edits lead to.
+        training: Prompts with an image to start from.
+        same: As for ``related_prompts``.
+
+    Returns:
+        The first related prompt of ``training`` for each of ``prompts``, or the prompt itself if
+        there is none.
+
+    """
+    # Training prompts come first, so the smallest related index is one of them wherever one exists.
     related = related_prompts([*training, *prompts], same)
-    firsts = [min(related(len(training) + n)) for n in range(len(prompts))]
-    return [
-        training[first] if first < len(training) else own
-        for first, own in zip(firsts, prompts, strict=True)
-    ]
+    starts = []
+    for number, prompt in enumerate(prompts):
+        first = min(related(len(training) + number))
+        starts.append(training[first] if first < len(training) else prompt)
+    return starts
 
 
 def inpaint_examples(
     model: DiffusionModel,
-    originals: Originals,
+    source_images: SourceImages,
     recipe: Recipe,
-    context: Rows,
+    context: RowFunction,
     console: Console | None,
-) -> Examples:
-    """Inpainting: from noise in the hole and clean latents around it to the image that was there."""
-    count, image_of = _several(originals, recipe.source)
-    factor = model.pipe.vae_scale_factor
+) -> TaskExamples:
+    """Inpainting: from noise in the hole and clean latents around it to the image that was there.
 
-    def mask(row: int) -> np.ndarray:
-        rng = np.random.default_rng((recipe.seed, MASKS, row))
+    Args:
+        model: The base model.
+        source_images: The complete images, which are the targets.
+        recipe: Seed, timestep, ``source.per_image``, ``source.coverage`` and
+            ``source.without_prompt``.
+        context: Text contexts by prompt index; the empty prompt is the last.
+        console: Where the progress bar goes.
+
+    """
+    count, image_of = _repeated(source_images, recipe.source)
+    cell_size = model.pipe.vae_scale_factor
+
+    # Masks are drawn again in each step rather than kept: they are cheap, and there may be many.
+    def draw_mask(row: int) -> np.ndarray:
+        rng = np.random.default_rng((recipe.seed, MASK_STREAM, row))
         return random_mask(rng, *model.resolution, recipe.source.coverage)
 
-    def masks(rows: Tensor) -> Tensor:
-        return torch.from_numpy(np.stack([mask(row) for row in rows.tolist()]))[:, None].to(
-            model.device
-        )
+    def draw_masks(rows: Tensor) -> list[np.ndarray]:
+        return [draw_mask(row) for row in rows.tolist()]
 
+    # The VAE carries what lies in the hole into the latents around it, so the hole is hidden before
+    # the image is encoded.
     def hidden(rows: Tensor) -> Tensor:
-        images = originals.images(image_of(rows)).numpy()
-        pairs = zip(images, rows.tolist(), strict=True)
-        return torch.from_numpy(np.stack([hide_hole(image, mask(row)) for image, row in pairs]))
-
-    def images(rows: Tensor) -> Tensor:
-        return to_float(originals.images(image_of(rows))).to(model.device)
+        images = source_images.images(image_of(rows)).numpy()
+        pairs = zip(images, draw_masks(rows), strict=True)
+        return torch.from_numpy(np.stack([hide_hole(image, mask) for image, mask in pairs]))
 
     source = _encoded(model, hidden, count, console)
 
-    def given(rows: Tensor) -> dict[str, Tensor]:
-        cells = torch.from_numpy(
-            np.stack([latent_mask(mask(row), factor) for row in rows.tolist()])
-        ).to(model.device)
+    def step_inputs(rows: Tensor) -> dict[str, Tensor]:
+        cells = [latent_mask(mask, cell_size) for mask in draw_masks(rows)]
         return {
             "noise": stream_noise(model, rows, recipe.seed, NOISE_STREAM),
             "source": source(rows),
-            "mask": cells,
+            "mask": torch.from_numpy(np.stack(cells)).to(model.device),
         }
 
-    def whole(image: Tensor, rows: Tensor) -> Tensor:
-        mask_B1HW = masks(rows)
-        return mask_B1HW * image + (1 - mask_B1HW) * images(rows)
+    def images(rows: Tensor) -> Tensor:
+        return to_float(source_images.images(image_of(rows))).to(model.device)
 
-    return Examples(
+    # The loss sees what a user will see: the decoded hole inside the original image.
+    def composite(image_BCHW: Tensor, rows: Tensor) -> Tensor:
+        mask_BHW = torch.from_numpy(np.stack(draw_masks(rows)))
+        mask_B1HW = mask_BHW[:, None].to(model.device)
+        return mask_B1HW * image_BCHW + (1 - mask_B1HW) * images(rows)
+
+    return TaskExamples(
         count=count,
-        given=given,
-        context=_context(originals, image_of, recipe, context),
-        timestep=lambda rows: torch.full((len(rows),), recipe.timestep, device=model.device),
-        latents=lambda rows: originals.latents(image_of(rows)),
+        step_inputs=step_inputs,
+        context=_context(source_images, image_of, recipe, context),
+        timestep=_constant_timestep(model, recipe.timestep),
+        latents=lambda rows: source_images.latents(image_of(rows)),
         images=images,
-        whole=whole,
+        composite=composite,
         source=hidden,
     )
 
 
 def upscale_examples(
     model: DiffusionModel,
-    originals: Originals,
+    source_images: SourceImages,
     recipe: Recipe,
-    context: Rows,
+    context: RowFunction,
     console: Console | None,
-) -> Examples:
-    """Super-resolution: from the latents of the small image, enlarged, to the image that it was reduced from."""
-    (count, image_of), factor = _several(originals, recipe.source), recipe.source.factor
-    if any(side % factor for side in model.resolution):
-        size = "x".join(map(str, model.resolution))
+) -> TaskExamples:
+    """Super-resolution: from the latents of a reduced and enlarged image to the original image.
+
+    Args:
+        model: The base model.
+        source_images: The images in full resolution, which are the targets.
+        recipe: Seed, timestep, ``source.per_image``, ``source.factor`` and
+            ``source.without_prompt``.
+        context: Text contexts by prompt index; the empty prompt is the last.
+        console: Where the progress bar goes.
+
+    Raises:
+        HipaError: ``source.factor`` does not divide the model's resolution.
+
+    """
+    count, image_of = _repeated(source_images, recipe.source)
+    factor = recipe.source.factor
+    height, width = model.resolution
+    if height % factor or width % factor:
         raise HipaError(
-            f"source.factor = {factor} does not divide {size}. Choose one that divides the model's size."
+            f"source.factor = {factor} does not divide {height}x{width}. "
+            "Choose one that divides the model's size."
         )
 
+    # The filters take turns, so that the examples of one image see several of them.
     def enlarged(rows: Tensor) -> Tensor:
-        images = originals.images(image_of(rows)).numpy()
-        blurs = [BLURS[row % len(BLURS)] for row in rows.tolist()]
-        small = [reduced(image, factor, blur) for image, blur in zip(images, blurs, strict=True)]
-        return torch.from_numpy(np.stack([enlarge(image, factor) for image in small]))
+        images = source_images.images(image_of(rows)).numpy()
+        results = []
+        for image, row in zip(images, rows.tolist(), strict=True):
+            resampling = REDUCING_FILTERS[row % len(REDUCING_FILTERS)]
+            results.append(enlarge(reduced(image, factor, resampling), factor))
+        return torch.from_numpy(np.stack(results))
 
-    def learning(rows: Tensor) -> Tensor:
-        return model.encode(to_float(enlarged(rows)))  # in float32, as it goes into x0
+    # An encoder that learns must see each image again in each step. Its latents go into x0 and so
+    # stay in float32.
+    def encoded_in_each_step(rows: Tensor) -> Tensor:
+        return model.encode(to_float(enlarged(rows)))
 
-    source = learning if recipe.adaptor.encoder_rank else _encoded(model, enlarged, count, console)
-    return Examples(
+    if recipe.adaptor.encoder_rank:
+        source: RowFunction = encoded_in_each_step
+    else:
+        source = _encoded(model, enlarged, count, console)
+
+    return TaskExamples(
         count=count,
-        given=lambda rows: {"source": source(rows)},
-        context=_context(originals, image_of, recipe, context),
-        timestep=lambda rows: torch.full((len(rows),), recipe.timestep, device=model.device),
-        latents=lambda rows: originals.latents(image_of(rows)),
-        images=lambda rows: to_float(originals.images(image_of(rows))).to(model.device),
+        step_inputs=lambda rows: {"source": source(rows)},
+        context=_context(source_images, image_of, recipe, context),
+        timestep=_constant_timestep(model, recipe.timestep),
+        latents=lambda rows: source_images.latents(image_of(rows)),
+        images=lambda rows: to_float(source_images.images(image_of(rows))).to(model.device),
         source=enlarged,
     )
 
 
 def reduced(
-    image_HWC: np.ndarray, factor: int, blur: Image.Resampling = Image.Resampling.BICUBIC
+    image_HWC: np.ndarray, factor: int, resampling: Image.Resampling = Image.Resampling.BICUBIC
 ) -> np.ndarray:
-    """uint8 [H, W, 3] -> [H / factor, W / factor, 3], rounded down: the image before super-resolution."""
+    """Reduce an image ``factor`` times: what super-resolution will start from.
+
+    Args:
+        image_HWC: uint8 [H, W, 3].
+        factor: How many times smaller each way; sizes are rounded down.
+        resampling: Pillow's filter.
+
+    Returns:
+        uint8 [H // factor, W // factor, 3].
+
+    """
     height, width = image_HWC.shape[:2]
-    return np.asarray(Image.fromarray(image_HWC).resize((width // factor, height // factor), blur))
+    image = Image.fromarray(image_HWC)
+    return np.asarray(image.resize((width // factor, height // factor), resampling))
 
 
-def _several(originals: Originals, settings: SourceSettings) -> tuple[int, Rows]:
-    """How many examples there are of all images, and the image of each."""
-    return len(originals) * settings.per_image, lambda rows: rows // settings.per_image
+def _constant_timestep(model: DiffusionModel, timestep: int) -> RowFunction:
+    """Every example's step is at the recipe's timestep."""
+    return lambda rows: torch.full((len(rows),), timestep, device=model.device)
 
 
-def _context(originals: Originals, image_of: Rows, recipe: Recipe, context: Rows) -> Rows:
-    """Each example's text context: of its image's prompt, or for a share of them of the empty one, the last."""
-    prompt_N = originals.prompt_N[image_of(torch.arange(len(originals) * recipe.source.per_image))]
-    draws = np.random.default_rng((recipe.seed, WITHOUT_PROMPT)).random(len(prompt_N))
-    chosen = torch.where(
-        torch.from_numpy(draws < recipe.source.without_prompt), originals.prompts, prompt_N
-    )
-    return lambda rows: context(chosen[rows])
+def _repeated(source_images: SourceImages, settings: SourceSettings) -> tuple[int, RowFunction]:
+    """How many examples all images make, and the function from examples to images."""
+    count = len(source_images) * settings.per_image
+    return count, lambda rows: rows // settings.per_image
 
 
-def _encoded(model: DiffusionModel, images: Rows, count: int, console: Console | None) -> Rows:
-    """Scaled latents of uint8 images, as the runtime's VAE encoder will give them."""
-    return lookup(
-        "source latents",
-        lambda rows: model.encode(to_float(images(torch.tensor(rows)))),
-        count,
-        console,
-    )
+def _context(
+    source_images: SourceImages, image_of: RowFunction, recipe: Recipe, context: RowFunction
+) -> RowFunction:
+    """Text context of each example's prompt: its image's, or the empty one for a share of them.
+
+    The examples without a prompt teach the step to work where the user types none.
+    """
+    examples = torch.arange(len(source_images) * recipe.source.per_image)
+    prompt_N = source_images.prompt_N[image_of(examples)]
+    draws = np.random.default_rng((recipe.seed, WITHOUT_PROMPT_STREAM)).random(len(prompt_N))
+    without_prompt = torch.from_numpy(draws < recipe.source.without_prompt)
+    empty_prompt = source_images.prompts  # its index: it follows all others
+    chosen_N = torch.where(without_prompt, empty_prompt, prompt_N)
+    return lambda rows: context(chosen_N[rows])
+
+
+def _encoded(
+    model: DiffusionModel, images: RowFunction, count: int, console: Console | None
+) -> RowFunction:
+    """Scaled latents of uint8 images, as the exported VAE encoder will compute them."""
+
+    def latents(rows: list[int]) -> Tensor:
+        return model.encode(to_float(images(torch.tensor(rows))))
+
+    return cached_rows("source latents", latents, count, console)

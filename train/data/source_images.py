@@ -1,4 +1,7 @@
-"""The images that editing, inpainting and super-resolution learn from: the teacher's own, or a folder of real ones."""
+"""Source images of editing, inpainting and super-resolution: the teacher's, or a folder of them.
+
+Shapes: N images, B rows of a batch, C latent channels, H, W image size in pixels, h, w latent size.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,29 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_cells
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.images.read import fit_image, read_image
-from hipa_deploy.train.data.teacher_pairs import Pairs, Rows, lookup
+from hipa_deploy.train.data.teacher_pairs import Pairs, RowFunction, cached_rows
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.unet_adaptor import without_adaptor
 
-CAPTIONS = "metadata.csv"  # as datasets' ImageFolder has it
+CAPTIONS = "metadata.csv"  # the name that ImageFolder of the ``datasets`` package uses
 FORMATS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
-class Originals:
-    """N images: rows -> uint8 [B, H, W, 3], and the scaled latents that decode to them, rows -> [B, C, h, w].
+class SourceImages:
+    """N images at the model's own resolution, their latents and their prompts.
 
-    ``prompt_N`` is each one's prompt, an index int64 [N] below ``prompts``; ``key`` says what they depend on.
+    Attributes:
+        images: Rows int64 [B] -> uint8 [B, H, W, 3].
+        latents: Rows int64 [B] -> scaled latents float32 [B, C, h, w] that decode to the images.
+        prompt_N: Index of each image's prompt, int64 [N], below ``prompts``.
+        prompts: How many prompts there are.
+        key: What the images depend on, as JSON values: part of a cache key.
+
     """
 
-    images: Rows
-    latents: Rows
+    images: RowFunction
+    latents: RowFunction
     prompt_N: Tensor
     prompts: int
     key: dict[str, Any]
@@ -41,14 +50,23 @@ class Originals:
         return len(self.prompt_N)
 
 
-def teacher_originals(
+def teacher_source_images(
     model: DiffusionModel,
     pairs: Pairs,
     prompts: int,
     decode: Callable[[Tensor], Tensor],
     console: Console | None,
-) -> Originals:
-    """The teacher's images of its pairs: no data set is needed."""
+) -> SourceImages:
+    """The teacher's images of its pairs, so that no data set is needed.
+
+    Args:
+        model: The base model; its device receives the latents.
+        pairs: N teacher pairs.
+        prompts: How many prompts the pairs' indices count.
+        decode: Scaled latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1].
+        console: Where the progress bar goes; stderr if None.
+
+    """
 
     def latents(rows: Tensor) -> Tensor:
         return pairs.latents_NCHW[rows].float().to(model.device)
@@ -56,60 +74,77 @@ def teacher_originals(
     def images(rows: list[int]) -> Tensor:
         return to_uint8(decode(latents(torch.tensor(rows))))
 
-    table = lookup("teacher images", images, len(pairs), console)
-    return Originals(table, latents, pairs.prompt_N, prompts, {"images": "teacher's"})
+    decoded = cached_rows("teacher images", images, len(pairs), console)
+    return SourceImages(decoded, latents, pairs.prompt_N, prompts, {"images": "teacher's"})
 
 
-def folder_originals(
+def folder_source_images(
     model: DiffusionModel, folder: Path, prompts: list[str], console: Console | None
-) -> tuple[Originals, list[str]]:
-    """Real images at the model's own size; and ``prompts`` with their captions. An image without one has the empty one.
+) -> tuple[SourceImages, list[str]]:
+    """Read a folder of images, each cropped and resized to the model's own resolution.
+
+    Captions come from the folder's metadata.csv; an image without a caption has the empty prompt.
+
+    Args:
+        model: The base model: its resolution, and the VAE that encodes the images.
+        folder: Folder of images, searched with its sub-folders.
+        prompts: Prompts that already have an index.
+        console: Where the progress bar goes; stderr if None.
+
+    Returns:
+        The images, and ``prompts`` followed by the captions that are not among them.
 
     Raises:
-        HipaError: no such folder, no image in it, a broken one, or captions that cannot be read.
+        HipaError: The folder is missing or holds no image, an image is damaged, or the captions
+            cannot be read.
 
     """
-    paths = (
-        sorted(path for path in folder.rglob("*") if path.suffix.lower() in FORMATS)
-        if folder.is_dir()
-        else []
-    )
+    paths = _image_paths(folder)
     if not paths:
-        raise HipaError(
-            f"images {folder}: no image in it. Expected a folder of {', '.join(sorted(FORMATS))} files."
-        )
+        formats = ", ".join(sorted(FORMATS))
+        raise HipaError(f"images {folder}: no image in it. Expected a folder of {formats} files.")
+
+    # Captions that are not yet among the prompts get the next indices, in the order of the images.
     captions = _captions(folder)
     texts = [captions.get(path.relative_to(folder).as_posix(), "") for path in paths]
-    index = {text: i for i, text in enumerate(prompts)}
+    index = {text: number for number, text in enumerate(prompts)}
     for text in texts:
         index.setdefault(text, len(index))
 
     def images(rows: list[int]) -> Tensor:
-        return torch.from_numpy(
-            np.stack([fit_image(read_image(paths[i]), *model.resolution) for i in rows])
-        )
+        fitted = [fit_image(read_image(paths[row]), *model.resolution) for row in rows]
+        return torch.from_numpy(np.stack(fitted))
 
+    image_rows = cached_rows("images", images, len(paths), console)
+
+    # These latents are targets. An adaptor on the encoder must not change them, not even where they
+    # are computed in a training step, while that adaptor learns.
     def latents(rows: list[int]) -> Tensor:
-        with without_adaptor(
-            model.vae
-        ):  # targets, also where a step asks for them while the encoder learns
-            return model.encode(to_float(table(torch.tensor(rows))))
+        with without_adaptor(model.vae):
+            return model.encode(to_float(image_rows(torch.tensor(rows))))
 
-    table = lookup("images", images, len(paths), console)
-    originals = Originals(
-        table,
-        lookup("latents", latents, len(paths), console),
-        torch.tensor([index[text] for text in texts]),
-        len(index),
-        {"images": [file_sha256(path) for path in paths]},
+    source_images = SourceImages(
+        images=image_rows,
+        latents=cached_rows("latents", latents, len(paths), console),
+        prompt_N=torch.tensor([index[text] for text in texts]),
+        prompts=len(index),
+        key={"images": [file_sha256(path) for path in paths]},
     )
-    return originals, list(index)
+    return source_images, list(index)
+
+
+def _image_paths(folder: Path) -> list[Path]:
+    """Every image below ``folder``, sorted; none if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in FORMATS)
 
 
 def _captions(folder: Path) -> dict[str, str]:
-    """Caption by file name."""
+    """Caption by file name, relative to ``folder``; empty if there is no metadata.csv."""
     path = folder / CAPTIONS
     if not path.exists():
         return {}
-    names, texts = read_cells(path, "file_name"), read_cells(path, None)
+    names = read_cells(path, "file_name")
+    texts = read_cells(path, None)
     return dict(zip(names, texts, strict=True))

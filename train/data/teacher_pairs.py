@@ -1,8 +1,13 @@
-"""Teacher pairs: (prompt, noise, latents) of a deterministic multi-step sampler, cached by what they depend on.
+"""Teacher pairs: (prompt, noise, latents) of a deterministic multi-step sampler, cached on disk.
 
-A shard holds latents, prompt indices and noise seeds of consecutive pairs; noise itself comes back from its seed.
-The cache folder's name hashes model weights, prompts, sampler settings and seed, so no stale pair is ever found,
-and a run that was stopped, or asks for more pairs, makes only what is missing. Several processes divide the shards.
+A shard of the cache holds the latents, prompt indices and noise seeds of consecutive pairs. The
+noise itself is not stored: its seed makes it again. The name of a cache folder is a hash of
+everything that the pairs depend on (model weights, prompts, sampler settings, seed), so a stale
+pair is never found. A run that was stopped, or that wants more pairs than before, makes only the
+missing shards. Several processes divide the shards among them.
+
+Shapes: N pairs, B rows of a batch, C latent channels, H, W latent height and width, L tokens of a
+prompt, D width of the text encoder.
 """
 
 from __future__ import annotations
@@ -32,20 +37,29 @@ from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.mixed_precision import in_precision
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
-TABLE_BYTES = 2 << 30
-CHUNK = 16
-Rows = Callable[[Tensor], Tensor]  # row indices int64 [B] -> rows [B, ...]
+TABLE_BYTES = 2 << 30  # rows that take more than 2 GiB together are not kept in memory
+CHUNK = 16  # rows computed at once to fill a table
+SHARD_TENSORS = ("latents", "prompt", "seed")
+RowFunction = Callable[[Tensor], Tensor]
+"""A function from row indices int64 [B] to the rows' values [B, ...]."""
 
 
 @dataclass(frozen=True)
 class Edits:
-    """What a teacher's edits start from: images and their latents, timestep and prompt to follow of each, int64 [N].
+    """What the teacher's N edits start from.
 
-    ``key`` says what they depend on, how many there are left out, and so what the cache of the edits depends on.
+    Attributes:
+        images: Rows int64 [B] -> source images uint8 [B, H, W, 3].
+        source: Rows int64 [B] -> scaled latents of the source images, float32 [B, C, h, w].
+        prompt_N: Index of the prompt that each edit follows, int64 [N].
+        timestep_N: Timestep to which each source is noised, int64 [N].
+        key: What the edits depend on, as JSON values, except how many there are: part of the
+            cache key.
+
     """
 
-    images: Rows
-    source: Rows
+    images: RowFunction
+    source: RowFunction
     prompt_N: Tensor
     timestep_N: Tensor
     key: dict[str, Any]
@@ -53,7 +67,14 @@ class Edits:
 
 @dataclass(frozen=True)
 class Pairs:
-    """N teacher pairs: latents [N, C, H, W] as stored, index into the prompts and noise seed, int64 [N]."""
+    """N teacher pairs.
+
+    Attributes:
+        latents_NCHW: The teacher's scaled latents in their storage type, float16 or float32.
+        prompt_N: Index of each pair's prompt, int64 [N].
+        seed_N: Seed of each pair's noise, int64 [N].
+
+    """
 
     latents_NCHW: Tensor
     prompt_N: Tensor
@@ -72,26 +93,45 @@ def teacher_latents(
     teacher: TeacherSettings,
     first: int | None = None,
 ) -> Tensor:
-    """Integrate the probability-flow ODE from the noise at the last timestep: float32 latents [B, C, H, W].
+    """Integrate the probability-flow ODE from noise to an image with the multi-step sampler.
 
-    From noised latents at timestep ``first``, which must be one of the sampler's, it is what an edit is.
-    Classifier-free guidance (Ho & Salimans 2022): empty and given prompt go through the UNet as one batch.
+    Classifier-free guidance (Ho & Salimans 2022): the empty prompt and the real one go through the
+    UNet as one batch.
+
+    Args:
+        model: The base model.
+        noise_BCHW: Standard normal noise float32; with ``first``, noised latents of a source image.
+        context_BLD: Text contexts of the prompts.
+        empty_1LD: Text context of the empty prompt.
+        teacher: Sampler, number of steps, guidance and precision.
+        first: Timestep to start from, which must be one of the sampler's; None is the last
+            timestep (999), where there is nothing but noise. An edit starts later in the schedule.
+
+    Returns:
+        Scaled latents, float32 [B, C, H, W].
+
     """
     unet = in_precision(model.unet, teacher.mixed_precision, model.device)
-    scheduler = teacher_scheduler(model.schedule, teacher.sampler)
+    # Any: the types of diffusers' top-level names are placeholders without methods.
+    scheduler: Any = teacher_scheduler(model.schedule, teacher.sampler)
     scheduler.set_timesteps(teacher.steps, device=model.device)
+    timesteps = scheduler.timesteps
+    if first is not None:
+        timesteps = timesteps[timesteps <= first]
+
+    # Guidance 1 is the conditional prediction alone: then half the batch is not needed.
     guided = teacher.guidance != 1
     if guided:
         context_BLD = torch.cat([empty_1LD.expand_as(context_BLD), context_BLD])
+
     x_BCHW = noise_BCHW
-    for timestep in scheduler.timesteps[
-        scheduler.timesteps <= (first if first is not None else np.inf)
-    ]:
+    for timestep in timesteps:
         inputs = torch.cat([x_BCHW, x_BCHW]) if guided else x_BCHW
+        # The sampler's arithmetic stays in float32, whatever the UNet computes in.
         output = unet(inputs, timestep, context_BLD, return_dict=False)[0].float()
         if guided:
-            empty, given = output.chunk(2)
-            output = empty + teacher.guidance * (given - empty)
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + teacher.guidance * (conditional - unconditional)
         x_BCHW = scheduler.step(output, timestep, x_BCHW).prev_sample
     return x_BCHW
 
@@ -105,13 +145,32 @@ def edited_latents(
     empty_1LD: Tensor,
     teacher: TeacherSettings,
 ) -> Tensor:
-    """The teacher's own edits of pairs ``rows``, int64 [B]: it finishes what is noised to each one's timestep."""
-    source_BCHW, timestep_B = edits.source(rows), edits.timestep_N[rows]
+    """The teacher's edits of ``rows``: it denoises each source from the source's own timestep.
+
+    This is SDEdit (Meng et al. 2022) with the teacher's sampler.
+
+    Args:
+        model: The base model.
+        edits: Sources, prompts and timesteps.
+        rows: Which edits to make, int64 [B].
+        noise_BCHW: Standard normal noise float32 that is added to the sources.
+        context_BLD: Text contexts of the edits' prompts.
+        empty_1LD: Text context of the empty prompt.
+        teacher: Sampler, number of steps, guidance and precision.
+
+    Returns:
+        Scaled latents, float32 [B, C, H, W].
+
+    """
+    source_BCHW = edits.source(rows)
+    timestep_B = edits.timestep_N[rows]
     latents_BCHW = torch.empty_like(noise_BCHW)
+
+    # A sampler runs through one sequence of timesteps, so rows of one strength go together.
     for timestep in timestep_B.unique().tolist():
         chosen = timestep_B == timestep
-        given = {"noise": noise_BCHW[chosen], "source": source_BCHW[chosen]}
-        start = start_latents("edit", given, model.alpha_bar(timestep))
+        step_inputs = {"noise": noise_BCHW[chosen], "source": source_BCHW[chosen]}
+        start = start_latents("edit", step_inputs, model.alpha_bar(timestep))
         latents_BCHW[chosen] = teacher_latents(
             model, start, context_BLD[chosen], empty_1LD, teacher, timestep
         )
@@ -121,7 +180,16 @@ def edited_latents(
 def teacher_scheduler(
     schedule: dict[str, Any], sampler: str
 ) -> DDIMScheduler | DPMSolverMultistepScheduler:
-    """Deterministic, and 'trailing': the first step is the last timestep, where the student's only step is."""
+    """The teacher's deterministic sampler, as one of diffusers' schedulers.
+
+    'trailing' spacing puts the first step at the last timestep, where the student takes its only
+    step: teacher and student then start from the same noise.
+
+    Args:
+        schedule: The model's noise schedule, as ``DiffusionModel.schedule`` returns it.
+        sampler: 'ddim', or anything else for DPM-Solver++ (second order, multi-step).
+
+    """
     if sampler == "ddim":
         return DDIMScheduler(
             **schedule, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
@@ -137,64 +205,81 @@ def teacher_pairs(
     teacher: TeacherSettings,
     *,
     seed: int,
-    context: Rows | None = None,
+    context: RowFunction | None = None,
     cache: Path | None = None,
     console: Console | None = None,
     processes: Processes | None = None,
     edits: Edits | None = None,
 ) -> Pairs:
-    """``teacher.pairs`` pairs, every prompt equally often; shards already in ``cache`` are read, others made.
+    """Make ``teacher.pairs`` pairs, every prompt equally often, or read them from the cache.
 
-    With ``edits`` they are edits of those sources, and as many.
+    Each process makes its share of the missing shards, then all processes read all shards: on
+    several machines the cache must be on a disk that they share.
 
-    ``context`` is what ``prompt_contexts`` returned, if the caller has it already. Each of ``processes`` makes its
-    share of the shards, then all read all of them: on several machines the cache must be on a disk that they share.
+    Args:
+        model: The base model.
+        prompts: The prompts, each used equally often.
+        teacher: Sampler settings, number of pairs, shard size and storage type.
+        seed: Fixes the order of the prompts and the noise.
+        context: Text contexts by prompt index, as ``prompt_contexts`` returns them; computed here
+            if None.
+        cache: Folder of the cache; None is the user's own (HIPA_CACHE).
+        console: Where the progress bar goes; stderr if None.
+        processes: The processes that share the work; None is this one alone.
+        edits: Make edits of these sources, as many as there are, in place of images from noise.
 
     Raises:
-        HipaError: a shard cannot be written, or holds the pairs of something else.
+        HipaError: A shard cannot be written, or holds the pairs of another teacher.
+
+    Example:
+        >>> teacher = TeacherSettings(steps=25, guidance=5.0, pairs=64)
+        >>> pairs = teacher_pairs(model, ["a red apple", "a boat"], teacher, seed=0)
+        >>> pairs.latents_NCHW.shape  # a model of 64x64 pixels
+        torch.Size([64, 4, 8, 8])
 
     """
     processes = processes or Processes()
     folder = cache_folder(model, prompts, teacher, seed, cache or user_cache(), edits)
     prompt_N = prompt_order(len(prompts), teacher.pairs, seed) if edits is None else edits.prompt_N
     context = context or prompt_contexts(model, prompts, console)
-    empty_1LD, count = model.context([""]), len(prompt_N)
-    ranges = [(n, min(n + teacher.batch, count)) for n in range(0, count, teacher.batch)]
+    empty_1LD = model.context([""])
+    count = len(prompt_N)
+    starts = range(0, count, teacher.batch)
+    ranges = [(start, min(start + teacher.batch, count)) for start in starts]
 
-    def make(start: int, stop: int) -> dict[str, Tensor]:
-        rows, index_B = torch.arange(start, stop), prompt_N[start:stop]
-        seed_B = rows + ((seed + 1) << 32)
-        inputs = model.noise(seed_B.tolist()), context(index_B), empty_1LD, teacher
-        latents = (
-            teacher_latents(model, *inputs)
-            if edits is None
-            else edited_latents(model, edits, rows, *inputs)
-        )
-        return {
-            "latents": latents.to(getattr(torch, teacher.dtype)).cpu(),
-            "prompt": index_B,
-            "seed": seed_B,
-        }
+    def make_shard(start: int, stop: int) -> dict[str, Tensor]:
+        rows = torch.arange(start, stop)
+        prompt_B = prompt_N[start:stop]
+        seed_B = noise_seeds(rows, seed)
+        conditions = (model.noise(seed_B.tolist()), context(prompt_B), empty_1LD, teacher)
+        if edits is None:
+            latents = teacher_latents(model, *conditions)
+        else:
+            latents = edited_latents(model, edits, rows, *conditions)
+        stored = latents.to(getattr(torch, teacher.dtype)).cpu()
+        return {"latents": stored, "prompt": prompt_B, "seed": seed_B}
 
+    # Each process makes every count-th shard. Taking turns spreads shards that are missing at the
+    # end of an extended cache over all processes.
     shards = {}
     with processes.fail_together(), ProgressBar(console) as progress:
-        task = progress.add_task(
-            "teacher pairs" if edits is None else "teacher's edits", total=count
-        )
+        title = "teacher pairs" if edits is None else "teacher's edits"
+        task = progress.add_task(title, total=count)
         for start, stop in ranges[processes.index :: processes.count]:
             path = _shard_path(folder, start, stop)
-            shards[start] = _read_shard(path) or _write_shard(path, make(start, stop))
+            shards[start] = _read_shard(path) or _write_shard(path, make_shard(start, stop))
             progress.update(task, completed=stop)
+
+    # All shards exist when every process has left the block above: now read those of the others.
     with processes.fail_together():
         for start, stop in ranges:
-            path = _shard_path(folder, start, stop)
-            shards[start] = shards.get(start) or _read_shard(path) or _not_shared(path)
-    return Pairs(
-        *(
-            torch.cat([shards[start][key] for start, _ in ranges])
-            for key in ("latents", "prompt", "seed")
-        )
-    )
+            if start not in shards:
+                shards[start] = _read_shared_shard(_shard_path(folder, start, stop))
+
+    joined = []
+    for name in SHARD_TENSORS:
+        joined.append(torch.cat([shards[start][name] for start, _ in ranges]))
+    return Pairs(*joined)
 
 
 def cache_folder(
@@ -205,9 +290,26 @@ def cache_folder(
     cache: Path,
     edits: Edits | None = None,
 ) -> Path:
-    """Where these pairs belong; how many there are does not matter, since a pair depends on its number alone."""
-    # mixed_precision came later: a cache made before it was in float32 and is still found
-    outside = {"pairs"} if teacher.mixed_precision != "no" else {"pairs", "mixed_precision"}
+    """Folder of the shards: a hash of everything that the pairs depend on.
+
+    The number of pairs is not part of the hash, since a pair depends on its own number alone: a
+    longer run finds the pairs of a shorter one.
+
+    Args:
+        model: The base model; the files of its UNet, text encoder and tokenizer are hashed.
+        prompts: The prompts, in order.
+        teacher: The sampler settings.
+        seed: The recipe's seed.
+        cache: Folder of all caches.
+        edits: The sources of edits; they add their own key and the VAE that encodes them.
+
+    """
+    # A float32 teacher leaves mixed_precision out of the key: the setting is younger than the
+    # cache, and pairs from before it, all of them float32, are still found.
+    excluded = {"pairs"}
+    if teacher.mixed_precision == "no":
+        excluded.add("mixed_precision")
+
     key = {
         "format": 1,
         "unet": folder_sha256(model.folder / "unet"),
@@ -215,54 +317,88 @@ def cache_folder(
         "tokenizer": folder_sha256(model.folder / "tokenizer", "*.*"),
         "schedule": model.schedule,
         "latent_shape": model.latent_shape_CHW,
-        "teacher": teacher.model_dump(exclude=outside),
+        "teacher": teacher.model_dump(exclude=excluded),
         "prompts": prompts,
         "seed": seed,
     }
     if edits is not None:
-        key |= {"edits": edits.key, "vae": folder_sha256(model.folder / "vae")}
-    return (
-        cache / "pairs" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    )
+        key["edits"] = edits.key
+        key["vae"] = folder_sha256(model.folder / "vae")
+    text = json.dumps(key, sort_keys=True)
+    return cache / "pairs" / hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def noise_seeds(rows: Tensor, seed: int, stream: int = 0) -> Tensor:
+    """Noise seed of each row, int64 [B]; no two (seed, stream, row) have the same one.
+
+    Bits 32 and above hold the recipe's seed plus 1, so that they are above every seed that a user
+    types; bits 28 to 31 hold the stream; the bits below hold the row.
+    """
+    return rows + ((seed + 1) << 32) + (stream << 28)
 
 
 def stream_noise(model: DiffusionModel, rows: Tensor, seed: int, stream: int) -> Tensor:
-    """Standard normal float32 [B, C, h, w], one draw for each (seed, stream, row)."""
-    return model.noise((rows + ((seed + 1) << 32) + (stream << 28)).tolist())
+    """Standard normal float32 [B, C, H, W], a draw of its own for each (seed, stream, row).
+
+    Teacher pairs use stream 0; examples and decoders use others, so that no noise is seen twice.
+    """
+    return model.noise(noise_seeds(rows, seed, stream).tolist())
 
 
 def prompt_order(prompts: int, pairs: int, seed: int) -> Tensor:
-    """Prompt of each pair, int64 [pairs]: one shuffled pass over the prompts after another."""
-    passes = [
-        np.random.default_rng((seed, n)).permutation(prompts) for n in range(-(-pairs // prompts))
-    ]
-    return torch.from_numpy(np.concatenate(passes)[:pairs])
+    """Prompt index of each pair, int64 [pairs]: one shuffled pass over the prompts after another.
+
+    The first pairs do not depend on how many follow, as the cache requires.
+    """
+    passes = -(-pairs // prompts)  # rounded up
+    shuffled = [np.random.default_rng((seed, n)).permutation(prompts) for n in range(passes)]
+    return torch.from_numpy(np.concatenate(shuffled)[:pairs])
 
 
 def prompt_contexts(
     model: DiffusionModel, prompts: list[str], console: Console | None = None
-) -> Rows:
-    """Text contexts float32 [B, L, D] by prompt index, each prompt encoded once if all of them fit in memory."""
-    return lookup(
-        "text contexts",
-        lambda rows: model.context([prompts[row] for row in rows]),
-        len(prompts),
-        console,
-    )
+) -> RowFunction:
+    """Text contexts by prompt index: int64 [B] -> float32 [B, L, D].
+
+    Each prompt is encoded once if all contexts fit in memory, else whenever a batch needs it.
+    """
+
+    def contexts(rows: list[int]) -> Tensor:
+        return model.context([prompts[row] for row in rows])
+
+    return cached_rows("text contexts", contexts, len(prompts), console)
 
 
-def lookup(
+def cached_rows(
     name: str, compute: Callable[[list[int]], Tensor], count: int, console: Console | None = None
-) -> Rows:
-    """A function from row indices [B] to rows [B, ...]: a table when all rows fit in memory, else ``compute``.
+) -> RowFunction:
+    """A function of row indices that reads a table in memory, or computes rows that do not fit.
 
-    The table is filled in fixed chunks, so that a row does not depend on what was asked for first: a resumed run
-    must see bit-equal rows. Nothing in it is learned from: no row has a gradient.
+    The table is filled in fixed chunks, so that a row does not depend on which rows a batch reads
+    first: a resumed run must see bit-equal rows. No row has a gradient.
+
+    Args:
+        name: Title of the progress bar.
+        compute: Row indices -> values [len(indices), ...].
+        count: How many rows there are.
+        console: Where the progress bar goes; stderr if None.
+
+    Returns:
+        A function from int64 [B] to the rows' values [B, ...].
+
+    Example:
+        >>> doubles = cached_rows("doubles", lambda rows: torch.tensor(rows) * 2, count=40)
+        >>> doubles(torch.tensor([39, 0]))
+        tensor([78,  0])
+
     """
     compute = torch.no_grad()(compute)
+
+    # The first row says how large all of them are.
     row = compute([0])[0]
     if row.numel() * row.element_size() * count > TABLE_BYTES:
         return lambda index_B: compute(index_B.tolist())
+
     chunks = [list(range(start, min(start + CHUNK, count))) for start in range(0, count, CHUNK)]
     with ProgressBar(console) as progress:
         table = torch.cat([compute(chunk) for chunk in progress.track(chunks, description=name)])
@@ -274,14 +410,17 @@ def _shard_path(folder: Path, start: int, stop: int) -> Path:
 
 
 def _read_shard(path: Path) -> dict[str, Tensor] | None:
-    """None when it is missing or damaged: then it is made again."""
+    """The tensors of a shard; None when the file is missing or damaged and must be made again."""
     try:
         with safe_open(path, "pt") as file:
             owner = (file.metadata() or {}).get("cache")
-            shard = {key: file.get_tensor(key) for key in ("latents", "prompt", "seed")}
+            shard = {name: file.get_tensor(name) for name in SHARD_TENSORS}
     except (OSError, SafetensorError):
         return None
-    if owner not in (path.parent.name, None):  # None: made before shards said where they belong
+
+    # A shard says which cache folder it belongs to: copied by hand into another one, it would be
+    # taken for another teacher's. The oldest shards say nothing (None) and are believed.
+    if owner not in (path.parent.name, None):
         raise HipaError(
             f"teacher pairs {path} are another teacher's (cache {owner}). Remove the file."
         )
@@ -292,13 +431,19 @@ def _write_shard(path: Path, shard: dict[str, Tensor]) -> dict[str, Tensor]:
     try:
         write_file(path, save(shard, {"cache": path.parent.name}))
     except OSError as error:
-        kept = "The shards before it are kept"
         raise HipaError(
-            f"teacher pairs {path} cannot be written: {error.strerror}. {kept}; see HIPA_CACHE."
+            f"teacher pairs {path} cannot be written: {error.strerror}. The shards before it are "
+            "kept. Free some disk space, or set HIPA_CACHE to a folder on another disk."
         ) from None
     return shard
 
 
-def _not_shared(path: Path) -> dict[str, Tensor]:
-    remedy = "Point HIPA_CACHE at a folder that all machines share"
-    raise HipaError(f"teacher pairs {path}, made by another process, are not seen here. {remedy}.")
+def _read_shared_shard(path: Path) -> dict[str, Tensor]:
+    """A shard that another process has just written."""
+    shard = _read_shard(path)
+    if shard is None:
+        raise HipaError(
+            f"teacher pairs {path}, made by another process, are not seen here. Point HIPA_CACHE "
+            "at a folder that all machines share."
+        )
+    return shard

@@ -1,4 +1,4 @@
-"""How good a one-step model is: images, distances, spectra, and the quality report.
+"""The evaluation of one-step models: images, distances, spectra and the quality report.
 
-May import: the core and the other rooms of training, but ``prediction``.
+May import: the core and the other rooms of training, except ``train.prediction``.
 """

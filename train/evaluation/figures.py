@@ -1,4 +1,7 @@
-"""Pictures of a quality report: spectra, the paper's premise, samples."""
+"""Pictures of a quality report: spectra, the paper's premise, samples.
+
+Shapes: N images of a set, H, W image size in pixels.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,17 @@ SHOWN = 8  # rows of a picture
 
 
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    """A matplotlib figure without pyplot's global state, and its axes: one, or an array of ``columns``."""
+    """A matplotlib figure without pyplot's global state.
+
+    Args:
+        width: In inches.
+        height: In inches.
+        columns: How many axes lie side by side.
+
+    Returns:
+        The figure, and its axes: one object, or an array of ``columns`` of them.
+
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -26,41 +39,79 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]
 
 
 def save_figure(path: Path, figure: Any) -> None:
-    """As PNG, whole or not at all."""
+    """Write a matplotlib figure as PNG; a write that fails leaves no partial file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_file(path, buffer.getvalue())
 
 
 def save_picture(path: Path, pixels_HWC: np.ndarray) -> None:
-    """Uint8 [H, W, 3] as PNG, twice as large, whole or not at all."""
+    """Write pixels uint8 [H, W, 3] as PNG, twice as large each way; as safe as ``save_figure``.
+
+    Nearest-neighbour enlarging keeps every pixel as it is: interpolation would add or remove the
+    high frequencies that the pictures are about.
+    """
     image = Image.fromarray(pixels_HWC)
+    size = (2 * image.width, 2 * image.height)
     buffer = io.BytesIO()
-    image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(buffer, "PNG")
+    image.resize(size, Image.Resampling.NEAREST).save(buffer, "PNG")
     write_file(path, buffer.getvalue())
 
 
 def spectra_figure(path: Path, rows: Mapping[str, np.ndarray], truth: str) -> None:
-    """Radial power of each uint8 set [N, H, W, 3], and its ratio to the set named ``truth``."""
+    """Draw the radial power of several image sets, and its ratio to one of them.
+
+    Args:
+        path: The PNG to write.
+        rows: Image sets by name, uint8 [N, H, W, 3].
+        truth: Name of the set that the ratios refer to.
+
+    """
     power = {name: radial_power(images) for name, images in rows.items()}
     figure, (left, right) = new_figure(11, 4, columns=2)
+
+    # Power falls over several decades, so the spectra need a logarithmic axis; differences between
+    # sets show in the ratio alone.
     for name, values in power.items():
         left.semilogy(values, label=name)
         right.plot(values / power[truth], label=name)
-    left.set(xlabel="cycles an image side", ylabel="mean power", title="Radial power spectrum")
-    right.set(
-        xlabel="cycles an image side", ylabel=f"ratio to: {truth}", title="Ratio", ylim=(0, 2)
-    )
+
+    frequency = "cycles an image side"
+    left.set(xlabel=frequency, ylabel="mean power", title="Radial power spectrum")
+    right.set(xlabel=frequency, ylabel=f"ratio to: {truth}", title="Ratio", ylim=(0, 2))
     left.legend(fontsize="small")
     save_figure(path, figure)
 
 
 def premise_picture(one_NHWC: np.ndarray, many_NHWC: np.ndarray, shown: int = SHOWN) -> np.ndarray:
-    """Columns: one step; many; low frequencies of one with the high ones of many; the converse. uint8 [H, W, 3]."""
-    one, many = one_NHWC[:shown], many_NHWC[:shown]
+    """The paper's premise in four columns, for the first ``shown`` images of two sets.
+
+    The columns are: one step; many steps; low frequencies of one step with the high ones of many;
+    low frequencies of many steps with the high ones of one.
+
+    Args:
+        one_NHWC: One-step images, uint8.
+        many_NHWC: Many-step images from the same prompts and noise, uint8.
+        shown: How many rows the picture has.
+
+    Returns:
+        uint8 [H, W, 3] of the whole picture.
+
+    """
+    one = one_NHWC[:shown]
+    many = many_NHWC[:shown]
     return grid([one, many, mixed(one, many), mixed(many, one)])
 
 
 def samples_picture(rows: Mapping[str, np.ndarray], shown: int = SHOWN) -> np.ndarray:
-    """A column of the first images of each uint8 set [N, H, W, 3], in the sets' order: uint8 [H, W, 3]."""
+    """A column of the first images of each set, in the sets' order.
+
+    Args:
+        rows: Image sets by name, uint8 [N, H, W, 3].
+        shown: How many images of each.
+
+    Returns:
+        uint8 [H, W, 3] of the whole picture.
+
+    """
     return grid([images[:shown] for images in rows.values()])

@@ -1,8 +1,19 @@
-"""How good a one-step model is: images of teacher and student, and distances between the two sets.
+"""The quality of one-step images: images of teacher and student, and distances between sets.
 
-KID-Lite0 is the kernel inception distance (Binkowski et al. 2018) on EfficientNet-Lite0 features instead of
-Inception's: its values compare with each other only. The training loss looks at other layers of the same network,
-so a model trained with it has an advantage over one that is not: give the paired numbers beside it.
+Three numbers compare a set of images with the teacher's:
+
+- KID-Lite0, the kernel inception distance (Binkowski et al. 2018, 'Demystifying MMD GANs', arXiv
+  1801.01401) on EfficientNet-Lite0 features instead of Inception's. Compare its values with each
+  other only, never with published KID.
+- The paired distance, a DISTS-like distance (Ding et al. 2020, arXiv 2004.07728) on the same
+  network's features, between images from the same prompt and noise.
+- The high-frequency ratio, the energy beyond a Gaussian high-pass relative to the teacher's.
+
+The training loss looks at other layers of the same network. A model trained with that loss has an
+advantage in the first two numbers over a model that is not: report the paired numbers beside KID.
+
+Shapes: N images of a set, B images of a batch, H, W image size in pixels, D features, C latent
+channels, h, w latent size.
 """
 
 from __future__ import annotations
@@ -25,16 +36,21 @@ from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to
 from hipa_deploy.train.model.unet_adaptor import one_step_model
 from hipa_deploy.train.recipes.recipe import RADIUS, TeacherSettings
 
-CHUNK = 32
+CHUNK = 32  # images that go through a network at once
 
 
 @dataclass(frozen=True)
 class Quality:
-    """A set of images against the teacher's for the same prompts.
+    """How a set of images compares with the teacher's for the same prompts.
 
-    kid_lite0: KID-Lite0 to the teacher's images from other noise, without pairs of one prompt: its own are at 0;
-    distance: mean DISTS-like distance to its images from the same noise; high_frequency_ratio: high frequency energy
-    over those images', 1 at best.
+    Attributes:
+        kid_lite0: KID-Lite0 to the teacher's images from other noise, without pairs of one prompt.
+            About 0 for the teacher's own images, larger for worse ones; may be a little negative.
+        distance: Mean DISTS-like distance to the teacher's images from the same noise: 0 for equal
+            images, about 1 where nothing agrees.
+        high_frequency_ratio: High-frequency energy over that of the teacher's images from the same
+            noise: 1 at best, below 1 for blurred images, above 1 for noisy ones.
+
     """
 
     kid_lite0: float
@@ -48,9 +64,25 @@ def compare(
     others_NHWC: np.ndarray,
     prompts: Sequence[str],
 ) -> Quality:
-    """All three numbers of a uint8 set [N, H, W, 3]: the teacher's from the same noise, image by image, and from other.
+    """Measure all three numbers of a set of images.
 
-    ``prompts`` are those of each row, of all three sets.
+    Args:
+        images_NHWC: The images to judge, uint8 [N, H, W, 3].
+        teacher_NHWC: The teacher's images from the same noise, in the same order.
+        others_NHWC: The teacher's images of the same prompts from other noise.
+        prompts: The prompt of each row, which is the same in all three sets.
+
+    Raises:
+        HipaError: The sets differ in shape, or there are fewer than two different prompts.
+
+    Example:
+        >>> seeds, other_seeds = [0, 1, 2, 3], [4, 5, 6, 7]
+        >>> teacher = teacher_images(folder, prompts, seeds, settings)
+        >>> others = teacher_images(folder, prompts, other_seeds, settings)
+        >>> one_step = one_step_images(folder, adaptor, prompts, seeds)
+        >>> compare(one_step, teacher, others, prompts).distance
+        0.13
+
     """
     return Quality(
         kid_lite0=kid_lite0(images_NHWC, others_NHWC, prompts),
@@ -62,27 +94,57 @@ def compare(
 def kid(
     features_a_ND: Tensor, features_b_ND: Tensor, prompts: Sequence[str] | None = None
 ) -> float:
-    """Unbiased squared MMD with the kernel (x . y / D + 1)^3 (Binkowski et al. 2018, section 4): may be negative.
+    """Kernel inception distance: the unbiased squared MMD of two sets of features.
 
-    All pairs at once rather than a mean over random subsets: nothing to seed, less variance. The sets are taken to be
-    independent, unless ``prompts`` says what the n-th rows of both were made of: rows of the same prompt are not, and
-    the kernel of two such rows counts nowhere, in the form of Gretton et al. 2012, 'A Kernel Two-Sample Test', equation
-    4, which needs only that rows of different prompts are independent.
+    With the polynomial kernel k(x, y) = (x . y / D + 1)^3 (Binkowski et al. 2018, section 4)::
+
+        KID = mean of k(a_i, a_j) over i != j  +  mean of k(b_i, b_j) over i != j
+              - 2 * mean of k(a_i, b_j) over all i, j
+
+    All pairs enter at once, rather than a mean over random subsets as in the paper: there is
+    nothing to seed, and the variance is smaller.
+
+    The formula takes the two sets to be independent. Rows that were made of the same prompt are
+    not. ``prompts`` removes such pairs of rows from all three means, in the form of Gretton et al.
+    2012, 'A Kernel Two-Sample Test', equation 4, which needs only that rows of different prompts
+    are independent.
+
+    Args:
+        features_a_ND: Features of the first set, any float type; computed in float64.
+        features_b_ND: Features of the second set. Without ``prompts`` it may have another N.
+        prompts: The prompt of which the n-th row of both sets was made.
+
+    Returns:
+        0 on average where both sets come from one distribution, so that a single value may be
+        negative; larger the more they differ, without an upper bound.
 
     Raises:
-        HipaError: fewer than two images, or prompts, to compare.
+        HipaError: Fewer than two rows, fewer than two different prompts, or not one prompt for
+            each row of both sets.
+
+    Example:
+        >>> a = torch.tensor([[1.0], [2.0]])
+        >>> b = torch.tensor([[0.0], [3.0]])
+        >>> kid(a, b)  # 27 + 1 - 2 * (1 + 64 + 1 + 343) / 4
+        -176.5
 
     """
-    a_ND, b_ND = features_a_ND.double(), features_b_ND.double()
+    # Cubes of sums over a thousand features lose their differences in float32.
+    a_ND = features_a_ND.double()
+    b_ND = features_b_ND.double()
     if min(len(a_ND), len(b_ND)) < 2:
         raise HipaError(
             f"KID-Lite0 of {len(a_ND)} and {len(b_ND)} images. Expected at least two in each set."
         )
+
+    # Which pairs of rows each mean is over, bool [N, N].
     if prompts is None:
-        within_a, within_b = (~torch.eye(len(rows), dtype=torch.bool) for rows in (a_ND, b_ND))
+        within_a = ~torch.eye(len(a_ND), dtype=torch.bool)
+        within_b = ~torch.eye(len(b_ND), dtype=torch.bool)
         across = torch.ones(len(a_ND), len(b_ND), dtype=torch.bool)
     else:
         within_a = within_b = across = _other_prompts(prompts, a_ND, b_ND)
+
     within = _kernel(a_ND, a_ND)[within_a].mean() + _kernel(b_ND, b_ND)[within_b].mean()
     return float(within - 2 * _kernel(a_ND, b_ND)[across].mean())
 
@@ -90,7 +152,20 @@ def kid(
 def kid_lite0(
     images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray, prompts: Sequence[str] | None = None
 ) -> float:
-    """``kid`` of two uint8 image sets [N, H, W, 3]: 0 on average where they come from one distribution."""
+    """KID-Lite0: ``kid`` of the pooled EfficientNet-Lite0 features of two image sets.
+
+    Args:
+        images_a_NHWC: uint8 [N, H, W, 3].
+        images_b_NHWC: uint8 [N, H, W, 3].
+        prompts: As for ``kid``.
+
+    Returns:
+        0 on average where both sets come from one distribution; see ``kid``.
+
+    Raises:
+        HipaError: As ``kid``.
+
+    """
     return kid(lite0_features(images_a_NHWC), lite0_features(images_b_NHWC), prompts)
 
 
@@ -100,27 +175,75 @@ def lite0_features(images_NHWC: np.ndarray) -> Tensor:
 
 
 def paired_distance(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray) -> float:
-    """Mean DISTS-like distance between the n-th images of two uint8 sets [N, H, W, 3]."""
+    """Mean of ``paired_distances`` over two uint8 image sets [N, H, W, 3]."""
     return float(paired_distances(images_a_NHWC, images_b_NHWC).mean())
 
 
 def paired_distances(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray) -> Tensor:
-    """DISTS-like distance between the n-th images of two uint8 sets [N, H, W, 3]: float32 [N]."""
+    """DISTS-like distance between the n-th images of two sets.
+
+    Over all channels c of the image itself and of EfficientNet-Lite0's feature maps x and y of the
+    two images (Ding et al. 2020, equations 4 to 8)::
+
+        D  = 1 - mean over c of (S1 + S2) / 2
+        S1 = (2 mean(x) mean(y) + c1) / (mean(x)^2 + mean(y)^2 + c1)    texture
+        S2 = (2 cov(x, y) + c2) / (var(x) + var(y) + c2)                structure
+
+    DISTS weighs the channels of VGG16 with published weights; here all channels weigh the same, so
+    the distance is DISTS-like and not DISTS (``hipa_deploy.train.losses.dists``).
+
+    Args:
+        images_a_NHWC: uint8 [N, H, W, 3].
+        images_b_NHWC: uint8, of the same shape.
+
+    Returns:
+        float32 [N]: 0 for equal images, about 1 where nothing agrees.
+
+    Raises:
+        HipaError: The sets differ in shape.
+
+    """
     return _by_chunks(_dists_like(), images_a_NHWC, images_b_NHWC)
 
 
 def high_frequency_ratio(
     images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray, radius: float = RADIUS
 ) -> float:
-    """High-frequency energy of set a over that of set b, uint8 [N, H, W, 3]."""
-    energies = [
-        high_frequency_energies(images, radius).mean() for images in (images_a_NHWC, images_b_NHWC)
-    ]
-    return float(energies[0] / energies[1])
+    """Mean high-frequency energy of one image set over that of another.
+
+    The ratio is mean_n E(a_n) / mean_n E(b_n), with the energies E of ``high_frequency_energies``.
+    It is a ratio of means, because a single flat image has hardly any energy to divide by.
+
+    Args:
+        images_a_NHWC: uint8 [N, H, W, 3].
+        images_b_NHWC: uint8 [N, H, W, 3]: the reference.
+        radius: Radius of the high-pass, in units of the Nyquist frequency.
+
+    Returns:
+        1 where both sets are equally sharp, below 1 where the first is blurred, above 1 where it is
+        noisy; never negative.
+
+    """
+    energy_a = high_frequency_energies(images_a_NHWC, radius).mean()
+    energy_b = high_frequency_energies(images_b_NHWC, radius).mean()
+    return float(energy_a / energy_b)
 
 
 def high_frequency_energies(images_NHWC: np.ndarray, radius: float = RADIUS) -> Tensor:
-    """High-frequency energy of each uint8 image [N, H, W, 3], pixels in [0, 1]: float32 [N]."""
+    """High-frequency energy of each image: the power that passes the training loss's high-pass.
+
+    E = mean over channels and frequencies of |H FFT(image)|^2, with the orthonormal transform and
+    the Gaussian high-pass H = 1 - exp(-r^2 / (2 radius^2)). With H = 1 it would be the mean square
+    of the pixels (Parseval).
+
+    Args:
+        images_NHWC: uint8 [N, H, W, 3]; measured with pixels in [0, 1].
+        radius: Radius of the high-pass, in units of the Nyquist frequency.
+
+    Returns:
+        float32 [N], each in [0, 1].
+
+    """
     return _by_chunks(lambda image: high_frequency_energy(image, radius), images_NHWC)
 
 
@@ -132,7 +255,22 @@ def teacher_images(
     *,
     device: str | None = None,
 ) -> np.ndarray:
-    """Images of the multi-step guided sampler, uint8 [N, H, W, 3], one for each (prompt, noise seed)."""
+    """Images of the multi-step sampler with guidance.
+
+    Args:
+        model_dir: Diffusers folder of the base model.
+        prompts: N prompts.
+        seeds: The noise seed of each prompt.
+        teacher: Sampler, steps and guidance.
+        device: 'cpu', 'cuda', ...; None is the GPU if there is one.
+
+    Returns:
+        uint8 [N, H, W, 3].
+
+    Raises:
+        HipaError: Not one seed for each prompt, or a model that cannot be loaded.
+
+    """
     model = DiffusionModel.load(model_dir, device)
     empty_1LD = model.context([""])
 
@@ -151,7 +289,24 @@ def one_step_images(
     timestep: int = 999,
     device: str | None = None,
 ) -> np.ndarray:
-    """One-step images, uint8 [N, H, W, 3]: of the base model, or with an adaptor at the timestep it was trained for."""
+    """One-step images of the base model, or of the base model with an adaptor.
+
+    Args:
+        model_dir: Diffusers folder of the base model.
+        adaptor_dir: Folder of an adaptor, whose own timestep is used; None is the base model.
+        prompts: N prompts.
+        seeds: The noise seed of each prompt.
+        timestep: Timestep of the step without an adaptor.
+        device: 'cpu', 'cuda', ...; None is the GPU if there is one.
+
+    Returns:
+        uint8 [N, H, W, 3].
+
+    Raises:
+        HipaError: Not one seed for each prompt, a model or adaptor that cannot be loaded, or an
+            adaptor of another task or model.
+
+    """
     model = DiffusionModel.load(model_dir, device)
     return _images(model, one_step_model(model, timestep, adaptor_dir), prompts, seeds)
 
@@ -163,6 +318,7 @@ def _images(
     prompts: Sequence[str],
     seeds: Sequence[int],
 ) -> np.ndarray:
+    """Decoded images of ``latents(noise, context)``, in chunks that fit in memory."""
     if len(prompts) != len(seeds) or not seeds:
         raise HipaError(
             f"{len(prompts)} prompts and {len(seeds)} seeds. Expected one seed for each prompt."
@@ -170,11 +326,9 @@ def _images(
     images = []
     for start in range(0, len(seeds), CHUNK):
         chunk = slice(start, start + CHUNK)
-        images.append(
-            to_uint8(
-                model.decode(latents(model.noise(seeds[chunk]), model.context(prompts[chunk])))
-            )
-        )
+        noise_BCHW = model.noise(seeds[chunk])
+        context_BLD = model.context(prompts[chunk])
+        images.append(to_uint8(model.decode(latents(noise_BCHW, context_BLD))))
     return torch.cat(images).numpy()
 
 
@@ -190,28 +344,36 @@ def _dists_like() -> DistsLike:
 
 @torch.no_grad()
 def _by_chunks(function: Callable[..., Tensor], *sets_NHWC: np.ndarray) -> Tensor:
-    if (
-        len({images.shape[1:] for images in sets_NHWC}) != 1
-        or len({len(images) for images in sets_NHWC}) != 1
-    ):
-        raise HipaError(
-            f"image sets of shapes {[i.shape for i in sets_NHWC]}. Expected equal ones, [N, H, W, 3]."
-        )
+    """``function`` of float images [B, 3, H, W], one argument for each set, in chunks of the sets.
+
+    Raises:
+        HipaError: The sets differ in shape.
+
+    """
+    shapes = [images.shape for images in sets_NHWC]
+    if len(set(shapes)) != 1:
+        raise HipaError(f"image sets of shapes {shapes}. Expected equal ones, [N, H, W, 3].")
+
+    # The copy makes arrays writable that come from a file or a broadcast: torch warns otherwise.
     chunks = [torch.from_numpy(np.array(images)).split(CHUNK) for images in sets_NHWC]
-    return torch.cat(
-        [function(*(to_float(chunk) for chunk in group)) for group in zip(*chunks, strict=True)]
-    )
+    results = []
+    for group in zip(*chunks, strict=True):
+        results.append(function(*map(to_float, group)))
+    return torch.cat(results)
 
 
 def _kernel(a_ND: Tensor, b_ND: Tensor) -> Tensor:
+    """The polynomial kernel of every pair of rows, [N, N]."""
     return (a_ND @ b_ND.T / a_ND.shape[1] + 1) ** 3
 
 
 def _other_prompts(prompts: Sequence[str], a_ND: Tensor, b_ND: Tensor) -> Tensor:
-    """Which two rows have different prompts, bool [N, N]."""
-    index = {prompt: i for i, prompt in enumerate(prompts)}
-    number_N = torch.tensor([index[prompt] for prompt in prompts])
-    if not len(a_ND) == len(b_ND) == len(number_N) or len(index) < 2:
-        got = f"{len(a_ND)} and {len(b_ND)} images of {len(number_N)} prompts, {len(index)} of them different"
-        raise HipaError(f"KID-Lite0 of {got}. Expected a prompt for each row, and at least two.")
+    """Which pairs of rows have different prompts, bool [N, N]."""
+    number_of = {prompt: number for number, prompt in enumerate(prompts)}
+    number_N = torch.tensor([number_of[prompt] for prompt in prompts])
+    if not len(a_ND) == len(b_ND) == len(number_N) or len(number_of) < 2:
+        raise HipaError(
+            f"KID-Lite0 of {len(a_ND)} and {len(b_ND)} images of {len(number_N)} prompts, "
+            f"{len(number_of)} of them different. Expected a prompt for each row, and at least two."
+        )
     return number_N[:, None] != number_N

@@ -1,4 +1,9 @@
-"""The quality report of ``hipa-evaluate``: teacher, base in one step and adaptor in one step, from the same noise."""
+"""The quality report of ``hipa-evaluate``: teacher, base model and adaptor from the same noise.
+
+Base model and adaptor make their images in one step.
+
+Shapes: N images of a row of the report, H, W image size in pixels.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +26,29 @@ from hipa_deploy.train.evaluation.quality import (
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
-FEWER_STEPS, REFERENCE_STEPS = (1, 2, 4, 8), 25
-BASE, ADAPTED = "base, one step", "HiPA, one step"
+FEWER_STEPS = (1, 2, 4, 8)  # the teacher's rows beside its full number of steps
+REFERENCE_STEPS = 25  # fewer steps would be too coarse to compare with
+BASE = "base, one step"
+ADAPTED = "HiPA, one step"
 
 
 class QualityReport(BaseModel):
-    """Each row's images for the same prompts and noise; the teacher's own row is the floor of KID-Lite0.
+    """The numbers of a report, stored as report.json.
 
-    Version 3: KID-Lite0 leaves out rows of the same prompt (``kid``), so that the floor is about 0 and not below it.
+    Every row has images of the same prompts and noise. The KID-Lite0 of the teacher's own row is
+    the floor: no other row is expected below it.
+
+    Version 3 of the schema: KID-Lite0 leaves out pairs of rows with the same prompt (``kid``), so
+    that the floor is about 0. In earlier versions it was below 0.
+
+    Attributes:
+        schema_version: Version of these fields.
+        images: Images of each row.
+        teacher_steps: UNet steps of the teacher that the rows are compared with.
+        teacher_guidance: That teacher's guidance.
+        kid_lite0_floor: KID-Lite0 between the teacher's images and its images from other noise.
+        rows: The three numbers of each row, by its name.
+
     """
 
     model_config = ConfigDict(frozen=True)
@@ -41,36 +61,62 @@ class QualityReport(BaseModel):
     rows: dict[str, Quality]
 
     def kid_gap_closed(self, row: str = ADAPTED) -> float:
-        """How much of the way from the base's KID-Lite0 in one step to the teacher's a row goes: 1 is all of it."""
+        """Share of the gap between base and teacher in KID-Lite0 that a row closes.
+
+        0 is the base model in one step, 1 is the teacher; worse than the base is negative.
+        """
         base = self.rows[BASE].kid_lite0
         return (base - self.rows[row].kid_lite0) / (base - self.kid_lite0_floor)
 
 
 def held_out_prompts(model_dir: Path, prompts: Path | None = None) -> list[str]:
-    """The prompts to evaluate on: a file, one a line, or those that the model folder sets aside."""
+    """The prompts to evaluate on.
+
+    Args:
+        model_dir: Diffusers folder; its prompts_pair.txt is read if ``prompts`` is None.
+        prompts: A file of prompts, one a line, or a table of captions.
+
+    Raises:
+        HipaError: As ``read_prompt_file``.
+
+    """
     return read_prompt_file(prompts or model_dir / "prompts_pair.txt")
 
 
 def draw(prompts: list[str], count: int) -> tuple[list[str], list[int]]:
-    """``count`` (prompt, seed) jobs that go through the prompts in turn."""
-    if len(set(prompts)) < 2:
-        raise HipaError(
-            f"different prompts to evaluate on: {len(set(prompts))}. Expected at least 2."
-        )
+    """Draw ``count`` prompts, in turn, and a noise seed for each.
+
+    Returns:
+        The prompts and the seeds, each of length ``count``.
+
+    Raises:
+        HipaError: Fewer than two different prompts, or a count outside of 4 to 100000.
+
+    """
+    different = len(set(prompts))
+    if different < 2:
+        raise HipaError(f"different prompts to evaluate on: {different}. Expected at least 2.")
     if not 4 <= count <= 100_000:
         raise HipaError(f"{count} images were asked for. Expected 4 to 100000.")
-    return [prompts[i % len(prompts)] for i in range(count)], [FIRST_SEED + i for i in range(count)]
+    texts = [prompts[number % len(prompts)] for number in range(count)]
+    seeds = [FIRST_SEED + number for number in range(count)]
+    return texts, seeds
 
 
 def reference_teacher(teacher: TeacherSettings) -> TeacherSettings:
-    """What images are compared with, however coarsely the training's pairs were made: DDIM, 25 steps or more, FP32."""
+    """The teacher to compare with: DDIM in float32, with at least ``REFERENCE_STEPS`` steps.
+
+    The training's own pairs may have been made faster and coarser; the reference must not change
+    with them. Guidance and all other settings stay.
+    """
     steps = max(REFERENCE_STEPS, teacher.steps)
     return teacher.model_copy(update={"sampler": "ddim", "steps": steps, "mixed_precision": "no"})
 
 
 def teacher_row(steps: int) -> str:
-    """Name of the teacher's row at so many steps."""
-    return f"teacher, {steps} step{'s' * (steps > 1)}"
+    """Name of the teacher's row: 'teacher, 1 step' or 'teacher, 25 steps'."""
+    plural = "s" if steps > 1 else ""
+    return f"teacher, {steps} step{plural}"
 
 
 def make_images(
@@ -81,15 +127,39 @@ def make_images(
     images: int,
     console: Console,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The rows' images, uint8 [images, H, W, 3], and the teacher's for the same prompts from other noise."""
+    """Make the images of every row of a report.
+
+    Args:
+        model_dir: Diffusers folder of the base model.
+        adaptor: Folder of an adaptor; None leaves out its row.
+        prompts: The prompts to evaluate on.
+        teacher: The teacher to compare with.
+        images: N, how many images each row has.
+        console: Where the status line goes.
+
+    Returns:
+        The images of each row by its name, uint8 [N, H, W, 3]; and the teacher's for the same
+        prompts from other noise, uint8 [N, H, W, 3].
+
+    Raises:
+        HipaError: As ``draw``, or a model or adaptor that cannot be loaded.
+
+    """
     texts, seeds = draw(prompts, images)
     rows = {}
-    for steps in (n for n in FEWER_STEPS if n < teacher.steps):
+
+    # The teacher at fewer steps shows what its steps are worth on this model.
+    for steps in FEWER_STEPS:
+        if steps >= teacher.steps:
+            continue
         with console.status(f"{steps}-step teacher, {images} images"):
             fewer = teacher.model_copy(update={"steps": steps})
             rows[teacher_row(steps)] = teacher_images(model_dir, texts, seeds, fewer)
+
+    # The reference, and the same prompts from other noise, to which KID-Lite0 is measured.
     with console.status(f"{teacher.steps}-step teacher, twice {images} images"):
         rows[teacher_row(teacher.steps)], again = teacher_twice(model_dir, texts, seeds, teacher)
+
     with console.status("one-step images"):
         rows[BASE] = one_step_images(model_dir, None, texts, seeds)
         if adaptor is not None:
@@ -100,44 +170,55 @@ def make_images(
 def quality_report(
     teacher: TeacherSettings,
     prompts: list[str],
-    truth_BHWC: np.ndarray,
-    again_BHWC: np.ndarray,
+    truth_NHWC: np.ndarray,
+    again_NHWC: np.ndarray,
     rows: dict[str, np.ndarray],
 ) -> QualityReport:
-    """Compare sets of uint8 images [N, H, W, 3] with the teacher's for the same N prompts and noise.
+    """Compare the rows' images with the teacher's for the same prompts and noise.
 
-    ``again_BHWC`` are the teacher's from other noise: KID-Lite0 is measured against them, its floor the teacher's.
+    Args:
+        teacher: The teacher that made the reference images.
+        prompts: The prompt of each image, N of them.
+        truth_NHWC: The teacher's images from the rows' noise, uint8.
+        again_NHWC: The teacher's images from other noise, uint8: KID-Lite0 is measured to these.
+        rows: Images of each row by its name, uint8 [N, H, W, 3].
+
+    Raises:
+        HipaError: The sets differ in shape, or have fewer than two different prompts.
+
     """
+    qualities = {}
+    for name, images_NHWC in rows.items():
+        qualities[name] = compare(images_NHWC, truth_NHWC, again_NHWC, prompts)
     return QualityReport(
-        images=len(truth_BHWC),
+        images=len(truth_NHWC),
         teacher_steps=teacher.steps,
         teacher_guidance=teacher.guidance,
-        kid_lite0_floor=kid_lite0(truth_BHWC, again_BHWC, prompts),
-        rows={
-            name: compare(images_BHWC, truth_BHWC, again_BHWC, prompts)
-            for name, images_BHWC in rows.items()
-        },
+        kid_lite0_floor=kid_lite0(truth_NHWC, again_NHWC, prompts),
+        rows=qualities,
     )
 
 
 def teacher_twice(
     model_dir: Path, texts: list[str], seeds: list[int], teacher: TeacherSettings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The teacher's images from ``seeds``, and for the same prompts from other seeds."""
+    """The teacher's images from ``seeds``, and of the same prompts from other seeds.
+
+    Returns:
+        Two sets uint8 [N, H, W, 3]; the other seeds are the N that follow, for consecutive seeds.
+
+    """
     others = [seed + len(seeds) for seed in seeds]
     both = teacher_images(model_dir, [*texts, *texts], [*seeds, *others], teacher)
     return both[: len(seeds)], both[len(seeds) :]
 
 
 def render_table(report: QualityReport) -> Table:
-    """A table with its conditions in the title."""
-    table = Table(
-        "", "KID-Lite0", "DISTS-like distance", "high-frequency ratio", title=conditions(report)
-    )
+    """The rows as a table for the terminal, with the conditions in its title."""
+    headings = ("KID-Lite0", "DISTS-like distance", "high-frequency ratio")
+    table = Table("", *headings, title=conditions(report))
     for name, row in report.rows.items():
-        table.add_row(
-            name, *(f"{v:.3f}" for v in (row.kid_lite0, row.distance, row.high_frequency_ratio))
-        )
+        table.add_row(name, *_cells(row))
     return table
 
 
@@ -151,17 +232,30 @@ def conditions(report: QualityReport) -> str:
 
 
 def markdown_table(report: QualityReport) -> str:
-    """The same table in Markdown."""
+    """The rows as a table in Markdown."""
     lines = ["| | KID-Lite0 | DISTS-like distance | high-frequency ratio |", "|---|---|---|---|"]
     for name, row in report.rows.items():
-        lines.append(
-            f"| {name} | {row.kid_lite0:.3f} | {row.distance:.3f} | {row.high_frequency_ratio:.3f} |"
-        )
+        lines.append(f"| {name} | {' | '.join(_cells(row))} |")
     return "\n".join(lines)
 
 
+def _cells(row: Quality) -> list[str]:
+    numbers = (row.kid_lite0, row.distance, row.high_frequency_ratio)
+    return [f"{number:.3f}" for number in numbers]
+
+
 def write_report(folder: Path, report: QualityReport, rows: dict[str, np.ndarray]) -> Path:
-    """report.md, report.json and the pictures spectra.png, premise.png and samples.png, into ``folder``."""
+    """Write report.md, report.json, spectra.png, premise.png and samples.png into ``folder``.
+
+    Args:
+        folder: Folder to write, made if it is missing.
+        report: The numbers.
+        rows: Images of each row by its name, uint8 [N, H, W, 3].
+
+    Returns:
+        The path of report.md.
+
+    """
     from hipa_deploy.files import write_file
     from hipa_deploy.train.evaluation.figures import (
         premise_picture,
@@ -170,17 +264,21 @@ def write_report(folder: Path, report: QualityReport, rows: dict[str, np.ndarray
         spectra_figure,
     )
 
+    # The spectra compare three rows only: more curves could not be told apart.
     truth = teacher_row(report.teacher_steps)
     shown = {name: rows[name] for name in (truth, BASE, ADAPTED) if name in rows}
     folder.mkdir(parents=True, exist_ok=True)
     spectra_figure(folder / "spectra.png", shown, truth)
     save_picture(folder / "premise.png", premise_picture(rows[BASE], rows[truth]))
     save_picture(folder / "samples.png", samples_picture(rows))
-    closed = (
-        f"\n\nKID gap closed: {report.kid_gap_closed():.0%}.\n" if ADAPTED in report.rows else "\n"
-    )
-    text = f"# Quality\n\n{conditions(report)}.\n\n{markdown_table(report)}{closed}\n{PICTURES}"
-    text += f"Columns of the samples: {'; '.join(rows)}.\n"
+
+    # The text comes last, so that a report that can be read has all of its pictures.
+    text = f"# Quality\n\n{conditions(report)}.\n\n{markdown_table(report)}"
+    if ADAPTED in report.rows:
+        text += f"\n\nKID gap closed: {report.kid_gap_closed():.0%}.\n"
+    else:
+        text += "\n"
+    text += f"\n{PICTURES}Columns of the samples: {'; '.join(rows)}.\n"
     write_file(folder / "report.json", (report.model_dump_json(indent=2) + "\n").encode())
     write_file(folder / "report.md", text.encode())
     return folder / "report.md"
@@ -190,7 +288,8 @@ PICTURES = """![Radial power spectra](spectra.png)
 
 ![The premise](premise.png)
 
-Left to right: one step of the base model; the teacher; low frequencies of one step with the high ones of the teacher;
+Left to right: one step of the base model; the teacher; low frequencies of one step with the \
+high ones of the teacher;
 the converse.
 
 ![Samples](samples.png)

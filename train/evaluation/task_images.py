@@ -1,4 +1,8 @@
-"""Images of one step of any task, in torch: what an adaptor is measured by before anything is exported."""
+"""One-step images of any task, in torch: they judge an adaptor before anything is exported.
+
+Shapes: N images, B images of a chunk, H, W size of the source images in pixels, H', W' the model's
+own size (which is H, W except for super-resolution), C latent channels, h, w latent size.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from hipa_deploy.train.model.encoder_adaptor import attach_encoder_adaptor
 from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import attach_adaptor
 
-CHUNK = 32
+CHUNK = 32  # images that go through the model at once
 
 
 @torch.no_grad()
@@ -37,84 +41,108 @@ def one_step_task_images(
     factor: int = 4,
     device: str | None = None,
 ) -> np.ndarray:
-    """uint8 [N, H, W, 3] of the base model in one step of ``task``, or with an adaptor that was trained for it.
+    """Images of the base model in one step of a task, or of the base model with an adaptor.
 
-    ``images_NHWC`` are sources, uint8: for super-resolution the small ones; ``masks_NHW`` are 1 where to repaint.
-    ``timestep`` and ``factor`` are those of inpainting and super-resolution without an adaptor: it knows its own.
+    Args:
+        model_dir: Diffusers folder of the base model.
+        adaptor_dir: Folder of an adaptor that was trained for ``task``; None is the base model.
+        task: 'edit', 'inpaint' or 'upscale'.
+        images_NHWC: Source images uint8; for super-resolution the small ones.
+        prompts: N prompts.
+        seeds: The noise seed of each image.
+        masks_NHW: For inpainting, 1 where to repaint and 0 elsewhere.
+        strength: Of edits, in (0, 1].
+        timestep: Of inpainting and super-resolution without an adaptor; an adaptor has its own.
+        factor: Of super-resolution without an adaptor; an adaptor has its own.
+        device: 'cpu', 'cuda', ...; None is the GPU if there is one.
+
+    Returns:
+        uint8 [N, H', W', 3].
 
     Raises:
-        HipaError: an adaptor of another task, or without this strength.
+        HipaError: An adaptor of another task or without this strength, a mask that is missing or
+            empty, or a model or adaptor that cannot be loaded.
+
+    Example:
+        >>> images = np.zeros((2, 64, 64, 3), np.uint8)
+        >>> texts = ["a red apple", "a boat"]
+        >>> edited = one_step_task_images(model, adaptor, "edit", images, texts, [0, 1])
+        >>> edited.shape
+        (2, 64, 64, 3)
 
     """
+    # The model, and the settings of the step: an adaptor knows those that it was trained for.
     model = DiffusionModel.load(model_dir, device, task)
     if adaptor_dir is not None:
         metadata = read_metadata(adaptor_dir, model_dir)
         if metadata.task != task or (task == "edit" and strength not in metadata.strengths):
-            got = f"task {metadata.task}, strengths {metadata.strengths}"
             raise HipaError(
-                f"adaptor {adaptor_dir} has {got}. Expected {task}, strength {strength:g}."
+                f"adaptor {adaptor_dir} has task {metadata.task}, strengths {metadata.strengths}. "
+                f"Expected {task}, strength {strength:g}."
             )
         attach_adaptor(model.unet, adaptor_dir)
         attach_encoder_adaptor(model.vae, adaptor_dir)
-        timestep, factor = metadata.timestep, metadata.upscale
-    timestep = strength_timestep(strength) if task == "edit" else timestep
-    sources, holes = _sources(task, images_NHWC, masks_NHW, factor)
+        timestep = metadata.timestep
+        factor = metadata.upscale
+    if task == "edit":
+        timestep = strength_timestep(strength)
+    sources, holes = _prepare_sources(task, images_NHWC, masks_NHW, factor)
 
-    def chunk_images(chunk: slice) -> Tensor:
-        given = _given(
-            model, task, sources[chunk], None if holes is None else holes[chunk], seeds[chunk]
-        )
-        steps_B = torch.full((len(seeds[chunk]),), timestep, device=model.device)
+    # The step itself, by chunks.
+    chunks = []
+    for start in range(0, len(seeds), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        chunk_holes = None if holes is None else holes[chunk]
+        step_inputs = _step_inputs(model, task, sources[chunk], chunk_holes, seeds[chunk])
         latents = task_latents(
             model.unet,
             task,
-            given,
+            step_inputs,
             model.context(prompts[chunk]),
-            timestep_B=steps_B,
+            timestep_B=torch.full((len(seeds[chunk]),), timestep, device=model.device),
             alpha_bar=model.alpha_bar(timestep),
             prediction_type=model.prediction_type,
             concatenates=model.concatenates,
         )
-        return to_uint8(model.decode(latents))
-
-    made = torch.cat(
-        [chunk_images(slice(n, n + CHUNK)) for n in range(0, len(seeds), CHUNK)]
-    ).numpy()
+        chunks.append(to_uint8(model.decode(latents)))
+    made = torch.cat(chunks).numpy()
     if holes is None:
         return made
-    return np.stack(
-        [composite(*parts, feather=0) for parts in zip(made, images_NHWC, holes, strict=True)]
-    )
+
+    # Decoding changes every pixel a little; outside of the hole the source's own pixels stay.
+    finished = []
+    for image, source, hole in zip(made, images_NHWC, holes, strict=True):
+        finished.append(composite(image, source, hole, feather=0))
+    return np.stack(finished)
 
 
-def _sources(
+def _prepare_sources(
     task: Task, images_NHWC: np.ndarray, masks_NHW: np.ndarray | None, factor: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """What the VAE's encoder sees, and the masks of inpainting."""
+    """What the VAE's encoder sees, uint8 [N, H', W', 3], and the masks of inpainting."""
     if task == "upscale":
         return np.stack([enlarge(image, factor) for image in images_NHWC]), None
     if task != "inpaint":
         return images_NHWC, None
     if masks_NHW is None:
         raise HipaError("inpainting needs a mask for each image. Expected masks_NHW, [N, H, W].")
-    return np.stack(
-        [hide_hole(image, mask) for image, mask in zip(images_NHWC, masks_NHW, strict=True)]
-    ), masks_NHW
+    pairs = zip(images_NHWC, masks_NHW, strict=True)
+    return np.stack([hide_hole(image, mask) for image, mask in pairs]), masks_NHW
 
 
-def _given(
+def _step_inputs(
     model: DiffusionModel,
     task: Task,
     sources: np.ndarray,
     holes: np.ndarray | None,
     seeds: Sequence[int],
 ) -> dict[str, Tensor]:
-    """The task's STEP_INPUTS."""
-    given = {
+    """The tensors of the task's ``STEP_INPUTS``, by name."""
+    tensors = {
         "noise": model.noise(seeds),
         "source": model.encode(to_float(torch.from_numpy(sources))),
     }
     if holes is not None:
         cells = np.stack([latent_mask(hole, model.pipe.vae_scale_factor) for hole in holes])
-        given["mask"] = torch.from_numpy(cells).to(model.device)
-    return {name: given[name] for name in STEP_INPUTS[task]}
+        tensors["mask"] = torch.from_numpy(cells).to(model.device)
+    return {name: tensors[name] for name in STEP_INPUTS[task]}

@@ -1,4 +1,4 @@
-"""What a training would take, before it starts: memory, hours, and what ``--dry-run`` prints.
+"""The prediction of a training before it starts: memory, hours, and the tables of ``--dry-run``.
 
 May import: the core and the other rooms of training.
 """

@@ -6,30 +6,34 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import RenderableType
 from rich.table import Table
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.prediction.training_cost import (
-    Cost,
-    TrainingPlan,
+    TrainingCost,
+    TrainingPrediction,
     measure_steps,
-    plan_training,
+    predict_training,
 )
 from hipa_deploy.train.recipes.recipe import Recipe, read_prompts
 
-# Shares of an A100's FP16 peak that InstaFlow's published rates come to (arXiv 2309.06380: 200 k pairs a day at 25
-# guided steps, 86 k steps a day at batch 4 with LPIPS), with the operations counted as here.
-PAIRS_UTILISATION, STEPS_UTILISATION = 0.30, 0.10
-ROOM = 0.9  # of a GPU's memory: the rest is CUDA's own, and lost between blocks
-SMALL_FLOPS = 0.5e12  # of a teacher call and two steps: seconds on a CPU, so measured
-GIB, GB, HOUR = 2**30, 1e9, 3600
+# Shares of an A100's FP16 peak that InstaFlow's published rates come to (arXiv 2309.06380: 200,000
+# pairs a day at 25 guided steps; 86,000 steps a day at batch 4 with LPIPS), with the operations
+# counted as in training_cost.py.
+PAIRS_UTILISATION = 0.30
+STEPS_UTILISATION = 0.10
+USABLE_MEMORY = 0.9  # of a GPU's: CUDA itself and fragmentation take the remaining tenth
+SMALL_FLOPS = 0.5e12  # of a teacher call and two steps: seconds on a CPU, so they are measured
+GIB = 2**30
+GB = 1e9
+HOUR = 3600
 
 
 class Gpu(Protocol):
-    """What a prediction needs to know of a GPU; engines/targets has them."""
+    """The facts of a GPU that a prediction needs; the profiles of engines/targets have them."""
 
     @property
     def title(self) -> str:
@@ -37,108 +41,136 @@ class Gpu(Protocol):
 
     @property
     def memory_gib(self) -> int | None:
-        """Its memory."""
+        """Its memory in GiB; None where it is not known."""
 
     @property
     def fp16_tflops(self) -> float | None:
-        """Peak rate."""
+        """Its FP16 peak rate in TFLOP/s; None where it is not known."""
 
     @property
     def fp16_accumulate(self) -> str | None:
-        """What that rate adds up in; 'fp16' if FP32 is half as fast."""
+        """The type in which that rate accumulates: where it is 'fp16', FP32 is half as fast."""
 
 
 def dry_run(
     recipe: Recipe, model_dir: Path, gpus: Sequence[Gpu]
 ) -> tuple[list[RenderableType], HipaError | None]:
-    """What to print, and what is wrong with the prompts, if anything is.
+    """What ``--dry-run`` prints.
+
+    Args:
+        recipe: The resolved recipe.
+        model_dir: Diffusers folder; its weights are not needed.
+        gpus: The GPUs to predict hours for.
+
+    Returns:
+        The recipe and the tables, in order; and the error of the prompts, if they cannot be read.
+        It is returned rather than raised, so that the tables are printed before it.
 
     Raises:
-        HipaError: a model that cannot be trained, with the reason.
+        HipaError: A model that cannot be trained, with the reason.
 
     """
-    plan = plan_training(recipe, model_dir)
-    problem, prompts = None, "unreadable"
+    prediction = predict_training(recipe, model_dir)
+
+    # Prompts do not change the prediction, so a file that is missing does not stop it.
+    problem = None
+    prompts = "unreadable"
     try:
         prompts = f"{len(read_prompts(recipe, model_dir)):,} distinct"
     except HipaError as error:
         problem = error
+
     shown: list[RenderableType] = [
         to_toml(recipe),
-        facts_table(plan, model_dir, prompts),
-        cost_table(plan),
+        facts_table(prediction, model_dir, prompts),
+        cost_table(prediction),
     ]
-    if (
-        plan.pairs.flops / recipe.teacher.steps + plan.warm_up.flops + plan.step.flops
-        <= SMALL_FLOPS
-    ):
-        return [*shown, measured_table(plan, measure_steps(recipe, model_dir))], problem
-    return [*shown, gpu_table(plan, gpus)], problem
+
+    # A small model runs here in seconds: a measurement says more than a share of a peak rate.
+    teacher_call = prediction.pairs.flops / recipe.teacher.steps
+    measured_flops = teacher_call + prediction.warm_up.flops + prediction.step.flops
+    if measured_flops <= SMALL_FLOPS:
+        shown.append(measured_table(prediction, measure_steps(recipe, model_dir)))
+    else:
+        shown.append(gpu_table(prediction, gpus))
+    return shown, problem
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Every setting, defaults included, as a recipe file; those that are not set are left out."""
-    tables = {"": recipe.model_dump()}
-    tables |= {name: value for name, value in tables[""].items() if isinstance(value, dict)}
-    lines: list[str] = []
-    for name, table in tables.items():
-        lines += ["", f"[{name}]"] if name else []
-        lines += [
-            f"{k} = {json.dumps(v)}"
-            for k, v in table.items()
-            if v is not None and not isinstance(v, dict)
-        ]
+    """Every setting as the text of a recipe file, defaults included.
+
+    Settings without a value (None) are left out, as TOML has no null.
+    """
+    values = recipe.model_dump()
+    lines = _toml_lines(values)
+    for name, table in values.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{name}]", *_toml_lines(table)]
     return "\n".join(lines) + "\n"
 
 
-def facts_table(plan: TrainingPlan, model_dir: Path, prompts: str) -> Table:
-    """The model, the adaptor, the prompts and the pairs: no predictions."""
+def _toml_lines(table: Mapping[str, Any]) -> list[str]:
+    """``key = value`` of a table's own settings: JSON's literals are TOML's for all that occur."""
+    lines = []
+    for key, value in table.items():
+        if value is not None and not isinstance(value, dict):
+            lines.append(f"{key} = {json.dumps(value)}")
+    return lines
+
+
+def facts_table(prediction: TrainingPrediction, model_dir: Path, prompts: str) -> Table:
+    """The model, the adaptor, the prompts and the pairs: facts, no predictions.
+
+    Args:
+        prediction: The training's facts.
+        model_dir: Diffusers folder; its name is shown.
+        prompts: How many prompts there are, in words.
+
+    """
+    adaptor = prediction.recipe.adaptor
+    height, width = prediction.resolution
+    sizes = [f"{name} {count / 1e6:.1f} M" for name, count in prediction.parameters.items()]
+    encoder = f", encoder rank {adaptor.encoder_rank}" if adaptor.encoder_rank else ""
+    shape = f"{adaptor.preset}, rank {adaptor.rank}{encoder}"
+    cached = f"{prediction.pairs_bytes / GB:.2f} GB in the cache"
+
     table = Table(show_header=False)
-    sizes = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in plan.parameters.items())
-    (height, width), settings, teacher = plan.resolution, plan.recipe.adaptor, plan.recipe.teacher
-    table.add_row(
-        "model", f"{model_dir.name}: predicts {plan.prediction_type}, {width}x{height} pixels"
-    )
-    table.add_row("parameters", sizes)
-    encoder = f", encoder rank {settings.encoder_rank}" if settings.encoder_rank else ""
-    table.add_row(
-        "trainable",
-        f"{plan.trainable / 1e6:.2f} M ({settings.preset}, rank {settings.rank}{encoder})",
-    )
+    predicts = f"predicts {prediction.prediction_type}, {width}x{height} pixels"
+    table.add_row("model", f"{model_dir.name}: {predicts}")
+    table.add_row("parameters", ", ".join(sizes))
+    table.add_row("trainable", f"{prediction.trainable / 1e6:.2f} M ({shape})")
     table.add_row("prompts", prompts)
-    table.add_row(
-        "teacher pairs", f"{teacher.pairs:,}: {plan.pairs_bytes / GB:.2f} GB in the cache"
-    )
+    table.add_row("teacher pairs", f"{prediction.recipe.teacher.pairs:,}: {cached}")
     return table
 
 
-def cost_table(plan: TrainingPlan) -> Table:
-    """Operations and memory of each kind of work."""
+def cost_table(prediction: TrainingPrediction) -> Table:
+    """Operations and memory of each kind of work, and how often it is done."""
+    recipe = prediction.recipe
+    warm_up, decoded = _steps(recipe)
     table = Table("", title="Predicted; memory in float32, weights included")
     for heading in ("rows at once", "TFLOP", "memory, GiB", "how often"):
         table.add_column(heading, justify="right")
-    recipe, teacher = plan.recipe, plan.recipe.teacher
-    warm_up = min(recipe.loss.latent_warmup_steps, recipe.steps)
 
-    def add(name: str, rows: int, cost: Cost, times: int) -> None:
-        table.add_row(
-            name,
-            str(rows),
-            f"{cost.flops / 1e12:.3g}",
-            f"{cost.peak_bytes / GIB:.2f}",
-            f"{times:,}",
-        )
+    def add(name: str, rows: int, cost: TrainingCost, times: int) -> None:
+        tflop = f"{cost.flops / 1e12:.3g}"
+        memory = f"{cost.peak_bytes / GIB:.2f}"
+        table.add_row(name, str(rows), tflop, memory, f"{times:,}")
 
-    add("teacher pairs", teacher.batch, plan.pairs, math.ceil(plan.sampler_batches))
-    add("step, latents alone", recipe.batch, plan.warm_up, warm_up)
-    add("step, decoded", recipe.batch, plan.step, recipe.steps - warm_up)
-    if plan.target:
-        add("its teacher images", recipe.batch, plan.target, recipe.steps - warm_up)
+    batches = math.ceil(prediction.sampler_batches)
+    add("teacher pairs", recipe.teacher.batch, prediction.pairs, batches)
+    add("step, latents alone", recipe.batch, prediction.warm_up, warm_up)
+    add("step, decoded", recipe.batch, prediction.step, decoded)
+    if prediction.target:
+        add("its teacher images", recipe.batch, prediction.target, decoded)
     return table
 
 
-def gpu_table(plan: TrainingPlan, gpus: Sequence[Gpu]) -> Table:
-    """Hours on named GPUs, at a stated share of their peak."""
+def gpu_table(prediction: TrainingPrediction, gpus: Sequence[Gpu]) -> Table:
+    """Hours on named GPUs, at a stated share of their peak rate.
+
+    GPUs whose memory or rate is not known are left out.
+    """
     shares = f"{PAIRS_UTILISATION:.0%} (pairs) and {STEPS_UTILISATION:.0%} (steps)"
     title = f"Predicted hours at {shares} of the peak rate in mixed precision; float32 takes longer"
     table = Table("", title=title)
@@ -147,31 +179,42 @@ def gpu_table(plan: TrainingPlan, gpus: Sequence[Gpu]) -> Table:
     for gpu in gpus:
         if gpu.memory_gib is None or gpu.fp16_tflops is None:
             continue
-        # Training adds up in FP32, which is half as fast where the rate is FP16's.
+
+        # Training accumulates in FP32, which is half as fast where the rate is FP16's.
         peak = gpu.fp16_tflops * 1e12 / (2 if gpu.fp16_accumulate == "fp16" else 1)
-        fits = plan.peak_bytes <= ROOM * gpu.memory_gib * GIB
-        pairs = plan.pairs_flops / (peak * PAIRS_UTILISATION) / HOUR
-        steps = plan.training_flops / (peak * STEPS_UTILISATION) / HOUR
-        table.add_row(
-            gpu.title, str(gpu.memory_gib), "yes" if fits else "no", f"{pairs:.3g}", f"{steps:.3g}"
-        )
+        fits = prediction.peak_bytes <= USABLE_MEMORY * gpu.memory_gib * GIB
+        pairs = prediction.pairs_flops / (peak * PAIRS_UTILISATION) / HOUR
+        steps = prediction.training_flops / (peak * STEPS_UTILISATION) / HOUR
+        hours = (f"{pairs:.3g}", f"{steps:.3g}")
+        table.add_row(gpu.title, str(gpu.memory_gib), "yes" if fits else "no", *hours)
     return table
 
 
-def measured_table(plan: TrainingPlan, seconds: Mapping[str, float]) -> Table:
-    """What ``measure_steps`` found, and the whole training at that pace."""
-    recipe, teacher = plan.recipe, plan.recipe.teacher
-    warm_up = min(recipe.loss.latent_warmup_steps, recipe.steps)
+def measured_table(prediction: TrainingPrediction, seconds: Mapping[str, float]) -> Table:
+    """The result of ``measure_steps``, and the whole training at that pace.
+
+    Args:
+        prediction: The training.
+        seconds: Seconds of 'teacher call', 'warm-up step' and 'step'.
+
+    """
+    recipe = prediction.recipe
+    warm_up, decoded = _steps(recipe)
     times = {
-        "teacher call": teacher.steps * plan.sampler_batches,
+        "teacher call": recipe.teacher.steps * prediction.sampler_batches,
         "warm-up step": warm_up,
-        "step": recipe.steps - warm_up,
+        "step": decoded,
     }
     table = Table("", title="Measured on this machine's CPU, random weights")
     for heading in ("seconds", "how often", "minutes in all"):
         table.add_column(heading, justify="right")
     for name, count in times.items():
-        table.add_row(
-            name, f"{seconds[name]:.3f}", f"{count:,.0f}", f"{seconds[name] * count / 60:.1f}"
-        )
+        minutes = seconds[name] * count / 60
+        table.add_row(name, f"{seconds[name]:.3f}", f"{count:,.0f}", f"{minutes:.1f}")
     return table
+
+
+def _steps(recipe: Recipe) -> tuple[int, int]:
+    """Optimiser steps of the latent warm-up, and those after it, which decode."""
+    warm_up = min(recipe.loss.latent_warmup_steps, recipe.steps)
+    return warm_up, recipe.steps - warm_up

@@ -1,8 +1,12 @@
-"""What a training would take, predicted from the model's configurations alone.
+"""The predicted cost of a training: operations and memory, from the model's configurations alone.
 
-The real training step runs on fake tensors, which have shapes and no values: every operation is counted (floating-point
-operations as torch.utils.flop_counter does, in convolutions and matrix products) and every storage that lives is
-added up in the order PyTorch frees it. Nothing here is measured, except ``measure_step`` where it runs.
+The real training step runs on fake tensors, which have shapes and no values. Every floating-point
+operation is counted as torch.utils.flop_counter counts it, in convolutions and matrix products.
+Every storage that lives is added up, in the order in which PyTorch frees it. Nothing here is
+measured, except by ``measure_steps``, which runs the step on real tensors.
+
+Shapes: B rows of a batch, C latent channels, H, W latent size, L tokens of a prompt, D width of the
+text encoder.
 """
 
 from __future__ import annotations
@@ -35,33 +39,61 @@ from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import add_adaptors, trained_parameters, without_adaptor
 from hipa_deploy.train.recipes.recipe import Recipe
 
-PAIR_NUMBERS_BYTES = 16  # prompt and seed
-ADAMW_BYTES = 8  # two float32 moments a trainable parameter
-# flop_counter (torch 2.13) knows the attention kernels of GPUs only.
+PAIR_NUMBERS_BYTES = 16  # of a teacher pair: prompt index and noise seed, int64 each
+ADAMW_BYTES = 8  # two float32 moments for each trainable parameter
+
+
+def _cpu_attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _cpu_attention_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+# torch's flop_counter (2.13) knows the attention kernels of GPUs only, and would count those of
+# the CPU as nothing.
 _ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
-        sdpa_flop_count(q, k, v)
-    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        _cpu_attention_backward_flops
     ),
 }
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of one call, predicted: floating-point operations, and the most bytes that live at once, weights included."""
+class TrainingCost:
+    """The predicted cost of one call.
+
+    Attributes:
+        flops: Floating-point operations; a multiplication and an addition count as two.
+        peak_bytes: The most bytes that live at once, the model's weights included.
+
+    """
 
     flops: int
     peak_bytes: int
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
-    """What is known and what is predicted of a training; sizes in bytes, costs of ``recipe.batch`` rows at once.
+class TrainingPrediction:
+    """What is known and what is predicted of a training.
 
-    ``pairs`` is one batch of teacher pairs (all sampler steps), ``warm_up`` and ``step`` one optimiser step without
-    and with decoding; ``target`` is the decoding of the teacher's images in each step, where all do not fit in memory.
+    Attributes:
+        recipe: The training's recipe.
+        prediction_type: What the UNet predicts: epsilon, v_prediction or sample.
+        resolution: Height and width of an image, in pixels.
+        parameters: Frozen parameters of text_encoder, unet and vae.
+        trainable: Trainable parameters of the adaptor.
+        pairs_bytes: Bytes of all teacher pairs in the cache.
+        pairs: One batch of teacher pairs, all sampler steps.
+        warm_up: One optimiser step without decoding, of ``recipe.batch`` rows.
+        step: One optimiser step with decoding, of ``recipe.batch`` rows.
+        target: The decoding of the teacher's images in each step; None where all images of a
+            training fit in memory and are decoded once.
+
     """
 
     recipe: Recipe
@@ -70,93 +102,115 @@ class TrainingPlan:
     parameters: dict[str, int]
     trainable: int
     pairs_bytes: int
-    pairs: Cost
-    warm_up: Cost
-    step: Cost
-    target: Cost | None
+    pairs: TrainingCost
+    warm_up: TrainingCost
+    step: TrainingCost
+    target: TrainingCost | None
 
     @property
     def peak_bytes(self) -> int:
-        """Of the whole run."""
-        return max(
-            cost.peak_bytes for cost in (self.pairs, self.warm_up, self.step, self.target) if cost
-        )
+        """The most bytes that live at once in the whole training."""
+        costs = [self.pairs, self.warm_up, self.step]
+        if self.target is not None:
+            costs.append(self.target)
+        return max(cost.peak_bytes for cost in costs)
 
     @property
     def sampler_batches(self) -> float:
-        """How often the teacher's sampler runs through a batch; an edit takes its strength's share of a run.
+        """How often the teacher's sampler runs through a batch.
 
-        Where editing starts from a folder of images it is taken to hold ``teacher.pairs``.
+        An edit takes its strength's share of a run. A folder of images, whose size is not known
+        here, is taken to hold ``teacher.pairs`` of them.
         """
-        recipe, source = self.recipe, self.recipe.source
-        runs = 0.0 if source.images and recipe.task != "generate" else 1.0
-        if recipe.task == "edit":
+        source = self.recipe.source
+        runs = 1.0
+        if source.images and self.recipe.task != "generate":
+            runs = 0.0
+        if self.recipe.task == "edit":
             runs += source.per_image * sum(source.strengths) / len(source.strengths)
-        return runs * recipe.teacher.pairs / recipe.teacher.batch
+        return runs * self.recipe.teacher.pairs / self.recipe.teacher.batch
 
     @property
     def pairs_flops(self) -> float:
-        """Of all teacher pairs."""
+        """Operations of all teacher pairs."""
         return self.pairs.flops * self.sampler_batches
 
     @property
     def training_flops(self) -> float:
-        """Of all optimiser steps."""
+        """Operations of all optimiser steps."""
         warm_up = min(self.recipe.loss.latent_warmup_steps, self.recipe.steps)
         decoded = self.recipe.steps - warm_up
         target = self.target.flops if self.target else 0
         return warm_up * self.warm_up.flops + decoded * (self.step.flops + target)
 
 
-def plan_training(recipe: Recipe, model_dir: Path) -> TrainingPlan:
-    """Predict what ``train_adaptor`` takes for these two; no weights are read, and the model folder may lack them.
+def predict_training(recipe: Recipe, model_dir: Path) -> TrainingPrediction:
+    """Predict what ``train_adaptor`` takes for a recipe and a model.
+
+    No weights are read, and the model folder may lack them.
+
+    Args:
+        recipe: The training's recipe.
+        model_dir: Diffusers folder; its configurations are read.
 
     Raises:
-        HipaError: a model that cannot be trained, with the reason.
+        HipaError: A model that cannot be trained, with the reason.
+
+    Example:
+        >>> prediction = predict_training(load_recipe("emoji"), MODEL)
+        >>> prediction.step.flops, prediction.peak_bytes / 2**30
 
     """
     ModelConfig.read(model_dir, recipe.task)
+
+    # On the meta device neither weights nor adaptor take memory, however large the model is.
     with torch.device("meta"):
-        trainer = Trainer(unloaded_model(model_dir), recipe)
-    model = trainer.model
+        training = SimulatedTraining(unloaded_model(model_dir), recipe)
+    model = training.model
     parts = {"text_encoder": model.pipe.text_encoder, "unet": model.unet, "vae": model.vae}
-    counts = {
-        name: sum(weight.numel() for weight in part.parameters() if not weight.requires_grad)
-        for name, part in parts.items()
-    }
-    trainable = sum(weight.numel() for weight in trainer.weights.values())
+    parameters = {name: _frozen_parameters(part) for name, part in parts.items()}
+    trainable = sum(weight.numel() for weight in training.weights.values())
+    pair_bytes = latents_bytes(model, recipe) + PAIR_NUMBERS_BYTES
     height, width = model.resolution
     images_bytes = 3 * height * width * recipe.teacher.pairs
+
+    # From here on all tensors are fake ones. The adaptor's weights are among those that were
+    # replaced, so the training must look them up again.
     with FakeTensorMode():
-        _replace_tensors(*parts.values(), trainer.loss)
-        trainer.weights = trained_parameters(model)
-        return TrainingPlan(
+        _replace_tensors(*parts.values(), training.loss)
+        training.weights = trained_parameters(model)
+        return TrainingPrediction(
             recipe=recipe,
             prediction_type=model.prediction_type,
             resolution=model.resolution,
-            parameters=counts,
+            parameters=parameters,
             trainable=trainable,
-            pairs_bytes=recipe.teacher.pairs * (pair_bytes(model, recipe) + PAIR_NUMBERS_BYTES),
-            pairs=trainer.pairs_cost(),
-            warm_up=trainer.step_cost(decoded=False),
-            step=trainer.step_cost(decoded=True),
-            target=trainer.target_cost() if images_bytes > TABLE_BYTES else None,
+            pairs_bytes=recipe.teacher.pairs * pair_bytes,
+            pairs=training.pairs_cost(),
+            warm_up=training.step_cost(decoded=False),
+            step=training.step_cost(decoded=True),
+            target=training.target_cost() if images_bytes > TABLE_BYTES else None,
         )
 
 
 def unloaded_model(folder: Path) -> DiffusionModel:
-    """The model of a folder's configurations, float32, with whatever values its constructors draw; no tokenizer."""
-    # As the pipeline wants a scheduler to be, or it warns; nothing here samples with it.
-    exact = {"clip_sample": False, "steps_offset": 1}
+    """The model of a folder's configurations, float32 on the CPU, without the stored weights.
+
+    The weights are whatever values the constructors draw, and there is no tokenizer: time and
+    memory depend on neither.
+    """
+    # The pipeline warns of a scheduler without these values; nothing here depends on them.
+    expected_values = {"clip_sample": False, "steps_offset": 1}
     schedule = ModelConfig.read(folder).schedule
-    pipe = StableDiffusionPipeline(
+    text_config = CLIPTextConfig.from_dict(read_config(folder, "text_encoder/config.json"))
+
+    # Any: diffusers' type of a pipeline does not know its parts.
+    pipe: Any = StableDiffusionPipeline(
         unet=UNet2DConditionModel.from_config(read_config(folder, "unet/config.json")),
         vae=AutoencoderKL.from_config(read_config(folder, "vae/config.json")),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig.from_dict(read_config(folder, "text_encoder/config.json"))
-        ),
+        text_encoder=CLIPTextModel(text_config),
         tokenizer=None,
-        scheduler=DDIMScheduler(**schedule, **exact),
+        scheduler=DDIMScheduler(**schedule, **expected_values),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -166,43 +220,59 @@ def unloaded_model(folder: Path) -> DiffusionModel:
     return DiffusionModel(folder, pipe, torch.device("cpu"))
 
 
-def pair_bytes(model: DiffusionModel, recipe: Recipe) -> int:
-    """Bytes of one pair's latents as they are cached."""
+def latents_bytes(model: DiffusionModel, recipe: Recipe) -> int:
+    """Bytes of one teacher pair's latents in the cache."""
     channels, height, width = model.latent_shape_CHW
-    return channels * height * width * getattr(torch, recipe.teacher.dtype).itemsize
+    storage_type: torch.dtype = getattr(torch, recipe.teacher.dtype)
+    return channels * height * width * storage_type.itemsize
 
 
-class Trainer:
-    """The training step of train/train_adaptor.py, on noise and contexts that stand for any."""
+class SimulatedTraining:
+    """The training step of train/train_adaptor.py on random inputs, to be counted or timed.
+
+    Attributes:
+        model: The base model, with the recipe's adaptor.
+        recipe: The training's recipe.
+        weights: The trainable parameters by name.
+        loss: The recipe's loss.
+
+    """
 
     def __init__(self, model: DiffusionModel, recipe: Recipe) -> None:
-        self.model, self.recipe = model, recipe
+        self.model = model
+        self.recipe = recipe
         self.weights = add_adaptors(model, recipe)
         self.loss = _loss(recipe)
+        # A number rather than a tensor comes out of it, so it needs a device with values.
         with torch.device("cpu"):
             self.alpha_bar = model.alpha_bar(recipe.timestep)
 
     def step(self, *, decoded: bool) -> None:
-        """Forward and backward of one optimiser step."""
-        latents, target = self._student(), self._latents(self.recipe.batch)
+        """Forward and backward pass of one optimiser step, with or without decoding."""
+        latents = self._student_latents()
+        target = self._latents(self.recipe.batch)
         if decoded:
             image = self.model.decode(latents)
             total, _ = self.loss(image, torch.rand_like(image), latents, target)
         else:
             total, _ = self.loss.warmup_loss(latents, target)
         total.backward()
+
+        # Gradients left behind would count as memory of the next step.
         for weight in (*self.weights.values(), *self.loss.trained_parameters.values()):
             weight.grad = None
 
     @torch.no_grad()
     def teacher_call(self) -> None:
-        """One UNet call of the sampler for one batch of pairs: with guidance, empty and given prompt together.
+        """One UNet call of the sampler for one batch of pairs.
 
-        None of a UNet that was made for inpainting: it makes no pairs.
+        With guidance, the empty prompt and the real one go through together. A UNet that was made
+        for inpainting makes no pairs, so there is nothing to run.
         """
         if self.model.concatenates:
             return
-        rows = self.recipe.teacher.batch * (2 if self.recipe.teacher.guidance != 1 else 1)
+        guided = self.recipe.teacher.guidance != 1
+        rows = self.recipe.teacher.batch * (2 if guided else 1)
         with without_adaptor(self.model.unet):
             self.model.unet(
                 self._latents(rows), self.recipe.timestep, self._context(rows), return_dict=False
@@ -210,52 +280,59 @@ class Trainer:
 
     @torch.no_grad()
     def decode_targets(self) -> None:
-        """The teacher's images of a batch."""
+        """Decode the teacher's images of a batch."""
         self.model.decode(self._latents(self.recipe.batch)).clamp(0, 1)
 
-    def pairs_cost(self) -> Cost:
-        """Of one batch of teacher pairs; the sampler's own arithmetic is left out."""
+    def pairs_cost(self) -> TrainingCost:
+        """Cost of one batch of teacher pairs, without the sampler's own small arithmetic."""
         call = self._cost(self.teacher_call)
-        return Cost(call.flops * self.recipe.teacher.steps, call.peak_bytes)
+        return TrainingCost(call.flops * self.recipe.teacher.steps, call.peak_bytes)
 
-    def step_cost(self, *, decoded: bool) -> Cost:
-        """Of ``step``, AdamW's moments resident; its own arithmetic, a few operations a parameter, is left out."""
+    def step_cost(self, *, decoded: bool) -> TrainingCost:
+        """Cost of ``step``, with AdamW's moments in memory.
+
+        AdamW's own arithmetic, a few operations for each parameter, is not counted.
+        """
         cost = self._cost(lambda: self.step(decoded=decoded))
-        return Cost(
-            cost.flops,
-            cost.peak_bytes + ADAMW_BYTES * sum(w.numel() for w in self.weights.values()),
-        )
+        trainable = sum(weight.numel() for weight in self.weights.values())
+        return TrainingCost(cost.flops, cost.peak_bytes + ADAMW_BYTES * trainable)
 
-    def target_cost(self) -> Cost:
-        """Of ``decode_targets``."""
+    def target_cost(self) -> TrainingCost:
+        """Cost of ``decode_targets``."""
         return self._cost(self.decode_targets)
 
-    def _cost(self, call: Callable[[], None]) -> Cost:
+    def _cost(self, call: Callable[[], None]) -> TrainingCost:
         pipe = self.model.pipe
         live = _LiveBytes(pipe.text_encoder, pipe.unet, pipe.vae, self.loss)
         flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
         with live, flops:
             call()
-        return Cost(flops.get_total_flops(), live.peak)
+        return TrainingCost(flops.get_total_flops(), live.peak)
 
     def _latents(self, rows: int) -> Tensor:
+        """Random latents [B, C, H, W]."""
         return torch.randn(rows, *self.model.latent_shape_CHW)
 
     def _context(self, rows: int) -> Tensor:
+        """Random text contexts [B, L, D]."""
         config = self.model.pipe.text_encoder.config
         return torch.randn(rows, config.max_position_embeddings, config.hidden_size)
 
-    def _student(self) -> Tensor:
-        rows, task = self.recipe.batch, self.recipe.task
-        given = {name: self._latents(rows) for name in STEP_INPUTS[task]}
-        if "mask" in given:
-            given["mask"] = given["mask"][:, :1]
+    def _student_latents(self) -> Tensor:
+        """The step's x0 [B, C, H, W], from random inputs of the recipe's task."""
+        rows = self.recipe.batch
+        task = self.recipe.task
+        step_inputs = {name: self._latents(rows) for name in STEP_INPUTS[task]}
+        if "mask" in step_inputs:
+            step_inputs["mask"] = step_inputs["mask"][:, :1]  # a mask has one channel
         if self.recipe.adaptor.encoder_rank:
-            given["source"] = self.model.encode(torch.rand(rows, 3, *self.model.resolution))
+            # An encoder that learns runs in each step; without one the latents are made once.
+            images = torch.rand(rows, 3, *self.model.resolution)
+            step_inputs["source"] = self.model.encode(images)
         return task_latents(
             self.model.unet,
             task,
-            given,
+            step_inputs,
             self._context(rows),
             timestep_B=torch.full((rows,), self.recipe.timestep),
             alpha_bar=self.alpha_bar,
@@ -265,19 +342,32 @@ class Trainer:
 
 
 def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str, float]:
-    """Seconds of a teacher's UNet call and of a step without and with decoding: measured here, with random weights.
+    """Measure the parts of a training on this machine's CPU, with random weights.
 
-    Each is the best of ``repeats``, after one that is not counted.
+    Args:
+        recipe: The training's recipe.
+        model_dir: Diffusers folder; its configurations are read.
+        repeats: Timed calls of each part, after one that is not counted.
+
+    Returns:
+        Seconds of the fastest call of 'teacher call' (the UNet for one batch of pairs),
+        'warm-up step' (without decoding) and 'step' (with decoding).
+
     """
-    trainer = Trainer(unloaded_model(model_dir), recipe)
+    training = SimulatedTraining(unloaded_model(model_dir), recipe)
     calls = {
-        "teacher call": trainer.teacher_call,
-        "warm-up step": lambda: trainer.step(decoded=False),
-        "step": lambda: trainer.step(decoded=True),
+        "teacher call": training.teacher_call,
+        "warm-up step": lambda: training.step(decoded=False),
+        "step": lambda: training.step(decoded=True),
     }
-    return {
-        name: min([_seconds(call) for _ in range(repeats + 1)][1:]) for name, call in calls.items()
-    }
+
+    # The first call pays for allocations and thread pools. The fastest of the others is the one
+    # that other work on the machine disturbed least.
+    fastest = {}
+    for name, call in calls.items():
+        seconds = [_seconds(call) for _ in range(repeats + 1)]
+        fastest[name] = min(seconds[1:])
+    return fastest
 
 
 def _seconds(call: Callable[[], None]) -> float:
@@ -286,43 +376,58 @@ def _seconds(call: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+def _frozen_parameters(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters() if not weight.requires_grad)
+
+
 def _loss(recipe: Recipe) -> HipaLoss:
-    """The recipe's loss. Lite0's weights are not read: they cost the same whatever they are."""
+    """The recipe's loss, with zeros for Lite0's weights, whose values change neither cost."""
     with torch.device("meta"):
-        weights = Lite0().state_dict()
-    values = {
-        name: torch.zeros(weight.shape, dtype=weight.dtype) for name, weight in weights.items()
-    }
-    lite0 = Lite0.from_weights(values)
+        state = Lite0().state_dict()
+    zeros = {}
+    for name, weight in state.items():
+        zeros[name] = torch.zeros(weight.shape, dtype=weight.dtype)
+    lite0 = Lite0.from_weights(zeros)
     perceptual = DistsLike(lite0.features, size=recipe.loss.perceptual_size)
-    perceptual.lite0 = lite0
+    perceptual.lite0 = lite0  # registered as a sub-module, so that its weights count as memory
     return HipaLoss(recipe.loss, perceptual)
 
 
-def _replace_tensors(*modules: nn.Module) -> None:
-    """Put tensors of the mode that is active, on the CPU, in place of those on the meta device.
+def _replace_tensors(*roots: nn.Module) -> None:
+    """Replace parameters and buffers on the meta device by CPU tensors of the active mode.
 
-    As CPU tensors they take the attention kernel that keeps no scores, as GPUs do; on the meta device it would.
+    As CPU tensors they select the attention kernel that keeps no scores, as GPUs do. On the meta
+    device attention would keep all scores, and the predicted memory would be too large.
     """
-    for module in (child for root in modules for child in root.modules()):
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                empty = torch.empty_strided(weight.size(), weight.stride(), dtype=weight.dtype)
-                module._parameters[name] = nn.Parameter(empty, weight.requires_grad)
-        for name, value in module._buffers.items():
-            if value is not None:
-                module._buffers[name] = torch.empty_strided(
-                    value.size(), value.stride(), dtype=value.dtype
-                )
+    for root in roots:
+        for module in root.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    empty = _empty_like(weight)
+                    module._parameters[name] = nn.Parameter(empty, weight.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = _empty_like(buffer)
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that live, and the most there were: PyTorch frees one when the last tensor on it goes."""
+    """Counts the bytes of all storages that live; PyTorch frees one when its last tensor goes.
+
+    Attributes:
+        now: Bytes that live at present.
+        peak: The most bytes that lived at once.
+
+    """
 
     def __init__(self, *resident: nn.Module) -> None:
         super().__init__()
         self._alive: set[int] = set()
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         for module in resident:
             for tensor in (*module.parameters(), *module.buffers()):
                 self._add(tensor)
@@ -335,6 +440,7 @@ class _LiveBytes(TorchDispatchMode):
         return out
 
     def _add(self, tensor: Tensor) -> None:
+        # Views share their base's storage, which counts once: the C++ object's address tells.
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._alive:
@@ -342,6 +448,8 @@ class _LiveBytes(TorchDispatchMode):
         self._alive.add(key)
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
+
+        # The size is bound here, because the storage is gone when the finalizer runs.
         weakref.finalize(storage, self._remove, key, storage.nbytes())
 
     def _remove(self, key: int, size: int) -> None:

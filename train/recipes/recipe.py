@@ -1,4 +1,8 @@
-"""What a training run is: a TOML recipe, validated before anything expensive starts."""
+"""Training recipes: TOML files, validated before anything expensive starts.
+
+Every key of a recipe is a field below, and the text under a field is its description. The keys are
+a file format: recipes outside of this repository use them.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +18,21 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.tasks import Task
 
+# tomllib is part of Python since 3.11.
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-SHIPPED = Path(__file__).parent
-RADIUS = 0.2  # of the Nyquist frequency: where the high-pass reaches 1 - exp(-1/2) = 0.39
-MODEL_PREFIX = "model:"
+SHIPPED = Path(__file__).parent  # the folder of the recipes that the package contains
+RADIUS = 0.2  # of the Nyquist frequency: there the high-pass is 1 - exp(-1/2) = 0.39
+MODEL_PREFIX = "model:"  # of a prompt file that lies in the model's folder
 MixedPrecision = Literal["no", "bf16", "fp16"]
 
 
 class _Settings(BaseModel):
+    """Frozen; an unknown key is an error; the text under a field becomes its description."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
@@ -33,13 +40,16 @@ class AdaptorSettings(_Settings):
     """The low-rank adaptor."""
 
     preset: Literal["paper", "full"] = "paper"
-    """paper: the four attention projections; full: also feed-forward, projections in and out, convolutions."""
+    """Layers with an adaptor. paper: the four attention projections; full: also feed-forward
+    layers, projections in and out, and convolutions."""
     rank: int = Field(16, ge=1, le=1024)
-    """Rank of every pair of matrices. Merging makes it free at inference."""
+    """Rank of every pair of matrices. A merged adaptor costs nothing at inference, whatever its
+    rank."""
     alpha: float | None = Field(None, gt=0)
-    """Scale of the adaptor is alpha / rank; rank itself when left out, which every loader understands."""
+    """The scale of the adaptor is alpha / rank. The default is the rank, so that the scale is 1,
+    which every loader understands."""
     encoder_rank: int = Field(0, ge=0, le=1024)
-    """Of super-resolution: rank of an adaptor on the VAE's encoder beside the UNet's; 0 leaves the encoder as it is."""
+    """Of super-resolution: rank of a second adaptor, on the VAE's encoder; 0 is none."""
 
 
 class TeacherSettings(_Settings):
@@ -52,32 +62,34 @@ class TeacherSettings(_Settings):
     guidance: float = Field(5.0, ge=1.0, le=30.0)
     """Classifier-free guidance; 1 turns it off (and halves the cost)."""
     pairs: int = Field(ge=1, le=10_000_000)
-    """How many (prompt, noise, teacher latents) to make."""
+    """How many pairs (prompt, noise, teacher latents) to make."""
     batch: int = Field(64, ge=1, le=4096)
     """Pairs made at once; also the size of a cache shard."""
     dtype: Literal["float16", "float32"] = "float16"
     """Storage type of the cached latents."""
     mixed_precision: MixedPrecision = "no"
-    """Of the UNet's arithmetic; the sampler's stays in float32."""
+    """Precision of the UNet's arithmetic; the sampler's stays in float32."""
 
 
 class SourceSettings(_Settings):
     """The images that editing, inpainting and super-resolution start from."""
 
     images: str | None = None
-    """Folder of images, with captions in metadata.csv (file_name, text): relative to the recipe; the teacher's own
-    images of the prompts when left out."""
+    """Folder of images, relative to the recipe, with captions in metadata.csv (columns file_name,
+    text). The default is the teacher's own images of the prompts."""
     prompts: str | None = None
-    """Of editing: file of the prompts that the teacher's source images are made of, when the edits follow others."""
+    """Of editing: file of the prompts of the teacher's source images. The default is the prompts
+    that the edits follow."""
     per_image: int = Field(1, ge=1, le=1000)
-    """Examples made of each image, each with noise, mask, strength or blur of its own."""
+    """Examples made of each image; each has its own noise, mask, strength or blur."""
     without_prompt: float = Field(0.1, ge=0, le=1)
     """Share of the examples of inpainting and super-resolution that have no prompt."""
     strengths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.8, 0.6, 0.4)
-    """Of editing: how far from the source; each a whole number of the teacher's steps."""
+    """Of editing: how far an edit may go from its source, in (0, 1]. Each strength must be a whole
+    number of the teacher's steps."""
     same: str | None = None
-    """Of editing: regular expression with a group. Prompts in which the group matches the same text are edits of one
-    another; when left out, any two prompts are."""
+    """Of editing: regular expression with one group. Prompts in which the group matches the same
+    text are edits of one another. By default any two prompts are."""
     coverage: tuple[float, float] = (0.1, 0.5)
     """Of inpainting: least and largest share of the image that a mask covers."""
     factor: int = Field(4, ge=2, le=8)
@@ -86,6 +98,7 @@ class SourceSettings(_Settings):
     @field_validator("strengths")
     @classmethod
     def _descending(cls, strengths: tuple[float, ...]) -> tuple[float, ...]:
+        # The first strength is the largest: the adaptor's own timestep is that one's.
         if not strengths or len(set(strengths)) < len(strengths):
             raise ValueError("expected at least one strength, each once")
         return tuple(sorted(strengths, reverse=True))
@@ -93,6 +106,8 @@ class SourceSettings(_Settings):
     @field_validator("same")
     @classmethod
     def _has_group(cls, same: str | None) -> str | None:
+        if same is None:
+            return None
         try:
             groups = re.compile(same or "()").groups
         except re.error as error:
@@ -110,61 +125,71 @@ class SourceSettings(_Settings):
 
 
 class _ImageLossSettings(_Settings):
+    """The loss terms on decoded images, which recipes of both kinds have."""
+
     perceptual: Literal["dists", "lpips", "none"] = "dists"
-    """Perceptual distance; none leaves the term out."""
+    """Perceptual distance; none switches the term off."""
     backbone: str = Field("lite0", pattern=r"^(lite0|vgg16|[\w.]+:\w+)$")
-    """Its features: lite0, vgg16 (torchvision; with the published channel weights) or your own module:function."""
+    """Network of the perceptual distance: lite0, vgg16 (torchvision's, with the published channel
+    weights), or your own module:function."""
     perceptual_weight: float = Field(1.0, ge=0)
     """Weight of the perceptual distance."""
     perceptual_size: int | None = Field(None, ge=32, le=4096)
-    """Resize the short side to this before the perceptual distance (DISTS evaluates at 256)."""
+    """Size in pixels to which the short side is resized before the perceptual distance (DISTS
+    evaluates at 256); by default it is not resized."""
     hf_weight: float = Field(1.0, ge=0)
-    """Weight of the high-frequency terms together: it multiplies the next two."""
+    """Weight of the high-frequency terms together: it multiplies fourier_weight and edge_weight."""
     fourier_weight: float = Field(1.0, ge=0)
-    """Weight of the Fourier term among them."""
+    """Weight of the Fourier term among the high-frequency terms."""
     edge_weight: float = Field(1.0, ge=0)
-    """Weight of the edge term among them."""
+    """Weight of the edge term among the high-frequency terms."""
     high_frequency: Literal["difference", "similarity"] = "difference"
-    """Form of both: the L1 difference, or a similarity, which asks for as much energy whatever agrees (ours)."""
+    """Form of both terms. difference: the L1 difference; similarity (ours): it rewards the target's
+    energy in a band even where details lie elsewhere."""
     fourier_focal: float = Field(0.0, ge=0, le=10)
-    """Of the difference: exponent of the focal weighting that favours the worst frequencies; 0 weighs all alike."""
+    """Of the difference: exponent of the focal weighting, which favours the frequencies with the
+    largest error; 0 weighs all frequencies alike."""
     edge: Literal["sobel", "laplacian"] = "sobel"
     """Operator of the edge term."""
     amplitude_weight: float = Field(0.0, ge=0)
-    """Weight of the difference of Fourier amplitudes, whatever the phase (ours)."""
+    """Weight of the difference of Fourier amplitudes, which ignores the phase (ours)."""
     radius: float = Field(RADIUS, gt=0, le=2)
     """Radius of the Gaussian high-pass, in units of the Nyquist frequency."""
     pixel: Literal["l1", "mse"] = "l1"
     """Error of the pixel term."""
     adversarial_weight: float = Field(0.0, ge=0)
-    """Weight of a discriminator's judgement of the perceptual distance's features (ours)."""
+    """Weight of a discriminator that judges the perceptual distance's features (ours)."""
     balance: Literal["fixed", "gradient"] = "fixed"
-    """gradient: scale the image's terms so that each pulls at the image as its weight says, relative to the first."""
+    """gradient: scale the terms of the image so that the gradients of any two at the image are in
+    the ratio of their weights; fixed: use the weights as they are."""
     balance_every: int = Field(50, ge=1)
-    """Evaluations of the loss between two measurements of the gradients, with balance = gradient."""
+    """Evaluations of the loss between two measurements of the gradients, with balance =
+    gradient."""
 
     @model_validator(mode="after")
     def _judges_features(self) -> _ImageLossSettings:
         if self.adversarial_weight and (self.perceptual == "none" or not self.perceptual_weight):
             raise ValueError(
-                "adversarial_weight needs a perceptual distance with a weight, whose features it judges"
+                "adversarial_weight needs a perceptual distance with a weight: "
+                "the discriminator judges the distance's features"
             )
         return self
 
 
 class LossSettings(_ImageLossSettings):
-    """Weights of the terms; see hipa_deploy.train.losses.hipa_loss."""
+    """Weights of the terms of an adaptor's loss; see hipa_deploy.train.losses.hipa_loss."""
 
     pixel_weight: float = Field(0.0, ge=0)
     """Weight of the error of pixels in [0, 1]."""
     latent: Literal["mse", "huber"] = "mse"
-    """Error of the latents: their mean square, or pseudo-Huber."""
+    """Form of the error of the latents: mean square, or pseudo-Huber."""
     latent_weight: float = Field(0.05, ge=0)
-    """Weight of the latents' error beside the decoded losses."""
+    """Weight of the error of the latents, beside the losses of the decoded image."""
     latent_hf_weight: float = Field(0.0, ge=0)
-    """Weight of the Fourier and edge terms of the latents, which need no decoding (ours)."""
+    """Weight of the Fourier and edge terms on the latents, which need no decoding (ours)."""
     latent_warmup_steps: int = Field(0, ge=0)
-    """First steps that use the latents' error alone, without decoding: about three times faster a step."""
+    """Number of first steps that use the error of the latents alone; without decoding a step is
+    about three times faster."""
 
 
 class DecoderLossSettings(_ImageLossSettings):
@@ -175,64 +200,71 @@ class DecoderLossSettings(_ImageLossSettings):
 
 
 class DecoderSettings(_Settings):
-    """The AutoencoderTiny (TAESD, github.com/madebyollin/taesd) to train; its own defaults are here."""
+    """The AutoencoderTiny (TAESD, github.com/madebyollin/taesd) to train, with TAESD's defaults."""
 
     channels: int = Field(64, ge=4, le=512)
-    """Channels of every layer: AutoencoderTiny takes the same at all levels."""
+    """Channels of every layer; AutoencoderTiny has the same number at all levels."""
     blocks: tuple[Annotated[int, Field(ge=0, le=16)], ...] = Field(
         (3, 3, 3, 1), min_length=2, max_length=6
     )
-    """Residual blocks at each level, from the latents' size to the image's: four levels enlarge eight times."""
+    """Residual blocks at each level, from the size of the latents to that of the image; four levels
+    enlarge eight times."""
 
 
 class LatentSettings(_Settings):
-    """The one-step latents to learn; the full decoder's images of them are the targets."""
+    """The one-step latents to learn from; the targets are the full decoder's images of them."""
 
     count: int = Field(4096, ge=1, le=10_000_000)
     """How many latents to make."""
     perturbed: float = Field(0.25, ge=0, le=1)
-    """Share of the latents that get Gaussian noise on top, as latents of other tasks differ from one-step ones."""
+    """Share of the latents to which Gaussian noise is added, because the latents of other tasks
+    differ from those of text to image."""
     noise: float = Field(0.1, ge=0, le=1)
-    """Standard deviation of that noise, in scaled latents."""
+    """Standard deviation of the added noise, in units of scaled latents."""
     held_out: int = Field(256, ge=1, le=100_000)
-    """Further latents, with other prompts and seeds, on which the fidelity is measured."""
+    """How many further latents, with other prompts and seeds, to measure the fidelity on."""
 
 
 class OptimiserSettings(_Settings):
-    """AdamW."""
+    """The AdamW optimiser and its learning-rate schedule."""
 
     learning_rate: float = Field(1e-4, gt=0, le=1)
     """Peak learning rate."""
     warmup_steps: int = Field(0, ge=0)
-    """Linear warm-up."""
+    """Steps of the linear warm-up of the learning rate."""
     decay: Literal["constant", "cosine"] = "constant"
-    """After the warm-up; cosine falls to a hundredth of the peak at the last step."""
+    """Learning rate after the warm-up; cosine falls to a hundredth of the peak at the last step."""
     weight_decay: float = Field(1e-2, ge=0)
     """Decoupled weight decay."""
     clip_norm: float = Field(1.0, gt=0)
-    """Gradient norm limit."""
+    """Largest norm of the gradient; a longer one is scaled down."""
 
 
 class _TrainingSettings(_Settings):
+    """The keys that every kind of recipe has."""
+
     prompts: str
-    """UTF-8 text file, one prompt a line, or a table of captions (.csv, .tsv, .parquet, a folder of datasets):
-    relative to the recipe, of a shipped recipe to the current folder, or to the model's when it begins 'model:'."""
+    """UTF-8 text file with one prompt a line, or a table of captions (.csv, .tsv, .parquet, or a
+    folder of the datasets package). The path is relative to the recipe; of a shipped recipe, to the
+    current folder; and if it begins with 'model:', to the model's folder."""
     prompts_column: str | None = None
-    """Column of the table; 'caption' or 'text' when left out."""
+    """Column of the table; by default 'caption' or 'text'."""
     steps: int = Field(ge=1, le=10_000_000)
-    """Optimiser steps, the latent warm-up included."""
+    """Optimiser steps, including the latent warm-up."""
     batch: int = Field(16, ge=1, le=4096)
-    """Pairs, or latents, a step, over all processes."""
+    """Pairs, or latents, of one step over all processes."""
     micro_batch: int | None = Field(None, ge=1)
-    """Rows that a process takes through the models at once, their gradients accumulate; all of its rows if left out."""
+    """Rows that a process takes through the models at once; the gradients of a step accumulate. By
+    default all of its rows."""
     mixed_precision: MixedPrecision = "no"
-    """Of the networks' arithmetic in training; weights, x0 and losses stay in float32."""
+    """Precision of the networks' arithmetic in training; weights, x0 and losses stay in float32."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Keep an exponential moving average of the weights and store that; 0 stores the weights themselves."""
+    """Decay of an exponential moving average of the weights, which is stored in their place; 0
+    stores the weights themselves."""
     timestep: int = Field(999, ge=0)
-    """Where the single step starts; latents made with an adaptor take the adaptor's."""
+    """Timestep of the single step; latents made with an adaptor use the adaptor's."""
     seed: int = Field(0, ge=0, lt=2**30)
-    """Fixes the pairs or latents, the start and the order of batches."""
+    """Seed of the pairs or latents, of the initial weights and of the order of batches."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints."""
     sample_every: int = Field(200, ge=1)
@@ -240,20 +272,28 @@ class _TrainingSettings(_Settings):
     samples: int = Field(8, ge=1, le=64)
     """Rows of a sample grid."""
     optimiser: OptimiserSettings = OptimiserSettings()
-    """Optimiser."""
+    """The optimiser."""
 
 
 class Recipe(_TrainingSettings):
-    """One training run of an adaptor."""
+    """The recipe of an adaptor.
+
+    Example:
+        >>> recipe = load_recipe("emoji", {"teacher.pairs": 256})
+        >>> recipe.task, recipe.teacher.pairs
+        ('generate', 256)
+
+    """
 
     kind: Literal["adaptor"] = "adaptor"
     """What is trained."""
     task: Task = "generate"
-    """What the one step is for; see hipa_deploy.tasks."""
+    """The task that the step learns; see hipa_deploy.tasks."""
     source: SourceSettings = SourceSettings()
-    """What tasks other than generate start from."""
+    """The images that tasks other than generate start from."""
     gradient_checkpointing: bool = False
-    """Recompute UNet and decoder activations in the backward pass: less memory, more time."""
+    """Compute the activations of UNet and decoder again in the backward pass: less memory, more
+    time."""
     adaptor: AdaptorSettings = AdaptorSettings()
     """The low-rank adaptor."""
     teacher: TeacherSettings
@@ -262,30 +302,41 @@ class Recipe(_TrainingSettings):
     """Loss weights."""
 
     @model_validator(mode="after")
-    def _encoder_sees_blur(self) -> Recipe:
+    def _encoder_adaptor_is_for_upscaling(self) -> Recipe:
         if self.adaptor.encoder_rank and self.task != "upscale":
             raise ValueError(f"adaptor.encoder_rank is for the task upscale, this is {self.task}")
         return self
 
     @model_validator(mode="after")
     def _strengths_are_steps(self) -> Recipe:
-        for strength in self.source.strengths if self.task == "edit" else ():
-            steps, timesteps = strength * self.teacher.steps, strength * 1000
-            if abs(steps - round(steps)) > 1e-6 or abs(timesteps - round(timesteps)) > 1e-6:
-                expected = f"no whole number of teacher.steps = {self.teacher.steps} equal steps, at a whole timestep"
-                raise ValueError(f"strength {strength:g} is {expected}")
+        """Each strength must lead to a timestep of the teacher's sampler, where an edit starts."""
+        if self.task != "edit":
+            return self
+        for strength in self.source.strengths:
+            steps = strength * self.teacher.steps
+            timesteps = strength * 1000
+            if not _is_whole(steps) or not _is_whole(timesteps):
+                raise ValueError(
+                    f"strength {strength:g} is no whole number of teacher.steps = "
+                    f"{self.teacher.steps} equal steps, at a whole timestep"
+                )
         return self
 
 
+def _is_whole(number: float) -> bool:
+    """Whether a number is whole, but for the rounding of decimal fractions."""
+    return abs(number - round(number)) <= 1e-6
+
+
 class DecoderRecipe(_TrainingSettings):
-    """One training run of a tiny decoder."""
+    """The recipe of a tiny decoder."""
 
     kind: Literal["decoder"]
     """What is trained."""
     decoder: DecoderSettings = DecoderSettings()
     """The tiny decoder."""
     latents: LatentSettings = LatentSettings()
-    """What it learns to decode."""
+    """The latents that it learns to decode."""
     loss: DecoderLossSettings = DecoderLossSettings()
     """Loss weights."""
 
@@ -294,7 +345,16 @@ KINDS: dict[str, type[Recipe | DecoderRecipe]] = {"adaptor": Recipe, "decoder": 
 
 
 def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """An adaptor's recipe: ``load_any_recipe`` that refuses the other kind."""
+    """Read the recipe of an adaptor.
+
+    Args:
+        source: As for ``load_any_recipe``.
+        overrides: As for ``load_any_recipe``.
+
+    Raises:
+        HipaError: As ``load_any_recipe``, or a recipe of another kind.
+
+    """
     recipe = load_any_recipe(source, overrides)
     if not isinstance(recipe, Recipe):
         raise HipaError(
@@ -306,12 +366,18 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
 def load_any_recipe(
     source: str | Path, overrides: Mapping[str, Any] | None = None
 ) -> Recipe | DecoderRecipe:
-    """Read a TOML file, or a shipped recipe by name ('emoji'), with ``overrides`` such as {'teacher.pairs': 256}.
+    """Read a recipe of any kind; its key ``kind`` says what it trains, an adaptor by default.
 
-    Its ``kind`` says what it trains: 'adaptor' when left out, or 'decoder'.
+    Args:
+        source: A TOML file, or the name of a shipped recipe such as 'emoji'.
+        overrides: Values to replace, with a dot for each table: {'teacher.pairs': 256}.
+
+    Returns:
+        The validated recipe, with the paths of its files made absolute.
 
     Raises:
-        HipaError: no such recipe, not TOML, or a key or value that does not belong; the message names the key.
+        HipaError: There is no such recipe, it is not TOML, or a key or value is wrong; the message
+            names the key.
 
     """
     path = recipe_path(source)
@@ -320,18 +386,14 @@ def load_any_recipe(
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise HipaError(f"recipe {path} cannot be read: {error}") from None
     _override(values, overrides or {})
+
+    # A shipped recipe cannot know where the user's files lie: its paths are relative to the current
+    # folder.
     base = Path.cwd() if path.parent == SHIPPED else path.parent.absolute()
-    for table, key in (
-        (values, "prompts"),
-        (values.get("source"), "prompts"),
-        (values.get("source"), "images"),
-    ):
-        if (
-            isinstance(table, dict)
-            and isinstance(name := table.get(key), str)
-            and not name.startswith(MODEL_PREFIX)
-        ):
-            table[key] = str(base / name)
+    _make_absolute(values, "prompts", base)
+    _make_absolute(values.get("source"), "prompts", base)
+    _make_absolute(values.get("source"), "images", base)
+
     kind = values.get("kind", "adaptor")
     if not isinstance(kind, str) or kind not in KINDS:
         raise HipaError(f"recipe {path}: kind = {kind!r}: expected one of: {', '.join(KINDS)}.")
@@ -342,6 +404,7 @@ def load_any_recipe(
 
 
 def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Set dotted keys in nested tables, which are made where they are missing."""
     for key, value in overrides.items():
         *parents, last = key.split(".")
         table = values
@@ -352,47 +415,90 @@ def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
         table[last] = value
 
 
+def _make_absolute(table: Any, key: str, base: Path) -> None:
+    """Make a path of a table absolute, if it is there; its type is validated later."""
+    if not isinstance(table, dict):
+        return
+    name = table.get(key)
+    if isinstance(name, str) and not name.startswith(MODEL_PREFIX):
+        table[key] = str(base / name)
+
+
 def recipe_path(source: str | Path) -> Path:
-    """The file itself, or the shipped recipe of that name."""
+    """The path of a recipe.
+
+    Args:
+        source: A TOML file, or the name of a shipped recipe.
+
+    Raises:
+        HipaError: There is neither; the message lists the shipped recipes.
+
+    """
     path = Path(source)
     shipped = SHIPPED / f"{source}.toml"
     if path.suffix != ".toml" and shipped.is_file():
         return shipped
     if path.is_file():
         return path
-    names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.toml")))
+    names = ", ".join(sorted(recipe.stem for recipe in SHIPPED.glob("*.toml")))
     raise HipaError(
         f"recipe {str(source)!r} does not exist. Expected a .toml file or one of: {names}."
     )
 
 
 def read_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str]:
-    """The distinct prompts of the recipe's file, in file order; those of an edit's sources come first.
+    """The distinct prompts of a recipe.
 
-    Raises what ``read_prompt_file`` does.
+    Args:
+        recipe: Names the prompt files.
+        model_folder: Where files lie whose name begins with 'model:'.
+
+    Returns:
+        The prompts of an edit's source images, if they have a file of their own, then the other
+        prompts, both in the order of their files.
+
+    Raises:
+        HipaError: As ``read_prompt_file``.
+
     """
     prompts = read_prompt_file(_prompts_path(recipe.prompts, model_folder), recipe.prompts_column)
     return list(dict.fromkeys([*source_prompts(recipe, model_folder), *prompts]))
 
 
 def source_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str]:
-    """The prompts of an edit's sources, when they are others than the edits'; else none."""
-    name = recipe.source.prompts if isinstance(recipe, Recipe) and recipe.task == "edit" else None
-    return read_prompt_file(_prompts_path(name, model_folder), None) if name else []
+    """The prompts of an edit's source images, if they have a file of their own; else none.
+
+    Args:
+        recipe: Names the prompt file.
+        model_folder: Where files lie whose name begins with 'model:'.
+
+    Raises:
+        HipaError: As ``read_prompt_file``.
+
+    """
+    if not isinstance(recipe, Recipe) or recipe.task != "edit" or not recipe.source.prompts:
+        return []
+    return read_prompt_file(_prompts_path(recipe.source.prompts, model_folder), None)
 
 
 def _prompts_path(name: str, model_folder: Path) -> Path:
-    in_model = name.startswith(MODEL_PREFIX)
-    return model_folder / name.removeprefix(MODEL_PREFIX) if in_model else Path(name)
+    if name.startswith(MODEL_PREFIX):
+        return model_folder / name.removeprefix(MODEL_PREFIX)
+    return Path(name)
 
 
 def _first_problem(error: ValidationError) -> str:
+    """The first of pydantic's problems in one line, and how many more there are."""
     problem = error.errors()[0]
-    key, more = ".".join(str(part) for part in problem["loc"]), error.error_count() - 1
+    key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         text = f"unknown key {key!r}"
     elif problem["type"] == "missing":
         text = f"key {key!r} is missing"
     else:
-        text = f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-    return text + (f" (and {more} more)" if more else "")
+        # pydantic begins its messages with a capital letter; here they follow a colon.
+        message = problem["msg"]
+        text = f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+    more = error.error_count() - 1
+    return f"{text} (and {more} more)" if more else text

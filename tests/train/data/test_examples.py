@@ -14,7 +14,12 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.images.compositing import latent_mask
 from hipa_deploy.models.adaptor_folder import read_metadata
-from hipa_deploy.train.data.examples import Examples, edit_starts, related_prompts, task_examples
+from hipa_deploy.train.data.examples import (
+    TaskExamples,
+    edit_starts,
+    related_prompts,
+    task_examples,
+)
 from hipa_deploy.train.data.teacher_pairs import teacher_latents
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float
 from hipa_deploy.train.recipes.recipe import Recipe, SourceSettings, read_prompts
@@ -30,7 +35,7 @@ def of_task(recipe: Recipe, task: str, **source: Any) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def examples_of(model: DiffusionModel, recipe: Recipe, cache: Path) -> Examples:
+def examples_of(model: DiffusionModel, recipe: Recipe, cache: Path) -> TaskExamples:
     return task_examples(
         model, recipe, read_prompts(recipe, model.folder), cache=cache, console=QUIET
     )
@@ -42,7 +47,7 @@ ROWS = torch.arange(3)
 def test_generate_starts_from_noise(model: DiffusionModel, recipe: Recipe, cache: Path) -> None:
     examples = examples_of(model, of_task(recipe, "generate"), cache)
     assert examples.count == recipe.teacher.pairs
-    assert list(examples.given(ROWS)) == ["noise"]
+    assert list(examples.step_inputs(ROWS)) == ["noise"]
     assert examples.source is None
     decoded = model.decode(examples.latents(ROWS)).clamp(0, 1)
     assert torch.allclose(examples.images(ROWS), decoded, atol=0.51 / 255)
@@ -57,7 +62,7 @@ def test_edits_follow_another_prompt_from_the_encoded_source(
     sources = examples.source(ROWS)
     assert torch.equal(sources[0], sources[1])
     assert torch.allclose(
-        examples.given(ROWS)["source"], model.encode(to_float(sources)), atol=1e-5
+        examples.step_inputs(ROWS)["source"], model.encode(to_float(sources)), atol=1e-5
     )
     assert examples.images(ROWS).shape == (3, 3, *model.resolution)
 
@@ -67,7 +72,7 @@ def test_the_teachers_edit_of_full_strength_is_close_to_its_image_from_the_noise
 ) -> None:
     """At strength 1 the noise hides nearly all of the source: a = 0.068."""
     examples = examples_of(model, of_task(recipe, "edit", strengths=[1.0]), cache)
-    given, edit = examples.given(ROWS), of_task(recipe, "edit", strengths=[1.0])
+    given, edit = examples.step_inputs(ROWS), of_task(recipe, "edit", strengths=[1.0])
     start = 0.0682649 * given["source"] + 0.9976672 * given["noise"]
     expected = teacher_latents(
         model, start, examples.context(ROWS), model.context([""]), edit.teacher
@@ -79,7 +84,7 @@ def test_inpainting_hides_the_hole_and_keeps_the_rest(
     model: DiffusionModel, recipe: Recipe, cache: Path
 ) -> None:
     examples = examples_of(model, of_task(recipe, "inpaint", coverage=[0.2, 0.6]), cache)
-    given, source, images = examples.given(ROWS), examples.source(ROWS), examples.images(ROWS)
+    given, source, images = examples.step_inputs(ROWS), examples.source(ROWS), examples.images(ROWS)
     hidden = (source == 127).all(dim=-1)
     expected = np.stack(
         [latent_mask(hole.numpy(), model.pipe.vae_scale_factor) for hole in hidden.float()]
@@ -88,7 +93,7 @@ def test_inpainting_hides_the_hole_and_keeps_the_rest(
     assert (
         (hidden.float().mean(dim=(1, 2)) > 0.19) & (hidden.float().mean(dim=(1, 2)) < 0.61)
     ).all()
-    white = examples.whole(torch.ones_like(images), ROWS)
+    white = examples.composite(torch.ones_like(images), ROWS)
     assert torch.equal(
         white[~hidden[:, None].expand_as(white)], images[~hidden[:, None].expand_as(images)]
     )
@@ -100,7 +105,7 @@ def test_upscaling_starts_from_the_small_image(
     model: DiffusionModel, recipe: Recipe, cache: Path
 ) -> None:
     examples = examples_of(model, of_task(recipe, "upscale", factor=2, without_prompt=1.0), cache)
-    assert list(examples.given(ROWS)) == ["source"]
+    assert list(examples.step_inputs(ROWS)) == ["source"]
     error = (to_float(examples.source(ROWS)) - examples.images(ROWS)).abs().mean()
     assert 0 < error < 0.2
     assert torch.allclose(examples.context(ROWS), model.context([""] * 3), atol=1e-6)

@@ -11,7 +11,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.train.data import teacher_pairs as module
 from hipa_deploy.train.data.teacher_pairs import (
     cache_folder,
-    lookup,
+    cached_rows,
     prompt_order,
     teacher_latents,
     teacher_pairs,
@@ -214,7 +214,7 @@ def test_every_prompt_equally_often() -> None:
 
 
 @pytest.mark.parametrize("limit", [1 << 30, 0])
-def test_lookup_in_memory_or_computed(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_in_memory_or_computed(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TABLE_BYTES", limit)
-    rows = lookup("doubles", lambda index: torch.tensor(index)[:, None] * 2.0, count=40)
+    rows = cached_rows("doubles", lambda index: torch.tensor(index)[:, None] * 2.0, count=40)
     assert rows(torch.tensor([39, 0, 39])).tolist() == [[78], [0], [78]]

@@ -23,7 +23,7 @@ from hipa_deploy.models.adaptor_folder import (
     weights_sha256,
 )
 from hipa_deploy.train.data import teacher_pairs as teacher_pairs_module
-from hipa_deploy.train.data.source_images import folder_originals
+from hipa_deploy.train.data.source_images import folder_source_images
 from hipa_deploy.train.evaluation.task_images import one_step_task_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.encoder_adaptor import (
@@ -37,7 +37,7 @@ from hipa_deploy.train.model.unet_adaptor import (
     trained_parameters,
     without_adaptor,
 )
-from hipa_deploy.train.prediction.training_cost import plan_training
+from hipa_deploy.train.prediction.training_cost import predict_training
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 from tests.weights import differences, read_weights
@@ -179,8 +179,8 @@ def test_other_tasks_refuse_an_encoder_rank(recipe: Recipe) -> None:
 def test_the_predicted_cost_includes_the_encoder(
     folder: Path, recipe: Recipe, model_dir: Path
 ) -> None:
-    both = plan_training(upscaling(recipe, encoder_rank=2), model_dir)
-    alone = plan_training(upscaling(recipe, encoder_rank=0), model_dir)
+    both = predict_training(upscaling(recipe, encoder_rank=2), model_dir)
+    alone = predict_training(upscaling(recipe, encoder_rank=0), model_dir)
     stored = 0
     for name in (WEIGHTS, ENCODER_WEIGHTS):
         stored += sum(weight.numel() for weight in read_weights(folder / name).values())
@@ -195,7 +195,7 @@ def test_targets_do_not_depend_on_the_encoder_adaptor(
     """Not even where they do not fit in memory, and are made anew while the encoder learns."""
     monkeypatch.setattr(teacher_pairs_module, "TABLE_BYTES", 0)
     Image.fromarray(example_image(32, 32)).save(tmp_path / "a.png")
-    originals, _ = folder_originals(model, tmp_path, [], QUIET)
+    originals, _ = folder_source_images(model, tmp_path, [], QUIET)
     before = originals.latents(torch.tensor([0]))
     add_encoder_adaptor(model.vae, 2, seed=0)
     for weight in adaptor_parameters(model.vae).values():

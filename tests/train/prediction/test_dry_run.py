@@ -19,12 +19,12 @@ else:
     import tomli as tomllib
 
 
-plan_once = cache(dry_run.plan_training)
+predict_once = cache(dry_run.predict_training)
 
 
 @pytest.fixture(autouse=True)
-def plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "plan_training", plan_once)
+def predictions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "predict_training", predict_once)
     seconds = {"teacher call": 1.0, "warm-up step": 2.0, "step": 4.0}
     monkeypatch.setattr(dry_run, "measure_steps", lambda recipe, model_dir: seconds)
 
@@ -66,33 +66,30 @@ def test_a_large_model_is_predicted_for_named_gpus(
     model_dir: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dry_run, "SMALL_FLOPS", 0)
-    text = text_of(
-        dry_run.dry_run(recipe, model_dir, [Card(), Card("unknown", None), Card("slow", 24, None)])[
-            0
-        ]
-    )
+    cards = [Card(), Card("unknown", None), Card("slow", 24, None)]
+    shown, _ = dry_run.dry_run(recipe, model_dir, cards)
+    text = text_of(shown)
     assert "a card" in text
     assert "Predicted hours at 30% (pairs) and 10% (steps)" in text
     assert not any(word in text for word in ("unknown", "slow", "Measured"))
 
 
 def test_hours_fits_and_accumulation(model_dir: Path, recipe: Recipe) -> None:
-    plan = dry_run.plan_training(recipe, model_dir)
+    prediction = dry_run.predict_training(recipe, model_dir)
     cards = [Card(), Card("half", fp16_accumulate="fp16"), Card("none", memory_gib=0)]
-    rows = list(
-        zip(*(column.cells for column in dry_run.gpu_table(plan, cards).columns), strict=True)
-    )
-    assert float(rows[0][3]) == pytest.approx(plan.pairs_flops / 30e12 / 3600, rel=0.01)
-    assert float(rows[0][4]) == pytest.approx(plan.training_flops / 10e12 / 3600, rel=0.01)
+    columns = [column.cells for column in dry_run.gpu_table(prediction, cards).columns]
+    rows = list(zip(*columns, strict=True))
+    assert float(rows[0][3]) == pytest.approx(prediction.pairs_flops / 30e12 / 3600, rel=0.01)
+    assert float(rows[0][4]) == pytest.approx(prediction.training_flops / 10e12 / 3600, rel=0.01)
     assert float(rows[1][3]) == pytest.approx(2 * float(rows[0][3]), rel=0.02)
     assert [row[2] for row in rows] == ["yes", "yes", "no"]
 
 
-def test_prompts_that_cannot_be_read_are_reported_after_the_rest(
+def test_prompts_that_cannot_be_read_are_reported_after_the_tables(
     model_dir: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_once(recipe, model_dir)
-    monkeypatch.setattr(dry_run, "plan_training", lambda recipe, model_dir: plan)
+    prediction = predict_once(recipe, model_dir)
+    monkeypatch.setattr(dry_run, "predict_training", lambda recipe, model_dir: prediction)
     bad = recipe.model_copy(update={"prompts": str(tmp_path / "none.txt")})
     shown, problem = dry_run.dry_run(bad, model_dir, [])
     assert isinstance(problem, HipaError)

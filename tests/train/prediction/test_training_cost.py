@@ -10,36 +10,36 @@ import torch
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.losses.hipa_loss import hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
-from hipa_deploy.train.prediction import training_cost as predict
+from hipa_deploy.train.prediction import training_cost
 from hipa_deploy.train.prediction.training_cost import (
-    Cost,
-    Trainer,
+    SimulatedTraining,
+    TrainingCost,
     measure_steps,
-    plan_training,
+    predict_training,
     unloaded_model,
 )
 from hipa_deploy.train.recipes.recipe import Recipe
 from tests.tiny_model import make_model
 
-plan_once = cache(plan_training)
+predict_once = cache(predict_training)
 CHECKPOINTED = {"gradient_checkpointing": True}
 
 
 @pytest.fixture
-def trainer(model_dir: Path, recipe: Recipe) -> Trainer:
-    """With real tensors."""
-    return Trainer(unloaded_model(model_dir), recipe)
+def training(model_dir: Path, recipe: Recipe) -> SimulatedTraining:
+    """The step on real tensors."""
+    return SimulatedTraining(unloaded_model(model_dir), recipe)
 
 
 def test_facts(model: DiffusionModel, model_dir: Path, recipe: Recipe) -> None:
-    plan = plan_once(recipe, model_dir)
-    assert (plan.prediction_type, plan.resolution) == ("epsilon", (32, 32))
+    prediction = predict_once(recipe, model_dir)
+    assert (prediction.prediction_type, prediction.resolution) == ("epsilon", (32, 32))
     parts = {"text_encoder": model.pipe.text_encoder, "unet": model.unet, "vae": model.vae}
-    assert plan.parameters == {
-        name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()
-    }
-    assert plan.pairs_bytes == 6 * (4 * 8 * 8 * 2 + 16)
-    assert plan.target is None
+    for name, part in parts.items():
+        assert prediction.parameters[name] == sum(weight.numel() for weight in part.parameters())
+    assert prediction.parameters.keys() == parts.keys()
+    assert prediction.pairs_bytes == 6 * (4 * 8 * 8 * 2 + 16)
+    assert prediction.target is None
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -48,30 +48,33 @@ def test_fake_tensors_take_what_real_ones_take(
     model_dir: Path, recipe: Recipe, decoded: bool, checkpointing: bool
 ) -> None:
     recipe = recipe.model_copy(update=CHECKPOINTED if checkpointing else {})
-    plan = plan_once(recipe, model_dir)
-    real = Trainer(unloaded_model(model_dir), recipe).step_cost(decoded=decoded)
-    predicted = plan.step if decoded else plan.warm_up
+    prediction = predict_once(recipe, model_dir)
+    real = SimulatedTraining(unloaded_model(model_dir), recipe).step_cost(decoded=decoded)
+    predicted = prediction.step if decoded else prediction.warm_up
     assert predicted.flops == real.flops
     assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
 
 
-def test_the_loss_costs_what_the_real_one_costs(trainer: Trainer, recipe: Recipe) -> None:
-    stand_in = trainer.step_cost(decoded=True)
-    trainer.loss = hipa_loss(recipe.loss)
-    real = trainer.step_cost(decoded=True)
+def test_the_loss_costs_what_the_real_one_costs(
+    training: SimulatedTraining, recipe: Recipe
+) -> None:
+    stand_in = training.step_cost(decoded=True)
+    training.loss = hipa_loss(recipe.loss)
+    real = training.step_cost(decoded=True)
     assert stand_in.flops == real.flops
     assert stand_in.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
 
 
-def test_flops_are_those_of_a_product_and_its_gradients(trainer: Trainer) -> None:
-    a, b = torch.ones(3, 5, requires_grad=True), torch.ones(5, 7, requires_grad=True)
-    assert trainer._cost(lambda: (a @ b).sum().backward()).flops == 3 * (2 * 3 * 5 * 7)
+def test_flops_are_those_of_a_product_and_its_gradients(training: SimulatedTraining) -> None:
+    a = torch.ones(3, 5, requires_grad=True)
+    b = torch.ones(5, 7, requires_grad=True)
+    assert training._cost(lambda: (a @ b).sum().backward()).flops == 3 * (2 * 3 * 5 * 7)
 
 
 def test_memory_is_the_most_that_lives_at_once() -> None:
     layer = torch.nn.Linear(10, 10)
     weights = 4 * (100 + 10)
-    with predict._LiveBytes(layer) as live:
+    with training_cost._LiveBytes(layer) as live:
         for _ in range(3):
             torch.empty(1000)  # freed each time
         kept = torch.empty(500)
@@ -83,28 +86,30 @@ def test_memory_is_the_most_that_lives_at_once() -> None:
 def test_cost_grows_with_the_batch_and_memory_falls_with_checkpointing(
     model_dir: Path, recipe: Recipe
 ) -> None:
-    usual = plan_once(recipe, model_dir)
-    twice = plan_once(recipe.model_copy(update={"batch": 2 * recipe.batch}), model_dir)
-    checkpointed = plan_once(recipe.model_copy(update=CHECKPOINTED), model_dir)
+    usual = predict_once(recipe, model_dir)
+    twice = predict_once(recipe.model_copy(update={"batch": 2 * recipe.batch}), model_dir)
+    checkpointed = predict_once(recipe.model_copy(update=CHECKPOINTED), model_dir)
     assert twice.step.flops == pytest.approx(2 * usual.step.flops, rel=0.02)
     assert twice.step.peak_bytes > usual.step.peak_bytes > checkpointed.step.peak_bytes
     assert checkpointed.step.flops > usual.step.flops
 
 
 def test_totals(model_dir: Path, recipe: Recipe) -> None:
-    plan = plan_once(recipe, model_dir)
-    assert plan.pairs_flops == plan.pairs.flops * 6 / 4
-    assert plan.training_flops == plan.warm_up.flops + 3 * plan.step.flops
-    assert plan.peak_bytes == max(plan.pairs.peak_bytes, plan.step.peak_bytes)
+    prediction = predict_once(recipe, model_dir)
+    assert prediction.pairs_flops == prediction.pairs.flops * 6 / 4
+    assert prediction.training_flops == prediction.warm_up.flops + 3 * prediction.step.flops
+    assert prediction.peak_bytes == max(prediction.pairs.peak_bytes, prediction.step.peak_bytes)
 
 
 def test_images_that_do_not_fit_are_decoded_in_each_step(
     model_dir: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "TABLE_BYTES", 1000)
-    plan = plan_training(recipe, model_dir)
-    assert isinstance(plan.target, Cost)
-    assert plan.training_flops == plan.warm_up.flops + 3 * (plan.step.flops + plan.target.flops)
+    monkeypatch.setattr(training_cost, "TABLE_BYTES", 1000)
+    prediction = predict_training(recipe, model_dir)
+    assert isinstance(prediction.target, TrainingCost)
+    assert prediction.training_flops == prediction.warm_up.flops + 3 * (
+        prediction.step.flops + prediction.target.flops
+    )
 
 
 def test_no_weights_are_needed(model_dir: Path, recipe: Recipe, tmp_path: Path) -> None:
@@ -112,9 +117,9 @@ def test_no_weights_are_needed(model_dir: Path, recipe: Recipe, tmp_path: Path) 
         target = tmp_path / path.relative_to(model_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-    assert plan_training(recipe, tmp_path) == plan_once(recipe, model_dir)
+    assert predict_training(recipe, tmp_path) == predict_once(recipe, model_dir)
     with pytest.raises(HipaError, match=r"no readable model_index.json"):
-        plan_training(recipe, tmp_path / "unet")
+        predict_training(recipe, tmp_path / "unet")
 
 
 def test_measured_seconds(model_dir: Path, recipe: Recipe) -> None:
@@ -133,14 +138,14 @@ def test_edits_take_a_share_of_the_sampler_and_real_images_none(
     teacher = recipe.teacher.model_copy(update={"steps": 5})
     edit = of_task(recipe.model_copy(update={"teacher": teacher}), "edit", strengths=[1, 0.2])
     batches = recipe.teacher.pairs / recipe.teacher.batch
-    assert plan_training(edit, model_dir).sampler_batches == pytest.approx(1.6 * batches)
+    assert predict_training(edit, model_dir).sampler_batches == pytest.approx(1.6 * batches)
     real = of_task(recipe, "upscale", images="folder")
-    assert plan_training(real, model_dir).sampler_batches == 0
+    assert predict_training(real, model_dir).sampler_batches == 0
 
 
-def test_a_nine_channel_model_is_planned(recipe: Recipe, tmp_path: Path) -> None:
-    plan = plan_training(
+def test_a_nine_channel_model_is_predicted(recipe: Recipe, tmp_path: Path) -> None:
+    prediction = predict_training(
         of_task(recipe, "inpaint", images="folder"), make_model(tmp_path / "nine", in_channels=9)
     )
-    assert plan.pairs.flops == 0
-    assert plan.step.flops > plan.warm_up.flops > 0
+    assert prediction.pairs.flops == 0
+    assert prediction.step.flops > prediction.warm_up.flops > 0

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from plan import BASELINES, FIRST, MAIN, QUICK, base_recipe, find, full_plan, quick_plan
+from items import BASELINES, FIRST, MAIN, QUICK, all_items, base_recipe, find_item, quick_items
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.losses.hipa_loss import image_weights
@@ -9,28 +9,29 @@ from hipa_deploy.train.recipes.recipe import Recipe, load_recipe
 
 
 def test_needs_come_first_and_names_are_unique(recipe: Recipe) -> None:
-    for items in (full_plan(recipe), quick_plan(recipe)):
+    for items in (all_items(recipe), quick_items(recipe)):
         done: list[str] = []
         for item in items:
             assert set(item.needs) <= set(done)
             done.append(item.name)
         assert len(set(done)) == len(done)
         assert done[0] == FIRST
-    assert [item.name for item in quick_plan(recipe)] == list(QUICK)
+    assert [item.name for item in quick_items(recipe)] == list(QUICK)
 
 
-def test_the_issues_ablations_are_there(recipe: Recipe) -> None:
-    names = {item.name for item in full_plan(recipe)}
-    assert {f"{b}{suffix}" for b in BASELINES for suffix in ("", "-time")} < names
-    ablations = {
-        f"{hf}{kind}" for hf in ("no-hf", "hf-fourier", "hf-edge") for kind in ("", "-pixel")
-    }
-    ablations |= {"hf-both-pixel", "hf-difference", "no-adversarial"}
-    assert ablations | {"rank-4", "rank-16", "rank-64", "preset-full", "hipa-seed"} < names
+def test_every_baseline_and_ablation_is_there(recipe: Recipe) -> None:
+    names = {item.name for item in all_items(recipe)}
+    expected = {"hf-both-pixel", "hf-difference", "no-adversarial"}
+    expected |= {"rank-4", "rank-16", "rank-64", "preset-full", "hipa-seed"}
+    for baseline in BASELINES:
+        expected |= {baseline, f"{baseline}-time"}
+    for ablation in ("no-hf", "hf-fourier", "hf-edge"):
+        expected |= {ablation, f"{ablation}-pixel"}
+    assert expected < names
 
 
 def weights(name: str, recipe: Recipe) -> dict[str, float]:
-    return image_weights(find(full_plan(recipe), name).recipe(recipe).loss)
+    return image_weights(find_item(all_items(recipe), name).recipe(recipe).loss)
 
 
 def test_an_ablation_changes_what_it_says(recipe: Recipe) -> None:
@@ -50,16 +51,13 @@ def test_an_ablation_changes_what_it_says(recipe: Recipe) -> None:
         update={"loss": recipe.loss.model_copy(update={"adversarial_weight": 0.1})}
     )
     assert weights("hf-difference", judged)["adversarial"] == 0.1
-    assert (
-        weights("no-adversarial", judged)["adversarial"]
-        == weights("no-hf-pixel", judged)["adversarial"]
-        == 0
-    )
-    assert find(full_plan(recipe), "rank-64").recipe(recipe).adaptor.rank == 64
+    assert weights("no-adversarial", judged)["adversarial"] == 0
+    assert weights("no-hf-pixel", judged)["adversarial"] == 0
+    assert find_item(all_items(recipe), "rank-64").recipe(recipe).adaptor.rank == 64
 
 
 def test_the_latent_baseline_never_decodes_whatever_its_steps(recipe: Recipe) -> None:
-    item = find(full_plan(recipe), "latent-mse-time")
+    item = find_item(all_items(recipe), "latent-mse-time")
     assert item.needs == [FIRST, MAIN, "latent-mse"]
     longer = item.recipe(recipe, 50)
     assert longer.steps == longer.loss.latent_warmup_steps == 50
@@ -75,26 +73,25 @@ def test_a_budget_keeps_the_share_of_the_warm_up_and_the_pairs_it_has_time_for()
     assert short.teacher == shipped.teacher.model_copy(update={"pairs": 400 * shipped.batch})
     quick = base_recipe("emoji", budget_steps=None, quick=True)
     assert quick.steps <= 10
-    assert (
-        quick.teacher.pairs == quick.teacher.batch == shipped.teacher.batch
-    )  # one shard of the same cache
+    # One shard of the same cache.
+    assert quick.teacher.pairs == quick.teacher.batch == shipped.teacher.batch
 
 
 def test_expected_time_follows_the_budget(recipe: Recipe) -> None:
-    short, long = (
-        {i.name: i.expected_seconds(r) for i in full_plan(r)} for r in (recipe, find_longer(recipe))
-    )
-    assert all(long[name] > short[name] for name in short if name not in (FIRST, "shipped"))
+    short = expected_seconds(recipe)
+    long = expected_seconds(recipe.model_copy(update={"steps": 1000}))
+    for name in short.keys() - {FIRST, "shipped"}:
+        assert long[name] > short[name]
     assert long["latent-mse-time"] == long[MAIN]
     assert long["hipa-seed"] > long[MAIN]  # its pairs are not in the cache
 
 
-def find_longer(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"steps": 1000})
+def expected_seconds(recipe: Recipe) -> dict[str, float]:
+    return {item.name: item.expected_seconds(recipe) for item in all_items(recipe)}
 
 
 def test_unknown_items_are_named(recipe: Recipe) -> None:
     with pytest.raises(
-        HipaError, match=r"'hippa' is not in the plan. Expected one of: references, shipped, hipa"
+        HipaError, match=r"'hippa' is unknown. Expected one of: references, shipped, hipa"
     ):
-        find(full_plan(recipe), "hippa")
+        find_item(all_items(recipe), "hippa")

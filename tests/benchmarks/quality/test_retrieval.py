@@ -10,9 +10,8 @@ from retrieval import image_vectors, recall, sentence_vectors, text_vectors, tra
 
 def test_recall_by_hand() -> None:
     captions = torch.eye(3)
-    images = torch.tensor(
-        [[1.0, 0, 0], [0.9, 0.4, 0], [0, 0, 1], [0, 1, 0.5]]
-    )  # the fourth shows caption 0 again
+    # The fourth image shows caption 0 again.
+    images = torch.tensor([[1.0, 0, 0], [0.9, 0.4, 0], [0, 0, 1], [0, 1, 0.5]])
     assert recall(images, captions, 1) == 0.5
     assert recall(images, captions, 2) == 0.75
     assert recall(images, captions, 5) == 1
@@ -25,9 +24,10 @@ def test_heads_learn_what_belongs_together() -> None:
     before = torch.get_rng_state()
     image_head, text_head = train_heads(images, texts, epochs=40)
     assert torch.equal(torch.get_rng_state(), before)
-    vectors = image_vectors(image_head, images).detach(), text_vectors(text_head, texts).detach()
-    assert recall(*vectors, 1) > 0.9
-    assert recall(vectors[0].flip(0), vectors[1], 1) < 0.2
+    found = image_vectors(image_head, images).detach()
+    captions = text_vectors(text_head, texts).detach()
+    assert recall(found, captions, 1) > 0.9
+    assert recall(found.flip(0), captions, 1) < 0.2
 
 
 def test_without_minilm_there_is_no_function(monkeypatch: pytest.MonkeyPatch) -> None:

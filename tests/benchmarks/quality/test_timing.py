@@ -7,7 +7,7 @@ import torch
 from timing import StepTime, TimedRun, spent_in, timed_training
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train import train_adaptor as loop
+from hipa_deploy.train import train_adaptor as adaptor_training
 from hipa_deploy.train.loop.run import Run
 from hipa_deploy.train.recipes.recipe import Recipe, TeacherSettings
 
@@ -35,8 +35,9 @@ def test_time_adds_up_over_sittings_as_far_as_the_checkpoint(tmp_path: Path) -> 
     assert (again.step, again.spent.steps) == (4, 3)  # the first step has no beginning
     take(again, 3)
     again.save()
-    take(new := new_run(tmp_path / "phase-1"), 2)
-    new.save()
+    second = new_run(tmp_path / "phase-1")
+    take(second, 2)
+    second.save()
     total = spent_in(tmp_path)
     assert total.steps == 3 + 2 + 1
     assert total.wall > 0
@@ -51,5 +52,5 @@ def test_no_timed_step_is_an_error(tmp_path: Path) -> None:
 
 def test_training_is_timed_inside_the_block_only() -> None:
     with timed_training():
-        assert loop.Run is TimedRun
-    assert loop.Run is Run
+        assert adaptor_training.Run is TimedRun
+    assert adaptor_training.Run is Run

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from baselines import (
+from distillation import (
     Student,
     consistent,
     phases,

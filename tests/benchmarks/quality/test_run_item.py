@@ -1,4 +1,4 @@
-"""The benchmark's parts together, on a tiny model."""
+"""The benchmark's modules together, on a tiny model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import evaluation
@@ -13,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from evaluation import LOW_OF_ONE, SPLITS, splits
-from item import Setting, matched_steps, run_item
+from items import FIRST, MAIN, all_items, find_item
 from PIL import Image
-from plan import FIRST, MAIN, find, full_plan
 from rich.console import Console
-from run import keep_to_one_setting, plan_table
+from run import items_table, keep_to_one_setting
+from run_item import Setting, matched_steps, run_item
 from summary import render, write_report
 
 from hipa_deploy.errors import HipaError
@@ -30,20 +31,27 @@ QUIET = Console(file=io.StringIO())
 @pytest.fixture
 def setting(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path) -> Setting:
     return Setting(
-        tmp_path / "report", model_dir, tmp_path / "no-adaptor", recipe, 2, quick=True, cache=cache
+        out=tmp_path / "report",
+        model=model_dir,
+        adaptor=tmp_path / "no-adaptor",
+        recipe=recipe,
+        repeats=2,
+        quick=True,
+        cache=cache,
     )
 
 
 def letters(captions: list[str]) -> torch.Tensor:
     """In place of MiniLM: how often each letter occurs."""
-    return torch.tensor(
-        [[caption.count(chr(97 + i)) for i in range(26)] for caption in captions]
-    ).float()
+    counts = [[caption.count(letter) for letter in ascii_lowercase] for caption in captions]
+    return torch.tensor(counts).float()
 
 
 def test_seeds_are_used_once(model_dir: Path) -> None:
     held_out = splits(model_dir, repeats=3)
-    seeds = [seed for split in held_out for seed in (*split.seeds, *split.other_seeds)]
+    seeds = []
+    for split in held_out:
+        seeds += [*split.seeds, *split.other_seeds]
     assert len(set(seeds)) == len(seeds) == 2 * 3 * 5
     assert held_out[0].prompts[:3] == held_out[0].prompts[3:6] == held_out[0].captions
     assert [len(split.captions) for split in splits(model_dir, 2, most=2)] == [2, 2]
@@ -51,11 +59,8 @@ def test_seeds_are_used_once(model_dir: Path) -> None:
 
 def test_from_nothing_to_a_report(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "sentence_vectors", lambda: letters)
-    items = [
-        item
-        for item in full_plan(setting.recipe)
-        if item.name in (FIRST, MAIN, "latent-mse", "latent-mse-time")
-    ]
+    chosen = (FIRST, MAIN, "latent-mse", "latent-mse-time")
+    items = [item for item in all_items(setting.recipe) if item.name in chosen]
     with pytest.raises(
         HipaError, match=r"needs item references, which is not done. Run: --only references"
     ):
@@ -66,16 +71,17 @@ def test_from_nothing_to_a_report(setting: Setting, monkeypatch: pytest.MonkeyPa
     references = setting.result(FIRST)
     assert references is not None
     for split in SPLITS:
-        base, truth = (references["rows"][row][split] for row in (BASE, references["truth"]))
+        base = references["rows"][BASE][split]
+        truth = references["rows"][references["truth"]][split]
+        mixed = references["rows"][LOW_OF_ONE][split]
         assert truth["pooled"]["distance"] == pytest.approx(0, abs=1e-5)
         assert truth["pooled"]["hf_ratio"] == 1
         assert base["pooled"]["distance"] > 0.01
         assert len(base["repeats"]) == 2
-        assert (
-            references["rows"][LOW_OF_ONE][split]["pooled"]["distance"] < base["pooled"]["distance"]
-        )
+        assert mixed["pooled"]["distance"] < base["pooled"]["distance"]
         assert 0 <= base["pooled"]["recall@1"] <= base["pooled"]["recall@5"] <= 1
-    main, matched = setting.result(MAIN), setting.result("latent-mse-time")
+    main = setting.result(MAIN)
+    matched = setting.result("latent-mse-time")
     assert main is not None
     assert matched is not None
     assert main["cost"]["images_seen"] == 12
@@ -104,19 +110,22 @@ def result(name: str, title: str, group: str, kid: float, ratio: float) -> dict[
 
 
 def test_verdicts_follow_the_numbers(setting: Setting) -> None:
-    rows = {BASE: (2.0, 0.6), "teacher, 25 steps": (0.0, 1.0)}
+    reference_rows = {
+        BASE: dict.fromkeys(SPLITS, numbers(2.0, 0.6)),
+        "teacher, 25 steps": dict.fromkeys(SPLITS, numbers(0.0, 1.0)),
+    }
     results = {
         FIRST: {
             "truth": "teacher, 25 steps",
             "retrieval": "not measured",
-            "rows": {name: dict.fromkeys(SPLITS, numbers(*pair)) for name, pair in rows.items()},
+            "rows": reference_rows,
         },
         MAIN: result(MAIN, "HiPA", "main", 0.1, 0.9),
         "latent-mse": result("latent-mse", "latent MSE, as many steps", "baselines", 0.5, 0.7),
         "consistency": result("consistency", "consistency, as many steps", "baselines", 0.05, 0.7),
         "no-hf": result("no-hf", "no high-frequency term", "ablations", 0.1, 0.8),
     }
-    text = render(setting, full_plan(setting.recipe), results)
+    text = render(setting, all_items(setting.recipe), results)
     assert "HiPA: KID gap closed 95%, at least 90% asked: met" in text
     assert "high-frequency ratio 0.90, 0.85 to 1.15 asked: met" in text
     assert re.search(r"latent MSE, as many steps: KID-Lite0 0.100 against 0.500, better", text)
@@ -140,7 +149,7 @@ def test_a_folder_keeps_to_one_setting(setting: Setting) -> None:
         keep_to_one_setting(other)
 
 
-def test_a_result_of_another_given_adaptor_is_not_done(setting: Setting) -> None:
+def test_a_result_of_another_adaptor_is_not_done(setting: Setting) -> None:
     setting.adaptor.mkdir()
     (setting.adaptor / "pytorch_lora_weights.safetensors").write_bytes(b"new")
     folder = setting.folder("shipped")
@@ -149,11 +158,11 @@ def test_a_result_of_another_given_adaptor_is_not_done(setting: Setting) -> None
     assert setting.result("shipped") is None
 
 
-def test_the_plan_says_what_is_left(setting: Setting) -> None:
-    items = full_plan(setting.recipe)
+def test_the_table_says_what_is_left(setting: Setting) -> None:
+    items = all_items(setting.recipe)
     console = Console(file=io.StringIO(), width=160, record=True)
-    console.print(plan_table(items, setting))
+    console.print(items_table(items, setting))
     text = console.export_text()
     assert "what is left takes about" in text
     assert "latent consistency distillation, as much time" in text
-    assert find(items, MAIN).title in text
+    assert find_item(items, MAIN).title in text

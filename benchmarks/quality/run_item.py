@@ -1,15 +1,16 @@
-"""Run one item of the plan: train, make images, measure, write result.json."""
+"""One item of the quality benchmark: train, make images, measure, write result.json."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from baselines import train_consistency, train_progressive
+from distillation import train_consistency, train_progressive
 from evaluation import load_references, make_references, measure_adaptor, splits
-from plan import FIRST, Item
+from items import FIRST, Item
 from rich.console import Console
 from safetensors import safe_open
 from timing import spent_in, timed_training
@@ -23,13 +24,26 @@ from hipa_deploy.train.train_adaptor import train_adaptor
 
 RESULT = "result.json"
 QUICK_CAPTIONS = 4
-KID = "without pairs of one prompt"  # how KID-Lite0 is measured; reports from before kept those
+# How KID-Lite0 is measured, as part of a report's identity: earlier reports kept those pairs.
+KID = "without pairs of one prompt"
 LEAST_STEPS = 10  # two for each phase of a progressive distillation from 25 steps
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all items of a report share."""
+    """What all items of a report share.
+
+    Attributes:
+        out: The report's folder.
+        model: Diffusers folder of the base model.
+        adaptor: Folder of the trained adaptor that the item 'shipped' measures.
+        recipe: The recipe that the items change.
+        repeats: Noise seeds for each held-out prompt.
+        quick: A run with very few steps and images.
+        data: Folder of real images for retrieval.
+        cache: Folder of the teacher pairs' cache; None is the user's own.
+
+    """
 
     out: Path
     model: Path
@@ -44,17 +58,21 @@ class Setting:
         return self.out / "runs" / name
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """What an item wrote, or None: not done yet, or of another given adaptor."""
+        """The result of an item; None if it is not done, or measured another trained adaptor."""
         path = self.folder(name) / RESULT
         if not path.exists():
             return None
         result: dict[str, Any] = json.loads(path.read_text())
-        given = result.get("adaptor_sha256")
-        return result if given is None or given == file_sha256(self.adaptor / WEIGHTS) else None
+
+        # Only the item 'shipped' stores a hash: of the adaptor that it was given.
+        measured = result.get("adaptor_sha256")
+        if measured is not None and measured != file_sha256(self.adaptor / WEIGHTS):
+            return None
+        return result
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the results depend on: a report folder keeps to one."""
+        """What the results depend on: all results of a report folder have the same."""
         return {
             "kid": KID,
             "model": str(self.model),
@@ -66,10 +84,10 @@ class Setting:
 
 
 def run_item(item: Item, setting: Setting, console: Console) -> None:
-    """Write the item's result; the same call resumes a stopped training.
+    """Run one item and write its result; the same call resumes a stopped training.
 
     Raises:
-        HipaError: what it needs is not done yet, or the training was stopped.
+        HipaError: An item that it needs is not done, or the training was stopped.
 
     """
     for name in item.needs:
@@ -77,54 +95,66 @@ def run_item(item: Item, setting: Setting, console: Console) -> None:
             raise HipaError(
                 f"item {item.name} needs item {name}, which is not done. Run: --only {name}"
             )
+
     folder = setting.folder(item.name)
-    held_out = splits(setting.model, setting.repeats, QUICK_CAPTIONS if setting.quick else None)
+    most_captions = QUICK_CAPTIONS if setting.quick else None
+    held_out = splits(setting.model, setting.repeats, most_captions)
+    result = {"name": item.name, "title": item.title, "group": item.group, "method": item.method}
     if item.name == FIRST:
-        result = make_references(
+        result |= make_references(
             setting.recipe, setting.model, folder, held_out, cache=setting.cache, data=setting.data
         )
     else:
         adaptor, cost = _adaptor(item, setting, console)
         references = load_references(setting.folder(FIRST))
-        result = cost | {
-            "splits": measure_adaptor(adaptor, setting.model, references, held_out, folder)
-        }
-    describes = {"name": item.name, "title": item.title, "group": item.group, "method": item.method}
-    write_json(folder / RESULT, describes | result)
+        measured = measure_adaptor(adaptor, setting.model, references, held_out, folder)
+        result |= cost | {"splits": measured}
+    write_json(folder / RESULT, result)
 
 
 def matched_steps(item: Item, setting: Setting) -> int | None:
-    """How many steps fit into the time of the item named by ``as_long_as``; None where steps are the budget.
+    """How many steps fit into the training time of the item that ``as_long_as`` names.
 
-    Time is that of the processor: it says what a training costs on a machine that does other work as well.
+    Time is processor time: it measures the cost of a training even on a machine that does other
+    work as well.
+
+    Returns:
+        The number of steps; None for an item whose budget is a number of steps.
+
     """
     if item.as_long_as is None or item.pace is None:
         return None
-    budget, pace = setting.result(item.as_long_as), setting.result(item.pace)
+    budget = setting.result(item.as_long_as)
+    pace = setting.result(item.pace)
     if budget is None or pace is None:
         raise HipaError(f"item {item.name} needs items {item.as_long_as} and {item.pace} first.")
-    return max(
-        LEAST_STEPS, round(budget["cost"]["cpu_seconds"] / pace["cost"]["cpu_seconds_a_step"])
-    )
+    steps = round(budget["cost"]["cpu_seconds"] / pace["cost"]["cpu_seconds_a_step"])
+    return max(LEAST_STEPS, steps)
 
 
 def _adaptor(item: Item, setting: Setting, console: Console) -> tuple[Path, dict[str, Any]]:
-    """The item's adaptor, trained unless it is there, and what it cost."""
+    """The item's adaptor, trained unless it exists, and the part of the result about its cost."""
     folder = setting.folder(item.name)
     folder.mkdir(parents=True, exist_ok=True)
+
+    # An adaptor that was trained elsewhere: its metadata say how long, but not how fast.
     if item.method == "adaptor":
         metadata = read_metadata(setting.adaptor, setting.model)
-        cost = {
+        batch = int(metadata.recipe.get("batch", 0))
+        known_cost = {
             "trainable_parameters": parameters(setting.adaptor),
             "steps": metadata.steps_trained,
+            "images_seen": metadata.steps_trained * batch,
         }
-        images = metadata.steps_trained * int(metadata.recipe.get("batch", 0))
         sha256 = file_sha256(setting.adaptor / WEIGHTS)
-        return setting.adaptor, {"cost": cost | {"images_seen": images}, "adaptor_sha256": sha256}
+        return setting.adaptor, {"cost": known_cost, "adaptor_sha256": sha256}
+
     recipe = item.recipe(setting.recipe, matched_steps(item, setting))
     adaptor = folder / "adaptor"
     if not adaptor.exists():
         _train(item, recipe, setting, adaptor, console)
+
+    # The first step of each sitting is not timed, so the total is the mean times the steps.
     spent = spent_in(folder / "adaptor.run")
     cost = {
         "trainable_parameters": parameters(adaptor),
@@ -139,29 +169,24 @@ def _adaptor(item: Item, setting: Setting, console: Console) -> tuple[Path, dict
 
 
 def _train(item: Item, recipe: Recipe, setting: Setting, out: Path, console: Console) -> None:
-    shared = {"cache": setting.cache, "console": console}
     if item.method == "consistency":
-        train_consistency(recipe, setting.model, out, **shared)
+        train_consistency(recipe, setting.model, out, cache=setting.cache, console=console)
     elif item.method == "progressive":
-        train_progressive(recipe, setting.model, out, **shared)
+        train_progressive(recipe, setting.model, out, cache=setting.cache, console=console)
     else:
         with timed_training():
-            train_adaptor(recipe, setting.model, out, **shared)
+            train_adaptor(recipe, setting.model, out, cache=setting.cache, console=console)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Indented, whole or not at all."""
+    """Write indented JSON; a write that fails leaves no partial file."""
     write_file(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def parameters(adaptor: Path) -> int:
-    """How many weights an adaptor folder holds."""
-    with safe_open(adaptor / WEIGHTS, "numpy") as file:
-        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    """How many numbers the weights of an adaptor folder have."""
     total = 0
-    for shape in shapes:
-        count = 1
-        for size in shape:
-            count *= size
-        total += count
+    with safe_open(adaptor / WEIGHTS, "numpy") as file:
+        for name in file.keys():  # noqa: SIM118  (the file is no dictionary)
+            total += math.prod(file.get_slice(name).get_shape())
     return total
