@@ -26,14 +26,13 @@ from hipa_deploy.engines.device.machine import peak_rss_mib, usable_cores
 from hipa_deploy.engines.latency.layer_times import profile_layers
 from hipa_deploy.engines.latency.machine_state import Machine, MachineState, state_warnings
 from hipa_deploy.engines.latency.report import (
-    END_TO_END,
     BundleFacts,
     Conditions,
     LatencyReport,
     LatencyStats,
     Prompts,
 )
-from hipa_deploy.engines.latency.stage_timer import StageTimer
+from hipa_deploy.engines.latency.stage_timer import END_TO_END, StageTimer
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.prompts import BAKED_PROMPTS, read_closed_set

@@ -24,7 +24,8 @@ from hipa_deploy.engines.latency.measure import (
     profile_pipeline,
     summarise,
 )
-from hipa_deploy.engines.latency.report import END_TO_END, LatencyReport
+from hipa_deploy.engines.latency.report import LatencyReport
+from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from hipa_deploy.engines.latency.table import render_table
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompts import BAKED_PROMPTS
