@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
-from hipa_deploy.engines.latency.report import END_TO_END, LatencyReport, LatencyStats
+from hipa_deploy.engines.latency.report import LatencyReport, LatencyStats
+from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 

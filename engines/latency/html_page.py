@@ -7,8 +7,9 @@ from html import escape
 
 from hipa_deploy.engines.latency.layer_times import ROWS, RUNS, LayerTime, op_text
 from hipa_deploy.engines.latency.plots import GREY, colours_of, line_plot, share_bar, strip_plot
-from hipa_deploy.engines.latency.report import END_TO_END, LatencyReport
+from hipa_deploy.engines.latency.report import LatencyReport
 from hipa_deploy.engines.latency.roofline import Roofline
+from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from hipa_deploy.engines.latency.table import (
     HEADINGS,
     UNKNOWN,

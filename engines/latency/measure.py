@@ -1,10 +1,15 @@
-"""Latency of a pipeline, per stage and end to end, with the conditions it was measured under."""
+"""Measure a pipeline's latency, by stage and end to end, and record the conditions it holds for.
+
+A run is one batch. The very first run is reported apart from the others, because a backend does
+some work only once: it allocates memory, chooses kernels and captures CUDA graphs.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -15,34 +20,43 @@ from rich.progress import track
 
 import hipa_deploy
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.reference import reference_prompt
 from hipa_deploy.engines.backends.available import Device, describe_device
 from hipa_deploy.engines.device.machine import peak_rss_mib, usable_cores
 from hipa_deploy.engines.latency.layer_times import profile_layers
 from hipa_deploy.engines.latency.machine_state import Machine, MachineState, state_warnings
 from hipa_deploy.engines.latency.report import (
-    END_TO_END,
     BundleFacts,
     Conditions,
     LatencyReport,
     LatencyStats,
     Prompts,
 )
-from hipa_deploy.engines.latency.stage_timer import StageTimer
+from hipa_deploy.engines.latency.stage_timer import END_TO_END, StageTimer
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.prompts import BAKED_PROMPTS, read_closed_set
 from hipa_deploy.generate.runner import CPU_BACKENDS
 from hipa_deploy.images.example_source import example_source
 
-DEFAULT_PROMPT = "3d emoji of a red apple"
 MAX_RUNS = 100_000
-DRIFT = 0.1  # of the first quarter's median, and the last quarter's is another
+
+# A run is not steady if the medians of its first and last quarter differ by this share.
+DRIFT = 0.1
+# With fewer samples in a quarter, two medians differ by chance.
+_LEAST_QUARTER = 5
 
 _PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-python")
 
 
 class _Run(NamedTuple):
-    """Seconds of one batch by stage and end to end, and what the device says, by stage and in all."""
+    """Seconds of one batch, by stage and in all.
+
+    Attributes:
+        host: as the host waits for them.
+        device: as the device reports them; empty where its runners do not measure it.
+
+    """
 
     host: dict[str, float]
     device: dict[str, float]
@@ -58,93 +72,163 @@ def profile_pipeline(
     console: Console | None = None,
     root: Path = Path("/"),
 ) -> LatencyReport:
-    """Time ``runs`` batches after a first run and ``warmup`` more; then, with ``layers``, profile the layers apart.
+    """Time ``runs`` batches of ``pipeline``, after a first run and ``warmup`` more.
 
-    Without ``prompt`` every run has a new prompt, so that the text encoder runs each time; with it, the pipeline's
-    cached text context serves all runs but the first. A bundle with baked prompts takes them in turn. The report says
-    which. ``root`` is where the machine's state is read, another than '/' in tests.
+    Args:
+        pipeline: the pipeline to measure; it stays loaded.
+        runs: timed runs, 1 to ``MAX_RUNS``.
+        warmup: untimed runs between the first run and the timed ones, 0 to ``MAX_RUNS``.
+        prompt: one prompt for all runs, so that all but the first use the cached text context. By
+            default every run has a new prompt, the bundle's reference prompt with a number behind
+            it, so that the text encoder runs each time. A bundle with baked prompts takes them in
+            turn. The report says which of the three was measured.
+        layers: also profile every stage layer by layer, after the timed runs.
+        console: where the progress bar is drawn; standard error by default.
+        root: the folder that stands for '/' when the machine's state is read; for tests.
 
     Raises:
-        HipaError: a number of runs out of range, a prompt that is too long, or no profiler for the layers.
+        HipaError: a number of runs out of range, a prompt that is too long, a bundle without a
+            reference prompt, or a backend that cannot profile layers.
+
+    Example:
+        >>> with OneStepPipeline.load("emoji", "onnxruntime") as pipe:
+        ...     report = profile_pipeline(pipe, runs=20)
+        >>> list(report.stages)
+        ['text_encoder', 'unet', 'vae_decoder']
 
     """
     if not 1 <= runs <= MAX_RUNS or not 0 <= warmup <= MAX_RUNS:
         raise HipaError(
             f"got {runs} runs and {warmup} of warm-up. Expected 1 to {MAX_RUNS} and 0 to {MAX_RUNS}."
         )
-    told, text = _prompts(pipeline.bundle, prompt)
+    prompts = _run_prompts(pipeline.bundle, prompt)
     device = describe_device()
     machine = Machine(root, device.gpu.name if device.gpu else None)
-    first, *_ = [_time_run(pipeline, text(number), number) for number in range(1 + warmup)]
+
+    # The first run and the warm-up. Every run has a number of its own: its seed, and its prompt.
+    first = _time_run(pipeline, prompts.text(0), 0)
+    for number in range(1, 1 + warmup):
+        _time_run(pipeline, prompts.text(number), number)
+
+    # The timed runs, with the state of the machine read right before and right after them.
     before = machine.read()
-    steady = [
-        _time_run(pipeline, text(number), number) for number in _counted(1 + warmup, runs, console)
-    ]
+    timed = []
+    for number in _with_progress(range(1 + warmup, 1 + warmup + runs), console):
+        timed.append(_time_run(pipeline, prompts.text(number), number))
     state = machine.state(before, machine.read())
-    stats = _stats([run.host for run in steady], first.host)
-    conditions = _conditions(pipeline, told, device, state)
-    whole = stats.pop(END_TO_END)
+
+    # Statistics of the timed runs, and what makes them doubtful.
+    host_stats = _stats_by_stage([run.host for run in timed], first.host)
+    device_stats = _stats_by_stage([run.device for run in timed], first.device)
+    conditions = _conditions(pipeline, prompts.description, device, state)
+    end_to_end = host_stats.pop(END_TO_END)
+    on_gpu = pipeline.backend not in CPU_BACKENDS
+    warnings = state_warnings(state, cores=conditions.threads, on_gpu=on_gpu)
+    warnings += drift_warnings(end_to_end.samples_ms)
+
+    # Memory is read before the layers are profiled: a profiler takes memory of its own.
+    host_mib = peak_rss_mib()
+    device_mib = _device_memory(pipeline)
+    layer_times = profile_layers(pipeline, prompts.text(0)) if layers else {}
     return LatencyReport(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         warmup=warmup,
         load_seconds=round(pipeline.load_seconds, 4),
-        end_to_end=whole,
-        stages=stats,
-        device=_stats([run.device for run in steady], first.device),
-        throughput_images_per_second=1e3 * conditions.batch / whole.mean_ms,
-        peak_rss_mib=peak_rss_mib(),
-        peak_device_mib=_device_memory(pipeline),
+        end_to_end=end_to_end,
+        stages=host_stats,
+        device=device_stats,
+        throughput_images_per_second=1e3 * conditions.batch / end_to_end.mean_ms,
+        peak_rss_mib=host_mib,
+        peak_device_mib=device_mib,
         conditions=conditions,
-        layers=profile_layers(pipeline, text(0)) if layers else {},
-        warnings=(
-            *state_warnings(
-                state, cores=conditions.threads, on_gpu=pipeline.backend not in CPU_BACKENDS
-            ),
-            *drift_warnings(whole.samples_ms),
-        ),
+        layers=layer_times,
+        warnings=warnings,
     )
 
 
-def _counted(start: int, runs: int, console: Console | None) -> Iterable[int]:
-    """``runs`` numbers from ``start``, with a progress bar that is redrawn seldom: drawing takes time from the runs."""
-    screen = console or Console(stderr=True)
+def _with_progress(numbers: range, console: Console | None) -> Iterable[int]:
+    """``numbers``, with a progress bar."""
     return track(
-        range(start, start + runs),
+        numbers,
         "profiling",
-        console=screen,
+        console=console or Console(stderr=True),
         transient=True,
+        # Drawing the bar takes time from the runs, so it is redrawn seldom.
         refresh_per_second=1,
     )
 
 
-def _prompts(bundle: Bundle, prompt: str | None) -> tuple[Prompts, Callable[[int], str]]:
-    """What the report says of the prompts, and the prompt of each run."""
+@dataclass(frozen=True)
+class _RunPrompts:
+    """The prompt of each run.
+
+    Attributes:
+        description: what the report says of the prompts.
+        texts: prompts that the runs take in turn.
+        numbered: the run's number is put behind its prompt, so that no two prompts are the same.
+
+    """
+
+    description: Prompts
+    texts: list[str]
+    numbered: bool = False
+
+    def text(self, number: int) -> str:
+        """The prompt of run ``number``, counted from 0."""
+        text = self.texts[number % len(self.texts)]
+        return f"{text} {number}" if self.numbered else text
+
+
+def _run_prompts(bundle: Bundle, prompt: str | None) -> _RunPrompts:
     if prompt is not None:
-        return "one prompt, its text context cached after the first run", lambda number: prompt
+        return _RunPrompts("one prompt, its text context cached after the first run", [prompt])
     if BAKED_PROMPTS in bundle.manifest.files:
         baked = read_closed_set(bundle.path(BAKED_PROMPTS))
-        return "the bundle's baked prompts in turn, no text encoder", lambda number: baked[
-            number % len(baked)
-        ]
-    return "a new prompt every run", lambda number: f"{DEFAULT_PROMPT} {number}"
+        return _RunPrompts("the bundle's baked prompts in turn, no text encoder", list(baked))
+    return _RunPrompts("a new prompt every run", [reference_prompt(bundle)], numbered=True)
 
 
 def _time_run(pipeline: OneStepPipeline, prompt: str, number: int) -> _Run:
-    """One full batch, of a source image of its own where the task has one."""
-    timer, source = StageTimer(pipeline.runners), example_source(pipeline.bundle, number)
+    """Time one full batch; ``number`` is its seed, and that of its source image if it has one."""
+    timer = StageTimer(pipeline.runners)
+    # Drawn before the clock starts: a user's source image is there already.
+    source = example_source(pipeline.bundle, number)
+
     started = time.perf_counter()
     pipeline(prompt, source=source, seed=number, count=pipeline.bundle.manifest.batch, timer=timer)
     host = {**timer.seconds, END_TO_END: time.perf_counter() - started}
-    device = timer.device_seconds
-    return _Run(host, {**device, END_TO_END: sum(device.values())} if device else {})
+
+    device = dict(timer.device_seconds)
+    if device:
+        device[END_TO_END] = sum(device.values())
+    return _Run(host, device)
 
 
-def _stats(runs: list[dict[str, float]], first: dict[str, float]) -> dict[str, LatencyStats]:
-    return {name: summarise([run[name] for run in runs], first.get(name)) for name in runs[0]}
+def _stats_by_stage(
+    runs: list[dict[str, float]], first: dict[str, float]
+) -> dict[str, LatencyStats]:
+    """Statistics of each stage in ``runs``; a stage that only the first run had is not in them."""
+    stats = {}
+    for stage in runs[0]:
+        seconds = [run[stage] for run in runs]
+        stats[stage] = summarise(seconds, first.get(stage))
+    return stats
 
 
 def summarise(seconds: Sequence[float], first_seconds: float | None) -> LatencyStats:
-    """Statistics in milliseconds. Percentiles interpolate linearly between runs (numpy's default)."""
+    """Statistics in milliseconds of runs that are timed in seconds.
+
+    Percentiles interpolate linearly between runs, as numpy does by default.
+
+    Args:
+        seconds: one number for each run, at least one.
+        first_seconds: the very first run, which is part of no statistic; None if it is not known.
+
+    Example:
+        >>> summarise([0.010, 0.012, 0.014], 0.5).p50_ms
+        12.0
+
+    """
     ms = np.asarray(seconds, np.float64) * 1e3
     p50, p90, p95, p99 = np.percentile(ms, [50, 90, 95, 99])
     return LatencyStats(
@@ -163,23 +247,38 @@ def summarise(seconds: Sequence[float], first_seconds: float | None) -> LatencyS
 
 
 def drift_warnings(samples_ms: Sequence[float]) -> tuple[str, ...]:
-    """A sentence if the last quarter of the runs is slower or faster than the first: clocks that fell, or rose."""
+    """Warn if the last quarter of the runs was slower or faster than the first.
+
+    Clocks that fall as a device grows warm, or rise as it wakes, show in this way.
+
+    Args:
+        samples_ms: the runs in the order in which they were made.
+
+    """
     quarter = len(samples_ms) // 4
-    if quarter < 5:  # too few for medians to differ by more than chance
+    if quarter < _LEAST_QUARTER:
         return ()
-    first, last = np.median(samples_ms[:quarter]), np.median(samples_ms[-quarter:])
-    if abs(last / first - 1) < DRIFT:
+    first = np.median(samples_ms[:quarter])
+    last = np.median(samples_ms[-quarter:])
+    change = abs(last / first - 1)
+    if change < DRIFT:
         return ()
     word = "slower" if last > first else "faster"
-    return (
-        f"not steady: the last quarter of the runs was {abs(last / first - 1):.0%} {word} than the first",
-    )
+    return (f"not steady: the last quarter of the runs was {change:.0%} {word} than the first",)
 
 
 def _device_memory(pipeline: OneStepPipeline) -> float | None:
-    """The most that any runner tells of: each tells what was taken on the device since it began to load."""
-    told = [getattr(runner, "device_memory_mib", None) for runner in pipeline.runners.values()]
-    return max((mib for mib in told if mib is not None), default=None)
+    """Device memory in MiB that the stages take together; None where no runner measures it.
+
+    A runner measures what was taken on the whole device since it began to load, so the runner that
+    loaded first has counted all: the largest number is the total, not the sum.
+    """
+    most: float | None = None
+    for runner in pipeline.runners.values():
+        mib = getattr(runner, "device_memory_mib", None)
+        if mib is not None and (most is None or mib > most):
+            most = mib
+    return most
 
 
 def _conditions(
@@ -216,6 +315,7 @@ def _bundle_facts(bundle: Bundle) -> BundleFacts:
 
 
 def _versions() -> dict[str, str]:
+    """Versions of the packages that latency depends on, of those that are installed."""
     found = {}
     for package in _PACKAGES:
         try:

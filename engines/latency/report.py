@@ -1,4 +1,7 @@
-"""The latency report: what was measured, and the conditions that it holds for."""
+"""The latency report: what was measured, and the conditions that the numbers hold for.
+
+``docs/latency.schema.json`` is the JSON schema of ``LatencyReport``, published for other programs.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,6 @@ from hipa_deploy.engines.latency.roofline import Roofline
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
-END_TO_END = "end to end"
-
-
 Prompts = Literal[
     "a new prompt every run",
     "one prompt, its text context cached after the first run",
@@ -25,9 +25,16 @@ Prompts = Literal[
 
 
 class LatencyStats(Record):
-    """Milliseconds over ``runs`` batches after warm-up. ``first_ms`` is the very first run, part of nothing else.
+    """Statistics of ``runs`` batches after warm-up, in milliseconds.
 
-    ``samples_ms`` are the runs in order, to 0.1 microseconds; empty in reports of schema 1.
+    Attributes:
+        runs: how many batches were timed.
+        first_ms: the very first run, which is part of no other number.
+        std_ms: the sample standard deviation; 0 for one run.
+        p95_ms: None in reports of schema 1.
+        max_ms: None in reports of schema 1.
+        samples_ms: the runs in order, to 0.1 microseconds; empty in reports of schema 1.
+
     """
 
     runs: int
@@ -44,7 +51,18 @@ class LatencyStats(Record):
 
 
 class BundleFacts(Record):
-    """Which bundle was measured. ``decoder`` is its kind and name, ``graphs`` the SHA-256 of each stage's file."""
+    """Which bundle was measured.
+
+    Attributes:
+        producer: the program and version that exported it.
+        layout: 'onestep' or 'generic'.
+        base_model: the name of the model.
+        base_model_sha256: the hash of its weights.
+        adaptor: the name of the HiPA adaptor; None without one.
+        decoder: its kind and name, such as 'tiny: taesd'; None for the model's own.
+        graphs: the SHA-256 of each stage's ONNX file.
+
+    """
 
     producer: str
     layout: str
@@ -56,7 +74,20 @@ class BundleFacts(Record):
 
 
 class Conditions(Record):
-    """What the numbers hold for. ``bundle`` and ``state`` are None in reports of schema 1."""
+    """The conditions that the numbers hold for.
+
+    Attributes:
+        batch: images in a run.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+        threads: processor cores that the process may use.
+        prompts: how the prompts of the runs were chosen; it decides whether the text encoder runs.
+        versions: versions of the packages that compute, by package.
+        device: the machine.
+        bundle: None in reports of schema 1.
+        state: the machine's clocks, temperatures and power mode; None in reports of schema 1.
+
+    """
 
     backend: str
     precision: str
@@ -72,12 +103,26 @@ class Conditions(Record):
 
 
 class LatencyReport(Record):
-    """``hipa-profile``'s result. A run is one batch; throughput is images over the mean time of a run.
+    """The result of ``hipa-profile``. A run is one batch.
 
-    ``stages`` are as the host sees them: copies, launches and waiting included. ``device`` is what the device says it
-    computed for (CUDA events around the execution, no copies), for backends that say so, and its sum as 'end to end'.
-    ``peak_device_mib`` is what the runners took on the device, where they tell; on Jetson these are the host's chips.
-    ``roofline`` is no measurement but a prediction for the target that was asked for; None without one.
+    Attributes:
+        schema_version: 2; reports of version 1 can still be read.
+        created: the time of the measurement, in UTC, as ISO 8601.
+        warmup: untimed runs between the first run and the timed ones.
+        load_seconds: the time to load the pipeline.
+        end_to_end: from the prompt to the image.
+        stages: by stage, as the host waits for it: copies and launches are included.
+        device: by stage, as the device measures its computation (CUDA events around the execution,
+            no copies), with the sum as 'end to end'; empty for backends that do not measure it.
+        throughput_images_per_second: images of a batch over the mean time of a run.
+        peak_rss_mib: the most host memory that the process has held.
+        peak_device_mib: the device memory that the runners took, None where they do not measure
+            it. On Jetson, device and host share their memory.
+        conditions: the conditions that the numbers hold for.
+        roofline: a prediction for a target, not a measurement; None if no target was named.
+        layers: by stage, the time of each layer, if layers were profiled.
+        warnings: what makes the numbers doubtful, a sentence each.
+
     """
 
     schema_version: Literal[1, 2] = 2
@@ -97,18 +142,16 @@ class LatencyReport(Record):
 
 
 def read_report(path: Path) -> LatencyReport:
-    """A report that ``hipa-profile --json`` wrote, of this schema or an older one.
+    """Read a report that ``hipa-profile --json`` wrote, of this schema or an older one.
 
     Raises:
-        HipaError: the file cannot be read, or is no such report.
+        HipaError: the file cannot be read, or is not such a report.
 
     """
     try:
         return LatencyReport.model_validate_json(path.read_bytes())
-    except (ValidationError, OSError) as error:
-        reason = (
-            error.strerror if isinstance(error, OSError) else "not a latency report of this version"
-        )
-        raise HipaError(
-            f"{path}: {reason}. Expected a file that hipa-profile --json wrote."
-        ) from None
+    except OSError as error:
+        reason = error.strerror
+    except ValidationError:
+        reason = "not a latency report of this version"
+    raise HipaError(f"{path}: {reason}. Expected a file that hipa-profile --json wrote.")

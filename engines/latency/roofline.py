@@ -1,32 +1,34 @@
-"""The roofline: what a bundle's stages cannot be faster than on a device, from its peak rates. A prediction.
+"""The roofline: a lower bound for the latency of a bundle's stages, from a device's peak rates.
 
-Williams et al. (2009), https://doi.org/10.1145/1498765.1498785. Nothing here is measured, except where a latency
-report from that very device is set beside the prediction.
+It is a prediction: nothing here is measured. Williams et al. (2009),
+https://doi.org/10.1145/1498765.1498785. ``with_roofline`` sets it beside a measured report.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rich.table import Table
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import Cost, Precision, Stage
+from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from hipa_deploy.engines.targets.target import TargetProfile, load_target_profile, target_names
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
-if TYPE_CHECKING:  # profile.py imports this module
-    pass
-
-END_TO_END = "end to end"
 NumberFormat = Literal["fp16", "tf32", "fp32"]
 
 
 class Peak(Record):
-    """What the bound divides by: dense TFLOPS and GB/s (1e12 and 1e9) at the vendor's highest rated clock.
+    """The rates that the bound divides by, dense, at the vendor's highest rated clock.
 
-    ``number_format`` is what the tensor or CUDA cores compute in, ``accumulate`` what they add up in, where stated.
+    Attributes:
+        number_format: the format in which the tensor or CUDA cores multiply.
+        accumulate: the format in which they add up, where the vendor states it.
+        tflops: 1e12 operations a second.
+        bandwidth_gb_s: of the memory, 1e9 bytes a second.
+
     """
 
     number_format: NumberFormat
@@ -36,9 +38,18 @@ class Peak(Record):
 
 
 class StageBound(Record):
-    """No call of the stage can take less than ``bound_ms``, the larger of arithmetic and memory traffic.
+    """The lower bound of one stage: the larger of its arithmetic and its memory traffic.
 
-    ``measured_percent`` is the measured p50 over the bound: 100 is the bound itself, 400 four times as long.
+    Attributes:
+        cost: the operations and bytes of the stage.
+        peak: the rates of the device.
+        compute_ms: the operations at the peak rate.
+        memory_ms: the bytes at the peak bandwidth.
+        bound_ms: the larger of the two; no call can take less.
+        bound_by: which of the two is larger.
+        measured_percent: the measured p50 over the bound: 100 is the bound itself, 400 is four
+            times as long. None without a measurement on that device.
+
     """
 
     cost: Cost
@@ -64,24 +75,31 @@ class Roofline(Record):
 def predict_roofline(bundle: Bundle, target: str) -> Roofline:
     """The lower bound of every stage's latency on ``target``, one of ``engines/targets``.
 
-    Each stage reads its weights and inputs and writes its outputs once, across the memory bus, and does the
-    operations its graph states. Not counted: activations between layers, other operators, launches. So the bound
-    is loose; it does not hold for weights that stay in the L2 cache from call to call, nor above rated clocks.
+    A stage reads its weights and inputs and writes its outputs once, across the memory bus, and
+    does the operations of its graph. Activations between layers, other operators and launches are
+    not counted, so the bound is loose. It does not hold for weights that stay in the L2 cache from
+    call to call, nor above rated clocks.
 
     Raises:
-        HipaError: an unknown target, one without the rates needed, or a bundle exported without costs.
+        HipaError: an unknown target, a target whose peak rates are not known, or a bundle that
+            was exported without costs.
+
+    Example:
+        >>> predict_roofline(bundle, "orin-nano").stages["unet"].bound_by
+        'compute'
 
     """
     profile = _load_profile(target)
-    stages = {
-        stage.spec.name: _bound(bundle, stage, target, profile) for stage in bundle.manifest.stages
-    }
+    stages = {}
+    for stage in bundle.manifest.stages:
+        stages[stage.spec.name] = _bound(bundle, stage, target, profile)
     total_ms = sum(stage.bound_ms for stage in stages.values())
     return Roofline(target=target, title=profile.title, stages=stages, end_to_end_ms=total_ms)
 
 
 def _load_profile(target: str) -> TargetProfile:
-    if target not in target_names():  # not 'auto': a prediction is for a device that is named
+    # 'auto' is refused here, unlike in hipa-build: a prediction is for a device that is named.
+    if target not in target_names():
         raise HipaError(
             f"target {target!r} is unknown. Expected one of: {', '.join(target_names())}."
         )
@@ -89,17 +107,23 @@ def _load_profile(target: str) -> TargetProfile:
 
 
 def _bound(bundle: Bundle, stage: Stage, target: str, profile: TargetProfile) -> StageBound:
-    if stage.cost is None:
+    cost = stage.cost
+    if cost is None:
         raise HipaError(
-            f"{bundle.root}: stage {stage.spec.name} has no cost in hipa.json. Export the bundle again."
+            f"{bundle.root}: stage {stage.spec.name} has no cost in hipa.json. "
+            "Export the bundle again."
         )
-    if (peak := peak_of(profile, stage.precision)) is None:
-        missing = f"target {target} has no known {stage.precision} peak rate or no bandwidth"
-        raise HipaError(f"{missing}. Expected one of: {', '.join(_known(stage.precision))}.")
-    compute_ms = stage.cost.flops / (peak.tflops * 1e12) * 1e3
-    memory_ms = (stage.cost.weight_bytes + stage.cost.io_bytes) / (peak.bandwidth_gb_s * 1e9) * 1e3
+    peak = peak_of(profile, stage.precision)
+    if peak is None:
+        raise HipaError(
+            f"target {target} has no known {stage.precision} peak rate or no bandwidth. "
+            f"Expected one of: {', '.join(_targets_with_peak(stage.precision))}."
+        )
+
+    compute_ms = cost.flops / (peak.tflops * 1e12) * 1e3
+    memory_ms = (cost.weight_bytes + cost.io_bytes) / (peak.bandwidth_gb_s * 1e9) * 1e3
     return StageBound(
-        cost=stage.cost,
+        cost=cost,
         peak=peak,
         compute_ms=compute_ms,
         memory_ms=memory_ms,
@@ -109,19 +133,33 @@ def _bound(bundle: Bundle, stage: Stage, target: str, profile: TargetProfile) ->
 
 
 def peak_of(profile: TargetProfile, precision: Precision) -> Peak | None:
-    """The fastest rate at which the target can run a graph of ``precision``; None where it is not known.
+    """The fastest rate at which a target can run a graph; None where a rate is not known.
 
-    FP32 graphs need the TF32 rate as well: TensorRT and ONNX Runtime use TF32 for them unless told otherwise.
+    A graph in FP32 needs the TF32 rate as well as the FP32 rate, because TensorRT and ONNX Runtime
+    use TF32 for it by default.
     """
-    fp16, tf32, fp32 = profile.fp16_tflops, profile.tf32_tflops, profile.fp32_tflops
-    rate: tuple[float, NumberFormat, str | None] | None = None
-    if precision == "fp16" and fp16:
-        rate = fp16, "fp16", profile.fp16_accumulate
-    elif precision == "fp32" and tf32 and fp32:
-        rate = (tf32, "tf32", "fp32") if tf32 > fp32 else (fp32, "fp32", "fp32")
-    if rate is None or profile.bandwidth_gb_s is None:
+    if profile.bandwidth_gb_s is None:
         return None
-    tflops, number_format, accumulate = rate
+    if precision == "fp16":
+        return _peak(profile, "fp16", profile.fp16_tflops, profile.fp16_accumulate)
+
+    tf32 = profile.tf32_tflops
+    fp32 = profile.fp32_tflops
+    if not tf32 or not fp32:
+        return None
+    if tf32 > fp32:
+        return _peak(profile, "tf32", tf32, "fp32")
+    return _peak(profile, "fp32", fp32, "fp32")
+
+
+def _peak(
+    profile: TargetProfile,
+    number_format: NumberFormat,
+    tflops: float | None,
+    accumulate: str | None,
+) -> Peak | None:
+    if not tflops or profile.bandwidth_gb_s is None:
+        return None
     return Peak(
         number_format=number_format,
         accumulate=accumulate,
@@ -130,41 +168,47 @@ def peak_of(profile: TargetProfile, precision: Precision) -> Peak | None:
     )
 
 
-def _known(precision: Precision) -> list[str]:
+def _targets_with_peak(precision: Precision) -> list[str]:
     return [name for name in target_names() if peak_of(load_target_profile(name), precision)]
 
 
-def _percent(measured_ms: float | None, bound_ms: float) -> float | None:
-    return None if measured_ms is None or bound_ms == 0 else 100 * measured_ms / bound_ms
-
-
 def render_roofline(roofline: Roofline) -> Table:
-    """The prediction for a terminal, in a table of its own, so that it is not read as a measurement."""
+    """The prediction for a terminal, in a table of its own, so that nobody takes it for measured."""
     title = f"prediction: lower bound on {roofline.title}, not measured"
     table = Table(title=title, caption=_caption(roofline), caption_justify="left")
     table.add_column("stage")
-    compared = any(stage.measured_percent is not None for stage in roofline.stages.values())
-    measured = ("measured p50, % of bound",) if compared else ()
-    for heading in ("GFLOP", "MB", "compute ms", "memory ms", "bound ms", "bound by", *measured):
+    headings = ["GFLOP", "MB", "compute ms", "memory ms", "bound ms", "bound by"]
+
+    # The last column appears only beside a measurement on that very device.
+    compared = any(bound.measured_percent is not None for bound in roofline.stages.values())
+    if compared:
+        headings.append("measured p50, % of bound")
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for name, stage in roofline.stages.items():
-        table.add_row(
-            name, *_cells(stage), *([_percent_cell(stage.measured_percent)] if compared else [])
-        )
+
+    for name, bound in roofline.stages.items():
+        cells = _cells(bound)
+        if compared:
+            cells.append(_percent_cell(bound.measured_percent))
+        table.add_row(name, *cells)
+
     total = ["", "", "", "", f"{roofline.end_to_end_ms:.3f}", ""]
-    table.add_row(
-        END_TO_END,
-        *total,
-        *([_percent_cell(roofline.measured_percent)] if compared else []),
-        style="bold",
-    )
+    if compared:
+        total.append(_percent_cell(roofline.measured_percent))
+    table.add_row(END_TO_END, *total, style="bold")
     return table
 
 
-def _cells(stage: StageBound) -> list[str]:
-    megabytes = (stage.cost.weight_bytes + stage.cost.io_bytes) / 1e6
-    times = (f"{ms:.3f}" for ms in (stage.compute_ms, stage.memory_ms, stage.bound_ms))
-    return [f"{stage.cost.flops / 1e9:.2f}", f"{megabytes:.1f}", *times, stage.bound_by]
+def _cells(bound: StageBound) -> list[str]:
+    megabytes = (bound.cost.weight_bytes + bound.cost.io_bytes) / 1e6
+    return [
+        f"{bound.cost.flops / 1e9:.2f}",
+        f"{megabytes:.1f}",
+        f"{bound.compute_ms:.3f}",
+        f"{bound.memory_ms:.3f}",
+        f"{bound.bound_ms:.3f}",
+        bound.bound_by,
+    ]
 
 
 def _percent_cell(percent: float | None) -> str:
@@ -172,18 +216,23 @@ def _percent_cell(percent: float | None) -> str:
 
 
 def _caption(roofline: Roofline) -> str:
-    peaks = {stage.peak for stage in roofline.stages.values()}
+    # Stages of different precision have different rates; the bandwidth is the same for all.
+    peaks = {bound.peak for bound in roofline.stages.values()}
     rates = sorted(f"{peak.tflops:g} TFLOPS {_arithmetic(peak)}" for peak in peaks)
     bandwidth = next(iter(peaks)).bandwidth_gb_s
     return (
-        f"From the vendor's peak: {', '.join(rates)}, dense; {bandwidth:g} GB/s. Weights, inputs and outputs cross the "
-        "memory bus once; activations between layers, other operators and launches are not counted. Weights that stay "
-        "in the L2 cache between runs can beat it."
+        f"From the vendor's peak: {', '.join(rates)}, dense; {bandwidth:g} GB/s. "
+        "Weights, inputs and outputs cross the memory bus once; activations between layers, other "
+        "operators and launches are not counted. Weights that stay in the L2 cache between runs "
+        "can beat it."
     )
 
 
 def _arithmetic(peak: Peak) -> str:
-    added = {"either": "", "not stated": ", accumulation not stated"}
-    return peak.number_format.upper() + added.get(
-        peak.accumulate or "either", f", {peak.accumulate} accumulation"
-    )
+    """'FP16, fp32 accumulation'; without the second part where both accumulations are as fast."""
+    number_format = peak.number_format.upper()
+    if peak.accumulate is None or peak.accumulate == "either":
+        return number_format
+    if peak.accumulate == "not stated":
+        return f"{number_format}, accumulation not stated"
+    return f"{number_format}, {peak.accumulate} accumulation"

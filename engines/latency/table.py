@@ -9,7 +9,8 @@ from rich.table import Table
 
 from hipa_deploy.engines.device.sysfs import Clock
 from hipa_deploy.engines.latency.machine_state import MachineState
-from hipa_deploy.engines.latency.report import END_TO_END, Conditions, LatencyReport, LatencyStats
+from hipa_deploy.engines.latency.report import Conditions, LatencyReport, LatencyStats
+from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from hipa_deploy.generate.runner import CPU_BACKENDS
 
 HEADINGS = ("first", "p50", "p90", "p95", "p99", "mean", "std", "min")

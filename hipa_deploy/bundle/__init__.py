@@ -1,4 +1,4 @@
-"""The bundle on disk: its manifest, its files, adaptors to swap in, and the parity gate.
+"""The bundle on disk: manifest, files, reference, adaptors to swap in, and the parity gate.
 
 May import: the ground (errors, files, hashing, record, tasks).
 """

@@ -7,22 +7,18 @@ Shape suffixes: B batch, C channels, H W image size, h w latent size.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import Parity, Precision
 from hipa_deploy.bundle.parity import MIN_PSNR_DB, compare, problem
+from hipa_deploy.bundle.reference import Reference
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.images.source import Source
 
-REFERENCE_TENSORS = "reference/tensors.npz"
-REFERENCE_PROMPTS = "reference/prompts.json"
 END_TO_END = "end to end"
 
 # The reference tensor that a stage's output is compared with, by layout and stage.
@@ -81,32 +77,6 @@ class SelfCheck(BaseModel):
     stages: dict[str, StageCheck]
     end_to_end: StageCheck
     problems: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A bundle's reference prompt, the seeds of its batch, and PyTorch's FP32 tensors by name."""
-
-    prompt: str
-    seeds: list[int]
-    tensors: dict[str, np.ndarray]
-
-    @classmethod
-    def read(cls, bundle: Bundle) -> Reference:
-        """Read the reference of ``bundle``.
-
-        Raises:
-            HipaError: the bundle has none, or its files are not what an export writes.
-
-        """
-        try:
-            text = json.loads(bundle.path(REFERENCE_PROMPTS).read_text())
-            with np.load(bundle.path(REFERENCE_TENSORS)) as tensors:
-                return cls(text["prompts"][0], list(text["seeds"]), dict(tensors))
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise HipaError(
-                f"{bundle.root}/reference cannot be read ({error!r}). Export the bundle again."
-            ) from None
 
 
 def check_bundle(bundle: Bundle, backend: str = "auto") -> SelfCheck:

@@ -10,7 +10,8 @@ from hipa_deploy.engines.backends.available import Device
 from hipa_deploy.engines.device.sysfs import Clock
 from hipa_deploy.engines.latency.machine_state import MachineState, Reading
 from hipa_deploy.engines.latency.measure import summarise
-from hipa_deploy.engines.latency.report import END_TO_END, BundleFacts, Conditions, LatencyReport
+from hipa_deploy.engines.latency.report import BundleFacts, Conditions, LatencyReport
+from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from tests.engines.engine_samples import ORIN
 
 READING = Reading(

@@ -17,7 +17,7 @@ from hipa_deploy.engines.latency.compare import (
     render_comparison,
     resampled,
 )
-from hipa_deploy.engines.latency.report import END_TO_END
+from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from hipa_deploy.errors import HipaError
 from tests.engines.report_samples import CONDITIONS, READING, STATE, a_report
 

@@ -1,14 +1,24 @@
+"""Latency reports as a table in a terminal and as rows of a Markdown table."""
+
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from hipa_deploy.commands.app import main
 from hipa_deploy.engines.device.sysfs import Clock
 from hipa_deploy.engines.latency.measure import summarise
-from hipa_deploy.engines.latency.table import device_name, markdown_table, state_facts
+from hipa_deploy.engines.latency.report import LatencyReport, read_report
+from hipa_deploy.engines.latency.table import (
+    device_name,
+    markdown_table,
+    render_table,
+    state_facts,
+)
 from tests.engines.report_samples import CONDITIONS, READING, STATE, a_report
 
 
@@ -23,7 +33,9 @@ def test_a_row_a_report_with_all_stages_and_numbered_notes():
         a_report(stages=fused, warnings=("not steady",)),
     ]
     lines = markdown_table(reports).splitlines()
-    head, first, second = cells(lines[0]), cells(lines[2]), cells(lines[3])
+    head = cells(lines[0])
+    first = cells(lines[2])
+    second = cells(lines[3])
     assert len(head) == len(first) == len(second)
     row = dict(zip(head, first, strict=True))
     assert row["device"] == "NVIDIA Jetson Orin Nano Developer Kit Super"
@@ -31,35 +43,40 @@ def test_a_row_a_report_with_all_stages_and_numbered_notes():
     assert row["GPU clock, MHz"] == "1020 of 1020 (locked)"
     assert row["L4T / JetPack"] == "36.4.3 / 6.2"
     assert row["backend"] == "tensorrt 10.3.0.30"
-    assert (row["model"], row["decoder"], row["size"]) == ("sd15 + hipa", "tiny: taesd", "512x512")
-    assert (row["vae_decoder p50"], row["generator p50"], row["notes"]) == ("2.00", "-", "[1] [2]")
+    assert row["model"] == "sd15 + hipa"
+    assert row["decoder"] == "tiny: taesd"
+    assert row["size"] == "512x512"
+    assert row["vae_decoder p50"] == "2.00"
+    assert row["generator p50"] == "-"
+    assert row["notes"] == "[1] [2]"
     assert dict(zip(head, second, strict=True))["generator p50"] == "11.00"
     assert second[-1] == "[2]"
     assert lines[-2:] == ["[1] throttled", "[2] not steady"]
 
 
 def test_a_report_of_schema_1_has_a_row_too():
-    old = json.loads((Path(__file__).parents[1] / "latency-schema-1.json").read_text())
-    from hipa_deploy.engines.latency.report import LatencyReport
-
+    path = Path(__file__).parents[1] / "latency-schema-1.json"
+    old = json.loads(path.read_text())
     row = markdown_table([LatencyReport.model_validate(old)]).splitlines()[2]
     assert "unknown" in cells(row)
 
 
 def test_a_bar_in_a_name_does_not_break_the_table():
     facts = CONDITIONS.bundle.model_copy(update={"base_model": "a|b"})
-    text = markdown_table([a_report(conditions=CONDITIONS.model_copy(update={"bundle": facts}))])
+    conditions = CONDITIONS.model_copy(update={"bundle": facts})
+    text = markdown_table([a_report(conditions=conditions)])
     assert "a\\|b + hipa" in text
 
 
 def test_on_the_processor_the_gpu_is_not_the_device():
-    told = CONDITIONS.model_copy(update={"backend": "onnxruntime"})
-    assert (
-        device_name(a_report(conditions=told))
-        == "NVIDIA Jetson Orin Nano Developer Kit Super (CPU)"
-    )
-    desktop = told.model_copy(update={"device": told.device.model_copy(update={"jetson": None})})
+    on_cpu = CONDITIONS.model_copy(update={"backend": "onnxruntime"})
+    name = device_name(a_report(conditions=on_cpu))
+    assert name == "NVIDIA Jetson Orin Nano Developer Kit Super (CPU)"
+
+    device = on_cpu.device.model_copy(update={"jetson": None})
+    desktop = on_cpu.model_copy(update={"device": device})
     assert device_name(a_report(conditions=desktop)) == "ARMv8 Processor"
+
     gpu = desktop.model_copy(update={"backend": "rtx"})
     assert device_name(a_report(conditions=gpu)) == "Orin"
 
@@ -77,8 +94,10 @@ def test_on_the_processor_the_gpu_is_not_the_device():
     ],
 )
 def test_what_is_not_known_is_called_unknown(reading, expected):
-    state = STATE.model_copy(update={"after": READING.model_copy(update=reading)})
-    assert expected in state_facts(CONDITIONS.model_copy(update={"state": state}))
+    after = READING.model_copy(update=reading)
+    state = STATE.model_copy(update={"after": after})
+    conditions = CONDITIONS.model_copy(update={"state": state})
+    assert expected in state_facts(conditions)
 
 
 def test_the_command_merges_reports(tmp_path, capsys):
@@ -89,3 +108,10 @@ def test_the_command_merges_reports(tmp_path, capsys):
         main(["profile", "table", *map(str, paths)])
     assert stopped.value.code == 0
     assert capsys.readouterr().out == markdown_table([a_report(), a_report()])
+
+
+def test_a_report_of_schema_1_can_be_shown_in_a_terminal():
+    path = Path(__file__).parents[1] / "latency-schema-1.json"
+    console = Console(file=io.StringIO(), width=170)
+    console.print(render_table(read_report(path)))
+    assert "end to end" in console.file.getvalue()
