@@ -70,6 +70,7 @@ ROOMS = (
     "hipa_deploy.engines.build",
     "hipa_deploy.engines.latency",
     "hipa_deploy.export.graph",
+    "hipa_deploy.export.lora",
     "hipa_deploy.export",
     "hipa_deploy.train.recipes",
     "hipa_deploy.train.losses",
