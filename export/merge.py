@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 
 from hipa_deploy.bundle.manifest import AdaptorInfo
 from hipa_deploy.errors import HipaError, first_line, last_line
+from hipa_deploy.export.lora.lora_file import read_lora
+from hipa_deploy.export.lora.merge_lora import merge_lora, module_names
 from hipa_deploy.hashing import file_sha256
-from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, WEIGHTS
+from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, METADATA, WEIGHTS
 
 
 def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0) -> AdaptorInfo:
@@ -28,7 +30,8 @@ def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0)
 
     Args:
         unet: afterwards it has exactly its own modules again.
-        adaptor: a folder, as hipa-train writes it.
+        adaptor: a folder, as hipa-train writes it; or a LoRA of another tool, a .safetensors file
+            or its folder, in any layout that ``hipa_deploy.export.lora`` reads.
         scale: 1.0 merges as trained, 0.0 changes nothing.
 
     Returns:
@@ -44,6 +47,10 @@ def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0)
 
     """
     _check_scale(scale)
+    if not (adaptor / METADATA).is_file():
+        return _merge_other_lora(unet, adaptor, scale)
+
+    # An adaptor of HiPA is merged by peft, which trained it, with the same operations.
     state, metadata = _read_weights(adaptor)
     _load_into(unet, state, adaptor, prefix="unet", metadata=metadata)
 
@@ -57,6 +64,24 @@ def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0)
         rank=rank,
         alpha=alpha,
         scale=scale,
+    )
+
+
+def _merge_other_lora(unet: UNet2DConditionModel, path: Path, scale: float) -> AdaptorInfo:
+    """Merge a LoRA that another tool wrote, layer by layer: each has an alpha and a rank of its own."""
+    parts = {"unet": unet}
+    lora = read_lora(path, module_names(parts))
+    merge_lora(parts, lora, scale)
+
+    # The manifest has one rank and one alpha: those of the layer with the largest rank.
+    rank = 1
+    alpha = 1.0
+    for layer in lora.layers.values():
+        if (layer.rank or 0) > rank:
+            rank = layer.rank or 1
+            alpha = layer.scaling * rank
+    return AdaptorInfo(
+        name=path.resolve().name, sha256=lora.sha256, rank=rank, alpha=alpha, scale=scale
     )
 
 

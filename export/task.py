@@ -101,9 +101,10 @@ def _adaptor_metadata(adaptor: Path | None, model: ModelParts) -> AdaptorMetadat
     """The metadata that hipa-train wrote; None without an adaptor, or for another tool's LoRA."""
     if adaptor is None:
         return None
-    if not adaptor.is_dir():
+    if not adaptor.exists():
         raise HipaError(
-            f"{adaptor} does not exist. Expected an adaptor folder, as hipa-train writes it."
+            f"{adaptor} does not exist. Expected an adaptor folder, as hipa-train writes it, "
+            "or a LoRA's .safetensors file."
         )
     if not (adaptor / METADATA).exists():
         return None

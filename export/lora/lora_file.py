@@ -35,12 +35,15 @@ class LoraLayer:
 
     Attributes:
         tensors: by role (``names.ROLES``), float32.
-        scaling: what the change is multiplied by: alpha / rank, or what the format has in its place.
+        scaling: what the change is multiplied by: alpha / rank, or what the format has in its
+            place.
+        rank: what alpha was divided by; None where the format has no rank.
 
     """
 
     tensors: Mapping[str, Tensor]
     scaling: float
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,12 @@ def find_lora(path: Path) -> Path:
             return path / name
     found = sorted(path.glob("*.safetensors"))
     if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
+        if not found:
+            raise HipaError(
+                f"{path}: no {FILE_NAMES[0]} or other LoRA in it. Expected an adaptor folder, as "
+                "hipa-train writes it, or a LoRA's .safetensors file."
+            )
+        names = ", ".join(file.name for file in found)
         raise HipaError(
             f"{path}: expected one LoRA in this folder, found {names}. Name the file itself."
         )
@@ -109,7 +117,8 @@ def read_lora(path: Path, modules: ModuleNames) -> LoraFile:
             kind = kind_of(str(key), roles)
         except HipaError as error:
             raise HipaError(f"{file}: {error}") from None
-        layers[key] = LoraLayer(roles, _scaling(key, kind, roles, config))
+        scaling = _scaling(key, kind, roles, config)
+        layers[key] = LoraLayer(roles, scaling, rank_of(kind, roles))
     return LoraFile(file, file_sha256(file), layers)
 
 
@@ -157,6 +166,12 @@ def _by_layer(
             continue
         layer, role = split
         key = modules.find(layer)
+        part = modules.part_of(layer)
+        if part not in modules.parts:
+            raise HipaError(
+                f"{file} holds {layer}, a layer of the {part.replace('_', ' ')}. "
+                f"Here a LoRA can change the {' and the '.join(modules.parts)} alone."
+            )
         if key is None:
             foreign.append(layer)
             continue

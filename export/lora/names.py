@@ -115,6 +115,13 @@ class ModuleNames:
         """The parts that a LoRA may change."""
         return tuple(self._dotted)
 
+    def part_of(self, name: str) -> str:
+        """The part of the pipeline that a layer's name in a file is for."""
+        for prefix in sorted(PARTS, key=len, reverse=True):
+            if name.startswith(prefix):
+                return PARTS[prefix]
+        return "unet"
+
     def find(self, name: str) -> LayerKey | None:
         """The layer that ``name`` of a file stands for; None if no part has it.
 
