@@ -68,7 +68,7 @@ def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0)
 
 
 def _merge_other_lora(unet: UNet2DConditionModel, path: Path, scale: float) -> AdaptorInfo:
-    """Merge a LoRA that another tool wrote, layer by layer: each has an alpha and a rank of its own."""
+    """Merge a LoRA that another tool wrote. Each layer has an alpha and a rank of its own."""
     parts = {"unet": unet}
     lora = read_lora(path, module_names(parts))
     merge_lora(parts, lora, scale)

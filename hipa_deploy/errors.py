@@ -15,10 +15,13 @@ class MissingDependencyError(HipaError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, for a message of ours; its class where it says nothing."""
+    """The first line of another library's error; the name of its class if it has no message."""
     return str(error).strip().split("\n")[0][:300] or type(error).__name__
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of one that says there what is wrong, as PyTorch does of weights that do not fit."""
+    """The last line of an error that says there what is wrong.
+
+    PyTorch does so of weights that do not fit.
+    """
     return str(error).strip().rpartition("\n")[2].strip()

@@ -8,7 +8,8 @@ from hipa_deploy.errors import MissingDependencyError
 
 EXTRAS = {
     "train": (
-        "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "tensorboard", "torchmetrics",
+        "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "tensorboard",
+        "torchmetrics",
     ),
     "export": ("torch", "diffusers", "transformers", "peft", "onnx", "onnxscript"),
 }  # fmt: skip
@@ -20,7 +21,12 @@ def missing(extra: str) -> list[str]:
 
 
 def require(*extras: str) -> None:
-    """Raise MissingDependencyError, which names the pip command, unless every module of the extras is installed."""
+    """Check that every module of these extras is installed.
+
+    Raises:
+        MissingDependencyError: one is not; the message names the pip command.
+
+    """
     for extra in extras:
         if absent := missing(extra):
             raise MissingDependencyError(absent[0], extra)

@@ -27,7 +27,7 @@ def refuse_to_overwrite(out: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``out`` that becomes ``out`` on success and vanishes on any failure.
+    """Yield a temporary folder that becomes ``out`` on success and vanishes on any failure.
 
     Raises:
         HipaError: ``out`` exists and is not empty.

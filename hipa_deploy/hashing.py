@@ -18,7 +18,7 @@ def file_sha256(path: Path) -> str:
 
 
 def folder_sha256(folder: Path, pattern: str = "*.safetensors") -> str:
-    """SHA-256 over the relative names and contents of the files under ``folder`` that match ``pattern``.
+    """SHA-256 of the files under ``folder`` that match ``pattern``: their names and contents.
 
     Raises:
         HipaError: no file matches.

@@ -1,4 +1,4 @@
-"""The base of every record here that is written to JSON: immutable, and strict about unknown fields."""
+"""The base of every record that is written to JSON: immutable, strict about unknown fields."""
 
 from __future__ import annotations
 

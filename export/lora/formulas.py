@@ -1,9 +1,10 @@
 """The change that each kind of LoRA makes to a layer's weight, in float32.
 
-Shape suffixes: O output and I input features or channels, r rank, k kernel height and width. ``W`` is
-[O, I] of a linear layer, [O, I, k, k] of a convolution.
+Shape suffixes: O output and I input features or channels, r rank, k kernel height and width. ``W``
+is [O, I] of a linear layer, [O, I, k, k] of a convolution.
 
-Every formula is its format's own, and is tested against peft, which computes the same in other code:
+Every formula is its format's own, and is tested against peft, which computes the same in other
+code:
 
     LoRA    W + s B A                          Hu et al. 2021, arXiv 2106.09685
     LoCon   the same of convolutions, or with a core tensor between (Tucker), LyCORIS
@@ -41,7 +42,8 @@ def kind_of(layer: str, tensors: Mapping[str, Tensor]) -> str:
     """Which kind of LoRA these tensors of a layer are.
 
     Raises:
-        HipaError: none, or two at once, or one that is not whole: the message names what is missing.
+        HipaError: none, or two at once, or one that is not whole: the message names what is
+        missing.
 
     """
     roles = set(tensors) - set(COMMON)
@@ -61,7 +63,7 @@ def kind_of(layer: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _missing_factors(kind: str, roles: set[str]) -> list[str]:
-    """LoKr has each of its two factors whole, or as a product of two; LoHa has both cores or none."""
+    """What is missing of LoKr, whose factors are whole or products, or of LoHa, with both cores."""
     missing = []
     if kind == "lokr":
         for factor in ("lokr_w1", "lokr_w2"):
@@ -173,7 +175,9 @@ def rank_of(kind: str, tensors: Mapping[str, Tensor]) -> int | None:
 
 
 def with_magnitude(changed: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """DoRA: every row (or, in older LyCORIS files, column) of the changed weight, at a learned length.
+    """DoRA: every row of the changed weight gets a learned length.
+
+    In older LyCORIS files it is every column.
 
     Args:
         changed: W + dW, [O, I] or [O, I, k, k].

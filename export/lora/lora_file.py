@@ -1,8 +1,8 @@
 """Read a LoRA file, in any layout, into the layers that it changes; nothing of it is left over.
 
 A file that is half understood gives a wrong image without a word: an ``.alpha`` that is skipped
-changes the strength, half a pair leaves a random matrix. So every tensor of the file must belong to a
-layer of the model, and every layer must be whole.
+changes the strength, half a pair leaves a random matrix. So every tensor of the file must belong to
+a layer of the model, and every layer must be whole.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def read_lora(path: Path, modules: ModuleNames) -> LoraFile:
     """Read the LoRA at ``path`` for a pipeline with these modules.
 
     Raises:
-        HipaError: no LoRA; a damaged file; tensors that are not finite; tensors that no layer of the
+        HipaError: no LoRA; a damaged file; tensors that are not finite; tensors that no layer of
+        the
             model takes; a layer that is not whole.
 
     """

@@ -76,7 +76,8 @@ def _changed(
             )
         if bias.shape != bias_change.shape:
             raise HipaError(
-                f"layer {key}: the file changes {len(bias_change)} biases, the model has {len(bias)}."
+                f"layer {key}: the file changes {len(bias_change)} biases, "
+                f"the model has {len(bias)}."
             )
         values.append((bias, bias.float() + scale * bias_change))
     for _, value in values:

@@ -3,8 +3,9 @@
 A key is a layer's name and a role: ``lora_unet_mid_block_attentions_0_proj_in.lora_down.weight`` is
 the role 'down' of the layer ``mid_block.attentions.0.proj_in`` of the UNet.
 
-Sources: kohya-ss/sd-scripts networks/lora.py; KohakuBlueleaf/LyCORIS lycoris/modules; huggingface/peft
-src/peft/utils/save_and_load.py; huggingface/diffusers loaders/lora_conversion_utils.py.
+Sources: kohya-ss/sd-scripts networks/lora.py; KohakuBlueleaf/LyCORIS lycoris/modules;
+huggingface/peft src/peft/utils/save_and_load.py; huggingface/diffusers
+loaders/lora_conversion_utils.py.
 """
 
 from __future__ import annotations

@@ -115,8 +115,8 @@ class Parity(Record):
     """How near a stage's output is to PyTorch FP32's, from the reference prompt on.
 
     In a manifest it was measured with ONNX Runtime on the CPU. Errors accumulate: a stage is fed
-    what the ONNX stages before it gave. ONNX Runtime on a CPU computes each FP16 node in FP32 and rounds
-    its output, which is close to a GPU's arithmetic and not the same.
+    what the ONNX stages before it gave. ONNX Runtime on a CPU computes each FP16 node in FP32 and
+    rounds its output, which is close to a GPU's arithmetic and not the same.
 
     Attributes:
         max_abs: the largest error, in the tensor's own units.
@@ -143,7 +143,8 @@ class Cost(Record):
             counted as two. All other operators are a few per cent.
         weight_bytes: bytes of the weights, which must cross the memory bus at least once.
         io_bytes: bytes of the stage's inputs and outputs, which must cross it too.
-        activation_bytes: the most bytes that the tensors between layers hold at once, at the stage's
+        activation_bytes: the most bytes that the tensors between layers hold at once, at the
+        stage's
             largest shapes, when none is fused away. None where a shape is unknown, and in older
             bundles.
 

@@ -1,8 +1,8 @@
-"""What the package carries: the miniature base model, its HiPA adaptors, and a ready one-step bundle.
+"""What the package carries: a miniature base model, its HiPA adaptors, and a one-step bundle.
 
-``model/`` is a StableDiffusionPipeline folder, ``adaptor/`` loads with ``load_lora_weights``, as ``adaptor-edit/``,
-``adaptor-inpaint/`` and ``adaptor-upscale/`` do; ``decoder/`` is an AutoencoderTiny folder for the same latents,
-``bundle/`` opens with ``OneStepPipeline.load``.
+``model/`` is a StableDiffusionPipeline folder, ``adaptor/`` loads with ``load_lora_weights``, as
+``adaptor-edit/``, ``adaptor-inpaint/`` and ``adaptor-upscale/`` do; ``decoder/`` is an
+AutoencoderTiny folder for the same latents, ``bundle/`` opens with ``OneStepPipeline.load``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,20 @@ ADAPTORS = {
 
 
 def resolve_adaptor(name: str) -> Path:
-    """'emoji' and 'emoji-TASK' are embedded, unless a folder of that name is here; anything else is a folder."""
+    """The adaptor folder that ``name`` means.
+
+    'emoji' and 'emoji-TASK' are embedded, unless a folder of that name is here. Any other name is
+    a folder's.
+    """
     path = Path(name)
     return ADAPTORS[name] if name in ADAPTORS and not path.exists() else path
 
 
 def resolve_bundle(name: str | Path) -> Path:
-    """'emoji' is the embedded bundle, unless a folder of that name is here; anything else is a folder."""
+    """The bundle folder that ``name`` means.
+
+    'emoji' is the embedded bundle, unless a folder of that name is here. Any other name is a
+    folder's.
+    """
     path = Path(name)
     return BUNDLE if str(name) == NAME and not path.exists() else path

@@ -1,4 +1,7 @@
-"""A source image and mask that are the same everywhere: for an export's reference, and for what is timed."""
+"""A source image and mask that are the same everywhere.
+
+An export's reference is made from them, and so is what a profile times.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,28 @@ from hipa_deploy.images.png import enlarge
 from hipa_deploy.images.source import Source
 from hipa_deploy.tasks import Task
 
-_RED, _BLUE = (214, 48, 49), (9, 60, 132)
+_RED = (214, 48, 49)
+_BLUE = (9, 60, 132)
 
 
 def example_source(bundle: Bundle, number: int = 0) -> Source | None:
-    """Another source for every ``number``, at the bundle's own size; None for a bundle to generate."""
-    manifest, step = bundle.manifest, bundle.manifest.one_step
+    """A source at the bundle's own size, another for every ``number``; None for text to image."""
+    manifest = bundle.manifest
+    step = manifest.one_step
     if manifest.task == "generate":
         return None
     factor = step.height // step.latent_shape[1]
-    given = example_inputs(
+    inputs = example_inputs(
         manifest.task, step.height, step.width, factor, manifest.upscale or 1, number
     )
     several = len(manifest.strengths) > 1
-    return Source(manifest.task, given["image"], given.get("mask"), step=0 if several else None)
+    return Source(manifest.task, inputs["image"], inputs.get("mask"), step=0 if several else None)
 
 
 def example_inputs(
     task: Task, height: int, width: int, factor: int, upscale: int = 1, number: int = 0
 ) -> dict[str, np.ndarray]:
-    """What the stages of ``task`` take beside noise and text, without a batch: 'image' [H, W, 3], 'mask' [1, h, w].
+    """What the stages of ``task`` take beside noise and text: 'image' [H, W, 3], 'mask' [1, h, w].
 
     ``factor`` is pixels a latent. The task is not to generate.
     """
@@ -43,9 +48,13 @@ def example_inputs(
 
 
 def example_image(height: int, width: int, number: int = 0) -> np.ndarray:
-    """A disc and a square over smooth colours, uint8 [height, width, 3]; another ``number`` shifts the colours."""
+    """A disc and a square over smooth colours, uint8 [height, width, 3].
+
+    Another ``number`` shifts the colours.
+    """
     y_H1, x_1W = np.mgrid[0:height, 0:width].astype(np.float64)
-    y_H1, x_1W = (y_H1 + 0.5) / height, (x_1W + 0.5) / width
+    y_H1 = (y_H1 + 0.5) / height
+    x_1W = (x_1W + 0.5) / width
     image_HWC = np.stack([160 + 90 * y_H1, 235 - 80 * x_1W, 200 - 60 * y_H1 * x_1W], axis=-1)
     image_HWC = np.roll(image_HWC, number, axis=1)
     image_HWC[(y_H1 - 0.45) ** 2 + (x_1W - 0.4) ** 2 < 0.07] = _RED

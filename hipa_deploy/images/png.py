@@ -1,4 +1,4 @@
-"""Images that carry the recipe that made them."""
+"""PNG images that carry their generation parameters: all that makes the same image again."""
 
 from __future__ import annotations
 
@@ -16,34 +16,42 @@ from hipa_deploy.files import write_file
 PARAMETERS_KEY = "hipa"
 
 
-def png_bytes(image_HWC: np.ndarray, recipe: dict[str, Any]) -> bytes:
-    """uint8 [H, W, 3] as PNG with the recipe as JSON in a text chunk. Equal input gives equal bytes."""
+def png_bytes(image_HWC: np.ndarray, parameters: dict[str, Any]) -> bytes:
+    """uint8 [H, W, 3] as PNG, with the generation parameters as JSON in a text chunk.
+
+    Equal input gives equal bytes.
+
+    Example:
+        >>> png_bytes(image_HWC, {"prompt": "a red apple", "seed": 0})[:4]
+        b'\\x89PNG'
+
+    """
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(PARAMETERS_KEY, json.dumps(recipe, sort_keys=True, ensure_ascii=False))
+    info.add_itxt(PARAMETERS_KEY, json.dumps(parameters, sort_keys=True, ensure_ascii=False))
     buffer = io.BytesIO()
     Image.fromarray(image_HWC).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 
-def save_png(path: Path, image_HWC: np.ndarray, recipe: dict[str, Any]) -> None:
+def save_png(path: Path, image_HWC: np.ndarray, parameters: dict[str, Any]) -> None:
     """Write ``png_bytes`` to ``path``, whole or not at all."""
-    write_file(path, png_bytes(image_HWC, recipe))
+    write_file(path, png_bytes(image_HWC, parameters))
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """The recipe of an image that hipa-generate wrote.
+    """The generation parameters of an image that hipa-generate wrote.
 
     Raises:
-        HipaError: not an image, or no recipe in it.
+        HipaError: not an image, or one without generation parameters.
 
     """
     try:
         with Image.open(path) as image:
-            recipe: dict[str, Any] = json.loads(image.info[PARAMETERS_KEY])
-            return recipe
+            parameters: dict[str, Any] = json.loads(image.info[PARAMETERS_KEY])
+            return parameters
     except KeyError:
         raise HipaError(
-            f"{path} carries no recipe. Expected a PNG that hipa-generate wrote."
+            f"{path} carries no generation parameters. Expected a PNG that hipa-generate wrote."
         ) from None
     except (OSError, ValueError) as error:
         raise HipaError(
@@ -62,6 +70,15 @@ def enlarge(image_HWC: np.ndarray, factor: int) -> np.ndarray:
 
 
 def grid(columns: list[np.ndarray], gap: int = 2) -> np.ndarray:
-    """Lay out columns of uint8 [N, H, W, 3] side by side on white: uint8 [N * (H + gap), columns * (W + gap), 3]."""
+    """Columns of images side by side on white.
+
+    Args:
+        columns: each uint8 [N, H, W, 3].
+        gap: white pixels right of and below each image.
+
+    Returns:
+        uint8 [N * (H + gap), len(columns) * (W + gap), 3].
+
+    """
     padded = [np.pad(c, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255) for c in columns]
     return np.concatenate([np.concatenate(list(c), axis=0) for c in padded], axis=1)

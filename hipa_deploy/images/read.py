@@ -1,4 +1,4 @@
-"""Images and masks as people have them, in; uint8 [H, W, 3] and a mask of 0 and 1, out. Never touches torch."""
+"""Read images and masks as people have them: uint8 [H, W, 3], and a mask of 0 and 1."""
 
 from __future__ import annotations
 
@@ -48,13 +48,14 @@ _UNREADABLE = (
 def read_image(source: ImageSource) -> np.ndarray:
     """Any image as uint8 [H, W, 3].
 
-    A file or a Pillow image is turned as its EXIF orientation says; of an animation it is the current (a file's
-    first) frame. Transparency lies over white. Grey, palette, CMYK (without its colour profile) and 16-bit images are
-    converted to 8-bit RGB. An array is [H, W] or [H, W, 1 to 4] (grey, grey + alpha, RGB, RGBA): uint8, uint16, bool,
-    or floats in [0, 1].
+    A file or a Pillow image is turned as its EXIF orientation says; of an animation it is the
+    current (a file's first) frame. Transparency lies over white. Grey, palette, CMYK (without its
+    colour profile) and 16-bit images are converted to 8-bit RGB. An array is [H, W] or [H, W, 1 to
+    4] (grey, grey + alpha, RGB, RGBA): uint8, uint16, bool, or floats in [0, 1].
 
     Raises:
-        HipaError: no such file, no image, a truncated or an enormous one, an array of another shape, dtype or range.
+        HipaError: no such file, no image, a truncated or an enormous one, an array of another
+        shape, dtype or range.
 
     """
     image = _eight_bits(_as_pillow(source, "image"), "image")
@@ -69,8 +70,8 @@ def read_image(source: ImageSource) -> np.ndarray:
 def read_mask(source: ImageSource) -> np.ndarray:
     """Any image as a mask, float32 [H, W] of 0 and 1: 1, white, is to be repainted.
 
-    Its grey value decides, at one half; an alpha channel is ignored. An array of whole numbers that holds nothing
-    above 1 is taken as 0 and 1, not as almost black.
+    Its grey value decides, at one half; an alpha channel is ignored. An array of whole numbers that
+    holds nothing above 1 is taken as 0 and 1, not as almost black.
 
     Raises:
         HipaError: as ``read_image``.
@@ -91,24 +92,36 @@ def read_mask(source: ImageSource) -> np.ndarray:
 
 
 def fit_image(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The image at the engine's size, uint8 [height, width, 3]: centre crop to its aspect ratio, then Lanczos."""
+    """The image at a bundle's size, uint8 [height, width, 3].
+
+    Its centre is cropped to the aspect ratio, then scaled with a Lanczos filter.
+    """
     return np.asarray(
         ImageOps.fit(Image.fromarray(image_HWC), (width, height), Image.Resampling.LANCZOS)
     )
 
 
 def fit_mask(mask_HW: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The mask cropped and scaled as ``fit_image`` does the image, to the nearest pixel: float32 [height, width]."""
+    """The mask at a bundle's size, float32 [height, width].
+
+    It is cropped as ``fit_image`` crops the image, and scaled to the nearest pixel.
+    """
     mask = Image.fromarray(mask_HW.astype(np.uint8))
     return np.asarray(ImageOps.fit(mask, (width, height), Image.Resampling.NEAREST), np.float32)
 
 
 def check_size(image_HWC: np.ndarray, factor: int) -> None:
-    """Raise HipaError if the image is smaller than one latent cell, ``factor`` x ``factor`` pixels."""
+    """Check that the image has at least one latent cell, ``factor`` x ``factor`` pixels.
+
+    Raises:
+        HipaError: it is smaller.
+
+    """
     height, width = image_HWC.shape[:2]
     if min(height, width) < factor:
         raise HipaError(
-            f"image is {height}x{width} pixels (height x width), smaller than one latent cell of {factor}x{factor}. "
+            f"image is {height}x{width} pixels (height x width), "
+            f"smaller than one latent cell of {factor}x{factor}. "
             f"Expected at least {factor} pixels each way."
         )
 
@@ -119,7 +132,8 @@ def _as_pillow(source: ImageSource, what: str) -> Image.Image:
         return _from_array(source, what)
     if not isinstance(source, str | Path | Image.Image):
         raise HipaError(
-            f"{what} is a {type(source).__name__}. Expected a path, a Pillow image or a numpy array."
+            f"{what} is a {type(source).__name__}. "
+            "Expected a path, a Pillow image or a numpy array."
         )
     try:
         if isinstance(source, Image.Image):
@@ -151,14 +165,18 @@ def _from_array(array: np.ndarray, what: str) -> Image.Image:
     channels = 1 if array.ndim == 2 else array.shape[2] if array.ndim == 3 else 0
     if channels not in _ARRAY_MODES or 0 in array.shape:
         raise HipaError(
-            f"{what} is an array of shape {array.shape}. Expected [H, W] or [H, W, 1 to 4], channels last."
+            f"{what} is an array of shape {array.shape}. "
+            "Expected [H, W] or [H, W, 1 to 4], channels last."
         )
     levels = _levels(array, what)
     return Image.fromarray(levels[..., 0] if levels.ndim == 3 and channels == 1 else levels)
 
 
 def _eight_bits(image: Image.Image, what: str) -> Image.Image:
-    """Grey of 16 bits, or of floats in [0, 1], as 8 bits; others as they are. 'I' is how old Pillows read 16 bits."""
+    """Grey of 16 bits, or of floats in [0, 1], as 8 bits; every other mode as it is.
+
+    Old versions of Pillow read 16 bits as the mode 'I'.
+    """
     if image.mode == "F":
         return Image.fromarray(_levels(np.asarray(image), what))
     if not image.mode.startswith("I"):
@@ -186,7 +204,8 @@ def _levels(array: np.ndarray, what: str) -> np.ndarray:
         return np.rint(array / _TO_EIGHT_BITS).astype(np.uint8)
     if array.dtype.kind != "f":
         raise HipaError(
-            f"{what} is an array of {array.dtype}. Expected uint8, uint16, bool, or floats in [0, 1]."
+            f"{what} is an array of {array.dtype}. "
+            "Expected uint8, uint16, bool, or floats in [0, 1]."
         )
     low, high = array.min(), array.max()
     if not (low >= 0 and high <= 1):  # NaN fails both

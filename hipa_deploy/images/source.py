@@ -1,4 +1,9 @@
-"""The source image of a task: from what a user has to what the stages take, and from what they give to the result."""
+"""The source image of a task.
+
+It goes from what a user has to what the stages take, and from what they give to the result.
+
+Shapes: B batch, H W pixels, h w latents, C channels.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +52,10 @@ def _as_made(images_BHWC: np.ndarray) -> np.ndarray:
 class Source:
     """What an image is made from, beside prompt and seed.
 
-    ``image_HWC`` uint8 is what the encoder sees, at a size of the bundle; ``mask_1hw`` float32 is inpainting's on the
-    latent grid, 1 to repaint; ``step`` the number of the strength where a bundle has several. ``facts`` go into the
-    recipe. ``finish`` makes of the stages' images [B, H, W, 3] those of the user.
+    ``image_HWC`` uint8 is what the encoder sees, at a size of the bundle; ``mask_1hw`` float32 is
+    inpainting's on the latent grid, 1 to repaint; ``step`` the number of the strength where a
+    bundle has several. ``facts`` go into the recipe. ``finish`` makes of the stages' images [B, H,
+    W, 3] those of the user.
     """
 
     task: Task
@@ -62,9 +68,11 @@ class Source:
 
 def require_task(bundle: Bundle, task: Task) -> None:
     """Raise HipaError, with what to use, unless ``bundle`` was exported for ``task``."""
-    if (have := bundle.manifest.task) != task:
+    have = bundle.manifest.task
+    if have != task:
         raise HipaError(
-            f"{bundle.root} is a bundle to {have}, not to {task}. Use hipa-{have}, or {_CALLS[have]}."
+            f"{bundle.root} is a bundle to {have}, not to {task}. "
+            f"Use hipa-{have}, or {_CALLS[have]}."
         )
 
 
@@ -76,7 +84,9 @@ def edit_source(
     height: int | None,
     width: int | None,
 ) -> Source:
-    """An image to edit, cropped and scaled to the bundle's size. ``strength`` None is the largest that it has.
+    """An image to edit, cropped and scaled to the bundle's size.
+
+    A ``strength`` of None is the largest that the bundle has.
 
     Raises:
         HipaError: no image, a bundle for another task, a size or strength that it does not have.
@@ -105,7 +115,8 @@ def _strength_number(bundle: Bundle, strength: float | None) -> int:
             return number
     have = ", ".join(map(str, known))
     raise HipaError(
-        f"strength {strength} is not one of this bundle's: {have}. Export it with --strengths for others."
+        f"strength {strength} is not one of this bundle's: {have}. "
+        "Export it with --strengths for others."
     )
 
 
@@ -120,23 +131,27 @@ def inpaint_source(
 ) -> Source:
     """An image and the mask of what to repaint (white), cropped and scaled to the bundle's size.
 
-    Outside the mask the result is the image as it was scaled, bit for bit, beyond ``feather`` pixels from the seam.
+    Outside the mask the result is the image as it was scaled, bit for bit, beyond ``feather``
+    pixels from the seam.
 
     Raises:
-        HipaError: no image, a bundle for another task, a size that it does not have, a mask of another size, empty or
+        HipaError: no image, a bundle for another task, a size that it does not have, a mask of
+        another size, empty or
             full, a negative ``feather``.
 
     """
     require_task(bundle, "inpaint")
     if feather < 0:
         raise HipaError(f"feather is {feather}. Expected 0 (a hard edge) or more pixels.")
-    original_HWC, whole_mask_HW = _read_large_enough(bundle, image), read_mask(mask)
+    original_HWC = _read_large_enough(bundle, image)
+    whole_mask_HW = read_mask(mask)
     check_mask(whole_mask_HW, original_HWC)
     known_HWC = _fitted(bundle, original_HWC, height, width)
     mask_HW = fit_mask(whole_mask_HW, *known_HWC.shape[:2])
     if not mask_HW.any():
         raise HipaError(
-            "mask: what is white lies outside the centre crop to the bundle's shape. Crop the image first."
+            "mask: what is white lies outside the centre crop to the bundle's shape. "
+            "Crop the image first."
         )
 
     def finish(images_BHWC: np.ndarray) -> np.ndarray:
@@ -169,32 +184,35 @@ class Upscaling:
 
     def merge(self, tiles_NHWC: np.ndarray) -> np.ndarray:
         """The stages' images [N, H, W, 3] as one, uint8 [height, width, 3]."""
-        reach = [
-            max(offset[axis] for offset in self.offsets) + tiles_NHWC.shape[1 + axis]
-            for axis in (0, 1)
-        ]  # of the padded image
-        return merge_tiles(tiles_NHWC, self.offsets, *reach)[: self.height, : self.width]
+        # The padded image ends where its last tiles do; what was padded is cut off again.
+        tile_height, tile_width = tiles_NHWC.shape[1:3]
+        bottom = max(top for top, _ in self.offsets) + tile_height
+        right = max(left for _, left in self.offsets) + tile_width
+        merged_HWC = merge_tiles(tiles_NHWC, self.offsets, bottom, right)
+        return merged_HWC[: self.height, : self.width]
 
 
 def upscaling(bundle: Bundle, image: ImageSource, *, overlap: int | None = None) -> Upscaling:
-    """An image to enlarge by the bundle's factor, in tiles that overlap by ``overlap`` pixels of the result.
+    """An image to enlarge by the bundle's factor, in tiles.
+
+    The tiles overlap by ``overlap`` pixels of the result.
 
     One that is smaller than a tile is continued with its border's colours, and cut again.
 
     Raises:
-        HipaError: no image, a bundle for another task, an absurdly large result, or an overlap as large as a tile.
+        HipaError: no image, a bundle for another task, an absurdly large result, or an overlap as
+        large as a tile.
 
     """
     require_task(bundle, "upscale")
-    small_HWC, step, factor = (
-        read_image(image),
-        bundle.manifest.one_step,
-        bundle.manifest.upscale or 1,
-    )
+    small_HWC = read_image(image)
+    step = bundle.manifest.one_step
+    factor = bundle.manifest.upscale or 1
     height, width = (size * factor for size in small_HWC.shape[:2])
     if height * width > MAX_UPSCALED_PIXELS:
         raise HipaError(
-            f"{width}x{height} pixels are too many. Expected at most {MAX_UPSCALED_PIXELS} in the result."
+            f"{width}x{height} pixels are too many. "
+            f"Expected at most {MAX_UPSCALED_PIXELS} in the result."
         )
     margins = [max(0, tile - size) for tile, size in ((step.height, height), (step.width, width))]
     padded_HWC = np.pad(
@@ -211,36 +229,43 @@ def upscaling(bundle: Bundle, image: ImageSource, *, overlap: int | None = None)
 
 
 def batch_inputs(sources: Sequence[Source]) -> dict[str, np.ndarray]:
-    """What the stages take of a batch of sources: image [B, H, W, 3], mask [B, 1, h, w], step [1]; of none, nothing."""
+    """What the stages take of a batch of sources; nothing where there are none.
+
+    Returns:
+        'image' uint8 [B, H, W, 3], and where the task has them 'mask' float32 [B, 1, h, w] and
+        'step' int64 [1].
+
+    """
     if not sources:
         return {}
-    given = {"image": np.stack([source.image_HWC for source in sources])}
+    feed = {"image": np.stack([source.image_HWC for source in sources])}
     if sources[0].mask_1hw is not None:
-        given["mask"] = np.stack(
+        feed["mask"] = np.stack(
             [source.mask_1hw for source in sources if source.mask_1hw is not None]
         )
     if sources[0].step is not None:
-        given["step"] = np.asarray([sources[0].step], np.int64)
-    return given
+        feed["step"] = np.asarray([sources[0].step], np.int64)
+    return feed
 
 
 class EncodedImages:
-    """The latents of the latest batch of source images: several prompts and seeds take them from one encoding."""
+    """The latents of the latest batch of source images.
+
+    Several prompts and seeds take them from one encoding.
+    """
 
     def __init__(self) -> None:
         self._latest: tuple[np.ndarray, np.ndarray] | None = None
 
-    def feed(self, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """``given``, with the 'source' that is known in place of its 'image'."""
-        if (
-            "image" not in given
-            or self._latest is None
-            or not np.array_equal(self._latest[0], given["image"])
-        ):
-            return given
-        return {name: value for name, value in given.items() if name != "image"} | {
-            "source": self._latest[1]
-        }
+    def feed(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """``inputs``, with the latents 'source' in place of the 'image' where they are known."""
+        if "image" not in inputs or self._latest is None:
+            return inputs
+        image_BHWC, source_BCHW = self._latest
+        if not np.array_equal(image_BHWC, inputs["image"]):
+            return inputs
+        without_image = {name: value for name, value in inputs.items() if name != "image"}
+        return without_image | {"source": source_BCHW}
 
     def keep(self, image_BHWC: np.ndarray, source_BCHW: np.ndarray) -> None:
         """Remember a batch, and forget the one before."""
@@ -271,5 +296,5 @@ def _facts(task: Task, image_HWC: np.ndarray) -> dict[str, Any]:
 
 
 def _sha256(pixels: np.ndarray) -> str:
-    """Of the shape and the pixels, as they were read: the same picture in another file format has the same."""
+    """SHA-256 of the shape and the pixels: the same in every file format."""
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()

@@ -10,16 +10,16 @@ from hipa_deploy.errors import HipaError
 
 
 def tiles(height: int, width: int, tile_h: int, tile_w: int, overlap: int) -> list[tuple[int, int]]:
-    """(top, left) of the fewest evenly spread tiles that cover the image and overlap by at least ``overlap`` pixels.
+    """(top, left) of the fewest evenly spread tiles that cover the image.
+
+    Neighbours overlap by at least ``overlap`` pixels.
 
     Raises:
         HipaError: the image is smaller than a tile, or the overlap is not in [0, tile).
 
     """
-    tops, lefts = (
-        _offsets("height", height, tile_h, overlap),
-        _offsets("width", width, tile_w, overlap),
-    )
+    tops = _offsets("height", height, tile_h, overlap)
+    lefts = _offsets("width", width, tile_w, overlap)
     return [(top, left) for top in tops for left in lefts]
 
 
@@ -32,8 +32,11 @@ def _offsets(name: str, size: int, tile: int, overlap: int) -> list[int]:
         raise HipaError(
             f"overlap is {overlap} pixels, a tile's {name} {tile}. Expected 0 to {tile - 1}."
         )
-    gaps = -(-(size - tile) // (tile - overlap))  # one fewer than the tiles
-    return [i * (size - tile) // gaps for i in range(gaps + 1)] if gaps else [0]
+    # One gap fewer than tiles: the distance between the first and the last, in steps, rounded up.
+    gaps = -(-(size - tile) // (tile - overlap))
+    if gaps == 0:
+        return [0]
+    return [i * (size - tile) // gaps for i in range(gaps + 1)]
 
 
 def merge_tiles(
@@ -44,11 +47,13 @@ def merge_tiles(
 ) -> np.ndarray:
     """One image, uint8 [height, width, 3], of uint8 tiles [h, w, 3] at their (top, left).
 
-    A tile weighs by the distance to its border, rows times columns, and the weights are normalised to a sum of 1:
-    where two tiles overlap by no more than half of one, the one fades linearly into the other.
+    A tile weighs by the distance to its border, rows times columns, and the weights are normalised
+    to a sum of 1: where two tiles overlap by no more than half of one, the one fades linearly into
+    the other.
 
     Raises:
-        HipaError: not one offset for each tile, a tile that lies outside, or pixels that no tile covers.
+        HipaError: not one offset for each tile, a tile that lies outside, or pixels that no tile
+        covers.
 
     """
     if len(tiles) != len(offsets):
@@ -61,7 +66,8 @@ def merge_tiles(
         tile_h, tile_w = tile_hwC.shape[:2]
         if min(top, left) < 0 or top + tile_h > height or left + tile_w > width:
             raise HipaError(
-                f"a {tile_h}x{tile_w} tile at {top}, {left} does not lie in an image of {height}x{width}."
+                f"a {tile_h}x{tile_w} tile at {top}, "
+                f"{left} does not lie in an image of {height}x{width}."
             )
         weight_hw1 = (_ramp(tile_h)[:, None] * _ramp(tile_w))[..., None]
         place = np.s_[top : top + tile_h, left : left + tile_w]

@@ -1,6 +1,7 @@
 """The adaptor folder: file names, and what ``hipa_adaptor.json`` says of it.
 
-The folder loads with diffusers' ``pipe.load_lora_weights``; its ``scheduler/`` is exact for the one step.
+The folder loads with diffusers' ``pipe.load_lora_weights``; its ``scheduler/`` is exact for the one
+step.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ METADATA = "hipa_adaptor.json"
 
 
 class AdaptorMetadata(BaseModel):
-    """``hipa_adaptor.json``: what an adaptor was made from and how, enough to refuse it for anything else.
+    """``hipa_adaptor.json``: what an adaptor was made from and how.
 
-    ``strengths`` are an edit's, descending; ``timestep`` is that of the largest. ``upscale`` is how many times larger
-    the images of the task upscale become; for other tasks it means nothing. ``initial_sha256`` is of the weights that
-    the training started from, an adaptor's; None where it started from nothing. ``encoder_rank`` is the rank of the
-    VAE encoder's part, 0 where there is none, and ``base_vae_sha256`` the VAE that this part is for.
+    It is enough to refuse the adaptor for anything else.
+
+    ``strengths`` are an edit's, descending; ``timestep`` is that of the largest. ``upscale`` is how
+    many times larger the images of the task upscale become; for other tasks it means nothing.
+    ``initial_sha256`` is of the weights that the training started from, an adaptor's; None where it
+    started from nothing. ``encoder_rank`` is the rank of the VAE encoder's part, 0 where there is
+    none, and ``base_vae_sha256`` the VAE that this part is for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +58,7 @@ class AdaptorMetadata(BaseModel):
 
 
 def unet_sha256(model_folder: Path) -> str:
-    """What ``base_unet_sha256`` holds: the content of every safetensors file in the model's unet folder."""
+    """What ``base_unet_sha256`` holds: of every safetensors file in the model's unet folder."""
     return folder_sha256(model_folder / "unet")
 
 
@@ -67,7 +71,9 @@ def weights_sha256(folder: Path) -> str:
 
 
 def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMetadata:
-    """The metadata of an adaptor folder; with ``model_folder`` also check that it was trained on that model.
+    """The metadata of an adaptor folder.
+
+    With ``model_folder`` it is also checked that the adaptor was trained on that model.
 
     Raises:
         HipaError: not an adaptor folder, an incomplete one, or one of another base model.
@@ -87,15 +93,18 @@ def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMeta
         ) from None
     if model_folder is not None and metadata.base_unet_sha256 != unet_sha256(model_folder):
         raise HipaError(
-            f"adaptor {folder} was trained on another base model than {model_folder} (UNet hashes differ)."
+            f"adaptor {folder} was trained on another base model than {model_folder} "
+            "(UNet hashes differ)."
         )
     if metadata.encoder_rank and not (folder / ENCODER_WEIGHTS).is_file():
         raise HipaError(
-            f"adaptor {folder} lacks {ENCODER_WEIGHTS}, its part on the VAE's encoder. Copy it again."
+            f"adaptor {folder} lacks {ENCODER_WEIGHTS}, its part on the VAE's encoder. "
+            "Copy it again."
         )
     vae = metadata.base_vae_sha256
     if model_folder is not None and vae is not None and vae != vae_sha256(model_folder):
         raise HipaError(
-            f"adaptor {folder} was trained with another VAE than {model_folder}'s (VAE hashes differ)."
+            f"adaptor {folder} was trained with another VAE than {model_folder}'s "
+            "(VAE hashes differ)."
         )
     return metadata

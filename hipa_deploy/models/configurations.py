@@ -1,7 +1,8 @@
-"""The configurations of Stable Diffusion 1.x and 2.1, for a checkpoint that comes as one file, without them.
+"""The configurations of Stable Diffusion 1.x and 2.1, which a checkpoint in one file lacks.
 
-Values are those of the repositories that Runway and Stability published with the weights; most that are a default of
-diffusers or transformers are left out. The tokenizer is CLIP's (https://github.com/openai/CLIP, MIT License).
+Values are those of the repositories that Runway and Stability published with the weights. Most that
+are a default of diffusers or transformers are left out. The tokenizer is CLIP's
+(https://github.com/openai/CLIP, MIT License).
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ _SD2_UNET = {
     "attention_head_dim": [5, 10, 20, 20],
     "use_linear_projection": True,
 }
-_SD1_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+_SD1_TEXT = {"hidden_size": 768, "intermediate_size": 3072,
+             "num_hidden_layers": 12, "num_attention_heads": 12,
              "hidden_act": "quick_gelu"}  # fmt: skip
-_SD2_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+_SD2_TEXT = {"hidden_size": 1024, "intermediate_size": 4096,
+             "num_hidden_layers": 23, "num_attention_heads": 16,
              "hidden_act": "gelu"}  # fmt: skip
-# OpenCLIP, the text encoder of SD 2.x, was trained with zeros, the token '!', after the end of a prompt.
+# OpenCLIP, the text encoder of SD 2.x, was trained with zeros, the token '!', after a prompt's end.
 _SD1: dict[str, Any] = {"unet": _SD1_UNET, "text_encoder": _SD1_TEXT, "pad_token": END}
 _SD2: dict[str, Any] = {"unet": _SD2_UNET, "text_encoder": _SD2_TEXT, "pad_token": "!"}
 MODELS: dict[str, dict[str, Any]] = {
@@ -55,7 +58,7 @@ def context_width(name: str) -> int:
 
 
 def write_config(name: str, folder: Path) -> Path:
-    """Write one of ``MODELS`` as a StableDiffusionPipeline folder without weights; tokenizer included."""
+    """Write one of ``MODELS`` as a StableDiffusionPipeline folder: tokenizer, but no weights."""
     for part, config in _configs(MODELS[name]).items():
         path = folder / part
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +143,10 @@ def _write_tokenizer(folder: Path, pad_token: str) -> None:
 
 
 def _byte_letters() -> list[str]:
-    """A printable letter for each byte, in the order of CLIP's vocabulary: bytes that print as themselves first."""
+    """A printable letter for each byte, in the order of CLIP's vocabulary.
+
+    Bytes that print as themselves come first.
+    """
     plain = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

@@ -1,4 +1,6 @@
-"""The tiny decoder's folder: what ``hipa_decoder.json`` says of it, enough to refuse it for another VAE.
+"""The tiny decoder's folder, and what ``hipa_decoder.json`` says of it.
+
+It is enough to refuse the decoder for another VAE.
 
 The folder loads with diffusers' ``AutoencoderTiny.from_pretrained``.
 """
@@ -28,7 +30,7 @@ class DecoderFidelity(BaseModel):
 
 
 class DecoderMetadata(BaseModel):
-    """``hipa_decoder.json``: what a tiny decoder was distilled from, how, and how faithful it is."""
+    """``hipa_decoder.json``: what a tiny decoder was distilled from, and how faithful it is."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,7 +44,7 @@ class DecoderMetadata(BaseModel):
 
 
 def vae_sha256(model_folder: Path) -> str:
-    """What ``base_vae_sha256`` holds: the content of every safetensors file in the model's vae folder."""
+    """What ``base_vae_sha256`` holds: of every safetensors file in the model's vae folder."""
     return folder_sha256(model_folder / "vae")
 
 
@@ -63,5 +65,6 @@ def read_decoder_metadata(folder: Path) -> DecoderMetadata:
         ) from None
     except (ValueError, ValidationError):
         raise HipaError(
-            f"decoder {folder}: {DECODER_METADATA} is damaged, or of another version of hipa-deploy."
+            f"decoder {folder}: {DECODER_METADATA} is damaged, "
+            "or of another version of hipa-deploy."
         ) from None

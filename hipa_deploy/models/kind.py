@@ -1,4 +1,4 @@
-"""What kind of model a diffusers folder holds, by its configuration files, and why it is not supported."""
+"""What kind of model a diffusers folder holds, and why another kind is not supported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.tasks import Task
 
 PARTS = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
-# What a UNet may take besides noise, a timestep and one text context: folding would drop it and the graph be wrong.
+# What a UNet may take beside noise, a timestep and one text context. Folding the timestep would
+# drop it, and the graph would be wrong.
 UNSUPPORTED = (
     "addition_embed_type",
     "class_embed_type",
@@ -43,7 +44,12 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def check_pipeline(folder: Path, index: dict[str, Any]) -> None:
-    """Raise HipaError unless model_index.json lists one CLIP text encoder, a UNet2DConditionModel and a KL VAE."""
+    """Check that model_index.json lists one CLIP text encoder, a UNet2DConditionModel and a KL VAE.
+
+    Raises:
+        HipaError: it lists other parts.
+
+    """
     if "text_encoder_2" in index:
         kind = index.get("_class_name", "a pipeline of another kind")
         raise HipaError(
@@ -54,7 +60,8 @@ def check_pipeline(folder: Path, index: dict[str, Any]) -> None:
         if found != expected:
             kind = index.get("_class_name", "a pipeline of no name")
             raise HipaError(
-                f"{folder} is {kind}: its {part} is {found}, expected {expected}. Use an SD 1.x or 2.x model."
+                f"{folder} is {kind}: its {part} is {found}, expected {expected}. "
+                "Use an SD 1.x or 2.x model."
             )
 
 
@@ -64,7 +71,7 @@ def latent_channels(folder: Path) -> int:
 
 
 def check_unet(folder: Path, task: Task = "generate") -> None:
-    """Raise HipaError if the UNet takes more than noise of the VAE's latents, a timestep and one text context.
+    """Check that the UNet takes noise of the VAE's latents, a timestep and one text context alone.
 
     For inpainting it may take a mask and the source's latents as well, in channels of their own.
     """
@@ -84,7 +91,8 @@ def check_unet(folder: Path, task: Task = "generate") -> None:
             continue
         if got == inpainting:
             raise HipaError(
-                f"{folder}: the UNet takes {got} channels, expected {latent}: it is made for inpainting. "
+                f"{folder}: the UNet takes {got} channels, expected {latent}: "
+                "it is made for inpainting. "
                 f"Use it for the task inpaint, or a text-to-image model for {task}."
             )
         raise HipaError(

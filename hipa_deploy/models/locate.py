@@ -8,14 +8,18 @@ from pathlib import Path
 from hipa_deploy.embedded import DECODER, MODEL, NAME
 from hipa_deploy.errors import HipaError, first_line
 
-TINY, TAESD = "tiny", "madebyollin/taesd"
+TINY = "tiny"
+TAESD = "madebyollin/taesd"
 
 
 def model_folder(name: str, config: str | None = None) -> Path:
-    """'emoji' is the embedded model, unless a folder of that name is here; else a folder, or a hub id to fetch.
+    """The folder of the model that ``name`` means.
 
-    A .safetensors checkpoint is converted into a folder of the user's cache; ``config`` says what it is, where its
-    weights do not (hipa_deploy.models.single_file).
+    'emoji' is the embedded model, unless a folder of that name is here. Any other name is a folder,
+    a checkpoint, or a hub id to fetch.
+
+    A .safetensors checkpoint is converted into a folder of the user's cache; ``config`` says what
+    it is, where its weights do not (hipa_deploy.models.single_file).
 
     Raises:
         HipaError: no such folder or file, another kind of model, and the hub does not provide it.
@@ -45,12 +49,17 @@ def model_folder(name: str, config: str | None = None) -> Path:
 
 
 def unpacked(name: str, config: str | None = None) -> str:
-    """``name``; of a checkpoint in one file, the folder it was converted into. Raises what ``model_folder`` does."""
+    """``name``, or the folder that a checkpoint in one file was converted into.
+
+    Raises what ``model_folder`` does.
+    """
     return str(model_folder(name, config)) if config is not None or Path(name).is_file() else name
 
 
 def resolve_encoder(name: str) -> Path | None:
-    """The AutoencoderTiny folder that ``--encoder name`` means; None for 'full', the model's own VAE.
+    """The AutoencoderTiny folder that ``--encoder name`` means.
+
+    None stands for 'full', the model's own VAE.
 
     'tiny' is TAESD (github.com/madebyollin/taesd); the embedded decoder has no encoder of its own.
 
@@ -62,9 +71,12 @@ def resolve_encoder(name: str) -> Path | None:
 
 
 def resolve_decoder(name: str, model: str) -> Path | None:
-    """The AutoencoderTiny folder that ``--decoder name`` means for ``model``; None for 'full', the model's own VAE.
+    """The AutoencoderTiny folder that ``--decoder name`` means.
 
-    'tiny' is the embedded decoder for the embedded model, and TAESD (github.com/madebyollin/taesd) for any other.
+    None stands for 'full', the model's own VAE.
+
+    'tiny' is the embedded decoder for the embedded model, and TAESD (github.com/madebyollin/taesd)
+    for any other.
 
     Raises:
         HipaError: no such folder, and the hub does not provide it.

@@ -1,4 +1,7 @@
-"""A Stable Diffusion checkpoint in one .safetensors file -> a diffusers folder in the user's cache, once."""
+"""A Stable Diffusion checkpoint in one .safetensors file becomes a diffusers folder, once.
+
+The folder lies in the user's cache.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,18 @@ Shapes = dict[str, tuple[int, ...]]  # of every tensor in the file
 
 
 def converted(checkpoint: Path, config: str | None = None) -> Path:
-    """The diffusers folder of a checkpoint of SD 1.x or 2.x in the original layout, converted on the first call.
+    """The diffusers folder of a checkpoint of SD 1.x or 2.x in the original layout.
 
-    ``config`` is one of ``MODELS``, or a diffusers folder whose configurations and tokenizer to take; SD 1.x needs
-    none. The folder is found again by the contents of both. Weights keep the precision they are stored in. Of weights
-    that have an averaged copy beside them (EMA), the plain ones are taken, as diffusers does.
+    The first call converts it.
+
+    ``config`` is one of ``MODELS``, or a diffusers folder whose configurations and tokenizer to
+    take; SD 1.x needs none. The folder is found again by the contents of both. Weights keep the
+    precision they are stored in. Of weights that have an averaged copy beside them (EMA), the plain
+    ones are taken, as diffusers does.
 
     Raises:
-        HipaError: another kind of file or model, a damaged or incomplete one, or a config that is missing or unfit.
+        HipaError: another kind of file or model, a damaged or incomplete one, or a config that is
+        missing or unfit.
 
     """
     shapes = _read_shapes(checkpoint)
@@ -53,7 +60,8 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
 def _read_shapes(checkpoint: Path) -> Shapes:
     if checkpoint.suffix != ".safetensors":
         raise HipaError(
-            f"model {checkpoint} is a {checkpoint.suffix or 'nameless'} file. Expected a diffusers folder or a "
+            f"model {checkpoint} is a {checkpoint.suffix or 'nameless'} file. "
+            "Expected a diffusers folder or a "
             ".safetensors checkpoint: other kinds can run code when they are loaded."
         )
     from safetensors import SafetensorError, safe_open
@@ -84,7 +92,8 @@ def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
     for part, prefix in PARTS.items():
         if not any(name.startswith(prefix) for name in shapes):
             raise HipaError(
-                f"model {checkpoint} has no {part} (no weight {prefix}…). {expected} with all its parts."
+                f"model {checkpoint} has no {part} (no weight {prefix}…). "
+                f"{expected} with all its parts."
             )
 
 
@@ -94,7 +103,8 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
         if not (Path(config) / "model_index.json").is_file():
             names = ", ".join(MODELS)
             raise HipaError(
-                f"--config {config} is no diffusers folder. Expected one with a tokenizer, or: {names}."
+                f"--config {config} is no diffusers folder. "
+                f"Expected one with a tokenizer, or: {names}."
             )
         return config
     width = shapes[CROSS_ATTENTION][1] if CROSS_ATTENTION in shapes else 0
@@ -112,11 +122,13 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
         )
     if config is not None:
         raise HipaError(
-            f"model {checkpoint}: {got}, unlike {config}'s. Expected --config {' or '.join(fitting)}."
+            f"model {checkpoint}: {got}, unlike {config}'s. "
+            f"Expected --config {' or '.join(fitting)}."
         )
     if len(fitting) > 1:
         raise HipaError(
-            f"model {checkpoint} is SD 2.x, whose 512-pixel (eps) and 768-pixel (v) weights look alike. "
+            f"model {checkpoint} is SD 2.x, "
+            "whose 512-pixel (eps) and 768-pixel (v) weights look alike. "
             f"Say which it is: --config {' or --config '.join(fitting)}."
         )
     return fitting[0]
@@ -142,7 +154,8 @@ def _convert(checkpoint: Path, config: str, out: Path) -> None:
             pipe = StableDiffusionPipeline.from_single_file(
                 str(checkpoint), config=str(folder), local_files_only=True, **none
             )
-        except Exception as error:  # diffusers and transformers raise whatever a wrong shape or a missing part meets
+        # diffusers and transformers raise whatever a wrong shape or a missing part meets.
+        except Exception as error:
             got = first_line(error)
             raise HipaError(
                 f"model {checkpoint} cannot be converted. Is it complete, and of {config}? {got}"
@@ -165,7 +178,8 @@ def _check_complete(checkpoint: Path, part: str, module: Any) -> None:
     for name, weight in module.named_parameters():
         if weight.is_meta:
             raise HipaError(
-                f"model {checkpoint} is incomplete: weight {name} of its {part} is missing. Copy it again."
+                f"model {checkpoint} is incomplete: weight {name} of its {part} is missing. "
+                "Copy it again."
             )
 
 

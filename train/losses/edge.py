@@ -2,7 +2,8 @@
 
     L_E = mean | E(image) - E(target) |,    E linear: Sobel-x and Sobel-y, or the Laplacian
 
-HiPA (arXiv 2311.18158) names edge information, not the operator (docs/explanation/hipa.md). This project's
+HiPA (arXiv 2311.18158) names edge information, not the operator (docs/explanation/hipa.md). This
+project's
 choice: the responses themselves, not the gradient's magnitude, which has no derivative where an
 image is flat. Sobel & Feldman 1968; the Laplacian is the five-point stencil.
 

@@ -2,9 +2,10 @@
 
     L_F = mean w | H . (FFT(image) - FFT(target)) |,    H = 1 - exp(-r^2 / (2 radius^2))
 
-HiPA (arXiv 2311.18158) names Fourier components; their exact form is not public (docs/explanation/hipa.md).
-What is here is this project's choice: a smooth radial high-pass, as a hard mask rings, and complex
-differences, so that phase counts. The weight w is 1, or focal as in ``fourier_loss``.
+HiPA (arXiv 2311.18158) names Fourier components; their exact form is not public
+(docs/explanation/hipa.md). What is here is this project's choice: a smooth radial high-pass, as a
+hard mask rings, and complex differences, so that phase counts. The weight w is 1, or focal as in
+``fourier_loss``.
 
 Shape suffixes: B batch, C channels, H W image or spectrum size, K frequency bands. Images are
 float, in [0, 1].

@@ -6,8 +6,8 @@
 A term w_i scale_i L_i then pulls w_i / w_1 times as hard as the first, whatever the units of the
 terms. This is VQGAN's adaptive weight (Esser et al. 2021, 'Taming Transformers', equation 7), which
 balances two terms at the decoder's last layer. As there, a scale is at most 10^4 and has no
-gradient. HiPA's own weights of its terms are not public (docs/explanation/hipa.md, 'Not published, and our
-choice').
+gradient. HiPA's own weights of its terms are not public (docs/explanation/hipa.md, 'Not published,
+and our choice').
 """
 
 from __future__ import annotations

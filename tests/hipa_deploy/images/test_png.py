@@ -26,7 +26,7 @@ def test_same_input_same_bytes() -> None:
 
 def test_png_without_a_recipe(tmp_path: Path) -> None:
     Image.fromarray(IMAGE).save(tmp_path / "x.png")
-    with pytest.raises(HipaError, match="no recipe"):
+    with pytest.raises(HipaError, match="no generation parameters"):
         read_parameters(tmp_path / "x.png")
 
 
