@@ -1,15 +1,25 @@
-"""Latency of one image in one step: this toolkit beside its peers, on the same weights and noise, side by side.
+"""Latency of one image in one step: this toolkit compared with other runtimes, side by side.
+
+Purpose: the time of an image, the time to the first image, and peak memory of every contender that
+is installed, on the same weights and noise.
+
+Commands, from the repository's root::
 
     python benchmarks/make_model.py --size sd15 --out /tmp/sd15
-    python benchmarks/latency.py --model /tmp/sd15 --tiny /tmp/sd15/tiny --work /tmp/latency --out latency.json
-    python benchmarks/latency.py --model hipa_deploy/embedded/model --tiny hipa_deploy/embedded/decoder --runs 30 ...
+    python benchmarks/latency.py --model /tmp/sd15 --tiny /tmp/sd15/tiny --work /tmp/latency \\
+        --out latency.json
+    python benchmarks/latency.py --model hipa_deploy/embedded/model --runs 30 \\
+        --tiny hipa_deploy/embedded/decoder --work /tmp/latency-small
 
-Every contender is a process of its own (its start-up and peak memory are its own) and runs in turn with diffusers
-eager, two images each, so that what disturbs the machine disturbs both: the ratio is the median of the paired ratios.
-The first image of a turn comes after a pause, the second right after it, and each is compared with its like: after a
-pause threads and caches are asleep, which shows in a small model's time.
-Everything computes in FP32, but for bfloat16 where the name says so; every image has a new prompt, except where
-the name says that its context is cached.
+Expected time: hours at SD 1.5's size on two CPU cores (17 contenders, 20 images for each, half of
+them by diffusers); minutes for the embedded model. The five exports come first and are kept.
+
+Every contender is a process of its own, so that its start-up and peak memory are its own. It runs
+in turn with diffusers eager, two images each, so that other work on the machine disturbs both: the
+ratio is the median of the paired ratios. The first image of a turn comes after a pause, the second
+right after it, and each is compared with its like: after a pause threads and caches are asleep,
+which shows in a small model's time. Everything computes in FP32, except in bfloat16 where the name
+says so. Every image has a new prompt, except where the name says that its context is cached.
 """
 
 from __future__ import annotations
@@ -33,14 +43,14 @@ from rich.console import Console
 from rich.table import Table
 
 BASELINE = "diffusers eager"
-PAUSE_SECONDS = (
-    0.2  # before each turn: threads of the other process that wait by spinning would slow it
-)
-Image = Callable[[str], np.ndarray]  # prompt -> uint8 [H, W, 3], always from seed 0
+# Before each turn: threads of the other process that wait by spinning would slow this one.
+PAUSE_SECONDS = 0.2
+Image = Callable[[str], np.ndarray]
+"""A function from a prompt to its image uint8 [H, W, 3], always from seed 0."""
 
 
 def diffusers_pipeline(model: Path) -> Any:
-    """The model's own pipeline, one step without guidance, as a user of a one-step model sets it up."""
+    """The model's own pipeline for one step without guidance, as users of such a model set it up."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
@@ -50,7 +60,14 @@ def diffusers_pipeline(model: Path) -> Any:
 
 
 def call(pipe: Any, shape_CHW: tuple[int, int, int], dtype: Any = None) -> Image:
-    """A pipeline with diffusers' interface as a function of the prompt; ``dtype`` of the noise, float32 by default."""
+    """A pipeline with diffusers' interface as a function of the prompt.
+
+    Args:
+        pipe: The pipeline.
+        shape_CHW: Shape of the latents.
+        dtype: torch's type of the noise; None is float32.
+
+    """
     import torch
 
     from hipa_deploy.generate.noise import initial_noise
@@ -58,10 +75,10 @@ def call(pipe: Any, shape_CHW: tuple[int, int, int], dtype: Any = None) -> Image
     pipe.set_progress_bar_config(disable=True)
     noise = torch.from_numpy(initial_noise([0], shape_CHW)).to(dtype or torch.float32)
 
+    options = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "np"}
+
     def image(prompt: str) -> np.ndarray:
-        made = pipe(
-            prompt, num_inference_steps=1, guidance_scale=0, latents=noise, output_type="np"
-        ).images[0]
+        made = pipe(prompt, latents=noise, **options).images[0]
         return (made * 255).round().astype(np.uint8)
 
     return image
@@ -73,7 +90,7 @@ def eager(model: Path, work: Path) -> Image:
 
 
 def bfloat16(model: Path, work: Path) -> Image:
-    """The same with all weights and arithmetic in bfloat16."""
+    """Diffusers with all weights and arithmetic in bfloat16."""
     import torch
 
     pipe = diffusers_pipeline(model).to(torch.bfloat16)
@@ -81,7 +98,7 @@ def bfloat16(model: Path, work: Path) -> Image:
 
 
 def compiled(model: Path, work: Path) -> Image:
-    """The same with UNet and decoder through torch.compile."""
+    """Diffusers with UNet and decoder through torch.compile."""
     import torch
 
     pipe = diffusers_pipeline(model)
@@ -99,7 +116,7 @@ def optimum(model: Path, work: Path) -> Image:
 
 
 def openvino(model: Path, work: Path) -> Image:
-    """OpenVINO on this toolkit's own graphs, with its tokenizer and noise: the runtimes alone differ."""
+    """OpenVINO on this toolkit's graphs, tokenizer and noise, so that only the runtime differs."""
     ov = importlib.import_module("openvino")
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.generate.noise import initial_noise
@@ -108,18 +125,30 @@ def openvino(model: Path, work: Path) -> Image:
     bundle = Bundle.open(work / "full")
     core = ov.Core()
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    text, unet, decoder = (
-        core.compile_model(bundle.stage_path(name), "CPU", options) for name in bundle.stages
-    )
+    stages = [core.compile_model(bundle.stage_path(name), "CPU", options) for name in bundle.stages]
+    text, unet, decoder = stages
     tokenizer = PromptTokenizer(bundle.path("tokenizer/tokenizer.json"))
     noise = initial_noise([0], bundle.manifest.one_step.latent_shape)
-    return lambda prompt: decoder(unet((noise, text(tokenizer([prompt]))[0]))[0])[0][0]
+
+    def image(prompt: str) -> np.ndarray:
+        context = text(tokenizer([prompt]))[0]
+        latents = unet((noise, context))[0]
+        return decoder(latents)[0][0]
+
+    return image
 
 
 def ours(
     bundle: str, prompt: str | None = None, backend: str = "onnxruntime"
 ) -> Callable[[Path, Path], Image]:
-    """This toolkit; with ``prompt`` the same one every time."""
+    """This toolkit.
+
+    Args:
+        bundle: Name of the bundle, a key of ``BUNDLES``.
+        prompt: The prompt of every image, whose context is then cached; None is a new one each.
+        backend: The backend that runs the bundle.
+
+    """
 
     def load(model: Path, work: Path) -> Image:
         from hipa_deploy import OneStepPipeline
@@ -161,46 +190,51 @@ BUNDLES = {
 
 
 def latent_shape(work: Path) -> tuple[int, int, int]:
-    """[C, h, w], from the bundle's manifest: without loading anything."""
-    channels, height, width = json.loads((work / "full/hipa.json").read_text())["one_step"][
-        "latent_shape"
-    ]
+    """[C, H, W] of the latents, from the bundle's manifest, so that nothing is loaded for it."""
+    manifest = json.loads((work / "full/hipa.json").read_text())
+    channels, height, width = manifest["one_step"]["latent_shape"]
     return channels, height, width
 
 
 def make_bundles(model: Path, tiny: Path, work: Path) -> None:
-    """Export what is not there yet, each in a process of its own."""
+    """Export the bundles that do not exist yet, each in a process of its own."""
     export = Path(sys.executable).with_name("hipa-export")
     for name, options in BUNDLES.items():
-        if not (work / name).exists():
-            chosen = [str(tiny) if option == "TINY" else option for option in options]
-            command = [export, "--model", model, "--out", work / name, "--dtype", "fp32", *chosen]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        if (work / name).exists():
+            continue
+        chosen = [str(tiny) if option == "TINY" else option for option in options]
+        command = [export, "--model", model, "--out", work / name, "--dtype", "fp32", *chosen]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 class Process:
-    """A contender, loaded in a process of its own, that makes an image when it is asked to."""
+    """A contender, loaded in a process of its own, that makes images when it is asked to.
+
+    Attributes:
+        child: The process.
+        first_image_seconds: From the start of the process to its first image.
+
+    """
 
     def __init__(self, name: str, model: Path, work: Path) -> None:
-        command = [
-            sys.executable,
-            __file__,
-            "--model",
-            str(model),
-            "--work",
-            str(work),
-            "--contender",
-            name,
-        ]
+        script = [sys.executable, __file__]
+        options = ["--model", str(model), "--work", str(work), "--contender", name]
         started = time.perf_counter()
         self.child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*script, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+
+        # The answer comes after two images; only the first belongs to the start.
         first = self.ask("warm up")
         self.first_image_seconds = time.perf_counter() - started - first["next_seconds"]
 
     def ask(self, prompt: str) -> dict[str, Any]:
-        """{'seconds', 'next_seconds', 'peak_gb', 'mean'} of two images; ends us if the process died."""
+        """Have two images made; returns the line of ``serve``.
+
+        Raises:
+            SystemExit: The process died.
+
+        """
         assert self.child.stdin
         assert self.child.stdout
         time.sleep(PAUSE_SECONDS)
@@ -219,7 +253,11 @@ class Process:
 
 
 def serve(name: str, model: Path, work: Path) -> None:
-    """The child's side: one line of JSON for every line on standard input."""
+    """The child's side: a line of JSON for every prompt on standard input.
+
+    It holds the seconds of the image ('seconds') and of one more right after it ('next_seconds'),
+    the process's peak memory ('peak_gb'), and the mean of the image's pixels ('mean').
+    """
     image = CONTENDERS[name](model, work)
     for line in sys.stdin:
         started = time.perf_counter()
@@ -232,41 +270,64 @@ def serve(name: str, model: Path, work: Path) -> None:
 
 
 def compare(name: str, model: Path, work: Path, runs: int) -> dict[str, Any]:
-    """One contender and the baseline in turn."""
-    pair = [Process(BASELINE, model, work), Process(name, model, work)]
-    answers: list[list[dict[str, Any]]] = [[], []]
+    """Run one contender and the baseline in turn.
+
+    Args:
+        name: The contender.
+        model: Diffusers folder.
+        work: Folder of the bundles.
+        runs: Turns.
+
+    Returns:
+        Medians and ratios, for the image after a pause and (with the prefix 'next_') for the one
+        right after it.
+
+    """
+    baseline = Process(BASELINE, model, work)
+    contender = Process(name, model, work)
+    their_answers: list[dict[str, Any]] = []
+    own_answers: list[dict[str, Any]] = []
+
+    # Who comes first changes from run to run, so that neither always runs on a warmer machine.
     for run in range(runs):
-        for index in (0, 1) if run % 2 else (1, 0):
-            answers[index].append(pair[index].ask(f"a red apple, number {run}"))
-    for process in pair:
-        process.close()
+        prompt = f"a red apple, number {run}"
+        if run % 2:
+            their_answers.append(baseline.ask(prompt))
+            own_answers.append(contender.ask(prompt))
+        else:
+            own_answers.append(contender.ask(prompt))
+            their_answers.append(baseline.ask(prompt))
+    baseline.close()
+    contender.close()
+
     result = {}
     for prefix, key in (("", "seconds"), ("next_", "next_seconds")):
-        theirs, own = ([answer[key] for answer in part] for part in answers)
-        result |= {
-            f"{prefix}median_seconds": statistics.median(own),
-            f"{prefix}baseline_median_seconds": statistics.median(theirs),
-            f"{prefix}times_faster": statistics.median(
-                a / b for a, b in zip(theirs, own, strict=True)
-            ),
-        }
-    return {
-        **result,
-        "first_image_seconds": pair[1].first_image_seconds,
-        "peak_gb": answers[1][-1]["peak_gb"],
-        "image_mean_difference": abs(answers[0][-1]["mean"] - answers[1][-1]["mean"]),
-    }
+        theirs = [answer[key] for answer in their_answers]
+        own = [answer[key] for answer in own_answers]
+        ratios = [their_time / own_time for their_time, own_time in zip(theirs, own, strict=True)]
+        result[f"{prefix}median_seconds"] = statistics.median(own)
+        result[f"{prefix}baseline_median_seconds"] = statistics.median(theirs)
+        result[f"{prefix}times_faster"] = statistics.median(ratios)
+
+    # The images of both must look alike, or the comparison is of different work.
+    difference = abs(their_answers[-1]["mean"] - own_answers[-1]["mean"])
+    result["first_image_seconds"] = contender.first_image_seconds
+    result["peak_gb"] = own_answers[-1]["peak_gb"]
+    result["image_mean_difference"] = difference
+    return result
 
 
 def cannot_run(name: str) -> str | None:
-    """What to do about what a contender lacks here, or None."""
+    """The remedy for a backend that a contender lacks here; None if it can run."""
     from hipa_deploy.engines.backends.available import describe_device
 
-    backend = next(
-        (part for part in name.lower().split() if part.startswith("openvino")), ""
-    ).strip(",")
-    problems = {found.name: found.remedy for found in describe_device().backends}
-    return problems[backend] if backend else None
+    # The names of such contenders contain the name of their backend.
+    words = name.lower().replace(",", "").split()
+    backends = [word for word in words if word.startswith("openvino")]
+    if not backends:
+        return None
+    remedies = {found.name: found.remedy for found in describe_device().backends}
+    return remedies[backends[0]]
 
 
 def render(results: dict[str, dict[str, Any]], title: str) -> Table:
@@ -274,12 +335,12 @@ def render(results: dict[str, dict[str, Any]], title: str) -> Table:
     heads = ("after a pause", "times faster than eager", "right after", "times faster than eager")
     table = Table("", *heads, "first image after", "peak memory", title=title)
     for name, row in results.items():
-        cells = [
-            (f"{row[p + 'median_seconds']:.4f} s", f"{row[p + 'times_faster']:.2f}")
-            for p in ("", "next_")
-        ]
-        first, peak = row["first_image_seconds"], row["peak_gb"]
-        table.add_row(name, *cells[0], *cells[1], f"{first:.1f} s", f"{peak:.2f} GB")
+        cells = []
+        for prefix in ("", "next_"):
+            cells.append(f"{row[prefix + 'median_seconds']:.4f} s")
+            cells.append(f"{row[prefix + 'times_faster']:.2f}")
+        first = f"{row['first_image_seconds']:.1f} s"
+        table.add_row(name, *cells, first, f"{row['peak_gb']:.2f} GB")
     return table
 
 
@@ -305,13 +366,18 @@ def main(
     make_bundles(model, tiny, work)
     results = {}
     for name in CONTENDERS:
-        if missing := cannot_run(name):
+        missing = cannot_run(name)
+        if missing:
             print(f"{name}: not measured. {missing}")
-        elif not only or any(part in name for part in only):
-            results[name] = compare(name, model, work, runs)
-            print(name, json.dumps(results[name]), flush=True)
-            if out:
-                out.write_text(json.dumps(results, indent=2) + "\n")
+            continue
+        if only and not any(part in name for part in only):
+            continue
+        results[name] = compare(name, model, work, runs)
+        print(name, json.dumps(results[name]), flush=True)
+
+        # Written after every contender: a run that is stopped keeps its results.
+        if out:
+            out.write_text(json.dumps(results, indent=2) + "\n")
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     Console().print(render(results, f"{model.name}, {runs} runs in turn, {machine}"))
 

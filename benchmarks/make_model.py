@@ -1,11 +1,17 @@
-"""Write a random-weight pipeline of Stable Diffusion's true shapes: what export and build cost depends on no more.
+"""Write a pipeline of Stable Diffusion's true shapes with random weights.
+
+Purpose: a model for the other benchmarks that needs no download. The cost of an export or a build
+depends on shapes, not on the values of weights.
+
+Commands, from the repository's root::
 
     python benchmarks/make_model.py --size sd15 --out /tmp/sd15
     hipa-export --model /tmp/sd15 --out /tmp/sd15-bundle --dtype fp16
     hipa-build /tmp/sd15-bundle --backend rtx
 
-The tokenizer is the embedded model's. Weights are float16 on disk, 2.1 to 2.6 GB; ``OUT/tiny`` is an AutoencoderTiny
-of TAESD's shape.
+Expected time: about a minute. The weights are float16 on disk, 2.1 to 2.6 GB.
+
+The tokenizer is the embedded model's; OUT/tiny is an AutoencoderTiny of TAESD's shape.
 """
 
 from __future__ import annotations
@@ -61,12 +67,15 @@ SIZES: dict[str, dict[str, Any]] = {
         "prediction_type": "v_prediction",
     },
 }
-Size = Enum("Size", {name: name for name in SIZES}, type=str)  # type: ignore[misc]  # Typer reads enums
+# Typer offers the members of an enum as an option's choices.
+Size = Enum("Size", {name: name for name in SIZES}, type=str)  # type: ignore[misc]
 
 
 def new_pipeline(size: str) -> StableDiffusionPipeline:
-    """The configurations that Runway and Stability shipped, with seeded random weights."""
+    """The published configurations of Runway and Stability AI, with seeded random weights."""
     torch.manual_seed(0)
+
+    # The parts are made in float16 at once: float32 weights would take twice the memory first.
     torch.set_default_dtype(torch.float16)
     shapes = SIZES[size]
     unet = UNet2DConditionModel(**shapes["unet"])
@@ -78,6 +87,8 @@ def new_pipeline(size: str) -> StableDiffusionPipeline:
         sample_size=shapes["unet"]["sample_size"] * 8,
     )
     encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49408, **shapes["text"]))
+
+    # The scheduler's tables are float32.
     torch.set_default_dtype(torch.float32)
     schedule = {
         "beta_start": 0.00085,

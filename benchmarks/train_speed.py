@@ -1,12 +1,21 @@
-"""Seconds a training step: this toolkit's whole loop beside a plain diffusers + peft loop with the same losses.
+"""Seconds of a training step: this toolkit compared with a plain diffusers + peft loop.
+
+Purpose: what the training loop costs beyond the arithmetic that any loop with these losses needs.
+
+Commands, from the repository's root::
 
     python benchmarks/train_speed.py --steps 30 --out train_speed.json
-    python benchmarks/train_speed.py --warm-up --steps 30      # the latent warm-up's steps, without decoding
+    python benchmarks/train_speed.py --warm-up --steps 30   # steps of the latent warm-up
 
-Ours is `train_adaptor` as it is, with progress bar, scalars, gradient clipping and the batch drawn and its noise made
-in each step. The plain loop is what a script would be: one forward, the losses, backward, clip, step; noise, text
-contexts and target images are tensors that it has already. Both take the same rows of the same pairs on the same
-model in one process, one step of each in turn, so that what disturbs the machine disturbs both.
+Expected time: about three minutes for 30 steps, as one thread of a CPU that had other work as well.
+
+Ours is `train_adaptor` as it is, with progress bar, scalars and gradient clipping; in each step it
+draws the batch and makes its noise. The plain loop is what a script would be: one forward pass, the
+losses, backward, clip, step. Noise, text contexts and target images are tensors that it has
+already. Both take the same rows of the same pairs on the same model in one process, one step of
+each in turn, so that other work on the machine disturbs both alike.
+
+Shapes: N teacher pairs, B rows of a batch.
 """
 
 from __future__ import annotations
@@ -41,24 +50,37 @@ DISCARDED = 3  # first steps of each, while allocators and the processor's cache
 
 
 def plain_loop(model_dir: Path, recipe: Recipe, cache: Path) -> Callable[[Tensor], float]:
-    """A step of the plain loop, for the rows given: its loss."""
+    """Prepare the plain loop.
+
+    Args:
+        model_dir: Diffusers folder.
+        recipe: The training's recipe.
+        cache: Folder of the teacher pairs' cache.
+
+    Returns:
+        A function that makes one step with the rows int64 [B] and returns its loss.
+
+    """
     model = DiffusionModel.load(model_dir, "cpu")
     prompts = read_prompts(recipe, model_dir)
     context = prompt_contexts(model, prompts)
     pairs = teacher_pairs(
         model, prompts, recipe.teacher, seed=recipe.seed, context=context, cache=cache
     )
-    noise, contexts, latents = (
-        model.noise(pairs.seed_N.tolist()),
-        context(pairs.prompt_N),
-        pairs.latents_NCHW.float(),
-    )
+
+    # Everything that a step reads, made once for all pairs.
+    noise = model.noise(pairs.seed_N.tolist())
+    contexts = context(pairs.prompt_N)
+    latents = pairs.latents_NCHW.float()
     with torch.no_grad():
         images = torch.cat([model.decode(part).clamp(0, 1) for part in latents.split(16)])
 
+    # The student, with peft's adaptor of the same shape.
     pipe = StableDiffusionPipeline.from_pretrained(model_dir, safety_checker=None)
-    unet, vae = pipe.unet.requires_grad_(False), pipe.vae.requires_grad_(False)
-    rank, targets = recipe.adaptor.rank, list(PRESETS[recipe.adaptor.preset])
+    unet = pipe.unet.requires_grad_(False)
+    vae = pipe.vae.requires_grad_(False)
+    rank = recipe.adaptor.rank
+    targets = list(PRESETS[recipe.adaptor.preset])
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
     weights = [weight for weight in unet.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.optimiser.learning_rate, weight_decay=1e-2)
@@ -66,6 +88,7 @@ def plain_loop(model_dir: Path, recipe: Recipe, cache: Path) -> Callable[[Tensor
     alpha_bar = pipe.scheduler.alphas_cumprod[recipe.timestep]
 
     def step(rows: Tensor) -> float:
+        # x0 of one step at the recipe's timestep, from the predicted noise.
         z = noise[rows]
         eps = unet(z, torch.full((len(rows),), recipe.timestep), contexts[rows]).sample
         x0 = (z - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
@@ -74,6 +97,7 @@ def plain_loop(model_dir: Path, recipe: Recipe, cache: Path) -> Callable[[Tensor
         else:
             image = vae.decode(x0 / vae.config.scaling_factor).sample / 2 + 0.5
             loss, _ = loss_function(image, images[rows], x0, latents[rows])
+
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, recipe.optimiser.clip_norm)
         optimizer.step()
@@ -84,35 +108,61 @@ def plain_loop(model_dir: Path, recipe: Recipe, cache: Path) -> Callable[[Tensor
 
 
 class Clock:
-    """Wall and processor seconds since the last call: the second does not see what else the machine is doing."""
+    """Wall and processor seconds since the last call.
+
+    Processor seconds do not include what other processes do.
+    """
 
     def __init__(self) -> None:
-        self.last = (time.perf_counter(), time.process_time())
+        self.last_wall = time.perf_counter()
+        self.last_processor = time.process_time()
 
     def lap(self) -> tuple[float, float]:
-        before, self.last = self.last, (time.perf_counter(), time.process_time())
-        return self.last[0] - before[0], self.last[1] - before[1]
+        """(wall, processor) seconds since the last lap."""
+        wall = time.perf_counter()
+        processor = time.process_time()
+        lap = (wall - self.last_wall, processor - self.last_processor)
+        self.last_wall = wall
+        self.last_processor = processor
+        return lap
 
 
 def measure(recipe: Recipe, model_dir: Path, work: Path) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of every step of both, in turn: the plain step runs where ours is about to draw its batch."""
-    step, seconds = plain_loop(model_dir, recipe, work), {"plain": [], "ours": []}
-    original, clock = run.batch_rows, Clock()
+    """Time every step of both loops, in turn.
 
-    def between(*arguments: int) -> Tensor:
-        seconds["ours"].append(clock.lap())
-        step(original(*arguments))
-        seconds["plain"].append(clock.lap())
+    Args:
+        recipe: The training's recipe.
+        model_dir: Diffusers folder.
+        work: Folder for the cache and the adaptor.
+
+    Returns:
+        (wall, processor) seconds of each step of 'plain' and 'ours', without the first ones.
+
+    """
+    plain_step = plain_loop(model_dir, recipe, work)
+    plain_laps: list[tuple[float, float]] = []
+    our_laps: list[tuple[float, float]] = []
+    original = run.batch_rows
+    clock = Clock()
+
+    # Our loop calls batch_rows at the beginning of each step: there the plain loop makes its own.
+    def make_plain_step(*arguments: int) -> Tensor:
+        our_laps.append(clock.lap())
+        plain_step(original(*arguments))
+        plain_laps.append(clock.lap())
         return original(*arguments)
 
-    run.batch_rows = between
+    run.batch_rows = make_plain_step
     try:
         train_adaptor(recipe, model_dir, work / "adaptor", cache=work, device="cpu")
     finally:
         run.batch_rows = original
-    # Our first lap is all that comes before the first step; its own time ends with the next lap.
-    pairs = {"plain": seconds["plain"][:-1], "ours": seconds["ours"][1:]}
-    return {name: laps[DISCARDED:] for name, laps in pairs.items()}
+
+    # Our first lap is all that comes before the first step, so a step of ours ends with the lap
+    # after it, and the last plain step has no partner.
+    plain = plain_laps[:-1]
+    ours = our_laps[1:]
+    return {"plain": plain[DISCARDED:], "ours": ours[DISCARDED:]}
 
 
 def main(
@@ -124,7 +174,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
 ) -> None:
     """Time both loops, the emoji recipe's adaptor and batch."""
-    total = steps + DISCARDED + 1  # our last step ends with a checkpoint and samples: not counted
+    # Our last step ends with a checkpoint and samples, which are not counted: one step more.
+    total = steps + DISCARDED + 1
     overrides = {
         "steps": total,
         "checkpoint_every": total,
@@ -138,15 +189,16 @@ def main(
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
     results: dict[str, object] = {"seconds": seconds, "machine": machine}
     for index, kind in enumerate(("wall", "processor")):
-        ours, plain = ([lap[index] for lap in seconds[name]] for name in ("ours", "plain"))
-        ratio = results[f"{kind}_ratio"] = statistics.median(
-            p / o for p, o in zip(plain, ours, strict=True)
-        )
-        medians = (
-            f"ours {statistics.median(ours):.3f} s, plain {statistics.median(plain):.3f} s a step"
-        )
+        ours = [lap[index] for lap in seconds["ours"]]
+        plain = [lap[index] for lap in seconds["plain"]]
+        ratios = [plain_lap / own_lap for plain_lap, own_lap in zip(plain, ours, strict=True)]
+        ratio = statistics.median(ratios)
+        results[f"{kind}_ratio"] = ratio
+        our_median = statistics.median(ours)
+        plain_median = statistics.median(plain)
         Console().print(
-            f"{kind}: {medians}; ours is {ratio:.3f} times as fast (median of {len(ours)} paired ratios)"
+            f"{kind}: ours {our_median:.3f} s, plain {plain_median:.3f} s a step; ours is "
+            f"{ratio:.3f} times as fast (median of {len(ours)} paired ratios)"
         )
     Console().print(machine)
     if out:

@@ -8,8 +8,9 @@ Commands, from the repository's root::
     python -m benchmarks.tasks.run --task inpaint --adaptor adaptor-inpaint --out report
     python -m benchmarks.tasks.run --task edit --adaptor adaptor-edit --out report --data runs/emoji
 
-Expected time, not measured exactly: some minutes for a task of the embedded model with three
-repeats, on two CPU cores; nearly all of it is for the pipelines' many steps.
+Expected time: about two minutes for super-resolution of the embedded model with three repeats, as
+one thread of a CPU that had other work as well (39 s were measured for one repeat). Editing and
+inpainting take longer, since their pipelines make more steps.
 
 All rows see the same images, masks, prompts and noise seeds. The images are those of the model's
 held-out prompts: the teacher's own, or with --data (a folder of examples/emoji/build_dataset.py)
