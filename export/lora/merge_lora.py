@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from hipa_deploy.export.lora.names import LayerKey, ModuleNames
 
 def module_names(parts: Mapping[str, nn.Module]) -> ModuleNames:
     """The layers that a LoRA may change: everything that has a weight, by its name in its part."""
-    names = {}
+    names: dict[str, Iterable[str]] = {}
     for part, model in parts.items():
         names[part] = [
             name
