@@ -1,4 +1,7 @@
-"""Which of several builds of one stage is fastest: TensorRT's choice of tactics varies from build to build."""
+"""Which of several builds of one stage is fastest.
+
+TensorRT's choice of tactics varies from build to build.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ WARMUP, RUNS = 5, 30
 
 
 def time_engine(path: Path, spec: StageSpec, library: TensorRTLibrary) -> float:
-    """Median time in ms that an engine takes on this GPU, copies not included, at its usual shapes on inputs of ones.
+    """Median time in ms that an engine takes on this GPU, copies not included.
+
+    It runs at its usual shapes, on inputs of ones.
 
     Raises:
         HipaError: no driver, or an engine that does not run.

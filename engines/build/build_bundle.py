@@ -76,16 +76,19 @@ def build_bundle(
 ) -> list[BuiltEngine]:
     """Build an engine for every stage into ``bundle.root/engines/<backend>-<target>``.
 
-    ``backend`` is 'rtx' (ahead of time for the GPUs that ``target`` names; no GPU needed) or 'tensorrt' (for this
-    machine's GPU). Options that are not given are the target's own. ``best_of`` builds each stage so many times and
-    keeps the engine that this GPU runs fastest. What the memory plan says cannot fit is refused, unless ``force``.
-    Progress goes to ``console``, by default the terminal's standard error.
+    ``backend`` is 'rtx' (ahead of time for the GPUs that ``target`` names; no GPU needed) or
+    'tensorrt' (for this machine's GPU). Options that are not given are the target's own.
+    ``best_of`` builds each stage so many times and keeps the engine that this GPU runs fastest.
+    What the memory plan says cannot fit is refused, unless ``force``. Progress goes to ``console``,
+    by default the terminal's standard error.
 
     Raises:
-        MissingDependencyError: the TensorRT library of this backend, or polygraphy, is not installed.
-        HipaError: a corrupt bundle, an unknown or impossible target, too little memory or disk, a build already
-            running, a graph of another precision than the manifest says, or TensorRT's own refusal. Stages built
-            before it remain.
+        MissingDependencyError: the TensorRT library of this backend, or polygraphy, is not
+        installed.
+        HipaError: a corrupt bundle, an unknown or impossible target, too little memory or disk, a
+        build already
+            running, a graph of another precision than the manifest says, or TensorRT's own refusal.
+            Stages built before it remain.
 
     """
     library, trt = check_tools(backend)
@@ -115,7 +118,9 @@ def build_bundle(
 def dry_run(
     bundle: Bundle, *, backend: str, target: str = "auto", options: BuildOptions = BuildOptions()
 ) -> Plan:
-    """What building every stage will take, without building; TensorRT need not be installed, nor the target be here.
+    """What building every stage will take, without building.
+
+    TensorRT need not be installed, and the target need not be this machine.
 
     Raises:
         HipaError: an unknown backend or target.
@@ -131,13 +136,15 @@ def _check_options(
 ) -> None:
     if library == "rtx" and options.timing_cache is not None:
         raise HipaError(
-            "TensorRT-RTX has no timing cache (it times nothing while building). Leave the option out."
+            "TensorRT-RTX has no timing cache (it times nothing while building). "
+            "Leave the option out."
         )
     if not 1 <= best_of <= MAX_CANDIDATES:
         raise HipaError(f"--best-of is {best_of}. Expected 1 to {MAX_CANDIDATES}.")
     if best_of > 1 and find_gpu() is None:
         raise HipaError(
-            "--best-of runs each engine to time it, and no NVIDIA GPU answers here. Leave the option out."
+            "--best-of runs each engine to time it, and no NVIDIA GPU answers here. "
+            "Leave the option out."
         )
     if options.refit:
         refuse_faulty(library, version)
@@ -145,14 +152,15 @@ def _check_options(
         options.refit and find_gpu() is None
     ):  # TensorRT-RTX 1.7 fails in Myelin: CHECK(status == CUDA_SUCCESS)
         raise HipaError(
-            "--refit: a refittable engine is compiled with a driver, and no NVIDIA GPU answers here."
+            "--refit: a refittable engine is compiled with a driver, "
+            "and no NVIDIA GPU answers here."
         )
 
 
 def _resolve_options(
     options: BuildOptions, library: TensorRTLibrary, target: str, goal: Target, version: str
 ) -> BuildOptions:
-    """The target's own options where none is given, and a timing cache for this device and version."""
+    """The options, with the target's own for those not given, and this device's timing cache."""
     resolved = options.or_else(default_options(target, library, describe_device()))
     if library == "rtx" or resolved.timing_cache is not None:
         return resolved
@@ -165,7 +173,8 @@ def check_tools(backend: str) -> tuple[TensorRTLibrary, ModuleType]:
     """The TensorRT library and its module.
 
     Raises:
-        MissingDependencyError: the TensorRT library of this backend, or polygraphy, is not installed.
+        MissingDependencyError: the TensorRT library of this backend, or polygraphy, is not
+        installed.
         HipaError: an unknown backend.
 
     """
@@ -242,7 +251,7 @@ def sidecar_path(folder: Path, stage: str, key: EngineKey) -> Path:
 
 
 def up_to_date(path: Path, key: EngineKey, best_of: int = 1) -> Sidecar | None:
-    """The sidecar at ``path`` if its key is ``key``, its engine whole and the best of as many; else None."""
+    """The sidecar at ``path``, if its key is ``key``, its engine whole and the best of as many."""
     try:
         sidecar = read_sidecar(path)
         check_engine_file(engine_path(path), sidecar, "")
@@ -289,7 +298,8 @@ def locked(folder: Path) -> Iterator[None]:
         handle = (folder / ".lock").open("a+")
     except OSError as error:
         raise HipaError(
-            f"{folder} cannot be written ({error.strerror}). Copy the bundle to a folder of your own."
+            f"{folder} cannot be written ({error.strerror}). "
+            "Copy the bundle to a folder of your own."
         ) from None
     with handle:
         try:
@@ -319,7 +329,10 @@ def _progress_bar(console: Console | None) -> Progress:
 
 
 def _reporter(bar: Progress, task: TaskID, number: int, best_of: int) -> Report:
-    """Show a worker's events on its stage's bar; candidate ``number`` of ``best_of`` has its share of it."""
+    """Show a worker's events on its stage's bar.
+
+    Candidate ``number`` of ``best_of`` has its share of the bar.
+    """
 
     def report(event: Event) -> None:
         phase = f"{number + 1} of {best_of}: {event.phase}" if best_of > 1 else event.phase

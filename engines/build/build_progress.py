@@ -44,7 +44,7 @@ class PhaseTree:
         return self._best
 
     def _fraction(self, name: str | None) -> float:
-        """How much is done by the light of one phase: its share of a step of its parent, and so on up.
+        """How much is done, by one phase: its share of a step of its parent, and so on up.
 
         0 for a phase whose parent is over: it says nothing of the whole.
         """

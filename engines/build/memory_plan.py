@@ -1,7 +1,8 @@
 """What a build and a run will take in memory and on disk, predicted and held against what is there.
 
-The host's part of a build is a line through peaks that were measured (see HOST_BASE_MIB). The GPU's part and the run's
-are sums of what must lie there; they are predictions that no device has confirmed yet.
+The host's part of a build is a line through peaks that were measured (see HOST_BASE_MIB). The GPU's
+part and the run's are sums of what must lie there; they are predictions that no device has
+confirmed yet.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ class StagePlan(Record):
 
 
 class Place(Record):
-    """Where memory is taken, in MiB. ``shared``: GPU and host take it from one another. None: not known."""
+    """Where memory is taken, in MiB; None where it is not known.
+
+    ``shared`` means that GPU and host take it from one another.
+    """
 
     name: str
     shared: bool
@@ -107,7 +111,7 @@ def plan_build(
     options: BuildOptions,
     device: Device,
 ) -> Plan:
-    """What building ``stages`` on ``device``, or for ``target``, and running the whole bundle will take.
+    """What building ``stages``, and running the whole bundle, will take.
 
     Raises:
         HipaError: an unknown target.
@@ -145,7 +149,7 @@ def _plan_stage(
 
 
 def _build_place(library: TensorRTLibrary, profile: TargetProfile | None, device: Device) -> Place:
-    """TensorRT-RTX compiles on this machine's processor; TensorRT on the device that runs the engine."""
+    """TensorRT-RTX compiles on this machine's processor, TensorRT on the device itself."""
     if library == "tensorrt" and profile is not None and not _is_here(profile, device):
         return _elsewhere(profile)
     return _here(device)

@@ -18,8 +18,8 @@ _HEAVY = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 def check_network(trt: ModuleType, network: Any, asked: Precision) -> PrecisionCheck:
     """Count the types that a parsed, strongly typed network computes in.
 
-    Only convolutions and matrix products count, where the network has any: normalisations and the step's
-    arithmetic stay in FP32 on purpose.
+    Only convolutions and matrix products count, where the network has any: normalisations and the
+    step's arithmetic stay in FP32 on purpose.
 
     Raises:
         HipaError: most of them are not of the precision that was asked for.
@@ -35,14 +35,18 @@ def check_network(trt: ModuleType, network: Any, asked: Precision) -> PrecisionC
     )
     if wrong := _wrong(check, asked):
         raise HipaError(
-            f"the ONNX graph is not {asked}: {wrong} of {check.float16 + check.float32} convolutions and matrix "
-            f"products are {_OTHER[asked]}. Precision lives in the graph: export the bundle again with --dtype {asked}."
+            f"the ONNX graph is not {asked}: "
+            f"{wrong} of {check.float16 + check.float32} convolutions and matrix "
+            f"products are {_OTHER[asked]}. "
+            f"Precision lives in the graph: export the bundle again with --dtype {asked}."
         )
     return check
 
 
 def read_back(trt: ModuleType, logger: Any, engine: Any, asked: Precision) -> PrecisionCheck | None:
-    """Count the output types that a built engine reports. Needs a driver; None when the engine does not tell.
+    """Count the output types that a built engine reports; None when it reports none.
+
+    This needs a driver.
 
     Raises:
         HipaError: most of them are not of the precision that was asked for.
@@ -66,7 +70,8 @@ def check_inspected(text: str, asked: Precision) -> PrecisionCheck | None:
     if check is not None and (wrong := _wrong(check, asked)):
         raise HipaError(
             f"the engine was built in {_OTHER[asked]}, {asked} was asked for: {wrong} of "
-            f"{check.float16 + check.float32} outputs, by its inspector. Report it with hipa-doctor --self-test."
+            f"{check.float16 + check.float32} outputs, by its inspector. "
+            "Report it with hipa-doctor --self-test."
         )
     return check
 
@@ -80,7 +85,7 @@ def _wrong(check: PrecisionCheck, asked: Precision) -> int:
 
 
 def parse_inspector(text: str) -> PrecisionCheck | None:
-    """The inspector's JSON of TensorRT 10 ('Format/Datatype') or 11 ('DataType'); None without types in it."""
+    """Types in the inspector's JSON of TensorRT 10 ('Format/Datatype') or 11 ('DataType'), or None."""
     try:
         types = [kind for tensor in _outputs(json.loads(text)) if (kind := _type_of(tensor))]
     except ValueError:

@@ -1,8 +1,10 @@
-"""One engine build in a process of its own: ``python -m hipa_deploy.engines.build.worker``, a Job on stdin.
+"""One engine build in a process of its own: ``python -m hipa_deploy.engines.build.worker``.
 
-A process of its own because polygraphy settles on TensorRT or TensorRT-RTX once in a process's life, and because
-what a build holds is given back only when its process ends. Events go to stdout, a JSON object a line; all that
-TensorRT and polygraphy say goes to stderr.
+It takes a Job on stdin.
+
+A process of its own because polygraphy settles on TensorRT or TensorRT-RTX once in a process's
+life, and because what a build holds is given back only when its process ends. Events go to stdout,
+a JSON object a line; all that TensorRT and polygraphy say goes to stderr.
 """
 
 from __future__ import annotations
@@ -162,7 +164,8 @@ def _mark_refittable(trt: ModuleType, network: Any, config: Any, weights: tuple[
     config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
     if unknown := [name for name in weights if not network.mark_weights_refittable(name)]:
         raise HipaError(
-            f"TensorRT knows no weight {unknown[0]!r} ({len(unknown)} in all). Export the bundle again."
+            f"TensorRT knows no weight {unknown[0]!r} ({len(unknown)} in all). "
+            "Export the bundle again."
         )
 
 
@@ -174,7 +177,7 @@ def _memory_limits(trt: ModuleType, options: BuildOptions) -> dict[Any, int]:
 
 
 def _profiles(poly: ModuleType, spec: StageSpec) -> list[Any] | None:
-    """One optimisation profile for the inputs with named dimensions; None when every shape is static."""
+    """One optimisation profile for inputs with named dimensions; none if every shape is static."""
     if not spec.axes:
         return None
     profile = poly.Profile()
@@ -190,8 +193,8 @@ def _profiles(poly: ModuleType, spec: StageSpec) -> list[Any] | None:
 def _load_timing_cache(config: Any, path: Path) -> None:
     """Give ``config`` the cache at ``path``, or an empty one if there is none.
 
-    Not through polygraphy, which ignores a mismatch of device or version. TensorRT answers one it cannot use with
-    an empty cache, which must not be written over the user's file.
+    Not through polygraphy, which ignores a mismatch of device or version. TensorRT answers one it
+    cannot use with an empty cache, which must not be written over the user's file.
     """
     data, empty = path.read_bytes() if path.is_file() else b"", config.create_timing_cache(b"")
     cache = config.create_timing_cache(data)
@@ -200,7 +203,8 @@ def _load_timing_cache(config: Any, path: Path) -> None:
     )
     if refused or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise HipaError(
-            f"{path} is not a timing cache of this device and TensorRT version. Choose another file."
+            f"{path} is not a timing cache of this device and TensorRT version. "
+            "Choose another file."
         )
 
 

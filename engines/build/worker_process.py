@@ -86,7 +86,10 @@ def _events(process: subprocess.Popen[str]) -> Iterator[Event]:
 
 
 def explain_failure(status: int, log: str) -> str:
-    """One line on why a worker failed: the signal that killed it, TensorRT's last error, or the log's last line."""
+    """One line on why a worker failed.
+
+    It is the signal that killed it, TensorRT's last error, or the log's last line.
+    """
     if status < 0:
         name = signal.Signals(-status).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
@@ -101,5 +104,8 @@ def explain_failure(status: int, log: str) -> str:
 
 
 def count_skipped_tactics(log: str) -> int:
-    """How many tactics TensorRT passed over for want of memory: harmless, though it prints them as errors."""
+    """How many tactics TensorRT skipped because they need more memory.
+
+    That is harmless, though it prints them as errors.
+    """
     return sum(re.search(_SKIPPED, line) is not None for line in log.splitlines())

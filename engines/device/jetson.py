@@ -14,7 +14,10 @@ def jetson_model() -> str | None:
 
 
 def l4t_release(text: str | None = None) -> str | None:
-    """The Jetson Linux release, '36.4.3', from /etc/nv_tegra_release (or ``text``, its content); None elsewhere."""
+    """The Jetson Linux release, '36.4.3'; None elsewhere.
+
+    It is in /etc/nv_tegra_release; ``text`` is that file's content.
+    """
     text = text if text is not None else read_text("/etc/nv_tegra_release")
     match = re.search(r"R(\d+)[^,]*,\s*REVISION:\s*([\d.]+)", text or "")
     return f"{match[1]}.{match[2]}" if match else None

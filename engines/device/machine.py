@@ -18,7 +18,7 @@ def peak_rss_mib() -> int | None:
 
 
 def available_memory_mib() -> int | None:
-    """Host memory that new allocations can have without swapping, in MiB; None where /proc is absent.
+    """Host memory that can be allocated without swapping, in MiB; None where /proc is absent.
 
     The kernel's own estimate, or what a container's limit leaves of it.
     """

@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 
 FIELDS = (
-    "name", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "temperature.gpu", "power.draw",
-    "power.limit", "pstate", "persistence_mode",
+    "name", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "temperature.gpu",
+    "power.draw", "power.limit", "pstate", "persistence_mode",
 )  # fmt: skip
 REASONS = "reasons"
-# One name since driver 535, another before; a query with a name that the driver does not know fails as a whole.
+# One name since driver 535, another before. A query with a name that the driver does not know fails
+# as a whole.
 _REASONS_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
-# NVML's bits that are throttling. Idle, application clocks, display clocks and sync boost are settings, not distress.
+# NVML's bits that are throttling. Idle, application clocks, display clocks and sync boost are
+# settings, and no throttling.
 # https://docs.nvidia.com/deploy/nvml-api/group__nvmlClocksEventReasons.html
 _THROTTLES = {
     0x04: "power cap",
@@ -25,14 +27,18 @@ _THROTTLES = {
 def ask_smi(gpu_name: str | None) -> dict[str, str]:
     """``FIELDS`` and ``REASONS`` with nvidia-smi's words for the GPU of that name.
 
-    Empty without nvidia-smi, and where several GPUs answer and not exactly one has the name: CUDA and nvidia-smi
-    count them in different orders.
+    The answer is empty without nvidia-smi. It is empty too where several GPUs answer and not
+    exactly one has the name: CUDA and nvidia-smi count them in different orders.
     """
     for reasons in _REASONS_FIELDS:
-        if rows := _query((*FIELDS, reasons)):
-            named = [row for row in rows if row["name"] == gpu_name]
-            chosen = named if len(rows) > 1 else rows
-            return {**chosen[0], REASONS: chosen[0][reasons]} if len(chosen) == 1 else {}
+        rows = _query((*FIELDS, reasons))
+        if not rows:
+            continue
+        if len(rows) > 1:
+            rows = [row for row in rows if row["name"] == gpu_name]
+        if len(rows) != 1:
+            return {}
+        return {**rows[0], REASONS: rows[0][reasons]}
     return {}
 
 
@@ -63,7 +69,10 @@ def smi_text(answer: dict[str, str], field: str) -> str | None:
 
 
 def smi_throttles(answer: dict[str, str]) -> tuple[str, ...] | None:
-    """What holds the clocks down, of power, temperature and slowdown; None where the driver does not say."""
+    """What holds the clocks down: power, temperature or a slowdown.
+
+    None where the driver does not say.
+    """
     try:
         mask = int(answer.get(REASONS, ""), 16)
     except ValueError:

@@ -1,10 +1,12 @@
-"""What Linux and Jetson Linux say of themselves in files: clocks, temperatures, throttling, power mode.
+"""What Linux and Jetson Linux say in files: clocks, temperatures, throttling, power mode.
 
-Every function takes ``root``, so that tests can hand in a tree of their own. What a machine does not say is None or
-empty, never guessed. Sources: the kernel's ABI (https://docs.kernel.org/admin-guide/pm/cpufreq.html,
-https://www.kernel.org/doc/Documentation/ABI/testing/sysfs-class-thermal) and NVIDIA's Jetson Linux guide, "Platform
-Power and Performance" (https://docs.nvidia.com/jetson/archives/r36.4.3/DeveloperGuide/SD/PlatformPowerAndPerformance/
-JetsonOrinNanoSeriesJetsonOrinNxSeriesAndJetsonAgxOrinSeries.html).
+Every function takes ``root``, so that tests can hand in a tree of their own. What a machine does
+not say is None or empty, never guessed.
+
+Sources: the kernel's ABI (https://docs.kernel.org/admin-guide/pm/cpufreq.html and
+https://www.kernel.org/doc/Documentation/ABI/testing/sysfs-class-thermal), and the chapter "Platform
+Power and Performance" of NVIDIA's Jetson Linux guide, release 36.4.3
+(https://docs.nvidia.com/jetson/archives/r36.4.3/DeveloperGuide/).
 """
 
 from __future__ import annotations
@@ -16,15 +18,22 @@ from pathlib import Path
 
 from hipa_deploy.record import Record
 
-# 17000000.gpu on JetPack 6, 17000000.ga10b on 5; gpu-gpc-0 on Thor, which has no device-tree name to look at
-# (https://github.com/rbonghi/jetson_stats/issues/885).
+# 17000000.gpu on JetPack 6, 17000000.ga10b on 5; gpu-gpc-0 on Thor, which has no name in its device
+# tree (https://github.com/rbonghi/jetson_stats/issues/885).
 _GPU = re.compile(r"(\.(gpu|ga10b|gb10b|gv11b|gp10b|gm20b)|^gpu-gpc-\d+)$")
 # A state above 0 is throttling at work. Not 'pwm-fan', whose state above 0 is a fan that turns.
 _THROTTLES = re.compile(r"-throttle-alert$|^hot-surface-alert$|^(thermal-)?(devfreq|cpufreq)-")
 
 
 class Clock(Record):
-    """Megahertz. ``max_mhz`` is what the power mode allows; ``locked``: the least allowed is the most allowed."""
+    """A clock.
+
+    Attributes:
+        now_mhz: MHz at this moment.
+        max_mhz: MHz that the power mode allows at most.
+        locked: whether the lowest allowed clock is the highest allowed one.
+
+    """
 
     now_mhz: float | None
     max_mhz: float | None
@@ -48,9 +57,10 @@ def read_number(path: Path) -> float | None:
 
 
 def clocks(root: Path) -> dict[str, Clock]:
-    """'gpu', 'memory' and 'cpu', each where it can be read. Jetson's GPU and memory only; the memory's often as root.
+    """The clocks 'gpu', 'memory' and 'cpu', each where it can be read.
 
-    'cpu' is the fastest core: the others idle while one feeds a GPU.
+    The first two are Jetson's alone, and the memory's can often be read as root only. 'cpu' is the
+    fastest core: the others idle while one feeds a GPU.
     """
     readers: dict[str, Callable[[Path], Clock | None]] = {
         "gpu": _gpu,
@@ -67,24 +77,31 @@ def _gpu(root: Path) -> Clock | None:
 
 
 def _gpu_folder(root: Path) -> Path | None:
-    return next(
-        (path for path in _list(root, "sys/class/devfreq", "*") if _GPU.search(path.name)), None
-    )
+    for path in _list(root, "sys/class/devfreq", "*"):
+        if _GPU.search(path.name):
+            return path
+    return None
 
 
 def _devfreq(folder: Path) -> Clock | None:
-    now, low, high = (_scaled(folder / f"{name}_freq", 1e6) for name in ("cur", "min", "max"))
+    now = _scaled(folder / "cur_freq", 1e6)
+    low = _scaled(folder / "min_freq", 1e6)
+    high = _scaled(folder / "max_freq", 1e6)
     return None if now is None else Clock(now_mhz=now, max_mhz=high, locked=_same(low, high))
 
 
 def _memory(root: Path) -> Clock | None:
-    """The external memory controller: devfreq on Thor (https://github.com/rbonghi/jetson_stats/pull/825), else
+    """The external memory controller.
+
+    On Thor it is in devfreq (https://github.com/rbonghi/jetson_stats/pull/825), elsewhere in
     debugfs, which only root may read.
     """
-    if clock := _devfreq(root / "sys/class/devfreq/bwmgr"):
+    clock = _devfreq(root / "sys/class/devfreq/bwmgr")
+    if clock:
         return clock
     emc = root / "sys/kernel/debug/bpmp/debug/clk/emc"
-    now, high = _scaled(emc / "rate", 1e6), _scaled(emc / "max_rate", 1e6)
+    now = _scaled(emc / "rate", 1e6)
+    high = _scaled(emc / "max_rate", 1e6)
     return None if now is None else Clock(now_mhz=now, max_mhz=high)
 
 
@@ -94,16 +111,17 @@ def _cpu(root: Path) -> Clock | None:
 
 
 def _core(folder: Path) -> Clock | None:
-    now, low, high = (
-        _scaled(folder / f"scaling_{name}_freq", 1e3) for name in ("cur", "min", "max")
-    )
+    now = _scaled(folder / "scaling_cur_freq", 1e3)
+    low = _scaled(folder / "scaling_min_freq", 1e3)
+    high = _scaled(folder / "scaling_max_freq", 1e3)
     return None if now is None else Clock(now_mhz=now, max_mhz=high, locked=_same(low, high))
 
 
 def cpu_governor(root: Path) -> str | None:
     """The cores' frequency governors, 'performance' or 'performance, schedutil'."""
     files = _list(root, "sys/devices/system/cpu", "cpu[0-9]*/cpufreq/scaling_governor")
-    return ", ".join(sorted({text for text in map(read_text, files) if text})) or None
+    governors = {text for text in map(read_text, files) if text}
+    return ", ".join(sorted(governors)) or None
 
 
 def gpu_governor(root: Path) -> str | None:
@@ -113,38 +131,49 @@ def gpu_governor(root: Path) -> str | None:
 
 
 def temperatures(root: Path) -> dict[str, float]:
-    """Degrees Celsius by thermal zone; of zones with one name the hottest. Switched-off zones are left out."""
+    """Degrees Celsius by thermal zone.
+
+    Of zones with one name it is the hottest. Zones without power are left out.
+    """
     found: dict[str, float] = {}
     for zone in _list(root, "sys/class/thermal", "thermal_zone*"):
-        name, celsius = read_text(zone / "type"), _scaled(zone / "temp", 1e3)
-        if (
-            name and celsius is not None and -50 < celsius < 200
-        ):  # Tegra reports -256 for a zone without power
+        name = read_text(zone / "type")
+        celsius = _scaled(zone / "temp", 1e3)
+        # Tegra reports -256 for a zone without power.
+        if name and celsius is not None and -50 < celsius < 200:
             found[name] = max(celsius, found.get(name, celsius))
     return found
 
 
 def throttled_by(root: Path) -> tuple[str, ...] | None:
-    """Cooling devices that hold clocks down at this moment; None where there are none that could."""
+    """Cooling devices that hold clocks down now; None where there are none that could."""
     devices = _list(root, "sys/class/thermal", "cooling_device*")
     states = {read_text(path / "type") or "": read_number(path / "cur_state") for path in devices}
-    watched = {
-        name: state
-        for name, state in states.items()
-        if _THROTTLES.search(name) and state is not None
-    }
-    return tuple(sorted(name for name, state in watched.items() if state > 0)) if watched else None
+    active = []
+    is_known = False
+    for name, state in states.items():
+        if _THROTTLES.search(name) and state is not None:
+            is_known = True
+            if state > 0:
+                active.append(name)
+    return tuple(sorted(active)) if is_known else None
 
 
 def overcurrent_events(root: Path) -> int | None:
-    """Throttling by under-voltage and over-current, events since boot (Orin and Thor); None elsewhere."""
+    """Throttling by under-voltage and over-current: events since boot.
+
+    Orin and Thor count them; elsewhere it is None.
+    """
     counts = [read_number(path) for path in _list(root, "sys/class/hwmon", "hwmon*/oc*_event_cnt")]
     known = [int(count) for count in counts if count is not None]
     return sum(known) if known else None
 
 
 def module_watts(root: Path) -> float | None:
-    """What a Jetson Orin Nano or NX module draws, its INA3221's rail VDD_IN; None on modules without that rail."""
+    """Watts that a Jetson Orin Nano or NX module draws; None on other modules.
+
+    They are its INA3221's, of the rail VDD_IN.
+    """
     for label in _list(root, "sys/class/hwmon", "hwmon*/in*_label"):
         if read_text(label) == "VDD_IN":
             number = label.name.removeprefix("in").removesuffix("_label")
@@ -167,27 +196,27 @@ def fan_rpm(root: Path) -> int | None:
 def power_mode(root: Path) -> str | None:
     """Jetson's power mode, 'MAXN_SUPER (mode 2)', as nvpmodel last set it.
 
-    The number is in /var/lib/nvpmodel/status ('pmode:0002 fmode:quiet'), its name in /etc/nvpmodel.conf
-    ('< POWER_MODEL ID=2 NAME=MAXN_SUPER >'). A service that failed at boot leaves an older mode's clocks: they tell.
+    The number is in /var/lib/nvpmodel/status ('pmode:0002 fmode:quiet'), its name in
+    /etc/nvpmodel.conf ('< POWER_MODEL ID=2 NAME=MAXN_SUPER >'). If the service failed at boot, the
+    clocks are an older mode's.
     """
     match = re.search(r"pmode:0*(\d+)", read_text(root / "var/lib/nvpmodel/status") or "")
     if not match:
         return None
-    mode, names = match[1], read_text(root / "etc/nvpmodel.conf") or ""
+    mode = match[1]
+    names = read_text(root / "etc/nvpmodel.conf") or ""
     named = re.search(rf"^\s*<\s*POWER_MODEL\s+ID={mode}\s+NAME=(\S+)", names, re.MULTILINE)
     return f"{named[1]} (mode {mode})" if named else f"mode {mode}"
 
 
 def jetpack(root: Path) -> str | None:
     """The version of the package nvidia-jetpack, '6.2+b77'; None where it is not installed."""
-    packages = (
-        read_text(root / "var/lib/dpkg/status")
-        if (root / "etc/nv_tegra_release").exists()
-        else None
-    )
-    match = re.search(
-        r"^Package: nvidia-jetpack\n(?:.+\n)*?Version: (.+)$", packages or "", re.MULTILINE
-    )
+    # The list of packages is long, and only a Jetson has this one.
+    if not (root / "etc/nv_tegra_release").exists():
+        return None
+    packages = read_text(root / "var/lib/dpkg/status") or ""
+    pattern = r"^Package: nvidia-jetpack\n(?:.+\n)*?Version: (.+)$"
+    match = re.search(pattern, packages, re.MULTILINE)
     return match[1] if match else None
 
 
@@ -198,7 +227,10 @@ def load_average(root: Path) -> float | None:
 
 
 def busy_seconds(root: Path) -> float | None:
-    """Processor seconds since boot that were not idle, of all cores and processes; None where /proc/stat is mute."""
+    """Processor seconds since boot that were not idle, of all cores and processes.
+
+    None where /proc/stat does not say.
+    """
     match = re.search(r"^cpu +(.+)$", read_text(root / "proc/stat") or "", re.MULTILINE)
     ticks = [int(word) for word in match[1].split()] if match else []
     # user nice system idle iowait irq softirq steal; the guests after them are counted in user

@@ -18,12 +18,21 @@ CONFIDENCE = 0.95
 LEAST_RUNS = 10
 _CHUNK = 1_000_000  # numbers drawn at once
 
-
 Metric = Literal["p50", "p90", "p95", "p99", "mean"]
 
 
 class Ratio(Record):
-    """The second report over the first: above 1 is slower. ``low`` and ``high`` bound it with 95 % confidence."""
+    """The second report over the first.
+
+    Attributes:
+        first_ms: the metric of the first report, in milliseconds.
+        second_ms: of the second.
+        ratio: second over first; above 1 is slower.
+        low: lower bound of the ratio, with 95 % confidence for the interval.
+        high: upper bound.
+        verdict: 'slower' and 'faster' need a change past the threshold and an interval without 1.
+
+    """
 
     first_ms: float
     second_ms: float
@@ -60,10 +69,11 @@ def compare_reports(
     metric: Metric = "p50",
     threshold_percent: float = 5.0,
 ) -> Comparison:
-    """The ratio of ``metric``, stage by stage and end to end, device time included where both have it.
+    """The ratio of ``metric``, by stage and end to end, with device time where both have it.
 
-    'slower' and 'faster' need both: a change past the threshold, and a confidence interval without 1. The interval
-    is of these runs: it does not know of another day, another boot or another room temperature.
+    'slower' and 'faster' need both: a change past the threshold, and a confidence interval without
+    1. The interval is of these runs: it does not know of another day, another boot or another room
+    temperature.
 
     Raises:
         HipaError: a threshold that is not 0 or more, or a report without samples or with too few.
@@ -113,12 +123,13 @@ def _check_samples(report: LatencyReport, which: str) -> None:
     runs = len(report.end_to_end.samples_ms)
     if runs == 0:
         raise HipaError(
-            f"the {which} report has no samples (schema {report.schema_version}): no interval can be drawn. "
-            "Measure again with this version."
+            f"the {which} report has no samples (schema {report.schema_version}): "
+            "no interval can be drawn. Measure again with this version."
         )
     if runs < LEAST_RUNS:
         raise HipaError(
-            f"the {which} report has {runs} runs. Expected {LEAST_RUNS} or more: hipa-profile --runs 50."
+            f"the {which} report has {runs} runs. "
+            f"Expected {LEAST_RUNS} or more: hipa-profile --runs 50."
         )
 
 
@@ -141,15 +152,21 @@ def _ratio(first: LatencyStats, second: LatencyStats, metric: Metric, threshold:
 
 
 def resampled(samples: np.ndarray, metric: Metric, seed: int) -> np.ndarray:
-    """``RESAMPLES`` values of the metric, float64, by the circular block bootstrap: neighbouring runs stay together.
+    """``RESAMPLES`` values of the metric, float64, by the circular block bootstrap.
 
-    Runs are not independent (clocks and temperatures drift), and drawing them one by one would give too narrow an
-    interval. Blocks: Politis and Romano (1992); their length, the cube root of the runs: Hall, Horowitz and Jing
-    (1995), https://doi.org/10.1093/biomet/82.3.561.
+    Neighbouring runs stay together. Runs are not independent (clocks and temperatures drift), and
+    drawing them one by one would give too narrow an interval.
+
+    Sources: blocks, Politis and Romano (1992); their length, the cube root of the runs, Hall,
+    Horowitz and Jing (1995), https://doi.org/10.1093/biomet/82.3.561.
     """
-    runs, rng = len(samples), np.random.default_rng(seed)
+    runs = len(samples)
+    rng = np.random.default_rng(seed)
     length = max(1, round(runs ** (1 / 3)))
-    blocks, at_once = -(-runs // length), max(1, _CHUNK // runs)
+    blocks = -(-runs // length)  # rounded up, and the last one cut
+
+    # In chunks, so that memory does not grow with the number of runs.
+    at_once = max(1, _CHUNK // runs)
     values = []
     for start in range(0, RESAMPLES, at_once):
         draws = min(at_once, RESAMPLES - start)
@@ -168,26 +185,31 @@ def _statistic(samples_RN: np.ndarray, metric: Metric) -> np.ndarray:
 def condition_differences(
     first: LatencyReport, second: LatencyReport
 ) -> Iterator[ConditionDifference]:
-    """Conditions that differ, field by field: software, device, bundle, power mode, governors, allowed clocks."""
-    left, right = _flat(_settings(first)), _flat(_settings(second))
+    """Conditions that differ, field by field.
+
+    They are software, device, bundle, power mode, governors and allowed clocks.
+    """
+    left = _flat(_settings(first))
+    right = _flat(_settings(second))
     for field in dict.fromkeys((*left, *right)):
-        pair = [side.get(field, "unknown") for side in (left, right)]
-        if pair[0] != pair[1]:
-            yield ConditionDifference(field=field, first=pair[0], second=pair[1])
+        before = left.get(field, "unknown")
+        after = right.get(field, "unknown")
+        if before != after:
+            yield ConditionDifference(field=field, first=before, second=after)
 
 
 def _settings(report: LatencyReport) -> dict[str, Any]:
-    """The conditions without what changes from minute to minute, and without the backends that did not run."""
-    told = report.conditions.model_dump(mode="json")
-    told["device"].pop("backends")
-    state = told.pop("state") or {}
+    """The conditions, without what changes from minute to minute or had no part in the runs."""
+    conditions = report.conditions.model_dump(mode="json")
+    conditions["device"].pop("backends")
+    state = conditions.pop("state") or {}
     for name in ("before", "after", "others_cores", "performance_state"):
         state.pop(name, None)
     clocks = report.conditions.state.after.clocks if report.conditions.state else {}
     allowed = {
         name: {"max_mhz": clock.max_mhz, "locked": clock.locked} for name, clock in clocks.items()
     }
-    return {"warmup": report.warmup, **told, "state": {**state, "clocks": allowed}}
+    return {"warmup": report.warmup, **conditions, "state": {**state, "clocks": allowed}}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -223,11 +245,14 @@ def render_comparison(comparison: Comparison) -> Table:
 def _caption(comparison: Comparison) -> str:
     word = "regression" if comparison.regression else "no regression"
     lines = [
-        f"{word}: end to end decides, past {comparison.threshold_percent:g} % and with 1 outside the interval."
+        f"{word}: end to end decides, past {comparison.threshold_percent:g} % "
+        "and with 1 outside the interval."
     ]
     if comparison.only_in_one:
         lines.append(f"in one report alone: {', '.join(comparison.only_in_one)}.")
     if comparison.differences:
         lines.append("warning: the conditions differ, so the ratio is not the software's alone:")
-    lines += [f"  {told.field}: {told.first} -> {told.second}" for told in comparison.differences]
-    return "\n".join([*lines, *(f"warning: {text}." for text in comparison.warnings)])
+    for difference in comparison.differences:
+        lines.append(f"  {difference.field}: {difference.first} -> {difference.second}")
+    lines += [f"warning: {text}." for text in comparison.warnings]
+    return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""A latency report as one HTML page that stands alone: no script, no style sheet, font or image from elsewhere."""
+"""A latency report as one HTML page that stands alone.
+
+It has no script, and takes no style sheet, font or image from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from hipa_deploy.engines.latency.table import (
     UNKNOWN,
     device_name,
     memory_text,
+    model_name,
     stat_cells,
     state_facts,
 )
@@ -22,20 +26,25 @@ from hipa_deploy.engines.latency.table import (
 OUTSIDE = "outside the stages"
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6474; --line: #d9dde5; --paper: #fff; --tint: #f5f7fa }
+:root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6474; --line: #d9dde5;
+  --paper: #fff; --tint: #f5f7fa }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ef; --soft: #a2abba; --line: #363d4a; --paper: #14181f; --tint: #1c222c }
 }
-body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 58rem; color: var(--ink); background: var(--paper);
+body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 58rem;
+  color: var(--ink); background: var(--paper);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
 h1 { font-size: 1.6rem; margin: 0 0 .2rem } h2 { font-size: 1.1rem; margin: 2.6rem 0 .4rem }
-p { margin: .3rem 0 } .soft { color: var(--soft) } figure { margin: .8rem 0 } svg { width: 100%; height: auto }
+p { margin: .3rem 0 } .soft { color: var(--soft) }
+figure { margin: .8rem 0 } svg { width: 100%; height: auto }
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.4rem 0 }
 .cards div { flex: 1 1 8rem; padding: .7rem 1rem; background: var(--tint); border-radius: .5rem }
 .cards b { display: block; font-size: 1.5rem; font-weight: 600 }
-.warn { border-left: 4px solid #d9822b; background: var(--tint); padding: .6rem 1rem; margin: 1rem 0 }
+.warn { border-left: 4px solid #d9822b; background: var(--tint);
+  padding: .6rem 1rem; margin: 1rem 0 }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line);
+  text-align: right; vertical-align: top }
 th:first-child, td:first-child { text-align: left } th { color: var(--soft); font-weight: 500 }
 .facts td { text-align: left }
 .facts td:first-child { color: var(--soft); width: 13rem } tr.last td { font-weight: 600 }
@@ -44,13 +53,16 @@ th:first-child, td:first-child { text-align: left } th { color: var(--soft); fon
 
 
 def render_page(report: LatencyReport) -> str:
-    """The page: figures, plots, statistics, roofline and layers where the report has them, conditions.
+    """The page: figures, plots, statistics, conditions, and what else the report has.
 
     Plots need samples; a report of schema 1 has none, and its page says so.
     """
-    told = report.conditions
+    conditions = report.conditions
     title = f"Latency on {device_name(report)}"
-    facts = f"{_model(report)}, {told.width}x{told.height}, batch {told.batch}, {told.precision}, {told.backend}"
+    facts = (
+        f"{model_name(report)}, {conditions.width}x{conditions.height}, batch {conditions.batch}, "
+        f"{conditions.precision}, {conditions.backend}"
+    )
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{escape(facts)}; measured {escape(report.created)}</p>',
@@ -61,7 +73,10 @@ def render_page(report: LatencyReport) -> str:
     body += _conditions(report)
     for stage, layers in report.layers.items():
         body += _layers(stage, layers)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title>"
+    )
     page = [
         "<!doctype html>",
         f'<html lang="en"><head>{head}<style>{_STYLE}</style></head><body>',
@@ -70,22 +85,10 @@ def render_page(report: LatencyReport) -> str:
     return "\n".join([*page, "</body></html>", ""])
 
 
-def _model(report: LatencyReport) -> str:
-    facts = report.conditions.bundle
-    return (
-        UNKNOWN
-        if facts is None
-        else facts.base_model + (f" + {facts.adaptor}" if facts.adaptor else "")
-    )
-
-
 def _warnings(report: LatencyReport) -> Iterator[str]:
     if report.warnings:
-        yield (
-            '<div class="warn">'
-            + "".join(f"<p>{escape(text)}</p>" for text in report.warnings)
-            + "</div>"
-        )
+        paragraphs = "".join(f"<p>{escape(text)}</p>" for text in report.warnings)
+        yield f'<div class="warn">{paragraphs}</div>'
 
 
 def _cards(report: LatencyReport) -> Iterator[str]:
@@ -97,18 +100,14 @@ def _cards(report: LatencyReport) -> Iterator[str]:
         (f"{report.throughput_images_per_second:.2f}", "images a second: throughput"),
     ]
     yield '<div class="cards">'
-    yield from (
-        f"<div><b>{escape(value)}</b><span class=soft>{escape(label)}</span></div>"
-        for value, label in cards
-    )
+    for value, label in cards:
+        yield f"<div><b>{escape(value)}</b><span class=soft>{escape(label)}</span></div>"
     yield "</div>"
 
 
 def _plots(report: LatencyReport) -> Iterator[str]:
-    rows = {
-        name: stats.samples_ms
-        for name, stats in {**report.stages, END_TO_END: report.end_to_end}.items()
-    }
+    everything = {**report.stages, END_TO_END: report.end_to_end}
+    rows = {name: stats.samples_ms for name, stats in everything.items()}
     if not report.end_to_end.samples_ms:
         yield '<p class="soft">No plots: a report of schema 1 keeps no samples.</p>'
         return
@@ -134,7 +133,10 @@ def _figure(title: str, caption: str, svg: str) -> Iterator[str]:
 
 
 def _shares(report: LatencyReport) -> dict[str, dict[str, float]]:
-    """Mean ms by stage as the host sees them, with what is outside; and the device's own, where it tells."""
+    """Mean ms by stage, as the host sees them and as the device reports them.
+
+    The host's have an entry for what is outside the stages.
+    """
     stages = {name: stats.mean_ms for name, stats in report.stages.items()}
     bars = {"host": {**stages, OUTSIDE: max(0.0, report.end_to_end.mean_ms - sum(stages.values()))}}
     device = {name: stats.mean_ms for name, stats in report.device.items() if name != END_TO_END}
@@ -147,28 +149,21 @@ def _statistics(report: LatencyReport) -> Iterator[str]:
     yield "<h2>Statistics, ms of one batch</h2>"
     yield from _table(("stage", *HEADINGS), rows, last=True)
     if report.device:
-        yield "<h2>Device time, ms</h2><p class=soft>CUDA events around the execution, without copies.</p>"
+        yield "<h2>Device time, ms</h2>"
+        yield "<p class=soft>CUDA events around the execution, without copies.</p>"
         rows = [(name, *stat_cells(stats)) for name, stats in report.device.items()]
         yield from _table(("stage", *HEADINGS), rows, last=True)
 
 
 def _roofline(roofline: Roofline) -> Iterator[str]:
     yield f"<h2>Prediction: lower bound on {escape(roofline.title)}, not measured</h2>"
-    rows: list[tuple[str, ...]] = [
-        (name, f"{stage.compute_ms:.3f}", f"{stage.memory_ms:.3f}", f"{stage.bound_ms:.3f}", stage.bound_by,
-         _percent(stage.measured_percent))
-        for name, stage in roofline.stages.items()
-    ]  # fmt: skip
-    rows.append(
-        (
-            END_TO_END,
-            "",
-            "",
-            f"{roofline.end_to_end_ms:.3f}",
-            "",
-            _percent(roofline.measured_percent),
-        )
-    )
+    rows: list[tuple[str, ...]] = []
+    for name, stage in roofline.stages.items():
+        milliseconds = (stage.compute_ms, stage.memory_ms, stage.bound_ms)
+        cells = [f"{value:.3f}" for value in milliseconds]
+        rows.append((name, *cells, stage.bound_by, _percent(stage.measured_percent)))
+    whole = f"{roofline.end_to_end_ms:.3f}"
+    rows.append((END_TO_END, "", "", whole, "", _percent(roofline.measured_percent)))
     headings = (
         "stage",
         "compute ms",
@@ -186,7 +181,8 @@ def _percent(value: float | None) -> str:
 
 def _layers(stage: str, layers: Sequence[LayerTime]) -> Iterator[str]:
     yield f"<h2>Layers of {escape(stage)}</h2>"
-    yield f'<p class="soft">A pass of its own, {RUNS} runs: profiling slows a stage. {escape(op_text(layers))}</p>'
+    note = f"A pass of its own, {RUNS} runs: profiling slows a stage. {op_text(layers)}"
+    yield f'<p class="soft">{escape(note)}</p>'
     rows = [
         (layer.name, layer.op or "-", f"{layer.ms:.3f}", f"{layer.percent:.1f}") for layer in layers
     ]
@@ -198,25 +194,25 @@ def _layers(stage: str, layers: Sequence[LayerTime]) -> Iterator[str]:
 
 
 def _conditions(report: LatencyReport) -> Iterator[str]:
-    told, device = report.conditions, report.conditions.device
+    conditions = report.conditions
+    device = conditions.device
     facts = [
         ("device", device_name(report)),
-        ("processor", f"{device.cpu}, {told.threads} threads usable"),
+        ("processor", f"{device.cpu}, {conditions.threads} threads usable"),
         ("GPU", device.gpu.name if device.gpu else "none"),
         ("driver", (device.gpu.driver if device.gpu else None) or UNKNOWN),
         ("CUDA", (device.gpu.cuda if device.gpu else None) or UNKNOWN),
         ("system", f"{device.os}, {device.arch}" + (f", L4T {device.l4t}" if device.l4t else "")),
-        ("JetPack", (told.state.jetpack if told.state else None) or UNKNOWN),
-        ("prompts", told.prompts),
+        ("JetPack", (conditions.state.jetpack if conditions.state else None) or UNKNOWN),
+        ("prompts", conditions.prompts),
         ("memory", memory_text(report)),
         ("load", f"{report.load_seconds:.2f} s"),
-        *state_facts(told),
-        *((f"version of {name}", version) for name, version in told.versions.items()),
+        *state_facts(conditions),
+        *((f"version of {name}", version) for name, version in conditions.versions.items()),
     ]
     yield '<h2>Conditions</h2><table class="facts">'
-    yield from (
-        f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in facts
-    )
+    for name, value in facts:
+        yield f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>"
     yield "</table>"
 
 
@@ -224,16 +220,10 @@ def _table(
     headings: Sequence[str], rows: Sequence[Sequence[str]], *, last: bool = False
 ) -> Iterator[str]:
     """A table whose first column is names; ``last`` sets the last row apart."""
-    yield (
-        '<div class="wide"><table><tr>'
-        + "".join(f"<th>{escape(text)}</th>" for text in headings)
-        + "</tr>"
-    )
-    for index, row in enumerate(rows):
+    heads = "".join(f"<th>{escape(text)}</th>" for text in headings)
+    yield f'<div class="wide"><table><tr>{heads}</tr>'
+    for index, (name, *cells) in enumerate(rows):
         mark = ' class="last"' if last and index == len(rows) - 1 else ""
-        cells = "".join(
-            f"<td{' class=name' if i == 0 else ''}>{escape(cell)}</td>"
-            for i, cell in enumerate(row)
-        )
-        yield f"<tr{mark}>{cells}</tr>"
+        values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        yield f"<tr{mark}><td class=name>{escape(name)}</td>{values}</tr>"
     yield "</table></div>"

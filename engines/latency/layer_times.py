@@ -1,4 +1,7 @@
-"""Where a stage's time goes, layer by layer, from the backend's own profiler. A pass of its own: it slows the stage."""
+"""Where a stage's time goes, layer by layer, from the backend's own profiler.
+
+This is a pass of its own, since profiling slows a stage.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ Inputs = dict[str, np.ndarray]
 
 
 class LayerTime(Record):
-    """The mean of ``RUNS`` runs after one that does not count. ``op`` is None where the profiler names no operator."""
+    """The time of a layer: the mean of ``RUNS`` runs, after one that does not count.
+
+    ``op`` is None where the profiler names no operator.
+    """
 
     name: str
     op: str | None
@@ -35,8 +41,10 @@ class LayerTime(Record):
 
 
 def profile_layers(pipeline: OneStepPipeline, prompt: str) -> dict[str, tuple[LayerTime, ...]]:
-    """Layers of every stage, slowest first. A TensorRT runner profiles itself (``profile_layers(**inputs)`` gives
-    [(name, ms)]); for ONNX Runtime on the CPU a session with its profiler on is opened beside the runner.
+    """Layers of every stage, slowest first.
+
+    A TensorRT runner profiles itself: ``profile_layers(**inputs)`` gives [(name, ms)]. For ONNX
+    Runtime on the CPU a session with its profiler on is opened beside the runner.
 
     Raises:
         HipaError: a backend whose profiler would not time the device.
@@ -84,8 +92,9 @@ def _mean_layers(
 def _onnxruntime_layers(
     bundle: Bundle, stage: str, inputs: Inputs
 ) -> list[tuple[str, str | None, float]]:
-    """Nodes of the optimised graph, from the trace that ONNX Runtime writes (CPU: a node's time is its own).
+    """Nodes of the optimised graph, from the trace that ONNX Runtime writes.
 
+    On the CPU a node's time in it is its own.
     https://onnxruntime.ai/docs/performance/tune-performance/profiling-tools.html
     """
     onnxruntime = importlib.import_module("onnxruntime")
@@ -105,7 +114,10 @@ def _onnxruntime_layers(
 
 
 def node_times(events: list[dict[str, Any]]) -> list[tuple[str, str | None, float]]:
-    """(node, operator, mean ms) from the trace's kernel events (``dur`` in microseconds), first runs left out."""
+    """(node, operator, mean ms) from the trace's kernel events, first runs left out.
+
+    The trace has microseconds.
+    """
     times: dict[str, list[float]] = {}
     ops: dict[str, str | None] = {}
     for event in events:
@@ -125,7 +137,7 @@ def _ranked(layers: list[tuple[str, str | None, float]]) -> tuple[LayerTime, ...
 
 
 def by_op(layers: Sequence[LayerTime]) -> dict[str, float]:
-    """Per cent of the time by operator, largest first; empty where the profiler names no operators."""
+    """Per cent of the time by operator, largest first; empty where no operators are named."""
     found: dict[str, float] = {}
     for layer in layers:
         if layer.op is not None:
@@ -141,15 +153,18 @@ def op_text(layers: Sequence[LayerTime], most: int = 6) -> str:
 def render_layers(stage: str, layers: Sequence[LayerTime], rows: int = ROWS) -> Table:
     """The slowest layers for a terminal, the rest in one row."""
     title = f"Layers of {stage}: their own profiler, {RUNS} runs apart from the latency above"
-    caption = "\n".join(
-        filter(None, ("Profiling slows a stage: read the shares, not the sums.", op_text(layers)))
-    )
+    caption = "Profiling slows a stage: read the shares, not the sums."
+    operators = op_text(layers)
+    if operators:
+        caption += f"\n{operators}"
     table = Table(title=title, caption=caption, caption_justify="left")
     for heading, justify in (("layer", "left"), ("op", "left"), ("ms", "right"), ("%", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for layer in layers[:rows]:
         table.add_row(layer.name, layer.op or "-", f"{layer.ms:.3f}", f"{layer.percent:.1f}")
-    if rest := layers[rows:]:
-        ms, percent = sum(layer.ms for layer in rest), sum(layer.percent for layer in rest)
-        table.add_row(f"{len(rest)} more", "", f"{ms:.3f}", f"{percent:.1f}", style="dim")
+    others = layers[rows:]
+    if others:
+        ms = sum(layer.ms for layer in others)
+        percent = sum(layer.percent for layer in others)
+        table.add_row(f"{len(others)} more", "", f"{ms:.3f}", f"{percent:.1f}", style="dim")
     return table

@@ -1,4 +1,7 @@
-"""The state of the machine around a measurement: clocks, temperatures, throttling, power mode, other processes."""
+"""The state of the machine around a measurement.
+
+It is clocks, temperatures, throttling, the power mode and what other processes took.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,10 @@ _NEAR = 0.95  # of its maximum, and a clock counts as at it
 
 
 class Reading(Record):
-    """One moment. None, or a name that is missing: this machine does not say. ``overcurrent_events`` are since boot.
+    """One moment. A value of None, or a name that is missing, means that this machine does not say.
 
-    ``busy_seconds`` and ``own_seconds`` are processor time since boot of everything, and of this process.
+    ``overcurrent_events`` are counted since boot. ``busy_seconds`` is the processor time of
+    everything since boot, ``own_seconds`` that of this process.
     """
 
     clocks: dict[str, Clock]
@@ -33,10 +37,11 @@ class Reading(Record):
 
 
 class MachineState(Record):
-    """Settings, and a reading right before and right after the timed runs, while the clocks still stand.
+    """Settings, and a reading right before and right after the timed runs.
 
-    ``power_mode`` and ``jetpack`` are Jetson's; ``power_limit_w``, ``performance_state`` and ``persistence`` are
-    nvidia-smi's. ``others_cores`` is how many cores' time other processes took during the runs.
+    ``power_mode`` and ``jetpack`` are Jetson's. ``power_limit_w``, ``performance_state`` and
+    ``persistence`` are nvidia-smi's. ``others_cores`` is how many cores' time other processes took
+    during the runs.
     """
 
     power_mode: str | None
@@ -52,21 +57,36 @@ class MachineState(Record):
 
 
 class Machine:
-    """Reads the state. ``root`` stands for '/' (another in tests); ``gpu_name`` picks the GPU in nvidia-smi."""
+    """Reads the state of this machine.
+
+    Args:
+        root: stands for '/'; tests give another.
+        gpu_name: the GPU to ask nvidia-smi for.
+
+    """
 
     def __init__(self, root: Path = Path("/"), gpu_name: str | None = None) -> None:
         self._root = root
         self._gpu_name = gpu_name
 
     def read(self) -> Reading:
-        """The state of this moment. Clocks come first: an idle GPU lowers its own within milliseconds."""
-        clocks, throttles = sysfs.clocks(self._root), sysfs.throttled_by(self._root)
+        """The state of this moment.
+
+        Clocks come first: an idle GPU lowers its own within milliseconds.
+        """
+        clocks = sysfs.clocks(self._root)
+        throttles = sysfs.throttled_by(self._root)
         smi = ask_smi(self._gpu_name)
-        temperatures, celsius = sysfs.temperatures(self._root), smi_number(smi, "temperature.gpu")
+
+        # Where both say the same thing, the files win: on a Jetson they are the module's own.
+        temperatures = sysfs.temperatures(self._root)
+        celsius = smi_number(smi, "temperature.gpu")
+        if celsius is not None:
+            temperatures = {"gpu": celsius, **temperatures}
         watts = sysfs.module_watts(self._root)
         return Reading(
             clocks={**_smi_clocks(smi), **clocks},
-            temperatures_c={**({} if celsius is None else {"gpu": celsius}), **temperatures},
+            temperatures_c=temperatures,
             throttled_by=_joined(throttles, smi_throttles(smi)),
             overcurrent_events=sysfs.overcurrent_events(self._root),
             power_w=smi_number(smi, "power.draw") if watts is None else watts,
@@ -95,13 +115,13 @@ class Machine:
 
 
 def _smi_clocks(smi: dict[str, str]) -> dict[str, Clock]:
-    pairs = {"gpu": ("clocks.sm", "clocks.max.sm"), "memory": ("clocks.mem", "clocks.max.mem")}
-    found = {name: [smi_number(smi, field) for field in fields] for name, fields in pairs.items()}
-    return {
-        name: Clock(now_mhz=now, max_mhz=high)
-        for name, (now, high) in found.items()
-        if now is not None
-    }
+    clocks = {}
+    for name, field in (("gpu", "sm"), ("memory", "mem")):
+        now = smi_number(smi, f"clocks.{field}")
+        if now is not None:
+            highest = smi_number(smi, f"clocks.max.{field}")
+            clocks[name] = Clock(now_mhz=now, max_mhz=highest)
+    return clocks
 
 
 def _joined(
@@ -112,9 +132,8 @@ def _joined(
 
 def _others_cores(before: Reading, after: Reading) -> float | None:
     elapsed = after.at_seconds - before.at_seconds
-    if (
-        before.busy_seconds is None or after.busy_seconds is None or elapsed < 0.1
-    ):  # /proc/stat counts in 10 ms
+    # /proc/stat counts in 10 ms: in a shorter time its figure is mostly rounding.
+    if before.busy_seconds is None or after.busy_seconds is None or elapsed < 0.1:
         return None
     others = (after.busy_seconds - before.busy_seconds) - (after.own_seconds - before.own_seconds)
     return round(max(0.0, others / elapsed), 2)
@@ -133,7 +152,8 @@ def _throttling(state: MachineState) -> list[str]:
     for when, reading in (("before", state.before), ("after", state.after)):
         if reading.throttled_by:
             found.append(f"throttled {when} the runs: {', '.join(reading.throttled_by)}")
-    first, last = state.before.overcurrent_events, state.after.overcurrent_events
+    first = state.before.overcurrent_events
+    last = state.after.overcurrent_events
     if first is not None and last is not None and last > first:
         found.append(
             f"{last - first} throttling events by over-current or under-voltage during the runs"
@@ -144,11 +164,8 @@ def _throttling(state: MachineState) -> list[str]:
 def _low_clocks(state: MachineState, on_gpu: bool) -> list[str]:
     found = []
     for name in ("gpu", "memory", "cpu") if on_gpu else ("cpu",):
-        pair = [
-            reading.clocks[name]
-            for reading in (state.before, state.after)
-            if name in reading.clocks
-        ]
+        readings = [state.before, state.after]
+        pair = [reading.clocks[name] for reading in readings if name in reading.clocks]
         low = min(pair, key=lambda clock: clock.now_mhz or 0, default=None)
         if low and low.now_mhz is not None and low.max_mhz and low.now_mhz < _NEAR * low.max_mhz:
             found.append(f"the {name} clock was {low.now_mhz:.0f} of {low.max_mhz:.0f} MHz")

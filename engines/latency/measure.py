@@ -99,7 +99,8 @@ def profile_pipeline(
     """
     if not 1 <= runs <= MAX_RUNS or not 0 <= warmup <= MAX_RUNS:
         raise HipaError(
-            f"got {runs} runs and {warmup} of warm-up. Expected 1 to {MAX_RUNS} and 0 to {MAX_RUNS}."
+            f"got {runs} runs and {warmup} of warm-up. "
+            f"Expected 1 to {MAX_RUNS} and 0 to {MAX_RUNS}."
         )
     prompts = _run_prompts(pipeline.bundle, prompt)
     device = describe_device()

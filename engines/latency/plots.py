@@ -1,4 +1,7 @@
-"""Three plots as SVG text: strips with boxes, lines over runs, a bar of shares. No library, no script, no fonts."""
+"""Three plots as SVG text: strips with boxes, lines over runs, a bar of shares.
+
+They need no library, no script and no fonts.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,12 @@ COLOURS = (
     "#4aa3b8",
 )  # legible on white and on black
 GREY = "#8a919e"
-MOST_DOTS, MOST_POINTS = 400, 800
+MOST_DOTS = 400
+MOST_POINTS = 800
 
-_LEFT, _RIGHT = 150, WIDTH - 30  # the plot's horizontal extent; names stand left of it
+# The plot's horizontal extent; names stand left of it.
+_LEFT = 150
+_RIGHT = WIDTH - 30
 _ROW = 72
 _FONT = 'font-family="system-ui, -apple-system, Segoe UI, Roboto, DejaVu Sans, sans-serif"'
 
@@ -40,11 +46,12 @@ class Scale(NamedTuple):
         return round(self.start + (self.end - self.start) * share, 1)
 
     def ticks(self) -> list[float]:
-        """About seven round values at most inside the range: multiples of 1, 2 or 5 times a power of ten."""
+        """About seven round values inside the range: multiples of 1, 2 or 5 times a power of ten."""
         rough = (self.high - self.low) / 7 or 1.0
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        first = math.ceil(self.low / step - 1e-9)
+        last = math.floor(self.high / step + 1e-9)
         return [round(step * index, 10) for index in range(first, last + 1)]
 
 
@@ -54,8 +61,10 @@ def colours_of(names: Sequence[str]) -> dict[str, str]:
 
 
 def strip_plot(rows: Mapping[str, Sequence[float]], colours: Mapping[str, str], unit: str) -> str:
-    """A row a name, each on a scale of its own: a dot a value (``MOST_DOTS`` at most), a box from 25 to 75 %, a long
-    stroke at 50 and a short one at 99 %.
+    """A row a name, each on a scale of its own.
+
+    A row has a dot a value (``MOST_DOTS`` at most), a box from 25 to 75 %, a long stroke at 50 %
+    and a short one at 99 %.
     """
     parts: list[str] = []
     for index, (name, values) in enumerate(rows.items()):
@@ -64,7 +73,8 @@ def strip_plot(rows: Mapping[str, Sequence[float]], colours: Mapping[str, str], 
 
 
 def _strip(name: str, values: Sequence[float], y: float, colour: str, unit: str) -> Iterator[str]:
-    low, high = min(values, default=0.0), max(values, default=1.0)
+    low = min(values, default=0.0)
+    high = max(values, default=1.0)
     margin = (high - low) * 0.04 or 0.05 * high or 1.0
     scale = Scale(low - margin, high + margin, _LEFT, _RIGHT)
     yield from _x_axis(scale, y + 16, y - 16, unit)
@@ -72,31 +82,38 @@ def _strip(name: str, values: Sequence[float], y: float, colour: str, unit: str)
     if not values:
         return
     p25, p50, p75, p99 = (float(p) for p in np.percentile(values, [25, 50, 75, 99]))
-    box = f'x="{scale(p25)}" y="{y - 13}" width="{max(1.0, scale(p75) - scale(p25)):.1f}" height="26" rx="3"'
-    yield f'<rect {box} fill="{colour}" fill-opacity="0.22" stroke="{colour}" stroke-opacity="0.7"/>'
+    width = max(1.0, scale(p75) - scale(p25))
+    box = f'x="{scale(p25)}" y="{y - 13}" width="{width:.1f}" height="26" rx="3"'
+    paint = f'fill="{colour}" fill-opacity="0.22" stroke="{colour}" stroke-opacity="0.7"'
+    yield f"<rect {box} {paint}/>"
     for index, value in enumerate(_thinned(values, MOST_DOTS)):
-        jitter = (index * 0.618034 % 1 - 0.5) * 20  # the golden ratio spreads without chance
-        yield f'<circle cx="{scale(value)}" cy="{y + jitter:.1f}" r="2.2" fill="{colour}" fill-opacity="0.55"/>'
+        # Multiples of the golden ratio spread dots evenly, and the same way each time.
+        jitter = (index * 0.618034 % 1 - 0.5) * 20
+        place = f'cx="{scale(value)}" cy="{y + jitter:.1f}"'
+        yield f'<circle {place} r="2.2" fill="{colour}" fill-opacity="0.55"/>'
     yield _stroke(scale(p50), y - 15, scale(p50), y + 15, colour, 2.5, f"p50 {p50:.3g}")
     yield _stroke(scale(p99), y - 9, scale(p99), y + 9, colour, 1.5, f"p99 {p99:.3g}")
     yield _text(scale(p50), y - 18, f"{p50:.3g}", anchor="middle", size=11)
 
 
 def line_plot(series: Mapping[str, Sequence[float]], colours: Mapping[str, str], unit: str) -> str:
-    """Values in their order, a line a name, from 0 up. Beyond ``MOST_POINTS`` each point is the largest of several."""
-    height, top = 260, 34
+    """Values in their order, a line a name, from 0 up.
+
+    Beyond ``MOST_POINTS`` values each point is the largest of several.
+    """
+    height = 260
+    top = 34
     most = max((max(values) for values in series.values() if values), default=1.0) or 1.0
     longest = max((len(values) for values in series.values()), default=1)
-    x, y = Scale(1, max(2, longest), _LEFT - 90, _RIGHT), Scale(0, most * 1.06, height - 40, top)
+    x = Scale(1, max(2, longest), _LEFT - 90, _RIGHT)
+    y = Scale(0, most * 1.06, height - 40, top)
     parts = [
         *_y_axis(y, x.start, x.end, unit),
         _text(x.end, height - 8, "run", anchor="end", size=11),
     ]
-    parts += [
-        _text(x(tick), height - 22, f"{tick:g}", anchor="middle", size=11)
-        for tick in x.ticks()
-        if tick >= 1
-    ]
+    for tick in x.ticks():
+        if tick >= 1:
+            parts.append(_text(x(tick), height - 22, f"{tick:g}", anchor="middle", size=11))
     parts += list(_legend(series, colours, x.start))
     for name, values in series.items():
         bucket = -(-len(values) // MOST_POINTS) or 1
@@ -182,9 +199,11 @@ def _stroke(
 def _text(
     x: float, y: float, text: str, anchor: str = "start", size: int = 13, fill: str = "currentColor"
 ) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{fill}">{escape(text)}</text>'
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text {place} font-size="{size}" fill="{fill}">{escape(text)}</text>'
 
 
 def _svg(height: float, parts: Sequence[str], label: str) -> str:
-    head = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(label)}"'
-    return "\n".join([f"<svg {head} {_FONT}>", *parts, "</svg>"])
+    size = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}"'
+    title = f'role="img" aria-label="{escape(label)}"'
+    return "\n".join([f"<svg {size} {title} {_FONT}>", *parts, "</svg>"])

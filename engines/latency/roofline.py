@@ -173,7 +173,7 @@ def _targets_with_peak(precision: Precision) -> list[str]:
 
 
 def render_roofline(roofline: Roofline) -> Table:
-    """The prediction for a terminal, in a table of its own, so that nobody takes it for measured."""
+    """The prediction for a terminal, in a table of its own: nobody must take it for measured."""
     title = f"prediction: lower bound on {roofline.title}, not measured"
     table = Table(title=title, caption=_caption(roofline), caption_justify="left")
     table.add_column("stage")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
@@ -18,30 +18,37 @@ UNKNOWN = "unknown"
 
 
 def render_table(report: LatencyReport) -> Table:
-    """The report for a terminal: a row a stage, milliseconds, conditions and warnings in the caption."""
-    told = report.conditions
-    title = f"Latency of a batch of {told.batch}, {told.width}x{told.height}, {told.precision}, {told.backend}, in ms"
+    """The report for a terminal: a row a stage, in milliseconds.
+
+    Conditions and warnings are in the caption.
+    """
+    conditions = report.conditions
+    size = f"{conditions.width}x{conditions.height}"
+    title = (
+        f"Latency of a batch of {conditions.batch}, {size}, {conditions.precision}, "
+        f"{conditions.backend}, in ms"
+    )
     table = Table(title=title, caption=_caption(report), caption_justify="left")
     table.add_column("stage", no_wrap=True)
-    for heading in (*HEADINGS, *(("device p50",) if report.device else ())):
+    for heading in HEADINGS:
         table.add_column(heading, justify="right")
+    if report.device:
+        table.add_column("device p50", justify="right")
+
     for name, stats in {**report.stages, END_TO_END: report.end_to_end}.items():
-        device = (
-            [_ms(report.device[name].p50_ms if name in report.device else None)]
-            if report.device
-            else []
-        )
-        table.add_row(
-            name, *stat_cells(stats), *device, style="bold" if name == END_TO_END else None
-        )
+        cells = stat_cells(stats)
+        if report.device:
+            on_device = report.device.get(name)
+            cells.append(_ms(on_device.p50_ms if on_device else None))
+        table.add_row(name, *cells, style="bold" if name == END_TO_END else None)
     return table
 
 
 def stat_cells(stats: LatencyStats) -> list[str]:
     """``HEADINGS``' values, milliseconds."""
     values = (
-        stats.first_ms, stats.p50_ms, stats.p90_ms, stats.p95_ms, stats.p99_ms, stats.mean_ms, stats.std_ms,
-        stats.min_ms,
+        stats.first_ms, stats.p50_ms, stats.p90_ms, stats.p95_ms, stats.p99_ms,
+        stats.mean_ms, stats.std_ms, stats.min_ms,
     )  # fmt: skip
     return [_ms(value) for value in values]
 
@@ -52,12 +59,15 @@ def _ms(value: float | None) -> str:
 
 
 def _caption(report: LatencyReport) -> str:
-    told, runs = report.conditions, report.end_to_end.runs
+    conditions = report.conditions
+    runs = report.end_to_end.runs
     few = "; p99 of fewer than 100 runs is close to the slowest" if runs < 100 else ""
-    state = "; ".join(f"{name} {value}" for name, value in state_facts(told) if value != UNKNOWN)
+    state = "; ".join(
+        f"{name} {value}" for name, value in state_facts(conditions) if value != UNKNOWN
+    )
     lines = [
-        f"{runs} runs after {report.warmup} of warm-up{few}; {told.prompts}; "
-        f"{device_name(report)}, {told.threads} threads; load {report.load_seconds:.2f} s; "
+        f"{runs} runs after {report.warmup} of warm-up{few}; {conditions.prompts}; "
+        f"{device_name(report)}, {conditions.threads} threads; load {report.load_seconds:.2f} s; "
         f"throughput {report.throughput_images_per_second:.2f} images/s; {memory_text(report)}.",
         *([f"{state}."] if state else []),
         *(f"warning: {warning}." for warning in report.warnings),
@@ -73,19 +83,27 @@ def device_name(report: LatencyReport) -> str:
     return device.jetson or device.gpu.name
 
 
+def model_name(report: LatencyReport) -> str:
+    """The base model, and the adaptor that was merged into it."""
+    facts = report.conditions.bundle
+    if facts is None:
+        return UNKNOWN
+    return f"{facts.base_model} + {facts.adaptor}" if facts.adaptor else facts.base_model
+
+
 def memory_text(report: LatencyReport) -> str:
     """Peak host memory, and the device's where the runners tell."""
     host = "unknown" if report.peak_rss_mib is None else f"{report.peak_rss_mib} MiB"
-    device = (
-        ""
-        if report.peak_device_mib is None
-        else f", device memory {report.peak_device_mib:.0f} MiB"
-    )
-    return f"peak host memory {host}{device}"
+    if report.peak_device_mib is None:
+        return f"peak host memory {host}"
+    return f"peak host memory {host}, device memory {report.peak_device_mib:.0f} MiB"
 
 
 def state_facts(conditions: Conditions) -> list[tuple[str, str]]:
-    """(what, value) of the machine's state, 'unknown' where it does not say. Clocks and temperatures are the later."""
+    """(what, value) of the machine's state, 'unknown' where the machine does not say.
+
+    Clocks and temperatures are those after the runs.
+    """
     state = conditions.state
     if state is None:
         return []
@@ -128,47 +146,47 @@ def _throttling(state: MachineState) -> str:
 
 
 def markdown_table(reports: Sequence[LatencyReport]) -> str:
-    """One row a report, ready to paste: what, where, under which conditions, how long; warnings as notes below.
+    """One row a report, ready to paste: what, where, under which conditions, and how long.
 
-    Stages have a column each, their p50; a stage that a report does not have is '-'. All times are milliseconds of
-    one batch. '% of bound' is the measured p50 over the roofline's lower bound, where the device's rates are known.
+    Each stage has a column, its p50; a stage that a report does not have is '-'. All times are
+    milliseconds of one batch. '% of bound' is the measured p50 over the roofline's lower bound,
+    where the device's rates are known. Warnings are notes below the table.
     """
     stages = list(dict.fromkeys(name for report in reports for name in report.stages))
     headings = (
-        "device", "power mode", "GPU clock, MHz", "L4T / JetPack", "backend", "model", "decoder", "size", "precision",
-        "batch", *(f"{stage} p50" for stage in stages), "end to end p50", "p99", "% of bound", "runs", "notes",
+        "device", "power mode", "GPU clock, MHz", "L4T / JetPack", "backend", "model", "decoder",
+        "size", "precision", "batch", *(f"{stage} p50" for stage in stages),
+        "end to end p50", "p99", "% of bound", "runs", "notes",
     )  # fmt: skip
     notes = list(dict.fromkeys(warning for report in reports for warning in report.warnings))
     rows = [_row(report, stages, notes) for report in reports]
     lines = [_line(headings), _line("---" for _ in headings), *(_line(row) for row in rows)]
-    told = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
-    return "\n".join([*lines, "", "Latency in ms of one batch.", *told]) + "\n"
+    numbered = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
+    return "\n".join([*lines, "", "Latency in ms of one batch.", *numbered]) + "\n"
 
 
-def _line(cells: object) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"  # type: ignore[attr-defined]
+def _line(cells: Iterable[str]) -> str:
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return "| " + " | ".join(escaped) + " |"
 
 
 def _row(report: LatencyReport, stages: Sequence[str], notes: Sequence[str]) -> list[str]:
-    told, facts, state = report.conditions, report.conditions.bundle, report.conditions.state
+    conditions = report.conditions
+    facts = conditions.bundle
+    state = conditions.state
     times = [_ms(report.stages[name].p50_ms) if name in report.stages else "-" for name in stages]
     percent = report.roofline.measured_percent if report.roofline else None
-    model = (
-        UNKNOWN
-        if facts is None
-        else facts.base_model + (f" + {facts.adaptor}" if facts.adaptor else "")
-    )
     return [
         device_name(report),
         _or_dash(state.power_mode if state else None),
-        _gpu_clock(told, state),
-        _release(told, state),
-        f"{told.backend} {_version(told)}".strip(),
-        model,
+        _gpu_clock(conditions, state),
+        _release(conditions, state),
+        f"{conditions.backend} {_version(conditions)}".strip(),
+        model_name(report),
         _or_dash(facts.decoder if facts else None),
-        f"{told.width}x{told.height}",
-        told.precision,
-        str(told.batch),
+        f"{conditions.width}x{conditions.height}",
+        conditions.precision,
+        str(conditions.batch),
         *times,
         _ms(report.end_to_end.p50_ms),
         _ms(report.end_to_end.p99_ms),
@@ -182,25 +200,26 @@ def _or_dash(text: str | None) -> str:
     return text or "-"
 
 
-def _gpu_clock(told: Conditions, state: MachineState | None) -> str:
-    clock = state.after.clocks.get("gpu") if state and told.backend not in CPU_BACKENDS else None
+def _gpu_clock(conditions: Conditions, state: MachineState | None) -> str:
+    clock = (
+        state.after.clocks.get("gpu") if state and conditions.backend not in CPU_BACKENDS else None
+    )
     return "-" if clock is None else _clock(clock).replace(" MHz", "")
 
 
-def _release(told: Conditions, state: MachineState | None) -> str:
-    return (
-        " / ".join(part for part in (told.device.l4t, state.jetpack if state else None) if part)
-        or "-"
-    )
+def _release(conditions: Conditions, state: MachineState | None) -> str:
+    parts = [conditions.device.l4t, state.jetpack if state else None]
+    return " / ".join(part for part in parts if part) or "-"
 
 
-def _version(told: Conditions) -> str:
+def _version(conditions: Conditions) -> str:
     """The version of the package that computed."""
-    package = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx", "onnxruntime": "onnxruntime"}.get(
-        told.backend
-    )
-    names = (package,) if package else ("onnxruntime-gpu", "onnxruntime")
-    return next((_short(told.versions[name]) for name in names if name in told.versions), "")
+    packages = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx", "onnxruntime": "onnxruntime"}
+    package = packages.get(conditions.backend)
+    for name in (package,) if package else ("onnxruntime-gpu", "onnxruntime"):
+        if name in conditions.versions:
+            return _short(conditions.versions[name])
+    return ""
 
 
 def _short(version: str) -> str:

@@ -65,7 +65,8 @@ def test_fp32_graphs_run_in_tf32_where_it_is_faster(make_bundle):
         (
             "fp16",
             "rtx40",
-            r"target rtx40 has no known fp16 peak rate .* Expected one of: a100, .*rtx4090, thor\.$",
+            r"target rtx40 has no known fp16 peak rate .* Expected one of: a100, .*rtx4090, "
+            r"thor\.$",
         ),
         (
             "fp32",
