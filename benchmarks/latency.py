@@ -50,10 +50,12 @@ Image = Callable[[str], np.ndarray]
 
 
 def diffusers_pipeline(model: Path) -> Any:
-    """The model's own pipeline for one step without guidance, as users of such a model set it up."""
+    """The model's own pipeline for one step without guidance, as a user of one would set it up."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+
+    # 'trailing' puts the only step at the last timestep, and the step goes all the way to x0.
     one_step = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **one_step)
     return pipe
@@ -73,6 +75,8 @@ def call(pipe: Any, shape_CHW: tuple[int, int, int], dtype: Any = None) -> Image
     from hipa_deploy.generate.noise import initial_noise
 
     pipe.set_progress_bar_config(disable=True)
+
+    # Every contender starts from the same noise, so that the images can be compared.
     noise = torch.from_numpy(initial_noise([0], shape_CHW)).to(dtype or torch.float32)
 
     options = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "np"}
@@ -261,6 +265,7 @@ def serve(name: str, model: Path, work: Path) -> None:
     image = CONTENDERS[name](model, work)
     for line in sys.stdin:
         started = time.perf_counter()
+        # The second image comes right after the first: nothing has fallen asleep in between.
         made = image(line.strip())
         between = time.perf_counter()
         image(f"{line.strip()}, once more")

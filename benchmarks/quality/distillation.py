@@ -136,6 +136,7 @@ class Student:
 
     def noised(self, x0_BCHW: Tensor, timestep_B: Tensor, generator: torch.Generator) -> Tensor:
         """z = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, [B, C, H, W]."""
+        # Fresh noise, not that of the pair: these methods do not know which noise led to x0.
         noise = torch.randn(x0_BCHW.shape, generator=generator)
         alpha_bar = self.alpha_bar(timestep_B)
         return alpha_bar.sqrt() * x0_BCHW + (1 - alpha_bar).sqrt() * noise
@@ -205,6 +206,7 @@ class Student:
             phase: Number of the phase; each phase draws other batches.
 
         """
+        # The run's identity names what it depends on: a changed recipe must not resume it.
         changes = {"steps": steps, "sample_every": steps, "seed": self.recipe.seed + phase}
         weights = adaptor_parameters(self.model.unet)
         optimizer = torch.optim.AdamW(
@@ -365,6 +367,7 @@ def adaptor_metadata(
     recipe: Recipe, model: DiffusionModel, prompts: list[str], method: str
 ) -> AdaptorMetadata:
     """The adaptor's metadata as hipa-train writes them, with the method's name in the recipe."""
+    # The file's name rather than its path: an adaptor must not tell where its author keeps files.
     settings = recipe.adaptor
     prompts_name = Path(recipe.prompts).name
     return AdaptorMetadata(

@@ -104,6 +104,7 @@ def splits(model_dir: Path, repeats: int, most: int | None = None) -> list[Split
     """
     found = []
     for number, (name, file) in enumerate(SPLITS.items()):
+        # Neighbours in a file may be alike, so a smaller number is taken at equal distances.
         captions = read_prompt_file(model_dir / file)
         stride = max(1, len(captions) // (most or len(captions)))
         found.append(Split(name, captions[::stride][:most], repeats, number))
@@ -148,6 +149,7 @@ class _ImageNumbers:
     """The numbers of each image, computed once and then summarised over groups of images."""
 
     def __init__(self, reference: Reference, images_NHWC: np.ndarray, prompts: list[str]) -> None:
+        # The networks run once for each image; the groups below share their results.
         self.reference = reference
         self.prompts = prompts
         self.features_ND = lite0_features(images_NHWC)
@@ -258,6 +260,7 @@ def measure_adaptor(
     folder: Path,
 ) -> dict[str, Measured]:
     """Numbers of an adaptor on every split; its images go to images.npz in ``folder``."""
+    # The images are kept: the report's pictures need them.
     images = {}
     measured = {}
     for split in held_out:

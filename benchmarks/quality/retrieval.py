@@ -72,6 +72,8 @@ def train_heads(
         text_head = nn.Linear(texts_ND.shape[1], WIDTH)
         weights = [*image_head.parameters(), *text_head.parameters()]
         optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.1)
+
+        # All features are computed before, so an epoch is a few small products.
         for _ in range(epochs):
             for rows in torch.randperm(len(images_ND)).split(256):
                 image_BW = image_vectors(image_head, images_ND[rows])

@@ -71,6 +71,7 @@ def main(
     data: Data = None,
 ) -> None:
     """Run every item that is not done, or one, and write the report."""
+    # The table goes to stderr like all progress; the report is a file.
     console = Console(stderr=True)
     base = base_recipe(recipe, budget_steps=budget_steps, quick=quick)
     setting = Setting(

@@ -54,6 +54,7 @@ def write_report(setting: Setting, items: list[Item]) -> Path:
         if result is not None:
             results[item.name] = result
 
+    # The pictures need the teacher's images, which are among the references.
     text = render(setting, items, results)
     if FIRST in results:
         text += "\n" + pictures(setting, results)
@@ -70,6 +71,7 @@ def render(setting: Setting, items: list[Item], results: dict[str, Result]) -> s
         results: Result of each item that is done, by its name.
 
     """
+    # A warning comes before any number that it is about.
     parts = ["# Quality of one-step adaptors on the embedded model", conditions(setting, results)]
     if setting.quick:
         parts.append("**A quick run: it shows that the benchmark runs. Its numbers mean nothing.**")

@@ -186,6 +186,7 @@ def teacher_edits(folder: Path, samples: Samples, strength: float) -> np.ndarray
         uint8 [N, H, W, 3].
 
     """
+    # The rows are their own prompts: contexts are computed for exactly these samples.
     model = DiffusionModel.load(folder)
     rows = torch.arange(len(samples.seeds))
     source_NCHW = model.encode(to_float(torch.from_numpy(samples.sources)))
@@ -219,6 +220,7 @@ def edit_rows(model: Path, adaptor: Path, samples: Samples, strength: float) -> 
 
 def inpaint_rows(model: Path, adaptor: Path, samples: Samples, strength: float) -> ImageRows:
     """The rows of inpainting: truth, pipeline, base and adapted; the strength is not used."""
+    # Without feather, as our one step is composited.
     settings = Settings(steps=TEACHER.steps, guidance=TEACHER.guidance, feather=0)
     timestep = read_metadata(adaptor).timestep
     return {

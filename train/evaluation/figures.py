@@ -32,6 +32,7 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]
         The figure, and its axes: one object, or an array of ``columns`` of them.
 
     """
+    # Imported here: only reports need matplotlib, and it is slow to import.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -323,6 +323,8 @@ def _images(
         raise HipaError(
             f"{len(prompts)} prompts and {len(seeds)} seeds. Expected one seed for each prompt."
         )
+
+    # Noise and context are made for each chunk, so that memory does not grow with the set.
     images = []
     for start in range(0, len(seeds), CHUNK):
         chunk = slice(start, start + CHUNK)
@@ -332,6 +334,7 @@ def _images(
     return torch.cat(images).numpy()
 
 
+# Loaded once for a process: reports call the measures many times.
 @cache
 def _lite0() -> Lite0:
     return Lite0.pretrained()
@@ -369,6 +372,7 @@ def _kernel(a_ND: Tensor, b_ND: Tensor) -> Tensor:
 
 def _other_prompts(prompts: Sequence[str], a_ND: Tensor, b_ND: Tensor) -> Tensor:
     """Which pairs of rows have different prompts, bool [N, N]."""
+    # Equal prompts get one number, that of their last row; only whether numbers differ matters.
     number_of = {prompt: number for number, prompt in enumerate(prompts)}
     number_N = torch.tensor([number_of[prompt] for prompt in prompts])
     if not len(a_ND) == len(b_ND) == len(number_N) or len(number_of) < 2:

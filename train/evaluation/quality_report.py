@@ -97,7 +97,9 @@ def draw(prompts: list[str], count: int) -> tuple[list[str], list[int]]:
     if different < 2:
         raise HipaError(f"different prompts to evaluate on: {different}. Expected at least 2.")
     if not 4 <= count <= 100_000:
-        raise HipaError(f"{count} images were asked for. Expected 4 to 100000.")
+        raise HipaError(f"number of images: {count}. Expected 4 to 100000.")
+
+    # In turn rather than at random: every prompt appears equally often, and there is no seed.
     texts = [prompts[number % len(prompts)] for number in range(count)]
     seeds = [FIRST_SEED + number for number in range(count)]
     return texts, seeds
@@ -187,6 +189,7 @@ def quality_report(
         HipaError: The sets differ in shape, or have fewer than two different prompts.
 
     """
+    # The teacher's own row is measured like any other: it shows what perfect numbers look like.
     qualities = {}
     for name, images_NHWC in rows.items():
         qualities[name] = compare(images_NHWC, truth_NHWC, again_NHWC, prompts)
@@ -208,6 +211,7 @@ def teacher_twice(
         Two sets uint8 [N, H, W, 3]; the other seeds are the N that follow, for consecutive seeds.
 
     """
+    # One call for both sets, so that the model is loaded once.
     others = [seed + len(seeds) for seed in seeds]
     both = teacher_images(model_dir, [*texts, *texts], [*seeds, *others], teacher)
     return both[: len(seeds)], both[len(seeds) :]
@@ -227,7 +231,7 @@ def conditions(report: QualityReport) -> str:
     return (
         f"{report.images} images; KID-Lite0 to the teacher ({report.teacher_steps} steps, guidance "
         f"{report.teacher_guidance:g}) from other noise, its floor {report.kid_lite0_floor:.3f}; "
-        "the rest to its images from the same noise"
+        "the other numbers to its images from the same noise"
     )
 
 

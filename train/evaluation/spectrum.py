@@ -69,6 +69,8 @@ def mixed(low_NHWC: np.ndarray, high_NHWC: np.ndarray, radius: float = RADIUS) -
             f"images of shapes {low_NHWC.shape} and {high_NHWC.shape}. "
             "Expected equal ones, [N, H, W, 3]."
         )
+
+    # The FFT is linear, so the two parts add up to an image where both sets are the same one.
     _, height, width, _ = low_NHWC.shape
     mask_HW = high_pass(height, width, radius).double()
     low = torch.fft.fft2(_float64(low_NHWC))

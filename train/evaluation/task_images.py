@@ -126,6 +126,7 @@ def _prepare_sources(
         return images_NHWC, None
     if masks_NHW is None:
         raise HipaError("inpainting needs a mask for each image. Expected masks_NHW, [N, H, W].")
+    # The encoder must not see what lies in the hole, as in training.
     pairs = zip(images_NHWC, masks_NHW, strict=True)
     return np.stack([hide_hole(image, mask) for image, mask in pairs]), masks_NHW
 

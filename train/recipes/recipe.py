@@ -312,6 +312,8 @@ class Recipe(_TrainingSettings):
         """Each strength must lead to a timestep of the teacher's sampler, where an edit starts."""
         if self.task != "edit":
             return self
+
+        # A strength is a share of the schedule of 1000 timesteps, and of the sampler's steps.
         for strength in self.source.strengths:
             steps = strength * self.teacher.steps
             timesteps = strength * 1000
@@ -380,6 +382,7 @@ def load_any_recipe(
             names the key.
 
     """
+    # The file's values first, then the overrides: these must win.
     path = recipe_path(source)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -394,6 +397,7 @@ def load_any_recipe(
     _make_absolute(values.get("source"), "prompts", base)
     _make_absolute(values.get("source"), "images", base)
 
+    # The recipe of an adaptor need not name its kind.
     kind = values.get("kind", "adaptor")
     if not isinstance(kind, str) or kind not in KINDS:
         raise HipaError(f"recipe {path}: kind = {kind!r}: expected one of: {', '.join(KINDS)}.")
@@ -434,6 +438,8 @@ def recipe_path(source: str | Path) -> Path:
         HipaError: There is neither; the message lists the shipped recipes.
 
     """
+    # A shipped name wins over a file without suffix, so that a folder's content cannot change what
+    # a command means.
     path = Path(source)
     shipped = SHIPPED / f"{source}.toml"
     if path.suffix != ".toml" and shipped.is_file():
@@ -461,6 +467,7 @@ def read_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str
         HipaError: As ``read_prompt_file``.
 
     """
+    # The teacher's source images are made of the first prompts, by their indices: they come first.
     prompts = read_prompt_file(_prompts_path(recipe.prompts, model_folder), recipe.prompts_column)
     return list(dict.fromkeys([*source_prompts(recipe, model_folder), *prompts]))
 
@@ -489,6 +496,7 @@ def _prompts_path(name: str, model_folder: Path) -> Path:
 
 def _first_problem(error: ValidationError) -> str:
     """The first of pydantic's problems in one line, and how many more there are."""
+    # One problem is enough to act on; a list of them would not fit in one line.
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":

@@ -46,7 +46,9 @@ def test_phases_halve_down_to_one_step_and_share_the_budget() -> None:
 
 def test_one_step_to_the_target_ends_where_two_steps_did(student: Student) -> None:
     z, first_x0, second_x0 = torch.randn(3, 2, 4, 8, 8)
-    now, middle, then = (torch.full((2,), t) for t in (999, 749, 499))
+    now = torch.full((2,), 999)
+    middle = torch.full((2,), 749)
+    then = torch.full((2,), 499)
     second = student.ddim(student.ddim(z, first_x0, now, middle), second_x0, middle, then)
     target = two_steps_in_one(z, second, student.alpha_bar(now), student.alpha_bar(then))
     assert torch.allclose(student.ddim(z, target, now, then), second, atol=1e-4)
@@ -63,13 +65,15 @@ def test_guided_ddim_is_the_teachers_sampler(student: Student) -> None:
     """The steps made of predict and ddim are those of the scheduler that made the pairs."""
     from hipa_deploy.train.data.teacher_pairs import teacher_latents
 
-    noise, context = student.model.noise([3, 4]), student.model.context(["a pear", "a boat"])
+    noise = student.model.noise([3, 4])
+    context = student.model.context(["a pear", "a boat"])
     teacher = TeacherSettings(steps=2, guidance=3.0, pairs=1)
     expected = teacher_latents(student.model, noise, context, student.empty_1LD, teacher)
     z = noise
     with torch.no_grad():
         for now, then in ((999, 499), (499, -1)):
-            now_B, then_B = torch.full((2,), now), torch.full((2,), then)
+            now_B = torch.full((2,), now)
+            then_B = torch.full((2,), then)
             z = student.ddim(z, student.predict(z, now_B, context, guidance=3.0), now_B, then_B)
     assert torch.allclose(z, expected, rtol=1e-3, atol=1e-3)
 
@@ -92,7 +96,8 @@ def test_a_baseline_leaves_an_adaptor_and_resumes_exactly(
     assert "distillation" in metadata.recipe["method"]
     assert spent_in(tmp_path / "a.run").steps >= 2
 
-    original, calls = run_module.batch_rows, []
+    original = run_module.batch_rows
+    calls = []
 
     def fails_once(*args: Any) -> torch.Tensor:
         calls.append(1)

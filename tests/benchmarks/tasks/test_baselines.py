@@ -21,7 +21,8 @@ from hipa_deploy.train.evaluation.quality import teacher_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
-PROMPTS, SEEDS = ["a red apple", "a green pear"], [3, 4]
+PROMPTS = ["a red apple", "a green pear"]
+SEEDS = [3, 4]
 FEW = Settings(steps=4, guidance=2.0, strength=0.5, scale=2)
 
 
@@ -41,24 +42,24 @@ def masks() -> np.ndarray:
 def arguments(
     name: str, images: np.ndarray, masks: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    return (
-        (images[:, ::2, ::2], None) if name in ("upscale img2img", "bicubic") else (images, masks)
-    )
+    if name in ("upscale img2img", "bicubic"):
+        return images[:, ::2, ::2], None
+    return images, masks
 
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_equal_calls_give_equal_images_and_other_seeds_others(
     name: str, model_dir: Path, images: np.ndarray, masks: np.ndarray
 ) -> None:
-    given = arguments(name, images, masks)
+    inputs = arguments(name, images, masks)
     settings = replace(FEW, strength=1.0) if name == "inpaint" else FEW
-    made = BASELINES[name](model_dir, *given, PROMPTS, SEEDS, settings)
+    made = BASELINES[name](model_dir, *inputs, PROMPTS, SEEDS, settings)
     assert made.shape == (2, 32, 32, 3)
     assert made.dtype == np.uint8
     np.testing.assert_array_equal(
-        BASELINES[name](model_dir, *given, PROMPTS, SEEDS, settings), made
+        BASELINES[name](model_dir, *inputs, PROMPTS, SEEDS, settings), made
     )
-    other = BASELINES[name](model_dir, *given, PROMPTS, [3, 5], settings)
+    other = BASELINES[name](model_dir, *inputs, PROMPTS, [3, 5], settings)
     assert np.abs(other[0].astype(int) - made[0]).max() <= 1
     assert (other[1] != made[1]).any() == (name != "bicubic")
 
@@ -85,20 +86,19 @@ def test_img2img_is_what_diffusers_gives(model_dir: Path, images: np.ndarray) ->
     )
     pipe.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 2.0, "strength": 0.5}
-    expected = [
-        pipe(
-            text, Image.fromarray(image), generator=torch.Generator().manual_seed(seed), **options
-        ).images[0]
-        for text, image, seed in zip(PROMPTS, images, SEEDS, strict=True)
-    ]
+    expected = []
+    for text, image, seed in zip(PROMPTS, images, SEEDS, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        made = pipe(text, Image.fromarray(image), generator=generator, **options)
+        expected.append(np.asarray(made.images[0]))
     made = BASELINES["img2img"](model_dir, images, None, PROMPTS, SEEDS, FEW)
-    assert np.abs(made.astype(int) - np.stack([np.asarray(image) for image in expected])).max() <= 1
+    assert np.abs(made.astype(int) - np.stack(expected)).max() <= 1
 
 
 def test_the_hole_is_hidden_and_composited(
     model_dir: Path, images: np.ndarray, masks: np.ndarray
 ) -> None:
-    """What lies under the mask changes nothing; the rest is the original's where it is composited."""
+    """What lies under the mask changes nothing; a composite keeps the original outside of it."""
     settings = replace(FEW, strength=1.0, feather=0)
     made = BASELINES["inpaint"](model_dir, images, masks, PROMPTS, SEEDS, settings)
     other = np.where(masks[..., None] > 0, 255 - images, images)
@@ -110,18 +110,25 @@ def test_the_hole_is_hidden_and_composited(
     assert (made[1][masks[1] > 0] != 127).any()
 
 
+def as_diffusers_samples(masks: np.ndarray) -> torch.Tensor:
+    """The nearest pixel of each of 8x8 latent cells."""
+    return torch.nn.functional.interpolate(torch.from_numpy(masks)[:, None], size=(8, 8))
+
+
 def test_the_pipeline_repaints_every_cell_that_the_mask_touches(
     model_dir: Path, images: np.ndarray, masks: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The small mask misses the pixel of its cell that diffusers' downsampling takes."""
-    given: dict[str, np.ndarray] = {}
-    monkeypatch.setattr(baselines, "_run", lambda pipe, arrays, *_: given.update(arrays) or images)
+    arrays_seen: dict[str, np.ndarray] = {}
+
+    def record(pipe: Any, arrays: dict[str, np.ndarray], *_: Any) -> np.ndarray:
+        arrays_seen.update(arrays)
+        return images
+
+    monkeypatch.setattr(baselines, "_run", record)
     BASELINES["inpaint"](model_dir, images, masks, PROMPTS, SEEDS, FEW)
-    sampled = (
-        torch.nn.functional.interpolate(torch.from_numpy(given["mask_image"])[:, None], size=(8, 8))
-        > 127
-    )
-    plain = torch.nn.functional.interpolate(torch.from_numpy(masks)[:, None], size=(8, 8)) > 0.5
+    sampled = as_diffusers_samples(arrays_seen["mask_image"]) > 127
+    plain = as_diffusers_samples(masks) > 0.5
     assert np.array_equal(sampled.float(), np.stack([latent_mask(mask, 4) for mask in masks]))
     assert not plain[1].any()
 
@@ -129,7 +136,8 @@ def test_the_pipeline_repaints_every_cell_that_the_mask_touches(
 def test_the_unet_runs_as_often_as_said(
     model_dir: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, original = [], baselines._pipeline
+    calls = []
+    original = baselines._pipeline
 
     def counting(kind: Any, folder: Path) -> Any:
         pipe = original(kind, folder)

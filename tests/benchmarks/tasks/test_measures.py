@@ -51,7 +51,8 @@ def test_psnr_inside_the_mask_sees_nothing_else(masks: np.ndarray) -> None:
 
 
 def test_the_distance_inside_a_full_mask_is_lpips_like() -> None:
-    a, b = noise(0), noise(1)
+    a = noise(0)
+    b = noise(1)
     ours = masked_distance(a, b, np.ones(SHAPE[:3]))
     tensors = (torch.from_numpy(i).permute(0, 3, 1, 2).float() / 255 for i in (a, b))
     with torch.no_grad():
@@ -59,8 +60,12 @@ def test_the_distance_inside_a_full_mask_is_lpips_like() -> None:
 
 
 def test_the_distance_by_hand(masks: np.ndarray) -> None:
-    """Raw pixels as the only map: black against white differ by 3 channels of 1 / sqrt(3), squared, one in all."""
-    black, white = np.zeros(SHAPE, np.uint8), np.full(SHAPE, 255, np.uint8)
+    """With raw pixels as the only map, black and white differ by 1.
+
+    White is a unit vector, each of its three channels 1 / sqrt(3): the squares sum to 1.
+    """
+    black = np.zeros(SHAPE, np.uint8)
+    white = np.full(SHAPE, 255, np.uint8)
     assert masked_distance(white, black, masks, lambda image: [image]) == pytest.approx([1, 1, 1])
     half = white.copy()
     half[1, :, :16] = 0
@@ -70,7 +75,8 @@ def test_the_distance_by_hand(masks: np.ndarray) -> None:
 def test_the_distance_depends_on_nothing_outside_the_mask(
     masks: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    truth, images = noise(0), noise(1)
+    truth = noise(0)
+    images = noise(1)
     outside = np.where(masks[..., None] > 0, images, noise(2))
     distance = masked_distance(images, truth, masks)
     np.testing.assert_array_equal(masked_distance(outside, truth, masks), distance)
@@ -108,10 +114,8 @@ def test_structure_ignores_colour_and_contrast_but_not_place() -> None:
     source = squares(20)
     for same in (source, 255 - source, squares(20, 90, 60), squares(20, 0, 255)):
         assert structure_distance(same, source) == pytest.approx([0], abs=1e-3)
-    near, far = (
-        structure_distance(squares(21), source)[0],
-        structure_distance(squares(34), source)[0],
-    )
+    near = structure_distance(squares(21), source)[0]
+    far = structure_distance(squares(34), source)[0]
     assert 0.01 < near < 0.5 < far
     unrelated = structure_distance(noise(0), noise(1))
     assert unrelated == pytest.approx([1, 1, 1], abs=0.1)

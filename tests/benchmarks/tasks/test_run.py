@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,9 +54,9 @@ def test_real_images_are_found_by_their_captions(emoji_dir: Path, tmp_path: Path
     assert samples.sources.shape == (3, 4, 4, 3)
 
 
-def test_an_edit_is_asked_for_its_style_among_all() -> None:
-    asked = run.in_all_styles("flat emoji of a fox", ["3d", "flat", "noto"])
-    assert asked == ["flat emoji of a fox", "3d emoji of a fox", "noto emoji of a fox"]
+def test_the_captions_of_an_edit_have_every_style() -> None:
+    captions = run.in_all_styles("flat emoji of a fox", ["3d", "flat", "noto"])
+    assert captions == ["flat emoji of a fox", "3d emoji of a fox", "noto emoji of a fox"]
 
 
 def test_unknown_task(tmp_path: Path) -> None:
@@ -71,10 +72,12 @@ def test_report_of_a_base_model_as_its_own_adaptor(
 ) -> None:
     monkeypatch.setattr(run, "TEACHER", run.TEACHER.model_copy(update={"steps": 5}))
     original = run.one_step_task_images
+
+    def without_adaptor(model: Path, adaptor: Path | None, *args: Any, **options: Any) -> Any:
+        return original(model, None, *args, **options)
+
     monkeypatch.setattr(run, "read_metadata", lambda adaptor: SimpleNamespace(timestep=999))
-    monkeypatch.setattr(
-        run, "one_step_task_images", lambda m, adaptor, *a, **k: original(m, None, *a, **k)
-    )
+    monkeypatch.setattr(run, "one_step_task_images", without_adaptor)
     run.main("upscale", tmp_path / "none", tmp_path, model=str(emoji_dir), factor=4, repeats=2)
     assert (
         "Of the gap from the base model in one step to many steps, closed: 0.000"

@@ -18,7 +18,8 @@ def write_csv(path: Path, header: str = "id,caption") -> Path:
 
 
 def write_parquet(path: Path, name: str = "caption", cells: list | None = None) -> Path:
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pa.table({"id": [1, 2, 3], name: cells or [*CATS, None]}), path)
     return path
 
@@ -34,9 +35,8 @@ def write_dataset(folder: Path, name: str = "text") -> Path:
             pa.ipc.new_stream(sink, table.schema) as out,
         ):
             out.write_table(table)
-    (folder / "state.json").write_text(
-        json.dumps({"_data_files": [{"filename": f"data-{i}.arrow"} for i in (0, 1)]})
-    )
+    files = [{"filename": "data-0.arrow"}, {"filename": "data-1.arrow"}]
+    (folder / "state.json").write_text(json.dumps({"_data_files": files}))
     return folder
 
 
@@ -67,9 +67,8 @@ def test_a_folder_of_datasets(tmp_path: Path) -> None:
 
 
 def test_what_datasets_itself_writes(tmp_path: Path) -> None:
-    datasets = pytest.importorskip(
-        "datasets", exc_type=ImportError
-    )  # needs a hub client of its own
+    # The package needs a hub client of its own, which may fail to import.
+    datasets = pytest.importorskip("datasets", exc_type=ImportError)
     whole = datasets.Dataset.from_dict({"caption": ["no", *CATS]})
     whole.select([1, 2]).save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": whole.select([1, 2])}).save_to_disk(tmp_path / "splits")

@@ -50,7 +50,8 @@ def test_same_as_the_pipeline(model: DiffusionModel) -> None:
 
 def test_without_guidance_the_empty_prompt_does_not_matter(model: DiffusionModel) -> None:
     plain = TEACHER.model_copy(update={"guidance": 1.0})
-    noise, context = model.noise([7]), model.context(["a red apple"])
+    noise = model.noise([7])
+    context = model.context(["a red apple"])
     first = teacher_latents(model, noise, context, model.context([""]), plain)
     assert torch.equal(
         first, teacher_latents(model, noise, context, torch.full_like(context, torch.nan), plain)
@@ -82,11 +83,12 @@ def test_cache_is_read_resumed_and_extended(
 ) -> None:
     made = []
     original = teacher_latents
-    monkeypatch.setattr(
-        module,
-        "teacher_latents",
-        lambda m, noise, *rest: made.append(len(noise)) or original(m, noise, *rest),
-    )
+
+    def counted(model: DiffusionModel, noise: torch.Tensor, *conditions: object) -> torch.Tensor:
+        made.append(len(noise))
+        return original(model, noise, *conditions)
+
+    monkeypatch.setattr(module, "teacher_latents", counted)
     first = teacher_pairs(model, PROMPTS, TEACHER, seed=0, cache=tmp_path)
     assert made == [4, 2]
     assert equal(teacher_pairs(model, PROMPTS, TEACHER, seed=0, cache=tmp_path), first)
@@ -109,10 +111,8 @@ def test_cache_is_read_resumed_and_extended(
 def test_a_shard_of_another_teacher_is_refused(model: DiffusionModel, tmp_path: Path) -> None:
     teacher_pairs(model, PROMPTS, TEACHER, seed=0, cache=tmp_path)
     other = TEACHER.model_copy(update={"guidance": 2.0})
-    folder, here = (
-        cache_folder(model, PROMPTS, teacher, 0, tmp_path) for teacher in (TEACHER, other)
-    )
-    folder.rename(here)
+    folder = cache_folder(model, PROMPTS, TEACHER, 0, tmp_path)
+    folder.rename(cache_folder(model, PROMPTS, other, 0, tmp_path))
     with pytest.raises(
         HipaError,
         match=rf"00000004.safetensors are another teacher's \(cache {folder.name}\). Remove",
@@ -123,7 +123,8 @@ def test_a_shard_of_another_teacher_is_refused(model: DiffusionModel, tmp_path: 
 def test_a_full_disk_keeps_the_shards_before(
     model: DiffusionModel, tmp_path: Path, monkeypatch
 ) -> None:
-    original, written = module.write_file, []
+    original = module.write_file
+    written = []
 
     def full(path: Path, content: bytes) -> None:
         if written:
@@ -158,7 +159,8 @@ def test_a_cache_that_machines_do_not_share(
 def test_a_teacher_in_half_precision(model: DiffusionModel) -> None:
     half = TEACHER.model_copy(update={"mixed_precision": "fp16"})
     arguments = (model, model.noise([0]), model.context(PROMPTS[:1]), model.context([""]))
-    exact, rounded = (teacher_latents(*arguments, teacher) for teacher in (TEACHER, half))
+    exact = teacher_latents(*arguments, TEACHER)
+    rounded = teacher_latents(*arguments, half)
     assert rounded.dtype == torch.float32
     assert not torch.equal(exact, rounded)
     assert torch.allclose(exact, rounded, rtol=0.05, atol=0.5)

@@ -31,7 +31,8 @@ def smooth_images(count: int, seed: int) -> np.ndarray:
 
 def test_kid_by_hand() -> None:
     # D = 1: kernel (xy + 1)^3. Within a: 1 * 2 -> 27; within b: 0 * 3 -> 1; across: 1, 64, 1, 343.
-    a, b = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [3.0]])
+    a = torch.tensor([[1.0], [2.0]])
+    b = torch.tensor([[0.0], [3.0]])
     assert kid(a, b) == pytest.approx(27 + 1 - 2 * (1 + 64 + 1 + 343) / 4)
 
 
@@ -44,7 +45,8 @@ def test_kid_is_unbiased() -> None:
 
 def test_kid_by_hand_of_rows_that_share_prompts() -> None:
     # As above, and across only the rows of different prompts count: 1 * 3 -> 64, 2 * 0 -> 1.
-    a, b = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [3.0]])
+    a = torch.tensor([[1.0], [2.0]])
+    b = torch.tensor([[0.0], [3.0]])
     assert kid(a, b, ["x", "y"]) == pytest.approx(27 + 1 - 2 * (64 + 1) / 2)
 
 
@@ -52,7 +54,8 @@ def test_kid_is_unbiased_for_sets_of_the_same_prompts() -> None:
     """Each row is its prompt's and a little noise; each prompt has two rows."""
     torch.manual_seed(0)
     prompts = [f"prompt {n % 20}" for n in range(40)]
-    values, taken_for_independent = [], []
+    values = []
+    taken_for_independent = []
     for _ in range(200):
         of_prompt = torch.randn(20, 8).repeat(2, 1)
         a, b = of_prompt + 0.1 * torch.randn(2, 40, 8)

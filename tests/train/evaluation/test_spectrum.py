@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.evaluation.figures import premise_picture
 from hipa_deploy.train.evaluation.spectrum import mixed, radial_power
 
 
@@ -23,8 +22,8 @@ def test_the_power_of_a_wave_lies_at_its_radius(cycles: int) -> None:
     power = radial_power(wave(cycles))
     assert power.shape == (17,)
     assert power[1:].argmax() + 1 == cycles
-    rest = np.delete(power, [0, cycles])
-    assert rest.max() < 1e-3 * power[cycles]  # of rounding to 8 bits
+    others = np.delete(power, [0, cycles])
+    assert others.max() < 1e-3 * power[cycles]  # of rounding to 8 bits
 
 
 def test_power_follows_parseval_and_spans_oblong_images() -> None:
@@ -36,7 +35,8 @@ def test_power_follows_parseval_and_spans_oblong_images() -> None:
 
 
 def test_mixed_takes_each_side_from_its_set() -> None:
-    low, high = wave(1), wave(12)
+    low = wave(1)
+    high = wave(12)
     both = mixed(low, high, radius=0.2)
     gain = 1 - math.exp(-((2 / 32) ** 2) / (2 * 0.2**2))
     expected = 127 + (1 - gain) * (low.astype(float) - 127) + (high.astype(float) - 127)
@@ -48,8 +48,3 @@ def test_mixed_takes_each_side_from_its_set() -> None:
 def test_mixed_needs_equal_shapes() -> None:
     with pytest.raises(HipaError, match=r"Expected equal ones, \[N, H, W, 3\]"):
         mixed(wave(1), wave(1, size=16))
-
-
-def test_the_premise_has_four_columns() -> None:
-    one, many = (np.concatenate([wave(c)] * 3) for c in (2, 10))
-    assert premise_picture(one, many, shown=2).shape == (2 * 34, 4 * 34, 3)

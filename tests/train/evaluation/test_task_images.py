@@ -16,7 +16,8 @@ from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 
-PROMPTS, SEEDS = ["a red apple", "a boat"], [3, 4]
+PROMPTS = ["a red apple", "a boat"]
+SEEDS = [3, 4]
 
 
 @pytest.fixture
@@ -28,7 +29,8 @@ def images(model: DiffusionModel) -> np.ndarray:
 def test_an_edit_is_one_ddim_step_from_the_noised_source(
     model: DiffusionModel, images: np.ndarray
 ) -> None:
-    source, noise = model.encode(to_float(torch.from_numpy(images))), model.noise(SEEDS)
+    source = model.encode(to_float(torch.from_numpy(images)))
+    noise = model.noise(SEEDS)
     scheduler = DDIMScheduler(**model.schedule, clip_sample=False)
     steps_B = torch.tensor([499, 499])
     start = scheduler.add_noise(source, noise, steps_B)
@@ -53,12 +55,9 @@ def test_inpainting_keeps_every_pixel_outside_and_sees_none_inside(
     masks = np.zeros(images.shape[:3], np.float32)
     masks[:, :5, :5] = 1
     other = np.where(masks[..., None] > 0, 255 - images, images)
-    made, again = (
-        one_step_task_images(
-            model.folder, None, "inpaint", sources, PROMPTS, SEEDS, masks_NHW=masks
-        )
-        for sources in (images, other)
-    )
+    inputs = (PROMPTS, SEEDS)
+    made = one_step_task_images(model.folder, None, "inpaint", images, *inputs, masks_NHW=masks)
+    again = one_step_task_images(model.folder, None, "inpaint", other, *inputs, masks_NHW=masks)
     assert np.array_equal(made[masks == 0], images[masks == 0])
     assert np.array_equal(made, again)
 
@@ -86,10 +85,9 @@ def edit_adaptor(recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path) -
 def test_an_adaptor_changes_the_image_and_knows_its_task(
     edit_adaptor: Path, model_dir: Path, images: np.ndarray
 ) -> None:
-    base, adapted = (
-        one_step_task_images(model_dir, adaptor, "edit", images, PROMPTS, SEEDS, strength=0.5)
-        for adaptor in (None, edit_adaptor)
-    )
+    inputs = ("edit", images, PROMPTS, SEEDS)
+    base = one_step_task_images(model_dir, None, *inputs, strength=0.5)
+    adapted = one_step_task_images(model_dir, edit_adaptor, *inputs, strength=0.5)
     assert not np.array_equal(base, adapted)
     with pytest.raises(
         HipaError, match=r"task edit, strengths \(0.5,\). Expected edit, strength 0.8"

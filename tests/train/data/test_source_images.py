@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.train.data.source_images import folder_source_images, teacher_source_images
+from hipa_deploy.train.data.teacher_pairs import Pairs
+from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
+
+QUIET = Console(quiet=True)
+
+
+def test_captions_follow_the_prompts_that_there_are(model: DiffusionModel, tmp_path: Path) -> None:
+    for name, colour in {"a.png": "red", "b.jpg": "blue", "c.png": "white"}.items():
+        Image.new("RGB", (40, 30), colour).save(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,snow\nb.jpg,a boat\n")
+    images, prompts = folder_source_images(model, tmp_path, ["a boat"], QUIET)
+    assert prompts == ["a boat", "snow", ""]
+    assert images.prompt_N.tolist() == [1, 0, 2]
+    assert (len(images), images.prompts, len(images.key["images"])) == (3, 3, 3)
+    rows = torch.arange(3)
+    assert images.images(rows).shape == (3, *model.resolution, 3)
+    expected = model.encode(to_float(images.images(rows)))
+    assert torch.allclose(images.latents(rows), expected, atol=1e-5)
+
+
+def test_a_folder_without_images(model: DiffusionModel, tmp_path: Path) -> None:
+    with pytest.raises(HipaError, match=r"none: no image in it. Expected a folder of .bmp, .jpeg"):
+        folder_source_images(model, tmp_path / "none", [], QUIET)
+
+
+def test_the_teachers_images_are_decoded_from_its_latents(model: DiffusionModel) -> None:
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    pairs = Pairs(latents, prompt_N=torch.tensor([1, 0, 1]), seed_N=torch.arange(3))
+    images = teacher_source_images(model, pairs, 2, model.decode, QUIET)
+    rows = torch.tensor([2, 0])
+    with torch.no_grad():
+        expected = to_uint8(model.decode(latents.float()))[rows]
+    assert torch.equal(images.images(rows), expected)
+    assert torch.equal(images.latents(rows), latents[rows].float())
