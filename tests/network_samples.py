@@ -21,7 +21,7 @@ def parse(path: Path):
 
 
 def network_weights(trt, network, model) -> dict[str, np.ndarray]:
-    """Every weight of floating point in the network by the name of the ONNX initializer that stands for it."""
+    """Every weight of floating point in the network, by the name of its ONNX initializer."""
     inputs = {node.name: list(node.input) for node in model.graph.node}
     found = {}
     for index in range(network.num_layers):

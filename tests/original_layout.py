@@ -1,6 +1,9 @@
-"""A diffusers folder -> one checkpoint in the layout of CompVis' Stable Diffusion, as SD 1.x (or 2.x) was published.
+"""A diffusers folder -> one checkpoint in the layout of CompVis' Stable Diffusion.
 
-Names as in diffusers' scripts/convert_diffusers_to_original_stable_diffusion.py, for any number of levels.
+SD 1.x and 2.x were published so.
+
+Names as in diffusers' scripts/convert_diffusers_to_original_stable_diffusion.py, for any
+number of levels.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ from safetensors.torch import load_file, save_file
 
 Weights = dict[str, torch.Tensor]
 RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
+    "norm1": "in_layers.0", "conv1": "in_layers.2",
+    "norm2": "out_layers.0", "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 OPEN_CLIP = {
-    "layer_norm": "ln_", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj",
+    "layer_norm": "ln_", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A whole Stable Diffusion in a few thousand random, seeded parameters: 8x8x4 latents, 32x32 images."""
+"""A whole Stable Diffusion in a few thousand random parameters: 8x8x4 latents, 32x32 images."""
 
 from __future__ import annotations
 
@@ -28,18 +28,23 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
 def make_model(
     folder: Path, prediction_type: str = "epsilon", seed: int = 0, in_channels: int = 4
 ) -> Path:
-    """A StableDiffusionPipeline folder as Stability and Runway shipped theirs: PNDM, SD betas, safetensors.
+    """A StableDiffusionPipeline folder as Stability and Runway published theirs.
+
+    It has PNDM, the betas of Stable Diffusion, and safetensors.
 
     ``in_channels`` 9: a UNet made for inpainting.
     """
     torch.manual_seed(seed)
     text = CLIPTextConfig(
-        vocab_size=514, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=514, hidden_size=16, intermediate_size=32,
+        num_hidden_layers=1, num_attention_heads=2,
         bos_token_id=512, eos_token_id=513, pad_token_id=513,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=in_channels, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
-        cross_attention_dim=16, attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        sample_size=8, in_channels=in_channels, block_out_channels=(16, 32),
+        layers_per_block=1, norm_num_groups=4,
+        cross_attention_dim=16, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     vae = AutoencoderKL(
@@ -48,12 +53,14 @@ def make_model(
         mid_block_add_attention=False,
     )  # fmt: skip
     scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type,
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
         skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1,
     )  # fmt: skip
     tokenizer = tiny_tokenizer(folder.with_name(folder.name + "-tokenizer"))
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet,
+        scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder)

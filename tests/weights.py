@@ -14,7 +14,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Names whose values are not bit for bit the same, with the largest difference; infinite where one lacks it."""
+    """Names whose values differ, with the largest difference; infinite where one is missing."""
     return {
         name: _largest(a.get(name), b.get(name))
         for name in {**a, **b}

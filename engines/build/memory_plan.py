@@ -23,12 +23,14 @@ from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
-# Peak resident memory of a stage's build on the host: a base and a multiple of its ONNX files. Measured without a GPU,
-# TensorRT-RTX 1.7, it is 3 to 8 % too much for stages of SD 1.5 and SD 2.1 in FP16 (100 to 1,600 MiB of weights), and
-# between 24 % too little and 28 % too much for those of a 23 MB model (benchmarks/build_memory.py).
+# Peak resident memory of a stage's build on the host: a base and a multiple of its ONNX files.
+# Measured without a GPU, TensorRT-RTX 1.7, it is 3 to 8 % too much for stages of SD 1.5 and SD
+# 2.1 in FP16 (100 to 1,600 MiB of weights), and between 24 % too little and 28 % too much for
+# those of a 23 MB model (benchmarks/build_memory.py).
 HOST_BASE_MIB = 330
 HOST_PER_WEIGHT = 3.3
-# Our allowances, not measured: CUDA context, libraries and process of a run; the system beside it on a Jetson.
+# Our allowances, not measured: CUDA context, libraries and process of a run; and the system beside
+# it on a Jetson.
 RUNTIME_MIB = 700
 SYSTEM_MIB = 1024
 # Firmware and drivers keep some of a Jetson's memory: Orin Nano shows 7,620 of 8,192 MiB.
@@ -240,7 +242,10 @@ def _remedy(misfits: tuple[Need, ...]) -> str:
     if any("disk" in kind for kind in kinds):
         return "Free some disk space."
     if any("building" in kind for kind in kinds):
-        return "Close other programs, add swap, lower --workspace, or give --force: the plan is a prediction."
+        return (
+            "Close other programs, add swap, lower --workspace, or give --force: "
+            "the plan is a prediction."
+        )
     return "Use --decoder tiny, a smaller size or batch, or give --force: the plan is a prediction."
 
 

@@ -85,7 +85,7 @@ def _wrong(check: PrecisionCheck, asked: Precision) -> int:
 
 
 def parse_inspector(text: str) -> PrecisionCheck | None:
-    """Types in the inspector's JSON of TensorRT 10 ('Format/Datatype') or 11 ('DataType'), or None."""
+    """Types in the inspector's JSON, or None: TensorRT 10 has 'Format/Datatype', 11 'DataType'."""
     try:
         types = [kind for tensor in _outputs(json.loads(text)) if (kind := _type_of(tensor))]
     except ValueError:

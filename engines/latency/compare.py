@@ -89,16 +89,17 @@ def compare_reports(
         name: _ratio(parts[0][name], parts[1][name], metric, threshold_percent / 100)
         for name in names
     }
+    warnings = [f"first: {text}" for text in first.warnings]
+    warnings += [f"second: {text}" for text in second.warnings]
     return Comparison(
         metric=metric,
         threshold_percent=threshold_percent,
         rows=rows,
         only_in_one=tuple(sorted(parts[0].keys() ^ parts[1].keys())),
         differences=tuple(condition_differences(first, second)),
-        warnings=tuple(f"{which}: {text}" for report, which in ((first, "first"), (second, "second"))
-                       for text in report.warnings),
+        warnings=tuple(warnings),
         regression=rows[END_TO_END].verdict == "slower",
-    )  # fmt: skip
+    )
 
 
 def parse_percent(text: str) -> float:

@@ -46,7 +46,10 @@ class Scale(NamedTuple):
         return round(self.start + (self.end - self.start) * share, 1)
 
     def ticks(self) -> list[float]:
-        """About seven round values inside the range: multiples of 1, 2 or 5 times a power of ten."""
+        """About seven round values inside the range.
+
+        They are multiples of 1, 2 or 5 times a power of ten.
+        """
         rough = (self.high - self.low) / 7 or 1.0
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)

@@ -48,7 +48,7 @@ def _measured_on(report: LatencyReport, profile: TargetProfile) -> bool:
 
 
 def _compared(roofline: Roofline, report: LatencyReport) -> Roofline:
-    """``roofline`` with the measured p50 of each stage and of the whole, in per cent of its bound."""
+    """``roofline`` with the measured p50 of each stage and the whole, in per cent of its bound."""
     stages = {}
     for name, bound in roofline.stages.items():
         stats = report.stages.get(name)

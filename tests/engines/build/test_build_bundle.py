@@ -221,7 +221,8 @@ def test_named_axes_become_a_profile(make_bundle, tmp_path):
     axes = {"batch": Axis(min=1, opt=2, max=4)}
     job = Job(
         library="rtx", onnx=path, spec=StageSpec(name="unet", inputs=(x,), outputs=(y,), axes=axes),
-        out=tmp_path / "out", precision="fp16", compute_capabilities=(89,), options=BuildOptions(), timing_cache=None,
+        out=tmp_path / "out", precision="fp16", compute_capabilities=(89,),
+        options=BuildOptions(), timing_cache=None,
     )  # fmt: skip
     run_worker(job, lambda event: None)
     assert (tmp_path / "out").stat().st_size > 10_000
@@ -250,7 +251,8 @@ def test_a_foreign_timing_cache_is_refused_and_an_absent_one_made(tmp_path):
 
 def test_two_builds_at_once_are_refused(make_bundle):
     bundle = make_bundle(stages=("unet",))
-    code = "import sys, time; from pathlib import Path; from hipa_deploy.engines.build.build_bundle import locked\n"
+    code = "import sys, time\nfrom pathlib import Path\n"
+    code += "from hipa_deploy.engines.build.build_bundle import locked\n"
     code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
     folder = bundle.root / "engines" / "rtx-rtx40"
     with subprocess.Popen(

@@ -31,7 +31,10 @@ MIB = 1 << 20
 
 @pytest.fixture
 def bundle(make_bundle, monkeypatch) -> Bundle:
-    """Two stages, 1000 MiB of weights and 50 of activations in 'unet', 100 and none known in 'vae_decoder'."""
+    """Two stages: 'unet' with 1000 MiB of weights and 50 of activations, 'vae_decoder' with 100.
+
+    Nothing is known of the activations of 'vae_decoder'.
+    """
     made = make_bundle()
     for stage, mib in (("unet", 1000), ("vae_decoder", 100)):
         files = list(made.stage_path(stage).parent.glob("*"))
@@ -98,7 +101,10 @@ def test_on_a_jetson_host_and_gpu_share(bundle):
     assert building.need == planned.stages[0].build_host + gpu + RUNTIME_MIB
     assert building.verdict == "does not fit"
     assert running.where == "this machine"
-    numbers = r"on this machine takes about 5,\d+ MiB, 4,000 MiB is there and 500 MiB of swap. Close other programs"
+    numbers = (
+        r"on this machine takes about 5,\d+ MiB, 4,000 MiB is there and 500 MiB of swap. "
+        r"Close other programs"
+    )
     with pytest.raises(HipaError, match=numbers):
         planned.refuse_misfits()
 

@@ -1,4 +1,7 @@
-"""The inspector's JSON, in the two forms that NVIDIA documents (written by hand: no engine can be read here)."""
+"""The inspector's JSON, in the two forms that NVIDIA documents.
+
+It is written by hand, since reading an engine needs a driver.
+"""
 
 from __future__ import annotations
 

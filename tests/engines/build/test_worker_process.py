@@ -1,4 +1,4 @@
-"""The worker's process: real TensorRT-RTX builds of a tiny graph, and the ways in which one ends."""
+"""The worker's process: real TensorRT-RTX builds of a tiny graph, and how one ends."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ pytest.importorskip("tensorrt_rtx")
 # What TensorRT 10 prints where memory is short and nothing is wrong.
 SKIPPED = """\
 [E] Tactic Device request: 2304MB Available: 1536MB. Device memory is insufficient to use tactic.
-[W] UNSUPPORTED_STATE: Skipping tactic 3 due to insufficient memory on requested size of 2304 detected for tactic 0x3.
-[E] Some tactics do not have sufficient memory to run. Increasing workspace will enable more tactics.
+[W] UNSUPPORTED_STATE: Skipping tactic 3 due to insufficient memory on requested size of 2304 \
+detected for tactic 0x3.
+[E] Some tactics do not have sufficient memory to run. Increasing workspace will enable \
+more tactics.
 """
 
 
@@ -34,7 +36,8 @@ def job(make_bundle, tmp_path) -> Job:
     """A build of one convolution."""
     bundle = make_bundle(stages=("unet",))
     return Job(
-        library="rtx", onnx=bundle.stage_path("unet"), spec=bundle.stages["unet"].spec, out=tmp_path / "out",
+        library="rtx", onnx=bundle.stage_path("unet"), spec=bundle.stages["unet"].spec,
+        out=tmp_path / "out",
         precision="fp16", compute_capabilities=(89,), options=BuildOptions(), timing_cache=None,
     )  # fmt: skip
 

@@ -6,7 +6,10 @@ import pytest
 
 from hipa_deploy.engines.device.nvidia_smi import ask_smi, smi_number, smi_text, smi_throttles
 
-ROW = "NVIDIA GeForce RTX 4090, 2520, 3120, 10501, 10501, 54, 310.55, 450.00, P2, Enabled, 0x0000000000000004"
+ROW = (
+    "NVIDIA GeForce RTX 4090, 2520, 3120, 10501, 10501, 54, 310.55, 450.00, P2, Enabled, "
+    "0x0000000000000004"
+)
 OTHER = "NVIDIA T400, 420, 1425, 405, 5001, 40, [N/A], [N/A], P8, Disabled, 0x0000000000000001"
 
 

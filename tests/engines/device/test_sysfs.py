@@ -43,7 +43,8 @@ def test_thor_has_no_device_tree_names_and_its_memory_in_devfreq(tmp_path):
 
 def test_a_machine_that_says_nothing_is_not_guessed_at(tmp_path):
     assert sysfs.clocks(tmp_path) == sysfs.temperatures(tmp_path) == {}
-    for ask in (sysfs.power_mode, sysfs.jetpack, sysfs.cpu_governor, sysfs.gpu_governor, sysfs.throttled_by,
+    for ask in (sysfs.power_mode, sysfs.jetpack, sysfs.cpu_governor, sysfs.gpu_governor,
+                sysfs.throttled_by,
                 sysfs.overcurrent_events, sysfs.module_watts, sysfs.fan_rpm, sysfs.load_average,
                 sysfs.busy_seconds):  # fmt: skip
         assert ask(tmp_path) is None, ask.__name__

@@ -62,7 +62,10 @@ def test_the_metric_is_what_is_compared():
 
 
 def test_the_interval_covers_what_it_should():
-    """Of 60 pairs of equal samples about 5 % of the 95 % intervals miss 1; 15 % would be a broken bootstrap."""
+    """Of 60 pairs of equal samples about 5 % of the 95 % intervals miss 1.
+
+    15 % would be a broken bootstrap.
+    """
     missed = 0
     for seed in range(60):
         pair = [np.asarray(noisy(10, 1, 60, seed=1000 + 2 * seed + k)) for k in (0, 1)]

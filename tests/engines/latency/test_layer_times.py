@@ -51,7 +51,7 @@ def test_stages_are_fed_what_the_pipeline_feeds_them(pipeline):
 
 
 def test_a_runner_that_profiles_itself_is_asked(pipeline):
-    """A fake of TensorRT's runner: its first call is slow and does not count, two layers share a name."""
+    """A fake of TensorRT's runner: its first call is slow, and two layers share a name."""
 
     class Profiling:
         def __init__(self, runner) -> None:

@@ -51,7 +51,8 @@ def test_a_jetson(tmp_path):
 
 
 def test_a_discrete_gpu_through_nvidia_smi(tmp_path, monkeypatch):
-    smi = {"clocks.sm": "1500", "clocks.max.sm": "3120", "clocks.mem": "10501", "clocks.max.mem": "10501",
+    smi = {"clocks.sm": "1500", "clocks.max.sm": "3120",
+           "clocks.mem": "10501", "clocks.max.mem": "10501",
            "temperature.gpu": "71", "power.draw": "310.5", "power.limit": "450", "pstate": "P2",
            "persistence_mode": "Enabled", "reasons": "0x20"}  # fmt: skip
     monkeypatch.setattr(conditions, "ask_smi", lambda name: smi if name == "RTX" else {})

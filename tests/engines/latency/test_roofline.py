@@ -1,4 +1,4 @@
-"""The roofline: bounds from costs and peak rates, its table, and the bundles and targets refused."""
+"""The roofline: bounds from costs and peak rates, its table, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of LoRA against peft, which merges the same in other code; every layout against that."""
+"""Every kind of LoRA against peft, which merges it in other code, and every layout."""
 
 from __future__ import annotations
 

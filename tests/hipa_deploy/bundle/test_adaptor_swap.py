@@ -38,7 +38,7 @@ APPLE = "3d emoji of a red apple"
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The embedded bundle with the adaptors 'night' and 'day', which change some weights in common."""
+    """The embedded bundle with adaptors 'night' and 'day', which change some weights in common."""
     bundle = Bundle.open(Path(shutil.copytree(BUNDLE, tmp_path_factory.mktemp("swap") / "bundle")))
     write_swap(bundle, bundle.root / FOLDER / "night", scaled_weights(bundle, 0.5, 5))
     write_swap(bundle, bundle.root / FOLDER / "day", scaled_weights(bundle, 1.5, 2))

@@ -49,7 +49,7 @@ def test_gate_stops_bad(got: np.ndarray, message: str) -> None:
 
 
 def test_high_frequency_energy_in_closed_form() -> None:
-    """Doubling the contrast of a pattern quadruples its energy; a flat image has none to compare with."""
+    """Doubling the contrast of a pattern quadruples its energy; a flat image has no energy."""
     pattern = np.indices((8, 8)).sum(axis=0)[None, :, :, None] % 2
     weak, strong = (np.uint8(100 + step * pattern.repeat(3, axis=3)) for step in (20, 40))
     assert compare(strong, weak).high_frequency_ratio == pytest.approx(4)
@@ -57,7 +57,7 @@ def test_high_frequency_energy_in_closed_form() -> None:
 
 
 def test_gate_stops_lost_detail() -> None:
-    """A smooth ramp with a little texture: PSNR forgives losing the texture, the energy does not."""
+    """A smooth ramp with a little texture: only the energy shows that the texture is lost."""
     ramp = np.linspace(0, 200, 64)[None, None, :, None].repeat(64, axis=1).repeat(3, axis=3)
     texture = 2 * (np.indices((64, 64)).sum(axis=0)[None, :, :, None] % 2)
     with pytest.raises(HipaError, match="high-frequency"):

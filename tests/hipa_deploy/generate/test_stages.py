@@ -1,4 +1,4 @@
-"""Stages as one thing to run: which stages run, what they are called along the path, who times them."""
+"""Stages as one thing to run: which of them run, under which names, and who times them."""
 
 from __future__ import annotations
 
