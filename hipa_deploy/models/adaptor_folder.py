@@ -1,6 +1,7 @@
 """The adaptor's folder: its file names and hashes, and its metadata, ``hipa_adaptor.json``.
 
-The folder loads with diffusers' ``pipe.load_lora_weights``; its ``scheduler/`` is exact for the one step.
+The folder loads with diffusers' ``pipe.load_lora_weights``. The scheduler in its ``scheduler/`` is
+exact for the one step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a diffusers folder holds a kind of model that is supported, by its configuration files."""
+"""Checks that a diffusers folder holds a supported kind of model, by its configuration files."""
 
 from __future__ import annotations
 

@@ -160,7 +160,8 @@ SD = {FIRST_LAYER: (8, 4, 3, 3), "first_stage_model.x": (1,), "cond_stage_model.
         (
             SD,
             "sd3",
-            "--config sd3 is no diffusers folder. Expected one with a tokenizer, or: sd15, sd21-base, sd21-v",
+            "--config sd3 is not a diffusers folder. "
+            "Expected one with a tokenizer, or: sd15, sd21-base, sd21-v",
         ),
     ],
 )
