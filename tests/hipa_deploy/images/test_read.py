@@ -236,11 +236,10 @@ def test_a_mask_is_white_where_grey_is_half_or_more(tmp_path: Path) -> None:
 
 
 def test_a_mask_ignores_alpha(tmp_path: Path) -> None:
-    white, clear = np.array([[0, 255]], np.uint8), np.array([[255, 0]], np.uint8)
-    for mode in ("LA", "RGBA"):
-        image = Image.merge(
-            mode, [Image.fromarray(white)] * (len(mode) - 1) + [Image.fromarray(clear)]
-        )
+    colour = Image.fromarray(np.array([[0, 255]], np.uint8))
+    alpha = Image.fromarray(np.array([[255, 0]], np.uint8))
+    for mode, colours in (("LA", 1), ("RGBA", 3)):
+        image = Image.merge(mode, [colour] * colours + [alpha])
         assert read_mask(image).tolist() == [[0, 1]]
         assert read_mask(saved(tmp_path, image)).tolist() == [[0, 1]]
 

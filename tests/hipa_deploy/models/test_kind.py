@@ -63,9 +63,8 @@ def test_a_unet_for_inpainting_is_for_that_task_alone(sd15: Path, tmp_path: Path
     config = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps(config | {"in_channels": 9}))
     ModelConfig.read(folder, "inpaint")
-    with pytest.raises(
-        HipaError, match=r"expected 4: it is made for inpainting\. Use it for the task inpaint"
-    ):
+    expected = r"expected 4: it is made for inpainting\. Use it for the task inpaint"
+    with pytest.raises(HipaError, match=expected):
         ModelConfig.read(folder, "edit")
 
 
