@@ -265,7 +265,7 @@ def upscaling(bundle: Bundle, image: ImageSource, *, overlap: int | None = None)
             f"Expected at most {MAX_UPSCALED_PIXELS} in the result."
         )
 
-    # The stages take complete tiles only. Repeating the border adds no edge that they would sharpen.
+    # The stages take complete tiles only. Repeating the border adds no edge for them to sharpen.
     below = max(0, step.height - height)
     right = max(0, step.width - width)
     large_HWC = enlarge(small_HWC, factor)
