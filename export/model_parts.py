@@ -21,7 +21,6 @@ from hipa_deploy.bundle.manifest import ModelInfo, OneStep
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.models.adaptor_folder import unet_sha256
 from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_metadata, vae_sha256
-from hipa_deploy.models.kind import check_unet
 from hipa_deploy.models.locate import model_folder
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.tasks import Task
@@ -76,7 +75,7 @@ class ModelParts:
                 inpaint: and more than mask and source), or it cannot be loaded.
 
         """
-        check_unet(self.folder, task)
+        ModelConfig.read(self.folder, task)  # refuses a UNet that is not one for the task
         return _load(UNet2DConditionModel, self.folder, "unet")
 
     def text_encoder(self) -> CLIPTextModel:

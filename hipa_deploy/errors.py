@@ -1,27 +1,40 @@
-"""One error class for what a user can mend; everything else is a bug and keeps its traceback."""
+"""Errors for the user; every other exception is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
 
 class HipaError(Exception):
-    """A mistake the user can mend. The message is one line: what, got, expected, remedy."""
+    """A mistake that the user can fix.
+
+    The message is one line and says what is wrong, what was got, what was expected and what to do.
+    The commands print it without a traceback.
+    """
 
 
 class MissingDependencyError(HipaError):
-    """A package that an extra provides is not installed; the message carries the pip command."""
+    """A package of an extra is not installed; the message holds the pip command.
+
+    Args:
+        package: the package that is missing, such as 'torch'.
+        extra: the extra of hipa-deploy that installs it, such as 'export'.
+
+    """
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed. Run: pip install 'hipa-deploy[{extra}]'")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error; the name of its class if it has no message."""
+    """Return the first line of another library's error, at most 300 characters, for a message.
+
+    An error without a message gives the name of its class.
+    """
     return str(error).strip().split("\n")[0][:300] or type(error).__name__
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an error that says there what is wrong.
+    """Return the last line of another library's error, for a message.
 
-    PyTorch does so of weights that do not fit.
+    PyTorch, for example, says in the last line which weights do not fit.
     """
     return str(error).strip().rpartition("\n")[2].strip()

@@ -1,4 +1,4 @@
-"""Which modules each extra brings, and one check before anything imports them."""
+"""The modules that each extra installs, and one check before anything imports them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ EXTRAS = {
 
 
 def missing(extra: str) -> list[str]:
-    """The modules of ``extra`` that are not installed."""
+    """Return the modules of ``extra`` that are not installed."""
     return [module for module in EXTRAS[extra] if find_spec(module) is None]
 
 
 def require(*extras: str) -> None:
-    """Check that every module of these extras is installed.
+    """Check that every module of some extras is installed.
 
     Raises:
-        MissingDependencyError: one is not; the message names the pip command.
+        MissingDependencyError: one is not; the message holds the pip command.
 
     """
     for extra in extras:
-        if absent := missing(extra):
+        absent = missing(extra)
+        if absent:
             raise MissingDependencyError(absent[0], extra)

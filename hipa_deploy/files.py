@@ -1,4 +1,4 @@
-"""Writing that leaves either the whole result or nothing."""
+"""Writing of files and folders that leaves either the complete result or nothing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from hipa_deploy.errors import HipaError
 
 
 def user_cache() -> Path:
-    """Where what can be made again is kept: $HIPA_CACHE, or ~/.cache/hipa-deploy."""
+    """Return the folder of files that can be made again: $HIPA_CACHE, or ~/.cache/hipa-deploy."""
     return Path(os.environ.get("HIPA_CACHE") or Path.home() / ".cache" / "hipa-deploy")
 
 
 def refuse_to_overwrite(out: Path) -> None:
-    """Raise HipaError if ``out`` is a file, a folder with anything in it, or where we stand."""
+    """Check that writing to ``out`` would replace nothing.
+
+    Raises:
+        HipaError: ``out`` is a file, a folder that is not empty, or the current folder.
+
+    """
     if out.resolve() == Path.cwd():
         raise HipaError(f"{out} is the current folder. Choose a name for a new one.")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -27,18 +32,24 @@ def refuse_to_overwrite(out: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``out`` on success and vanishes on any failure.
+    """Yield a temporary folder that becomes ``out`` on success and is removed on any failure.
 
     Raises:
         HipaError: ``out`` exists and is not empty.
 
+    Example:
+        >>> with new_folder(Path("bundle")) as scratch:
+        ...     (scratch / "hipa.json").write_text("{}")
+
     """
     refuse_to_overwrite(out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside ``out``, so that the two are on one disk and the last step is a rename.
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         yield scratch
-        scratch.chmod(0o755)
+        scratch.chmod(0o755)  # mkdtemp makes a folder that only its owner can read
+        # A rename replaces an empty folder on Linux, but not on Windows.
         if out.is_dir():
             out.rmdir()
         scratch.replace(out)
@@ -47,13 +58,20 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write to a temporary name in the same folder, then rename."""
+    """Write a file completely or not at all; its folder is made if necessary.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    """
+    # A reader sees the old file or the new one, since a rename within a folder is atomic.
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    scratch = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        scratch.chmod(0o644)  # mkstemp makes a file that only its owner can read
+        scratch.replace(path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Content hashes: caches and manifests identify files by what they hold, never by name."""
+"""Hashes of contents: caches and manifests identify a file by its content, never by its name."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from hipa_deploy.errors import HipaError
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
+    """Return the SHA-256 of a file's content, hexadecimal."""
     digest = hashlib.sha256()
+    # By the MiB, since weights are files of several GB.
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
@@ -18,7 +19,11 @@ def file_sha256(path: Path) -> str:
 
 
 def folder_sha256(folder: Path, pattern: str = "*.safetensors") -> str:
-    """SHA-256 of the files under ``folder`` that match ``pattern``: their names and contents.
+    """Return the SHA-256 of some files' relative names and contents, hexadecimal.
+
+    Args:
+        folder: searched with all folders below it.
+        pattern: of the names of the files that count.
 
     Raises:
         HipaError: no file matches.
@@ -29,5 +34,9 @@ def folder_sha256(folder: Path, pattern: str = "*.safetensors") -> str:
         raise HipaError(
             f"{folder}: no {pattern} file in it or below. Expected a folder of safetensors weights."
         )
-    lines = [f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n" for path in paths]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    # One line a file, as ``sha256sum`` prints it but name first; '/' on every system.
+    digest = hashlib.sha256()
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        digest.update(f"{name} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()

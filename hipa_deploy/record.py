@@ -1,4 +1,4 @@
-"""The base of every record that is written to JSON: immutable, strict about unknown fields."""
+"""The base class of everything that is written to JSON: immutable, strict about unknown fields."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """A frozen pydantic model that refuses fields it does not know."""
+    """A frozen pydantic model that refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,9 +1,8 @@
-"""The tasks: where the one step starts, and what of the source image remains after it.
+"""The tasks: what the one step starts from, and what it keeps of a source image.
 
-The tasks share everything else.
-
-With e noise, z0 the latents of a source image (the mean of the VAE's posterior, scaled), m a mask
-(1: repaint), and a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar) at the step's timestep:
+Notation: e is noise; z0 the latents of a source image (the mean of the VAE's posterior, scaled); m
+a mask, 1 where the image is repainted; a = sqrt(alpha_bar) and s = sqrt(1 - alpha_bar) at the
+step's timestep.
 
     generate   z = e
     edit       z = a z0 + s e             at a timestep for each strength (SDEdit, Meng et al. 2022)
@@ -14,8 +13,10 @@ A UNet made for inpainting starts from z = e and sees [z, m, z0], nine channels 
 2022). HiPA's own recipes of these tasks are not public: inpainting from clean latents around the
 hole is this project's choice.
 
-The formulas are plain arithmetic: training and export give them torch tensors, the runtime numpy
-arrays.
+The formulas are plain arithmetic, so they take torch tensors (in training and export) and numpy
+arrays (at run time).
+
+Shapes: B batch; C latent channels; h, w height and width of the latent.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, Literal
 
 Task = Literal["generate", "edit", "inpaint", "upscale"]
 
-# What a step takes beside the text context, in the order of the UNet stage's inputs.
+# What a step takes besides the text context, in the order of the UNet stage's inputs.
 STEP_INPUTS: dict[Task, tuple[str, ...]] = {
     "generate": ("noise",),
     "edit": ("noise", "source"),
@@ -35,11 +36,22 @@ STEP_INPUTS: dict[Task, tuple[str, ...]] = {
 
 
 def unet_inputs(task: Task, strengths: int = 1) -> tuple[str, ...]:
-    """Names of a UNet stage's inputs, in order.
+    """Return the names of a UNet stage's inputs, in order.
 
-    'step' is the number of the strength, where an edit has several ``strengths``.
+    Args:
+        task: what the stage is for.
+        strengths: number of strengths of an edit. With several, the input 'step' is the index of
+            one.
+
+    Example:
+        >>> unet_inputs("edit", strengths=3)
+        ('noise', 'source', 'step', 'context')
+
     """
-    return (*STEP_INPUTS[task], *(("step",) if strengths > 1 else ()), "context")
+    names = list(STEP_INPUTS[task])
+    if strengths > 1:
+        names.append("step")
+    return (*names, "context")
 
 
 def is_inpainting_unet(in_channels: int, latent_channels: int) -> bool:
@@ -54,27 +66,51 @@ def is_inpainting_unet(in_channels: int, latent_channels: int) -> bool:
 
 
 def start_latents(
-    task: Task, given: Mapping[str, Any], alpha_bar: Any, *, concatenates: bool = False
+    task: Task, inputs: Mapping[str, Any], alpha_bar: Any, *, concatenates: bool = False
 ) -> Any:
-    """Where the step starts, [B, C, h, w], from the ``STEP_INPUTS`` of ``task``.
+    """Return the latents that the one step starts from, [B, C, h, w].
 
-    Noise and source are [B, C, h, w], the mask [B, 1, h, w] in [0, 1]; ``alpha_bar`` is a number or
-    [B, 1, 1, 1]. ``concatenates``: the UNet sees mask and source as channels of their own.
+    Args:
+        task: decides the formula; see the module's docstring.
+        inputs: those of ``STEP_INPUTS`` for the task: 'noise' and 'source' [B, C, h, w], 'mask'
+            [B, 1, h, w] in [0, 1].
+        alpha_bar: cumulative signal power at the step's timestep: a number, or [B, 1, 1, 1].
+        concatenates: whether the UNet takes mask and source as channels of their own.
+
     """
     if task == "edit":
-        return alpha_bar**0.5 * given["source"] + (1 - alpha_bar) ** 0.5 * given["noise"]
+        return alpha_bar**0.5 * inputs["source"] + (1 - alpha_bar) ** 0.5 * inputs["noise"]
     if task == "inpaint" and not concatenates:
-        return given["mask"] * given["noise"] + (1 - given["mask"]) * given["source"]
-    return given["source"] if task == "upscale" else given["noise"]
+        return inputs["mask"] * inputs["noise"] + (1 - inputs["mask"]) * inputs["source"]
+    if task == "upscale":
+        return inputs["source"]
+    return inputs["noise"]
 
 
-def finish_latents(task: Task, x0_BCHW: Any, given: Mapping[str, Any]) -> Any:
-    """The latents to decode: inpainting keeps the source's outside the mask."""
+def finish_latents(task: Task, x0_BCHW: Any, inputs: Mapping[str, Any]) -> Any:
+    """Return the latents to decode, [B, C, h, w]: inpainting keeps the source's outside the mask.
+
+    Args:
+        task: what the latents were made for.
+        x0_BCHW: the result of the one step.
+        inputs: as for ``start_latents``.
+
+    """
     if task == "inpaint":
-        return given["mask"] * x0_BCHW + (1 - given["mask"]) * given["source"]
+        return inputs["mask"] * x0_BCHW + (1 - inputs["mask"]) * inputs["source"]
     return x0_BCHW
 
 
 def strength_timestep(strength: float, train_timesteps: int = 1000) -> int:
-    """The timestep at which an edit of ``strength``, in (0, 1], starts: 999 for 1, 499 for 0.5."""
+    """Return the timestep at which an edit starts.
+
+    Args:
+        strength: in (0, 1].
+        train_timesteps: number of timesteps of the noise schedule.
+
+    Example:
+        >>> strength_timestep(1), strength_timestep(0.5)
+        (999, 499)
+
+    """
     return max(0, round(strength * train_timesteps) - 1)

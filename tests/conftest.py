@@ -3,17 +3,17 @@
 import os
 import signal
 
-# Before anything imports torch: one thread a worker. With several, on CPUs with AMX, the same
-# convolution of one or two rows now and then rounds differently, and a resumed run must equal an
-# unbroken one to the bit.
+# Before anything imports torch: one thread per worker. With several threads, on CPUs with AMX, the
+# same convolution of one or two rows sometimes rounds otherwise, and the tests of resumed runs
+# compare bit for bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import settings
 
-# Two workers with torch on two cores: how long one example takes says nothing.
+# With two workers of torch on two cores, the time of one example says nothing.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
 
-# A shell starts background commands with SIGINT ignored, and what the tests start would inherit
-# that. Ctrl-C is tested.
+# A shell starts background commands with SIGINT ignored, and the processes that the tests start
+# would inherit that. Some tests interrupt such a process as Ctrl-C does.
 signal.signal(signal.SIGINT, signal.default_int_handler)

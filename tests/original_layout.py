@@ -1,9 +1,7 @@
-"""A diffusers folder -> one checkpoint in the layout of CompVis' Stable Diffusion.
+"""A diffusers folder written as one checkpoint in the layout of CompVis' Stable Diffusion.
 
-SD 1.x and 2.x were published so.
-
-Names as in diffusers' scripts/convert_diffusers_to_original_stable_diffusion.py, for any
-number of levels.
+SD 1.x and 2.x were published in it. The names are those of diffusers'
+scripts/convert_diffusers_to_original_stable_diffusion.py, for any number of levels.
 """
 
 from __future__ import annotations
@@ -21,100 +19,164 @@ RESNET = {
     "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 OPEN_CLIP = {
-    "layer_norm": "ln_", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    "layer_norm": "ln_",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
-}  # fmt: skip
+}
+# Layers outside the blocks of the down and up paths.
+UNET_NAMES = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
 
 
 def write_checkpoint(folder: Path, path: Path, *, open_clip: bool = False) -> Path:
-    """Write ``path``; with ``open_clip`` the text encoder is named as in SD 2.x."""
+    """Write a model as one checkpoint.
+
+    Args:
+        folder: a StableDiffusionPipeline folder.
+        path: the checkpoint to write.
+        open_clip: name the text encoder's weights as SD 2.x does, not as SD 1.x.
+
+    Returns:
+        ``path``.
+
+    """
 
     def load(part: str, name: str = "diffusion_pytorch_model") -> Weights:
         return load_file(folder / part / f"{name}.safetensors")
 
     text = load("text_encoder", "model")
-    unet = {f"model.diffusion_model.{name}": w for name, w in unet_names(load("unet")).items()}
-    vae = {f"first_stage_model.{name}": w for name, w in vae_names(load("vae")).items()}
-    encoder = (
-        open_clip_names(text)
-        if open_clip
-        else {f"cond_stage_model.transformer.{n}": w for n, w in text.items()}
-    )
+    weights = _prefixed("model.diffusion_model.", unet_names(load("unet")))
+    weights |= _prefixed("first_stage_model.", vae_names(load("vae")))
+    if open_clip:
+        weights |= open_clip_names(text)
+    else:
+        weights |= _prefixed("cond_stage_model.transformer.", text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: w.contiguous() for name, w in {**unet, **vae, **encoder}.items()}, path)
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, path)
     return path
 
 
+def _prefixed(prefix: str, weights: Weights) -> Weights:
+    return {prefix + name: weight for name, weight in weights.items()}
+
+
+def _count(pattern: str, weights: Weights) -> int:
+    """Return how many numbers, from 0, the group of ``pattern`` has among the weights' names."""
+    numbers = set()
+    for name in weights:
+        match = re.match(pattern, name)
+        if match:
+            numbers.add(int(match[1]))
+    return 1 + max(numbers)
+
+
 def unet_names(unet: Weights) -> Weights:
-    layers = 1 + max(
-        int(m[1]) for n in unet if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)", n))
-    )
+    """Return the UNet's weights by their original names."""
+    layers = _count(r"down_blocks\.0\.resnets\.(\d+)", unet)
 
     def rename(name: str) -> str:
-        for start, new in {
-            "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-            "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-            "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
-            "mid_block.resnets.1": "middle_block.2",
-        }.items():  # fmt: skip
-            name = re.sub(rf"^{re.escape(start)}\.", f"{new}.", name)
-        if m := re.match(r"(down|up)_blocks\.(\d+)\.(\w+?)s\.(\d+)\.(.*)", name):
-            way, block, kind, layer, rest = m[1], int(m[2]), m[3], int(m[4]), m[5]
-            index = (layers + 1) * block + (layer if kind != "downsampler" else layers)
-            index = index + 1 if way == "down" else index
-            if kind == "upsampler":
-                attention = any(n.startswith(f"up_blocks.{block}.attentions") for n in unet)
-                name = f"output_blocks.{index + layers}.{2 if attention else 1}.{rest}"
-            else:
-                place = {"resnet": "0.", "attention": "1.", "downsampler": "0."}[kind]
-                rest = rest.replace("conv.", "op.", 1) if kind == "downsampler" else rest
-                name = f"{'in' if way == 'down' else 'out'}put_blocks.{index}.{place}{rest}"
-        if re.match(r"(input_blocks\.\d+|output_blocks\.\d+|middle_block)\.[02]?\.?", name):
-            for old, new in RESNET.items():
-                name = re.sub(
-                    rf"^((?:input|output)_blocks\.\d+\.0|middle_block\.[02])\.{old}\.",
-                    rf"\1.{new}.",
-                    name,
-                )
+        for old, new in UNET_NAMES.items():
+            name = re.sub(rf"^{re.escape(old)}\.", f"{new}.", name)
+        match = re.match(r"(down|up)_blocks\.(\d+)\.(\w+?)s\.(\d+)\.(.*)", name)
+        if match:
+            path, block, kind, layer, suffix = match.groups()
+            has_attention = any(n.startswith(f"up_blocks.{block}.attentions") for n in unet)
+            name = _block_name(
+                path, int(block), kind, int(layer), suffix, layers, has_attention=has_attention
+            )
+        # Names inside a ResNet; an attention has some of them too, and keeps them.
+        for old, new in RESNET.items():
+            name = re.sub(
+                rf"^((?:input|output)_blocks\.\d+\.0|middle_block\.[02])\.{old}\.",
+                rf"\1.{new}.",
+                name,
+            )
         return name
 
     return {rename(name): weight for name, weight in unet.items()}
 
 
+def _block_name(
+    path: str,
+    block: int,
+    kind: str,
+    layer: int,
+    suffix: str,
+    layers: int,
+    *,
+    has_attention: bool,
+) -> str:
+    """Return the original name of a weight in a block of the down or up path.
+
+    The original layout numbers all layers of a path in one sequence: each block has ``layers``
+    ResNets with their attentions, and one more layer, which is the downsampler in the down path and
+    a third ResNet in the up path. The input convolution is number 0 of the down path.
+    """
+    first = (layers + 1) * block
+    if kind == "upsampler":
+        # It belongs to the block's last layer, after the ResNet and the attention if there is one.
+        position = 2 if has_attention else 1
+        return f"output_blocks.{first + layers}.{position}.{suffix}"
+    if kind == "downsampler":
+        suffix = suffix.replace("conv.", "op.", 1)
+        return f"input_blocks.{first + layers + 1}.0.{suffix}"
+    position = 1 if kind == "attention" else 0
+    if path == "down":
+        return f"input_blocks.{first + layer + 1}.{position}.{suffix}"
+    return f"output_blocks.{first + layer}.{position}.{suffix}"
+
+
 def vae_names(vae: Weights) -> Weights:
-    levels = 1 + max(int(m[1]) for n in vae if (m := re.match(r"decoder\.up_blocks\.(\d+)", n)))
+    """Return the VAE's weights by their original names and in their original shapes."""
+    levels = _count(r"decoder\.up_blocks\.(\d+)", vae)
+
+    def level(match: re.Match[str]) -> int:
+        """Return the original number of an up block: counted from the largest image."""
+        return levels - 1 - int(match[1])
 
     def rename(name: str) -> str:
         name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
         name = name.replace("mid_block.attentions.0", "mid.attn_1")
         name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
         name = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", name)
-        name = re.sub(
-            r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", name
-        )
+        name = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{level(m)}.block", name)
         name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
-        name = re.sub(
-            r"up_blocks\.(\d+)\.upsamplers\.0",
-            lambda m: f"up.{levels - 1 - int(m[1])}.upsample",
-            name,
-        )
-        for old, new in {
-            "group_norm": "norm",
-            "to_q": "q",
-            "to_k": "k",
-            "to_v": "v",
-            "to_out.0": "proj_out",
-        }.items():
+        up = r"up_blocks\.(\d+)\.upsamplers\.0"
+        name = re.sub(up, lambda m: f"up.{level(m)}.upsample", name)
+        for old, new in VAE_ATTENTION.items():
             name = name.replace(f"attn_1.{old}.", f"attn_1.{new}.")
         return name
 
-    renamed = {rename(name): weight for name, weight in vae.items()}
+    # The original attention is made of 1 x 1 convolutions, diffusers' of linear layers.
     attention = re.compile(r"attn_1\.(q|k|v|proj_out)\.weight$")
-    return {n: w[:, :, None, None] if attention.search(n) else w for n, w in renamed.items()}
+    renamed = {}
+    for old, weight in vae.items():
+        name = rename(old)
+        renamed[name] = weight[:, :, None, None] if attention.search(name) else weight
+    return renamed
 
 
 def open_clip_names(text: Weights) -> Weights:
-    """Query, key and value are one matrix in OpenCLIP."""
+    """Return the text encoder's weights by OpenCLIP's names, which SD 2.x has.
+
+    OpenCLIP stores query, key and value as one matrix.
+    """
     prefix = "cond_stage_model.model."
     simple = {
         "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
@@ -124,14 +186,16 @@ def open_clip_names(text: Weights) -> Weights:
     }
     out = {prefix + new: text[old] for old, new in simple.items()}
     for name, weight in text.items():
-        if not (m := re.match(r"text_model\.encoder\.layers\.(\d+)\.(.*)\.(weight|bias)", name)):
+        match = re.match(r"text_model\.encoder\.layers\.(\d+)\.(.*)\.(weight|bias)", name)
+        if not match:
             continue
-        block, rest, kind = f"{prefix}transformer.resblocks.{m[1]}", m[2], m[3]
-        if rest == "self_attn.q_proj":
-            both = [text[name.replace("q_proj", f"{x}_proj")] for x in "qkv"]
-            out[f"{block}.attn.in_proj_{kind}"] = torch.cat(both)
-        elif rest not in ("self_attn.k_proj", "self_attn.v_proj"):
+        number, layer, kind = match.groups()
+        block = f"{prefix}transformer.resblocks.{number}"
+        if layer == "self_attn.q_proj":
+            parts = [text[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            out[f"{block}.attn.in_proj_{kind}"] = torch.cat(parts)
+        elif layer not in ("self_attn.k_proj", "self_attn.v_proj"):
             for old, new in OPEN_CLIP.items():
-                rest = rest.replace(old, new)
-            out[f"{block}.{rest}.{kind}"] = weight
+                layer = layer.replace(old, new)
+            out[f"{block}.{layer}.{kind}"] = weight
     return out

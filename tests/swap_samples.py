@@ -1,4 +1,4 @@
-"""Adaptors to swap in, made by hand: the embedded bundle's own weights, some of them scaled."""
+"""Adaptor swaps made by hand: some of the embedded bundle's own weights, scaled."""
 
 from __future__ import annotations
 
@@ -25,16 +25,20 @@ PARITY = Parity(max_abs=0.0, mean_abs=0.0, cosine=1.0, psnr_db=99.0)
 
 
 def scaled_weights(bundle: Bundle, factor: float, count: int = 3) -> dict[str, np.ndarray]:
-    """The first ``count`` kernels of the stage with the UNet, times ``factor``."""
+    """Return the first ``count`` convolution kernels of the UNet's stage, times ``factor``."""
     weights = read_initializers(bundle.stage_path(adapted_stage(bundle)))
     kernels = [weight for weight in weights.values() if len(weight.shape) == 4][:count]
-    return {weight.name: (weight.read() * weight.read().dtype.type(factor)) for weight in kernels}
+    scaled = {}
+    for weight in kernels:
+        values = weight.read()
+        scaled[weight.name] = values * values.dtype.type(factor)
+    return scaled
 
 
 def write_swap(
     bundle: Bundle, out: Path, weights: dict[str, np.ndarray], **changes: object
 ) -> Path:
-    """The folder that ``hipa-export --swap-for`` would have written for these weights."""
+    """Write the folder that ``hipa-export --swap-for`` would write for some weights."""
     out.mkdir(parents=True)
     np.savez(out / WEIGHTS, **weights)  # type: ignore[arg-type]
     np.save(out / REFERENCE, np.zeros(1, np.float32))

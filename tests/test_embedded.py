@@ -1,4 +1,4 @@
-"""The shipped model, adaptor and bundle: what the package promises of them, on the real weights."""
+"""What the package promises of its model, adaptor and bundle, on their real weights."""
 
 from pathlib import Path
 
@@ -30,17 +30,18 @@ def one_step_image(adaptor: Path | None, seed: int) -> np.ndarray:
     if adaptor:
         pipe.load_lora_weights(adaptor)
     noise = torch.from_numpy(initial_noise([seed], (4, 16, 16)))
-    image = pipe(
+    images = pipe(
         PROMPT, num_inference_steps=1, guidance_scale=0, latents=noise, output_type="np"
-    ).images[0]
-    return (image * 255).round().astype(np.uint8)
+    ).images
+    return (images[0] * 255).round().astype(np.uint8)
 
 
 def test_the_adaptor_belongs_to_the_model_and_the_bundle_to_both() -> None:
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.hashing import file_sha256
 
-    metadata, manifest = read_metadata(ADAPTOR, MODEL), Bundle.open(BUNDLE).manifest
+    metadata = read_metadata(ADAPTOR, MODEL)
+    manifest = Bundle.open(BUNDLE).manifest
     assert manifest.base_model.sha256 == metadata.base_unet_sha256
     assert manifest.adaptor is not None
     assert manifest.adaptor.sha256 == file_sha256(ADAPTOR / "pytorch_lora_weights.safetensors")
@@ -48,10 +49,9 @@ def test_the_adaptor_belongs_to_the_model_and_the_bundle_to_both() -> None:
 
 @pytest.mark.slow
 def test_fp32_bundle_equals_diffusers_with_the_adaptor_and_only_with_it(tmp_path: Path) -> None:
-    export_bundle(
-        ExportOptions(model="emoji", adaptor=ADAPTOR, out=tmp_path / "fp32", dtype="fp32")
-    )
-    with OneStepPipeline.load(tmp_path / "fp32", "onnxruntime") as pipe:
+    out = tmp_path / "fp32"
+    export_bundle(ExportOptions(model="emoji", adaptor=ADAPTOR, out=out, dtype="fp32"))
+    with OneStepPipeline.load(out, "onnxruntime") as pipe:
         ours = pipe(PROMPT, seed=5).images_BHWC[0]
     assert compare(ours, one_step_image(ADAPTOR, 5)).psnr_db >= 40
     assert compare(ours, one_step_image(None, 5)).psnr_db < 30
@@ -67,18 +67,17 @@ def test_shipped_fp16_bundle_is_close_to_diffusers_in_fp32() -> None:
 def test_the_adaptor_brings_one_step_closer_to_the_teacher() -> None:
     texts, seeds = draw(held_out_prompts(MODEL), 32)
     truth = teacher_images(MODEL, texts, seeds, load_recipe("emoji").teacher)
-    base, adapted = (one_step_images(MODEL, adaptor, texts, seeds) for adaptor in (None, ADAPTOR))
+    base = one_step_images(MODEL, None, texts, seeds)
+    adapted = one_step_images(MODEL, ADAPTOR, texts, seeds)
     assert kid_lite0(adapted, truth, texts) < kid_lite0(base, truth, texts) / 2
 
 
 @pytest.mark.parametrize("file", ["prompts_words.txt", "prompts_wide.txt"])
 def test_adaptors_learn_from_nothing_that_is_held_out(file: str) -> None:
-    held_out = read_prompt_file(MODEL / "prompts_pair.txt") + read_prompt_file(
-        MODEL / "prompts_concept.txt"
-    )
-    concepts = {
-        prompt.split(" of ")[1] for prompt in read_prompt_file(MODEL / "prompts_concept.txt")
-    }
+    pair_prompts = read_prompt_file(MODEL / "prompts_pair.txt")
+    concept_prompts = read_prompt_file(MODEL / "prompts_concept.txt")
+    held_out = pair_prompts + concept_prompts
+    concepts = {prompt.split(" of ")[1] for prompt in concept_prompts}
     prompts = read_prompt_file(MODEL / file)
     subjects = {prompt.split(" of ", 1)[1] for prompt in prompts}
     assert not set(prompts) & set(held_out)

@@ -49,8 +49,10 @@ def test_runtime_imports_nothing_heavy() -> None:
 
 
 def test_help_imports_no_numerics() -> None:
-    code = "from hipa_deploy.commands.app import main\n"
-    code += "try:\n    main(['generate', '--help'])\nexcept SystemExit:\n    pass"
+    code = (
+        "from hipa_deploy.commands.app import main\n"
+        "try:\n    main(['generate', '--help'])\nexcept SystemExit:\n    pass"
+    )
     assert loaded_by(code).isdisjoint({*HEAVY, "numpy", "onnxruntime", "PIL"})
 
 
@@ -86,7 +88,8 @@ ROOMS = (
     "hipa_deploy.commands",
 )
 MOST_MODULES = 12  # in one room
-# Imports that go up: from this module, into that room or any within it, for this reason.
+# Imports that go up all the same: from this module, into that room or any within it, for this
+# reason.
 UPWARD = {
     (
         "hipa_deploy",

@@ -9,17 +9,23 @@ from safetensors.torch import load
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """In the order of their names. A copy, where ``load_file`` would map the file."""
+    """Read a safetensors file, in the order of the weights' names.
+
+    The tensors are copies: those of ``load_file`` would change with the file.
+    """
     return dict(sorted(load(path.read_bytes()).items()))
 
 
 def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Names whose values differ, with the largest difference; infinite where one is missing."""
-    return {
-        name: _largest(a.get(name), b.get(name))
-        for name in {**a, **b}
-        if not _equal(a.get(name), b.get(name))
-    }
+    """Return the largest difference of every weight that is not bit for bit the same.
+
+    It is infinite for a weight that only one of the two has, or that has another shape.
+    """
+    found = {}
+    for name in {**a, **b}:
+        if not _equal(a.get(name), b.get(name)):
+            found[name] = _largest(a.get(name), b.get(name))
+    return found
 
 
 def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -1,8 +1,12 @@
-"""What the package carries: a miniature base model, its HiPA adaptors, and a one-step bundle.
+"""What the package carries: the miniature base model, its HiPA adaptors, and a one-step bundle.
 
-``model/`` is a StableDiffusionPipeline folder, ``adaptor/`` loads with ``load_lora_weights``, as
-``adaptor-edit/``, ``adaptor-inpaint/`` and ``adaptor-upscale/`` do; ``decoder/`` is an
-AutoencoderTiny folder for the same latents, ``bundle/`` opens with ``OneStepPipeline.load``.
+- ``model/`` is a StableDiffusionPipeline folder.
+- ``adaptor/``, ``adaptor-edit/``, ``adaptor-inpaint/`` and ``adaptor-upscale/`` load with
+  ``load_lora_weights``.
+- ``decoder/`` is an AutoencoderTiny folder for the same latents.
+- ``bundle/`` opens with ``OneStepPipeline.load``.
+
+May import nothing of the project.
 """
 
 from __future__ import annotations
@@ -19,25 +23,29 @@ NAME = "emoji"
 EXAMPLE_PROMPT = "3d emoji of a red apple"  # of the form that the model was trained on
 ADAPTORS = {
     NAME: ADAPTOR,
-    **{f"{NAME}-{task}": ROOT / f"adaptor-{task}" for task in ("edit", "inpaint", "upscale")},
+    f"{NAME}-edit": ROOT / "adaptor-edit",
+    f"{NAME}-inpaint": ROOT / "adaptor-inpaint",
+    f"{NAME}-upscale": ROOT / "adaptor-upscale",
 }
 
 
 def resolve_adaptor(name: str) -> Path:
-    """The adaptor folder that ``name`` means.
+    """Return an adaptor's folder: an embedded one for 'emoji' and 'emoji-TASK', else ``name``.
 
-    'emoji' and 'emoji-TASK' are embedded, unless a folder of that name is here. Any other name is
-    a folder's.
+    A folder of the user that is named so goes before the embedded one.
     """
     path = Path(name)
-    return ADAPTORS[name] if name in ADAPTORS and not path.exists() else path
+    if name in ADAPTORS and not path.exists():
+        return ADAPTORS[name]
+    return path
 
 
 def resolve_bundle(name: str | Path) -> Path:
-    """The bundle folder that ``name`` means.
+    """Return a bundle's folder: the embedded one for 'emoji', else ``name``.
 
-    'emoji' is the embedded bundle, unless a folder of that name is here. Any other name is a
-    folder's.
+    A folder of the user that is named so goes before the embedded one.
     """
     path = Path(name)
-    return BUNDLE if str(name) == NAME and not path.exists() else path
+    if str(name) == NAME and not path.exists():
+        return BUNDLE
+    return path

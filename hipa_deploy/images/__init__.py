@@ -1,4 +1,4 @@
 """Images in and out: reading, masks, tiles, PNG with generation parameters, a task's source image.
 
-May import: the ground and ``bundle``.
+May import the ground (errors, files, hashing, record, tasks) and ``bundle``.
 """

@@ -1,4 +1,7 @@
-"""PNG images that carry their generation parameters: all that makes the same image again."""
+"""PNG files that carry the generation parameters of their image, enlarging, and image grids.
+
+Shapes: N images; H, W height and width in pixels; C = 3 colour channels.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,22 @@ from PIL import Image, PngImagePlugin
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import write_file
 
+# The keyword of the text chunk; it is part of the file format.
 PARAMETERS_KEY = "hipa"
 
 
 def png_bytes(image_HWC: np.ndarray, parameters: dict[str, Any]) -> bytes:
-    """uint8 [H, W, 3] as PNG, with the generation parameters as JSON in a text chunk.
+    """Encode an image as PNG, with its generation parameters as JSON in a text chunk.
 
     Equal input gives equal bytes.
 
-    Example:
-        >>> png_bytes(image_HWC, {"prompt": "a red apple", "seed": 0})[:4]
-        b'\\x89PNG'
+    Args:
+        image_HWC: uint8 [H, W, 3].
+        parameters: values that JSON can hold, such as prompt and seed.
 
     """
     info = PngImagePlugin.PngInfo()
+    # iTXt holds UTF-8; the older tEXt chunk holds Latin-1 only, which few prompts fit.
     info.add_itxt(PARAMETERS_KEY, json.dumps(parameters, sort_keys=True, ensure_ascii=False))
     buffer = io.BytesIO()
     Image.fromarray(image_HWC).save(buffer, "PNG", pnginfo=info)
@@ -34,15 +39,25 @@ def png_bytes(image_HWC: np.ndarray, parameters: dict[str, Any]) -> bytes:
 
 
 def save_png(path: Path, image_HWC: np.ndarray, parameters: dict[str, Any]) -> None:
-    """Write ``png_bytes`` to ``path``, whole or not at all."""
+    """Write an image and its generation parameters as PNG, completely or not at all.
+
+    Args:
+        path: the file; one that exists is replaced.
+        image_HWC: uint8 [H, W, 3].
+        parameters: values that JSON can hold, such as prompt and seed.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    """
     write_file(path, png_bytes(image_HWC, parameters))
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """The generation parameters of an image that hipa-generate wrote.
+    """Read the generation parameters from a PNG that hipa-generate or ``save_png`` wrote.
 
     Raises:
-        HipaError: not an image, or one without generation parameters.
+        HipaError: the file is not an image, or has no generation parameters.
 
     """
     try:
@@ -60,25 +75,35 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 
 def enlarge(image_HWC: np.ndarray, factor: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> [factor H, factor W, 3], bicubic: what super-resolution starts from."""
+    """Enlarge an image by bicubic interpolation: the input of super-resolution.
+
+    Args:
+        image_HWC: uint8 [H, W, 3].
+        factor: of the enlargement along either axis.
+
+    Returns:
+        uint8 [factor * H, factor * W, 3].
+
+    """
     height, width = image_HWC.shape[:2]
-    return np.asarray(
-        Image.fromarray(image_HWC).resize(
-            (factor * width, factor * height), Image.Resampling.BICUBIC
-        )
-    )
+    size = (factor * width, factor * height)
+    return np.asarray(Image.fromarray(image_HWC).resize(size, Image.Resampling.BICUBIC))
 
 
 def grid(columns: list[np.ndarray], gap: int = 2) -> np.ndarray:
-    """Columns of images side by side on white.
+    """Lay out columns of images side by side on white.
 
     Args:
-        columns: each uint8 [N, H, W, 3].
-        gap: white pixels right of and below each image.
+        columns: uint8 [N, H, W, 3] each, top to bottom.
+        gap: white pixels below and to the right of each image.
 
     Returns:
-        uint8 [N * (H + gap), len(columns) * (W + gap), 3].
+        uint8 [N * (H + gap), columns * (W + gap), 3].
 
     """
-    padded = [np.pad(c, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255) for c in columns]
-    return np.concatenate([np.concatenate(list(c), axis=0) for c in padded], axis=1)
+    strips = []
+    for images_NHWC in columns:
+        gaps = ((0, 0), (0, gap), (0, gap), (0, 0))
+        padded_NHWC = np.pad(images_NHWC, gaps, constant_values=255)
+        strips.append(np.concatenate(list(padded_NHWC), axis=0))
+    return np.concatenate(strips, axis=1)

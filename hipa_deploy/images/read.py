@@ -1,4 +1,7 @@
-"""Read images and masks as people have them: uint8 [H, W, 3], and a mask of 0 and 1."""
+"""Read the images and masks of users: files, Pillow images and arrays, as uint8 RGB or a 0/1 mask.
+
+Shapes: H, W height and width in pixels; C = 3 colour channels.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hipa_deploy.errors import HipaError, first_line
-from hipa_deploy.images.compositing import check_mask, composite, hide_hole, latent_mask
-from hipa_deploy.images.tiling import merge_tiles, tiles
-
-__all__ = [
-    "ImageSource",
-    "check_mask",
-    "check_size",
-    "composite",
-    "fit_image",
-    "fit_mask",
-    "hide_hole",
-    "latent_mask",
-    "merge_tiles",
-    "read_image",
-    "read_mask",
-    "tiles",
-]
 
 ImageSource = str | Path | Image.Image | np.ndarray
 
 _ARRAY_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _SIXTEEN_BITS = 65535
 _TO_EIGHT_BITS = 257  # 65535 / 255
-# What Pillow raises for files that are no images, or broken ones, depends on the format.
+# What Pillow raises for files that are not images, or are broken, depends on the format.
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -43,24 +29,39 @@ _UNREADABLE = (
     IndexError,
     Image.DecompressionBombError,
 )
+# What Pillow raises for EXIF data that it cannot parse.
+_BROKEN_EXIF = (SyntaxError, ValueError, struct.error)
 
 
 def read_image(source: ImageSource) -> np.ndarray:
-    """Any image as uint8 [H, W, 3].
+    """Read any image as 8-bit RGB.
 
-    A file or a Pillow image is turned as its EXIF orientation says; of an animation it is the
-    current (a file's first) frame. Transparency lies over white. Grey, palette, CMYK (without its
-    colour profile) and 16-bit images are converted to 8-bit RGB. An array is [H, W] or [H, W, 1 to
-    4] (grey, grey + alpha, RGB, RGBA): uint8, uint16, bool, or floats in [0, 1].
+    - A file or a Pillow image is turned upright as its EXIF orientation says.
+    - Of an animation the current frame is read; for a file that is the first one.
+    - Transparent pixels are shown over white.
+    - Grey, palette, CMYK and 16-bit images are converted; CMYK without its colour profile.
+
+    Args:
+        source: a path, a Pillow image, or an array [H, W] or [H, W, 1 to 4] (grey, grey + alpha,
+            RGB, RGBA) of uint8, uint16, bool, or floats in [0, 1].
+
+    Returns:
+        uint8 [H, W, 3].
 
     Raises:
-        HipaError: no such file, no image, a truncated or an enormous one, an array of another
-        shape, dtype or range.
+        HipaError: the file does not exist, is not an image, is truncated or is enormous; or the
+            array has another shape, dtype or range.
+
+    Example:
+        >>> read_image(np.zeros((480, 640), np.uint8)).shape
+        (480, 640, 3)
 
     """
     image = _eight_bits(_as_pillow(source, "image"), "image")
-    if image.mode in ("La", "RGBa"):  # premultiplied
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha: "RGBA" is the plain one
         image = image.convert(image.mode.upper())
+
+    # A key colour in ``info`` (GIF, PNG) is transparency too; convert("RGBA") turns it into alpha.
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -68,66 +69,86 @@ def read_image(source: ImageSource) -> np.ndarray:
 
 
 def read_mask(source: ImageSource) -> np.ndarray:
-    """Any image as a mask, float32 [H, W] of 0 and 1: 1, white, is to be repainted.
+    """Read any image as a mask: white is repainted, black is kept.
 
-    Its grey value decides, at one half; an alpha channel is ignored. An array of whole numbers that
-    holds nothing above 1 is taken as 0 and 1, not as almost black.
+    The grey value decides: 128 and above is white. An alpha channel is ignored.
+
+    Args:
+        source: as for ``read_image``. An array of integers with no value above 1 is taken as a mask
+            of 0 and 1, not as an almost black image.
+
+    Returns:
+        float32 [H, W] of 0 and 1; 1 is repainted.
 
     Raises:
-        HipaError: as ``read_image``.
+        HipaError: as for ``read_image``.
+
+    Example:
+        >>> read_mask(np.array([[0, 200]], np.uint8)).tolist()
+        [[0.0, 1.0]]
 
     """
-    if (
-        isinstance(source, np.ndarray)
-        and source.dtype.kind in "iu"
-        and source.size
-        and source.min() >= 0
-    ):
-        source = source.astype(bool) if source.max() <= 1 else source
+    if isinstance(source, np.ndarray) and _holds_only_0_and_1(source):
+        source = source.astype(bool)
     image = _eight_bits(_as_pillow(source, "mask"), "mask")
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
+
+    # Through RGB, because Pillow converts not every mode to "L" directly.
     grey_HW = np.asarray(image.convert("RGB").convert("L"))
     return (grey_HW >= 128).astype(np.float32)
 
 
-def fit_image(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The image at a bundle's size, uint8 [height, width, 3].
+def _holds_only_0_and_1(array: np.ndarray) -> bool:
+    """Whether an array has an integer dtype, some values, and none but 0 and 1."""
+    if array.dtype.kind not in "iu" or array.size == 0:
+        return False
+    return bool(array.min() >= 0 and array.max() <= 1)
 
-    Its centre is cropped to the aspect ratio, then scaled with a Lanczos filter.
+
+def fit_image(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Crop an image to an aspect ratio about its centre, then scale it (Lanczos).
+
+    Returns:
+        uint8 [height, width, 3].
+
     """
-    return np.asarray(
-        ImageOps.fit(Image.fromarray(image_HWC), (width, height), Image.Resampling.LANCZOS)
-    )
+    image = Image.fromarray(image_HWC)
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
 def fit_mask(mask_HW: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The mask at a bundle's size, float32 [height, width].
+    """Crop and scale a mask as ``fit_image`` does the image, but to the nearest pixel.
 
-    It is cropped as ``fit_image`` crops the image, and scaled to the nearest pixel.
+    Returns:
+        float32 [height, width] of 0 and 1.
+
     """
     mask = Image.fromarray(mask_HW.astype(np.uint8))
     return np.asarray(ImageOps.fit(mask, (width, height), Image.Resampling.NEAREST), np.float32)
 
 
 def check_size(image_HWC: np.ndarray, factor: int) -> None:
-    """Check that the image has at least one latent cell, ``factor`` x ``factor`` pixels.
+    """Check that an image is at least one latent cell large.
+
+    Args:
+        image_HWC: uint8 [H, W, 3].
+        factor: side of a latent cell in pixels.
 
     Raises:
-        HipaError: it is smaller.
+        HipaError: height or width is below ``factor``.
 
     """
     height, width = image_HWC.shape[:2]
     if min(height, width) < factor:
         raise HipaError(
-            f"image is {height}x{width} pixels (height x width), "
-            f"smaller than one latent cell of {factor}x{factor}. "
-            f"Expected at least {factor} pixels each way."
+            f"image is {height}x{width} pixels (height x width), smaller than one latent cell of "
+            f"{factor}x{factor}. Expected at least {factor} pixels each way."
         )
 
 
 def _as_pillow(source: ImageSource, what: str) -> Image.Image:
-    """Loaded and upright."""
+    """Load an image upright; ``what`` is 'image' or 'mask' in messages."""
     if isinstance(source, np.ndarray):
         return _from_array(source, what)
     if not isinstance(source, str | Path | Image.Image):
@@ -135,67 +156,76 @@ def _as_pillow(source: ImageSource, what: str) -> Image.Image:
             f"{what} is a {type(source).__name__}. "
             "Expected a path, a Pillow image or a numpy array."
         )
+
     try:
         if isinstance(source, Image.Image):
             return _upright(source)
-        with warnings.catch_warnings():  # Pillow warns of half the size that it refuses
+        # Pillow warns from half the size that it refuses; a large photo is no reason to warn.
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(source) as image:
                 return _upright(image)
     except _UNREADABLE as error:
         name = f"{what} {source}" if isinstance(source, str | Path) else f"the {what}"
         raise HipaError(
-            f"{name} cannot be read ({first_line(error)}). Expected an image file, whole."
+            f"{name} cannot be read ({first_line(error)}). Expected a complete image file."
         ) from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    """Decode an image and turn it as its EXIF orientation says."""
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except (
-        SyntaxError,
-        ValueError,
-        struct.error,
-    ):  # EXIF that cannot be read turns nothing, as in any viewer
+    except _BROKEN_EXIF:
+        # As every viewer does, show the image as it is stored.
         return image
 
 
 def _from_array(array: np.ndarray, what: str) -> Image.Image:
-    channels = 1 if array.ndim == 2 else array.shape[2] if array.ndim == 3 else 0
+    """Convert an array of a user to an 8-bit Pillow image, after a check of shape and values."""
+    channels = 0
+    if array.ndim == 2:
+        channels = 1
+    elif array.ndim == 3:
+        channels = array.shape[2]
     if channels not in _ARRAY_MODES or 0 in array.shape:
         raise HipaError(
             f"{what} is an array of shape {array.shape}. "
             "Expected [H, W] or [H, W, 1 to 4], channels last."
         )
+
     levels = _levels(array, what)
-    return Image.fromarray(levels[..., 0] if levels.ndim == 3 and channels == 1 else levels)
+    if levels.ndim == 3 and channels == 1:
+        levels = levels[..., 0]  # Pillow knows grey as [H, W] only
+    return Image.fromarray(levels)
 
 
 def _eight_bits(image: Image.Image, what: str) -> Image.Image:
-    """Grey of 16 bits, or of floats in [0, 1], as 8 bits; every other mode as it is.
-
-    Old versions of Pillow read 16 bits as the mode 'I'.
-    """
+    """Convert 16-bit or float grey to 8 bits; return other images as they are."""
     if image.mode == "F":
         return Image.fromarray(_levels(np.asarray(image), what))
+    # "I;16" and its kin, and "I": some releases of Pillow read 16-bit files as 32-bit integers.
     if not image.mode.startswith("I"):
         return image
+
     values_HW = np.asarray(image).astype(np.int64)
-    if values_HW.min() < 0 or values_HW.max() > _SIXTEEN_BITS:
-        raise HipaError(
-            f"{what} has values {values_HW.min()} to {values_HW.max()}. Expected 8 or 16 bits."
-        )
+    low, high = values_HW.min(), values_HW.max()
+    if low < 0 or high > _SIXTEEN_BITS:
+        raise HipaError(f"{what} has values {low} to {high}. Expected 8 or 16 bits.")
     levels_HW = _levels(values_HW.astype(np.uint16), what)
-    if (clear := image.info.get("transparency")) is not None:
-        return Image.fromarray(
-            np.stack([levels_HW, np.where(values_HW == clear, 0, 255).astype(np.uint8)], axis=-1)
-        )
-    return Image.fromarray(levels_HW)
+
+    # The transparent value is one of the 16-bit levels: after rounding it would match its
+    # neighbours too, so it becomes an alpha channel here.
+    transparent = image.info.get("transparency")
+    if transparent is None:
+        return Image.fromarray(levels_HW)
+    alpha_HW = np.where(values_HW == transparent, 0, 255).astype(np.uint8)
+    return Image.fromarray(np.stack([levels_HW, alpha_HW], axis=-1))
 
 
 def _levels(array: np.ndarray, what: str) -> np.ndarray:
-    """The same values as uint8, rounded."""
+    """Convert uint8, uint16, bool or floats in [0, 1] to uint8, rounded."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
@@ -208,6 +238,7 @@ def _levels(array: np.ndarray, what: str) -> np.ndarray:
             "Expected uint8, uint16, bool, or floats in [0, 1]."
         )
     low, high = array.min(), array.max()
-    if not (low >= 0 and high <= 1):  # NaN fails both
+    # Written so that NaN, for which every comparison is false, is refused as well.
+    if not (low >= 0 and high <= 1):
         raise HipaError(f"{what} has floats from {low:g} to {high:g}. Expected values in [0, 1].")
     return np.rint(array * 255).astype(np.uint8)

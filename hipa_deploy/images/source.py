@@ -1,8 +1,8 @@
-"""The source image of a task.
+"""Source images of the tasks edit, inpaint and upscale: a user's image as input of the stages.
 
-It goes from what a user has to what the stages take, and from what they give to the result.
+A ``Source`` also knows how to turn the images of the stages into the user's result.
 
-Shapes: B batch, H W pixels, h w latents, C channels.
+Shapes: B batch; N tiles; H, W height and width in pixels; h, w of the latent; C channels.
 """
 
 from __future__ import annotations
@@ -17,25 +17,22 @@ import numpy as np
 
 from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.errors import HipaError
+from hipa_deploy.images.compositing import check_mask, composite, hide_hole, latent_mask
 from hipa_deploy.images.png import enlarge
 from hipa_deploy.images.read import (
     ImageSource,
-    check_mask,
     check_size,
-    composite,
     fit_image,
     fit_mask,
-    hide_hole,
-    latent_mask,
-    merge_tiles,
     read_image,
     read_mask,
-    tiles,
 )
+from hipa_deploy.images.tiling import merge_tiles, tiles
 from hipa_deploy.tasks import Task
 
 MAX_UPSCALED_PIXELS = 16384 * 16384
-OVERLAP = 8  # tiles overlap by this part of their shorter side
+OVERLAP = 8  # by default tiles overlap by their shorter side divided by this
+# What to call instead, where a bundle is for another task.
 _CALLS: dict[Task, str] = {
     "generate": "pipe(prompt)",
     "edit": "pipe.edit(image, prompt)",
@@ -44,18 +41,23 @@ _CALLS: dict[Task, str] = {
 }
 
 
-def _as_made(images_BHWC: np.ndarray) -> np.ndarray:
+def _unchanged(images_BHWC: np.ndarray) -> np.ndarray:
+    """Return the images of the stages as they are: most tasks need no finish."""
     return images_BHWC
 
 
 @dataclass(frozen=True)
 class Source:
-    """What an image is made from, beside prompt and seed.
+    """What an image is made from, besides the prompt and the seed.
 
-    ``image_HWC`` uint8 is what the encoder sees, at a size of the bundle; ``mask_1hw`` float32 is
-    inpainting's on the latent grid, 1 to repaint; ``step`` the number of the strength where a
-    bundle has several. ``facts`` go into the recipe. ``finish`` makes of the stages' images [B, H,
-    W, 3] those of the user.
+    Attributes:
+        task: the task that the source is for.
+        image_HWC: the image that the VAE encoder sees, uint8, at a size of the bundle.
+        mask_1hw: for inpainting, the mask on the latent grid, float32; 1 is repainted.
+        step: index of the strength, where a bundle has several.
+        facts: entries for the generation parameters of the result.
+        finish: turns the stages' images, uint8 [B, H, W, 3], into those of the user.
+
     """
 
     task: Task
@@ -63,16 +65,21 @@ class Source:
     mask_1hw: np.ndarray | None = None
     step: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
-    finish: Callable[[np.ndarray], np.ndarray] = _as_made
+    finish: Callable[[np.ndarray], np.ndarray] = _unchanged
 
 
 def require_task(bundle: Bundle, task: Task) -> None:
-    """Raise HipaError, with what to use, unless ``bundle`` was exported for ``task``."""
-    have = bundle.manifest.task
-    if have != task:
+    """Check that a bundle was exported for a task.
+
+    Raises:
+        HipaError: the bundle is for another task; the message names the command to use.
+
+    """
+    exported_for = bundle.manifest.task
+    if exported_for != task:
         raise HipaError(
-            f"{bundle.root} is a bundle to {have}, not to {task}. "
-            f"Use hipa-{have}, or {_CALLS[have]}."
+            f"{bundle.root} is a bundle to {exported_for}, not to {task}. "
+            f"Use hipa-{exported_for}, or {_CALLS[exported_for]}."
         )
 
 
@@ -84,39 +91,51 @@ def edit_source(
     height: int | None,
     width: int | None,
 ) -> Source:
-    """An image to edit, cropped and scaled to the bundle's size.
+    """Prepare an image to edit: cropped and scaled to the bundle's size.
 
-    A ``strength`` of None is the largest that the bundle has.
+    Args:
+        bundle: a bundle that was exported for the task edit.
+        image: a path, a Pillow image or an array.
+        strength: one of the bundle's strengths, in (0, 1]; None is the largest.
+        height: of the result in pixels; None is the bundle's own height.
+        width: of the result in pixels; None is the bundle's own width.
 
     Raises:
-        HipaError: no image, a bundle for another task, a size or strength that it does not have.
+        HipaError: the image cannot be read or is too small, the bundle is for another task, or it
+            lacks the size or the strength.
 
     """
     require_task(bundle, "edit")
     number = _strength_number(bundle, strength)
     strengths = bundle.manifest.strengths
     original_HWC = _read_large_enough(bundle, image)
+    facts = _facts("edit", original_HWC)
+    facts["strength"] = strengths[number].strength
     return Source(
         task="edit",
         image_HWC=_fitted(bundle, original_HWC, height, width),
+        # A graph with one strength holds it as a constant and has no input for its index.
         step=number if len(strengths) > 1 else None,
-        facts={**_facts("edit", original_HWC), "strength": strengths[number].strength},
+        facts=facts,
     )
 
 
 def _strength_number(bundle: Bundle, strength: float | None) -> int:
-    known = [entry.strength for entry in bundle.manifest.strengths]
+    """Return the index of a strength among those of the bundle; None is the first, the largest."""
     if strength is None:
         return 0
     if not 0 < strength <= 1:
         raise HipaError(f"strength {strength} is out of range. Expected 0 < strength <= 1.")
+
+    # A strength that was written as JSON or on a command line may differ in its last digits.
+    known = [entry.strength for entry in bundle.manifest.strengths]
     for number, entry in enumerate(known):
         if math.isclose(strength, entry, rel_tol=1e-6):
             return number
-    have = ", ".join(map(str, known))
+    listed = ", ".join(map(str, known))
     raise HipaError(
-        f"strength {strength} is not one of this bundle's: {have}. "
-        "Export it with --strengths for others."
+        f"strength {strength} is not one of this bundle's: {listed}. "
+        "Export the model with --strengths for others."
     )
 
 
@@ -129,25 +148,36 @@ def inpaint_source(
     height: int | None,
     width: int | None,
 ) -> Source:
-    """An image and the mask of what to repaint (white), cropped and scaled to the bundle's size.
+    """Prepare an image and the mask of what to repaint: cropped and scaled to the bundle's size.
 
-    Outside the mask the result is the image as it was scaled, bit for bit, beyond ``feather``
-    pixels from the seam.
+    In the result, every pixel farther than ``feather`` from the mask is that of the scaled image,
+    bit for bit.
+
+    Args:
+        bundle: a bundle that was exported for the task inpaint.
+        image: a path, a Pillow image or an array.
+        mask: the same, of the image's size; white is repainted.
+        feather: width of the seam outside the mask, in pixels; 0 is a hard edge.
+        height: of the result in pixels; None is the bundle's own height.
+        width: of the result in pixels; None is the bundle's own width.
 
     Raises:
-        HipaError: no image, a bundle for another task, a size that it does not have, a mask of
-        another size, empty or
-            full, a negative ``feather``.
+        HipaError: the image cannot be read or is too small, the bundle is for another task or lacks
+            the size, the mask is empty, full or of another size, or ``feather`` is negative.
 
     """
     require_task(bundle, "inpaint")
     if feather < 0:
         raise HipaError(f"feather is {feather}. Expected 0 (a hard edge) or more pixels.")
+
+    # The mask is checked as the user has it, so that the message shows sizes that the user knows.
     original_HWC = _read_large_enough(bundle, image)
-    whole_mask_HW = read_mask(mask)
-    check_mask(whole_mask_HW, original_HWC)
-    known_HWC = _fitted(bundle, original_HWC, height, width)
-    mask_HW = fit_mask(whole_mask_HW, *known_HWC.shape[:2])
+    original_mask_HW = read_mask(mask)
+    check_mask(original_mask_HW, original_HWC)
+
+    # The crop may cut all that was to be repainted away.
+    fitted_HWC = _fitted(bundle, original_HWC, height, width)
+    mask_HW = fit_mask(original_mask_HW, *fitted_HWC.shape[:2])
     if not mask_HW.any():
         raise HipaError(
             "mask: what is white lies outside the centre crop to the bundle's shape. "
@@ -155,26 +185,32 @@ def inpaint_source(
         )
 
     def finish(images_BHWC: np.ndarray) -> np.ndarray:
-        return np.stack(
-            [composite(made_HWC, known_HWC, mask_HW, feather) for made_HWC in images_BHWC]
-        )
+        return np.stack([composite(it_HWC, fitted_HWC, mask_HW, feather) for it_HWC in images_BHWC])
 
+    facts = _facts("inpaint", original_HWC)
+    facts["mask"] = _sha256(original_mask_HW.astype(np.uint8))
+    facts["feather"] = feather
     return Source(
         task="inpaint",
-        image_HWC=hide_hole(known_HWC, mask_HW),
-        mask_1hw=latent_mask(mask_HW, _pixels_a_latent(bundle)),
-        facts={
-            **_facts("inpaint", original_HWC),
-            "mask": _sha256(whole_mask_HW.astype(np.uint8)),
-            "feather": feather,
-        },
+        image_HWC=hide_hole(fitted_HWC, mask_HW),
+        mask_1hw=latent_mask(mask_HW, _pixels_per_latent(bundle)),
+        facts=facts,
         finish=finish,
     )
 
 
 @dataclass(frozen=True)
 class Upscaling:
-    """An image to enlarge: tiles of the bundle's size, and how to make one image of them."""
+    """An image to enlarge, cut into tiles of the bundle's size.
+
+    Attributes:
+        tiles: the sources of the tiles, row by row.
+        offsets: (top, left) of every tile in the enlarged image.
+        height: of the result in pixels.
+        width: of the result in pixels.
+        facts: entries for the generation parameters of the result.
+
+    """
 
     tiles: tuple[Source, ...]
     offsets: tuple[tuple[int, int], ...]
@@ -183,118 +219,144 @@ class Upscaling:
     facts: Mapping[str, Any]
 
     def merge(self, tiles_NHWC: np.ndarray) -> np.ndarray:
-        """The stages' images [N, H, W, 3] as one, uint8 [height, width, 3]."""
-        # The padded image ends where its last tiles do; what was padded is cut off again.
-        tile_height, tile_width = tiles_NHWC.shape[1:3]
-        bottom = max(top for top, _ in self.offsets) + tile_height
-        right = max(left for _, left in self.offsets) + tile_width
-        merged_HWC = merge_tiles(tiles_NHWC, self.offsets, bottom, right)
+        """Merge the stages' images of all tiles into one.
+
+        Args:
+            tiles_NHWC: uint8 [N, H, W, 3], in the order of ``tiles``.
+
+        Returns:
+            uint8 [height, width, 3].
+
+        """
+        tile_h, tile_w = tiles_NHWC.shape[1:3]
+        # The tiles cover the padded image, which is larger than the result where that is small.
+        padded_h = max(top for top, _ in self.offsets) + tile_h
+        padded_w = max(left for _, left in self.offsets) + tile_w
+        merged_HWC = merge_tiles(tiles_NHWC, self.offsets, padded_h, padded_w)
         return merged_HWC[: self.height, : self.width]
 
 
 def upscaling(bundle: Bundle, image: ImageSource, *, overlap: int | None = None) -> Upscaling:
-    """An image to enlarge by the bundle's factor, in tiles.
+    """Prepare an image to enlarge by the bundle's factor: cut into overlapping tiles.
 
-    The tiles overlap by ``overlap`` pixels of the result.
+    An image whose result is smaller than a tile is continued with the colours of its border, and
+    the result is cropped.
 
-    One that is smaller than a tile is continued with its border's colours, and cut again.
+    Args:
+        bundle: a bundle that was exported for the task upscale.
+        image: a path, a Pillow image or an array.
+        overlap: tiles share at least this many pixels of the result; None is an eighth of a tile.
 
     Raises:
-        HipaError: no image, a bundle for another task, an absurdly large result, or an overlap as
-        large as a tile.
+        HipaError: the image cannot be read, the bundle is for another task, the result would be
+            larger than ``MAX_UPSCALED_PIXELS``, or the overlap is as large as a tile.
 
     """
     require_task(bundle, "upscale")
     small_HWC = read_image(image)
     step = bundle.manifest.one_step
     factor = bundle.manifest.upscale or 1
-    height, width = (size * factor for size in small_HWC.shape[:2])
+    small_h, small_w = small_HWC.shape[:2]
+    height = small_h * factor
+    width = small_w * factor
     if height * width > MAX_UPSCALED_PIXELS:
         raise HipaError(
             f"{width}x{height} pixels are too many. "
             f"Expected at most {MAX_UPSCALED_PIXELS} in the result."
         )
-    margins = [max(0, tile - size) for tile, size in ((step.height, height), (step.width, width))]
-    padded_HWC = np.pad(
-        enlarge(small_HWC, factor), ((0, margins[0]), (0, margins[1]), (0, 0)), mode="edge"
-    )
-    least = min(step.height, step.width) // OVERLAP if overlap is None else overlap
-    rows, columns = padded_HWC.shape[:2]
-    offsets = tiles(rows, columns, step.height, step.width, least)
-    cut = [padded_HWC[top : top + step.height, left : left + step.width] for top, left in offsets]
-    facts = {**_facts("upscale", small_HWC), "upscale": factor, "overlap": least}
-    return Upscaling(
-        tuple(Source("upscale", tile) for tile in cut), tuple(offsets), height, width, facts
-    )
+
+    # The stages take complete tiles only. Repeating the border adds no edge for them to sharpen.
+    below = max(0, step.height - height)
+    right = max(0, step.width - width)
+    large_HWC = enlarge(small_HWC, factor)
+    padded_HWC = np.pad(large_HWC, ((0, below), (0, right), (0, 0)), mode="edge")
+
+    if overlap is None:
+        overlap = min(step.height, step.width) // OVERLAP
+    padded_h, padded_w = padded_HWC.shape[:2]
+    offsets = tiles(padded_h, padded_w, step.height, step.width, overlap)
+    sources = []
+    for top, left in offsets:
+        tile_HWC = padded_HWC[top : top + step.height, left : left + step.width]
+        sources.append(Source("upscale", tile_HWC))
+
+    facts = {**_facts("upscale", small_HWC), "upscale": factor, "overlap": overlap}
+    return Upscaling(tuple(sources), tuple(offsets), height, width, facts)
 
 
 def batch_inputs(sources: Sequence[Source]) -> dict[str, np.ndarray]:
-    """What the stages take of a batch of sources; nothing where there are none.
+    """Return the inputs that a batch of sources gives to the stages; no sources give none.
 
     Returns:
-        'image' uint8 [B, H, W, 3], and where the task has them 'mask' float32 [B, 1, h, w] and
-        'step' int64 [1].
+        'image' uint8 [B, H, W, 3]; for inpainting 'mask' float32 [B, 1, h, w]; where the bundle
+        has several strengths 'step' int64 [1].
 
     """
     if not sources:
         return {}
-    feed = {"image": np.stack([source.image_HWC for source in sources])}
-    if sources[0].mask_1hw is not None:
-        feed["mask"] = np.stack(
-            [source.mask_1hw for source in sources if source.mask_1hw is not None]
-        )
-    if sources[0].step is not None:
-        feed["step"] = np.asarray([sources[0].step], np.int64)
-    return feed
+    # All sources of a batch come from one request, so the first tells which inputs there are.
+    first = sources[0]
+    inputs = {"image": np.stack([source.image_HWC for source in sources])}
+    masks = [source.mask_1hw for source in sources if source.mask_1hw is not None]
+    if masks:
+        inputs["mask"] = np.stack(masks)
+    if first.step is not None:
+        inputs["step"] = np.asarray([first.step], np.int64)
+    return inputs
 
 
 class EncodedImages:
     """The latents of the latest batch of source images.
 
-    Several prompts and seeds take them from one encoding.
+    Several prompts and seeds of one image then need only one run of the VAE encoder.
     """
 
     def __init__(self) -> None:
         self._latest: tuple[np.ndarray, np.ndarray] | None = None
 
     def feed(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """``inputs``, with the latents 'source' in place of the 'image' where they are known."""
+        """Return ``inputs`` with the latents, 'source', in place of an 'image' that is known."""
         if "image" not in inputs or self._latest is None:
             return inputs
         image_BHWC, source_BCHW = self._latest
         if not np.array_equal(image_BHWC, inputs["image"]):
             return inputs
-        without_image = {name: value for name, value in inputs.items() if name != "image"}
-        return without_image | {"source": source_BCHW}
+        known = {name: tensor for name, tensor in inputs.items() if name != "image"}
+        known["source"] = source_BCHW
+        return known
 
     def keep(self, image_BHWC: np.ndarray, source_BCHW: np.ndarray) -> None:
-        """Remember a batch, and forget the one before."""
-        self._latest = image_BHWC, source_BCHW
+        """Remember the latents of a batch, and forget those of the batch before."""
+        self._latest = (image_BHWC, source_BCHW)
 
 
 def _read_large_enough(bundle: Bundle, image: ImageSource) -> np.ndarray:
+    """Read an image of at least one latent cell, uint8 [H, W, 3]."""
     image_HWC = read_image(image)
-    check_size(image_HWC, _pixels_a_latent(bundle))
+    check_size(image_HWC, _pixels_per_latent(bundle))
     return image_HWC
 
 
 def _fitted(
     bundle: Bundle, image_HWC: np.ndarray, height: int | None, width: int | None
 ) -> np.ndarray:
-    _, rows, columns = latent_shape(bundle, height, width)
-    factor = _pixels_a_latent(bundle)
-    return fit_image(image_HWC, rows * factor, columns * factor)
+    """Crop and scale an image to a size that the bundle has; None is the bundle's own size."""
+    _, latent_h, latent_w = latent_shape(bundle, height, width)
+    factor = _pixels_per_latent(bundle)
+    return fit_image(image_HWC, latent_h * factor, latent_w * factor)
 
 
-def _pixels_a_latent(bundle: Bundle) -> int:
+def _pixels_per_latent(bundle: Bundle) -> int:
+    """Return the side of a latent cell in pixels: 8 for Stable Diffusion."""
     step = bundle.manifest.one_step
     return step.height // step.latent_shape[1]
 
 
 def _facts(task: Task, image_HWC: np.ndarray) -> dict[str, Any]:
+    """Return the generation parameters that every task with a source image has."""
     return {"task": task, "source": _sha256(image_HWC)}
 
 
 def _sha256(pixels: np.ndarray) -> str:
-    """SHA-256 of the shape and the pixels: the same in every file format."""
+    """Hash the shape and the pixels: the same picture in another file format has the same hash."""
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()

@@ -1,4 +1,7 @@
-"""An image larger than the engine: where its tiles lie, and one image of them again."""
+"""Tiles of an image that is larger than the engine: where they lie, and how they are merged.
+
+Shapes: H, W height and width of the image in pixels; h, w of a tile; C = 3 colour channels.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,24 @@ from hipa_deploy.errors import HipaError
 
 
 def tiles(height: int, width: int, tile_h: int, tile_w: int, overlap: int) -> list[tuple[int, int]]:
-    """(top, left) of the fewest evenly spread tiles that cover the image.
+    """Return the (top, left) of the fewest evenly spread tiles that cover an image.
 
-    Neighbours overlap by at least ``overlap`` pixels.
+    Args:
+        height: of the image, in pixels; so is ``width``.
+        width: see ``height``.
+        tile_h: height of a tile, in pixels; ``tile_w`` is its width.
+        tile_w: see ``tile_h``.
+        overlap: neighbouring tiles share at least this many pixels.
+
+    Returns:
+        The offsets, row by row from the top.
 
     Raises:
         HipaError: the image is smaller than a tile, or the overlap is not in [0, tile).
+
+    Example:
+        >>> tiles(512, 960, 512, 512, 64)
+        [(0, 0), (0, 448)]
 
     """
     tops = _offsets("height", height, tile_h, overlap)
@@ -24,6 +39,7 @@ def tiles(height: int, width: int, tile_h: int, tile_w: int, overlap: int) -> li
 
 
 def _offsets(name: str, size: int, tile: int, overlap: int) -> list[int]:
+    """Return where tiles start along one axis; ``name`` is the axis in messages."""
     if size < tile:
         raise HipaError(
             f"{name} is {size} pixels, a tile {tile}. Expected an image of at least one tile."
@@ -32,7 +48,8 @@ def _offsets(name: str, size: int, tile: int, overlap: int) -> list[int]:
         raise HipaError(
             f"overlap is {overlap} pixels, a tile's {name} {tile}. Expected 0 to {tile - 1}."
         )
-    # One gap fewer than tiles: the distance between the first and the last, in steps, rounded up.
+    # The gaps are one fewer than the tiles: the quotient rounded up, since a step between two tiles
+    # is at most tile - overlap.
     gaps = -(-(size - tile) // (tile - overlap))
     if gaps == 0:
         return [0]
@@ -45,34 +62,47 @@ def merge_tiles(
     height: int,
     width: int,
 ) -> np.ndarray:
-    """One image, uint8 [height, width, 3], of uint8 tiles [h, w, 3] at their (top, left).
+    """Merge tiles into one image; where tiles overlap, one fades into the other.
 
-    A tile weighs by the distance to its border, rows times columns, and the weights are normalised
-    to a sum of 1: where two tiles overlap by no more than half of one, the one fades linearly into
-    the other.
+    A tile's weight at a pixel is the distance to the tile's border, along the rows times along the
+    columns, and the weights of all tiles are normalised to a sum of 1. Where two tiles overlap by
+    no more than half of one, the fade is linear.
+
+    Args:
+        tiles: uint8 [h, w, 3] each.
+        offsets: (top, left) of every tile in the image.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+
+    Returns:
+        uint8 [height, width, 3].
 
     Raises:
-        HipaError: not one offset for each tile, a tile that lies outside, or pixels that no tile
-        covers.
+        HipaError: there is not one offset for each tile, a tile lies outside the image, or no tile
+            covers some pixels.
 
     """
     if len(tiles) != len(offsets):
         raise HipaError(
             f"{len(tiles)} tiles and {len(offsets)} offsets. Expected one offset for each tile."
         )
+
+    # Sums of weights and of weighted pixels: one division at the end normalises them.
     total_HW1 = np.zeros((height, width, 1), np.float32)
     merged_HWC = np.zeros((height, width, 3), np.float32)
     for tile_hwC, (top, left) in zip(tiles, offsets, strict=True):
         tile_h, tile_w = tile_hwC.shape[:2]
         if min(top, left) < 0 or top + tile_h > height or left + tile_w > width:
             raise HipaError(
-                f"a {tile_h}x{tile_w} tile at {top}, "
-                f"{left} does not lie in an image of {height}x{width}."
+                f"a {tile_h}x{tile_w} tile at {top}, {left} does not lie in an image of "
+                f"{height}x{width}."
             )
         weight_hw1 = (_ramp(tile_h)[:, None] * _ramp(tile_w))[..., None]
         place = np.s_[top : top + tile_h, left : left + tile_w]
         total_HW1[place] += weight_hw1
         merged_HWC[place] += weight_hw1 * tile_hwC
+
+    # A tile's weight is above 0 everywhere, so a total of 0 means that no tile lies there.
     if not total_HW1.all():
         raise HipaError(
             f"the tiles leave {(total_HW1 == 0).sum()} of {height * width} pixels uncovered."
@@ -81,6 +111,6 @@ def merge_tiles(
 
 
 def _ramp(size: int) -> np.ndarray:
-    """1, 2, … in from either end, over the half of the size: float32 [size] in (0, 1]."""
+    """Return weights that rise linearly from both ends to the middle, float32 [size] in (0, 1]."""
     inward = np.arange(1, size + 1, dtype=np.float32)
     return np.minimum(inward, inward[::-1]) / ((size + 1) // 2)

@@ -1,4 +1,5 @@
-"""Models on disk: where one is, what kind it is, and folders of adaptors and decoders.
+"""Models on a user's disk: where one is, of what kind, and the folders of adaptors and decoders.
 
-May import: the ground and ``embedded``. torch and diffusers only where a checkpoint is converted.
+May import the ground (errors, files, hashing, record, tasks) and ``embedded``; torch and diffusers
+only inside the functions that convert a checkpoint, fetch a model or read a configuration.
 """

@@ -1,7 +1,7 @@
-"""The adaptor folder: file names, and what ``hipa_adaptor.json`` says of it.
+"""The adaptor's folder: its file names and hashes, and its metadata, ``hipa_adaptor.json``.
 
-The folder loads with diffusers' ``pipe.load_lora_weights``; its ``scheduler/`` is exact for the one
-step.
+The folder loads with diffusers' ``pipe.load_lora_weights``. The scheduler in its ``scheduler/`` is
+exact for the one step.
 """
 
 from __future__ import annotations
@@ -11,31 +11,45 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256, folder_sha256
 from hipa_deploy.models.decoder_folder import vae_sha256
+from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-ENCODER_WEIGHTS = "vae_encoder_lora.safetensors"  # where the VAE's encoder is adapted too
+ENCODER_WEIGHTS = "vae_encoder_lora.safetensors"  # only where the VAE encoder is adapted too
 METADATA = "hipa_adaptor.json"
 
 
-class AdaptorMetadata(BaseModel):
+class AdaptorMetadata(Record):
     """``hipa_adaptor.json``: what an adaptor was made from and how.
 
-    It is enough to refuse the adaptor for anything else.
+    It says enough to refuse the adaptor for any other model.
 
-    ``strengths`` are an edit's, descending; ``timestep`` is that of the largest. ``upscale`` is how
-    many times larger the images of the task upscale become; for other tasks it means nothing.
-    ``initial_sha256`` is of the weights that the training started from, an adaptor's; None where it
-    started from nothing. ``encoder_rank`` is the rank of the VAE encoder's part, 0 where there is
-    none, and ``base_vae_sha256`` the VAE that this part is for.
+    Attributes:
+        schema_version: version of this file's format.
+        base_unet_sha256: hash of the UNet that the adaptor is for.
+        prompts_sha256: hash of the training prompts.
+        rank: rank of the adapter weights.
+        alpha: scale of the adapter weights; they are multiplied by alpha / rank.
+        targets: names of the adapted layers.
+        timestep: of the one step; for an edit that of the largest strength.
+        prediction_type: what the UNet predicts.
+        alpha_bar: cumulative signal power at ``timestep``.
+        resolution: height and width of the training images, in pixels.
+        steps_trained: optimiser steps.
+        recipe: the training recipe.
+        task: what the adaptor is for.
+        strengths: of an edit, in descending order; empty for other tasks.
+        upscale: factor of the task upscale; without meaning for other tasks.
+        initial_sha256: hash of the adaptor that the training started from, if any.
+        encoder_rank: rank of the VAE encoder's adapter weights, 0 where there are none.
+        base_vae_sha256: hash of the VAE that the encoder's adapter weights are for.
+
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     base_unet_sha256: str
@@ -58,31 +72,35 @@ class AdaptorMetadata(BaseModel):
 
 
 def unet_sha256(model_folder: Path) -> str:
-    """What ``base_unet_sha256`` holds: of every safetensors file in the model's unet folder."""
+    """Hash the content of every safetensors file in a model's unet folder: ``base_unet_sha256``."""
     return folder_sha256(model_folder / "unet")
 
 
 def weights_sha256(folder: Path) -> str:
-    """The hash of an adaptor's weights; of both files where the encoder has a part."""
+    """Hash an adaptor's weights: one file, or two where the VAE encoder is adapted too."""
+    unet = file_sha256(folder / WEIGHTS)
     if not (folder / ENCODER_WEIGHTS).exists():
-        return file_sha256(folder / WEIGHTS)
-    both = "".join(file_sha256(folder / name) for name in (WEIGHTS, ENCODER_WEIGHTS))
-    return hashlib.sha256(both.encode()).hexdigest()
+        return unet
+    encoder = file_sha256(folder / ENCODER_WEIGHTS)
+    return hashlib.sha256((unet + encoder).encode()).hexdigest()
 
 
 def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMetadata:
-    """The metadata of an adaptor folder.
+    """Read the metadata of an adaptor folder, and check that it fits a model.
 
-    With ``model_folder`` it is also checked that the adaptor was trained on that model.
+    Args:
+        folder: the adaptor's folder.
+        model_folder: the diffusers folder of the model that the adaptor is to be used with; None
+            leaves that check out.
 
     Raises:
-        HipaError: not an adaptor folder, an incomplete one, or one of another base model.
+        HipaError: the folder is not an adaptor's or is incomplete, or the adaptor was trained on
+            another model.
 
     """
     try:
-        metadata = AdaptorMetadata.model_validate(
-            json.loads((folder / METADATA).read_text(encoding="utf-8"))
-        )
+        content = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+        metadata = AdaptorMetadata.model_validate(content)
     except OSError:
         raise HipaError(
             f"adaptor {folder} has no {METADATA}. Expected a folder that hipa-train wrote."
@@ -91,14 +109,19 @@ def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMeta
         raise HipaError(
             f"adaptor {folder}: {METADATA} is damaged, or of another version of hipa-deploy."
         ) from None
+
+    # Adapter weights are a difference to the weights of one model: on another one they would load
+    # and give bad images.
     if model_folder is not None and metadata.base_unet_sha256 != unet_sha256(model_folder):
         raise HipaError(
             f"adaptor {folder} was trained on another base model than {model_folder} "
             "(UNet hashes differ)."
         )
+
+    # An adaptor of the VAE encoder is bound to its VAE in the same way.
     if metadata.encoder_rank and not (folder / ENCODER_WEIGHTS).is_file():
         raise HipaError(
-            f"adaptor {folder} lacks {ENCODER_WEIGHTS}, its part on the VAE's encoder. "
+            f"adaptor {folder} lacks {ENCODER_WEIGHTS}, the adapter weights of the VAE's encoder. "
             "Copy it again."
         )
     vae = metadata.base_vae_sha256

@@ -1,7 +1,7 @@
-"""The configurations of Stable Diffusion 1.x and 2.1, which a checkpoint in one file lacks.
+"""The configurations of Stable Diffusion 1.x and 2.1, for a checkpoint in one file, which has none.
 
-Values are those of the repositories that Runway and Stability published with the weights. Most that
-are a default of diffusers or transformers are left out. The tokenizer is CLIP's
+Values are those of the repositories that Runway and Stability published with the weights. Most
+values that are a default of diffusers or transformers are omitted. The tokenizer is CLIP's
 (https://github.com/openai/CLIP, MIT License).
 """
 
@@ -15,7 +15,8 @@ from typing import Any
 from hipa_deploy.embedded import ROOT
 
 MERGES = ROOT / "clip" / "merges.txt.gz"
-START, END = "<|startoftext|>", "<|endoftext|>"
+START = "<|startoftext|>"
+END = "<|endoftext|>"
 
 _UNET = {
     "in_channels": 4,
@@ -31,13 +32,11 @@ _SD2_UNET = {
     "attention_head_dim": [5, 10, 20, 20],
     "use_linear_projection": True,
 }
-_SD1_TEXT = {"hidden_size": 768, "intermediate_size": 3072,
-             "num_hidden_layers": 12, "num_attention_heads": 12,
-             "hidden_act": "quick_gelu"}  # fmt: skip
-_SD2_TEXT = {"hidden_size": 1024, "intermediate_size": 4096,
-             "num_hidden_layers": 23, "num_attention_heads": 16,
-             "hidden_act": "gelu"}  # fmt: skip
-# OpenCLIP, the text encoder of SD 2.x, was trained with zeros, the token '!', after a prompt's end.
+_SD1_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+             "num_attention_heads": 12, "hidden_act": "quick_gelu"}  # fmt: skip
+_SD2_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+             "num_attention_heads": 16, "hidden_act": "gelu"}  # fmt: skip
+# OpenCLIP, the text encoder of SD 2.x, was trained with prompts padded by token 0, which is '!'.
 _SD1: dict[str, Any] = {"unet": _SD1_UNET, "text_encoder": _SD1_TEXT, "pad_token": END}
 _SD2: dict[str, Any] = {"unet": _SD2_UNET, "text_encoder": _SD2_TEXT, "pad_token": "!"}
 MODELS: dict[str, dict[str, Any]] = {
@@ -53,12 +52,21 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def context_width(name: str) -> int:
-    """Width D of the text context [B, 77, D] of one of ``MODELS``."""
+    """Return the width D of the text context [B, 77, D] of one of ``MODELS``."""
     return int(MODELS[name]["unet"]["cross_attention_dim"])
 
 
 def write_config(name: str, folder: Path) -> Path:
-    """Write one of ``MODELS`` as a StableDiffusionPipeline folder: tokenizer, but no weights."""
+    """Write a StableDiffusionPipeline folder without weights: configurations and tokenizer.
+
+    Args:
+        name: one of ``MODELS``.
+        folder: where to write; it is made if necessary.
+
+    Returns:
+        ``folder``.
+
+    """
     for part, config in _configs(MODELS[name]).items():
         path = folder / part
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,19 +76,24 @@ def write_config(name: str, folder: Path) -> Path:
 
 
 def _configs(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the JSON files of a diffusers folder, by path, for a value of ``MODELS``."""
+    # model_index.json lists a library and a class for each part; the absent ones have neither.
     diffusers = {
         "unet": "UNet2DConditionModel",
         "vae": "AutoencoderKL",
         "scheduler": "DDIMScheduler",
     }
     transformers = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
+    absent = ("safety_checker", "feature_extractor", "image_encoder")
     index = {
         "_class_name": "StableDiffusionPipeline",
         **{part: ["diffusers", kind] for part, kind in diffusers.items()},
         **{part: ["transformers", kind] for part, kind in transformers.items()},
-        **{part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")},
+        **{part: [None, None] for part in absent},
         "requires_safety_checker": False,
     }
+
+    # The VAE, the noise schedule and CLIP's vocabulary are the same in all of these models.
     vae = {
         "latent_channels": 4,
         "scaling_factor": 0.18215,
@@ -120,11 +133,17 @@ def _configs(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _write_tokenizer(folder: Path, pad_token: str) -> None:
+    """Write CLIP's tokenizer as the files that transformers' CLIPTokenizer reads."""
+    # The vocabulary, in CLIP's order: the letters of all bytes, the same at the end of a word, the
+    # merged pairs (the file's first line is its version), and the two special tokens.
     merges = gzip.decompress(MERGES.read_bytes()).decode("utf-8")
     letters = _byte_letters()
-    words = [*letters, *(letter + "</w>" for letter in letters)]
-    words += ["".join(line.split()) for line in merges.splitlines()[1:]]
-    vocabulary = {word: i for i, word in enumerate([*words, START, END])}
+    words = letters + [letter + "</w>" for letter in letters]
+    for pair in merges.splitlines()[1:]:
+        words.append("".join(pair.split()))
+    words += [START, END]
+    vocabulary = {word: number for number, word in enumerate(words)}
+
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
     settings = {
         "tokenizer_class": "CLIPTokenizer",
@@ -132,25 +151,27 @@ def _write_tokenizer(folder: Path, pad_token: str) -> None:
         "do_lower_case": True,
         **special,
     }
+    files = {
+        "merges.txt": merges,
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "special_tokens_map.json": json.dumps(special),
+        "tokenizer_config.json": json.dumps(settings),
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        ("merges.txt", merges),
-        ("vocab.json", json.dumps(vocabulary, ensure_ascii=False)),
-        ("special_tokens_map.json", json.dumps(special)),
-        ("tokenizer_config.json", json.dumps(settings)),
-    ):
+    for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
 
 
 def _byte_letters() -> list[str]:
-    """A printable letter for each byte, in the order of CLIP's vocabulary.
+    """Return a printable letter for each of the 256 bytes, in the order of CLIP's vocabulary.
 
-    Bytes that print as themselves come first.
+    Bytes that print as themselves come first; the others get the letters from U+0100 on
+    (``bytes_to_unicode`` of https://github.com/openai/CLIP).
     """
-    plain = [
+    printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
         *range(ord("®"), ord("ÿ") + 1),
     ]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return [*map(chr, plain), *(chr(256 + i) for i in range(len(rest)))]
+    others = 256 - len(printable)
+    return [*map(chr, printable), *map(chr, range(256, 256 + others))]

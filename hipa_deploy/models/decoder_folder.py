@@ -1,6 +1,4 @@
-"""The tiny decoder's folder, and what ``hipa_decoder.json`` says of it.
-
-It is enough to refuse the decoder for another VAE.
+"""The tiny decoder's folder, and ``hipa_decoder.json``: which VAE the decoder was distilled from.
 
 The folder loads with diffusers' ``AutoencoderTiny.from_pretrained``.
 """
@@ -11,28 +9,43 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import folder_sha256
+from hipa_deploy.record import Record
 
 DECODER_METADATA = "hipa_decoder.json"
 
 
-class DecoderFidelity(BaseModel):
-    """Against the full decoder, on latents that the training did not see."""
+class DecoderFidelity(Record):
+    """How close a tiny decoder is to the full one, on latents that the training did not see.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Attributes:
+        images: number of images compared.
+        psnr_db: peak signal-to-noise ratio in dB; higher is closer.
+        perceptual_distance: 0 is equal; lower is closer.
+
+    """
 
     images: int
     psnr_db: float
     perceptual_distance: float
 
 
-class DecoderMetadata(BaseModel):
-    """``hipa_decoder.json``: what a tiny decoder was distilled from, and how faithful it is."""
+class DecoderMetadata(Record):
+    """``hipa_decoder.json``: what a tiny decoder was distilled from, how, and how close it is.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Attributes:
+        schema_version: version of this file's format.
+        base_vae_sha256: hash of the VAE that the decoder was distilled from.
+        latent_channels: channels C of the latents.
+        factor: pixels per latent, along either axis.
+        steps_trained: optimiser steps.
+        fidelity: how close the decoder is to the full one.
+        recipe: the training recipe.
+
+    """
 
     schema_version: Literal[1] = 1
     base_vae_sha256: str
@@ -44,27 +57,26 @@ class DecoderMetadata(BaseModel):
 
 
 def vae_sha256(model_folder: Path) -> str:
-    """What ``base_vae_sha256`` holds: of every safetensors file in the model's vae folder."""
+    """Hash the content of every safetensors file in a model's vae folder: ``base_vae_sha256``."""
     return folder_sha256(model_folder / "vae")
 
 
 def read_decoder_metadata(folder: Path) -> DecoderMetadata:
-    """The metadata of a decoder folder.
+    """Read the metadata of a decoder folder.
 
     Raises:
-        HipaError: not a decoder that hipa-train wrote.
+        HipaError: the folder is not one that hipa-train wrote, or its metadata is damaged.
 
     """
     try:
-        return DecoderMetadata.model_validate(
-            json.loads((folder / DECODER_METADATA).read_text(encoding="utf-8"))
-        )
+        content = json.loads((folder / DECODER_METADATA).read_text(encoding="utf-8"))
+        return DecoderMetadata.model_validate(content)
     except OSError:
         raise HipaError(
             f"decoder {folder} has no {DECODER_METADATA}. Expected a folder that hipa-train wrote."
         ) from None
     except (ValueError, ValidationError):
         raise HipaError(
-            f"decoder {folder}: {DECODER_METADATA} is damaged, "
-            "or of another version of hipa-deploy."
+            f"decoder {folder}: {DECODER_METADATA} is damaged, or of another version of "
+            "hipa-deploy."
         ) from None

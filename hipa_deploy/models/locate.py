@@ -1,4 +1,4 @@
-"""A base model's name -> the folder it lies in."""
+"""From the name of a model, encoder or decoder on the command line to the folder that holds it."""
 
 from __future__ import annotations
 
@@ -9,31 +9,36 @@ from hipa_deploy.embedded import DECODER, MODEL, NAME
 from hipa_deploy.errors import HipaError, first_line
 
 TINY = "tiny"
-TAESD = "madebyollin/taesd"
+TAESD = "madebyollin/taesd"  # its source: https://github.com/madebyollin/taesd
 
 
 def model_folder(name: str, config: str | None = None) -> Path:
-    """The folder of the model that ``name`` means.
+    """Return the diffusers folder of a base model; convert or download the model if necessary.
 
-    'emoji' is the embedded model, unless a folder of that name is here. Any other name is a folder,
-    a checkpoint, or a hub id to fetch.
-
-    A .safetensors checkpoint is converted into a folder of the user's cache; ``config`` says what
-    it is, where its weights do not (hipa_deploy.models.single_file).
+    Args:
+        name: 'emoji' for the embedded model (unless a folder of that name exists), a diffusers
+            folder, a .safetensors checkpoint, or the id of a model on the Hugging Face hub. A
+            checkpoint is converted into a folder in the user's cache.
+        config: for a checkpoint whose weights do not tell what it is: see
+            ``hipa_deploy.models.single_file.converted``.
 
     Raises:
-        HipaError: no such folder or file, another kind of model, and the hub does not provide it.
+        HipaError: there is no such folder or file and the hub does not provide it, the checkpoint
+            cannot be converted, or ``config`` is set for anything but a checkpoint.
 
     """
     path = Path(name)
     if path.is_file():
+        # A conversion needs torch, which a bundle runs without.
         from hipa_deploy.models.single_file import converted
 
         return converted(path, config)
     if config is not None:
         raise HipaError(
-            f"--config is for a checkpoint in one file, and {name} is none. Leave it out."
+            f"--config is for a checkpoint in one file, and {name} is not one. Omit --config."
         )
+
+    # A folder of the user goes before the embedded model, and both before the hub.
     if path.exists():
         return path
     if name == NAME:
@@ -49,37 +54,51 @@ def model_folder(name: str, config: str | None = None) -> Path:
 
 
 def unpacked(name: str, config: str | None = None) -> str:
-    """``name``, or the folder that a checkpoint in one file was converted into.
+    """Return ``name``, or for a checkpoint in one file the folder that it was converted into.
 
-    Raises what ``model_folder`` does.
+    Raises:
+        HipaError: as for ``model_folder``.
+
     """
-    return str(model_folder(name, config)) if config is not None or Path(name).is_file() else name
+    if config is not None or Path(name).is_file():
+        return str(model_folder(name, config))
+    return name
 
 
 def resolve_encoder(name: str) -> Path | None:
-    """The AutoencoderTiny folder that ``--encoder name`` means.
+    """Return the AutoencoderTiny folder for the value of ``--encoder``.
 
-    None stands for 'full', the model's own VAE.
+    Args:
+        name: 'full' for the model's own VAE; 'tiny' for TAESD, since the embedded decoder has no
+            encoder of its own; or a folder.
 
-    'tiny' is TAESD (github.com/madebyollin/taesd); the embedded decoder has no encoder of its own.
+    Returns:
+        The folder, or None for 'full'.
 
     Raises:
-        HipaError: the hub does not provide it.
+        HipaError: the hub does not provide TAESD.
 
     """
-    return None if name == "full" else _fetch_taesd() if name == TINY else Path(name)
+    if name == "full":
+        return None
+    if name == TINY:
+        return _fetch_taesd()
+    return Path(name)
 
 
 def resolve_decoder(name: str, model: str) -> Path | None:
-    """The AutoencoderTiny folder that ``--decoder name`` means.
+    """Return the AutoencoderTiny folder for the value of ``--decoder``.
 
-    None stands for 'full', the model's own VAE.
+    Args:
+        name: 'full' for the model's own VAE; 'tiny' for the embedded decoder if ``model`` is the
+            embedded one, and for TAESD otherwise; or a folder.
+        model: the base model, as for ``model_folder``.
 
-    'tiny' is the embedded decoder for the embedded model, and TAESD (github.com/madebyollin/taesd)
-    for any other.
+    Returns:
+        The folder, or None for 'full'.
 
     Raises:
-        HipaError: no such folder, and the hub does not provide it.
+        HipaError: the model does not exist, or the hub does not provide it or TAESD.
 
     """
     if name == "full":
@@ -92,12 +111,14 @@ def resolve_decoder(name: str, model: str) -> Path | None:
 
 
 def _fetch_taesd() -> Path:
+    """Download TAESD into the hub's local cache, or find it there."""
     from huggingface_hub import snapshot_download
 
     return _fetch(TAESD, snapshot_download)
 
 
 def _fetch(name: str, download: Callable[[str], str]) -> Path:
+    """Call ``download`` with a hub id, and turn its failures into one line."""
     try:
         return Path(download(name))
     except Exception as error:  # network, authentication and hub errors share no base class

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.errors import HipaError, first_line
-from hipa_deploy.models.kind import check_pipeline, check_unet, read_config
+from hipa_deploy.models.kind import check_pipeline, check_unet, listed_class, read_config
 from hipa_deploy.tasks import Task, is_inpainting_unet
 
 if TYPE_CHECKING:
@@ -92,8 +92,6 @@ class ModelConfig:
 
         index = read_config(folder, "model_index.json")
         check_pipeline(folder, index)
-        if task is not None:
-            check_unet(folder, task)
         unet = read_config(folder, "unet/config.json")
         text = CLIPTextConfig.from_dict(read_config(folder, "text_encoder/config.json"))
         config = cls(
@@ -104,6 +102,8 @@ class ModelConfig:
             scheduler=_read_scheduler(folder, index),
         )
         config._check_numbers()
+        if task is not None:
+            check_unet(folder, config.unet, config.latent_channels, task)
         if config.prediction_type not in PREDICTION_TYPES:
             raise HipaError(
                 f"{folder} predicts {config.prediction_type!r}. "
@@ -306,7 +306,7 @@ def _read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     ``num_train_timesteps``, and read as DDPM's it would give images without sense and no error.
     """
     config = read_config(folder, "scheduler/scheduler_config.json")
-    listed = (index.get("scheduler") or [None, None])[-1]
+    listed = listed_class(index, "scheduler")
     name = str(config.get("_class_name") or listed)
 
     # A pipeline is loaded with the class that its index lists, whatever the file beside says, so a

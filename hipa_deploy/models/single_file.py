@@ -1,6 +1,7 @@
-"""A Stable Diffusion checkpoint in one .safetensors file becomes a diffusers folder, once.
+"""Conversion of a checkpoint in one .safetensors file to a diffusers folder in the user's cache.
 
-The folder lies in the user's cache.
+The original layout is that of the CompVis and Stability repositories; it names weights otherwise
+than diffusers and has no configuration files. A checkpoint is converted once.
 """
 
 from __future__ import annotations
@@ -21,36 +22,39 @@ UNET = "model.diffusion_model."
 FIRST_LAYER = UNET + "input_blocks.0.0.weight"
 CROSS_ATTENTION = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 PARTS = {"unet": UNET, "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-DTYPES = {
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-}  # safetensors' names, torch's
-Shapes = dict[str, tuple[int, ...]]  # of every tensor in the file
+# The names of precisions in safetensors and in torch.
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+# The shape of every tensor in a file, by name.
+Shapes = dict[str, tuple[int, ...]]
 
 
 def converted(checkpoint: Path, config: str | None = None) -> Path:
-    """The diffusers folder of a checkpoint of SD 1.x or 2.x in the original layout.
+    """Return the diffusers folder of a checkpoint of SD 1.x or 2.x; convert it on the first call.
 
-    The first call converts it.
+    The folder is found again by the contents of the checkpoint and of the configurations. Weights
+    keep the precision that they are stored in. Where an averaged copy (EMA) lies beside the plain
+    weights, the plain ones are used, as diffusers does.
 
-    ``config`` is one of ``MODELS``, or a diffusers folder whose configurations and tokenizer to
-    take; SD 1.x needs none. The folder is found again by the contents of both. Weights keep the
-    precision they are stored in. Of weights that have an averaged copy beside them (EMA), the plain
-    ones are taken, as diffusers does.
+    Args:
+        checkpoint: a .safetensors file in the original layout.
+        config: one of ``MODELS``, or a diffusers folder whose configurations and tokenizer are
+            used; None for SD 1.x, which the weights tell.
 
     Raises:
-        HipaError: another kind of file or model, a damaged or incomplete one, or a config that is
-        missing or unfit.
+        HipaError: the file holds something else, is damaged or incomplete; or ``config`` is
+            missing for SD 2.x, or does not fit the weights.
+
+    Example:
+        >>> converted(Path("v1-5-pruned.safetensors")).name
+        'v1-5-pruned'
 
     """
     shapes = _read_shapes(checkpoint)
     _check_kind(checkpoint, shapes)
     config = _choose_config(checkpoint, shapes, config)
-    with Console(stderr=True).status(
-        f"reading {checkpoint.name}; the first time it becomes a diffusers folder"
-    ):
+    status = f"reading {checkpoint.name}; the first time it becomes a diffusers folder"
+    # Hashing and converting a file of several GB take a while.
+    with Console(stderr=True).status(status):
         out = user_cache() / "models" / _key(checkpoint, config) / checkpoint.stem
         if not out.is_dir():
             _convert(checkpoint, config, out)
@@ -58,17 +62,20 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
 
 
 def _read_shapes(checkpoint: Path) -> Shapes:
+    """Read names and shapes of all tensors from the file's header, without the weights."""
     if checkpoint.suffix != ".safetensors":
         raise HipaError(
-            f"model {checkpoint} is a {checkpoint.suffix or 'nameless'} file. "
-            "Expected a diffusers folder or a "
-            ".safetensors checkpoint: other kinds can run code when they are loaded."
+            f"model {checkpoint} is a {checkpoint.suffix or 'nameless'} file. Expected a diffusers "
+            "folder or a .safetensors checkpoint: other kinds can run code when they are loaded."
         )
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(checkpoint, "numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
+            shapes = {}
+            for name in file.keys():  # noqa: SIM118  # the file is not a dict
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+            return shapes
     except (OSError, SafetensorError) as error:
         raise HipaError(
             f"model {checkpoint} is damaged: {first_line(error)}. Copy it again."
@@ -76,7 +83,10 @@ def _read_shapes(checkpoint: Path) -> Shapes:
 
 
 def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
+    """Check that a file holds a complete text-to-image model of SD 1.x or 2.x."""
     expected = "Expected an SD 1.x or 2.x checkpoint"
+
+    # The kinds that people mistake for such a checkpoint get a message of their own.
     if any(name.startswith("conditioner.") for name in shapes):
         raise HipaError(
             f"model {checkpoint} is an SDXL checkpoint, with two text encoders. {expected}."
@@ -85,10 +95,14 @@ def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
         lora = any("lora" in name for name in shapes)
         got = "holds LoRA weights, not a model" if lora else f"has no weight {FIRST_LAYER}"
         raise HipaError(f"model {checkpoint} {got}. {expected} in the original layout.")
+
+    # The first convolution's weight is [320, channels, 3, 3].
     channels = shapes[FIRST_LAYER][1]
     if channels != 4:
         got = f"its UNet takes {channels} channels (inpainting or editing?)"
         raise HipaError(f"model {checkpoint}: {got}, expected 4. Use a text-to-image model.")
+
+    # Files of a UNet alone are common too: their VAE and text encoder would be random.
     for part, prefix in PARTS.items():
         if not any(name.startswith(prefix) for name in shapes):
             raise HipaError(
@@ -98,24 +112,27 @@ def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
 
 
 def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
-    """A name of ``MODELS`` or a folder."""
+    """Return the configuration to convert with: one of ``MODELS``, or a diffusers folder."""
+    # A folder is taken as it is: diffusers finds out whether it fits the weights.
     if config is not None and config not in MODELS:
         if not (Path(config) / "model_index.json").is_file():
             names = ", ".join(MODELS)
             raise HipaError(
-                f"--config {config} is no diffusers folder. "
+                f"--config {config} is not a diffusers folder. "
                 f"Expected one with a tokenizer, or: {names}."
             )
         return config
+
+    # The width of the text context tells SD 1.x (768) from SD 2.x (1024).
     width = shapes[CROSS_ATTENTION][1] if CROSS_ATTENTION in shapes else 0
     fitting = [name for name in MODELS if context_width(name) == width]
     if config in fitting:
         return str(config)
-    got = (
-        f"its text contexts are {width} wide"
-        if width
-        else "it has no text contexts where SD 1.x and 2.x have them"
-    )
+
+    if width:
+        got = f"its text contexts are {width} wide"
+    else:
+        got = "it has no text contexts where SD 1.x and 2.x have them"
     if not fitting:
         raise HipaError(
             f"model {checkpoint}: {got}. Name the model it was made from: --config FOLDER."
@@ -125,46 +142,53 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
             f"model {checkpoint}: {got}, unlike {config}'s. "
             f"Expected --config {' or '.join(fitting)}."
         )
+
+    # The two models of SD 2.x have the same shapes and predict different things.
     if len(fitting) > 1:
         raise HipaError(
-            f"model {checkpoint} is SD 2.x, "
-            "whose 512-pixel (eps) and 768-pixel (v) weights look alike. "
-            f"Say which it is: --config {' or --config '.join(fitting)}."
+            f"model {checkpoint} is SD 2.x, whose 512-pixel (eps) and 768-pixel (v) weights look "
+            f"alike. Say which it is: --config {' or --config '.join(fitting)}."
         )
     return fitting[0]
 
 
 def _key(checkpoint: Path, config: str) -> str:
+    """Return the name of a conversion in the cache: a hash of all that its result depends on."""
     settings = MODELS[config] if config in MODELS else folder_sha256(Path(config), "*.json")
+    # 'format' is raised whenever the conversion itself changes.
     key = {"format": 1, "checkpoint": file_sha256(checkpoint), "config": settings}
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _convert(checkpoint: Path, config: str, out: Path) -> None:
+    """Write a checkpoint as the diffusers folder ``out``."""
     import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
     from safetensors import SafetensorError
 
     logging.disable_progress_bar()
-    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    # The safety checker is a model of its own, which no command uses.
+    unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     with new_folder(out) as scratch:
         folder = write_config(config, scratch) if config in MODELS else Path(config)
         try:
             pipe = StableDiffusionPipeline.from_single_file(
-                str(checkpoint), config=str(folder), local_files_only=True, **none
+                str(checkpoint), config=str(folder), local_files_only=True, **unused
             )
-        # diffusers and transformers raise whatever a wrong shape or a missing part meets.
-        except Exception as error:
+        except Exception as error:  # wrong shapes and missing parts meet errors of every kind
             got = first_line(error)
             raise HipaError(
                 f"model {checkpoint} cannot be converted. Is it complete, and of {config}? {got}"
             ) from None
+
         for part, prefix in PARTS.items():
             module = getattr(pipe, part)
             _check_complete(checkpoint, part, module)
-            # Loaded as float32, which holds every smaller format exactly; stored as it was.
-            torch.nn.Module.to(module, getattr(torch, _stored_dtype(checkpoint, prefix)))
+            # Weights were loaded as float32, which holds every smaller format exactly, so storing
+            # them as they were in the file loses nothing.
+            stored_dtype = getattr(torch, _stored_dtype(checkpoint, prefix))
+            torch.nn.Module.to(module, stored_dtype)
         try:
             pipe.save_pretrained(scratch)
         except (OSError, SafetensorError) as error:
@@ -174,7 +198,10 @@ def _convert(checkpoint: Path, config: str, out: Path) -> None:
 
 
 def _check_complete(checkpoint: Path, part: str, module: Any) -> None:
-    """A weight that the file lacks was never made: it is left on the meta device."""
+    """Check that the file held every weight of a part.
+
+    diffusers leaves a weight that the file lacks on the meta device, where it has no values.
+    """
     for name, weight in module.named_parameters():
         if weight.is_meta:
             raise HipaError(
@@ -184,11 +211,12 @@ def _check_complete(checkpoint: Path, part: str, module: Any) -> None:
 
 
 def _stored_dtype(checkpoint: Path, prefix: str) -> str:
-    """torch's name of the precision that all weights of the part have; float32 if they differ."""
+    """Return torch's name of the precision of a part's weights; float32 if they differ."""
     from safetensors import safe_open
 
     with safe_open(checkpoint, "numpy") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
         found = {file.get_slice(name).get_dtype() for name in names}
-    kinds = found & DTYPES.keys()  # the rest are numbers of positions
-    return DTYPES[kinds.pop()] if len(kinds) == 1 else "float32"
+    # Integer tensors, such as CLIP's position numbers, have no precision to keep.
+    floats = found & DTYPES.keys()
+    return DTYPES[floats.pop()] if len(floats) == 1 else "float32"

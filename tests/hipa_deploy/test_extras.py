@@ -32,13 +32,13 @@ def test_a_missing_module_comes_with_the_pip_command(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_a_core_install_says_what_a_verb_needs(arguments: list[str], tmp_path) -> None:
-    """In an interpreter that finds none of the extras' packages."""
+    """The verb runs in an interpreter that finds none of the extras' packages."""
     code = (
         "import sys, importlib.abc\n"
+        "ABSENT = {'torch', 'diffusers', 'transformers', 'peft', 'onnx', 'onnxscript'}\n"
         "class Absent(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in {'torch', 'diffusers', 'transformers', 'peft', '"
-        "onnx', 'onnxscript'}:\n"
+        "        if name.split('.')[0] in ABSENT:\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Absent())\n"
         "import hipa_deploy.extras as extras\n"

@@ -20,7 +20,7 @@ def random_mask(seed: int, size: tuple[int, int], share: float) -> np.ndarray:
 
 
 def distances(mask_HW: np.ndarray) -> np.ndarray:
-    """To the nearest pixel of the mask, by all pairs."""
+    """Return the distance to the nearest pixel of the mask, by comparing all pairs of pixels."""
     y, x = np.nonzero(mask_HW)
     rows, columns = np.indices(mask_HW.shape)
     if not len(y):
@@ -34,7 +34,8 @@ def test_beyond_the_feather_the_original_is_exact(
 ) -> None:
     rng = np.random.default_rng(seed)
     generated, original = rng.integers(0, 256, (2, *size, 3), dtype=np.uint8)
-    mask, distance = random_mask(seed, size, share), distances(random_mask(seed, size, share))
+    mask = random_mask(seed, size, share)
+    distance = distances(mask)
     mixed = composite(generated, original, mask, feather)
     assert mixed.dtype == np.uint8
     np.testing.assert_array_equal(mixed[distance > feather], original[distance > feather])
@@ -53,13 +54,15 @@ def test_the_seam_fades_with_the_distance(seed: int, size: tuple[int, int], feat
 
 def test_a_straight_seam_by_hand() -> None:
     mask = np.array([[0, 0, 0, 0, 1]], np.float32)
-    generated, original = np.full((1, 5, 3), 200, np.uint8), np.zeros((1, 5, 3), np.uint8)
+    generated = np.full((1, 5, 3), 200, np.uint8)
+    original = np.zeros((1, 5, 3), np.uint8)
     assert composite(generated, original, mask, 3)[0, :, 0].tolist() == [0, 50, 100, 150, 200]
     assert composite(generated, original, mask, 0)[0, :, 0].tolist() == [0, 0, 0, 0, 200]
 
 
-def test_composites_that_cannot_be() -> None:
-    image, mask = np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5), np.float32)
+def test_other_sizes_and_a_negative_feather_are_refused() -> None:
+    image = np.zeros((4, 5, 3), np.uint8)
+    mask = np.zeros((4, 5), np.float32)
     with pytest.raises(HipaError, match=r"shapes .*\(5, 4\)"):
         composite(image, image, mask.T, 0)
     with pytest.raises(HipaError, match="feather is -1"):
@@ -72,7 +75,8 @@ def test_composites_that_cannot_be() -> None:
 def test_the_latent_mask_covers_the_mask_and_no_cell_more(
     seed: int, cells: tuple[int, int], factor: int, share: float
 ) -> None:
-    mask = random_mask(seed, (cells[0] * factor, cells[1] * factor), share)
+    rows, columns = cells
+    mask = random_mask(seed, (rows * factor, columns * factor), share)
     latent = latent_mask(mask, factor)
     assert latent.shape == (1, *cells)
     assert latent.dtype == np.float32
@@ -87,8 +91,9 @@ def test_a_mask_that_does_not_fit_the_latent_grid() -> None:
         latent_mask(np.zeros((16, 12), np.float32), 8)
 
 
-def test_the_hole_is_hidden_and_the_rest_kept() -> None:
-    image, mask = np.arange(60, dtype=np.uint8).reshape(4, 5, 3), random_mask(0, (4, 5), 0.5)
+def test_the_hole_is_hidden_and_other_pixels_are_kept() -> None:
+    image = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    mask = random_mask(0, (4, 5), 0.5)
     before = image.copy()
     hidden = hide_hole(image, mask)
     assert hidden.dtype == np.uint8
@@ -97,8 +102,9 @@ def test_the_hole_is_hidden_and_the_rest_kept() -> None:
     np.testing.assert_array_equal(image, before)
 
 
-def test_masks_to_refuse() -> None:
-    image, mask = np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5), np.float32)
+def test_masks_of_another_size_empty_or_full_are_refused() -> None:
+    image = np.zeros((4, 5, 3), np.uint8)
+    mask = np.zeros((4, 5), np.float32)
     with pytest.raises(HipaError, match="mask is 5x4 pixels, image 4x5"):
         check_mask(mask.T, image)
     with pytest.raises(HipaError, match="empty"):

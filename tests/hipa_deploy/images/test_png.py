@@ -13,7 +13,9 @@ IMAGE = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_recipe_survives_any_prompt(tmp_path_factory: pytest.TempPathFactory, prompt: str) -> None:
+def test_generation_parameters_survive_any_prompt(
+    tmp_path_factory: pytest.TempPathFactory, prompt: str
+) -> None:
     path = tmp_path_factory.mktemp("png") / "x.png"
     save_png(path, IMAGE, {"prompt": prompt, "seed": 0})
     assert read_parameters(path) == {"prompt": prompt, "seed": 0}
@@ -24,9 +26,9 @@ def test_same_input_same_bytes() -> None:
     assert png_bytes(IMAGE, {"a": 1, "b": 2}) == png_bytes(IMAGE, {"b": 2, "a": 1})
 
 
-def test_png_without_a_recipe(tmp_path: Path) -> None:
+def test_png_without_generation_parameters(tmp_path: Path) -> None:
     Image.fromarray(IMAGE).save(tmp_path / "x.png")
-    with pytest.raises(HipaError, match="no generation parameters"):
+    with pytest.raises(HipaError, match="carries no generation parameters"):
         read_parameters(tmp_path / "x.png")
 
 
@@ -37,7 +39,8 @@ def test_not_an_image(tmp_path: Path) -> None:
 
 
 def test_grid_places_columns_side_by_side() -> None:
-    black, grey = np.zeros((2, 4, 5, 3), np.uint8), np.full((2, 4, 5, 3), 9, np.uint8)
+    black = np.zeros((2, 4, 5, 3), np.uint8)
+    grey = np.full((2, 4, 5, 3), 9, np.uint8)
     sheet = grid([black, grey], gap=1)
     assert sheet.shape == (10, 12, 3)
     assert (sheet[:4, :5] == 0).all()

@@ -29,14 +29,11 @@ def png(
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", *size, bits, colour_type, 0, 0, 0)
-    transparency = chunk(b"tRNS", extra) if extra else b""
-    body = (
-        chunk(b"IHDR", header)
-        + transparency
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    body = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour_type, 0, 0, 0))
+    if extra:
+        body += chunk(b"tRNS", extra)
+    body += chunk(b"IDAT", zlib.compress(rows))
+    body += chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
 
@@ -83,7 +80,7 @@ def test_a_photo_turned_by_its_camera(tmp_path: Path) -> None:
     assert read[-8:].min() > 245
 
 
-def test_broken_exif_is_no_reason_to_refuse(tmp_path: Path) -> None:
+def test_an_image_with_broken_exif_is_read(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.fromarray(RGB), exif=b"Exif\x00\x00nonsense")
     np.testing.assert_array_equal(read_image(path), RGB)
 
@@ -159,27 +156,25 @@ def test_a_cmyk_jpeg(tmp_path: Path) -> None:
 
 
 def test_floats_of_pillow() -> None:
-    assert read_image(Image.fromarray(np.array([[0, 0.5, 1]], np.float32)))[0, :, 0].tolist() == [
-        0,
-        128,
-        255,
-    ]
+    floats = Image.fromarray(np.array([[0, 0.5, 1]], np.float32))
+    assert read_image(floats)[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
-    red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    red = Image.new("RGB", (4, 4), "red")
+    blue = Image.new("RGB", (4, 4), "blue")
     path = saved(tmp_path, red, "x.gif", save_all=True, append_images=[blue])
     assert Image.open(path).n_frames == 2
     assert (read_image(path) == [255, 0, 0]).all()
 
 
-def test_files_that_are_no_image(tmp_path: Path) -> None:
+def test_files_that_are_not_an_image(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("text")
-    whole = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
-        whole, "PNG"
-    )
-    (tmp_path / "half.png").write_bytes(whole.getvalue()[:4000])
+    # A truncated file: noise, so that 4,000 bytes are less than half of the PNG.
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    complete = io.BytesIO()
+    Image.fromarray(noise).save(complete, "PNG")
+    (tmp_path / "half.png").write_bytes(complete.getvalue()[:4000])
     for name, reason in [
         ("absent.png", "No such file"),
         ("", "directory"),
@@ -221,7 +216,7 @@ def test_a_large_photo_warns_of_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         ([[1, 2]], "is a list"),
     ],
 )
-def test_arrays_that_are_no_image(source: Any, words: str) -> None:
+def test_arrays_that_are_not_an_image(source: Any, words: str) -> None:
     with pytest.raises(HipaError, match=words):
         read_image(source)
 
@@ -241,11 +236,10 @@ def test_a_mask_is_white_where_grey_is_half_or_more(tmp_path: Path) -> None:
 
 
 def test_a_mask_ignores_alpha(tmp_path: Path) -> None:
-    white, clear = np.array([[0, 255]], np.uint8), np.array([[255, 0]], np.uint8)
-    for mode in ("LA", "RGBA"):
-        image = Image.merge(
-            mode, [Image.fromarray(white)] * (len(mode) - 1) + [Image.fromarray(clear)]
-        )
+    colour = Image.fromarray(np.array([[0, 255]], np.uint8))
+    alpha = Image.fromarray(np.array([[255, 0]], np.uint8))
+    for mode, colours in (("LA", 1), ("RGBA", 3)):
+        image = Image.merge(mode, [colour] * colours + [alpha])
         assert read_mask(image).tolist() == [[0, 1]]
         assert read_mask(saved(tmp_path, image)).tolist() == [[0, 1]]
 

@@ -36,13 +36,12 @@ PUBLISHED["sd21-v"] = PUBLISHED["sd21-base"]
 def config(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
-    return request.param, write_config(
-        request.param, tmp_path_factory.mktemp("config") / request.param
-    )
+    name = request.param
+    return name, write_config(name, tmp_path_factory.mktemp("config") / name)
 
 
 def models(folder: Path) -> dict[str, torch.nn.Module]:
-    """On the meta device."""
+    """Make the parts of a model on the meta device: shapes without values."""
     with torch.device("meta"):
         return {
             "unet": UNet2DConditionModel.from_config(read_config(folder, "unet/config.json")),
@@ -69,7 +68,8 @@ def test_every_weight_of_the_published_layout_finds_its_place(config: tuple[str,
     name, folder = config
     parts = models(folder)
     own = {part: module.state_dict() for part, module in parts.items()}
-    unet, vae = unet_names(own["unet"]), vae_names(own["vae"])
+    unet = unet_names(own["unet"])
+    vae = vae_names(own["vae"])
     assert "middle_block.1.transformer_blocks.0.attn2.to_k.weight" in unet
     assert "output_blocks.11.0.skip_connection.weight" in unet
     settings = {part: read_config(folder, f"{part}/config.json") for part in ("unet", "vae")}
@@ -86,9 +86,8 @@ def test_every_weight_of_the_published_layout_finds_its_place(config: tuple[str,
             parts["text_encoder"], text
         )
     for part, weights in found.items():
-        assert {key: weight.shape for key, weight in weights.items()} == {
-            k: w.shape for k, w in own[part].items()
-        }
+        shapes = {key: weight.shape for key, weight in weights.items()}
+        assert shapes == {key: weight.shape for key, weight in own[part].items()}
 
 
 def test_schedule(config: tuple[str, Path]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.configurations import write_config
-from hipa_deploy.models.kind import UNSUPPORTED, check_unet
+from hipa_deploy.models.kind import UNSUPPORTED
 from hipa_deploy.models.model_config import ModelConfig
 
 
@@ -29,6 +29,10 @@ def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "is StableDiffusionXLPipeline: two text encoders are not supported",
         ),
         ("model_index.json", {"unet": None}, "its unet is None, expected UNet2DConditionModel"),
+        ("model_index.json", {"unet": 5}, "its unet is 5, expected UNet2DConditionModel"),
+        ("model_index.json", {"vae": ["diffusers"]}, "its vae is None, expected AutoencoderKL"),
+        ("model_index.json", {"scheduler": 5}, "has the scheduler 5, which is not of DDPM's"),
+        ("vae/config.json", {"latent_channels": "x"}, "has latent_channels='x'"),
         (
             "model_index.json",
             {"text_encoder": ["transformers", "T5EncoderModel"]},
@@ -58,11 +62,10 @@ def test_a_unet_for_inpainting_is_for_that_task_alone(sd15: Path, tmp_path: Path
     folder = Path(shutil.copytree(sd15, tmp_path / "copy"))
     config = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps(config | {"in_channels": 9}))
-    check_unet(folder, "inpaint")
-    with pytest.raises(
-        HipaError, match=r"expected 4: it is made for inpainting\. Use it for the task inpaint"
-    ):
-        check_unet(folder, "edit")
+    ModelConfig.read(folder, "inpaint")
+    expected = r"expected 4: it is made for inpainting\. Use it for the task inpaint"
+    with pytest.raises(HipaError, match=expected):
+        ModelConfig.read(folder, "edit")
 
 
 def test_files_that_are_missing_or_damaged(sd15: Path, tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(f"cannot reach the hub for {name}\nand more")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", unreachable)
-    with pytest.raises(
-        HipaError, match="owner/name: no such folder, and the hub did not provide it: cannot reach"
-    ):
+    expected = "owner/name: no such folder, and the hub did not provide it: cannot reach"
+    with pytest.raises(HipaError, match=expected):
         model_folder("owner/name")

@@ -49,12 +49,12 @@ def test_every_weight_of_the_checkpoint_arrives(
     out = model_folder(str(checkpoint), str(folder))
     assert out.name == "mine"
     for part in PARTS:
-        expected, got = weights(folder, part), weights(out, part)
+        expected = weights(folder, part)
+        got = weights(out, part)
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[name], got[name]) for name in expected)
-    assert (out / "tokenizer" / "vocab.json").read_text() == (
-        folder / "tokenizer" / "vocab.json"
-    ).read_text()
+    vocabulary = Path("tokenizer", "vocab.json")
+    assert (out / vocabulary).read_text() == (folder / vocabulary).read_text()
     assert "v_prediction" in (out / "scheduler" / "scheduler_config.json").read_text()
 
 
@@ -74,10 +74,11 @@ def test_it_is_converted_once_and_found_by_its_content(folder: Path, tmp_path: P
 
 def test_each_part_keeps_its_precision(folder: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
-    half = {
-        n: w.half() if n.startswith(PARTS["unet"]) else w for n, w in load_file(checkpoint).items()
-    }
-    save_file(half, checkpoint)
+    stored = load_file(checkpoint)
+    for name, weight in stored.items():
+        if name.startswith(PARTS["unet"]):
+            stored[name] = weight.half()
+    save_file(stored, checkpoint)
     out = model_folder(str(checkpoint), str(folder))
     assert {w.dtype for w in weights(out, "unet").values()} == {torch.float16}
     assert {w.dtype for w in weights(out, "vae").values()} == {torch.float32}
@@ -160,7 +161,7 @@ SD = {FIRST_LAYER: (8, 4, 3, 3), "first_stage_model.x": (1,), "cond_stage_model.
         (
             SD,
             "sd3",
-            "--config sd3 is no diffusers folder. "
+            "--config sd3 is not a diffusers folder. "
             "Expected one with a tokenizer, or: sd15, sd21-base, sd21-v",
         ),
     ],

@@ -235,6 +235,6 @@ def test_an_adaptor_is_refused_with_another_vae_or_without_its_encoder_file(
         read_metadata(folder, other)
     shutil.copytree(folder, tmp_path / "half")
     (tmp_path / "half" / ENCODER_WEIGHTS).unlink()
-    expected = rf"half lacks {ENCODER_WEIGHTS}, its part on the VAE's encoder"
+    expected = rf"half lacks {ENCODER_WEIGHTS}, the adapter weights of the VAE's encoder"
     with pytest.raises(HipaError, match=expected):
         read_metadata(tmp_path / "half")

@@ -1,0 +1,75 @@
+"""Adaptor folders, with the embedded adaptor and model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hipa_deploy.embedded import ADAPTOR, MODEL
+from hipa_deploy.errors import HipaError
+from hipa_deploy.hashing import file_sha256
+from hipa_deploy.models.adaptor_folder import (
+    ENCODER_WEIGHTS,
+    METADATA,
+    WEIGHTS,
+    read_metadata,
+    weights_sha256,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ADAPTOR, tmp_path / "adaptor"))
+
+
+def change(folder: Path, **values: object) -> None:
+    content = json.loads((folder / METADATA).read_text())
+    (folder / METADATA).write_text(json.dumps(content | values))
+
+
+def test_the_embedded_adaptor_is_for_the_embedded_model() -> None:
+    metadata = read_metadata(ADAPTOR, MODEL)
+    assert metadata.task == "generate"
+    assert metadata.encoder_rank == 0
+
+
+def test_a_folder_without_metadata_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HipaError, match=f"has no {METADATA}. Expected a folder that hipa-train"):
+        read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("values", [{"schema_version": 2}, {"unknown": 1}, {"upscale": 1}])
+def test_metadata_of_another_version_is_refused(folder: Path, values: dict[str, int]) -> None:
+    change(folder, **values)
+    with pytest.raises(HipaError, match="is damaged, or of another version of hipa-deploy"):
+        read_metadata(folder)
+
+
+def test_an_adaptor_of_another_unet_or_vae_is_refused(folder: Path) -> None:
+    change(folder, base_vae_sha256="0" * 64)
+    with pytest.raises(HipaError, match="trained with another VAE"):
+        read_metadata(folder, MODEL)
+    change(folder, base_unet_sha256="0" * 64)
+    with pytest.raises(HipaError, match="trained on another base model"):
+        read_metadata(folder, MODEL)
+    read_metadata(folder)
+
+
+def test_an_adaptor_of_the_encoder_needs_its_weights(folder: Path) -> None:
+    change(folder, encoder_rank=4)
+    with pytest.raises(HipaError, match=f"lacks {ENCODER_WEIGHTS}"):
+        read_metadata(folder)
+    (folder / ENCODER_WEIGHTS).write_bytes(b"weights")
+    assert read_metadata(folder).encoder_rank == 4
+
+
+def test_the_hash_covers_both_files_of_weights(folder: Path) -> None:
+    unet = file_sha256(folder / WEIGHTS)
+    assert weights_sha256(folder) == unet
+    (folder / ENCODER_WEIGHTS).write_bytes(b"weights")
+    both = unet + file_sha256(folder / ENCODER_WEIGHTS)
+    assert weights_sha256(folder) == hashlib.sha256(both.encode()).hexdigest()
