@@ -75,6 +75,7 @@ EXPORT = House(
     (
         ("(top)", "merge, stages, gate, swap"),
         ("graph", "fold, FP16, weight map"),
+        ("lora", "LoRAs of other tools"),
     ),
 )
 ENGINES = House(
