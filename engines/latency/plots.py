@@ -154,9 +154,9 @@ def _part(
     name: str, value: float, percent: float, ends: tuple[float, float], y: float, colour: str
 ) -> Iterator[str]:
     width = max(0.5, ends[1] - ends[0] - 1)  # a hairline between parts
-    told = escape(f"{name}: {value:.3g} ms, {percent:.0f} %")
+    title = escape(f"{name}: {value:.3g} ms, {percent:.0f} %")
     box = f'x="{ends[0]}" y="{y - 16}" width="{width:.1f}" height="32" rx="2" fill="{colour}"'
-    yield f"<rect {box}><title>{told}</title></rect>"
+    yield f"<rect {box}><title>{title}</title></rect>"
     if width > 36:
         yield _text(ends[0] + width / 2, y + 4, f"{percent:.0f} %", anchor="middle", fill="#ffffff")
 

@@ -524,7 +524,7 @@ def check_count(prompts: int, count: int) -> None:
 def _worth_keeping(feed: Mapping[str, np.ndarray]) -> list[str]:
     """Tensors to keep for the next batch: those that this batch must compute first."""
     first_computed = {"tokens": "context", "image": "source"}
-    return [made for given, made in first_computed.items() if given in feed]
+    return [computed for start, computed in first_computed.items() if start in feed]
 
 
 def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
