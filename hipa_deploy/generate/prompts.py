@@ -127,7 +127,8 @@ def read_closed_set(path: Path) -> list[str]:
 
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # utf-8-sig: editors on Windows begin a file with a mark that is no part of the prompt.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise HipaError(
             f"prompts {path} cannot be read ({error}). Expected UTF-8 text, one prompt a line."

@@ -13,6 +13,8 @@ float, in [0, 1].
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -131,9 +133,21 @@ def octave_bands(height: int, width: int, radius: float = RADIUS) -> Tensor:
     """
     octave_HW = torch.log2(_squared_frequency(height, width).sqrt() / radius).floor()
     # At least one band, even where the image is too small to have frequencies above the radius.
-    count = max(1, int(octave_HW.max()) + 1)
+    # Counted from the sizes and not from the tensor: a prediction runs on tensors without values.
+    count = max(1, _highest_octave(height, width, radius) + 1)
     bands_KHW = torch.stack([octave_HW == octave for octave in range(count)]).float()
     return bands_KHW / bands_KHW.sum(dim=(1, 2), keepdim=True).clamp_min(1)
+
+
+def _highest_octave(height: int, width: int, radius: float) -> int:
+    """The octave of the highest frequency of the FFT grid, which lies in its corner."""
+    # In units of the Nyquist frequency: 1 of an even size, (n - 1) / n of an odd one.
+    highest_row = 2 * (height // 2) / height
+    highest_column = 2 * (width // 2) / width
+    highest = math.hypot(highest_row, highest_column)
+    if highest == 0:  # a single pixel has no frequency but the mean
+        return -1
+    return math.floor(math.log2(highest / radius))
 
 
 def _band_means(values_BCHW: Tensor, bands_KHW: Tensor) -> Tensor:

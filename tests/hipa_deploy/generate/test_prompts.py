@@ -59,6 +59,11 @@ def test_bad_sets(tmp_path: Path, content: bytes, message: str) -> None:
         read_closed_set(tmp_path / "prompts.txt")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red apple\na boat\n")
+    assert read_closed_set(tmp_path / "prompts.txt") == ["a red apple", "a boat"]
+
+
 def test_a_missing_set(tmp_path: Path) -> None:
     with pytest.raises(HipaError, match="cannot be read"):
         read_closed_set(tmp_path / "none.txt")

@@ -139,3 +139,20 @@ def test_gradient_at_equality_is_finite() -> None:
         image = torch.rand(1, 3, 8, 8, requires_grad=True)
         loss(image, image.detach()).backward()
         assert torch.isfinite(image.grad).all()
+
+
+@settings(max_examples=60)
+@given(
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    radius=st.sampled_from([0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0]),
+)
+def test_bands_reach_the_highest_frequency_and_no_further(
+    height: int, width: int, radius: float
+) -> None:
+    """The number of bands comes from the sizes; here from the frequencies themselves."""
+    vertical = torch.fft.fftfreq(height, dtype=torch.float64) * 2
+    horizontal = torch.fft.fftfreq(width, dtype=torch.float64) * 2
+    highest = float((vertical[:, None] ** 2 + horizontal[None, :] ** 2).sqrt().max())
+    octaves = math.floor(math.log2(highest / radius)) + 1 if highest > 0 else 0
+    assert len(octave_bands(height, width, radius)) == max(1, octaves)

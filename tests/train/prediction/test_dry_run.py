@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from hipa_deploy.embedded import MODEL
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.prediction import dry_run
-from hipa_deploy.train.recipes.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe, load_recipe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -94,3 +95,11 @@ def test_prompts_that_cannot_be_read_are_reported_after_the_tables(
     shown, problem = dry_run.dry_run(bad, model_dir, [])
     assert isinstance(problem, HipaError)
     assert "unreadable" in text_of(shown)
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji-edit", "emoji-inpaint", "emoji-upscale"])
+def test_the_shipped_recipes_are_predicted(name: str) -> None:
+    """Their loss runs on tensors without values, whatever it is made of."""
+    shown, problem = dry_run.dry_run(load_recipe(name), MODEL, [])
+    assert problem is None
+    assert shown
