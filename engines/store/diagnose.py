@@ -84,15 +84,17 @@ def diagnose(path: Path) -> Diagnosis:
 
 def _bundle_root(sidecar_file: Path) -> Path:
     """The bundle's folder: a sidecar is at BUNDLE/engines/NAME/FILE."""
-    return sidecar_file.parents[2]
+    folders = sidecar_file.parents
+    if len(folders) < 3:  # a relative path, named from a folder inside the bundle
+        folders = sidecar_file.absolute().parents
+    return folders[min(2, len(folders) - 1)]
 
 
 def _bundle_of(sidecar_file: Path) -> Bundle | None:
     """The bundle whose ``engines`` folder holds the sidecar; None for an engine moved elsewhere."""
     try:
         return Bundle.open(_bundle_root(sidecar_file))
-    # IndexError: a path with fewer than three folders above the file.
-    except (HipaError, IndexError):
+    except HipaError:
         return None
 
 

@@ -134,3 +134,12 @@ def test_the_doctor_shows_it(make_bundle):
     assert render(report).renderables[1].row_count == len(report["engine"]["fields"])
     missing = examine(str(path.with_name("other.engine")))
     assert any("does not exist" in problem for problem in missing["problems"])
+
+
+def test_a_path_from_inside_the_bundle_is_the_same_engine(make_bundle, monkeypatch):
+    path = put_engine(make_bundle(stages=("unet",)))
+    whole = diagnose(path)
+    monkeypatch.chdir(path.parent)
+    short = diagnose(Path(path.name))
+    assert short.fields == whole.fields
+    assert short.rebuild == whole.rebuild
