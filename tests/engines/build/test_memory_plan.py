@@ -19,8 +19,8 @@ from hipa_deploy.engines.build.memory_plan import (
     HOST_PER_WEIGHT,
     RUNTIME_MIB,
     Need,
-    plan_build,
-    render_plan,
+    plan_memory,
+    render_memory_plan,
 )
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.errors import HipaError
@@ -63,7 +63,7 @@ def machine(gpu=None, jetson=None) -> Device:
 
 
 def plan(bundle, library, target="auto", device=None, stages=("unet", "vae_decoder"), **options):
-    return plan_build(bundle, stages, library, target, BuildOptions(**options), device or machine())
+    return plan_memory(bundle, stages, library, target, BuildOptions(**options), device or machine())
 
 
 def test_rtx_compiles_on_the_host_and_the_largest_stage_counts(bundle):
@@ -102,7 +102,7 @@ def test_on_a_jetson_host_and_gpu_share(bundle):
     assert building.verdict == "does not fit"
     assert running.where == "this machine"
     numbers = (
-        r"on this machine takes about 5,\d+ MiB, 4,000 MiB is there and 500 MiB of swap. "
+        r"on this machine takes about 5,\d+ MiB \(available: 4,000 MiB and 500 MiB of swap\)\. "
         r"Close other programs"
     )
     with pytest.raises(HipaError, match=numbers):
@@ -135,9 +135,8 @@ def test_a_jetson_that_is_not_here_is_planned_from_its_data_file(bundle):
 
 def test_a_full_disk_is_refused_with_numbers(bundle, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=MIB))
-    with pytest.raises(
-        HipaError, match=r"engines: disk on .* about 1,2\d\d MiB, 1 MiB is there\. Free some disk"
-    ):
+    message = r"engines: disk on .* about 1,2\d\d MiB \(available: 1 MiB\)\. Free some disk"
+    with pytest.raises(HipaError, match=message):
         plan(bundle, "rtx").refuse_misfits()
 
 
@@ -158,7 +157,7 @@ def test_a_need_that_fits_never_stops_fitting_with_more(need, have, swap, pageab
 
 def test_the_tables_show_every_number(bundle):
     console = Console(record=True, width=140)
-    console.print(*render_plan(plan(bundle, "tensorrt", device=machine(ORIN))), sep="\n")
+    console.print(*render_memory_plan(plan(bundle, "tensorrt", device=machine(ORIN))), sep="\n")
     text = console.export_text()
     for part in ("unet", "1,000", "3,630", "does not fit", "this machine", "500"):
         assert part in text

@@ -41,12 +41,14 @@ def test_both_forms(report):
     assert (check.by, check.float16, check.float32) == ("inspector", 1, 1)
 
 
-def test_another_precision_than_asked_is_an_error():
+def test_an_engine_of_another_precision_than_requested_is_an_error():
     half = {"Layers": TENSORRT_11["Layers"] + TENSORRT_11["Layers"][:1]}  # two of three
     assert check_inspected(json.dumps(half), "fp16").float16 == 2
-    with pytest.raises(
-        HipaError, match=r"built in fp16, fp32 was asked for: 2 of 3 outputs, by its inspector"
-    ):
+    message = (
+        r"built in fp16, but fp32 was requested: 2 of 3 outputs, according to its inspector\. "
+        r"Report it with hipa-doctor --self-test"
+    )
+    with pytest.raises(HipaError, match=message):
         check_inspected(json.dumps(half), "fp32")
     assert check_inspected("{}", "fp16") is None
 
