@@ -194,8 +194,8 @@ def _resolve_options(
         return resolved
 
     # Timings hold for one device and one version only, so each pair has a cache of its own.
-    cache = user_cache() / "timing" / f"{goal.name}-trt{version}.cache"
-    return resolved.model_copy(update={"timing_cache": cache})
+    cache_path = user_cache() / "timing" / f"{goal.name}-trt{version}.cache"
+    return resolved.model_copy(update={"timing_cache": cache_path})
 
 
 def check_tools(backend: str) -> tuple[TensorRTLibrary, ModuleType]:
