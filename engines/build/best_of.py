@@ -1,6 +1,7 @@
 """Which of several builds of one stage is fastest.
 
-TensorRT's choice of tactics varies from build to build.
+TensorRT times its tactics while it builds, and the timings are noisy. Two builds of one graph may
+therefore choose different tactics and differ in speed.
 """
 
 from __future__ import annotations
@@ -17,28 +18,30 @@ from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 if TYPE_CHECKING:
     from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
 
-WARMUP, RUNS = 5, 30
+# The first calls allocate memory and let the clocks rise, so they are not counted.
+WARMUP = 5
+RUNS = 30
 
 
 def time_engine(path: Path, spec: StageSpec, library: TensorRTLibrary) -> float:
-    """Median time in ms that an engine takes on this GPU, copies not included.
+    """Measure the median time of an engine on this GPU, in milliseconds, without copies.
 
-    It runs at its usual shapes, on inputs of ones.
+    The engine runs on inputs of ones, at the 'opt' sizes of its dimensions.
 
     Raises:
-        HipaError: no driver, or an engine that does not run.
+        HipaError: there is no driver, or the engine does not run.
 
     """
+    # Imported here, because the runner needs the CUDA bindings, and a build without a GPU does not.
     from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
 
-    inputs = {
-        tensor.name: np.ones(tensor.at(spec.sizes("opt")), tensor.dtype) for tensor in spec.inputs
-    }
+    sizes = spec.sizes("opt")
+    inputs = {tensor.name: np.ones(tensor.at(sizes), tensor.dtype) for tensor in spec.inputs}
     with TensorRTRunner([(spec, path)], library) as runner:
-        samples = [_timed(runner, inputs) for _ in range(WARMUP + RUNS)]
-    return statistics.median(samples[WARMUP:])
+        samples_ms = [_run_once(runner, inputs) for _ in range(WARMUP + RUNS)]
+    return statistics.median(samples_ms[WARMUP:])
 
 
-def _timed(runner: TensorRTRunner, inputs: dict[str, np.ndarray]) -> float:
+def _run_once(runner: TensorRTRunner, inputs: dict[str, np.ndarray]) -> float:
     runner(**inputs)
     return runner.device_ms or 0.0

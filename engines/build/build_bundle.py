@@ -26,7 +26,7 @@ from hipa_deploy.bundle.adaptor_swap import refittable_weights
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.engines.backends.available import describe_device
 from hipa_deploy.engines.build.best_of import time_engine
-from hipa_deploy.engines.build.memory_plan import Plan, plan_build
+from hipa_deploy.engines.build.memory_plan import MemoryPlan, plan_memory
 from hipa_deploy.engines.build.worker import Event, Job, Outcome
 from hipa_deploy.engines.build.worker_process import Report, run_worker
 from hipa_deploy.engines.store.engine_key import EngineKey, key_for
@@ -51,12 +51,21 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.files import user_cache, write_file
 from hipa_deploy.hashing import file_sha256
 
+# Each candidate costs a whole build, so a larger number is taken for a slip.
 MAX_CANDIDATES = 20
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine on disk. ``up_to_date``: it was there with an equal key, and nothing was built."""
+    """An engine on disk.
+
+    Attributes:
+        stage: the name of the stage.
+        path: the engine file.
+        sidecar: the content of the JSON file beside it.
+        up_to_date: an engine with an equal key existed already, so nothing was built.
+
+    """
 
     stage: str
     path: Path
@@ -76,49 +85,67 @@ def build_bundle(
 ) -> list[BuiltEngine]:
     """Build an engine for every stage into ``bundle.root/engines/<backend>-<target>``.
 
-    ``backend`` is 'rtx' (ahead of time for the GPUs that ``target`` names; no GPU needed) or
-    'tensorrt' (for this machine's GPU). Options that are not given are the target's own.
-    ``best_of`` builds each stage so many times and keeps the engine that this GPU runs fastest.
-    What the memory plan says cannot fit is refused, unless ``force``. Progress goes to ``console``,
-    by default the terminal's standard error.
+    Args:
+        bundle: the exported bundle.
+        backend: 'rtx' (ahead of time for the GPUs that ``target`` names; no GPU needed) or
+            'tensorrt' (for this machine's GPU).
+        target: a name in ``engines/targets``, or 'auto'.
+        options: options of the builder. Those that are None take the values of the target.
+        best_of: 1 to ``MAX_CANDIDATES``. Each stage is built so many times, and the engine that
+            this GPU runs fastest is kept.
+        force: build even if the memory plan says that it cannot fit.
+        console: where the progress bars are drawn; standard error by default.
+
+    Returns:
+        An engine for each stage, in the order of the bundle.
 
     Raises:
         MissingDependencyError: the TensorRT library of this backend, or polygraphy, is not
-        installed.
-        HipaError: a corrupt bundle, an unknown or impossible target, too little memory or disk, a
-        build already
-            running, a graph of another precision than the manifest says, or TensorRT's own refusal.
-            Stages built before it remain.
+            installed.
+        HipaError: a corrupt bundle, an unknown or impossible target, too little memory or disk,
+            another build that is still running, a graph of another precision than the manifest
+            says, or an error from TensorRT. Engines of the stages before it remain.
+
+    Example:
+        >>> built = build_bundle(Bundle.open(Path("my-bundle")), backend="rtx", target="rtx40")
+        >>> [engine.path.parent.name for engine in built]
+        ['rtx-rtx40', 'rtx-rtx40', 'rtx-rtx40']
 
     """
+    # Cheap checks come first: a wrong option must not cost the time to hash a large bundle.
     library, trt = check_tools(backend)
     _check_options(library, trt.__version__, options, best_of)
     bundle.verify()
     goal = resolve_target(target, library, find_gpu(), trt)
     options = _resolve_options(options, library, target, goal, trt.__version__)
+
+    # A stage is built only if no whole engine with an equal key exists.
     folder = bundle.root / FOLDER / f"{library}-{goal.name}"
-    keys = {
-        stage: key_for(bundle, stage, library, trt.__version__, goal, options)
-        for stage in bundle.stages
-    }
-    found = {
-        stage: up_to_date(sidecar_path(folder, stage, key), key, best_of)
-        for stage, key in keys.items()
-    }
+    keys: dict[str, EngineKey] = {}
+    to_build: list[str] = []
+    for stage in bundle.stages:
+        key = key_for(bundle, stage, library, trt.__version__, goal, options)
+        keys[stage] = key
+        if up_to_date(sidecar_path(folder, stage, key), key, best_of) is None:
+            to_build.append(stage)
+
+    # Without this check the system might end the build halfway for lack of memory.
     if not force:
-        absent = [stage for stage, sidecar in found.items() if sidecar is None]
-        plan_build(bundle, absent, library, target, options, describe_device()).refuse_misfits()
+        plan = plan_memory(bundle, to_build, library, target, options, describe_device())
+        plan.refuse_misfits()
+
+    # Under the lock each stage is looked up again: another build may have finished it meanwhile.
+    built = []
     with locked(folder), _progress_bar(console) as bar:
-        return [
-            _build_stage(bundle, stage, keys[stage], folder, options, best_of, bar)
-            for stage in keys
-        ]
+        for stage, key in keys.items():
+            built.append(_build_stage(bundle, stage, key, folder, options, best_of, bar))
+    return built
 
 
 def dry_run(
     bundle: Bundle, *, backend: str, target: str = "auto", options: BuildOptions = BuildOptions()
-) -> Plan:
-    """What building every stage will take, without building.
+) -> MemoryPlan:
+    """Predict what building every stage will take, without building.
 
     TensorRT need not be installed, and the target need not be this machine.
 
@@ -126,9 +153,10 @@ def dry_run(
         HipaError: an unknown backend or target.
 
     """
-    library, device = as_tensorrt_library(backend), describe_device()
+    library = as_tensorrt_library(backend)
+    device = describe_device()
     options = options.or_else(default_options(target, library, device))
-    return plan_build(bundle, bundle.stages, library, target, options, device)
+    return plan_memory(bundle, bundle.stages, library, target, options, device)
 
 
 def _check_options(
@@ -137,44 +165,48 @@ def _check_options(
     if library == "rtx" and options.timing_cache is not None:
         raise HipaError(
             "TensorRT-RTX has no timing cache (it times nothing while building). "
-            "Leave the option out."
+            "Omit --timing-cache."
         )
+
     if not 1 <= best_of <= MAX_CANDIDATES:
         raise HipaError(f"--best-of is {best_of}. Expected 1 to {MAX_CANDIDATES}.")
     if best_of > 1 and find_gpu() is None:
         raise HipaError(
-            "--best-of runs each engine to time it, and no NVIDIA GPU answers here. "
-            "Leave the option out."
+            "--best-of runs each engine to time it, and no NVIDIA GPU was found. Omit --best-of."
         )
+
     if options.refit:
         refuse_faulty(library, version)
-    if (
-        options.refit and find_gpu() is None
-    ):  # TensorRT-RTX 1.7 fails in Myelin: CHECK(status == CUDA_SUCCESS)
-        raise HipaError(
-            "--refit: a refittable engine is compiled with a driver, "
-            "and no NVIDIA GPU answers here."
-        )
+        # Without a driver TensorRT-RTX 1.7 fails in Myelin: CHECK(status == CUDA_SUCCESS).
+        if find_gpu() is None:
+            raise HipaError(
+                "--refit: compiling a refittable engine needs a driver, "
+                "and no NVIDIA GPU was found. Build on a machine with a GPU, or omit --refit."
+            )
 
 
 def _resolve_options(
     options: BuildOptions, library: TensorRTLibrary, target: str, goal: Target, version: str
 ) -> BuildOptions:
-    """The options, with the target's own for those not given, and this device's timing cache."""
+    """Fill in the options that are None: the target's values, and this device's timing cache."""
     resolved = options.or_else(default_options(target, library, describe_device()))
     if library == "rtx" or resolved.timing_cache is not None:
         return resolved
-    return resolved.model_copy(
-        update={"timing_cache": user_cache() / "timing" / f"{goal.name}-trt{version}.cache"}
-    )
+
+    # Timings hold for one device and one version only, so each pair has a cache of its own.
+    cache_path = user_cache() / "timing" / f"{goal.name}-trt{version}.cache"
+    return resolved.model_copy(update={"timing_cache": cache_path})
 
 
 def check_tools(backend: str) -> tuple[TensorRTLibrary, ModuleType]:
-    """The TensorRT library and its module.
+    """Import the TensorRT library of ``backend``.
+
+    Returns:
+        The library's name, 'tensorrt' or 'rtx', and its Python module.
 
     Raises:
         MissingDependencyError: the TensorRT library of this backend, or polygraphy, is not
-        installed.
+            installed.
         HipaError: an unknown backend.
 
     """
@@ -194,44 +226,51 @@ def _build_stage(
     best_of: int,
     bar: Progress,
 ) -> BuiltEngine:
-    path, spec = sidecar_path(folder, stage, key), bundle.stages[stage].spec
+    path = sidecar_path(folder, stage, key)
     task = bar.add_task(stage, total=1.0, phase="")
-    if (found := up_to_date(path, key, best_of)) is not None:
+    found = up_to_date(path, key, best_of)
+    if found is not None:
         bar.update(task, completed=1.0, phase="up to date")
         return BuiltEngine(stage, engine_path(path), found, up_to_date=True)
+
     with ExitStack() as stack:
-        candidates = {}
+        outcomes: dict[Path, Outcome] = {}
         try:
+            # Each candidate goes into a scratch file, which is removed however the build ends.
             for number in range(best_of):
                 scratch = folder / f".{path.stem}-{os.getpid()}-{number}.tmp"
                 stack.callback(scratch.unlink, missing_ok=True)
                 job = _job(bundle, stage, key, scratch, options)
-                candidates[scratch] = run_worker(job, _reporter(bar, task, number, best_of))
-            latencies = (
-                {}
-                if best_of == 1
-                else {out: time_engine(out, spec, key.flavour) for out in candidates}
-            )
-            best = (
-                min(latencies, key=latencies.__getitem__) if latencies else next(iter(candidates))
-            )
-            sidecar = _keep(best, path, stage, key, candidates[best], tuple(latencies.values()))
+                outcomes[scratch] = run_worker(job, _reporter(bar, task, number, best_of))
+
+            # Timing needs a GPU; a single candidate needs no timing.
+            latencies_ms: dict[Path, float] = {}
+            if best_of > 1:
+                spec = bundle.stages[stage].spec
+                for scratch in outcomes:
+                    latencies_ms[scratch] = time_engine(scratch, spec, key.flavour)
+                best = min(latencies_ms, key=latencies_ms.__getitem__)
+            else:
+                best = next(iter(outcomes))
+            sidecar = _keep(best, path, stage, key, outcomes[best], tuple(latencies_ms.values()))
         except HipaError as error:
             raise HipaError(f"{stage}: {error}") from None
-    bar.update(task, completed=1.0, phase=_built(candidates[best]))
+
+    bar.update(task, completed=1.0, phase=_closing_phase(outcomes[best]))
     return BuiltEngine(stage, engine_path(path), sidecar, up_to_date=False)
 
 
-def _built(outcome: Outcome) -> str:
+def _closing_phase(outcome: Outcome) -> str:
+    """What the progress bar of a stage says at the end."""
     skipped = outcome.skipped_tactics
-    return (
-        f"built; {skipped} tactics did not fit in memory and were passed over: harmless"
-        if skipped
-        else "built"
-    )
+    if not skipped:
+        return "built"
+    return f"built; {skipped} tactics did not fit in memory and were skipped (harmless)"
 
 
 def _job(bundle: Bundle, stage: str, key: EngineKey, out: Path, options: BuildOptions) -> Job:
+    # Paths are made absolute, because they are read in another process.
+    timing_cache = options.timing_cache.resolve() if options.timing_cache else None
     return Job(
         library=key.flavour,
         onnx=bundle.stage_path(stage).resolve(),
@@ -240,24 +279,32 @@ def _job(bundle: Bundle, stage: str, key: EngineKey, out: Path, options: BuildOp
         precision=key.precision,
         compute_capabilities=key.compute_capabilities,
         options=options,
-        timing_cache=options.timing_cache and options.timing_cache.resolve(),
+        timing_cache=timing_cache,
         refittable=tuple(refittable_weights(bundle, stage)) if options.refit else (),
     )
 
 
 def sidecar_path(folder: Path, stage: str, key: EngineKey) -> Path:
-    """Where the sidecar of an engine of ``key`` lies; the engine lies beside it."""
+    """The path of the sidecar of an engine with ``key``; the engine lies beside it."""
     return folder / f"{stage}-{key.short}.json"
 
 
 def up_to_date(path: Path, key: EngineKey, best_of: int = 1) -> Sidecar | None:
-    """The sidecar at ``path``, if its key is ``key``, its engine whole and the best of as many."""
+    """Read the sidecar at ``path`` if its engine can be used as it is; None if it must be built.
+
+    The engine can be used if its key equals ``key``, its file is whole, and it was the fastest of
+    at least ``best_of`` candidates.
+    """
     try:
         sidecar = read_sidecar(path)
         check_engine_file(engine_path(path), sidecar, "")
     except (HipaError, OSError):
         return None
-    return sidecar if sidecar.key == key and max(len(sidecar.candidates_ms), 1) >= best_of else None
+    # A single candidate is not timed, so an empty list stands for one candidate.
+    candidates = max(len(sidecar.candidates_ms), 1)
+    if sidecar.key != key or candidates < best_of:
+        return None
+    return sidecar
 
 
 def _keep(
@@ -268,7 +315,11 @@ def _keep(
     outcome: Outcome,
     candidates_ms: tuple[float, ...],
 ) -> Sidecar:
-    """Give the engine its name, then write its sidecar: an engine without one is never used."""
+    """Rename ``scratch`` to the engine's name, then write its sidecar at ``path``.
+
+    The order matters: an engine without a sidecar is never used, so a crash between the two leaves
+    nothing that could be mistaken for a good engine.
+    """
     sidecar = Sidecar(
         producer=f"hipa-deploy {hipa_deploy.__version__}",
         stage=stage,
@@ -287,32 +338,38 @@ def _keep(
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder/.lock``; the system releases it when the process ends, however it ends.
+    """Hold the lock ``folder/.lock``, so that only one build writes there.
+
+    The system releases the lock when the process ends, even if it is killed.
 
     Raises:
-        HipaError: another build holds it, or the folder cannot be written.
+        HipaError: another build holds the lock, or the folder cannot be written.
 
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("a+")
+        lock_file = (folder / ".lock").open("a+")
     except OSError as error:
         raise HipaError(
             f"{folder} cannot be written ({error.strerror}). "
             "Copy the bundle to a folder of your own."
         ) from None
-    with handle:
+
+    with lock_file:
+        # The file holds the process id of its owner, for the message of a second build.
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            handle.seek(0)
+            lock_file.seek(0)
             raise HipaError(
-                f"{folder}: another build (process {handle.read().strip()}) is writing here."
+                f"{folder}: another build (process {lock_file.read().strip()}) is writing here."
             ) from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        for leftover in folder.glob(".*.tmp"):  # of a build that was killed outright
+        lock_file.truncate(0)
+        lock_file.write(str(os.getpid()))
+        lock_file.flush()
+
+        # Scratch files can only be those of a build that was killed: a running one has the lock.
+        for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
         yield
 
@@ -329,18 +386,21 @@ def _progress_bar(console: Console | None) -> Progress:
 
 
 def _reporter(bar: Progress, task: TaskID, number: int, best_of: int) -> Report:
-    """Show a worker's events on its stage's bar.
+    """Make a function that shows the events of a worker on the bar of its stage.
 
-    Candidate ``number`` of ``best_of`` has its share of the bar.
+    Candidate ``number``, counted from 0, fills its ``1 / best_of`` of the bar.
     """
 
     def report(event: Event) -> None:
-        phase = f"{number + 1} of {best_of}: {event.phase}" if best_of > 1 else event.phase
+        phase = event.phase
+        if best_of > 1:
+            phase = f"{number + 1} of {best_of}: {phase}"
         bar.update(task, completed=(number + event.fraction) / best_of, phase=phase)
+
+        # With several candidates the layers are reported again: the name alone is kept, and the
+        # number is put behind it anew.
         if event.layers is not None:
-            bar.update(
-                task,
-                description=f"{bar.tasks[task].description.split(',')[0]}, {event.layers} layers",
-            )
+            stage = bar.tasks[task].description.split(",")[0]
+            bar.update(task, description=f"{stage}, {event.layers} layers")
 
     return report

@@ -1,8 +1,8 @@
-"""What a build and a run will take in memory and on disk, predicted and held against what is there.
+"""The memory plan: what a build and a run take in memory and on disk, and whether it fits.
 
-The host's part of a build is a line through peaks that were measured (see HOST_BASE_MIB). The GPU's
-part and the run's are sums of what must lie there; they are predictions that no device has
-confirmed yet.
+Everything here is a prediction. For the host memory of a build it is a line through measured peaks
+(see ``HOST_BASE_MIB``). For the GPU memory of a build, and for the memory of a run, it is the sum
+of what must be held at once, which no device has confirmed yet. All sizes are in MiB.
 """
 
 from __future__ import annotations
@@ -24,23 +24,34 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
 # Peak resident memory of a stage's build on the host: a base and a multiple of its ONNX files.
-# Measured without a GPU, TensorRT-RTX 1.7, it is 3 to 8 % too much for stages of SD 1.5 and SD
-# 2.1 in FP16 (100 to 1,600 MiB of weights), and between 24 % too little and 28 % too much for
-# those of a 23 MB model (benchmarks/build_memory.py).
+# Measured with TensorRT-RTX 1.7 and no GPU (benchmarks/build_memory.py), the line is 3 to 8 % above
+# the peak for stages of SD 1.5 and SD 2.1 in FP16 (100 to 1,600 MiB of weights). For the stages of
+# a 23 MB model it is between 24 % below and 28 % above the peak.
 HOST_BASE_MIB = 330
 HOST_PER_WEIGHT = 3.3
-# Our allowances, not measured: CUDA context, libraries and process of a run; and the system beside
-# it on a Jetson.
+# Our allowances, not measured. The first is for the process of a run, its libraries and its CUDA
+# context; the second is for the operating system beside it on a Jetson.
 RUNTIME_MIB = 700
 SYSTEM_MIB = 1024
-# Firmware and drivers keep some of a Jetson's memory: Orin Nano shows 7,620 of 8,192 MiB.
+# The share of its memory that a device shows: firmware and drivers keep the other part. An Orin
+# Nano shows 7,620 of 8,192 MiB.
 USABLE = 0.93
 
 Verdict = Literal["fits", "fits with swap", "does not fit", "unknown"]
 
 
-class StagePlan(Record):
-    """One stage, in MiB. ``activations`` is None for bundles exported without it."""
+class StageMemory(Record):
+    """What one stage takes, in MiB.
+
+    Attributes:
+        stage: the name of the stage.
+        weights: the size of its ONNX files.
+        activations: the most that its activations take at once; None in bundles that were exported
+            without this number.
+        build_host: host memory that its build takes.
+        build_gpu: GPU memory that its build takes; None for TensorRT-RTX, which builds on the host.
+
+    """
 
     stage: str
     weights: int
@@ -50,9 +61,15 @@ class StagePlan(Record):
 
 
 class Place(Record):
-    """Where memory is taken, in MiB; None where it is not known.
+    """A device with its memory, in MiB; None where a size is not known.
 
-    ``shared`` means that GPU and host take it from one another.
+    Attributes:
+        name: 'this machine', or the title of a target.
+        shared: GPU and host share one memory, which is then counted as the host's.
+        host: host memory that is available.
+        swap: free swap space.
+        gpu: GPU memory.
+
     """
 
     name: str
@@ -63,7 +80,17 @@ class Place(Record):
 
 
 class Need(Record):
-    """One thing that must fit, in MiB. ``pageable`` is the part of ``need`` that swap can take."""
+    """One requirement of a build or a run, in MiB.
+
+    Attributes:
+        what: the work and the kind of memory, such as 'building: GPU memory'.
+        where: the device or the folder.
+        need: how much is needed.
+        have: how much is available; None where it is not known.
+        swap: free swap space.
+        pageable: the part of ``need`` that swap can hold. GPU memory cannot be swapped.
+
+    """
 
     what: str
     where: str
@@ -83,81 +110,115 @@ class Need(Record):
         return "fits with swap" if over <= min(self.swap, self.pageable) else "does not fit"
 
     def __str__(self) -> str:
-        have = "an unknown amount is" if self.have is None else f"{self.have:,} MiB is"
+        have = "unknown" if self.have is None else f"{self.have:,} MiB"
         swap = f" and {self.swap:,} MiB of swap" if self.swap else ""
-        return f"{self.what} on {self.where} takes about {self.need:,} MiB, {have} there{swap}"
+        return (
+            f"{self.what} on {self.where} takes about {self.need:,} MiB (available: {have}{swap})"
+        )
 
 
-class Plan(Record):
-    """The stages to build and everything that must fit."""
+class MemoryPlan(Record):
+    """What a build takes.
 
-    stages: tuple[StagePlan, ...]
+    Attributes:
+        stages: the stages that are to be built.
+        needs: everything that must fit: the build, the engines on disk, and the run of the whole
+            bundle if its device is known.
+
+    """
+
+    stages: tuple[StageMemory, ...]
     needs: tuple[Need, ...]
 
     @property
     def misfits(self) -> tuple[Need, ...]:
-        """The needs that cannot be met."""
+        """The needs that do not fit."""
         return tuple(need for need in self.needs if need.verdict == "does not fit")
 
     def refuse_misfits(self) -> None:
-        """Raise HipaError when something cannot fit, with the numbers."""
+        """Refuse a build that does not fit.
+
+        Raises:
+            HipaError: a need does not fit; the message has the numbers and a remedy.
+
+        """
         if self.misfits:
             raise HipaError(f"{'; '.join(map(str, self.misfits))}. {_remedy(self.misfits)}")
 
 
-def plan_build(
+def plan_memory(
     bundle: Bundle,
     stages: Iterable[str],
     library: TensorRTLibrary,
     target: str,
     options: BuildOptions,
     device: Device,
-) -> Plan:
-    """What building ``stages``, and running the whole bundle, will take.
+) -> MemoryPlan:
+    """Predict what building ``stages``, and running the whole bundle, will take.
+
+    Args:
+        bundle: the exported bundle; the sizes of its files are read.
+        stages: the names of the stages that are to be built.
+        library: the TensorRT library that builds.
+        target: a name in ``engines/targets``, or 'auto' for this machine.
+        options: the workspace is part of the GPU memory of a build.
+        device: this machine.
 
     Raises:
         HipaError: an unknown target.
 
     """
-    chosen = tuple(_plan_stage(bundle, bundle.stages[stage], library, options) for stage in stages)
-    everything = [_plan_stage(bundle, stage, library, options) for stage in bundle.manifest.stages]
+    to_build = tuple(
+        _stage_memory(bundle, bundle.stages[stage], library, options) for stage in stages
+    )
     profile = None if target == "auto" else load_target_profile(target)
-    needs = [
-        *_build_needs(chosen, _build_place(library, profile, device)),
-        _disk_need(bundle, chosen),
+
+    # Only the stages without an engine are built, and only their engines are written.
+    needs = _build_needs(to_build, _build_place(library, profile, device))
+    needs.append(_disk_need(bundle, to_build))
+
+    # A run holds every stage of the bundle, also those whose engine is up to date.
+    run_place = _run_place(profile, device)
+    every_stage = [
+        _stage_memory(bundle, stage, library, options) for stage in bundle.manifest.stages
     ]
-    if (place := _run_place(profile, device)) is not None:
-        needs.append(_run_need(everything, place))
-    return Plan(stages=chosen, needs=tuple(needs))
+    if run_place is not None:
+        needs.append(_run_need(every_stage, run_place))
+    return MemoryPlan(stages=to_build, needs=tuple(needs))
 
 
-def _plan_stage(
+def _stage_memory(
     bundle: Bundle, stage: Stage, library: TensorRTLibrary, options: BuildOptions
-) -> StagePlan:
+) -> StageMemory:
+    # A large stage keeps its weights in files beside the graph: model.onnx and model.onnx.data.
     onnx = bundle.stage_path(stage.spec.name)
     weights = _mib(sum(path.stat().st_size for path in onnx.parent.glob(f"{onnx.name}*")))
-    held = stage.cost.activation_bytes if stage.cost else None
-    activations = None if held is None else _mib(held)
-    on_gpu = (
-        None if library == "rtx" else weights + (activations or 0) + (options.workspace_mib or 0)
-    )
-    return StagePlan(
+    activations = None
+    if stage.cost is not None and stage.cost.activation_bytes is not None:
+        activations = _mib(stage.cost.activation_bytes)
+
+    # TensorRT-RTX compiles on the processor alone; TensorRT times its tactics on the GPU.
+    build_gpu = None
+    if library == "tensorrt":
+        build_gpu = weights + (activations or 0) + (options.workspace_mib or 0)
+    return StageMemory(
         stage=stage.spec.name,
         weights=weights,
         activations=activations,
         build_host=round(HOST_BASE_MIB + HOST_PER_WEIGHT * weights),
-        build_gpu=on_gpu,
+        build_gpu=build_gpu,
     )
 
 
 def _build_place(library: TensorRTLibrary, profile: TargetProfile | None, device: Device) -> Place:
-    """TensorRT-RTX compiles on this machine's processor, TensorRT on the device itself."""
+    """Where the build runs: TensorRT-RTX on this machine's processor, TensorRT on the target."""
     if library == "tensorrt" and profile is not None and not _is_here(profile, device):
         return _elsewhere(profile)
     return _here(device)
 
 
 def _run_place(profile: TargetProfile | None, device: Device) -> Place | None:
+    """Where the engines run; None if no target is named and this machine has no GPU."""
     if profile is not None and not _is_here(profile, device):
         return _elsewhere(profile)
     return _here(device) if device.gpu else None
@@ -180,22 +241,34 @@ def _here(device: Device) -> Place:
 
 
 def _elsewhere(profile: TargetProfile) -> Place:
+    """A target that is not this machine, as its data file describes it."""
     memory = None if profile.memory_gib is None else round(profile.memory_gib * 1024 * USABLE)
-    if profile.memory_shared:
-        return Place(name=profile.title, shared=True, host=memory and memory - SYSTEM_MIB)
-    return Place(name=profile.title, shared=False, host=None, gpu=memory)
+    if not profile.memory_shared:
+        return Place(name=profile.title, shared=False, host=None, gpu=memory)
+    if memory:
+        memory -= SYSTEM_MIB
+    return Place(name=profile.title, shared=True, host=memory)
 
 
-def _build_needs(stages: tuple[StagePlan, ...], place: Place) -> list[Need]:
-    """One stage is built at a time, in a process of its own: the largest counts."""
+def _build_needs(stages: tuple[StageMemory, ...], place: Place) -> list[Need]:
+    """What the build of the largest stage takes.
+
+    Stages are built one after another, each in a process of its own, so only the largest counts.
+    """
     if not stages:
         return []
     largest = max(stages, key=lambda stage: stage.build_host + (stage.build_gpu or 0))
-    host, gpu = largest.build_host, largest.build_gpu
-    if gpu is None or not place.shared:
-        needs = [_host_need("building", place, host, 0)]
-        return needs if gpu is None else [*needs, _gpu_need("building", place, gpu + RUNTIME_MIB)]
-    return [_host_need("building", place, host, gpu + RUNTIME_MIB)]
+    if largest.build_gpu is None:
+        return [_host_need("building", place, largest.build_host, 0)]
+
+    # On a Jetson host and GPU take from one memory, so their parts add up to one need.
+    on_gpu = largest.build_gpu + RUNTIME_MIB
+    if place.shared:
+        return [_host_need("building", place, largest.build_host, on_gpu)]
+    return [
+        _host_need("building", place, largest.build_host, 0),
+        _gpu_need("building", place, on_gpu),
+    ]
 
 
 def _host_need(what: str, place: Place, pageable: int, pinned: int) -> Need:
@@ -214,16 +287,19 @@ def _gpu_need(what: str, place: Place, need: int) -> Need:
     return Need(what=f"{what}: GPU memory", where=place.name, need=need, have=place.gpu)
 
 
-def _run_need(stages: list[StagePlan], place: Place) -> Need:
-    """Every stage's engine and activations are held at once."""
+def _run_need(stages: list[StageMemory], place: Place) -> Need:
+    """What a run takes: the engines and activations of every stage are held at once."""
     need = RUNTIME_MIB + sum(stage.weights + (stage.activations or 0) for stage in stages)
-    return (
-        _host_need("running", place, 0, need) if place.shared else _gpu_need("running", place, need)
-    )
+    if place.shared:
+        return _host_need("running", place, 0, need)
+    return _gpu_need("running", place, need)
 
 
-def _disk_need(bundle: Bundle, stages: tuple[StagePlan, ...]) -> Need:
-    """An engine is about as large as its ONNX file, and is written once under a temporary name."""
+def _disk_need(bundle: Bundle, stages: tuple[StageMemory, ...]) -> Need:
+    """What the engines take on disk.
+
+    An engine is about as large as its ONNX files. It is written once, under a temporary name.
+    """
     need = sum(round(1.1 * stage.weights) + 8 for stage in stages)
     return Need(
         what="engines: disk",
@@ -234,42 +310,46 @@ def _disk_need(bundle: Bundle, stages: tuple[StagePlan, ...]) -> Need:
 
 
 def _mib(size: int) -> int:
+    """Bytes in MiB, rounded up."""
     return -(-size // (1 << 20))
 
 
 def _remedy(misfits: tuple[Need, ...]) -> str:
+    # One remedy for all: the disk first, because without space on it nothing else helps.
     kinds = {need.what for need in misfits}
     if any("disk" in kind for kind in kinds):
         return "Free some disk space."
     if any("building" in kind for kind in kinds):
         return (
-            "Close other programs, add swap, lower --workspace, or give --force: "
-            "the plan is a prediction."
+            "Close other programs, add swap, lower --workspace, or pass --force: "
+            "the memory plan is a prediction."
         )
-    return "Use --decoder tiny, a smaller size or batch, or give --force: the plan is a prediction."
+    return (
+        "Use --decoder tiny, a smaller size or batch, or pass --force: "
+        "the memory plan is a prediction."
+    )
 
 
-def render_plan(plan: Plan) -> list[Table]:
-    """Two tables: stages, and what must fit."""
+def render_memory_plan(plan: MemoryPlan) -> list[Table]:
+    """Show the plan as two tables: the stages, and what must fit."""
     stages = Table(title="Predicted, in MiB; not measured on any GPU")
-    for heading in ("stage", "weights", "activations", "build, host", "build, GPU"):
-        stages.add_column(heading, justify="left" if heading == "stage" else "right")
+    stages.add_column("stage", justify="left")
+    for heading in ("weights", "activations", "build, host", "build, GPU"):
+        stages.add_column(heading, justify="right")
     for stage in plan.stages:
-        numbers = (stage.weights, stage.activations, stage.build_host, stage.build_gpu)
-        stages.add_row(
-            stage.stage, *("-" if number is None else f"{number:,}" for number in numbers)
-        )
-    needs = Table("", "where", "takes", "there", "swap", "")
+        sizes = (stage.weights, stage.activations, stage.build_host, stage.build_gpu)
+        stages.add_row(stage.stage, *map(_size_cell, sizes))
+
+    needs = Table("", "where", "takes", "available", "swap", "")
+    colours = {"does not fit": "red", "unknown": "yellow"}
     for need in plan.needs:
         have = "unknown" if need.have is None else f"{need.have:,}"
-        colour = {"does not fit": "red", "unknown": "yellow"}.get(need.verdict, "green")
         swap = f"{need.swap:,}" if need.swap else "-"
-        needs.add_row(
-            need.what,
-            need.where,
-            f"{need.need:,}",
-            have,
-            swap,
-            f"[{colour}]{need.verdict}[/{colour}]",
-        )
+        colour = colours.get(need.verdict, "green")
+        verdict = f"[{colour}]{need.verdict}[/{colour}]"
+        needs.add_row(need.what, need.where, f"{need.need:,}", have, swap, verdict)
     return [stages, needs]
+
+
+def _size_cell(mib: int | None) -> str:
+    return "-" if mib is None else f"{mib:,}"

@@ -12,83 +12,109 @@ from hipa_deploy.engines.store.sidecar import PrecisionCheck
 from hipa_deploy.errors import HipaError
 
 _OTHER = {"fp16": "fp32", "fp32": "fp16"}
+# The layers that hold nearly all operations of a stage.
 _HEAVY = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 
 
-def check_network(trt: ModuleType, network: Any, asked: Precision) -> PrecisionCheck:
+def check_network(trt: ModuleType, network: Any, requested: Precision) -> PrecisionCheck:
     """Count the types that a parsed, strongly typed network computes in.
 
-    Only convolutions and matrix products count, where the network has any: normalisations and the
-    step's arithmetic stay in FP32 on purpose.
+    If the network has convolutions or matrix products, only these count: normalisations and the
+    arithmetic of the step stay in FP32 on purpose.
 
     Raises:
-        HipaError: most of them are not of the precision that was asked for.
+        HipaError: most of the counted layers are not of the requested precision.
 
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
-    heavy = [
-        layer for layer in layers if layer.type in {getattr(trt.LayerType, name) for name in _HEAVY}
-    ]
+    heavy_types = {getattr(trt.LayerType, name) for name in _HEAVY}
+    heavy = [layer for layer in layers if layer.type in heavy_types]
     types = [layer.get_output(0).dtype for layer in heavy or layers]
     check = PrecisionCheck(
         by="network types", float16=types.count(trt.float16), float32=types.count(trt.float32)
     )
-    if wrong := _wrong(check, asked):
+
+    # Without this check a graph of the wrong precision would build, and only be slow or inexact.
+    wrong = _count_wrong(check, requested)
+    if wrong:
         raise HipaError(
-            f"the ONNX graph is not {asked}: "
+            f"the ONNX graph is not {requested}: "
             f"{wrong} of {check.float16 + check.float32} convolutions and matrix "
-            f"products are {_OTHER[asked]}. "
-            f"Precision lives in the graph: export the bundle again with --dtype {asked}."
+            f"products are {_OTHER[requested]}. "
+            "The precision is part of the graph: "
+            f"export the bundle again with --dtype {requested}."
         )
     return check
 
 
-def read_back(trt: ModuleType, logger: Any, engine: Any, asked: Precision) -> PrecisionCheck | None:
-    """Count the output types that a built engine reports; None when it reports none.
+def read_back(
+    trt: ModuleType, logger: Any, engine: Any, requested: Precision
+) -> PrecisionCheck | None:
+    """Count the output types that a built engine reports; None if it reports none.
 
-    This needs a driver.
+    The engine is loaded, which needs a driver.
 
     Raises:
-        HipaError: most of them are not of the precision that was asked for.
+        HipaError: most of the outputs are not of the requested precision.
 
     """
     loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
     if loaded is None:
         return None
-    text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return check_inspected(text, asked)
+    inspector = loaded.create_engine_inspector()
+    return check_inspected(
+        inspector.get_engine_information(trt.LayerInformationFormat.JSON), requested
+    )
 
 
-def check_inspected(text: str, asked: Precision) -> PrecisionCheck | None:
-    """Count the types in an inspector's JSON; None without types in it.
+def check_inspected(text: str, requested: Precision) -> PrecisionCheck | None:
+    """Count the types in the JSON of an engine inspector; None if there are none in it.
 
     Raises:
-        HipaError: most of them are not of the precision that was asked for.
+        HipaError: most of the outputs are not of the requested precision.
 
     """
     check = parse_inspector(text)
-    if check is not None and (wrong := _wrong(check, asked)):
+    if check is None:
+        return None
+    wrong = _count_wrong(check, requested)
+    if wrong:
         raise HipaError(
-            f"the engine was built in {_OTHER[asked]}, {asked} was asked for: {wrong} of "
-            f"{check.float16 + check.float32} outputs, by its inspector. "
+            f"the engine was built in {_OTHER[requested]}, but {requested} was requested: "
+            f"{wrong} of {check.float16 + check.float32} outputs, according to its inspector. "
             "Report it with hipa-doctor --self-test."
         )
     return check
 
 
-def _wrong(check: PrecisionCheck, asked: Precision) -> int:
-    """How many are of the other precision, where they are more than half."""
-    wrong, right = (
-        (check.float32, check.float16) if asked == "fp16" else (check.float16, check.float32)
-    )
+def _count_wrong(check: PrecisionCheck, requested: Precision) -> int:
+    """How many types are of the other precision; 0 unless they are more than half."""
+    if requested == "fp16":
+        wrong = check.float32
+        right = check.float16
+    else:
+        wrong = check.float16
+        right = check.float32
     return wrong if wrong > right else 0
 
 
 def parse_inspector(text: str) -> PrecisionCheck | None:
-    """Types in the inspector's JSON, or None: TensorRT 10 has 'Format/Datatype', 11 'DataType'."""
+    """Count the types in the JSON of an engine inspector; None if there are none in it.
+
+    TensorRT 10 writes the type as 'Format/Datatype', TensorRT 11 as 'DataType'.
+
+    Example:
+        >>> parse_inspector('{"Layers": [{"Outputs": [{"DataType": "Half"}]}]}').float16
+        1
+
+    """
+    types: list[Precision] = []
     try:
-        types = [kind for tensor in _outputs(json.loads(text)) if (kind := _type_of(tensor))]
-    except ValueError:
+        for tensor in _outputs(json.loads(text)):
+            precision = _type_of(tensor)
+            if precision is not None:
+                types.append(precision)
+    except ValueError:  # not JSON
         return None
     if not types:
         return None
@@ -97,12 +123,16 @@ def parse_inspector(text: str) -> PrecisionCheck | None:
 
 def _outputs(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for layer in report.get("Layers", []):
-        if isinstance(layer, dict):  # names alone, without ProfilingVerbosity.DETAILED
+        # Without ProfilingVerbosity.DETAILED a layer is only its name, a string.
+        if isinstance(layer, dict):
             yield from layer.get("Outputs", [])
 
 
 def _type_of(tensor: dict[str, Any]) -> Precision | None:
+    """The precision of an output; None for other types, such as integers."""
     text = str(tensor.get("DataType") or tensor.get("Format/Datatype") or "")
     if "FP16" in text or "Half" in text:
         return "fp16"
-    return "fp32" if "FP32" in text or "Float" in text else None
+    if "FP32" in text or "Float" in text:
+        return "fp32"
+    return None

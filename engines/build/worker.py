@@ -1,10 +1,10 @@
 """One engine build in a process of its own: ``python -m hipa_deploy.engines.build.worker``.
 
-It takes a Job on stdin.
+The worker reads a ``Job`` as JSON from stdin and writes an ``Event`` as JSON a line to stdout. What
+TensorRT and polygraphy print goes to stderr.
 
-A process of its own because polygraphy settles on TensorRT or TensorRT-RTX once in a process's
-life, and because what a build holds is given back only when its process ends. Events go to stdout,
-a JSON object a line; all that TensorRT and polygraphy say goes to stderr.
+There are two reasons for a separate process. polygraphy chooses TensorRT or TensorRT-RTX once, when
+it is imported. And the memory of a build is released only when its process ends.
 """
 
 from __future__ import annotations
@@ -37,9 +37,19 @@ Send = Callable[["Event"], None]
 
 
 class Job(Record):
-    """What to build. The engine is written to ``out``; ``timing_cache`` is read and extended.
+    """What to build, and how.
 
-    ``refittable`` names the weights that can be exchanged later; the rest may be fused and folded.
+    Attributes:
+        library: the TensorRT library that builds.
+        onnx: the graph of the stage.
+        spec: the inputs and outputs of the stage.
+        out: where the engine is written.
+        precision: the precision that the graph must have.
+        compute_capabilities: the GPUs to build for, 89 for 8.9; used by TensorRT-RTX alone.
+        options: options of the builder.
+        timing_cache: a file that is read, extended and written again; None for no cache.
+        refittable: the weights that can be exchanged later. TensorRT may fuse and fold all others.
+
     """
 
     library: TensorRTLibrary
@@ -54,7 +64,15 @@ class Job(Record):
 
 
 class Outcome(Record):
-    """What a build took, and how many tactics it passed over for want of memory (harmless)."""
+    """The result of a build.
+
+    Attributes:
+        seconds: the time of the build.
+        peak_mib: the most host memory that the worker held; None where it is not known.
+        precision_check: the types that the engine, or else the network, computes in.
+        skipped_tactics: how many tactics TensorRT skipped for lack of memory, which is harmless.
+
+    """
 
     seconds: float
     peak_mib: int | None
@@ -63,9 +81,15 @@ class Outcome(Record):
 
 
 class Event(Record):
-    """A line from the worker: progress (0 to 1, and the phase), or the end in success or failure.
+    """A line from the worker: progress, or the end of the build.
 
-    ``layers`` is how many the parsed network has, said once.
+    Attributes:
+        fraction: the share of the build that is done, 0 to 1.
+        phase: TensorRT's name for what it is doing.
+        layers: how many layers the parsed network has; sent once.
+        outcome: the result, in the last event of a build that succeeded.
+        error: the message, in the last event of a build that failed.
+
     """
 
     fraction: float = 0.0
@@ -76,19 +100,23 @@ class Event(Record):
 
 
 def environment(library: TensorRTLibrary) -> dict[str, str]:
-    """The environment that makes polygraphy use ``library``."""
-    return {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1" if library == "rtx" else "0"}
+    """The environment variables that make polygraphy use ``library``."""
+    use_rtx = "1" if library == "rtx" else "0"
+    return {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": use_rtx}
 
 
 def main() -> int:
-    """Read a Job, build it, report."""
+    """Read a job from stdin, build it, and report on stdout."""
+    # Before TensorRT is imported, so that nothing it prints can mix with the events.
     events = _claim_stdout()
 
     def send(event: Event) -> None:
         events.write(event.model_dump_json(exclude_defaults=True) + "\n")
 
     try:
-        send(Event(fraction=1.0, outcome=build(Job.model_validate_json(sys.stdin.read()), send)))
+        job = Job.model_validate_json(sys.stdin.read())
+        outcome = build(job, send)
+        send(Event(fraction=1.0, outcome=outcome))
     except HipaError as error:
         send(Event(error=str(error)))
         return 1
@@ -96,27 +124,34 @@ def main() -> int:
 
 
 def _claim_stdout() -> TextIO:
-    """Keep stdout for events and point descriptor 1 at stderr: native libraries print too."""
+    """Keep stdout for events, and point descriptor 1 at stderr: native libraries print too."""
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     return events
 
 
 def build(job: Job, send: Send) -> Outcome:
-    """Parse, check the precision, compile, write ``job.out``.
+    """Parse the graph, check its precision, compile it, and write the engine to ``job.out``.
+
+    Args:
+        job: what to build.
+        send: is called with an event for every percent of progress.
 
     Raises:
-        HipaError: wrong precision, or options that TensorRT refuses.
+        HipaError: the graph has the wrong precision, or TensorRT refuses an option.
         polygraphy.exception.PolygraphyException: TensorRT cannot parse or compile the graph.
 
     """
+    # load_tensorrt comes first, because its errors say what to install.
     trt = load_tensorrt(job.library)
     from polygraphy.backend import trt as poly
 
+    # The graph is checked before it is compiled: the check is quick, and compiling is not.
     started = time.perf_counter()
     builder, network, parser = poly.network_from_onnx_path(str(job.onnx), strongly_typed=True)
     check = check_network(trt, network, job.precision)
     send(Event(layers=network.num_layers))
+
     monitor = _monitor(trt, send)
     config = _configure(trt, poly, (builder, network), job, monitor)
     _mark_refittable(trt, network, config, job.refittable)
@@ -124,6 +159,8 @@ def build(job: Job, send: Send) -> Outcome:
     job.out.write_bytes(engine)
     _save_timing_cache(config, job.timing_cache)
     seconds = time.perf_counter() - started
+
+    # What the engine says counts more than what the network said, but loading it needs a driver.
     if find_gpu() is not None:
         check = read_back(trt, poly.get_trt_logger(), engine, job.precision) or check
     return Outcome(seconds=round(seconds, 3), peak_mib=peak_rss_mib(), precision_check=check)
@@ -132,7 +169,10 @@ def build(job: Job, send: Send) -> Outcome:
 def _configure(
     trt: ModuleType, poly: ModuleType, network: tuple[Any, Any], job: Job, monitor: Any
 ) -> Any:
-    """An ``IBuilderConfig``. No precision flag: TensorRT 11 has none, and the graph says it."""
+    """Make the ``IBuilderConfig``.
+
+    It has no flag for the precision: TensorRT 11 has none, and the types in the graph decide.
+    """
     config = poly.create_config(
         *network,
         profiles=_profiles(poly, job.spec),
@@ -143,9 +183,8 @@ def _configure(
         progress_monitor=monitor,
     )
     if job.library == "rtx":
-        config.set_flag(
-            trt.BuilderFlag.REQUIRE_USER_ALLOCATION
-        )  # without it no CUDA graph: release notes of RTX 1.2
+        # Without this flag an engine cannot be captured in a CUDA graph (release notes of RTX 1.2).
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         set_compute_capabilities(trt, config, job.compute_capabilities)
     if job.timing_cache is not None:
         _load_timing_cache(config, job.timing_cache)
@@ -153,55 +192,69 @@ def _configure(
 
 
 def _mark_refittable(trt: ModuleType, network: Any, config: Any, weights: tuple[str, ...]) -> None:
-    """Let these weights be exchanged in the engine.
+    """Mark the weights that can be exchanged in the finished engine.
 
     Raises:
-        HipaError: the network has no weight of that name.
+        HipaError: the network has no weight of one of the names.
 
     """
     if not weights:
         return
     config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
-    if unknown := [name for name in weights if not network.mark_weights_refittable(name)]:
+    unknown = [name for name in weights if not network.mark_weights_refittable(name)]
+    if unknown:
         raise HipaError(
-            f"TensorRT knows no weight {unknown[0]!r} ({len(unknown)} in all). "
+            f"the network has no weight {unknown[0]!r} ({len(unknown)} such names in all). "
             "Export the bundle again."
         )
 
 
 def _memory_limits(trt: ModuleType, options: BuildOptions) -> dict[Any, int]:
-    """Bytes by memory pool, for those that are capped."""
-    pool = trt.MemoryPoolType
-    limits = {pool.WORKSPACE: options.workspace_mib, pool.TACTIC_DRAM: options.tactic_dram_mib}
-    return {kind: mib << 20 for kind, mib in limits.items() if mib is not None}
+    """Bytes by memory pool, for the pools that have a limit."""
+    pools = trt.MemoryPoolType
+    limits = {}
+    if options.workspace_mib is not None:
+        limits[pools.WORKSPACE] = options.workspace_mib << 20
+    if options.tactic_dram_mib is not None:
+        limits[pools.TACTIC_DRAM] = options.tactic_dram_mib << 20
+    return limits
 
 
 def _profiles(poly: ModuleType, spec: StageSpec) -> list[Any] | None:
-    """One optimisation profile for inputs with named dimensions; none if every shape is static."""
+    """One optimisation profile for the inputs with named dimensions; None if there are none."""
     if not spec.axes:
         return None
     profile = poly.Profile()
     for tensor in spec.inputs:
+        # A named dimension is a string, a static one a number. A static input needs no profile.
         if any(isinstance(size, str) for size in tensor.shape):
-            smallest, usual, largest = (
-                tensor.at(spec.sizes(which)) for which in ("min", "opt", "max")
+            profile.add(
+                tensor.name,
+                min=tensor.at(spec.sizes("min")),
+                opt=tensor.at(spec.sizes("opt")),
+                max=tensor.at(spec.sizes("max")),
             )
-            profile.add(tensor.name, smallest, usual, largest)
     return [profile]
 
 
 def _load_timing_cache(config: Any, path: Path) -> None:
-    """Give ``config`` the cache at ``path``, or an empty one if there is none.
+    """Load the timing cache at ``path`` into ``config``, or an empty one if there is no file.
 
-    Not through polygraphy, which ignores a mismatch of device or version. TensorRT answers one it
-    cannot use with an empty cache, which must not be written over the user's file.
+    polygraphy can do this too, but it ignores a cache of another device or version.
+
+    Raises:
+        HipaError: the file is not a timing cache of this device and TensorRT version.
+
     """
-    data, empty = path.read_bytes() if path.is_file() else b"", config.create_timing_cache(b"")
+    data = path.read_bytes() if path.is_file() else b""
+    empty = config.create_timing_cache(b"")
     cache = config.create_timing_cache(data)
-    refused = data and (
-        cache is None or bytes(cache.serialize()) == bytes(empty.serialize()) != data
-    )
-    if refused or not config.set_timing_cache(cache, ignore_mismatch=False):
+
+    # TensorRT replaces a cache that it cannot use by an empty one, without an error. Such a cache
+    # would be written over the user's file at the end of the build, so it is refused here.
+    was_replaced = cache is None or bytes(cache.serialize()) == bytes(empty.serialize()) != data
+    is_refused = bool(data) and was_replaced
+    if is_refused or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise HipaError(
             f"{path} is not a timing cache of this device and TensorRT version. "
             "Choose another file."
@@ -214,14 +267,16 @@ def _save_timing_cache(config: Any, path: Path | None) -> None:
 
 
 def _monitor(trt: ModuleType, send: Send) -> Any:
-    """An ``IProgressMonitor`` that sends an event for every percent."""
+    """Make an ``IProgressMonitor`` that sends an event for every percent."""
     phases = PhaseTree()
     sent = -1
+    # The class of either library, whichever was loaded.
     base: Any = trt.IProgressMonitor
 
     class Monitor(base):
         def __init__(self) -> None:
-            base.__init__(self)  # pybind11 wants it called by name
+            # pybind11 requires that a subclass calls the __init__ of its base by name.
+            base.__init__(self)
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             phases.start(phase_name, parent_phase, num_steps)
@@ -234,13 +289,15 @@ def _monitor(trt: ModuleType, send: Send) -> Any:
             phases.finish(phase_name)
 
     def report(phase: str) -> bool:
+        """Send an event if the percentage has changed. False tells TensorRT to stop the build."""
         nonlocal sent
-        if (percent := int(phases.fraction * 100)) == sent:
+        percent = int(phases.fraction * 100)
+        if percent == sent:
             return True
         sent = percent
         try:
             send(Event(fraction=phases.fraction, phase=phase))
-        except OSError:  # whoever asked for the build is gone: stop it
+        except OSError:  # the parent process has ended, so nobody needs the engine
             return False
         return True
 

@@ -1,4 +1,4 @@
-"""The build worker's process: started, heard, stopped, and its failure explained in one line."""
+"""The process of the build worker: start it, read its events, stop it, explain its failure."""
 
 from __future__ import annotations
 
@@ -27,23 +27,33 @@ Report = Callable[[Event], None]
 
 
 def run_worker(job: Job, report: Report) -> Outcome:
-    """Build in a subprocess; stops it when anything interrupts.
+    """Run a build in a subprocess, and stop the subprocess if anything interrupts.
+
+    Args:
+        job: what to build.
+        report: is called with every event. An exception from it, such as KeyboardInterrupt, ends
+            the build.
 
     Raises:
-        HipaError: the build failed or the worker was killed; the message has TensorRT's last words.
+        HipaError: the build failed or the worker was killed; the message has the last error that
+            TensorRT printed.
 
     """
-    outcome, error = None, None
+    outcome = None
+    error = None
+    # The log is a file and not a pipe: nobody reads it during the build, and a full pipe would
+    # block the worker.
     with tempfile.TemporaryFile("w+", errors="replace") as log, _worker(job, log) as process:
         for event in _events(process):
             report(event)
-            outcome, error = event.outcome or outcome, event.error or error
+            outcome = event.outcome or outcome
+            error = event.error or error
         status = process.wait()
         log.seek(0)
-        said = log.read()
+        printed = log.read()
         if outcome is None:
-            raise HipaError(error or explain_failure(status, said))
-    return outcome.model_copy(update={"skipped_tactics": count_skipped_tactics(said)})
+            raise HipaError(error or explain_failure(status, printed))
+    return outcome.model_copy(update={"skipped_tactics": count_skipped_tactics(printed)})
 
 
 @contextmanager
@@ -55,10 +65,12 @@ def _worker(job: Job, log: IO[str]) -> Iterator[subprocess.Popen[str]]:
         stderr=log,
         env=environment(job.library),
         text=True,
-        start_new_session=True,  # a terminal's Ctrl-C reaches us alone, and we stop the worker
+        # Ctrl-C in a terminal then reaches this process alone, which stops the worker in order.
+        start_new_session=True,
     )
     try:
-        with contextlib.suppress(BrokenPipeError):  # it died at once: its status and log say why
+        # A worker that died at once leaves a broken pipe; its status and log say why it died.
+        with contextlib.suppress(BrokenPipeError):
             if process.stdin is not None:
                 process.stdin.write(job.model_dump_json())
                 process.stdin.close()
@@ -72,7 +84,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
         process.terminate()
         try:
             process.wait(timeout=5)
-        except subprocess.TimeoutExpired:  # inside a long native call
+        except subprocess.TimeoutExpired:  # it is inside a long native call
             process.kill()
             process.wait()
 
@@ -82,30 +94,49 @@ def _events(process: subprocess.Popen[str]) -> Iterator[Event]:
         try:
             yield Event.model_validate_json(line)
         except ValidationError:
-            raise HipaError(f"the build worker said {line.strip()!r}, not an event.") from None
+            raise HipaError(
+                f"the build worker printed {line.strip()!r}. Expected an event as JSON. "
+                "Report it with hipa-doctor --self-test."
+            ) from None
 
 
 def explain_failure(status: int, log: str) -> str:
-    """One line on why a worker failed.
+    """Explain in one line why a worker failed.
 
-    It is the signal that killed it, TensorRT's last error, or the log's last line.
+    The line is the signal that killed the worker, or the last error of TensorRT in the log, or the
+    last line of the log.
+
+    Args:
+        status: the exit status; negative for a signal, as in ``subprocess``.
+        log: what the worker printed on stderr.
+
+    Example:
+        >>> explain_failure(1, "[W] slow\\n[E] In node 3: Det\\nTraceback")
+        'In node 3: Det'
+
     """
     if status < 0:
         name = signal.Signals(-status).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return f"the build was killed by {name}{hint}."
+
+    # Errors about tactics that did not fit are no reason: TensorRT goes on with other tactics.
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [
-        line for line in lines if line.startswith("[E]") and not _HARMLESS.search(line)
-    ] or lines[-1:]
-    return (
-        re.sub(r"^\[E\]\s*", "", errors[-1]) if errors else f"the build ended with status {status}."
-    )
+    errors = [line for line in lines if _is_error(line)]
+    if errors:
+        return re.sub(r"^\[E\]\s*", "", errors[-1])
+    if lines:
+        return re.sub(r"^\[E\]\s*", "", lines[-1])
+    return f"the build ended with status {status}."
+
+
+def _is_error(line: str) -> bool:
+    return line.startswith("[E]") and not _HARMLESS.search(line)
 
 
 def count_skipped_tactics(log: str) -> int:
-    """How many tactics TensorRT skipped because they need more memory.
+    """Count the tactics that TensorRT skipped because they need more memory.
 
-    That is harmless, though it prints them as errors.
+    That is harmless, though TensorRT prints some of them as errors.
     """
     return sum(re.search(_SKIPPED, line) is not None for line in log.splitlines())

@@ -1,4 +1,4 @@
-"""What this machine is: GPU, driver, memory, clocks, temperatures. Pure data; nothing here raises.
+"""What this machine is and how it runs: memory, clocks, temperatures, power. Nothing here raises.
 
 May import: the core.
 """

@@ -1,4 +1,4 @@
-"""The host: its processor, its memory, and what /proc says of both."""
+"""The host: its processor, memory and operating system, as /proc and cgroups describe them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def peak_rss_mib() -> int | None:
-    """The most memory this process has held, in MiB; None where /proc is absent.
+    """The most memory that this process has held, in MiB; None where /proc is absent.
 
-    Not ``getrusage``: its maximum includes the parent's memory at the fork.
+    ``getrusage`` is not used, because its maximum includes the parent's memory at the fork.
     """
     return field_mib("/proc/self/status", "VmHWM")
 
@@ -20,17 +20,25 @@ def peak_rss_mib() -> int | None:
 def available_memory_mib() -> int | None:
     """Host memory that can be allocated without swapping, in MiB; None where /proc is absent.
 
-    The kernel's own estimate, or what a container's limit leaves of it.
+    It is the kernel's own estimate, or what the memory limit of a container leaves, if that is
+    less.
     """
-    free, limit = field_mib("/proc/meminfo", "MemAvailable"), read_text("/sys/fs/cgroup/memory.max")
+    free = field_mib("/proc/meminfo", "MemAvailable")
+    limit = read_text("/sys/fs/cgroup/memory.max")
     used = read_text("/sys/fs/cgroup/memory.current")
-    if free is None or not (limit and limit.isdigit() and used):
+    # A group without a limit says 'max' in place of a number.
+    if free is None or limit is None or not limit.isdigit() or used is None:
         return free
-    droppable = re.search(
-        r"^inactive_file (\d+)$", read_text("/sys/fs/cgroup/memory.stat") or "", re.MULTILINE
-    )
-    held = int(used) - (int(droppable[1]) if droppable else 0)
-    return max(min(free, (int(limit) - held) >> 20), 0)
+
+    # The kernel drops cached files that are not in use before it refuses memory, so they count as
+    # free.
+    stat = read_text("/sys/fs/cgroup/memory.stat") or ""
+    cached = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
+    held = int(used)
+    if cached:
+        held -= int(cached[1])
+    left = (int(limit) - held) >> 20
+    return max(min(free, left), 0)
 
 
 def free_swap_mib() -> int:
@@ -40,13 +48,17 @@ def free_swap_mib() -> int:
 
 def usable_cores() -> int:
     """Processor cores that this process may use."""
+    # Not cpu_count alone: a container or taskset may allow fewer cores than the machine has.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def read_text(path: str) -> str | None:
-    """A file's text without its ends; None where it cannot be read or is empty."""
+def read_text(path: str | Path) -> str | None:
+    """A file's text, stripped; None if the file cannot be read or is empty.
+
+    NUL bytes are stripped too: strings in /proc/device-tree end with one.
+    """
     try:
         return Path(path).read_text(errors="replace").strip("\0\n ") or None
     except OSError:
@@ -54,15 +66,18 @@ def read_text(path: str) -> str | None:
 
 
 def field_mib(path: str, field: str) -> int | None:
-    """The field of a /proc file that is written as 'Field:  1234 kB'."""
+    """A field written as 'Field:  1234 kB' in a /proc file, in MiB; None if it is missing."""
     match = re.search(rf"^{field}:\s*(\d+) kB", read_text(path) or "", re.MULTILINE)
     return int(match[1]) >> 10 if match else None
 
 
 def cpu_name() -> str:
-    """The processor's name, as the kernel has it."""
+    """The processor's name as the kernel gives it; 'unknown' if it gives none."""
     match = re.search(r"^model name\s*:\s*(.+)$", read_text("/proc/cpuinfo") or "", re.MULTILINE)
-    return match[1] if match else platform.processor() or "unknown"
+    if match:
+        return match[1]
+    # On ARM the kernel often gives no name.
+    return platform.processor() or "unknown"
 
 
 def os_name() -> str:

@@ -1,4 +1,4 @@
-"""What nvidia-smi says of one GPU: clocks, temperature, power and what holds the clocks down."""
+"""One GPU according to nvidia-smi: clocks, temperature, power, and what throttles the clocks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ FIELDS = (
     "power.draw", "power.limit", "pstate", "persistence_mode",
 )  # fmt: skip
 REASONS = "reasons"
-# One name since driver 535, another before. A query with a name that the driver does not know fails
-# as a whole.
+# The field has one name since driver 535 and had another before. A query with a name that the
+# driver does not know fails as a whole, so each name needs a query of its own.
 _REASONS_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
-# NVML's bits that are throttling. Idle, application clocks, display clocks and sync boost are
-# settings, and no throttling.
+# The bits of NVML that mean throttling. Its other bits (idle, application clocks, display clocks,
+# sync boost) are settings.
 # https://docs.nvidia.com/deploy/nvml-api/group__nvmlClocksEventReasons.html
 _THROTTLES = {
     0x04: "power cap",
@@ -25,10 +25,11 @@ _THROTTLES = {
 
 
 def ask_smi(gpu_name: str | None) -> dict[str, str]:
-    """``FIELDS`` and ``REASONS`` with nvidia-smi's words for the GPU of that name.
+    """Query ``FIELDS`` and ``REASONS`` of the GPU with that name, as text by field.
 
-    The answer is empty without nvidia-smi. It is empty too where several GPUs answer and not
-    exactly one has the name: CUDA and nvidia-smi count them in different orders.
+    The answer is empty without nvidia-smi. It is also empty if there are several GPUs and not
+    exactly one has the name: their numbers do not help, because CUDA and nvidia-smi count GPUs in
+    different orders.
     """
     for reasons in _REASONS_FIELDS:
         rows = _query((*FIELDS, reasons))
@@ -45,17 +46,20 @@ def ask_smi(gpu_name: str | None) -> dict[str, str]:
 def _query(fields: tuple[str, ...]) -> list[dict[str, str]]:
     command = ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     try:
-        answer = subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
-    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
+    rows = []
+    for line in done.stdout.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        # Other lines are messages, not a GPU.
+        if len(cells) == len(fields):
+            rows.append(dict(zip(fields, cells, strict=True)))
+    return rows
 
 
 def smi_number(answer: dict[str, str], field: str) -> float | None:
-    """A field as a number; None where it is '[N/A]' or missing."""
+    """A field as a number; None if it is '[N/A]' or missing."""
     try:
         return float(answer.get(field, ""))
     except ValueError:
@@ -63,16 +67,13 @@ def smi_number(answer: dict[str, str], field: str) -> float | None:
 
 
 def smi_text(answer: dict[str, str], field: str) -> str | None:
-    """A field's word; None where it is '[N/A]' or missing."""
-    word = answer.get(field, "")
-    return None if not word or word.startswith("[") else word
+    """A field as text; None if it is '[N/A]' or missing."""
+    text = answer.get(field, "")
+    return None if not text or text.startswith("[") else text
 
 
 def smi_throttles(answer: dict[str, str]) -> tuple[str, ...] | None:
-    """What holds the clocks down: power, temperature or a slowdown.
-
-    None where the driver does not say.
-    """
+    """What throttles the clocks: power, temperature or a slowdown; None if it is not reported."""
     try:
         mask = int(answer.get(REASONS, ""), 16)
     except ValueError:

@@ -1,7 +1,7 @@
-"""What Linux and Jetson Linux say in files: clocks, temperatures, throttling, power mode.
+"""Files of Linux and Jetson Linux: clocks, temperatures, throttling, power mode.
 
-Every function takes ``root``, so that tests can hand in a tree of their own. What a machine does
-not say is None or empty, never guessed.
+Every function takes ``root``, the folder that stands for '/', so that tests can pass a tree of
+their own. What a machine does not report is None or empty, never guessed.
 
 Sources: the kernel's ABI (https://docs.kernel.org/admin-guide/pm/cpufreq.html and
 https://www.kernel.org/doc/Documentation/ABI/testing/sysfs-class-thermal), and the chapter "Platform
@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from hipa_deploy.engines.device.machine import read_text
 from hipa_deploy.record import Record
 
 # 17000000.gpu on JetPack 6, 17000000.ga10b on 5; gpu-gpc-0 on Thor, which has no name in its device
@@ -40,16 +41,8 @@ class Clock(Record):
     locked: bool | None = None
 
 
-def read_text(path: Path) -> str | None:
-    """A file's text without its ends, or None where it cannot be read or is empty."""
-    try:
-        return path.read_text(errors="replace").strip("\0\n ") or None
-    except OSError:
-        return None
-
-
 def read_number(path: Path) -> float | None:
-    """A file's number, or None."""
+    """A file's number; None if the file cannot be read or holds no number."""
     try:
         return float(read_text(path) or "")
     except ValueError:
@@ -67,8 +60,12 @@ def clocks(root: Path) -> dict[str, Clock]:
         "memory": _memory,
         "cpu": _cpu,
     }
-    found = {name: reader(root) for name, reader in readers.items()}
-    return {name: clock for name, clock in found.items() if clock}
+    found = {}
+    for name, reader in readers.items():
+        clock = reader(root)
+        if clock:
+            found[name] = clock
+    return found
 
 
 def _gpu(root: Path) -> Clock | None:
@@ -106,8 +103,12 @@ def _memory(root: Path) -> Clock | None:
 
 
 def _cpu(root: Path) -> Clock | None:
-    cores = [_core(folder) for folder in _list(root, "sys/devices/system/cpu", "cpu[0-9]*/cpufreq")]
-    return max((core for core in cores if core), key=lambda core: core.now_mhz or 0, default=None)
+    cores = []
+    for folder in _list(root, "sys/devices/system/cpu", "cpu[0-9]*/cpufreq"):
+        core = _core(folder)
+        if core:
+            cores.append(core)
+    return max(cores, key=lambda core: core.now_mhz or 0, default=None)
 
 
 def _core(folder: Path) -> Clock | None:
@@ -120,7 +121,11 @@ def _core(folder: Path) -> Clock | None:
 def cpu_governor(root: Path) -> str | None:
     """The cores' frequency governors, 'performance' or 'performance, schedutil'."""
     files = _list(root, "sys/devices/system/cpu", "cpu[0-9]*/cpufreq/scaling_governor")
-    governors = {text for text in map(read_text, files) if text}
+    governors = set()
+    for path in files:
+        governor = read_text(path)
+        if governor:
+            governors.add(governor)
     return ", ".join(sorted(governors)) or None
 
 
@@ -148,7 +153,10 @@ def temperatures(root: Path) -> dict[str, float]:
 def throttled_by(root: Path) -> tuple[str, ...] | None:
     """Cooling devices that hold clocks down now; None where there are none that could."""
     devices = _list(root, "sys/class/thermal", "cooling_device*")
-    states = {read_text(path / "type") or "": read_number(path / "cur_state") for path in devices}
+    states: dict[str, float | None] = {}
+    for path in devices:
+        # Of devices with one name the last one counts.
+        states[read_text(path / "type") or ""] = read_number(path / "cur_state")
     active = []
     is_known = False
     for name, state in states.items():
@@ -164,9 +172,12 @@ def overcurrent_events(root: Path) -> int | None:
 
     Orin and Thor count them; elsewhere it is None.
     """
-    counts = [read_number(path) for path in _list(root, "sys/class/hwmon", "hwmon*/oc*_event_cnt")]
-    known = [int(count) for count in counts if count is not None]
-    return sum(known) if known else None
+    counts = []
+    for path in _list(root, "sys/class/hwmon", "hwmon*/oc*_event_cnt"):
+        count = read_number(path)
+        if count is not None:
+            counts.append(int(count))
+    return sum(counts) if counts else None
 
 
 def module_watts(root: Path) -> float | None:
@@ -189,8 +200,11 @@ def fan_rpm(root: Path) -> int | None:
         *_list(root, "sys/class/hwmon", "hwmon*/rpm"),
         *_list(root, "sys/class/hwmon", "hwmon*/fan*_input"),
     ]
-    turns = next((value for value in map(read_number, files) if value is not None), None)
-    return None if turns is None else int(turns)
+    for path in files:
+        turns = read_number(path)
+        if turns is not None:
+            return int(turns)
+    return None
 
 
 def power_mode(root: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Latency, measured honestly: runs, conditions, layers, tables, plots, comparison, roofline.
+"""Latency: its measurement, conditions, layers, tables, plots, comparison and roofline.
 
 May import: the core and the other rooms of ``engines``.
 """

@@ -1,4 +1,7 @@
-"""Two latency reports side by side: is the second slower, and is that more than chance?"""
+"""Two latency reports side by side: whether the second is slower, by more than chance.
+
+The suffix _RN marks an array of shape [R, N]: R resamples of N runs.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ from hipa_deploy.record import Record
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+# With fewer runs a bootstrap has too little to draw from.
 LEAST_RUNS = 10
-_CHUNK = 1_000_000  # numbers drawn at once
+# How many numbers are drawn at once; it bounds the memory.
+_CHUNK = 1_000_000
 
 Metric = Literal["p50", "p90", "p95", "p99", "mean"]
 
@@ -43,7 +48,7 @@ class Ratio(Record):
 
 
 class ConditionDifference(Record):
-    """A condition that is not the same in both, as text."""
+    """A condition that differs between the reports, with its two values as text."""
 
     field: str
     first: str
@@ -51,7 +56,18 @@ class ConditionDifference(Record):
 
 
 class Comparison(Record):
-    """``hipa-profile compare``'s result. ``regression``: end to end, the verdict is 'slower'."""
+    """The result of ``hipa-profile compare``.
+
+    Attributes:
+        metric: what was compared.
+        threshold_percent: smaller changes are no verdict.
+        rows: by stage, by stage on the device, and end to end.
+        only_in_one: the names that only one of the reports has.
+        differences: the conditions that differ.
+        warnings: those of the two reports.
+        regression: end to end, the verdict is 'slower'.
+
+    """
 
     metric: Metric
     threshold_percent: float
@@ -69,33 +85,46 @@ def compare_reports(
     metric: Metric = "p50",
     threshold_percent: float = 5.0,
 ) -> Comparison:
-    """The ratio of ``metric``, by stage and end to end, with device time where both have it.
+    """Compare ``metric`` by stage and end to end, and the device time if both reports have it.
 
-    'slower' and 'faster' need both: a change past the threshold, and a confidence interval without
-    1. The interval is of these runs: it does not know of another day, another boot or another room
-    temperature.
+    The verdicts 'slower' and 'faster' need a change past the threshold and also a confidence
+    interval without 1. The interval describes these runs only: it cannot know how another day,
+    another boot or another room temperature would change them.
+
+    Args:
+        first: the base of the ratios.
+        second: the report that is judged.
+        metric: a percentile or the mean.
+        threshold_percent: 0 or more; smaller changes are no verdict.
 
     Raises:
-        HipaError: a threshold that is not 0 or more, or a report without samples or with too few.
+        HipaError: a threshold below 0 or not finite, or a report with too few samples or none.
+
+    Example:
+        >>> compare_reports(read_report(Path("old.json")), read_report(Path("new.json"))).regression
+        False
 
     """
     if not 0 <= threshold_percent < float("inf"):
         raise HipaError(f"threshold is {threshold_percent} %. Expected 0 or more.")
-    parts = [_parts(report) for report in (first, second)]
-    for report, which in ((first, "first"), (second, "second")):
-        _check_samples(report, which)
-    names = [name for name in parts[0] if name in parts[1]]
-    rows = {
-        name: _ratio(parts[0][name], parts[1][name], metric, threshold_percent / 100)
-        for name in names
-    }
+    _check_samples(first, "first")
+    _check_samples(second, "second")
+
+    # Only what both reports have can be compared; the caption names the other stages.
+    first_parts = _parts(first)
+    second_parts = _parts(second)
+    rows = {}
+    for name, stats in first_parts.items():
+        if name in second_parts:
+            rows[name] = _ratio(stats, second_parts[name], metric, threshold_percent / 100)
+
     warnings = [f"first: {text}" for text in first.warnings]
     warnings += [f"second: {text}" for text in second.warnings]
     return Comparison(
         metric=metric,
         threshold_percent=threshold_percent,
         rows=rows,
-        only_in_one=tuple(sorted(parts[0].keys() ^ parts[1].keys())),
+        only_in_one=tuple(sorted(first_parts.keys() ^ second_parts.keys())),
         differences=tuple(condition_differences(first, second)),
         warnings=tuple(warnings),
         regression=rows[END_TO_END].verdict == "slower",
@@ -103,10 +132,10 @@ def compare_reports(
 
 
 def parse_percent(text: str) -> float:
-    """'5%', '5 %' and '5' as 5.0.
+    """Read a percentage: '5%', '5 %' and '5' are all 5.0.
 
     Raises:
-        HipaError: not a number.
+        HipaError: the text is not a number.
 
     """
     try:
@@ -116,6 +145,7 @@ def parse_percent(text: str) -> float:
 
 
 def _parts(report: LatencyReport) -> dict[str, LatencyStats]:
+    """The statistics of a report by the name of their row."""
     device = {f"{name}, device": stats for name, stats in report.device.items()}
     return {**report.stages, **device, END_TO_END: report.end_to_end}
 
@@ -135,28 +165,44 @@ def _check_samples(report: LatencyReport, which: str) -> None:
 
 
 def _ratio(first: LatencyStats, second: LatencyStats, metric: Metric, threshold: float) -> Ratio:
-    pair = [np.asarray(stats.samples_ms) for stats in (first, second)]
-    base, new = (float(_statistic(samples[None], metric)[0]) for samples in pair)
-    drawn = [resampled(samples, metric, seed) for seed, samples in enumerate(pair)]
+    first_N = np.asarray(first.samples_ms)
+    second_N = np.asarray(second.samples_ms)
+    base = float(_statistic(first_N[None], metric)[0])
+    new = float(_statistic(second_N[None], metric)[0])
+
+    # The interval is that of the ratios of resampled reports. Different seeds make the two
+    # independent; fixed seeds give the same verdict every time.
+    first_R = resampled(first_N, metric, 0)
+    second_R = resampled(second_N, metric, 1)
     tail = 50 * (1 - CONFIDENCE)
+    # A stage may take 0 ms on a clock that is too coarse: its ratio is then not a number.
     with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = np.percentile(drawn[1] / drawn[0], [tail, 100 - tail])
+        low, high = np.percentile(second_R / first_R, [tail, 100 - tail])
         ratio = new / base if base else float("nan")
+
     verdict: Literal["slower", "faster", "same"] = "same"
     if ratio > 1 + threshold and low > 1:
         verdict = "slower"
     elif ratio < 1 - threshold and high < 1:
         verdict = "faster"
     return Ratio(
-        first_ms=base, second_ms=new, ratio=ratio, low=float(low), high=float(high), verdict=verdict
+        first_ms=base,
+        second_ms=new,
+        ratio=ratio,
+        low=float(low),
+        high=float(high),
+        verdict=verdict,
     )
 
 
 def resampled(samples: np.ndarray, metric: Metric, seed: int) -> np.ndarray:
-    """``RESAMPLES`` values of the metric, float64, by the circular block bootstrap.
+    """Resample the metric with the circular block bootstrap.
 
-    Neighbouring runs stay together. Runs are not independent (clocks and temperatures drift), and
-    drawing them one by one would give too narrow an interval.
+    Neighbouring runs stay together, because runs are not independent: clocks and temperatures
+    drift. Drawing runs one by one would make the interval too narrow.
+
+    Returns:
+        ``RESAMPLES`` values of the metric, float64.
 
     Sources: blocks, Politis and Romano (1992); their length, the cube root of the runs, Hall,
     Horowitz and Jing (1995), https://doi.org/10.1093/biomet/82.3.561.
@@ -177,7 +223,7 @@ def resampled(samples: np.ndarray, metric: Metric, seed: int) -> np.ndarray:
 
 
 def _statistic(samples_RN: np.ndarray, metric: Metric) -> np.ndarray:
-    """The metric of each row."""
+    """The metric of each row of ``samples_RN``, of shape [R]."""
     if metric == "mean":
         return samples_RN.mean(axis=1)
     return np.percentile(samples_RN, int(metric.removeprefix("p")), axis=1)
@@ -186,9 +232,9 @@ def _statistic(samples_RN: np.ndarray, metric: Metric) -> np.ndarray:
 def condition_differences(
     first: LatencyReport, second: LatencyReport
 ) -> Iterator[ConditionDifference]:
-    """Conditions that differ, field by field.
+    """Find the conditions that differ, field by field.
 
-    They are software, device, bundle, power mode, governors and allowed clocks.
+    The conditions are software, device, bundle, power mode, governors and allowed clocks.
     """
     left = _flat(_settings(first))
     right = _flat(_settings(second))
@@ -202,18 +248,22 @@ def condition_differences(
 def _settings(report: LatencyReport) -> dict[str, Any]:
     """The conditions, without what changes from minute to minute or had no part in the runs."""
     conditions = report.conditions.model_dump(mode="json")
+    # Backends that are installed and did not run have no part in the runs.
     conditions["device"].pop("backends")
     state = conditions.pop("state") or {}
     for name in ("before", "after", "others_cores", "performance_state"):
         state.pop(name, None)
+
+    # Of the readings only the allowed clocks are a setting.
     clocks = report.conditions.state.after.clocks if report.conditions.state else {}
-    allowed = {
-        name: {"max_mhz": clock.max_mhz, "locked": clock.locked} for name, clock in clocks.items()
-    }
+    allowed = {}
+    for name, clock in clocks.items():
+        allowed[name] = {"max_mhz": clock.max_mhz, "locked": clock.locked}
     return {"warmup": report.warmup, **conditions, "state": {**state, "clocks": allowed}}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested dictionaries as one, with names such as 'state.power_mode'."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -224,7 +274,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def render_comparison(comparison: Comparison) -> Table:
-    """Ratios for a terminal; differences of conditions and warnings in the caption."""
+    """Make the table of ratios for a terminal; its caption has the warnings and differences."""
     title = f"{comparison.metric} of the second report over the first, {CONFIDENCE:.0%} confidence"
     table = Table(title=title, caption=_caption(comparison), caption_justify="left")
     table.add_column("stage")

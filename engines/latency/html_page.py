@@ -1,17 +1,17 @@
-"""A latency report as one HTML page that stands alone.
+"""A latency report as one HTML page, in one file.
 
-It has no script, and takes no style sheet, font or image from elsewhere.
+The page has no script, and loads no style sheet, font or image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
-from hipa_deploy.engines.latency.layer_times import ROWS, RUNS, LayerTime, op_text
+from hipa_deploy.engines.latency.layer_times import ROWS, RUNS, LayerTime, layer_cells, op_text
 from hipa_deploy.engines.latency.plots import GREY, colours_of, line_plot, share_bar, strip_plot
-from hipa_deploy.engines.latency.report import LatencyReport
-from hipa_deploy.engines.latency.roofline import Roofline
+from hipa_deploy.engines.latency.report import LatencyReport, LatencyStats
+from hipa_deploy.engines.latency.roofline import MEASURED, Roofline, percent_cell
 from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from hipa_deploy.engines.latency.table import (
     HEADINGS,
@@ -23,6 +23,7 @@ from hipa_deploy.engines.latency.table import (
     state_facts,
 )
 
+# The time of a run that belongs to no stage, such as tokenizing and drawing noise.
 OUTSIDE = "outside the stages"
 
 _STYLE = """
@@ -53,9 +54,14 @@ th:first-child, td:first-child { text-align: left } th { color: var(--soft); fon
 
 
 def render_page(report: LatencyReport) -> str:
-    """The page: figures, plots, statistics, conditions, and what else the report has.
+    """Make the page: key figures, plots, statistics, roofline, conditions and layers.
 
-    Plots need samples; a report of schema 1 has none, and its page says so.
+    Plots need samples. A report of schema 1 has none, and its page says so. Every text from the
+    report is escaped, so a name in it can never become markup.
+
+    Returns:
+        A whole HTML document.
+
     """
     conditions = report.conditions
     title = f"Latency on {device_name(report)}"
@@ -67,12 +73,15 @@ def render_page(report: LatencyReport) -> str:
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{escape(facts)}; measured {escape(report.created)}</p>',
     ]
+
+    # Warnings come first, so that nobody reads the figures without them.
     body += [*_warnings(report), *_cards(report), *_plots(report), *_statistics(report)]
     if report.roofline:
         body += _roofline(report.roofline)
     body += _conditions(report)
     for stage, layers in report.layers.items():
         body += _layers(stage, layers)
+
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title>"
@@ -93,10 +102,11 @@ def _warnings(report: LatencyReport) -> Iterator[str]:
 
 def _cards(report: LatencyReport) -> Iterator[str]:
     whole = report.end_to_end
+    first = "-" if whole.first_ms is None else f"{whole.first_ms:.1f} ms"
     cards = [
         (f"{whole.p50_ms:.2f} ms", "p50, prompt to image"),
         (f"{whole.p99_ms:.2f} ms", "p99"),
-        ("-" if whole.first_ms is None else f"{whole.first_ms:.1f} ms", "the first run, apart"),
+        (first, "the first run, apart"),
         (f"{report.throughput_images_per_second:.2f}", "images a second: throughput"),
     ]
     yield '<div class="cards">'
@@ -106,11 +116,13 @@ def _cards(report: LatencyReport) -> Iterator[str]:
 
 
 def _plots(report: LatencyReport) -> Iterator[str]:
-    everything = {**report.stages, END_TO_END: report.end_to_end}
-    rows = {name: stats.samples_ms for name, stats in everything.items()}
     if not report.end_to_end.samples_ms:
         yield '<p class="soft">No plots: a report of schema 1 keeps no samples.</p>'
         return
+    everything = {**report.stages, END_TO_END: report.end_to_end}
+    rows = {name: stats.samples_ms for name, stats in everything.items()}
+
+    # One colour for each stage in all three plots.
     colours = {**colours_of(list(rows)), OUTSIDE: GREY}
     yield from _figure(
         "Distribution",
@@ -133,26 +145,30 @@ def _figure(title: str, caption: str, svg: str) -> Iterator[str]:
 
 
 def _shares(report: LatencyReport) -> dict[str, dict[str, float]]:
-    """Mean ms by stage, as the host sees them and as the device reports them.
+    """Mean milliseconds by stage, as the host waits for them and as the device measures them.
 
-    The host's have an entry for what is outside the stages.
+    The host's have an entry for the time outside the stages.
     """
-    stages = {name: stats.mean_ms for name, stats in report.stages.items()}
-    bars = {"host": {**stages, OUTSIDE: max(0.0, report.end_to_end.mean_ms - sum(stages.values()))}}
-    device = {name: stats.mean_ms for name, stats in report.device.items() if name != END_TO_END}
-    return {**bars, "device": device} if device else bars
+    # Means, not percentiles: only means of the stages add up to the mean of the whole.
+    host = {name: stats.mean_ms for name, stats in report.stages.items()}
+    host[OUTSIDE] = max(0.0, report.end_to_end.mean_ms - sum(host.values()))
+    device = {name: stats.mean_ms for name, stats in report.device.items()}
+    device.pop(END_TO_END, None)
+    return {"host": host, "device": device} if device else {"host": host}
 
 
 def _statistics(report: LatencyReport) -> Iterator[str]:
-    rows = [(name, *stat_cells(stats)) for name, stats in report.stages.items()]
-    rows.append((END_TO_END, *stat_cells(report.end_to_end)))
     yield "<h2>Statistics, ms of one batch</h2>"
-    yield from _table(("stage", *HEADINGS), rows, last=True)
+    yield from _stats_table({**report.stages, END_TO_END: report.end_to_end})
     if report.device:
         yield "<h2>Device time, ms</h2>"
         yield "<p class=soft>CUDA events around the execution, without copies.</p>"
-        rows = [(name, *stat_cells(stats)) for name, stats in report.device.items()]
-        yield from _table(("stage", *HEADINGS), rows, last=True)
+        yield from _stats_table(report.device)
+
+
+def _stats_table(stats_by_name: Mapping[str, LatencyStats]) -> Iterator[str]:
+    rows = [(name, *stat_cells(stats)) for name, stats in stats_by_name.items()]
+    yield from _table(("stage", *HEADINGS), rows, last=True)
 
 
 def _roofline(roofline: Roofline) -> Iterator[str]:
@@ -161,31 +177,22 @@ def _roofline(roofline: Roofline) -> Iterator[str]:
     for name, stage in roofline.stages.items():
         milliseconds = (stage.compute_ms, stage.memory_ms, stage.bound_ms)
         cells = [f"{value:.3f}" for value in milliseconds]
-        rows.append((name, *cells, stage.bound_by, _percent(stage.measured_percent)))
+        rows.append((name, *cells, stage.bound_by, percent_cell(stage.measured_percent)))
+
+    # Stages run one after another, so their bounds add up; their arithmetic and traffic do not.
     whole = f"{roofline.end_to_end_ms:.3f}"
-    rows.append((END_TO_END, "", "", whole, "", _percent(roofline.measured_percent)))
-    headings = (
-        "stage",
-        "compute ms",
-        "memory ms",
-        "bound ms",
-        "bound by",
-        "measured p50, % of bound",
-    )
+    rows.append((END_TO_END, "", "", whole, "", percent_cell(roofline.measured_percent)))
+    headings = ("stage", "compute ms", "memory ms", "bound ms", "bound by", MEASURED)
     yield from _table(headings, rows, last=True)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
 
 
 def _layers(stage: str, layers: Sequence[LayerTime]) -> Iterator[str]:
     yield f"<h2>Layers of {escape(stage)}</h2>"
     note = f"A pass of its own, {RUNS} runs: profiling slows a stage. {op_text(layers)}"
     yield f'<p class="soft">{escape(note)}</p>'
-    rows = [
-        (layer.name, layer.op or "-", f"{layer.ms:.3f}", f"{layer.percent:.1f}") for layer in layers
-    ]
+    rows = [layer_cells(layer) for layer in layers]
+
+    # A UNet has hundreds of layers: the slowest are shown, and the others can be unfolded.
     yield from _table(("layer", "op", "ms", "%"), rows[:ROWS])
     if rows[ROWS:]:
         yield f"<details><summary>{len(rows) - ROWS} more</summary>"
@@ -196,20 +203,24 @@ def _layers(stage: str, layers: Sequence[LayerTime]) -> Iterator[str]:
 def _conditions(report: LatencyReport) -> Iterator[str]:
     conditions = report.conditions
     device = conditions.device
+    gpu = device.gpu
+    l4t = f", L4T {device.l4t}" if device.l4t else ""
+    jetpack = conditions.state.jetpack if conditions.state else None
     facts = [
         ("device", device_name(report)),
         ("processor", f"{device.cpu}, {conditions.threads} threads usable"),
-        ("GPU", device.gpu.name if device.gpu else "none"),
-        ("driver", (device.gpu.driver if device.gpu else None) or UNKNOWN),
-        ("CUDA", (device.gpu.cuda if device.gpu else None) or UNKNOWN),
-        ("system", f"{device.os}, {device.arch}" + (f", L4T {device.l4t}" if device.l4t else "")),
-        ("JetPack", (conditions.state.jetpack if conditions.state else None) or UNKNOWN),
+        ("GPU", gpu.name if gpu else "none"),
+        ("driver", gpu.driver if gpu and gpu.driver else UNKNOWN),
+        ("CUDA", gpu.cuda if gpu and gpu.cuda else UNKNOWN),
+        ("system", f"{device.os}, {device.arch}{l4t}"),
+        ("JetPack", jetpack or UNKNOWN),
         ("prompts", conditions.prompts),
         ("memory", memory_text(report)),
         ("load", f"{report.load_seconds:.2f} s"),
-        *state_facts(conditions),
-        *((f"version of {name}", version) for name, version in conditions.versions.items()),
     ]
+    facts += state_facts(conditions)
+    facts += [(f"version of {name}", version) for name, version in conditions.versions.items()]
+
     yield '<h2>Conditions</h2><table class="facts">'
     for name, value in facts:
         yield f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>"
@@ -219,7 +230,7 @@ def _conditions(report: LatencyReport) -> Iterator[str]:
 def _table(
     headings: Sequence[str], rows: Sequence[Sequence[str]], *, last: bool = False
 ) -> Iterator[str]:
-    """A table whose first column is names; ``last`` sets the last row apart."""
+    """A table whose first column has the names; with ``last`` the last row is a total, in bold."""
     heads = "".join(f"<th>{escape(text)}</th>" for text in headings)
     yield f'<div class="wide"><table><tr>{heads}</tr>'
     for index, (name, *cells) in enumerate(rows):

@@ -1,6 +1,7 @@
-"""The state of the machine around a measurement.
+"""The state of the machine around a measurement, and the warnings that follow from it.
 
-It is clocks, temperatures, throttling, the power mode and what other processes took.
+The state is clocks, temperatures, throttling, the power mode, and the processor time that other
+processes took.
 """
 
 from __future__ import annotations
@@ -14,14 +15,32 @@ from hipa_deploy.engines.device.nvidia_smi import ask_smi, smi_number, smi_text,
 from hipa_deploy.engines.device.sysfs import Clock
 from hipa_deploy.record import Record
 
-_NEAR = 0.95  # of its maximum, and a clock counts as at it
+# A clock above this share of its maximum counts as at its maximum.
+_NEAR = 0.95
+# Readings closer together than this, in seconds, say nothing of other processes: /proc/stat counts
+# in steps of 10 ms.
+_LEAST_SECONDS = 0.1
+# Other processes matter if they took this share of the cores that this process may use.
+_OTHERS_SHARE = 0.1
 
 
 class Reading(Record):
-    """One moment. A value of None, or a name that is missing, means that this machine does not say.
+    """The state of the machine at one time.
 
-    ``overcurrent_events`` are counted since boot. ``busy_seconds`` is the processor time of
-    everything since boot, ``own_seconds`` that of this process.
+    A value of None, or a name that is missing, means that this machine does not report it.
+
+    Attributes:
+        clocks: by name: 'gpu', 'memory' and 'cpu'.
+        temperatures_c: degrees Celsius by thermal zone.
+        throttled_by: what throttles the clocks; empty if nothing does.
+        overcurrent_events: throttling by over-current or under-voltage since boot.
+        power_w: watts that the GPU, or the Jetson module, draws.
+        fan_rpm: turns of the fan a minute.
+        load_average: processes that ran or waited, averaged over the last minute.
+        busy_seconds: processor time of all processes since boot.
+        own_seconds: processor time of this process.
+        at_seconds: the time of the reading, from an arbitrary start.
+
     """
 
     clocks: dict[str, Clock]
@@ -37,11 +56,21 @@ class Reading(Record):
 
 
 class MachineState(Record):
-    """Settings, and a reading right before and right after the timed runs.
+    """The settings of the machine, and a reading right before and right after the timed runs.
 
-    ``power_mode`` and ``jetpack`` are Jetson's. ``power_limit_w``, ``performance_state`` and
-    ``persistence`` are nvidia-smi's. ``others_cores`` is how many cores' time other processes took
-    during the runs.
+    Attributes:
+        power_mode: of a Jetson, such as 'MAXN_SUPER (mode 2)'.
+        jetpack: the version of JetPack on a Jetson.
+        cpu_governor: the frequency governors of the cores.
+        gpu_governor: the frequency governor of a Jetson's GPU.
+        power_limit_w: watts, from nvidia-smi.
+        performance_state: such as 'P2', from nvidia-smi.
+        persistence: the persistence mode, from nvidia-smi.
+        others_cores: processor time that other processes took during the runs, as a number of
+            cores.
+        before: the reading before the timed runs.
+        after: the reading after them.
+
     """
 
     power_mode: str | None
@@ -60,8 +89,8 @@ class Machine:
     """Reads the state of this machine.
 
     Args:
-        root: stands for '/'; tests give another.
-        gpu_name: the GPU to ask nvidia-smi for.
+        root: the folder that stands for '/'; for tests.
+        gpu_name: the GPU that nvidia-smi is queried for.
 
     """
 
@@ -70,15 +99,13 @@ class Machine:
         self._gpu_name = gpu_name
 
     def read(self) -> Reading:
-        """The state of this moment.
-
-        Clocks come first: an idle GPU lowers its own within milliseconds.
-        """
+        """Read the state as it is now."""
+        # Clocks come first: a GPU that has become idle lowers its own within milliseconds.
         clocks = sysfs.clocks(self._root)
         throttles = sysfs.throttled_by(self._root)
         smi = ask_smi(self._gpu_name)
 
-        # Where both say the same thing, the files win: on a Jetson they are the module's own.
+        # If both report a value, that of the files is used: on a Jetson it is the module's own.
         temperatures = sysfs.temperatures(self._root)
         celsius = smi_number(smi, "temperature.gpu")
         if celsius is not None:
@@ -98,7 +125,7 @@ class Machine:
         )
 
     def state(self, before: Reading, after: Reading) -> MachineState:
-        """The settings now, with two readings."""
+        """Read the settings, and put two readings beside them."""
         smi = ask_smi(self._gpu_name)
         return MachineState(
             power_mode=sysfs.power_mode(self._root),
@@ -127,24 +154,35 @@ def _smi_clocks(smi: dict[str, str]) -> dict[str, Clock]:
 def _joined(
     first: tuple[str, ...] | None, second: tuple[str, ...] | None
 ) -> tuple[str, ...] | None:
-    return None if first is None and second is None else (first or ()) + (second or ())
+    """Both lists in one; None only if neither is known."""
+    if first is None and second is None:
+        return None
+    return (first or ()) + (second or ())
 
 
 def _others_cores(before: Reading, after: Reading) -> float | None:
+    """Processor time of other processes between two readings, as a number of cores."""
     elapsed = after.at_seconds - before.at_seconds
-    # /proc/stat counts in 10 ms: in a shorter time its figure is mostly rounding.
-    if before.busy_seconds is None or after.busy_seconds is None or elapsed < 0.1:
+    if before.busy_seconds is None or after.busy_seconds is None or elapsed < _LEAST_SECONDS:
         return None
-    others = (after.busy_seconds - before.busy_seconds) - (after.own_seconds - before.own_seconds)
-    return round(max(0.0, others / elapsed), 2)
+    busy = after.busy_seconds - before.busy_seconds
+    own = after.own_seconds - before.own_seconds
+    return round(max(0.0, (busy - own) / elapsed), 2)
 
 
 def state_warnings(state: MachineState, *, cores: int, on_gpu: bool) -> tuple[str, ...]:
-    """What makes the numbers doubtful, a sentence each: throttling, low clocks, other processes.
+    """Warn of what makes the numbers doubtful: throttling, low clocks, other processes.
 
-    ``cores`` is what this process may use; ``on_gpu`` says whether the GPU's clocks matter.
+    Args:
+        state: the machine's state around the runs.
+        cores: processor cores that this process may use.
+        on_gpu: the runs used the GPU, so its clocks matter too.
+
+    Returns:
+        A sentence for each reason, without a full stop.
+
     """
-    return (*_throttling(state), *_low_clocks(state, on_gpu), *_company(state, cores))
+    return (*_throttling(state), *_low_clocks(state, on_gpu), *_other_processes(state, cores))
 
 
 def _throttling(state: MachineState) -> list[str]:
@@ -152,6 +190,8 @@ def _throttling(state: MachineState) -> list[str]:
     for when, reading in (("before", state.before), ("after", state.after)):
         if reading.throttled_by:
             found.append(f"throttled {when} the runs: {', '.join(reading.throttled_by)}")
+
+    # The events are counted since boot; only those of the runs matter here.
     first = state.before.overcurrent_events
     last = state.after.overcurrent_events
     if first is not None and last is not None and last > first:
@@ -163,16 +203,23 @@ def _throttling(state: MachineState) -> list[str]:
 
 def _low_clocks(state: MachineState, on_gpu: bool) -> list[str]:
     found = []
-    for name in ("gpu", "memory", "cpu") if on_gpu else ("cpu",):
-        readings = [state.before, state.after]
-        pair = [reading.clocks[name] for reading in readings if name in reading.clocks]
-        low = min(pair, key=lambda clock: clock.now_mhz or 0, default=None)
-        if low and low.now_mhz is not None and low.max_mhz and low.now_mhz < _NEAR * low.max_mhz:
+    names = ("gpu", "memory", "cpu") if on_gpu else ("cpu",)
+    for name in names:
+        clocks = []
+        for reading in (state.before, state.after):
+            if name in reading.clocks:
+                clocks.append(reading.clocks[name])
+
+        # The lower of the two: a clock that was low at either time may have been low in the runs.
+        low = min(clocks, key=lambda clock: clock.now_mhz or 0, default=None)
+        if low is None or low.now_mhz is None or not low.max_mhz:
+            continue
+        if low.now_mhz < _NEAR * low.max_mhz:
             found.append(f"the {name} clock was {low.now_mhz:.0f} of {low.max_mhz:.0f} MHz")
     return found
 
 
-def _company(state: MachineState, cores: int) -> list[str]:
-    if state.others_cores is None or state.others_cores < 0.1 * cores:
+def _other_processes(state: MachineState, cores: int) -> list[str]:
+    if state.others_cores is None or state.others_cores < _OTHERS_SHARE * cores:
         return []
     return [f"other processes took {state.others_cores:.1f} cores' time during the runs"]

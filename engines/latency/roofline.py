@@ -19,6 +19,8 @@ from hipa_deploy.record import Record
 
 NumberFormat = Literal["fp16", "tf32", "fp32"]
 
+MEASURED = "measured p50, % of bound"  # the heading of a column
+
 
 class Peak(Record):
     """The rates that the bound divides by, dense, at the vendor's highest rated clock.
@@ -182,19 +184,19 @@ def render_roofline(roofline: Roofline) -> Table:
     # The last column appears only beside a measurement on that very device.
     compared = any(bound.measured_percent is not None for bound in roofline.stages.values())
     if compared:
-        headings.append("measured p50, % of bound")
+        headings.append(MEASURED)
     for heading in headings:
         table.add_column(heading, justify="right")
 
     for name, bound in roofline.stages.items():
         cells = _cells(bound)
         if compared:
-            cells.append(_percent_cell(bound.measured_percent))
+            cells.append(percent_cell(bound.measured_percent))
         table.add_row(name, *cells)
 
     total = ["", "", "", "", f"{roofline.end_to_end_ms:.3f}", ""]
     if compared:
-        total.append(_percent_cell(roofline.measured_percent))
+        total.append(percent_cell(roofline.measured_percent))
     table.add_row(END_TO_END, *total, style="bold")
     return table
 
@@ -211,7 +213,8 @@ def _cells(bound: StageBound) -> list[str]:
     ]
 
 
-def _percent_cell(percent: float | None) -> str:
+def percent_cell(percent: float | None) -> str:
+    """A whole percentage for a table; '-' for None."""
     return "-" if percent is None else f"{percent:.0f}"
 
 

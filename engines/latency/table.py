@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 from rich.table import Table
@@ -18,7 +17,7 @@ UNKNOWN = "unknown"
 
 
 def render_table(report: LatencyReport) -> Table:
-    """The report for a terminal: a row a stage, in milliseconds.
+    """Make the table of a report for a terminal: a row for each stage, in milliseconds.
 
     Conditions and warnings are in the caption.
     """
@@ -45,7 +44,7 @@ def render_table(report: LatencyReport) -> Table:
 
 
 def stat_cells(stats: LatencyStats) -> list[str]:
-    """``HEADINGS``' values, milliseconds."""
+    """The values of ``HEADINGS`` as text, in milliseconds."""
     values = (
         stats.first_ms, stats.p50_ms, stats.p90_ms, stats.p95_ms, stats.p99_ms,
         stats.mean_ms, stats.std_ms, stats.min_ms,
@@ -54,29 +53,38 @@ def stat_cells(stats: LatencyStats) -> list[str]:
 
 
 def _ms(value: float | None) -> str:
-    """Four digits or so: eight of them and a stage's name fill the 80 columns of a terminal."""
-    return "-" if value is None else f"{value:.{2 if value < 100 else 1}f}"
+    """Milliseconds with about four digits; '-' for None.
+
+    Eight such numbers and the name of a stage fill the 80 columns of a terminal.
+    """
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 100 else f"{value:.1f}"
 
 
 def _caption(report: LatencyReport) -> str:
     conditions = report.conditions
     runs = report.end_to_end.runs
     few = "; p99 of fewer than 100 runs is close to the slowest" if runs < 100 else ""
-    state = "; ".join(
-        f"{name} {value}" for name, value in state_facts(conditions) if value != UNKNOWN
-    )
     lines = [
         f"{runs} runs after {report.warmup} of warm-up{few}; {conditions.prompts}; "
         f"{device_name(report)}, {conditions.threads} threads; load {report.load_seconds:.2f} s; "
-        f"throughput {report.throughput_images_per_second:.2f} images/s; {memory_text(report)}.",
-        *([f"{state}."] if state else []),
-        *(f"warning: {warning}." for warning in report.warnings),
+        f"throughput {report.throughput_images_per_second:.2f} images/s; {memory_text(report)}."
     ]
+
+    # A terminal is small: what is not known is left out here. The HTML page has it.
+    known = []
+    for name, value in state_facts(conditions):
+        if value != UNKNOWN:
+            known.append(f"{name} {value}")
+    if known:
+        lines.append(f"{'; '.join(known)}.")
+    lines += [f"warning: {warning}." for warning in report.warnings]
     return "\n".join(lines)
 
 
 def device_name(report: LatencyReport) -> str:
-    """What computed: Jetson's module, the GPU, or the processor."""
+    """The name of the device that computed the images: a Jetson, a GPU or a processor."""
     device = report.conditions.device
     if report.conditions.backend in CPU_BACKENDS or device.gpu is None:
         return f"{device.jetson} (CPU)" if device.jetson else device.cpu
@@ -84,7 +92,7 @@ def device_name(report: LatencyReport) -> str:
 
 
 def model_name(report: LatencyReport) -> str:
-    """The base model, and the adaptor that was merged into it."""
+    """The name of the base model, with the adaptor that was merged into it."""
     facts = report.conditions.bundle
     if facts is None:
         return UNKNOWN
@@ -92,17 +100,17 @@ def model_name(report: LatencyReport) -> str:
 
 
 def memory_text(report: LatencyReport) -> str:
-    """Peak host memory, and the device's where the runners tell."""
-    host = "unknown" if report.peak_rss_mib is None else f"{report.peak_rss_mib} MiB"
+    """Peak host memory, and device memory if the runners measure it."""
+    host = UNKNOWN if report.peak_rss_mib is None else f"{report.peak_rss_mib} MiB"
     if report.peak_device_mib is None:
         return f"peak host memory {host}"
     return f"peak host memory {host}, device memory {report.peak_device_mib:.0f} MiB"
 
 
 def state_facts(conditions: Conditions) -> list[tuple[str, str]]:
-    """(what, value) of the machine's state, 'unknown' where the machine does not say.
+    """The machine's state as pairs of name and value; 'unknown' if the machine does not report it.
 
-    Clocks and temperatures are those after the runs.
+    Clocks, temperatures, power and fan are those after the runs. Empty for reports of schema 1.
     """
     state = conditions.state
     if state is None:
@@ -115,20 +123,24 @@ def state_facts(conditions: Conditions) -> list[tuple[str, str]]:
         ("gpu governor", state.gpu_governor or UNKNOWN),
         ("hottest", _hottest(state)),
         ("throttling", _throttling(state)),
-        ("power", UNKNOWN if state.after.power_w is None else f"{state.after.power_w:.1f} W"),
-        ("power limit", UNKNOWN if state.power_limit_w is None else f"{state.power_limit_w:.0f} W"),
-        ("fan", UNKNOWN if state.after.fan_rpm is None else f"{state.after.fan_rpm} rpm"),
-        (
-            "other processes",
-            UNKNOWN if state.others_cores is None else f"{state.others_cores:.1f} cores",
-        ),
+        ("power", _quantity(state.after.power_w, 1, "W")),
+        ("power limit", _quantity(state.power_limit_w, 0, "W")),
+        ("fan", _quantity(state.after.fan_rpm, 0, "rpm")),
+        ("other processes", _quantity(state.others_cores, 1, "cores")),
     ]
 
 
+def _quantity(value: float | None, digits: int, unit: str) -> str:
+    return UNKNOWN if value is None else f"{value:.{digits}f} {unit}"
+
+
 def _clock(clock: Clock) -> str:
-    if clock.now_mhz is None or clock.max_mhz is None:
-        return UNKNOWN if clock.now_mhz is None else f"{clock.now_mhz:.0f} MHz"
-    return f"{clock.now_mhz:.0f} of {clock.max_mhz:.0f} MHz{' (locked)' if clock.locked else ''}"
+    if clock.now_mhz is None:
+        return UNKNOWN
+    if clock.max_mhz is None:
+        return f"{clock.now_mhz:.0f} MHz"
+    locked = " (locked)" if clock.locked else ""
+    return f"{clock.now_mhz:.0f} of {clock.max_mhz:.0f} MHz{locked}"
 
 
 def _hottest(state: MachineState) -> str:
@@ -138,34 +150,45 @@ def _hottest(state: MachineState) -> str:
 
 
 def _throttling(state: MachineState) -> str:
-    lists = [reading.throttled_by for reading in (state.before, state.after)]
-    active = sorted({name for found in lists if found for name in found})
+    before = state.before.throttled_by
+    after = state.after.throttled_by
+    active = sorted({*(before or ()), *(after or ())})
     if active:
         return ", ".join(active)
-    return UNKNOWN if None in lists else "none"
+    # 'none' only if both readings say so.
+    return UNKNOWN if before is None or after is None else "none"
 
 
 def markdown_table(reports: Sequence[LatencyReport]) -> str:
-    """One row a report, ready to paste: what, where, under which conditions, and how long.
+    """Make a Markdown table to publish, with a row for each report.
 
-    Each stage has a column, its p50; a stage that a report does not have is '-'. All times are
-    milliseconds of one batch. '% of bound' is the measured p50 over the roofline's lower bound,
-    where the device's rates are known. Warnings are notes below the table.
+    Each stage has a column with its p50, which is '-' if a report does not have that stage. All
+    times are milliseconds of one batch. '% of bound' is the measured p50 over the lower bound of
+    the roofline, if the rates of the device are known. Warnings are notes below the table.
     """
-    stages = list(dict.fromkeys(name for report in reports for name in report.stages))
+    # Dictionaries keep the order of first appearance and drop duplicates.
+    stage_names: dict[str, None] = {}
+    warnings: dict[str, None] = {}
+    for report in reports:
+        stage_names |= dict.fromkeys(report.stages)
+        warnings |= dict.fromkeys(report.warnings)
+    stages = list(stage_names)
+    notes = list(warnings)
+
     headings = (
         "device", "power mode", "GPU clock, MHz", "L4T / JetPack", "backend", "model", "decoder",
         "size", "precision", "batch", *(f"{stage} p50" for stage in stages),
         "end to end p50", "p99", "% of bound", "runs", "notes",
     )  # fmt: skip
-    notes = list(dict.fromkeys(warning for report in reports for warning in report.warnings))
-    rows = [_row(report, stages, notes) for report in reports]
-    lines = [_line(headings), _line("---" for _ in headings), *(_line(row) for row in rows)]
-    numbered = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
-    return "\n".join([*lines, "", "Latency in ms of one batch.", *numbered]) + "\n"
+    lines = [_line(headings), _line(["---"] * len(headings))]
+    lines += [_line(_row(report, stages, notes)) for report in reports]
+    lines += ["", "Latency in ms of one batch."]
+    lines += [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
+    return "\n".join(lines) + "\n"
 
 
 def _line(cells: Iterable[str]) -> str:
+    # A bar would end the cell.
     escaped = [cell.replace("|", "\\|") for cell in cells]
     return "| " + " | ".join(escaped) + " |"
 
@@ -174,8 +197,12 @@ def _row(report: LatencyReport, stages: Sequence[str], notes: Sequence[str]) -> 
     conditions = report.conditions
     facts = conditions.bundle
     state = conditions.state
-    times = [_ms(report.stages[name].p50_ms) if name in report.stages else "-" for name in stages]
+    times = []
+    for name in stages:
+        stats = report.stages.get(name)
+        times.append(_ms(stats.p50_ms if stats else None))
     percent = report.roofline.measured_percent if report.roofline else None
+    references = [f"[{notes.index(warning) + 1}]" for warning in report.warnings]
     return [
         device_name(report),
         _or_dash(state.power_mode if state else None),
@@ -192,7 +219,7 @@ def _row(report: LatencyReport, stages: Sequence[str], notes: Sequence[str]) -> 
         _ms(report.end_to_end.p99_ms),
         "-" if percent is None else f"{percent:.0f}",
         str(report.end_to_end.runs),
-        " ".join(f"[{notes.index(warning) + 1}]" for warning in report.warnings),
+        " ".join(references),
     ]
 
 
@@ -201,9 +228,10 @@ def _or_dash(text: str | None) -> str:
 
 
 def _gpu_clock(conditions: Conditions, state: MachineState | None) -> str:
-    clock = (
-        state.after.clocks.get("gpu") if state and conditions.backend not in CPU_BACKENDS else None
-    )
+    # The clock of a GPU that took no part would mislead.
+    if state is None or conditions.backend in CPU_BACKENDS:
+        return "-"
+    clock = state.after.clocks.get("gpu")
     return "-" if clock is None else _clock(clock).replace(" MHz", "")
 
 
@@ -213,15 +241,19 @@ def _release(conditions: Conditions, state: MachineState | None) -> str:
 
 
 def _version(conditions: Conditions) -> str:
-    """The version of the package that computed."""
-    packages = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx", "onnxruntime": "onnxruntime"}
-    package = packages.get(conditions.backend)
-    for name in (package,) if package else ("onnxruntime-gpu", "onnxruntime"):
+    """The version of the package that computed; empty if the report does not have it."""
+    packages = {
+        "tensorrt": ["tensorrt"],
+        "rtx": ["tensorrt-rtx"],
+        "onnxruntime": ["onnxruntime"],
+    }
+    # The other backends are ONNX Runtime on a GPU, which has a package of its own.
+    for name in packages.get(conditions.backend, ["onnxruntime-gpu", "onnxruntime"]):
         if name in conditions.versions:
             return _short(conditions.versions[name])
     return ""
 
 
 def _short(version: str) -> str:
-    """'10.3.0.30' of '10.3.0.30', '1.23.0' of '1.23.0+cu12'."""
-    return re.split(r"[+]", version)[0]
+    """The version without its local part: '1.23.0' for '1.23.0+cu12'."""
+    return version.split("+")[0]

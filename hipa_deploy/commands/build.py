@@ -114,10 +114,10 @@ def _dry_run(root: Path, backend: EngineBackend, target: str, options: BuildOpti
     """
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.engines.build.build_bundle import dry_run
-    from hipa_deploy.engines.build.memory_plan import render_plan
+    from hipa_deploy.engines.build.memory_plan import render_memory_plan
 
     plan = dry_run(Bundle.open(root), backend=backend.value, target=target, options=options)
-    Console().print(*render_plan(plan), sep="\n")
+    Console().print(*render_memory_plan(plan), sep="\n")
 
     # After the table: the user sees the numbers as well as the refusal.
     plan.refuse_misfits()

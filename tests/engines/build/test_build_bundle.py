@@ -43,9 +43,9 @@ def build(bundle, **more):
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(
-        path.name for path in folder.rglob("*") if path.is_file() and path.name != ".lock"
-    )
+    """The names of the files in ``folder`` and below, without the lock."""
+    files = [path.name for path in folder.rglob("*") if path.is_file()]
+    return sorted(name for name in files if name != ".lock")
 
 
 @no_gpu
@@ -89,21 +89,17 @@ def test_options_reach_the_builder_and_the_key(make_bundle):
 @no_gpu
 def test_a_refittable_engine_needs_a_driver(make_bundle):
     bundle = make_bundle(stages=("unet",))
-    with pytest.raises(HipaError, match="--refit: a refittable engine is compiled with a driver"):
+    with pytest.raises(HipaError, match="--refit: compiling a refittable engine needs a driver"):
         build(bundle, target="rtx40", options=BuildOptions(refit=True))
     assert not (bundle.root / "engines").exists()
 
 
 def test_a_refittable_engine_of_a_faulty_version_is_refused(make_bundle, monkeypatch):
-    monkeypatch.setattr(
-        build_module,
-        "check_tools",
-        lambda backend: ("tensorrt", SimpleNamespace(__version__="11.3.0.4")),
-    )
+    faulty = SimpleNamespace(__version__="11.3.0.4")
+    monkeypatch.setattr(build_module, "check_tools", lambda backend: ("tensorrt", faulty))
+    options = BuildOptions(refit=True)
     with pytest.raises(HipaError, match=r"tensorrt 11\.3\.0\.4 cannot swap adaptors"):
-        build_bundle(
-            make_bundle(), backend="tensorrt", options=BuildOptions(refit=True), console=QUIET
-        )
+        build_bundle(make_bundle(), backend="tensorrt", options=options, console=QUIET)
 
 
 @pytest.mark.gpu
@@ -118,15 +114,14 @@ def test_a_refittable_engine_is_another_engine(make_bundle):
 def test_what_cannot_fit_is_refused_before_anything_is_written(make_bundle, monkeypatch):
     bundle = make_bundle(stages=("unet",))
     monkeypatch.setattr(plan_module, "available_memory_mib", lambda: 100)
-    with pytest.raises(
-        HipaError, match=r"building: memory on this machine takes about \d+ MiB, 100 MiB is there"
-    ):
+    message = r"building: memory on this machine takes about \d+ MiB \(available: 100 MiB\)"
+    with pytest.raises(HipaError, match=message):
         build(bundle, target="rtx40")
     assert not (bundle.root / "engines").exists()
+
+    # With --force it is built, and then nothing is left to build that could fail to fit.
     (built,) = build(bundle, target="rtx40", force=True)
-    assert build(bundle, target="rtx40") == [
-        dataclasses.replace(built, up_to_date=True)
-    ]  # nothing left to build
+    assert build(bundle, target="rtx40") == [dataclasses.replace(built, up_to_date=True)]
 
 
 @pytest.mark.parametrize("target", ["auto", "orin-nano"])
@@ -137,20 +132,20 @@ def test_a_dry_run_needs_neither_tensorrt_nor_the_device(make_bundle, target):
     assert not (bundle.root / "engines").exists()
 
 
-def test_a_dry_run_takes_the_targets_own_options(make_bundle):
+def test_a_dry_run_uses_the_options_of_the_target_by_default(make_bundle):
     bundle = make_bundle(stages=("unet",))
-    (own,) = dry_run(bundle, backend="tensorrt", target="orin-nano").stages
-    (given,) = dry_run(
-        bundle, backend="tensorrt", target="orin-nano", options=BuildOptions(workspace_mib=5)
-    ).stages
-    assert (
-        own.build_gpu - given.build_gpu == load_target_profile("orin-nano").build.workspace_mib - 5
-    )
+    default = dry_run(bundle, backend="tensorrt", target="orin-nano")
+    options = BuildOptions(workspace_mib=5)
+    small = dry_run(bundle, backend="tensorrt", target="orin-nano", options=options)
+    workspace_mib = load_target_profile("orin-nano").build.workspace_mib
+    saved_mib = default.stages[0].build_gpu - small.stages[0].build_gpu
+    assert len(default.stages) == len(small.stages) == 1
+    assert saved_mib == workspace_mib - 5
 
 
 @no_gpu
 @pytest.mark.parametrize(
-    ("best_of", "message"), [(0, "is 0. Expected 1 to 20"), (3, "no NVIDIA GPU answers here")]
+    ("best_of", "message"), [(0, "is 0. Expected 1 to 20"), (3, "no NVIDIA GPU was found")]
 )
 def test_best_of_needs_a_gpu(make_bundle, best_of, message):
     with pytest.raises(HipaError, match=message):
@@ -158,8 +153,9 @@ def test_best_of_needs_a_gpu(make_bundle, best_of, message):
 
 
 def test_the_fastest_of_several_is_kept(make_bundle, monkeypatch):
-    """The timing alone is invented: no GPU runs here."""
-    bundle, latencies = make_bundle(stages=("unet",)), iter([3.0, 1.0, 2.0])
+    """Real builds with invented timings, because timing needs a GPU."""
+    bundle = make_bundle(stages=("unet",))
+    latencies = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(build_module, "find_gpu", lambda: RTX_4090)
     monkeypatch.setattr(build_module, "time_engine", lambda path, spec, library: next(latencies))
     (built,) = build(bundle, target="rtx40", best_of=3)
@@ -179,14 +175,14 @@ def test_a_damaged_engine_is_built_again(make_bundle):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "asked", "found"), [(np.float32, "fp16", "fp32"), (np.float16, "fp32", "fp16")]
+    ("dtype", "requested", "found"), [(np.float32, "fp16", "fp32"), (np.float16, "fp32", "fp16")]
 )
-def test_a_graph_of_another_precision_is_refused(make_bundle, dtype, asked, found):
-    bundle = make_bundle(dtype=dtype, precision=asked, stages=("unet",))
-    with pytest.raises(
-        HipaError,
-        match=rf"^unet: the ONNX graph is not {asked}: 1 of 1 .* are {found}.*--dtype {asked}",
-    ):
+def test_a_graph_of_another_precision_is_refused(make_bundle, dtype, requested, found):
+    bundle = make_bundle(dtype=dtype, precision=requested, stages=("unet",))
+    message = (
+        rf"^unet: the ONNX graph is not {requested}: 1 of 1 .* are {found}.*--dtype {requested}"
+    )
+    with pytest.raises(HipaError, match=message):
         build(bundle, target="rtx40")
     assert names(bundle.root / "engines") == []
 
@@ -209,21 +205,29 @@ def test_a_corrupt_bundle_is_not_built(make_bundle):
 
 def test_named_axes_become_a_profile(make_bundle, tmp_path):
     bundle = make_bundle(stages=("unet",))
-    path, spec = bundle.stage_path("unet"), bundle.stages["unet"].spec
+    path = bundle.stage_path("unet")
+    spec = bundle.stages["unet"].spec
+
+    # The batch of the graph and of its description gets a name.
     model = onnx.load(path)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     onnx.save(model, path)
-    x, y = (
-        tensor.model_copy(update={"shape": ("batch", 4, 8, 8)})
-        for tensor in (*spec.inputs, *spec.outputs)
-    )
+    named = {"shape": ("batch", 4, 8, 8)}
+    x = spec.inputs[0].model_copy(update=named)
+    y = spec.outputs[0].model_copy(update=named)
     axes = {"batch": Axis(min=1, opt=2, max=4)}
     job = Job(
-        library="rtx", onnx=path, spec=StageSpec(name="unet", inputs=(x,), outputs=(y,), axes=axes),
-        out=tmp_path / "out", precision="fp16", compute_capabilities=(89,),
-        options=BuildOptions(), timing_cache=None,
-    )  # fmt: skip
+        library="rtx",
+        onnx=path,
+        spec=StageSpec(name="unet", inputs=(x,), outputs=(y,), axes=axes),
+        out=tmp_path / "out",
+        precision="fp16",
+        compute_capabilities=(89,),
+        options=BuildOptions(),
+        timing_cache=None,
+    )
+
     run_worker(job, lambda event: None)
     assert (tmp_path / "out").stat().st_size > 10_000
     (profile,) = build_worker._profiles(polygraphy_trt, job.spec)
@@ -231,16 +235,16 @@ def test_named_axes_become_a_profile(make_bundle, tmp_path):
     assert build_worker._profiles(polygraphy_trt, spec) is None
 
 
-def test_a_timing_cache_is_refused_where_it_does_nothing(make_bundle, tmp_path):
+def test_a_timing_cache_is_refused_for_tensorrt_rtx(make_bundle, tmp_path):
     with pytest.raises(HipaError, match="TensorRT-RTX has no timing cache"):
         build(make_bundle(), options=BuildOptions(timing_cache=tmp_path / "cache"))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_foreign_timing_cache_is_refused_and_an_absent_one_made(tmp_path):
+def test_a_file_that_is_no_timing_cache_is_refused_and_a_missing_one_is_created(tmp_path):
     config = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR)).create_builder_config()
     path = tmp_path / "caches" / "new.cache"
-    for _ in range(2):  # absent, then its own
+    for _ in range(2):  # the file is missing at first, and then it is the one just written
         build_worker._load_timing_cache(config, path)
         build_worker._save_timing_cache(config, path)
     path.write_bytes(b"somebody's photograph")
@@ -255,9 +259,8 @@ def test_two_builds_at_once_are_refused(make_bundle):
     code += "from hipa_deploy.engines.build.build_bundle import locked\n"
     code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
     folder = bundle.root / "engines" / "rtx-rtx40"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True
-    ) as other:
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(HipaError, match=rf"another build \(process {other.pid}\)"):
             build(bundle, target="rtx40")
@@ -266,27 +269,29 @@ def test_two_builds_at_once_are_refused(make_bundle):
         assert (folder / ".lock").read_text() == str(os.getpid())
 
 
-def test_a_folder_that_cannot_be_written_is_said(make_bundle):
+def test_a_folder_that_cannot_be_written_is_an_error(make_bundle):
     bundle = make_bundle()
     (bundle.root / "engines").write_text("a file where the folder goes")
     with pytest.raises(HipaError, match="cannot be written"):
         build(bundle)
 
 
-def test_a_lock_clears_what_a_killed_build_left(tmp_path):
+def test_a_lock_deletes_the_scratch_files_of_a_killed_build(tmp_path):
     (tmp_path / ".unet-0.engine.tmp").write_bytes(b"half")
     with locked(tmp_path):
         assert names(tmp_path) == []
 
 
 def test_interrupting_stops_the_worker_and_leaves_nothing(make_bundle, monkeypatch):
-    bundle, workers = make_bundle(stages=("unet",)), []
+    bundle = make_bundle(stages=("unet",))
+    workers = []
     popen = subprocess.Popen
-    monkeypatch.setattr(
-        subprocess,
-        "Popen",
-        lambda *args, **more: workers.append(popen(*args, **more)) or workers[-1],
-    )
+
+    def start(*args, **more):
+        workers.append(popen(*args, **more))
+        return workers[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
 
     def interrupt(event):
         raise KeyboardInterrupt
@@ -300,13 +305,13 @@ def test_interrupting_stops_the_worker_and_leaves_nothing(make_bundle, monkeypat
 
 def test_ctrl_c_in_the_terminal_stops_a_whole_build(make_bundle):
     bundle = make_bundle(stages=("unet",))
-    code = "import sys; from pathlib import Path; from hipa_deploy.bundle.folder import Bundle\n"
+    code = "import sys\nfrom pathlib import Path\nfrom hipa_deploy.bundle.folder import Bundle\n"
     code += "from hipa_deploy.engines.build.build_bundle import build_bundle\n"
     code += "build_bundle(Bundle.open(Path(sys.argv[1])), backend='rtx', target='rtx40')"
     folder = bundle.root / "engines"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(bundle.root)], stderr=subprocess.DEVNULL
-    ) as process:
+    command = [sys.executable, "-c", code, str(bundle.root)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        # The lock shows that the build has begun.
         while not (folder / "rtx-rtx40" / ".lock").exists() and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
@@ -317,23 +322,22 @@ def test_ctrl_c_in_the_terminal_stops_a_whole_build(make_bundle):
 
 def test_missing_packages_give_the_pip_command(make_bundle, monkeypatch):
     bundle = make_bundle(stages=("unet",))
-    with pytest.raises(
-        MissingDependencyError, match=r"tensorrt is not installed.*hipa-deploy\[tensorrt\]"
-    ):
+    message = r"tensorrt is not installed.*hipa-deploy\[tensorrt\]"
+    with pytest.raises(MissingDependencyError, match=message):
         build_bundle(bundle, backend="tensorrt", console=QUIET)
+
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"polygraphy.*hipa-deploy\[rtx\]"):
         build(bundle)
-    with pytest.raises(
-        HipaError, match=r"'onnxruntime' has no engines. Expected one of: tensorrt, rtx"
-    ):
+
+    message = r"'onnxruntime' has no engines. Expected one of: tensorrt, rtx"
+    with pytest.raises(HipaError, match=message):
         build_bundle(bundle, backend="onnxruntime", console=QUIET)
 
 
 def test_the_worker_never_loads_torch_or_onnx(make_bundle):
     code = "import sys, hipa_deploy.engines.build.worker, polygraphy.backend.trt\n"
     code += "print([n for n in ('torch', 'onnx', 'diffusers', 'transformers') if n in sys.modules])"
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert json.loads(answer.stdout.replace("'", '"')) == []
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.replace("'", '"')) == []

@@ -1,3 +1,5 @@
+"""Nested build phases as one fraction."""
+
 from __future__ import annotations
 
 import pytest
@@ -35,8 +37,9 @@ NAMES = st.sampled_from("abcd")
         max_size=40,
     )
 )
-def test_whatever_is_reported_the_fraction_never_falls_nor_leaves_0_to_1(calls):
-    tree, last = PhaseTree(), 0.0
+def test_the_fraction_never_falls_and_stays_between_0_and_1(calls):
+    tree = PhaseTree()
+    last = 0.0
     for method, *arguments in calls:
         getattr(tree, method)(*arguments)
         assert last <= tree.fraction <= 1.0

@@ -1,4 +1,4 @@
-"""The memory plan against invented machines, and bundles whose files are sparse."""
+"""The memory plan, for invented machines and for bundles whose large files are sparse."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hipa_deploy.engines.build.memory_plan import (
     HOST_PER_WEIGHT,
     RUNTIME_MIB,
     Need,
-    plan_build,
-    render_plan,
+    plan_memory,
+    render_memory_plan,
 )
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.errors import HipaError
@@ -31,42 +31,49 @@ MIB = 1 << 20
 
 @pytest.fixture
 def bundle(make_bundle, monkeypatch) -> Bundle:
-    """Two stages: 'unet' with 1000 MiB of weights and 50 of activations, 'vae_decoder' with 100.
+    """A bundle of two stages, on a machine with 4000 MiB of memory and 500 MiB of swap.
 
-    Nothing is known of the activations of 'vae_decoder'.
+    'unet' has 1000 MiB of weights and 50 MiB of activations. 'vae_decoder' has 100 MiB of weights,
+    and its activations are not known.
     """
     made = make_bundle()
     for stage, mib in (("unet", 1000), ("vae_decoder", 100)):
         files = list(made.stage_path(stage).parent.glob("*"))
+        # The first file grows, without any blocks on disk, until all files together have the size.
         os.truncate(files[0], mib * MIB - sum(path.stat().st_size for path in files[1:]))
+
     cost = Cost(flops=0, weight_bytes=0, io_bytes=0, activation_bytes=50 * MIB)
     costs = {"unet": cost, "vae_decoder": None}
-    stages = [
-        stage.model_copy(update={"cost": costs[stage.spec.name]}) for stage in made.manifest.stages
-    ]
+    stages = []
+    for stage in made.manifest.stages:
+        stages.append(stage.model_copy(update={"cost": costs[stage.spec.name]}))
+
     monkeypatch.setattr(plan_module, "available_memory_mib", lambda: 4000)
     monkeypatch.setattr(plan_module, "free_swap_mib", lambda: 500)
     return Bundle(made.root, made.manifest.model_copy(update={"stages": tuple(stages)}))
 
 
 def machine(gpu=None, jetson=None) -> Device:
-    facts = {
-        "cpu": "c",
-        "cores": 2,
-        "memory_mib": 8000,
-        "os": "o",
-        "arch": "a",
-        "python": "3",
-        "l4t": None,
-    }
-    return Device(**facts, gpu=gpu, jetson=jetson, backends=())
+    return Device(
+        cpu="c",
+        cores=2,
+        memory_mib=8000,
+        os="o",
+        arch="a",
+        python="3",
+        l4t=None,
+        gpu=gpu,
+        jetson=jetson,
+        backends=(),
+    )
 
 
 def plan(bundle, library, target="auto", device=None, stages=("unet", "vae_decoder"), **options):
-    return plan_build(bundle, stages, library, target, BuildOptions(**options), device or machine())
+    device = device or machine()
+    return plan_memory(bundle, stages, library, target, BuildOptions(**options), device)
 
 
-def test_rtx_compiles_on_the_host_and_the_largest_stage_counts(bundle):
+def test_tensorrt_rtx_compiles_on_the_host_and_the_largest_stage_counts(bundle):
     planned = plan(bundle, "rtx")
     unet, decoder = planned.stages
     assert (unet.weights, unet.activations, unet.build_gpu) == (1000, 50, None)
@@ -78,7 +85,7 @@ def test_rtx_compiles_on_the_host_and_the_largest_stage_counts(bundle):
     planned.refuse_misfits()
 
 
-def test_only_what_is_to_be_built_counts(bundle):
+def test_only_the_stages_to_build_count(bundle):
     planned = plan(bundle, "rtx", stages=())
     assert planned.stages == ()
     assert [need.what for need in planned.needs] == ["engines: disk"]
@@ -92,7 +99,7 @@ def test_a_named_target_says_whether_the_whole_pipeline_runs_there(bundle):
     assert plan(bundle, "rtx", "rtx40").needs[-1].verdict == "unknown"  # a family: cards differ
 
 
-def test_on_a_jetson_host_and_gpu_share(bundle):
+def test_on_a_jetson_host_and_gpu_share_one_memory(bundle):
     planned = plan(bundle, "tensorrt", device=machine(ORIN), workspace_mib=300)
     building, _, running = planned.needs
     gpu = 1000 + 50 + 300
@@ -102,21 +109,21 @@ def test_on_a_jetson_host_and_gpu_share(bundle):
     assert building.verdict == "does not fit"
     assert running.where == "this machine"
     numbers = (
-        r"on this machine takes about 5,\d+ MiB, 4,000 MiB is there and 500 MiB of swap. "
+        r"on this machine takes about 5,\d+ MiB \(available: 4,000 MiB and 500 MiB of swap\)\. "
         r"Close other programs"
     )
     with pytest.raises(HipaError, match=numbers):
         planned.refuse_misfits()
 
 
-def test_swap_takes_the_hosts_part(bundle, monkeypatch):
+def test_swap_can_hold_the_part_of_the_host(bundle, monkeypatch):
     monkeypatch.setattr(plan_module, "free_swap_mib", lambda: 3000)
     planned = plan(bundle, "tensorrt", device=machine(ORIN))
     assert planned.needs[0].verdict == "fits with swap"
     planned.refuse_misfits()
 
 
-def test_a_discrete_gpu_has_its_own(bundle):
+def test_a_discrete_gpu_has_its_own_memory(bundle):
     host, gpu, _, running = plan(bundle, "tensorrt", device=machine(RTX_4090)).needs
     assert (host.what, gpu.what, running.what) == (
         "building: memory",
@@ -126,7 +133,7 @@ def test_a_discrete_gpu_has_its_own(bundle):
     assert gpu.have == RTX_4090.memory_mib
 
 
-def test_a_jetson_that_is_not_here_is_planned_from_its_data_file(bundle):
+def test_the_memory_of_another_jetson_comes_from_its_data_file(bundle):
     building, _, running = plan(bundle, "tensorrt", "orin-nano").needs
     assert building.where == running.where == "Jetson Orin Nano 8 GB"
     assert building.have == running.have == round(8192 * 0.93) - 1024
@@ -135,9 +142,8 @@ def test_a_jetson_that_is_not_here_is_planned_from_its_data_file(bundle):
 
 def test_a_full_disk_is_refused_with_numbers(bundle, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=MIB))
-    with pytest.raises(
-        HipaError, match=r"engines: disk on .* about 1,2\d\d MiB, 1 MiB is there\. Free some disk"
-    ):
+    message = r"engines: disk on .* about 1,2\d\d MiB \(available: 1 MiB\)\. Free some disk"
+    with pytest.raises(HipaError, match=message):
         plan(bundle, "rtx").refuse_misfits()
 
 
@@ -150,15 +156,17 @@ def test_too_little_to_run_has_its_own_remedy(bundle, monkeypatch):
 @given(*[st.integers(0, 10_000)] * 4)
 def test_a_need_that_fits_never_stops_fitting_with_more(need, have, swap, pageable):
     order = ["does not fit", "fits with swap", "fits"]
-    one = Need(what="w", where="x", need=need, have=have, swap=swap, pageable=min(pageable, need))
+    pageable = min(pageable, need)
+    one = Need(what="w", where="x", need=need, have=have, swap=swap, pageable=pageable)
     more = one.model_copy(update={"have": have + 1, "swap": swap + 1})
     assert order.index(more.verdict) >= order.index(one.verdict)
-    assert (one.verdict == "does not fit") == (need > have + min(swap, min(pageable, need)))
+    assert (one.verdict == "does not fit") == (need > have + min(swap, pageable))
 
 
 def test_the_tables_show_every_number(bundle):
     console = Console(record=True, width=140)
-    console.print(*render_plan(plan(bundle, "tensorrt", device=machine(ORIN))), sep="\n")
+    tables = render_memory_plan(plan(bundle, "tensorrt", device=machine(ORIN)))
+    console.print(*tables, sep="\n")
     text = console.export_text()
     for part in ("unet", "1,000", "3,630", "does not fit", "this machine", "500"):
         assert part in text

@@ -1,6 +1,6 @@
-"""The inspector's JSON, in the two forms that NVIDIA documents.
+"""The JSON of TensorRT's engine inspector, in the two forms that NVIDIA documents.
 
-It is written by hand, since reading an engine needs a driver.
+The JSON is written by hand, because reading an engine needs a driver.
 """
 
 from __future__ import annotations
@@ -36,17 +36,19 @@ TENSORRT_11 = {
 
 
 @pytest.mark.parametrize("report", [TENSORRT_10, TENSORRT_11])
-def test_both_forms(report):
+def test_both_forms_are_read(report):
     check = parse_inspector(json.dumps(report))
     assert (check.by, check.float16, check.float32) == ("inspector", 1, 1)
 
 
-def test_another_precision_than_asked_is_an_error():
-    half = {"Layers": TENSORRT_11["Layers"] + TENSORRT_11["Layers"][:1]}  # two of three
+def test_an_engine_of_another_precision_than_requested_is_an_error():
+    half = {"Layers": TENSORRT_11["Layers"] + TENSORRT_11["Layers"][:1]}  # two of three are FP16
     assert check_inspected(json.dumps(half), "fp16").float16 == 2
-    with pytest.raises(
-        HipaError, match=r"built in fp16, fp32 was asked for: 2 of 3 outputs, by its inspector"
-    ):
+    message = (
+        r"built in fp16, but fp32 was requested: 2 of 3 outputs, according to its inspector\. "
+        r"Report it with hipa-doctor --self-test"
+    )
+    with pytest.raises(HipaError, match=message):
         check_inspected(json.dumps(half), "fp32")
     assert check_inspected("{}", "fp16") is None
 
@@ -54,5 +56,5 @@ def test_another_precision_than_asked_is_an_error():
 @pytest.mark.parametrize(
     "text", ["", "{}", '{"Layers": ["a", "b"]}', '{"Layers": [{"Name": "a"}]}']
 )
-def test_no_types_is_no_answer(text):
+def test_a_report_without_types_gives_no_check(text):
     assert parse_inspector(text) is None

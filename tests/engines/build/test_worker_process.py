@@ -1,4 +1,4 @@
-"""The worker's process: real TensorRT-RTX builds of a tiny graph, and how one ends."""
+"""The process of the build worker: real TensorRT-RTX builds of a tiny graph, and their ends."""
 
 from __future__ import annotations
 
@@ -36,10 +36,15 @@ def job(make_bundle, tmp_path) -> Job:
     """A build of one convolution."""
     bundle = make_bundle(stages=("unet",))
     return Job(
-        library="rtx", onnx=bundle.stage_path("unet"), spec=bundle.stages["unet"].spec,
+        library="rtx",
+        onnx=bundle.stage_path("unet"),
+        spec=bundle.stages["unet"].spec,
         out=tmp_path / "out",
-        precision="fp16", compute_capabilities=(89,), options=BuildOptions(), timing_cache=None,
-    )  # fmt: skip
+        precision="fp16",
+        compute_capabilities=(89,),
+        options=BuildOptions(),
+        timing_cache=None,
+    )
 
 
 def test_progress_rises_to_one(job):
@@ -55,10 +60,10 @@ def test_progress_rises_to_one(job):
 
 
 def test_a_worker_whose_parent_is_gone_stops(job):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(
-        build_process.WORKER, env=build_worker.environment("rtx"), text=True, **pipes
-    ) as worker:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    env = build_worker.environment("rtx")
+    with subprocess.Popen(build_process.WORKER, env=env, text=True, **pipes) as worker:
+        # A parent that has died reads no events.
         worker.stdout.close()
         worker.stdin.write(job.model_dump_json())
         worker.stdin.close()
@@ -67,9 +72,8 @@ def test_a_worker_whose_parent_is_gone_stops(job):
 
 
 def test_a_killed_worker_is_explained(job, monkeypatch):
-    monkeypatch.setattr(
-        build_process, "WORKER", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
-    )
+    kill_itself = (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(build_process, "WORKER", kill_itself)
     with pytest.raises(HipaError, match="the build was killed by SIGKILL"):
         run_worker(job, lambda event: None)
 

@@ -1,3 +1,5 @@
+"""Jetson's release of Jetson Linux."""
+
 from __future__ import annotations
 
 import pytest

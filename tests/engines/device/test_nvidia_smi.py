@@ -1,3 +1,5 @@
+"""One GPU according to a fake of nvidia-smi."""
+
 from __future__ import annotations
 
 import subprocess
@@ -14,34 +16,39 @@ OTHER = "NVIDIA T400, 420, 1425, 405, 5001, 40, [N/A], [N/A], P8, Disabled, 0x00
 
 
 def answer_with(monkeypatch, *rows: str, known: str = "clocks_event_reasons.active") -> list[str]:
-    """nvidia-smi, faked: it fails for a field that it does not know, as the real one does."""
-    asked: list[str] = []
+    """Fake nvidia-smi; returns the list of queries that it gets.
+
+    Like the real one it fails as a whole for a field that it does not know.
+    """
+    queries: list[str] = []
 
     def run(command, **more):
-        asked.append(command[1])
+        queries.append(command[1])
         if not command[1].endswith(known):
             raise subprocess.CalledProcessError(2, command)
         return subprocess.CompletedProcess(command, 0, stdout="\n".join(rows) + "\n")
 
     monkeypatch.setattr(subprocess, "run", run)
-    return asked
+    return queries
 
 
 def test_one_gpu(monkeypatch):
-    asked = answer_with(monkeypatch, ROW)
+    queries = answer_with(monkeypatch, ROW)
     smi = ask_smi(None)
-    assert len(asked) == 1
-    assert (smi_number(smi, "clocks.sm"), smi_number(smi, "power.draw")) == (2520, 310.55)
-    assert (smi_text(smi, "pstate"), smi_throttles(smi)) == ("P2", ("power cap",))
+    assert len(queries) == 1
+    assert smi_number(smi, "clocks.sm") == 2520
+    assert smi_number(smi, "power.draw") == 310.55
+    assert smi_text(smi, "pstate") == "P2"
+    assert smi_throttles(smi) == ("power cap",)
 
 
 def test_an_older_driver_knows_the_reasons_by_another_name(monkeypatch):
-    asked = answer_with(monkeypatch, ROW, known="clocks_throttle_reasons.active")
+    queries = answer_with(monkeypatch, ROW, known="clocks_throttle_reasons.active")
     assert smi_throttles(ask_smi(None)) == ("power cap",)
-    assert len(asked) == 2
+    assert len(queries) == 2
 
 
-def test_of_several_gpus_the_one_of_that_name(monkeypatch):
+def test_of_several_gpus_the_one_with_the_name_is_used(monkeypatch):
     answer_with(monkeypatch, ROW, OTHER)
     smi = ask_smi("NVIDIA T400")
     assert smi_throttles(smi) == ()  # idle is no throttling
@@ -49,20 +56,20 @@ def test_of_several_gpus_the_one_of_that_name(monkeypatch):
     assert ask_smi("Orin") == ask_smi(None) == {}
 
 
-def test_two_of_one_name_cannot_be_told_apart(monkeypatch):
+def test_two_gpus_of_one_name_cannot_be_distinguished(monkeypatch):
     answer_with(monkeypatch, OTHER, OTHER)
     assert ask_smi("NVIDIA T400") == {}
 
 
 @pytest.mark.parametrize("rows", [(), ("No devices were found",)])
-def test_nothing_useful_is_nothing_known(monkeypatch, rows):
+def test_an_answer_without_a_gpu_is_empty(monkeypatch, rows):
     answer_with(monkeypatch, *rows)
     smi = ask_smi(None)
     assert smi == {}
     assert smi_number(smi, "clocks.sm") is smi_text(smi, "pstate") is smi_throttles(smi) is None
 
 
-def test_without_the_command_nothing_is_known(monkeypatch):
+def test_without_nvidia_smi_the_answer_is_empty(monkeypatch):
     def absent(command, **more):
         raise FileNotFoundError(command[0])
 

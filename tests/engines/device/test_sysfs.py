@@ -1,3 +1,5 @@
+"""Files of Linux and Jetson Linux, in trees that imitate them."""
+
 from __future__ import annotations
 
 import pytest
@@ -16,21 +18,16 @@ def test_orin(tmp_path):
         "memory": Clock(now_mhz=3199, max_mhz=3199),
         "cpu": Clock(now_mhz=1728, max_mhz=1728, locked=True),  # the fastest core
     }
-    assert (sysfs.cpu_governor(root), sysfs.gpu_governor(root)) == (
-        "performance, schedutil",
-        "nvhost_podgov",
-    )
-    assert sysfs.temperatures(root) == {
-        "cpu-thermal": 51.0,
-        "gpu-thermal": 54.5,
-    }  # cv0 is switched off
-    assert sysfs.throttled_by(root) == ("gpu-throttle-alert",)  # a fan that turns is no throttling
+    assert sysfs.cpu_governor(root) == "performance, schedutil"
+    assert sysfs.gpu_governor(root) == "nvhost_podgov"
+    # The zone of cv0 has no power.
+    assert sysfs.temperatures(root) == {"cpu-thermal": 51.0, "gpu-thermal": 54.5}
+    # The state of the fan is above 0 too, but a fan that turns is no throttling.
+    assert sysfs.throttled_by(root) == ("gpu-throttle-alert",)
     assert sysfs.overcurrent_events(root) == 37
-    assert (sysfs.module_watts(root), sysfs.fan_rpm(root), sysfs.load_average(root)) == (
-        10.0,
-        2140,
-        1.25,
-    )
+    assert sysfs.module_watts(root) == 10.0
+    assert sysfs.fan_rpm(root) == 2140
+    assert sysfs.load_average(root) == 1.25
 
 
 def test_thor_has_no_device_tree_names_and_its_memory_in_devfreq(tmp_path):
@@ -41,23 +38,36 @@ def test_thor_has_no_device_tree_names_and_its_memory_in_devfreq(tmp_path):
     }
 
 
-def test_a_machine_that_says_nothing_is_not_guessed_at(tmp_path):
-    assert sysfs.clocks(tmp_path) == sysfs.temperatures(tmp_path) == {}
-    for ask in (sysfs.power_mode, sysfs.jetpack, sysfs.cpu_governor, sysfs.gpu_governor,
-                sysfs.throttled_by,
-                sysfs.overcurrent_events, sysfs.module_watts, sysfs.fan_rpm, sysfs.load_average,
-                sysfs.busy_seconds):  # fmt: skip
-        assert ask(tmp_path) is None, ask.__name__
+@pytest.mark.parametrize("read", [sysfs.clocks, sysfs.temperatures])
+def test_a_machine_without_the_files_has_no_entries(tmp_path, read):
+    assert read(tmp_path) == {}
 
 
-def test_a_mode_without_a_name_and_a_name_of_another_mode(tmp_path):
-    root = plant(
-        tmp_path,
-        {
-            "var/lib/nvpmodel/status": "pmode:0012",
-            "etc/nvpmodel.conf": "< POWER_MODEL ID=1 NAME=A >",
-        },
-    )
+@pytest.mark.parametrize(
+    "read",
+    [
+        sysfs.power_mode,
+        sysfs.jetpack,
+        sysfs.cpu_governor,
+        sysfs.gpu_governor,
+        sysfs.throttled_by,
+        sysfs.overcurrent_events,
+        sysfs.module_watts,
+        sysfs.fan_rpm,
+        sysfs.load_average,
+        sysfs.busy_seconds,
+    ],
+)
+def test_what_a_machine_does_not_report_is_none(tmp_path, read):
+    assert read(tmp_path) is None
+
+
+def test_a_power_mode_without_a_name_has_its_number(tmp_path):
+    files = {
+        "var/lib/nvpmodel/status": "pmode:0012",
+        "etc/nvpmodel.conf": "< POWER_MODEL ID=1 NAME=A >",
+    }
+    root = plant(tmp_path, files)
     assert sysfs.power_mode(root) == "mode 12"
 
 
@@ -66,8 +76,7 @@ def test_a_file_without_a_number_is_unknown(tmp_path, text):
     assert sysfs.clocks(plant(tmp_path, {"sys/class/devfreq/17000000.ga10b/cur_freq": text})) == {}
 
 
-def test_busy_is_neither_idle_nor_counted_twice(tmp_path, monkeypatch):
+def test_busy_seconds_have_no_idle_time_and_count_guests_once(tmp_path, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 100)
-    assert (
-        sysfs.busy_seconds(plant(tmp_path, ORIN)) == 1.8
-    )  # no idle, no waiting for disks, guests are in user
+    # Neither idle time nor waiting for disks counts, and guests are already counted in user.
+    assert sysfs.busy_seconds(plant(tmp_path, ORIN)) == 1.8

@@ -1,3 +1,5 @@
+"""Two latency reports side by side: ratios, intervals, verdicts and differences."""
+
 from __future__ import annotations
 
 import io
@@ -28,15 +30,16 @@ def noisy(centre: float, spread: float = 0.2, runs: int = 50, seed: int = 1) -> 
 
 def test_slower_past_the_threshold_and_beyond_chance_is_a_regression():
     compared = compare_reports(a_report(), a_report(noisy(12)))
-    unet, whole = compared.rows["unet"], compared.rows[END_TO_END]
+    unet = compared.rows["unet"]
+    whole = compared.rows[END_TO_END]
     assert unet.low < unet.ratio == pytest.approx(1.2, abs=0.02)
     assert 1 < whole.low < whole.ratio < whole.high
-    assert (unet.verdict, compared.rows["vae_decoder"].verdict, compared.regression) == (
-        "slower",
-        "same",
-        True,
-    )
-    assert compare_reports(a_report(noisy(12)), a_report()).rows["unet"].verdict == "faster"
+    assert unet.verdict == "slower"
+    assert compared.rows["vae_decoder"].verdict == "same"
+    assert compared.regression is True
+
+    reverse = compare_reports(a_report(noisy(12)), a_report())
+    assert reverse.rows["unet"].verdict == "faster"
 
 
 @pytest.mark.parametrize(
@@ -47,29 +50,31 @@ def test_slower_past_the_threshold_and_beyond_chance_is_a_regression():
         ([9.0] * 6 + [13.0] * 6, 5),  # past the threshold, but it may be chance
     ],
 )
-def test_otherwise_it_is_none(second, threshold):
-    assert not compare_reports(a_report(), a_report(second), threshold_percent=threshold).regression
+def test_a_small_or_uncertain_change_is_no_regression(second, threshold):
+    compared = compare_reports(a_report(), a_report(second), threshold_percent=threshold)
+    assert not compared.regression
 
 
 def test_the_metric_is_what_is_compared():
     tail = [*noisy(10, runs=45), *noisy(30, runs=5)]
     assert not compare_reports(a_report(), a_report(tail), metric="p50").regression
-    assert compare_reports(a_report(), a_report(tail), metric="p95").rows[
-        "unet"
-    ].ratio == pytest.approx(3, abs=0.2)
+    p95 = compare_reports(a_report(), a_report(tail), metric="p95").rows["unet"]
+    assert p95.ratio == pytest.approx(3, abs=0.2)
     mean = compare_reports(a_report(), a_report(tail), metric="mean").rows["unet"]
     assert mean.second_ms == pytest.approx(np.mean(tail), abs=1e-3)
 
 
-def test_the_interval_covers_what_it_should():
-    """Of 60 pairs of equal samples about 5 % of the 95 % intervals miss 1.
+def test_the_interval_misses_the_true_ratio_seldom():
+    """Of 60 pairs of samples from one distribution about 5 % of the 95 % intervals miss 1.
 
-    15 % would be a broken bootstrap.
+    If more than 15 % miss it, the bootstrap is broken.
     """
     missed = 0
-    for seed in range(60):
-        pair = [np.asarray(noisy(10, 1, 60, seed=1000 + 2 * seed + k)) for k in (0, 1)]
-        ratio = resampled(pair[1], "p50", 1) / resampled(pair[0], "p50", 0)
+    for pair in range(60):
+        seed = 1000 + 2 * pair
+        first = np.asarray(noisy(10, 1, 60, seed=seed))
+        second = np.asarray(noisy(10, 1, 60, seed=seed + 1))
+        ratio = resampled(second, "p50", 1) / resampled(first, "p50", 0)
         low, high = np.percentile(ratio, [2.5, 97.5])
         missed += not low <= 1 <= high
     assert missed <= 9
@@ -78,35 +83,36 @@ def test_the_interval_covers_what_it_should():
 def test_runs_that_resemble_their_neighbours_widen_the_interval():
     drifting = np.cumsum(np.random.default_rng(0).normal(0, 0.05, 200)) + 10
     mixed = np.random.default_rng(1).permutation(drifting)
-    spread = [np.std(resampled(samples, "mean", 0)) for samples in (drifting, mixed)]
-    assert spread[0] > 1.5 * spread[1]
+    drifting_spread = np.std(resampled(drifting, "mean", 0))
+    mixed_spread = np.std(resampled(mixed, "mean", 0))
+    assert drifting_spread > 1.5 * mixed_spread
     assert len(resampled(mixed, "mean", 0)) == RESAMPLES
 
 
-def test_it_is_the_same_every_time():
-    assert compare_reports(a_report(), a_report(noisy(12))) == compare_reports(
-        a_report(), a_report(noisy(12))
-    )
+def test_a_comparison_is_the_same_every_time():
+    first = compare_reports(a_report(), a_report(noisy(12)))
+    second = compare_reports(a_report(), a_report(noisy(12)))
+    assert first == second
 
 
-def test_device_time_is_compared_where_both_have_it():
+def test_device_time_is_compared_if_both_reports_have_it():
     both = compare_reports(a_report(device=True), a_report(noisy(12), device=True))
     assert both.rows["unet, device"].ratio == pytest.approx(1.2, abs=0.02)
     one = compare_reports(a_report(device=True), a_report())
     assert one.only_in_one == ("end to end, device", "unet, device", "vae_decoder, device")
 
 
-def test_conditions_that_differ_are_named_and_moments_are_not():
-    slow = READING.model_copy(
-        update={"clocks": {"gpu": Clock(now_mhz=600, max_mhz=612, locked=True)}, "fan_rpm": 1}
-    )
+def test_settings_that_differ_are_named_and_readings_are_not():
+    clock = Clock(now_mhz=600, max_mhz=612, locked=True)
+    slow = READING.model_copy(update={"clocks": {"gpu": clock}, "fan_rpm": 1})
     state = STATE.model_copy(update={"power_mode": "15W (mode 0)", "after": slow})
     versions = {"tensorrt": "10.13.3", "numpy": "2.0"}
-    other = a_report(
-        conditions=CONDITIONS.model_copy(update={"state": state, "versions": versions})
-    )
-    told = {one.field: (one.first, one.second) for one in condition_differences(a_report(), other)}
-    assert told == {
+    conditions = CONDITIONS.model_copy(update={"state": state, "versions": versions})
+    other = a_report(conditions=conditions)
+    differences = {}
+    for difference in condition_differences(a_report(), other):
+        differences[difference.field] = (difference.first, difference.second)
+    assert differences == {
         "versions.tensorrt": ("10.3.0.30", "10.13.3"),
         "state.power_mode": ("MAXN_SUPER (mode 2)", "15W (mode 0)"),
         "state.clocks.gpu.max_mhz": ("1020.0", "612.0"),
@@ -123,13 +129,13 @@ def shown(comparison) -> str:
     return console.file.getvalue()
 
 
-def test_the_reports_warnings_are_carried_over():
+def test_a_comparison_has_the_warnings_of_the_reports():
     compared = compare_reports(a_report(), a_report(warnings=("throttled",)))
     assert compared.warnings == ("second: throttled",)
     assert "warning: second: throttled." in shown(compared)
 
 
-def test_without_samples_or_with_few_it_is_refused():
+def test_a_report_without_samples_or_with_few_is_refused():
     bare = a_report().end_to_end.model_copy(update={"samples_ms": ()})
     with pytest.raises(HipaError, match="the second report has no samples"):
         compare_reports(a_report(), a_report(end_to_end=bare))
@@ -138,18 +144,18 @@ def test_without_samples_or_with_few_it_is_refused():
 
 
 @pytest.mark.parametrize("percent", [-1, float("nan"), float("inf")])
-def test_absurd_thresholds(percent):
+def test_a_threshold_below_0_or_not_finite_is_refused(percent):
     with pytest.raises(HipaError, match="Expected 0 or more"):
         compare_reports(a_report(), a_report(), threshold_percent=percent)
 
 
-def test_percentages():
+def test_percentages_are_read_with_and_without_the_sign():
     assert parse_percent("5%") == parse_percent(" 5 % ") == parse_percent("5") == 5
     with pytest.raises(HipaError, match="'x%' is not a percentage"):
         parse_percent("x%")
 
 
-def test_the_command_ends_with_1_on_a_regression_alone(tmp_path, capsys):
+def test_the_command_ends_with_1_only_on_a_regression(tmp_path, capsys):
     for name, report in (("a", a_report()), ("b", a_report(noisy(12)))):
         (tmp_path / f"{name}.json").write_text(report.model_dump_json())
 

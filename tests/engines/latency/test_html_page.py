@@ -1,3 +1,5 @@
+"""The HTML page of a latency report."""
+
 from __future__ import annotations
 
 import json
@@ -17,7 +19,10 @@ VOID = {"meta"}
 
 
 class Balanced(HTMLParser):
-    """Raises where a tag is closed that is not open. SVG's own '<x/>' arrives as start and end."""
+    """Fails where a tag is closed that is not open.
+
+    An empty element of SVG, '<x/>', arrives as a start and an end.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,17 +40,16 @@ def check(page: str) -> None:
     parser = Balanced()
     parser.feed(page)
     assert parser.open == []
-    assert set(re.findall(r"https?://[^\"'<> ]+", page)) <= {
-        "http://www.w3.org/2000/svg"
-    }  # a name, not an address
+    # The name of the SVG namespace is no address: nothing is loaded from it.
+    addresses = set(re.findall(r"https?://[^\"'<> ]+", page))
+    assert addresses <= {"http://www.w3.org/2000/svg"}
     assert not re.search(r"<script|<link|<img|@import|url\(|\bsrc=|\bhref=", page)
 
 
-def test_it_stands_alone_and_tells_everything():
+def test_the_page_loads_nothing_and_shows_the_whole_report():
     layers = tuple(LayerTime(name=f"node{i}", op="Conv", ms=1.0, percent=5.0) for i in range(20))
-    page = render_page(
-        a_report(device=True, layers={"unet": layers}, warnings=("throttled before the runs",))
-    )
+    warnings = ("throttled before the runs",)
+    page = render_page(a_report(device=True, layers={"unet": layers}, warnings=warnings))
     check(page)
     assert page.count("<svg") == 3
     parts = (
@@ -58,12 +62,12 @@ def test_it_stands_alone_and_tells_everything():
         assert part in page
 
 
-def test_what_a_report_says_is_text_never_markup():
+def test_text_from_a_report_never_becomes_markup():
     evil = "<script>alert(1)</script>"
     facts = CONDITIONS.bundle.model_copy(update={"base_model": evil})
-    told = CONDITIONS.model_copy(update={"bundle": facts, "versions": {evil: evil}})
+    conditions = CONDITIONS.model_copy(update={"bundle": facts, "versions": {evil: evil}})
     stages = {evil: a_report().stages["unet"]}
-    page = render_page(a_report(conditions=told, warnings=(evil,), stages=stages))
+    page = render_page(a_report(conditions=conditions, warnings=(evil,), stages=stages))
     check(page)
     assert "&lt;script&gt;" in page
 
@@ -76,36 +80,19 @@ def test_a_report_of_schema_1_has_a_page_without_plots():
     assert "keeps no samples" in page
 
 
-def test_the_command_writes_everything_it_is_asked_for(tmp_path, monkeypatch, capsys):
-    """The embedded bundle, really run."""
+def test_the_command_writes_every_requested_file(tmp_path, monkeypatch, capsys):
+    """A real run of the embedded bundle."""
     monkeypatch.chdir(tmp_path)
-    arguments = [
-        "--runs",
-        "3",
-        "--warmup",
-        "0",
-        "--layers",
-        "--markdown",
-        "--roofline",
-        "orin-nano",
-    ]
+    command = "profile emoji --backend onnxruntime --runs 3 --warmup 0 --layers"
+    outputs = "--markdown --roofline orin-nano --json a.json --html a.html"
     with pytest.raises(SystemExit) as stopped:
-        main(
-            [
-                "profile",
-                "emoji",
-                "--backend",
-                "onnxruntime",
-                "--json",
-                "a.json",
-                "--html",
-                "a.html",
-                *arguments,
-            ]
-        )
+        main([*command.split(), *outputs.split()])
     assert stopped.value.code == 0
+
     report = LatencyReport.model_validate_json(Path("a.json").read_text())
-    assert (report.end_to_end.runs, report.warmup, len(report.layers)) == (3, 0, 3)
+    assert report.end_to_end.runs == 3
+    assert report.warmup == 0
+    assert len(report.layers) == 3
     assert capsys.readouterr().out.startswith("| device | power mode |")
     page = Path("a.html").read_text()
     check(page)

@@ -1,3 +1,5 @@
+"""The time of each layer, from real and fake profilers."""
+
 from __future__ import annotations
 
 import io
@@ -34,28 +36,30 @@ def test_onnxruntime_times_its_own_nodes(pipeline):
     assert list(found) == ["text_encoder", "unet", "vae_decoder"]
     for layers in found.values():
         assert sum(layer.percent for layer in layers) == pytest.approx(100)
-        assert [layer.ms for layer in layers] == sorted(
-            (layer.ms for layer in layers), reverse=True
-        )
+        times = [layer.ms for layer in layers]
+        assert times == sorted(times, reverse=True)
         assert all(layer.op for layer in layers)
     assert "Conv" in by_op(found["vae_decoder"])
     assert "Conv" not in by_op(found["text_encoder"])
-    pipeline(PROMPT, seed=0)  # still open
+    # The pipeline is still open.
+    pipeline(PROMPT, seed=0)
 
 
-def test_stages_are_fed_what_the_pipeline_feeds_them(pipeline):
+def test_the_feeds_are_those_of_the_pipeline(pipeline):
     inputs = stage_inputs(pipeline, PROMPT)
     assert inputs["text_encoder"]["tokens"].shape == (1, 77)
     latents = pipeline.runners["unet"](**inputs["unet"])["latents"]
     assert np.array_equal(latents, inputs["vae_decoder"]["latents"])
 
 
-def test_a_runner_that_profiles_itself_is_asked(pipeline):
+def test_a_runner_that_can_profile_itself_does(pipeline):
     """A fake of TensorRT's runner: its first call is slow, and two layers share a name."""
 
     class Profiling:
         def __init__(self, runner) -> None:
-            self.spec, self.calls, self._runner = runner.spec, 0, runner
+            self.spec = runner.spec
+            self.calls = 0
+            self._runner = runner
 
         def __call__(self, **inputs):
             return self._runner(**inputs)
@@ -66,9 +70,8 @@ def test_a_runner_that_profiles_itself_is_asked(pipeline):
             return [("conv", 100.0 if self.calls == 1 else 1.0), ("conv", 3.0)]
 
     runners = {name: Profiling(runner) for name, runner in pipeline.runners.items()}
-    found = profile_layers(
-        OneStepPipeline(pipeline.bundle, "rtx", HostStages("rtx", runners)), PROMPT
-    )
+    profiled = OneStepPipeline(pipeline.bundle, "rtx", HostStages("rtx", runners))
+    found = profile_layers(profiled, PROMPT)
     assert found["unet"] == (
         LayerTime(name="conv", op=None, ms=3.0, percent=75.0),
         LayerTime(name="conv", op=None, ms=1.0, percent=25.0),
@@ -77,9 +80,8 @@ def test_a_runner_that_profiles_itself_is_asked(pipeline):
 
 def test_a_backend_whose_profiler_times_the_host_is_refused():
     pipeline = SimpleNamespace(backend="onnxruntime-cuda", runners={"unet": object()})
-    with pytest.raises(
-        HipaError, match="onnxruntime-cuda has no profiler of layers that times the device"
-    ):
+    message = "onnxruntime-cuda has no profiler of layers that times the device"
+    with pytest.raises(HipaError, match=message):
         profile_layers(pipeline, PROMPT)
 
 
@@ -98,11 +100,11 @@ def test_the_first_run_of_a_node_does_not_count():
     assert node_times(events) == [("a", "Conv", 2.0)]
 
 
-def test_the_table_has_the_slowest_and_the_rest():
-    layers = [
-        LayerTime(name=f"node{i}", op="Conv" if i < 2 else None, ms=1.0, percent=10.0)
-        for i in range(10)
-    ]
+def test_the_table_has_the_slowest_layers_and_one_row_for_all_others():
+    layers = []
+    for number in range(10):
+        op = "Conv" if number < 2 else None
+        layers.append(LayerTime(name=f"node{number}", op=op, ms=1.0, percent=10.0))
     console = Console(file=io.StringIO(), width=100)
     console.print(render_layers("unet", layers, rows=3))
     text = console.file.getvalue()

@@ -112,7 +112,7 @@ def test_measured_elsewhere_it_stays_a_prediction(bundle, target, report):
     assert with_roofline(report, prediction).roofline == prediction
 
 
-def test_on_a_known_device_its_own_bound_is_found(bundle):
+def test_a_report_from_a_known_device_gets_its_own_bound(bundle):
     report = a_report(ORIN, "tensorrt", NANO)
     expected = with_roofline(report, predict_roofline(bundle, "orin-nano"))
     assert with_own_roofline(report, bundle) == expected
@@ -126,11 +126,11 @@ def test_on_a_known_device_its_own_bound_is_found(bundle):
         a_report(ORIN_4_GB),
     ],
 )
-def test_elsewhere_there_is_none(bundle, report):
+def test_a_report_from_an_unknown_device_is_unchanged(bundle, report):
     assert with_own_roofline(report, bundle) == report
 
 
-def test_without_costs_there_is_none(make_bundle):
+def test_a_report_of_a_bundle_without_costs_is_unchanged(make_bundle):
     report = a_report(RTX_4090)
     assert with_own_roofline(report, make_bundle()) == report
 
