@@ -6,11 +6,13 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from hipa_deploy.bundle.manifest import Precision
+from hipa_deploy.bundle.reference import REFERENCE_PROMPTS, REFERENCE_TENSORS
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import References
@@ -77,11 +79,12 @@ def write_closed_set(
 
 def write_references(root: Path, references: References) -> None:
     """Write ``reference/``: the tensors, and the prompt and seeds that they belong to."""
-    folder = root / "reference"
-    folder.mkdir()
-    np.savez_compressed(folder / "tensors.npz", **references.tensors)  # type: ignore[arg-type]  # numpy's stub
+    tensors = root / REFERENCE_TENSORS
+    tensors.parent.mkdir()
+    arrays: Any = references.tensors  # Any: numpy's stub takes no mapping of arrays here
+    np.savez_compressed(tensors, **arrays)
     content = {"prompts": [references.prompt], "seeds": list(references.seeds)}
-    (folder / "prompts.json").write_text(json.dumps(content) + "\n")
+    (root / REFERENCE_PROMPTS).write_text(json.dumps(content) + "\n")
 
 
 def write_diffusers_files(root: Path, model: ModelParts) -> None:

@@ -37,8 +37,6 @@ from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder
 from hipa_deploy.generate.prompts import read_closed_set
 
-__all__ = ["ExportOptions", "export_bundle"]
-
 NEUTRAL_PROMPT = "a photo of a red apple"
 PROGRESS_LABELS = {
     "text_encoder": "text",

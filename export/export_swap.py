@@ -30,6 +30,7 @@ from hipa_deploy.bundle.adaptor_swap import (
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import AdaptorInfo, DecoderInfo, Stage
 from hipa_deploy.bundle.onnx_weights import Initializer, read_initializers, skeleton_sha256
+from hipa_deploy.bundle.reference import Reference
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import unet_source
 from hipa_deploy.export.chosen_parts import ChosenParts
@@ -182,11 +183,9 @@ def _references(bundle: Bundle, parts: ChosenParts, settings: TaskSettings) -> R
     Prompt and seeds are not needed, as nothing of them is written.
     """
     step = bundle.manifest.one_step
-    tensors: dict[str, np.ndarray] = {}
-    with np.load(bundle.path("reference/tensors.npz")) as stored:
-        for name in stored.files:
-            if name in (*INPUTS, *settings.inputs):
-                tensors[name] = stored[name]
+    stored = Reference.read(bundle).tensors
+    taken = {*INPUTS, *settings.inputs}
+    tensors = {name: value for name, value in stored.items() if name in taken}
     references = References(prompt="", seeds=(), tensors=tensors)
     references = add_step(references, parts, settings, step, watch=False)
     if "generator" in bundle.stages:

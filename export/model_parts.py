@@ -21,6 +21,7 @@ from hipa_deploy.bundle.manifest import ModelInfo, OneStep
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.models.adaptor_folder import unet_sha256
 from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_metadata, vae_sha256
+from hipa_deploy.models.kind import check_unet
 from hipa_deploy.models.locate import model_folder
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.tasks import Task
@@ -35,6 +36,7 @@ class ModelParts:
     Attributes:
         folder: the diffusers folder.
         name: what the bundle's manifest calls the model.
+        config: what its configuration files say.
 
     Example:
         >>> model = ModelParts.open("emoji")
@@ -47,6 +49,7 @@ class ModelParts:
 
     folder: Path
     name: str
+    config: ModelConfig
 
     @classmethod
     def open(cls, name: str) -> ModelParts:
@@ -57,10 +60,10 @@ class ModelParts:
 
         """
         folder = model_folder(name)
-        ModelConfig.read(folder)  # refuses another kind of model before anything slow
+        config = ModelConfig.read(folder)
         # A local path says nothing on another machine; a hub id or 'emoji' does.
         is_local = Path(name).exists()
-        return cls(folder, folder.resolve().name if is_local else name)
+        return cls(folder, folder.resolve().name if is_local else name, config)
 
     @cached_property
     def info(self) -> ModelInfo:
@@ -75,7 +78,7 @@ class ModelParts:
                 inpaint: and more than mask and source), or it cannot be loaded.
 
         """
-        ModelConfig.read(self.folder, task)  # refuses a UNet that is not one for the task
+        check_unet(self.folder, self.config.unet, self.config.latent_channels, task)
         return _load(UNet2DConditionModel, self.folder, "unet")
 
     def text_encoder(self) -> CLIPTextModel:
@@ -155,11 +158,6 @@ class ModelParts:
             raise HipaError(
                 f"{self.folder}/tokenizer cannot be loaded: {first_line(error)}"
             ) from None
-
-    @cached_property
-    def config(self) -> ModelConfig:
-        """What the model's configuration files say."""
-        return ModelConfig.read(self.folder)
 
     def one_step(self, timestep: int, height: int | None, width: int | None) -> OneStep:
         """The constants of one step at ``timestep`` for images of a size in pixels.

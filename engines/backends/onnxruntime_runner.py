@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from hipa_deploy.engines.backends.available import (
 from hipa_deploy.engines.backends.bound_session import BoundSession
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.errors import HipaError, first_line
-from hipa_deploy.generate.runner import check_inputs
+from hipa_deploy.generate.runner import ClosesAtExit, check_inputs
 
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
@@ -37,7 +37,7 @@ _NO_GRAPH = r"cannot use the (cuda graph|graph capture) feature"
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(ClosesAtExit):
     """One stage in ONNX Runtime, on exactly the provider that ``backend`` names.
 
     On a GPU, inputs and outputs are bound to device memory, and a stage with static shapes is
@@ -124,17 +124,6 @@ class OnnxRuntimeRunner:
     def close(self) -> None:
         """Release the session. Calling it twice is harmless."""
         self._run = None
-
-    def __enter__(self) -> OnnxRuntimeRunner:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _run_on_host(

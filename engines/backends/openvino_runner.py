@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,14 @@ import numpy as np
 from hipa_deploy.bundle.manifest import StageSpec
 from hipa_deploy.engines.backends.available import NO_BF16
 from hipa_deploy.errors import HipaError, MissingDependencyError, first_line
-from hipa_deploy.generate.runner import check_inputs
+from hipa_deploy.generate.runner import ClosesAtExit, check_inputs
 
 # The precision that a backend computes in. OpenVINO itself would choose bfloat16 wherever that is
 # fast. FP16 weights stay FP16 in memory and compute in FP32, as in ONNX Runtime.
 _PRECISION = {"openvino": "f32", "openvino-bf16": "bf16"}
 
 
-class OpenVinoRunner:
+class OpenVinoRunner(ClosesAtExit):
     """One stage in OpenVINO, on the CPU.
 
     The runner owns its memory until ``close``; the arrays that it returns belong to the caller.
@@ -67,17 +67,6 @@ class OpenVinoRunner:
     def close(self) -> None:
         """Release the model. Calling it twice is harmless."""
         self._model = None
-
-    def __enter__(self) -> OpenVinoRunner:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def load_openvino() -> ModuleType:

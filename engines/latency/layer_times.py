@@ -102,8 +102,6 @@ def stage_inputs(pipeline: OneStepPipeline, prompt: str) -> dict[str, Inputs]:
     manifest = pipeline.bundle.manifest
     source = example_source(pipeline.bundle)
     tensors = pipeline.tensors(prompt, source=source, seed=0, count=manifest.batch)
-    # The UNet of a generic bundle takes the timestep as an input; others have it in their graph.
-    tensors["timestep"] = np.asarray([manifest.one_step.timestep], np.int64)
 
     feeds = {}
     for name, runner in pipeline.runners.items():

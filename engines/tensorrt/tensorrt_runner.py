@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from hipa_deploy.engines.tensorrt.engine_stage import EngineStage, Shape
 from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, load_tensorrt
 from hipa_deploy.engines.tensorrt.sequence_spec import sequence_spec
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.runner import Runner, check_inputs
+from hipa_deploy.generate.runner import ClosesAtExit, Runner, check_inputs
 from hipa_deploy.generate.stages import Timer
 
 
@@ -49,7 +49,7 @@ class _PreparedRun:
     graph: CapturedGraph | None = None
 
 
-class TensorRTRunner:
+class TensorRTRunner(ClosesAtExit):
     """Stages on the first GPU, with one stream, and one buffer a tensor for its largest shape.
 
     It is a ``Runner`` of its stages in sequence, and the ``Stages`` of a bundle
@@ -435,19 +435,8 @@ class TensorRTRunner:
             self._ran = ()
             closing.close()
 
-    def __enter__(self) -> TensorRTRunner:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class StageRunner:
+class StageRunner(ClosesAtExit):
     """One stage of a ``TensorRTRunner``, called by itself: host arrays in and out.
 
     It owns nothing: ``close`` closes the whole runner.
@@ -491,14 +480,3 @@ class StageRunner:
     def close(self) -> None:
         """Close the runner that this stage belongs to."""
         self._owner.close()
-
-    def __enter__(self) -> StageRunner:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -54,8 +54,10 @@ ROLES = {
     "_lora.down.weight": "down",
     "_lora.up.weight": "up",
 }
-# Which part of the pipeline a key is for. peft writes no part: then it is the UNet's.
+# Which part of the pipeline a key is for, by what it begins with. peft and old diffusers files of a
+# UNet alone name no part.
 PARTS = {
+    "": "unet",
     "unet.base_model.model.": "unet",
     "text_encoder.base_model.model.": "text_encoder",
     "base_model.model.": "unet",
@@ -118,10 +120,7 @@ class ModuleNames:
 
     def part_of(self, name: str) -> str:
         """The part of the pipeline that a layer's name in a file is for."""
-        for prefix in sorted(PARTS, key=len, reverse=True):
-            if name.startswith(prefix):
-                return PARTS[prefix]
-        return "unet"
+        return PARTS[_prefix_of(name)]
 
     def find(self, name: str) -> LayerKey | None:
         """The layer that ``name`` of a file stands for; None if no part has it.
@@ -131,16 +130,11 @@ class ModuleNames:
             LayerKey(part='unet', module='conv_in')
 
         """
-        for prefix in sorted(PARTS, key=len, reverse=True):
-            if not name.startswith(prefix):
-                continue
-            part = PARTS[prefix]
-            rest = name.removeprefix(prefix)
-            module = self._module(part, rest, underscored=prefix in _UNDERSCORES)
-            return None if module is None else LayerKey(part, module)
-        # peft and old diffusers files of a UNet alone have no prefix at all.
-        module = self._module("unet", name, underscored=False)
-        return None if module is None else LayerKey("unet", module)
+        prefix = _prefix_of(name)
+        part = PARTS[prefix]
+        rest = name.removeprefix(prefix)
+        module = self._module(part, rest, underscored=prefix in _UNDERSCORES)
+        return None if module is None else LayerKey(part, module)
 
     def _module(self, part: str, name: str, *, underscored: bool) -> str | None:
         if part not in self._dotted:
@@ -154,3 +148,8 @@ class ModuleNames:
         return next(
             (candidate for candidate in candidates if candidate in self._dotted[part]), None
         )
+
+
+def _prefix_of(name: str) -> str:
+    """The longest key of ``PARTS`` that ``name`` begins with; at least the empty one fits."""
+    return max((prefix for prefix in PARTS if name.startswith(prefix)), key=len)

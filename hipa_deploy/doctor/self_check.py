@@ -14,24 +14,13 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import Parity, Precision
 from hipa_deploy.bundle.parity import MIN_PSNR_DB, compare, problem
 from hipa_deploy.bundle.reference import Reference
+from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.pipeline import OneStepPipeline
+from hipa_deploy.generate.stages import output_names
 from hipa_deploy.images.source import Source
 
-END_TO_END = "end to end"
-
-# The reference tensor that a stage's output is compared with, by layout and stage.
-_EXPECTED = {
-    "onestep": {
-        "text_encoder": "context",
-        "vae_encoder": "source",
-        "unet": "latents",
-        "vae_decoder": "images",
-        "generator": "images",
-    },
-    "generic": {"text_encoder": "context", "unet": "output", "vae_decoder": "sample"},
-}
 _NOISE_TOLERANCE = 1e-5  # another C library's logarithm may round differently
 
 
@@ -118,9 +107,9 @@ def check_pipeline(pipe: OneStepPipeline) -> SelfCheck:
         count=len(reference.seeds),
     )
     stages = {}
-    for stage in bundle.stages:
-        name = _EXPECTED[bundle.manifest.layout][stage]
-        stages[stage] = _check(tensors[name], reference, name, bundle)
+    for stage in bundle.manifest.stages:
+        (name,) = output_names(stage.spec, bundle.manifest.layout)
+        stages[stage.spec.name] = _check(tensors[name], reference, name, bundle)
 
     # And as a user calls it: caches and batches of the pipeline take part.
     images_BHWC = _generate(pipe, reference)

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +25,8 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import check_seeds, initial_noise
 from hipa_deploy.generate.open_stages import open_stages, resolve_backend
 from hipa_deploy.generate.prompts import Prepared, open_prompts
-from hipa_deploy.generate.runner import Runner, check_backend
-from hipa_deploy.generate.stages import Stages, Tensors, Timer, stage_outputs
+from hipa_deploy.generate.runner import ClosesAtExit, Runner, check_backend
+from hipa_deploy.generate.stages import Stages, Tensors, Timer, input_names, output_names
 from hipa_deploy.images.read import ImageSource
 from hipa_deploy.images.source import (
     EncodedImages,
@@ -75,7 +74,7 @@ class GenerateResult:
         return self.parameters
 
 
-class OneStepPipeline:
+class OneStepPipeline(ClosesAtExit):
     """A bundle, loaded on one backend: prompts in, images out, one UNet call each.
 
     Example:
@@ -429,19 +428,21 @@ class OneStepPipeline:
             HipaError: as a call does.
 
         """
-        layout = self.bundle.manifest.layout
-        made = [
-            name
-            for stage in self.bundle.manifest.stages
-            for name in stage_outputs(stage.spec, layout)
-        ]
         fresh = OneStepPipeline(self.bundle, self.backend, self.stages)  # with empty caches
         latent_CHW = self._latent_shape(source, None, None)
         prepared = fresh._prompts.prepare([prompt], truncate=False)
         feed = fresh._prompts.feed(prepared * count)
         sources = [source] * count if source else []
         feed |= fresh._start(range(seed, seed + count), latent_CHW, sources)
-        return feed | self.stages.run(feed, list(dict.fromkeys([*made, "images"])))
+
+        # Everything that a stage takes or gives, and that is not in the feed already.
+        layout = self.bundle.manifest.layout
+        names: list[str] = []
+        for stage in self.bundle.manifest.stages:
+            names += input_names(stage.spec, layout)
+            names += output_names(stage.spec, layout)
+        computed = [name for name in dict.fromkeys([*names, "images"]) if name not in feed]
+        return feed | self.stages.run(feed, computed)
 
     @property
     def runners(self) -> dict[str, Runner]:
@@ -500,17 +501,6 @@ class OneStepPipeline:
     def close(self) -> None:
         """Release every stage. Calling it twice is harmless."""
         self.stages.close()
-
-    def __enter__(self) -> OneStepPipeline:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def check_count(prompts: int, count: int) -> None:

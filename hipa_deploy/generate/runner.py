@@ -8,16 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
 from hipa_deploy.errors import HipaError
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 CPU_BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
 BACKENDS = ("auto", *CPU_BACKENDS, "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "rtx")
 ENGINE_BACKENDS = ("tensorrt", "rtx")
+
+
+class ClosesAtExit:
+    """Something with ``close``, as a context manager that closes it at the block's end."""
+
+    def close(self) -> None:
+        """Release what is held."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 class Runner(Protocol):

@@ -12,6 +12,7 @@ image     [B, H, W, 3] uint8      the source image of an edit, an inpainting or 
 source    [B, C, h, w]            its latents
 mask      [B, 1, h, w] float32    what to repaint: 1, what to keep: 0
 step      [1] int64               which of an edit's strengths
+timestep  [1] int64               the step's, an input of a generic UNet
 output    [B, C, h, w]            what a generic UNet predicts (the generic layout only)
 latents   [B, C, h, w]            x0, as the decoder takes it
 sample    [B, 3, H, W]            pixels in [-1, 1] (the generic layout only)
@@ -74,9 +75,14 @@ def stage_feed(spec: StageSpec, tensors: Mapping[str, np.ndarray], layout: Layou
     return feed
 
 
-def stage_outputs(spec: StageSpec, layout: Layout) -> tuple[str, ...]:
+def output_names(spec: StageSpec, layout: Layout) -> tuple[str, ...]:
     """What the path calls the outputs of a stage."""
     return tuple(name_along_path(spec, tensor.name, layout) for tensor in spec.outputs)
+
+
+def input_names(spec: StageSpec, layout: Layout) -> tuple[str, ...]:
+    """What the path calls the inputs of a stage."""
+    return tuple(name_along_path(spec, tensor.name, layout) for tensor in spec.inputs)
 
 
 class Stages(Protocol):
@@ -181,7 +187,7 @@ class _RunnerStage:
 
     @property
     def outputs(self) -> set[str]:
-        return set(stage_outputs(self.runner.spec, self.layout))
+        return set(output_names(self.runner.spec, self.layout))
 
     def compute(self, tensors: Tensors) -> Tensors:
         made = self.runner(**stage_feed(self.runner.spec, tensors, self.layout))

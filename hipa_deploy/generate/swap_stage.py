@@ -12,6 +12,7 @@ import numpy as np
 from hipa_deploy.bundle.adaptor_swap import WEIGHTS, AdaptorSwap, adapted_stage
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.parity import problem
+from hipa_deploy.bundle.reference import Reference
 from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
 from hipa_deploy.engines.store.select import rebuild_command
 from hipa_deploy.engines.targets.build_options import BuildOptions
@@ -19,10 +20,7 @@ from hipa_deploy.engines.tensorrt.library import as_tensorrt_library
 from hipa_deploy.engines.tensorrt.refit import RefitFailedError, refit_engine
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.runner import Runner
-
-# The reference tensors for the inputs of a generic UNet, in their order. A stage of the onestep
-# layout has inputs of the same names as its reference tensors.
-_GENERIC_INPUTS = ("noise", "timestep", "context")
+from hipa_deploy.generate.stages import output_names, stage_feed
 
 
 class EngineRunner(Runner, Protocol):
@@ -130,26 +128,17 @@ def _check_output(bundle: Bundle, runner: Runner, swap: AdaptorSwap | None) -> N
 
     """
     spec = runner.spec
-    generic = bundle.manifest.layout == "generic"
-    names = _GENERIC_INPUTS if generic else [tensor.name for tensor in spec.inputs]
-    with np.load(bundle.path("reference/tensors.npz")) as tensors:
-        inputs = [tensors[name] for name in names]
-        expected = swap.reference() if swap else tensors[_reference_output(bundle)]
+    layout = bundle.manifest.layout
+    tensors = Reference.read(bundle).tensors
+    (output_name,) = output_names(spec, layout)
+    expected = swap.reference() if swap else tensors[output_name]
 
     # A graph may take float16 where the reference is float32.
-    feed = {}
-    for tensor, value in zip(spec.inputs, inputs, strict=True):
-        feed[tensor.name] = value.astype(tensor.dtype)
+    inputs = stage_feed(spec, tensors, layout)
+    feed = {tensor.name: inputs[tensor.name].astype(tensor.dtype) for tensor in spec.inputs}
     output = runner(**feed)[spec.outputs[0].name]
     wrong = problem(output, expected, bundle.manifest.precision)
     if wrong:
         raise RefitFailedError(
             f"{spec.name} after the swap {wrong}. Load the bundle again, and report this."
         )
-
-
-def _reference_output(bundle: Bundle) -> str:
-    """The name of the reference tensor that the stage with the UNet computes."""
-    if bundle.manifest.layout == "generic":
-        return "output"
-    return "images" if "generator" in bundle.stages else "latents"

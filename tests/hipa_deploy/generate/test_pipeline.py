@@ -160,3 +160,9 @@ def test_corrupt_bundle(tmp_path: Path) -> None:
         file.write(b"\0")
     with pytest.raises(HipaError, match="corrupt"):
         OneStepPipeline.load(root)
+
+
+def test_the_name_of_generation_parameters_in_version_0_1_0(pipe: OneStepPipeline) -> None:
+    result = pipe(APPLE, seed=5)
+    assert result.recipes is result.parameters
+    assert result.recipes[0]["seed"] == 5

@@ -9,7 +9,7 @@ import pytest
 
 from hipa_deploy.bundle.manifest import OneStep, StageSpec, TensorSpec
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.stages import HostStages, name_along_path, stage_feed, stage_outputs
+from hipa_deploy.generate.stages import HostStages, name_along_path, output_names, stage_feed
 from hipa_deploy.generate.x0 import predict_x0
 
 STEP = OneStep(
@@ -122,8 +122,8 @@ def test_names_along_the_path() -> None:
     assert name_along_path(unet, "sample", "generic") == "noise"
     assert name_along_path(decoder, "sample", "generic") == "sample"
     assert name_along_path(unet, "sample", "onestep") == "sample"
-    assert stage_outputs(unet, "generic") == ("output",)
-    assert stage_outputs(decoder, "generic") == ("sample",)
+    assert output_names(unet, "generic") == ("output",)
+    assert output_names(decoder, "generic") == ("sample",)
 
 
 def test_the_onestep_layout_changes_no_type() -> None:
