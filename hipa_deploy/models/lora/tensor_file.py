@@ -64,7 +64,7 @@ def load_pickled(file: Path) -> Any:
 
     """
     # The first scripts of textual inversion saved a ParameterDict, which is a container only.
-    allowed = [torch.nn.ParameterDict]
+    allowed: list[Any] = [torch.nn.ParameterDict]
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location="cpu", weights_only=True)
