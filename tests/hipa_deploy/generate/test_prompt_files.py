@@ -74,7 +74,7 @@ def test_any_text_of_a_file_becomes_clean_prompts(text: str) -> None:
         path = Path(file.name)
         path.write_bytes(text.encode())
         if "\0" in text or not text.removeprefix("\ufeff").strip():
-            with pytest.raises(HipaError, match="is empty|zero byte"):
+            with pytest.raises(HipaError, match=r"is empty|zero byte"):
                 read_prompt_file(path)
             return
         prompts = read_prompt_file(path)
