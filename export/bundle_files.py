@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from transformers import CLIPTokenizerFast
 
 from hipa_deploy.bundle.manifest import Precision
 from hipa_deploy.bundle.reference import REFERENCE_PROMPTS, REFERENCE_TENSORS
@@ -26,37 +27,39 @@ TOKENIZER = "tokenizer/tokenizer.json"
 HARD_TEXTS = ("東京の夜景", "a 👩\u200d👧 family", "\u200ba cat")
 
 
-def write_tokenizer(root: Path, model: ModelParts, prompt: str) -> PromptTokenizer:
+def write_tokenizer(
+    root: Path, fast: CLIPTokenizerFast, prompt: str, context_tokens: int | None = None
+) -> PromptTokenizer:
     """Write ``tokenizer.json``, padding and length inside, and open it as the runtime will.
 
     Args:
         root: the bundle's folder.
-        model: the base model.
+        fast: the model's tokenizer.
         prompt: its tokens are compared with transformers', and those of ``HARD_TEXTS``.
+        context_tokens: tokens of a context; None is one chunk.
 
     Raises:
         HipaError: the two tokenizers do not agree.
 
     """
     # Padding and length go into the file: the runtime has no other configuration of the tokenizer.
-    fast = model.tokenizer()
     length = fast.model_max_length
     path = root / TOKENIZER
     path.parent.mkdir()
     rust_tokenizer(fast).save(str(path))
 
     # A wrong token would give a plausible image of something else, so both are compared once.
-    tokenizer = PromptTokenizer(path)
+    one_chunk = PromptTokenizer(path)
     texts = [prompt, *HARD_TEXTS]
     expected = fast(
         texts, padding="max_length", max_length=length, truncation=True, return_tensors="np"
     )
-    if not np.array_equal(tokenizer(texts, truncate=True), expected.input_ids):
+    if not np.array_equal(one_chunk(texts, truncate=True), expected.input_ids):
         raise HipaError(
-            f"{model.folder}/tokenizer: tokenizer.json does not agree with transformers. "
+            f"{fast.name_or_path}: tokenizer.json does not agree with transformers. "
             "Please report this."
         )
-    return tokenizer
+    return PromptTokenizer(path, context_tokens)
 
 
 def tokenize(
@@ -83,7 +86,10 @@ def tokenize(
             rows.append(tokenizer([prompt])[0])
         except PromptTooLongError as error:
             where = f"prompts {path}, {places[prompt]}: " if path else ""
-            raise HipaError(f"{where}{error}") from None
+            remedy = "Shorten it"
+            if error.context_tokens:
+                remedy += f", or give --context-tokens {error.context_tokens}"
+            raise HipaError(f"{where}{error.problem} {remedy}.") from None
     return np.stack(rows)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
 from transformers import CLIPTextModel
 
 from hipa_deploy.bundle.manifest import AdaptorInfo, DecoderInfo, EncoderInfo
@@ -17,6 +18,7 @@ from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.hashing import file_sha256, folder_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
 from hipa_deploy.models.decoder_folder import vae_sha256
+from hipa_deploy.models.text_context import text_context
 from hipa_deploy.tasks import Task
 
 
@@ -31,6 +33,7 @@ class ChosenParts:
         adaptor_scale: 1.0 merges the adaptor as it was trained.
         tiny_encoder: an AutoencoderTiny folder that encodes in place of the model's VAE.
         tiny_decoder: an AutoencoderTiny folder that decodes in place of the model's VAE.
+        chunk_tokens: tokens that the text encoder reads at once.
 
     """
 
@@ -40,9 +43,12 @@ class ChosenParts:
     adaptor_scale: float = 1.0
     tiny_encoder: Path | None = None
     tiny_decoder: Path | None = None
+    chunk_tokens: int = 77
 
     @classmethod
-    def choose(cls, model: ModelParts, options: ExportOptions, task: Task) -> ChosenParts:
+    def choose(
+        cls, model: ModelParts, options: ExportOptions, task: Task, chunk_tokens: int = 77
+    ) -> ChosenParts:
         """The parts that ``options`` ask for."""
         return cls(
             model=model,
@@ -51,11 +57,16 @@ class ChosenParts:
             adaptor_scale=options.adaptor_scale,
             tiny_encoder=options.encoder,
             tiny_decoder=options.decoder,
+            chunk_tokens=chunk_tokens,
         )
 
     def text_encoder(self) -> CLIPTextModel:
         """The model's text encoder, which no adaptor changes."""
         return self.model.text_encoder()
+
+    def context(self, encoder: CLIPTextModel, tokens_BL: Tensor) -> Tensor:
+        """What the text encoder gives for tokens int64 [B, L]: the context, float32 [B, L, D]."""
+        return text_context(encoder, tokens_BL, self.chunk_tokens)
 
     def unet(self) -> tuple[UNet2DConditionModel, AdaptorInfo | None]:
         """The UNet with the adaptor merged, and what the manifest says of that adaptor."""

@@ -33,7 +33,7 @@ from hipa_deploy.export.references import (
     make_references,
     text_references,
 )
-from hipa_deploy.export.task import choose_task
+from hipa_deploy.export.task import choose_task, choose_text
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder
 from hipa_deploy.generate.prompt_files import read_numbered_prompts
@@ -71,7 +71,11 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     places = read_numbered_prompts(options.prompts) if options.prompts else {}
     model = ModelParts.open(options.model)
     settings = choose_task(options, model)
-    parts = ChosenParts.choose(model, options, settings.task)
+    fast = model.tokenizer()
+    text, note = choose_text(options, fast.model_max_length)
+    if note:
+        (console or Console(stderr=True)).print(note, highlight=False, soft_wrap=True)
+    parts = ChosenParts.choose(model, options, settings.task, fast.model_max_length)
     step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
     axes = stage_axes(options.dynamic, step, model.config.size_multiple)
     batch = options.size("batch") or 1
@@ -80,7 +84,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         # The tokenizer comes first: the length of its tokens is a size of the stages.
         show("text")
         prompts = list(places) or [example_prompt(model)]
-        tokenizer = write_tokenizer(root, model, prompts[0])
+        tokenizer = write_tokenizer(root, fast, prompts[0], text.context_tokens)
         tokens_NL = tokenize(tokenizer, prompts, options.prompts, places)
         specs = stage_specs(
             layout=options.layout,
@@ -140,6 +144,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
             strengths=settings.strengths,
             upscale=settings.upscale,
             one_step=step,
+            text=text,
             stages=tuple(stages),
             end_to_end=stages[-1].parity,
             files=file_hashes(root),
@@ -161,10 +166,12 @@ def _check(options: ExportOptions) -> None:
             f"batch {options.batch} is out of range. Expected 1 <= batch <= {MAX_BATCH}."
         )
     if options.layout == "generic":
-        for name in ("fuse", "decoder", "prompts", "dynamic"):
+        for name in ("fuse", "decoder", "prompts", "dynamic", "context_tokens"):
             if getattr(options, name):
+                option = name.replace("_", "-")
                 raise HipaError(
-                    f"--{name} needs --layout onestep: the generic layout is what optimum can load."
+                    f"--{option} needs --layout onestep: "
+                    "the generic layout is what optimum can load."
                 )
 
 

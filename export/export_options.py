@@ -33,6 +33,8 @@ class ExportOptions:
         task: None is the adaptor's own; generate without an adaptor.
         strengths: of an edit, in (0, 1]; empty means all that the adaptor was trained for.
         encoder: an AutoencoderTiny folder; None is the model's own VAE.
+        context_tokens: of a text context, 77, 154 or 231; None is as the adaptor was trained, or
+            as many as the text encoder reads at once.
 
     Example:
         >>> ExportOptions(model="emoji", out=Path("bundle"), batch=2).size("batch")
@@ -56,6 +58,7 @@ class ExportOptions:
     task: Task | None = None
     strengths: tuple[float, ...] = ()
     encoder: Path | None = None
+    context_tokens: int | None = None
 
     def size(self, name: Literal["batch", "height", "width"]) -> int | None:
         """The size of the reference: the usual one of a dynamic axis, or the static one.

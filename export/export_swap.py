@@ -38,7 +38,7 @@ from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import INPUTS, References, add_images, add_step
 from hipa_deploy.export.run_apart import run_apart
-from hipa_deploy.export.task import TaskSettings, choose_task
+from hipa_deploy.export.task import TaskSettings, choose_task, choose_text
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder
 from hipa_deploy.hashing import file_sha256
@@ -96,6 +96,9 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         like_bundle = _bundle_options(options, bundle)
         settings = choose_task(like_bundle, model)
         _check_timestep(options, bundle, settings)
+        _, note = choose_text(like_bundle, model.tokenizer().model_max_length)
+        if note:
+            (console or Console(stderr=True)).print(note, highlight=False, soft_wrap=True)
         parts = ChosenParts.choose(model, like_bundle, settings.task)
         if like_bundle.fuse:
             check_decoder(bundle, parts.decoder_info())
@@ -156,6 +159,7 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
         decoder=options.decoder,
         task=manifest.task,
         strengths=tuple(entry.strength for entry in manifest.strengths),
+        context_tokens=manifest.text.context_tokens,
     )
 
 

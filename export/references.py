@@ -119,7 +119,7 @@ def add_context(references: References, parts: ChosenParts, *, watch: bool) -> R
     encoder = parts.text_encoder()
     with _watched(watch, "text_encoder", encoder) as largest:
         tokens_BL = torch.from_numpy(references.tensors["tokens"])
-        context_BLD = encoder(tokens_BL).last_hidden_state.numpy()
+        context_BLD = parts.context(encoder, tokens_BL).numpy()
     return references.plus({"context": context_BLD}, largest)
 
 
@@ -129,7 +129,7 @@ def encode_closed_set(parts: ChosenParts, tokens_NL: np.ndarray) -> np.ndarray:
     encoder = parts.text_encoder()
     contexts = []
     for tokens_BL in torch.from_numpy(tokens_NL).split(ENCODED_AT_ONCE):
-        contexts.append(encoder(tokens_BL).last_hidden_state)
+        contexts.append(parts.context(encoder, tokens_BL))
     return torch.cat(contexts).numpy()
 
 

@@ -23,7 +23,7 @@ SURFACE = {
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
         "--height", "--width", "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--task",
-        "--strengths", "--encoder", "--build", "--swap-for",
+        "--strengths", "--encoder", "--context-tokens", "--build", "--swap-for",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",

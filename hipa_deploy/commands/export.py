@@ -104,6 +104,13 @@ def export(
             "tiny: a smaller one. Or an AutoencoderTiny folder."
         ),
     ] = "full",
+    context_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="How many tokens of a prompt are read: 77, 154 or 231. By default what the "
+            "adaptor was trained with, 77 without one."
+        ),
+    ] = None,
     build: Annotated[
         EngineBackend | None,
         typer.Option(help="Also compile engines for this machine, as hipa-build does."),
@@ -130,7 +137,17 @@ def export(
             and not fuse
             and encoder == "full"
             and all(
-                value is None for value in (height, width, prompts, dynamic, task, strengths, build)
+                value is None
+                for value in (
+                    height,
+                    width,
+                    prompts,
+                    dynamic,
+                    task,
+                    strengths,
+                    build,
+                    context_tokens,
+                )
             )
         )
         if not others_are_default:
@@ -173,6 +190,7 @@ def export(
         task=task.value if task else None,
         strengths=parse_strengths(strengths) if strengths else (),
         encoder=resolve_encoder(encoder),
+        context_tokens=context_tokens,
     )
     bundle = export_bundle(options, console)
 

@@ -50,7 +50,11 @@ def open_prompts(bundle: Bundle) -> PromptSource:
     """The bundle's prompt source: its tokenizer, or the contexts that its export baked."""
     if "text_encoder" not in bundle.stages:
         return BakedPrompts(bundle.path(BAKED_PROMPTS), bundle.path(BAKED_CONTEXTS))
-    return EncodedPrompts(PromptTokenizer(bundle.path("tokenizer/tokenizer.json")))
+    # The graph has the length in its shapes, also in bundles whose manifest says nothing of it.
+    context_tokens = bundle.stages["text_encoder"].spec.inputs[0].shape[-1]
+    assert isinstance(context_tokens, int)  # no export makes it an axis
+    path = bundle.path("tokenizer/tokenizer.json")
+    return EncodedPrompts(PromptTokenizer(path, context_tokens))
 
 
 class EncodedPrompts:
@@ -70,8 +74,10 @@ class EncodedPrompts:
         try:
             return list(self._tokenizer(prompts, truncate=truncate))
         except PromptTooLongError as error:
-            remedy = "Shorten it, or pass --truncate (truncate=True)."
-            raise PromptTooLongError(error.problem, remedy) from None
+            remedy = "Shorten it, or pass --truncate (truncate=True)"
+            if error.context_tokens:
+                remedy += f", or export the bundle with --context-tokens {error.context_tokens}"
+            raise PromptTooLongError(error.problem, f"{remedy}.") from None
 
     def feed(self, prompts: list[np.ndarray]) -> dict[str, np.ndarray]:
         """The context if this batch was seen lately, else the token ids."""

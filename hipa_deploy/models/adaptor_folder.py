@@ -18,6 +18,7 @@ from hipa_deploy.hashing import file_sha256, folder_sha256
 from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
+from hipa_deploy.text_settings import TextSettings
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ENCODER_WEIGHTS = "vae_encoder_lora.safetensors"  # only where the VAE encoder is adapted too
@@ -48,6 +49,7 @@ class AdaptorMetadata(Record):
         initial_sha256: hash of the adaptor that the training started from, if any.
         encoder_rank: rank of the VAE encoder's adapter weights, 0 where there are none.
         base_vae_sha256: hash of the VAE that the encoder's adapter weights are for.
+        text: how the prompts were encoded; in older adaptors one chunk of 77 tokens.
 
     """
 
@@ -69,6 +71,7 @@ class AdaptorMetadata(Record):
     initial_sha256: str | None = None
     encoder_rank: int = 0
     base_vae_sha256: str | None = None
+    text: TextSettings = TextSettings()
 
 
 def unet_sha256(model_folder: Path) -> str:

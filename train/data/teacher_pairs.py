@@ -325,11 +325,15 @@ def cache_folder(
     # beyond ASCII and for control characters. Pairs of plain prompts are still found.
     if not all(prompt.isascii() and prompt.isprintable() for prompt in prompts):
         key["tokenizer_kind"] = "fast"
+    # Settings that have their defaults are left out: pairs from before they existed are found.
+    text = model.text.model_dump(exclude_defaults=True)
+    if text:
+        key["text"] = text
     if edits is not None:
         key["edits"] = edits.key
         key["vae"] = folder_sha256(model.folder / "vae")
-    text = json.dumps(key, sort_keys=True)
-    return cache / "pairs" / hashlib.sha256(text.encode()).hexdigest()[:24]
+    content = json.dumps(key, sort_keys=True)
+    return cache / "pairs" / hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
 def noise_seeds(rows: Tensor, seed: int, stream: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ C channels, H W height and width; h w where the size of latents stands beside th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,12 @@ from torch import Tensor
 
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.generate.noise import initial_noise
-from hipa_deploy.models.clip_tokenizer import load_tokenizer
+from hipa_deploy.generate.tokenizer import PromptTokenizer
+from hipa_deploy.models.clip_tokenizer import load_tokenizer, prompt_tokenizer
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.text_context import text_context
 from hipa_deploy.tasks import Task, is_inpainting_unet
+from hipa_deploy.text_settings import TextSettings
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class DiffusionModel:
         folder: Where it was loaded from.
         pipe: The StableDiffusionPipeline that holds its parts.
         device: Where its parts are.
+        text: How prompts are encoded.
 
     Example:
         >>> model = DiffusionModel.load(Path("stable-diffusion-v1-5"), "cuda")
@@ -45,10 +49,15 @@ class DiffusionModel:
     folder: Path
     pipe: Any
     device: torch.device
+    text: TextSettings = field(default_factory=TextSettings)
 
     @classmethod
     def load(
-        cls, folder: Path, device: str | torch.device | None = None, task: Task = "generate"
+        cls,
+        folder: Path,
+        device: str | torch.device | None = None,
+        task: Task = "generate",
+        text: TextSettings | None = None,
     ) -> DiffusionModel:
         """Load in float32, whatever the stored precision, and freeze all weights.
 
@@ -56,6 +65,7 @@ class DiffusionModel:
             folder: A Stable Diffusion folder, in the format of diffusers.
             device: Default: the GPU, or the CPU without one.
             task: The task to train. A UNet that was made for inpainting can learn that task alone.
+            text: How prompts are encoded; None is as the text encoder reads them at once.
 
         Raises:
             HipaError: it is not a Stable Diffusion folder, its kind of model cannot be trained to
@@ -64,7 +74,9 @@ class DiffusionModel:
         """
         # Before loading gigabytes: its configuration says whether the model can be trained at all.
         config = ModelConfig.read(folder, task)
+        text = text or TextSettings()
         tokenizer = load_tokenizer(config)
+        text.chunks(tokenizer.model_max_length)
         diffusers_logging.disable_progress_bar()
         try:
             pipe = StableDiffusionPipeline.from_pretrained(
@@ -88,7 +100,7 @@ class DiffusionModel:
         for module in (pipe.text_encoder, pipe.unet, pipe.vae):
             module.eval().requires_grad_(False)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(folder, pipe.to(device), device)
+        return cls(folder, pipe.to(device), device, text)
 
     @property
     def unet(self) -> Any:
@@ -104,6 +116,11 @@ class DiffusionModel:
     def config(self) -> ModelConfig:
         """What the model's configuration files say."""
         return ModelConfig.read(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> PromptTokenizer:
+        """The tokenizer as a bundle has it."""
+        return prompt_tokenizer(self.pipe.tokenizer, self.text.context_tokens)
 
     @property
     def latent_shape_CHW(self) -> tuple[int, int, int]:
@@ -143,23 +160,9 @@ class DiffusionModel:
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str]) -> Tensor:
-        """Text context, float32 [B, L, D]; words beyond the encoder's length are cut."""
-        tokenizer = self.pipe.tokenizer
-        tokens = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-
-        # As StableDiffusionPipeline does: Stable Diffusion was trained with the padding visible,
-        # and the configuration of a text encoder says so if it was trained otherwise.
-        encoder = self.pipe.text_encoder
-        mask = None
-        if getattr(encoder.config, "use_attention_mask", None):
-            mask = tokens.attention_mask.to(self.device)
-        return encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+        """Text context, float32 [B, L, D]; words beyond the context's length are cut."""
+        tokens_BL = torch.from_numpy(self.tokenizer(prompts, truncate=True)).to(self.device)
+        return text_context(self.pipe.text_encoder, tokens_BL, self.tokenizer.chunk)
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
         """Image [B, 3, H, W] in [0, 1] -> scaled latents, float32 [B, C, h, w].
