@@ -67,30 +67,43 @@ def tokenize(
     prompts: Sequence[str],
     path: Path | None,
     places: Mapping[str, str],
-) -> np.ndarray:
-    """Token ids int64 [N, L] of N prompts.
+    *,
+    weights: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int64 [N, L] of N prompts, and their weights float32 [N, L].
 
     Args:
         tokenizer: the bundle's.
         prompts: N prompts.
         path: the file of a closed set; None where the prompt is this package's own.
         places: of each prompt in that file, as ``read_numbered_prompts`` gives them.
+        weights: whether ``(word:1.3)`` is a weight; if not, all weights are 1.
 
     Raises:
-        HipaError: a prompt is too long; the message names the file and the line.
+        HipaError: a prompt is too long, or has a weight that is no number; the message names the
+            file and the line.
 
     """
-    rows = []
+    tokens = []
+    weights_of = []
     for prompt in prompts:
+        where = f"prompts {path}, {places[prompt]}: " if path else ""
         try:
-            rows.append(tokenizer([prompt])[0])
+            if weights:
+                tokens_1L, weights_1L = tokenizer.weighted([prompt])
+            else:
+                tokens_1L = tokenizer([prompt])
+                weights_1L = np.ones(tokens_1L.shape, np.float32)
         except PromptTooLongError as error:
-            where = f"prompts {path}, {places[prompt]}: " if path else ""
             remedy = "Shorten it"
             if error.context_tokens:
                 remedy += f", or give --context-tokens {error.context_tokens}"
             raise HipaError(f"{where}{error.problem} {remedy}.") from None
-    return np.stack(rows)
+        except HipaError as error:
+            raise HipaError(f"{where}{error}") from None
+        tokens.append(tokens_1L)
+        weights_of.append(weights_1L)
+    return np.concatenate(tokens), np.concatenate(weights_of)
 
 
 def write_closed_set(

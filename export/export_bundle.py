@@ -85,7 +85,9 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         show("text")
         prompts = list(places) or [example_prompt(model)]
         tokenizer = write_tokenizer(root, fast, prompts[0], text.context_tokens)
-        tokens_NL = tokenize(tokenizer, prompts, options.prompts, places)
+        tokens_NL, weights_NL = tokenize(
+            tokenizer, prompts, options.prompts, places, weights=text.prompt_weights
+        )
         specs = stage_specs(
             layout=options.layout,
             precision=options.dtype,
@@ -103,7 +105,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         references = text_references(prompts[0], tokens_NL[:1], batch, step)
         tensors = references.inputs()
         if places:
-            contexts_NLD = encode_closed_set(parts, tokens_NL)
+            contexts_NLD = encode_closed_set(parts, tokens_NL, weights_NL)
             references = references.plus({"context": contexts_NLD[:1].repeat(batch, 0)})
             stored_NLD = write_closed_set(root, prompts, contexts_NLD, options.dtype)
             tensors["context"] = stored_NLD[:1].repeat(batch, 0)

@@ -35,6 +35,8 @@ class ExportOptions:
         encoder: an AutoencoderTiny folder; None is the model's own VAE.
         context_tokens: of a text context, 77, 154 or 231; None is as the adaptor was trained, or
             as many as the text encoder reads at once.
+        prompt_weights: whether ``(word:1.3)`` is a weight, in ``prompts`` and for the bundle's
+            user; None is as the adaptor was trained, or no.
 
     Example:
         >>> ExportOptions(model="emoji", out=Path("bundle"), batch=2).size("batch")
@@ -59,6 +61,7 @@ class ExportOptions:
     strengths: tuple[float, ...] = ()
     encoder: Path | None = None
     context_tokens: int | None = None
+    prompt_weights: bool | None = None
 
     def size(self, name: Literal["batch", "height", "width"]) -> int | None:
         """The size of the reference: the usual one of a dynamic axis, or the static one.

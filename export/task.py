@@ -123,7 +123,8 @@ def choose_text(options: ExportOptions, chunk_tokens: int) -> tuple[TextSettings
     text = trained or TextSettings()
     trained_tokens = text.context_tokens or chunk_tokens
     tokens = options.context_tokens or trained_tokens
-    text = text.model_copy(update={"context_tokens": tokens})
+    weights = text.prompt_weights if options.prompt_weights is None else options.prompt_weights
+    text = text.model_copy(update={"context_tokens": tokens, "prompt_weights": weights})
     text.chunks(chunk_tokens)
 
     # As with another resolution: it works, and it is not what the adaptor has learned.

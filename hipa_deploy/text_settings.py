@@ -15,6 +15,7 @@ class TextSettings(Record):
 
     Attributes:
         context_tokens: tokens of a context; None is as many as the text encoder reads at once.
+        prompt_weights: whether ``(word:1.3)`` is a weight, and not text.
 
     Example:
         >>> TextSettings(context_tokens=154).chunks(77)
@@ -30,6 +31,12 @@ class TextSettings(Record):
         ge=1,
         description="Tokens of a text context: 77, 154 or 231. A prompt is encoded in chunks of 75 "
         "tokens, each between a start and an end token. By default 77, which CLIP reads at once.",
+    )
+
+    prompt_weights: bool = Field(
+        default=False,
+        description="Read `(word:1.3)`, `(word)` and `[word]` in prompts as weights, as "
+        "AUTOMATIC1111's web UI does. By default brackets are text.",
     )
 
     def chunks(self, chunk_tokens: int) -> int:

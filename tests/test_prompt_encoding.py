@@ -135,3 +135,59 @@ def test_a_closed_set_of_long_prompts(
     np.testing.assert_allclose(contexts_NLD[1], expected_context(model_dir, LONG, 3), atol=1e-5)
     with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
         assert len(pipe(LONG, count=2).images) == 2
+
+
+@torch.no_grad()
+def expected_weighed(model_dir: Path) -> np.ndarray:
+    """'a (red:1.5) cat' in one chunk, by the web UI's formula, from transformers' own parts."""
+    encoder = CLIPTextModel.from_pretrained(model_dir, subfolder="text_encoder").eval()
+    tokenizer = load_tokenizer(ModelConfig.read(model_dir))
+    ids = []
+    multipliers = []
+    for text, weight in (("a", 1.0), ("red", 1.5), ("cat", 1.0)):
+        piece = tokenizer(text, add_special_tokens=False).input_ids
+        ids += piece
+        multipliers += [weight] * len(piece)
+    row = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    row += [tokenizer.pad_token_id] * (77 - len(row))
+    z = encoder(torch.tensor([row])).last_hidden_state
+    factors = torch.tensor([[1.0, *multipliers, *[1.0] * (76 - len(multipliers))]])
+    weighed = z * factors[..., None]
+    return (weighed * (z.mean() / weighed.mean()))[0].numpy()
+
+
+def test_weights_in_training_and_in_the_runtime(
+    model_dir: Path, long_pipe: OneStepPipeline
+) -> None:
+    prompt = "a (red:1.5) cat"
+    expected = expected_weighed(model_dir)
+    settings = TextSettings(context_tokens=154, prompt_weights=True)
+    model = DiffusionModel.load(model_dir, "cpu", text=settings)
+    trained = model.context([prompt, "a dog"])[0].numpy()
+    np.testing.assert_allclose(trained[:77], expected, atol=1e-5)
+    context = long_pipe.tensors(prompt, prompt_weights=True)["context"][0]
+    np.testing.assert_allclose(context, trained, atol=1e-5)
+
+    # Brackets are text unless a caller asks, and the parameters of an image say which it was.
+    assert np.abs(runtime_context(long_pipe, prompt) - trained).max() > 1e-3
+    weighed = long_pipe(prompt, prompt_weights=True)
+    assert weighed.parameters[0]["prompt_weights"] is True
+    plain = long_pipe(prompt)
+    assert plain.parameters[0]["prompt_weights"] is False
+    assert not np.array_equal(plain.images_BHWC, weighed.images_BHWC)
+    again = long_pipe([prompt, "a cat"], prompt_weights=True)
+    assert np.array_equal(again.images_BHWC[0], weighed.images_BHWC[0])
+
+
+def test_a_closed_set_with_weights(model_dir: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a (red:1.5) cat\na (red:1.2.3) cat\n", encoding="utf-8")
+    with pytest.raises(HipaError, match=r"prompts\.txt, line 2: ':1\.2\.3\)' in the prompt"):
+        export(model_dir, tmp_path / "b", prompts=prompts, prompt_weights=True)
+    prompts.write_text("a (red:1.5) cat\n", encoding="utf-8")
+    bundle = export(model_dir, tmp_path / "b", prompts=prompts, prompt_weights=True)
+    assert bundle.manifest.text == TextSettings(context_tokens=77, prompt_weights=True)
+    contexts_NLD = np.load(bundle.path("prompts/contexts.npy"))
+    np.testing.assert_allclose(contexts_NLD[0], expected_weighed(model_dir), atol=1e-5)
+    with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
+        assert pipe("a (red:1.5) cat").parameters[0]["prompt_weights"] is True

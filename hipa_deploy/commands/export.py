@@ -111,6 +111,15 @@ def export(
             "adaptor was trained with, 77 without one."
         ),
     ] = None,
+    prompt_weights: Annotated[
+        bool | None,
+        typer.Option(
+            "--prompt-weights/--no-prompt-weights",
+            help="Read (word:1.3), (word) and [word] as weights, as AUTOMATIC1111's web UI does: "
+            "in --prompts, and later in hipa-generate. By default as the adaptor was trained, as "
+            "text without one.",
+        ),
+    ] = None,
     build: Annotated[
         EngineBackend | None,
         typer.Option(help="Also compile engines for this machine, as hipa-build does."),
@@ -147,6 +156,7 @@ def export(
                     strengths,
                     build,
                     context_tokens,
+                    prompt_weights,
                 )
             )
         )
@@ -191,6 +201,7 @@ def export(
         strengths=parse_strengths(strengths) if strengths else (),
         encoder=resolve_encoder(encoder),
         context_tokens=context_tokens,
+        prompt_weights=prompt_weights,
     )
     bundle = export_bundle(options, console)
 

@@ -17,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.prompt_weights import parse_weights
 from hipa_deploy.text_settings import MAX_CHUNKS, TextSettings
 
 
@@ -134,31 +135,91 @@ class PromptTokenizer:
         """
         return np.stack([self._encode(prompt, truncate) for prompt in prompts])
 
+    def weighted(
+        self, prompts: Sequence[str], *, truncate: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int64 [B, L] and the weight of each, float32 [B, L], of ``(word:1.3)``.
+
+        The pieces between brackets become tokens one by one, as in the web UI. Start, end and
+        padding weigh 1.
+
+        Args:
+            prompts: B prompts, in the syntax of ``hipa_deploy.generate.prompt_weights``.
+            truncate: as in a call.
+
+        Raises:
+            HipaError: as a call does; or a weight that is no number.
+
+        Example:
+            >>> tokens, weights = tokenizer.weighted(["a (red:1.3) apple"])
+            >>> weights[0, :5]
+            array([1. , 1. , 1.3, 1. , 1. ], dtype=float32)
+
+        """
+        tokens = []
+        weights = []
+        for prompt in prompts:
+            tokens_L, weights_L = self._encode_weighted(prompt, truncate)
+            tokens.append(tokens_L)
+            weights.append(weights_L)
+        return np.stack(tokens), np.stack(weights)
+
+    def _encode_weighted(self, prompt: str, truncate: bool) -> tuple[np.ndarray, np.ndarray]:
+        _check_text(prompt)
+        ids: list[int] = []
+        weights: list[float] = []
+        places: list[int] = []  # of each token's text in ``read``
+        read = ""
+        for text, weight in parse_weights(prompt):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            ids += encoding.ids
+            weights += [weight] * len(encoding.ids)
+            places += [len(read) + offset[0] for offset in encoding.offsets]
+            read += text
+        self._check_length(read, places, truncate)
+        tokens_L = self._in_chunks(ids[: self._room], self._pad, (self._start, self._end))
+        weights_L = self._in_chunks(weights[: self._room], 1.0, (1.0, 1.0))
+        return tokens_L.astype(np.int64), weights_L.astype(np.float32)
+
     def _encode(self, prompt: str, truncate: bool) -> np.ndarray:
-        # Python turns bytes of the command line that are not UTF-8 into lone surrogates.
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise HipaError(f"the prompt {prompt!r} is not valid text. Expected UTF-8.")
-
+        _check_text(prompt)
         encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
-        room = (self.chunk - 2) * self._chunks
-        if len(encoding.ids) > room and not truncate:
-            found = len(encoding.ids) + 2 * self._chunks
-            first_cut = encoding.offsets[room][0]
-            problem = (
-                f"the prompt has {found} tokens, the model reads {self.length}: "
-                f"{prompt[first_cut:].strip()!r} would be cut."
-            )
-            chunks = -(-len(encoding.ids) // (self.chunk - 2))  # rounded up
-            enough = chunks * self.chunk if chunks <= MAX_CHUNKS else None
-            raise PromptTooLongError(problem, context_tokens=enough)
-        return self._in_chunks(encoding.ids[:room])
+        self._check_length(prompt, [offset[0] for offset in encoding.offsets], truncate)
+        tokens_L = self._in_chunks(encoding.ids[: self._room], self._pad, (self._start, self._end))
+        return tokens_L.astype(np.int64)
 
-    def _in_chunks(self, ids: Sequence[int]) -> np.ndarray:
-        """Token ids int64 [L] with start, end and padding in each chunk."""
+    @property
+    def _room(self) -> int:
+        """Tokens of a prompt that fit."""
+        return (self.chunk - 2) * self._chunks
+
+    def _check_length(self, text: str, places: Sequence[int], truncate: bool) -> None:
+        """Raise PromptTooLongError unless the tokens fit, which begin at ``places`` of ``text``."""
+        if truncate or len(places) <= self._room:
+            return
+        found = len(places) + 2 * self._chunks
+        problem = (
+            f"the prompt has {found} tokens, the model reads {self.length}: "
+            f"{text[places[self._room] :].strip()!r} would be cut."
+        )
+        chunks = -(-len(places) // (self.chunk - 2))  # rounded up
+        enough = chunks * self.chunk if chunks <= MAX_CHUNKS else None
+        raise PromptTooLongError(problem, context_tokens=enough)
+
+    def _in_chunks(
+        self, values: Sequence[float], padding: float, around: tuple[float, float]
+    ) -> np.ndarray:
+        """The values of a prompt's tokens in chunks [L], each between two values and padded."""
         inside = self.chunk - 2
-        tokens: list[int] = []
+        chunks: list[float] = []
         for number in range(self._chunks):
-            part = ids[number * inside : (number + 1) * inside]
-            padding = [self._pad] * (inside - len(part))
-            tokens += [self._start, *part, self._end, *padding]
-        return np.asarray(tokens, dtype=np.int64)
+            part = values[number * inside : (number + 1) * inside]
+            missing = inside - len(part)
+            chunks += [around[0], *part, around[1], *[padding] * missing]
+        return np.asarray(chunks)
+
+
+def _check_text(prompt: str) -> None:
+    # Python turns bytes of the command line that are not UTF-8 into lone surrogates.
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise HipaError(f"the prompt {prompt!r} is not valid text. Expected UTF-8.")

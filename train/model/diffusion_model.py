@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.generate.noise import initial_noise
+from hipa_deploy.generate.prompt_weights import weigh_context
 from hipa_deploy.generate.tokenizer import PromptTokenizer
 from hipa_deploy.models.clip_tokenizer import load_tokenizer, prompt_tokenizer
 from hipa_deploy.models.model_config import ModelConfig
@@ -161,8 +162,17 @@ class DiffusionModel:
     @torch.no_grad()
     def context(self, prompts: Sequence[str]) -> Tensor:
         """Text context, float32 [B, L, D]; words beyond the context's length are cut."""
-        tokens_BL = torch.from_numpy(self.tokenizer(prompts, truncate=True)).to(self.device)
-        return text_context(self.pipe.text_encoder, tokens_BL, self.tokenizer.chunk)
+        chunk = self.tokenizer.chunk
+        if not self.text.prompt_weights:
+            tokens_BL = torch.from_numpy(self.tokenizer(prompts, truncate=True)).to(self.device)
+            return text_context(self.pipe.text_encoder, tokens_BL, chunk)
+
+        tokens, weights = self.tokenizer.weighted(prompts, truncate=True)
+        tokens_BL = torch.from_numpy(tokens).to(self.device)
+        weights_BL = torch.from_numpy(weights).to(self.device)
+        context_BLD = text_context(self.pipe.text_encoder, tokens_BL, chunk)
+        weighed_BLD: Tensor = weigh_context(context_BLD, weights_BL, chunk)
+        return weighed_BLD
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
         """Image [B, 3, H, W] in [0, 1] -> scaled latents, float32 [B, C, h, w].
