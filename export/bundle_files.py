@@ -20,19 +20,23 @@ from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS
 from hipa_deploy.generate.tokenizer import PromptTokenizer
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.clip_tokenizer import rust_tokenizer
+from hipa_deploy.models.lora.open_style import OpenStyle
 
 TOKENIZER = "tokenizer/tokenizer.json"
 # Texts that tokenizers have read differently: Japanese, a joined emoji, and U+200B.
 HARD_TEXTS = ("東京の夜景", "a 👩\u200d👧 family", "\u200ba cat")
 
 
-def write_tokenizer(root: Path, model: ModelParts, prompt: str) -> PromptTokenizer:
+def write_tokenizer(
+    root: Path, model: ModelParts, prompt: str, style: OpenStyle | None = None
+) -> PromptTokenizer:
     """Write ``tokenizer.json``, padding and length inside, and open it as the runtime will.
 
     Args:
         root: the bundle's folder.
         model: the base model.
         prompt: its tokens are compared with transformers', and those of ``HARD_TEXTS``.
+        style: its embeddings' words are added.
 
     Raises:
         HipaError: the two tokenizers do not agree.
@@ -40,6 +44,8 @@ def write_tokenizer(root: Path, model: ModelParts, prompt: str) -> PromptTokeniz
     """
     # Padding and length go into the file: the runtime has no other configuration of the tokenizer.
     fast = model.tokenizer()
+    if style is not None:
+        style.add_words(fast)
     length = fast.model_max_length
     path = root / TOKENIZER
     path.parent.mkdir()

@@ -78,7 +78,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         show("text")
         closed_set = read_closed_set(options.prompts) if options.prompts else None
         prompts = closed_set or [example_prompt(model)]
-        tokens_NL = write_tokenizer(root, model, prompts[0])(prompts)
+        tokens_NL = write_tokenizer(root, model, prompts[0], parts.style)(prompts)
         specs = stage_specs(
             layout=options.layout,
             precision=options.dtype,
@@ -131,6 +131,8 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
             batch=batch,
             base_model=model.info,
             adaptor=references.adaptor,
+            loras=parts.style.info.loras,
+            embeddings=parts.style.info.embeddings,
             decoder=parts.decoder_info(),
             encoder=None if settings.task == "generate" else parts.encoder_info(),
             task=settings.task,
@@ -163,6 +165,10 @@ def _check(options: ExportOptions) -> None:
                 raise HipaError(
                     f"--{name} needs --layout onestep: the generic layout is what optimum can load."
                 )
+        if options.style.embeddings:
+            raise HipaError(
+                "--embedding needs --layout onestep: optimum would not know the new words."
+            )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from hipa_deploy.bundle.manifest import Axis, Layout, Precision
+from hipa_deploy.models.style import Style
 from hipa_deploy.tasks import Task
 
 
@@ -33,6 +34,7 @@ class ExportOptions:
         task: None is the adaptor's own; generate without an adaptor.
         strengths: of an edit, in (0, 1]; empty means all that the adaptor was trained for.
         encoder: an AutoencoderTiny folder; None is the model's own VAE.
+        style: LoRAs and embeddings that are added to the model before the adaptor.
 
     Example:
         >>> ExportOptions(model="emoji", out=Path("bundle"), batch=2).size("batch")
@@ -56,6 +58,7 @@ class ExportOptions:
     task: Task | None = None
     strengths: tuple[float, ...] = ()
     encoder: Path | None = None
+    style: Style = field(default_factory=Style)
 
     def size(self, name: Literal["batch", "height", "width"]) -> int | None:
         """The size of the reference: the usual one of a dynamic axis, or the static one.

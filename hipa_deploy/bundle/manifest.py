@@ -232,6 +232,42 @@ class AdaptorInfo(Record):
     scale: float
 
 
+class LoraInfo(Record):
+    """A LoRA that was merged into the base model, before any adaptor.
+
+    Attributes:
+        name: of its file or folder.
+        sha256: of its file; of the hashes of several.
+        scale: what it was merged at; 1 is as trained.
+        rank: of its low-rank matrices; the largest, if layers differ; None without such matrices.
+        parts: of the model that it changes: 'unet', 'text_encoder'.
+
+    """
+
+    name: str
+    sha256: str
+    scale: float
+    rank: int | None = None
+    parts: tuple[str, ...] = ()
+
+
+class EmbeddingInfo(Record):
+    """A textual inversion embedding: a word that was added to the text encoder.
+
+    Attributes:
+        name: of its file.
+        sha256: of its file.
+        token: the word that stands for it in a prompt.
+        vectors: how many tokens of a prompt it takes.
+
+    """
+
+    name: str
+    sha256: str
+    token: str
+    vectors: int = Field(ge=1)
+
+
 class DecoderInfo(Record):
     """What decodes the latents.
 
@@ -307,6 +343,8 @@ class Manifest(Record):
         batch: images that a call makes where the batch is static; the usual number where it is not.
         base_model: the model that it came from.
         adaptor: merged into the UNet; None without one.
+        loras: merged into UNet and text encoder before the adaptor, in this order.
+        embeddings: words that were added to the text encoder.
         decoder: what decodes; None in older bundles.
         encoder: what encodes a source image; None for text to image.
         task: what an image is made from.
@@ -326,6 +364,8 @@ class Manifest(Record):
     batch: int = Field(ge=1, le=MAX_BATCH)
     base_model: ModelInfo
     adaptor: AdaptorInfo | None
+    loras: tuple[LoraInfo, ...] = ()
+    embeddings: tuple[EmbeddingInfo, ...] = ()
     decoder: DecoderInfo | None = None
     encoder: EncoderInfo | None = None
     task: Task = "generate"
