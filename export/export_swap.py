@@ -28,7 +28,7 @@ from hipa_deploy.bundle.adaptor_swap import (
     stage_files,
 )
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import AdaptorInfo, DecoderInfo, Stage
+from hipa_deploy.bundle.manifest import AdaptorInfo, Stage
 from hipa_deploy.bundle.onnx_weights import Initializer, read_initializers, skeleton_sha256
 from hipa_deploy.bundle.reference import Reference
 from hipa_deploy.errors import HipaError
@@ -43,6 +43,7 @@ from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
+from hipa_deploy.models.weight_identity import has_identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         _check_timestep(options, bundle, settings)
         parts = ChosenParts.choose(model, like_bundle, settings.task)
         if like_bundle.fuse:
-            check_decoder(bundle, parts.decoder_info())
+            check_decoder(bundle, parts)
 
         # The UNet's stage once more, fed with what the bundle's own stages before it give.
         with (console or Console(stderr=True)).status("export: UNet"):
@@ -134,7 +135,7 @@ def _check_same_base(options: SwapOptions, bundle: Bundle, model: ModelParts) ->
             "Export a bundle of its own."
         )
     check_encoder(bundle)
-    if model.info.sha256 != bundle.manifest.base_model.sha256:
+    if not has_identity(model.folder / "unet", bundle.manifest.base_model.sha256):
         raise HipaError(
             f"{bundle.root} was exported from another base model than {options.model}. "
             f"Give --model as for the bundle's own export: {bundle.manifest.base_model.name}."
@@ -169,10 +170,10 @@ def _check_timestep(options: SwapOptions, bundle: Bundle, settings: TaskSettings
         )
 
 
-def check_decoder(bundle: Bundle, decoder: DecoderInfo) -> None:
-    """Raise HipaError unless ``decoder`` is the bundle's: a fused stage holds the decoder too."""
+def check_decoder(bundle: Bundle, parts: ChosenParts) -> None:
+    """Raise HipaError unless the decoder is the bundle's: a fused stage holds the decoder too."""
     expected = bundle.manifest.decoder
-    if expected is None or expected.sha256 != decoder.sha256:
+    if expected is None or not parts.decodes_like(expected):
         name = expected.name if expected else "full"
         raise HipaError(f"{bundle.root} has another decoder than this. Give --decoder, {name}.")
 
