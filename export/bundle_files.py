@@ -17,7 +17,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import References
 from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS
-from hipa_deploy.generate.tokenizer import PromptTokenizer
+from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.clip_tokenizer import rust_tokenizer
 from hipa_deploy.models.lora.open_style import OpenStyle
@@ -63,6 +63,34 @@ def write_tokenizer(
             "Please report this."
         )
     return tokenizer
+
+
+def tokenize(
+    tokenizer: PromptTokenizer,
+    prompts: Sequence[str],
+    path: Path | None,
+    places: Mapping[str, str],
+) -> np.ndarray:
+    """Token ids int64 [N, L] of N prompts.
+
+    Args:
+        tokenizer: the bundle's.
+        prompts: N prompts.
+        path: the file of a closed set; None where the prompt is this package's own.
+        places: of each prompt in that file, as ``read_numbered_prompts`` gives them.
+
+    Raises:
+        HipaError: a prompt is too long; the message names the file and the line.
+
+    """
+    rows = []
+    for prompt in prompts:
+        try:
+            rows.append(tokenizer([prompt])[0])
+        except PromptTooLongError as error:
+            where = f"prompts {path}, {places[prompt]}: " if path else ""
+            raise HipaError(f"{where}{error}") from None
+    return np.stack(rows)
 
 
 def write_closed_set(

@@ -28,7 +28,7 @@ class ExportOptions:
         batch: images per call, static.
         fuse: UNet and decoder become one stage, 'generator'.
         decoder: an AutoencoderTiny folder; None is the model's own VAE.
-        prompts: a text file, one prompt per line. The bundle then holds the contexts of these
+        prompts: what ``read_prompt_file`` reads. The bundle then holds the contexts of these
             prompts in place of the text encoder, and takes no others.
         dynamic: axes that are not static, of 'batch', 'height' and 'width', in images and pixels.
         task: None is the adaptor's own; generate without an adaptor.

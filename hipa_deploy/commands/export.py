@@ -76,8 +76,8 @@ def export(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Text file, one prompt a line: the bundle then makes these prompts only, "
-            "and needs no text encoder."
+            help="Text file, one prompt a line, or a table of captions (.csv, .parquet): the "
+            "bundle then makes these prompts only, and needs no text encoder."
         ),
     ] = None,
     dynamic: Annotated[
