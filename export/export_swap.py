@@ -6,7 +6,6 @@ in place of the bundle's, and what it runs is bit for bit what an export with th
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ from hipa_deploy.export.references import INPUTS, References, add_images, add_st
 from hipa_deploy.export.run_apart import run_apart
 from hipa_deploy.export.task import TaskSettings, choose_task
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.files import new_folder
+from hipa_deploy.files import new_folder, temporary_folder
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
 from hipa_deploy.models.weight_identity import has_identity
@@ -91,7 +90,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
     bundle = Bundle.open(options.bundle)
     model = ModelParts.open(options.model)
     bundle.verify()
-    with new_folder(options.out) as root, tempfile.TemporaryDirectory() as scratch:
+    with new_folder(options.out) as root, temporary_folder("hipa-export") as scratch:
         # The request that the bundle came from, with the other adaptor.
         _check_same_base(options, bundle, model)
         like_bundle = _bundle_options(options, bundle)
@@ -106,7 +105,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
             references = _references(bundle, parts, settings)
             source = unet_source(like_bundle, parts, settings, bundle.manifest.one_step)
             writer = StageWriter(
-                root=Path(scratch),
+                root=scratch,
                 precision=like_bundle.dtype,
                 specs={name: stage.spec for name, stage in bundle.stages.items()},
                 references=references,
@@ -116,7 +115,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
             stage = writer.write(source, _stage_inputs(bundle, references)).stage
 
         # Only what differs is kept.
-        onnx = Path(scratch) / stage.path
+        onnx = scratch / stage.path
         weights = _differing(bundle.stage_path(stage.spec.name), onnx)
         values = {name: weight.read() for name, weight in weights.items()}
         np.savez(root / WEIGHTS, **values)  # type: ignore[arg-type]  # numpy's stub
