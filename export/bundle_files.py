@@ -19,9 +19,12 @@ from hipa_deploy.export.references import References
 from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS
 from hipa_deploy.generate.tokenizer import PromptTokenizer
 from hipa_deploy.hashing import file_sha256
+from hipa_deploy.models.clip_tokenizer import rust_tokenizer
 from hipa_deploy.models.one_step_method import OneStepMethod, make_scheduler
 
 TOKENIZER = "tokenizer/tokenizer.json"
+# Texts that tokenizers have read differently: Japanese, a joined emoji, and U+200B.
+HARD_TEXTS = ("東京の夜景", "a 👩\u200d👧 family", "\u200ba cat")
 
 
 def write_tokenizer(root: Path, model: ModelParts, prompt: str) -> PromptTokenizer:
@@ -30,7 +33,7 @@ def write_tokenizer(root: Path, model: ModelParts, prompt: str) -> PromptTokeniz
     Args:
         root: the bundle's folder.
         model: the base model.
-        prompt: the tokens of this one are compared with transformers'.
+        prompt: its tokens are compared with transformers', and those of ``HARD_TEXTS``.
 
     Raises:
         HipaError: the two tokenizers do not agree.
@@ -39,17 +42,17 @@ def write_tokenizer(root: Path, model: ModelParts, prompt: str) -> PromptTokeniz
     # Padding and length go into the file: the runtime has no other configuration of the tokenizer.
     fast = model.tokenizer()
     length = fast.model_max_length
-    rust = fast.backend_tokenizer
-    rust.enable_truncation(length)
-    rust.enable_padding(length=length, pad_id=fast.pad_token_id, pad_token=fast.pad_token)
     path = root / TOKENIZER
     path.parent.mkdir()
-    rust.save(str(path))
+    rust_tokenizer(fast).save(str(path))
 
     # A wrong token would give a plausible image of something else, so both are compared once.
     tokenizer = PromptTokenizer(path)
-    expected = fast([prompt], padding="max_length", max_length=length, return_tensors="np")
-    if not np.array_equal(tokenizer([prompt]), expected.input_ids):
+    texts = [prompt, *HARD_TEXTS]
+    expected = fast(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="np"
+    )
+    if not np.array_equal(tokenizer(texts, truncate=True), expected.input_ids):
         raise HipaError(
             f"{model.folder}/tokenizer: tokenizer.json does not agree with transformers. "
             "Please report this."

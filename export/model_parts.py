@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizerFast
 from hipa_deploy.bundle.manifest import ModelInfo, OneStep, StepMethod
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.models.adaptor_folder import unet_sha256
+from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_metadata, vae_sha256
 from hipa_deploy.models.kind import check_unet
 from hipa_deploy.models.locate import model_folder
@@ -152,13 +153,8 @@ class ModelParts:
         return tiny
 
     def tokenizer(self) -> CLIPTokenizerFast:
-        """The tokenizer, in its Rust form."""
-        try:
-            return CLIPTokenizerFast.from_pretrained(self.folder, subfolder="tokenizer")
-        except (OSError, ValueError) as error:
-            raise HipaError(
-                f"{self.folder}/tokenizer cannot be loaded: {first_line(error)}"
-            ) from None
+        """The tokenizer, in its Rust form; see ``load_tokenizer``."""
+        return load_tokenizer(self.config)
 
     def one_step(
         self,

@@ -44,7 +44,8 @@ class OnnxRuntimeRunner(ClosesAtExit):
     captured as a CUDA graph. Where ONNX Runtime refuses that, a RuntimeWarning and
     ``graph_problem`` say why, and the stage runs without a graph.
 
-    The runner owns its memory until ``close``; the arrays that it returns belong to the caller.
+    The runner owns its memory until ``close``; the arrays that it returns belong to the caller. Any
+    thread may call it, several at once too.
 
     Args:
         path: the stage's ONNX file.
@@ -117,9 +118,10 @@ class OnnxRuntimeRunner(ClosesAtExit):
 
         """
         check_inputs(self.spec, inputs)
-        if self._run is None:
+        run = self._run  # read once: another thread may close the runner meanwhile
+        if run is None:
             raise HipaError(f"{self.spec.name}: the runner is closed.")
-        return self._run(inputs)
+        return run(inputs)
 
     def close(self) -> None:
         """Release the session. Calling it twice is harmless."""

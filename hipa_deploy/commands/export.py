@@ -158,7 +158,7 @@ def export(
     from hipa_deploy.export.task import parse_strengths
     from hipa_deploy.models.locate import resolve_decoder, resolve_encoder, unpacked
 
-    # A .safetensors checkpoint becomes a folder first; the decoder depends on which model it is.
+    # A checkpoint in one file becomes a folder first; the decoder depends on which model it is.
     model = unpacked(model, config)
     options = ExportOptions(
         model=model,

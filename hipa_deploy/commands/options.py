@@ -52,14 +52,14 @@ class EngineBackend(str, Enum):
 ModelOption = Annotated[
     str,
     typer.Option(
-        help="Base model: a diffusers folder, a .safetensors file, a Hugging Face hub id, "
-        "or 'emoji' (included)."
+        help="Base model: a diffusers folder, a .safetensors or .ckpt file, a Hugging Face hub "
+        "id, or 'emoji' (included)."
     ),
 ]
 ConfigOption = Annotated[
     str | None,
     typer.Option(
-        help="For a .safetensors file, the model it is of: sd15 | sd21-base | sd21-v | "
+        help="For a model in one file, the model it is of: sd15 | sd21-base | sd21-v | "
         "a diffusers folder of the same architecture. Needed only if its weights do not show it."
     ),
 ]

@@ -13,7 +13,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
 
 if TYPE_CHECKING:
-    from hipa_deploy.train.recipes.recipe import Recipe
+    from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
 
 
 def train(
@@ -57,6 +57,14 @@ def train(
             "--dry-run", help="Print the settings and the predicted time and memory; train nothing."
         ),
     ] = False,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code",
+            help="Let the recipe run code: a backbone of your own, module:function. The module is "
+            "imported, so allow only what you trust.",
+        ),
+    ] = False,
 ) -> None:
     """Train a HiPA adaptor, with which a model makes an image in one step.
 
@@ -65,11 +73,8 @@ def train(
     """
     require("train")
     from hipa_deploy.embedded import resolve_adaptor
-    from hipa_deploy.models.locate import model_folder
-    from hipa_deploy.train.loop.processes import is_main, leaving_process_group
     from hipa_deploy.train.recipes.recipe import Recipe, load_any_recipe
-    from hipa_deploy.train.train_adaptor import train_adaptor
-    from hipa_deploy.train.train_decoder import train_decoder
+    from hipa_deploy.user_code import check_allowed, code_allowed
 
     # Only what was given on the command line replaces a value of the recipe.
     overrides: dict[str, Any] = {}
@@ -81,32 +86,58 @@ def train(
     initial = resolve_adaptor(start) if start else None
     active = resolve_adaptor(adaptor) if adaptor else None
 
-    if isinstance(chosen, Recipe):
-        if active:
-            raise HipaError(
-                f"--adaptor is for a decoder, but recipe {recipe} trains an adaptor. "
-                "Leave it out, or use --from to start from an adaptor."
-            )
-        if dry_run:
-            _dry_run_training(chosen, model_folder(model, config))
-            return
-        with leaving_process_group():
-            path = train_adaptor(
-                chosen, model_folder(model, config), out, initial_adaptor=initial, console=console
-            )
-    else:
-        if initial:
-            raise HipaError(
-                f"--from is for an adaptor, but recipe {recipe} trains a decoder. Leave it out."
-            )
-        if dry_run:
-            raise HipaError(
-                f"--dry-run is for an adaptor, but recipe {recipe} trains a decoder. Leave it out."
-            )
-        with leaving_process_group():
-            path = train_decoder(
-                chosen, model_folder(model, config), out, adaptor=active, console=console
-            )
+    # What can be known without torch is checked before it is imported.
+    if isinstance(chosen, Recipe) and active:
+        raise HipaError(
+            f"--adaptor is for a decoder, but recipe {recipe} trains an adaptor. "
+            "Leave it out, or use --from to start from an adaptor."
+        )
+    if not isinstance(chosen, Recipe) and (initial or dry_run):
+        option = "--from" if initial else "--dry-run"
+        raise HipaError(
+            f"{option} is for an adaptor, but recipe {recipe} trains a decoder. Leave it out."
+        )
+    with code_allowed(allow_code):
+        check_allowed("backbone", chosen.loss.backbone)
+        _train(chosen, model, config, out, start=initial or active, dry_run=dry_run)
+
+
+def _train(
+    chosen: Recipe | DecoderRecipe,
+    model: str,
+    config: str | None,
+    out: Path,
+    *,
+    start: Path | None,
+    dry_run: bool,
+) -> None:
+    """Train what the recipe is for, and print where it is.
+
+    Args:
+        chosen: the recipe, of an adaptor or of a decoder.
+        model: the base model, as on the command line.
+        config: of a checkpoint, as on the command line.
+        out: the folder to write.
+        start: the adaptor to start from, or the one that a decoder will be used with.
+        dry_run: predict, and train nothing.
+
+    """
+    from hipa_deploy.models.locate import model_folder
+    from hipa_deploy.train.loop.processes import is_main, leaving_process_group
+    from hipa_deploy.train.recipes.recipe import Recipe
+    from hipa_deploy.train.train_adaptor import train_adaptor
+    from hipa_deploy.train.train_decoder import train_decoder
+
+    folder = model_folder(model, config)
+    if dry_run:
+        assert isinstance(chosen, Recipe)  # the command refuses a decoder's
+        _dry_run_training(chosen, folder)
+        return
+    with leaving_process_group():
+        if isinstance(chosen, Recipe):
+            path = train_adaptor(chosen, folder, out, initial_adaptor=start, console=console)
+        else:
+            path = train_decoder(chosen, folder, out, adaptor=start, console=console)
 
     # Several processes may train together; the path is printed once.
     if is_main():

@@ -8,6 +8,7 @@ Shape suffixes: B prompts of a batch, N prompts of a closed set, L tokens, D wid
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +62,7 @@ class EncodedPrompts:
     def __init__(self, tokenizer: PromptTokenizer) -> None:
         self._tokenizer = tokenizer
         self._cache: dict[bytes, np.ndarray] = {}  # contexts by their token ids, oldest first
+        self._changes_cache = threading.Lock()
 
     def prepare(self, prompts: Sequence[str], *, truncate: bool) -> list[np.ndarray]:
         """Token ids int64 [L] of each prompt."""
@@ -74,10 +76,12 @@ class EncodedPrompts:
 
     def keep(self, prompts: list[np.ndarray], context_BLD: np.ndarray) -> None:
         """Remember a batch, and forget the oldest."""
-        self._cache[np.stack(prompts).tobytes()] = context_BLD
-        if len(self._cache) > CACHED_BATCHES:
-            oldest = next(iter(self._cache))
-            del self._cache[oldest]
+        # Two threads at once would both choose the same oldest entry.
+        with self._changes_cache:
+            self._cache[np.stack(prompts).tobytes()] = context_BLD
+            if len(self._cache) > CACHED_BATCHES:
+                oldest = next(iter(self._cache))
+                del self._cache[oldest]
 
 
 class BakedPrompts:

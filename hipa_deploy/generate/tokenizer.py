@@ -21,7 +21,7 @@ class PromptTokenizer:
     them is known here.
 
     Raises:
-        HipaError: the file is no tokenizer, or says nothing of length and padding.
+        HipaError: the file cannot be read, is no tokenizer, or says nothing of length and padding.
 
     Example:
         >>> tokenizer = PromptTokenizer(Path("bundle/tokenizer/tokenizer.json"))
@@ -32,7 +32,30 @@ class PromptTokenizer:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise HipaError(f"{path} cannot be read ({error}). Export the bundle again.") from None
+        self._open(text, str(path))
+
+    @classmethod
+    def of(cls, text: str, name: str) -> PromptTokenizer:
+        """The tokenizer whose ``tokenizer.json`` has the content ``text``.
+
+        Args:
+            text: JSON, with length and padding.
+            name: what an error calls it.
+
+        Raises:
+            HipaError: as the constructor does.
+
+        """
+        tokenizer = cls.__new__(cls)
+        tokenizer._open(text, name)
+        return tokenizer
+
+    def _open(self, text: str, path: str) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the Rust library raises bare Exception
             raise HipaError(
                 f"{path} is not a tokenizer ({error}). Export the bundle again."

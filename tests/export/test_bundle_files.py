@@ -33,8 +33,8 @@ def test_a_tokenizer_that_disagrees_is_refused(
     class Other:
         def __init__(self, path: Path) -> None: ...
 
-        def __call__(self, prompts: list[str]) -> np.ndarray:
-            return np.zeros((1, 77), np.int64)
+        def __call__(self, prompts: list[str], *, truncate: bool) -> np.ndarray:
+            return np.zeros((len(prompts), 77), np.int64)
 
     monkeypatch.setattr("hipa_deploy.export.bundle_files.PromptTokenizer", Other)
     with pytest.raises(HipaError, match="does not agree with transformers"):

@@ -321,6 +321,10 @@ def cache_folder(
         "prompts": prompts,
         "seed": seed,
     }
+    # Before, training read prompts with another tokenizer, which gave other ids for some texts
+    # beyond ASCII and for control characters. Pairs of plain prompts are still found.
+    if not all(prompt.isascii() and prompt.isprintable() for prompt in prompts):
+        key["tokenizer_kind"] = "fast"
     if edits is not None:
         key["edits"] = edits.key
         key["vae"] = folder_sha256(model.folder / "vae")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.generate.noise import initial_noise
+from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.tasks import Task, is_inpainting_unet
 
@@ -58,22 +59,27 @@ class DiffusionModel:
 
         Raises:
             HipaError: it is not a Stable Diffusion folder, its kind of model cannot be trained to
-                one step, or its weights are not finite.
+                one step, its tokenizer cannot be read, or its weights are not finite.
 
         """
         # Before loading gigabytes: its configuration says whether the model can be trained at all.
-        ModelConfig.read(folder, task)
+        config = ModelConfig.read(folder, task)
+        tokenizer = load_tokenizer(config)
         diffusers_logging.disable_progress_bar()
         try:
             pipe = StableDiffusionPipeline.from_pretrained(
                 folder,
                 torch_dtype=torch.float32,
+                tokenizer=None,
                 safety_checker=None,
                 feature_extractor=None,
                 requires_safety_checker=False,
             )
         except Exception as error:  # a broken folder: each library raises classes of its own
             raise HipaError(f"model {folder} cannot be loaded: {first_line(error)}") from None
+
+        # Not the one that diffusers would load: the bundle's, so that both see the same ids.
+        pipe.register_modules(tokenizer=tokenizer)
 
         # A damaged file would otherwise show as a loss of NaN, hours later.
         _check_finite(folder, pipe)
