@@ -33,7 +33,7 @@ from hipa_deploy.export.references import (
     make_references,
     text_references,
 )
-from hipa_deploy.export.task import choose_task
+from hipa_deploy.export.task import choose_task, step_warning
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder
 from hipa_deploy.generate.prompt_files import read_numbered_prompts
@@ -72,7 +72,12 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     model = ModelParts.open(options.model)
     settings = choose_task(options, model)
     parts = ChosenParts.choose(model, options, settings.task)
-    step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
+    step = model.one_step(
+        settings.timestep, options.size("height"), options.size("width"), settings.method
+    )
+    warning = step_warning(options, settings, model)
+    if warning:
+        (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
     axes = stage_axes(options.dynamic, step, model.config.size_multiple)
     batch = options.size("batch") or 1
 
@@ -96,7 +101,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         # All of PyTorch's tensors before anything is exported: each part of the model is loaded
         # for its references, freed, and loaded again for its stage.
         show("references")
-        references = text_references(prompts[0], tokens_NL[:1], batch, step)
+        references = text_references(prompts[0], tokens_NL[:1], batch, step, options.layout)
         tensors = references.inputs()
         if places:
             contexts_NLD = encode_closed_set(parts, tokens_NL)
@@ -121,7 +126,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
             tensors[source.output] = written.output
             stages.append(written.stage)
         if options.layout == "generic":
-            write_diffusers_files(root, model)
+            write_diffusers_files(root, model, settings.method)
 
         # The manifest is last: it lists the hash of every other file.
         show("manifest")

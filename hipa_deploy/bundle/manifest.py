@@ -309,6 +309,28 @@ class Strength(Record):
     alpha_bar: float
 
 
+class StepMethod(Record):
+    """A one-step method that is not HiPA's, as numbers.
+
+    With e the noise of a seed, standard normal, the UNet sees z = noise_scale * e, and the step
+    gives sample_factor * z + output_factor * (what the UNet predicts).
+
+    Attributes:
+        name: of the preset, or of the TOML file, that the numbers come from.
+        scheduler: the class of diffusers that takes this step.
+        noise_scale: above 0.
+        sample_factor: of what the UNet saw.
+        output_factor: of what the UNet predicts.
+
+    """
+
+    name: str
+    scheduler: str
+    noise_scale: float = Field(gt=0, allow_inf_nan=False)
+    sample_factor: float = Field(allow_inf_nan=False)
+    output_factor: float = Field(allow_inf_nan=False)
+
+
 class OneStep(Record):
     """The constants of the one step.
 
@@ -320,6 +342,7 @@ class OneStep(Record):
         latent_shape: [C, h, w] = [latent channels, height / 2**n, width / 2**n].
         height: of an image, in pixels.
         width: of an image, in pixels.
+        method: how latents are made, where it is not HiPA's x0; None in older bundles.
 
     """
 
@@ -330,6 +353,12 @@ class OneStep(Record):
     latent_shape: tuple[int, int, int]
     height: int
     width: int
+    method: StepMethod | None = None
+
+    @property
+    def noise_scale(self) -> float:
+        """Standard normal noise times this is what the UNet sees."""
+        return self.method.noise_scale if self.method else 1.0
 
 
 class Manifest(Record):

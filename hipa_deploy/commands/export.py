@@ -15,6 +15,7 @@ from hipa_deploy.commands.options import (
     Layout,
     LoraOption,
     ModelOption,
+    OneStepOption,
     Precision,
     Task,
     console,
@@ -33,8 +34,9 @@ def export(
     adaptor: Annotated[
         str | None,
         typer.Option(
-            help="Adaptor to merge into the model: a folder that hipa-train wrote, or an included "
-            "one: emoji, emoji-edit, emoji-inpaint, emoji-upscale. None by default."
+            help="Adaptor to merge into the model: a folder that hipa-train wrote, a one-step LoRA "
+            "of others (see --one-step), or an included one: emoji, emoji-edit, emoji-inpaint, "
+            "emoji-upscale. None by default."
         ),
     ] = None,
     adaptor_scale: Annotated[
@@ -43,6 +45,7 @@ def export(
     ] = 1.0,
     lora: LoraOption = None,
     embedding: EmbeddingOption = None,
+    one_step: OneStepOption = None,
     dtype: Annotated[
         Precision, typer.Option(help="Precision of weights and arithmetic in the ONNX models.")
     ] = Precision.fp16,
@@ -139,10 +142,11 @@ def export(
         )
         if not others_are_default:
             raise HipaError(
-                "--swap-for takes --model, --adaptor, --adaptor-scale, --decoder and --out; "
+                "--swap-for takes --model, --adaptor, --adaptor-scale, --one-step, --decoder and "
+                "--out; "
                 "the bundle decides everything else. Leave the other options out."
             )
-        _export_swap(model, adaptor, adaptor_scale, decoder, swap_for, out)
+        _export_swap(model, adaptor, adaptor_scale, one_step, decoder, swap_for, out)
         return
 
     if build:
@@ -179,6 +183,7 @@ def export(
         strengths=parse_strengths(strengths) if strengths else (),
         encoder=resolve_encoder(encoder),
         style=parse_style(lora, embedding),
+        one_step=one_step,
     )
     bundle = export_bundle(options, console)
 
@@ -197,7 +202,13 @@ def export(
 
 
 def _export_swap(
-    model: str, adaptor: str | None, scale: float, decoder: str, bundle: Path, out: Path
+    model: str,
+    adaptor: str | None,
+    scale: float,
+    one_step: str | None,
+    decoder: str,
+    bundle: Path,
+    out: Path,
 ) -> None:
     """Write to ``out`` the weights of ``adaptor`` that differ from those of ``bundle``."""
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
@@ -216,6 +227,7 @@ def _export_swap(
             bundle=resolve_bundle(bundle),
             out=out,
             decoder=resolve_decoder(decoder, model),
+            one_step=one_step,
         ),
         console,
     )
