@@ -21,6 +21,7 @@ from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.clip_tokenizer import rust_tokenizer
+from hipa_deploy.models.one_step_method import OneStepMethod, make_scheduler
 
 TOKENIZER = "tokenizer/tokenizer.json"
 # Texts that tokenizers have read differently: Japanese, a joined emoji, and U+200B.
@@ -137,19 +138,26 @@ def write_references(root: Path, references: References) -> None:
     (root / REFERENCE_PROMPTS).write_text(json.dumps(content) + "\n")
 
 
-def write_diffusers_files(root: Path, model: ModelParts) -> None:
+def write_diffusers_files(
+    root: Path, model: ModelParts, method: OneStepMethod | None = None
+) -> None:
     """Write what optimum's ORTDiffusionPipeline reads beside the stages of the layout generic.
 
     That is ``model_index.json``, the configurations, the tokenizer's vocabulary and the one-step
     scheduler.
+
+    Raises:
+        HipaError: no scheduler of diffusers takes the step of ``method``.
+
     """
+    scheduler = _one_step_scheduler(model, method)
     index = {
         "_class_name": "StableDiffusionPipeline",
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
     }
@@ -165,6 +173,13 @@ def write_diffusers_files(root: Path, model: ModelParts) -> None:
     model.tokenizer().save_pretrained(tokenizer.parent)
     tokenizer.write_bytes(content)
 
+    scheduler.save_pretrained(root / "scheduler")
+
+
+def _one_step_scheduler(model: ModelParts, method: OneStepMethod | None) -> Any:
+    """The method's own scheduler; for HiPA DDIM's, whose one step is x0 itself."""
+    if method is not None:
+        return make_scheduler(method, model.config)
     # With these, DDIM's one step starts at the last timestep and ends at x0 itself.
     one_step = {
         "timestep_spacing": "trailing",
@@ -172,8 +187,7 @@ def write_diffusers_files(root: Path, model: ModelParts) -> None:
         "clip_sample": False,
         "steps_offset": 0,
     }
-    scheduler = DDIMScheduler(**model.config.schedule, **one_step)
-    scheduler.save_pretrained(root / "scheduler")
+    return DDIMScheduler(**model.config.schedule, **one_step)
 
 
 def file_hashes(root: Path) -> dict[str, str]:

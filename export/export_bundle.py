@@ -33,7 +33,7 @@ from hipa_deploy.export.references import (
     make_references,
     text_references,
 )
-from hipa_deploy.export.task import choose_task, choose_text
+from hipa_deploy.export.task import choose_task, choose_text, step_warning
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder
 from hipa_deploy.generate.prompt_files import read_numbered_prompts
@@ -71,12 +71,15 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     places = read_numbered_prompts(options.prompts) if options.prompts else {}
     model = ModelParts.open(options.model)
     settings = choose_task(options, model)
-    fast = model.tokenizer()
-    text, note = choose_text(options, fast.model_max_length)
-    if note:
-        (console or Console(stderr=True)).print(note, highlight=False, soft_wrap=True)
-    parts = ChosenParts.choose(model, options, settings.task, fast.model_max_length)
-    step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
+    chunk_tokens = model.tokenizer().model_max_length
+    text, text_warning = choose_text(options, chunk_tokens)
+    parts = ChosenParts.choose(model, options, settings.task, chunk_tokens)
+    step = model.one_step(
+        settings.timestep, options.size("height"), options.size("width"), settings.method
+    )
+    for warning in (text_warning, step_warning(options, settings, model)):
+        if warning:
+            (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
     axes = stage_axes(options.dynamic, step, model.config.size_multiple)
     batch = options.size("batch") or 1
 
@@ -84,7 +87,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         # The tokenizer comes first: the length of its tokens is a size of the stages.
         show("text")
         prompts = list(places) or [example_prompt(model)]
-        tokenizer = write_tokenizer(root, fast, prompts[0], text.context_tokens)
+        tokenizer = write_tokenizer(root, parts.tokenizer(), prompts[0], text.context_tokens)
         tokens_NL, weights_NL = tokenize(
             tokenizer, prompts, options.prompts, places, weights=text.prompt_weights
         )
@@ -102,7 +105,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         # All of PyTorch's tensors before anything is exported: each part of the model is loaded
         # for its references, freed, and loaded again for its stage.
         show("references")
-        references = text_references(prompts[0], tokens_NL[:1], batch, step)
+        references = text_references(prompts[0], tokens_NL[:1], batch, step, options.layout)
         tensors = references.inputs()
         if places:
             contexts_NLD = encode_closed_set(parts, tokens_NL, weights_NL)
@@ -127,7 +130,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
             tensors[source.output] = written.output
             stages.append(written.stage)
         if options.layout == "generic":
-            write_diffusers_files(root, model)
+            write_diffusers_files(root, model, settings.method)
 
         # The manifest is last: it lists the hash of every other file.
         show("manifest")
@@ -140,6 +143,8 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
             batch=batch,
             base_model=model.info,
             adaptor=references.adaptor,
+            loras=parts.style.info.loras,
+            embeddings=parts.style.info.embeddings,
             decoder=parts.decoder_info(),
             encoder=None if settings.task == "generate" else parts.encoder_info(),
             task=settings.task,
@@ -175,6 +180,10 @@ def _check(options: ExportOptions) -> None:
                     f"--{option} needs --layout onestep: "
                     "the generic layout is what optimum can load."
                 )
+        if options.style.embeddings:
+            raise HipaError(
+                "--embedding needs --layout onestep: optimum would not know the new words."
+            )
 
 
 @contextmanager

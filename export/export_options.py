@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from hipa_deploy.bundle.manifest import Axis, Layout, Precision
+from hipa_deploy.models.style import Style
 from hipa_deploy.tasks import Task
 
 
@@ -37,6 +38,10 @@ class ExportOptions:
             as many as the text encoder reads at once.
         prompt_weights: whether ``(word:1.3)`` is a weight, in ``prompts`` and for the bundle's
             user; None is as the adaptor was trained, or no.
+        style: LoRAs and embeddings that are added to the model before the adaptor.
+        one_step: the step of a LoRA, or of a model, that others made: a preset of
+            ``hipa_deploy.models.one_step_method`` or a .toml file. None is the adaptor's own step;
+            without an adaptor of HiPA, x0 at the last timestep.
 
     Example:
         >>> ExportOptions(model="emoji", out=Path("bundle"), batch=2).size("batch")
@@ -62,6 +67,8 @@ class ExportOptions:
     encoder: Path | None = None
     context_tokens: int | None = None
     prompt_weights: bool | None = None
+    style: Style = field(default_factory=Style)
+    one_step: str | None = None
 
     def size(self, name: Literal["batch", "height", "width"]) -> int | None:
         """The size of the reference: the usual one of a dynamic axis, or the static one.

@@ -22,7 +22,9 @@ from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.prompt_weights import weigh_context
 from hipa_deploy.generate.tokenizer import PromptTokenizer
 from hipa_deploy.models.clip_tokenizer import load_tokenizer, prompt_tokenizer
+from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.models.text_context import text_context
 from hipa_deploy.tasks import Task, is_inpainting_unet
 from hipa_deploy.text_settings import TextSettings
@@ -36,6 +38,7 @@ class DiffusionModel:
         folder: Where it was loaded from.
         pipe: The StableDiffusionPipeline that holds its parts.
         device: Where its parts are.
+        style: The LoRAs and embeddings that were added to it.
         text: How prompts are encoded.
 
     Example:
@@ -50,6 +53,7 @@ class DiffusionModel:
     folder: Path
     pipe: Any
     device: torch.device
+    style: StyleInfo = field(default_factory=StyleInfo)
     text: TextSettings = field(default_factory=TextSettings)
 
     @classmethod
@@ -58,6 +62,7 @@ class DiffusionModel:
         folder: Path,
         device: str | torch.device | None = None,
         task: Task = "generate",
+        style: Style | None = None,
         text: TextSettings | None = None,
     ) -> DiffusionModel:
         """Load in float32, whatever the stored precision, and freeze all weights.
@@ -66,11 +71,13 @@ class DiffusionModel:
             folder: A Stable Diffusion folder, in the format of diffusers.
             device: Default: the GPU, or the CPU without one.
             task: The task to train. A UNet that was made for inpainting can learn that task alone.
+            style: LoRAs to merge into it and embeddings to add, before anything else.
             text: How prompts are encoded; None is as the text encoder reads them at once.
 
         Raises:
             HipaError: it is not a Stable Diffusion folder, its kind of model cannot be trained to
-                one step, its tokenizer cannot be read, or its weights are not finite.
+                one step, its tokenizer cannot be read, its weights are not finite, or the style
+                does not fit it.
 
         """
         # Before loading gigabytes: its configuration says whether the model can be trained at all.
@@ -78,6 +85,7 @@ class DiffusionModel:
         text = text or TextSettings()
         tokenizer = load_tokenizer(config)
         text.chunks(tokenizer.model_max_length)
+        added = OpenStyle.read(style or Style(), config)
         diffusers_logging.disable_progress_bar()
         try:
             pipe = StableDiffusionPipeline.from_pretrained(
@@ -96,12 +104,14 @@ class DiffusionModel:
 
         # A damaged file would otherwise show as a loss of NaN, hours later.
         _check_finite(folder, pipe)
+        added.merge({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+        added.add_words(pipe.tokenizer, pipe.text_encoder)
 
         pipe.set_progress_bar_config(disable=True)
         for module in (pipe.text_encoder, pipe.unet, pipe.vae):
             module.eval().requires_grad_(False)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(folder, pipe.to(device), device, text)
+        return cls(folder, pipe.to(device), device, added.info, text)
 
     @property
     def unet(self) -> Any:
