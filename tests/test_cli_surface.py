@@ -24,7 +24,7 @@ SURFACE = {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
         "--height", "--width", "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--task",
         "--strengths", "--encoder", "--context-tokens",
-        "--prompt-weights", "--build", "--swap-for",
+        "--clip-skip", "--prompt-weights", "--build", "--swap-for",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
@@ -51,6 +51,7 @@ SURFACE = {
     "profile table": set(),
     "evaluate": {
         "--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json", "--out",
+       "--context-tokens", "--clip-skip",
     },
     "doctor": {"--backend", "--json", "--self-test", "--out"},
     "demo": {"--out", "--quick", "--task"},

@@ -48,6 +48,20 @@ def evaluate(
         Path | None,
         typer.Option(help="Also write a folder with report.md, frequency spectra and samples."),
     ] = None,
+    context_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="How many tokens of a prompt are read: 77, 154 or 231. By default as the adaptor "
+            "was trained."
+        ),
+    ] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(
+            help="How many of the text encoder's last layers to leave out, counted as in "
+            "diffusers. By default as the adaptor was trained."
+        ),
+    ] = None,
 ) -> None:
     """Measure an adaptor's image quality against the multi-step model.
 
@@ -58,10 +72,12 @@ def evaluate(
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.files import write_file
     from hipa_deploy.models.adaptor_folder import read_metadata
+    from hipa_deploy.models.clip_tokenizer import text_sizes
     from hipa_deploy.models.locate import model_folder
     from hipa_deploy.models.lora.open_style import OpenStyle
     from hipa_deploy.models.model_config import ModelConfig
     from hipa_deploy.models.style import check_same_loras, parse_style
+    from hipa_deploy.text_settings import TextWishes, choose_text
     from hipa_deploy.train.evaluation import quality_report as quality
     from hipa_deploy.train.recipes.recipe import load_recipe
 
@@ -74,13 +90,19 @@ def evaluate(
     style = parse_style(lora, embedding)
     added = OpenStyle.read(style, ModelConfig.read(folder)).info
     check_same_loras(adaptor_dir, metadata.loras, added.loras)
+    wishes = TextWishes(context_tokens, clip_skip)
+    text, warning = choose_text(wishes, metadata.text, *text_sizes(ModelConfig.read(folder)))
+    if warning:
+        console.print(f"warning: {warning}", markup=False, highlight=False)
 
     # Every kind of image is made from the same prompts and seeds, so that only the model differs.
     texts, _ = quality.draw(quality.held_out_prompts(folder, prompts), images)
-    rows, again = quality.make_images(folder, adaptor_dir, texts, teacher, images, console, style)
+    rows, again = quality.make_images(
+        folder, adaptor_dir, texts, teacher, images, console, style, text
+    )
     truth = rows[quality.teacher_row(teacher.steps)]
     report = quality.quality_report(teacher, texts, truth, again, rows)
-    report = report.model_copy(update={"style": added})
+    report = report.model_copy(update={"style": added, "text": text})
 
     if json_path:
         write_file(json_path, (report.model_dump_json(indent=2) + "\n").encode())

@@ -16,7 +16,9 @@ from rich.table import Table
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_prompt_file
+from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style, StyleInfo
+from hipa_deploy.text_settings import TextSettings
 from hipa_deploy.train.evaluation.quality import (
     Quality,
     compare,
@@ -50,6 +52,7 @@ class QualityReport(BaseModel):
         kid_lite0_floor: KID-Lite0 between the teacher's images and its images from other noise.
         rows: The three numbers of each row, by its name.
         style: LoRAs and embeddings of every row's model.
+        text: How prompts were encoded.
 
     """
 
@@ -62,6 +65,7 @@ class QualityReport(BaseModel):
     kid_lite0_floor: float
     rows: dict[str, Quality]
     style: StyleInfo = StyleInfo()
+    text: TextSettings = TextSettings()
 
     def kid_gap_closed(self, row: str = ADAPTED) -> float:
         """Share of the gap between base and teacher in KID-Lite0 that a row closes.
@@ -140,6 +144,7 @@ def make_images(
     images: int,
     console: Console,
     style: Style | None = None,
+    text: TextSettings | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Make the images of every row of a report.
 
@@ -151,6 +156,7 @@ def make_images(
         images: N, how many images each row has.
         console: Where the status line goes.
         style: LoRAs and embeddings of every row's model.
+        text: How prompts are encoded, for every row; None is as the adaptor was trained.
 
     Returns:
         The images of each row by its name, uint8 [N, H, W, 3]; and the teacher's for the same
@@ -162,6 +168,8 @@ def make_images(
     """
     texts, seeds = draw(prompts, images)
     rows = {}
+    if text is None and adaptor is not None:
+        text = read_metadata(adaptor).text
 
     # The teacher at fewer steps shows what its steps are worth on this model.
     for steps in FEWER_STEPS:
@@ -169,18 +177,22 @@ def make_images(
             continue
         with console.status(f"{steps}-step teacher, {images} images"):
             fewer = teacher.model_copy(update={"steps": steps})
-            rows[teacher_row(steps)] = teacher_images(model_dir, texts, seeds, fewer, style=style)
+            rows[teacher_row(steps)] = teacher_images(
+                model_dir, texts, seeds, fewer, style=style, text=text
+            )
 
     # The reference, and the same prompts from other noise, to which KID-Lite0 is measured.
     with console.status(f"{teacher.steps}-step teacher, twice {images} images"):
         rows[teacher_row(teacher.steps)], again = teacher_twice(
-            model_dir, texts, seeds, teacher, style
+            model_dir, texts, seeds, teacher, style, text
         )
 
     with console.status("one-step images"):
-        rows[BASE] = one_step_images(model_dir, None, texts, seeds, style=style)
+        rows[BASE] = one_step_images(model_dir, None, texts, seeds, style=style, text=text)
         if adaptor is not None:
-            rows[ADAPTED] = one_step_images(model_dir, adaptor, texts, seeds, style=style)
+            rows[ADAPTED] = one_step_images(
+                model_dir, adaptor, texts, seeds, style=style, text=text
+            )
     return rows, again
 
 
@@ -223,6 +235,7 @@ def teacher_twice(
     seeds: list[int],
     teacher: TeacherSettings,
     style: Style | None = None,
+    text: TextSettings | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's images from ``seeds``, and of the same prompts from other seeds.
 
@@ -232,7 +245,9 @@ def teacher_twice(
     """
     # One call for both sets, so that the model is loaded once.
     others = [seed + len(seeds) for seed in seeds]
-    both = teacher_images(model_dir, [*texts, *texts], [*seeds, *others], teacher, style=style)
+    both = teacher_images(
+        model_dir, [*texts, *texts], [*seeds, *others], teacher, style=style, text=text
+    )
     return both[: len(seeds)], both[len(seeds) :]
 
 
@@ -249,6 +264,8 @@ def conditions(report: QualityReport) -> str:
     """What the numbers were measured on, in one line."""
     added = [f"{lora.name}:{lora.scale:g}" for lora in report.style.loras]
     added += [embedding.name for embedding in report.style.embeddings]
+    if report.text.clip_skip:
+        added.append(f"clip skip {report.text.clip_skip}")
     style = f" with {', '.join(added)}" if added else ""
     return (
         f"{report.images} images{style}; KID-Lite0 to the teacher ({report.teacher_steps} steps, "

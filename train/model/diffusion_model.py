@@ -84,7 +84,7 @@ class DiffusionModel:
         config = ModelConfig.read(folder, task)
         text = text or TextSettings()
         tokenizer = load_tokenizer(config)
-        text.chunks(tokenizer.model_max_length)
+        text.check(tokenizer.model_max_length, config.text_layers)
         added = OpenStyle.read(style or Style(), config)
         diffusers_logging.disable_progress_bar()
         try:
@@ -175,12 +175,12 @@ class DiffusionModel:
         chunk = self.tokenizer.chunk
         if not self.text.prompt_weights:
             tokens_BL = torch.from_numpy(self.tokenizer(prompts, truncate=True)).to(self.device)
-            return text_context(self.pipe.text_encoder, tokens_BL, chunk)
+            return text_context(self.pipe.text_encoder, tokens_BL, chunk, self.text.clip_skip)
 
         tokens, weights = self.tokenizer.weighted(prompts, truncate=True)
         tokens_BL = torch.from_numpy(tokens).to(self.device)
         weights_BL = torch.from_numpy(weights).to(self.device)
-        context_BLD = text_context(self.pipe.text_encoder, tokens_BL, chunk)
+        context_BLD = text_context(self.pipe.text_encoder, tokens_BL, chunk, self.text.clip_skip)
         weighed_BLD: Tensor = weigh_context(context_BLD, weights_BL, chunk)
         return weighed_BLD
 
