@@ -96,6 +96,11 @@ def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
                 f"one-step method {method.name} is for the task generate, this is {task}. "
                 "Leave out --one-step, or use an adaptor that was trained for the task."
             )
+        if options.layout == "generic" and method.factors is not None:
+            raise HipaError(
+                f"--layout generic holds a scheduler of diffusers, and one-step method "
+                f"{method.name} has [factors] in its place. Use --layout onestep."
+            )
         return TaskSettings(task, method.timestep, method=method)
 
     # An encoder adaptor changes the VAE's own encoder, so another encoder would not carry it.
