@@ -17,9 +17,10 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import References
 from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS
-from hipa_deploy.generate.tokenizer import PromptTokenizer
+from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.clip_tokenizer import rust_tokenizer
+from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.one_step_method import OneStepMethod, make_scheduler
 
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -27,13 +28,16 @@ TOKENIZER = "tokenizer/tokenizer.json"
 HARD_TEXTS = ("東京の夜景", "a 👩\u200d👧 family", "\u200ba cat")
 
 
-def write_tokenizer(root: Path, model: ModelParts, prompt: str) -> PromptTokenizer:
+def write_tokenizer(
+    root: Path, model: ModelParts, prompt: str, style: OpenStyle | None = None
+) -> PromptTokenizer:
     """Write ``tokenizer.json``, padding and length inside, and open it as the runtime will.
 
     Args:
         root: the bundle's folder.
         model: the base model.
         prompt: its tokens are compared with transformers', and those of ``HARD_TEXTS``.
+        style: its embeddings' words are added.
 
     Raises:
         HipaError: the two tokenizers do not agree.
@@ -41,6 +45,8 @@ def write_tokenizer(root: Path, model: ModelParts, prompt: str) -> PromptTokeniz
     """
     # Padding and length go into the file: the runtime has no other configuration of the tokenizer.
     fast = model.tokenizer()
+    if style is not None:
+        style.add_words(fast)
     length = fast.model_max_length
     path = root / TOKENIZER
     path.parent.mkdir()
@@ -58,6 +64,34 @@ def write_tokenizer(root: Path, model: ModelParts, prompt: str) -> PromptTokeniz
             "Please report this."
         )
     return tokenizer
+
+
+def tokenize(
+    tokenizer: PromptTokenizer,
+    prompts: Sequence[str],
+    path: Path | None,
+    places: Mapping[str, str],
+) -> np.ndarray:
+    """Token ids int64 [N, L] of N prompts.
+
+    Args:
+        tokenizer: the bundle's.
+        prompts: N prompts.
+        path: the file of a closed set; None where the prompt is this package's own.
+        places: of each prompt in that file, as ``read_numbered_prompts`` gives them.
+
+    Raises:
+        HipaError: a prompt is too long; the message names the file and the line.
+
+    """
+    rows = []
+    for prompt in prompts:
+        try:
+            rows.append(tokenizer([prompt])[0])
+        except PromptTooLongError as error:
+            where = f"prompts {path}, {places[prompt]}: " if path else ""
+            raise HipaError(f"{where}{error}") from None
+    return np.stack(rows)
 
 
 def write_closed_set(

@@ -6,7 +6,6 @@ in place of the bundle's, and what it runs is bit for bit what an export with th
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from hipa_deploy.bundle.adaptor_swap import (
     stage_files,
 )
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import AdaptorInfo, DecoderInfo, OneStep, Stage
+from hipa_deploy.bundle.manifest import AdaptorInfo, OneStep, Stage
 from hipa_deploy.bundle.onnx_weights import Initializer, read_initializers, skeleton_sha256
 from hipa_deploy.bundle.reference import Reference
 from hipa_deploy.errors import HipaError
@@ -40,10 +39,11 @@ from hipa_deploy.export.references import INPUTS, References, add_images, add_st
 from hipa_deploy.export.run_apart import run_apart
 from hipa_deploy.export.task import TaskSettings, choose_task, step_warning
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.files import new_folder
+from hipa_deploy.files import new_folder, temporary_folder
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
 from hipa_deploy.models.one_step_method import OWN
+from hipa_deploy.models.weight_identity import has_identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
     bundle = Bundle.open(options.bundle)
     model = ModelParts.open(options.model)
     bundle.verify()
-    with new_folder(options.out) as root, tempfile.TemporaryDirectory() as scratch:
+    with new_folder(options.out) as root, temporary_folder("hipa-export") as scratch:
         # The request that the bundle came from, with the other adaptor.
         _check_same_base(options, bundle, model)
         like_bundle = _bundle_options(options, bundle)
@@ -104,14 +104,14 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
             (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
         parts = ChosenParts.choose(model, like_bundle, settings.task)
         if like_bundle.fuse:
-            check_decoder(bundle, parts.decoder_info())
+            check_decoder(bundle, parts)
 
         # The UNet's stage once more, fed with what the bundle's own stages before it give.
         with (console or Console(stderr=True)).status("export: UNet"):
             references = _references(bundle, parts, settings)
             source = unet_source(like_bundle, parts, settings, bundle.manifest.one_step)
             writer = StageWriter(
-                root=Path(scratch),
+                root=scratch,
                 precision=like_bundle.dtype,
                 specs={name: stage.spec for name, stage in bundle.stages.items()},
                 references=references,
@@ -121,7 +121,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
             stage = writer.write(source, _stage_inputs(bundle, references)).stage
 
         # Only what differs is kept.
-        onnx = Path(scratch) / stage.path
+        onnx = scratch / stage.path
         weights = _differing(bundle.stage_path(stage.spec.name), onnx)
         values = {name: weight.read() for name, weight in weights.items()}
         np.savez(root / WEIGHTS, **values)  # type: ignore[arg-type]  # numpy's stub
@@ -140,7 +140,7 @@ def _check_same_base(options: SwapOptions, bundle: Bundle, model: ModelParts) ->
             "Export a bundle of its own."
         )
     check_encoder(bundle)
-    if model.info.sha256 != bundle.manifest.base_model.sha256:
+    if not has_identity(model.folder / "unet", bundle.manifest.base_model.sha256):
         raise HipaError(
             f"{bundle.root} was exported from another base model than {options.model}. "
             f"Give --model as for the bundle's own export: {bundle.manifest.base_model.name}."
@@ -196,10 +196,10 @@ def _numbers(step: OneStep) -> tuple[object, ...]:
     return step.prediction_type, step.timestep, factors
 
 
-def check_decoder(bundle: Bundle, decoder: DecoderInfo) -> None:
-    """Raise HipaError unless ``decoder`` is the bundle's: a fused stage holds the decoder too."""
+def check_decoder(bundle: Bundle, parts: ChosenParts) -> None:
+    """Raise HipaError unless the decoder is the bundle's: a fused stage holds the decoder too."""
     expected = bundle.manifest.decoder
-    if expected is None or expected.sha256 != decoder.sha256:
+    if expected is None or not parts.decodes_like(expected):
         name = expected.name if expected else "full"
         raise HipaError(f"{bundle.root} has another decoder than this. Give --decoder, {name}.")
 

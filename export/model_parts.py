@@ -21,11 +21,12 @@ from hipa_deploy.bundle.manifest import ModelInfo, OneStep, StepMethod
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.models.adaptor_folder import unet_sha256
 from hipa_deploy.models.clip_tokenizer import load_tokenizer
-from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_metadata, vae_sha256
+from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_metadata
 from hipa_deploy.models.kind import check_unet
 from hipa_deploy.models.locate import model_folder
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.one_step_method import OneStepMethod, step_constants
+from hipa_deploy.models.weight_identity import has_identity
 from hipa_deploy.tasks import Task
 
 MAX_PIXELS = 2048 * 2048
@@ -226,7 +227,7 @@ def _check_distilled_from(decoder: Path, model: Path) -> None:
     """
     if not (decoder / DECODER_METADATA).exists():
         return
-    if read_decoder_metadata(decoder).base_vae_sha256 != vae_sha256(model):
+    if not has_identity(model / "vae", read_decoder_metadata(decoder).base_vae_sha256):
         raise HipaError(
             f"decoder {decoder} was distilled from another VAE than {model}'s. "
             f"Distil one from {model}, or use --decoder full."

@@ -10,8 +10,10 @@ import typer
 from hipa_deploy.commands.build import build_engines
 from hipa_deploy.commands.options import (
     ConfigOption,
+    EmbeddingOption,
     EngineBackend,
     Layout,
+    LoraOption,
     ModelOption,
     OneStepOption,
     Precision,
@@ -41,6 +43,8 @@ def export(
         float,
         typer.Option(help="How strongly to merge the adaptor; 1.0 is as it was trained."),
     ] = 1.0,
+    lora: LoraOption = None,
+    embedding: EmbeddingOption = None,
     one_step: OneStepOption = None,
     dtype: Annotated[
         Precision, typer.Option(help="Precision of weights and arithmetic in the ONNX models.")
@@ -75,8 +79,8 @@ def export(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Text file, one prompt a line: the bundle then makes these prompts only, "
-            "and needs no text encoder."
+            help="Text file, one prompt a line, or a table of captions (.csv, .parquet): the "
+            "bundle then makes these prompts only, and needs no text encoder."
         ),
     ] = None,
     dynamic: Annotated[
@@ -157,6 +161,7 @@ def export(
     from hipa_deploy.export.graph.axes import parse_axes
     from hipa_deploy.export.task import parse_strengths
     from hipa_deploy.models.locate import resolve_decoder, resolve_encoder, unpacked
+    from hipa_deploy.models.style import parse_style
 
     # A checkpoint in one file becomes a folder first; the decoder depends on which model it is.
     model = unpacked(model, config)
@@ -177,6 +182,7 @@ def export(
         task=task.value if task else None,
         strengths=parse_strengths(strengths) if strengths else (),
         encoder=resolve_encoder(encoder),
+        style=parse_style(lora, embedding),
         one_step=one_step,
     )
     bundle = export_bundle(options, console)
