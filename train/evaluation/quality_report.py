@@ -7,6 +7,7 @@ Shapes: N images of a row of the report, H, W image size in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from hipa_deploy.train.evaluation.quality import (
     one_step_images,
     teacher_images,
 )
+from hipa_deploy.train.evaluation.rivals import Rival, rival_images
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
@@ -140,6 +142,7 @@ def make_images(
     images: int,
     console: Console,
     style: Style | None = None,
+    rivals: Sequence[Rival] = (),
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Make the images of every row of a report.
 
@@ -151,6 +154,7 @@ def make_images(
         images: N, how many images each row has.
         console: Where the status line goes.
         style: LoRAs and embeddings of every row's model.
+        rivals: One-step LoRAs and models of others, a row each.
 
     Returns:
         The images of each row by its name, uint8 [N, H, W, 3]; and the teacher's for the same
@@ -181,6 +185,8 @@ def make_images(
         rows[BASE] = one_step_images(model_dir, None, texts, seeds, style=style)
         if adaptor is not None:
             rows[ADAPTED] = one_step_images(model_dir, adaptor, texts, seeds, style=style)
+        for rival in rivals:
+            rows[rival.row] = rival_images(model_dir, rival, texts, seeds, style=style)
     return rows, again
 
 
@@ -300,10 +306,11 @@ def write_report(folder: Path, report: QualityReport, rows: dict[str, np.ndarray
 
     # The text comes last, so that a report that can be read has all of its pictures.
     text = f"# Quality\n\n{conditions(report)}.\n\n{markdown_table(report)}"
-    if ADAPTED in report.rows:
-        text += f"\n\nKID gap closed: {report.kid_gap_closed():.0%}.\n"
-    else:
-        text += "\n"
+    closed = []
+    for name in report.rows:
+        if name != BASE and not name.startswith("teacher"):
+            closed.append(f"{name} {report.kid_gap_closed(name):.0%}")
+    text += f"\n\nKID gap closed: {'; '.join(closed)}.\n" if closed else "\n"
     text += f"\n{PICTURES}Columns of the samples: {'; '.join(rows)}.\n"
     write_file(folder / "report.json", (report.model_dump_json(indent=2) + "\n").encode())
     write_file(folder / "report.md", text.encode())
