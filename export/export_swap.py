@@ -42,7 +42,7 @@ from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder, temporary_folder
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
-from hipa_deploy.models.one_step_method import OWN
+from hipa_deploy.models.one_step.one_step_method import OWN
 from hipa_deploy.models.weight_identity import has_identity
 
 

@@ -17,7 +17,7 @@ from hipa_deploy.models.adaptor_folder import (
     read_metadata,
 )
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.one_step_method import (
+from hipa_deploy.models.one_step.one_step_method import (
     OneStepMethod,
     check_fits,
     load_method,

@@ -6,7 +6,7 @@ as the method's authors do, and takes the step; nothing of it goes through this 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from diffusers import (
 )
 
 from hipa_deploy.doctor.self_check import check_bundle
+from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.export_swap import SwapOptions, export_swap
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from tests.one_step_loras import Layout, kohya, old_diffusers, peft, small_model, write_lora
@@ -197,6 +199,30 @@ def check_optimum(root: Path, case: Case, image_HWC: np.ndarray) -> None:
     pipe = ORTStableDiffusionPipeline.from_pretrained(root, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     assert psnr(image_HWC, call(pipe, case, SEEDS[-1], "np")) >= LEAST_DB
+
+
+@pytest.mark.slow
+def test_a_lora_of_the_same_method_is_swapped_in(tmp_path: Path) -> None:
+    case = CASES["lcm-sd15"]
+    options = make_case(case, tmp_path)
+    bundle = export_bundle(options)
+    other = write_lora(Path(options.model), tmp_path / "other.safetensors", peft)
+    swap = SwapOptions(
+        model=options.model,
+        adaptor=other,
+        bundle=bundle.root,
+        out=bundle.root / "adaptors/other",
+        one_step="lcm-sd15",
+    )
+    for wrong in (None, "hyper-sd15-t800", "hipa", "hyper-sd15"):
+        with pytest.raises(HipaError, match=r"xport a bundle of its own"):
+            export_swap(replace(swap, one_step=wrong))
+    export_swap(swap)
+    with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
+        pipe.swap_adaptor("other")
+        image_HWC = pipe(PROMPT, seed=4).images_BHWC[0] / 255
+    expected_pipe = diffusers_pipeline(case, replace(options, adaptor=other))
+    assert psnr(image_HWC, call(expected_pipe, case, 4, "np")) >= LEAST_DB
 
 
 @pytest.mark.slow

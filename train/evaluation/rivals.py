@@ -16,7 +16,8 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import METADATA
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.one_step_method import OneStepMethod, load_method, step_constants
+from hipa_deploy.models.one_step.one_step_method import OneStepMethod, load_method
+from hipa_deploy.models.one_step.step_constants import step_constants
 from hipa_deploy.models.style import LoraChoice, Style
 from hipa_deploy.train.evaluation.quality import decoded_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel

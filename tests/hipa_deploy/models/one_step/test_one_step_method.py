@@ -17,16 +17,14 @@ from hipa_deploy.models.configurations import write_config
 from hipa_deploy.models.lora.merge_lora import module_names
 from hipa_deploy.models.lora.names import role_of
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.one_step_method import (
+from hipa_deploy.models.one_step.one_step_method import (
     FAMILIES,
     OneStepMethod,
     check_fits,
     load_method,
-    make_scheduler,
     preset_names,
-    start,
-    step_constants,
 )
+from hipa_deploy.models.one_step.step_constants import make_scheduler, start, step_constants
 from tests.one_step_loras import Layout, kohya, lora_tensors, old_diffusers, peft
 
 SD_ALPHA_BAR = {999: 0.0046601, 800: 0.0368696, 0: 0.99915}
