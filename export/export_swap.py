@@ -169,7 +169,7 @@ def _check_timestep(options: SwapOptions, bundle: Bundle, settings: TaskSettings
     expected = bundle.manifest.one_step.timestep
     if settings.timestep != expected:
         raise HipaError(
-            f"{options.adaptor or 'the model without an adaptor'} is for timestep {settings.timestep}, "
+            f"{options.adaptor or 'the model alone'} is for timestep {settings.timestep}, "
             f"{bundle.root} is for {expected}. Export a bundle of its own."
         )
 
