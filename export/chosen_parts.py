@@ -14,11 +14,12 @@ from hipa_deploy.bundle.manifest import AdaptorInfo, DecoderInfo, EncoderInfo
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
 from hipa_deploy.export.model_parts import ModelParts
-from hipa_deploy.hashing import file_sha256, folder_sha256
+from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, METADATA, read_metadata
 from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.style import check_same_loras
+from hipa_deploy.models.weight_identity import has_identity, weights_identity
 from hipa_deploy.tasks import Task
 
 
@@ -108,7 +109,7 @@ class ChosenParts:
         """What the manifest says of the encoder."""
         if self.tiny_encoder is not None:
             name = self.tiny_encoder.resolve().name
-            return EncoderInfo(kind="tiny", name=name, sha256=folder_sha256(self.tiny_encoder))
+            return EncoderInfo(kind="tiny", name=name, sha256=weights_identity(self.tiny_encoder))
         adaptor_sha256 = None
         if self.adaptor is not None and (self.adaptor / ENCODER_WEIGHTS).exists():
             adaptor_sha256 = file_sha256(self.adaptor / ENCODER_WEIGHTS)
@@ -119,5 +120,10 @@ class ChosenParts:
         """What the manifest says of the decoder."""
         if self.tiny_decoder is not None:
             name = self.tiny_decoder.resolve().name
-            return DecoderInfo(kind="tiny", name=name, sha256=folder_sha256(self.tiny_decoder))
+            return DecoderInfo(kind="tiny", name=name, sha256=weights_identity(self.tiny_decoder))
         return DecoderInfo(kind="full", name="vae", sha256=vae_sha256(self.model.folder))
+
+    def decodes_like(self, decoder: DecoderInfo) -> bool:
+        """Whether the decoder is the one that a manifest names, by its weights."""
+        folder = self.tiny_decoder or self.model.folder / "vae"
+        return has_identity(folder, decoder.sha256)

@@ -15,6 +15,7 @@ from hipa_deploy.commands.options import (
     Layout,
     LoraOption,
     ModelOption,
+    OneStepOption,
     Precision,
     Task,
     console,
@@ -34,8 +35,9 @@ def export(
     adaptor: Annotated[
         str | None,
         typer.Option(
-            help="Adaptor to merge into the model: a folder that hipa-train wrote, or an included "
-            "one: emoji, emoji-edit, emoji-inpaint, emoji-upscale. None by default."
+            help="Adaptor to merge into the model: a folder that hipa-train wrote, a one-step LoRA "
+            "of others (see --one-step), or an included one: emoji, emoji-edit, emoji-inpaint, "
+            "emoji-upscale. None by default."
         ),
     ] = None,
     adaptor_scale: Annotated[
@@ -44,6 +46,7 @@ def export(
     ] = 1.0,
     lora: LoraOption = None,
     embedding: EmbeddingOption = None,
+    one_step: OneStepOption = None,
     dtype: Annotated[
         Precision, typer.Option(help="Precision of weights and arithmetic in the ONNX models.")
     ] = Precision.fp16,
@@ -77,8 +80,8 @@ def export(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Text file, one prompt a line: the bundle then makes these prompts only, "
-            "and needs no text encoder."
+            help="Text file, one prompt a line, or a table of captions (.csv, .parquet): the "
+            "bundle then makes these prompts only, and needs no text encoder."
         ),
     ] = None,
     dynamic: Annotated[
@@ -142,12 +145,12 @@ def export(
         )
         if not others_are_default:
             raise HipaError(
-                "--swap-for takes --model, --adaptor, --adaptor-scale, --lora, --embedding, "
-                "--decoder and --out; the bundle decides everything else. "
+                "--swap-for takes --model, --adaptor, --adaptor-scale, --one-step, --lora, "
+                "--embedding, --decoder and --out; the bundle decides everything else. "
                 "Leave the other options out."
             )
         style = parse_style(lora, embedding)
-        _export_swap(model, adaptor, adaptor_scale, style, decoder, swap_for, out)
+        _export_swap(model, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out)
         return
 
     if build:
@@ -183,6 +186,7 @@ def export(
         strengths=parse_strengths(strengths) if strengths else (),
         encoder=resolve_encoder(encoder),
         style=parse_style(lora, embedding),
+        one_step=one_step,
     )
     bundle = export_bundle(options, console)
 
@@ -204,6 +208,7 @@ def _export_swap(
     model: str,
     adaptor: str | None,
     scale: float,
+    one_step: str | None,
     style: Style,
     decoder: str,
     bundle: Path,
@@ -229,6 +234,7 @@ def _export_swap(
             bundle=resolve_bundle(bundle),
             out=out,
             decoder=resolve_decoder(decoder, model),
+            one_step=one_step,
         ),
         console,
     )

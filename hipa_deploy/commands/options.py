@@ -77,6 +77,14 @@ EmbeddingOption = Annotated[
         "that stands for it in prompts. May be repeated."
     ),
 ]
+OneStepOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Method of a one-step LoRA or model that others made: hyper-sd15 | hyper-sd15-t800 | "
+        "lcm-sd15 | tcd-sd15 | tcd-sd21-base | sd-turbo | hipa | a .toml file. By default the "
+        "adaptor's own step."
+    ),
+]
 BundleArgument = Annotated[
     str, typer.Argument(help="A folder that hipa-export wrote, or 'emoji' for the included one.")
 ]

@@ -15,8 +15,12 @@ from pydantic import Field, ValidationError
 
 from hipa_deploy.bundle.manifest import EmbeddingInfo, LoraInfo
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256, folder_sha256
-from hipa_deploy.models.decoder_folder import vae_sha256
+from hipa_deploy.hashing import file_sha256
+from hipa_deploy.models.weight_identity import (
+    has_identity,
+    hint_of_0_1_0,
+    weights_identity,
+)
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
 
@@ -32,7 +36,8 @@ class AdaptorMetadata(Record):
 
     Attributes:
         schema_version: version of this file's format.
-        base_unet_sha256: hash of the UNet that the adaptor is for.
+        base_unet_sha256: hash of the weights of the UNet that the adaptor is for (of its files, in
+            adaptors of 0.1.0).
         prompts_sha256: hash of the training prompts.
         rank: rank of the adapter weights.
         alpha: scale of the adapter weights; they are multiplied by alpha / rank.
@@ -78,8 +83,8 @@ class AdaptorMetadata(Record):
 
 
 def unet_sha256(model_folder: Path) -> str:
-    """Hash the content of every safetensors file in a model's unet folder: ``base_unet_sha256``."""
-    return folder_sha256(model_folder / "unet")
+    """Hash the UNet's weights that are loaded from a model's folder: ``base_unet_sha256``."""
+    return weights_identity(model_folder / "unet")
 
 
 def weights_sha256(folder: Path) -> str:
@@ -118,10 +123,12 @@ def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMeta
 
     # Adapter weights are a difference to the weights of one model: on another one they would load
     # and give bad images.
-    if model_folder is not None and metadata.base_unet_sha256 != unet_sha256(model_folder):
+    if model_folder is not None and not has_identity(
+        model_folder / "unet", metadata.base_unet_sha256
+    ):
         raise HipaError(
             f"adaptor {folder} was trained on another base model than {model_folder} "
-            "(UNet hashes differ)."
+            f"(UNet hashes differ).{hint_of_0_1_0(metadata.base_unet_sha256)}"
         )
 
     # An adaptor of the VAE encoder is bound to its VAE in the same way.
@@ -131,7 +138,7 @@ def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMeta
             "Copy it again."
         )
     vae = metadata.base_vae_sha256
-    if model_folder is not None and vae is not None and vae != vae_sha256(model_folder):
+    if model_folder is not None and vae and not has_identity(model_folder / "vae", vae):
         raise HipaError(
             f"adaptor {folder} was trained with another VAE than {model_folder}'s "
             "(VAE hashes differ)."

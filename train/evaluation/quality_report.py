@@ -80,10 +80,18 @@ def held_out_prompts(model_dir: Path, prompts: Path | None = None) -> list[str]:
         prompts: A file of prompts, one a line, or a table of captions.
 
     Raises:
-        HipaError: As ``read_prompt_file``.
+        HipaError: As ``read_prompt_file``; or ``prompts`` is None, and the model keeps none aside.
 
     """
-    return read_prompt_file(prompts or model_dir / "prompts_pair.txt")
+    if prompts is not None:
+        return read_prompt_file(prompts)
+    kept_aside = model_dir / "prompts_pair.txt"
+    if not kept_aside.is_file():
+        raise HipaError(
+            f"model {model_dir} keeps no prompts aside (it has no {kept_aside.name}). "
+            "Give a file of prompts: --prompts FILE."
+        )
+    return read_prompt_file(kept_aside)
 
 
 def draw(prompts: list[str], count: int) -> tuple[list[str], list[int]]:

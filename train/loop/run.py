@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.images.png import grid
-from hipa_deploy.train.loop.interrupt import interruptible
+from hipa_deploy.interrupts import interruptible
 from hipa_deploy.train.loop.optimizer import learning_rate
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.progress_bar import ProgressBar
@@ -79,8 +79,8 @@ def run_steps(
         console: Where progress goes.
 
     Raises:
-        HipaError: the loss is not finite, or Ctrl-C or SIGTERM reached any process; the last
-            checkpoint is kept.
+        HipaError: the loss is not finite; the last checkpoint is kept.
+        StoppedError: Ctrl-C or SIGTERM reached any process; a checkpoint of the last step is kept.
 
     """
     recipe = run.recipe
@@ -114,9 +114,8 @@ def run_steps(
             if run.step % recipe.sample_every == 0 or done:
                 run.save_samples(sample_columns)
             if stopping and not done:
-                raise processes.error(
-                    f"stopped at step {run.step} of {recipe.steps}. Run the same command to resume."
-                )
+                message = f"stopped at step {run.step} of {recipe.steps}."
+                raise processes.stopped(f"{message} Run the same command to resume.", stop.number)
 
 
 def batch_rows(count: int, batch: int, seed: int, step: int) -> Tensor:
