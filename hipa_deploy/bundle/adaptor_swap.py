@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import ValidationError, field_validator
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import AdaptorInfo, FileName, Parity
+from hipa_deploy.bundle.manifest import AdaptorInfo, FileName, LoraInfo, Parity
 from hipa_deploy.bundle.onnx_weights import check_values, read_initializers
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
@@ -125,7 +125,8 @@ class SwapManifest(Record):
         stage: the stage whose weights it changes.
         base_files: SHA-256 of the files of the graph that it fits, by name.
         onnx_sha256: of the graph that an export of the same adaptor has.
-        adaptor: the adaptor that was merged.
+        adaptor: the adaptor that was merged; None where LoRAs alone were.
+        loras: merged before the adaptor, in this order.
         parity: of that stage, against PyTorch FP32.
         weights: where each weight that differs comes from, by ONNX name.
         files: SHA-256 of this folder's files, by name.
@@ -137,7 +138,8 @@ class SwapManifest(Record):
     stage: Literal["unet", "generator"]
     base_files: dict[FileName, str]
     onnx_sha256: str
-    adaptor: AdaptorInfo
+    adaptor: AdaptorInfo | None
+    loras: tuple[LoraInfo, ...] = ()
     parity: Parity
     weights: dict[str, MappedWeight]
     files: dict[FileName, str]

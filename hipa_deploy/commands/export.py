@@ -25,6 +25,7 @@ from hipa_deploy.extras import require
 
 if TYPE_CHECKING:
     from hipa_deploy.bundle.manifest import Parity
+    from hipa_deploy.models.style import Style
 
 
 def export(
@@ -129,6 +130,8 @@ def export(
     results agree. The bundle runs without PyTorch.
     """
     require("export")
+    from hipa_deploy.models.style import parse_style
+
     if swap_for is not None:
         others_are_default = (
             dtype is Precision.fp16
@@ -142,11 +145,12 @@ def export(
         )
         if not others_are_default:
             raise HipaError(
-                "--swap-for takes --model, --adaptor, --adaptor-scale, --one-step, --decoder and "
-                "--out; "
-                "the bundle decides everything else. Leave the other options out."
+                "--swap-for takes --model, --adaptor, --adaptor-scale, --one-step, --lora, "
+                "--embedding, --decoder and --out; the bundle decides everything else. "
+                "Leave the other options out."
             )
-        _export_swap(model, adaptor, adaptor_scale, one_step, decoder, swap_for, out)
+        style = parse_style(lora, embedding)
+        _export_swap(model, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out)
         return
 
     if build:
@@ -161,7 +165,6 @@ def export(
     from hipa_deploy.export.graph.axes import parse_axes
     from hipa_deploy.export.task import parse_strengths
     from hipa_deploy.models.locate import resolve_decoder, resolve_encoder, unpacked
-    from hipa_deploy.models.style import parse_style
 
     # A checkpoint in one file becomes a folder first; the decoder depends on which model it is.
     model = unpacked(model, config)
@@ -206,24 +209,28 @@ def _export_swap(
     adaptor: str | None,
     scale: float,
     one_step: str | None,
+    style: Style,
     decoder: str,
     bundle: Path,
     out: Path,
 ) -> None:
-    """Write to ``out`` the weights of ``adaptor`` that differ from those of ``bundle``."""
+    """Write to ``out`` the weights of adaptor and LoRAs that differ from those of ``bundle``."""
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
     from hipa_deploy.export.export_swap import SwapOptions, export_swap
     from hipa_deploy.models.locate import resolve_decoder
 
-    if adaptor is None:
-        raise HipaError("--swap-for needs --adaptor: the adaptor whose weights to write.")
+    if adaptor is None and not style.loras:
+        raise HipaError(
+            "--swap-for needs --adaptor or --lora: whose weights to write for the bundle."
+        )
 
     # The decoder is asked for because a fused bundle has it in the same graph as the adaptor.
     swap = export_swap(
         SwapOptions(
             model=model,
-            adaptor=resolve_adaptor(adaptor),
+            adaptor=resolve_adaptor(adaptor) if adaptor else None,
             adaptor_scale=scale,
+            style=style,
             bundle=resolve_bundle(bundle),
             out=out,
             decoder=resolve_decoder(decoder, model),
