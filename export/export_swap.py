@@ -43,7 +43,7 @@ from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
-from hipa_deploy.models.weight_identity import has_identity
+from hipa_deploy.models.weights.weight_identity import has_identity
 
 
 @dataclass(frozen=True, kw_only=True)
