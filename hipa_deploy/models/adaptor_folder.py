@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from hipa_deploy.bundle.manifest import EmbeddingInfo, LoraInfo
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.weights.weight_identity import (
@@ -53,6 +54,9 @@ class AdaptorMetadata(Record):
         initial_sha256: hash of the adaptor that the training started from, if any.
         encoder_rank: rank of the VAE encoder's adapter weights, 0 where there are none.
         base_vae_sha256: hash of the VAE that the encoder's adapter weights are for.
+        loras: merged into the base model before the training; the adaptor needs them too. The base
+            model's hash is that of the model without them.
+        embeddings: words that the base model was given for the training.
 
     """
 
@@ -74,6 +78,8 @@ class AdaptorMetadata(Record):
     initial_sha256: str | None = None
     encoder_rank: int = 0
     base_vae_sha256: str | None = None
+    loras: tuple[LoraInfo, ...] = ()
+    embeddings: tuple[EmbeddingInfo, ...] = ()
 
 
 def unet_sha256(model_folder: Path) -> str:

@@ -324,6 +324,8 @@ def cache_folder(
     # beyond ASCII and for control characters. Pairs of plain prompts are still found.
     if not all(prompt.isascii() and prompt.isprintable() for prompt in prompts):
         key["tokenizer_kind"] = "fast"
+    if model.style:
+        key["style"] = model.style.model_dump(mode="json")
     parts = ["unet", "text_encoder"]
     if edits is not None:
         key["edits"] = edits.key
