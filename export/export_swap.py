@@ -44,7 +44,7 @@ from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
 from hipa_deploy.models.one_step.one_step_method import OWN
 from hipa_deploy.models.style import Style, StyleInfo
-from hipa_deploy.models.weight_identity import has_identity
+from hipa_deploy.models.weights.weight_identity import has_identity
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from hipa_deploy.bundle.manifest import EmbeddingInfo, LoraInfo
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
-from hipa_deploy.models.weight_identity import (
+from hipa_deploy.models.weights.weight_identity import (
     has_identity,
     hint_of_0_1_0,
     weights_identity,
