@@ -37,7 +37,7 @@ from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import INPUTS, References, add_images, add_step
 from hipa_deploy.export.run_apart import run_apart
-from hipa_deploy.export.task import TaskSettings, choose_task, step_warning
+from hipa_deploy.export.task import TaskSettings, choose_task, choose_text, step_warning
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder, temporary_folder
 from hipa_deploy.hashing import file_sha256
@@ -102,9 +102,10 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         like_bundle = _bundle_options(options, bundle)
         settings = choose_task(like_bundle, model)
         _check_step(options, bundle, model, settings)
-        warning = step_warning(like_bundle, settings, model)
-        if warning:
-            (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
+        _, text_warning = choose_text(like_bundle, model.tokenizer().model_max_length)
+        for warning in (text_warning, step_warning(like_bundle, settings, model)):
+            if warning:
+                (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
         parts = ChosenParts.choose(model, like_bundle, settings.task)
         check_text_encoder(bundle, parts.style.info)
         if like_bundle.fuse:
@@ -167,6 +168,7 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
         task=manifest.task,
         strengths=tuple(entry.strength for entry in manifest.strengths),
         style=options.style,
+        context_tokens=manifest.text.context_tokens,
         one_step=options.one_step,
     )
 

@@ -23,7 +23,8 @@ SURFACE = {
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
         "--height", "--width", "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--task",
-        "--strengths", "--encoder", "--build", "--swap-for",
+        "--strengths", "--encoder", "--context-tokens",
+        "--prompt-weights", "--build", "--swap-for",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
@@ -31,16 +32,17 @@ SURFACE = {
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
+        "--prompt-weights",
     },
     "edit": {
         "--strength", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate",
+        "--truncate", "--prompt-weights",
     },
     "inpaint": {
         "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate",
+        "--truncate", "--prompt-weights",
     },
-    "upscale": {"--overlap", "--out", "--adaptor", "--backend", "--truncate"},
+    "upscale": {"--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights"},
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
         "--roofline",

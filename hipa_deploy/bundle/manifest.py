@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from hipa_deploy.paths import name_problem, shown
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
+from hipa_deploy.text_settings import TextSettings
 
 MAX_BATCH = 64
 
@@ -380,6 +381,7 @@ class Manifest(Record):
         strengths: an edit's, largest first, the first with the constants of ``one_step``.
         upscale: how many times larger super-resolution makes an image; None for other tasks.
         one_step: the constants of the step.
+        text: how prompts become contexts; in older bundles one chunk of 77 tokens.
         stages: in the order in which they run.
         end_to_end: from the reference prompt to images.
         files: SHA-256 of every file, by its path in the bundle.
@@ -401,6 +403,7 @@ class Manifest(Record):
     strengths: tuple[Strength, ...] = ()
     upscale: int | None = None
     one_step: OneStep
+    text: TextSettings = TextSettings()
     stages: tuple[Stage, ...] = Field(min_length=1)
     end_to_end: Parity
     files: dict[FileName, str]

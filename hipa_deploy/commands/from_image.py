@@ -15,11 +15,13 @@ from hipa_deploy.commands.options import (
     HeightOption,
     OutOption,
     PromptsArgument,
+    PromptWeightsOption,
     SeedOption,
     TruncateOption,
     WidthOption,
     console,
     image_paths,
+    note_weights,
     write_images,
 )
 
@@ -51,6 +53,7 @@ def edit(
     adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
+    prompt_weights: PromptWeightsOption = None,
 ) -> None:
     """Edit an image as a prompt says, in one step.
 
@@ -70,6 +73,7 @@ def edit(
         adaptor=adaptor,
         backend=backend,
         truncate=truncate,
+        prompt_weights=prompt_weights,
     )
 
 
@@ -95,6 +99,7 @@ def inpaint(
     adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
+    prompt_weights: PromptWeightsOption = None,
 ) -> None:
     """Repaint a part of an image as a prompt says, in one step.
 
@@ -115,6 +120,7 @@ def inpaint(
         adaptor=adaptor,
         backend=backend,
         truncate=truncate,
+        prompt_weights=prompt_weights,
     )
 
 
@@ -133,6 +139,7 @@ def upscale(
     adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
+    prompt_weights: PromptWeightsOption = None,
 ) -> None:
     """Enlarge an image by the factor that the bundle is for, in one step a tile.
 
@@ -150,8 +157,15 @@ def upscale(
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
+        note_weights(pipe.bundle, [prompt], prompt_weights)
         with console.status("enlarging"):
-            result = pipe.upscale(image, prompt, overlap=overlap, truncate=truncate)
+            result = pipe.upscale(
+                image,
+                prompt,
+                overlap=overlap,
+                truncate=truncate,
+                prompt_weights=prompt_weights,
+            )
         write_images([result], paths)
 
 
@@ -174,6 +188,7 @@ def _generate_from(
     adaptor: str | None,
     backend: str,
     truncate: bool,
+    prompt_weights: bool | None,
 ) -> None:
     """Load the bundle, make every image from ``source``, write each."""
     from hipa_deploy.generate.pipeline import OneStepPipeline, check_count
@@ -187,5 +202,13 @@ def _generate_from(
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
-        batches = pipe.stream(prompts, source=source, seed=seed, count=count, truncate=truncate)
+        note_weights(pipe.bundle, prompts, prompt_weights)
+        batches = pipe.stream(
+            prompts,
+            source=source,
+            seed=seed,
+            count=count,
+            truncate=truncate,
+            prompt_weights=prompt_weights,
+        )
         write_images(batches, paths)

@@ -12,11 +12,13 @@ from hipa_deploy.commands.options import (
     HeightOption,
     OutOption,
     PromptsArgument,
+    PromptWeightsOption,
     SeedOption,
     TruncateOption,
     WidthOption,
     console,
     image_paths,
+    note_weights,
     write_images,
 )
 
@@ -32,6 +34,7 @@ def generate(
     adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
+    prompt_weights: PromptWeightsOption = None,
 ) -> None:
     """Generate images from prompts, in one step each.
 
@@ -48,7 +51,14 @@ def generate(
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
+        note_weights(pipe.bundle, prompts, prompt_weights)
         batches = pipe.stream(
-            prompts, seed=seed, count=count, height=height, width=width, truncate=truncate
+            prompts,
+            seed=seed,
+            count=count,
+            height=height,
+            width=width,
+            truncate=truncate,
+            prompt_weights=prompt_weights,
         )
         write_images(batches, paths)
