@@ -10,7 +10,7 @@ Shapes: B batch, L tokens, D width of a text context, C latent channels, H W pix
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -23,7 +23,19 @@ MAX_BATCH = 64
 DType = Literal["float16", "float32", "int64", "uint8"]
 Precision = Literal["fp16", "fp32"]
 Layout = Literal["onestep", "generic"]
-StageName = Literal["text_encoder", "vae_encoder", "unet", "vae_decoder", "generator"]
+STAGE_NAMES = ("text_encoder", "vae_encoder", "unet", "vae_decoder", "generator")
+
+
+def _stage_name(name: str) -> str:
+    # Engines and caches are named after the stage.
+    if name not in STAGE_NAMES:
+        known = ", ".join(STAGE_NAMES)
+        raise ValueError(f"stage {shown(name)} is unknown, expected one of: {known}")
+    return name
+
+
+StageName = Annotated[str, AfterValidator(_stage_name)]
+"""One of ``STAGE_NAMES``."""
 
 
 def _file_name(name: str) -> str:
@@ -193,10 +205,7 @@ class Stage(Record):
     @field_validator("spec")
     @classmethod
     def _known(cls, spec: StageSpec) -> StageSpec:
-        # Engines and caches are named after the stage.
-        if spec.name not in get_args(StageName):
-            names = ", ".join(get_args(StageName))
-            raise ValueError(f"stage {shown(spec.name)} is unknown, expected one of: {names}")
+        _stage_name(spec.name)
         return spec
 
 

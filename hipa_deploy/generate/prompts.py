@@ -18,6 +18,7 @@ import numpy as np
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.tokenizer import PromptTokenizer
+from hipa_deploy.reading import Header, read_npy
 
 BAKED_PROMPTS = "prompts/prompts.txt"
 BAKED_CONTEXTS = "prompts/contexts.npy"
@@ -84,6 +85,14 @@ class EncodedPrompts:
                 del self._cache[oldest]
 
 
+def _contexts_problem(found: Header) -> str | None:
+    """What is wrong with an array as the contexts [N, L, D] of a closed set."""
+    dtype, shape = found
+    if len(shape) == 3 and dtype in (np.float16, np.float32):
+        return None
+    return f"it has {dtype} {list(shape)}, expected float16 or float32 [prompts, tokens, width]"
+
+
 class BakedPrompts:
     """A closed set of prompts: no tokenizer and no text encoder on the device.
 
@@ -98,7 +107,7 @@ class BakedPrompts:
 
     def __init__(self, prompts: Path, contexts: Path) -> None:
         self._index = {prompt: i for i, prompt in enumerate(read_closed_set(prompts))}
-        self._contexts_NLD = np.load(contexts, mmap_mode="r")
+        self._contexts_NLD = read_npy(contexts, _contexts_problem, mapped=True)
         if len(self._index) != len(self._contexts_NLD):
             got = f"{len(self._index)} prompts, {len(self._contexts_NLD)} contexts"
             raise HipaError(f"{contexts}: {got}. Export the bundle again.")

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER, tokenizer_problem
 from hipa_deploy.errors import HipaError
+from hipa_deploy.reading import as_line, read_text
 
 
 class PromptTokenizer:
@@ -31,11 +33,7 @@ class PromptTokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise HipaError(f"{path} cannot be read ({error}). Export the bundle again.") from None
-        self._open(text, str(path))
+        self._open(read_text(path, max_bytes=MAX_TOKENIZER), str(path))
 
     @classmethod
     def of(cls, text: str, name: str) -> PromptTokenizer:
@@ -54,12 +52,11 @@ class PromptTokenizer:
         return tokenizer
 
     def _open(self, text: str, path: str) -> None:
-        try:
+        problem = tokenizer_problem(text)
+        if problem:
+            raise HipaError(f"{path} is not a tokenizer ({problem}). Export the bundle again.")
+        with as_line(f"{path} is not a tokenizer", "Export the bundle again."):
             self._tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the Rust library raises bare Exception
-            raise HipaError(
-                f"{path} is not a tokenizer ({error}). Export the bundle again."
-            ) from None
         truncation = self._tokenizer.truncation
         if not self._tokenizer.padding or not truncation:
             raise HipaError(f"{path} says nothing of length and padding. Export the bundle again.")
@@ -86,7 +83,8 @@ class PromptTokenizer:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise HipaError(f"the prompt {prompt!r} is not valid text. Expected UTF-8.")
 
-        encoding = self._tokenizer.encode(prompt)
+        with as_line("the tokenizer of the bundle cannot read the prompt", "Choose another."):
+            encoding = self._tokenizer.encode(prompt)
         ids = encoding.ids
         if len(ids) <= self.length:
             return np.asarray(ids, dtype=np.int64)
