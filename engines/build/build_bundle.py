@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -51,6 +50,7 @@ from hipa_deploy.engines.tensorrt.refit import refuse_faulty
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import user_cache, write_file
 from hipa_deploy.hashing import file_sha256
+from hipa_deploy.locks import locked as lock_file
 
 # Each candidate costs a whole build, so a larger number is taken for a slip.
 MAX_CANDIDATES = 20
@@ -348,27 +348,15 @@ def locked(folder: Path) -> Iterator[None]:
         HipaError: another build holds the lock, or the folder cannot be written.
 
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock_file = (folder / LOCK).open("a+")
-    except OSError as error:
-        raise HipaError(
-            f"{folder} cannot be written ({error.strerror}). "
-            "Copy the bundle to a folder of your own."
-        ) from None
-
-    with lock_file:
-        # The file holds the process id of its owner, for the message of a second build.
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock_file.seek(0)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_file(folder / LOCK, f"engines {folder}"))
+        except OSError as error:
             raise HipaError(
-                f"{folder}: another build (process {lock_file.read().strip()}) is writing here."
+                f"{folder} cannot be written ({error.strerror}). "
+                "Copy the bundle to a folder of your own."
             ) from None
-        lock_file.truncate(0)
-        lock_file.write(str(os.getpid()))
-        lock_file.flush()
 
         # Scratch files can only be those of a build that was killed: a running one has the lock.
         for leftover in folder.glob(".*.tmp"):

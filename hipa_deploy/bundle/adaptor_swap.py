@@ -19,10 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import AdaptorInfo, FileName, Parity, StageName
+from hipa_deploy.bundle.manifest import AdaptorInfo, FileName, Parity, StageName, Text
 from hipa_deploy.bundle.onnx_weights import check_values, no_weight, read_initializers
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
@@ -62,7 +62,7 @@ class MappedWeight(Record):
 
     """
 
-    places: tuple[str, ...]
+    places: tuple[Text, ...] = Field(max_length=1000)
     layout: WeightLayout = "as it is"
     fold: Fold | None = None
     adaptable: bool = False
@@ -96,7 +96,8 @@ def read_weight_map(bundle: Bundle, stage: str) -> WeightMap | None:
         return read_record(bundle.path(name), WeightMap, "")
     except HipaError as error:
         raise HipaError(
-            f"{bundle.root / name} is not a weight map ({reason_of(error)}). Export the bundle again."
+            f"{bundle.root / name} is not a weight map ({reason_of(error)}). "
+            "Export the bundle again."
         ) from None
 
 

@@ -63,6 +63,28 @@ ConfigOption = Annotated[
         "a diffusers folder of the same architecture. Needed only if its weights do not show it."
     ),
 ]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A LoRA to merge into the model before anything else: FILE_OR_FOLDER, or "
+        "FILE_OR_FOLDER:SCALE, where 1.0 is as it was trained. May be repeated; the order counts."
+    ),
+]
+EmbeddingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A textual inversion embedding to add to the model: FILE, or FILE:WORD with the word "
+        "that stands for it in prompts. May be repeated."
+    ),
+]
+OneStepOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Method of a one-step LoRA or model that others made: hyper-sd15 | hyper-sd15-t800 | "
+        "lcm-sd15 | tcd-sd15 | tcd-sd21-base | sd-turbo | hipa | a .toml file. By default the "
+        "adaptor's own step."
+    ),
+]
 BundleArgument = Annotated[
     str, typer.Argument(help="A folder that hipa-export wrote, or 'emoji' for the included one.")
 ]
