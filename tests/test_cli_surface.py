@@ -31,26 +31,28 @@ SURFACE = {
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
+        "--force",
     },
     "edit": {
         "--strength", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate",
+        "--truncate", "--force",
     },
     "inpaint": {
         "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate",
+        "--truncate", "--force",
     },
-    "upscale": {"--overlap", "--out", "--adaptor", "--backend", "--truncate"},
+    "upscale": {"--overlap", "--out", "--adaptor", "--backend", "--truncate", "--force"},
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
-        "--roofline",
+        "--roofline", "--force",
     },
-    "profile compare": {"--metric", "--threshold", "--json"},
+    "profile compare": {"--metric", "--threshold", "--json", "--force"},
     "profile table": set(),
     "evaluate": {
         "--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json", "--out",
+        "--force",
     },
-    "doctor": {"--backend", "--json", "--self-test", "--out"},
+    "doctor": {"--backend", "--json", "--self-test", "--out", "--force"},
     "demo": {"--out", "--quick", "--task"},
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hipa_deploy.commands.options import ConfigOption, ModelOption, console
+from hipa_deploy.commands.options import ConfigOption, ForceOption, ModelOption, console
 from hipa_deploy.extras import require
 
 
@@ -40,6 +40,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Also write a folder with report.md, frequency spectra and samples."),
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """Measure an adaptor's image quality against the multi-step model.
 
@@ -48,9 +49,9 @@ def evaluate(
     """
     require("train")
     from hipa_deploy.embedded import resolve_adaptor
-    from hipa_deploy.files import write_file
     from hipa_deploy.models.adaptor_folder import read_metadata
     from hipa_deploy.models.locate import model_folder
+    from hipa_deploy.outputs import check_outputs, write_output
     from hipa_deploy.train.evaluation import quality_report as quality
     from hipa_deploy.train.recipes.recipe import load_recipe
 
@@ -58,7 +59,14 @@ def evaluate(
     teacher = quality.reference_teacher(load_recipe(recipe).teacher)
     adaptor_dir = resolve_adaptor(adaptor)
 
-    # Before minutes of the teacher's images: a wrong adaptor is reported at once.
+    # Before minutes of the teacher's images: a wrong output or adaptor is reported at once.
+    outputs = [json_path] if json_path else []
+    if out:
+        outputs += [out / name for name in quality.REPORT_FILES]
+    inputs = [folder, adaptor_dir, Path(recipe)]
+    if prompts:
+        inputs.append(prompts)
+    check_outputs(outputs, inputs=inputs, force=force)
     read_metadata(adaptor_dir, folder)
 
     # Every kind of image is made from the same prompts and seeds, so that only the model differs.
@@ -68,7 +76,7 @@ def evaluate(
     report = quality.quality_report(teacher, texts, truth, again, rows)
 
     if json_path:
-        write_file(json_path, (report.model_dump_json(indent=2) + "\n").encode())
+        write_output(json_path, (report.model_dump_json(indent=2) + "\n").encode(), force=force)
     Console().print(quality.render_table(report))
     if out:
-        typer.echo(quality.write_report(out, report, rows))
+        typer.echo(quality.write_report(out, report, rows, force=force))

@@ -19,6 +19,7 @@ from hipa_deploy.commands.options import (
 )
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
+from hipa_deploy.files import refuse_to_overwrite
 
 if TYPE_CHECKING:
     from hipa_deploy.bundle.manifest import Parity
@@ -122,6 +123,7 @@ def export(
     results agree. The bundle runs without PyTorch.
     """
     require("export")
+    refuse_to_overwrite(out)
     if swap_for is not None:
         others_are_default = (
             dtype is Precision.fp16

@@ -11,6 +11,7 @@ from rich.console import Console
 from hipa_deploy.commands.options import ConfigOption, ModelOption, console
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
+from hipa_deploy.files import refuse_to_overwrite
 
 if TYPE_CHECKING:
     from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
@@ -75,6 +76,9 @@ def train(
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.train.recipes.recipe import Recipe, load_any_recipe
     from hipa_deploy.user_code import check_allowed, code_allowed
+
+    if not dry_run:
+        refuse_to_overwrite(out)
 
     # Only what was given on the command line replaces a value of the recipe.
     overrides: dict[str, Any] = {}
