@@ -27,6 +27,7 @@ from hipa_deploy.engines.backends.bound_session import BoundSession
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.generate.runner import ClosesAtExit, check_inputs
+from hipa_deploy.paths import inside_folder
 
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
@@ -179,7 +180,7 @@ def engine_cache(bundle: Bundle, stage: str) -> Path:
     device = gpu.model_dump(mode="json") if gpu else None
     identity = json.dumps([_load_onnxruntime().__version__, device, hashes])
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return bundle.root / "engines" / "onnxruntime-tensorrt" / f"{stage}-{key}"
+    return inside_folder(bundle.root, f"engines/onnxruntime-tensorrt/{stage}-{key}")
 
 
 def _writable(cache: Path) -> Path | None:

@@ -30,9 +30,10 @@ from hipa_deploy.engines.build.worker import Event, Job, Outcome
 from hipa_deploy.engines.build.worker_process import Report, run_worker
 from hipa_deploy.engines.store.engine_key import EngineKey, key_for
 from hipa_deploy.engines.store.sidecar import (
-    FOLDER,
+    LOCK,
     Sidecar,
     check_engine_file,
+    engine_folder,
     engine_path,
     read_sidecar,
 )
@@ -120,7 +121,7 @@ def build_bundle(
     options = _resolve_options(options, library, target, goal, trt.__version__)
 
     # A stage is built only if no whole engine with an equal key exists.
-    folder = bundle.root / FOLDER / f"{library}-{goal.name}"
+    folder = engine_folder(bundle, library, goal.name)
     keys: dict[str, EngineKey] = {}
     to_build: list[str] = []
     for stage in bundle.stages:
@@ -273,7 +274,8 @@ def _job(bundle: Bundle, stage: str, key: EngineKey, out: Path, options: BuildOp
     timing_cache = options.timing_cache.resolve() if options.timing_cache else None
     return Job(
         library=key.flavour,
-        onnx=bundle.stage_path(stage).resolve(),
+        # Not resolved: in a hub's cache the file is a link, and its weights lie beside the link.
+        onnx=bundle.stage_path(stage).absolute(),
         spec=bundle.stages[stage].spec,
         out=out.resolve(),
         precision=key.precision,
@@ -349,7 +351,7 @@ def locked(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_file(folder / ".lock", f"engines {folder}"))
+            stack.enter_context(lock_file(folder / LOCK, f"engines {folder}"))
         except OSError as error:
             raise HipaError(
                 f"{folder} cannot be written ({error.strerror}). "

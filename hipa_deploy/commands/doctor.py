@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from hipa_deploy.commands.options import BackendOption, ForceOption, console
+from hipa_deploy.commands.outputs import check_outputs, write_output
 from hipa_deploy.errors import HipaError
 
 
@@ -67,7 +68,6 @@ def _examine(subject: str | None, backend: str, as_json: bool) -> None:
 def _self_test(subject: str | None, out: Path | None, as_json: bool, force: bool) -> None:
     """Print the self-test's report, write it to ``out``; exit with 1 if a step failed."""
     from hipa_deploy.doctor.self_test import render_text, self_test
-    from hipa_deploy.outputs import check_outputs, write_output
 
     if subject:
         raise HipaError(

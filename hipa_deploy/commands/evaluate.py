@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hipa_deploy.commands.options import ConfigOption, ForceOption, ModelOption, console
+from hipa_deploy.commands.options import (
+    ConfigOption,
+    EmbeddingOption,
+    ForceOption,
+    LoraOption,
+    ModelOption,
+    console,
+)
+from hipa_deploy.commands.outputs import check_outputs, write_output
 from hipa_deploy.extras import require
 
 
@@ -18,6 +26,8 @@ def evaluate(
     ] = "emoji",
     model: ModelOption = "emoji",
     config: ConfigOption = None,
+    lora: LoraOption = None,
+    embedding: EmbeddingOption = None,
     recipe: Annotated[
         str,
         typer.Option(
@@ -51,7 +61,9 @@ def evaluate(
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.models.adaptor_folder import read_metadata
     from hipa_deploy.models.locate import model_folder
-    from hipa_deploy.outputs import check_outputs, write_output
+    from hipa_deploy.models.lora.open_style import OpenStyle
+    from hipa_deploy.models.model_config import ModelConfig
+    from hipa_deploy.models.style import check_same_loras, parse_style
     from hipa_deploy.train.evaluation import quality_report as quality
     from hipa_deploy.train.recipes.recipe import load_recipe
 
@@ -67,13 +79,17 @@ def evaluate(
     if prompts:
         inputs.append(prompts)
     check_outputs(outputs, inputs=inputs, force=force)
-    read_metadata(adaptor_dir, folder)
+    metadata = read_metadata(adaptor_dir, folder)
+    style = parse_style(lora, embedding)
+    added = OpenStyle.read(style, ModelConfig.read(folder)).info
+    check_same_loras(adaptor_dir, metadata.loras, added.loras)
 
     # Every kind of image is made from the same prompts and seeds, so that only the model differs.
     texts, _ = quality.draw(quality.held_out_prompts(folder, prompts), images)
-    rows, again = quality.make_images(folder, adaptor_dir, texts, teacher, images, console)
+    rows, again = quality.make_images(folder, adaptor_dir, texts, teacher, images, console, style)
     truth = rows[quality.teacher_row(teacher.steps)]
     report = quality.quality_report(teacher, texts, truth, again, rows)
+    report = report.model_copy(update={"style": added})
 
     if json_path:
         write_output(json_path, (report.model_dump_json(indent=2) + "\n").encode(), force=force)

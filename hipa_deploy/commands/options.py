@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from hipa_deploy.commands.outputs import check_outputs, next_free_name, write_output
 from hipa_deploy.errors import HipaError
 
 if TYPE_CHECKING:
@@ -61,6 +62,28 @@ ConfigOption = Annotated[
     typer.Option(
         help="For a model in one file, the model it is of: sd15 | sd21-base | sd21-v | "
         "a diffusers folder of the same architecture. Needed only if its weights do not show it."
+    ),
+]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A LoRA to merge into the model before anything else: FILE_OR_FOLDER, or "
+        "FILE_OR_FOLDER:SCALE, where 1.0 is as it was trained. May be repeated; the order counts."
+    ),
+]
+EmbeddingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A textual inversion embedding to add to the model: FILE, or FILE:WORD with the word "
+        "that stands for it in prompts. May be repeated."
+    ),
+]
+OneStepOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Method of a one-step LoRA or model that others made: hyper-sd15 | hyper-sd15-t800 | "
+        "lcm-sd15 | tcd-sd15 | tcd-sd21-base | sd-turbo | hipa | a .toml file. By default the "
+        "adaptor's own step."
     ),
 ]
 BundleArgument = Annotated[
@@ -128,7 +151,6 @@ def write_images(
 
     """
     from hipa_deploy.images.png import png_bytes
-    from hipa_deploy.outputs import write_output
 
     remaining = iter(paths)
     for batch in batches:
@@ -160,7 +182,6 @@ def image_outputs(
         HipaError: as ``image_paths`` and ``check_outputs``.
 
     """
-    from hipa_deploy.outputs import check_outputs, next_free_name
 
     if out is None:
         usual = Path("images" if prompts * count > 1 else "image.png")

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from hipa_deploy.commands.options import BackendOption, BundleArgument, ForceOption, console
+from hipa_deploy.commands.outputs import check_outputs, write_output
 
 
 class Metric(str, Enum):
@@ -72,7 +73,6 @@ def profile(
     from hipa_deploy.engines.latency.table import markdown_table, render_table
     from hipa_deploy.engines.latency.with_roofline import with_own_roofline, with_roofline
     from hipa_deploy.generate.pipeline import OneStepPipeline
-    from hipa_deploy.outputs import check_outputs, write_output
 
     # Before minutes of profiling: a wrong output or an unknown device is reported at once.
     outputs = [path for path in (json_path, html_path) if path is not None]
@@ -132,7 +132,6 @@ def profile_compare(
         render_comparison,
     )
     from hipa_deploy.engines.latency.report import read_report
-    from hipa_deploy.outputs import check_outputs, write_output
 
     if json_path:
         check_outputs([json_path], inputs=[first, second], force=force)

@@ -23,7 +23,7 @@ from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.bundle.manifest import Axis
 from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.noise import check_seeds, initial_noise
+from hipa_deploy.generate.noise import bundle_noise, check_seeds
 from hipa_deploy.generate.open_stages import open_stages, resolve_backend
 from hipa_deploy.generate.prompts import Prepared, open_prompts
 from hipa_deploy.generate.runner import ENGINE_BACKENDS, ClosesAtExit, Runner, check_backend
@@ -296,8 +296,10 @@ class OneStepPipeline(ClosesAtExit):
         self, seeds: Sequence[int], latent_CHW: tuple[int, int, int], sources: Sequence[Source]
     ) -> dict[str, np.ndarray]:
         """What the step starts from beside the text: noise, and the sources' images and masks."""
-        takes_noise = "noise" in STEP_INPUTS[self.bundle.manifest.task]
-        noise = {"noise": initial_noise(seeds, latent_CHW)} if takes_noise else {}
+        manifest = self.bundle.manifest
+        noise = {}
+        if "noise" in STEP_INPUTS[manifest.task]:
+            noise["noise"] = bundle_noise(seeds, latent_CHW, manifest.one_step, manifest.layout)
         return self._encoded_images.feed(noise | batch_inputs(sources))
 
     def edit(

@@ -20,6 +20,7 @@ from hipa_deploy.files import new_folder, user_cache
 from hipa_deploy.hashing import file_sha256, folder_sha256
 from hipa_deploy.models.configurations import MODELS, context_width, write_config
 from hipa_deploy.models.weight_file import SAFETENSORS, is_pickled, load_tensors, read_layout
+from hipa_deploy.models.weight_files import current_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,10 +29,7 @@ UNET = "model.diffusion_model."
 FIRST_LAYER = UNET + "input_blocks.0.0.weight"
 CROSS_ATTENTION = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 PARTS = {"unet": UNET, "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-# transformers before 4.0 had no 'text_model' in the names of CLIP's text encoder, and checkpoints
-# of DreamBooth trainings of that time have none. A1111 and sd-scripts insert it as well.
 TEXT = PARTS["text_encoder"] + "transformer."
-OLD_TEXT_PARTS = ("embeddings.", "encoder.", "final_layer_norm.")
 # The names of precisions in safetensors and in torch.
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 # The shape of every tensor in a file, by name.
@@ -92,10 +90,13 @@ def _read_shapes(checkpoint: Path) -> Shapes:
 
 
 def _current_name(name: str) -> str:
-    """Return the name that diffusers expects for a tensor in the original layout."""
-    inside = name.removeprefix(TEXT)
-    if inside != name and inside.startswith(OLD_TEXT_PARTS):
-        return f"{TEXT}text_model.{inside}"
+    """Return the name that diffusers expects for a tensor in the original layout.
+
+    Checkpoints of the first DreamBooth trainings name the text encoder without 'text_model'. A1111
+    and sd-scripts insert it as well.
+    """
+    if name.startswith(TEXT):
+        return TEXT + current_name(name.removeprefix(TEXT))
     return name
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_prompt_file
+from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.train.evaluation.quality import (
     Quality,
     compare,
@@ -48,6 +49,7 @@ class QualityReport(BaseModel):
         teacher_guidance: That teacher's guidance.
         kid_lite0_floor: KID-Lite0 between the teacher's images and its images from other noise.
         rows: The three numbers of each row, by its name.
+        style: LoRAs and embeddings of every row's model.
 
     """
 
@@ -59,6 +61,7 @@ class QualityReport(BaseModel):
     teacher_guidance: float
     kid_lite0_floor: float
     rows: dict[str, Quality]
+    style: StyleInfo = StyleInfo()
 
     def kid_gap_closed(self, row: str = ADAPTED) -> float:
         """Share of the gap between base and teacher in KID-Lite0 that a row closes.
@@ -77,10 +80,18 @@ def held_out_prompts(model_dir: Path, prompts: Path | None = None) -> list[str]:
         prompts: A file of prompts, one a line, or a table of captions.
 
     Raises:
-        HipaError: As ``read_prompt_file``.
+        HipaError: As ``read_prompt_file``; or ``prompts`` is None, and the model keeps none aside.
 
     """
-    return read_prompt_file(prompts or model_dir / "prompts_pair.txt")
+    if prompts is not None:
+        return read_prompt_file(prompts)
+    kept_aside = model_dir / "prompts_pair.txt"
+    if not kept_aside.is_file():
+        raise HipaError(
+            f"model {model_dir} keeps no prompts aside (it has no {kept_aside.name}). "
+            "Give a file of prompts: --prompts FILE."
+        )
+    return read_prompt_file(kept_aside)
 
 
 def draw(prompts: list[str], count: int) -> tuple[list[str], list[int]]:
@@ -128,6 +139,7 @@ def make_images(
     teacher: TeacherSettings,
     images: int,
     console: Console,
+    style: Style | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Make the images of every row of a report.
 
@@ -138,6 +150,7 @@ def make_images(
         teacher: The teacher to compare with.
         images: N, how many images each row has.
         console: Where the status line goes.
+        style: LoRAs and embeddings of every row's model.
 
     Returns:
         The images of each row by its name, uint8 [N, H, W, 3]; and the teacher's for the same
@@ -156,16 +169,18 @@ def make_images(
             continue
         with console.status(f"{steps}-step teacher, {images} images"):
             fewer = teacher.model_copy(update={"steps": steps})
-            rows[teacher_row(steps)] = teacher_images(model_dir, texts, seeds, fewer)
+            rows[teacher_row(steps)] = teacher_images(model_dir, texts, seeds, fewer, style=style)
 
     # The reference, and the same prompts from other noise, to which KID-Lite0 is measured.
     with console.status(f"{teacher.steps}-step teacher, twice {images} images"):
-        rows[teacher_row(teacher.steps)], again = teacher_twice(model_dir, texts, seeds, teacher)
+        rows[teacher_row(teacher.steps)], again = teacher_twice(
+            model_dir, texts, seeds, teacher, style
+        )
 
     with console.status("one-step images"):
-        rows[BASE] = one_step_images(model_dir, None, texts, seeds)
+        rows[BASE] = one_step_images(model_dir, None, texts, seeds, style=style)
         if adaptor is not None:
-            rows[ADAPTED] = one_step_images(model_dir, adaptor, texts, seeds)
+            rows[ADAPTED] = one_step_images(model_dir, adaptor, texts, seeds, style=style)
     return rows, again
 
 
@@ -203,7 +218,11 @@ def quality_report(
 
 
 def teacher_twice(
-    model_dir: Path, texts: list[str], seeds: list[int], teacher: TeacherSettings
+    model_dir: Path,
+    texts: list[str],
+    seeds: list[int],
+    teacher: TeacherSettings,
+    style: Style | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's images from ``seeds``, and of the same prompts from other seeds.
 
@@ -213,7 +232,7 @@ def teacher_twice(
     """
     # One call for both sets, so that the model is loaded once.
     others = [seed + len(seeds) for seed in seeds]
-    both = teacher_images(model_dir, [*texts, *texts], [*seeds, *others], teacher)
+    both = teacher_images(model_dir, [*texts, *texts], [*seeds, *others], teacher, style=style)
     return both[: len(seeds)], both[len(seeds) :]
 
 
@@ -228,10 +247,13 @@ def render_table(report: QualityReport) -> Table:
 
 def conditions(report: QualityReport) -> str:
     """What the numbers were measured on, in one line."""
+    added = [f"{lora.name}:{lora.scale:g}" for lora in report.style.loras]
+    added += [embedding.name for embedding in report.style.embeddings]
+    style = f" with {', '.join(added)}" if added else ""
     return (
-        f"{report.images} images; KID-Lite0 to the teacher ({report.teacher_steps} steps, guidance "
-        f"{report.teacher_guidance:g}) from other noise, its floor {report.kid_lite0_floor:.3f}; "
-        "the other numbers to its images from the same noise"
+        f"{report.images} images{style}; KID-Lite0 to the teacher ({report.teacher_steps} steps, "
+        f"guidance {report.teacher_guidance:g}) from other noise, its floor "
+        f"{report.kid_lite0_floor:.3f}; the other numbers to its images from the same noise"
     )
 
 
@@ -270,7 +292,6 @@ def write_report(
 
     """
     from hipa_deploy.files import write_file
-    from hipa_deploy.outputs import check_outputs
     from hipa_deploy.train.evaluation.figures import (
         premise_picture,
         samples_picture,
@@ -278,7 +299,11 @@ def write_report(
         spectra_figure,
     )
 
-    check_outputs([folder / name for name in REPORT_FILES], force=force)
+    for name in REPORT_FILES:
+        if (folder / name).exists() and not force:
+            raise HipaError(
+                f"{folder / name} exists. Give force=True to replace it, or another folder."
+            )
 
     # The spectra compare three rows only: more curves could not be told apart.
     truth = teacher_row(report.teacher_steps)

@@ -55,6 +55,8 @@ OTHER_IDENTITY = {
     "adaptor_sha256": "another adaptor",
     "initial_sha256": "another adaptor to start from",
     "prompts_sha256": "other prompts",
+    "loras": "other LoRAs, or at other scales",
+    "embeddings": "other embeddings",
 }
 
 
@@ -352,7 +354,8 @@ class Run:
     def _check_same_run(self, stored: dict[str, Any]) -> None:
         remedy = "Remove it, or choose another output folder."
         for key, other in OTHER_IDENTITY.items():
-            if stored.get(key) != self.identity.get(key):
+            # What a run of an older version does not know is none.
+            if (stored.get(key) or None) != (self.identity.get(key) or None):
                 raise HipaError(f"run folder {self.folder} was started with {other}. {remedy}")
 
         # The recipes are compared setting by setting, so that the message can name the first
