@@ -21,7 +21,8 @@ from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.clip_tokenizer import rust_tokenizer
-from hipa_deploy.models.one_step_method import OneStepMethod, make_scheduler
+from hipa_deploy.models.one_step.one_step_method import OneStepMethod
+from hipa_deploy.models.one_step.step_constants import make_scheduler
 
 TOKENIZER = "tokenizer/tokenizer.json"
 # Texts that tokenizers have read differently: Japanese, a joined emoji, and U+200B.

@@ -21,7 +21,7 @@ from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.style import check_same_loras
 from hipa_deploy.models.text_context import text_context
-from hipa_deploy.models.weight_identity import has_identity, weights_identity
+from hipa_deploy.models.weights.weight_identity import has_identity, weights_identity
 from hipa_deploy.tasks import Task
 
 

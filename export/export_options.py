@@ -42,8 +42,8 @@ class ExportOptions:
             user; None is as the adaptor was trained, or no.
         style: LoRAs and embeddings that are added to the model before the adaptor.
         one_step: the step of a LoRA, or of a model, that others made: a preset of
-            ``hipa_deploy.models.one_step_method`` or a .toml file. None is the adaptor's own step;
-            without an adaptor of HiPA, x0 at the last timestep.
+            ``hipa_deploy.models.one_step`` or a .toml file. None is the adaptor's own step; without
+            an adaptor of HiPA, x0 at the last timestep.
 
     Example:
         >>> ExportOptions(model="emoji", out=Path("bundle"), batch=2).size("batch")

@@ -6,8 +6,8 @@ in place of the bundle's, and what it runs is bit for bit what an export with th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from hipa_deploy.bundle.adaptor_swap import (
     stage_files,
 )
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import AdaptorInfo, OneStep, Stage
+from hipa_deploy.bundle.manifest import AdaptorInfo, LoraInfo, OneStep, Stage
 from hipa_deploy.bundle.onnx_weights import Initializer, read_initializers, skeleton_sha256
 from hipa_deploy.bundle.reference import Reference
 from hipa_deploy.errors import HipaError
@@ -42,8 +42,9 @@ from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder, temporary_folder
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
-from hipa_deploy.models.one_step_method import OWN
-from hipa_deploy.models.weight_identity import has_identity
+from hipa_deploy.models.one_step.one_step_method import OWN
+from hipa_deploy.models.style import Style, StyleInfo
+from hipa_deploy.models.weights.weight_identity import has_identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +53,23 @@ class SwapOptions:
 
     Attributes:
         model: the base model that the bundle was exported from.
-        adaptor: the adaptor folder whose weights to write.
+        adaptor: the adaptor folder whose weights to write; None for LoRAs alone.
         bundle: the bundle's folder.
         out: the folder to write.
         adaptor_scale: 1.0 merges the adaptor as it was trained.
         decoder: the AutoencoderTiny folder of a fused bundle; None is the model's VAE.
+        style: LoRAs to merge before the adaptor. On the text encoder they must be the bundle's.
         one_step: the step of a LoRA that others made, as for ``ExportOptions``.
 
     """
 
     model: str
-    adaptor: Path
+    adaptor: Path | None
     bundle: Path
     out: Path
     adaptor_scale: float = 1.0
     decoder: Path | None = None
+    style: Style = field(default_factory=Style)
     one_step: str | None = None
 
 
@@ -78,9 +81,9 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         console: where progress is shown; None is the standard error.
 
     Raises:
-        HipaError: base model, one-step constants or decoder are not the bundle's, the adaptor does
-            not fit the model or needs other FP32 islands, the graph comes out different, or no
-            weight differs at all.
+        HipaError: base model, one-step constants, decoder or text encoder are not the bundle's, the
+            adaptor or a LoRA does not fit the model or needs other FP32 islands, the graph comes
+            out different, or no weight differs at all.
 
     Example:
         >>> swap = export_swap(
@@ -106,6 +109,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
             if warning:
                 (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
         parts = ChosenParts.choose(model, like_bundle, settings.task)
+        check_text_encoder(bundle, parts.style.info)
         if like_bundle.fuse:
             check_decoder(bundle, parts)
 
@@ -129,15 +133,15 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         values = {name: weight.read() for name, weight in weights.items()}
         np.savez(root / WEIGHTS, **values)  # type: ignore[arg-type]  # numpy's stub
         np.save(root / REFERENCE, references.tensors[source.output])
-        assert references.adaptor is not None  # SwapOptions.adaptor is no option
-        manifest = _manifest(bundle, stage, onnx, weights, references.adaptor, root)
+        made_from = (references.adaptor, parts.style.info.loras)
+        manifest = _manifest(bundle, stage, onnx, weights, made_from, root)
         (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return AdaptorSwap.open(bundle, options.out)
 
 
 def _check_same_base(options: SwapOptions, bundle: Bundle, model: ModelParts) -> None:
     """Raise HipaError for another base model, and where the VAE's encoder is adapted."""
-    if (options.adaptor / ENCODER_WEIGHTS).exists():
+    if options.adaptor is not None and (options.adaptor / ENCODER_WEIGHTS).exists():
         raise HipaError(
             f"adaptor {options.adaptor} is on the VAE's encoder too, which no swap changes. "
             "Export a bundle of its own."
@@ -165,6 +169,7 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
         decoder=options.decoder,
         task=manifest.task,
         strengths=tuple(entry.strength for entry in manifest.strengths),
+        style=options.style,
         context_tokens=manifest.text.context_tokens,
         clip_skip=manifest.text.clip_skip,
         one_step=options.one_step,
@@ -178,7 +183,7 @@ def _check_step(
     expected = bundle.manifest.one_step
     if settings.timestep != expected.timestep:
         raise HipaError(
-            f"{options.adaptor} was trained for timestep {settings.timestep}, "
+            f"{options.adaptor or 'the model alone'} is for timestep {settings.timestep}, "
             f"{bundle.root} is for {expected.timestep}. Export a bundle of its own."
         )
     step = model.one_step(settings.timestep, expected.height, expected.width, settings.method)
@@ -186,9 +191,9 @@ def _check_step(
         own = settings.method.name if settings.method else OWN
         other = expected.method.name if expected.method else OWN
         raise HipaError(
-            f"{options.adaptor} is given the one-step method {own}, {bundle.root} is for {other}. "
-            f"Use --one-step {other} if that is the adaptor's method, or export a bundle of its "
-            "own."
+            f"{options.adaptor or 'the model'} is given the one-step method {own}, "
+            f"{bundle.root} is for {other}. Use --one-step {other} if that is the adaptor's "
+            "method, or export a bundle of its own."
         )
 
 
@@ -199,6 +204,42 @@ def _numbers(step: OneStep) -> tuple[object, ...]:
         method = step.method
         factors = (method.noise_scale, method.sample_factor, method.output_factor)
     return step.prediction_type, step.timestep, factors
+
+
+def check_text_encoder(bundle: Bundle, style: StyleInfo) -> None:
+    """Check that the text encoder stays the bundle's: a swap changes the UNet alone.
+
+    Raises:
+        HipaError: LoRAs on the text encoder, or embeddings, that are not the bundle's.
+
+    """
+    manifest = bundle.manifest
+    expected = _on_text(manifest.loras)
+    given = _on_text(style.loras)
+    if given != expected:
+        before = " ".join(f"--lora {name}:{scale:g}" for name, _, scale in expected)
+        remedy = " Export a bundle of its own."
+        if before:
+            remedy = f" Give the bundle's own, {before}, or export a bundle of its own."
+        names = ", ".join(f"{name}:{scale:g}" for name, _, scale in given) or "none"
+        raise HipaError(
+            f"{bundle.root} has another text encoder than these LoRAs make ({names}), and a swap "
+            f"changes the UNet alone.{remedy}"
+        )
+    if style.embeddings and style.embeddings != manifest.embeddings:
+        raise HipaError(
+            f"{bundle.root} does not have these embeddings, and a swap adds no words. "
+            "Leave --embedding out, or export a bundle of its own."
+        )
+
+
+def _on_text(loras: Sequence[LoraInfo]) -> list[tuple[str, str, float]]:
+    """Name, hash and scale of the LoRAs that change the text encoder."""
+    found = []
+    for lora in loras:
+        if "text_encoder" in lora.parts:
+            found.append((lora.name, lora.sha256, lora.scale))
+    return found
 
 
 def check_decoder(bundle: Bundle, parts: ChosenParts) -> None:
@@ -287,23 +328,30 @@ def _manifest(
     stage: Stage,
     onnx: Path,
     weights: Mapping[str, Initializer],
-    adaptor: AdaptorInfo,
+    made_from: tuple[AdaptorInfo | None, tuple[LoraInfo, ...]],
     root: Path,
 ) -> SwapManifest:
     """The manifest of the swap in ``root``, whose ``weights`` are from the graph ``onnx``.
 
     Raises:
-        HipaError: a weight differs that no adaptor can change.
+        HipaError: a weight differs that a swap cannot change.
 
     """
+    adaptor, loras = made_from
     text = (onnx.parent / WEIGHT_MAP).read_text(encoding="utf-8")
     mapped = WeightMap.model_validate_json(text).weights
 
-    # A weight that no adaptor reaches and that differs all the same is a bug of the exporter.
+    # LoRAs may change biases and norm layers, which no refittable engine keeps open. Without one, a
+    # weight that no adaptor reaches and that differs all the same is a bug of the exporter.
     unexpected = []
     for name in weights:
         if name not in mapped or not mapped[name].adaptable:
             unexpected.append(name)
+    if unexpected and (loras or bundle.manifest.loras):
+        raise HipaError(
+            f"{bundle.root}: LoRAs changed {', '.join(unexpected[:3])}, biases or norms, which no "
+            "swap can change. Export a bundle of its own."
+        )
     if unexpected:
         raise HipaError(
             f"{onnx}: {', '.join(unexpected)} changed, which no adaptor can change. "
@@ -315,6 +363,7 @@ def _manifest(
         base_files=stage_files(bundle, stage.spec.name),
         onnx_sha256=file_sha256(onnx),
         adaptor=adaptor,
+        loras=loras,
         parity=stage.parity,
         weights={name: mapped[name] for name in weights},
         files={name: file_sha256(root / name) for name in (WEIGHTS, REFERENCE)},

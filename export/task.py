@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hipa_deploy.bundle.manifest import OneStep, Strength
+from hipa_deploy.bundle.text_settings import TextSettings, TextWishes, choose_text
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.model_parts import ModelParts
@@ -20,14 +21,13 @@ from hipa_deploy.models.adaptor_folder import (
     read_metadata,
 )
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.one_step_method import (
+from hipa_deploy.models.one_step.one_step_method import (
     OneStepMethod,
     check_fits,
     load_method,
     preset_names,
 )
 from hipa_deploy.tasks import Task, strength_timestep, unet_inputs
-from hipa_deploy.text_settings import TextSettings, TextWishes, choose_text
 
 LAST_TIMESTEP = 999
 DEFAULT_STRENGTHS = (0.5,)
@@ -99,6 +99,11 @@ def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
             raise HipaError(
                 f"one-step method {method.name} is for the task generate, this is {task}. "
                 "Leave out --one-step, or use an adaptor that was trained for the task."
+            )
+        if options.layout == "generic" and method.factors is not None:
+            raise HipaError(
+                f"--layout generic holds a scheduler of diffusers, and one-step method "
+                f"{method.name} has [factors] in its place. Use --layout onestep."
             )
         return TaskSettings(task, method.timestep, method=method)
 

@@ -16,6 +16,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
@@ -25,7 +26,6 @@ from hipa_deploy.generate.tokenizer import PromptTokenizer
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.text_settings import TextSettings
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from tests.export.conftest import make_adaptor
 from tests.tiny_model import make_model

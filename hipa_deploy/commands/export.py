@@ -22,9 +22,11 @@ from hipa_deploy.commands.options import (
 )
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
+from hipa_deploy.files import refuse_to_overwrite
 
 if TYPE_CHECKING:
     from hipa_deploy.bundle.manifest import Parity
+    from hipa_deploy.models.style import Style
 
 
 def export(
@@ -153,6 +155,9 @@ def export(
     results agree. The bundle runs without PyTorch.
     """
     require("export")
+    from hipa_deploy.models.style import parse_style
+
+    refuse_to_overwrite(out)
     if swap_for is not None:
         others_are_default = (
             dtype is Precision.fp16
@@ -178,11 +183,12 @@ def export(
         )
         if not others_are_default:
             raise HipaError(
-                "--swap-for takes --model, --adaptor, --adaptor-scale, --one-step, --decoder and "
-                "--out; "
-                "the bundle decides everything else. Leave the other options out."
+                "--swap-for takes --model, --adaptor, --adaptor-scale, --one-step, --lora, "
+                "--embedding, --decoder and --out; the bundle decides everything else. "
+                "Leave the other options out."
             )
-        _export_swap(model, adaptor, adaptor_scale, one_step, decoder, swap_for, out)
+        style = parse_style(lora, embedding)
+        _export_swap(model, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out)
         return
 
     if build:
@@ -197,7 +203,6 @@ def export(
     from hipa_deploy.export.graph.axes import parse_axes
     from hipa_deploy.export.task import parse_strengths
     from hipa_deploy.models.locate import resolve_decoder, resolve_encoder, unpacked
-    from hipa_deploy.models.style import parse_style
 
     # A checkpoint in one file becomes a folder first; the decoder depends on which model it is.
     model = unpacked(model, config)
@@ -245,24 +250,28 @@ def _export_swap(
     adaptor: str | None,
     scale: float,
     one_step: str | None,
+    style: Style,
     decoder: str,
     bundle: Path,
     out: Path,
 ) -> None:
-    """Write to ``out`` the weights of ``adaptor`` that differ from those of ``bundle``."""
+    """Write to ``out`` the weights of adaptor and LoRAs that differ from those of ``bundle``."""
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
     from hipa_deploy.export.export_swap import SwapOptions, export_swap
     from hipa_deploy.models.locate import resolve_decoder
 
-    if adaptor is None:
-        raise HipaError("--swap-for needs --adaptor: the adaptor whose weights to write.")
+    if adaptor is None and not style.loras:
+        raise HipaError(
+            "--swap-for needs --adaptor or --lora: whose weights to write for the bundle."
+        )
 
     # The decoder is asked for because a fused bundle has it in the same graph as the adaptor.
     swap = export_swap(
         SwapOptions(
             model=model,
-            adaptor=resolve_adaptor(adaptor),
+            adaptor=resolve_adaptor(adaptor) if adaptor else None,
             adaptor_scale=scale,
+            style=style,
             bundle=resolve_bundle(bundle),
             out=out,
             decoder=resolve_decoder(decoder, model),

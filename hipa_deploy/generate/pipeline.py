@@ -579,10 +579,14 @@ class OneStepPipeline(ClosesAtExit):
         """All that reproduces an image: what a PNG carries."""
         manifest = self.bundle.manifest
         adaptor = manifest.adaptor
+        loras = manifest.loras
         unet_sha256 = manifest.files[self.bundle.stages[adapted_stage(self.bundle)].path]
         if swap:
             adaptor = swap.manifest.adaptor
+            loras = swap.manifest.loras
             unet_sha256 = swap.manifest.onnx_sha256
+        # Images of a bundle without LoRAs have the parameters that they always had.
+        added = {"loras": [lora.model_dump(mode="json") for lora in loras]} if loras else {}
         return {
             "producer": manifest.producer,
             "prompt": prompt,
@@ -592,6 +596,7 @@ class OneStepPipeline(ClosesAtExit):
             "precision": manifest.precision,
             "base_model": manifest.base_model.sha256,
             "adaptor": adaptor.sha256 if adaptor else None,
+            **added,
             "unet": unet_sha256,
         }
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import user_cache, write_file
 from hipa_deploy.hashing import folder_sha256
-from hipa_deploy.models.weight_identity import loaded_files_sha256, weights_identity
+from hipa_deploy.models.weights.weight_identity import loaded_files_sha256, weights_identity
 from hipa_deploy.tasks import start_latents
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.progress_bar import ProgressBar

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style
-from hipa_deploy.text_settings import TextSettings
 from hipa_deploy.train.data.teacher_pairs import teacher_latents
 from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.frequency import high_frequency_energy
@@ -284,7 +284,7 @@ def teacher_images(
     def latents(noise_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
         return teacher_latents(model, noise_BCHW, context_BLD, empty_1LD, teacher)
 
-    return _images(model, latents, prompts, seeds)
+    return decoded_images(model, latents, prompts, seeds)
 
 
 def one_step_images(
@@ -321,17 +321,31 @@ def one_step_images(
     if text is None and adaptor_dir is not None:
         text = read_metadata(adaptor_dir).text
     model = DiffusionModel.load(model_dir, device, style=style, text=text)
-    return _images(model, one_step_model(model, timestep, adaptor_dir), prompts, seeds)
+    return decoded_images(model, one_step_model(model, timestep, adaptor_dir), prompts, seeds)
 
 
 @torch.no_grad()
-def _images(
+def decoded_images(
     model: DiffusionModel,
     latents: Callable[[Tensor, Tensor], Tensor],
     prompts: Sequence[str],
     seeds: Sequence[int],
 ) -> np.ndarray:
-    """Decoded images of ``latents(noise, context)``, in chunks that fit in memory."""
+    """Decoded images of ``latents(noise, context)``, in chunks that fit in memory.
+
+    Args:
+        model: Makes noise and contexts, and decodes.
+        latents: Noise [B, C, h, w] and contexts [B, L, D] -> scaled latents [B, C, h, w].
+        prompts: N prompts.
+        seeds: The noise seed of each prompt.
+
+    Returns:
+        uint8 [N, H, W, 3].
+
+    Raises:
+        HipaError: Not one seed for each prompt.
+
+    """
     if len(prompts) != len(seeds) or not seeds:
         raise HipaError(
             f"{len(prompts)} prompts and {len(seeds)} seeds. Expected one seed for each prompt."

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers import CLIPTextModel
 
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.prompt_weights import weigh_context
 from hipa_deploy.generate.tokenizer import PromptTokenizer
@@ -26,8 +27,8 @@ from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.models.text_context import text_context
+from hipa_deploy.models.weights.load_part import check_weights, load_part
 from hipa_deploy.tasks import Task, is_inpainting_unet
-from hipa_deploy.text_settings import TextSettings
 
 
 @dataclass(frozen=True)
@@ -86,30 +87,26 @@ class DiffusionModel:
         tokenizer = load_tokenizer(config)
         text.check(tokenizer.model_max_length, config.text_layers)
         added = OpenStyle.read(style or Style(), config)
+        check_weights(folder)
         diffusers_logging.disable_progress_bar()
-        try:
-            pipe = StableDiffusionPipeline.from_pretrained(
-                folder,
-                torch_dtype=torch.float32,
-                tokenizer=None,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            )
-        except Exception as error:  # a broken folder: each library raises classes of its own
-            raise HipaError(f"model {folder} cannot be loaded: {first_line(error)}") from None
-
-        # Not the one that diffusers would load: the bundle's, so that both see the same ids.
-        pipe.register_modules(tokenizer=tokenizer)
-
-        # A damaged file would otherwise show as a loss of NaN, hours later.
-        _check_finite(folder, pipe)
+        pipe = StableDiffusionPipeline(
+            vae=load_part(AutoencoderKL, folder / "vae"),
+            text_encoder=load_part(CLIPTextModel, folder / "text_encoder"),
+            # The bundle's, so that both see the same ids.
+            tokenizer=tokenizer,
+            unet=load_part(UNet2DConditionModel, folder / "unet"),
+            # Sampling has a scheduler of its own: this one holds the place in the pipeline.
+            scheduler=DDIMScheduler(**config.schedule),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
         added.merge({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
         added.add_words(pipe.tokenizer, pipe.text_encoder)
-
-        pipe.set_progress_bar_config(disable=True)
         for module in (pipe.text_encoder, pipe.unet, pipe.vae):
             module.eval().requires_grad_(False)
+
+        pipe.set_progress_bar_config(disable=True)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(folder, pipe.to(device), device, added.info, text)
 
@@ -216,12 +213,3 @@ def to_uint8(image01_BCHW: Tensor) -> Tensor:
 def to_float(image_BHWC: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [0, 1]."""
     return image_BHWC.permute(0, 3, 1, 2).float() / 255
-
-
-def _check_finite(folder: Path, pipe: Any) -> None:
-    for part in ("text_encoder", "unet", "vae"):
-        for name, weight in getattr(pipe, part).named_parameters():
-            if not torch.isfinite(weight).all():
-                raise HipaError(
-                    f"model {folder}: {part} weight {name} is not finite. The file is damaged."
-                )

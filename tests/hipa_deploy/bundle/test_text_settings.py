@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from hipa_deploy.bundle.text_settings import TextSettings, TextWishes, choose_text
 from hipa_deploy.errors import HipaError
-from hipa_deploy.text_settings import TextSettings, TextWishes, choose_text
 
 TRAINED = TextSettings(context_tokens=154, clip_skip=1, prompt_weights=True)
 
