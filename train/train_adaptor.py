@@ -98,6 +98,13 @@ def train_adaptor(
     decode = in_precision(model.decode, recipe.mixed_precision, model.device)
     prompts = read_prompts(recipe, model_dir)
     metadata = _metadata(recipe, model, prompts)
+    cut = model.tokenizer.count_too_long(prompts)
+    if cut:
+        console.print(
+            f"warning: {cut} of {len(prompts)} prompts have more tokens than a context of "
+            f"{model.tokenizer.length} holds: the rest is not learned. To learn more of them, set "
+            "context_tokens in the recipe's table [text]."
+        )
 
     # The weights to train, in place in the model. The hash of the initial adaptor becomes part of
     # the run's identity, so that a checkpoint never continues from another start.

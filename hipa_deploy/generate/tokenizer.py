@@ -23,6 +23,8 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_weights import parse_weights
 from hipa_deploy.reading import as_line, read_text
 
+AT_ONCE = 1000  # prompts that are counted at once; a million would take much memory
+
 
 class PromptTooLongError(HipaError):
     """A prompt has more tokens than the model reads.
@@ -133,6 +135,15 @@ class PromptTokenizer:
 
         """
         return np.stack([self._encode(prompt, truncate) for prompt in prompts])
+
+    def count_too_long(self, prompts: Sequence[str]) -> int:
+        """How many prompts have more tokens than fit; brackets count as text."""
+        too_long = 0
+        for start in range(0, len(prompts), AT_ONCE):
+            batch = list(prompts[start : start + AT_ONCE])
+            for encoding in self._tokenizer.encode_batch(batch, add_special_tokens=False):
+                too_long += len(encoding.ids) > self._room
+        return too_long
 
     def weighted(
         self, prompts: Sequence[str], *, truncate: bool = False
