@@ -217,7 +217,7 @@ class BakedPrompts:
             how = "with" if self._weights else "without"
             raise HipaError(
                 f"this bundle's prompts were baked {how} prompt weights. "
-                "Leave the choice to the bundle, or export it again."
+                "Leave out that option, or export the bundle again."
             )
         return self._weights
 
