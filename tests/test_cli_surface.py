@@ -18,13 +18,13 @@ ROOT = Path(__file__).parents[1]
 SURFACE = {
     "train": {
         "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps",
-        "--dry-run", "--allow-code",
+        "--dry-run", "--allow-code", "--lora", "--embedding",
     },
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
         "--height", "--width", "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--task",
         "--strengths", "--encoder", "--context-tokens",
-        "--prompt-weights", "--build", "--swap-for",
+        "--prompt-weights", "--build", "--swap-for", "--one-step", "--lora", "--embedding",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
@@ -51,6 +51,7 @@ SURFACE = {
     "profile table": set(),
     "evaluate": {
         "--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json", "--out",
+        "--one-step", "--rival", "--lora", "--embedding",
     },
     "doctor": {"--backend", "--json", "--self-test", "--out"},
     "demo": {"--out", "--quick", "--task"},
