@@ -105,7 +105,9 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         _, text_warning = choose_text(like_bundle, model.tokenizer().model_max_length)
         for warning in (text_warning, step_warning(like_bundle, settings, model)):
             if warning:
-                (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
+                (console or Console(stderr=True)).print(
+                    f"warning: {warning}", highlight=False, soft_wrap=True
+                )
         parts = ChosenParts.choose(model, like_bundle, settings.task)
         check_text_encoder(bundle, parts.style.info)
         if like_bundle.fuse:
