@@ -42,7 +42,10 @@ SURFACE = {
         "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
         "--truncate", "--prompt-weights", "--force",
     },
-    "upscale": {"--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights", "--force"},
+    "upscale": {
+        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights",
+        "--force",
+    },
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
         "--roofline", "--force",
