@@ -32,28 +32,31 @@ SURFACE = {
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
-        "--prompt-weights",
+        "--prompt-weights", "--force",
     },
     "edit": {
         "--strength", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights",
+        "--truncate", "--prompt-weights", "--force",
     },
     "inpaint": {
         "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights",
+        "--truncate", "--prompt-weights", "--force",
     },
-    "upscale": {"--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights"},
+    "upscale": {
+        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights",
+        "--force",
+    },
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
-        "--roofline",
+        "--roofline", "--force",
     },
-    "profile compare": {"--metric", "--threshold", "--json"},
+    "profile compare": {"--metric", "--threshold", "--json", "--force"},
     "profile table": set(),
     "evaluate": {
         "--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json", "--out",
-        "--one-step", "--rival", "--lora", "--embedding",
+        "--one-step", "--rival", "--lora", "--embedding", "--force",
     },
-    "doctor": {"--backend", "--json", "--self-test", "--out"},
+    "doctor": {"--backend", "--json", "--self-test", "--out", "--force"},
     "demo": {"--out", "--quick", "--task"},
 }  # fmt: skip
 

@@ -19,14 +19,22 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
-from pydantic import ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import AdaptorInfo, FileName, LoraInfo, Parity
-from hipa_deploy.bundle.onnx_weights import check_values, read_initializers
+from hipa_deploy.bundle.manifest import (
+    AdaptorInfo,
+    FileName,
+    LoraInfo,
+    Parity,
+    StageName,
+    Text,
+)
+from hipa_deploy.bundle.onnx_weights import check_values, no_weight, read_initializers
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.paths import inside
+from hipa_deploy.reading import MIB, bounded, expect, read_npy, read_npz, read_record, reason_of
 from hipa_deploy.record import Record
 
 FOLDER = "adaptors"
@@ -61,7 +69,7 @@ class MappedWeight(Record):
 
     """
 
-    places: tuple[str, ...]
+    places: tuple[Text, ...] = Field(max_length=1000)
     layout: WeightLayout = "as it is"
     fold: Fold | None = None
     adaptable: bool = False
@@ -92,10 +100,11 @@ def read_weight_map(bundle: Bundle, stage: str) -> WeightMap | None:
     if name not in bundle.manifest.files:
         return None
     try:
-        return WeightMap.model_validate_json(bundle.path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_record(bundle.path(name), WeightMap, "")
+    except HipaError as error:
         raise HipaError(
-            f"{bundle.root / name} is not a weight map. Export the bundle again."
+            f"{bundle.root / name} is not a weight map ({reason_of(error)}). "
+            "Export the bundle again."
         ) from None
 
 
@@ -135,7 +144,7 @@ class SwapManifest(Record):
 
     schema_version: Literal[1] = 1
     producer: str
-    stage: Literal["unet", "generator"]
+    stage: StageName
     base_files: dict[FileName, str]
     onnx_sha256: str
     adaptor: AdaptorInfo | None
@@ -198,18 +207,16 @@ class AdaptorSwap:
         check_encoder(bundle)
         root = find_swap(bundle, adaptor)
         try:
-            manifest = SwapManifest.model_validate_json(
-                (root / MANIFEST).read_text(encoding="utf-8")
-            )
-        except (OSError, ValidationError, ValueError):
+            manifest = read_record(inside(root, MANIFEST), SwapManifest, "")
+        except HipaError as error:
             raise HipaError(
-                f"{root}/{MANIFEST} is not of an adaptor to swap in, of this version. "
-                f"Run: {export_command(bundle)}"
+                f"{root}/{MANIFEST} is not of an adaptor to swap in, of this version "
+                f"({reason_of(error)}). Run: {export_command(bundle)}"
             ) from None
 
         # The weights fit one graph alone: another has other names, shapes or layouts.
-        known = manifest.stage in bundle.stages
-        if not known or manifest.base_files != stage_files(bundle, manifest.stage):
+        adapted = manifest.stage == adapted_stage(bundle)
+        if not adapted or manifest.base_files != stage_files(bundle, manifest.stage):
             raise HipaError(
                 f"adaptor {root} was exported for another bundle. Run: {export_command(bundle)}"
             )
@@ -224,18 +231,38 @@ class AdaptorSwap:
         """The weights that differ from the bundle's, by ONNX name.
 
         Raises:
-            HipaError: a weight that the graph does not have, or has in another dtype or shape.
+            HipaError: not a file of arrays; a weight that the graph does not have, or has in
+                another dtype or shape; or other weights than the manifest says.
 
         """
-        with np.load(inside(self.root, WEIGHTS)) as stored:
-            values = {name: stored[name] for name in stored.files}
         path = bundle.stage_path(self.manifest.stage)
-        check_values(path, read_initializers(path), values)
+        initializers = read_initializers(path)
+        expected = {}
+        for name in self.manifest.weights:
+            if name not in initializers:
+                raise no_weight(path, name)
+            expected[name] = initializers[name].header
+        size = sum(initializers[name].nbytes for name in expected)
+        # Each array has a header beside its values.
+        limit = size + MIB * (len(expected) + 1)
+        values = read_npz(inside(self.root, WEIGHTS), expect(expected), max_bytes=limit)
+        check_values(path, initializers, values)
+        if values.keys() != expected.keys():
+            raise HipaError(
+                f"{self.root / WEIGHTS} has {len(values)} weights, {MANIFEST} says "
+                f"{len(expected)}. Export the adaptor again."
+            )
         return values
 
     def reference(self) -> np.ndarray:
-        """What the stage gives in PyTorch FP32 for the bundle's reference inputs."""
-        return np.load(inside(self.root, REFERENCE))
+        """What the stage gives in PyTorch FP32 for the bundle's reference inputs.
+
+        Raises:
+            HipaError: not an array, or one of absurd size.
+
+        """
+        array: np.ndarray = read_npy(inside(self.root, REFERENCE), bounded)
+        return array
 
 
 def find_swap(bundle: Bundle, adaptor: str | Path) -> Path:

@@ -11,11 +11,13 @@ from rich.console import Console
 from hipa_deploy.commands.options import (
     ConfigOption,
     EmbeddingOption,
+    ForceOption,
     LoraOption,
     ModelOption,
     OneStepOption,
     console,
 )
+from hipa_deploy.commands.outputs import check_outputs, write_output
 from hipa_deploy.extras import require
 
 NONE = "none"  # of --adaptor
@@ -64,6 +66,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Also write a folder with report.md, frequency spectra and samples."),
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """Measure an adaptor's image quality against the multi-step model.
 
@@ -72,7 +75,6 @@ def evaluate(
     """
     require("train")
     from hipa_deploy.embedded import resolve_adaptor
-    from hipa_deploy.files import write_file
     from hipa_deploy.models.adaptor_folder import read_metadata
     from hipa_deploy.models.locate import model_folder
     from hipa_deploy.models.lora.open_style import OpenStyle
@@ -90,7 +92,16 @@ def evaluate(
         rivals.insert(0, make_rival(one_step, adaptor_dir, f"--one-step {one_step}"))
         adaptor_dir = None
 
-    # Before minutes of the teacher's images: a wrong adaptor is reported at once.
+    # Before minutes of the teacher's images: a wrong output or adaptor is reported at once.
+    outputs = [json_path] if json_path else []
+    if out:
+        outputs += [out / name for name in quality.REPORT_FILES]
+    inputs = [folder, Path(recipe)]
+    if adaptor_dir:
+        inputs.append(adaptor_dir)
+    if prompts:
+        inputs.append(prompts)
+    check_outputs(outputs, inputs=inputs, force=force)
     style = parse_style(lora, embedding)
     added = OpenStyle.read(style, ModelConfig.read(folder)).info
     if adaptor_dir is not None:
@@ -108,7 +119,7 @@ def evaluate(
     report = report.model_copy(update={"style": added})
 
     if json_path:
-        write_file(json_path, (report.model_dump_json(indent=2) + "\n").encode())
+        write_output(json_path, (report.model_dump_json(indent=2) + "\n").encode(), force=force)
     Console().print(quality.render_table(report))
     if out:
-        typer.echo(quality.write_report(out, report, rows))
+        typer.echo(quality.write_report(out, report, rows, force=force))

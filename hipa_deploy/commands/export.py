@@ -22,6 +22,7 @@ from hipa_deploy.commands.options import (
 )
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
+from hipa_deploy.files import refuse_to_overwrite
 
 if TYPE_CHECKING:
     from hipa_deploy.bundle.manifest import Parity
@@ -148,6 +149,7 @@ def export(
     require("export")
     from hipa_deploy.models.style import parse_style
 
+    refuse_to_overwrite(out)
     if swap_for is not None:
         others_are_default = (
             dtype is Precision.fp16

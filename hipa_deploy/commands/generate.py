@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from hipa_deploy.commands.options import (
     AdaptorOption,
     BackendOption,
     BundleArgument,
     CountOption,
+    ForceOption,
     HeightOption,
     OutOption,
     PromptsArgument,
@@ -17,7 +16,7 @@ from hipa_deploy.commands.options import (
     TruncateOption,
     WidthOption,
     console,
-    image_paths,
+    image_outputs,
     note_weights,
     write_images,
 )
@@ -26,7 +25,7 @@ from hipa_deploy.commands.options import (
 def generate(
     bundle: BundleArgument,
     prompts: PromptsArgument,
-    out: OutOption = Path("image.png"),
+    out: OutOption = None,
     seed: SeedOption = 0,
     count: CountOption = 1,
     height: HeightOption = None,
@@ -35,16 +34,19 @@ def generate(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Generate images from prompts, in one step each.
 
     The same prompt and seed give the same image. Each PNG carries the parameters that made it.
     """
+    from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.generate.pipeline import OneStepPipeline, check_count
 
     # Before the bundle is loaded: a mistake is reported at once.
     check_count(len(prompts), count)
-    paths = image_paths(out, len(prompts), count, seed)
+    inputs = [resolve_bundle(bundle)]
+    paths = image_outputs(out, len(prompts), count, seed, inputs=inputs, force=force)
 
     with console.status("loading"):
         pipe = OneStepPipeline.load(bundle, backend)
@@ -61,4 +63,4 @@ def generate(
             truncate=truncate,
             prompt_weights=prompt_weights,
         )
-        write_images(batches, paths)
+        write_images(batches, paths, force=force)

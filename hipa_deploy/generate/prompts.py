@@ -21,6 +21,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import one_line
 from hipa_deploy.generate.prompt_weights import weigh_context
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
+from hipa_deploy.reading import Header, read_npy
 
 BAKED_PROMPTS = "prompts/prompts.txt"
 BAKED_CONTEXTS = "prompts/contexts.npy"
@@ -176,6 +177,14 @@ def _tokens(prompts: Sequence[EncodedPrompt]) -> np.ndarray:
     return np.stack([prompt.tokens_L for prompt in prompts])
 
 
+def _contexts_problem(found: Header) -> str | None:
+    """What is wrong with an array as the contexts [N, L, D] of a closed set."""
+    dtype, shape = found
+    if len(shape) == 3 and dtype in (np.float16, np.float32):
+        return None
+    return f"it has {dtype} {list(shape)}, expected float16 or float32 [prompts, tokens, width]"
+
+
 class BakedPrompts:
     """A closed set of prompts: no tokenizer and no text encoder on the device.
 
@@ -192,7 +201,7 @@ class BakedPrompts:
     def __init__(self, prompts: Path, contexts: Path, *, weights: bool = False) -> None:
         self._weights = weights
         baked = read_baked_prompts(prompts)
-        self._contexts_NLD = np.load(contexts, mmap_mode="r")
+        self._contexts_NLD = read_npy(contexts, _contexts_problem, mapped=True)
         if len(baked) != len(self._contexts_NLD):
             got = f"{len(baked)} prompts, {len(self._contexts_NLD)} contexts"
             raise HipaError(f"{contexts}: {got}. Export the bundle again.")

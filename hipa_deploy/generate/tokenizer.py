@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER, tokenizer_problem
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_weights import parse_weights
+from hipa_deploy.reading import as_line, read_text
 from hipa_deploy.text_settings import MAX_CHUNKS, TextSettings
 
 
@@ -69,10 +72,7 @@ class PromptTokenizer:
     """
 
     def __init__(self, path: Path, context_tokens: int | None = None) -> None:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise HipaError(f"{path} cannot be read ({error}). Export the bundle again.") from None
+        text = read_text(path, max_bytes=MAX_TOKENIZER)
         self._open(text, str(path), context_tokens)
 
     @classmethod
@@ -93,12 +93,11 @@ class PromptTokenizer:
         return tokenizer
 
     def _open(self, text: str, path: str, context_tokens: int | None) -> None:
-        try:
+        problem = tokenizer_problem(text)
+        if problem:
+            raise HipaError(f"{path} is not a tokenizer ({problem}). Export the bundle again.")
+        with as_line(f"{path} is not a tokenizer", "Export the bundle again."):
             self._tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the Rust library raises bare Exception
-            raise HipaError(
-                f"{path} is not a tokenizer ({error}). Export the bundle again."
-            ) from None
         truncation = self._tokenizer.truncation
         padding = self._tokenizer.padding
         if not padding or not truncation:
@@ -112,7 +111,7 @@ class PromptTokenizer:
         # Padding is added chunk by chunk.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        around = self._tokenizer.encode("").ids
+        around = self._tokenized("", special=True).ids
         if len(around) != 2:
             raise HipaError(
                 f"{path} puts {len(around)} special tokens around a prompt. Expected 2, a start "
@@ -171,7 +170,7 @@ class PromptTokenizer:
         places: list[int] = []  # of each token's text in ``read``
         read = ""
         for text, weight in parse_weights(prompt):
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            encoding = self._tokenized(text)
             ids += encoding.ids
             weights += [weight] * len(encoding.ids)
             places += [len(read) + offset[0] for offset in encoding.offsets]
@@ -183,10 +182,20 @@ class PromptTokenizer:
 
     def _encode(self, prompt: str, truncate: bool) -> np.ndarray:
         _check_text(prompt)
-        encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
+        encoding = self._tokenized(prompt)
         self._check_length(prompt, [offset[0] for offset in encoding.offsets], truncate)
         tokens_L = self._in_chunks(encoding.ids[: self._room], self._pad, (self._start, self._end))
         return tokens_L.astype(np.int64)
+
+    def _tokenized(self, text: str, *, special: bool = False) -> Any:
+        """The library's encoding of ``text``, with start and end where ``special``.
+
+        Raises:
+            HipaError: the library fails on it.
+
+        """
+        with as_line("the tokenizer of the bundle cannot read the prompt", "Choose another."):
+            return self._tokenizer.encode(text, add_special_tokens=special)
 
     @property
     def _room(self) -> int:

@@ -276,16 +276,25 @@ def _cells(row: Quality) -> list[str]:
     return [f"{number:.3f}" for number in numbers]
 
 
-def write_report(folder: Path, report: QualityReport, rows: dict[str, np.ndarray]) -> Path:
-    """Write report.md, report.json, spectra.png, premise.png and samples.png into ``folder``.
+REPORT_FILES = ("report.md", "report.json", "spectra.png", "premise.png", "samples.png")
+
+
+def write_report(
+    folder: Path, report: QualityReport, rows: dict[str, np.ndarray], *, force: bool = False
+) -> Path:
+    """Write ``REPORT_FILES`` into ``folder``.
 
     Args:
         folder: Folder to write, made if it is missing.
         report: The numbers.
         rows: Images of each row by its name, uint8 [N, H, W, 3].
+        force: Whether files that exist are replaced.
 
     Returns:
         The path of report.md.
+
+    Raises:
+        HipaError: One of the files exists and ``force`` is False.
 
     """
     from hipa_deploy.files import write_file
@@ -295,6 +304,12 @@ def write_report(folder: Path, report: QualityReport, rows: dict[str, np.ndarray
         save_picture,
         spectra_figure,
     )
+
+    for name in REPORT_FILES:
+        if (folder / name).exists() and not force:
+            raise HipaError(
+                f"{folder / name} exists. Give force=True to replace it, or another folder."
+            )
 
     # The spectra compare three rows only: more curves could not be told apart.
     truth = teacher_row(report.teacher_steps)
