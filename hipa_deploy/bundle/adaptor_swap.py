@@ -6,6 +6,7 @@ Such an adaptor is a folder, ``adaptors/NAME/`` of a bundle or anywhere else, wi
 - ``weights.npz``: the weights of one stage that differ, under their ONNX names, in the graph's own
   dtype and shape.
 - ``reference.npy``: what that stage gives in PyTorch FP32 for the bundle's reference inputs.
+- ``text_encoder.npz``: the text encoder's weights that differ, where LoRAs change it too.
 
 The weight map, ``weights.json`` beside a stage's graph, says which parameter of the model each ONNX
 weight is. The formats are described in docs/reference/bundle.md.
@@ -19,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
-from pydantic import ValidationError, field_validator
+from pydantic import ValidationError, field_validator, model_validator
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import AdaptorInfo, FileName, LoraInfo, Parity
@@ -33,6 +34,8 @@ FOLDER = "adaptors"
 MANIFEST = "swap.json"
 WEIGHTS = "weights.npz"
 REFERENCE = "reference.npy"
+TEXT_STAGE = "text_encoder"
+TEXT_WEIGHTS = "text_encoder.npz"
 WEIGHT_MAP = "weights.json"
 # Numbers so few (the scales of a Resize, the limits of a Clip) are settings of a layer to TensorRT,
 # and no weights.
@@ -118,6 +121,23 @@ def refittable_weights(bundle: Bundle, stage: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+class SwappedText(Record):
+    """What a swap changes in the text encoder.
+
+    Attributes:
+        base_files: SHA-256 of the files of the graph that it fits, by name.
+        onnx_sha256: of the graph that an export with the same LoRAs has.
+        parity: of that stage, against PyTorch FP32.
+        weights: where each weight that differs comes from, by ONNX name.
+
+    """
+
+    base_files: dict[FileName, str]
+    onnx_sha256: str
+    parity: Parity
+    weights: dict[str, MappedWeight]
+
+
 class SwapManifest(Record):
     """``swap.json``.
 
@@ -129,6 +149,7 @@ class SwapManifest(Record):
         loras: merged before the adaptor, in this order.
         parity: of that stage, against PyTorch FP32.
         weights: where each weight that differs comes from, by ONNX name.
+        text: what it changes in the text encoder; None where that stays the bundle's.
         files: SHA-256 of this folder's files, by name.
 
     """
@@ -142,6 +163,7 @@ class SwapManifest(Record):
     loras: tuple[LoraInfo, ...] = ()
     parity: Parity
     weights: dict[str, MappedWeight]
+    text: SwappedText | None = None
     files: dict[FileName, str]
 
     @field_validator("files")
@@ -152,6 +174,12 @@ class SwapManifest(Record):
         if missing:
             raise ValueError(f"{', '.join(sorted(missing))} has no hash")
         return files
+
+    @model_validator(mode="after")
+    def _text_is_complete(self) -> SwapManifest:
+        if self.text is not None and TEXT_WEIGHTS not in self.files:
+            raise ValueError(f"{TEXT_WEIGHTS} has no hash")
+        return self
 
 
 def check_encoder(bundle: Bundle) -> None:
@@ -208,8 +236,14 @@ class AdaptorSwap:
             ) from None
 
         # The weights fit one graph alone: another has other names, shapes or layouts.
-        known = manifest.stage in bundle.stages
-        if not known or manifest.base_files != stage_files(bundle, manifest.stage):
+        stages = {manifest.stage: manifest.base_files}
+        if manifest.text is not None:
+            stages[TEXT_STAGE] = manifest.text.base_files
+        fits = [
+            stage in bundle.stages and files == stage_files(bundle, stage)
+            for stage, files in stages.items()
+        ]
+        if not all(fits):
             raise HipaError(
                 f"adaptor {root} was exported for another bundle. Run: {export_command(bundle)}"
             )
@@ -230,6 +264,21 @@ class AdaptorSwap:
         with np.load(inside(self.root, WEIGHTS)) as stored:
             values = {name: stored[name] for name in stored.files}
         path = bundle.stage_path(self.manifest.stage)
+        check_values(path, read_initializers(path), values)
+        return values
+
+    def text_weights(self, bundle: Bundle) -> dict[str, np.ndarray]:
+        """The text encoder's weights that differ from the bundle's, by ONNX name; often none.
+
+        Raises:
+            HipaError: a weight that the graph does not have, or has in another dtype or shape.
+
+        """
+        if self.manifest.text is None:
+            return {}
+        with np.load(self.root / TEXT_WEIGHTS) as stored:
+            values = {name: stored[name] for name in stored.files}
+        path = bundle.stage_path(TEXT_STAGE)
         check_values(path, read_initializers(path), values)
         return values
 
