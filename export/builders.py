@@ -80,7 +80,7 @@ def decoder_source(options: ExportOptions, parts: ChosenParts) -> StageSource:
 
 def text_encoder_module(parts: ChosenParts, dtype: torch.dtype) -> TextEncoderStage:
     """The text encoder, whose context has ``dtype``."""
-    return TextEncoderStage(parts.text_encoder(), dtype)
+    return TextEncoderStage(parts.text_encoder(), dtype, parts.chunk_tokens)
 
 
 def encoder_module(parts: ChosenParts) -> OneStepEncoder | TinyEncoder:

@@ -47,14 +47,14 @@ from hipa_deploy.export.references import (
     add_step,
 )
 from hipa_deploy.export.run_apart import run_apart
-from hipa_deploy.export.task import TaskSettings, choose_task, step_warning
+from hipa_deploy.export.task import TaskSettings, choose_task, choose_text, step_warning
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder, temporary_folder
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
-from hipa_deploy.models.one_step_method import OWN
+from hipa_deploy.models.one_step.one_step_method import OWN
 from hipa_deploy.models.style import Style, StyleInfo
-from hipa_deploy.models.weight_identity import has_identity
+from hipa_deploy.models.weights.weight_identity import has_identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +112,10 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         like_bundle = _bundle_options(options, bundle)
         settings = choose_task(like_bundle, model)
         _check_step(options, bundle, model, settings)
-        warning = step_warning(like_bundle, settings, model)
-        if warning:
-            (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
+        _, text_warning = choose_text(like_bundle, model.tokenizer().model_max_length)
+        for warning in (text_warning, step_warning(like_bundle, settings, model)):
+            if warning:
+                (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
         parts = ChosenParts.choose(model, like_bundle, settings.task)
         changes_text = has_other_text(bundle, parts.style.info)
         if like_bundle.fuse:
@@ -187,6 +188,7 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
         task=manifest.task,
         strengths=tuple(entry.strength for entry in manifest.strengths),
         style=options.style,
+        context_tokens=manifest.text.context_tokens,
         one_step=options.one_step,
     )
 
@@ -351,18 +353,24 @@ def _swapped_text(bundle: Bundle, stage: Stage, scratch: Path, root: Path) -> Sw
     """Write the text encoder's weights that differ into ``root``; what the manifest says of them.
 
     Raises:
-        HipaError: the graph comes out different.
+        HipaError: the graph comes out different, or a weight differs that is no parameter.
 
     """
     onnx = scratch / stage.path
     weights = _differing(bundle.stage_path(TEXT_STAGE), onnx)
     _write_weights(root / TEXT_WEIGHTS, weights)
     mapped = _weight_map(onnx)
+    unexpected = [name for name in weights if name not in mapped]
+    if unexpected:
+        raise HipaError(
+            f"{onnx}: {', '.join(unexpected)} changed, which no LoRA can change. "
+            "Please report this."
+        )
     return SwappedText(
         base_files=stage_files(bundle, TEXT_STAGE),
         onnx_sha256=file_sha256(onnx),
         parity=stage.parity,
-        weights={name: mapped[name] for name in weights if name in mapped},
+        weights={name: mapped[name] for name in weights},
     )
 
 

@@ -1,4 +1,7 @@
-"""Which task is exported and where its step starts: as the adaptor was trained, or as requested."""
+"""What is exported: task, where its step starts, how prompts are encoded.
+
+Each is as the adaptor was trained, or as requested.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,14 @@ from hipa_deploy.models.adaptor_folder import (
     read_metadata,
 )
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.one_step_method import (
+from hipa_deploy.models.one_step.one_step_method import (
     OneStepMethod,
     check_fits,
     load_method,
     preset_names,
 )
 from hipa_deploy.tasks import Task, strength_timestep, unet_inputs
+from hipa_deploy.text_settings import TextSettings
 
 LAST_TIMESTEP = 999
 DEFAULT_STRENGTHS = (0.5,)
@@ -96,6 +100,11 @@ def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
                 f"one-step method {method.name} is for the task generate, this is {task}. "
                 "Leave out --one-step, or use an adaptor that was trained for the task."
             )
+        if options.layout == "generic" and method.factors is not None:
+            raise HipaError(
+                f"--layout generic holds a scheduler of diffusers, and one-step method "
+                f"{method.name} has [factors] in its place. Use --layout onestep."
+            )
         return TaskSettings(task, method.timestep, method=method)
 
     # An encoder adaptor changes the VAE's own encoder, so another encoder would not carry it.
@@ -114,6 +123,43 @@ def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
         upscale = metadata.upscale if metadata else DEFAULT_UPSCALE
         return TaskSettings(task, timestep, upscale=upscale)
     return TaskSettings(task, timestep)
+
+
+def choose_text(options: ExportOptions, chunk_tokens: int) -> tuple[TextSettings, str | None]:
+    """How the bundle encodes prompts, and a note where the adaptor was trained with other lengths.
+
+    Call ``choose_task`` first: it checks that the adaptor fits the model.
+
+    Args:
+        options: the request; what it leaves open is taken from the adaptor's metadata.
+        chunk_tokens: tokens that the text encoder reads at once, 77 for CLIP.
+
+    Returns:
+        The settings, with the number of tokens filled in; and the note, or None.
+
+    Raises:
+        HipaError: a number of tokens that does not fit the text encoder.
+
+    """
+    trained = None
+    if options.adaptor is not None and (options.adaptor / METADATA).exists():
+        trained = read_metadata(options.adaptor).text
+    text = trained or TextSettings()
+    trained_tokens = text.context_tokens or chunk_tokens
+    tokens = options.context_tokens or trained_tokens
+    weights = text.prompt_weights if options.prompt_weights is None else options.prompt_weights
+    text = text.model_copy(update={"context_tokens": tokens, "prompt_weights": weights})
+    text.chunks(chunk_tokens)
+
+    # As with another resolution: it works, and it is not what the adaptor has learned.
+    note = None
+    if trained is not None and tokens != trained_tokens:
+        note = (
+            f"adaptor {options.adaptor} was trained with contexts of {trained_tokens} "
+            f"tokens, the bundle has {tokens}. Images may be worse; "
+            "to train with as many, set context_tokens in the recipe's table [text]."
+        )
+    return text, note
 
 
 def choose_method(

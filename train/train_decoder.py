@@ -104,7 +104,7 @@ def train_decoder(
     refuse_to_overwrite(out)
 
     # The frozen one-step model whose latents are to be decoded.
-    model = DiffusionModel.load(model_dir, processes.device, style=style)
+    model = DiffusionModel.load(model_dir, processes.device, style=style, text=recipe.text)
     all_prompts = read_prompts(recipe, model_dir)
     prompts, held_out_prompts = split_prompts(all_prompts, recipe.seed)
     generate = one_step_model(model, recipe.timestep, adaptor)

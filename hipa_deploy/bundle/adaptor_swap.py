@@ -15,19 +15,28 @@ weight is. The formats are described in docs/reference/bundle.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import AdaptorInfo, FileName, LoraInfo, Parity
-from hipa_deploy.bundle.onnx_weights import check_values, read_initializers
+from hipa_deploy.bundle.manifest import (
+    AdaptorInfo,
+    FileName,
+    LoraInfo,
+    Parity,
+    StageName,
+    Text,
+)
+from hipa_deploy.bundle.onnx_weights import check_values, no_weight, read_initializers
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.paths import inside
+from hipa_deploy.reading import MIB, bounded, expect, read_npy, read_npz, read_record, reason_of
 from hipa_deploy.record import Record
 
 FOLDER = "adaptors"
@@ -64,7 +73,7 @@ class MappedWeight(Record):
 
     """
 
-    places: tuple[str, ...]
+    places: tuple[Text, ...] = Field(max_length=1000)
     layout: WeightLayout = "as it is"
     fold: Fold | None = None
     adaptable: bool = False
@@ -95,10 +104,11 @@ def read_weight_map(bundle: Bundle, stage: str) -> WeightMap | None:
     if name not in bundle.manifest.files:
         return None
     try:
-        return WeightMap.model_validate_json(bundle.path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_record(bundle.path(name), WeightMap, "")
+    except HipaError as error:
         raise HipaError(
-            f"{bundle.root / name} is not a weight map. Export the bundle again."
+            f"{bundle.root / name} is not a weight map ({reason_of(error)}). "
+            "Export the bundle again."
         ) from None
 
 
@@ -156,7 +166,7 @@ class SwapManifest(Record):
 
     schema_version: Literal[1] = 1
     producer: str
-    stage: Literal["unet", "generator"]
+    stage: StageName
     base_files: dict[FileName, str]
     onnx_sha256: str
     adaptor: AdaptorInfo | None
@@ -226,24 +236,20 @@ class AdaptorSwap:
         check_encoder(bundle)
         root = find_swap(bundle, adaptor)
         try:
-            manifest = SwapManifest.model_validate_json(
-                (root / MANIFEST).read_text(encoding="utf-8")
-            )
-        except (OSError, ValidationError, ValueError):
+            manifest = read_record(inside(root, MANIFEST), SwapManifest, "")
+        except HipaError as error:
             raise HipaError(
-                f"{root}/{MANIFEST} is not of an adaptor to swap in, of this version. "
-                f"Run: {export_command(bundle)}"
+                f"{root}/{MANIFEST} is not of an adaptor to swap in, of this version "
+                f"({reason_of(error)}). Run: {export_command(bundle)}"
             ) from None
 
         # The weights fit one graph alone: another has other names, shapes or layouts.
-        stages = {manifest.stage: manifest.base_files}
+        fits = manifest.stage == adapted_stage(bundle)
+        fits = fits and manifest.base_files == stage_files(bundle, manifest.stage)
         if manifest.text is not None:
-            stages[TEXT_STAGE] = manifest.text.base_files
-        fits = [
-            stage in bundle.stages and files == stage_files(bundle, stage)
-            for stage, files in stages.items()
-        ]
-        if not all(fits):
+            fits = fits and TEXT_STAGE in bundle.stages
+            fits = fits and manifest.text.base_files == stage_files(bundle, TEXT_STAGE)
+        if not fits:
             raise HipaError(
                 f"adaptor {root} was exported for another bundle. Run: {export_command(bundle)}"
             )
@@ -258,33 +264,56 @@ class AdaptorSwap:
         """The weights that differ from the bundle's, by ONNX name.
 
         Raises:
-            HipaError: a weight that the graph does not have, or has in another dtype or shape.
+            HipaError: not a file of arrays; a weight that the graph does not have, or has in
+                another dtype or shape; or other weights than the manifest says.
 
         """
-        with np.load(inside(self.root, WEIGHTS)) as stored:
-            values = {name: stored[name] for name in stored.files}
         path = bundle.stage_path(self.manifest.stage)
-        check_values(path, read_initializers(path), values)
-        return values
+        return self._read_weights(WEIGHTS, path, self.manifest.weights)
 
     def text_weights(self, bundle: Bundle) -> dict[str, np.ndarray]:
         """The text encoder's weights that differ from the bundle's, by ONNX name; often none.
 
         Raises:
-            HipaError: a weight that the graph does not have, or has in another dtype or shape.
+            HipaError: as for ``weights``.
 
         """
         if self.manifest.text is None:
             return {}
-        with np.load(self.root / TEXT_WEIGHTS) as stored:
-            values = {name: stored[name] for name in stored.files}
         path = bundle.stage_path(TEXT_STAGE)
-        check_values(path, read_initializers(path), values)
+        return self._read_weights(TEXT_WEIGHTS, path, self.manifest.text.weights)
+
+    def _read_weights(
+        self, file: str, path: Path, mapped: Mapping[str, MappedWeight]
+    ) -> dict[str, np.ndarray]:
+        """The weights in ``file``: those of the graph ``path`` that are ``mapped``."""
+        initializers = read_initializers(path)
+        expected = {}
+        for name in mapped:
+            if name not in initializers:
+                raise no_weight(path, name)
+            expected[name] = initializers[name].header
+        size = sum(initializers[name].nbytes for name in expected)
+        # Each array has a header beside its values.
+        limit = size + MIB * (len(expected) + 1)
+        values = read_npz(inside(self.root, file), expect(expected), max_bytes=limit)
+        check_values(path, initializers, values)
+        if values.keys() != expected.keys():
+            raise HipaError(
+                f"{self.root / file} has {len(values)} weights, {MANIFEST} says "
+                f"{len(expected)}. Export the adaptor again."
+            )
         return values
 
     def reference(self) -> np.ndarray:
-        """What the stage gives in PyTorch FP32 for the bundle's reference inputs."""
-        return np.load(inside(self.root, REFERENCE))
+        """What the stage gives in PyTorch FP32 for the bundle's reference inputs.
+
+        Raises:
+            HipaError: not an array, or one of absurd size.
+
+        """
+        array: np.ndarray = read_npy(inside(self.root, REFERENCE), bounded)
+        return array
 
 
 def find_swap(bundle: Bundle, adaptor: str | Path) -> Path:

@@ -22,6 +22,7 @@ from hipa_deploy.commands.options import (
 )
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
+from hipa_deploy.files import refuse_to_overwrite
 
 if TYPE_CHECKING:
     from hipa_deploy.bundle.manifest import Parity
@@ -112,6 +113,22 @@ def export(
             "tiny: a smaller one. Or an AutoencoderTiny folder."
         ),
     ] = "full",
+    context_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="How many tokens of a prompt are read: 77, 154 or 231. By default what the "
+            "adaptor was trained with, 77 without one."
+        ),
+    ] = None,
+    prompt_weights: Annotated[
+        bool | None,
+        typer.Option(
+            "--prompt-weights/--no-prompt-weights",
+            help="Read (word:1.3), (word) and [word] as weights, as AUTOMATIC1111's web UI does: "
+            "in --prompts, and later in hipa-generate. By default as the adaptor was trained, as "
+            "text without one.",
+        ),
+    ] = None,
     build: Annotated[
         EngineBackend | None,
         typer.Option(help="Also compile engines for this machine, as hipa-build does."),
@@ -132,6 +149,7 @@ def export(
     require("export")
     from hipa_deploy.models.style import parse_style
 
+    refuse_to_overwrite(out)
     if swap_for is not None:
         others_are_default = (
             dtype is Precision.fp16
@@ -140,7 +158,18 @@ def export(
             and not fuse
             and encoder == "full"
             and all(
-                value is None for value in (height, width, prompts, dynamic, task, strengths, build)
+                value is None
+                for value in (
+                    height,
+                    width,
+                    prompts,
+                    dynamic,
+                    task,
+                    strengths,
+                    build,
+                    context_tokens,
+                    prompt_weights,
+                )
             )
         )
         if not others_are_default:
@@ -185,6 +214,8 @@ def export(
         task=task.value if task else None,
         strengths=parse_strengths(strengths) if strengths else (),
         encoder=resolve_encoder(encoder),
+        context_tokens=context_tokens,
+        prompt_weights=prompt_weights,
         style=parse_style(lora, embedding),
         one_step=one_step,
     )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from hipa_deploy.generate.stages import (
     host_stages,
     input_names,
     output_names,
+    stage_feed,
 )
 from hipa_deploy.images.read import ImageSource
 from hipa_deploy.images.source import (
@@ -163,6 +165,7 @@ class OneStepPipeline(ClosesAtExit):
         height: int | None = None,
         width: int | None = None,
         truncate: bool = False,
+        prompt_weights: bool | None = None,
         timer: Timer = nullcontext,
     ) -> GenerateResult:
         """Generate ``count`` images for each prompt, with seeds ``seed``, ``seed + 1``, …
@@ -178,11 +181,14 @@ class OneStepPipeline(ClosesAtExit):
             height: pixels; None is the bundle's own size, or that of ``source``.
             width: pixels; None is the bundle's own size, or that of ``source``.
             truncate: cut prompts that are too long, in place of refusing them.
+            prompt_weights: read ``(word:1.3)`` as a weight, as
+                ``hipa_deploy.generate.prompt_weights`` says; None is what the bundle was exported
+                for, which is False by default: brackets are text.
             timer: called with a stage's name, gives a context to run the stage in.
 
         Raises:
-            HipaError: no prompt, a prompt that is too long, a seed or count out of range, a size or
-                a task that the bundle was not exported for.
+            HipaError: no prompt, a prompt that is too long, a weight that is no number, a seed or
+                count out of range, a size or a task that the bundle was not exported for.
 
         """
         batches = list(
@@ -194,6 +200,7 @@ class OneStepPipeline(ClosesAtExit):
                 height=height,
                 width=width,
                 truncate=truncate,
+                prompt_weights=prompt_weights,
                 timer=timer,
             )
         )
@@ -214,6 +221,7 @@ class OneStepPipeline(ClosesAtExit):
         height: int | None = None,
         width: int | None = None,
         truncate: bool = False,
+        prompt_weights: bool | None = None,
         timer: Timer = nullcontext,
     ) -> Iterator[GenerateResult]:
         """The same as a call, a batch at a time.
@@ -229,7 +237,8 @@ class OneStepPipeline(ClosesAtExit):
         check_count(len(prompts), count)
         check_seeds(seed, count)
         latent_CHW = self._latent_shape(source, height, width)
-        prepared = self._prompts.prepare(prompts, truncate=truncate)
+        weights = self._prompts.reads_weights(prompt_weights)
+        prepared = self._prompts.prepare(prompts, truncate=truncate, weights=weights)
 
         # One entry an image: which prompt, and which seed.
         images = [(index, seed + i) for index in range(len(prompts)) for i in range(count)]
@@ -247,7 +256,7 @@ class OneStepPipeline(ClosesAtExit):
                     timer,
                 )
             size = {"height": images_BHWC.shape[1], "width": images_BHWC.shape[2]}
-            facts: dict[str, Any] = {**size, "truncate": truncate}
+            facts = {**size, "truncate": truncate, "prompt_weights": weights}
             if source:
                 images_BHWC = source.finish(images_BHWC)
                 facts |= source.facts
@@ -272,7 +281,7 @@ class OneStepPipeline(ClosesAtExit):
         padded = prompts + prompts[-1:] * missing
 
         # tokens_BL, or context_BLD where the text encoder has seen these prompts lately.
-        text = self._prompts.feed(padded)
+        text = self._prompts.feed(padded, partial(_encode, self.bundle, stages, timer))
         # noise_BCHW; of a task with a source image also image_BHWC (or source_BCHW), mask and step.
         start = self._start(
             seeds + seeds[-1:] * missing, latent_CHW, sources + sources[-1:] * missing
@@ -321,7 +330,8 @@ class OneStepPipeline(ClosesAtExit):
                 largest of them.
             height: pixels; None is the bundle's own size.
             width: pixels; None is the bundle's own size.
-            options: ``seed``, ``count``, ``truncate`` and ``timer``, as a call takes them.
+            options: ``seed``, ``count``, ``truncate``, ``prompt_weights`` and ``timer``, as a call
+                takes them.
 
         Raises:
             HipaError: as a call does; no image; or a strength that the bundle does not have.
@@ -357,7 +367,8 @@ class OneStepPipeline(ClosesAtExit):
             feather: pixels over which the seam is blended, 0 or more.
             height: pixels; None is the bundle's own size.
             width: pixels; None is the bundle's own size.
-            options: ``seed``, ``count``, ``truncate`` and ``timer``, as a call takes them.
+            options: ``seed``, ``count``, ``truncate``, ``prompt_weights`` and ``timer``, as a call
+                takes them.
 
         Raises:
             HipaError: as a call does; no image; a mask of another size, empty or full; or a
@@ -380,6 +391,7 @@ class OneStepPipeline(ClosesAtExit):
         *,
         overlap: int | None = None,
         truncate: bool = False,
+        prompt_weights: bool | None = None,
         timer: Timer = nullcontext,
     ) -> GenerateResult:
         """Enlarge ``image`` by the bundle's factor, in tiles where it is larger than the bundle's.
@@ -391,6 +403,7 @@ class OneStepPipeline(ClosesAtExit):
             prompt: what the image shows; may be empty.
             overlap: pixels of the result by which tiles overlap; None is an eighth of a tile.
             truncate: cut a prompt that is too long, in place of refusing it.
+            prompt_weights: as a call takes it.
             timer: as a call takes it.
 
         Returns:
@@ -406,7 +419,8 @@ class OneStepPipeline(ClosesAtExit):
 
         """
         enlargement = upscaling(self.bundle, image, overlap=overlap)
-        prepared = self._prompts.prepare([prompt], truncate=truncate)
+        weights = self._prompts.reads_weights(prompt_weights)
+        prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
         latent_CHW = latent_shape(self.bundle, None, None)
         made = []
         # All tiles in one use: a swap between two would leave a seam in the image.
@@ -420,9 +434,8 @@ class OneStepPipeline(ClosesAtExit):
                 )
         image_HWC = enlargement.merge(np.concatenate(made))
         size = {"height": enlargement.height, "width": enlargement.width}
-        parameters = self._parameters(
-            loaded.swap, prompt, 0, {**size, "truncate": truncate, **enlargement.facts}
-        )
+        facts = {**size, "truncate": truncate, "prompt_weights": weights, **enlargement.facts}
+        parameters = self._parameters(loaded.swap, prompt, 0, facts)
         return GenerateResult(image_HWC[None], (prompt,), (0,), (parameters,))
 
     def generate_on_device(
@@ -435,6 +448,7 @@ class OneStepPipeline(ClosesAtExit):
         height: int | None = None,
         width: int | None = None,
         truncate: bool = False,
+        prompt_weights: bool | None = None,
     ) -> DeviceArray:
         """One batch of images, uint8 [count, H, W, 3], left on the device.
 
@@ -451,19 +465,28 @@ class OneStepPipeline(ClosesAtExit):
             raise HipaError(f"count is {count}, a batch of this bundle holds {self._batch}.")
         latent_CHW = self._latent_shape(source, height, width)
         sources = [source] * count if source else []
-        text = self._prompts.feed(self._prompts.prepare([prompt], truncate=truncate) * count)
+        weights = self._prompts.reads_weights(prompt_weights)
+        prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
         start = self._start(range(seed, seed + count), latent_CHW, sources)
         with self._use.shared():
+            encode = partial(_encode, self.bundle, self.stages, nullcontext)
+            text = self._prompts.feed(prepared * count, encode)
             images: DeviceArray = self.stages.run_on_device(text | start)["images"]
         return images
 
     def tensors(
-        self, prompt: str, *, source: Source | None = None, seed: int = 0, count: int = 1
+        self,
+        prompt: str,
+        *,
+        source: Source | None = None,
+        seed: int = 0,
+        count: int = 1,
+        prompt_weights: bool | None = None,
     ) -> Tensors:
         """Every tensor along the path of one batch, by name: for checks and profiles of a stage.
 
         The names and shapes are those of ``hipa_deploy.generate.stages``. Every stage runs: nothing
-        that is cached is taken.
+        that is cached is taken. Of a prompt with weights the tokens are left out.
 
         Raises:
             HipaError: as a call does.
@@ -472,8 +495,11 @@ class OneStepPipeline(ClosesAtExit):
         # With empty caches.
         fresh = OneStepPipeline(self.bundle, self.backend, self.stages)
         latent_CHW = self._latent_shape(source, None, None)
-        prepared = fresh._prompts.prepare([prompt], truncate=False)
-        feed = fresh._prompts.feed(prepared * count)
+        weights = fresh._prompts.reads_weights(prompt_weights)
+        prepared = fresh._prompts.prepare([prompt], truncate=False, weights=weights)
+        encode = partial(_encode, self.bundle, self.stages, nullcontext)
+        with self._use.shared():
+            feed = fresh._prompts.feed(prepared * count, encode)
         sources = [source] * count if source else []
         feed |= fresh._start(range(seed, seed + count), latent_CHW, sources)
 
@@ -483,7 +509,10 @@ class OneStepPipeline(ClosesAtExit):
         for stage in self.bundle.manifest.stages:
             names += input_names(stage.spec, layout)
             names += output_names(stage.spec, layout)
-        computed = [name for name in dict.fromkeys([*names, "images"]) if name not in feed]
+        computed = []
+        for name in dict.fromkeys([*names, "images"]):
+            if name not in feed and name != "tokens":
+                computed.append(name)
         with self._use.shared():
             return feed | self.stages.run(feed, computed)
 
@@ -599,6 +628,14 @@ def check_count(prompts: int, count: int) -> None:
         raise HipaError(
             f"got {prompts} prompts, count {count}. Expected 1 to {MAX_IMAGES} images in all."
         )
+
+
+def _encode(bundle: Bundle, stages: Stages, timer: Timer, tokens_BL: np.ndarray) -> np.ndarray:
+    """The context [B, L, D] of tokens, from the text encoder alone."""
+    encoder = stages.runners["text_encoder"]
+    feed = stage_feed(encoder.spec, {"tokens": tokens_BL}, bundle.manifest.layout)
+    with timer("text_encoder"):
+        return encoder(**feed)[encoder.spec.outputs[0].name]
 
 
 def _worth_keeping(feed: Mapping[str, np.ndarray]) -> list[str]:

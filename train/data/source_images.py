@@ -128,7 +128,8 @@ def folder_source_images(
         latents=cached_rows("latents", latents, len(paths), console),
         prompt_N=torch.tensor([index[text] for text in texts]),
         prompts=len(index),
-        key={"images": [file_sha256(path) for path in paths]},
+        # 'colours' says how the files are read: in 0.1.0 their colour profiles were ignored.
+        key={"images": [file_sha256(path) for path in paths], "colours": "sRGB"},
     )
     return source_images, list(index)
 

@@ -280,7 +280,7 @@ def teacher_images(
     def latents(noise_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
         return teacher_latents(model, noise_BCHW, context_BLD, empty_1LD, teacher)
 
-    return _images(model, latents, prompts, seeds)
+    return decoded_images(model, latents, prompts, seeds)
 
 
 def one_step_images(
@@ -313,17 +313,31 @@ def one_step_images(
 
     """
     model = DiffusionModel.load(model_dir, device, style=style)
-    return _images(model, one_step_model(model, timestep, adaptor_dir), prompts, seeds)
+    return decoded_images(model, one_step_model(model, timestep, adaptor_dir), prompts, seeds)
 
 
 @torch.no_grad()
-def _images(
+def decoded_images(
     model: DiffusionModel,
     latents: Callable[[Tensor, Tensor], Tensor],
     prompts: Sequence[str],
     seeds: Sequence[int],
 ) -> np.ndarray:
-    """Decoded images of ``latents(noise, context)``, in chunks that fit in memory."""
+    """Decoded images of ``latents(noise, context)``, in chunks that fit in memory.
+
+    Args:
+        model: Makes noise and contexts, and decodes.
+        latents: Noise [B, C, h, w] and contexts [B, L, D] -> scaled latents [B, C, h, w].
+        prompts: N prompts.
+        seeds: The noise seed of each prompt.
+
+    Returns:
+        uint8 [N, H, W, 3].
+
+    Raises:
+        HipaError: Not one seed for each prompt.
+
+    """
     if len(prompts) != len(seeds) or not seeds:
         raise HipaError(
             f"{len(prompts)} prompts and {len(seeds)} seeds. Expected one seed for each prompt."

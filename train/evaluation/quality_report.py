@@ -7,6 +7,7 @@ Shapes: N images of a row of the report, H, W image size in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from hipa_deploy.train.evaluation.quality import (
     one_step_images,
     teacher_images,
 )
+from hipa_deploy.train.evaluation.rivals import Rival, rival_images
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
@@ -140,6 +142,7 @@ def make_images(
     images: int,
     console: Console,
     style: Style | None = None,
+    rivals: Sequence[Rival] = (),
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Make the images of every row of a report.
 
@@ -151,6 +154,7 @@ def make_images(
         images: N, how many images each row has.
         console: Where the status line goes.
         style: LoRAs and embeddings of every row's model.
+        rivals: One-step LoRAs and models of others, a row each.
 
     Returns:
         The images of each row by its name, uint8 [N, H, W, 3]; and the teacher's for the same
@@ -181,6 +185,8 @@ def make_images(
         rows[BASE] = one_step_images(model_dir, None, texts, seeds, style=style)
         if adaptor is not None:
             rows[ADAPTED] = one_step_images(model_dir, adaptor, texts, seeds, style=style)
+        for rival in rivals:
+            rows[rival.row] = rival_images(model_dir, rival, texts, seeds, style=style)
     return rows, again
 
 
@@ -270,16 +276,25 @@ def _cells(row: Quality) -> list[str]:
     return [f"{number:.3f}" for number in numbers]
 
 
-def write_report(folder: Path, report: QualityReport, rows: dict[str, np.ndarray]) -> Path:
-    """Write report.md, report.json, spectra.png, premise.png and samples.png into ``folder``.
+REPORT_FILES = ("report.md", "report.json", "spectra.png", "premise.png", "samples.png")
+
+
+def write_report(
+    folder: Path, report: QualityReport, rows: dict[str, np.ndarray], *, force: bool = False
+) -> Path:
+    """Write ``REPORT_FILES`` into ``folder``.
 
     Args:
         folder: Folder to write, made if it is missing.
         report: The numbers.
         rows: Images of each row by its name, uint8 [N, H, W, 3].
+        force: Whether files that exist are replaced.
 
     Returns:
         The path of report.md.
+
+    Raises:
+        HipaError: One of the files exists and ``force`` is False.
 
     """
     from hipa_deploy.files import write_file
@@ -289,6 +304,12 @@ def write_report(folder: Path, report: QualityReport, rows: dict[str, np.ndarray
         save_picture,
         spectra_figure,
     )
+
+    for name in REPORT_FILES:
+        if (folder / name).exists() and not force:
+            raise HipaError(
+                f"{folder / name} exists. Give force=True to replace it, or another folder."
+            )
 
     # The spectra compare three rows only: more curves could not be told apart.
     truth = teacher_row(report.teacher_steps)
@@ -300,10 +321,11 @@ def write_report(folder: Path, report: QualityReport, rows: dict[str, np.ndarray
 
     # The text comes last, so that a report that can be read has all of its pictures.
     text = f"# Quality\n\n{conditions(report)}.\n\n{markdown_table(report)}"
-    if ADAPTED in report.rows:
-        text += f"\n\nKID gap closed: {report.kid_gap_closed():.0%}.\n"
-    else:
-        text += "\n"
+    closed = []
+    for name in report.rows:
+        if name != BASE and not name.startswith("teacher"):
+            closed.append(f"{name} {report.kid_gap_closed(name):.0%}")
+    text += f"\n\nKID gap closed: {'; '.join(closed)}.\n" if closed else "\n"
     text += f"\n{PICTURES}Columns of the samples: {'; '.join(rows)}.\n"
     write_file(folder / "report.json", (report.model_dump_json(indent=2) + "\n").encode())
     write_file(folder / "report.md", text.encode())

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.tasks import Task
+from hipa_deploy.text_settings import TextSettings
 
 # tomllib is part of Python since 3.11.
 if sys.version_info >= (3, 11):
@@ -273,6 +274,8 @@ class _TrainingSettings(_Settings):
     """Rows of a sample grid."""
     optimiser: OptimiserSettings = OptimiserSettings()
     """The optimiser."""
+    text: TextSettings = TextSettings()
+    """How prompts are encoded."""
 
 
 class Recipe(_TrainingSettings):
