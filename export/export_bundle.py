@@ -33,7 +33,7 @@ from hipa_deploy.export.references import (
     make_references,
     text_references,
 )
-from hipa_deploy.export.task import choose_task, choose_text, step_warning
+from hipa_deploy.export.task import choose_task, step_warning, text_settings
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder
 from hipa_deploy.generate.prompt_files import read_numbered_prompts
@@ -72,8 +72,8 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     model = ModelParts.open(options.model)
     settings = choose_task(options, model)
     chunk_tokens = model.tokenizer().model_max_length
-    text, text_warning = choose_text(options, chunk_tokens)
-    parts = ChosenParts.choose(model, options, settings.task, chunk_tokens)
+    text, text_warning = text_settings(options, model.config, chunk_tokens)
+    parts = ChosenParts.choose(model, options, settings.task, chunk_tokens, text.clip_skip)
     step = model.one_step(
         settings.timestep, options.size("height"), options.size("width"), settings.method
     )

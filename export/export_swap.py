@@ -47,7 +47,7 @@ from hipa_deploy.export.references import (
     add_step,
 )
 from hipa_deploy.export.run_apart import run_apart
-from hipa_deploy.export.task import TaskSettings, choose_task, choose_text, step_warning
+from hipa_deploy.export.task import TaskSettings, choose_task, step_warning, text_settings
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder, temporary_folder
 from hipa_deploy.hashing import file_sha256
@@ -112,7 +112,9 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         like_bundle = _bundle_options(options, bundle)
         settings = choose_task(like_bundle, model)
         _check_step(options, bundle, model, settings)
-        _, text_warning = choose_text(like_bundle, model.tokenizer().model_max_length)
+        chunk_tokens = model.tokenizer().model_max_length
+        remedy = "Export a bundle of its own."
+        _, text_warning = text_settings(like_bundle, model.config, chunk_tokens, remedy)
         for warning in (text_warning, step_warning(like_bundle, settings, model)):
             if warning:
                 (console or Console(stderr=True)).print(
@@ -191,6 +193,7 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
         strengths=tuple(entry.strength for entry in manifest.strengths),
         style=options.style,
         context_tokens=manifest.text.context_tokens,
+        clip_skip=manifest.text.clip_skip,
         one_step=options.one_step,
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hipa_deploy.bundle.manifest import OneStep, Strength
+from hipa_deploy.bundle.text_settings import TextSettings, TextWishes, choose_text
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.model_parts import ModelParts
@@ -27,7 +28,6 @@ from hipa_deploy.models.one_step.one_step_method import (
     names_for,
 )
 from hipa_deploy.tasks import Task, strength_timestep, unet_inputs
-from hipa_deploy.text_settings import TextSettings
 
 LAST_TIMESTEP = 999
 DEFAULT_STRENGTHS = (0.5,)
@@ -125,41 +125,31 @@ def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
     return TaskSettings(task, timestep)
 
 
-def choose_text(options: ExportOptions, chunk_tokens: int) -> tuple[TextSettings, str | None]:
-    """How the bundle encodes prompts, and a note where the adaptor was trained with other lengths.
+def text_settings(
+    options: ExportOptions,
+    config: ModelConfig,
+    chunk_tokens: int,
+    remedy: str = "Leave out --clip-skip.",
+) -> tuple[TextSettings, str | None]:
+    """How the bundle encodes prompts, and a warning, or None; see ``choose_text``.
 
     Call ``choose_task`` first: it checks that the adaptor fits the model.
 
     Args:
         options: the request; what it leaves open is taken from the adaptor's metadata.
+        config: of the base model.
         chunk_tokens: tokens that the text encoder reads at once, 77 for CLIP.
-
-    Returns:
-        The settings, with the number of tokens filled in; and the note, or None.
+        remedy: as for ``choose_text``.
 
     Raises:
-        HipaError: a number of tokens that does not fit the text encoder.
+        HipaError: as ``choose_text``.
 
     """
     trained = None
     if options.adaptor is not None and (options.adaptor / METADATA).exists():
         trained = read_metadata(options.adaptor).text
-    text = trained or TextSettings()
-    trained_tokens = text.context_tokens or chunk_tokens
-    tokens = options.context_tokens or trained_tokens
-    weights = text.prompt_weights if options.prompt_weights is None else options.prompt_weights
-    text = text.model_copy(update={"context_tokens": tokens, "prompt_weights": weights})
-    text.chunks(chunk_tokens)
-
-    # As with another resolution: it works, and it is not what the adaptor has learned.
-    note = None
-    if trained is not None and tokens != trained_tokens:
-        note = (
-            f"adaptor {options.adaptor} was trained with contexts of {trained_tokens} "
-            f"tokens, the bundle has {tokens}. Images may be worse; "
-            "to train with as many, set context_tokens in the recipe's table [text]."
-        )
-    return text, note
+    wishes = TextWishes(options.context_tokens, options.clip_skip, options.prompt_weights)
+    return choose_text(wishes, trained, chunk_tokens, config.text_layers, remedy)
 
 
 def choose_method(

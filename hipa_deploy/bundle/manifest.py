@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.paths import name_problem, shown
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
-from hipa_deploy.text_settings import TextSettings
 
 MAX_BATCH = 64
 # Far beyond what an export writes. Larger numbers are mistakes, or are meant to fill a memory.

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from hipa_deploy.bundle.text_settings import MAX_CHUNKS, TextSettings
 from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER, tokenizer_problem
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_weights import parse_weights
 from hipa_deploy.reading import as_line, read_text
-from hipa_deploy.text_settings import MAX_CHUNKS, TextSettings
 
 
 class PromptTooLongError(HipaError):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import METADATA
 from hipa_deploy.models.lora.open_style import OpenStyle
@@ -121,6 +122,7 @@ def rival_images(
     *,
     style: Style | None = None,
     device: str | None = None,
+    text: TextSettings | None = None,
 ) -> np.ndarray:
     """One-step images of a rival.
 
@@ -131,6 +133,7 @@ def rival_images(
         seeds: The noise seed of each prompt.
         style: LoRAs and embeddings that are added to the model.
         device: 'cpu', 'cuda', ...; None is the GPU if there is one.
+        text: How prompts are encoded; None is one chunk, all layers.
 
     Returns:
         uint8 [N, H, W, 3].
@@ -139,7 +142,9 @@ def rival_images(
         HipaError: as ``check_rivals``; or not one seed for each prompt.
 
     """
-    model = DiffusionModel.load(folder, device, style=_with_lora(style or Style(), rival))
+    model = DiffusionModel.load(
+        folder, device, style=_with_lora(style or Style(), rival), text=text
+    )
     constants = step_constants(rival.method, model.config)
     latents = partial(
         one_step_latents,
