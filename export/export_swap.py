@@ -6,7 +6,6 @@ in place of the bundle's, and what it runs is bit for bit what an export with th
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from hipa_deploy.bundle.adaptor_swap import (
     stage_files,
 )
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import AdaptorInfo, DecoderInfo, Stage
+from hipa_deploy.bundle.manifest import AdaptorInfo, OneStep, Stage
 from hipa_deploy.bundle.onnx_weights import Initializer, read_initializers, skeleton_sha256
 from hipa_deploy.bundle.reference import Reference
 from hipa_deploy.errors import HipaError
@@ -38,11 +37,13 @@ from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import INPUTS, References, add_images, add_step
 from hipa_deploy.export.run_apart import run_apart
-from hipa_deploy.export.task import TaskSettings, choose_task
+from hipa_deploy.export.task import TaskSettings, choose_task, step_warning
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.files import new_folder
+from hipa_deploy.files import new_folder, temporary_folder
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
+from hipa_deploy.models.one_step.one_step_method import OWN
+from hipa_deploy.models.weight_identity import has_identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class SwapOptions:
         out: the folder to write.
         adaptor_scale: 1.0 merges the adaptor as it was trained.
         decoder: the AutoencoderTiny folder of a fused bundle; None is the model's VAE.
+        one_step: the step of a LoRA that others made, as for ``ExportOptions``.
 
     """
 
@@ -65,6 +67,7 @@ class SwapOptions:
     out: Path
     adaptor_scale: float = 1.0
     decoder: Path | None = None
+    one_step: str | None = None
 
 
 def export_swap(options: SwapOptions, console: Console | None = None) -> AdaptorSwap:
@@ -75,9 +78,9 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         console: where progress is shown; None is the standard error.
 
     Raises:
-        HipaError: base model, timestep or decoder are not the bundle's, the adaptor does not fit
-            the model or needs other FP32 islands, the graph comes out different, or no weight
-            differs at all.
+        HipaError: base model, one-step constants or decoder are not the bundle's, the adaptor does
+            not fit the model or needs other FP32 islands, the graph comes out different, or no
+            weight differs at all.
 
     Example:
         >>> swap = export_swap(
@@ -90,22 +93,25 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
     bundle = Bundle.open(options.bundle)
     model = ModelParts.open(options.model)
     bundle.verify()
-    with new_folder(options.out) as root, tempfile.TemporaryDirectory() as scratch:
+    with new_folder(options.out) as root, temporary_folder("hipa-export") as scratch:
         # The request that the bundle came from, with the other adaptor.
         _check_same_base(options, bundle, model)
         like_bundle = _bundle_options(options, bundle)
         settings = choose_task(like_bundle, model)
-        _check_timestep(options, bundle, settings)
+        _check_step(options, bundle, model, settings)
+        warning = step_warning(like_bundle, settings, model)
+        if warning:
+            (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
         parts = ChosenParts.choose(model, like_bundle, settings.task)
         if like_bundle.fuse:
-            check_decoder(bundle, parts.decoder_info())
+            check_decoder(bundle, parts)
 
         # The UNet's stage once more, fed with what the bundle's own stages before it give.
         with (console or Console(stderr=True)).status("export: UNet"):
             references = _references(bundle, parts, settings)
             source = unet_source(like_bundle, parts, settings, bundle.manifest.one_step)
             writer = StageWriter(
-                root=Path(scratch),
+                root=scratch,
                 precision=like_bundle.dtype,
                 specs={name: stage.spec for name, stage in bundle.stages.items()},
                 references=references,
@@ -115,7 +121,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
             stage = writer.write(source, _stage_inputs(bundle, references)).stage
 
         # Only what differs is kept.
-        onnx = Path(scratch) / stage.path
+        onnx = scratch / stage.path
         weights = _differing(bundle.stage_path(stage.spec.name), onnx)
         values = {name: weight.read() for name, weight in weights.items()}
         np.savez(root / WEIGHTS, **values)  # type: ignore[arg-type]  # numpy's stub
@@ -134,7 +140,7 @@ def _check_same_base(options: SwapOptions, bundle: Bundle, model: ModelParts) ->
             "Export a bundle of its own."
         )
     check_encoder(bundle)
-    if model.info.sha256 != bundle.manifest.base_model.sha256:
+    if not has_identity(model.folder / "unet", bundle.manifest.base_model.sha256):
         raise HipaError(
             f"{bundle.root} was exported from another base model than {options.model}. "
             f"Give --model as for the bundle's own export: {bundle.manifest.base_model.name}."
@@ -156,23 +162,44 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
         decoder=options.decoder,
         task=manifest.task,
         strengths=tuple(entry.strength for entry in manifest.strengths),
+        one_step=options.one_step,
     )
 
 
-def _check_timestep(options: SwapOptions, bundle: Bundle, settings: TaskSettings) -> None:
-    """Raise HipaError unless the adaptor was trained for the bundle's timestep."""
-    expected = bundle.manifest.one_step.timestep
-    if settings.timestep != expected:
+def _check_step(
+    options: SwapOptions, bundle: Bundle, model: ModelParts, settings: TaskSettings
+) -> None:
+    """Raise HipaError unless the adaptor's step is the bundle's: a graph has its constants."""
+    expected = bundle.manifest.one_step
+    if settings.timestep != expected.timestep:
         raise HipaError(
             f"{options.adaptor} was trained for timestep {settings.timestep}, "
-            f"{bundle.root} is for {expected}. Export a bundle of its own."
+            f"{bundle.root} is for {expected.timestep}. Export a bundle of its own."
+        )
+    step = model.one_step(settings.timestep, expected.height, expected.width, settings.method)
+    if _numbers(step) != _numbers(expected):
+        own = settings.method.name if settings.method else OWN
+        other = expected.method.name if expected.method else OWN
+        raise HipaError(
+            f"{options.adaptor} is given the one-step method {own}, {bundle.root} is for {other}. "
+            f"Use --one-step {other} if that is the adaptor's method, or export a bundle of its "
+            "own."
         )
 
 
-def check_decoder(bundle: Bundle, decoder: DecoderInfo) -> None:
-    """Raise HipaError unless ``decoder`` is the bundle's: a fused stage holds the decoder too."""
+def _numbers(step: OneStep) -> tuple[object, ...]:
+    """What a graph computes a step with; two names of one method are one method."""
+    factors: tuple[float, ...] = ()
+    if step.method:
+        method = step.method
+        factors = (method.noise_scale, method.sample_factor, method.output_factor)
+    return step.prediction_type, step.timestep, factors
+
+
+def check_decoder(bundle: Bundle, parts: ChosenParts) -> None:
+    """Raise HipaError unless the decoder is the bundle's: a fused stage holds the decoder too."""
     expected = bundle.manifest.decoder
-    if expected is None or expected.sha256 != decoder.sha256:
+    if expected is None or not parts.decodes_like(expected):
         name = expected.name if expected else "full"
         raise HipaError(f"{bundle.root} has another decoder than this. Give --decoder, {name}.")
 
@@ -187,7 +214,8 @@ def _references(bundle: Bundle, parts: ChosenParts, settings: TaskSettings) -> R
     taken = {*INPUTS, *settings.inputs}
     tensors = {name: value for name, value in stored.items() if name in taken}
     references = References(prompt="", seeds=(), tensors=tensors)
-    references = add_step(references, parts, settings, step, watch=False)
+    layout = bundle.manifest.layout
+    references = add_step(references, parts, settings, step, layout, watch=False)
     if "generator" in bundle.stages:
         references = add_images(references, parts, settings, step, watch=False)
     return references

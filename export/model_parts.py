@@ -17,13 +17,17 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
-from hipa_deploy.bundle.manifest import ModelInfo, OneStep
+from hipa_deploy.bundle.manifest import ModelInfo, OneStep, StepMethod
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.models.adaptor_folder import unet_sha256
-from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_metadata, vae_sha256
+from hipa_deploy.models.clip_tokenizer import load_tokenizer
+from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_metadata
 from hipa_deploy.models.kind import check_unet
 from hipa_deploy.models.locate import model_folder
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.one_step.one_step_method import OneStepMethod
+from hipa_deploy.models.one_step.step_constants import step_constants
+from hipa_deploy.models.weight_identity import has_identity
 from hipa_deploy.tasks import Task
 
 MAX_PIXELS = 2048 * 2048
@@ -151,26 +155,28 @@ class ModelParts:
         return tiny
 
     def tokenizer(self) -> CLIPTokenizerFast:
-        """The tokenizer, in its Rust form."""
-        try:
-            return CLIPTokenizerFast.from_pretrained(self.folder, subfolder="tokenizer")
-        except (OSError, ValueError) as error:
-            raise HipaError(
-                f"{self.folder}/tokenizer cannot be loaded: {first_line(error)}"
-            ) from None
+        """The tokenizer, in its Rust form; see ``load_tokenizer``."""
+        return load_tokenizer(self.config)
 
-    def one_step(self, timestep: int, height: int | None, width: int | None) -> OneStep:
+    def one_step(
+        self,
+        timestep: int,
+        height: int | None,
+        width: int | None,
+        method: OneStepMethod | None = None,
+    ) -> OneStep:
         """The constants of one step at ``timestep`` for images of a size in pixels.
 
         Args:
             timestep: 0 to 999.
             height: pixels; None is the size that the model was trained for.
             width: the same.
+            method: a one-step method of others, which decides the timestep.
 
         Raises:
             HipaError: a size that is not a multiple of ``ModelConfig.size_multiple``, or is too
                 large; a model that does not say its own size, where one is not given; a timestep
-                out of range or without signal.
+                out of range or without signal; or a method whose step this model cannot take.
 
         """
         config = self.config
@@ -190,15 +196,28 @@ class ModelParts:
         if height * width > MAX_PIXELS:
             raise HipaError(f"{width}x{height} is too large. Expected at most {MAX_PIXELS} pixels.")
 
+        prediction_type: Any = config.prediction_type
+        alpha_bar: float
+        numbers: StepMethod | None = None
+        if method is None:
+            alpha_bar = config.alpha_bar(timestep)
+        else:
+            constants = step_constants(method, config)
+            prediction_type = constants.prediction_type
+            timestep = constants.timestep
+            alpha_bar = constants.alpha_bar
+            numbers = constants.method
+
         scale = config.vae_factor
         return OneStep(
-            prediction_type=config.prediction_type,
+            prediction_type=prediction_type,
             timestep=timestep,
-            alpha_bar=config.alpha_bar(timestep),
+            alpha_bar=alpha_bar,
             scaling_factor=config.scaling_factor,
             latent_shape=(config.latent_channels, height // scale, width // scale),
             height=height,
             width=width,
+            method=numbers,
         )
 
 
@@ -209,7 +228,7 @@ def _check_distilled_from(decoder: Path, model: Path) -> None:
     """
     if not (decoder / DECODER_METADATA).exists():
         return
-    if read_decoder_metadata(decoder).base_vae_sha256 != vae_sha256(model):
+    if not has_identity(model / "vae", read_decoder_metadata(decoder).base_vae_sha256):
         raise HipaError(
             f"decoder {decoder} was distilled from another VAE than {model}'s. "
             f"Distil one from {model}, or use --decoder full."

@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.old_names import install
 
 if TYPE_CHECKING:
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.generate.pipeline import OneStepPipeline
 
+install()
 __version__ = "0.1.0"
 __all__ = ["Bundle", "HipaError", "OneStepPipeline", "__version__"]
 

@@ -121,13 +121,21 @@ class OneStepUNet(torch.nn.Module):
         alpha_bar = self._alpha_bar(tensors)
 
         # Everything but the UNet's own arithmetic is float32.
-        start_BCHW = start_latents(self.task, tensors, alpha_bar, concatenates=self.concatenates)
+        start_BCHW = start_latents(
+            self.task,
+            tensors,
+            alpha_bar,
+            concatenates=self.concatenates,
+            noise_scale=self.step.noise_scale,
+        )
         sample_BCHW = seen_by_unet(start_BCHW, tensors, concatenates=self.concatenates)
         sample_BCHW = sample_BCHW.to(context_BLD.dtype)
         output_BCHW = self.unet(sample_BCHW, timestep, context_BLD, return_dict=False)[0].float()
 
         prediction_type = self.step.prediction_type
-        x0_BCHW = predict_x0_in_a_graph(start_BCHW, output_BCHW, alpha_bar, prediction_type)
+        x0_BCHW = predict_x0_in_a_graph(
+            start_BCHW, output_BCHW, alpha_bar, prediction_type, self.step.method
+        )
         latents_BCHW: torch.Tensor = finish_latents(self.task, x0_BCHW, tensors)
         return latents_BCHW
 

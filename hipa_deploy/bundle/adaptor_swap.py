@@ -19,13 +19,14 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import AdaptorInfo, Parity
+from hipa_deploy.bundle.manifest import AdaptorInfo, FileName, Parity
 from hipa_deploy.bundle.onnx_weights import check_values, read_initializers
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
+from hipa_deploy.paths import inside
 from hipa_deploy.record import Record
 
 FOLDER = "adaptors"
@@ -133,13 +134,22 @@ class SwapManifest(Record):
 
     schema_version: Literal[1] = 1
     producer: str
-    stage: str
-    base_files: dict[str, str]
+    stage: Literal["unet", "generator"]
+    base_files: dict[FileName, str]
     onnx_sha256: str
     adaptor: AdaptorInfo
     parity: Parity
     weights: dict[str, MappedWeight]
-    files: dict[str, str]
+    files: dict[FileName, str]
+
+    @field_validator("files")
+    @classmethod
+    def _complete(cls, files: dict[str, str]) -> dict[str, str]:
+        # A file that has no hash here would be read unchecked.
+        missing = {WEIGHTS, REFERENCE} - files.keys()
+        if missing:
+            raise ValueError(f"{', '.join(sorted(missing))} has no hash")
+        return files
 
 
 def check_encoder(bundle: Bundle) -> None:
@@ -196,12 +206,13 @@ class AdaptorSwap:
             ) from None
 
         # The weights fit one graph alone: another has other names, shapes or layouts.
-        if manifest.base_files != stage_files(bundle, manifest.stage):
+        known = manifest.stage in bundle.stages
+        if not known or manifest.base_files != stage_files(bundle, manifest.stage):
             raise HipaError(
                 f"adaptor {root} was exported for another bundle. Run: {export_command(bundle)}"
             )
         for name, expected in manifest.files.items():
-            if not (root / name).is_file() or file_sha256(root / name) != expected:
+            if not (root / name).exists() or file_sha256(inside(root, name)) != expected:
                 raise HipaError(
                     f"{root / name} is missing or corrupt. Copy or export the adaptor again."
                 )
@@ -214,7 +225,7 @@ class AdaptorSwap:
             HipaError: a weight that the graph does not have, or has in another dtype or shape.
 
         """
-        with np.load(self.root / WEIGHTS) as stored:
+        with np.load(inside(self.root, WEIGHTS)) as stored:
             values = {name: stored[name] for name in stored.files}
         path = bundle.stage_path(self.manifest.stage)
         check_values(path, read_initializers(path), values)
@@ -222,7 +233,7 @@ class AdaptorSwap:
 
     def reference(self) -> np.ndarray:
         """What the stage gives in PyTorch FP32 for the bundle's reference inputs."""
-        return np.load(self.root / REFERENCE)
+        return np.load(inside(self.root, REFERENCE))
 
 
 def find_swap(bundle: Bundle, adaptor: str | Path) -> Path:
@@ -253,10 +264,7 @@ def export_command(bundle: Bundle) -> str:
 
 def stage_files(bundle: Bundle, stage: str) -> dict[str, str]:
     """SHA-256 of the files that hold the graph and weights of ``stage``, by name."""
-    if stage not in bundle.stages:
-        return {}
-    graph = bundle.stages[stage].path
-    own = (graph, f"{graph}.data")
+    own = (bundle.stages[stage].path, *bundle.weight_files(stage))
     return {name: sha256 for name, sha256 in bundle.manifest.files.items() if name in own}
 
 

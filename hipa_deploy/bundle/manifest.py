@@ -10,11 +10,11 @@ Shapes: B batch, L tokens, D width of a text context, C latent channels, H W pix
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from hipa_deploy.paths import name_problem, shown
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
 
@@ -23,6 +23,18 @@ MAX_BATCH = 64
 DType = Literal["float16", "float32", "int64", "uint8"]
 Precision = Literal["fp16", "fp32"]
 Layout = Literal["onestep", "generic"]
+StageName = Literal["text_encoder", "vae_encoder", "unet", "vae_decoder", "generator"]
+
+
+def _file_name(name: str) -> str:
+    problem = name_problem(name)
+    if problem:
+        raise ValueError(f"the file name {shown(name)} {problem}")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+"""A file's path in its folder: relative, with '/', and never out of it."""
 
 
 class Axis(Record):
@@ -171,12 +183,21 @@ class Stage(Record):
     """
 
     spec: StageSpec
-    path: str
+    path: FileName
     precision: Precision
     opset: int
     fp32_islands: tuple[str, ...] = ()
     parity: Parity
     cost: Cost | None = None
+
+    @field_validator("spec")
+    @classmethod
+    def _known(cls, spec: StageSpec) -> StageSpec:
+        # Engines and caches are named after the stage.
+        if spec.name not in get_args(StageName):
+            names = ", ".join(get_args(StageName))
+            raise ValueError(f"stage {shown(spec.name)} is unknown, expected one of: {names}")
+        return spec
 
 
 class ModelInfo(Record):
@@ -209,6 +230,42 @@ class AdaptorInfo(Record):
     rank: int
     alpha: float
     scale: float
+
+
+class LoraInfo(Record):
+    """A LoRA that was merged into the base model, before any adaptor.
+
+    Attributes:
+        name: of its file or folder.
+        sha256: of its file; of the hashes of several.
+        scale: what it was merged at; 1 is as trained.
+        rank: of its low-rank matrices; the largest, if layers differ; None without such matrices.
+        parts: of the model that it changes: 'unet', 'text_encoder'.
+
+    """
+
+    name: str
+    sha256: str
+    scale: float
+    rank: int | None = None
+    parts: tuple[str, ...] = ()
+
+
+class EmbeddingInfo(Record):
+    """A textual inversion embedding: a word that was added to the text encoder.
+
+    Attributes:
+        name: of its file.
+        sha256: of its file.
+        token: the word that stands for it in a prompt.
+        vectors: how many tokens of a prompt it takes.
+
+    """
+
+    name: str
+    sha256: str
+    token: str
+    vectors: int = Field(ge=1)
 
 
 class DecoderInfo(Record):
@@ -252,6 +309,28 @@ class Strength(Record):
     alpha_bar: float
 
 
+class StepMethod(Record):
+    """A one-step method that is not HiPA's, as numbers.
+
+    With e the noise of a seed, standard normal, the UNet sees z = noise_scale * e, and the step
+    gives sample_factor * z + output_factor * (what the UNet predicts).
+
+    Attributes:
+        name: of the preset, or of the TOML file, that the numbers come from.
+        scheduler: the class of diffusers that takes this step.
+        noise_scale: above 0.
+        sample_factor: of what the UNet saw.
+        output_factor: of what the UNet predicts.
+
+    """
+
+    name: str
+    scheduler: str
+    noise_scale: float = Field(gt=0, allow_inf_nan=False)
+    sample_factor: float = Field(allow_inf_nan=False)
+    output_factor: float = Field(allow_inf_nan=False)
+
+
 class OneStep(Record):
     """The constants of the one step.
 
@@ -263,6 +342,7 @@ class OneStep(Record):
         latent_shape: [C, h, w] = [latent channels, height / 2**n, width / 2**n].
         height: of an image, in pixels.
         width: of an image, in pixels.
+        method: how latents are made, where it is not HiPA's x0; None in older bundles.
 
     """
 
@@ -273,6 +353,12 @@ class OneStep(Record):
     latent_shape: tuple[int, int, int]
     height: int
     width: int
+    method: StepMethod | None = None
+
+    @property
+    def noise_scale(self) -> float:
+        """Standard normal noise times this is what the UNet sees."""
+        return self.method.noise_scale if self.method else 1.0
 
 
 class Manifest(Record):
@@ -286,6 +372,8 @@ class Manifest(Record):
         batch: images that a call makes where the batch is static; the usual number where it is not.
         base_model: the model that it came from.
         adaptor: merged into the UNet; None without one.
+        loras: merged into UNet and text encoder before the adaptor, in this order.
+        embeddings: words that were added to the text encoder.
         decoder: what decodes; None in older bundles.
         encoder: what encodes a source image; None for text to image.
         task: what an image is made from.
@@ -305,6 +393,8 @@ class Manifest(Record):
     batch: int = Field(ge=1, le=MAX_BATCH)
     base_model: ModelInfo
     adaptor: AdaptorInfo | None
+    loras: tuple[LoraInfo, ...] = ()
+    embeddings: tuple[EmbeddingInfo, ...] = ()
     decoder: DecoderInfo | None = None
     encoder: EncoderInfo | None = None
     task: Task = "generate"
@@ -313,12 +403,4 @@ class Manifest(Record):
     one_step: OneStep
     stages: tuple[Stage, ...] = Field(min_length=1)
     end_to_end: Parity
-    files: dict[str, str]
-
-    @field_validator("files")
-    @classmethod
-    def _inside(cls, files: dict[str, str]) -> dict[str, str]:
-        for name in map(PurePosixPath, files):
-            if name.is_absolute() or ".." in name.parts:
-                raise ValueError(f"{name} lies outside the bundle")
-        return files
+    files: dict[FileName, str]

@@ -10,9 +10,12 @@ import typer
 from hipa_deploy.commands.build import build_engines
 from hipa_deploy.commands.options import (
     ConfigOption,
+    EmbeddingOption,
     EngineBackend,
     Layout,
+    LoraOption,
     ModelOption,
+    OneStepOption,
     Precision,
     Task,
     console,
@@ -31,14 +34,18 @@ def export(
     adaptor: Annotated[
         str | None,
         typer.Option(
-            help="Adaptor to merge into the model: a folder that hipa-train wrote, or an included "
-            "one: emoji, emoji-edit, emoji-inpaint, emoji-upscale. None by default."
+            help="Adaptor to merge into the model: a folder that hipa-train wrote, a one-step LoRA "
+            "of others (see --one-step), or an included one: emoji, emoji-edit, emoji-inpaint, "
+            "emoji-upscale. None by default."
         ),
     ] = None,
     adaptor_scale: Annotated[
         float,
         typer.Option(help="How strongly to merge the adaptor; 1.0 is as it was trained."),
     ] = 1.0,
+    lora: LoraOption = None,
+    embedding: EmbeddingOption = None,
+    one_step: OneStepOption = None,
     dtype: Annotated[
         Precision, typer.Option(help="Precision of weights and arithmetic in the ONNX models.")
     ] = Precision.fp16,
@@ -72,8 +79,8 @@ def export(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Text file, one prompt a line: the bundle then makes these prompts only, "
-            "and needs no text encoder."
+            help="Text file, one prompt a line, or a table of captions (.csv, .parquet): the "
+            "bundle then makes these prompts only, and needs no text encoder."
         ),
     ] = None,
     dynamic: Annotated[
@@ -135,10 +142,11 @@ def export(
         )
         if not others_are_default:
             raise HipaError(
-                "--swap-for takes --model, --adaptor, --adaptor-scale, --decoder and --out; "
+                "--swap-for takes --model, --adaptor, --adaptor-scale, --one-step, --decoder and "
+                "--out; "
                 "the bundle decides everything else. Leave the other options out."
             )
-        _export_swap(model, adaptor, adaptor_scale, decoder, swap_for, out)
+        _export_swap(model, adaptor, adaptor_scale, one_step, decoder, swap_for, out)
         return
 
     if build:
@@ -153,8 +161,9 @@ def export(
     from hipa_deploy.export.graph.axes import parse_axes
     from hipa_deploy.export.task import parse_strengths
     from hipa_deploy.models.locate import resolve_decoder, resolve_encoder, unpacked
+    from hipa_deploy.models.style import parse_style
 
-    # A .safetensors checkpoint becomes a folder first; the decoder depends on which model it is.
+    # A checkpoint in one file becomes a folder first; the decoder depends on which model it is.
     model = unpacked(model, config)
     options = ExportOptions(
         model=model,
@@ -173,6 +182,8 @@ def export(
         task=task.value if task else None,
         strengths=parse_strengths(strengths) if strengths else (),
         encoder=resolve_encoder(encoder),
+        style=parse_style(lora, embedding),
+        one_step=one_step,
     )
     bundle = export_bundle(options, console)
 
@@ -191,7 +202,13 @@ def export(
 
 
 def _export_swap(
-    model: str, adaptor: str | None, scale: float, decoder: str, bundle: Path, out: Path
+    model: str,
+    adaptor: str | None,
+    scale: float,
+    one_step: str | None,
+    decoder: str,
+    bundle: Path,
+    out: Path,
 ) -> None:
     """Write to ``out`` the weights of ``adaptor`` that differ from those of ``bundle``."""
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
@@ -210,6 +227,7 @@ def _export_swap(
             bundle=resolve_bundle(bundle),
             out=out,
             decoder=resolve_decoder(decoder, model),
+            one_step=one_step,
         ),
         console,
     )

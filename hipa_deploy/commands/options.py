@@ -52,15 +52,37 @@ class EngineBackend(str, Enum):
 ModelOption = Annotated[
     str,
     typer.Option(
-        help="Base model: a diffusers folder, a .safetensors file, a Hugging Face hub id, "
-        "or 'emoji' (included)."
+        help="Base model: a diffusers folder, a .safetensors or .ckpt file, a Hugging Face hub "
+        "id, or 'emoji' (included)."
     ),
 ]
 ConfigOption = Annotated[
     str | None,
     typer.Option(
-        help="For a .safetensors file, the model it is of: sd15 | sd21-base | sd21-v | "
+        help="For a model in one file, the model it is of: sd15 | sd21-base | sd21-v | "
         "a diffusers folder of the same architecture. Needed only if its weights do not show it."
+    ),
+]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A LoRA to merge into the model before anything else: FILE_OR_FOLDER, or "
+        "FILE_OR_FOLDER:SCALE, where 1.0 is as it was trained. May be repeated; the order counts."
+    ),
+]
+EmbeddingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A textual inversion embedding to add to the model: FILE, or FILE:WORD with the word "
+        "that stands for it in prompts. May be repeated."
+    ),
+]
+OneStepOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Method of a one-step LoRA or model that others made: hyper-sd15 | hyper-sd15-t800 | "
+        "lcm-sd15 | tcd-sd15 | tcd-sd21-base | sd-turbo | hipa | a .toml file. By default the "
+        "adaptor's own step."
     ),
 ]
 BundleArgument = Annotated[

@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from hipa_deploy.commands.options import ConfigOption, ModelOption, console
+from hipa_deploy.commands.options import (
+    ConfigOption,
+    EmbeddingOption,
+    LoraOption,
+    ModelOption,
+    console,
+)
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
 
 if TYPE_CHECKING:
-    from hipa_deploy.train.recipes.recipe import Recipe
+    from hipa_deploy.models.style import Style
+    from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
 
 
 def train(
@@ -48,6 +55,8 @@ def train(
             "a folder or 'emoji'."
         ),
     ] = None,
+    lora: LoraOption = None,
+    embedding: EmbeddingOption = None,
     steps: Annotated[
         int | None, typer.Option(help="Training steps, in place of the recipe's number.")
     ] = None,
@@ -55,6 +64,14 @@ def train(
         bool,
         typer.Option(
             "--dry-run", help="Print the settings and the predicted time and memory; train nothing."
+        ),
+    ] = False,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code",
+            help="Let the recipe run code: a backbone of your own, module:function. The module is "
+            "imported, so allow only what you trust.",
         ),
     ] = False,
 ) -> None:
@@ -65,11 +82,9 @@ def train(
     """
     require("train")
     from hipa_deploy.embedded import resolve_adaptor
-    from hipa_deploy.models.locate import model_folder
-    from hipa_deploy.train.loop.processes import is_main, leaving_process_group
+    from hipa_deploy.models.style import parse_style
     from hipa_deploy.train.recipes.recipe import Recipe, load_any_recipe
-    from hipa_deploy.train.train_adaptor import train_adaptor
-    from hipa_deploy.train.train_decoder import train_decoder
+    from hipa_deploy.user_code import check_allowed, code_allowed
 
     # Only what was given on the command line replaces a value of the recipe.
     overrides: dict[str, Any] = {}
@@ -80,48 +95,87 @@ def train(
     chosen = load_any_recipe(recipe, overrides)
     initial = resolve_adaptor(start) if start else None
     active = resolve_adaptor(adaptor) if adaptor else None
+    style = parse_style(lora, embedding)
 
-    if isinstance(chosen, Recipe):
-        if active:
-            raise HipaError(
-                f"--adaptor is for a decoder, but recipe {recipe} trains an adaptor. "
-                "Leave it out, or use --from to start from an adaptor."
-            )
-        if dry_run:
-            _dry_run_training(chosen, model_folder(model, config))
-            return
-        with leaving_process_group():
+    # What can be known without torch is checked before it is imported.
+    if isinstance(chosen, Recipe) and active:
+        raise HipaError(
+            f"--adaptor is for a decoder, but recipe {recipe} trains an adaptor. "
+            "Leave it out, or use --from to start from an adaptor."
+        )
+    if not isinstance(chosen, Recipe) and (initial or dry_run):
+        option = "--from" if initial else "--dry-run"
+        raise HipaError(
+            f"{option} is for an adaptor, but recipe {recipe} trains a decoder. Leave it out."
+        )
+    with code_allowed(allow_code):
+        check_allowed("backbone", chosen.loss.backbone)
+        _train(chosen, model, config, out, start=initial or active, style=style, dry_run=dry_run)
+
+
+def _train(
+    chosen: Recipe | DecoderRecipe,
+    model: str,
+    config: str | None,
+    out: Path,
+    *,
+    start: Path | None,
+    style: Style,
+    dry_run: bool,
+) -> None:
+    """Train what the recipe is for, and print where it is.
+
+    Args:
+        chosen: the recipe, of an adaptor or of a decoder.
+        model: the base model, as on the command line.
+        config: of a checkpoint, as on the command line.
+        out: the folder to write.
+        start: the adaptor to start from, or the one that a decoder will be used with.
+        style: LoRAs and embeddings that are added to the base model.
+        dry_run: predict, and train nothing.
+
+    """
+    from hipa_deploy.models.locate import model_folder
+    from hipa_deploy.train.loop.processes import is_main, leaving_process_group
+    from hipa_deploy.train.recipes.recipe import Recipe
+    from hipa_deploy.train.train_adaptor import train_adaptor
+    from hipa_deploy.train.train_decoder import train_decoder
+
+    folder = model_folder(model, config)
+    if dry_run:
+        assert isinstance(chosen, Recipe)  # the command refuses a decoder's
+        _dry_run_training(chosen, folder, style)
+        return
+    with leaving_process_group():
+        if isinstance(chosen, Recipe):
             path = train_adaptor(
-                chosen, model_folder(model, config), out, initial_adaptor=initial, console=console
+                chosen, folder, out, initial_adaptor=start, style=style, console=console
             )
-    else:
-        if initial:
-            raise HipaError(
-                f"--from is for an adaptor, but recipe {recipe} trains a decoder. Leave it out."
-            )
-        if dry_run:
-            raise HipaError(
-                f"--dry-run is for an adaptor, but recipe {recipe} trains a decoder. Leave it out."
-            )
-        with leaving_process_group():
-            path = train_decoder(
-                chosen, model_folder(model, config), out, adaptor=active, console=console
-            )
+        else:
+            path = train_decoder(chosen, folder, out, adaptor=start, style=style, console=console)
 
     # Several processes may train together; the path is printed once.
     if is_main():
         typer.echo(path)
 
 
-def _dry_run_training(recipe: Recipe, model_dir: Path) -> None:
+def _dry_run_training(recipe: Recipe, model_dir: Path, style: Style) -> None:
     """Print the resolved recipe and the predicted cost on every GPU that hipa-deploy knows.
 
     Raises:
-        HipaError: the training could not start, for example because its prompts cannot be read.
+        HipaError: the training could not start, for example because its prompts cannot be read, or
+            a LoRA does not fit the model.
 
     """
     from hipa_deploy.engines.targets.target import load_target_profile, target_names
     from hipa_deploy.train.prediction.dry_run import dry_run
+
+    # Merged LoRAs cost a training nothing, so the prediction is that of the base model.
+    if style:
+        from hipa_deploy.models.lora.open_style import OpenStyle
+        from hipa_deploy.models.model_config import ModelConfig
+
+        OpenStyle.read(style, ModelConfig.read(model_dir))
 
     # Devices whose memory is shared with the CPU (Jetson) are for running, not for training.
     profiles = [load_target_profile(name) for name in target_names()]

@@ -6,6 +6,7 @@ H W image size, h w latent size.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,11 +23,19 @@ from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.bundle.manifest import Axis
 from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.noise import check_seeds, initial_noise
+from hipa_deploy.generate.noise import bundle_noise, check_seeds
 from hipa_deploy.generate.open_stages import open_stages, resolve_backend
 from hipa_deploy.generate.prompts import Prepared, open_prompts
-from hipa_deploy.generate.runner import ClosesAtExit, Runner, check_backend
-from hipa_deploy.generate.stages import Stages, Tensors, Timer, input_names, output_names
+from hipa_deploy.generate.runner import ENGINE_BACKENDS, ClosesAtExit, Runner, check_backend
+from hipa_deploy.generate.shared_use import SharedUse
+from hipa_deploy.generate.stages import (
+    Stages,
+    Tensors,
+    Timer,
+    host_stages,
+    input_names,
+    output_names,
+)
 from hipa_deploy.images.read import ImageSource
 from hipa_deploy.images.source import (
     EncodedImages,
@@ -74,8 +83,26 @@ class GenerateResult:
         return self.parameters
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """The stages and whose weights they hold: one value, so that no call sees half a swap.
+
+    Attributes:
+        stages: every stage of the bundle, loaded.
+        swap: the adaptor that was swapped in; None: the bundle's own.
+
+    """
+
+    stages: Stages
+    swap: AdaptorSwap | None = None
+
+
 class OneStepPipeline(ClosesAtExit):
     """A bundle, loaded on one backend: prompts in, images out, one UNet call each.
+
+    Any thread may call it, several at once too. Backends that run one call at a time let the others
+    wait. ``swap_adaptor`` and ``close`` wait for the batches that are under way, so the parameters
+    of an image always name the adaptor that made it.
 
     Example:
         >>> with OneStepPipeline.load("emoji") as pipe:
@@ -89,9 +116,10 @@ class OneStepPipeline(ClosesAtExit):
     def __init__(self, bundle: Bundle, backend: str, stages: Stages) -> None:
         self.bundle = bundle
         self.backend = backend
-        self.stages = stages
         self.load_seconds = 0.0
-        self.swapped: AdaptorSwap | None = None  # None: the bundle's own adaptor
+        self._loaded = _Loaded(stages)
+        self._use = SharedUse()  # calls share what is loaded, a swap has it alone
+        self._one_swap = threading.Lock()
         batch = bundle.manifest.batch
         self._batch = bundle.axes.get("batch", Axis(min=batch, opt=batch, max=batch))
         self._prompts = open_prompts(bundle)
@@ -208,26 +236,30 @@ class OneStepPipeline(ClosesAtExit):
         for batch in _batches(images, self._batch.max):
             texts = [prompts[index] for index, _ in batch]
             seeds = [number for _, number in batch]
-            images_BHWC = self._make_batch(
-                [prepared[index] for index, _ in batch],
-                seeds,
-                latent_CHW,
-                [source] * len(batch) if source else [],
-                timer,
-            )
+            with self._use.shared():
+                loaded = self._loaded
+                images_BHWC = self._make_batch(
+                    loaded.stages,
+                    [prepared[index] for index, _ in batch],
+                    seeds,
+                    latent_CHW,
+                    [source] * len(batch) if source else [],
+                    timer,
+                )
             size = {"height": images_BHWC.shape[1], "width": images_BHWC.shape[2]}
             facts: dict[str, Any] = {**size, "truncate": truncate}
             if source:
                 images_BHWC = source.finish(images_BHWC)
                 facts |= source.facts
             parameters = [
-                self._parameters(text, number, facts)
+                self._parameters(loaded.swap, text, number, facts)
                 for text, number in zip(texts, seeds, strict=True)
             ]
             yield GenerateResult(images_BHWC, tuple(texts), tuple(seeds), tuple(parameters))
 
     def _make_batch(
         self,
+        stages: Stages,
         prompts: list[Prepared],
         seeds: list[int],
         latent_CHW: tuple[int, int, int],
@@ -251,7 +283,7 @@ class OneStepPipeline(ClosesAtExit):
         # unet:         noise_BCHW, context_BLD  -> latents_BCHW, which are x0: the one step
         # vae_decoder:  latents_BCHW             -> images_BHWC
         outputs = ["images", *_worth_keeping(text | start)]
-        made = self.stages.run(text | start, outputs, timer)
+        made = stages.run(text | start, outputs, timer)
 
         # The next batch of these prompts, or from these images, starts from what is known now.
         if "context" in made:
@@ -264,8 +296,10 @@ class OneStepPipeline(ClosesAtExit):
         self, seeds: Sequence[int], latent_CHW: tuple[int, int, int], sources: Sequence[Source]
     ) -> dict[str, np.ndarray]:
         """What the step starts from beside the text: noise, and the sources' images and masks."""
-        takes_noise = "noise" in STEP_INPUTS[self.bundle.manifest.task]
-        noise = {"noise": initial_noise(seeds, latent_CHW)} if takes_noise else {}
+        manifest = self.bundle.manifest
+        noise = {}
+        if "noise" in STEP_INPUTS[manifest.task]:
+            noise["noise"] = bundle_noise(seeds, latent_CHW, manifest.one_step, manifest.layout)
         return self._encoded_images.feed(noise | batch_inputs(sources))
 
     def edit(
@@ -374,14 +408,20 @@ class OneStepPipeline(ClosesAtExit):
         enlargement = upscaling(self.bundle, image, overlap=overlap)
         prepared = self._prompts.prepare([prompt], truncate=truncate)
         latent_CHW = latent_shape(self.bundle, None, None)
-        made = [
-            self._make_batch(prepared * len(tiles), [0] * len(tiles), latent_CHW, tiles, timer)
-            for tiles in _batches(list(enlargement.tiles), self._batch.max)
-        ]
+        made = []
+        # All tiles in one use: a swap between two would leave a seam in the image.
+        with self._use.shared():
+            loaded = self._loaded
+            for tiles in _batches(list(enlargement.tiles), self._batch.max):
+                prompts = prepared * len(tiles)
+                seeds = [0] * len(tiles)
+                made.append(
+                    self._make_batch(loaded.stages, prompts, seeds, latent_CHW, tiles, timer)
+                )
         image_HWC = enlargement.merge(np.concatenate(made))
         size = {"height": enlargement.height, "width": enlargement.width}
         parameters = self._parameters(
-            prompt, 0, {**size, "truncate": truncate, **enlargement.facts}
+            loaded.swap, prompt, 0, {**size, "truncate": truncate, **enlargement.facts}
         )
         return GenerateResult(image_HWC[None], (prompt,), (0,), (parameters,))
 
@@ -413,7 +453,8 @@ class OneStepPipeline(ClosesAtExit):
         sources = [source] * count if source else []
         text = self._prompts.feed(self._prompts.prepare([prompt], truncate=truncate) * count)
         start = self._start(range(seed, seed + count), latent_CHW, sources)
-        images: DeviceArray = self.stages.run_on_device(text | start)["images"]
+        with self._use.shared():
+            images: DeviceArray = self.stages.run_on_device(text | start)["images"]
         return images
 
     def tensors(
@@ -428,7 +469,8 @@ class OneStepPipeline(ClosesAtExit):
             HipaError: as a call does.
 
         """
-        fresh = OneStepPipeline(self.bundle, self.backend, self.stages)  # with empty caches
+        # With empty caches.
+        fresh = OneStepPipeline(self.bundle, self.backend, self.stages)
         latent_CHW = self._latent_shape(source, None, None)
         prepared = fresh._prompts.prepare([prompt], truncate=False)
         feed = fresh._prompts.feed(prepared * count)
@@ -442,7 +484,18 @@ class OneStepPipeline(ClosesAtExit):
             names += input_names(stage.spec, layout)
             names += output_names(stage.spec, layout)
         computed = [name for name in dict.fromkeys([*names, "images"]) if name not in feed]
-        return feed | self.stages.run(feed, computed)
+        with self._use.shared():
+            return feed | self.stages.run(feed, computed)
+
+    @property
+    def stages(self) -> Stages:
+        """The stages that are loaded now."""
+        return self._loaded.stages
+
+    @property
+    def swapped(self) -> AdaptorSwap | None:
+        """The adaptor that was swapped in; None: the bundle's own."""
+        return self._loaded.swap
 
     @property
     def runners(self) -> dict[str, Runner]:
@@ -451,6 +504,8 @@ class OneStepPipeline(ClosesAtExit):
 
     def swap_adaptor(self, adaptor: str | Path | None) -> None:
         """Take another adaptor, without a rebuild.
+
+        It may be called while other threads make images: their next batch has the new adaptor.
 
         Args:
             adaptor: a name in the bundle's ``adaptors`` folder, or a folder that
@@ -465,9 +520,20 @@ class OneStepPipeline(ClosesAtExit):
 
         swap = None if adaptor is None else AdaptorSwap.open(self.bundle, adaptor)
         stage = adapted_stage(self.bundle)
-        runner = self.runners[stage]
-        self.runners[stage] = swap_stage(self.bundle, runner, self.backend, swap)
-        self.swapped = swap
+        with self._one_swap:
+            runner = self.runners[stage]
+            if self.backend in ENGINE_BACKENDS:
+                # An engine changes in place, so no call may be under way meanwhile.
+                with self._use.alone():
+                    swap_stage(self.bundle, runner, self.backend, swap)
+                    self._loaded = _Loaded(self.stages, swap)
+                return
+
+            # ONNX Runtime gets a new session. Calls go on with the old one while it loads.
+            runners = {**self.runners, stage: swap_stage(self.bundle, runner, self.backend, swap)}
+            with self._use.alone():
+                self._loaded = _Loaded(host_stages(self.bundle, self.backend, runners), swap)
+                runner.close()
 
     def _latent_shape(
         self, source: Source | None, height: int | None, width: int | None
@@ -478,14 +544,16 @@ class OneStepPipeline(ClosesAtExit):
             height, width = source.image_HWC.shape[:2]
         return latent_shape(self.bundle, height, width)
 
-    def _parameters(self, prompt: str, seed: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def _parameters(
+        self, swap: AdaptorSwap | None, prompt: str, seed: int, facts: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """All that reproduces an image: what a PNG carries."""
         manifest = self.bundle.manifest
         adaptor = manifest.adaptor
         unet_sha256 = manifest.files[self.bundle.stages[adapted_stage(self.bundle)].path]
-        if self.swapped:
-            adaptor = self.swapped.manifest.adaptor
-            unet_sha256 = self.swapped.manifest.onnx_sha256
+        if swap:
+            adaptor = swap.manifest.adaptor
+            unet_sha256 = swap.manifest.onnx_sha256
         return {
             "producer": manifest.producer,
             "prompt": prompt,
@@ -499,8 +567,12 @@ class OneStepPipeline(ClosesAtExit):
         }
 
     def close(self) -> None:
-        """Release every stage. Calling it twice is harmless."""
-        self.stages.close()
+        """Release every stage, after the batches that are under way.
+
+        Calling it twice is harmless.
+        """
+        with self._use.alone():
+            self.stages.close()
 
 
 def check_count(prompts: int, count: int) -> None:

@@ -8,6 +8,7 @@ Shape suffixes: B prompts of a batch, N prompts of a closed set, L tokens, D wid
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,8 @@ import numpy as np
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.tokenizer import PromptTokenizer
+from hipa_deploy.generate.prompt_files import one_line
+from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
 
 BAKED_PROMPTS = "prompts/prompts.txt"
 BAKED_CONTEXTS = "prompts/contexts.npy"
@@ -61,10 +63,15 @@ class EncodedPrompts:
     def __init__(self, tokenizer: PromptTokenizer) -> None:
         self._tokenizer = tokenizer
         self._cache: dict[bytes, np.ndarray] = {}  # contexts by their token ids, oldest first
+        self._changes_cache = threading.Lock()
 
     def prepare(self, prompts: Sequence[str], *, truncate: bool) -> list[np.ndarray]:
         """Token ids int64 [L] of each prompt."""
-        return list(self._tokenizer(prompts, truncate=truncate))
+        try:
+            return list(self._tokenizer(prompts, truncate=truncate))
+        except PromptTooLongError as error:
+            remedy = "Shorten it, or pass --truncate (truncate=True)."
+            raise PromptTooLongError(error.problem, remedy) from None
 
     def feed(self, prompts: list[np.ndarray]) -> dict[str, np.ndarray]:
         """The context if this batch was seen lately, else the token ids."""
@@ -74,10 +81,12 @@ class EncodedPrompts:
 
     def keep(self, prompts: list[np.ndarray], context_BLD: np.ndarray) -> None:
         """Remember a batch, and forget the oldest."""
-        self._cache[np.stack(prompts).tobytes()] = context_BLD
-        if len(self._cache) > CACHED_BATCHES:
-            oldest = next(iter(self._cache))
-            del self._cache[oldest]
+        # Two threads at once would both choose the same oldest entry.
+        with self._changes_cache:
+            self._cache[np.stack(prompts).tobytes()] = context_BLD
+            if len(self._cache) > CACHED_BATCHES:
+                oldest = next(iter(self._cache))
+                del self._cache[oldest]
 
 
 class BakedPrompts:
@@ -93,22 +102,28 @@ class BakedPrompts:
     """
 
     def __init__(self, prompts: Path, contexts: Path) -> None:
-        self._index = {prompt: i for i, prompt in enumerate(read_closed_set(prompts))}
+        baked = read_baked_prompts(prompts)
         self._contexts_NLD = np.load(contexts, mmap_mode="r")
-        if len(self._index) != len(self._contexts_NLD):
-            got = f"{len(self._index)} prompts, {len(self._contexts_NLD)} contexts"
+        if len(baked) != len(self._contexts_NLD):
+            got = f"{len(baked)} prompts, {len(self._contexts_NLD)} contexts"
             raise HipaError(f"{contexts}: {got}. Export the bundle again.")
+
+        # White space makes no difference to the tokens, so it makes none to the choice.
+        self._index: dict[str, int] = {}
+        for place, prompt in enumerate(baked):
+            self._index.setdefault(one_line(prompt), place)
 
     def prepare(self, prompts: Sequence[str], *, truncate: bool) -> list[int]:
         """The place of each prompt in the set."""
-        for prompt in prompts:
+        wanted = [one_line(prompt) for prompt in prompts]
+        for prompt in wanted:
             if prompt not in self._index:
                 near = difflib.get_close_matches(prompt, self._index, n=1, cutoff=0.0)[0]
                 raise HipaError(
                     f"{prompt!r} is not one of this bundle's {len(self._index)} baked prompts; "
                     f"the nearest is {near!r}. Choose one of them, or export without --prompts."
                 )
-        return [self._index[prompt] for prompt in prompts]
+        return [self._index[prompt] for prompt in wanted]
 
     def feed(self, prompts: list[int]) -> dict[str, np.ndarray]:
         """Always the context."""
@@ -118,33 +133,19 @@ class BakedPrompts:
         """Nothing to remember: all contexts are known."""
 
 
-def read_closed_set(path: Path) -> list[str]:
-    """The prompts of a text file, one a line.
+def read_baked_prompts(path: Path) -> list[str]:
+    """The N prompts of a bundle's ``prompts/prompts.txt``, one a line, in the order of contexts.
+
+    This is a file of a bundle. What a user writes is read by ``read_prompt_file``.
 
     Raises:
-        HipaError: the file cannot be read as UTF-8, has no line, an empty line, or a line that
-            repeats another.
+        HipaError: the file cannot be read as UTF-8, or has no line.
 
     """
     try:
-        # utf-8-sig: editors on Windows begin a file with a mark that is no part of the prompt.
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise HipaError(
-            f"prompts {path} cannot be read ({error}). Expected UTF-8 text, one prompt a line."
-        ) from None
+        raise HipaError(f"{path} cannot be read ({error}). Export the bundle again.") from None
     if not lines:
-        raise HipaError(f"prompts {path} is empty. Expected one prompt a line.")
-
-    # A place in the set stands for a prompt, so each line must be a prompt, and only once.
-    first: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise HipaError(f"prompts {path}: line {number} is empty. Expected one prompt a line.")
-        if line in first:
-            raise HipaError(
-                f"prompts {path}: line {number} repeats line {first[line]} ({line!r}). "
-                "Remove one of them."
-            )
-        first[line] = number
+        raise HipaError(f"{path} is empty. Export the bundle again.")
     return lines

@@ -35,7 +35,7 @@ def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap |
 
     An engine changes in place and is then checked: its output for the bundle's reference inputs
     must agree with PyTorch's. It is closed if it does not. ONNX Runtime gets a new session, and the
-    old one is closed.
+    old one stays open: it is the caller's to close, once no call runs on it.
 
     Args:
         bundle: the bundle that ``runner`` was opened from.
@@ -54,7 +54,7 @@ def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap |
     """
     weights = swap.weights(bundle) if swap else {}
     if backend.startswith("onnxruntime"):
-        return _swap_session(bundle, runner, backend, swap, weights)
+        return _swap_session(bundle, backend, swap, weights)
     if backend.startswith("openvino"):
         raise HipaError(f"backend {backend} does not swap adaptors. Use --backend onnxruntime.")
     return _swap_engine(bundle, runner, backend, swap, weights)
@@ -62,23 +62,19 @@ def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap |
 
 def _swap_session(
     bundle: Bundle,
-    runner: Runner,
     backend: str,
     swap: AdaptorSwap | None,
     weights: Mapping[str, np.ndarray],
 ) -> Runner:
     """A new session of ONNX Runtime: an existing one has folded its weights already."""
     stage = adapted_stage(bundle)
-    session = OnnxRuntimeRunner(
+    return OnnxRuntimeRunner(
         bundle.stage_path(stage),
         bundle.stages[stage].spec,
         backend,
         cache=_engine_cache(bundle, stage, backend, swap),
         weights=weights,
     )
-    # Closed last: if the new session cannot be opened, the old one still runs.
-    runner.close()
-    return session
 
 
 def _swap_engine(

@@ -14,6 +14,24 @@ from tokenizers import Tokenizer
 from hipa_deploy.errors import HipaError
 
 
+class PromptTooLongError(HipaError):
+    """A prompt has more tokens than the model reads.
+
+    Args:
+        problem: what was found and what would be lost.
+        remedy: what to do about it.
+
+    Attributes:
+        problem: without a remedy: a caller that has more options than to shorten the prompt, or
+            that knows where the prompt comes from, words an error of its own.
+
+    """
+
+    def __init__(self, problem: str, remedy: str = "Shorten it.") -> None:
+        super().__init__(f"{problem} {remedy}")
+        self.problem = problem
+
+
 class PromptTokenizer:
     """CLIP's tokenizer, from a bundle's ``tokenizer.json``.
 
@@ -21,7 +39,7 @@ class PromptTokenizer:
     them is known here.
 
     Raises:
-        HipaError: the file is no tokenizer, or says nothing of length and padding.
+        HipaError: the file cannot be read, is no tokenizer, or says nothing of length and padding.
 
     Example:
         >>> tokenizer = PromptTokenizer(Path("bundle/tokenizer/tokenizer.json"))
@@ -32,7 +50,30 @@ class PromptTokenizer:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise HipaError(f"{path} cannot be read ({error}). Export the bundle again.") from None
+        self._open(text, str(path))
+
+    @classmethod
+    def of(cls, text: str, name: str) -> PromptTokenizer:
+        """The tokenizer whose ``tokenizer.json`` has the content ``text``.
+
+        Args:
+            text: JSON, with length and padding.
+            name: what an error calls it.
+
+        Raises:
+            HipaError: as the constructor does.
+
+        """
+        tokenizer = cls.__new__(cls)
+        tokenizer._open(text, name)
+        return tokenizer
+
+    def _open(self, text: str, path: str) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the Rust library raises bare Exception
             raise HipaError(
                 f"{path} is not a tokenizer ({error}). Export the bundle again."
@@ -52,8 +93,9 @@ class PromptTokenizer:
             truncate: cut a prompt that is too long, and keep its end token.
 
         Raises:
-            HipaError: text that is not valid Unicode; or a prompt that is too long while
-                ``truncate`` is false: the message quotes what would be cut.
+            HipaError: text that is not valid Unicode.
+            PromptTooLongError: a prompt that is too long while ``truncate`` is false; the message
+                quotes what would be cut.
 
         """
         return np.stack([self._encode(prompt, truncate) for prompt in prompts])
@@ -71,9 +113,8 @@ class PromptTokenizer:
         # The last place is kept for the end token.
         first_cut = encoding.offsets[self.length - 1][0]
         if not truncate:
-            raise HipaError(
+            raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens, the model reads {self.length}: "
-                f"{prompt[first_cut:].strip()!r} would be cut. "
-                "Shorten it, or pass --truncate (truncate=True)."
+                f"{prompt[first_cut:].strip()!r} would be cut."
             )
         return np.asarray([*ids[: self.length - 1], ids[-1]], dtype=np.int64)

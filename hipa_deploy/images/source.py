@@ -316,9 +316,10 @@ class EncodedImages:
 
     def feed(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return ``inputs`` with the latents, 'source', in place of an 'image' that is known."""
-        if "image" not in inputs or self._latest is None:
+        latest = self._latest  # read once: another thread may keep another batch meanwhile
+        if "image" not in inputs or latest is None:
             return inputs
-        image_BHWC, source_BCHW = self._latest
+        image_BHWC, source_BCHW = latest
         if not np.array_equal(image_BHWC, inputs["image"]):
             return inputs
         known = {name: tensor for name, tensor in inputs.items() if name != "image"}

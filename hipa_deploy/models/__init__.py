@@ -3,3 +3,10 @@
 May import the ground (errors, files, hashing, record, tasks) and ``embedded``; torch and diffusers
 only inside the functions that convert a checkpoint, fetch a model or read a configuration.
 """
+
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:  # a type checker would take any name for one that exists
+    from hipa_deploy.old_names import old_names
+
+    __getattr__ = old_names(__name__)

@@ -17,7 +17,7 @@ def model_folder(name: str, config: str | None = None) -> Path:
 
     Args:
         name: 'emoji' for the embedded model (unless a folder of that name exists), a diffusers
-            folder, a .safetensors checkpoint, or the id of a model on the Hugging Face hub. A
+            folder, a checkpoint in one file, or the id of a model on the Hugging Face hub. A
             checkpoint is converted into a folder in the user's cache.
         config: for a checkpoint whose weights do not tell what it is: see
             ``hipa_deploy.models.single_file.converted``.
@@ -45,7 +45,7 @@ def model_folder(name: str, config: str | None = None) -> Path:
         return MODEL
     if "/" not in name or name.startswith(("/", ".")):
         raise HipaError(
-            f"{name} does not exist. Expected a diffusers model folder, a .safetensors checkpoint, "
+            f"{name} does not exist. Expected a diffusers model folder, a checkpoint in one file, "
             f"a hub id like owner/name, or {NAME}."
         )
     from diffusers import DiffusionPipeline

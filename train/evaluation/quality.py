@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.style import Style
 from hipa_deploy.train.data.teacher_pairs import teacher_latents
 from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.frequency import high_frequency_energy
@@ -254,6 +255,7 @@ def teacher_images(
     teacher: TeacherSettings,
     *,
     device: str | None = None,
+    style: Style | None = None,
 ) -> np.ndarray:
     """Images of the multi-step sampler with guidance.
 
@@ -263,6 +265,7 @@ def teacher_images(
         seeds: The noise seed of each prompt.
         teacher: Sampler, steps and guidance.
         device: 'cpu', 'cuda', ...; None is the GPU if there is one.
+        style: LoRAs and embeddings that are added to the model.
 
     Returns:
         uint8 [N, H, W, 3].
@@ -271,13 +274,13 @@ def teacher_images(
         HipaError: Not one seed for each prompt, or a model that cannot be loaded.
 
     """
-    model = DiffusionModel.load(model_dir, device)
+    model = DiffusionModel.load(model_dir, device, style=style)
     empty_1LD = model.context([""])
 
     def latents(noise_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
         return teacher_latents(model, noise_BCHW, context_BLD, empty_1LD, teacher)
 
-    return _images(model, latents, prompts, seeds)
+    return decoded_images(model, latents, prompts, seeds)
 
 
 def one_step_images(
@@ -288,6 +291,7 @@ def one_step_images(
     *,
     timestep: int = 999,
     device: str | None = None,
+    style: Style | None = None,
 ) -> np.ndarray:
     """One-step images of the base model, or of the base model with an adaptor.
 
@@ -298,6 +302,7 @@ def one_step_images(
         seeds: The noise seed of each prompt.
         timestep: Timestep of the step without an adaptor.
         device: 'cpu', 'cuda', ...; None is the GPU if there is one.
+        style: LoRAs and embeddings that are added to the model before the adaptor.
 
     Returns:
         uint8 [N, H, W, 3].
@@ -307,18 +312,32 @@ def one_step_images(
             adaptor of another task or model.
 
     """
-    model = DiffusionModel.load(model_dir, device)
-    return _images(model, one_step_model(model, timestep, adaptor_dir), prompts, seeds)
+    model = DiffusionModel.load(model_dir, device, style=style)
+    return decoded_images(model, one_step_model(model, timestep, adaptor_dir), prompts, seeds)
 
 
 @torch.no_grad()
-def _images(
+def decoded_images(
     model: DiffusionModel,
     latents: Callable[[Tensor, Tensor], Tensor],
     prompts: Sequence[str],
     seeds: Sequence[int],
 ) -> np.ndarray:
-    """Decoded images of ``latents(noise, context)``, in chunks that fit in memory."""
+    """Decoded images of ``latents(noise, context)``, in chunks that fit in memory.
+
+    Args:
+        model: Makes noise and contexts, and decodes.
+        latents: Noise [B, C, h, w] and contexts [B, L, D] -> scaled latents [B, C, h, w].
+        prompts: N prompts.
+        seeds: The noise seed of each prompt.
+
+    Returns:
+        uint8 [N, H, W, 3].
+
+    Raises:
+        HipaError: Not one seed for each prompt.
+
+    """
     if len(prompts) != len(seeds) or not seeds:
         raise HipaError(
             f"{len(prompts)} prompts and {len(seeds)} seeds. Expected one seed for each prompt."

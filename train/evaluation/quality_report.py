@@ -7,6 +7,7 @@ Shapes: N images of a row of the report, H, W image size in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_prompt_file
+from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.train.evaluation.quality import (
     Quality,
     compare,
@@ -23,6 +25,7 @@ from hipa_deploy.train.evaluation.quality import (
     one_step_images,
     teacher_images,
 )
+from hipa_deploy.train.evaluation.rivals import Rival, rival_images
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
@@ -48,6 +51,7 @@ class QualityReport(BaseModel):
         teacher_guidance: That teacher's guidance.
         kid_lite0_floor: KID-Lite0 between the teacher's images and its images from other noise.
         rows: The three numbers of each row, by its name.
+        style: LoRAs and embeddings of every row's model.
 
     """
 
@@ -59,6 +63,7 @@ class QualityReport(BaseModel):
     teacher_guidance: float
     kid_lite0_floor: float
     rows: dict[str, Quality]
+    style: StyleInfo = StyleInfo()
 
     def kid_gap_closed(self, row: str = ADAPTED) -> float:
         """Share of the gap between base and teacher in KID-Lite0 that a row closes.
@@ -77,10 +82,18 @@ def held_out_prompts(model_dir: Path, prompts: Path | None = None) -> list[str]:
         prompts: A file of prompts, one a line, or a table of captions.
 
     Raises:
-        HipaError: As ``read_prompt_file``.
+        HipaError: As ``read_prompt_file``; or ``prompts`` is None, and the model keeps none aside.
 
     """
-    return read_prompt_file(prompts or model_dir / "prompts_pair.txt")
+    if prompts is not None:
+        return read_prompt_file(prompts)
+    kept_aside = model_dir / "prompts_pair.txt"
+    if not kept_aside.is_file():
+        raise HipaError(
+            f"model {model_dir} keeps no prompts aside (it has no {kept_aside.name}). "
+            "Give a file of prompts: --prompts FILE."
+        )
+    return read_prompt_file(kept_aside)
 
 
 def draw(prompts: list[str], count: int) -> tuple[list[str], list[int]]:
@@ -128,6 +141,8 @@ def make_images(
     teacher: TeacherSettings,
     images: int,
     console: Console,
+    style: Style | None = None,
+    rivals: Sequence[Rival] = (),
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Make the images of every row of a report.
 
@@ -138,6 +153,8 @@ def make_images(
         teacher: The teacher to compare with.
         images: N, how many images each row has.
         console: Where the status line goes.
+        style: LoRAs and embeddings of every row's model.
+        rivals: One-step LoRAs and models of others, a row each.
 
     Returns:
         The images of each row by its name, uint8 [N, H, W, 3]; and the teacher's for the same
@@ -156,16 +173,20 @@ def make_images(
             continue
         with console.status(f"{steps}-step teacher, {images} images"):
             fewer = teacher.model_copy(update={"steps": steps})
-            rows[teacher_row(steps)] = teacher_images(model_dir, texts, seeds, fewer)
+            rows[teacher_row(steps)] = teacher_images(model_dir, texts, seeds, fewer, style=style)
 
     # The reference, and the same prompts from other noise, to which KID-Lite0 is measured.
     with console.status(f"{teacher.steps}-step teacher, twice {images} images"):
-        rows[teacher_row(teacher.steps)], again = teacher_twice(model_dir, texts, seeds, teacher)
+        rows[teacher_row(teacher.steps)], again = teacher_twice(
+            model_dir, texts, seeds, teacher, style
+        )
 
     with console.status("one-step images"):
-        rows[BASE] = one_step_images(model_dir, None, texts, seeds)
+        rows[BASE] = one_step_images(model_dir, None, texts, seeds, style=style)
         if adaptor is not None:
-            rows[ADAPTED] = one_step_images(model_dir, adaptor, texts, seeds)
+            rows[ADAPTED] = one_step_images(model_dir, adaptor, texts, seeds, style=style)
+        for rival in rivals:
+            rows[rival.row] = rival_images(model_dir, rival, texts, seeds, style=style)
     return rows, again
 
 
@@ -203,7 +224,11 @@ def quality_report(
 
 
 def teacher_twice(
-    model_dir: Path, texts: list[str], seeds: list[int], teacher: TeacherSettings
+    model_dir: Path,
+    texts: list[str],
+    seeds: list[int],
+    teacher: TeacherSettings,
+    style: Style | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's images from ``seeds``, and of the same prompts from other seeds.
 
@@ -213,7 +238,7 @@ def teacher_twice(
     """
     # One call for both sets, so that the model is loaded once.
     others = [seed + len(seeds) for seed in seeds]
-    both = teacher_images(model_dir, [*texts, *texts], [*seeds, *others], teacher)
+    both = teacher_images(model_dir, [*texts, *texts], [*seeds, *others], teacher, style=style)
     return both[: len(seeds)], both[len(seeds) :]
 
 
@@ -228,10 +253,13 @@ def render_table(report: QualityReport) -> Table:
 
 def conditions(report: QualityReport) -> str:
     """What the numbers were measured on, in one line."""
+    added = [f"{lora.name}:{lora.scale:g}" for lora in report.style.loras]
+    added += [embedding.name for embedding in report.style.embeddings]
+    style = f" with {', '.join(added)}" if added else ""
     return (
-        f"{report.images} images; KID-Lite0 to the teacher ({report.teacher_steps} steps, guidance "
-        f"{report.teacher_guidance:g}) from other noise, its floor {report.kid_lite0_floor:.3f}; "
-        "the other numbers to its images from the same noise"
+        f"{report.images} images{style}; KID-Lite0 to the teacher ({report.teacher_steps} steps, "
+        f"guidance {report.teacher_guidance:g}) from other noise, its floor "
+        f"{report.kid_lite0_floor:.3f}; the other numbers to its images from the same noise"
     )
 
 
@@ -278,10 +306,11 @@ def write_report(folder: Path, report: QualityReport, rows: dict[str, np.ndarray
 
     # The text comes last, so that a report that can be read has all of its pictures.
     text = f"# Quality\n\n{conditions(report)}.\n\n{markdown_table(report)}"
-    if ADAPTED in report.rows:
-        text += f"\n\nKID gap closed: {report.kid_gap_closed():.0%}.\n"
-    else:
-        text += "\n"
+    closed = []
+    for name in report.rows:
+        if name != BASE and not name.startswith("teacher"):
+            closed.append(f"{name} {report.kid_gap_closed(name):.0%}")
+    text += f"\n\nKID gap closed: {'; '.join(closed)}.\n" if closed else "\n"
     text += f"\n{PICTURES}Columns of the samples: {'; '.join(rows)}.\n"
     write_file(folder / "report.json", (report.model_dump_json(indent=2) + "\n").encode())
     write_file(folder / "report.md", text.encode())

@@ -2,14 +2,14 @@
 
     lite0            EfficientNet-Lite0, from a pip package; the default
     vgg16            torchvision's VGG16 as DISTS and LPIPS use it, weights from torchvision's hub
-    module:function  a user's own: ``function()`` is called once and returns the backbone
+    module:function  a user's own: ``function()`` is called once and returns the backbone. It is
+                     code, and runs only inside ``hipa_deploy.user_code.code_allowed``
 
 Shape suffixes: B batch, C channels, H W size of an image or a feature map.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.train.losses.lite0 import Lite0
+from hipa_deploy.user_code import call_user_function, user_errors
 
 # Image in [0, 1], [B, 3, H, W] -> feature maps [B, C_i, H_i, W_i].
 Backbone = Callable[[Tensor], Sequence[Tensor]]
@@ -45,8 +46,8 @@ def load_backbone(name: str, pooling: Pooling = "max") -> nn.Module:
         pooling: VGG16's: 'l2' in DISTS, 'max' in LPIPS.
 
     Raises:
-        HipaError: a package or its weights are missing, or what a user's function returns is not a
-            backbone.
+        HipaError: a package or its weights are missing; code was not allowed; or what a user's
+            function returns is not a backbone.
 
     Example:
         >>> backbone = load_backbone("lite0")
@@ -215,14 +216,7 @@ def _matching_torchvision() -> str:
 
 def _custom_backbone(name: str) -> nn.Module:
     """A user's own backbone, 'module:function', frozen and checked on an image."""
-    module, _, function = name.partition(":")
-    try:
-        backbone = getattr(importlib.import_module(module), function)()
-    except Exception as error:  # a user's code raises whatever it likes
-        raise HipaError(
-            f"backbone {name} cannot be made ({type(error).__name__}: {first_line(error)}). "
-            "Expected a function of no arguments."
-        ) from None
+    backbone = call_user_function("backbone", name)
     wrapped = backbone if isinstance(backbone, nn.Module) else _Wrapped(backbone)
     wrapped.eval().requires_grad_(False)
     _check(name, wrapped)
@@ -244,12 +238,8 @@ class _Wrapped(nn.Module):
 def _check(name: str, backbone: nn.Module) -> None:
     """Raise HipaError unless ``backbone`` turns two images into a list of maps of two rows each."""
     expected = "Expected a callable: float [B, 3, H, W] in [0, 1] -> a list of maps [B, C, H, W]."
-    try:
+    with user_errors(f"backbone {name} fails on an image", expected):
         maps = backbone(torch.full((2, 3, 64, 64), 0.5))
-    except Exception as error:  # a user's code raises whatever it likes
-        raise HipaError(
-            f"backbone {name} fails on an image ({first_line(error)}). {expected}"
-        ) from None
     if not isinstance(maps, (list, tuple)):
         raise HipaError(f"backbone {name} gives {type(maps).__name__}. {expected}")
     shapes = [tuple(getattr(features, "shape", ())) for features in maps]

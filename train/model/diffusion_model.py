@@ -7,7 +7,7 @@ C channels, H W height and width; h w where the size of latents stands beside th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from torch import Tensor
 
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.generate.noise import initial_noise
+from hipa_deploy.models.clip_tokenizer import load_tokenizer
+from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.tasks import Task, is_inpainting_unet
 
 
@@ -31,6 +34,7 @@ class DiffusionModel:
         folder: Where it was loaded from.
         pipe: The StableDiffusionPipeline that holds its parts.
         device: Where its parts are.
+        style: The LoRAs and embeddings that were added to it.
 
     Example:
         >>> model = DiffusionModel.load(Path("stable-diffusion-v1-5"), "cuda")
@@ -44,10 +48,15 @@ class DiffusionModel:
     folder: Path
     pipe: Any
     device: torch.device
+    style: StyleInfo = field(default_factory=StyleInfo)
 
     @classmethod
     def load(
-        cls, folder: Path, device: str | torch.device | None = None, task: Task = "generate"
+        cls,
+        folder: Path,
+        device: str | torch.device | None = None,
+        task: Task = "generate",
+        style: Style | None = None,
     ) -> DiffusionModel:
         """Load in float32, whatever the stored precision, and freeze all weights.
 
@@ -55,19 +64,24 @@ class DiffusionModel:
             folder: A Stable Diffusion folder, in the format of diffusers.
             device: Default: the GPU, or the CPU without one.
             task: The task to train. A UNet that was made for inpainting can learn that task alone.
+            style: LoRAs to merge into it and embeddings to add, before anything else.
 
         Raises:
             HipaError: it is not a Stable Diffusion folder, its kind of model cannot be trained to
-                one step, or its weights are not finite.
+                one step, its tokenizer cannot be read, its weights are not finite, or the style
+                does not fit it.
 
         """
         # Before loading gigabytes: its configuration says whether the model can be trained at all.
-        ModelConfig.read(folder, task)
+        config = ModelConfig.read(folder, task)
+        tokenizer = load_tokenizer(config)
+        added = OpenStyle.read(style or Style(), config)
         diffusers_logging.disable_progress_bar()
         try:
             pipe = StableDiffusionPipeline.from_pretrained(
                 folder,
                 torch_dtype=torch.float32,
+                tokenizer=None,
                 safety_checker=None,
                 feature_extractor=None,
                 requires_safety_checker=False,
@@ -75,14 +89,19 @@ class DiffusionModel:
         except Exception as error:  # a broken folder: each library raises classes of its own
             raise HipaError(f"model {folder} cannot be loaded: {first_line(error)}") from None
 
+        # Not the one that diffusers would load: the bundle's, so that both see the same ids.
+        pipe.register_modules(tokenizer=tokenizer)
+
         # A damaged file would otherwise show as a loss of NaN, hours later.
         _check_finite(folder, pipe)
+        added.merge({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+        added.add_words(pipe.tokenizer, pipe.text_encoder)
 
         pipe.set_progress_bar_config(disable=True)
         for module in (pipe.text_encoder, pipe.unet, pipe.vae):
             module.eval().requires_grad_(False)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(folder, pipe.to(device), device)
+        return cls(folder, pipe.to(device), device, added.info)
 
     @property
     def unet(self) -> Any:

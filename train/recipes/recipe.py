@@ -468,7 +468,9 @@ def read_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str
 
     """
     # The teacher's source images are made of the first prompts, by their indices: they come first.
-    prompts = read_prompt_file(_prompts_path(recipe.prompts, model_folder), recipe.prompts_column)
+    path = _prompts_path(recipe.prompts, model_folder)
+    remedy = "Set prompts_column in the recipe."
+    prompts = read_prompt_file(path, recipe.prompts_column, remedy)
     return list(dict.fromkeys([*source_prompts(recipe, model_folder), *prompts]))
 
 

@@ -12,6 +12,9 @@ import pytest
     [
         (["--config", "sd15"], "--config is for a checkpoint in one file"),
         (["--adaptor", "nope"], "adaptor nope has no hipa_adaptor.json"),
+        (["--one-step", "lcm-sd15"], "is an adaptor of HiPA. Give it as --adaptor alone"),
+        (["--rival", "lcm-sd15"], "Give its file: FILE=lcm-sd15"),
+        (["--adaptor", "none", "--rival", "sdxl-turbo"], "sdxl-turbo is for SDXL"),
         (["--prompts", "nope.txt"], "nope.txt cannot be read"),
     ],
 )

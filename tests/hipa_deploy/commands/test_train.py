@@ -9,6 +9,7 @@ import pytest
 
 from hipa_deploy.commands.app import main
 from hipa_deploy.errors import HipaError
+from hipa_deploy.train.recipes.recipe import SHIPPED
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,16 @@ def test_a_dry_run_prints_writes_nothing_and_fails_with_its_prompts(
     assert "7 steps of model, True" in captured.out
     assert ("none.txt" in captured.err) == bool(problem)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji-decoder"])
+def test_a_recipe_that_names_code_is_refused_before_the_code_runs(
+    name: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    text = (SHIPPED / f"{name}.toml").read_text(encoding="utf-8")
+    assert "[loss]" in text
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text.replace("[loss]", '[loss]\nbackbone = "os:abort"'))
+    message = refused("train", "--out", "x", "--recipe", str(recipe))
+    assert "backbone os:abort runs code of the module os" in message
+    assert "--allow-code" in message

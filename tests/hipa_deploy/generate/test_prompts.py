@@ -2,14 +2,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompts import (
     CACHED_BATCHES,
     BakedPrompts,
     EncodedPrompts,
-    read_closed_set,
+    read_baked_prompts,
 )
+from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
 
 
 def bake(folder: Path, prompts: list[str], contexts: int) -> BakedPrompts:
@@ -44,29 +46,37 @@ def test_contexts_that_do_not_match(tmp_path: Path) -> None:
         bake(tmp_path, ["a", "b"], 3)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty"),
-        (b"a\n\nb\n", "line 2 is empty"),
-        (b"a\nb\na\n", "line 3 repeats line 1 \\('a'\\)"),
-        (b"\xff\n", "cannot be read"),
-    ],
-)
-def test_bad_sets(tmp_path: Path, content: bytes, message: str) -> None:
+@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b"\xff\n", "cannot be read")])
+def test_damaged_files_of_a_bundle(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(HipaError, match=message):
-        read_closed_set(tmp_path / "prompts.txt")
+        read_baked_prompts(tmp_path / "prompts.txt")
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red apple\na boat\n")
-    assert read_closed_set(tmp_path / "prompts.txt") == ["a red apple", "a boat"]
-
-
-def test_a_missing_set(tmp_path: Path) -> None:
+def test_a_missing_file_of_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(HipaError, match="cannot be read"):
-        read_closed_set(tmp_path / "none.txt")
+        read_baked_prompts(tmp_path / "none.txt")
+
+
+def test_white_space_makes_no_other_prompt(tmp_path: Path) -> None:
+    """Bundles of version 0.1.0 may hold two lines that differ in blanks alone."""
+    source = bake(tmp_path, ["a  cat", "a cat", "a dog "], 3)
+    assert source.prepare(["a cat", " a\tcat", "a dog"], truncate=False) == [0, 0, 2]
+
+
+def test_a_prompt_that_is_too_long_may_be_cut(tmp_path: Path) -> None:
+    rust = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "red": 2}, unk_token="</s>"))
+    rust.pre_tokenizer = pre_tokenizers.Whitespace()
+    rust.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    rust.enable_truncation(4)
+    rust.enable_padding(length=4, pad_id=1, pad_token="</s>")
+    source = EncodedPrompts(PromptTokenizer.of(rust.to_str(), "tokenizer"))
+    with pytest.raises(PromptTooLongError, match="Shorten it, or pass --truncate") as caught:
+        source.prepare(["red red red"], truncate=False)
+    assert "--truncate" not in caught.value.problem
+    assert source.prepare(["red red red"], truncate=True)[0].tolist() == [0, 2, 2, 1]
 
 
 def test_contexts_are_remembered_and_forgotten() -> None:

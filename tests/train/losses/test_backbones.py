@@ -18,6 +18,7 @@ from hipa_deploy.train.losses.backbones import (
     resized,
     torchvision_vgg16,
 )
+from hipa_deploy.user_code import code_allowed
 
 
 def test_lite0_gives_five_maps_and_is_frozen() -> None:
@@ -129,8 +130,9 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("user_module")
 def test_a_custom_backbone() -> None:
     image = torch.rand(1, 3, 8, 8)
-    assert torch.equal(load_backbone("my_backbones:maps")(image)[0], image * 2)
-    network = load_backbone("my_backbones:network")
+    with code_allowed():
+        assert torch.equal(load_backbone("my_backbones:maps")(image)[0], image * 2)
+        network = load_backbone("my_backbones:network")
     assert isinstance(network, nn.Module)
     assert not network.training
     assert not any(weight.requires_grad for weight in network.parameters())
@@ -149,8 +151,26 @@ def test_a_custom_backbone() -> None:
         ("my_backbones:module", "fails on an image"),
         ("my_backbones:vectors", r"gives \[\(2, 3\)\]. Expected a callable"),
         ("my_backbones:tensor", "gives Tensor. Expected a callable"),
+        ("sys:exit", r"cannot be made \(SystemExit"),
     ],
 )
 def test_other_things_than_backbones_are_refused(name: str, message: str) -> None:
-    with pytest.raises(HipaError, match=message):
+    with code_allowed(), pytest.raises(HipaError, match=message):
         load_backbone(name)
+
+
+@pytest.mark.usefixtures("user_module")
+def test_code_that_was_not_allowed_is_not_imported() -> None:
+    with pytest.raises(HipaError, match=r"code of the module my_backbones.*--allow-code"):
+        load_backbone("my_backbones:maps")
+    assert "my_backbones" not in sys.modules
+
+
+@pytest.mark.usefixtures("user_module")
+def test_ctrl_c_in_a_users_code_is_no_mistake_of_his(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("my_backbones.maps", interrupted)
+    with code_allowed(), pytest.raises(KeyboardInterrupt):
+        load_backbone("my_backbones:maps")

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.lora.lora_file import find_lora, read_lora
-from hipa_deploy.export.lora.merge_lora import merge_lora, module_names
+from hipa_deploy.models.lora.lora_file import read_lora
+from hipa_deploy.models.lora.merge_lora import merge_lora, module_names
 from tests.tiny_model import make_model
 
 TARGETS = ["to_q", "to_out.0", "proj_in", "conv1", "ff.net.2"]
@@ -277,21 +277,6 @@ def test_a_scale_that_is_no_number(
     adapted(unet, CONFIGS["lora"]()).save_pretrained(tmp_path)
     with pytest.raises(HipaError, match="is not a number"):
         merged_here(unet, tmp_path, scale)
-
-
-def test_where_the_file_is(tmp_path: Path) -> None:
-    with pytest.raises(HipaError, match="does not exist"):
-        find_lora(tmp_path / "gone")
-    with pytest.raises(HipaError, match=r"no pytorch_lora_weights.*or other LoRA in it"):
-        find_lora(tmp_path)
-    one = write(tmp_path / "one.safetensors", pair())
-    assert find_lora(tmp_path) == find_lora(one) == one
-    write(tmp_path / "two.safetensors", pair())
-    with pytest.raises(HipaError, match=r"found one\.safetensors, two\.safetensors"):
-        find_lora(tmp_path)
-    (tmp_path / "x.pt").write_bytes(b"")
-    with pytest.raises(HipaError, match="a pickled file can run code"):
-        find_lora(tmp_path / "x.pt")
 
 
 def test_a_configuration_that_cannot_be_read(unet: UNet2DConditionModel, tmp_path: Path) -> None:

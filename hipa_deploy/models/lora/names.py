@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from hipa_deploy.models.lora.original_names import original_names
+
 # Ends of keys and the role that they stand for, the longest first where one ends another.
 ROLES = {
     # peft and today's diffusers
@@ -33,6 +35,8 @@ ROLES = {
     ".alpha": "alpha",
     ".diff": "difference",
     ".diff_b": "bias_difference",
+    ".w_norm": "difference",
+    ".b_norm": "bias_difference",
     ".hada_w1_a": "hada_w1_a",
     ".hada_w1_b": "hada_w1_b",
     ".hada_w2_a": "hada_w2_a",
@@ -54,28 +58,35 @@ ROLES = {
     "_lora.down.weight": "down",
     "_lora.up.weight": "up",
 }
-# Which part of the pipeline a key is for, by what it begins with. peft and old diffusers files of a
-# UNet alone name no part.
-PARTS = {
-    "": "unet",
-    "unet.base_model.model.": "unet",
-    "text_encoder.base_model.model.": "text_encoder",
-    "base_model.model.": "unet",
+# Which part of the pipeline a key is for, by what it begins with; None where the file does not say.
+# A second text encoder belongs to SDXL.
+PARTS: dict[str, str | None] = {
+    "": None,
+    "base_model.model.": None,
     "unet.": "unet",
+    "unet.base_model.model.": "unet",
+    "diffusion_model.": "unet",
+    "model.diffusion_model.": "unet",
     "text_encoder.": "text_encoder",
+    "text_encoder.base_model.model.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder_2.base_model.model.": "text_encoder_2",
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
     # LyCORIS' full names
     "lycoris_unet_": "unet",
     "lycoris_te_": "text_encoder",
+    "lycoris_te1_": "text_encoder",
+    "lycoris_te2_": "text_encoder_2",
 }
 # In kohya's layout dots are underscores, so a name is looked up among the model's own.
-_UNDERSCORES = ("lora_unet_", "lora_te_", "lora_te1_", "lycoris_unet_", "lycoris_te_")
+_UNDERSCORES = tuple(prefix for prefix in PARTS if prefix.startswith(("lora_", "lycoris_")))
 
 
 class LayerKey(NamedTuple):
-    """A layer of the pipeline: its part ('unet' or 'text_encoder') and its module's name there."""
+    """A layer of the pipeline: its part ('unet', 'text_encoder') and its module's name there."""
 
     part: str
     module: str
@@ -107,19 +118,23 @@ class ModuleNames:
     """
 
     def __init__(self, modules: dict[str, Iterable[str]]) -> None:
-        self._dotted = {part: set(names) for part, names in modules.items()}
-        self._underscored = {
-            part: {name.replace(".", "_"): name for name in names}
-            for part, names in self._dotted.items()
-        }
+        self._dotted: dict[str, dict[str, str]] = {}
+        self._underscored: dict[str, dict[str, str]] = {}
+        for part, names in modules.items():
+            own = {name: name for name in names}
+            aliases = original_names(own) if part == "unet" else {}
+            self._dotted[part] = {**aliases, **own}
+            self._underscored[part] = {
+                name.replace(".", "_"): module for name, module in self._dotted[part].items()
+            }
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that a LoRA may change."""
         return tuple(self._dotted)
 
-    def part_of(self, name: str) -> str:
-        """The part of the pipeline that a layer's name in a file is for."""
+    def part_of(self, name: str) -> str | None:
+        """The part that a layer's name in a file says it is for; None if it does not say."""
         return PARTS[_prefix_of(name)]
 
     def find(self, name: str) -> LayerKey | None:
@@ -131,10 +146,13 @@ class ModuleNames:
 
         """
         prefix = _prefix_of(name)
-        part = PARTS[prefix]
         rest = name.removeprefix(prefix)
-        module = self._module(part, rest, underscored=prefix in _UNDERSCORES)
-        return None if module is None else LayerKey(part, module)
+        said = PARTS[prefix]
+        for part in self.parts if said is None else (said,):
+            module = self._module(part, rest, underscored=prefix in _UNDERSCORES)
+            if module is not None:
+                return LayerKey(part, module)
+        return None
 
     def _module(self, part: str, name: str, *, underscored: bool) -> str | None:
         if part not in self._dotted:
@@ -144,10 +162,12 @@ class ModuleNames:
         # attn1.processor.to_out_lora is what diffusers called the adapter of attn1.to_out.0.
         name = re.sub(r"\.processor\.(to_[qkv])$", r".\1", name)
         name = re.sub(r"\.processor\.to_out$", ".to_out.0", name)
-        candidates = [name, f"{name}.0", f"text_model.{name}"]
-        return next(
-            (candidate for candidate in candidates if candidate in self._dotted[part]), None
-        )
+        # CLIP's layers are in a module text_model, which some files and releases leave out.
+        candidates = (name, f"{name}.0", f"text_model.{name}", name.removeprefix("text_model."))
+        for candidate in candidates:
+            if candidate in self._dotted[part]:
+                return self._dotted[part][candidate]
+        return None
 
 
 def _prefix_of(name: str) -> str:

@@ -33,9 +33,20 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     ),
     "difference": (("difference",), ()),
+    "bias": (("bias_difference",), ()),
 }
 # What every kind may have beside.
 COMMON = ("alpha", "magnitude", "dora_scale", "bias", "bias_difference")
+# Two ways to say the same thing, of which a layer has one: the other would be left over.
+EITHER = (
+    ("magnitude", "dora_scale"),
+    ("bias", "bias_difference"),
+    ("lokr_w1", "lokr_w1_a"),
+    ("lokr_w1", "lokr_w1_b"),
+    ("lokr_w2", "lokr_w2_a"),
+    ("lokr_w2", "lokr_w2_b"),
+    ("lokr_w2", "lokr_t2"),
+)
 
 
 def kind_of(layer: str, tensors: Mapping[str, Tensor]) -> str:
@@ -43,10 +54,18 @@ def kind_of(layer: str, tensors: Mapping[str, Tensor]) -> str:
 
     Raises:
         HipaError: none, or two at once, or one that is not whole: the message names what is
-        missing.
+            missing.
 
     """
+    for one, other in EITHER:
+        if one in tensors and other in tensors:
+            raise HipaError(
+                f"layer {layer} has both {one} and {other}, which exclude each other. "
+                "Convert the file again."
+            )
     roles = set(tensors) - set(COMMON)
+    if set(tensors) == {"bias_difference"}:
+        return "bias"
     for kind, (needed, optional) in KINDS.items():
         known = {*needed, *optional}
         if not roles or not roles <= known:
@@ -83,8 +102,8 @@ def weight_change(
     Args:
         layer: the layer's name, for messages.
         tensors: the layer's tensors by role, float32.
-        weight: the layer's weight, [O, I] or [O, I, k, k].
-        scaling: alpha / rank.
+        weight: the layer's weight, [O, I] or [O, I, k, k]; of a norm layer [O].
+        scaling: alpha / rank, times how strongly to merge.
 
     Raises:
         HipaError: tensors that do not fit each other or the weight.
@@ -95,7 +114,8 @@ def weight_change(
         change = _CHANGES[kind](tensors)
     except RuntimeError as error:
         raise HipaError(f"layer {layer}: its tensors do not fit each other ({error}).") from None
-    if change.numel() != weight.numel():
+    fits = change.shape[:1] == weight.shape[:1] and change.numel() == weight.numel()
+    if not fits:
         raise HipaError(
             f"layer {layer}: the file changes {list(change.shape)} values, "
             f"the model's weight is {list(weight.shape)}. It is for another model."
@@ -110,6 +130,9 @@ def _lora_change(tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.einsum(
             "n m k l, i n, m j -> i j k l", tensors["mid"], up.flatten(1), down.flatten(1)
         )
+    if down.shape[2:].numel() > 1 and up.shape[2:].numel() == 1:
+        # The operation that peft merges a convolution with, so that both round alike.
+        return torch.nn.functional.conv2d(down.transpose(0, 1), up).transpose(0, 1)
     return up.flatten(1) @ down.flatten(1)
 
 
