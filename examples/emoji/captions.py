@@ -99,6 +99,7 @@ stop question zzz symbols
 """
 COLOURS = ("blue", "green", "yellow", "pink", "purple", "gray")
 STYLES = ("3d", "flat", "noto", "twemoji")
+LEVELS = ("exact", "kind", "style")  # in the order of levels()
 
 
 def _kind_by_subgroup() -> dict[str, str]:

@@ -20,11 +20,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from augment import Pictures
-from captions import COLOURS, STYLES, levels
+from captions import COLOURS, LEVELS, STYLES, levels
 
 from hipa_deploy.train.evaluation.quality import paired_distances
 
-LEVELS = ("exact", "kind", "style")
 # Prompts of a level and seeds -> uint8 images [N, H, W, 3].
 Sampler = Callable[[list[str], list[int]], np.ndarray]
 # uint8 images [N, H, W, 3] -> features [N, D].
