@@ -79,7 +79,9 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     )
     for warning in (text_warning, step_warning(options, settings, model)):
         if warning:
-            (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
+            (console or Console(stderr=True)).print(
+                f"warning: {warning}", highlight=False, soft_wrap=True
+            )
     axes = stage_axes(options.dynamic, step, model.config.size_multiple)
     batch = options.size("batch") or 1
 

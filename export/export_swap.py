@@ -17,10 +17,14 @@ from hipa_deploy import __version__
 from hipa_deploy.bundle.adaptor_swap import (
     MANIFEST,
     REFERENCE,
+    TEXT_STAGE,
+    TEXT_WEIGHTS,
     WEIGHT_MAP,
     WEIGHTS,
     AdaptorSwap,
+    MappedWeight,
     SwapManifest,
+    SwappedText,
     WeightMap,
     adapted_stage,
     check_encoder,
@@ -31,11 +35,17 @@ from hipa_deploy.bundle.manifest import AdaptorInfo, LoraInfo, OneStep, Stage
 from hipa_deploy.bundle.onnx_weights import Initializer, read_initializers, skeleton_sha256
 from hipa_deploy.bundle.reference import Reference
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.builders import unet_source
+from hipa_deploy.export.builders import text_encoder_source, unet_source
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.model_parts import ModelParts
-from hipa_deploy.export.references import INPUTS, References, add_images, add_step
+from hipa_deploy.export.references import (
+    INPUTS,
+    References,
+    add_context,
+    add_images,
+    add_step,
+)
 from hipa_deploy.export.run_apart import run_apart
 from hipa_deploy.export.task import TaskSettings, choose_task, step_warning, text_settings
 from hipa_deploy.export.writer import StageWriter
@@ -58,7 +68,7 @@ class SwapOptions:
         out: the folder to write.
         adaptor_scale: 1.0 merges the adaptor as it was trained.
         decoder: the AutoencoderTiny folder of a fused bundle; None is the model's VAE.
-        style: LoRAs to merge before the adaptor. On the text encoder they must be the bundle's.
+        style: LoRAs to merge before the adaptor, and the bundle's own embeddings.
         one_step: the step of a LoRA that others made, as for ``ExportOptions``.
 
     """
@@ -81,7 +91,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         console: where progress is shown; None is the standard error.
 
     Raises:
-        HipaError: base model, one-step constants, decoder or text encoder are not the bundle's, the
+        HipaError: base model, one-step constants, decoder or embeddings are not the bundle's, the
             adaptor or a LoRA does not fit the model or needs other FP32 islands, the graph comes
             out different, or no weight differs at all.
 
@@ -107,15 +117,17 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         _, text_warning = text_settings(like_bundle, model.config, chunk_tokens, remedy)
         for warning in (text_warning, step_warning(like_bundle, settings, model)):
             if warning:
-                (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
+                (console or Console(stderr=True)).print(
+                    f"warning: {warning}", highlight=False, soft_wrap=True
+                )
         parts = ChosenParts.choose(model, like_bundle, settings.task)
-        check_text_encoder(bundle, parts.style.info)
+        changes_text = has_other_text(bundle, parts.style.info)
         if like_bundle.fuse:
             check_decoder(bundle, parts)
 
         # The UNet's stage once more, fed with what the bundle's own stages before it give.
         with (console or Console(stderr=True)).status("export: UNet"):
-            references = _references(bundle, parts, settings)
+            references = _references(bundle, parts, settings, changes_text=changes_text)
             source = unet_source(like_bundle, parts, settings, bundle.manifest.one_step)
             writer = StageWriter(
                 root=scratch,
@@ -125,16 +137,26 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
                 strengths=len(settings.strengths),
                 islands={name: stage.fp32_islands for name, stage in bundle.stages.items()},
             )
-            stage = writer.write(source, _stage_inputs(bundle, references)).stage
+            inputs = _stage_inputs(bundle, references)
+            text = None
+            if changes_text:
+                encoder = writer.write(text_encoder_source(like_bundle, parts), inputs)
+                inputs["context"] = encoder.output
+                text = _swapped_text(bundle, encoder.stage, scratch, root)
+            stage = writer.write(source, inputs).stage
 
         # Only what differs is kept.
         onnx = scratch / stage.path
         weights = _differing(bundle.stage_path(stage.spec.name), onnx)
-        values = {name: weight.read() for name, weight in weights.items()}
-        np.savez(root / WEIGHTS, **values)  # type: ignore[arg-type]  # numpy's stub
+        if not weights and text is None:
+            raise HipaError(
+                f"{bundle.stage_path(stage.spec.name)}: this adaptor changes no weight of it: the "
+                "bundle has it already."
+            )
+        _write_weights(root / WEIGHTS, weights)
         np.save(root / REFERENCE, references.tensors[source.output])
         made_from = (references.adaptor, parts.style.info.loras)
-        manifest = _manifest(bundle, stage, onnx, weights, made_from, root)
+        manifest = _manifest(bundle, stage, onnx, weights, made_from, text, root)
         (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return AdaptorSwap.open(bundle, options.out)
 
@@ -206,31 +228,37 @@ def _numbers(step: OneStep) -> tuple[object, ...]:
     return step.prediction_type, step.timestep, factors
 
 
-def check_text_encoder(bundle: Bundle, style: StyleInfo) -> None:
-    """Check that the text encoder stays the bundle's: a swap changes the UNet alone.
+def has_other_text(bundle: Bundle, style: StyleInfo) -> bool:
+    """Whether the text encoder is another than the bundle's with the LoRAs of ``style``.
 
     Raises:
-        HipaError: LoRAs on the text encoder, or embeddings, that are not the bundle's.
+        HipaError: it is, and the bundle has contexts in its place; or the embeddings are not the
+            bundle's, whose words a swap cannot change.
 
     """
     manifest = bundle.manifest
-    expected = _on_text(manifest.loras)
-    given = _on_text(style.loras)
-    if given != expected:
-        before = " ".join(f"--lora {name}:{scale:g}" for name, _, scale in expected)
-        remedy = " Export a bundle of its own."
-        if before:
-            remedy = f" Give the bundle's own, {before}, or export a bundle of its own."
-        names = ", ".join(f"{name}:{scale:g}" for name, _, scale in given) or "none"
-        raise HipaError(
-            f"{bundle.root} has another text encoder than these LoRAs make ({names}), and a swap "
-            f"changes the UNet alone.{remedy}"
-        )
     if style.embeddings and style.embeddings != manifest.embeddings:
         raise HipaError(
             f"{bundle.root} does not have these embeddings, and a swap adds no words. "
             "Leave --embedding out, or export a bundle of its own."
         )
+    expected = _on_text(manifest.loras)
+    given = _on_text(style.loras)
+    if [lora[1:] for lora in given] == [lora[1:] for lora in expected]:
+        return False
+    if TEXT_STAGE not in bundle.stages:
+        names = ", ".join(name for name, _, _ in (given or expected))
+        raise HipaError(
+            f"{bundle.root} has the contexts of its prompts in place of a text encoder, which "
+            f"{names} would change. Export a bundle of its own."
+        )
+    if style.embeddings != manifest.embeddings:
+        words = " ".join(f"--embedding {word.name}:{word.token}" for word in manifest.embeddings)
+        raise HipaError(
+            f"{bundle.root} has embeddings in the text encoder, which this swap writes anew. "
+            f"Give them too: {words}."
+        )
+    return True
 
 
 def _on_text(loras: Sequence[LoraInfo]) -> list[tuple[str, str, float]]:
@@ -250,7 +278,9 @@ def check_decoder(bundle: Bundle, parts: ChosenParts) -> None:
         raise HipaError(f"{bundle.root} has another decoder than this. Give --decoder, {name}.")
 
 
-def _references(bundle: Bundle, parts: ChosenParts, settings: TaskSettings) -> References:
+def _references(
+    bundle: Bundle, parts: ChosenParts, settings: TaskSettings, *, changes_text: bool
+) -> References:
     """The bundle's reference inputs, and what PyTorch gives for them with the other adaptor.
 
     Prompt and seeds are not needed, as nothing of them is written.
@@ -260,6 +290,8 @@ def _references(bundle: Bundle, parts: ChosenParts, settings: TaskSettings) -> R
     taken = {*INPUTS, *settings.inputs}
     tensors = {name: value for name, value in stored.items() if name in taken}
     references = References(prompt="", seeds=(), tensors=tensors)
+    if changes_text:
+        references = add_context(references, parts, watch=False)
     layout = bundle.manifest.layout
     references = add_step(references, parts, settings, step, layout, watch=False)
     if "generator" in bundle.stages:
@@ -293,7 +325,7 @@ def _differing(base: Path, other: Path) -> dict[str, Initializer]:
     """The weights of the graph ``other`` whose values are not those of the graph ``base``.
 
     Raises:
-        HipaError: the graphs differ in more than that, or not at all.
+        HipaError: the graphs differ in more than that.
 
     """
     base_weights = read_initializers(base)
@@ -314,9 +346,42 @@ def _differing(base: Path, other: Path) -> dict[str, Initializer]:
     for name, weight in other_weights.items():
         if weight.read().tobytes() != base_weights[name].read().tobytes():
             differing[name] = weight
-    if not differing:
-        raise HipaError(f"{base}: this adaptor changes no weight of it: the bundle has it already.")
     return differing
+
+
+def _write_weights(path: Path, weights: Mapping[str, Initializer]) -> None:
+    values = {name: weight.read() for name, weight in weights.items()}
+    np.savez(path, **values)  # type: ignore[arg-type]  # numpy's stub
+
+
+def _swapped_text(bundle: Bundle, stage: Stage, scratch: Path, root: Path) -> SwappedText:
+    """Write the text encoder's weights that differ into ``root``; what the manifest says of them.
+
+    Raises:
+        HipaError: the graph comes out different, or a weight differs that is no parameter.
+
+    """
+    onnx = scratch / stage.path
+    weights = _differing(bundle.stage_path(TEXT_STAGE), onnx)
+    _write_weights(root / TEXT_WEIGHTS, weights)
+    mapped = _weight_map(onnx)
+    unexpected = [name for name in weights if name not in mapped]
+    if unexpected:
+        raise HipaError(
+            f"{onnx}: {', '.join(unexpected)} changed, which no LoRA can change. "
+            "Please report this."
+        )
+    return SwappedText(
+        base_files=stage_files(bundle, TEXT_STAGE),
+        onnx_sha256=file_sha256(onnx),
+        parity=stage.parity,
+        weights={name: mapped[name] for name in weights},
+    )
+
+
+def _weight_map(onnx: Path) -> dict[str, MappedWeight]:
+    text = (onnx.parent / WEIGHT_MAP).read_text(encoding="utf-8")
+    return WeightMap.model_validate_json(text).weights
 
 
 def _layout(weight: Initializer) -> tuple[object, ...]:
@@ -329,6 +394,7 @@ def _manifest(
     onnx: Path,
     weights: Mapping[str, Initializer],
     made_from: tuple[AdaptorInfo | None, tuple[LoraInfo, ...]],
+    text: SwappedText | None,
     root: Path,
 ) -> SwapManifest:
     """The manifest of the swap in ``root``, whose ``weights`` are from the graph ``onnx``.
@@ -338,8 +404,7 @@ def _manifest(
 
     """
     adaptor, loras = made_from
-    text = (onnx.parent / WEIGHT_MAP).read_text(encoding="utf-8")
-    mapped = WeightMap.model_validate_json(text).weights
+    mapped = _weight_map(onnx)
 
     # LoRAs may change biases and norm layers, which no refittable engine keeps open. Without one, a
     # weight that no adaptor reaches and that differs all the same is a bug of the exporter.
@@ -366,5 +431,6 @@ def _manifest(
         loras=loras,
         parity=stage.parity,
         weights={name: mapped[name] for name in weights},
-        files={name: file_sha256(root / name) for name in (WEIGHTS, REFERENCE)},
+        text=text,
+        files={path.name: file_sha256(path) for path in sorted(root.iterdir())},
     )

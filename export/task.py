@@ -25,7 +25,7 @@ from hipa_deploy.models.one_step.one_step_method import (
     OneStepMethod,
     check_fits,
     load_method,
-    preset_names,
+    names_for,
 )
 from hipa_deploy.tasks import Task, strength_timestep, unet_inputs
 
@@ -201,7 +201,7 @@ def step_warning(options: ExportOptions, settings: TaskSettings, model: ModelPar
         return None
     if options.one_step is not None or settings.task != "generate":
         return None
-    names = ", ".join(preset_names())
+    names = ", ".join(names_for(config.text_width))
     if options.adaptor is not None and not (options.adaptor / METADATA).exists():
         return (
             f"{options.adaptor} does not say what its one step is: x0 at timestep "

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, adapted_stage
+from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, AdaptorSwap, adapted_stage
 from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.bundle.manifest import Axis
 from hipa_deploy.embedded import resolve_bundle
@@ -541,16 +541,20 @@ class OneStepPipeline(ClosesAtExit):
                 ``hipa-export --swap-for`` wrote. None is the bundle's own again, exactly.
 
         Raises:
-            HipaError: no such adaptor, one for another bundle, or an engine that cannot take it.
-                The pipeline is as before; if an engine failed half way, it is closed.
+            HipaError: no such adaptor, one for another bundle, or an engine that cannot take it, as
+                none takes another text encoder. The pipeline is as before; if an engine failed half
+                way, it is closed.
 
         """
-        from hipa_deploy.generate.swap_stage import swap_stage  # imports the engines
+        from hipa_deploy.generate.swap_stage import swap_stage, swap_text_encoder  # the engines
 
         swap = None if adaptor is None else AdaptorSwap.open(self.bundle, adaptor)
         stage = adapted_stage(self.bundle)
         with self._one_swap:
             runner = self.runners[stage]
+            changed: dict[str, Runner] = {}
+            if _changes_text(swap) or _changes_text(self.swapped):
+                changed[TEXT_STAGE] = swap_text_encoder(self.bundle, self.backend, swap)
             if self.backend in ENGINE_BACKENDS:
                 # An engine changes in place, so no call may be under way meanwhile.
                 with self._use.alone():
@@ -558,11 +562,16 @@ class OneStepPipeline(ClosesAtExit):
                     self._loaded = _Loaded(self.stages, swap)
                 return
 
-            # ONNX Runtime gets a new session. Calls go on with the old one while it loads.
-            runners = {**self.runners, stage: swap_stage(self.bundle, runner, self.backend, swap)}
+            # ONNX Runtime gets new sessions. Calls go on with the old ones while they load.
+            changed[stage] = swap_stage(self.bundle, runner, self.backend, swap)
+            before = [self.runners[name] for name in changed]
+            runners = {**self.runners, **changed}
             with self._use.alone():
                 self._loaded = _Loaded(host_stages(self.bundle, self.backend, runners), swap)
-                runner.close()
+                if TEXT_STAGE in changed:
+                    self._prompts.forget()
+                for old in before:
+                    old.close()
 
     def _latent_shape(
         self, source: Source | None, height: int | None, width: int | None
@@ -607,6 +616,10 @@ class OneStepPipeline(ClosesAtExit):
         """
         with self._use.alone():
             self.stages.close()
+
+
+def _changes_text(swap: AdaptorSwap | None) -> bool:
+    return swap is not None and swap.manifest.text is not None
 
 
 def check_count(prompts: int, count: int) -> None:

@@ -72,6 +72,9 @@ class PromptSource(Protocol):
     def keep(self, prompts: list[Prepared], context_BLD: np.ndarray) -> None:
         """Remember the context of a batch."""
 
+    def forget(self) -> None:
+        """Forget all contexts that were kept: the text encoder is another now."""
+
 
 def open_prompts(bundle: Bundle) -> PromptSource:
     """The bundle's prompt source: its tokenizer, or the contexts that its export baked."""
@@ -171,6 +174,11 @@ class EncodedPrompts:
                 oldest = next(iter(self._cache))
                 del self._cache[oldest]
 
+    def forget(self) -> None:
+        """Forget all batches."""
+        with self._changes_cache:
+            self._cache.clear()
+
 
 def _tokens(prompts: Sequence[EncodedPrompt]) -> np.ndarray:
     """Token ids int64 [B, L] of a batch."""
@@ -241,6 +249,9 @@ class BakedPrompts:
 
     def keep(self, prompts: list[int], context_BLD: np.ndarray) -> None:
         """Nothing to remember: all contexts are known."""
+
+    def forget(self) -> None:
+        """Nothing to forget: these contexts are the bundle's own."""
 
 
 def read_baked_prompts(path: Path) -> list[str]:

@@ -15,10 +15,11 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.export_swap import SwapOptions, check_text_encoder, export_swap
+from hipa_deploy.export.export_swap import SwapOptions, export_swap, has_other_text
 from hipa_deploy.export.model_parts import ModelParts
+from hipa_deploy.generate.swap_stage import swap_text_encoder
 from hipa_deploy.models.lora.open_style import OpenStyle
-from hipa_deploy.models.style import EmbeddingChoice, LoraChoice, Style
+from hipa_deploy.models.style import EmbeddingChoice, LoraChoice, Style, StyleInfo
 from hipa_deploy.train.evaluation.quality import one_step_images
 from tests.export.conftest import make_adaptor
 from tests.style_samples import write_embedding, write_lora
@@ -94,33 +95,29 @@ def test_words_are_not_for_optimum(model_dir: Path, style: Style, tmp_path: Path
         export_bundle(options)
 
 
-def test_a_swap_leaves_the_text_encoder(
+def test_a_swap_keeps_the_bundles_words(
     model_dir: Path, adaptor_dir: Path, style: Style, bundle: Bundle, tmp_path: Path
 ) -> None:
     options = SwapOptions(
         model=str(model_dir), adaptor=adaptor_dir, bundle=bundle.root, out=tmp_path / "x"
     )
-    with pytest.raises(
-        HipaError, match=r"\(none\), .* Give the bundle's own, --lora style\.safetensors:0\.5, or"
-    ):
+    with pytest.raises(HipaError, match=r"Give them too: --embedding cat\.safetensors:<cat>\."):
         export_swap(options)
     other = EmbeddingChoice(write_embedding(tmp_path / "o.safetensors", "<o>", count=1))
-    info = OpenStyle.read(
-        replace(style, embeddings=(other,)), ModelParts.open(str(model_dir)).config
-    ).info
     with pytest.raises(HipaError, match="does not have these embeddings"):
-        check_text_encoder(bundle, info)
+        export_swap(replace(options, style=replace(style, embeddings=(other,))))
     assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_a_lora_is_swapped_in_as_its_own_export_has_it(
-    model_dir: Path, adaptor_dir: Path, style: Style, bundle: Bundle, tmp_path: Path
+    model_dir: Path, adaptor_dir: Path, style: Style, bundle: Bundle, tmp_path: Path, part: str
 ) -> None:
-    """One more LoRA, on the UNet alone."""
-    more = write_lora(model_dir, tmp_path / "more.safetensors", seed=2, parts=("unet",))
+    """One more LoRA, on one part alone; and the bundle's own again after it."""
+    more = write_lora(model_dir, tmp_path / "more.safetensors", seed=2, parts=(part,))
     both = replace(style, loras=(*style.loras, LoraChoice(more, 0.6)))
-    export_swap(
+    swap = export_swap(
         SwapOptions(
             model=str(model_dir),
             adaptor=adaptor_dir,
@@ -129,19 +126,39 @@ def test_a_lora_is_swapped_in_as_its_own_export_has_it(
             style=both,
         )
     )
+    assert (swap.manifest.text is not None) == (part == "text_encoder")
     own = export_bundle(
         ExportOptions(
             model=str(model_dir), adaptor=adaptor_dir, out=tmp_path / "b", dtype="fp32", style=both
         )
     )
     with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
+        before = pipe(PROMPT, seed=1)
         pipe.swap_adaptor(tmp_path / "swap")
         swapped = pipe(PROMPT, seed=1)
+        pipe.swap_adaptor(None)
+        again = pipe(PROMPT, seed=1)
     with OneStepPipeline.load(own.root, "onnxruntime") as pipe:
         direct = pipe(PROMPT, seed=1)
     np.testing.assert_array_equal(swapped.images_BHWC, direct.images_BHWC)
     assert swapped.parameters == direct.parameters
-    assert [lora["name"] for lora in swapped.parameters[0]["loras"]] == [
-        "style.safetensors",
-        "more.safetensors",
-    ]
+    assert (swapped.images_BHWC != before.images_BHWC).any()
+    np.testing.assert_array_equal(again.images_BHWC, before.images_BHWC)
+    assert again.parameters == before.parameters
+    names = [lora["name"] for lora in swapped.parameters[0]["loras"]]
+    assert names == ["style.safetensors", "more.safetensors"]
+    assert swap.manifest.parity == own.stages["unet"].parity
+
+
+def test_a_text_encoder_on_an_engine(bundle: Bundle) -> None:
+    with pytest.raises(HipaError, match=r"which backend rtx cannot take\. Use --backend onnx"):
+        swap_text_encoder(bundle, "rtx", None)
+
+
+def test_a_closed_set_keeps_its_contexts(bundle: Bundle) -> None:
+    """Without a text encoder, a LoRA on the UNet alone is all that a swap may change."""
+    manifest = bundle.manifest
+    closed = replace(bundle, manifest=manifest.model_copy(update={"stages": manifest.stages[1:]}))
+    assert not has_other_text(closed, StyleInfo(loras=manifest.loras))
+    with pytest.raises(HipaError, match=r"which style\.safetensors would change\. Export a bundle"):
+        has_other_text(closed, StyleInfo())

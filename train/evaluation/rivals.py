@@ -80,14 +80,20 @@ def make_rival(name: str, lora: Path | None, option: str) -> Rival:
         raise HipaError(f"{option}: hipa is the step of --adaptor. Leave it out.")
     if lora is None:
         if method.needs_adaptor:
-            raise HipaError(f"{option}: {name} is a LoRA. Give its file: FILE={name}.")
+            raise HipaError(
+                f"{option}: {name} is a LoRA. Name its file too: --rival FILE={name}, or --adaptor "
+                f"FILE --one-step {name}."
+            )
         return Rival(method)
     if not lora.exists():
         raise HipaError(
             f"{option}: {lora} does not exist. Expected a one-step LoRA's file or folder."
         )
     if (lora / METADATA).exists():
-        raise HipaError(f"{option}: {lora} is an adaptor of HiPA. Give it as --adaptor alone.")
+        raise HipaError(
+            f"{option}: {lora} is an adaptor of HiPA, which says its own step. Give it as "
+            "--adaptor alone; for a model that is one-step itself give --adaptor none."
+        )
     return Rival(method, lora)
 
 

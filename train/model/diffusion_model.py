@@ -89,7 +89,7 @@ class DiffusionModel:
         added = OpenStyle.read(style or Style(), config)
         check_weights(folder)
         diffusers_logging.disable_progress_bar()
-        pipe = StableDiffusionPipeline(
+        pipe: Any = StableDiffusionPipeline(
             vae=load_part(AutoencoderKL, folder / "vae"),
             text_encoder=load_part(CLIPTextModel, folder / "text_encoder"),
             # The bundle's, so that both see the same ids.

@@ -76,8 +76,11 @@ class SourceSettings(_Settings):
     """The images that editing, inpainting and super-resolution start from."""
 
     images: str | None = None
-    """Folder of images, relative to the recipe, with captions in metadata.csv (columns file_name,
-    text). The default is the teacher's own images of the prompts."""
+    """Folder of images, relative to the recipe, with captions in metadata.jsonl or metadata.csv
+    (file_name, text), or in a text beside each image. The default is the teacher's own images of
+    the prompts."""
+    captions: bool = True
+    """Whether the images of the folder have captions. false: all train with the empty prompt."""
     prompts: str | None = None
     """Of editing: file of the prompts of the teacher's source images. The default is the prompts
     that the edits follow."""

@@ -89,7 +89,7 @@ def make_scheduler(method: OneStepMethod, config: ModelConfig) -> Any:
     """
     from diffusers import schedulers
 
-    kind = getattr(schedulers, method.scheduler or "", None)
+    kind: Any = getattr(schedulers, method.scheduler or "", None)
     known = inspect.signature(kind.__init__).parameters if inspect.isclass(kind) else {}
     if not {"beta_start", "beta_schedule", "prediction_type"} <= set(known):
         raise HipaError(
