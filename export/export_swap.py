@@ -37,7 +37,7 @@ from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import INPUTS, References, add_images, add_step
 from hipa_deploy.export.run_apart import run_apart
-from hipa_deploy.export.task import TaskSettings, choose_task, step_warning
+from hipa_deploy.export.task import TaskSettings, choose_task, print_warning, step_warning
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder, temporary_folder
 from hipa_deploy.hashing import file_sha256
@@ -101,7 +101,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         _check_step(options, bundle, model, settings)
         warning = step_warning(like_bundle, settings, model)
         if warning:
-            (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
+            print_warning(console, warning)
         parts = ChosenParts.choose(model, like_bundle, settings.task)
         if like_bundle.fuse:
             check_decoder(bundle, parts)
@@ -109,6 +109,8 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         # The UNet's stage once more, fed with what the bundle's own stages before it give.
         with (console or Console(stderr=True)).status("export: UNet"):
             references = _references(bundle, parts, settings)
+            for doubt in references.doubts:
+                print_warning(console, doubt)
             source = unet_source(like_bundle, parts, settings, bundle.manifest.one_step)
             writer = StageWriter(
                 root=scratch,
