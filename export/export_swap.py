@@ -47,7 +47,13 @@ from hipa_deploy.export.references import (
     add_step,
 )
 from hipa_deploy.export.run_apart import run_apart
-from hipa_deploy.export.task import TaskSettings, choose_task, step_warning, text_settings
+from hipa_deploy.export.task import (
+    TaskSettings,
+    choose_task,
+    print_warning,
+    step_warning,
+    text_settings,
+)
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder, temporary_folder
 from hipa_deploy.hashing import file_sha256
@@ -117,9 +123,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         _, text_warning = text_settings(like_bundle, model.config, chunk_tokens, remedy)
         for warning in (text_warning, step_warning(like_bundle, settings, model)):
             if warning:
-                (console or Console(stderr=True)).print(
-                    f"warning: {warning}", highlight=False, soft_wrap=True
-                )
+                print_warning(console, warning)
         parts = ChosenParts.choose(model, like_bundle, settings.task)
         changes_text = has_other_text(bundle, parts.style.info)
         if like_bundle.fuse:
@@ -128,6 +132,8 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         # The UNet's stage once more, fed with what the bundle's own stages before it give.
         with (console or Console(stderr=True)).status("export: UNet"):
             references = _references(bundle, parts, settings, changes_text=changes_text)
+            for doubt in references.doubts:
+                print_warning(console, doubt)
             source = unet_source(like_bundle, parts, settings, bundle.manifest.one_step)
             writer = StageWriter(
                 root=scratch,
