@@ -94,7 +94,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     axes = stage_axes(options.dynamic, step, model.config.size_multiple)
     batch = options.size("batch") or 1
 
-    with new_folder(options.out) as root, _progress(console) as show:
+    with new_folder(options.out, alone=True) as root, _progress(console) as show:
         # The tokenizer comes first: the length of its tokens is a size of the stages.
         show("text")
         prompts = list(places) or [example_prompt(model)]

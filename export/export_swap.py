@@ -112,7 +112,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
     bundle = Bundle.open(options.bundle)
     model = ModelParts.open(options.model)
     bundle.verify()
-    with new_folder(options.out) as root, temporary_folder("hipa-export") as scratch:
+    with new_folder(options.out, alone=True) as root, temporary_folder("hipa-export") as scratch:
         # The request that the bundle came from, with the other adaptor.
         _check_same_base(options, bundle, model)
         like_bundle = _bundle_options(options, bundle)
