@@ -34,6 +34,9 @@ class PromptTooLongError(HipaError):
         self.problem = problem
 
 
+_FEWEST_TOKENS = 3  # the start, the end and one of the prompt
+
+
 class PromptTokenizer:
     """CLIP's tokenizer, from a bundle's ``tokenizer.json``.
 
@@ -79,6 +82,12 @@ class PromptTokenizer:
         if not self._tokenizer.padding or not truncation:
             raise HipaError(f"{path} says nothing of length and padding. Export the bundle again.")
         self.length: int = truncation["max_length"]
+        padded = self._tokenizer.padding["length"]
+        if self.length < _FEWEST_TOKENS or padded != self.length:
+            raise HipaError(
+                f"{path} reads {self.length} tokens and pads to {padded}. "
+                "Expected one length. Export the bundle again."
+            )
         # The library would cut in silence. Here a prompt that is too long is an error by default.
         self._tokenizer.no_truncation()
 
