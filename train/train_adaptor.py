@@ -93,7 +93,7 @@ def train_adaptor(
     # The frozen base model. Only the networks run in the recipe's precision; x0 and the losses stay
     # in float32, because x0 enlarges an error of the UNet's output
     # (train/model/mixed_precision.py).
-    model = DiffusionModel.load(model_dir, processes.device, recipe.task, style)
+    model = DiffusionModel.load(model_dir, processes.device, recipe.task, style, recipe.text)
     unet = in_precision(model.unet, recipe.mixed_precision, model.device)
     decode = in_precision(model.decode, recipe.mixed_precision, model.device)
     prompts = read_prompts(recipe, model_dir)
@@ -224,6 +224,7 @@ def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> Adap
         resolution=model.resolution,
         steps_trained=recipe.steps,
         recipe=_without_folders(recipe),
+        text=recipe.text,
     )
 
 

@@ -6,6 +6,7 @@ Such an adaptor is a folder, ``adaptors/NAME/`` of a bundle or anywhere else, wi
 - ``weights.npz``: the weights of one stage that differ, under their ONNX names, in the graph's own
   dtype and shape.
 - ``reference.npy``: what that stage gives in PyTorch FP32 for the bundle's reference inputs.
+- ``text_encoder.npz``: the text encoder's weights that differ, where LoRAs change it too.
 
 The weight map, ``weights.json`` beside a stage's graph, says which parameter of the model each ONNX
 weight is. The formats are described in docs/reference/bundle.md.
@@ -14,15 +15,23 @@ weight is. The formats are described in docs/reference/bundle.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import AdaptorInfo, FileName, Parity, StageName, Text
+from hipa_deploy.bundle.manifest import (
+    AdaptorInfo,
+    FileName,
+    LoraInfo,
+    Parity,
+    StageName,
+    Text,
+)
 from hipa_deploy.bundle.onnx_weights import check_values, no_weight, read_initializers
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
@@ -34,6 +43,8 @@ FOLDER = "adaptors"
 MANIFEST = "swap.json"
 WEIGHTS = "weights.npz"
 REFERENCE = "reference.npy"
+TEXT_STAGE = "text_encoder"
+TEXT_WEIGHTS = "text_encoder.npz"
 WEIGHT_MAP = "weights.json"
 # Numbers so few (the scales of a Resize, the limits of a Clip) are settings of a layer to TensorRT,
 # and no weights.
@@ -120,6 +131,23 @@ def refittable_weights(bundle: Bundle, stage: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+class SwappedText(Record):
+    """What a swap changes in the text encoder.
+
+    Attributes:
+        base_files: SHA-256 of the files of the graph that it fits, by name.
+        onnx_sha256: of the graph that an export with the same LoRAs has.
+        parity: of that stage, against PyTorch FP32.
+        weights: where each weight that differs comes from, by ONNX name.
+
+    """
+
+    base_files: dict[FileName, str]
+    onnx_sha256: str
+    parity: Parity
+    weights: dict[str, MappedWeight]
+
+
 class SwapManifest(Record):
     """``swap.json``.
 
@@ -127,9 +155,11 @@ class SwapManifest(Record):
         stage: the stage whose weights it changes.
         base_files: SHA-256 of the files of the graph that it fits, by name.
         onnx_sha256: of the graph that an export of the same adaptor has.
-        adaptor: the adaptor that was merged.
+        adaptor: the adaptor that was merged; None where LoRAs alone were.
+        loras: merged before the adaptor, in this order.
         parity: of that stage, against PyTorch FP32.
         weights: where each weight that differs comes from, by ONNX name.
+        text: what it changes in the text encoder; None where that stays the bundle's.
         files: SHA-256 of this folder's files, by name.
 
     """
@@ -139,9 +169,11 @@ class SwapManifest(Record):
     stage: StageName
     base_files: dict[FileName, str]
     onnx_sha256: str
-    adaptor: AdaptorInfo
+    adaptor: AdaptorInfo | None
+    loras: tuple[LoraInfo, ...] = ()
     parity: Parity
     weights: dict[str, MappedWeight]
+    text: SwappedText | None = None
     files: dict[FileName, str]
 
     @field_validator("files")
@@ -152,6 +184,12 @@ class SwapManifest(Record):
         if missing:
             raise ValueError(f"{', '.join(sorted(missing))} has no hash")
         return files
+
+    @model_validator(mode="after")
+    def _text_is_complete(self) -> SwapManifest:
+        if self.text is not None and TEXT_WEIGHTS not in self.files:
+            raise ValueError(f"{TEXT_WEIGHTS} has no hash")
+        return self
 
 
 def check_encoder(bundle: Bundle) -> None:
@@ -206,8 +244,12 @@ class AdaptorSwap:
             ) from None
 
         # The weights fit one graph alone: another has other names, shapes or layouts.
-        adapted = manifest.stage == adapted_stage(bundle)
-        if not adapted or manifest.base_files != stage_files(bundle, manifest.stage):
+        fits = manifest.stage == adapted_stage(bundle)
+        fits = fits and manifest.base_files == stage_files(bundle, manifest.stage)
+        if manifest.text is not None:
+            fits = fits and TEXT_STAGE in bundle.stages
+            fits = fits and manifest.text.base_files == stage_files(bundle, TEXT_STAGE)
+        if not fits:
             raise HipaError(
                 f"adaptor {root} was exported for another bundle. Run: {export_command(bundle)}"
             )
@@ -227,20 +269,38 @@ class AdaptorSwap:
 
         """
         path = bundle.stage_path(self.manifest.stage)
+        return self._read_weights(WEIGHTS, path, self.manifest.weights)
+
+    def text_weights(self, bundle: Bundle) -> dict[str, np.ndarray]:
+        """The text encoder's weights that differ from the bundle's, by ONNX name; often none.
+
+        Raises:
+            HipaError: as for ``weights``.
+
+        """
+        if self.manifest.text is None:
+            return {}
+        path = bundle.stage_path(TEXT_STAGE)
+        return self._read_weights(TEXT_WEIGHTS, path, self.manifest.text.weights)
+
+    def _read_weights(
+        self, file: str, path: Path, mapped: Mapping[str, MappedWeight]
+    ) -> dict[str, np.ndarray]:
+        """The weights in ``file``: those of the graph ``path`` that are ``mapped``."""
         initializers = read_initializers(path)
         expected = {}
-        for name in self.manifest.weights:
+        for name in mapped:
             if name not in initializers:
                 raise no_weight(path, name)
             expected[name] = initializers[name].header
         size = sum(initializers[name].nbytes for name in expected)
         # Each array has a header beside its values.
         limit = size + MIB * (len(expected) + 1)
-        values = read_npz(inside(self.root, WEIGHTS), expect(expected), max_bytes=limit)
+        values = read_npz(inside(self.root, file), expect(expected), max_bytes=limit)
         check_values(path, initializers, values)
         if values.keys() != expected.keys():
             raise HipaError(
-                f"{self.root / WEIGHTS} has {len(values)} weights, {MANIFEST} says "
+                f"{self.root / file} has {len(values)} weights, {MANIFEST} says "
                 f"{len(expected)}. Export the adaptor again."
             )
         return values

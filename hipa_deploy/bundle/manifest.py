@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.paths import name_problem, shown
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
@@ -429,6 +430,7 @@ class Manifest(Record):
         strengths: an edit's, largest first, the first with the constants of ``one_step``.
         upscale: how many times larger super-resolution makes an image; None for other tasks.
         one_step: the constants of the step.
+        text: how prompts become contexts; in older bundles one chunk of 77 tokens.
         stages: in the order in which they run.
         end_to_end: from the reference prompt to images.
         files: SHA-256 of every file, by its path in the bundle.
@@ -450,6 +452,7 @@ class Manifest(Record):
     strengths: tuple[Strength, ...] = Field(default=(), max_length=1000)
     upscale: int | None = Field(default=None, ge=1, le=64)
     one_step: OneStep
+    text: TextSettings = TextSettings()
     stages: tuple[Stage, ...] = Field(min_length=1, max_length=len(STAGE_NAMES))
     end_to_end: Parity
     files: dict[FileName, Text] = Field(max_length=MAX_FILES)
