@@ -75,7 +75,6 @@ EXPORT = House(
     (
         ("(top)", "merge, stages, gate, swap"),
         ("graph", "fold, FP16, weight map"),
-        ("lora", "LoRAs of other tools"),
     ),
 )
 ENGINES = House(
@@ -100,7 +99,10 @@ CORE = House(
     "#8a5aa8",
     (
         ("hipa_deploy.generate", "prompt to image: tokenizer, noise, stages, pipeline"),
+        ("hipa_deploy.models.lora", "LoRA files and their arithmetic: needs torch"),
+        ("hipa_deploy.models.one_step", "one-step methods of others"),
         ("hipa_deploy.models", "where a model is, and of which kind"),
+        ("hipa_deploy.models.weights", "which weights are loaded, and their identity"),
         ("hipa_deploy.images", "images in and out, masks, tiles, PNG parameters"),
         ("hipa_deploy.bundle", "manifest, files, adaptors to swap, parity gate"),
         ("hipa_deploy.embedded", "the small model, its adaptors and its bundle"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from transformers import CLIPTokenizerFast
 
 from hipa_deploy.bundle.manifest import Precision
 from hipa_deploy.bundle.reference import REFERENCE_PROMPTS, REFERENCE_TENSORS
@@ -17,43 +18,94 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import References
 from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS
-from hipa_deploy.generate.tokenizer import PromptTokenizer
+from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
 from hipa_deploy.hashing import file_sha256
+from hipa_deploy.models.clip_tokenizer import rust_tokenizer
+from hipa_deploy.models.one_step.one_step_method import OneStepMethod
+from hipa_deploy.models.one_step.step_constants import make_scheduler
 
 TOKENIZER = "tokenizer/tokenizer.json"
+# Texts that tokenizers have read differently: Japanese, a joined emoji, and U+200B.
+HARD_TEXTS = ("東京の夜景", "a 👩\u200d👧 family", "\u200ba cat")
 
 
-def write_tokenizer(root: Path, model: ModelParts, prompt: str) -> PromptTokenizer:
+def write_tokenizer(
+    root: Path, fast: CLIPTokenizerFast, prompt: str, context_tokens: int | None = None
+) -> PromptTokenizer:
     """Write ``tokenizer.json``, padding and length inside, and open it as the runtime will.
 
     Args:
         root: the bundle's folder.
-        model: the base model.
-        prompt: the tokens of this one are compared with transformers'.
+        fast: the model's tokenizer.
+        prompt: its tokens are compared with transformers', and those of ``HARD_TEXTS``.
+        context_tokens: tokens of a context; None is one chunk.
 
     Raises:
         HipaError: the two tokenizers do not agree.
 
     """
     # Padding and length go into the file: the runtime has no other configuration of the tokenizer.
-    fast = model.tokenizer()
     length = fast.model_max_length
-    rust = fast.backend_tokenizer
-    rust.enable_truncation(length)
-    rust.enable_padding(length=length, pad_id=fast.pad_token_id, pad_token=fast.pad_token)
     path = root / TOKENIZER
     path.parent.mkdir()
-    rust.save(str(path))
+    rust_tokenizer(fast).save(str(path))
 
     # A wrong token would give a plausible image of something else, so both are compared once.
-    tokenizer = PromptTokenizer(path)
-    expected = fast([prompt], padding="max_length", max_length=length, return_tensors="np")
-    if not np.array_equal(tokenizer([prompt]), expected.input_ids):
+    one_chunk = PromptTokenizer(path)
+    texts = [prompt, *HARD_TEXTS]
+    expected = fast(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="np"
+    )
+    if not np.array_equal(one_chunk(texts, truncate=True), expected.input_ids):
         raise HipaError(
-            f"{model.folder}/tokenizer: tokenizer.json does not agree with transformers. "
+            f"{fast.name_or_path}: tokenizer.json does not agree with transformers. "
             "Please report this."
         )
-    return tokenizer
+    return PromptTokenizer(path, context_tokens)
+
+
+def tokenize(
+    tokenizer: PromptTokenizer,
+    prompts: Sequence[str],
+    path: Path | None,
+    places: Mapping[str, str],
+    *,
+    weights: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int64 [N, L] of N prompts, and their weights float32 [N, L].
+
+    Args:
+        tokenizer: the bundle's.
+        prompts: N prompts.
+        path: the file of a closed set; None where the prompt is this package's own.
+        places: of each prompt in that file, as ``read_numbered_prompts`` gives them.
+        weights: whether ``(word:1.3)`` is a weight; if not, all weights are 1.
+
+    Raises:
+        HipaError: a prompt is too long, or has a weight that is no number; the message names the
+            file and the line.
+
+    """
+    tokens = []
+    weights_of = []
+    for prompt in prompts:
+        where = f"prompts {path}, {places[prompt]}: " if path else ""
+        try:
+            if weights:
+                tokens_1L, weights_1L = tokenizer.weighted([prompt])
+            else:
+                tokens_1L = tokenizer([prompt])
+                weights_1L = np.ones(tokens_1L.shape, np.float32)
+        except PromptTooLongError as error:
+            remedy = "Shorten it"
+            if error.context_tokens:
+                remedy += f", or give --context-tokens {error.context_tokens}"
+            raise HipaError(f"{where}{error.problem} {remedy}.") from None
+        except HipaError as error:
+            raise HipaError(f"{where}{error}") from None
+        tokens.append(tokens_1L)
+        weights_of.append(weights_1L)
+    return np.concatenate(tokens), np.concatenate(weights_of)
 
 
 def write_closed_set(
@@ -87,19 +139,26 @@ def write_references(root: Path, references: References) -> None:
     (root / REFERENCE_PROMPTS).write_text(json.dumps(content) + "\n")
 
 
-def write_diffusers_files(root: Path, model: ModelParts) -> None:
+def write_diffusers_files(
+    root: Path, model: ModelParts, method: OneStepMethod | None = None
+) -> None:
     """Write what optimum's ORTDiffusionPipeline reads beside the stages of the layout generic.
 
     That is ``model_index.json``, the configurations, the tokenizer's vocabulary and the one-step
     scheduler.
+
+    Raises:
+        HipaError: no scheduler of diffusers takes the step of ``method``.
+
     """
+    scheduler = _one_step_scheduler(model, method)
     index = {
         "_class_name": "StableDiffusionPipeline",
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
     }
@@ -115,6 +174,13 @@ def write_diffusers_files(root: Path, model: ModelParts) -> None:
     model.tokenizer().save_pretrained(tokenizer.parent)
     tokenizer.write_bytes(content)
 
+    scheduler.save_pretrained(root / "scheduler")
+
+
+def _one_step_scheduler(model: ModelParts, method: OneStepMethod | None) -> Any:
+    """The method's own scheduler; for HiPA DDIM's, whose one step is x0 itself."""
+    if method is not None:
+        return make_scheduler(method, model.config)
     # With these, DDIM's one step starts at the last timestep and ends at x0 itself.
     one_step = {
         "timestep_spacing": "trailing",
@@ -122,8 +188,7 @@ def write_diffusers_files(root: Path, model: ModelParts) -> None:
         "clip_sample": False,
         "steps_offset": 0,
     }
-    scheduler = DDIMScheduler(**model.config.schedule, **one_step)
-    scheduler.save_pretrained(root / "scheduler")
+    return DDIMScheduler(**model.config.schedule, **one_step)
 
 
 def file_hashes(root: Path) -> dict[str, str]:

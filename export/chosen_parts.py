@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from transformers import CLIPTextModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizerFast
 
 from hipa_deploy.bundle.manifest import AdaptorInfo, DecoderInfo, EncoderInfo
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
 from hipa_deploy.export.model_parts import ModelParts
-from hipa_deploy.hashing import file_sha256, folder_sha256
-from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
+from hipa_deploy.hashing import file_sha256
+from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, METADATA, read_metadata
 from hipa_deploy.models.decoder_folder import vae_sha256
+from hipa_deploy.models.lora.open_style import OpenStyle
+from hipa_deploy.models.style import check_same_loras
+from hipa_deploy.models.text_context import text_context
+from hipa_deploy.models.weights.weight_identity import has_identity, weights_identity
 from hipa_deploy.tasks import Task
 
 
@@ -31,6 +36,9 @@ class ChosenParts:
         adaptor_scale: 1.0 merges the adaptor as it was trained.
         tiny_encoder: an AutoencoderTiny folder that encodes in place of the model's VAE.
         tiny_decoder: an AutoencoderTiny folder that decodes in place of the model's VAE.
+        chunk_tokens: tokens that the text encoder reads at once.
+        clip_skip: last layers of the text encoder that are left out.
+        style: LoRAs and embeddings, which change the model before the adaptor.
 
     """
 
@@ -40,10 +48,30 @@ class ChosenParts:
     adaptor_scale: float = 1.0
     tiny_encoder: Path | None = None
     tiny_decoder: Path | None = None
+    chunk_tokens: int = 77
+    clip_skip: int = 0
+    style: OpenStyle = field(default_factory=OpenStyle)
 
     @classmethod
-    def choose(cls, model: ModelParts, options: ExportOptions, task: Task) -> ChosenParts:
-        """The parts that ``options`` ask for."""
+    def choose(
+        cls,
+        model: ModelParts,
+        options: ExportOptions,
+        task: Task,
+        chunk_tokens: int = 77,
+        clip_skip: int = 0,
+    ) -> ChosenParts:
+        """The parts that ``options`` ask for.
+
+        Raises:
+            HipaError: a LoRA or an embedding that does not fit the model, or LoRAs that are not
+                those that the adaptor was trained on.
+
+        """
+        style = OpenStyle.read(options.style, model.config)
+        if options.adaptor is not None and (options.adaptor / METADATA).exists():
+            trained = read_metadata(options.adaptor)
+            check_same_loras(options.adaptor, trained.loras, style.info.loras)
         return cls(
             model=model,
             task=task,
@@ -51,15 +79,33 @@ class ChosenParts:
             adaptor_scale=options.adaptor_scale,
             tiny_encoder=options.encoder,
             tiny_decoder=options.decoder,
+            chunk_tokens=chunk_tokens,
+            clip_skip=clip_skip,
+            style=style,
         )
 
+    def tokenizer(self) -> CLIPTokenizerFast:
+        """The model's tokenizer, with the words of embeddings."""
+        tokenizer = self.model.tokenizer()
+        self.style.add_words(tokenizer)
+        return tokenizer
+
     def text_encoder(self) -> CLIPTextModel:
-        """The model's text encoder, which no adaptor changes."""
-        return self.model.text_encoder()
+        """The model's text encoder with LoRAs merged and words added; no adaptor changes it."""
+        encoder = self.model.text_encoder()
+        self.style.merge({"text_encoder": encoder})
+        if self.style.embeddings:
+            self.style.add_words(self.model.tokenizer(), encoder)
+        return encoder
+
+    def context(self, encoder: CLIPTextModel, tokens_BL: Tensor) -> Tensor:
+        """What the text encoder gives for tokens int64 [B, L]: the context, float32 [B, L, D]."""
+        return text_context(encoder, tokens_BL, self.chunk_tokens, self.clip_skip)
 
     def unet(self) -> tuple[UNet2DConditionModel, AdaptorInfo | None]:
-        """The UNet with the adaptor merged, and what the manifest says of that adaptor."""
+        """The UNet with LoRAs and adaptor merged, and what the manifest says of that adaptor."""
         unet = self.model.unet(self.task)
+        self.style.merge({"unet": unet})
         if self.adaptor is None:
             return unet, None
         return unet, merge_adaptor(unet, self.adaptor, self.adaptor_scale)
@@ -82,7 +128,7 @@ class ChosenParts:
         """What the manifest says of the encoder."""
         if self.tiny_encoder is not None:
             name = self.tiny_encoder.resolve().name
-            return EncoderInfo(kind="tiny", name=name, sha256=folder_sha256(self.tiny_encoder))
+            return EncoderInfo(kind="tiny", name=name, sha256=weights_identity(self.tiny_encoder))
         adaptor_sha256 = None
         if self.adaptor is not None and (self.adaptor / ENCODER_WEIGHTS).exists():
             adaptor_sha256 = file_sha256(self.adaptor / ENCODER_WEIGHTS)
@@ -93,5 +139,10 @@ class ChosenParts:
         """What the manifest says of the decoder."""
         if self.tiny_decoder is not None:
             name = self.tiny_decoder.resolve().name
-            return DecoderInfo(kind="tiny", name=name, sha256=folder_sha256(self.tiny_decoder))
+            return DecoderInfo(kind="tiny", name=name, sha256=weights_identity(self.tiny_decoder))
         return DecoderInfo(kind="full", name="vae", sha256=vae_sha256(self.model.folder))
+
+    def decodes_like(self, decoder: DecoderInfo) -> bool:
+        """Whether the decoder is the one that a manifest names, by its weights."""
+        folder = self.tiny_decoder or self.model.folder / "vae"
+        return has_identity(folder, decoder.sha256)

@@ -16,6 +16,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import bundle_sources
 from hipa_deploy.export.bundle_files import (
     file_hashes,
+    tokenize,
     write_closed_set,
     write_diffusers_files,
     write_references,
@@ -32,10 +33,10 @@ from hipa_deploy.export.references import (
     make_references,
     text_references,
 )
-from hipa_deploy.export.task import choose_task
+from hipa_deploy.export.task import choose_task, step_warning, text_settings
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder
-from hipa_deploy.generate.prompts import read_closed_set
+from hipa_deploy.generate.prompt_files import read_numbered_prompts
 
 NEUTRAL_PROMPT = "a photo of a red apple"
 PROGRESS_LABELS = {
@@ -66,19 +67,32 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
 
     """
     _check(options)
+    # Where each prompt of a closed set is in its file. Read at once: a mistake costs no time.
+    places = read_numbered_prompts(options.prompts) if options.prompts else {}
     model = ModelParts.open(options.model)
     settings = choose_task(options, model)
-    parts = ChosenParts.choose(model, options, settings.task)
-    step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
+    chunk_tokens = model.tokenizer().model_max_length
+    text, text_warning = text_settings(options, model.config, chunk_tokens)
+    parts = ChosenParts.choose(model, options, settings.task, chunk_tokens, text.clip_skip)
+    step = model.one_step(
+        settings.timestep, options.size("height"), options.size("width"), settings.method
+    )
+    for warning in (text_warning, step_warning(options, settings, model)):
+        if warning:
+            (console or Console(stderr=True)).print(
+                f"warning: {warning}", highlight=False, soft_wrap=True
+            )
     axes = stage_axes(options.dynamic, step, model.config.size_multiple)
     batch = options.size("batch") or 1
 
     with new_folder(options.out) as root, _progress(console) as show:
         # The tokenizer comes first: the length of its tokens is a size of the stages.
         show("text")
-        closed_set = read_closed_set(options.prompts) if options.prompts else None
-        prompts = closed_set or [example_prompt(model)]
-        tokens_NL = write_tokenizer(root, model, prompts[0])(prompts)
+        prompts = list(places) or [example_prompt(model)]
+        tokenizer = write_tokenizer(root, parts.tokenizer(), prompts[0], text.context_tokens)
+        tokens_NL, weights_NL = tokenize(
+            tokenizer, prompts, options.prompts, places, weights=text.prompt_weights
+        )
         specs = stage_specs(
             layout=options.layout,
             precision=options.dtype,
@@ -93,12 +107,12 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         # All of PyTorch's tensors before anything is exported: each part of the model is loaded
         # for its references, freed, and loaded again for its stage.
         show("references")
-        references = text_references(prompts[0], tokens_NL[:1], batch, step)
+        references = text_references(prompts[0], tokens_NL[:1], batch, step, options.layout)
         tensors = references.inputs()
-        if closed_set:
-            contexts_NLD = encode_closed_set(parts, tokens_NL)
+        if places:
+            contexts_NLD = encode_closed_set(parts, tokens_NL, weights_NL)
             references = references.plus({"context": contexts_NLD[:1].repeat(batch, 0)})
-            stored_NLD = write_closed_set(root, closed_set, contexts_NLD, options.dtype)
+            stored_NLD = write_closed_set(root, prompts, contexts_NLD, options.dtype)
             tensors["context"] = stored_NLD[:1].repeat(batch, 0)
         references = make_references(
             references, parts, settings, step, options.layout, watch=options.dtype == "fp16"
@@ -118,7 +132,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
             tensors[source.output] = written.output
             stages.append(written.stage)
         if options.layout == "generic":
-            write_diffusers_files(root, model)
+            write_diffusers_files(root, model, settings.method)
 
         # The manifest is last: it lists the hash of every other file.
         show("manifest")
@@ -131,12 +145,15 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
             batch=batch,
             base_model=model.info,
             adaptor=references.adaptor,
+            loras=parts.style.info.loras,
+            embeddings=parts.style.info.embeddings,
             decoder=parts.decoder_info(),
             encoder=None if settings.task == "generate" else parts.encoder_info(),
             task=settings.task,
             strengths=settings.strengths,
             upscale=settings.upscale,
             one_step=step,
+            text=text,
             stages=tuple(stages),
             end_to_end=stages[-1].parity,
             files=file_hashes(root),
@@ -158,11 +175,17 @@ def _check(options: ExportOptions) -> None:
             f"batch {options.batch} is out of range. Expected 1 <= batch <= {MAX_BATCH}."
         )
     if options.layout == "generic":
-        for name in ("fuse", "decoder", "prompts", "dynamic"):
+        for name in ("fuse", "decoder", "prompts", "dynamic", "context_tokens"):
             if getattr(options, name):
+                option = name.replace("_", "-")
                 raise HipaError(
-                    f"--{name} needs --layout onestep: the generic layout is what optimum can load."
+                    f"--{option} needs --layout onestep: "
+                    "the generic layout is what optimum can load."
                 )
+        if options.style.embeddings:
+            raise HipaError(
+                "--embedding needs --layout onestep: optimum would not know the new words."
+            )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ in memory at a time.
 
     tokens       int64   [B, L]
     context      float32 [B, L, D]      text encoder
-    noise        float32 [B, C, h, w]
+    noise        float32 [B, C, h, w]   standard normal; layout generic: what the UNet sees
     image        uint8   [B, H, W, 3]   tasks with a source image
     mask         float32 [B, 1, h, w]   task inpaint
     source       float32 [B, C, h, w]   encoder of ``image``, scaled
@@ -39,7 +39,8 @@ from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.graph.half_precision import Ranges
 from hipa_deploy.export.graph.modules import from_uint8, seen_by_unet, to_uint8
 from hipa_deploy.export.task import TaskSettings
-from hipa_deploy.generate.noise import initial_noise
+from hipa_deploy.generate.noise import bundle_noise
+from hipa_deploy.generate.prompt_weights import weigh_context
 from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.images.example_source import example_inputs
 from hipa_deploy.tasks import STEP_INPUTS, finish_latents, is_inpainting_unet, start_latents
@@ -103,12 +104,14 @@ def strength_key(name: str, index: int) -> str:
     return f"{name}_{index}" if index else name
 
 
-def text_references(prompt: str, tokens_1L: np.ndarray, batch: int, step: OneStep) -> References:
+def text_references(
+    prompt: str, tokens_1L: np.ndarray, batch: int, step: OneStep, layout: Layout = "onestep"
+) -> References:
     """The tensors that need no part of the model: the tokens of ``prompt``, and noise per image."""
     seeds = tuple(range(FIRST_SEED, FIRST_SEED + batch))
     tensors = {
         "tokens": tokens_1L.repeat(batch, 0),
-        "noise": initial_noise(list(seeds), step.latent_shape),
+        "noise": bundle_noise(list(seeds), step.latent_shape, step, layout),
     }
     return References(prompt, seeds, tensors)
 
@@ -119,18 +122,23 @@ def add_context(references: References, parts: ChosenParts, *, watch: bool) -> R
     encoder = parts.text_encoder()
     with _watched(watch, "text_encoder", encoder) as largest:
         tokens_BL = torch.from_numpy(references.tensors["tokens"])
-        context_BLD = encoder(tokens_BL).last_hidden_state.numpy()
+        context_BLD = parts.context(encoder, tokens_BL).numpy()
     return references.plus({"context": context_BLD}, largest)
 
 
 @torch.no_grad()
-def encode_closed_set(parts: ChosenParts, tokens_NL: np.ndarray) -> np.ndarray:
-    """Contexts float32 [N, L, D] of all prompts of a closed set."""
+def encode_closed_set(
+    parts: ChosenParts, tokens_NL: np.ndarray, weights_NL: np.ndarray
+) -> np.ndarray:
+    """Contexts float32 [N, L, D] of all prompts of a closed set, weighed."""
     encoder = parts.text_encoder()
     contexts = []
     for tokens_BL in torch.from_numpy(tokens_NL).split(ENCODED_AT_ONCE):
-        contexts.append(encoder(tokens_BL).last_hidden_state)
-    return torch.cat(contexts).numpy()
+        contexts.append(parts.context(encoder, tokens_BL))
+    weighed_NLD: np.ndarray = weigh_context(
+        torch.cat(contexts).numpy(), weights_NL, parts.chunk_tokens
+    )
+    return weighed_NLD
 
 
 @torch.no_grad()
@@ -172,16 +180,25 @@ def add_step(
     parts: ChosenParts,
     settings: TaskSettings,
     step: OneStep,
+    layout: Layout = "onestep",
     *,
     watch: bool,
 ) -> References:
     """Add 'output' and 'latents' of the one step, at every strength of an edit."""
+    # In the layout generic the noise is scaled already.
+    noise_scale = step.noise_scale if layout == "onestep" else 1.0
     unet, adaptor = parts.unet()
     tensors: dict[str, np.ndarray] = {}
     with _watched(watch, "unet", unet) as largest:
         for index, start in enumerate(settings.starts(step)):
             output_BCHW, latents_BCHW = _one_step(
-                unet, references.tensors, settings, step, start.timestep, start.alpha_bar
+                unet,
+                references.tensors,
+                settings,
+                step,
+                start.timestep,
+                start.alpha_bar,
+                noise_scale,
             )
             tensors[strength_key("output", index)] = output_BCHW
             tensors[strength_key("latents", index)] = latents_BCHW
@@ -195,13 +212,20 @@ def _one_step(
     step: OneStep,
     timestep: int,
     alpha_bar: float,
+    noise_scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One step of the task: the UNet's output, and the latents to decode."""
     conditions: dict[str, np.ndarray] = {}
     for name in STEP_INPUTS[settings.task]:
         conditions[name] = tensors[name]
     concatenates = is_inpainting_unet(unet.config["in_channels"], step.latent_shape[0])
-    start_BCHW = start_latents(settings.task, conditions, alpha_bar, concatenates=concatenates)
+    start_BCHW = start_latents(
+        settings.task,
+        conditions,
+        alpha_bar,
+        concatenates=concatenates,
+        noise_scale=noise_scale,
+    )
 
     # The UNet takes torch tensors; the formulas around it are numpy, as the runtime has them.
     on_torch = {name: torch.from_numpy(value) for name, value in conditions.items()}
@@ -209,7 +233,7 @@ def _one_step(
     context_BLD = torch.from_numpy(tensors["context"])
     output_BCHW = unet(sample_BCHW, timestep, context_BLD, return_dict=False)[0].numpy()
 
-    x0_BCHW = predict_x0(start_BCHW, output_BCHW, alpha_bar, step.prediction_type)
+    x0_BCHW = predict_x0(start_BCHW, output_BCHW, alpha_bar, step.prediction_type, step.method)
     return output_BCHW, finish_latents(settings.task, x0_BCHW, conditions)
 
 
@@ -256,7 +280,9 @@ def add_sample(
 
 def latent_sample(tensors: Mapping[str, np.ndarray], step: OneStep) -> np.ndarray:
     """What the layout generic decodes: x0 of 'noise' and 'output', without the VAE's scaling."""
-    x0_BCHW = predict_x0(tensors["noise"], tensors["output"], step.alpha_bar, step.prediction_type)
+    x0_BCHW = predict_x0(
+        tensors["noise"], tensors["output"], step.alpha_bar, step.prediction_type, step.method
+    )
     return x0_BCHW / np.float32(step.scaling_factor)
 
 
@@ -288,7 +314,7 @@ def make_references(
     if settings.task != "generate":
         references = add_source(references, parts, settings, step, watch=watch)
         gc.collect()
-    references = add_step(references, parts, settings, step, watch=watch)
+    references = add_step(references, parts, settings, step, layout, watch=watch)
     gc.collect()
     if layout == "generic":
         references = references.plus({"timestep": np.asarray([step.timestep])})

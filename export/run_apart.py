@@ -18,6 +18,8 @@ import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
 from hipa_deploy.errors import HipaError
+from hipa_deploy.files import temporary_folder
+from hipa_deploy.interrupts import die_with_parent
 
 
 def run_apart(path: Path, spec: StageSpec, feed: dict[str, np.ndarray]) -> np.ndarray:
@@ -40,10 +42,10 @@ def run_apart(path: Path, spec: StageSpec, feed: dict[str, np.ndarray]) -> np.nd
         (1, 4, 64, 64)
 
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder("hipa-export") as scratch:
         # Tensors travel as files: they can be larger than a pipe's buffer or a command line.
-        feed_path = Path(scratch, "feed.npz")
-        out_path = Path(scratch, "out.npy")
+        feed_path = scratch / "feed.npz"
+        out_path = scratch / "out.npy"
         np.savez(feed_path, **feed)  # type: ignore[arg-type]  # numpy's stub
         command = [
             sys.executable,
@@ -54,17 +56,37 @@ def run_apart(path: Path, spec: StageSpec, feed: dict[str, np.ndarray]) -> np.nd
             str(feed_path),
             str(out_path),
         ]
-        done = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-        )
-        if done.returncode:
+        status, printed = _run(command)
+        if status:
             # The last line is the error's message. A process that was killed leaves none.
-            lines = done.stderr.strip().splitlines()
+            lines = printed.strip().splitlines()
             if lines:
                 raise HipaError(lines[-1])
-            raise HipaError(f"{spec.name}: its run ended with status {done.returncode}.")
+            raise HipaError(f"{spec.name}: its run ended with status {status}.")
         output: np.ndarray = np.load(out_path)
         return output
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """Run a command until it ends, or this process is interrupted or killed.
+
+    Returns:
+        Its exit status, and what it printed on stderr.
+
+    """
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
+        # Nothing is written to its stdin: the pipe tells it when this process is gone.
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log
+        ) as process,
+    ):
+        try:
+            status = process.wait()
+        finally:
+            process.kill()
+        log.seek(0)
+        return status, log.read()
 
 
 def _main(path: str, spec: str, feed: str, out: str) -> None:
@@ -79,6 +101,7 @@ def _main(path: str, spec: str, feed: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     try:
         _main(*sys.argv[1:])
     except HipaError as error:

@@ -1,4 +1,7 @@
-"""Which task is exported and where its step starts: as the adaptor was trained, or as requested."""
+"""What is exported: task, where its step starts, how prompts are encoded.
+
+Each is as the adaptor was trained, or as requested.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hipa_deploy.bundle.manifest import OneStep, Strength
+from hipa_deploy.bundle.text_settings import TextSettings, TextWishes, choose_text
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.model_parts import ModelParts
@@ -15,6 +19,13 @@ from hipa_deploy.models.adaptor_folder import (
     METADATA,
     AdaptorMetadata,
     read_metadata,
+)
+from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.one_step.one_step_method import (
+    OneStepMethod,
+    check_fits,
+    load_method,
+    names_for,
 )
 from hipa_deploy.tasks import Task, strength_timestep, unet_inputs
 
@@ -32,6 +43,7 @@ class TaskSettings:
         timestep: where the one step starts; of an edit, at its largest strength.
         strengths: the strengths of an edit, largest first; empty for other tasks.
         upscale: how many times the task upscale enlarges; None for other tasks.
+        method: the one-step method of others; None is HiPA's own.
 
     """
 
@@ -39,6 +51,7 @@ class TaskSettings:
     timestep: int = LAST_TIMESTEP
     strengths: tuple[Strength, ...] = ()
     upscale: int | None = None
+    method: OneStepMethod | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -59,12 +72,13 @@ def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
 
     Raises:
         HipaError: there is no such adaptor, it belongs to another base model, task or strength, a
-            strength is outside (0, 1] or given twice, or an option is not for this task.
+            strength is outside (0, 1] or given twice, an option is not for this task, or the
+            one-step method is not for this model, adaptor or task.
 
     Example:
         >>> model = ModelParts.open("emoji")
         >>> choose_task(ExportOptions(model="emoji", out=Path("b"), task="inpaint"), model)
-        TaskSettings(task='inpaint', timestep=999, strengths=(), upscale=None)
+        TaskSettings(task='inpaint', timestep=999, strengths=(), upscale=None, method=None)
 
     """
     metadata = _adaptor_metadata(options.adaptor, model)
@@ -78,6 +92,20 @@ def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
             f"Use an adaptor for {task}, or leave out --task."
         )
     _check_options(task, options)
+
+    method = choose_method(options, model.config, metadata)
+    if method is not None:
+        if task != "generate":
+            raise HipaError(
+                f"one-step method {method.name} is for the task generate, this is {task}. "
+                "Leave out --one-step, or use an adaptor that was trained for the task."
+            )
+        if options.layout == "generic" and method.factors is not None:
+            raise HipaError(
+                f"--layout generic holds a scheduler of diffusers, and one-step method "
+                f"{method.name} has [factors] in its place. Use --layout onestep."
+            )
+        return TaskSettings(task, method.timestep, method=method)
 
     # An encoder adaptor changes the VAE's own encoder, so another encoder would not carry it.
     adapts_encoder = options.adaptor is not None and (options.adaptor / ENCODER_WEIGHTS).exists()
@@ -95,6 +123,99 @@ def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
         upscale = metadata.upscale if metadata else DEFAULT_UPSCALE
         return TaskSettings(task, timestep, upscale=upscale)
     return TaskSettings(task, timestep)
+
+
+def text_settings(
+    options: ExportOptions,
+    config: ModelConfig,
+    chunk_tokens: int,
+    remedy: str = "Leave out --clip-skip.",
+) -> tuple[TextSettings, str | None]:
+    """How the bundle encodes prompts, and a warning, or None; see ``choose_text``.
+
+    Call ``choose_task`` first: it checks that the adaptor fits the model.
+
+    Args:
+        options: the request; what it leaves open is taken from the adaptor's metadata.
+        config: of the base model.
+        chunk_tokens: tokens that the text encoder reads at once, 77 for CLIP.
+        remedy: as for ``choose_text``.
+
+    Raises:
+        HipaError: as ``choose_text``.
+
+    """
+    trained = None
+    if options.adaptor is not None and (options.adaptor / METADATA).exists():
+        trained = read_metadata(options.adaptor).text
+    wishes = TextWishes(options.context_tokens, options.clip_skip, options.prompt_weights)
+    return choose_text(wishes, trained, chunk_tokens, config.text_layers, remedy)
+
+
+def choose_method(
+    options: ExportOptions, config: ModelConfig, metadata: AdaptorMetadata | None
+) -> OneStepMethod | None:
+    """The one-step method that ``options`` name; None is HiPA's own step.
+
+    Args:
+        options: the request.
+        config: of the base model.
+        metadata: of an adaptor of HiPA, which says its step itself.
+
+    Raises:
+        HipaError: there is no such method, it needs an adaptor or is not for this model, or the
+            adaptor says its own step.
+
+    """
+    if options.one_step is None:
+        return None
+    method = load_method(options.one_step)
+    if method is None:
+        return None
+    if metadata is not None:
+        raise HipaError(
+            f"adaptor {options.adaptor} says its own step (timestep {metadata.timestep}). "
+            f"Leave out --one-step {options.one_step}."
+        )
+    check_fits(method, config)
+    if method.needs_adaptor and options.adaptor is None:
+        raise HipaError(
+            f"one-step method {method.name} is a LoRA. Give its file with --adaptor. If it is "
+            "merged into the model already, copy the preset to a .toml file with needs_adaptor = "
+            "false and name that file."
+        )
+    return method
+
+
+def step_warning(options: ExportOptions, settings: TaskSettings, model: ModelParts) -> str | None:
+    """What a user should know of the step that is exported, in one line; None if nothing."""
+    config = model.config
+    method = settings.method
+    if method is not None:
+        said = method.prediction_type
+        if said and said != config.prediction_type:
+            return (
+                f"{method.name} says that the UNet predicts {said}, and the scheduler of "
+                f"{config.folder} says {config.prediction_type}: {said} is used."
+            )
+        return None
+    if options.one_step is not None or settings.task != "generate":
+        return None
+    names = ", ".join(names_for(config.text_width))
+    if options.adaptor is not None and not (options.adaptor / METADATA).exists():
+        return (
+            f"{options.adaptor} does not say what its one step is: x0 at timestep "
+            f"{settings.timestep} is used, as for HiPA. If it is another one-step LoRA, name its "
+            f"method with --one-step: {names}, or a .toml file."
+        )
+    if options.adaptor is None and config.scheduler.get("timestep_spacing") == "trailing":
+        kind = str(config.scheduler.get("_class_name"))
+        if kind in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"):
+            return (
+                f"{config.folder} has a {kind} with trailing timesteps, as SD-Turbo has. If the "
+                "model is SD-Turbo or made from it, use --one-step sd-turbo."
+            )
+    return None
 
 
 def _adaptor_metadata(adaptor: Path | None, model: ModelParts) -> AdaptorMetadata | None:

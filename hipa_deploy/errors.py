@@ -11,6 +11,27 @@ class HipaError(Exception):
     """
 
 
+class StoppedError(HipaError):
+    """Ctrl-C or SIGTERM ended the work in order.
+
+    Args:
+        message: what was kept, and how to go on.
+        number: the signal's number; a command ends with exit code 128 + ``number``.
+
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class HipaWarning(UserWarning):
+    """Something that a user wants to know and that stops nothing.
+
+    The commands print it as one line on the standard error.
+    """
+
+
 class MissingDependencyError(HipaError):
     """A package of an extra is not installed; the message holds the pip command.
 

@@ -1,15 +1,34 @@
-"""Writing of files and folders that leaves either the complete result or nothing."""
+"""Writing of files and folders that leaves either the complete result or nothing.
+
+A result is made in a scratch file or folder, and renamed when it is complete. Scratch is removed
+however the work ends. SIGKILL alone leaves it: the next process that writes in the same place
+removes it. The owner of scratch holds a lock on it, so that none is removed while it is in use.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.interrupts import uninterrupted
+from hipa_deploy.locks import HAS_LOCKS, is_locked_now, is_still_at
+
+# mkdtemp and mkstemp end a name in eight such characters.
+_SCRATCH_FOLDER = re.compile(r"\..+-[a-z0-9_]{8}")
+_SCRATCH_FILE = re.compile(r"\..+-[a-z0-9_]{8}\.hipa-tmp")
+_FILE_SUFFIX = ".hipa-tmp"
+_LOCK = ".hipa-lock"  # in every scratch folder; it shows that the folder is ours
+_NAME_CHARACTERS = 40  # of the result's name in the scratch's: a file name has at most 255 bytes
+
+_swept: set[Path] = set()
 
 
 def user_cache() -> Path:
@@ -18,16 +37,39 @@ def user_cache() -> Path:
 
 
 def refuse_to_overwrite(out: Path) -> None:
-    """Check that writing to ``out`` would replace nothing.
+    """Check that a new folder ``out`` would replace nothing, and that it can be written.
 
     Raises:
-        HipaError: ``out`` is a file, a folder that is not empty, or the current folder.
+        HipaError: ``out`` is a file, a folder that is not empty, the current folder, or a link that
+            leads nowhere; or the folder around it cannot be written.
 
     """
-    if out.resolve() == Path.cwd():
+    if Path(os.path.realpath(out)) == Path.cwd():
         raise HipaError(f"{out} is the current folder. Choose a name for a new one.")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.is_symlink() and not out.exists():
+        raise HipaError(f"{out} is a link that leads nowhere. Choose another name, or remove it.")
+    is_empty_folder = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not is_empty_folder:
         raise HipaError(f"{out} exists and is not empty. Choose another name, or remove it first.")
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Check that a file or folder ``out`` can be made, with those around it that are missing.
+
+    Raises:
+        HipaError: something on the way to ``out`` is no folder, or may not be written.
+
+    """
+    parent = Path(os.path.realpath(out)).parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir():
+        raise HipaError(f"{out} cannot be written: {parent} is no folder. Choose another name.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise HipaError(
+            f"{out} cannot be written: no permission to write in {parent}. Choose another folder."
+        )
 
 
 @contextmanager
@@ -43,35 +85,158 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     """
     refuse_to_overwrite(out)
+    out = Path(os.path.realpath(out))  # a link to an empty folder stays a link
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside ``out``, so that the two are on one disk and the last step is a rename.
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with _scratch_folder(out.parent, out.name) as holder:
+        scratch = holder / out.name
+        scratch.mkdir()
         yield scratch
-        scratch.chmod(0o755)  # mkdtemp makes a folder that only its owner can read
-        # A rename replaces an empty folder on Linux, but not on Windows.
-        if out.is_dir():
-            out.rmdir()
-        scratch.replace(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            # A rename replaces an empty folder on Linux, but not on Windows.
+            if out.is_dir():
+                out.rmdir()
+            scratch.replace(out)
+        except OSError:
+            refuse_to_overwrite(out)  # another process was faster
+            raise
 
 
-def write_file(path: Path, content: bytes) -> None:
+@contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """Yield a folder among the system's temporary files, which is removed at the end of the block.
+
+    Args:
+        name: what the folder is for; a part of its name.
+
+    """
+    with _scratch_folder(Path(tempfile.gettempdir()), name) as holder:
+        folder = holder / name
+        folder.mkdir()
+        yield folder
+
+
+def write_file(path: Path, content: bytes, *, replace: bool = True) -> None:
     """Write a file completely or not at all; its folder is made if necessary.
 
+    What a link points to is written, not the link. A device or a pipe is written to directly.
+
+    Args:
+        path: the file.
+        content: what it will hold.
+        replace: whether a file that exists is replaced.
+
     Raises:
+        FileExistsError: ``replace`` is False and the file exists.
         OSError: the file cannot be written.
 
     """
+    if path.exists() and is_special(path):
+        path.write_bytes(content)
+        return
+    path = Path(os.path.realpath(path))
+
     # A reader sees the old file or the new one, since a rename within a folder is atomic.
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    scratch = Path(name)
+    file, scratch = _scratch_file(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with file:
             file.write(content)
-        scratch.chmod(0o644)  # mkstemp makes a file that only its owner can read
-        scratch.replace(path)
+            file.flush()
+            scratch.chmod(0o644)  # mkstemp makes a file that only its owner can read
+            # Renamed while it is locked; Windows has no locks and renames no open file.
+            if not HAS_LOCKS:
+                file.close()
+            if not replace:
+                # An empty file with this name shows that nobody else had it.
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            scratch.replace(path)
     finally:
-        scratch.unlink(missing_ok=True)
+        with uninterrupted():
+            scratch.unlink(missing_ok=True)
+
+
+def is_special(path: Path) -> bool:
+    """Whether ``path`` is neither a file nor a folder: a device or a pipe, such as /dev/stdout."""
+    mode = path.stat().st_mode
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+@contextmanager
+def _scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield a new, locked folder in ``parent``; it is removed at the end of the block."""
+    sweep(parent)
+    with ExitStack() as stack:
+        while True:
+            holder = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
+            stack.callback(_remove, holder)
+            try:
+                file = (holder / _LOCK).open("w", encoding="utf-8")
+            except FileNotFoundError:  # as below
+                continue
+            stack.enter_context(file)
+            is_locked_now(file)
+            # Before it was locked, a sweep of another process may have taken it for a leftover.
+            if is_still_at(file, holder / _LOCK):
+                break
+        yield holder
+
+
+def _scratch_file(path: Path) -> tuple[IO[bytes], Path]:
+    """Make and lock a new file beside ``path``."""
+    # Once for each folder: it may hold many files, and get many more.
+    if path.parent not in _swept:
+        sweep(path.parent)
+        _swept.add(path.parent)
+    while True:
+        descriptor, name = tempfile.mkstemp(
+            prefix=_prefix(path.name), suffix=_FILE_SUFFIX, dir=path.parent
+        )
+        file = os.fdopen(descriptor, "wb")
+        is_locked_now(file)
+        if is_still_at(file, Path(name)):
+            return file, Path(name)
+        file.close()
+
+
+def _prefix(name: str) -> str:
+    return f".{name[:_NAME_CHARACTERS]}-"
+
+
+def sweep(folder: Path) -> None:
+    """Remove the scratch that killed processes left in ``folder``.
+
+    Only what this module made is removed, and only if no process holds its lock. What cannot be
+    removed is left.
+    """
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return
+    for entry in entries:
+        path = Path(entry.path)
+        if _SCRATCH_FILE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+            _sweep_if_dead(path, lock=path)
+        elif _SCRATCH_FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+            _sweep_if_dead(path, lock=path / _LOCK)
+
+
+def _sweep_if_dead(scratch: Path, lock: Path) -> None:
+    if lock.is_symlink():
+        return
+    try:
+        # Not made if it is missing: such a folder is somebody else's.
+        with lock.open("r+b") as file:
+            if is_locked_now(file) and is_still_at(file, lock):
+                _remove(scratch)
+    except OSError:
+        return
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, as far as that is possible."""
+    with uninterrupted():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

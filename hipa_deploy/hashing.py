@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from hipa_deploy.errors import HipaError
@@ -34,6 +35,11 @@ def folder_sha256(folder: Path, pattern: str = "*.safetensors") -> str:
         raise HipaError(
             f"{folder}: no {pattern} file in it or below. Expected a folder of safetensors weights."
         )
+    return files_sha256(folder, paths)
+
+
+def files_sha256(folder: Path, paths: Iterable[Path]) -> str:
+    """Return the SHA-256 of the names, relative to ``folder``, and contents of ``paths``."""
     # One line a file, as ``sha256sum`` prints it but name first; '/' on every system.
     digest = hashlib.sha256()
     for path in paths:

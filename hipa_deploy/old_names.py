@@ -133,7 +133,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "train.examples": ("train.data.examples",),
     "train.figures": ("train.evaluation.figures",),
     "train.frequency": ("train.losses.frequency", "train.recipes.recipe"),
-    "train.interrupt": ("train.loop.interrupt",),
+    "train.interrupt": ("interrupts",),
     "train.lite0": ("train.losses.lite0",),
     "train.loop": ("train.train_adaptor",),
     "train.loss": ("train.losses.hipa_loss",),

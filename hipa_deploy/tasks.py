@@ -4,7 +4,7 @@ Notation: e is noise; z0 the latents of a source image (the mean of the VAE's po
 a mask, 1 where the image is repainted; a = sqrt(alpha_bar) and s = sqrt(1 - alpha_bar) at the
 step's timestep.
 
-    generate   z = e
+    generate   z = e                      of some methods of others z = n e, with a factor n
     edit       z = a z0 + s e             at a timestep for each strength (SDEdit, Meng et al. 2022)
     inpaint    z = m e + (1 - m) z0       and afterwards x0 = m x0 + (1 - m) z0
     upscale    z = z0                     of the enlarged image, no noise (OSEDiff, Wu et al. 2024)
@@ -66,7 +66,12 @@ def is_inpainting_unet(in_channels: int, latent_channels: int) -> bool:
 
 
 def start_latents(
-    task: Task, inputs: Mapping[str, Any], alpha_bar: Any, *, concatenates: bool = False
+    task: Task,
+    inputs: Mapping[str, Any],
+    alpha_bar: Any,
+    *,
+    concatenates: bool = False,
+    noise_scale: float = 1.0,
 ) -> Any:
     """Return the latents that the one step starts from, [B, C, h, w].
 
@@ -76,8 +81,11 @@ def start_latents(
             [B, 1, h, w] in [0, 1].
         alpha_bar: cumulative signal power at the step's timestep: a number, or [B, 1, 1, 1].
         concatenates: whether the UNet takes mask and source as channels of their own.
+        noise_scale: of the task generate, what the noise is multiplied by.
 
     """
+    if task == "generate" and noise_scale != 1:
+        return noise_scale * inputs["noise"]
     if task == "edit":
         return alpha_bar**0.5 * inputs["source"] + (1 - alpha_bar) ** 0.5 * inputs["noise"]
     if task == "inpaint" and not concatenates:

@@ -26,7 +26,12 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_model(
-    folder: Path, prediction_type: str = "epsilon", seed: int = 0, in_channels: int = 4
+    folder: Path,
+    prediction_type: str = "epsilon",
+    seed: int = 0,
+    in_channels: int = 4,
+    *,
+    attention: bool = False,
 ) -> Path:
     """Write a StableDiffusionPipeline folder as Stability and Runway published theirs.
 
@@ -37,6 +42,7 @@ def make_model(
         prediction_type: what the UNet predicts.
         seed: of the random weights.
         in_channels: of the UNet; 9 is a UNet made for inpainting.
+        attention: give the VAE attention, as Stable Diffusion's has.
 
     Returns:
         ``folder``.
@@ -57,7 +63,7 @@ def make_model(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4, sample_size=32,
-        mid_block_add_attention=False,
+        mid_block_add_attention=attention,
     )  # fmt: skip
     scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",

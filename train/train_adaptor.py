@@ -22,6 +22,7 @@ from hipa_deploy.models.adaptor_folder import (
     weights_sha256,
 )
 from hipa_deploy.models.decoder_folder import vae_sha256
+from hipa_deploy.models.style import Style
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.data.examples import task_examples
 from hipa_deploy.train.loop.optimizer import new_optimizer
@@ -48,6 +49,7 @@ def train_adaptor(
     out: Path,
     *,
     initial_adaptor: Path | None = None,
+    style: Style | None = None,
     cache: Path | None = None,
     device: str | None = None,
     console: Console | None = None,
@@ -64,6 +66,8 @@ def train_adaptor(
         model_dir: Stable Diffusion folder, in the format of diffusers. It is not changed.
         out: The adaptor folder to write. It must not exist, or be empty.
         initial_adaptor: Adaptor folder to start from, with the recipe's preset, rank and alpha.
+        style: LoRAs and embeddings of the teacher and the student alike; the adaptor then needs the
+            same LoRAs.
         cache: Folder that keeps teacher pairs between runs. Default: the user's cache.
         device: Torch device such as 'cpu' or 'cuda:1'. Default: the GPU, or the CPU without one.
         console: Where to print progress. Default: stderr.
@@ -89,7 +93,7 @@ def train_adaptor(
     # The frozen base model. Only the networks run in the recipe's precision; x0 and the losses stay
     # in float32, because x0 enlarges an error of the UNet's output
     # (train/model/mixed_precision.py).
-    model = DiffusionModel.load(model_dir, processes.device, recipe.task)
+    model = DiffusionModel.load(model_dir, processes.device, recipe.task, style, recipe.text)
     unet = in_precision(model.unet, recipe.mixed_precision, model.device)
     decode = in_precision(model.decode, recipe.mixed_precision, model.device)
     prompts = read_prompts(recipe, model_dir)
@@ -209,6 +213,8 @@ def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> Adap
         prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         encoder_rank=settings.encoder_rank,
         base_vae_sha256=base_vae_sha256,
+        loras=model.style.loras,
+        embeddings=model.style.embeddings,
         rank=settings.rank,
         alpha=settings.alpha or settings.rank,
         targets=PRESETS[settings.preset],
@@ -218,6 +224,7 @@ def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> Adap
         resolution=model.resolution,
         steps_trained=recipe.steps,
         recipe=_without_folders(recipe),
+        text=recipe.text,
     )
 
 

@@ -27,13 +27,14 @@ from torch import Tensor
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import new_folder, refuse_to_overwrite
 from hipa_deploy.hashing import file_sha256
-from hipa_deploy.models.adaptor_folder import WEIGHTS, unet_sha256
+from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata, unet_sha256
 from hipa_deploy.models.decoder_folder import (
     DECODER_METADATA,
     DecoderFidelity,
     DecoderMetadata,
     vae_sha256,
 )
+from hipa_deploy.models.style import Style
 from hipa_deploy.train.data.teacher_pairs import (
     RowFunction,
     cached_rows,
@@ -64,6 +65,7 @@ def train_decoder(
     out: Path,
     *,
     adaptor: Path | None = None,
+    style: Style | None = None,
     device: str | None = None,
     console: Console | None = None,
 ) -> Path:
@@ -78,6 +80,7 @@ def train_decoder(
         out: The decoder folder to write. It must not exist, or be empty.
         adaptor: Adaptor folder; the decoder then learns the latents of the adapted model. Default:
             those of the base model in one step.
+        style: LoRAs and embeddings of that model.
         device: Torch device such as 'cpu' or 'cuda:1'. Default: the GPU, or the CPU without one.
         console: Where to print progress. Default: stderr.
 
@@ -101,7 +104,9 @@ def train_decoder(
     refuse_to_overwrite(out)
 
     # The frozen one-step model whose latents are to be decoded.
-    model = DiffusionModel.load(model_dir, processes.device)
+    # Its prompts are encoded as those that the adaptor was trained with.
+    text = read_metadata(adaptor).text if adaptor is not None else recipe.text
+    model = DiffusionModel.load(model_dir, processes.device, style=style, text=text)
     all_prompts = read_prompts(recipe, model_dir)
     prompts, held_out_prompts = split_prompts(all_prompts, recipe.seed)
     generate = one_step_model(model, recipe.timestep, adaptor)
@@ -113,6 +118,7 @@ def train_decoder(
     loss = hipa_loss(recipe.loss).to(model.device)
     optimizer = new_optimizer(weights, loss, recipe.optimiser)
     identity = _identity(recipe, model_dir, adaptor, [*prompts, *held_out_prompts])
+    identity |= model.style.model_dump(mode="json")
     run = Run(
         folder=out.with_name(out.name + ".run"),
         weights=weights,

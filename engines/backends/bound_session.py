@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,8 @@ class BoundSession:
     """A session with inputs and outputs at addresses that stay from call to call.
 
     They have to stay because a CUDA graph holds the addresses that it was captured with. Inputs of
-    other shapes get new memory. The session owns all of it.
+    other shapes get new memory. The session owns all of it, and calls from several threads wait for
+    each other.
 
     Args:
         onnxruntime: the module.
@@ -31,6 +33,7 @@ class BoundSession:
         self._spec = spec
         self._device = device
         self._shapes: dict[str, tuple[int, ...]] = {}  # those that memory is bound for
+        self._one_call = threading.Lock()
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Copy the inputs in, run, copy the outputs out; these arrays belong to the caller.
@@ -40,7 +43,8 @@ class BoundSession:
 
         """
         try:
-            return self._run(inputs)
+            with self._one_call:
+                return self._run(inputs)
         except Exception as error:  # ONNX Runtime's errors share no base class of their own
             raise HipaError(
                 f"{self._spec.name}: ONNX Runtime cannot run it: {first_line(error)}"

@@ -27,6 +27,7 @@ from hipa_deploy.engines.backends.bound_session import BoundSession
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.generate.runner import ClosesAtExit, check_inputs
+from hipa_deploy.paths import inside_folder
 
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
@@ -44,7 +45,8 @@ class OnnxRuntimeRunner(ClosesAtExit):
     captured as a CUDA graph. Where ONNX Runtime refuses that, a RuntimeWarning and
     ``graph_problem`` say why, and the stage runs without a graph.
 
-    The runner owns its memory until ``close``; the arrays that it returns belong to the caller.
+    The runner owns its memory until ``close``; the arrays that it returns belong to the caller. Any
+    thread may call it, several at once too.
 
     Args:
         path: the stage's ONNX file.
@@ -117,9 +119,10 @@ class OnnxRuntimeRunner(ClosesAtExit):
 
         """
         check_inputs(self.spec, inputs)
-        if self._run is None:
+        run = self._run  # read once: another thread may close the runner meanwhile
+        if run is None:
             raise HipaError(f"{self.spec.name}: the runner is closed.")
-        return self._run(inputs)
+        return run(inputs)
 
     def close(self) -> None:
         """Release the session. Calling it twice is harmless."""
@@ -177,7 +180,7 @@ def engine_cache(bundle: Bundle, stage: str) -> Path:
     device = gpu.model_dump(mode="json") if gpu else None
     identity = json.dumps([_load_onnxruntime().__version__, device, hashes])
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return bundle.root / "engines" / "onnxruntime-tensorrt" / f"{stage}-{key}"
+    return inside_folder(bundle.root, f"engines/onnxruntime-tensorrt/{stage}-{key}")
 
 
 def _writable(cache: Path) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,8 @@ _PRECISION = {"openvino": "f32", "openvino-bf16": "bf16"}
 class OpenVinoRunner(ClosesAtExit):
     """One stage in OpenVINO, on the CPU.
 
-    The runner owns its memory until ``close``; the arrays that it returns belong to the caller.
+    The runner owns its memory until ``close``; the arrays that it returns belong to the caller. Any
+    thread may call it. Calls at the same time wait for each other: each takes all cores anyway.
 
     Args:
         path: the stage's ONNX file.
@@ -40,6 +42,7 @@ class OpenVinoRunner(ClosesAtExit):
 
     def __init__(self, path: Path, spec: StageSpec, backend: str = "openvino") -> None:
         self.spec = spec
+        self._one_call = threading.Lock()
         openvino = load_openvino()
         precision = _PRECISION[backend]
         if precision == "bf16" and not has_bf16(openvino):
@@ -58,15 +61,18 @@ class OpenVinoRunner(ClosesAtExit):
 
         """
         check_inputs(self.spec, inputs)
-        if self._model is None:
-            raise HipaError(f"{self.spec.name}: the runner is closed.")
-        results = self._model(inputs)
-        # OpenVINO's arrays are views of memory that its next run overwrites.
-        return {tensor.name: results[tensor.name].copy() for tensor in self.spec.outputs}
+        # A compiled model has one request, with one memory for inputs and outputs.
+        with self._one_call:
+            if self._model is None:
+                raise HipaError(f"{self.spec.name}: the runner is closed.")
+            results = self._model(inputs)
+            # OpenVINO's arrays are views of memory that its next run overwrites.
+            return {tensor.name: results[tensor.name].copy() for tensor in self.spec.outputs}
 
     def close(self) -> None:
         """Release the model. Calling it twice is harmless."""
-        self._model = None
+        with self._one_call:
+            self._model = None
 
 
 def load_openvino() -> ModuleType:
@@ -87,7 +93,9 @@ def load_openvino() -> ModuleType:
         ) from None
 
 
-@functools.cache
+_ONE_CORE = threading.Lock()
+
+
 def core(openvino: ModuleType) -> Any:
     """The process's one ``Core``, which lives as long as the process.
 
@@ -97,6 +105,13 @@ def core(openvino: ModuleType) -> Any:
     overwrites what has been mapped there since. (Read in OpenVINO's source, ``SigAltStackSetup`` of
     src/plugins/intel_cpu; seen with 2026.4.)
     """
+    # functools.cache alone would let two threads make two Cores at the first call.
+    with _ONE_CORE:
+        return _new_core(openvino)
+
+
+@functools.cache
+def _new_core(openvino: ModuleType) -> Any:
     return openvino.Core()
 
 

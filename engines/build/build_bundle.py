@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -31,9 +30,10 @@ from hipa_deploy.engines.build.worker import Event, Job, Outcome
 from hipa_deploy.engines.build.worker_process import Report, run_worker
 from hipa_deploy.engines.store.engine_key import EngineKey, key_for
 from hipa_deploy.engines.store.sidecar import (
-    FOLDER,
+    LOCK,
     Sidecar,
     check_engine_file,
+    engine_folder,
     engine_path,
     read_sidecar,
 )
@@ -50,6 +50,7 @@ from hipa_deploy.engines.tensorrt.refit import refuse_faulty
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import user_cache, write_file
 from hipa_deploy.hashing import file_sha256
+from hipa_deploy.locks import locked as lock_file
 
 # Each candidate costs a whole build, so a larger number is taken for a slip.
 MAX_CANDIDATES = 20
@@ -120,7 +121,7 @@ def build_bundle(
     options = _resolve_options(options, library, target, goal, trt.__version__)
 
     # A stage is built only if no whole engine with an equal key exists.
-    folder = bundle.root / FOLDER / f"{library}-{goal.name}"
+    folder = engine_folder(bundle, library, goal.name)
     keys: dict[str, EngineKey] = {}
     to_build: list[str] = []
     for stage in bundle.stages:
@@ -273,7 +274,8 @@ def _job(bundle: Bundle, stage: str, key: EngineKey, out: Path, options: BuildOp
     timing_cache = options.timing_cache.resolve() if options.timing_cache else None
     return Job(
         library=key.flavour,
-        onnx=bundle.stage_path(stage).resolve(),
+        # Not resolved: in a hub's cache the file is a link, and its weights lie beside the link.
+        onnx=bundle.stage_path(stage).absolute(),
         spec=bundle.stages[stage].spec,
         out=out.resolve(),
         precision=key.precision,
@@ -346,27 +348,15 @@ def locked(folder: Path) -> Iterator[None]:
         HipaError: another build holds the lock, or the folder cannot be written.
 
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock_file = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise HipaError(
-            f"{folder} cannot be written ({error.strerror}). "
-            "Copy the bundle to a folder of your own."
-        ) from None
-
-    with lock_file:
-        # The file holds the process id of its owner, for the message of a second build.
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock_file.seek(0)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_file(folder / LOCK, f"engines {folder}"))
+        except OSError as error:
             raise HipaError(
-                f"{folder}: another build (process {lock_file.read().strip()}) is writing here."
+                f"{folder} cannot be written ({error.strerror}). "
+                "Copy the bundle to a folder of your own."
             ) from None
-        lock_file.truncate(0)
-        lock_file.write(str(os.getpid()))
-        lock_file.flush()
 
         # Scratch files can only be those of a build that was killed: a running one has the lock.
         for leftover in folder.glob(".*.tmp"):

@@ -31,6 +31,7 @@ from hipa_deploy.engines.tensorrt.library import (
 )
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import write_file
+from hipa_deploy.interrupts import die_with_parent
 from hipa_deploy.record import Record
 
 Send = Callable[["Event"], None]
@@ -114,7 +115,9 @@ def main() -> int:
         events.write(event.model_dump_json(exclude_defaults=True) + "\n")
 
     try:
-        job = Job.model_validate_json(sys.stdin.read())
+        # One line: what follows is the end of the input, when the parent ends.
+        job = Job.model_validate_json(sys.stdin.buffer.readline())
+        die_with_parent()
         outcome = build(job, send)
         send(Event(fraction=1.0, outcome=outcome))
     except HipaError as error:
@@ -125,7 +128,7 @@ def main() -> int:
 
 def _claim_stdout() -> TextIO:
     """Keep stdout for events, and point descriptor 1 at stderr: native libraries print too."""
-    events = os.fdopen(os.dup(1), "w", buffering=1)
+    events = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
     return events
 

@@ -43,7 +43,10 @@ def run_worker(job: Job, report: Report) -> Outcome:
     error = None
     # The log is a file and not a pipe: nobody reads it during the build, and a full pipe would
     # block the worker.
-    with tempfile.TemporaryFile("w+", errors="replace") as log, _worker(job, log) as process:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
+        _worker(job, log) as process,
+    ):
         for event in _events(process):
             report(event)
             outcome = event.outcome or outcome
@@ -64,7 +67,7 @@ def _worker(job: Job, log: IO[str]) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         stderr=log,
         env=environment(job.library),
-        text=True,
+        encoding="utf-8",
         # Ctrl-C in a terminal then reaches this process alone, which stops the worker in order.
         start_new_session=True,
     )
@@ -72,11 +75,15 @@ def _worker(job: Job, log: IO[str]) -> Iterator[subprocess.Popen[str]]:
         # A worker that died at once leaves a broken pipe; its status and log say why it died.
         with contextlib.suppress(BrokenPipeError):
             if process.stdin is not None:
-                process.stdin.write(job.model_dump_json())
-                process.stdin.close()
+                # It stays open: its end tells the worker that this process is gone.
+                process.stdin.write(job.model_dump_json() + "\n")
+                process.stdin.flush()
         yield process
     finally:
         _stop(process)
+        with contextlib.suppress(BrokenPipeError):
+            if process.stdin is not None:
+                process.stdin.close()
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.errors import HipaError
+from hipa_deploy.files import temporary_folder
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.stages import stage_feed
 from hipa_deploy.images.example_source import example_source
@@ -128,19 +128,19 @@ def _onnxruntime_layers(bundle: Bundle, stage: str, inputs: Inputs) -> list[_Lay
     https://onnxruntime.ai/docs/performance/tune-performance/profiling-tools.html
     """
     onnxruntime = importlib.import_module("onnxruntime")
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder("hipa-profile") as folder:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         # As in the runner, so that the same kernels are timed.
         options.use_deterministic_compute = True
         options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / stage)
+        options.profile_file_prefix = str(folder / stage)
         session = onnxruntime.InferenceSession(
             str(bundle.stage_path(stage)), options, providers=["CPUExecutionProvider"]
         )
         for _ in range(1 + RUNS):
             session.run(None, inputs)
-        events = json.loads(Path(session.end_profiling()).read_text())
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     return node_times(events)
 
 

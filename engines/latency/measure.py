@@ -35,7 +35,7 @@ from hipa_deploy.engines.latency.report import (
 from hipa_deploy.engines.latency.stage_timer import END_TO_END, StageTimer
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.pipeline import OneStepPipeline
-from hipa_deploy.generate.prompts import BAKED_PROMPTS, read_closed_set
+from hipa_deploy.generate.prompts import BAKED_PROMPTS, read_baked_prompts
 from hipa_deploy.generate.runner import CPU_BACKENDS
 from hipa_deploy.images.example_source import example_source
 
@@ -184,7 +184,7 @@ def _run_prompts(bundle: Bundle, prompt: str | None) -> _RunPrompts:
     if prompt is not None:
         return _RunPrompts("one prompt, its text context cached after the first run", [prompt])
     if BAKED_PROMPTS in bundle.manifest.files:
-        baked = read_closed_set(bundle.path(BAKED_PROMPTS))
+        baked = read_baked_prompts(bundle.path(BAKED_PROMPTS))
         return _RunPrompts("the bundle's baked prompts in turn, no text encoder", list(baked))
     return _RunPrompts("a new prompt every run", [reference_prompt(bundle)], numbered=True)
 

@@ -107,11 +107,10 @@ def key_for(
 
     """
     files = bundle.manifest.files
-    onnx = bundle.stages[stage].path
     # The weights lie beside the graph: model.onnx.data, or several such files.
-    external = [files[name] for name in sorted(files) if name.startswith(onnx) and name != onnx]
+    external = [files[name] for name in bundle.weight_files(stage)]
     return EngineKey(
-        onnx_sha256=files[onnx],
+        onnx_sha256=files[bundle.stages[stage].path],
         external_sha256=tuple(external),
         precision=bundle.stages[stage].precision,
         axes=bundle.stages[stage].spec.axes,

@@ -9,16 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import StageName
 from hipa_deploy.engines.store.engine_key import EngineKey
 from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
+from hipa_deploy.paths import inside, inside_folder
+from hipa_deploy.reading import MIB, read_record, reason_of
 from hipa_deploy.record import Record
 
 FOLDER = "engines"
+LOCK = ".lock"  # in the folder of a target; a build holds it
 
 
 class PrecisionCheck(Record):
@@ -42,7 +44,7 @@ class Sidecar(Record):
 
     schema_version: Literal[1] = 1
     producer: str
-    stage: str
+    stage: StageName
     key: EngineKey
     precision_check: PrecisionCheck
     engine_sha256: str
@@ -60,11 +62,10 @@ def read_sidecar(path: Path) -> Sidecar:
 
     """
     try:
-        return Sidecar.model_validate_json(path.read_text())
-    # ValueError: the file is not UTF-8 text.
-    except (ValidationError, ValueError):
+        return read_record(path, Sidecar, "", max_bytes=MIB)
+    except HipaError as error:
         raise HipaError(
-            f"{path} is not an engine's sidecar of this version. "
+            f"{path} is not an engine's sidecar of this version ({reason_of(error)}). "
             "Remove it and run hipa-build again."
         ) from None
 
@@ -76,13 +77,27 @@ def find_sidecars(bundle: Bundle, stage: str, library: TensorRTLibrary) -> dict[
         HipaError: a sidecar cannot be read.
 
     """
-    paths = list((bundle.root / FOLDER).glob(f"{library}-*/{stage}-*.json"))
+    paths = []
+    for path in (bundle.root / FOLDER).glob(f"{library}-*/{stage}-*.json"):
+        paths.append(inside(bundle.root, path.relative_to(bundle.root).as_posix()))
     paths.sort(key=_modified_ns, reverse=True)
     return {path: read_sidecar(path) for path in paths}
 
 
 def _modified_ns(path: Path) -> int:
     return path.stat().st_mtime_ns
+
+
+def engine_folder(bundle: Bundle, library: TensorRTLibrary, target: str) -> Path:
+    """The folder of the bundle where engines for ``target`` are written.
+
+    Raises:
+        HipaError: it, or its lock, is a link that leads out of the bundle.
+
+    """
+    folder = inside_folder(bundle.root, f"{FOLDER}/{library}-{target}")
+    inside_folder(folder, LOCK)  # it is opened for writing
+    return folder
 
 
 def engine_path(sidecar_path: Path) -> Path:
@@ -95,8 +110,9 @@ def check_engine_file(path: Path, sidecar: Sidecar, remedy: str) -> None:
 
     ``remedy`` ends the message: how to get a whole engine.
     """
-    if not path.is_file():
+    if not path.exists():
         raise HipaError(f"{path} is missing beside its sidecar. {remedy}")
+    inside(path.parent, path.name)
     # The size first: hashing a file of gigabytes takes seconds.
     if path.stat().st_size != sidecar.engine_bytes or file_sha256(path) != sidecar.engine_sha256:
         raise HipaError(f"{path} is corrupt: its size or SHA-256 is not the sidecar's. {remedy}")

@@ -8,6 +8,7 @@ all of them together are one CUDA graph.
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -60,8 +61,9 @@ class TensorRTRunner(ClosesAtExit):
     reason stands in ``graph_problem``, and calls put the stages on the stream one by one.
 
     The runner owns all device memory until ``close``. It copies what it is fed, and the arrays that
-    it returns belong to the caller. Do not use one from two threads at once. Whoever opens it has
-    compared the engines' keys (``engines.store.select.open_engines`` does).
+    it returns belong to the caller. Any thread may call it; calls at the same time wait for each
+    other, as there is one set of buffers. Whoever opens it has compared the engines' keys
+    (``engines.store.select.open_engines`` does).
 
     Args:
         stages: each stage's inputs and outputs, and its engine file, in the order they run in.
@@ -102,6 +104,8 @@ class TensorRTRunner(ClosesAtExit):
         self._shapes: dict[str, Shape] = {}  # of every tensor, as the contexts have it
         self._ran: tuple[str, ...] = ()
         self._calls = 0
+        # Buffers, contexts and graphs serve one call at a time. It is entered again within a call.
+        self._one_call = threading.RLock()
 
         # ``stack`` releases everything in reverse order, also when a later step here fails.
         with ExitStack() as stack:
@@ -186,7 +190,7 @@ class TensorRTRunner(ClosesAtExit):
             HipaError: as a call does.
 
         """
-        with timer("pipeline"):
+        with self._one_call, timer("pipeline"):
             prepared = self._submit(feed, stages)
             names = self._outputs(prepared) if outputs is None else outputs
             for name in names:
@@ -208,24 +212,25 @@ class TensorRTRunner(ClosesAtExit):
             HipaError: as a call does.
 
         """
-        prepared = self._submit(feed, None)
-        this_call = self._calls
+        with self._one_call:
+            prepared = self._submit(feed, None)
+            this_call = self._calls
 
-        def current() -> bool:
-            return self._closing is not None and self._calls == this_call
+            def current() -> bool:
+                return self._closing is not None and self._calls == this_call
 
-        arrays = {}
-        for name in self._outputs(prepared):
-            buffer = self._buffers[name]
-            arrays[name] = DeviceArray(
-                pointer=int(buffer.device),
-                shape=prepared.shapes[name],
-                dtype=buffer.host.dtype,
-                stream=int(self._stream),
-                wait=self._wait,
-                current=current,
-            )
-        return arrays
+            arrays = {}
+            for name in self._outputs(prepared):
+                buffer = self._buffers[name]
+                arrays[name] = DeviceArray(
+                    pointer=int(buffer.device),
+                    shape=prepared.shapes[name],
+                    dtype=buffer.host.dtype,
+                    stream=int(self._stream),
+                    wait=self._wait,
+                    current=current,
+                )
+            return arrays
 
     def change_engine(
         self, change: Callable[[ModuleType, Any], None], stage: str | None = None
@@ -242,12 +247,13 @@ class TensorRTRunner(ClosesAtExit):
             HipaError: a closed runner, or what ``change`` raises.
 
         """
-        if self._closing is None:
-            raise HipaError(f"{self.spec.name}: the runner is closed.")
-        # TensorRT allows no change while a context of the engine runs.
-        self._wait()
-        self._drop_graphs()
-        self._stages[stage or next(iter(self._stages))].change(change)
+        with self._one_call:
+            if self._closing is None:
+                raise HipaError(f"{self.spec.name}: the runner is closed.")
+            # TensorRT allows no change while a context of the engine runs.
+            self._wait()
+            self._drop_graphs()
+            self._stages[stage or next(iter(self._stages))].change(change)
 
     @property
     def device_ms(self) -> float | None:
@@ -255,14 +261,16 @@ class TensorRTRunner(ClosesAtExit):
 
         None before the first call.
         """
-        return self._elapsed(0, len(self._ran)) if self._ran else None
+        with self._one_call:
+            return self._elapsed(0, len(self._ran)) if self._ran else None
 
     def stage_ms(self, name: str) -> float | None:
         """The milliseconds of one stage; None if the latest call did not run it."""
-        if name not in self._ran:
-            return None
-        number = self._ran.index(name)
-        return self._elapsed(number, number + 1)
+        with self._one_call:
+            if name not in self._ran:
+                return None
+            number = self._ran.index(name)
+            return self._elapsed(number, number + 1)
 
     def profile_layers(self, **inputs: np.ndarray) -> list[tuple[str, float]]:
         """Milliseconds of every layer, ('stage/layer', ms), in a pass without a CUDA graph.
@@ -278,16 +286,17 @@ class TensorRTRunner(ClosesAtExit):
         self, feed: Mapping[str, np.ndarray], stages: Sequence[str] | None = None
     ) -> list[tuple[str, str, float]]:
         """Like ``profile_layers``, as (stage, layer, ms), with a choice of the stages to run."""
-        # A whole run first: then every stage's inputs are in its buffers.
-        prepared = self._submit(feed, stages)
-        self._wait()
-        times = []
-        for stage in prepared.stages:
-            shapes = dict(prepared.shapes)
-            for layer_name, ms in stage.profile(self._stream, self._buffers, shapes):
-                times.append((stage.spec.name, layer_name, ms))
-        self._wait()
-        return times
+        with self._one_call:
+            # A whole run first: then every stage's inputs are in its buffers.
+            prepared = self._submit(feed, stages)
+            self._wait()
+            times = []
+            for stage in prepared.stages:
+                shapes = dict(prepared.shapes)
+                for layer_name, ms in stage.profile(self._stream, self._buffers, shapes):
+                    times.append((stage.spec.name, layer_name, ms))
+            self._wait()
+            return times
 
     def _submit(self, feed: Mapping[str, np.ndarray], names: Sequence[str] | None) -> _PreparedRun:
         """Check the feed, copy it in and launch the stages. Returns while the device works."""
@@ -429,11 +438,12 @@ class TensorRTRunner(ClosesAtExit):
 
         Calling it twice is harmless.
         """
-        closing = self._closing
-        self._closing = None
-        if closing is not None:
-            self._ran = ()
-            closing.close()
+        with self._one_call:
+            closing = self._closing
+            self._closing = None
+            if closing is not None:
+                self._ran = ()
+                closing.close()
 
 
 class StageRunner(ClosesAtExit):

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
-import resvg_py
 import typer
 from augment import PLAIN, SPRITE, draw
 from augment import SIZE as LARGE
@@ -162,6 +161,9 @@ def on_white(image: Image.Image) -> np.ndarray:
 
 def render_svg(body: str, width: int, height: int) -> Image.Image:
     """An Iconify icon's body, drawn in a view box of this size, as RGBA of RENDER_SIZE pixels."""
+    # Imported here: the names and splits of this module are of use without it.
+    import resvg_py
+
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{body}</svg>'
     png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDER_SIZE, height=RENDER_SIZE)
     return Image.open(io.BytesIO(bytes(png)))

@@ -5,19 +5,20 @@ The format is described in docs/reference/bundle.md.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-
-from pydantic import ValidationError
+from pathlib import Path, PurePosixPath
 
 from hipa_deploy.bundle.manifest import Axis, Manifest, Stage
+from hipa_deploy.bundle.onnx_check import beside, external_files
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
+from hipa_deploy.paths import inside, lies_in, shown
+from hipa_deploy.reading import MIB, read_json, reason_of, validated
 
 SCHEMA = 1
 MANIFEST = "hipa.json"
+_MAX_MANIFEST = 4 * MIB
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,26 @@ class Bundle:
                 f"bundle {root} does not exist. "
                 "Expected a folder that hipa-export wrote, or 'emoji'."
             )
-        if not path.is_file():
+        if not path.exists():
             raise HipaError(
                 f"{root}: no {MANIFEST} in it. Expected a bundle, as hipa-export writes it."
             )
         try:
-            data = json.loads(path.read_text())
-            # First the schema: of another one, every field's error would be beside the point.
-            found = data.get("schema_version")
-            if found != SCHEMA:
-                raise HipaError(
-                    f"{path}: schema {found}, this version reads {SCHEMA}. Export the bundle again."
-                )
-            return cls(root, Manifest.model_validate(data))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise HipaError(f"{path}: {where}: {first['msg']}. Export the bundle again.") from None
-        except (ValueError, AttributeError) as error:
+            data = read_json(inside(root, MANIFEST), max_bytes=_MAX_MANIFEST)
+        except HipaError as error:
             raise HipaError(
-                f"{path} is not a manifest ({error}). Export the bundle again."
+                f"{path} is not a manifest ({reason_of(error)}). Export the bundle again."
             ) from None
+        if not isinstance(data, dict):
+            raise HipaError(f"{path} is not a manifest (no table). Export the bundle again.")
+        # First the schema: of another one, every field's error would be beside the point.
+        found = data.get("schema_version")
+        if found != SCHEMA:
+            raise HipaError(
+                f"{path}: schema {shown(str(found))}, this version reads {SCHEMA}. "
+                "Export the bundle again."
+            )
+        return cls(root, validated(Manifest, data, path, "Export the bundle again."))
 
     @cached_property
     def axes(self) -> dict[str, Axis]:
@@ -93,35 +93,61 @@ class Bundle:
         """The file that ``relative`` names.
 
         Raises:
-            HipaError: the manifest does not list it, so its content is not vouched for.
+            HipaError: the manifest does not list it, so its content is not vouched for; or it is
+                missing, no regular file, or a link that leads out of the bundle.
 
         """
+        self._require_listed(relative)
+        return inside(self.root, relative)
+
+    def _require_listed(self, relative: str) -> None:
         if relative not in self.manifest.files:
             raise HipaError(
-                f"{self.root}: {relative} is not listed in {MANIFEST}. Export the bundle again."
+                f"{self.root}: {shown(relative)} is not listed in {MANIFEST}. "
+                "Export the bundle again."
             )
-        return self.root / relative
 
     def stage_path(self, name: str) -> Path:
         """The ONNX file of stage ``name``."""
         return self.path(self.stages[name].path)
 
     def verify(self) -> None:
-        """Hash every file that the manifest lists.
+        """Hash every file that the manifest lists, and check that a stage reads no other.
 
         Raises:
-            HipaError: a file is missing, truncated or changed.
+            HipaError: a file is missing, truncated or changed, lies outside the bundle, or has
+                weights in a file that is not listed.
 
         """
         for relative, expected in self.manifest.files.items():
             path = self.path(relative)
-            if not path.is_file():
-                raise HipaError(f"{path} is missing. Export the bundle again, or copy it whole.")
             if file_sha256(path) != expected:
                 raise HipaError(
                     f"{path} is corrupt: its SHA-256 is not the manifest's. "
                     "Copy or export the bundle again."
                 )
+        for name, stage in self.stages.items():
+            for location in sorted(external_files(self.stage_path(name))):
+                weights = beside(stage.path, location)
+                if weights not in self.weight_files(name):
+                    self._require_listed(weights)
+                    raise HipaError(
+                        f"{self.stage_path(name)} has weights in {shown(location)}, outside its "
+                        "folder. Export the bundle again."
+                    )
+
+    def weight_files(self, stage: str) -> list[str]:
+        """The listed files in the folder of ``stage`` that can hold its weights, sorted.
+
+        These are all but the graph itself, and JSON files such as the weight map.
+        """
+        graph = self.stages[stage].path
+        folder = PurePosixPath(graph).parent.as_posix()
+        names = []
+        for name in sorted(self.manifest.files):
+            if lies_in(name, folder) and name != graph and not name.endswith(".json"):
+                names.append(name)
+        return names
 
 
 def latent_shape(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, int, int]:

@@ -9,20 +9,64 @@ Shapes: B batch, L tokens, D width of a text context, C latent channels, H W pix
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from pathlib import PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from hipa_deploy.bundle.text_settings import TextSettings
+from hipa_deploy.paths import name_problem, shown
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
 
 MAX_BATCH = 64
+# Far beyond what an export writes. Larger numbers are mistakes, or are meant to fill a memory.
+MAX_SIZE = 65536  # of a dimension of a tensor, and of an image's sides in pixels
+MAX_ELEMENTS = 2**33  # of a tensor
+MAX_COUNT = 2**62  # of bytes and operations
+MAX_FILES = 10_000
 
 DType = Literal["float16", "float32", "int64", "uint8"]
 Precision = Literal["fp16", "fp32"]
 Layout = Literal["onestep", "generic"]
+STAGE_NAMES = ("text_encoder", "vae_encoder", "unet", "vae_decoder", "generator")
+
+
+def _stage_name(name: str) -> str:
+    # Engines and caches are named after the stage.
+    if name not in STAGE_NAMES:
+        known = ", ".join(STAGE_NAMES)
+        raise ValueError(f"stage {shown(name)} is unknown, expected one of: {known}")
+    return name
+
+
+StageName = Annotated[str, AfterValidator(_stage_name)]
+"""One of ``STAGE_NAMES``."""
+
+
+def _file_name(name: str) -> str:
+    problem = name_problem(name)
+    if problem:
+        raise ValueError(f"the file name {shown(name)} {problem}")
+    return name
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it has a character that cannot be printed")
+    return text
+
+
+Text = Annotated[str, Field(max_length=500), AfterValidator(_printable)]
+"""A name for people or for a graph: one line."""
+Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+"""A file's path in its folder: relative, with '/', and never out of it."""
 
 
 class Axis(Record):
@@ -40,10 +84,10 @@ class Axis(Record):
 
     """
 
-    min: int = Field(ge=1)
-    opt: int
-    max: int
-    multiple: int = Field(default=1, ge=1)
+    min: Size
+    opt: Size
+    max: Size
+    multiple: Size = 1
 
     @model_validator(mode="after")
     def _ordered(self) -> Axis:
@@ -74,9 +118,9 @@ class TensorSpec(Record):
 
     """
 
-    name: str
+    name: Name
     dtype: DType
-    shape: tuple[int | str, ...]
+    shape: tuple[Size | Name, ...] = Field(max_length=8)
 
     def at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape when the named axes have ``sizes``.
@@ -101,10 +145,27 @@ class StageSpec(Record):
 
     """
 
-    name: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    axes: dict[str, Axis] = Field(default_factory=dict)
+    name: Name
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=32)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=32)
+    axes: dict[Name, Axis] = Field(default_factory=dict, max_length=16)
+
+    @model_validator(mode="after")
+    def _whole(self) -> StageSpec:
+        tensors = self.inputs + self.outputs
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            raise ValueError("two of its tensors have one name")
+        for tensor in tensors:
+            unknown = [size for size in tensor.shape if size not in self.axes]
+            named = [size for size in unknown if isinstance(size, str)]
+            if named:
+                raise ValueError(f"{tensor.name} has the dimension {named[0]!r}, which is no axis")
+            elements = math.prod(tensor.at(self.sizes("max")))
+            if elements > MAX_ELEMENTS:
+                raise ValueError(
+                    f"{tensor.name} has {elements} elements, expected at most {MAX_ELEMENTS}"
+                )
+        return self
 
     def sizes(self, which: Literal["min", "opt", "max"]) -> dict[str, int]:
         """The smallest, usual or largest size of every axis."""
@@ -128,11 +189,11 @@ class Parity(Record):
 
     """
 
-    max_abs: float
-    mean_abs: float
-    cosine: float
-    psnr_db: float
-    high_frequency_ratio: float | None = None
+    max_abs: Finite
+    mean_abs: Finite
+    cosine: Finite
+    psnr_db: Finite
+    high_frequency_ratio: Finite | None = None
 
 
 class Cost(Record):
@@ -150,10 +211,10 @@ class Cost(Record):
 
     """
 
-    flops: int = Field(ge=0)
-    weight_bytes: int = Field(ge=0)
-    io_bytes: int = Field(ge=0)
-    activation_bytes: int | None = Field(default=None, ge=0)
+    flops: Count
+    weight_bytes: Count
+    io_bytes: Count
+    activation_bytes: Count | None = None
 
 
 class Stage(Record):
@@ -171,12 +232,18 @@ class Stage(Record):
     """
 
     spec: StageSpec
-    path: str
+    path: FileName
     precision: Precision
-    opset: int
-    fp32_islands: tuple[str, ...] = ()
+    opset: int = Field(ge=1, le=1000)
+    fp32_islands: tuple[Text, ...] = Field(default=(), max_length=100_000)
     parity: Parity
     cost: Cost | None = None
+
+    @field_validator("spec")
+    @classmethod
+    def _known(cls, spec: StageSpec) -> StageSpec:
+        _stage_name(spec.name)
+        return spec
 
 
 class ModelInfo(Record):
@@ -188,8 +255,8 @@ class ModelInfo(Record):
 
     """
 
-    name: str
-    sha256: str
+    name: Text
+    sha256: Text
 
 
 class AdaptorInfo(Record):
@@ -204,11 +271,47 @@ class AdaptorInfo(Record):
 
     """
 
+    name: Text
+    sha256: Text
+    rank: int = Field(ge=0, le=1_000_000)
+    alpha: Finite
+    scale: Finite
+
+
+class LoraInfo(Record):
+    """A LoRA that was merged into the base model, before any adaptor.
+
+    Attributes:
+        name: of its file or folder.
+        sha256: of its file; of the hashes of several.
+        scale: what it was merged at; 1 is as trained.
+        rank: of its low-rank matrices; the largest, if layers differ; None without such matrices.
+        parts: of the model that it changes: 'unet', 'text_encoder'.
+
+    """
+
     name: str
     sha256: str
-    rank: int
-    alpha: float
     scale: float
+    rank: int | None = None
+    parts: tuple[str, ...] = ()
+
+
+class EmbeddingInfo(Record):
+    """A textual inversion embedding: a word that was added to the text encoder.
+
+    Attributes:
+        name: of its file.
+        sha256: of its file.
+        token: the word that stands for it in a prompt.
+        vectors: how many tokens of a prompt it takes.
+
+    """
+
+    name: str
+    sha256: str
+    token: str
+    vectors: int = Field(ge=1)
 
 
 class DecoderInfo(Record):
@@ -222,8 +325,8 @@ class DecoderInfo(Record):
     """
 
     kind: Literal["full", "tiny"]
-    name: str
-    sha256: str
+    name: Text
+    sha256: Text
 
 
 class EncoderInfo(DecoderInfo):
@@ -234,7 +337,11 @@ class EncoderInfo(DecoderInfo):
 
     """
 
-    adaptor_sha256: str | None = None
+    adaptor_sha256: Text | None = None
+
+
+Timestep = Annotated[int, Field(ge=0, le=1_000_000)]
+AlphaBar = Annotated[float, Field(ge=0, le=1)]
 
 
 class Strength(Record):
@@ -248,8 +355,30 @@ class Strength(Record):
     """
 
     strength: float = Field(gt=0, le=1)
-    timestep: int
-    alpha_bar: float
+    timestep: Timestep
+    alpha_bar: AlphaBar
+
+
+class StepMethod(Record):
+    """A one-step method that is not HiPA's, as numbers.
+
+    With e the noise of a seed, standard normal, the UNet sees z = noise_scale * e, and the step
+    gives sample_factor * z + output_factor * (what the UNet predicts).
+
+    Attributes:
+        name: of the preset, or of the TOML file, that the numbers come from.
+        scheduler: the class of diffusers that takes this step.
+        noise_scale: above 0.
+        sample_factor: of what the UNet saw.
+        output_factor: of what the UNet predicts.
+
+    """
+
+    name: str
+    scheduler: str
+    noise_scale: float = Field(gt=0, allow_inf_nan=False)
+    sample_factor: float = Field(allow_inf_nan=False)
+    output_factor: float = Field(allow_inf_nan=False)
 
 
 class OneStep(Record):
@@ -263,16 +392,23 @@ class OneStep(Record):
         latent_shape: [C, h, w] = [latent channels, height / 2**n, width / 2**n].
         height: of an image, in pixels.
         width: of an image, in pixels.
+        method: how latents are made, where it is not HiPA's x0; None in older bundles.
 
     """
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"]
-    timestep: int
-    alpha_bar: float
-    scaling_factor: float
-    latent_shape: tuple[int, int, int]
-    height: int
-    width: int
+    timestep: Timestep
+    alpha_bar: AlphaBar
+    scaling_factor: float = Field(gt=0, allow_inf_nan=False)
+    latent_shape: tuple[Size, Size, Size]
+    height: Size
+    width: Size
+    method: StepMethod | None = None
+
+    @property
+    def noise_scale(self) -> float:
+        """Standard normal noise times this is what the UNet sees."""
+        return self.method.noise_scale if self.method else 1.0
 
 
 class Manifest(Record):
@@ -286,12 +422,15 @@ class Manifest(Record):
         batch: images that a call makes where the batch is static; the usual number where it is not.
         base_model: the model that it came from.
         adaptor: merged into the UNet; None without one.
+        loras: merged into UNet and text encoder before the adaptor, in this order.
+        embeddings: words that were added to the text encoder.
         decoder: what decodes; None in older bundles.
         encoder: what encodes a source image; None for text to image.
         task: what an image is made from.
         strengths: an edit's, largest first, the first with the constants of ``one_step``.
         upscale: how many times larger super-resolution makes an image; None for other tasks.
         one_step: the constants of the step.
+        text: how prompts become contexts; in older bundles one chunk of 77 tokens.
         stages: in the order in which they run.
         end_to_end: from the reference prompt to images.
         files: SHA-256 of every file, by its path in the bundle.
@@ -299,26 +438,42 @@ class Manifest(Record):
     """
 
     schema_version: Literal[1]
-    producer: str
+    producer: Text
     layout: Layout
     precision: Precision
     batch: int = Field(ge=1, le=MAX_BATCH)
     base_model: ModelInfo
     adaptor: AdaptorInfo | None
+    loras: tuple[LoraInfo, ...] = ()
+    embeddings: tuple[EmbeddingInfo, ...] = ()
     decoder: DecoderInfo | None = None
     encoder: EncoderInfo | None = None
     task: Task = "generate"
-    strengths: tuple[Strength, ...] = ()
-    upscale: int | None = None
+    strengths: tuple[Strength, ...] = Field(default=(), max_length=1000)
+    upscale: int | None = Field(default=None, ge=1, le=64)
     one_step: OneStep
-    stages: tuple[Stage, ...] = Field(min_length=1)
+    text: TextSettings = TextSettings()
+    stages: tuple[Stage, ...] = Field(min_length=1, max_length=len(STAGE_NAMES))
     end_to_end: Parity
-    files: dict[str, str]
+    files: dict[FileName, Text] = Field(max_length=MAX_FILES)
 
-    @field_validator("files")
-    @classmethod
-    def _inside(cls, files: dict[str, str]) -> dict[str, str]:
-        for name in map(PurePosixPath, files):
-            if name.is_absolute() or ".." in name.parts:
-                raise ValueError(f"{name} lies outside the bundle")
-        return files
+    @model_validator(mode="after")
+    def _fits(self) -> Manifest:
+        """Fields that have to agree with each other."""
+        names = [stage.spec.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError("two stages have one name")
+        if bool(self.strengths) != (self.task == "edit"):
+            raise ValueError(f"task {self.task} with {len(self.strengths)} strengths")
+        if bool(self.upscale) != (self.task == "upscale"):
+            raise ValueError(f"task {self.task} with upscale = {self.upscale}")
+
+        # A latent cell is a square of pixels.
+        step = self.one_step
+        _, latent_h, latent_w = step.latent_shape
+        pixels = step.height // latent_h
+        if (latent_h * pixels, latent_w * pixels) != (step.height, step.width):
+            raise ValueError(
+                f"latents of {latent_h} x {latent_w} are no images of {step.height} x {step.width}"
+            )
+        return self

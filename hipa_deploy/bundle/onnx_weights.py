@@ -2,22 +2,25 @@
 
 Swapping an adaptor needs to know no more of a graph than this.
 
-ONNX is protobuf, and protobuf is tagged fields. So the few fields that lead to a weight are read,
-and all others are skipped. Their numbers are those of onnx.proto.
+The few fields that lead to a weight are read, and all others are skipped. Their numbers are those
+of onnx.proto.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hipa_deploy.bundle.protobuf import Span, as_span, fields, integers, spans, text
 from hipa_deploy.errors import HipaError
+from hipa_deploy.paths import inside, shown
 
 _DTYPES = {
     1: "float32",
@@ -37,13 +40,6 @@ _DATA_TYPE = 2
 _NAME = 8
 _RAW_DATA = 9
 _EXTERNAL = 13
-# Wire types: how a field is stored (protobuf.dev/programming-guides/encoding).
-_VARINT = 0
-_FIXED64 = 1
-_BYTES = 2
-_FIXED32 = 5
-
-Span = tuple[int, int]  # start and end in the file
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,11 @@ class Initializer:
     path: Path
     offset: int
     nbytes: int
+
+    @property
+    def header(self) -> tuple[np.dtype, tuple[int, ...]]:
+        """Dtype and shape."""
+        return np.dtype(self.dtype), self.shape
 
     def read(self) -> np.ndarray:
         """The values, mapped from the file: nothing is copied, and the array cannot be written."""
@@ -78,8 +79,8 @@ def read_initializers(path: Path) -> dict[str, Initializer]:
     found = []
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for graph in _spans(data, (0, len(data)), _MODEL_GRAPH):
-                for span in _spans(data, graph, _GRAPH_INITIALIZER):
+            for graph in spans(data, (0, len(data)), _MODEL_GRAPH):
+                for span in spans(data, graph, _GRAPH_INITIALIZER):
                     found.append(_initializer(data, span, path))
     except (IndexError, KeyError, ValueError, TypeError) as error:
         raise HipaError(
@@ -88,66 +89,28 @@ def read_initializers(path: Path) -> dict[str, Initializer]:
     return {weight.name: weight for weight in found}
 
 
-def _spans(data: Any, span: Span, wanted: int) -> list[Span]:
-    """Where the messages lie that field ``wanted`` of a message holds."""
-    return [value for field, value in _fields(data, span) if field == wanted]
-
-
-def _fields(data: Any, span: Span) -> Iterator[tuple[int, Any]]:
-    """Fields of a message as (number, value): an integer, or the span of a length-delimited one."""
-    at, end = span
-    while at < end:
-        tag, at = _varint(data, at)
-        kind = tag & 7
-        if kind == _VARINT:
-            value, at = _varint(data, at)
-            yield tag >> 3, value
-        elif kind == _BYTES:
-            size, at = _varint(data, at)
-            yield tag >> 3, (at, at + size)
-            at += size
-        elif kind in (_FIXED32, _FIXED64):
-            at += 4 if kind == _FIXED32 else 8
-        else:
-            raise ValueError(f"wire type {kind}")
-    if at != end:
-        raise ValueError("truncated")
-
-
-def _varint(data: Any, at: int) -> tuple[int, int]:
-    """An integer of seven bits a byte, the lowest first, and where the next field begins."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at += 1
-        if byte < 0x80:
-            return value, at
-        shift += 7
-
-
 def _initializer(data: Any, span: Span, path: Path) -> Initializer:
     """The TensorProto at ``span``."""
     single: dict[int, Any] = {}
     dims: list[int] = []
     external: dict[str, str] = {}
-    for field, value in _fields(data, span):
+    for field, value in fields(data, span):
         single[field] = value
         if field == _DIMS:
-            dims += _integers(data, value)
+            dims += integers(data, value)
         if field == _EXTERNAL:
-            key, entry = _entry(data, value)
+            key, entry = _entry(data, as_span(value))
             external[key] = entry
 
     dtype = _DTYPES[single[_DATA_TYPE]]
-    name = _text(data, single[_NAME])
-    size = int(np.prod(dims, dtype=np.int64)) * np.dtype(dtype).itemsize
+    name = text(data, single[_NAME])
+    size = math.prod(dims) * np.dtype(dtype).itemsize
 
     # Values lie in another file, or in this one, or nowhere if there are none.
     where = path
     start = length = 0
     if external:
-        where = path.parent / external["location"]
+        where = inside(path.parent, external["location"])
         start = int(external.get("offset", 0))
         length = int(external.get("length", size))
     elif size:
@@ -155,30 +118,15 @@ def _initializer(data: Any, span: Span, path: Path) -> Initializer:
         length = end - start
     if length != size:
         raise ValueError(f"{name}: {length} bytes, expected {size}")
+    if size and not 0 <= start <= where.stat().st_size - size:
+        raise ValueError(f"{name}: its {size} bytes do not lie in {where.name}")
     return Initializer(name, dtype, tuple(dims), where, start, size)
-
-
-def _integers(data: Any, value: int | Span) -> list[int]:
-    """Repeated integers, one a field or packed into one field."""
-    if isinstance(value, int):
-        return [value]
-    at, end = value
-    numbers = []
-    while at < end:
-        number, at = _varint(data, at)
-        numbers.append(number)
-    return numbers
 
 
 def _entry(data: Any, span: Span) -> tuple[str, str]:
     """A StringStringEntryProto: key = 1, value = 2."""
-    parts = {field: _text(data, value) for field, value in _fields(data, span)}
+    parts = {field: text(data, value) for field, value in fields(data, span)}
     return parts[1], parts[2]
-
-
-def _text(data: Any, span: Span) -> str:
-    start, end = span
-    return bytes(data[start:end]).decode()
 
 
 def skeleton_sha256(path: Path, weights: Mapping[str, Initializer]) -> str:
@@ -222,6 +170,13 @@ def with_values(
     return bytes(content), external
 
 
+def no_weight(path: Path, name: str) -> HipaError:
+    """The error for a value of no weight of the graph at ``path``."""
+    return HipaError(
+        f"{path} has no weight {shown(name)}. Export the adaptor for this bundle again."
+    )
+
+
 def check_values(
     path: Path, weights: Mapping[str, Initializer], values: Mapping[str, np.ndarray]
 ) -> None:
@@ -234,9 +189,7 @@ def check_values(
     for name, value in values.items():
         weight = weights.get(name)
         if weight is None:
-            raise HipaError(
-                f"{path} has no weight {name}. Export the adaptor for this bundle again."
-            )
+            raise no_weight(path, name)
         if value.dtype != weight.dtype or value.shape != weight.shape:
             want = f"{weight.dtype} {list(weight.shape)}"
             got = f"{value.dtype} {list(value.shape)}"

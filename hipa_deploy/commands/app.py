@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -21,7 +22,8 @@ from hipa_deploy.commands.from_image import edit, inpaint, upscale
 from hipa_deploy.commands.generate import generate
 from hipa_deploy.commands.profile import profile, profile_compare, profile_table
 from hipa_deploy.commands.train import train
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, HipaWarning, StoppedError, first_line
+from hipa_deploy.interrupts import signal_of, sigterm_interrupts
 
 ABOUT = """Turn a multi-step text-to-image diffusion model into a one-step one, and run it fast.
 
@@ -47,6 +49,21 @@ class _Commands(TyperGroup):
         if two_words in self.commands:
             args = [two_words, *args[2:]]
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command, before Click or Typer turns its exceptions into others.
+
+        They take the end of a file for Ctrl-C, and each release treats Ctrl-C in its own way.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise StoppedError("stopped", signal_of(error)) from None
+        except EOFError as error:
+            raise HipaError(
+                f"a file ends too early ({first_line(error)}). "
+                "Check that the files which the command reads are complete."
+            ) from error
 
 
 app = typer.Typer(
@@ -97,8 +114,8 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``hipa``: run a command and exit with its code.
 
-    A user's mistake is one line on stderr and exit code 1, Ctrl-C is exit code 130. A bug keeps its
-    traceback.
+    A user's mistake is one line on stderr and exit code 1. Ctrl-C is exit code 130 and SIGTERM 143,
+    with one line too. A bug keeps its traceback.
 
     Args:
         arguments: the words after ``hipa``; None takes them from ``sys.argv``.
@@ -112,8 +129,12 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     # standalone_mode would let Click print its own usage block; ours is one line with a remedy.
+    warnings.showwarning = _show_warning
     try:
-        code = app(args=arguments, prog_name="hipa", standalone_mode=False)
+        with sigterm_interrupts():
+            code = app(args=arguments, prog_name="hipa", standalone_mode=False)
+    except StoppedError as error:
+        _stop(str(error), error.exit_code)
     except HipaError as error:
         _stop(str(error))
     except _UsageError as error:
@@ -122,22 +143,38 @@ def main(arguments: list[str] | None = None) -> None:
         # A full disk or a folder without write permission is for the user to fix, not a bug.
         problem = f"{error.filename or 'a file'}: {error.strerror or error}"
         _stop(f"{problem}. Check the path, its permissions and the free disk space.")
-    except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("hipa: stopped\n")
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as error:
+        _stop("stopped", 128 + signal_of(error))
+    except typer.Abort:
+        _stop("stopped", 130)
 
     # A command that ended with typer.Exit(n) returns n here.
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _stop(message: str) -> NoReturn:
-    """Write ``message`` to stderr as one line and exit with 1.
+def _stop(message: str, code: int = 1) -> NoReturn:
+    """Write ``message`` to stderr as one line and exit with ``code``.
 
     It is empty after bare ``hipa``, which has printed its help.
     """
     if message.strip():
         sys.stderr.write(f"hipa: {' '.join(message.split())}\n")
-    raise SystemExit(1)
+    raise SystemExit(code)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning that is meant for the user as one line, others as Python does."""
+    if issubclass(category, HipaWarning):
+        sys.stderr.write(f"hipa: warning: {' '.join(str(message).split())}\n")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
 
 
 def verb_main() -> None:

@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from hipa_deploy.commands.options import ConfigOption, ModelOption, console
+from hipa_deploy.commands.options import (
+    ConfigOption,
+    EmbeddingOption,
+    LoraOption,
+    ModelOption,
+    console,
+)
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
+from hipa_deploy.files import refuse_to_overwrite
 
 if TYPE_CHECKING:
+    from hipa_deploy.models.style import Style
     from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
 
 
@@ -48,6 +56,8 @@ def train(
             "a folder or 'emoji'."
         ),
     ] = None,
+    lora: LoraOption = None,
+    embedding: EmbeddingOption = None,
     steps: Annotated[
         int | None, typer.Option(help="Training steps, in place of the recipe's number.")
     ] = None,
@@ -73,8 +83,12 @@ def train(
     """
     require("train")
     from hipa_deploy.embedded import resolve_adaptor
+    from hipa_deploy.models.style import parse_style
     from hipa_deploy.train.recipes.recipe import Recipe, load_any_recipe
     from hipa_deploy.user_code import check_allowed, code_allowed
+
+    if not dry_run:
+        refuse_to_overwrite(out)
 
     # Only what was given on the command line replaces a value of the recipe.
     overrides: dict[str, Any] = {}
@@ -85,6 +99,7 @@ def train(
     chosen = load_any_recipe(recipe, overrides)
     initial = resolve_adaptor(start) if start else None
     active = resolve_adaptor(adaptor) if adaptor else None
+    style = parse_style(lora, embedding)
 
     # What can be known without torch is checked before it is imported.
     if isinstance(chosen, Recipe) and active:
@@ -99,7 +114,7 @@ def train(
         )
     with code_allowed(allow_code):
         check_allowed("backbone", chosen.loss.backbone)
-        _train(chosen, model, config, out, start=initial or active, dry_run=dry_run)
+        _train(chosen, model, config, out, start=initial or active, style=style, dry_run=dry_run)
 
 
 def _train(
@@ -109,6 +124,7 @@ def _train(
     out: Path,
     *,
     start: Path | None,
+    style: Style,
     dry_run: bool,
 ) -> None:
     """Train what the recipe is for, and print where it is.
@@ -119,6 +135,7 @@ def _train(
         config: of a checkpoint, as on the command line.
         out: the folder to write.
         start: the adaptor to start from, or the one that a decoder will be used with.
+        style: LoRAs and embeddings that are added to the base model.
         dry_run: predict, and train nothing.
 
     """
@@ -131,28 +148,38 @@ def _train(
     folder = model_folder(model, config)
     if dry_run:
         assert isinstance(chosen, Recipe)  # the command refuses a decoder's
-        _dry_run_training(chosen, folder)
+        _dry_run_training(chosen, folder, style)
         return
     with leaving_process_group():
         if isinstance(chosen, Recipe):
-            path = train_adaptor(chosen, folder, out, initial_adaptor=start, console=console)
+            path = train_adaptor(
+                chosen, folder, out, initial_adaptor=start, style=style, console=console
+            )
         else:
-            path = train_decoder(chosen, folder, out, adaptor=start, console=console)
+            path = train_decoder(chosen, folder, out, adaptor=start, style=style, console=console)
 
     # Several processes may train together; the path is printed once.
     if is_main():
         typer.echo(path)
 
 
-def _dry_run_training(recipe: Recipe, model_dir: Path) -> None:
+def _dry_run_training(recipe: Recipe, model_dir: Path, style: Style) -> None:
     """Print the resolved recipe and the predicted cost on every GPU that hipa-deploy knows.
 
     Raises:
-        HipaError: the training could not start, for example because its prompts cannot be read.
+        HipaError: the training could not start, for example because its prompts cannot be read, or
+            a LoRA does not fit the model.
 
     """
     from hipa_deploy.engines.targets.target import load_target_profile, target_names
     from hipa_deploy.train.prediction.dry_run import dry_run
+
+    # Merged LoRAs cost a training nothing, so the prediction is that of the base model.
+    if style:
+        from hipa_deploy.models.lora.open_style import OpenStyle
+        from hipa_deploy.models.model_config import ModelConfig
+
+        OpenStyle.read(style, ModelConfig.read(model_dir))
 
     # Devices whose memory is shared with the CPU (Jetson) are for running, not for training.
     profiles = [load_target_profile(name) for name in target_names()]

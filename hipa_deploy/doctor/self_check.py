@@ -16,7 +16,7 @@ from hipa_deploy.bundle.parity import MIN_PSNR_DB, compare, problem
 from hipa_deploy.bundle.reference import Reference
 from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.noise import initial_noise
+from hipa_deploy.generate.noise import bundle_noise
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.stages import output_names
 from hipa_deploy.images.source import Source
@@ -152,7 +152,8 @@ def _source(reference: Reference, bundle: Bundle) -> Source | None:
 def _check_noise(bundle: Bundle, reference: Reference) -> None:
     """This machine's noise must be the reference's, or nothing after it can agree."""
     expected_BCHW = _tensor(reference, "noise", bundle)
-    noise_BCHW = initial_noise(reference.seeds, bundle.manifest.one_step.latent_shape)
+    step = bundle.manifest.one_step
+    noise_BCHW = bundle_noise(reference.seeds, step.latent_shape, step, bundle.manifest.layout)
     same_shape = noise_BCHW.shape == expected_BCHW.shape
     if not same_shape or not np.allclose(noise_BCHW, expected_BCHW, rtol=0, atol=_NOISE_TOLERANCE):
         raise HipaError(

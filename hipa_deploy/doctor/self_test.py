@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-import tempfile
 import time
 import traceback
 import warnings
@@ -26,6 +25,7 @@ from hipa_deploy import __version__, embedded
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.doctor.self_check import END_TO_END, check_pipeline
 from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.files import temporary_folder
 from hipa_deploy.generate.pipeline import OneStepPipeline
 
 # Enough for a median to see that something is wrong, few enough for a slow device.
@@ -97,8 +97,8 @@ def self_test(console: Console | None = None) -> SelfTest:
     screen = console or Console(stderr=True)
 
     # A copy: engines are built into the bundle, and the installed package stays as it is.
-    with tempfile.TemporaryDirectory(prefix="hipa-self-test-") as scratch:
-        root = Path(scratch, "bundle")
+    with temporary_folder("hipa-self-test") as scratch:
+        root = scratch / "bundle"
         shutil.copytree(embedded.BUNDLE, root, ignore=shutil.ignore_patterns("engines"))
         steps = tuple(_steps(Bundle.open(root), device, screen))
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hipa_deploy.bundle.manifest import Layout, OneStep
 from hipa_deploy.errors import HipaError
 
 SEED_LIMIT = 2**63
@@ -51,6 +52,30 @@ def initial_noise(seeds: Sequence[int], shape_CHW: tuple[int, int, int]) -> np.n
 
     """
     return np.stack([_noise(seed, shape_CHW) for seed in seeds])
+
+
+def bundle_noise(
+    seeds: Sequence[int], shape_CHW: tuple[int, int, int], step: OneStep, layout: Layout
+) -> np.ndarray:
+    """The tensor 'noise' of a bundle's path, float32 [B, C, H, W].
+
+    It is ``initial_noise``. A method of others may scale it: the graphs of the layout onestep do
+    that themselves; a generic UNet, which is as diffusers has it, takes the scaled noise.
+
+    Args:
+        seeds: B numbers in [0, 2**63).
+        shape_CHW: latent channels, height and width.
+        step: the constants of the bundle's step.
+        layout: of the bundle.
+
+    Raises:
+        HipaError: a seed out of range.
+
+    """
+    noise_BCHW = initial_noise(seeds, shape_CHW)
+    if layout == "generic" and step.noise_scale != 1:
+        return noise_BCHW * np.float32(step.noise_scale)
+    return noise_BCHW
 
 
 def _noise(seed: int, shape_CHW: tuple[int, int, int]) -> np.ndarray:

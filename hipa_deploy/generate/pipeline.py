@@ -6,10 +6,12 @@ H W image size, h w latent size.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +19,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, adapted_stage
+from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, AdaptorSwap, adapted_stage
 from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.bundle.manifest import Axis
 from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.noise import check_seeds, initial_noise
+from hipa_deploy.generate.noise import bundle_noise, check_seeds
 from hipa_deploy.generate.open_stages import open_stages, resolve_backend
 from hipa_deploy.generate.prompts import Prepared, open_prompts
-from hipa_deploy.generate.runner import ClosesAtExit, Runner, check_backend
-from hipa_deploy.generate.stages import Stages, Tensors, Timer, input_names, output_names
+from hipa_deploy.generate.runner import ENGINE_BACKENDS, ClosesAtExit, Runner, check_backend
+from hipa_deploy.generate.shared_use import SharedUse
+from hipa_deploy.generate.stages import (
+    Stages,
+    Tensors,
+    Timer,
+    host_stages,
+    input_names,
+    output_names,
+    stage_feed,
+)
 from hipa_deploy.images.read import ImageSource
 from hipa_deploy.images.source import (
     EncodedImages,
@@ -74,8 +85,26 @@ class GenerateResult:
         return self.parameters
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """The stages and whose weights they hold: one value, so that no call sees half a swap.
+
+    Attributes:
+        stages: every stage of the bundle, loaded.
+        swap: the adaptor that was swapped in; None: the bundle's own.
+
+    """
+
+    stages: Stages
+    swap: AdaptorSwap | None = None
+
+
 class OneStepPipeline(ClosesAtExit):
     """A bundle, loaded on one backend: prompts in, images out, one UNet call each.
+
+    Any thread may call it, several at once too. Backends that run one call at a time let the others
+    wait. ``swap_adaptor`` and ``close`` wait for the batches that are under way, so the parameters
+    of an image always name the adaptor that made it.
 
     Example:
         >>> with OneStepPipeline.load("emoji") as pipe:
@@ -89,9 +118,10 @@ class OneStepPipeline(ClosesAtExit):
     def __init__(self, bundle: Bundle, backend: str, stages: Stages) -> None:
         self.bundle = bundle
         self.backend = backend
-        self.stages = stages
         self.load_seconds = 0.0
-        self.swapped: AdaptorSwap | None = None  # None: the bundle's own adaptor
+        self._loaded = _Loaded(stages)
+        self._use = SharedUse()  # calls share what is loaded, a swap has it alone
+        self._one_swap = threading.Lock()
         batch = bundle.manifest.batch
         self._batch = bundle.axes.get("batch", Axis(min=batch, opt=batch, max=batch))
         self._prompts = open_prompts(bundle)
@@ -135,6 +165,7 @@ class OneStepPipeline(ClosesAtExit):
         height: int | None = None,
         width: int | None = None,
         truncate: bool = False,
+        prompt_weights: bool | None = None,
         timer: Timer = nullcontext,
     ) -> GenerateResult:
         """Generate ``count`` images for each prompt, with seeds ``seed``, ``seed + 1``, …
@@ -150,11 +181,14 @@ class OneStepPipeline(ClosesAtExit):
             height: pixels; None is the bundle's own size, or that of ``source``.
             width: pixels; None is the bundle's own size, or that of ``source``.
             truncate: cut prompts that are too long, in place of refusing them.
+            prompt_weights: read ``(word:1.3)`` as a weight, as
+                ``hipa_deploy.generate.prompt_weights`` says; None is what the bundle was exported
+                for, which is False by default: brackets are text.
             timer: called with a stage's name, gives a context to run the stage in.
 
         Raises:
-            HipaError: no prompt, a prompt that is too long, a seed or count out of range, a size or
-                a task that the bundle was not exported for.
+            HipaError: no prompt, a prompt that is too long, a weight that is no number, a seed or
+                count out of range, a size or a task that the bundle was not exported for.
 
         """
         batches = list(
@@ -166,6 +200,7 @@ class OneStepPipeline(ClosesAtExit):
                 height=height,
                 width=width,
                 truncate=truncate,
+                prompt_weights=prompt_weights,
                 timer=timer,
             )
         )
@@ -186,6 +221,7 @@ class OneStepPipeline(ClosesAtExit):
         height: int | None = None,
         width: int | None = None,
         truncate: bool = False,
+        prompt_weights: bool | None = None,
         timer: Timer = nullcontext,
     ) -> Iterator[GenerateResult]:
         """The same as a call, a batch at a time.
@@ -201,33 +237,38 @@ class OneStepPipeline(ClosesAtExit):
         check_count(len(prompts), count)
         check_seeds(seed, count)
         latent_CHW = self._latent_shape(source, height, width)
-        prepared = self._prompts.prepare(prompts, truncate=truncate)
+        weights = self._prompts.reads_weights(prompt_weights)
+        prepared = self._prompts.prepare(prompts, truncate=truncate, weights=weights)
 
         # One entry an image: which prompt, and which seed.
         images = [(index, seed + i) for index in range(len(prompts)) for i in range(count)]
         for batch in _batches(images, self._batch.max):
             texts = [prompts[index] for index, _ in batch]
             seeds = [number for _, number in batch]
-            images_BHWC = self._make_batch(
-                [prepared[index] for index, _ in batch],
-                seeds,
-                latent_CHW,
-                [source] * len(batch) if source else [],
-                timer,
-            )
+            with self._use.shared():
+                loaded = self._loaded
+                images_BHWC = self._make_batch(
+                    loaded.stages,
+                    [prepared[index] for index, _ in batch],
+                    seeds,
+                    latent_CHW,
+                    [source] * len(batch) if source else [],
+                    timer,
+                )
             size = {"height": images_BHWC.shape[1], "width": images_BHWC.shape[2]}
-            facts: dict[str, Any] = {**size, "truncate": truncate}
+            facts = {**size, "truncate": truncate, "prompt_weights": weights}
             if source:
                 images_BHWC = source.finish(images_BHWC)
                 facts |= source.facts
             parameters = [
-                self._parameters(text, number, facts)
+                self._parameters(loaded.swap, text, number, facts)
                 for text, number in zip(texts, seeds, strict=True)
             ]
             yield GenerateResult(images_BHWC, tuple(texts), tuple(seeds), tuple(parameters))
 
     def _make_batch(
         self,
+        stages: Stages,
         prompts: list[Prepared],
         seeds: list[int],
         latent_CHW: tuple[int, int, int],
@@ -240,7 +281,7 @@ class OneStepPipeline(ClosesAtExit):
         padded = prompts + prompts[-1:] * missing
 
         # tokens_BL, or context_BLD where the text encoder has seen these prompts lately.
-        text = self._prompts.feed(padded)
+        text = self._prompts.feed(padded, partial(_encode, self.bundle, stages, timer))
         # noise_BCHW; of a task with a source image also image_BHWC (or source_BCHW), mask and step.
         start = self._start(
             seeds + seeds[-1:] * missing, latent_CHW, sources + sources[-1:] * missing
@@ -251,7 +292,7 @@ class OneStepPipeline(ClosesAtExit):
         # unet:         noise_BCHW, context_BLD  -> latents_BCHW, which are x0: the one step
         # vae_decoder:  latents_BCHW             -> images_BHWC
         outputs = ["images", *_worth_keeping(text | start)]
-        made = self.stages.run(text | start, outputs, timer)
+        made = stages.run(text | start, outputs, timer)
 
         # The next batch of these prompts, or from these images, starts from what is known now.
         if "context" in made:
@@ -264,8 +305,10 @@ class OneStepPipeline(ClosesAtExit):
         self, seeds: Sequence[int], latent_CHW: tuple[int, int, int], sources: Sequence[Source]
     ) -> dict[str, np.ndarray]:
         """What the step starts from beside the text: noise, and the sources' images and masks."""
-        takes_noise = "noise" in STEP_INPUTS[self.bundle.manifest.task]
-        noise = {"noise": initial_noise(seeds, latent_CHW)} if takes_noise else {}
+        manifest = self.bundle.manifest
+        noise = {}
+        if "noise" in STEP_INPUTS[manifest.task]:
+            noise["noise"] = bundle_noise(seeds, latent_CHW, manifest.one_step, manifest.layout)
         return self._encoded_images.feed(noise | batch_inputs(sources))
 
     def edit(
@@ -287,7 +330,8 @@ class OneStepPipeline(ClosesAtExit):
                 largest of them.
             height: pixels; None is the bundle's own size.
             width: pixels; None is the bundle's own size.
-            options: ``seed``, ``count``, ``truncate`` and ``timer``, as a call takes them.
+            options: ``seed``, ``count``, ``truncate``, ``prompt_weights`` and ``timer``, as a call
+                takes them.
 
         Raises:
             HipaError: as a call does; no image; or a strength that the bundle does not have.
@@ -323,7 +367,8 @@ class OneStepPipeline(ClosesAtExit):
             feather: pixels over which the seam is blended, 0 or more.
             height: pixels; None is the bundle's own size.
             width: pixels; None is the bundle's own size.
-            options: ``seed``, ``count``, ``truncate`` and ``timer``, as a call takes them.
+            options: ``seed``, ``count``, ``truncate``, ``prompt_weights`` and ``timer``, as a call
+                takes them.
 
         Raises:
             HipaError: as a call does; no image; a mask of another size, empty or full; or a
@@ -346,6 +391,7 @@ class OneStepPipeline(ClosesAtExit):
         *,
         overlap: int | None = None,
         truncate: bool = False,
+        prompt_weights: bool | None = None,
         timer: Timer = nullcontext,
     ) -> GenerateResult:
         """Enlarge ``image`` by the bundle's factor, in tiles where it is larger than the bundle's.
@@ -357,6 +403,7 @@ class OneStepPipeline(ClosesAtExit):
             prompt: what the image shows; may be empty.
             overlap: pixels of the result by which tiles overlap; None is an eighth of a tile.
             truncate: cut a prompt that is too long, in place of refusing it.
+            prompt_weights: as a call takes it.
             timer: as a call takes it.
 
         Returns:
@@ -372,17 +419,23 @@ class OneStepPipeline(ClosesAtExit):
 
         """
         enlargement = upscaling(self.bundle, image, overlap=overlap)
-        prepared = self._prompts.prepare([prompt], truncate=truncate)
+        weights = self._prompts.reads_weights(prompt_weights)
+        prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
         latent_CHW = latent_shape(self.bundle, None, None)
-        made = [
-            self._make_batch(prepared * len(tiles), [0] * len(tiles), latent_CHW, tiles, timer)
-            for tiles in _batches(list(enlargement.tiles), self._batch.max)
-        ]
+        made = []
+        # All tiles in one use: a swap between two would leave a seam in the image.
+        with self._use.shared():
+            loaded = self._loaded
+            for tiles in _batches(list(enlargement.tiles), self._batch.max):
+                prompts = prepared * len(tiles)
+                seeds = [0] * len(tiles)
+                made.append(
+                    self._make_batch(loaded.stages, prompts, seeds, latent_CHW, tiles, timer)
+                )
         image_HWC = enlargement.merge(np.concatenate(made))
         size = {"height": enlargement.height, "width": enlargement.width}
-        parameters = self._parameters(
-            prompt, 0, {**size, "truncate": truncate, **enlargement.facts}
-        )
+        facts = {**size, "truncate": truncate, "prompt_weights": weights, **enlargement.facts}
+        parameters = self._parameters(loaded.swap, prompt, 0, facts)
         return GenerateResult(image_HWC[None], (prompt,), (0,), (parameters,))
 
     def generate_on_device(
@@ -395,6 +448,7 @@ class OneStepPipeline(ClosesAtExit):
         height: int | None = None,
         width: int | None = None,
         truncate: bool = False,
+        prompt_weights: bool | None = None,
     ) -> DeviceArray:
         """One batch of images, uint8 [count, H, W, 3], left on the device.
 
@@ -411,27 +465,41 @@ class OneStepPipeline(ClosesAtExit):
             raise HipaError(f"count is {count}, a batch of this bundle holds {self._batch}.")
         latent_CHW = self._latent_shape(source, height, width)
         sources = [source] * count if source else []
-        text = self._prompts.feed(self._prompts.prepare([prompt], truncate=truncate) * count)
+        weights = self._prompts.reads_weights(prompt_weights)
+        prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
         start = self._start(range(seed, seed + count), latent_CHW, sources)
-        images: DeviceArray = self.stages.run_on_device(text | start)["images"]
+        with self._use.shared():
+            encode = partial(_encode, self.bundle, self.stages, nullcontext)
+            text = self._prompts.feed(prepared * count, encode)
+            images: DeviceArray = self.stages.run_on_device(text | start)["images"]
         return images
 
     def tensors(
-        self, prompt: str, *, source: Source | None = None, seed: int = 0, count: int = 1
+        self,
+        prompt: str,
+        *,
+        source: Source | None = None,
+        seed: int = 0,
+        count: int = 1,
+        prompt_weights: bool | None = None,
     ) -> Tensors:
         """Every tensor along the path of one batch, by name: for checks and profiles of a stage.
 
         The names and shapes are those of ``hipa_deploy.generate.stages``. Every stage runs: nothing
-        that is cached is taken.
+        that is cached is taken. Of a prompt with weights the tokens are left out.
 
         Raises:
             HipaError: as a call does.
 
         """
-        fresh = OneStepPipeline(self.bundle, self.backend, self.stages)  # with empty caches
+        # With empty caches.
+        fresh = OneStepPipeline(self.bundle, self.backend, self.stages)
         latent_CHW = self._latent_shape(source, None, None)
-        prepared = fresh._prompts.prepare([prompt], truncate=False)
-        feed = fresh._prompts.feed(prepared * count)
+        weights = fresh._prompts.reads_weights(prompt_weights)
+        prepared = fresh._prompts.prepare([prompt], truncate=False, weights=weights)
+        encode = partial(_encode, self.bundle, self.stages, nullcontext)
+        with self._use.shared():
+            feed = fresh._prompts.feed(prepared * count, encode)
         sources = [source] * count if source else []
         feed |= fresh._start(range(seed, seed + count), latent_CHW, sources)
 
@@ -441,8 +509,22 @@ class OneStepPipeline(ClosesAtExit):
         for stage in self.bundle.manifest.stages:
             names += input_names(stage.spec, layout)
             names += output_names(stage.spec, layout)
-        computed = [name for name in dict.fromkeys([*names, "images"]) if name not in feed]
-        return feed | self.stages.run(feed, computed)
+        computed = []
+        for name in dict.fromkeys([*names, "images"]):
+            if name not in feed and name != "tokens":
+                computed.append(name)
+        with self._use.shared():
+            return feed | self.stages.run(feed, computed)
+
+    @property
+    def stages(self) -> Stages:
+        """The stages that are loaded now."""
+        return self._loaded.stages
+
+    @property
+    def swapped(self) -> AdaptorSwap | None:
+        """The adaptor that was swapped in; None: the bundle's own."""
+        return self._loaded.swap
 
     @property
     def runners(self) -> dict[str, Runner]:
@@ -452,22 +534,44 @@ class OneStepPipeline(ClosesAtExit):
     def swap_adaptor(self, adaptor: str | Path | None) -> None:
         """Take another adaptor, without a rebuild.
 
+        It may be called while other threads make images: their next batch has the new adaptor.
+
         Args:
             adaptor: a name in the bundle's ``adaptors`` folder, or a folder that
                 ``hipa-export --swap-for`` wrote. None is the bundle's own again, exactly.
 
         Raises:
-            HipaError: no such adaptor, one for another bundle, or an engine that cannot take it.
-                The pipeline is as before; if an engine failed half way, it is closed.
+            HipaError: no such adaptor, one for another bundle, or an engine that cannot take it, as
+                none takes another text encoder. The pipeline is as before; if an engine failed half
+                way, it is closed.
 
         """
-        from hipa_deploy.generate.swap_stage import swap_stage  # imports the engines
+        from hipa_deploy.generate.swap_stage import swap_stage, swap_text_encoder  # the engines
 
         swap = None if adaptor is None else AdaptorSwap.open(self.bundle, adaptor)
         stage = adapted_stage(self.bundle)
-        runner = self.runners[stage]
-        self.runners[stage] = swap_stage(self.bundle, runner, self.backend, swap)
-        self.swapped = swap
+        with self._one_swap:
+            runner = self.runners[stage]
+            changed: dict[str, Runner] = {}
+            if _changes_text(swap) or _changes_text(self.swapped):
+                changed[TEXT_STAGE] = swap_text_encoder(self.bundle, self.backend, swap)
+            if self.backend in ENGINE_BACKENDS:
+                # An engine changes in place, so no call may be under way meanwhile.
+                with self._use.alone():
+                    swap_stage(self.bundle, runner, self.backend, swap)
+                    self._loaded = _Loaded(self.stages, swap)
+                return
+
+            # ONNX Runtime gets new sessions. Calls go on with the old ones while they load.
+            changed[stage] = swap_stage(self.bundle, runner, self.backend, swap)
+            before = [self.runners[name] for name in changed]
+            runners = {**self.runners, **changed}
+            with self._use.alone():
+                self._loaded = _Loaded(host_stages(self.bundle, self.backend, runners), swap)
+                if TEXT_STAGE in changed:
+                    self._prompts.forget()
+                for old in before:
+                    old.close()
 
     def _latent_shape(
         self, source: Source | None, height: int | None, width: int | None
@@ -478,14 +582,20 @@ class OneStepPipeline(ClosesAtExit):
             height, width = source.image_HWC.shape[:2]
         return latent_shape(self.bundle, height, width)
 
-    def _parameters(self, prompt: str, seed: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def _parameters(
+        self, swap: AdaptorSwap | None, prompt: str, seed: int, facts: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """All that reproduces an image: what a PNG carries."""
         manifest = self.bundle.manifest
         adaptor = manifest.adaptor
+        loras = manifest.loras
         unet_sha256 = manifest.files[self.bundle.stages[adapted_stage(self.bundle)].path]
-        if self.swapped:
-            adaptor = self.swapped.manifest.adaptor
-            unet_sha256 = self.swapped.manifest.onnx_sha256
+        if swap:
+            adaptor = swap.manifest.adaptor
+            loras = swap.manifest.loras
+            unet_sha256 = swap.manifest.onnx_sha256
+        # Images of a bundle without LoRAs have the parameters that they always had.
+        added = {"loras": [lora.model_dump(mode="json") for lora in loras]} if loras else {}
         return {
             "producer": manifest.producer,
             "prompt": prompt,
@@ -495,12 +605,21 @@ class OneStepPipeline(ClosesAtExit):
             "precision": manifest.precision,
             "base_model": manifest.base_model.sha256,
             "adaptor": adaptor.sha256 if adaptor else None,
+            **added,
             "unet": unet_sha256,
         }
 
     def close(self) -> None:
-        """Release every stage. Calling it twice is harmless."""
-        self.stages.close()
+        """Release every stage, after the batches that are under way.
+
+        Calling it twice is harmless.
+        """
+        with self._use.alone():
+            self.stages.close()
+
+
+def _changes_text(swap: AdaptorSwap | None) -> bool:
+    return swap is not None and swap.manifest.text is not None
 
 
 def check_count(prompts: int, count: int) -> None:
@@ -509,6 +628,14 @@ def check_count(prompts: int, count: int) -> None:
         raise HipaError(
             f"got {prompts} prompts, count {count}. Expected 1 to {MAX_IMAGES} images in all."
         )
+
+
+def _encode(bundle: Bundle, stages: Stages, timer: Timer, tokens_BL: np.ndarray) -> np.ndarray:
+    """The context [B, L, D] of tokens, from the text encoder alone."""
+    encoder = stages.runners["text_encoder"]
+    feed = stage_feed(encoder.spec, {"tokens": tokens_BL}, bundle.manifest.layout)
+    with timer("text_encoder"):
+        return encoder(**feed)[encoder.spec.outputs[0].name]
 
 
 def _worth_keeping(feed: Mapping[str, np.ndarray]) -> list[str]:

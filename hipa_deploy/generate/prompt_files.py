@@ -1,4 +1,4 @@
-"""Prompts from a text file, or from the captions of a table.
+"""Prompts from a text file, or from the captions of a table: the one reader of every command.
 
 A table is a CSV, TSV or Parquet file with a header, or a folder that the ``datasets`` package wrote
 with ``save_to_disk``.
@@ -6,6 +6,7 @@ with ``save_to_disk``.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -17,19 +18,51 @@ from hipa_deploy.errors import HipaError, MissingDependencyError, first_line
 
 COLUMNS = ("caption", "text")  # the columns that are read by default, the first that exists
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# Tables that would be taken for lines of text.
+UNREAD = (".json", ".jsonl", ".xls", ".xlsx", ".ods", ".arrow", ".feather")
+# What a text in another encoding than UTF-8 begins with, as Windows' editors write it. The mark of
+# UTF-32 begins with that of UTF-16, so it comes first.
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+RENAME = "Name the column of the prompts caption or text."  # where no option names another
 Table = tuple[Sequence[str], Callable[[str], Iterable[object]]]
 """The names of the columns, and a function from a column's name to its cells."""
 
 
-def read_prompt_file(path: Path, column: str | None = None) -> list[str]:
-    """The distinct prompts of a file or a table, in its order; blank ones are skipped.
+def read_prompt_file(
+    path: Path, column: str | None = None, column_remedy: str = RENAME
+) -> list[str]:
+    """The distinct prompts of a file or a table; see ``read_numbered_prompts``.
 
-    White space within a prompt becomes single spaces.
+    Example:
+        >>> read_prompt_file(Path("captions.csv"), "title")
+        ['a red apple', 'a boat']
+
+    """
+    return list(read_numbered_prompts(path, column, column_remedy))
+
+
+def read_numbered_prompts(
+    path: Path, column: str | None = None, column_remedy: str = RENAME
+) -> dict[str, str]:
+    """The distinct prompts of a file or a table, in its order, and where each of them is.
+
+    Blank ones are skipped, and of equal ones the first is taken. White space within a prompt
+    becomes single spaces. Every other line is a prompt: there are no comments.
 
     Args:
         path: A UTF-8 text file with one prompt a line, a .csv, .tsv or .parquet file with a header,
             or a folder of ``datasets``.
         column: Column of a table; by default 'caption' or 'text'.
+        column_remedy: What a user of the caller can do where a table has no such column.
+
+    Returns:
+        The place of each prompt, for an error message: 'line 2', or 'row 2' of a table, whose first
+        row is the one below the header.
 
     Raises:
         HipaError: The file is missing, damaged or not UTF-8, has no such column, or holds no
@@ -37,30 +70,33 @@ def read_prompt_file(path: Path, column: str | None = None) -> list[str]:
         MissingDependencyError: This format needs pyarrow, which is not installed.
 
     Example:
-        >>> read_prompt_file(Path("captions.csv"), "title")
-        ['a red apple', 'a boat']
+        >>> read_numbered_prompts(Path("captions.csv"), "title")
+        {'a red apple': 'row 1', 'a boat': 'row 2'}
 
     """
     table = _open_table(path)
     cells: Iterable[object]
     if table is not None:
         names, cells_of = table
-        cells = cells_of(_choose_column(path, names, column))
+        cells = cells_of(_choose_column(path, names, column, column_remedy))
     elif column is None:
-        cells = _read_text(path).splitlines()
+        # Not splitlines: it also splits at characters that no editor counts as the end of a line.
+        cells = _read_text(path).split("\n")
     else:
         raise HipaError(
             f"prompts {path} has no columns: prompts_column = {column!r} is for a table. "
             "Remove prompts_column, or choose a .csv, .tsv or .parquet file."
         )
 
-    # A dictionary keeps the first of equal prompts, and the order.
-    prompts = dict.fromkeys(_clean(path, cell) for cell in cells)
-    prompts.pop("", None)
-    if not prompts:
-        unit = "row" if table else "line"
+    unit = "row" if table else "line"
+    places: dict[str, str] = {}
+    for number, cell in enumerate(cells, start=1):
+        prompt = _clean(path, cell)
+        if prompt:
+            places.setdefault(prompt, f"{unit} {number}")
+    if not places:
         raise HipaError(f"prompts {path} is empty. Expected one prompt a {unit}.")
-    return list(prompts)
+    return places
 
 
 def read_cells(path: Path, column: str | None) -> list[str]:
@@ -81,7 +117,7 @@ def read_cells(path: Path, column: str | None) -> list[str]:
             f"captions {path} are no table. Expected .csv, .tsv, .parquet or a folder of datasets."
         )
     names, cells_of = table
-    return [_clean(path, cell) for cell in cells_of(_choose_column(path, names, column))]
+    return [_clean(path, cell) for cell in cells_of(_choose_column(path, names, column, RENAME))]
 
 
 def _clean(path: Path, cell: object) -> str:
@@ -93,10 +129,21 @@ def _clean(path: Path, cell: object) -> str:
             f"prompts {path}: a caption is of type {type(cell).__name__}. "
             "Expected a column of text."
         )
-    return " ".join(cell.split())
+    return one_line(cell)
 
 
-def _choose_column(path: Path, names: Sequence[str], column: str | None) -> str:
+def one_line(prompt: str) -> str:
+    """A prompt as this reader gives it: no white space around it, and single spaces within.
+
+    Example:
+        >>> one_line(" a  red\tapple ")
+        'a red apple'
+
+    """
+    return " ".join(prompt.split())
+
+
+def _choose_column(path: Path, names: Sequence[str], column: str | None, remedy: str) -> str:
     """The wanted column, or the first of the default ones that exists."""
     wanted = COLUMNS if column is None else (column,)
     for name in wanted:
@@ -104,8 +151,7 @@ def _choose_column(path: Path, names: Sequence[str], column: str | None) -> str:
             return name
     expected = " or ".join(map(repr, wanted))
     raise HipaError(
-        f"prompts {path} has no column {expected}. It has: {', '.join(names) or 'none'}. "
-        "Set prompts_column in the recipe."
+        f"prompts {path} has no column {expected}. It has: {', '.join(names) or 'none'}. {remedy}"
     )
 
 
@@ -118,21 +164,41 @@ def _open_table(path: Path) -> Table | None:
         return _open_csv(path, DELIMITERS[suffix])
     if suffix == ".parquet":
         return _open_parquet(path)
+    if suffix in UNREAD:
+        raise HipaError(
+            f"prompts {path}: {suffix} is not read. "
+            "Expected text with one prompt a line, .csv, .tsv, .parquet or a folder of datasets."
+        )
     return None
 
 
 def _read_text(path: Path) -> str:
-    # utf-8-sig skips the byte order mark with which spreadsheets begin a file.
+    """The text of a file, its line ends as newlines, without a byte order mark."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
     except OSError as error:
         raise HipaError(
             f"prompts {path} cannot be read: {error.strerror}. Expected a file of prompts."
         ) from None
+    for mark, encoding in MARKS.items():
+        if content.startswith(mark):
+            raise HipaError(f"prompts {path} is {encoding}. Save it as UTF-8.")
+
+    # utf-8-sig skips the byte order mark with which spreadsheets begin a file.
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
         raise HipaError(
-            f"prompts {path} is not UTF-8 (byte {error.start}). Save it as UTF-8."
+            f"prompts {path}, line {line} is not UTF-8 (byte {error.start}). Save it as UTF-8."
         ) from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise HipaError(
+            f"prompts {path}, line {line} holds a zero byte: "
+            "it is no text, or UTF-16 without a mark. Save it as UTF-8."
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _open_csv(path: Path, delimiter: str) -> Table:

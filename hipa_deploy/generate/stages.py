@@ -7,7 +7,7 @@ name      shape, dtype            what it is
 ========= ======================= ============================================================
 tokens    [B, L] int64            token ids of the prompts
 context   [B, L, D]               what the text encoder makes of them
-noise     [B, C, h, w] float32    standard normal noise, one stream a seed
+noise     [B, C, h, w] float32    standard normal noise, one stream a seed (``bundle_noise``)
 image     [B, H, W, 3] uint8      the source image of an edit, an inpainting or an upscaling
 source    [B, C, h, w]            its latents
 mask      [B, 1, h, w] float32    what to repaint: 1, what to keep: 0
@@ -222,6 +222,7 @@ def _x0_stage(step: OneStep) -> _NumpyStage:
             tensors["output"],
             step.alpha_bar,
             step.prediction_type,
+            step.method,
         )
         return {"latents": x0_BCHW / step.scaling_factor}
 

@@ -7,6 +7,10 @@ the UNet saw:
     v_prediction  x0 = a z - s v           Salimans & Ho 2022, appendix D
     sample        x0 = the output itself
 
+Other one-step methods do not end at x0 itself: LCM mixes z in, and TCD ends at the schedule's first
+timestep, where a little of eps is left. In one step all of them are linear in z and in the output,
+so two factors say what they do (``hipa_deploy.models.one_step`` says where they come from).
+
 The formulas are plain arithmetic: training and export give them torch tensors, the runtime numpy
 arrays. They are combined in float32: an error of eps grows by s / a, which is 14.6 at t = 999 of
 Stable Diffusion's schedule.
@@ -16,17 +20,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from hipa_deploy.bundle.manifest import StepMethod
 from hipa_deploy.errors import HipaError
 
 
-def predict_x0(z_BCHW: Any, output_BCHW: Any, alpha_bar: Any, prediction_type: str) -> Any:
-    """x0 [B, C, h, w] in float32.
+def predict_x0(
+    z_BCHW: Any,
+    output_BCHW: Any,
+    alpha_bar: Any,
+    prediction_type: str,
+    method: StepMethod | None = None,
+) -> Any:
+    """x0 [B, C, h, w] in float32, or what another method gives in its place.
 
     Args:
         z_BCHW: what the UNet saw.
         output_BCHW: what it predicts.
         alpha_bar: cumulative signal power in (0, 1], a number or [B, 1, 1, 1].
         prediction_type: epsilon, v_prediction or sample.
+        method: its two factors are used in place of the formulas.
 
     Raises:
         HipaError: another prediction type.
@@ -39,6 +51,8 @@ def predict_x0(z_BCHW: Any, output_BCHW: Any, alpha_bar: Any, prediction_type: s
     """
     z_BCHW = _float32(z_BCHW)
     output_BCHW = _float32(output_BCHW)
+    if method is not None:
+        return method.sample_factor * z_BCHW + method.output_factor * output_BCHW
     a = alpha_bar**0.5
     s = (1 - alpha_bar) ** 0.5
     if prediction_type == "epsilon":
@@ -53,14 +67,18 @@ def predict_x0(z_BCHW: Any, output_BCHW: Any, alpha_bar: Any, prediction_type: s
 
 
 def predict_x0_in_a_graph(
-    z_BCHW: Any, output_BCHW: Any, alpha_bar: Any, prediction_type: str
+    z_BCHW: Any,
+    output_BCHW: Any,
+    alpha_bar: Any,
+    prediction_type: str,
+    method: StepMethod | None = None,
 ) -> Any:
     """The same with its constants multiplied out: for eps, two multiplications and no division."""
-    if prediction_type == "epsilon":
+    if prediction_type == "epsilon" and method is None:
         a = alpha_bar**0.5
         s = (1 - alpha_bar) ** 0.5
         return z_BCHW * (1 / a) - output_BCHW * (s / a)
-    return predict_x0(z_BCHW, output_BCHW, alpha_bar, prediction_type)
+    return predict_x0(z_BCHW, output_BCHW, alpha_bar, prediction_type, method)
 
 
 def _float32(tensor: Any) -> Any:

@@ -150,8 +150,8 @@ def inpaint_source(
 ) -> Source:
     """Prepare an image and the mask of what to repaint: cropped and scaled to the bundle's size.
 
-    In the result, every pixel farther than ``feather`` from the mask is that of the scaled image,
-    bit for bit.
+    In the result, every pixel farther than ``feather`` from the mask is that of the scaled image in
+    sRGB, bit for bit.
 
     Args:
         bundle: a bundle that was exported for the task inpaint.
@@ -316,9 +316,10 @@ class EncodedImages:
 
     def feed(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return ``inputs`` with the latents, 'source', in place of an 'image' that is known."""
-        if "image" not in inputs or self._latest is None:
+        latest = self._latest  # read once: another thread may keep another batch meanwhile
+        if "image" not in inputs or latest is None:
             return inputs
-        image_BHWC, source_BCHW = self._latest
+        image_BHWC, source_BCHW = latest
         if not np.array_equal(image_BHWC, inputs["image"]):
             return inputs
         known = {name: tensor for name, tensor in inputs.items() if name != "image"}

@@ -13,9 +13,15 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from hipa_deploy.bundle.manifest import EmbeddingInfo, LoraInfo
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256, folder_sha256
-from hipa_deploy.models.decoder_folder import vae_sha256
+from hipa_deploy.hashing import file_sha256
+from hipa_deploy.models.weights.weight_identity import (
+    has_identity,
+    hint_of_0_1_0,
+    weights_identity,
+)
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
 
@@ -31,7 +37,8 @@ class AdaptorMetadata(Record):
 
     Attributes:
         schema_version: version of this file's format.
-        base_unet_sha256: hash of the UNet that the adaptor is for.
+        base_unet_sha256: hash of the weights of the UNet that the adaptor is for (of its files, in
+            adaptors of 0.1.0).
         prompts_sha256: hash of the training prompts.
         rank: rank of the adapter weights.
         alpha: scale of the adapter weights; they are multiplied by alpha / rank.
@@ -48,6 +55,10 @@ class AdaptorMetadata(Record):
         initial_sha256: hash of the adaptor that the training started from, if any.
         encoder_rank: rank of the VAE encoder's adapter weights, 0 where there are none.
         base_vae_sha256: hash of the VAE that the encoder's adapter weights are for.
+        text: how the prompts were encoded; in older adaptors one chunk of 77 tokens.
+        loras: merged into the base model before the training; the adaptor needs them too. The base
+            model's hash is that of the model without them.
+        embeddings: words that the base model was given for the training.
 
     """
 
@@ -69,11 +80,14 @@ class AdaptorMetadata(Record):
     initial_sha256: str | None = None
     encoder_rank: int = 0
     base_vae_sha256: str | None = None
+    text: TextSettings = TextSettings()
+    loras: tuple[LoraInfo, ...] = ()
+    embeddings: tuple[EmbeddingInfo, ...] = ()
 
 
 def unet_sha256(model_folder: Path) -> str:
-    """Hash the content of every safetensors file in a model's unet folder: ``base_unet_sha256``."""
-    return folder_sha256(model_folder / "unet")
+    """Hash the UNet's weights that are loaded from a model's folder: ``base_unet_sha256``."""
+    return weights_identity(model_folder / "unet")
 
 
 def weights_sha256(folder: Path) -> str:
@@ -112,10 +126,12 @@ def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMeta
 
     # Adapter weights are a difference to the weights of one model: on another one they would load
     # and give bad images.
-    if model_folder is not None and metadata.base_unet_sha256 != unet_sha256(model_folder):
+    if model_folder is not None and not has_identity(
+        model_folder / "unet", metadata.base_unet_sha256
+    ):
         raise HipaError(
             f"adaptor {folder} was trained on another base model than {model_folder} "
-            "(UNet hashes differ)."
+            f"(UNet hashes differ).{hint_of_0_1_0(metadata.base_unet_sha256)}"
         )
 
     # An adaptor of the VAE encoder is bound to its VAE in the same way.
@@ -125,7 +141,7 @@ def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMeta
             "Copy it again."
         )
     vae = metadata.base_vae_sha256
-    if model_folder is not None and vae is not None and vae != vae_sha256(model_folder):
+    if model_folder is not None and vae and not has_identity(model_folder / "vae", vae):
         raise HipaError(
             f"adaptor {folder} was trained with another VAE than {model_folder}'s "
             "(VAE hashes differ)."

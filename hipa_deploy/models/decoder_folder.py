@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import folder_sha256
+from hipa_deploy.models.weights.weight_identity import weights_identity
 from hipa_deploy.record import Record
 
 DECODER_METADATA = "hipa_decoder.json"
@@ -57,8 +57,8 @@ class DecoderMetadata(Record):
 
 
 def vae_sha256(model_folder: Path) -> str:
-    """Hash the content of every safetensors file in a model's vae folder: ``base_vae_sha256``."""
-    return folder_sha256(model_folder / "vae")
+    """Hash the VAE's weights that are loaded from a model's folder: ``base_vae_sha256``."""
+    return weights_identity(model_folder / "vae")
 
 
 def read_decoder_metadata(folder: Path) -> DecoderMetadata:

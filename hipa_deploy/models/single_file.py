@@ -1,4 +1,4 @@
-"""Conversion of a checkpoint in one .safetensors file to a diffusers folder in the user's cache.
+"""Conversion of a checkpoint in one file to a diffusers folder in the user's cache.
 
 The original layout is that of the CompVis and Stability repositories; it names weights otherwise
 than diffusers and has no configuration files. A checkpoint is converted once.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -17,11 +19,22 @@ from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.files import new_folder, user_cache
 from hipa_deploy.hashing import file_sha256, folder_sha256
 from hipa_deploy.models.configurations import MODELS, context_width, write_config
+from hipa_deploy.models.weights.weight_file import (
+    SAFETENSORS,
+    is_pickled,
+    load_tensors,
+    read_layout,
+)
+from hipa_deploy.models.weights.weight_files import current_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNET = "model.diffusion_model."
 FIRST_LAYER = UNET + "input_blocks.0.0.weight"
 CROSS_ATTENTION = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 PARTS = {"unet": UNET, "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+TEXT = PARTS["text_encoder"] + "transformer."
 # The names of precisions in safetensors and in torch.
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 # The shape of every tensor in a file, by name.
@@ -36,7 +49,8 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
     weights, the plain ones are used, as diffusers does.
 
     Args:
-        checkpoint: a .safetensors file in the original layout.
+        checkpoint: a file in the original layout: .safetensors, or .ckpt, .pt, .pth or .bin, which
+            torch reads without running code of it.
         config: one of ``MODELS``, or a diffusers folder whose configurations and tokenizer are
             used; None for SD 1.x, which the weights tell.
 
@@ -56,30 +70,39 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
     # Hashing and converting a file of several GB take a while.
     with Console(stderr=True).status(status):
         out = user_cache() / "models" / _key(checkpoint, config) / checkpoint.stem
-        if not out.is_dir():
-            _convert(checkpoint, config, out)
+        if not _is_complete(out):
+            try:
+                _convert(checkpoint, config, shapes, out)
+            except (HipaError, OSError):
+                # Another process may have converted the same file meanwhile. Its result is equal.
+                if not _is_complete(out):
+                    raise
     return out
 
 
-def _read_shapes(checkpoint: Path) -> Shapes:
-    """Read names and shapes of all tensors from the file's header, without the weights."""
-    if checkpoint.suffix != ".safetensors":
-        raise HipaError(
-            f"model {checkpoint} is a {checkpoint.suffix or 'nameless'} file. Expected a diffusers "
-            "folder or a .safetensors checkpoint: other kinds can run code when they are loaded."
-        )
-    from safetensors import SafetensorError, safe_open
+def _is_complete(out: Path) -> bool:
+    """Whether a conversion is there: its folder gets its name when it is whole."""
+    return (out / "model_index.json").is_file()
 
-    try:
-        with safe_open(checkpoint, "numpy") as file:
-            shapes = {}
-            for name in file.keys():  # noqa: SIM118  # the file is not a dict
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-            return shapes
-    except (OSError, SafetensorError) as error:
-        raise HipaError(
-            f"model {checkpoint} is damaged: {first_line(error)}. Copy it again."
-        ) from None
+
+def _read_shapes(checkpoint: Path) -> Shapes:
+    """Read names and shapes of all tensors, by the current names."""
+    if is_pickled(checkpoint):
+        stored = {name: tuple(weight.shape) for name, weight in load_tensors(checkpoint).items()}
+    else:
+        stored = {name: layout.shape for name, layout in read_layout(checkpoint).items()}
+    return {_current_name(name): shape for name, shape in stored.items()}
+
+
+def _current_name(name: str) -> str:
+    """Return the name that diffusers expects for a tensor in the original layout.
+
+    Checkpoints of the first DreamBooth trainings name the text encoder without 'text_model'. A1111
+    and sd-scripts insert it as well.
+    """
+    if name.startswith(TEXT):
+        return TEXT + current_name(name.removeprefix(TEXT))
+    return name
 
 
 def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
@@ -160,7 +183,7 @@ def _key(checkpoint: Path, config: str) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _convert(checkpoint: Path, config: str, out: Path) -> None:
+def _convert(checkpoint: Path, config: str, shapes: Shapes, out: Path) -> None:
     """Write a checkpoint as the diffusers folder ``out``."""
     import torch
     from diffusers import StableDiffusionPipeline
@@ -172,9 +195,13 @@ def _convert(checkpoint: Path, config: str, out: Path) -> None:
     unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     with new_folder(out) as scratch:
         folder = write_config(config, scratch) if config in MODELS else Path(config)
+        rewritten = _with_current_names(checkpoint, scratch)
         try:
             pipe = StableDiffusionPipeline.from_single_file(
-                str(checkpoint), config=str(folder), local_files_only=True, **unused
+                str(rewritten or checkpoint),
+                config=str(folder),
+                local_files_only=True,
+                **unused,
             )
         except Exception as error:  # wrong shapes and missing parts meet errors of every kind
             got = first_line(error)
@@ -185,16 +212,56 @@ def _convert(checkpoint: Path, config: str, out: Path) -> None:
         for part, prefix in PARTS.items():
             module = getattr(pipe, part)
             _check_complete(checkpoint, part, module)
+            _check_all_used(checkpoint, config, part, module, shapes)
             # Weights were loaded as float32, which holds every smaller format exactly, so storing
             # them as they were in the file loses nothing.
-            stored_dtype = getattr(torch, _stored_dtype(checkpoint, prefix))
+            stored_dtype = getattr(torch, _stored_dtype(rewritten or checkpoint, prefix))
             torch.nn.Module.to(module, stored_dtype)
+        if rewritten is not None:
+            rewritten.unlink()
         try:
             pipe.save_pretrained(scratch)
         except (OSError, SafetensorError) as error:
             raise HipaError(
                 f"model {checkpoint} cannot be stored in {out.parent}: {first_line(error)}"
             ) from None
+
+
+def _with_current_names(checkpoint: Path, scratch: Path) -> Path | None:
+    """Write a checkpoint once more, where diffusers would not read it as it is.
+
+    It reads .safetensors files alone without a risk, by an ending in small letters, and knows the
+    current names alone. None: it reads this file.
+    """
+    pickled = is_pickled(checkpoint)
+    names = () if pickled else read_layout(checkpoint)
+    renamed = any(_current_name(name) != name for name in names)
+    if not pickled and not renamed and checkpoint.suffix == SAFETENSORS:
+        return None
+    from safetensors.torch import save_file
+
+    out = scratch / f"checkpoint{SAFETENSORS}"
+    kept: dict[str, Tensor] = {}
+    for name, weight in load_tensors(checkpoint).items():
+        # Averaged copies and the state of the training are not used.
+        if name.startswith(tuple(PARTS.values())):
+            kept[_current_name(name)] = weight
+    save_file(_apart(kept), out)
+    return out
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy the tensors that share memory with others: a .safetensors file cannot say that."""
+    apart: dict[str, Tensor] = {}
+    seen = set()
+    for name, weight in tensors.items():
+        storage = weight.untyped_storage()
+        is_whole = weight.numel() * weight.element_size() == storage.nbytes()
+        is_first = storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        own = weight if is_whole and is_first else weight.clone()
+        apart[name] = own.contiguous()
+    return apart
 
 
 def _check_complete(checkpoint: Path, part: str, module: Any) -> None:
@@ -210,13 +277,33 @@ def _check_complete(checkpoint: Path, part: str, module: Any) -> None:
             )
 
 
+def _check_all_used(checkpoint: Path, config: str, part: str, module: Any, shapes: Shapes) -> None:
+    """Check that every weight of a part in the file found a place in ``module``.
+
+    A configuration with fewer layers than the weights have would give another model, and diffusers
+    only warns. Counting numbers needs no knowledge of the names. CLIP's text encoder is left out:
+    files of SD 2.x hold its last layer, which the model does not use.
+    """
+    if part == "text_encoder":
+        return
+    stored = 0
+    for name, shape in shapes.items():
+        if name.startswith(PARTS[part]):
+            stored += math.prod(shape)
+    used = sum(weight.numel() for weight in module.parameters())
+    if stored != used:
+        raise HipaError(
+            f"model {checkpoint} cannot be converted: its {part} has {stored:,} weights, and that "
+            f"of {config} has {used:,}. Name the model it was made from: --config FOLDER."
+        )
+
+
 def _stored_dtype(checkpoint: Path, prefix: str) -> str:
     """Return torch's name of the precision of a part's weights; float32 if they differ."""
-    from safetensors import safe_open
-
-    with safe_open(checkpoint, "numpy") as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-        found = {file.get_slice(name).get_dtype() for name in names}
+    found = set()
+    for name, layout in read_layout(checkpoint).items():
+        if name.startswith(prefix):
+            found.add(layout.dtype)
     # Integer tensors, such as CLIP's position numbers, have no precision to keep.
     floats = found & DTYPES.keys()
     return DTYPES[floats.pop()] if len(floats) == 1 else "float32"

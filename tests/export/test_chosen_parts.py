@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.model_parts import ModelParts
-from hipa_deploy.hashing import file_sha256, folder_sha256
+from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import WEIGHTS
 from hipa_deploy.models.decoder_folder import vae_sha256
+from hipa_deploy.models.weights.weight_identity import weights_identity
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_tiny_parts_take_the_places_of_the_vae(model_dir: Path, tiny: Path) -> N
     assert isinstance(parts.encoder(), AutoencoderTiny)
     assert isinstance(parts.decoder(), AutoencoderTiny)
     for info in (parts.encoder_info(), parts.decoder_info()):
-        assert (info.kind, info.name, info.sha256) == ("tiny", "tiny", folder_sha256(tiny))
+        assert (info.kind, info.name, info.sha256) == ("tiny", "tiny", weights_identity(tiny))
 
 
 def test_every_call_loads_a_part_anew(model_dir: Path) -> None:

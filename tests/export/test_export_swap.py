@@ -13,13 +13,14 @@ from safetensors.numpy import load_file
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.adaptor_swap import FOLDER, AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import DecoderInfo
 from hipa_deploy.bundle.onnx_weights import read_initializers, with_values
 from hipa_deploy.embedded import ADAPTOR, BUNDLE
 from hipa_deploy.errors import HipaError
+from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_swap import SwapOptions, check_decoder, export_swap
+from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.images.png import save_png
 from hipa_deploy.models.adaptor_folder import WEIGHTS
@@ -199,7 +200,10 @@ def test_a_graph_that_comes_out_different(
         export_swap(options)
 
 
-def test_a_fused_bundle_keeps_its_decoder(pair: tuple[Bundle, Bundle]) -> None:
-    other = DecoderInfo(kind="tiny", name="tiny", sha256="0" * 64)
+def test_a_fused_bundle_keeps_its_decoder(
+    pair: tuple[Bundle, Bundle], model_dir: Path, tmp_path: Path
+) -> None:
+    check_decoder(pair[0], ChosenParts(ModelParts.open(str(model_dir)), "generate"))
+    other = make_model(tmp_path / "other", seed=1)
     with pytest.raises(HipaError, match=r"another decoder than this. Give --decoder, vae"):
-        check_decoder(pair[0], other)
+        check_decoder(pair[0], ChosenParts(ModelParts.open(str(other)), "generate"))

@@ -1,9 +1,55 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from hipa_deploy import files
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import new_folder, write_file
+from hipa_deploy.files import new_folder, sweep, temporary_folder, write_file
+
+# A process that makes scratch in the folder argv[1] and waits until it is killed.
+MAKES_A_FOLDER = """
+import sys, time
+from pathlib import Path
+from hipa_deploy.files import new_folder
+with new_folder(Path(sys.argv[1]) / "out") as scratch:
+    (scratch / "x").write_text("1")
+    print("ready", flush=True)
+    time.sleep(120)
+"""
+MAKES_A_FILE = """
+import sys, time
+from pathlib import Path
+from hipa_deploy import files
+file, scratch = files._scratch_file(Path(sys.argv[1]) / "out")
+file.write(b"1")
+print("ready", flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[str, Path], subprocess.Popen[str]]]:
+    """A function that starts a program with a folder, and returns when it has made its scratch."""
+    started = []
+
+    def run(program: str, folder: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", program, str(folder)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def test_new_folder_appears_complete(tmp_path: Path) -> None:
@@ -50,3 +96,128 @@ def test_write_file_replaces_the_file_at_once(tmp_path: Path) -> None:
     write_file(path, b"new")
     assert path.read_bytes() == b"new"
     assert [p.name for p in path.parent.iterdir()] == ["x.bin"]
+
+
+@pytest.mark.parametrize("program", [MAKES_A_FOLDER, MAKES_A_FILE])
+def test_scratch_of_a_killed_process_is_swept_and_that_of_a_living_one_is_not(
+    program: str, tmp_path: Path, start: Callable[[str, Path], subprocess.Popen[str]]
+) -> None:
+    dead = start(program, tmp_path)
+    dead.kill()
+    dead.wait()
+    (left,) = tmp_path.iterdir()
+    start(program, tmp_path)
+    (living,) = set(tmp_path.iterdir()) - {left}
+    assert not left.exists()  # swept by the second process when it began
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == [living]
+
+
+def test_a_folder_is_made_where_a_killed_process_left_scratch(
+    tmp_path: Path, start: Callable[[str, Path], subprocess.Popen[str]]
+) -> None:
+    dead = start(MAKES_A_FOLDER, tmp_path)
+    dead.kill()
+    dead.wait()
+    with new_folder(tmp_path / "other") as scratch:
+        (scratch / "y").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_what_a_user_has_named_like_scratch_stays(tmp_path: Path) -> None:
+    (tmp_path / ".photos-abcd1234").mkdir()
+    (tmp_path / ".photos-abcd1234" / "x").touch()
+    (tmp_path / ".notes-abcd1234").touch()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / files._LOCK).touch()
+    (tmp_path / ".link-abcd1234").symlink_to(mine)
+    (tmp_path / ".file-abcd1234.hipa-tmp").symlink_to(mine / files._LOCK)
+    before = sorted(tmp_path.rglob("*"))
+    sweep(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_locks_nothing_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / ".out-abcd1234"
+    left.mkdir()
+    (left / files._LOCK).touch()
+    monkeypatch.setattr("hipa_deploy.locks.fcntl", None)
+    sweep(tmp_path)
+    assert left.exists()
+    monkeypatch.undo()
+    sweep(tmp_path)
+    assert not left.exists()
+
+
+def test_a_new_folder_of_two_processes_is_that_of_the_first(tmp_path: Path) -> None:
+    def write(text: str, *, meanwhile: Callable[[], None]) -> None:
+        with new_folder(tmp_path / "out") as scratch:
+            (scratch / "x").write_text(text)
+            meanwhile()
+
+    with pytest.raises(HipaError, match="not empty"):
+        write("slow", meanwhile=lambda: write("fast", meanwhile=lambda: None))
+    assert (tmp_path / "out" / "x").read_text() == "fast"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_temporary_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with temporary_folder("hipa-test") as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "x").touch()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x"
+    write_file(path, b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(OSError, match="full"):
+            write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_long_name(tmp_path: Path) -> None:
+    name = "ü" * 120 + ".png"  # 244 bytes: nothing fits behind it
+    write_file(tmp_path / name, b"x")
+    with new_folder(tmp_path / name.removesuffix(".png")):
+        pass
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_link_points_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there/x")
+    write_file(tmp_path / "link", b"1")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "x").read_bytes() == b"1"
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    write_file(Path(os.devnull), b"1")
+    assert Path(os.devnull).is_char_device()
+
+
+def test_a_link_to_an_empty_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to("there")
+    with new_folder(tmp_path / "out") as scratch:
+        (scratch / "x").touch()
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "there" / "x").exists()
+
+
+@pytest.mark.parametrize("target", ["nowhere", "out"])
+def test_a_link_that_leads_nowhere_is_refused(target: str, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(target)
+    with (
+        pytest.raises(HipaError, match="is a link that leads nowhere"),
+        new_folder(tmp_path / "out"),
+    ):
+        pass

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from rich.console import Console
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, StoppedError
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.train.loop.run import Run
@@ -52,8 +52,9 @@ def test_resumed_equals_unbroken(
     for step in (1, 3):
         stop_after(step)
         expected = f"stopped at step {step} of 4. Run the same command to resume"
-        with pytest.raises(HipaError, match=expected):
+        with pytest.raises(StoppedError, match=expected) as stopped:
             train(recipe, model_dir, tmp_path / "broken", cache)
+        assert stopped.value.exit_code == 130
         assert not (tmp_path / "broken").exists()
     stop_after(None)
     assert not differences(train(recipe, model_dir, tmp_path / "broken", cache), unbroken)

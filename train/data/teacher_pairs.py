@@ -30,6 +30,7 @@ from torch import Tensor
 from hipa_deploy.errors import HipaError
 from hipa_deploy.files import user_cache, write_file
 from hipa_deploy.hashing import folder_sha256
+from hipa_deploy.models.weights.weight_identity import loaded_files_sha256, weights_identity
 from hipa_deploy.tasks import start_latents
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.progress_bar import ProgressBar
@@ -296,7 +297,7 @@ def cache_folder(
     longer run finds the pairs of a shorter one.
 
     Args:
-        model: The base model; the files of its UNet, text encoder and tokenizer are hashed.
+        model: The base model; weights and tokenizer are hashed.
         prompts: The prompts, in order.
         teacher: The sampler settings.
         seed: The recipe's seed.
@@ -312,8 +313,6 @@ def cache_folder(
 
     key = {
         "format": 1,
-        "unet": folder_sha256(model.folder / "unet"),
-        "text_encoder": folder_sha256(model.folder / "text_encoder"),
         "tokenizer": folder_sha256(model.folder / "tokenizer", "*.*"),
         "schedule": model.schedule,
         "latent_shape": model.latent_shape_CHW,
@@ -321,11 +320,32 @@ def cache_folder(
         "prompts": prompts,
         "seed": seed,
     }
+    # Before, training read prompts with another tokenizer, which gave other ids for some texts
+    # beyond ASCII and for control characters. Pairs of plain prompts are still found.
+    if not all(prompt.isascii() and prompt.isprintable() for prompt in prompts):
+        key["tokenizer_kind"] = "fast"
+    # Settings that have their defaults are left out: pairs from before they existed are found.
+    settings = model.text.model_dump(exclude_defaults=True)
+    if settings:
+        key["text"] = settings
+    if model.style:
+        key["style"] = model.style.model_dump(mode="json")
+    parts = ["unet", "text_encoder"]
     if edits is not None:
         key["edits"] = edits.key
-        key["vae"] = folder_sha256(model.folder / "vae")
-    text = json.dumps(key, sort_keys=True)
-    return cache / "pairs" / hashlib.sha256(text.encode()).hexdigest()[:24]
+        parts.append("vae")
+
+    folders = []
+    for hash_of in (weights_identity, loaded_files_sha256):
+        hashes = {part: hash_of(model.folder / part) for part in parts}
+        text = json.dumps(key | hashes, sort_keys=True)
+        folders.append(cache / "pairs" / hashlib.sha256(text.encode()).hexdigest()[:24])
+
+    # Version 0.1.0 hashed the files in place of the weights. Its pairs took hours: they are kept.
+    folder, folder_of_0_1_0 = folders
+    if folder_of_0_1_0.is_dir() and not folder.is_dir():
+        return folder_of_0_1_0
+    return folder
 
 
 def noise_seeds(rows: Tensor, seed: int, stream: int = 0) -> Tensor:

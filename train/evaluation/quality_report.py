@@ -7,6 +7,7 @@ Shapes: N images of a row of the report, H, W image size in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_prompt_file
+from hipa_deploy.models.adaptor_folder import read_metadata
+from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.train.evaluation.quality import (
     Quality,
     compare,
@@ -23,6 +27,7 @@ from hipa_deploy.train.evaluation.quality import (
     one_step_images,
     teacher_images,
 )
+from hipa_deploy.train.evaluation.rivals import Rival, rival_images
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
@@ -48,6 +53,8 @@ class QualityReport(BaseModel):
         teacher_guidance: That teacher's guidance.
         kid_lite0_floor: KID-Lite0 between the teacher's images and its images from other noise.
         rows: The three numbers of each row, by its name.
+        style: LoRAs and embeddings of every row's model.
+        text: How prompts were encoded.
 
     """
 
@@ -59,6 +66,8 @@ class QualityReport(BaseModel):
     teacher_guidance: float
     kid_lite0_floor: float
     rows: dict[str, Quality]
+    style: StyleInfo = StyleInfo()
+    text: TextSettings = TextSettings()
 
     def kid_gap_closed(self, row: str = ADAPTED) -> float:
         """Share of the gap between base and teacher in KID-Lite0 that a row closes.
@@ -77,10 +86,18 @@ def held_out_prompts(model_dir: Path, prompts: Path | None = None) -> list[str]:
         prompts: A file of prompts, one a line, or a table of captions.
 
     Raises:
-        HipaError: As ``read_prompt_file``.
+        HipaError: As ``read_prompt_file``; or ``prompts`` is None, and the model keeps none aside.
 
     """
-    return read_prompt_file(prompts or model_dir / "prompts_pair.txt")
+    if prompts is not None:
+        return read_prompt_file(prompts)
+    kept_aside = model_dir / "prompts_pair.txt"
+    if not kept_aside.is_file():
+        raise HipaError(
+            f"model {model_dir} keeps no prompts aside (it has no {kept_aside.name}). "
+            "Give a file of prompts: --prompts FILE."
+        )
+    return read_prompt_file(kept_aside)
 
 
 def draw(prompts: list[str], count: int) -> tuple[list[str], list[int]]:
@@ -128,6 +145,9 @@ def make_images(
     teacher: TeacherSettings,
     images: int,
     console: Console,
+    style: Style | None = None,
+    rivals: Sequence[Rival] = (),
+    text: TextSettings | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Make the images of every row of a report.
 
@@ -138,6 +158,9 @@ def make_images(
         teacher: The teacher to compare with.
         images: N, how many images each row has.
         console: Where the status line goes.
+        style: LoRAs and embeddings of every row's model.
+        text: How prompts are encoded, for every row; None is as the adaptor was trained.
+        rivals: One-step LoRAs and models of others, a row each.
 
     Returns:
         The images of each row by its name, uint8 [N, H, W, 3]; and the teacher's for the same
@@ -149,6 +172,8 @@ def make_images(
     """
     texts, seeds = draw(prompts, images)
     rows = {}
+    if text is None and adaptor is not None:
+        text = read_metadata(adaptor).text
 
     # The teacher at fewer steps shows what its steps are worth on this model.
     for steps in FEWER_STEPS:
@@ -156,16 +181,24 @@ def make_images(
             continue
         with console.status(f"{steps}-step teacher, {images} images"):
             fewer = teacher.model_copy(update={"steps": steps})
-            rows[teacher_row(steps)] = teacher_images(model_dir, texts, seeds, fewer)
+            rows[teacher_row(steps)] = teacher_images(
+                model_dir, texts, seeds, fewer, style=style, text=text
+            )
 
     # The reference, and the same prompts from other noise, to which KID-Lite0 is measured.
     with console.status(f"{teacher.steps}-step teacher, twice {images} images"):
-        rows[teacher_row(teacher.steps)], again = teacher_twice(model_dir, texts, seeds, teacher)
+        rows[teacher_row(teacher.steps)], again = teacher_twice(
+            model_dir, texts, seeds, teacher, style, text
+        )
 
     with console.status("one-step images"):
-        rows[BASE] = one_step_images(model_dir, None, texts, seeds)
+        rows[BASE] = one_step_images(model_dir, None, texts, seeds, style=style, text=text)
         if adaptor is not None:
-            rows[ADAPTED] = one_step_images(model_dir, adaptor, texts, seeds)
+            rows[ADAPTED] = one_step_images(
+                model_dir, adaptor, texts, seeds, style=style, text=text
+            )
+        for rival in rivals:
+            rows[rival.row] = rival_images(model_dir, rival, texts, seeds, style=style, text=text)
     return rows, again
 
 
@@ -203,7 +236,12 @@ def quality_report(
 
 
 def teacher_twice(
-    model_dir: Path, texts: list[str], seeds: list[int], teacher: TeacherSettings
+    model_dir: Path,
+    texts: list[str],
+    seeds: list[int],
+    teacher: TeacherSettings,
+    style: Style | None = None,
+    text: TextSettings | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's images from ``seeds``, and of the same prompts from other seeds.
 
@@ -213,7 +251,9 @@ def teacher_twice(
     """
     # One call for both sets, so that the model is loaded once.
     others = [seed + len(seeds) for seed in seeds]
-    both = teacher_images(model_dir, [*texts, *texts], [*seeds, *others], teacher)
+    both = teacher_images(
+        model_dir, [*texts, *texts], [*seeds, *others], teacher, style=style, text=text
+    )
     return both[: len(seeds)], both[len(seeds) :]
 
 
@@ -228,10 +268,15 @@ def render_table(report: QualityReport) -> Table:
 
 def conditions(report: QualityReport) -> str:
     """What the numbers were measured on, in one line."""
+    added = [f"{lora.name}:{lora.scale:g}" for lora in report.style.loras]
+    added += [embedding.name for embedding in report.style.embeddings]
+    if report.text.clip_skip:
+        added.append(f"clip skip {report.text.clip_skip}")
+    style = f" with {', '.join(added)}" if added else ""
     return (
-        f"{report.images} images; KID-Lite0 to the teacher ({report.teacher_steps} steps, guidance "
-        f"{report.teacher_guidance:g}) from other noise, its floor {report.kid_lite0_floor:.3f}; "
-        "the other numbers to its images from the same noise"
+        f"{report.images} images{style}; KID-Lite0 to the teacher ({report.teacher_steps} steps, "
+        f"guidance {report.teacher_guidance:g}) from other noise, its floor "
+        f"{report.kid_lite0_floor:.3f}; the other numbers to its images from the same noise"
     )
 
 
@@ -248,16 +293,25 @@ def _cells(row: Quality) -> list[str]:
     return [f"{number:.3f}" for number in numbers]
 
 
-def write_report(folder: Path, report: QualityReport, rows: dict[str, np.ndarray]) -> Path:
-    """Write report.md, report.json, spectra.png, premise.png and samples.png into ``folder``.
+REPORT_FILES = ("report.md", "report.json", "spectra.png", "premise.png", "samples.png")
+
+
+def write_report(
+    folder: Path, report: QualityReport, rows: dict[str, np.ndarray], *, force: bool = False
+) -> Path:
+    """Write ``REPORT_FILES`` into ``folder``.
 
     Args:
         folder: Folder to write, made if it is missing.
         report: The numbers.
         rows: Images of each row by its name, uint8 [N, H, W, 3].
+        force: Whether files that exist are replaced.
 
     Returns:
         The path of report.md.
+
+    Raises:
+        HipaError: One of the files exists and ``force`` is False.
 
     """
     from hipa_deploy.files import write_file
@@ -267,6 +321,12 @@ def write_report(folder: Path, report: QualityReport, rows: dict[str, np.ndarray
         save_picture,
         spectra_figure,
     )
+
+    for name in REPORT_FILES:
+        if (folder / name).exists() and not force:
+            raise HipaError(
+                f"{folder / name} exists. Give force=True to replace it, or another folder."
+            )
 
     # The spectra compare three rows only: more curves could not be told apart.
     truth = teacher_row(report.teacher_steps)
@@ -278,10 +338,11 @@ def write_report(folder: Path, report: QualityReport, rows: dict[str, np.ndarray
 
     # The text comes last, so that a report that can be read has all of its pictures.
     text = f"# Quality\n\n{conditions(report)}.\n\n{markdown_table(report)}"
-    if ADAPTED in report.rows:
-        text += f"\n\nKID gap closed: {report.kid_gap_closed():.0%}.\n"
-    else:
-        text += "\n"
+    closed = []
+    for name in report.rows:
+        if name != BASE and not name.startswith("teacher"):
+            closed.append(f"{name} {report.kid_gap_closed(name):.0%}")
+    text += f"\n\nKID gap closed: {'; '.join(closed)}.\n" if closed else "\n"
     text += f"\n{PICTURES}Columns of the samples: {'; '.join(rows)}.\n"
     write_file(folder / "report.json", (report.model_dump_json(indent=2) + "\n").encode())
     write_file(folder / "report.md", text.encode())

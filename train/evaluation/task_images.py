@@ -17,6 +17,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.images.compositing import composite, hide_hole, latent_mask
 from hipa_deploy.images.png import enlarge
 from hipa_deploy.models.adaptor_folder import read_metadata
+from hipa_deploy.models.style import Style, check_same_loras
 from hipa_deploy.tasks import STEP_INPUTS, Task, strength_timestep
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.encoder_adaptor import attach_encoder_adaptor
@@ -40,6 +41,7 @@ def one_step_task_images(
     timestep: int = 999,
     factor: int = 4,
     device: str | None = None,
+    style: Style | None = None,
 ) -> np.ndarray:
     """Images of the base model in one step of a task, or of the base model with an adaptor.
 
@@ -55,6 +57,7 @@ def one_step_task_images(
         timestep: Of inpainting and super-resolution without an adaptor; an adaptor has its own.
         factor: Of super-resolution without an adaptor; an adaptor has its own.
         device: 'cpu', 'cuda', ...; None is the GPU if there is one.
+        style: LoRAs and embeddings that are added to the model before the adaptor.
 
     Returns:
         uint8 [N, H', W', 3].
@@ -72,9 +75,11 @@ def one_step_task_images(
 
     """
     # The model, and the settings of the step: an adaptor knows those that it was trained for.
-    model = DiffusionModel.load(model_dir, device, task)
+    text = read_metadata(adaptor_dir).text if adaptor_dir is not None else None
+    model = DiffusionModel.load(model_dir, device, task, style, text)
     if adaptor_dir is not None:
         metadata = read_metadata(adaptor_dir, model_dir)
+        check_same_loras(adaptor_dir, metadata.loras, model.style.loras)
         if metadata.task != task or (task == "edit" and strength not in metadata.strengths):
             raise HipaError(
                 f"adaptor {adaptor_dir} has task {metadata.task}, strengths {metadata.strengths}. "

@@ -21,7 +21,7 @@ from accelerate.utils import gather_object, reduce
 from rich.console import Console
 from torch import Tensor
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, StoppedError
 from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
 
 # What `accelerate launch` can set up beside plain data parallelism, by its environment variable.
@@ -128,6 +128,10 @@ class Processes:
     def error(self, message: str) -> HipaError:
         """An error that every process raises; only the main one's has a text, to print it once."""
         return HipaError(message if self.is_main else "")
+
+    def stopped(self, message: str, number: int) -> StoppedError:
+        """As ``error``, for a stop that the signal ``number`` asked for."""
+        return StoppedError(message if self.is_main else "", number)
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:

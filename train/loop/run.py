@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.images.png import grid
-from hipa_deploy.train.loop.interrupt import interruptible
+from hipa_deploy.interrupts import interruptible
 from hipa_deploy.train.loop.optimizer import learning_rate
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.progress_bar import ProgressBar
@@ -55,6 +55,8 @@ OTHER_IDENTITY = {
     "adaptor_sha256": "another adaptor",
     "initial_sha256": "another adaptor to start from",
     "prompts_sha256": "other prompts",
+    "loras": "other LoRAs, or at other scales",
+    "embeddings": "other embeddings",
 }
 
 
@@ -77,8 +79,8 @@ def run_steps(
         console: Where progress goes.
 
     Raises:
-        HipaError: the loss is not finite, or Ctrl-C or SIGTERM reached any process; the last
-            checkpoint is kept.
+        HipaError: the loss is not finite; the last checkpoint is kept.
+        StoppedError: Ctrl-C or SIGTERM reached any process; a checkpoint of the last step is kept.
 
     """
     recipe = run.recipe
@@ -112,9 +114,8 @@ def run_steps(
             if run.step % recipe.sample_every == 0 or done:
                 run.save_samples(sample_columns)
             if stopping and not done:
-                raise processes.error(
-                    f"stopped at step {run.step} of {recipe.steps}. Run the same command to resume."
-                )
+                message = f"stopped at step {run.step} of {recipe.steps}."
+                raise processes.stopped(f"{message} Run the same command to resume.", stop.number)
 
 
 def batch_rows(count: int, batch: int, seed: int, step: int) -> Tensor:
@@ -353,7 +354,8 @@ class Run:
     def _check_same_run(self, stored: dict[str, Any]) -> None:
         remedy = "Remove it, or choose another output folder."
         for key, other in OTHER_IDENTITY.items():
-            if stored.get(key) != self.identity.get(key):
+            # What a run of an older version does not know is none.
+            if (stored.get(key) or None) != (self.identity.get(key) or None):
                 raise HipaError(f"run folder {self.folder} was started with {other}. {remedy}")
 
         # The recipes are compared setting by setting, so that the message can name the first

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.files import new_folder
 from hipa_deploy.models.adaptor_folder import METADATA, WEIGHTS, AdaptorMetadata, read_metadata
+from hipa_deploy.models.style import check_same_loras
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.encoder_adaptor import (
     ADAPTER,
@@ -224,7 +225,8 @@ def one_step_model(
         A function (noise [B, C, H, W], context [B, L, D]) -> x0 latents, float32 [B, C, H, W].
 
     Raises:
-        HipaError: the adaptor is damaged, for another task, or was trained on another base model.
+        HipaError: the adaptor is damaged, for another task, or was trained on another base model or
+            with other LoRAs.
 
     Example:
         >>> generate = one_step_model(model, 999, Path("adaptor"))
@@ -234,6 +236,7 @@ def one_step_model(
     """
     if adaptor is not None:
         metadata = read_metadata(adaptor, model.folder)
+        check_same_loras(adaptor, metadata.loras, model.style.loras)
         if metadata.task != "generate":
             raise HipaError(
                 f"adaptor {adaptor} is for the task {metadata.task}. "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from hipa_deploy.errors import HipaError, MissingDependencyError
 from hipa_deploy.generate.open_stages import open_runner
 from hipa_deploy.generate.runner import BACKENDS
 from tests.engines.engine_samples import SHAPE
+from tests.threads import in_threads
 
 X = {"x": np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)}
 
@@ -145,3 +147,17 @@ def test_broken_it_says_so(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", fail)
     with pytest.raises(HipaError, match=r"openvino does not load \(no libopenvino.so\)"):
         load_openvino()
+
+
+def test_eight_threads_that_come_first_get_one_core():
+    class Library:
+        made = 0
+
+        def Core(self) -> object:
+            self.made += 1
+            time.sleep(0.01)
+            return object()
+
+    library = Library()
+    assert len(set(in_threads(lambda number: core(library)))) == 1
+    assert library.made == 1

@@ -18,6 +18,7 @@ from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
 from hipa_deploy.errors import HipaError
 from tests.engines.fake_gpu import FakeCudart, FakeEngine, FakeGpu
+from tests.threads import in_threads
 
 
 def tensor(name: str, dtype: str, *shape: int | str) -> TensorSpec:
@@ -388,3 +389,43 @@ def test_without_a_driver_the_real_libraries_say_so(tmp_path):
         TensorRTRunner([(UNET, path)], "rtx")
     with pytest.raises(HipaError, match=r"does not deserialise: .*cudaError 35.*Run hipa-doctor"):
         deserialise(trt, path)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_eight_threads_get_their_own_images(fake, graph):
+    with fake(graph=graph) as runner:
+
+        def run(number: int) -> None:
+            for call in range(50):
+                tokens = np.asarray([[number, call, 1]])
+                feed = {"tokens": tokens, "noise": INPUTS["noise"]}
+                if call % 3 == 0:
+                    feed = {"context": (2 * tokens).astype(np.float16), "noise": INPUTS["noise"]}
+                image = runner(**feed)["images"]
+                np.testing.assert_array_equal(image, INPUTS["noise"] + 2 * tokens + 1)
+                latents = runner.runners["unet"](
+                    noise=INPUTS["noise"], context=np.zeros((1, 3), np.float16)
+                )["latents"]
+                np.testing.assert_array_equal(latents, INPUTS["noise"])
+
+        in_threads(run)
+    assert not fake.gpu.cudart.leaks
+
+
+def test_closing_and_changing_wait_for_the_calls_of_other_threads(fake):
+    runner = fake()
+
+    def run(number: int) -> str:
+        try:
+            for call in range(100):
+                if number == 0:
+                    runner.change_engine(lambda trt, engine: None)
+                if number == 1 and call == 50:
+                    runner.close()
+                np.testing.assert_array_equal(runner(**INPUTS)["images"], IMAGE)
+        except HipaError as error:
+            return str(error)
+        return ""
+
+    assert set(in_threads(run)) <= {"", "text_encoder+unet+vae_decoder: the runner is closed."}
+    assert not fake.gpu.cudart.leaks

@@ -16,6 +16,12 @@ import pytest
         (["--model", "emoji", "--strengths", "0.5"], "--strengths is for the task edit"),
         (["--model", "emoji", "--config", "sd15"], "--config is for a checkpoint in one file"),
         (["--model", "emoji", "--swap-for", "emoji"], "--swap-for needs --adaptor"),
+        (["--model", "emoji", "--one-step", "quick"], "one-step method 'quick' does not exist"),
+        (["--model", "emoji", "--one-step", "lcm-sd15"], "is a LoRA. Give its file with --adaptor"),
+        (
+            ["--model", "emoji", "--adaptor", "emoji", "--one-step", "lcm-sd15"],
+            "Leave out --one-step lcm-sd15",
+        ),
     ],
 )
 def test_a_mistake(arguments: list[str], message: str, refused: Callable[..., str]) -> None:

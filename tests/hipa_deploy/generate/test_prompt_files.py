@@ -2,12 +2,19 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hipa_deploy.errors import HipaError, MissingDependencyError
-from hipa_deploy.generate.prompt_files import read_prompt_file
+from hipa_deploy.generate.prompt_files import (
+    one_line,
+    read_numbered_prompts,
+    read_prompt_file,
+)
 
 CATS = ["a cat, sitting", "a dog"]
 
@@ -44,6 +51,41 @@ def test_a_text_file(tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
     path.write_text("﻿a cat,  sitting\n\n a dog \na dog\n", encoding="utf-8")
     assert read_prompt_file(path) == CATS
+
+
+def test_places_for_an_error_message(tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_bytes(
+        b"\xef\xbb\xbf# no comment\r\n\r\na dog\rand\xe2\x80\xa8so on\r\na dog\r\na cat"
+    )
+    assert read_numbered_prompts(path) == {
+        "# no comment": "line 1",
+        "a dog": "line 3",
+        "and so on": "line 4",
+        "a cat": "line 6",
+    }
+    rows = {"a cat, sitting": "row 1", "a dog": "row 2"}
+    assert read_numbered_prompts(write_csv(tmp_path / "x.csv")) == rows
+
+
+@given(text=st.text())
+def test_any_text_of_a_file_becomes_clean_prompts(text: str) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".txt") as file:
+        path = Path(file.name)
+        path.write_bytes(text.encode())
+        if "\0" in text or not text.removeprefix("\ufeff").strip():
+            with pytest.raises(HipaError, match=r"is empty|zero byte"):
+                read_prompt_file(path)
+            return
+        prompts = read_prompt_file(path)
+    assert all(prompt == one_line(prompt) != "" for prompt in prompts)
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_the_remedy_is_the_callers(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "x.csv", "id,title")
+    with pytest.raises(HipaError, match=r"It has: id, title\. Set prompts_column\.$"):
+        read_prompt_file(path, column_remedy="Set prompts_column.")
 
 
 def test_csv_and_tsv(tmp_path: Path) -> None:
@@ -87,7 +129,17 @@ def damaged(path: Path, content: bytes = b"no") -> Path:
         (lambda p: p / "none.csv", None, "cannot be read: No such file"),
         (lambda p: p / "none.parquet", None, "cannot be read as Parquet"),
         (lambda p: damaged(p / "x.txt", b" \n"), None, "is empty. Expected one prompt a line"),
-        (lambda p: damaged(p / "x.txt", b"caf\xe9"), None, r"is not UTF-8 \(byte 3\)"),
+        (lambda p: damaged(p / "x.txt", b"caf\xe9"), None, r"line 1 is not UTF-8 \(byte 3\)"),
+        (lambda p: damaged(p / "x.txt", b"a\ncaf\xe9"), None, r"line 2 is not UTF-8 \(byte 5\)"),
+        (lambda p: damaged(p / "x.txt", "a".encode("utf-16")), None, "is UTF-16. Save it as UTF-8"),
+        (lambda p: damaged(p / "x.csv", "a".encode("utf-16")), None, "is UTF-16. Save it as UTF-8"),
+        (lambda p: damaged(p / "x.txt", "a".encode("utf-32")), None, "is UTF-32. Save it as UTF-8"),
+        (
+            lambda p: damaged(p / "x.txt", "a\nb".encode("utf-16-be")),
+            None,
+            "line 1 holds a zero byte: it is no text, or UTF-16 without a mark",
+        ),
+        (lambda p: damaged(p / "x.jsonl", b"{}"), None, ".jsonl is not read. Expected text"),
         (lambda p: damaged(p / "x.csv", b"caf\xe9"), None, r"is not UTF-8 \(byte 3\)"),
         (
             lambda p: damaged(p / "x.txt", b"a"),
@@ -104,7 +156,7 @@ def damaged(path: Path, content: bytes = b"no") -> Path:
         (
             lambda p: write_csv(p / "x.csv", "id,title"),
             None,
-            "no column 'caption' or 'text'. It has: id, title. Set",
+            "no column 'caption' or 'text'. It has: id, title. Name the column",
         ),
         (lambda p: write_csv(p / "x.csv"), "title", "no column 'title'. It has: id, caption"),
         (lambda p: damaged(p / "x.parquet"), None, "cannot be read as Parquet"),

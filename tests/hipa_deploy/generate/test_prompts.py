@@ -2,14 +2,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompts import (
     CACHED_BATCHES,
     BakedPrompts,
+    EncodedPrompt,
     EncodedPrompts,
-    read_closed_set,
+    read_baked_prompts,
 )
+from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
+
+
+def no_encoder(tokens_BL: np.ndarray) -> np.ndarray:
+    raise AssertionError("the text encoder ran")
 
 
 def bake(folder: Path, prompts: list[str], contexts: int) -> BakedPrompts:
@@ -22,7 +29,7 @@ def bake(folder: Path, prompts: list[str], contexts: int) -> BakedPrompts:
 
 def test_baked_contexts_are_looked_up(tmp_path: Path) -> None:
     source = bake(tmp_path, ["a cat", "a dog"], 2)
-    feed = source.feed(source.prepare(["a dog", "a cat", "a dog"], truncate=False))
+    feed = source.feed(source.prepare(["a dog", "a cat", "a dog"], truncate=False), no_encoder)
     assert list(feed) == ["context"]
     context_BLD = feed["context"]
     assert context_BLD.dtype == np.float16
@@ -44,38 +51,84 @@ def test_contexts_that_do_not_match(tmp_path: Path) -> None:
         bake(tmp_path, ["a", "b"], 3)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty"),
-        (b"a\n\nb\n", "line 2 is empty"),
-        (b"a\nb\na\n", "line 3 repeats line 1 \\('a'\\)"),
-        (b"\xff\n", "cannot be read"),
-    ],
-)
-def test_bad_sets(tmp_path: Path, content: bytes, message: str) -> None:
+@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b"\xff\n", "cannot be read")])
+def test_damaged_files_of_a_bundle(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(HipaError, match=message):
-        read_closed_set(tmp_path / "prompts.txt")
+        read_baked_prompts(tmp_path / "prompts.txt")
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red apple\na boat\n")
-    assert read_closed_set(tmp_path / "prompts.txt") == ["a red apple", "a boat"]
-
-
-def test_a_missing_set(tmp_path: Path) -> None:
+def test_a_missing_file_of_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(HipaError, match="cannot be read"):
-        read_closed_set(tmp_path / "none.txt")
+        read_baked_prompts(tmp_path / "none.txt")
+
+
+def test_white_space_makes_no_other_prompt(tmp_path: Path) -> None:
+    """Bundles of version 0.1.0 may hold two lines that differ in blanks alone."""
+    source = bake(tmp_path, ["a  cat", "a cat", "a dog "], 3)
+    assert source.prepare(["a cat", " a\tcat", "a dog"], truncate=False) == [0, 0, 2]
+
+
+def test_a_prompt_that_is_too_long_may_be_cut(tmp_path: Path) -> None:
+    rust = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "red": 2}, unk_token="</s>"))
+    rust.pre_tokenizer = pre_tokenizers.Whitespace()
+    rust.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    rust.enable_truncation(4)
+    rust.enable_padding(length=4, pad_id=1, pad_token="</s>")
+    source = EncodedPrompts(PromptTokenizer.of(rust.to_str(), "tokenizer"))
+    with pytest.raises(PromptTooLongError, match="Shorten it, or pass --truncate") as caught:
+        source.prepare(["red red red"], truncate=False)
+    assert "--truncate" not in caught.value.problem
+    assert source.prepare(["red red red"], truncate=True)[0].tokens_L.tolist() == [0, 2, 2, 1]
 
 
 def test_contexts_are_remembered_and_forgotten() -> None:
     source = EncodedPrompts(None)  # type: ignore[arg-type]  # feed and keep need no tokenizer
-    batches = [[np.asarray([number])] for number in range(CACHED_BATCHES + 1)]
+    batches = [[EncodedPrompt(np.asarray([n]))] for n in range(CACHED_BATCHES + 1)]
     for batch in batches[:-1]:
-        assert list(source.feed(batch)) == ["tokens"]
-        source.keep(batch, np.stack(batch).astype(np.float32))
-    assert all(source.feed(batch)["context"] == batch[0] for batch in batches[:-1])
+        assert list(source.feed(batch, no_encoder)) == ["tokens"]
+        source.keep(batch, batch[0].tokens_L.astype(np.float32))
+    assert all(
+        source.feed(batch, no_encoder)["context"] == batch[0].tokens_L for batch in batches[:-1]
+    )
     source.keep(batches[-1], np.zeros((1, 1), np.float32))  # pushes out the first
-    assert list(source.feed(batches[0])) == ["tokens"]
-    assert list(source.feed(batches[1])) == ["context"]
+    assert list(source.feed(batches[0], no_encoder)) == ["tokens"]
+    assert list(source.feed(batches[1], no_encoder)) == ["context"]
+
+
+def test_weights_change_the_context_and_not_what_is_remembered() -> None:
+    rust = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "red": 2, "pear": 3}, unk_token="</s>"))
+    rust.pre_tokenizer = pre_tokenizers.Whitespace()
+    rust.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    rust.enable_truncation(4)
+    rust.enable_padding(length=4, pad_id=1, pad_token="</s>")
+    source = EncodedPrompts(PromptTokenizer.of(rust.to_str(), "tokenizer"))
+    calls = []
+
+    def encode(tokens_BL: np.ndarray) -> np.ndarray:
+        calls.append(tokens_BL)
+        return (tokens_BL[..., None] + np.asarray([1.0, 2.0])).astype(np.float16)
+
+    weighed = source.prepare(["(red:2) pear"], truncate=False, weights=True)
+    assert weighed[0].tokens_L.tolist() == [0, 2, 3, 1]
+    assert weighed[0].weights_L.tolist() == [1, 2, 1, 1]
+    context = source.feed(weighed, encode)["context"]
+    assert context.dtype == np.float16
+    assert context[0, 1, 0] / context[0, 0, 0] == pytest.approx(2 * 3 / 1, rel=1e-3)
+
+    # The same words without weights: what the encoder gave, and no second call of it.
+    plain = source.prepare(["red pear"], truncate=False, weights=True)
+    assert plain[0].weights_L is None
+    np.testing.assert_array_equal(source.feed(plain, no_encoder)["context"], encode(calls[0]))
+    assert source.prepare(["(red:2)"], truncate=True)[0].weights_L is None
+
+
+def test_a_closed_set_keeps_how_it_was_baked(tmp_path: Path) -> None:
+    source = bake(tmp_path, ["a (cat:1.3)"], 1)
+    assert source.reads_weights(None) is False
+    with pytest.raises(HipaError, match="baked without prompt weights"):
+        source.reads_weights(True)

@@ -53,8 +53,11 @@ def test_an_adaptor_of_another_unet_or_vae_is_refused(folder: Path) -> None:
     change(folder, base_vae_sha256="0" * 64)
     with pytest.raises(HipaError, match="trained with another VAE"):
         read_metadata(folder, MODEL)
+    change(folder, base_unet_sha256="tensors-v1:" + "0" * 64)
+    with pytest.raises(HipaError, match=r"trained on another base model.*differ\)\.$"):
+        read_metadata(folder, MODEL)
     change(folder, base_unet_sha256="0" * 64)
-    with pytest.raises(HipaError, match="trained on another base model"):
+    with pytest.raises(HipaError, match=r"another base model.* use the same folder as then\.$"):
         read_metadata(folder, MODEL)
     read_metadata(folder)
 

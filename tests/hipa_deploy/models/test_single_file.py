@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.locate import model_folder, unpacked
-from hipa_deploy.models.single_file import CROSS_ATTENTION, FIRST_LAYER, PARTS
+from hipa_deploy.models.single_file import CROSS_ATTENTION, FIRST_LAYER, PARTS, TEXT
 from tests.original_layout import write_checkpoint
 from tests.tiny_model import make_model
 
@@ -82,6 +83,137 @@ def test_each_part_keeps_its_precision(folder: Path, tmp_path: Path) -> None:
     out = model_folder(str(checkpoint), str(folder))
     assert {w.dtype for w in weights(out, "unet").values()} == {torch.float16}
     assert {w.dtype for w in weights(out, "vae").values()} == {torch.float32}
+
+
+def same_weights(folder: Path, out: Path) -> bool:
+    for part in PARTS:
+        expected = weights(folder, part)
+        got = weights(out, part)
+        assert expected.keys() == got.keys()
+        if not all(torch.equal(expected[name], got[name]) for name in expected):
+            return False
+    return True
+
+
+def with_old_names(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As checkpoints of transformers before 4.0 name the text encoder, with its position numbers.
+
+    Among others diffusers' own conversion script wrote them so.
+    """
+    stored = {name.replace(f"{TEXT}text_model.", TEXT): w for name, w in stored.items()}
+    return {**stored, f"{TEXT}embeddings.position_ids": torch.arange(77)[None]}
+
+
+def with_averages(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With an averaged copy of the UNet beside it, as v1-5-pruned has it, of other values."""
+    unet = PARTS["unet"]
+    averages = {}
+    for name, weight in stored.items():
+        if name.startswith(unet):
+            flat = name.removeprefix("model.").replace(".", "")
+            averages[f"model_ema.{flat}"] = weight + 1
+    return {**stored, **averages, "model_ema.decay": torch.tensor(0.9999)}
+
+
+@pytest.mark.parametrize("change", [with_old_names, with_averages])
+@pytest.mark.parametrize("ending", [".safetensors", ".SafeTensors", ".ckpt", ".CKPT", ".pt"])
+def test_every_naming_and_every_file_gives_the_same_weights(
+    folder: Path, tmp_path: Path, change: Callable, ending: str
+) -> None:
+    stored = change(load_file(write_checkpoint(folder, tmp_path / "plain.safetensors")))
+    checkpoint = tmp_path / f"mine{ending}"
+    if "safe" in ending.lower():
+        save_file(stored, checkpoint)
+    else:
+        # As pytorch_lightning writes it: the weights beside the state of the training.
+        torch.save({"global_step": 7, "state_dict": stored}, checkpoint)
+    out = model_folder(str(checkpoint), str(folder))
+    assert out.name == "mine"
+    assert same_weights(folder, out)
+    assert not list(out.glob("checkpoint*"))
+
+
+def test_weights_that_share_memory(folder: Path, tmp_path: Path) -> None:
+    """Pickled, parts of one tensor stay parts of it; a .safetensors file cannot say that."""
+    stored = load_file(write_checkpoint(folder, tmp_path / "plain.safetensors"))
+    names = [name for name in stored if name.endswith(".weight")][:2]
+    whole = torch.cat([stored[name].flatten() for name in names])
+    start = 0
+    for name in names:
+        shape = stored[name].shape
+        stored[name] = whole[start : start + shape.numel()].view(shape)
+        start += shape.numel()
+    norms = [f"{TEXT}text_model.encoder.layers.0.layer_norm{i}.weight" for i in (1, 2)]
+    assert torch.equal(*(stored[name] for name in norms))
+    stored[norms[0]] = stored[norms[1]]
+    torch.save(stored, tmp_path / "mine.ckpt")
+    assert same_weights(folder, model_folder(str(tmp_path / "mine.ckpt"), str(folder)))
+
+
+class RunsCode:
+    """Writes a file when it is loaded without ``weights_only``."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.proof),)
+
+
+@pytest.mark.parametrize("ending", [".ckpt", ".pt", ".bin"])
+def test_code_in_a_file_is_named_and_never_run(folder: Path, tmp_path: Path, ending: str) -> None:
+    proof = tmp_path / "proof"
+    checkpoint = tmp_path / f"mine{ending}"
+    torch.save({"state_dict": {FIRST_LAYER: torch.zeros(1), "x": RunsCode(proof)}}, checkpoint)
+    with pytest.raises(HipaError, match=r"more than weights: \w+.mkdir. That can run") as error:
+        model_folder(str(checkpoint), str(folder))
+    assert "\n" not in str(error.value)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(1)], {"step": 7}, torch.zeros(2)])
+def test_a_pickled_file_without_names(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "mine.pt")
+    with pytest.raises(HipaError, match="holds no weights by name"):
+        model_folder(str(tmp_path / "mine.pt"))
+
+
+def test_two_processes_convert_one_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second takes the first's result, whenever the first is ready."""
+    from diffusers import StableDiffusionPipeline
+
+    checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
+    save = StableDiffusionPipeline.save_pretrained
+    outs = []
+
+    def save_late(self: StableDiffusionPipeline, path: Path) -> None:
+        monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", save)
+        outs.append(model_folder(str(checkpoint), str(folder)))
+        (outs[0] / "winner").touch()
+        self.save_pretrained(path)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", save_late)
+    out = model_folder(str(checkpoint), str(folder))
+    assert outs == [out]
+    assert (out / "winner").exists()
+    assert same_weights(folder, out)
+    assert [path.name for path in out.parent.iterdir()] == ["mine"]
+
+
+def test_a_configuration_with_fewer_layers_is_refused(folder: Path, tmp_path: Path) -> None:
+    """diffusers would leave the other layers out, with a warning."""
+    checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
+    stored = load_file(checkpoint)
+    extra = {
+        name.replace("output_blocks.3", "output_blocks.4"): weight + 1
+        for name, weight in stored.items()
+        if "output_blocks.3." in name
+    }
+    save_file({**stored, **extra}, checkpoint)
+    with pytest.raises(HipaError, match=r"its unet has [\d,]+ weights, and that of .* --config"):
+        model_folder(str(checkpoint), str(folder))
 
 
 @pytest.mark.parametrize(
@@ -178,13 +310,17 @@ def test_wrong_kinds_are_refused(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "x.ckpt",
-            b"pickle",
-            "is a .ckpt file. Expected a diffusers folder or a .safetensors checkpoint",
-        ),
+        ("x.ckpt", b"pickle", "is damaged: torch cannot read it as weights"),
+        ("x.ckpt", b"", "is damaged: torch cannot read it as weights"),
         ("x.safetensors", b"1234", "is damaged"),
         ("x.safetensors", b"", "is damaged"),
+        (
+            "x.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "is a Git LFS pointer, not the weights. Run in that folder: git lfs pull",
+        ),
+        ("x.gguf", b"GGUF", "is a .gguf file. Expected weights in a file that ends in .safetens"),
+        ("weights", b"1234", "is a nameless file"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -1,0 +1,146 @@
+"""Ctrl-C and SIGTERM end a command in order, and a child process ends with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM asked this process to stop. What cleans up after Ctrl-C cleans up after it too."""
+
+
+def signal_of(error: KeyboardInterrupt) -> int:
+    """The number of the signal that raised ``error``."""
+    return signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM raise ``Terminated`` within the block, as Ctrl-C raises KeyboardInterrupt.
+
+    A SIGTERM that is ignored stays ignored. Outside the main thread, where Python allows no signal
+    handlers, the block changes nothing.
+    """
+    if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        yield
+        return
+
+    def handle(*_: Any) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the end of the block, as for the removal of files.
+
+    Outside the main thread the block changes nothing: signals never interrupt such a thread.
+    """
+    if not _in_main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    previous = _set_handlers(lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        _restore(previous)
+        if arrived:
+            signal.raise_signal(arrived[0])
+
+
+class StopRequest(threading.Event):
+    """Is set when a signal asks for a stop; ``number`` is that signal's."""
+
+    number: int = signal.SIGINT
+
+
+@contextmanager
+def interruptible(under_launcher: bool = False) -> Iterator[StopRequest]:
+    """Turn the first Ctrl-C or SIGTERM into an event, so that no training step is cut in half.
+
+    Outside the main thread, where Python allows no signal handlers, the event is never set.
+
+    Args:
+        under_launcher: If False, the second signal takes its usual effect at once. If True, later
+            signals set the event too: a launcher passes on to its processes the Ctrl-C that the
+            terminal has already sent them, so that a second signal does not mean a second request.
+
+    Example:
+        >>> with interruptible() as stop:
+        ...     while not stop.is_set():
+        ...         take_a_step()
+
+    """
+    stop = StopRequest()
+    if not _in_main_thread():
+        yield stop
+        return
+
+    def handle(number: int, _: Any) -> None:
+        if not stop.is_set():
+            stop.number = number
+        stop.set()
+        if not under_launcher:
+            _restore(previous)
+
+    previous = _set_handlers(handle)
+    try:
+        yield stop
+    finally:
+        _restore(previous)
+
+
+def die_with_parent() -> None:
+    """Let this process end when its parent does, even if SIGKILL ends the parent.
+
+    The standard input must be a pipe that the parent holds open and writes nothing more into: the
+    system closes it when the parent ends. Linux also sends a signal, which ends a process inside a
+    native call that lets no other Python thread run.
+    """
+    if sys.platform == "linux":
+        # A system without prctl still has the pipe.
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    threading.Thread(target=_wait_for_end_of_input, daemon=True).start()
+
+
+def _wait_for_end_of_input() -> None:
+    # os.read and not sys.stdin: a thread that waits in sys.stdin holds a lock, with which the
+    # interpreter cannot shut down.
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _set_handlers(handler: Any) -> dict[int, Any]:
+    """Set the handler of both signals, and return those that they had."""
+    previous = {}
+    for number in STOPPING:
+        previous[int(number)] = signal.signal(number, handler)
+    return previous
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        # None stands for a handler that was not set from Python, which cannot be set again.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,208 @@
+"""Textual inversion embeddings: new words of a tokenizer, with rows of their own (Gal et al. 2022).
+
+The formats: diffusers' ``learned_embeds`` (.safetensors or .bin, {token: vectors}), and those of
+AUTOMATIC1111 (.pt with ``string_to_param``, .safetensors with ``emb_params``).
+
+One word may have several vectors. diffusers then has the tokens TOKEN, TOKEN_1, TOKEN_2, and its
+``maybe_convert_prompt`` writes all of them where a prompt has TOKEN. Here the tokenizer does so
+itself: a rule of its normalizer replaces the word by the tokens of its vectors, whose names are
+characters of Unicode's private use. So ``tokenizer.json`` alone reads a prompt rightly.
+
+Shape suffixes: N vectors, D width of the text encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hipa_deploy.bundle.manifest import EmbeddingInfo
+from hipa_deploy.errors import HipaError
+from hipa_deploy.hashing import file_sha256
+from hipa_deploy.models.lora.find_lora import PICKLED, SAFETENSORS
+from hipa_deploy.models.lora.tensor_file import finite, load_pickled, read_tensors
+from hipa_deploy.models.style import EmbeddingChoice
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizerFast
+
+# The first name of a vector: the supplementary private use area A, which nobody types.
+FIRST_NAME = 0xF0000
+SDXL_KEYS = ("clip_l", "clip_g")
+MOST_LETTERS = 200
+MOST_VECTORS = 75  # a prompt of 77 tokens, without its first and last
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """An embedding, read.
+
+    Attributes:
+        path: its file.
+        sha256: of the file.
+        token: the word that stands for it in a prompt.
+        vectors_ND: float32.
+
+    """
+
+    path: Path
+    sha256: str
+    token: str
+    vectors_ND: Tensor
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """A word for each vector, as diffusers names them: TOKEN, TOKEN_1, TOKEN_2."""
+        more = [f"{self.token}_{number}" for number in range(1, len(self.vectors_ND))]
+        return (self.token, *more)
+
+    @property
+    def info(self) -> EmbeddingInfo:
+        """What a manifest says of it."""
+        return EmbeddingInfo(
+            name=self.path.name,
+            sha256=self.sha256,
+            token=self.token,
+            vectors=len(self.vectors_ND),
+        )
+
+
+def read_embedding(chosen: EmbeddingChoice, width: int) -> Embedding:
+    """Read the file of an embedding.
+
+    Args:
+        chosen: the file, and the token if the user gave one. Otherwise it is the file's own, or for
+            a file of AUTOMATIC1111 the file's name without its ending, as that program has it.
+        width: D of the model's text encoder.
+
+    Raises:
+        HipaError: a file that cannot be read, is no embedding or one for another model.
+
+    Example:
+        >>> read_embedding(EmbeddingChoice(Path("learned_embeds.safetensors")), 768).token
+        '<cat-toy>'
+
+    """
+    path = chosen.path
+    ending = path.suffix.lower()
+    if ending not in (SAFETENSORS, *PICKLED):
+        endings = ", ".join((SAFETENSORS, *PICKLED))
+        raise HipaError(f"{path} is no embedding file. Expected one that ends in: {endings}.")
+    content = read_tensors(path)[0] if ending == SAFETENSORS else load_pickled(path)
+    own_token, vectors = _vectors(path, content)
+    vectors_ND = finite(path, "the embedding", vectors)
+    if vectors_ND.dim() == 1:
+        vectors_ND = vectors_ND[None]
+
+    if vectors_ND.dim() != 2 or not 1 <= len(vectors_ND) <= MOST_VECTORS:
+        raise HipaError(
+            f"{path} holds an embedding of shape {list(vectors_ND.shape)}. "
+            f"Expected 1 to {MOST_VECTORS} vectors of width {width}."
+        )
+    if vectors_ND.shape[1] != width:
+        raise HipaError(
+            f"{path} holds vectors of width {vectors_ND.shape[1]}, the model's text encoder has "
+            f"{width}. Use an embedding of this model's family: 768 is SD 1.x, 1024 is SD 2.x."
+        )
+    token = (chosen.token or own_token or path.stem).strip()
+    if not token or not token.isprintable() or len(token) > MOST_LETTERS:
+        raise HipaError(
+            f"{path}: {token!r} is no token. Expected 1 to {MOST_LETTERS} printable letters. "
+            f"Give one after a colon: {path}:<word>."
+        )
+    return Embedding(path, file_sha256(path), token, vectors_ND)
+
+
+def _vectors(path: Path, content: Any) -> tuple[str | None, Tensor]:
+    """The token that a file names, if it does, and its vectors."""
+    if isinstance(content, Tensor):
+        return None, content
+    if not isinstance(content, Mapping):
+        raise HipaError(f"{path} holds a {type(content).__name__}. Expected an embedding.")
+    if set(SDXL_KEYS) & set(content):
+        raise HipaError(
+            f"{path} is an embedding for SDXL, with vectors for two text encoders. "
+            "Expected one for SD 1.x or 2.x, as the model is."
+        )
+    if "string_to_param" in content:
+        params = content["string_to_param"]
+        named = dict(params.items()) if hasattr(params, "items") else {}
+        return None, _only(path, named)[1]
+    if "emb_params" in content:
+        return None, _only(path, {"emb_params": content["emb_params"]})[1]
+    return _only(path, content)
+
+
+def _only(path: Path, content: Mapping[str, Any]) -> tuple[str, Tensor]:
+    """The one tensor of a mapping, and its name."""
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if len(tensors) != 1 or len(tensors) != len(content):
+        names = ", ".join(map(str, list(content)[:3])) or "nothing"
+        raise HipaError(
+            f"{path} holds {names}. Expected one embedding: {{token: vectors}} of diffusers, or "
+            "string_to_param or emb_params of AUTOMATIC1111."
+        )
+    return next(iter(tensors.items()))
+
+
+def add_tokens(tokenizer: CLIPTokenizerFast, embedding: Embedding) -> list[int]:
+    """Add an embedding's tokens to ``tokenizer``, in place.
+
+    A prompt's word is replaced exactly as it is written, upper and lower case included, wherever it
+    stands.
+
+    Returns:
+        The id of each vector: the rows that the text encoder needs.
+
+    Raises:
+        HipaError: one of the tokens is a word of the tokenizer already.
+
+    """
+    from tokenizers import AddedToken, normalizers
+
+    vocabulary = tokenizer.get_vocab()
+    for token in embedding.tokens:
+        if token in vocabulary or f"{token.lower()}</w>" in vocabulary:
+            raise HipaError(
+                f"--embedding {embedding.path}: {token!r} is a word of the model already. "
+                f"Give another token after a colon: {embedding.path}:<{token.strip('<>')}>."
+            )
+
+    # Names that nobody has used yet; normalized, because they are looked for after the rules below.
+    rust: Any = tokenizer.backend_tokenizer
+    used = sum(1 for word in vocabulary if len(word) == 1 and ord(word) >= FIRST_NAME)
+    names = [chr(FIRST_NAME + used + number) for number in range(len(embedding.vectors_ND))]
+    rust.add_tokens([AddedToken(name, normalized=True, special=False) for name in names])
+
+    # TOKEN is all vectors, TOKEN_1 the second alone, as in diffusers. TOKEN is the start of TOKEN_1
+    # and so comes last. All rules come before lower-casing: a token may have capitals.
+    rules = [
+        normalizers.Replace(token, name)
+        for token, name in zip(embedding.tokens[1:], names[1:], strict=True)
+    ]
+    rules.reverse()  # TOKEN_1 is the start of TOKEN_10
+    rules.append(normalizers.Replace(embedding.token, "".join(names)))
+    usual = [rust.normalizer] if rust.normalizer else []
+    rust.normalizer = normalizers.Sequence([*rules, *usual])
+    return [rust.token_to_id(name) for name in names]
+
+
+@torch.no_grad()
+def add_rows(encoder: CLIPTextModel, embedding: Embedding, ids: list[int]) -> None:
+    """Give the tokens ``ids`` the vectors of ``embedding``, in place."""
+    old: Any = encoder.get_input_embeddings()
+    rows = max(len(old.weight), max(ids) + 1)
+    table = nn.Embedding(
+        rows, old.weight.shape[1], device=old.weight.device, dtype=old.weight.dtype
+    )
+    table.weight.zero_()
+    table.weight[: len(old.weight)] = old.weight
+    table.weight[ids] = embedding.vectors_ND.to(table.weight)
+    table.requires_grad_(old.weight.requires_grad)
+    encoder.set_input_embeddings(table)
+    encoder.config.vocab_size = rows

@@ -1,0 +1,102 @@
+"""Which file a user's path to a LoRA means."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.hashing import file_sha256
+
+SAFETENSORS = ".safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")  # read with torch.load(weights_only=True), never else
+# What the writers call the file in a folder, the first that is there.
+FILE_NAMES = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapter_model.bin",
+)
+PEFT_CONFIG = "adapter_config.json"
+# peft writes one folder for each part; their names are the pipeline's.
+PART_FOLDERS = ("unet", "text_encoder", "text_encoder_2")
+
+
+class FoundFile(NamedTuple):
+    """A file of a LoRA, and the part that its folder says it is for."""
+
+    path: Path
+    part: str | None = None
+
+
+def find_lora(path: Path) -> tuple[FoundFile, ...]:
+    """The files that ``path`` means: itself, the one LoRA of a folder, or one for each part.
+
+    Raises:
+        HipaError: neither a file nor a folder with a LoRA.
+
+    Example:
+        >>> find_lora(Path("style.safetensors"))
+        (FoundFile(path=PosixPath('style.safetensors'), part=None),)
+
+    """
+    if path.is_file():
+        if path.suffix.lower() not in (SAFETENSORS, *PICKLED):
+            endings = ", ".join((SAFETENSORS, *PICKLED))
+            raise HipaError(f"{path} is no LoRA file. Expected one that ends in: {endings}.")
+        return (FoundFile(path),)
+    if not path.is_dir():
+        raise HipaError(f"LoRA {path} does not exist. Expected a .safetensors file or its folder.")
+
+    named = _named_file(path)
+    if named is not None:
+        return (FoundFile(named),)
+    parts = []
+    for part in PART_FOLDERS:
+        file = _named_file(path / part)
+        if file is not None:
+            parts.append(FoundFile(file, part))
+    if parts:
+        return tuple(parts)
+    return (FoundFile(_only_file(path)),)
+
+
+def _named_file(folder: Path) -> Path | None:
+    """The file of a name that a writer gives; None if there is none."""
+    for name in FILE_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def _only_file(folder: Path) -> Path:
+    """The one .safetensors file of a folder, whatever its name."""
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() == SAFETENSORS)
+    if not found:
+        raise HipaError(
+            f"{folder}: no {FILE_NAMES[0]} or other LoRA in it. Expected an adaptor folder, as "
+            "hipa-train writes it, or a LoRA's .safetensors file."
+        )
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise HipaError(
+            f"{folder}: expected one LoRA in this folder, found {names}. Name the file itself."
+        )
+    return found[0]
+
+
+def lora_sha256(files: tuple[FoundFile, ...]) -> str:
+    """SHA-256 of a LoRA: of its one file, or of the hashes of several, hexadecimal.
+
+    A configuration beside a file counts too, since peft's alpha is there alone.
+    """
+    hashes = []
+    for file in files:
+        hashes.append(file_sha256(file.path))
+        config = file.path.with_name(PEFT_CONFIG)
+        if config.is_file():
+            hashes.append(file_sha256(config))
+    if len(hashes) == 1:
+        return hashes[0]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()

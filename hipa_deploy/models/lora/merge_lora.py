@@ -1,0 +1,120 @@
+"""Merge a LoRA into the weights of a pipeline's parts, in place and in float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.lora.formulas import kind_of, weight_change, with_magnitude
+from hipa_deploy.models.lora.lora_file import LoraFile, LoraLayer
+from hipa_deploy.models.lora.names import LayerKey, ModuleNames
+
+# What has a weight that a file may change: LyCORIS trains norm layers too, with a whole difference.
+CHANGEABLE = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
+
+
+def module_names(parts: Mapping[str, nn.Module]) -> ModuleNames:
+    """The layers that a LoRA may change: everything that has a weight, by its name in its part."""
+    names: dict[str, Iterable[str]] = {}
+    for part, model in parts.items():
+        names[part] = [
+            name for name, module in model.named_modules() if isinstance(module, CHANGEABLE)
+        ]
+    return ModuleNames(names)
+
+
+@torch.no_grad()
+def merge_lora(
+    parts: Mapping[str, nn.Module], lora: LoraFile, scale: float = 1.0, option: str = "the scale"
+) -> None:
+    """Change the weights of ``parts`` ('unet', 'text_encoder') as ``lora`` says, times ``scale``.
+
+    Every weight becomes W + scale * dW, with the dW of ``hipa_deploy.models.lora.formulas``. DoRA
+    has no dW that a scale could multiply. There the weight becomes W + scale * (W' - W), with W'
+    what the file alone makes of it (as ComfyUI does, comfy/weight_adapter).
+
+    Args:
+        parts: the models to change. Layers of other parts are left out.
+        lora: what ``read_lora`` gave for these parts.
+        scale: 1.0 merges the LoRA as it was trained, 0.0 changes nothing.
+        option: what the user calls the scale, for messages.
+
+    Raises:
+        HipaError: a scale that is not finite, tensors that do not fit a layer, or a weight that
+            would not be finite. Then no weight was changed.
+
+    Example:
+        >>> parts = {"unet": unet}
+        >>> merge_lora(parts, read_lora(Path("style.safetensors"), module_names(parts)), 0.8)
+
+    """
+    check_scale(scale)
+
+    # First compute all, so that a layer that does not fit leaves the model as it was.
+    weights: list[tuple[nn.Parameter, Tensor]] = []
+    for key, layer in lora.layers.items():
+        if key.part not in parts:
+            continue
+        module = parts[key.part].get_submodule(key.module)
+        try:
+            weights += _changed(key, layer, module, scale, option)
+        except HipaError as error:
+            raise HipaError(f"{lora.path}: {error}") from None
+    for parameter, value in weights:
+        parameter.copy_(value)
+
+
+def check_scale(scale: float) -> None:
+    """Raise HipaError unless ``scale`` is a finite number."""
+    if not math.isfinite(scale):
+        raise HipaError(
+            f"LoRA scale {scale} is not a number. Expected a finite value, 1.0 as trained."
+        )
+
+
+def _changed(
+    key: LayerKey, layer: LoraLayer, module: nn.Module, scale: float, option: str
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """The layer's parameters with their new values."""
+    values = []
+    if kind_of(str(key), layer.tensors) != "bias":
+        values.append(_changed_weight(key, layer, module, scale))
+    bias_change = _bias_change(layer)
+    if bias_change is not None:
+        bias = module.bias
+        if not isinstance(bias, nn.Parameter):
+            raise HipaError(
+                f"layer {key}: the file changes its bias, and the model's layer has none."
+            )
+        if bias.shape != bias_change.shape:
+            raise HipaError(
+                f"layer {key}: the file changes {len(bias_change)} biases, "
+                f"the model has {len(bias)}."
+            )
+        values.append((bias, bias.float() + scale * bias_change))
+    for _, value in values:
+        if not value.is_meta and not torch.isfinite(value).all():
+            raise HipaError(f"layer {key}: merging makes it infinite. Lower {option} ({scale}).")
+    return values
+
+
+def _changed_weight(
+    key: LayerKey, layer: LoraLayer, module: nn.Module, scale: float
+) -> tuple[nn.Parameter, Tensor]:
+    weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    base = weight.float()
+    if {"magnitude", "dora_scale"} & set(layer.tensors):
+        changed = base + weight_change(str(key), layer.tensors, base, layer.scaling)
+        merged = with_magnitude(changed, layer.tensors)
+        return weight, base + scale * (merged - base) if scale != 1 else merged
+    return weight, base + weight_change(str(key), layer.tensors, base, layer.scaling * scale)
+
+
+def _bias_change(layer: LoraLayer) -> Tensor | None:
+    if "bias" in layer.tensors:  # peft scales it as the weight's change
+        return layer.tensors["bias"] * layer.scaling
+    return layer.tensors.get("bias_difference")  # LyCORIS stores the change itself

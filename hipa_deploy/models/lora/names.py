@@ -1,0 +1,175 @@
+"""What the tensors of a LoRA file are called, in every layout, and which layer they belong to.
+
+A key is a layer's name and a role: ``lora_unet_mid_block_attentions_0_proj_in.lora_down.weight`` is
+the role 'down' of the layer ``mid_block.attentions.0.proj_in`` of the UNet.
+
+Sources: kohya-ss/sd-scripts networks/lora.py; KohakuBlueleaf/LyCORIS lycoris/modules;
+huggingface/peft src/peft/utils/save_and_load.py; huggingface/diffusers
+loaders/lora_conversion_utils.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from hipa_deploy.models.lora.original_names import original_names
+
+# Ends of keys and the role that they stand for, the longest first where one ends another.
+ROLES = {
+    # peft and today's diffusers
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_B.bias": "bias",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector.default.weight": "magnitude",
+    ".lora_magnitude_vector": "magnitude",
+    # kohya and LyCORIS
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora_mid.weight": "mid",
+    ".dora_scale": "dora_scale",
+    ".alpha": "alpha",
+    ".diff": "difference",
+    ".diff_b": "bias_difference",
+    ".w_norm": "difference",
+    ".b_norm": "bias_difference",
+    ".hada_w1_a": "hada_w1_a",
+    ".hada_w1_b": "hada_w1_b",
+    ".hada_w2_a": "hada_w2_a",
+    ".hada_w2_b": "hada_w2_b",
+    ".hada_t1": "hada_t1",
+    ".hada_t2": "hada_t2",
+    ".lokr_w1": "lokr_w1",
+    ".lokr_w1_a": "lokr_w1_a",
+    ".lokr_w1_b": "lokr_w1_b",
+    ".lokr_w2": "lokr_w2",
+    ".lokr_w2_a": "lokr_w2_a",
+    ".lokr_w2_b": "lokr_w2_b",
+    ".lokr_t2": "lokr_t2",
+    # diffusers before peft: a processor's or a layer's own LoRA
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+}
+# Which part of the pipeline a key is for, by what it begins with; None where the file does not say.
+# A second text encoder belongs to SDXL.
+PARTS: dict[str, str | None] = {
+    "": None,
+    "base_model.model.": None,
+    "unet.": "unet",
+    "unet.base_model.model.": "unet",
+    "diffusion_model.": "unet",
+    "model.diffusion_model.": "unet",
+    "text_encoder.": "text_encoder",
+    "text_encoder.base_model.model.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder_2.base_model.model.": "text_encoder_2",
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    # LyCORIS' full names
+    "lycoris_unet_": "unet",
+    "lycoris_te_": "text_encoder",
+    "lycoris_te1_": "text_encoder",
+    "lycoris_te2_": "text_encoder_2",
+}
+# In kohya's layout dots are underscores, so a name is looked up among the model's own.
+_UNDERSCORES = tuple(prefix for prefix in PARTS if prefix.startswith(("lora_", "lycoris_")))
+
+
+class LayerKey(NamedTuple):
+    """A layer of the pipeline: its part ('unet', 'text_encoder') and its module's name there."""
+
+    part: str
+    module: str
+
+    def __str__(self) -> str:
+        return f"{self.part}.{self.module}"
+
+
+def role_of(key: str) -> tuple[str, str] | None:
+    """Split a key into the layer's name as the file has it, and the role; None for an unknown end.
+
+    Example:
+        >>> role_of("unet.mid_block.attentions.0.proj_in.lora_A.weight")
+        ('unet.mid_block.attentions.0.proj_in', 'down')
+
+    """
+    for end in sorted(ROLES, key=len, reverse=True):
+        if key.endswith(end):
+            return key.removesuffix(end), ROLES[end]
+    return None
+
+
+class ModuleNames:
+    """The module names of a pipeline's parts, found by the names that LoRA files have for them.
+
+    Args:
+        modules: for each part, the dotted names of its modules.
+
+    """
+
+    def __init__(self, modules: dict[str, Iterable[str]]) -> None:
+        self._dotted: dict[str, dict[str, str]] = {}
+        self._underscored: dict[str, dict[str, str]] = {}
+        for part, names in modules.items():
+            own = {name: name for name in names}
+            aliases = original_names(own) if part == "unet" else {}
+            self._dotted[part] = {**aliases, **own}
+            self._underscored[part] = {
+                name.replace(".", "_"): module for name, module in self._dotted[part].items()
+            }
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that a LoRA may change."""
+        return tuple(self._dotted)
+
+    def part_of(self, name: str) -> str | None:
+        """The part that a layer's name in a file says it is for; None if it does not say."""
+        return PARTS[_prefix_of(name)]
+
+    def find(self, name: str) -> LayerKey | None:
+        """The layer that ``name`` of a file stands for; None if no part has it.
+
+        Example:
+            >>> ModuleNames({"unet": ["conv_in"]}).find("lora_unet_conv_in")
+            LayerKey(part='unet', module='conv_in')
+
+        """
+        prefix = _prefix_of(name)
+        rest = name.removeprefix(prefix)
+        said = PARTS[prefix]
+        for part in self.parts if said is None else (said,):
+            module = self._module(part, rest, underscored=prefix in _UNDERSCORES)
+            if module is not None:
+                return LayerKey(part, module)
+        return None
+
+    def _module(self, part: str, name: str, *, underscored: bool) -> str | None:
+        if part not in self._dotted:
+            return None
+        if underscored:
+            return self._underscored[part].get(name)
+        # attn1.processor.to_out_lora is what diffusers called the adapter of attn1.to_out.0.
+        name = re.sub(r"\.processor\.(to_[qkv])$", r".\1", name)
+        name = re.sub(r"\.processor\.to_out$", ".to_out.0", name)
+        # CLIP's layers are in a module text_model, which some files and releases leave out.
+        candidates = (name, f"{name}.0", f"text_model.{name}", name.removeprefix("text_model."))
+        for candidate in candidates:
+            if candidate in self._dotted[part]:
+                return self._dotted[part][candidate]
+        return None
+
+
+def _prefix_of(name: str) -> str:
+    """The longest key of ``PARTS`` that ``name`` begins with; at least the empty one fits."""
+    return max((prefix for prefix in PARTS if name.startswith(prefix)), key=len)

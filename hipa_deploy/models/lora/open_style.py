@@ -1,0 +1,140 @@
+"""A style with its files read and checked: LoRAs to merge, and embeddings to add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hipa_deploy.bundle.manifest import LoraInfo
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.lora.embeddings import Embedding, add_rows, add_tokens, read_embedding
+from hipa_deploy.models.lora.lora_file import LoraFile, LoraLayer, read_lora
+from hipa_deploy.models.lora.merge_lora import merge_lora, module_names
+from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.style import Style, StyleInfo
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizerFast
+
+
+@dataclass(frozen=True)
+class OpenStyle:
+    """LoRAs and embeddings in memory, which fit the model.
+
+    Attributes:
+        loras: the files and their scales, in the order in which they are merged.
+        embeddings: in the order of their options.
+        info: what a manifest says of them.
+
+    Example:
+        >>> style = OpenStyle.read(Style((LoraChoice(Path("style.safetensors")),)), config)
+        >>> style.merge({"unet": unet})
+
+    """
+
+    loras: tuple[tuple[LoraFile, float], ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
+    info: StyleInfo = field(default_factory=StyleInfo)
+
+    @classmethod
+    def read(cls, style: Style, config: ModelConfig) -> OpenStyle:
+        """Read the files of ``style`` and check that they fit the model; no weights are loaded.
+
+        Raises:
+            HipaError: a file that cannot be read, that is not whole or is for another model; an
+                embedding of another width, or a token that is taken.
+
+        """
+        if not style:
+            return cls()
+        width = config.text_width
+        embeddings = tuple(read_embedding(chosen, width) for chosen in style.embeddings)
+        _check_tokens(embeddings)
+
+        loras = []
+        infos = []
+        shapes = empty_parts(config) if style.loras else {}
+        for chosen in style.loras:
+            lora = read_lora(chosen.path, module_names(shapes))
+            # On tensors without memory: it finds what does not fit before gigabytes are loaded.
+            merge_lora(shapes, _without_memory(lora), chosen.scale, "--lora")
+            loras.append((lora, chosen.scale))
+            infos.append(
+                LoraInfo(
+                    name=chosen.path.resolve().name,
+                    sha256=lora.sha256,
+                    scale=chosen.scale,
+                    rank=lora.rank,
+                    parts=lora.parts,
+                )
+            )
+        info = StyleInfo(
+            loras=tuple(infos), embeddings=tuple(embedding.info for embedding in embeddings)
+        )
+        return cls(tuple(loras), embeddings, info)
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether the text encoder is another with this style."""
+        in_loras = any("text_encoder" in lora.parts for lora in self.info.loras)
+        return in_loras or bool(self.embeddings)
+
+    def merge(self, parts: Mapping[str, nn.Module]) -> None:
+        """Merge the LoRAs into ``parts`` ('unet', 'text_encoder'), in place.
+
+        Raises:
+            HipaError: a weight would not be finite.
+
+        """
+        for lora, scale in self.loras:
+            merge_lora(parts, lora, scale, "the number after --lora")
+
+    def add_words(self, tokenizer: CLIPTokenizerFast, encoder: CLIPTextModel | None = None) -> None:
+        """Add the embeddings' tokens to ``tokenizer``, and their rows to ``encoder``, in place.
+
+        Raises:
+            HipaError: a token is one of the tokenizer's already.
+
+        """
+        for embedding in self.embeddings:
+            ids = add_tokens(tokenizer, embedding)
+            if encoder is not None:
+                add_rows(encoder, embedding, ids)
+
+
+def empty_parts(config: ModelConfig) -> dict[str, Any]:
+    """UNet and text encoder as their configurations describe them, on the meta device."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        return {
+            "unet": UNet2DConditionModel.from_config(dict(config.unet)),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(dict(config.text_encoder))),
+        }
+
+
+def _without_memory(lora: LoraFile) -> LoraFile:
+    layers = {}
+    for key, layer in lora.layers.items():
+        tensors = {role: value.to("meta") for role, value in layer.tensors.items()}
+        layers[key] = LoraLayer(tensors, layer.scaling, layer.rank)
+    return replace(lora, layers=layers)
+
+
+def _check_tokens(embeddings: tuple[Embedding, ...]) -> None:
+    """Raise HipaError for two embeddings of one token."""
+    seen: dict[str, Embedding] = {}
+    for embedding in embeddings:
+        for token in embedding.tokens:
+            if token in seen:
+                raise HipaError(
+                    f"--embedding {embedding.path}: the token {token!r} is that of "
+                    f"{seen[token].path} already. Give another one after a colon: "
+                    f"{embedding.path}:{token}-2."
+                )
+            seen[token] = embedding

@@ -1,0 +1,118 @@
+"""How strong each layer's change is: alpha, rank, and peft's configuration of both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.lora.names import PARTS, LayerKey
+
+KINDS = ("LORA", "LOHA", "LOKR")
+# With these, peft subtracts from the base model what the LoRA starts with. The LoRA alone is then
+# no difference to the model as it was published.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class PeftSettings:
+    """The values of peft's LoraConfig, LoHaConfig or LoKrConfig that a file comes with.
+
+    Attributes:
+        values: by name; of a file that diffusers wrote, with the part before the name, 'unet.r'.
+
+    """
+
+    values: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, file: Path, values: Mapping[str, Any]) -> PeftSettings:
+        """The settings of a file, which may have none.
+
+        Raises:
+            HipaError: another kind of adapter than a LoRA, or one that changes the base model too.
+
+        """
+        for name, value in values.items():
+            plain = name.rpartition(".")[2]
+            kind = str(getattr(value, "value", value)).rpartition(".")[2]
+            if plain == "peft_type" and kind.upper() not in KINDS:
+                raise HipaError(
+                    f"{file} is a {value} adapter of peft. Expected one of: {', '.join(KINDS)}."
+                )
+            if plain == "init_lora_weights" and str(value).lower().startswith(CHANGES_BASE):
+                raise HipaError(
+                    f"{file} was made with init_lora_weights={value}, which changes the base model "
+                    "too. Convert it to a plain LoRA: save_pretrained(…, "
+                    "path_initial_model_for_weight_conversion=…) of peft."
+                )
+        return cls(values)
+
+    def scaling(
+        self, key: LayerKey, kind: str, rank: int | None, stored_alpha: Tensor | None
+    ) -> float:
+        """What a layer's dW is multiplied by.
+
+        The layer's own ``.alpha`` comes first, then peft's configuration with its patterns, then
+        rank itself, which is the convention of a file that says nothing (diffusers and kohya
+        alike).
+
+        Args:
+            key: the layer.
+            kind: one of ``formulas.KINDS``.
+            rank: as ``formulas.rank_of`` gives it.
+            stored_alpha: the file's tensor for this layer.
+
+        Raises:
+            HipaError: an alpha that is not one number.
+
+        """
+        settings = self._of_part(key.part)
+        if rank is None and kind == "lokr" and "r" in settings:
+            # peft divides by the rank that was asked for, also where both factors stayed whole.
+            rank = _patterned(settings.get("rank_pattern"), key.module, settings["r"])
+        if rank is None:  # a difference, or LyCORIS' LoKr with both factors whole: full strength
+            return 1.0
+        if stored_alpha is not None:
+            if stored_alpha.numel() != 1:
+                raise HipaError(
+                    f"layer {key} has an alpha of shape {list(stored_alpha.shape)}. "
+                    "Expected one number."
+                )
+            return float(stored_alpha) / rank
+
+        # LoraConfig calls it lora_alpha, LoHaConfig and LoKrConfig alpha.
+        usual = settings.get("lora_alpha", settings.get("alpha"))
+        alpha = _patterned(settings.get("alpha_pattern"), key.module, usual)
+        if alpha is None:
+            return 1.0
+        if settings.get("use_rslora"):
+            return float(alpha) / float(rank) ** 0.5
+        return float(alpha) / rank
+
+    def _of_part(self, part: str) -> dict[str, Any]:
+        """A part's settings: diffusers writes 'unet.r', peft plain 'r'."""
+        own = {}
+        plain = {}
+        for name, value in self.values.items():
+            if name.startswith(f"{part}."):
+                own[name.removeprefix(f"{part}.")] = value
+            elif not name.startswith(_OTHER_PARTS):
+                plain[name] = value
+        return own or plain
+
+
+_OTHER_PARTS = tuple({f"{part}." for part in PARTS.values() if part is not None})
+
+
+def _patterned(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """peft's rule: a pattern is a regular expression that the end of a module's name matches."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,209 @@
+"""One tokenizer for training, export and runtime, and what published folders look like."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+import unicodedata
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import regex
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import CLIPTokenizerFast
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.tokenizer import PromptTokenizer
+from hipa_deploy.models.clip_tokenizer import load_tokenizer, prompt_tokenizer
+from hipa_deploy.models.configurations import write_config
+from hipa_deploy.models.model_config import ModelConfig
+from tests.tiny_model import make_model
+
+TEXTS = [
+    "",
+    " ",
+    "a red apple",
+    "A  RED\tApple\nat night ",
+    "it's the king's, they'll",
+    "東京の夜景",
+    "북극곰, 白熊",
+    "👩\u200d👩\u200d👧 family",
+    "\u200ba cat",
+    "a\x00b\x07c",
+    "café cafe\u0301 ﬁne ½",
+    "\uff37\uff29\uff24\uff25 letters",
+    "İstanbul ŒUVRE ÅNGSTRÖM",
+    "<|endoftext|> in the text",
+    "w" * 200,
+]
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config("sd15", tmp_path_factory.mktemp("sd15") / "model")
+
+
+@pytest.fixture
+def copy(sd15: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sd15, tmp_path / "copy"))
+
+
+def ids(tokenizer: CLIPTokenizerFast, text: str) -> list[int]:
+    """As training calls transformers' tokenizer."""
+    length = tokenizer.model_max_length
+    tokens: Any = tokenizer([text], padding="max_length", max_length=length, truncation=True)
+    row: list[int] = tokens.input_ids[0]
+    return row
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=repr)
+@pytest.mark.parametrize("name", ["sd15", "sd21-base"])
+def test_training_and_runtime_give_the_same_ids(name: str, text: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(ModelConfig.read(write_config(name, tmp_path / name)))
+    ours = prompt_tokenizer(tokenizer)([text], truncate=True)[0].tolist()
+    assert ours == ids(tokenizer, text)
+    assert len(ours) == 77
+
+
+@given(text=st.text(max_size=120))
+def test_any_text_has_the_same_ids(sd15: Path, text: str) -> None:
+    tokenizer, ours = _loaded(sd15)
+    assert ours([text], truncate=True)[0].tolist() == ids(tokenizer, text)
+
+
+@cache
+def _loaded(folder: Path) -> tuple[CLIPTokenizerFast, PromptTokenizer]:
+    """Loaded once: hypothesis runs a test a hundred times."""
+    tokenizer = load_tokenizer(ModelConfig.read(folder))
+    return tokenizer, prompt_tokenizer(tokenizer)
+
+
+class OpenAiTokenizer:
+    """The algorithm of github.com/openai/CLIP, clip/simple_tokenizer.py, written from its text.
+
+    ftfy repairs text there, which includes Unicode's form NFC. NFC alone stands here for it.
+    """
+
+    WORDS = regex.compile(
+        r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""",
+        regex.IGNORECASE,
+    )
+
+    def __init__(self, folder: Path) -> None:
+        self.vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+        self.ranks = {tuple(line.split()): rank for rank, line in enumerate(lines)}
+
+    def encode(self, text: str) -> list[int]:
+        text = html.unescape(html.unescape(unicodedata.normalize("NFC", text)))
+        text = regex.sub(r"\s+", " ", text).strip().lower()
+        found = []
+        for word in self.WORDS.findall(text):
+            letters = [self.letter(byte) for byte in word.encode()]
+            letters[-1] += "</w>"
+            found += [self.vocabulary[part] for part in self.merge(letters)]
+        return found
+
+    def merge(self, parts: list[str]) -> list[str]:
+        """Join the pair that was learned first, everywhere, until no pair is left."""
+        while True:
+            pairs = [pair for pair in pairwise(parts) if pair in self.ranks]
+            if not pairs:
+                return parts
+            best = min(pairs, key=self.ranks.__getitem__)
+            joined: list[str] = []
+            for part in parts:
+                if joined and (joined[-1], part) == best:
+                    joined[-1] += part
+                else:
+                    joined.append(part)
+            parts = joined
+
+    @staticmethod
+    def letter(byte: int) -> str:
+        """A byte that prints stands for itself, the others for U+0100 and on."""
+        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        hidden = [value for value in range(256) if value not in shown]
+        return chr(byte) if byte in shown else chr(256 + hidden.index(byte))
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if "<|" not in text], ids=repr)
+def test_ids_are_those_of_openais_algorithm(sd15: Path, text: str) -> None:
+    tokenizer, _ = _loaded(sd15)
+    expected = OpenAiTokenizer(sd15 / "tokenizer").encode(text)
+    assert tokenizer(text).input_ids[1:-1] == expected
+
+
+def test_a_folder_of_vocabulary_and_merges_alone(copy: Path) -> None:
+    """Without tokenizer_config.json the length is the text encoder's."""
+    expected = ids(load_tokenizer(ModelConfig.read(copy)), "a red apple")
+    (copy / "tokenizer/tokenizer_config.json").unlink()
+    (copy / "tokenizer/special_tokens_map.json").unlink()
+    tokenizer = load_tokenizer(ModelConfig.read(copy))
+    assert tokenizer.model_max_length == 77
+    assert ids(tokenizer, "a red apple") == expected
+
+
+def test_a_folder_of_tokenizer_json_alone(copy: Path) -> None:
+    slow = load_tokenizer(ModelConfig.read(copy))
+    slow.save_pretrained(copy / "saved")
+    shutil.rmtree(copy / "tokenizer")
+    (copy / "tokenizer").mkdir()
+    shutil.copy(copy / "saved/tokenizer.json", copy / "tokenizer/tokenizer.json")
+    tokenizer = load_tokenizer(ModelConfig.read(copy))
+    assert ids(tokenizer, "東京の夜景") == ids(slow, "東京の夜景")
+
+
+@pytest.mark.parametrize(
+    ("said", "positions", "length"), [(10**30, 77, 77), (512, 77, 77), (32, 77, 32), (77, 64, 64)]
+)
+def test_the_smaller_length_wins(copy: Path, said: int, positions: int, length: int) -> None:
+    edit(copy / "tokenizer/tokenizer_config.json", model_max_length=said)
+    edit(copy / "text_encoder/config.json", max_position_embeddings=positions)
+    tokenizer = load_tokenizer(ModelConfig.read(copy))
+    assert tokenizer.model_max_length == length
+    assert prompt_tokenizer(tokenizer)(["a pear"]).shape == (1, length)
+
+
+def test_stable_diffusion_2_pads_with_token_0(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(ModelConfig.read(write_config("sd21-base", tmp_path / "m")))
+    assert prompt_tokenizer(tokenizer)([""])[0].tolist() == [49406, 49407, *[0] * 75]
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_no_files(copy: Path) -> None:
+    (copy / "tokenizer/vocab.json").unlink()
+    with pytest.raises(HipaError, match=r"vocab\.json and merges\.txt"):
+        load_tokenizer(ModelConfig.read(copy))
+
+
+def test_a_tokenizer_of_another_kind(copy: Path) -> None:
+    """Its pre-tokenizer is not CLIP's: transformers raises a TypeError of ten lines."""
+    saved = load_tokenizer(ModelConfig.read(copy))
+    saved.save_pretrained(copy / "tokenizer")
+    edit(copy / "tokenizer/tokenizer.json", pre_tokenizer={"type": "Whitespace"})
+    with pytest.raises(HipaError, match="cannot be loaded as CLIP's fast tokenizer") as caught:
+        load_tokenizer(ModelConfig.read(copy))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_padding_token(copy: Path) -> None:
+    edit(copy / "tokenizer/special_tokens_map.json", pad_token=None)
+    edit(copy / "tokenizer/tokenizer_config.json", pad_token=None)
+    with pytest.raises(HipaError, match="no padding token"):
+        load_tokenizer(ModelConfig.read(copy))
+
+
+def test_more_tokens_than_the_text_encoder_has(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "tiny")
+    edit(folder / "text_encoder/config.json", vocab_size=500)
+    with pytest.raises(HipaError, match="514 tokens, the text encoder 500"):
+        load_tokenizer(ModelConfig.read(folder))
