@@ -71,7 +71,7 @@ def test_the_context_is_that_of_diffusers(model_dir: Path, style: Style, bundle:
     )
     expected, _ = pipe.encode_prompt(PROMPT, "cpu", 1, do_classifier_free_guidance=False)
     with OneStepPipeline.load(bundle.root, "onnxruntime") as own:
-        tokens_BL = np.stack(own._prompts.prepare([PROMPT], truncate=False))
+        tokens_BL = own._prompts.prepare([PROMPT], truncate=False)[0].tokens_L[None]
         got = own.runners["text_encoder"](tokens=tokens_BL)["context"]
     torch.testing.assert_close(torch.from_numpy(got), expected.detach(), rtol=0, atol=1e-5)
 
