@@ -47,7 +47,13 @@ from hipa_deploy.export.references import (
     add_step,
 )
 from hipa_deploy.export.run_apart import run_apart
-from hipa_deploy.export.task import TaskSettings, choose_task, step_warning, text_settings
+from hipa_deploy.export.task import (
+    TaskSettings,
+    choose_task,
+    print_warning,
+    step_warning,
+    text_settings,
+)
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder, temporary_folder
 from hipa_deploy.hashing import file_sha256
@@ -106,7 +112,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
     bundle = Bundle.open(options.bundle)
     model = ModelParts.open(options.model)
     bundle.verify()
-    with new_folder(options.out) as root, temporary_folder("hipa-export") as scratch:
+    with new_folder(options.out, alone=True) as root, temporary_folder("hipa-export") as scratch:
         # The request that the bundle came from, with the other adaptor.
         _check_same_base(options, bundle, model)
         like_bundle = _bundle_options(options, bundle)
@@ -119,9 +125,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         )
         for warning in (text_warning, step_warning(like_bundle, settings, model)):
             if warning:
-                (console or Console(stderr=True)).print(
-                    f"warning: {warning}", highlight=False, soft_wrap=True
-                )
+                print_warning(console, warning)
         parts = ChosenParts.choose(
             model, like_bundle, settings.task, chunk_tokens, text_of_bundle.clip_skip
         )
@@ -132,6 +136,8 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         # The UNet's stage once more, fed with what the bundle's own stages before it give.
         with (console or Console(stderr=True)).status("export: UNet"):
             references = _references(bundle, parts, settings, changes_text=changes_text)
+            for doubt in references.doubts:
+                print_warning(console, doubt)
             source = unet_source(like_bundle, parts, settings, bundle.manifest.one_step)
             writer = StageWriter(
                 root=scratch,

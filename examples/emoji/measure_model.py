@@ -201,7 +201,8 @@ def variety_lines(rows: dict[str, Any]) -> list[str]:
         lines.append(f"| {level} | {numbers} |")
     lines.append(
         "\nMean paired distance (DISTS-like, Lite0 features) between images of one prompt from"
-        " several noises, and between real pictures of that caption.\n"
+        " several noises, and between real pictures of that caption. Noise differs too: read this"
+        " with KID-Lite0.\n"
     )
     lines += ["## Nearest training image\n", "| images | mean cosine distance |", "|---|---|"]
     for name, distance in rows["nearest"].items():

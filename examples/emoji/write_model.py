@@ -28,7 +28,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from hipa_deploy.files import new_folder
 
-SIZE_LIMIT_BYTES = {64: 25_000_000, LARGE: 22_500_000}  # by the size of the images
+SIZE_LIMIT_BYTES = {64: 25_000_000, LARGE: 23_200_000}  # by the size of the images
 WIDE_PROMPTS = 11_008
 WORD_STYLES = 2  # in how many styles each word is asked for
 

@@ -189,11 +189,11 @@ class Parity(Record):
 
     """
 
-    max_abs: Finite
-    mean_abs: Finite
-    cosine: Finite
-    psnr_db: Finite
-    high_frequency_ratio: Finite | None = None
+    max_abs: float
+    mean_abs: float
+    cosine: float
+    psnr_db: float
+    high_frequency_ratio: float | None = None
 
 
 class Cost(Record):

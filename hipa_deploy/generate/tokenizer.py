@@ -48,6 +48,9 @@ class PromptTooLongError(HipaError):
         self.context_tokens = context_tokens
 
 
+_FEWEST_TOKENS = 3  # the start, the end and one of the prompt
+
+
 class PromptTokenizer:
     """CLIP's tokenizer, from a bundle's ``tokenizer.json``.
 
@@ -105,6 +108,11 @@ class PromptTokenizer:
         if not padding or not truncation:
             raise HipaError(f"{path} says nothing of length and padding. Export the bundle again.")
         self.chunk: int = truncation["max_length"]
+        if self.chunk < _FEWEST_TOKENS or padding["length"] != self.chunk:
+            raise HipaError(
+                f"{path} reads {self.chunk} tokens and pads to {padding['length']}. "
+                "Expected one length. Export the bundle again."
+            )
         self._chunks = TextSettings(context_tokens=context_tokens).chunks(self.chunk)
         self.length = self.chunk * self._chunks
         self._pad: int = padding["pad_id"]
