@@ -100,6 +100,7 @@ CORE = House(
     (
         ("hipa_deploy.generate", "prompt to image: tokenizer, noise, stages, pipeline"),
         ("hipa_deploy.models.lora", "LoRA files and their arithmetic: needs torch"),
+        ("hipa_deploy.models.one_step", "one-step methods of others"),
         ("hipa_deploy.models", "where a model is, and of which kind"),
         ("hipa_deploy.models.weights", "which weights are loaded, and their identity"),
         ("hipa_deploy.images", "images in and out, masks, tiles, PNG parameters"),

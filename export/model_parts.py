@@ -25,7 +25,8 @@ from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_met
 from hipa_deploy.models.kind import check_unet
 from hipa_deploy.models.locate import model_folder, model_name
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.one_step_method import OneStepMethod, step_constants
+from hipa_deploy.models.one_step.one_step_method import OneStepMethod
+from hipa_deploy.models.one_step.step_constants import step_constants
 from hipa_deploy.models.weights.load_part import check_weights, load_part
 from hipa_deploy.models.weights.weight_identity import has_identity
 from hipa_deploy.tasks import Task

@@ -41,6 +41,7 @@ from hipa_deploy.export.graph.half_precision import Ranges
 from hipa_deploy.export.graph.modules import from_uint8, seen_by_unet, to_uint8
 from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.generate.noise import bundle_noise
+from hipa_deploy.generate.prompt_weights import weigh_context
 from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.images.example_source import example_inputs
 from hipa_deploy.tasks import STEP_INPUTS, finish_latents, is_inpainting_unet, start_latents
@@ -130,20 +131,24 @@ def add_context(references: References, parts: ChosenParts, *, watch: bool) -> R
     encoder = parts.text_encoder()
     with _watched(watch, "text_encoder", encoder) as largest:
         tokens_BL = torch.from_numpy(references.tensors["tokens"])
-        context_BLD = encoder(tokens_BL).last_hidden_state.numpy()
+        context_BLD = parts.context(encoder, tokens_BL).numpy()
     return references.plus({"context": context_BLD}, largest)
 
 
 @torch.no_grad()
-def encode_closed_set(parts: ChosenParts, tokens_NL: np.ndarray) -> np.ndarray:
-    """Contexts float32 [N, L, D] of all prompts of a closed set."""
+def encode_closed_set(
+    parts: ChosenParts, tokens_NL: np.ndarray, weights_NL: np.ndarray
+) -> np.ndarray:
+    """Contexts float32 [N, L, D] of all prompts of a closed set, weighed."""
     encoder = parts.text_encoder()
     contexts = []
     for tokens_BL in torch.from_numpy(tokens_NL).split(ENCODED_AT_ONCE):
-        contexts.append(encoder(tokens_BL).last_hidden_state)
-    contexts_NLD = torch.cat(contexts).numpy()
-    check_reference({"context": contexts_NLD})
-    return contexts_NLD
+        contexts.append(parts.context(encoder, tokens_BL))
+    weighed_NLD: np.ndarray = weigh_context(
+        torch.cat(contexts).numpy(), weights_NL, parts.chunk_tokens
+    )
+    check_reference({"context": weighed_NLD})
+    return weighed_NLD
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from typing import IO
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.interrupts import uninterrupted
-from hipa_deploy.locks import HAS_LOCKS, is_locked_now, is_still_at
+from hipa_deploy.locks import HAS_LOCKS, is_locked_now, is_still_at, locked
 
 # mkdtemp and mkstemp end a name in eight such characters.
 _SCRATCH_FOLDER = re.compile(r"\..+-[a-z0-9_]{8}")
@@ -37,24 +37,52 @@ def user_cache() -> Path:
 
 
 def refuse_to_overwrite(out: Path) -> None:
-    """Check that writing to ``out`` would replace nothing.
+    """Check that a new folder ``out`` would replace nothing, and that it can be written.
 
     Raises:
-        HipaError: ``out`` is a file, a folder that is not empty, or the current folder.
+        HipaError: ``out`` is a file, a folder that is not empty, the current folder, or a link that
+            leads nowhere; or the folder around it cannot be written.
 
     """
-    if out.resolve() == Path.cwd():
+    if Path(os.path.realpath(out)) == Path.cwd():
         raise HipaError(f"{out} is the current folder. Choose a name for a new one.")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.is_symlink() and not out.exists():
+        raise HipaError(f"{out} is a link that leads nowhere. Choose another name, or remove it.")
+    is_empty_folder = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not is_empty_folder:
         raise HipaError(f"{out} exists and is not empty. Choose another name, or remove it first.")
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Check that a file or folder ``out`` can be made, with those around it that are missing.
+
+    Raises:
+        HipaError: something on the way to ``out`` is no folder, or may not be written.
+
+    """
+    parent = Path(os.path.realpath(out)).parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir():
+        raise HipaError(f"{out} cannot be written: {parent} is no folder. Choose another name.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise HipaError(
+            f"{out} cannot be written: no permission to write in {parent}. Choose another folder."
+        )
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, *, alone: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``out`` on success and is removed on any failure.
 
+    Args:
+        out: the folder.
+        alone: whether another process that is making the same folder, in this way, is an error
+            now. Otherwise the first that finishes has it, and the other ones fail at their end.
+
     Raises:
-        HipaError: ``out`` exists and is not empty.
+        HipaError: ``out`` exists and is not empty, or another process is making it.
 
     Example:
         >>> with new_folder(Path("bundle")) as scratch:
@@ -62,9 +90,15 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     """
     refuse_to_overwrite(out)
+    out = Path(os.path.realpath(out))  # a link to an empty folder stays a link
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside ``out``, so that the two are on one disk and the last step is a rename.
-    with _scratch_folder(out.parent, out.name) as holder:
+    with ExitStack() as stack:
+        if alone:
+            lock = out.with_name(f".{out.name[:_NAME_CHARACTERS]}.lock")
+            remedy = "Wait until it ends, or choose another name."
+            stack.enter_context(locked(lock, str(out), remedy))
+        holder = stack.enter_context(_scratch_folder(out.parent, out.name))
         scratch = holder / out.name
         scratch.mkdir()
         yield scratch
@@ -92,19 +126,25 @@ def temporary_folder(name: str) -> Iterator[Path]:
         yield folder
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes, *, replace: bool = True) -> None:
     """Write a file completely or not at all; its folder is made if necessary.
 
     What a link points to is written, not the link. A device or a pipe is written to directly.
 
+    Args:
+        path: the file.
+        content: what it will hold.
+        replace: whether a file that exists is replaced.
+
     Raises:
+        FileExistsError: ``replace`` is False and the file exists.
         OSError: the file cannot be written.
 
     """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not _can_be_replaced(path):
+    if path.exists() and is_special(path):
         path.write_bytes(content)
         return
+    path = Path(os.path.realpath(path))
 
     # A reader sees the old file or the new one, since a rename within a folder is atomic.
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,16 +157,19 @@ def write_file(path: Path, content: bytes) -> None:
             # Renamed while it is locked; Windows has no locks and renames no open file.
             if not HAS_LOCKS:
                 file.close()
+            if not replace:
+                # An empty file with this name shows that nobody else had it.
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             scratch.replace(path)
     finally:
         with uninterrupted():
             scratch.unlink(missing_ok=True)
 
 
-def _can_be_replaced(path: Path) -> bool:
-    """Whether a rename may replace ``path``; a folder is left to the rename, which refuses it."""
+def is_special(path: Path) -> bool:
+    """Whether ``path`` is neither a file nor a folder: a device or a pipe, such as /dev/stdout."""
     mode = path.stat().st_mode
-    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 @contextmanager

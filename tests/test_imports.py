@@ -66,6 +66,7 @@ ROOMS = (
     "hipa_deploy.models.weights",
     "hipa_deploy.models",
     "hipa_deploy.models.lora",
+    "hipa_deploy.models.one_step",
     "hipa_deploy.engines",
     "hipa_deploy.engines.device",
     "hipa_deploy.engines.tensorrt",

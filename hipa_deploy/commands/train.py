@@ -17,6 +17,7 @@ from hipa_deploy.commands.options import (
 )
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
+from hipa_deploy.files import refuse_to_overwrite
 
 if TYPE_CHECKING:
     from hipa_deploy.models.style import Style
@@ -85,6 +86,9 @@ def train(
     from hipa_deploy.models.style import parse_style
     from hipa_deploy.train.recipes.recipe import Recipe, load_any_recipe
     from hipa_deploy.user_code import check_allowed, code_allowed
+
+    if not dry_run:
+        refuse_to_overwrite(out)
 
     # Only what was given on the command line replaces a value of the recipe.
     overrides: dict[str, Any] = {}

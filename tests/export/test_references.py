@@ -143,9 +143,10 @@ def test_a_closed_set_is_encoded_in_chunks(
     model = ModelParts.open(str(model_dir))
     parts = ChosenParts(model, "generate")
     tokens_NL = np.random.default_rng(0).integers(0, 500, size=(5, 77))
-    whole = encode_closed_set(parts, tokens_NL)
+    ones_NL = np.ones(tokens_NL.shape, np.float32)
+    whole = encode_closed_set(parts, tokens_NL, ones_NL)
     monkeypatch.setattr("hipa_deploy.export.references.ENCODED_AT_ONCE", 2)
-    np.testing.assert_allclose(encode_closed_set(parts, tokens_NL), whole, atol=1e-6)
+    np.testing.assert_allclose(encode_closed_set(parts, tokens_NL, ones_NL), whole, atol=1e-6)
     assert whole.shape == (5, 77, 16)
 
 

@@ -202,3 +202,39 @@ def test_what_a_link_points_to_is_written(tmp_path: Path) -> None:
 def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     write_file(Path(os.devnull), b"1")
     assert Path(os.devnull).is_char_device()
+
+
+def test_a_link_to_an_empty_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to("there")
+    with new_folder(tmp_path / "out") as scratch:
+        (scratch / "x").touch()
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "there" / "x").exists()
+
+
+@pytest.mark.parametrize("target", ["nowhere", "out"])
+def test_a_link_that_leads_nowhere_is_refused(target: str, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(target)
+    with (
+        pytest.raises(HipaError, match="is a link that leads nowhere"),
+        new_folder(tmp_path / "out"),
+    ):
+        pass
+
+
+def test_two_processes_that_make_one_folder(
+    tmp_path: Path, start: Callable[[str, Path], subprocess.Popen[str]]
+) -> None:
+    program = MAKES_A_FOLDER.replace('"out")', '"out", alone=True)')
+    other = start(program, tmp_path)
+    with (
+        pytest.raises(HipaError, match=rf"out: process {other.pid} .* is writing here\. Wait"),
+        new_folder(tmp_path / "out", alone=True),
+    ):
+        pass
+    other.kill()
+    other.wait()
+    with new_folder(tmp_path / "out", alone=True) as scratch:
+        (scratch / "x").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -329,6 +329,10 @@ def cache_folder(
     # beyond ASCII and for control characters. Pairs of plain prompts are still found.
     if not all(prompt.isascii() and prompt.isprintable() for prompt in prompts):
         key["tokenizer_kind"] = "fast"
+    # Settings that have their defaults are left out: pairs from before they existed are found.
+    settings = model.text.model_dump(exclude_defaults=True)
+    if settings:
+        key["text"] = settings
     if model.style:
         key["style"] = model.style.model_dump(mode="json")
     parts = ["unet", "text_encoder"]
