@@ -120,7 +120,7 @@ def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
     if task == "edit":
         strengths = strength_steps(_requested_strengths(options, metadata), model)
         return TaskSettings(task, strengths[0].timestep, strengths)
-    timestep = metadata.timestep if metadata else LAST_TIMESTEP
+    timestep = metadata.timestep if metadata else model.config.last_timestep
     if task == "upscale":
         upscale = metadata.upscale if metadata else DEFAULT_UPSCALE
         return TaskSettings(task, timestep, upscale=upscale)

@@ -60,6 +60,12 @@ def test_without_guidance_the_empty_prompt_does_not_matter(model: DiffusionModel
     )
 
 
+@pytest.mark.parametrize("sampler", ["euler", "DDIM", ""])
+def test_a_sampler_of_no_known_name(model: DiffusionModel, sampler: str) -> None:
+    with pytest.raises(HipaError, match=f"'{sampler}' is unknown. Expected ddim or dpmsolver"):
+        teacher_scheduler(model.schedule, sampler)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
 @pytest.mark.parametrize("kind", ["model_dir", "v_model_dir"])
 def test_samplers_start_at_the_last_timestep(
