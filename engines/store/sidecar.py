@@ -63,7 +63,7 @@ def read_sidecar(path: Path) -> Sidecar:
 
     """
     try:
-        return Sidecar.model_validate_json(path.read_text())
+        return Sidecar.model_validate_json(path.read_text(encoding="utf-8"))
     # ValueError: the file is not UTF-8 text.
     except (ValidationError, ValueError):
         raise HipaError(

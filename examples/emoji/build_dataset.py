@@ -118,8 +118,10 @@ def caption_of(style: str, concept: str) -> str:
 
 def concepts(modules: Path) -> Iterator[tuple[str, str, str, str]]:
     """Yield (character, Iconify key, readable concept, Unicode group) of the domain's emoji."""
-    names = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text())
-    unicode = json.loads((modules / "unicode-emoji-json/data-by-emoji.json").read_text())
+    names = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text(encoding="utf-8"))
+    unicode = json.loads(
+        (modules / "unicode-emoji-json/data-by-emoji.json").read_text(encoding="utf-8")
+    )
     for character, words in names.items():
         entry = unicode.get(character)
         concept = words[0].replace("_", " ").replace("-", " ").lower()
@@ -150,7 +152,7 @@ class IconifySet:
     """
 
     def __init__(self, path: Path) -> None:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         self.icons = data["icons"]
         self.aliases = data.get("aliases", {})
         self.width = data.get("width", 16)
@@ -218,7 +220,7 @@ def main(
     samples, images = zip(*render_all(modules), strict=True)
     out.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out / "emoji.npz", images=np.stack(images))
-    with (out / "captions.csv").open("w", newline="") as file:
+    with (out / "captions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(Sample._fields)
         writer.writerows(samples)

@@ -58,7 +58,7 @@ class Bundle:
                 f"{root}: no {MANIFEST} in it. Expected a bundle, as hipa-export writes it."
             )
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8"))
             # First the schema: of another one, every field's error would be beside the point.
             found = data.get("schema_version")
             if found != SCHEMA:

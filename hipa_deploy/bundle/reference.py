@@ -76,7 +76,7 @@ class _Prompt(NamedTuple):
 
 def _read_prompt(bundle: Bundle) -> _Prompt:
     try:
-        content = json.loads(bundle.path(REFERENCE_PROMPTS).read_text())
+        content = json.loads(bundle.path(REFERENCE_PROMPTS).read_text(encoding="utf-8"))
         return _Prompt(content["prompts"][0], list(content["seeds"]))
     except _UNREADABLE as error:
         raise _unreadable(bundle, error) from None
