@@ -32,6 +32,7 @@ with OneStepPipeline.load("emoji") as pipe:
         height=parameters["height"],
         width=parameters["width"],
         truncate=parameters["truncate"],
+        prompt_weights=parameters["prompt_weights"],
     )
 
 # The same bytes need the same backend and library versions too: another may round another way.

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from hipa_deploy import __version__
 from hipa_deploy.bundle.folder import MANIFEST, SCHEMA, Bundle
 from hipa_deploy.bundle.manifest import MAX_BATCH, Manifest, Stage
+from hipa_deploy.disk.files import new_folder
 from hipa_deploy.embedded import EXAMPLE_PROMPT, MODEL
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import bundle_sources
@@ -33,9 +34,14 @@ from hipa_deploy.export.references import (
     make_references,
     text_references,
 )
-from hipa_deploy.export.task import choose_task, step_warning
+from hipa_deploy.export.task import (
+    choose_task,
+    print_warning,
+    size_warning,
+    step_warning,
+    text_settings,
+)
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.files import new_folder
 from hipa_deploy.generate.prompt_files import read_numbered_prompts
 
 NEUTRAL_PROMPT = "a photo of a red apple"
@@ -71,13 +77,20 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     places = read_numbered_prompts(options.prompts) if options.prompts else {}
     model = ModelParts.open(options.model)
     settings = choose_task(options, model)
-    parts = ChosenParts.choose(model, options, settings.task)
+    chunk_tokens = model.tokenizer().model_max_length
+    text, text_warning = text_settings(options, model.config, chunk_tokens)
+    parts = ChosenParts.choose(model, options, settings.task, chunk_tokens, text.clip_skip)
     step = model.one_step(
         settings.timestep, options.size("height"), options.size("width"), settings.method
     )
-    warning = step_warning(options, settings, model)
-    if warning:
-        (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
+    warnings = (
+        text_warning,
+        step_warning(options, settings, model),
+        size_warning(options, step),
+    )
+    for warning in warnings:
+        if warning:
+            print_warning(console, warning)
     axes = stage_axes(options.dynamic, step, model.config.size_multiple)
     batch = options.size("batch") or 1
 
@@ -85,8 +98,10 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         # The tokenizer comes first: the length of its tokens is a size of the stages.
         show("text")
         prompts = list(places) or [example_prompt(model)]
-        tokenizer = write_tokenizer(root, model, prompts[0], parts.style)
-        tokens_NL = tokenize(tokenizer, prompts, options.prompts, places)
+        tokenizer = write_tokenizer(root, parts.tokenizer(), prompts[0], text.context_tokens)
+        tokens_NL, weights_NL = tokenize(
+            tokenizer, prompts, options.prompts, places, weights=text.prompt_weights
+        )
         specs = stage_specs(
             layout=options.layout,
             precision=options.dtype,
@@ -104,13 +119,16 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         references = text_references(prompts[0], tokens_NL[:1], batch, step, options.layout)
         tensors = references.inputs()
         if places:
-            contexts_NLD = encode_closed_set(parts, tokens_NL)
+            contexts_NLD = encode_closed_set(parts, tokens_NL, weights_NL)
             references = references.plus({"context": contexts_NLD[:1].repeat(batch, 0)})
             stored_NLD = write_closed_set(root, prompts, contexts_NLD, options.dtype)
             tensors["context"] = stored_NLD[:1].repeat(batch, 0)
         references = make_references(
             references, parts, settings, step, options.layout, watch=options.dtype == "fp16"
         )
+
+        for doubt in references.doubts:
+            print_warning(console, doubt)
 
         # The chain: a stage is fed with what the ONNX stages before it gave, not with PyTorch's
         # tensors, so that the last stage's error is that of the whole bundle.
@@ -147,6 +165,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
             strengths=settings.strengths,
             upscale=settings.upscale,
             one_step=step,
+            text=text,
             stages=tuple(stages),
             end_to_end=stages[-1].parity,
             files=file_hashes(root),
@@ -168,10 +187,12 @@ def _check(options: ExportOptions) -> None:
             f"batch {options.batch} is out of range. Expected 1 <= batch <= {MAX_BATCH}."
         )
     if options.layout == "generic":
-        for name in ("fuse", "decoder", "prompts", "dynamic"):
+        for name in ("fuse", "decoder", "prompts", "dynamic", "context_tokens"):
             if getattr(options, name):
+                option = name.replace("_", "-")
                 raise HipaError(
-                    f"--{name} needs --layout onestep: the generic layout is what optimum can load."
+                    f"--{option} needs --layout onestep: "
+                    "the generic layout is what optimum can load."
                 )
         if options.style.embeddings:
             raise HipaError(

@@ -18,15 +18,17 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
 from hipa_deploy.bundle.manifest import ModelInfo, OneStep, StepMethod
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import unet_sha256
 from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_metadata
 from hipa_deploy.models.kind import check_unet
-from hipa_deploy.models.locate import model_folder
+from hipa_deploy.models.locate import model_folder, model_name
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.one_step_method import OneStepMethod, step_constants
-from hipa_deploy.models.weight_identity import has_identity
+from hipa_deploy.models.one_step.one_step_method import OneStepMethod
+from hipa_deploy.models.one_step.step_constants import step_constants
+from hipa_deploy.models.weights.load_part import check_weights, load_part
+from hipa_deploy.models.weights.weight_identity import has_identity
 from hipa_deploy.tasks import Task
 
 MAX_PIXELS = 2048 * 2048
@@ -64,9 +66,8 @@ class ModelParts:
         """
         folder = model_folder(name)
         config = ModelConfig.read(folder)
-        # A local path says nothing on another machine; a hub id or 'emoji' does.
-        is_local = Path(name).exists()
-        return cls(folder, folder.resolve().name if is_local else name, config)
+        check_weights(folder)
+        return cls(folder, model_name(str(name), folder), config)
 
     @cached_property
     def info(self) -> ModelInfo:
@@ -82,15 +83,15 @@ class ModelParts:
 
         """
         check_unet(self.folder, self.config.unet, self.config.latent_channels, task)
-        return _load(UNet2DConditionModel, self.folder, "unet")
+        return load_part(UNet2DConditionModel, self.folder / "unet")
 
     def text_encoder(self) -> CLIPTextModel:
         """The CLIP text encoder."""
-        return _load(CLIPTextModel, self.folder, "text_encoder")
+        return load_part(CLIPTextModel, self.folder / "text_encoder")
 
     def vae(self) -> AutoencoderKL:
         """The autoencoder."""
-        return _load(AutoencoderKL, self.folder, "vae")
+        return load_part(AutoencoderKL, self.folder / "vae")
 
     def tiny_encoder(self, folder: Path) -> AutoencoderTiny:
         """The AutoencoderTiny in ``folder``, whose encoder gives this model's latents.
@@ -109,7 +110,7 @@ class ModelParts:
                 f"encoder {folder} is a decoder that hipa-train wrote: its encoder was never "
                 "trained. Use full, or another AutoencoderTiny folder."
             )
-        tiny = _load(AutoencoderTiny, folder, None)
+        tiny = load_part(AutoencoderTiny, folder)
 
         # EncoderTiny does not record its factor: each convolution of stride two halves the image.
         factor = 1
@@ -139,7 +140,7 @@ class ModelParts:
                 "Expected full, tiny, or an AutoencoderTiny folder."
             )
         _check_distilled_from(folder, self.folder)
-        tiny = _load(AutoencoderTiny, folder, None)
+        tiny = load_part(AutoencoderTiny, folder)
 
         # Every upsampling of DecoderTiny enlarges by the same factor.
         upsamplings = sum(isinstance(layer, torch.nn.Upsample) for layer in tiny.decoder.layers)
@@ -232,27 +233,3 @@ def _check_distilled_from(decoder: Path, model: Path) -> None:
             f"decoder {decoder} was distilled from another VAE than {model}'s. "
             f"Distil one from {model}, or use --decoder full."
         )
-
-
-def _load(kind: Any, folder: Path, part: str | None) -> Any:
-    """One part in float32, frozen, in evaluation mode; ``part`` None is the folder itself."""
-    where = folder / part if part else folder
-    try:
-        module, report = kind.from_pretrained(
-            folder, subfolder=part, use_safetensors=True, output_loading_info=True
-        )
-    # A truncated file, a missing file and a wrong shape each raise a class of their own.
-    except Exception as error:
-        raise HipaError(f"{where} cannot be loaded: {first_line(error)}") from None
-
-    # diffusers fills a weight that the file lacks with random values, and only reports it.
-    if report["missing_keys"]:
-        raise HipaError(
-            f"{where}: weight {min(report['missing_keys'])} is missing. Copy the model again."
-        )
-    for name, weight in module.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise HipaError(
-                f"{where}: weight {name} holds NaN or infinity. Expected finite weights."
-            )
-    return module.float().requires_grad_(False).eval()

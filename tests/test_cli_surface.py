@@ -18,12 +18,13 @@ ROOT = Path(__file__).parents[1]
 SURFACE = {
     "train": {
         "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps",
-        "--dry-run", "--allow-code",
+        "--lora", "--embedding", "--dry-run", "--allow-code",
     },
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
         "--height", "--width", "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--task",
-        "--strengths", "--encoder", "--build", "--swap-for",
+        "--strengths", "--encoder", "--context-tokens", "--clip-skip", "--prompt-weights", "--lora",
+        "--embedding", "--one-step", "--build", "--swap-for",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
@@ -31,17 +32,19 @@ SURFACE = {
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
-        "--force",
+        "--prompt-weights", "--force",
     },
     "edit": {
         "--strength", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--force",
+        "--truncate", "--prompt-weights", "--force",
     },
     "inpaint": {
         "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--force",
+        "--truncate", "--prompt-weights", "--force",
     },
-    "upscale": {"--overlap", "--out", "--adaptor", "--backend", "--truncate", "--force"},
+    "upscale": {
+        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights", "--force",
+    },
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
         "--roofline", "--force",
@@ -50,6 +53,7 @@ SURFACE = {
     "profile table": set(),
     "evaluate": {
         "--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json", "--out",
+        "--lora", "--embedding", "--one-step", "--rival", "--context-tokens", "--clip-skip",
         "--force",
     },
     "doctor": {"--backend", "--json", "--self-test", "--out", "--force"},

@@ -59,12 +59,15 @@ def test_help_imports_no_numerics() -> None:
 # The rooms, from the ground up: a module imports from its own room and from those before it.
 ROOMS = (
     "hipa_deploy",
+    "hipa_deploy.disk",
     "hipa_deploy.embedded",
     "hipa_deploy.bundle",
     "hipa_deploy.images",
     "hipa_deploy.generate",
+    "hipa_deploy.models.weights",
     "hipa_deploy.models",
     "hipa_deploy.models.lora",
+    "hipa_deploy.models.one_step",
     "hipa_deploy.engines",
     "hipa_deploy.engines.device",
     "hipa_deploy.engines.tensorrt",

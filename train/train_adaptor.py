@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from hipa_deploy.files import refuse_to_overwrite
+from hipa_deploy.disk.files import refuse_to_overwrite
 from hipa_deploy.models.adaptor_folder import (
     AdaptorMetadata,
     read_metadata,
@@ -95,11 +95,18 @@ def train_adaptor(
     # The frozen base model. Only the networks run in the recipe's precision; x0 and the losses stay
     # in float32, because x0 enlarges an error of the UNet's output
     # (train/model/mixed_precision.py).
-    model = DiffusionModel.load(model_dir, processes.device, recipe.task, style)
+    model = DiffusionModel.load(model_dir, processes.device, recipe.task, style, recipe.text)
     unet = in_precision(model.unet, recipe.mixed_precision, model.device)
     decode = in_precision(model.decode, recipe.mixed_precision, model.device)
     prompts = read_prompts(recipe, model_dir)
     metadata = _metadata(recipe, model, prompts)
+    cut = model.tokenizer.count_too_long(prompts)
+    if cut:
+        console.print(
+            f"warning: {cut} of {len(prompts)} prompts have more tokens than a context of "
+            f"{model.tokenizer.length} holds: the rest is not learned. To learn more of them, set "
+            "context_tokens in the recipe's table [text]."
+        )
 
     # The weights to train, in place in the model. The hash of the initial adaptor becomes part of
     # the run's identity, so that a checkpoint never continues from another start.
@@ -226,6 +233,7 @@ def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> Adap
         resolution=model.resolution,
         steps_trained=recipe.steps,
         recipe=_without_folders(recipe),
+        text=recipe.text,
     )
 
 

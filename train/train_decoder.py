@@ -24,10 +24,10 @@ from diffusers import AutoencoderTiny
 from rich.console import Console
 from torch import Tensor
 
+from hipa_deploy.disk.files import new_folder, refuse_to_overwrite
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import new_folder, refuse_to_overwrite
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.models.adaptor_folder import WEIGHTS, unet_sha256
+from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata, unet_sha256
 from hipa_deploy.models.decoder_folder import (
     DECODER_METADATA,
     DecoderFidelity,
@@ -106,7 +106,9 @@ def train_decoder(
     refuse_to_overwrite(out)
 
     # The frozen one-step model whose latents are to be decoded.
-    model = DiffusionModel.load(model_dir, processes.device, style=style)
+    # Its prompts are encoded as those that the adaptor was trained with.
+    text = read_metadata(adaptor).text if adaptor is not None else recipe.text
+    model = DiffusionModel.load(model_dir, processes.device, style=style, text=text)
     all_prompts = read_prompts(recipe, model_dir)
     prompts, held_out_prompts = split_prompts(all_prompts, recipe.seed)
     generate = one_step_model(model, recipe.timestep, adaptor)

@@ -5,21 +5,20 @@ The format is described in docs/reference/bundle.md.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from pydantic import ValidationError
-
 from hipa_deploy.bundle.manifest import Axis, Manifest, Stage
 from hipa_deploy.bundle.onnx_check import beside, external_files
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.paths import inside, lies_in, shown
+from hipa_deploy.disk.reading import MIB, read_json, reason_of, validated
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.paths import inside, lies_in, shown
 
 SCHEMA = 1
 MANIFEST = "hipa.json"
+_MAX_MANIFEST = 4 * MIB
 
 
 @dataclass(frozen=True)
@@ -53,27 +52,26 @@ class Bundle:
                 f"bundle {root} does not exist. "
                 "Expected a folder that hipa-export wrote, or 'emoji'."
             )
-        if not path.is_file():
+        if not path.exists():
             raise HipaError(
                 f"{root}: no {MANIFEST} in it. Expected a bundle, as hipa-export writes it."
             )
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            # First the schema: of another one, every field's error would be beside the point.
-            found = data.get("schema_version")
-            if found != SCHEMA:
-                raise HipaError(
-                    f"{path}: schema {found}, this version reads {SCHEMA}. Export the bundle again."
-                )
-            return cls(root, Manifest.model_validate(data))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise HipaError(f"{path}: {where}: {first['msg']}. Export the bundle again.") from None
-        except (ValueError, AttributeError) as error:
+            data = read_json(inside(root, MANIFEST), max_bytes=_MAX_MANIFEST)
+        except HipaError as error:
             raise HipaError(
-                f"{path} is not a manifest ({error}). Export the bundle again."
+                f"{path} is not a manifest ({reason_of(error)}). Export the bundle again."
             ) from None
+        if not isinstance(data, dict):
+            raise HipaError(f"{path} is not a manifest (no table). Export the bundle again.")
+        # First the schema: of another one, every field's error would be beside the point.
+        found = data.get("schema_version")
+        if found != SCHEMA:
+            raise HipaError(
+                f"{path}: schema {shown(str(found))}, this version reads {SCHEMA}. "
+                "Export the bundle again."
+            )
+        return cls(root, validated(Manifest, data, path, "Export the bundle again."))
 
     @cached_property
     def axes(self) -> dict[str, Axis]:

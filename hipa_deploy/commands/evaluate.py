@@ -14,16 +14,32 @@ from hipa_deploy.commands.options import (
     ForceOption,
     LoraOption,
     ModelOption,
+    OneStepOption,
     console,
 )
 from hipa_deploy.commands.outputs import check_outputs, write_output
 from hipa_deploy.extras import require
 
+NONE = "none"  # of --adaptor
+
 
 def evaluate(
     adaptor: Annotated[
-        str, typer.Option(help="Adaptor folder, or 'emoji' for the included one.")
+        str,
+        typer.Option(
+            help="Adaptor folder, or 'emoji' for the included one. none: no adaptor of HiPA. With "
+            "--one-step, a one-step LoRA of others, or none for a model that is one-step itself."
+        ),
     ] = "emoji",
+    one_step: OneStepOption = None,
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[FILE=]METHOD",
+            help="Also compare a one-step LoRA of others: its file or folder, and its method as "
+            "for --one-step. METHOD alone is the model itself. Repeat it for more.",
+        ),
+    ] = None,
     model: ModelOption = "emoji",
     config: ConfigOption = None,
     lora: LoraOption = None,
@@ -50,46 +66,79 @@ def evaluate(
         Path | None,
         typer.Option(help="Also write a folder with report.md, frequency spectra and samples."),
     ] = None,
+    context_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="How many tokens of a prompt are read: 77, 154 or 231. By default as the adaptor "
+            "was trained."
+        ),
+    ] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(
+            help="How many of the text encoder's last layers to leave out, counted as in "
+            "diffusers. By default as the adaptor was trained."
+        ),
+    ] = None,
     force: ForceOption = False,
 ) -> None:
     """Measure an adaptor's image quality against the multi-step model.
 
     Compared on the same prompts and noise: the model with all its steps (the teacher), the model in
-    one step, and the model with the adaptor in one step.
+    one step, the model with the adaptor in one step, and with each rival.
     """
     require("train")
+    from hipa_deploy.bundle.text_settings import TextWishes, choose_text
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.models.adaptor_folder import read_metadata
+    from hipa_deploy.models.clip_tokenizer import text_sizes
     from hipa_deploy.models.locate import model_folder
     from hipa_deploy.models.lora.open_style import OpenStyle
     from hipa_deploy.models.model_config import ModelConfig
     from hipa_deploy.models.style import check_same_loras, parse_style
     from hipa_deploy.train.evaluation import quality_report as quality
+    from hipa_deploy.train.evaluation.rivals import check_rivals, make_rival, parse_rival
     from hipa_deploy.train.recipes.recipe import load_recipe
 
     folder = model_folder(model, config)
     teacher = quality.reference_teacher(load_recipe(recipe).teacher)
-    adaptor_dir = resolve_adaptor(adaptor)
+    adaptor_dir = None if adaptor == NONE else resolve_adaptor(adaptor)
+    rivals = [parse_rival(text) for text in rival or ()]
+    if one_step is not None:
+        rivals.insert(0, make_rival(one_step, adaptor_dir, f"--one-step {one_step}"))
+        adaptor_dir = None
 
     # Before minutes of the teacher's images: a wrong output or adaptor is reported at once.
     outputs = [json_path] if json_path else []
     if out:
         outputs += [out / name for name in quality.REPORT_FILES]
-    inputs = [folder, adaptor_dir, Path(recipe)]
+    inputs = [folder, Path(recipe)]
+    if adaptor_dir:
+        inputs.append(adaptor_dir)
     if prompts:
         inputs.append(prompts)
     check_outputs(outputs, inputs=inputs, force=force)
-    metadata = read_metadata(adaptor_dir, folder)
     style = parse_style(lora, embedding)
     added = OpenStyle.read(style, ModelConfig.read(folder)).info
-    check_same_loras(adaptor_dir, metadata.loras, added.loras)
+    trained = None
+    if adaptor_dir is not None:
+        metadata = read_metadata(adaptor_dir, folder)
+        check_same_loras(adaptor_dir, metadata.loras, added.loras)
+        trained = metadata.text
+    wishes = TextWishes(context_tokens, clip_skip)
+    text, warning = choose_text(wishes, trained, *text_sizes(ModelConfig.read(folder)))
+    if warning:
+        console.print(f"warning: {warning}", markup=False, highlight=False)
+    check_rivals(rivals, folder, style)
 
     # Every kind of image is made from the same prompts and seeds, so that only the model differs.
     texts, _ = quality.draw(quality.held_out_prompts(folder, prompts), images)
-    rows, again = quality.make_images(folder, adaptor_dir, texts, teacher, images, console, style)
+    rows, again = quality.make_images(
+        folder, adaptor_dir, texts, teacher, images, console, style, rivals, text
+    )
     truth = rows[quality.teacher_row(teacher.steps)]
     report = quality.quality_report(teacher, texts, truth, again, rows)
-    report = report.model_copy(update={"style": added})
+    report = report.model_copy(update={"style": added, "text": text})
 
     if json_path:
         write_output(json_path, (report.model_dump_json(indent=2) + "\n").encode(), force=force)

@@ -16,11 +16,13 @@ from hipa_deploy.commands.options import (
     HeightOption,
     OutOption,
     PromptsArgument,
+    PromptWeightsOption,
     SeedOption,
     TruncateOption,
     WidthOption,
     console,
     image_outputs,
+    note_weights,
     write_images,
 )
 
@@ -52,6 +54,7 @@ def edit(
     adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
+    prompt_weights: PromptWeightsOption = None,
     force: ForceOption = False,
 ) -> None:
     """Edit an image as a prompt says, in one step.
@@ -73,6 +76,7 @@ def edit(
         adaptor=adaptor,
         backend=backend,
         truncate=truncate,
+        prompt_weights=prompt_weights,
         force=force,
     )
 
@@ -99,6 +103,7 @@ def inpaint(
     adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
+    prompt_weights: PromptWeightsOption = None,
     force: ForceOption = False,
 ) -> None:
     """Repaint a part of an image as a prompt says, in one step.
@@ -121,6 +126,7 @@ def inpaint(
         adaptor=adaptor,
         backend=backend,
         truncate=truncate,
+        prompt_weights=prompt_weights,
         force=force,
     )
 
@@ -140,6 +146,7 @@ def upscale(
     adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
+    prompt_weights: PromptWeightsOption = None,
     force: ForceOption = False,
 ) -> None:
     """Enlarge an image by the factor that the bundle is for, in one step a tile.
@@ -160,8 +167,15 @@ def upscale(
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
+        note_weights(pipe.bundle, [prompt], prompt_weights)
         with console.status("enlarging"):
-            result = pipe.upscale(image, prompt, overlap=overlap, truncate=truncate)
+            result = pipe.upscale(
+                image,
+                prompt,
+                overlap=overlap,
+                truncate=truncate,
+                prompt_weights=prompt_weights,
+            )
         write_images([result], paths, force=force)
 
 
@@ -202,6 +216,7 @@ def _generate_from(
     adaptor: str | None,
     backend: str,
     truncate: bool,
+    prompt_weights: bool | None,
     force: bool,
 ) -> None:
     """Load the bundle, make every image from ``source``, write each."""
@@ -212,5 +227,13 @@ def _generate_from(
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
-        batches = pipe.stream(prompts, source=source, seed=seed, count=count, truncate=truncate)
+        note_weights(pipe.bundle, prompts, prompt_weights)
+        batches = pipe.stream(
+            prompts,
+            source=source,
+            seed=seed,
+            count=count,
+            truncate=truncate,
+            prompt_weights=prompt_weights,
+        )
         write_images(batches, paths, force=force)

@@ -11,11 +11,13 @@ from hipa_deploy.commands.options import (
     HeightOption,
     OutOption,
     PromptsArgument,
+    PromptWeightsOption,
     SeedOption,
     TruncateOption,
     WidthOption,
     console,
     image_outputs,
+    note_weights,
     write_images,
 )
 
@@ -31,6 +33,7 @@ def generate(
     adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
+    prompt_weights: PromptWeightsOption = None,
     force: ForceOption = False,
 ) -> None:
     """Generate images from prompts, in one step each.
@@ -50,7 +53,14 @@ def generate(
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
+        note_weights(pipe.bundle, prompts, prompt_weights)
         batches = pipe.stream(
-            prompts, seed=seed, count=count, height=height, width=width, truncate=truncate
+            prompts,
+            seed=seed,
+            count=count,
+            height=height,
+            width=width,
+            truncate=truncate,
+            prompt_weights=prompt_weights,
         )
         write_images(batches, paths, force=force)

@@ -14,6 +14,7 @@ from hipa_deploy.commands.outputs import check_outputs, next_free_name, write_ou
 from hipa_deploy.errors import HipaError
 
 if TYPE_CHECKING:
+    from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.generate.pipeline import GenerateResult
 
 # Progress and notes go to stderr, results (paths, tables, JSON) to stdout: a script can pipe them.
@@ -137,6 +138,31 @@ TruncateOption = Annotated[
     bool,
     typer.Option("--truncate", help="Cut off a prompt that is too long, instead of refusing it."),
 ]
+
+PromptWeightsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--prompt-weights/--no-prompt-weights",
+        help="Read (word:1.3), (word) and [word] as weights, as AUTOMATIC1111's web UI does, or as "
+        "text. By default as the bundle was exported: as text, unless it says otherwise.",
+    ),
+]
+
+
+def note_weights(bundle: Bundle, prompts: list[str], asked: bool | None) -> None:
+    """Say so in one line where a prompt has what looks like a weight and is read as text."""
+    from hipa_deploy.generate.prompt_weights import written_weight
+
+    # Of a closed set the bundle decides, whatever is asked.
+    is_closed_set = "text_encoder" not in bundle.stages
+    if asked is not None or bundle.manifest.text.prompt_weights or is_closed_set:
+        return
+    for prompt in prompts:
+        found = written_weight(prompt)
+        if found:
+            text = f"note: {found!r} is read as text. --prompt-weights reads it as a weight."
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            return
 
 
 def write_images(

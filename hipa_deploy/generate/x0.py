@@ -9,7 +9,7 @@ the UNet saw:
 
 Other one-step methods do not end at x0 itself: LCM mixes z in, and TCD ends at the schedule's first
 timestep, where a little of eps is left. In one step all of them are linear in z and in the output,
-so two factors say what they do (``hipa_deploy.models.one_step_method`` has where they come from).
+so two factors say what they do (``hipa_deploy.models.one_step`` says where they come from).
 
 The formulas are plain arithmetic: training and export give them torch tensors, the runtime numpy
 arrays. They are combined in float32: an error of eps grows by s / a, which is 14.6 at t = 999 of

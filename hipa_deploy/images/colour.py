@@ -293,8 +293,8 @@ def _transform(
             ImageCms.createProfile("sRGB"),
             mode,
             "RGB",
-            renderingIntent=_RELATIVE_COLORIMETRIC,
-            flags=_BLACK_POINT_COMPENSATION | precision,
+            renderingIntent=ImageCms.Intent(_RELATIVE_COLORIMETRIC),
+            flags=ImageCms.Flags(_BLACK_POINT_COMPENSATION | precision),
         )
     except (OSError, ValueError, TypeError, ImportError, ImageCms.PyCMSError) as error:
         # ImportError: a Pillow that was built without LittleCMS

@@ -14,9 +14,10 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from hipa_deploy.bundle.manifest import EmbeddingInfo, LoraInfo
+from hipa_deploy.bundle.text_settings import TextSettings
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.models.weight_identity import (
+from hipa_deploy.models.weights.weight_identity import (
     has_identity,
     hint_of_0_1_0,
     weights_identity,
@@ -54,6 +55,7 @@ class AdaptorMetadata(Record):
         initial_sha256: hash of the adaptor that the training started from, if any.
         encoder_rank: rank of the VAE encoder's adapter weights, 0 where there are none.
         base_vae_sha256: hash of the VAE that the encoder's adapter weights are for.
+        text: how the prompts were encoded; in older adaptors one chunk of 77 tokens.
         loras: merged into the base model before the training; the adaptor needs them too. The base
             model's hash is that of the model without them.
         embeddings: words that the base model was given for the training.
@@ -78,6 +80,7 @@ class AdaptorMetadata(Record):
     initial_sha256: str | None = None
     encoder_rank: int = 0
     base_vae_sha256: str | None = None
+    text: TextSettings = TextSettings()
     loras: tuple[LoraInfo, ...] = ()
     embeddings: tuple[EmbeddingInfo, ...] = ()
 

@@ -75,6 +75,28 @@ def rust_tokenizer(tokenizer: CLIPTokenizerFast) -> Tokenizer:
     return rust
 
 
-def prompt_tokenizer(tokenizer: CLIPTokenizerFast) -> PromptTokenizer:
-    """The tokenizer as the runtime has it: the same code, from the same object."""
-    return PromptTokenizer.of(rust_tokenizer(tokenizer).to_str(), "tokenizer")
+def prompt_tokenizer(
+    tokenizer: CLIPTokenizerFast, context_tokens: int | None = None
+) -> PromptTokenizer:
+    """The tokenizer as the runtime has it: the same code, from the same object.
+
+    Args:
+        tokenizer: from ``load_tokenizer``.
+        context_tokens: of a context; None is one chunk.
+
+    Raises:
+        HipaError: ``context_tokens`` do not fit the text encoder.
+
+    """
+    text = rust_tokenizer(tokenizer).to_str()
+    return PromptTokenizer.of(text, tokenizer.name_or_path, context_tokens)
+
+
+def text_sizes(config: ModelConfig) -> tuple[int, int]:
+    """Tokens that a model's text encoder reads at once, and its layers, for ``choose_text``.
+
+    Raises:
+        HipaError: the tokenizer cannot be read.
+
+    """
+    return load_tokenizer(config).model_max_length, config.text_layers

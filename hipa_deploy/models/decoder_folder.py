@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.models.weight_identity import weights_identity
+from hipa_deploy.models.weights.weight_identity import weights_identity
 from hipa_deploy.record import Record
 
 DECODER_METADATA = "hipa_decoder.json"

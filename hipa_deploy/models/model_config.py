@@ -104,6 +104,12 @@ class ModelConfig:
         config._check_numbers()
         if task is not None:
             check_unet(folder, config.unet, config.latent_channels, task)
+        # transformers' own tools never set it, and no stage of a bundle has a mask.
+        if read_config(folder, "text_encoder/config.json").get("use_attention_mask"):
+            raise HipaError(
+                f"{folder}: text_encoder/config.json has use_attention_mask, which hides the "
+                "padding of prompts. Expected a text encoder of Stable Diffusion, which sees it."
+            )
         if config.prediction_type not in PREDICTION_TYPES:
             raise HipaError(
                 f"{folder} predicts {config.prediction_type!r}. "
@@ -159,6 +165,11 @@ class ModelConfig:
     def text_width(self) -> int:
         """Width D of a text context [B, L, D]."""
         return int(self.text_encoder["hidden_size"])
+
+    @property
+    def text_layers(self) -> int:
+        """Layers of the text encoder."""
+        return int(self.text_encoder["num_hidden_layers"])
 
     @property
     def is_inpainting(self) -> bool:

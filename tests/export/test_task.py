@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from diffusers import EulerDiscreteScheduler
 
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.errors import HipaError
@@ -12,9 +13,16 @@ from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_swap import SwapOptions, export_swap
 from hipa_deploy.export.model_parts import ModelParts
-from hipa_deploy.export.task import TaskSettings, choose_task, parse_strengths
+from hipa_deploy.export.task import (
+    TaskSettings,
+    choose_task,
+    parse_strengths,
+    size_warning,
+    step_warning,
+)
 from hipa_deploy.images.example_source import example_image
 from tests.export.conftest import make_adaptor
+from tests.tiny_model import make_model
 
 EDIT = {"task": "edit", "timestep": 749, "strengths": (0.75, 0.5)}
 
@@ -75,6 +83,20 @@ def test_contradictions_are_refused(
         chosen(model_dir, adaptor=adaptor, **options)
 
 
+def test_another_size_than_the_adaptor_was_trained_at_is_a_warning(
+    model_dir: Path, edit_adaptor: Path
+) -> None:
+    options = ExportOptions(model=str(model_dir), out=Path("out"), adaptor=edit_adaptor)
+    model = ModelParts.open(str(model_dir))
+    assert size_warning(options, model.one_step(749, None, None)) is None
+    assert size_warning(options, model.one_step(749, 32, 32)) is None
+    warning = size_warning(options, model.one_step(749, 48, 64))
+    assert warning is not None
+    assert "was trained at 32x32 pixels, and 64x48 is exported" in warning
+    plain = ExportOptions(model=str(model_dir), out=Path("out"))
+    assert size_warning(plain, model.one_step(749, 48, 64)) is None
+
+
 def test_strengths_are_numbers() -> None:
     assert parse_strengths("0.75, 0.5") == (0.75, 0.5)
     with pytest.raises(HipaError, match="expected numbers"):
@@ -122,3 +144,91 @@ def test_an_edit_takes_another_adaptor_at_every_strength(
         export_swap(
             SwapOptions(model=str(model_dir), adaptor=fewer, bundle=base.root, out=tmp_path / "no")
         )
+
+
+def test_a_one_step_method_decides_the_step(model_dir: Path, tmp_path: Path) -> None:
+    lora = tmp_path / "lora.safetensors"
+    lora.touch()
+    found = chosen(model_dir, adaptor=lora, one_step="hyper-sd15-t800")
+    assert found.timestep == 800
+    assert found.method is not None
+    assert chosen(model_dir, adaptor=lora, one_step="hipa") == TaskSettings("generate", 999)
+    merged = tmp_path / "merged.toml"
+    merged.write_text('source = "me"\nscheduler = "LCMScheduler"\ntimestep = 499\n')
+    assert chosen(model_dir, one_step=str(merged)).timestep == 499
+
+
+FACTORS = 'source = "me"\ntimestep = 499\n[factors]\nnoise_scale = 1.0\nsample_factor = 1.0\n'
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"one_step": "hyper-sd15"}, "hyper-sd15 is a LoRA. Give its file with --adaptor"),
+        ({"one_step": "sdxl-turbo"}, "sdxl-turbo is for SDXL"),
+        ({"one_step": "sd-turbo", "task": "edit"}, "sd-turbo is for the task generate"),
+        ({"one_step": "fast"}, "one-step method 'fast' does not exist"),
+    ],
+)
+def test_a_method_that_does_not_belong(model_dir: Path, options: dict, message: str) -> None:
+    with pytest.raises(HipaError) as error:
+        chosen(model_dir, **options)
+    assert message in str(error.value)
+
+
+def test_an_adaptor_of_hipa_says_its_own_step(model_dir: Path, adaptor_dir: Path) -> None:
+    with pytest.raises(HipaError, match=r"own step \(timestep 999\). Leave out --one-step lcm"):
+        chosen(model_dir, adaptor=adaptor_dir, one_step="lcm-sd15")
+    assert chosen(model_dir, adaptor=adaptor_dir, one_step="hipa").method is None
+
+
+def test_factors_have_no_scheduler_for_the_generic_layout(model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(FACTORS + "output_factor = 1.0\n")
+    assert chosen(model_dir, one_step=str(path)).timestep == 499
+    with pytest.raises(HipaError, match=r"mine.toml has \[factors\]"):
+        chosen(model_dir, one_step=str(path), layout="generic")
+
+
+def warned(model_dir: Path, **options) -> str | None:
+    whole = ExportOptions(model=str(model_dir), out=Path("out"), **options)
+    model = ModelParts.open(str(model_dir))
+    return step_warning(whole, choose_task(whole, model), model)
+
+
+def test_a_foreign_lora_without_a_method_is_warned_of(
+    model_dir: Path, adaptor_dir: Path, tmp_path: Path
+) -> None:
+    lora = tmp_path / "lora.safetensors"
+    lora.touch()
+    text = warned(model_dir, adaptor=lora)
+    assert text is not None
+    assert "x0 at timestep 999 is used" in text
+    assert "hyper-sd15" in text
+    assert warned(model_dir, adaptor=lora, one_step="hipa") is None
+    assert warned(model_dir, adaptor=lora, one_step="lcm-sd15") is None
+    assert warned(model_dir, adaptor=adaptor_dir) is None
+    assert warned(model_dir) is None
+
+
+def test_a_method_that_predicts_something_else_is_warned_of(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "v", "v_prediction")
+    text = warned(folder, one_step="sd-turbo")
+    assert text is not None
+    assert "says v_prediction: epsilon is used" in text
+
+
+def test_a_model_like_sd_turbo_is_told_of_its_preset(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "turbo")
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="trailing",
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    text = warned(folder)
+    assert text is not None
+    assert "use --one-step sd-turbo" in text
+    assert warned(folder, one_step="sd-turbo") is None
+    assert warned(folder, one_step="hipa") is None

@@ -27,10 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from hipa_deploy.disk.files import user_cache, write_file
+from hipa_deploy.disk.hashing import folder_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import user_cache, write_file
-from hipa_deploy.hashing import folder_sha256
-from hipa_deploy.models.weight_identity import loaded_files_sha256, weights_identity
+from hipa_deploy.models.weights.weight_identity import loaded_files_sha256, weights_identity
 from hipa_deploy.tasks import start_latents
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.progress_bar import ProgressBar
@@ -324,6 +324,10 @@ def cache_folder(
     # beyond ASCII and for control characters. Pairs of plain prompts are still found.
     if not all(prompt.isascii() and prompt.isprintable() for prompt in prompts):
         key["tokenizer_kind"] = "fast"
+    # Settings that have their defaults are left out: pairs from before they existed are found.
+    settings = model.text.model_dump(exclude_defaults=True)
+    if settings:
+        key["text"] = settings
     if model.style:
         key["style"] = model.style.model_dump(mode="json")
     parts = ["unet", "text_encoder"]

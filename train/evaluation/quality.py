@@ -27,7 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style
 from hipa_deploy.train.data.teacher_pairs import teacher_latents
 from hipa_deploy.train.losses.dists import DistsLike
@@ -256,6 +258,7 @@ def teacher_images(
     *,
     device: str | None = None,
     style: Style | None = None,
+    text: TextSettings | None = None,
 ) -> np.ndarray:
     """Images of the multi-step sampler with guidance.
 
@@ -266,6 +269,7 @@ def teacher_images(
         teacher: Sampler, steps and guidance.
         device: 'cpu', 'cuda', ...; None is the GPU if there is one.
         style: LoRAs and embeddings that are added to the model.
+        text: How prompts are encoded; None is one chunk, all layers.
 
     Returns:
         uint8 [N, H, W, 3].
@@ -274,13 +278,13 @@ def teacher_images(
         HipaError: Not one seed for each prompt, or a model that cannot be loaded.
 
     """
-    model = DiffusionModel.load(model_dir, device, style=style)
+    model = DiffusionModel.load(model_dir, device, style=style, text=text)
     empty_1LD = model.context([""])
 
     def latents(noise_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
         return teacher_latents(model, noise_BCHW, context_BLD, empty_1LD, teacher)
 
-    return _images(model, latents, prompts, seeds)
+    return decoded_images(model, latents, prompts, seeds)
 
 
 def one_step_images(
@@ -292,6 +296,7 @@ def one_step_images(
     timestep: int = 999,
     device: str | None = None,
     style: Style | None = None,
+    text: TextSettings | None = None,
 ) -> np.ndarray:
     """One-step images of the base model, or of the base model with an adaptor.
 
@@ -303,6 +308,7 @@ def one_step_images(
         timestep: Timestep of the step without an adaptor.
         device: 'cpu', 'cuda', ...; None is the GPU if there is one.
         style: LoRAs and embeddings that are added to the model before the adaptor.
+        text: How prompts are encoded; None is as the adaptor was trained.
 
     Returns:
         uint8 [N, H, W, 3].
@@ -312,18 +318,34 @@ def one_step_images(
             adaptor of another task or model.
 
     """
-    model = DiffusionModel.load(model_dir, device, style=style)
-    return _images(model, one_step_model(model, timestep, adaptor_dir), prompts, seeds)
+    if text is None and adaptor_dir is not None:
+        text = read_metadata(adaptor_dir).text
+    model = DiffusionModel.load(model_dir, device, style=style, text=text)
+    return decoded_images(model, one_step_model(model, timestep, adaptor_dir), prompts, seeds)
 
 
 @torch.no_grad()
-def _images(
+def decoded_images(
     model: DiffusionModel,
     latents: Callable[[Tensor, Tensor], Tensor],
     prompts: Sequence[str],
     seeds: Sequence[int],
 ) -> np.ndarray:
-    """Decoded images of ``latents(noise, context)``, in chunks that fit in memory."""
+    """Decoded images of ``latents(noise, context)``, in chunks that fit in memory.
+
+    Args:
+        model: Makes noise and contexts, and decodes.
+        latents: Noise [B, C, h, w] and contexts [B, L, D] -> scaled latents [B, C, h, w].
+        prompts: N prompts.
+        seeds: The noise seed of each prompt.
+
+    Returns:
+        uint8 [N, H, W, 3].
+
+    Raises:
+        HipaError: Not one seed for each prompt.
+
+    """
     if len(prompts) != len(seeds) or not seeds:
         raise HipaError(
             f"{len(prompts)} prompts and {len(seeds)} seeds. Expected one seed for each prompt."

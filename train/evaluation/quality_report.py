@@ -7,6 +7,7 @@ Shapes: N images of a row of the report, H, W image size in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_prompt_file
+from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.train.evaluation.quality import (
     Quality,
@@ -24,6 +27,7 @@ from hipa_deploy.train.evaluation.quality import (
     one_step_images,
     teacher_images,
 )
+from hipa_deploy.train.evaluation.rivals import Rival, rival_images
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
@@ -50,6 +54,7 @@ class QualityReport(BaseModel):
         kid_lite0_floor: KID-Lite0 between the teacher's images and its images from other noise.
         rows: The three numbers of each row, by its name.
         style: LoRAs and embeddings of every row's model.
+        text: How prompts were encoded.
 
     """
 
@@ -62,6 +67,7 @@ class QualityReport(BaseModel):
     kid_lite0_floor: float
     rows: dict[str, Quality]
     style: StyleInfo = StyleInfo()
+    text: TextSettings = TextSettings()
 
     def kid_gap_closed(self, row: str = ADAPTED) -> float:
         """Share of the gap between base and teacher in KID-Lite0 that a row closes.
@@ -140,6 +146,8 @@ def make_images(
     images: int,
     console: Console,
     style: Style | None = None,
+    rivals: Sequence[Rival] = (),
+    text: TextSettings | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Make the images of every row of a report.
 
@@ -151,6 +159,8 @@ def make_images(
         images: N, how many images each row has.
         console: Where the status line goes.
         style: LoRAs and embeddings of every row's model.
+        text: How prompts are encoded, for every row; None is as the adaptor was trained.
+        rivals: One-step LoRAs and models of others, a row each.
 
     Returns:
         The images of each row by its name, uint8 [N, H, W, 3]; and the teacher's for the same
@@ -162,6 +172,8 @@ def make_images(
     """
     texts, seeds = draw(prompts, images)
     rows = {}
+    if text is None and adaptor is not None:
+        text = read_metadata(adaptor).text
 
     # The teacher at fewer steps shows what its steps are worth on this model.
     for steps in FEWER_STEPS:
@@ -169,18 +181,24 @@ def make_images(
             continue
         with console.status(f"{steps}-step teacher, {images} images"):
             fewer = teacher.model_copy(update={"steps": steps})
-            rows[teacher_row(steps)] = teacher_images(model_dir, texts, seeds, fewer, style=style)
+            rows[teacher_row(steps)] = teacher_images(
+                model_dir, texts, seeds, fewer, style=style, text=text
+            )
 
     # The reference, and the same prompts from other noise, to which KID-Lite0 is measured.
     with console.status(f"{teacher.steps}-step teacher, twice {images} images"):
         rows[teacher_row(teacher.steps)], again = teacher_twice(
-            model_dir, texts, seeds, teacher, style
+            model_dir, texts, seeds, teacher, style, text
         )
 
     with console.status("one-step images"):
-        rows[BASE] = one_step_images(model_dir, None, texts, seeds, style=style)
+        rows[BASE] = one_step_images(model_dir, None, texts, seeds, style=style, text=text)
         if adaptor is not None:
-            rows[ADAPTED] = one_step_images(model_dir, adaptor, texts, seeds, style=style)
+            rows[ADAPTED] = one_step_images(
+                model_dir, adaptor, texts, seeds, style=style, text=text
+            )
+        for rival in rivals:
+            rows[rival.row] = rival_images(model_dir, rival, texts, seeds, style=style, text=text)
     return rows, again
 
 
@@ -223,6 +241,7 @@ def teacher_twice(
     seeds: list[int],
     teacher: TeacherSettings,
     style: Style | None = None,
+    text: TextSettings | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's images from ``seeds``, and of the same prompts from other seeds.
 
@@ -232,7 +251,9 @@ def teacher_twice(
     """
     # One call for both sets, so that the model is loaded once.
     others = [seed + len(seeds) for seed in seeds]
-    both = teacher_images(model_dir, [*texts, *texts], [*seeds, *others], teacher, style=style)
+    both = teacher_images(
+        model_dir, [*texts, *texts], [*seeds, *others], teacher, style=style, text=text
+    )
     return both[: len(seeds)], both[len(seeds) :]
 
 
@@ -249,6 +270,8 @@ def conditions(report: QualityReport) -> str:
     """What the numbers were measured on, in one line."""
     added = [f"{lora.name}:{lora.scale:g}" for lora in report.style.loras]
     added += [embedding.name for embedding in report.style.embeddings]
+    if report.text.clip_skip:
+        added.append(f"clip skip {report.text.clip_skip}")
     style = f" with {', '.join(added)}" if added else ""
     return (
         f"{report.images} images{style}; KID-Lite0 to the teacher ({report.teacher_steps} steps, "
@@ -291,7 +314,7 @@ def write_report(
         HipaError: One of the files exists and ``force`` is False.
 
     """
-    from hipa_deploy.files import write_file
+    from hipa_deploy.disk.files import write_file
     from hipa_deploy.train.evaluation.figures import (
         premise_picture,
         samples_picture,
@@ -315,10 +338,11 @@ def write_report(
 
     # The text comes last, so that a report that can be read has all of its pictures.
     text = f"# Quality\n\n{conditions(report)}.\n\n{markdown_table(report)}"
-    if ADAPTED in report.rows:
-        text += f"\n\nKID gap closed: {report.kid_gap_closed():.0%}.\n"
-    else:
-        text += "\n"
+    closed = []
+    for name in report.rows:
+        if name != BASE and not name.startswith("teacher"):
+            closed.append(f"{name} {report.kid_gap_closed(name):.0%}")
+    text += f"\n\nKID gap closed: {'; '.join(closed)}.\n" if closed else "\n"
     text += f"\n{PICTURES}Columns of the samples: {'; '.join(rows)}.\n"
     write_file(folder / "report.json", (report.model_dump_json(indent=2) + "\n").encode())
     write_file(folder / "report.md", text.encode())

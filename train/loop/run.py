@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from torch import Tensor, nn
 
+from hipa_deploy.disk.files import describe_write_error
 from hipa_deploy.errors import HipaError, first_line
-from hipa_deploy.files import describe_write_error
 from hipa_deploy.images.png import grid
 from hipa_deploy.interrupts import interruptible
 from hipa_deploy.train.loop.optimizer import learning_rate

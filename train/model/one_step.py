@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hipa_deploy.bundle.manifest import StepMethod
 from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.tasks import Task, finish_latents, start_latents
 
@@ -26,6 +27,7 @@ def one_step_latents(
     timestep: int,
     alpha_bar: float,
     prediction_type: str,
+    method: StepMethod | None = None,
 ) -> Tensor:
     """Text to image in one UNet call, without guidance.
 
@@ -36,6 +38,7 @@ def one_step_latents(
         timestep: Where the step starts, 999 for pure noise.
         alpha_bar: Cumulative signal power at ``timestep``, in (0, 1).
         prediction_type: What the UNet predicts: epsilon, v_prediction or sample.
+        method: The numbers of a one-step method of others; None is x0.
 
     Returns:
         x0 latents, float32 [B, C, H, W], scaled as the VAE's are.
@@ -56,6 +59,7 @@ def one_step_latents(
         timestep_B=torch.full((len(noise_BCHW),), timestep, device=noise_BCHW.device),
         alpha_bar=alpha_bar,
         prediction_type=prediction_type,
+        method=method,
     )
 
 
@@ -69,6 +73,7 @@ def task_latents(
     alpha_bar: float | Tensor,
     prediction_type: str,
     concatenates: bool = False,
+    method: StepMethod | None = None,
 ) -> Tensor:
     """One step of any task; see ``one_step_latents`` for what is not named here.
 
@@ -83,6 +88,7 @@ def task_latents(
         prediction_type: As there.
         concatenates: Whether the UNet was made for inpainting, and sees mask and source as channels
             after the noise.
+        method: As there; of the task generate.
 
     Returns:
         x0 latents, float32 [B, C, H, W]; for inpainting they are the source's outside the mask.
@@ -90,7 +96,10 @@ def task_latents(
     """
     # An inpainting UNet was trained to see mask and source in this order, after the noise. They are
     # conditions: the step itself starts from ``start_BCHW`` alone.
-    start_BCHW = start_latents(task, step_inputs, alpha_bar, concatenates=concatenates)
+    noise_scale = method.noise_scale if method else 1.0
+    start_BCHW = start_latents(
+        task, step_inputs, alpha_bar, concatenates=concatenates, noise_scale=noise_scale
+    )
     unet_input = start_BCHW
     if concatenates:
         channels = [start_BCHW, step_inputs["mask"], step_inputs["source"]]
@@ -98,5 +107,5 @@ def task_latents(
 
     # predict_x0 combines them in float32, even if the UNet ran in half precision.
     output_BCHW = unet(unet_input, timestep_B, context_BLD, return_dict=False)[0]
-    x0_BCHW = predict_x0(start_BCHW, output_BCHW, alpha_bar, prediction_type)
+    x0_BCHW = predict_x0(start_BCHW, output_BCHW, alpha_bar, prediction_type, method)
     return finish_latents(task, x0_BCHW, step_inputs)

@@ -316,7 +316,8 @@ class SimulatedTraining:
     def _context(self, rows: int) -> Tensor:
         """Random text contexts [B, L, D]."""
         config = self.model.pipe.text_encoder.config
-        return torch.randn(rows, config.max_position_embeddings, config.hidden_size)
+        length = self.recipe.text.context_tokens or config.max_position_embeddings
+        return torch.randn(rows, length, config.hidden_size)
 
     def _student_latents(self) -> Tensor:
         """The step's x0 [B, C, H, W], from random inputs of the recipe's task."""

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.tasks import Task
@@ -276,6 +277,8 @@ class _TrainingSettings(_Settings):
     """Rows of a sample grid."""
     optimiser: OptimiserSettings = OptimiserSettings()
     """The optimiser."""
+    text: TextSettings = TextSettings()
+    """How prompts are encoded."""
 
 
 class Recipe(_TrainingSettings):

@@ -3,10 +3,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hipa_deploy.bundle.manifest import OneStep, StepMethod
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.noise import initial_noise
+from hipa_deploy.generate.noise import bundle_noise, initial_noise
 
 ALPHA_BAR = 0.0046601
+BUNDLE_STEP = OneStep(
+    prediction_type="epsilon",
+    timestep=999,
+    alpha_bar=ALPHA_BAR,
+    scaling_factor=0.18215,
+    latent_shape=(4, 8, 8),
+    height=64,
+    width=64,
+)
 
 
 def test_noise_is_standard_normal() -> None:
@@ -52,3 +62,15 @@ def test_seeds_differ_and_zero_counts() -> None:
 def test_seed_out_of_range(seed: int) -> None:
     with pytest.raises(HipaError, match="seed"):
         initial_noise([seed], (4, 8, 8))
+
+
+def test_a_generic_unet_takes_the_noise_that_its_method_scales() -> None:
+    """The graphs of the layout onestep scale it themselves."""
+    method = StepMethod(
+        name="m", scheduler="s", noise_scale=0.5, sample_factor=1.0, output_factor=1.0
+    )
+    step = BUNDLE_STEP.model_copy(update={"method": method})
+    plain = initial_noise([3], (4, 8, 8))
+    assert np.array_equal(bundle_noise([3], (4, 8, 8), step, "onestep"), plain)
+    assert np.array_equal(bundle_noise([3], (4, 8, 8), step, "generic"), plain / 2)
+    assert np.array_equal(bundle_noise([3], (4, 8, 8), BUNDLE_STEP, "generic"), plain)

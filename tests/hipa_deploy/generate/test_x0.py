@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from hipa_deploy.bundle.manifest import StepMethod
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.x0 import predict_x0, predict_x0_in_a_graph
@@ -42,3 +43,17 @@ def test_half_precision_is_combined_in_float32() -> None:
 def test_a_graph_refuses_an_unknown_prediction_type() -> None:
     with pytest.raises(HipaError, match="flow"):
         predict_x0_in_a_graph(torch.zeros(1), torch.zeros(1), 0.5, "flow")
+
+
+def test_a_method_has_its_own_factors() -> None:
+    """In arrays, tensors and graphs alike, whatever the model predicts."""
+    method = StepMethod(
+        name="m", scheduler="s", noise_scale=1.0, sample_factor=3.0, output_factor=-2.0
+    )
+    z, output = np.random.default_rng(0).standard_normal((2, 1, 4, 8, 8)).astype(np.float32)
+    for kind in ("epsilon", "v_prediction"):
+        for function in (predict_x0, predict_x0_in_a_graph):
+            got = function(torch.from_numpy(z), torch.from_numpy(output), ALPHA_BAR, kind, method)
+            np.testing.assert_allclose(got.numpy(), 3 * z - 2 * output, rtol=1e-5, atol=1e-6)
+        arrays = predict_x0(z.astype(np.float16), output, ALPHA_BAR, kind, method)
+        assert arrays.dtype == np.float32

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.embedded import MODEL
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.configurations import write_config
@@ -125,3 +126,11 @@ def test_a_published_model_is_predicted_from_its_configuration(tmp_path: Path) -
     shown, problem = dry_run.dry_run(recipe, write_config("sd15", tmp_path / "model"), [])
     assert problem is None
     assert shown
+
+
+def test_text_settings_that_do_not_fit_are_refused_as_in_a_training(
+    model_dir: Path, recipe: Recipe
+) -> None:
+    recipe = recipe.model_copy(update={"text": TextSettings(context_tokens=100)})
+    with pytest.raises(HipaError, match="Expected one of: 77, 154, 231"):
+        dry_run.dry_run(recipe, model_dir, [Card()])

@@ -27,16 +27,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hipa_deploy.disk.hashing import files_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import files_sha256
-from hipa_deploy.models.weight_file import (
+from hipa_deploy.models.weights.weight_file import (
     SAFETENSORS,
     TensorLayout,
     is_pickled,
     load_tensors,
     read_layout,
 )
-from hipa_deploy.models.weight_files import current_name, find_weights
+from hipa_deploy.models.weights.weight_files import current_name, find_weights
 
 if TYPE_CHECKING:
     from torch import Tensor

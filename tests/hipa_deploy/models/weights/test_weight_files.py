@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.models.weight_files import current_name, find_weights
+from hipa_deploy.models.weights.weight_files import current_name, find_weights
 
 UNET = "diffusion_pytorch_model"
 

@@ -1,88 +1,29 @@
-"""One-step methods that others made: presets (``one_step/*.toml``) and files of users.
+"""The numbers of a one-step method on a model, measured on the scheduler of diffusers itself.
 
-A method is named as its authors state it: a scheduler of diffusers, a timestep, settings. What
-that scheduler does in its only step is linear in the noise and in the UNet's output. The three
-numbers of that are measured on the scheduler itself, so they are right for any class of it.
-
-Reading a file needs no diffusers; measuring a scheduler does.
+What a scheduler does in its only step is linear in the noise and in the UNet's output. Three
+numbers say all of it, and measured ones are right for any class of scheduler. Tests compare them
+with the formulas of the papers.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from hipa_deploy.bundle.manifest import StepMethod
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.models.kind import read_config
 from hipa_deploy.models.model_config import LEAST_SIGNAL, ModelConfig
-from hipa_deploy.record import Record
+from hipa_deploy.models.one_step.one_step_method import OneStepMethod, check_fits
 
-# Python 3.10 has no tomllib.
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-PRESETS = Path(__file__).parent / "one_step"
-OWN = "hipa"  # the name of HiPA's own step, x0 at the last timestep: no method at all
-# Width of the text context, by which a model's family is known.
-FAMILIES = {"sd1": ("SD 1.x", 768), "sd2": ("SD 2.x", 1024), "sdxl": ("SDXL", 2048)}
 LINEAR_WITHIN = 1e-4  # relative; float32 is a hundred times finer, clipping is far coarser
-
-
-class Factors(Record):
-    """The three numbers of a method that no scheduler of diffusers has; see ``StepMethod``."""
-
-    noise_scale: float = Field(gt=0, allow_inf_nan=False)
-    sample_factor: float = Field(allow_inf_nan=False)
-    output_factor: float = Field(allow_inf_nan=False)
-
-
-class OneStepMethod(Record):
-    """A one-step method, as its TOML file says it.
-
-    Attributes:
-        name: of the preset or file.
-        source: where its authors state these values.
-        note: what a user should know of it; may be empty.
-        family: the models that it is for: sd1, sd2 or sdxl; None for any.
-        needs_adaptor: whether it is a LoRA; False for a model that is one-step itself.
-        scheduler: a class of diffusers, made ``from_config`` of the model's scheduler.
-        settings: keywords that the authors give to ``from_config``.
-        factors: in place of ``scheduler``.
-        timestep: where the step starts, from 0 on.
-        prediction_type: what the UNet predicts; None for what the model's scheduler says.
-        guidance_scale: in [0, 1], where diffusers calls the UNet once, without guidance.
-        eta: what the authors give to the pipeline; None is the scheduler's default.
-
-    """
-
-    name: str
-    source: str = Field(min_length=1)
-    note: str = ""
-    family: Literal["sd1", "sd2", "sdxl"] | None = None
-    needs_adaptor: bool = False
-    scheduler: str | None = None
-    settings: dict[str, Any] = Field(default_factory=dict)
-    factors: Factors | None = None
-    timestep: int = Field(ge=0, strict=True)
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
-    guidance_scale: float = Field(default=0.0, ge=0, le=1)
-    eta: float | None = Field(default=None, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _one_source_of_numbers(self) -> OneStepMethod:
-        if (self.scheduler is None) == (self.factors is None):
-            raise ValueError("expected either scheduler or [factors]")
-        return self
+# Euler's sample at a schedule that ends in pure noise is 4,096 times the noise, in float32.
+ROUNDING = 5e-7  # of the largest value on the way
 
 
 @dataclass(frozen=True)
@@ -101,110 +42,6 @@ class StepConstants:
     alpha_bar: float
     prediction_type: Literal["epsilon", "v_prediction", "sample"]
     method: StepMethod
-
-
-def preset_names() -> list[str]:
-    """The names that ``--one-step`` knows, HiPA's own first."""
-    return [OWN, *sorted(path.stem for path in PRESETS.glob("*.toml"))]
-
-
-def load_method(name: str) -> OneStepMethod | None:
-    """Read a preset or a file.
-
-    Args:
-        name: one of ``preset_names()``, or a .toml file.
-
-    Returns:
-        The method; None for 'hipa', HiPA's own step.
-
-    Raises:
-        HipaError: there is neither, it is not TOML, or a key or value is wrong.
-
-    Example:
-        >>> load_method("hyper-sd15").scheduler
-        'TCDScheduler'
-
-    """
-    if name == OWN:
-        return None
-    path = Path(name)
-    is_preset = path.suffix.lower() != ".toml"
-    if is_preset:
-        path = PRESETS / f"{name}.toml"
-    if not path.is_file():
-        names = ", ".join(preset_names())
-        raise HipaError(
-            f"one-step method {name!r} does not exist. Expected a .toml file or one of: {names}."
-        )
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise HipaError(f"one-step method {path} cannot be read: {first_line(error)}") from None
-    if "name" in values:
-        raise HipaError(f"one-step method {path}: unknown key 'name'. The file's name is its name.")
-    try:
-        return OneStepMethod.model_validate(
-            {**values, "name": path.stem if is_preset else path.name}
-        )
-    except ValidationError as error:
-        raise HipaError(f"one-step method {path}: {_problem(error)}") from None
-
-
-def _problem(error: ValidationError) -> str:
-    """The first of pydantic's problems, and what to do."""
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"]
-    if problem["type"] == "extra_forbidden":
-        known = ", ".join(name for name in OneStepMethod.model_fields if name != "name")
-        return f"unknown key {key!r}. Expected: {known}."
-    if problem["type"] == "missing":
-        return f"key {key!r} is missing. Add it."
-    if key == "guidance_scale":
-        return (
-            f"guidance_scale = {problem['input']!r}: one call of the UNet has no guidance. "
-            "Expected 0 to 1, which diffusers reads as none."
-        )
-    if not key:
-        return f"{message.removeprefix('Value error, ')}, and not both. Correct the file."
-    return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}. Correct the file."
-
-
-def check_fits(method: OneStepMethod, config: ModelConfig) -> None:
-    """Check that a method is for a model.
-
-    A width of text context that no published family has, as of a small model of one's own, fits
-    every method but those for SDXL.
-
-    Raises:
-        HipaError: it is for another family, or the UNet takes the guidance as an input.
-
-    """
-    if config.unet.get("time_cond_proj_dim"):
-        raise HipaError(
-            f"{config.folder}: the UNet takes the guidance as an input (time_cond_proj_dim="
-            f"{config.unet['time_cond_proj_dim']}), which is not supported. Use the plain model "
-            "with the method's LoRA, such as LCM-LoRA."
-        )
-    if method.family is None:
-        return
-    name, width = FAMILIES[method.family]
-    known = {known_width for _, known_width in FAMILIES.values()}
-    is_other = config.text_width in known or method.family == "sdxl"
-    if config.text_width != width and is_other:
-        others = ", ".join(other for other in preset_names() if _is_for(other, config.text_width))
-        raise HipaError(
-            f"one-step method {method.name} is for {name} (text context {width} wide), and "
-            f"{config.folder} has {config.text_width}. Use one of: {others}."
-        )
-
-
-def _is_for(name: str, width: int) -> bool:
-    """Whether a preset is for models whose text context has this width."""
-    method = load_method(name)
-    if method is None or method.family is None:
-        return True
-    return FAMILIES[method.family][1] == width
 
 
 def step_constants(method: OneStepMethod, config: ModelConfig) -> StepConstants:
@@ -252,7 +89,7 @@ def make_scheduler(method: OneStepMethod, config: ModelConfig) -> Any:
     """
     from diffusers import schedulers
 
-    kind = getattr(schedulers, method.scheduler or "", None)
+    kind: Any = getattr(schedulers, method.scheduler or "", None)
     known = inspect.signature(kind.__init__).parameters if inspect.isclass(kind) else {}
     if not {"beta_start", "beta_schedule", "prediction_type"} <= set(known):
         raise HipaError(
@@ -271,9 +108,10 @@ def make_scheduler(method: OneStepMethod, config: ModelConfig) -> Any:
         settings["prediction_type"] = method.prediction_type
     # What diffusers does: keys that the model's file leaves out have the defaults of this class.
     stated = read_config(config.folder, "scheduler/scheduler_config.json")
-    stated = {key: value for key, value in stated.items() if not key.startswith("_")}
+    stated = {key: value for key, value in stated.items() if key in known}
     try:
-        return kind.from_config({**stated, **config.schedule}, **settings)
+        schedule = {key: value for key, value in config.schedule.items() if key in known}
+        return kind.from_config({**stated, **schedule}, **settings)
     # ImportError: some schedulers need scipy or torchsde.
     except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise HipaError(
@@ -335,16 +173,16 @@ def _measure(method: OneStepMethod, config: ModelConfig) -> StepMethod:
     generator = torch.Generator().manual_seed(0)
     ones = torch.ones(1, 4, 8, 8)
     noise, output = torch.randn(2, 1, 4, 8, 8, generator=generator)
-    seen, from_noise = _take(method, config, ones, 0 * ones)
-    _, from_output = _take(method, config, 0 * ones, ones)
-    noise_scale = float(seen.mean())
-    sample_factor = float(from_noise.mean()) / noise_scale
-    output_factor = float(from_output.mean())
+    probe = _take(method, config, ones, 0 * ones)
+    noise_scale = float(probe.seen.mean())
+    sample_factor = float(probe.made.mean()) / noise_scale
+    output_factor = float(_take(method, config, 0 * ones, ones).made.mean())
 
-    got = _take(method, config, noise, output)[1]
+    probe = _take(method, config, noise, output)
     expected = sample_factor * noise_scale * noise + output_factor * output
-    largest = float(expected.abs().max())
-    if not torch.allclose(got, expected, rtol=0, atol=LINEAR_WITHIN * largest):
+    tolerance = LINEAR_WITHIN * float(expected.abs().max())
+    tolerance += ROUNDING * float(probe.sample.abs().max())
+    if not torch.allclose(probe.made, expected, rtol=0, atol=tolerance):
         raise HipaError(
             f"one-step method {method.name}: what {method.scheduler} gives is not linear in noise "
             f"and output{_why(method, config)}. Such a step is not supported."
@@ -364,8 +202,16 @@ def _measure(method: OneStepMethod, config: ModelConfig) -> StepMethod:
         ) from None
 
 
-def _take(method: OneStepMethod, config: ModelConfig, noise: Any, output: Any) -> tuple[Any, Any]:
-    """What the UNet sees, and what the step gives, as StableDiffusionPipeline computes them."""
+class _Step(NamedTuple):
+    """A scheduler's only step: its sample, what the UNet sees of it, and what the step gives."""
+
+    sample: Any
+    seen: Any
+    made: Any
+
+
+def _take(method: OneStepMethod, config: ModelConfig, noise: Any, output: Any) -> _Step:
+    """One step, as StableDiffusionPipeline takes it."""
     import torch
 
     # Schedulers remember their steps: each probe has one of its own.
@@ -383,7 +229,7 @@ def _take(method: OneStepMethod, config: ModelConfig, noise: Any, output: Any) -
     seen = scheduler.scale_model_input(sample, timestep)
     with torch.random.fork_rng(devices=[]):
         made = scheduler.step(output, timestep, sample, **keywords).prev_sample
-    return seen, made
+    return _Step(sample, seen, made)
 
 
 def _why(method: OneStepMethod, config: ModelConfig) -> str:
