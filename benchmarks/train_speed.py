@@ -202,7 +202,7 @@ def main(
         )
     Console().print(machine)
     if out:
-        out.write_text(json.dumps(results, indent=2) + "\n")
+        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

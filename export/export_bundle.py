@@ -170,7 +170,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
             end_to_end=stages[-1].parity,
             files=file_hashes(root),
         )
-        (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return Bundle.open(options.out)
 
 

@@ -172,7 +172,9 @@ def train_decoder(
                     fidelity=measure_fidelity(stored, held_out_examples),
                     recipe=identity["recipe"],
                 )
-                (scratch / DECODER_METADATA).write_text(metadata.model_dump_json(indent=2) + "\n")
+                (scratch / DECODER_METADATA).write_text(
+                    metadata.model_dump_json(indent=2) + "\n", encoding="utf-8"
+                )
     return out
 
 

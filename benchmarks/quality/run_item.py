@@ -62,7 +62,7 @@ class Setting:
         path = self.folder(name) / RESULT
         if not path.exists():
             return None
-        result: dict[str, Any] = json.loads(path.read_text())
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
 
         # Only the item 'shipped' stores a hash: of the adaptor that it was given.
         measured = result.get("adaptor_sha256")

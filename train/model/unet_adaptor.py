@@ -190,7 +190,7 @@ def save_adaptor(
         if vae is not None:
             save_encoder_adaptor(vae, scratch)
         one_step_scheduler(schedule, metadata.timestep).save_pretrained(scratch / "scheduler")
-        (scratch / METADATA).write_text(metadata.model_dump_json(indent=2) + "\n")
+        (scratch / METADATA).write_text(metadata.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return out
 
 
