@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
-from hipa_deploy.reading import REEXPORT, as_line
+from hipa_deploy.errors import as_line
+from hipa_deploy.reading import REEXPORT
 
 
 class BoundSession:

@@ -25,10 +25,9 @@ from hipa_deploy.engines.backends.available import (
 )
 from hipa_deploy.engines.backends.bound_session import BoundSession
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.errors import HipaError, as_line, first_line
 from hipa_deploy.generate.runner import ClosesAtExit, check_inputs, check_outputs
-from hipa_deploy.paths import inside_folder
-from hipa_deploy.reading import REEXPORT, as_line
+from hipa_deploy.reading import REEXPORT, inside_folder
 
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
