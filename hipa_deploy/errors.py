@@ -92,6 +92,19 @@ def as_line(problem: str, remedy: str) -> Iterator[None]:
         raise HipaError(f"{problem}: {reason}. {remedy}") from None
 
 
+def printable(text: str) -> str:
+    """``text`` with an escape in place of each character that could move a terminal's cursor.
+
+    Example:
+        >>> printable("a" + chr(27) + "b")
+        'a\\x1bb'
+
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def reason_of(error: HipaError) -> str:
     """The words of an error, to stand in brackets in another one."""
     return str(error).strip().rstrip(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hipa_deploy.errors import HipaError, as_line, reason_of
+from hipa_deploy.errors import HipaError, as_line, printable, reason_of
 
 
 class PanicError(BaseException):
@@ -28,3 +28,7 @@ def test_what_is_no_fault_of_a_library_passes(error: BaseException) -> None:
 
 def test_the_reason_of_an_error_stands_in_brackets() -> None:
     assert reason_of(HipaError("x is 1. Expected 2. ")) == "x is 1. Expected 2"
+
+
+def test_what_would_steer_a_terminal_is_escaped() -> None:
+    assert printable("ä \x1b[2J\ud800\u202e") == r"ä \x1b[2J\ud800\u202e"
