@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
-from hipa_deploy.disk.reading import REEXPORT, as_line
+from hipa_deploy.disk.reading import REEXPORT
 from hipa_deploy.engines.backends.available import NO_BF16
-from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.errors import HipaError, MissingDependencyError, as_line
 from hipa_deploy.generate.runner import ClosesAtExit, check_inputs, check_outputs
 
 # The precision that a backend computes in. OpenVINO itself would choose bfloat16 wherever that is

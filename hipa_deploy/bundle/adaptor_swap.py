@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from hipa_deploy.bundle.arrays import bounded, expect, read_npy, read_npz
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import (
     AdaptorInfo,
@@ -34,17 +35,8 @@ from hipa_deploy.bundle.manifest import (
 )
 from hipa_deploy.bundle.onnx_weights import check_values, no_weight, read_initializers
 from hipa_deploy.disk.hashing import file_sha256
-from hipa_deploy.disk.paths import inside
-from hipa_deploy.disk.reading import (
-    MIB,
-    bounded,
-    expect,
-    read_npy,
-    read_npz,
-    read_record,
-    reason_of,
-)
-from hipa_deploy.errors import HipaError
+from hipa_deploy.disk.reading import MIB, inside, read_record
+from hipa_deploy.errors import HipaError, reason_of
 from hipa_deploy.record import Record
 
 FOLDER = "adaptors"

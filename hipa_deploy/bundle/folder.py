@@ -12,9 +12,8 @@ from pathlib import Path, PurePosixPath
 from hipa_deploy.bundle.manifest import Axis, Manifest, Stage
 from hipa_deploy.bundle.onnx_check import beside, external_files
 from hipa_deploy.disk.hashing import file_sha256
-from hipa_deploy.disk.paths import inside, lies_in, shown
-from hipa_deploy.disk.reading import MIB, read_json, reason_of, validated
-from hipa_deploy.errors import HipaError
+from hipa_deploy.disk.reading import MIB, inside, lies_in, read_json, shown, validated
+from hipa_deploy.errors import HipaError, reason_of
 
 SCHEMA = 1
 MANIFEST = "hipa.json"

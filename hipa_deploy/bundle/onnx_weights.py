@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.protobuf import Span, as_span, fields, integers, spans, text
-from hipa_deploy.disk.paths import inside, shown
+from hipa_deploy.disk.reading import inside, shown
 from hipa_deploy.errors import HipaError
 
 _DTYPES = {

@@ -24,7 +24,7 @@ from hipa_deploy.commands.from_image import edit, inpaint, upscale
 from hipa_deploy.commands.generate import generate
 from hipa_deploy.commands.profile import profile, profile_compare, profile_table
 from hipa_deploy.commands.train import train
-from hipa_deploy.errors import HipaError, HipaWarning, StoppedError, first_line
+from hipa_deploy.errors import HipaError, HipaWarning, StoppedError, first_line, printable
 from hipa_deploy.interrupts import signal_of, sigterm_interrupts
 
 ABOUT = """Turn a multi-step text-to-image diffusion model into a one-step one, and run it fast.
@@ -186,7 +186,7 @@ def _stop(message: str, code: int = 1) -> NoReturn:
     It is empty after bare ``hipa``, which has printed its help.
     """
     if message.strip():
-        sys.stderr.write(f"hipa: {' '.join(message.split())}\n")
+        sys.stderr.write(f"hipa: {printable(' '.join(message.split()))}\n")
     raise SystemExit(code)
 
 

@@ -1,73 +1,149 @@
-"""Reading of files that may come from a stranger: bounded, and every fault is one line.
+"""Files that may come from a stranger: their names and their contents, each fault one line.
 
-Each format has one reader here. A reader checks that the file is a regular one and how large it is
-before it reads, and what the file promises before it makes room for that.
+A name in a manifest, a swap or a sidecar becomes a path by way of ``inside``, and in no other way.
+A reader checks that the file is a regular one, and how large it is, before it reads. Arrays are
+read by ``hipa_deploy.bundle.arrays``.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any, NoReturn, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn, TypeVar
 
-import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from hipa_deploy.disk.paths import check_regular, shown
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.errors import HipaError, first_line, reason_of
 
 MIB = 1 << 20
 MAX_JSON = 16 * MIB
-MAX_ARRAYS = 20_000  # in one file
-MAX_DIMENSIONS = 8
 REEXPORT = "Export the bundle again."
-MAX_SIZE = 1 << 20  # of a dimension
-# Kinds of numbers that an array may hold: no objects, texts or records.
-_NUMBERS = "biuf"
-
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # Windows has no pipes in its folders
-
 Model = TypeVar("Model", bound=BaseModel)
-Header = tuple[np.dtype, tuple[int, ...]]  # dtype and shape of an array
+
+MAX_NAME = 1024  # characters
 
 
-@contextmanager
-def as_line(problem: str, remedy: str) -> Iterator[None]:
-    """Turn whatever a library raises in this block into a HipaError: problem, reason, remedy.
+def name_problem(name: str) -> str | None:
+    """What is wrong with ``name`` as a path relative to a folder; None where nothing is.
 
-    Panics of libraries in Rust are no ``Exception``, and an ``EOFError`` would look like Ctrl-D: so
-    everything is caught that is not a HipaError, Ctrl-C or the end of the process.
-
-    Raises:
-        HipaError: in place of any other error.
+    Names are as ``Path.as_posix`` writes them: parts with '/' between them. What another system
+    would read as a drive, a stream or another separator is refused on every system.
 
     Example:
-        >>> with as_line(f"{path} is not a tokenizer", "Export the bundle again."):
-        ...     tokenizer = Tokenizer.from_file(str(path))
+        >>> name_problem("unet/model.onnx")
+        >>> name_problem("../model.onnx")
+        "has the part '..'"
+
+    """
+    if not name or len(name) > MAX_NAME:
+        return f"has {len(name)} characters, expected 1 to {MAX_NAME}"
+    if not name.isprintable():  # control characters, lone surrogates and invisible ones
+        return "has a character that cannot be printed"
+    for character in ("\\", ":"):
+        if character in name:
+            return f"has the character {character!r}"
+    for part in name.split("/"):
+        if part in ("", ".", ".."):
+            return f"has the part {part!r}" if part else "is absolute, or has an empty part"
+    return None
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the regular file ``name`` in ``folder``.
+
+    Links are followed, and the file that they lead to must lie in the folder as well. There is one
+    exception: in the cache of a model hub, ``models--NAME/snapshots/REVISION``, every file is a
+    link into ``models--NAME/blobs``.
+
+    Args:
+        folder: of the bundle, the swap or the engines.
+        name: as the manifest has it.
+
+    Raises:
+        HipaError: a name that is not relative, with '..', a backslash, a colon or a character that
+            cannot be printed; a file that is missing, lies elsewhere, or is a folder, a pipe or a
+            device.
+
+    """
+    problem = name_problem(name)
+    if problem:
+        raise HipaError(f"{folder}: the file name {shown(name)} {problem}. {_REMEDY}")
+    path = folder / name
+    check_regular(path)
+    real = path.resolve()
+    if not any(real.is_relative_to(allowed) for allowed in _allowed(folder)):
+        raise HipaError(f"{path} is a link that leads out of {folder}. Copy the file in its place.")
+    return path
+
+
+def inside_folder(folder: Path, name: str) -> Path:
+    """Return the folder ``name`` in ``folder``, to write into. It need not exist.
+
+    Raises:
+        HipaError: it is a link that leads out of ``folder``.
+
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise HipaError(f"{path} is a link that leads out of {folder}. Remove the link.")
+    return path
+
+
+def check_regular(path: Path) -> None:
+    """Check that ``path`` is a regular file, or a link to one.
+
+    Raises:
+        HipaError: it is missing, or is a folder, a pipe, a socket or a device. Reading a pipe could
+            wait for ever, and a device need not end.
 
     """
     try:
-        yield
-    except (HipaError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except MemoryError as error:
-        # numpy says how much it wanted; others say nothing.
-        reason = first_line(error) if str(error) else "not enough memory"
-        raise HipaError(f"{problem}: {reason}. {remedy}") from None
-    except BaseException as error:
-        reason = first_line(error).rstrip(".")
-        raise HipaError(f"{problem}: {reason}. {remedy}") from None
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise HipaError(f"{path} is missing, so it cannot be read. {_REMEDY}") from None
+    except (OSError, ValueError) as error:  # a loop of links, or a character of no file name
+        raise HipaError(f"{path} cannot be read ({error}). {_REMEDY}") from None
+    if not stat.S_ISREG(mode):
+        raise HipaError(f"{path} is a {_kind(mode)}. Expected a file.")
 
 
-def reason_of(error: HipaError) -> str:
-    """The words of an error, to stand in brackets in another one."""
-    return str(error).strip().rstrip(".")
+_REMEDY = "Export the folder again, or copy it whole."
+
+
+def shown(name: str) -> str:
+    """A name of a stranger's, for a message: cut, and quoted with escapes where it needs them."""
+    cut = name if len(name) <= 80 else f"{name[:80]}…"
+    return cut if cut.isprintable() and cut and " " not in cut else repr(cut)
+
+
+def _allowed(folder: Path) -> list[Path]:
+    """Where the files of ``folder`` may lie once links are followed."""
+    real = folder.resolve()
+    for parent in real.parents:
+        # huggingface_hub names the folder of a repository KIND--OWNER--NAME.
+        if parent.name == "snapshots" and "--" in parent.parent.name:
+            return [real, parent.parent / "blobs"]
+    return [real]
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        "folder": stat.S_ISDIR,
+        "pipe": stat.S_ISFIFO,
+        "socket": stat.S_ISSOCK,
+    }
+    for kind, is_kind in kinds.items():
+        if is_kind(mode):
+            return kind
+    return "device"
+
+
+def lies_in(name: str, folder: str) -> bool:
+    """Whether the file ``name`` of a manifest lies in its folder ``folder``, at any depth."""
+    return PurePosixPath(name).is_relative_to(folder)
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
@@ -158,122 +234,3 @@ def read_text(path: Path, *, max_bytes: int) -> str:
         return read_bytes(path, max_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise HipaError(f"{path} cannot be read: it is not UTF-8 (byte {error.start}).") from None
-
-
-def read_npy(path: Path, check: Callable[[Header], str | None], *, mapped: bool = False) -> Any:
-    """The array of a .npy file.
-
-    Args:
-        path: the file.
-        check: is asked about the dtype and shape before room is made, and says what is wrong.
-        mapped: map the file and read nothing; the array cannot be written.
-
-    Raises:
-        HipaError: no array of numbers, one that ``check`` refuses, or a file of another length than
-            its header says.
-
-    """
-    check_regular(path)
-    with as_line(f"{path} is not an array that can be read", "Export it again."):
-        with path.open("rb") as file:
-            header = _header(file)
-            size = path.stat().st_size - file.tell()
-        _check_header(header, size, check)
-        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-
-
-def read_npz(
-    path: Path, check: Callable[[str, Header], str | None], *, max_bytes: int
-) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file by name.
-
-    Args:
-        path: the file.
-        check: is asked about the name, dtype and shape of each before room is made, and says what
-            is wrong.
-        max_bytes: of all arrays together, unpacked.
-
-    Raises:
-        HipaError: not such a file, more than ``max_bytes``, or an array that ``check`` refuses.
-
-    """
-    check_regular(path)
-    arrays = {}
-    remedy = "Export it again."
-    with (
-        as_line(f"{path} is not a file of arrays that can be read", remedy),
-        zipfile.ZipFile(path) as archive,
-    ):
-        members = archive.infolist()
-        total = sum(member.file_size for member in members)
-        if len(members) > MAX_ARRAYS or total > max_bytes:
-            raise ValueError(
-                f"it unpacks to {len(members)} arrays and {total} bytes, "
-                f"expected at most {MAX_ARRAYS} and {max_bytes}"
-            )
-        for member in members:
-            name = member.filename.removesuffix(".npy")
-            # One reader would take the first of two, another reader the second.
-            if name in arrays:
-                raise ValueError(f"{shown(name)} comes twice")
-            with archive.open(member) as file:
-                arrays[name] = _read_member(file, name, member.file_size, check)
-    return arrays
-
-
-def _read_member(
-    file: IO[bytes], name: str, size: int, check: Callable[[str, Header], str | None]
-) -> np.ndarray:
-    header = _header(file)
-    _check_header(header, size - file.tell(), lambda found: check(name, found))
-    file.seek(0)
-    return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def _header(file: IO[bytes]) -> Header:
-    """The dtype and shape that a .npy file begins with."""
-    version = np.lib.format.read_magic(file)
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in readers:
-        raise ValueError(f"version {version} of the format")
-    shape, _, dtype = readers[version](file)
-    return dtype, shape
-
-
-def _check_header(header: Header, size: int, check: Callable[[Header], str | None]) -> None:
-    """Raise ValueError unless the array has numbers, fills ``size`` bytes and passes ``check``."""
-    dtype, shape = header
-    if dtype.kind not in _NUMBERS or len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0:
-        raise ValueError(f"it has {dtype} {list(shape)}")
-    needed = math.prod(shape) * dtype.itemsize
-    if needed != size:
-        raise ValueError(f"{dtype} {list(shape)} is {needed} bytes, and there are {size}")
-    problem = check(header)
-    if problem:
-        raise ValueError(problem)
-
-
-def bounded(found: Header) -> str | None:
-    """A ``check`` of an array of which only the size is known: no dimension is 0 or absurd."""
-    _, shape = found
-    if all(0 < size <= MAX_SIZE for size in shape):
-        return None
-    return f"it has the shape {list(shape)}, expected 1 to {MAX_SIZE} in each dimension"
-
-
-def expect(arrays: Mapping[str, Header]) -> Callable[[str, Header], str | None]:
-    """A ``check`` of ``read_npz``: every array is one of ``arrays``, with its dtype and shape."""
-
-    def check(name: str, found: Header) -> str | None:
-        if name not in arrays:
-            return f"{shown(name)} is not expected in it"
-        dtype, shape = arrays[name]
-        if found == (dtype, shape):
-            return None
-        got = f"{found[0]} {list(found[1])}"
-        return f"{shown(name)} is {got}, expected {dtype} {list(shape)}"
-
-    return check

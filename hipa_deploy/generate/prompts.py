@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hipa_deploy.bundle.arrays import Header, read_npy
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.disk.reading import MIB, Header, read_npy, read_text
+from hipa_deploy.disk.reading import MIB, read_text
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import one_line
 from hipa_deploy.generate.prompt_weights import weigh_context

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hipa_deploy.disk.paths import (
+from hipa_deploy.disk.reading import (
     check_regular,
     inside,
     inside_folder,
