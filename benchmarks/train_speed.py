@@ -61,7 +61,7 @@ def plain_loop(model_dir: Path, recipe: Recipe, cache: Path) -> Callable[[Tensor
         A function that makes one step with the rows int64 [B] and returns its loss.
 
     """
-    model = DiffusionModel.load(model_dir, "cpu")
+    model = DiffusionModel.load(model_dir, "cpu", text=recipe.text)
     prompts = read_prompts(recipe, model_dir)
     context = prompt_contexts(model, prompts)
     pairs = teacher_pairs(

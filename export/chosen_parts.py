@@ -37,6 +37,7 @@ class ChosenParts:
         tiny_encoder: an AutoencoderTiny folder that encodes in place of the model's VAE.
         tiny_decoder: an AutoencoderTiny folder that decodes in place of the model's VAE.
         chunk_tokens: tokens that the text encoder reads at once.
+        clip_skip: last layers of the text encoder that are left out.
         style: LoRAs and embeddings, which change the model before the adaptor.
 
     """
@@ -48,11 +49,17 @@ class ChosenParts:
     tiny_encoder: Path | None = None
     tiny_decoder: Path | None = None
     chunk_tokens: int = 77
+    clip_skip: int = 0
     style: OpenStyle = field(default_factory=OpenStyle)
 
     @classmethod
     def choose(
-        cls, model: ModelParts, options: ExportOptions, task: Task, chunk_tokens: int = 77
+        cls,
+        model: ModelParts,
+        options: ExportOptions,
+        task: Task,
+        chunk_tokens: int = 77,
+        clip_skip: int = 0,
     ) -> ChosenParts:
         """The parts that ``options`` ask for.
 
@@ -73,6 +80,7 @@ class ChosenParts:
             tiny_encoder=options.encoder,
             tiny_decoder=options.decoder,
             chunk_tokens=chunk_tokens,
+            clip_skip=clip_skip,
             style=style,
         )
 
@@ -92,7 +100,7 @@ class ChosenParts:
 
     def context(self, encoder: CLIPTextModel, tokens_BL: Tensor) -> Tensor:
         """What the text encoder gives for tokens int64 [B, L]: the context, float32 [B, L, D]."""
-        return text_context(encoder, tokens_BL, self.chunk_tokens)
+        return text_context(encoder, tokens_BL, self.chunk_tokens, self.clip_skip)
 
     def unet(self) -> tuple[UNet2DConditionModel, AdaptorInfo | None]:
         """The UNet with LoRAs and adaptor merged, and what the manifest says of that adaptor."""

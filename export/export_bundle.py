@@ -33,7 +33,13 @@ from hipa_deploy.export.references import (
     make_references,
     text_references,
 )
-from hipa_deploy.export.task import choose_task, choose_text, step_warning
+from hipa_deploy.export.task import (
+    choose_task,
+    print_warning,
+    size_warning,
+    step_warning,
+    text_settings,
+)
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder
 from hipa_deploy.generate.prompt_files import read_numbered_prompts
@@ -72,18 +78,23 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     model = ModelParts.open(options.model)
     settings = choose_task(options, model)
     chunk_tokens = model.tokenizer().model_max_length
-    text, text_warning = choose_text(options, chunk_tokens)
-    parts = ChosenParts.choose(model, options, settings.task, chunk_tokens)
+    text, text_warning = text_settings(options, model.config, chunk_tokens)
+    parts = ChosenParts.choose(model, options, settings.task, chunk_tokens, text.clip_skip)
     step = model.one_step(
         settings.timestep, options.size("height"), options.size("width"), settings.method
     )
-    for warning in (text_warning, step_warning(options, settings, model)):
+    warnings = (
+        text_warning,
+        step_warning(options, settings, model),
+        size_warning(options, step),
+    )
+    for warning in warnings:
         if warning:
-            (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
+            print_warning(console, warning)
     axes = stage_axes(options.dynamic, step, model.config.size_multiple)
     batch = options.size("batch") or 1
 
-    with new_folder(options.out) as root, _progress(console) as show:
+    with new_folder(options.out, alone=True) as root, _progress(console) as show:
         # The tokenizer comes first: the length of its tokens is a size of the stages.
         show("text")
         prompts = list(places) or [example_prompt(model)]
@@ -115,6 +126,9 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         references = make_references(
             references, parts, settings, step, options.layout, watch=options.dtype == "fp16"
         )
+
+        for doubt in references.doubts:
+            print_warning(console, doubt)
 
         # The chain: a stage is fed with what the ONNX stages before it gave, not with PyTorch's
         # tensors, so that the last stage's error is that of the whole bundle.

@@ -36,6 +36,8 @@ class ExportOptions:
         encoder: an AutoencoderTiny folder; None is the model's own VAE.
         context_tokens: of a text context, 77, 154 or 231; None is as the adaptor was trained, or
             as many as the text encoder reads at once.
+        clip_skip: last layers of the text encoder that are left out; None is as the adaptor was
+            trained, or 0.
         prompt_weights: whether ``(word:1.3)`` is a weight, in ``prompts`` and for the bundle's
             user; None is as the adaptor was trained, or no.
         style: LoRAs and embeddings that are added to the model before the adaptor.
@@ -66,6 +68,7 @@ class ExportOptions:
     strengths: tuple[float, ...] = ()
     encoder: Path | None = None
     context_tokens: int | None = None
+    clip_skip: int | None = None
     prompt_weights: bool | None = None
     style: Style = field(default_factory=Style)
     one_step: str | None = None

@@ -47,7 +47,13 @@ from hipa_deploy.export.references import (
     add_step,
 )
 from hipa_deploy.export.run_apart import run_apart
-from hipa_deploy.export.task import TaskSettings, choose_task, choose_text, step_warning
+from hipa_deploy.export.task import (
+    TaskSettings,
+    choose_task,
+    print_warning,
+    step_warning,
+    text_settings,
+)
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.files import new_folder, temporary_folder
 from hipa_deploy.hashing import file_sha256
@@ -106,16 +112,18 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
     bundle = Bundle.open(options.bundle)
     model = ModelParts.open(options.model)
     bundle.verify()
-    with new_folder(options.out) as root, temporary_folder("hipa-export") as scratch:
+    with new_folder(options.out, alone=True) as root, temporary_folder("hipa-export") as scratch:
         # The request that the bundle came from, with the other adaptor.
         _check_same_base(options, bundle, model)
         like_bundle = _bundle_options(options, bundle)
         settings = choose_task(like_bundle, model)
         _check_step(options, bundle, model, settings)
-        _, text_warning = choose_text(like_bundle, model.tokenizer().model_max_length)
+        chunk_tokens = model.tokenizer().model_max_length
+        remedy = "Export a bundle of its own."
+        _, text_warning = text_settings(like_bundle, model.config, chunk_tokens, remedy)
         for warning in (text_warning, step_warning(like_bundle, settings, model)):
             if warning:
-                (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
+                print_warning(console, warning)
         parts = ChosenParts.choose(model, like_bundle, settings.task)
         changes_text = has_other_text(bundle, parts.style.info)
         if like_bundle.fuse:
@@ -124,6 +132,8 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         # The UNet's stage once more, fed with what the bundle's own stages before it give.
         with (console or Console(stderr=True)).status("export: UNet"):
             references = _references(bundle, parts, settings, changes_text=changes_text)
+            for doubt in references.doubts:
+                print_warning(console, doubt)
             source = unet_source(like_bundle, parts, settings, bundle.manifest.one_step)
             writer = StageWriter(
                 root=scratch,
@@ -189,6 +199,7 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
         strengths=tuple(entry.strength for entry in manifest.strengths),
         style=options.style,
         context_tokens=manifest.text.context_tokens,
+        clip_skip=manifest.text.clip_skip,
         one_step=options.one_step,
     )
 

@@ -19,7 +19,7 @@ from typing import IO
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.interrupts import uninterrupted
-from hipa_deploy.locks import HAS_LOCKS, is_locked_now, is_still_at
+from hipa_deploy.locks import HAS_LOCKS, is_locked_now, is_still_at, locked
 
 # mkdtemp and mkstemp end a name in eight such characters.
 _SCRATCH_FOLDER = re.compile(r"\..+-[a-z0-9_]{8}")
@@ -73,11 +73,16 @@ def check_writable(out: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, *, alone: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``out`` on success and is removed on any failure.
 
+    Args:
+        out: the folder.
+        alone: whether another process that is making the same folder, in this way, is an error
+            now. Otherwise the first that finishes has it, and the other ones fail at their end.
+
     Raises:
-        HipaError: ``out`` exists and is not empty.
+        HipaError: ``out`` exists and is not empty, or another process is making it.
 
     Example:
         >>> with new_folder(Path("bundle")) as scratch:
@@ -88,7 +93,12 @@ def new_folder(out: Path) -> Iterator[Path]:
     out = Path(os.path.realpath(out))  # a link to an empty folder stays a link
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside ``out``, so that the two are on one disk and the last step is a rename.
-    with _scratch_folder(out.parent, out.name) as holder:
+    with ExitStack() as stack:
+        if alone:
+            lock = out.with_name(f".{out.name[:_NAME_CHARACTERS]}.lock")
+            remedy = "Wait until it ends, or choose another name."
+            stack.enter_context(locked(lock, str(out), remedy))
+        holder = stack.enter_context(_scratch_folder(out.parent, out.name))
         scratch = holder / out.name
         scratch.mkdir()
         yield scratch

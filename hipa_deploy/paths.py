@@ -91,7 +91,7 @@ def check_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise HipaError(f"{path} is missing. {_REMEDY}") from None
+        raise HipaError(f"{path} is missing, so it cannot be read. {_REMEDY}") from None
     except (OSError, ValueError) as error:  # a loop of links, or a character of no file name
         raise HipaError(f"{path} cannot be read ({error}). {_REMEDY}") from None
     if not stat.S_ISREG(mode):

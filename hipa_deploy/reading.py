@@ -26,6 +26,7 @@ MIB = 1 << 20
 MAX_JSON = 16 * MIB
 MAX_ARRAYS = 20_000  # in one file
 MAX_DIMENSIONS = 8
+REEXPORT = "Export the bundle again."
 MAX_SIZE = 1 << 20  # of a dimension
 # Kinds of numbers that an array may hold: no objects, texts or records.
 _NUMBERS = "biuf"
@@ -58,9 +59,10 @@ def as_line(problem: str, remedy: str) -> Iterator[None]:
     except MemoryError as error:
         # numpy says how much it wanted; others say nothing.
         reason = first_line(error) if str(error) else "not enough memory"
-        raise HipaError(f"{problem} ({reason}). {remedy}") from None
+        raise HipaError(f"{problem}: {reason}. {remedy}") from None
     except BaseException as error:
-        raise HipaError(f"{problem} ({first_line(error)}). {remedy}") from None
+        reason = first_line(error).rstrip(".")
+        raise HipaError(f"{problem}: {reason}. {remedy}") from None
 
 
 def reason_of(error: HipaError) -> str:
@@ -128,7 +130,8 @@ def validated(model: type[Model], data: Any, path: Path, remedy: str) -> Model:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(shown(str(part)) for part in first["loc"])
-        reason = f"{where}: {first['msg']}" if where else first["msg"]
+        words = first["msg"].removeprefix("Value error, ")
+        reason = f"{where}: {words}" if where else words
     except HipaError as error:  # a check of the record's own
         reason = reason_of(error)
     raise HipaError(f"{path}: {reason}. {remedy}")
@@ -154,7 +157,7 @@ def read_text(path: Path, *, max_bytes: int) -> str:
     try:
         return read_bytes(path, max_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise HipaError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
+        raise HipaError(f"{path} cannot be read: it is not UTF-8 (byte {error.start}).") from None
 
 
 def read_npy(path: Path, check: Callable[[Header], str | None], *, mapped: bool = False) -> Any:

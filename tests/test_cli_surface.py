@@ -18,13 +18,13 @@ ROOT = Path(__file__).parents[1]
 SURFACE = {
     "train": {
         "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps",
-        "--dry-run", "--allow-code",
+        "--lora", "--embedding", "--dry-run", "--allow-code",
     },
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
         "--height", "--width", "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--task",
-        "--strengths", "--encoder", "--context-tokens",
-        "--prompt-weights", "--build", "--swap-for",
+        "--strengths", "--encoder", "--context-tokens", "--clip-skip", "--prompt-weights", "--lora",
+        "--embedding", "--one-step", "--build", "--swap-for",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
@@ -43,8 +43,7 @@ SURFACE = {
         "--truncate", "--prompt-weights", "--force",
     },
     "upscale": {
-        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights",
-        "--force",
+        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights", "--force",
     },
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
@@ -54,6 +53,7 @@ SURFACE = {
     "profile table": set(),
     "evaluate": {
         "--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json", "--out",
+        "--lora", "--embedding", "--one-step", "--rival", "--context-tokens", "--clip-skip",
         "--force",
     },
     "doctor": {"--backend", "--json", "--self-test", "--out", "--force"},

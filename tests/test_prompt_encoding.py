@@ -12,18 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.export_swap import SwapOptions, export_swap
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.tokenizer import PromptTokenizer
+from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.text_settings import TextSettings
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
+from tests.export.conftest import make_adaptor
 from tests.tiny_model import make_model
 
 # The tiny tokenizer has a token for each byte: the second is longer than one chunk, the third is
@@ -191,3 +195,66 @@ def test_a_closed_set_with_weights(model_dir: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(contexts_NLD[0], expected_weighed(model_dir), atol=1e-5)
     with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
         assert pipe("a (red:1.5) cat").parameters[0]["prompt_weights"] is True
+
+
+@torch.no_grad()
+def diffusers_context(model_dir: Path, prompts: list[str], clip_skip: int | None) -> np.ndarray:
+    """diffusers' own, with the tokenizer that the bundle has."""
+    pipe = StableDiffusionPipeline.from_pretrained(model_dir, tokenizer=None)
+    pipe.tokenizer = load_tokenizer(ModelConfig.read(model_dir))
+    encoded = pipe.encode_prompt(prompts, "cpu", 1, False, clip_skip=clip_skip)
+    context_BLD: np.ndarray = encoded[0].numpy()
+    return context_BLD
+
+
+@pytest.mark.parametrize("clip_skip", range(LAYERS))
+def test_clip_skip_in_training_is_that_of_diffusers(model_dir: Path, clip_skip: int) -> None:
+    prompts = ["a red apple", "東京の夜景", ""]
+    model = DiffusionModel.load(model_dir, "cpu", text=TextSettings(clip_skip=clip_skip))
+    expected = diffusers_context(model_dir, prompts, clip_skip)
+    np.testing.assert_allclose(model.context(prompts).numpy(), expected, atol=1e-5)
+    if clip_skip == 0:
+        without = diffusers_context(model_dir, prompts, None)
+        np.testing.assert_allclose(expected, without, atol=1e-6)
+
+
+def test_a_clip_skip_that_leaves_no_layer(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(HipaError, match="leaves no layer: this model's text encoder has 3"):
+        DiffusionModel.load(model_dir, "cpu", text=TextSettings(clip_skip=LAYERS))
+    with pytest.raises(HipaError, match="leaves no layer"):
+        export(model_dir, tmp_path / "b", clip_skip=LAYERS)
+
+
+def test_an_adaptor_brings_its_text_settings(model_dir: Path, tmp_path: Path) -> None:
+    """Long prompts, clip skip and weights, all at once, from the adaptor to the runtime."""
+    text = TextSettings(context_tokens=154, clip_skip=1, prompt_weights=True)
+    adaptor = make_adaptor(model_dir, tmp_path / "adaptor", text=text)
+    assert read_metadata(adaptor, model_dir).text == text
+    with pytest.raises(HipaError, match=r"trained with clip skip 1, not 0\. Leave out --clip-skip"):
+        export(model_dir, tmp_path / "b", adaptor=adaptor, clip_skip=0)
+
+    bundle = export(model_dir, tmp_path / "b", adaptor=adaptor)
+    assert bundle.manifest.text == text
+    layers = (bundle.root / "text_encoder/weights.json").read_text(encoding="utf-8")
+    assert "encoder.layers.1." in layers
+    assert "encoder.layers.2." not in layers
+
+    model = DiffusionModel.load(model_dir, "cpu", text=text)
+    with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
+        for prompt in PROMPTS:
+            np.testing.assert_allclose(
+                runtime_context(pipe, prompt), model.context([prompt])[0].numpy(), atol=1e-5
+            )
+        weighed = f"({LONG}:1.3) [東京]"
+        trained = model.context([weighed])[0].numpy()
+        np.testing.assert_allclose(runtime_context(pipe, weighed), trained, atol=1e-5)
+        expected = diffusers_context(model_dir, ["a cat"], 1)[0]
+        np.testing.assert_allclose(runtime_context(pipe, "a cat")[:77], expected, atol=1e-5)
+
+    # Another adaptor for this bundle must have been trained alike.
+    other = make_adaptor(model_dir, tmp_path / "other")
+    options = SwapOptions(
+        model=str(model_dir), adaptor=other, bundle=bundle.root, out=tmp_path / "swap"
+    )
+    with pytest.raises(HipaError, match=r"clip skip 0, not 1\. Export a bundle of its own"):
+        export_swap(options)

@@ -87,7 +87,7 @@ class Student:
         cls, recipe: Recipe, model_dir: Path, cache: Path | None, console: Console, method: str
     ) -> Student:
         """Load the model, make or read the teacher pairs, and add a new adaptor."""
-        model = DiffusionModel.load(model_dir)
+        model = DiffusionModel.load(model_dir, text=recipe.text)
         prompts = read_prompts(recipe, model_dir)
         metadata = adaptor_metadata(recipe, model, prompts, method)
         context = prompt_contexts(model, prompts, console)

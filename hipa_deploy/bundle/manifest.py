@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.paths import name_problem, shown
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
-from hipa_deploy.text_settings import TextSettings
 
 MAX_BATCH = 64
 # Far beyond what an export writes. Larger numbers are mistakes, or are meant to fill a memory.
@@ -189,11 +189,11 @@ class Parity(Record):
 
     """
 
-    max_abs: Finite
-    mean_abs: Finite
-    cosine: Finite
-    psnr_db: Finite
-    high_frequency_ratio: Finite | None = None
+    max_abs: float
+    mean_abs: float
+    cosine: float
+    psnr_db: float
+    high_frequency_ratio: float | None = None
 
 
 class Cost(Record):

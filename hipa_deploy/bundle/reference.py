@@ -15,6 +15,7 @@ from pydantic import Field
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import MAX_BATCH
 from hipa_deploy.errors import HipaError
+from hipa_deploy.paths import shown
 from hipa_deploy.reading import bounded, read_npz, read_record, reason_of
 from hipa_deploy.record import Record
 
@@ -67,6 +68,9 @@ class Reference:
             tensors = read_npz(path, lambda name, found: bounded(found), max_bytes=_MAX_TENSORS)
         except HipaError as error:
             raise _unreadable(bundle, error) from None
+        for name, tensor in tensors.items():
+            if not np.isfinite(tensor).all():
+                raise _unreadable(bundle, HipaError(f"{shown(name)} has NaN or infinity"))
         return cls(prompt, seeds, tensors)
 
 

@@ -66,6 +66,20 @@ def evaluate(
         Path | None,
         typer.Option(help="Also write a folder with report.md, frequency spectra and samples."),
     ] = None,
+    context_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="How many tokens of a prompt are read: 77, 154 or 231. By default as the adaptor "
+            "was trained."
+        ),
+    ] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(
+            help="How many of the text encoder's last layers to leave out, counted as in "
+            "diffusers. By default as the adaptor was trained."
+        ),
+    ] = None,
     force: ForceOption = False,
 ) -> None:
     """Measure an adaptor's image quality against the multi-step model.
@@ -74,8 +88,10 @@ def evaluate(
     one step, the model with the adaptor in one step, and with each rival.
     """
     require("train")
+    from hipa_deploy.bundle.text_settings import TextWishes, choose_text
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.models.adaptor_folder import read_metadata
+    from hipa_deploy.models.clip_tokenizer import text_sizes
     from hipa_deploy.models.locate import model_folder
     from hipa_deploy.models.lora.open_style import OpenStyle
     from hipa_deploy.models.model_config import ModelConfig
@@ -104,19 +120,25 @@ def evaluate(
     check_outputs(outputs, inputs=inputs, force=force)
     style = parse_style(lora, embedding)
     added = OpenStyle.read(style, ModelConfig.read(folder)).info
+    trained = None
     if adaptor_dir is not None:
         metadata = read_metadata(adaptor_dir, folder)
         check_same_loras(adaptor_dir, metadata.loras, added.loras)
+        trained = metadata.text
+    wishes = TextWishes(context_tokens, clip_skip)
+    text, warning = choose_text(wishes, trained, *text_sizes(ModelConfig.read(folder)))
+    if warning:
+        console.print(f"warning: {warning}", markup=False, highlight=False)
     check_rivals(rivals, folder, style)
 
     # Every kind of image is made from the same prompts and seeds, so that only the model differs.
     texts, _ = quality.draw(quality.held_out_prompts(folder, prompts), images)
     rows, again = quality.make_images(
-        folder, adaptor_dir, texts, teacher, images, console, style, rivals
+        folder, adaptor_dir, texts, teacher, images, console, style, rivals, text
     )
     truth = rows[quality.teacher_row(teacher.steps)]
     report = quality.quality_report(teacher, texts, truth, again, rows)
-    report = report.model_copy(update={"style": added})
+    report = report.model_copy(update={"style": added, "text": text})
 
     if json_path:
         write_output(json_path, (report.model_dump_json(indent=2) + "\n").encode(), force=force)

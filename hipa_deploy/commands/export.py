@@ -120,6 +120,14 @@ def export(
             "adaptor was trained with, 77 without one."
         ),
     ] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(
+            help="How many of the text encoder's last layers to leave out, counted as in "
+            "diffusers: 1 is AUTOMATIC1111's Clip skip 2. By default as the adaptor was trained, "
+            "0 without one."
+        ),
+    ] = None,
     prompt_weights: Annotated[
         bool | None,
         typer.Option(
@@ -168,6 +176,7 @@ def export(
                     strengths,
                     build,
                     context_tokens,
+                    clip_skip,
                     prompt_weights,
                 )
             )
@@ -215,6 +224,7 @@ def export(
         strengths=parse_strengths(strengths) if strengths else (),
         encoder=resolve_encoder(encoder),
         context_tokens=context_tokens,
+        clip_skip=clip_skip,
         prompt_weights=prompt_weights,
         style=parse_style(lora, embedding),
         one_step=one_step,

@@ -26,7 +26,7 @@ from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import bundle_noise, check_seeds
 from hipa_deploy.generate.open_stages import open_stages, resolve_backend
-from hipa_deploy.generate.prompts import Prepared, open_prompts
+from hipa_deploy.generate.prompts import Prepared, PromptSource, open_prompts
 from hipa_deploy.generate.runner import ENGINE_BACKENDS, ClosesAtExit, Runner, check_backend
 from hipa_deploy.generate.shared_use import SharedUse
 from hipa_deploy.generate.stages import (
@@ -115,7 +115,13 @@ class OneStepPipeline(ClosesAtExit):
 
     """
 
-    def __init__(self, bundle: Bundle, backend: str, stages: Stages) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str,
+        stages: Stages,
+        prompts: PromptSource | None = None,
+    ) -> None:
         self.bundle = bundle
         self.backend = backend
         self.load_seconds = 0.0
@@ -124,7 +130,7 @@ class OneStepPipeline(ClosesAtExit):
         self._one_swap = threading.Lock()
         batch = bundle.manifest.batch
         self._batch = bundle.axes.get("batch", Axis(min=batch, opt=batch, max=batch))
-        self._prompts = open_prompts(bundle)
+        self._prompts = open_prompts(bundle) if prompts is None else prompts
         self._encoded_images = EncodedImages()
 
     @classmethod
@@ -146,9 +152,11 @@ class OneStepPipeline(ClosesAtExit):
         opened = Bundle.open(resolve_bundle(bundle))
         opened.verify()
         name = resolve_backend(backend, opened)
+        # The tokenizer first: what is wrong with it is found before seconds of loading.
+        prompts = open_prompts(opened)
         stages = open_stages(opened, name)
         try:
-            pipeline = cls(opened, name, stages)
+            pipeline = cls(opened, name, stages, prompts)
         except BaseException:
             stages.close()
             raise

@@ -21,11 +21,12 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import one_line
 from hipa_deploy.generate.prompt_weights import weigh_context
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
-from hipa_deploy.reading import Header, read_npy
+from hipa_deploy.reading import MIB, Header, read_npy, read_text
 
 BAKED_PROMPTS = "prompts/prompts.txt"
 BAKED_CONTEXTS = "prompts/contexts.npy"
 CACHED_BATCHES = 64
+_MAX_PROMPTS = 256 * MIB
 
 Prepared = Any
 """A prompt that was checked: an ``EncodedPrompt``, or its place in a closed set."""
@@ -225,7 +226,7 @@ class BakedPrompts:
             how = "with" if self._weights else "without"
             raise HipaError(
                 f"this bundle's prompts were baked {how} prompt weights. "
-                "Leave the choice to the bundle, or export it again."
+                "Leave out that option, or export the bundle again."
             )
         return self._weights
 
@@ -263,10 +264,7 @@ def read_baked_prompts(path: Path) -> list[str]:
         HipaError: the file cannot be read as UTF-8, or has no line.
 
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise HipaError(f"{path} cannot be read ({error}). Export the bundle again.") from None
+    lines = read_text(path, max_bytes=_MAX_PROMPTS).splitlines()
     if not lines:
         raise HipaError(f"{path} is empty. Export the bundle again.")
     return lines

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from hipa_deploy.bundle.text_settings import MAX_CHUNKS, TextSettings
 from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER, tokenizer_problem
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_weights import parse_weights
 from hipa_deploy.reading import as_line, read_text
-from hipa_deploy.text_settings import MAX_CHUNKS, TextSettings
+
+AT_ONCE = 1000  # prompts that are counted at once; a million would take much memory
 
 
 class PromptTooLongError(HipaError):
@@ -44,6 +46,9 @@ class PromptTooLongError(HipaError):
         super().__init__(f"{problem} {remedy}")
         self.problem = problem
         self.context_tokens = context_tokens
+
+
+_FEWEST_TOKENS = 3  # the start, the end and one of the prompt
 
 
 class PromptTokenizer:
@@ -103,6 +108,11 @@ class PromptTokenizer:
         if not padding or not truncation:
             raise HipaError(f"{path} says nothing of length and padding. Export the bundle again.")
         self.chunk: int = truncation["max_length"]
+        if self.chunk < _FEWEST_TOKENS or padding["length"] != self.chunk:
+            raise HipaError(
+                f"{path} reads {self.chunk} tokens and pads to {padding['length']}. "
+                "Expected one length. Export the bundle again."
+            )
         self._chunks = TextSettings(context_tokens=context_tokens).chunks(self.chunk)
         self.length = self.chunk * self._chunks
         self._pad: int = padding["pad_id"]
@@ -133,6 +143,15 @@ class PromptTokenizer:
 
         """
         return np.stack([self._encode(prompt, truncate) for prompt in prompts])
+
+    def count_too_long(self, prompts: Sequence[str]) -> int:
+        """How many prompts have more tokens than fit; brackets count as text."""
+        too_long = 0
+        for start in range(0, len(prompts), AT_ONCE):
+            batch = list(prompts[start : start + AT_ONCE])
+            for encoding in self._tokenizer.encode_batch(batch, add_special_tokens=False):
+                too_long += len(encoding.ids) > self._room
+        return too_long
 
     def weighted(
         self, prompts: Sequence[str], *, truncate: bool = False

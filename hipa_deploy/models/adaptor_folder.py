@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from hipa_deploy.bundle.manifest import EmbeddingInfo, LoraInfo
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.weights.weight_identity import (
@@ -23,7 +24,6 @@ from hipa_deploy.models.weights.weight_identity import (
 )
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
-from hipa_deploy.text_settings import TextSettings
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ENCODER_WEIGHTS = "vae_encoder_lora.safetensors"  # only where the VAE encoder is adapted too

@@ -90,3 +90,13 @@ def prompt_tokenizer(
     """
     text = rust_tokenizer(tokenizer).to_str()
     return PromptTokenizer.of(text, tokenizer.name_or_path, context_tokens)
+
+
+def text_sizes(config: ModelConfig) -> tuple[int, int]:
+    """Tokens that a model's text encoder reads at once, and its layers, for ``choose_text``.
+
+    Raises:
+        HipaError: the tokenizer cannot be read.
+
+    """
+    return load_tokenizer(config).model_max_length, config.text_layers

@@ -167,6 +167,11 @@ class ModelConfig:
         return int(self.text_encoder["hidden_size"])
 
     @property
+    def text_layers(self) -> int:
+        """Layers of the text encoder."""
+        return int(self.text_encoder["num_hidden_layers"])
+
+    @property
     def is_inpainting(self) -> bool:
         """Whether the UNet was made for inpainting: it sees mask and source beside the noise."""
         return is_inpainting_unet(int(self.unet["in_channels"]), self.latent_channels)

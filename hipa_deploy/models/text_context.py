@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 
-def text_context(encoder: CLIPTextModel, tokens_BL: Tensor, chunk_tokens: int) -> Tensor:
+def text_context(
+    encoder: CLIPTextModel, tokens_BL: Tensor, chunk_tokens: int, clip_skip: int = 0
+) -> Tensor:
     """The text context [B, L, D] of tokens int64 [B, L].
 
     Each chunk is encoded by itself, and the contexts of a prompt's chunks are joined along the
@@ -25,6 +27,8 @@ def text_context(encoder: CLIPTextModel, tokens_BL: Tensor, chunk_tokens: int) -
         encoder: the text encoder.
         tokens_BL: as ``PromptTokenizer`` gives them.
         chunk_tokens: C, tokens that the encoder reads at once.
+        clip_skip: last layers whose work is left out; the final layer norm follows all the same
+            (``encode_prompt`` of diffusers' pipeline_stable_diffusion.py).
 
     Example:
         >>> text_context(encoder, torch.zeros(2, 154, dtype=torch.int64), 77).shape
@@ -33,5 +37,10 @@ def text_context(encoder: CLIPTextModel, tokens_BL: Tensor, chunk_tokens: int) -
     """
     batch, length = tokens_BL.shape
     tokens_NC = tokens_BL.reshape(-1, chunk_tokens)
-    context_NCD = encoder(tokens_NC).last_hidden_state
+    if clip_skip == 0:
+        context_NCD = encoder(tokens_NC).last_hidden_state
+    else:
+        # The embeddings come first, then what each layer gives.
+        states = encoder(tokens_NC, output_hidden_states=True).hidden_states
+        context_NCD = encoder.text_model.final_layer_norm(states[-1 - clip_skip])
     return context_NCD.reshape(batch, length, -1)

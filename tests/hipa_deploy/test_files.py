@@ -221,3 +221,20 @@ def test_a_link_that_leads_nowhere_is_refused(target: str, tmp_path: Path) -> No
         new_folder(tmp_path / "out"),
     ):
         pass
+
+
+def test_two_processes_that_make_one_folder(
+    tmp_path: Path, start: Callable[[str, Path], subprocess.Popen[str]]
+) -> None:
+    program = MAKES_A_FOLDER.replace('"out")', '"out", alone=True)')
+    other = start(program, tmp_path)
+    with (
+        pytest.raises(HipaError, match=rf"out: process {other.pid} .* is writing here\. Wait"),
+        new_folder(tmp_path / "out", alone=True),
+    ):
+        pass
+    other.kill()
+    other.wait()
+    with new_folder(tmp_path / "out", alone=True) as scratch:
+        (scratch / "x").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

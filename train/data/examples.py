@@ -128,7 +128,9 @@ def task_examples(
     # A folder's captions become prompts. Only edits follow the recipe's prompts as well.
     if folder:
         own_prompts = prompts if task == "edit" else []
-        source_images, prompts = folder_source_images(model, Path(folder), own_prompts, console)
+        source_images, prompts = folder_source_images(
+            model, Path(folder), own_prompts, console, captions=recipe.source.captions
+        )
 
     # The empty prompt comes last: a share of the inpainting and super-resolution examples has it.
     texts = prompts if task == "generate" else [*prompts, ""]

@@ -15,8 +15,10 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_prompt_file
+from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.train.evaluation.quality import (
     Quality,
@@ -52,6 +54,7 @@ class QualityReport(BaseModel):
         kid_lite0_floor: KID-Lite0 between the teacher's images and its images from other noise.
         rows: The three numbers of each row, by its name.
         style: LoRAs and embeddings of every row's model.
+        text: How prompts were encoded.
 
     """
 
@@ -64,6 +67,7 @@ class QualityReport(BaseModel):
     kid_lite0_floor: float
     rows: dict[str, Quality]
     style: StyleInfo = StyleInfo()
+    text: TextSettings = TextSettings()
 
     def kid_gap_closed(self, row: str = ADAPTED) -> float:
         """Share of the gap between base and teacher in KID-Lite0 that a row closes.
@@ -143,6 +147,7 @@ def make_images(
     console: Console,
     style: Style | None = None,
     rivals: Sequence[Rival] = (),
+    text: TextSettings | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Make the images of every row of a report.
 
@@ -154,6 +159,7 @@ def make_images(
         images: N, how many images each row has.
         console: Where the status line goes.
         style: LoRAs and embeddings of every row's model.
+        text: How prompts are encoded, for every row; None is as the adaptor was trained.
         rivals: One-step LoRAs and models of others, a row each.
 
     Returns:
@@ -166,6 +172,8 @@ def make_images(
     """
     texts, seeds = draw(prompts, images)
     rows = {}
+    if text is None and adaptor is not None:
+        text = read_metadata(adaptor).text
 
     # The teacher at fewer steps shows what its steps are worth on this model.
     for steps in FEWER_STEPS:
@@ -173,20 +181,24 @@ def make_images(
             continue
         with console.status(f"{steps}-step teacher, {images} images"):
             fewer = teacher.model_copy(update={"steps": steps})
-            rows[teacher_row(steps)] = teacher_images(model_dir, texts, seeds, fewer, style=style)
+            rows[teacher_row(steps)] = teacher_images(
+                model_dir, texts, seeds, fewer, style=style, text=text
+            )
 
     # The reference, and the same prompts from other noise, to which KID-Lite0 is measured.
     with console.status(f"{teacher.steps}-step teacher, twice {images} images"):
         rows[teacher_row(teacher.steps)], again = teacher_twice(
-            model_dir, texts, seeds, teacher, style
+            model_dir, texts, seeds, teacher, style, text
         )
 
     with console.status("one-step images"):
-        rows[BASE] = one_step_images(model_dir, None, texts, seeds, style=style)
+        rows[BASE] = one_step_images(model_dir, None, texts, seeds, style=style, text=text)
         if adaptor is not None:
-            rows[ADAPTED] = one_step_images(model_dir, adaptor, texts, seeds, style=style)
+            rows[ADAPTED] = one_step_images(
+                model_dir, adaptor, texts, seeds, style=style, text=text
+            )
         for rival in rivals:
-            rows[rival.row] = rival_images(model_dir, rival, texts, seeds, style=style)
+            rows[rival.row] = rival_images(model_dir, rival, texts, seeds, style=style, text=text)
     return rows, again
 
 
@@ -229,6 +241,7 @@ def teacher_twice(
     seeds: list[int],
     teacher: TeacherSettings,
     style: Style | None = None,
+    text: TextSettings | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's images from ``seeds``, and of the same prompts from other seeds.
 
@@ -238,7 +251,9 @@ def teacher_twice(
     """
     # One call for both sets, so that the model is loaded once.
     others = [seed + len(seeds) for seed in seeds]
-    both = teacher_images(model_dir, [*texts, *texts], [*seeds, *others], teacher, style=style)
+    both = teacher_images(
+        model_dir, [*texts, *texts], [*seeds, *others], teacher, style=style, text=text
+    )
     return both[: len(seeds)], both[len(seeds) :]
 
 
@@ -255,6 +270,8 @@ def conditions(report: QualityReport) -> str:
     """What the numbers were measured on, in one line."""
     added = [f"{lora.name}:{lora.scale:g}" for lora in report.style.loras]
     added += [embedding.name for embedding in report.style.embeddings]
+    if report.text.clip_skip:
+        added.append(f"clip skip {report.text.clip_skip}")
     style = f" with {', '.join(added)}" if added else ""
     return (
         f"{report.images} images{style}; KID-Lite0 to the teacher ({report.teacher_steps} steps, "

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import METADATA
 from hipa_deploy.models.lora.open_style import OpenStyle
@@ -79,14 +80,20 @@ def make_rival(name: str, lora: Path | None, option: str) -> Rival:
         raise HipaError(f"{option}: hipa is the step of --adaptor. Leave it out.")
     if lora is None:
         if method.needs_adaptor:
-            raise HipaError(f"{option}: {name} is a LoRA. Give its file: FILE={name}.")
+            raise HipaError(
+                f"{option}: {name} is a LoRA. Name its file too: --rival FILE={name}, or --adaptor "
+                f"FILE --one-step {name}."
+            )
         return Rival(method)
     if not lora.exists():
         raise HipaError(
             f"{option}: {lora} does not exist. Expected a one-step LoRA's file or folder."
         )
     if (lora / METADATA).exists():
-        raise HipaError(f"{option}: {lora} is an adaptor of HiPA. Give it as --adaptor alone.")
+        raise HipaError(
+            f"{option}: {lora} is an adaptor of HiPA, which says its own step. Give it as "
+            "--adaptor alone; for a model that is one-step itself give --adaptor none."
+        )
     return Rival(method, lora)
 
 
@@ -115,6 +122,7 @@ def rival_images(
     *,
     style: Style | None = None,
     device: str | None = None,
+    text: TextSettings | None = None,
 ) -> np.ndarray:
     """One-step images of a rival.
 
@@ -125,6 +133,7 @@ def rival_images(
         seeds: The noise seed of each prompt.
         style: LoRAs and embeddings that are added to the model.
         device: 'cpu', 'cuda', ...; None is the GPU if there is one.
+        text: How prompts are encoded; None is one chunk, all layers.
 
     Returns:
         uint8 [N, H, W, 3].
@@ -133,7 +142,9 @@ def rival_images(
         HipaError: as ``check_rivals``; or not one seed for each prompt.
 
     """
-    model = DiffusionModel.load(folder, device, style=_with_lora(style or Style(), rival))
+    model = DiffusionModel.load(
+        folder, device, style=_with_lora(style or Style(), rival), text=text
+    )
     constants = step_constants(rival.method, model.config)
     latents = partial(
         one_step_latents,

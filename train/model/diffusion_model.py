@@ -18,6 +18,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.prompt_weights import weigh_context
 from hipa_deploy.generate.tokenizer import PromptTokenizer
@@ -28,7 +29,6 @@ from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.models.text_context import text_context
 from hipa_deploy.models.weights.load_part import check_weights, load_part
 from hipa_deploy.tasks import Task, is_inpainting_unet
-from hipa_deploy.text_settings import TextSettings
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class DiffusionModel:
         config = ModelConfig.read(folder, task)
         text = text or TextSettings()
         tokenizer = load_tokenizer(config)
-        text.chunks(tokenizer.model_max_length)
+        text.check(tokenizer.model_max_length, config.text_layers)
         added = OpenStyle.read(style or Style(), config)
         check_weights(folder)
         diffusers_logging.disable_progress_bar()
@@ -172,12 +172,12 @@ class DiffusionModel:
         chunk = self.tokenizer.chunk
         if not self.text.prompt_weights:
             tokens_BL = torch.from_numpy(self.tokenizer(prompts, truncate=True)).to(self.device)
-            return text_context(self.pipe.text_encoder, tokens_BL, chunk)
+            return text_context(self.pipe.text_encoder, tokens_BL, chunk, self.text.clip_skip)
 
         tokens, weights = self.tokenizer.weighted(prompts, truncate=True)
         tokens_BL = torch.from_numpy(tokens).to(self.device)
         weights_BL = torch.from_numpy(weights).to(self.device)
-        context_BLD = text_context(self.pipe.text_encoder, tokens_BL, chunk)
+        context_BLD = text_context(self.pipe.text_encoder, tokens_BL, chunk, self.text.clip_skip)
         weighed_BLD: Tensor = weigh_context(context_BLD, weights_BL, chunk)
         return weighed_BLD
 

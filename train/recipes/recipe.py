@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.tasks import Task
-from hipa_deploy.text_settings import TextSettings
 
 # tomllib is part of Python since 3.11.
 if sys.version_info >= (3, 11):
@@ -76,8 +76,11 @@ class SourceSettings(_Settings):
     """The images that editing, inpainting and super-resolution start from."""
 
     images: str | None = None
-    """Folder of images, relative to the recipe, with captions in metadata.csv (columns file_name,
-    text). The default is the teacher's own images of the prompts."""
+    """Folder of images, relative to the recipe, with captions in metadata.jsonl or metadata.csv
+    (file_name, text), or in a text beside each image. The default is the teacher's own images of
+    the prompts."""
+    captions: bool = True
+    """Whether the images of the folder have captions. false: all train with the empty prompt."""
     prompts: str | None = None
     """Of editing: file of the prompts of the teacher's source images. The default is the prompts
     that the edits follow."""

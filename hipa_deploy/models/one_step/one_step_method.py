@@ -157,22 +157,29 @@ def check_fits(method: OneStepMethod, config: ModelConfig) -> None:
             f"{config.unet['time_cond_proj_dim']}), which is not supported. Use the plain model "
             "with the method's LoRA, such as LCM-LoRA."
         )
-    if method.family is None:
-        return
-    name, width = FAMILIES[method.family]
-    known = {known_width for _, known_width in FAMILIES.values()}
-    is_other = config.text_width in known or method.family == "sdxl"
-    if config.text_width != width and is_other:
-        others = ", ".join(other for other in preset_names() if _is_for(other, config.text_width))
+    if method.family is not None and not _is_for(method, config.text_width):
+        name, width = FAMILIES[method.family]
+        others = ", ".join(names_for(config.text_width))
         raise HipaError(
             f"one-step method {method.name} is for {name} (text context {width} wide), and "
             f"{config.folder} has {config.text_width}. Use one of: {others}."
         )
 
 
-def _is_for(name: str, width: int) -> bool:
-    """Whether a preset is for models whose text context has this width."""
-    method = load_method(name)
-    if method is None or method.family is None:
+def names_for(text_width: int) -> list[str]:
+    """The presets for models whose text context has this width, HiPA's own step first."""
+    names = []
+    for name in preset_names():
+        method = load_method(name)
+        if method is None or _is_for(method, text_width):
+            names.append(name)
+    return names
+
+
+def _is_for(method: OneStepMethod, text_width: int) -> bool:
+    if method.family is None:
         return True
-    return FAMILIES[method.family][1] == width
+    known = {width for _, width in FAMILIES.values()}
+    if text_width in known or method.family == "sdxl":
+        return FAMILIES[method.family][1] == text_width
+    return True

@@ -121,7 +121,7 @@ def engine_pipe(root: Path, monkeypatch: pytest.MonkeyPatch) -> OneStepPipeline:
     pipe = OneStepPipeline(
         Bundle.open(root), "tensorrt", HostStages("tensorrt", {"unet": EngineInPlace()})
     )
-    monkeypatch.setattr(pipe._prompts, "feed", lambda prompts: {})
+    monkeypatch.setattr(pipe._prompts, "feed", lambda prompts, encode: {})
     return pipe
 
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.data import teacher_pairs as module
 from hipa_deploy.train.data.teacher_pairs import (
@@ -206,6 +208,13 @@ def test_cache_key_depends_on_content(
     ]
     assert len({key(), *changed}) == 8
     assert key(pairs=100) == key()
+
+    # How prompts are encoded is part of it, but for defaults, which older pairs do not name.
+    texts = [TextSettings(clip_skip=1), TextSettings(context_tokens=154)]
+    texts.append(TextSettings(prompt_weights=True))
+    encoded = [key(replace(model, text=text)) for text in texts]
+    assert len({key(), *encoded}) == 4
+    assert key(replace(model, text=TextSettings())) == key()
 
 
 def test_every_prompt_equally_often() -> None:
