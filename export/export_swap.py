@@ -124,7 +124,8 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         for warning in (text_warning, step_warning(like_bundle, settings, model)):
             if warning:
                 print_warning(console, warning)
-        parts = ChosenParts.choose(model, like_bundle, settings.task)
+        clip_skip = bundle.manifest.text.clip_skip
+        parts = ChosenParts.choose(model, like_bundle, settings.task, chunk_tokens, clip_skip)
         changes_text = has_other_text(bundle, parts.style.info)
         if like_bundle.fuse:
             check_decoder(bundle, parts)
