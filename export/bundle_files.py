@@ -14,12 +14,12 @@ from transformers import CLIPTokenizerFast
 
 from hipa_deploy.bundle.manifest import Precision
 from hipa_deploy.bundle.reference import REFERENCE_PROMPTS, REFERENCE_TENSORS
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import References
 from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.clip_tokenizer import rust_tokenizer
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod
 from hipa_deploy.models.one_step.step_constants import make_scheduler

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from hipa_deploy import __version__
 from hipa_deploy.bundle.folder import MANIFEST, SCHEMA, Bundle
 from hipa_deploy.bundle.manifest import MAX_BATCH, Manifest, Stage
+from hipa_deploy.disk.files import new_folder
 from hipa_deploy.embedded import EXAMPLE_PROMPT, MODEL
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import bundle_sources
@@ -41,7 +42,6 @@ from hipa_deploy.export.task import (
     text_settings,
 )
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.files import new_folder
 from hipa_deploy.generate.prompt_files import read_numbered_prompts
 
 NEUTRAL_PROMPT = "a photo of a red apple"

@@ -34,6 +34,8 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import AdaptorInfo, LoraInfo, OneStep, Stage
 from hipa_deploy.bundle.onnx_weights import Initializer, read_initializers, skeleton_sha256
 from hipa_deploy.bundle.reference import Reference
+from hipa_deploy.disk.files import new_folder, temporary_folder
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import text_encoder_source, unet_source
 from hipa_deploy.export.chosen_parts import ChosenParts
@@ -55,8 +57,6 @@ from hipa_deploy.export.task import (
     text_settings,
 )
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.files import new_folder, temporary_folder
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
 from hipa_deploy.models.one_step.one_step_method import OWN
 from hipa_deploy.models.style import Style, StyleInfo

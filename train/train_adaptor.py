@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from hipa_deploy.files import refuse_to_overwrite
+from hipa_deploy.disk.files import refuse_to_overwrite
 from hipa_deploy.models.adaptor_folder import (
     AdaptorMetadata,
     read_metadata,

@@ -24,9 +24,9 @@ from diffusers import AutoencoderTiny
 from rich.console import Console
 from torch import Tensor
 
+from hipa_deploy.disk.files import new_folder, refuse_to_overwrite
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import new_folder, refuse_to_overwrite
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata, unet_sha256
 from hipa_deploy.models.decoder_folder import (
     DECODER_METADATA,

@@ -34,7 +34,7 @@ from rich.console import Console
 from timing import TimedRun
 from torch import Tensor
 
-from hipa_deploy.files import refuse_to_overwrite
+from hipa_deploy.disk.files import refuse_to_overwrite
 from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.models.adaptor_folder import AdaptorMetadata, unet_sha256
 from hipa_deploy.train.data.teacher_pairs import Pairs, RowFunction, prompt_contexts, teacher_pairs

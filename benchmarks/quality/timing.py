@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hipa_deploy.disk.files import write_file
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import write_file
 from hipa_deploy.train import train_adaptor as adaptor_training
 from hipa_deploy.train.loop.run import Run
 

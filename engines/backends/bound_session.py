@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
-from hipa_deploy.reading import REEXPORT, as_line
+from hipa_deploy.disk.reading import REEXPORT, as_line
 
 
 class BoundSession:

@@ -11,12 +11,12 @@ from typing import Literal
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import StageName
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.paths import inside, inside_folder
+from hipa_deploy.disk.reading import MIB, read_record, reason_of
 from hipa_deploy.engines.store.engine_key import EngineKey
 from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.paths import inside, inside_folder
-from hipa_deploy.reading import MIB, read_record, reason_of
 from hipa_deploy.record import Record
 
 FOLDER = "engines"

@@ -26,7 +26,7 @@ from train_text_encoder import emoji_words
 from train_unet import SCHEDULE
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from hipa_deploy.files import new_folder
+from hipa_deploy.disk.files import new_folder
 
 SIZE_LIMIT_BYTES = {64: 25_000_000, LARGE: 23_200_000}  # by the size of the images
 WIDE_PROMPTS = 11_008

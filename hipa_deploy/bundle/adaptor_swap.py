@@ -33,10 +33,18 @@ from hipa_deploy.bundle.manifest import (
     Text,
 )
 from hipa_deploy.bundle.onnx_weights import check_values, no_weight, read_initializers
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.paths import inside
+from hipa_deploy.disk.reading import (
+    MIB,
+    bounded,
+    expect,
+    read_npy,
+    read_npz,
+    read_record,
+    reason_of,
+)
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.paths import inside
-from hipa_deploy.reading import MIB, bounded, expect, read_npy, read_npz, read_record, reason_of
 from hipa_deploy.record import Record
 
 FOLDER = "adaptors"

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 
 from hipa_deploy.bundle.manifest import Axis, Manifest, Stage
 from hipa_deploy.bundle.onnx_check import beside, external_files
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.paths import inside, lies_in, shown
+from hipa_deploy.disk.reading import MIB, read_json, reason_of, validated
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.paths import inside, lies_in, shown
-from hipa_deploy.reading import MIB, read_json, reason_of, validated
 
 SCHEMA = 1
 MANIFEST = "hipa.json"

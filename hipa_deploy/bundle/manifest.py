@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hipa_deploy.bundle.text_settings import TextSettings
-from hipa_deploy.paths import name_problem, shown
+from hipa_deploy.disk.paths import name_problem, shown
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
 

@@ -14,9 +14,9 @@ from pydantic import Field
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import MAX_BATCH
+from hipa_deploy.disk.paths import shown
+from hipa_deploy.disk.reading import bounded, read_npz, read_record, reason_of
 from hipa_deploy.errors import HipaError
-from hipa_deploy.paths import shown
-from hipa_deploy.reading import bounded, read_npz, read_record, reason_of
 from hipa_deploy.record import Record
 
 REFERENCE_TENSORS = "reference/tensors.npz"

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from hipa_deploy import embedded
 from hipa_deploy.demo.contact_sheet import SHEET
+from hipa_deploy.disk.files import check_writable, write_file
+from hipa_deploy.disk.locks import locked
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import check_writable, write_file
 from hipa_deploy.generate.pipeline import OneStepPipeline
-from hipa_deploy.locks import locked
 
 if TYPE_CHECKING:
     from hipa_deploy.bundle.folder import Bundle

@@ -23,8 +23,8 @@ from hipa_deploy.demo.steps import (
     print_summary,
     profile,
 )
+from hipa_deploy.disk.files import write_file
 from hipa_deploy.extras import require
-from hipa_deploy.files import write_file
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.models.adaptor_folder import unet_sha256
 

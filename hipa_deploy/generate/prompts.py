@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.disk.reading import MIB, Header, read_npy, read_text
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import one_line
 from hipa_deploy.generate.prompt_weights import weigh_context
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
-from hipa_deploy.reading import MIB, Header, read_npy, read_text
 
 BAKED_PROMPTS = "prompts/prompts.txt"
 BAKED_CONTEXTS = "prompts/contexts.npy"

@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 
 from hipa_deploy.bundle.text_settings import MAX_CHUNKS, TextSettings
 from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER, tokenizer_problem
+from hipa_deploy.disk.reading import as_line, read_text
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_weights import parse_weights
-from hipa_deploy.reading import as_line, read_text
 
 AT_ONCE = 1000  # prompts that are counted at once; a million would take much memory
 

@@ -13,8 +13,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from rich.console import Console
 
 from hipa_deploy.bundle.text_settings import TextSettings
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError, StoppedError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.train.loop.run import Run
 from hipa_deploy.train.model.diffusion_model import DiffusionModel

@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from hipa_deploy.disk.files import user_cache, write_file
+from hipa_deploy.disk.hashing import folder_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import user_cache, write_file
-from hipa_deploy.hashing import folder_sha256
 from hipa_deploy.models.weights.weight_identity import loaded_files_sha256, weights_identity
 from hipa_deploy.tasks import start_latents
 from hipa_deploy.train.loop.processes import Processes

@@ -8,9 +8,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from hipa_deploy.disk.files import check_writable, refuse_to_overwrite
+from hipa_deploy.disk.locks import locked
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import check_writable, refuse_to_overwrite
-from hipa_deploy.locks import locked
 from hipa_deploy.train.loop.processes import Processes
 
 Train = TypeVar("Train", bound=Callable[..., Path])

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hipa_deploy.disk.files import new_folder
 from hipa_deploy.errors import HipaError, first_line
-from hipa_deploy.files import new_folder
 from hipa_deploy.models.adaptor_folder import METADATA, WEIGHTS, AdaptorMetadata, read_metadata
 from hipa_deploy.models.style import check_same_loras
 from hipa_deploy.train.model.diffusion_model import DiffusionModel

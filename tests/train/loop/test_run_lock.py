@@ -16,7 +16,7 @@ from hipa_deploy.train.train_adaptor import train_adaptor
 HOLDS = """
 import sys, time
 from pathlib import Path
-from hipa_deploy.locks import locked
+from hipa_deploy.disk.locks import locked
 with locked(Path(sys.argv[1]) / ".lock", "it"):
     print("held", flush=True)
     time.sleep(120)

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from pydantic import Field
 
-from hipa_deploy.errors import HipaError
-from hipa_deploy.reading import (
+from hipa_deploy.disk.reading import (
     as_line,
     bounded,
     expect,
@@ -26,6 +25,7 @@ from hipa_deploy.reading import (
     read_record,
     read_text,
 )
+from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
 ANY = 1 << 20

@@ -19,8 +19,8 @@ from typing import IO, Any, NoReturn, TypeVar
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
+from hipa_deploy.disk.paths import check_regular, shown
 from hipa_deploy.errors import HipaError, first_line
-from hipa_deploy.paths import check_regular, shown
 
 MIB = 1 << 20
 MAX_JSON = 16 * MIB

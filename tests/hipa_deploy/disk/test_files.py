@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from hipa_deploy import files
+from hipa_deploy.disk import files
+from hipa_deploy.disk.files import new_folder, sweep, temporary_folder, write_file
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import new_folder, sweep, temporary_folder, write_file
 
 # A process that makes scratch in the folder argv[1] and waits until it is killed.
 MAKES_A_FOLDER = """
 import sys, time
 from pathlib import Path
-from hipa_deploy.files import new_folder
+from hipa_deploy.disk.files import new_folder
 with new_folder(Path(sys.argv[1]) / "out") as scratch:
     (scratch / "x").write_text("1")
     print("ready", flush=True)
@@ -23,7 +23,7 @@ with new_folder(Path(sys.argv[1]) / "out") as scratch:
 MAKES_A_FILE = """
 import sys, time
 from pathlib import Path
-from hipa_deploy import files
+from hipa_deploy.disk import files
 file, scratch = files._scratch_file(Path(sys.argv[1]) / "out")
 file.write(b"1")
 print("ready", flush=True)
@@ -142,7 +142,7 @@ def test_without_locks_nothing_is_swept(tmp_path: Path, monkeypatch: pytest.Monk
     left = tmp_path / ".out-abcd1234"
     left.mkdir()
     (left / files._LOCK).touch()
-    monkeypatch.setattr("hipa_deploy.locks.fcntl", None)
+    monkeypatch.setattr("hipa_deploy.disk.locks.fcntl", None)
     sweep(tmp_path)
     assert left.exists()
     monkeypatch.undo()

@@ -17,9 +17,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
+from hipa_deploy.disk.locks import HAS_LOCKS, is_locked_now, is_still_at, locked
 from hipa_deploy.errors import HipaError
 from hipa_deploy.interrupts import uninterrupted
-from hipa_deploy.locks import HAS_LOCKS, is_locked_now, is_still_at, locked
 
 # mkdtemp and mkstemp end a name in eight such characters.
 _SCRATCH_FOLDER = re.compile(r"\..+-[a-z0-9_]{8}")
