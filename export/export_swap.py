@@ -120,15 +120,12 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         _check_step(options, bundle, model, settings)
         chunk_tokens = model.tokenizer().model_max_length
         remedy = "Export a bundle of its own."
-        text_of_bundle, text_warning = text_settings(
-            like_bundle, model.config, chunk_tokens, remedy
-        )
+        _, text_warning = text_settings(like_bundle, model.config, chunk_tokens, remedy)
         for warning in (text_warning, step_warning(like_bundle, settings, model)):
             if warning:
                 print_warning(console, warning)
-        parts = ChosenParts.choose(
-            model, like_bundle, settings.task, chunk_tokens, text_of_bundle.clip_skip
-        )
+        clip_skip = bundle.manifest.text.clip_skip
+        parts = ChosenParts.choose(model, like_bundle, settings.task, chunk_tokens, clip_skip)
         changes_text = has_other_text(bundle, parts.style.info)
         if like_bundle.fuse:
             check_decoder(bundle, parts)

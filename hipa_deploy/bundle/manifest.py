@@ -290,11 +290,11 @@ class LoraInfo(Record):
 
     """
 
-    name: str
-    sha256: str
-    scale: float
-    rank: int | None = None
-    parts: tuple[str, ...] = ()
+    name: Text
+    sha256: Text
+    scale: Finite
+    rank: int | None = Field(default=None, ge=1, le=1_000_000)
+    parts: tuple[Text, ...] = ()
 
 
 class EmbeddingInfo(Record):
@@ -308,10 +308,10 @@ class EmbeddingInfo(Record):
 
     """
 
-    name: str
-    sha256: str
-    token: str
-    vectors: int = Field(ge=1)
+    name: Text
+    sha256: Text
+    token: Name
+    vectors: int = Field(ge=1, le=1000)
 
 
 class DecoderInfo(Record):
