@@ -106,7 +106,11 @@ def _values_here(sidecar: Sidecar, bundle: Bundle | None, gpu: Gpu | None) -> di
     """
     built = sidecar.key
     # By the field names of the file format: the TensorRT library is "flavour" there.
-    values: dict[str, Any] = {"options": built.options, "flavour": built.flavour}
+    values: dict[str, Any] = {
+        "options": built.options,
+        "flavour": built.flavour,
+        "repairs": built.repairs,
+    }
 
     if bundle is not None and sidecar.stage in bundle.stages:
         target = Target(name="here", compute_capabilities=built.compute_capabilities)
