@@ -85,7 +85,7 @@ class StageGraph:
             for name in node.inputs:
                 place = self.names.get(name, name if name in self.graph.weights else "")
                 if "." in place:
-                    latest = re.sub(r"\d+", "N", place)
+                    latest = re.sub(r"\.\d+\.", ".N.", place)
                     steps = 0
             roles.append((latest, steps))
         return roles

@@ -143,10 +143,10 @@ def count_fused(text: str) -> int | None:
 
     """
     try:
-        report = json.loads(text)
+        report: dict[str, Any] = json.loads(text)
     except ValueError:
         return None
-    layers = report.get("Layers", [])
+    layers: list[Any] = report.get("Layers", [])
     if not layers:
         return None
     return sum(_is_fused(layer) for layer in layers)

@@ -138,6 +138,7 @@ def bisect(
 
     # Among the blocks' ends, then among the tensors inside of the block.
     ends = [block.tensor for block in blocks]
+    search.expect(ends)
     wrong = search.first_wrong(ends)
     if search.mended_by is None:
         wrong = search.first_wrong(search.tensors_of(block_at(tuple(blocks), search.maker(wrong))))
@@ -171,7 +172,16 @@ class _Search:
     probes: dict[str | None, Probe] = field(default_factory=dict)
     # The tensor that made the output right when it was made an output itself.
     mended_by: str | None = None
+    # Of the reference and of the usual run, what was asked for in one go.
+    _expected: dict[str, np.ndarray] = field(default_factory=dict)
+    _usual: dict[str, np.ndarray] = field(default_factory=dict)
     _makers: dict[str, int] = field(default_factory=dict)
+
+    def expect(self, tensors: Sequence[str]) -> None:
+        """Run reference and usual run once for all of ``tensors``, which are few and small."""
+        inside = tuple(name for name in tensors if name not in self.graph.outputs)
+        self._expected.update(self.reference(inside))
+        self._usual.update(self.usual(inside))
 
     def maker(self, tensor: str) -> int:
         """The number of the node that makes a tensor."""
@@ -223,14 +233,16 @@ class _Search:
         is_inside = tensor is not None and tensor not in self.graph.outputs
         marks = (tensor,) if tensor is not None and is_inside else ()
         got = self.suspect(marks)
-        expected = self.reference(marks)
+        is_known = tensor is None or tensor in self._expected
+        expected = self._expected if self._expected and is_known else self.reference(marks)
 
         output_db = self._least(got, expected, self.graph.outputs)
         tensor_db = output_db
         least_db = self.least_psnr_db
         if tensor is not None:
             tensor_db = self._least(got, expected, (tensor,))
-            usual_db = self._least(self.usual(marks), expected, (tensor,))
+            usual = self._usual if is_known else self.usual(marks)
+            usual_db = self._least(usual, expected, (tensor,))
             if is_inside and usual_db is not None:
                 least_db = min(usual_db, MOST_USUAL_DB) - MARGIN_DB
         number = None if tensor is None else self.maker(tensor)
