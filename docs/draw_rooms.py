@@ -106,7 +106,8 @@ CORE = House(
         ("hipa_deploy.images", "images in and out, masks, tiles, PNG parameters"),
         ("hipa_deploy.bundle", "manifest, files, adaptors to swap, parity gate"),
         ("hipa_deploy.embedded", "the small model, its adaptors and its bundle"),
-        ("hipa_deploy", "the ground: errors, files, hashing, records, tasks"),
+        ("hipa_deploy.disk", "files and folders: whole, hashed, locked, read within limits"),
+        ("hipa_deploy", "the ground: errors, records, tasks, signals"),
     ),
 )
 

@@ -14,12 +14,12 @@ from transformers import CLIPTokenizerFast
 
 from hipa_deploy.bundle.manifest import Precision
 from hipa_deploy.bundle.reference import REFERENCE_PROMPTS, REFERENCE_TENSORS
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import References
 from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.clip_tokenizer import rust_tokenizer
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod
 from hipa_deploy.models.one_step.step_constants import make_scheduler
@@ -136,7 +136,7 @@ def write_references(root: Path, references: References) -> None:
     arrays: Any = references.tensors  # Any: numpy's stub takes no mapping of arrays here
     np.savez_compressed(tensors, **arrays)
     content = {"prompts": [references.prompt], "seeds": list(references.seeds)}
-    (root / REFERENCE_PROMPTS).write_text(json.dumps(content) + "\n")
+    (root / REFERENCE_PROMPTS).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def write_diffusers_files(
@@ -165,7 +165,7 @@ def write_diffusers_files(
     _write_json(root / "model_index.json", index)
     stages = {"text_encoder": "text_encoder", "unet": "unet", "vae": "vae_decoder"}
     for part, stage in stages.items():
-        config = json.loads((model.folder / part / "config.json").read_text())
+        config = json.loads((model.folder / part / "config.json").read_text(encoding="utf-8"))
         _write_json(root / stage / "config.json", config)
 
     # save_pretrained writes a tokenizer.json of its own, without padding and length.
@@ -201,4 +201,4 @@ def file_hashes(root: Path) -> dict[str, str]:
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
 from hipa_deploy.bundle.manifest import AdaptorInfo, DecoderInfo, EncoderInfo
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
 from hipa_deploy.export.model_parts import ModelParts
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, METADATA, read_metadata
 from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.lora.open_style import OpenStyle

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from hipa_deploy import __version__
 from hipa_deploy.bundle.folder import MANIFEST, SCHEMA, Bundle
 from hipa_deploy.bundle.manifest import MAX_BATCH, Manifest, Stage
+from hipa_deploy.disk.files import new_folder
 from hipa_deploy.embedded import EXAMPLE_PROMPT, MODEL
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import bundle_sources
@@ -33,9 +34,14 @@ from hipa_deploy.export.references import (
     make_references,
     text_references,
 )
-from hipa_deploy.export.task import choose_task, step_warning, text_settings
+from hipa_deploy.export.task import (
+    choose_task,
+    print_warning,
+    size_warning,
+    step_warning,
+    text_settings,
+)
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.files import new_folder
 from hipa_deploy.generate.prompt_files import read_numbered_prompts
 
 NEUTRAL_PROMPT = "a photo of a red apple"
@@ -77,15 +83,18 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
     step = model.one_step(
         settings.timestep, options.size("height"), options.size("width"), settings.method
     )
-    for warning in (text_warning, step_warning(options, settings, model)):
+    warnings = (
+        text_warning,
+        step_warning(options, settings, model),
+        size_warning(options, step),
+    )
+    for warning in warnings:
         if warning:
-            (console or Console(stderr=True)).print(
-                f"warning: {warning}", highlight=False, soft_wrap=True
-            )
+            print_warning(console, warning)
     axes = stage_axes(options.dynamic, step, model.config.size_multiple)
     batch = options.size("batch") or 1
 
-    with new_folder(options.out) as root, _progress(console) as show:
+    with new_folder(options.out, alone=True) as root, _progress(console) as show:
         # The tokenizer comes first: the length of its tokens is a size of the stages.
         show("text")
         prompts = list(places) or [example_prompt(model)]
@@ -117,6 +126,9 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         references = make_references(
             references, parts, settings, step, options.layout, watch=options.dtype == "fp16"
         )
+
+        for doubt in references.doubts:
+            print_warning(console, doubt)
 
         # The chain: a stage is fed with what the ONNX stages before it gave, not with PyTorch's
         # tensors, so that the last stage's error is that of the whole bundle.
@@ -158,7 +170,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
             end_to_end=stages[-1].parity,
             files=file_hashes(root),
         )
-        (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return Bundle.open(options.out)
 
 

@@ -34,6 +34,8 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import AdaptorInfo, LoraInfo, OneStep, Stage
 from hipa_deploy.bundle.onnx_weights import Initializer, read_initializers, skeleton_sha256
 from hipa_deploy.bundle.reference import Reference
+from hipa_deploy.disk.files import new_folder, temporary_folder
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import text_encoder_source, unet_source
 from hipa_deploy.export.chosen_parts import ChosenParts
@@ -47,10 +49,14 @@ from hipa_deploy.export.references import (
     add_step,
 )
 from hipa_deploy.export.run_apart import run_apart
-from hipa_deploy.export.task import TaskSettings, choose_task, step_warning, text_settings
+from hipa_deploy.export.task import (
+    TaskSettings,
+    choose_task,
+    print_warning,
+    step_warning,
+    text_settings,
+)
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.files import new_folder, temporary_folder
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
 from hipa_deploy.models.one_step.one_step_method import OWN
 from hipa_deploy.models.style import Style, StyleInfo
@@ -106,7 +112,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
     bundle = Bundle.open(options.bundle)
     model = ModelParts.open(options.model)
     bundle.verify()
-    with new_folder(options.out) as root, temporary_folder("hipa-export") as scratch:
+    with new_folder(options.out, alone=True) as root, temporary_folder("hipa-export") as scratch:
         # The request that the bundle came from, with the other adaptor.
         _check_same_base(options, bundle, model)
         like_bundle = _bundle_options(options, bundle)
@@ -117,10 +123,9 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         _, text_warning = text_settings(like_bundle, model.config, chunk_tokens, remedy)
         for warning in (text_warning, step_warning(like_bundle, settings, model)):
             if warning:
-                (console or Console(stderr=True)).print(
-                    f"warning: {warning}", highlight=False, soft_wrap=True
-                )
-        parts = ChosenParts.choose(model, like_bundle, settings.task)
+                print_warning(console, warning)
+        clip_skip = bundle.manifest.text.clip_skip
+        parts = ChosenParts.choose(model, like_bundle, settings.task, chunk_tokens, clip_skip)
         changes_text = has_other_text(bundle, parts.style.info)
         if like_bundle.fuse:
             check_decoder(bundle, parts)
@@ -128,6 +133,8 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         # The UNet's stage once more, fed with what the bundle's own stages before it give.
         with (console or Console(stderr=True)).status("export: UNet"):
             references = _references(bundle, parts, settings, changes_text=changes_text)
+            for doubt in references.doubts:
+                print_warning(console, doubt)
             source = unet_source(like_bundle, parts, settings, bundle.manifest.one_step)
             writer = StageWriter(
                 root=scratch,

@@ -35,6 +35,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from hipa_deploy.bundle.manifest import AdaptorInfo, Layout, OneStep
+from hipa_deploy.bundle.reference_check import check_reference
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.graph.half_precision import Ranges
 from hipa_deploy.export.graph.modules import from_uint8, seen_by_unet, to_uint8
@@ -62,6 +63,7 @@ class References:
         largest: by module of the diffusers folder ('unet.conv_in'), the largest magnitude that went
             into or came out of it. Empty where nobody looks for layers that float16 cannot hold.
         adaptor: the adaptor that was merged into the UNet.
+        doubts: what a user should know of the tensors, a sentence each.
 
     """
 
@@ -70,6 +72,7 @@ class References:
     tensors: Mapping[str, np.ndarray]
     largest: Mapping[str, float] = field(default_factory=dict)
     adaptor: AdaptorInfo | None = None
+    doubts: tuple[str, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -85,11 +88,17 @@ class References:
         tensors: Mapping[str, np.ndarray],
         largest: Mapping[str, float] | None = None,
     ) -> References:
-        """These references and more ``tensors``."""
+        """These references and more ``tensors``.
+
+        Raises:
+            HipaError: a tensor that no working model gives.
+
+        """
         return replace(
             self,
             tensors={**self.tensors, **tensors},
             largest={**self.largest, **(largest or {})},
+            doubts=(*self.doubts, *check_reference(tensors)),
         )
 
 
@@ -138,6 +147,7 @@ def encode_closed_set(
     weighed_NLD: np.ndarray = weigh_context(
         torch.cat(contexts).numpy(), weights_NL, parts.chunk_tokens
     )
+    check_reference({"context": weighed_NLD})
     return weighed_NLD
 
 
@@ -257,6 +267,8 @@ def add_images(
             if not is_tiny:
                 latents_BCHW = latents_BCHW / step.scaling_factor
             sample_BCHW = vae.decode(latents_BCHW).sample
+            # Whole numbers cannot be NaN, so the images are looked at before they are rounded.
+            check_reference({"sample": sample_BCHW.numpy()})
             tensors[strength_key("images", index)] = to_uint8(sample_BCHW / 2 + 0.5).numpy()
     return references.plus(tensors, largest)
 
@@ -304,6 +316,9 @@ def make_references(
         step: the constants of the one step.
         layout: the generic one has a timestep as an input, and a decoder without conversion.
         watch: record the magnitudes that tell which layers float16 cannot hold.
+
+    Raises:
+        HipaError: a part gives what no working model gives.
 
     """
     # A part ends with its function, but modules and their hooks may refer to each other in cycles:

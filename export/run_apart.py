@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
+from hipa_deploy.disk.files import temporary_folder
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import temporary_folder
 from hipa_deploy.interrupts import die_with_parent
 
 

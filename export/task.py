@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from hipa_deploy.bundle.manifest import OneStep, Strength
 from hipa_deploy.bundle.text_settings import TextSettings, TextWishes, choose_text
 from hipa_deploy.errors import HipaError
@@ -118,7 +120,7 @@ def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
     if task == "edit":
         strengths = strength_steps(_requested_strengths(options, metadata), model)
         return TaskSettings(task, strengths[0].timestep, strengths)
-    timestep = metadata.timestep if metadata else LAST_TIMESTEP
+    timestep = metadata.timestep if metadata else model.config.last_timestep
     if task == "upscale":
         upscale = metadata.upscale if metadata else DEFAULT_UPSCALE
         return TaskSettings(task, timestep, upscale=upscale)
@@ -216,6 +218,26 @@ def step_warning(options: ExportOptions, settings: TaskSettings, model: ModelPar
                 "model is SD-Turbo or made from it, use --one-step sd-turbo."
             )
     return None
+
+
+def size_warning(options: ExportOptions, step: OneStep) -> str | None:
+    """Warn of an adaptor that was trained at another size than is exported; None if it was not."""
+    if options.adaptor is None or not (options.adaptor / METADATA).exists():
+        return None
+    height, width = read_metadata(options.adaptor).resolution
+    if (height, width) == (step.height, step.width):
+        return None
+    return (
+        f"adaptor {options.adaptor} was trained at {width}x{height} pixels, and {step.width}x"
+        f"{step.height} is exported. Images may repeat or lose things: leave out --height and "
+        "--width, or train an adaptor at this size."
+    )
+
+
+def print_warning(console: Console | None, text: str) -> None:
+    """Print a warning as one line, however narrow the terminal is; None is the standard error."""
+    console = console or Console(stderr=True)
+    console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _adaptor_metadata(adaptor: Path | None, model: ModelParts) -> AdaptorMetadata | None:

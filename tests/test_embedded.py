@@ -38,7 +38,7 @@ def one_step_image(adaptor: Path | None, seed: int) -> np.ndarray:
 
 def test_the_adaptor_belongs_to_the_model_and_the_bundle_to_both() -> None:
     from hipa_deploy.bundle.folder import Bundle
-    from hipa_deploy.hashing import file_sha256
+    from hipa_deploy.disk.hashing import file_sha256
 
     metadata = read_metadata(ADAPTOR, MODEL)
     manifest = Bundle.open(BUNDLE).manifest

@@ -59,6 +59,7 @@ def test_help_imports_no_numerics() -> None:
 # The rooms, from the ground up: a module imports from its own room and from those before it.
 ROOMS = (
     "hipa_deploy",
+    "hipa_deploy.disk",
     "hipa_deploy.embedded",
     "hipa_deploy.bundle",
     "hipa_deploy.images",

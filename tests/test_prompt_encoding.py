@@ -26,8 +26,10 @@ from hipa_deploy.generate.tokenizer import PromptTokenizer
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.style import LoraChoice, Style
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from tests.export.conftest import make_adaptor
+from tests.style_samples import write_lora
 from tests.tiny_model import make_model
 
 # The tiny tokenizer has a token for each byte: the second is longer than one chunk, the third is
@@ -225,6 +227,7 @@ def test_a_clip_skip_that_leaves_no_layer(model_dir: Path, tmp_path: Path) -> No
         export(model_dir, tmp_path / "b", clip_skip=LAYERS)
 
 
+@pytest.mark.slow
 def test_an_adaptor_brings_its_text_settings(model_dir: Path, tmp_path: Path) -> None:
     """Long prompts, clip skip and weights, all at once, from the adaptor to the runtime."""
     text = TextSettings(context_tokens=154, clip_skip=1, prompt_weights=True)
@@ -258,3 +261,30 @@ def test_an_adaptor_brings_its_text_settings(model_dir: Path, tmp_path: Path) ->
     )
     with pytest.raises(HipaError, match=r"clip skip 0, not 1\. Export a bundle of its own"):
         export_swap(options)
+
+
+@pytest.mark.slow
+def test_a_swapped_text_encoder_keeps_the_bundles_text_settings(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    """A LoRA on the text encoder, swapped into a bundle with two chunks and a clip skip."""
+    bundle = export(model_dir, tmp_path / "b", context_tokens=154, clip_skip=1)
+    lora = write_lora(model_dir, tmp_path / "style.safetensors", seed=1)
+    style = Style((LoraChoice(lora, 0.5),))
+    export_swap(
+        SwapOptions(
+            model=str(model_dir),
+            adaptor=None,
+            bundle=bundle.root,
+            out=tmp_path / "swap",
+            style=style,
+        )
+    )
+    text = TextSettings(context_tokens=154, clip_skip=1)
+    model = DiffusionModel.load(model_dir, "cpu", style=style, text=text)
+    with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
+        before = runtime_context(pipe, LONG)
+        pipe.swap_adaptor(tmp_path / "swap")
+        swapped = runtime_context(pipe, LONG)
+    np.testing.assert_allclose(swapped, model.context([LONG])[0].numpy(), atol=1e-5)
+    assert np.abs(swapped - before).max() > 1e-3

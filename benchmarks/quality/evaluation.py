@@ -309,7 +309,7 @@ def _heads(
     if data is not None:
         return real_heads(data, vectors), "heads trained on the real images"
 
-    model = DiffusionModel.load(model_dir)
+    model = DiffusionModel.load(model_dir, text=recipe.text)
     prompts = read_prompts(recipe, model_dir)
 
     # The cache usually has all pairs, so contexts are computed only where one is missing.

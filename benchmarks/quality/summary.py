@@ -13,7 +13,7 @@ from evaluation import LOW_OF_MANY, LOW_OF_ONE, SPLITS, load_references
 from items import CONSISTENCY_RATE, FIRST, Item
 from run_item import Setting
 
-from hipa_deploy.files import write_file
+from hipa_deploy.disk.files import write_file
 from hipa_deploy.train.evaluation.figures import (
     new_figure,
     premise_picture,

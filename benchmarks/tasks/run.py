@@ -50,8 +50,8 @@ from benchmarks.tasks.baselines import (
     upscale_bicubic,
     upscale_img2img,
 )
+from hipa_deploy.disk.files import write_file
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import write_file
 from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.images.png import grid, png_bytes
 from hipa_deploy.models.adaptor_folder import read_metadata

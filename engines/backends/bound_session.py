@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
+from hipa_deploy.disk.reading import REEXPORT
 from hipa_deploy.errors import as_line
-from hipa_deploy.reading import REEXPORT
 
 
 class BoundSession:

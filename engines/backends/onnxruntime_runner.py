@@ -18,6 +18,7 @@ import numpy as np
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import StageSpec, TensorSpec
 from hipa_deploy.bundle.onnx_weights import with_values
+from hipa_deploy.disk.reading import REEXPORT, inside_folder
 from hipa_deploy.engines.backends.available import (
     INSTALL_ONNXRUNTIME,
     INSTALL_ONNXRUNTIME_GPU,
@@ -27,7 +28,6 @@ from hipa_deploy.engines.backends.bound_session import BoundSession
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.errors import HipaError, as_line, first_line
 from hipa_deploy.generate.runner import ClosesAtExit, check_inputs, check_outputs
-from hipa_deploy.reading import REEXPORT, inside_folder
 
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 

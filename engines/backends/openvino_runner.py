@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
+from hipa_deploy.disk.reading import REEXPORT
 from hipa_deploy.engines.backends.available import NO_BF16
 from hipa_deploy.errors import HipaError, MissingDependencyError, as_line
 from hipa_deploy.generate.runner import ClosesAtExit, check_inputs, check_outputs
-from hipa_deploy.reading import REEXPORT
 
 # The precision that a backend computes in. OpenVINO itself would choose bfloat16 wherever that is
 # fast. FP16 weights stay FP16 in memory and compute in FP32, as in ONNX Runtime.

@@ -11,11 +11,11 @@ from typing import Literal
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import StageName
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.reading import MIB, inside, inside_folder, read_record
 from hipa_deploy.engines.store.engine_key import EngineKey
 from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 from hipa_deploy.errors import HipaError, reason_of
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.reading import MIB, inside, inside_folder, read_record
 from hipa_deploy.record import Record
 
 FOLDER = "engines"

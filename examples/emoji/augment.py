@@ -122,7 +122,7 @@ class Pictures:
     def __init__(self, run: Path, *splits: str) -> None:
         """Open the sprites of these splits; they stay on disk until they are drawn."""
         self._sprites_NHWC = np.load(run / "sprites.npy", mmap_mode="r")
-        with (run / "captions.csv").open(newline="") as file:
+        with (run / "captions.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         self._numbers = [i for i, row in enumerate(rows) if row["split"] in splits]
         self.rows = [rows[number] for number in self._numbers]

@@ -127,9 +127,11 @@ class Emoji(NamedTuple):
 
 def all_emoji(modules: Path) -> Iterator[Emoji]:
     """Yield every emoji without a skin tone."""
-    names = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text())
-    unicode = json.loads((modules / "unicode-emoji-json/data-by-emoji.json").read_text())
-    listed = json.loads((modules / "emoji.json/emoji.json").read_text())
+    names = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text(encoding="utf-8"))
+    unicode = json.loads(
+        (modules / "unicode-emoji-json/data-by-emoji.json").read_text(encoding="utf-8")
+    )
+    listed = json.loads((modules / "emoji.json/emoji.json").read_text(encoding="utf-8"))
     # The lists differ in the variation selector FE0F.
     subgroups = {entry["char"].replace("\ufe0f", ""): entry["subgroup"] for entry in listed}
     for character, words in names.items():
@@ -176,7 +178,7 @@ class IconifySet:
     """
 
     def __init__(self, path: Path) -> None:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         self.icons = data["icons"]
         self.aliases = data.get("aliases", {})
         self.width = data.get("width", 16)
@@ -280,7 +282,7 @@ def main(
 
     out.mkdir(parents=True, exist_ok=True)
     samples = small_set(modules, out) if size == SMALL else large_set(modules, out)
-    with (out / "captions.csv").open("w", newline="") as file:
+    with (out / "captions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(Sample._fields)
         writer.writerows(samples)

@@ -32,7 +32,7 @@ class EmojiSet:
     @classmethod
     def load(cls, folder: Path) -> EmojiSet:
         """Read what build_dataset.py wrote into ``folder``."""
-        with (folder / "captions.csv").open(newline="") as file:
+        with (folder / "captions.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         return cls(np.load(folder / "emoji.npz")["images"], rows)
 

@@ -172,7 +172,7 @@ def write_sheet(model: Path, path: Path) -> None:
 def card(rows: dict[str, Any], run: Path, model: Path) -> str:
     """The model card, in Markdown."""
     name = "card_128.md" if "variety" in rows else "card.md"
-    template = Path(__file__).with_name(name).read_text()
+    template = Path(__file__).with_name(name).read_text(encoding="utf-8")
     facts = {**data(run), **training(model)}
     text = template.format(**facts, steps=TEACHER.steps, guidance=TEACHER.guidance)
 
@@ -201,7 +201,8 @@ def variety_lines(rows: dict[str, Any]) -> list[str]:
         lines.append(f"| {level} | {numbers} |")
     lines.append(
         "\nMean paired distance (DISTS-like, Lite0 features) between images of one prompt from"
-        " several noises, and between real pictures of that caption.\n"
+        " several noises, and between real pictures of that caption. Noise differs too: read this"
+        " with KID-Lite0.\n"
     )
     lines += ["## Nearest training image\n", "| images | mean cosine distance |", "|---|---|"]
     for name, distance in rows["nearest"].items():
@@ -228,7 +229,7 @@ def data(run: Path) -> dict[str, int]:
 
 def training(model: Path) -> dict[str, Any]:
     """Steps and hours of each part, as write_model.py recorded them."""
-    parts = json.loads((model / "training.json").read_text())
+    parts = json.loads((model / "training.json").read_text(encoding="utf-8"))
     facts = {}
     for part, values in parts.items():
         for name, value in values.items():
@@ -244,7 +245,7 @@ def main(
     """Measure, then write README.md and samples.png into the model folder."""
     write_sheet(model, model / "samples.png")
     text = card(measure(run, model, count), run, model)
-    (model / "README.md").write_text(text)
+    (model / "README.md").write_text(text, encoding="utf-8")
     print(text)
 
 

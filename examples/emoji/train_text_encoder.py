@@ -74,9 +74,9 @@ def train_tokenizer(texts: list[str], folder: Path, merges: int = 1600) -> CLIPT
     vocabulary = {word: number for number, word in enumerate(words)}
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tokenizer = CLIPTokenizer(
         str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=CONTEXT
     )
@@ -111,7 +111,7 @@ def all_texts(modules: Path, captions: list[str]) -> list[str]:
 
 def emoji_words(modules: Path) -> list[list[str]]:
     """The name of each emoji, then its keywords: of ASCII, with letters, short."""
-    names = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text())
+    names = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text(encoding="utf-8"))
     entries = []
     for entry in names.values():
         words = [word.replace("_", " ").lower() for word in entry]

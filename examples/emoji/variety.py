@@ -109,7 +109,7 @@ def measure_nearest(
     held_out = Pictures(run, "concept")
     rng = np.random.default_rng(1)
     training_ND = features(train.draw_batch(range(len(train)), rng, "")[0])
-    again = rng.choice(len(train), count, replace=False)
+    again = rng.choice(len(train), min(count, len(train)), replace=False)
     unseen = rng.choice(len(held_out), min(count, len(held_out)), replace=False)
     return {
         "model": nearest(features(made_NHWC), training_ND),

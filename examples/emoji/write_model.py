@@ -26,9 +26,9 @@ from train_text_encoder import emoji_words
 from train_unet import SCHEDULE
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from hipa_deploy.files import new_folder
+from hipa_deploy.disk.files import new_folder
 
-SIZE_LIMIT_BYTES = {64: 25_000_000, LARGE: 22_500_000}  # by the size of the images
+SIZE_LIMIT_BYTES = {64: 25_000_000, LARGE: 23_200_000}  # by the size of the images
 WIDE_PROMPTS = 11_008
 WORD_STYLES = 2  # in how many styles each word is asked for
 
@@ -77,7 +77,7 @@ def write_prompts(emoji: EmojiSet, modules: Path, out: Path) -> None:
         written["prompts_words"] = blended_prompts(train) + word_prompts(modules, CONCEPTS)
         written["prompts_wide"] = wide_prompts(train)
     for name, prompts in written.items():
-        (out / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+        (out / f"{name}.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
 
 def half_on_colours(prompts: list[str]) -> list[str]:
@@ -202,7 +202,7 @@ def two_concepts(styles: dict[str, list[str]], count: int) -> list[str]:
 def training(run: Path) -> dict[str, dict[str, float]]:
     """Steps and hours of each part, those of the model that this run started from included."""
     earlier = run / "earlier.json"
-    facts = json.loads(earlier.read_text()) if earlier.exists() else {}
+    facts = json.loads(earlier.read_text(encoding="utf-8")) if earlier.exists() else {}
     for part in ("text_encoder", "vae", "unet"):
         total = facts.get(part, {"steps": 0, "hours": 0.0})
         path = run / part / "state.pt"
@@ -219,9 +219,9 @@ def training(run: Path) -> dict[str, dict[str, float]]:
 def forget_paths(model: Path) -> None:
     """Remove the paths of the run's folder from the configurations: elsewhere they mean nothing."""
     for path in model.glob("*/config.json"):
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def main(
@@ -244,7 +244,9 @@ def main(
         assemble(run, vae).save_pretrained(scratch, safe_serialization=True)
         forget_paths(scratch)
         write_prompts(emoji, modules, scratch)
-        (scratch / "training.json").write_text(json.dumps(training(run), indent=2) + "\n")
+        (scratch / "training.json").write_text(
+            json.dumps(training(run), indent=2) + "\n", encoding="utf-8"
+        )
         size = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
         limit = SIZE_LIMIT_BYTES[emoji.images_BHWC.shape[1]]
         if size > limit:

@@ -34,9 +34,9 @@ from hipa_deploy.bundle.manifest import (
     Text,
 )
 from hipa_deploy.bundle.onnx_weights import check_values, no_weight, read_initializers
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.reading import MIB, check_size, inside, read_record
 from hipa_deploy.errors import HipaError, reason_of
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.reading import MIB, check_size, inside, read_record
 from hipa_deploy.record import Record
 
 FOLDER = "adaptors"

@@ -14,8 +14,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from hipa_deploy.disk.reading import check_regular, shown
 from hipa_deploy.errors import as_line
-from hipa_deploy.reading import check_regular, shown
 
 MAX_ARRAYS = 20_000  # in one file
 MAX_DIMENSIONS = 8

@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from hipa_deploy.bundle.manifest import Axis, Manifest, Stage
 from hipa_deploy.bundle.onnx_check import beside, external_files
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.reading import MIB, check_size, inside, lies_in, read_json, shown, validated
 from hipa_deploy.errors import HipaError, reason_of
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.reading import MIB, check_size, inside, lies_in, read_json, shown, validated
 
 SCHEMA = 1
 MANIFEST = "hipa.json"

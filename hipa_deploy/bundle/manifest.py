@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hipa_deploy.bundle.text_settings import TextSettings
-from hipa_deploy.reading import name_problem, shown
+from hipa_deploy.disk.reading import name_problem, shown
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
 
@@ -290,11 +290,11 @@ class LoraInfo(Record):
 
     """
 
-    name: str
-    sha256: str
-    scale: float
-    rank: int | None = None
-    parts: tuple[str, ...] = ()
+    name: Text
+    sha256: Text
+    scale: Finite
+    rank: int | None = Field(default=None, ge=1, le=1_000_000)
+    parts: tuple[Text, ...] = ()
 
 
 class EmbeddingInfo(Record):
@@ -308,10 +308,10 @@ class EmbeddingInfo(Record):
 
     """
 
-    name: str
-    sha256: str
-    token: str
-    vectors: int = Field(ge=1)
+    name: Text
+    sha256: Text
+    token: Name
+    vectors: int = Field(ge=1, le=1000)
 
 
 class DecoderInfo(Record):

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.protobuf import Span, as_span, fields, integers, spans, text
+from hipa_deploy.disk.reading import inside, shown
 from hipa_deploy.errors import HipaError
-from hipa_deploy.reading import inside, shown
 
 _DTYPES = {
     1: "float32",

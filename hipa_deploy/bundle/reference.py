@@ -15,8 +15,8 @@ from pydantic import Field
 from hipa_deploy.bundle.arrays import bounded, read_npz
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import MAX_BATCH
+from hipa_deploy.disk.reading import read_record, shown
 from hipa_deploy.errors import HipaError, reason_of
-from hipa_deploy.reading import read_record, shown
 from hipa_deploy.record import Record
 
 REFERENCE_TENSORS = "reference/tensors.npz"

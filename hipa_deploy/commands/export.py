@@ -20,9 +20,9 @@ from hipa_deploy.commands.options import (
     Task,
     console,
 )
+from hipa_deploy.disk.files import refuse_to_overwrite
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
-from hipa_deploy.files import refuse_to_overwrite
 
 if TYPE_CHECKING:
     from hipa_deploy.bundle.manifest import Parity

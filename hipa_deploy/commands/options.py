@@ -153,7 +153,9 @@ def note_weights(bundle: Bundle, prompts: list[str], asked: bool | None) -> None
     """Say so in one line where a prompt has what looks like a weight and is read as text."""
     from hipa_deploy.generate.prompt_weights import written_weight
 
-    if asked is not None or bundle.manifest.text.prompt_weights:
+    # Of a closed set the bundle decides, whatever is asked.
+    is_closed_set = "text_encoder" not in bundle.stages
+    if asked is not None or bundle.manifest.text.prompt_weights or is_closed_set:
         return
     for prompt in prompts:
         found = written_weight(prompt)

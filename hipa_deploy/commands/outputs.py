@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
+from hipa_deploy.disk.files import check_writable, is_special, write_file
 from hipa_deploy.errors import HipaError, HipaWarning
-from hipa_deploy.files import check_writable, is_special, write_file
 
 FORCE = "Add --force to replace it, or choose another name."
 

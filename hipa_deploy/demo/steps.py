@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,9 @@ from rich.console import Console
 
 from hipa_deploy import embedded
 from hipa_deploy.demo.contact_sheet import SHEET
+from hipa_deploy.disk.files import check_writable, write_file
+from hipa_deploy.disk.locks import locked
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import check_writable, write_file
 from hipa_deploy.generate.pipeline import OneStepPipeline
 
 if TYPE_CHECKING:
@@ -68,6 +70,19 @@ def open_folder(out: Path, identity: dict[str, Any]) -> None:
         raise HipaError(f"{out} is not empty and not a demo's folder. Choose another --out.")
     check_writable(out / MARKER)
     write_file(marker, content)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Hold the lock of a demo's folder.
+
+    Raises:
+        HipaError: another demo is running there.
+
+    """
+    remedy = "Wait until it ends, or choose another --out."
+    with locked(out / ".lock", f"demo folder {out}", remedy):
+        yield
 
 
 def export(out: Path, adaptor: Path, console: Console) -> Bundle:

@@ -13,7 +13,15 @@ from rich.console import Console
 
 from hipa_deploy import embedded
 from hipa_deploy.demo.contact_sheet import SHEET, SHEET_ROWS, write_sheet
-from hipa_deploy.demo.steps import build, choose_folder, export, open_folder, print_summary, profile
+from hipa_deploy.demo.steps import (
+    alone_in,
+    build,
+    choose_folder,
+    export,
+    open_folder,
+    print_summary,
+    profile,
+)
 from hipa_deploy.extras import require
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.images.compositing import hide_hole
@@ -50,10 +58,11 @@ def run_task_demo(task: Task, out: Path | None, *, console: Console) -> None:
     out = out or choose_folder(identity)
     open_folder(out, identity)
 
-    bundle = export(out, adaptor, console)
-    engines = build(bundle, console)
-    columns = _compare(task, out, console)
-    latency = profile(out, console)
+    with alone_in(out):
+        bundle = export(out, adaptor, console)
+        engines = build(bundle, console)
+        columns = _compare(task, out, console)
+        latency = profile(out, console)
 
     seconds = time.perf_counter() - started
     print_summary(out, columns, engines, [latency], None, seconds, console)

@@ -14,9 +14,17 @@ from rich.console import Console
 
 from hipa_deploy import embedded
 from hipa_deploy.demo.contact_sheet import SHEET, write_sheet
-from hipa_deploy.demo.steps import build, choose_folder, export, open_folder, print_summary, profile
+from hipa_deploy.demo.steps import (
+    alone_in,
+    build,
+    choose_folder,
+    export,
+    open_folder,
+    print_summary,
+    profile,
+)
+from hipa_deploy.disk.files import write_file
 from hipa_deploy.extras import require
-from hipa_deploy.files import write_file
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.models.adaptor_folder import unet_sha256
 
@@ -72,11 +80,12 @@ def run_demo(out: Path | None, *, quick: bool, console: Console) -> None:
     out = out or choose_folder(identity)
     open_folder(out, identity)
 
-    adaptor = _train(out, recipe, quick, console)
-    bundle = export(out, adaptor, console)
-    engines = build(bundle, console)
-    columns, quality = _compare(out, recipe, console)
-    latency = profile(out, console)
+    with alone_in(out):
+        adaptor = _train(out, recipe, quick, console)
+        bundle = export(out, adaptor, console)
+        engines = build(bundle, console)
+        columns, quality = _compare(out, recipe, console)
+        latency = profile(out, console)
 
     seconds = time.perf_counter() - started
     results = [quality, latency]

@@ -9,10 +9,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.runner import ENGINE_BACKENDS, Runner
 from hipa_deploy.generate.stages import Stages, host_stages, input_names, output_names
-from hipa_deploy.reading import shown
 from hipa_deploy.tasks import unet_inputs
 
 

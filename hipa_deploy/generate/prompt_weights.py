@@ -13,7 +13,8 @@ modules/sd_emphasis.py, there called 'Original'):
 The final hidden state of each token is multiplied by the token's weight. Then the hidden states of
 the chunk are scaled so that their mean is what it was before. The web UI takes that mean over all
 prompts of a batch; here it is each prompt's own, so that an image does not depend on what else is
-in its batch. The web UI's words AND and BREAK and its schedules ``[a:b:0.5]`` are read as text.
+in its batch; and a mean that is no more than rounding is left alone. The web UI's words AND and
+BREAK and its schedules ``[a:b:0.5]`` are read as text.
 
 Training gives the function torch tensors, the runtime numpy arrays.
 
@@ -31,6 +32,10 @@ from hipa_deploy.errors import HipaError
 ROUND = 1.1  # what a pair of round brackets multiplies by
 SQUARE = 1 / 1.1  # and a pair of square ones
 # An escaped character, a bracket, a weight with its bracket, or text.
+# Of the mean magnitude: a mean this small is rounding, and a ratio of two such means is noise. The
+# text encoders of Stable Diffusion have a mean that is far from it; a layer norm without a bias,
+# as in a model that was never trained, has none.
+NEGLIGIBLE = 1e-4
 PARTS = re.compile(r"\\[()\[\]\\]|\\|[(\[]|:\s*([+-]?[.\d]+)\s*\)|[)\]]|[^\\()\[\]:]+|:")
 WRITTEN = re.compile(r"\([^()]*:\s*[+-]?[.\d]+\s*\)")
 
@@ -138,13 +143,25 @@ def weigh_context(context_BLD: Any, weights_BL: Any, chunk_tokens: int) -> Any:
     """
     batch, length, width = context_BLD.shape
     context_NCD = _float32(context_BLD).reshape(-1, chunk_tokens, width)
-    weighed_NCD = context_NCD * weights_BL.reshape(-1, chunk_tokens, 1)
-    before_N = context_NCD.reshape(-1, chunk_tokens * width).mean(1)
-    after_N = weighed_NCD.reshape(-1, chunk_tokens * width).mean(1)
-    if bool((after_N == 0).any()):
-        raise HipaError("the weights of a prompt cancel out. Choose weights nearer to 1.")
-    weighed_NCD = weighed_NCD * (before_N / after_N).reshape(-1, 1, 1)
+    weights_NC = weights_BL.reshape(-1, chunk_tokens)
+    weighed_NCD = context_NCD * weights_NC[..., None]
+    for row, weights_C in enumerate(weights_NC):
+        # A chunk without weights stays as it is, to the bit.
+        if not bool((weights_C == 1).all()):
+            weighed_NCD[row] *= _scale(context_NCD[row], weighed_NCD[row])
     return weighed_NCD.reshape(batch, length, width)
+
+
+def _scale(context_CD: Any, weighed_CD: Any) -> float:
+    """What brings the mean of a chunk back to what it was."""
+    before = float(context_CD.mean())
+    after = float(weighed_CD.mean())
+    negligible = NEGLIGIBLE * float(abs(context_CD).mean())
+    if abs(before) <= negligible:
+        return 1.0
+    if abs(after) <= negligible:
+        raise HipaError("the weights of a prompt cancel out. Choose weights nearer to 1.")
+    return before / after
 
 
 def _float32(tensor: Any) -> Any:

@@ -18,11 +18,11 @@ import numpy as np
 
 from hipa_deploy.bundle.arrays import Header, read_npy
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.disk.reading import MIB, read_text
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import one_line
 from hipa_deploy.generate.prompt_weights import weigh_context
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
-from hipa_deploy.reading import MIB, read_text
 
 BAKED_PROMPTS = "prompts/prompts.txt"
 BAKED_CONTEXTS = "prompts/contexts.npy"
@@ -227,7 +227,7 @@ class BakedPrompts:
             how = "with" if self._weights else "without"
             raise HipaError(
                 f"this bundle's prompts were baked {how} prompt weights. "
-                "Leave the choice to the bundle, or export it again."
+                "Leave out that option, or export the bundle again."
             )
         return self._weights
 

@@ -19,9 +19,11 @@ from tokenizers import Tokenizer
 
 from hipa_deploy.bundle.text_settings import MAX_CHUNKS, TextSettings
 from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER, tokenizer_problem
+from hipa_deploy.disk.reading import read_text
 from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.generate.prompt_weights import parse_weights
-from hipa_deploy.reading import read_text
+
+AT_ONCE = 1000  # prompts that are counted at once; a million would take much memory
 
 
 class PromptTooLongError(HipaError):
@@ -141,6 +143,15 @@ class PromptTokenizer:
 
         """
         return np.stack([self._encode(prompt, truncate) for prompt in prompts])
+
+    def count_too_long(self, prompts: Sequence[str]) -> int:
+        """How many prompts have more tokens than fit; brackets count as text."""
+        too_long = 0
+        for start in range(0, len(prompts), AT_ONCE):
+            batch = list(prompts[start : start + AT_ONCE])
+            for encoding in self._tokenizer.encode_batch(batch, add_special_tokens=False):
+                too_long += len(encoding.ids) > self._room
+        return too_long
 
     def weighted(
         self, prompts: Sequence[str], *, truncate: bool = False

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from hipa_deploy.disk.files import write_file
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import write_file
 
 # The keyword of the text chunk; it is part of the file format.
 PARAMETERS_KEY = "hipa"

@@ -15,8 +15,8 @@ from pydantic import Field, ValidationError
 
 from hipa_deploy.bundle.manifest import EmbeddingInfo, LoraInfo
 from hipa_deploy.bundle.text_settings import TextSettings
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.weights.weight_identity import (
     has_identity,
     hint_of_0_1_0,

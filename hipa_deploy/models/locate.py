@@ -35,7 +35,8 @@ def model_folder(name: str, config: str | None = None) -> Path:
         # A conversion needs torch, which a bundle runs without.
         from hipa_deploy.models.single_file import converted
 
-        return converted(path, config)
+        # A folder of configurations may be in the hub's cache too.
+        return converted(path, config and str(_in_hub_cache(Path(config))))
     if config is not None:
         raise HipaError(
             f"--config is for a checkpoint in one file, and {name} is not one. Omit --config."

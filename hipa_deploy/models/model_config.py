@@ -135,6 +135,13 @@ class ModelConfig:
                     f"Expected {expected}. Copy the model again, or correct the file."
                 )
 
+        betas = self.scheduler.get("trained_betas")
+        if betas is not None and not _are_betas(betas):
+            raise HipaError(
+                f"{self.folder}: scheduler/scheduler_config.json has trained_betas={betas!s:.60}. "
+                "Expected null, or a number from 0 to 1 for each timestep."
+            )
+
     @property
     def prediction_type(self) -> str:
         """What the UNet predicts: epsilon, v_prediction or sample."""
@@ -230,7 +237,18 @@ class ModelConfig:
                 f"{self.folder}: its noise schedule cannot be made ({first_line(error)}). "
                 "Correct scheduler/scheduler_config.json."
             ) from None
+        if not len(alphas) or not bool(((alphas >= 0) & (alphas <= 1)).all()):
+            raise HipaError(
+                f"{self.folder}: its noise schedule has {len(alphas)} timesteps, and alpha_bar is "
+                "not between 0 and 1 at each. Correct the betas and num_train_timesteps in "
+                "scheduler/scheduler_config.json."
+            )
         return alphas
+
+    @property
+    def last_timestep(self) -> int:
+        """The timestep with the most noise: 999 of Stable Diffusion's schedule."""
+        return len(self.alphas_cumprod) - 1
 
     def alpha_bar(self, timestep: int) -> float:
         """Cumulative signal power at ``timestep``: 0.0046601 at 999 of Stable Diffusion's schedule.
@@ -267,6 +285,13 @@ def _is_factor(value: Any) -> bool:
 
 def _is_widths(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0
+
+
+def _are_betas(value: Any) -> bool:
+    """Whether it is a list of numbers from 0 to 1; the last is 1 where no signal is left."""
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return all(isinstance(beta, int | float) and 0 <= beta <= 1 for beta in value)
 
 
 def _is_size(value: Any) -> bool:

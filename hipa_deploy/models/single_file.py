@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from hipa_deploy.disk.files import new_folder, user_cache
+from hipa_deploy.disk.hashing import file_sha256, folder_sha256
 from hipa_deploy.errors import HipaError, first_line
-from hipa_deploy.files import new_folder, user_cache
-from hipa_deploy.hashing import file_sha256, folder_sha256
 from hipa_deploy.models.configurations import MODELS, context_width, write_config
 from hipa_deploy.models.weights.weight_file import (
     SAFETENSORS,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.bundle_files import (
     file_hashes,
@@ -20,7 +21,6 @@ from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import References
 from hipa_deploy.generate.prompt_files import read_numbered_prompts
 from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS
-from hipa_deploy.hashing import file_sha256
 
 
 def test_the_tokenizer_pads_to_the_models_length(model_dir: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -125,7 +126,7 @@ def test_export_is_reproducible(
 
 def test_manifest_names_its_parents(fp32_bundle: Bundle) -> None:
     manifest = fp32_bundle.manifest
-    assert len(manifest.base_model.sha256) == 64
+    assert re.fullmatch("tensors-v1:[0-9a-f]{64}", manifest.base_model.sha256)
     assert manifest.adaptor is not None
     assert (manifest.adaptor.rank, manifest.adaptor.alpha) == (4, 8.0)
     assert manifest.end_to_end.psnr_db >= 60

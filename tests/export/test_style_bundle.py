@@ -18,6 +18,7 @@ from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_swap import SwapOptions, export_swap, has_other_text
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.generate.swap_stage import swap_text_encoder
+from hipa_deploy.generate.tokenizer import PromptTokenizer
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.style import EmbeddingChoice, LoraChoice, Style, StyleInfo
 from hipa_deploy.train.evaluation.quality import one_step_images
@@ -71,7 +72,7 @@ def test_the_context_is_that_of_diffusers(model_dir: Path, style: Style, bundle:
     )
     expected, _ = pipe.encode_prompt(PROMPT, "cpu", 1, do_classifier_free_guidance=False)
     with OneStepPipeline.load(bundle.root, "onnxruntime") as own:
-        tokens_BL = np.stack(own._prompts.prepare([PROMPT], truncate=False))
+        tokens_BL = PromptTokenizer(bundle.path("tokenizer/tokenizer.json"))([PROMPT])
         got = own.runners["text_encoder"](tokens=tokens_BL)["context"]
     torch.testing.assert_close(torch.from_numpy(got), expected.detach(), rtol=0, atol=1e-5)
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from hipa_deploy.bundle.adaptor_swap import FOLDER, MANIFEST
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.embedded import BUNDLE
-from hipa_deploy.hashing import file_sha256
 from tests.engines.engine_samples import put_engine, save_conv, write_bundle
 from tests.hostile.harness import Format
 from tests.swap_samples import scaled_weights, write_swap

@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.images.read import fit_image, read_image
 from hipa_deploy.train.data.captions import folder_captions
 from hipa_deploy.train.data.teacher_pairs import Pairs, RowFunction, cached_rows

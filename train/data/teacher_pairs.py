@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from hipa_deploy.disk.files import user_cache, write_file
+from hipa_deploy.disk.hashing import folder_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import user_cache, write_file
-from hipa_deploy.hashing import folder_sha256
 from hipa_deploy.models.weights.weight_identity import loaded_files_sha256, weights_identity
 from hipa_deploy.tasks import start_latents
 from hipa_deploy.train.loop.processes import Processes
@@ -188,16 +188,21 @@ def teacher_scheduler(
 
     Args:
         schedule: The model's noise schedule, as ``DiffusionModel.schedule`` returns it.
-        sampler: 'ddim', or anything else for DPM-Solver++ (second order, multi-step).
+        sampler: 'ddim', or 'dpmsolver++' (second order, multi-step).
+
+    Raises:
+        HipaError: Another sampler.
 
     """
     if sampler == "ddim":
         return DDIMScheduler(
             **schedule, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
         )
-    return DPMSolverMultistepScheduler(
-        **schedule, timestep_spacing="trailing", final_sigmas_type="zero"
-    )
+    if sampler == "dpmsolver++":
+        return DPMSolverMultistepScheduler(
+            **schedule, timestep_spacing="trailing", final_sigmas_type="zero"
+        )
+    raise HipaError(f"teacher.sampler {sampler!r} is unknown. Expected ddim or dpmsolver++.")
 
 
 def teacher_pairs(

@@ -314,7 +314,7 @@ def write_report(
         HipaError: One of the files exists and ``force`` is False.
 
     """
-    from hipa_deploy.files import write_file
+    from hipa_deploy.disk.files import write_file
     from hipa_deploy.train.evaluation.figures import (
         premise_picture,
         samples_picture,

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from torch import Tensor, nn
 
+from hipa_deploy.disk.files import describe_write_error
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.images.png import grid
 from hipa_deploy.interrupts import interruptible
@@ -238,13 +239,17 @@ class Run:
         scratch = self.path.with_suffix(".tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save(state, scratch)
+            # A file of Python's own: of a path torch reports a full disk as "unexpected pos".
+            with scratch.open("wb") as file:
+                torch.save(state, file)
             scratch.replace(self.path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        except (OSError, RuntimeError) as error:
             scratch.unlink(missing_ok=True)
+            reason = first_line(error)
+            if isinstance(error, OSError):
+                reason = str(describe_write_error(error, self.path, _state_bytes(state)).strerror)
             raise HipaError(
-                f"checkpoint {self.path} cannot be written: {first_line(error)}. "
-                f"{self._last_checkpoint()}"
+                f"checkpoint {self.path} cannot be written: {reason}. {self._last_checkpoint()}"
             ) from None
 
     def accumulate(self, rows: Tensor, loss_at: LossAt) -> dict[str, float]:
@@ -379,6 +384,17 @@ class Run:
             recipe = type(self.recipe).model_validate(recipe).model_dump(mode="json")
         # Through JSON and back: a tuple and the list that was stored for it are then equal.
         return _flat(json.loads(json.dumps(recipe)))
+
+
+def _state_bytes(state: Any) -> int:
+    """The size of all tensors in a checkpoint."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(_state_bytes(value) for value in state.values())
+    if isinstance(state, list | tuple):
+        return sum(_state_bytes(value) for value in state)
+    return 0
 
 
 def loss_state(

@@ -96,7 +96,8 @@ class DiffusionModel:
             tokenizer=tokenizer,
             unet=load_part(UNet2DConditionModel, folder / "unet"),
             # Sampling has a scheduler of its own: this one holds the place in the pipeline.
-            scheduler=DDIMScheduler(**config.schedule),
+            # Diffusers warns of settings that Stable Diffusion does not have.
+            scheduler=DDIMScheduler(**config.schedule, steps_offset=1, clip_sample=False),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hipa_deploy.disk.files import new_folder
 from hipa_deploy.errors import HipaError, first_line
-from hipa_deploy.files import new_folder
 from hipa_deploy.models.adaptor_folder import METADATA, WEIGHTS, AdaptorMetadata, read_metadata
 from hipa_deploy.models.style import check_same_loras
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
@@ -190,7 +190,7 @@ def save_adaptor(
         if vae is not None:
             save_encoder_adaptor(vae, scratch)
         one_step_scheduler(schedule, metadata.timestep).save_pretrained(scratch / "scheduler")
-        (scratch / METADATA).write_text(metadata.model_dump_json(indent=2) + "\n")
+        (scratch / METADATA).write_text(metadata.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return out
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from hipa_deploy.bundle.manifest import EmbeddingInfo
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.lora.find_lora import PICKLED, SAFETENSORS
 from hipa_deploy.models.lora.tensor_file import finite, load_pickled, read_tensors
 from hipa_deploy.models.style import EmbeddingChoice

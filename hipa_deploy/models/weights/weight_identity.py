@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hipa_deploy.disk.hashing import files_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import files_sha256
 from hipa_deploy.models.weights.weight_file import (
     SAFETENSORS,
     TensorLayout,

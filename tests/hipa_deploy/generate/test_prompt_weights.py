@@ -105,6 +105,14 @@ def test_half_precision_is_weighed_in_float32() -> None:
     assert weighed.mean() == pytest.approx(float(context_BLD.astype(np.float32).mean()), rel=1e-6)
 
 
+def test_a_mean_of_zero_is_not_restored() -> None:
+    """The ratio of two roundings would be noise: text encoders with random weights have this."""
+    context_BLD = torch.nn.functional.layer_norm(torch.randn(1, 4, 16), (16,))
+    weights_BL = torch.tensor([[1.0, 1.5, 0.5, 1.0]])
+    expected = context_BLD * weights_BL[..., None]
+    torch.testing.assert_close(weigh_context(context_BLD, weights_BL, 4), expected)
+
+
 def test_weights_that_cancel_out() -> None:
     with pytest.raises(HipaError, match="cancel out"):
         weigh_context(np.ones((1, 2, 3), np.float32), np.asarray([[1.0, -1.0]], np.float32), 2)

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import save_file
 
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.images.example_source import example_image
 from hipa_deploy.models.adaptor_folder import (
     ENCODER_WEIGHTS,

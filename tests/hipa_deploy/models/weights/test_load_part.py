@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 from hipa_deploy.embedded import DECODER
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.model_parts import ModelParts
-from hipa_deploy.models.weights.load_part import load_part
+from hipa_deploy.models.weights.load_part import ALIGNMENT, load_part
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from tests.packaging import (
     STEMS,
@@ -50,6 +50,7 @@ def assert_same(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
     for name, value in got.items():
         assert torch.equal(value, expected[name].to(value.dtype)), name
     assert {weight.dtype for weight in ours.parameters()} == {torch.float32}
+    assert not any(weight.data_ptr() % ALIGNMENT for weight in ours.parameters())
     assert not any(weight.requires_grad for weight in ours.parameters())
     assert not ours.training
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from hipa_deploy.disk.hashing import folder_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import folder_sha256
 from hipa_deploy.models.single_file import converted
 from hipa_deploy.models.weights import weight_identity
 from hipa_deploy.models.weights.weight_identity import PREFIX, has_identity, weights_identity

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from hipa_deploy.disk.hashing import file_sha256, folder_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256, folder_sha256
 
 
 def test_folder_hash_depends_on_content_and_names_only(tmp_path: Path) -> None:

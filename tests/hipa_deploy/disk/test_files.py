@@ -1,4 +1,6 @@
+import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -6,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from hipa_deploy import files
+from hipa_deploy.disk import files
+from hipa_deploy.disk.files import new_folder, sweep, temporary_folder, write_file
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import new_folder, sweep, temporary_folder, write_file
 
 # A process that makes scratch in the folder argv[1] and waits until it is killed.
 MAKES_A_FOLDER = """
 import sys, time
 from pathlib import Path
-from hipa_deploy.files import new_folder
+from hipa_deploy.disk.files import new_folder
 with new_folder(Path(sys.argv[1]) / "out") as scratch:
     (scratch / "x").write_text("1")
     print("ready", flush=True)
@@ -23,7 +25,7 @@ with new_folder(Path(sys.argv[1]) / "out") as scratch:
 MAKES_A_FILE = """
 import sys, time
 from pathlib import Path
-from hipa_deploy import files
+from hipa_deploy.disk import files
 file, scratch = files._scratch_file(Path(sys.argv[1]) / "out")
 file.write(b"1")
 print("ready", flush=True)
@@ -142,7 +144,7 @@ def test_without_locks_nothing_is_swept(tmp_path: Path, monkeypatch: pytest.Monk
     left = tmp_path / ".out-abcd1234"
     left.mkdir()
     (left / files._LOCK).touch()
-    monkeypatch.setattr("hipa_deploy.locks.fcntl", None)
+    monkeypatch.setattr("hipa_deploy.disk.locks.fcntl", None)
     sweep(tmp_path)
     assert left.exists()
     monkeypatch.undo()
@@ -221,3 +223,75 @@ def test_a_link_that_leads_nowhere_is_refused(target: str, tmp_path: Path) -> No
         new_folder(tmp_path / "out"),
     ):
         pass
+
+
+def test_two_processes_that_make_one_folder(
+    tmp_path: Path, start: Callable[[str, Path], subprocess.Popen[str]]
+) -> None:
+    program = MAKES_A_FOLDER.replace('"out")', '"out", alone=True)')
+    other = start(program, tmp_path)
+    with (
+        pytest.raises(HipaError, match=rf"out: process {other.pid} .* is writing here\. Wait"),
+        new_folder(tmp_path / "out", alone=True),
+    ):
+        pass
+    other.kill()
+    other.wait()
+    with new_folder(tmp_path / "out", alone=True) as scratch:
+        (scratch / "x").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_says_what_is_needed_and_keeps_the_old_file(small_disk: Path) -> None:
+    path = small_disk / "x"
+    write_file(path, b"old")
+    with pytest.raises(OSError, match=r"2\.0 MB needed, 1\.0 MB free") as full:
+        write_file(path, bytes(2_000_000))
+    assert full.value.filename == str(path)
+    assert full.value.errno == errno.ENOSPC
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in small_disk.iterdir()] == ["x"]
+
+
+def test_a_folder_on_a_full_disk(small_disk: Path) -> None:
+    def fill() -> None:
+        with new_folder(small_disk / "out") as scratch:
+            (scratch / "a").write_bytes(bytes(800_000))
+            raise RuntimeError("I/O error: No space left on device (os error 28)")  # safetensors'
+
+    message = r"out cannot be written: the disk is full\. 800\.0 kB .* and [0-9.]+ kB are free\."
+    with pytest.raises(HipaError, match=message):
+        fill()
+    assert list(small_disk.iterdir()) == []
+
+
+def test_another_error_in_a_folder_is_raised_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug"), new_folder(tmp_path / "out"):
+        raise RuntimeError("a bug")
+
+
+def test_a_file_that_may_not_grow_is_named(tmp_path: Path) -> None:
+    """A limit on the size of files has an error without a name."""
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from hipa_deploy.disk.files import write_file\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "write_file(Path(sys.argv[1]), bytes(5000))\n"
+    )
+    path = tmp_path / "x"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == f"OSError: [Errno 27] File too large: '{path}'"
+    assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ removes it. The owner of scratch holds a lock on it, so that none is removed whi
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -17,9 +18,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
+from hipa_deploy.disk.locks import HAS_LOCKS, is_locked_now, is_still_at, locked
 from hipa_deploy.errors import HipaError
 from hipa_deploy.interrupts import uninterrupted
-from hipa_deploy.locks import HAS_LOCKS, is_locked_now, is_still_at
 
 # mkdtemp and mkstemp end a name in eight such characters.
 _SCRATCH_FOLDER = re.compile(r"\..+-[a-z0-9_]{8}")
@@ -29,6 +30,9 @@ _LOCK = ".hipa-lock"  # in every scratch folder; it shows that the folder is our
 _NAME_CHARACTERS = 40  # of the result's name in the scratch's: a file name has at most 255 bytes
 
 _swept: set[Path] = set()
+
+# errno has no EDQUOT (the user's share of the disk is used up) on Windows.
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def user_cache() -> Path:
@@ -73,11 +77,16 @@ def check_writable(out: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, *, alone: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``out`` on success and is removed on any failure.
 
+    Args:
+        out: the folder.
+        alone: whether another process that is making the same folder, in this way, is an error
+            now. Otherwise the first that finishes has it, and the other ones fail at their end.
+
     Raises:
-        HipaError: ``out`` exists and is not empty.
+        HipaError: ``out`` exists and is not empty, or another process is making it.
 
     Example:
         >>> with new_folder(Path("bundle")) as scratch:
@@ -88,10 +97,25 @@ def new_folder(out: Path) -> Iterator[Path]:
     out = Path(os.path.realpath(out))  # a link to an empty folder stays a link
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside ``out``, so that the two are on one disk and the last step is a rename.
-    with _scratch_folder(out.parent, out.name) as holder:
+    with ExitStack() as stack:
+        if alone:
+            lock = out.with_name(f".{out.name[:_NAME_CHARACTERS]}.lock")
+            remedy = "Wait until it ends, or choose another name."
+            stack.enter_context(locked(lock, str(out), remedy))
+        holder = stack.enter_context(_scratch_folder(out.parent, out.name))
         scratch = holder / out.name
         scratch.mkdir()
-        yield scratch
+        try:
+            yield scratch
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            written = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
+            raise HipaError(
+                f"{out} cannot be written: the disk is full. {_size(written)} of it were written, "
+                f"and {_size(free_bytes(scratch))} are free. Free some space, or choose another "
+                "disk."
+            ) from None
         try:
             # A rename replaces an empty folder on Linux, but not on Windows.
             if out.is_dir():
@@ -139,6 +163,7 @@ def write_file(path: Path, content: bytes, *, replace: bool = True) -> None:
     # A reader sees the old file or the new one, since a rename within a folder is atomic.
     path.parent.mkdir(parents=True, exist_ok=True)
     file, scratch = _scratch_file(path)
+    problem = None
     try:
         with file:
             file.write(content)
@@ -151,9 +176,56 @@ def write_file(path: Path, content: bytes, *, replace: bool = True) -> None:
                 # An empty file with this name shows that nobody else had it.
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             scratch.replace(path)
+    except OSError as error:
+        problem = error
     finally:
         with uninterrupted():
             scratch.unlink(missing_ok=True)
+    if problem is not None:
+        # Now that the scratch is gone: what is free is what the file may take.
+        raise describe_write_error(problem, path, len(content)) from None
+
+
+def describe_write_error(error: OSError, path: Path, needed: int) -> OSError:
+    """The error of writing ``path``, with its name, and of a full disk with how much is missing.
+
+    Args:
+        error: what the system said.
+        path: the file.
+        needed: its size in bytes.
+
+    """
+    reason = error.strerror or str(error)
+    if is_disk_full(error):
+        reason += f" ({_size(needed)} needed, {_size(free_bytes(path.parent))} free)"
+    # OSError makes the class that fits the number, such as FileExistsError.
+    return OSError(error.errno or errno.EIO, reason, str(path))
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error comes from a full disk or a used-up quota, whichever library raised it."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    text = str(error).lower()
+    return "no space left on device" in text or "disk quota exceeded" in text
+
+
+def free_bytes(folder: Path) -> int:
+    """How much this user may still write on the disk of a folder."""
+    return shutil.disk_usage(folder).free
+
+
+def _size(count: int) -> str:
+    """A number of bytes for a message.
+
+    Example:
+        >>> _size(2_500_000)
+        '2.5 MB'
+
+    """
+    if count < 1_000_000:
+        return f"{count / 1e3:.1f} kB"
+    return f"{count / 1e6:.1f} MB" if count < 1_000_000_000 else f"{count / 1e9:.1f} GB"
 
 
 def is_special(path: Path) -> bool:

@@ -11,8 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hipa_deploy.disk.reading import (
+    check_regular,
+    inside,
+    inside_folder,
+    lies_in,
+    name_problem,
+    shown,
+)
 from hipa_deploy.errors import HipaError
-from hipa_deploy.reading import check_regular, inside, inside_folder, lies_in, name_problem, shown
 
 ESCAPES = [
     "",

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
+from hipa_deploy.disk.reading import read_bytes, read_json, read_record, read_text
 from hipa_deploy.errors import HipaError
-from hipa_deploy.reading import read_bytes, read_json, read_record, read_text
 from hipa_deploy.record import Record
 
 ANY = 1 << 20

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from hipa_deploy.disk.locks import locked
 from hipa_deploy.errors import HipaError
-from hipa_deploy.locks import locked
 
 HOLDS = """
 import sys, time
 from pathlib import Path
-from hipa_deploy.locks import locked
+from hipa_deploy.disk.locks import locked
 with locked(Path(sys.argv[1]), "it"):
     print("held", flush=True)
     time.sleep(120)
@@ -73,6 +73,6 @@ def test_a_disk_without_locks_locks_nothing(lock: Path, monkeypatch: pytest.Monk
     def unsupported(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("hipa_deploy.locks.fcntl.flock", unsupported)
+    monkeypatch.setattr("hipa_deploy.disk.locks.fcntl.flock", unsupported)
     take(lock)
     assert not lock.exists()
