@@ -19,8 +19,8 @@ from hipa_deploy.errors import HipaError, first_line, reason_of
 
 MIB = 1 << 20
 MAX_JSON = 16 * MIB
-# By the end of the name. An ONNX file is one protobuf message, which has less than 2 GiB. Weights in
-# files beside it have no limit.
+# By the end of the name. An ONNX file is one protobuf message, of less than 2 GiB. Weights in files
+# beside it have no limit.
 _LARGEST = {
     ".json": 64 * MIB,
     ".txt": 256 * MIB,
