@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from hipa_deploy import __version__
 from hipa_deploy.bundle.folder import MANIFEST, SCHEMA, Bundle
 from hipa_deploy.bundle.manifest import MAX_BATCH, Manifest, Stage
+from hipa_deploy.bundle.signature import read_private_key, sign
 from hipa_deploy.disk.files import new_folder
 from hipa_deploy.embedded import EXAMPLE_PROMPT, MODEL
 from hipa_deploy.errors import HipaError
@@ -171,6 +172,8 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
             files=file_hashes(root),
         )
         (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if options.signing_key is not None:
+            sign(root / MANIFEST, options.signing_key)
     return Bundle.open(options.out)
 
 
@@ -186,6 +189,8 @@ def _check(options: ExportOptions) -> None:
         raise HipaError(
             f"batch {options.batch} is out of range. Expected 1 <= batch <= {MAX_BATCH}."
         )
+    if options.signing_key is not None:
+        read_private_key(options.signing_key)  # a wrong key is reported before minutes of export
     if options.layout == "generic":
         for name in ("fuse", "decoder", "prompts", "dynamic", "context_tokens"):
             if getattr(options, name):

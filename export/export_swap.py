@@ -34,6 +34,7 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import AdaptorInfo, LoraInfo, OneStep, Stage
 from hipa_deploy.bundle.onnx_weights import Initializer, read_initializers, skeleton_sha256
 from hipa_deploy.bundle.reference import Reference
+from hipa_deploy.bundle.signature import read_private_key, sign
 from hipa_deploy.disk.files import new_folder, temporary_folder
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
@@ -76,6 +77,7 @@ class SwapOptions:
         decoder: the AutoencoderTiny folder of a fused bundle; None is the model's VAE.
         style: LoRAs to merge before the adaptor, and the bundle's own embeddings.
         one_step: the step of a LoRA that others made, as for ``ExportOptions``.
+        signing_key: the private key that signs swap.json; None leaves it unsigned.
 
     """
 
@@ -87,6 +89,7 @@ class SwapOptions:
     decoder: Path | None = None
     style: Style = field(default_factory=Style)
     one_step: str | None = None
+    signing_key: Path | None = None
 
 
 def export_swap(options: SwapOptions, console: Console | None = None) -> AdaptorSwap:
@@ -109,6 +112,8 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         'unet'
 
     """
+    if options.signing_key is not None:
+        read_private_key(options.signing_key)
     bundle = Bundle.open(options.bundle)
     model = ModelParts.open(options.model)
     bundle.verify()
@@ -165,6 +170,8 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         made_from = (references.adaptor, parts.style.info.loras)
         manifest = _manifest(bundle, stage, onnx, weights, made_from, text, root)
         (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if options.signing_key is not None:
+            sign(root / MANIFEST, options.signing_key)
     return AdaptorSwap.open(bundle, options.out)
 
 

@@ -148,6 +148,14 @@ def export(
             "given bundle, for hipa-generate --adaptor."
         ),
     ] = None,
+    sign: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="KEY",
+            help="Sign what is written with this Ed25519 private key, in PEM. Devices that set "
+            "HIPA_PUBLIC_KEY to the public key take nothing else.",
+        ),
+    ] = None,
 ) -> None:
     """Export a model, with an adaptor merged, as a bundle of ONNX models.
 
@@ -184,11 +192,11 @@ def export(
         if not others_are_default:
             raise HipaError(
                 "--swap-for takes --model, --adaptor, --adaptor-scale, --one-step, --lora, "
-                "--embedding, --decoder and --out; the bundle decides everything else. "
+                "--embedding, --decoder, --sign and --out; the bundle decides everything else. "
                 "Leave the other options out."
             )
         style = parse_style(lora, embedding)
-        _export_swap(model, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out)
+        _export_swap(model, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out, sign)
         return
 
     if build:
@@ -228,6 +236,7 @@ def export(
         prompt_weights=prompt_weights,
         style=parse_style(lora, embedding),
         one_step=one_step,
+        signing_key=sign,
     )
     bundle = export_bundle(options, console)
 
@@ -254,6 +263,7 @@ def _export_swap(
     decoder: str,
     bundle: Path,
     out: Path,
+    signing_key: Path | None,
 ) -> None:
     """Write to ``out`` the weights of adaptor and LoRAs that differ from those of ``bundle``."""
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
@@ -276,6 +286,7 @@ def _export_swap(
             out=out,
             decoder=resolve_decoder(decoder, model),
             one_step=one_step,
+            signing_key=signing_key,
         ),
         console,
     )

@@ -202,7 +202,17 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON) -> Any:
             finite or has thousands of digits.
 
     """
-    content = read_bytes(path, max_bytes)
+    return parse_json(read_bytes(path, max_bytes), path)
+
+
+def parse_json(content: bytes, path: Path) -> Any:
+    """The value in the content of the JSON file at ``path``, in UTF-8.
+
+    Raises:
+        HipaError: it is no JSON, nests too deep, or has a number that is not finite or has
+            thousands of digits.
+
+    """
     try:
         return json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
     except RecursionError:
