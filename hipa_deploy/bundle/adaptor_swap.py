@@ -35,7 +35,7 @@ from hipa_deploy.bundle.manifest import (
 )
 from hipa_deploy.bundle.onnx_weights import check_values, no_weight, read_initializers
 from hipa_deploy.disk.hashing import file_sha256
-from hipa_deploy.disk.reading import MIB, inside, read_record
+from hipa_deploy.disk.reading import MIB, check_size, inside, read_record
 from hipa_deploy.errors import HipaError, reason_of
 from hipa_deploy.record import Record
 
@@ -254,7 +254,11 @@ class AdaptorSwap:
                 f"adaptor {root} was exported for another bundle. Run: {export_command(bundle)}"
             )
         for name, expected in manifest.files.items():
-            if not (root / name).exists() or file_sha256(inside(root, name)) != expected:
+            whole = (root / name).exists()
+            if whole:
+                check_size(inside(root, name))
+                whole = file_sha256(root / name) == expected
+            if not whole:
                 raise HipaError(
                     f"{root / name} is missing or corrupt. Copy or export the adaptor again."
                 )

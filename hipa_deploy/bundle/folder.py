@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from hipa_deploy.bundle.manifest import Axis, Manifest, Stage
 from hipa_deploy.bundle.onnx_check import beside, external_files
 from hipa_deploy.disk.hashing import file_sha256
-from hipa_deploy.disk.reading import MIB, inside, lies_in, read_json, shown, validated
+from hipa_deploy.disk.reading import MIB, check_size, inside, lies_in, read_json, shown, validated
 from hipa_deploy.errors import HipaError, reason_of
 
 SCHEMA = 1
@@ -118,6 +118,9 @@ class Bundle:
                 weights in a file that is not listed.
 
         """
+        # Every file is there, and none is absurd, before the first is hashed.
+        for relative in self.manifest.files:
+            check_size(self.path(relative))
         for relative, expected in self.manifest.files.items():
             path = self.path(relative)
             if file_sha256(path) != expected:

@@ -19,6 +19,15 @@ from hipa_deploy.errors import HipaError, first_line, reason_of
 
 MIB = 1 << 20
 MAX_JSON = 16 * MIB
+# By the end of the name. An ONNX file is one protobuf message, of less than 2 GiB. Weights in files
+# beside it have no limit.
+_LARGEST = {
+    ".json": 64 * MIB,
+    ".txt": 256 * MIB,
+    ".onnx": 2048 * MIB,
+    ".npz": 16384 * MIB,
+    ".npy": 16384 * MIB,
+}
 REEXPORT = "Export the bundle again."
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # Windows has no pipes in its folders
 Model = TypeVar("Model", bound=BaseModel)
@@ -164,6 +173,20 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
             return file.read(max_bytes)
     except OSError as error:
         raise HipaError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def check_size(path: Path) -> None:
+    """Check that a file of a bundle or a swap is no larger than such a file can be.
+
+    Hashing a file takes seconds a gigabyte, and a file of holes may have any size.
+
+    Raises:
+        HipaError: it is larger.
+
+    """
+    limit = _LARGEST.get(path.suffix)
+    if limit is not None:
+        _check_size(path, path.stat().st_size, limit)
 
 
 def _check_size(path: Path, size: int, max_bytes: int) -> None:
