@@ -21,6 +21,8 @@ SAFETENSORS = ".safetensors"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 LENGTH_BYTES = 8  # of the header's length, at the start of a .safetensors file
 METADATA = "__metadata__"  # the one entry of the header that is no tensor
+# Modules whose classes a checkpoint may name: they are not imported.
+TRAINING_TOOLS = ("pytorch_lightning.", "lightning.")
 # A clone of a repository without Git LFS has this text in place of each large file.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -120,7 +122,8 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
     try:
         # Files of before torch 1.6 are no zip archives, and cannot be read piece by piece.
         lazily = zipfile.is_zipfile(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
+        with torch.serialization.safe_globals(_inert_classes(path) if lazily else []):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     # An unreadable file raises errors of every kind. Those of a forbidden one advise to read it
     # with its code, in many lines: that advice is not passed on.
     except Exception as error:
@@ -143,6 +146,28 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise HipaError(f"{path} holds no weights by name. Expected a model's state_dict.")
     return tensors
+
+
+class _Inert:
+    """Stands for a class of a training tool: it takes anything and does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def _inert_classes(path: Path) -> list[Any]:
+    """What torch may build in place of PyTorch Lightning's classes, whose state is not needed.
+
+    The published .ckpt files of SD 1.x were saved by a training of Lightning, and name its classes
+    beside the weights. No code of Lightning is imported for them.
+    """
+    import torch
+
+    inert: list[Any] = []
+    for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
+        if name.startswith(TRAINING_TOOLS):
+            inert.append((_Inert, name))
+    return inert
 
 
 def _refuse_pointer(path: Path) -> None:
