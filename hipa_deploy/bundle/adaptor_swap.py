@@ -46,7 +46,7 @@ from hipa_deploy.disk.reading import (
     read_record,
     validated,
 )
-from hipa_deploy.errors import HipaError, reason_of
+from hipa_deploy.errors import HipaError, first_line, reason_of
 from hipa_deploy.record import Record
 
 FOLDER = "adaptors"
@@ -249,11 +249,12 @@ class AdaptorSwap:
         try:
             path = inside(root, MANIFEST)
             content = read_bytes(path, MAX_JSON)
-            manifest = validated(SwapManifest, parse_json(content, path), path, "")
-        except HipaError as error:
+            manifest = validated(SwapManifest, parse_json(content), path, "")
+        except (HipaError, ValueError) as error:
+            reason = reason_of(error) if isinstance(error, HipaError) else first_line(error)
             raise HipaError(
                 f"{root}/{MANIFEST} is not of an adaptor to swap in, of this version "
-                f"({reason_of(error)}). Run: {export_command(bundle)}"
+                f"({reason}). Run: {export_command(bundle)}"
             ) from None
 
         check_signature(path, content)

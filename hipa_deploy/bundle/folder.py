@@ -23,7 +23,7 @@ from hipa_deploy.disk.reading import (
     shown,
     validated,
 )
-from hipa_deploy.errors import HipaError, reason_of
+from hipa_deploy.errors import HipaError, first_line, reason_of
 
 SCHEMA = 1
 MANIFEST = "hipa.json"
@@ -68,12 +68,17 @@ class Bundle:
             )
         try:
             content = read_bytes(inside(root, MANIFEST), _MAX_MANIFEST)
-            data = parse_json(content, path)
         except HipaError as error:
             raise HipaError(
                 f"{path} is not a manifest ({reason_of(error)}). Export the bundle again."
             ) from None
         check_signature(path, content)
+        try:
+            data = parse_json(content)
+        except ValueError as error:
+            raise HipaError(
+                f"{path} is not a manifest ({first_line(error)}). Export the bundle again."
+            ) from None
         if not isinstance(data, dict):
             raise HipaError(f"{path} is not a manifest (no table). Export the bundle again.")
         # First the schema: of another one, every field's error would be beside the point.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.models.lora.find_lora import find_lora, lora_sha256
 from hipa_deploy.models.lora.formulas import kind_of, rank_of
 from hipa_deploy.models.lora.names import LayerKey, ModuleNames, role_of
@@ -22,6 +22,7 @@ from hipa_deploy.models.lora.tensor_file import read_tensors
 
 SDXL = "text_encoder_2"  # the part that SDXL has, and SD 1.x and 2.x do not
 SDXL_CONTEXT = 2048  # width of its text contexts; 768 in SD 1.x, 1024 in SD 2.x
+MAX_SIDE = 65_536
 FAMILY = "Use the LoRA with the model family that it was trained on."
 
 
@@ -101,13 +102,26 @@ def _layer(
     file: Path, key: LayerKey, roles: Mapping[str, Tensor], settings: PeftSettings
 ) -> LoraLayer:
     try:
-        kind = kind_of(str(key), roles)
-        rank = rank_of(kind, roles)
-        if rank == 0:
-            raise HipaError(f"layer {key} has rank 0. Copy or convert the file again.")
-        return LoraLayer(roles, settings.scaling(key, kind, rank, roles.get("alpha")), rank)
+        # A tensor of no dimensions where a matrix belongs, for one.
+        with as_line(f"layer {key} cannot be read", "Copy or convert the file again."):
+            _check_sizes(key, roles)
+            kind = kind_of(str(key), roles)
+            rank = rank_of(kind, roles)
+            if rank == 0:
+                raise HipaError(f"layer {key} has rank 0. Copy or convert the file again.")
+            return LoraLayer(roles, settings.scaling(key, kind, rank, roles.get("alpha")), rank)
     except HipaError as error:
         raise HipaError(f"{file}: {error}") from None
+
+
+def _check_sizes(key: LayerKey, roles: Mapping[str, Tensor]) -> None:
+    """Refuse a side that no layer has: a product with it could need any amount of memory."""
+    for role, value in roles.items():
+        if max(value.shape, default=0) > MAX_SIDE:
+            raise HipaError(
+                f"layer {key} has a {role} of shape {list(value.shape)}. Expected at most "
+                f"{MAX_SIDE} along each axis. Copy or convert the file again."
+            )
 
 
 def _by_layer(
@@ -176,7 +190,7 @@ def _other_part(part: str, modules: ModuleNames) -> str:
 def _check_context(file: Path, layer: str, role: str, value: Tensor) -> None:
     """Refuse SDXL's LoRAs by name: their text contexts are wider than any other's."""
     is_key = layer.endswith(("attn2_to_k", "attn2.to_k", "attn2_to_v", "attn2.to_v"))
-    if is_key and role == "down" and value.shape[-1] == SDXL_CONTEXT:
+    if is_key and role == "down" and value.dim() and value.shape[-1] == SDXL_CONTEXT:
         raise HipaError(
             f"{file} is a LoRA for SDXL: {layer} takes text contexts {SDXL_CONTEXT} wide. "
             "Expected one for SD 1.x or 2.x, as the model is."

@@ -62,7 +62,7 @@ def test_a_file_that_was_cut_off(tmp_path: Path, name: str, kept: float) -> None
 def test_a_file_that_is_none_of_weights(tmp_path: Path) -> None:
     with pytest.raises(HipaError, match=r"is a \.zip file. Expected weights in a file that ends"):
         is_pickled(tmp_path / "model.zip")
-    with pytest.raises(HipaError, match=r"absent.bin cannot be read: .*No such file"):
+    with pytest.raises(HipaError, match=r"absent.bin is missing"):
         load_tensors(tmp_path / "absent.bin")
     for ending in ("safetensors", "bin"):
         path = tmp_path / f"model.{ending}"
