@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.lora.names import PARTS, LayerKey
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS = ("LORA", "LOHA", "LOKR")
 # With these, peft subtracts from the base model what the LoRA starts with. The LoRA alone is then
@@ -64,8 +65,8 @@ class PeftSettings:
 
         Args:
             key: the layer.
-            kind: one of ``formulas.KINDS``.
-            rank: as ``formulas.rank_of`` gives it.
+            kind: one of ``kinds.KINDS``.
+            rank: as ``kinds.rank_of`` gives it.
             stored_alpha: the file's tensor for this layer.
 
         Raises:
