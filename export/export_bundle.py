@@ -24,6 +24,7 @@ from hipa_deploy.export.bundle_files import (
 )
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.export_request import Request, check_request
 from hipa_deploy.export.graph.axes import stage_axes
 from hipa_deploy.export.graph.modules import stage_specs
 from hipa_deploy.export.model_parts import ModelParts
@@ -33,7 +34,6 @@ from hipa_deploy.export.references import (
     make_references,
     text_references,
 )
-from hipa_deploy.export.request import Request, check_request
 from hipa_deploy.export.task import print_warning
 from hipa_deploy.export.writer import StageWriter
 

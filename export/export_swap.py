@@ -37,6 +37,7 @@ from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import text_encoder_source, unet_source
 from hipa_deploy.export.chosen_parts import ChosenParts
+from hipa_deploy.export.export_request import SwapOptions, check_swap_request
 from hipa_deploy.export.graph.run_apart import run_apart
 from hipa_deploy.export.references import (
     INPUTS,
@@ -45,7 +46,6 @@ from hipa_deploy.export.references import (
     add_images,
     add_step,
 )
-from hipa_deploy.export.request import SwapOptions, check_swap_request
 from hipa_deploy.export.task import TaskSettings, print_warning
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.models.style import StyleInfo

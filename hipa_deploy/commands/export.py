@@ -194,8 +194,8 @@ def export(
 
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.export.export_options import ExportOptions
+    from hipa_deploy.export.export_request import check_options, check_request
     from hipa_deploy.export.graph.axes import parse_axes
-    from hipa_deploy.export.request import check_options, check_request
     from hipa_deploy.export.task import parse_strengths
     from hipa_deploy.models.locate import resolve_decoder, resolve_encoder, unpacked
 
@@ -266,7 +266,7 @@ def _export_swap(
 ) -> None:
     """Write to ``out`` the weights of adaptor and LoRAs that differ from those of ``bundle``."""
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
-    from hipa_deploy.export.request import SwapOptions, check_swap_request
+    from hipa_deploy.export.export_request import SwapOptions, check_swap_request
     from hipa_deploy.models.locate import resolve_decoder
 
     if adaptor is None and not style.loras:
