@@ -259,11 +259,11 @@ def table(numbers: dict[str, list[dict[str, float]]]) -> str:
             values = [row[key] for row in repeats if key in row]
             if not values:
                 cells.append("-")
-            elif len(values) == 1:
-                cells.append(f"{values[0]:.3f}")
-            else:
-                half = (max(values) - min(values)) / 2
-                cells.append(f"{np.mean(values):.3f} ± {half:.3f}")
+                continue
+            # The sum turns the -0.0 of a tiny negative number into 0.
+            mean = round(float(np.mean(values)), 3) + 0.0
+            half = (max(values) - min(values)) / 2
+            cells.append(f"{mean:.3f} ± {half:.3f}" if len(values) > 1 else f"{mean:.3f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -296,9 +296,11 @@ def main(
             near = to_teacher(images_NHWC, teacher_RNHWC[repeat], others_NHWC, prompts)
             numbers[name].append(near | to_style(images_NHWC, real, styles, prompts))
 
-    # What can be reached. KID is of other concepts: a set has no distance to itself.
+    # What can be reached. A set has no distance to itself: KID is that of other concepts, and
+    # every image would find itself.
     limit = to_style(real_NHWC, real, styles, prompts)
     limit["style_kid"] = kid(real.rest_ND, real.features_ND)
+    del limit["recall"]
     numbers["real images"] = [limit]
 
     text = table(numbers)
