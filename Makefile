@@ -5,13 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test lint types docs clean
+FUZZ_CASES := 300
+
+.PHONY: demo test fuzz lint types docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/hipa-demo --out $(DEMO)
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+
+# Hostile files, FUZZ_CASES of each format; what fails is shrunk and printed (tests/hostile).
+fuzz: $(VENV)/installed
+	HIPA_FUZZ_CASES=$(FUZZ_CASES) $(BIN)/python -m pytest -n 2 tests/hostile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

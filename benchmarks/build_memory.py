@@ -96,7 +96,7 @@ def main(
             rows += measure(root, Path(scratch), target)
     Console().print(render(rows, target))
     if out:
-        out.write_text(json.dumps(rows, indent=2) + "\n")
+        out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -68,12 +68,12 @@ def measure(name: str, model: Path, work: Path) -> dict[str, float]:
 
     # wait4 returns the usage of the process and of all processes that it waited for.
     started = time.perf_counter()
-    with (work / "log.txt").open("w") as log:
+    with (work / "log.txt").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command(name, model, out), stdout=log, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
     if status:
-        end_of_log = (work / "log.txt").read_text()[-2000:]
+        end_of_log = (work / "log.txt").read_text(encoding="utf-8")[-2000:]
         raise SystemExit(f"{name} failed:\n{end_of_log}")
 
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
@@ -113,7 +113,7 @@ def main(
         print(name, json.dumps(results[name]), flush=True)
     Console().print(render(results, f"{model.name}, {os.cpu_count()} cores, {platform.machine()}"))
     if out:
-        out.write_text(json.dumps(results, indent=2) + "\n")
+        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

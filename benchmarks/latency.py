@@ -195,7 +195,7 @@ BUNDLES = {
 
 def latent_shape(work: Path) -> tuple[int, int, int]:
     """[C, H, W] of the latents, from the bundle's manifest, so that nothing is loaded for it."""
-    manifest = json.loads((work / "full/hipa.json").read_text())
+    manifest = json.loads((work / "full/hipa.json").read_text(encoding="utf-8"))
     channels, height, width = manifest["one_step"]["latent_shape"]
     return channels, height, width
 
@@ -225,7 +225,11 @@ class Process:
         options = ["--model", str(model), "--work", str(work), "--contender", name]
         started = time.perf_counter()
         self.child = subprocess.Popen(
-            [*script, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*script, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
         )
 
         # The answer comes after two images; only the first belongs to the start.
@@ -382,7 +386,7 @@ def main(
 
         # Written after every contender: a run that is stopped keeps its results.
         if out:
-            out.write_text(json.dumps(results, indent=2) + "\n")
+            out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     Console().print(render(results, f"{model.name}, {runs} runs in turn, {machine}"))
 

@@ -61,7 +61,7 @@ def plain_loop(model_dir: Path, recipe: Recipe, cache: Path) -> Callable[[Tensor
         A function that makes one step with the rows int64 [B] and returns its loss.
 
     """
-    model = DiffusionModel.load(model_dir, "cpu")
+    model = DiffusionModel.load(model_dir, "cpu", text=recipe.text)
     prompts = read_prompts(recipe, model_dir)
     context = prompt_contexts(model, prompts)
     pairs = teacher_pairs(
@@ -202,7 +202,7 @@ def main(
         )
     Console().print(machine)
     if out:
-        out.write_text(json.dumps(results, indent=2) + "\n")
+        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -102,10 +102,12 @@ CORE = House(
         ("hipa_deploy.models.lora", "LoRA files and their arithmetic: needs torch"),
         ("hipa_deploy.models.one_step", "one-step methods of others"),
         ("hipa_deploy.models", "where a model is, and of which kind"),
+        ("hipa_deploy.models.weights", "which weights are loaded, and their identity"),
         ("hipa_deploy.images", "images in and out, masks, tiles, PNG parameters"),
         ("hipa_deploy.bundle", "manifest, files, adaptors to swap, parity gate"),
         ("hipa_deploy.embedded", "the small model, its adaptors and its bundle"),
-        ("hipa_deploy", "the ground: errors, files, hashing, records, tasks"),
+        ("hipa_deploy.disk", "files and folders: whole, hashed, locked, read within limits"),
+        ("hipa_deploy", "the ground: errors, records, tasks, signals"),
     ),
 )
 

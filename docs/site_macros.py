@@ -32,7 +32,9 @@ def commands() -> str:
     """
     module = "hipa_deploy.commands.app"
     arguments = [sys.executable, "-m", "typer", module, "utils", "docs", "--name", "hipa"]
-    made = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    made = subprocess.run(
+        arguments, check=True, capture_output=True, text=True, encoding="utf-8"
+    ).stdout
 
     # The first section is that of bare `hipa`, whose list of commands the page itself replaces.
     sections = made.split("\n## ")[1:]

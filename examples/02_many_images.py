@@ -33,7 +33,8 @@ with OneStepPipeline.load("emoji") as pipe, Progress() as progress:
         ):
             # save_png stores the parameters in the PNG; example 08 makes the image again from them.
             path = out / f"{PROMPTS.index(prompt)}-seed{seed}.png"
-            save_png(path, image_HWC, parameters)
+            # It replaces a file only if it is asked to: a second run makes the same images.
+            save_png(path, image_HWC, parameters, force=True)
         progress.advance(task, len(batch.seeds))
 
 print(f"{out}: {total} images")

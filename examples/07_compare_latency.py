@@ -34,7 +34,9 @@ for name, bundle in (("full", "emoji"), ("tiny", tiny)):
     with OneStepPipeline.load(bundle, backend="onnxruntime") as pipe:
         reports[name] = profile_pipeline(pipe, runs=runs)
     # The same file as hipa-profile --json writes, with the conditions of the measurement.
-    Path(f"{name}.json").write_text(reports[name].model_dump_json(indent=2) + "\n")
+    Path(f"{name}.json").write_text(
+        reports[name].model_dump_json(indent=2) + "\n", encoding="utf-8"
+    )
 
 # 'slower' and 'faster' need a change past 5 % and a confidence interval that excludes no change.
 comparison = compare_reports(reports["full"], reports["tiny"], threshold_percent=5)

@@ -17,8 +17,9 @@ with OneStepPipeline.load("emoji") as pipe:
         path = Path(sys.argv[1])
     else:
         path = Path("panda.png")
-        first = pipe("flat emoji of a panda", seed=42)
-        save_png(path, first.images_BHWC[0], first.parameters[0])
+        if not path.exists():
+            first = pipe("flat emoji of a panda", seed=42)
+            save_png(path, first.images_BHWC[0], first.parameters[0])
 
     # The parameters also hold hashes of the model, the adaptor and the UNet that made the image.
     parameters = read_parameters(path)
@@ -31,6 +32,7 @@ with OneStepPipeline.load("emoji") as pipe:
         height=parameters["height"],
         width=parameters["width"],
         truncate=parameters["truncate"],
+        prompt_weights=parameters["prompt_weights"],
     )
 
 # The same bytes need the same backend and library versions too: another may round another way.

@@ -80,7 +80,13 @@ def decoder_source(options: ExportOptions, parts: ChosenParts) -> StageSource:
 
 def text_encoder_module(parts: ChosenParts, dtype: torch.dtype) -> TextEncoderStage:
     """The text encoder, whose context has ``dtype``."""
-    return TextEncoderStage(parts.text_encoder(), dtype)
+    encoder = parts.text_encoder()
+    # The references take an earlier hidden state of the whole encoder, as diffusers does. Without
+    # the layers after it the graph is smaller, and its agreement with them is a proof.
+    if parts.clip_skip:
+        layers = encoder.text_model.encoder.layers
+        encoder.text_model.encoder.layers = layers[: -parts.clip_skip]
+    return TextEncoderStage(encoder, dtype, parts.chunk_tokens)
 
 
 def encoder_module(parts: ChosenParts) -> OneStepEncoder | TinyEncoder:

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from transformers import CLIPTokenizerFast
 
 from hipa_deploy.bundle.manifest import Precision
 from hipa_deploy.bundle.reference import REFERENCE_PROMPTS, REFERENCE_TENSORS
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import References
 from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.clip_tokenizer import rust_tokenizer
-from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod
 from hipa_deploy.models.one_step.step_constants import make_scheduler
 
@@ -30,41 +30,38 @@ HARD_TEXTS = ("東京の夜景", "a 👩\u200d👧 family", "\u200ba cat")
 
 
 def write_tokenizer(
-    root: Path, model: ModelParts, prompt: str, style: OpenStyle | None = None
+    root: Path, fast: CLIPTokenizerFast, prompt: str, context_tokens: int | None = None
 ) -> PromptTokenizer:
     """Write ``tokenizer.json``, padding and length inside, and open it as the runtime will.
 
     Args:
         root: the bundle's folder.
-        model: the base model.
+        fast: the model's tokenizer.
         prompt: its tokens are compared with transformers', and those of ``HARD_TEXTS``.
-        style: its embeddings' words are added.
+        context_tokens: tokens of a context; None is one chunk.
 
     Raises:
         HipaError: the two tokenizers do not agree.
 
     """
     # Padding and length go into the file: the runtime has no other configuration of the tokenizer.
-    fast = model.tokenizer()
-    if style is not None:
-        style.add_words(fast)
     length = fast.model_max_length
     path = root / TOKENIZER
     path.parent.mkdir()
     rust_tokenizer(fast).save(str(path))
 
     # A wrong token would give a plausible image of something else, so both are compared once.
-    tokenizer = PromptTokenizer(path)
+    one_chunk = PromptTokenizer(path)
     texts = [prompt, *HARD_TEXTS]
     expected = fast(
         texts, padding="max_length", max_length=length, truncation=True, return_tensors="np"
     )
-    if not np.array_equal(tokenizer(texts, truncate=True), expected.input_ids):
+    if not np.array_equal(one_chunk(texts, truncate=True), expected.input_ids):
         raise HipaError(
-            f"{model.folder}/tokenizer: tokenizer.json does not agree with transformers. "
+            f"{fast.name_or_path}: tokenizer.json does not agree with transformers. "
             "Please report this."
         )
-    return tokenizer
+    return PromptTokenizer(path, context_tokens)
 
 
 def tokenize(
@@ -72,27 +69,43 @@ def tokenize(
     prompts: Sequence[str],
     path: Path | None,
     places: Mapping[str, str],
-) -> np.ndarray:
-    """Token ids int64 [N, L] of N prompts.
+    *,
+    weights: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int64 [N, L] of N prompts, and their weights float32 [N, L].
 
     Args:
         tokenizer: the bundle's.
         prompts: N prompts.
         path: the file of a closed set; None where the prompt is this package's own.
         places: of each prompt in that file, as ``read_numbered_prompts`` gives them.
+        weights: whether ``(word:1.3)`` is a weight; if not, all weights are 1.
 
     Raises:
-        HipaError: a prompt is too long; the message names the file and the line.
+        HipaError: a prompt is too long, or has a weight that is no number; the message names the
+            file and the line.
 
     """
-    rows = []
+    tokens = []
+    weights_of = []
     for prompt in prompts:
+        where = f"prompts {path}, {places[prompt]}: " if path else ""
         try:
-            rows.append(tokenizer([prompt])[0])
+            if weights:
+                tokens_1L, weights_1L = tokenizer.weighted([prompt])
+            else:
+                tokens_1L = tokenizer([prompt])
+                weights_1L = np.ones(tokens_1L.shape, np.float32)
         except PromptTooLongError as error:
-            where = f"prompts {path}, {places[prompt]}: " if path else ""
+            remedy = "Shorten it"
+            if error.context_tokens:
+                remedy += f", or give --context-tokens {error.context_tokens}"
+            raise HipaError(f"{where}{error.problem} {remedy}.") from None
+        except HipaError as error:
             raise HipaError(f"{where}{error}") from None
-    return np.stack(rows)
+        tokens.append(tokens_1L)
+        weights_of.append(weights_1L)
+    return np.concatenate(tokens), np.concatenate(weights_of)
 
 
 def write_closed_set(
@@ -123,7 +136,7 @@ def write_references(root: Path, references: References) -> None:
     arrays: Any = references.tensors  # Any: numpy's stub takes no mapping of arrays here
     np.savez_compressed(tensors, **arrays)
     content = {"prompts": [references.prompt], "seeds": list(references.seeds)}
-    (root / REFERENCE_PROMPTS).write_text(json.dumps(content) + "\n")
+    (root / REFERENCE_PROMPTS).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def write_diffusers_files(
@@ -152,7 +165,7 @@ def write_diffusers_files(
     _write_json(root / "model_index.json", index)
     stages = {"text_encoder": "text_encoder", "unet": "unet", "vae": "vae_decoder"}
     for part, stage in stages.items():
-        config = json.loads((model.folder / part / "config.json").read_text())
+        config = json.loads((model.folder / part / "config.json").read_text(encoding="utf-8"))
         _write_json(root / stage / "config.json", config)
 
     # save_pretrained writes a tokenizer.json of its own, without padding and length.
@@ -188,4 +201,4 @@ def file_hashes(root: Path) -> dict[str, str]:
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -8,18 +8,20 @@ from pathlib import Path
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
 from hipa_deploy.bundle.manifest import AdaptorInfo, DecoderInfo, EncoderInfo
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
 from hipa_deploy.export.model_parts import ModelParts
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, METADATA, read_metadata
 from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.style import check_same_loras
-from hipa_deploy.models.weight_identity import has_identity, weights_identity
+from hipa_deploy.models.text_context import text_context
+from hipa_deploy.models.weights.weight_identity import has_identity, weights_identity
 from hipa_deploy.tasks import Task
 
 
@@ -34,6 +36,8 @@ class ChosenParts:
         adaptor_scale: 1.0 merges the adaptor as it was trained.
         tiny_encoder: an AutoencoderTiny folder that encodes in place of the model's VAE.
         tiny_decoder: an AutoencoderTiny folder that decodes in place of the model's VAE.
+        chunk_tokens: tokens that the text encoder reads at once.
+        clip_skip: last layers of the text encoder that are left out.
         style: LoRAs and embeddings, which change the model before the adaptor.
 
     """
@@ -44,10 +48,19 @@ class ChosenParts:
     adaptor_scale: float = 1.0
     tiny_encoder: Path | None = None
     tiny_decoder: Path | None = None
+    chunk_tokens: int = 77
+    clip_skip: int = 0
     style: OpenStyle = field(default_factory=OpenStyle)
 
     @classmethod
-    def choose(cls, model: ModelParts, options: ExportOptions, task: Task) -> ChosenParts:
+    def choose(
+        cls,
+        model: ModelParts,
+        options: ExportOptions,
+        task: Task,
+        chunk_tokens: int = 77,
+        clip_skip: int = 0,
+    ) -> ChosenParts:
         """The parts that ``options`` ask for.
 
         Raises:
@@ -66,6 +79,8 @@ class ChosenParts:
             adaptor_scale=options.adaptor_scale,
             tiny_encoder=options.encoder,
             tiny_decoder=options.decoder,
+            chunk_tokens=chunk_tokens,
+            clip_skip=clip_skip,
             style=style,
         )
 
@@ -82,6 +97,10 @@ class ChosenParts:
         if self.style.embeddings:
             self.style.add_words(self.model.tokenizer(), encoder)
         return encoder
+
+    def context(self, encoder: CLIPTextModel, tokens_BL: Tensor) -> Tensor:
+        """What the text encoder gives for tokens int64 [B, L]: the context, float32 [B, L, D]."""
+        return text_context(encoder, tokens_BL, self.chunk_tokens, self.clip_skip)
 
     def unet(self) -> tuple[UNet2DConditionModel, AdaptorInfo | None]:
         """The UNet with LoRAs and adaptor merged, and what the manifest says of that adaptor."""

@@ -10,9 +10,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hipa_deploy import __version__
 from hipa_deploy.bundle.folder import MANIFEST, SCHEMA, Bundle
-from hipa_deploy.bundle.manifest import MAX_BATCH, Manifest, Stage
+from hipa_deploy.bundle.manifest import Manifest, Stage
+from hipa_deploy.bundle.signature import sign
+from hipa_deploy.disk.files import new_folder
 from hipa_deploy.embedded import EXAMPLE_PROMPT, MODEL
-from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import bundle_sources
 from hipa_deploy.export.bundle_files import (
     file_hashes,
@@ -24,6 +25,7 @@ from hipa_deploy.export.bundle_files import (
 )
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.export_request import Request, check_request
 from hipa_deploy.export.graph.axes import stage_axes
 from hipa_deploy.export.graph.modules import stage_specs
 from hipa_deploy.export.model_parts import ModelParts
@@ -33,10 +35,8 @@ from hipa_deploy.export.references import (
     make_references,
     text_references,
 )
-from hipa_deploy.export.task import choose_task, step_warning
+from hipa_deploy.export.task import print_warning
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.files import new_folder
-from hipa_deploy.generate.prompt_files import read_numbered_prompts
 
 NEUTRAL_PROMPT = "a photo of a red apple"
 PROGRESS_LABELS = {
@@ -66,27 +66,36 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         ['text_encoder', 'unet', 'vae_decoder']
 
     """
-    _check(options)
-    # Where each prompt of a closed set is in its file. Read at once: a mistake costs no time.
-    places = read_numbered_prompts(options.prompts) if options.prompts else {}
-    model = ModelParts.open(options.model)
-    settings = choose_task(options, model)
-    parts = ChosenParts.choose(model, options, settings.task)
-    step = model.one_step(
-        settings.timestep, options.size("height"), options.size("width"), settings.method
-    )
-    warning = step_warning(options, settings, model)
-    if warning:
-        (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
+    return export_checked(check_request(options), console)
+
+
+def export_checked(request: Request, console: Console | None = None) -> Bundle:
+    """Export what ``check_request`` has checked; see ``export_bundle``.
+
+    Raises:
+        HipaError: as ``export_bundle``.
+
+    """
+    options = request.options
+    model = request.model
+    settings = request.settings
+    places = request.places
+    text = request.text
+    step = request.step
+    parts = ChosenParts.choose(model, options, settings.task, request.chunk_tokens, text.clip_skip)
+    for warning in request.warnings:
+        print_warning(console, warning)
     axes = stage_axes(options.dynamic, step, model.config.size_multiple)
     batch = options.size("batch") or 1
 
-    with new_folder(options.out) as root, _progress(console) as show:
+    with new_folder(options.out, alone=True) as root, _progress(console) as show:
         # The tokenizer comes first: the length of its tokens is a size of the stages.
         show("text")
         prompts = list(places) or [example_prompt(model)]
-        tokenizer = write_tokenizer(root, model, prompts[0], parts.style)
-        tokens_NL = tokenize(tokenizer, prompts, options.prompts, places)
+        tokenizer = write_tokenizer(root, parts.tokenizer(), prompts[0], text.context_tokens)
+        tokens_NL, weights_NL = tokenize(
+            tokenizer, prompts, options.prompts, places, weights=text.prompt_weights
+        )
         specs = stage_specs(
             layout=options.layout,
             precision=options.dtype,
@@ -104,13 +113,16 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         references = text_references(prompts[0], tokens_NL[:1], batch, step, options.layout)
         tensors = references.inputs()
         if places:
-            contexts_NLD = encode_closed_set(parts, tokens_NL)
+            contexts_NLD = encode_closed_set(parts, tokens_NL, weights_NL)
             references = references.plus({"context": contexts_NLD[:1].repeat(batch, 0)})
             stored_NLD = write_closed_set(root, prompts, contexts_NLD, options.dtype)
             tensors["context"] = stored_NLD[:1].repeat(batch, 0)
         references = make_references(
             references, parts, settings, step, options.layout, watch=options.dtype == "fp16"
         )
+
+        for doubt in references.doubts:
+            print_warning(console, doubt)
 
         # The chain: a stage is fed with what the ONNX stages before it gave, not with PyTorch's
         # tensors, so that the last stage's error is that of the whole bundle.
@@ -147,11 +159,14 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
             strengths=settings.strengths,
             upscale=settings.upscale,
             one_step=step,
+            text=text,
             stages=tuple(stages),
             end_to_end=stages[-1].parity,
             files=file_hashes(root),
         )
-        (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if options.signing_key is not None:
+            sign(root / MANIFEST, options.signing_key)
     return Bundle.open(options.out)
 
 
@@ -159,24 +174,6 @@ def example_prompt(model: ModelParts) -> str:
     """The prompt of a bundle's reference: the embedded model's own, or a neutral one."""
     is_embedded = model.folder.resolve() == MODEL.resolve()
     return EXAMPLE_PROMPT if is_embedded else NEUTRAL_PROMPT
-
-
-def _check(options: ExportOptions) -> None:
-    """Raise HipaError for a batch out of range and options that exclude each other."""
-    if not 1 <= options.batch <= MAX_BATCH:
-        raise HipaError(
-            f"batch {options.batch} is out of range. Expected 1 <= batch <= {MAX_BATCH}."
-        )
-    if options.layout == "generic":
-        for name in ("fuse", "decoder", "prompts", "dynamic"):
-            if getattr(options, name):
-                raise HipaError(
-                    f"--{name} needs --layout onestep: the generic layout is what optimum can load."
-                )
-        if options.style.embeddings:
-            raise HipaError(
-                "--embedding needs --layout onestep: optimum would not know the new words."
-            )
 
 
 @contextmanager

@@ -34,10 +34,17 @@ class ExportOptions:
         task: None is the adaptor's own; generate without an adaptor.
         strengths: of an edit, in (0, 1]; empty means all that the adaptor was trained for.
         encoder: an AutoencoderTiny folder; None is the model's own VAE.
+        context_tokens: of a text context, 77, 154 or 231; None is as the adaptor was trained, or
+            as many as the text encoder reads at once.
+        clip_skip: last layers of the text encoder that are left out; None is as the adaptor was
+            trained, or 0.
+        prompt_weights: whether ``(word:1.3)`` is a weight, in ``prompts`` and for the bundle's
+            user; None is as the adaptor was trained, or no.
         style: LoRAs and embeddings that are added to the model before the adaptor.
         one_step: the step of a LoRA, or of a model, that others made: a preset of
             ``hipa_deploy.models.one_step`` or a .toml file. None is the adaptor's own step; without
             an adaptor of HiPA, x0 at the last timestep.
+        signing_key: the private key that signs the manifest; None leaves the bundle unsigned.
 
     Example:
         >>> ExportOptions(model="emoji", out=Path("bundle"), batch=2).size("batch")
@@ -61,8 +68,12 @@ class ExportOptions:
     task: Task | None = None
     strengths: tuple[float, ...] = ()
     encoder: Path | None = None
+    context_tokens: int | None = None
+    clip_skip: int | None = None
+    prompt_weights: bool | None = None
     style: Style = field(default_factory=Style)
     one_step: str | None = None
+    signing_key: Path | None = None
 
     def size(self, name: Literal["batch", "height", "width"]) -> int | None:
         """The size of the reference: the usual one of a dynamic axis, or the static one.

@@ -6,8 +6,7 @@ in place of the bundle's, and what it runs is bit for bit what an export with th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,57 +16,40 @@ from hipa_deploy import __version__
 from hipa_deploy.bundle.adaptor_swap import (
     MANIFEST,
     REFERENCE,
+    TEXT_STAGE,
+    TEXT_WEIGHTS,
     WEIGHT_MAP,
     WEIGHTS,
     AdaptorSwap,
+    MappedWeight,
     SwapManifest,
+    SwappedText,
     WeightMap,
     adapted_stage,
-    check_encoder,
     stage_files,
 )
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import AdaptorInfo, OneStep, Stage
+from hipa_deploy.bundle.manifest import AdaptorInfo, LoraInfo, Stage
 from hipa_deploy.bundle.onnx_weights import Initializer, read_initializers, skeleton_sha256
 from hipa_deploy.bundle.reference import Reference
+from hipa_deploy.bundle.signature import sign
+from hipa_deploy.disk.files import new_folder, temporary_folder
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.builders import unet_source
+from hipa_deploy.export.builders import text_encoder_source, unet_source
 from hipa_deploy.export.chosen_parts import ChosenParts
-from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.model_parts import ModelParts
-from hipa_deploy.export.references import INPUTS, References, add_images, add_step
-from hipa_deploy.export.run_apart import run_apart
-from hipa_deploy.export.task import TaskSettings, choose_task, step_warning
+from hipa_deploy.export.export_request import SwapOptions, check_swap_request
+from hipa_deploy.export.graph.run_apart import run_apart
+from hipa_deploy.export.references import (
+    INPUTS,
+    References,
+    add_context,
+    add_images,
+    add_step,
+)
+from hipa_deploy.export.task import TaskSettings, print_warning
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.files import new_folder, temporary_folder
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
-from hipa_deploy.models.one_step.one_step_method import OWN
-from hipa_deploy.models.weight_identity import has_identity
-
-
-@dataclass(frozen=True, kw_only=True)
-class SwapOptions:
-    """Which adaptor to export for which bundle.
-
-    Attributes:
-        model: the base model that the bundle was exported from.
-        adaptor: the adaptor folder whose weights to write.
-        bundle: the bundle's folder.
-        out: the folder to write.
-        adaptor_scale: 1.0 merges the adaptor as it was trained.
-        decoder: the AutoencoderTiny folder of a fused bundle; None is the model's VAE.
-        one_step: the step of a LoRA that others made, as for ``ExportOptions``.
-
-    """
-
-    model: str
-    adaptor: Path
-    bundle: Path
-    out: Path
-    adaptor_scale: float = 1.0
-    decoder: Path | None = None
-    one_step: str | None = None
+from hipa_deploy.models.style import StyleInfo
 
 
 def export_swap(options: SwapOptions, console: Console | None = None) -> AdaptorSwap:
@@ -78,9 +60,9 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         console: where progress is shown; None is the standard error.
 
     Raises:
-        HipaError: base model, one-step constants or decoder are not the bundle's, the adaptor does
-            not fit the model or needs other FP32 islands, the graph comes out different, or no
-            weight differs at all.
+        HipaError: base model, one-step constants, decoder or embeddings are not the bundle's, the
+            adaptor or a LoRA does not fit the model or needs other FP32 islands, the graph comes
+            out different, or no weight differs at all.
 
     Example:
         >>> swap = export_swap(
@@ -90,25 +72,28 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         'unet'
 
     """
-    bundle = Bundle.open(options.bundle)
-    model = ModelParts.open(options.model)
+    request = check_swap_request(options)
+    bundle = request.bundle
+    model = request.model
+    settings = request.settings
+    like_bundle = request.like_bundle
     bundle.verify()
-    with new_folder(options.out) as root, temporary_folder("hipa-export") as scratch:
-        # The request that the bundle came from, with the other adaptor.
-        _check_same_base(options, bundle, model)
-        like_bundle = _bundle_options(options, bundle)
-        settings = choose_task(like_bundle, model)
-        _check_step(options, bundle, model, settings)
-        warning = step_warning(like_bundle, settings, model)
-        if warning:
-            (console or Console(stderr=True)).print(f"warning: {warning}", highlight=False)
-        parts = ChosenParts.choose(model, like_bundle, settings.task)
+    with new_folder(options.out, alone=True) as root, temporary_folder("hipa-export") as scratch:
+        for warning in request.warnings:
+            print_warning(console, warning)
+        clip_skip = bundle.manifest.text.clip_skip
+        parts = ChosenParts.choose(
+            model, like_bundle, settings.task, request.chunk_tokens, clip_skip
+        )
+        changes_text = has_other_text(bundle, parts.style.info)
         if like_bundle.fuse:
             check_decoder(bundle, parts)
 
         # The UNet's stage once more, fed with what the bundle's own stages before it give.
         with (console or Console(stderr=True)).status("export: UNet"):
-            references = _references(bundle, parts, settings)
+            references = _references(bundle, parts, settings, changes_text=changes_text)
+            for doubt in references.doubts:
+                print_warning(console, doubt)
             source = unet_source(like_bundle, parts, settings, bundle.manifest.one_step)
             writer = StageWriter(
                 root=scratch,
@@ -118,82 +103,72 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
                 strengths=len(settings.strengths),
                 islands={name: stage.fp32_islands for name, stage in bundle.stages.items()},
             )
-            stage = writer.write(source, _stage_inputs(bundle, references)).stage
+            inputs = _stage_inputs(bundle, references)
+            text = None
+            if changes_text:
+                encoder = writer.write(text_encoder_source(like_bundle, parts), inputs)
+                inputs["context"] = encoder.output
+                text = _swapped_text(bundle, encoder.stage, scratch, root)
+            stage = writer.write(source, inputs).stage
 
         # Only what differs is kept.
         onnx = scratch / stage.path
         weights = _differing(bundle.stage_path(stage.spec.name), onnx)
-        values = {name: weight.read() for name, weight in weights.items()}
-        np.savez(root / WEIGHTS, **values)  # type: ignore[arg-type]  # numpy's stub
+        if not weights and text is None:
+            raise HipaError(
+                f"{bundle.stage_path(stage.spec.name)}: this adaptor changes no weight of it: the "
+                "bundle has it already."
+            )
+        _write_weights(root / WEIGHTS, weights)
         np.save(root / REFERENCE, references.tensors[source.output])
-        assert references.adaptor is not None  # SwapOptions.adaptor is no option
-        manifest = _manifest(bundle, stage, onnx, weights, references.adaptor, root)
+        made_from = (references.adaptor, parts.style.info.loras)
+        manifest = _manifest(bundle, stage, onnx, weights, made_from, text, root)
         (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if options.signing_key is not None:
+            sign(root / MANIFEST, options.signing_key)
     return AdaptorSwap.open(bundle, options.out)
 
 
-def _check_same_base(options: SwapOptions, bundle: Bundle, model: ModelParts) -> None:
-    """Raise HipaError for another base model, and where the VAE's encoder is adapted."""
-    if (options.adaptor / ENCODER_WEIGHTS).exists():
-        raise HipaError(
-            f"adaptor {options.adaptor} is on the VAE's encoder too, which no swap changes. "
-            "Export a bundle of its own."
-        )
-    check_encoder(bundle)
-    if not has_identity(model.folder / "unet", bundle.manifest.base_model.sha256):
-        raise HipaError(
-            f"{bundle.root} was exported from another base model than {options.model}. "
-            f"Give --model as for the bundle's own export: {bundle.manifest.base_model.name}."
-        )
+def has_other_text(bundle: Bundle, style: StyleInfo) -> bool:
+    """Whether the text encoder is another than the bundle's with the LoRAs of ``style``.
 
+    Raises:
+        HipaError: it is, and the bundle has contexts in its place; or the embeddings are not the
+            bundle's, whose words a swap cannot change.
 
-def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
-    """The options that ``bundle`` was exported with, but for the adaptor."""
+    """
     manifest = bundle.manifest
-    return ExportOptions(
-        model=options.model,
-        out=options.out,
-        adaptor=options.adaptor,
-        adaptor_scale=options.adaptor_scale,
-        dtype=manifest.precision,
-        layout=manifest.layout,
-        batch=manifest.batch,
-        fuse="generator" in bundle.stages,
-        decoder=options.decoder,
-        task=manifest.task,
-        strengths=tuple(entry.strength for entry in manifest.strengths),
-        one_step=options.one_step,
-    )
-
-
-def _check_step(
-    options: SwapOptions, bundle: Bundle, model: ModelParts, settings: TaskSettings
-) -> None:
-    """Raise HipaError unless the adaptor's step is the bundle's: a graph has its constants."""
-    expected = bundle.manifest.one_step
-    if settings.timestep != expected.timestep:
+    if style.embeddings and style.embeddings != manifest.embeddings:
         raise HipaError(
-            f"{options.adaptor} was trained for timestep {settings.timestep}, "
-            f"{bundle.root} is for {expected.timestep}. Export a bundle of its own."
+            f"{bundle.root} does not have these embeddings, and a swap adds no words. "
+            "Leave --embedding out, or export a bundle of its own."
         )
-    step = model.one_step(settings.timestep, expected.height, expected.width, settings.method)
-    if _numbers(step) != _numbers(expected):
-        own = settings.method.name if settings.method else OWN
-        other = expected.method.name if expected.method else OWN
+    expected = _on_text(manifest.loras)
+    given = _on_text(style.loras)
+    if [lora[1:] for lora in given] == [lora[1:] for lora in expected]:
+        return False
+    if TEXT_STAGE not in bundle.stages:
+        names = ", ".join(name for name, _, _ in (given or expected))
         raise HipaError(
-            f"{options.adaptor} is given the one-step method {own}, {bundle.root} is for {other}. "
-            f"Use --one-step {other} if that is the adaptor's method, or export a bundle of its "
-            "own."
+            f"{bundle.root} has the contexts of its prompts in place of a text encoder, which "
+            f"{names} would change. Export a bundle of its own."
         )
+    if style.embeddings != manifest.embeddings:
+        words = " ".join(f"--embedding {word.name}:{word.token}" for word in manifest.embeddings)
+        raise HipaError(
+            f"{bundle.root} has embeddings in the text encoder, which this swap writes anew. "
+            f"Give them too: {words}."
+        )
+    return True
 
 
-def _numbers(step: OneStep) -> tuple[object, ...]:
-    """What a graph computes a step with; two names of one method are one method."""
-    factors: tuple[float, ...] = ()
-    if step.method:
-        method = step.method
-        factors = (method.noise_scale, method.sample_factor, method.output_factor)
-    return step.prediction_type, step.timestep, factors
+def _on_text(loras: Sequence[LoraInfo]) -> list[tuple[str, str, float]]:
+    """Name, hash and scale of the LoRAs that change the text encoder."""
+    found = []
+    for lora in loras:
+        if "text_encoder" in lora.parts:
+            found.append((lora.name, lora.sha256, lora.scale))
+    return found
 
 
 def check_decoder(bundle: Bundle, parts: ChosenParts) -> None:
@@ -204,7 +179,9 @@ def check_decoder(bundle: Bundle, parts: ChosenParts) -> None:
         raise HipaError(f"{bundle.root} has another decoder than this. Give --decoder, {name}.")
 
 
-def _references(bundle: Bundle, parts: ChosenParts, settings: TaskSettings) -> References:
+def _references(
+    bundle: Bundle, parts: ChosenParts, settings: TaskSettings, *, changes_text: bool
+) -> References:
     """The bundle's reference inputs, and what PyTorch gives for them with the other adaptor.
 
     Prompt and seeds are not needed, as nothing of them is written.
@@ -214,6 +191,8 @@ def _references(bundle: Bundle, parts: ChosenParts, settings: TaskSettings) -> R
     taken = {*INPUTS, *settings.inputs}
     tensors = {name: value for name, value in stored.items() if name in taken}
     references = References(prompt="", seeds=(), tensors=tensors)
+    if changes_text:
+        references = add_context(references, parts, watch=False)
     layout = bundle.manifest.layout
     references = add_step(references, parts, settings, step, layout, watch=False)
     if "generator" in bundle.stages:
@@ -247,7 +226,7 @@ def _differing(base: Path, other: Path) -> dict[str, Initializer]:
     """The weights of the graph ``other`` whose values are not those of the graph ``base``.
 
     Raises:
-        HipaError: the graphs differ in more than that, or not at all.
+        HipaError: the graphs differ in more than that.
 
     """
     base_weights = read_initializers(base)
@@ -268,9 +247,42 @@ def _differing(base: Path, other: Path) -> dict[str, Initializer]:
     for name, weight in other_weights.items():
         if weight.read().tobytes() != base_weights[name].read().tobytes():
             differing[name] = weight
-    if not differing:
-        raise HipaError(f"{base}: this adaptor changes no weight of it: the bundle has it already.")
     return differing
+
+
+def _write_weights(path: Path, weights: Mapping[str, Initializer]) -> None:
+    values = {name: weight.read() for name, weight in weights.items()}
+    np.savez(path, **values)  # type: ignore[arg-type]  # numpy's stub
+
+
+def _swapped_text(bundle: Bundle, stage: Stage, scratch: Path, root: Path) -> SwappedText:
+    """Write the text encoder's weights that differ into ``root``; what the manifest says of them.
+
+    Raises:
+        HipaError: the graph comes out different, or a weight differs that is no parameter.
+
+    """
+    onnx = scratch / stage.path
+    weights = _differing(bundle.stage_path(TEXT_STAGE), onnx)
+    _write_weights(root / TEXT_WEIGHTS, weights)
+    mapped = _weight_map(onnx)
+    unexpected = [name for name in weights if name not in mapped]
+    if unexpected:
+        raise HipaError(
+            f"{onnx}: {', '.join(unexpected)} changed, which no LoRA can change. "
+            "Please report this."
+        )
+    return SwappedText(
+        base_files=stage_files(bundle, TEXT_STAGE),
+        onnx_sha256=file_sha256(onnx),
+        parity=stage.parity,
+        weights={name: mapped[name] for name in weights},
+    )
+
+
+def _weight_map(onnx: Path) -> dict[str, MappedWeight]:
+    text = (onnx.parent / WEIGHT_MAP).read_text(encoding="utf-8")
+    return WeightMap.model_validate_json(text).weights
 
 
 def _layout(weight: Initializer) -> tuple[object, ...]:
@@ -282,23 +294,30 @@ def _manifest(
     stage: Stage,
     onnx: Path,
     weights: Mapping[str, Initializer],
-    adaptor: AdaptorInfo,
+    made_from: tuple[AdaptorInfo | None, tuple[LoraInfo, ...]],
+    text: SwappedText | None,
     root: Path,
 ) -> SwapManifest:
     """The manifest of the swap in ``root``, whose ``weights`` are from the graph ``onnx``.
 
     Raises:
-        HipaError: a weight differs that no adaptor can change.
+        HipaError: a weight differs that a swap cannot change.
 
     """
-    text = (onnx.parent / WEIGHT_MAP).read_text(encoding="utf-8")
-    mapped = WeightMap.model_validate_json(text).weights
+    adaptor, loras = made_from
+    mapped = _weight_map(onnx)
 
-    # A weight that no adaptor reaches and that differs all the same is a bug of the exporter.
+    # LoRAs may change biases and norm layers, which no refittable engine keeps open. Without one, a
+    # weight that no adaptor reaches and that differs all the same is a bug of the exporter.
     unexpected = []
     for name in weights:
         if name not in mapped or not mapped[name].adaptable:
             unexpected.append(name)
+    if unexpected and (loras or bundle.manifest.loras):
+        raise HipaError(
+            f"{bundle.root}: LoRAs changed {', '.join(unexpected[:3])}, biases or norms, which no "
+            "swap can change. Export a bundle of its own."
+        )
     if unexpected:
         raise HipaError(
             f"{onnx}: {', '.join(unexpected)} changed, which no adaptor can change. "
@@ -310,7 +329,9 @@ def _manifest(
         base_files=stage_files(bundle, stage.spec.name),
         onnx_sha256=file_sha256(onnx),
         adaptor=adaptor,
+        loras=loras,
         parity=stage.parity,
         weights={name: mapped[name] for name in weights},
-        files={name: file_sha256(root / name) for name in (WEIGHTS, REFERENCE)},
+        text=text,
+        files={path.name: file_sha256(path) for path in sorted(root.iterdir())},
     )

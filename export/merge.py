@@ -12,8 +12,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from hipa_deploy.bundle.manifest import AdaptorInfo
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, METADATA, WEIGHTS
 from hipa_deploy.models.lora.lora_file import read_lora
 from hipa_deploy.models.lora.merge_lora import merge_lora, module_names

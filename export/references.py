@@ -38,8 +38,10 @@ from hipa_deploy.bundle.manifest import AdaptorInfo, Layout, OneStep
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.graph.half_precision import Ranges
 from hipa_deploy.export.graph.modules import from_uint8, seen_by_unet, to_uint8
+from hipa_deploy.export.graph.reference_check import check_reference
 from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.generate.noise import bundle_noise
+from hipa_deploy.generate.prompt_weights import weigh_context
 from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.images.example_source import example_inputs
 from hipa_deploy.tasks import STEP_INPUTS, finish_latents, is_inpainting_unet, start_latents
@@ -61,6 +63,7 @@ class References:
         largest: by module of the diffusers folder ('unet.conv_in'), the largest magnitude that went
             into or came out of it. Empty where nobody looks for layers that float16 cannot hold.
         adaptor: the adaptor that was merged into the UNet.
+        doubts: what a user should know of the tensors, a sentence each.
 
     """
 
@@ -69,6 +72,7 @@ class References:
     tensors: Mapping[str, np.ndarray]
     largest: Mapping[str, float] = field(default_factory=dict)
     adaptor: AdaptorInfo | None = None
+    doubts: tuple[str, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -84,11 +88,17 @@ class References:
         tensors: Mapping[str, np.ndarray],
         largest: Mapping[str, float] | None = None,
     ) -> References:
-        """These references and more ``tensors``."""
+        """These references and more ``tensors``.
+
+        Raises:
+            HipaError: a tensor that no working model gives.
+
+        """
         return replace(
             self,
             tensors={**self.tensors, **tensors},
             largest={**self.largest, **(largest or {})},
+            doubts=(*self.doubts, *check_reference(tensors)),
         )
 
 
@@ -121,18 +131,24 @@ def add_context(references: References, parts: ChosenParts, *, watch: bool) -> R
     encoder = parts.text_encoder()
     with _watched(watch, "text_encoder", encoder) as largest:
         tokens_BL = torch.from_numpy(references.tensors["tokens"])
-        context_BLD = encoder(tokens_BL).last_hidden_state.numpy()
+        context_BLD = parts.context(encoder, tokens_BL).numpy()
     return references.plus({"context": context_BLD}, largest)
 
 
 @torch.no_grad()
-def encode_closed_set(parts: ChosenParts, tokens_NL: np.ndarray) -> np.ndarray:
-    """Contexts float32 [N, L, D] of all prompts of a closed set."""
+def encode_closed_set(
+    parts: ChosenParts, tokens_NL: np.ndarray, weights_NL: np.ndarray
+) -> np.ndarray:
+    """Contexts float32 [N, L, D] of all prompts of a closed set, weighed."""
     encoder = parts.text_encoder()
     contexts = []
     for tokens_BL in torch.from_numpy(tokens_NL).split(ENCODED_AT_ONCE):
-        contexts.append(encoder(tokens_BL).last_hidden_state)
-    return torch.cat(contexts).numpy()
+        contexts.append(parts.context(encoder, tokens_BL))
+    weighed_NLD: np.ndarray = weigh_context(
+        torch.cat(contexts).numpy(), weights_NL, parts.chunk_tokens
+    )
+    check_reference({"context": weighed_NLD})
+    return weighed_NLD
 
 
 @torch.no_grad()
@@ -251,6 +267,8 @@ def add_images(
             if not is_tiny:
                 latents_BCHW = latents_BCHW / step.scaling_factor
             sample_BCHW = vae.decode(latents_BCHW).sample
+            # Whole numbers cannot be NaN, so the images are looked at before they are rounded.
+            check_reference({"sample": sample_BCHW.numpy()})
             tensors[strength_key("images", index)] = to_uint8(sample_BCHW / 2 + 0.5).numpy()
     return references.plus(tensors, largest)
 
@@ -298,6 +316,9 @@ def make_references(
         step: the constants of the one step.
         layout: the generic one has a timestep as an input, and a decoder without conversion.
         watch: record the magnitudes that tell which layers float16 cannot hold.
+
+    Raises:
+        HipaError: a part gives what no working model gives.
 
     """
     # A part ends with its function, but modules and their hooks may refer to each other in cycles:

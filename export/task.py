@@ -1,4 +1,7 @@
-"""Which task is exported and where its step starts: as the adaptor was trained, or as requested."""
+"""What is exported: task, where its step starts, how prompts are encoded.
+
+Each is as the adaptor was trained, or as requested.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from hipa_deploy.bundle.manifest import OneStep, Strength
+from hipa_deploy.bundle.text_settings import TextSettings, TextWishes, choose_text
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.model_parts import ModelParts
@@ -21,7 +27,7 @@ from hipa_deploy.models.one_step.one_step_method import (
     OneStepMethod,
     check_fits,
     load_method,
-    preset_names,
+    names_for,
 )
 from hipa_deploy.tasks import Task, strength_timestep, unet_inputs
 
@@ -114,11 +120,38 @@ def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
     if task == "edit":
         strengths = strength_steps(_requested_strengths(options, metadata), model)
         return TaskSettings(task, strengths[0].timestep, strengths)
-    timestep = metadata.timestep if metadata else LAST_TIMESTEP
+    timestep = metadata.timestep if metadata else model.config.last_timestep
     if task == "upscale":
         upscale = metadata.upscale if metadata else DEFAULT_UPSCALE
         return TaskSettings(task, timestep, upscale=upscale)
     return TaskSettings(task, timestep)
+
+
+def text_settings(
+    options: ExportOptions,
+    config: ModelConfig,
+    chunk_tokens: int,
+    remedy: str = "Leave out --clip-skip.",
+) -> tuple[TextSettings, str | None]:
+    """How the bundle encodes prompts, and a warning, or None; see ``choose_text``.
+
+    Call ``choose_task`` first: it checks that the adaptor fits the model.
+
+    Args:
+        options: the request; what it leaves open is taken from the adaptor's metadata.
+        config: of the base model.
+        chunk_tokens: tokens that the text encoder reads at once, 77 for CLIP.
+        remedy: as for ``choose_text``.
+
+    Raises:
+        HipaError: as ``choose_text``.
+
+    """
+    trained = None
+    if options.adaptor is not None and (options.adaptor / METADATA).exists():
+        trained = read_metadata(options.adaptor).text
+    wishes = TextWishes(options.context_tokens, options.clip_skip, options.prompt_weights)
+    return choose_text(wishes, trained, chunk_tokens, config.text_layers, remedy)
 
 
 def choose_method(
@@ -170,7 +203,7 @@ def step_warning(options: ExportOptions, settings: TaskSettings, model: ModelPar
         return None
     if options.one_step is not None or settings.task != "generate":
         return None
-    names = ", ".join(preset_names())
+    names = ", ".join(names_for(config.text_width))
     if options.adaptor is not None and not (options.adaptor / METADATA).exists():
         return (
             f"{options.adaptor} does not say what its one step is: x0 at timestep "
@@ -185,6 +218,26 @@ def step_warning(options: ExportOptions, settings: TaskSettings, model: ModelPar
                 "model is SD-Turbo or made from it, use --one-step sd-turbo."
             )
     return None
+
+
+def size_warning(options: ExportOptions, step: OneStep) -> str | None:
+    """Warn of an adaptor that was trained at another size than is exported; None if it was not."""
+    if options.adaptor is None or not (options.adaptor / METADATA).exists():
+        return None
+    height, width = read_metadata(options.adaptor).resolution
+    if (height, width) == (step.height, step.width):
+        return None
+    return (
+        f"adaptor {options.adaptor} was trained at {width}x{height} pixels, and {step.width}x"
+        f"{step.height} is exported. Images may repeat or lose things: leave out --height and "
+        "--width, or train an adaptor at this size."
+    )
+
+
+def print_warning(console: Console | None, text: str) -> None:
+    """Print a warning as one line, however narrow the terminal is; None is the standard error."""
+    console = console or Console(stderr=True)
+    console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _adaptor_metadata(adaptor: Path | None, model: ModelParts) -> AdaptorMetadata | None:

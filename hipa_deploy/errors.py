@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class HipaError(Exception):
     """A mistake that the user can fix.
@@ -59,3 +62,64 @@ def last_line(error: BaseException) -> str:
     PyTorch, for example, says in the last line which weights do not fit.
     """
     return str(error).strip().rpartition("\n")[2].strip()
+
+
+@contextmanager
+def as_line(problem: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a library raises in this block into a HipaError: problem, reason, remedy.
+
+    Panics of libraries in Rust are no ``Exception``, and an ``EOFError`` would look like Ctrl-D: so
+    everything is caught that is not a HipaError, Ctrl-C or the end of the process.
+
+    Raises:
+        HipaError: in place of any other error.
+
+    Example:
+        >>> with as_line(f"{path} is not a tokenizer", "Export the bundle again."):
+        ...     tokenizer = Tokenizer.from_file(str(path))
+
+    """
+    try:
+        yield
+    except (HipaError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except MemoryError as error:
+        # numpy says how much it wanted; others say nothing.
+        reason = first_line(error) if str(error) else "not enough memory"
+        raise HipaError(f"{problem}: {reason}. {remedy}") from None
+    except BaseException as error:
+        reason = first_line(error).rstrip(".")
+        raise HipaError(f"{problem}: {reason}. {remedy}") from None
+
+
+def brief(value: object, most: int = 80) -> str:
+    """A value of a stranger's file for a message: as Python writes it, cut to ``most`` characters.
+
+    Example:
+        >>> brief([1] * 1000, 10)
+        '[1, 1, 1, …'
+
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a deep list
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def printable(text: str) -> str:
+    """``text`` with an escape in place of each character that could move a terminal's cursor.
+
+    Example:
+        >>> printable("a" + chr(27) + "b")
+        'a\\x1bb'
+
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def reason_of(error: HipaError) -> str:
+    """The words of an error, to stand in brackets in another one."""
+    return str(error).strip().rstrip(".")

@@ -101,6 +101,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     "export.to_onnx": ("export.graph.to_onnx",),
     "export.upsample": ("export.graph.upsample",),
     "export.weight_map": ("export.graph.weight_map",),
+    "files": ("disk.files",),
+    "hashing": ("disk.hashing",),
     "image_input": ("images.read",),
     "images": ("images.png",),
     "model_kind": ("models.kind", "models.model_config"),

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from hipa_deploy.models.one_step.one_step_method import OneStepMethod
 from tests.tiny_model import tiny_tokenizer
 
 # The layers of LCM-LoRA (diffusers, examples/consistency_distillation), which TCD and Hyper-SD have
@@ -109,3 +110,9 @@ def small_model(folder: Path, width: int, scheduler: SchedulerMixin) -> Path:
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return folder
+
+
+def method(**changes: object) -> OneStepMethod:
+    """LCM's, as a user's file would say it, with ``changes``."""
+    fields = {"name": "mine", "source": "a test", "scheduler": "LCMScheduler", "timestep": 999}
+    return OneStepMethod.model_validate({**fields, **changes})

@@ -18,7 +18,7 @@ from hipa_deploy.bundle.adaptor_swap import (
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import AdaptorInfo, Parity
 from hipa_deploy.bundle.onnx_weights import read_initializers
-from hipa_deploy.hashing import file_sha256
+from hipa_deploy.disk.hashing import file_sha256
 
 INFO = AdaptorInfo(name="night", sha256="1" * 64, rank=4, alpha=4.0, scale=1.0)
 PARITY = Parity(max_abs=0.0, mean_abs=0.0, cosine=1.0, psnr_db=99.0)

@@ -18,12 +18,13 @@ ROOT = Path(__file__).parents[1]
 SURFACE = {
     "train": {
         "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps",
-        "--dry-run", "--allow-code",
+        "--lora", "--embedding", "--dry-run", "--allow-code",
     },
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
         "--height", "--width", "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--task",
-        "--strengths", "--encoder", "--build", "--swap-for",
+        "--strengths", "--encoder", "--context-tokens", "--clip-skip", "--prompt-weights", "--lora",
+        "--embedding", "--one-step", "--build", "--swap-for", "--sign",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
@@ -31,26 +32,31 @@ SURFACE = {
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
+        "--prompt-weights", "--force",
     },
     "edit": {
         "--strength", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate",
+        "--truncate", "--prompt-weights", "--force",
     },
     "inpaint": {
         "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate",
+        "--truncate", "--prompt-weights", "--force",
     },
-    "upscale": {"--overlap", "--out", "--adaptor", "--backend", "--truncate"},
+    "upscale": {
+        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights", "--force",
+    },
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
-        "--roofline",
+        "--roofline", "--force",
     },
-    "profile compare": {"--metric", "--threshold", "--json"},
+    "profile compare": {"--metric", "--threshold", "--json", "--force"},
     "profile table": set(),
     "evaluate": {
         "--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json", "--out",
+        "--lora", "--embedding", "--one-step", "--rival", "--context-tokens", "--clip-skip",
+        "--force",
     },
-    "doctor": {"--backend", "--json", "--self-test", "--out"},
+    "doctor": {"--backend", "--json", "--self-test", "--out", "--force"},
     "demo": {"--out", "--quick", "--task"},
 }  # fmt: skip
 

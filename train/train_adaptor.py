@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from hipa_deploy.files import refuse_to_overwrite
+from hipa_deploy.disk.files import refuse_to_overwrite
 from hipa_deploy.models.adaptor_folder import (
     AdaptorMetadata,
     read_metadata,
@@ -28,6 +28,7 @@ from hipa_deploy.train.data.examples import task_examples
 from hipa_deploy.train.loop.optimizer import new_optimizer
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.run import Run, loss_state, run_steps
+from hipa_deploy.train.loop.run_lock import one_run_at_a_time, run_folder
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
 from hipa_deploy.train.model.encoder_adaptor import load_encoder_weights
@@ -43,6 +44,7 @@ from hipa_deploy.train.model.unet_adaptor import (
 from hipa_deploy.train.recipes.recipe import Recipe, read_prompts
 
 
+@one_run_at_a_time
 def train_adaptor(
     recipe: Recipe,
     model_dir: Path,
@@ -93,11 +95,18 @@ def train_adaptor(
     # The frozen base model. Only the networks run in the recipe's precision; x0 and the losses stay
     # in float32, because x0 enlarges an error of the UNet's output
     # (train/model/mixed_precision.py).
-    model = DiffusionModel.load(model_dir, processes.device, recipe.task, style)
+    model = DiffusionModel.load(model_dir, processes.device, recipe.task, style, recipe.text)
     unet = in_precision(model.unet, recipe.mixed_precision, model.device)
     decode = in_precision(model.decode, recipe.mixed_precision, model.device)
     prompts = read_prompts(recipe, model_dir)
     metadata = _metadata(recipe, model, prompts)
+    cut = model.tokenizer.count_too_long(prompts)
+    if cut:
+        console.print(
+            f"warning: {cut} of {len(prompts)} prompts have more tokens than a context of "
+            f"{model.tokenizer.length} holds: the rest is not learned. To learn more of them, set "
+            "context_tokens in the recipe's table [text]."
+        )
 
     # The weights to train, in place in the model. The hash of the initial adaptor becomes part of
     # the run's identity, so that a checkpoint never continues from another start.
@@ -114,7 +123,7 @@ def train_adaptor(
     loss = hipa_loss(recipe.loss).to(model.device)
     optimizer = new_optimizer(weights, loss, recipe.optimiser)
     run = Run(
-        folder=out.with_name(out.name + ".run"),
+        folder=run_folder(out),
         weights=weights,
         optimizer=optimizer,
         identity=metadata.model_dump(mode="json"),
@@ -224,6 +233,7 @@ def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> Adap
         resolution=model.resolution,
         steps_trained=recipe.steps,
         recipe=_without_folders(recipe),
+        text=recipe.text,
     )
 
 

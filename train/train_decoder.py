@@ -24,10 +24,10 @@ from diffusers import AutoencoderTiny
 from rich.console import Console
 from torch import Tensor
 
+from hipa_deploy.disk.files import new_folder, refuse_to_overwrite
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import new_folder, refuse_to_overwrite
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.models.adaptor_folder import WEIGHTS, unet_sha256
+from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata, unet_sha256
 from hipa_deploy.models.decoder_folder import (
     DECODER_METADATA,
     DecoderFidelity,
@@ -45,6 +45,7 @@ from hipa_deploy.train.evaluation.quality import CHUNK, paired_distance
 from hipa_deploy.train.loop.optimizer import new_optimizer
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.run import Run, loss_state, run_steps
+from hipa_deploy.train.loop.run_lock import one_run_at_a_time, run_folder
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.mixed_precision import in_precision
@@ -59,6 +60,7 @@ HELD_OUT = 3
 ENCODER_CHANNELS = 4
 
 
+@one_run_at_a_time
 def train_decoder(
     recipe: DecoderRecipe,
     model_dir: Path,
@@ -104,7 +106,9 @@ def train_decoder(
     refuse_to_overwrite(out)
 
     # The frozen one-step model whose latents are to be decoded.
-    model = DiffusionModel.load(model_dir, processes.device, style=style)
+    # Its prompts are encoded as those that the adaptor was trained with.
+    text = read_metadata(adaptor).text if adaptor is not None else recipe.text
+    model = DiffusionModel.load(model_dir, processes.device, style=style, text=text)
     all_prompts = read_prompts(recipe, model_dir)
     prompts, held_out_prompts = split_prompts(all_prompts, recipe.seed)
     generate = one_step_model(model, recipe.timestep, adaptor)
@@ -118,7 +122,7 @@ def train_decoder(
     identity = _identity(recipe, model_dir, adaptor, [*prompts, *held_out_prompts])
     identity |= model.style.model_dump(mode="json")
     run = Run(
-        folder=out.with_name(out.name + ".run"),
+        folder=run_folder(out),
         weights=weights,
         optimizer=optimizer,
         identity=identity,
@@ -168,7 +172,9 @@ def train_decoder(
                     fidelity=measure_fidelity(stored, held_out_examples),
                     recipe=identity["recipe"],
                 )
-                (scratch / DECODER_METADATA).write_text(metadata.model_dump_json(indent=2) + "\n")
+                (scratch / DECODER_METADATA).write_text(
+                    metadata.model_dump_json(indent=2) + "\n", encoding="utf-8"
+                )
     return out
 
 

@@ -34,7 +34,7 @@ from rich.console import Console
 from timing import TimedRun
 from torch import Tensor
 
-from hipa_deploy.files import refuse_to_overwrite
+from hipa_deploy.disk.files import refuse_to_overwrite
 from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.models.adaptor_folder import AdaptorMetadata, unet_sha256
 from hipa_deploy.train.data.teacher_pairs import Pairs, RowFunction, prompt_contexts, teacher_pairs
@@ -87,7 +87,7 @@ class Student:
         cls, recipe: Recipe, model_dir: Path, cache: Path | None, console: Console, method: str
     ) -> Student:
         """Load the model, make or read the teacher pairs, and add a new adaptor."""
-        model = DiffusionModel.load(model_dir)
+        model = DiffusionModel.load(model_dir, text=recipe.text)
         prompts = read_prompts(recipe, model_dir)
         metadata = adaptor_metadata(recipe, model, prompts, method)
         context = prompt_contexts(model, prompts, console)

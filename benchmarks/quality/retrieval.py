@@ -97,7 +97,7 @@ def data_set(folder: Path) -> tuple[list[dict[str, str]], np.ndarray]:
         The rows of captions.csv, and the images uint8 [N, 64, 64, 3].
 
     """
-    with (folder / "captions.csv").open(newline="") as file:
+    with (folder / "captions.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return rows, np.load(folder / "emoji.npz")["images"]
 

@@ -117,7 +117,7 @@ def run_all(items: list[Item], setting: Setting, console: Console) -> None:
 def keep_to_one_setting(setting: Setting) -> None:
     """Write what the results depend on, or refuse a folder that has results of other settings."""
     path = setting.out / "setting.json"
-    if path.exists() and json.loads(path.read_text()) != setting.identity:
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != setting.identity:
         raise HipaError(
             f"{setting.out} was started with other settings: {path}. Choose another --out."
         )

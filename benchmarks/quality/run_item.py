@@ -15,9 +15,9 @@ from rich.console import Console
 from safetensors import safe_open
 from timing import spent_in, timed_training
 
+from hipa_deploy.disk.files import write_file
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import write_file
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
@@ -62,7 +62,7 @@ class Setting:
         path = self.folder(name) / RESULT
         if not path.exists():
             return None
-        result: dict[str, Any] = json.loads(path.read_text())
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
 
         # Only the item 'shipped' stores a hash: of the adaptor that it was given.
         measured = result.get("adaptor_sha256")

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hipa_deploy.disk.files import write_file
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import write_file
 from hipa_deploy.train import train_adaptor as adaptor_training
 from hipa_deploy.train.loop.run import Run
 
@@ -61,7 +61,7 @@ class TimedRun(Run):
         super().resume()
         path = self.folder / FILE
         if self.step and path.exists():
-            self.spent = StepTime(**json.loads(path.read_text()))
+            self.spent = StepTime(**json.loads(path.read_text(encoding="utf-8")))
 
     def take_step(self, loss: float) -> dict[str, float]:
         record = super().take_step(loss)
@@ -100,7 +100,7 @@ def spent_in(run_folder: Path) -> StepTime:
     """
     total = StepTime()
     for path in sorted(run_folder.rglob(FILE)):
-        total += StepTime(**json.loads(path.read_text()))
+        total += StepTime(**json.loads(path.read_text(encoding="utf-8")))
     if not total.steps:
         raise HipaError(
             f"{run_folder}: no step was timed. Expected a run of at least two steps in one sitting."

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.disk.reading import REEXPORT
+from hipa_deploy.errors import as_line
 
 
 class BoundSession:
@@ -42,13 +43,8 @@ class BoundSession:
             HipaError: ONNX Runtime cannot run it.
 
         """
-        try:
-            with self._one_call:
-                return self._run(inputs)
-        except Exception as error:  # ONNX Runtime's errors share no base class of their own
-            raise HipaError(
-                f"{self._spec.name}: ONNX Runtime cannot run it: {first_line(error)}"
-            ) from None
+        with self._one_call, as_line(f"{self._spec.name}: ONNX Runtime cannot run it", REEXPORT):
+            return self._run(inputs)
 
     def _run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         shapes = {name: value.shape for name, value in inputs.items()}

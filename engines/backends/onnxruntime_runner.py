@@ -18,6 +18,7 @@ import numpy as np
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import StageSpec, TensorSpec
 from hipa_deploy.bundle.onnx_weights import with_values
+from hipa_deploy.disk.reading import REEXPORT, inside_folder
 from hipa_deploy.engines.backends.available import (
     INSTALL_ONNXRUNTIME,
     INSTALL_ONNXRUNTIME_GPU,
@@ -25,9 +26,8 @@ from hipa_deploy.engines.backends.available import (
 )
 from hipa_deploy.engines.backends.bound_session import BoundSession
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
-from hipa_deploy.errors import HipaError, first_line
-from hipa_deploy.generate.runner import ClosesAtExit, check_inputs
-from hipa_deploy.paths import inside_folder
+from hipa_deploy.errors import HipaError, as_line, first_line
+from hipa_deploy.generate.runner import ClosesAtExit, check_inputs, check_outputs
 
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
@@ -82,6 +82,7 @@ class OnnxRuntimeRunner(ClosesAtExit):
         weights: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.spec = spec
+        self._path = path
         self.graph_problem: str | None = None
         onnxruntime = _load_onnxruntime()
         _require_provider(onnxruntime, backend)
@@ -118,11 +119,14 @@ class OnnxRuntimeRunner(ClosesAtExit):
                 Runtime's.
 
         """
-        check_inputs(self.spec, inputs)
+        sizes = check_inputs(self.spec, inputs)
         run = self._run  # read once: another thread may close the runner meanwhile
         if run is None:
             raise HipaError(f"{self.spec.name}: the runner is closed.")
-        return run(inputs)
+        with as_line(f"{self.spec.name}: ONNX Runtime cannot run {self._path}", REEXPORT):
+            outputs = run(inputs)
+        check_outputs(self.spec, outputs, sizes)
+        return outputs
 
     def close(self) -> None:
         """Release the session. Calling it twice is harmless."""

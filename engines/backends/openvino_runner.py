@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
+from hipa_deploy.disk.reading import REEXPORT
 from hipa_deploy.engines.backends.available import NO_BF16
-from hipa_deploy.errors import HipaError, MissingDependencyError, first_line
-from hipa_deploy.generate.runner import ClosesAtExit, check_inputs
+from hipa_deploy.errors import HipaError, MissingDependencyError, as_line
+from hipa_deploy.generate.runner import ClosesAtExit, check_inputs, check_outputs
 
 # The precision that a backend computes in. OpenVINO itself would choose bfloat16 wherever that is
 # fast. FP16 weights stay FP16 in memory and compute in FP32, as in ONNX Runtime.
@@ -48,10 +49,9 @@ class OpenVinoRunner(ClosesAtExit):
         if precision == "bf16" and not has_bf16(openvino):
             raise HipaError(f"backend {backend}: {NO_BF16}")
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-        try:
+        self._path = path
+        with as_line(f"{path}: OpenVINO cannot compile it", REEXPORT):
             self._model: Any = core(openvino).compile_model(path, "CPU", options)
-        except RuntimeError as error:
-            raise HipaError(f"{path}: OpenVINO cannot compile it: {first_line(error)}") from None
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Compute the outputs by name; the arrays belong to the caller.
@@ -60,14 +60,17 @@ class OpenVinoRunner(ClosesAtExit):
             HipaError: inputs that are not those of ``spec``, or a closed runner.
 
         """
-        check_inputs(self.spec, inputs)
+        sizes = check_inputs(self.spec, inputs)
         # A compiled model has one request, with one memory for inputs and outputs.
         with self._one_call:
             if self._model is None:
                 raise HipaError(f"{self.spec.name}: the runner is closed.")
-            results = self._model(inputs)
-            # OpenVINO's arrays are views of memory that its next run overwrites.
-            return {tensor.name: results[tensor.name].copy() for tensor in self.spec.outputs}
+            with as_line(f"{self.spec.name}: OpenVINO cannot run {self._path}", REEXPORT):
+                results = self._model(inputs)
+                # OpenVINO's arrays are views of memory that its next run overwrites.
+                outputs = {tensor.name: results[tensor.name].copy() for tensor in self.spec.outputs}
+        check_outputs(self.spec, outputs, sizes)
+        return outputs
 
     def close(self) -> None:
         """Release the model. Calling it twice is harmless."""

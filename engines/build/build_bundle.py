@@ -23,6 +23,9 @@ from rich.progress import (
 import hipa_deploy
 from hipa_deploy.bundle.adaptor_swap import refittable_weights
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.disk.files import user_cache, write_file
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.locks import locked as lock_file
 from hipa_deploy.engines.backends.available import describe_device
 from hipa_deploy.engines.build.best_of import time_engine
 from hipa_deploy.engines.build.memory_plan import MemoryPlan, plan_memory
@@ -48,9 +51,6 @@ from hipa_deploy.engines.tensorrt.library import (
 )
 from hipa_deploy.engines.tensorrt.refit import refuse_faulty
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import user_cache, write_file
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.locks import locked as lock_file
 
 # Each candidate costs a whole build, so a larger number is taken for a slip.
 MAX_CANDIDATES = 20

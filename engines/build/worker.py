@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, TextIO
 
 from hipa_deploy.bundle.manifest import Precision, StageSpec
+from hipa_deploy.disk.files import write_file
 from hipa_deploy.engines.build.build_progress import PhaseTree
 from hipa_deploy.engines.build.precision_check import check_network, read_back
 from hipa_deploy.engines.device.machine import peak_rss_mib
@@ -30,7 +31,6 @@ from hipa_deploy.engines.tensorrt.library import (
     set_compute_capabilities,
 )
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import write_file
 from hipa_deploy.interrupts import die_with_parent
 from hipa_deploy.record import Record
 

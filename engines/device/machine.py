@@ -60,7 +60,7 @@ def read_text(path: str | Path) -> str | None:
     NUL bytes are stripped too: strings in /proc/device-tree end with one.
     """
     try:
-        return Path(path).read_text(errors="replace").strip("\0\n ") or None
+        return Path(path).read_text(errors="replace", encoding="utf-8").strip("\0\n ") or None
     except OSError:
         return None
 

@@ -46,7 +46,9 @@ def ask_smi(gpu_name: str | None) -> dict[str, str]:
 def _query(fields: tuple[str, ...]) -> list[dict[str, str]]:
     command = ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True, encoding="utf-8"
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     rows = []

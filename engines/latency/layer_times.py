@@ -16,8 +16,8 @@ import numpy as np
 from rich.table import Table
 
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.disk.files import temporary_folder
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import temporary_folder
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.stages import stage_feed
 from hipa_deploy.images.example_source import example_source

@@ -9,15 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import StageName
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.reading import MIB, inside, inside_folder, read_record
 from hipa_deploy.engines.store.engine_key import EngineKey
 from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
-from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.paths import inside, inside_folder
+from hipa_deploy.errors import HipaError, reason_of
 from hipa_deploy.record import Record
 
 FOLDER = "engines"
@@ -63,11 +61,10 @@ def read_sidecar(path: Path) -> Sidecar:
 
     """
     try:
-        return Sidecar.model_validate_json(path.read_text())
-    # ValueError: the file is not UTF-8 text.
-    except (ValidationError, ValueError):
+        return read_record(path, Sidecar, "", max_bytes=MIB)
+    except HipaError as error:
         raise HipaError(
-            f"{path} is not an engine's sidecar of this version. "
+            f"{path} is not an engine's sidecar of this version ({reason_of(error)}). "
             "Remove it and run hipa-build again."
         ) from None
 

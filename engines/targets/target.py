@@ -108,7 +108,9 @@ def load_target_profile(name: str) -> TargetProfile:
         raise HipaError(
             f"target {name!r} is unknown. Expected auto or one of: {', '.join(target_names())}."
         )
-    return TargetProfile.model_validate(tomllib.loads((_FOLDER / f"{name}.toml").read_text()))
+    return TargetProfile.model_validate(
+        tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+    )
 
 
 def default_options(name: str, library: TensorRTLibrary, device: Device) -> BuildOptions:

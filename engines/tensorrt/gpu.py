@@ -70,7 +70,12 @@ def _gpu_from_smi() -> Gpu | None:
     """The first GPU by nvidia-smi's table: 'NVIDIA GeForce RTX 4090, 8.9, 24564'."""
     try:
         answer = subprocess.run(
-            _SMI_QUERY, capture_output=True, text=True, timeout=_SMI_TIMEOUT_S, check=True
+            _SMI_QUERY,
+            capture_output=True,
+            text=True,
+            timeout=_SMI_TIMEOUT_S,
+            check=True,
+            encoding="utf-8",
         )
         # From the right: a name may have a comma in it.
         name, capability, memory_mib = answer.stdout.splitlines()[0].rsplit(",", 2)

@@ -4,7 +4,10 @@
     python examples/emoji/build_dataset.py --out runs/emoji
 
 writes ``emoji.npz`` (``images`` uint8 [N, 64, 64, 3], white background) and ``captions.csv`` (a row
-for each image: caption, style, concept, group, split).
+for each image: caption, style, concept, group, split, kind, mirror).
+
+With ``--size 128`` it takes every emoji that any of the four sets has, not only the domain below,
+and also writes ``sprites.npy`` (uint8 [N, 192, 192, 4], RGBA): augment.py draws them into pictures.
 
 The split is a function of the names alone, so every rebuild agrees. Rows of the split ``concept``
 have concepts that are trained on in no style. Rows of the split ``pair`` have a concept that is
@@ -23,14 +26,16 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import typer
+from augment import PLAIN, SPRITE, draw
+from augment import SIZE as LARGE
+from captions import KIND_BY_SUBGROUP, STYLES, exact_caption, may_mirror
 from PIL import Image
 from rich.progress import track
 
 MODULES = Path(__file__).parent / "node_modules"
-SIZE = 64
+SMALL = 64  # pixels of the first embedded model
 RENDER_SIZE = 256  # rendered large, then reduced with Lanczos: cleaner edges than at 64 pixels
 ICONIFY_STYLES = {"flat": "fluent-emoji-flat", "noto": "noto", "twemoji": "twemoji"}
-STYLES = ("3d", *ICONIFY_STYLES)
 
 # The domain: few enough for a small model to learn each one, and different enough for a person to
 # distinguish them at 64 pixels.
@@ -82,13 +87,15 @@ ALWAYS_TRAINED = {"red apple"}  # the documentation's example
 
 
 class Sample(NamedTuple):
-    """A line of captions.csv: an image's caption, and where the image belongs."""
+    """A line of captions.csv: an image's exact caption, and where the image belongs."""
 
     caption: str
     style: str
     concept: str
     group: str
     split: str
+    kind: str
+    mirror: int
 
 
 def fraction(*names: str) -> float:
@@ -108,22 +115,41 @@ def split_of(style: str, concept: str) -> str:
     return "train"
 
 
-def caption_of(style: str, concept: str) -> str:
-    """'3d', 'red apple' -> '3d emoji of a red apple'; plurals take no article."""
-    plural = concept.endswith("s") and not concept.endswith(("ss", "us", "is"))
-    article = "" if plural else "an " if concept[0] in "aeiou" else "a "
-    return f"{style} emoji of {article}{concept}"
+class Emoji(NamedTuple):
+    """One emoji, whatever its style: its character, Iconify key, readable name and place."""
+
+    character: str
+    key: str
+    concept: str
+    group: str
+    kind: str
 
 
-def concepts(modules: Path) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (character, Iconify key, readable concept, Unicode group) of the domain's emoji."""
-    names = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text())
-    unicode = json.loads((modules / "unicode-emoji-json/data-by-emoji.json").read_text())
+def all_emoji(modules: Path) -> Iterator[Emoji]:
+    """Yield every emoji without a skin tone."""
+    names = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text(encoding="utf-8"))
+    unicode = json.loads(
+        (modules / "unicode-emoji-json/data-by-emoji.json").read_text(encoding="utf-8")
+    )
+    listed = json.loads((modules / "emoji.json/emoji.json").read_text(encoding="utf-8"))
+    # The lists differ in the variation selector FE0F.
+    subgroups = {entry["char"].replace("\ufe0f", ""): entry["subgroup"] for entry in listed}
     for character, words in names.items():
         entry = unicode.get(character)
-        concept = words[0].replace("_", " ").replace("-", " ").lower()
-        if entry and concept in CONCEPTS:
-            yield character, words[0].replace("_", "-"), concept, entry["group"]
+        subgroup = subgroups.get(character.replace("\ufe0f", ""))
+        concept = words[0].replace("_", " ").replace("-", " ").lower().strip()
+        if entry and subgroup and concept:
+            key = words[0].replace("_", "-")
+            yield Emoji(character, key, concept, entry["group"], KIND_BY_SUBGROUP[subgroup])
+
+
+def squared(image: Image.Image, side: int) -> np.ndarray:
+    """RGBA of any size -> uint8 [side, side, 4], aspect kept, centred on nothing."""
+    image = image.convert("RGBA")
+    longest = max(image.size)
+    square = Image.new("RGBA", (longest, longest))
+    square.alpha_composite(image, ((longest - image.width) // 2, (longest - image.height) // 2))
+    return np.asarray(square.resize((side, side), Image.Resampling.LANCZOS))
 
 
 def on_white(image: Image.Image) -> np.ndarray:
@@ -132,7 +158,7 @@ def on_white(image: Image.Image) -> np.ndarray:
     side = max(image.size)
     square = Image.new("RGBA", (side, side), "white")
     square.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return np.asarray(square.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+    return np.asarray(square.convert("RGB").resize((SMALL, SMALL), Image.Resampling.LANCZOS))
 
 
 def render_svg(body: str, width: int, height: int) -> Image.Image:
@@ -152,7 +178,7 @@ class IconifySet:
     """
 
     def __init__(self, path: Path) -> None:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         self.icons = data["icons"]
         self.aliases = data.get("aliases", {})
         self.width = data.get("width", 16)
@@ -184,25 +210,59 @@ def find_3d(assets: Path, character: str) -> Image.Image | None:
     return None
 
 
-def render_all(modules: Path) -> Iterator[tuple[Sample, np.ndarray]]:
-    """Yield each concept in all four styles, uint8 [64, 64, 3]."""
+def render_all(modules: Path, chosen: list[Emoji]) -> Iterator[dict[str, Image.Image]]:
+    """Yield each emoji's images by style, RGBA; a style that lacks it is not there."""
     sets = {}
     for style, name in ICONIFY_STYLES.items():
         sets[style] = IconifySet(modules / f"@iconify-json/{name}/icons.json")
     assets = modules / "@lobehub/fluent-emoji-3d/assets"
-    for character, key, concept, group in track(list(concepts(modules)), "rendering"):
-        images = {"3d": find_3d(assets, character)}
+    for emoji in track(chosen, "rendering"):
+        found = {"3d": find_3d(assets, emoji.character)}
         for style, icons in sets.items():
-            images[style] = icons.find(key)
+            found[style] = icons.find(emoji.key)
+        yield {style: image for style, image in found.items() if image is not None}
 
+
+def sample_of(emoji: Emoji, style: str) -> Sample:
+    """The line of captions.csv for this emoji in this style."""
+    return Sample(
+        exact_caption(style, emoji.concept),
+        style,
+        emoji.concept,
+        emoji.group,
+        split_of(style, emoji.concept),
+        emoji.kind,
+        int(may_mirror(emoji.concept, emoji.kind)),
+    )
+
+
+def small_set(modules: Path, out: Path) -> list[Sample]:
+    """Write emoji.npz of the domain at 64 pixels."""
+    chosen = [emoji for emoji in all_emoji(modules) if emoji.concept in CONCEPTS]
+    samples = []
+    images = []
+    for emoji, found in zip(chosen, render_all(modules, chosen), strict=True):
         # Four styles or none: held-out pairs need the concept in the other styles.
-        if any(image is None for image in images.values()):
-            continue
-        for style, image in images.items():
-            sample = Sample(
-                caption_of(style, concept), style, concept, group, split_of(style, concept)
-            )
-            yield sample, on_white(image)
+        if len(found) == len(STYLES):
+            for style, image in found.items():
+                samples.append(sample_of(emoji, style))
+                images.append(on_white(image))
+    np.savez_compressed(out / "emoji.npz", images=np.stack(images))
+    return samples
+
+
+def large_set(modules: Path, out: Path) -> list[Sample]:
+    """Write sprites.npy of every emoji, and emoji.npz: each on white, filling the 128 pixels."""
+    chosen = list(all_emoji(modules))
+    samples = []
+    sprites = []
+    for emoji, found in zip(chosen, render_all(modules, chosen), strict=True):
+        for style, image in found.items():
+            samples.append(sample_of(emoji, style))
+            sprites.append(squared(image, SPRITE))
+    np.save(out / "sprites.npy", np.stack(sprites))
+    np.savez_compressed(out / "emoji.npz", images=np.stack([draw(one, PLAIN) for one in sprites]))
+    return samples
 
 
 def main(
@@ -210,17 +270,19 @@ def main(
     modules: Annotated[
         Path, typer.Option(help="Where npm installed the emoji packages.")
     ] = MODULES,
+    size: Annotated[int, typer.Option(help="Pixels: 64 or 128.")] = SMALL,
 ) -> None:
-    """Render the emoji set in four styles at 64x64 pixels, with captions."""
+    """Render the emoji set in four styles, with captions."""
     if not modules.is_dir():
         raise SystemExit(
             f"{modules} does not exist. Run: npm install --ignore-scripts --prefix {modules.parent}"
         )
+    if size not in (SMALL, LARGE):
+        raise SystemExit(f"--size {size} is not possible. Give {SMALL} or {LARGE}.")
 
-    samples, images = zip(*render_all(modules), strict=True)
     out.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(out / "emoji.npz", images=np.stack(images))
-    with (out / "captions.csv").open("w", newline="") as file:
+    samples = small_set(modules, out) if size == SMALL else large_set(modules, out)
+    with (out / "captions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(Sample._fields)
         writer.writerows(samples)

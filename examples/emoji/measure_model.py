@@ -8,6 +8,9 @@ training images against the same, in sets of the same size.
 Retrieval asks whether an image finds its own caption among those of its split. Linear heads on
 Lite0 features and MiniLM sentence vectors decide; they are trained on the real images of the
 training split. The ceiling is what the real images reach.
+
+Of a model at 128 pixels it also measures the VAE's reconstruction of held-out pictures, and variety
+and nearest training images; see variety.py. Its real images are random pictures on white.
 """
 
 from __future__ import annotations
@@ -20,9 +23,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from common import EmojiSet
+from augment import SIZE as LARGE
+from augment import Pictures
+from common import EmojiSet, to_pixels
+from diffusers import AutoencoderKL
 from minilm import sentence_vectors
 from PIL import Image
+from variety import measure_nearest, measure_variety
 
 from hipa_deploy.images.png import grid
 from hipa_deploy.train.evaluation.quality import kid, teacher_images
@@ -78,9 +85,35 @@ class Retrieval:
         return float((top == torch.arange(len(captions))[:, None]).any(dim=1).float().mean())
 
 
-def measure(run: Path, model: Path, count: int) -> dict[str, Any]:
-    """Every number of the card: 'splits', a row for each, and 'floor'."""
+def real_set(run: Path) -> EmojiSet:
+    """The real images: at 128 pixels random pictures on white, as the captions say."""
     emoji = EmojiSet.load(run)
+    if emoji.images_BHWC.shape[1] != LARGE:
+        return emoji
+    pictures = Pictures(run, "train", "pair", "concept")
+    images, _ = pictures.draw_batch(range(len(pictures)), np.random.default_rng(5), "")
+    return EmojiSet(images, pictures.rows)
+
+
+@torch.no_grad()
+def reconstruction_db(run: Path, model: Path, count: int = 256) -> float:
+    """Mean PSNR in dB of the VAE on random pictures of held-out concepts, pixels from 0 to 255."""
+    vae = AutoencoderKL.from_pretrained(model, subfolder="vae").float().eval()
+    pictures = Pictures(run, "concept")
+    rng = np.random.default_rng(6)
+    chosen = rng.choice(len(pictures), min(count, len(pictures)), replace=False)
+    ratios = []
+    for pixels in to_pixels(pictures.draw_batch(chosen, rng)[0]).split(16):
+        image = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+        # Pixels are in [-1, 1]: the peak is 2, its square 4.
+        error = (image - pixels).square().mean(dim=(1, 2, 3)).clamp(min=1e-8)
+        ratios.append(10 * torch.log10(4 / error))
+    return float(torch.cat(ratios).mean())
+
+
+def measure(run: Path, model: Path, count: int) -> dict[str, Any]:
+    """Every number of the card: 'splits', a row for each, 'floor', and at 128 pixels more."""
+    emoji = real_set(run)
     train = emoji.only("train")
     real_train_ND = features(train.images_BHWC)
     real_held_out_ND = features(emoji.only("pair", "concept").images_BHWC)
@@ -107,7 +140,18 @@ def measure(run: Path, model: Path, count: int) -> dict[str, Any]:
             row[f"recall@{k}"] = retrieval.recall(made_ND, captions, k)
             row[f"ceiling@{k}"] = retrieval.recall(real_ND, captions, k)
         splits[split] = row
-    return {"splits": splits, "floor": kid(real_train_ND[pick], real_held_out_ND)}
+        if split == "training captions":
+            made_of_training = images
+    numbers = {"splits": splits, "floor": kid(real_train_ND[pick], real_held_out_ND)}
+    if emoji.images_BHWC.shape[1] == LARGE:
+
+        def sample(prompts: list[str], seeds: list[int]) -> np.ndarray:
+            return teacher_images(model, prompts, seeds, TEACHER)
+
+        numbers["variety"] = measure_variety(run, sample, prompts=count // 8, noises=8)
+        numbers["nearest"] = measure_nearest(run, made_of_training, features)
+        numbers["psnr"] = reconstruction_db(run, model)
+    return numbers
 
 
 def write_sheet(model: Path, path: Path) -> None:
@@ -127,7 +171,8 @@ def write_sheet(model: Path, path: Path) -> None:
 
 def card(rows: dict[str, Any], run: Path, model: Path) -> str:
     """The model card, in Markdown."""
-    template = Path(__file__).with_name("card.md").read_text()
+    name = "card_128.md" if "variety" in rows else "card.md"
+    template = Path(__file__).with_name(name).read_text(encoding="utf-8")
     facts = {**data(run), **training(model)}
     text = template.format(**facts, steps=TEACHER.steps, guidance=TEACHER.guidance)
 
@@ -141,7 +186,30 @@ def card(rows: dict[str, Any], run: Path, model: Path) -> str:
         "\nFloor of KID-Lite0 (training real images against held-out real images): "
         f"{rows['floor']:.3f}.\n"
     )
+    if "variety" in rows:
+        lines += variety_lines(rows)
     return "\n".join(lines)
+
+
+def variety_lines(rows: dict[str, Any]) -> list[str]:
+    """Variety, nearest training images and the VAE's reconstruction, in Markdown."""
+    lines = ["## Variety\n", "| captions | prompts | model | real pictures | share |"]
+    lines.append("|---|---|---|---|---|")
+    for level, row in rows["variety"].items():
+        share = f"{100 * row['model'] / row['real']:.0f} %"
+        numbers = f"{row['prompts']} | {row['model']:.3f} | {row['real']:.3f} | {share}"
+        lines.append(f"| {level} | {numbers} |")
+    lines.append(
+        "\nMean paired distance (DISTS-like, Lite0 features) between images of one prompt from"
+        " several noises, and between real pictures of that caption. Noise differs too: read this"
+        " with KID-Lite0.\n"
+    )
+    lines += ["## Nearest training image\n", "| images | mean cosine distance |", "|---|---|"]
+    for name, distance in rows["nearest"].items():
+        lines.append(f"| {name} | {distance:.3f} |")
+    lines.append("\nThe model's images are of training captions on white.\n")
+    lines.append(f"VAE: {rows['psnr']:.1f} dB PSNR on pictures of held-out concepts.\n")
+    return lines
 
 
 def data(run: Path) -> dict[str, int]:
@@ -154,13 +222,14 @@ def data(run: Path) -> dict[str, int]:
         "pair_images": len(emoji.only("pair").rows),
         "concept_images": len(held_out),
         "concepts": len({row["concept"] for row in train}),
+        "rounds": len(list(run.glob("latents/round-*.pt"))),
         "held_out_concepts": len({row["concept"] for row in held_out}),
     }
 
 
 def training(model: Path) -> dict[str, Any]:
     """Steps and hours of each part, as write_model.py recorded them."""
-    parts = json.loads((model / "training.json").read_text())
+    parts = json.loads((model / "training.json").read_text(encoding="utf-8"))
     facts = {}
     for part, values in parts.items():
         for name, value in values.items():
@@ -176,7 +245,7 @@ def main(
     """Measure, then write README.md and samples.png into the model folder."""
     write_sheet(model, model / "samples.png")
     text = card(measure(run, model, count), run, model)
-    (model / "README.md").write_text(text)
+    (model / "README.md").write_text(text, encoding="utf-8")
     print(text)
 
 

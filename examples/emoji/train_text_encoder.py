@@ -6,6 +6,9 @@ The tokenizer is CLIP's byte-pair encoding with its own merges, learned from the
 keywords. The encoder is taught what words mean before the UNet is trained: its pooled output learns
 to agree with MiniLM's sentence vectors (of all names and keywords, text only) and, as in CLIP, with
 EfficientNet-Lite0 features of the training images.
+
+A set at 128 pixels has captions of three levels, with backgrounds: the encoder learns these too.
+With ``--start`` it keeps an earlier model's tokenizer, and begins with its weights.
 """
 
 from __future__ import annotations
@@ -14,11 +17,14 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
+from augment import Pictures
 from build_dataset import MODULES
-from common import EmojiSet, Run, set_learning_rate, warmup_stable_decay
+from captions import COLOURS, levels
+from common import EmojiSet, Run, set_learning_rate, to_pixels, warmup_stable_decay
 from minilm import sentence_vectors
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -31,6 +37,7 @@ WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 CONTEXT = 77
 # Captions have fewer. The UNet sees the padding beyond them too; its positions stay untrained.
 TRAINED_TOKENS = 16
+TRAINED_TOKENS_LARGE = 24  # with '… on a blue background'
 WIDTH = 192
 
 
@@ -67,9 +74,9 @@ def train_tokenizer(texts: list[str], folder: Path, merges: int = 1600) -> CLIPT
     vocabulary = {word: number for number, word in enumerate(words)}
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tokenizer = CLIPTokenizer(
         str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=CONTEXT
     )
@@ -104,7 +111,7 @@ def all_texts(modules: Path, captions: list[str]) -> list[str]:
 
 def emoji_words(modules: Path) -> list[list[str]]:
     """The name of each emoji, then its keywords: of ASCII, with letters, short."""
-    names = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text())
+    names = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text(encoding="utf-8"))
     entries = []
     for entry in names.values():
         words = [word.replace("_", " ").lower() for word in entry]
@@ -131,6 +138,31 @@ def tokens_of(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> torch.
     ).input_ids
 
 
+def small_set(run: Path) -> tuple[list[str], list[str], torch.Tensor]:
+    """Of the set at 64 pixels: all captions, those of the training split, and its pixels."""
+    emoji = EmojiSet.load(run)
+    train = emoji.only("train")
+    return sorted(set(emoji.captions)), train.captions, train.pixels_BCHW()
+
+
+def large_set(run: Path) -> tuple[list[str], list[str], torch.Tensor]:
+    """The same at 128 pixels, where each training emoji is drawn once, at random."""
+    rng = np.random.default_rng(0)
+    texts = set()
+    for number, row in enumerate(EmojiSet.load(run).rows):
+        texts.update(levels(row["style"], row["concept"], row["kind"]))
+        # A background is the same words after any caption: some captions are enough.
+        if number % 4 == 0:
+            colour = COLOURS[rng.integers(len(COLOURS))]
+            texts.update(levels(row["style"], row["concept"], row["kind"], colour))
+    pictures = Pictures(run, "train")
+    images_BHWC, colours = pictures.draw_batch(range(len(pictures)), rng)
+    captions = []
+    for row, colour in zip(pictures.rows, colours, strict=True):
+        captions.append(levels(row["style"], row["concept"], row["kind"], colour)[0])
+    return sorted(texts), captions, to_pixels(images_BHWC)
+
+
 def main(
     run: Annotated[
         Path, typer.Option(help="Folder with emoji.npz; writes tokenizer/ and text_encoder/.")
@@ -139,22 +171,33 @@ def main(
     steps: int = 260,
     batch: int = 96,
     rate: float = 1e-3,
+    start: Annotated[
+        Path | None, typer.Option(help="A model whose tokenizer and text encoder to start from.")
+    ] = None,
 ) -> None:
     """Train the tokenizer, then the text encoder."""
     torch.manual_seed(0)
-    emoji = EmojiSet.load(run)
-    texts = all_texts(modules, sorted(set(emoji.captions)))
-    tokenizer = train_tokenizer(texts, run / "tokenizer")
-    train = emoji.only("train")
-    tokens = tokens_of(tokenizer, texts, TRAINED_TOKENS)
-    caption_tokens = tokens_of(tokenizer, train.captions, TRAINED_TOKENS)
+    large = (run / "sprites.npy").exists()
+    every_caption, train_captions, train_pixels = large_set(run) if large else small_set(run)
+    texts = all_texts(modules, every_caption)
+    if start:
+        tokenizer = CLIPTokenizer.from_pretrained(start, subfolder="tokenizer")
+        tokenizer.save_pretrained(run / "tokenizer")
+    else:
+        tokenizer = train_tokenizer(texts, run / "tokenizer")
+    length = TRAINED_TOKENS_LARGE if large else TRAINED_TOKENS
+    tokens = tokens_of(tokenizer, texts, length)
+    caption_tokens = tokens_of(tokenizer, train_captions, length)
 
     # What the encoder is to agree with: sentence vectors and image features, both unit vectors.
     meaning = sentence_vectors(texts)
-    looks = F.normalize(image_features(train.pixels_BCHW()), dim=-1)
+    looks = F.normalize(image_features(train_pixels), dim=-1)
 
     # Linear heads bring the three kinds of vectors to a common width; only the encoder is kept.
-    encoder = new_text_encoder(tokenizer)
+    if start:
+        encoder = CLIPTextModel.from_pretrained(start, subfolder="text_encoder").float()
+    else:
+        encoder = new_text_encoder(tokenizer)
     heads = torch.nn.ModuleDict(
         {
             "meaning": torch.nn.Linear(WIDTH, 384),

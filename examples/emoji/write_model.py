@@ -17,16 +17,18 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from build_dataset import CONCEPTS, MODULES, STYLES, caption_of, split_of
+from augment import SIZE as LARGE
+from build_dataset import CONCEPTS, MODULES, split_of
+from captions import COLOURS, STYLES, exact_caption, levels, on_background, style_caption
 from common import EmojiSet
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from train_text_encoder import emoji_words
 from train_unet import SCHEDULE
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from hipa_deploy.files import new_folder
+from hipa_deploy.disk.files import new_folder
 
-SIZE_LIMIT_BYTES = 25_000_000
+SIZE_LIMIT_BYTES = {64: 25_000_000, LARGE: 23_200_000}  # by the size of the images
 WIDE_PROMPTS = 11_008
 WORD_STYLES = 2  # in how many styles each word is asked for
 
@@ -48,21 +50,62 @@ def assemble(run: Path, vae: str) -> StableDiffusionPipeline:
 
 
 def write_prompts(emoji: EmojiSet, modules: Path, out: Path) -> None:
-    """Write five files of prompts, one prompt a line.
+    """Write the files of prompts, one prompt a line.
 
     prompts.txt was trained on; prompts_pair.txt and prompts_concept.txt are held out;
-    prompts_words.txt and prompts_wide.txt are for training adaptors.
+    prompts_words.txt and prompts_wide.txt are for training adaptors. A model at 128 pixels was also
+    trained on prompts_kind.txt and prompts_style.txt.
     """
     train = unique_captions(emoji, "train")
     written = {
         "prompts": train,
         "prompts_pair": unique_captions(emoji, "pair"),
         "prompts_concept": unique_captions(emoji, "concept"),
-        "prompts_words": blended_prompts(train) + word_prompts(modules),
-        "prompts_wide": wide_prompts(train),
     }
+    if emoji.images_BHWC.shape[1] == LARGE:
+        concepts = {row["concept"] for row in emoji.rows}
+        kinds = kind_prompts(emoji)
+        styles = style_prompts()
+        written["prompts_kind"] = kinds
+        written["prompts_style"] = styles
+        # The kinds and styles first: wide prompts fill up what is left with pairs of concepts.
+        coloured = half_on_colours(train) + kinds + styles
+        pairs = two_concepts(by_concept(train), WIDE_PROMPTS - len(coloured))
+        written["prompts_wide"] = coloured + pairs
+        written["prompts_words"] = train + word_prompts(modules, concepts)
+    else:
+        written["prompts_words"] = blended_prompts(train) + word_prompts(modules, CONCEPTS)
+        written["prompts_wide"] = wide_prompts(train)
     for name, prompts in written.items():
-        (out / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+        (out / f"{name}.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+
+
+def half_on_colours(prompts: list[str]) -> list[str]:
+    """Each prompt once, every second one on a background whose colour is drawn at random."""
+    rng = np.random.default_rng(2)
+    written = []
+    for number, prompt in enumerate(prompts):
+        colour = COLOURS[rng.integers(len(COLOURS))] if number % 2 else ""
+        written.append(on_background(prompt, colour))
+    return written
+
+
+def kind_prompts(emoji: EmojiSet) -> list[str]:
+    """The kinds of the training split in each style, on white and on each colour."""
+    captions = {}
+    for row in emoji.only("train").rows:
+        for colour in ("", *COLOURS):
+            captions[levels(row["style"], row["concept"], row["kind"], colour)[1]] = None
+    return list(captions)
+
+
+def style_prompts() -> list[str]:
+    """Each style alone, on white and on each colour."""
+    captions = []
+    for style in STYLES:
+        for colour in ("", *COLOURS):
+            captions.append(on_background(style_caption(style), colour))
+    return captions
 
 
 def unique_captions(emoji: EmojiSet, split: str) -> list[str]:
@@ -98,21 +141,21 @@ def wide_prompts(prompts: list[str]) -> list[str]:
     return blended + two_concepts(by_concept(prompts), WIDE_PROMPTS - len(blended))
 
 
-def word_prompts(modules: Path) -> list[str]:
-    """Names and keywords of emoji that are no concept of the model, in some styles each.
+def word_prompts(modules: Path, concepts: set[str]) -> list[str]:
+    """Names and keywords of emoji that are none of the model's concepts, in some styles each.
 
     The text encoder knows these words. What belongs to a held-out concept is left out: its name,
     its keywords, and whatever contains a word of its name that no trained concept has.
     """
     entries = [{word.replace("-", " ") for word in words} for words in emoji_words(modules)]
-    held_out = {concept for concept in CONCEPTS if split_of(STYLES[0], concept) == "concept"}
+    held_out = {concept for concept in concepts if split_of(STYLES[0], concept) == "concept"}
 
     # Words that occur in the names of held-out concepts alone: they would give a concept away.
-    revealing = words_of(held_out) - words_of(CONCEPTS - held_out)
+    revealing = words_of(held_out) - words_of(concepts - held_out)
 
     # Every name and keyword, without the concepts themselves and what describes a held-out one.
     candidates: set[str] = set()
-    excluded = set(CONCEPTS)
+    excluded = set(concepts)
     for words in entries:
         candidates |= words
         if words & held_out:
@@ -127,7 +170,7 @@ def word_prompts(modules: Path) -> list[str]:
     prompts = []
     for word in allowed:
         for style in sorted(rng.permutation(len(STYLES))[:WORD_STYLES]):
-            prompts.append(caption_of(STYLES[style], word))
+            prompts.append(exact_caption(STYLES[style], word))
     return prompts
 
 
@@ -159,7 +202,7 @@ def two_concepts(styles: dict[str, list[str]], count: int) -> list[str]:
 def training(run: Path) -> dict[str, dict[str, float]]:
     """Steps and hours of each part, those of the model that this run started from included."""
     earlier = run / "earlier.json"
-    facts = json.loads(earlier.read_text()) if earlier.exists() else {}
+    facts = json.loads(earlier.read_text(encoding="utf-8")) if earlier.exists() else {}
     for part in ("text_encoder", "vae", "unet"):
         total = facts.get(part, {"steps": 0, "hours": 0.0})
         path = run / part / "state.pt"
@@ -176,9 +219,9 @@ def training(run: Path) -> dict[str, dict[str, float]]:
 def forget_paths(model: Path) -> None:
     """Remove the paths of the run's folder from the configurations: elsewhere they mean nothing."""
     for path in model.glob("*/config.json"):
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def main(
@@ -193,17 +236,21 @@ def main(
     ] = False,
 ) -> None:
     """Write the model folder, whole or not at all."""
+    emoji = EmojiSet.load(run)
     if prompts_only:
-        write_prompts(EmojiSet.load(run), modules, out)
+        write_prompts(emoji, modules, out)
         return
     with new_folder(out) as scratch:
         assemble(run, vae).save_pretrained(scratch, safe_serialization=True)
         forget_paths(scratch)
-        write_prompts(EmojiSet.load(run), modules, scratch)
-        (scratch / "training.json").write_text(json.dumps(training(run), indent=2) + "\n")
+        write_prompts(emoji, modules, scratch)
+        (scratch / "training.json").write_text(
+            json.dumps(training(run), indent=2) + "\n", encoding="utf-8"
+        )
         size = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
-        if size > SIZE_LIMIT_BYTES:
-            raise SystemExit(f"the model takes {size} bytes, more than {SIZE_LIMIT_BYTES}")
+        limit = SIZE_LIMIT_BYTES[emoji.images_BHWC.shape[1]]
+        if size > limit:
+            raise SystemExit(f"the model takes {size} bytes, more than {limit}")
     print(f"{out}: {size / 1e6:.1f} MB")
 
 

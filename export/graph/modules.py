@@ -52,6 +52,7 @@ class TextEncoderStage(torch.nn.Module):
     Args:
         encoder: the text encoder.
         dtype: of the context, as the UNet takes it.
+        chunk_tokens: C, tokens that the encoder reads at once; L is a multiple of it.
 
     Example:
         >>> stage = TextEncoderStage(ModelParts.open("emoji").text_encoder(), torch.float32)
@@ -62,14 +63,23 @@ class TextEncoderStage(torch.nn.Module):
 
     places: ClassVar = {"encoder": "text_encoder"}
 
-    def __init__(self, encoder: CLIPTextModel, dtype: torch.dtype) -> None:
+    def __init__(self, encoder: CLIPTextModel, dtype: torch.dtype, chunk_tokens: int = 77) -> None:
         super().__init__()
         self.encoder = encoder
         self.dtype = dtype
+        self.chunk_tokens = chunk_tokens
 
     def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Last hidden states."""
-        return self.encoder(tokens_BL).last_hidden_state.to(self.dtype)
+        """Last hidden states, of several chunks joined along the tokens."""
+        length = tokens_BL.shape[1]
+        if length == self.chunk_tokens:
+            return self.encoder(tokens_BL).last_hidden_state.to(self.dtype)
+
+        # The chunks go through the encoder as rows of one batch.
+        tokens_NC = tokens_BL.reshape(-1, self.chunk_tokens)
+        context_NCD = self.encoder(tokens_NC).last_hidden_state
+        width = context_NCD.shape[-1]
+        return context_NCD.reshape(-1, length, width).to(self.dtype)
 
 
 class OneStepUNet(torch.nn.Module):

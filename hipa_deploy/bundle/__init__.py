@@ -1,6 +1,6 @@
 """The bundle on disk: manifest, files, reference, adaptors to swap in, and the parity gate.
 
-May import: the ground (errors, files, hashing, record, tasks).
+May import: the ground (errors, interrupts, record, tasks), ``disk``.
 """
 
 from typing import TYPE_CHECKING

@@ -6,6 +6,7 @@ Such an adaptor is a folder, ``adaptors/NAME/`` of a bundle or anywhere else, wi
 - ``weights.npz``: the weights of one stage that differ, under their ONNX names, in the graph's own
   dtype and shape.
 - ``reference.npy``: what that stage gives in PyTorch FP32 for the bundle's reference inputs.
+- ``text_encoder.npz``: the text encoder's weights that differ, where LoRAs change it too.
 
 The weight map, ``weights.json`` beside a stage's graph, says which parameter of the model each ONNX
 weight is. The formats are described in docs/reference/bundle.md.
@@ -14,25 +15,46 @@ weight is. The formats are described in docs/reference/bundle.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
-from pydantic import ValidationError, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from hipa_deploy.bundle.arrays import bounded, expect, read_npy, read_npz
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import AdaptorInfo, FileName, Parity
-from hipa_deploy.bundle.onnx_weights import check_values, read_initializers
-from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.paths import inside
+from hipa_deploy.bundle.manifest import (
+    AdaptorInfo,
+    FileName,
+    LoraInfo,
+    Parity,
+    StageName,
+    Text,
+)
+from hipa_deploy.bundle.onnx_weights import check_values, no_weight, read_initializers
+from hipa_deploy.bundle.signature import check_signature
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.reading import (
+    MAX_JSON,
+    MIB,
+    check_size,
+    inside,
+    parse_json,
+    read_bytes,
+    read_record,
+    validated,
+)
+from hipa_deploy.errors import HipaError, first_line, reason_of
 from hipa_deploy.record import Record
 
 FOLDER = "adaptors"
 MANIFEST = "swap.json"
 WEIGHTS = "weights.npz"
 REFERENCE = "reference.npy"
+TEXT_STAGE = "text_encoder"
+TEXT_WEIGHTS = "text_encoder.npz"
 WEIGHT_MAP = "weights.json"
 # Numbers so few (the scales of a Resize, the limits of a Clip) are settings of a layer to TensorRT,
 # and no weights.
@@ -61,7 +83,7 @@ class MappedWeight(Record):
 
     """
 
-    places: tuple[str, ...]
+    places: tuple[Text, ...] = Field(max_length=1000)
     layout: WeightLayout = "as it is"
     fold: Fold | None = None
     adaptable: bool = False
@@ -92,10 +114,11 @@ def read_weight_map(bundle: Bundle, stage: str) -> WeightMap | None:
     if name not in bundle.manifest.files:
         return None
     try:
-        return WeightMap.model_validate_json(bundle.path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_record(bundle.path(name), WeightMap, "")
+    except HipaError as error:
         raise HipaError(
-            f"{bundle.root / name} is not a weight map. Export the bundle again."
+            f"{bundle.root / name} is not a weight map ({reason_of(error)}). "
+            "Export the bundle again."
         ) from None
 
 
@@ -118,6 +141,23 @@ def refittable_weights(bundle: Bundle, stage: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+class SwappedText(Record):
+    """What a swap changes in the text encoder.
+
+    Attributes:
+        base_files: SHA-256 of the files of the graph that it fits, by name.
+        onnx_sha256: of the graph that an export with the same LoRAs has.
+        parity: of that stage, against PyTorch FP32.
+        weights: where each weight that differs comes from, by ONNX name.
+
+    """
+
+    base_files: dict[FileName, str]
+    onnx_sha256: str
+    parity: Parity
+    weights: dict[str, MappedWeight]
+
+
 class SwapManifest(Record):
     """``swap.json``.
 
@@ -125,21 +165,25 @@ class SwapManifest(Record):
         stage: the stage whose weights it changes.
         base_files: SHA-256 of the files of the graph that it fits, by name.
         onnx_sha256: of the graph that an export of the same adaptor has.
-        adaptor: the adaptor that was merged.
+        adaptor: the adaptor that was merged; None where LoRAs alone were.
+        loras: merged before the adaptor, in this order.
         parity: of that stage, against PyTorch FP32.
         weights: where each weight that differs comes from, by ONNX name.
+        text: what it changes in the text encoder; None where that stays the bundle's.
         files: SHA-256 of this folder's files, by name.
 
     """
 
     schema_version: Literal[1] = 1
     producer: str
-    stage: Literal["unet", "generator"]
+    stage: StageName
     base_files: dict[FileName, str]
     onnx_sha256: str
-    adaptor: AdaptorInfo
+    adaptor: AdaptorInfo | None
+    loras: tuple[LoraInfo, ...] = ()
     parity: Parity
     weights: dict[str, MappedWeight]
+    text: SwappedText | None = None
     files: dict[FileName, str]
 
     @field_validator("files")
@@ -150,6 +194,12 @@ class SwapManifest(Record):
         if missing:
             raise ValueError(f"{', '.join(sorted(missing))} has no hash")
         return files
+
+    @model_validator(mode="after")
+    def _text_is_complete(self) -> SwapManifest:
+        if self.text is not None and TEXT_WEIGHTS not in self.files:
+            raise ValueError(f"{TEXT_WEIGHTS} has no hash")
+        return self
 
 
 def check_encoder(bundle: Bundle) -> None:
@@ -190,29 +240,40 @@ class AdaptorSwap:
             adaptor: a name in the bundle's ``adaptors`` folder, or a folder.
 
         Raises:
-            HipaError: no such adaptor, a damaged one, or one for another bundle.
+            HipaError: no such adaptor, a damaged one, one for another bundle, or one that the key
+                of ``HIPA_PUBLIC_KEY`` did not sign.
 
         """
         check_encoder(bundle)
         root = find_swap(bundle, adaptor)
         try:
-            manifest = SwapManifest.model_validate_json(
-                (root / MANIFEST).read_text(encoding="utf-8")
-            )
-        except (OSError, ValidationError, ValueError):
+            path = inside(root, MANIFEST)
+            content = read_bytes(path, MAX_JSON)
+            manifest = validated(SwapManifest, parse_json(content), path, "")
+        except (HipaError, ValueError) as error:
+            reason = reason_of(error) if isinstance(error, HipaError) else first_line(error)
             raise HipaError(
-                f"{root}/{MANIFEST} is not of an adaptor to swap in, of this version. "
-                f"Run: {export_command(bundle)}"
+                f"{root}/{MANIFEST} is not of an adaptor to swap in, of this version "
+                f"({reason}). Run: {export_command(bundle)}"
             ) from None
 
+        check_signature(path, content)
         # The weights fit one graph alone: another has other names, shapes or layouts.
-        known = manifest.stage in bundle.stages
-        if not known or manifest.base_files != stage_files(bundle, manifest.stage):
+        fits = manifest.stage == adapted_stage(bundle)
+        fits = fits and manifest.base_files == stage_files(bundle, manifest.stage)
+        if manifest.text is not None:
+            fits = fits and TEXT_STAGE in bundle.stages
+            fits = fits and manifest.text.base_files == stage_files(bundle, TEXT_STAGE)
+        if not fits:
             raise HipaError(
                 f"adaptor {root} was exported for another bundle. Run: {export_command(bundle)}"
             )
         for name, expected in manifest.files.items():
-            if not (root / name).exists() or file_sha256(inside(root, name)) != expected:
+            whole = (root / name).exists()
+            if whole:
+                check_size(inside(root, name))
+                whole = file_sha256(root / name) == expected
+            if not whole:
                 raise HipaError(
                     f"{root / name} is missing or corrupt. Copy or export the adaptor again."
                 )
@@ -222,18 +283,56 @@ class AdaptorSwap:
         """The weights that differ from the bundle's, by ONNX name.
 
         Raises:
-            HipaError: a weight that the graph does not have, or has in another dtype or shape.
+            HipaError: not a file of arrays; a weight that the graph does not have, or has in
+                another dtype or shape; or other weights than the manifest says.
 
         """
-        with np.load(inside(self.root, WEIGHTS)) as stored:
-            values = {name: stored[name] for name in stored.files}
         path = bundle.stage_path(self.manifest.stage)
-        check_values(path, read_initializers(path), values)
+        return self._read_weights(WEIGHTS, path, self.manifest.weights)
+
+    def text_weights(self, bundle: Bundle) -> dict[str, np.ndarray]:
+        """The text encoder's weights that differ from the bundle's, by ONNX name; often none.
+
+        Raises:
+            HipaError: as for ``weights``.
+
+        """
+        if self.manifest.text is None:
+            return {}
+        path = bundle.stage_path(TEXT_STAGE)
+        return self._read_weights(TEXT_WEIGHTS, path, self.manifest.text.weights)
+
+    def _read_weights(
+        self, file: str, path: Path, mapped: Mapping[str, MappedWeight]
+    ) -> dict[str, np.ndarray]:
+        """The weights in ``file``: those of the graph ``path`` that are ``mapped``."""
+        initializers = read_initializers(path)
+        expected = {}
+        for name in mapped:
+            if name not in initializers:
+                raise no_weight(path, name)
+            expected[name] = initializers[name].header
+        size = sum(initializers[name].nbytes for name in expected)
+        # Each array has a header beside its values.
+        limit = size + MIB * (len(expected) + 1)
+        values = read_npz(inside(self.root, file), expect(expected), max_bytes=limit)
+        check_values(path, initializers, values)
+        if values.keys() != expected.keys():
+            raise HipaError(
+                f"{self.root / file} has {len(values)} weights, {MANIFEST} says "
+                f"{len(expected)}. Export the adaptor again."
+            )
         return values
 
     def reference(self) -> np.ndarray:
-        """What the stage gives in PyTorch FP32 for the bundle's reference inputs."""
-        return np.load(inside(self.root, REFERENCE))
+        """What the stage gives in PyTorch FP32 for the bundle's reference inputs.
+
+        Raises:
+            HipaError: not an array, or one of absurd size.
+
+        """
+        array: np.ndarray = read_npy(inside(self.root, REFERENCE), bounded)
+        return array
 
 
 def find_swap(bundle: Bundle, adaptor: str | Path) -> Path:

@@ -5,21 +5,29 @@ The format is described in docs/reference/bundle.md.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from pydantic import ValidationError
-
 from hipa_deploy.bundle.manifest import Axis, Manifest, Stage
 from hipa_deploy.bundle.onnx_check import beside, external_files
-from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
-from hipa_deploy.paths import inside, lies_in, shown
+from hipa_deploy.bundle.signature import check_signature
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.reading import (
+    MIB,
+    check_size,
+    inside,
+    lies_in,
+    parse_json,
+    read_bytes,
+    shown,
+    validated,
+)
+from hipa_deploy.errors import HipaError, first_line, reason_of
 
 SCHEMA = 1
 MANIFEST = "hipa.json"
+_MAX_MANIFEST = 4 * MIB
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,8 @@ class Bundle:
         """Read ``root/hipa.json``.
 
         Raises:
-            HipaError: not a bundle, a newer schema, or a manifest that does not validate.
+            HipaError: not a bundle, a newer schema, a manifest that does not validate, or one that
+                the key of ``HIPA_PUBLIC_KEY`` did not sign.
 
         """
         path = root / MANIFEST
@@ -53,27 +62,33 @@ class Bundle:
                 f"bundle {root} does not exist. "
                 "Expected a folder that hipa-export wrote, or 'emoji'."
             )
-        if not path.is_file():
+        if not path.exists():
             raise HipaError(
                 f"{root}: no {MANIFEST} in it. Expected a bundle, as hipa-export writes it."
             )
         try:
-            data = json.loads(path.read_text())
-            # First the schema: of another one, every field's error would be beside the point.
-            found = data.get("schema_version")
-            if found != SCHEMA:
-                raise HipaError(
-                    f"{path}: schema {found}, this version reads {SCHEMA}. Export the bundle again."
-                )
-            return cls(root, Manifest.model_validate(data))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise HipaError(f"{path}: {where}: {first['msg']}. Export the bundle again.") from None
-        except (ValueError, AttributeError) as error:
+            content = read_bytes(inside(root, MANIFEST), _MAX_MANIFEST)
+        except HipaError as error:
             raise HipaError(
-                f"{path} is not a manifest ({error}). Export the bundle again."
+                f"{path} is not a manifest ({reason_of(error)}). Export the bundle again."
             ) from None
+        check_signature(path, content)
+        try:
+            data = parse_json(content)
+        except ValueError as error:
+            raise HipaError(
+                f"{path} is not a manifest ({first_line(error)}). Export the bundle again."
+            ) from None
+        if not isinstance(data, dict):
+            raise HipaError(f"{path} is not a manifest (no table). Export the bundle again.")
+        # First the schema: of another one, every field's error would be beside the point.
+        found = data.get("schema_version")
+        if found != SCHEMA:
+            raise HipaError(
+                f"{path}: schema {shown(str(found))}, this version reads {SCHEMA}. "
+                "Export the bundle again."
+            )
+        return cls(root, validated(Manifest, data, path, "Export the bundle again."))
 
     @cached_property
     def axes(self) -> dict[str, Axis]:
@@ -121,6 +136,9 @@ class Bundle:
                 weights in a file that is not listed.
 
         """
+        # Every file is there, and none is absurd, before the first is hashed.
+        for relative in self.manifest.files:
+            check_size(self.path(relative))
         for relative, expected in self.manifest.files.items():
             path = self.path(relative)
             if file_sha256(path) != expected:

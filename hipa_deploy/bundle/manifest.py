@@ -9,21 +9,40 @@ Shapes: B batch, L tokens, D width of a text context, C latent channels, H W pix
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from hipa_deploy.paths import name_problem, shown
+from hipa_deploy.bundle.text_settings import TextSettings
+from hipa_deploy.disk.reading import name_problem, shown
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
 
 MAX_BATCH = 64
+# Far beyond what an export writes. Larger numbers are mistakes, or are meant to fill a memory.
+MAX_SIZE = 65536  # of a dimension of a tensor, and of an image's sides in pixels
+MAX_ELEMENTS = 2**33  # of a tensor
+MAX_COUNT = 2**62  # of bytes and operations
+MAX_FILES = 10_000
 
 DType = Literal["float16", "float32", "int64", "uint8"]
 Precision = Literal["fp16", "fp32"]
 Layout = Literal["onestep", "generic"]
-StageName = Literal["text_encoder", "vae_encoder", "unet", "vae_decoder", "generator"]
+STAGE_NAMES = ("text_encoder", "vae_encoder", "unet", "vae_decoder", "generator")
+
+
+def _stage_name(name: str) -> str:
+    # Engines and caches are named after the stage.
+    if name not in STAGE_NAMES:
+        known = ", ".join(STAGE_NAMES)
+        raise ValueError(f"stage {shown(name)} is unknown, expected one of: {known}")
+    return name
+
+
+StageName = Annotated[str, AfterValidator(_stage_name)]
+"""One of ``STAGE_NAMES``."""
 
 
 def _file_name(name: str) -> str:
@@ -32,6 +51,19 @@ def _file_name(name: str) -> str:
         raise ValueError(f"the file name {shown(name)} {problem}")
     return name
 
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it has a character that cannot be printed")
+    return text
+
+
+Text = Annotated[str, Field(max_length=500), AfterValidator(_printable)]
+"""A name for people or for a graph: one line."""
+Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
 FileName = Annotated[str, AfterValidator(_file_name)]
 """A file's path in its folder: relative, with '/', and never out of it."""
@@ -52,10 +84,10 @@ class Axis(Record):
 
     """
 
-    min: int = Field(ge=1)
-    opt: int
-    max: int
-    multiple: int = Field(default=1, ge=1)
+    min: Size
+    opt: Size
+    max: Size
+    multiple: Size = 1
 
     @model_validator(mode="after")
     def _ordered(self) -> Axis:
@@ -86,9 +118,9 @@ class TensorSpec(Record):
 
     """
 
-    name: str
+    name: Name
     dtype: DType
-    shape: tuple[int | str, ...]
+    shape: tuple[Size | Name, ...] = Field(max_length=8)
 
     def at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape when the named axes have ``sizes``.
@@ -113,10 +145,27 @@ class StageSpec(Record):
 
     """
 
-    name: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    axes: dict[str, Axis] = Field(default_factory=dict)
+    name: Name
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=32)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=32)
+    axes: dict[Name, Axis] = Field(default_factory=dict, max_length=16)
+
+    @model_validator(mode="after")
+    def _whole(self) -> StageSpec:
+        tensors = self.inputs + self.outputs
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            raise ValueError("two of its tensors have one name")
+        for tensor in tensors:
+            unknown = [size for size in tensor.shape if size not in self.axes]
+            named = [size for size in unknown if isinstance(size, str)]
+            if named:
+                raise ValueError(f"{tensor.name} has the dimension {named[0]!r}, which is no axis")
+            elements = math.prod(tensor.at(self.sizes("max")))
+            if elements > MAX_ELEMENTS:
+                raise ValueError(
+                    f"{tensor.name} has {elements} elements, expected at most {MAX_ELEMENTS}"
+                )
+        return self
 
     def sizes(self, which: Literal["min", "opt", "max"]) -> dict[str, int]:
         """The smallest, usual or largest size of every axis."""
@@ -162,10 +211,10 @@ class Cost(Record):
 
     """
 
-    flops: int = Field(ge=0)
-    weight_bytes: int = Field(ge=0)
-    io_bytes: int = Field(ge=0)
-    activation_bytes: int | None = Field(default=None, ge=0)
+    flops: Count
+    weight_bytes: Count
+    io_bytes: Count
+    activation_bytes: Count | None = None
 
 
 class Stage(Record):
@@ -185,18 +234,15 @@ class Stage(Record):
     spec: StageSpec
     path: FileName
     precision: Precision
-    opset: int
-    fp32_islands: tuple[str, ...] = ()
+    opset: int = Field(ge=1, le=1000)
+    fp32_islands: tuple[Text, ...] = Field(default=(), max_length=100_000)
     parity: Parity
     cost: Cost | None = None
 
     @field_validator("spec")
     @classmethod
     def _known(cls, spec: StageSpec) -> StageSpec:
-        # Engines and caches are named after the stage.
-        if spec.name not in get_args(StageName):
-            names = ", ".join(get_args(StageName))
-            raise ValueError(f"stage {shown(spec.name)} is unknown, expected one of: {names}")
+        _stage_name(spec.name)
         return spec
 
 
@@ -209,8 +255,8 @@ class ModelInfo(Record):
 
     """
 
-    name: str
-    sha256: str
+    name: Text
+    sha256: Text
 
 
 class AdaptorInfo(Record):
@@ -225,11 +271,11 @@ class AdaptorInfo(Record):
 
     """
 
-    name: str
-    sha256: str
-    rank: int
-    alpha: float
-    scale: float
+    name: Text
+    sha256: Text
+    rank: int = Field(ge=0, le=1_000_000)
+    alpha: Finite
+    scale: Finite
 
 
 class LoraInfo(Record):
@@ -244,11 +290,11 @@ class LoraInfo(Record):
 
     """
 
-    name: str
-    sha256: str
-    scale: float
-    rank: int | None = None
-    parts: tuple[str, ...] = ()
+    name: Text
+    sha256: Text
+    scale: Finite
+    rank: int | None = Field(default=None, ge=1, le=1_000_000)
+    parts: tuple[Text, ...] = ()
 
 
 class EmbeddingInfo(Record):
@@ -262,10 +308,10 @@ class EmbeddingInfo(Record):
 
     """
 
-    name: str
-    sha256: str
-    token: str
-    vectors: int = Field(ge=1)
+    name: Text
+    sha256: Text
+    token: Name
+    vectors: int = Field(ge=1, le=1000)
 
 
 class DecoderInfo(Record):
@@ -279,8 +325,8 @@ class DecoderInfo(Record):
     """
 
     kind: Literal["full", "tiny"]
-    name: str
-    sha256: str
+    name: Text
+    sha256: Text
 
 
 class EncoderInfo(DecoderInfo):
@@ -291,7 +337,11 @@ class EncoderInfo(DecoderInfo):
 
     """
 
-    adaptor_sha256: str | None = None
+    adaptor_sha256: Text | None = None
+
+
+Timestep = Annotated[int, Field(ge=0, le=1_000_000)]
+AlphaBar = Annotated[float, Field(ge=0, le=1)]
 
 
 class Strength(Record):
@@ -305,8 +355,8 @@ class Strength(Record):
     """
 
     strength: float = Field(gt=0, le=1)
-    timestep: int
-    alpha_bar: float
+    timestep: Timestep
+    alpha_bar: AlphaBar
 
 
 class StepMethod(Record):
@@ -347,12 +397,12 @@ class OneStep(Record):
     """
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"]
-    timestep: int
-    alpha_bar: float
-    scaling_factor: float
-    latent_shape: tuple[int, int, int]
-    height: int
-    width: int
+    timestep: Timestep
+    alpha_bar: AlphaBar
+    scaling_factor: float = Field(gt=0, allow_inf_nan=False)
+    latent_shape: tuple[Size, Size, Size]
+    height: Size
+    width: Size
     method: StepMethod | None = None
 
     @property
@@ -380,6 +430,7 @@ class Manifest(Record):
         strengths: an edit's, largest first, the first with the constants of ``one_step``.
         upscale: how many times larger super-resolution makes an image; None for other tasks.
         one_step: the constants of the step.
+        text: how prompts become contexts; in older bundles one chunk of 77 tokens.
         stages: in the order in which they run.
         end_to_end: from the reference prompt to images.
         files: SHA-256 of every file, by its path in the bundle.
@@ -387,7 +438,7 @@ class Manifest(Record):
     """
 
     schema_version: Literal[1]
-    producer: str
+    producer: Text
     layout: Layout
     precision: Precision
     batch: int = Field(ge=1, le=MAX_BATCH)
@@ -398,9 +449,31 @@ class Manifest(Record):
     decoder: DecoderInfo | None = None
     encoder: EncoderInfo | None = None
     task: Task = "generate"
-    strengths: tuple[Strength, ...] = ()
-    upscale: int | None = None
+    strengths: tuple[Strength, ...] = Field(default=(), max_length=1000)
+    upscale: int | None = Field(default=None, ge=1, le=64)
     one_step: OneStep
-    stages: tuple[Stage, ...] = Field(min_length=1)
+    text: TextSettings = TextSettings()
+    stages: tuple[Stage, ...] = Field(min_length=1, max_length=len(STAGE_NAMES))
     end_to_end: Parity
-    files: dict[FileName, str]
+    files: dict[FileName, Text] = Field(max_length=MAX_FILES)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Manifest:
+        """Fields that have to agree with each other."""
+        names = [stage.spec.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError("two stages have one name")
+        if bool(self.strengths) != (self.task == "edit"):
+            raise ValueError(f"task {self.task} with {len(self.strengths)} strengths")
+        if bool(self.upscale) != (self.task == "upscale"):
+            raise ValueError(f"task {self.task} with upscale = {self.upscale}")
+
+        # A latent cell is a square of pixels.
+        step = self.one_step
+        _, latent_h, latent_w = step.latent_shape
+        pixels = step.height // latent_h
+        if (latent_h * pixels, latent_w * pixels) != (step.height, step.width):
+            raise ValueError(
+                f"latents of {latent_h} x {latent_w} are no images of {step.height} x {step.width}"
+            )
+        return self

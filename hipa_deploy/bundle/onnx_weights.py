@@ -9,6 +9,7 @@ of onnx.proto.
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.protobuf import Span, as_span, fields, integers, spans, text
+from hipa_deploy.disk.reading import inside, shown
 from hipa_deploy.errors import HipaError
-from hipa_deploy.paths import inside
 
 _DTYPES = {
     1: "float32",
@@ -51,6 +52,11 @@ class Initializer:
     path: Path
     offset: int
     nbytes: int
+
+    @property
+    def header(self) -> tuple[np.dtype, tuple[int, ...]]:
+        """Dtype and shape."""
+        return np.dtype(self.dtype), self.shape
 
     def read(self) -> np.ndarray:
         """The values, mapped from the file: nothing is copied, and the array cannot be written."""
@@ -98,7 +104,7 @@ def _initializer(data: Any, span: Span, path: Path) -> Initializer:
 
     dtype = _DTYPES[single[_DATA_TYPE]]
     name = text(data, single[_NAME])
-    size = int(np.prod(dims, dtype=np.int64)) * np.dtype(dtype).itemsize
+    size = math.prod(dims) * np.dtype(dtype).itemsize
 
     # Values lie in another file, or in this one, or nowhere if there are none.
     where = path
@@ -112,6 +118,8 @@ def _initializer(data: Any, span: Span, path: Path) -> Initializer:
         length = end - start
     if length != size:
         raise ValueError(f"{name}: {length} bytes, expected {size}")
+    if size and not 0 <= start <= where.stat().st_size - size:
+        raise ValueError(f"{name}: its {size} bytes do not lie in {where.name}")
     return Initializer(name, dtype, tuple(dims), where, start, size)
 
 
@@ -162,6 +170,13 @@ def with_values(
     return bytes(content), external
 
 
+def no_weight(path: Path, name: str) -> HipaError:
+    """The error for a value of no weight of the graph at ``path``."""
+    return HipaError(
+        f"{path} has no weight {shown(name)}. Export the adaptor for this bundle again."
+    )
+
+
 def check_values(
     path: Path, weights: Mapping[str, Initializer], values: Mapping[str, np.ndarray]
 ) -> None:
@@ -174,9 +189,7 @@ def check_values(
     for name, value in values.items():
         weight = weights.get(name)
         if weight is None:
-            raise HipaError(
-                f"{path} has no weight {name}. Export the adaptor for this bundle again."
-            )
+            raise no_weight(path, name)
         if value.dtype != weight.dtype or value.shape != weight.shape:
             want = f"{weight.dtype} {list(weight.shape)}"
             got = f"{value.dtype} {list(value.shape)}"

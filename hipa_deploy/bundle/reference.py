@@ -6,20 +6,33 @@ prompt, which is one that the model was trained for.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
+from hipa_deploy.bundle.arrays import bounded, read_npz
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.errors import HipaError
+from hipa_deploy.bundle.manifest import MAX_BATCH
+from hipa_deploy.disk.reading import read_record, shown
+from hipa_deploy.errors import HipaError, reason_of
+from hipa_deploy.record import Record
 
 REFERENCE_TENSORS = "reference/tensors.npz"
 REFERENCE_PROMPTS = "reference/prompts.json"
 
-# What json and numpy raise for a file that is missing, cut short, or of another structure.
-_UNREADABLE = (OSError, ValueError, KeyError, IndexError, TypeError)
+_MAX_TENSORS = 1 << 30  # bytes of all tensors; those of 64 images of 1024 x 1024 fill half of it
+_MAX_SEED = 2**63 - 1
+
+
+class _Prompts(Record):
+    """``prompts.json``."""
+
+    prompts: tuple[str, ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, le=_MAX_SEED)], ...] = Field(
+        min_length=1, max_length=MAX_BATCH
+    )
 
 
 @dataclass(frozen=True)
@@ -51,10 +64,14 @@ class Reference:
         """
         prompt, seeds = _read_prompt(bundle)
         try:
-            with np.load(bundle.path(REFERENCE_TENSORS)) as tensors:
-                return cls(prompt, seeds, dict(tensors))
-        except _UNREADABLE as error:
+            path = bundle.path(REFERENCE_TENSORS)
+            tensors = read_npz(path, lambda name, found: bounded(found), max_bytes=_MAX_TENSORS)
+        except HipaError as error:
             raise _unreadable(bundle, error) from None
+        for name, tensor in tensors.items():
+            if not np.isfinite(tensor).all():
+                raise _unreadable(bundle, HipaError(f"{shown(name)} has NaN or infinity"))
+        return cls(prompt, seeds, tensors)
 
 
 def reference_prompt(bundle: Bundle) -> str:
@@ -75,14 +92,15 @@ class _Prompt(NamedTuple):
 
 
 def _read_prompt(bundle: Bundle) -> _Prompt:
+    path = bundle.path(REFERENCE_PROMPTS)
     try:
-        content = json.loads(bundle.path(REFERENCE_PROMPTS).read_text())
-        return _Prompt(content["prompts"][0], list(content["seeds"]))
-    except _UNREADABLE as error:
+        content = read_record(path, _Prompts, "")
+    except HipaError as error:
         raise _unreadable(bundle, error) from None
+    return _Prompt(content.prompts[0], list(content.seeds))
 
 
-def _unreadable(bundle: Bundle, error: Exception) -> HipaError:
+def _unreadable(bundle: Bundle, error: HipaError) -> HipaError:
     return HipaError(
-        f"{bundle.root}/reference cannot be read ({error!r}). Export the bundle again."
+        f"{bundle.root}/reference cannot be read ({reason_of(error)}). Export the bundle again."
     )

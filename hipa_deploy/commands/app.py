@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import inspect
+import io
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -22,7 +24,7 @@ from hipa_deploy.commands.from_image import edit, inpaint, upscale
 from hipa_deploy.commands.generate import generate
 from hipa_deploy.commands.profile import profile, profile_compare, profile_table
 from hipa_deploy.commands.train import train
-from hipa_deploy.errors import HipaError, HipaWarning, StoppedError, first_line
+from hipa_deploy.errors import HipaError, HipaWarning, StoppedError, first_line, printable
 from hipa_deploy.interrupts import signal_of, sigterm_interrupts
 
 ABOUT = """Turn a multi-step text-to-image diffusion model into a one-step one, and run it fast.
@@ -59,6 +61,13 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise StoppedError("stopped", signal_of(error)) from None
+        except UnicodeEncodeError as error:
+            # Python shows bytes of a name that are no UTF-8 as characters that have no encoding.
+            if not any("\ud800" <= character <= "\udfff" for character in error.object):
+                raise
+            raise HipaError(
+                f"{error.object!r} holds bytes that are no UTF-8. Rename the file or folder."
+            ) from error
         except EOFError as error:
             raise HipaError(
                 f"a file ends too early ({first_line(error)}). "
@@ -124,6 +133,8 @@ def main(arguments: list[str] | None = None) -> None:
         SystemExit: always.
 
     """
+    if arguments is None:
+        _use_utf8()
     # Set before anything imports these libraries: their notes are for developers, not for users.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -152,18 +163,40 @@ def main(arguments: list[str] | None = None) -> None:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
+def _use_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode if the locale knows nothing but ASCII.
+
+    Under ``LC_ALL=C`` and without that mode, Python gives every name with other characters in a
+    form that ONNX Runtime, TensorRT, tokenizers and safetensors refuse. From Python 3.15 the mode
+    is the default (PEP 686).
+    """
+    is_ascii = codecs.lookup(sys.getfilesystemencoding()).name == "ascii"
+    if is_ascii and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"  # for processes that this one starts
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+    # A name that is no UTF-8 is printed as the bytes that it has.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")
+
+
 def _stop(message: str, code: int = 1) -> NoReturn:
     """Write ``message`` to stderr as one line and exit with ``code``.
 
     It is empty after bare ``hipa``, which has printed its help.
     """
     if message.strip():
-        sys.stderr.write(f"hipa: {' '.join(message.split())}\n")
+        sys.stderr.write(f"hipa: {printable(' '.join(message.split()))}\n")
     raise SystemExit(code)
 
 
 def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
     """Print a warning that is meant for the user as one line, others as Python does."""
     if issubclass(category, HipaWarning):
@@ -174,5 +207,6 @@ def _show_warning(
 
 def verb_main() -> None:
     """Entry point of every ``hipa-VERB``: the script's own name says the verb."""
+    _use_utf8()
     verb = Path(sys.argv[0]).stem.removeprefix("hipa-")
     main([verb, *sys.argv[1:]])

@@ -14,8 +14,12 @@ from hipa_deploy.extras import require
 
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Folder to write: adaptor, bundle, engines, contact sheet.")
-    ] = Path("demo"),
+        Path | None,
+        typer.Option(
+            help="Folder to write: adaptor, bundle, engines, contact sheet. By default demo, or "
+            "the next free name if that is something else."
+        ),
+    ] = None,
     quick: Annotated[
         bool,
         typer.Option(

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hipa_deploy.commands.options import BackendOption, console
+from hipa_deploy.commands.options import BackendOption, ForceOption, console
+from hipa_deploy.commands.outputs import check_outputs, write_output
 from hipa_deploy.errors import HipaError
 
 
@@ -35,6 +36,7 @@ def doctor(
             help="With --self-test: also write its report to this file, to attach to an issue."
         ),
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """Show what this machine can run, what is missing, and the command that fixes it.
 
@@ -42,7 +44,7 @@ def doctor(
     Exit code 1: a problem was found.
     """
     if self_test:
-        _self_test(subject, out, as_json)
+        _self_test(subject, out, as_json, force)
     elif out:
         raise HipaError("--out is for --self-test. Add --self-test, or leave --out out.")
     else:
@@ -63,20 +65,21 @@ def _examine(subject: str | None, backend: str, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _self_test(subject: str | None, out: Path | None, as_json: bool) -> None:
+def _self_test(subject: str | None, out: Path | None, as_json: bool, force: bool) -> None:
     """Print the self-test's report, write it to ``out``; exit with 1 if a step failed."""
     from hipa_deploy.doctor.self_test import render_text, self_test
-    from hipa_deploy.files import write_file
 
     if subject:
         raise HipaError(
             f"--self-test runs the embedded bundle, not {subject}. "
             "Leave SUBJECT out, or leave --self-test out."
         )
+    if out:
+        check_outputs([out], force=force)
     report = self_test(console)
     text = render_text(report)
     if out:
-        write_file(out, text.encode())
+        write_output(out, text.encode(), force=force)
     typer.echo(report.model_dump_json(indent=2) if as_json else text)
     if report.failed:
         raise typer.Exit(1)

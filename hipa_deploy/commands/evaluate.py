@@ -11,11 +11,13 @@ from rich.console import Console
 from hipa_deploy.commands.options import (
     ConfigOption,
     EmbeddingOption,
+    ForceOption,
     LoraOption,
     ModelOption,
     OneStepOption,
     console,
 )
+from hipa_deploy.commands.outputs import check_outputs, write_output
 from hipa_deploy.extras import require
 
 NONE = "none"  # of --adaptor
@@ -64,6 +66,21 @@ def evaluate(
         Path | None,
         typer.Option(help="Also write a folder with report.md, frequency spectra and samples."),
     ] = None,
+    context_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="How many tokens of a prompt are read: 77, 154 or 231. By default as the adaptor "
+            "was trained."
+        ),
+    ] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(
+            help="How many of the text encoder's last layers to leave out, counted as in "
+            "diffusers. By default as the adaptor was trained."
+        ),
+    ] = None,
+    force: ForceOption = False,
 ) -> None:
     """Measure an adaptor's image quality against the multi-step model.
 
@@ -71,44 +88,74 @@ def evaluate(
     one step, the model with the adaptor in one step, and with each rival.
     """
     require("train")
+    from hipa_deploy.bundle.text_settings import TextWishes
     from hipa_deploy.embedded import resolve_adaptor
-    from hipa_deploy.files import write_file
-    from hipa_deploy.models.adaptor_folder import read_metadata
+    from hipa_deploy.generate.prompt_files import check_prompt_file
     from hipa_deploy.models.locate import model_folder
-    from hipa_deploy.models.lora.open_style import OpenStyle
-    from hipa_deploy.models.model_config import ModelConfig
-    from hipa_deploy.models.style import check_same_loras, parse_style
-    from hipa_deploy.train.evaluation import quality_report as quality
-    from hipa_deploy.train.evaluation.rivals import check_rivals, make_rival, parse_rival
+    from hipa_deploy.models.style import parse_style
+    from hipa_deploy.train.evaluation.evaluation_request import (
+        REPORT_FILES,
+        check_request,
+        make_rival,
+        parse_rival,
+        reference_teacher,
+    )
     from hipa_deploy.train.recipes.recipe import load_recipe
 
-    folder = model_folder(model, config)
-    teacher = quality.reference_teacher(load_recipe(recipe).teacher)
+    # Before minutes of the teacher's images, and before torch is imported: every mistake that the
+    # options and the headers of files show. First what needs no model.
+    teacher = reference_teacher(load_recipe(recipe).teacher)
     adaptor_dir = None if adaptor == NONE else resolve_adaptor(adaptor)
     rivals = [parse_rival(text) for text in rival or ()]
     if one_step is not None:
         rivals.insert(0, make_rival(one_step, adaptor_dir, f"--one-step {one_step}"))
         adaptor_dir = None
-
-    # Before minutes of the teacher's images: a wrong adaptor is reported at once.
     style = parse_style(lora, embedding)
+    if prompts is not None:
+        check_prompt_file(prompts)
+    folder = model_folder(model, config)
+
+    outputs = [json_path] if json_path else []
+    if out:
+        outputs += [out / name for name in REPORT_FILES]
+    inputs = [folder, Path(recipe)]
+    if adaptor_dir:
+        inputs.append(adaptor_dir)
+    if prompts:
+        inputs.append(prompts)
+    check_outputs(outputs, inputs=inputs, force=force)
+    wishes = TextWishes(context_tokens, clip_skip)
+    request = check_request(
+        folder, adaptor_dir, rivals, style, wishes, prompts=prompts, images=images
+    )
+    if request.warning:
+        console.print(f"warning: {request.warning}", markup=False, highlight=False)
+
+    # Then what only torch can tell, still before the first image.
+    from hipa_deploy.models.adaptor_folder import read_metadata
+    from hipa_deploy.models.lora.open_style import OpenStyle
+    from hipa_deploy.models.model_config import ModelConfig
+    from hipa_deploy.models.style import check_same_loras
+    from hipa_deploy.train.evaluation import quality_report as quality
+    from hipa_deploy.train.evaluation.rivals import check_rivals
+
     added = OpenStyle.read(style, ModelConfig.read(folder)).info
     if adaptor_dir is not None:
-        metadata = read_metadata(adaptor_dir, folder)
-        check_same_loras(adaptor_dir, metadata.loras, added.loras)
+        check_same_loras(adaptor_dir, read_metadata(adaptor_dir).loras, added.loras)
     check_rivals(rivals, folder, style)
 
     # Every kind of image is made from the same prompts and seeds, so that only the model differs.
-    texts, _ = quality.draw(quality.held_out_prompts(folder, prompts), images)
+    texts = request.texts
+    text = request.text
     rows, again = quality.make_images(
-        folder, adaptor_dir, texts, teacher, images, console, style, rivals
+        folder, adaptor_dir, texts, teacher, images, console, style, rivals, text
     )
     truth = rows[quality.teacher_row(teacher.steps)]
     report = quality.quality_report(teacher, texts, truth, again, rows)
-    report = report.model_copy(update={"style": added})
+    report = report.model_copy(update={"style": added, "text": text})
 
     if json_path:
-        write_file(json_path, (report.model_dump_json(indent=2) + "\n").encode())
+        write_output(json_path, (report.model_dump_json(indent=2) + "\n").encode(), force=force)
     Console().print(quality.render_table(report))
     if out:
-        typer.echo(quality.write_report(out, report, rows))
+        typer.echo(quality.write_report(out, report, rows, force=force))

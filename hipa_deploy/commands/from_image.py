@@ -12,14 +12,17 @@ from hipa_deploy.commands.options import (
     BackendOption,
     BundleArgument,
     CountOption,
+    ForceOption,
     HeightOption,
     OutOption,
     PromptsArgument,
+    PromptWeightsOption,
     SeedOption,
     TruncateOption,
     WidthOption,
     console,
-    image_paths,
+    image_outputs,
+    note_weights,
     write_images,
 )
 
@@ -43,7 +46,7 @@ def edit(
             "strengths the bundle was exported for; by default the largest."
         ),
     ] = None,
-    out: OutOption = Path("image.png"),
+    out: OutOption = None,
     seed: SeedOption = 0,
     count: CountOption = 1,
     height: HeightOption = None,
@@ -51,6 +54,8 @@ def edit(
     adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
+    prompt_weights: PromptWeightsOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Edit an image as a prompt says, in one step.
 
@@ -59,17 +64,20 @@ def edit(
     """
     from hipa_deploy.images.source import edit_source
 
+    paths = _outputs(bundle, out, prompts, count, seed, [image], force)
     source = edit_source(_open(bundle), image, strength=strength, height=height, width=width)
     _generate_from(
         bundle,
         source,
         prompts,
-        out,
+        paths,
         seed=seed,
         count=count,
         adaptor=adaptor,
         backend=backend,
         truncate=truncate,
+        prompt_weights=prompt_weights,
+        force=force,
     )
 
 
@@ -87,7 +95,7 @@ def inpaint(
             help="Width in pixels, outside the mask, over which the old image fades into the new."
         ),
     ] = 8,
-    out: OutOption = Path("image.png"),
+    out: OutOption = None,
     seed: SeedOption = 0,
     count: CountOption = 1,
     height: HeightOption = None,
@@ -95,6 +103,8 @@ def inpaint(
     adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
+    prompt_weights: PromptWeightsOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Repaint a part of an image as a prompt says, in one step.
 
@@ -104,17 +114,20 @@ def inpaint(
     """
     from hipa_deploy.images.source import inpaint_source
 
+    paths = _outputs(bundle, out, prompts, count, seed, [image, mask], force)
     source = inpaint_source(_open(bundle), image, mask, feather=feather, height=height, width=width)
     _generate_from(
         bundle,
         source,
         prompts,
-        out,
+        paths,
         seed=seed,
         count=count,
         adaptor=adaptor,
         backend=backend,
         truncate=truncate,
+        prompt_weights=prompt_weights,
+        force=force,
     )
 
 
@@ -129,20 +142,24 @@ def upscale(
             "tiles share; by default an eighth of a tile."
         ),
     ] = None,
-    out: OutOption = Path("image.png"),
+    out: OutOption = None,
     adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
+    prompt_weights: PromptWeightsOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Enlarge an image by the factor that the bundle is for, in one step a tile.
 
     Needs a bundle for upscaling, such as hipa-export --adaptor emoji-upscale writes.
     """
+    from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.generate.pipeline import OneStepPipeline
     from hipa_deploy.images.source import upscaling
 
     # Before engines are loaded: a mistake in the image or the overlap is reported at once.
-    paths = image_paths(out, 1, 1, 0)
+    inputs = [image, resolve_bundle(bundle)]
+    paths = image_outputs(out, 1, 1, 0, inputs=inputs, force=force)
     upscaling(_open(bundle), image, overlap=overlap)
 
     with console.status("loading"):
@@ -150,9 +167,16 @@ def upscale(
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
+        note_weights(pipe.bundle, [prompt], prompt_weights)
         with console.status("enlarging"):
-            result = pipe.upscale(image, prompt, overlap=overlap, truncate=truncate)
-        write_images([result], paths)
+            result = pipe.upscale(
+                image,
+                prompt,
+                overlap=overlap,
+                truncate=truncate,
+                prompt_weights=prompt_weights,
+            )
+        write_images([result], paths, force=force)
 
 
 def _open(bundle: str) -> Bundle:
@@ -163,29 +187,53 @@ def _open(bundle: str) -> Bundle:
     return Bundle.open(resolve_bundle(bundle))
 
 
+def _outputs(
+    bundle: str,
+    out: Path | None,
+    prompts: list[str],
+    count: int,
+    seed: int,
+    images: list[Path],
+    force: bool,
+) -> list[Path]:
+    """Paths of the images to write; checked before the images and the bundle are read."""
+    from hipa_deploy.embedded import resolve_bundle
+    from hipa_deploy.generate.pipeline import check_count
+
+    check_count(len(prompts), count)
+    inputs = [*images, resolve_bundle(bundle)]
+    return image_outputs(out, len(prompts), count, seed, inputs=inputs, force=force)
+
+
 def _generate_from(
     bundle: str,
     source: Source,
     prompts: list[str],
-    out: Path,
+    paths: list[Path],
     *,
     seed: int,
     count: int,
     adaptor: str | None,
     backend: str,
     truncate: bool,
+    prompt_weights: bool | None,
+    force: bool,
 ) -> None:
     """Load the bundle, make every image from ``source``, write each."""
-    from hipa_deploy.generate.pipeline import OneStepPipeline, check_count
-
-    # Before the bundle is loaded: a mistake is reported at once.
-    check_count(len(prompts), count)
-    paths = image_paths(out, len(prompts), count, seed)
+    from hipa_deploy.generate.pipeline import OneStepPipeline
 
     with console.status("loading"):
         pipe = OneStepPipeline.load(bundle, backend)
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
-        batches = pipe.stream(prompts, source=source, seed=seed, count=count, truncate=truncate)
-        write_images(batches, paths)
+        note_weights(pipe.bundle, prompts, prompt_weights)
+        batches = pipe.stream(
+            prompts,
+            source=source,
+            seed=seed,
+            count=count,
+            truncate=truncate,
+            prompt_weights=prompt_weights,
+        )
+        write_images(batches, paths, force=force)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from hipa_deploy.commands.options import (
     AdaptorOption,
     BackendOption,
     BundleArgument,
     CountOption,
+    ForceOption,
     HeightOption,
     OutOption,
     PromptsArgument,
+    PromptWeightsOption,
     SeedOption,
     TruncateOption,
     WidthOption,
     console,
-    image_paths,
+    image_outputs,
+    note_weights,
     write_images,
 )
 
@@ -24,7 +25,7 @@ from hipa_deploy.commands.options import (
 def generate(
     bundle: BundleArgument,
     prompts: PromptsArgument,
-    out: OutOption = Path("image.png"),
+    out: OutOption = None,
     seed: SeedOption = 0,
     count: CountOption = 1,
     height: HeightOption = None,
@@ -32,23 +33,34 @@ def generate(
     adaptor: AdaptorOption = None,
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
+    prompt_weights: PromptWeightsOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Generate images from prompts, in one step each.
 
     The same prompt and seed give the same image. Each PNG carries the parameters that made it.
     """
+    from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.generate.pipeline import OneStepPipeline, check_count
 
     # Before the bundle is loaded: a mistake is reported at once.
     check_count(len(prompts), count)
-    paths = image_paths(out, len(prompts), count, seed)
+    inputs = [resolve_bundle(bundle)]
+    paths = image_outputs(out, len(prompts), count, seed, inputs=inputs, force=force)
 
     with console.status("loading"):
         pipe = OneStepPipeline.load(bundle, backend)
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
+        note_weights(pipe.bundle, prompts, prompt_weights)
         batches = pipe.stream(
-            prompts, seed=seed, count=count, height=height, width=width, truncate=truncate
+            prompts,
+            seed=seed,
+            count=count,
+            height=height,
+            width=width,
+            truncate=truncate,
+            prompt_weights=prompt_weights,
         )
-        write_images(batches, paths)
+        write_images(batches, paths, force=force)

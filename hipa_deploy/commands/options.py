@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from hipa_deploy.commands.outputs import check_outputs, next_free_name, write_output
 from hipa_deploy.errors import HipaError
 
 if TYPE_CHECKING:
+    from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.generate.pipeline import GenerateResult
 
 # Progress and notes go to stderr, results (paths, tables, JSON) to stdout: a script can pipe them.
@@ -102,7 +104,17 @@ BackendOption = Annotated[
         "this GPU, else ONNX Runtime on the CPU."
     ),
 ]
-OutOption = Annotated[Path, typer.Option(help="A .png file for one image, a folder for several.")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="A .png file for one image, a folder for several. By default image.png or images, "
+        "and the next free name, such as image-2.png, if that exists."
+    ),
+]
+ForceOption = Annotated[
+    bool,
+    typer.Option("--force", help="Replace output files that exist. An input is never replaced."),
+]
 SeedOption = Annotated[
     int, typer.Option(help="Seed of the first image; further images take the next numbers.")
 ]
@@ -127,23 +139,84 @@ TruncateOption = Annotated[
     typer.Option("--truncate", help="Cut off a prompt that is too long, instead of refusing it."),
 ]
 
+PromptWeightsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--prompt-weights/--no-prompt-weights",
+        help="Read (word:1.3), (word) and [word] as weights, as AUTOMATIC1111's web UI does, or as "
+        "text. By default as the bundle was exported: as text, unless it says otherwise.",
+    ),
+]
 
-def write_images(batches: Iterable[GenerateResult], paths: list[Path]) -> None:
+
+def note_weights(bundle: Bundle, prompts: list[str], asked: bool | None) -> None:
+    """Say so in one line where a prompt has what looks like a weight and is read as text."""
+    from hipa_deploy.generate.prompt_weights import written_weight
+
+    # Of a closed set the bundle decides, whatever is asked.
+    is_closed_set = "text_encoder" not in bundle.stages
+    if asked is not None or bundle.manifest.text.prompt_weights or is_closed_set:
+        return
+    for prompt in prompts:
+        found = written_weight(prompt)
+        if found:
+            text = f"note: {found!r} is read as text. --prompt-weights reads it as a weight."
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            return
+
+
+def write_images(
+    batches: Iterable[GenerateResult], paths: list[Path], *, force: bool = False
+) -> None:
     """Write each image as soon as its batch is made, and print its path.
 
     Args:
         batches: results, in the order of ``paths``.
-        paths: one PNG path for each image.
+        paths: one PNG path for each image, as ``image_outputs`` gave them.
+        force: whether files that exist are replaced.
 
     """
-    from hipa_deploy.images.png import save_png
+    from hipa_deploy.images.png import png_bytes
 
     remaining = iter(paths)
     for batch in batches:
         for image_HWC, parameters in zip(batch.images_BHWC, batch.parameters, strict=True):
-            path = next(remaining)
-            save_png(path, image_HWC, parameters)
-            typer.echo(path)
+            content = png_bytes(image_HWC, parameters)
+            typer.echo(write_output(next(remaining), content, force=force))
+
+
+def image_outputs(
+    out: Path | None,
+    prompts: int,
+    count: int,
+    seed: int,
+    *,
+    inputs: Iterable[Path] = (),
+    force: bool = False,
+) -> list[Path]:
+    """Paths of the images of a command, once it is certain that they may be written.
+
+    Args:
+        out: a .png file or a folder; None takes the first free name.
+        prompts: number of prompts.
+        count: images a prompt.
+        seed: of the first image of each prompt.
+        inputs: files and folders that the command reads.
+        force: whether files that exist may be replaced.
+
+    Raises:
+        HipaError: as ``image_paths`` and ``check_outputs``.
+
+    """
+
+    if out is None:
+        usual = Path("images" if prompts * count > 1 else "image.png")
+        out = next_free_name(usual)
+        if out != usual:
+            console.print(f"{usual} exists: writing {out}", highlight=False, markup=False)
+    paths = image_paths(out, prompts, count, seed)
+    check_outputs(paths, inputs=inputs, force=force)
+    return paths
 
 
 def image_paths(out: Path, prompts: int, count: int, seed: int) -> list[Path]:

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hipa_deploy.commands.options import BackendOption, BundleArgument, console
+from hipa_deploy.commands.options import BackendOption, BundleArgument, ForceOption, console
+from hipa_deploy.commands.outputs import check_outputs, write_output
 
 
 class Metric(str, Enum):
@@ -56,6 +57,7 @@ def profile(
             "or rtx4090."
         ),
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """Measure how long one image takes: in each model and from prompt to image.
 
@@ -70,10 +72,11 @@ def profile(
     from hipa_deploy.engines.latency.roofline import predict_roofline, render_roofline
     from hipa_deploy.engines.latency.table import markdown_table, render_table
     from hipa_deploy.engines.latency.with_roofline import with_own_roofline, with_roofline
-    from hipa_deploy.files import write_file
     from hipa_deploy.generate.pipeline import OneStepPipeline
 
-    # Before minutes of profiling: an unknown device is reported at once.
+    # Before minutes of profiling: a wrong output or an unknown device is reported at once.
+    outputs = [path for path in (json_path, html_path) if path is not None]
+    check_outputs(outputs, inputs=[resolve_bundle(bundle)], force=force)
     prediction = None
     if roofline is not None:
         prediction = predict_roofline(Bundle.open(resolve_bundle(bundle)), roofline)
@@ -87,9 +90,9 @@ def profile(
 
     # Files first: a long measurement is not lost to a terminal that closes.
     if json_path:
-        write_file(json_path, (report.model_dump_json(indent=2) + "\n").encode())
+        write_output(json_path, (report.model_dump_json(indent=2) + "\n").encode(), force=force)
     if html_path:
-        write_file(html_path, render_page(report).encode())
+        write_output(html_path, render_page(report).encode(), force=force)
 
     if markdown:
         typer.echo(markdown_table([report]), nl=False)
@@ -117,6 +120,7 @@ def profile_compare(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write the comparison to this JSON file.")
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """Compare two latency reports: is the second slower, by more than chance?
 
@@ -128,8 +132,9 @@ def profile_compare(
         render_comparison,
     )
     from hipa_deploy.engines.latency.report import read_report
-    from hipa_deploy.files import write_file
 
+    if json_path:
+        check_outputs([json_path], inputs=[first, second], force=force)
     threshold_percent = parse_percent(threshold)
     first_report = read_report(first)
     second_report = read_report(second)
@@ -138,7 +143,8 @@ def profile_compare(
     )
 
     if json_path:
-        write_file(json_path, (comparison.model_dump_json(indent=2) + "\n").encode())
+        content = comparison.model_dump_json(indent=2) + "\n"
+        write_output(json_path, content.encode(), force=force)
     Console().print(render_comparison(comparison))
     if comparison.regression:
         raise typer.Exit(1)

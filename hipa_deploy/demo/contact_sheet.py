@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from hipa_deploy.files import write_file
+from hipa_deploy.disk.files import write_file
 from hipa_deploy.images.png import grid, png_bytes
 
 SHEET = "contact_sheet.png"

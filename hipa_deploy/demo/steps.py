@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +15,34 @@ from rich.console import Console
 
 from hipa_deploy import embedded
 from hipa_deploy.demo.contact_sheet import SHEET
+from hipa_deploy.disk.files import check_writable, write_file
+from hipa_deploy.disk.locks import locked
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import write_file
 from hipa_deploy.generate.pipeline import OneStepPipeline
 
 if TYPE_CHECKING:
     from hipa_deploy.bundle.folder import Bundle
 
 MARKER = "demo.json"
+DEFAULT = Path("demo")
+
+
+def choose_folder(identity: dict[str, Any]) -> Path:
+    """The folder of a demo for which none was given: demo, or demo-2 and so on if that is taken.
+
+    A folder of a demo with the same identity is not taken: that demo is continued.
+    """
+    content = _marker_content(identity)
+    for number in count(1):
+        out = DEFAULT if number == 1 else DEFAULT.with_name(f"{DEFAULT.name}-{number}")
+        marker = out / MARKER
+        if not os.path.lexists(out) or (marker.is_file() and marker.read_bytes() == content):
+            return out
+    raise AssertionError  # count has no end
+
+
+def _marker_content(identity: dict[str, Any]) -> bytes:
+    return json.dumps(identity, sort_keys=True).encode()
 
 
 def open_folder(out: Path, identity: dict[str, Any]) -> None:
@@ -33,7 +56,7 @@ def open_folder(out: Path, identity: dict[str, Any]) -> None:
         HipaError: ``out`` holds something else, or a demo with another identity.
 
     """
-    content = json.dumps(identity, sort_keys=True).encode()
+    content = _marker_content(identity)
     marker = out / MARKER
     if marker.exists():
         # Adaptor and bundle in the folder are kept as they are; they must be of this very demo.
@@ -45,7 +68,21 @@ def open_folder(out: Path, identity: dict[str, Any]) -> None:
         return
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise HipaError(f"{out} is not empty and not a demo's folder. Choose another --out.")
+    check_writable(out / MARKER)
     write_file(marker, content)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Hold the lock of a demo's folder.
+
+    Raises:
+        HipaError: another demo is running there.
+
+    """
+    remedy = "Wait until it ends, or choose another --out."
+    with locked(out / ".lock", f"demo folder {out}", remedy):
+        yield
 
 
 def export(out: Path, adaptor: Path, console: Console) -> Bundle:

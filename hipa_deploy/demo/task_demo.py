@@ -13,7 +13,15 @@ from rich.console import Console
 
 from hipa_deploy import embedded
 from hipa_deploy.demo.contact_sheet import SHEET, SHEET_ROWS, write_sheet
-from hipa_deploy.demo.steps import build, export, open_folder, print_summary, profile
+from hipa_deploy.demo.steps import (
+    alone_in,
+    build,
+    choose_folder,
+    export,
+    open_folder,
+    print_summary,
+    profile,
+)
 from hipa_deploy.extras import require
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.images.compositing import hide_hole
@@ -25,7 +33,7 @@ from hipa_deploy.tasks import Task
 SEED = 1_000_000  # training has seeds above 2**32: no noise is seen twice
 
 
-def run_task_demo(task: Task, out: Path, *, console: Console) -> None:
+def run_task_demo(task: Task, out: Path | None, *, console: Console) -> None:
     """Make bundle, engines, contact sheet and latency report of ``task``.
 
     The sources are the teacher's images of prompts that the training never saw; an edit's show the
@@ -34,7 +42,8 @@ def run_task_demo(task: Task, out: Path, *, console: Console) -> None:
 
     Args:
         task: 'edit', 'inpaint' or 'upscale'.
-        out: the folder to write; new, empty, or one of the same demo that was stopped.
+        out: the folder to write; new, empty, or one of the same demo that was stopped;
+            None takes one that is not there yet.
         console: where progress and the summary are printed.
 
     Raises:
@@ -45,12 +54,15 @@ def run_task_demo(task: Task, out: Path, *, console: Console) -> None:
     require("train", "export")
     started = time.perf_counter()
     adaptor = embedded.ADAPTORS[f"{embedded.NAME}-{task}"]
-    open_folder(out, {"model": unet_sha256(embedded.MODEL), "task": task})
+    identity = {"model": unet_sha256(embedded.MODEL), "task": task}
+    out = out or choose_folder(identity)
+    open_folder(out, identity)
 
-    bundle = export(out, adaptor, console)
-    engines = build(bundle, console)
-    columns = _compare(task, out, console)
-    latency = profile(out, console)
+    with alone_in(out):
+        bundle = export(out, adaptor, console)
+        engines = build(bundle, console)
+        columns = _compare(task, out, console)
+        latency = profile(out, console)
 
     seconds = time.perf_counter() - started
     print_summary(out, columns, engines, [latency], None, seconds, console)
@@ -60,8 +72,8 @@ def _compare(task: Task, out: Path, console: Console) -> list[str]:
     """Write the contact sheet; give its headings."""
     from hipa_deploy.generate.prompt_files import read_prompt_file
     from hipa_deploy.train.data.examples import edit_starts
+    from hipa_deploy.train.evaluation.evaluation_request import held_out_prompts
     from hipa_deploy.train.evaluation.quality import teacher_images
-    from hipa_deploy.train.evaluation.quality_report import held_out_prompts
     from hipa_deploy.train.evaluation.task_images import one_step_task_images
     from hipa_deploy.train.recipes.recipe import load_recipe
 

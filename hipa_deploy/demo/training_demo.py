@@ -14,9 +14,17 @@ from rich.console import Console
 
 from hipa_deploy import embedded
 from hipa_deploy.demo.contact_sheet import SHEET, write_sheet
-from hipa_deploy.demo.steps import build, export, open_folder, print_summary, profile
+from hipa_deploy.demo.steps import (
+    alone_in,
+    build,
+    choose_folder,
+    export,
+    open_folder,
+    print_summary,
+    profile,
+)
+from hipa_deploy.disk.files import write_file
 from hipa_deploy.extras import require
-from hipa_deploy.files import write_file
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.models.adaptor_folder import unet_sha256
 
@@ -49,13 +57,14 @@ COMMON: dict[str, Any] = {
 }
 
 
-def run_demo(out: Path, *, quick: bool, console: Console) -> None:
+def run_demo(out: Path | None, *, quick: bool, console: Console) -> None:
     """Train, merge, export, compile, generate, measure.
 
     Adaptor, bundle and engines that are in the folder already are kept.
 
     Args:
-        out: the folder to write; new, empty, or one of a demo that was stopped.
+        out: the folder to write; new, empty, or one of a demo that was stopped;
+            None takes one that is not there yet.
         quick: start from the embedded adaptor and train for a few steps.
         console: where progress and the summary are printed.
 
@@ -68,13 +77,15 @@ def run_demo(out: Path, *, quick: bool, console: Console) -> None:
     started = time.perf_counter()
     recipe = _recipe(quick)
     identity = {"model": unet_sha256(embedded.MODEL), "recipe": recipe.model_dump(mode="json")}
+    out = out or choose_folder(identity)
     open_folder(out, identity)
 
-    adaptor = _train(out, recipe, quick, console)
-    bundle = export(out, adaptor, console)
-    engines = build(bundle, console)
-    columns, quality = _compare(out, recipe, console)
-    latency = profile(out, console)
+    with alone_in(out):
+        adaptor = _train(out, recipe, quick, console)
+        bundle = export(out, adaptor, console)
+        engines = build(bundle, console)
+        columns, quality = _compare(out, recipe, console)
+        latency = profile(out, console)
 
     seconds = time.perf_counter() - started
     results = [quality, latency]
@@ -107,14 +118,12 @@ def _compare(out: Path, recipe: Recipe, console: Console) -> tuple[list[str], st
         The sheet's headings, and the line to print about the quality.
 
     """
-    from hipa_deploy.train.evaluation.quality import one_step_images
-    from hipa_deploy.train.evaluation.quality_report import (
-        draw,
+    from hipa_deploy.train.evaluation.evaluation_request import (
         held_out_prompts,
-        quality_report,
         reference_teacher,
-        teacher_twice,
     )
+    from hipa_deploy.train.evaluation.quality import one_step_images
+    from hipa_deploy.train.evaluation.quality_report import draw, quality_report, teacher_twice
 
     console.rule("4. generate and compare")
     prompts, seeds = draw(held_out_prompts(embedded.MODEL), IMAGES)

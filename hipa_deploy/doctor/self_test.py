@@ -23,9 +23,9 @@ from rich.console import Console
 
 from hipa_deploy import __version__, embedded
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.disk.files import temporary_folder
 from hipa_deploy.doctor.self_check import END_TO_END, check_pipeline
 from hipa_deploy.errors import HipaError, first_line
-from hipa_deploy.files import temporary_folder
 from hipa_deploy.generate.pipeline import OneStepPipeline
 
 # Enough for a median to see that something is wrong, few enough for a slow device.

@@ -9,8 +9,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.disk.reading import shown
+from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.runner import ENGINE_BACKENDS, Runner
-from hipa_deploy.generate.stages import Stages, host_stages
+from hipa_deploy.generate.stages import Stages, host_stages, input_names, output_names
+from hipa_deploy.tasks import unet_inputs
 
 
 def resolve_backend(backend: str, bundle: Bundle) -> str:
@@ -54,6 +57,50 @@ def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
     return open_engine(bundle, stage, backend)
 
 
+def check_stages(bundle: Bundle) -> None:
+    """Check that the stages of a manifest lead from what the pipeline gives them to images.
+
+    Raises:
+        HipaError: a stage is missing, stands in the wrong place, or takes or gives something else.
+
+    """
+    manifest = bundle.manifest
+    known = {"tokens" if "text_encoder" in bundle.stages else "context"}
+    known |= set(unet_inputs(manifest.task, len(manifest.strengths))) - {"source", "context"}
+    if manifest.task != "generate":
+        known.add("image")
+    generic = manifest.layout == "generic"
+    if generic:
+        known.add("timestep")
+
+    images = None
+    for stage in manifest.stages:
+        for name in input_names(stage.spec, manifest.layout):
+            if name not in known:
+                raise _unfit(bundle, f"stage {stage.spec.name} takes {shown(name)}")
+        if len(stage.spec.outputs) != 1:
+            raise _unfit(bundle, f"stage {stage.spec.name} has several outputs")
+        known |= set(output_names(stage.spec, manifest.layout))
+        images = stage.spec.outputs[0]
+        # Numpy does what the generic layout leaves out.
+        if generic and stage.spec.name == "unet":
+            known.add("latents")
+
+    expected = "sample" if generic else "images"
+    if images is None or images.name != expected or len(images.shape) != 4:
+        raise _unfit(bundle, f"the last stage does not give {expected}")
+    if not generic and (images.dtype != "uint8" or images.shape[3] != 3):
+        raise _unfit(bundle, "the last stage gives no RGB images")
+
+
+def _unfit(bundle: Bundle, problem: str) -> HipaError:
+    layout = bundle.manifest.layout
+    return HipaError(
+        f"{bundle.root}: {problem}, which does not fit layout {layout} and task "
+        f"{bundle.manifest.task}. Export the bundle again."
+    )
+
+
 def open_stages(bundle: Bundle, backend: str) -> Stages:
     """Load every stage on one backend (not 'auto').
 
@@ -61,9 +108,10 @@ def open_stages(bundle: Bundle, backend: str) -> Stages:
     arithmetic of ours between its stages, so there the host hands tensors over on every backend.
 
     Raises:
-        HipaError: as ``open_runner`` does. Stages that were loaded are released.
+        HipaError: as ``open_runner`` and ``check_stages`` do. Stages that were loaded are released.
 
     """
+    check_stages(bundle)
     if backend in ENGINE_BACKENDS and bundle.manifest.layout == "onestep":
         from hipa_deploy.engines.store.select import open_engines
 

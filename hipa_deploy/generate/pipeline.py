@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, adapted_stage
+from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, AdaptorSwap, adapted_stage
 from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.bundle.manifest import Axis
 from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import bundle_noise, check_seeds
 from hipa_deploy.generate.open_stages import open_stages, resolve_backend
-from hipa_deploy.generate.prompts import Prepared, open_prompts
+from hipa_deploy.generate.prompts import Prepared, PromptSource, open_prompts
 from hipa_deploy.generate.runner import ENGINE_BACKENDS, ClosesAtExit, Runner, check_backend
 from hipa_deploy.generate.shared_use import SharedUse
 from hipa_deploy.generate.stages import (
@@ -35,6 +36,7 @@ from hipa_deploy.generate.stages import (
     host_stages,
     input_names,
     output_names,
+    stage_feed,
 )
 from hipa_deploy.images.read import ImageSource
 from hipa_deploy.images.source import (
@@ -113,7 +115,13 @@ class OneStepPipeline(ClosesAtExit):
 
     """
 
-    def __init__(self, bundle: Bundle, backend: str, stages: Stages) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str,
+        stages: Stages,
+        prompts: PromptSource | None = None,
+    ) -> None:
         self.bundle = bundle
         self.backend = backend
         self.load_seconds = 0.0
@@ -122,7 +130,7 @@ class OneStepPipeline(ClosesAtExit):
         self._one_swap = threading.Lock()
         batch = bundle.manifest.batch
         self._batch = bundle.axes.get("batch", Axis(min=batch, opt=batch, max=batch))
-        self._prompts = open_prompts(bundle)
+        self._prompts = open_prompts(bundle) if prompts is None else prompts
         self._encoded_images = EncodedImages()
 
     @classmethod
@@ -144,9 +152,11 @@ class OneStepPipeline(ClosesAtExit):
         opened = Bundle.open(resolve_bundle(bundle))
         opened.verify()
         name = resolve_backend(backend, opened)
+        # The tokenizer first: what is wrong with it is found before seconds of loading.
+        prompts = open_prompts(opened)
         stages = open_stages(opened, name)
         try:
-            pipeline = cls(opened, name, stages)
+            pipeline = cls(opened, name, stages, prompts)
         except BaseException:
             stages.close()
             raise
@@ -163,6 +173,7 @@ class OneStepPipeline(ClosesAtExit):
         height: int | None = None,
         width: int | None = None,
         truncate: bool = False,
+        prompt_weights: bool | None = None,
         timer: Timer = nullcontext,
     ) -> GenerateResult:
         """Generate ``count`` images for each prompt, with seeds ``seed``, ``seed + 1``, …
@@ -178,11 +189,14 @@ class OneStepPipeline(ClosesAtExit):
             height: pixels; None is the bundle's own size, or that of ``source``.
             width: pixels; None is the bundle's own size, or that of ``source``.
             truncate: cut prompts that are too long, in place of refusing them.
+            prompt_weights: read ``(word:1.3)`` as a weight, as
+                ``hipa_deploy.generate.prompt_weights`` says; None is what the bundle was exported
+                for, which is False by default: brackets are text.
             timer: called with a stage's name, gives a context to run the stage in.
 
         Raises:
-            HipaError: no prompt, a prompt that is too long, a seed or count out of range, a size or
-                a task that the bundle was not exported for.
+            HipaError: no prompt, a prompt that is too long, a weight that is no number, a seed or
+                count out of range, a size or a task that the bundle was not exported for.
 
         """
         batches = list(
@@ -194,6 +208,7 @@ class OneStepPipeline(ClosesAtExit):
                 height=height,
                 width=width,
                 truncate=truncate,
+                prompt_weights=prompt_weights,
                 timer=timer,
             )
         )
@@ -214,6 +229,7 @@ class OneStepPipeline(ClosesAtExit):
         height: int | None = None,
         width: int | None = None,
         truncate: bool = False,
+        prompt_weights: bool | None = None,
         timer: Timer = nullcontext,
     ) -> Iterator[GenerateResult]:
         """The same as a call, a batch at a time.
@@ -229,7 +245,8 @@ class OneStepPipeline(ClosesAtExit):
         check_count(len(prompts), count)
         check_seeds(seed, count)
         latent_CHW = self._latent_shape(source, height, width)
-        prepared = self._prompts.prepare(prompts, truncate=truncate)
+        weights = self._prompts.reads_weights(prompt_weights)
+        prepared = self._prompts.prepare(prompts, truncate=truncate, weights=weights)
 
         # One entry an image: which prompt, and which seed.
         images = [(index, seed + i) for index in range(len(prompts)) for i in range(count)]
@@ -247,7 +264,7 @@ class OneStepPipeline(ClosesAtExit):
                     timer,
                 )
             size = {"height": images_BHWC.shape[1], "width": images_BHWC.shape[2]}
-            facts: dict[str, Any] = {**size, "truncate": truncate}
+            facts = {**size, "truncate": truncate, "prompt_weights": weights}
             if source:
                 images_BHWC = source.finish(images_BHWC)
                 facts |= source.facts
@@ -272,7 +289,7 @@ class OneStepPipeline(ClosesAtExit):
         padded = prompts + prompts[-1:] * missing
 
         # tokens_BL, or context_BLD where the text encoder has seen these prompts lately.
-        text = self._prompts.feed(padded)
+        text = self._prompts.feed(padded, partial(_encode, self.bundle, stages, timer))
         # noise_BCHW; of a task with a source image also image_BHWC (or source_BCHW), mask and step.
         start = self._start(
             seeds + seeds[-1:] * missing, latent_CHW, sources + sources[-1:] * missing
@@ -321,7 +338,8 @@ class OneStepPipeline(ClosesAtExit):
                 largest of them.
             height: pixels; None is the bundle's own size.
             width: pixels; None is the bundle's own size.
-            options: ``seed``, ``count``, ``truncate`` and ``timer``, as a call takes them.
+            options: ``seed``, ``count``, ``truncate``, ``prompt_weights`` and ``timer``, as a call
+                takes them.
 
         Raises:
             HipaError: as a call does; no image; or a strength that the bundle does not have.
@@ -357,7 +375,8 @@ class OneStepPipeline(ClosesAtExit):
             feather: pixels over which the seam is blended, 0 or more.
             height: pixels; None is the bundle's own size.
             width: pixels; None is the bundle's own size.
-            options: ``seed``, ``count``, ``truncate`` and ``timer``, as a call takes them.
+            options: ``seed``, ``count``, ``truncate``, ``prompt_weights`` and ``timer``, as a call
+                takes them.
 
         Raises:
             HipaError: as a call does; no image; a mask of another size, empty or full; or a
@@ -380,6 +399,7 @@ class OneStepPipeline(ClosesAtExit):
         *,
         overlap: int | None = None,
         truncate: bool = False,
+        prompt_weights: bool | None = None,
         timer: Timer = nullcontext,
     ) -> GenerateResult:
         """Enlarge ``image`` by the bundle's factor, in tiles where it is larger than the bundle's.
@@ -391,6 +411,7 @@ class OneStepPipeline(ClosesAtExit):
             prompt: what the image shows; may be empty.
             overlap: pixels of the result by which tiles overlap; None is an eighth of a tile.
             truncate: cut a prompt that is too long, in place of refusing it.
+            prompt_weights: as a call takes it.
             timer: as a call takes it.
 
         Returns:
@@ -406,7 +427,8 @@ class OneStepPipeline(ClosesAtExit):
 
         """
         enlargement = upscaling(self.bundle, image, overlap=overlap)
-        prepared = self._prompts.prepare([prompt], truncate=truncate)
+        weights = self._prompts.reads_weights(prompt_weights)
+        prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
         latent_CHW = latent_shape(self.bundle, None, None)
         made = []
         # All tiles in one use: a swap between two would leave a seam in the image.
@@ -420,9 +442,8 @@ class OneStepPipeline(ClosesAtExit):
                 )
         image_HWC = enlargement.merge(np.concatenate(made))
         size = {"height": enlargement.height, "width": enlargement.width}
-        parameters = self._parameters(
-            loaded.swap, prompt, 0, {**size, "truncate": truncate, **enlargement.facts}
-        )
+        facts = {**size, "truncate": truncate, "prompt_weights": weights, **enlargement.facts}
+        parameters = self._parameters(loaded.swap, prompt, 0, facts)
         return GenerateResult(image_HWC[None], (prompt,), (0,), (parameters,))
 
     def generate_on_device(
@@ -435,6 +456,7 @@ class OneStepPipeline(ClosesAtExit):
         height: int | None = None,
         width: int | None = None,
         truncate: bool = False,
+        prompt_weights: bool | None = None,
     ) -> DeviceArray:
         """One batch of images, uint8 [count, H, W, 3], left on the device.
 
@@ -451,19 +473,28 @@ class OneStepPipeline(ClosesAtExit):
             raise HipaError(f"count is {count}, a batch of this bundle holds {self._batch}.")
         latent_CHW = self._latent_shape(source, height, width)
         sources = [source] * count if source else []
-        text = self._prompts.feed(self._prompts.prepare([prompt], truncate=truncate) * count)
+        weights = self._prompts.reads_weights(prompt_weights)
+        prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
         start = self._start(range(seed, seed + count), latent_CHW, sources)
         with self._use.shared():
+            encode = partial(_encode, self.bundle, self.stages, nullcontext)
+            text = self._prompts.feed(prepared * count, encode)
             images: DeviceArray = self.stages.run_on_device(text | start)["images"]
         return images
 
     def tensors(
-        self, prompt: str, *, source: Source | None = None, seed: int = 0, count: int = 1
+        self,
+        prompt: str,
+        *,
+        source: Source | None = None,
+        seed: int = 0,
+        count: int = 1,
+        prompt_weights: bool | None = None,
     ) -> Tensors:
         """Every tensor along the path of one batch, by name: for checks and profiles of a stage.
 
         The names and shapes are those of ``hipa_deploy.generate.stages``. Every stage runs: nothing
-        that is cached is taken.
+        that is cached is taken. Of a prompt with weights the tokens are left out.
 
         Raises:
             HipaError: as a call does.
@@ -472,8 +503,11 @@ class OneStepPipeline(ClosesAtExit):
         # With empty caches.
         fresh = OneStepPipeline(self.bundle, self.backend, self.stages)
         latent_CHW = self._latent_shape(source, None, None)
-        prepared = fresh._prompts.prepare([prompt], truncate=False)
-        feed = fresh._prompts.feed(prepared * count)
+        weights = fresh._prompts.reads_weights(prompt_weights)
+        prepared = fresh._prompts.prepare([prompt], truncate=False, weights=weights)
+        encode = partial(_encode, self.bundle, self.stages, nullcontext)
+        with self._use.shared():
+            feed = fresh._prompts.feed(prepared * count, encode)
         sources = [source] * count if source else []
         feed |= fresh._start(range(seed, seed + count), latent_CHW, sources)
 
@@ -483,7 +517,10 @@ class OneStepPipeline(ClosesAtExit):
         for stage in self.bundle.manifest.stages:
             names += input_names(stage.spec, layout)
             names += output_names(stage.spec, layout)
-        computed = [name for name in dict.fromkeys([*names, "images"]) if name not in feed]
+        computed = []
+        for name in dict.fromkeys([*names, "images"]):
+            if name not in feed and name != "tokens":
+                computed.append(name)
         with self._use.shared():
             return feed | self.stages.run(feed, computed)
 
@@ -512,16 +549,20 @@ class OneStepPipeline(ClosesAtExit):
                 ``hipa-export --swap-for`` wrote. None is the bundle's own again, exactly.
 
         Raises:
-            HipaError: no such adaptor, one for another bundle, or an engine that cannot take it.
-                The pipeline is as before; if an engine failed half way, it is closed.
+            HipaError: no such adaptor, one for another bundle, or an engine that cannot take it, as
+                none takes another text encoder. The pipeline is as before; if an engine failed half
+                way, it is closed.
 
         """
-        from hipa_deploy.generate.swap_stage import swap_stage  # imports the engines
+        from hipa_deploy.generate.swap_stage import swap_stage, swap_text_encoder  # the engines
 
         swap = None if adaptor is None else AdaptorSwap.open(self.bundle, adaptor)
         stage = adapted_stage(self.bundle)
         with self._one_swap:
             runner = self.runners[stage]
+            changed: dict[str, Runner] = {}
+            if _changes_text(swap) or _changes_text(self.swapped):
+                changed[TEXT_STAGE] = swap_text_encoder(self.bundle, self.backend, swap)
             if self.backend in ENGINE_BACKENDS:
                 # An engine changes in place, so no call may be under way meanwhile.
                 with self._use.alone():
@@ -529,11 +570,16 @@ class OneStepPipeline(ClosesAtExit):
                     self._loaded = _Loaded(self.stages, swap)
                 return
 
-            # ONNX Runtime gets a new session. Calls go on with the old one while it loads.
-            runners = {**self.runners, stage: swap_stage(self.bundle, runner, self.backend, swap)}
+            # ONNX Runtime gets new sessions. Calls go on with the old ones while they load.
+            changed[stage] = swap_stage(self.bundle, runner, self.backend, swap)
+            before = [self.runners[name] for name in changed]
+            runners = {**self.runners, **changed}
             with self._use.alone():
                 self._loaded = _Loaded(host_stages(self.bundle, self.backend, runners), swap)
-                runner.close()
+                if TEXT_STAGE in changed:
+                    self._prompts.forget()
+                for old in before:
+                    old.close()
 
     def _latent_shape(
         self, source: Source | None, height: int | None, width: int | None
@@ -550,10 +596,14 @@ class OneStepPipeline(ClosesAtExit):
         """All that reproduces an image: what a PNG carries."""
         manifest = self.bundle.manifest
         adaptor = manifest.adaptor
+        loras = manifest.loras
         unet_sha256 = manifest.files[self.bundle.stages[adapted_stage(self.bundle)].path]
         if swap:
             adaptor = swap.manifest.adaptor
+            loras = swap.manifest.loras
             unet_sha256 = swap.manifest.onnx_sha256
+        # Images of a bundle without LoRAs have the parameters that they always had.
+        added = {"loras": [lora.model_dump(mode="json") for lora in loras]} if loras else {}
         return {
             "producer": manifest.producer,
             "prompt": prompt,
@@ -563,6 +613,7 @@ class OneStepPipeline(ClosesAtExit):
             "precision": manifest.precision,
             "base_model": manifest.base_model.sha256,
             "adaptor": adaptor.sha256 if adaptor else None,
+            **added,
             "unet": unet_sha256,
         }
 
@@ -575,12 +626,24 @@ class OneStepPipeline(ClosesAtExit):
             self.stages.close()
 
 
+def _changes_text(swap: AdaptorSwap | None) -> bool:
+    return swap is not None and swap.manifest.text is not None
+
+
 def check_count(prompts: int, count: int) -> None:
     """Raise HipaError unless there is something to make, and not absurdly much."""
     if prompts < 1 or count < 1 or prompts * count > MAX_IMAGES:
         raise HipaError(
             f"got {prompts} prompts, count {count}. Expected 1 to {MAX_IMAGES} images in all."
         )
+
+
+def _encode(bundle: Bundle, stages: Stages, timer: Timer, tokens_BL: np.ndarray) -> np.ndarray:
+    """The context [B, L, D] of tokens, from the text encoder alone."""
+    encoder = stages.runners["text_encoder"]
+    feed = stage_feed(encoder.spec, {"tokens": tokens_BL}, bundle.manifest.layout)
+    with timer("text_encoder"):
+        return encoder(**feed)[encoder.spec.outputs[0].name]
 
 
 def _worth_keeping(feed: Mapping[str, np.ndarray]) -> list[str]:

@@ -130,6 +130,31 @@ def check_inputs(spec: StageSpec, inputs: Mapping[str, np.ndarray]) -> dict[str,
     return sizes
 
 
+def check_outputs(
+    spec: StageSpec, outputs: Mapping[str, np.ndarray], sizes: Mapping[str, int]
+) -> None:
+    """Check that a stage gave what its manifest promises: dtypes and shapes.
+
+    Args:
+        spec: of the stage.
+        outputs: every output by name.
+        sizes: of the axes, as ``check_inputs`` returns them.
+
+    Raises:
+        HipaError: the graph is another than the manifest says.
+
+    """
+    known = dict(sizes)
+    for tensor in spec.outputs:
+        got = outputs[tensor.name]
+        if got.dtype != tensor.dtype or not _fits(tensor.shape, got.shape, known):
+            want = f"{tensor.dtype} {list(tensor.shape)}"
+            raise HipaError(
+                f"{spec.name}: output {tensor.name} is {got.dtype} {list(got.shape)}, the manifest "
+                f"says {want}. Export the bundle again."
+            )
+
+
 def _fits(expected: tuple[int | str, ...], got: tuple[int, ...], sizes: dict[str, int]) -> bool:
     """Compare dimension by dimension. ``sizes`` notes the size of a named axis where it is new."""
     if len(expected) != len(got):

@@ -9,7 +9,13 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from hipa_deploy.bundle.adaptor_swap import WEIGHTS, AdaptorSwap, adapted_stage
+from hipa_deploy.bundle.adaptor_swap import (
+    TEXT_STAGE,
+    TEXT_WEIGHTS,
+    WEIGHTS,
+    AdaptorSwap,
+    adapted_stage,
+)
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.parity import problem
 from hipa_deploy.bundle.reference import Reference
@@ -54,10 +60,27 @@ def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap |
     """
     weights = swap.weights(bundle) if swap else {}
     if backend.startswith("onnxruntime"):
-        return _swap_session(bundle, backend, swap, weights)
+        return _swap_session(bundle, backend, swap, weights, adapted_stage(bundle))
     if backend.startswith("openvino"):
         raise HipaError(f"backend {backend} does not swap adaptors. Use --backend onnxruntime.")
     return _swap_engine(bundle, runner, backend, swap, weights)
+
+
+def swap_text_encoder(bundle: Bundle, backend: str, swap: AdaptorSwap | None) -> Runner:
+    """A new session of the text encoder, with the weights that ``swap`` has for it.
+
+    Raises:
+        HipaError: weights that are not of the bundle's graph, or another backend than ONNX Runtime:
+            engines of text encoders are built without refitting.
+
+    """
+    if not backend.startswith("onnxruntime"):
+        raise HipaError(
+            f"this swap changes the text encoder too, which backend {backend} cannot take. "
+            "Use --backend onnxruntime, or export a bundle with these LoRAs."
+        )
+    weights = swap.text_weights(bundle) if swap else {}
+    return _swap_session(bundle, backend, swap, weights, TEXT_STAGE)
 
 
 def _swap_session(
@@ -65,9 +88,9 @@ def _swap_session(
     backend: str,
     swap: AdaptorSwap | None,
     weights: Mapping[str, np.ndarray],
+    stage: str,
 ) -> Runner:
     """A new session of ONNX Runtime: an existing one has folded its weights already."""
-    stage = adapted_stage(bundle)
     return OnnxRuntimeRunner(
         bundle.stage_path(stage),
         bundle.stages[stage].spec,
@@ -111,9 +134,10 @@ def _engine_cache(
     if backend != "onnxruntime-tensorrt":
         return None
     cache = engine_cache(bundle, stage)
-    if swap is None:
+    file = TEXT_WEIGHTS if stage == TEXT_STAGE else WEIGHTS
+    if swap is None or file not in swap.manifest.files:
         return cache
-    return cache.with_name(f"{cache.name}-{swap.manifest.files[WEIGHTS][:12]}")
+    return cache.with_name(f"{cache.name}-{swap.manifest.files[file][:12]}")
 
 
 def _check_output(bundle: Bundle, runner: Runner, swap: AdaptorSwap | None) -> None:

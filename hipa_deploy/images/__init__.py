@@ -1,6 +1,6 @@
 """Images in and out: reading, masks, tiles, PNG with generation parameters, a task's source image.
 
-May import the ground (errors, files, hashing, record, tasks) and ``bundle``.
+May import the ground (errors, interrupts, record, tasks), ``disk``, ``bundle``.
 """
 
 from typing import TYPE_CHECKING

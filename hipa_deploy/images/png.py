@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from hipa_deploy.disk.files import write_file
 from hipa_deploy.errors import HipaError
-from hipa_deploy.files import write_file
 
 # The keyword of the text chunk; it is part of the file format.
 PARAMETERS_KEY = "hipa"
@@ -38,19 +38,32 @@ def png_bytes(image_HWC: np.ndarray, parameters: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def save_png(path: Path, image_HWC: np.ndarray, parameters: dict[str, Any]) -> None:
+def save_png(
+    path: Path, image_HWC: np.ndarray, parameters: dict[str, Any], *, force: bool = False
+) -> None:
     """Write an image and its generation parameters as PNG, completely or not at all.
 
     Args:
-        path: the file; one that exists is replaced.
+        path: the file.
         image_HWC: uint8 [H, W, 3].
         parameters: values that JSON can hold, such as prompt and seed.
+        force: whether a file that exists is replaced.
 
     Raises:
+        HipaError: the file exists and ``force`` is False.
         OSError: the file cannot be written.
 
+    Example:
+        >>> result = pipe("3d emoji of a red apple", seed=0)
+        >>> save_png(Path("apple.png"), result.images_BHWC[0], result.parameters[0])
+
     """
-    write_file(path, png_bytes(image_HWC, parameters))
+    try:
+        write_file(path, png_bytes(image_HWC, parameters), replace=force)
+    except FileExistsError:
+        raise HipaError(
+            f"{path} exists. Give force=True to replace it, or choose another name."
+        ) from None
 
 
 def read_parameters(path: Path) -> dict[str, Any]:

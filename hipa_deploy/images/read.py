@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.images.colour import ColourSpace, colour_space, srgb_levels, to_srgb
 
 ImageSource = str | Path | Image.Image | np.ndarray
 
@@ -39,7 +40,10 @@ def read_image(source: ImageSource) -> np.ndarray:
     - A file or a Pillow image is turned upright as its EXIF orientation says.
     - Of an animation the current frame is read; for a file that is the first one.
     - Transparent pixels are shown over white.
-    - Grey, palette, CMYK and 16-bit images are converted; CMYK without its colour profile.
+    - Colours become sRGB, as the file's ICC profile says, or the colour chunks of a PNG, or EXIF's
+      Adobe RGB (``hipa_deploy/images/colour.py``). Without any of these the numbers are taken as
+      sRGB, those of CMYK as Pillow converts them.
+    - Grey, palette, CMYK, Lab and 16-bit images are converted.
 
     Args:
         source: a path, a Pillow image, or an array [H, W] or [H, W, 1 to 4] (grey, grey + alpha,
@@ -52,12 +56,22 @@ def read_image(source: ImageSource) -> np.ndarray:
         HipaError: the file does not exist, is not an image, is truncated or is enormous; or the
             array has another shape, dtype or range.
 
+    Warns:
+        HipaWarning: the colour profile is damaged, or is not one for such an image.
+
     Example:
         >>> read_image(np.zeros((480, 640), np.uint8)).shape
         (480, 640, 3)
 
     """
-    image = _eight_bits(_as_pillow(source, "image"), "image")
+    name = f"image {source}" if isinstance(source, str | Path) else "the image"
+    upright, space = _as_pillow(source, "image", name)
+    levels_16 = None
+    if space is not None and _is_deep_grey(upright):
+        levels_16 = srgb_levels(space, name)
+    image = _eight_bits(upright, "image", levels_16)
+    if space is not None and not _is_deep_grey(upright):
+        image = to_srgb(image, space, name)
     if image.mode in ("La", "RGBa"):  # premultiplied alpha: "RGBA" is the plain one
         image = image.convert(image.mode.upper())
 
@@ -71,7 +85,8 @@ def read_image(source: ImageSource) -> np.ndarray:
 def read_mask(source: ImageSource) -> np.ndarray:
     """Read any image as a mask: white is repainted, black is kept.
 
-    The grey value decides: 128 and above is white. An alpha channel is ignored.
+    The grey value decides: 128 and above is white. An alpha channel is ignored, and so is what the
+    file says about colours: a mask is data.
 
     Args:
         source: as for ``read_image``. An array of integers with no value above 1 is taken as a mask
@@ -90,7 +105,8 @@ def read_mask(source: ImageSource) -> np.ndarray:
     """
     if isinstance(source, np.ndarray) and _holds_only_0_and_1(source):
         source = source.astype(bool)
-    image = _eight_bits(_as_pillow(source, "mask"), "mask")
+    upright, _ = _as_pillow(source, "mask", None)
+    image = _eight_bits(upright, "mask")
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
 
@@ -147,10 +163,22 @@ def check_size(image_HWC: np.ndarray, factor: int) -> None:
         )
 
 
-def _as_pillow(source: ImageSource, what: str) -> Image.Image:
-    """Load an image upright; ``what`` is 'image' or 'mask' in messages."""
+def _as_pillow(
+    source: ImageSource, what: str, colours_of: str | None
+) -> tuple[Image.Image, ColourSpace | None]:
+    """Load an image upright.
+
+    Args:
+        source: as for ``read_image``.
+        what: 'image' or 'mask', for messages.
+        colours_of: the image's name, for warnings about its colour space; None reads no space.
+
+    Returns:
+        The image, and what its numbers mean; None for sRGB.
+
+    """
     if isinstance(source, np.ndarray):
-        return _from_array(source, what)
+        return _from_array(source, what), None
     if not isinstance(source, str | Path | Image.Image):
         raise HipaError(
             f"{what} is a {type(source).__name__}. "
@@ -159,12 +187,12 @@ def _as_pillow(source: ImageSource, what: str) -> Image.Image:
 
     try:
         if isinstance(source, Image.Image):
-            return _upright(source)
+            return _upright(source, colours_of)
         # Pillow warns from half the size that it refuses; a large photo is no reason to warn.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(source) as image:
-                return _upright(image)
+                return _upright(image, colours_of)
     except _UNREADABLE as error:
         name = f"{what} {source}" if isinstance(source, str | Path) else f"the {what}"
         raise HipaError(
@@ -172,14 +200,16 @@ def _as_pillow(source: ImageSource, what: str) -> Image.Image:
         ) from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Decode an image and turn it as its EXIF orientation says."""
+def _upright(image: Image.Image, colours_of: str | None) -> tuple[Image.Image, ColourSpace | None]:
+    """Decode an image and turn it as its EXIF orientation says; find out its colour space."""
     image.load()
+    # Before it is turned: Pillow then writes its EXIF data anew.
+    space = colour_space(image, colours_of) if colours_of is not None else None
     try:
-        return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image), space
     except _BROKEN_EXIF:
         # As every viewer does, show the image as it is stored.
-        return image
+        return image, space
 
 
 def _from_array(array: np.ndarray, what: str) -> Image.Image:
@@ -201,19 +231,36 @@ def _from_array(array: np.ndarray, what: str) -> Image.Image:
     return Image.fromarray(levels)
 
 
-def _eight_bits(image: Image.Image, what: str) -> Image.Image:
-    """Convert 16-bit or float grey to 8 bits; return other images as they are."""
+def _is_deep_grey(image: Image.Image) -> bool:
+    """Whether an image is 16-bit grey.
+
+    "I;16" and its kin, and "I": some releases of Pillow read 16-bit files as 32-bit integers.
+    """
+    return image.mode.startswith("I")
+
+
+def _eight_bits(image: Image.Image, what: str, levels_16: np.ndarray | None = None) -> Image.Image:
+    """Convert 16-bit or float grey to 8 bits; return other images as they are.
+
+    Args:
+        image: of any mode.
+        what: 'image' or 'mask', for messages.
+        levels_16: the 8-bit level of each 16-bit level, uint8 [65536]; None scales them.
+
+    """
     if image.mode == "F":
         return Image.fromarray(_levels(np.asarray(image), what))
-    # "I;16" and its kin, and "I": some releases of Pillow read 16-bit files as 32-bit integers.
-    if not image.mode.startswith("I"):
+    if not _is_deep_grey(image):
         return image
 
     values_HW = np.asarray(image).astype(np.int64)
     low, high = values_HW.min(), values_HW.max()
     if low < 0 or high > _SIXTEEN_BITS:
         raise HipaError(f"{what} has values {low} to {high}. Expected 8 or 16 bits.")
-    levels_HW = _levels(values_HW.astype(np.uint16), what)
+    if levels_16 is None:
+        levels_HW = _levels(values_HW.astype(np.uint16), what)
+    else:
+        levels_HW = levels_16[values_HW]
 
     # The transparent value is one of the 16-bit levels: after rounding it would match its
     # neighbours too, so it becomes an alpha channel here.

@@ -150,8 +150,8 @@ def inpaint_source(
 ) -> Source:
     """Prepare an image and the mask of what to repaint: cropped and scaled to the bundle's size.
 
-    In the result, every pixel farther than ``feather`` from the mask is that of the scaled image,
-    bit for bit.
+    In the result, every pixel farther than ``feather`` from the mask is that of the scaled image in
+    sRGB, bit for bit.
 
     Args:
         bundle: a bundle that was exported for the task inpaint.

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from hipa_deploy.disk.reading import name_problem, read_text
 from hipa_deploy.embedded import DECODER, MODEL, NAME
 from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.models.weights.weight_file import SAFETENSORS
 
 TINY = "tiny"
+HUB_PREFIX = "models--"  # of a repository's folder in the hub's cache
 TAESD = "madebyollin/taesd"  # its source: https://github.com/madebyollin/taesd
 
 
@@ -17,8 +20,9 @@ def model_folder(name: str, config: str | None = None) -> Path:
 
     Args:
         name: 'emoji' for the embedded model (unless a folder of that name exists), a diffusers
-            folder, a checkpoint in one file, or the id of a model on the Hugging Face hub. A
-            checkpoint is converted into a folder in the user's cache.
+            folder, a repository's folder in the hub's cache (models--owner--name), a checkpoint in
+            one file, or the id of a model on the Hugging Face hub. A checkpoint is converted into
+            a folder in the user's cache.
         config: for a checkpoint whose weights do not tell what it is: see
             ``hipa_deploy.models.single_file.converted``.
 
@@ -32,7 +36,8 @@ def model_folder(name: str, config: str | None = None) -> Path:
         # A conversion needs torch, which a bundle runs without.
         from hipa_deploy.models.single_file import converted
 
-        return converted(path, config)
+        # A folder of configurations may be in the hub's cache too.
+        return converted(path, config and str(_in_hub_cache(Path(config))))
     if config is not None:
         raise HipaError(
             f"--config is for a checkpoint in one file, and {name} is not one. Omit --config."
@@ -40,7 +45,7 @@ def model_folder(name: str, config: str | None = None) -> Path:
 
     # A folder of the user goes before the embedded model, and both before the hub.
     if path.exists():
-        return path
+        return _diffusers_folder(path)
     if name == NAME:
         return MODEL
     if "/" not in name or name.startswith(("/", ".")):
@@ -51,6 +56,25 @@ def model_folder(name: str, config: str | None = None) -> Path:
     from diffusers import DiffusionPipeline
 
     return _fetch(name, DiffusionPipeline.download)
+
+
+def model_name(name: str, folder: Path) -> str:
+    """Return what a manifest calls a model: a name that says something on another machine.
+
+    Args:
+        name: what the user called it.
+        folder: its folder, from ``model_folder``.
+
+    Example:
+        >>> model_name("x", Path("/cache/models--owner--name/snapshots/0123"))
+        'owner/name'
+
+    """
+    # In the hub's cache a snapshot's own name is the hash of a commit.
+    for parent in (folder, *folder.absolute().parents):
+        if parent.name.startswith(HUB_PREFIX):
+            return parent.name.removeprefix(HUB_PREFIX).replace("--", "/", 1)
+    return folder.resolve().name if Path(name).exists() else name
 
 
 def unpacked(name: str, config: str | None = None) -> str:
@@ -83,7 +107,7 @@ def resolve_encoder(name: str) -> Path | None:
         return None
     if name == TINY:
         return _fetch_taesd()
-    return Path(name)
+    return _in_hub_cache(Path(name))
 
 
 def resolve_decoder(name: str, model: str) -> Path | None:
@@ -104,10 +128,46 @@ def resolve_decoder(name: str, model: str) -> Path | None:
     if name == "full":
         return None
     if name != TINY:
-        return Path(name)
+        return _in_hub_cache(Path(name))
     if model_folder(model) == MODEL:
         return DECODER
     return _fetch_taesd()
+
+
+def _diffusers_folder(path: Path) -> Path:
+    """Return the diffusers folder that a user means by a folder."""
+    folder = _in_hub_cache(path)
+    if not (folder / "model_index.json").exists() and folder.is_dir():
+        # Repositories also hold the whole model in one file, beside the parts or without them.
+        for file in sorted(folder.iterdir()):
+            if file.suffix.lower() in (SAFETENSORS, ".ckpt"):
+                raise HipaError(
+                    f"{folder} has no model_index.json. Expected a diffusers folder, or a "
+                    f"checkpoint in one file, such as {file}"
+                )
+    return folder
+
+
+def _in_hub_cache(path: Path) -> Path:
+    """Return the snapshot of a repository's folder in the hub's cache; any other folder as it is.
+
+    The layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    """
+    snapshots = path / "snapshots"
+    if not path.name.startswith(HUB_PREFIX) or not snapshots.is_dir():
+        return path
+    main = path / "refs" / "main"
+    if main.is_file():
+        revision = read_text(main, max_bytes=1000).strip()
+        if name_problem(revision) is None and (snapshots / revision).is_dir():
+            return snapshots / revision
+    found = sorted(snapshot for snapshot in snapshots.iterdir() if snapshot.is_dir())
+    if len(found) == 1:
+        return found[0]
+    raise HipaError(
+        f"{path} has {len(found)} snapshots, and refs/main names none of them. "
+        + (f"Give the folder of one, such as {found[0]}" if found else "Download the model again.")
+    )
 
 
 def _fetch_taesd() -> Path:

@@ -19,12 +19,12 @@ from hipa_deploy.bundle.manifest import (
     StageSpec,
     TensorSpec,
 )
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.engines.store.engine_key import key_for
 from hipa_deploy.engines.store.sidecar import PrecisionCheck, Sidecar, engine_path
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.target import Target, binding
 from hipa_deploy.engines.tensorrt.gpu import Gpu
-from hipa_deploy.hashing import file_sha256
 
 CONTENT = b"an engine"
 PARITY = Parity(max_abs=0.0, mean_abs=0.0, cosine=1.0, psnr_db=99.0)

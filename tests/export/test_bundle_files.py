@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.bundle_files import (
     file_hashes,
@@ -20,11 +21,10 @@ from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import References
 from hipa_deploy.generate.prompt_files import read_numbered_prompts
 from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS
-from hipa_deploy.hashing import file_sha256
 
 
 def test_the_tokenizer_pads_to_the_models_length(model_dir: Path, tmp_path: Path) -> None:
-    tokenizer = write_tokenizer(tmp_path, ModelParts.open(str(model_dir)), "a pear")
+    tokenizer = write_tokenizer(tmp_path, ModelParts.open(str(model_dir)).tokenizer(), "a pear")
     assert tokenizer(["a pear", "a red apple"]).shape == (2, 77)
     assert (tmp_path / "tokenizer/tokenizer.json").is_file()
 
@@ -40,17 +40,17 @@ def test_a_tokenizer_that_disagrees_is_refused(
 
     monkeypatch.setattr("hipa_deploy.export.bundle_files.PromptTokenizer", Other)
     with pytest.raises(HipaError, match="does not agree with transformers"):
-        write_tokenizer(tmp_path, ModelParts.open(str(model_dir)), "a pear")
+        write_tokenizer(tmp_path, ModelParts.open(str(model_dir)).tokenizer(), "a pear")
 
 
 def test_a_prompt_that_is_too_long_is_found_in_its_file(model_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.csv"
     path.write_text("id,caption\n1,a pear\n2," + "w" * 90 + "\n")
-    tokenizer = write_tokenizer(tmp_path, ModelParts.open(str(model_dir)), "a pear")
+    tokenizer = write_tokenizer(tmp_path, ModelParts.open(str(model_dir)).tokenizer(), "a pear")
     places = read_numbered_prompts(path)
     with pytest.raises(HipaError, match=r"prompts\.csv, row 2: the prompt has 92 tokens") as caught:
         tokenize(tokenizer, list(places), path, places)
-    assert str(caught.value).endswith("would be cut. Shorten it.")
+    assert str(caught.value).endswith("cut. Shorten it, or give --context-tokens 154.")
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp16", np.float16), ("fp32", np.float32)])

@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.model_parts import ModelParts
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import WEIGHTS
 from hipa_deploy.models.decoder_folder import vae_sha256
-from hipa_deploy.models.weight_identity import weights_identity
+from hipa_deploy.models.weights.weight_identity import weights_identity
 
 
 @pytest.fixture

@@ -14,13 +14,14 @@ import pytest
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.export_swap import SwapOptions, export_swap
+from hipa_deploy.export.export_request import SwapOptions
+from hipa_deploy.export.export_swap import export_swap
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.task import choose_task
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.images.example_source import example_image
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
 from hipa_deploy.train.evaluation.task_images import one_step_task_images

@@ -14,14 +14,15 @@ from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.adaptor_swap import FOLDER, AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.onnx_weights import read_initializers, with_values
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.embedded import ADAPTOR, BUNDLE
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.export_swap import SwapOptions, check_decoder, export_swap
+from hipa_deploy.export.export_request import SwapOptions
+from hipa_deploy.export.export_swap import check_decoder, export_swap
 from hipa_deploy.export.model_parts import ModelParts
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.images.png import save_png
 from hipa_deploy.models.adaptor_folder import WEIGHTS
 from tests.export.conftest import make_adaptor

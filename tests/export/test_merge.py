@@ -6,9 +6,9 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, WEIGHTS
 from hipa_deploy.train.model.encoder_adaptor import attach_encoder_adaptor
 from tests.export.conftest import make_adaptor

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import gc
+import shutil
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from hipa_deploy.bundle.manifest import OneStep
+from hipa_deploy.errors import HipaError
 from hipa_deploy.export.chosen_parts import ChosenParts
+from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import (
@@ -137,9 +143,10 @@ def test_a_closed_set_is_encoded_in_chunks(
     model = ModelParts.open(str(model_dir))
     parts = ChosenParts(model, "generate")
     tokens_NL = np.random.default_rng(0).integers(0, 500, size=(5, 77))
-    whole = encode_closed_set(parts, tokens_NL)
+    ones_NL = np.ones(tokens_NL.shape, np.float32)
+    whole = encode_closed_set(parts, tokens_NL, ones_NL)
     monkeypatch.setattr("hipa_deploy.export.references.ENCODED_AT_ONCE", 2)
-    np.testing.assert_allclose(encode_closed_set(parts, tokens_NL), whole, atol=1e-6)
+    np.testing.assert_allclose(encode_closed_set(parts, tokens_NL, ones_NL), whole, atol=1e-6)
     assert whole.shape == (5, 77, 16)
 
 
@@ -160,3 +167,39 @@ def test_no_part_stays_in_memory(model_dir: Path) -> None:
     after = sum(isinstance(thing, kinds) for thing in gc.get_objects())
     assert before == after
     assert references.tensors
+
+
+@pytest.mark.parametrize(
+    ("part", "weight", "value", "message"),
+    [
+        ("text_encoder", "text_model.final_layer_norm.weight", 3e38, "the text encoder gives NaN"),
+        ("unet", "conv_out.bias", 500.0, "the UNet's prediction has a root mean square of 500"),
+        ("unet", "conv_out.weight", 3e38, "the UNet gives NaN or infinity"),
+        ("vae", "decoder.conv_out.weight", 3e38, "the decoder gives NaN or infinity"),
+        ("vae", "decoder.conv_out.bias", 500.0, "every pixel of its images is 255"),
+    ],
+)
+def test_a_reference_that_cannot_be_right_is_an_error(
+    model_dir: Path, tmp_path: Path, part: str, weight: str, value: float, message: str
+) -> None:
+    """Every number of these weights is finite: only the result shows that they are wrong."""
+    copy = Path(shutil.copytree(model_dir, tmp_path / "copy"))
+    name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    path = copy / part / f"{name}.safetensors"
+    weights = load_file(path)
+    weights[weight].fill_(value)
+    save_file(weights, path)
+    with pytest.raises(HipaError, match=f"the reference is wrong: {message}"):
+        references_of(copy)
+
+
+def test_doubts_reach_the_user_in_one_line(model_dir: Path, tmp_path: Path) -> None:
+    """The tiny model is untrained: its x0 is noise, enlarged 15 times."""
+    said = StringIO()
+    export_bundle(
+        ExportOptions(model=str(model_dir), out=tmp_path / "bundle", dtype="fp32"),
+        Console(file=said, width=60),
+    )
+    lines = [line for line in said.getvalue().splitlines() if "warning: " in line]
+    assert len(lines) == 1
+    assert "the latents of the one step have a root mean square of 14.6" in lines[0]

@@ -11,9 +11,16 @@ from hipa_deploy import OneStepPipeline
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.export_swap import SwapOptions, export_swap
+from hipa_deploy.export.export_request import SwapOptions
+from hipa_deploy.export.export_swap import export_swap
 from hipa_deploy.export.model_parts import ModelParts
-from hipa_deploy.export.task import TaskSettings, choose_task, parse_strengths, step_warning
+from hipa_deploy.export.task import (
+    TaskSettings,
+    choose_task,
+    parse_strengths,
+    size_warning,
+    step_warning,
+)
 from hipa_deploy.images.example_source import example_image
 from tests.export.conftest import make_adaptor
 from tests.tiny_model import make_model
@@ -75,6 +82,20 @@ def test_contradictions_are_refused(
     adaptor = make_adaptor(model_dir, tmp_path / "adaptor", **metadata)
     with pytest.raises(HipaError, match=message):
         chosen(model_dir, adaptor=adaptor, **options)
+
+
+def test_another_size_than_the_adaptor_was_trained_at_is_a_warning(
+    model_dir: Path, edit_adaptor: Path
+) -> None:
+    options = ExportOptions(model=str(model_dir), out=Path("out"), adaptor=edit_adaptor)
+    model = ModelParts.open(str(model_dir))
+    assert size_warning(options, model.one_step(749, None, None)) is None
+    assert size_warning(options, model.one_step(749, 32, 32)) is None
+    warning = size_warning(options, model.one_step(749, 48, 64))
+    assert warning is not None
+    assert "was trained at 32x32 pixels, and 64x48 is exported" in warning
+    plain = ExportOptions(model=str(model_dir), out=Path("out"))
+    assert size_warning(plain, model.one_step(749, 48, 64)) is None
 
 
 def test_strengths_are_numbers() -> None:

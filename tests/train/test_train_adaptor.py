@@ -12,8 +12,9 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from rich.console import Console
 
+from hipa_deploy.bundle.text_settings import TextSettings
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError, StoppedError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.train.loop.run import Run
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
@@ -150,6 +151,20 @@ def test_weights_and_metadata_of_an_adaptor(
     assert metadata["recipe"]["teacher"]["guidance"] == 5.0
     with pytest.raises(HipaError, match="is not empty"):
         train(recipe, model_dir, tmp_path / "adaptor", cache)
+
+
+def test_an_adaptor_says_how_its_prompts_were_encoded(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a (red:1.3) apple\n" + "w" * 151 + "\n")
+    text = TextSettings(context_tokens=154, prompt_weights=True)
+    recipe = recipe.model_copy(update={"prompts": str(prompts), "text": text})
+    console = Console(file=io.StringIO(), width=500)
+    train_adaptor(recipe, model_dir, tmp_path / "out", cache=cache, console=console, device="cpu")
+    assert read_metadata(tmp_path / "out", model_dir).text == text
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "1 of 2 prompts have more tokens than a context of 154 holds" in said
 
 
 def test_v_prediction_and_a_start_from_another_adaptor(

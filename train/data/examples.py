@@ -9,7 +9,6 @@ size, L tokens of a prompt, D width of the text encoder.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 from hipa_deploy.errors import HipaError
 from hipa_deploy.images.compositing import hide_hole, latent_mask
 from hipa_deploy.images.png import enlarge
+from hipa_deploy.models.patterns import Patterns
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.data.masks import random_mask
 from hipa_deploy.train.data.source_images import (
@@ -128,7 +128,9 @@ def task_examples(
     # A folder's captions become prompts. Only edits follow the recipe's prompts as well.
     if folder:
         own_prompts = prompts if task == "edit" else []
-        source_images, prompts = folder_source_images(model, Path(folder), own_prompts, console)
+        source_images, prompts = folder_source_images(
+            model, Path(folder), own_prompts, console, captions=recipe.source.captions
+        )
 
     # The empty prompt comes last: a share of the inpainting and super-resolution examples has it.
     texts = prompts if task == "generate" else [*prompts, ""]
@@ -282,10 +284,11 @@ def related_prompts(prompts: list[str], same: str | None) -> Callable[[int], lis
     if same is None:
         return lambda index: list(range(len(prompts)))
 
+    patterns = Patterns("source.same of the recipe", seconds=60.0)
     group_of = []
     members = defaultdict[str, list[int]](list)
     for index, prompt in enumerate(prompts):
-        match = re.search(same, prompt)
+        match = patterns.search(same, prompt)
         group = match[1] if match else prompt
         group_of.append(group)
         members[group].append(index)

@@ -15,16 +15,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.prompt_files import read_cells
-from hipa_deploy.hashing import file_sha256
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.images.read import fit_image, read_image
+from hipa_deploy.train.data.captions import folder_captions, image_paths
 from hipa_deploy.train.data.teacher_pairs import Pairs, RowFunction, cached_rows
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.unet_adaptor import without_adaptor
-
-CAPTIONS = "metadata.csv"  # the name that ImageFolder of the ``datasets`` package uses
-FORMATS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -79,34 +75,36 @@ def teacher_source_images(
 
 
 def folder_source_images(
-    model: DiffusionModel, folder: Path, prompts: list[str], console: Console | None
+    model: DiffusionModel,
+    folder: Path,
+    prompts: list[str],
+    console: Console | None,
+    captions: bool = True,
 ) -> tuple[SourceImages, list[str]]:
     """Read a folder of images, each cropped and resized to the model's own resolution.
 
-    Captions come from the folder's metadata.csv; an image without a caption has the empty prompt.
+    Captions lie in the folder, as ``train/data/captions.py`` says; an image without a caption has
+    the empty prompt.
 
     Args:
         model: The base model: its resolution, and the VAE that encodes the images.
         folder: Folder of images, searched with its sub-folders.
         prompts: Prompts that already have an index.
-        console: Where the progress bar goes; stderr if None.
+        console: Where the progress bar goes, and which images have no caption; stderr if None.
+        captions: Whether captions are read. If False, every image has the empty prompt.
 
     Returns:
         The images, and ``prompts`` followed by the captions that are not among them.
 
     Raises:
-        HipaError: The folder is missing or holds no image, an image is damaged, or the captions
-            cannot be read.
+        HipaError: The folder is missing or holds no image, an image is damaged, no image has a
+            caption, or the captions cannot be read.
 
     """
-    paths = _image_paths(folder)
-    if not paths:
-        formats = ", ".join(sorted(FORMATS))
-        raise HipaError(f"images {folder}: no image in it. Expected a folder of {formats} files.")
+    paths = image_paths(folder)
 
     # Captions that are not yet among the prompts get the next indices, in the order of the images.
-    captions = _captions(folder)
-    texts = [captions.get(path.relative_to(folder).as_posix(), "") for path in paths]
+    texts = folder_captions(folder, paths, console) if captions else [""] * len(paths)
     index = {text: number for number, text in enumerate(prompts)}
     for text in texts:
         index.setdefault(text, len(index))
@@ -128,23 +126,7 @@ def folder_source_images(
         latents=cached_rows("latents", latents, len(paths), console),
         prompt_N=torch.tensor([index[text] for text in texts]),
         prompts=len(index),
-        key={"images": [file_sha256(path) for path in paths]},
+        # 'colours' says how the files are read: in 0.1.0 their colour profiles were ignored.
+        key={"images": [file_sha256(path) for path in paths], "colours": "sRGB"},
     )
     return source_images, list(index)
-
-
-def _image_paths(folder: Path) -> list[Path]:
-    """Every image below ``folder``, sorted; none if there is no such folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in FORMATS)
-
-
-def _captions(folder: Path) -> dict[str, str]:
-    """Caption by file name, relative to ``folder``; empty if there is no metadata.csv."""
-    path = folder / CAPTIONS
-    if not path.exists():
-        return {}
-    names = read_cells(path, "file_name")
-    texts = read_cells(path, None)
-    return dict(zip(names, texts, strict=True))

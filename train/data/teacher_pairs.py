@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hipa_deploy.errors import HipaError
-from hipa_deploy.files import user_cache, write_file
-from hipa_deploy.hashing import folder_sha256
-from hipa_deploy.models.weight_identity import loaded_files_sha256, weights_identity
+from hipa_deploy.disk.files import user_cache, write_file
+from hipa_deploy.disk.hashing import folder_sha256
+from hipa_deploy.disk.reading import check_regular, shown
+from hipa_deploy.errors import HipaError, as_line
+from hipa_deploy.models.weights.weight_identity import loaded_files_sha256, weights_identity
 from hipa_deploy.tasks import start_latents
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.progress_bar import ProgressBar
@@ -188,16 +189,21 @@ def teacher_scheduler(
 
     Args:
         schedule: The model's noise schedule, as ``DiffusionModel.schedule`` returns it.
-        sampler: 'ddim', or anything else for DPM-Solver++ (second order, multi-step).
+        sampler: 'ddim', or 'dpmsolver++' (second order, multi-step).
+
+    Raises:
+        HipaError: Another sampler.
 
     """
     if sampler == "ddim":
         return DDIMScheduler(
             **schedule, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
         )
-    return DPMSolverMultistepScheduler(
-        **schedule, timestep_spacing="trailing", final_sigmas_type="zero"
-    )
+    if sampler == "dpmsolver++":
+        return DPMSolverMultistepScheduler(
+            **schedule, timestep_spacing="trailing", final_sigmas_type="zero"
+        )
+    raise HipaError(f"teacher.sampler {sampler!r} is unknown. Expected ddim or dpmsolver++.")
 
 
 def teacher_pairs(
@@ -260,6 +266,17 @@ def teacher_pairs(
         stored = latents.to(getattr(torch, teacher.dtype)).cpu()
         return {"latents": stored, "prompt": prompt_B, "seed": seed_B}
 
+    def fits(shard: dict[str, Tensor], start: int, stop: int) -> bool:
+        """Whether a shard can be the one of these rows; one that was tampered with is not."""
+        latents = shard["latents"]
+        return (
+            latents.shape == (stop - start, *model.latent_shape_CHW)
+            and latents.dtype == getattr(torch, teacher.dtype)
+            and bool(torch.isfinite(latents).all())
+            and torch.equal(shard["prompt"], prompt_N[start:stop])
+            and torch.equal(shard["seed"], noise_seeds(torch.arange(start, stop), seed))
+        )
+
     # Each process makes every count-th shard. Taking turns spreads shards that are missing at the
     # end of an extended cache over all processes.
     shards = {}
@@ -268,7 +285,10 @@ def teacher_pairs(
         task = progress.add_task(title, total=count)
         for start, stop in ranges[processes.index :: processes.count]:
             path = _shard_path(folder, start, stop)
-            shards[start] = _read_shard(path) or _write_shard(path, make_shard(start, stop))
+            found = _read_shard(path)
+            if found is None or not fits(found, start, stop):
+                found = _write_shard(path, make_shard(start, stop))
+            shards[start] = found
             progress.update(task, completed=stop)
 
     # All shards exist when every process has left the block above: now read those of the others.
@@ -324,6 +344,10 @@ def cache_folder(
     # beyond ASCII and for control characters. Pairs of plain prompts are still found.
     if not all(prompt.isascii() and prompt.isprintable() for prompt in prompts):
         key["tokenizer_kind"] = "fast"
+    # Settings that have their defaults are left out: pairs from before they existed are found.
+    settings = model.text.model_dump(exclude_defaults=True)
+    if settings:
+        key["text"] = settings
     if model.style:
         key["style"] = model.style.model_dump(mode="json")
     parts = ["unet", "text_encoder"]
@@ -427,18 +451,21 @@ def _shard_path(folder: Path, start: int, stop: int) -> Path:
 
 def _read_shard(path: Path) -> dict[str, Tensor] | None:
     """The tensors of a shard; None when the file is missing or damaged and must be made again."""
+    if not path.exists():
+        return None
     try:
-        with safe_open(path, "pt") as file:
+        check_regular(path, f"Remove {path.parent}.")
+        with as_line(f"{path} is damaged", ""), safe_open(path, "pt") as file:
             owner = (file.metadata() or {}).get("cache")
             shard = {name: file.get_tensor(name) for name in SHARD_TENSORS}
-    except (OSError, SafetensorError):
+    except HipaError:
         return None
 
     # A shard says which cache folder it belongs to: copied by hand into another one, it would be
     # taken for another teacher's. The oldest shards say nothing (None) and are believed.
     if owner not in (path.parent.name, None):
         raise HipaError(
-            f"teacher pairs {path} are another teacher's (cache {owner}). Remove the file."
+            f"teacher pairs {path} are another teacher's (cache {shown(owner)}). Remove the file."
         )
     return shard
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hipa_deploy.files import write_file
+from hipa_deploy.disk.files import write_file
 from hipa_deploy.images.png import grid
 from hipa_deploy.train.evaluation.spectrum import mixed, radial_power
 

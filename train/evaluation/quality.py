@@ -27,7 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style
 from hipa_deploy.train.data.teacher_pairs import teacher_latents
 from hipa_deploy.train.losses.dists import DistsLike
@@ -256,6 +258,7 @@ def teacher_images(
     *,
     device: str | None = None,
     style: Style | None = None,
+    text: TextSettings | None = None,
 ) -> np.ndarray:
     """Images of the multi-step sampler with guidance.
 
@@ -266,6 +269,7 @@ def teacher_images(
         teacher: Sampler, steps and guidance.
         device: 'cpu', 'cuda', ...; None is the GPU if there is one.
         style: LoRAs and embeddings that are added to the model.
+        text: How prompts are encoded; None is one chunk, all layers.
 
     Returns:
         uint8 [N, H, W, 3].
@@ -274,7 +278,7 @@ def teacher_images(
         HipaError: Not one seed for each prompt, or a model that cannot be loaded.
 
     """
-    model = DiffusionModel.load(model_dir, device, style=style)
+    model = DiffusionModel.load(model_dir, device, style=style, text=text)
     empty_1LD = model.context([""])
 
     def latents(noise_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
@@ -292,6 +296,7 @@ def one_step_images(
     timestep: int = 999,
     device: str | None = None,
     style: Style | None = None,
+    text: TextSettings | None = None,
 ) -> np.ndarray:
     """One-step images of the base model, or of the base model with an adaptor.
 
@@ -303,6 +308,7 @@ def one_step_images(
         timestep: Timestep of the step without an adaptor.
         device: 'cpu', 'cuda', ...; None is the GPU if there is one.
         style: LoRAs and embeddings that are added to the model before the adaptor.
+        text: How prompts are encoded; None is as the adaptor was trained.
 
     Returns:
         uint8 [N, H, W, 3].
@@ -312,7 +318,9 @@ def one_step_images(
             adaptor of another task or model.
 
     """
-    model = DiffusionModel.load(model_dir, device, style=style)
+    if text is None and adaptor_dir is not None:
+        text = read_metadata(adaptor_dir).text
+    model = DiffusionModel.load(model_dir, device, style=style, text=text)
     return decoded_images(model, one_step_model(model, timestep, adaptor_dir), prompts, seeds)
 
 

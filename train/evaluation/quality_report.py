@@ -15,9 +15,11 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.prompt_files import read_prompt_file
+from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style, StyleInfo
+from hipa_deploy.train.evaluation.evaluation_request import REPORT_FILES, Rival, draw
 from hipa_deploy.train.evaluation.quality import (
     Quality,
     compare,
@@ -25,12 +27,10 @@ from hipa_deploy.train.evaluation.quality import (
     one_step_images,
     teacher_images,
 )
-from hipa_deploy.train.evaluation.rivals import Rival, rival_images
+from hipa_deploy.train.evaluation.rivals import rival_images
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
-FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
 FEWER_STEPS = (1, 2, 4, 8)  # the teacher's rows beside its full number of steps
-REFERENCE_STEPS = 25  # fewer steps would be too coarse to compare with
 BASE = "base, one step"
 ADAPTED = "HiPA, one step"
 
@@ -52,6 +52,7 @@ class QualityReport(BaseModel):
         kid_lite0_floor: KID-Lite0 between the teacher's images and its images from other noise.
         rows: The three numbers of each row, by its name.
         style: LoRAs and embeddings of every row's model.
+        text: How prompts were encoded.
 
     """
 
@@ -64,6 +65,7 @@ class QualityReport(BaseModel):
     kid_lite0_floor: float
     rows: dict[str, Quality]
     style: StyleInfo = StyleInfo()
+    text: TextSettings = TextSettings()
 
     def kid_gap_closed(self, row: str = ADAPTED) -> float:
         """Share of the gap between base and teacher in KID-Lite0 that a row closes.
@@ -72,60 +74,6 @@ class QualityReport(BaseModel):
         """
         base = self.rows[BASE].kid_lite0
         return (base - self.rows[row].kid_lite0) / (base - self.kid_lite0_floor)
-
-
-def held_out_prompts(model_dir: Path, prompts: Path | None = None) -> list[str]:
-    """The prompts to evaluate on.
-
-    Args:
-        model_dir: Diffusers folder; its prompts_pair.txt is read if ``prompts`` is None.
-        prompts: A file of prompts, one a line, or a table of captions.
-
-    Raises:
-        HipaError: As ``read_prompt_file``; or ``prompts`` is None, and the model keeps none aside.
-
-    """
-    if prompts is not None:
-        return read_prompt_file(prompts)
-    kept_aside = model_dir / "prompts_pair.txt"
-    if not kept_aside.is_file():
-        raise HipaError(
-            f"model {model_dir} keeps no prompts aside (it has no {kept_aside.name}). "
-            "Give a file of prompts: --prompts FILE."
-        )
-    return read_prompt_file(kept_aside)
-
-
-def draw(prompts: list[str], count: int) -> tuple[list[str], list[int]]:
-    """Draw ``count`` prompts, in turn, and a noise seed for each.
-
-    Returns:
-        The prompts and the seeds, each of length ``count``.
-
-    Raises:
-        HipaError: Fewer than two different prompts, or a count outside of 4 to 100000.
-
-    """
-    different = len(set(prompts))
-    if different < 2:
-        raise HipaError(f"different prompts to evaluate on: {different}. Expected at least 2.")
-    if not 4 <= count <= 100_000:
-        raise HipaError(f"number of images: {count}. Expected 4 to 100000.")
-
-    # In turn rather than at random: every prompt appears equally often, and there is no seed.
-    texts = [prompts[number % len(prompts)] for number in range(count)]
-    seeds = [FIRST_SEED + number for number in range(count)]
-    return texts, seeds
-
-
-def reference_teacher(teacher: TeacherSettings) -> TeacherSettings:
-    """The teacher to compare with: DDIM in float32, with at least ``REFERENCE_STEPS`` steps.
-
-    The training's own pairs may have been made faster and coarser; the reference must not change
-    with them. Guidance and all other settings stay.
-    """
-    steps = max(REFERENCE_STEPS, teacher.steps)
-    return teacher.model_copy(update={"sampler": "ddim", "steps": steps, "mixed_precision": "no"})
 
 
 def teacher_row(steps: int) -> str:
@@ -143,6 +91,7 @@ def make_images(
     console: Console,
     style: Style | None = None,
     rivals: Sequence[Rival] = (),
+    text: TextSettings | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Make the images of every row of a report.
 
@@ -154,6 +103,7 @@ def make_images(
         images: N, how many images each row has.
         console: Where the status line goes.
         style: LoRAs and embeddings of every row's model.
+        text: How prompts are encoded, for every row; None is as the adaptor was trained.
         rivals: One-step LoRAs and models of others, a row each.
 
     Returns:
@@ -166,6 +116,8 @@ def make_images(
     """
     texts, seeds = draw(prompts, images)
     rows = {}
+    if text is None and adaptor is not None:
+        text = read_metadata(adaptor).text
 
     # The teacher at fewer steps shows what its steps are worth on this model.
     for steps in FEWER_STEPS:
@@ -173,20 +125,24 @@ def make_images(
             continue
         with console.status(f"{steps}-step teacher, {images} images"):
             fewer = teacher.model_copy(update={"steps": steps})
-            rows[teacher_row(steps)] = teacher_images(model_dir, texts, seeds, fewer, style=style)
+            rows[teacher_row(steps)] = teacher_images(
+                model_dir, texts, seeds, fewer, style=style, text=text
+            )
 
     # The reference, and the same prompts from other noise, to which KID-Lite0 is measured.
     with console.status(f"{teacher.steps}-step teacher, twice {images} images"):
         rows[teacher_row(teacher.steps)], again = teacher_twice(
-            model_dir, texts, seeds, teacher, style
+            model_dir, texts, seeds, teacher, style, text
         )
 
     with console.status("one-step images"):
-        rows[BASE] = one_step_images(model_dir, None, texts, seeds, style=style)
+        rows[BASE] = one_step_images(model_dir, None, texts, seeds, style=style, text=text)
         if adaptor is not None:
-            rows[ADAPTED] = one_step_images(model_dir, adaptor, texts, seeds, style=style)
+            rows[ADAPTED] = one_step_images(
+                model_dir, adaptor, texts, seeds, style=style, text=text
+            )
         for rival in rivals:
-            rows[rival.row] = rival_images(model_dir, rival, texts, seeds, style=style)
+            rows[rival.row] = rival_images(model_dir, rival, texts, seeds, style=style, text=text)
     return rows, again
 
 
@@ -229,6 +185,7 @@ def teacher_twice(
     seeds: list[int],
     teacher: TeacherSettings,
     style: Style | None = None,
+    text: TextSettings | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's images from ``seeds``, and of the same prompts from other seeds.
 
@@ -238,7 +195,9 @@ def teacher_twice(
     """
     # One call for both sets, so that the model is loaded once.
     others = [seed + len(seeds) for seed in seeds]
-    both = teacher_images(model_dir, [*texts, *texts], [*seeds, *others], teacher, style=style)
+    both = teacher_images(
+        model_dir, [*texts, *texts], [*seeds, *others], teacher, style=style, text=text
+    )
     return both[: len(seeds)], both[len(seeds) :]
 
 
@@ -255,6 +214,8 @@ def conditions(report: QualityReport) -> str:
     """What the numbers were measured on, in one line."""
     added = [f"{lora.name}:{lora.scale:g}" for lora in report.style.loras]
     added += [embedding.name for embedding in report.style.embeddings]
+    if report.text.clip_skip:
+        added.append(f"clip skip {report.text.clip_skip}")
     style = f" with {', '.join(added)}" if added else ""
     return (
         f"{report.images} images{style}; KID-Lite0 to the teacher ({report.teacher_steps} steps, "
@@ -276,25 +237,37 @@ def _cells(row: Quality) -> list[str]:
     return [f"{number:.3f}" for number in numbers]
 
 
-def write_report(folder: Path, report: QualityReport, rows: dict[str, np.ndarray]) -> Path:
-    """Write report.md, report.json, spectra.png, premise.png and samples.png into ``folder``.
+def write_report(
+    folder: Path, report: QualityReport, rows: dict[str, np.ndarray], *, force: bool = False
+) -> Path:
+    """Write ``REPORT_FILES`` into ``folder``.
 
     Args:
         folder: Folder to write, made if it is missing.
         report: The numbers.
         rows: Images of each row by its name, uint8 [N, H, W, 3].
+        force: Whether files that exist are replaced.
 
     Returns:
         The path of report.md.
 
+    Raises:
+        HipaError: One of the files exists and ``force`` is False.
+
     """
-    from hipa_deploy.files import write_file
+    from hipa_deploy.disk.files import write_file
     from hipa_deploy.train.evaluation.figures import (
         premise_picture,
         samples_picture,
         save_picture,
         spectra_figure,
     )
+
+    for name in REPORT_FILES:
+        if (folder / name).exists() and not force:
+            raise HipaError(
+                f"{folder / name} exists. Give force=True to replace it, or another folder."
+            )
 
     # The spectra compare three rows only: more curves could not be told apart.
     truth = teacher_row(report.teacher_steps)

@@ -13,16 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers import CLIPTextModel
 
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.generate.noise import initial_noise
-from hipa_deploy.models.clip_tokenizer import load_tokenizer
+from hipa_deploy.generate.prompt_weights import weigh_context
+from hipa_deploy.generate.tokenizer import PromptTokenizer
+from hipa_deploy.models.clip_tokenizer import load_tokenizer, prompt_tokenizer
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import Style, StyleInfo
+from hipa_deploy.models.text_context import text_context
+from hipa_deploy.models.weights.load_part import check_weights, load_part
 from hipa_deploy.tasks import Task, is_inpainting_unet
 
 
@@ -35,6 +40,7 @@ class DiffusionModel:
         pipe: The StableDiffusionPipeline that holds its parts.
         device: Where its parts are.
         style: The LoRAs and embeddings that were added to it.
+        text: How prompts are encoded.
 
     Example:
         >>> model = DiffusionModel.load(Path("stable-diffusion-v1-5"), "cuda")
@@ -49,6 +55,7 @@ class DiffusionModel:
     pipe: Any
     device: torch.device
     style: StyleInfo = field(default_factory=StyleInfo)
+    text: TextSettings = field(default_factory=TextSettings)
 
     @classmethod
     def load(
@@ -57,6 +64,7 @@ class DiffusionModel:
         device: str | torch.device | None = None,
         task: Task = "generate",
         style: Style | None = None,
+        text: TextSettings | None = None,
     ) -> DiffusionModel:
         """Load in float32, whatever the stored precision, and freeze all weights.
 
@@ -65,6 +73,7 @@ class DiffusionModel:
             device: Default: the GPU, or the CPU without one.
             task: The task to train. A UNet that was made for inpainting can learn that task alone.
             style: LoRAs to merge into it and embeddings to add, before anything else.
+            text: How prompts are encoded; None is as the text encoder reads them at once.
 
         Raises:
             HipaError: it is not a Stable Diffusion folder, its kind of model cannot be trained to
@@ -74,34 +83,33 @@ class DiffusionModel:
         """
         # Before loading gigabytes: its configuration says whether the model can be trained at all.
         config = ModelConfig.read(folder, task)
+        text = text or TextSettings()
         tokenizer = load_tokenizer(config)
+        text.check(tokenizer.model_max_length, config.text_layers)
         added = OpenStyle.read(style or Style(), config)
+        check_weights(folder)
         diffusers_logging.disable_progress_bar()
-        try:
-            pipe = StableDiffusionPipeline.from_pretrained(
-                folder,
-                torch_dtype=torch.float32,
-                tokenizer=None,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            )
-        except Exception as error:  # a broken folder: each library raises classes of its own
-            raise HipaError(f"model {folder} cannot be loaded: {first_line(error)}") from None
-
-        # Not the one that diffusers would load: the bundle's, so that both see the same ids.
-        pipe.register_modules(tokenizer=tokenizer)
-
-        # A damaged file would otherwise show as a loss of NaN, hours later.
-        _check_finite(folder, pipe)
+        pipe: Any = StableDiffusionPipeline(
+            vae=load_part(AutoencoderKL, folder / "vae"),
+            text_encoder=load_part(CLIPTextModel, folder / "text_encoder"),
+            # The bundle's, so that both see the same ids.
+            tokenizer=tokenizer,
+            unet=load_part(UNet2DConditionModel, folder / "unet"),
+            # Sampling has a scheduler of its own: this one holds the place in the pipeline.
+            # Diffusers warns of settings that Stable Diffusion does not have.
+            scheduler=DDIMScheduler(**config.schedule, steps_offset=1, clip_sample=False),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
         added.merge({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
         added.add_words(pipe.tokenizer, pipe.text_encoder)
-
-        pipe.set_progress_bar_config(disable=True)
         for module in (pipe.text_encoder, pipe.unet, pipe.vae):
             module.eval().requires_grad_(False)
+
+        pipe.set_progress_bar_config(disable=True)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(folder, pipe.to(device), device, added.info)
+        return cls(folder, pipe.to(device), device, added.info, text)
 
     @property
     def unet(self) -> Any:
@@ -117,6 +125,11 @@ class DiffusionModel:
     def config(self) -> ModelConfig:
         """What the model's configuration files say."""
         return ModelConfig.read(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> PromptTokenizer:
+        """The tokenizer as a bundle has it."""
+        return prompt_tokenizer(self.pipe.tokenizer, self.text.context_tokens)
 
     @property
     def latent_shape_CHW(self) -> tuple[int, int, int]:
@@ -156,23 +169,18 @@ class DiffusionModel:
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str]) -> Tensor:
-        """Text context, float32 [B, L, D]; words beyond the encoder's length are cut."""
-        tokenizer = self.pipe.tokenizer
-        tokens = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
+        """Text context, float32 [B, L, D]; words beyond the context's length are cut."""
+        chunk = self.tokenizer.chunk
+        if not self.text.prompt_weights:
+            tokens_BL = torch.from_numpy(self.tokenizer(prompts, truncate=True)).to(self.device)
+            return text_context(self.pipe.text_encoder, tokens_BL, chunk, self.text.clip_skip)
 
-        # As StableDiffusionPipeline does: Stable Diffusion was trained with the padding visible,
-        # and the configuration of a text encoder says so if it was trained otherwise.
-        encoder = self.pipe.text_encoder
-        mask = None
-        if getattr(encoder.config, "use_attention_mask", None):
-            mask = tokens.attention_mask.to(self.device)
-        return encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+        tokens, weights = self.tokenizer.weighted(prompts, truncate=True)
+        tokens_BL = torch.from_numpy(tokens).to(self.device)
+        weights_BL = torch.from_numpy(weights).to(self.device)
+        context_BLD = text_context(self.pipe.text_encoder, tokens_BL, chunk, self.text.clip_skip)
+        weighed_BLD: Tensor = weigh_context(context_BLD, weights_BL, chunk)
+        return weighed_BLD
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
         """Image [B, 3, H, W] in [0, 1] -> scaled latents, float32 [B, C, h, w].
@@ -206,12 +214,3 @@ def to_uint8(image01_BCHW: Tensor) -> Tensor:
 def to_float(image_BHWC: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [0, 1]."""
     return image_BHWC.permute(0, 3, 1, 2).float() / 255
-
-
-def _check_finite(folder: Path, pipe: Any) -> None:
-    for part in ("text_encoder", "unet", "vae"):
-        for name, weight in getattr(pipe, part).named_parameters():
-            if not torch.isfinite(weight).all():
-                raise HipaError(
-                    f"model {folder}: {part} weight {name} is not finite. The file is damaged."
-                )

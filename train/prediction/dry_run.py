@@ -11,7 +11,10 @@ from typing import Any, Protocol
 from rich.console import RenderableType
 from rich.table import Table
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.clip_tokenizer import text_sizes
+from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.train.prediction.training_cost import (
     TrainingCost,
     TrainingPrediction,
@@ -70,6 +73,8 @@ def dry_run(
         HipaError: A model that cannot be trained, with the reason.
 
     """
+    if recipe.text != TextSettings():
+        recipe.text.check(*text_sizes(ModelConfig.read(model_dir)))
     prediction = predict_training(recipe, model_dir)
 
     # Prompts do not change the prediction, so a file that is missing does not stop it.

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from hipa_deploy.bundle.manifest import EmbeddingInfo
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.lora.find_lora import PICKLED, SAFETENSORS
 from hipa_deploy.models.lora.tensor_file import finite, load_pickled, read_tensors
 from hipa_deploy.models.style import EmbeddingChoice
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # The first name of a vector: the supplementary private use area A, which nobody types.
 FIRST_NAME = 0xF0000
 SDXL_KEYS = ("clip_l", "clip_g")
+MOST_LETTERS = 200
 MOST_VECTORS = 75  # a prompt of 77 tokens, without its first and last
 
 
@@ -109,8 +110,11 @@ def read_embedding(chosen: EmbeddingChoice, width: int) -> Embedding:
             f"{width}. Use an embedding of this model's family: 768 is SD 1.x, 1024 is SD 2.x."
         )
     token = (chosen.token or own_token or path.stem).strip()
-    if not token:
-        raise HipaError(f"{path} has an empty token. Give one after a colon: {path}:<word>.")
+    if not token or not token.isprintable() or len(token) > MOST_LETTERS:
+        raise HipaError(
+            f"{path}: {token!r} is no token. Expected 1 to {MOST_LETTERS} printable letters. "
+            f"Give one after a colon: {path}:<word>."
+        )
     return Embedding(path, file_sha256(path), token, vectors_ND)
 
 

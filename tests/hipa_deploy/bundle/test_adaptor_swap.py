@@ -27,9 +27,9 @@ from hipa_deploy.bundle.adaptor_swap import (
 from hipa_deploy.bundle.folder import MANIFEST as BUNDLE_MANIFEST
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.onnx_weights import read_initializers
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.images.png import read_parameters
 from tests.swap_samples import scaled_weights, write_swap
 

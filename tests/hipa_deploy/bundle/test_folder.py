@@ -14,11 +14,11 @@ import pytest
 
 from hipa_deploy.bundle.adaptor_swap import FOLDER, MANIFEST, AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.engines.backends.onnxruntime_runner import engine_cache
 from hipa_deploy.engines.store.sidecar import engine_folder, find_sidecars
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
 from tests.engines.engine_samples import put_engine, save_conv, write_bundle
 from tests.swap_samples import scaled_weights, write_swap
 
@@ -40,7 +40,9 @@ def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 )
 def test_stages_have_names_of_a_closed_set(root: Path, name: str) -> None:
     change(root / "hipa.json", lambda it: it["stages"][1]["spec"].update(name=name))
-    with pytest.raises(HipaError, match=r"stages\.1\.spec.* is unknown, expected one of: text_enc"):
+    with pytest.raises(
+        HipaError, match=r"stages\.1\.spec.* (is unknown, expected one of: text_enc|.* character)"
+    ):
         Bundle.open(root)
 
 

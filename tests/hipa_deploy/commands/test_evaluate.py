@@ -12,9 +12,11 @@ import pytest
     [
         (["--config", "sd15"], "--config is for a checkpoint in one file"),
         (["--adaptor", "nope"], "adaptor nope has no hipa_adaptor.json"),
-        (["--one-step", "lcm-sd15"], "is an adaptor of HiPA. Give it as --adaptor alone"),
-        (["--rival", "lcm-sd15"], "Give its file: FILE=lcm-sd15"),
+        (["--one-step", "lcm-sd15"], "is an adaptor of HiPA, which says its own step"),
+        (["--rival", "lcm-sd15"], "Name its file too: --rival FILE=lcm-sd15"),
         (["--adaptor", "none", "--rival", "sdxl-turbo"], "sdxl-turbo is for SDXL"),
+        (["--clip-skip", "1"], "trained with clip skip 0, not 1. Leave out --clip-skip"),
+        (["--context-tokens", "80"], "Expected one of: 77, 154, 231"),
         (["--prompts", "nope.txt"], "nope.txt cannot be read"),
     ],
 )

@@ -16,6 +16,12 @@ import pytest
         (["--model", "emoji", "--strengths", "0.5"], "--strengths is for the task edit"),
         (["--model", "emoji", "--config", "sd15"], "--config is for a checkpoint in one file"),
         (["--model", "emoji", "--swap-for", "emoji"], "--swap-for needs --adaptor"),
+        (["--model", "emoji", "--context-tokens", "80"], "Expected one of: 77, 154, 231"),
+        (["--model", "emoji", "--clip-skip", "99"], "leaves no layer"),
+        (
+            ["--model", "emoji", "--adaptor", "emoji", "--clip-skip", "1"],
+            "trained with clip skip 0, not 1. Leave out --clip-skip",
+        ),
         (["--model", "emoji", "--one-step", "quick"], "one-step method 'quick' does not exist"),
         (["--model", "emoji", "--one-step", "lcm-sd15"], "is a LoRA. Give its file with --adaptor"),
         (
@@ -43,6 +49,9 @@ def test_a_mistake(arguments: list[str], message: str, refused: Callable[..., st
         ["--strengths", "0.5"],
         ["--encoder", "tiny"],
         ["--build", "rtx"],
+        ["--context-tokens", "154"],
+        ["--clip-skip", "1"],
+        ["--no-prompt-weights"],
     ],
 )
 def test_a_swap_takes_no_option_that_the_bundle_decides(

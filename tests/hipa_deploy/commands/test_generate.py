@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+from hipa_deploy.commands.app import main
+from hipa_deploy.images.png import read_parameters
 
 
 @pytest.mark.parametrize(
@@ -12,6 +16,7 @@ import pytest
     [
         (["emoji"], "Missing argument"),
         (["emoji", "apple", "--count", "many"], "--count"),
+        (["emoji", "(red:1.2.3)", "--prompt-weights"], "is no weight. Expected a number"),
         (["emoji", "apple", "--nope"], "--nope"),
         (["/no/such", "apple"], "does not exist"),
         (["emoji", "apple", "--backend", "vulkan"], "vulkan"),
@@ -22,3 +27,22 @@ import pytest
 )
 def test_a_mistake(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
     assert message in refused("generate", *arguments)
+
+
+def test_what_looks_like_a_weight_is_said_to_be_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def note(name: str, *options: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(
+                ["generate", "emoji", "a (red:1.3) apple", "--out", str(tmp_path / name), *options]
+            )
+        assert not stopped.value.code
+        return capsys.readouterr().err
+
+    assert "note: '(red:1.3)' is read as text. --prompt-weights reads it" in note("text.png")
+    assert "note" not in note("weights.png", "--prompt-weights")
+    assert "note" not in note("asked.png", "--no-prompt-weights")
+    text, weights, asked = (tmp_path / f"{name}.png" for name in ("text", "weights", "asked"))
+    assert text.read_bytes() == asked.read_bytes() != weights.read_bytes()
+    assert read_parameters(weights)["prompt_weights"] is True

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hipa_deploy.demo.steps import MARKER, open_folder, print_summary
+from hipa_deploy.demo.steps import MARKER, alone_in, choose_folder, open_folder, print_summary
 from hipa_deploy.errors import HipaError
 
 
@@ -46,3 +46,23 @@ def test_the_summary_says_what_ran_here(
     text = console.export_text()
     for part in ("contact_sheet.png (before | after)", "result: 1", *expected):
         assert part in text
+
+
+def test_without_a_name_the_first_folder_that_fits_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    apple = {"task": "edit"}
+    assert choose_folder(apple) == Path("demo")
+    open_folder(Path("demo"), apple)
+    assert choose_folder(apple) == Path("demo")  # continued
+    assert choose_folder({"task": "inpaint"}) == Path("demo-2")
+    Path("demo-2").mkdir()
+    (tmp_path / "demo-2" / "photo").touch()
+    assert choose_folder({"task": "inpaint"}) == Path("demo-3")
+
+
+def test_two_demos_in_one_folder(tmp_path: Path) -> None:
+    with alone_in(tmp_path), pytest.raises(HipaError, match=r"demo folder .* is writing here"):
+        alone_in(tmp_path).__enter__()
+    assert list(tmp_path.iterdir()) == []

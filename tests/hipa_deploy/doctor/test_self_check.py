@@ -11,9 +11,9 @@ from hipa_deploy import OneStepPipeline, embedded
 from hipa_deploy.bundle.folder import MANIFEST, Bundle
 from hipa_deploy.bundle.reference import REFERENCE_PROMPTS, REFERENCE_TENSORS, Reference
 from hipa_deploy.commands.app import main
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.doctor.self_check import check_bundle, check_pipeline
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
 
 
 @pytest.fixture

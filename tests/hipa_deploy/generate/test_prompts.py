@@ -8,10 +8,15 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompts import (
     CACHED_BATCHES,
     BakedPrompts,
+    EncodedPrompt,
     EncodedPrompts,
     read_baked_prompts,
 )
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
+
+
+def no_encoder(tokens_BL: np.ndarray) -> np.ndarray:
+    raise AssertionError("the text encoder ran")
 
 
 def bake(folder: Path, prompts: list[str], contexts: int) -> BakedPrompts:
@@ -24,7 +29,7 @@ def bake(folder: Path, prompts: list[str], contexts: int) -> BakedPrompts:
 
 def test_baked_contexts_are_looked_up(tmp_path: Path) -> None:
     source = bake(tmp_path, ["a cat", "a dog"], 2)
-    feed = source.feed(source.prepare(["a dog", "a cat", "a dog"], truncate=False))
+    feed = source.feed(source.prepare(["a dog", "a cat", "a dog"], truncate=False), no_encoder)
     assert list(feed) == ["context"]
     context_BLD = feed["context"]
     assert context_BLD.dtype == np.float16
@@ -76,16 +81,54 @@ def test_a_prompt_that_is_too_long_may_be_cut(tmp_path: Path) -> None:
     with pytest.raises(PromptTooLongError, match="Shorten it, or pass --truncate") as caught:
         source.prepare(["red red red"], truncate=False)
     assert "--truncate" not in caught.value.problem
-    assert source.prepare(["red red red"], truncate=True)[0].tolist() == [0, 2, 2, 1]
+    assert source.prepare(["red red red"], truncate=True)[0].tokens_L.tolist() == [0, 2, 2, 1]
 
 
 def test_contexts_are_remembered_and_forgotten() -> None:
     source = EncodedPrompts(None)  # type: ignore[arg-type]  # feed and keep need no tokenizer
-    batches = [[np.asarray([number])] for number in range(CACHED_BATCHES + 1)]
+    batches = [[EncodedPrompt(np.asarray([n]))] for n in range(CACHED_BATCHES + 1)]
     for batch in batches[:-1]:
-        assert list(source.feed(batch)) == ["tokens"]
-        source.keep(batch, np.stack(batch).astype(np.float32))
-    assert all(source.feed(batch)["context"] == batch[0] for batch in batches[:-1])
+        assert list(source.feed(batch, no_encoder)) == ["tokens"]
+        source.keep(batch, batch[0].tokens_L.astype(np.float32))
+    assert all(
+        source.feed(batch, no_encoder)["context"] == batch[0].tokens_L for batch in batches[:-1]
+    )
     source.keep(batches[-1], np.zeros((1, 1), np.float32))  # pushes out the first
-    assert list(source.feed(batches[0])) == ["tokens"]
-    assert list(source.feed(batches[1])) == ["context"]
+    assert list(source.feed(batches[0], no_encoder)) == ["tokens"]
+    assert list(source.feed(batches[1], no_encoder)) == ["context"]
+
+
+def test_weights_change_the_context_and_not_what_is_remembered() -> None:
+    rust = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "red": 2, "pear": 3}, unk_token="</s>"))
+    rust.pre_tokenizer = pre_tokenizers.Whitespace()
+    rust.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    rust.enable_truncation(4)
+    rust.enable_padding(length=4, pad_id=1, pad_token="</s>")
+    source = EncodedPrompts(PromptTokenizer.of(rust.to_str(), "tokenizer"))
+    calls = []
+
+    def encode(tokens_BL: np.ndarray) -> np.ndarray:
+        calls.append(tokens_BL)
+        return (tokens_BL[..., None] + np.asarray([1.0, 2.0])).astype(np.float16)
+
+    weighed = source.prepare(["(red:2) pear"], truncate=False, weights=True)
+    assert weighed[0].tokens_L.tolist() == [0, 2, 3, 1]
+    assert weighed[0].weights_L.tolist() == [1, 2, 1, 1]
+    context = source.feed(weighed, encode)["context"]
+    assert context.dtype == np.float16
+    assert context[0, 1, 0] / context[0, 0, 0] == pytest.approx(2 * 3 / 1, rel=1e-3)
+
+    # The same words without weights: what the encoder gave, and no second call of it.
+    plain = source.prepare(["red pear"], truncate=False, weights=True)
+    assert plain[0].weights_L is None
+    np.testing.assert_array_equal(source.feed(plain, no_encoder)["context"], encode(calls[0]))
+    assert source.prepare(["(red:2)"], truncate=True)[0].weights_L is None
+
+
+def test_a_closed_set_keeps_how_it_was_baked(tmp_path: Path) -> None:
+    source = bake(tmp_path, ["a (cat:1.3)"], 1)
+    assert source.reads_weights(None) is False
+    with pytest.raises(HipaError, match="baked without prompt weights"):
+        source.reads_weights(True)

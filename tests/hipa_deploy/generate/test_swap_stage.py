@@ -11,11 +11,11 @@ import pytest
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.adaptor_swap import FOLDER, MANIFEST, REFERENCE, SwapManifest
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.engines.tensorrt.refit import RefitFailedError
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.stages import HostStages
-from hipa_deploy.hashing import file_sha256
 from tests.engines.fake_refit import FakeEngine, assert_weights, fake_trt
 from tests.swap_samples import scaled_weights, write_swap
 

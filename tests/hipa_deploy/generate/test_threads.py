@@ -121,7 +121,7 @@ def engine_pipe(root: Path, monkeypatch: pytest.MonkeyPatch) -> OneStepPipeline:
     pipe = OneStepPipeline(
         Bundle.open(root), "tensorrt", HostStages("tensorrt", {"unet": EngineInPlace()})
     )
-    monkeypatch.setattr(pipe._prompts, "feed", lambda prompts: {})
+    monkeypatch.setattr(pipe._prompts, "feed", lambda prompts, encode: {})
     return pipe
 
 
@@ -163,6 +163,10 @@ def test_closing_waits_for_the_image_under_way(engine_pipe: OneStepPipeline) -> 
     assert set(in_threads(make_until_closed)) == {"the runner is closed"}
 
 
+def no_encoder(tokens_BL: np.ndarray) -> np.ndarray:
+    raise AssertionError("the text encoder ran")
+
+
 class NumberedTokenizer:
     """A tokenizer of prompts that are numbers."""
 
@@ -176,9 +180,9 @@ def test_contexts_are_remembered_and_forgotten_by_several_threads() -> None:
     def fill(number: int) -> None:
         for step in range(2000):
             value = number + THREADS * step
-            prepared = cache.prepare([str(value)], truncate=False)
+            prepared: list = cache.prepare([str(value)], truncate=False)
             cache.keep(prepared, np.full(1, value))
-            known = cache.feed(prepared)
+            known = cache.feed(prepared, no_encoder)
             # Another thread may have filled the cache meanwhile.
             assert known.get("context", value) == value
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.embedded import ADAPTOR, MODEL
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.adaptor_folder import (
     ENCODER_WEIGHTS,
     METADATA,

@@ -1,10 +1,12 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
 from hipa_deploy import embedded
 from hipa_deploy.errors import HipaError
-from hipa_deploy.models.locate import model_folder
+from hipa_deploy.models.locate import model_folder, model_name, resolve_decoder
+from tests.packaging import hub_cache
 
 
 def test_emoji_is_the_embedded_model_unless_a_folder_is_here(
@@ -35,3 +37,39 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = "owner/name: no such folder, and the hub did not provide it: cannot reach"
     with pytest.raises(HipaError, match=expected):
         model_folder("owner/name")
+
+
+def test_a_repository_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    snapshot = hub_cache(embedded.MODEL, tmp_path)
+    home = tmp_path / "models--owner--name"
+    assert model_folder(str(home)) == model_folder(str(snapshot)) == snapshot
+    assert model_name(str(home), snapshot) == "owner/name"
+    assert resolve_decoder(str(home), "emoji") == snapshot
+
+    # The only snapshot is meant, whatever the branch says.
+    (home / "refs/main").write_text("another commit")
+    assert model_folder(str(home)) == snapshot
+    (home / "snapshots/fedcba").mkdir()
+    with pytest.raises(
+        HipaError, match=r"has 2 snapshots, and refs/main.* Give .*0123456789abcdef"
+    ):
+        model_folder(str(home))
+    (home / "refs/main").write_text(f"{snapshot.name}\n")
+    assert model_folder(str(home)) == snapshot
+    shutil.rmtree(home / "snapshots")
+    (home / "snapshots").mkdir()
+    with pytest.raises(HipaError, match=r"has 0 snapshots.* Download the model again"):
+        model_folder(str(home))
+
+
+def test_what_a_manifest_calls_a_model(tmp_path: Path) -> None:
+    assert model_name("owner/name", Path("elsewhere/folder")) == "owner/name"
+    assert model_name("emoji", embedded.MODEL) == "emoji"
+    assert model_name(str(tmp_path), tmp_path) == tmp_path.name
+
+
+def test_a_folder_around_one_checkpoint(tmp_path: Path) -> None:
+    """As a clone of a repository of checkpoints is."""
+    (tmp_path / "v1-5.CKPT").touch()
+    with pytest.raises(HipaError, match=r"has no model_index.json.* such as .*v1-5.CKPT"):
+        model_folder(str(tmp_path))

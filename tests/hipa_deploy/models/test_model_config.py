@@ -18,6 +18,7 @@ from diffusers import schedulers
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.configurations import write_config
 from hipa_deploy.models.model_config import SAME_DEFAULTS, SCHEDULE_KEYS, ModelConfig
+from tests.published import PUBLISHED, write_configs
 from tests.tiny_model import make_model
 
 VAE = "vae/config.json"
@@ -202,9 +203,7 @@ def test_a_schedule_of_500_timesteps(sd15: Path) -> None:
         config.alpha_bar(999)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"beta_schedule": "no_such"}, {"beta_start": -1.0}, {"beta_end": "x"}]
-)
+@pytest.mark.parametrize("changes", [{"beta_schedule": "no_such"}, {"beta_start": -1.0}])
 def test_a_schedule_that_cannot_be_made(sd15: Path, changes: dict) -> None:
     change(sd15, SCHEDULER, **changes)
     with pytest.raises(HipaError, match="its noise schedule cannot be made"):
@@ -222,3 +221,59 @@ def test_files_that_are_missing(sd15: Path) -> None:
     shutil.rmtree(sd15 / "vae")
     with pytest.raises(HipaError, match="no readable vae/config"):
         ModelConfig.read(sd15)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "predicts"),
+    [
+        ("v1-5", 512, "epsilon"),
+        ("2-1-base", 512, "epsilon"),
+        ("2-1", 768, "v_prediction"),
+        ("sd-turbo", 512, "epsilon"),
+    ],
+)
+def test_the_configurations_as_published(
+    tmp_path: Path, name: str, size: int, predicts: str
+) -> None:
+    config = ModelConfig.read(write_configs(name, tmp_path), "generate")
+    assert config.native_size == (size, size)
+    assert config.latent_channels == 4
+    assert config.vae_factor == 8
+    assert config.scaling_factor == 0.18215
+    assert config.text_width == (768 if name == "v1-5" else 1024)
+    assert config.prediction_type == predicts
+    # Stable Diffusion's schedule, of which the papers give the last value.
+    assert config.last_timestep == 999
+    assert config.alpha_bar(999) == pytest.approx(0.0046601, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_files_lack_what_they_lack(tmp_path: Path, name: str) -> None:
+    """Otherwise the test above would not test the defaults."""
+    folder = write_configs(name, tmp_path)
+    vae = json.loads((folder / "vae/config.json").read_text())
+    schedule = json.loads((folder / SCHEDULER).read_text())
+    assert ("scaling_factor" in vae) == (name == "sd-turbo")
+    assert ("prediction_type" in schedule) == (name != "v1-5")
+    assert schedule["trained_betas"] is None
+
+
+@pytest.mark.parametrize("betas", [[], [0.1, 1.5], [-0.1], ["x"], 0.1, "linear"])
+def test_trained_betas_that_are_none(sd15: Path, betas: Any) -> None:
+    change(sd15, SCHEDULER, trained_betas=betas)
+    with pytest.raises(HipaError, match=r"has trained_betas=.* Expected null, or a number from 0"):
+        ModelConfig.read(sd15)
+
+
+def test_trained_betas_are_the_schedule(sd15: Path) -> None:
+    change(sd15, SCHEDULER, trained_betas=[0.1, 0.5])
+    config = ModelConfig.read(sd15)
+    assert config.last_timestep == 1
+    assert config.alpha_bar(1) == pytest.approx(0.9 * 0.5)
+
+
+@pytest.mark.parametrize("changes", [{"beta_start": 0.9}, {"beta_end": 30.0}])
+def test_a_schedule_without_sense(sd15: Path, changes: dict) -> None:
+    change(sd15, SCHEDULER, **changes)
+    with pytest.raises(HipaError, match=r"its noise schedule (has \d+ timesteps|cannot be made)"):
+        _ = ModelConfig.read(sd15).alphas_cumprod

@@ -13,6 +13,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.models.locate import model_folder, unpacked
 from hipa_deploy.models.single_file import CROSS_ATTENTION, FIRST_LAYER, PARTS, TEXT
 from tests.original_layout import write_checkpoint
+from tests.packaging import hub_cache
 from tests.tiny_model import make_model
 
 FILES = {
@@ -249,7 +250,7 @@ def test_a_cache_that_cannot_be_written(
 
     checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
     monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
-    with pytest.raises(HipaError, match=r"cannot be stored in .*: No space left"):
+    with pytest.raises(HipaError, match=r"cannot be written: the disk is full"):
         model_folder(str(checkpoint), str(folder))
 
 
@@ -334,3 +335,10 @@ def test_a_config_is_for_one_file(folder: Path, resolve: Callable) -> None:
     with pytest.raises(HipaError, match="--config is for a checkpoint in one file"):
         resolve(str(folder), "sd15")
     assert str(resolve(str(folder))) == str(folder)
+
+
+def test_configurations_in_the_cache_of_the_hub(folder: Path, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
+    hub_cache(folder, tmp_path)
+    out = model_folder(str(checkpoint), str(tmp_path / "models--owner--name"))
+    assert same_weights(folder, out)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.data import teacher_pairs as module
 from hipa_deploy.train.data.teacher_pairs import (
@@ -56,6 +58,12 @@ def test_without_guidance_the_empty_prompt_does_not_matter(model: DiffusionModel
     assert torch.equal(
         first, teacher_latents(model, noise, context, torch.full_like(context, torch.nan), plain)
     )
+
+
+@pytest.mark.parametrize("sampler", ["euler", "DDIM", ""])
+def test_a_sampler_of_no_known_name(model: DiffusionModel, sampler: str) -> None:
+    with pytest.raises(HipaError, match=f"'{sampler}' is unknown. Expected ddim or dpmsolver"):
+        teacher_scheduler(model.schedule, sampler)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
@@ -206,6 +214,13 @@ def test_cache_key_depends_on_content(
     ]
     assert len({key(), *changed}) == 8
     assert key(pairs=100) == key()
+
+    # How prompts are encoded is part of it, but for defaults, which older pairs do not name.
+    texts = [TextSettings(clip_skip=1), TextSettings(context_tokens=154)]
+    texts.append(TextSettings(prompt_weights=True))
+    encoded = [key(replace(model, text=text)) for text in texts]
+    assert len({key(), *encoded}) == 4
+    assert key(replace(model, text=TextSettings())) == key()
 
 
 def test_every_prompt_equally_often() -> None:

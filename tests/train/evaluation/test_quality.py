@@ -146,11 +146,11 @@ def test_damaged_weights_are_refused(model: DiffusionModel, tmp_path: Path) -> N
     with torch.no_grad():
         model.unet.conv_in.weight[0] = torch.inf
     model.pipe.save_pretrained(tmp_path / "model")
-    with pytest.raises(HipaError, match=r"unet weight conv_in.weight is not finite"):
+    with pytest.raises(HipaError, match=r"weight conv_in.weight holds NaN or infinity"):
         DiffusionModel.load(tmp_path / "model")
     weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(HipaError, match="cannot be loaded"):
+    with pytest.raises(HipaError, match="is damaged"):
         DiffusionModel.load(tmp_path / "model")
 
 

@@ -78,7 +78,7 @@ def test_a_model_that_is_one_step_itself() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lcm-sd15", "lcm-sd15 is a LoRA. Give its file: FILE=lcm-sd15"),
+        ("lcm-sd15", "lcm-sd15 is a LoRA. Name its file too: --rival FILE=lcm-sd15"),
         ("no.safetensors=lcm-sd15", "no.safetensors does not exist"),
         ("x=quick", "one-step method 'quick' does not exist"),
         ("hipa", "hipa is the step of --adaptor"),

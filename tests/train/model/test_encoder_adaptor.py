@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import save_file
 
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.images.example_source import example_image
 from hipa_deploy.models.adaptor_folder import (
     ENCODER_WEIGHTS,
@@ -195,7 +195,7 @@ def test_targets_do_not_depend_on_the_encoder_adaptor(
     """Not even where they do not fit in memory, and are made anew while the encoder learns."""
     monkeypatch.setattr(teacher_pairs_module, "TABLE_BYTES", 0)
     Image.fromarray(example_image(32, 32)).save(tmp_path / "a.png")
-    originals, _ = folder_source_images(model, tmp_path, [], QUIET)
+    originals, _ = folder_source_images(model, tmp_path, [], QUIET, captions=False)
     before = originals.latents(torch.tensor([0]))
     add_encoder_adaptor(model.vae, 2, seed=0)
     for weight in adaptor_parameters(model.vae).values():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.hashing import file_sha256
 from hipa_deploy.models.lora.find_lora import FoundFile, find_lora, lora_sha256
 
 

@@ -1,0 +1,153 @@
+"""A part of a model from its folder, whole: the one loader of training, evaluation and export.
+
+``from_pretrained`` of diffusers and transformers fills a weight that the files lack with random
+numbers, and leaves out one that the configuration has no place for. It only warns of both. Here
+both are errors, and so is a shape that differs.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.weights.part_config import build, read_config
+from hipa_deploy.models.weights.weight_file import load_tensors
+from hipa_deploy.models.weights.weight_files import current_name, find_weights
+from hipa_deploy.models.weights.weight_identity import COMPUTED
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PARTS = ("text_encoder", "unet", "vae")
+CONFIG = "config.json"
+ALIGNMENT = 64  # bytes, of torch's memory on a CPU
+TEXT_PREFIX = "text_model."
+# A whole CLIP has an image half and projections beside its text encoder.
+BESIDE_TEXT = re.compile(r"(vision_model|visual_projection|text_projection)\..*|logit_scale")
+TEXT_LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\..*")
+
+
+def check_weights(folder: Path) -> None:
+    """Check that every part of a model has files of weights, before any is loaded.
+
+    Args:
+        folder: a diffusers folder.
+
+    Raises:
+        HipaError: a part has none, or lacks a shard.
+
+    """
+    for part in PARTS:
+        find_weights(folder / part)
+
+
+def load_part(kind: Any, where: Path) -> Any:
+    """Load a part in float32, frozen, in evaluation mode, on the CPU.
+
+    Args:
+        kind: a model class of diffusers, or CLIPTextModel of transformers.
+        where: the part's folder, with config.json and weights.
+
+    Raises:
+        HipaError: the folder is incomplete or damaged, its weights and its configuration are of
+            different models, or a weight is not finite.
+
+    Example:
+        >>> unet = load_part(UNet2DConditionModel, Path("stable-diffusion-v1-5/unet"))
+        >>> unet.dtype, unet.training
+        (torch.float32, False)
+
+    """
+    tensors = _read(where)
+    module = _empty(kind, where)
+    _fill(module, tensors, where)
+    return module.requires_grad_(False).eval()
+
+
+def _read(where: Path) -> dict[str, Tensor]:
+    """Return the weights of a folder in float32, by their current names."""
+    import torch
+
+    tensors: dict[str, Tensor] = {}
+    for path in find_weights(where):
+        file = load_tensors(path)
+        # One by one, so that a part in half precision is never in memory twice.
+        for name in list(file):
+            stored = file.pop(name)
+            if name.endswith(COMPUTED):
+                continue
+            if not stored.is_floating_point():
+                raise HipaError(
+                    f"{path}: weight {name} holds {stored.dtype}. Expected floating-point numbers."
+                )
+            weight = stored.float()
+            if not torch.isfinite(weight).all():
+                raise HipaError(
+                    f"{path}: weight {name} holds NaN or infinity. Expected finite weights."
+                )
+            # Where a matrix starts decides how it is multiplied, and so how a result is rounded.
+            # In a file it starts anywhere: in torch's own memory, every file gives equal results.
+            if weight.data_ptr() % ALIGNMENT:
+                weight = weight.clone()
+            tensors[current_name(name)] = weight
+    return tensors
+
+
+def _empty(kind: Any, where: Path) -> nn.Module:
+    """Make the module that config.json describes, without memory for its weights."""
+    import torch
+
+    module = build(kind, read_config(where, CONFIG), where / CONFIG)
+    # CLIP numbers its positions itself; these numbers are in no file.
+    for part in module.modules():
+        numbers = getattr(part, COMPUTED, None)
+        if isinstance(numbers, torch.Tensor):
+            count = numbers.shape[-1]
+            setattr(part, COMPUTED, torch.arange(count).expand((1, -1)))
+    return module
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Give ``module`` its weights, after a check that they are its own."""
+    expected = module.state_dict()
+    # transformers names the text encoder without the prefix since 5.6.
+    if not any(name.startswith(TEXT_PREFIX) for name in expected):
+        tensors = {name.removeprefix(TEXT_PREFIX): weight for name, weight in tensors.items()}
+
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise HipaError(f"{where}: weight {missing[0]}{more} missing. Copy the model again.")
+    for name, weight in tensors.items():
+        if name in expected:
+            _check_shape(where, name, weight, expected[name])
+        elif not _is_left_out(module, name):
+            raise HipaError(
+                f"{where}: config.json has no place for weight {name}. Expected both of one model. "
+                "Copy the model again."
+            )
+    module.load_state_dict({name: tensors[name] for name in expected}, assign=True)
+
+
+def _is_left_out(module: nn.Module, name: str) -> bool:
+    """Whether the files of a text encoder may hold a weight that it does not use.
+
+    Layers beyond those of config.json are left out on purpose: that is how a folder says clip skip.
+    """
+    layers = getattr(module.config, "num_hidden_layers", None)
+    if layers is None:
+        return False
+    match = TEXT_LAYER.fullmatch(name)
+    if match:
+        return int(match[1]) >= layers
+    return BESIDE_TEXT.fullmatch(name) is not None
+
+
+def _check_shape(where: Path, name: str, got: Tensor, expected: Tensor) -> None:
+    if got.shape != expected.shape:
+        raise HipaError(
+            f"{where}: weight {name} has the shape {list(got.shape)}, and config.json asks for "
+            f"{list(expected.shape)}. Expected both of one model. Copy the model again."
+        )

@@ -1,0 +1,153 @@
+"""The formats that the suite knows. Each is a valid sample, and the command that reads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hipa_deploy.bundle.adaptor_swap import FOLDER, MANIFEST
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.embedded import BUNDLE
+from tests.engines.engine_samples import put_engine, save_conv, write_bundle
+from tests.hostile.harness import Format
+from tests.swap_samples import scaled_weights, write_swap
+
+PROMPT = "3d emoji of a red apple"
+GENERATE = ("generate", "bundle", PROMPT, "--backend", "onnxruntime", "--out", "image.png")
+DOCTOR = ("doctor", "bundle", "--backend", "onnxruntime")
+SWAP = f"bundle/{FOLDER}/night"
+
+
+def embedded_bundle(folder: Path) -> Bundle:
+    return Bundle.open(Path(shutil.copytree(BUNDLE, folder / "bundle")))
+
+
+def with_swap(folder: Path) -> None:
+    bundle = embedded_bundle(folder)
+    write_swap(bundle, folder / SWAP, scaled_weights(bundle, 0.5))
+
+
+def with_baked_prompts(folder: Path) -> None:
+    """A bundle of two prompts, without text encoder and tokenizer."""
+    bundle = embedded_bundle(folder)
+    root = bundle.root
+    (root / "prompts").mkdir()
+    (root / "prompts/prompts.txt").write_text(f"{PROMPT}\nanother prompt\n")
+    with np.load(root / "reference/tensors.npz") as tensors:
+        context_1LD = tensors["context"]
+    np.save(root / "prompts/contexts.npy", np.float16(np.concatenate([context_1LD] * 2)))
+    for gone in ("text_encoder", "tokenizer"):
+        shutil.rmtree(root / gone)
+
+    def edit(manifest: dict[str, Any]) -> None:
+        del manifest["stages"][0]
+        kept = {}
+        for name, sha256 in manifest["files"].items():
+            if name.split("/")[0] not in ("text_encoder", "tokenizer"):
+                kept[name] = sha256
+        for name in ("prompts/prompts.txt", "prompts/contexts.npy"):
+            kept[name] = file_sha256(root / name)
+        manifest["files"] = kept
+
+    _change(root / "hipa.json", edit)
+
+
+def with_engine(folder: Path) -> None:
+    save_conv(folder / "bundle/unet/model.onnx", np.float16)
+    sidecar = put_engine(write_bundle(folder / "bundle"))
+    for path in (sidecar, sidecar.with_suffix(".engine")):
+        shutil.copy(path, folder / f"bundle/engines/unet{path.suffix}")
+
+
+def _change(path: Path, edit: Any) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def bundle_hashes(folder: Path) -> None:
+    """Correct the hashes of the bundle's manifest."""
+    _correct(folder / "bundle", folder / "bundle/hipa.json")
+
+
+def swap_hashes(folder: Path) -> None:
+    """Correct the hashes of the swap's manifest."""
+    _correct(folder / SWAP, folder / SWAP / MANIFEST)
+
+
+def _correct(root: Path, manifest: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        for name in content["files"]:
+            path = root / name
+            # A file of 40 GB would take minutes, and its size is refused before its hash.
+            if path.is_file() and path.stat().st_size < 10**9:
+                content["files"][name] = file_sha256(path)
+
+    _change(manifest, edit)
+
+
+FORMATS = (
+    Format("manifest", embedded_bundle, "bundle/hipa.json", "json", GENERATE),
+    Format(
+        "tokenizer",
+        embedded_bundle,
+        "bundle/tokenizer/tokenizer.json",
+        "json",
+        GENERATE,
+        bundle_hashes,
+    ),
+    Format("unet", embedded_bundle, "bundle/unet/model.onnx", "onnx", GENERATE, bundle_hashes),
+    Format("swap", with_swap, f"{SWAP}/swap.json", "json", (*GENERATE, "--adaptor", "night")),
+    Format(
+        "swap weights",
+        with_swap,
+        f"{SWAP}/weights.npz",
+        "npz",
+        (*GENERATE, "--adaptor", "night"),
+        swap_hashes,
+    ),
+    Format(
+        "reference tensors",
+        embedded_bundle,
+        "bundle/reference/tensors.npz",
+        "npz",
+        DOCTOR,
+        bundle_hashes,
+    ),
+    Format(
+        "reference prompts",
+        embedded_bundle,
+        "bundle/reference/prompts.json",
+        "json",
+        DOCTOR,
+        bundle_hashes,
+    ),
+    Format(
+        "baked contexts",
+        with_baked_prompts,
+        "bundle/prompts/contexts.npy",
+        "npy",
+        GENERATE,
+        bundle_hashes,
+    ),
+    Format(
+        "baked prompts",
+        with_baked_prompts,
+        "bundle/prompts/prompts.txt",
+        "text",
+        GENERATE,
+        bundle_hashes,
+    ),
+    Format(
+        "sidecar",
+        with_engine,
+        "bundle/engines/unet.json",
+        "json",
+        ("doctor", "bundle/engines/unet.json"),
+    ),
+)
