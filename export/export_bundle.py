@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from hipa_deploy import __version__
 from hipa_deploy.bundle.folder import MANIFEST, SCHEMA, Bundle
 from hipa_deploy.bundle.manifest import Manifest, Stage
+from hipa_deploy.bundle.signature import sign
 from hipa_deploy.disk.files import new_folder
 from hipa_deploy.embedded import EXAMPLE_PROMPT, MODEL
 from hipa_deploy.export.builders import bundle_sources
@@ -165,6 +166,8 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             files=file_hashes(root),
         )
         (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if options.signing_key is not None:
+            sign(root / MANIFEST, options.signing_key)
     return Bundle.open(options.out)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from hipa_deploy.bundle.adaptor_swap import check_encoder
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import MAX_BATCH, OneStep
+from hipa_deploy.bundle.signature import read_private_key
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.disk.files import check_space, refuse_to_overwrite
 from hipa_deploy.errors import HipaError
@@ -163,6 +164,8 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
             )
     if options.adaptor is not None:
         check_adaptor_path(options.adaptor)
+    if options.signing_key is not None:
+        read_private_key(options.signing_key)
     if options.one_step is not None:
         load_method(options.one_step)
     if options.prompts is not None:
@@ -216,6 +219,7 @@ class SwapOptions:
         decoder: the AutoencoderTiny folder of a fused bundle; None is the model's VAE.
         style: LoRAs to merge before the adaptor, and the bundle's own embeddings.
         one_step: the step of a LoRA that others made, as for ``ExportOptions``.
+        signing_key: the private key that signs swap.json; None leaves it unsigned.
 
     """
 
@@ -227,6 +231,7 @@ class SwapOptions:
     decoder: Path | None = None
     style: Style = field(default_factory=Style)
     one_step: str | None = None
+    signing_key: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -263,6 +268,8 @@ def check_swap_request(options: SwapOptions) -> None:
     """
     refuse_to_overwrite(options.out)
     _check_scale(options.adaptor_scale)
+    if options.signing_key is not None:
+        read_private_key(options.signing_key)
     if options.adaptor is not None:
         check_adaptor_path(options.adaptor)
     bundle = Bundle.open(options.bundle)

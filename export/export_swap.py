@@ -32,6 +32,7 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import AdaptorInfo, LoraInfo, Stage
 from hipa_deploy.bundle.onnx_weights import Initializer, read_initializers, skeleton_sha256
 from hipa_deploy.bundle.reference import Reference
+from hipa_deploy.bundle.signature import sign
 from hipa_deploy.disk.files import new_folder, temporary_folder
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
@@ -128,6 +129,8 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         made_from = (references.adaptor, parts.style.info.loras)
         manifest = _manifest(bundle, stage, onnx, weights, made_from, text, root)
         (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if options.signing_key is not None:
+            sign(root / MANIFEST, options.signing_key)
     return AdaptorSwap.open(bundle, options.out)
 
 

@@ -149,6 +149,14 @@ def export(
             "given bundle, for hipa-generate --adaptor."
         ),
     ] = None,
+    sign: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="KEY",
+            help="Sign what is written with this Ed25519 private key, in PEM. Devices that set "
+            "HIPA_PUBLIC_KEY to the public key take nothing else.",
+        ),
+    ] = None,
 ) -> None:
     """Export a model, with an adaptor merged, as a bundle of ONNX models.
 
@@ -185,11 +193,11 @@ def export(
         if not others_are_default:
             raise HipaError(
                 "--swap-for takes --model, --adaptor, --adaptor-scale, --one-step, --lora, "
-                "--embedding, --decoder and --out; the bundle decides everything else. "
+                "--embedding, --decoder, --sign and --out; the bundle decides everything else. "
                 "Leave the other options out."
             )
         style = parse_style(lora, embedding)
-        _export_swap(model, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out)
+        _export_swap(model, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out, sign)
         return
 
     from hipa_deploy.embedded import resolve_adaptor
@@ -219,6 +227,7 @@ def export(
         prompt_weights=prompt_weights,
         style=parse_style(lora, embedding),
         one_step=one_step,
+        signing_key=sign,
     )
     # Before a checkpoint in one file is converted, which takes minutes, or TAESD is fetched.
     check_options(options, decoder=decoder, encoder=encoder)
@@ -263,6 +272,7 @@ def _export_swap(
     decoder: str,
     bundle: Path,
     out: Path,
+    signing_key: Path | None,
 ) -> None:
     """Write to ``out`` the weights of adaptor and LoRAs that differ from those of ``bundle``."""
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
@@ -284,6 +294,7 @@ def _export_swap(
         out=out,
         decoder=resolve_decoder(decoder, model),
         one_step=one_step,
+        signing_key=signing_key,
     )
     check_swap_request(options)
 

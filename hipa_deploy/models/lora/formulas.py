@@ -22,7 +22,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.models.lora.kinds import kind_of
 
 
@@ -41,18 +41,18 @@ def weight_change(
         HipaError: tensors that do not fit each other or the weight.
 
     """
-    kind = kind_of(layer, tensors)
-    try:
-        change = _CHANGES[kind](tensors)
-    except RuntimeError as error:
-        raise HipaError(f"layer {layer}: its tensors do not fit each other ({error}).") from None
-    fits = change.shape[:1] == weight.shape[:1] and change.numel() == weight.numel()
+    change_of = _CHANGES[kind_of(layer, tensors)]
+    shapes = {role: value.to("meta") for role, value in tensors.items()}
+    with as_line(f"layer {layer}: its tensors do not fit each other", "Copy the file again."):
+        # First without memory: the product of two small matrices can be of any size.
+        shape = change_of(shapes).shape
+    fits = shape[:1] == weight.shape[:1] and shape.numel() == weight.numel()
     if not fits:
         raise HipaError(
-            f"layer {layer}: the file changes {list(change.shape)} values, "
+            f"layer {layer}: the file changes {list(shape)} values, "
             f"the model's weight is {list(weight.shape)}. It is for another model."
         )
-    return change.reshape(weight.shape) * scaling
+    return change_of(tensors).reshape(weight.shape) * scaling
 
 
 def _lora_change(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.models.lora.find_lora import find_lora, lora_sha256
 from hipa_deploy.models.lora.kinds import Shaped, kind_of, rank_of
 from hipa_deploy.models.lora.names import LayerKey, ModuleNames, role_of
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SDXL = "text_encoder_2"  # the part that SDXL has, and SD 1.x and 2.x do not
 SDXL_CONTEXT = 2048  # width of its text contexts; 768 in SD 1.x, 1024 in SD 2.x
 AnyTensor = TypeVar("AnyTensor", bound=Shaped)
+MAX_SIDE = 65_536
 FAMILY = "Use the LoRA with the model family that it was trained on."
 
 
@@ -105,13 +106,26 @@ def _layer(
     file: Path, key: LayerKey, roles: Mapping[str, Tensor], settings: PeftSettings
 ) -> LoraLayer:
     try:
-        kind = kind_of(str(key), roles)
-        rank = rank_of(kind, roles)
-        if rank == 0:
-            raise HipaError(f"layer {key} has rank 0. Copy or convert the file again.")
-        return LoraLayer(roles, settings.scaling(key, kind, rank, roles.get("alpha")), rank)
+        # A tensor of no dimensions where a matrix belongs, for one.
+        with as_line(f"layer {key} cannot be read", "Copy or convert the file again."):
+            _check_sizes(key, roles)
+            kind = kind_of(str(key), roles)
+            rank = rank_of(kind, roles)
+            if rank == 0:
+                raise HipaError(f"layer {key} has rank 0. Copy or convert the file again.")
+            return LoraLayer(roles, settings.scaling(key, kind, rank, roles.get("alpha")), rank)
     except HipaError as error:
         raise HipaError(f"{file}: {error}") from None
+
+
+def _check_sizes(key: LayerKey, roles: Mapping[str, Tensor]) -> None:
+    """Refuse a side that no layer has: a product with it could need any amount of memory."""
+    for role, value in roles.items():
+        if max(value.shape, default=0) > MAX_SIDE:
+            raise HipaError(
+                f"layer {key} has a {role} of shape {list(value.shape)}. Expected at most "
+                f"{MAX_SIDE} along each axis. Copy or convert the file again."
+            )
 
 
 def by_layer(
