@@ -25,7 +25,7 @@ from hipa_deploy.export.bundle_files import (
 )
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.export_request import Request, check_request
+from hipa_deploy.export.export_request import check_request, resolve_request
 from hipa_deploy.export.graph.axes import stage_axes
 from hipa_deploy.export.graph.modules import stage_specs
 from hipa_deploy.export.model_parts import ModelParts
@@ -66,17 +66,18 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         ['text_encoder', 'unet', 'vae_decoder']
 
     """
-    return export_checked(check_request(options), console)
+    check_request(options)
+    return export_checked(options, console)
 
 
-def export_checked(request: Request, console: Console | None = None) -> Bundle:
+def export_checked(options: ExportOptions, console: Console | None = None) -> Bundle:
     """Export what ``check_request`` has checked; see ``export_bundle``.
 
     Raises:
         HipaError: as ``export_bundle``.
 
     """
-    options = request.options
+    request = resolve_request(options)
     model = request.model
     settings = request.settings
     places = request.places

@@ -31,11 +31,13 @@ from hipa_deploy.export.task import (
 from hipa_deploy.generate.prompt_files import check_prompt_file, read_numbered_prompts
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
 from hipa_deploy.models.clip_tokenizer import text_sizes
-from hipa_deploy.models.locate import TINY
+from hipa_deploy.models.early_config import early_config
+from hipa_deploy.models.locate import TINY, model_folder, model_name
 from hipa_deploy.models.lora.early_lora import check_adaptor, check_adaptor_path, check_style
 from hipa_deploy.models.one_step.one_step_method import OWN, load_method
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.early_check import known_shapes
+from hipa_deploy.models.weights.load_part import check_weights
 from hipa_deploy.models.weights.weight_identity import has_identity
 
 BYTES = {"fp16": 2, "fp32": 4}  # of a weight
@@ -67,8 +69,8 @@ class Request:
     warnings: tuple[str, ...]
 
 
-def check_request(options: ExportOptions) -> Request:
-    """Check a request before anything is loaded.
+def check_request(options: ExportOptions) -> None:
+    """Check a request without torch, before anything is loaded.
 
     Raises:
         HipaError: the model is not supported, an adaptor or decoder is damaged or does not fit it,
@@ -77,9 +79,9 @@ def check_request(options: ExportOptions) -> Request:
 
     """
     check_options(options)
-    # Where each prompt of a closed set is in its file.
-    places = read_numbered_prompts(options.prompts) if options.prompts else {}
-    model = ModelParts.open(options.model)
+    if options.prompts is not None:
+        read_numbered_prompts(options.prompts)
+    model = early_model(options.model)
     if options.adaptor is not None:
         check_adaptor(options.adaptor, model.folder)
     check_style(options.style, model.folder)
@@ -89,13 +91,41 @@ def check_request(options: ExportOptions) -> Request:
         model.check_tiny_decoder(options.decoder)
     if options.encoder is not None:
         model.check_tiny_encoder(options.encoder)
+    text_settings(options, model.config, text_sizes(model.config)[0])
+    step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
+    stage_axes(options.dynamic, step, model.config.size_multiple)
+    check_space(options.out, _least_bytes(options, model))
+
+
+def early_model(name: str) -> ModelParts:
+    """The model of a request, with what its configuration says without torch.
+
+    Raises:
+        HipaError: as ``ModelParts.open``.
+
+    """
+    folder = model_folder(name)
+    config = early_config(folder)
+    check_weights(folder)
+    return ModelParts(folder, model_name(str(name), folder), config)
+
+
+def resolve_request(options: ExportOptions) -> Request:
+    """What follows from a request, with the defaults of diffusers and the noise schedule.
+
+    Raises:
+        HipaError: as ``check_request``; or the noise schedule is none that the step can be taken
+            in.
+
+    """
+    places = read_numbered_prompts(options.prompts) if options.prompts else {}
+    model = ModelParts.open(options.model)
+    settings = choose_task(options, model)
     chunk_tokens, _ = text_sizes(model.config)
     text, text_warning = text_settings(options, model.config, chunk_tokens)
     step = model.one_step(
         settings.timestep, options.size("height"), options.size("width"), settings.method
     )
-    stage_axes(options.dynamic, step, model.config.size_multiple)
-    check_space(options.out, _least_bytes(options, model))
     warnings = (
         text_warning,
         step_warning(options, settings, model),
@@ -136,6 +166,8 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
             )
     if options.adaptor is not None:
         check_adaptor_path(options.adaptor)
+    if options.signing_key is not None:
+        read_private_key(options.signing_key)
     if options.one_step is not None:
         load_method(options.one_step)
     if options.prompts is not None:
@@ -228,25 +260,46 @@ class SwapRequest:
     warnings: tuple[str, ...]
 
 
-def check_swap_request(options: SwapOptions) -> SwapRequest:
-    """Check a request before anything is loaded.
+def check_swap_request(options: SwapOptions) -> None:
+    """Check a request without torch, before anything is loaded.
 
     Raises:
-        HipaError: the output folder is in use; base model or one-step constants are not the
-            bundle's; the adaptor or a LoRA is missing, damaged or does not fit the model.
+        HipaError: the output folder is in use; the base model is not the bundle's; the adaptor or a
+            LoRA is missing, damaged or does not fit the model.
 
     """
     refuse_to_overwrite(options.out)
     if options.signing_key is not None:
         read_private_key(options.signing_key)
     _check_scale(options.adaptor_scale)
+    if options.signing_key is not None:
+        read_private_key(options.signing_key)
+    if options.adaptor is not None:
+        check_adaptor_path(options.adaptor)
     bundle = Bundle.open(options.bundle)
-    model = ModelParts.open(options.model)
+    model = early_model(options.model)
     if options.adaptor is not None:
         check_adaptor(options.adaptor, model.folder)
     check_style(options.style, model.folder)
     if options.decoder is not None:
         model.check_tiny_decoder(options.decoder)
+    _check_same_base(options, bundle, model)
+    like_bundle = _bundle_options(options, bundle)
+    settings = choose_task(like_bundle, model)
+    _check_timestep(options, bundle, settings)
+    chunk_tokens, _ = text_sizes(model.config)
+    text_settings(like_bundle, model.config, chunk_tokens, "Export a bundle of its own.")
+
+
+def resolve_swap_request(options: SwapOptions) -> SwapRequest:
+    """What follows from a request, with the defaults of diffusers and the noise schedule.
+
+    Raises:
+        HipaError: as ``check_swap_request``; or one-step constants that are not the bundle's.
+
+    """
+    bundle = Bundle.open(options.bundle)
+    model = ModelParts.open(options.model)
     _check_same_base(options, bundle, model)
     like_bundle = _bundle_options(options, bundle)
     settings = choose_task(like_bundle, model)
@@ -303,16 +356,21 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
     )
 
 
+def _check_timestep(options: SwapOptions, bundle: Bundle, settings: TaskSettings) -> None:
+    expected = bundle.manifest.one_step.timestep
+    if settings.timestep != expected:
+        raise HipaError(
+            f"{options.adaptor or 'the model alone'} is for timestep {settings.timestep}, "
+            f"{bundle.root} is for {expected}. Export a bundle of its own."
+        )
+
+
 def _check_step(
     options: SwapOptions, bundle: Bundle, model: ModelParts, settings: TaskSettings
 ) -> None:
     """Raise HipaError unless the adaptor's step is the bundle's: a graph has its constants."""
     expected = bundle.manifest.one_step
-    if settings.timestep != expected.timestep:
-        raise HipaError(
-            f"{options.adaptor or 'the model alone'} is for timestep {settings.timestep}, "
-            f"{bundle.root} is for {expected.timestep}. Export a bundle of its own."
-        )
+    _check_timestep(options, bundle, settings)
     step = model.one_step(settings.timestep, expected.height, expected.width, settings.method)
     if _numbers(step) != _numbers(expected):
         own = settings.method.name if settings.method else OWN

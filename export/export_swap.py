@@ -38,7 +38,11 @@ from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import text_encoder_source, unet_source
 from hipa_deploy.export.chosen_parts import ChosenParts
-from hipa_deploy.export.export_request import SwapOptions, check_swap_request
+from hipa_deploy.export.export_request import (
+    SwapOptions,
+    check_swap_request,
+    resolve_swap_request,
+)
 from hipa_deploy.export.graph.run_apart import run_apart
 from hipa_deploy.export.references import (
     INPUTS,
@@ -72,7 +76,8 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         'unet'
 
     """
-    request = check_swap_request(options)
+    check_swap_request(options)
+    request = resolve_swap_request(options)
     bundle = request.bundle
     model = request.model
     settings = request.settings

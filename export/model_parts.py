@@ -21,7 +21,7 @@ from hipa_deploy.models.locate import model_folder, model_name
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod
 from hipa_deploy.models.one_step.step_constants import step_constants
-from hipa_deploy.models.weights.early_check import check_file
+from hipa_deploy.models.weights.early_check import check_tensors
 from hipa_deploy.models.weights.load_part import check_weights, load_part
 from hipa_deploy.models.weights.part_config import read_config
 from hipa_deploy.models.weights.weight_file import SAFETENSORS
@@ -280,7 +280,7 @@ def _check_tiny(folder: Path, what: str, latent_channels: int) -> None:
             raise HipaError(f"it has {channels} latent channels, the model {latent_channels}")
         for path in find_weights(folder):
             if path.suffix.lower() == SAFETENSORS:
-                check_file(path)
+                check_tensors(path)
     except HipaError as error:
         raise HipaError(
             f"{what} {folder} cannot be used: {reason_of(error)}. "

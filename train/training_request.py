@@ -8,8 +8,8 @@ from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import METADATA, AdaptorMetadata
 from hipa_deploy.models.clip_tokenizer import text_sizes
+from hipa_deploy.models.early_config import early_config
 from hipa_deploy.models.lora.early_lora import check_adaptor, check_style
-from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.load_part import check_weights
 from hipa_deploy.train.data.captions import image_paths
@@ -32,9 +32,9 @@ def check_request(
             missing, damaged or does not fit the model or the recipe; or the model is incomplete.
 
     """
-    config = ModelConfig.read(model)
-    check_weights(model)
     read_prompts(recipe, model)
+    config = early_config(model)
+    check_weights(model)
     if isinstance(recipe, Recipe) and recipe.task != "generate" and recipe.source.images:
         image_paths(Path(recipe.source.images))
     check_style(style, model)

@@ -238,7 +238,7 @@ def export(
         decoder=resolve_decoder(decoder, model),
         encoder=resolve_encoder(encoder),
     )
-    request = check_request(options)
+    check_request(options)
     if build:
         from hipa_deploy.engines.build.build_bundle import check_tools
 
@@ -247,7 +247,7 @@ def export(
 
     from hipa_deploy.export.export_bundle import export_checked
 
-    bundle = export_checked(request, console)
+    bundle = export_checked(options, console)
 
     # One line a stage: how close it is to PyTorch, and what FP16 could not hold.
     for stage in bundle.manifest.stages:

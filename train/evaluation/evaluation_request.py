@@ -11,8 +11,8 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.models.adaptor_folder import METADATA
 from hipa_deploy.models.clip_tokenizer import text_sizes
+from hipa_deploy.models.early_config import early_config
 from hipa_deploy.models.lora.early_lora import check_adaptor, check_lora, check_style
-from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod, check_fits, load_method
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.load_part import check_weights
@@ -65,7 +65,7 @@ def check_request(
 
     """
     texts, _ = draw(held_out_prompts(folder, prompts), images)
-    config = ModelConfig.read(folder)
+    config = early_config(folder)
     check_weights(folder)
     check_style(style, folder)
     rows = [rival.row for rival in rivals]

@@ -23,7 +23,7 @@ from hipa_deploy.models.lora.kinds import Shaped, kind_of
 from hipa_deploy.models.lora.lora_file import by_layer
 from hipa_deploy.models.lora.names import ModuleNames
 from hipa_deploy.models.style import Style
-from hipa_deploy.models.weights.early_check import check_file, known_shapes
+from hipa_deploy.models.weights.early_check import check_tensors, known_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -76,7 +76,7 @@ def check_style(style: Style, model: Path) -> None:
         check_regular(embedding.path)
         ending = embedding.path.suffix.lower()
         if ending == SAFETENSORS:
-            check_file(embedding.path)
+            check_tensors(embedding.path)
         elif ending not in PICKLED:
             endings = ", ".join((SAFETENSORS, *PICKLED))
             raise HipaError(
@@ -102,7 +102,7 @@ def check_lora(path: Path, model: Path, parts: Sequence[str]) -> None:
         check_regular(file.path)
         if file.path.suffix.lower() != SAFETENSORS:
             continue
-        layouts = check_file(file.path)
+        layouts = check_tensors(file.path)
         if len(shapes) < len(parts):
             continue
         for key, roles in by_layer(file.path, layouts, _modules(shapes), file.part).items():

@@ -22,7 +22,7 @@ FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 CHUNK = 1 << 20  # elements
 
 
-def check_file(path: Path) -> dict[str, TensorLayout]:
+def check_tensors(path: Path) -> dict[str, TensorLayout]:
     """Check the header of a .safetensors file, and of a small file that every number is finite.
 
     Returns:
