@@ -166,8 +166,6 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
             )
     if options.adaptor is not None:
         check_adaptor_path(options.adaptor)
-    if options.signing_key is not None:
-        read_private_key(options.signing_key)
     if options.one_step is not None:
         load_method(options.one_step)
     if options.prompts is not None:
@@ -272,8 +270,6 @@ def check_swap_request(options: SwapOptions) -> None:
     if options.signing_key is not None:
         read_private_key(options.signing_key)
     _check_scale(options.adaptor_scale)
-    if options.signing_key is not None:
-        read_private_key(options.signing_key)
     if options.adaptor is not None:
         check_adaptor_path(options.adaptor)
     bundle = Bundle.open(options.bundle)

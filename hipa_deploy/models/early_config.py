@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.models.kind import check_pipeline, read_config
+from hipa_deploy.models.kind import check_pipeline
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.weights.part_config import read_config
 
 # The defaults of UNet2DConditionModel, AutoencoderKL, CLIPTextConfig and DDIMScheduler.
 UNET: dict[str, Any] = {
