@@ -28,7 +28,7 @@ def parse_axes(text: str) -> dict[str, Axis]:
     """
     axes: dict[str, Axis] = {}
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)=(\d+):(\d+):(\d+)\s*", part)
+        match = re.fullmatch(r"\s*(\w+)=(\d{1,9}):(\d{1,9}):(\d{1,9})\s*", part)
         if match is None or match[1] not in NAMES or match[1] in axes:
             raise HipaError(
                 f"--dynamic {part!r}: expected {', '.join(NAMES)}, each once, as in {EXAMPLE}."

@@ -18,6 +18,7 @@ from hipa_deploy.disk.reading import check_file, read_text
 from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.generate.tokenizer import PromptTokenizer
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.weights.part_config import read_config
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -117,8 +118,16 @@ def prompt_tokenizer(
 def text_sizes(config: ModelConfig) -> tuple[int, int]:
     """Tokens that a model's text encoder reads at once, and its layers, for ``choose_text``.
 
+    They are those of ``load_tokenizer``, from the files alone: nothing is imported for them.
+
     Raises:
-        HipaError: the tokenizer cannot be read.
+        HipaError: a file cannot be read.
 
     """
-    return load_tokenizer(config).model_max_length, config.text_layers
+    tokens = int(config.text_encoder["max_position_embeddings"])
+    if (config.folder / "tokenizer" / "tokenizer_config.json").is_file():
+        settings = read_config(config.folder, "tokenizer/tokenizer_config.json")
+        length = settings.get("model_max_length")
+        if isinstance(length, int | float) and length >= 1:
+            tokens = int(min(length, tokens))
+    return tokens, config.text_layers

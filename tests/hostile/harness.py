@@ -60,11 +60,12 @@ class Format:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: its exit status, or minus the signal, and what it printed."""
+    """How a command ended: its exit status, or minus the signal, what it printed, its times."""
 
     code: int
     printed: str
     seconds: float
+    cpu_seconds: float
 
     @property
     def fault(self) -> str | None:
@@ -93,8 +94,17 @@ class Worker:
             text=True,
         )
 
-    def run(self, folder: Path, command: tuple[str, ...]) -> Outcome:
-        case = {"argv": command, "folder": str(folder), "seconds": SECONDS, "mib": MEMORY_MIB}
+    def run(
+        self, folder: Path, command: tuple[str, ...], forbidden: tuple[str, ...] = ()
+    ) -> Outcome:
+        """Run ``hipa`` with these words in ``folder``; it may import no ``forbidden`` package."""
+        case = {
+            "argv": command,
+            "folder": str(folder),
+            "seconds": SECONDS,
+            "mib": MEMORY_MIB,
+            "forbidden": forbidden,
+        }
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(json.dumps(case) + "\n")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hipa_deploy.errors import HipaError, as_line
-from hipa_deploy.models.lora.formulas import kind_of, weight_change, with_magnitude
+from hipa_deploy.models.lora.formulas import weight_change, with_magnitude
+from hipa_deploy.models.lora.kinds import kind_of
 from hipa_deploy.models.lora.lora_file import LoraFile, LoraLayer
 from hipa_deploy.models.lora.names import LayerKey, ModuleNames
 

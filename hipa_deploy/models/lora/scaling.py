@@ -6,14 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.models.lora.names import PARTS, LayerKey
-from hipa_deploy.models.patterns import Patterns
+from hipa_deploy.patterns import Patterns
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS = ("LORA", "LOHA", "LOKR")
 MAX_NUMBER = 1e9
@@ -71,8 +72,8 @@ class PeftSettings:
 
         Args:
             key: the layer.
-            kind: one of ``formulas.KINDS``.
-            rank: as ``formulas.rank_of`` gives it.
+            kind: one of ``kinds.KINDS``.
+            rank: as ``kinds.rank_of`` gives it.
             stored_alpha: the file's tensor for this layer.
 
         Raises:

@@ -113,7 +113,18 @@ def known_values(kind: Any, config: Mapping[str, Any], path: Path) -> dict[str, 
         {'latent_channels': 4}
 
     """
-    defaults = defaults_of(kind)
+    return checked_values(defaults_of(kind), config, path)
+
+
+def checked_values(
+    defaults: Mapping[str, Any], config: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """The same for keywords whose defaults are known without the class.
+
+    Raises:
+        HipaError: as ``known_values``.
+
+    """
     known = {key: value for key, value in config.items() if key in defaults}
     for key, value in known.items():
         problem = _problem(key, value, defaults[key])

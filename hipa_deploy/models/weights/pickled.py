@@ -23,6 +23,8 @@ MAX_PICKLED = 65_536 * MIB  # bytes; the largest checkpoints of SD 1.x and 2.x h
 _MAX_VALUES = 1_000_000  # containers and values in the file, together
 _MAX_DEPTH = 50
 _SHARED = 8  # tensors may share memory, as an embedding and the layer that is tied to it do
+# Modules whose classes a checkpoint may name: they are not imported.
+_TRAINING_TOOLS = ("pytorch_lightning.", "lightning.")
 _SAFE = "Copy it again, or use a .safetensors file."
 
 
@@ -49,7 +51,8 @@ def load_pickled(
     if is_zip:
         _check_archive(path)
     try:
-        with torch.serialization.safe_globals(list(allowed)):
+        inert = _inert_classes(path) if is_zip else []
+        with torch.serialization.safe_globals([*allowed, *inert]):
             content = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=mapped and is_zip
             )
@@ -60,6 +63,28 @@ def load_pickled(
         raise _refused(path, error) from None
     _check_tensors(path, content)
     return content
+
+
+class _Inert:
+    """Stands for a class of a training tool: it takes anything and does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def _inert_classes(path: Path) -> list[Any]:
+    """What torch may build in place of PyTorch Lightning's classes, whose state is not needed.
+
+    The published .ckpt files of SD 1.x were saved by a training of Lightning, and name its classes
+    beside the weights. No code of Lightning is imported for them.
+    """
+    import torch
+
+    inert: list[Any] = []
+    for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
+        if name.startswith(_TRAINING_TOOLS):
+            inert.append((_Inert, name))
+    return inert
 
 
 def _refused(path: Path, error: BaseException) -> HipaError:
