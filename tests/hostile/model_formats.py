@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,7 +50,9 @@ pixel_weight = 1.0
 learning_rate = 0.01
 """
 UPSCALE = RECIPE.replace("[adaptor]", 'task = "upscale"\n[adaptor]\nencoder_rank = 2')
-UNET = "model/unet/diffusion_pytorch_model.safetensors"
+UNET_STEM = "model/unet/diffusion_pytorch_model"
+UNET = f"{UNET_STEM}.safetensors"
+Write = Callable[[Path], object]
 
 
 def with_model(folder: Path) -> None:
@@ -177,130 +180,75 @@ def _train(folder: Path, recipe: str, steps: int | None) -> None:
     )
 
 
-def _reads(reader: str) -> tuple[str, ...]:
-    return ("read", f"tests.hostile.readers:{reader}")
+STYLE = {
+    "kohya lora": ("lora-kohya.safetensors", "safetensors"),
+    "pickled lora": ("lora-pickled.pt", "pickle"),
+    "peft config": ("lora-peft/adapter_config.json", "json"),
+    "embedding": ("embedding.safetensors", "safetensors"),
+    "pickled embedding": ("embedding-dog.pt", "pickle"),
+}
+MODEL_FILES = {
+    "model index": ("model_index.json", "json"),
+    "unet config": ("unet/config.json", "json"),
+    "vae config": ("vae/config.json", "json"),
+    "text config": ("text_encoder/config.json", "json"),
+    "scheduler config": ("scheduler/scheduler_config.json", "json"),
+    "tokenizer config": ("tokenizer/tokenizer_config.json", "json"),
+    "vocabulary": ("tokenizer/vocab.json", "json"),
+    "unet weights": ("unet/diffusion_pytorch_model.safetensors", "safetensors"),
+    "text weights": ("text_encoder/model.safetensors", "safetensors"),
+}
+ADAPTOR_FILES = {
+    "adaptor": ("hipa_adaptor.json", "json"),
+    "adaptor weights": ("pytorch_lora_weights.safetensors", "safetensors"),
+    "encoder weights": ("vae_encoder_lora.safetensors", "safetensors"),
+}
 
 
-def _model_file(name: str, file: str, kind: str = "json") -> Format:
-    return Format(name, with_model, f"model/{file}", kind, _reads("model"), heavy=True)
+def _format(name: str, write: Write, file: str, kind: str, reader: str) -> Format:
+    command = ("read", f"tests.hostile.readers:{reader}")
+    return Format(name, write, file, kind, command, heavy=True)
 
 
 FORMATS = (
-    _model_file("model index", "model_index.json"),
-    _model_file("unet config", "unet/config.json"),
-    _model_file("vae config", "vae/config.json"),
-    _model_file("text config", "text_encoder/config.json"),
-    _model_file("scheduler config", "scheduler/scheduler_config.json"),
-    _model_file("tokenizer config", "tokenizer/tokenizer_config.json"),
-    _model_file("vocabulary", "tokenizer/vocab.json"),
-    _model_file("unet weights", "unet/diffusion_pytorch_model.safetensors", "safetensors"),
-    _model_file("text weights", "text_encoder/model.safetensors", "safetensors"),
-    Format(
-        "fast tokenizer",
-        with_fast_tokenizer,
-        "model/tokenizer/tokenizer.json",
-        "json",
-        _reads("model"),
-        heavy=True,
+    *(
+        _format(name, with_model, f"model/{file}", kind, "model")
+        for name, (file, kind) in MODEL_FILES.items()
     ),
-    Format("shards", with_shards, f"{UNET}.index.json", "json", _reads("model"), heavy=True),
-    Format(
-        "pickled unet",
-        with_pickled_unet,
-        "model/unet/diffusion_pytorch_model.bin",
-        "pickle",
-        _reads("model"),
-        heavy=True,
+    *(
+        _format(name, with_adaptor, f"adaptor/{file}", kind, "adaptor")
+        for name, (file, kind) in ADAPTOR_FILES.items()
     ),
-    Format(
-        "dry run", with_model, "model/unet/config.json", "json", _reads("training_cost"), heavy=True
+    *(_format(name, with_style, file, kind, "style") for name, (file, kind) in STYLE.items()),
+    # The same files, as every command checks them before it imports torch.
+    *(
+        _format(f"early {name}", with_style, f"model/{file}", kind, "early")
+        for name, (file, kind) in MODEL_FILES.items()
+        if "config" in file
     ),
-    Format(
-        "adaptor", with_adaptor, "adaptor/hipa_adaptor.json", "json", _reads("adaptor"), heavy=True
+    *(
+        _format(f"early {name}", with_adaptor, f"adaptor/{file}", kind, "early")
+        for name, (file, kind) in ADAPTOR_FILES.items()
     ),
-    Format(
-        "adaptor weights",
-        with_adaptor,
-        "adaptor/pytorch_lora_weights.safetensors",
-        "safetensors",
-        _reads("adaptor"),
-        heavy=True,
+    *(
+        _format(f"early {name}", with_style, file, kind, "early")
+        for name, (file, kind) in STYLE.items()
     ),
-    Format(
-        "encoder weights",
-        with_adaptor,
-        "adaptor/vae_encoder_lora.safetensors",
-        "safetensors",
-        _reads("adaptor"),
-        heavy=True,
+    _format(
+        "fast tokenizer", with_fast_tokenizer, "model/tokenizer/tokenizer.json", "json", "model"
     ),
-    Format(
-        "kohya lora",
-        with_style,
-        "lora-kohya.safetensors",
-        "safetensors",
-        _reads("style"),
-        heavy=True,
+    _format("shards", with_shards, f"{UNET}.index.json", "json", "model"),
+    _format("pickled unet", with_pickled_unet, f"{UNET_STEM}.bin", "pickle", "model"),
+    _format("dry run", with_model, "model/unet/config.json", "json", "training_cost"),
+    _format("decoder", with_decoder, "decoder/hipa_decoder.json", "json", "decoder"),
+    _format("decoder config", with_decoder, "decoder/config.json", "json", "decoder"),
+    _format("one-step method", with_method, "method.toml", "toml", "one_step"),
+    _format("recipe", with_recipe, "recipe.toml", "toml", "recipe"),
+    _format("checkpoint", with_checkpoint, "checkpoint.safetensors", "safetensors", "checkpoint"),
+    _format(
+        "pickled checkpoint", with_pickled_checkpoint, "checkpoint.ckpt", "pickle", "checkpoint"
     ),
-    Format("pickled lora", with_style, "lora-pickled.pt", "pickle", _reads("style"), heavy=True),
-    Format(
-        "peft config",
-        with_style,
-        "lora-peft/adapter_config.json",
-        "json",
-        _reads("style"),
-        heavy=True,
-    ),
-    Format(
-        "embedding",
-        with_style,
-        "embedding.safetensors",
-        "safetensors",
-        _reads("style"),
-        heavy=True,
-    ),
-    Format(
-        "pickled embedding", with_style, "embedding-dog.pt", "pickle", _reads("style"), heavy=True
-    ),
-    Format(
-        "decoder", with_decoder, "decoder/hipa_decoder.json", "json", _reads("decoder"), heavy=True
-    ),
-    Format(
-        "decoder config", with_decoder, "decoder/config.json", "json", _reads("decoder"), heavy=True
-    ),
-    Format("one-step method", with_method, "method.toml", "toml", _reads("one_step"), heavy=True),
-    Format("recipe", with_recipe, "recipe.toml", "toml", _reads("recipe"), heavy=True),
-    Format(
-        "checkpoint",
-        with_checkpoint,
-        "checkpoint.safetensors",
-        "safetensors",
-        _reads("checkpoint"),
-        heavy=True,
-    ),
-    Format(
-        "pickled checkpoint",
-        with_pickled_checkpoint,
-        "checkpoint.ckpt",
-        "pickle",
-        _reads("checkpoint"),
-        heavy=True,
-    ),
-    Format(
-        "checkpoint's index",
-        with_checkpoint,
-        "model/model_index.json",
-        "json",
-        _reads("checkpoint"),
-        heavy=True,
-    ),
-    Format("run state", with_run, "adaptor.run/state.pt", "pickle", _reads("train"), heavy=True),
-    Format(
-        "teacher pairs",
-        with_run,
-        "cache/*/*/*.safetensors",
-        "safetensors",
-        _reads("train"),
-        heavy=True,
-    ),
+    _format("checkpoint's index", with_checkpoint, "model/model_index.json", "json", "checkpoint"),
+    _format("run state", with_run, "adaptor.run/state.pt", "pickle", "train"),
+    _format("teacher pairs", with_run, "cache/*/*/*.safetensors", "safetensors", "train"),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.style import Style, parse_style
 
 
 def model(folder: Path) -> None:
@@ -23,6 +24,19 @@ def model(folder: Path) -> None:
     parts.vae()
     parts.text_encoder()
     prompt_tokenizer(parts.tokenizer())(["a red apple"])
+
+
+def early(folder: Path) -> None:
+    """What every command checks before it imports torch, of a model and all that goes with it."""
+    from hipa_deploy.models.early_config import early_config
+    from hipa_deploy.models.lora.early_lora import check_adaptor, check_style
+
+    config = early_config(folder / "model")
+    assert config.native_size
+    config.alpha_bar(min(999, config.last_timestep))
+    if (folder / "adaptor").exists():
+        check_adaptor(folder / "adaptor", folder / "model")
+    check_style(_style(folder), folder / "model")
 
 
 def training_cost(folder: Path) -> None:
@@ -54,18 +68,22 @@ def style(folder: Path) -> None:
     """LoRAs and embeddings, as ``--lora`` and ``--embedding`` read them."""
     from hipa_deploy.export.model_parts import ModelParts
     from hipa_deploy.models.lora.open_style import OpenStyle
-    from hipa_deploy.models.style import parse_style
 
     parts = ModelParts.open(str(folder / "model"))
-    files = {"lora": [], "embedding": []}
+    opened = OpenStyle.read(_style(folder), parts.config)
+    encoder = parts.text_encoder()
+    opened.merge({"unet": parts.unet(), "text_encoder": encoder})
+    opened.add_words(parts.tokenizer(), encoder)
+
+
+def _style(folder: Path) -> Style:
+    """The LoRAs and embeddings that lie in a sample, by their names."""
+    files: dict[str, list[str]] = {"lora": [], "embedding": []}
     for path in sorted(folder.iterdir()):
         kind = path.name.partition(".")[0].partition("-")[0]
         if kind in files:
             files[kind].append(str(path))
-    opened = OpenStyle.read(parse_style(files["lora"], files["embedding"]), parts.config)
-    encoder = parts.text_encoder()
-    opened.merge({"unet": parts.unet(), "text_encoder": encoder})
-    opened.add_words(parts.tokenizer(), encoder)
+    return parse_style(files["lora"], files["embedding"])
 
 
 def decoder(folder: Path) -> None:
