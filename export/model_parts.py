@@ -16,13 +16,14 @@ from hipa_deploy.errors import HipaError, reason_of
 from hipa_deploy.models.adaptor_folder import unet_sha256
 from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_metadata
-from hipa_deploy.models.kind import check_unet, read_config
+from hipa_deploy.models.kind import check_unet
 from hipa_deploy.models.locate import model_folder, model_name
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod
 from hipa_deploy.models.one_step.step_constants import step_constants
 from hipa_deploy.models.weights.early_check import check_tensors
 from hipa_deploy.models.weights.load_part import check_weights, load_part
+from hipa_deploy.models.weights.part_config import read_config
 from hipa_deploy.models.weights.weight_file import SAFETENSORS
 from hipa_deploy.models.weights.weight_files import find_weights
 from hipa_deploy.models.weights.weight_identity import has_identity

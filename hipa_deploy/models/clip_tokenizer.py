@@ -17,8 +17,8 @@ from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER, tokenizer_problem
 from hipa_deploy.disk.reading import check_file, read_text
 from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.generate.tokenizer import PromptTokenizer
-from hipa_deploy.models.kind import read_config
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.weights.part_config import read_config
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -6,15 +6,16 @@ that a request is checked against are written down, and a test compares them wit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hipa_deploy.errors import HipaError
-from hipa_deploy.models.kind import check_pipeline, read_config
+from hipa_deploy.models.kind import check_pipeline
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.weights.part_config import checked_values, read_config
 
 # The defaults of UNet2DConditionModel, AutoencoderKL, CLIPTextConfig and DDIMScheduler.
 UNET: dict[str, Any] = {
@@ -36,7 +37,6 @@ TEXT: dict[str, Any] = {
     "vocab_size": 49408,
 }
 SCHEDULER: dict[str, Any] = {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
-MOST_TIMESTEPS = 100_000
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,16 @@ def early_config(folder: Path) -> EarlyConfig:
     check_pipeline(folder, read_config(folder, "model_index.json"))
     config = EarlyConfig(
         folder=folder,
-        unet={**UNET, **read_config(folder, "unet/config.json")},
-        vae={**VAE, **read_config(folder, "vae/config.json")},
-        text_encoder={**TEXT, **read_config(folder, "text_encoder/config.json")},
-        scheduler={**SCHEDULER, **read_config(folder, "scheduler/scheduler_config.json")},
+        unet=_values(folder, "unet/config.json", UNET),
+        vae=_values(folder, "vae/config.json", VAE),
+        text_encoder=_values(folder, "text_encoder/config.json", TEXT),
+        scheduler=_values(folder, "scheduler/scheduler_config.json", SCHEDULER),
     )
     config._check_numbers()
-    for values, key, most in (
-        (config.scheduler, "num_train_timesteps", MOST_TIMESTEPS),
-        (config.text_encoder, "num_hidden_layers", 1000),
-        (config.text_encoder, "max_position_embeddings", 1_000_000),
-    ):
-        value = values[key]
-        if not isinstance(value, int) or not 1 <= value <= most:
-            raise HipaError(
-                f"{folder}: a configuration has {key}={str(value)[:40]}. Expected 1 to {most}. "
-                "Copy the model again."
-            )
     return config
+
+
+def _values(folder: Path, name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    content = read_config(folder, name)
+    # Keys without a default here are checked when the class is imported, which knows them.
+    return {**content, **defaults, **checked_values(defaults, content, folder / name)}

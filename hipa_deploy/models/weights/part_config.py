@@ -114,16 +114,34 @@ def known_values(kind: Any, config: Mapping[str, Any], path: Path) -> dict[str, 
 
     """
     defaults = defaults_of(kind)
-    known = {key: value for key, value in config.items() if key in defaults}
-    for key, value in known.items():
-        problem = _problem(key, value, defaults[key])
-        if problem:
-            raise HipaError(f"{path} has {key}={brief(value)}. Expected {problem}. {AGAIN}")
+    known = checked_values(defaults, config, path)
     blocks = _count_blocks({**defaults, **known})
     if blocks > _MAX_BLOCKS:
         raise HipaError(
             f"{path} asks for {blocks} blocks of layers. Expected at most {_MAX_BLOCKS}. {AGAIN}"
         )
+    return known
+
+
+def checked_values(
+    defaults: Mapping[str, Any], config: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """What a configuration says for the keys of ``defaults``; other keys are left out.
+
+    Args:
+        defaults: of a class, by keyword.
+        config: the content of the file.
+        path: of the file, for messages.
+
+    Raises:
+        HipaError: as ``known_values``.
+
+    """
+    known = {key: value for key, value in config.items() if key in defaults}
+    for key, value in known.items():
+        problem = _problem(key, value, defaults[key])
+        if problem:
+            raise HipaError(f"{path} has {key}={brief(value)}. Expected {problem}. {AGAIN}")
     return known
 
 
