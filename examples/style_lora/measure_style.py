@@ -105,7 +105,7 @@ class Styles:
 
         The concepts of ``prompts`` are left out, in every style.
         """
-        with (emoji / "captions.csv").open(newline="") as file:
+        with (emoji / "captions.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         images_NHWC = np.load(emoji / "emoji.npz")["images"]
         measured = {concept_of(prompt) for prompt in prompts}
