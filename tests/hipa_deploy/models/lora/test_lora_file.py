@@ -90,7 +90,7 @@ def test_a_pickled_file_runs_no_code(parts: dict[str, torch.nn.Module], tmp_path
     with pytest.raises(HipaError, match="is damaged"):
         merged(parts, tmp_path / "cut.pt")
     torch.save({"lora": 1}, tmp_path / "number.pt")
-    with pytest.raises(HipaError, match="lora is a int, no tensor"):
+    with pytest.raises(HipaError, match="'lora' is a int, no tensor"):
         merged(parts, tmp_path / "number.pt")
 
 
