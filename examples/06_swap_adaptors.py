@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from hipa_deploy import OneStepPipeline, embedded
-from hipa_deploy.export.export_swap import SwapOptions, export_swap
+from hipa_deploy.export.export_request import SwapOptions
+from hipa_deploy.export.export_swap import export_swap
 
 PROMPT = "3d emoji of a red apple"
 

@@ -4,8 +4,7 @@
 References are made by PyTorch in float32 before anything is exported, and every stage is checked
 against them.
 
-May import: the core and ``hipa_deploy.export.graph``. ``run_apart`` alone imports
-``hipa_deploy.engines.backends``, to run what was exported.
+May import: the core and ``hipa_deploy.export.graph``.
 """
 
 if __name__ == "export":

@@ -10,10 +10,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hipa_deploy import __version__
 from hipa_deploy.bundle.folder import MANIFEST, SCHEMA, Bundle
-from hipa_deploy.bundle.manifest import MAX_BATCH, Manifest, Stage
+from hipa_deploy.bundle.manifest import Manifest, Stage
+from hipa_deploy.bundle.signature import sign
 from hipa_deploy.disk.files import new_folder
 from hipa_deploy.embedded import EXAMPLE_PROMPT, MODEL
-from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import bundle_sources
 from hipa_deploy.export.bundle_files import (
     file_hashes,
@@ -25,6 +25,7 @@ from hipa_deploy.export.bundle_files import (
 )
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.export_request import check_request, resolve_request
 from hipa_deploy.export.graph.axes import stage_axes
 from hipa_deploy.export.graph.modules import stage_specs
 from hipa_deploy.export.model_parts import ModelParts
@@ -34,15 +35,8 @@ from hipa_deploy.export.references import (
     make_references,
     text_references,
 )
-from hipa_deploy.export.task import (
-    choose_task,
-    print_warning,
-    size_warning,
-    step_warning,
-    text_settings,
-)
+from hipa_deploy.export.task import print_warning
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.generate.prompt_files import read_numbered_prompts
 
 NEUTRAL_PROMPT = "a photo of a red apple"
 PROGRESS_LABELS = {
@@ -72,25 +66,26 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         ['text_encoder', 'unet', 'vae_decoder']
 
     """
-    _check(options)
-    # Where each prompt of a closed set is in its file. Read at once: a mistake costs no time.
-    places = read_numbered_prompts(options.prompts) if options.prompts else {}
-    model = ModelParts.open(options.model)
-    settings = choose_task(options, model)
-    chunk_tokens = model.tokenizer().model_max_length
-    text, text_warning = text_settings(options, model.config, chunk_tokens)
-    parts = ChosenParts.choose(model, options, settings.task, chunk_tokens, text.clip_skip)
-    step = model.one_step(
-        settings.timestep, options.size("height"), options.size("width"), settings.method
-    )
-    warnings = (
-        text_warning,
-        step_warning(options, settings, model),
-        size_warning(options, step),
-    )
-    for warning in warnings:
-        if warning:
-            print_warning(console, warning)
+    check_request(options)
+    return export_checked(options, console)
+
+
+def export_checked(options: ExportOptions, console: Console | None = None) -> Bundle:
+    """Export what ``check_request`` has checked; see ``export_bundle``.
+
+    Raises:
+        HipaError: as ``export_bundle``.
+
+    """
+    request = resolve_request(options)
+    model = request.model
+    settings = request.settings
+    places = request.places
+    text = request.text
+    step = request.step
+    parts = ChosenParts.choose(model, options, settings.task, request.chunk_tokens, text.clip_skip)
+    for warning in request.warnings:
+        print_warning(console, warning)
     axes = stage_axes(options.dynamic, step, model.config.size_multiple)
     batch = options.size("batch") or 1
 
@@ -171,6 +166,8 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
             files=file_hashes(root),
         )
         (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if options.signing_key is not None:
+            sign(root / MANIFEST, options.signing_key)
     return Bundle.open(options.out)
 
 
@@ -178,26 +175,6 @@ def example_prompt(model: ModelParts) -> str:
     """The prompt of a bundle's reference: the embedded model's own, or a neutral one."""
     is_embedded = model.folder.resolve() == MODEL.resolve()
     return EXAMPLE_PROMPT if is_embedded else NEUTRAL_PROMPT
-
-
-def _check(options: ExportOptions) -> None:
-    """Raise HipaError for a batch out of range and options that exclude each other."""
-    if not 1 <= options.batch <= MAX_BATCH:
-        raise HipaError(
-            f"batch {options.batch} is out of range. Expected 1 <= batch <= {MAX_BATCH}."
-        )
-    if options.layout == "generic":
-        for name in ("fuse", "decoder", "prompts", "dynamic", "context_tokens"):
-            if getattr(options, name):
-                option = name.replace("_", "-")
-                raise HipaError(
-                    f"--{option} needs --layout onestep: "
-                    "the generic layout is what optimum can load."
-                )
-        if options.style.embeddings:
-            raise HipaError(
-                "--embedding needs --layout onestep: optimum would not know the new words."
-            )
 
 
 @contextmanager

@@ -44,6 +44,7 @@ class ExportOptions:
         one_step: the step of a LoRA, or of a model, that others made: a preset of
             ``hipa_deploy.models.one_step`` or a .toml file. None is the adaptor's own step; without
             an adaptor of HiPA, x0 at the last timestep.
+        signing_key: the private key that signs the manifest; None leaves the bundle unsigned.
 
     Example:
         >>> ExportOptions(model="emoji", out=Path("bundle"), batch=2).size("batch")
@@ -72,6 +73,7 @@ class ExportOptions:
     prompt_weights: bool | None = None
     style: Style = field(default_factory=Style)
     one_step: str | None = None
+    signing_key: Path | None = None
 
     def size(self, name: Literal["batch", "height", "width"]) -> int | None:
         """The size of the reference: the usual one of a dynamic axis, or the static one.

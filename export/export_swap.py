@@ -7,7 +7,6 @@ in place of the bundle's, and what it runs is bit for bit what an export with th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +26,24 @@ from hipa_deploy.bundle.adaptor_swap import (
     SwappedText,
     WeightMap,
     adapted_stage,
-    check_encoder,
     stage_files,
 )
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import AdaptorInfo, LoraInfo, OneStep, Stage
+from hipa_deploy.bundle.manifest import AdaptorInfo, LoraInfo, Stage
 from hipa_deploy.bundle.onnx_weights import Initializer, read_initializers, skeleton_sha256
 from hipa_deploy.bundle.reference import Reference
+from hipa_deploy.bundle.signature import sign
 from hipa_deploy.disk.files import new_folder, temporary_folder
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import text_encoder_source, unet_source
 from hipa_deploy.export.chosen_parts import ChosenParts
-from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.model_parts import ModelParts
+from hipa_deploy.export.export_request import (
+    SwapOptions,
+    check_swap_request,
+    resolve_swap_request,
+)
+from hipa_deploy.export.graph.run_apart import run_apart
 from hipa_deploy.export.references import (
     INPUTS,
     References,
@@ -48,45 +51,9 @@ from hipa_deploy.export.references import (
     add_images,
     add_step,
 )
-from hipa_deploy.export.run_apart import run_apart
-from hipa_deploy.export.task import (
-    TaskSettings,
-    choose_task,
-    print_warning,
-    step_warning,
-    text_settings,
-)
+from hipa_deploy.export.task import TaskSettings, print_warning
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
-from hipa_deploy.models.one_step.one_step_method import OWN
-from hipa_deploy.models.style import Style, StyleInfo
-from hipa_deploy.models.weights.weight_identity import has_identity
-
-
-@dataclass(frozen=True, kw_only=True)
-class SwapOptions:
-    """Which adaptor to export for which bundle.
-
-    Attributes:
-        model: the base model that the bundle was exported from.
-        adaptor: the adaptor folder whose weights to write; None for LoRAs alone.
-        bundle: the bundle's folder.
-        out: the folder to write.
-        adaptor_scale: 1.0 merges the adaptor as it was trained.
-        decoder: the AutoencoderTiny folder of a fused bundle; None is the model's VAE.
-        style: LoRAs to merge before the adaptor, and the bundle's own embeddings.
-        one_step: the step of a LoRA that others made, as for ``ExportOptions``.
-
-    """
-
-    model: str
-    adaptor: Path | None
-    bundle: Path
-    out: Path
-    adaptor_scale: float = 1.0
-    decoder: Path | None = None
-    style: Style = field(default_factory=Style)
-    one_step: str | None = None
+from hipa_deploy.models.style import StyleInfo
 
 
 def export_swap(options: SwapOptions, console: Console | None = None) -> AdaptorSwap:
@@ -109,23 +76,20 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         'unet'
 
     """
-    bundle = Bundle.open(options.bundle)
-    model = ModelParts.open(options.model)
+    check_swap_request(options)
+    request = resolve_swap_request(options)
+    bundle = request.bundle
+    model = request.model
+    settings = request.settings
+    like_bundle = request.like_bundle
     bundle.verify()
     with new_folder(options.out, alone=True) as root, temporary_folder("hipa-export") as scratch:
-        # The request that the bundle came from, with the other adaptor.
-        _check_same_base(options, bundle, model)
-        like_bundle = _bundle_options(options, bundle)
-        settings = choose_task(like_bundle, model)
-        _check_step(options, bundle, model, settings)
-        chunk_tokens = model.tokenizer().model_max_length
-        remedy = "Export a bundle of its own."
-        _, text_warning = text_settings(like_bundle, model.config, chunk_tokens, remedy)
-        for warning in (text_warning, step_warning(like_bundle, settings, model)):
-            if warning:
-                print_warning(console, warning)
+        for warning in request.warnings:
+            print_warning(console, warning)
         clip_skip = bundle.manifest.text.clip_skip
-        parts = ChosenParts.choose(model, like_bundle, settings.task, chunk_tokens, clip_skip)
+        parts = ChosenParts.choose(
+            model, like_bundle, settings.task, request.chunk_tokens, clip_skip
+        )
         changes_text = has_other_text(bundle, parts.style.info)
         if like_bundle.fuse:
             check_decoder(bundle, parts)
@@ -165,74 +129,9 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         made_from = (references.adaptor, parts.style.info.loras)
         manifest = _manifest(bundle, stage, onnx, weights, made_from, text, root)
         (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if options.signing_key is not None:
+            sign(root / MANIFEST, options.signing_key)
     return AdaptorSwap.open(bundle, options.out)
-
-
-def _check_same_base(options: SwapOptions, bundle: Bundle, model: ModelParts) -> None:
-    """Raise HipaError for another base model, and where the VAE's encoder is adapted."""
-    if options.adaptor is not None and (options.adaptor / ENCODER_WEIGHTS).exists():
-        raise HipaError(
-            f"adaptor {options.adaptor} is on the VAE's encoder too, which no swap changes. "
-            "Export a bundle of its own."
-        )
-    check_encoder(bundle)
-    if not has_identity(model.folder / "unet", bundle.manifest.base_model.sha256):
-        raise HipaError(
-            f"{bundle.root} was exported from another base model than {options.model}. "
-            f"Give --model as for the bundle's own export: {bundle.manifest.base_model.name}."
-        )
-
-
-def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
-    """The options that ``bundle`` was exported with, but for the adaptor."""
-    manifest = bundle.manifest
-    return ExportOptions(
-        model=options.model,
-        out=options.out,
-        adaptor=options.adaptor,
-        adaptor_scale=options.adaptor_scale,
-        dtype=manifest.precision,
-        layout=manifest.layout,
-        batch=manifest.batch,
-        fuse="generator" in bundle.stages,
-        decoder=options.decoder,
-        task=manifest.task,
-        strengths=tuple(entry.strength for entry in manifest.strengths),
-        style=options.style,
-        context_tokens=manifest.text.context_tokens,
-        clip_skip=manifest.text.clip_skip,
-        one_step=options.one_step,
-    )
-
-
-def _check_step(
-    options: SwapOptions, bundle: Bundle, model: ModelParts, settings: TaskSettings
-) -> None:
-    """Raise HipaError unless the adaptor's step is the bundle's: a graph has its constants."""
-    expected = bundle.manifest.one_step
-    if settings.timestep != expected.timestep:
-        raise HipaError(
-            f"{options.adaptor or 'the model alone'} is for timestep {settings.timestep}, "
-            f"{bundle.root} is for {expected.timestep}. Export a bundle of its own."
-        )
-    step = model.one_step(settings.timestep, expected.height, expected.width, settings.method)
-    if _numbers(step) != _numbers(expected):
-        own = settings.method.name if settings.method else OWN
-        other = expected.method.name if expected.method else OWN
-        raise HipaError(
-            f"{options.adaptor or 'the model'} is given the one-step method {own}, "
-            f"{bundle.root} is for {other}. Use --one-step {other} if that is the adaptor's "
-            "method, or export a bundle of its own."
-        )
-
-
-def _numbers(step: OneStep) -> tuple[object, ...]:
-    """What a graph computes a step with; two names of one method are one method."""
-    factors: tuple[float, ...] = ()
-    if step.method:
-        method = step.method
-        factors = (method.noise_scale, method.sample_factor, method.output_factor)
-    return step.prediction_type, step.timestep, factors
 
 
 def has_other_text(bundle: Bundle, style: StyleInfo) -> bool:

@@ -9,16 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.bundle.manifest import ModelInfo, OneStep, StepMethod
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, reason_of
 from hipa_deploy.models.adaptor_folder import unet_sha256
 from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_metadata
@@ -27,9 +21,20 @@ from hipa_deploy.models.locate import model_folder, model_name
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod
 from hipa_deploy.models.one_step.step_constants import step_constants
+from hipa_deploy.models.weights.early_check import check_tensors
 from hipa_deploy.models.weights.load_part import check_weights, load_part
+from hipa_deploy.models.weights.part_config import read_config
+from hipa_deploy.models.weights.weight_file import SAFETENSORS
+from hipa_deploy.models.weights.weight_files import find_weights
 from hipa_deploy.models.weights.weight_identity import has_identity
 from hipa_deploy.tasks import Task
+
+# Imported where a part is loaded: a request is checked without torch.
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizerFast
 
 MAX_PIXELS = 2048 * 2048
 
@@ -82,16 +87,57 @@ class ModelParts:
                 inpaint: and more than mask and source), or it cannot be loaded.
 
         """
-        check_unet(self.folder, self.config.unet, self.config.latent_channels, task)
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        self.check_unet(task)
         return load_part(UNet2DConditionModel, self.folder / "unet")
+
+    def check_unet(self, task: Task) -> None:
+        """Check by its configuration that the UNet is one for ``task``.
+
+        Raises:
+            HipaError: as ``unet``.
+
+        """
+        check_unet(self.folder, self.config.unet, self.config.latent_channels, task)
 
     def text_encoder(self) -> CLIPTextModel:
         """The CLIP text encoder."""
+        from transformers import CLIPTextModel
+
         return load_part(CLIPTextModel, self.folder / "text_encoder")
 
     def vae(self) -> AutoencoderKL:
         """The autoencoder."""
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
         return load_part(AutoencoderKL, self.folder / "vae")
+
+    def check_tiny_encoder(self, folder: Path) -> None:
+        """Check the AutoencoderTiny in ``folder`` as far as that needs no torch.
+
+        Raises:
+            HipaError: it does not exist, is damaged, is for other latents, or only its decoder was
+                trained.
+
+        """
+        _check_tiny(folder, "encoder", self.config.latent_channels)
+        if (folder / DECODER_METADATA).exists():
+            raise HipaError(
+                f"encoder {folder} is a decoder that hipa-train wrote: its encoder was never "
+                "trained. Use full, or another AutoencoderTiny folder."
+            )
+
+    def check_tiny_decoder(self, folder: Path) -> None:
+        """Check the AutoencoderTiny in ``folder`` as far as that needs no torch.
+
+        Raises:
+            HipaError: it does not exist, is damaged, is for other latents, or was distilled from
+                another VAE.
+
+        """
+        _check_tiny(folder, "decoder", self.config.latent_channels)
+        _check_distilled_from(folder, self.folder)
 
     def tiny_encoder(self, folder: Path) -> AutoencoderTiny:
         """The AutoencoderTiny in ``folder``, whose encoder gives this model's latents.
@@ -100,16 +146,10 @@ class ModelParts:
             HipaError: it cannot be loaded, gives other latents, or only its decoder was trained.
 
         """
-        if not folder.is_dir():
-            raise HipaError(
-                f"encoder {folder} does not exist. "
-                "Expected full, tiny, or an AutoencoderTiny folder."
-            )
-        if (folder / DECODER_METADATA).exists():
-            raise HipaError(
-                f"encoder {folder} is a decoder that hipa-train wrote: its encoder was never "
-                "trained. Use full, or another AutoencoderTiny folder."
-            )
+        import torch
+        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+        self.check_tiny_encoder(folder)
         tiny = load_part(AutoencoderTiny, folder)
 
         # EncoderTiny does not record its factor: each convolution of stride two halves the image.
@@ -134,12 +174,10 @@ class ModelParts:
                 VAE.
 
         """
-        if not folder.is_dir():
-            raise HipaError(
-                f"decoder {folder} does not exist. "
-                "Expected full, tiny, or an AutoencoderTiny folder."
-            )
-        _check_distilled_from(folder, self.folder)
+        import torch
+        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+        self.check_tiny_decoder(folder)
         tiny = load_part(AutoencoderTiny, folder)
 
         # Every upsampling of DecoderTiny enlarges by the same factor.
@@ -219,6 +257,37 @@ class ModelParts:
             width=width,
             method=numbers,
         )
+
+
+def _check_tiny(folder: Path, what: str, latent_channels: int) -> None:
+    """Check the files of an AutoencoderTiny.
+
+    Raises:
+        HipaError: there are none, they are damaged or not finite, or are for other latents.
+
+    """
+    if not folder.is_dir():
+        raise HipaError(
+            f"{what} {folder} does not exist. Expected full, tiny, or an AutoencoderTiny folder."
+        )
+    try:
+        if not (folder / "config.json").exists():
+            raise HipaError("it has no config.json")
+        config = read_config(folder, "config.json")
+        kind = str(config.get("_class_name", "AutoencoderTiny"))
+        if kind != "AutoencoderTiny":
+            raise HipaError(f"it is of the class {kind}. Expected AutoencoderTiny")
+        channels = config.get("latent_channels", latent_channels)
+        if channels != latent_channels:
+            raise HipaError(f"it has {channels} latent channels, the model {latent_channels}")
+        for path in find_weights(folder):
+            if path.suffix.lower() == SAFETENSORS:
+                check_tensors(path)
+    except HipaError as error:
+        raise HipaError(
+            f"{what} {folder} cannot be used: {reason_of(error)}. "
+            "Expected full, tiny, or an AutoencoderTiny folder for this model's latents."
+        ) from None
 
 
 def _check_distilled_from(decoder: Path, model: Path) -> None:

@@ -35,10 +35,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from hipa_deploy.bundle.manifest import AdaptorInfo, Layout, OneStep
-from hipa_deploy.bundle.reference_check import check_reference
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.graph.half_precision import Ranges
 from hipa_deploy.export.graph.modules import from_uint8, seen_by_unet, to_uint8
+from hipa_deploy.export.graph.reference_check import check_reference
 from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.generate.noise import bundle_noise
 from hipa_deploy.generate.prompt_weights import weigh_context

@@ -19,9 +19,9 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.export.graph.graph_cost import stage_cost
 from hipa_deploy.export.graph.half_precision import fewest_islands, islands_by_range, to_half
 from hipa_deploy.export.graph.modules import place_of
+from hipa_deploy.export.graph.run_apart import run_apart
 from hipa_deploy.export.graph.to_onnx import OPSET, export_stage
 from hipa_deploy.export.references import References, strength_key
-from hipa_deploy.export.run_apart import run_apart
 
 WHOLE_TEXT_ENCODER = ("encoder",)
 

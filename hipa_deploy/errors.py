@@ -92,6 +92,21 @@ def as_line(problem: str, remedy: str) -> Iterator[None]:
         raise HipaError(f"{problem}: {reason}. {remedy}") from None
 
 
+def brief(value: object, most: int = 80) -> str:
+    """A value of a stranger's file for a message: as Python writes it, cut to ``most`` characters.
+
+    Example:
+        >>> brief([1] * 1000, 10)
+        '[1, 1, 1, …'
+
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a deep list
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def printable(text: str) -> str:
     """``text`` with an escape in place of each character that could move a terminal's cursor.
 

@@ -24,7 +24,7 @@ SURFACE = {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
         "--height", "--width", "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--task",
         "--strengths", "--encoder", "--context-tokens", "--clip-skip", "--prompt-weights", "--lora",
-        "--embedding", "--one-step", "--build", "--swap-for",
+        "--embedding", "--one-step", "--build", "--swap-for", "--sign",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",

@@ -117,7 +117,7 @@ UPWARD = {
 # Imports from one stage to another.
 ACROSS = {
     (
-        "hipa_deploy.export.run_apart",
+        "hipa_deploy.export.graph.run_apart",
         "hipa_deploy.engines.backends",
     ): "an exported stage is run to be checked",
 }

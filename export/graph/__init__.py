@@ -1,4 +1,5 @@
-"""A torch module -> an ONNX graph: folds, precision, dynamic axes, cost and the weight map.
+"""A torch module -> an ONNX graph: folds, precision, dynamic axes, cost, the weight map, checks.
 
-May import: the core, and nothing else of ``hipa_deploy.export``.
+May import: the core, and nothing else of ``hipa_deploy.export``. ``run_apart`` alone imports
+``hipa_deploy.engines.backends``, to run what was exported.
 """

@@ -34,9 +34,19 @@ from hipa_deploy.bundle.manifest import (
     Text,
 )
 from hipa_deploy.bundle.onnx_weights import check_values, no_weight, read_initializers
+from hipa_deploy.bundle.signature import check_signature
 from hipa_deploy.disk.hashing import file_sha256
-from hipa_deploy.disk.reading import MIB, inside, read_record
-from hipa_deploy.errors import HipaError, reason_of
+from hipa_deploy.disk.reading import (
+    MAX_JSON,
+    MIB,
+    check_size,
+    inside,
+    parse_json,
+    read_bytes,
+    read_record,
+    validated,
+)
+from hipa_deploy.errors import HipaError, first_line, reason_of
 from hipa_deploy.record import Record
 
 FOLDER = "adaptors"
@@ -230,19 +240,24 @@ class AdaptorSwap:
             adaptor: a name in the bundle's ``adaptors`` folder, or a folder.
 
         Raises:
-            HipaError: no such adaptor, a damaged one, or one for another bundle.
+            HipaError: no such adaptor, a damaged one, one for another bundle, or one that the key
+                of ``HIPA_PUBLIC_KEY`` did not sign.
 
         """
         check_encoder(bundle)
         root = find_swap(bundle, adaptor)
         try:
-            manifest = read_record(inside(root, MANIFEST), SwapManifest, "")
-        except HipaError as error:
+            path = inside(root, MANIFEST)
+            content = read_bytes(path, MAX_JSON)
+            manifest = validated(SwapManifest, parse_json(content), path, "")
+        except (HipaError, ValueError) as error:
+            reason = reason_of(error) if isinstance(error, HipaError) else first_line(error)
             raise HipaError(
                 f"{root}/{MANIFEST} is not of an adaptor to swap in, of this version "
-                f"({reason_of(error)}). Run: {export_command(bundle)}"
+                f"({reason}). Run: {export_command(bundle)}"
             ) from None
 
+        check_signature(path, content)
         # The weights fit one graph alone: another has other names, shapes or layouts.
         fits = manifest.stage == adapted_stage(bundle)
         fits = fits and manifest.base_files == stage_files(bundle, manifest.stage)
@@ -254,7 +269,11 @@ class AdaptorSwap:
                 f"adaptor {root} was exported for another bundle. Run: {export_command(bundle)}"
             )
         for name, expected in manifest.files.items():
-            if not (root / name).exists() or file_sha256(inside(root, name)) != expected:
+            whole = (root / name).exists()
+            if whole:
+                check_size(inside(root, name))
+                whole = file_sha256(root / name) == expected
+            if not whole:
                 raise HipaError(
                     f"{root / name} is missing or corrupt. Copy or export the adaptor again."
                 )

@@ -11,9 +11,19 @@ from pathlib import Path, PurePosixPath
 
 from hipa_deploy.bundle.manifest import Axis, Manifest, Stage
 from hipa_deploy.bundle.onnx_check import beside, external_files
+from hipa_deploy.bundle.signature import check_signature
 from hipa_deploy.disk.hashing import file_sha256
-from hipa_deploy.disk.reading import MIB, inside, lies_in, read_json, shown, validated
-from hipa_deploy.errors import HipaError, reason_of
+from hipa_deploy.disk.reading import (
+    MIB,
+    check_size,
+    inside,
+    lies_in,
+    parse_json,
+    read_bytes,
+    shown,
+    validated,
+)
+from hipa_deploy.errors import HipaError, first_line, reason_of
 
 SCHEMA = 1
 MANIFEST = "hipa.json"
@@ -42,7 +52,8 @@ class Bundle:
         """Read ``root/hipa.json``.
 
         Raises:
-            HipaError: not a bundle, a newer schema, or a manifest that does not validate.
+            HipaError: not a bundle, a newer schema, a manifest that does not validate, or one that
+                the key of ``HIPA_PUBLIC_KEY`` did not sign.
 
         """
         path = root / MANIFEST
@@ -56,10 +67,17 @@ class Bundle:
                 f"{root}: no {MANIFEST} in it. Expected a bundle, as hipa-export writes it."
             )
         try:
-            data = read_json(inside(root, MANIFEST), max_bytes=_MAX_MANIFEST)
+            content = read_bytes(inside(root, MANIFEST), _MAX_MANIFEST)
         except HipaError as error:
             raise HipaError(
                 f"{path} is not a manifest ({reason_of(error)}). Export the bundle again."
+            ) from None
+        check_signature(path, content)
+        try:
+            data = parse_json(content)
+        except ValueError as error:
+            raise HipaError(
+                f"{path} is not a manifest ({first_line(error)}). Export the bundle again."
             ) from None
         if not isinstance(data, dict):
             raise HipaError(f"{path} is not a manifest (no table). Export the bundle again.")
@@ -118,6 +136,9 @@ class Bundle:
                 weights in a file that is not listed.
 
         """
+        # Every file is there, and none is absurd, before the first is hashed.
+        for relative in self.manifest.files:
+            check_size(self.path(relative))
         for relative, expected in self.manifest.files.items():
             path = self.path(relative)
             if file_sha256(path) != expected:

@@ -115,6 +115,7 @@ _register(evaluate, MEASURE)
 _register(doctor, MEASURE)
 
 
+_MAX_LINE = 2000  # characters of an error
 # Click's usage error. Typer before 0.20 depends on Click, later versions carry a copy of it; the
 # base class of Typer's own error is the right one in both.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -154,6 +155,10 @@ def main(arguments: list[str] | None = None) -> None:
         # A full disk or a folder without write permission is for the user to fix, not a bug.
         problem = f"{error.filename or 'a file'}: {error.strerror or error}"
         _stop(f"{problem}. Check the path, its permissions and the free disk space.")
+    except MemoryError as error:
+        # numpy says how much it wanted; others say nothing.
+        detail = f" ({first_line(error)})" if str(error) else ""
+        _stop(f"not enough memory{detail}. Ask for less at once, or close other programs.")
     except KeyboardInterrupt as error:
         _stop("stopped", 128 + signal_of(error))
     except typer.Abort:
@@ -185,8 +190,11 @@ def _stop(message: str, code: int = 1) -> NoReturn:
 
     It is empty after bare ``hipa``, which has printed its help.
     """
-    if message.strip():
-        sys.stderr.write(f"hipa: {printable(' '.join(message.split()))}\n")
+    line = printable(" ".join(message.split()))
+    if len(line) > _MAX_LINE:  # a name or a value of a stranger's file may be of any length
+        line = f"{line[:_MAX_LINE]}…"
+    if line:
+        sys.stderr.write(f"hipa: {line}\n")
     raise SystemExit(code)
 
 

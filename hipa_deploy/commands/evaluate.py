@@ -88,51 +88,65 @@ def evaluate(
     one step, the model with the adaptor in one step, and with each rival.
     """
     require("train")
-    from hipa_deploy.bundle.text_settings import TextWishes, choose_text
+    from hipa_deploy.bundle.text_settings import TextWishes
     from hipa_deploy.embedded import resolve_adaptor
-    from hipa_deploy.models.adaptor_folder import read_metadata
-    from hipa_deploy.models.clip_tokenizer import text_sizes
+    from hipa_deploy.generate.prompt_files import check_prompt_file
     from hipa_deploy.models.locate import model_folder
-    from hipa_deploy.models.lora.open_style import OpenStyle
-    from hipa_deploy.models.model_config import ModelConfig
-    from hipa_deploy.models.style import check_same_loras, parse_style
-    from hipa_deploy.train.evaluation import quality_report as quality
-    from hipa_deploy.train.evaluation.rivals import check_rivals, make_rival, parse_rival
+    from hipa_deploy.models.style import parse_style
+    from hipa_deploy.train.evaluation.evaluation_request import (
+        REPORT_FILES,
+        check_request,
+        make_rival,
+        parse_rival,
+        reference_teacher,
+    )
     from hipa_deploy.train.recipes.recipe import load_recipe
 
-    folder = model_folder(model, config)
-    teacher = quality.reference_teacher(load_recipe(recipe).teacher)
+    # Before minutes of the teacher's images, and before torch is imported: every mistake that the
+    # options and the headers of files show. First what needs no model.
+    teacher = reference_teacher(load_recipe(recipe).teacher)
     adaptor_dir = None if adaptor == NONE else resolve_adaptor(adaptor)
     rivals = [parse_rival(text) for text in rival or ()]
     if one_step is not None:
         rivals.insert(0, make_rival(one_step, adaptor_dir, f"--one-step {one_step}"))
         adaptor_dir = None
+    style = parse_style(lora, embedding)
+    if prompts is not None:
+        check_prompt_file(prompts)
+    folder = model_folder(model, config)
 
-    # Before minutes of the teacher's images: a wrong output or adaptor is reported at once.
     outputs = [json_path] if json_path else []
     if out:
-        outputs += [out / name for name in quality.REPORT_FILES]
+        outputs += [out / name for name in REPORT_FILES]
     inputs = [folder, Path(recipe)]
     if adaptor_dir:
         inputs.append(adaptor_dir)
     if prompts:
         inputs.append(prompts)
     check_outputs(outputs, inputs=inputs, force=force)
-    style = parse_style(lora, embedding)
-    added = OpenStyle.read(style, ModelConfig.read(folder)).info
-    trained = None
-    if adaptor_dir is not None:
-        metadata = read_metadata(adaptor_dir, folder)
-        check_same_loras(adaptor_dir, metadata.loras, added.loras)
-        trained = metadata.text
     wishes = TextWishes(context_tokens, clip_skip)
-    text, warning = choose_text(wishes, trained, *text_sizes(ModelConfig.read(folder)))
-    if warning:
-        console.print(f"warning: {warning}", markup=False, highlight=False)
+    request = check_request(
+        folder, adaptor_dir, rivals, style, wishes, prompts=prompts, images=images
+    )
+    if request.warning:
+        console.print(f"warning: {request.warning}", markup=False, highlight=False)
+
+    # Then what only torch can tell, still before the first image.
+    from hipa_deploy.models.adaptor_folder import read_metadata
+    from hipa_deploy.models.lora.open_style import OpenStyle
+    from hipa_deploy.models.model_config import ModelConfig
+    from hipa_deploy.models.style import check_same_loras
+    from hipa_deploy.train.evaluation import quality_report as quality
+    from hipa_deploy.train.evaluation.rivals import check_rivals
+
+    added = OpenStyle.read(style, ModelConfig.read(folder)).info
+    if adaptor_dir is not None:
+        check_same_loras(adaptor_dir, read_metadata(adaptor_dir).loras, added.loras)
     check_rivals(rivals, folder, style)
 
     # Every kind of image is made from the same prompts and seeds, so that only the model differs.
-    texts, _ = quality.draw(quality.held_out_prompts(folder, prompts), images)
+    texts = request.texts
+    text = request.text
     rows, again = quality.make_images(
         folder, adaptor_dir, texts, teacher, images, console, style, rivals, text
     )

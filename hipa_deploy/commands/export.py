@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -148,16 +149,24 @@ def export(
             "given bundle, for hipa-generate --adaptor."
         ),
     ] = None,
+    sign: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="KEY",
+            help="Sign what is written with this Ed25519 private key, in PEM. Devices that set "
+            "HIPA_PUBLIC_KEY to the public key take nothing else.",
+        ),
+    ] = None,
 ) -> None:
     """Export a model, with an adaptor merged, as a bundle of ONNX models.
 
     Each model is run with ONNX Runtime and compared with PyTorch; the bundle is written only if the
     results agree. The bundle runs without PyTorch.
     """
+    refuse_to_overwrite(out)
     require("export")
     from hipa_deploy.models.style import parse_style
 
-    refuse_to_overwrite(out)
     if swap_for is not None:
         others_are_default = (
             dtype is Precision.fp16
@@ -184,28 +193,20 @@ def export(
         if not others_are_default:
             raise HipaError(
                 "--swap-for takes --model, --adaptor, --adaptor-scale, --one-step, --lora, "
-                "--embedding, --decoder and --out; the bundle decides everything else. "
+                "--embedding, --decoder, --sign and --out; the bundle decides everything else. "
                 "Leave the other options out."
             )
         style = parse_style(lora, embedding)
-        _export_swap(model, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out)
+        _export_swap(model, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out, sign)
         return
 
-    if build:
-        from hipa_deploy.engines.build.build_bundle import check_tools
-
-        # Before minutes of export: a missing compiler is reported at once.
-        check_tools(build.value)
-
     from hipa_deploy.embedded import resolve_adaptor
-    from hipa_deploy.export.export_bundle import export_bundle
     from hipa_deploy.export.export_options import ExportOptions
+    from hipa_deploy.export.export_request import check_options, check_request
     from hipa_deploy.export.graph.axes import parse_axes
     from hipa_deploy.export.task import parse_strengths
     from hipa_deploy.models.locate import resolve_decoder, resolve_encoder, unpacked
 
-    # A checkpoint in one file becomes a folder first; the decoder depends on which model it is.
-    model = unpacked(model, config)
     options = ExportOptions(
         model=model,
         out=out,
@@ -216,20 +217,37 @@ def export(
         height=height,
         width=width,
         batch=batch,
-        decoder=resolve_decoder(decoder, model),
         fuse=fuse,
         prompts=prompts,
         dynamic=parse_axes(dynamic) if dynamic else {},
         task=task.value if task else None,
         strengths=parse_strengths(strengths) if strengths else (),
-        encoder=resolve_encoder(encoder),
         context_tokens=context_tokens,
         clip_skip=clip_skip,
         prompt_weights=prompt_weights,
         style=parse_style(lora, embedding),
         one_step=one_step,
+        signing_key=sign,
     )
-    bundle = export_bundle(options, console)
+    # Before a checkpoint in one file is converted, which takes minutes, or TAESD is fetched.
+    check_options(options, decoder=decoder, encoder=encoder)
+    model = unpacked(model, config)
+    options = replace(
+        options,
+        model=model,
+        decoder=resolve_decoder(decoder, model),
+        encoder=resolve_encoder(encoder),
+    )
+    check_request(options)
+    if build:
+        from hipa_deploy.engines.build.build_bundle import check_tools
+
+        # Before minutes of export: a missing compiler is reported at once.
+        check_tools(build.value)
+
+    from hipa_deploy.export.export_bundle import export_checked
+
+    bundle = export_checked(options, console)
 
     # One line a stage: how close it is to PyTorch, and what FP16 could not hold.
     for stage in bundle.manifest.stages:
@@ -254,10 +272,11 @@ def _export_swap(
     decoder: str,
     bundle: Path,
     out: Path,
+    signing_key: Path | None,
 ) -> None:
     """Write to ``out`` the weights of adaptor and LoRAs that differ from those of ``bundle``."""
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
-    from hipa_deploy.export.export_swap import SwapOptions, export_swap
+    from hipa_deploy.export.export_request import SwapOptions, check_swap_request
     from hipa_deploy.models.locate import resolve_decoder
 
     if adaptor is None and not style.loras:
@@ -266,19 +285,22 @@ def _export_swap(
         )
 
     # The decoder is asked for because a fused bundle has it in the same graph as the adaptor.
-    swap = export_swap(
-        SwapOptions(
-            model=model,
-            adaptor=resolve_adaptor(adaptor) if adaptor else None,
-            adaptor_scale=scale,
-            style=style,
-            bundle=resolve_bundle(bundle),
-            out=out,
-            decoder=resolve_decoder(decoder, model),
-            one_step=one_step,
-        ),
-        console,
+    options = SwapOptions(
+        model=model,
+        adaptor=resolve_adaptor(adaptor) if adaptor else None,
+        adaptor_scale=scale,
+        style=style,
+        bundle=resolve_bundle(bundle),
+        out=out,
+        decoder=resolve_decoder(decoder, model),
+        one_step=one_step,
+        signing_key=signing_key,
     )
+    check_swap_request(options)
+
+    from hipa_deploy.export.export_swap import export_swap
+
+    swap = export_swap(options, console)
     manifest = swap.manifest
     line = f"{manifest.stage}: {len(manifest.weights)} weights differ; "
     console.print(line + _parity_text(manifest.parity), highlight=False)

@@ -81,25 +81,30 @@ def train(
     A recipe for a decoder trains a small image decoder instead. A training that was stopped
     continues when the same command runs again.
     """
+    if not dry_run:
+        refuse_to_overwrite(out)
     require("train")
     from hipa_deploy.embedded import resolve_adaptor
+    from hipa_deploy.generate.prompt_files import check_prompt_file
+    from hipa_deploy.models.lora.early_lora import check_adaptor_path
     from hipa_deploy.models.style import parse_style
     from hipa_deploy.train.recipes.recipe import Recipe, load_any_recipe
     from hipa_deploy.user_code import check_allowed, code_allowed
-
-    if not dry_run:
-        refuse_to_overwrite(out)
 
     # Only what was given on the command line replaces a value of the recipe.
     overrides: dict[str, Any] = {}
     if steps is not None:
         overrides["steps"] = steps
     if prompts is not None:
+        check_prompt_file(prompts)
         overrides["prompts"] = str(prompts.absolute())
     chosen = load_any_recipe(recipe, overrides)
     initial = resolve_adaptor(start) if start else None
     active = resolve_adaptor(adaptor) if adaptor else None
     style = parse_style(lora, embedding)
+    for path in (initial, active):
+        if path is not None:
+            check_adaptor_path(path)
 
     # What can be known without torch is checked before it is imported.
     if isinstance(chosen, Recipe) and active:
@@ -140,12 +145,17 @@ def _train(
 
     """
     from hipa_deploy.models.locate import model_folder
+    from hipa_deploy.train.training_request import check_request
+
+    folder = model_folder(model, config)
+    if not dry_run:
+        check_request(chosen, folder, start, style)
+
     from hipa_deploy.train.loop.processes import is_main, leaving_process_group
     from hipa_deploy.train.recipes.recipe import Recipe
     from hipa_deploy.train.train_adaptor import train_adaptor
     from hipa_deploy.train.train_decoder import train_decoder
 
-    folder = model_folder(model, config)
     if dry_run:
         assert isinstance(chosen, Recipe)  # the command refuses a decoder's
         _dry_run_training(chosen, folder, style)

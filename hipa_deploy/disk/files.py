@@ -48,6 +48,7 @@ def refuse_to_overwrite(out: Path) -> None:
             leads nowhere; or the folder around it cannot be written.
 
     """
+    check_name(out)
     if Path(os.path.realpath(out)) == Path.cwd():
         raise HipaError(f"{out} is the current folder. Choose a name for a new one.")
     if out.is_symlink() and not out.exists():
@@ -58,6 +59,49 @@ def refuse_to_overwrite(out: Path) -> None:
     check_writable(out)
 
 
+def check_name(out: Path) -> None:
+    """Check that the system takes the name of a file or folder, which need not exist.
+
+    Raises:
+        HipaError: the name is too long, has a zero byte, or leads through a loop of links.
+
+    """
+    try:
+        out.stat()
+    except ValueError:
+        raise HipaError(f"{out} has a character that no file name has. Choose another.") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            name = f"{str(out)[:60]}…"
+            raise HipaError(
+                f"{name}: the name is too long for this disk. Choose another."
+            ) from None
+        if error.errno == errno.ELOOP:
+            raise HipaError(f"{out} is a loop of links. Choose another name.") from None
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Check that the disk of a file or folder ``out``, which need not exist, has some space free.
+
+    Args:
+        out: what will be written.
+        needed: the least number of bytes that it will have.
+
+    Raises:
+        HipaError: less is free.
+
+    """
+    folder = Path(os.path.realpath(out))
+    while not folder.is_dir():
+        folder = folder.parent
+    free = free_bytes(folder)
+    if free < needed:
+        raise HipaError(
+            f"{out} will have at least {_size(needed)}, and {_size(free)} are free on its disk. "
+            "Free some space, or choose another disk."
+        )
+
+
 def check_writable(out: Path) -> None:
     """Check that a file or folder ``out`` can be made, with those around it that are missing.
 
@@ -65,6 +109,7 @@ def check_writable(out: Path) -> None:
         HipaError: something on the way to ``out`` is no folder, or may not be written.
 
     """
+    check_name(out)
     parent = Path(os.path.realpath(out)).parent
     while not os.path.lexists(parent):
         parent = parent.parent

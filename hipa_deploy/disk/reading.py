@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeVar
 
@@ -17,8 +18,24 @@ from pydantic import BaseModel, ValidationError
 
 from hipa_deploy.errors import HipaError, first_line, reason_of
 
+# tomllib is part of Python since 3.11.
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 MIB = 1 << 20
 MAX_JSON = 16 * MIB
+MAX_TOML = MIB
+# By the end of the name. An ONNX file is one protobuf message, of less than 2 GiB. Weights in files
+# beside it have no limit.
+_LARGEST = {
+    ".json": 64 * MIB,
+    ".txt": 256 * MIB,
+    ".onnx": 2048 * MIB,
+    ".npz": 16384 * MIB,
+    ".npy": 16384 * MIB,
+}
 REEXPORT = "Export the bundle again."
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # Windows has no pipes in its folders
 Model = TypeVar("Model", bound=BaseModel)
@@ -92,8 +109,12 @@ def inside_folder(folder: Path, name: str) -> Path:
     return path
 
 
-def check_regular(path: Path) -> None:
+def check_regular(path: Path, remedy: str = "") -> None:
     """Check that ``path`` is a regular file, or a link to one.
+
+    Args:
+        path: of the file.
+        remedy: what a user may do, a sentence; empty for that of a bundle.
 
     Raises:
         HipaError: it is missing, or is a folder, a pipe, a socket or a device. Reading a pipe could
@@ -103,11 +124,22 @@ def check_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise HipaError(f"{path} is missing, so it cannot be read. {_REMEDY}") from None
+        raise HipaError(f"{path} is missing, so it cannot be read. {remedy or _REMEDY}") from None
     except (OSError, ValueError) as error:  # a loop of links, or a character of no file name
-        raise HipaError(f"{path} cannot be read ({error}). {_REMEDY}") from None
+        raise HipaError(f"{path} cannot be read ({error}). {remedy or _REMEDY}") from None
     if not stat.S_ISREG(mode):
         raise HipaError(f"{path} is a {_kind(mode)}. Expected a file.")
+
+
+def check_file(path: Path, max_bytes: int, remedy: str = "") -> None:
+    """Check that a library may be given ``path``: a regular file of at most ``max_bytes``.
+
+    Raises:
+        HipaError: as ``check_regular``; or the file is larger.
+
+    """
+    check_regular(path, remedy)
+    _check_size(path, path.stat().st_size, max_bytes)
 
 
 _REMEDY = "Export the folder again, or copy it whole."
@@ -146,14 +178,19 @@ def lies_in(name: str, folder: str) -> bool:
     return PurePosixPath(name).is_relative_to(folder)
 
 
-def read_bytes(path: Path, max_bytes: int) -> bytes:
+def read_bytes(path: Path, max_bytes: int, remedy: str = "") -> bytes:
     """The content of a regular file of at most ``max_bytes``.
+
+    Args:
+        path: of the file.
+        max_bytes: a larger file is not read.
+        remedy: what a user may do where it is missing; empty for that of a bundle.
 
     Raises:
         HipaError: the file is missing, larger, no regular file, or cannot be read.
 
     """
-    check_regular(path)
+    check_regular(path, remedy)
     try:
         # Non-blocking: the file could become a pipe between the check and here.
         with os.fdopen(os.open(path, os.O_RDONLY | _NO_WAIT), "rb") as file:
@@ -166,27 +203,83 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         raise HipaError(f"{path} cannot be read: {error.strerror}.") from None
 
 
+def check_size(path: Path) -> None:
+    """Check that a file of a bundle or a swap is no larger than such a file can be.
+
+    Hashing a file takes seconds a gigabyte, and a file of holes may have any size.
+
+    Raises:
+        HipaError: it is larger.
+
+    """
+    limit = _LARGEST.get(path.suffix)
+    if limit is not None:
+        _check_size(path, path.stat().st_size, limit)
+
+
 def _check_size(path: Path, size: int, max_bytes: int) -> None:
     if size > max_bytes:
         raise HipaError(f"{path} has {size} bytes. Expected at most {max_bytes}.")
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_JSON) -> Any:
+def read_json(
+    path: Path,
+    *,
+    max_bytes: int = MAX_JSON,
+    remedy: str = "Export it again.",
+    infinite: bool = False,
+) -> Any:
     """The value in a JSON file, in UTF-8.
+
+    Args:
+        path: of the file.
+        max_bytes: a larger file is not read.
+        remedy: what a user may do, a sentence.
+        infinite: accept Infinity and NaN, which are no JSON and which Python writes all the same.
 
     Raises:
         HipaError: as ``read_bytes``; or it is no JSON, nests too deep, or has a number that is not
             finite or has thousands of digits.
 
     """
-    content = read_bytes(path, max_bytes)
     try:
-        return json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+        return parse_json(read_bytes(path, max_bytes, remedy), infinite=infinite)
+    except ValueError as error:
+        reason = first_line(error)
+    raise HipaError(f"{path} is not JSON that can be read ({reason}). {remedy}")
+
+
+def parse_json(content: bytes | str, *, infinite: bool = False) -> Any:
+    """The value of a JSON text, in UTF-8.
+
+    Raises:
+        ValueError: it is no JSON or no UTF-8, nests too deep, or has a number that is not finite or
+            has thousands of digits.
+
+    """
+    text = content if isinstance(content, str) else content.decode("utf-8")
+    try:
+        return json.loads(text, parse_constant=None if infinite else _refuse_constant)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+
+
+def read_toml(path: Path, *, max_bytes: int = MAX_TOML) -> dict[str, Any]:
+    """The table of a TOML file, in UTF-8.
+
+    Raises:
+        HipaError: as ``read_bytes``; or it is no TOML, nests too deep, or has an integer of
+            thousands of digits.
+
+    """
+    text = read_text(path, max_bytes=max_bytes)
+    try:
+        return tomllib.loads(text)
     except RecursionError:
         reason = "it nests too deep"
-    except ValueError as error:  # no UTF-8, no JSON, an integer of more than 4,300 digits
+    except ValueError as error:  # TOMLDecodeError, and the one of too many digits, are ValueErrors
         reason = first_line(error)
-    raise HipaError(f"{path} is not JSON that can be read ({reason}). Export it again.")
+    raise HipaError(f"{path} cannot be read as TOML: {reason}. Correct the file.")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -220,7 +313,8 @@ def read_record(path: Path, model: type[Model], remedy: str, *, max_bytes: int =
         HipaError: as ``read_json`` and ``validated``.
 
     """
-    return validated(model, read_json(path, max_bytes=max_bytes), path, remedy)
+    data = read_json(path, max_bytes=max_bytes, remedy=remedy)
+    return validated(model, data, path, remedy)
 
 
 def read_text(path: Path, *, max_bytes: int) -> str:

@@ -9,12 +9,20 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
-from collections.abc import Callable, Iterable, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hipa_deploy.errors import HipaError, MissingDependencyError, first_line
+from hipa_deploy.disk.reading import (
+    MIB,
+    inside,
+    inside_folder,
+    read_bytes,
+    read_json,
+)
+from hipa_deploy.errors import HipaError, MissingDependencyError, as_line
 
 COLUMNS = ("caption", "text")  # the columns that are read by default, the first that exists
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -28,6 +36,11 @@ MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+# Far above what is useful, and small enough that no file takes a machine's memory or an hour.
+MAX_TEXT_MIB = 64  # of a text file, or of one column of a table
+MAX_PROMPTS = 1_000_000
+MAX_CHARACTERS = 10_000  # of a prompt; a context reads about a thousand of them at most
+ROWS_AT_ONCE = 1024  # of a table in Arrow's format
 RENAME = "Name the column of the prompts caption or text."  # where no option names another
 Table = tuple[Sequence[str], Callable[[str], Iterable[object]]]
 """The names of the columns, and a function from a column's name to its cells."""
@@ -91,12 +104,37 @@ def read_numbered_prompts(
     unit = "row" if table else "line"
     places: dict[str, str] = {}
     for number, cell in enumerate(cells, start=1):
+        if number > MAX_PROMPTS:
+            raise HipaError(f"prompts {path} has more than {MAX_PROMPTS} {unit}s. Split the file.")
         prompt = _clean(path, cell)
+        if len(prompt) > MAX_CHARACTERS:
+            raise HipaError(
+                f"prompts {path}, {unit} {number} has {len(prompt)} characters. "
+                f"Expected at most {MAX_CHARACTERS}."
+            )
         if prompt:
             places.setdefault(prompt, f"{unit} {number}")
     if not places:
         raise HipaError(f"prompts {path} is empty. Expected one prompt a {unit}.")
     return places
+
+
+def check_prompt_file(path: Path) -> None:
+    """Check that there is a file or folder of prompts, without reading it.
+
+    Raises:
+        HipaError: it is missing, or is neither a regular file nor a folder.
+
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # a character that no file name has is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise HipaError(
+            f"prompts {path} cannot be read: {reason}. Expected a file of prompts."
+        ) from None
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise HipaError(f"prompts {path} is a pipe or a device. Expected a file of prompts.")
 
 
 def read_cells(path: Path, column: str | None) -> list[str]:
@@ -174,12 +212,11 @@ def _open_table(path: Path) -> Table | None:
 
 def _read_text(path: Path) -> str:
     """The text of a file, its line ends as newlines, without a byte order mark."""
+    check_prompt_file(path)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise HipaError(
-            f"prompts {path} cannot be read: {error.strerror}. Expected a file of prompts."
-        ) from None
+        content = read_bytes(path, MAX_TEXT_MIB * MIB)
+    except HipaError as error:
+        raise HipaError(f"prompts: {error} Split the file, or use Parquet.") from None
     for mark, encoding in MARKS.items():
         if content.startswith(mark):
             raise HipaError(f"prompts {path} is {encoding}. Save it as UTF-8.")
@@ -202,6 +239,7 @@ def _read_text(path: Path) -> str:
 
 
 def _open_csv(path: Path, delimiter: str) -> Table:
+    # Fields are as long as a prompt may be, and the csv module has its own limit for them.
     # newline="" leaves line breaks to the csv module, as they may lie within quoted fields.
     text = io.StringIO(_read_text(path), newline="")
     try:
@@ -225,16 +263,53 @@ def _open_csv(path: Path, delimiter: str) -> Table:
 
 def _open_parquet(path: Path) -> Table:
     parquet = _pyarrow("pyarrow.parquet")
-    try:
+    check_prompt_file(path)
+    with _readable(path, "as Parquet"):
         file = parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        raise HipaError(f"prompts {path} cannot be read as Parquet: {first_line(error)}") from None
+        names = list(file.schema_arrow.names)
 
-    # Only the wanted column is read: the others may hold images.
+    # Only the wanted column is read: the others may hold images. Equal cells stay one text in
+    # memory ('read_dictionary'), so that a small file cannot become a large table.
     def cells(name: str) -> Iterable[object]:
-        return file.read(columns=[name])[name].to_pylist()
+        _check_text(path, file.schema_arrow.field(name).type)
+        with _readable(path, "as Parquet"):
+            table = parquet.ParquetFile(path, read_dictionary=[name])
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=[name]):
+                yield from _texts(path, batch.column(0))
 
-    return file.schema_arrow.names, cells
+    return names, cells
+
+
+@contextmanager
+def _readable(path: Path, how: str) -> Iterator[None]:
+    """Turn whatever pyarrow says of a damaged file into a line."""
+    with as_line(f"prompts {path} cannot be read {how}", "Write the file again."):
+        yield
+
+
+def _check_text(path: Path, kind: Any) -> None:
+    """Raise HipaError unless a column's type in Arrow is text, as it is or in a dictionary."""
+    types = _pyarrow("pyarrow.types")
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
+        raise HipaError(f"prompts {path}: a caption is of type {kind}. Expected a column of text.")
+
+
+def _texts(path: Path, column: Any) -> list[object]:
+    """The cells of a part of a column of Arrow's, after a check that they are what they seem."""
+    # Offsets that lead out of the buffers would read foreign memory.
+    column.validate(full=True)
+    distinct = getattr(column, "dictionary", column)
+    if distinct.nbytes > MAX_TEXT_MIB * MIB:
+        raise HipaError(
+            f"prompts {path}: a part of the column has {distinct.nbytes} bytes. "
+            f"Expected at most {MAX_TEXT_MIB} MiB. Split the file."
+        )
+    texts = distinct.to_pylist()
+    if distinct is column:
+        return texts  # type: ignore[no-any-return]
+    return [None if index is None else texts[index] for index in column.indices.to_pylist()]
 
 
 def _open_saved_dataset(folder: Path) -> Table:
@@ -247,40 +322,50 @@ def _open_saved_dataset(folder: Path) -> Table:
 
     # A DatasetDict has a folder for each split, and says which in dataset_dict.json.
     if (folder / "dataset_dict.json").exists():
-        splits = list(_read_json(folder / "dataset_dict.json", "splits"))
+        splits = [str(split) for split in _read_json(folder / "dataset_dict.json", "splits")]
         if "train" in splits:
             folder = folder / "train"
         elif len(splits) == 1:
-            folder = folder / splits[0]
+            folder = inside_folder(folder, splits[0])
         else:
-            names = ", ".join(splits) or "none"
-            raise HipaError(f"prompts {folder} has the splits {names}. Name one: {folder}/SPLIT.")
+            found = ", ".join(splits) or "none"
+            raise HipaError(f"prompts {folder} has the splits {found}. Name one: {folder}/SPLIT.")
 
     entries = _read_json(folder / "state.json", "_data_files")
-    files = [folder / str(entry["filename"]) for entry in entries]
-    try:
-        tables = [ipc.open_stream(file.read_bytes()).read_all() for file in files]
-    except (OSError, ValueError) as error:
-        raise HipaError(
-            f"prompts {folder} cannot be read as a dataset: {first_line(error)}"
-        ) from None
+    arrow = _pyarrow("pyarrow")
+    files = []
+    with _readable(folder, "as a dataset"):
+        for entry in entries:
+            files.append(inside(folder, str(entry["filename"])))
+        names: list[str] = []
+        if files:
+            with arrow.memory_map(str(files[0])) as content:
+                names = list(ipc.open_stream(content).schema.names)
 
     def cells(name: str) -> Iterable[object]:
-        for table in tables:
-            yield from table[name].to_pylist()
+        for file in files:
+            with _readable(file, "as a dataset"), arrow.memory_map(str(file)) as content:
+                for batch in ipc.open_stream(content):
+                    column = batch.column(name)
+                    _check_text(file, column.type)
+                    for start in range(0, len(column), ROWS_AT_ONCE):
+                        yield from _texts(file, column.slice(start, ROWS_AT_ONCE))
 
-    return (tables[0].schema.names if tables else []), cells
+    return names, cells
 
 
 def _read_json(path: Path, key: str) -> Any:
-    """The value of ``key`` in a JSON file."""
+    """The value of ``key`` in a JSON file: a list, or a table."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError):
+        value = read_json(path)[key]
+    except (HipaError, KeyError, TypeError, IndexError):
+        value = None
+    if not isinstance(value, list | dict):
         raise HipaError(
             f"prompts {path.parent} has no readable {path.name}. "
             "Expected a folder of datasets' save_to_disk."
-        ) from None
+        )
+    return value
 
 
 def _pyarrow(module: str) -> Any:

@@ -7,16 +7,17 @@ exact for the one step.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from hipa_deploy.bundle.manifest import EmbeddingInfo, LoraInfo
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.reading import read_record
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.weights.weight_file import read_layout
 from hipa_deploy.models.weights.weight_identity import (
     has_identity,
     hint_of_0_1_0,
@@ -28,6 +29,9 @@ from hipa_deploy.tasks import Task
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ENCODER_WEIGHTS = "vae_encoder_lora.safetensors"  # only where the VAE encoder is adapted too
 METADATA = "hipa_adaptor.json"
+MAX_RANK = 16_384  # of a matrix that is no wider
+Pixels = Annotated[int, Field(ge=1, le=65_536)]
+Strength = Annotated[float, Field(gt=0, le=1)]
 
 
 class AdaptorMetadata(Record):
@@ -65,20 +69,20 @@ class AdaptorMetadata(Record):
     schema_version: Literal[1] = 1
     base_unet_sha256: str
     prompts_sha256: str
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    timestep: int
-    prediction_type: str
-    alpha_bar: float
-    resolution: tuple[int, int]
-    steps_trained: int
+    rank: int = Field(ge=1, le=MAX_RANK)
+    alpha: float = Field(allow_inf_nan=False)
+    targets: tuple[str, ...] = Field(max_length=1000)
+    timestep: int = Field(ge=0, le=100_000)
+    prediction_type: str = Field(max_length=100)
+    alpha_bar: float = Field(ge=0, le=1)
+    resolution: tuple[Pixels, Pixels]
+    steps_trained: int = Field(ge=0)
     recipe: dict[str, Any]
     task: Task = "generate"
-    strengths: tuple[float, ...] = ()
+    strengths: tuple[Strength, ...] = Field(default=(), max_length=100)
     upscale: int = Field(default=4, ge=2, le=8)
     initial_sha256: str | None = None
-    encoder_rank: int = 0
+    encoder_rank: int = Field(default=0, ge=0, le=MAX_RANK)
     base_vae_sha256: str | None = None
     text: TextSettings = TextSettings()
     loras: tuple[LoraInfo, ...] = ()
@@ -91,12 +95,26 @@ def unet_sha256(model_folder: Path) -> str:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Hash an adaptor's weights: one file, or two where the VAE encoder is adapted too."""
-    unet = file_sha256(folder / WEIGHTS)
+    """Hash an adaptor's weights: one file, or two where the VAE encoder is adapted too.
+
+    Raises:
+        HipaError: a file is missing or damaged.
+
+    """
+    unet = _whole_file_sha256(folder / WEIGHTS)
     if not (folder / ENCODER_WEIGHTS).exists():
         return unet
-    encoder = file_sha256(folder / ENCODER_WEIGHTS)
+    encoder = _whole_file_sha256(folder / ENCODER_WEIGHTS)
     return hashlib.sha256((unet + encoder).encode()).hexdigest()
+
+
+def _whole_file_sha256(path: Path) -> str:
+    """The hash of a .safetensors file whose size is what its header says.
+
+    A file of holes may have any size, and hashing takes seconds a gigabyte.
+    """
+    read_layout(path)
+    return file_sha256(path)
 
 
 def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMetadata:
@@ -112,17 +130,13 @@ def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMeta
             another model.
 
     """
-    try:
-        content = json.loads((folder / METADATA).read_text(encoding="utf-8"))
-        metadata = AdaptorMetadata.model_validate(content)
-    except OSError:
+    if not (folder / METADATA).exists():
         raise HipaError(
             f"adaptor {folder} has no {METADATA}. Expected a folder that hipa-train wrote."
-        ) from None
-    except (ValueError, ValidationError):
-        raise HipaError(
-            f"adaptor {folder}: {METADATA} is damaged, or of another version of hipa-deploy."
-        ) from None
+        )
+    metadata = read_record(
+        folder / METADATA, AdaptorMetadata, "Copy the adaptor again, or update hipa-deploy."
+    )
 
     # Adapter weights are a difference to the weights of one model: on another one they would load
     # and give bad images.

@@ -10,11 +10,15 @@ Rust part, so training reads the fast one too.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER, tokenizer_problem
+from hipa_deploy.disk.reading import check_file, read_text
+from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.generate.tokenizer import PromptTokenizer
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.weights.part_config import read_config
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,15 +43,14 @@ def load_tokenizer(config: ModelConfig) -> CLIPTokenizerFast:
     from transformers import CLIPTokenizerFast
 
     folder = config.folder / "tokenizer"
-    try:
-        tokenizer = CLIPTokenizerFast.from_pretrained(config.folder, subfolder="tokenizer")
-    # A missing file, damaged JSON and an old layout each raise a class of their own; the Rust
-    # library raises bare Exception.
-    except Exception as error:
-        raise HipaError(
-            f"{folder} cannot be loaded as CLIP's fast tokenizer: {first_line(error)}. "
-            "Expected tokenizer.json, or vocab.json and merges.txt. Copy the model again."
-        ) from None
+    _check_files(folder)
+    with as_line(
+        f"{folder} cannot be loaded as CLIP's fast tokenizer",
+        "Expected tokenizer.json, or vocab.json and merges.txt. Copy the model again.",
+    ):
+        tokenizer = CLIPTokenizerFast.from_pretrained(
+            config.folder, subfolder="tokenizer", local_files_only=True
+        )
     if tokenizer.pad_token_id is None:
         raise HipaError(
             f"{folder} has no padding token. Expected pad_token in tokenizer_config.json: "
@@ -64,6 +67,26 @@ def load_tokenizer(config: ModelConfig) -> CLIPTokenizerFast:
     positions = int(config.text_encoder["max_position_embeddings"])
     tokenizer.model_max_length = min(int(tokenizer.model_max_length), positions)
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Check every file that transformers may read, before its library in Rust believes it.
+
+    Raises:
+        HipaError: no folder, a file that is too large or no regular one, or a tokenizer.json that
+            asks for too much.
+
+    """
+    if not folder.is_dir():
+        raise HipaError(f"{folder} does not exist. Expected a tokenizer. Copy the model again.")
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".txt"):
+            check_file(path, MAX_TOKENIZER, "Copy the model again.")
+        # transformers reads tokenizer.VERSION.json as well, where the configuration says so.
+        if path.suffix == ".json" and path.name.startswith("tokenizer."):
+            problem = tokenizer_problem(read_text(path, max_bytes=MAX_TOKENIZER))
+            if problem:
+                raise HipaError(f"{path} is not accepted: {problem}. Copy the model again.")
 
 
 def rust_tokenizer(tokenizer: CLIPTokenizerFast) -> Tokenizer:
@@ -95,8 +118,16 @@ def prompt_tokenizer(
 def text_sizes(config: ModelConfig) -> tuple[int, int]:
     """Tokens that a model's text encoder reads at once, and its layers, for ``choose_text``.
 
+    They are those of ``load_tokenizer``, from the files alone: nothing is imported for them.
+
     Raises:
-        HipaError: the tokenizer cannot be read.
+        HipaError: a file cannot be read.
 
     """
-    return load_tokenizer(config).model_max_length, config.text_layers
+    tokens = int(config.text_encoder["max_position_embeddings"])
+    if (config.folder / "tokenizer" / "tokenizer_config.json").is_file():
+        settings = read_config(config.folder, "tokenizer/tokenizer_config.json")
+        length = settings.get("model_max_length")
+        if isinstance(length, int | float) and length >= 1:
+            tokens = int(min(length, tokens))
+    return tokens, config.text_layers

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hipa_deploy.embedded import ROOT
 
+INDEX = "model_index.json"
 MERGES = ROOT / "clip" / "merges.txt.gz"
 START = "<|startoftext|>"
 END = "<|endoftext|>"
@@ -67,25 +69,32 @@ def write_config(name: str, folder: Path) -> Path:
         ``folder``.
 
     """
-    for part, config in _configs(MODELS[name]).items():
-        path = folder / part
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_files(_configs(MODELS[name]), folder)
     _write_tokenizer(folder / "tokenizer", MODELS[name]["pad_token"])
     return folder
 
 
-def _configs(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the JSON files of a diffusers folder, by path, for a value of ``MODELS``."""
-    # model_index.json lists a library and a class for each part; the absent ones have neither.
-    diffusers = {
-        "unet": "UNet2DConditionModel",
-        "vae": "AutoencoderKL",
-        "scheduler": "DDIMScheduler",
-    }
+def write_files(files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Write JSON files, by their paths in ``folder``."""
+    for name, config in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def model_index(scheduler: str) -> dict[str, Any]:
+    """The content of a StableDiffusionPipeline's model_index.json.
+
+    It lists a library and a class for each part; the absent ones have neither.
+
+    Args:
+        scheduler: the class, in diffusers.
+
+    """
+    diffusers = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": scheduler}
     transformers = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
     absent = ("safety_checker", "feature_extractor", "image_encoder")
-    index = {
+    return {
         "_class_name": "StableDiffusionPipeline",
         **{part: ["diffusers", kind] for part, kind in diffusers.items()},
         **{part: ["transformers", kind] for part, kind in transformers.items()},
@@ -93,6 +102,9 @@ def _configs(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "requires_safety_checker": False,
     }
 
+
+def _configs(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the JSON files of a diffusers folder, by path, for a value of ``MODELS``."""
     # The VAE, the noise schedule and CLIP's vocabulary are the same in all of these models.
     vae = {
         "latent_channels": 4,
@@ -119,15 +131,15 @@ def _configs(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
         **model["text_encoder"],
     }
     return {
-        "model_index.json": index,
+        INDEX: model_index("DDIMScheduler"),
         "unet/config.json": {
-            "_class_name": diffusers["unet"],
+            "_class_name": "UNet2DConditionModel",
             "sample_size": model["size"],
             **_UNET,
             **model["unet"],
         },
-        "vae/config.json": {"_class_name": diffusers["vae"], **vae},
-        "scheduler/scheduler_config.json": {"_class_name": diffusers["scheduler"], **schedule},
+        "vae/config.json": {"_class_name": "AutoencoderKL", **vae},
+        "scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler", **schedule},
         "text_encoder/config.json": {"architectures": ["CLIPTextModel"], **text},
     }
 

@@ -5,12 +5,10 @@ The folder loads with diffusers' ``AutoencoderTiny.from_pretrained``.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
+from hipa_deploy.disk.reading import read_record
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.weights.weight_identity import weights_identity
 from hipa_deploy.record import Record
@@ -68,15 +66,9 @@ def read_decoder_metadata(folder: Path) -> DecoderMetadata:
         HipaError: the folder is not one that hipa-train wrote, or its metadata is damaged.
 
     """
-    try:
-        content = json.loads((folder / DECODER_METADATA).read_text(encoding="utf-8"))
-        return DecoderMetadata.model_validate(content)
-    except OSError:
+    path = folder / DECODER_METADATA
+    if not path.exists():
         raise HipaError(
             f"decoder {folder} has no {DECODER_METADATA}. Expected a folder that hipa-train wrote."
-        ) from None
-    except (ValueError, ValidationError):
-        raise HipaError(
-            f"decoder {folder}: {DECODER_METADATA} is damaged, or of another version of "
-            "hipa-deploy."
-        ) from None
+        )
+    return read_record(path, DecoderMetadata, "Copy the decoder again, or update hipa-deploy.")

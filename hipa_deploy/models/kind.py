@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.disk.reading import shown
+from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.tasks import Task, is_inpainting_unet
 
 PARTS = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
+# None is a part that the pipeline does without; stable_diffusion is the safety checker's, which is
+# never loaded.
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
 # What a UNet may take besides noise, a timestep and one text context. The export would drop these
 # inputs when it folds the timestep, and the graph would give wrong images.
 UNSUPPORTED = (
@@ -24,28 +27,11 @@ UNSUPPORTED = (
 )
 
 
-def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON file of a diffusers folder, such as unet/config.json.
-
-    Raises:
-        HipaError: the file does not exist, or does not hold a JSON object.
-
-    """
-    path = folder / name
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError:
-        raise HipaError(
-            f"{folder}: no readable {name} in it. Expected a StableDiffusionPipeline folder."
-        ) from None
-    except (ValueError, TypeError):
-        raise HipaError(
-            f"{path} is not JSON of a diffusers folder. Copy the model again."
-        ) from None
-
-
 def check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
     """Check that a pipeline has one CLIP text encoder, a UNet2DConditionModel and a KL VAE.
+
+    Libraries are checked as well as classes, of every part: diffusers imports whatever a
+    model_index.json names.
 
     Args:
         folder: the diffusers folder, for messages.
@@ -58,7 +44,7 @@ def check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
     if "text_encoder_2" in index:
         pipeline = index.get("_class_name", "a pipeline of another kind")
         raise HipaError(
-            f"{folder} is {pipeline}: two text encoders are not supported. "
+            f"{folder} is {_word(pipeline)}: two text encoders are not supported. "
             "Use an SD 1.x or 2.x model."
         )
     for part, expected in PARTS.items():
@@ -66,8 +52,14 @@ def check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
         if found != expected:
             pipeline = index.get("_class_name", "a pipeline of no name")
             raise HipaError(
-                f"{folder} is {pipeline}: its {part} is {found}, expected {expected}. "
-                "Use an SD 1.x or 2.x model."
+                f"{folder} is {_word(pipeline)}: its {part} is {_word(found)}, "
+                f"expected {expected}. Use an SD 1.x or 2.x model."
+            )
+    for part, entry in index.items():
+        if isinstance(entry, list) and entry and entry[0] not in LIBRARIES:
+            raise HipaError(
+                f"{folder}: model_index.json takes {_word(part)} from {_word(entry[0])}. Expected "
+                "diffusers or transformers. Use a model without code of its own."
             )
 
 
@@ -81,6 +73,11 @@ def listed_class(index: Mapping[str, Any], part: str) -> Any:
     if not isinstance(entry, list):
         return entry
     return entry[1] if len(entry) > 1 else None
+
+
+def _word(value: Any) -> str:
+    """A name of the file's, for a message."""
+    return shown(value) if isinstance(value, str) else brief(value)
 
 
 def check_unet(
@@ -102,7 +99,9 @@ def check_unet(
     """
     for key in UNSUPPORTED:
         if unet.get(key):
-            raise HipaError(f"{folder}: the UNet has {key}={unet[key]!r}, which is not supported.")
+            raise HipaError(
+                f"{folder}: the UNet has {key}={brief(unet[key])}, which is not supported."
+            )
 
     # Of a UNet with 2 C + 1 channels the use is known, so the message can say what to do with it.
     in_channels = unet["in_channels"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from hipa_deploy.disk.reading import name_problem, read_text
 from hipa_deploy.embedded import DECODER, MODEL, NAME
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.models.weights.weight_file import SAFETENSORS
@@ -157,9 +158,9 @@ def _in_hub_cache(path: Path) -> Path:
         return path
     main = path / "refs" / "main"
     if main.is_file():
-        snapshot = snapshots / main.read_text(encoding="utf-8").strip()
-        if snapshot.is_dir():
-            return snapshot
+        revision = read_text(main, max_bytes=1000).strip()
+        if name_problem(revision) is None and (snapshots / revision).is_dir():
+            return snapshots / revision
     found = sorted(snapshot for snapshot in snapshots.iterdir() if snapshot.is_dir())
     if len(found) == 1:
         return found[0]

@@ -17,13 +17,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hipa_deploy.errors import HipaError, first_line
-from hipa_deploy.models.kind import check_pipeline, check_unet, listed_class, read_config
+from hipa_deploy.disk.reading import shown
+from hipa_deploy.errors import HipaError, as_line, brief
+from hipa_deploy.models.kind import check_pipeline, check_unet, listed_class
+from hipa_deploy.models.weights.part_config import (
+    AGAIN,
+    defaults_of,
+    known_values,
+    read_config,
+)
 from hipa_deploy.tasks import Task, is_inpainting_unet
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+SCHEDULER = "scheduler/scheduler_config.json"
+VERSION = "_diffusers_version"  # of the release that wrote a file
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # What describes the noise schedule itself, whatever samples along it.
 SCHEDULE_KEYS = (
@@ -58,7 +67,7 @@ class ModelConfig:
         unet: keywords of UNet2DConditionModel.
         vae: keywords of AutoencoderKL.
         text_encoder: keywords of CLIPTextConfig.
-        scheduler: keywords of the scheduler's class.
+        scheduler: keywords of the scheduler's class, and its name as ``_class_name``.
 
     Example:
         >>> config = ModelConfig.read(folder_of_sd15)
@@ -92,27 +101,26 @@ class ModelConfig:
 
         index = read_config(folder, "model_index.json")
         check_pipeline(folder, index)
-        unet = read_config(folder, "unet/config.json")
-        text = CLIPTextConfig.from_dict(read_config(folder, "text_encoder/config.json"))
+        unet = _read_part(folder, "unet", UNet2DConditionModel)
         config = cls(
             folder=folder,
-            unet=_with_true_size(_with_defaults(UNet2DConditionModel, unet)),
-            vae=_with_defaults(AutoencoderKL, read_config(folder, "vae/config.json")),
-            text_encoder=text.to_dict(),
+            unet=_with_true_size(folder, unet),
+            vae=_read_part(folder, "vae", AutoencoderKL),
+            text_encoder=_read_part(folder, "text_encoder", CLIPTextConfig),
             scheduler=_read_scheduler(folder, index),
         )
         config._check_numbers()
         if task is not None:
             check_unet(folder, config.unet, config.latent_channels, task)
         # transformers' own tools never set it, and no stage of a bundle has a mask.
-        if read_config(folder, "text_encoder/config.json").get("use_attention_mask"):
+        if config.text_encoder.get("use_attention_mask"):
             raise HipaError(
                 f"{folder}: text_encoder/config.json has use_attention_mask, which hides the "
                 "padding of prompts. Expected a text encoder of Stable Diffusion, which sees it."
             )
         if config.prediction_type not in PREDICTION_TYPES:
             raise HipaError(
-                f"{folder} predicts {config.prediction_type!r}. "
+                f"{folder} predicts {brief(config.prediction_type)}. "
                 f"Expected one of: {', '.join(PREDICTION_TYPES)}."
             )
         return config
@@ -131,14 +139,14 @@ class ModelConfig:
             value = getattr(self, part)[key]
             if not fits(value):
                 raise HipaError(
-                    f"{self.folder}: {part}/config.json has {key}={value!r}. "
+                    f"{self.folder}: {part}/config.json has {key}={brief(value)}. "
                     f"Expected {expected}. Copy the model again, or correct the file."
                 )
 
         betas = self.scheduler.get("trained_betas")
         if betas is not None and not _are_betas(betas):
             raise HipaError(
-                f"{self.folder}: scheduler/scheduler_config.json has trained_betas={betas!s:.60}. "
+                f"{self.folder}: {SCHEDULER} has trained_betas={brief(betas, 60)}. "
                 "Expected null, or a number from 0 to 1 for each timestep."
             )
 
@@ -229,14 +237,11 @@ class ModelConfig:
         """
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-        try:
+        with as_line(
+            f"{self.folder}: its noise schedule cannot be made",
+            "Correct scheduler/scheduler_config.json.",
+        ):
             alphas: Tensor = DDIMScheduler(**self.schedule).alphas_cumprod
-        except (RuntimeError, TypeError, ValueError) as error:
-            # RuntimeError is torch's for betas below 0; NotImplementedError is one of them.
-            raise HipaError(
-                f"{self.folder}: its noise schedule cannot be made ({first_line(error)}). "
-                "Correct scheduler/scheduler_config.json."
-            ) from None
         if not len(alphas) or not bool(((alphas >= 0) & (alphas <= 1)).all()):
             raise HipaError(
                 f"{self.folder}: its noise schedule has {len(alphas)} timesteps, and alpha_bar is "
@@ -301,7 +306,19 @@ def _is_size(value: Any) -> bool:
     return value is None or _is_count(value)
 
 
-def _with_true_size(unet: dict[str, Any]) -> dict[str, Any]:
+def _read_part(folder: Path, part: str, kind: Any) -> dict[str, Any]:
+    """The keywords of a part's class: what its config.json says, within bounds, and its defaults.
+
+    The version that wrote the file is kept beside them.
+    """
+    name = f"{part}/config.json"
+    config = read_config(folder, name)
+    known = known_values(kind, config, folder / name)
+    kept = {key: config[key] for key in (VERSION, "use_attention_mask") if key in config}
+    return {**defaults_of(kind), **known, **kept}
+
+
+def _with_true_size(folder: Path, unet: dict[str, Any]) -> dict[str, Any]:
     """The UNet's keywords with the size that StableDiffusionPipeline takes for an old folder.
 
     Folders of SD 1.1 to 1.5 that diffusers before 0.9.0 wrote say 32 for a model of 64 latents. The
@@ -309,30 +326,16 @@ def _with_true_size(unet: dict[str, Any]) -> dict[str, Any]:
     """
     from packaging.version import Version
 
-    written_by = unet.get("_diffusers_version")
+    written_by = unet.get(VERSION)
     size = unet["sample_size"]
     if not written_by or not _is_count(size) or size >= LEAST_SIZE_BEFORE:
         return unet
     # A development version counts as its release, as the pipeline has it.
-    if Version(Version(written_by).base_version) < Version(SIZES_ARE_RIGHT_SINCE):
+    with as_line(f"{folder}: unet/config.json has {VERSION}={brief(written_by)}", AGAIN):
+        release = Version(Version(written_by).base_version)
+    if release < Version(SIZES_ARE_RIGHT_SINCE):
         return {**unet, "sample_size": LEAST_SIZE_BEFORE}
     return unet
-
-
-def _with_defaults(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords of a diffusers class: its defaults, and over them what the file says.
-
-    Without a class, what the file says.
-    """
-    if kind is None:
-        return dict(config)
-    parameters = inspect.signature(kind.__init__).parameters.values()
-    defaults = {
-        parameter.name: parameter.default
-        for parameter in parameters
-        if parameter.default is not inspect.Parameter.empty
-    }
-    return {**defaults, **config}
 
 
 def _read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,7 +344,7 @@ def _read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     The class decides what a configuration means: FlowMatchEulerDiscreteScheduler's has the same
     ``num_train_timesteps``, and read as DDPM's it would give images without sense and no error.
     """
-    config = read_config(folder, "scheduler/scheduler_config.json")
+    config = read_config(folder, SCHEDULER)
     listed = listed_class(index, "scheduler")
     name = str(config.get("_class_name") or listed)
 
@@ -349,17 +352,28 @@ def _read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     # listed class of another family is one that the model was made for.
     for candidate in dict.fromkeys((name, str(listed or name))):
         kind = _scheduler_class(candidate)
-        known = inspect.signature(kind.__init__).parameters if kind is not None else {}
-        settings = _with_defaults(kind, config)
-        leaves = [key for key in LEAVING if key in known and settings.get(key)]
-        if not {"beta_start", "beta_schedule", "prediction_type"} <= set(known) or leaves:
+        defaults = defaults_of(kind) if kind is not None else {}
+        leaves = [key for key in LEAVING if key in defaults and config.get(key, defaults[key])]
+        if not {"beta_start", "beta_schedule", "prediction_type"} <= set(defaults) or leaves:
             why = f" with {', '.join(leaves)}" if leaves else ""
             raise HipaError(
-                f"{folder} has the scheduler {candidate}{why}, which is not of DDPM's family: its "
-                "x0 is neither eps nor v. Expected a model of DDPM's noise schedule, such as SD "
-                "1.x or 2.x."
+                f"{folder} has the scheduler {shown(candidate)}{why}, which is not of DDPM's "
+                "family: its x0 is neither eps nor v. Expected a model of DDPM's noise schedule, "
+                "such as SD 1.x or 2.x."
             )
-    return _with_defaults(_scheduler_class(name), config)
+    kind = _scheduler_class(name)
+    values = known_values(kind, config, folder / SCHEDULER)
+    return {**defaults_of(kind), **values, "_class_name": name}
+
+
+def scheduler_values(folder: Path, kind: Any) -> dict[str, Any]:
+    """What the folder's scheduler_config.json says for the keywords of a class, within bounds.
+
+    Raises:
+        HipaError: as ``known_values``.
+
+    """
+    return known_values(kind, read_config(folder, SCHEDULER), folder / SCHEDULER)
 
 
 def _scheduler_class(name: str) -> Any:
@@ -367,6 +381,8 @@ def _scheduler_class(name: str) -> Any:
     from diffusers import schedulers
 
     kind = getattr(schedulers, name, None)
+    if not inspect.isclass(kind):
+        return None
     if hasattr(kind, "_backends"):
         return getattr(schedulers, SAME_DEFAULTS.get(name, ""), None)
     return kind

@@ -9,16 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER
 from hipa_deploy.disk.files import new_folder, user_cache
 from hipa_deploy.disk.hashing import file_sha256, folder_sha256
-from hipa_deploy.errors import HipaError, first_line
-from hipa_deploy.models.configurations import MODELS, context_width, write_config
+from hipa_deploy.disk.reading import check_file
+from hipa_deploy.errors import HipaError, as_line, first_line
+from hipa_deploy.models.clip_tokenizer import load_tokenizer
+from hipa_deploy.models.configurations import (
+    INDEX,
+    MODELS,
+    context_width,
+    model_index,
+    write_config,
+    write_files,
+)
+from hipa_deploy.models.kind import listed_class
+from hipa_deploy.models.model_config import SCHEDULER, ModelConfig
+from hipa_deploy.models.weights.part_config import defaults_of, read_config
 from hipa_deploy.models.weights.weight_file import (
     SAFETENSORS,
     is_pickled,
@@ -82,7 +96,7 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
 
 def _is_complete(out: Path) -> bool:
     """Whether a conversion is there: its folder gets its name when it is whole."""
-    return (out / "model_index.json").is_file()
+    return (out / INDEX).is_file()
 
 
 def _read_shapes(checkpoint: Path) -> Shapes:
@@ -120,6 +134,8 @@ def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
         raise HipaError(f"model {checkpoint} {got}. {expected} in the original layout.")
 
     # The first convolution's weight is [320, channels, 3, 3].
+    if len(shapes[FIRST_LAYER]) != 4:
+        raise HipaError(f"model {checkpoint} is damaged: {FIRST_LAYER} is no convolution.")
     channels = shapes[FIRST_LAYER][1]
     if channels != 4:
         got = f"its UNet takes {channels} channels (inpainting or editing?)"
@@ -138,16 +154,19 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
     """Return the configuration to convert with: one of ``MODELS``, or a diffusers folder."""
     # A folder is taken as it is: diffusers finds out whether it fits the weights.
     if config is not None and config not in MODELS:
-        if not (Path(config) / "model_index.json").is_file():
+        if not (Path(config) / INDEX).is_file():
             names = ", ".join(MODELS)
             raise HipaError(
                 f"--config {config} is not a diffusers folder. "
                 f"Expected one with a tokenizer, or: {names}."
             )
+        for path in Path(config).rglob("*.json"):
+            check_file(path, MAX_TOKENIZER, "Copy the model again.")  # they are hashed below
         return config
 
     # The width of the text context tells SD 1.x (768) from SD 2.x (1024).
-    width = shapes[CROSS_ATTENTION][1] if CROSS_ATTENTION in shapes else 0
+    attention = shapes.get(CROSS_ATTENTION, ())
+    width = attention[1] if len(attention) == 2 else 0
     fitting = [name for name in MODELS if context_width(name) == width]
     if config in fitting:
         return str(config)
@@ -194,20 +213,22 @@ def _convert(checkpoint: Path, config: str, shapes: Shapes, out: Path) -> None:
     # The safety checker is a model of its own, which no command uses.
     unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     with new_folder(out) as scratch:
-        folder = write_config(config, scratch) if config in MODELS else Path(config)
+        if config in MODELS:
+            write_config(config, scratch)
+        else:
+            _copy_config(Path(config), scratch)
         rewritten = _with_current_names(checkpoint, scratch)
-        try:
+        # Wrong shapes and missing parts meet errors of every kind.
+        with as_line(
+            f"model {checkpoint} cannot be converted",
+            f"Expected a complete checkpoint of {config}.",
+        ):
             pipe = StableDiffusionPipeline.from_single_file(
                 str(rewritten or checkpoint),
-                config=str(folder),
+                config=str(scratch),
                 local_files_only=True,
                 **unused,
             )
-        except Exception as error:  # wrong shapes and missing parts meet errors of every kind
-            got = first_line(error)
-            raise HipaError(
-                f"model {checkpoint} cannot be converted. Is it complete, and of {config}? {got}"
-            ) from None
 
         for part, prefix in PARTS.items():
             module = getattr(pipe, part)
@@ -225,6 +246,41 @@ def _convert(checkpoint: Path, config: str, shapes: Shapes, out: Path) -> None:
             raise HipaError(
                 f"model {checkpoint} cannot be stored in {out.parent}: {first_line(error)}"
             ) from None
+
+
+def _copy_config(folder: Path, out: Path) -> None:
+    """Write the configurations and the tokenizer of a user's model into ``out``.
+
+    diffusers imports the libraries that a model_index.json names, and believes the numbers in the
+    other files. It sees what was checked, and nothing else.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig
+
+    config = ModelConfig.read(folder)
+    load_tokenizer(config)
+    (out / "tokenizer").mkdir()
+    for path in sorted((folder / "tokenizer").iterdir()):
+        if path.suffix in (".json", ".txt"):
+            shutil.copyfile(path, out / "tokenizer" / path.name)
+
+    scheduler = listed_class(read_config(folder, INDEX), "scheduler")
+    values = read_config(folder, SCHEDULER)
+    files = {
+        INDEX: model_index(scheduler),
+        "unet/config.json": _known(config.unet, UNet2DConditionModel),
+        "vae/config.json": _known(config.vae, AutoencoderKL),
+        "text_encoder/config.json": {
+            "model_type": "clip_text_model",
+            **_known(config.text_encoder, CLIPTextConfig),
+        },
+        SCHEDULER: {key: value for key, value in values.items() if key in config.scheduler},
+    }
+    write_files(files, out)
+
+
+def _known(values: Mapping[str, Any], kind: Any) -> dict[str, Any]:
+    return {key: values[key] for key in defaults_of(kind) if key in values}
 
 
 def _with_current_names(checkpoint: Path, scratch: Path) -> Path | None:

@@ -18,7 +18,8 @@ from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.export_swap import SwapOptions, export_swap
+from hipa_deploy.export.export_request import SwapOptions
+from hipa_deploy.export.export_swap import export_swap
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.task import choose_task
 from hipa_deploy.images.example_source import example_image

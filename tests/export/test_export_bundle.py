@@ -3,12 +3,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric import ed25519
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +24,7 @@ from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.axes import parse_axes
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.generate.noise import initial_noise
+from tests.keys import write_private, write_public
 from tests.tiny_model import make_model
 
 PROMPT = "a green pear"
@@ -324,3 +327,17 @@ def test_the_prompt_of_the_reference_is_the_models(
     for bundle, prompt in ((fp32_bundle, "a photo of a red apple"), (small_bundle, "a red apple")):
         written = json.loads((bundle.root / "reference/prompts.json").read_text())
         assert written["prompts"] == [prompt]
+
+
+def test_a_signed_export_is_signed_and_a_bad_key_is_found_at_once(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ExportOptions(model=str(model_dir), out=tmp_path / "b", dtype="fp32")
+    key = ed25519.Ed25519PrivateKey.generate()
+    with pytest.raises(HipaError, match=r"private key .*private.pem cannot be read"):
+        export_bundle(replace(options, signing_key=tmp_path / "private.pem"))
+    assert not (tmp_path / "b").exists()
+    private = write_private(tmp_path / "private.pem", key)
+    export_bundle(replace(options, signing_key=private))
+    monkeypatch.setenv("HIPA_PUBLIC_KEY", str(write_public(tmp_path / "public.pem", key)))
+    Bundle.open(tmp_path / "b").verify()

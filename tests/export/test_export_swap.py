@@ -20,7 +20,8 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.export_swap import SwapOptions, check_decoder, export_swap
+from hipa_deploy.export.export_request import SwapOptions
+from hipa_deploy.export.export_swap import check_decoder, export_swap
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.images.png import save_png
 from hipa_deploy.models.adaptor_folder import WEIGHTS

@@ -15,7 +15,8 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.export_swap import SwapOptions, export_swap, has_other_text
+from hipa_deploy.export.export_request import SwapOptions
+from hipa_deploy.export.export_swap import export_swap, has_other_text
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.generate.swap_stage import swap_text_encoder
 from hipa_deploy.generate.tokenizer import PromptTokenizer

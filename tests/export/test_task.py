@@ -11,7 +11,8 @@ from hipa_deploy import OneStepPipeline
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.export_swap import SwapOptions, export_swap
+from hipa_deploy.export.export_request import SwapOptions
+from hipa_deploy.export.export_swap import export_swap
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.task import (
     TaskSettings,

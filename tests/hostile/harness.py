@@ -36,10 +36,12 @@ class Format:
     Attributes:
         name: of the test.
         write: makes a valid sample in an empty folder, which is done once.
-        file: the file that is changed, relative to that folder.
-        kind: json, npz, npy, onnx or text: which mutations there are.
-        command: the words after ``hipa``; the command runs in the folder.
+        file: the file that is changed, relative to that folder; it may be a pattern of one file.
+        kind: json, toml, npz, npy, onnx, safetensors, pickle or text: which mutations there are.
+        command: the words after ``hipa``; the command runs in the folder. ('read', 'module:name')
+            calls a function with the folder in its place.
         fix: corrects the hashes that a change made wrong, as an attacker would.
+        heavy: it needs torch, which the worker then imports once.
 
     """
 
@@ -49,15 +51,21 @@ class Format:
     kind: str
     command: tuple[str, ...]
     fix: Callable[[Path], object] = no_hashes
+    heavy: bool = False
+
+    def path(self, folder: Path) -> Path:
+        """The file in a sample."""
+        return next(folder.glob(self.file)) if "*" in self.file else folder / self.file
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: its exit status, or minus the signal, and what it printed."""
+    """How a command ended: its exit status, or minus the signal, what it printed, its times."""
 
     code: int
     printed: str
     seconds: float
+    cpu_seconds: float
 
     @property
     def fault(self) -> str | None:
@@ -76,17 +84,27 @@ class Outcome:
 class Worker:
     """The process that runs the commands (tests/hostile/worker.py)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, heavy: bool = False) -> None:
+        words = ["heavy"] if heavy else []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.hostile.worker"],
+            [sys.executable, "-m", "tests.hostile.worker", *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
             text=True,
         )
 
-    def run(self, folder: Path, command: tuple[str, ...]) -> Outcome:
-        case = {"argv": command, "folder": str(folder), "seconds": SECONDS, "mib": MEMORY_MIB}
+    def run(
+        self, folder: Path, command: tuple[str, ...], forbidden: tuple[str, ...] = ()
+    ) -> Outcome:
+        """Run ``hipa`` with these words in ``folder``; it may import no ``forbidden`` package."""
+        case = {
+            "argv": command,
+            "folder": str(folder),
+            "seconds": SECONDS,
+            "mib": MEMORY_MIB,
+            "forbidden": forbidden,
+        }
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(json.dumps(case) + "\n")
@@ -107,7 +125,7 @@ class Samples:
         self._changed = folder / "changed"
 
     def valid(self, what: Format) -> Path:
-        folder = self._folder / what.name
+        folder = self._folder / what.write.__name__
         if not folder.exists():
             folder.mkdir(parents=True)
             what.write(folder)
@@ -117,13 +135,13 @@ class Samples:
         """A copy of the sample with ``edits`` in its file; the copy before it is removed."""
         shutil.rmtree(self._changed, ignore_errors=True)
         shutil.copytree(self.valid(what), self._changed)
-        apply(what.kind, self._changed / what.file, edits)
+        apply(what.kind, what.path(self._changed), edits)
         what.fix(self._changed)
         return self._changed
 
     def edits(self, what: Format) -> st.SearchStrategy[list[Edit]]:
         """Changes of this format's file."""
-        return mutations(what.kind, self.valid(what) / what.file)
+        return mutations(what.kind, what.path(self.valid(what)))
 
 
 def as_json(value: Any) -> str:

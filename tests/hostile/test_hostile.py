@@ -10,13 +10,14 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.hostile.formats import FORMATS
 from tests.hostile.harness import Format, Samples, Worker
 
-CASES = int(os.environ.get("HIPA_FUZZ_CASES", "6"))
+FUZZING = "HIPA_FUZZ_CASES" in os.environ
+CASES = int(os.environ.get("HIPA_FUZZ_CASES", "4"))
 
 # Examples that once were tracebacks, hangs, crashes or wrong: format, edits.
 KEPT = [
@@ -40,6 +41,9 @@ KEPT = [
     ("tokenizer", [("set", ("padding", "strategy", "Fixed"), 10**12)]),
     ("tokenizer", [("set", ("padding", "pad_to_multiple_of"), 10**12)]),
     ("tokenizer", [("set", ("truncation", "max_length"), 0)]),
+    ("tokenizer", [("sparse", 40 * 10**9)]),
+    ("unet", [("sparse", 40 * 10**9)]),
+    ("swap weights", [("sparse", 40 * 10**9)]),
     ("tokenizer", [("set", ("normalizer", "normalizers", 1, "content"), "x" * 100_000)]),
     ("tokenizer", [("set", ("normalizer", "normalizers", 1, "pattern", "Regex"), "(a+)+$")]),
     ("tokenizer", [("set", ("padding", "strategy"), "BatchLongest")]),
@@ -101,7 +105,9 @@ def test_hostile_files(what: Format, worker: Worker, samples: Samples) -> None:
     @settings(
         max_examples=CASES,
         deadline=None,
-        derandomize="HIPA_FUZZ_CASES" not in os.environ,
+        derandomize=not FUZZING,
+        # Each case is a process: shrinking takes minutes, so it is left to fuzzing.
+        phases=[Phase.explicit, Phase.reuse, Phase.generate, *[Phase.shrink] * FUZZING],
         suppress_health_check=list(HealthCheck),
     )
     @given(data=st.data())

@@ -21,12 +21,30 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hipa_deploy.disk.reading import MIB, read_text
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.prompt_files import COLUMNS, one_line, read_cells
+from hipa_deploy.generate.prompt_files import COLUMNS, MAX_TEXT_MIB, one_line, read_cells
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECARS = (".caption", ".txt")
+FORMATS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 NAMED = 3  # how many files a message names
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """Every image in a folder and below it, sorted.
+
+    Raises:
+        HipaError: the folder is missing, or holds no image.
+
+    """
+    paths = []
+    if folder.is_dir():
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in FORMATS)
+    if not paths:
+        formats = ", ".join(sorted(FORMATS))
+        raise HipaError(f"images {folder}: no image in it. Expected a folder of {formats} files.")
+    return paths
 
 
 def folder_captions(folder: Path, paths: Sequence[Path], console: Console | None) -> list[str]:
@@ -180,9 +198,4 @@ def _from_sidecar(image: Path) -> str:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise HipaError(f"{path} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise HipaError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
+    return read_text(path, max_bytes=MAX_TEXT_MIB * MIB)

@@ -9,7 +9,6 @@ size, L tokens of a prompt, D width of the text encoder.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 from hipa_deploy.errors import HipaError
 from hipa_deploy.images.compositing import hide_hole, latent_mask
 from hipa_deploy.images.png import enlarge
+from hipa_deploy.patterns import Patterns
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.data.masks import random_mask
 from hipa_deploy.train.data.source_images import (
@@ -284,10 +284,11 @@ def related_prompts(prompts: list[str], same: str | None) -> Callable[[int], lis
     if same is None:
         return lambda index: list(range(len(prompts)))
 
+    patterns = Patterns("source.same of the recipe", seconds=60.0)
     group_of = []
     members = defaultdict[str, list[int]](list)
     for index, prompt in enumerate(prompts):
-        match = re.search(same, prompt)
+        match = patterns.search(same, prompt)
         group = match[1] if match else prompt
         group_of.append(group)
         members[group].append(index)

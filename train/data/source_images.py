@@ -16,14 +16,11 @@ from rich.console import Console
 from torch import Tensor
 
 from hipa_deploy.disk.hashing import file_sha256
-from hipa_deploy.errors import HipaError
 from hipa_deploy.images.read import fit_image, read_image
-from hipa_deploy.train.data.captions import folder_captions
+from hipa_deploy.train.data.captions import folder_captions, image_paths
 from hipa_deploy.train.data.teacher_pairs import Pairs, RowFunction, cached_rows
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.unet_adaptor import without_adaptor
-
-FORMATS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -104,10 +101,7 @@ def folder_source_images(
             caption, or the captions cannot be read.
 
     """
-    paths = _image_paths(folder)
-    if not paths:
-        formats = ", ".join(sorted(FORMATS))
-        raise HipaError(f"images {folder}: no image in it. Expected a folder of {formats} files.")
+    paths = image_paths(folder)
 
     # Captions that are not yet among the prompts get the next indices, in the order of the images.
     texts = folder_captions(folder, paths, console) if captions else [""] * len(paths)
@@ -136,10 +130,3 @@ def folder_source_images(
         key={"images": [file_sha256(path) for path in paths], "colours": "sRGB"},
     )
     return source_images, list(index)
-
-
-def _image_paths(folder: Path) -> list[Path]:
-    """Every image below ``folder``, sorted; none if there is no such folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in FORMATS)

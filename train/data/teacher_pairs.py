@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from hipa_deploy.disk.files import user_cache, write_file
 from hipa_deploy.disk.hashing import folder_sha256
-from hipa_deploy.errors import HipaError
+from hipa_deploy.disk.reading import check_regular, shown
+from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.models.weights.weight_identity import loaded_files_sha256, weights_identity
 from hipa_deploy.tasks import start_latents
 from hipa_deploy.train.loop.processes import Processes
@@ -265,6 +266,17 @@ def teacher_pairs(
         stored = latents.to(getattr(torch, teacher.dtype)).cpu()
         return {"latents": stored, "prompt": prompt_B, "seed": seed_B}
 
+    def fits(shard: dict[str, Tensor], start: int, stop: int) -> bool:
+        """Whether a shard can be the one of these rows; one that was tampered with is not."""
+        latents = shard["latents"]
+        return (
+            latents.shape == (stop - start, *model.latent_shape_CHW)
+            and latents.dtype == getattr(torch, teacher.dtype)
+            and bool(torch.isfinite(latents).all())
+            and torch.equal(shard["prompt"], prompt_N[start:stop])
+            and torch.equal(shard["seed"], noise_seeds(torch.arange(start, stop), seed))
+        )
+
     # Each process makes every count-th shard. Taking turns spreads shards that are missing at the
     # end of an extended cache over all processes.
     shards = {}
@@ -273,7 +285,10 @@ def teacher_pairs(
         task = progress.add_task(title, total=count)
         for start, stop in ranges[processes.index :: processes.count]:
             path = _shard_path(folder, start, stop)
-            shards[start] = _read_shard(path) or _write_shard(path, make_shard(start, stop))
+            found = _read_shard(path)
+            if found is None or not fits(found, start, stop):
+                found = _write_shard(path, make_shard(start, stop))
+            shards[start] = found
             progress.update(task, completed=stop)
 
     # All shards exist when every process has left the block above: now read those of the others.
@@ -436,18 +451,21 @@ def _shard_path(folder: Path, start: int, stop: int) -> Path:
 
 def _read_shard(path: Path) -> dict[str, Tensor] | None:
     """The tensors of a shard; None when the file is missing or damaged and must be made again."""
+    if not path.exists():
+        return None
+    check_regular(path, f"Remove {path.parent}.")
     try:
-        with safe_open(path, "pt") as file:
+        with as_line(f"{path} is damaged", ""), safe_open(path, "pt") as file:
             owner = (file.metadata() or {}).get("cache")
             shard = {name: file.get_tensor(name) for name in SHARD_TENSORS}
-    except (OSError, SafetensorError):
+    except HipaError:
         return None
 
     # A shard says which cache folder it belongs to: copied by hand into another one, it would be
     # taken for another teacher's. The oldest shards say nothing (None) and are believed.
     if owner not in (path.parent.name, None):
         raise HipaError(
-            f"teacher pairs {path} are another teacher's (cache {owner}). Remove the file."
+            f"teacher pairs {path} are another teacher's (cache {shown(owner)}). Remove the file."
         )
     return shard
 

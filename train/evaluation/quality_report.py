@@ -17,9 +17,9 @@ from rich.table import Table
 
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style, StyleInfo
+from hipa_deploy.train.evaluation.evaluation_request import REPORT_FILES, Rival, draw
 from hipa_deploy.train.evaluation.quality import (
     Quality,
     compare,
@@ -27,12 +27,10 @@ from hipa_deploy.train.evaluation.quality import (
     one_step_images,
     teacher_images,
 )
-from hipa_deploy.train.evaluation.rivals import Rival, rival_images
+from hipa_deploy.train.evaluation.rivals import rival_images
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
-FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
 FEWER_STEPS = (1, 2, 4, 8)  # the teacher's rows beside its full number of steps
-REFERENCE_STEPS = 25  # fewer steps would be too coarse to compare with
 BASE = "base, one step"
 ADAPTED = "HiPA, one step"
 
@@ -76,60 +74,6 @@ class QualityReport(BaseModel):
         """
         base = self.rows[BASE].kid_lite0
         return (base - self.rows[row].kid_lite0) / (base - self.kid_lite0_floor)
-
-
-def held_out_prompts(model_dir: Path, prompts: Path | None = None) -> list[str]:
-    """The prompts to evaluate on.
-
-    Args:
-        model_dir: Diffusers folder; its prompts_pair.txt is read if ``prompts`` is None.
-        prompts: A file of prompts, one a line, or a table of captions.
-
-    Raises:
-        HipaError: As ``read_prompt_file``; or ``prompts`` is None, and the model keeps none aside.
-
-    """
-    if prompts is not None:
-        return read_prompt_file(prompts)
-    kept_aside = model_dir / "prompts_pair.txt"
-    if not kept_aside.is_file():
-        raise HipaError(
-            f"model {model_dir} keeps no prompts aside (it has no {kept_aside.name}). "
-            "Give a file of prompts: --prompts FILE."
-        )
-    return read_prompt_file(kept_aside)
-
-
-def draw(prompts: list[str], count: int) -> tuple[list[str], list[int]]:
-    """Draw ``count`` prompts, in turn, and a noise seed for each.
-
-    Returns:
-        The prompts and the seeds, each of length ``count``.
-
-    Raises:
-        HipaError: Fewer than two different prompts, or a count outside of 4 to 100000.
-
-    """
-    different = len(set(prompts))
-    if different < 2:
-        raise HipaError(f"different prompts to evaluate on: {different}. Expected at least 2.")
-    if not 4 <= count <= 100_000:
-        raise HipaError(f"number of images: {count}. Expected 4 to 100000.")
-
-    # In turn rather than at random: every prompt appears equally often, and there is no seed.
-    texts = [prompts[number % len(prompts)] for number in range(count)]
-    seeds = [FIRST_SEED + number for number in range(count)]
-    return texts, seeds
-
-
-def reference_teacher(teacher: TeacherSettings) -> TeacherSettings:
-    """The teacher to compare with: DDIM in float32, with at least ``REFERENCE_STEPS`` steps.
-
-    The training's own pairs may have been made faster and coarser; the reference must not change
-    with them. Guidance and all other settings stay.
-    """
-    steps = max(REFERENCE_STEPS, teacher.steps)
-    return teacher.model_copy(update={"sampler": "ddim", "steps": steps, "mixed_precision": "no"})
 
 
 def teacher_row(steps: int) -> str:
@@ -291,9 +235,6 @@ def markdown_table(report: QualityReport) -> str:
 def _cells(row: Quality) -> list[str]:
     numbers = (row.kid_lite0, row.distance, row.high_frequency_ratio)
     return [f"{number:.3f}" for number in numbers]
-
-
-REPORT_FILES = ("report.md", "report.json", "spectra.png", "premise.png", "samples.png")
 
 
 def write_report(

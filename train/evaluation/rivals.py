@@ -6,7 +6,7 @@ Shapes: N images of a row of the report, H, W image size in pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,87 +14,14 @@ import numpy as np
 
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
-from hipa_deploy.models.adaptor_folder import METADATA
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.one_step.one_step_method import OneStepMethod, load_method
 from hipa_deploy.models.one_step.step_constants import step_constants
 from hipa_deploy.models.style import LoraChoice, Style
+from hipa_deploy.train.evaluation.evaluation_request import Rival
 from hipa_deploy.train.evaluation.quality import decoded_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.one_step import one_step_latents
-
-
-@dataclass(frozen=True)
-class Rival:
-    """A one-step method, and the LoRA that it is for.
-
-    Attributes:
-        method: how the step is taken.
-        lora: its file or folder; None is the base model itself, such as SD-Turbo.
-
-    """
-
-    method: OneStepMethod
-    lora: Path | None = None
-
-    @property
-    def row(self) -> str:
-        """The name of its row in a report."""
-        if self.lora is None:
-            return f"{self.method.name}, one step"
-        return f"{self.lora.stem} ({self.method.name}), one step"
-
-
-def parse_rival(text: str) -> Rival:
-    """The rival in ``[FILE_OR_FOLDER=]METHOD``.
-
-    Raises:
-        HipaError: there is no such file or method.
-
-    Example:
-        >>> parse_rival("Hyper-SD15-1step-lora.safetensors=hyper-sd15").row
-        'Hyper-SD15-1step-lora (hyper-sd15), one step'
-
-    """
-    # The last sign: a path may have others.
-    path, _, name = text.rpartition("=")
-    return make_rival(name, Path(path) if path else None, f"--rival {text}")
-
-
-def make_rival(name: str, lora: Path | None, option: str) -> Rival:
-    """The rival of a method's name and a LoRA.
-
-    Args:
-        name: as for ``load_method``, but 'hipa'.
-        lora: a file or folder.
-        option: what the user said, for messages.
-
-    Raises:
-        HipaError: there is no such method or file; a method without the LoRA that it needs; an
-            adaptor of HiPA, which says its step itself.
-
-    """
-    method = load_method(name)
-    if method is None:
-        raise HipaError(f"{option}: hipa is the step of --adaptor. Leave it out.")
-    if lora is None:
-        if method.needs_adaptor:
-            raise HipaError(
-                f"{option}: {name} is a LoRA. Name its file too: --rival FILE={name}, or --adaptor "
-                f"FILE --one-step {name}."
-            )
-        return Rival(method)
-    if not lora.exists():
-        raise HipaError(
-            f"{option}: {lora} does not exist. Expected a one-step LoRA's file or folder."
-        )
-    if (lora / METADATA).exists():
-        raise HipaError(
-            f"{option}: {lora} is an adaptor of HiPA, which says its own step. Give it as "
-            "--adaptor alone; for a model that is one-step itself give --adaptor none."
-        )
-    return Rival(method, lora)
 
 
 def check_rivals(rivals: Sequence[Rival], folder: Path, style: Style) -> None:

@@ -21,9 +21,16 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from hipa_deploy.disk.files import describe_write_error
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.disk.reading import shown
+from hipa_deploy.errors import HipaError, as_line, brief, first_line
 from hipa_deploy.images.png import grid
 from hipa_deploy.interrupts import interruptible
+from hipa_deploy.train.loop.checkpoint import (
+    check_tensors,
+    damaged,
+    optimizer_state,
+    read_checkpoint,
+)
 from hipa_deploy.train.loop.optimizer import learning_rate
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.progress_bar import ProgressBar
@@ -188,25 +195,34 @@ class Run:
         self.processes.check_same((self.step, identity), "what to train")
 
     def _load(self) -> None:
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            stored_identity = json.loads(state["identity"])
-        except Exception as error:  # torch raises whatever unpickling met
-            got = type(error).__name__
-            raise HipaError(
-                f"checkpoint {self.path} is damaged ({got}). Remove {self.folder}."
-            ) from None
-        self._check_same_run(stored_identity)
+        weights = self._stored_weights()
+        state = read_checkpoint(self.path, weights, self.recipe.steps)
+        self._check_same_run(state["identity"])
+        check_tensors(self.path, "weights", state["weights"], weights)
+        check_tensors(self.path, "average", state["average"], self.average.mean)
+        optimizer = optimizer_state(self.path, state["optimizer"], self.optimizer)
 
         # Copied in place: the optimiser, the model and the average hold these very tensors.
-        with torch.no_grad():
-            for name, weight in self._stored_weights().items():
-                weight.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average.load(state["average"])
-        self.scaler.load_state_dict(state["scaler"])
+        with as_line(f"checkpoint {self.path} is damaged", f"Remove {self.folder}."):
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.copy_(state["weights"][name])
+            self.optimizer.load_state_dict(optimizer)
+            self.average.load(state["average"])
+            self._load_scaler(state["scaler"])
         self.step = state["step"]
         self.saved_step = self.step
+
+    def _load_scaler(self, stored: dict[str, Any]) -> None:
+        """Restore the scale of fp16 gradients; its rules are this run's own."""
+        own = self.scaler.state_dict()
+        if not own:
+            return
+        scale = stored.get("scale")
+        tracked = stored.get("_growth_tracker")
+        if not isinstance(scale, float) or not 0 < scale < 1e30 or type(tracked) is not int:
+            raise damaged(self.path, "its loss scale cannot be used")
+        self.scaler.load_state_dict({**own, "scale": scale, "_growth_tracker": tracked})
 
     def _stored_weights(self) -> dict[str, nn.Parameter]:
         return {**self.weights, **self.extra_state}
@@ -365,12 +381,13 @@ class Run:
 
         # The recipes are compared setting by setting, so that the message can name the first
         # change.
-        before = self._flat_recipe(stored["recipe"])
+        with as_line(f"checkpoint {self.path} is damaged", f"Remove {self.folder}."):
+            before = self._flat_recipe(stored["recipe"])
         now = self._flat_recipe(self.identity["recipe"])
         for key in sorted(before.keys() | now.keys()):
             if key in CHANGEABLE_SETTINGS or before.get(key) == now.get(key):
                 continue
-            change = f"{key} was {before.get(key)}, is {now.get(key)}"
+            change = f"{shown(key)} was {_text(before.get(key))}, is {_text(now.get(key))}"
             raise HipaError(f"run folder {self.folder} has another recipe: {change}. {remedy}")
 
     def _flat_recipe(self, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -384,6 +401,11 @@ class Run:
             recipe = type(self.recipe).model_validate(recipe).model_dump(mode="json")
         # Through JSON and back: a tuple and the list that was stored for it are then equal.
         return _flat(json.loads(json.dumps(recipe)))
+
+
+def _text(value: Any) -> str:
+    """A setting's value for a message, as it stands in a recipe."""
+    return shown(value) if isinstance(value, str) else brief(value)
 
 
 def _state_bytes(state: Any) -> int:

@@ -7,16 +7,18 @@ Its encoder sees a blurred, enlarged image. OSEDiff adapts both too, and leaves 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from hipa_deploy.errors import HipaError, first_line, last_line
+from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, read_metadata
+from hipa_deploy.models.lora.lora_file import read_lora
+from hipa_deploy.models.lora.merge_lora import module_names
+from hipa_deploy.models.weights.weight_file import load_tensors
 
 ADAPTER = "default"  # peft's name of the adapter that trains
 # Every convolution and projection of AutoencoderKL's encoder.
@@ -60,14 +62,54 @@ def attach_encoder_adaptor(vae: Any, folder: Path) -> None:
     """
     if not (folder / ENCODER_WEIGHTS).exists():
         return
-    try:
-        vae.load_lora_adapter(
-            str(folder), prefix=None, weight_name=ENCODER_WEIGHTS, use_safetensors=True
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise HipaError(
-            f"adaptor {folder / ENCODER_WEIGHTS} cannot be loaded: {last_line(error)}"
-        ) from None
+    attach_lora(vae, "vae", folder / ENCODER_WEIGHTS)
+
+
+def attach_lora(module: Any, part: str, path: Path) -> None:
+    """Add the adapter weights of a file to ``module`` for inference, in place.
+
+    Names, rank and alpha alone are taken from the file. peft would take more from its header:
+    expressions that choose the layers, names of modules to import.
+
+    Args:
+        module: a model of diffusers.
+        part: what names in the file may begin with, 'unet' or 'vae'.
+        path: the file.
+
+    Raises:
+        HipaError: it cannot be read, is no plain LoRA, or does not fit ``module``.
+
+    """
+    lora = read_lora(path, module_names({part: module}))
+    weights = {}
+    ranks = {}
+    alphas = {}
+    for key, layer in lora.layers.items():
+        if set(layer.tensors) - {"alpha"} != {"down", "up"} or layer.rank is None:
+            raise HipaError(f"{path}: layer {key} is no plain LoRA. Expected one of hipa-train.")
+        weights[f"{key.module}.lora_A.weight"] = layer.tensors["down"]
+        weights[f"{key.module}.lora_B.weight"] = layer.tensors["up"]
+        ranks[key.module] = layer.rank
+        alphas[key.module] = layer.scaling * layer.rank
+    first = next(iter(ranks))
+    # Only what differs from the first layer becomes a pattern.
+    config = LoraConfig(
+        r=ranks[first],
+        lora_alpha=alphas[first],
+        target_modules=sorted(ranks),
+        rank_pattern=_others(ranks, ranks[first]),
+        alpha_pattern=_others(alphas, alphas[first]),
+    )
+    with as_line(f"adaptor {path} cannot be loaded", "Use it with the model that it was made for."):
+        module.add_adapter(config, ADAPTER)
+        expected = get_peft_model_state_dict(module, adapter_name=ADAPTER)
+        if not same_shapes(weights, expected):
+            raise HipaError(f"adaptor {path} does not fit this model: its shapes are others.")
+        set_peft_model_state_dict(module, weights, adapter_name=ADAPTER)
+
+
+def _others(values: dict[str, Any], usual: Any) -> dict[str, Any]:
+    return {rf"^{re.escape(name)}": value for name, value in values.items() if value != usual}
 
 
 def load_encoder_weights(vae: Any, folder: Path) -> None:
@@ -79,12 +121,7 @@ def load_encoder_weights(vae: Any, folder: Path) -> None:
     """
     if not (folder / ENCODER_WEIGHTS).exists():
         return
-    try:
-        weights = load_file(folder / ENCODER_WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise HipaError(
-            f"adaptor {folder / ENCODER_WEIGHTS} cannot be read: {first_line(error)}"
-        ) from None
+    weights = load_tensors(folder / ENCODER_WEIGHTS)
 
     # A recipe with encoder_rank = 0 added no layers; peft cannot be asked for weights then.
     expected = {}

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hipa_deploy.disk.files import new_folder
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import METADATA, WEIGHTS, AdaptorMetadata, read_metadata
 from hipa_deploy.models.style import check_same_loras
+from hipa_deploy.models.weights.weight_file import load_tensors
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.encoder_adaptor import (
     ADAPTER,
     add_encoder_adaptor,
+    attach_lora,
     same_shapes,
     save_encoder_adaptor,
 )
@@ -197,18 +197,13 @@ def save_adaptor(
 def attach_adaptor(unet: Any, folder: Path) -> None:
     """Add a trained adaptor to a UNet2DConditionModel for inference, in place.
 
-    It does what ``pipe.load_lora_weights`` does, without its warning that there is no text part.
+    It does what ``pipe.load_lora_weights`` does.
 
     Raises:
         HipaError: the file is damaged or does not fit.
 
     """
-    try:
-        unet.load_lora_adapter(
-            str(folder), prefix="unet", weight_name=WEIGHTS, use_safetensors=True
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise HipaError(f"adaptor {folder} cannot be loaded: {first_line(error)}") from None
+    attach_lora(unet, "unet", folder / WEIGHTS)
 
 
 def one_step_model(
@@ -262,10 +257,7 @@ def load_adaptor_weights(unet: Any, folder: Path) -> None:
 
     """
     alpha = read_metadata(folder).alpha
-    try:
-        stored = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise HipaError(f"adaptor {folder / WEIGHTS} cannot be read: {error}") from None
+    stored = load_tensors(folder / WEIGHTS)
 
     # Alpha is compared beside the shapes: another one would scale the same weights differently.
     weights = {name.removeprefix("unet."): weight for name, weight in stored.items()}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
-from hipa_deploy.models.kind import read_config
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.weights.part_config import build
 from hipa_deploy.tasks import STEP_INPUTS
 from hipa_deploy.train.data.teacher_pairs import TABLE_BYTES
 from hipa_deploy.train.losses.dists import DistsLike
@@ -201,16 +201,15 @@ def unloaded_model(folder: Path) -> DiffusionModel:
     """
     # The pipeline warns of a scheduler without these values; nothing here depends on them.
     expected_values = {"clip_sample": False, "steps_offset": 1}
-    schedule = ModelConfig.read(folder).schedule
-    text_config = CLIPTextConfig.from_dict(read_config(folder, "text_encoder/config.json"))
+    config = ModelConfig.read(folder)
 
     # Any: diffusers' type of a pipeline does not know its parts.
     pipe: Any = StableDiffusionPipeline(
-        unet=UNet2DConditionModel.from_config(read_config(folder, "unet/config.json")),
-        vae=AutoencoderKL.from_config(read_config(folder, "vae/config.json")),
-        text_encoder=CLIPTextModel(text_config),
+        unet=_unloaded(UNet2DConditionModel, config.unet, folder / "unet"),
+        vae=_unloaded(AutoencoderKL, config.vae, folder / "vae"),
+        text_encoder=_unloaded(CLIPTextModel, config.text_encoder, folder / "text_encoder"),
         tokenizer=None,
-        scheduler=DDIMScheduler(**schedule, **expected_values),
+        scheduler=DDIMScheduler(**config.schedule, **expected_values),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -218,6 +217,11 @@ def unloaded_model(folder: Path) -> DiffusionModel:
     for module in (pipe.text_encoder, pipe.unet, pipe.vae):
         module.eval().requires_grad_(False)
     return DiffusionModel(folder, pipe, torch.device("cpu"))
+
+
+def _unloaded(kind: Any, config: Mapping[str, Any], where: Path) -> nn.Module:
+    """A part with drawn weights, on torch's default device."""
+    return build(kind, config, where / "config.json", str(torch.get_default_device()))
 
 
 def latents_bytes(model: DiffusionModel, recipe: Recipe) -> int:

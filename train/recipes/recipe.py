@@ -7,7 +7,6 @@ a file format: recipes outside of this repository use them.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,15 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hipa_deploy.bundle.text_settings import TextSettings
-from hipa_deploy.errors import HipaError
+from hipa_deploy.disk.reading import read_toml, shown
+from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.tasks import Task
-
-# tomllib is part of Python since 3.11.
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 SHIPPED = Path(__file__).parent  # the folder of the recipes that the package contains
 RADIUS = 0.2  # of the Nyquist frequency: there the high-pass is 1 - exp(-1/2) = 0.39
@@ -34,7 +28,9 @@ MixedPrecision = Literal["no", "bf16", "fp16"]
 class _Settings(BaseModel):
     """Frozen; an unknown key is an error; the text under a field becomes its description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class AdaptorSettings(_Settings):
@@ -46,7 +42,7 @@ class AdaptorSettings(_Settings):
     rank: int = Field(16, ge=1, le=1024)
     """Rank of every pair of matrices. A merged adaptor costs nothing at inference, whatever its
     rank."""
-    alpha: float | None = Field(None, gt=0)
+    alpha: float | None = Field(None, gt=0, le=1_000_000)
     """The scale of the adaptor is alpha / rank. The default is the rank, so that the scale is 1,
     which every loader understands."""
     encoder_rank: int = Field(0, ge=0, le=1024)
@@ -166,7 +162,7 @@ class _ImageLossSettings(_Settings):
     balance: Literal["fixed", "gradient"] = "fixed"
     """gradient: scale the terms of the image so that the gradients of any two at the image are in
     the ratio of their weights; fixed: use the weights as they are."""
-    balance_every: int = Field(50, ge=1)
+    balance_every: int = Field(50, ge=1, le=10_000_000)
     """Evaluations of the loss between two measurements of the gradients, with balance =
     gradient."""
 
@@ -191,7 +187,7 @@ class LossSettings(_ImageLossSettings):
     """Weight of the error of the latents, beside the losses of the decoded image."""
     latent_hf_weight: float = Field(0.0, ge=0)
     """Weight of the Fourier and edge terms on the latents, which need no decoding (ours)."""
-    latent_warmup_steps: int = Field(0, ge=0)
+    latent_warmup_steps: int = Field(0, ge=0, le=10_000_000)
     """Number of first steps that use the error of the latents alone; without decoding a step is
     about three times faster."""
 
@@ -234,11 +230,11 @@ class OptimiserSettings(_Settings):
 
     learning_rate: float = Field(1e-4, gt=0, le=1)
     """Peak learning rate."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=10_000_000)
     """Steps of the linear warm-up of the learning rate."""
     decay: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up; cosine falls to a hundredth of the peak at the last step."""
-    weight_decay: float = Field(1e-2, ge=0)
+    weight_decay: float = Field(1e-2, ge=0, le=1000)
     """Decoupled weight decay."""
     clip_norm: float = Field(1.0, gt=0)
     """Largest norm of the gradient; a longer one is scaled down."""
@@ -257,7 +253,7 @@ class _TrainingSettings(_Settings):
     """Optimiser steps, including the latent warm-up."""
     batch: int = Field(16, ge=1, le=4096)
     """Pairs, or latents, of one step over all processes."""
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(None, ge=1, le=4096)
     """Rows that a process takes through the models at once; the gradients of a step accumulate. By
     default all of its rows."""
     mixed_precision: MixedPrecision = "no"
@@ -265,13 +261,13 @@ class _TrainingSettings(_Settings):
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the weights, which is stored in their place; 0
     stores the weights themselves."""
-    timestep: int = Field(999, ge=0)
+    timestep: int = Field(999, ge=0, le=100_000)
     """Timestep of the single step; latents made with an adaptor use the adaptor's."""
     seed: int = Field(0, ge=0, lt=2**30)
     """Seed of the pairs or latents, of the initial weights and of the order of batches."""
-    checkpoint_every: int = Field(200, ge=1)
+    checkpoint_every: int = Field(200, ge=1, le=10_000_000)
     """Steps between checkpoints."""
-    sample_every: int = Field(200, ge=1)
+    sample_every: int = Field(200, ge=1, le=10_000_000)
     """Steps between sample grids."""
     samples: int = Field(8, ge=1, le=64)
     """Rows of a sample grid."""
@@ -391,9 +387,9 @@ def load_any_recipe(
     # The file's values first, then the overrides: these must win.
     path = recipe_path(source)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise HipaError(f"recipe {path} cannot be read: {error}") from None
+        values = read_toml(path)
+    except HipaError as error:
+        raise HipaError(f"recipe {error}") from None
     _override(values, overrides or {})
 
     # A shipped recipe cannot know where the user's files lie: its paths are relative to the current
@@ -406,7 +402,8 @@ def load_any_recipe(
     # The recipe of an adaptor need not name its kind.
     kind = values.get("kind", "adaptor")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise HipaError(f"recipe {path}: kind = {kind!r}: expected one of: {', '.join(KINDS)}.")
+        known = ", ".join(KINDS)
+        raise HipaError(f"recipe {path}: kind = {brief(kind)}: expected one of: {known}.")
     try:
         return KINDS[kind].model_validate(values)
     except ValidationError as error:
@@ -506,15 +503,15 @@ def _first_problem(error: ValidationError) -> str:
     """The first of pydantic's problems in one line, and how many more there are."""
     # One problem is enough to act on; a list of them would not fit in one line.
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(shown(str(part)) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        text = f"unknown key {key!r}"
+        text = f"unknown key {brief(key)}"
     elif problem["type"] == "missing":
         text = f"key {key!r} is missing"
     else:
         # pydantic begins its messages with a capital letter; here they follow a colon.
-        message = problem["msg"]
-        text = f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+        message = str(problem["msg"])[:200]
+        text = f"{key} = {brief(problem['input'])}: {message[0].lower()}{message[1:]}"
 
     more = error.error_count() - 1
     return f"{text} (and {more} more)" if more else text

@@ -10,18 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from torch import Tensor
-
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.models.lora.find_lora import find_lora, lora_sha256
-from hipa_deploy.models.lora.formulas import kind_of, rank_of
+from hipa_deploy.models.lora.kinds import Shaped, kind_of, rank_of
 from hipa_deploy.models.lora.names import LayerKey, ModuleNames, role_of
 from hipa_deploy.models.lora.scaling import PeftSettings
-from hipa_deploy.models.lora.tensor_file import read_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SDXL = "text_encoder_2"  # the part that SDXL has, and SD 1.x and 2.x do not
 SDXL_CONTEXT = 2048  # width of its text contexts; 768 in SD 1.x, 1024 in SD 2.x
+MAX_SIDE = 65_536
+AnyTensor = TypeVar("AnyTensor", bound=Shaped)
 FAMILY = "Use the LoRA with the model family that it was trained on."
 
 
@@ -85,12 +88,14 @@ def read_lora(path: Path, modules: ModuleNames) -> LoraFile:
         ('unet',)
 
     """
+    from hipa_deploy.models.lora.tensor_file import read_tensors
+
     files = find_lora(path)
     layers: dict[LayerKey, LoraLayer] = {}
     for file in files:
         tensors, config = read_tensors(file.path)
         settings = PeftSettings.of(file.path, config)
-        for key, roles in _by_layer(file.path, tensors, modules, file.part).items():
+        for key, roles in by_layer(file.path, tensors, modules, file.part).items():
             if key in layers:
                 raise HipaError(f"{path}: two files change {key}. Expected one for each part.")
             layers[key] = _layer(file.path, key, roles, settings)
@@ -101,28 +106,41 @@ def _layer(
     file: Path, key: LayerKey, roles: Mapping[str, Tensor], settings: PeftSettings
 ) -> LoraLayer:
     try:
-        kind = kind_of(str(key), roles)
-        rank = rank_of(kind, roles)
-        if rank == 0:
-            raise HipaError(f"layer {key} has rank 0. Copy or convert the file again.")
-        return LoraLayer(roles, settings.scaling(key, kind, rank, roles.get("alpha")), rank)
+        # A tensor of no dimensions where a matrix belongs, for one.
+        with as_line(f"layer {key} cannot be read", "Copy or convert the file again."):
+            _check_sizes(key, roles)
+            kind = kind_of(str(key), roles)
+            rank = rank_of(kind, roles)
+            if rank == 0:
+                raise HipaError(f"layer {key} has rank 0. Copy or convert the file again.")
+            return LoraLayer(roles, settings.scaling(key, kind, rank, roles.get("alpha")), rank)
     except HipaError as error:
         raise HipaError(f"{file}: {error}") from None
 
 
-def _by_layer(
-    file: Path, tensors: Mapping[str, Tensor], modules: ModuleNames, part: str | None
-) -> dict[LayerKey, dict[str, Tensor]]:
+def _check_sizes(key: LayerKey, roles: Mapping[str, Shaped]) -> None:
+    """Refuse a side that no layer has: a product with it could need any amount of memory."""
+    for role, value in roles.items():
+        if max(value.shape, default=0) > MAX_SIDE:
+            raise HipaError(
+                f"layer {key} has a {role} of shape {list(value.shape)}. Expected at most "
+                f"{MAX_SIDE} along each axis. Copy or convert the file again."
+            )
+
+
+def by_layer(
+    file: Path, tensors: Mapping[str, AnyTensor], modules: ModuleNames, part: str | None
+) -> dict[LayerKey, dict[str, AnyTensor]]:
     """The tensors by layer and role, after a check that each has a place.
 
     Args:
         file: for messages.
-        tensors: by the names in the file.
+        tensors: by the names in the file: tensors, or what the file's header says of them.
         modules: of the parts that the LoRA may change.
         part: what the file is for, where its folder says so.
 
     """
-    grouped: dict[LayerKey, dict[str, Tensor]] = {}
+    grouped: dict[LayerKey, dict[str, AnyTensor]] = {}
     unknown = []
     foreign = []
     for name, value in tensors.items():
@@ -173,10 +191,10 @@ def _other_part(part: str, modules: ModuleNames) -> str:
     return text
 
 
-def _check_context(file: Path, layer: str, role: str, value: Tensor) -> None:
+def _check_context(file: Path, layer: str, role: str, value: Shaped) -> None:
     """Refuse SDXL's LoRAs by name: their text contexts are wider than any other's."""
     is_key = layer.endswith(("attn2_to_k", "attn2.to_k", "attn2_to_v", "attn2.to_v"))
-    if is_key and role == "down" and value.shape[-1] == SDXL_CONTEXT:
+    if is_key and role == "down" and tuple(value.shape[-1:]) == (SDXL_CONTEXT,):
         raise HipaError(
             f"{file} is a LoRA for SDXL: {layer} takes text contexts {SDXL_CONTEXT} wide. "
             "Expected one for SD 1.x or 2.x, as the model is."

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from hipa_deploy.errors import HipaError
-from hipa_deploy.models.lora.formulas import kind_of, weight_change, with_magnitude
+from hipa_deploy.errors import HipaError, as_line
+from hipa_deploy.models.lora.formulas import weight_change, with_magnitude
+from hipa_deploy.models.lora.kinds import kind_of
 from hipa_deploy.models.lora.lora_file import LoraFile, LoraLayer
 from hipa_deploy.models.lora.names import LayerKey, ModuleNames
 
@@ -61,7 +62,8 @@ def merge_lora(
             continue
         module = parts[key.part].get_submodule(key.module)
         try:
-            weights += _changed(key, layer, module, scale, option)
+            with as_line(f"layer {key} cannot be merged", "Copy or convert the file again."):
+                weights += _changed(key, layer, module, scale, option)
         except HipaError as error:
             raise HipaError(f"{lora.path}: {error}") from None
     for parameter, value in weights:

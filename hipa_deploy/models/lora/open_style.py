@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from hipa_deploy.bundle.manifest import LoraInfo
@@ -16,6 +15,7 @@ from hipa_deploy.models.lora.lora_file import LoraFile, LoraLayer, read_lora
 from hipa_deploy.models.lora.merge_lora import merge_lora, module_names
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import Style, StyleInfo
+from hipa_deploy.models.weights.part_config import build
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizerFast
@@ -109,13 +109,14 @@ class OpenStyle:
 def empty_parts(config: ModelConfig) -> dict[str, Any]:
     """UNet and text encoder as their configurations describe them, on the meta device."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    with torch.device("meta"):
-        return {
-            "unet": UNet2DConditionModel.from_config(dict(config.unet)),
-            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(dict(config.text_encoder))),
-        }
+    folder = config.folder
+    text = folder / "text_encoder/config.json"
+    return {
+        "unet": build(UNet2DConditionModel, config.unet, folder / "unet/config.json"),
+        "text_encoder": build(CLIPTextModel, config.text_encoder, text),
+    }
 
 
 def _without_memory(lora: LoraFile) -> LoraFile:

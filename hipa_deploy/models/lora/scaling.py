@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from hipa_deploy.errors import HipaError
+from hipa_deploy.disk.reading import shown
+from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.models.lora.names import PARTS, LayerKey
+from hipa_deploy.patterns import Patterns
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS = ("LORA", "LOHA", "LOKR")
+MAX_NUMBER = 1e9
+PATTERNS = "rank_pattern or alpha_pattern"
 # With these, peft subtracts from the base model what the LoRA starts with. The LoRA alone is then
 # no difference to the model as it was published.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -25,10 +30,12 @@ class PeftSettings:
 
     Attributes:
         values: by name; of a file that diffusers wrote, with the part before the name, 'unet.r'.
+        patterns: matches those of the values, within a limit of time.
 
     """
 
     values: Mapping[str, Any]
+    patterns: Patterns = field(default_factory=lambda: Patterns(PATTERNS), compare=False)
 
     @classmethod
     def of(cls, file: Path, values: Mapping[str, Any]) -> PeftSettings:
@@ -43,12 +50,13 @@ class PeftSettings:
             kind = str(getattr(value, "value", value)).rpartition(".")[2]
             if plain == "peft_type" and kind.upper() not in KINDS:
                 raise HipaError(
-                    f"{file} is a {value} adapter of peft. Expected one of: {', '.join(KINDS)}."
+                    f"{file} is a {shown(str(value))} adapter of peft. "
+                    f"Expected one of: {', '.join(KINDS)}."
                 )
             if plain == "init_lora_weights" and str(value).lower().startswith(CHANGES_BASE):
                 raise HipaError(
-                    f"{file} was made with init_lora_weights={value}, which changes the base model "
-                    "too. Convert it to a plain LoRA: save_pretrained(…, "
+                    f"{file} was made with init_lora_weights={shown(str(value))}, which changes "
+                    "the base model too. Convert it to a plain LoRA: save_pretrained(…, "
                     "path_initial_model_for_weight_conversion=…) of peft."
                 )
         return cls(values)
@@ -64,18 +72,20 @@ class PeftSettings:
 
         Args:
             key: the layer.
-            kind: one of ``formulas.KINDS``.
-            rank: as ``formulas.rank_of`` gives it.
+            kind: one of ``kinds.KINDS``.
+            rank: as ``kinds.rank_of`` gives it.
             stored_alpha: the file's tensor for this layer.
 
         Raises:
-            HipaError: an alpha that is not one number.
+            HipaError: an alpha that is not one number; patterns that are no regular expressions,
+                or take longer than anybody waits.
 
         """
         settings = self._of_part(key.part)
         if rank is None and kind == "lokr" and "r" in settings:
             # peft divides by the rank that was asked for, also where both factors stayed whole.
-            rank = _patterned(settings.get("rank_pattern"), key.module, settings["r"])
+            rank = self._patterned(settings.get("rank_pattern"), key.module, settings["r"])
+            rank = int(_number("r", rank))
         if rank is None:  # a difference, or LyCORIS' LoKr with both factors whole: full strength
             return 1.0
         if stored_alpha is not None:
@@ -88,12 +98,12 @@ class PeftSettings:
 
         # LoraConfig calls it lora_alpha, LoHaConfig and LoKrConfig alpha.
         usual = settings.get("lora_alpha", settings.get("alpha"))
-        alpha = _patterned(settings.get("alpha_pattern"), key.module, usual)
+        alpha = self._patterned(settings.get("alpha_pattern"), key.module, usual)
         if alpha is None:
             return 1.0
         if settings.get("use_rslora"):
-            return float(alpha) / float(rank) ** 0.5
-        return float(alpha) / rank
+            return _number("alpha", alpha) / float(rank) ** 0.5
+        return _number("alpha", alpha) / rank
 
     def _of_part(self, part: str) -> dict[str, Any]:
         """A part's settings: diffusers writes 'unet.r', peft plain 'r'."""
@@ -106,13 +116,25 @@ class PeftSettings:
                 plain[name] = value
         return own or plain
 
+    def _patterned(self, patterns: Any, module: str, default: Any) -> Any:
+        """peft's rule: a pattern is a regular expression that the end of a module's name matches.
+
+        Some expressions take exponential time, so all of a file have a limit together.
+        """
+        if not isinstance(patterns, Mapping):
+            return default
+        for pattern, value in patterns.items():
+            if self.patterns.search(rf"^(.*\.)?({pattern})$", module):
+                return value
+        return default
+
 
 _OTHER_PARTS = tuple({f"{part}." for part in PARTS.values() if part is not None})
 
 
-def _patterned(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """peft's rule: a pattern is a regular expression that the end of a module's name matches."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _number(name: str, value: Any) -> float:
+    """A setting that must be a number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not -MAX_NUMBER < value < MAX_NUMBER or math.isnan(value):
+        raise HipaError(f"its configuration has {name}={brief(value)}. Expected a number.")
+    return float(value)

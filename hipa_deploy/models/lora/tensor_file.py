@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.disk.reading import MIB, check_file, parse_json, read_json, shown
+from hipa_deploy.errors import HipaError, as_line, brief, first_line
 from hipa_deploy.models.lora.find_lora import PEFT_CONFIG, SAFETENSORS
+from hipa_deploy.models.weights import pickled
+
+MAX_BYTES = 16_384 * MIB  # of a file; a LoRA with whole matrices has as many as its model
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -36,8 +38,8 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, value in stored.items():
         if not isinstance(value, Tensor):
             raise HipaError(
-                f"{file}: {name} is a {type(value).__name__}, no tensor. Expected a LoRA's weights "
-                "and nothing else."
+                f"{file}: {brief(name)} is a {type(value).__name__}, no tensor. "
+                "Expected a LoRA's weights and nothing else."
             )
         tensors[str(name)] = finite(file, str(name), value)
     return tensors, _peft_config(file, metadata)
@@ -47,12 +49,14 @@ def finite(file: Path, name: str, value: Tensor) -> Tensor:
     """``value`` in float32.
 
     Raises:
-        HipaError: it holds NaN or infinity.
+        HipaError: it holds NaN or infinity, or complex numbers.
 
     """
+    if value.is_complex():
+        raise HipaError(f"{file}: {shown(name)} holds complex numbers. Expected weights.")
     value = value.detach().float()
     if not torch.isfinite(value).all():
-        raise HipaError(f"{file}: {name} holds NaN or infinity. Expected finite weights.")
+        raise HipaError(f"{file}: {shown(name)} holds NaN or infinity. Expected finite weights.")
     return value
 
 
@@ -60,43 +64,40 @@ def load_pickled(file: Path) -> Any:
     """What a pickled file holds, if it is tensors and plain containers: nothing of it is run.
 
     Raises:
-        HipaError: the file is damaged, or holds objects that could run code.
+        HipaError: the file is damaged, too large, or holds objects that could run code.
 
     """
     # The first scripts of textual inversion saved a ParameterDict, which is a container only.
-    allowed: list[Any] = [torch.nn.ParameterDict]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise HipaError(
-            f"{file} is damaged, or holds more than tensors, which could run code when it is read. "
-            "Convert it to .safetensors where you trust it."
-        ) from None
-    # A cut archive, an empty file and one of another kind each raise a class of their own.
-    except Exception as error:
-        raise HipaError(f"{file} cannot be read: {first_line(error)}") from None
+    return pickled.load_pickled(file, allowed=[torch.nn.ParameterDict], max_bytes=MAX_BYTES)
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            names = list(opened.keys())
-            return {name: opened.get_tensor(name) for name in names}, metadata
-    except (OSError, SafetensorError) as error:
-        raise HipaError(f"{file} cannot be read: {first_line(error)}") from None
+    check_file(file, MAX_BYTES, "Copy the file again.")
+    with (
+        as_line(f"{file} cannot be read", "Copy the file again."),
+        safe_open(file, "pt") as opened,
+    ):
+        metadata = opened.metadata() or {}
+        names = list(opened.keys())
+        return {name: opened.get_tensor(name) for name in names}, metadata
 
 
 def _peft_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """LoraConfig's values: from the header, as diffusers writes them, or from peft's own file."""
-    try:
-        if "lora_adapter_metadata" in metadata:
-            # diffusers puts the part's name before each key; one file has one configuration a part.
-            return dict(json.loads(metadata["lora_adapter_metadata"]))
+    if "lora_adapter_metadata" in metadata:
+        # diffusers puts the part's name before each key; one file has one configuration a part.
+        try:
+            config = parse_json(metadata["lora_adapter_metadata"])
+        except ValueError as error:
+            raise HipaError(
+                f"{file}: its configuration cannot be read ({first_line(error)}). "
+                "Copy or convert the file again."
+            ) from None
+    else:
         beside = file.with_name(PEFT_CONFIG)
-        if beside.is_file():
-            return dict(json.loads(beside.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise HipaError(f"{file}: its configuration cannot be read ({error}).") from None
-    return {}
+        if not beside.is_file():
+            return {}
+        config = read_json(beside, remedy="Copy it again.")
+    if not isinstance(config, dict):
+        raise HipaError(f"{file}: its configuration is no table. Copy or convert the file again.")
+    return config

@@ -5,21 +5,15 @@ A method is described as its authors state it: a scheduler of diffusers, a times
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.disk.reading import read_toml, shown
+from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.record import Record
-
-# Python 3.10 has no tomllib.
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PRESETS = Path(__file__).parent
 OWN = "hipa"  # the name of HiPA's own step, x0 at the last timestep: no method at all
@@ -55,14 +49,14 @@ class OneStepMethod(Record):
     """
 
     name: str
-    source: str = Field(min_length=1)
+    source: str = Field(min_length=1, max_length=10_000)
     note: str = ""
     family: Literal["sd1", "sd2", "sdxl"] | None = None
     needs_adaptor: bool = False
-    scheduler: str | None = None
+    scheduler: str | None = Field(default=None, max_length=100)
     settings: dict[str, Any] = Field(default_factory=dict)
     factors: Factors | None = None
-    timestep: int = Field(ge=0, strict=True)
+    timestep: int = Field(ge=0, le=100_000, strict=True)
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     guidance_scale: float = Field(default=0.0, ge=0, le=1)
     eta: float | None = Field(default=None, ge=0, le=1)
@@ -108,9 +102,9 @@ def load_method(name: str) -> OneStepMethod | None:
             f"one-step method {name!r} does not exist. Expected a .toml file or one of: {names}."
         )
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise HipaError(f"one-step method {path} cannot be read: {first_line(error)}") from None
+        values = read_toml(path)
+    except HipaError as error:
+        raise HipaError(f"one-step method {error}") from None
     if "name" in values:
         raise HipaError(f"one-step method {path}: unknown key 'name'. The file's name is its name.")
     try:
@@ -124,21 +118,22 @@ def load_method(name: str) -> OneStepMethod | None:
 def _problem(error: ValidationError) -> str:
     """The first of pydantic's problems, and what to do."""
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"]
+    key = ".".join(shown(str(part)) for part in problem["loc"])
+    message = str(problem["msg"])[:200]
     if problem["type"] == "extra_forbidden":
         known = ", ".join(name for name in OneStepMethod.model_fields if name != "name")
-        return f"unknown key {key!r}. Expected: {known}."
+        return f"unknown key {brief(key)}. Expected: {known}."
     if problem["type"] == "missing":
         return f"key {key!r} is missing. Add it."
     if key == "guidance_scale":
         return (
-            f"guidance_scale = {problem['input']!r}: one call of the UNet has no guidance. "
+            f"guidance_scale = {brief(problem['input'])}: one call of the UNet has no guidance. "
             "Expected 0 to 1, which diffusers reads as none."
         )
     if not key:
         return f"{message.removeprefix('Value error, ')}, and not both. Correct the file."
-    return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}. Correct the file."
+    got = brief(problem["input"])
+    return f"{key} = {got}: {message[0].lower()}{message[1:]}. Correct the file."
 
 
 def check_fits(method: OneStepMethod, config: ModelConfig) -> None:

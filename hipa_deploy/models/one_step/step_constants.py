@@ -11,15 +11,16 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
 from hipa_deploy.bundle.manifest import StepMethod
-from hipa_deploy.errors import HipaError, first_line
-from hipa_deploy.models.kind import read_config
-from hipa_deploy.models.model_config import LEAST_SIGNAL, ModelConfig
+from hipa_deploy.errors import HipaError, as_line, brief
+from hipa_deploy.models.model_config import LEAST_SIGNAL, ModelConfig, scheduler_values
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod, check_fits
+from hipa_deploy.models.weights.part_config import defaults_of, known_values
 
 LINEAR_WITHIN = 1e-4  # relative; float32 is a hundred times finer, clipping is far coarser
 # Euler's sample at a schedule that ends in pure noise is 4,096 times the noise, in float32.
@@ -62,6 +63,17 @@ def step_constants(method: OneStepMethod, config: ModelConfig) -> StepConstants:
         )
         return StepConstants(method.timestep, alpha_bar, prediction_type, numbers)
 
+    # A setting of the method may be out of the range that its scheduler can compute.
+    with as_line(f"one-step method {method.name} cannot take its step", "Correct [settings]."):
+        return _measured(method, config, prediction_type)
+
+
+def _measured(
+    method: OneStepMethod,
+    config: ModelConfig,
+    prediction_type: Literal["epsilon", "v_prediction", "sample"],
+) -> StepConstants:
+    """The constants of a method that has a scheduler; errors as for ``step_constants``."""
     scheduler = make_scheduler(method, config)
     alphas = scheduler.alphas_cumprod
     if method.timestep >= len(alphas):
@@ -90,34 +102,30 @@ def make_scheduler(method: OneStepMethod, config: ModelConfig) -> Any:
     from diffusers import schedulers
 
     kind: Any = getattr(schedulers, method.scheduler or "", None)
-    known = inspect.signature(kind.__init__).parameters if inspect.isclass(kind) else {}
+    known = defaults_of(kind) if inspect.isclass(kind) else {}
     if not {"beta_start", "beta_schedule", "prediction_type"} <= set(known):
         raise HipaError(
-            f"one-step method {method.name}: scheduler = {method.scheduler!r} is no scheduler of "
-            "DDPM's family in diffusers. Expected a class such as LCMScheduler, TCDScheduler or "
+            f"one-step method {method.name}: scheduler = {brief(method.scheduler)} is no scheduler "
+            "of DDPM's family in diffusers. Expected a class such as LCMScheduler, TCDScheduler or "
             "EulerDiscreteScheduler, or [factors] in its place."
         )
     unknown = sorted(set(method.settings) - set(known))
     if unknown:
         raise HipaError(
-            f"one-step method {method.name}: {method.scheduler} has no setting {unknown[0]!r}. "
-            "Remove it from [settings]."
+            f"one-step method {method.name}: {method.scheduler} has no setting "
+            f"{brief(unknown[0])}. Remove it from [settings]."
         )
-    settings = dict(method.settings)
+    settings = known_values(kind, method.settings, Path(method.name))
     if method.prediction_type:
         settings["prediction_type"] = method.prediction_type
     # What diffusers does: keys that the model's file leaves out have the defaults of this class.
-    stated = read_config(config.folder, "scheduler/scheduler_config.json")
-    stated = {key: value for key, value in stated.items() if key in known}
-    try:
-        schedule = {key: value for key, value in config.schedule.items() if key in known}
+    stated = scheduler_values(config.folder, kind)
+    schedule = {key: value for key, value in config.schedule.items() if key in known}
+    # ImportError, for one: some schedulers need scipy or torchsde.
+    with as_line(
+        f"one-step method {method.name}: {method.scheduler} cannot be made", "Correct [settings]."
+    ):
         return kind.from_config({**stated, **schedule}, **settings)
-    # ImportError: some schedulers need scipy or torchsde.
-    except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise HipaError(
-            f"one-step method {method.name}: {method.scheduler} cannot be made "
-            f"({first_line(error)}). Correct [settings]."
-        ) from None
 
 
 def start(scheduler: Any, timestep: int) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.weights.part_config import build, read_config
 from hipa_deploy.models.weights.weight_file import load_tensors
 from hipa_deploy.models.weights.weight_files import current_name, find_weights
 from hipa_deploy.models.weights.weight_identity import COMPUTED
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PARTS = ("text_encoder", "unet", "vae")
+CONFIG = "config.json"
 ALIGNMENT = 64  # bytes, of torch's memory on a CPU
 TEXT_PREFIX = "text_model."
 # A whole CLIP has an image half and projections beside its text encoder.
@@ -97,17 +99,7 @@ def _empty(kind: Any, where: Path) -> nn.Module:
     """Make the module that config.json describes, without memory for its weights."""
     import torch
 
-    try:
-        with torch.device("meta"):
-            module: nn.Module
-            if hasattr(kind, "load_config"):
-                module = kind.from_config(kind.load_config(where))
-            else:
-                module = kind(kind.config_class.from_pretrained(where))
-    # A missing file, damaged JSON and values that do not fit each raise a class of their own.
-    except Exception as error:
-        raise HipaError(f"{where} cannot be loaded: {first_line(error)}") from None
-
+    module = build(kind, read_config(where, CONFIG), where / CONFIG)
     # CLIP numbers its positions itself; these numbers are in no file.
     for part in module.modules():
         numbers = getattr(part, COMPUTED, None)

@@ -7,18 +7,20 @@ A pickled file can hold instructions that run code when it is loaded. It is read
 from __future__ import annotations
 
 import json
-import re
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.disk.reading import check_file
+from hipa_deploy.errors import HipaError, as_line, first_line
+from hipa_deploy.models.weights.pickled import MAX_PICKLED, load_pickled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SAFETENSORS = ".safetensors"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+MAX_WEIGHTS = MAX_PICKLED  # bytes
+AGAIN = "Copy it again."
 LENGTH_BYTES = 8  # of the header's length, at the start of a .safetensors file
 METADATA = "__metadata__"  # the one entry of the header that is no tensor
 # A clone of a repository without Git LFS has this text in place of each large file.
@@ -66,21 +68,19 @@ def read_layout(path: Path) -> dict[str, TensorLayout]:
     Only the file's header is read (https://github.com/huggingface/safetensors#format).
 
     Raises:
-        HipaError: the file is damaged, or is a Git LFS pointer.
+        HipaError: the file is missing, damaged or no regular file, or is a Git LFS pointer.
 
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    _refuse_pointer(path)
-    try:
+    _check(path)
+    with as_line(f"{path} is damaged", AGAIN):
         # The library checks that the header fits the file, so its values can be used below.
         with safe_open(path, "numpy"):
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")
             header = json.loads(file.read(length))
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, first_line(error)) from None
 
     data = LENGTH_BYTES + length
     layout: dict[str, TensorLayout] = {}
@@ -101,37 +101,20 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         HipaError: the file is damaged, holds something else than tensors, or is a Git LFS pointer.
 
     """
-    _refuse_pointer(path)
+    _check(path)
     if is_pickled(path):
         return _load_pickled(path)
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with as_line(f"{path} is damaged", AGAIN):
         return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, first_line(error)) from None
 
 
 def _load_pickled(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file that torch has pickled."""
     import torch
 
-    try:
-        # Files of before torch 1.6 are no zip archives, and cannot be read piece by piece.
-        lazily = zipfile.is_zipfile(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
-    # An unreadable file raises errors of every kind. Those of a forbidden one advise to read it
-    # with its code, in many lines: that advice is not passed on.
-    except Exception as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found:
-            raise HipaError(
-                f"{path} holds more than weights: {found[1]}. That can run code, so the file is "
-                "not loaded. Use the model's .safetensors file."
-            ) from None
-        raise _damaged(path, "torch cannot read it as weights") from None
-
+    content = load_pickled(path, mapped=True)
     # A training tool stores the weights beside its own state.
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -145,8 +128,9 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _refuse_pointer(path: Path) -> None:
-    """Raise HipaError if the file is Git LFS's stand-in for the weights."""
+def _check(path: Path) -> None:
+    """Refuse what is no file of weights by its size or kind, or is Git LFS's stand-in for one."""
+    check_file(path, MAX_WEIGHTS, AGAIN)
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
@@ -156,7 +140,3 @@ def _refuse_pointer(path: Path) -> None:
         raise HipaError(
             f"{path} is a Git LFS pointer, not the weights. Run in that folder: git lfs pull"
         )
-
-
-def _damaged(path: Path, why: str) -> HipaError:
-    return HipaError(f"{path} is damaged: {why}. Copy it again.")

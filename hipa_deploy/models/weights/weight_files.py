@@ -13,11 +13,11 @@ Other variants, such as non_ema, are other weights. They are never loaded.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+from hipa_deploy.disk.reading import name_problem, read_json, shown
 from hipa_deploy.errors import HipaError
 
 # The names before the first dot: of diffusers' parts, and of transformers' in both formats.
@@ -120,11 +120,16 @@ def _parse(path: Path) -> _Candidate | None:
 
 def _shards(index: Path) -> tuple[Path, ...]:
     """Return the files that an index lists, in the order of their names."""
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        names = sorted({str(name) for name in listed})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise HipaError(f"{index} is no index of shards. {AGAIN}") from None
+    content = read_json(index, remedy=AGAIN)
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict):
+        raise HipaError(f"{index} is no index of shards. {AGAIN}")
+    names = sorted({str(name) for name in listed.values()})
+    for name in names:
+        # A file elsewhere would be read, and hashed, as if it were the model's.
+        problem = name_problem(name)
+        if problem:
+            raise HipaError(f"{index}: the file name {shown(name)} {problem}. {AGAIN}")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
         raise HipaError(

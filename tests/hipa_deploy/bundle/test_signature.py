@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.signature import (
     TRUSTED,
     check_signature,
@@ -18,7 +18,10 @@ from hipa_deploy.bundle.signature import (
     sign,
     signature_path,
 )
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.errors import HipaError
+from tests.keys import write_private, write_public
 
 # RFC 8032, section 7.1, TEST 3: private key, message, signature.
 RFC_KEY = bytes.fromhex("c5aa8df43f9f837bedb7442f31dcb7b166d38535076f094b85ce3a2e0b4458f7")
@@ -27,25 +30,6 @@ RFC_SIGNATURE = bytes.fromhex(
     "6291d657deec24024827e69c3abe01a30ce548a284743a445e3680d7db5ac3ac"
     "18ff9b538d16f290ae67f760984dc6594a7c15e9716ed28dc027beceea1ec40a"
 )
-
-
-def write_private(path: Path, key: object, password: bytes | None = None) -> Path:
-    protection: object = serialization.NoEncryption()
-    if password is not None:
-        protection = serialization.BestAvailableEncryption(password)
-    path.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, protection)
-    )
-    return path
-
-
-def write_public(path: Path, key: object) -> Path:
-    path.write_bytes(
-        key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-    )
-    return path
 
 
 @pytest.fixture
@@ -151,3 +135,30 @@ def test_a_trusted_key_that_cannot_be_read_lets_nothing_pass(
     monkeypatch.setenv(TRUSTED, str(tmp_path / "gone.pem"))
     with pytest.raises(HipaError, match=r"public key .*gone.pem cannot be read"):
         check_signature(manifest, manifest.read_bytes())
+
+
+def test_a_fleet_takes_only_its_owners_bundles(
+    tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signed bundle opens; an unsigned one, and one whose manifest has another hash, do not."""
+    root = tmp_path / "bundle"
+    shutil.copytree(BUNDLE, root, ignore=shutil.ignore_patterns("engines"))
+    with pytest.raises(HipaError, match=r"hipa.json.sig cannot be read"):
+        Bundle.open(root)
+    sign(root / "hipa.json", key)
+    Bundle.open(root).verify()
+
+    # Whoever changes weights has to change the hash in the manifest too, and has no key.
+    decoder = root / "vae_decoder/model.onnx"
+    old = file_sha256(decoder)
+    content = bytearray(decoder.read_bytes())
+    content[-1] ^= 1
+    decoder.write_bytes(content)
+    with pytest.raises(HipaError, match="corrupt"):
+        Bundle.open(root).verify()
+    text = (root / "hipa.json").read_text()
+    (root / "hipa.json").write_text(text.replace(old, file_sha256(decoder)))
+    with pytest.raises(HipaError, match="was changed since"):
+        Bundle.open(root)
+    monkeypatch.delenv(TRUSTED)
+    Bundle.open(root).verify()

@@ -127,7 +127,7 @@ def damaged(path: Path, content: bytes = b"no") -> Path:
     [
         (lambda p: p / "none.txt", None, "cannot be read: No such file"),
         (lambda p: p / "none.csv", None, "cannot be read: No such file"),
-        (lambda p: p / "none.parquet", None, "cannot be read as Parquet"),
+        (lambda p: p / "none.parquet", None, "cannot be read: No such file"),
         (lambda p: damaged(p / "x.txt", b" \n"), None, "is empty. Expected one prompt a line"),
         (lambda p: damaged(p / "x.txt", b"caf\xe9"), None, r"line 1 is not UTF-8 \(byte 3\)"),
         (lambda p: damaged(p / "x.txt", b"a\ncaf\xe9"), None, r"line 2 is not UTF-8 \(byte 5\)"),
@@ -163,7 +163,7 @@ def damaged(path: Path, content: bytes = b"no") -> Path:
         (
             lambda p: write_parquet(p / "x.parquet", cells=[1, 2, 3]),
             None,
-            "a caption is of type int. Expected",
+            "a caption is of type int64. Expected",
         ),
         (lambda p: p, None, "has no readable state.json"),
         (

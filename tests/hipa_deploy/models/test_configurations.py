@@ -9,8 +9,8 @@ from diffusers.loaders import single_file_utils
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hipa_deploy.models.configurations import MODELS, write_config
-from hipa_deploy.models.kind import read_config
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.weights.part_config import read_config
 from hipa_deploy.train.model.unet_adaptor import PAPER, adaptor_parameters, add_adaptor
 from tests.original_layout import open_clip_names, unet_names, vae_names
 

@@ -203,9 +203,7 @@ def test_a_schedule_of_500_timesteps(sd15: Path) -> None:
         config.alpha_bar(999)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"beta_schedule": "no_such"}, {"beta_start": -1.0}, {"beta_end": "x"}]
-)
+@pytest.mark.parametrize("changes", [{"beta_schedule": "no_such"}, {"beta_start": -1.0}])
 def test_a_schedule_that_cannot_be_made(sd15: Path, changes: dict) -> None:
     change(sd15, SCHEDULER, **changes)
     with pytest.raises(HipaError, match="its noise schedule cannot be made"):
@@ -274,7 +272,7 @@ def test_trained_betas_are_the_schedule(sd15: Path) -> None:
     assert config.alpha_bar(1) == pytest.approx(0.9 * 0.5)
 
 
-@pytest.mark.parametrize("changes", [{"num_train_timesteps": 0}, {"beta_end": 30.0}])
+@pytest.mark.parametrize("changes", [{"beta_start": 5.0}, {"beta_end": 30.0}])
 def test_a_schedule_without_sense(sd15: Path, changes: dict) -> None:
     change(sd15, SCHEDULER, **changes)
     with pytest.raises(HipaError, match=r"its noise schedule (has \d+ timesteps|cannot be made)"):

@@ -22,6 +22,8 @@ FILES = {
     "text_encoder": "model",
 }
 
+INCOMPLETE = r"cannot be converted.*Expected a complete checkpoint"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -224,8 +226,8 @@ def test_a_configuration_with_fewer_layers_is_refused(folder: Path, tmp_path: Pa
             "cond_stage_model.transformer.text_model.final_layer_norm.bias",
             "incomplete: weight .*final_layer_norm.bias",
         ),
-        ("model.diffusion_model.out.2.bias", "cannot be converted. Is it complete"),
-        ("first_stage_model.decoder.conv_in.weight", "cannot be converted. Is it complete"),
+        ("model.diffusion_model.out.2.bias", INCOMPLETE),
+        ("first_stage_model.decoder.conv_in.weight", INCOMPLETE),
     ],
 )
 def test_a_weight_that_is_missing_and_nothing_is_kept(
@@ -250,7 +252,7 @@ def test_a_cache_that_cannot_be_written(
 
     checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
     monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
-    with pytest.raises(HipaError, match=r"cannot be stored in .*: No space left"):
+    with pytest.raises(HipaError, match=r"cannot be written: the disk is full"):
         model_folder(str(checkpoint), str(folder))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -60,10 +62,37 @@ def test_a_file_that_was_cut_off(tmp_path: Path, name: str, kept: float) -> None
 def test_a_file_that_is_none_of_weights(tmp_path: Path) -> None:
     with pytest.raises(HipaError, match=r"is a \.zip file. Expected weights in a file that ends"):
         is_pickled(tmp_path / "model.zip")
-    with pytest.raises(HipaError, match=r"absent.bin cannot be read: .*No such file"):
+    with pytest.raises(HipaError, match=r"absent.bin is missing"):
         load_tensors(tmp_path / "absent.bin")
     for ending in ("safetensors", "bin"):
         path = tmp_path / f"model.{ending}"
         path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
         with pytest.raises(HipaError, match="is a Git LFS pointer"):
             load_tensors(path)
+
+
+def test_a_checkpoint_of_a_lightning_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the published .ckpt files of SD 1.x: their callbacks name Lightning's own classes."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(name)
+
+    class ModelCheckpoint:
+        def __init__(self) -> None:
+            self.best = torch.zeros(1)
+
+    ModelCheckpoint.__module__ = name
+    ModelCheckpoint.__qualname__ = "ModelCheckpoint"
+    module.ModelCheckpoint = ModelCheckpoint
+    for package in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    monkeypatch.setitem(sys.modules, name, module)
+    weights = {"w": torch.arange(3.0)}
+    callbacks = {ModelCheckpoint: {"best_model_score": torch.ones(1)}, "own": ModelCheckpoint()}
+    torch.save({"state_dict": weights, "callbacks": callbacks}, tmp_path / "model.ckpt")
+
+    # Where it is read, Lightning is not installed.
+    monkeypatch.delitem(sys.modules, name)
+    assert torch.equal(load_tensors(tmp_path / "model.ckpt")["w"], weights["w"])
+    assert name not in sys.modules

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hipa_deploy.bundle.reference_check import MAKERS, check_reference
 from hipa_deploy.errors import HipaError
+from hipa_deploy.export.graph.reference_check import MAKERS, check_reference
 
 
 def noise(size: float) -> np.ndarray:

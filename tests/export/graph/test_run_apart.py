@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 
 from hipa_deploy.bundle.manifest import StageSpec, TensorSpec
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.run_apart import run_apart
+from hipa_deploy.export.graph.run_apart import run_apart
 
 
 def save_round_trip(path: Path) -> StageSpec:

@@ -1,0 +1,143 @@
+"""What a LoRA, an adaptor or an embedding shows without torch, before anything is loaded.
+
+``read_lora`` checks all of it again, and more: every kind of file, and every formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from hipa_deploy.disk.files import check_name
+from hipa_deploy.disk.reading import check_regular
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.adaptor_folder import (
+    ENCODER_WEIGHTS,
+    METADATA,
+    WEIGHTS,
+    AdaptorMetadata,
+    read_metadata,
+)
+from hipa_deploy.models.lora.find_lora import PICKLED, SAFETENSORS, find_lora
+from hipa_deploy.models.lora.kinds import Shaped, kind_of
+from hipa_deploy.models.lora.lora_file import by_layer
+from hipa_deploy.models.lora.names import ModuleNames
+from hipa_deploy.models.style import Style
+from hipa_deploy.models.weights.early_check import check_tensors, known_shapes
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_adaptor(adaptor: Path, model: Path) -> AdaptorMetadata | None:
+    """Check an adaptor's folder, or a LoRA of another tool, for the model in a diffusers folder.
+
+    Returns:
+        The adaptor's metadata; None for a LoRA of another tool.
+
+    Raises:
+        HipaError: there is none, it is damaged, half, not finite or for another model.
+
+    """
+    check_adaptor_path(adaptor)
+    metadata = None
+    if (adaptor / METADATA).exists():
+        metadata = read_metadata(adaptor)
+        if not (adaptor / WEIGHTS).is_file():
+            raise HipaError(f"{adaptor}: no {WEIGHTS} in it. Copy the adaptor again.")
+    check_lora(adaptor, model, ("unet",))
+    if (adaptor / ENCODER_WEIGHTS).exists():
+        check_lora(adaptor / ENCODER_WEIGHTS, model, ("vae",))
+    if metadata is not None:
+        # Last, as the hash of a large model takes seconds.
+        read_metadata(adaptor, model)
+    return metadata
+
+
+def check_adaptor_path(adaptor: Path) -> None:
+    """Raise HipaError unless there is an adaptor's folder, or a file, of this name."""
+    check_name(adaptor)
+    if not adaptor.exists():
+        raise HipaError(
+            f"{adaptor} does not exist. Expected an adaptor folder, as hipa-train writes it, "
+            "or a LoRA's .safetensors file."
+        )
+
+
+def check_style(style: Style, model: Path) -> None:
+    """Check the files of ``--lora`` and ``--embedding`` for the model in a diffusers folder.
+
+    Raises:
+        HipaError: one is damaged, half, not finite or for another model.
+
+    """
+    for lora in style.loras:
+        check_lora(lora.path, model, ("unet", "text_encoder"))
+    for embedding in style.embeddings:
+        check_regular(embedding.path)
+        ending = embedding.path.suffix.lower()
+        if ending == SAFETENSORS:
+            check_tensors(embedding.path)
+        elif ending not in PICKLED:
+            endings = ", ".join((SAFETENSORS, *PICKLED))
+            raise HipaError(
+                f"{embedding.path} is no embedding file. Expected one that ends in: {endings}."
+            )
+
+
+def check_lora(path: Path, model: Path, parts: Sequence[str]) -> None:
+    """Check a LoRA's file or folder for ``parts`` of the model in a diffusers folder.
+
+    Files that torch has pickled are left for later, and so is the rest of a model of such files.
+
+    Raises:
+        HipaError: as for ``read_lora``.
+
+    """
+    shapes: dict[str, Shapes] = {}
+    for part in parts:
+        known = known_shapes(model / part)
+        if known is not None:
+            shapes[part] = known
+    for file in find_lora(path):
+        check_regular(file.path)
+        if file.path.suffix.lower() != SAFETENSORS:
+            continue
+        layouts = check_tensors(file.path)
+        if len(shapes) < len(parts):
+            continue
+        for key, roles in by_layer(file.path, layouts, _modules(shapes), file.part).items():
+            try:
+                kind = kind_of(str(key), roles)
+                if kind == "lora":
+                    _check_pair(str(key), roles, shapes[key.part][f"{key.module}.weight"])
+            except HipaError as error:
+                raise HipaError(f"{file.path}: {error}") from None
+
+
+def _modules(shapes: Mapping[str, Shapes]) -> ModuleNames:
+    """The layers with a weight, by the names of a model's tensors."""
+    names: dict[str, Iterable[str]] = {}
+    for part, tensors in shapes.items():
+        modules = []
+        for name in tensors:
+            module, _, end = name.rpartition(".")
+            if end == "weight":
+                modules.append(module)
+        names[part] = modules
+    return ModuleNames(names)
+
+
+def _check_pair(layer: str, roles: Mapping[str, Shaped], weight: tuple[int, ...]) -> None:
+    """Raise HipaError unless two matrices fit each other and the weight that they change."""
+    down = tuple(roles["down"].shape)
+    up = tuple(roles["up"].shape)
+    if "mid" in roles:  # a core tensor stands between: the formula checks it
+        return
+    fits = len(down) > 1 and len(up) > 1 and len(weight) > 1
+    fits = fits and down[0] == up[1] and down[1] == weight[1] and up[0] == weight[0]
+    if not fits:
+        raise HipaError(
+            f"layer {layer}: matrices of shape {list(down)} and {list(up)} do not fit the "
+            f"model's weight of shape {list(weight)}. Use the LoRA with the model family that it "
+            "was trained on."
+        )

@@ -1,0 +1,153 @@
+"""A file that torch has pickled, read without running anything of it, and within bounds.
+
+``torch.load(weights_only=True)`` builds tensors and plain containers alone. It believes the sizes
+in the file, however: a tensor may claim a million times the values that the file holds.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hipa_deploy.disk.reading import MIB, check_file
+from hipa_deploy.errors import HipaError, as_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_PICKLED = 65_536 * MIB  # bytes; the largest checkpoints of SD 1.x and 2.x have 8 GB
+_MAX_VALUES = 1_000_000  # containers and values in the file, together
+_MAX_DEPTH = 50
+_SHARED = 8  # tensors may share memory, as an embedding and the layer that is tied to it do
+# Modules whose classes a checkpoint may name: they are not imported.
+_TRAINING_TOOLS = ("pytorch_lightning.", "lightning.")
+_SAFE = "Copy it again, or use a .safetensors file."
+
+
+def load_pickled(
+    path: Path, *, allowed: Sequence[Any] = (), mapped: bool = False, max_bytes: int = MAX_PICKLED
+) -> Any:
+    """What a file of ``torch.save`` holds, its tensors on the CPU.
+
+    Args:
+        path: of the file.
+        allowed: further classes that it may hold.
+        mapped: values are read from the disk when they are used, where the format allows that.
+        max_bytes: a larger file is not read.
+
+    Raises:
+        HipaError: no regular file, or a larger one; damaged; it holds objects that could run code,
+            or tensors that are larger than the file, sparse or of a form that no model has.
+
+    """
+    import torch
+
+    check_file(path, max_bytes, _SAFE)
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _check_archive(path)
+    try:
+        inert = _inert_classes(path) if is_zip else []
+        with torch.serialization.safe_globals([*allowed, *inert]):
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=mapped and is_zip
+            )
+    except KeyboardInterrupt:
+        raise
+    # A damaged file raises errors of every kind.
+    except BaseException as error:
+        raise _refused(path, error) from None
+    _check_tensors(path, content)
+    return content
+
+
+class _Inert:
+    """Stands for a class of a training tool: it takes anything and does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def _inert_classes(path: Path) -> list[Any]:
+    """What torch may build in place of PyTorch Lightning's classes, whose state is not needed.
+
+    The published .ckpt files of SD 1.x were saved by a training of Lightning, and name its classes
+    beside the weights. No code of Lightning is imported for them.
+    """
+    import torch
+
+    inert: list[Any] = []
+    for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
+        if name.startswith(_TRAINING_TOOLS):
+            inert.append((_Inert, name))
+    return inert
+
+
+def _refused(path: Path, error: BaseException) -> HipaError:
+    """What to say of a file that torch refuses; its advice to run the file's code is left out."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if found is None:
+        # Not every release of torch names what it refused.
+        more = ""
+        if isinstance(error, pickle.UnpicklingError):
+            more = ", or it holds more, which could run code when it is read"
+        return HipaError(f"{path} is damaged: torch cannot read it as weights{more}. {_SAFE}")
+    return HipaError(
+        f"{path} holds more than weights: {found[1]}. That can run code, so the file is not "
+        "loaded. Use a .safetensors file."
+    )
+
+
+def _check_archive(path: Path) -> None:
+    """Check that the members are stored as they are: a compressed one may hold any size."""
+    with as_line(f"{path} is damaged", _SAFE), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise HipaError(f"{path} is compressed, which torch.save never does. {_SAFE}")
+
+
+def _check_tensors(path: Path, content: Any) -> None:
+    """Check that the tensors are plain ones, and not larger than the file."""
+    import torch
+
+    size = 0
+    for tensor in _tensors(path, content):
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not is_plain or tensor.is_quantized or tensor.is_nested:
+            raise HipaError(f"{path} holds a tensor that is sparse or quantised. {_SAFE}")
+        size += tensor.numel() * tensor.element_size()
+    most = path.stat().st_size * _SHARED
+    if size > most:
+        raise HipaError(
+            f"{path} is damaged: its tensors would have {size} bytes, the file {most // _SHARED}. "
+            f"{_SAFE}"
+        )
+
+
+def _tensors(path: Path, content: Any) -> Iterator[Tensor]:
+    """Every tensor in a tree of containers.
+
+    Raises:
+        HipaError: there are too many values, or containers within containers.
+
+    """
+    import torch
+
+    waiting = [(content, 0)]
+    seen = 0
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if seen > _MAX_VALUES or depth > _MAX_DEPTH:
+            raise HipaError(f"{path} is damaged: it nests too deep, or without an end. {_SAFE}")
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (dict, torch.nn.ParameterDict)):
+            waiting.extend((inner, depth + 1) for inner in value.values())
+        elif isinstance(value, (list, tuple, set)):
+            waiting.extend((inner, depth + 1) for inner in value)

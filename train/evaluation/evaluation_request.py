@@ -1,0 +1,221 @@
+"""The request of an evaluation and its checks, which need no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hipa_deploy.bundle.text_settings import TextSettings, TextWishes, choose_text
+from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.prompt_files import read_prompt_file
+from hipa_deploy.models.adaptor_folder import METADATA
+from hipa_deploy.models.clip_tokenizer import text_sizes
+from hipa_deploy.models.early_config import early_config
+from hipa_deploy.models.lora.early_lora import check_adaptor, check_lora, check_style
+from hipa_deploy.models.one_step.one_step_method import OneStepMethod, check_fits, load_method
+from hipa_deploy.models.style import Style
+from hipa_deploy.models.weights.load_part import check_weights
+from hipa_deploy.train.recipes.recipe import TeacherSettings
+
+FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
+REFERENCE_STEPS = 25  # fewer steps would be too coarse to compare with
+REPORT_FILES = ("report.md", "report.json", "spectra.png", "premise.png", "samples.png")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that was checked, and what follows from it.
+
+    Attributes:
+        texts: the prompt of each image.
+        text: how prompts are encoded.
+        warning: what a user should know; None if nothing.
+
+    """
+
+    texts: list[str]
+    text: TextSettings
+    warning: str | None
+
+
+def check_request(
+    folder: Path,
+    adaptor: Path | None,
+    rivals: Sequence[Rival],
+    style: Style,
+    wishes: TextWishes,
+    *,
+    prompts: Path | None,
+    images: int,
+) -> Request:
+    """Check a request before anything is loaded.
+
+    Args:
+        folder: the diffusers folder of the base model.
+        adaptor: the adaptor's folder, if any.
+        rivals: one-step LoRAs and models of others.
+        style: LoRAs and embeddings of the model.
+        wishes: how prompts are to be encoded.
+        prompts: a file of prompts; None is the model's own.
+        images: how many images to compare.
+
+    Raises:
+        HipaError: something is missing, damaged, out of range or for another model.
+
+    """
+    texts, _ = draw(held_out_prompts(folder, prompts), images)
+    config = early_config(folder)
+    check_weights(folder)
+    check_style(style, folder)
+    rows = [rival.row for rival in rivals]
+    for rival in rivals:
+        if rows.count(rival.row) > 1:
+            raise HipaError(
+                f"--rival: two of them are called {rival.row!r}. Rename one of the files."
+            )
+        check_fits(rival.method, config)
+        if rival.lora is not None:
+            check_lora(rival.lora, folder, ("unet", "text_encoder"))
+    trained = None
+    if adaptor is not None:
+        metadata = check_adaptor(adaptor, folder)
+        if metadata is None:
+            raise HipaError(
+                f"adaptor {adaptor} has no {METADATA}. Expected a folder that hipa-train wrote, or "
+                "for a LoRA of others its method: --one-step."
+            )
+        if metadata.task != "generate":
+            raise HipaError(
+                f"adaptor {adaptor} is for the task {metadata.task}. "
+                "Expected one for text to image."
+            )
+        trained = metadata.text
+    text, warning = choose_text(wishes, trained, *text_sizes(config))
+    return Request(texts, text, warning)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A one-step method, and the LoRA that it is for.
+
+    Attributes:
+        method: how the step is taken.
+        lora: its file or folder; None is the base model itself, such as SD-Turbo.
+
+    """
+
+    method: OneStepMethod
+    lora: Path | None = None
+
+    @property
+    def row(self) -> str:
+        """The name of its row in a report."""
+        if self.lora is None:
+            return f"{self.method.name}, one step"
+        return f"{self.lora.stem} ({self.method.name}), one step"
+
+
+def parse_rival(text: str) -> Rival:
+    """The rival in ``[FILE_OR_FOLDER=]METHOD``.
+
+    Raises:
+        HipaError: there is no such file or method.
+
+    Example:
+        >>> parse_rival("Hyper-SD15-1step-lora.safetensors=hyper-sd15").row
+        'Hyper-SD15-1step-lora (hyper-sd15), one step'
+
+    """
+    # The last sign: a path may have others.
+    path, _, name = text.rpartition("=")
+    return make_rival(name, Path(path) if path else None, f"--rival {text}")
+
+
+def make_rival(name: str, lora: Path | None, option: str) -> Rival:
+    """The rival of a method's name and a LoRA.
+
+    Args:
+        name: as for ``load_method``, but 'hipa'.
+        lora: a file or folder.
+        option: what the user said, for messages.
+
+    Raises:
+        HipaError: there is no such method or file; a method without the LoRA that it needs; an
+            adaptor of HiPA, which says its step itself.
+
+    """
+    method = load_method(name)
+    if method is None:
+        raise HipaError(f"{option}: hipa is the step of --adaptor. Leave it out.")
+    if lora is None:
+        if method.needs_adaptor:
+            raise HipaError(
+                f"{option}: {name} is a LoRA. Name its file too: --rival FILE={name}, or --adaptor "
+                f"FILE --one-step {name}."
+            )
+        return Rival(method)
+    if not lora.exists():
+        raise HipaError(
+            f"{option}: {lora} does not exist. Expected a one-step LoRA's file or folder."
+        )
+    if (lora / METADATA).exists():
+        raise HipaError(
+            f"{option}: {lora} is an adaptor of HiPA, which says its own step. Give it as "
+            "--adaptor alone; for a model that is one-step itself give --adaptor none."
+        )
+    return Rival(method, lora)
+
+
+def held_out_prompts(model_dir: Path, prompts: Path | None = None) -> list[str]:
+    """The prompts to evaluate on.
+
+    Args:
+        model_dir: Diffusers folder; its prompts_pair.txt is read if ``prompts`` is None.
+        prompts: A file of prompts, one a line, or a table of captions.
+
+    Raises:
+        HipaError: As ``read_prompt_file``; or ``prompts`` is None, and the model keeps none aside.
+
+    """
+    if prompts is not None:
+        return read_prompt_file(prompts)
+    kept_aside = model_dir / "prompts_pair.txt"
+    if not kept_aside.is_file():
+        raise HipaError(
+            f"model {model_dir} keeps no prompts aside (it has no {kept_aside.name}). "
+            "Give a file of prompts: --prompts FILE."
+        )
+    return read_prompt_file(kept_aside)
+
+
+def draw(prompts: list[str], count: int) -> tuple[list[str], list[int]]:
+    """Draw ``count`` prompts, in turn, and a noise seed for each.
+
+    Returns:
+        The prompts and the seeds, each of length ``count``.
+
+    Raises:
+        HipaError: Fewer than two different prompts, or a count outside of 4 to 100000.
+
+    """
+    different = len(set(prompts))
+    if different < 2:
+        raise HipaError(f"different prompts to evaluate on: {different}. Expected at least 2.")
+    if not 4 <= count <= 100_000:
+        raise HipaError(f"number of images: {count}. Expected 4 to 100000.")
+
+    # In turn rather than at random: every prompt appears equally often, and there is no seed.
+    texts = [prompts[number % len(prompts)] for number in range(count)]
+    seeds = [FIRST_SEED + number for number in range(count)]
+    return texts, seeds
+
+
+def reference_teacher(teacher: TeacherSettings) -> TeacherSettings:
+    """The teacher to compare with: DDIM in float32, with at least ``REFERENCE_STEPS`` steps.
+
+    The training's own pairs may have been made faster and coarser; the reference must not change
+    with them. Guidance and all other settings stay.
+    """
+    steps = max(REFERENCE_STEPS, teacher.steps)
+    return teacher.model_copy(update={"sampler": "ddim", "steps": steps, "mixed_precision": "no"})

@@ -1,0 +1,63 @@
+"""The checks of a training's request, which need no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hipa_deploy.bundle.text_settings import TextSettings
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.adaptor_folder import METADATA, AdaptorMetadata
+from hipa_deploy.models.clip_tokenizer import text_sizes
+from hipa_deploy.models.early_config import early_config
+from hipa_deploy.models.lora.early_lora import check_adaptor, check_style
+from hipa_deploy.models.style import Style
+from hipa_deploy.models.weights.load_part import check_weights
+from hipa_deploy.train.data.captions import image_paths
+from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe, read_prompts
+
+
+def check_request(
+    recipe: Recipe | DecoderRecipe, model: Path, start: Path | None, style: Style
+) -> None:
+    """Check a request before anything is loaded.
+
+    Args:
+        recipe: of an adaptor or a decoder.
+        model: the diffusers folder of the base model.
+        start: the adaptor to start from, or the one that a decoder will be used with.
+        style: LoRAs and embeddings of the model.
+
+    Raises:
+        HipaError: prompts or images are missing or cannot be read; an adaptor or a LoRA is
+            missing, damaged or does not fit the model or the recipe; or the model is incomplete.
+
+    """
+    read_prompts(recipe, model)
+    config = early_config(model)
+    check_weights(model)
+    if isinstance(recipe, Recipe) and recipe.task != "generate" and recipe.source.images:
+        image_paths(Path(recipe.source.images))
+    check_style(style, model)
+    recipe_text: TextSettings = recipe.text
+    recipe_text.check(*text_sizes(config))
+    if start is None:
+        return
+    metadata = check_adaptor(start, model)
+    if metadata is None:
+        raise HipaError(
+            f"adaptor {start} has no {METADATA}. Expected a folder that hipa-train wrote."
+        )
+    if isinstance(recipe, Recipe):
+        _check_start(recipe, start, metadata)
+
+
+def _check_start(recipe: Recipe, start: Path, metadata: AdaptorMetadata) -> None:
+    """Raise HipaError unless the recipe's layers can take the weights of the adaptor."""
+    rank = recipe.adaptor.rank
+    alpha = recipe.adaptor.alpha or rank
+    if (metadata.rank, metadata.alpha) != (rank, alpha):
+        raise HipaError(
+            f"adaptor {start} has another preset, rank or alpha than the recipe: rank "
+            f"{metadata.rank} and alpha {metadata.alpha:g}, expected {rank} and {alpha:g}. "
+            "Set them in the recipe's table [adaptor]."
+        )
