@@ -20,9 +20,9 @@ from hipa_deploy.export.graph.half_precision import to_half, whole_attentions
 from hipa_deploy.export.graph.modules import OneStepUNet
 from hipa_deploy.export.graph.to_onnx import export_stage
 
-# SD 1.5's configuration with narrow layers: 16 transformer blocks, an attention to the image and
-# one to the text in each.
-ATTENTIONS = 32
+# SD 1.5's kinds of blocks, fewer and narrower: four transformer blocks, with an attention to the
+# image and one to the text in each.
+ATTENTIONS = 8
 STEP = OneStep(
     prediction_type="epsilon",
     timestep=999,
@@ -32,7 +32,7 @@ STEP = OneStep(
     height=128,
     width=128,
 )
-BLOCK = "down_blocks.1.attentions.0"
+BLOCK = "down_blocks.0.attentions.0"
 IN_IT = f"{BLOCK}.transformer_blocks.0"
 
 
@@ -40,7 +40,10 @@ def export(folder: Path, islands: tuple[str, ...]) -> Graph:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(32, 64, 128, 128),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
         attention_head_dim=2,
         cross_attention_dim=16,
         norm_num_groups=8,
