@@ -45,7 +45,8 @@ def safetensors_edits(path: Path) -> st.SearchStrategy[Edit]:
 
 def pickle_edits(path: Path) -> st.SearchStrategy[Edit]:
     actions = [
-        "expand", "empty sparse", "drop", "rename", "value", "nan", "shape", "code", "deflate", "deep",
+        "expand", "empty sparse", "drop", "rename", "value", "nan", "shape", "code", "deflate",
+        "deep",
         "meta", "quantised", "type", "cycle", "grow", "key",
     ]  # fmt: skip
     values = [*NUMBERS, *NAMES, None, [], {}, float("nan"), float("inf"), True]
