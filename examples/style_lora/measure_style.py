@@ -49,8 +49,7 @@ from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 # As of hipa_deploy/embedded/model/README.md: DDIM, 25 steps, guidance 3.
 TEACHER = TeacherSettings(sampler="ddim", steps=25, guidance=3.0, pairs=1)
-SHEET_ROWS = 8
-SHEET_COLOURS = 128
+SHEET_ROWS = 6
 FIRST_SEED = 2_000_000  # no noise of a training: those seeds are above 2**32
 
 STYLED = "teacher + style"
@@ -242,11 +241,10 @@ def to_style(
 
 
 def draw_sheet(path: Path, columns: dict[str, np.ndarray], prompts: list[str]) -> None:
-    """Write some of the prompts as a labelled sheet, in few colours so that the file is small."""
+    """Write the images of some of the prompts as a labelled sheet."""
     rows = slice(0, None, max(1, len(prompts) // SHEET_ROWS))
     shown = {heading: images_NHWC[rows] for heading, images_NHWC in columns.items()}
-    sheet = Image.fromarray(labelled_sheet(shown, prompts[rows]))
-    sheet.quantize(SHEET_COLOURS).save(path, optimize=True)
+    Image.fromarray(labelled_sheet(shown, prompts[rows])).save(path, optimize=True)
 
 
 def table(numbers: dict[str, list[dict[str, float]]]) -> str:
