@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.tasks.measures import structure_distance
 from hipa_deploy import embedded
 from hipa_deploy.demo.contact_sheet import labelled_sheet
+from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import LoraChoice, Style
 from hipa_deploy.train.evaluation.quality import (
     high_frequency_ratio,
@@ -104,7 +105,7 @@ class Styles:
 
         The concepts of ``prompts`` are left out, in every style.
         """
-        with (emoji / "captions.csv").open(newline="") as file:
+        with (emoji / "captions.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         images_NHWC = np.load(emoji / "emoji.npz")["images"]
         measured = {concept_of(prompt) for prompt in prompts}
@@ -133,12 +134,15 @@ def concept_of(caption: str) -> str:
 
 
 def read_folder(folder: Path) -> tuple[np.ndarray, list[str]]:
-    """The images uint8 [N, H, W, 3] that metadata.jsonl names, and their captions."""
+    """The images that metadata.jsonl names, uint8 of the model's size, and their captions."""
+    height, width = ModelConfig.read(embedded.MODEL).native_size
     images = []
     captions = []
     for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        images.append(np.asarray(Image.open(folder / row["file_name"]).convert("RGB")))
+        with Image.open(folder / row["file_name"]) as image:
+            resized = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        images.append(np.asarray(resized))
         captions.append(row["text"])
     return np.stack(images), captions
 
