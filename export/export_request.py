@@ -158,6 +158,10 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
     refuse_to_overwrite(options.out)
     if options.signing_key is not None:
         read_private_key(options.signing_key)
+    if options.task in (None, "generate") and options.adaptor is None and encoder != "full":
+        raise HipaError(
+            "--encoder is for tasks with a source image, this is generate. Leave out --encoder."
+        )
     for option, name in (("decoder", decoder), ("encoder", encoder)):
         if name not in ("full", TINY) and not Path(name).is_dir():
             raise HipaError(

@@ -23,9 +23,10 @@ from rich.progress import (
 import hipa_deploy
 from hipa_deploy.bundle.adaptor_swap import refittable_weights
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.disk.files import user_cache, write_file
+from hipa_deploy.disk.files import check_writable, user_cache, write_file
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.disk.locks import locked as lock_file
+from hipa_deploy.disk.reading import check_file
 from hipa_deploy.engines.backends.available import describe_device
 from hipa_deploy.engines.build.best_of import time_engine
 from hipa_deploy.engines.build.memory_plan import MemoryPlan, plan_memory
@@ -41,7 +42,12 @@ from hipa_deploy.engines.store.sidecar import (
     read_sidecar,
 )
 from hipa_deploy.engines.targets.build_options import BuildOptions
-from hipa_deploy.engines.targets.target import Target, default_options, resolve_target
+from hipa_deploy.engines.targets.target import (
+    Target,
+    default_options,
+    load_target_profile,
+    resolve_target,
+)
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.engines.tensorrt.library import (
     TensorRTLibrary,
@@ -54,6 +60,7 @@ from hipa_deploy.errors import HipaError
 
 # Each candidate costs a whole build, so a larger number is taken for a slip.
 MAX_CANDIDATES = 20
+MAX_TIMING_CACHE = 1 << 30  # bytes; one of Stable Diffusion has a few million
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ def build_bundle(
 
     """
     # Cheap checks come first: a wrong option must not cost the time to hash a large bundle.
+    check_request(backend, target, options, best_of)
     library, trt = check_tools(backend)
     _check_options(library, trt.__version__, options, best_of)
     bundle.verify()
@@ -154,23 +162,48 @@ def dry_run(
         HipaError: an unknown backend or target.
 
     """
+    check_request(backend, target, options)
     library = as_tensorrt_library(backend)
     device = describe_device()
     options = options.or_else(default_options(target, library, device))
     return plan_memory(bundle, bundle.stages, library, target, options, device)
 
 
+def check_request(backend: str, target: str, options: BuildOptions, best_of: int = 1) -> None:
+    """Check a request without TensorRT, before anything is read or imported.
+
+    Args:
+        backend: as for ``build_bundle``, and so are the others.
+        target: see ``backend``.
+        options: see ``backend``.
+        best_of: see ``backend``.
+
+    Raises:
+        HipaError: an unknown backend or target, a number out of range, or a timing cache that can
+            be no file.
+
+    """
+    library = as_tensorrt_library(backend)
+    if target != "auto":
+        load_target_profile(target)
+    if not 1 <= best_of <= MAX_CANDIDATES:
+        raise HipaError(f"--best-of is {best_of}. Expected 1 to {MAX_CANDIDATES}.")
+    cache = options.timing_cache
+    if cache is None:
+        return
+    if library == "rtx":
+        raise HipaError(
+            f"TensorRT-RTX has no timing cache (it times nothing while building), got {cache}. "
+            "Omit --timing-cache."
+        )
+    check_writable(cache)
+    if cache.exists():
+        check_file(cache, MAX_TIMING_CACHE, "Name another file with --timing-cache.")
+
+
 def _check_options(
     library: TensorRTLibrary, version: str, options: BuildOptions, best_of: int
 ) -> None:
-    if library == "rtx" and options.timing_cache is not None:
-        raise HipaError(
-            "TensorRT-RTX has no timing cache (it times nothing while building). "
-            "Omit --timing-cache."
-        )
-
-    if not 1 <= best_of <= MAX_CANDIDATES:
-        raise HipaError(f"--best-of is {best_of}. Expected 1 to {MAX_CANDIDATES}.")
     if best_of > 1 and find_gpu() is None:
         raise HipaError(
             "--best-of runs each engine to time it, and no NVIDIA GPU was found. Omit --best-of."

@@ -26,6 +26,7 @@ from hipa_deploy.engines.device.machine import peak_rss_mib, usable_cores
 from hipa_deploy.engines.latency.layer_times import profile_layers
 from hipa_deploy.engines.latency.machine_state import Machine, MachineState, state_warnings
 from hipa_deploy.engines.latency.report import (
+    MAX_RUNS,
     BundleFacts,
     Conditions,
     LatencyReport,
@@ -38,8 +39,6 @@ from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.prompts import BAKED_PROMPTS, read_baked_prompts
 from hipa_deploy.generate.runner import CPU_BACKENDS
 from hipa_deploy.images.example_source import example_source
-
-MAX_RUNS = 100_000
 
 # A run is not steady if the medians of its first and last quarter differ by this share.
 DRIFT = 0.1
@@ -60,6 +59,15 @@ class _Run(NamedTuple):
 
     host: dict[str, float]
     device: dict[str, float]
+
+
+def check_runs(runs: int, warmup: int) -> None:
+    """Raise HipaError for numbers of runs out of range."""
+    if not 1 <= runs <= MAX_RUNS or not 0 <= warmup <= MAX_RUNS:
+        raise HipaError(
+            f"got {runs} runs and {warmup} of warm-up. "
+            f"Expected 1 to {MAX_RUNS} and 0 to {MAX_RUNS}."
+        )
 
 
 def profile_pipeline(
@@ -97,11 +105,7 @@ def profile_pipeline(
         ['text_encoder', 'unet', 'vae_decoder']
 
     """
-    if not 1 <= runs <= MAX_RUNS or not 0 <= warmup <= MAX_RUNS:
-        raise HipaError(
-            f"got {runs} runs and {warmup} of warm-up. "
-            f"Expected 1 to {MAX_RUNS} and 0 to {MAX_RUNS}."
-        )
+    check_runs(runs, warmup)
     prompts = _run_prompts(pipeline.bundle, prompt)
     device = describe_device()
     machine = Machine(root, device.gpu.name if device.gpu else None)

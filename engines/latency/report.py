@@ -8,15 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from hipa_deploy.disk.reading import MIB, read_record, shown
 from hipa_deploy.engines.backends.available import Device
 from hipa_deploy.engines.latency.layer_times import LayerTime
 from hipa_deploy.engines.latency.machine_state import MachineState
 from hipa_deploy.engines.latency.roofline import Roofline
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.record import Record
 
+MAX_RUNS = 100_000
+MAX_MS = 1e9  # eleven days
+MAX_BYTES = 64 * MIB  # of a report; one of 100,000 runs has a few million for each stage
 Prompts = Literal[
     "a new prompt every run",
     "one prompt, its text context cached after the first run",
@@ -148,10 +152,25 @@ def read_report(path: Path) -> LatencyReport:
         HipaError: the file cannot be read, or is not such a report.
 
     """
-    try:
-        return LatencyReport.model_validate_json(path.read_bytes())
-    except OSError as error:
-        reason = error.strerror
-    except ValidationError:
-        reason = "not a latency report of this version"
-    raise HipaError(f"{path}: {reason}. Expected a file that hipa-profile --json wrote.")
+    remedy = "Expected a file that hipa-profile --json wrote."
+    report = read_record(path, LatencyReport, remedy, max_bytes=MAX_BYTES)
+    for name, stats in {**report.stages, **report.device, "end_to_end": report.end_to_end}.items():
+        problem = _problem(stats)
+        if problem:
+            raise HipaError(f"{path}: {shown(name)}: {problem}. {remedy}")
+    return report
+
+
+def _problem(stats: LatencyStats) -> str | None:
+    """What no measurement gives, and what could not be compared; None where nothing is."""
+    times = [stats.mean_ms, stats.min_ms, stats.p50_ms, stats.p90_ms, stats.p99_ms]
+    times += [time for time in (stats.first_ms, stats.p95_ms, stats.max_ms) if time is not None]
+    times += stats.samples_ms
+    if not 1 <= stats.runs <= MAX_RUNS or len(stats.samples_ms) > MAX_RUNS:
+        return f"has {brief(stats.runs)} runs, expected 1 to {MAX_RUNS}"
+    for time in times:
+        if not 0 < time <= MAX_MS:
+            return f"has a time of {time:g} ms, expected more than 0, and at most {MAX_MS:g}"
+    if not 0 <= stats.std_ms <= MAX_MS:
+        return f"has a standard deviation of {stats.std_ms:g} ms"
+    return None

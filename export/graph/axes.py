@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 
 from hipa_deploy.bundle.manifest import MAX_BATCH, Axis, OneStep
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, brief
 
 NAMES = ("batch", "height", "width")
 EXAMPLE = "batch=1:1:4,height=384:512:768"
@@ -31,7 +31,7 @@ def parse_axes(text: str) -> dict[str, Axis]:
         match = re.fullmatch(r"\s*(\w+)=(\d{1,9}):(\d{1,9}):(\d{1,9})\s*", part)
         if match is None or match[1] not in NAMES or match[1] in axes:
             raise HipaError(
-                f"--dynamic {part!r}: expected {', '.join(NAMES)}, each once, as in {EXAMPLE}."
+                f"--dynamic {brief(part)}: expected {', '.join(NAMES)}, each once, as in {EXAMPLE}."
             )
         name = match[1]
         smallest = int(match[2])

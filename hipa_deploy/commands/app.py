@@ -155,6 +155,10 @@ def main(arguments: list[str] | None = None) -> None:
         # A full disk or a folder without write permission is for the user to fix, not a bug.
         problem = f"{error.filename or 'a file'}: {error.strerror or error}"
         _stop(f"{problem}. Check the path, its permissions and the free disk space.")
+    except MemoryError as error:
+        # numpy says how much it wanted; others say nothing.
+        detail = f" ({first_line(error)})" if str(error) else ""
+        _stop(f"not enough memory{detail}. Ask for less at once, or close other programs.")
     except KeyboardInterrupt as error:
         _stop("stopped", 128 + signal_of(error))
     except typer.Abort:

@@ -37,6 +37,10 @@ def demo(
 
     Needs no GPU. It ends with contact_sheet.png, a picture that compares the images.
     """
+    if out is not None:
+        from hipa_deploy.demo.steps import check_folder
+
+        check_folder(out)
     require("train", "export")
     if task is not Task.generate:
         if quick:

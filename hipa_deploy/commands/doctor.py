@@ -53,8 +53,9 @@ def doctor(
 
 def _examine(subject: str | None, backend: str, as_json: bool) -> None:
     """Print the report on this machine and on ``subject``; exit with 1 on a problem."""
-    from hipa_deploy.doctor.examine import examine, render
+    from hipa_deploy.doctor.examine import check_request, examine, render
 
+    check_request(subject, backend)
     with console.status("examining"):
         report = examine(subject, backend)
     if as_json:

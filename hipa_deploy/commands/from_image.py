@@ -22,6 +22,7 @@ from hipa_deploy.commands.options import (
     WidthOption,
     console,
     image_outputs,
+    note_name,
     note_weights,
     write_images,
 )
@@ -64,8 +65,9 @@ def edit(
     """
     from hipa_deploy.images.source import edit_source
 
-    paths = _outputs(bundle, out, prompts, count, seed, [image], force)
+    paths = _outputs(bundle, out, prompts, count, seed, [image], force, backend, adaptor)
     source = edit_source(_open(bundle), image, strength=strength, height=height, width=width)
+    note_name(out, paths)
     _generate_from(
         bundle,
         source,
@@ -114,8 +116,9 @@ def inpaint(
     """
     from hipa_deploy.images.source import inpaint_source
 
-    paths = _outputs(bundle, out, prompts, count, seed, [image, mask], force)
+    paths = _outputs(bundle, out, prompts, count, seed, [image, mask], force, backend, adaptor)
     source = inpaint_source(_open(bundle), image, mask, feather=feather, height=height, width=width)
+    note_name(out, paths)
     _generate_from(
         bundle,
         source,
@@ -139,7 +142,7 @@ def upscale(
         int | None,
         typer.Option(
             help="Large images are enlarged in tiles: how many pixels of the result neighbouring "
-            "tiles share; by default an eighth of a tile."
+            "tiles share, at most half a tile; by default an eighth."
         ),
     ] = None,
     out: OutOption = None,
@@ -155,12 +158,16 @@ def upscale(
     """
     from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.generate.pipeline import OneStepPipeline
+    from hipa_deploy.generate.request import check_request
     from hipa_deploy.images.source import upscaling
 
     # Before engines are loaded: a mistake in the image or the overlap is reported at once.
     inputs = [image, resolve_bundle(bundle)]
     paths = image_outputs(out, 1, 1, 0, inputs=inputs, force=force)
-    upscaling(_open(bundle), image, overlap=overlap)
+    opened = _open(bundle)
+    check_request(opened, backend, [prompt], seed=0, count=1, adaptor=adaptor)
+    upscaling(opened, image, overlap=overlap)
+    note_name(out, paths)
 
     with console.status("loading"):
         pipe = OneStepPipeline.load(bundle, backend)
@@ -195,14 +202,18 @@ def _outputs(
     seed: int,
     images: list[Path],
     force: bool,
+    backend: str,
+    adaptor: str | None,
 ) -> list[Path]:
     """Paths of the images to write; checked before the images and the bundle are read."""
     from hipa_deploy.embedded import resolve_bundle
-    from hipa_deploy.generate.pipeline import check_count
+    from hipa_deploy.generate.request import check_count, check_request
 
     check_count(len(prompts), count)
     inputs = [*images, resolve_bundle(bundle)]
-    return image_outputs(out, len(prompts), count, seed, inputs=inputs, force=force)
+    paths = image_outputs(out, len(prompts), count, seed, inputs=inputs, force=force)
+    check_request(_open(bundle), backend, prompts, seed=seed, count=count, adaptor=adaptor)
+    return paths
 
 
 def _generate_from(

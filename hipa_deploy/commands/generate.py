@@ -17,6 +17,7 @@ from hipa_deploy.commands.options import (
     WidthOption,
     console,
     image_outputs,
+    note_name,
     note_weights,
     write_images,
 )
@@ -40,13 +41,25 @@ def generate(
 
     The same prompt and seed give the same image. Each PNG carries the parameters that made it.
     """
+    from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_bundle
-    from hipa_deploy.generate.pipeline import OneStepPipeline, check_count
+    from hipa_deploy.generate.pipeline import OneStepPipeline
+    from hipa_deploy.generate.request import check_count, check_request
 
     # Before the bundle is loaded: a mistake is reported at once.
     check_count(len(prompts), count)
-    inputs = [resolve_bundle(bundle)]
-    paths = image_outputs(out, len(prompts), count, seed, inputs=inputs, force=force)
+    root = resolve_bundle(bundle)
+    paths = image_outputs(out, len(prompts), count, seed, inputs=[root], force=force)
+    check_request(
+        Bundle.open(root),
+        backend,
+        prompts,
+        seed=seed,
+        count=count,
+        adaptor=adaptor,
+        size=(height, width),
+    )
+    note_name(out, paths)
 
     with console.status("loading"):
         pipe = OneStepPipeline.load(bundle, backend)

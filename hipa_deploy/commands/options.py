@@ -62,7 +62,8 @@ ConfigOption = Annotated[
     str | None,
     typer.Option(
         help="For a model in one file, the model it is of: sd15 | sd21-base | sd21-v | "
-        "a diffusers folder of the same architecture. Needed only if its weights do not show it."
+        "sd15-inpainting | sd2-inpainting | a diffusers folder of the same architecture. "
+        "Needed only if its weights do not show it."
     ),
 ]
 LoraOption = Annotated[
@@ -210,13 +211,22 @@ def image_outputs(
     """
 
     if out is None:
-        usual = Path("images" if prompts * count > 1 else "image.png")
-        out = next_free_name(usual)
-        if out != usual:
-            console.print(f"{usual} exists: writing {out}", highlight=False, markup=False)
+        out = next_free_name(_usual_name(prompts * count))
     paths = image_paths(out, prompts, count, seed)
     check_outputs(paths, inputs=inputs, force=force)
     return paths
+
+
+def note_name(out: Path | None, paths: list[Path]) -> None:
+    """Say so where the usual name is taken and another one is written."""
+    usual = _usual_name(len(paths))
+    written = paths[0] if len(paths) == 1 else paths[0].parent
+    if out is None and written != usual:
+        console.print(f"{usual} exists: writing {written}", highlight=False, markup=False)
+
+
+def _usual_name(images: int) -> Path:
+    return Path("images" if images > 1 else "image.png")
 
 
 def image_paths(out: Path, prompts: int, count: int, seed: int) -> list[Path]:

@@ -68,13 +68,16 @@ def profile(
     from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.engines.latency.html_page import render_page
     from hipa_deploy.engines.latency.layer_times import render_layers
-    from hipa_deploy.engines.latency.measure import profile_pipeline
+    from hipa_deploy.engines.latency.measure import check_runs, profile_pipeline
     from hipa_deploy.engines.latency.roofline import predict_roofline, render_roofline
     from hipa_deploy.engines.latency.table import markdown_table, render_table
     from hipa_deploy.engines.latency.with_roofline import with_own_roofline, with_roofline
     from hipa_deploy.generate.pipeline import OneStepPipeline
+    from hipa_deploy.generate.runner import check_backend
 
     # Before minutes of profiling: a wrong output or an unknown device is reported at once.
+    check_runs(runs, warmup)
+    check_backend(backend)
     outputs = [path for path in (json_path, html_path) if path is not None]
     check_outputs(outputs, inputs=[resolve_bundle(bundle)], force=force)
     prediction = None

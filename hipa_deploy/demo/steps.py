@@ -66,10 +66,21 @@ def open_folder(out: Path, identity: dict[str, Any]) -> None:
                 "Remove it, or choose another --out."
             )
         return
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise HipaError(f"{out} is not empty and not a demo's folder. Choose another --out.")
-    check_writable(out / MARKER)
+    check_folder(out)
     write_file(marker, content)
+
+
+def check_folder(out: Path) -> None:
+    """Check that a demo can write to a folder.
+
+    Raises:
+        HipaError: ``out`` holds something else than a demo, or cannot be written.
+
+    """
+    check_writable(out / MARKER)
+    is_other = out.is_dir() and any(out.iterdir()) and not (out / MARKER).exists()
+    if out.is_file() or is_other:
+        raise HipaError(f"{out} is not empty and not a demo's folder. Choose another --out.")
 
 
 @contextmanager

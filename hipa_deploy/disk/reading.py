@@ -313,7 +313,8 @@ def read_record(path: Path, model: type[Model], remedy: str, *, max_bytes: int =
         HipaError: as ``read_json`` and ``validated``.
 
     """
-    return validated(model, read_json(path, max_bytes=max_bytes), path, remedy)
+    data = read_json(path, max_bytes=max_bytes, remedy=remedy)
+    return validated(model, data, path, remedy)
 
 
 def read_text(path: Path, *, max_bytes: int) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from hipa_deploy import __version__, embedded
 from hipa_deploy.bundle.folder import MANIFEST, Bundle
+from hipa_deploy.disk.files import check_name
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import EXTRAS, missing
 from hipa_deploy.models.adaptor_folder import WEIGHTS
@@ -19,6 +20,25 @@ from hipa_deploy.models.adaptor_folder import WEIGHTS
 NEEDED = {"model": "model_index.json", "adaptor": WEIGHTS, "bundle": MANIFEST}
 
 VERDICT_COLOURS = {"same": "green", "differs": "red", "unknown": "yellow"}
+
+
+def check_request(subject: str | None, backend: str) -> None:
+    """Check what is asked for, before this machine's devices are.
+
+    Raises:
+        HipaError: an unknown backend, or a subject that does not exist.
+
+    """
+    from hipa_deploy.generate.runner import check_backend
+
+    check_backend(backend)
+    if subject:
+        path = embedded.resolve_bundle(subject)
+        check_name(path)
+        if not path.exists():
+            raise HipaError(
+                f"{subject} does not exist. Expected a bundle's folder, an .engine file, or emoji."
+            )
 
 
 def examine(subject: str | None = None, backend: str = "auto") -> dict[str, Any]:

@@ -27,8 +27,8 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import bundle_noise, check_seeds
 from hipa_deploy.generate.open_stages import open_stages, resolve_backend
 from hipa_deploy.generate.prompts import Prepared, PromptSource, open_prompts
+from hipa_deploy.generate.request import check_count, check_prompts
 from hipa_deploy.generate.runner import ENGINE_BACKENDS, ClosesAtExit, Runner, check_backend
-from hipa_deploy.generate.shared_use import SharedUse
 from hipa_deploy.generate.stages import (
     Stages,
     Tensors,
@@ -48,12 +48,12 @@ from hipa_deploy.images.source import (
     require_task,
     upscaling,
 )
+from hipa_deploy.shared_use import SharedUse
 from hipa_deploy.tasks import STEP_INPUTS
 
 if TYPE_CHECKING:
     from hipa_deploy.engines.tensorrt.device_array import DeviceArray
 
-MAX_IMAGES = 10_000
 DEFAULT_FEATHER = 8  # pixels
 
 
@@ -243,6 +243,7 @@ class OneStepPipeline(ClosesAtExit):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         check_count(len(prompts), count)
+        check_prompts(prompts)
         check_seeds(seed, count)
         latent_CHW = self._latent_shape(source, height, width)
         weights = self._prompts.reads_weights(prompt_weights)
@@ -628,14 +629,6 @@ class OneStepPipeline(ClosesAtExit):
 
 def _changes_text(swap: AdaptorSwap | None) -> bool:
     return swap is not None and swap.manifest.text is not None
-
-
-def check_count(prompts: int, count: int) -> None:
-    """Raise HipaError unless there is something to make, and not absurdly much."""
-    if prompts < 1 or count < 1 or prompts * count > MAX_IMAGES:
-        raise HipaError(
-            f"got {prompts} prompts, count {count}. Expected 1 to {MAX_IMAGES} images in all."
-        )
 
 
 def _encode(bundle: Bundle, stages: Stages, timer: Timer, tokens_BL: np.ndarray) -> np.ndarray:

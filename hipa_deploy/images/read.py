@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.disk.reading import MIB, check_file
+from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.images.colour import ColourSpace, colour_space, srgb_levels, to_srgb
 
 ImageSource = str | Path | Image.Image | np.ndarray
@@ -20,16 +21,10 @@ ImageSource = str | Path | Image.Image | np.ndarray
 _ARRAY_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _SIXTEEN_BITS = 65535
 _TO_EIGHT_BITS = 257  # 65535 / 255
-# What Pillow raises for files that are not images, or are broken, depends on the format.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    TypeError,
-    IndexError,
-    Image.DecompressionBombError,
-)
+MAX_FILE = 512 * MIB
+MAX_PIXELS = 1 << 27  # 134 megapixels; more than any camera but a few medium formats has
+# Formats of Pillow that start another program, are no pixels, or read other files.
+_NOT_READ = ("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "FPX", "MIC", "PCD")
 # What Pillow raises for EXIF data that it cannot parse.
 _BROKEN_EXIF = (SyntaxError, ValueError, struct.error)
 
@@ -185,19 +180,36 @@ def _as_pillow(
             "Expected a path, a Pillow image or a numpy array."
         )
 
-    try:
+    name = f"{what} {source}" if isinstance(source, str | Path) else f"the {what}"
+    # What Pillow raises for files that are not images, or are broken, depends on the format.
+    with as_line(f"{name} cannot be read", "Expected a complete image file."):
         if isinstance(source, Image.Image):
+            _check_pixels(source)
             return _upright(source, colours_of)
-        # Pillow warns from half the size that it refuses; a large photo is no reason to warn.
+        check_file(Path(source), MAX_FILE, "Expected an image file.")
         with warnings.catch_warnings():
+            # Pillow's own limit warns of large photos. Its other warnings are of details in damaged
+            # files, which it leaves out.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
+            warnings.filterwarnings("ignore", module="PIL")
+            with Image.open(source, formats=_formats()) as image:
+                _check_pixels(image)
                 return _upright(image, colours_of)
-    except _UNREADABLE as error:
-        name = f"{what} {source}" if isinstance(source, str | Path) else f"the {what}"
+
+
+def _formats() -> list[str]:
+    """The formats that are read."""
+    Image.init()
+    return [name for name in Image.ID if name not in _NOT_READ]
+
+
+def _check_pixels(image: Image.Image) -> None:
+    """Raise HipaError for an image that would take gigabytes, before it is decoded."""
+    if not 0 < image.width * image.height <= MAX_PIXELS:
         raise HipaError(
-            f"{name} cannot be read ({first_line(error)}). Expected a complete image file."
-        ) from None
+            f"the image has {image.width}x{image.height} pixels. Expected 1 to {MAX_PIXELS} pixels "
+            "in all. Make it smaller."
+        )
 
 
 def _upright(image: Image.Image, colours_of: str | None) -> tuple[Image.Image, ColourSpace | None]:

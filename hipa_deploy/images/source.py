@@ -31,6 +31,8 @@ from hipa_deploy.images.tiling import merge_tiles, tiles
 from hipa_deploy.tasks import Task
 
 MAX_UPSCALED_PIXELS = 16384 * 16384
+MAX_TILES = 10_000
+MAX_FEATHER = 4096  # pixels
 OVERLAP = 8  # by default tiles overlap by their shorter side divided by this
 # What to call instead, where a bundle is for another task.
 _CALLS: dict[Task, str] = {
@@ -167,8 +169,8 @@ def inpaint_source(
 
     """
     require_task(bundle, "inpaint")
-    if feather < 0:
-        raise HipaError(f"feather is {feather}. Expected 0 (a hard edge) or more pixels.")
+    if not 0 <= feather <= MAX_FEATHER:
+        raise HipaError(f"feather is {feather}. Expected 0 (a hard edge) to {MAX_FEATHER} pixels.")
 
     # The mask is checked as the user has it, so that the message shows sizes that the user knows.
     original_HWC = _read_large_enough(bundle, image)
@@ -245,16 +247,27 @@ def upscaling(bundle: Bundle, image: ImageSource, *, overlap: int | None = None)
     Args:
         bundle: a bundle that was exported for the task upscale.
         image: a path, a Pillow image or an array.
-        overlap: tiles share at least this many pixels of the result; None is an eighth of a tile.
+        overlap: tiles share at least this many pixels of the result, at most half a tile; None is
+                an eighth.
 
     Raises:
         HipaError: the image cannot be read, the bundle is for another task, the result would be
-            larger than ``MAX_UPSCALED_PIXELS``, or the overlap is as large as a tile.
+            larger than ``MAX_UPSCALED_PIXELS`` or take more than ``MAX_TILES`` tiles, or the
+            overlap is more than half a tile.
 
     """
     require_task(bundle, "upscale")
-    small_HWC = read_image(image)
     step = bundle.manifest.one_step
+    tile = min(step.height, step.width)
+    if overlap is None:
+        overlap = tile // OVERLAP
+    # More would make a pixel in more than four tiles, and a large image in ten thousands of them.
+    if not 0 <= overlap <= tile // 2:
+        raise HipaError(
+            f"overlap is {overlap} pixels, a tile {step.width}x{step.height}. "
+            f"Expected 0 to {tile // 2}."
+        )
+    small_HWC = read_image(image)
     factor = bundle.manifest.upscale or 1
     small_h, small_w = small_HWC.shape[:2]
     height = small_h * factor
@@ -265,16 +278,21 @@ def upscaling(bundle: Bundle, image: ImageSource, *, overlap: int | None = None)
             f"Expected at most {MAX_UPSCALED_PIXELS} in the result."
         )
 
+    padded_h = max(height, step.height)
+    padded_w = max(width, step.width)
+    offsets = tiles(padded_h, padded_w, step.height, step.width, overlap)
+    if len(offsets) > MAX_TILES:
+        raise HipaError(
+            f"{width}x{height} pixels take {len(offsets)} tiles of this bundle. Expected at most "
+            f"{MAX_TILES}. Lower the overlap, or make the image smaller."
+        )
+
     # The stages take complete tiles only. Repeating the border adds no edge for them to sharpen.
-    below = max(0, step.height - height)
-    right = max(0, step.width - width)
+    below = padded_h - height
+    right = padded_w - width
     large_HWC = enlarge(small_HWC, factor)
     padded_HWC = np.pad(large_HWC, ((0, below), (0, right), (0, 0)), mode="edge")
 
-    if overlap is None:
-        overlap = min(step.height, step.width) // OVERLAP
-    padded_h, padded_w = padded_HWC.shape[:2]
-    offsets = tiles(padded_h, padded_w, step.height, step.width, overlap)
     sources = []
     for top, left in offsets:
         tile_HWC = padded_HWC[top : top + step.height, left : left + step.width]

@@ -6,6 +6,7 @@ that a request is checked against are written down, and a test compares them wit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,17 +60,16 @@ def early_config(folder: Path) -> EarlyConfig:
     check_pipeline(folder, read_config(folder, "model_index.json"))
     config = EarlyConfig(
         folder=folder,
-        unet=_read(folder, "unet/config.json", UNET),
-        vae=_read(folder, "vae/config.json", VAE),
-        text_encoder=_read(folder, "text_encoder/config.json", TEXT),
-        scheduler=_read(folder, "scheduler/scheduler_config.json", SCHEDULER),
+        unet=_values(folder, "unet/config.json", UNET),
+        vae=_values(folder, "vae/config.json", VAE),
+        text_encoder=_values(folder, "text_encoder/config.json", TEXT),
+        scheduler=_values(folder, "scheduler/scheduler_config.json", SCHEDULER),
     )
     config._check_numbers()
     return config
 
 
-def _read(folder: Path, name: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The values of a file; those that have a default here are within their limits."""
-    config = read_config(folder, name)
-    checked_values(defaults, config, folder / name)
-    return {**defaults, **config}
+def _values(folder: Path, name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    content = read_config(folder, name)
+    # Keys without a default here are checked when the class is imported, which knows them.
+    return {**content, **defaults, **checked_values(defaults, content, folder / name)}

@@ -113,13 +113,25 @@ def known_values(kind: Any, config: Mapping[str, Any], path: Path) -> dict[str, 
         {'latent_channels': 4}
 
     """
-    return checked_values(defaults_of(kind), config, path)
+    defaults = defaults_of(kind)
+    known = checked_values(defaults, config, path)
+    blocks = _count_blocks({**defaults, **known})
+    if blocks > _MAX_BLOCKS:
+        raise HipaError(
+            f"{path} asks for {blocks} blocks of layers. Expected at most {_MAX_BLOCKS}. {AGAIN}"
+        )
+    return known
 
 
 def checked_values(
     defaults: Mapping[str, Any], config: Mapping[str, Any], path: Path
 ) -> dict[str, Any]:
-    """The same for keywords whose defaults are known without the class.
+    """What a configuration says for the keys of ``defaults``; other keys are left out.
+
+    Args:
+        defaults: of a class, by keyword.
+        config: the content of the file.
+        path: of the file, for messages.
 
     Raises:
         HipaError: as ``known_values``.
@@ -130,11 +142,6 @@ def checked_values(
         problem = _problem(key, value, defaults[key])
         if problem:
             raise HipaError(f"{path} has {key}={brief(value)}. Expected {problem}. {AGAIN}")
-    blocks = _count_blocks({**defaults, **known})
-    if blocks > _MAX_BLOCKS:
-        raise HipaError(
-            f"{path} asks for {blocks} blocks of layers. Expected at most {_MAX_BLOCKS}. {AGAIN}"
-        )
     return known
 
 

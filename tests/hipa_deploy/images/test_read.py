@@ -176,13 +176,13 @@ def test_files_that_are_not_an_image(tmp_path: Path) -> None:
     Image.fromarray(noise).save(complete, "PNG")
     (tmp_path / "half.png").write_bytes(complete.getvalue()[:4000])
     for name, reason in [
-        ("absent.png", "No such file"),
-        ("", "directory"),
-        ("text.png", "identify"),
-        ("half.png", ""),
+        ("absent.png", "is missing"),
+        ("", "is a folder"),
+        ("text.png", "cannot be read .*identify"),
+        ("half.png", "cannot be read"),
     ]:
         for read in (read_image, read_mask):
-            with pytest.raises(HipaError, match=f"cannot be read .*{reason}") as caught:
+            with pytest.raises(HipaError, match=reason) as caught:
                 read(tmp_path / name)
             assert str(tmp_path / name) in str(caught.value)
             assert "\n" not in str(caught.value)
@@ -190,7 +190,7 @@ def test_files_that_are_not_an_image(tmp_path: Path) -> None:
 
 def test_an_enormous_image_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(png(0, 1, (50_000, 50_000), b""))
-    with pytest.raises(HipaError, match=r"exceeds limit of .* pixels"):
+    with pytest.raises(HipaError, match="has 50000x50000 pixels"):
         read_image(tmp_path / "bomb.png")
 
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.shared_use import SharedUse
+from hipa_deploy.shared_use import SharedUse
 from tests.threads import in_threads
 
 

@@ -1,0 +1,71 @@
+"""The checks of a request for images that need nothing but the bundle's manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
+from hipa_deploy.bundle.folder import Bundle, latent_shape
+from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.noise import check_seeds
+from hipa_deploy.generate.runner import check_backend
+
+MAX_IMAGES = 10_000
+MAX_CHARACTERS = 100_000  # of a prompt; with --truncate the rest of a long one is cut off
+
+
+def check_request(
+    bundle: Bundle,
+    backend: str,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    count: int,
+    adaptor: str | Path | None = None,
+    size: tuple[int | None, int | None] = (None, None),
+) -> None:
+    """Check a request before anything of the bundle is loaded.
+
+    Args:
+        bundle: the bundle.
+        backend: a name of a backend, or 'auto'.
+        prompts: what the images show.
+        seed: of the first image of each prompt.
+        count: images a prompt.
+        adaptor: a name or folder of weights to swap in.
+        size: height and width in pixels; None is the bundle's own.
+
+    Raises:
+        HipaError: an unknown backend, a number out of range, a size that the bundle does not have,
+            an adaptor that is missing or for another bundle, or a prompt that is far too long.
+
+    """
+    check_backend(backend)
+    check_count(len(prompts), count)
+    check_seeds(seed, count)
+    check_prompts(prompts)
+    latent_shape(bundle, *size)
+    if adaptor is not None:
+        AdaptorSwap.open(bundle, adaptor)
+
+
+def check_count(prompts: int, count: int) -> None:
+    """Raise HipaError unless there is something to make, and not absurdly much."""
+    if prompts < 1 or count < 1 or prompts * count > MAX_IMAGES:
+        raise HipaError(
+            f"got {prompts} prompts, count {count}. Expected 1 to {MAX_IMAGES} images in all."
+        )
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise HipaError for a prompt that would take minutes to cut into tokens, or is no text."""
+    for prompt in prompts:
+        if len(prompt) > MAX_CHARACTERS:
+            raise HipaError(
+                f"a prompt has {len(prompt)} characters. Expected at most {MAX_CHARACTERS}."
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise HipaError(
+                f"the prompt {prompt[:40]!r} holds bytes that are no UTF-8. Write it in UTF-8."
+            )
