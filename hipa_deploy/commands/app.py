@@ -84,6 +84,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+MOST_LETTERS = 1600  # of a message
 # ``hipa --help`` shows a panel for each of these, in this order.
 START = "Start here"
 CHAIN = "From a model to engines"
@@ -189,8 +190,12 @@ def _stop(message: str, code: int = 1) -> NoReturn:
 
     It is empty after bare ``hipa``, which has printed its help.
     """
-    if message.strip():
-        sys.stderr.write(f"hipa: {printable(' '.join(message.split()))}\n")
+    line = printable(" ".join(message.split()))
+    if len(line) > MOST_LETTERS:
+        # What is wrong stands first, and what to do last: a value in between is long.
+        line = f"{line[: MOST_LETTERS // 2]} … {line[-MOST_LETTERS // 2 :]}"
+    if line:
+        sys.stderr.write(f"hipa: {line}\n")
     raise SystemExit(code)
 
 
