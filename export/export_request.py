@@ -156,6 +156,8 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
 
     """
     refuse_to_overwrite(options.out)
+    if options.signing_key is not None:
+        read_private_key(options.signing_key)
     if options.task in (None, "generate") and options.adaptor is None and encoder != "full":
         raise HipaError(
             "--encoder is for tasks with a source image, this is generate. Leave out --encoder."
@@ -168,8 +170,6 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
             )
     if options.adaptor is not None:
         check_adaptor_path(options.adaptor)
-    if options.signing_key is not None:
-        read_private_key(options.signing_key)
     if options.one_step is not None:
         load_method(options.one_step)
     if options.prompts is not None:
@@ -271,9 +271,9 @@ def check_swap_request(options: SwapOptions) -> None:
 
     """
     refuse_to_overwrite(options.out)
-    _check_scale(options.adaptor_scale)
     if options.signing_key is not None:
         read_private_key(options.signing_key)
+    _check_scale(options.adaptor_scale)
     if options.adaptor is not None:
         check_adaptor_path(options.adaptor)
     bundle = Bundle.open(options.bundle)

@@ -271,6 +271,8 @@ def _check_tiny(folder: Path, what: str, latent_channels: int) -> None:
             f"{what} {folder} does not exist. Expected full, tiny, or an AutoencoderTiny folder."
         )
     try:
+        if not (folder / "config.json").exists():
+            raise HipaError("it has no config.json")
         config = read_config(folder, "config.json")
         kind = str(config.get("_class_name", "AutoencoderTiny"))
         if kind != "AutoencoderTiny":

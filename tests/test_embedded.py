@@ -15,8 +15,8 @@ from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.models.adaptor_folder import read_metadata
+from hipa_deploy.train.evaluation.evaluation_request import draw, held_out_prompts
 from hipa_deploy.train.evaluation.quality import kid_lite0, one_step_images, teacher_images
-from hipa_deploy.train.evaluation.quality_report import draw, held_out_prompts
 from hipa_deploy.train.recipes.recipe import load_recipe
 
 PROMPT = "3d emoji of a red apple"

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.train.data.teacher_pairs import teacher_pairs
+from hipa_deploy.train.evaluation.evaluation_request import FIRST_SEED, reference_teacher
 from hipa_deploy.train.evaluation.quality import (
     high_frequency_energies,
     kid,
@@ -35,13 +36,7 @@ from hipa_deploy.train.evaluation.quality import (
     paired_distances,
     teacher_images,
 )
-from hipa_deploy.train.evaluation.quality_report import (
-    BASE,
-    FEWER_STEPS,
-    FIRST_SEED,
-    reference_teacher,
-    teacher_row,
-)
+from hipa_deploy.train.evaluation.quality_report import BASE, FEWER_STEPS, teacher_row
 from hipa_deploy.train.evaluation.spectrum import mixed
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
 from hipa_deploy.train.recipes.recipe import Recipe, TeacherSettings, read_prompts

@@ -14,6 +14,7 @@ from items import CONSISTENCY_RATE, FIRST, Item
 from run_item import Setting
 
 from hipa_deploy.disk.files import write_file
+from hipa_deploy.train.evaluation.evaluation_request import reference_teacher
 from hipa_deploy.train.evaluation.figures import (
     new_figure,
     premise_picture,
@@ -22,7 +23,7 @@ from hipa_deploy.train.evaluation.figures import (
     save_picture,
     spectra_figure,
 )
-from hipa_deploy.train.evaluation.quality_report import BASE, reference_teacher
+from hipa_deploy.train.evaluation.quality_report import BASE
 
 Result = dict[str, Any]
 """What result.json of an item holds."""

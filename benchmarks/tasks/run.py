@@ -60,8 +60,8 @@ from hipa_deploy.tasks import Task, strength_timestep
 from hipa_deploy.train.data.examples import edit_starts, reduced
 from hipa_deploy.train.data.masks import random_mask
 from hipa_deploy.train.data.teacher_pairs import Edits, edited_latents
+from hipa_deploy.train.evaluation.evaluation_request import held_out_prompts
 from hipa_deploy.train.evaluation.quality import teacher_images
-from hipa_deploy.train.evaluation.quality_report import held_out_prompts
 from hipa_deploy.train.evaluation.task_images import one_step_task_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.recipes.recipe import TeacherSettings

@@ -30,7 +30,8 @@ ROOT = Path(__file__).parents[2]
 # examples/ is no package: its folders are found by path.
 sys.path.insert(0, str(ROOT / "examples/emoji"))
 
-from build_dataset import CONCEPTS, IconifySet, caption_of, fraction, on_white, split_of  # noqa: E402
+from build_dataset import CONCEPTS, IconifySet, fraction, split_of  # noqa: E402
+from captions import exact_caption  # noqa: E402
 
 ICONS = "@iconify-json/fluent-emoji-high-contrast/icons.json"
 MODULES = Path(__file__).parent / "node_modules"
@@ -58,6 +59,13 @@ def held_out_concepts() -> list[str]:
     return sorted(sorted(left, key=lambda concept: fraction("style lora", concept))[:HELD_OUT])
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """RGBA -> RGB of the same size, on white."""
+    paper = Image.new("RGBA", image.size, "white")
+    paper.alpha_composite(image.convert("RGBA"))
+    return paper.convert("RGB")
+
+
 def write_folder(folder: Path, concepts: list[str], icons: IconifySet) -> None:
     """Render these concepts as PNG files, with their captions in metadata.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,15 +75,15 @@ def write_folder(folder: Path, concepts: list[str], icons: IconifySet) -> None:
         image = icons.find(name)
         if image is None:
             raise SystemExit(f"there is no icon {name!r}. Install the version of package.json.")
-        Image.fromarray(on_white(image)).save(folder / f"{name}.png")
-        row = {"file_name": f"{name}.png", "text": caption_of(WORD, concept)}
+        on_white(image).save(folder / f"{name}.png")
+        row = {"file_name": f"{name}.png", "text": exact_caption(WORD, concept)}
         lines.append(json.dumps(row) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def training_prompts(held_out: list[str]) -> list[str]:
     """The model's prompts of the captions' style, without those of the concepts to measure on."""
-    left_out = {caption_of(WORD, concept) for concept in held_out}
+    left_out = {exact_caption(WORD, concept) for concept in held_out}
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
     return [
         prompt

@@ -84,7 +84,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MOST_LETTERS = 1600  # of a message
 # ``hipa --help`` shows a panel for each of these, in this order.
 START = "Start here"
 CHAIN = "From a model to engines"
@@ -116,6 +115,7 @@ _register(evaluate, MEASURE)
 _register(doctor, MEASURE)
 
 
+_MAX_LINE = 2000  # characters of an error
 # Click's usage error. Typer before 0.20 depends on Click, later versions carry a copy of it; the
 # base class of Typer's own error is the right one in both.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -191,9 +191,9 @@ def _stop(message: str, code: int = 1) -> NoReturn:
     It is empty after bare ``hipa``, which has printed its help.
     """
     line = printable(" ".join(message.split()))
-    if len(line) > MOST_LETTERS:
+    if len(line) > _MAX_LINE:
         # What is wrong stands first, and what to do last: a value in between is long.
-        line = f"{line[: MOST_LETTERS // 2]} … {line[-MOST_LETTERS // 2 :]}"
+        line = f"{line[: _MAX_LINE // 2]} … {line[-_MAX_LINE // 2 :]}"
     if line:
         sys.stderr.write(f"hipa: {line}\n")
     raise SystemExit(code)

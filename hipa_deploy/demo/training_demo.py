@@ -118,14 +118,12 @@ def _compare(out: Path, recipe: Recipe, console: Console) -> tuple[list[str], st
         The sheet's headings, and the line to print about the quality.
 
     """
-    from hipa_deploy.train.evaluation.quality import one_step_images
-    from hipa_deploy.train.evaluation.quality_report import (
-        draw,
+    from hipa_deploy.train.evaluation.evaluation_request import (
         held_out_prompts,
-        quality_report,
         reference_teacher,
-        teacher_twice,
     )
+    from hipa_deploy.train.evaluation.quality import one_step_images
+    from hipa_deploy.train.evaluation.quality_report import draw, quality_report, teacher_twice
 
     console.rule("4. generate and compare")
     prompts, seeds = draw(held_out_prompts(embedded.MODEL), IMAGES)

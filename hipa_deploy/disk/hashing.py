@@ -6,11 +6,18 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from hipa_deploy.disk.reading import check_regular
 from hipa_deploy.errors import HipaError
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, hexadecimal."""
+    """Return the SHA-256 of a file's content, hexadecimal.
+
+    Raises:
+        HipaError: it is missing, or no regular file: a pipe and a device need not end.
+
+    """
+    check_regular(path, "Copy it again.")
     digest = hashlib.sha256()
     # By the MiB, since weights are files of several GB.
     with path.open("rb") as file:

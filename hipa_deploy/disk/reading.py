@@ -279,7 +279,7 @@ def read_toml(path: Path, *, max_bytes: int = MAX_TOML) -> dict[str, Any]:
         reason = "it nests too deep"
     except ValueError as error:  # TOMLDecodeError, and the one of too many digits, are ValueErrors
         reason = first_line(error)
-    raise HipaError(f"{path} is not TOML that can be read ({reason}). Correct the file.")
+    raise HipaError(f"{path} cannot be read as TOML: {reason}. Correct the file.")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -313,7 +313,8 @@ def read_record(path: Path, model: type[Model], remedy: str, *, max_bytes: int =
         HipaError: as ``read_json`` and ``validated``.
 
     """
-    return validated(model, read_json(path, max_bytes=max_bytes), path, remedy)
+    data = read_json(path, max_bytes=max_bytes, remedy=remedy)
+    return validated(model, data, path, remedy)
 
 
 def read_text(path: Path, *, max_bytes: int) -> str:

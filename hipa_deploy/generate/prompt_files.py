@@ -328,8 +328,8 @@ def _open_saved_dataset(folder: Path) -> Table:
         elif len(splits) == 1:
             folder = inside_folder(folder, splits[0])
         else:
-            names = ", ".join(splits) or "none"
-            raise HipaError(f"prompts {folder} has the splits {names}. Name one: {folder}/SPLIT.")
+            found = ", ".join(splits) or "none"
+            raise HipaError(f"prompts {folder} has the splits {found}. Name one: {folder}/SPLIT.")
 
     entries = _read_json(folder / "state.json", "_data_files")
     arrow = _pyarrow("pyarrow")

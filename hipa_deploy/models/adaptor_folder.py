@@ -17,6 +17,7 @@ from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.disk.reading import read_record
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.weights.weight_file import read_layout
 from hipa_deploy.models.weights.weight_identity import (
     has_identity,
     hint_of_0_1_0,
@@ -94,12 +95,26 @@ def unet_sha256(model_folder: Path) -> str:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Hash an adaptor's weights: one file, or two where the VAE encoder is adapted too."""
-    unet = file_sha256(folder / WEIGHTS)
+    """Hash an adaptor's weights: one file, or two where the VAE encoder is adapted too.
+
+    Raises:
+        HipaError: a file is missing or damaged.
+
+    """
+    unet = _whole_file_sha256(folder / WEIGHTS)
     if not (folder / ENCODER_WEIGHTS).exists():
         return unet
-    encoder = file_sha256(folder / ENCODER_WEIGHTS)
+    encoder = _whole_file_sha256(folder / ENCODER_WEIGHTS)
     return hashlib.sha256((unet + encoder).encode()).hexdigest()
+
+
+def _whole_file_sha256(path: Path) -> str:
+    """The hash of a .safetensors file whose size is what its header says.
+
+    A file of holes may have any size, and hashing takes seconds a gigabyte.
+    """
+    read_layout(path)
+    return file_sha256(path)
 
 
 def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMetadata:

@@ -67,7 +67,7 @@ class ModelConfig:
         unet: keywords of UNet2DConditionModel.
         vae: keywords of AutoencoderKL.
         text_encoder: keywords of CLIPTextConfig.
-        scheduler: keywords of the scheduler's class.
+        scheduler: keywords of the scheduler's class, and its name as ``_class_name``.
 
     Example:
         >>> config = ModelConfig.read(folder_of_sd15)
@@ -362,7 +362,8 @@ def _read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
                 "such as SD 1.x or 2.x."
             )
     kind = _scheduler_class(name)
-    return {**defaults_of(kind), **known_values(kind, config, folder / SCHEDULER)}
+    values = known_values(kind, config, folder / SCHEDULER)
+    return {**defaults_of(kind), **values, "_class_name": name}
 
 
 def scheduler_values(folder: Path, kind: Any) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def test_a_decoder_of_another_vae(model_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("none", "does not exist"), ("empty", "has no weights")]
+    ("name", "message"), [("none", "does not exist"), ("empty", "it has no config.json")]
 )
 def test_no_decoder(model_dir: Path, tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()

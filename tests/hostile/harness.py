@@ -36,10 +36,12 @@ class Format:
     Attributes:
         name: of the test.
         write: makes a valid sample in an empty folder, which is done once.
-        file: the file that is changed, relative to that folder.
-        kind: json, npz, npy, onnx or text: which mutations there are.
-        command: the words after ``hipa``; the command runs in the folder.
+        file: the file that is changed, relative to that folder; it may be a pattern of one file.
+        kind: json, toml, npz, npy, onnx, safetensors, pickle or text: which mutations there are.
+        command: the words after ``hipa``; the command runs in the folder. ('read', 'module:name')
+            calls a function with the folder in its place.
         fix: corrects the hashes that a change made wrong, as an attacker would.
+        heavy: it needs torch, which the worker then imports once.
 
     """
 
@@ -49,6 +51,11 @@ class Format:
     kind: str
     command: tuple[str, ...]
     fix: Callable[[Path], object] = no_hashes
+    heavy: bool = False
+
+    def path(self, folder: Path) -> Path:
+        """The file in a sample."""
+        return next(folder.glob(self.file)) if "*" in self.file else folder / self.file
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,10 @@ class Outcome:
 class Worker:
     """The process that runs the commands (tests/hostile/worker.py)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, heavy: bool = False) -> None:
+        words = ["heavy"] if heavy else []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.hostile.worker"],
+            [sys.executable, "-m", "tests.hostile.worker", *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
@@ -117,7 +125,7 @@ class Samples:
         self._changed = folder / "changed"
 
     def valid(self, what: Format) -> Path:
-        folder = self._folder / what.name
+        folder = self._folder / what.write.__name__
         if not folder.exists():
             folder.mkdir(parents=True)
             what.write(folder)
@@ -127,13 +135,13 @@ class Samples:
         """A copy of the sample with ``edits`` in its file; the copy before it is removed."""
         shutil.rmtree(self._changed, ignore_errors=True)
         shutil.copytree(self.valid(what), self._changed)
-        apply(what.kind, self._changed / what.file, edits)
+        apply(what.kind, what.path(self._changed), edits)
         what.fix(self._changed)
         return self._changed
 
     def edits(self, what: Format) -> st.SearchStrategy[list[Edit]]:
         """Changes of this format's file."""
-        return mutations(what.kind, self.valid(what) / what.file)
+        return mutations(what.kind, what.path(self.valid(what)))
 
 
 def as_json(value: Any) -> str:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import struct
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ from typing import Any
 import numpy as np
 import onnx
 from hypothesis import strategies as st
+
+from tests.hostile.weights_mutations import APPLY, EDITS, dump_toml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 _LARGEST = 10**9  # bytes; a file that was made larger is not changed any more
 Edit = tuple[Any, ...]
@@ -119,7 +127,23 @@ def _onnx_edits(path: Path) -> st.SearchStrategy[Edit]:
     )
 
 
-_INSIDE = {"json": _json_edits, "npz": _npz_edits, "npy": _npy_edits, "onnx": _onnx_edits}
+def _toml_edits(path: Path) -> st.SearchStrategy[Edit]:
+    tree = tomllib.loads(path.read_text())
+    return st.tuples(
+        st.sampled_from(["set", "set", "set", "remove", "add", "repeat", "rename"]),
+        _places(tree),
+        st.sampled_from(VALUES),
+    )
+
+
+_INSIDE = {
+    "json": _json_edits,
+    "toml": _toml_edits,
+    "npz": _npz_edits,
+    "npy": _npy_edits,
+    "onnx": _onnx_edits,
+    **EDITS,
+}
 
 
 def apply(kind: str, path: Path, edits: list[Edit]) -> None:
@@ -181,8 +205,19 @@ _RAW: dict[str, Any] = {
 
 
 def _apply_json(path: Path, edit: Edit) -> None:
-    action, place, value = edit
     tree = json.loads(path.read_text())
+    _change_tree(tree, edit)
+    path.write_text(json.dumps(tree))
+
+
+def _apply_toml(path: Path, edit: Edit) -> None:
+    tree = tomllib.loads(path.read_text())
+    _change_tree(tree, edit)
+    path.write_text(dump_toml(tree), errors="surrogatepass")
+
+
+def _change_tree(tree: Any, edit: Edit) -> None:
+    action, place, value = edit
     holder = tree
     for key in place[:-1]:
         holder = holder[key]
@@ -197,7 +232,6 @@ def _apply_json(path: Path, edit: Edit) -> None:
         holder[str(value)] = holder.pop(last)
     elif isinstance(holder, dict):
         holder[f"{last}2"] = value
-    path.write_text(json.dumps(tree))
 
 
 def _header_bytes(dtype: str, shape: tuple[int, ...]) -> bytes:
@@ -279,4 +313,11 @@ def _apply_onnx(path: Path, edit: Edit) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-_APPLY = {"json": _apply_json, "npz": _apply_npz, "npy": _apply_npy, "onnx": _apply_onnx}
+_APPLY = {
+    "json": _apply_json,
+    "toml": _apply_toml,
+    "npz": _apply_npz,
+    "npy": _apply_npy,
+    "onnx": _apply_onnx,
+    **APPLY,
+}

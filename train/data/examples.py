@@ -23,7 +23,7 @@ from torch import Tensor
 from hipa_deploy.errors import HipaError
 from hipa_deploy.images.compositing import hide_hole, latent_mask
 from hipa_deploy.images.png import enlarge
-from hipa_deploy.models.patterns import Patterns
+from hipa_deploy.patterns import Patterns
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.data.masks import random_mask
 from hipa_deploy.train.data.source_images import (

@@ -453,8 +453,8 @@ def _read_shard(path: Path) -> dict[str, Tensor] | None:
     """The tensors of a shard; None when the file is missing or damaged and must be made again."""
     if not path.exists():
         return None
+    check_regular(path, f"Remove {path.parent}.")
     try:
-        check_regular(path, f"Remove {path.parent}.")
         with as_line(f"{path} is damaged", ""), safe_open(path, "pt") as file:
             owner = (file.metadata() or {}).get("cache")
             shard = {name: file.get_tensor(name) for name in SHARD_TENSORS}

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hipa_deploy.disk.files import check_name
@@ -116,7 +116,7 @@ def check_lora(path: Path, model: Path, parts: Sequence[str]) -> None:
 
 def _modules(shapes: Mapping[str, Shapes]) -> ModuleNames:
     """The layers with a weight, by the names of a model's tensors."""
-    names = {}
+    names: dict[str, Iterable[str]] = {}
     for part, tensors in shapes.items():
         modules = []
         for name in tensors:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 SDXL = "text_encoder_2"  # the part that SDXL has, and SD 1.x and 2.x do not
 SDXL_CONTEXT = 2048  # width of its text contexts; 768 in SD 1.x, 1024 in SD 2.x
-AnyTensor = TypeVar("AnyTensor", bound=Shaped)
 MAX_SIDE = 65_536
+AnyTensor = TypeVar("AnyTensor", bound=Shaped)
 FAMILY = "Use the LoRA with the model family that it was trained on."
 
 
@@ -118,7 +118,7 @@ def _layer(
         raise HipaError(f"{file}: {error}") from None
 
 
-def _check_sizes(key: LayerKey, roles: Mapping[str, Tensor]) -> None:
+def _check_sizes(key: LayerKey, roles: Mapping[str, Shaped]) -> None:
     """Refuse a side that no layer has: a product with it could need any amount of memory."""
     for role, value in roles.items():
         if max(value.shape, default=0) > MAX_SIDE:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.models.lora.names import PARTS, LayerKey
-from hipa_deploy.models.patterns import Patterns
+from hipa_deploy.patterns import Patterns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,13 +50,13 @@ class PeftSettings:
             kind = str(getattr(value, "value", value)).rpartition(".")[2]
             if plain == "peft_type" and kind.upper() not in KINDS:
                 raise HipaError(
-                    f"{file} is a {brief(value)} adapter of peft. "
+                    f"{file} is a {shown(str(value))} adapter of peft. "
                     f"Expected one of: {', '.join(KINDS)}."
                 )
             if plain == "init_lora_weights" and str(value).lower().startswith(CHANGES_BASE):
                 raise HipaError(
-                    f"{file} was made with init_lora_weights={brief(value)}, which changes the "
-                    "base model too. Convert it to a plain LoRA: save_pretrained(…, "
+                    f"{file} was made with init_lora_weights={shown(str(value))}, which changes "
+                    "the base model too. Convert it to a plain LoRA: save_pretrained(…, "
                     "path_initial_model_for_weight_conversion=…) of peft."
                 )
         return cls(values)

@@ -6,6 +6,7 @@ in the file, however: a tensor may claim a million times the values that the fil
 
 from __future__ import annotations
 
+import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -90,7 +91,11 @@ def _refused(path: Path, error: BaseException) -> HipaError:
     """What to say of a file that torch refuses; its advice to run the file's code is left out."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     if found is None:
-        return HipaError(f"{path} is damaged: torch cannot read it as weights. {_SAFE}")
+        # Not every release of torch names what it refused.
+        more = ""
+        if isinstance(error, pickle.UnpicklingError):
+            more = ", or it holds more, which could run code when it is read"
+        return HipaError(f"{path} is damaged: torch cannot read it as weights{more}. {_SAFE}")
     return HipaError(
         f"{path} holds more than weights: {found[1]}. That can run code, so the file is not "
         "loaded. Use a .safetensors file."

@@ -11,7 +11,7 @@ import pytest
     ("arguments", "message"),
     [
         (["--config", "sd15"], "--config is for a checkpoint in one file"),
-        (["--adaptor", "nope"], "nope does not exist"),
+        (["--adaptor", "nope"], "nope does not exist. Expected an adaptor folder"),
         (["--one-step", "lcm-sd15"], "is an adaptor of HiPA, which says its own step"),
         (["--rival", "lcm-sd15"], "Name its file too: --rival FILE=lcm-sd15"),
         (["--adaptor", "none", "--rival", "sdxl-turbo"], "sdxl-turbo is for SDXL"),

@@ -219,7 +219,7 @@ def test_a_link_to_an_empty_folder_stays_a_link(tmp_path: Path) -> None:
 def test_a_link_that_leads_nowhere_is_refused(target: str, tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(target)
     with (
-        pytest.raises(HipaError, match="is a link that leads nowhere"),
+        pytest.raises(HipaError, match=r"is a (link that leads nowhere|loop of links)"),
         new_folder(tmp_path / "out"),
     ):
         pass

@@ -45,7 +45,7 @@ def test_a_folder_without_metadata_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("values", [{"schema_version": 2}, {"unknown": 1}, {"upscale": 1}])
 def test_metadata_of_another_version_is_refused(folder: Path, values: dict[str, int]) -> None:
     change(folder, **values)
-    with pytest.raises(HipaError, match="is damaged, or of another version of hipa-deploy"):
+    with pytest.raises(HipaError, match=r"Copy the adaptor again, or update hipa-deploy"):
         read_metadata(folder)
 
 

@@ -32,5 +32,5 @@ def test_a_folder_without_metadata_is_refused(tmp_path: Path) -> None:
 def test_metadata_of_another_version_is_refused(tmp_path: Path, values: dict) -> None:
     content = json.loads((DECODER / DECODER_METADATA).read_text())
     (tmp_path / DECODER_METADATA).write_text(json.dumps(content | values))
-    with pytest.raises(HipaError, match="is damaged, or of another version of hipa-deploy"):
+    with pytest.raises(HipaError, match=r"Copy the decoder again, or update hipa-deploy"):
         read_decoder_metadata(tmp_path)

@@ -1,4 +1,4 @@
-"""The defaults that are written down are those of the installed libraries, and nothing is loaded."""
+"""The defaults that are written down are the libraries', and no library is imported."""
 
 from __future__ import annotations
 

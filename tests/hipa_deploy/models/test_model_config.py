@@ -272,7 +272,7 @@ def test_trained_betas_are_the_schedule(sd15: Path) -> None:
     assert config.alpha_bar(1) == pytest.approx(0.9 * 0.5)
 
 
-@pytest.mark.parametrize("changes", [{"beta_start": 0.9}, {"beta_end": 30.0}])
+@pytest.mark.parametrize("changes", [{"beta_start": 5.0}, {"beta_end": 30.0}])
 def test_a_schedule_without_sense(sd15: Path, changes: dict) -> None:
     change(sd15, SCHEDULER, **changes)
     with pytest.raises(HipaError, match=r"its noise schedule (has \d+ timesteps|cannot be made)"):

@@ -9,14 +9,16 @@ from PIL import Image
 from rich.console import Console
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.train.evaluation.evaluation_request import (
+    draw,
+    held_out_prompts,
+    reference_teacher,
+)
 from hipa_deploy.train.evaluation.quality_report import (
     ADAPTED,
     BASE,
-    draw,
-    held_out_prompts,
     make_images,
     quality_report,
-    reference_teacher,
     render_table,
     teacher_row,
     write_report,

@@ -16,18 +16,14 @@ from hipa_deploy.embedded import ADAPTOR
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.models.style import Style
+from hipa_deploy.train.evaluation.evaluation_request import make_rival, parse_rival
 from hipa_deploy.train.evaluation.quality_report import (
     BASE,
     make_images,
     quality_report,
     write_report,
 )
-from hipa_deploy.train.evaluation.rivals import (
-    check_rivals,
-    make_rival,
-    parse_rival,
-    rival_images,
-)
+from hipa_deploy.train.evaluation.rivals import check_rivals, rival_images
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 from tests.one_step_loras import kohya, write_lora
 from tests.tiny_model import PROMPTS

@@ -155,9 +155,9 @@ def test_another_rank_is_refused(rank: int, folder: Path, model: DiffusionModel)
 
 def test_a_damaged_file_is_refused(folder: Path, model: DiffusionModel, tmp_path: Path) -> None:
     (tmp_path / ENCODER_WEIGHTS).write_bytes((folder / ENCODER_WEIGHTS).read_bytes()[:100])
-    with pytest.raises(HipaError, match=rf"{ENCODER_WEIGHTS} cannot be loaded: "):
-        attach_encoder_adaptor(model.vae, tmp_path)
     with pytest.raises(HipaError, match=rf"{ENCODER_WEIGHTS} cannot be read: "):
+        attach_encoder_adaptor(model.vae, tmp_path)
+    with pytest.raises(HipaError, match=rf"{ENCODER_WEIGHTS} is damaged: "):
         load_encoder_weights(model.vae, tmp_path)
 
 

@@ -166,12 +166,12 @@ def test_broken_folders_are_refused(
         read_metadata(folder, v_model_dir)
     weights = folder / "pytorch_lora_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    with pytest.raises(HipaError, match="cannot be read"):
+    with pytest.raises(HipaError, match="is damaged"):
         load_adaptor_weights(model.unet, folder)
-    with pytest.raises(HipaError, match="cannot be loaded"):
+    with pytest.raises(HipaError, match="cannot be read"):
         attach_adaptor(model.unet, folder)
     (folder / METADATA).write_text("{}")
-    with pytest.raises(HipaError, match="is damaged"):
+    with pytest.raises(HipaError, match="Field required"):
         read_metadata(folder)
 
 

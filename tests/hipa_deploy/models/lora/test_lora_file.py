@@ -84,13 +84,13 @@ def test_a_pickled_file_runs_no_code(parts: dict[str, torch.nn.Module], tmp_path
     (tmp_path / "evil.pt").write_bytes(pickle.dumps({"x": Evil()}))
     torch.save({"x": Evil()}, tmp_path / "evil.bin")
     for name in ("evil.pt", "evil.bin"):
-        with pytest.raises(HipaError, match="could run code when it is read"):
+        with pytest.raises(HipaError, match=r"(can|could) run code"):
             merged(parts, tmp_path / name)
     (tmp_path / "cut.pt").write_bytes(b"")
-    with pytest.raises(HipaError, match="cannot be read"):
+    with pytest.raises(HipaError, match="is damaged"):
         merged(parts, tmp_path / "cut.pt")
     torch.save({"lora": 1}, tmp_path / "number.pt")
-    with pytest.raises(HipaError, match="lora is a int, no tensor"):
+    with pytest.raises(HipaError, match="'lora' is a int, no tensor"):
         merged(parts, tmp_path / "number.pt")
 
 
