@@ -87,6 +87,7 @@ ENGINES = House(
         ("tensorrt", "CUDA, runner, refit"),
         ("backends", "ONNX Runtime, OpenVINO"),
         ("targets", "devices to build for"),
+        ("faults", "known faults, bisection"),
         ("store", "key, sidecar, selection"),
         ("build", "memory plan, worker, build"),
         ("latency", "measure, compare, roofline"),

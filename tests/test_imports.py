@@ -73,6 +73,7 @@ ROOMS = (
     "hipa_deploy.engines.tensorrt",
     "hipa_deploy.engines.backends",
     "hipa_deploy.engines.targets",
+    "hipa_deploy.engines.faults",
     "hipa_deploy.engines.store",
     "hipa_deploy.engines.build",
     "hipa_deploy.engines.latency",

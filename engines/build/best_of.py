@@ -23,10 +23,13 @@ WARMUP = 5
 RUNS = 30
 
 
-def time_engine(path: Path, spec: StageSpec, library: TensorRTLibrary) -> float:
+def time_engine(
+    path: Path, spec: StageSpec, library: TensorRTLibrary, barriers: tuple[str, ...] = ()
+) -> float:
     """Measure the median time of an engine on this GPU, in milliseconds, without copies.
 
-    The engine runs on inputs of ones, at the 'opt' sizes of its dimensions.
+    The engine runs on inputs of ones, at the 'opt' sizes of its dimensions. ``barriers`` are
+    outputs that its spec does not have.
 
     Raises:
         HipaError: there is no driver, or the engine does not run.
@@ -37,7 +40,7 @@ def time_engine(path: Path, spec: StageSpec, library: TensorRTLibrary) -> float:
 
     sizes = spec.sizes("opt")
     inputs = {tensor.name: np.ones(tensor.at(sizes), tensor.dtype) for tensor in spec.inputs}
-    with TensorRTRunner([(spec, path)], library) as runner:
+    with TensorRTRunner([(spec, path)], library, barriers={spec.name: barriers}) as runner:
         samples_ms = [_run_once(runner, inputs) for _ in range(WARMUP + RUNS)]
     return statistics.median(samples_ms[WARMUP:])
 

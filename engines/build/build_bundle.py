@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -20,27 +19,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-import hipa_deploy
-from hipa_deploy.bundle.adaptor_swap import refittable_weights
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.disk.files import check_writable, user_cache, write_file
-from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.files import check_writable, user_cache
 from hipa_deploy.disk.locks import locked as lock_file
 from hipa_deploy.disk.reading import check_file
 from hipa_deploy.engines.backends.available import describe_device
-from hipa_deploy.engines.build.best_of import time_engine
+from hipa_deploy.engines.build.build_stage import BuiltEngine, StageBuild, up_to_date
 from hipa_deploy.engines.build.memory_plan import MemoryPlan, plan_memory
-from hipa_deploy.engines.build.worker import Event, Job, Outcome
-from hipa_deploy.engines.build.worker_process import Report, run_worker
+from hipa_deploy.engines.build.worker import Event
+from hipa_deploy.engines.build.worker_process import Report
 from hipa_deploy.engines.store.engine_key import EngineKey, key_for
-from hipa_deploy.engines.store.sidecar import (
-    LOCK,
-    Sidecar,
-    check_engine_file,
-    engine_folder,
-    engine_path,
-    read_sidecar,
-)
+from hipa_deploy.engines.store.sidecar import LOCK, engine_folder
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.target import (
     Target,
@@ -63,24 +52,6 @@ MAX_CANDIDATES = 20
 MAX_TIMING_CACHE = 1 << 30  # bytes; one of Stable Diffusion has a few million
 
 
-@dataclass(frozen=True)
-class BuiltEngine:
-    """An engine on disk.
-
-    Attributes:
-        stage: the name of the stage.
-        path: the engine file.
-        sidecar: the content of the JSON file beside it.
-        up_to_date: an engine with an equal key existed already, so nothing was built.
-
-    """
-
-    stage: str
-    path: Path
-    sidecar: Sidecar
-    up_to_date: bool
-
-
 def build_bundle(
     bundle: Bundle,
     *,
@@ -89,9 +60,14 @@ def build_bundle(
     options: BuildOptions = BuildOptions(),
     best_of: int = 1,
     force: bool = False,
+    repair: bool = True,
     console: Console | None = None,
 ) -> list[BuiltEngine]:
     """Build an engine for every stage into ``bundle.root/engines/<backend>-<target>``.
+
+    Where this machine has the GPU, each engine runs on the bundle's reference tensors before it
+    counts as built. One that fails its gate is mended (``engines.build.ladder``), or kept apart
+    under a name that no command loads.
 
     Args:
         bundle: the exported bundle.
@@ -102,6 +78,8 @@ def build_bundle(
         best_of: 1 to ``MAX_CANDIDATES``. Each stage is built so many times, and the engine that
             this GPU runs fastest is kept.
         force: build even if the memory plan says that it cannot fit.
+        repair: mend an engine that fails its gate, which builds it several times more; False
+            rejects it at once.
         console: where the progress bars are drawn; standard error by default.
 
     Returns:
@@ -112,7 +90,8 @@ def build_bundle(
             installed.
         HipaError: a corrupt bundle, an unknown or impossible target, too little memory or disk,
             another build that is still running, a graph of another precision than the manifest
-            says, or an error from TensorRT. Engines of the stages before it remain.
+            says, an error from TensorRT, or an engine that fails its gate. Engines of the stages
+            before it remain.
 
     Example:
         >>> built = build_bundle(Bundle.open(Path("my-bundle")), backend="rtx", target="rtx40")
@@ -135,7 +114,7 @@ def build_bundle(
     for stage in bundle.stages:
         key = key_for(bundle, stage, library, trt.__version__, goal, options)
         keys[stage] = key
-        if up_to_date(sidecar_path(folder, stage, key), key, best_of) is None:
+        if up_to_date(folder, stage, key, best_of) is None:
             to_build.append(stage)
 
     # Without this check the system might end the build halfway for lack of memory.
@@ -147,7 +126,7 @@ def build_bundle(
     built = []
     with locked(folder), _progress_bar(console) as bar:
         for stage, key in keys.items():
-            built.append(_build_stage(bundle, stage, key, folder, options, best_of, bar))
+            built.append(_build_stage(bundle, stage, key, folder, options, best_of, repair, bar))
     return built
 
 
@@ -258,117 +237,25 @@ def _build_stage(
     folder: Path,
     options: BuildOptions,
     best_of: int,
+    repair: bool,
     bar: Progress,
 ) -> BuiltEngine:
-    path = sidecar_path(folder, stage, key)
     task = bar.add_task(stage, total=1.0, phase="")
-    found = up_to_date(path, key, best_of)
-    if found is not None:
-        bar.update(task, completed=1.0, phase="up to date")
-        return BuiltEngine(stage, engine_path(path), found, up_to_date=True)
-
-    with ExitStack() as stack:
-        outcomes: dict[Path, Outcome] = {}
-        try:
-            # Each candidate goes into a scratch file, which is removed however the build ends.
-            for number in range(best_of):
-                scratch = folder / f".{path.stem}-{os.getpid()}-{number}.tmp"
-                stack.callback(scratch.unlink, missing_ok=True)
-                job = _job(bundle, stage, key, scratch, options)
-                outcomes[scratch] = run_worker(job, _reporter(bar, task, number, best_of))
-
-            # Timing needs a GPU; a single candidate needs no timing.
-            latencies_ms: dict[Path, float] = {}
-            if best_of > 1:
-                spec = bundle.stages[stage].spec
-                for scratch in outcomes:
-                    latencies_ms[scratch] = time_engine(scratch, spec, key.flavour)
-                best = min(latencies_ms, key=latencies_ms.__getitem__)
-            else:
-                best = next(iter(outcomes))
-            sidecar = _keep(best, path, stage, key, outcomes[best], tuple(latencies_ms.values()))
-        except HipaError as error:
-            raise HipaError(f"{stage}: {error}") from None
-
-    bar.update(task, completed=1.0, phase=_closing_phase(outcomes[best]))
-    return BuiltEngine(stage, engine_path(path), sidecar, up_to_date=False)
-
-
-def _closing_phase(outcome: Outcome) -> str:
-    """What the progress bar of a stage says at the end."""
-    skipped = outcome.skipped_tactics
-    if not skipped:
-        return "built"
-    return f"built; {skipped} tactics did not fit in memory and were skipped (harmless)"
-
-
-def _job(bundle: Bundle, stage: str, key: EngineKey, out: Path, options: BuildOptions) -> Job:
-    # Paths are made absolute, because they are read in another process.
-    timing_cache = options.timing_cache.resolve() if options.timing_cache else None
-    return Job(
-        library=key.flavour,
-        # Not resolved: in a hub's cache the file is a link, and its weights lie beside the link.
-        onnx=bundle.stage_path(stage).absolute(),
-        spec=bundle.stages[stage].spec,
-        out=out.resolve(),
-        precision=key.precision,
-        compute_capabilities=key.compute_capabilities,
-        options=options,
-        timing_cache=timing_cache,
-        refittable=tuple(refittable_weights(bundle, stage)) if options.refit else (),
-    )
-
-
-def sidecar_path(folder: Path, stage: str, key: EngineKey) -> Path:
-    """The path of the sidecar of an engine with ``key``; the engine lies beside it."""
-    return folder / f"{stage}-{key.short}.json"
-
-
-def up_to_date(path: Path, key: EngineKey, best_of: int = 1) -> Sidecar | None:
-    """Read the sidecar at ``path`` if its engine can be used as it is; None if it must be built.
-
-    The engine can be used if its key equals ``key``, its file is whole, and it was the fastest of
-    at least ``best_of`` candidates.
-    """
-    try:
-        sidecar = read_sidecar(path)
-        check_engine_file(engine_path(path), sidecar, "")
-    except (HipaError, OSError):
-        return None
-    # A single candidate is not timed, so an empty list stands for one candidate.
-    candidates = max(len(sidecar.candidates_ms), 1)
-    if sidecar.key != key or candidates < best_of:
-        return None
-    return sidecar
-
-
-def _keep(
-    scratch: Path,
-    path: Path,
-    stage: str,
-    key: EngineKey,
-    outcome: Outcome,
-    candidates_ms: tuple[float, ...],
-) -> Sidecar:
-    """Rename ``scratch`` to the engine's name, then write its sidecar at ``path``.
-
-    The order matters: an engine without a sidecar is never used, so a crash between the two leaves
-    nothing that could be mistaken for a good engine.
-    """
-    sidecar = Sidecar(
-        producer=f"hipa-deploy {hipa_deploy.__version__}",
+    built = StageBuild(
+        bundle=bundle,
         stage=stage,
         key=key,
-        precision_check=outcome.precision_check,
-        engine_sha256=file_sha256(scratch),
-        engine_bytes=scratch.stat().st_size,
-        build_seconds=outcome.seconds,
-        build_peak_mib=outcome.peak_mib,
-        candidates_ms=candidates_ms,
-    )
-    scratch.replace(engine_path(path))
-    write_file(path, sidecar.model_dump_json(indent=2).encode() + b"\n")
-    return sidecar
+        folder=folder,
+        options=options,
+        best_of=best_of,
+        repair=repair,
+        reporter=lambda number: _reporter(bar, task, number, best_of),
+        say=lambda words: bar.update(task, phase=words),
+    ).run()
+    bar.update(task, completed=1.0)
+    if built.up_to_date:
+        bar.update(task, phase="up to date")
+    return built
 
 
 @contextmanager
@@ -393,7 +280,10 @@ def locked(folder: Path) -> Iterator[None]:
 
         # Scratch files can only be those of a build that was killed: a running one has the lock.
         for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
         yield
 
 

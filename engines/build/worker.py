@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
@@ -20,8 +22,10 @@ from typing import Any, TextIO
 from hipa_deploy.bundle.manifest import Precision, StageSpec
 from hipa_deploy.disk.files import write_file
 from hipa_deploy.engines.build.build_progress import PhaseTree
-from hipa_deploy.engines.build.precision_check import check_network, read_back
+from hipa_deploy.engines.build.precision_check import check_inspected, check_network, inspect
 from hipa_deploy.engines.device.machine import peak_rss_mib
+from hipa_deploy.engines.faults.attention import count_fused
+from hipa_deploy.engines.faults.island import write_widened
 from hipa_deploy.engines.store.sidecar import PrecisionCheck
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
@@ -33,6 +37,10 @@ from hipa_deploy.engines.tensorrt.library import (
 from hipa_deploy.errors import HipaError
 from hipa_deploy.interrupts import die_with_parent
 from hipa_deploy.record import Record
+
+# Undocumented, and the documented remedy all the same: TensorRT-Edge-LLM sets it for each build
+# (applyMyelinCompileWorkarounds in cpp/builder/llmBuilder.cpp).
+MYELIN = "__LUNOWUD"
 
 Send = Callable[["Event"], None]
 
@@ -50,6 +58,9 @@ class Job(Record):
         options: options of the builder.
         timing_cache: a file that is read, extended and written again; None for no cache.
         refittable: the weights that can be exchanged later. TensorRT may fuse and fold all others.
+        mark: tensors that become outputs of the engine, besides those of ``spec``.
+        fp32: tensors whose nodes compute in float32, whatever the graph says.
+        myelin: options for TensorRT's compiler Myelin.
 
     """
 
@@ -62,6 +73,9 @@ class Job(Record):
     options: BuildOptions
     timing_cache: Path | None
     refittable: tuple[str, ...] = ()
+    mark: tuple[str, ...] = ()
+    fp32: tuple[str, ...] = ()
+    myelin: tuple[str, ...] = ()
 
 
 class Outcome(Record):
@@ -72,6 +86,8 @@ class Outcome(Record):
         peak_mib: the most host memory that the worker held; None where it is not known.
         precision_check: the types that the engine, or else the network, computes in.
         skipped_tactics: how many tactics TensorRT skipped for lack of memory, which is harmless.
+        fused_attentions: how many attentions the engine computes in one kernel each; None where the
+            engine cannot be looked at.
 
     """
 
@@ -79,6 +95,7 @@ class Outcome(Record):
     peak_mib: int | None
     precision_check: PrecisionCheck
     skipped_tactics: int = 0
+    fused_attentions: int | None = None
 
 
 class Event(Record):
@@ -100,10 +117,16 @@ class Event(Record):
     error: str | None = None
 
 
-def environment(library: TensorRTLibrary) -> dict[str, str]:
-    """The environment variables that make polygraphy use ``library``."""
+def environment(library: TensorRTLibrary, myelin: tuple[str, ...] = ()) -> dict[str, str]:
+    """The environment variables that make polygraphy use ``library``, and Myelin the options."""
     use_rtx = "1" if library == "rtx" else "0"
-    return {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": use_rtx}
+    variables = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": use_rtx}
+    if myelin:
+        # Whoever set the variable before wants that too.
+        before = os.environ.get(MYELIN, "").split()
+        new = [option for option in myelin if option not in before]
+        variables[MYELIN] = " ".join([*before, *new])
+    return variables
 
 
 def main() -> int:
@@ -151,22 +174,75 @@ def build(job: Job, send: Send) -> Outcome:
 
     # The graph is checked before it is compiled: the check is quick, and compiling is not.
     started = time.perf_counter()
-    builder, network, parser = poly.network_from_onnx_path(str(job.onnx), strongly_typed=True)
-    check = check_network(trt, network, job.precision)
-    send(Event(layers=network.num_layers))
+    with _graph_file(job) as onnx:
+        builder, network, parser = poly.network_from_onnx_path(str(onnx), strongly_typed=True)
+        check = check_network(trt, network, job.precision)
+        send(Event(layers=network.num_layers))
+        _mark_outputs(network, job.mark)
 
-    monitor = _monitor(trt, send)
-    config = _configure(trt, poly, (builder, network), job, monitor)
-    _mark_refittable(trt, network, config, job.refittable)
-    engine = poly.engine_bytes_from_network((builder, network, parser), config=config)
+        # The weights are read from the file until the engine is there.
+        monitor = _monitor(trt, send)
+        config = _configure(trt, poly, (builder, network), job, monitor)
+        _mark_refittable(trt, network, config, job.refittable)
+        engine = poly.engine_bytes_from_network((builder, network, parser), config=config)
     job.out.write_bytes(engine)
     _save_timing_cache(config, job.timing_cache)
     seconds = time.perf_counter() - started
 
     # What the engine says counts more than what the network said, but loading it needs a driver.
+    fused = None
     if find_gpu() is not None:
-        check = read_back(trt, poly.get_trt_logger(), engine, job.precision) or check
-    return Outcome(seconds=round(seconds, 3), peak_mib=peak_rss_mib(), precision_check=check)
+        text = inspect(trt, poly.get_trt_logger(), engine)
+        check = check_inspected(text, job.precision) or check
+        fused = _fused_attentions(text, job.library)
+    return Outcome(
+        seconds=round(seconds, 3),
+        peak_mib=peak_rss_mib(),
+        precision_check=check,
+        fused_attentions=fused,
+    )
+
+
+def _fused_attentions(text: str, library: TensorRTLibrary) -> int | None:
+    """How many attentions are in one kernel each, by an inspector's JSON; None if not known.
+
+    TensorRT-RTX chooses its kernels when the engine is loaded, so that none in sight says nothing.
+    """
+    found = count_fused(text)
+    return None if library == "rtx" and not found else found
+
+
+@contextmanager
+def _graph_file(job: Job) -> Iterator[Path]:
+    """The graph to parse: the stage's own, or one with float32 islands, which goes afterwards."""
+    if not job.fp32:
+        yield job.onnx
+        return
+    # Beside the engine: a graph may be too large for a small device's /tmp, which lies in memory.
+    with tempfile.TemporaryDirectory(".tmp", ".graph-", job.out.parent) as folder:
+        yield write_widened(job.onnx, job.fp32, Path(folder))
+
+
+def _mark_outputs(network: Any, names: tuple[str, ...]) -> None:
+    """Make tensors of the network outputs of the engine.
+
+    Raises:
+        HipaError: the network has no tensor of one of the names.
+
+    """
+    missing = set(names)
+    for index in range(network.num_layers if names else 0):
+        layer = network.get_layer(index)
+        for number in range(layer.num_outputs):
+            tensor = layer.get_output(number)
+            if tensor.name in missing:
+                network.mark_output(tensor)
+                missing.remove(tensor.name)
+    if missing:
+        raise HipaError(
+            f"the network has no tensor {min(missing)!r} ({len(missing)} such names in all). "
+            "Export the bundle again."
+        )
 
 
 def _configure(

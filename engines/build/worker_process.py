@@ -66,7 +66,7 @@ def _worker(job: Job, log: IO[str]) -> Iterator[subprocess.Popen[str]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
-        env=environment(job.library),
+        env=environment(job.library, job.myelin),
         encoding="utf-8",
         # Ctrl-C in a terminal then reaches this process alone, which stops the worker in order.
         start_new_session=True,

@@ -6,15 +6,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.engines.faults.repairs import Repairs
 from hipa_deploy.engines.store.engine_key import EngineKey, brief, key_for
 from hipa_deploy.engines.store.select import rebuild_command
-from hipa_deploy.engines.store.sidecar import Sidecar, check_engine_file, engine_path, read_sidecar
+from hipa_deploy.engines.store.sidecar import (
+    Attempt,
+    Sidecar,
+    check_engine_file,
+    engine_path,
+    read_rejection,
+    read_sidecar,
+    rejected_path,
+)
 from hipa_deploy.engines.targets.target import Target, binding
 from hipa_deploy.engines.tensorrt.gpu import Gpu, find_gpu
 from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, load_tensorrt
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
+# An engine that failed its gate, and its report.
+_REJECTED = (".rejected", ".rejection")
 UNKNOWN = "not known here"
 
 # The fields of the key that the bundle alone decides.
@@ -37,6 +48,10 @@ class Diagnosis(Record):
     stage: str
     built_by: str
     precision: str
+    check: str
+    attention: str
+    repairs: str
+    attempts: tuple[str, ...]
     fields: tuple[Field, ...]
     rebuild: str
     problems: tuple[str, ...]
@@ -44,19 +59,22 @@ class Diagnosis(Record):
 
 def is_engine(path: Path) -> bool:
     """Whether a path names an engine or its sidecar, whether or not the file exists."""
-    return path.suffix in (".engine", ".json") and not path.is_dir()
+    return path.suffix in (".engine", ".json", *_REJECTED) and not path.is_dir()
 
 
 def diagnose(path: Path) -> Diagnosis:
     """Explain the engine at ``path``, or the engine of the sidecar at ``path``.
 
-    Nothing is deserialised, and no GPU is needed.
+    An engine that failed its gate is explained by its report. Nothing is deserialised, and no GPU
+    is needed.
 
     Raises:
         HipaError: there is no sidecar that can be read.
 
     """
     sidecar_file = path.with_suffix(".json")
+    if path.suffix in _REJECTED:
+        return _diagnose_rejected(path, sidecar_file)
     if not sidecar_file.is_file():
         problem = "has no sidecar" if path.is_file() else "does not exist"
         raise HipaError(
@@ -64,7 +82,36 @@ def diagnose(path: Path) -> Diagnosis:
             "Run hipa-build again."
         )
 
-    sidecar = read_sidecar(sidecar_file)
+    return _diagnose(sidecar_file, read_sidecar(sidecar_file), ())
+
+
+def _diagnose_rejected(path: Path, sidecar_file: Path) -> Diagnosis:
+    report = read_rejection(path.with_suffix(".rejection"))
+    problems = [f"it failed its gate ({report.sidecar.check}), so that no command loads it."]
+    if report.bisection is not None:
+        problems.append(str(report.bisection))
+    problems += report.advice
+    found = _diagnose(sidecar_file, report.sidecar, tuple(problems))
+    return found.model_copy(update={"path": str(rejected_path(sidecar_file))})
+
+
+def engine_stage(path: Path) -> tuple[Bundle, str, EngineKey]:
+    """The bundle, the stage and the key of the engine at ``path``, or of a rejected one.
+
+    Raises:
+        HipaError: there is no sidecar or report that can be read, or no bundle around it.
+
+    """
+    if path.suffix in _REJECTED:
+        sidecar = read_rejection(path.with_suffix(".rejection")).sidecar
+    else:
+        sidecar = read_sidecar(path.with_suffix(".json"))
+    bundle = Bundle.open(_bundle_root(path.with_suffix(".json")))
+    return bundle, sidecar.stage, sidecar.key
+
+
+def _diagnose(sidecar_file: Path, sidecar: Sidecar, known: tuple[str, ...]) -> Diagnosis:
+    """Explain an engine by its sidecar. ``known``: what is wrong with it as its report has it."""
     key = sidecar.key
     bundle = _bundle_of(sidecar_file)
     fields = tuple(_compare(key, _values_here(sidecar, bundle, find_gpu())))
@@ -76,10 +123,26 @@ def diagnose(path: Path) -> Diagnosis:
         built_by=f"{sidecar.producer}, {key.flavour} {key.tensorrt}, "
         f"in {sidecar.build_seconds:.1f} s",
         precision=f"{check.float16} of {layers} layers in float16, by the {check.by}",
+        check=str(sidecar.check) if sidecar.check else "not run: built by an older version",
+        attention=str(sidecar.attention or "none in this stage, or not counted"),
+        repairs=str(key.repairs or Repairs()),
+        attempts=tuple(_attempt(attempt) for attempt in sidecar.attempts),
         fields=fields,
         rebuild=rebuild_command(_bundle_root(sidecar_file), key.flavour, key.options),
-        problems=tuple(_problems(sidecar_file, sidecar, bundle, fields)),
+        # A rejected engine has no file of an engine's name.
+        problems=known or tuple(_problems(sidecar_file, sidecar, bundle, fields)),
     )
+
+
+def _attempt(attempt: Attempt) -> str:
+    """A build that was tried, in a line: 'outputs add_3: passed: 52.1 dB …; 4.10 ms; …'."""
+    outcome = str(attempt.check) if attempt.check else f"not built: {attempt.error}"
+    parts = [f"{attempt.repairs}: {outcome}"]
+    if attempt.latency_ms is not None:
+        parts.append(f"{attempt.latency_ms:.2f} ms")
+    if attempt.build_seconds is not None:
+        parts.append(f"built in {attempt.build_seconds:.0f} s")
+    return "; ".join(parts)
 
 
 def _bundle_root(sidecar_file: Path) -> Path:
@@ -106,7 +169,11 @@ def _values_here(sidecar: Sidecar, bundle: Bundle | None, gpu: Gpu | None) -> di
     """
     built = sidecar.key
     # By the field names of the file format: the TensorRT library is "flavour" there.
-    values: dict[str, Any] = {"options": built.options, "flavour": built.flavour}
+    values: dict[str, Any] = {
+        "options": built.options,
+        "flavour": built.flavour,
+        "repairs": built.repairs,
+    }
 
     if bundle is not None and sidecar.stage in bundle.stages:
         target = Target(name="here", compute_capabilities=built.compute_capabilities)

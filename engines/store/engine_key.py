@@ -13,6 +13,7 @@ from pydantic import Field
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import Axis, Precision
+from hipa_deploy.engines.faults.repairs import Repairs
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.target import Target, binding
 from hipa_deploy.engines.tensorrt.gpu import Gpu
@@ -43,12 +44,26 @@ class EngineKey(Record):
     driver: str | None
     cuda: str | None
     l4t: str | None
+    # What was changed to mend the engine; None for an engine as the options alone make it.
+    repairs: Repairs | None = None
 
     @property
     def short(self) -> str:
         """Twelve hexadecimal digits that stand for the key in file names."""
         # pydantic writes the fields in the order of the class, so equal keys have equal text.
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:_SHORT_DIGITS]
+        # Without repairs it is the text of versions that knew none: their engines keep their names.
+        absent = {"repairs"} if self.repairs is None else None
+        text = self.model_dump_json(exclude=absent)
+        return hashlib.sha256(text.encode()).hexdigest()[:_SHORT_DIGITS]
+
+    @property
+    def barriers(self) -> tuple[str, ...]:
+        """Outputs of the engine that nobody reads."""
+        return self.repairs.barriers if self.repairs else ()
+
+    def repaired(self, repairs: Repairs) -> EngineKey:
+        """This key with other repairs."""
+        return self.model_copy(update={"repairs": repairs if repairs.any else None})
 
 
 class Difference(NamedTuple):
@@ -68,6 +83,8 @@ def brief(value: Any) -> str:
         return "-"
     if isinstance(value, BuildOptions):
         return value.model_dump_json(exclude_defaults=True)
+    if isinstance(value, Repairs):
+        return str(value)
     if isinstance(value, tuple):
         return "[" + ", ".join(brief(part) for part in value) + "]"
     if isinstance(value, str) and len(value) == _SHA256_DIGITS:
@@ -133,4 +150,6 @@ def key_here(built: EngineKey, bundle: Bundle, stage: str, version: str, gpu: Gp
         compute_capabilities=built.compute_capabilities if fits else (gpu.sm,),
         **binding(built.flavour, gpu),
     )
-    return key_for(bundle, stage, built.flavour, version, target, built.options)
+    here = key_for(bundle, stage, built.flavour, version, target, built.options)
+    # An engine passed its gate with the repairs that it has, so they fit wherever it fits.
+    return here.model_copy(update={"repairs": built.repairs})

@@ -115,16 +115,19 @@ def open_engines(bundle: Bundle, stages: Iterable[str], backend: str) -> TensorR
 
     # Every engine is found and checked before the first is loaded, which takes seconds.
     engines = []
+    barriers = {}
     for stage in stages:
         path = select_engine(bundle, stage, library, version, gpu)
         remedy = rebuild_command(bundle.root, library)
-        check_engine_file(engine_path(path), read_sidecar(path), remedy)
+        sidecar = read_sidecar(path)
+        check_engine_file(engine_path(path), sidecar, remedy)
+        barriers[stage] = sidecar.key.barriers
         engines.append((bundle.stages[stage].spec, engine_path(path)))
 
     # Imported here: 'auto' asks this module about engines on machines that have none.
     from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
 
-    return TensorRTRunner(engines, library)
+    return TensorRTRunner(engines, library, barriers=barriers)
 
 
 def select_engine(

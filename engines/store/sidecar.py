@@ -1,7 +1,7 @@
 """The JSON file beside an engine, called its sidecar, and where both files lie.
 
 Both are in ``BUNDLE/engines/<library>-<target>/``: ``<stage>-<key>.engine``, and ``.json`` with the
-same stem.
+same stem. An engine that failed its gate is ``.rejected`` instead, and its report ``.rejection``.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import StageName
+from hipa_deploy.bundle.manifest import Parity, StageName
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.disk.reading import MIB, inside, inside_folder, read_record
+from hipa_deploy.engines.faults.bisect import Bisection
+from hipa_deploy.engines.faults.repairs import Repairs
 from hipa_deploy.engines.store.engine_key import EngineKey
 from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 from hipa_deploy.errors import HipaError, reason_of
@@ -35,10 +37,81 @@ class PrecisionCheck(Record):
     float32: int
 
 
+class EngineCheck(Record):
+    """How an engine did on the bundle's reference tensors.
+
+    Attributes:
+        outcome: 'not run' where no GPU here runs the engine, or the bundle has no reference.
+        detail: the reason, or what is wrong; empty if it passed.
+        parity: against PyTorch in FP32; None where nothing could be measured.
+        least_psnr_db: the gate, in dB.
+
+    """
+
+    outcome: Literal["passed", "failed", "not run"]
+    detail: str = ""
+    parity: Parity | None = None
+    least_psnr_db: float | None = None
+
+    def __str__(self) -> str:
+        words = [self.outcome]
+        if self.parity is not None and self.least_psnr_db is not None:
+            words.append(
+                f"{self.parity.psnr_db:.1f} dB from PyTorch FP32, gate {self.least_psnr_db:.0f} dB"
+            )
+        if self.detail:
+            words.append(self.detail)
+        return ": ".join(words)
+
+
+class AttentionCount(Record):
+    """How many attentions an engine computes in one kernel each.
+
+    Attributes:
+        in_graph: the attentions of the stage's graph, as it was built.
+        fusable: those that meet TensorRT's conditions for one kernel.
+        fused: those in one kernel, by the engine's inspector; None where it names no layers:
+            without a GPU, and in an engine of TensorRT-RTX, which compiles its kernels when it is
+            loaded.
+        islands: float32 parts of the graph that keep an attention from being fused.
+
+    """
+
+    in_graph: int
+    fusable: int
+    fused: int | None
+    islands: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        fused = "not known how many" if self.fused is None else str(self.fused)
+        return f"{fused} of {self.in_graph} fused; {self.fusable} could be"
+
+
+class Attempt(Record):
+    """A build that was tried for an engine.
+
+    Attributes:
+        repairs: what was changed.
+        check: how it did; None if the build failed.
+        error: why the build failed.
+        build_seconds: of the build; None if it failed.
+        latency_ms: the engine's median time on this GPU; None if it does not run.
+
+    """
+
+    repairs: Repairs
+    check: EngineCheck | None = None
+    error: str = ""
+    build_seconds: float | None = None
+    latency_ms: float | None = None
+
+
 class Sidecar(Record):
     """What the JSON file beside an engine holds.
 
-    ``candidates_ms`` is the median latency of every build with ``--best-of``; the fastest was kept.
+    ``candidates_ms`` is the median latency of every build with ``--best-of``, the fastest kept.
+    ``check``, ``attention`` and ``attempts`` are absent in files of older versions. ``attempts``
+    has the builds that failed their gate before this one, and this one; it is empty without any.
     """
 
     schema_version: Literal[1] = 1
@@ -51,6 +124,25 @@ class Sidecar(Record):
     build_seconds: float
     build_peak_mib: int | None
     candidates_ms: tuple[float, ...] = ()
+    check: EngineCheck | None = None
+    attention: AttentionCount | None = None
+    attempts: tuple[Attempt, ...] = ()
+
+
+class Rejection(Record):
+    """What the file beside an engine that failed its gate holds.
+
+    Attributes:
+        sidecar: what its sidecar would have held.
+        bisection: where it goes wrong; None if that was not looked for.
+        advice: faults of this TensorRT that are known and that no build can mend.
+
+    """
+
+    schema_version: Literal[1] = 1
+    sidecar: Sidecar
+    bisection: Bisection | None = None
+    advice: tuple[str, ...] = ()
 
 
 def read_sidecar(path: Path) -> Sidecar:
@@ -102,6 +194,32 @@ def engine_folder(bundle: Bundle, library: TensorRTLibrary, target: str) -> Path
 def engine_path(sidecar_path: Path) -> Path:
     """The engine file that a sidecar describes."""
     return sidecar_path.with_suffix(".engine")
+
+
+def rejected_path(sidecar_path: Path) -> Path:
+    """Where an engine is kept that failed its gate. No command loads a file of this name."""
+    return sidecar_path.with_suffix(".rejected")
+
+
+def rejection_path(sidecar_path: Path) -> Path:
+    """The report beside such an engine; no sidecar is looked for under this name."""
+    return sidecar_path.with_suffix(".rejection")
+
+
+def read_rejection(path: Path) -> Rejection:
+    """Read the report of an engine that failed its gate.
+
+    Raises:
+        HipaError: the file is no such report.
+
+    """
+    try:
+        return read_record(path, Rejection, "", max_bytes=MIB)
+    except HipaError as error:
+        raise HipaError(
+            f"{path} is not the report of a rejected engine ({reason_of(error)}). "
+            "Remove it and run hipa-build again."
+        ) from None
 
 
 def check_engine_file(path: Path, sidecar: Sidecar, remedy: str) -> None:

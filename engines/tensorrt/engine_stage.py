@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ class EngineStage:
         trt: the module of TensorRT or TensorRT-RTX.
         spec: the stage's inputs and outputs, as the manifest has them.
         path: the engine file.
+        barriers: further outputs of the engine, which only keep TensorRT from fusing layers across
+            them.
 
     Raises:
         HipaError: an engine that does not deserialise, whose tensors are not those of ``spec``, or
@@ -35,11 +38,15 @@ class EngineStage:
 
     """
 
-    def __init__(self, trt: ModuleType, spec: StageSpec, path: Path) -> None:
+    def __init__(
+        self, trt: ModuleType, spec: StageSpec, path: Path, barriers: tuple[str, ...] = ()
+    ) -> None:
         self.spec = spec
         self._trt = trt
+        self._barriers = barriers
+        self._barrier_addresses: dict[str, int] = {}
         self._runtime, self._engine = deserialise(trt, path)
-        check_engine_tensors(trt, self._engine, spec)
+        check_engine_tensors(trt, self._engine, spec, barriers)
         self._context = self.new_context()
 
     def new_context(self) -> Any:
@@ -65,6 +72,27 @@ class EngineStage:
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         return (config,)
 
+    def barrier_sizes(self) -> dict[str, int]:
+        """Bytes that each barrier needs at the largest shapes.
+
+        Raises:
+            HipaError: a shape outside the engine's profile.
+
+        """
+        if not self._barriers:
+            return {}
+        largest = self.spec.sizes("max")
+        self.set_shapes({tensor.name: tensor.at(largest) for tensor in self.spec.inputs})
+        sizes = {}
+        for name in self._barriers:
+            item = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))).itemsize
+            sizes[name] = math.prod(self._context.get_tensor_shape(name)) * item
+        return sizes
+
+    def place_barriers(self, addresses: Mapping[str, int]) -> None:
+        """Where the barriers are written, in every context that is bound from now on."""
+        self._barrier_addresses = dict(addresses)
+
     def bind(self, buffers: Mapping[str, Buffer], context: Any = None) -> None:
         """Set the address of every tensor, once and for all.
 
@@ -73,9 +101,12 @@ class EngineStage:
 
         """
         context = self._context if context is None else context
+        addresses = dict(self._barrier_addresses)
         for tensor in self.spec.inputs + self.spec.outputs:
-            if not context.set_tensor_address(tensor.name, buffers[tensor.name].device):
-                raise HipaError(f"{self.spec.name}: the engine refuses a buffer for {tensor.name}.")
+            addresses[tensor.name] = buffers[tensor.name].device
+        for name, address in addresses.items():
+            if not context.set_tensor_address(name, address):
+                raise HipaError(f"{self.spec.name}: the engine refuses a buffer for {name}.")
 
     def set_shapes(self, shapes: dict[str, Shape], context: Any = None) -> None:
         """Set the context's input shapes, and add the output shapes to ``shapes``.
@@ -200,8 +231,12 @@ def deserialise(trt: ModuleType, path: Path) -> tuple[Any, Any]:
     return runtime, engine
 
 
-def check_engine_tensors(trt: ModuleType, engine: Any, spec: StageSpec) -> None:
+def check_engine_tensors(
+    trt: ModuleType, engine: Any, spec: StageSpec, barriers: tuple[str, ...] = ()
+) -> None:
     """Check that an engine's inputs and outputs are those of ``spec``: names, dtypes and shapes.
+
+    ``barriers`` are outputs besides, of any type and shape.
 
     Raises:
         HipaError: they are not; the message has what the engine has and what the manifest has.
@@ -214,7 +249,13 @@ def check_engine_tensors(trt: ModuleType, engine: Any, spec: StageSpec) -> None:
     _check_names(spec, "inputs", spec.inputs, inputs)
     for tensor in spec.inputs:
         _check_tensor(trt, engine, spec, tensor)
-    _check_names(spec, "outputs", spec.outputs, outputs)
+    absent = sorted(set(barriers) - outputs)
+    if absent:
+        raise HipaError(
+            f"{spec.name}: the engine has no output {absent[0]!r}, which its key says it has. "
+            "Build it again."
+        )
+    _check_names(spec, "outputs", spec.outputs, outputs - set(barriers))
     for tensor in spec.outputs:
         _check_tensor(trt, engine, spec, tensor)
 

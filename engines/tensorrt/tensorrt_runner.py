@@ -69,6 +69,7 @@ class TensorRTRunner(ClosesAtExit):
         stages: each stage's inputs and outputs, and its engine file, in the order they run in.
         library: the TensorRT library that built the engines.
         graph: False never captures a CUDA graph.
+        barriers: by stage, outputs of its engine that nobody reads (``EngineStage``).
 
     Attributes:
         spec: the inputs and outputs of the stages together.
@@ -93,6 +94,7 @@ class TensorRTRunner(ClosesAtExit):
         library: TensorRTLibrary,
         *,
         graph: bool = True,
+        barriers: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         specs = [spec for spec, _ in stages]
         self.spec = sequence_spec(specs)
@@ -113,7 +115,10 @@ class TensorRTRunner(ClosesAtExit):
             self._shared = shares_memory(self._cudart)
             self._free_bytes = call(self._cudart, "cudaMemGetInfo")  # before anything is allocated
             self._buffers = self._allocate(specs, stack)
-            self._stages = {spec.name: self._load(spec, path, stack) for spec, path in stages}
+            self._stages = {}
+            for spec, path in stages:
+                unread = (barriers or {}).get(spec.name, ())
+                self._stages[spec.name] = self._load(spec, path, unread, stack)
             # One event before the first stage and one after each.
             self._events = [self._new_event(stack) for _ in range(len(stages) + 1)]
             self.device_memory_mib: int | None = self._used_mib()
@@ -147,9 +152,17 @@ class TensorRTRunner(ClosesAtExit):
             buffers[name] = allocate(self._cudart, dtype, count, self._shared, stack)
         return buffers
 
-    def _load(self, spec: StageSpec, path: Path, stack: ExitStack) -> EngineStage:
-        stage = EngineStage(self._trt, spec, path)
+    def _load(
+        self, spec: StageSpec, path: Path, barriers: tuple[str, ...], stack: ExitStack
+    ) -> EngineStage:
+        stage = EngineStage(self._trt, spec, path, barriers)
         stack.callback(stage.drop)
+        # Nobody reads them, so they need no memory on the host.
+        addresses = {}
+        for name, size in stage.barrier_sizes().items():
+            addresses[name] = call(self._cudart, "cudaMalloc", size)
+            stack.callback(call, self._cudart, "cudaFree", addresses[name])
+        stage.place_barriers(addresses)
         stage.bind(self._buffers)
         return stage
 

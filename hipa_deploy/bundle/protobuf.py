@@ -105,3 +105,23 @@ def text(data: Any, value: int | Span) -> str:
     """
     start, end = as_span(value)
     return bytes(data[start:end]).decode()
+
+
+def delimited(number: int, content: bytes) -> bytes:
+    """Field ``number`` with a message or a text in it, as it is stored."""
+    return varint(number << 3 | _BYTES) + varint(len(content)) + content
+
+
+def integer(number: int, value: int) -> bytes:
+    """Field ``number`` with an integer of 0 or more in it, as it is stored."""
+    return varint(number << 3 | _VARINT) + varint(value)
+
+
+def varint(value: int) -> bytes:
+    """An integer of 0 or more, seven bits a byte, the lowest first."""
+    digits = bytearray()
+    while value > 0x7F:
+        digits.append(value & 0x7F | 0x80)
+        value >>= 7
+    digits.append(value)
+    return bytes(digits)

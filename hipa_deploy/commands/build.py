@@ -13,6 +13,7 @@ from hipa_deploy.errors import HipaError
 
 if TYPE_CHECKING:
     from hipa_deploy.bundle.folder import Bundle
+    from hipa_deploy.engines.build.build_stage import BuiltEngine
     from hipa_deploy.engines.targets.build_options import BuildOptions
 
 
@@ -71,6 +72,14 @@ def build(
             help="Build this many times and keep the engine that runs fastest on this GPU."
         ),
     ] = 1,
+    no_repair: Annotated[
+        bool,
+        typer.Option(
+            "--no-repair",
+            help="Reject an engine that fails its check at once. By default it is built again "
+            "with repairs until it passes.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the predicted memory and build nothing.")
     ] = False,
@@ -80,8 +89,8 @@ def build(
 ) -> None:
     """Compile a bundle's models into TensorRT engines for one kind of GPU.
 
-    The engines are written into the bundle, and checked here if this machine can run them. Engines
-    that are already up to date are kept.
+    The engines are written into the bundle. If this machine can run them, each is checked on the
+    bundle's reference before it counts as built. Engines that are already up to date are kept.
     """
     from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.engines.targets.build_options import BuildOptions
@@ -102,7 +111,9 @@ def build(
     if dry_run:
         _dry_run(root, backend, target, options)
     else:
-        build_engines(root, backend, target, options, best_of=best_of, force=force)
+        build_engines(
+            root, backend, target, options, best_of=best_of, force=force, repair=not no_repair
+        )
 
 
 def _dry_run(root: Path, backend: EngineBackend, target: str, options: BuildOptions) -> None:
@@ -133,7 +144,7 @@ def build_engines(
         backend: what compiles the engines.
         target: 'auto', or a target's name.
         options: build options that are not the target's own.
-        more: ``best_of`` and ``force``, as ``build_bundle`` takes them.
+        more: ``best_of``, ``force`` and ``repair``, as ``build_bundle`` takes them.
 
     Raises:
         HipaError: the bundle, the backend or the target does not allow it, or an engine built for
@@ -149,7 +160,17 @@ def build_engines(
     )
     for engine in built:
         typer.echo(engine.path)
+        _tell(engine)
     _check_engines(bundle, backend.value)
+
+
+def _tell(engine: BuiltEngine) -> None:
+    """Say what was done to an engine that is not as the options alone make it."""
+    sidecar = engine.sidecar
+    if sidecar.key.repairs is not None:
+        console.print(f"{engine.stage}: built with {sidecar.key.repairs}", highlight=False)
+    if sidecar.attention is not None:
+        console.print(f"{engine.stage}: attention: {sidecar.attention}", highlight=False)
 
 
 def _check_engines(bundle: Bundle, backend: str) -> None:

@@ -30,6 +30,14 @@ def doctor(
             help="Build, run and time the included model on every backend of this machine.",
         ),
     ] = False,
+    bisect: Annotated[
+        bool,
+        typer.Option(
+            "--bisect",
+            help="With an engine: find the first layer that departs from ONNX Runtime. Each of "
+            "some ten steps builds the engine again.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -44,11 +52,37 @@ def doctor(
     Exit code 1: a problem was found.
     """
     if self_test:
+        if bisect:
+            raise HipaError("--bisect is for an engine. Leave --self-test out.")
         _self_test(subject, out, as_json, force)
     elif out:
         raise HipaError("--out is for --self-test. Add --self-test, or leave --out out.")
+    elif bisect:
+        _bisect(subject, as_json)
     else:
         _examine(subject, backend, as_json)
+
+
+def _bisect(subject: str | None, as_json: bool) -> None:
+    """Print where an engine goes wrong; exit with 1 if it does."""
+    from hipa_deploy.engines.build.suspects import bisect_stage
+    from hipa_deploy.engines.faults.bisect import render_bisection
+    from hipa_deploy.engines.store.diagnose import engine_stage, is_engine
+
+    if subject is None or not is_engine(Path(subject)):
+        raise HipaError(
+            f"--bisect takes an engine, not {subject or 'nothing'}. "
+            "Name an .engine or .rejected file in BUNDLE/engines."
+        )
+    bundle, stage, key = engine_stage(Path(subject))
+    with console.status("building the engine with one tensor after the other as an output"):
+        found = bisect_stage(bundle, stage, key)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        Console().print(render_bisection(found))
+    if found.verdict != "right":
+        raise typer.Exit(1)
 
 
 def _examine(subject: str | None, backend: str, as_json: bool) -> None:

@@ -23,6 +23,7 @@ PLAIN = {"bool": True, "int": 0, "float": 0.0, "str": "", "None": None, "tuple":
 NETWORK = {
     "num_inputs": 1,
     "num_layers": 1,
+    "num_outputs": 1,
     "name": "x",
     "shape": (-1, 4, 8, 8),
     "is_shape_tensor": False,

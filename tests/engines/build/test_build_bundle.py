@@ -21,6 +21,7 @@ from rich.console import Console
 
 from hipa_deploy.bundle.manifest import Axis, StageSpec
 from hipa_deploy.engines.build import build_bundle as build_module
+from hipa_deploy.engines.build import build_stage as build_stage_module
 from hipa_deploy.engines.build import memory_plan as plan_module
 from hipa_deploy.engines.build import worker as build_worker
 from hipa_deploy.engines.build.build_bundle import build_bundle, dry_run, locked
@@ -157,7 +158,9 @@ def test_the_fastest_of_several_is_kept(make_bundle, monkeypatch):
     bundle = make_bundle(stages=("unet",))
     latencies = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(build_module, "find_gpu", lambda: RTX_4090)
-    monkeypatch.setattr(build_module, "time_engine", lambda path, spec, library: next(latencies))
+    monkeypatch.setattr(
+        build_stage_module, "time_engine", lambda path, spec, library: next(latencies)
+    )
     (built,) = build(bundle, target="rtx40", best_of=3)
     assert built.sidecar.candidates_ms == (3.0, 1.0, 2.0)
     assert [name for name in names(bundle.root / "engines") if name.endswith(".tmp")] == []

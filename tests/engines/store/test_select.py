@@ -34,7 +34,11 @@ CHANGES = {
 
 
 def test_every_field_of_the_key_but_options_and_library_is_tried():
-    assert CHANGES.keys() == EngineKey.model_fields.keys() - {"options", "flavour"}
+    assert CHANGES.keys() == EngineKey.model_fields.keys() - {
+        "options",
+        "flavour",
+        "repairs",
+    }
 
 
 @pytest.mark.parametrize("field", CHANGES)

@@ -1,0 +1,286 @@
+"""An engine is right or not delivered: builds on fakes whose engines really compute, some wrongly.
+
+The stage is the embedded text encoder. Its second layer's key projection gives val_95.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+
+from hipa_deploy import embedded
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.commands.app import main
+from hipa_deploy.doctor.examine import examine
+from hipa_deploy.engines.build import engine_check
+from hipa_deploy.engines.build.build_stage import BuiltEngine, StageBuild, sidecar_path
+from hipa_deploy.engines.build.suspects import bisect_stage
+from hipa_deploy.engines.store.diagnose import diagnose
+from hipa_deploy.engines.store.engine_key import EngineKey, key_for
+from hipa_deploy.engines.store.select import select_engine
+from hipa_deploy.engines.store.sidecar import read_rejection, read_sidecar
+from hipa_deploy.engines.targets.build_options import BuildOptions
+from hipa_deploy.engines.targets.target import Target, binding
+from hipa_deploy.errors import HipaError
+from tests.engines.build.faulty_tensorrt import FaultyTensorRT
+from tests.engines.engine_samples import ORIN
+
+STAGE = "text_encoder"
+KEY_PROJECTION = "val_94"
+LAYER = "text_encoder.text_model.encoder.layers.1"
+VERSION = "10.9.0"  # without known faults here
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    root = tmp_path / "bundle"
+    shutil.copytree(embedded.BUNDLE, root, ignore=shutil.ignore_patterns("engines"))
+    return Bundle.open(root)
+
+
+def key_of(bundle: Bundle, version: str = VERSION, gpu=ORIN) -> EngineKey:
+    target = Target(name="t", compute_capabilities=(gpu.sm,), **binding("tensorrt", gpu))
+    return key_for(bundle, STAGE, "tensorrt", version, target, BuildOptions())
+
+
+def build(bundle: Bundle, repair: bool = True, key: EngineKey | None = None, **more) -> BuiltEngine:
+    folder = bundle.root / "engines" / "tensorrt-t"
+    folder.mkdir(parents=True, exist_ok=True)
+    return StageBuild(
+        bundle=bundle,
+        stage=STAGE,
+        key=key or key_of(bundle),
+        folder=folder,
+        options=BuildOptions(),
+        best_of=1,
+        repair=repair,
+        reporter=lambda number: lambda event: None,
+        **more,
+    ).run()
+
+
+def files(bundle: Bundle) -> set[str]:
+    return {path.suffix for path in (bundle.root / "engines/tensorrt-t").iterdir()}
+
+
+def tensorrt(monkeypatch, is_wrong=lambda job: False, **more) -> FaultyTensorRT:
+    """A TensorRT whose engines have a wrong key projection where ``is_wrong`` says so."""
+    fake = FaultyTensorRT(lambda job: [KEY_PROJECTION] if is_wrong(job) else [], **more)
+    fake.install(monkeypatch)
+    return fake
+
+
+def test_a_right_engine_is_kept_with_its_parity(bundle, monkeypatch):
+    fake = tensorrt(monkeypatch)
+    built = build(bundle)
+    check = built.sidecar.check
+    assert (check.outcome, check.detail, check.least_psnr_db) == ("passed", "", 35)
+    assert check.parity.psnr_db > 35
+    assert built.sidecar.key.repairs is None
+    assert built.sidecar.attempts == ()
+    assert files(bundle) == {".engine", ".json"}
+    assert build(bundle).up_to_date
+    assert len(fake.jobs) == 1
+    assert fake.gpu.cudart.leaks == []
+
+
+def test_without_a_gpu_the_check_is_not_run_and_is_made_up_for_later(bundle, monkeypatch):
+    fake = tensorrt(monkeypatch)
+    monkeypatch.setattr(engine_check, "find_gpu", lambda: None)
+    built = build(bundle)
+    assert str(built.sidecar.check) == "not run: no NVIDIA GPU with a driver answers here"
+    monkeypatch.setattr(engine_check, "find_gpu", lambda: ORIN.model_copy(update={"sm": 110}))
+    assert "for another GPU than Orin (SM110)" in str(build_check(bundle, built))
+    monkeypatch.setattr(engine_check, "find_gpu", lambda: ORIN)
+    again = build(bundle)
+    assert again.up_to_date
+    assert again.sidecar.check.outcome == "passed"
+    assert read_sidecar(again.path.with_suffix(".json")) == again.sidecar
+    assert len(fake.jobs) == 1
+
+
+def build_check(bundle: Bundle, built: BuiltEngine):
+    return engine_check.check_engine(bundle, STAGE, built.path, built.sidecar.key)
+
+
+def test_an_engine_that_fails_is_kept_apart_with_its_report(bundle, monkeypatch):
+    tensorrt(monkeypatch, lambda job: True)
+    with pytest.raises(
+        HipaError, match=r"^text_encoder: the engine is wrong: context is .* dB"
+    ) as e:
+        build(bundle, repair=False)
+    assert "\n" not in str(e.value)
+    assert files(bundle) == {".rejected", ".rejection"}
+
+    # No command loads it.
+    with pytest.raises(HipaError, match="no tensorrt engine for stage text_encoder"):
+        select_engine(bundle, STAGE, "tensorrt", VERSION, ORIN)
+    (path,) = (bundle.root / "engines/tensorrt-t").glob("*.rejected")
+    report = read_rejection(path.with_suffix(".rejection"))
+    assert report.sidecar.check.outcome == "failed"
+    found = diagnose(path)
+    assert found.problems[0].startswith("it failed its gate (failed: ")
+    assert found.path == str(path)
+    assert examine(str(path))["engine"]["repairs"] == "none"
+
+
+def test_what_was_there_unchecked_and_is_wrong_is_taken_out_of_use(bundle, monkeypatch):
+    wrong = True
+    tensorrt(monkeypatch, lambda job: wrong)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_check, "find_gpu", lambda: None)
+        first = build(bundle)
+    with pytest.raises(HipaError, match="the engine is wrong"):
+        build(bundle, repair=False)
+    assert files(bundle) == {".rejected", ".rejection"}
+    # A right one takes its place.
+    wrong = False
+    assert build(bundle).path == first.path
+    assert files(bundle) == {".engine", ".json"}
+
+
+def test_a_wrong_fusion_is_broken_by_an_output(bundle, monkeypatch):
+    said = []
+    fake = tensorrt(monkeypatch, lambda job: "val_95" not in job.mark)
+    built = build(bundle, say=said.append)
+    assert built.sidecar.key.repairs.barriers == ("val_95",)
+    failed, mended = built.sidecar.attempts
+    assert failed.check.outcome == "failed"
+    assert mended.check.outcome == "passed"
+    assert failed.latency_ms > 0
+    assert mended.latency_ms > 0
+    assert said[-1] == "built; mended by: outputs val_95"
+    assert fake.gpu.cudart.leaks == []
+
+    # It is found again, fits this machine, and the doctor says what it costs.
+    count = len(fake.jobs)
+    assert build(bundle).path == built.path
+    assert len(fake.jobs) == count
+    path = select_engine(bundle, STAGE, "tensorrt", VERSION, ORIN)
+    assert path == built.path.with_suffix(".json")
+    found = diagnose(path)
+    assert found.repairs == "outputs val_95"
+    assert "1.00 ms" in found.attempts[1]
+
+
+def test_the_same_fault_in_every_layer_gets_an_output_in_every_layer(bundle, monkeypatch):
+    """As Thor's: each projection is right as soon as it is an output itself."""
+    keys = {"val_32": "val_31", "val_95": "val_94", "val_154": "val_153"}
+    fake = FaultyTensorRT(lambda job: [keys[name] for name in keys.keys() - set(job.mark)])
+    fake.install(monkeypatch)
+    built = build(bundle)
+    assert keys.keys() <= set(built.sidecar.key.repairs.barriers)
+    assert len(built.sidecar.key.repairs.barriers) <= 9
+
+
+def test_a_wrong_layer_computes_in_float32(bundle, monkeypatch):
+    fake = tensorrt(monkeypatch, lambda job: "val_95" not in job.fp32)
+    with pytest.warns(RuntimeWarning, match="1 of 3 attentions cannot be fused") as warned:
+        built = build(bundle)
+    assert LAYER in str(warned[0].message)
+    assert built.sidecar.key.repairs.islands == (LAYER,)
+    assert built.sidecar.attention.fusable == 2
+    assert built.sidecar.attention.islands == (LAYER,)
+    tried = [attempt.repairs for attempt in built.sidecar.attempts]
+    assert [bool(repairs.barriers) for repairs in tried] == [False, True, True, False]
+    assert all(job.options.optimization_level is None for job in fake.jobs)
+
+
+def test_another_level_is_the_last_that_is_tried(bundle, monkeypatch):
+    tensorrt(
+        monkeypatch,
+        lambda job: job.options.optimization_level != 2,
+        fails=lambda job: bool(job.fp32),
+    )
+    built = build(bundle)
+    assert built.sidecar.key.repairs.optimization_level == 2
+    assert built.sidecar.key.options == BuildOptions()
+    errors = [attempt.error for attempt in built.sidecar.attempts if attempt.error]
+    assert errors == ["could not find any implementation for node conv."] * 2
+
+
+def test_what_nothing_mends_is_rejected_with_what_was_tried(bundle, monkeypatch):
+    tensorrt(monkeypatch, lambda job: True)
+    with pytest.raises(
+        HipaError, match=r"repairs did not mend it.*the first wrong tensor is val_95"
+    ):
+        build(bundle)
+    (path,) = (bundle.root / "engines/tensorrt-t").glob("*.rejection")
+    report = read_rejection(path)
+    assert report.bisection.block == LAYER
+    assert len(report.sidecar.attempts) >= 6
+    assert files(bundle) == {".rejected", ".rejection"}
+
+
+def test_a_known_fault_has_its_remedy_from_the_start(bundle, monkeypatch):
+    fake = tensorrt(monkeypatch)
+    thor = ORIN.model_copy(update={"sm": 110})
+    monkeypatch.setattr(engine_check, "find_gpu", lambda: thor)
+    old = build(bundle, key=key_of(bundle, "10.9.0", thor))
+    assert fake.jobs[-1].myelin == ()
+    key = key_of(bundle, "10.13.3.9", thor)
+    # An engine without the remedy, as an older version of this package built it.
+    path = sidecar_path(old.path.parent, STAGE, key)
+    shutil.copy(old.path, path.with_suffix(".engine"))
+    path.write_text(old.sidecar.model_copy(update={"key": key}).model_dump_json())
+    built = build(bundle, key=key)
+    assert not built.up_to_date
+    assert fake.jobs[-1].myelin == ("-peep:fc_h_fusion=off", "-peep:match_dual_gemm=off")
+    assert built.sidecar.key.repairs.known_faults == ("fc-h-fusion", "match-dual-gemm")
+    assert build(bundle, key=key).path == built.path
+
+
+def test_a_costly_remedy_is_tried_before_the_search(bundle, monkeypatch):
+    fake = tensorrt(monkeypatch, lambda job: "val_73" not in job.fp32)
+    with pytest.warns(RuntimeWarning, match="float32 in attention"):
+        built = build(bundle, key=key_of(bundle, "10.3.0"))
+    assert built.sidecar.key.repairs.islands == ("attention",)
+    assert len(fake.jobs) == 2
+
+
+def test_lost_fusion_is_told(bundle, monkeypatch):
+    tensorrt(monkeypatch, fused=1)
+    with pytest.warns(RuntimeWarning, match="fused 1 attentions of 3 that it could"):
+        built = build(bundle)
+    assert str(built.sidecar.attention) == "1 of 3 fused; 3 could be"
+
+
+def test_fusion_that_is_not_known_is_no_loss(bundle, monkeypatch):
+    tensorrt(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        built = build(bundle)
+    assert str(built.sidecar.attention) == "not known how many of 3 fused; 3 could be"
+
+
+def test_the_command_bisects_an_engine(bundle, monkeypatch, capsys):
+    tensorrt(monkeypatch, lambda job: True)
+    with pytest.raises(HipaError):
+        build(bundle, repair=False)
+    (path,) = (bundle.root / "engines/tensorrt-t").glob("*.rejected")
+    with pytest.raises(SystemExit, match="1"):
+        main(["doctor", str(path), "--bisect", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["block"], found["operator"]) == (LAYER, "MatMul")
+    assert found["verdict"] == "layer"
+    assert found["probes"][0]["tensor"] is None
+
+
+def test_a_bisection_needs_an_engine_and_a_gpu(bundle, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["doctor", "emoji", "--bisect"])
+    assert "--bisect takes an engine, not emoji" in capsys.readouterr().err
+    tensorrt(monkeypatch)
+    monkeypatch.setattr(engine_check, "find_gpu", lambda: None)
+    with pytest.raises(HipaError, match="cannot be bisected here: no NVIDIA GPU"):
+        bisect_stage(bundle, STAGE, key_of(bundle))
+
+
+def test_a_bundle_without_a_reference_is_not_checked(make_bundle):
+    bundle = make_bundle(stages=("unet",))
+    with pytest.raises(HipaError, match="has no reference tensors"):
+        engine_check.stage_reference(bundle, "unet")

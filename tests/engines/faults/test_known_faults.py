@@ -1,0 +1,94 @@
+"""Which builds meet which faults, and what is done about them."""
+
+from __future__ import annotations
+
+import pytest
+
+from hipa_deploy.engines.faults.known_faults import (
+    Build,
+    faults_of,
+    known_faults,
+    remedies,
+    version_number,
+)
+from hipa_deploy.engines.faults.repairs import Repairs
+
+THOR = Build(
+    library="tensorrt",
+    version="10.13.3.9",
+    sms=(110,),
+    batch=1,
+    precision="fp16",
+    operators=frozenset(["MatMul", "Softmax", "Conv"]),
+)
+
+
+def ids(build: Build, apply: str) -> list[str]:
+    return [fault.id for fault in faults_of(build, apply)]
+
+
+def test_thor_with_jetpack_7_1_turns_the_fusion_off():
+    assert ids(THOR, "always") == ["fc-h-fusion", "match-dual-gemm"]
+    repairs = remedies(faults_of(THOR, "always"))
+    assert repairs.myelin == ("-peep:fc_h_fusion=off", "-peep:match_dual_gemm=off")
+    assert repairs.known_faults == ("fc-h-fusion", "match-dual-gemm")
+    assert remedies(faults_of(THOR, "always"), repairs) == repairs
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"version": "10.15.0"}, ["fc-h-fusion"]),
+        ({"version": "10.3.0"}, []),
+        ({"batch": 2}, ["match-dual-gemm"]),
+        ({"sms": (87,)}, []),
+        ({"library": "rtx"}, []),
+        ({"precision": "fp32"}, []),
+        ({"operators": frozenset(["Conv"])}, []),
+    ],
+    ids=str,
+)
+def test_other_builds_have_other_faults(change, expected):
+    assert ids(THOR.model_copy(update=change), "always") == expected
+
+
+def test_rtx_50_computes_attention_in_float32_if_it_is_wrong():
+    build = THOR.model_copy(update={"sms": (120,), "version": "10.16.1.11"})
+    faults = faults_of(build, "if wrong")
+    assert [fault.id for fault in faults] == ["fused-attention-sm120"]
+    assert remedies(faults).islands == ("attention",)
+    assert ids(build.model_copy(update={"version": "10.17.0"}), "if wrong") == []
+
+
+def test_one_group_is_told_only_of_graphs_with_that_operator():
+    build = THOR.model_copy(update={"version": "10.16.1.11"})
+    told = "group-normalization-1"
+    assert told not in ids(build, "tell")
+    wide = build.model_copy(update={"operators": frozenset(["GroupNormalization"])})
+    assert told in ids(wide, "tell")
+
+
+def test_the_data_file_is_whole():
+    faults = known_faults()
+    assert len({fault.id for fault in faults}) == len(faults) >= 10
+    for fault in faults:
+        has_remedy = Repairs() != remedies([fault]).model_copy(update={"known_faults": ()})
+        assert has_remedy == (fault.apply in ("always", "if wrong")), fault.id
+        assert all(source.startswith("https://github.com/") for source in fault.sources)
+        if fault.before is not None:
+            assert version_number(fault.first) < version_number(fault.before)
+
+
+def test_repairs_say_in_words_what_they_are():
+    repairs = Repairs(
+        known_faults=("a",),
+        myelin=("-x=off",),
+        barriers=("h",),
+        islands=("b",),
+        optimization_level=2,
+    )
+    assert str(repairs) == (
+        "known faults a; Myelin -x=off; outputs h; float32 in b; optimization level 2"
+    )
+    assert str(Repairs()) == "none"
+    assert not Repairs().any
