@@ -21,7 +21,7 @@ class Patterns:
 
     Attributes:
         what: the setting that they come from, for messages.
-        seconds: that matching may take in all.
+        seconds: of the processor that matching may take in all.
 
     Example:
         >>> Patterns("rank_pattern").search("to_q$", "mid_block.to_q") is not None
@@ -30,7 +30,7 @@ class Patterns:
     """
 
     what: str
-    seconds: float = 5.0
+    seconds: float = 1.0
     _taken: float = field(default=0.0, init=False)
 
     def search(self, pattern: str, text: str) -> Any:

@@ -28,7 +28,7 @@ SURFACE = {
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
-        "--timing-cache", "--refit", "--best-of", "--dry-run", "--force",
+        "--timing-cache", "--refit", "--best-of", "--dry-run", "--no-repair", "--force",
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
@@ -56,7 +56,7 @@ SURFACE = {
         "--lora", "--embedding", "--one-step", "--rival", "--context-tokens", "--clip-skip",
         "--force",
     },
-    "doctor": {"--backend", "--json", "--self-test", "--out", "--force"},
+    "doctor": {"--backend", "--json", "--self-test", "--bisect", "--out", "--force"},
     "demo": {"--out", "--quick", "--task"},
 }  # fmt: skip
 

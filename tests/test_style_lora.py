@@ -211,6 +211,6 @@ def test_icons_are_rendered_with_their_captions(
     captions = {json.loads(row)["file_name"]: json.loads(row)["text"] for row in rows}
     assert captions["gem-stone.png"] == "flat emoji of a gem stone"
     with Image.open(tmp_path / "out/images/gem-stone.png") as image:
-        assert image.size == (64, 64)
-        assert image.getpixel((32, 32)) == (0, 0, 0)
+        assert image.size == (256, 256)
+        assert image.getpixel((128, 128)) == (0, 0, 0)
         assert image.getpixel((1, 1)) == (255, 255, 255)

@@ -167,17 +167,17 @@ def check_request(backend: str, target: str, options: BuildOptions, best_of: int
         load_target_profile(target)
     if not 1 <= best_of <= MAX_CANDIDATES:
         raise HipaError(f"--best-of is {best_of}. Expected 1 to {MAX_CANDIDATES}.")
-    cache = options.timing_cache
-    if cache is None:
+    cache_file = options.timing_cache
+    if cache_file is None:
         return
     if library == "rtx":
         raise HipaError(
-            f"TensorRT-RTX has no timing cache (it times nothing while building), got {cache}. "
+            f"TensorRT-RTX has no timing cache, as it times nothing, got {cache_file}. "
             "Omit --timing-cache."
         )
-    check_writable(cache)
-    if cache.exists():
-        check_file(cache, MAX_TIMING_CACHE, "Name another file with --timing-cache.")
+    check_writable(cache_file)
+    if cache_file.exists():
+        check_file(cache_file, MAX_TIMING_CACHE, "Name another file with --timing-cache.")
 
 
 def _check_options(

@@ -56,7 +56,7 @@ class StageGraph:
 
     def tensors_of(self, islands: Sequence[str]) -> tuple[str, ...]:
         """The tensors whose nodes compute in float32, for the names of islands."""
-        numbers = set()
+        numbers: set[int] = set()
         for block in self.blocks:
             if block.name in islands:
                 numbers.update(range(block.first, block.last + 1))

@@ -54,7 +54,7 @@ class EngineCheck(Record):
     least_psnr_db: float | None = None
 
     def __str__(self) -> str:
-        words = [self.outcome]
+        words: list[str] = [self.outcome]
         if self.parity is not None and self.least_psnr_db is not None:
             words.append(
                 f"{self.parity.psnr_db:.1f} dB from PyTorch FP32, gate {self.least_psnr_db:.0f} dB"

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 # examples/ is no package: its folders are found by path.
 sys.path.insert(0, str(ROOT / "examples/emoji"))
 
-from build_dataset import CONCEPTS, IconifySet, fraction, on_white, split_of  # noqa: E402
+from build_dataset import CONCEPTS, IconifySet, fraction, split_of  # noqa: E402
 from captions import exact_caption  # noqa: E402
 
 ICONS = "@iconify-json/fluent-emoji-high-contrast/icons.json"
@@ -59,6 +59,13 @@ def held_out_concepts() -> list[str]:
     return sorted(sorted(left, key=lambda concept: fraction("style lora", concept))[:HELD_OUT])
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """RGBA -> RGB of the same size, on white."""
+    paper = Image.new("RGBA", image.size, "white")
+    paper.alpha_composite(image.convert("RGBA"))
+    return paper.convert("RGB")
+
+
 def write_folder(folder: Path, concepts: list[str], icons: IconifySet) -> None:
     """Render these concepts as PNG files, with their captions in metadata.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +75,7 @@ def write_folder(folder: Path, concepts: list[str], icons: IconifySet) -> None:
         image = icons.find(name)
         if image is None:
             raise SystemExit(f"there is no icon {name!r}. Install the version of package.json.")
-        Image.fromarray(on_white(image)).save(folder / f"{name}.png")
+        on_white(image).save(folder / f"{name}.png")
         row = {"file_name": f"{name}.png", "text": exact_caption(WORD, concept)}
         lines.append(json.dumps(row) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.tasks.measures import structure_distance
 from hipa_deploy import embedded
 from hipa_deploy.demo.contact_sheet import labelled_sheet
+from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import LoraChoice, Style
 from hipa_deploy.train.evaluation.quality import (
     high_frequency_ratio,
@@ -49,8 +50,7 @@ from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 # As of hipa_deploy/embedded/model/README.md: DDIM, 25 steps, guidance 3.
 TEACHER = TeacherSettings(sampler="ddim", steps=25, guidance=3.0, pairs=1)
-SHEET_ROWS = 8
-SHEET_COLOURS = 128
+SHEET_ROWS = 6
 FIRST_SEED = 2_000_000  # no noise of a training: those seeds are above 2**32
 
 STYLED = "teacher + style"
@@ -134,12 +134,15 @@ def concept_of(caption: str) -> str:
 
 
 def read_folder(folder: Path) -> tuple[np.ndarray, list[str]]:
-    """The images uint8 [N, H, W, 3] that metadata.jsonl names, and their captions."""
+    """The images that metadata.jsonl names, uint8 of the model's size, and their captions."""
+    height, width = ModelConfig.read(embedded.MODEL).native_size
     images = []
     captions = []
     for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        images.append(np.asarray(Image.open(folder / row["file_name"]).convert("RGB")))
+        with Image.open(folder / row["file_name"]) as image:
+            resized = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        images.append(np.asarray(resized))
         captions.append(row["text"])
     return np.stack(images), captions
 
@@ -242,11 +245,10 @@ def to_style(
 
 
 def draw_sheet(path: Path, columns: dict[str, np.ndarray], prompts: list[str]) -> None:
-    """Write some of the prompts as a labelled sheet, in few colours so that the file is small."""
+    """Write the images of some of the prompts as a labelled sheet."""
     rows = slice(0, None, max(1, len(prompts) // SHEET_ROWS))
     shown = {heading: images_NHWC[rows] for heading, images_NHWC in columns.items()}
-    sheet = Image.fromarray(labelled_sheet(shown, prompts[rows]))
-    sheet.quantize(SHEET_COLOURS).save(path, optimize=True)
+    Image.fromarray(labelled_sheet(shown, prompts[rows])).save(path, optimize=True)
 
 
 def table(numbers: dict[str, list[dict[str, float]]]) -> str:

@@ -37,15 +37,16 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 BOUNDS = (0.25, 4.0)
 
 
-def read_images(folder: Path) -> tuple[Tensor, list[str]]:
-    """The images float32 [N, 3, H, W] in [-1, 1], and the caption of each."""
+def read_images(folder: Path, side: int) -> tuple[Tensor, list[str]]:
+    """The images float32 [N, 3, side, side] in [-1, 1], and the caption of each."""
     lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     pixels = []
     captions = []
     for line in lines:
         row = json.loads(line)
         with Image.open(folder / row["file_name"]) as image:
-            pixels.append(np.asarray(image.convert("RGB")))
+            resized = image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+        pixels.append(np.asarray(resized))
         captions.append(row["text"])
     images_NHWC = torch.from_numpy(np.stack(pixels))
     return images_NHWC.permute(0, 3, 1, 2).float().div(127.5).sub(1), captions
@@ -83,7 +84,8 @@ def main(
     weight_T = snr_T.clamp(*BOUNDS) / snr_T
 
     # Text encoder and VAE do not change, so every image and caption is encoded once.
-    latents_NCHW, contexts_NLD = encode(pipe, *read_images(images))
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    latents_NCHW, contexts_NLD = encode(pipe, *read_images(images, side))
 
     unet = pipe.unet
     unet.requires_grad_(False)
@@ -110,12 +112,13 @@ def main(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
 
-    # In diffusers' names, with rank and alpha in the file's header.
+    # In diffusers' names, with rank and alpha in the file's header. peft keeps the targets as a
+    # set, whose order differs from run to run.
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    config = unet.peft_config["default"].to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
     StableDiffusionPipeline.save_lora_weights(
-        out,
-        unet_lora_layers=layers,
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+        out, unet_lora_layers=layers, unet_lora_adapter_metadata=config
     )
     last = losses[-100:]
     print(f"{steps} steps, loss {sum(last) / len(last):.4f} -> {out}")

@@ -191,8 +191,9 @@ def _stop(message: str, code: int = 1) -> NoReturn:
     It is empty after bare ``hipa``, which has printed its help.
     """
     line = printable(" ".join(message.split()))
-    if len(line) > _MAX_LINE:  # a name or a value of a stranger's file may be of any length
-        line = f"{line[:_MAX_LINE]}…"
+    if len(line) > _MAX_LINE:
+        # What is wrong stands first, and what to do last: a value in between is long.
+        line = f"{line[: _MAX_LINE // 2]} … {line[-_MAX_LINE // 2 :]}"
     if line:
         sys.stderr.write(f"hipa: {line}\n")
     raise SystemExit(code)

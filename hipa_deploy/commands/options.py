@@ -62,7 +62,8 @@ ConfigOption = Annotated[
     str | None,
     typer.Option(
         help="For a model in one file, the model it is of: sd15 | sd21-base | sd21-v | "
-        "a diffusers folder of the same architecture. Needed only if its weights do not show it."
+        "sd15-inpainting | sd2-inpainting | a diffusers folder of the same architecture. "
+        "Needed only if its weights do not show it."
     ),
 ]
 LoraOption = Annotated[

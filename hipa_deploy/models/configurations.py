@@ -50,12 +50,31 @@ MODELS: dict[str, dict[str, Any]] = {
         "size": 96,
         "prediction_type": "v_prediction",
     },
+    # Made for inpainting: noise, mask and source are 4 + 1 + 4 channels.
+    "sd15-inpainting": {
+        **_SD1,
+        "unet": {**_SD1_UNET, "in_channels": 9},
+        "size": 64,
+        "prediction_type": "epsilon",
+    },
+    "sd2-inpainting": {
+        **_SD2,
+        "unet": {**_SD2_UNET, "in_channels": 9},
+        "size": 64,
+        "prediction_type": "epsilon",
+    },
 }
 
 
 def context_width(name: str) -> int:
     """Return the width D of the text context [B, 77, D] of one of ``MODELS``."""
     return int(MODELS[name]["unet"]["cross_attention_dim"])
+
+
+def input_channels(name: str) -> int:
+    """Return how many channels the UNet of one of ``MODELS`` takes: 4, or 9 for inpainting."""
+    unet = {**_UNET, **MODELS[name]["unet"]}
+    return int(unet["in_channels"])
 
 
 def write_config(name: str, folder: Path) -> Path:

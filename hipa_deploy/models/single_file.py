@@ -26,6 +26,7 @@ from hipa_deploy.models.configurations import (
     INDEX,
     MODELS,
     context_width,
+    input_channels,
     model_index,
     write_config,
     write_files,
@@ -49,6 +50,8 @@ FIRST_LAYER = UNET + "input_blocks.0.0.weight"
 CROSS_ATTENTION = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 PARTS = {"unet": UNET, "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 TEXT = PARTS["text_encoder"] + "transformer."
+TEXT_TO_IMAGE = 4  # channels of a UNet's input: the latents
+CHANNELS = (TEXT_TO_IMAGE, 9)  # for inpainting, noise, mask and source
 # The names of precisions in safetensors and in torch.
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 # The shape of every tensor in a file, by name.
@@ -137,9 +140,11 @@ def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
     if len(shapes[FIRST_LAYER]) != 4:
         raise HipaError(f"model {checkpoint} is damaged: {FIRST_LAYER} is no convolution.")
     channels = shapes[FIRST_LAYER][1]
-    if channels != 4:
-        got = f"its UNet takes {channels} channels (inpainting or editing?)"
-        raise HipaError(f"model {checkpoint}: {got}, expected 4. Use a text-to-image model.")
+    if channels not in CHANNELS:
+        raise HipaError(
+            f"model {checkpoint}: its UNet takes {channels} channels (made for editing?). Expected "
+            "4, or 9 for inpainting. Use a text-to-image or an inpainting model."
+        )
 
     # Files of a UNet alone are common too: their VAE and text encoder would be random.
     for part, prefix in PARTS.items():
@@ -167,12 +172,18 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
     # The width of the text context tells SD 1.x (768) from SD 2.x (1024).
     attention = shapes.get(CROSS_ATTENTION, ())
     width = attention[1] if len(attention) == 2 else 0
-    fitting = [name for name in MODELS if context_width(name) == width]
+    channels = shapes[FIRST_LAYER][1]
+    fitting = []
+    for name in MODELS:
+        if (context_width(name), input_channels(name)) == (width, channels):
+            fitting.append(name)
     if config in fitting:
         return str(config)
 
     if width:
         got = f"its text contexts are {width} wide"
+        if channels != TEXT_TO_IMAGE:
+            got += f" and its UNet takes {channels} channels"
     else:
         got = "it has no text contexts where SD 1.x and 2.x have them"
     if not fitting:

@@ -14,6 +14,7 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.embedded import BUNDLE
 from tests.engines.engine_samples import put_engine, save_conv, write_bundle
+from tests.engines.report_samples import a_report
 from tests.hostile.harness import Format
 from tests.swap_samples import scaled_weights, write_swap
 
@@ -62,6 +63,11 @@ def with_engine(folder: Path) -> None:
     sidecar = put_engine(write_bundle(folder / "bundle"))
     for path in (sidecar, sidecar.with_suffix(".engine")):
         shutil.copy(path, folder / f"bundle/engines/unet{path.suffix}")
+
+
+def two_reports(folder: Path) -> None:
+    for name in ("report.json", "other.json"):
+        (folder / name).write_text(a_report().model_dump_json())
 
 
 def _change(path: Path, edit: Any) -> None:
@@ -149,5 +155,12 @@ FORMATS = (
         "bundle/engines/unet.json",
         "json",
         ("doctor", "bundle/engines/unet.json"),
+    ),
+    Format(
+        "latency report",
+        two_reports,
+        "report.json",
+        "json",
+        ("profile", "compare", "other.json", "report.json"),
     ),
 )

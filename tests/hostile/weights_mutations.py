@@ -45,7 +45,8 @@ def safetensors_edits(path: Path) -> st.SearchStrategy[Edit]:
 
 def pickle_edits(path: Path) -> st.SearchStrategy[Edit]:
     actions = [
-        "expand", "sparse", "drop", "rename", "value", "nan", "shape", "code", "deflate", "deep",
+        "expand", "empty sparse", "drop", "rename", "value", "nan", "shape", "code", "deflate",
+        "deep",
         "meta", "quantised", "type", "cycle", "grow", "key",
     ]  # fmt: skip
     values = [*NUMBERS, *NAMES, None, [], {}, float("nan"), float("inf"), True]
@@ -149,7 +150,7 @@ def apply_pickle(path: Path, edit: Edit) -> None:
 def _pickled_value(old: Any, action: str, index: int, value: Any) -> Any:
     if action == "expand":
         return torch.zeros(1).expand(10**6, 10**6)
-    if action == "sparse":
+    if action == "empty sparse":
         return torch.sparse_coo_tensor(torch.zeros(2, 0, dtype=torch.int64), [], (10**6, 10**6))
     if action == "meta":
         return torch.empty(10**6, 10**6, device="meta")

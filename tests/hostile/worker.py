@@ -49,6 +49,9 @@ HEAVY = (
 def main() -> None:
     from hipa_deploy.commands.app import main as hipa
 
+    # As ``main`` sets them, before anything imports these libraries.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for module in (*IMPORTED, *(HEAVY if "heavy" in sys.argv else ())):
         importlib.import_module(module)
     for line in sys.stdin:

@@ -5,7 +5,7 @@
   https://huggingface.co/docs/datasets/image_dataset#imagefolder
 - A text beside each image: ``red.caption``, ``red.txt`` or ``red.png.txt`` for ``red.png``, the
   first that exists. Its first line that is not blank is the caption.
-  https://github.com/kohya-ss/sd-scripts/blob/main/docs/train_README-ja.md
+  https://github.com/kohya-ss/sd-scripts (its page on training)
 
 A row counts more than a text. What has no caption, and what a row names in vain, is said.
 """

@@ -27,8 +27,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPTextModel
 
+from hipa_deploy.errors import HipaError
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.weights.part_config import build
+from hipa_deploy.models.weights.weight_files import find_weights
 from hipa_deploy.tasks import STEP_INPUTS
 from hipa_deploy.train.data.teacher_pairs import TABLE_BYTES
 from hipa_deploy.train.losses.dists import DistsLike
@@ -220,8 +222,24 @@ def unloaded_model(folder: Path) -> DiffusionModel:
 
 
 def _unloaded(kind: Any, config: Mapping[str, Any], where: Path) -> nn.Module:
-    """A part with drawn weights, on torch's default device."""
-    return build(kind, config, where / "config.json", str(torch.get_default_device()))
+    """A part with drawn weights, on torch's default device.
+
+    Raises:
+        HipaError: the configuration asks for more weights than the files hold.
+
+    """
+    path = where / "config.json"
+    device = str(torch.get_default_device())
+    if device != "meta":
+        # There is memory for what the files hold; a configuration alone could ask for any amount.
+        wanted = sum(weight.numel() for weight in build(kind, config, path).parameters())
+        stored = sum(file.stat().st_size for file in find_weights(where))
+        if wanted > stored:  # a weight has two bytes or more
+            raise HipaError(
+                f"{path} asks for {wanted:,} weights, and the files beside it have {stored:,} "
+                "bytes. Expected both of one model. Copy the model again."
+            )
+    return build(kind, config, path, device)
 
 
 def latents_bytes(model: DiffusionModel, recipe: Recipe) -> int:

@@ -23,16 +23,12 @@ def test_a_report_of_schema_1_still_loads(tmp_path):
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema_version": 3}', "\x00"])
 def test_a_file_that_is_no_report_is_refused(tmp_path, text):
     (tmp_path / "no.json").write_text(text)
-    with pytest.raises(
-        HipaError, match=r"no\.json.*Expected a file that hipa-profile --json wrote"
-    ):
+    with pytest.raises(HipaError, match=r"no\.json.*a file that hipa-profile --json wrote"):
         read_report(tmp_path / "no.json")
 
 
 def test_a_missing_report_is_refused(tmp_path):
-    with pytest.raises(
-        HipaError, match=r"is missing, so it cannot be read. Expected a file that hipa-profile"
-    ):
+    with pytest.raises(HipaError, match=r"is missing, .* that hipa-profile"):
         read_report(tmp_path / "no.json")
 
 

@@ -27,7 +27,7 @@ def test_a_demo_with_other_options_is_not_mixed(tmp_path: Path) -> None:
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "demo").write_text("mine")
-    with pytest.raises(HipaError, match="not a demo's folder"):
+    with pytest.raises(HipaError, match="demo is no folder"):
         open_folder(tmp_path / "demo", {})
 
 

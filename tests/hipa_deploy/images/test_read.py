@@ -178,7 +178,7 @@ def test_files_that_are_not_an_image(tmp_path: Path) -> None:
     for name, reason in [
         ("absent.png", "is missing"),
         ("", "is a folder"),
-        ("text.png", "cannot be read .*identify"),
+        ("text.png", "cannot be read: cannot identify"),
         ("half.png", "cannot be read"),
     ]:
         for read in (read_image, read_mask):
@@ -190,7 +190,7 @@ def test_files_that_are_not_an_image(tmp_path: Path) -> None:
 
 def test_an_enormous_image_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(png(0, 1, (50_000, 50_000), b""))
-    with pytest.raises(HipaError, match="has 50000x50000 pixels"):
+    with pytest.raises(HipaError, match=r"exceeds limit of .* pixels"):
         read_image(tmp_path / "bomb.png")
 
 

@@ -30,6 +30,9 @@ PUBLISHED = {
     },
 }
 PUBLISHED["sd21-v"] = PUBLISHED["sd21-base"]
+# Five more channels of the first convolution, 320 x 3 x 3 each.
+for _name, _base in (("sd15-inpainting", "sd15"), ("sd2-inpainting", "sd21-base")):
+    PUBLISHED[_name] = {**PUBLISHED[_base], "unet": PUBLISHED[_base]["unet"] + 5 * 320 * 3 * 3}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -56,7 +59,7 @@ def count(weights: object) -> int:
 
 def test_shapes_are_those_of_the_published_weights(config: tuple[str, Path]) -> None:
     name, folder = config
-    ModelConfig.read(folder, "generate")
+    ModelConfig.read(folder, "inpaint" if "inpainting" in name else "generate")
     parts = models(folder)
     counts = {part: count(module.parameters()) for part, module in parts.items()}
     with torch.device("meta"):
@@ -103,4 +106,4 @@ def test_tokens_are_clips(config: tuple[str, Path]) -> None:
     tokens = tokenizer("a photo of a cat", padding="max_length").input_ids
     assert len(tokenizer) == 49408
     assert tokens[:7] == [49406, 320, 1125, 539, 320, 2368, 49407]
-    assert tokens[7:] == [49407 if name == "sd15" else 0] * 70
+    assert tokens[7:] == [49407 if name.startswith("sd15") else 0] * 70

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.locate import model_folder, unpacked
+from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.single_file import CROSS_ATTENTION, FIRST_LAYER, PARTS, TEXT
 from tests.original_layout import write_checkpoint
 from tests.packaging import hub_cache
@@ -278,7 +279,12 @@ SD = {FIRST_LAYER: (8, 4, 3, 3), "first_stage_model.x": (1,), "cond_stage_model.
         ),
         ({"unet.to_q.lora_A.weight": (4, 4)}, None, "holds LoRA weights"),
         ({"double_blocks.0.weight": (4, 4)}, None, f"has no weight {FIRST_LAYER}"),
-        ({**SD, FIRST_LAYER: (8, 9, 3, 3)}, None, "takes 9 channels"),
+        ({**SD, FIRST_LAYER: (8, 8, 3, 3)}, None, r"takes 8 channels \(made for editing"),
+        (
+            {**SD, FIRST_LAYER: (8, 9, 3, 3), CROSS_ATTENTION: (8, 768)},
+            "sd15",
+            r"takes 9 channels, unlike sd15's. Expected --config sd15-inpainting",
+        ),
         ({FIRST_LAYER: (8, 4, 3, 3), "cond_stage_model.x": (1,)}, None, "has no vae"),
         ({FIRST_LAYER: (8, 4, 3, 3), "first_stage_model.x": (1,)}, None, "has no text_encoder"),
         (
@@ -297,7 +303,7 @@ SD = {FIRST_LAYER: (8, 4, 3, 3), "first_stage_model.x": (1,), "cond_stage_model.
             SD,
             "sd3",
             "--config sd3 is not a diffusers folder. "
-            "Expected one with a tokenizer, or: sd15, sd21-base, sd21-v",
+            "Expected one with a tokenizer, or: sd15, sd21-base, sd21-v, sd15-inpainting",
         ),
     ],
 )
@@ -344,3 +350,11 @@ def test_configurations_in_the_cache_of_the_hub(folder: Path, tmp_path: Path) ->
     hub_cache(folder, tmp_path)
     out = model_folder(str(checkpoint), str(tmp_path / "models--owner--name"))
     assert same_weights(folder, out)
+
+
+def test_a_checkpoint_made_for_inpainting(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "inpainting", in_channels=9)
+    checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
+    out = model_folder(str(checkpoint), str(folder))
+    assert same_weights(folder, out)
+    assert ModelConfig.read(out, "inpaint").is_inpainting
