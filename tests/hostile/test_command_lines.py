@@ -172,6 +172,8 @@ def command_lines(draw: st.DrawFn) -> tuple[str, ...]:
     words = [draw(kinds[kind]) for kind in arguments]
     if command == "build" and draw(st.integers(0, 9)):
         words += ["--backend", "rtx", "--target", "rtx40", "--dry-run"]
+    if command == "profile":  # fifty runs are honest work of half a minute on a busy machine
+        words += ["--runs", "1", "--warmup", "0"]
     return (*command.split(), *words, *_options(draw, options))
 
 
