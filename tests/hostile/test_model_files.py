@@ -49,6 +49,7 @@ KEPT = [
     ("pickled lora", [("cycle", 0, 0)]),
     ("peft config", [("set", ("alpha_pattern",), {r"(\w|\w\w|\.)+(?<!.)": 2})]),
     ("peft config", [("set", ("alpha_pattern", "to_q"), "x")]),
+    ("pickled lora", [("quantised", 0, 0)]),
     ("pickled embedding", [("code", 0, 0)]),
     ("dry run", [("set", ("cross_attention_dim",), 16_384)]),
     ("decoder", [("content", "digits")]),

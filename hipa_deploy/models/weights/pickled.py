@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,7 +53,10 @@ def load_pickled(
         _check_archive(path)
     try:
         inert = _inert_classes(path) if is_zip else []
-        with torch.serialization.safe_globals([*allowed, *inert]):
+        safe = torch.serialization.safe_globals([*allowed, *inert])
+        with warnings.catch_warnings(), safe:
+            # torch warns of tensors that are refused below.
+            warnings.simplefilter("ignore")
             content = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=mapped and is_zip
             )
