@@ -66,6 +66,7 @@ def early_config(folder: Path) -> EarlyConfig:
         scheduler=_values(folder, "scheduler/scheduler_config.json", SCHEDULER),
     )
     config._check_numbers()
+    config._check_prediction()
     return config
 
 

@@ -118,12 +118,16 @@ class ModelConfig:
                 f"{folder}: text_encoder/config.json has use_attention_mask, which hides the "
                 "padding of prompts. Expected a text encoder of Stable Diffusion, which sees it."
             )
-        if config.prediction_type not in PREDICTION_TYPES:
+        config._check_prediction()
+        return config
+
+    def _check_prediction(self) -> None:
+        """Refuse a UNet that predicts something else than the step can combine."""
+        if self.prediction_type not in PREDICTION_TYPES:
             raise HipaError(
-                f"{folder} predicts {brief(config.prediction_type)}. "
+                f"{self.folder} predicts {brief(self.prediction_type)}. "
                 f"Expected one of: {', '.join(PREDICTION_TYPES)}."
             )
-        return config
 
     def _check_numbers(self) -> None:
         """Refuse a value that the properties below could not use."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hipa_deploy.embedded import MODEL
+from hipa_deploy.errors import HipaError
 from hipa_deploy.models.clip_tokenizer import load_tokenizer, text_sizes
 from hipa_deploy.models.early_config import SCHEDULER, TEXT, UNET, VAE, early_config
 from hipa_deploy.models.model_config import ModelConfig
@@ -60,3 +64,13 @@ def test_no_library_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_prediction_type_of_another_name_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = folder / "scheduler/scheduler_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, "prediction_type": "v-prediction"}))
+    with pytest.raises(HipaError, match=r"predicts 'v-prediction'\. Expected one of: epsilon"):
+        early_config(folder)
