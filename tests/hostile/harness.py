@@ -8,6 +8,7 @@ tests/hostile/formats.py.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.hostile.mutations import Edit, apply, mutations
 
 ROOT = Path(__file__).parents[2]
+FUZZING = "HIPA_FUZZ_CASES" in os.environ  # make fuzz
 SECONDS = 30.0  # a case that takes longer hangs
 MEMORY_MIB = 1536  # of address space, beyond what the imports take
 
@@ -146,3 +149,30 @@ class Samples:
 
 def as_json(value: Any) -> str:
     return json.dumps(value)
+
+
+def check_refused(what: Format, edits: list, worker: Worker, samples: Samples) -> None:
+    """Check that a file with ``edits`` is refused in one line."""
+    outcome = worker.run(samples.changed(what, edits), what.command)
+    assert outcome.fault is None
+    assert outcome.code == 1, "it was accepted"
+
+
+def check_mutations(what: Format, worker: Worker, samples: Samples, cases: int) -> None:
+    """Check that each of ``cases`` mutations succeeds, or is refused in one line."""
+
+    @settings(
+        max_examples=cases,
+        deadline=None,
+        derandomize=not FUZZING,
+        # Each case is a process: shrinking takes minutes, so it is left to fuzzing.
+        phases=[Phase.explicit, Phase.reuse, Phase.generate, *[Phase.shrink] * FUZZING],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        edits = data.draw(samples.edits(what))
+        outcome = worker.run(samples.changed(what, edits), what.command)
+        assert outcome.fault is None
+
+    check()

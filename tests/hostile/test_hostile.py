@@ -10,13 +10,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 from tests.hostile.formats import FORMATS
-from tests.hostile.harness import Format, Samples, Worker
+from tests.hostile.harness import Format, Samples, Worker, check_mutations, check_refused
 
-FUZZING = "HIPA_FUZZ_CASES" in os.environ
 CASES = int(os.environ.get("HIPA_FUZZ_CASES", "4"))
 
 # Examples that once were tracebacks, hangs, crashes or wrong: format, edits.
@@ -94,26 +91,9 @@ def test_the_sample_is_valid(what: Format, worker: Worker, samples: Samples) -> 
 
 @pytest.mark.parametrize(("name", "edits"), KEPT)
 def test_kept_examples(name: str, edits: list, worker: Worker, samples: Samples) -> None:
-    what = BY_NAME[name]
-    outcome = worker.run(samples.changed(what, edits), what.command)
-    assert outcome.fault is None
-    assert outcome.code == 1, "it was accepted"
+    check_refused(BY_NAME[name], edits, worker, samples)
 
 
 @pytest.mark.parametrize("what", FORMATS, ids=lambda what: what.name)
 def test_hostile_files(what: Format, worker: Worker, samples: Samples) -> None:
-    @settings(
-        max_examples=CASES,
-        deadline=None,
-        derandomize=not FUZZING,
-        # Each case is a process: shrinking takes minutes, so it is left to fuzzing.
-        phases=[Phase.explicit, Phase.reuse, Phase.generate, *[Phase.shrink] * FUZZING],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(data=st.data())
-    def check(data: st.DataObject) -> None:
-        edits = data.draw(samples.edits(what))
-        outcome = worker.run(samples.changed(what, edits), what.command)
-        assert outcome.fault is None
-
-    check()
+    check_mutations(what, worker, samples, CASES)
