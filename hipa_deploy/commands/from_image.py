@@ -22,6 +22,7 @@ from hipa_deploy.commands.options import (
     WidthOption,
     console,
     image_outputs,
+    make_images,
     note_name,
     note_weights,
     write_images,
@@ -230,21 +231,17 @@ def _generate_from(
     prompt_weights: bool | None,
     force: bool,
 ) -> None:
-    """Load the bundle, make every image from ``source``, write each."""
-    from hipa_deploy.generate.pipeline import OneStepPipeline
-
-    with console.status("loading"):
-        pipe = OneStepPipeline.load(bundle, backend)
-    with pipe:
-        if adaptor is not None:
-            pipe.swap_adaptor(adaptor)
-        note_weights(pipe.bundle, prompts, prompt_weights)
-        batches = pipe.stream(
-            prompts,
-            source=source,
-            seed=seed,
-            count=count,
-            truncate=truncate,
-            prompt_weights=prompt_weights,
-        )
-        write_images(batches, paths, force=force)
+    """Make every image from ``source`` and write it."""
+    make_images(
+        bundle,
+        prompts,
+        paths,
+        adaptor=adaptor,
+        backend=backend,
+        force=force,
+        source=source,
+        seed=seed,
+        count=count,
+        truncate=truncate,
+        prompt_weights=prompt_weights,
+    )

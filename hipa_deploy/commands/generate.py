@@ -15,11 +15,9 @@ from hipa_deploy.commands.options import (
     SeedOption,
     TruncateOption,
     WidthOption,
-    console,
     image_outputs,
+    make_images,
     note_name,
-    note_weights,
-    write_images,
 )
 
 
@@ -43,7 +41,6 @@ def generate(
     """
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_bundle
-    from hipa_deploy.generate.pipeline import OneStepPipeline
     from hipa_deploy.generate.request import check_count, check_request
 
     # Before the bundle is loaded: a mistake is reported at once.
@@ -61,19 +58,17 @@ def generate(
     )
     note_name(out, paths)
 
-    with console.status("loading"):
-        pipe = OneStepPipeline.load(bundle, backend)
-    with pipe:
-        if adaptor is not None:
-            pipe.swap_adaptor(adaptor)
-        note_weights(pipe.bundle, prompts, prompt_weights)
-        batches = pipe.stream(
-            prompts,
-            seed=seed,
-            count=count,
-            height=height,
-            width=width,
-            truncate=truncate,
-            prompt_weights=prompt_weights,
-        )
-        write_images(batches, paths, force=force)
+    make_images(
+        bundle,
+        prompts,
+        paths,
+        adaptor=adaptor,
+        backend=backend,
+        force=force,
+        seed=seed,
+        count=count,
+        height=height,
+        width=width,
+        truncate=truncate,
+        prompt_weights=prompt_weights,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -184,6 +184,45 @@ def write_images(
         for image_HWC, parameters in zip(batch.images_BHWC, batch.parameters, strict=True):
             content = png_bytes(image_HWC, parameters)
             typer.echo(write_output(next(remaining), content, force=force))
+
+
+def make_images(
+    bundle: str,
+    prompts: list[str],
+    paths: list[Path],
+    *,
+    adaptor: str | None,
+    backend: str,
+    force: bool,
+    prompt_weights: bool | None,
+    **choices: Any,
+) -> None:
+    """Load a bundle, make an image for each prompt and seed, write each as soon as it is made.
+
+    Args:
+        bundle: a bundle's folder, or 'emoji'.
+        prompts: what the images show.
+        paths: one PNG path for each image, as ``image_outputs`` gave them.
+        adaptor: an adaptor to swap in; None is the bundle's own.
+        backend: what runs the stages.
+        force: whether files that exist are replaced.
+        prompt_weights: whether brackets in prompts are weights; None is as the bundle says.
+        choices: what else ``OneStepPipeline.stream`` takes: ``source``, ``seed``, ``count``, …
+
+    Raises:
+        HipaError: the bundle cannot be loaded here, or does not make such images.
+
+    """
+    from hipa_deploy.generate.pipeline import OneStepPipeline
+
+    with console.status("loading"):
+        pipe = OneStepPipeline.load(bundle, backend)
+    with pipe:
+        if adaptor is not None:
+            pipe.swap_adaptor(adaptor)
+        note_weights(pipe.bundle, prompts, prompt_weights)
+        batches = pipe.stream(prompts, prompt_weights=prompt_weights, **choices)
+        write_images(batches, paths, force=force)
 
 
 def image_outputs(
