@@ -88,6 +88,8 @@ ROOMS = (
     "hipa_deploy.train.evaluation",
     "hipa_deploy.train.prediction",
     "hipa_deploy.train",
+    "hipa_deploy.serve",
+    "hipa_deploy.serve.web",
     "hipa_deploy.doctor",
     "hipa_deploy.demo",
     "hipa_deploy.commands",
