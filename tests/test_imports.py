@@ -29,6 +29,7 @@ RUNTIME = [
     "hipa_deploy.engines.latency.measure",
     "hipa_deploy.engines.tensorrt.refit",
     "hipa_deploy.engines.tensorrt.tensorrt_runner",
+    "hipa_deploy.serve.process.server",
 ]
 
 
@@ -90,6 +91,7 @@ ROOMS = (
     "hipa_deploy.train",
     "hipa_deploy.serve",
     "hipa_deploy.serve.web",
+    "hipa_deploy.serve.process",
     "hipa_deploy.doctor",
     "hipa_deploy.demo",
     "hipa_deploy.commands",

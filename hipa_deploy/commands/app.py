@@ -26,7 +26,7 @@ from hipa_deploy.commands.profile import profile, profile_compare, profile_table
 from hipa_deploy.commands.train import train
 from hipa_deploy.errors import HipaError, HipaWarning, StoppedError, first_line, printable
 from hipa_deploy.interrupts import signal_of, sigterm_interrupts
-from hipa_deploy.serve.web.command import serve
+from hipa_deploy.serve.process.command import serve
 
 ABOUT = """Turn a multi-step text-to-image diffusion model into a one-step one, and run it fast.
 

@@ -86,11 +86,11 @@ def serve(
 
     require("serve")
     from hipa_deploy.disk.reading import MIB
+    from hipa_deploy.serve.process.api_keys import read_keys
+    from hipa_deploy.serve.process.server import is_loopback, run_server
     from hipa_deploy.serve.served import check_start
     from hipa_deploy.serve.service import ImageService
     from hipa_deploy.serve.settings import Limits
-    from hipa_deploy.serve.web.api_keys import read_keys
-    from hipa_deploy.serve.web.server import is_loopback, run_server
 
     limits = Limits(
         queue=queue,

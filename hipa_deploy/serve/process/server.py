@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import uvicorn
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.serve.process.http_protocol import PunctualProtocol
 from hipa_deploy.serve.service import ImageService
-from hipa_deploy.serve.web.http_protocol import PunctualProtocol
 from hipa_deploy.serve.web.request_log import log, set_up_logs
 from hipa_deploy.serve.web.web_app import web_app
 
