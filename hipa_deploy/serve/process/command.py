@@ -40,8 +40,8 @@ def serve(
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="A name under which the service may be called, such as gpu-box. IP addresses and "
-            "localhost always may. May be repeated."
+            help="A name under which the service may be called, such as gpu-box, or '*' for all. "
+            "IP addresses and localhost always may. May be repeated."
         ),
     ] = None,
     allow_origin: Annotated[

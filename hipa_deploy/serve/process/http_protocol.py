@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hipa_deploy.serve.settings import HEAD_SECONDS
+from hipa_deploy.serve.web.api_errors import error_response
 
 
 class PunctualProtocol(H11Protocol):
@@ -38,6 +40,22 @@ class PunctualProtocol(H11Protocol):
             self._stop_watching()
         else:
             self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP in the form of the API's other errors."""
+        response = error_response(400, "The request is no valid HTTP.", "invalid_http")
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=response.body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+    def _should_upgrade(self) -> bool:
+        """No web sockets here; the request goes on as plain HTTP, which the standard allows."""
+        return False
 
     def _watch(self) -> None:
         if self._late is None:

@@ -23,9 +23,11 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+ANY = "*"  # of hosts: every name, for a service behind a proxy that checks names itself
 OPEN_PATHS = ("/health/live", "/health/ready")
 _DRAINED = 256 * 1024 * 1024  # bytes of a refused body that are read and thrown away
 _DRAIN_SECONDS = 10.0
+_MOST_HEADERS = 32 * 1024  # bytes
 
 
 class Guard:
@@ -39,7 +41,7 @@ class Guard:
 
     Args:
         app: the application.
-        hosts: names that a Host header may have, beside numbers and localhost.
+        hosts: names that a Host header may have, beside numbers and localhost; ``ANY`` is all.
         origins: of other sites whose pages may send requests.
         keys: one of them is needed; none: no key is.
         body: bytes that a request with images may have.
@@ -68,6 +70,7 @@ class Guard:
             return
         headers = Headers(scope)
         try:
+            headers.check_size()
             self._check_host(headers)
             self._check_origin(scope, headers)
             self._check_key(scope, headers)
@@ -82,7 +85,8 @@ class Guard:
     def _check_host(self, headers: Headers) -> None:
         host = headers.one("host")
         name = _host_name(host) if host is not None else None
-        if name is not None and (name in self._hosts or _is_number(name)):
+        known = name is not None and (name in self._hosts or _is_number(name))
+        if known or ANY in self._hosts:
             return
         raise ApiError(
             421,
@@ -100,6 +104,8 @@ class Guard:
                 return
         elif headers.one("sec-fetch-site") in (None, "same-origin", "none"):
             return
+        elif scope["method"] == "GET" and headers.one("sec-fetch-mode") == "navigate":
+            return  # a link on another site: its page does not see what comes
         raise ApiError(
             403,
             "Pages of other sites may not use this service. Its owner can allow one with "
@@ -137,6 +143,16 @@ class Headers:
 
     def __init__(self, scope: Scope) -> None:
         self._all: list[tuple[bytes, bytes]] = scope["headers"]
+
+    def check_size(self) -> None:
+        """Refuse headers that no client needs.
+
+        Raises:
+            ApiError: they are too large.
+
+        """
+        if sum(len(key) + len(value) for key, value in self._all) > _MOST_HEADERS:
+            raise ApiError(431, "The headers are too large.", "headers_too_large")
 
     def one(self, name: str) -> str | None:
         """A header that stands there once.
@@ -187,6 +203,8 @@ class _Body:
             self._got += len(message.get("body", b""))
             self._complete = not message.get("more_body", False)
             if self._got > self._most:
+                if not self._complete:
+                    await _drain(self._receive)
                 raise self._too_large()
         return message
 

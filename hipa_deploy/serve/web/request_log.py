@@ -40,16 +40,12 @@ def set_up_logs() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.captureWarnings(True)
-    for name, level in (
-        ("hipa.serve", logging.INFO),
-        ("uvicorn", logging.WARNING),
-        ("py.warnings", logging.WARNING),
-        ("asyncio", logging.WARNING),
-    ):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.propagate = False
-        logger.setLevel(level)
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    LOG.setLevel(logging.INFO)
+    # It writes what a broken form holds.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 def log(event: str, level: int = logging.INFO, **facts: Any) -> None:
