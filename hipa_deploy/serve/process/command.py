@@ -87,7 +87,7 @@ def serve(
     require("serve")
     from hipa_deploy.disk.reading import MIB
     from hipa_deploy.serve.process.api_keys import read_keys
-    from hipa_deploy.serve.process.server import is_loopback, run_server
+    from hipa_deploy.serve.process.server import run_server
     from hipa_deploy.serve.served import check_start
     from hipa_deploy.serve.service import ImageService
     from hipa_deploy.serve.settings import Limits
@@ -104,12 +104,6 @@ def serve(
     )
     keys = read_keys(api_keys)
     models = check_start(bundles, backend)
-    if not keys and not is_loopback(host):
-        typer.echo(
-            f"hipa: warning: everybody who reaches {host} can use this service. "
-            "Give it --api-keys, or --host 127.0.0.1.",
-            err=True,
-        )
     run_server(
         ImageService(models, limits),
         backend,

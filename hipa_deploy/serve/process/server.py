@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import socket
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,13 @@ def run_server(
     """
     listening = _listen(host, port)
     set_up_logs()
+    if not keys and not is_loopback(host):
+        log(
+            "everybody who reaches this address can use the service",
+            logging.WARNING,
+            host=host,
+            remedy="give it --api-keys, or --host 127.0.0.1",
+        )
     app = web_app(service, hosts=hosts, origins=origins, keys=keys, log_prompts=log_prompts)
     config = uvicorn.Config(
         app,

@@ -108,7 +108,13 @@ def test_keys_names_and_prompts_in_the_log(bundles, tmp_path: Path) -> None:
             answer = httpx.post(f"{server.url}/hipa/generate", json=order, headers=head)
             assert answer.status_code == status
         server.wait_for("request", prompt="a green pear")
+        assert not [line for line in server.lines if "everybody" in line["event"]]
         assert KEY not in json.dumps(server.lines)
+
+
+def test_an_open_service_says_so() -> None:
+    with running("emoji", "--host", "0.0.0.0", "--backend", "onnxruntime") as server:
+        assert "everybody" in server.lines[0]["event"]
 
 
 def test_metrics(server: Server) -> None:
@@ -194,7 +200,12 @@ def test_half_a_head_is_closed(bundles, monkeypatch: pytest.MonkeyPatch) -> None
 
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, http=http_protocol.PunctualProtocol, ws="none", lifespan="off", log_config=None
+        app,
+        http=http_protocol.PunctualProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        timeout_keep_alive=1,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
