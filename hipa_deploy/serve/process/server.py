@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -128,7 +129,18 @@ def _listen(host: str, port: int) -> socket.socket:
         raise HipaError(f"--port is {port}. Expected 0 to 65535.")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        # asyncio sets TCP_NODELAY only where the protocol is named. Without it the body of an
+        # answer waits 40 ms for the client's delayed acknowledgement of the head.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        try:
+            if os.name == "posix":
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((host, port))
+            listening.listen(_BACKLOG)
+        except BaseException:
+            listening.close()
+            raise
+        return listening
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise HipaError(
