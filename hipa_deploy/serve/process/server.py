@@ -20,6 +20,7 @@ from hipa_deploy.serve.web.request_log import log, set_up_logs
 from hipa_deploy.serve.web.web_app import web_app
 
 _STOP_SECONDS = 5  # for the last answers to leave, on top of the time limit of a request
+_SWITCH_SECONDS = 0.0005
 _BACKLOG = 2048  # connections that the system keeps for us
 
 
@@ -76,6 +77,9 @@ def run_server(
         timeout_graceful_shutdown=round(service.limits.seconds) + _STOP_SECONDS,
     )
     _more_files()
+    # A thread that waits for Python's lock gets it after this time. The usual 5 ms would be most of
+    # what a request of a small model takes on top of its image.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     server = uvicorn.Server(config)
     try:
         asyncio.run(_run(server, listening, service, backend))
