@@ -141,6 +141,7 @@ class OneStepPipeline(ClosesAtExit):
         batch = bundle.manifest.batch
         self._batch = bundle.axes.get("batch", Axis(min=batch, opt=batch, max=batch))
         self._sizes: tuple[int, ...] = tuple(range(1, self._batch.max + 1))
+        self._proven = False  # whether the sizes are those that a warm-up found
         self._prompts = open_prompts(bundle) if prompts is None else prompts
         self._encoded_images = EncodedImages()
 
@@ -308,7 +309,7 @@ class OneStepPipeline(ClosesAtExit):
 
     def _stream(self, jobs: Sequence[ImageJob], timer: Timer) -> Iterator[GenerateResult]:
         """Make jobs of one shape, a batch at a time."""
-        for batch in cut(jobs, self._sizes):
+        for batch in cut(jobs, self.sizes_for(jobs[0])):
             yield _result(self.make(batch, timer))
 
     def jobs(
@@ -386,6 +387,15 @@ class OneStepPipeline(ClosesAtExit):
         """How many jobs a batch may have, ascending: all up to the largest, until ``warmup``."""
         return self._sizes
 
+    def sizes_for(self, job: ImageJob) -> tuple[int, ...]:
+        """How many jobs like this one a batch may have, ascending.
+
+        After ``warmup`` these are ``batch_sizes`` for the bundle's own height and width. Kernels
+        depend on the size, so jobs of another one are made one by one.
+        """
+        own = job.latent_CHW == latent_shape(self.bundle, None, None)
+        return self._sizes if own or not self._proven else self._sizes[:1]
+
     def warmup(self, largest: int | None = None) -> WarmUp:
         """Make the first images, and find the batch sizes that are worth using.
 
@@ -411,6 +421,7 @@ class OneStepPipeline(ClosesAtExit):
         sizes = sizes_to_try(self._batch, largest)
         found = prove(self._try_batch, self._trial_jobs(sizes[-1]), sizes)
         self._sizes = found.sizes
+        self._proven = True
         return found
 
     def _trial_jobs(self, count: int) -> list[ImageJob]:
@@ -596,7 +607,7 @@ class OneStepPipeline(ClosesAtExit):
         made = []
         # All tiles in one use: a swap between two would leave a seam in the image.
         with self._use.shared():
-            for batch in cut(jobs, self._sizes):
+            for batch in cut(jobs, self.sizes_for(jobs[0])):
                 made += self.make(batch, timer)
         return merge_tiles(enlargement, made)
 

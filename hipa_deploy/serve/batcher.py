@@ -48,9 +48,8 @@ class StoppingError(Exception):
 class Engine(Protocol):
     """What makes the images: a ``OneStepPipeline``."""
 
-    @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        """How many jobs a batch may have, ascending."""
+    def sizes_for(self, job: ImageJob) -> tuple[int, ...]:
+        """How many jobs like this one a batch may have, ascending."""
 
     def make(
         self, jobs: Sequence[ImageJob], timer: Callable[[str], AbstractContextManager[object]]
@@ -226,6 +225,8 @@ class Batcher:
             batch = self._next_batch()
             if batch is None:
                 return
+            if not batch:
+                continue
             try:
                 self._make(batch)
             except Exception as error:  # a bug; the thread must live for the next request
@@ -244,15 +245,19 @@ class Batcher:
             # Not after idleness: the first request of a quiet service must not wait.
             if not idle:
                 free = time.perf_counter()
-                while len(batch) < self._engine.batch_sizes[-1] and not self._stopping:
+                while batch and not self._is_full(batch) and not self._stopping:
                     left = self._wait - (time.perf_counter() - free)
                     if left <= 0 or not self._changed.wait(left):
                         break
                     batch = self._choose()
                 batch = self._choose()
+            # Whoever waited may have gone away meanwhile: then the next turn waits again.
             taken = set(map(id, batch))
             self._items = deque(item for item in self._items if id(item) not in taken)
             return batch
+
+    def _is_full(self, batch: list[_Item]) -> bool:
+        return len(batch) >= self._engine.sizes_for(batch[0].job)[-1]
 
     def _choose(self) -> list[_Item]:
         """The images of the next batch: those that may share one with the first, oldest first."""
@@ -264,7 +269,7 @@ class Batcher:
             same = [item for item in self._items if item.work.adaptor == self._adaptor]
             first = same[0] if same else first
         key = (first.work.adaptor, first.job.company)
-        sizes = self._engine.batch_sizes
+        sizes = self._engine.sizes_for(first.job)
         batch = []
         for item in self._items:
             if (item.work.adaptor, item.job.company) == key:

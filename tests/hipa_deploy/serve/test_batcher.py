@@ -21,14 +21,15 @@ WAIT = 5.0  # seconds, far more than anything here takes
 class Gate:
     """An engine that notes its batches, and makes each when it is let go."""
 
-    batch_sizes: tuple[int, ...] = (1, 2, 4)
-
     def __init__(self) -> None:
         self.batches: list[tuple[str | None, list[str]]] = []
         self.adaptor: str | None = None
         self.begun = threading.Semaphore(0)
         self.go = threading.Semaphore(0)
         self.bad: set[str] = set()
+
+    def sizes_for(self, job: ImageJob) -> tuple[int, ...]:
+        return (1, 2, 4) if job.latent_CHW[1] < 32 else (1,)
 
     def make(self, jobs: Sequence[ImageJob], timer) -> list[MadeImage]:
         self.batches.append((self.adaptor, [job.prompt for job in jobs]))
@@ -111,10 +112,11 @@ def test_other_sizes_do_not_share(engine: Gate, batcher: Batcher) -> None:
         submit(batcher, "x", size=16),
         submit(batcher, "c"),
     ]
+    works += [submit(batcher, "y", size=32), submit(batcher, "z", size=32)]
     engine.let_go(10)
     for work in works:
         work.done.result(WAIT)
-    assert prompts(engine) == ["a", "bc", "x"]
+    assert prompts(engine) == ["a", "bc", "x", "y", "z"]
 
 
 def test_a_busy_batcher_waits_for_company(engine: Gate) -> None:
@@ -160,6 +162,20 @@ def test_what_is_cancelled_is_not_made(engine: Gate, batcher: Batcher) -> None:
     last.done.result(WAIT)
     assert prompts(engine) == ["a", "d"]
     assert running.done.cancelled()
+
+
+def test_the_only_one_that_waits_goes_away(engine: Gate) -> None:
+    batcher = Batcher(engine, queue=8, wait=0.2, watch=Watch())
+    submit(batcher, "a")
+    engine.wait_for_batch()
+    gone = submit(batcher, "b")
+    engine.let_go(10)
+    time.sleep(0.05)
+    batcher.cancel(gone)
+    time.sleep(0.3)
+    submit(batcher, "c").done.result(WAIT)
+    assert prompts(engine) == ["a", "c"]
+    batcher.close()
 
 
 def test_adaptors_do_not_mix_and_nobody_waits_for_ever(
