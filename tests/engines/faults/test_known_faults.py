@@ -7,11 +7,13 @@ import pytest
 from hipa_deploy.engines.faults.known_faults import (
     Build,
     faults_of,
+    find_fault,
     known_faults,
     remedies,
     version_number,
 )
 from hipa_deploy.engines.faults.repairs import Repairs
+from hipa_deploy.errors import HipaError
 
 THOR = Build(
     library="tensorrt",
@@ -52,12 +54,22 @@ def test_other_builds_have_other_faults(change, expected):
     assert ids(THOR.model_copy(update=change), "always") == expected
 
 
-def test_rtx_50_computes_attention_in_float32_if_it_is_wrong():
+def test_rtx_50_computes_attention_in_float32_from_the_start_where_the_thread_says_so():
     build = THOR.model_copy(update={"sms": (120,), "version": "10.16.1.11"})
-    faults = faults_of(build, "if wrong")
+    faults = faults_of(build, "always")
     assert [fault.id for fault in faults] == ["fused-attention-sm120"]
     assert remedies(faults).islands == ("attention",)
-    assert ids(build.model_copy(update={"version": "10.17.0"}), "if wrong") == []
+    later = build.model_copy(update={"version": "10.17.0"})
+    assert ids(later, "always") == []
+    assert ids(later, "if wrong") == ["fused-attention-sm120-later"]
+
+
+def test_a_fault_is_found_by_its_name():
+    assert find_fault("fc-h-fusion").myelin == ("-peep:fc_h_fusion=off",)
+    with pytest.raises(
+        HipaError, match=r"is called fc\. Expected one with a remedy: fc-h-fusion"
+    ):
+        find_fault("fc")
 
 
 def test_one_group_is_told_only_of_graphs_with_that_operator():
@@ -74,6 +86,7 @@ def test_the_data_file_is_whole():
     for fault in faults:
         has_remedy = Repairs() != remedies([fault]).model_copy(update={"known_faults": ()})
         assert has_remedy == (fault.apply in ("always", "if wrong")), fault.id
+        assert bool(fault.cost) == has_remedy, fault.id
         assert all(source.startswith("https://github.com/") for source in fault.sources)
         if fault.before is not None:
             assert version_number(fault.first) < version_number(fault.before)
