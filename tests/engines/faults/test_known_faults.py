@@ -66,9 +66,7 @@ def test_rtx_50_computes_attention_in_float32_from_the_start_where_the_thread_sa
 
 def test_a_fault_is_found_by_its_name():
     assert find_fault("fc-h-fusion").myelin == ("-peep:fc_h_fusion=off",)
-    with pytest.raises(
-        HipaError, match=r"is called fc\. Expected one with a remedy: fc-h-fusion"
-    ):
+    with pytest.raises(HipaError, match=r"is called fc\. Expected one with a remedy: fc-h-fusion"):
         find_fault("fc")
 
 
