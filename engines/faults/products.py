@@ -15,10 +15,10 @@ _ITEM_BYTES = {FLOAT: 4, FLOAT16: 2, 16: 2}  # 16 is bfloat16
 
 
 class Product(NamedTuple):
-    """``count`` products of an ``m`` x ``k`` and a ``k`` x ``n`` matrix.
+    """``copies`` products of an ``m`` x ``k`` and a ``k`` x ``n`` matrix.
 
     Attributes:
-        count: independent products: heads of an attention, groups of a convolution.
+        copies: independent products: heads of an attention, groups of a convolution.
         m: rows of the output: pixels, or tokens.
         n: columns of the output: channels.
         k: what is summed over.
@@ -26,7 +26,7 @@ class Product(NamedTuple):
 
     """
 
-    count: int
+    copies: int
     m: int
     n: int
     k: int
@@ -35,7 +35,7 @@ class Product(NamedTuple):
     @property
     def flops(self) -> int:
         """Operations, a multiplication and an addition counted as two."""
-        return 2 * self.count * self.m * self.n * self.k
+        return 2 * self.copies * self.m * self.n * self.k
 
 
 def find_products(graph: Graph) -> tuple[Product, ...] | None:
@@ -43,7 +43,7 @@ def find_products(graph: Graph) -> tuple[Product, ...] | None:
 
     Example:
         >>> find_products(read_graph(bundle.stage_path("unet")))[0]
-        Product(count=1, m=4096, n=320, k=36, weight_bytes=23040)
+        Product(copies=1, m=4096, n=320, k=36, weight_bytes=23040)
 
     """
     found = []
@@ -68,7 +68,7 @@ def _product(graph: Graph, node: Node) -> Product | None:
         if len(sizes) < max(len(kind.shape), 2):
             return None
         shapes.append(sizes)
-    count, m, n, k = _READERS[node.operator](*shapes)
+    copies, m, n, k = _READERS[node.operator](*shapes)
     weight_bytes = 0
     for name in node.inputs[:2]:
         if name in graph.weights:
@@ -76,7 +76,7 @@ def _product(graph: Graph, node: Node) -> Product | None:
             weight_bytes += prod(size or 0 for size in kind.shape) * _ITEM_BYTES.get(
                 kind.element, 0
             )
-    return Product(count, m, n, k, weight_bytes)
+    return Product(copies, m, n, k, weight_bytes)
 
 
 Shape = tuple[int, ...]

@@ -222,7 +222,7 @@ def utilisation(product: Product, sm_count: int) -> float:
     It is the best of ``TILES`` and ``SPLITS``.
 
     Example:
-        >>> round(utilisation(Product(count=1, m=64, n=1280, k=1280), 132), 2)
+        >>> round(utilisation(Product(copies=1, m=64, n=1280, k=1280), 132), 2)
         0.3
 
     """
@@ -244,14 +244,14 @@ def filled(product: Product, tile: tuple[int, int], parts: int, sm_count: int) -
         sm_count: multiprocessors of the GPU.
 
     Example:
-        >>> filled(Product(count=1, m=1792, n=1792, k=512), (256, 128), 1, 108)  # 98 tiles of 108
+        >>> filled(Product(copies=1, m=1792, n=1792, k=512), (256, 128), 1, 108)  # 98 tiles of 108
         0.9074074074074074
 
     """
     rows, columns = tile
-    tiles = product.count * ceil(product.m / rows) * ceil(product.n / columns)
+    tiles = product.copies * ceil(product.m / rows) * ceil(product.n / columns)
     # Tile quantisation: what hangs over the edge is computed for nothing.
-    useful = product.count * product.m * product.n / (tiles * rows * columns)
+    useful = product.copies * product.m * product.n / (tiles * rows * columns)
     # Wave quantisation: the last wave is as long as a full one.
     waves = ceil(tiles * parts / sm_count)
     return useful * tiles * parts / (waves * sm_count)

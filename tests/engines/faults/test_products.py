@@ -41,23 +41,23 @@ def one_node(folder, node, inputs, weights, output):
     [
         (
             "Conv", {"group": 2}, {"x": (2, 8, 5, 6)}, {"w": (10, 4, 3, 3)}, (2, 10, 5, 6),
-            Product(count=2, m=60, n=5, k=36, weight_bytes=720),
+            Product(copies=2, m=60, n=5, k=36, weight_bytes=720),
         ),
         (
             "ConvTranspose", {"strides": [2, 2]}, {"x": (1, 8, 5, 6)}, {"w": (8, 3, 2, 2)},
-            (1, 3, 10, 12), Product(count=1, m=30, n=12, k=8, weight_bytes=192),
+            (1, 3, 10, 12), Product(copies=1, m=30, n=12, k=8, weight_bytes=192),
         ),
         (
             "MatMul", {}, {"x": (2, 77, 16)}, {"w": (16, 32)}, (2, 77, 32),
-            Product(count=1, m=154, n=32, k=16, weight_bytes=1024),
+            Product(copies=1, m=154, n=32, k=16, weight_bytes=1024),
         ),
         (
             "MatMul", {}, {"x": (2, 8, 77, 16), "w": (2, 8, 16, 64)}, {}, (2, 8, 77, 64),
-            Product(count=16, m=77, n=64, k=16),
+            Product(copies=16, m=77, n=64, k=16),
         ),
         (
             "Gemm", {"transA": 1, "transB": 1}, {"x": (16, 3)}, {"w": (32, 16)}, (3, 32),
-            Product(count=1, m=3, n=32, k=16, weight_bytes=1024),
+            Product(copies=1, m=3, n=32, k=16, weight_bytes=1024),
         ),
         ("MatMul", {}, {"x": ("batch", 16)}, {"w": (16, 32)}, ("batch", 32), None),
         ("Einsum", {"equation": "ij,jk->ik"}, {"x": (3, 16)}, {"w": (16, 32)}, (3, 32), None),
