@@ -304,9 +304,11 @@ def _open_session(
     # A provider whose libraries do not load is left out with no more than a log line.
     if session.get_providers()[0] != provider:
         others = ", ".join(session.get_providers())
+        libraries = "the CUDA and cuDNN libraries"
+        if backend == rtx_plugin.BACKEND:
+            libraries = "the driver: nvidia-smi"
         raise HipaError(
-            f"backend {backend}: {provider} did not start, only {others}. "
-            "Check the CUDA and cuDNN libraries."
+            f"backend {backend}: {provider} did not start, only {others}. Check {libraries}."
         )
     return session
 

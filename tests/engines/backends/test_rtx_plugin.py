@@ -15,7 +15,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from hipa_deploy.engines.backends import rtx_plugin
+from hipa_deploy.engines.backends import onnxruntime_runner, rtx_plugin
+from hipa_deploy.engines.backends.bound_session import BoundSession
 from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
 from hipa_deploy.engines.tensorrt.gpu import Gpu, find_gpu
 from hipa_deploy.errors import HipaError
@@ -242,3 +243,57 @@ def test_it_agrees_with_the_cpu_and_runs_every_node(make_bundle):
                 ours(x=value)["y"], reference(x=value)["y"], rtol=1e-2, atol=2e-2
             )
     assert list((bundle.root / "engines/onnxruntime-rtx").iterdir()), "the kernels are kept"
+
+
+NO_PLUGINS = pytest.mark.skipif(
+    not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"),
+    reason="ONNX Runtime before 1.24 has no such plugins",
+)
+
+
+@pytest.fixture
+def cpu_device(monkeypatch):
+    """ONNX Runtime's own device for the CPU, in the place of the plugin's."""
+    (cpu,) = [d for d in onnxruntime.get_ep_devices() if d.ep_name == "CPUExecutionProvider"]
+    monkeypatch.setattr(rtx_plugin, "plugin_device", lambda module: cpu)
+    return cpu
+
+
+@NO_PLUGINS
+def test_a_session_on_the_cpu_is_refused_by_onnxruntime_and_by_us(model, cpu_device, monkeypatch):
+    """Real sessions: one with our options, one with options that let the CPU take over."""
+    with pytest.raises(HipaError, match="disabled fallback to the CPU"):
+        OnnxRuntimeRunner(model, conv_spec("unet"), "onnxruntime-rtx")
+    plain = onnxruntime.SessionOptions
+    monkeypatch.setattr(onnxruntime_runner, "_session_options", lambda *arguments: plain())
+    monkeypatch.setattr(onnxruntime_runner, "provider_options", lambda *arguments: {})
+    with pytest.raises(HipaError, match="did not start, only CPUExecutionProvider") as caught:
+        OnnxRuntimeRunner(model, conv_spec("unet"), "onnxruntime-rtx")
+    assert "nvidia-smi" in str(caught.value)
+
+
+@NO_PLUGINS
+def test_the_way_through_a_device_gives_what_a_provider_gives(model, cpu_device, monkeypatch):
+    """The same calls as on a GPU, with the device of the CPU and its memory."""
+
+    def options(*arguments):
+        made = onnxruntime.SessionOptions()
+        made.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        return made
+
+    def on_the_host(module, session, spec, device, vendor):
+        assert (device, vendor) == ("gpu", 0x10DE)
+        return BoundSession(module, session, spec, "cpu")
+
+    name = "CPUExecutionProvider"
+    monkeypatch.setattr(rtx_plugin, "PROVIDER", name)
+    monkeypatch.setitem(onnxruntime_runner.PROVIDERS, "onnxruntime-rtx", name)
+    monkeypatch.setattr(onnxruntime_runner, "_session_options", options)
+    monkeypatch.setattr(onnxruntime_runner, "provider_options", lambda *arguments: {})
+    monkeypatch.setattr(onnxruntime_runner, "BoundSession", on_the_host)
+    x = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
+    with (
+        OnnxRuntimeRunner(model, conv_spec("unet"), "onnxruntime-rtx") as ours,
+        OnnxRuntimeRunner(model, conv_spec("unet"), "onnxruntime") as reference,
+    ):
+        np.testing.assert_array_equal(ours(x=x)["y"], reference(x=x)["y"])
