@@ -32,6 +32,7 @@ from hipa_deploy.engines.build.suspects import bisect_engine, stage_job
 from hipa_deploy.engines.build.worker import Job, Outcome
 from hipa_deploy.engines.build.worker_process import Report, run_worker
 from hipa_deploy.engines.faults.bisect import Bisection
+from hipa_deploy.engines.faults.known_faults import Build
 from hipa_deploy.engines.faults.repairs import Repairs
 from hipa_deploy.engines.store.engine_key import EngineKey
 from hipa_deploy.engines.store.sidecar import (
@@ -163,7 +164,7 @@ class StageBuild:
 
         with ExitStack() as stack:
             try:
-                first = self._first(graph, start, stack)
+                first = self._first(graph, facts, start, stack)
                 if first.check.outcome != "failed":
                     self._warn_of_what_was_left_out(first, documented)
                     return self._keep(first, graph)
@@ -179,23 +180,24 @@ class StageBuild:
                         mended = self._try(graph, repairs, stack)
                         if mended is not None:
                             return self._keep(mended, graph)
-                tips = tuple(f"{fault.symptom} {fault.remedy}" for fault in advice(facts))
-                raise self._reject(first, graph, tips)
+                raise self._reject(first, graph, advice(facts))
             except HipaError as error:
                 raise HipaError(f"{self.stage}: {error}") from None
 
-    def _first(self, graph: StageGraph, start: Repairs, stack: ExitStack) -> _Built:
-        """The first build. If it fails with the remedies of known faults, they may be the cause."""
+    def _first(self, graph: StageGraph, facts: Build, start: Repairs, stack: ExitStack) -> _Built:
+        """The first build. If it fails, the error says what may be the cause."""
         try:
             return self._build(graph, start, stack)
         except HipaError as error:
-            if not start.any:
-                raise
-            options = " ".join(f"--without-remedy {name}" for name in start.known_faults)
-            raise HipaError(
-                f"{error} It was built with the remedies of known faults of this TensorRT "
-                f"({start}). To leave them out: {options}"
-            ) from None
+            words = f"{error}{_known(advice(facts, str(error)))}"
+            # With the remedies of known faults, they may be the cause.
+            if start.any:
+                options = " ".join(f"--without-remedy {name}" for name in start.known_faults)
+                words += (
+                    f" It was built with the remedies of known faults of this TensorRT ({start}). "
+                    f"To leave them out: {options}"
+                )
+            raise HipaError(words) from None
 
     def _existing(self, start: Repairs) -> BuiltEngine | None:
         """The engine that is there already, checked if this machine can; None if it is no use."""
@@ -351,7 +353,7 @@ class StageBuild:
         _write(rejection_path(path), report)
         tried = len(self._attempts) - 1
         where = f" {self._bisection}" if self._bisection else ""
-        more = f" Known of this TensorRT: {' '.join(tips)}" if tips else ""
+        more = _known(tips)
         return HipaError(
             f"the engine is wrong: {built.check.detail}. {tried} repairs did not mend it.{where}"
             f"{more} It is kept as {rejected_path(path)}, which no command loads. Export the "
@@ -363,6 +365,10 @@ class StageBuild:
         path.unlink()
         engine_path(path).replace(rejected_path(path))
         _write(rejection_path(path), report)
+
+
+def _known(tips: tuple[str, ...]) -> str:
+    return f" Known of this TensorRT: {' '.join(tips)}" if tips else ""
 
 
 def _has(sidecar: Sidecar, start: Repairs) -> bool:

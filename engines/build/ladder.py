@@ -223,6 +223,19 @@ def _plus(start: Repairs, barriers: tuple[str, ...] = (), islands: tuple[str, ..
     )
 
 
-def advice(facts: Build) -> tuple[KnownFault, ...]:
-    """Known faults of such a build that no change of the build mends."""
-    return faults_of(facts, "tell")
+def advice(facts: Build, error: str | None = None) -> tuple[str, ...]:
+    """What is known of such a build and cannot be mended in it, in words.
+
+    Args:
+        facts: about the build.
+        error: with which the build failed; None if it did not fail, and the engine is wrong.
+
+    """
+    found = [fault for fault in faults_of(facts, "tell") if _explains(fault, error)]
+    return tuple(f"{fault.symptom} {fault.remedy} ({', '.join(fault.sources)})" for fault in found)
+
+
+def _explains(fault: KnownFault, error: str | None) -> bool:
+    if error is None or fault.error is None:
+        return error is None and fault.error is None
+    return re.search(fault.error, error) is not None

@@ -59,8 +59,10 @@ class KnownFault(Record):
     before: str | None = None
     sm: tuple[int, ...] = ()
     batch: int | None = None
+    least_batch: int = 1
     precision: tuple[Precision, ...] = ()
     operators: tuple[str, ...] = ()
+    error: str | None = None
     symptom: str
     remedy: str
     cost: str = ""
@@ -81,6 +83,7 @@ class KnownFault(Record):
             and not ended
             and (not self.sm or not set(self.sm).isdisjoint(build.sms))
             and self.batch in (None, build.batch)
+            and build.batch >= self.least_batch
             and (not self.precision or build.precision in self.precision)
             and (not self.operators or not build.operators.isdisjoint(self.operators))
         )

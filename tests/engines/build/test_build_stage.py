@@ -16,7 +16,7 @@ from hipa_deploy import embedded
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.commands.app import main
 from hipa_deploy.doctor.examine import examine
-from hipa_deploy.engines.build import engine_check
+from hipa_deploy.engines.build import build_stage, engine_check
 from hipa_deploy.engines.build.build_stage import BuiltEngine, StageBuild, sidecar_path
 from hipa_deploy.engines.build.suspects import bisect_stage
 from hipa_deploy.engines.store.diagnose import diagnose
@@ -306,6 +306,20 @@ def test_a_build_that_fails_with_a_remedy_says_how_to_leave_it_out(bundle, monke
     fake.install(monkeypatch, RTX_50)
     with pytest.raises(HipaError, match=rf"To leave them out: --without-remedy {FAULT}$"):
         build(bundle, key=key_of(bundle, "10.16.1.11", RTX_50))
+
+
+def test_a_build_that_fails_as_others_found_names_the_thread(bundle, monkeypatch):
+    fake = FaultyTensorRT(lambda job: [], fails=lambda job: True)
+    fake.install(monkeypatch)
+    with pytest.raises(HipaError, match=r"node conv\. Known of this TensorRT: .*issues/4736"):
+        build(bundle, key=key_of(bundle, "10.3.0"))
+    monkeypatch.setattr(build_stage, "run_worker", lambda job, report: fail("the disk is full."))
+    with pytest.raises(HipaError, match=r"the disk is full\.$"):
+        build(bundle, key=key_of(bundle, "10.3.0"))
+
+
+def fail(words: str):
+    raise HipaError(words)
 
 
 def test_the_command_knows_the_faults(capsys):

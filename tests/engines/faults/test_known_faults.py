@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from hipa_deploy.engines.faults.known_faults import (
@@ -78,6 +80,12 @@ def test_one_group_is_told_only_of_graphs_with_that_operator():
     assert told in ids(wide, "tell")
 
 
+def test_a_fault_of_larger_batches_is_told_of_those_alone():
+    build = THOR.model_copy(update={"version": "10.11.0"})
+    assert "batch-over-1" not in ids(build, "tell")
+    assert "batch-over-1" in ids(build.model_copy(update={"batch": 2}), "tell")
+
+
 def test_the_data_file_is_whole():
     faults = known_faults()
     assert len({fault.id for fault in faults}) == len(faults) >= 10
@@ -86,6 +94,9 @@ def test_the_data_file_is_whole():
         assert has_remedy == (fault.apply in ("always", "if wrong")), fault.id
         assert bool(fault.cost) == has_remedy, fault.id
         assert all(source.startswith("https://github.com/") for source in fault.sources)
+        if fault.error is not None:
+            assert fault.apply == "tell"
+            assert re.compile(fault.error)
         if fault.before is not None:
             assert version_number(fault.first) < version_number(fault.before)
 
