@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -99,6 +100,14 @@ def test_the_data_file_is_whole():
             assert re.compile(fault.error)
         if fault.before is not None:
             assert version_number(fault.first) < version_number(fault.before)
+
+
+def test_the_page_on_jetson_links_every_thread():
+    page = (Path(__file__).parents[3] / "docs/tutorials/jetson.md").read_text(encoding="utf-8")
+    missing = []
+    for fault in known_faults():
+        missing += [source for source in fault.sources if source not in page]
+    assert missing == []
 
 
 def test_repairs_say_in_words_what_they_are():
