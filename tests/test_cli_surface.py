@@ -49,7 +49,8 @@ SURFACE = {
     "serve": {
         "--host", "--port", "--backend", "--api-keys", "--allow-host", "--allow-origin", "--batch",
         "--wait", "--queue", "--images", "--time-limit", "--prompt-limit", "--body-limit",
-        "--pixel-limit", "--log-prompts",
+        "--pixel-limit", "--log-prompts", "--ray", "--replicas", "--replica-cpus",
+        "--replica-gpus", "--scale-at",
     },
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",

@@ -91,6 +91,7 @@ ROOMS = (
     "hipa_deploy.train",
     "hipa_deploy.serve",
     "hipa_deploy.serve.web",
+    "hipa_deploy.serve.cluster",
     "hipa_deploy.serve.process",
     "hipa_deploy.doctor",
     "hipa_deploy.demo",

@@ -46,6 +46,9 @@ _GROUPS = {
         *("--wait", "--queue", "--time-limit", "--prompt-limit", "--body-limit"),
         "--pixel-limit",
     ),
+    "Several machines": (
+        *("--ray", "--replicas", "--replica-cpus", "--replica-gpus", "--scale-at"),
+    ),
     "Safety": ("--allow-code",),
     HELP_GROUP: ("--help", "--version"),
 }
