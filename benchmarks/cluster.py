@@ -51,7 +51,7 @@ async def measure(bundle: str, images: int, clients: int) -> dict[str, Any]:
     join_ray("local")
     for replicas in (1, 2):
         started = time.perf_counter()
-        service = cluster(bundle, replicas)
+        service = await asyncio.to_thread(cluster, bundle, replicas)
         await wait_for(service, replicas)
         start_s = time.perf_counter() - started
         begun = time.perf_counter()
@@ -64,7 +64,7 @@ async def measure(bundle: str, images: int, clients: int) -> dict[str, Any]:
         }
         print(json.dumps(report), flush=True)
     report["kill"] = await kill_one(service, bundle, expected[:IN_FLIGHT])
-    service.close()
+    await asyncio.to_thread(service.close)
     return report
 
 

@@ -52,6 +52,7 @@ SURFACE = {
         "--pixel-limit", "--log-prompts", "--ray", "--replicas", "--replica-cpus",
         "--replica-gpus", "--scale-at",
     },
+    "triton": {"--out", "--name", "--backend", "--instances", "--join"},
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
         "--roofline", "--force",

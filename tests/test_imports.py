@@ -93,6 +93,7 @@ ROOMS = (
     "hipa_deploy.serve.web",
     "hipa_deploy.serve.cluster",
     "hipa_deploy.serve.process",
+    "hipa_deploy.triton",
     "hipa_deploy.doctor",
     "hipa_deploy.demo",
     "hipa_deploy.guide",

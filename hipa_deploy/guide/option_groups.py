@@ -39,7 +39,7 @@ _GROUPS = {
     ),
     "Output": (
         *("--out", "--swap-for", "--json", "--html", "--markdown", "--dry-run", "--force"),
-        *("--sign",),
+        *("--sign", "--name"),
     ),
     "Network": ("--host", "--port", "--api-keys", "--allow-host", "--allow-origin"),
     "Limits": (
@@ -48,6 +48,7 @@ _GROUPS = {
     ),
     "Several machines": (
         *("--ray", "--replicas", "--replica-cpus", "--replica-gpus", "--scale-at"),
+        *("--instances", "--join", "--no-join"),
     ),
     "Safety": ("--allow-code",),
     HELP_GROUP: ("--help", "--version"),

@@ -8,6 +8,7 @@ replicas of the bundle. Doors take no GPU.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings, replicas
 from hipa_deploy.serve.cluster.ray_replicas import RayReplicas, bundle_deployment
 from hipa_deploy.serve.served import Models, check_start
 from hipa_deploy.serve.settings import Limits
+from hipa_deploy.serve.web.api_keys import read_keys
 from hipa_deploy.serve.web.request_log import set_up_logs
 from hipa_deploy.serve.web.web_app import web_app
 
@@ -114,15 +116,14 @@ class Door:
 
     """
 
-    def __init__(self, arguments: Arguments, **replicas: DeploymentHandle) -> None:
-        from hipa_deploy.serve.web.api_keys import read_keys
-
+    async def __init__(self, arguments: Arguments, **replicas: DeploymentHandle) -> None:
         set_up_logs()
         handles: dict[str, Replicas] = {}
         for number, served in enumerate(Models(arguments.bundles).served):
             handles[served.name] = RayReplicas(replicas[f"bundle_{number}"])
         service = ClusterService(Models(arguments.bundles), arguments.limits(), lambda *_: handles)
-        service.load(arguments.backend)
+        # In a thread: it waits for the replicas, which nothing may do in Ray's event loop.
+        await asyncio.to_thread(service.load, arguments.backend)
         keys = read_keys(Path(arguments.keys_file) if arguments.keys_file else None)
         app = web_app(
             service, hosts=arguments.allow_host, origins=arguments.allow_origin, keys=keys
