@@ -52,6 +52,10 @@ SURFACE = {
         "--pixel-limit", "--log-prompts", "--ray", "--replicas", "--replica-cpus",
         "--replica-gpus", "--scale-at",
     },
+    "bulk": {
+        "--out", "--column", "--seed", "--shard-size", "--backend", "--truncate", "--ray",
+        "--replicas", "--replica-cpus", "--replica-gpus",
+    },
     "triton": {"--out", "--name", "--backend", "--instances", "--join"},
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",

@@ -94,6 +94,7 @@ ROOMS = (
     "hipa_deploy.serve.cluster",
     "hipa_deploy.serve.process",
     "hipa_deploy.triton",
+    "hipa_deploy.bulk",
     "hipa_deploy.doctor",
     "hipa_deploy.demo",
     "hipa_deploy.guide",

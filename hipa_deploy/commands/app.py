@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
+from hipa_deploy.bulk.bulk_command import bulk
 from hipa_deploy.commands.build import build
 from hipa_deploy.commands.demo import demo
 from hipa_deploy.commands.doctor import doctor
@@ -126,6 +127,7 @@ _register(inpaint, IMAGES)
 _register(upscale, IMAGES)
 _register(serve, IMAGES)
 _register(triton, IMAGES)
+_register(bulk, IMAGES)
 _register(profile, MEASURE)
 _register(profile_compare, MEASURE, "profile compare")
 _register(profile_table, MEASURE, "profile table")

@@ -14,7 +14,7 @@ _GROUPS = {
     ),
     "Prompts": (
         *("--prompts", "--context-tokens", "--clip-skip", "--truncate", "--prompt-weights"),
-        *("--log-prompts", "--reference-prompts"),
+        *("--log-prompts", "--reference-prompts", "--column"),
     ),
     "Image": (
         *("--task", "--strength", "--strengths", "--feather", "--overlap", "--seed", "--count"),
@@ -39,7 +39,7 @@ _GROUPS = {
     ),
     "Output": (
         *("--out", "--swap-for", "--json", "--html", "--markdown", "--dry-run", "--force"),
-        *("--sign", "--name"),
+        *("--sign", "--name", "--shard-size"),
     ),
     "Network": ("--host", "--port", "--api-keys", "--allow-host", "--allow-origin"),
     "Limits": (
