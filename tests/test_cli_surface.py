@@ -46,6 +46,11 @@ SURFACE = {
     "upscale": {
         "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights", "--force",
     },
+    "serve": {
+        "--host", "--port", "--backend", "--api-keys", "--allow-host", "--allow-origin", "--batch",
+        "--wait", "--queue", "--images", "--time-limit", "--prompt-limit", "--body-limit",
+        "--pixel-limit", "--log-prompts",
+    },
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
         "--roofline", "--force",

@@ -30,6 +30,7 @@ from hipa_deploy.guide.guided_command import GuidedCommand, VersionOption, with_
 from hipa_deploy.guide.init import init
 from hipa_deploy.guide.usage_examples import examples_text
 from hipa_deploy.interrupts import signal_of, sigterm_interrupts
+from hipa_deploy.serve.process.command import serve
 
 ABOUT = """Turn a multi-step text-to-image diffusion model into a one-step one, and run it fast.
 
@@ -122,6 +123,7 @@ _register(generate, IMAGES)
 _register(edit, IMAGES)
 _register(inpaint, IMAGES)
 _register(upscale, IMAGES)
+_register(serve, IMAGES)
 _register(profile, MEASURE)
 _register(profile_compare, MEASURE, "profile compare")
 _register(profile_table, MEASURE, "profile table")

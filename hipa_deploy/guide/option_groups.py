@@ -41,6 +41,11 @@ _GROUPS = {
         *("--out", "--swap-for", "--json", "--html", "--markdown", "--dry-run", "--force"),
         *("--sign",),
     ),
+    "Network": ("--host", "--port", "--api-keys", "--allow-host", "--allow-origin"),
+    "Limits": (
+        *("--wait", "--queue", "--time-limit", "--prompt-limit", "--body-limit"),
+        "--pixel-limit",
+    ),
     "Safety": ("--allow-code",),
     HELP_GROUP: ("--help", "--version"),
 }

@@ -33,6 +33,10 @@ EXAMPLES = {
         "hipa-upscale my-bundle small.png --out large.png",
         'hipa-upscale my-bundle small.png "a brick wall" --overlap 16',
     ),
+    "serve": (
+        "hipa-serve emoji",
+        "hipa-serve my-bundle --host 0.0.0.0 --api-keys keys.txt --allow-host gpu-box",
+    ),
     "profile": (
         "hipa-profile emoji --runs 50",
         "hipa-profile my-bundle --backend tensorrt --layers --json latency.json",
