@@ -62,6 +62,7 @@ ROOMS = (
     "hipa_deploy.disk",
     "hipa_deploy.embedded",
     "hipa_deploy.bundle",
+    "hipa_deploy.marks",
     "hipa_deploy.images",
     "hipa_deploy.generate",
     "hipa_deploy.models.weights",
