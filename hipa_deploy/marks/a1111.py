@@ -58,7 +58,7 @@ def infotext(parameters: Mapping[str, Any]) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """A value as A1111's ``quote`` writes it: JSON where it has a comma, a line break or a colon."""
+    """A value as A1111's ``quote`` writes it: as JSON where a comma or a colon would mislead."""
     text = str(value)
     if any(letter in text for letter in ",\n:"):
         return json.dumps(text, ensure_ascii=False)
