@@ -1,9 +1,9 @@
 """An invisible watermark of 32 bits: its pattern, and how it is added to an image.
 
 A spread-spectrum watermark (Cox et al., 'Secure spread spectrum watermarking for multimedia', 1997)
-in a tile of 128 x 128 pixels that is repeated over the image, as Kutter and Honsinger did to
-withstand crops and scaling. The tile is a sum of waves of 6.4 to 26 pixels, which JPEG and a
-rescale to half the size keep. 324 of the waves carry the coded payload, three for each bit; the
+in a tile of 140 x 140 pixels that is repeated over the image, as Kutter and Honsinger did to
+withstand crops and scaling. The tile is a sum of waves of 6.4 to 25 pixels, which JPEG and a
+rescale to half the size keep. 432 of the waves carry the coded payload, four for each bit; the
 others are the same in every image, and tell a reader where the tile lies and how large it has
 become. The image's local activity decides the strength: little in a clear sky, more in grass.
 
@@ -11,7 +11,7 @@ The pattern is public. Whoever has this source can read a watermark, remove it o
 survives everyday handling, and is no proof against an opponent. docs/explanation/measured.md has
 its error rates.
 
-Shapes: B batch; H, W height and width in pixels; K waves; T = 128 the tile's side.
+Shapes: B batch; H, W height and width in pixels; K waves; T = 140 the tile's side.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ import numpy as np
 from hipa_deploy.errors import HipaError
 from hipa_deploy.marks.payload_code import CODED_BITS, encode_payload
 
-TILE = 128  # pixels
-LEAST_SIDE = 256  # pixels; two tiles each way
-REPEATS = 3  # waves for each coded bit
+# Pixels. Pictures repeat themselves in steps of 8 (JPEG's blocks), 64 or 128 (sheets and tiles);
+# the waves of such a pattern lie between those of a tile of 140.
+TILE = 140
+LEAST_SIDE = 256  # pixels
+REPEATS = 4  # waves for each coded bit
 MAX_PAYLOAD = 2**32
-_CYCLES = (5, 20)  # of a wave in a tile, the least and the most
+_CYCLES = (5.5, 22.0)  # of a wave in a tile, the least and the most
 _SEED = b"hipa watermark 1"
 
 # Grey levels that the pattern has as its standard deviation.
@@ -58,8 +60,8 @@ def waves() -> Waves:
     """The waves, in an order and with phases that SHA-256 draws: the same on every machine."""
     least, most = _CYCLES
     cycles = []
-    for down in range(-most, most + 1):
-        for across in range(most + 1):
+    for down in range(-int(most), int(most) + 1):
+        for across in range(int(most) + 1):
             # A wave and its opposite are one; half the plane has all.
             in_half_plane = across > 0 or down > 0
             if in_half_plane and least <= np.hypot(down, across) <= most:

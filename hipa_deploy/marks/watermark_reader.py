@@ -32,7 +32,8 @@ _ACTIVITY_RADIUS = 8  # pixels
 _ACTIVITY_FLOOR = 3.0  # grey levels
 _TAPER = 16  # pixels
 _WHITENING_RADIUS = 10  # bins of the padded spectrum
-_HIGHEST = 20 / TILE  # cycles a pixel, of the shortest wave
+_MOST = 2.0  # magnitude of a whitened bin, whose mean square is 1
+_HIGHEST = 22 / TILE  # cycles a pixel, of the shortest wave
 _DATA = REPEATS * CODED_BITS
 
 
@@ -144,6 +145,8 @@ def _spectrum(image_HWC: np.ndarray) -> _Spectrum:
     power = np.pad(power, ((radius, radius), (0, 0)), mode="wrap")
     mean_power = box_mean(power, radius)[radius:-radius, radius:]
     whitened = values / (np.sqrt(np.maximum(mean_power, 0)) + 1e-9)
+    # A picture that repeats itself has a few huge bins; no single one shall decide.
+    whitened = whitened * np.minimum(1, _MOST / (np.abs(whitened) + 1e-9))
     step = 0.25 / (_HIGHEST * max(height, width))
     return _Spectrum(whitened, side, step)
 
