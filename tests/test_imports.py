@@ -64,6 +64,7 @@ ROOMS = (
     "hipa_deploy.marks",
     "hipa_deploy.bundle",
     "hipa_deploy.images",
+    "hipa_deploy.generate.jobs",
     "hipa_deploy.generate",
     "hipa_deploy.models.weights",
     "hipa_deploy.models",
