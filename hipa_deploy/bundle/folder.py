@@ -115,6 +115,11 @@ class Bundle:
         """The stages that lead from a prompt to an image, without the safety checker."""
         return {stage.spec.name: stage for stage in self.manifest.stages}
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the manifest, which lists the hash of every other file: it names the bundle."""
+        return file_sha256(self.root / MANIFEST)
+
     def path(self, relative: str) -> Path:
         """The file that ``relative`` names.
 

@@ -8,6 +8,7 @@ What is written where:
 all parameters      iTXt chunk 'hipa', JSON       ``hipa:parameters`` in the XMP packet
 A1111's text        text chunk 'parameters'       EXIF UserComment (UTF-16, as piexif writes it)
 IPTC's source type  iTXt 'XML:com.adobe.xmp'      the XMP packet
+hash of the pixels  the same                      the same
 =================== ============================= =========================================
 
 Shapes: H, W height and width in pixels; C = 3 colour channels.
@@ -15,6 +16,7 @@ Shapes: H, W height and width in pixels; C = 3 colour channels.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import struct
@@ -123,13 +125,14 @@ def encode_image(
             f"{_MAX_SIDE[format]} each way. Write PNG."
         )
     image = Image.fromarray(image_HWC)
+    pixels = pixels_sha256(image_HWC)
     buffer = io.BytesIO()
     if format == "png":
-        image.save(buffer, "PNG", pnginfo=_png_info(parameters, provenance))
+        image.save(buffer, "PNG", pnginfo=_png_info(parameters, provenance, pixels))
         return buffer.getvalue()
 
     exif = _exif(infotext(parameters))
-    packet = write_packet(parameters, provenance=provenance, with_parameters=True)
+    packet = write_packet(parameters, provenance=provenance, with_parameters=True, pixels=pixels)
     if format == "webp":
         options: dict[str, Any] = {"lossless": True, "exact": True}
         if quality is not None:
@@ -150,7 +153,20 @@ def encode_image(
     return _with_segment(buffer.getvalue(), segment)
 
 
-def _png_info(parameters: Mapping[str, Any], provenance: bool) -> PngImagePlugin.PngInfo:
+def pixels_sha256(image_HWC: np.ndarray) -> str:
+    """A hash of an image's size and pixels, whatever file they come from.
+
+    Args:
+        image_HWC: uint8 [H, W, 3].
+
+    """
+    shape = repr(image_HWC.shape).encode()
+    return hashlib.sha256(shape + np.ascontiguousarray(image_HWC).tobytes()).hexdigest()
+
+
+def _png_info(
+    parameters: Mapping[str, Any], provenance: bool, pixels: str
+) -> PngImagePlugin.PngInfo:
     info = PngImagePlugin.PngInfo()
     # iTXt holds UTF-8; the older tEXt chunk holds Latin-1 only, which few prompts fit.
     info.add_itxt(PARAMETERS_KEY, json.dumps(parameters, sort_keys=True, ensure_ascii=False))
@@ -158,8 +174,8 @@ def _png_info(parameters: Mapping[str, Any], provenance: bool) -> PngImagePlugin
     if text:
         # As A1111 does: tEXt where Latin-1 holds the text, else iTXt. Some readers know tEXt only.
         info.add_text(KEYWORD, text.replace("\0", ""))
-    if provenance:
-        info.add_itxt(PNG_KEYWORD, write_packet(parameters).decode())
+    packet = write_packet(parameters, provenance=provenance, pixels=pixels)
+    info.add_itxt(PNG_KEYWORD, packet.decode())
     return info
 
 

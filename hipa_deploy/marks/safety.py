@@ -30,7 +30,8 @@ Checker = Callable[[np.ndarray], Sequence[bool | str]]
 class Network(Protocol):
     """The network as a stage: pixels [B, 3, S, S] in, cosines [B, N] out."""
 
-    def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]: ...
+    def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Compute the cosines."""
 
 
 def prepare_pixels(images_BHWC: np.ndarray, settings: SafetySettings) -> np.ndarray:

@@ -48,12 +48,14 @@ class Xmp:
         source_type: the address of an IPTC digital source type; None where it has none.
         software: the program that made the image.
         parameters: this package's generation parameters, where the packet has them.
+        pixels: SHA-256 of the pixels before they were encoded (``pixels_sha256``).
 
     """
 
     source_type: str | None = None
     software: str | None = None
     parameters: dict[str, Any] | None = None
+    pixels: str | None = None
 
     @property
     def made_by_a_model(self) -> bool:
@@ -71,7 +73,11 @@ def source_type(parameters: Mapping[str, Any]) -> str:
 
 
 def write_packet(
-    parameters: Mapping[str, Any], *, provenance: bool = True, with_parameters: bool = False
+    parameters: Mapping[str, Any],
+    *,
+    provenance: bool = True,
+    with_parameters: bool = False,
+    pixels: str | None = None,
 ) -> bytes:
     """An XMP packet in UTF-8; equal arguments give equal bytes.
 
@@ -79,6 +85,7 @@ def write_packet(
         parameters: of the image.
         provenance: whether it says that a model made the image.
         with_parameters: whether it holds all parameters, as JSON. A PNG has them in a chunk.
+        pixels: the hash of the pixels.
 
     """
     properties = {"xmp:CreatorTool": str(parameters.get("producer", "hipa-deploy"))}
@@ -87,6 +94,8 @@ def write_packet(
     if with_parameters:
         # In ASCII: JSON's escapes hold characters that XML has no way to write.
         properties["hipa:parameters"] = json.dumps(parameters, sort_keys=True)
+    if pixels:
+        properties["hipa:pixels"] = pixels
     lines = [f"<{name}>{escape(value)}</{name}>" for name, value in properties.items()]
     packet = _PACKET.format(rdf=_RDF, iptc=_IPTC, xmp=_XMP, hipa=_HIPA, properties="\n".join(lines))
     return packet.encode()
@@ -123,6 +132,7 @@ def read_packet(packet: bytes) -> Xmp:
         source_type=_text(values.get(f"{{{_IPTC}}}DigitalSourceType")),
         software=_text(values.get(f"{{{_XMP}}}CreatorTool")),
         parameters=_parameters(found) if found else None,
+        pixels=_text(values.get(f"{{{_HIPA}}}pixels")),
     )
 
 
