@@ -91,6 +91,7 @@ ROOMS = (
     "hipa_deploy.train",
     "hipa_deploy.doctor",
     "hipa_deploy.demo",
+    "hipa_deploy.commands.files",
     "hipa_deploy.commands",
 )
 MOST_MODULES = 12  # in one room

@@ -36,7 +36,7 @@ _SEED = b"hipa watermark 1"
 
 # Grey levels that the pattern has as its standard deviation.
 _LEAST_STRENGTH = 0.8
-_MOST_STRENGTH = 3.0
+_MOST_STRENGTH = 3.6
 _STRENGTH_OF_ACTIVITY = 0.11  # for each grey level of local standard deviation
 _ACTIVITY_RADIUS = 4  # pixels
 _LUMA = (0.299, 0.587, 0.114)  # of R, G, B: ITU-R BT.601, as JPEG has it
