@@ -19,10 +19,20 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.commands.app import main
 from hipa_deploy.doctor.self_check import check_bundle
 from hipa_deploy.errors import HipaError
+from hipa_deploy.export.builders import safety_source
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.graph.safety_module import load_safety_checker, safety_settings
-from hipa_deploy.marks.records import Marks, SafetySettings
+from hipa_deploy.export.graph.axes import parse_axes
+from hipa_deploy.export.graph.safety_module import (
+    SafetyNetwork,
+    load_safety_checker,
+    reference_cosines,
+    safety_settings,
+    safety_spec,
+)
+from hipa_deploy.export.references import References
+from hipa_deploy.export.writer import StageWriter
+from hipa_deploy.marks.records import Marks, SafetySettings, parse_marks
 from hipa_deploy.marks.safety import SafetyChecker, flagged_concepts, prepare_pixels
 from tests.safety_model import add_safety_checker, pictures
 from tests.tiny_model import make_model
@@ -38,7 +48,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     out = tmp_path_factory.mktemp("bundle") / "checked"
-    return export_bundle(ExportOptions(model=str(model), out=out, dtype="fp32"))
+    options = ExportOptions(
+        model=str(model),
+        out=out,
+        dtype="fp32",
+        dynamic=parse_axes("batch=1:2:4"),
+        marks=Marks(c2pa=True),
+    )
+    return export_bundle(options)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +69,7 @@ def with_thresholds(bundle: Bundle, out: Path, threshold: float) -> Path:
     manifest = json.loads((out / "hipa.json").read_text())
     settings = manifest["safety"]["settings"]
     settings["thresholds"] = [threshold] * len(settings["thresholds"])
+    manifest["marks"]["c2pa"] = False
     (out / "hipa.json").write_text(json.dumps(manifest))
     return out
 
@@ -81,8 +99,6 @@ def test_verdicts_are_those_of_diffusers(tmp_path: Path) -> None:
     _, expected = theirs(clip_input=pixels, images=list(images_BHWC.astype(np.float32)))
 
     def network(pixels: np.ndarray) -> dict[str, np.ndarray]:
-        from hipa_deploy.export.graph.safety_module import SafetyNetwork
-
         module = SafetyNetwork(load_safety_checker(folder / "safety_checker"))
         return {"cosines": module(torch.from_numpy(pixels)).detach().numpy()}
 
@@ -115,8 +131,8 @@ def test_the_checker_is_a_stage_of_the_bundle(bundle: Bundle) -> None:
 
 def test_what_is_not_flagged_is_shown(bundle: Bundle) -> None:
     with OneStepPipeline.load(bundle.root) as pipe:
-        result = pipe("a red apple", count=2)
-    assert len(result.images) == 2
+        result = pipe("a red apple", count=3)
+    assert len(result.images) == 3
     assert result.flagged == ()
 
 
@@ -151,15 +167,15 @@ def test_a_checker_of_ones_own(bundle: Bundle) -> None:
 
     def second(images_BHWC: np.ndarray) -> list[bool | str]:
         seen.append(images_BHWC.shape)
-        return ["too dark"] if len(seen) == 2 else [False] * len(images_BHWC)
+        return [False, "too dark"] if len(images_BHWC) == 2 else [False] * len(images_BHWC)
 
     with OneStepPipeline.load(bundle.root, checker=second) as pipe:
-        result = pipe("a red apple", count=3)
+        result = pipe("a red apple", count=6)
         with pytest.raises(HipaError, match="checked or watermarked"):
             pipe.generate_on_device("a red apple")
-    assert result.seeds == (0, 2)
-    assert [(one.index, one.seed, one.reason) for one in result.flagged] == [(1, 1, "too dark")]
-    assert seen == [(1, 32, 32, 3)] * 3
+    assert seen == [(4, 32, 32, 3), (2, 32, 32, 3)]
+    assert result.seeds == (0, 1, 2, 3, 4)
+    assert [(one.index, one.seed, one.reason) for one in result.flagged] == [(5, 5, "too dark")]
 
 
 @pytest.mark.parametrize(
@@ -192,25 +208,40 @@ def test_nan_flags_nothing_in_silence() -> None:
         SafetyChecker(network, settings)(pictures(1))
 
 
-def test_half_precision_and_a_dynamic_batch(model: Path, tmp_path: Path) -> None:
-    from hipa_deploy.export.graph.axes import parse_axes
+def test_the_network_in_half_precision(model: Path, tmp_path: Path) -> None:
+    settings = settings_of(model)
+    checker = load_safety_checker(model / "safety_checker")
+    pixels = prepare_pixels(pictures(2), settings)
+    cosines_BN = reference_cosines(checker, torch.from_numpy(pixels)).numpy()
+    references = References("", (0, 1), {"pixels": pixels, "cosines": cosines_BN})
+    specs = {"safety_checker": safety_spec(settings, 2, {})}
+    writer = StageWriter(tmp_path, "fp16", specs, references)
+    written = writer.write(safety_source(model), references.tensors)
+    assert written.stage.precision == "fp16"
+    assert np.abs(written.output - cosines_BN).max() < 5e-3
 
-    options = ExportOptions(
-        model=str(model), out=tmp_path / "half", dtype="fp16", dynamic=parse_axes("batch=1:2:4")
-    )
-    made = export_bundle(options)
-    assert made.stages["safety_checker"].precision == "fp16"
-    with OneStepPipeline.load(made.root) as pipe:
-        assert len(pipe("a red apple", count=3).images) == 3
+
+def test_what_the_owner_wants_is_in_the_manifest(bundle: Bundle) -> None:
+    assert bundle.manifest.marks == Marks(c2pa=True)
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", str(bundle.root), "a red apple"])
+    assert stopped.value.code == 1
 
 
-def test_the_owner_can_leave_it_out(model: Path, tmp_path: Path) -> None:
-    options = ExportOptions(
-        model=str(model), out=tmp_path / "b", dtype="fp32", safety=False, marks=Marks(c2pa=True)
-    )
-    made = export_bundle(options)
-    assert made.manifest.safety is None
-    assert made.manifest.marks.c2pa
+def test_the_owner_can_leave_the_checker_out() -> None:
+    assert parse_marks(["no-safety", "no-provenance"]) == (Marks(provenance=False), False)
+    assert parse_marks(["watermark=0xC0FFEE"])[0] == Marks(watermark=True, watermark_id="c0ffee")
+    for wish in ("watermark=red", "watermark=123456789", "blue"):
+        with pytest.raises(HipaError, match=f"--mark {wish}"):
+            parse_marks([wish])
+
+
+def test_a_watermark_on_small_images_is_refused_before_the_export(
+    model: Path, tmp_path: Path
+) -> None:
+    options = ExportOptions(model=str(model), out=tmp_path / "b", marks=Marks(watermark=True))
+    with pytest.raises(HipaError, match="32x32 pixels is too small for the watermark"):
+        export_bundle(options)
 
 
 def test_a_processor_that_does_something_else_is_refused(tmp_path: Path) -> None:
