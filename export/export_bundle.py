@@ -133,7 +133,7 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
         checks_images = options.safety and has_safety_checker(model.folder)
         if checks_images:
             references, safety_settings = add_safety(references, model.folder)
-            specs[SAFETY_STAGE] = safety_spec(safety_settings, batch, axes)
+            specs[SAFETY_STAGE] = safety_spec(safety_settings)
 
         for doubt in references.doubts:
             print_warning(console, doubt)

@@ -16,8 +16,8 @@ in memory at a time.
     images       uint8   [B, H, W, 3]   decoder
     timestep     int64   [1]            layout generic
     latent_sample float32 [B, C, h, w]  layout generic: x0 without the scaling
-    pixels       float32 [B, 3, S, S]   images, as the safety checker takes them
-    cosines      float32 [B, N]         safety checker
+    pixels       float32 [1, 3, S, S]   the first image, as the safety checker takes them
+    cosines      float32 [1, N]         safety checker
     sample       float32 [B, 3, H, W]   layout generic: decoder, in [-1, 1]
 
 At further strengths of an edit the keys are 'output_1', 'latents_1', 'images_1' and so on.
@@ -363,7 +363,8 @@ def add_safety(references: References, model: Path) -> tuple[References, SafetyS
     """
     checker = load_safety_checker(model / SAFETY_STAGE)
     settings = safety_settings(checker, model / SAFETY_STAGE, model / "feature_extractor")
-    pixels = prepare_pixels(references.tensors["images"], settings)
+    # One image is enough, and as many as the stage takes.
+    pixels = prepare_pixels(references.tensors["images"][:1], settings)
     cosines_BN = reference_cosines(checker, torch.from_numpy(pixels)).numpy()
     return references.plus({"pixels": pixels, "cosines": cosines_BN}), settings
 

@@ -36,11 +36,13 @@ SURFACE = {
     },
     "edit": {
         "--strength", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--force", "--format", "--quality", "--watermark", "--c2pa",
+        "--truncate", "--prompt-weights", "--force",
+        "--format", "--quality", "--watermark", "--c2pa",
     },
     "inpaint": {
         "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--force", "--format", "--quality", "--watermark", "--c2pa",
+        "--truncate", "--prompt-weights", "--force",
+        "--format", "--quality", "--watermark", "--c2pa",
     },
     "upscale": {
         "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights", "--force",

@@ -17,7 +17,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import (
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPVisionConfig
 
-from hipa_deploy.bundle.manifest import Axis, StageSpec, TensorSpec
+from hipa_deploy.bundle.manifest import StageSpec, TensorSpec
 from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.marks.records import SafetySettings
 from hipa_deploy.marks.safety import SAFETY_STAGE
@@ -144,21 +144,16 @@ def _edge(value: Any, path: Path) -> int:
     return value
 
 
-def safety_spec(settings: SafetySettings, batch: int, axes: Mapping[str, Axis]) -> StageSpec:
+def safety_spec(settings: SafetySettings) -> StageSpec:
     """Inputs and outputs of the stage.
 
-    Args:
-        settings: of the checker.
-        batch: images per call, where the batch is static.
-        axes: of the bundle.
-
+    It takes one image at a time, whatever the bundle's batch is: a verdict on an image shall not
+    depend on the others.
     """
-    count: int | str = "batch" if "batch" in axes else batch
     concepts = len(settings.special_thresholds) + len(settings.thresholds)
-    pixels = TensorSpec(name="pixels", dtype="float32", shape=(count, 3, *settings.crop))
-    cosines = TensorSpec(name="cosines", dtype="float32", shape=(count, concepts))
-    used = {"batch": axes["batch"]} if "batch" in axes else {}
-    return StageSpec(name=SAFETY_STAGE, inputs=(pixels,), outputs=(cosines,), axes=used)
+    pixels = TensorSpec(name="pixels", dtype="float32", shape=(1, 3, *settings.crop))
+    cosines = TensorSpec(name="cosines", dtype="float32", shape=(1, concepts))
+    return StageSpec(name=SAFETY_STAGE, inputs=(pixels,), outputs=(cosines,))
 
 
 @torch.no_grad()

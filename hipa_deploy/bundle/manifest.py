@@ -417,7 +417,7 @@ class SafetyStage(Record):
     """The model's safety checker: the network as a stage, and what surrounds it.
 
     Attributes:
-        stage: pixels float32 [B, 3, S, S] -> cosines float32 [B, N].
+        stage: pixels float32 [1, 3, S, S] -> cosines float32 [1, N].
         settings: how images are prepared, and the thresholds.
 
     """
@@ -433,9 +433,8 @@ class SafetyStage(Record):
             raise ValueError(f"stage {shown(spec.name)} is no safety checker")
         settings = self.settings
         cosines = len(settings.special_thresholds) + len(settings.thresholds)
-        pixels = (3, *settings.crop)
-        shapes = (spec.inputs[0].shape[1:], spec.outputs[0].shape[1:])
-        if shapes != (pixels, (cosines,)):
+        shapes = (spec.inputs[0].shape, spec.outputs[0].shape)
+        if shapes != ((1, 3, *settings.crop), (1, cosines)):
             raise ValueError(f"its settings do not fit a safety checker of {shapes}")
         return self
 

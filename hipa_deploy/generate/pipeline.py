@@ -897,9 +897,7 @@ def _checkers(bundle: Bundle, network: Runner | None, own: Checker | None) -> tu
     checkers: list[Checker] = []
     safety = bundle.manifest.safety
     if safety is not None and network is not None:
-        batch = bundle.manifest.batch
-        axis = safety.stage.spec.axes.get("batch", Axis(min=batch, opt=batch, max=batch))
-        checkers.append(SafetyChecker(network, safety.settings, (axis.min, axis.max)))
+        checkers.append(SafetyChecker(network, safety.settings))
     if own is not None:
         checkers.append(own)
     return tuple(checkers)

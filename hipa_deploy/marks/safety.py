@@ -28,7 +28,7 @@ Checker = Callable[[np.ndarray], Sequence[bool | str]]
 
 
 class Network(Protocol):
-    """The network as a stage: pixels [B, 3, S, S] in, cosines [B, N] out."""
+    """The network as a stage: pixels [1, 3, S, S] in, cosines [1, N] out."""
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Compute the cosines."""
@@ -109,24 +109,18 @@ class SafetyChecker:
     Attributes:
         network: the stage ``safety_checker``, loaded.
         settings: of the manifest.
-        batch: (least, most) images that the network takes at once.
 
     """
 
     network: Network
     settings: SafetySettings
-    batch: tuple[int, int] = (1, 1)
 
     def __call__(self, images_BHWC: np.ndarray) -> list[bool | str]:
         """Check images, uint8 [B, H, W, 3]; see ``Checker``."""
         verdicts: list[bool | str] = []
-        least, most = self.batch
-        for first in range(0, len(images_BHWC), most):
-            pixels = prepare_pixels(images_BHWC[first : first + most], self.settings)
-            missing = max(0, least - len(pixels))
-            padded = np.concatenate([pixels, pixels[-1:].repeat(missing, 0)])
-            cosines_BN = self.network(pixels=padded)["cosines"][: len(pixels)]
-            verdicts += [self._verdict(cosines_N) for cosines_N in cosines_BN]
+        for image_HWC in images_BHWC:
+            pixels = prepare_pixels(image_HWC[None], self.settings)
+            verdicts.append(self._verdict(self.network(pixels=pixels)["cosines"][0]))
         return verdicts
 
     def _verdict(self, cosines_N: np.ndarray) -> bool | str:

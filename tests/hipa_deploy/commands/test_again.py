@@ -1,4 +1,4 @@
-"""``--again`` makes an image once more, or says why it would be another; and how files are named."""
+"""``--again`` makes an image once more, or says why not; and how image files are named."""
 
 from __future__ import annotations
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("c2pa")
 
@@ -61,7 +64,15 @@ def test_a_changed_pixel_breaks_it(tmp_path: Path, signer: ContentSigner, format
 def test_the_doctor_says_that_an_image_was_changed(tmp_path: Path, signer: ContentSigner) -> None:
     content = encode_marked(IMAGE, PARAMETERS, "png", signer=signer)
     path = tmp_path / "a.png"
-    path.write_bytes(content.replace(b"hipa-deploy 0.1.0", b"hipa-deploy 9.9.9", 1))
+    assert (np.asarray(Image.open(io.BytesIO(content))) == IMAGE).all()
+    # A digit in the XMP packet, with the chunk's checksum mended: no pixel changes.
+    text = bytearray(content)
+    text[content.rindex(b"</hipa:pixels>") - 1] ^= 1
+    start = content.rindex(b"iTXtXML:com.adobe.xmp")
+    length = int.from_bytes(content[start - 4 : start], "big")
+    end = start + 4 + length
+    text[end : end + 4] = zlib.crc32(text[start:end]).to_bytes(4, "big")
+    path.write_bytes(text)
     report = examine_image(path)
     assert report["content_credentials"].startswith("INVALID")
     assert "do not hold" in report["problems"][0]
