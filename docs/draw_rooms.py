@@ -101,6 +101,7 @@ CORE = House(
     "#8a5aa8",
     (
         ("hipa_deploy.generate", "prompt to image: tokenizer, noise, stages, pipeline"),
+        ("hipa_deploy.generate.jobs", "images to make, and what may share a batch"),
         ("hipa_deploy.models.lora", "LoRA files and their arithmetic: needs torch"),
         ("hipa_deploy.models.one_step", "one-step methods of others"),
         ("hipa_deploy.models", "where a model is, and of which kind"),

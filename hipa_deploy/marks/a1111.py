@@ -82,8 +82,8 @@ def parse_infotext(text: str) -> dict[str, str]:
     if len(found) < _LEAST_FIELDS:
         lines.append(last)
         found = []
-    prompt = []
-    negative = []
+    prompt: list[str] = []
+    negative: list[str] = []
     target = prompt
     for line in lines:
         part = line.strip()

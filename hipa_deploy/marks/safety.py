@@ -56,7 +56,7 @@ def prepare_pixels(images_BHWC: np.ndarray, settings: SafetySettings) -> np.ndar
         scaled = Image.fromarray(image_HWC).resize(size, Image.Resampling.BICUBIC)
         cut_HWC = _centre_crop(np.asarray(scaled), *settings.crop)
         # First to [0, 1], then normalised, each step in float32 as the processor does it.
-        values_HWC = (cut_HWC.astype(np.float64) * (1 / 255)).astype(np.float32)
+        values_HWC: np.ndarray = (cut_HWC.astype(np.float64) * (1 / 255)).astype(np.float32)
         values_HWC = values_HWC - np.asarray(settings.mean, np.float32)
         values_HWC = values_HWC / np.asarray(settings.std, np.float32)
         pixels.append(values_HWC.transpose(2, 0, 1))
