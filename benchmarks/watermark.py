@@ -30,8 +30,7 @@ from hipa_deploy import OneStepPipeline
 from hipa_deploy.images.png import enlarge, grid
 from hipa_deploy.images.read import read_image
 from hipa_deploy.marks.payload_code import encode_payload
-from hipa_deploy.marks.watermark import add_watermark
-from hipa_deploy.marks.watermark_reader import FoundWatermark, read_watermark
+from hipa_deploy.marks.watermark_reader import FoundWatermark, mark_readably, read_watermark
 
 SIDE = 512
 Attack = Callable[[np.ndarray], np.ndarray]
@@ -118,7 +117,7 @@ def measure(name: str, images: list[np.ndarray], rng: np.random.Generator) -> No
     """Print a table of every attack on every image."""
     payloads = [int(rng.integers(2**32)) for _ in images]
     started = time.perf_counter()
-    marked = [add_watermark(*pair) for pair in zip(images, payloads, strict=True)]
+    marked = [mark_readably(*pair) for pair in zip(images, payloads, strict=True)]
     milliseconds = 1000 * (time.perf_counter() - started) / len(images)
     losses = []
     for before, after in zip(images, marked, strict=True):

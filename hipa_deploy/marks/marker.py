@@ -16,7 +16,8 @@ from hipa_deploy.marks.content_credentials import ContentSigner
 from hipa_deploy.marks.image_file import ImageFormat, encode_image
 from hipa_deploy.marks.records import Marks
 from hipa_deploy.marks.safety import Checker, ask_checker
-from hipa_deploy.marks.watermark import add_watermark, check_payload, check_side
+from hipa_deploy.marks.watermark import check_payload, check_side
+from hipa_deploy.marks.watermark_reader import mark_readably
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class ImageMarker:
         """The images with the watermark, uint8 [B, H, W, 3]."""
         if self.payload is None or not len(images_BHWC):
             return images_BHWC
-        return np.stack([add_watermark(image_HWC, self.payload) for image_HWC in images_BHWC])
+        return np.stack([mark_readably(image_HWC, self.payload) for image_HWC in images_BHWC])
 
 
 def watermark_payload(marks: Marks, unet_sha256: str, asked: bool | int | None) -> int | None:

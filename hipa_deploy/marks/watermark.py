@@ -97,12 +97,13 @@ def check_payload(payload: int) -> None:
         )
 
 
-def add_watermark(image_HWC: np.ndarray, payload: int) -> np.ndarray:
+def add_watermark(image_HWC: np.ndarray, payload: int, strength: float = 1.0) -> np.ndarray:
     """Add a watermark to an image.
 
     Args:
         image_HWC: uint8 [H, W, 3], of at least ``LEAST_SIDE`` pixels each way.
         payload: what it says, in [0, 2**32).
+        strength: 1 is the usual one.
 
     Returns:
         uint8 [H, W, 3]; equal arguments give equal pixels.
@@ -119,7 +120,7 @@ def add_watermark(image_HWC: np.ndarray, payload: int) -> np.ndarray:
     height, width = image_HWC.shape[:2]
     check_side(height, width)
     check_payload(payload)
-    strength_HW = _strength(luma(image_HWC))
+    strength_HW = strength * _strength(luma(image_HWC))
     tile_TT = _tile(payload)
     rows = -(-height // TILE)
     columns = -(-width // TILE)

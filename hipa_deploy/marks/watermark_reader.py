@@ -13,18 +13,22 @@ Shapes: H, W height and width in pixels; P side of the padded spectrum; K waves;
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 
+from hipa_deploy.errors import HipaWarning
 from hipa_deploy.marks.payload_code import CODED_BITS, decode_payload
-from hipa_deploy.marks.watermark import REPEATS, TILE, box_mean, luma, waves
+from hipa_deploy.marks.watermark import REPEATS, TILE, add_watermark, box_mean, luma, waves
 
 LEAST_SCORE = 7.0
 """Of the synchronisation; docs/explanation/measured.md has the scores of images without a mark."""
 LEAST_READ_SIDE = 96  # pixels; a watermarked image of 256 pixels, cropped and scaled
 SCALES = (0.4, 2.2)
 _MAX_SIDE = 1024  # pixels of the middle of an image that are looked at
+_GOOD_SCORE = 8.9  # of a new mark: what handling takes away leaves enough
+_STRENGTHS = (1.0, 1.5, 2.2)
 _SURE_SCORE = 12.0  # at which no other scale is tried
 _USUAL_SCALES = (1.0, 0.5, 0.75, 2.0)
 _BACKGROUND_RADIUS = 12  # pixels
@@ -111,6 +115,41 @@ def read_watermark(image_HWC: np.ndarray) -> FoundWatermark:
     soft = _soft_bits(spectrum, fit)
     payload = decode_payload(soft) if fit.score >= LEAST_SCORE else None
     return FoundWatermark(payload, fit.score, fit.scale, soft)
+
+
+def mark_readably(image_HWC: np.ndarray, payload: int) -> np.ndarray:
+    """Add a watermark, as strong as it must be to be read again.
+
+    Few images need more than the usual strength: those that are full of hard detail everywhere.
+
+    Args:
+        image_HWC: uint8 [H, W, 3].
+        payload: in [0, 2**32).
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        HipaError: as ``add_watermark``.
+
+    Warns:
+        HipaWarning: the watermark cannot be read even at the greatest strength.
+
+    """
+    for strength in _STRENGTHS:
+        marked_HWC = add_watermark(image_HWC, payload, strength)
+        spectrum = _spectrum(_middle(marked_HWC))
+        fit = _fit(spectrum, (1.0, 1.0))
+        is_read = decode_payload(_soft_bits(spectrum, fit)) == payload
+        if is_read and fit.score >= _GOOD_SCORE:
+            return marked_HWC
+    if not is_read or fit.score < LEAST_SCORE:
+        warnings.warn(
+            "an image is so full of detail that its watermark cannot be read.",
+            HipaWarning,
+            stacklevel=2,
+        )
+    return marked_HWC
 
 
 def _middle(image_HWC: np.ndarray) -> np.ndarray:

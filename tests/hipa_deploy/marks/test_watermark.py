@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, HipaWarning
 from hipa_deploy.marks.payload_code import CODED_BITS, decode_payload, encode_payload
 from hipa_deploy.marks.watermark import add_watermark, check_payload, waves
-from hipa_deploy.marks.watermark_reader import LEAST_SCORE, read_watermark
+from hipa_deploy.marks.watermark_reader import LEAST_SCORE, mark_readably, read_watermark
 
 PAYLOAD = 0xC0FFEE42
 FIRST_CYCLES = [[-16, 1], [-11, 11], [15, 3]]
@@ -107,6 +107,28 @@ def test_an_unmarked_image_has_none() -> None:
         found = read_watermark(picture(320, seed))
         assert found.payload is None
         assert found.score < LEAST_SCORE
+
+
+def test_an_image_of_hard_detail_gets_a_stronger_mark() -> None:
+    numbers = np.random.default_rng(0)
+    cells = numbers.integers(0, 256, (86, 86, 3), np.uint8)
+    image_HWC = cells.repeat(3, axis=0).repeat(3, axis=1)[:256, :256]
+    usual = add_watermark(image_HWC, PAYLOAD)
+    marked = mark_readably(image_HWC, PAYLOAD)
+    assert (
+        np.abs(marked.astype(int) - image_HWC).sum() > np.abs(usual.astype(int) - image_HWC).sum()
+    )
+    assert (mark_readably(picture(), PAYLOAD) == add_watermark(picture(), PAYLOAD)).all()
+
+
+def test_a_mark_that_cannot_be_read_is_warned_of() -> None:
+    checks = (np.indices((256, 256)).sum(axis=0) // 4 % 2 * 255).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(0, 2, (256, 256), np.uint8) * np.uint8(255)
+    hard_HW = checks ^ noise.repeat(4, 0)[:256].repeat(4, 1)[:, :256]
+    with pytest.warns(HipaWarning, match="cannot be read"):
+        mark_readably(
+            np.stack([checks ^ noise.repeat(4, 0)[:256].repeat(4, 1)[:, :256]] * 3, -1), 1
+        )
 
 
 def test_what_is_too_small_or_too_large() -> None:
