@@ -92,6 +92,7 @@ ROOMS = (
     "hipa_deploy.doctor",
     "hipa_deploy.demo",
     "hipa_deploy.commands.files",
+    "hipa_deploy.guide",
     "hipa_deploy.commands",
 )
 MOST_MODULES = 12  # in one room

@@ -126,9 +126,7 @@ def test_a_mark_that_cannot_be_read_is_warned_of() -> None:
     noise = np.random.default_rng(0).integers(0, 2, (256, 256), np.uint8) * np.uint8(255)
     hard_HW = checks ^ noise.repeat(4, 0)[:256].repeat(4, 1)[:, :256]
     with pytest.warns(HipaWarning, match="cannot be read"):
-        mark_readably(
-            np.stack([checks ^ noise.repeat(4, 0)[:256].repeat(4, 1)[:, :256]] * 3, -1), 1
-        )
+        mark_readably(np.stack([hard_HW] * 3, axis=-1), 1)
 
 
 def test_what_is_too_small_or_too_large() -> None:
