@@ -32,22 +32,23 @@ SURFACE = {
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
-        "--prompt-weights", "--force",
+        "--prompt-weights", "--low-memory", "--force",
     },
     "edit": {
         "--strength", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--force",
+        "--truncate", "--prompt-weights", "--low-memory", "--force",
     },
     "inpaint": {
         "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--force",
+        "--truncate", "--prompt-weights", "--low-memory", "--force",
     },
     "upscale": {
-        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights", "--force",
+        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights",
+        "--low-memory", "--force",
     },
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
-        "--roofline", "--force",
+        "--roofline", "--low-memory", "--force",
     },
     "profile compare": {"--metric", "--threshold", "--json", "--force"},
     "profile table": set(),

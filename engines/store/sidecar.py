@@ -110,7 +110,8 @@ class Sidecar(Record):
     """What the JSON file beside an engine holds.
 
     ``candidates_ms`` is the median latency of every build with ``--best-of``, the fastest kept.
-    ``check``, ``attention`` and ``attempts`` are absent in files of older versions. ``attempts``
+    ``activation_bytes`` is what TensorRT says its activations take, None where no GPU loaded it.
+    This, ``check``, ``attention`` and ``attempts`` are absent in older files. ``attempts``
     has the builds that failed their gate before this one, and this one; it is empty without any.
     """
 
@@ -121,6 +122,7 @@ class Sidecar(Record):
     precision_check: PrecisionCheck
     engine_sha256: str
     engine_bytes: int
+    activation_bytes: int | None = None
     build_seconds: float
     build_peak_mib: int | None
     candidates_ms: tuple[float, ...] = ()

@@ -14,6 +14,7 @@ from hipa_deploy.commands.options import (
     CountOption,
     ForceOption,
     HeightOption,
+    LowMemoryOption,
     OutOption,
     PromptsArgument,
     PromptWeightsOption,
@@ -22,6 +23,7 @@ from hipa_deploy.commands.options import (
     WidthOption,
     console,
     image_outputs,
+    load_pipeline,
     make_images,
     note_name,
     note_weights,
@@ -57,6 +59,7 @@ def edit(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    low_memory: LowMemoryOption = False,
     force: ForceOption = False,
 ) -> None:
     """Edit an image as a prompt says, in one step.
@@ -80,6 +83,7 @@ def edit(
         backend=backend,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        low_memory=low_memory,
         force=force,
     )
 
@@ -107,6 +111,7 @@ def inpaint(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    low_memory: LowMemoryOption = False,
     force: ForceOption = False,
 ) -> None:
     """Repaint a part of an image as a prompt says, in one step.
@@ -131,6 +136,7 @@ def inpaint(
         backend=backend,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        low_memory=low_memory,
         force=force,
     )
 
@@ -151,6 +157,7 @@ def upscale(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    low_memory: LowMemoryOption = False,
     force: ForceOption = False,
 ) -> None:
     """Enlarge an image by the factor that the bundle is for, in one step a tile.
@@ -158,7 +165,6 @@ def upscale(
     Needs a bundle for upscaling, such as hipa-export --adaptor emoji-upscale writes.
     """
     from hipa_deploy.embedded import resolve_bundle
-    from hipa_deploy.generate.pipeline import OneStepPipeline
     from hipa_deploy.generate.request import check_request
     from hipa_deploy.images.source import upscaling
 
@@ -170,11 +176,7 @@ def upscale(
     upscaling(opened, image, overlap=overlap)
     note_name(out, paths)
 
-    with console.status("loading"):
-        pipe = OneStepPipeline.load(bundle, backend)
-    with pipe:
-        if adaptor is not None:
-            pipe.swap_adaptor(adaptor)
+    with load_pipeline(bundle, backend, adaptor, low_memory) as pipe:
         note_weights(pipe.bundle, [prompt], prompt_weights)
         with console.status("enlarging"):
             result = pipe.upscale(
@@ -229,6 +231,7 @@ def _generate_from(
     backend: str,
     truncate: bool,
     prompt_weights: bool | None,
+    low_memory: bool,
     force: bool,
 ) -> None:
     """Make every image from ``source`` and write it."""
@@ -238,6 +241,7 @@ def _generate_from(
         paths,
         adaptor=adaptor,
         backend=backend,
+        low_memory=low_memory,
         force=force,
         source=source,
         seed=seed,

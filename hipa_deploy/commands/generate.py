@@ -9,6 +9,7 @@ from hipa_deploy.commands.options import (
     CountOption,
     ForceOption,
     HeightOption,
+    LowMemoryOption,
     OutOption,
     PromptsArgument,
     PromptWeightsOption,
@@ -33,6 +34,7 @@ def generate(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    low_memory: LowMemoryOption = False,
     force: ForceOption = False,
 ) -> None:
     """Generate images from prompts, in one step each.
@@ -64,6 +66,7 @@ def generate(
         paths,
         adaptor=adaptor,
         backend=backend,
+        low_memory=low_memory,
         force=force,
         seed=seed,
         count=count,

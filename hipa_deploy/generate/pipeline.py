@@ -25,8 +25,13 @@ from hipa_deploy.bundle.manifest import Axis
 from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import bundle_noise, check_seeds
-from hipa_deploy.generate.open_stages import open_stages, resolve_backend
-from hipa_deploy.generate.prompts import Prepared, PromptSource, open_prompts
+from hipa_deploy.generate.open_stages import StagesInTurn, open_stages, resolve_backend
+from hipa_deploy.generate.prompts import (
+    CACHED_BATCHES,
+    Prepared,
+    PromptSource,
+    open_prompts,
+)
 from hipa_deploy.generate.request import check_count, check_prompts
 from hipa_deploy.generate.runner import ENGINE_BACKENDS, ClosesAtExit, Runner, check_backend
 from hipa_deploy.generate.stages import (
@@ -134,13 +139,19 @@ class OneStepPipeline(ClosesAtExit):
         self._encoded_images = EncodedImages()
 
     @classmethod
-    def load(cls, bundle: str | Path, backend: str = "auto") -> OneStepPipeline:
+    def load(
+        cls, bundle: str | Path, backend: str = "auto", *, low_memory: bool = False
+    ) -> OneStepPipeline:
         """Open a bundle, check the hashes of its files and load its stages.
 
         Args:
             bundle: a folder that ``hipa-export`` wrote, or 'emoji' for the embedded bundle.
             backend: one of ``hipa_deploy.generate.runner.BACKENDS``. 'auto' is an engine that was
                 built for this device, else ONNX Runtime on the CPU.
+            low_memory: hold less at once, and take longer: stages are loaded when they run, and
+                released before others are loaded. The text encoder is always apart from the
+                others. These stay loaded together on TensorRT and TensorRT-RTX if they fit, and
+                else, as on all other backends, one at a time. The images are the same.
 
         Raises:
             HipaError: not a bundle, a corrupt file, or a backend that is unknown, not installed or
@@ -154,7 +165,7 @@ class OneStepPipeline(ClosesAtExit):
         name = resolve_backend(backend, opened)
         # The tokenizer first: what is wrong with it is found before seconds of loading.
         prompts = open_prompts(opened)
-        stages = open_stages(opened, name)
+        stages = open_stages(opened, name, low_memory=low_memory)
         try:
             pipeline = cls(opened, name, stages, prompts)
         except BaseException:
@@ -251,7 +262,12 @@ class OneStepPipeline(ClosesAtExit):
 
         # One entry an image: which prompt, and which seed.
         images = [(index, seed + i) for index in range(len(prompts)) for i in range(count)]
-        for batch in _batches(images, self._batch.max):
+        batches = list(_batches(images, self._batch.max))
+        for number, batch in enumerate(batches):
+            if self.low_memory and number % CACHED_BATCHES == 0:
+                coming = batches[number : number + CACHED_BATCHES]
+                ahead = [[prepared[index] for index, _ in images] for images in coming]
+                self._encode_ahead(ahead, timer)
             texts = [prompts[index] for index, _ in batch]
             seeds = [number for _, number in batch]
             with self._use.shared():
@@ -275,6 +291,26 @@ class OneStepPipeline(ClosesAtExit):
             ]
             yield GenerateResult(images_BHWC, tuple(texts), tuple(seeds), tuple(parameters))
 
+    def _encode_ahead(self, batches: list[list[Prepared]], timer: Timer) -> None:
+        """Encode the prompts of several batches, so that the text encoder is loaded once for all.
+
+        The cache holds no more than ``CACHED_BATCHES``.
+        """
+        with self._use.shared():
+            encode = partial(_encode, self.bundle, self.stages, timer)
+            for batch in batches:
+                padded = self._padded(batch)
+                feed = self._prompts.feed(padded, encode)
+                if "tokens" in feed:
+                    self._prompts.keep(padded, encode(feed["tokens"]))
+
+    def _padded(self, items: list[Any]) -> list[Any]:
+        """A batch that is not too small: a bundle has a smallest one.
+
+        What is missing repeats the last, and is dropped afterwards.
+        """
+        return items + items[-1:] * max(0, self._batch.min - len(items))
+
     def _make_batch(
         self,
         stages: Stages,
@@ -285,16 +321,12 @@ class OneStepPipeline(ClosesAtExit):
         timer: Timer,
     ) -> np.ndarray:
         """The whole path, from prompts to images uint8 [B, H, W, 3], for one batch."""
-        # A bundle has a smallest batch: what is missing repeats the last image, and is dropped.
-        missing = max(0, self._batch.min - len(seeds))
-        padded = prompts + prompts[-1:] * missing
+        padded = self._padded(prompts)
 
         # tokens_BL, or context_BLD where the text encoder has seen these prompts lately.
         text = self._prompts.feed(padded, partial(_encode, self.bundle, stages, timer))
         # noise_BCHW; of a task with a source image also image_BHWC (or source_BCHW), mask and step.
-        start = self._start(
-            seeds + seeds[-1:] * missing, latent_CHW, sources + sources[-1:] * missing
-        )
+        start = self._start(self._padded(seeds), latent_CHW, self._padded(sources))
 
         # text_encoder: tokens_BL                -> context_BLD
         # vae_encoder:  image_BHWC               -> source_BCHW
@@ -531,6 +563,11 @@ class OneStepPipeline(ClosesAtExit):
         return self._loaded.stages
 
     @property
+    def low_memory(self) -> bool:
+        """Whether the stages are loaded in turn."""
+        return isinstance(self.stages, StagesInTurn)
+
+    @property
     def swapped(self) -> AdaptorSwap | None:
         """The adaptor that was swapped in; None: the bundle's own."""
         return self._loaded.swap
@@ -559,6 +596,14 @@ class OneStepPipeline(ClosesAtExit):
 
         swap = None if adaptor is None else AdaptorSwap.open(self.bundle, adaptor)
         stage = adapted_stage(self.bundle)
+        if isinstance(self.stages, StagesInTurn):
+            with self._one_swap, self._use.alone():
+                texts_differ = _changes_text(swap) or _changes_text(self.swapped)
+                self.stages.swap(swap)
+                self._loaded = _Loaded(self.stages, swap)
+                if texts_differ:
+                    self._prompts.forget()
+            return
         with self._one_swap:
             runner = self.runners[stage]
             changed: dict[str, Runner] = {}
