@@ -1,8 +1,9 @@
 """What the stages of the supported models take in memory, from their graphs.
 
-Purpose: the sizes behind the table of memory in docs/reference/engines.md: bytes of each stage's
+Purpose: the sizes behind the tables of memory in docs/reference/engines.md: bytes of each stage's
 ONNX files, and the most bytes that its activations hold at once. Both follow from the shapes alone,
-so the graphs are exported with zeros or random numbers for weights, in FP16 and layout onestep, and none is run.
+so the graphs are exported with zeros or random numbers for weights, and none is run. They are in
+FP16, of layout onestep, for one image of the model's own size.
 
 Command, from the repository's root::
 

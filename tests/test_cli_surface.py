@@ -28,7 +28,7 @@ SURFACE = {
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
-        "--timing-cache", "--refit", "--best-of", "--dry-run", "--no-repair", "--force",
+        "--timing-cache", "--refit", "--best-of", "--swap", "--dry-run", "--no-repair", "--force",
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
