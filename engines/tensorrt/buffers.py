@@ -46,7 +46,7 @@ def shares_memory(cudart: ModuleType) -> bool:
 
     On such a GPU a stage's inputs and outputs lie in mapped page-locked memory, which the GPU reads
     without caching (CUDA for Tegra, 'Memory Selection'). That is right for data that is read once;
-    engines keep their activations in memory of their own.
+    activations lie in device memory (``ActivationBlock``).
     """
     integrated = cudart.cudaDeviceAttr.cudaDevAttrIntegrated
     return bool(call(cudart, "cudaDeviceGetAttribute", integrated, 0))
