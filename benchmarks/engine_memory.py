@@ -1,8 +1,9 @@
 """The activations of engines that TensorRT-RTX builds, beside those that the memory plan predicts.
 
-Purpose: whether the sum over a graph (``activation_bytes`` in a bundle's manifest) says what an
-engine takes. An engine does not load without a driver, but its builder logs the sizes: 'Total
-Activation Memory' and 'Total Weights Memory'. On a GPU the sidecar has what the engine itself says.
+Purpose: whether the sum over a graph (``fused_activation_bytes`` in a bundle's manifest) says what
+an engine takes. The plan's ENGINE_ACTIVATIONS and LEAST_ACTIVATIONS_MIB are from here. An engine
+does not load without a driver, but its builder logs the sizes: 'Total Activation Memory' and 'Total
+Weights Memory'. On a GPU the sidecar has what the engine itself says.
 
 Command, from the repository's root::
 
@@ -70,9 +71,9 @@ def main(graphs: Annotated[list[Path], typer.Argument(help="ONNX files.")]) -> N
     # One logger for all: TensorRT keeps the first.
     logger = Recorder()
     print(f"TensorRT-RTX {trt.__version__}, SM{ADA[0]}, MiB")
-    print("graph | weights | activations: predicted | built | largest scratch | seconds")
+    print("graph | weights | activations: of the graph | built | largest scratch | seconds")
     for path in graphs:
-        predicted = graph_cost(path).activation_bytes
+        predicted = graph_cost(path).fused_activation_bytes
         seconds = build(path, logger)
         sizes = [
             logger.sizes.get("Total Weights Memory"),

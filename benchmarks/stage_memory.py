@@ -95,7 +95,7 @@ def builders(size: str) -> dict[str, Callable[[], torch.nn.Module]]:
 
 
 def measure(size: str, scratch: Path) -> dict[str, dict[str, int]]:
-    """By stage, ``weight_bytes`` (its files) and ``activation_bytes``."""
+    """By stage, ``weight_bytes`` (its files) and ``activation_bytes``, with fused attention."""
     step = one_step(size)
     specs = stage_specs(
         layout="onestep",
@@ -115,8 +115,8 @@ def measure(size: str, scratch: Path) -> dict[str, dict[str, int]]:
             export_stage(to_half(build()), spec, folder)
         files = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
         cost = stage_cost(path, spec)
-        assert cost.activation_bytes is not None
-        found[name] = {"weight_bytes": files, "activation_bytes": cost.activation_bytes}
+        assert cost.fused_activation_bytes is not None
+        found[name] = {"weight_bytes": files, "activation_bytes": cost.fused_activation_bytes}
         print(size, name, found[name], flush=True)
     return found
 

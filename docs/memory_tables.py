@@ -15,7 +15,7 @@ from pathlib import Path
 from hipa_deploy.engines.backends.available import Device
 from hipa_deploy.engines.build.memory_plan import MemoryPlan, plan_stages
 from hipa_deploy.engines.targets.memory_needs import Need
-from hipa_deploy.engines.targets.run_memory import StageSize
+from hipa_deploy.engines.targets.run_memory import StageSize, engine_activations_mib
 from hipa_deploy.engines.targets.target import default_options, load_target_profile, target_names
 
 SIZES = Path(__file__).parent / "memory.json"
@@ -56,7 +56,7 @@ def _size(stage: str, measured: dict[str, int]) -> StageSize:
     return StageSize(
         stage=stage,
         weights=-(-measured["weight_bytes"] >> 20),
-        activations=-(-measured["activation_bytes"] >> 20),
+        activations=engine_activations_mib(measured["activation_bytes"]),
     )
 
 

@@ -23,6 +23,7 @@ from hipa_deploy.engines.targets.memory_needs import Need, Place, elsewhere, thi
 from hipa_deploy.engines.targets.run_memory import (
     TEXT_STAGE,
     StageSize,
+    engine_activations_mib,
     low_memory_groups,
     one_group_at_a_time,
     with_own_activations,
@@ -56,8 +57,8 @@ class StageMemory(Record):
     Attributes:
         stage: the name of the stage.
         weights: the size of its ONNX files.
-        activations: the most that its activations take at once; None in bundles that were exported
-            without this number.
+        activations: the most that its engine's activations take at once, predicted from its graph;
+            None in bundles that were exported without this number.
         build_host: host memory that its build takes.
         build_gpu: GPU memory that its build takes; None for TensorRT-RTX, which builds on the host.
 
@@ -381,8 +382,8 @@ def _stage_size(bundle: Bundle, stage: Stage) -> StageSize:
     onnx = bundle.stage_path(stage.spec.name)
     weights = _mib(sum(path.stat().st_size for path in onnx.parent.glob(f"{onnx.name}*")))
     activations = None
-    if stage.cost is not None and stage.cost.activation_bytes is not None:
-        activations = _mib(stage.cost.activation_bytes)
+    if stage.cost is not None and stage.cost.engine_activation_bytes is not None:
+        activations = engine_activations_mib(stage.cost.engine_activation_bytes)
     return StageSize(stage=stage.spec.name, weights=weights, activations=activations)
 
 
@@ -400,7 +401,7 @@ def _tiny_decoder(bundle: Bundle) -> StageSize | None:
     return StageSize(
         stage=DECODER_STAGE,
         weights=TINY_WEIGHTS_MIB * wider,
-        activations=_mib(TINY_BYTES_PER_PIXEL * wider * pixels),
+        activations=engine_activations_mib(TINY_BYTES_PER_PIXEL * wider * pixels),
     )
 
 

@@ -9,7 +9,12 @@ from hipa_deploy.bundle.manifest import Stage
 from hipa_deploy.engines.device.machine import available_memory_mib
 from hipa_deploy.engines.store.select import select_engine
 from hipa_deploy.engines.store.sidecar import Sidecar, read_sidecar
-from hipa_deploy.engines.targets.run_memory import Groups, StageSize, low_memory_groups
+from hipa_deploy.engines.targets.run_memory import (
+    Groups,
+    StageSize,
+    engine_activations_mib,
+    low_memory_groups,
+)
 from hipa_deploy.engines.tensorrt.buffers import shares_memory
 from hipa_deploy.engines.tensorrt.cuda import call, load_cudart
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
@@ -45,15 +50,13 @@ def engine_groups(bundle: Bundle, stages: Iterable[str], backend: str) -> Groups
 
 def engine_size(stage: Stage, sidecar: Sidecar | None) -> StageSize:
     """What an engine holds: by its sidecar, and where that does not say, by the stage's graph."""
-    weights = 0 if sidecar is None else sidecar.engine_bytes
-    activations = None if sidecar is None else sidecar.activation_bytes
-    if activations is None and stage.cost is not None:
-        activations = stage.cost.activation_bytes
-    return StageSize(
-        stage=stage.spec.name,
-        weights=in_mib(weights),
-        activations=None if activations is None else in_mib(activations),
-    )
+    weights = 0 if sidecar is None else in_mib(sidecar.engine_bytes)
+    activations = None
+    if sidecar is not None and sidecar.activation_bytes is not None:
+        activations = in_mib(sidecar.activation_bytes)
+    elif stage.cost is not None and stage.cost.engine_activation_bytes is not None:
+        activations = engine_activations_mib(stage.cost.engine_activation_bytes)
+    return StageSize(stage=stage.spec.name, weights=weights, activations=activations)
 
 
 def in_mib(size: int) -> int:

@@ -5,14 +5,26 @@ The plan of a build and ``--low-memory`` both ask here, so that one predicts wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from hipa_deploy.record import Record
 
 TEXT_STAGE = "text_encoder"
 
+# What the activations of an engine take, of what they take in its graph with fused attention, and
+# at least. Engines of TensorRT-RTX 1.7 take 0.9 to 1.41 times as much for the stages of SD 1.5, and
+# 8 to 32 MiB where the graph takes less (benchmarks/engine_memory.py).
+ENGINE_ACTIVATIONS = 1.45
+LEAST_ACTIVATIONS_MIB = 32
+
 Groups = tuple[tuple[str, ...], ...]
 """Names of stages; those of one group are loaded together, and one group at a time."""
+
+
+def engine_activations_mib(graph_bytes: int) -> int:
+    """MiB that an engine's activations take, predicted from the bytes that its graph's take."""
+    return max(LEAST_ACTIVATIONS_MIB, math.ceil(ENGINE_ACTIVATIONS * graph_bytes / 2**20))
 
 
 class StageSize(Record):

@@ -26,12 +26,13 @@ from hipa_deploy.engines.build.memory_plan import (
 from hipa_deploy.engines.targets import memory_needs
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.memory_needs import Need
-from hipa_deploy.engines.targets.run_memory import StageSize
+from hipa_deploy.engines.targets.run_memory import StageSize, engine_activations_mib
 from hipa_deploy.engines.targets.target import load_target_profile
 from hipa_deploy.errors import HipaError
 from tests.engines.engine_samples import ORIN, RTX_4090
 
 MIB = 1 << 20
+ACTIVATIONS = 73  # of the UNet's engine: 1.45 times the 50 MiB of its graph
 
 
 @pytest.fixture
@@ -81,13 +82,26 @@ def plan(bundle, library, target="auto", device=None, stages=("unet", "vae_decod
 def test_tensorrt_rtx_compiles_on_the_host_and_the_largest_stage_counts(bundle):
     planned = plan(bundle, "rtx")
     unet, decoder = planned.stages
-    assert (unet.weights, unet.activations, unet.build_gpu) == (1000, 50, None)
+    assert (unet.weights, unet.activations, unet.build_gpu) == (1000, ACTIVATIONS, None)
     assert (decoder.weights, decoder.activations) == (100, None)
     building, disk = planned.needs
     assert building.need == unet.build_host == round(HOST_BASE_MIB + HOST_PER_WEIGHT * 1000)
     assert (building.where, building.have, building.verdict) == ("this machine", 4000, "fits")
     assert disk.need == pytest.approx(1100 * 1.1 + 16, abs=1)
     planned.refuse_misfits()
+
+
+@pytest.mark.parametrize(("graph_mib", "engine_mib"), [(0, 32), (22, 32), (23, 34), (512, 743)])
+def test_an_engine_takes_more_than_its_graph(graph_mib, engine_mib):
+    assert engine_activations_mib(graph_mib * MIB) == engine_mib
+
+
+def test_attention_that_is_fused_counts_where_it_is_known():
+    """A bundle of an older version has the sum with all scores alone."""
+    cost = Cost(flops=0, weight_bytes=0, io_bytes=0, activation_bytes=500)
+    assert cost.engine_activation_bytes == 500
+    fused = cost.model_copy(update={"fused_activation_bytes": 50})
+    assert fused.engine_activation_bytes == 50
 
 
 def test_only_the_stages_to_build_count(bundle):
@@ -99,7 +113,7 @@ def test_only_the_stages_to_build_count(bundle):
 def test_a_named_target_says_whether_the_whole_pipeline_runs_there(bundle):
     running = plan(bundle, "rtx", "rtx4090").needs[-1]
     assert running.where == "GeForce RTX 4090"
-    assert running.need == RUNTIME_MIB + 1000 + 50 + 100
+    assert running.need == RUNTIME_MIB + 1000 + ACTIVATIONS + 100
     assert running.verdict == "fits"
     assert plan(bundle, "rtx", "rtx40").needs[-1].verdict == "unknown"  # a family: cards differ
 
@@ -107,7 +121,7 @@ def test_a_named_target_says_whether_the_whole_pipeline_runs_there(bundle):
 def test_on_a_jetson_host_and_gpu_share_one_memory(bundle):
     planned = plan(bundle, "tensorrt", device=machine(ORIN), workspace_mib=300)
     building, _, running = planned.needs
-    gpu = 1000 + 50 + 300
+    gpu = 1000 + ACTIVATIONS + 300
     assert planned.stages[0].build_gpu == gpu
     assert building.what == "building: shared memory"
     assert building.need == planned.stages[0].build_host + gpu + RUNTIME_MIB
@@ -154,8 +168,7 @@ def test_a_full_disk_is_refused_with_numbers(bundle, monkeypatch):
 
 def test_too_little_to_run_has_its_own_remedy(bundle, monkeypatch):
     small = RTX_4090.model_copy(update={"memory_mib": 1000})
-    # The conv that stands for the decoder has 8 x 8 x 4 values: a tiny one would take 3 + 1 MiB.
-    message = r"running: GPU memory .* takes about 1,850 MiB \(available: 1,000 MiB\)\. Close other"
+    message = r"running: GPU memory .* takes about 1,873 MiB \(available: 1,000 MiB\)\. Close other"
     with pytest.raises(HipaError, match=message):
         plan(bundle, "rtx", device=machine(small)).refuse_misfits()
 
@@ -243,7 +256,7 @@ def test_what_would_make_a_run_smaller():
 def test_the_tiny_decoder_of_a_bundle_is_known_by_its_pixels(bundle):
     planned = plan(bundle, "rtx", device=machine(RTX_4090.model_copy(update={"memory_mib": 100})))
     tiny = {way.change: way.need.need for way in planned.ways}["hipa-export --decoder tiny"]
-    assert tiny == RUNTIME_MIB + 1000 + 50 + TINY_WEIGHTS_MIB
+    assert tiny == RUNTIME_MIB + 1000 + ACTIVATIONS + TINY_WEIGHTS_MIB
     assert TINY_BYTES_PER_PIXEL * 512 * 512 == 96 * MIB
 
 
