@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ from hipa_deploy.engines.store import low_memory
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate import open_stages, pipeline
 from hipa_deploy.generate import prompts as prompts_module
+from hipa_deploy.generate.open_stages import StagesInTurn
+from hipa_deploy.generate.stages import HostStages
 from tests.engines.bundle_gpu import BundleGpu
+from tests.hipa_deploy.generate.test_stages import STEP, generic
 from tests.swap_samples import scaled_weights, write_swap
 from tests.threads import in_threads
 
@@ -79,6 +83,30 @@ def test_a_session_at_a_time_and_the_same_bytes(opened) -> None:
     assert in_turn.keys() == path.keys()
     for name, value in path.items():
         np.testing.assert_array_equal(in_turn[name], value)
+
+
+@pytest.mark.parametrize("groups", [(("text_encoder",), ("unet", "vae_decoder")), None])
+def test_the_generic_layout_in_turn(monkeypatch, groups) -> None:
+    """Numpy's part between the stages, of which the timestep and x0 are the UNet's group's."""
+    runners = generic()
+    stages = {name: SimpleNamespace(spec=runner.spec) for name, runner in runners.items()}
+    manifest = SimpleNamespace(layout="generic", one_step=STEP)
+    fake = SimpleNamespace(root="root", stages=stages, manifest=manifest)
+    monkeypatch.setattr(open_stages, "open_runner", lambda bundle, stage, backend: runners[stage])
+    for runner in runners.values():
+        monkeypatch.setattr(type(runner), "__enter__", lambda self: self, raising=False)
+        monkeypatch.setattr(type(runner), "__exit__", lambda self, *_: None, raising=False)
+
+    noise = np.linspace(-1, 1, 12, dtype=np.float32).reshape(1, 3, 2, 2)
+    feed = {"tokens": np.ones(1, np.int64), "noise": noise}
+    names = ("context", "output", "latents", "sample", "images")
+    expected = HostStages("onnxruntime", runners, STEP).run(feed, names)
+    in_turn = StagesInTurn(fake, "onnxruntime", groups or tuple((name,) for name in stages))
+    for asked in (names, ("images",)):
+        got = in_turn.run(feed, asked)
+        assert tuple(got) == asked
+        for name, value in got.items():
+            np.testing.assert_array_equal(value, expected[name])
 
 
 def test_engines_in_two_groups_and_the_same_bytes(bundle, gpu) -> None:
