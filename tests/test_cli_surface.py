@@ -28,7 +28,8 @@ SURFACE = {
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
-        "--timing-cache", "--refit", "--best-of", "--swap", "--dry-run", "--no-repair", "--force",
+        "--timing-cache", "--refit", "--best-of", "--swap", "--dry-run", "--no-repair",
+        "--without-remedy", "--force",
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
@@ -59,6 +60,7 @@ SURFACE = {
     },
     "doctor": {"--backend", "--json", "--self-test", "--bisect", "--out", "--force"},
     "demo": {"--out", "--quick", "--task"},
+    "init": {"--device", "--model", "--adaptor", "--task", "--prefer"},
 }  # fmt: skip
 
 
@@ -71,7 +73,7 @@ def options_of(command) -> set[str]:
     for parameter in command.params:
         if parameter.param_type_name == "option":
             found.update(parameter.opts)
-    return found - {"--help"}
+    return found - {"--help", "--version"}
 
 
 def test_commands_and_options() -> None:

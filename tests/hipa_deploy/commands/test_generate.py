@@ -53,8 +53,8 @@ def test_low_memory_gives_the_same_file_and_says_how(
 ) -> None:
     paths = {"": tmp_path / "usual.png", "--low-memory": tmp_path / "low.png"}
     for option, path in paths.items():
+        options = ["--backend", "onnxruntime", "--out", str(path), *filter(None, [option])]
         with pytest.raises(SystemExit) as stopped:
-            options = ["--backend", "onnxruntime", "--out", str(path), *filter(None, [option])]
             main(["generate", "emoji", "3d emoji of a red apple", *options])
         assert not stopped.value.code
     usual, low = paths.values()
