@@ -28,25 +28,27 @@ SURFACE = {
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
-        "--timing-cache", "--refit", "--best-of", "--dry-run", "--no-repair", "--without-remedy",
-        "--force",
+        "--timing-cache", "--refit", "--best-of", "--swap", "--dry-run", "--no-repair",
+        "--without-remedy", "--force",
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
-        "--prompt-weights", "--force", "--again", "--format", "--quality", "--watermark", "--c2pa",
+        "--prompt-weights", "--low-memory", "--force",
+        "--again", "--format", "--quality", "--watermark", "--c2pa",
     },
     "edit": {
         "--strength", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--force",
+        "--truncate", "--prompt-weights", "--low-memory", "--force",
         "--format", "--quality", "--watermark", "--c2pa",
     },
     "inpaint": {
         "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--force",
+        "--truncate", "--prompt-weights", "--low-memory", "--force",
         "--format", "--quality", "--watermark", "--c2pa",
     },
     "upscale": {
-        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights", "--force",
+        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights",
+        "--low-memory", "--force",
         "--format", "--quality", "--watermark", "--c2pa",
     },
     "serve": {
@@ -56,7 +58,7 @@ SURFACE = {
     },
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
-        "--roofline", "--force",
+        "--roofline", "--low-memory", "--force",
     },
     "profile compare": {"--metric", "--threshold", "--json", "--force"},
     "profile table": set(),

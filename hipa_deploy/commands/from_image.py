@@ -22,6 +22,7 @@ from hipa_deploy.commands.options import (
     ForceOption,
     FormatOption,
     HeightOption,
+    LowMemoryOption,
     OutOption,
     PromptsArgument,
     PromptWeightsOption,
@@ -32,6 +33,7 @@ from hipa_deploy.commands.options import (
     WidthOption,
     console,
     image_outputs,
+    load_pipeline,
     make_images,
     note_name,
     note_weights,
@@ -67,6 +69,7 @@ def edit(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    low_memory: LowMemoryOption = False,
     format: FormatOption = None,
     quality: QualityOption = None,
     watermark: WatermarkOption = None,
@@ -97,6 +100,7 @@ def edit(
         backend=backend,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        low_memory=low_memory,
         files=files,
         force=force,
     )
@@ -125,6 +129,7 @@ def inpaint(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    low_memory: LowMemoryOption = False,
     format: FormatOption = None,
     quality: QualityOption = None,
     watermark: WatermarkOption = None,
@@ -157,6 +162,7 @@ def inpaint(
         backend=backend,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        low_memory=low_memory,
         files=files,
         force=force,
     )
@@ -178,6 +184,7 @@ def upscale(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    low_memory: LowMemoryOption = False,
     format: FormatOption = None,
     quality: QualityOption = None,
     watermark: WatermarkOption = None,
@@ -189,7 +196,6 @@ def upscale(
     Needs a bundle for upscaling, such as hipa-export --adaptor emoji-upscale writes.
     """
     from hipa_deploy.embedded import resolve_bundle
-    from hipa_deploy.generate.pipeline import OneStepPipeline
     from hipa_deploy.generate.request import check_request
     from hipa_deploy.images.source import upscaling
 
@@ -203,11 +209,7 @@ def upscale(
     check_marked_size(files, opened, enlargement)
     note_name(out, paths)
 
-    with console.status("loading"):
-        pipe = OneStepPipeline.load(bundle, backend, watermark=watermark)
-    with pipe:
-        if adaptor is not None:
-            pipe.swap_adaptor(adaptor)
+    with load_pipeline(bundle, backend, adaptor, low_memory, watermark) as pipe:
         note_weights(pipe.bundle, [prompt], prompt_weights)
         with console.status("enlarging"):
             result = pipe.upscale(
@@ -263,6 +265,7 @@ def _generate_from(
     backend: str,
     truncate: bool,
     prompt_weights: bool | None,
+    low_memory: bool,
     files: FileSettings,
     force: bool,
 ) -> None:
@@ -273,6 +276,7 @@ def _generate_from(
         paths,
         adaptor=adaptor,
         backend=backend,
+        low_memory=low_memory,
         force=force,
         source=source,
         seed=seed,

@@ -16,6 +16,7 @@ from hipa_deploy.commands.options import (
     ForceOption,
     FormatOption,
     HeightOption,
+    LowMemoryOption,
     OutOption,
     PromptWeightsOption,
     QualityOption,
@@ -56,6 +57,7 @@ def generate(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    low_memory: LowMemoryOption = False,
     again: Annotated[
         Path | None,
         typer.Option(
@@ -142,6 +144,7 @@ def generate(
         paths,
         adaptor=adaptor,
         backend=backend,
+        low_memory=low_memory,
         force=force,
         files=files,
         watch=None if recipe is None else lambda image_HWC: _say(recipe.compare(image_HWC)),

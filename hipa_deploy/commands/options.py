@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.generate.jobs.withheld import Flagged
-    from hipa_deploy.generate.pipeline import GenerateResult
+    from hipa_deploy.generate.pipeline import GenerateResult, OneStepPipeline
 
 # Progress and notes go to stderr, results (paths, tables, JSON) to stdout: a script can pipe them.
 console = Console(stderr=True)
@@ -206,7 +206,15 @@ TruncateOption = Annotated[
     bool,
     typer.Option("--truncate", help="Cut off a prompt that is too long, instead of refusing it."),
 ]
-
+LowMemoryOption = Annotated[
+    bool,
+    typer.Option(
+        "--low-memory",
+        help="Hold less in memory and take longer: models are loaded when they run, the text "
+        "encoder apart from the others, and these one at a time where they do not fit together. "
+        "The image is the same.",
+    ),
+]
 PromptWeightsOption = Annotated[
     bool | None,
     typer.Option(
@@ -283,6 +291,7 @@ def make_images(
     *,
     adaptor: str | None,
     backend: str,
+    low_memory: bool,
     force: bool,
     prompt_weights: bool | None,
     files: FileSettings = FileSettings(),
@@ -297,6 +306,7 @@ def make_images(
         paths: one path for each image, as ``image_outputs`` gave them.
         adaptor: an adaptor to swap in; None is the bundle's own.
         backend: what runs the stages.
+        low_memory: load the stages in turn.
         force: whether files that exist are replaced.
         prompt_weights: whether brackets in prompts are weights; None is as the bundle says.
         files: how the files are written and marked.
@@ -307,16 +317,39 @@ def make_images(
         HipaError: the bundle cannot be loaded here, or does not make such images.
 
     """
-    from hipa_deploy.generate.pipeline import OneStepPipeline
-
-    with console.status("loading"):
-        pipe = OneStepPipeline.load(bundle, backend, watermark=files.watermark)
-    with pipe:
-        if adaptor is not None:
-            pipe.swap_adaptor(adaptor)
+    with load_pipeline(bundle, backend, adaptor, low_memory, files.watermark) as pipe:
         note_weights(pipe.bundle, prompts, prompt_weights)
         batches = pipe.stream(prompts, prompt_weights=prompt_weights, **choices)
         write_images(batches, paths, files, force=force, watch=watch)
+
+
+def load_pipeline(
+    bundle: str,
+    backend: str,
+    adaptor: str | None,
+    low_memory: bool,
+    watermark: bool | int | None = None,
+) -> OneStepPipeline:
+    """Load a bundle with an adaptor, and say in one line how the stages share little memory.
+
+    Raises:
+        HipaError: the bundle cannot be loaded here, or the adaptor does not fit it.
+
+    """
+    from hipa_deploy.generate.pipeline import OneStepPipeline
+
+    with console.status("loading"):
+        pipe = OneStepPipeline.load(bundle, backend, low_memory=low_memory, watermark=watermark)
+    try:
+        if low_memory:
+            # In words: 'text_encoder, then unet + vae_decoder'.
+            console.print(f"low memory: {pipe.stages}", markup=False, highlight=False)
+        if adaptor is not None:
+            pipe.swap_adaptor(adaptor)
+    except BaseException:
+        pipe.close()
+        raise
+    return pipe
 
 
 def image_outputs(

@@ -54,3 +54,18 @@ def test_what_looks_like_a_weight_is_said_to_be_text(
     text, weights, asked = (tmp_path / f"{name}.png" for name in ("text", "weights", "asked"))
     assert text.read_bytes() == asked.read_bytes() != weights.read_bytes()
     assert read_parameters(weights)["prompt_weights"] is True
+
+
+def test_low_memory_gives_the_same_file_and_says_how(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {"": tmp_path / "usual.png", "--low-memory": tmp_path / "low.png"}
+    for option, path in paths.items():
+        options = ["--backend", "onnxruntime", "--out", str(path), *filter(None, [option])]
+        with pytest.raises(SystemExit) as stopped:
+            main(["generate", "emoji", "3d emoji of a red apple", *options])
+        assert not stopped.value.code
+    usual, low = paths.values()
+    assert usual.read_bytes() == low.read_bytes()
+    line = "low memory: text_encoder, then unet, then vae_decoder\n"
+    assert capsys.readouterr().err.count(line) == 1
