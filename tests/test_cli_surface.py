@@ -46,8 +46,8 @@ SURFACE = {
         "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights", "--force",
     },
     "profile": {
-        "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
-        "--roofline", "--force",
+        "--runs", "--seconds", "--warmup", "--backend", "--json", "--html", "--markdown",
+        "--layers", "--roofline", "--force",
     },
     "profile compare": {"--metric", "--threshold", "--json", "--force"},
     "profile table": set(),
