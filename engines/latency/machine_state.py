@@ -184,9 +184,19 @@ class Watch:
         while not self._ended.wait(self._interval):
             self.readings.append(self._machine.read())
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
+        """Begin to read."""
         if self._machine is not None:
             self._thread.start()
+
+    def stop(self) -> None:
+        """Read no more. Calling it twice, or without ``start``, is harmless."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        self.start()
         return self
 
     def __exit__(
@@ -195,9 +205,7 @@ class Watch:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._ended.set()
-        if self._machine is not None:
-            self._thread.join()
+        self.stop()
 
 
 def _smi_clocks(smi: dict[str, str]) -> dict[str, Clock]:
