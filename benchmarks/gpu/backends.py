@@ -9,11 +9,13 @@ from __future__ import annotations
 import io
 import math
 import time
+from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks.gpu.costs import share_facts
-from benchmarks.gpu.figures import Fact, Figure
+from benchmarks.gpu.figures import Fact, Figure, read_part
 from benchmarks.gpu.job import Job
 from benchmarks.gpu.models import (
     BundleCase,
@@ -33,6 +35,7 @@ from hipa_deploy.generate.runner import CPU_BACKENDS, ENGINE_BACKENDS
 
 # At SD 1.5's size: three engines, measured with TensorRT-RTX on two cores, rounded up.
 BUILD_SECONDS = 45.0
+TINY_BACKEND = "onnxruntime"  # one is enough to check the script
 QUIET = Console(file=io.StringIO())
 
 
@@ -41,6 +44,8 @@ def run(job: Job) -> None:
     cases = bundle_cases(job)
     backends = {}
     for backend in job.machine.backends:
+        if job.tiny and backend.name != TINY_BACKEND:
+            continue
         if (backend.name in CPU_BACKENDS) != job.on_gpu:
             backends[backend.name] = backend
     names = []
@@ -51,16 +56,15 @@ def run(job: Job) -> None:
     model = model_folder(job, inference_size(job))
     for case in cases:
         for name, backend in backends.items():
-            missing = not bundle_folder(job, case).exists()
             if not backend.usable:
                 job.file.leave_out(_name(case, name), backend.remedy or "it does not run here")
-            elif missing:
-                job.file.leave_out(_name(case, name), "its bundle was not exported")
+            elif not bundle_folder(job, case).exists():
+                job.file.leave_out(_name(case, name), _why_no_bundle(job, case))
             else:
                 job.file.attempt(
                     _name(case, name),
-                    lambda case=case, name=name: _measure(job, model, case, name),
-                    least_seconds=_least_seconds(job, case, name),
+                    partial(_measure, job, model, case, name),
+                    least_seconds=_least_seconds(job, name),
                 )
 
 
@@ -68,17 +72,24 @@ def _name(case: BundleCase, backend: str) -> str:
     return f"{_workload(case)}, {backend}, batch {case.batch}"
 
 
+def _why_no_bundle(job: Job, case: BundleCase) -> str:
+    """Why a bundle was not exported, by the data file of the part that exports."""
+    exports = read_part(job.out, "bundles")
+    reason = exports.left_out.get(case.name) if exports else None
+    return f"{reason or 'run the part bundles first'}: it has no bundle"
+
+
 def _workload(case: BundleCase) -> str:
     return f"{case.task}, tiny decoder" if case.tiny_decoder else case.task
 
 
-def _least_seconds(job: Job, case: BundleCase, backend: str) -> float:
+def _least_seconds(job: Job, backend: str) -> float:
     """What a case takes at least, its engines included where they are not built."""
     engines = backend in ENGINE_BACKENDS and not job.tiny
     return job.effort.least_case + (BUILD_SECONDS if engines else 0.0)
 
 
-def _measure(job: Job, model, case: BundleCase, backend: str) -> Figure:
+def _measure(job: Job, model: Path, case: BundleCase, backend: str) -> Figure:
     folder = bundle_folder(job, case)
     facts: dict[str, Fact] = {"bundle_mib": bundle_size_mib(folder)}
     if backend in ENGINE_BACKENDS:

@@ -19,8 +19,8 @@ REPEATS = 8
 
 def run(job: Job) -> None:
     """Measure the rates, those of the roofline first."""
-    size = 256 if job.tiny else 8192
-    mib = 8 if job.tiny else 2048
+    size = 64 if job.tiny else 8192
+    mib = 4 if job.tiny else 2048
     cases = [
         (f"{MATMUL}, fp16", lambda: _matmul(job, "fp16", size)),
         (COPY, lambda: _copy(job, COPY, mib, job.device, job.device)),

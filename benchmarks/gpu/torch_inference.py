@@ -99,9 +99,7 @@ def run(job: Job) -> None:
         least = job.effort.least_case
         if case.engine == COMPILED and not job.tiny:
             least += COMPILE_SECONDS
-        job.file.attempt(
-            case.name, lambda case=case: _measure(job, model, case), least_seconds=least
-        )
+        job.file.attempt(case.name, partial(_measure, job, model, case), least_seconds=least)
 
 
 def _measure(job: Job, model: Path, case: Case) -> Figure:

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def run(job: Job) -> None:
             job.file.leave_out(case.name, f"{', '.join(absent)} is not installed")
             continue
         least = job.effort.least_case + (0.0 if job.tiny else START_SECONDS)
-        job.file.attempt(case.name, lambda case=case: _measure(job, case), least_seconds=least)
+        job.file.attempt(case.name, partial(_measure, job, case), least_seconds=least)
 
 
 def recipe_of(job: Job, case: Case) -> tuple[Recipe, Path]:
