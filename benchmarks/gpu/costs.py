@@ -11,18 +11,20 @@ the text context.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.gpu.figures import Fact, read_part
 from benchmarks.gpu.rates import COPY, MATMUL
-from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.tasks import Task
-from hipa_deploy.train.prediction.training_cost import unloaded_model
 
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}  # of a value
 
@@ -48,28 +50,28 @@ def workload_costs(
         precision: of weights and values, a key of ``BYTES``.
 
     """
-    ModelConfig.read(model_dir)
+    # On the meta device tensors have shapes and no values, so nothing is loaded and nothing computed.
     with torch.device("meta"):
-        model = unloaded_model(model_dir)
-        pipe = model.pipe
-        latents = torch.empty(batch, *model.latent_shape_CHW)
-        height, width = model.resolution
-        images = torch.empty(batch, 3, height, width)
-        length = pipe.text_encoder.config.max_position_embeddings
+        text_encoder = CLIPTextModel(CLIPTextConfig(**_config(model_dir, "text_encoder")))
+        unet: Any = UNet2DConditionModel.from_config(_config(model_dir, "unet"))
+        vae: Any = AutoencoderKL.from_config(_config(model_dir, "vae"))
+        size = unet.config.sample_size
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        latents = torch.empty(batch, unet.config.in_channels, size, size)
+        images = torch.empty(batch, 3, factor * size, factor * size)
+        length = text_encoder.config.max_position_embeddings
         tokens = torch.zeros(batch, length, dtype=torch.int64)
-        context = torch.empty(batch, length, pipe.text_encoder.config.hidden_size)
+        context = torch.empty(batch, length, text_encoder.config.hidden_size)
         time_step = torch.zeros(batch, dtype=torch.int64)
 
         calls: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]] = {
-            "text_encoder": (pipe.text_encoder, (tokens,))
+            "text_encoder": (text_encoder, (tokens,))
         }
         if task != "generate":
-            calls["vae_encoder"] = (pipe.vae.encoder, (images,))
-        calls["unet"] = (pipe.unet, (latents, time_step, context))
-        calls["vae_decoder"] = (pipe.vae.decoder, (latents,))
+            calls["vae_encoder"] = (vae.encoder, (images,))
+        calls["unet"] = (unet, (latents, time_step, context))
+        calls["vae_decoder"] = (vae.decoder, (latents,))
         if tiny_decoder:
-            from diffusers import AutoencoderTiny
-
             calls["vae_decoder"] = (AutoencoderTiny().decoder, (latents,))
         outputs = {
             "text_encoder": context.numel(),
@@ -81,6 +83,12 @@ def workload_costs(
         for name, (module, inputs) in calls.items():
             costs[name] = _stage_cost(module, inputs, outputs[name], BYTES[precision])
     return costs
+
+
+def _config(model_dir: Path, part: str) -> dict[str, Any]:
+    path = model_dir / part / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from hipa_deploy.record import Record
 MAX_BYTES = 64 * MIB
 NO_TIME = "the time budget ended first"
 Unit = Literal["images/s", "steps/s", "TFLOP/s", "GB/s"]
-Fact = float | str
+Fact = int | float | str
 
 
 class Figure(Record):

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
+from benchmarks.gpu.figures import Fact
 from benchmarks.gpu.job import Job
 
 ROOT = Path(__file__).absolute().parents[2]
@@ -59,7 +60,7 @@ def marked_files() -> list[str]:
     return found
 
 
-def count(report: Path) -> dict[str, float | str]:
+def count(report: Path) -> dict[str, Fact]:
     """Numbers of tests by outcome, names of those that failed, reasons of those that were skipped.
 
     Args:
@@ -77,7 +78,7 @@ def count(report: Path) -> dict[str, float | str]:
         if skip is not None:
             skipped += 1
             reasons[skip.get("message") or "no reason"] = None
-    facts: dict[str, float | str] = {
+    facts: dict[str, Fact] = {
         "passed": len(cases) - len(failed) - skipped,
         "failed": len(failed),
         "skipped": skipped,

@@ -207,6 +207,9 @@ def _export_all(job: Job, model: Path, cases: tuple[BundleCase, ...]) -> None:
             if job.file.remaining <= 0:
                 break
             time.sleep(0.05)
+    for case in cases:
+        if bundle_folder(job, case).exists():
+            job.file.left_out.pop(case.name, None)
 
 
 @contextmanager

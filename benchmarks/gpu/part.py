@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.gpu.figures import PartFile
 from benchmarks.gpu.job import Job
+from hipa_deploy.extras import missing
 
 MODULES = {
     "tests": "gpu_tests",
@@ -19,6 +20,8 @@ MODULES = {
     "backends": "backends",
     "training": "training",
 }
+# The extra of pyproject.toml that a part is imported with.
+EXTRAS = {"training": "train"}
 
 
 def main() -> None:
@@ -40,6 +43,12 @@ def main() -> None:
         tiny=request.tiny,
         file=PartFile(request.out, request.part, request.deadline),
     )
+    # A part whose packages are missing could not even be imported.
+    extra = EXTRAS.get(request.part)
+    absent = missing(extra) if extra else []
+    if absent:
+        job.file.leave_out("everything", f"{', '.join(absent)} is not installed")
+        return
     import_module(f"benchmarks.gpu.{MODULES[request.part]}").run(job)
     job.file.save()
 

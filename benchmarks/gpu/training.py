@@ -25,7 +25,6 @@ from benchmarks.train_speed import plain_loop
 from hipa_deploy.engines.latency.report import LatencyStats
 from hipa_deploy.engines.latency.validity import Validity
 from hipa_deploy.errors import HipaError
-from hipa_deploy.extras import missing
 from hipa_deploy.train.loop import run as training_loop
 from hipa_deploy.train.prediction.training_cost import TrainingPrediction, predict_training
 from hipa_deploy.train.recipes.recipe import MixedPrecision, Recipe, load_recipe
@@ -95,11 +94,7 @@ def run(job: Job) -> None:
     """Measure every case."""
     cases = TINY_CASES if job.tiny else CASES
     job.file.plan([case.name for case in cases])
-    absent = missing("train")
     for case in cases:
-        if absent:
-            job.file.leave_out(case.name, f"{', '.join(absent)} is not installed")
-            continue
         least = job.effort.least_case + (0.0 if job.tiny else START_SECONDS)
         job.file.attempt(case.name, partial(_measure, job, case), least_seconds=least)
 
