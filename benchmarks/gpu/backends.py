@@ -10,11 +10,10 @@ import io
 import math
 import time
 from functools import partial
-from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.gpu.costs import share_facts
+from benchmarks.gpu.costs import bundle_costs, share_facts
 from benchmarks.gpu.figures import Fact, Figure, read_part
 from benchmarks.gpu.job import Job
 from benchmarks.gpu.models import (
@@ -23,7 +22,6 @@ from benchmarks.gpu.models import (
     bundle_folder,
     bundle_size_mib,
     inference_size,
-    model_folder,
 )
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.folder import Bundle
@@ -53,7 +51,6 @@ def run(job: Job) -> None:
         names += [_name(case, backend) for backend in backends]
     job.file.plan(names)
 
-    model = model_folder(job, inference_size(job))
     for case in cases:
         for name, backend in backends.items():
             if not backend.usable:
@@ -63,7 +60,7 @@ def run(job: Job) -> None:
             else:
                 job.file.attempt(
                     _name(case, name),
-                    partial(_measure, job, model, case, name),
+                    partial(_measure, job, case, name),
                     least_seconds=_least_seconds(job, name),
                 )
 
@@ -89,7 +86,7 @@ def _least_seconds(job: Job, backend: str) -> float:
     return job.effort.least_case + (BUILD_SECONDS if engines else 0.0)
 
 
-def _measure(job: Job, model: Path, case: BundleCase, backend: str) -> Figure:
+def _measure(job: Job, case: BundleCase, backend: str) -> Figure:
     folder = bundle_folder(job, case)
     facts: dict[str, Fact] = {"bundle_mib": bundle_size_mib(folder)}
     if backend in ENGINE_BACKENDS:
@@ -104,10 +101,9 @@ def _measure(job: Job, model: Path, case: BundleCase, backend: str) -> Figure:
     if job.on_gpu:
         facts["cuda_graph"] = f"no: {'; '.join(problems)}" if problems else "yes"
     facts |= _facts(report)
-    facts |= share_facts(
-        job.out, report.end_to_end.p50_ms, model, case.task, case.batch,
-        tiny_decoder=case.tiny_decoder, precision=report.conditions.precision,
-    )  # fmt: skip
+    costs = bundle_costs(Bundle.open(folder))
+    precision = report.conditions.precision
+    facts |= share_facts(job.out, report.end_to_end.p50_ms, costs, precision)
     if report.validity is None:
         raise HipaError("the report says nothing of its validity. This is a fault of the script.")
     reasons = (*job.notes(), *report.validity.reasons)
@@ -117,7 +113,7 @@ def _measure(job: Job, model: Path, case: BundleCase, backend: str) -> Figure:
         model=inference_size(job),
         workload=_workload(case),
         engine=backend,
-        precision=report.conditions.precision,
+        precision=precision,
         batch=case.batch,
         unit="images/s",
         per_second=1e3 * case.batch / report.end_to_end.p50_ms,

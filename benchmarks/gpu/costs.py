@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.gpu.figures import Fact, read_part
 from benchmarks.gpu.rates import COPY, MATMUL
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.tasks import Task
 
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}  # of a value
@@ -50,7 +51,7 @@ def workload_costs(
         precision: of weights and values, a key of ``BYTES``.
 
     """
-    # On the meta device tensors have shapes and no values, so nothing is loaded and nothing computed.
+    # On the meta device tensors have shapes and no values: nothing is loaded or computed.
     with torch.device("meta"):
         text_encoder = CLIPTextModel(CLIPTextConfig(**_config(model_dir, "text_encoder")))
         unet: Any = UNet2DConditionModel.from_config(_config(model_dir, "unet"))
@@ -98,7 +99,10 @@ def _stage_cost(
     counter = FlopCounterMode(display=False)
     with counter:
         module(*inputs)
+    # Of a table of words only the rows that the prompt names are read, which are few.
+    tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     values = sum(weight.numel() for weight in module.parameters())
+    values -= sum(table.weight.numel() for table in tables)
     values += sum(tensor.numel() for tensor in inputs) + output_values
     return StageCost(counter.get_total_flops(), value_bytes * values)
 
@@ -129,23 +133,30 @@ def measured_rates(out: Path, precision: str) -> MeasuredRates | None:
     return MeasuredRates(flops * 1e12, moved * 1e9)
 
 
+def bundle_costs(bundle: Bundle) -> dict[str, StageCost]:
+    """The cost of each stage of a bundle, as its export counted it in the graphs.
+
+    They are fewer operations than PyTorch's where the export folded some away. Empty for a bundle
+    that was exported without costs.
+    """
+    costs = {}
+    for stage in bundle.manifest.stages:
+        if stage.cost is None:
+            return {}
+        moved = stage.cost.weight_bytes + stage.cost.io_bytes
+        costs[stage.spec.name] = StageCost(stage.cost.flops, moved)
+    return costs
+
+
 def share_facts(
-    out: Path,
-    p50_ms: float,
-    model_dir: Path,
-    task: Task,
-    batch: int,
-    *,
-    tiny_decoder: bool,
-    precision: str,
+    out: Path, p50_ms: float, costs: dict[str, StageCost], precision: str
 ) -> dict[str, Fact]:
     """How near a figure comes to its bound: 'bound_ms', and 'share_percent' of it reached.
 
-    Empty where the rates were not measured.
+    Empty where the rates were not measured, or the costs are not known.
     """
     rates = measured_rates(out, precision)
-    if rates is None:
+    if rates is None or not costs:
         return {}
-    costs = workload_costs(model_dir, task, batch, tiny_decoder=tiny_decoder, precision=precision)
     bound = rates.bound_ms(costs)
     return {"bound_ms": round(bound, 4), "share_percent": round(100 * bound / p50_ms, 2)}

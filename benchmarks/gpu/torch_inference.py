@@ -24,7 +24,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from benchmarks.gpu.costs import share_facts
+from benchmarks.gpu.costs import share_facts, workload_costs
 from benchmarks.gpu.figures import Figure
 from benchmarks.gpu.job import Job
 from benchmarks.gpu.models import (
@@ -107,10 +107,10 @@ def _measure(job: Job, model: Path, case: Case) -> Figure:
     precision = inference_precision(job)
     call = prepare(job, model, case)
     stats, validity = job.time_call(call)
-    facts = share_facts(
-        job.out, stats.p50_ms, model, case.task, case.batch,
-        tiny_decoder=case.tiny_decoder, precision=precision,
-    )  # fmt: skip
+    costs = workload_costs(
+        model, case.task, case.batch, tiny_decoder=case.tiny_decoder, precision=precision
+    )
+    facts = share_facts(job.out, stats.p50_ms, costs, precision)
     peak = job.peak_mib()
     if peak is not None:
         facts["peak_device_mib"] = round(peak)

@@ -12,9 +12,9 @@ from benchmarks.gpu.job import Job
 
 @pytest.fixture
 def new_job(tmp_path: Path) -> Callable[..., Job]:
-    """A tiny job of a part on the CPU, with half a minute of time."""
+    """A tiny job of a part on the CPU, with more time than it needs."""
 
-    def make(part: str, seconds: float = 30.0) -> Job:
+    def make(part: str, seconds: float = 300.0) -> Job:
         out = tmp_path / "out"
         work = tmp_path / "work"
         work.mkdir(exist_ok=True)

@@ -31,11 +31,13 @@ def test_the_costs_are_those_that_the_export_counts_in_its_graphs():
     """Two counts of one model: PyTorch's operators here, ONNX nodes there."""
     bundle = Bundle.open(embedded.BUNDLE)
     found = costs.workload_costs(MODEL, "generate", 1, tiny_decoder=False, precision="fp16")
-    for stage in bundle.manifest.stages:
-        cost = found[stage.spec.name]
-        assert cost.flops == pytest.approx(stage.cost.flops, rel=0.03), stage.spec.name
-    unet = bundle.stages["unet"].cost
-    assert found["unet"].bytes == pytest.approx(unet.weight_bytes + unet.io_bytes, rel=0.1)
+    exported = costs.bundle_costs(bundle)
+    for name in ("text_encoder", "unet"):
+        assert found[name].flops == pytest.approx(exported[name].flops, rel=0.03), name
+        assert found[name].bytes == pytest.approx(exported[name].bytes, rel=0.1), name
+    # The export folds each enlargement of the decoder into the convolution after it.
+    decoder = found["vae_decoder"].flops
+    assert 0.5 * decoder < exported["vae_decoder"].flops < decoder
 
 
 def test_the_bound_of_a_stage_is_its_slower_side():
@@ -62,6 +64,7 @@ def rates_in(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "measured_rates", lambda out, precision: rates)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("rates_in")
 def test_images_with_pytorch(new_job, monkeypatch):
     cases = (
@@ -91,9 +94,10 @@ def test_images_with_pytorch(new_job, monkeypatch):
     assert (first != call(1)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("rates_in")
 def test_training_steps_of_both_loops(new_job):
-    job = new_job("training", seconds=60)
+    job = new_job("training")
     training.run(job)
     result = read_part(job.out, "training")
     assert result.left_out == {}
@@ -210,7 +214,7 @@ def test_a_bundle_is_exported_and_a_failure_is_the_last_line(new_job, monkeypatc
     good = BundleCase("good", "generate", 1)
     bad = BundleCase("bad", "generate", 1000)
     monkeypatch.setattr(models, "TINY_BUNDLES", (good, bad))
-    job = new_job("bundles", seconds=150)
+    job = new_job("bundles")
     models.run(job)
     result = read_part(job.out, "bundles")
     assert result.facts["good_seconds"] > 0
