@@ -55,9 +55,9 @@ def main() -> int:
         "--with",
         dest="extras",
         action="append",
-        choices=("rtx", "tensorrt"),
+        choices=("rtx", "onnxruntime-rtx", "tensorrt"),
         default=[],
-        help="also TensorRT-RTX or TensorRT; may be repeated",
+        help="also TensorRT-RTX, its plugin for ONNX Runtime, or TensorRT; may be repeated",
     )
     parser.add_argument("--list", action="store_true", help="print the packages alone")
     request = parser.parse_args()
