@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the packages alone")
     request = parser.parse_args()
 
-    wanted = packages([*EXTRAS, *request.extras], request.python)
+    wanted = packages([*EXTRAS, *request.extras], request.python, request.arch)
     if request.list:
         print("\n".join(wanted))
         return 0
@@ -78,12 +78,13 @@ def main() -> int:
     return code
 
 
-def packages(extras: Iterable[str], python: str) -> list[str]:
+def packages(extras: Iterable[str], python: str, arch: str = "x86_64") -> list[str]:
     """'name==version' of all that the project needs with these extras, torch left out.
 
     Args:
         extras: of pyproject.toml.
         python: the version of the machine's Python, such as '3.12'.
+        arch: its processor, as Python's platform.machine names it.
 
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -99,7 +100,7 @@ def packages(extras: Iterable[str], python: str) -> list[str]:
         name = canonicalize_name(requirement.name)
         if name in seen or name in LEFT_OUT or name.startswith("nvidia-"):
             continue
-        if not applies(requirement, python):
+        if not applies(requirement, python, arch=arch):
             continue
         seen.add(name)
         target = INSTEAD.get(name, name)
@@ -111,8 +112,10 @@ def packages(extras: Iterable[str], python: str) -> list[str]:
     return sorted(found.values())
 
 
-def applies(requirement: Requirement, python: str, extras: Iterable[str] = ("",)) -> bool:
-    """Whether a requirement holds on Linux with that Python."""
+def applies(
+    requirement: Requirement, python: str, extras: Iterable[str] = ("",), arch: str = "x86_64"
+) -> bool:
+    """Whether a requirement holds on Linux with that Python and processor."""
     if requirement.marker is None:
         return True
     values = {
@@ -121,6 +124,7 @@ def applies(requirement: Requirement, python: str, extras: Iterable[str] = ("",)
         "sys_platform": "linux",
         "platform_system": "Linux",
         "os_name": "posix",
+        "platform_machine": arch,
         "implementation_name": "cpython",
         "platform_python_implementation": "CPython",
     }
