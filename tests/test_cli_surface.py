@@ -59,6 +59,7 @@ SURFACE = {
     },
     "doctor": {"--backend", "--json", "--self-test", "--bisect", "--out", "--force"},
     "demo": {"--out", "--quick", "--task"},
+    "init": {"--device", "--model", "--adaptor", "--task", "--prefer"},
 }  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def options_of(command) -> set[str]:
     for parameter in command.params:
         if parameter.param_type_name == "option":
             found.update(parameter.opts)
-    return found - {"--help"}
+    return found - {"--help", "--version"}
 
 
 def test_commands_and_options() -> None:

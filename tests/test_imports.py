@@ -89,6 +89,7 @@ ROOMS = (
     "hipa_deploy.train",
     "hipa_deploy.doctor",
     "hipa_deploy.demo",
+    "hipa_deploy.guide",
     "hipa_deploy.commands",
 )
 MOST_MODULES = 12  # in one room
