@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -227,13 +228,18 @@ def run_parts(request: argparse.Namespace, out: Path, work: Path, tree: Path) ->
         # What the parts before did not use is shared by those that are left.
         share = weights[number] / sum(weights[number:])
         deadline = time.time() + share * max(0.0, ends - time.time())
-        children = {}
-        for part in group:
-            seconds = deadline - time.time()
-            print(f"{part}: {PARTS[part][1]}, at most {seconds:.0f} s", flush=True)
-            children[part] = start(part, request, out, work, tree, deadline)
-        for part, child in children.items():
-            failed |= not finished(part, child, deadline)
+        children: dict[str, subprocess.Popen[bytes]] = {}
+        try:
+            for part in group:
+                seconds = deadline - time.time()
+                print(f"{part}: {PARTS[part][1]}, at most {seconds:.0f} s", flush=True)
+                children[part] = start(part, request, out, work, tree, deadline)
+            for part, child in children.items():
+                failed |= not finished(part, child, deadline)
+        finally:
+            # Ctrl-C too must leave no export and no build behind.
+            for child in children.values():
+                end_group(child)
     return failed
 
 
@@ -262,17 +268,19 @@ def finished(part: str, child: subprocess.Popen[bytes], deadline: float) -> bool
     try:
         code = child.wait(timeout=max(0.0, deadline + GRACE_SECONDS - time.time()))
     except subprocess.TimeoutExpired:
-        # The whole group: builds and exports are processes of their own.
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        end_group(child)
         print(f"{part}: stopped, it did not end in time", flush=True)
         return True
-    except KeyboardInterrupt:
-        os.killpg(child.pid, signal.SIGKILL)
-        raise
     if code:
         print(f"{part}: failed with code {code}, see its log in the folder work", flush=True)
     return code == 0
+
+
+def end_group(child: subprocess.Popen[bytes]) -> None:
+    """End what is left of a part: its builds, exports and tests are processes of their own."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def write_report(out: Path) -> None:

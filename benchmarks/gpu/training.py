@@ -149,7 +149,7 @@ def _measure(job: Job, case: Case) -> Figure:
     if peak is not None:
         facts["peak_device_mib"] = round(peak)
         facts["peak_percent_of_predicted"] = round(100 * peak * 2**20 / cost.peak_bytes, 1)
-    rates = measured_rates(job.out, PRECISIONS[case.precision])
+    rates = measured_rates(job.out, arithmetic(job, case.precision))
     if rates is not None:
         bound = 1e3 * cost.flops / rates.flops_per_second
         facts["bound_ms"] = round(bound, 4)
@@ -169,6 +169,17 @@ def _measure(job: Job, case: Case) -> Figure:
         validity=validity,
         facts=facts,
     )
+
+
+def arithmetic(job: Job, precision: MixedPrecision) -> str:
+    """The fastest arithmetic that a training step may use, as ``rates.py`` names it.
+
+    In float32 PyTorch lets a GPU's convolutions compute in TF32
+    (torch.backends.cudnn.allow_tf32), so a bound by the FP32 rate would be none.
+    """
+    if precision == "no" and job.on_gpu:
+        return "tf32"
+    return PRECISIONS[precision]
 
 
 @cache

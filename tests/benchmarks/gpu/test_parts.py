@@ -113,6 +113,14 @@ def test_training_steps_of_both_loops(new_job):
     assert "peak_device_mib" not in ours.facts  # no device took part
 
 
+def test_the_bound_of_float32_on_a_gpu_is_tf32s():
+    gpu = SimpleNamespace(on_gpu=True)
+    cpu = SimpleNamespace(on_gpu=False)
+    assert training.arithmetic(gpu, "no") == "tf32"
+    assert training.arithmetic(cpu, "no") == "fp32"
+    assert training.arithmetic(gpu, "bf16") == "bf16"
+
+
 def link_embedded(job, case: BundleCase) -> Path:
     """The embedded bundle as if it had been exported."""
     folder = models.bundle_folder(job, case)
