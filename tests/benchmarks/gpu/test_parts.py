@@ -71,7 +71,6 @@ def test_images_with_pytorch(new_job, monkeypatch):
         Case("generate", EAGER, 1),
         Case("generate", COMPILED, 2, tiny_decoder=True),
         Case("inpaint", EAGER, 1),
-        Case("upscale", EAGER, 1),
     )
     monkeypatch.setattr(torch_inference, "TINY_CASES", cases)
     job = new_job("torch")
