@@ -95,18 +95,18 @@ def test_images_with_pytorch(new_job, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("rates_in")
-def test_training_steps_of_both_loops(new_job):
+def test_training_steps_of_both_loops(new_job, monkeypatch):
+    monkeypatch.setattr(training, "TINY_CASES", training.TINY_CASES[:2])
+    monkeypatch.setattr(training, "DISCARDED", 1)
     job = new_job("training")
     training.run(job)
     result = read_part(job.out, "training")
     assert result.left_out == {}
-    ours, plain, warm_up = result.figures
+    ours, plain = result.figures
     assert (ours.engine, plain.engine) == (training.OURS, training.PLAIN)
     assert ours.stats.runs == plain.stats.runs >= 5
     assert ours.facts["gflop_a_step"] == plain.facts["gflop_a_step"]
-    assert warm_up.facts["gflop_a_step"] < ours.facts["gflop_a_step"]
-    assert ours.precision == "bf16"
-    assert warm_up.precision == "fp32"
+    assert ours.precision == plain.precision == "bf16"
     assert ours.facts["predicted_fp32_mib"] > 0
     assert ours.facts["share_percent"] > 0
     assert "peak_device_mib" not in ours.facts  # no device took part
