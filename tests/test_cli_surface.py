@@ -57,8 +57,8 @@ SURFACE = {
         "--pixel-limit", "--log-prompts",
     },
     "profile": {
-        "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
-        "--roofline", "--low-memory", "--force",
+        "--runs", "--seconds", "--warmup", "--backend", "--json", "--html", "--markdown",
+        "--layers", "--roofline", "--low-memory", "--force",
     },
     "profile compare": {"--metric", "--threshold", "--json", "--force"},
     "profile table": set(),

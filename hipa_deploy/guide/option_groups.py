@@ -36,7 +36,7 @@ _GROUPS = {
         ),
     ),
     "Measuring": (
-        *("--runs", "--warmup", "--metric", "--threshold", "--layers", "--roofline"),
+        *("--runs", "--seconds", "--warmup", "--metric", "--threshold", "--layers", "--roofline"),
         *("--self-test", "--bisect"),
     ),
     "Output": (
