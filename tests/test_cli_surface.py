@@ -54,7 +54,7 @@ SURFACE = {
     "serve": {
         "--host", "--port", "--backend", "--api-keys", "--allow-host", "--allow-origin", "--batch",
         "--wait", "--queue", "--images", "--time-limit", "--prompt-limit", "--body-limit",
-        "--pixel-limit", "--log-prompts",
+        "--pixel-limit", "--c2pa", "--log-prompts",
     },
     "profile": {
         "--runs", "--seconds", "--warmup", "--backend", "--json", "--html", "--markdown",

@@ -362,7 +362,7 @@ class OneStepPipeline(ClosesAtExit):
             if self.low_memory:
                 self._encode_ahead(some, timer)
             for batch in cut(some, self.sizes_for(jobs[0])):
-                yield self.guard(_result(self.make(batch, timer)))
+                yield self.guard(finished_result(self.make(batch, timer)))
 
     def _encode_ahead(self, jobs: Sequence[ImageJob], timer: Timer) -> None:
         """Let the prompts of jobs be encoded and remembered."""
@@ -981,8 +981,8 @@ def merge_tiles(enlargement: Upscaling, made: Sequence[MadeImage]) -> GenerateRe
     return GenerateResult(image_HWC[None], (first.job.prompt,), (0,), (parameters,))
 
 
-def _result(made: Sequence[MadeImage]) -> GenerateResult:
-    """The finished images of a batch."""
+def finished_result(made: Sequence[MadeImage]) -> GenerateResult:
+    """The finished images of ``make``, of one size; ``guard`` has not seen them."""
     return GenerateResult(
         images_BHWC=np.stack([image.finished() for image in made]),
         prompts=tuple(image.job.prompt for image in made),

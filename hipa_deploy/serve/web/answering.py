@@ -181,6 +181,14 @@ async def deliver(service: ImageService, request: Request, order: Order) -> Deli
         ) from None
     except GoneError:
         raise ApiError(_CLOSED, "The client went away.", "client_closed") from None
+    if delivery.flagged:
+        facts["withheld"] = len(delivery.flagged)
+    if not delivery.files:
+        # The code of OpenAI's images API for images that its own filter withholds.
+        reason = delivery.flagged[0].reason
+        raise ApiError(
+            400, f"Every image was withheld: {reason}.", "moderation_blocked", param="prompt"
+        )
     facts |= {
         "queue_ms": round(delivery.queue_ms, 2),
         "make_ms": round(delivery.make_ms, 2),
