@@ -6,6 +6,7 @@ teacher or the student. peft keeps both adaptors in one module, so a training ne
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +41,10 @@ def add_fake_score(unet: Any, rank: int, seed: int) -> dict[str, nn.Parameter]:
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(FULL))
     with torch.random.fork_rng():
         torch.manual_seed(seed + SEED_OFFSET)
-        unet.add_adapter(config, FAKE)
+        with warnings.catch_warnings():
+            # peft warns of a second adaptor, which is what is wanted.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            unet.add_adapter(config, FAKE)
 
     # Adding it switched it on.
     unet.set_adapter(ADAPTER)
