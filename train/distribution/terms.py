@@ -160,8 +160,7 @@ class DistributionTerms:
         """
         total = latents_BCHW.new_zeros(())
         terms: Terms = {}
-        if self.score is not None:
-            self._made[tuple(rows.tolist())] = (latents_BCHW.detach(), context_BLD)
+        self.remember(latents_BCHW.detach(), context_BLD, rows)
         if self.score is not None and step >= self._first_score_step:
             terms["score"] = self._score_term(latents_BCHW, context_BLD, rows, step)
             total = total + self.recipe.score.weight * terms["score"]
@@ -176,6 +175,11 @@ class DistributionTerms:
             total = total + self.recipe.latent_discriminator.weight * for_student + for_heads
         return total, terms
 
+    def remember(self, latents_BCHW: Tensor, context_BLD: Tensor, rows: Tensor) -> None:
+        """Keep the student's latents of these rows for the fake score, if there is one."""
+        if self.score is not None:
+            self._made[_key(rows)] = (latents_BCHW, context_BLD)
+
     @property
     def following_steps(self) -> int:
         """Steps that the fake score takes after this one of the student."""
@@ -186,6 +190,10 @@ class DistributionTerms:
         """The fake score learns inside the block, from the images of the student's last step."""
         with as_fake_score(self.unet):
             yield
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the student's latents that ``remember`` kept."""
         self._made.clear()
 
     def fake_loss(self, rows: Tensor, step: int, number: int) -> tuple[Tensor, Terms]:
@@ -198,7 +206,7 @@ class DistributionTerms:
 
         """
         assert self.score is not None
-        latents, context = self._made[tuple(rows.tolist())]
+        latents, context = self._made[_key(rows)]
         timesteps = self.recipe.score.timesteps
         timestep_B, noise = self._drawn(FAKE_STREAM + number, step, rows, timesteps, latents)
         loss = self.score.fake_loss(latents, context, timestep_B, noise)
@@ -288,6 +296,10 @@ class DistributionTerms:
     def _output(self, z_BCHW: Tensor, timestep_B: Tensor, context_BLD: Tensor) -> Tensor:
         output: Tensor = self._call(z_BCHW, timestep_B, context_BLD, return_dict=False)[0]
         return output.float()
+
+
+def _key(rows: Tensor) -> tuple[int, ...]:
+    return tuple(rows.tolist())
 
 
 def with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from hipa_deploy.models.weights.part_config import build
 from hipa_deploy.models.weights.weight_files import find_weights
 from hipa_deploy.tasks import STEP_INPUTS
 from hipa_deploy.train.data.teacher_pairs import TABLE_BYTES
+from hipa_deploy.train.distribution.terms import DistributionTerms, check_distribution_terms
 from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.hipa_loss import HipaLoss
 from hipa_deploy.train.losses.lite0 import Lite0
@@ -42,6 +43,8 @@ from hipa_deploy.train.model.unet_adaptor import add_adaptors, trained_parameter
 from hipa_deploy.train.recipes.recipe import Recipe
 
 PAIR_NUMBERS_BYTES = 16  # of a teacher pair: prompt index and noise seed, int64 each
+SCHEDULE = 1000  # timesteps of a schedule; which alpha_bar they have costs nothing
+LAST_STEP = 100_000_000  # beyond every recipe's delays
 ADAMW_BYTES = 8  # two float32 moments for each trainable parameter
 
 
@@ -95,6 +98,7 @@ class TrainingPrediction:
         step: One optimiser step with decoding, of ``recipe.batch`` rows.
         target: The decoding of the teacher's images in each step; None where all images of a
             training fit in memory and are decoded once.
+        fake: The steps of the fake score after one of the student; None without score distillation.
 
     """
 
@@ -108,6 +112,7 @@ class TrainingPrediction:
     warm_up: TrainingCost
     step: TrainingCost
     target: TrainingCost | None
+    fake: TrainingCost | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -115,6 +120,8 @@ class TrainingPrediction:
         costs = [self.pairs, self.warm_up, self.step]
         if self.target is not None:
             costs.append(self.target)
+        if self.fake is not None:
+            costs.append(self.fake)
         return max(cost.peak_bytes for cost in costs)
 
     @property
@@ -130,7 +137,10 @@ class TrainingPrediction:
             runs = 0.0
         if self.recipe.task == "edit":
             runs += source.per_image * sum(source.strengths) / len(source.strengths)
-        return runs * self.recipe.teacher.pairs / self.recipe.teacher.batch
+        pairs = self.recipe.teacher.pairs
+        if self.recipe.task == "generate" and not self.recipe.needs_targets:
+            pairs = min(pairs, self.recipe.samples)  # those that are shown
+        return runs * pairs / self.recipe.teacher.batch
 
     @property
     def pairs_flops(self) -> float:
@@ -143,7 +153,8 @@ class TrainingPrediction:
         warm_up = min(self.recipe.loss.latent_warmup_steps, self.recipe.steps)
         decoded = self.recipe.steps - warm_up
         target = self.target.flops if self.target else 0
-        return warm_up * self.warm_up.flops + decoded * (self.step.flops + target)
+        fake = self.fake.flops if self.fake else 0
+        return warm_up * self.warm_up.flops + decoded * (self.step.flops + target + fake)
 
 
 def predict_training(recipe: Recipe, model_dir: Path) -> TrainingPrediction:
@@ -179,7 +190,7 @@ def predict_training(recipe: Recipe, model_dir: Path) -> TrainingPrediction:
     # From here on all tensors are fake ones. The adaptor's weights are among those that were
     # replaced, so the training must look them up again.
     with FakeTensorMode():
-        _replace_tensors(*parts.values(), training.loss)
+        _replace_tensors(*parts.values(), *training.own_modules)
         training.weights = trained_parameters(model)
         return TrainingPrediction(
             recipe=recipe,
@@ -192,6 +203,7 @@ def predict_training(recipe: Recipe, model_dir: Path) -> TrainingPrediction:
             warm_up=training.step_cost(decoded=False),
             step=training.step_cost(decoded=True),
             target=training.target_cost() if images_bytes > TABLE_BYTES else None,
+            fake=training.fake_cost() if recipe.score.weight else None,
         )
 
 
@@ -257,6 +269,7 @@ class SimulatedTraining:
         recipe: The training's recipe.
         weights: The trainable parameters by name.
         loss: The recipe's loss.
+        distribution: The recipe's terms that compare distributions, if any.
 
     """
 
@@ -265,23 +278,91 @@ class SimulatedTraining:
         self.recipe = recipe
         self.weights = add_adaptors(model, recipe)
         self.loss = _loss(recipe)
-        # A number rather than a tensor comes out of it, so it needs a device with values.
+        self.distribution: DistributionTerms | None = None
+        if recipe.compares_distributions:
+            check_distribution_terms(recipe, model)
+            # In float32, as everything here.
+            self.distribution = DistributionTerms(
+                model.unet,
+                recipe.model_copy(update={"mixed_precision": "no"}),
+                alpha_bar_T=torch.ones(1),
+                prediction_type=model.prediction_type,
+                empty_1LD=torch.ones(1),
+                draw=_drawn,
+            )
+        # Numbers come out of these tensors, so they need a device with values.
         with torch.device("cpu"):
             self.alpha_bar = model.alpha_bar(recipe.timestep)
+            self.rows = torch.arange(recipe.batch)
 
     def step(self, *, decoded: bool) -> None:
-        """Forward and backward pass of one optimiser step, with or without decoding."""
+        """Forward and backward pass of one optimiser step.
+
+        Args:
+            decoded: A step after the latent warm-up, with every term; it decodes if an image term
+                needs it.
+
+        """
         latents = self._student_latents()
         target = self._latents(self.recipe.batch)
-        if decoded:
+        if not decoded:
+            total, _ = self.loss.warmup_loss(latents, target)
+        elif self.loss.needs_images:
             image = self.model.decode(latents)
             total, _ = self.loss(image, torch.rand_like(image), latents, target)
+        elif self.recipe.needs_targets:
+            total, _ = self.loss.latent_loss(latents, target)
         else:
-            total, _ = self.loss.warmup_loss(latents, target)
+            total = latents.new_zeros(())
+        if decoded and self.distribution is not None:
+            total = total + self._beside(self.distribution, latents, target)
         total.backward()
+        self._forget_gradients()
 
+    def fake_steps(self) -> None:
+        """The steps of the fake score after one of the student."""
+        distribution = self.distribution
+        assert distribution is not None
+        latents = self._latents(self.recipe.batch)
+        context = self._context(self.recipe.batch)
+        self._prepare(distribution)
+        distribution.remember(latents, context, self.rows)
+        with distribution.following():
+            for number in range(self.recipe.score.steps):
+                loss, _ = distribution.fake_loss(self.rows, LAST_STEP, number)
+                loss.backward()
+        self._forget_gradients()
+
+    @property
+    def own_modules(self) -> list[nn.Module]:
+        """The modules beside the model's parts."""
+        modules: list[nn.Module] = [self.loss]
+        if self.distribution is not None and self.distribution.discriminator is not None:
+            modules.append(self.distribution.discriminator)
+        return modules
+
+    def _beside(self, distribution: DistributionTerms, latents: Tensor, target: Tensor) -> Tensor:
+        """The terms that compare distributions, at a step where all of them are on."""
+        self._prepare(distribution)
+        context = self._context(self.recipe.batch)
+        total, _ = distribution(latents, target, context, self.rows, LAST_STEP)
+        distribution.forget()  # what the fake score learns from counts in fake_steps
+        return total
+
+    def _prepare(self, distribution: DistributionTerms) -> None:
+        """Give it a schedule and an empty prompt of the kind of tensor that the step has."""
+        distribution.alpha_bar_T = torch.rand(SCHEDULE)
+        if distribution.score is not None:
+            distribution.score.alpha_bar_T = distribution.alpha_bar_T
+            distribution.score.empty_1LD = self._context(1)
+
+    def _forget_gradients(self) -> None:
         # Gradients left behind would count as memory of the next step.
-        for weight in (*self.weights.values(), *self.loss.trained_parameters.values()):
+        trained = [*self.weights.values(), *self.loss.trained_parameters.values()]
+        if self.distribution is not None:
+            trained += self.distribution.fake_weights.values()
+            trained += self.distribution.head_weights.values()
+        for weight in trained:
             weight.grad = None
 
     @torch.no_grad()
@@ -316,8 +397,19 @@ class SimulatedTraining:
         AdamW's own arithmetic, a few operations for each parameter, is not counted.
         """
         cost = self._cost(lambda: self.step(decoded=decoded))
+        return TrainingCost(cost.flops, cost.peak_bytes + self._moments_bytes())
+
+    def fake_cost(self) -> TrainingCost:
+        """Cost of ``fake_steps``, with AdamW's moments in memory."""
+        cost = self._cost(self.fake_steps)
+        return TrainingCost(cost.flops, cost.peak_bytes + self._moments_bytes())
+
+    def _moments_bytes(self) -> int:
         trainable = sum(weight.numel() for weight in self.weights.values())
-        return TrainingCost(cost.flops, cost.peak_bytes + ADAMW_BYTES * trainable)
+        if self.distribution is not None:
+            for weights in (self.distribution.fake_weights, self.distribution.head_weights):
+                trainable += sum(weight.numel() for weight in weights.values())
+        return ADAMW_BYTES * trainable
 
     def target_cost(self) -> TrainingCost:
         """Cost of ``decode_targets``."""
@@ -325,7 +417,7 @@ class SimulatedTraining:
 
     def _cost(self, call: Callable[[], None]) -> TrainingCost:
         pipe = self.model.pipe
-        live = _LiveBytes(pipe.text_encoder, pipe.unet, pipe.vae, self.loss)
+        live = _LiveBytes(pipe.text_encoder, pipe.unet, pipe.vae, *self.own_modules)
         flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
         with live, flops:
             call()
@@ -374,7 +466,8 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
 
     Returns:
         Seconds of the fastest call of 'teacher call' (the UNet for one batch of pairs),
-        'warm-up step' (without decoding) and 'step' (with decoding).
+        'warm-up step' (without decoding), 'step' (with decoding) and, of score distillation, 'fake
+        score' (all of its steps after one of the student).
 
     """
     training = SimulatedTraining(unloaded_model(model_dir), recipe)
@@ -383,6 +476,8 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
         "warm-up step": lambda: training.step(decoded=False),
         "step": lambda: training.step(decoded=True),
     }
+    if recipe.score.weight:
+        calls["fake score"] = training.fake_steps
 
     # The first call pays for allocations and thread pools. The fastest of the others is the one
     # that other work on the machine disturbed least.
@@ -391,6 +486,18 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
         seconds = [_seconds(call) for _ in range(repeats + 1)]
         fastest[name] = min(seconds[1:])
     return fastest
+
+
+def _drawn(
+    seed: int,
+    stream: int,
+    step: int,
+    rows: Tensor,
+    timesteps: tuple[int, int],
+    shape_CHW: tuple[int, int, int],
+) -> tuple[Tensor, Tensor]:
+    """As ``row_draws``, of tensors without values."""
+    return torch.zeros(len(rows), dtype=torch.int64), torch.randn(len(rows), *shape_CHW)
 
 
 def _seconds(call: Callable[[], None]) -> float:
