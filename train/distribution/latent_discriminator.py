@@ -85,7 +85,8 @@ class LatentDiscriminator(Heads):
         penalties = []
         for head, features in zip(self.heads, target_maps, strict=True):
             inputs = features.detach().requires_grad_(True)
-            judgement_B = head(inputs).mean(dim=(1, 2, 3))
+            # A view, because torch's counter of operations cannot follow a leaf into a module.
+            judgement_B = head(inputs.view_as(inputs)).mean(dim=(1, 2, 3))
             (gradient,) = torch.autograd.grad(judgement_B.sum(), inputs, create_graph=True)
             penalties.append(gradient.square().sum(dim=(1, 2, 3)).mean())
         return torch.stack(penalties).mean()

@@ -280,7 +280,8 @@ class SimulatedTraining:
         self.loss = _loss(recipe)
         self.distribution: DistributionTerms | None = None
         if recipe.compares_distributions:
-            check_distribution_terms(recipe, model)
+            with torch.device("cpu"):
+                check_distribution_terms(recipe, model)
             # In float32, as everything here.
             self.distribution = DistributionTerms(
                 model.unet,
