@@ -76,12 +76,16 @@ QUICK = (
 )  # fmt: skip
 
 
-def ingredient_items(base: Recipe, real_images: str | None = None) -> list[Item]:
+def ingredient_items(
+    base: Recipe, real_images: str | None = None, *, from_start: bool = False
+) -> list[Item]:
     """Every item, in an order that meets all needs; those with the first seed come first.
 
     Args:
         base: The shared recipe.
         real_images: Folder of captioned images for the item 'real'; None leaves it out.
+        from_start: Whether the trainings start from an adaptor. Then the baselines that begin
+            anew by themselves are left out: their budgets would not be comparable.
 
     """
     first = [
@@ -90,6 +94,8 @@ def ingredient_items(base: Recipe, real_images: str | None = None) -> list[Item]
         Item(MAIN, "HiPA", "main"),
     ]
     trained = _trained(real_images)
+    if from_start:
+        trained = [item for item in trained if item.method == "hipa"]
     timed = [_as_much_time(item) for item in trained if item.name not in AS_FAST]
     seeded = [_other_seed(item, base.seed + 1) for item in [first[-1], *trained, *timed]]
     averages = []

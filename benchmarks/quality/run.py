@@ -130,7 +130,8 @@ def _items(setting: Setting, real_images: Path | None) -> list[Item]:
         return quick_items(base) if setting.quick else all_items(base)
     if setting.quick:
         return quick_ingredient_items(base)
-    return ingredient_items(base, str(real_images.absolute()) if real_images else None)
+    folder = str(real_images.absolute()) if real_images else None
+    return ingredient_items(base, folder, from_start=setting.start is not None)
 
 
 def run_all(items: list[Item], setting: Setting, console: Console) -> None:

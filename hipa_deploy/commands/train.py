@@ -98,8 +98,9 @@ def train(
         refuse_to_overwrite(out)
     require("train")
     if average:
-        others = (prompts, start, adaptor, lora, embedding, steps, config, dry_run or None)
-        if any(other is not None for other in others):
+        others = (prompts, start, adaptor, lora, embedding, steps, config)
+        named = recipe != "emoji" or model != "emoji" or dry_run or allow_code
+        if named or any(other is not None for other in others):
             raise HipaError(
                 "--average trains nothing, so it goes with --out and --rank alone. Leave the "
                 "other options out."

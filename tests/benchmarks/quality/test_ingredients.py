@@ -78,6 +78,11 @@ def test_every_item_has_two_seeds_and_both_budgets(recipe: Recipe) -> None:
             assert find_item(items, f"{item.name}-time").as_long_as == MAIN
 
 
+def test_what_begins_anew_is_left_out_where_others_start_from_an_adaptor(recipe: Recipe) -> None:
+    methods = {item.method for item in ingredient_items(recipe, from_start=True)}
+    assert methods == {"references", "adaptor", "hipa", "average"}
+
+
 def test_what_is_alone_has_no_other_term(recipe: Recipe) -> None:
     items = ingredient_items(recipe)
     score = find_item(items, "score-alone").recipe(recipe)
