@@ -1,9 +1,10 @@
 """The predicted cost of a training: operations and memory, from the model's configurations alone.
 
-The real training step runs on fake tensors, which have shapes and no values. Every floating-point
-operation is counted as torch.utils.flop_counter counts it, in convolutions and matrix products.
-Every storage that lives is added up, in the order in which PyTorch frees it. Nothing here is
-measured, except by ``measure_steps``, which runs the step on real tensors.
+The real training step runs on fake tensors, which have shapes and no values, in the recipe's
+precision. Every floating-point operation is counted as torch.utils.flop_counter counts it, in
+convolutions and matrix products. Every storage that lives is added up, in the order in which
+PyTorch frees it. Nothing here is measured, except by ``measure_steps``, which runs the step on real
+tensors.
 
 Shapes: B rows of a batch, C latent channels, H, W latent size, L tokens of a prompt, D width of the
 text encoder.
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -38,6 +39,7 @@ from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.hipa_loss import HipaLoss
 from hipa_deploy.train.losses.lite0 import Lite0
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
+from hipa_deploy.train.model.mixed_precision import in_precision
 from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import add_adaptors, trained_parameters, without_adaptor
 from hipa_deploy.train.recipes.recipe import Recipe
@@ -45,6 +47,7 @@ from hipa_deploy.train.recipes.recipe import Recipe
 PAIR_NUMBERS_BYTES = 16  # of a teacher pair: prompt index and noise seed, int64 each
 SCHEDULE = 1000  # timesteps of a schedule; which alpha_bar they have costs nothing
 LAST_STEP = 100_000_000  # beyond every recipe's delays
+CPU = torch.device("cpu")
 ADAMW_BYTES = 8  # two float32 moments for each trainable parameter
 
 
@@ -83,12 +86,39 @@ class TrainingCost:
 
 
 @dataclass(frozen=True)
+class MicroBatchMemory:
+    """The memory of a decoded step by its micro-batch, the rows that go through it at once.
+
+    Weights and gradients are there once, and activations once a row.
+
+    Attributes:
+        one_row: The most bytes that live at once, with a micro-batch of one row.
+        further_row: What every further row adds.
+
+    """
+
+    one_row: int
+    further_row: int
+
+    def largest(self, usable_bytes: float, rows: int) -> int:
+        """The largest micro-batch of at most ``rows`` that fits; 0 if not even one row does."""
+        if self.one_row > usable_bytes:
+            return 0
+        more = (usable_bytes - self.one_row) / max(1, self.further_row)
+        return min(rows, 1 + int(more))
+
+
+@dataclass(frozen=True)
 class TrainingPrediction:
     """What is known and what is predicted of a training.
 
+    Memory is that of one process. Operations are those of all processes together.
+
     Attributes:
         recipe: The training's recipe.
+        processes: How many processes, each with a GPU of its own, share each batch.
         prediction_type: What the UNet predicts: epsilon, v_prediction or sample.
+        alpha_bar: Share of the signal's variance that is left at the step's timestep.
         resolution: Height and width of an image, in pixels.
         parameters: Frozen parameters of text_encoder, unet and vae.
         trainable: Trainable parameters of the adaptor.
@@ -96,6 +126,7 @@ class TrainingPrediction:
         pairs: One batch of teacher pairs, all sampler steps.
         warm_up: One optimiser step without decoding, of ``recipe.batch`` rows.
         step: One optimiser step with decoding, of ``recipe.batch`` rows.
+        memory: The memory of ``step`` for other micro-batches.
         target: The decoding of the teacher's images in each step; None where all images of a
             training fit in memory and are decoded once.
         fake: The steps of the fake score after one of the student; None without score distillation.
@@ -103,7 +134,9 @@ class TrainingPrediction:
     """
 
     recipe: Recipe
+    processes: int
     prediction_type: str
+    alpha_bar: float
     resolution: tuple[int, int]
     parameters: dict[str, int]
     trainable: int
@@ -111,8 +144,19 @@ class TrainingPrediction:
     pairs: TrainingCost
     warm_up: TrainingCost
     step: TrainingCost
+    memory: MicroBatchMemory
     target: TrainingCost | None
     fake: TrainingCost | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch in the process that has the most of them."""
+        return -(-self.recipe.batch // self.processes)
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows that a process takes through the models at once."""
+        return min(self.recipe.micro_batch or self.rows, self.rows)
 
     @property
     def peak_bytes(self) -> int:
@@ -157,7 +201,7 @@ class TrainingPrediction:
         return warm_up * self.warm_up.flops + decoded * (self.step.flops + target + fake)
 
 
-def predict_training(recipe: Recipe, model_dir: Path) -> TrainingPrediction:
+def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> TrainingPrediction:
     """Predict what ``train_adaptor`` takes for a recipe and a model.
 
     No weights are read, and the model folder may lack them.
@@ -165,9 +209,11 @@ def predict_training(recipe: Recipe, model_dir: Path) -> TrainingPrediction:
     Args:
         recipe: The training's recipe.
         model_dir: Diffusers folder; its configurations are read.
+        processes: How many processes share each batch, at least 1.
 
     Raises:
-        HipaError: A model that cannot be trained, with the reason.
+        HipaError: A model that cannot be trained, with the reason; a batch with fewer rows than
+            there are processes.
 
     Example:
         >>> prediction = predict_training(load_recipe("emoji"), MODEL)
@@ -175,6 +221,11 @@ def predict_training(recipe: Recipe, model_dir: Path) -> TrainingPrediction:
 
     """
     ModelConfig.read(model_dir, recipe.task)
+    if recipe.batch < processes:
+        raise HipaError(
+            f"batch = {recipe.batch} is less than the {processes} processes. Expected at least "
+            "one row for each: raise batch, or take fewer processes."
+        )
 
     # On the meta device neither weights nor adaptor take memory, however large the model is.
     with torch.device("meta"):
@@ -194,16 +245,19 @@ def predict_training(recipe: Recipe, model_dir: Path) -> TrainingPrediction:
         training.weights = trained_parameters(model)
         return TrainingPrediction(
             recipe=recipe,
+            processes=processes,
             prediction_type=model.prediction_type,
+            alpha_bar=training.alpha_bar,
             resolution=model.resolution,
             parameters=parameters,
             trainable=trainable,
             pairs_bytes=recipe.teacher.pairs * pair_bytes,
             pairs=training.pairs_cost(),
-            warm_up=training.step_cost(decoded=False),
-            step=training.step_cost(decoded=True),
+            warm_up=training.batch_cost(processes, decoded=False),
+            step=training.batch_cost(processes, decoded=True),
+            memory=training.micro_batch_memory(),
             target=training.target_cost() if images_bytes > TABLE_BYTES else None,
-            fake=training.fake_cost() if recipe.score.weight else None,
+            fake=training.fake_cost(processes) if recipe.score.weight else None,
         )
 
 
@@ -278,38 +332,32 @@ class SimulatedTraining:
         self.recipe = recipe
         self.weights = add_adaptors(model, recipe)
         self.loss = _loss(recipe)
+        self.unet = in_precision(model.unet, recipe.mixed_precision, CPU)
+        self.decode = in_precision(model.decode, recipe.mixed_precision, CPU)
+        self.teacher_unet = in_precision(model.unet, recipe.teacher.mixed_precision, CPU)
         self.distribution: DistributionTerms | None = None
         if recipe.compares_distributions:
-            with torch.device("cpu"):
-                check_distribution_terms(recipe, model)
-            # In float32, as everything here.
-            self.distribution = DistributionTerms(
-                model.unet,
-                recipe.model_copy(update={"mixed_precision": "no"}),
-                alpha_bar_T=torch.ones(1),
-                prediction_type=model.prediction_type,
-                empty_1LD=torch.ones(1),
-                draw=_drawn,
-            )
-        # Numbers come out of these tensors, so they need a device with values.
-        with torch.device("cpu"):
+            with CPU:
+                self.distribution = _distribution(model, recipe)
+        # A number rather than a tensor comes out of it, so it needs a device with values.
+        with CPU:
             self.alpha_bar = model.alpha_bar(recipe.timestep)
-            self.rows = torch.arange(recipe.batch)
 
-    def step(self, *, decoded: bool) -> None:
-        """Forward and backward pass of one optimiser step.
+    def step(self, rows: int, *, decoded: bool) -> None:
+        """Forward and backward pass of ``rows`` rows.
 
         Args:
+            rows: How many.
             decoded: A step after the latent warm-up, with every term; it decodes if an image term
                 needs it.
 
         """
-        latents = self._student_latents()
-        target = self._latents(self.recipe.batch)
+        latents = self._student_latents(rows)
+        target = self._latents(rows)
         if not decoded:
             total, _ = self.loss.warmup_loss(latents, target)
         elif self.loss.needs_images:
-            image = self.model.decode(latents)
+            image = self.decode(latents)
             total, _ = self.loss(image, torch.rand_like(image), latents, target)
         elif self.recipe.needs_targets:
             total, _ = self.loss.latent_loss(latents, target)
@@ -320,17 +368,16 @@ class SimulatedTraining:
         total.backward()
         self._forget_gradients()
 
-    def fake_steps(self) -> None:
-        """The steps of the fake score after one of the student."""
+    def fake_steps(self, rows: int) -> None:
+        """The steps of the fake score after one of the student, of ``rows`` rows."""
         distribution = self.distribution
         assert distribution is not None
-        latents = self._latents(self.recipe.batch)
-        context = self._context(self.recipe.batch)
+        examples = _examples(rows)
         self._prepare(distribution)
-        distribution.remember(latents, context, self.rows)
+        distribution.remember(self._latents(rows), self._context(rows), examples)
         with distribution.following():
             for number in range(self.recipe.score.steps):
-                loss, _ = distribution.fake_loss(self.rows, LAST_STEP, number)
+                loss, _ = distribution.fake_loss(examples, LAST_STEP, number)
                 loss.backward()
         self._forget_gradients()
 
@@ -345,8 +392,9 @@ class SimulatedTraining:
     def _beside(self, distribution: DistributionTerms, latents: Tensor, target: Tensor) -> Tensor:
         """The terms that compare distributions, at a step where all of them are on."""
         self._prepare(distribution)
-        context = self._context(self.recipe.batch)
-        total, _ = distribution(latents, target, context, self.rows, LAST_STEP)
+        rows = len(latents)
+        context = self._context(rows)
+        total, _ = distribution(latents, target, context, _examples(rows), LAST_STEP)
         distribution.forget()  # what the fake score learns from counts in fake_steps
         return total
 
@@ -378,32 +426,39 @@ class SimulatedTraining:
         guided = self.recipe.teacher.guidance != 1
         rows = self.recipe.teacher.batch * (2 if guided else 1)
         with without_adaptor(self.model.unet):
-            self.model.unet(
+            self.teacher_unet(
                 self._latents(rows), self.recipe.timestep, self._context(rows), return_dict=False
             )
 
     @torch.no_grad()
     def decode_targets(self) -> None:
         """Decode the teacher's images of a batch."""
-        self.model.decode(self._latents(self.recipe.batch)).clamp(0, 1)
+        self.decode(self._latents(self.recipe.batch)).clamp(0, 1)
 
     def pairs_cost(self) -> TrainingCost:
         """Cost of one batch of teacher pairs, without the sampler's own small arithmetic."""
         call = self._cost(self.teacher_call)
         return TrainingCost(call.flops * self.recipe.teacher.steps, call.peak_bytes)
 
-    def step_cost(self, *, decoded: bool) -> TrainingCost:
+    def step_cost(self, rows: int, *, decoded: bool) -> TrainingCost:
         """Cost of ``step``, with AdamW's moments in memory.
 
         AdamW's own arithmetic, a few operations for each parameter, is not counted.
         """
-        cost = self._cost(lambda: self.step(decoded=decoded))
+        cost = self._cost(lambda: self.step(rows, decoded=decoded))
         return TrainingCost(cost.flops, cost.peak_bytes + self._moments_bytes())
 
-    def fake_cost(self) -> TrainingCost:
-        """Cost of ``fake_steps``, with AdamW's moments in memory."""
-        cost = self._cost(self.fake_steps)
-        return TrainingCost(cost.flops, cost.peak_bytes + self._moments_bytes())
+    def fake_cost(self, processes: int = 1) -> TrainingCost:
+        """Cost of ``fake_steps`` for a whole batch, with AdamW's moments in memory."""
+        micro_batch = self._micro_batch(processes)
+        cost = self._cost(lambda: self.fake_steps(micro_batch))
+        flops = round(cost.flops * self.recipe.batch / micro_batch)
+        return TrainingCost(flops, cost.peak_bytes + self._moments_bytes())
+
+    def _micro_batch(self, processes: int) -> int:
+        """Rows that a process takes through the models at once."""
+        rows = -(-self.recipe.batch // processes)
+        return min(self.recipe.micro_batch or rows, rows)
 
     def _moments_bytes(self) -> int:
         trainable = sum(weight.numel() for weight in self.weights.values())
@@ -411,6 +466,19 @@ class SimulatedTraining:
             for weights in (self.distribution.fake_weights, self.distribution.head_weights):
                 trainable += sum(weight.numel() for weight in weights.values())
         return ADAMW_BYTES * trainable
+
+    def batch_cost(self, processes: int, *, decoded: bool) -> TrainingCost:
+        """Operations of a whole batch in all processes, and the memory of one of them."""
+        micro_batch = self._micro_batch(processes)
+        cost = self.step_cost(micro_batch, decoded=decoded)
+        flops = round(cost.flops * self.recipe.batch / micro_batch)
+        return TrainingCost(flops, cost.peak_bytes)
+
+    def micro_batch_memory(self) -> MicroBatchMemory:
+        """Memory of a decoded step with one row, and what another adds."""
+        one_row = self.step_cost(1, decoded=True).peak_bytes
+        two_rows = self.step_cost(2, decoded=True).peak_bytes
+        return MicroBatchMemory(one_row, two_rows - one_row)
 
     def target_cost(self) -> TrainingCost:
         """Cost of ``decode_targets``."""
@@ -434,9 +502,8 @@ class SimulatedTraining:
         length = self.recipe.text.context_tokens or config.max_position_embeddings
         return torch.randn(rows, length, config.hidden_size)
 
-    def _student_latents(self) -> Tensor:
+    def _student_latents(self, rows: int) -> Tensor:
         """The step's x0 [B, C, H, W], from random inputs of the recipe's task."""
-        rows = self.recipe.batch
         task = self.recipe.task
         step_inputs = {name: self._latents(rows) for name in STEP_INPUTS[task]}
         if "mask" in step_inputs:
@@ -446,7 +513,7 @@ class SimulatedTraining:
             images = torch.rand(rows, 3, *self.model.resolution)
             step_inputs["source"] = self.model.encode(images)
         return task_latents(
-            self.model.unet,
+            self.unet,
             task,
             step_inputs,
             self._context(rows),
@@ -474,11 +541,11 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
     training = SimulatedTraining(unloaded_model(model_dir), recipe)
     calls = {
         "teacher call": training.teacher_call,
-        "warm-up step": lambda: training.step(decoded=False),
-        "step": lambda: training.step(decoded=True),
+        "warm-up step": lambda: training.step(recipe.batch, decoded=False),
+        "step": lambda: training.step(recipe.batch, decoded=True),
     }
     if recipe.score.weight:
-        calls["fake score"] = training.fake_steps
+        calls["fake score"] = lambda: training.fake_steps(recipe.batch)
 
     # The first call pays for allocations and thread pools. The fastest of the others is the one
     # that other work on the machine disturbed least.
@@ -487,6 +554,25 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
         seconds = [_seconds(call) for _ in range(repeats + 1)]
         fastest[name] = min(seconds[1:])
     return fastest
+
+
+def _distribution(model: DiffusionModel, recipe: Recipe) -> DistributionTerms:
+    """The terms that compare distributions, whose schedule and empty prompt come later."""
+    check_distribution_terms(recipe, model)
+    return DistributionTerms(
+        model.unet,
+        recipe,
+        alpha_bar_T=torch.ones(1),
+        prediction_type=model.prediction_type,
+        empty_1LD=torch.ones(1),
+        draw=_drawn,
+    )
+
+
+def _examples(count: int) -> Tensor:
+    """Row numbers with values, which the terms look at, even among fake tensors."""
+    with unset_fake_temporarily():
+        return torch.arange(count)
 
 
 def _drawn(
