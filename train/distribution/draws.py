@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# (stream, step, rows, first and last timestep, latent shape) -> timesteps [B], noise [B, C, H, W].
-Draw = Callable[[int, int, Tensor, tuple[int, int], tuple[int, int, int]], tuple[Tensor, Tensor]]
+# As ``row_draws``.
+Draw = Callable[
+    [int, int, int, Tensor, tuple[int, int], tuple[int, int, int]], tuple[Tensor, Tensor]
+]
 
 # Streams of the terms: no two share their randomness.
 SCORE_STREAM = 16

@@ -101,9 +101,9 @@ class DistributionTerms:
         # The student's latents of this step by their rows: what the fake score learns from.
         self._made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._call = in_precision(unet, recipe.mixed_precision, alpha_bar_T.device)
-        self._maps = in_precision(
-            partial(encoder_maps, unet), recipe.mixed_precision, alpha_bar_T.device
-        )
+        # The gradient of the heads' verdict has no loss scale, which fp16 would need.
+        precision = "no" if recipe.mixed_precision == "fp16" else recipe.mixed_precision
+        self._maps = in_precision(partial(encoder_maps, unet), precision, alpha_bar_T.device)
         if recipe.score.weight:
             add_fake_score(unet, recipe.score.rank, recipe.seed)
             self.score = ScoreDistillation(

@@ -371,12 +371,14 @@ class Run:
 
     def _take_following_step(self, loss: float) -> None:
         # Only the fake score's weights have a gradient here, so AdamW moves no others.
+        self.scaler.unscale_(self.optimizer)
         norm = 0.0
         for group in self.optimizer.param_groups:
             clipped = nn.utils.clip_grad_norm_(group["params"], self.recipe.optimiser.clip_norm)
             norm += clipped.item()
         self.check_finite(loss, norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
     def check_finite(self, loss: float, norm: float) -> None:

@@ -331,15 +331,6 @@ class Recipe(_TrainingSettings):
         return loss.has_image_terms or bool(self.latent_discriminator.weight)
 
     @model_validator(mode="after")
-    def _distributions_are_in_range(self) -> Recipe:
-        if self.compares_distributions and self.mixed_precision == "fp16":
-            raise ValueError(
-                "score and latent_discriminator take gradients of their own, which fp16 has no "
-                "scale for: expected mixed_precision bf16 or no"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _encoder_adaptor_is_for_upscaling(self) -> Recipe:
         if self.adaptor.encoder_rank and self.task != "upscale":
             raise ValueError(f"adaptor.encoder_rank is for the task upscale, this is {self.task}")
