@@ -181,10 +181,7 @@ class TrainingPrediction:
             runs = 0.0
         if self.recipe.task == "edit":
             runs += source.per_image * sum(source.strengths) / len(source.strengths)
-        pairs = self.recipe.teacher.pairs
-        if self.recipe.task == "generate" and not self.recipe.needs_targets:
-            pairs = min(pairs, self.recipe.samples)  # those that are shown
-        return runs * pairs / self.recipe.teacher.batch
+        return runs * _pairs(self.recipe) / self.recipe.teacher.batch
 
     @property
     def pairs_flops(self) -> float:
@@ -236,7 +233,7 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
     trainable = sum(weight.numel() for weight in training.weights.values())
     pair_bytes = latents_bytes(model, recipe) + PAIR_NUMBERS_BYTES
     height, width = model.resolution
-    images_bytes = 3 * height * width * recipe.teacher.pairs
+    images_bytes = 3 * height * width * _pairs(recipe)
 
     # From here on all tensors are fake ones. The adaptor's weights are among those that were
     # replaced, so the training must look them up again.
@@ -251,7 +248,7 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
             resolution=model.resolution,
             parameters=parameters,
             trainable=trainable,
-            pairs_bytes=recipe.teacher.pairs * pair_bytes,
+            pairs_bytes=_pairs(recipe) * pair_bytes,
             pairs=training.pairs_cost(),
             warm_up=training.batch_cost(processes, decoded=False),
             step=training.batch_cost(processes, decoded=True),
@@ -554,6 +551,13 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
         seconds = [_seconds(call) for _ in range(repeats + 1)]
         fastest[name] = min(seconds[1:])
     return fastest
+
+
+def _pairs(recipe: Recipe) -> int:
+    """Teacher pairs that are made: of a recipe without targets, those that are shown."""
+    if recipe.task == "generate" and not recipe.needs_targets:
+        return min(recipe.teacher.pairs, recipe.samples)
+    return recipe.teacher.pairs
 
 
 def _distribution(model: DiffusionModel, recipe: Recipe) -> DistributionTerms:
