@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hipa_deploy.train.recipes.settings import Settings
+from hipa_deploy.train.recipes.recipe_table import Settings
 
 Timesteps = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 

@@ -22,7 +22,7 @@ from hipa_deploy.train.recipes.distribution_settings import (
     LatentDiscriminatorSettings,
     ScoreSettings,
 )
-from hipa_deploy.train.recipes.settings import Settings
+from hipa_deploy.train.recipes.recipe_table import Settings
 
 SHIPPED = Path(__file__).parent  # the folder of the recipes that the package contains
 RADIUS = 0.2  # of the Nyquist frequency: there the high-pass is 1 - exp(-1/2) = 0.39
