@@ -115,12 +115,12 @@ def open_stages(bundle: Bundle, backend: str) -> Stages:
     if backend in ENGINE_BACKENDS and bundle.manifest.layout == "onestep":
         from hipa_deploy.engines.store.select import open_engines
 
-        return open_engines(bundle, bundle.stages, backend)
+        return open_engines(bundle, bundle.path_stages, backend)
 
     # If a stage cannot be loaded, the stack closes those before it.
     with ExitStack() as opened:
         runners = {}
-        for stage in bundle.stages:
+        for stage in bundle.path_stages:
             runners[stage] = opened.enter_context(open_runner(bundle, stage, backend))
         opened.pop_all()  # all are loaded, so the stages own them now
     return host_stages(bundle, backend, runners)
