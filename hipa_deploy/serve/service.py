@@ -170,6 +170,17 @@ class ImageService:
         """Whether requests are answered with images."""
         return self.models.ready and not self.stopping
 
+    @property
+    def full(self) -> int | None:
+        """Seconds after which to try again, where no bundle has a place in its queue; else None."""
+        least: int | None = None
+        for served in self.models.served:
+            seconds = None if served.batcher is None else served.batcher.full
+            if seconds is None:
+                return None
+            least = seconds if least is None else min(least, seconds)
+        return least
+
     def close(self) -> None:
         """Make what was accepted, and release everything."""
         self.stopping = True

@@ -19,7 +19,7 @@ from hipa_deploy.serve.service import (
     Order,
     TimeLimitError,
 )
-from hipa_deploy.serve.web.api_errors import ApiError
+from hipa_deploy.serve.web.api_errors import ApiError, queue_full
 
 # JSON numbers of JavaScript are exact up to 2**53. A drawn seed must survive such a client.
 _DRAWN_SEEDS = 2**53
@@ -167,12 +167,7 @@ async def deliver(service: ImageService, request: Request, order: Order) -> Deli
             503, "The service is stopping.", "stopping", headers={"retry-after": "5"}
         ) from None
     except QueueFullError as error:
-        raise ApiError(
-            429,
-            f"Too many images are waiting. Try again in {error.retry_after} seconds.",
-            "rate_limit_exceeded",
-            headers={"retry-after": str(error.retry_after)},
-        ) from None
+        raise queue_full(error.retry_after) from None
     except TimeLimitError:
         raise ApiError(
             504,
