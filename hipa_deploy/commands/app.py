@@ -6,6 +6,7 @@ import codecs
 import inspect
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from hipa_deploy.commands.generate import generate
 from hipa_deploy.commands.profile import profile, profile_compare, profile_table
 from hipa_deploy.commands.train import train
 from hipa_deploy.errors import HipaError, HipaWarning, StoppedError, first_line, printable
-from hipa_deploy.interrupts import signal_of, sigterm_interrupts
+from hipa_deploy.interrupts import interrupting_signal, signals_interrupt
 
 ABOUT = """Turn a multi-step text-to-image diffusion model into a one-step one, and run it fast.
 
@@ -59,8 +60,8 @@ class _Commands(TyperGroup):
         """
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            raise StoppedError("stopped", signal_of(error)) from None
+        except KeyboardInterrupt:
+            raise StoppedError("stopped", interrupting_signal() or signal.SIGINT) from None
         except UnicodeEncodeError as error:
             # Python shows bytes of a name that are no UTF-8 as characters that have no encoding.
             if not any("\ud800" <= character <= "\udfff" for character in error.object):
@@ -140,32 +141,47 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-    # standalone_mode would let Click print its own usage block; ours is one line with a remedy.
     warnings.showwarning = _show_warning
-    try:
-        with sigterm_interrupts():
+    code = None
+    problem: BaseException | None = None
+    with signals_interrupt() as interruption:
+        try:
+            # standalone_mode would let Click print its own usage block; ours is one line.
             code = app(args=arguments, prog_name="hipa", standalone_mode=False)
-    except StoppedError as error:
-        _stop(str(error), error.exit_code)
-    except HipaError as error:
-        _stop(str(error))
-    except _UsageError as error:
-        _stop(error.format_message())  # type: ignore[attr-defined]
-    except OSError as error:
-        # A full disk or a folder without write permission is for the user to fix, not a bug.
-        problem = f"{error.filename or 'a file'}: {error.strerror or error}"
-        _stop(f"{problem}. Check the path, its permissions and the free disk space.")
-    except MemoryError as error:
-        # numpy says how much it wanted; others say nothing.
-        detail = f" ({first_line(error)})" if str(error) else ""
-        _stop(f"not enough memory{detail}. Ask for less at once, or close other programs.")
-    except KeyboardInterrupt as error:
-        _stop("stopped", 128 + signal_of(error))
-    except typer.Abort:
-        _stop("stopped", 130)
+        except BaseException as error:
+            problem = error
 
+    if isinstance(problem, StoppedError):
+        _stop(str(problem), problem.exit_code)
+    # Whatever a library made of the interruption: an error of its own, or nothing.
+    if interruption.number is not None:
+        _stop("stopped", 128 + interruption.number)
+    if problem is not None:
+        _stop_after(problem)
     # A command that ended with typer.Exit(n) returns n here.
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _stop_after(problem: BaseException) -> NoReturn:
+    """Exit with a line about an error that the user can mend, or raise it again: it is a bug."""
+    if isinstance(problem, HipaError):
+        _stop(str(problem))
+    if isinstance(problem, _UsageError):
+        _stop(problem.format_message())  # type: ignore[attr-defined]
+    if isinstance(problem, OSError):
+        # A full disk or a folder without write permission is for the user to fix, not a bug.
+        reason = f"{problem.filename or 'a file'}: {problem.strerror or problem}"
+        _stop(f"{reason}. Check the path, its permissions and the free disk space.")
+    if isinstance(problem, MemoryError):
+        # numpy says how much it wanted; others say nothing.
+        detail = f" ({first_line(problem)})" if str(problem) else ""
+        _stop(f"not enough memory{detail}. Ask for less at once, or close other programs.")
+    if isinstance(problem, (KeyboardInterrupt, typer.Abort)):
+        _stop("stopped", 128 + signal.SIGINT)
+    if isinstance(problem, SystemExit):
+        # Only a library ends a command in this way, and its code may be 0.
+        _stop(f"a library ended the command (exit code {problem.code}). The work is not done.")
+    raise problem
 
 
 def _use_utf8() -> None:

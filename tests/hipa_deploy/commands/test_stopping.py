@@ -151,6 +151,104 @@ def test_ctrl_c_inside_a_command_is_one_line(
     assert capsys.readouterr().err == "hipa: stopped\n"
 
 
+# What libraries make of an interruption: each function is called in place of ``examine``.
+LOSSES = """
+import os, sys
+from importlib import import_module
+from hipa_deploy.disk.files import new_folder, write_file
+from hipa_deploy.errors import as_line
+from hipa_deploy.commands.app import main
+from pathlib import Path
+
+def press():
+    os.kill(os.getpid(), {number})
+
+class Pressing:
+    def __set_name__(self, owner, name):
+        press()
+
+def rewrapped():
+    class Owner:  # Python up to 3.11 raises a RuntimeError
+        attribute = Pressing()
+
+def in_a_text():
+    exec("press()")
+
+def as_an_error():
+    with as_line("a file cannot be read", "Copy it again."):
+        try:
+            press()
+        except BaseException as error:
+            raise ImportError("initialization failed") from error
+
+def as_a_bug():
+    try:
+        press()
+    except BaseException as error:
+        raise ValueError("a bug") from error
+
+def as_success():
+    try:
+        press()
+    except BaseException:
+        sys.exit(0)
+
+def lost():
+    try:
+        press()
+    except BaseException:
+        pass
+
+def lost_before_a_file():
+    lost()
+    write_file(Path("file"), b"half")
+
+def lost_before_a_folder():
+    with new_folder(Path("folder")):
+        lost()
+
+ways = (rewrapped, in_a_text, as_an_error, as_a_bug, as_success, lost, lost_before_a_file,
+        lost_before_a_folder)
+for way in ways:
+    import_module("hipa_deploy.doctor.examine").examine = lambda *_, **__: way()
+    try:
+        main(["doctor"])
+    except SystemExit as end:
+        print(way.__name__, end.code, file=sys.stderr)
+sys.exit(7)
+"""
+WAYS = (
+    "rewrapped", "in_a_text", "as_an_error", "as_a_bug", "as_success", "lost", "lost_before_a_file",
+    "lost_before_a_folder",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", EXIT_CODES)
+def test_an_interruption_that_a_library_changes(number: signal.Signals, tmp_path: Path) -> None:
+    program = LOSSES.replace("{number}", str(int(number)))
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    expected = [f"hipa: stopped\n{way} {EXIT_CODES[number]}\n" for way in WAYS]
+    assert done.stderr == "".join(expected)
+    assert done.returncode == 7  # Python itself has forgotten the signal
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [0, None, 3, "words"])
+def test_a_library_that_ends_the_process_is_an_error(
+    code: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leave(*_: object, **__: object) -> None:
+        sys.exit(code)
+
+    monkeypatch.setattr(import_module("hipa_deploy.doctor.examine"), "examine", leave)
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor"])
+    assert stopped.value.code == 1
+    line = f"hipa: a library ended the command (exit code {code}). The work is not done.\n"
+    assert capsys.readouterr().err == line
+
+
 def test_a_warning_for_the_user_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     command_line._show_warning(HipaWarning("two\nlines"), HipaWarning, "x.py", 1)
     assert capsys.readouterr().err == "hipa: warning: two lines\n"
