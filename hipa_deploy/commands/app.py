@@ -123,7 +123,7 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of ``hipa``: run a command and exit with its code.
+    """Run ``hipa`` with these words, and exit with the command's code.
 
     A user's mistake is one line on stderr and exit code 1. Ctrl-C is exit code 130 and SIGTERM 143,
     with one line too. A bug keeps its traceback.
@@ -231,7 +231,7 @@ def _show_warning(
 
 
 def verb_main() -> None:
-    """Entry point of every ``hipa-VERB``: the script's own name says the verb."""
+    """Run ``hipa-VERB``: the script's own name says the verb."""
     _use_utf8()
     verb = Path(sys.argv[0]).stem.removeprefix("hipa-")
     main([verb, *sys.argv[1:]])

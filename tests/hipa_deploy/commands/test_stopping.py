@@ -207,8 +207,9 @@ def lost_before_a_folder():
     with new_folder(Path("folder")):
         lost()
 
-ways = (rewrapped, in_a_text, as_an_error, as_a_bug, as_success, lost, lost_before_a_file,
-        lost_before_a_folder)
+# The text last: another one would make Python forget the signal.
+ways = (rewrapped, as_an_error, as_a_bug, as_success, lost, lost_before_a_file,
+        lost_before_a_folder, in_a_text)
 for way in ways:
     import_module("hipa_deploy.doctor.examine").examine = lambda *_, **__: way()
     try:
@@ -218,20 +219,33 @@ for way in ways:
 sys.exit(7)
 """
 WAYS = (
-    "rewrapped", "in_a_text", "as_an_error", "as_a_bug", "as_success", "lost", "lost_before_a_file",
-    "lost_before_a_folder",
+    "rewrapped", "as_an_error", "as_a_bug", "as_success", "lost", "lost_before_a_file",
+    "lost_before_a_folder", "in_a_text",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("number", EXIT_CODES)
 def test_an_interruption_that_a_library_changes(number: signal.Signals, tmp_path: Path) -> None:
-    program = LOSSES.replace("{number}", str(int(number)))
-    command = [sys.executable, "-c", program]
+    module = tmp_path / "losses.py"
+    module.write_text(LOSSES.replace("{number}", str(int(number))))
+    # As a module, as "python -m hipa_deploy" is: a script's exit code is not changed at the end.
+    command = [sys.executable, "-m", "losses"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     expected = [f"hipa: stopped\n{way} {EXIT_CODES[number]}\n" for way in WAYS]
     assert done.stderr == "".join(expected)
     assert done.returncode == 7  # Python itself has forgotten the signal
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"losses.py", "__pycache__"}
+
+
+@pytest.mark.parametrize("number", EXIT_CODES)
+def test_a_command_that_is_stopped_while_it_is_imported(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    # A package of the commands that is imported before they are.
+    (tmp_path / "typer.py").write_text(f"import os\nos.kill(os.getpid(), {int(number)})\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([*HIPA, "--help"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (EXIT_CODES[number], "hipa: stopped\n")
 
 
 @pytest.mark.parametrize("code", [0, None, 3, "words"])
