@@ -5,9 +5,12 @@ Shapes: H, W height and width in pixels; C = 3 colour channels.
 
 from __future__ import annotations
 
+import os
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -246,7 +249,8 @@ def _check_pixels(image: Image.Image) -> None:
 
 def _upright(image: Image.Image, colours_of: str | None) -> tuple[Image.Image, ColourSpace | None]:
     """Decode an image and turn it as its EXIF orientation says; find out its colour space."""
-    image.load()
+    with _quiet(image):
+        image.load()
     # Before it is turned: Pillow then writes its EXIF data anew.
     space = colour_space(image, colours_of) if colours_of is not None else None
     try:
@@ -257,6 +261,31 @@ def _upright(image: Image.Image, colours_of: str | None) -> tuple[Image.Image, C
     except _BROKEN_EXIF:
         # As every viewer does, show the image as it is stored.
         return image, space
+
+
+@contextmanager
+def _quiet(image: Image.Image) -> Iterator[None]:
+    """Keep libtiff's own words about a damaged file off the standard error.
+
+    Pillow raises what is wrong as well. Other threads keep their standard error, so it is only
+    done in the main thread, which is that of a command.
+    """
+    in_command = threading.current_thread() is threading.main_thread()
+    if image.format != "TIFF" or not in_command:
+        yield
+        return
+    try:
+        stderr = os.dup(2)
+    except OSError:  # this process has none
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _from_array(array: np.ndarray, what: str) -> Image.Image:

@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -241,6 +242,17 @@ def test_an_endless_row_or_column_is_refused(size: tuple[int, int], tmp_path: Pa
     (tmp_path / "x.png").write_bytes(png(0, 8, size, b""))
     with pytest.raises(HipaError, match="at most 1048576 pixels a side"):
         read_image(tmp_path / "x.png")
+
+
+def test_libtiff_says_nothing_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = saved(tmp_path, Image.effect_noise((64, 64), 50), "x.tiff", compression="tiff_lzw")
+    content = bytearray(path.read_bytes())
+    content[1000:3000] = bytes(2000)
+    path.write_bytes(content)
+    with pytest.raises(HipaError, match="cannot be read"):
+        read_image(path)
+    os.write(2, b"and then")
+    assert capfd.readouterr().err == "and then"
 
 
 def test_files_that_are_not_an_image(tmp_path: Path) -> None:
