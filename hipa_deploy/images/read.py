@@ -280,7 +280,7 @@ def _quiet(image: Image.Image) -> Iterator[None]:
         yield
         return
     try:
-        with open(os.devnull, "wb") as nothing:
+        with Path(os.devnull).open("wb") as nothing:
             os.dup2(nothing.fileno(), 2)
         yield
     finally:

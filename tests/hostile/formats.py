@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageCms
 
 from hipa_deploy.bundle.adaptor_swap import FOLDER, MANIFEST
 from hipa_deploy.bundle.folder import Bundle
@@ -21,6 +24,7 @@ from tests.swap_samples import scaled_weights, write_swap
 PROMPT = "3d emoji of a red apple"
 GENERATE = ("generate", "bundle", PROMPT, "--backend", "onnxruntime", "--out", "image.png")
 DOCTOR = ("doctor", "bundle", "--backend", "onnxruntime")
+TABLES = ("txt", "csv", "tsv", *["parquet"] * (find_spec("pyarrow") is not None))
 SWAP = f"bundle/{FOLDER}/night"
 
 
@@ -70,6 +74,46 @@ def two_reports(folder: Path) -> None:
         (folder / name).write_text(a_report().model_dump_json())
 
 
+def with_image(folder: Path) -> None:
+    """A PNG, a JPEG and a WebP, with a colour profile and EXIF data."""
+    image = Image.effect_noise((24, 20), 80).convert("RGB")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned
+    for kind in ("png", "jpeg", "webp"):
+        (folder / kind).mkdir()
+        image.save(folder / kind / f"image.{kind}", icc_profile=profile, exif=exif)
+
+
+def with_prompts(folder: Path) -> None:
+    """Prompts in each format of a table."""
+    prompts = ["a red apple", "a boat, at sea", 'the "old" bridge'] * 4
+    rows = [{"text": prompt, "file_name": f"{number}.png"} for number, prompt in enumerate(prompts)]
+    for kind in TABLES:
+        (folder / kind).mkdir()
+    (folder / "txt/prompts.txt").write_text("\n".join(prompts))
+    for kind, delimiter in (("csv", ","), ("tsv", "\t")):
+        with (folder / kind / f"prompts.{kind}").open("w", newline="") as file:
+            table = csv.DictWriter(file, ("text", "file_name"), delimiter=delimiter)
+            table.writeheader()
+            table.writerows(rows)
+    if "parquet" in TABLES:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "parquet/prompts.parquet")
+
+
+def with_captions(folder: Path) -> None:
+    """Images with a table of captions."""
+    (folder / "images").mkdir()
+    lines = []
+    for number in range(3):
+        Image.new("RGB", (4, 4)).save(folder / f"images/{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"a boat {number}"}))
+    (folder / "images/metadata.jsonl").write_text("\n".join(lines))
+
+
 def _change(path: Path, edit: Any) -> None:
     content = json.loads(path.read_text())
     edit(content)
@@ -95,6 +139,10 @@ def _correct(root: Path, manifest: Path) -> None:
                 content["files"][name] = file_sha256(path)
 
     _change(manifest, edit)
+
+
+def _read(reader: str, folder: str) -> tuple[str, ...]:
+    return ("read", f"tests.hostile.readers:{reader}", folder)
 
 
 FORMATS = (
@@ -162,5 +210,22 @@ FORMATS = (
         "report.json",
         "json",
         ("profile", "compare", "other.json", "report.json"),
+    ),
+    *(
+        Format(f"{kind} image", with_image, f"{kind}/image.{kind}", "image", _read("image", kind))
+        for kind in ("png", "jpeg", "webp")
+    ),
+    *(
+        Format(
+            f"{kind} prompts",
+            with_prompts,
+            f"{kind}/prompts.{kind}",
+            "table",
+            _read("prompts", kind),
+        )
+        for kind in TABLES
+    ),
+    Format(
+        "captions", with_captions, "images/metadata.jsonl", "table", _read("captions", "images")
     ),
 )
