@@ -24,7 +24,11 @@ from tests.swap_samples import scaled_weights, write_swap
 PROMPT = "3d emoji of a red apple"
 GENERATE = ("generate", "bundle", PROMPT, "--backend", "onnxruntime", "--out", "image.png")
 DOCTOR = ("doctor", "bundle", "--backend", "onnxruntime")
-TABLES = ("txt", "csv", "tsv", *["parquet"] * (find_spec("pyarrow") is not None))
+ROWS = [
+    {"text": "a red apple", "file_name": "0.png"},
+    {"text": "a boat, at sea", "file_name": "1.png"},
+    {"text": 'the "old" bridge', "file_name": "2.png"},
+] * 4
 SWAP = f"bundle/{FOLDER}/night"
 
 
@@ -86,22 +90,36 @@ def with_image(folder: Path) -> None:
 
 
 def with_prompts(folder: Path) -> None:
-    """Prompts in each format of a table."""
-    prompts = ["a red apple", "a boat, at sea", 'the "old" bridge'] * 4
-    rows = [{"text": prompt, "file_name": f"{number}.png"} for number, prompt in enumerate(prompts)]
-    for kind in TABLES:
-        (folder / kind).mkdir()
-    (folder / "txt/prompts.txt").write_text("\n".join(prompts))
+    """Prompts in each format of a text."""
+    (folder / "txt").mkdir()
+    (folder / "txt/prompts.txt").write_text("\n".join(row["text"] for row in ROWS))
     for kind, delimiter in (("csv", ","), ("tsv", "\t")):
+        (folder / kind).mkdir()
         with (folder / kind / f"prompts.{kind}").open("w", newline="") as file:
             table = csv.DictWriter(file, ("text", "file_name"), delimiter=delimiter)
             table.writeheader()
-            table.writerows(rows)
-    if "parquet" in TABLES:
-        import pyarrow
-        from pyarrow import parquet
+            table.writerows(ROWS)
 
-        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "parquet/prompts.parquet")
+
+def with_parquet(folder: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    (folder / "p").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "p/prompts.parquet")
+
+
+def with_dataset(folder: Path) -> None:
+    """What ``save_to_disk`` of the package datasets writes."""
+    import pyarrow
+
+    dataset = folder / "d/prompts.d"
+    dataset.mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_stream(str(dataset / "data.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    state = {"_data_files": [{"filename": "data.arrow"}], "_fingerprint": "1", "_split": "train"}
+    (dataset / "state.json").write_text(json.dumps(state))
 
 
 def with_captions(folder: Path) -> None:
@@ -144,6 +162,18 @@ def _correct(root: Path, manifest: Path) -> None:
 def _read(reader: str, folder: str) -> tuple[str, ...]:
     return ("read", f"tests.hostile.readers:{reader}", folder)
 
+
+def _prompts(folder: str) -> tuple[str, ...]:
+    return _read("prompts", folder)
+
+
+TABLES_OF_ARROW: list[Format] = []
+if find_spec("pyarrow") is not None:
+    TABLES_OF_ARROW += [
+        Format("parquet", with_parquet, "p/prompts.parquet", "bytes", _prompts("p")),
+        Format("dataset", with_dataset, "d/prompts.d/data.arrow", "bytes", _prompts("d")),
+        Format("dataset's state", with_dataset, "d/prompts.d/state.json", "json", _prompts("d")),
+    ]
 
 FORMATS = (
     Format("manifest", embedded_bundle, "bundle/hipa.json", "json", GENERATE),
@@ -216,15 +246,10 @@ FORMATS = (
         for kind in ("png", "jpeg", "webp")
     ),
     *(
-        Format(
-            f"{kind} prompts",
-            with_prompts,
-            f"{kind}/prompts.{kind}",
-            "table",
-            _read("prompts", kind),
-        )
-        for kind in TABLES
+        Format(f"{kind} prompts", with_prompts, f"{kind}/prompts.{kind}", "table", _prompts(kind))
+        for kind in ("txt", "csv", "tsv")
     ),
+    *TABLES_OF_ARROW,
     Format(
         "captions", with_captions, "images/metadata.jsonl", "table", _read("captions", "images")
     ),

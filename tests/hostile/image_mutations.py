@@ -1,4 +1,7 @@
-"""Changes of image files, chunk by chunk with lengths and checksums corrected, and of tables."""
+"""Changes of image files, chunk by chunk with lengths and checksums corrected; of tables; of bytes.
+
+Tables in binary formats have no grammar here: their bytes are changed, numbers among them.
+"""
 
 from __future__ import annotations
 
@@ -83,8 +86,15 @@ def table_edits(_: Path) -> st.SearchStrategy[Edit]:
         st.tuples(st.just("repeat"), _PLACE, st.sampled_from([3, 40_000])),
         st.tuples(st.just("encode"), st.sampled_from(["utf-16", "utf-32", "cp1252", "utf-8-sig"])),
         st.tuples(st.just("breaks"), st.sampled_from(["\r", "\r\n", "\x0b", "\x85", ""])),
-        st.tuples(st.just("raw"), st.integers(0, 10**4), _BYTES),
     )
+
+
+def byte_edits(path: Path) -> st.SearchStrategy[Edit]:
+    """Bytes changed, put in or left out, more often near the beginning and the end."""
+    size = path.stat().st_size
+    places = st.integers(0, 200) | st.integers(0, size) | st.integers(max(0, size - 200), size)
+    number = st.sampled_from(NUMBERS).map(lambda value: struct.pack("<Q", value))
+    return st.tuples(st.sampled_from(["change", "put in", "leave out"]), places, _BYTES | number)
 
 
 def apply_image(path: Path, edit: Edit) -> None:
@@ -189,13 +199,9 @@ _FORMATS: dict[bytes, tuple[Callable[[bytes], Chunks], Callable[[Chunks], bytes]
 
 
 def apply_table(path: Path, edit: Edit) -> None:
-    """Change a text, a CSV or TSV file; of others only single bytes."""
+    """Change a text, a CSV or a TSV file."""
     action, *values = edit
     content = path.read_bytes()
-    if action == "raw":
-        start = values[0] % (len(content) + 1)
-        path.write_bytes(content[:start] + values[1] + content[start + len(values[1]) :])
-        return
     text = content.decode("utf-8")
     lines = text.split("\n")
     place = values[0] % len(lines) if isinstance(values[0], int) else 0
@@ -213,8 +219,20 @@ def apply_table(path: Path, edit: Edit) -> None:
     path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
 
 
+def apply_bytes(path: Path, edit: Edit) -> None:
+    action, place, value = edit
+    content = path.read_bytes()
+    kept = content[place:] if action == "put in" else content[place + len(value) :]
+    path.write_bytes(content[:place] + (b"" if action == "leave out" else value) + kept)
+
+
 EDITS: dict[str, Callable[[Path], st.SearchStrategy[Edit]]] = {
     "image": image_edits,
     "table": table_edits,
+    "bytes": byte_edits,
 }
-APPLY: dict[str, Callable[[Path, Edit], None]] = {"image": apply_image, "table": apply_table}
+APPLY: dict[str, Callable[[Path, Edit], None]] = {
+    "image": apply_image,
+    "table": apply_table,
+    "bytes": apply_bytes,
+}
