@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SURFACE = {
     "train": {
         "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps",
-        "--lora", "--embedding", "--dry-run", "--allow-code",
+        "--lora", "--embedding", "--dry-run", "--gpus", "--allow-code",
     },
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
@@ -28,7 +28,8 @@ SURFACE = {
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
-        "--timing-cache", "--refit", "--best-of", "--dry-run", "--no-repair", "--force",
+        "--timing-cache", "--refit", "--best-of", "--dry-run", "--no-repair", "--without-remedy",
+        "--force",
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",

@@ -101,8 +101,8 @@ BackendOption = Annotated[
     str,
     typer.Option(
         help="What runs the models: auto | onnxruntime | openvino | openvino-bf16 | "
-        "onnxruntime-cuda | onnxruntime-tensorrt | tensorrt | rtx. auto takes engines built for "
-        "this GPU, else ONNX Runtime on the CPU."
+        "onnxruntime-cuda | onnxruntime-tensorrt | onnxruntime-rtx | tensorrt | rtx. auto takes "
+        "engines built for this GPU, else ONNX Runtime on the CPU."
     ),
 ]
 OutOption = Annotated[
