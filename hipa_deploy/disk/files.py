@@ -287,8 +287,10 @@ def _scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     sweep(parent)
     with ExitStack() as stack:
         while True:
-            holder = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
-            stack.callback(_remove, holder)
+            # A folder without a lock in it is never swept: an interruption must not leave one.
+            with uninterrupted():
+                holder = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
+                stack.callback(_remove, holder)
             try:
                 file = (holder / _LOCK).open("w", encoding="utf-8")
             except FileNotFoundError:  # as below

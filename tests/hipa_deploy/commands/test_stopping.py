@@ -153,7 +153,7 @@ def test_ctrl_c_inside_a_command_is_one_line(
 
 # What libraries make of an interruption: each function is called in place of ``examine``.
 LOSSES = """
-import os, sys
+import os, sys, tempfile
 from importlib import import_module
 from hipa_deploy.disk.files import new_folder, write_file
 from hipa_deploy.errors import as_line
@@ -207,9 +207,24 @@ def lost_before_a_folder():
     with new_folder(Path("folder")):
         lost()
 
+def while_a_folder_is_made():
+    make = tempfile.mkdtemp
+
+    def pressing(*arguments, **options):
+        folder = make(*arguments, **options)
+        press()
+        return folder
+
+    tempfile.mkdtemp = pressing
+    try:
+        with new_folder(Path("folder")):
+            pass
+    finally:
+        tempfile.mkdtemp = make
+
 # The text last: another one would make Python forget the signal.
 ways = (rewrapped, as_an_error, as_a_bug, as_success, lost, lost_before_a_file,
-        lost_before_a_folder, in_a_text)
+        lost_before_a_folder, while_a_folder_is_made, in_a_text)
 for way in ways:
     import_module("hipa_deploy.doctor.examine").examine = lambda *_, **__: way()
     try:
@@ -220,7 +235,7 @@ sys.exit(7)
 """
 WAYS = (
     "rewrapped", "as_an_error", "as_a_bug", "as_success", "lost", "lost_before_a_file",
-    "lost_before_a_folder", "in_a_text",
+    "lost_before_a_folder", "while_a_folder_is_made", "in_a_text",
 )  # fmt: skip
 
 
