@@ -46,6 +46,11 @@ SURFACE = {
     "upscale": {
         "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights", "--force",
     },
+    "serve": {
+        "--host", "--port", "--backend", "--api-keys", "--allow-host", "--allow-origin", "--batch",
+        "--wait", "--queue", "--images", "--time-limit", "--prompt-limit", "--body-limit",
+        "--pixel-limit", "--log-prompts",
+    },
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
         "--roofline", "--force",
@@ -59,6 +64,7 @@ SURFACE = {
     },
     "doctor": {"--backend", "--json", "--self-test", "--bisect", "--out", "--force"},
     "demo": {"--out", "--quick", "--task"},
+    "init": {"--device", "--model", "--adaptor", "--task", "--prefer"},
 }  # fmt: skip
 
 
@@ -71,7 +77,7 @@ def options_of(command) -> set[str]:
     for parameter in command.params:
         if parameter.param_type_name == "option":
             found.update(parameter.opts)
-    return found - {"--help"}
+    return found - {"--help", "--version"}
 
 
 def test_commands_and_options() -> None:

@@ -144,8 +144,9 @@ PromptWeightsOption = Annotated[
     bool | None,
     typer.Option(
         "--prompt-weights/--no-prompt-weights",
-        help="Read (word:1.3), (word) and [word] as weights, as AUTOMATIC1111's web UI does, or as "
-        "text. By default as the bundle was exported: as text, unless it says otherwise.",
+        help="Read (word:1.3), (word) and square brackets as weights, as AUTOMATIC1111's web UI "
+        "does, or as text. By default as the bundle was exported: as text, unless it says "
+        "otherwise.",
     ),
 ]
 

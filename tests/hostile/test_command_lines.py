@@ -20,7 +20,7 @@ from PIL import Image
 from tests.hostile.harness import Worker
 from tests.hostile.test_early_refusals import HEAVY
 
-CASES = int(os.environ.get("HIPA_FUZZ_CASES", "12"))
+CASES = int(os.environ.get("HIPA_FUZZ_CASES", "8"))
 
 NUMBERS = [
     "0", "1", "-1", "2", "7", "63", "64", "65", "1000", str(2**31), str(2**63), str(10**9),
