@@ -23,7 +23,6 @@ from hipa_deploy.commands.options import (
     console,
     image_outputs,
     make_images,
-    note_name,
     note_weights,
     write_images,
 )
@@ -68,12 +67,12 @@ def edit(
 
     paths = _outputs(bundle, out, prompts, count, seed, [image], force, backend, adaptor)
     source = edit_source(_open(bundle), image, strength=strength, height=height, width=width)
-    note_name(out, paths)
     _generate_from(
         bundle,
         source,
         prompts,
         paths,
+        out=out,
         seed=seed,
         count=count,
         adaptor=adaptor,
@@ -119,12 +118,12 @@ def inpaint(
 
     paths = _outputs(bundle, out, prompts, count, seed, [image, mask], force, backend, adaptor)
     source = inpaint_source(_open(bundle), image, mask, feather=feather, height=height, width=width)
-    note_name(out, paths)
     _generate_from(
         bundle,
         source,
         prompts,
         paths,
+        out=out,
         seed=seed,
         count=count,
         adaptor=adaptor,
@@ -168,7 +167,6 @@ def upscale(
     opened = _open(bundle)
     check_request(opened, backend, [prompt], seed=0, count=1, adaptor=adaptor)
     upscaling(opened, image, overlap=overlap)
-    note_name(out, paths)
 
     with console.status("loading"):
         pipe = OneStepPipeline.load(bundle, backend)
@@ -184,7 +182,7 @@ def upscale(
                 truncate=truncate,
                 prompt_weights=prompt_weights,
             )
-        write_images([result], paths, force=force)
+        write_images([result], paths, out=out, force=force)
 
 
 def _open(bundle: str) -> Bundle:
@@ -223,6 +221,7 @@ def _generate_from(
     prompts: list[str],
     paths: list[Path],
     *,
+    out: Path | None,
     seed: int,
     count: int,
     adaptor: str | None,
@@ -236,6 +235,7 @@ def _generate_from(
         bundle,
         prompts,
         paths,
+        out=out,
         adaptor=adaptor,
         backend=backend,
         force=force,

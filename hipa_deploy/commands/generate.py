@@ -17,7 +17,6 @@ from hipa_deploy.commands.options import (
     WidthOption,
     image_outputs,
     make_images,
-    note_name,
 )
 
 
@@ -56,12 +55,12 @@ def generate(
         adaptor=adaptor,
         size=(height, width),
     )
-    note_name(out, paths)
 
     make_images(
         bundle,
         prompts,
         paths,
+        out=out,
         adaptor=adaptor,
         backend=backend,
         force=force,

@@ -168,13 +168,14 @@ def note_weights(bundle: Bundle, prompts: list[str], asked: bool | None) -> None
 
 
 def write_images(
-    batches: Iterable[GenerateResult], paths: list[Path], *, force: bool = False
+    batches: Iterable[GenerateResult], paths: list[Path], *, out: Path | None, force: bool = False
 ) -> None:
     """Write each image as soon as its batch is made, and print its path.
 
     Args:
         batches: results, in the order of ``paths``.
         paths: one PNG path for each image, as ``image_outputs`` gave them.
+        out: the user's own name; without one, another name than the usual is told.
         force: whether files that exist are replaced.
 
     """
@@ -184,7 +185,11 @@ def write_images(
     for batch in batches:
         for image_HWC, parameters in zip(batch.images_BHWC, batch.parameters, strict=True):
             content = png_bytes(image_HWC, parameters)
-            typer.echo(write_output(next(remaining), content, force=force))
+            path = next(remaining)
+            typer.echo(write_output(path, content, force=force))
+            # Not before: of a request that is refused, nothing is written.
+            if path == paths[0]:
+                _note_name(out, paths)
 
 
 def make_images(
@@ -192,6 +197,7 @@ def make_images(
     prompts: list[str],
     paths: list[Path],
     *,
+    out: Path | None,
     adaptor: str | None,
     backend: str,
     force: bool,
@@ -204,6 +210,7 @@ def make_images(
         bundle: a bundle's folder, or 'emoji'.
         prompts: what the images show.
         paths: one PNG path for each image, as ``image_outputs`` gave them.
+        out: as for ``write_images``.
         adaptor: an adaptor to swap in; None is the bundle's own.
         backend: what runs the stages.
         force: whether files that exist are replaced.
@@ -223,7 +230,7 @@ def make_images(
             pipe.swap_adaptor(adaptor)
         note_weights(pipe.bundle, prompts, prompt_weights)
         batches = pipe.stream(prompts, prompt_weights=prompt_weights, **choices)
-        write_images(batches, paths, force=force)
+        write_images(batches, paths, out=out, force=force)
 
 
 def image_outputs(
@@ -257,7 +264,7 @@ def image_outputs(
     return paths
 
 
-def note_name(out: Path | None, paths: list[Path]) -> None:
+def _note_name(out: Path | None, paths: list[Path]) -> None:
     """Say so where the usual name is taken and another one is written."""
     usual = _usual_name(len(paths))
     written = paths[0] if len(paths) == 1 else paths[0].parent

@@ -111,6 +111,7 @@ KEPT = [
     ("generate", "emoji", "a", "--out", "loop"),
     ("generate", "emoji", "a", "--out", "x" * 300),
     ("generate", "emoji", "\udcff"),
+    ("generate", "emoji", "(" * 5000),
     ("generate", "emoji", "x" * 120_000),
     ("generate", "loop", "a"),
     ("generate", "/dev/zero", "a"),
