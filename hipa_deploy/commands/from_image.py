@@ -173,7 +173,6 @@ def upscale(
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
-        note_weights(pipe.bundle, [prompt], prompt_weights)
         with console.status("enlarging"):
             result = pipe.upscale(
                 image,
@@ -182,6 +181,7 @@ def upscale(
                 truncate=truncate,
                 prompt_weights=prompt_weights,
             )
+        note_weights(pipe.bundle, [prompt], prompt_weights)
         write_images([result], paths, out=out, force=force)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -228,9 +229,11 @@ def make_images(
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
+        batches = iter(pipe.stream(prompts, prompt_weights=prompt_weights, **choices))
+        # A prompt that is refused is one line, without the note.
+        first = next(batches)
         note_weights(pipe.bundle, prompts, prompt_weights)
-        batches = pipe.stream(prompts, prompt_weights=prompt_weights, **choices)
-        write_images(batches, paths, out=out, force=force)
+        write_images(chain([first], batches), paths, out=out, force=force)
 
 
 def image_outputs(

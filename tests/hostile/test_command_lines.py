@@ -112,6 +112,7 @@ KEPT = [
     ("generate", "emoji", "a", "--out", "x" * 300),
     ("generate", "emoji", "\udcff"),
     ("generate", "emoji", "(" * 5000),
+    ("generate", "emoji", "(a:1.5) " + "b " * 200),
     ("generate", "emoji", "x" * 120_000),
     ("generate", "loop", "a"),
     ("generate", "/dev/zero", "a"),
