@@ -67,6 +67,12 @@ SIZES: dict[str, dict[str, Any]] = {
         "prediction_type": "v_prediction",
     },
 }
+VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
 # Typer offers the members of an enum as an option's choices.
 Size = Enum("Size", {name: name for name in SIZES}, type=str)  # type: ignore[misc]
 
@@ -79,13 +85,7 @@ def new_pipeline(size: str) -> StableDiffusionPipeline:
     torch.set_default_dtype(torch.float16)
     shapes = SIZES[size]
     unet = UNet2DConditionModel(**shapes["unet"])
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        sample_size=shapes["unet"]["sample_size"] * 8,
-    )
+    vae = AutoencoderKL(**VAE, sample_size=shapes["unet"]["sample_size"] * 8)
     encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49408, **shapes["text"]))
 
     # The scheduler's tables are float32.

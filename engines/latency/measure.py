@@ -305,6 +305,7 @@ def _conditions(
         device=device,
         bundle=_bundle_facts(pipeline.bundle),
         state=state,
+        low_memory=pipeline.low_memory,
     )
 
 

@@ -90,6 +90,8 @@ class Conditions(Record):
         device: the machine.
         bundle: None in reports of schema 1.
         state: the machine's clocks, temperatures and power mode; None in reports of schema 1.
+        low_memory: stages were loaded in turn, and their loading is part of the time from prompt
+            to image.
 
     """
 
@@ -104,6 +106,7 @@ class Conditions(Record):
     device: Device
     bundle: BundleFacts | None = None
     state: MachineState | None = None
+    low_memory: bool = False
 
 
 class LatencyReport(Record):

@@ -25,7 +25,7 @@ def render_table(report: LatencyReport) -> Table:
     size = f"{conditions.width}x{conditions.height}"
     title = (
         f"Latency of a batch of {conditions.batch}, {size}, {conditions.precision}, "
-        f"{conditions.backend}, in ms"
+        f"{conditions.backend}{_memory_mode(conditions)}, in ms"
     )
     table = Table(title=title, caption=_caption(report), caption_justify="left")
     table.add_column("stage", no_wrap=True)
@@ -208,7 +208,7 @@ def _row(report: LatencyReport, stages: Sequence[str], notes: Sequence[str]) -> 
         _or_dash(state.power_mode if state else None),
         _gpu_clock(conditions, state),
         _release(conditions, state),
-        f"{conditions.backend} {_version(conditions)}".strip(),
+        f"{conditions.backend} {_version(conditions)}".strip() + _memory_mode(conditions),
         model_name(report),
         _or_dash(facts.decoder if facts else None),
         f"{conditions.width}x{conditions.height}",
@@ -238,6 +238,10 @@ def _gpu_clock(conditions: Conditions, state: MachineState | None) -> str:
 def _release(conditions: Conditions, state: MachineState | None) -> str:
     parts = [conditions.device.l4t, state.jetpack if state else None]
     return " / ".join(part for part in parts if part) or "-"
+
+
+def _memory_mode(conditions: Conditions) -> str:
+    return ", low memory" if conditions.low_memory else ""
 
 
 def _version(conditions: Conditions) -> str:

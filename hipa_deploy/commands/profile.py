@@ -9,7 +9,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hipa_deploy.commands.options import BackendOption, BundleArgument, ForceOption, console
+from hipa_deploy.commands.options import (
+    BackendOption,
+    BundleArgument,
+    ForceOption,
+    LowMemoryOption,
+    console,
+    load_pipeline,
+)
 from hipa_deploy.commands.outputs import check_outputs, write_output
 
 
@@ -57,6 +64,7 @@ def profile(
             "or rtx4090."
         ),
     ] = None,
+    low_memory: LowMemoryOption = False,
     force: ForceOption = False,
 ) -> None:
     """Measure how long one image takes: in each model and from prompt to image.
@@ -72,7 +80,6 @@ def profile(
     from hipa_deploy.engines.latency.roofline import predict_roofline, render_roofline
     from hipa_deploy.engines.latency.table import markdown_table, render_table
     from hipa_deploy.engines.latency.with_roofline import with_own_roofline, with_roofline
-    from hipa_deploy.generate.pipeline import OneStepPipeline
     from hipa_deploy.generate.runner import check_backend
 
     # Before minutes of profiling: a wrong output or an unknown device is reported at once.
@@ -84,7 +91,7 @@ def profile(
     if roofline is not None:
         prediction = predict_roofline(Bundle.open(resolve_bundle(bundle)), roofline)
 
-    with OneStepPipeline.load(bundle, backend) as pipe:
+    with load_pipeline(bundle, backend, None, low_memory) as pipe:
         report = profile_pipeline(pipe, runs=runs, warmup=warmup, layers=layers, console=console)
         if prediction:
             report = with_roofline(report, prediction)
