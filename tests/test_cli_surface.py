@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SURFACE = {
     "train": {
         "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps",
-        "--lora", "--embedding", "--dry-run", "--gpus", "--allow-code",
+        "--lora", "--embedding", "--average", "--rank", "--dry-run", "--gpus", "--allow-code",
     },
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
@@ -57,8 +57,8 @@ SURFACE = {
         "--pixel-limit", "--log-prompts",
     },
     "profile": {
-        "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
-        "--roofline", "--low-memory", "--force",
+        "--runs", "--seconds", "--warmup", "--backend", "--json", "--html", "--markdown",
+        "--layers", "--roofline", "--low-memory", "--force",
     },
     "profile compare": {"--metric", "--threshold", "--json", "--force"},
     "profile table": set(),

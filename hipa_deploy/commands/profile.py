@@ -33,6 +33,13 @@ class Metric(str, Enum):
 def profile(
     bundle: BundleArgument,
     runs: Annotated[int, typer.Option(help="How many timed runs, after the warm-up.")] = 50,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            help="Go on beyond --runs until the timed runs took so many seconds. A figure is valid "
+            "from 100 runs and 10 seconds on."
+        ),
+    ] = 0.0,
     warmup: Annotated[
         int,
         typer.Option(
@@ -83,7 +90,7 @@ def profile(
     from hipa_deploy.generate.runner import check_backend
 
     # Before minutes of profiling: a wrong output or an unknown device is reported at once.
-    check_runs(runs, warmup)
+    check_runs(runs, warmup, seconds)
     check_backend(backend)
     outputs = [path for path in (json_path, html_path) if path is not None]
     check_outputs(outputs, inputs=[resolve_bundle(bundle)], force=force)
@@ -92,7 +99,9 @@ def profile(
         prediction = predict_roofline(Bundle.open(resolve_bundle(bundle)), roofline)
 
     with load_pipeline(bundle, backend, None, low_memory) as pipe:
-        report = profile_pipeline(pipe, runs=runs, warmup=warmup, layers=layers, console=console)
+        report = profile_pipeline(
+            pipe, runs=runs, seconds=seconds, warmup=warmup, layers=layers, console=console
+        )
         if prediction:
             report = with_roofline(report, prediction)
         else:

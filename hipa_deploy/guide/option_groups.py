@@ -20,7 +20,7 @@ _GROUPS = {
         *("--task", "--strength", "--strengths", "--feather", "--overlap", "--seed", "--count"),
         *("--height", "--width", "--dynamic", "--batch", "--images", "--again"),
     ),
-    "Training": ("--recipe", "--steps", "--gpus", "--quick"),
+    "Training": ("--recipe", "--steps", "--average", "--rank", "--gpus", "--quick"),
     "Precision and layout": ("--dtype", "--layout", "--fuse"),
     "Device": (
         *("--backend", "--build", "--target", "--workspace", "--tactic-dram"),
@@ -36,7 +36,7 @@ _GROUPS = {
         ),
     ),
     "Measuring": (
-        *("--runs", "--warmup", "--metric", "--threshold", "--layers", "--roofline"),
+        *("--runs", "--seconds", "--warmup", "--metric", "--threshold", "--layers", "--roofline"),
         *("--self-test", "--bisect"),
     ),
     "Output": (

@@ -104,6 +104,7 @@ def test_a_refittable_engine_of_a_faulty_version_is_refused(make_bundle, monkeyp
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(find_gpu() is None, reason="no NVIDIA GPU with a driver")
 def test_a_refittable_engine_is_another_engine(make_bundle):
     bundle = make_bundle(stages=("unet",))
     (plain,) = build(bundle)
