@@ -98,9 +98,9 @@ def test_every_command_and_option_has_a_help_text() -> None:
 
 def test_every_verb_has_an_entry_point() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    expected = {"hipa": "hipa_deploy.commands.app:main"}
+    expected = {"hipa": "hipa_deploy.__main__:main"}
     for verb in SURFACE:
-        expected[f"hipa-{verb.split()[0]}"] = "hipa_deploy.commands.app:verb_main"
+        expected[f"hipa-{verb.split()[0]}"] = "hipa_deploy.__main__:verb_main"
     assert scripts == expected
 
 

@@ -35,7 +35,6 @@ from hipa_deploy.commands.options import (
     image_outputs,
     load_pipeline,
     make_images,
-    note_name,
     note_weights,
     write_images,
 )
@@ -88,12 +87,12 @@ def edit(
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     source = edit_source(opened, image, strength=strength, height=height, width=width)
     check_marked_size(files, opened, source)
-    note_name(out, paths)
     _generate_from(
         bundle,
         source,
         prompts,
         paths,
+        out=out,
         seed=seed,
         count=count,
         adaptor=adaptor,
@@ -150,12 +149,12 @@ def inpaint(
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     source = inpaint_source(opened, image, mask, feather=feather, height=height, width=width)
     check_marked_size(files, opened, source)
-    note_name(out, paths)
     _generate_from(
         bundle,
         source,
         prompts,
         paths,
+        out=out,
         seed=seed,
         count=count,
         adaptor=adaptor,
@@ -207,10 +206,8 @@ def upscale(
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     enlargement = upscaling(opened, image, overlap=overlap)
     check_marked_size(files, opened, enlargement)
-    note_name(out, paths)
 
     with load_pipeline(bundle, backend, adaptor, low_memory, watermark) as pipe:
-        note_weights(pipe.bundle, [prompt], prompt_weights)
         with console.status("enlarging"):
             result = pipe.upscale(
                 image,
@@ -219,7 +216,8 @@ def upscale(
                 truncate=truncate,
                 prompt_weights=prompt_weights,
             )
-        write_images([result], paths, files, force=force)
+        note_weights(pipe.bundle, [prompt], prompt_weights)
+        write_images([result], paths, files, out=out, force=force)
 
 
 def _open(bundle: str) -> Bundle:
@@ -259,6 +257,7 @@ def _generate_from(
     prompts: list[str],
     paths: list[Path],
     *,
+    out: Path | None,
     seed: int,
     count: int,
     adaptor: str | None,
@@ -274,6 +273,7 @@ def _generate_from(
         bundle,
         prompts,
         paths,
+        out=out,
         adaptor=adaptor,
         backend=backend,
         low_memory=low_memory,

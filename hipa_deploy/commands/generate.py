@@ -27,7 +27,6 @@ from hipa_deploy.commands.options import (
     console,
     image_outputs,
     make_images,
-    note_name,
 )
 from hipa_deploy.errors import HipaError
 
@@ -136,12 +135,12 @@ def generate(
             _say(f"differs: {difference}")
     step = opened.manifest.one_step
     check_marked_size(files, opened, (size[0] or step.height, size[1] or step.width))
-    note_name(out, paths)
 
     make_images(
         bundle,
         prompts,
         paths,
+        out=out,
         adaptor=adaptor,
         backend=backend,
         low_memory=low_memory,

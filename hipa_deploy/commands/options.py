@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -247,6 +248,7 @@ def write_images(
     paths: list[Path],
     files: FileSettings = FileSettings(),
     *,
+    out: Path | None,
     force: bool = False,
     watch: Callable[[np.ndarray], None] | None = None,
 ) -> None:
@@ -256,6 +258,7 @@ def write_images(
         batches: results, in the order of ``paths``.
         paths: one path for each image, as ``image_outputs`` gave them; a suffix is a format.
         files: how the files are written and marked.
+        out: the user's own name; without one, another name than the usual is told.
         force: whether files that exist are replaced.
         watch: is shown every image, uint8 [H, W, 3], once its file is written.
 
@@ -266,6 +269,7 @@ def write_images(
     from hipa_deploy.generate.jobs.withheld import withheld_error
 
     asked = 0
+    written = 0
     flagged: list[Flagged] = []
     for batch in batches:
         withheld = {one.index for one in batch.flagged}
@@ -277,6 +281,10 @@ def write_images(
                 image_HWC, parameters = next(made)
                 content = files.encode(path, image_HWC, parameters)
                 typer.echo(write_output(path, content, force=force))
+                written += 1
+                # Not before: of a request that is refused, nothing is written.
+                if written == 1:
+                    _note_name(out, paths)
                 if watch is not None:
                     watch(image_HWC)
         flagged += batch.flagged
@@ -289,6 +297,7 @@ def make_images(
     prompts: list[str],
     paths: list[Path],
     *,
+    out: Path | None,
     adaptor: str | None,
     backend: str,
     low_memory: bool,
@@ -304,6 +313,7 @@ def make_images(
         bundle: a bundle's folder, or 'emoji'.
         prompts: what the images show.
         paths: one path for each image, as ``image_outputs`` gave them.
+        out: as for ``write_images``.
         adaptor: an adaptor to swap in; None is the bundle's own.
         backend: what runs the stages.
         low_memory: load the stages in turn.
@@ -318,9 +328,11 @@ def make_images(
 
     """
     with load_pipeline(bundle, backend, adaptor, low_memory, files.watermark) as pipe:
+        batches = iter(pipe.stream(prompts, prompt_weights=prompt_weights, **choices))
+        # A prompt that is refused is one line, without the note.
+        first = next(batches)
         note_weights(pipe.bundle, prompts, prompt_weights)
-        batches = pipe.stream(prompts, prompt_weights=prompt_weights, **choices)
-        write_images(batches, paths, files, force=force, watch=watch)
+        write_images(chain([first], batches), paths, files, out=out, force=force, watch=watch)
 
 
 def load_pipeline(
@@ -385,7 +397,7 @@ def image_outputs(
     return paths
 
 
-def note_name(out: Path | None, paths: list[Path]) -> None:
+def _note_name(out: Path | None, paths: list[Path]) -> None:
     """Say so where the usual name is taken and another one is written."""
     usual = Path("images" if len(paths) > 1 else f"image{paths[0].suffix}")
     written = paths[0] if len(paths) == 1 else paths[0].parent
