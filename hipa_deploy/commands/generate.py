@@ -79,6 +79,7 @@ def generate(
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.generate.request import check_count, check_request
+    from hipa_deploy.guide.known_prompts import warn_of_unknown
 
     recipe = None
     choices: dict[str, Any] = {
@@ -135,6 +136,7 @@ def generate(
             _say(f"differs: {difference}")
     step = opened.manifest.one_step
     check_marked_size(files, opened, (size[0] or step.height, size[1] or step.width))
+    warn_of_unknown(root, prompts)
 
     make_images(
         bundle,
