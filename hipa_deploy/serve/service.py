@@ -341,8 +341,8 @@ def _encoded(
     height, width = result.images_BHWC.shape[1:3]
     shown = pipe.guard(result)
 
-    # 100 is the best that there is: of a WebP that is lossless, which the library calls None.
-    quality = order.quality
+    # OpenAI's scale has a 0, files do not. A WebP of the best quality is lossless: None.
+    quality = max(1, order.quality)
     lossless = order.format == "png" or (order.format == "webp" and quality == BEST)
     files = []
     for image_HWC, facts in zip(shown.images_BHWC, shown.parameters, strict=True):

@@ -43,6 +43,16 @@ def test_a_file_says_what_made_it(bundles: dict[str, Bundle], kind: str, tmp_pat
         np.testing.assert_array_equal(pixels, expected)
 
 
+def test_the_least_quality_of_openais_scale(bundles: dict[str, Bundle]) -> None:
+    with OneStepPipeline.load(bundles["tiny"].root) as pipe:
+        made = pipe.make(pipe.jobs([(PROMPT, 0)]))
+        sizes = []
+        for quality in (0, 100):
+            chosen = order(pipe, 1, format="webp", quality=quality)
+            sizes.append(len(_encoded(pipe, made, None, chosen, None).files[0]))
+    assert sizes[0] < sizes[1]
+
+
 def test_a_flagged_image_is_not_sent(bundles: dict[str, Bundle]) -> None:
     def second_is_bad(images_BHWC: np.ndarray) -> list[bool]:
         return [number == 1 for number in range(len(images_BHWC))]
