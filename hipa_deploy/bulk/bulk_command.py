@@ -40,6 +40,15 @@ def bulk(
         bool,
         typer.Option("--truncate", help="Cut prompts that are too long; by default they fail."),
     ] = False,
+    c2pa: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PEM",
+            envvar="HIPA_C2PA",
+            help="Sign content credentials (C2PA) into every image: a file with the private key "
+            "and the certificates.",
+        ),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -72,6 +81,8 @@ def bulk(
     from hipa_deploy.generate.open_stages import resolve_backend
     from hipa_deploy.generate.runner import check_backend
     from hipa_deploy.images.source import require_task
+    from hipa_deploy.marks.content_credentials import ContentSigner
+    from hipa_deploy.marks.marker import require_signer
     from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings, replicas_from
 
     check_backend(backend)
@@ -84,6 +95,7 @@ def bulk(
     root = resolve_bundle(bundle)
     opened = Bundle.open(root)
     require_task(opened, "generate")
+    require_signer(opened.manifest.marks, None if c2pa is None else ContentSigner.read(c2pa))
     job = new_job(
         root,
         prompts,
@@ -102,13 +114,13 @@ def bulk(
         missing = missing_shards(job, out)
         typer.echo(f"{job.shards} shards, {len(missing)} to make")
         if ray is None or not missing:
-            reports = _make_here(root, prompts, out, job, missing)
+            reports = _make_here(root, prompts, out, job, missing, c2pa)
         else:
             from hipa_deploy.bulk.ray_shards import make_on_ray
             from hipa_deploy.serve.cluster.ray_replicas import join_ray
 
             join_ray(ray)
-            reports = make_on_ray(root, prompts, out, job, missing, settings)
+            reports = make_on_ray(root, prompts, out, job, missing, settings, c2pa)
         for report in reports:
             typer.echo(str(report))
     failing = len(list(out.glob("shard-*.failures.jsonl")))
@@ -122,14 +134,14 @@ def bulk(
 
 
 def _make_here(
-    bundle: Path, prompts: Path, out: Path, job: BulkJob, shards: list[int]
+    bundle: Path, prompts: Path, out: Path, job: BulkJob, shards: list[int], c2pa: Path | None
 ) -> Iterator[ShardReport]:
     """Make shards one after the other in this process."""
     from hipa_deploy.bulk.shard_maker import ShardMaker
 
     if not shards:
         return
-    maker = ShardMaker(bundle, prompts, out, job)
+    maker = ShardMaker(bundle, prompts, out, job, c2pa)
     try:
         for shard in shards:
             yield maker.make(shard)

@@ -14,9 +14,13 @@ from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings
 class ShardActor:
     """A ``ShardMaker`` as Ray Data calls it: a row with a shard's number in, its report out."""
 
-    def __init__(self, bundle: str, prompts: str, out: str, job: dict[str, Any]) -> None:
+    def __init__(
+        self, bundle: str, prompts: str, out: str, job: dict[str, Any], c2pa: str | None
+    ) -> None:
         record = BulkJob.model_validate(job)
-        self._maker = ShardMaker(Path(bundle), Path(prompts), Path(out), record)
+        self._maker = ShardMaker(
+            Path(bundle), Path(prompts), Path(out), record, None if c2pa is None else Path(c2pa)
+        )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Make the shard ``row['item']``."""
@@ -31,10 +35,11 @@ def make_on_ray(
     job: BulkJob,
     shards: Sequence[int],
     settings: ClusterSettings,
+    c2pa: Path | None = None,
 ) -> Iterator[ShardReport]:
     """Make shards on the cluster that ``join_ray`` has joined, in any order.
 
-    An actor that dies is started again, and its shard made again. The three paths must lead to the
+    An actor that dies is started again, and its shard made again. The paths must lead to the
     same files on every machine.
 
     Args:
@@ -44,6 +49,7 @@ def make_on_ray(
         job: what to make.
         shards: that are missing.
         settings: how many actors, and on what.
+        c2pa: a file of key and certificates, under this path on every machine.
 
     """
     import ray.data
@@ -59,6 +65,7 @@ def make_on_ray(
             str(prompts.resolve()),
             str(out.resolve()),
             job.model_dump(mode="json"),
+            None if c2pa is None else str(c2pa.resolve()),
         ),
         concurrency=(settings.least, settings.most),
         num_cpus=settings.cpus,

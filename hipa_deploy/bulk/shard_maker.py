@@ -1,6 +1,7 @@
 """Make one shard: a tar file of images, as WebDataset reads it.
 
-Equal rows give equal bytes: names, order, owners and times in the tar are fixed.
+Equal rows give equal bytes, unless images are signed: a signature has its time. Names, order,
+owners and times in the tar are fixed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from hipa_deploy.bulk.bulk_job import BulkJob, failures_path, read_rows, shard_path
 from hipa_deploy.bundle.folder import MANIFEST
@@ -20,11 +24,12 @@ from hipa_deploy.disk.files import write_file
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.batch_sizes import cut
-from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
-from hipa_deploy.generate.pipeline import OneStepPipeline
+from hipa_deploy.generate.jobs.image_job import ImageJob
+from hipa_deploy.generate.pipeline import OneStepPipeline, finished_result
 from hipa_deploy.generate.prompt_files import MAX_CHARACTERS, one_line
-from hipa_deploy.images.png import png_bytes
 from hipa_deploy.images.source import require_task
+from hipa_deploy.marks.content_credentials import ContentSigner
+from hipa_deploy.marks.marker import encode_marked, require_signer
 
 _AHEAD = 64  # rows whose jobs are in memory
 
@@ -56,6 +61,7 @@ class ShardMaker:
         prompts: the table, on this machine.
         out: the folder of the shards.
         job: what to make.
+        c2pa: a file of key and certificates that signs the images; None signs nothing.
 
     Raises:
         HipaError: another bundle or table than the job's, or as ``OneStepPipeline.load``.
@@ -67,17 +73,21 @@ class ShardMaker:
 
     """
 
-    def __init__(self, bundle: Path, prompts: Path, out: Path, job: BulkJob) -> None:
+    def __init__(
+        self, bundle: Path, prompts: Path, out: Path, job: BulkJob, c2pa: Path | None = None
+    ) -> None:
         # On another machine of a cluster, the same path may hold something else.
         for path, known in ((bundle / MANIFEST, job.bundle), (prompts, job.prompts)):
             if file_sha256(path) != known:
                 raise HipaError(f"{path} is not the job's: another file, or it was changed.")
+        self._signer = None if c2pa is None else ContentSigner.read(c2pa)
         self._prompts = prompts
         self._out = out
         self._job = job
         self._pipe = OneStepPipeline.load(bundle, job.backend)
         try:
             require_task(self._pipe.bundle, "generate")
+            require_signer(self._pipe.bundle.manifest.marks, self._signer)
             self._pipe.warmup()
         except BaseException:
             self._pipe.close()
@@ -99,9 +109,9 @@ class ShardMaker:
                 part.open("wb") as file,
                 tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
             ):
-                for row, made in self._images(shard, failures):
-                    _add(tar, f"{row:09d}.png", png_bytes(made.finished(), made.parameters))
-                    _add(tar, f"{row:09d}.txt", made.job.prompt.encode())
+                for row, prompt, content in self._images(shard, failures):
+                    _add(tar, f"{row:09d}.png", content)
+                    _add(tar, f"{row:09d}.txt", prompt.encode())
                     images += 1
             with part.open("rb") as file:
                 os.fsync(file.fileno())
@@ -119,8 +129,8 @@ class ShardMaker:
 
     def _images(
         self, shard: int, failures: list[dict[str, object]]
-    ) -> Iterator[tuple[int, MadeImage]]:
-        """The images of a shard in the order of its rows, a few in memory."""
+    ) -> Iterator[tuple[int, str, bytes]]:
+        """Row, prompt and file of each image of a shard, in order, a few in memory."""
         jobs = self._jobs(shard, failures)
         while True:
             ahead = list(islice(jobs, _AHEAD))
@@ -128,8 +138,21 @@ class ShardMaker:
                 return
             rows = iter([row for row, _ in ahead])
             for batch in cut([job for _, job in ahead], self._pipe.sizes_for(ahead[0][1])):
-                for made in self._pipe.make(batch):
-                    yield next(rows), made
+                result = self._pipe.guard(finished_result(self._pipe.make(batch)))
+                withheld = {one.index: one.reason for one in result.flagged}
+                shown = iter(zip(result.images_BHWC, result.parameters, strict=True))
+                for place, job in enumerate(batch):
+                    row = next(rows)
+                    if place in withheld:
+                        error = f"withheld: flagged by {withheld[place]}"
+                        failures.append({"row": row, "error": error})
+                        continue
+                    yield row, job.prompt, self._file(*next(shown))
+
+    def _file(self, image_HWC: np.ndarray, parameters: dict[str, Any]) -> bytes:
+        """An image as PNG, with what the bundle's owner wants in it."""
+        marks = self._pipe.bundle.manifest.marks
+        return encode_marked(image_HWC, parameters, "png", marks=marks, signer=self._signer)
 
     def _jobs(
         self, shard: int, failures: list[dict[str, object]]

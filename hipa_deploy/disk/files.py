@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from hipa_deploy.disk.locks import HAS_LOCKS, is_locked_now, is_still_at, locked
 from hipa_deploy.errors import HipaError
-from hipa_deploy.interrupts import uninterrupted
+from hipa_deploy.interrupts import raise_interruption, uninterrupted
 
 # mkdtemp and mkstemp end a name in eight such characters.
 _SCRATCH_FOLDER = re.compile(r"\..+-[a-z0-9_]{8}")
@@ -161,6 +161,7 @@ def new_folder(out: Path, *, alone: bool = False) -> Iterator[Path]:
                 f"and {_size(free_bytes(scratch))} are free. Free some space, or choose another "
                 "disk."
             ) from None
+        raise_interruption()
         try:
             # A rename replaces an empty folder on Linux, but not on Windows.
             if out.is_dir():
@@ -214,6 +215,7 @@ def write_file(path: Path, content: bytes, *, replace: bool = True) -> None:
             file.write(content)
             file.flush()
             scratch.chmod(0o644)  # mkstemp makes a file that only its owner can read
+            raise_interruption()
             # Renamed while it is locked; Windows has no locks and renames no open file.
             if not HAS_LOCKS:
                 file.close()
@@ -285,8 +287,10 @@ def _scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     sweep(parent)
     with ExitStack() as stack:
         while True:
-            holder = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
-            stack.callback(_remove, holder)
+            # A folder without a lock in it is never swept: an interruption must not leave one.
+            with uninterrupted():
+                holder = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
+                stack.callback(_remove, holder)
             try:
                 file = (holder / _LOCK).open("w", encoding="utf-8")
             except FileNotFoundError:  # as below

@@ -18,9 +18,9 @@ _GROUPS = {
     ),
     "Image": (
         *("--task", "--strength", "--strengths", "--feather", "--overlap", "--seed", "--count"),
-        *("--height", "--width", "--dynamic", "--batch", "--images"),
+        *("--height", "--width", "--dynamic", "--batch", "--images", "--again"),
     ),
-    "Training": ("--recipe", "--steps", "--gpus", "--quick"),
+    "Training": ("--recipe", "--steps", "--average", "--rank", "--gpus", "--quick"),
     "Precision and layout": ("--dtype", "--layout", "--fuse"),
     "Device": (
         *("--backend", "--build", "--target", "--workspace", "--tactic-dram"),
@@ -31,15 +31,17 @@ _GROUPS = {
             "--best-of",
             "--no-repair",
             "--without-remedy",
+            "--low-memory",
+            "--swap",
         ),
     ),
     "Measuring": (
-        *("--runs", "--warmup", "--metric", "--threshold", "--layers", "--roofline"),
+        *("--runs", "--seconds", "--warmup", "--metric", "--threshold", "--layers", "--roofline"),
         *("--self-test", "--bisect"),
     ),
     "Output": (
         *("--out", "--swap-for", "--json", "--html", "--markdown", "--dry-run", "--force"),
-        *("--sign", "--name", "--shard-size"),
+        *("--sign", "--name", "--shard-size", "--format", "--quality"),
     ),
     "Network": ("--host", "--port", "--api-keys", "--allow-host", "--allow-origin"),
     "Limits": (
@@ -50,6 +52,7 @@ _GROUPS = {
         *("--ray", "--replicas", "--replica-cpus", "--replica-gpus", "--scale-at"),
         *("--instances", "--join", "--no-join"),
     ),
+    "Marks": ("--mark", "--watermark", "--c2pa"),
     "Safety": ("--allow-code",),
     HELP_GROUP: ("--help", "--version"),
 }

@@ -12,9 +12,11 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import StageSpec
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.pipeline import OneStepPipeline
+from hipa_deploy.generate.jobs.withheld import withheld_error
+from hipa_deploy.generate.pipeline import GenerateResult, OneStepPipeline, bundle_marker
 from hipa_deploy.generate.runner import ClosesAtExit, Runner, check_inputs, check_outputs
 from hipa_deploy.generate.stages import host_stages
+from hipa_deploy.marks.safety import SAFETY_STAGE
 
 Infer = Callable[[str, Mapping[str, np.ndarray], Sequence[str]], dict[str, np.ndarray]]
 """Runs a model: its name, inputs by name, and the outputs that are wanted."""
@@ -63,8 +65,8 @@ class BundleModel:
 
     Example:
         >>> model = BundleModel(Path("emoji/1/bundle"), {"unet": "emoji_unet", …}, infer)
-        >>> model.image("3d emoji of a red apple", 3).shape
-        (64, 64, 3)
+        >>> model.image("3d emoji of a red apple", 3).images_BHWC.shape
+        (1, 64, 64, 3)
 
     """
 
@@ -78,7 +80,10 @@ class BundleModel:
             if name not in models:
                 raise HipaError(f"stage {name} has no model. Write the repository again.")
             runners[name] = RemoteStage(stage.spec, models[name], infer)
-        self._pipe = OneStepPipeline(bundle, BACKEND, host_stages(bundle, BACKEND, runners))
+        safety = runners.pop(SAFETY_STAGE, None)
+        stages = host_stages(bundle, BACKEND, runners)
+        marker = bundle_marker(bundle, safety)
+        self._pipe = OneStepPipeline(bundle, BACKEND, stages, marker=marker, safety=safety)
 
     def image(
         self,
@@ -87,8 +92,8 @@ class BundleModel:
         image_HWC: np.ndarray | None = None,
         mask_HW: np.ndarray | None = None,
         strength: float | None = None,
-    ) -> np.ndarray:
-        """Make one image.
+    ) -> GenerateResult:
+        """Make one image; checked, and watermarked if the bundle's owner wants it.
 
         Args:
             prompt: what it shows.
@@ -98,15 +103,15 @@ class BundleModel:
             strength: of an edit; None is the bundle's largest.
 
         Returns:
-            uint8 [H, W, 3].
+            One image.
 
         Raises:
-            HipaError: as the pipeline raises it.
+            HipaError: as the pipeline raises it; or a safety checker flags the image.
 
         """
         task = self._pipe.bundle.manifest.task
         if task == "generate":
-            return self._pipe.generate([(prompt, seed)]).images_BHWC[0]
+            return shown(self._pipe.generate([(prompt, seed)]))
         if image_HWC is None:
             raise HipaError(f"this bundle is to {task}. Expected an input 'image'.")
         if task == "edit":
@@ -118,7 +123,19 @@ class BundleModel:
             result = self._pipe.inpaint(image_HWC, mask, prompt, seed=seed)
         else:
             result = self._pipe.upscale(image_HWC, prompt)
-        return result.images_BHWC[0]
+        return shown(result)
+
+
+def shown(result: GenerateResult) -> GenerateResult:
+    """The result of one image.
+
+    Raises:
+        HipaError: it is withheld.
+
+    """
+    if result.flagged:
+        raise withheld_error(result.flagged, 1)
+    return result
 
 
 def text_files(bundle: Bundle) -> list[str]:

@@ -101,7 +101,7 @@ def whole_config(name: str, bundle: Bundle, *, instances: int = 1) -> str:
     for tensor, kind, dims, optional in inputs:
         parts.append(_block("input", tensor, kind, dims, optional=optional))
     parts.append(_block("output", "image", "TYPE_UINT8", "[ -1, -1, 3 ]"))
-    parts.append(_block("output", "seed", "TYPE_INT64", "[ 1 ]"))
+    parts.append(_block("output", "parameters", "TYPE_STRING", "[ 1 ]"))
     parts.append(_instances(instances, "KIND_CPU"))
     for stage in bundle.stages:
         parts.append(f'parameters {{ key: "{stage}" value {{ string_value: "{name}_{stage}" }} }}')

@@ -79,6 +79,7 @@ def write_repository(
         ['my-bundle', 'my-bundle_text_encoder', 'my-bundle_unet', 'my-bundle_vae_decoder']
 
     """
+    _check_marks(bundle)
     bundle.verify()
     files = _engine_files(bundle) if backend == "tensorrt" else _onnx_files(bundle)
     sizes = [path.stat().st_size for stage in files.values() for path in stage.values()]
@@ -98,6 +99,15 @@ def write_repository(
             config = stage_config(model, spec, backend, joined=joined, instances=instances)
             (folder / model / "config.pbtxt").write_text(config, encoding="utf-8")
     return models
+
+
+def _check_marks(bundle: Bundle) -> None:
+    """Refuse a bundle whose images must be signed: what leaves Triton is pixels, and no file."""
+    if bundle.manifest.marks.c2pa:
+        raise HipaError(
+            f"the owner of {bundle.root} wants images with signed content credentials (C2PA), and "
+            "Triton answers with pixels. Use hipa-serve --c2pa."
+        )
 
 
 def _write_whole(bundle: Bundle, folder: Path, name: str, instances: int) -> None:

@@ -40,7 +40,7 @@ class TritonPythonModel:
             given = _arrays(request)
             seed = _number(given, "seed")
             seed = secrets.randbelow(_DRAWN_SEEDS) if seed is None else int(seed)
-            image_HWC = self._model.image(
+            result = self._model.image(
                 given["prompt"].reshape(-1)[0].decode(),
                 seed,
                 given.get("image"),
@@ -49,9 +49,10 @@ class TritonPythonModel:
             )
         except (HipaError, UnicodeDecodeError) as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+        parameters = json.dumps(result.parameters[0], sort_keys=True)
         outputs = [
-            pb_utils.Tensor("image", np.ascontiguousarray(image_HWC)),
-            pb_utils.Tensor("seed", np.asarray([seed], np.int64)),
+            pb_utils.Tensor("image", np.ascontiguousarray(result.images_BHWC[0])),
+            pb_utils.Tensor("parameters", np.asarray([parameters.encode()], object)),
         ]
         return pb_utils.InferenceResponse(output_tensors=outputs)
 

@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from hipa_deploy.extras import require
+from hipa_deploy.marks.content_credentials import ContentSigner
 from hipa_deploy.serve.cluster.cluster_service import ClusterService, Replicas
 from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings, replicas_from
 from hipa_deploy.serve.cluster.ray_replicas import RayReplicas, bundle_deployment
@@ -45,6 +46,7 @@ class Arguments(BaseModel):
         keys_file: a file with API keys on every machine; the variable HIPA_API_KEYS works too.
         allow_host: names under which the service may be called.
         allow_origin: sites whose pages may use it.
+        c2pa: a file of key and certificates on every machine, to sign the images with.
         batch: the most images of a batch.
         wait: milliseconds that a busy replica waits for company.
         queue: images that may wait at a replica.
@@ -66,6 +68,7 @@ class Arguments(BaseModel):
     keys_file: str | None = None
     allow_host: list[str] = []
     allow_origin: list[str] = []
+    c2pa: str | None = None
     batch: int | None = None
     wait: float = 4.0
     queue: int = 64
@@ -121,7 +124,12 @@ class Door:
         handles: dict[str, Replicas] = {}
         for number, served in enumerate(Models(arguments.bundles).served):
             handles[served.name] = RayReplicas(replicas[f"bundle_{number}"])
-        service = ClusterService(Models(arguments.bundles), arguments.limits(), lambda *_: handles)
+        service = ClusterService(
+            Models(arguments.bundles),
+            arguments.limits(),
+            lambda *_: handles,
+            None if arguments.c2pa is None else ContentSigner.read(Path(arguments.c2pa)),
+        )
         # In a thread: it waits for the replicas, which nothing may do in Ray's event loop.
         await asyncio.to_thread(service.load, arguments.backend)
         keys = read_keys(Path(arguments.keys_file) if arguments.keys_file else None)
@@ -143,10 +151,11 @@ def application(arguments: Arguments) -> Application:
     settings.check_backend(arguments.backend)
     limits = arguments.limits()
     models = check_start(arguments.bundles, arguments.backend)
+    c2pa = Path(arguments.c2pa) if arguments.c2pa else None
     replicas = {}
     for number, served in enumerate(models.served):
         name = f"bundle_{number}"
-        replicas[name] = bundle_deployment(served, arguments.backend, limits, settings)
+        replicas[name] = bundle_deployment(served, arguments.backend, limits, settings, c2pa)
     door = serve.deployment(
         Door,
         name="hipa-door",

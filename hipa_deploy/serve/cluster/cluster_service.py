@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
+from hipa_deploy.marks.content_credentials import ContentSigner
 from hipa_deploy.serve.cluster.carried_order import CarriedOrder, Refusal, carried
 from hipa_deploy.serve.served import Models
 from hipa_deploy.serve.service import (
@@ -69,11 +70,14 @@ class ClusterService(ImageService):
         models: what is served; only the manifests are read here.
         limits: of each replica, and of the whole way of a request.
         start: starts the replicas.
+        signer: that the replicas have too, each on its machine; None signs nothing.
 
     """
 
-    def __init__(self, models: Models, limits: Limits, start: Start) -> None:
-        super().__init__(models, limits)
+    def __init__(
+        self, models: Models, limits: Limits, start: Start, signer: ContentSigner | None = None
+    ) -> None:
+        super().__init__(models, limits, signer)
         self._start = start
         self._replicas: Mapping[str, Replicas] = {}
         self._under_way = dict.fromkeys((served.name for served in models.served), 0)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.bundle.manifest import Axis
@@ -30,7 +31,11 @@ _HIPA_ERROR = re.compile(r"HipaError\S*: (?P<words>.+)|MissingDependencyError: (
 
 
 def bundle_deployment(
-    served: ServedBundle, backend: str, limits: Limits, settings: ClusterSettings
+    served: ServedBundle,
+    backend: str,
+    limits: Limits,
+    settings: ClusterSettings,
+    c2pa: Path | None = None,
 ) -> Application:
     """The deployment of one bundle, to be run or to be bound into an application.
 
@@ -42,6 +47,7 @@ def bundle_deployment(
         backend: not 'auto'.
         limits: of each replica.
         settings: how many replicas, and on what.
+        c2pa: a file of key and certificates, under this path on every machine.
 
     """
     from ray import serve
@@ -72,7 +78,8 @@ def bundle_deployment(
     )
     root = str(served.bundle.root.resolve())
     known = fingerprint(served.bundle.root, served.adaptors)
-    return deployment.bind(served.name, root, known, backend, limits)
+    key = None if c2pa is None else str(c2pa.resolve())
+    return deployment.bind(served.name, root, known, backend, limits, key)
 
 
 class RayReplicas:
@@ -154,7 +161,11 @@ def join_ray(address: str) -> None:
 
 
 def start_replicas(
-    models: Models, backend: str, limits: Limits, settings: ClusterSettings
+    models: Models,
+    backend: str,
+    limits: Limits,
+    settings: ClusterSettings,
+    c2pa: Path | None = None,
 ) -> Mapping[str, Replicas]:
     """Start the replicas of every bundle on the cluster that ``join_ray`` has joined.
 
@@ -174,7 +185,7 @@ def start_replicas(
     try:
         for served in models.served:
             app = f"hipa-{served.name}"
-            deployment = bundle_deployment(served, backend, limits, settings)
+            deployment = bundle_deployment(served, backend, limits, settings, c2pa)
             handle = serve.run(deployment, name=app, route_prefix=None)
             started[served.name] = RayReplicas(handle, app)
     except RuntimeError as error:

@@ -14,6 +14,7 @@ from typing import Any
 from hipa_deploy.bundle.adaptor_swap import FOLDER
 from hipa_deploy.bundle.folder import MANIFEST
 from hipa_deploy.errors import HipaError
+from hipa_deploy.marks.content_credentials import ContentSigner
 from hipa_deploy.serve.batcher import QueueFullError, StoppingError
 from hipa_deploy.serve.cluster.carried_order import CarriedOrder, Refusal
 from hipa_deploy.serve.served import Models
@@ -40,6 +41,7 @@ class Replica:
             path would make other images without a word.
         backend: that runs the bundle; 'auto' could differ from machine to machine, and is refused.
         limits: of this replica.
+        c2pa: the file of key and certificates on this machine that signs the images.
 
     Raises:
         HipaError: another bundle, 'auto', or as ``ImageService.load``.
@@ -50,7 +52,15 @@ class Replica:
 
     """
 
-    def __init__(self, name: str, root: str, known: str, backend: str, limits: Limits) -> None:
+    def __init__(
+        self,
+        name: str,
+        root: str,
+        known: str,
+        backend: str,
+        limits: Limits,
+        c2pa: str | None = None,
+    ) -> None:
         if backend == "auto":
             raise HipaError("a replica's backend is auto. Expected the name of one.")
         models = Models([f"{name}={root}"])
@@ -60,7 +70,8 @@ class Replica:
                 f"{root} on this machine is another bundle than where the service was started. "
                 "Copy the same folder to every machine, or use a shared disk."
             )
-        self._service = ImageService(models, limits)
+        signer = None if c2pa is None else ContentSigner.read(Path(c2pa))
+        self._service = ImageService(models, limits, signer)
         try:
             self._service.load(backend)
         except BaseException:

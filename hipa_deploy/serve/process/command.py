@@ -11,6 +11,7 @@ import typer
 from hipa_deploy.errors import HipaError
 
 if TYPE_CHECKING:
+    from hipa_deploy.marks.content_credentials import ContentSigner
     from hipa_deploy.serve.cluster.cluster_service import Replicas
     from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings
     from hipa_deploy.serve.served import Models
@@ -83,6 +84,15 @@ def serve(
     pixel_limit: Annotated[
         int, typer.Option(help="The most pixels of an uploaded image, in millions.")
     ] = 16,
+    c2pa: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PEM",
+            envvar="HIPA_C2PA",
+            help="Sign content credentials (C2PA) into every image: a file with the private key "
+            "and the certificates.",
+        ),
+    ] = None,
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Write prompts to the log too.")
     ] = False,
@@ -131,6 +141,7 @@ def serve(
     if ray is not None:
         require("ray")
     from hipa_deploy.disk.reading import MIB
+    from hipa_deploy.marks.content_credentials import ContentSigner
     from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings, replicas_from
     from hipa_deploy.serve.process.server import run_server
     from hipa_deploy.serve.served import check_start
@@ -166,10 +177,12 @@ def serve(
         waiting=scale_at,
     )
     keys = read_keys(api_keys)
+    signer = None if c2pa is None else ContentSigner.read(c2pa)
     models = check_start(bundles, backend)
-    service = ImageService(models, limits)
-    if ray is not None:
-        service = _cluster_service(models, limits, settings, backend, ray)
+    if ray is None:
+        service = ImageService(models, limits, signer)
+    else:
+        service = _cluster_service(models, limits, signer, c2pa, settings, backend, ray)
     run_server(
         service,
         backend,
@@ -183,7 +196,13 @@ def serve(
 
 
 def _cluster_service(
-    models: Models, limits: Limits, settings: ClusterSettings, backend: str, address: str
+    models: Models,
+    limits: Limits,
+    signer: ContentSigner | None,
+    c2pa: Path | None,
+    settings: ClusterSettings,
+    backend: str,
+    address: str,
 ) -> ImageService:
     """A service whose replicas run on a Ray cluster; the cluster is joined when it is loaded."""
     from hipa_deploy.serve.cluster.cluster_service import ClusterService
@@ -192,8 +211,9 @@ def _cluster_service(
     settings.check_backend(backend)
 
     def start(models: Models, backend: str, limits: Limits) -> Mapping[str, Replicas]:
-        return start_replicas(models, backend, limits, settings)
+        return start_replicas(models, backend, limits, settings, c2pa)
 
+    service = ClusterService(models, limits, start, signer)
     # Here and not in the thread that loads: Ray sets handlers of signals.
     join_ray(address)
-    return ClusterService(models, limits, start)
+    return service

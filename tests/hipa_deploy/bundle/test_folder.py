@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,37 @@ def test_a_bundle_in_a_hub_cache_is_links_and_loads(root: Path) -> None:
     (repository / "blobs" / file_sha256(root / "unet/model.onnx")).write_bytes(b"tampered")
     with pytest.raises(HipaError, match="corrupt"):
         Bundle.open(snapshot).verify()
+
+
+def test_the_package_may_be_installed_as_links(tmp_path: Path) -> None:
+    """As uv's ``link-mode = "symlink"`` does; a stranger's bundle may not be links all the same."""
+    installed = tmp_path / "site-packages/hipa_deploy"
+    repository = Path(__file__).parents[3]
+
+    def link(folder: Path, to: Path) -> None:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(folder, to, ignore=ignored, copy_function=os.symlink)
+
+    link(repository / "hipa_deploy", installed)
+    link(repository / "engines", installed / "engines")
+    link(BUNDLE, tmp_path / "strange")
+
+    def generate(bundle: str) -> subprocess.CompletedProcess[str]:
+        words = ["-m", "hipa_deploy", "generate", bundle, "a cat", "--backend", "onnxruntime"]
+        return subprocess.run(
+            [sys.executable, *words, "--out", f"{bundle}.png"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(installed.parent)},
+            capture_output=True,
+            text=True,
+        )
+
+    own = generate("emoji")
+    assert own.returncode == 0, own.stderr
+    strange = generate("strange")
+    assert strange.returncode == 1
+    assert "is a link that leads out of strange" in strange.stderr
+    assert not (tmp_path / "strange.png").exists()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])

@@ -152,7 +152,7 @@ def test_an_image_is_that_of_the_pipeline(
     with OneStepPipeline.load(bundles[name].root, "onnxruntime") as pipe:
         for seed in (3, 2**62):
             expected = pipe.generate([(PROMPT, seed)]).images_BHWC[0]
-            np.testing.assert_array_equal(model.image(PROMPT, seed), expected)
+            np.testing.assert_array_equal(model.image(PROMPT, seed).images_BHWC[0], expected)
     # The second image of a prompt needs no text encoder.
     assert repository.calls.count("m_text_encoder") == 1
     assert repository.calls.count("m_unet") == 2
@@ -179,7 +179,7 @@ def test_tasks_from_an_image(bundles: dict[str, Bundle], task: str, tmp_path: Pa
         else:
             made = model.image(PROMPT, 5, image_HWC)
             expected = pipe.upscale(image_HWC, PROMPT)
-    np.testing.assert_array_equal(made, expected.images_BHWC[0])
+    np.testing.assert_array_equal(made.images_BHWC, expected.images_BHWC)
     with pytest.raises(HipaError, match="'image'"):
         model.image(PROMPT, 5)
 
@@ -339,7 +339,9 @@ def test_the_glue_answers_requests(
     good, drawn, bad = model.execute(requests)
     with OneStepPipeline.load(bundles["tiny"].root, "onnxruntime") as pipe:
         expected = pipe.generate([(PROMPT, 7)]).images_BHWC[0]
-        again = pipe.generate([(PROMPT, int(drawn.tensors[1].value[0]))]).images_BHWC[0]
+        again = pipe.generate(
+            [(PROMPT, json.loads(drawn.tensors[1].value[0])["seed"])]
+        ).images_BHWC[0]
     np.testing.assert_array_equal(good.tensors[0].value, expected)
     np.testing.assert_array_equal(drawn.tensors[0].value, again)
     assert "tokens" in bad.error
