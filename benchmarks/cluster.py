@@ -1,10 +1,11 @@
 """Replicas on a local Ray cluster: throughput of one against two, and what a killed one costs.
 
-    python benchmarks/cluster.py [BUNDLE] [--images 200] [--clients 16] [--json FILE]
+    python benchmarks/cluster.py [BUNDLE] [--images 200] [--clients 16] [--pin] [--json FILE]
 
 Every image is compared with the one that ``ImageService`` makes in this process, byte for byte. The
 replica is killed with SIGKILL while 50 requests are under way. All processes share this machine's
-cores, so the throughput says something only where there are cores for both replicas.
+cores, and a replica uses all of them: throughput grows with replicas only where one leaves cores
+free. With --pin each replica has one core, so two replicas have twice the cores of one.
 """
 
 from __future__ import annotations
@@ -36,23 +37,28 @@ def main() -> None:
     parser.add_argument("bundle", nargs="?", default="emoji")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--pin", action="store_true", help="give each replica one core of its own")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    report = asyncio.run(measure(arguments.bundle, arguments.images, arguments.clients))
+    report = asyncio.run(
+        measure(arguments.bundle, arguments.images, arguments.clients, arguments.pin)
+    )
     print(json.dumps(report, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-async def measure(bundle: str, images: int, clients: int) -> dict[str, Any]:
+async def measure(bundle: str, images: int, clients: int, pin: bool) -> dict[str, Any]:
     count = max(images, IN_FLIGHT)
     expected = await single_machine(bundle, count)
-    report: dict[str, Any] = {"cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    report: dict[str, Any] = {"pinned": pin, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
     join_ray("local")
     for replicas in (1, 2):
         started = time.perf_counter()
         service = await asyncio.to_thread(cluster, bundle, replicas)
-        await wait_for(service, replicas)
+        pids = await wait_for(service, replicas)
+        if pin:
+            give_cores(pids)
         start_s = time.perf_counter() - started
         begun = time.perf_counter()
         made = await run(service, bundle, count, clients)
@@ -88,6 +94,13 @@ async def wait_for(service: ClusterService, replicas: int) -> set[int]:
         pids |= {answer["pid"] for answer in answers}
     assert len(pids) == replicas, pids
     return pids
+
+
+def give_cores(pids: set[int]) -> None:
+    """One core for each process, all its threads included (Linux)."""
+    for core, pid in enumerate(sorted(pids)):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {core})
 
 
 async def single_machine(bundle: str, count: int) -> list[bytes]:

@@ -58,8 +58,9 @@ def make_on_ray(
     context.enable_progress_bars = False
     # A block a shard: the unit that an actor gets, and that is done again.
     numbers = ray.data.from_items(list(shards), override_num_blocks=len(shards))
+    maker: Any = ShardActor  # made once in each actor
     reports = numbers.map(
-        ShardActor,
+        maker,
         fn_constructor_args=(
             str(bundle.resolve()),
             str(prompts.resolve()),

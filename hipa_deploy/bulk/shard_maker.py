@@ -113,8 +113,8 @@ class ShardMaker:
                     _add(tar, f"{row:09d}.png", content)
                     _add(tar, f"{row:09d}.txt", prompt.encode())
                     images += 1
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
             listed = failures_path(self._out, shard)
             if failures:
                 lines = [json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures]

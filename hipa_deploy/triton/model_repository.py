@@ -13,7 +13,7 @@ from hipa_deploy.bundle.signature import signature_path
 from hipa_deploy.disk.files import check_space, new_folder
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.triton.bundle_model import text_files
-from hipa_deploy.triton.model_config import Backend, stage_config, whole_config
+from hipa_deploy.triton.triton_config import Backend, stage_config, whole_config
 
 VERSION = "1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)

@@ -9,6 +9,7 @@ replicas of the bundle. Doors take no GPU.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,9 @@ class Door:
 
     """
 
-    async def __init__(self, arguments: Arguments, **replicas: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, arguments: Arguments, **replicas: DeploymentHandle
+    ) -> None:
         set_up_logs()
         handles: dict[str, Replicas] = {}
         for number, served in enumerate(Models(arguments.bundles).served):
@@ -139,14 +142,19 @@ class Door:
         _current[:] = [app]
 
 
-def application(arguments: Arguments) -> Application:
+def application(args: Mapping[str, Any]) -> Application:
     """Build the application: a deployment a bundle, and the doors.
+
+    Args:
+        args: the fields of ``Arguments``.
 
     Raises:
         HipaError: no bundle, an unknown backend, or a number out of range.
 
     """
     require("serve", "ray")
+    # Ray would build the record itself, but not from an annotation that is a text, as ours are.
+    arguments = Arguments.model_validate(args)
     settings = arguments.settings()
     settings.check_backend(arguments.backend)
     limits = arguments.limits()
@@ -156,7 +164,7 @@ def application(arguments: Arguments) -> Application:
     for number, served in enumerate(models.served):
         name = f"bundle_{number}"
         replicas[name] = bundle_deployment(served, arguments.backend, limits, settings, c2pa)
-    door = serve.deployment(
+    door: Any = serve.deployment(
         Door,
         name="hipa-door",
         num_replicas=arguments.doors,
@@ -164,4 +172,5 @@ def application(arguments: Arguments) -> Application:
         max_ongoing_requests=limits.queue * settings.most * len(models.served),
         graceful_shutdown_timeout_s=limits.seconds + 5,
     )
-    return door.bind(arguments, **replicas)
+    built: Application = door.bind(arguments, **replicas)
+    return built

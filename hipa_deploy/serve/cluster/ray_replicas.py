@@ -64,7 +64,7 @@ def bundle_deployment(
                 "target_ongoing_requests": settings.waiting or 2 * (limits.batch or largest),
             }
         }
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         Replica,
         name=f"hipa-{served.name}",
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
@@ -79,7 +79,8 @@ def bundle_deployment(
     root = str(served.bundle.root.resolve())
     known = fingerprint(served.bundle.root, served.adaptors)
     key = None if c2pa is None else str(c2pa.resolve())
-    return deployment.bind(served.name, root, known, backend, limits, key)
+    bound: Application = deployment.bind(served.name, root, known, backend, limits, key)
+    return bound
 
 
 class RayReplicas:

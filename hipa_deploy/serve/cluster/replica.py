@@ -88,7 +88,7 @@ class Replica:
             # Its adaptors are part of the fingerprint, so this is an update that is under way.
             return Refusal("order", f"the model {order.model} is not here. Try again.")
         try:
-            return await self._service.deliver(Order(model=model, **values), asyncio.Event().wait)
+            return await self._service.deliver(Order(model=model, **values), _never)
         except HipaError as error:
             return Refusal("order", str(error))
         except QueueFullError as error:
@@ -121,3 +121,8 @@ class Replica:
     def close(self) -> None:
         """Make what was accepted, and release the bundle."""
         self._service.close()
+
+
+async def _never() -> None:
+    """Whoever asked goes away by cancelling the call."""
+    await asyncio.Event().wait()

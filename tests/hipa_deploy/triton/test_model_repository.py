@@ -24,8 +24,8 @@ from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.triton.bundle_model import BundleModel
-from hipa_deploy.triton.model_config import stage_config
 from hipa_deploy.triton.model_repository import check_repository_request, write_repository
+from hipa_deploy.triton.triton_config import stage_config
 from tests.served import tiny_bundles
 
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
