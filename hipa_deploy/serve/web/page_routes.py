@@ -52,7 +52,7 @@ _HEADERS = {
     "referrer-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    # Asked for again each time, and answered with 304: a new release is never mixed with an old one.
+    # Asked for again each time and answered with 304: two releases are never mixed.
     "cache-control": "no-cache",
 }
 _MOST_PROMPTS = 200  # of a closed set that the page offers

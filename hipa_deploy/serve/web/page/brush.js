@@ -170,7 +170,7 @@ export class Brush {
 
   #paintAll() {
     this.pen.clearRect(0, 0, this.canvas.width, this.canvas.height);
-    if (this.base) this.pen.drawImage(this.base, 0, 0);
+    if (this.base) this.pen.drawImage(this.base, 0, 0, this.canvas.width, this.canvas.height);
     for (const stroke of this.strokes) this.#paint(stroke);
     this.undoButton.disabled = this.strokes.length === 0;
     this.clearButton.disabled = this.empty;

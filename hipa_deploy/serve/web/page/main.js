@@ -25,7 +25,7 @@ let asked = 0; // counts what was asked for: reading the mask takes a moment, an
 
 const form = new Form(formChanged);
 const result = new Result();
-const source = new Source({ changed: () => ask({ delay: true }), failed: showError, received });
+const source = new Source({ changed: () => ask({ delay: true }), received });
 const history = new History({
   list: byId("history"),
   help: byId("history-help"),
@@ -118,7 +118,9 @@ function failed(order, error) {
   const again = error instanceof ServiceError && error.retryAfter !== null && tries < MOST_TRIES;
   if (error.code === "unreachable") service("down");
   showError(error, again ? " The page tries again by itself." : "");
-  if (again) newest.request(order, error.retryAfter * 1000);
+  if (!again) return;
+  newest.request(order, error.retryAfter * 1000);
+  byId("stop").disabled = false;
 }
 
 function latencyWords({ roundTrip, times }) {
@@ -167,7 +169,7 @@ function showEmpty(missing) {
   const typed = form.prompt.value.trim() !== "";
   if (missing) result.empty(missing);
   else if (form.task === "upscale") result.empty("Press “Make the image”.");
-  else if (!typed && example) result.empty("Type what the image shows, such as:", ideaButton(example));
+  else if (!typed && example) result.empty(`Type what the image shows, such as “${example}”.`);
   else if (!typed) result.empty("Type what the image shows. The image changes while you type.");
 }
 
@@ -239,8 +241,10 @@ async function restore(entry) {
   }
   history.mark(entry.blob);
   byId("use").disabled = false;
-  const served = form.models.some((model) => model.id === order.model);
-  say(served ? "The image is back." : `The image is back. Its model ${order.model} is not served any more.`);
+  say("The image is back.");
+  if (form.models.some((model) => model.id === order.model)) return;
+  showError(new FormProblem(`The image is back, but its model ${order.model} is not served here. The form names another one.`, null));
+  result.stale(false);
 }
 
 // ---- keys and buttons ----
@@ -293,8 +297,7 @@ byId("use").addEventListener("click", () => {
   const task = form.task === "generate" ? form.tasks.find((one) => one !== "generate") : form.task;
   history.add(result.shown);
   form.setTask(task);
-  source.file = result.shown.blob;
-  source.target = null;
+  source.use(result.shown.blob);
   ask({ delay: true });
 });
 
@@ -304,7 +307,7 @@ async function start() {
   onKeyNeeded(askForKey);
   // A phone has room for the prompt and the image; the settings are one touch away.
   byId("settings").open = matchMedia("(min-width: 60rem)").matches;
-  history.load();
+  await history.load();
   try {
     about = await getJson("page/about");
     await offerModels();
@@ -314,7 +317,7 @@ async function start() {
     byId("retry").addEventListener("click", () => location.reload(), { once: true });
     return;
   }
-  form.prompt.focus();
+  if (byId("settings").open) form.prompt.focus();
   await untilReady();
 }
 

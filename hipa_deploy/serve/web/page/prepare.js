@@ -43,7 +43,8 @@ async function ready(bitmap, file, task, target, limits) {
   }
 
   const crop = centre(width, height, target);
-  const uncut = crop.width === width && crop.height === height;
+  // One row or column is not worth a cut; the service scales it away.
+  const uncut = width - crop.width <= 1 && height - crop.height <= 1;
   const small = width <= FINER * target.width && file.size <= Math.min(MOST_BYTES, limits.body - 20_000);
   if (uncut && small && known) return { blob: file, width, height, note: `${width} × ${height} pixels` };
 

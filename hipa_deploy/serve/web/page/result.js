@@ -44,11 +44,8 @@ export class Result {
   }
 
   /** What to do where there is no image yet. */
-  empty(words, idea) {
+  empty(words) {
     byId("empty-words").textContent = words;
-    const frame = byId("empty");
-    frame.querySelector("button")?.remove();
-    if (idea) frame.append(idea);
   }
 
   #caption(order, seed) {

@@ -7,14 +7,15 @@ const byId = (id) => document.getElementById(id);
 
 export class Source {
   /**
-   * `changed()` is called when the image or the mask is another; `failed(error)` when a file cannot
-   * be used; `received(file)` before a file is taken, and may answer true to deal with it alone.
+   * `changed()` is called when the image or the mask is another; `received(file)` before a file is
+   * taken, and may answer true to deal with it alone.
    */
-  constructor({ changed, failed, received }) {
-    Object.assign(this, { changed, failed, received });
+  constructor({ changed, received }) {
+    Object.assign(this, { changed, received });
     this.file = null; // as the user gave it
     this.ready = null; // {blob, width, height, note}: what is sent
     this.target = null; // {task, width, height} that it was made ready for
+    this.preparing = null; // a promise
     this.limits = { pixels: Infinity, body: Infinity };
     this.image = byId("source-image");
     this.canvas = byId("mask");
@@ -34,21 +35,16 @@ export class Source {
   /** Show what a task needs, and make the image ready for it. */
   async fit(task, target) {
     byId("source-board").hidden = task === "generate";
-    const masked = task === "inpaint" && this.ready !== null;
-    this.canvas.hidden = !masked;
-    byId("brush-tools").hidden = !masked;
+    this.#showBrush(task);
     if (task === "generate" || !this.file) return;
     const wanted = { task: task === "upscale" ? task : "fit", ...target };
     const same = this.target && Object.keys(wanted).every((key) => wanted[key] === this.target[key]);
-    if (same) return;
-    this.target = wanted;
-    const file = this.file;
-    const ready = await prepare(file, task, target, this.limits);
-    if (this.file !== file || this.target !== wanted) return; // another one has come meanwhile
-    this.ready = ready;
-    await this.#show();
-    this.canvas.hidden = task !== "inpaint";
-    byId("brush-tools").hidden = task !== "inpaint";
+    if (!same) {
+      this.target = wanted;
+      this.preparing = this.#prepare(this.file, task, wanted);
+    }
+    await this.preparing; // another call may have begun it
+    this.#showBrush(task);
   }
 
   /** The image and the mask to send, for a task; null while one of them is missing. */
@@ -69,8 +65,7 @@ export class Source {
 
   /** Put the image and the mask of the history back. */
   async restore(source, mask, task, target) {
-    this.file = source;
-    this.target = null;
+    this.use(source);
     await this.fit(task, target);
     if (mask) await this.brush.restore(mask);
   }
@@ -78,15 +73,44 @@ export class Source {
   /** Take a file of the user. */
   async take(file) {
     if (await this.received(file)) return;
-    this.file = file;
-    this.target = null;
+    this.use(file);
     this.changed();
   }
 
-  forget() {
-    this.file = null;
-    this.ready = null;
+  /** Put a file in place of the image; `fit` makes it ready. */
+  use(file) {
+    this.file = file;
     this.target = null;
+  }
+
+  #showBrush(task) {
+    const paint = task === "inpaint" && this.ready !== null;
+    this.canvas.hidden = !paint;
+    byId("brush-tools").hidden = !paint;
+  }
+
+  async #prepare(file, task, wanted) {
+    // Until the new image is ready there is none: the old one must not be sent in its place.
+    this.ready = null;
+    try {
+      const ready = await prepare(file, task, wanted, this.limits);
+      if (this.file !== file || this.target !== wanted) return; // another one has come meanwhile
+      this.ready = ready;
+      await this.#show();
+    } catch (error) {
+      if (this.file === file) this.#drop();
+      throw error;
+    }
+  }
+
+  /** Show that there is no image. */
+  #drop() {
+    this.file = null;
+    this.target = null;
+    this.image.hidden = true;
+    byId("drop-words").hidden = false;
+    byId("drop").dataset.empty = "true";
+    byId("source-note").textContent = "";
   }
 
   async #show() {
