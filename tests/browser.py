@@ -35,8 +35,10 @@ def open_browser() -> Iterator[Browser]:
 
 
 @contextmanager
-def open_page(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """The page at a URL once the service is ready.
+def open_page(
+    browser: Browser, url: str, *, script: str = "", **options: Any
+) -> Iterator[Page]:
+    """The page at a URL once the service is ready; a script may run before its own.
 
     At the end it has written nothing to the console, raised nothing, and asked no other host.
     """
@@ -44,6 +46,7 @@ def open_page(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
     context = browser.new_context(**options)
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
+    page.add_init_script(script)
     page.on("console", lambda message: complaints.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: complaints.append(f"raised: {error}"))
     own = (url, f"blob:{url}", "data:")

@@ -182,13 +182,17 @@ export class Brush {
     const [red, green, blue] = this.#colour();
     pen.globalCompositeOperation = erase ? "destination-out" : "source-over";
     pen.strokeStyle = `rgb(${red} ${green} ${blue})`;
+    pen.fillStyle = pen.strokeStyle;
     pen.lineCap = "round";
     pen.lineJoin = "round";
     pen.lineWidth = diameter;
+    // A canvas draws no line of length 0, so that a touch without a move needs a disc.
+    pen.beginPath();
+    pen.arc(places[0].x, places[0].y, diameter / 2, 0, 2 * Math.PI);
+    pen.fill();
     pen.beginPath();
     pen.moveTo(places[0].x, places[0].y);
-    // A line to its own beginning is a dot.
-    for (const place of places.length > 1 ? places.slice(1) : places) pen.lineTo(place.x, place.y);
+    for (const place of places.slice(1)) pen.lineTo(place.x, place.y);
     pen.stroke();
     pen.globalCompositeOperation = "source-over";
   }

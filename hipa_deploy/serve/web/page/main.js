@@ -7,7 +7,7 @@ import { askForKey } from "./key_dialog.js";
 import { Newest } from "./newest.js";
 import { readFacts } from "./png_facts.js";
 import { Result } from "./result.js";
-import { Source } from "./source.js";
+import { MISSING_MASK, Source } from "./source.js";
 
 const SHORTEST_DELAY = 90; // milliseconds after a keystroke before a request leaves
 const LONGEST_DELAY = 400;
@@ -25,7 +25,7 @@ let asked = 0; // counts what was asked for: reading the mask takes a moment, an
 
 const form = new Form(formChanged);
 const result = new Result();
-const source = new Source({ changed: () => ask({ delay: true }), received });
+const source = new Source({ changed: (what) => formChanged(what), received });
 const history = new History({
   list: byId("history"),
   help: byId("history-help"),
@@ -61,7 +61,9 @@ async function ask({ delay = false, keep = false, again = false } = {}) {
   const missing = source.missing(form.task);
   showEmpty(missing);
   if (!order || !parts) {
-    if (keep) showError(new FormProblem(missing ?? "Type a prompt first: what the image shows.", order ? null : form.prompt));
+    // Everything that was painted may have been erased again.
+    const words = order ? MISSING_MASK : "Type a prompt first: what the image shows.";
+    if (keep) showError(new FormProblem(missing ?? words, order ? null : form.prompt));
     else hideError();
     return;
   }
@@ -75,10 +77,10 @@ async function ask({ delay = false, keep = false, again = false } = {}) {
 }
 
 function formChanged(what) {
-  if (what === "task" || what === "model") showIdeas();
-  if (what === "prompt") showIdeas();
+  if (what !== "other" && what !== "mask") showIdeas();
   const isLive = byId("live").checked && form.task !== "upscale";
-  if (isLive || what === "task") {
+  // A new image or another task shows something at once; strokes and words only while one wants it.
+  if (isLive || what === "task" || what === "image") {
     ask({ delay: true });
     return;
   }
@@ -86,6 +88,7 @@ function formChanged(what) {
   asked += 1;
   result.stale(result.shown !== null);
   if (form.bundle) source.fit(form.task, form.target).catch(showError);
+  showEmpty(source.missing(form.task));
 }
 
 async function done(order, made) {

@@ -3,11 +3,13 @@
 import { Brush } from "./brush.js";
 import { prepare } from "./prepare.js";
 
+export const MISSING_MASK = "Paint over the part of your image that is to be made anew.";
+
 const byId = (id) => document.getElementById(id);
 
 export class Source {
   /**
-   * `changed()` is called when the image or the mask is another; `received(file)` before a file is
+   * `changed(what)` is called when the "image" or the "mask" is another; `received(file)` before a file is
    * taken, and may answer true to deal with it alone.
    */
   constructor({ changed, received }) {
@@ -27,7 +29,7 @@ export class Source {
       erase: byId("erase"),
       undo: byId("undo"),
       clear: byId("clear"),
-      changed: () => this.changed(),
+      changed: () => this.changed("mask"),
     });
     this.#listen();
   }
@@ -59,7 +61,7 @@ export class Source {
   missing(task) {
     if (task === "generate") return null;
     if (!this.ready) return "Drop, paste or choose an image to begin with.";
-    if (task === "inpaint" && this.brush.empty) return "Paint over the part of your image that is to be made anew.";
+    if (task === "inpaint" && this.brush.empty) return MISSING_MASK;
     return null;
   }
 
@@ -74,7 +76,7 @@ export class Source {
   async take(file) {
     if (await this.received(file)) return;
     this.use(file);
-    this.changed();
+    this.changed("image");
   }
 
   /** Put a file in place of the image; `fit` makes it ready. */

@@ -19,7 +19,7 @@
   const ratios = [];
   for (const element of document.querySelectorAll("body *")) {
     const own = [...element.childNodes].filter((node) => node.nodeType === 3 && node.data.trim());
-    const value = element.matches("input, textarea, select");
+    const value = element.matches("input:not([type=range], [type=checkbox], [type=radio]), textarea, select");
     // WCAG asks no contrast of what is inactive.
     const inactive = element.closest(":disabled, [aria-disabled=true], option");
     if ((!own.length && !value) || inactive || !element.checkVisibility()) continue;
