@@ -215,6 +215,7 @@ def start(arguments: argparse.Namespace) -> tuple[subprocess.Popen[str], dict[st
         ],
         stderr=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
     )  # fmt: skip
     facts: dict[str, Any] = {}
     assert process.stderr is not None
@@ -263,7 +264,7 @@ def main() -> None:
     }
     text = json.dumps(found, indent=2)
     if arguments.json:
-        arguments.json.write_text(text + "\n")
+        arguments.json.write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

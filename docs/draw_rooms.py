@@ -48,6 +48,7 @@ COMMANDS = House(
     "#7d8aa0",
     (
         ("hipa_deploy.commands", "the command line"),
+        ("hipa_deploy.guide", "help in groups, examples, hipa init"),
         ("hipa_deploy.demo", "the whole chain, and each task"),
         ("hipa_deploy.doctor", "what works here, and is it right"),
         ("hipa_deploy.serve.process", "hipa-serve: keys, socket, signals"),

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SURFACE = {
     "train": {
         "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps",
-        "--lora", "--embedding", "--dry-run", "--allow-code",
+        "--lora", "--embedding", "--dry-run", "--gpus", "--allow-code",
     },
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
@@ -28,7 +28,8 @@ SURFACE = {
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
-        "--timing-cache", "--refit", "--best-of", "--dry-run", "--no-repair", "--force",
+        "--timing-cache", "--refit", "--best-of", "--dry-run", "--no-repair", "--without-remedy",
+        "--force",
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
@@ -63,6 +64,7 @@ SURFACE = {
     },
     "doctor": {"--backend", "--json", "--self-test", "--bisect", "--out", "--force"},
     "demo": {"--out", "--quick", "--task"},
+    "init": {"--device", "--model", "--adaptor", "--task", "--prefer"},
 }  # fmt: skip
 
 
@@ -75,7 +77,7 @@ def options_of(command) -> set[str]:
     for parameter in command.params:
         if parameter.param_type_name == "option":
             found.update(parameter.opts)
-    return found - {"--help"}
+    return found - {"--help", "--version"}
 
 
 def test_commands_and_options() -> None:

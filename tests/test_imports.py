@@ -94,6 +94,7 @@ ROOMS = (
     "hipa_deploy.serve.process",
     "hipa_deploy.doctor",
     "hipa_deploy.demo",
+    "hipa_deploy.guide",
     "hipa_deploy.commands",
 )
 MOST_MODULES = 12  # in one room

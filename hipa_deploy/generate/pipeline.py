@@ -439,7 +439,7 @@ class OneStepPipeline(ClosesAtExit):
 
     def _try_batch(self, jobs: Sequence[ImageJob]) -> Tensors:
         """Images, and the latents before they are rounded to 8 bits where they are at hand."""
-        also = []
+        also: list[str] = []
         for stage in self.bundle.manifest.stages:
             also += output_names(stage.spec, self.bundle.manifest.layout)
         with self._use.shared():

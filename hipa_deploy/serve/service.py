@@ -241,9 +241,8 @@ class ImageService:
         leaving = asyncio.ensure_future(gone())
         try:
             left = self.limits.seconds - (time.perf_counter() - started)
-            await asyncio.wait(
-                [images, leaving], timeout=max(0, left), return_when=asyncio.FIRST_COMPLETED
-            )
+            either: set[asyncio.Future[Any]] = {images, leaving}
+            await asyncio.wait(either, timeout=max(0, left), return_when=asyncio.FIRST_COMPLETED)
             if images.done():
                 return images.result()
             raise GoneError if leaving.done() else TimeLimitError
@@ -268,6 +267,7 @@ def _jobs_from_image(
     pipe: OneStepPipeline, order: Order, most_pixels: int
 ) -> tuple[list[ImageJob], Upscaling | None]:
     """Decode the uploaded images, and make jobs of them."""
+    assert order.image is not None
     image = open_upload(order.image, "image", most_pixels)
     task = pipe.bundle.manifest.task
     if task == "upscale":
@@ -284,11 +284,10 @@ def _jobs_from_image(
             pipe.bundle, image, strength=order.strength, height=order.height, width=order.width
         )
         return _jobs(pipe, order, source), None
-    mask: Image.Image | np.ndarray = image
-    if order.mask is not None:
-        mask = open_upload(order.mask, "mask", most_pixels)
+    uploaded = image if order.mask is None else open_upload(order.mask, "mask", most_pixels)
+    mask: Image.Image | np.ndarray = uploaded
     if order.alpha_mask:
-        mask = mask_of_alpha(mask, "mask" if order.mask is not None else "image")
+        mask = mask_of_alpha(uploaded, "image" if order.mask is None else "mask")
     source = inpaint_source(
         pipe.bundle,
         image,

@@ -27,7 +27,7 @@ def serve(
         str,
         typer.Option(
             help="What runs the models: auto | onnxruntime | openvino | openvino-bf16 | "
-            "onnxruntime-cuda | onnxruntime-tensorrt | tensorrt | rtx."
+            "onnxruntime-cuda | onnxruntime-tensorrt | onnxruntime-rtx | tensorrt | rtx."
         ),
     ] = "auto",
     api_keys: Annotated[
