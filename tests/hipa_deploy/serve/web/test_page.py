@@ -246,7 +246,9 @@ def test_only_what_was_painted_is_made_anew(page: Any) -> None:
     np.testing.assert_array_equal(shown(page, "#before"), source_HWC)
     page.focus("#compare")
     page.keyboard.press("End")
-    assert page.evaluate("document.querySelector('#before').style.clipPath") == "inset(0px 0% 0px 0px)"
+    assert (
+        page.evaluate("document.querySelector('#before').style.clipPath") == "inset(0px 0% 0px 0px)"
+    )
 
 
 def test_a_mask_is_erased_undone_cleared_and_restored(page: Any) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import re
+import shutil
 from pathlib import Path
 
 import httpx
@@ -81,6 +84,22 @@ def test_about_has_an_example_that_the_model_was_made_for(bundles: dict[str, Bun
     assert answer["prompts"]["emoji"] == {"example": "3d emoji of a red apple", "known": []}
     assert answer["prompts"]["tiny-edit"]["example"]
     assert answer["limits"] == {"prompt": 4000, "body": 1 << 25, "pixels": 1 << 24}
+
+
+def test_about_has_the_closed_set_of_a_bundle_without_a_text_encoder(
+    bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    """A bundle of which the export has baked the prompts, as far as the page looks at it."""
+    root = shutil.copytree(bundles["tiny"].root, tmp_path / "baked")
+    (root / "prompts").mkdir()
+    prompts = root / "prompts" / "prompts.txt"
+    prompts.write_text("a red apple\na green pear\n")
+    manifest = json.loads((root / "hipa.json").read_text())
+    manifest["stages"] = [it for it in manifest["stages"] if it["spec"]["name"] != "text_encoder"]
+    manifest["files"]["prompts/prompts.txt"] = hashlib.sha256(prompts.read_bytes()).hexdigest()
+    (root / "hipa.json").write_text(json.dumps(manifest))
+    known = get("/page/about", str(root)).json()["prompts"]["baked"]["known"]
+    assert known == ["a red apple", "a green pear"]
 
 
 def test_a_bundle_without_a_reference_has_no_example(bundles: dict[str, Bundle]) -> None:
