@@ -2,8 +2,10 @@
 
     python docs/make_page_picture.py [BUNDLE]
 
-BUNDLE is one of the embedded adaptor to inpaint; without it one is exported. The script needs the extras ``export`` and ``serve``, playwright, and Chromium (``apt install chromium``). The
-page is the real one: it repaints a part of an image of the embedded model, with the embedded adaptor.
+BUNDLE is one of the embedded adaptor to inpaint; without it one is exported, which needs the extra
+``export``. The script also needs the extra ``serve``, playwright, and Chromium. The page is the
+real one: it repaints a part of an image of the embedded model.
+
 The numbers are those of the list in docs/tutorials/service.md.
 """
 
@@ -21,8 +23,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the tests know how to start a server and a browser
 
 from hipa_deploy import embedded  # noqa: E402
-from hipa_deploy.export.export_bundle import export_bundle  # noqa: E402
-from hipa_deploy.export.export_options import ExportOptions  # noqa: E402
 from tests.browser import open_browser, open_page  # noqa: E402
 from tests.served import running  # noqa: E402
 
@@ -33,8 +33,18 @@ SOURCE = "3d emoji of a red apple"
 PROMPT = "3d emoji of a green apple"
 HISTORY = ("3d emoji of a cat", "3d emoji of a rocket", SOURCE)
 # What is numbered, in the order of the list in the tutorial.
-PARTS = ("#tasks", "#prompt", "#dice", "#settings", "#drop", "#brush-tools", "#latency", "#compare-field",
-         "#download", "#history")  # fmt: skip
+PARTS = (
+    "#tasks",
+    "#prompt",
+    "#dice",
+    "#settings",
+    "#drop",
+    "#brush-tools",
+    "#latency",
+    "#compare-field",
+    "#download",
+    "#history",
+)
 
 # A number stands at the upper left corner of its part.
 LABEL = """
@@ -53,6 +63,7 @@ LABEL = """
 
 
 def main() -> None:
+    """Write the picture."""
     with tempfile.TemporaryDirectory() as name:
         bundle = Path(sys.argv[1]) if len(sys.argv) > 1 else exported(Path(name))
         with running("emoji", str(bundle), "--backend", "onnxruntime") as server:
@@ -64,6 +75,9 @@ def main() -> None:
 
 def exported(folder: Path) -> Path:
     """The bundle of the embedded adaptor to inpaint."""
+    from hipa_deploy.export.export_bundle import export_bundle
+    from hipa_deploy.export.export_options import ExportOptions
+
     bundle = folder / "emoji-inpaint"
     adaptor = embedded.ADAPTORS["emoji-inpaint"]
     export_bundle(ExportOptions(model="emoji", adaptor=adaptor, task="inpaint", out=bundle))
