@@ -27,7 +27,7 @@ from tests.browser import open_browser, open_page  # noqa: E402
 from tests.served import running  # noqa: E402
 
 OUT = ROOT / "docs/images/page.png"
-SIZE = {"width": 1240, "height": 800}
+SIZE = {"width": 1240, "height": 880}
 COLOURS = 255  # of the palette; the picture stays small
 SOURCE = "3d emoji of a red apple"
 PROMPT = "3d emoji of a green apple"
