@@ -25,6 +25,8 @@ from hipa_deploy.engines.backends.available import (
     PROVIDERS,
 )
 from hipa_deploy.engines.backends.bound_session import BoundSession
+from hipa_deploy.engines.backends.compiled_cache import CompiledStage
+from hipa_deploy.engines.backends.onnxruntime_compiled import optimised_session
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.errors import HipaError, as_line, first_line
 from hipa_deploy.generate.runner import ClosesAtExit, check_inputs, check_outputs
@@ -56,6 +58,8 @@ class OnnxRuntimeRunner(ClosesAtExit):
         cache: a folder where the TensorRT provider keeps the engines that it builds on a first run;
             None: it keeps none.
         weights: values by ONNX name that replace the graph's own.
+        compiled: where the optimised graph is kept, on the CPU and with the graph's own weights;
+            None: the graph is optimised anew.
 
     Raises:
         HipaError: the provider is not installed or does not start, ONNX Runtime cannot load the
@@ -80,6 +84,7 @@ class OnnxRuntimeRunner(ClosesAtExit):
         optimise: bool = True,
         cache: Path | None = None,
         weights: Mapping[str, np.ndarray] | None = None,
+        compiled: CompiledStage | None = None,
     ) -> None:
         self.spec = spec
         self._path = path
@@ -88,10 +93,16 @@ class OnnxRuntimeRunner(ClosesAtExit):
         _require_provider(onnxruntime, backend)
         options = _session_options(onnxruntime, backend, optimise)
         settings = provider_options(backend, spec, cache and _writable(cache))
+        session: Any = None
+        if compiled is not None and backend == "onnxruntime" and optimise and not weights:
+            session = optimised_session(
+                onnxruntime, path, partial(_session_options, onnxruntime, backend), compiled
+            )
         model = _with_weights(onnxruntime, path, options, weights) if weights else str(path)
 
         try:
-            session: Any = _open_session(onnxruntime, path, backend, options, settings, model)
+            if session is None:
+                session = _open_session(onnxruntime, path, backend, options, settings, model)
         except _NoGraphError as error:
             self.graph_problem = str(error)
             warnings.warn(
@@ -103,6 +114,8 @@ class OnnxRuntimeRunner(ClosesAtExit):
             settings = {name: settings[name] for name in settings if name != _GRAPH[backend]}
             session = _open_session(onnxruntime, path, backend, options, settings, model)
 
+        if compiled is not None:
+            compiled.warn_if_not_kept()
         _check_names(path, "inputs", session.get_inputs(), spec.inputs)
         _check_names(path, "outputs", session.get_outputs(), spec.outputs)
         self._run: Run | None
@@ -200,6 +213,12 @@ def _writable(cache: Path) -> Path | None:
         )
         return None
     return cache
+
+
+def compiled_options() -> dict[str, Any]:
+    """What decides an optimised graph, beside the stage and the processor."""
+    onnxruntime = _load_onnxruntime()
+    return {"version": onnxruntime.__version__, "build": onnxruntime.get_build_info()}
 
 
 def _load_onnxruntime() -> ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,9 @@ import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
 from hipa_deploy.disk.reading import REEXPORT
+from hipa_deploy.disk.remembered import file_marks
 from hipa_deploy.engines.backends.available import NO_BF16
+from hipa_deploy.engines.backends.compiled_cache import CompiledStage
 from hipa_deploy.errors import HipaError, MissingDependencyError, as_line
 from hipa_deploy.generate.runner import ClosesAtExit, check_inputs, check_outputs
 
@@ -34,6 +37,7 @@ class OpenVinoRunner(ClosesAtExit):
         backend: 'openvino' (FP32) or 'openvino-bf16' (8 significant bits, on CPUs that multiply
             bfloat16). Whether that is near enough to FP32 for a model, the bundle's own checks say:
             ``hipa-doctor BUNDLE --backend openvino-bf16``.
+        compiled: where the compiled stage is kept; None: it is compiled anew.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
@@ -41,7 +45,14 @@ class OpenVinoRunner(ClosesAtExit):
 
     """
 
-    def __init__(self, path: Path, spec: StageSpec, backend: str = "openvino") -> None:
+    def __init__(
+        self,
+        path: Path,
+        spec: StageSpec,
+        backend: str = "openvino",
+        *,
+        compiled: CompiledStage | None = None,
+    ) -> None:
         self.spec = spec
         self._one_call = threading.Lock()
         openvino = load_openvino()
@@ -50,8 +61,14 @@ class OpenVinoRunner(ClosesAtExit):
             raise HipaError(f"backend {backend}: {NO_BF16}")
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         self._path = path
-        with as_line(f"{path}: OpenVINO cannot compile it", REEXPORT):
-            self._model: Any = core(openvino).compile_model(path, "CPU", options)
+        self._model: Any = None
+        if compiled is not None:
+            self._model = _kept_model(openvino, path, options, compiled)
+        if self._model is None:
+            with as_line(f"{path}: OpenVINO cannot compile it", REEXPORT):
+                self._model = core(openvino).compile_model(path, "CPU", options)
+        if compiled is not None:
+            compiled.warn_if_not_kept()
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Compute the outputs by name; the arrays belong to the caller.
@@ -76,6 +93,44 @@ class OpenVinoRunner(ClosesAtExit):
         """Release the model. Calling it twice is harmless."""
         with self._one_call:
             self._model = None
+
+
+def compiled_options(path: Path) -> dict[str, Any]:
+    """What decides a compiled model, beside the stage, the backend and the processor.
+
+    OpenVINO finds a model in its cache by the path and the times of the ONNX file. It does not look
+    at weights that lie in another file; the hashes of the cache's own key do.
+    """
+    version = load_openvino().get_version()
+    return {"version": version, "path": os.path.realpath(path), "marks": file_marks(path)}
+
+
+def _kept_model(
+    openvino: ModuleType, path: Path, options: dict[str, str], compiled: CompiledStage
+) -> Any:
+    """The compiled model out of OpenVINO's own cache, which is made if it is not there.
+
+    OpenVINO maps the file, and keeps of it what it does not copy into another order.
+
+    Returns:
+        The model; None if it cannot be made or loaded.
+
+    """
+
+    def compile_into(folder: Path) -> Any:
+        return core(openvino).compile_model(path, "CPU", {**options, "CACHE_DIR": str(folder)})
+
+    if not compiled.found() and not compiled.write(compile_into):
+        return None
+    try:
+        model = compile_into(compiled.folder)
+        # Otherwise it is compiled anew, and OpenVINO has written another file there.
+        if model.get_property("LOADED_FROM_CACHE"):
+            return model
+    except Exception:  # damaged, or removed by another process meanwhile
+        model = None
+    compiled.discard()
+    return model
 
 
 def load_openvino() -> ModuleType:

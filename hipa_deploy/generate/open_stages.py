@@ -7,13 +7,17 @@ to be installed.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
+from typing import Literal
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.runner import ENGINE_BACKENDS, Runner
+from hipa_deploy.generate.runner import CPU_BACKENDS, ENGINE_BACKENDS, Runner
 from hipa_deploy.generate.stages import Stages, host_stages, input_names, output_names
 from hipa_deploy.tasks import unet_inputs
+
+Kept = Literal["none", "use", "renew"]
 
 
 def resolve_backend(backend: str, bundle: Bundle) -> str:
@@ -29,8 +33,15 @@ def resolve_backend(backend: str, bundle: Bundle) -> str:
     return backend_with_engines(bundle) or "onnxruntime"
 
 
-def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
+def open_runner(bundle: Bundle, stage: str, backend: str, *, kept: Kept = "none") -> Runner:
     """Load one stage on one backend (not 'auto').
+
+    Args:
+        bundle: of the stage. Its hashes have been checked.
+        stage: its name.
+        backend: what runs it.
+        kept: whether a CPU backend takes the compiled stage that an earlier start left in this
+            user's cache, and leaves one there: 'none', 'use', or 'renew', which makes it again.
 
     Raises:
         HipaError: the backend is not installed, or no engine fits this device; the message says
@@ -43,10 +54,8 @@ def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
     """
     path = bundle.stage_path(stage)
     spec = bundle.stages[stage].spec
-    if backend.startswith("openvino"):
-        from hipa_deploy.engines.backends.openvino_runner import OpenVinoRunner
-
-        return OpenVinoRunner(path, spec, backend)
+    if backend in CPU_BACKENDS:
+        return _open_on_cpu(bundle, stage, backend, kept)
     if backend.startswith("onnxruntime"):
         from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
 
@@ -55,6 +64,26 @@ def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
     from hipa_deploy.engines.store.select import open_engine
 
     return open_engine(bundle, stage, backend)
+
+
+def _open_on_cpu(bundle: Bundle, stage: str, backend: str, kept: Kept) -> Runner:
+    """Load one stage on ONNX Runtime or OpenVINO, compiled now or at an earlier start."""
+    from hipa_deploy.engines.backends.compiled_cache import compiled_stage
+
+    path = bundle.stage_path(stage)
+    spec = bundle.stages[stage].spec
+    if backend.startswith("openvino"):
+        from hipa_deploy.engines.backends import openvino_runner as openvino
+
+        options = partial(openvino.compiled_options, path)
+        compiled = compiled_stage(bundle, stage, backend, options, kept=kept)
+        return openvino.OpenVinoRunner(path, spec, backend, compiled=compiled)
+
+    from hipa_deploy.engines.backends import onnxruntime_runner as onnxruntime
+
+    options = onnxruntime.compiled_options
+    compiled = compiled_stage(bundle, stage, backend, options, kept=kept)
+    return onnxruntime.OnnxRuntimeRunner(path, spec, backend, compiled=compiled)
 
 
 def check_stages(bundle: Bundle) -> None:
@@ -101,8 +130,8 @@ def _unfit(bundle: Bundle, problem: str) -> HipaError:
     )
 
 
-def open_stages(bundle: Bundle, backend: str) -> Stages:
-    """Load every stage on one backend (not 'auto').
+def open_stages(bundle: Bundle, backend: str, *, kept: Kept = "none") -> Stages:
+    """Load every stage on one backend (not 'auto'), with ``kept`` as ``open_runner`` takes it.
 
     TensorRT runs the stages of the onestep layout as one CUDA graph. The generic layout has
     arithmetic of ours between its stages, so there the host hands tensors over on every backend.
@@ -121,6 +150,6 @@ def open_stages(bundle: Bundle, backend: str) -> Stages:
     with ExitStack() as opened:
         runners = {}
         for stage in bundle.stages:
-            runners[stage] = opened.enter_context(open_runner(bundle, stage, backend))
+            runners[stage] = opened.enter_context(open_runner(bundle, stage, backend, kept=kept))
         opened.pop_all()  # all are loaded, so the stages own them now
     return host_stages(bundle, backend, runners)

@@ -25,7 +25,7 @@ from hipa_deploy.bundle.manifest import Axis
 from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import bundle_noise, check_seeds
-from hipa_deploy.generate.open_stages import open_stages, resolve_backend
+from hipa_deploy.generate.open_stages import Kept, open_stages, resolve_backend
 from hipa_deploy.generate.prompts import Prepared, PromptSource, open_prompts
 from hipa_deploy.generate.request import check_count, check_prompts
 from hipa_deploy.generate.runner import ENGINE_BACKENDS, ClosesAtExit, Runner, check_backend
@@ -134,13 +134,24 @@ class OneStepPipeline(ClosesAtExit):
         self._encoded_images = EncodedImages()
 
     @classmethod
-    def load(cls, bundle: str | Path, backend: str = "auto") -> OneStepPipeline:
+    def load(
+        cls,
+        bundle: str | Path,
+        backend: str = "auto",
+        *,
+        verify: bool = False,
+        cache: bool = True,
+    ) -> OneStepPipeline:
         """Open a bundle, check the hashes of its files and load its stages.
 
         Args:
             bundle: a folder that ``hipa-export`` wrote, or 'emoji' for the embedded bundle.
             backend: one of ``hipa_deploy.generate.runner.BACKENDS``. 'auto' is an engine that was
                 built for this device, else ONNX Runtime on the CPU.
+            verify: read and hash every file, and compile every stage. By default files that have
+                not changed since an earlier start are not read again (``disk.remembered``).
+            cache: take compiled stages that an earlier start left in this user's cache, and leave
+                them there, on the CPU backends.
 
         Raises:
             HipaError: not a bundle, a corrupt file, or a backend that is unknown, not installed or
@@ -150,11 +161,14 @@ class OneStepPipeline(ClosesAtExit):
         check_backend(backend)
         started = time.perf_counter()
         opened = Bundle.open(resolve_bundle(bundle))
-        opened.verify()
+        opened.verify(remembered=not verify)
         name = resolve_backend(backend, opened)
         # The tokenizer first: what is wrong with it is found before seconds of loading.
         prompts = open_prompts(opened)
-        stages = open_stages(opened, name)
+        kept: Kept = "none"
+        if cache:
+            kept = "renew" if verify else "use"
+        stages = open_stages(opened, name, kept=kept)
         try:
             pipeline = cls(opened, name, stages, prompts)
         except BaseException:
@@ -557,7 +571,7 @@ class OneStepPipeline(ClosesAtExit):
         """
         from hipa_deploy.generate.swap_stage import swap_stage, swap_text_encoder  # the engines
 
-        swap = None if adaptor is None else AdaptorSwap.open(self.bundle, adaptor)
+        swap = None if adaptor is None else AdaptorSwap.open(self.bundle, adaptor, remembered=True)
         stage = adapted_stage(self.bundle)
         with self._one_swap:
             runner = self.runners[stage]
