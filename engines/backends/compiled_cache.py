@@ -30,8 +30,8 @@ from hipa_deploy.errors import HipaError, HipaWarning, first_line
 
 _FORMAT = 1
 _ENTRY = "entry.json"
-# A stage of fewer bytes compiles in less time than its entry takes to look up.
-SMALLEST = 32 * MIB
+# A stage of fewer bytes compiles about as fast as its entry is looked up and mapped.
+SMALLEST = MIB
 # All entries together; the least recently used ones go first.
 LARGEST_CACHE = 24 << 30
 # What an entry takes, at most, in bytes for each byte of its stage: float32 in place of float16
