@@ -98,9 +98,11 @@ class CompiledStage:
             if entry.get("boot") != _boot():
                 return False
             if time.time() - float(entry.get("written", 0)) > _SYNC_AFTER:
-                _sync(files)
-                self._write_entry(self.folder, synced=True)
-        os.utime(self.folder / _ENTRY)
+                with suppress(OSError):
+                    _sync(files)
+                    self._write_entry(self.folder, synced=True)
+        with suppress(OSError):  # a cache that can be read and not written serves all the same
+            os.utime(self.folder / _ENTRY)
         return True
 
     def write(self, make: Callable[[Path], None]) -> bool:
@@ -160,7 +162,13 @@ class CompiledStage:
             path.chmod(0o600)
         self._write_entry(scratch, synced=is_synced)
         self.discard()
-        scratch.rename(self.folder)
+        try:
+            scratch.rename(self.folder)
+        except OSError:
+            # Another process was faster, and left the same.
+            self._again = False
+            if not self.found():
+                raise
         _remove_oldest(self.folder)
 
     def _write_entry(self, folder: Path, *, synced: bool) -> None:

@@ -1,8 +1,8 @@
 """Hashes that are remembered: a file that has not changed is read once, and not at every start.
 
 A record is kept in the user's own cache. It holds, for each file, its SHA-256 and the marks that
-the system gave the file when it was hashed: device, inode, size, and the times of the last change
-of its content (mtime) and of its inode (ctime). A program can set a file's mtime, and can write
+the system gave the file when it was hashed: inode, size, and the times of the last change of its
+content (mtime) and of its inode (ctime). A program can set a file's mtime, and can write
 another content of the same size. It cannot set the ctime, which every write changes.
 
 The guarantee ends where the system's does. Whoever may set the clock, write to the disk below its
@@ -103,13 +103,15 @@ class RememberedHashes:
 
 
 def file_marks(path: Path) -> list[int] | None:
-    """Device, inode, size, mtime and ctime (both in ns) of a file; None where it cannot be seen."""
+    """Inode, size, mtime and ctime (both in ns) of a file; None where it cannot be seen.
+
+    The device's number is not among them: for some disks it is another after every start.
+    """
     try:
         status = path.stat()
     except (OSError, ValueError):
         return None
-    times = [status.st_mtime_ns, status.st_ctime_ns]
-    return [status.st_dev, status.st_ino, status.st_size, *times]
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def private_folder(folder: Path) -> None:
@@ -166,4 +168,4 @@ def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
         return False
     marks = entry.get("marks")
-    return isinstance(marks, list) and len(marks) == 5 and all(type(mark) is int for mark in marks)
+    return isinstance(marks, list) and len(marks) == 4 and all(type(mark) is int for mark in marks)
