@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SURFACE = {
     "train": {
         "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps",
-        "--lora", "--embedding", "--dry-run", "--allow-code",
+        "--lora", "--embedding", "--dry-run", "--gpus", "--allow-code",
     },
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",

@@ -32,7 +32,7 @@ from hipa_deploy.train.loop.run_lock import one_run_at_a_time, run_folder
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
 from hipa_deploy.train.model.encoder_adaptor import load_encoder_weights
-from hipa_deploy.train.model.mixed_precision import in_precision
+from hipa_deploy.train.model.mixed_precision import in_precision, use_tensor_cores
 from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import (
     PRESETS,
@@ -96,6 +96,7 @@ def train_adaptor(
     # in float32, because x0 enlarges an error of the UNet's output
     # (train/model/mixed_precision.py).
     model = DiffusionModel.load(model_dir, processes.device, recipe.task, style, recipe.text)
+    use_tensor_cores(model.device)
     unet = in_precision(model.unet, recipe.mixed_precision, model.device)
     decode = in_precision(model.decode, recipe.mixed_precision, model.device)
     prompts = read_prompts(recipe, model_dir)

@@ -48,7 +48,7 @@ from hipa_deploy.train.loop.run import Run, loss_state, run_steps
 from hipa_deploy.train.loop.run_lock import one_run_at_a_time, run_folder
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
-from hipa_deploy.train.model.mixed_precision import in_precision
+from hipa_deploy.train.model.mixed_precision import in_precision, use_tensor_cores
 from hipa_deploy.train.model.unet_adaptor import one_step_model
 from hipa_deploy.train.recipes.recipe import DecoderRecipe, DecoderSettings, read_prompts
 
@@ -138,6 +138,7 @@ def train_decoder(
     latents = draw_latents(model, generate, prompts, count, recipe.seed, TRAINING)
     examples = decoder_examples(model, perturbed(model, latents, recipe), count, console)
     sample_rows = torch.arange(min(recipe.samples, count))
+    use_tensor_cores(model.device)
     decode = in_precision(partial(decode_tiny, tiny), recipe.mixed_precision, model.device)
 
     def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:

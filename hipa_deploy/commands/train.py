@@ -67,6 +67,12 @@ def train(
             "--dry-run", help="Print the settings and the predicted time and memory; train nothing."
         ),
     ] = False,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1024, help="With --dry-run: how many GPUs train together. [default: 1]"
+        ),
+    ] = None,
     allow_code: Annotated[
         bool,
         typer.Option(
@@ -86,10 +92,17 @@ def train(
     require("train")
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.generate.prompt_files import check_prompt_file
+    from hipa_deploy.models.locate import model_folder
     from hipa_deploy.models.lora.early_lora import check_adaptor_path
     from hipa_deploy.models.style import parse_style
     from hipa_deploy.train.recipes.recipe import Recipe, load_any_recipe
     from hipa_deploy.user_code import check_allowed, code_allowed
+
+    if gpus is not None and not dry_run:
+        raise HipaError(
+            "--gpus is for --dry-run. To train on several GPUs, start the command with "
+            "'accelerate launch' (docs/how-to/several-gpus.md)."
+        )
 
     # Only what was given on the command line replaces a value of the recipe.
     overrides: dict[str, Any] = {}
@@ -119,47 +132,36 @@ def train(
         )
     with code_allowed(allow_code):
         check_allowed("backbone", chosen.loss.backbone)
-        _train(chosen, model, config, out, start=initial or active, style=style, dry_run=dry_run)
+        folder = model_folder(model, config)
+        if dry_run:
+            assert isinstance(chosen, Recipe)  # a decoder's was refused above
+            _dry_run_training(chosen, folder, style, gpus or 1)
+        else:
+            _train(chosen, folder, out, initial or active, style)
 
 
 def _train(
-    chosen: Recipe | DecoderRecipe,
-    model: str,
-    config: str | None,
-    out: Path,
-    *,
-    start: Path | None,
-    style: Style,
-    dry_run: bool,
+    chosen: Recipe | DecoderRecipe, folder: Path, out: Path, start: Path | None, style: Style
 ) -> None:
     """Train what the recipe is for, and print where it is.
 
     Args:
         chosen: the recipe, of an adaptor or of a decoder.
-        model: the base model, as on the command line.
-        config: of a checkpoint, as on the command line.
+        folder: the base model.
         out: the folder to write.
         start: the adaptor to start from, or the one that a decoder will be used with.
         style: LoRAs and embeddings that are added to the base model.
-        dry_run: predict, and train nothing.
 
     """
-    from hipa_deploy.models.locate import model_folder
     from hipa_deploy.train.training_request import check_request
 
-    folder = model_folder(model, config)
-    if not dry_run:
-        check_request(chosen, folder, start, style)
+    check_request(chosen, folder, start, style)
 
     from hipa_deploy.train.loop.processes import is_main, leaving_process_group
     from hipa_deploy.train.recipes.recipe import Recipe
     from hipa_deploy.train.train_adaptor import train_adaptor
     from hipa_deploy.train.train_decoder import train_decoder
 
-    if dry_run:
-        assert isinstance(chosen, Recipe)  # the command refuses a decoder's
-        _dry_run_training(chosen, folder, style)
-        return
     with leaving_process_group():
         if isinstance(chosen, Recipe):
             path = train_adaptor(
@@ -173,7 +175,7 @@ def _train(
         typer.echo(path)
 
 
-def _dry_run_training(recipe: Recipe, model_dir: Path, style: Style) -> None:
+def _dry_run_training(recipe: Recipe, model_dir: Path, style: Style, processes: int) -> None:
     """Print the resolved recipe and the predicted cost on every GPU that hipa-deploy knows.
 
     Raises:
@@ -196,7 +198,7 @@ def _dry_run_training(recipe: Recipe, model_dir: Path, style: Style) -> None:
     gpus = [profile for profile in profiles if not profile.memory_shared]
 
     with console.status("predicting"):
-        lines, problem = dry_run(recipe, model_dir, gpus)
+        lines, problem = dry_run(recipe, model_dir, gpus, processes)
 
     # The problem comes last: the user sees the recipe that has it.
     Console().print(*lines, sep="\n", markup=False, highlight=False)

@@ -21,7 +21,7 @@ from hipa_deploy.train.prediction.training_cost import (
     measure_steps,
     predict_training,
 )
-from hipa_deploy.train.recipes.recipe import Recipe, read_prompts
+from hipa_deploy.train.recipes.recipe import MixedPrecision, Recipe, read_prompts
 
 # Shares of an A100's FP16 peak that InstaFlow's published rates come to (arXiv 2309.06380: 200,000
 # pairs a day at 25 guided steps; 86,000 steps a day at batch 4 with LPIPS), with the operations
@@ -29,6 +29,10 @@ from hipa_deploy.train.recipes.recipe import Recipe, read_prompts
 PAIRS_UTILISATION = 0.30
 STEPS_UTILISATION = 0.10
 USABLE_MEMORY = 0.9  # of a GPU's: CUDA itself and fragmentation take the remaining tenth
+# More guided images of one prompt than this teach the adaptor that prompt, and little else (ours).
+MOST_PAIRS_A_PROMPT = 100
+# Stable Diffusion's schedule leaves 0.0047 at its last timestep, and SDXL's the same.
+LEAST_SIGNAL = 1e-4
 SMALL_FLOPS = 0.5e12  # of a teacher call and two steps: seconds on a CPU, so they are measured
 GIB = 2**30
 GB = 1e9
@@ -54,9 +58,13 @@ class Gpu(Protocol):
     def fp16_accumulate(self) -> str | None:
         """The type in which that rate accumulates: where it is 'fp16', FP32 is half as fast."""
 
+    @property
+    def tf32_tflops(self) -> float | None:
+        """Its TF32 peak rate in TFLOP/s, of float32 matrix products on tensor cores."""
+
 
 def dry_run(
-    recipe: Recipe, model_dir: Path, gpus: Sequence[Gpu]
+    recipe: Recipe, model_dir: Path, gpus: Sequence[Gpu], processes: int = 1
 ) -> tuple[list[RenderableType], HipaError | None]:
     """What ``--dry-run`` prints.
 
@@ -64,10 +72,11 @@ def dry_run(
         recipe: The resolved recipe.
         model_dir: Diffusers folder; its weights are not needed.
         gpus: The GPUs to predict hours for.
+        processes: How many of a GPU train together.
 
     Returns:
-        The recipe and the tables, in order; and the error of the prompts, if they cannot be read.
-        It is returned rather than raised, so that the tables are printed before it.
+        The recipe, the tables and the warnings, in order; and the error of the prompts, if they
+        cannot be read. It is returned rather than raised, so that the tables are printed before it.
 
     Raises:
         HipaError: A model that cannot be trained, with the reason.
@@ -75,13 +84,15 @@ def dry_run(
     """
     if recipe.text != TextSettings():
         recipe.text.check(*text_sizes(ModelConfig.read(model_dir)))
-    prediction = predict_training(recipe, model_dir)
+    prediction = predict_training(recipe, model_dir, processes)
 
     # Prompts do not change the prediction, so a file that is missing does not stop it.
     problem = None
+    count = None
     prompts = "unreadable"
     try:
-        prompts = f"{len(read_prompts(recipe, model_dir)):,} distinct"
+        count = len(read_prompts(recipe, model_dir))
+        prompts = f"{count:,} distinct"
     except HipaError as error:
         problem = error
 
@@ -98,6 +109,8 @@ def dry_run(
         shown.append(measured_table(prediction, measure_steps(recipe, model_dir)))
     else:
         shown.append(gpu_table(prediction, gpus))
+    for warning in doubts(prediction, count):
+        shown.append(f"warning: {warning}")
     return shown, problem
 
 
@@ -149,50 +162,137 @@ def facts_table(prediction: TrainingPrediction, model_dir: Path, prompts: str) -
     return table
 
 
+def doubts(prediction: TrainingPrediction, prompt_count: int | None) -> list[str]:
+    """What can be trained and can hardly be meant, a sentence or two each.
+
+    Args:
+        prediction: The training.
+        prompt_count: How many distinct prompts there are; None where they cannot be read.
+
+    """
+    recipe = prediction.recipe
+    found = []
+    if prompt_count is not None and recipe.teacher.pairs > MOST_PAIRS_A_PROMPT * prompt_count:
+        found.append(
+            f"{recipe.teacher.pairs:,} pairs of {prompt_count:,} prompts show each prompt "
+            f"{recipe.teacher.pairs / prompt_count:,.0f} times. The adaptor learns these prompts "
+            "and little beyond them: expected more prompts, or fewer pairs."
+        )
+
+    # Enlarged images have no more detail for the distance to see, and cost more.
+    size = recipe.loss.perceptual_size
+    smallest = min(prediction.resolution)
+    if size is not None and size > smallest:
+        found.append(
+            f"perceptual_size = {size} is larger than the images of {smallest} pixels: they would "
+            f"be enlarged for the perceptual distance. Expected at most {smallest}."
+        )
+
+    # The step's x0 is (x_T - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar).
+    if prediction.prediction_type == "epsilon" and prediction.alpha_bar < LEAST_SIGNAL:
+        found.append(
+            f"alpha_bar is {prediction.alpha_bar:.2g} at timestep {recipe.timestep}, and the model "
+            "predicts epsilon: hardly any signal is left to compute x0 from. Expected at least "
+            f"{LEAST_SIGNAL:g}: choose an earlier timestep."
+        )
+    if prediction.recipe.steps * recipe.batch < recipe.teacher.pairs:
+        found.append(
+            f"{recipe.steps:,} steps of {recipe.batch} see {recipe.steps * recipe.batch:,} of the "
+            f"{recipe.teacher.pairs:,} pairs. The others are made for nothing."
+        )
+    return found
+
+
 def cost_table(prediction: TrainingPrediction) -> Table:
-    """Operations and memory of each kind of work, and how often it is done."""
+    """Operations of all processes, memory of one of them, and how often each work is done."""
     recipe = prediction.recipe
     warm_up, decoded = _steps(recipe)
-    table = Table("", title="Predicted; memory in float32, weights included")
-    for heading in ("rows at once", "TFLOP", "memory, GiB", "how often"):
+    precisions = f"pairs {_name(recipe.teacher.mixed_precision)}, "
+    precisions += f"steps {_name(recipe.mixed_precision)}"
+    table = Table("", title=f"Predicted; memory with the weights included; {precisions}")
+    for heading in ("rows", "at once", "TFLOP", "memory, GiB", "how often"):
         table.add_column(heading, justify="right")
 
-    def add(name: str, rows: int, cost: TrainingCost, times: int) -> None:
+    def add(name: str, rows: int, at_once: int, cost: TrainingCost, times: int) -> None:
         tflop = f"{cost.flops / 1e12:.3g}"
         memory = f"{cost.peak_bytes / GIB:.2f}"
-        table.add_row(name, str(rows), tflop, memory, f"{times:,}")
+        table.add_row(name, str(rows), str(at_once), tflop, memory, f"{times:,}")
 
     batches = math.ceil(prediction.sampler_batches)
-    add("teacher pairs", recipe.teacher.batch, prediction.pairs, batches)
-    add("step, latents alone", recipe.batch, prediction.warm_up, warm_up)
-    add("step, decoded", recipe.batch, prediction.step, decoded)
+    micro_batch = prediction.micro_batch
+    pair_rows = recipe.teacher.batch
+    add("teacher pairs", pair_rows, pair_rows, prediction.pairs, batches)
+    add("step, latents alone", recipe.batch, micro_batch, prediction.warm_up, warm_up)
+    add("step, decoded", recipe.batch, micro_batch, prediction.step, decoded)
     if prediction.target:
-        add("its teacher images", recipe.batch, prediction.target, decoded)
+        add("its teacher images", recipe.batch, recipe.batch, prediction.target, decoded)
     return table
 
 
-def gpu_table(prediction: TrainingPrediction, gpus: Sequence[Gpu]) -> Table:
-    """Hours on named GPUs, at a stated share of their peak rate.
+def _name(precision: MixedPrecision) -> str:
+    """The name of a precision as one says it."""
+    return "float32" if precision == "no" else precision
 
-    GPUs whose memory or rate is not known are left out.
+
+def gpu_table(prediction: TrainingPrediction, gpus: Sequence[Gpu]) -> Table:
+    """What fits on named GPUs, and hours at a stated share of their peak rate.
+
+    GPUs whose memory or rate is not known are left out. Several GPUs are taken to share the work
+    evenly: an adaptor's gradients are a small message.
     """
     shares = f"{PAIRS_UTILISATION:.0%} (pairs) and {STEPS_UTILISATION:.0%} (steps)"
-    title = f"Predicted hours at {shares} of the peak rate in mixed precision; float32 takes longer"
+    processes = prediction.processes
+    count = "one GPU" if processes == 1 else f"{processes} GPUs"
+    title = f"Predicted hours on {count}, at {shares} of the peak rate of the recipe's precision"
     table = Table("", title=title)
-    for heading in ("memory, GiB", "float32 fits", "pairs", "steps"):
+    for heading in ("memory, GiB", "fits", "largest micro-batch", "pairs", "steps"):
         table.add_column(heading, justify="right")
     for gpu in gpus:
         if gpu.memory_gib is None or gpu.fp16_tflops is None:
             continue
-
-        # Training accumulates in FP32, which is half as fast where the rate is FP16's.
-        peak = gpu.fp16_tflops * 1e12 / (2 if gpu.fp16_accumulate == "fp16" else 1)
-        fits = prediction.peak_bytes <= USABLE_MEMORY * gpu.memory_gib * GIB
-        pairs = prediction.pairs_flops / (peak * PAIRS_UTILISATION) / HOUR
-        steps = prediction.training_flops / (peak * STEPS_UTILISATION) / HOUR
-        hours = (f"{pairs:.3g}", f"{steps:.3g}")
-        table.add_row(gpu.title, str(gpu.memory_gib), "yes" if fits else "no", *hours)
+        usable = USABLE_MEMORY * gpu.memory_gib * GIB
+        fits = "yes" if prediction.peak_bytes <= usable else "no"
+        largest = str(prediction.memory.largest(usable, prediction.rows))
+        pairs, steps = hours(prediction, gpu)
+        memory = str(gpu.memory_gib)
+        table.add_row(gpu.title, memory, fits, largest, _hours_text(pairs), _hours_text(steps))
     return table
+
+
+def hours(prediction: TrainingPrediction, gpu: Gpu) -> tuple[float | None, float | None]:
+    """Predicted hours of the teacher pairs, and of the steps; None where no rate is known."""
+    recipe = prediction.recipe
+    rates = (
+        _peak_rate(gpu, recipe.teacher.mixed_precision),
+        _peak_rate(gpu, recipe.mixed_precision),
+    )
+    operations = (
+        prediction.pairs_flops / PAIRS_UTILISATION,
+        prediction.training_flops / STEPS_UTILISATION,
+    )
+    taken = []
+    for rate, count in zip(rates, operations, strict=True):
+        taken.append(None if rate is None else count / rate / HOUR / prediction.processes)
+    return taken[0], taken[1]
+
+
+def _peak_rate(gpu: Gpu, precision: MixedPrecision) -> float | None:
+    """Operations a second at the peak, in the arithmetic of a training in this precision.
+
+    float32 means TF32, which a training turns on (train/model/mixed_precision.py).
+    """
+    if precision == "no":
+        return None if gpu.tf32_tflops is None else gpu.tf32_tflops * 1e12
+    if gpu.fp16_tflops is None:
+        return None
+
+    # Training accumulates in FP32, which is half as fast where the rate is FP16's. bfloat16 is as
+    # fast as FP16 on every GPU that has it.
+    return gpu.fp16_tflops * 1e12 / (2 if gpu.fp16_accumulate == "fp16" else 1)
+
+
+def _hours_text(hours: float | None) -> str:
+    return "unknown" if hours is None else f"{hours:.3g}"
 
 
 def measured_table(prediction: TrainingPrediction, seconds: Mapping[str, float]) -> Table:

@@ -1,9 +1,10 @@
 """The predicted cost of a training: operations and memory, from the model's configurations alone.
 
-The real training step runs on fake tensors, which have shapes and no values. Every floating-point
-operation is counted as torch.utils.flop_counter counts it, in convolutions and matrix products.
-Every storage that lives is added up, in the order in which PyTorch frees it. Nothing here is
-measured, except by ``measure_steps``, which runs the step on real tensors.
+The real training step runs on fake tensors, which have shapes and no values, in the recipe's
+precision. Every floating-point operation is counted as torch.utils.flop_counter counts it, in
+convolutions and matrix products. Every storage that lives is added up, in the order in which
+PyTorch frees it. Nothing here is measured, except by ``measure_steps``, which runs the step on real
+tensors.
 
 Shapes: B rows of a batch, C latent channels, H, W latent size, L tokens of a prompt, D width of the
 text encoder.
@@ -37,11 +38,13 @@ from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.hipa_loss import HipaLoss
 from hipa_deploy.train.losses.lite0 import Lite0
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
+from hipa_deploy.train.model.mixed_precision import in_precision
 from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import add_adaptors, trained_parameters, without_adaptor
 from hipa_deploy.train.recipes.recipe import Recipe
 
 PAIR_NUMBERS_BYTES = 16  # of a teacher pair: prompt index and noise seed, int64 each
+CPU = torch.device("cpu")
 ADAMW_BYTES = 8  # two float32 moments for each trainable parameter
 
 
@@ -80,12 +83,39 @@ class TrainingCost:
 
 
 @dataclass(frozen=True)
+class MicroBatchMemory:
+    """The memory of a decoded step by its micro-batch, the rows that go through it at once.
+
+    Weights and gradients are there once, and activations once a row.
+
+    Attributes:
+        one_row: The most bytes that live at once, with a micro-batch of one row.
+        further_row: What every further row adds.
+
+    """
+
+    one_row: int
+    further_row: int
+
+    def largest(self, usable_bytes: float, rows: int) -> int:
+        """The largest micro-batch of at most ``rows`` that fits; 0 if not even one row does."""
+        if self.one_row > usable_bytes:
+            return 0
+        more = (usable_bytes - self.one_row) / max(1, self.further_row)
+        return min(rows, 1 + int(more))
+
+
+@dataclass(frozen=True)
 class TrainingPrediction:
     """What is known and what is predicted of a training.
 
+    Memory is that of one process. Operations are those of all processes together.
+
     Attributes:
         recipe: The training's recipe.
+        processes: How many processes, each with a GPU of its own, share each batch.
         prediction_type: What the UNet predicts: epsilon, v_prediction or sample.
+        alpha_bar: Share of the signal's variance that is left at the step's timestep.
         resolution: Height and width of an image, in pixels.
         parameters: Frozen parameters of text_encoder, unet and vae.
         trainable: Trainable parameters of the adaptor.
@@ -93,13 +123,16 @@ class TrainingPrediction:
         pairs: One batch of teacher pairs, all sampler steps.
         warm_up: One optimiser step without decoding, of ``recipe.batch`` rows.
         step: One optimiser step with decoding, of ``recipe.batch`` rows.
+        memory: The memory of ``step`` for other micro-batches.
         target: The decoding of the teacher's images in each step; None where all images of a
             training fit in memory and are decoded once.
 
     """
 
     recipe: Recipe
+    processes: int
     prediction_type: str
+    alpha_bar: float
     resolution: tuple[int, int]
     parameters: dict[str, int]
     trainable: int
@@ -107,7 +140,18 @@ class TrainingPrediction:
     pairs: TrainingCost
     warm_up: TrainingCost
     step: TrainingCost
+    memory: MicroBatchMemory
     target: TrainingCost | None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch in the process that has the most of them."""
+        return -(-self.recipe.batch // self.processes)
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows that a process takes through the models at once."""
+        return min(self.recipe.micro_batch or self.rows, self.rows)
 
     @property
     def peak_bytes(self) -> int:
@@ -146,7 +190,7 @@ class TrainingPrediction:
         return warm_up * self.warm_up.flops + decoded * (self.step.flops + target)
 
 
-def predict_training(recipe: Recipe, model_dir: Path) -> TrainingPrediction:
+def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> TrainingPrediction:
     """Predict what ``train_adaptor`` takes for a recipe and a model.
 
     No weights are read, and the model folder may lack them.
@@ -154,9 +198,11 @@ def predict_training(recipe: Recipe, model_dir: Path) -> TrainingPrediction:
     Args:
         recipe: The training's recipe.
         model_dir: Diffusers folder; its configurations are read.
+        processes: How many processes share each batch, at least 1.
 
     Raises:
-        HipaError: A model that cannot be trained, with the reason.
+        HipaError: A model that cannot be trained, with the reason; a batch with fewer rows than
+            there are processes.
 
     Example:
         >>> prediction = predict_training(load_recipe("emoji"), MODEL)
@@ -164,6 +210,11 @@ def predict_training(recipe: Recipe, model_dir: Path) -> TrainingPrediction:
 
     """
     ModelConfig.read(model_dir, recipe.task)
+    if recipe.batch < processes:
+        raise HipaError(
+            f"batch = {recipe.batch} is less than the {processes} processes. Expected at least "
+            "one row for each: raise batch, or take fewer processes."
+        )
 
     # On the meta device neither weights nor adaptor take memory, however large the model is.
     with torch.device("meta"):
@@ -183,14 +234,17 @@ def predict_training(recipe: Recipe, model_dir: Path) -> TrainingPrediction:
         training.weights = trained_parameters(model)
         return TrainingPrediction(
             recipe=recipe,
+            processes=processes,
             prediction_type=model.prediction_type,
+            alpha_bar=training.alpha_bar,
             resolution=model.resolution,
             parameters=parameters,
             trainable=trainable,
             pairs_bytes=recipe.teacher.pairs * pair_bytes,
             pairs=training.pairs_cost(),
-            warm_up=training.step_cost(decoded=False),
-            step=training.step_cost(decoded=True),
+            warm_up=training.batch_cost(processes, decoded=False),
+            step=training.batch_cost(processes, decoded=True),
+            memory=training.micro_batch_memory(),
             target=training.target_cost() if images_bytes > TABLE_BYTES else None,
         )
 
@@ -265,16 +319,19 @@ class SimulatedTraining:
         self.recipe = recipe
         self.weights = add_adaptors(model, recipe)
         self.loss = _loss(recipe)
+        self.unet = in_precision(model.unet, recipe.mixed_precision, CPU)
+        self.decode = in_precision(model.decode, recipe.mixed_precision, CPU)
+        self.teacher_unet = in_precision(model.unet, recipe.teacher.mixed_precision, CPU)
         # A number rather than a tensor comes out of it, so it needs a device with values.
-        with torch.device("cpu"):
+        with CPU:
             self.alpha_bar = model.alpha_bar(recipe.timestep)
 
-    def step(self, *, decoded: bool) -> None:
-        """Forward and backward pass of one optimiser step, with or without decoding."""
-        latents = self._student_latents()
-        target = self._latents(self.recipe.batch)
+    def step(self, rows: int, *, decoded: bool) -> None:
+        """Forward and backward pass of ``rows`` rows, with or without decoding."""
+        latents = self._student_latents(rows)
+        target = self._latents(rows)
         if decoded:
-            image = self.model.decode(latents)
+            image = self.decode(latents)
             total, _ = self.loss(image, torch.rand_like(image), latents, target)
         else:
             total, _ = self.loss.warmup_loss(latents, target)
@@ -296,28 +353,42 @@ class SimulatedTraining:
         guided = self.recipe.teacher.guidance != 1
         rows = self.recipe.teacher.batch * (2 if guided else 1)
         with without_adaptor(self.model.unet):
-            self.model.unet(
+            self.teacher_unet(
                 self._latents(rows), self.recipe.timestep, self._context(rows), return_dict=False
             )
 
     @torch.no_grad()
     def decode_targets(self) -> None:
         """Decode the teacher's images of a batch."""
-        self.model.decode(self._latents(self.recipe.batch)).clamp(0, 1)
+        self.decode(self._latents(self.recipe.batch)).clamp(0, 1)
 
     def pairs_cost(self) -> TrainingCost:
         """Cost of one batch of teacher pairs, without the sampler's own small arithmetic."""
         call = self._cost(self.teacher_call)
         return TrainingCost(call.flops * self.recipe.teacher.steps, call.peak_bytes)
 
-    def step_cost(self, *, decoded: bool) -> TrainingCost:
+    def step_cost(self, rows: int, *, decoded: bool) -> TrainingCost:
         """Cost of ``step``, with AdamW's moments in memory.
 
         AdamW's own arithmetic, a few operations for each parameter, is not counted.
         """
-        cost = self._cost(lambda: self.step(decoded=decoded))
+        cost = self._cost(lambda: self.step(rows, decoded=decoded))
         trainable = sum(weight.numel() for weight in self.weights.values())
         return TrainingCost(cost.flops, cost.peak_bytes + ADAMW_BYTES * trainable)
+
+    def batch_cost(self, processes: int, *, decoded: bool) -> TrainingCost:
+        """Operations of a whole batch in all processes, and the memory of one of them."""
+        rows = -(-self.recipe.batch // processes)
+        micro_batch = min(self.recipe.micro_batch or rows, rows)
+        cost = self.step_cost(micro_batch, decoded=decoded)
+        flops = round(cost.flops * self.recipe.batch / micro_batch)
+        return TrainingCost(flops, cost.peak_bytes)
+
+    def micro_batch_memory(self) -> MicroBatchMemory:
+        """Memory of a decoded step with one row, and what another adds."""
+        one_row = self.step_cost(1, decoded=True).peak_bytes
+        two_rows = self.step_cost(2, decoded=True).peak_bytes
+        return MicroBatchMemory(one_row, two_rows - one_row)
 
     def target_cost(self) -> TrainingCost:
         """Cost of ``decode_targets``."""
@@ -341,9 +412,8 @@ class SimulatedTraining:
         length = self.recipe.text.context_tokens or config.max_position_embeddings
         return torch.randn(rows, length, config.hidden_size)
 
-    def _student_latents(self) -> Tensor:
+    def _student_latents(self, rows: int) -> Tensor:
         """The step's x0 [B, C, H, W], from random inputs of the recipe's task."""
-        rows = self.recipe.batch
         task = self.recipe.task
         step_inputs = {name: self._latents(rows) for name in STEP_INPUTS[task]}
         if "mask" in step_inputs:
@@ -353,7 +423,7 @@ class SimulatedTraining:
             images = torch.rand(rows, 3, *self.model.resolution)
             step_inputs["source"] = self.model.encode(images)
         return task_latents(
-            self.model.unet,
+            self.unet,
             task,
             step_inputs,
             self._context(rows),
@@ -380,8 +450,8 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
     training = SimulatedTraining(unloaded_model(model_dir), recipe)
     calls = {
         "teacher call": training.teacher_call,
-        "warm-up step": lambda: training.step(decoded=False),
-        "step": lambda: training.step(decoded=True),
+        "warm-up step": lambda: training.step(recipe.batch, decoded=False),
+        "step": lambda: training.step(recipe.batch, decoded=True),
     }
 
     # The first call pays for allocations and thread pools. The fastest of the others is the one

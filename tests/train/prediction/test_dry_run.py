@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import io
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.embedded import MODEL
@@ -38,6 +39,7 @@ class Card:
     memory_gib: int | None = 24
     fp16_tflops: float | None = 100.0
     fp16_accumulate: str | None = "either"
+    tf32_tflops: float | None = 50.0
 
 
 def text_of(shown: list) -> str:
@@ -73,26 +75,62 @@ def test_a_large_model_is_predicted_for_named_gpus(
     shown, _ = dry_run.dry_run(recipe, model_dir, cards)
     text = text_of(shown)
     assert "a card" in text
-    assert "Predicted hours at 30% (pairs) and 10% (steps)" in text
+    assert "Predicted hours on one GPU, at 30% (pairs) and 10% (steps)" in text
     assert not any(word in text for word in ("unknown", "slow", "Measured"))
 
 
 def test_hours_fits_and_accumulation(model_dir: Path, recipe: Recipe) -> None:
-    prediction = dry_run.predict_training(recipe, model_dir)
+    teacher = recipe.teacher.model_copy(update={"mixed_precision": "fp16"})
+    mixed = recipe.model_copy(update={"mixed_precision": "bf16", "teacher": teacher})
+    prediction = dry_run.predict_training(mixed, model_dir)
     cards = [Card(), Card("half", fp16_accumulate="fp16"), Card("none", memory_gib=0)]
-    columns = [column.cells for column in dry_run.gpu_table(prediction, cards).columns]
-    rows = list(zip(*columns, strict=True))
-    assert float(rows[0][3]) == pytest.approx(prediction.pairs_flops / 30e12 / 3600, rel=0.01)
-    assert float(rows[0][4]) == pytest.approx(prediction.training_flops / 10e12 / 3600, rel=0.01)
-    assert float(rows[1][3]) == pytest.approx(2 * float(rows[0][3]), rel=0.02)
+    rows = rows_of(dry_run.gpu_table(prediction, cards))
+    assert float(rows[0][4]) == pytest.approx(prediction.pairs_flops / 30e12 / 3600, rel=0.01)
+    assert float(rows[0][5]) == pytest.approx(prediction.training_flops / 10e12 / 3600, rel=0.01)
+    assert float(rows[1][4]) == pytest.approx(2 * float(rows[0][4]), rel=0.02)
     assert [row[2] for row in rows] == ["yes", "yes", "no"]
+    assert [row[3] for row in rows] == [str(recipe.batch), str(recipe.batch), "0"]
+
+
+def test_float32_is_predicted_at_the_rate_of_tf32(model_dir: Path, recipe: Recipe) -> None:
+    prediction = dry_run.predict_training(recipe, model_dir)
+    rows = rows_of(dry_run.gpu_table(prediction, [Card(), Card(tf32_tflops=None)]))
+    assert float(rows[0][5]) == pytest.approx(prediction.training_flops / 5e12 / 3600, rel=0.01)
+    assert rows[1][4:] == ("unknown", "unknown")
+
+
+def test_two_gpus_take_half_the_hours(model_dir: Path, recipe: Recipe) -> None:
+    one = dry_run.hours(dry_run.predict_training(recipe, model_dir), Card())
+    two = dry_run.hours(dry_run.predict_training(recipe, model_dir, 2), Card())
+    assert two == pytest.approx([hours / 2 for hours in one], rel=0.02)
+
+
+def test_what_can_hardly_be_meant_is_said(model_dir: Path, recipe: Recipe) -> None:
+    prediction = dry_run.predict_training(recipe, model_dir)
+    assert dry_run.doubts(prediction, 3) == []
+
+    # 6 pairs, 4 steps of a batch; images of 32 pixels.
+    teacher = recipe.teacher.model_copy(update={"pairs": 50_000})
+    loss = recipe.loss.model_copy(update={"perceptual_size": 64})
+    odd = recipe.model_copy(update={"teacher": teacher, "loss": loss})
+    found = dry_run.doubts(replace(prediction, recipe=odd, alpha_bar=0.0), 40)
+    for number, expected in enumerate(
+        ("50,000 pairs of 40 prompts", "perceptual_size = 64", "alpha_bar is 0", "for nothing")
+    ):
+        assert expected in found[number]
+    unread = dry_run.doubts(replace(prediction, recipe=odd), None)
+    assert not any("prompts" in text for text in unread)
+
+
+def rows_of(table: Table) -> list[tuple]:
+    return list(zip(*[column.cells for column in table.columns], strict=True))
 
 
 def test_prompts_that_cannot_be_read_are_reported_after_the_tables(
     model_dir: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prediction = predict_once(recipe, model_dir)
-    monkeypatch.setattr(dry_run, "predict_training", lambda recipe, model_dir: prediction)
+    monkeypatch.setattr(dry_run, "predict_training", lambda *_: prediction)
     bad = recipe.model_copy(update={"prompts": str(tmp_path / "none.txt")})
     shown, problem = dry_run.dry_run(bad, model_dir, [])
     assert isinstance(problem, HipaError)

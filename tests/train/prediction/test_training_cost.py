@@ -12,6 +12,7 @@ from hipa_deploy.train.losses.hipa_loss import hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.prediction import training_cost
 from hipa_deploy.train.prediction.training_cost import (
+    MicroBatchMemory,
     SimulatedTraining,
     TrainingCost,
     measure_steps,
@@ -49,7 +50,9 @@ def test_fake_tensors_take_what_real_ones_take(
 ) -> None:
     recipe = recipe.model_copy(update=CHECKPOINTED if checkpointing else {})
     prediction = predict_once(recipe, model_dir)
-    real = SimulatedTraining(unloaded_model(model_dir), recipe).step_cost(decoded=decoded)
+    real = SimulatedTraining(unloaded_model(model_dir), recipe).step_cost(
+        recipe.batch, decoded=decoded
+    )
     predicted = prediction.step if decoded else prediction.warm_up
     assert predicted.flops == real.flops
     assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
@@ -58,9 +61,9 @@ def test_fake_tensors_take_what_real_ones_take(
 def test_the_loss_costs_what_the_real_one_costs(
     training: SimulatedTraining, recipe: Recipe
 ) -> None:
-    stand_in = training.step_cost(decoded=True)
+    stand_in = training.step_cost(recipe.batch, decoded=True)
     training.loss = hipa_loss(recipe.loss)
-    real = training.step_cost(decoded=True)
+    real = training.step_cost(recipe.batch, decoded=True)
     assert stand_in.flops == real.flops
     assert stand_in.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
 
@@ -92,6 +95,45 @@ def test_cost_grows_with_the_batch_and_memory_falls_with_checkpointing(
     assert twice.step.flops == pytest.approx(2 * usual.step.flops, rel=0.02)
     assert twice.step.peak_bytes > usual.step.peak_bytes > checkpointed.step.peak_bytes
     assert checkpointed.step.flops > usual.step.flops
+
+
+def test_a_micro_batch_takes_less_memory_and_the_same_operations(
+    model_dir: Path, recipe: Recipe
+) -> None:
+    whole = predict_once(recipe, model_dir)
+    parts = predict_once(recipe.model_copy(update={"micro_batch": 1}), model_dir)
+    assert parts.step.flops == pytest.approx(whole.step.flops, rel=0.02)
+    assert parts.step.peak_bytes == parts.memory.one_row < whole.step.peak_bytes
+    further = (recipe.batch - 1) * whole.memory.further_row
+    assert whole.memory.one_row + further == pytest.approx(whole.step.peak_bytes, rel=0.02)
+
+
+def test_the_largest_micro_batch() -> None:
+    memory = MicroBatchMemory(one_row=100, further_row=10)
+    assert [memory.largest(usable, 4) for usable in (99, 100, 109, 110, 129, 1000)] == [
+        *(0, 1, 1, 2, 3, 4)
+    ]
+
+
+def test_processes_share_a_batch(model_dir: Path, recipe: Recipe) -> None:
+    alone = predict_once(recipe, model_dir)
+    two = predict_once(recipe, model_dir, 2)
+    assert two.rows == -(-recipe.batch // 2)
+    assert two.step.peak_bytes < alone.step.peak_bytes
+    assert two.step.flops == pytest.approx(alone.step.flops, rel=0.02)
+    with pytest.raises(HipaError, match="less than the 99 processes"):
+        predict_training(recipe, model_dir, 99)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_is_predicted_as_it_runs(
+    model_dir: Path, recipe: Recipe, precision: str
+) -> None:
+    mixed = recipe.model_copy(update={"mixed_precision": precision})
+    prediction = predict_once(mixed, model_dir)
+    real = SimulatedTraining(unloaded_model(model_dir), mixed).step_cost(recipe.batch, decoded=True)
+    assert prediction.step.flops == real.flops
+    assert prediction.step.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
 
 
 def test_totals(model_dir: Path, recipe: Recipe) -> None:

@@ -1,0 +1,75 @@
+"""What the headers of the recipes for Stable Diffusion promise is what ``--dry-run`` derives."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hipa_deploy.models.configurations import write_config
+from hipa_deploy.train.prediction.training_cost import TrainingPrediction, predict_training
+from hipa_deploy.train.recipes.recipe import SHIPPED, load_recipe
+
+NUMBER = r"([\d.]+)"
+# The sentence of a header that has the figures, and their names in order.
+COST = (
+    f"{NUMBER} hours of an A100 and {NUMBER} GiB of its memory. The teacher pairs take {NUMBER} "
+    rf"hours \({NUMBER} TFLOP each, {NUMBER} guided steps, at 30 % of 312 TFLOPS\), the optimiser "
+    rf"steps {NUMBER} \({NUMBER} TFLOP each in the latent warm-up, {NUMBER} after it, at 10 %\).* "
+    f"The pairs take {NUMBER} GB of disk."
+)
+NAMES = ("hours", "gib", "pair_hours", "pair", "steps", "step_hours", "warm_up", "decoded", "gb")
+A100 = 312e12  # FP16 operations a second
+
+
+def header_of(name: str) -> dict[str, str]:
+    """The figures in the comment at the top of a recipe, by their names in NAMES."""
+    lines = []
+    for line in (SHIPPED / f"{name}.toml").read_text().splitlines():
+        if line.startswith("#"):
+            lines.append(line.removeprefix("#").strip())
+    found = re.search(COST, " ".join(lines))
+    assert found, f"the header of {name} has another form"
+    return dict(zip(NAMES, found.groups(), strict=True))
+
+
+def derived(prediction: TrainingPrediction) -> dict[str, float]:
+    """The same figures from a prediction."""
+    recipe = prediction.recipe
+    pair_hours = prediction.pairs_flops / (0.3 * A100) / 3600
+    step_hours = prediction.training_flops / (0.1 * A100) / 3600
+    target = prediction.target.flops if prediction.target else 0
+    return {
+        "hours": pair_hours + step_hours,
+        "gib": prediction.peak_bytes / 2**30,
+        "pair_hours": pair_hours,
+        "pair": prediction.pairs.flops / recipe.teacher.batch / 1e12,
+        "steps": recipe.teacher.steps,
+        "step_hours": step_hours,
+        "warm_up": prediction.warm_up.flops / 1e12,
+        "decoded": (prediction.step.flops + target) / 1e12,
+        "gb": prediction.pairs_bytes / 1e9,
+    }
+
+
+# The three take the same path; one of them is enough for every run of the tests.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sd15",
+        pytest.param("sd21-base", marks=pytest.mark.slow),
+        pytest.param("sd21-v", marks=pytest.mark.slow),
+    ],
+)
+def test_a_header_is_what_the_dry_run_derives(name: str, tmp_path: Path) -> None:
+    prompts = tmp_path / "captions.txt"
+    prompts.write_text("a boat\n")
+    recipe = load_recipe(name, {"prompts": str(prompts)})
+    assert recipe.mixed_precision != "no"
+    assert recipe.teacher.mixed_precision != "no"
+    expected = derived(predict_training(recipe, write_config(name, tmp_path / "model")))
+    for key, text in header_of(name).items():
+        # Half a unit of the last digit that the header shows.
+        digits = len(text.partition(".")[2])
+        assert float(text) == pytest.approx(expected[key], abs=0.51 * 10**-digits), key
