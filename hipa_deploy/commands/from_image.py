@@ -11,6 +11,7 @@ from hipa_deploy.commands.options import (
     AdaptorOption,
     BackendOption,
     BundleArgument,
+    CacheOption,
     CountOption,
     ForceOption,
     HeightOption,
@@ -19,6 +20,7 @@ from hipa_deploy.commands.options import (
     PromptWeightsOption,
     SeedOption,
     TruncateOption,
+    VerifyOption,
     WidthOption,
     console,
     image_outputs,
@@ -57,6 +59,8 @@ def edit(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
     force: ForceOption = False,
 ) -> None:
     """Edit an image as a prompt says, in one step.
@@ -80,6 +84,8 @@ def edit(
         backend=backend,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        verify=verify,
+        cache=cache,
         force=force,
     )
 
@@ -107,6 +113,8 @@ def inpaint(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
     force: ForceOption = False,
 ) -> None:
     """Repaint a part of an image as a prompt says, in one step.
@@ -131,6 +139,8 @@ def inpaint(
         backend=backend,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        verify=verify,
+        cache=cache,
         force=force,
     )
 
@@ -151,6 +161,8 @@ def upscale(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
     force: ForceOption = False,
 ) -> None:
     """Enlarge an image by the factor that the bundle is for, in one step a tile.
@@ -171,7 +183,7 @@ def upscale(
     note_name(out, paths)
 
     with console.status("loading"):
-        pipe = OneStepPipeline.load(bundle, backend)
+        pipe = OneStepPipeline.load(bundle, backend, verify=verify, cache=cache)
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
@@ -229,6 +241,8 @@ def _generate_from(
     backend: str,
     truncate: bool,
     prompt_weights: bool | None,
+    verify: bool,
+    cache: bool,
     force: bool,
 ) -> None:
     """Make every image from ``source`` and write it."""
@@ -244,4 +258,6 @@ def _generate_from(
         count=count,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        verify=verify,
+        cache=cache,
     )

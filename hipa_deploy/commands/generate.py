@@ -6,6 +6,7 @@ from hipa_deploy.commands.options import (
     AdaptorOption,
     BackendOption,
     BundleArgument,
+    CacheOption,
     CountOption,
     ForceOption,
     HeightOption,
@@ -14,6 +15,7 @@ from hipa_deploy.commands.options import (
     PromptWeightsOption,
     SeedOption,
     TruncateOption,
+    VerifyOption,
     WidthOption,
     image_outputs,
     make_images,
@@ -33,6 +35,8 @@ def generate(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
     force: ForceOption = False,
 ) -> None:
     """Generate images from prompts, in one step each.
@@ -71,4 +75,6 @@ def generate(
         width=width,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        verify=verify,
+        cache=cache,
     )

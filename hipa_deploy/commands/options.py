@@ -140,6 +140,21 @@ TruncateOption = Annotated[
     typer.Option("--truncate", help="Cut off a prompt that is too long, instead of refusing it."),
 ]
 
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Read and hash every file, and compile every model, whatever earlier starts left in "
+        "the cache. By default a file that has not changed is not read again.",
+    ),
+]
+CacheOption = Annotated[
+    bool,
+    typer.Option(
+        "--cache/--no-cache",
+        help="Keep the compiled models of a CPU backend in the user's cache, for the next start.",
+    ),
+]
 PromptWeightsOption = Annotated[
     bool | None,
     typer.Option(
@@ -195,6 +210,8 @@ def make_images(
     backend: str,
     force: bool,
     prompt_weights: bool | None,
+    verify: bool,
+    cache: bool,
     **choices: Any,
 ) -> None:
     """Load a bundle, make an image for each prompt and seed, write each as soon as it is made.
@@ -207,6 +224,8 @@ def make_images(
         backend: what runs the stages.
         force: whether files that exist are replaced.
         prompt_weights: whether brackets in prompts are weights; None is as the bundle says.
+        verify: whether every file is hashed and every stage compiled again.
+        cache: whether compiled stages are kept.
         choices: what else ``OneStepPipeline.stream`` takes: ``source``, ``seed``, ``count``, …
 
     Raises:
@@ -216,7 +235,7 @@ def make_images(
     from hipa_deploy.generate.pipeline import OneStepPipeline
 
     with console.status("loading"):
-        pipe = OneStepPipeline.load(bundle, backend)
+        pipe = OneStepPipeline.load(bundle, backend, verify=verify, cache=cache)
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)

@@ -9,7 +9,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hipa_deploy.commands.options import BackendOption, BundleArgument, ForceOption, console
+from hipa_deploy.commands.options import (
+    BackendOption,
+    BundleArgument,
+    CacheOption,
+    ForceOption,
+    VerifyOption,
+    console,
+)
 from hipa_deploy.commands.outputs import check_outputs, write_output
 
 
@@ -57,6 +64,8 @@ def profile(
             "or rtx4090."
         ),
     ] = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
     force: ForceOption = False,
 ) -> None:
     """Measure how long one image takes: in each model and from prompt to image.
@@ -84,7 +93,7 @@ def profile(
     if roofline is not None:
         prediction = predict_roofline(Bundle.open(resolve_bundle(bundle)), roofline)
 
-    with OneStepPipeline.load(bundle, backend) as pipe:
+    with OneStepPipeline.load(bundle, backend, verify=verify, cache=cache) as pipe:
         report = profile_pipeline(pipe, runs=runs, warmup=warmup, layers=layers, console=console)
         if prediction:
             report = with_roofline(report, prediction)

@@ -125,6 +125,7 @@ class OneStepPipeline(ClosesAtExit):
         self.bundle = bundle
         self.backend = backend
         self.load_seconds = 0.0
+        self._verify = False
         self._loaded = _Loaded(stages)
         self._use = SharedUse()  # calls share what is loaded, a swap has it alone
         self._one_swap = threading.Lock()
@@ -174,6 +175,7 @@ class OneStepPipeline(ClosesAtExit):
         except BaseException:
             stages.close()
             raise
+        pipeline._verify = verify
         pipeline.load_seconds = time.perf_counter() - started
         return pipeline
 
@@ -571,7 +573,11 @@ class OneStepPipeline(ClosesAtExit):
         """
         from hipa_deploy.generate.swap_stage import swap_stage, swap_text_encoder  # the engines
 
-        swap = None if adaptor is None else AdaptorSwap.open(self.bundle, adaptor, remembered=True)
+        swap = (
+            None
+            if adaptor is None
+            else AdaptorSwap.open(self.bundle, adaptor, remembered=not self._verify)
+        )
         stage = adapted_stage(self.bundle)
         with self._one_swap:
             runner = self.runners[stage]
