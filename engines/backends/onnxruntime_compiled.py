@@ -9,7 +9,10 @@ the arithmetic is the same, bit for bit.
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +55,42 @@ def optimised_session(
     if not compiled.found() and not compiled.write(make):
         return None
     # Without optimisation: a graph that is optimised twice may round otherwise.
+    loading = options(False)
+    share_one_arena(onnxruntime)
+    loading.add_session_config_entry("session.use_env_allocators", "1")
     try:
         return onnxruntime.InferenceSession(
-            str(compiled.folder / _MODEL), options(False), providers=_PROVIDERS
+            str(compiled.folder / _MODEL), loading, providers=_PROVIDERS
         )
     except Exception:  # damaged, or removed by another process meanwhile
         compiled.discard()
         return None
+
+
+_ONE_ARENA = threading.Lock()
+
+
+def share_one_arena(onnxruntime: Any) -> None:
+    """Make the process's one arena for the tensors of all stages, if it is not made yet.
+
+    Stages run one after the other, and by default each keeps the memory of its largest run for
+    itself. The weights are mapped, so nothing that outlives a run lies in the arena. It stays as
+    long as the process: another pipeline uses it again.
+
+    """
+    # functools.cache alone would let two threads make two at the first call.
+    with _ONE_ARENA:
+        _new_arena(onnxruntime)
+
+
+@functools.cache
+def _new_arena(onnxruntime: Any) -> None:
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    # The default doubles every new block; this takes what is asked for.
+    no_limit, as_requested, default = 0, 1, -1
+    settings = onnxruntime.OrtArenaCfg(no_limit, as_requested, default, default)
+    # A program around us may have made an arena of its own for this; then that one is shared.
+    with suppress(Exception):
+        onnxruntime.create_and_register_allocator(memory, settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -14,9 +13,9 @@ import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
 from hipa_deploy.disk.reading import REEXPORT
-from hipa_deploy.disk.remembered import file_marks
 from hipa_deploy.engines.backends.available import NO_BF16
 from hipa_deploy.engines.backends.compiled_cache import CompiledStage
+from hipa_deploy.engines.backends.mapped_blob import MappedBlob
 from hipa_deploy.errors import HipaError, MissingDependencyError, as_line
 from hipa_deploy.generate.runner import ClosesAtExit, check_inputs, check_outputs
 
@@ -62,13 +61,24 @@ class OpenVinoRunner(ClosesAtExit):
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         self._path = path
         self._model: Any = None
-        if compiled is not None:
-            self._model = _kept_model(openvino, path, options, compiled)
+        self._blob: MappedBlob | None = None
+        if compiled is not None and _is_kept(openvino, path, options, compiled):
+            self._load(openvino, options, compiled)
         if self._model is None:
             with as_line(f"{path}: OpenVINO cannot compile it", REEXPORT):
                 self._model = core(openvino).compile_model(path, "CPU", options)
         if compiled is not None:
             compiled.warn_if_not_kept()
+
+    def _load(self, openvino: ModuleType, options: dict[str, str], compiled: CompiledStage) -> None:
+        """Load the model out of the cache; leave it None if it does not load."""
+        try:
+            blob = MappedBlob(compiled.folder)
+            with blob.letting_go():
+                self._model = core(openvino).import_model(blob.tensor(openvino), "CPU", options)
+            self._blob = blob
+        except Exception:  # damaged, or removed by another process meanwhile
+            compiled.discard()
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Compute the outputs by name; the arrays belong to the caller.
@@ -93,44 +103,28 @@ class OpenVinoRunner(ClosesAtExit):
         """Release the model. Calling it twice is harmless."""
         with self._one_call:
             self._model = None
+            self._blob = None  # after the model, which reads it
 
 
-def compiled_options(path: Path) -> dict[str, Any]:
-    """What decides a compiled model, beside the stage, the backend and the processor.
-
-    OpenVINO finds a model in its cache by the path and the times of the ONNX file. It does not look
-    at weights that lie in another file; the hashes of the cache's own key do.
-    """
-    version = load_openvino().get_version()
-    return {"version": version, "path": os.path.realpath(path), "marks": file_marks(path)}
+def compiled_options() -> dict[str, Any]:
+    """What decides a compiled model, beside the stage, the backend and the processor."""
+    return {"version": load_openvino().get_version()}
 
 
-def _kept_model(
+def _is_kept(
     openvino: ModuleType, path: Path, options: dict[str, str], compiled: CompiledStage
-) -> Any:
-    """The compiled model out of OpenVINO's own cache, which is made if it is not there.
+) -> bool:
+    """Whether the compiled model is in the cache, after it was made if it was not.
 
-    OpenVINO maps the file, and keeps of it what it does not copy into another order.
-
-    Returns:
-        The model; None if it cannot be made or loaded.
-
+    OpenVINO's own cache writes it, which takes less memory than an export. It is not asked to find
+    it again: its key has the path and the times of the ONNX file, and nothing of weights that lie
+    in another file.
     """
 
-    def compile_into(folder: Path) -> Any:
-        return core(openvino).compile_model(path, "CPU", {**options, "CACHE_DIR": str(folder)})
+    def make(folder: Path) -> None:
+        core(openvino).compile_model(path, "CPU", {**options, "CACHE_DIR": str(folder)})
 
-    if not compiled.found() and not compiled.write(compile_into):
-        return None
-    try:
-        model = compile_into(compiled.folder)
-        # Otherwise it is compiled anew, and OpenVINO has written another file there.
-        if model.get_property("LOADED_FROM_CACHE"):
-            return model
-    except Exception:  # damaged, or removed by another process meanwhile
-        model = None
-    compiled.discard()
-    return model
+    return compiled.found() or compiled.write(make)
 
 
 def load_openvino() -> ModuleType:

@@ -7,7 +7,6 @@ to be installed.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import partial
 from typing import Literal
 
 from hipa_deploy.bundle.folder import Bundle
@@ -75,14 +74,12 @@ def _open_on_cpu(bundle: Bundle, stage: str, backend: str, kept: Kept) -> Runner
     if backend.startswith("openvino"):
         from hipa_deploy.engines.backends import openvino_runner as openvino
 
-        options = partial(openvino.compiled_options, path)
-        compiled = compiled_stage(bundle, stage, backend, options, kept=kept)
+        compiled = compiled_stage(bundle, stage, backend, openvino.compiled_options, kept=kept)
         return openvino.OpenVinoRunner(path, spec, backend, compiled=compiled)
 
     from hipa_deploy.engines.backends import onnxruntime_runner as onnxruntime
 
-    options = onnxruntime.compiled_options
-    compiled = compiled_stage(bundle, stage, backend, options, kept=kept)
+    compiled = compiled_stage(bundle, stage, backend, onnxruntime.compiled_options, kept=kept)
     return onnxruntime.OnnxRuntimeRunner(path, spec, backend, compiled=compiled)
 
 
