@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hipa_deploy.bundle.adaptor_swap import stage_files
 from hipa_deploy.bundle.folder import Bundle
@@ -196,7 +196,7 @@ def compiled_stage(
     backend: str,
     options: Callable[[], Mapping[str, Any]],
     *,
-    kept: Literal["none", "use", "renew"],
+    again: bool = False,
 ) -> CompiledStage | None:
     """Where the compiled form of a bundle's stage is kept; None for one that is not worth it.
 
@@ -205,11 +205,9 @@ def compiled_stage(
         stage: its name.
         backend: what compiles it.
         options: gives the library's version, and whatever else decides what it makes of the stage.
-        kept: 'none' gives None, 'renew' makes it again even if it is there.
+        again: make it again, even if it is there.
 
     """
-    if kept == "none":
-        return None
     files = stage_files(bundle, stage)
     size = sum(bundle.path(name).stat().st_size for name in files)
     features = cpu_features()
@@ -227,7 +225,7 @@ def compiled_stage(
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     folder = user_cache() / "compiled" / f"{backend}-{stage}-{key[:32]}"
-    return CompiledStage(folder, identity, size, again=kept == "renew")
+    return CompiledStage(folder, identity, size, again)
 
 
 def _boot() -> str | None:

@@ -274,7 +274,7 @@ class AdaptorSwap:
             whole = (root / name).exists()
             if whole:
                 check_size(inside(root, name))
-                whole = hashes.sha256(root / name, again=not remembered) == expected
+                whole = hashes.matches(root / name, expected, again=not remembered)
             if not whole:
                 raise HipaError(
                     f"{root / name} is missing or corrupt. Copy or export the adaptor again."

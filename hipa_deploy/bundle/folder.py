@@ -146,7 +146,7 @@ class Bundle:
         hashes = RememberedHashes(self.root)
         for relative, expected in self.manifest.files.items():
             path = self.path(relative)
-            if hashes.sha256(path, again=not remembered) != expected:
+            if not hashes.matches(path, expected, again=not remembered):
                 raise HipaError(
                     f"{path} is corrupt: its SHA-256 is not the manifest's. "
                     "Copy or export the bundle again."

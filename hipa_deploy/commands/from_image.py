@@ -25,6 +25,7 @@ from hipa_deploy.commands.options import (
     console,
     image_outputs,
     make_images,
+    note_faster_backend,
     note_name,
     note_weights,
     write_images,
@@ -187,6 +188,7 @@ def upscale(
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
+        note_faster_backend(pipe, backend)
         note_weights(pipe.bundle, [prompt], prompt_weights)
         with console.status("enlarging"):
             result = pipe.upscale(

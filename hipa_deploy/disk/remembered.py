@@ -85,6 +85,12 @@ class RememberedHashes:
             self._seen[name] = {"marks": before, "sha256": found}
         return found
 
+    def matches(self, path: Path, expected: str, *, again: bool = False) -> bool:
+        """Whether a file has the SHA-256 that is expected; it is read before the answer is no."""
+        if self.sha256(path, again=again) == expected:
+            return True
+        return self.sha256(path, again=True) == expected
+
     def save(self) -> None:
         """Keep what was hashed or found unchanged; files that were not asked for are forgotten."""
         if self._seen == self._known or not _has_ctime:

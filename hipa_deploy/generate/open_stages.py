@@ -6,8 +6,10 @@ to be installed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.disk.reading import shown
@@ -15,6 +17,9 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.runner import CPU_BACKENDS, ENGINE_BACKENDS, Runner
 from hipa_deploy.generate.stages import Stages, host_stages, input_names, output_names
 from hipa_deploy.tasks import unet_inputs
+
+if TYPE_CHECKING:
+    from hipa_deploy.engines.backends.compiled_cache import CompiledStage
 
 Kept = Literal["none", "use", "renew"]
 
@@ -67,20 +72,34 @@ def open_runner(bundle: Bundle, stage: str, backend: str, *, kept: Kept = "none"
 
 def _open_on_cpu(bundle: Bundle, stage: str, backend: str, kept: Kept) -> Runner:
     """Load one stage on ONNX Runtime or OpenVINO, compiled now or at an earlier start."""
-    from hipa_deploy.engines.backends.compiled_cache import compiled_stage
-
     path = bundle.stage_path(stage)
     spec = bundle.stages[stage].spec
+    compiled = _compiled(bundle, stage, backend, kept)
     if backend.startswith("openvino"):
-        from hipa_deploy.engines.backends import openvino_runner as openvino
+        from hipa_deploy.engines.backends.openvino_runner import OpenVinoRunner
 
-        compiled = compiled_stage(bundle, stage, backend, openvino.compiled_options, kept=kept)
-        return openvino.OpenVinoRunner(path, spec, backend, compiled=compiled)
+        return OpenVinoRunner(path, spec, backend, compiled=compiled)
+    from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner
 
-    from hipa_deploy.engines.backends import onnxruntime_runner as onnxruntime
+    return OnnxRuntimeRunner(path, spec, backend, compiled=compiled)
 
-    compiled = compiled_stage(bundle, stage, backend, onnxruntime.compiled_options, kept=kept)
-    return onnxruntime.OnnxRuntimeRunner(path, spec, backend, compiled=compiled)
+
+def _compiled(bundle: Bundle, stage: str, backend: str, kept: Kept) -> CompiledStage | None:
+    """Where the compiled form of a stage lies, for a CPU backend; None where it is not kept."""
+    if kept == "none":
+        return None
+    from hipa_deploy.engines.backends.compiled_cache import compiled_stage
+
+    options: Callable[[], dict[str, Any]]
+    if backend.startswith("openvino"):
+        from hipa_deploy.engines.backends import openvino_runner
+
+        options = openvino_runner.compiled_options
+    else:
+        from hipa_deploy.engines.backends import onnxruntime_runner
+
+        options = onnxruntime_runner.compiled_options
+    return compiled_stage(bundle, stage, backend, options, again=kept == "renew")
 
 
 def check_stages(bundle: Bundle) -> None:
@@ -143,10 +162,43 @@ def open_stages(bundle: Bundle, backend: str, *, kept: Kept = "none") -> Stages:
 
         return open_engines(bundle, bundle.stages, backend)
 
+    if kept == "use" and _all_kept(bundle, backend):
+        runners = _open_side_by_side(bundle, backend)
+    else:
+        runners = _open_in_turn(bundle, backend, kept)
+    return host_stages(bundle, backend, runners)
+
+
+def _open_in_turn(bundle: Bundle, backend: str, kept: Kept) -> dict[str, Runner]:
+    """One stage after the other: compiling takes memory that the next compilation uses again."""
     # If a stage cannot be loaded, the stack closes those before it.
     with ExitStack() as opened:
         runners = {}
         for stage in bundle.stages:
             runners[stage] = opened.enter_context(open_runner(bundle, stage, backend, kept=kept))
         opened.pop_all()  # all are loaded, so the stages own them now
-    return host_stages(bundle, backend, runners)
+    return runners
+
+
+def _all_kept(bundle: Bundle, backend: str) -> bool:
+    """Whether every stage is small, or lies compiled in this user's cache."""
+    if backend not in CPU_BACKENDS:
+        return False
+    compiled = [_compiled(bundle, stage, backend, "use") for stage in bundle.stages]
+    return all(stage is None or stage.found() for stage in compiled)
+
+
+def _open_side_by_side(bundle: Bundle, backend: str) -> dict[str, Runner]:
+    """Compiled stages all at once: each holds its own weights at the end, and no more meanwhile."""
+    with ThreadPoolExecutor(len(bundle.stages)) as pool:
+        futures = {}
+        for stage in bundle.stages:
+            futures[stage] = pool.submit(open_runner, bundle, stage, backend, kept="use")
+    # If a stage cannot be loaded, the stack closes the others.
+    with ExitStack() as opened:
+        for future in futures.values():
+            if future.exception() is None:
+                opened.enter_context(future.result())
+        runners = {stage: future.result() for stage, future in futures.items()}
+        opened.pop_all()
+    return runners
