@@ -48,8 +48,12 @@ COMMANDS = House(
     "#7d8aa0",
     (
         ("hipa_deploy.commands", "the command line"),
+        ("hipa_deploy.guide", "help in groups, examples, hipa init"),
         ("hipa_deploy.demo", "the whole chain, and each task"),
         ("hipa_deploy.doctor", "what works here, and is it right"),
+        ("hipa_deploy.serve.process", "hipa-serve: keys, socket, signals"),
+        ("hipa_deploy.serve.web", "HTTP: OpenAI's API, own API, guard"),
+        ("hipa_deploy.serve", "models by name, queue, batches"),
     ),
 )
 TRAIN = House(
@@ -100,6 +104,7 @@ CORE = House(
     "#8a5aa8",
     (
         ("hipa_deploy.generate", "prompt to image: tokenizer, noise, stages, pipeline"),
+        ("hipa_deploy.generate.jobs", "images to make, and what may share a batch"),
         ("hipa_deploy.models.lora", "LoRA files and their arithmetic: needs torch"),
         ("hipa_deploy.models.one_step", "one-step methods of others"),
         ("hipa_deploy.models", "where a model is, and of which kind"),

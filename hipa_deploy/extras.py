@@ -12,6 +12,7 @@ EXTRAS = {
         "torchmetrics",
     ),
     "export": ("torch", "diffusers", "transformers", "peft", "onnx", "onnxscript"),
+    "serve": ("fastapi", "uvicorn", "python_multipart", "prometheus_client"),
 }  # fmt: skip
 
 

@@ -28,7 +28,8 @@ SURFACE = {
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
-        "--timing-cache", "--refit", "--best-of", "--dry-run", "--no-repair", "--force",
+        "--timing-cache", "--refit", "--best-of", "--dry-run", "--no-repair", "--without-remedy",
+        "--force",
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
@@ -46,6 +47,11 @@ SURFACE = {
         "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights",
         "--verify", "--cache", "--force",
     },
+    "serve": {
+        "--host", "--port", "--backend", "--api-keys", "--allow-host", "--allow-origin", "--batch",
+        "--wait", "--queue", "--images", "--time-limit", "--prompt-limit", "--body-limit",
+        "--pixel-limit", "--log-prompts",
+    },
     "profile": {
         "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
         "--roofline", "--verify", "--cache", "--force",
@@ -59,6 +65,7 @@ SURFACE = {
     },
     "doctor": {"--backend", "--json", "--self-test", "--bisect", "--out", "--force"},
     "demo": {"--out", "--quick", "--task"},
+    "init": {"--device", "--model", "--adaptor", "--task", "--prefer"},
 }  # fmt: skip
 
 
@@ -71,7 +78,7 @@ def options_of(command) -> set[str]:
     for parameter in command.params:
         if parameter.param_type_name == "option":
             found.update(parameter.opts)
-    return found - {"--help"}
+    return found - {"--help", "--version"}
 
 
 def test_commands_and_options() -> None:

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+
+from hipa_deploy.commands.app import app
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -115,6 +118,17 @@ def test_mistakes_are_found(tmp_path: Path, before: str, after: str, problem: st
     dockerfile = tmp_path / "x.Dockerfile"
     dockerfile.write_text((ROOT / "docker/gpu.Dockerfile").read_text().replace(before, after))
     assert problem in problems(dockerfile)
+
+
+def test_the_composed_service_takes_its_options() -> None:
+    text = (ROOT / "docker/compose.yml").read_text()
+    (command,) = re.findall(r"^    command: hipa-serve (.+)$", text, re.MULTILINE)
+    serve = get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    serve.make_context("serve", shlex.split(command))
+    files = r"^ +(?:dockerfile: |- \./)([\w./]+\.(?:Dockerfile|yml))"
+    for name in re.findall(files, text, re.MULTILINE):
+        assert (ROOT / name).is_file() or (ROOT / "docker" / name).is_file()
+    assert "been run by us" in text
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorials/jetson.md"])

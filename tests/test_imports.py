@@ -29,6 +29,7 @@ RUNTIME = [
     "hipa_deploy.engines.latency.measure",
     "hipa_deploy.engines.tensorrt.refit",
     "hipa_deploy.engines.tensorrt.tensorrt_runner",
+    "hipa_deploy.serve.process.server",
 ]
 
 
@@ -63,6 +64,7 @@ ROOMS = (
     "hipa_deploy.embedded",
     "hipa_deploy.bundle",
     "hipa_deploy.images",
+    "hipa_deploy.generate.jobs",
     "hipa_deploy.generate",
     "hipa_deploy.models.weights",
     "hipa_deploy.models",
@@ -87,8 +89,12 @@ ROOMS = (
     "hipa_deploy.train.evaluation",
     "hipa_deploy.train.prediction",
     "hipa_deploy.train",
+    "hipa_deploy.serve",
+    "hipa_deploy.serve.web",
+    "hipa_deploy.serve.process",
     "hipa_deploy.doctor",
     "hipa_deploy.demo",
+    "hipa_deploy.guide",
     "hipa_deploy.commands",
 )
 MOST_MODULES = 12  # in one room

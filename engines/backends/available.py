@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 import re
 
+from hipa_deploy.engines.backends import rtx_plugin
 from hipa_deploy.engines.device.jetson import jetson_model, l4t_release
 from hipa_deploy.engines.device.machine import cpu_name, field_mib, os_name, read_text, usable_cores
 from hipa_deploy.engines.tensorrt.cuda import load_cudart
@@ -24,6 +25,7 @@ PROVIDERS = {
     "onnxruntime": "CPUExecutionProvider",
     "onnxruntime-cuda": "CUDAExecutionProvider",
     "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+    rtx_plugin.BACKEND: rtx_plugin.PROVIDER,
 }
 
 NO_BF16 = "This CPU has no bfloat16 arithmetic. Use --backend openvino."
@@ -93,8 +95,22 @@ def _onnxruntime_backends(gpu: Gpu | None) -> list[Backend]:
 
     backends = []
     for name, provider in PROVIDERS.items():
-        backends.append(_onnxruntime_backend(name, version, provider in available, gpu))
+        if name == rtx_plugin.BACKEND:
+            backends.append(_rtx_plugin_backend(version, gpu))
+        else:
+            backends.append(_onnxruntime_backend(name, version, provider in available, gpu))
     return backends
+
+
+def _rtx_plugin_backend(onnxruntime_version: str | None, gpu: Gpu | None) -> Backend:
+    """NVIDIA's plugin, by its package's metadata: loading it takes 300 MB."""
+    remedy = rtx_plugin.why_not_here(onnxruntime_version, gpu)
+    return Backend(
+        name=rtx_plugin.BACKEND,
+        version=rtx_plugin.installed_version(),
+        usable=remedy is None,
+        remedy=remedy,
+    )
 
 
 def _onnxruntime_backend(

@@ -24,15 +24,24 @@ class BoundSession:
         onnxruntime: the module.
         session: the InferenceSession.
         spec: the stage's inputs and outputs.
-        device: 'cuda', or 'cpu'.
+        device: 'cuda', 'gpu' or 'cpu'.
+        vendor: the PCI number of the device's vendor, which 'gpu' needs; -1 for the others.
 
     """
 
-    def __init__(self, onnxruntime: ModuleType, session: Any, spec: StageSpec, device: str) -> None:
+    def __init__(
+        self,
+        onnxruntime: ModuleType,
+        session: Any,
+        spec: StageSpec,
+        device: str,
+        vendor: int = -1,
+    ) -> None:
         self._onnxruntime = onnxruntime
         self._session = session
         self._spec = spec
         self._device = device
+        self._vendor = vendor
         self._shapes: dict[str, tuple[int, ...]] = {}  # those that memory is bound for
         self._one_call = threading.Lock()
 
@@ -74,8 +83,10 @@ class BoundSession:
 
         for tensor in self._spec.outputs:
             if self._spec.axes:
-                # Only ONNX Runtime knows the shape of such an output, so it allocates the memory.
-                self._binding.bind_output(tensor.name, self._device)
+                # Only ONNX Runtime knows the shape of such an output, so it allocates the memory:
+                # on the host where the device has a vendor, since this call has no place for it.
+                where = self._device if self._vendor < 0 else "cpu"
+                self._binding.bind_output(tensor.name, where)
             else:
                 memory = self._memory(tensor.at({}), np.dtype(tensor.dtype))
                 self._binding.bind_ortvalue_output(tensor.name, memory)
@@ -83,5 +94,5 @@ class BoundSession:
     def _memory(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         """An OrtValue on the device."""
         return self._onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-            list(shape), dtype, self._device, 0
+            list(shape), dtype, self._device, 0, self._vendor
         )

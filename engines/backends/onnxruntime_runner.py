@@ -1,4 +1,4 @@
-"""ONNX Runtime as a runner: on the CPU everywhere, on a GPU where onnxruntime-gpu is installed."""
+"""ONNX Runtime as a runner: on the CPU everywhere, on a GPU by onnxruntime-gpu or by a plugin."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import StageSpec, TensorSpec
 from hipa_deploy.bundle.onnx_weights import with_values
 from hipa_deploy.disk.reading import REEXPORT, inside_folder
+from hipa_deploy.engines.backends import rtx_plugin
 from hipa_deploy.engines.backends.available import (
     INSTALL_ONNXRUNTIME,
     INSTALL_ONNXRUNTIME_GPU,
@@ -34,7 +35,11 @@ from hipa_deploy.generate.runner import ClosesAtExit, check_inputs, check_output
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 # The provider option that captures a session as a CUDA graph, and how a refusal of it reads.
-_GRAPH = {"onnxruntime-cuda": "enable_cuda_graph", "onnxruntime-tensorrt": "trt_cuda_graph_enable"}
+_GRAPH = {
+    "onnxruntime-cuda": "enable_cuda_graph",
+    "onnxruntime-tensorrt": "trt_cuda_graph_enable",
+    rtx_plugin.BACKEND: "enable_cuda_graph",
+}
 _NO_GRAPH = r"cannot use the (cuda graph|graph capture) feature"
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -53,10 +58,11 @@ class OnnxRuntimeRunner(ClosesAtExit):
     Args:
         path: the stage's ONNX file.
         spec: its inputs and outputs, as the manifest has them.
-        backend: 'onnxruntime' (CPU), 'onnxruntime-cuda' or 'onnxruntime-tensorrt'.
+        backend: 'onnxruntime' (CPU), 'onnxruntime-cuda', 'onnxruntime-tensorrt' or
+            'onnxruntime-rtx'.
         optimise: False runs the graph as it stands in the file.
-        cache: a folder where the TensorRT provider keeps the engines that it builds on a first run;
-            None: it keeps none.
+        cache: a folder where the TensorRT provider keeps the engines that it builds on a first run,
+            and the RTX provider the kernels that it compiles; None: they keep none.
         weights: values by ONNX name that replace the graph's own.
         compiled: where the optimised graph is kept, on the CPU and with the graph's own weights;
             None: the graph is optimised anew.
@@ -91,18 +97,22 @@ class OnnxRuntimeRunner(ClosesAtExit):
         self.graph_problem: str | None = None
         onnxruntime = _load_onnxruntime()
         _require_provider(onnxruntime, backend)
-        options = _session_options(onnxruntime, backend, optimise)
         settings = provider_options(backend, spec, cache and _writable(cache))
+
+        def start() -> Any:
+            # Options are of one session: a plugin's device is added to them, and cannot be removed.
+            options = _session_options(onnxruntime, backend, optimise)
+            model = _with_weights(onnxruntime, path, options, weights) if weights else str(path)
+            return _open_session(onnxruntime, path, backend, options, settings, model)
+
         session: Any = None
         if compiled is not None and backend == "onnxruntime" and optimise and not weights:
             session = optimised_session(
                 onnxruntime, path, partial(_session_options, onnxruntime, backend), compiled
             )
-        model = _with_weights(onnxruntime, path, options, weights) if weights else str(path)
-
         try:
             if session is None:
-                session = _open_session(onnxruntime, path, backend, options, settings, model)
+                session = start()
         except _NoGraphError as error:
             self.graph_problem = str(error)
             warnings.warn(
@@ -112,15 +122,19 @@ class OnnxRuntimeRunner(ClosesAtExit):
                 stacklevel=2,
             )
             settings = {name: settings[name] for name in settings if name != _GRAPH[backend]}
-            session = _open_session(onnxruntime, path, backend, options, settings, model)
+            session = start()
 
         if compiled is not None:
             compiled.warn_if_not_kept()
+        if backend == rtx_plugin.BACKEND:
+            rtx_plugin.check_assignment(session, spec.name)
         _check_names(path, "inputs", session.get_inputs(), spec.inputs)
         _check_names(path, "outputs", session.get_outputs(), spec.outputs)
         self._run: Run | None
         if backend == "onnxruntime":
             self._run = partial(_run_on_host, session, [tensor.name for tensor in spec.outputs])
+        elif backend == rtx_plugin.BACKEND:
+            self._run = BoundSession(onnxruntime, session, spec, "gpu", rtx_plugin.NVIDIA)
         else:
             self._run = BoundSession(onnxruntime, session, spec, "cuda")
 
@@ -156,7 +170,8 @@ def provider_options(backend: str, spec: StageSpec, cache: Path | None) -> dict[
     """The options of a backend's execution provider.
 
     There is no trt_fp16_enable: without it the TensorRT provider (10.x and newer) builds strongly
-    typed networks, so the graph says the precision. There is no TF32 either: float32 is float32.
+    typed networks, so the graph says the precision. There is no TF32 either: float32 is float32
+    (the RTX provider has no option for it).
     """
     if backend == "onnxruntime":
         return {}
@@ -165,18 +180,22 @@ def provider_options(backend: str, spec: StageSpec, cache: Path | None) -> dict[
     if backend == "onnxruntime-cuda":
         return {"use_tf32": "0", **graph}
 
+    rtx = backend == rtx_plugin.BACKEND
     options = {}
-    if cache:
+    if cache and rtx:
+        options["nv_runtime_cache_path"] = str(cache)
+    elif cache:
         options["trt_engine_cache_enable"] = "1"
         options["trt_engine_cache_path"] = str(cache)
     if spec.axes:
+        prefix = "nv" if rtx else "trt"
         for bound in ("min", "opt", "max"):
-            options[f"trt_profile_{bound}_shapes"] = _profile_shapes(spec, spec.sizes(bound))
+            options[f"{prefix}_profile_{bound}_shapes"] = _profile_shapes(spec, spec.sizes(bound))
     return {**options, **graph}
 
 
 def _profile_shapes(spec: StageSpec, sizes: Mapping[str, int]) -> str:
-    """Shapes as the TensorRT provider reads them: 'noise:1x4x64x64,context:1x77x768'."""
+    """Shapes as the TensorRT providers read them: 'noise:1x4x64x64,context:1x77x768'."""
     shapes = []
     for tensor in spec.inputs:
         dimensions = "x".join(map(str, tensor.at(sizes)))
@@ -184,20 +203,24 @@ def _profile_shapes(spec: StageSpec, sizes: Mapping[str, int]) -> str:
     return ",".join(shapes)
 
 
-def engine_cache(bundle: Bundle, stage: str) -> Path:
-    """The folder where the TensorRT provider keeps this stage's engines.
+def engine_cache(bundle: Bundle, stage: str, backend: str) -> Path | None:
+    """The folder where a TensorRT provider keeps what it made of this stage; None for the others.
 
-    The provider checks neither the weights nor the device before it takes an engine from its cache.
-    So the folder's name has a hash of both, and of ONNX Runtime's version.
+    The TensorRT provider checks neither the weights nor the device before it takes an engine from
+    its cache. So the folder's name has a hash of both, and of the versions.
     """
+    if backend not in ("onnxruntime-tensorrt", rtx_plugin.BACKEND):
+        return None
     gpu = find_gpu()
     files = bundle.manifest.files
     folder = PurePosixPath(bundle.stages[stage].path).parent
     hashes = [files[name] for name in sorted(files) if PurePosixPath(name).parent == folder]
     device = gpu.model_dump(mode="json") if gpu else None
-    identity = json.dumps([_load_onnxruntime().__version__, device, hashes])
-    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return inside_folder(bundle.root, f"engines/onnxruntime-tensorrt/{stage}-{key}")
+    facts = [_load_onnxruntime().__version__, device, hashes]
+    if backend == rtx_plugin.BACKEND:
+        facts.append(rtx_plugin.installed_version())
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    return inside_folder(bundle.root, f"engines/{backend}/{stage}-{key}")
 
 
 def _writable(cache: Path) -> Path | None:
@@ -236,6 +259,9 @@ def _require_provider(onnxruntime: ModuleType, backend: str) -> None:
         raise HipaError(
             f"backend {backend!r} is not ONNX Runtime's. Expected one of: {', '.join(PROVIDERS)}."
         )
+    # A plugin is no part of the package: ``plugin_device`` says what is wrong with it.
+    if backend == rtx_plugin.BACKEND:
+        return
     if PROVIDERS[backend] not in onnxruntime.get_available_providers():
         remedy = INSTALL_ONNXRUNTIME if backend == "onnxruntime" else INSTALL_ONNXRUNTIME_GPU
         raise HipaError(f"backend {backend} is not in the installed onnxruntime. Run: {remedy}")
@@ -280,9 +306,13 @@ def _open_session(
 
     """
     provider = PROVIDERS[backend]
+    providers: list[tuple[str, dict[str, str]]] | None = [(provider, settings)]
+    if backend == rtx_plugin.BACKEND:
+        options.add_provider_for_devices([rtx_plugin.plugin_device(onnxruntime)], settings)
+        providers = None
     try:
         session = onnxruntime.InferenceSession(
-            model, options, providers=[(provider, settings)], enable_fallback=0
+            model, options, providers=providers, enable_fallback=0
         )
     except Exception as error:  # ONNX Runtime's errors share no base class of their own
         words = first_line(error)
@@ -293,9 +323,11 @@ def _open_session(
     # A provider whose libraries do not load is left out with no more than a log line.
     if session.get_providers()[0] != provider:
         others = ", ".join(session.get_providers())
+        libraries = "the CUDA and cuDNN libraries"
+        if backend == rtx_plugin.BACKEND:
+            libraries = "the driver: nvidia-smi"
         raise HipaError(
-            f"backend {backend}: {provider} did not start, only {others}. "
-            "Check the CUDA and cuDNN libraries."
+            f"backend {backend}: {provider} did not start, only {others}. Check {libraries}."
         )
     return session
 
@@ -317,6 +349,8 @@ def _session_options(onnxruntime: ModuleType, backend: str, optimise: bool) -> A
     else:
         # A node that the GPU provider cannot run is an error, not a slow surprise.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if backend == rtx_plugin.BACKEND:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return options
 
 

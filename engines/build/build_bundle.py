@@ -28,6 +28,7 @@ from hipa_deploy.engines.build.build_stage import BuiltEngine, StageBuild, up_to
 from hipa_deploy.engines.build.memory_plan import MemoryPlan, plan_memory
 from hipa_deploy.engines.build.worker import Event
 from hipa_deploy.engines.build.worker_process import Report
+from hipa_deploy.engines.faults.known_faults import find_fault
 from hipa_deploy.engines.store.engine_key import EngineKey, key_for
 from hipa_deploy.engines.store.sidecar import LOCK, engine_folder
 from hipa_deploy.engines.targets.build_options import BuildOptions
@@ -61,6 +62,7 @@ def build_bundle(
     best_of: int = 1,
     force: bool = False,
     repair: bool = True,
+    without_remedies: tuple[str, ...] = (),
     console: Console | None = None,
 ) -> list[BuiltEngine]:
     """Build an engine for every stage into ``bundle.root/engines/<backend>-<target>``.
@@ -78,8 +80,11 @@ def build_bundle(
         best_of: 1 to ``MAX_CANDIDATES``. Each stage is built so many times, and the engine that
             this GPU runs fastest is kept.
         force: build even if the memory plan says that it cannot fit.
-        repair: mend an engine that fails its gate, which builds it several times more; False
-            rejects it at once.
+        repair: apply the remedies of known faults from the start, and mend an engine that fails
+            its gate, which builds it several times more; False does neither, and rejects an engine
+            that fails.
+        without_remedies: ids of known faults (``engines/faults/known_faults.toml``) whose remedy is
+            left out, unless the engine fails its gate without it.
         console: where the progress bars are drawn; standard error by default.
 
     Returns:
@@ -100,7 +105,7 @@ def build_bundle(
 
     """
     # Cheap checks come first: a wrong option must not cost the time to hash a large bundle.
-    check_request(backend, target, options, best_of)
+    check_request(backend, target, options, best_of, without_remedies)
     library, trt = check_tools(backend)
     _check_options(library, trt.__version__, options, best_of)
     bundle.verify()
@@ -126,7 +131,17 @@ def build_bundle(
     built = []
     with locked(folder), _progress_bar(console) as bar:
         for stage, key in keys.items():
-            built.append(_build_stage(bundle, stage, key, folder, options, best_of, repair, bar))
+            build = StageBuild(
+                bundle=bundle,
+                stage=stage,
+                key=key,
+                folder=folder,
+                options=options,
+                best_of=best_of,
+                repair=repair,
+                without_remedies=without_remedies,
+            )
+            built.append(_run(build, bar))
     return built
 
 
@@ -148,7 +163,13 @@ def dry_run(
     return plan_memory(bundle, bundle.stages, library, target, options, device)
 
 
-def check_request(backend: str, target: str, options: BuildOptions, best_of: int = 1) -> None:
+def check_request(
+    backend: str,
+    target: str,
+    options: BuildOptions,
+    best_of: int = 1,
+    without_remedies: tuple[str, ...] = (),
+) -> None:
     """Check a request without TensorRT, before anything is read or imported.
 
     Args:
@@ -156,15 +177,18 @@ def check_request(backend: str, target: str, options: BuildOptions, best_of: int
         target: see ``backend``.
         options: see ``backend``.
         best_of: see ``backend``.
+        without_remedies: see ``backend``.
 
     Raises:
-        HipaError: an unknown backend or target, a number out of range, or a timing cache that can
-            be no file.
+        HipaError: an unknown backend, target or fault, a number out of range, or a timing cache
+            that can be no file.
 
     """
     library = as_tensorrt_library(backend)
     if target != "auto":
         load_target_profile(target)
+    for name in without_remedies:
+        find_fault(name)
     if not 1 <= best_of <= MAX_CANDIDATES:
         raise HipaError(f"--best-of is {best_of}. Expected 1 to {MAX_CANDIDATES}.")
     cache_file = options.timing_cache
@@ -230,28 +254,12 @@ def check_tools(backend: str) -> tuple[TensorRTLibrary, ModuleType]:
     return library, trt
 
 
-def _build_stage(
-    bundle: Bundle,
-    stage: str,
-    key: EngineKey,
-    folder: Path,
-    options: BuildOptions,
-    best_of: int,
-    repair: bool,
-    bar: Progress,
-) -> BuiltEngine:
-    task = bar.add_task(stage, total=1.0, phase="")
-    built = StageBuild(
-        bundle=bundle,
-        stage=stage,
-        key=key,
-        folder=folder,
-        options=options,
-        best_of=best_of,
-        repair=repair,
-        reporter=lambda number: _reporter(bar, task, number, best_of),
-        say=lambda words: bar.update(task, phase=words),
-    ).run()
+def _run(build: StageBuild, bar: Progress) -> BuiltEngine:
+    """Run a build with a bar of its own."""
+    task = bar.add_task(build.stage, total=1.0, phase="")
+    build.reporter = lambda number: _reporter(bar, task, number, build.best_of)
+    build.say = lambda words: bar.update(task, phase=words)
+    built = build.run()
     bar.update(task, completed=1.0)
     if built.up_to_date:
         bar.update(task, phase="up to date")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from hipa_deploy.engines.build.fusion_count import count_attentions
 from hipa_deploy.engines.build.ladder import (
     StageGraph,
     advice,
+    applied_remedies,
     build_facts,
     from_the_start,
     ladder,
@@ -30,6 +32,7 @@ from hipa_deploy.engines.build.suspects import bisect_engine, stage_job
 from hipa_deploy.engines.build.worker import Job, Outcome
 from hipa_deploy.engines.build.worker_process import Report, run_worker
 from hipa_deploy.engines.faults.bisect import Bisection
+from hipa_deploy.engines.faults.known_faults import Build
 from hipa_deploy.engines.faults.repairs import Repairs
 from hipa_deploy.engines.store.engine_key import EngineKey
 from hipa_deploy.engines.store.sidecar import (
@@ -70,11 +73,17 @@ def sidecar_path(folder: Path, stage: str, key: EngineKey) -> Path:
     return folder / f"{stage}-{key.short}.json"
 
 
-def up_to_date(folder: Path, stage: str, key: EngineKey, best_of: int = 1) -> Path | None:
+def up_to_date(
+    folder: Path,
+    stage: str,
+    key: EngineKey,
+    best_of: int = 1,
+    accept: Callable[[Sidecar], bool] = lambda sidecar: True,
+) -> Path | None:
     """The sidecar of a whole engine that need not be built again; None if there is none.
 
     Its key is ``key``, whatever repairs it got on this way. It was the fastest of at least
-    ``best_of`` candidates.
+    ``best_of`` candidates, and ``accept`` says yes to its sidecar.
     """
     # The engine without repairs first: it is the faster one.
     plain = sidecar_path(folder, stage, key)
@@ -88,7 +97,7 @@ def up_to_date(folder: Path, stage: str, key: EngineKey, best_of: int = 1) -> Pa
         # A single candidate is not timed, so an empty list stands for one candidate.
         candidates = max(len(sidecar.candidates_ms), 1)
         same = sidecar.key.repaired(Repairs()) == key.repaired(Repairs())
-        if same and candidates >= best_of:
+        if same and candidates >= best_of and accept(sidecar):
             return path
     return None
 
@@ -115,7 +124,9 @@ class StageBuild:
         folder: where the engine goes. Its lock is held.
         options: the options of the builder.
         best_of: how many candidates are built.
-        repair: whether an engine that fails its gate is mended; else it is rejected at once.
+        repair: whether remedies of known faults are applied, and an engine that fails its gate is
+            mended; else it is as TensorRT makes it, and rejected at once.
+        without_remedies: ids of known faults whose remedy is left out, unless the engine fails.
         reporter: makes what a worker's events are given to, for the number of a candidate.
         say: shows in a few words what is done now.
 
@@ -128,8 +139,9 @@ class StageBuild:
     options: BuildOptions
     best_of: int
     repair: bool
-    reporter: Callable[[int], Report]
+    reporter: Callable[[int], Report] = lambda number: lambda event: None
     say: Callable[[str], None] = lambda words: None
+    without_remedies: tuple[str, ...] = ()
     _attempts: list[Attempt] = field(default_factory=list)
     _bisection: Bisection | None = None
     _number: int = 0
@@ -144,15 +156,17 @@ class StageBuild:
         """
         graph = StageGraph.read(self.bundle, self.stage)
         facts = build_facts(self.bundle, self.stage, self.key, graph.graph)
-        start = from_the_start(facts)
+        documented = from_the_start(facts)
+        start = from_the_start(facts, self.without_remedies) if self.repair else Repairs()
         kept = self._existing(start)
         if kept is not None:
             return kept
 
         with ExitStack() as stack:
             try:
-                first = self._build(graph, start, stack)
+                first = self._first(graph, facts, start, stack)
                 if first.check.outcome != "failed":
+                    self._warn_of_what_was_left_out(first, documented)
                     return self._keep(first, graph)
                 self._note(first)
                 if self.repair:
@@ -166,22 +180,33 @@ class StageBuild:
                         mended = self._try(graph, repairs, stack)
                         if mended is not None:
                             return self._keep(mended, graph)
-                tips = tuple(f"{fault.symptom} {fault.remedy}" for fault in advice(facts))
-                raise self._reject(first, graph, tips)
+                raise self._reject(first, graph, advice(facts))
             except HipaError as error:
                 raise HipaError(f"{self.stage}: {error}") from None
 
+    def _first(self, graph: StageGraph, facts: Build, start: Repairs, stack: ExitStack) -> _Built:
+        """The first build. If it fails, the error says what may be the cause."""
+        try:
+            return self._build(graph, start, stack)
+        except HipaError as error:
+            words = f"{error}{_known(advice(facts, str(error)))}"
+            # With the remedies of known faults, they may be the cause.
+            if start.any:
+                options = " ".join(f"--without-remedy {name}" for name in start.known_faults)
+                words += (
+                    f" It was built with the remedies of known faults of this TensorRT ({start}). "
+                    f"To leave them out: {options}"
+                )
+            raise HipaError(words) from None
+
     def _existing(self, start: Repairs) -> BuiltEngine | None:
         """The engine that is there already, checked if this machine can; None if it is no use."""
-        path = up_to_date(self.folder, self.stage, self.key, self.best_of)
+        path = up_to_date(
+            self.folder, self.stage, self.key, self.best_of, lambda found: _has(found, start)
+        )
         if path is None:
             return None
         sidecar = read_sidecar(path)
-        had = sidecar.key.repairs or Repairs()
-        # It is older than what is known of this TensorRT.
-        if not set(start.known_faults) <= set(had.known_faults):
-            return None
-
         if sidecar.check is None or sidecar.check.outcome == "not run":
             self.say("checking")
             check = check_engine(self.bundle, self.stage, engine_path(path), sidecar.key)
@@ -195,7 +220,12 @@ class StageBuild:
         return BuiltEngine(self.stage, engine_path(path), sidecar, up_to_date=True)
 
     def _build(self, graph: StageGraph, repairs: Repairs, stack: ExitStack) -> _Built:
-        """Build the candidates, choose the fastest, and run it on the references."""
+        """Build the candidates, choose the fastest, and run it on the references.
+
+        Raises:
+            HipaError: the build fails.
+
+        """
         key = self.key.repaired(repairs)
         outcomes: dict[Path, Outcome] = {}
         for number in range(self.best_of):
@@ -217,6 +247,18 @@ class StageBuild:
         self.say("checking")
         check = check_engine(self.bundle, self.stage, best, key)
         return _Built(best, key, outcomes[best], tuple(latencies_ms.values()), check)
+
+    def _warn_of_what_was_left_out(self, built: _Built, documented: Repairs) -> None:
+        """Say that an engine may be wrong which has not the remedies, and was not checked."""
+        had = (built.key.repairs or Repairs()).known_faults
+        missing = [name for name in documented.known_faults if name not in had]
+        if missing and built.check.outcome == "not run":
+            warnings.warn(
+                f"{self.stage}: built without the remedy of {', '.join(missing)}, and not checked "
+                f"({built.check.detail}). It may be silently wrong.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _time(self, path: Path, key: EngineKey) -> float:
         spec = self.bundle.stages[self.stage].spec
@@ -298,6 +340,7 @@ class StageBuild:
                 self.bundle, self.stage, graph, built.key, built.outcome.fused_attentions
             ),
             attempts=tuple(self._attempts),
+            remedies=applied_remedies(built.key.repairs or Repairs()),
         )
 
     def _reject(self, built: _Built, graph: StageGraph, tips: tuple[str, ...]) -> HipaError:
@@ -310,7 +353,7 @@ class StageBuild:
         _write(rejection_path(path), report)
         tried = len(self._attempts) - 1
         where = f" {self._bisection}" if self._bisection else ""
-        more = f" Known of this TensorRT: {' '.join(tips)}" if tips else ""
+        more = _known(tips)
         return HipaError(
             f"the engine is wrong: {built.check.detail}. {tried} repairs did not mend it.{where}"
             f"{more} It is kept as {rejected_path(path)}, which no command loads. Export the "
@@ -322,6 +365,20 @@ class StageBuild:
         path.unlink()
         engine_path(path).replace(rejected_path(path))
         _write(rejection_path(path), report)
+
+
+def _known(tips: tuple[str, ...]) -> str:
+    return f" Known of this TensorRT: {' '.join(tips)}" if tips else ""
+
+
+def _has(sidecar: Sidecar, start: Repairs) -> bool:
+    """Whether an engine has the remedies of ``start``, and more of them only because it had to."""
+    had = set((sidecar.key.repairs or Repairs()).known_faults)
+    wanted = set(start.known_faults)
+    # Otherwise it is older than what is known of this TensorRT.
+    if not wanted <= had:
+        return False
+    return had == wanted or bool(sidecar.attempts)
 
 
 def _checked(sidecar: Sidecar, check: EngineCheck) -> Sidecar:

@@ -1,7 +1,8 @@
 """Repairs for an engine that fails its gate, in the order in which they are tried.
 
-1. Remedies of known faults that cost time, where this TensorRT and GPU have such a fault. (Those
-   that cost nothing are in every build from the start.)
+0. From the start: the remedies of known faults of this TensorRT and GPU that their public threads
+   document, what they cost notwithstanding.
+1. Remedies of known faults that are this project's own idea, and those that the user left out.
 2. A barrier: the tensor where the stage departs becomes an output, across which TensorRT fuses no
    layers; then the same tensor in every block of this kind, since what TensorRT does wrongly in one
    it does in all.
@@ -14,7 +15,7 @@ Each is tried on its own, on top of what the build had from the start.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hipa_deploy.bundle.folder import Bundle
@@ -22,10 +23,17 @@ from hipa_deploy.engines.faults.attention import find_attentions
 from hipa_deploy.engines.faults.bisect import Bisection
 from hipa_deploy.engines.faults.blocks import Block, find_blocks, weight_names
 from hipa_deploy.engines.faults.island import tensors_of_nodes
-from hipa_deploy.engines.faults.known_faults import Build, KnownFault, faults_of, remedies
+from hipa_deploy.engines.faults.known_faults import (
+    Build,
+    KnownFault,
+    faults_of,
+    find_fault,
+    remedies,
+)
 from hipa_deploy.engines.faults.onnx_graph import Graph, read_graph
 from hipa_deploy.engines.faults.repairs import Repairs
 from hipa_deploy.engines.store.engine_key import EngineKey
+from hipa_deploy.engines.store.sidecar import AppliedRemedy
 
 ATTENTION = "attention"  # an island's name that stands for every attention's products
 _DEFAULT_LEVEL = 3  # TensorRT's own
@@ -128,9 +136,28 @@ def build_facts(bundle: Bundle, stage: str, key: EngineKey, graph: Graph) -> Bui
     )
 
 
-def from_the_start(facts: Build) -> Repairs:
-    """The remedies that every such build has: those of known faults that cost nothing."""
-    return remedies(faults_of(facts, "always"))
+def from_the_start(facts: Build, without: Collection[str] = ()) -> Repairs:
+    """The remedies that every such build has: the documented ones of known faults.
+
+    Args:
+        facts: about the build.
+        without: ids of faults whose remedy is left out.
+
+    """
+    return remedies(fault for fault in faults_of(facts, "always") if fault.id not in without)
+
+
+def applied_remedies(repairs: Repairs) -> tuple[AppliedRemedy, ...]:
+    """What ``repairs`` has of the remedies of known faults, with what each costs."""
+    found = []
+    for name in repairs.known_faults:
+        fault = find_fault(name)
+        found.append(
+            AppliedRemedy(
+                fault=fault.id, remedy=fault.remedy, cost=fault.cost, sources=fault.sources
+            )
+        )
+    return tuple(found)
 
 
 def ladder(
@@ -150,9 +177,10 @@ def ladder(
         locate: finds where the engine goes wrong; called when the first repairs did not help.
 
     """
-    costly = faults_of(facts, "if wrong")
-    if costly:
-        yield remedies(costly, start)
+    known = (*faults_of(facts, "always"), *faults_of(facts, "if wrong"))
+    untried = [fault for fault in known if fault.id not in start.known_faults]
+    if untried:
+        yield remedies(untried, start)
 
     found = locate()
     if found.tensor is not None and found.block is not None:
@@ -195,6 +223,19 @@ def _plus(start: Repairs, barriers: tuple[str, ...] = (), islands: tuple[str, ..
     )
 
 
-def advice(facts: Build) -> tuple[KnownFault, ...]:
-    """Known faults of such a build that no change of the build mends."""
-    return faults_of(facts, "tell")
+def advice(facts: Build, error: str | None = None) -> tuple[str, ...]:
+    """What is known of such a build and cannot be mended in it, in words.
+
+    Args:
+        facts: about the build.
+        error: with which the build failed; None if it did not fail, and the engine is wrong.
+
+    """
+    found = [fault for fault in faults_of(facts, "tell") if _explains(fault, error)]
+    return tuple(f"{fault.symptom} {fault.remedy} ({', '.join(fault.sources)})" for fault in found)
+
+
+def _explains(fault: KnownFault, error: str | None) -> bool:
+    if error is None or fault.error is None:
+        return error is None and fault.error is None
+    return re.search(fault.error, error) is not None

@@ -12,8 +12,10 @@ from typing import Literal
 from pydantic import Field
 
 from hipa_deploy.bundle.manifest import Precision
+from hipa_deploy.disk.reading import shown
 from hipa_deploy.engines.faults.repairs import Repairs
 from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
+from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
 # Python 3.10 has no tomllib.
@@ -57,10 +59,13 @@ class KnownFault(Record):
     before: str | None = None
     sm: tuple[int, ...] = ()
     batch: int | None = None
+    least_batch: int = 1
     precision: tuple[Precision, ...] = ()
     operators: tuple[str, ...] = ()
+    error: str | None = None
     symptom: str
     remedy: str
+    cost: str = ""
     apply: Apply
     myelin: tuple[str, ...] = ()
     islands: tuple[str, ...] = ()
@@ -78,6 +83,7 @@ class KnownFault(Record):
             and not ended
             and (not self.sm or not set(self.sm).isdisjoint(build.sms))
             and self.batch in (None, build.batch)
+            and build.batch >= self.least_batch
             and (not self.precision or build.precision in self.precision)
             and (not self.operators or not build.operators.isdisjoint(self.operators))
         )
@@ -93,6 +99,23 @@ def known_faults() -> tuple[KnownFault, ...]:
     """Every fault of the data file, in its order."""
     content = tomllib.loads(_FILE.read_text(encoding="utf-8"))
     return tuple(KnownFault.model_validate(entry) for entry in content["fault"])
+
+
+def find_fault(name: str) -> KnownFault:
+    """The fault with this id.
+
+    Raises:
+        HipaError: there is none.
+
+    """
+    for fault in known_faults():
+        if fault.id == name:
+            return fault
+    mendable = [fault.id for fault in known_faults() if fault.cost]
+    raise HipaError(
+        f"no known fault of TensorRT is called {shown(name)}. Expected one with a remedy: "
+        f"{', '.join(mendable)}."
+    )
 
 
 def faults_of(build: Build, apply: Apply) -> tuple[KnownFault, ...]:

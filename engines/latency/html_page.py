@@ -177,12 +177,18 @@ def _roofline(roofline: Roofline) -> Iterator[str]:
     for name, stage in roofline.stages.items():
         milliseconds = (stage.compute_ms, stage.memory_ms, stage.bound_ms)
         cells = [f"{value:.3f}" for value in milliseconds]
-        rows.append((name, *cells, stage.bound_by, percent_cell(stage.measured_percent)))
+        reachable = "-" if stage.reachable_ms is None else f"{stage.reachable_ms:.3f}"
+        measured = percent_cell(stage.measured_percent)
+        rows.append((name, *cells, stage.bound_by, reachable, measured))
 
     # Stages run one after another, so their bounds add up; their arithmetic and traffic do not.
     whole = f"{roofline.end_to_end_ms:.3f}"
-    rows.append((END_TO_END, "", "", whole, "", percent_cell(roofline.measured_percent)))
-    headings = ("stage", "compute ms", "memory ms", "bound ms", "bound by", MEASURED)
+    reachable = "-" if roofline.reachable_ms is None else f"{roofline.reachable_ms:.3f}"
+    measured = percent_cell(roofline.measured_percent)
+    rows.append((END_TO_END, "", "", whole, "", reachable, measured))
+    headings = (
+        "stage", "compute ms", "memory ms", "bound ms", "bound by", "reachable ms", MEASURED
+    )  # fmt: skip
     yield from _table(headings, rows, last=True)
 
 

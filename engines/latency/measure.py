@@ -45,7 +45,10 @@ DRIFT = 0.1
 # With fewer samples in a quarter, two medians differ by chance.
 _LEAST_QUARTER = 5
 
-_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-python")
+_PACKAGES = (
+    "numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu12", "tensorrt", "tensorrt-rtx", "cuda-python",
+)  # fmt: skip
 
 
 class _Run(NamedTuple):

@@ -2,16 +2,27 @@
 
 It is a prediction: nothing here is measured. Williams et al. (2009),
 https://doi.org/10.1145/1498765.1498785. ``with_roofline`` sets it beside a measured report.
+
+The plain bound takes the GPU for full all the time. It is not: a product is computed in tiles, one
+multiprocessor a tile, and the last wave of tiles leaves multiprocessors idle. At 512 pixels and
+batch 1 a large GPU has more multiprocessors than some layers have tiles. So a second figure says
+what can be reached at best: every layer by itself, with the tiles that suit it. Tile and wave
+quantisation are NVIDIA's, Matrix Multiplication Background, sections 3.1 and 3.2:
+https://docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication/index.html
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import ceil
 from typing import Literal
 
 from rich.table import Table
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import Cost, Precision, Stage
+from hipa_deploy.engines.faults.onnx_graph import read_graph
+from hipa_deploy.engines.faults.products import Product, find_products
 from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from hipa_deploy.engines.targets.target import TargetProfile, load_target_profile, target_names
 from hipa_deploy.errors import HipaError
@@ -20,6 +31,14 @@ from hipa_deploy.record import Record
 NumberFormat = Literal["fp16", "tf32", "fp32"]
 
 MEASURED = "measured p50, % of bound"  # the heading of a column
+
+# The tiles of the output among which the model chooses, rows by columns: those that NVIDIA's guide
+# lists for cuBLAS (section 2.3), the largest first.
+TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (64, 128), (64, 64))
+# The sum over k may be split, which makes more tiles of the same work, as long as each part is this
+# long. Adding up the parts is not counted.
+SPLITS = (1, 2, 4, 8, 16)
+LEAST_PART_OF_K = 512
 
 
 class Peak(Record):
@@ -49,6 +68,11 @@ class StageBound(Record):
         memory_ms: the bytes at the peak bandwidth.
         bound_ms: the larger of the two; no call can take less.
         bound_by: which of the two is larger.
+        reachable_ms: the least time with small grids counted: layers run one after another, each
+            needs at least the waves of its tiles, and its weights at least the time that they take
+            across the bus. None where the shapes of the layers, or the number of multiprocessors,
+            are not known.
+        busy_percent: how full the multiprocessors are in it while they multiply, on average.
         measured_percent: the measured p50 over the bound: 100 is the bound itself, 400 is four
             times as long. None without a measurement on that device.
 
@@ -60,17 +84,34 @@ class StageBound(Record):
     memory_ms: float
     bound_ms: float
     bound_by: Literal["compute", "memory"]
+    reachable_ms: float | None = None
+    busy_percent: float | None = None
     measured_percent: float | None = None
 
 
 class Roofline(Record):
-    """The bounds of a bundle's stages, and their sum: stages run one after another."""
+    """The bounds of a bundle's stages, and their sum: stages run one after another.
+
+    Attributes:
+        kind: that it is a prediction.
+        target: the target's name.
+        title: the device's name.
+        stages: the bounds by stage.
+        end_to_end_ms: their sum.
+        reachable_ms: the sum of the stages' ``reachable_ms``; None if one is not known.
+        reachable_percent: the bound in percent of it: no run of this bundle on this device can
+            reach more of the plain roofline. None if it is not known.
+        measured_percent: as for a stage.
+
+    """
 
     kind: Literal["prediction: lower bound, not measured"] = "prediction: lower bound, not measured"
     target: str
     title: str
     stages: dict[str, StageBound]
     end_to_end_ms: float
+    reachable_ms: float | None = None
+    reachable_percent: float | None = None
     measured_percent: float | None = None
 
 
@@ -80,11 +121,12 @@ def predict_roofline(bundle: Bundle, target: str) -> Roofline:
     A stage reads its weights and inputs and writes its outputs once, across the memory bus, and
     does the operations of its graph. Activations between layers, other operators and launches are
     not counted, so the bound is loose. It does not hold for weights that stay in the L2 cache from
-    call to call, nor above rated clocks.
+    call to call, nor above rated clocks. ``reachable_ms`` counts small grids too, and is as
+    optimistic in all else: every tile runs at the multiprocessor's full rate.
 
     Raises:
-        HipaError: an unknown target, a target whose peak rates are not known, or a bundle that
-            was exported without costs.
+        HipaError: an unknown target, a target whose peak rates are not known, a bundle that was
+            exported without costs, or a damaged graph.
 
     Example:
         >>> predict_roofline(bundle, "orin-nano").stages["unet"].bound_by
@@ -96,7 +138,16 @@ def predict_roofline(bundle: Bundle, target: str) -> Roofline:
     for stage in bundle.manifest.stages:
         stages[stage.spec.name] = _bound(bundle, stage, target, profile)
     total_ms = sum(stage.bound_ms for stage in stages.values())
-    return Roofline(target=target, title=profile.title, stages=stages, end_to_end_ms=total_ms)
+    reachable = [stage.reachable_ms for stage in stages.values() if stage.reachable_ms is not None]
+    reachable_ms = sum(reachable) if len(reachable) == len(stages) else None
+    return Roofline(
+        target=target,
+        title=profile.title,
+        stages=stages,
+        end_to_end_ms=total_ms,
+        reachable_ms=reachable_ms,
+        reachable_percent=100 * total_ms / reachable_ms if reachable_ms else None,
+    )
 
 
 def _load_profile(target: str) -> TargetProfile:
@@ -124,7 +175,7 @@ def _bound(bundle: Bundle, stage: Stage, target: str, profile: TargetProfile) ->
 
     compute_ms = cost.flops / (peak.tflops * 1e12) * 1e3
     memory_ms = (cost.weight_bytes + cost.io_bytes) / (peak.bandwidth_gb_s * 1e9) * 1e3
-    return StageBound(
+    bound = StageBound(
         cost=cost,
         peak=peak,
         compute_ms=compute_ms,
@@ -132,6 +183,78 @@ def _bound(bundle: Bundle, stage: Stage, target: str, profile: TargetProfile) ->
         bound_ms=max(compute_ms, memory_ms),
         bound_by="compute" if compute_ms > memory_ms else "memory",
     )
+    if profile.sm_count is None:
+        return bound
+    products = find_products(read_graph(bundle.stage_path(stage.spec.name)))
+    # Named sizes, or a graph that is not the one whose cost the export wrote.
+    if not products or sum(product.flops for product in products) != cost.flops:
+        return bound
+    layers_ms, busy_percent = layer_by_layer(products, peak, profile.sm_count)
+    reachable_ms = max(layers_ms, bound.bound_ms)
+    update = {"reachable_ms": reachable_ms, "busy_percent": busy_percent}
+    return bound.model_copy(update=update)
+
+
+def layer_by_layer(products: Sequence[Product], peak: Peak, sm_count: int) -> tuple[float, float]:
+    """The least time of products that run one after another.
+
+    Returns:
+        The time in milliseconds, and how full the multiprocessors are while they multiply, in per
+        cent of the arithmetic's time.
+
+    """
+    total_ms = 0.0
+    ideal_ms = 0.0
+    multiplying_ms = 0.0
+    for product in products:
+        full_ms = product.flops / (peak.tflops * 1e12) * 1e3
+        compute_ms = full_ms / utilisation(product, sm_count)
+        weights_ms = product.weight_bytes / (peak.bandwidth_gb_s * 1e9) * 1e3
+        ideal_ms += full_ms
+        multiplying_ms += compute_ms
+        total_ms += max(compute_ms, weights_ms)
+    return total_ms, 100 * ideal_ms / multiplying_ms
+
+
+def utilisation(product: Product, sm_count: int) -> float:
+    """The largest share of a GPU's arithmetic that a product can use, from 0 to 1.
+
+    It is the best of ``TILES`` and ``SPLITS``.
+
+    Example:
+        >>> round(utilisation(Product(copies=1, m=64, n=1280, k=1280), 132), 2)
+        0.3
+
+    """
+    best = 0.0
+    for tile in TILES:
+        for parts in SPLITS:
+            if parts == 1 or product.k >= parts * LEAST_PART_OF_K:
+                best = max(best, filled(product, tile, parts, sm_count))
+    return best
+
+
+def filled(product: Product, tile: tuple[int, int], parts: int, sm_count: int) -> float:
+    """How full a product's waves are, with one size of tile, each multiprocessor at one tile.
+
+    Args:
+        product: the product.
+        tile: rows and columns of the output that one tile has.
+        parts: into how many parts the sum over k is split.
+        sm_count: multiprocessors of the GPU.
+
+    Example:
+        >>> filled(Product(copies=1, m=1792, n=1792, k=512), (256, 128), 1, 108)  # 98 tiles of 108
+        0.9074074074074074
+
+    """
+    rows, columns = tile
+    tiles = product.copies * ceil(product.m / rows) * ceil(product.n / columns)
+    # Tile quantisation: what hangs over the edge is computed for nothing.
+    useful = product.copies * product.m * product.n / (tiles * rows * columns)
+    # Wave quantisation: the last wave is as long as a full one.
+    waves = ceil(tiles * parts / sm_count)
+    return useful * tiles * parts / (waves * sm_count)
 
 
 def peak_of(profile: TargetProfile, precision: Precision) -> Peak | None:
@@ -181,6 +304,11 @@ def render_roofline(roofline: Roofline) -> Table:
     table.add_column("stage")
     headings = ["GFLOP", "MB", "compute ms", "memory ms", "bound ms", "bound by"]
 
+    # Shapes of layers that are not known leave no second figure.
+    small_grids = any(bound.reachable_ms is not None for bound in roofline.stages.values())
+    if small_grids:
+        headings += ["reachable ms", "busy %"]
+
     # The last column appears only beside a measurement on that very device.
     compared = any(bound.measured_percent is not None for bound in roofline.stages.values())
     if compared:
@@ -190,11 +318,15 @@ def render_roofline(roofline: Roofline) -> Table:
 
     for name, bound in roofline.stages.items():
         cells = _cells(bound)
+        if small_grids:
+            cells += [_milliseconds(bound.reachable_ms), percent_cell(bound.busy_percent)]
         if compared:
             cells.append(percent_cell(bound.measured_percent))
         table.add_row(name, *cells)
 
     total = ["", "", "", "", f"{roofline.end_to_end_ms:.3f}", ""]
+    if small_grids:
+        total += [_milliseconds(roofline.reachable_ms), ""]
     if compared:
         total.append(percent_cell(roofline.measured_percent))
     table.add_row(END_TO_END, *total, style="bold")
@@ -213,6 +345,10 @@ def _cells(bound: StageBound) -> list[str]:
     ]
 
 
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def percent_cell(percent: float | None) -> str:
     """A whole percentage for a table; '-' for None."""
     return "-" if percent is None else f"{percent:.0f}"
@@ -227,7 +363,17 @@ def _caption(roofline: Roofline) -> str:
         f"From the vendor's peak: {', '.join(rates)}, dense; {bandwidth:g} GB/s. "
         "Weights, inputs and outputs cross the memory bus once; activations between layers, other "
         "operators and launches are not counted. Weights that stay in the L2 cache between runs "
-        "can beat it."
+        f"can beat it.{_reachable(roofline)}"
+    )
+
+
+def _reachable(roofline: Roofline) -> str:
+    """What of the bound can be reached at best, in words; empty where it is not known."""
+    if roofline.reachable_percent is None:
+        return ""
+    return (
+        f" Reachable: layers one after another, in whole waves of tiles; at best "
+        f"{roofline.reachable_percent:.0f} % of this roofline. A prediction too."
     )
 
 

@@ -246,6 +246,10 @@ def _version(conditions: Conditions) -> str:
         "tensorrt": ["tensorrt"],
         "rtx": ["tensorrt-rtx"],
         "onnxruntime": ["onnxruntime"],
+        "onnxruntime-rtx": [
+            "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+            "onnxruntime-ep-nv-tensorrt-rtx-cu12",
+        ],
     }
     # The other backends are ONNX Runtime on a GPU, which has a package of its own.
     for name in packages.get(conditions.backend, ["onnxruntime-gpu", "onnxruntime"]):

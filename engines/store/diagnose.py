@@ -51,6 +51,7 @@ class Diagnosis(Record):
     check: str
     attention: str
     repairs: str
+    remedies: tuple[str, ...]
     attempts: tuple[str, ...]
     fields: tuple[Field, ...]
     rebuild: str
@@ -126,6 +127,7 @@ def _diagnose(sidecar_file: Path, sidecar: Sidecar, known: tuple[str, ...]) -> D
         check=str(sidecar.check) if sidecar.check else "not run: built by an older version",
         attention=str(sidecar.attention or "none in this stage, or not counted"),
         repairs=str(key.repairs or Repairs()),
+        remedies=tuple(str(remedy) for remedy in sidecar.remedies),
         attempts=tuple(_attempt(attempt) for attempt in sidecar.attempts),
         fields=fields,
         rebuild=rebuild_command(_bundle_root(sidecar_file), key.flavour, key.options),

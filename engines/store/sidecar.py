@@ -87,6 +87,26 @@ class AttentionCount(Record):
         return f"{fused} of {self.in_graph} fused; {self.fusable} could be"
 
 
+class AppliedRemedy(Record):
+    """A known fault of TensorRT whose remedy an engine was built with.
+
+    Attributes:
+        fault: its id in ``known_faults.toml``.
+        remedy: what was done.
+        cost: what that costs, in words.
+        sources: the public threads that say so.
+
+    """
+
+    fault: str
+    remedy: str
+    cost: str
+    sources: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.fault}: {self.remedy} Cost: {self.cost} ({', '.join(self.sources)})"
+
+
 class Attempt(Record):
     """A build that was tried for an engine.
 
@@ -110,8 +130,9 @@ class Sidecar(Record):
     """What the JSON file beside an engine holds.
 
     ``candidates_ms`` is the median latency of every build with ``--best-of``, the fastest kept.
-    ``check``, ``attention`` and ``attempts`` are absent in files of older versions. ``attempts``
-    has the builds that failed their gate before this one, and this one; it is empty without any.
+    ``check``, ``attention``, ``attempts`` and ``remedies`` are absent in files of older versions.
+    ``attempts`` has the builds that failed their gate before this one, and this one; it is empty
+    without any. ``remedies`` are those of known faults that are among the key's repairs.
     """
 
     schema_version: Literal[1] = 1
@@ -127,6 +148,7 @@ class Sidecar(Record):
     check: EngineCheck | None = None
     attention: AttentionCount | None = None
     attempts: tuple[Attempt, ...] = ()
+    remedies: tuple[AppliedRemedy, ...] = ()
 
 
 class Rejection(Record):

@@ -40,7 +40,8 @@ class TargetProfile(Record):
     Rates are peaks at the vendor's highest rated clock, dense, with a multiplication and an
     addition counted as two operations: FP16 and TF32 in tensor cores, FP32 in CUDA cores.
     ``fp16_accumulate`` is the type in which ``fp16_tflops`` adds up products; 'either' where both
-    are equally fast. None: not known, or different among the cards of a family.
+    are equally fast. ``sm_count`` is the number of streaming multiprocessors. None: not known, or
+    different among the cards of a family.
 
     ``gpu_name`` is a regular expression that is found in the device's name of its GPU, or on Jetson
     in the name of its module. ``build`` holds build options that suit the target where TensorRT's
@@ -56,6 +57,7 @@ class TargetProfile(Record):
     fp16_accumulate: Literal["fp16", "fp32", "either", "not stated"] | None = None
     tf32_tflops: float | None = Field(default=None, gt=0)
     fp32_tflops: float | None = Field(default=None, gt=0)
+    sm_count: int | None = Field(default=None, ge=1)
     gpu_name: str | None = None
     build: BuildOptions = BuildOptions()
 

@@ -25,7 +25,12 @@ from hipa_deploy.commands.generate import generate
 from hipa_deploy.commands.profile import profile, profile_compare, profile_table
 from hipa_deploy.commands.train import train
 from hipa_deploy.errors import HipaError, HipaWarning, StoppedError, first_line, printable
+from hipa_deploy.guide.foreign_options import why_not
+from hipa_deploy.guide.guided_command import GuidedCommand, VersionOption, with_version
+from hipa_deploy.guide.init import init
+from hipa_deploy.guide.usage_examples import examples_text
 from hipa_deploy.interrupts import signal_of, sigterm_interrupts
+from hipa_deploy.serve.process.command import serve
 
 ABOUT = """Turn a multi-step text-to-image diffusion model into a one-step one, and run it fast.
 
@@ -97,10 +102,20 @@ def _register(command: Callable[..., None], panel: str, name: str | None = None)
     # it is wrapped to the width of the terminal.
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     text = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
-    app.command(name, help=text, rich_help_panel=panel)(command)
+    examples = examples_text(name or command.__name__)
+    register = app.command(
+        name, cls=GuidedCommand, help=text, epilog=examples, rich_help_panel=panel
+    )
+    register(with_version(command))
+
+
+@app.callback()
+def _hipa(version: VersionOption = False) -> None:
+    """Take the option that ``hipa`` has of its own; the text of its help is ABOUT."""
 
 
 _register(demo, START)
+_register(init, START)
 _register(train, CHAIN)
 _register(export, CHAIN)
 _register(build, CHAIN)
@@ -108,6 +123,7 @@ _register(generate, IMAGES)
 _register(edit, IMAGES)
 _register(inpaint, IMAGES)
 _register(upscale, IMAGES)
+_register(serve, IMAGES)
 _register(profile, MEASURE)
 _register(profile_compare, MEASURE, "profile compare")
 _register(profile_table, MEASURE, "profile table")
@@ -150,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     except HipaError as error:
         _stop(str(error))
     except _UsageError as error:
-        _stop(error.format_message())  # type: ignore[attr-defined]
+        _stop(_usage_message(error))
     except OSError as error:
         # A full disk or a folder without write permission is for the user to fix, not a bug.
         problem = f"{error.filename or 'a file'}: {error.strerror or error}"
@@ -166,6 +182,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     # A command that ended with typer.Exit(n) returns n here.
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _usage_message(error: Any) -> str:
+    """What is wrong with a command line; of an option that other tools have, why it is not here."""
+    option = getattr(error, "option_name", None)
+    context = getattr(error, "ctx", None)
+    if option and context is not None:
+        reason = why_not(option, context.info_name)
+        if reason:
+            return reason
+    return error.format_message()
 
 
 def _use_utf8() -> None:

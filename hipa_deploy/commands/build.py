@@ -76,10 +76,19 @@ def build(
         bool,
         typer.Option(
             "--no-repair",
-            help="Reject an engine that fails its check at once. By default it is built again "
-            "with repairs until it passes.",
+            help="Build as TensorRT alone does, and reject an engine that fails its check at once. "
+            "By default known faults of this TensorRT have their remedies, and an engine that "
+            "fails is built again with repairs until it passes.",
         ),
     ] = False,
+    without_remedy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FAULT",
+            help="Leave out the remedy of a known fault, by the name that a build prints; may be "
+            "given several times. It is tried all the same if the engine fails its check.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the predicted memory and build nothing.")
     ] = False,
@@ -93,6 +102,7 @@ def build(
     bundle's reference before it counts as built. Engines that are already up to date are kept.
     """
     from hipa_deploy.embedded import resolve_bundle
+    from hipa_deploy.engines.faults.known_faults import find_fault
     from hipa_deploy.engines.targets.build_options import BuildOptions
 
     # An option that was not given keeps the default of BuildOptions, or of the target.
@@ -107,12 +117,25 @@ def build(
         {name: value for name, value in options_by_name.items() if value is not None}
     )
 
+    without_remedies = tuple(without_remedy or ())
+    for name in without_remedies:
+        find_fault(name)
+    if no_repair and without_remedies:
+        raise HipaError("--no-repair leaves out every remedy. Omit --without-remedy.")
+
     root = resolve_bundle(bundle)
     if dry_run:
         _dry_run(root, backend, target, options)
     else:
         build_engines(
-            root, backend, target, options, best_of=best_of, force=force, repair=not no_repair
+            root,
+            backend,
+            target,
+            options,
+            best_of=best_of,
+            force=force,
+            repair=not no_repair,
+            without_remedies=without_remedies,
         )
 
 
@@ -144,7 +167,8 @@ def build_engines(
         backend: what compiles the engines.
         target: 'auto', or a target's name.
         options: build options that are not the target's own.
-        more: ``best_of``, ``force`` and ``repair``, as ``build_bundle`` takes them.
+        more: ``best_of``, ``force``, ``repair`` and ``without_remedies``, as ``build_bundle``
+            takes them.
 
     Raises:
         HipaError: the bundle, the backend or the target does not allow it, or an engine built for
@@ -169,6 +193,8 @@ def _tell(engine: BuiltEngine) -> None:
     sidecar = engine.sidecar
     if sidecar.key.repairs is not None:
         console.print(f"{engine.stage}: built with {sidecar.key.repairs}", highlight=False)
+    for remedy in sidecar.remedies:
+        console.print(f"{engine.stage}: known fault {remedy}", highlight=False)
     if sidecar.attention is not None:
         console.print(f"{engine.stage}: attention: {sidecar.attention}", highlight=False)
 

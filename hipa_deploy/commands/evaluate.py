@@ -45,12 +45,12 @@ def evaluate(
     lora: LoraOption = None,
     embedding: EmbeddingOption = None,
     recipe: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Training recipe, a name or a TOML file, whose multi-step settings (steps, "
-            "guidance) the comparison uses."
+            "guidance) the comparison uses. By default those that the adaptor was trained with."
         ),
-    ] = "emoji",
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -96,20 +96,22 @@ def evaluate(
     from hipa_deploy.train.evaluation.evaluation_request import (
         REPORT_FILES,
         check_request,
+        choose_teacher,
+        held_out_prompts,
         make_rival,
         parse_rival,
-        reference_teacher,
+        trained_on,
     )
-    from hipa_deploy.train.recipes.recipe import load_recipe
 
     # Before minutes of the teacher's images, and before torch is imported: every mistake that the
     # options and the headers of files show. First what needs no model.
-    teacher = reference_teacher(load_recipe(recipe).teacher)
     adaptor_dir = None if adaptor == NONE else resolve_adaptor(adaptor)
     rivals = [parse_rival(text) for text in rival or ()]
     if one_step is not None:
         rivals.insert(0, make_rival(one_step, adaptor_dir, f"--one-step {one_step}"))
         adaptor_dir = None
+    reference = choose_teacher(recipe, adaptor_dir, model)
+    teacher = reference.teacher
     style = parse_style(lora, embedding)
     if prompts is not None:
         check_prompt_file(prompts)
@@ -118,7 +120,9 @@ def evaluate(
     outputs = [json_path] if json_path else []
     if out:
         outputs += [out / name for name in REPORT_FILES]
-    inputs = [folder, Path(recipe)]
+    inputs = [folder]
+    if recipe:
+        inputs.append(Path(recipe))
     if adaptor_dir:
         inputs.append(adaptor_dir)
     if prompts:
@@ -130,6 +134,13 @@ def evaluate(
     )
     if request.warning:
         console.print(f"warning: {request.warning}", markup=False, highlight=False)
+    if adaptor_dir is not None and trained_on(adaptor_dir, held_out_prompts(folder, prompts)):
+        console.print(
+            f"warning: adaptor {adaptor_dir} was trained on these very prompts: the numbers say "
+            "nothing of other prompts. Give prompts that it has not seen: --prompts FILE.",
+            markup=False,
+            highlight=False,
+        )
 
     # Then what only torch can tell, still before the first image.
     from hipa_deploy.models.adaptor_folder import read_metadata
@@ -152,10 +163,16 @@ def evaluate(
     )
     truth = rows[quality.teacher_row(teacher.steps)]
     report = quality.quality_report(teacher, texts, truth, again, rows)
-    report = report.model_copy(update={"style": added, "text": text})
+    source = reference.source
+    if reference.differs:
+        source += f", with {reference.differs}"
+    report = report.model_copy(update={"style": added, "text": text, "teacher_from": source})
 
     if json_path:
         write_output(json_path, (report.model_dump_json(indent=2) + "\n").encode(), force=force)
     Console().print(quality.render_table(report))
+    for line in (quality.gap_line(report), *report.doubts):
+        if line:
+            Console().print(line, markup=False, highlight=False)
     if out:
         typer.echo(quality.write_report(out, report, rows, force=force))

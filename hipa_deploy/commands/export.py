@@ -133,9 +133,9 @@ def export(
         bool | None,
         typer.Option(
             "--prompt-weights/--no-prompt-weights",
-            help="Read (word:1.3), (word) and [word] as weights, as AUTOMATIC1111's web UI does: "
-            "in --prompts, and later in hipa-generate. By default as the adaptor was trained, as "
-            "text without one.",
+            help="Read (word:1.3), (word) and square brackets as weights, as AUTOMATIC1111's web "
+            "UI does: in --prompts, and later in hipa-generate. By default as the adaptor was "
+            "trained, as text without one.",
         ),
     ] = None,
     build: Annotated[

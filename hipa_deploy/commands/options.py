@@ -101,8 +101,8 @@ BackendOption = Annotated[
     str,
     typer.Option(
         help="What runs the models: auto | onnxruntime | openvino | openvino-bf16 | "
-        "onnxruntime-cuda | onnxruntime-tensorrt | tensorrt | rtx. auto takes engines built for "
-        "this GPU, else ONNX Runtime on the CPU."
+        "onnxruntime-cuda | onnxruntime-tensorrt | onnxruntime-rtx | tensorrt | rtx. auto takes "
+        "engines built for this GPU, else ONNX Runtime on the CPU."
     ),
 ]
 OutOption = Annotated[
@@ -159,8 +159,9 @@ PromptWeightsOption = Annotated[
     bool | None,
     typer.Option(
         "--prompt-weights/--no-prompt-weights",
-        help="Read (word:1.3), (word) and [word] as weights, as AUTOMATIC1111's web UI does, or as "
-        "text. By default as the bundle was exported: as text, unless it says otherwise.",
+        help="Read (word:1.3), (word) and square brackets as weights, as AUTOMATIC1111's web UI "
+        "does, or as text. By default as the bundle was exported: as text, unless it says "
+        "otherwise.",
     ),
 ]
 

@@ -70,7 +70,7 @@ def train(
     gpus: Annotated[
         int | None,
         typer.Option(
-            min=1, max=1024, help="With --dry-run: how many GPUs train together. [default: 1]"
+            min=1, max=1024, help="With --dry-run: how many GPUs train together; 1 by default."
         ),
     ] = None,
     allow_code: Annotated[

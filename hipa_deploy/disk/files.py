@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from hipa_deploy.disk.locks import HAS_LOCKS, is_locked_now, is_still_at, locked
 from hipa_deploy.errors import HipaError
@@ -304,9 +304,7 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
             except FileNotFoundError:  # as below
                 continue
             stack.enter_context(file)
-            is_locked_now(file)
-            # Before it was locked, a sweep of another process may have taken it for a leftover.
-            if is_still_at(file, holder / _LOCK):
+            if _is_ours(file, holder / _LOCK):
                 break
         yield holder
 
@@ -322,10 +320,19 @@ def _scratch_file(path: Path) -> tuple[IO[bytes], Path]:
             prefix=_prefix(path.name), suffix=_FILE_SUFFIX, dir=path.parent
         )
         file = os.fdopen(descriptor, "wb")
-        is_locked_now(file)
-        if is_still_at(file, Path(name)):
+        if _is_ours(file, Path(name)):
             return file, Path(name)
         file.close()
+        Path(name).unlink(missing_ok=True)
+
+
+def _is_ours(file: IO[Any], path: Path) -> bool:
+    """Lock new scratch by its file, and say whether no other process took it for a leftover.
+
+    Before it is locked, a sweep of another process may have removed it, or may have locked it and
+    be about to remove it.
+    """
+    return is_locked_now(file) is not False and is_still_at(file, path)
 
 
 def _prefix(name: str) -> str:

@@ -34,7 +34,8 @@ WARMUP = 2
 
 # What the report gives the version of, where it is installed.
 PACKAGES = (
-    "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-python",
+    "numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu12", "tensorrt", "tensorrt-rtx", "cuda-python",
     "cuda-bindings", "polygraphy", "torch",
 )  # fmt: skip
 

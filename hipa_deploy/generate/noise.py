@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hipa_deploy.bundle.manifest import Layout, OneStep
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, brief
 
 SEED_LIMIT = 2**63
 
@@ -22,7 +22,12 @@ def check_seeds(first: int, count: int = 1) -> None:
         HipaError: one is not in [0, 2**63).
 
     """
-    if first < 0 or first + count > SEED_LIMIT:
+    if not isinstance(first, int | np.integer) or isinstance(first, bool):
+        raise HipaError(
+            f"seed is {brief(first)}. Expected a whole number; for a seed of its own for each "
+            "prompt call pipe.generate([(prompt, seed), …])."
+        )
+    if first < 0 or int(first) + count > SEED_LIMIT:
         raise HipaError(
             f"seed {first} (and the {count - 1} after it) is out of range. "
             "Expected 0 <= seed < 2**63."

@@ -63,7 +63,7 @@ def open_runner(bundle: Bundle, stage: str, backend: str, *, kept: Kept = "none"
     if backend.startswith("onnxruntime"):
         from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
 
-        cache = engine_cache(bundle, stage) if backend == "onnxruntime-tensorrt" else None
+        cache = engine_cache(bundle, stage, backend)
         return OnnxRuntimeRunner(path, spec, backend, cache=cache)
     from hipa_deploy.engines.store.select import open_engine
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +22,13 @@ from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, AdaptorSwap, adapted_sta
 from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.bundle.manifest import Axis
 from hipa_deploy.embedded import resolve_bundle
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, brief
+from hipa_deploy.generate.jobs.batch_sizes import WarmUp, cut, prove, sizes_to_try
+from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.generate.noise import bundle_noise, check_seeds
 from hipa_deploy.generate.open_stages import Kept, open_stages, resolve_backend
-from hipa_deploy.generate.prompts import Prepared, PromptSource, open_prompts
-from hipa_deploy.generate.request import check_count, check_prompts
+from hipa_deploy.generate.prompts import Encode, PromptSource, open_prompts
+from hipa_deploy.generate.request import check_count, check_pairs, check_prompts
 from hipa_deploy.generate.runner import ENGINE_BACKENDS, ClosesAtExit, Runner, check_backend
 from hipa_deploy.generate.stages import (
     Stages,
@@ -42,10 +43,12 @@ from hipa_deploy.images.read import ImageSource
 from hipa_deploy.images.source import (
     EncodedImages,
     Source,
+    Upscaling,
     batch_inputs,
     edit_source,
     inpaint_source,
     require_task,
+    trial_sources,
     upscaling,
 )
 from hipa_deploy.shared_use import SharedUse
@@ -73,6 +76,13 @@ class GenerateResult:
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     parameters: tuple[dict[str, Any], ...]
+
+    def __repr__(self) -> str:
+        """The shape, and the first prompt and seed: the pixels would fill the screen."""
+        count, height, width = self.images_BHWC.shape[:3]
+        first = f"{brief(self.prompts[0], 40)}, seed {self.seeds[0]}" if self.prompts else "none"
+        more = ", …" if count > 1 else ""
+        return f"GenerateResult({count} x {width}x{height}: {first}{more})"
 
     @property
     def images(self) -> list[Image.Image]:
@@ -131,6 +141,8 @@ class OneStepPipeline(ClosesAtExit):
         self._one_swap = threading.Lock()
         batch = bundle.manifest.batch
         self._batch = bundle.axes.get("batch", Axis(min=batch, opt=batch, max=batch))
+        self._sizes: tuple[int, ...] = tuple(range(1, self._batch.max + 1))
+        self._proven = False  # whether the sizes are those that a warm-up found
         self._prompts = open_prompts(bundle) if prompts is None else prompts
         self._encoded_images = EncodedImages()
 
@@ -215,25 +227,64 @@ class OneStepPipeline(ClosesAtExit):
                 count out of range, a size or a task that the bundle was not exported for.
 
         """
-        batches = list(
-            self.stream(
-                prompt,
-                source=source,
-                seed=seed,
-                count=count,
-                height=height,
-                width=width,
-                truncate=truncate,
-                prompt_weights=prompt_weights,
-                timer=timer,
-            )
+        batches = self.stream(
+            prompt,
+            source=source,
+            seed=seed,
+            count=count,
+            height=height,
+            width=width,
+            truncate=truncate,
+            prompt_weights=prompt_weights,
+            timer=timer,
         )
-        return GenerateResult(
-            images_BHWC=np.concatenate([batch.images_BHWC for batch in batches]),
-            prompts=tuple(chain.from_iterable(batch.prompts for batch in batches)),
-            seeds=tuple(chain.from_iterable(batch.seeds for batch in batches)),
-            parameters=tuple(chain.from_iterable(batch.parameters for batch in batches)),
+        return _joined(list(batches))
+
+    def generate(
+        self,
+        requests: Iterable[tuple[str, int]],
+        *,
+        source: Source | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        truncate: bool = False,
+        prompt_weights: bool | None = None,
+        timer: Timer = nullcontext,
+    ) -> GenerateResult:
+        """Generate one image for each (prompt, seed), as many at once as a batch holds.
+
+        Each image is the one that a call of its own gives: the others do not change it.
+
+        Args:
+            requests: pairs of a prompt and a seed in [0, 2**63), at most 10,000.
+            source: as a call takes it, for all of them.
+            height: pixels; None is the bundle's own size, or that of ``source``.
+            width: pixels; None is the bundle's own size, or that of ``source``.
+            truncate: as a call takes it.
+            prompt_weights: as a call takes it.
+            timer: as a call takes it.
+
+        Returns:
+            The images in the order of ``requests``.
+
+        Raises:
+            HipaError: as a call does; or a request that is no pair of a prompt and a seed.
+
+        Example:
+            >>> result = pipe.generate([("3d emoji of a red apple", 3), ("flat emoji of a cat", 7)])
+            >>> result.seeds
+            (3, 7)
+
+        """
+        jobs = self.jobs(
+            requests,
+            source=source,
+            height=height,
+            width=width,
+            truncate=truncate,
+            prompt_weights=prompt_weights,
         )
+        return _joined(list(self._stream(jobs, timer)))
 
     def stream(
         self,
@@ -261,70 +312,193 @@ class OneStepPipeline(ClosesAtExit):
         check_count(len(prompts), count)
         check_prompts(prompts)
         check_seeds(seed, count)
+        pairs = [(text, seed + i) for text in prompts for i in range(count)]
+        jobs = self.jobs(
+            pairs,
+            source=source,
+            height=height,
+            width=width,
+            truncate=truncate,
+            prompt_weights=prompt_weights,
+        )
+        yield from self._stream(jobs, timer)
+
+    def _stream(self, jobs: Sequence[ImageJob], timer: Timer) -> Iterator[GenerateResult]:
+        """Make jobs of one shape, a batch at a time."""
+        for batch in cut(jobs, self.sizes_for(jobs[0])):
+            yield _result(self.make(batch, timer))
+
+    def jobs(
+        self,
+        requests: Iterable[tuple[str, int]],
+        *,
+        source: Source | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        truncate: bool = False,
+        prompt_weights: bool | None = None,
+    ) -> list[ImageJob]:
+        """Check requests and make a job of each, for ``make``. Nothing is computed yet.
+
+        A program that collects the requests of many users into batches of its own, such as
+        ``hipa-serve``, calls this for each request and ``make`` for each batch.
+
+        Args:
+            requests: pairs of a prompt and a seed.
+            source: as a call takes it, for all of them.
+            height: as a call takes it.
+            width: as a call takes it.
+            truncate: as a call takes it.
+            prompt_weights: as a call takes it.
+
+        Raises:
+            HipaError: as ``generate`` does.
+
+        """
+        pairs = check_pairs(requests)
         latent_CHW = self._latent_shape(source, height, width)
         weights = self._prompts.reads_weights(prompt_weights)
-        prepared = self._prompts.prepare(prompts, truncate=truncate, weights=weights)
+        texts = list(dict.fromkeys(text for text, _ in pairs))
+        tokens = self._prompts.prepare(texts, truncate=truncate, weights=weights)
+        prepared = dict(zip(texts, tokens, strict=True))
+        facts: dict[str, Any] = {"truncate": truncate, "prompt_weights": weights}
+        if source:
+            facts |= source.facts
+        return [
+            ImageJob(text, seed, prepared[text], latent_CHW, source, facts) for text, seed in pairs
+        ]
 
-        # One entry an image: which prompt, and which seed.
-        images = [(index, seed + i) for index in range(len(prompts)) for i in range(count)]
-        for batch in _batches(images, self._batch.max):
-            texts = [prompts[index] for index, _ in batch]
-            seeds = [number for _, number in batch]
-            with self._use.shared():
-                loaded = self._loaded
-                images_BHWC = self._make_batch(
-                    loaded.stages,
-                    [prepared[index] for index, _ in batch],
-                    seeds,
-                    latent_CHW,
-                    [source] * len(batch) if source else [],
-                    timer,
-                )
-            size = {"height": images_BHWC.shape[1], "width": images_BHWC.shape[2]}
-            facts = {**size, "truncate": truncate, "prompt_weights": weights}
-            if source:
-                images_BHWC = source.finish(images_BHWC)
-                facts |= source.facts
-            parameters = [
-                self._parameters(loaded.swap, text, number, facts)
-                for text, number in zip(texts, seeds, strict=True)
-            ]
-            yield GenerateResult(images_BHWC, tuple(texts), tuple(seeds), tuple(parameters))
+    def make(self, jobs: Sequence[ImageJob], timer: Timer = nullcontext) -> list[MadeImage]:
+        """Make one batch of jobs of this pipeline, whoever asked for them.
+
+        Args:
+            jobs: 1 to the bundle's largest batch, whose ``company`` is equal.
+            timer: as a call takes it.
+
+        Returns:
+            The images in the order of ``jobs``, not finished yet (``MadeImage.finished``).
+
+        Raises:
+            HipaError: too many jobs or none, jobs that cannot share a batch, or a backend that
+                fails.
+
+        """
+        if not 1 <= len(jobs) <= self._batch.max:
+            raise HipaError(f"got {len(jobs)} jobs. Expected 1 to {self._batch.max} in a batch.")
+        if len({job.company for job in jobs}) > 1:
+            raise HipaError("the jobs differ in size or strength. Make a batch of each kind.")
+        with self._use.shared():
+            loaded = self._loaded
+            images_BHWC = self._make_batch(loaded.stages, jobs, timer)["images"]
+        height, width = images_BHWC.shape[1:3]
+        made = []
+        for job, image_HWC in zip(jobs, images_BHWC, strict=True):
+            facts = {"height": height, "width": width, **job.facts}
+            parameters = self._parameters(loaded.swap, job.prompt, job.seed, facts)
+            made.append(MadeImage(job, image_HWC, parameters))
+        return made
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """How many jobs a batch may have, ascending: all up to the largest, until ``warmup``."""
+        return self._sizes
+
+    def sizes_for(self, job: ImageJob) -> tuple[int, ...]:
+        """How many jobs like this one a batch may have, ascending.
+
+        After ``warmup`` these are ``batch_sizes`` for the bundle's own height and width. Kernels
+        depend on the size, so jobs of another one are made one by one.
+        """
+        own = job.latent_CHW == latent_shape(self.bundle, None, None)
+        return self._sizes if own or not self._proven else self._sizes[:1]
+
+    def warmup(self, largest: int | None = None) -> WarmUp:
+        """Make the first images, and find the batch sizes that are worth using.
+
+        The first image of a size takes longer: kernels are compiled, and CUDA graphs captured. And
+        only a measurement on this machine tells whether a batch changes an image, as
+        ``hipa_deploy.generate.jobs.batch_sizes`` says. From now on the pipeline uses only sizes of
+        which every image, at every place, was bit for bit that of the job alone, and that are
+        faster an image than smaller ones.
+
+        Args:
+            largest: the most images that a batch should have; None is the bundle's largest.
+
+        Raises:
+            HipaError: a backend that fails, or ``largest`` below 1.
+
+        Example:
+            >>> pipe.warmup().sizes
+            (1, 2, 4)
+
+        """
+        if largest is not None and largest < 1:
+            raise HipaError(f"largest is {largest}. Expected 1 or more images in a batch.")
+        sizes = sizes_to_try(self._batch, largest)
+        found = prove(self._try_batch, self._trial_jobs(sizes[-1]), sizes)
+        self._sizes = found.sizes
+        self._proven = True
+        return found
+
+    def _trial_jobs(self, count: int) -> list[ImageJob]:
+        """Different jobs of the bundle's own size, of its task."""
+        texts = self._prompts.samples()
+        weights = self._prompts.reads_weights(None)
+        prepared = self._prompts.prepare(list(texts), truncate=True, weights=weights)
+        sources: Sequence[Source | None] = trial_sources(self.bundle, count) or [None] * count
+        latent_CHW = latent_shape(self.bundle, None, None)
+        jobs = []
+        for seed, source in enumerate(sources):
+            place = seed % len(texts)
+            jobs.append(ImageJob(texts[place], seed, prepared[place], latent_CHW, source))
+        return jobs
+
+    def _try_batch(self, jobs: Sequence[ImageJob]) -> Tensors:
+        """Images, and the latents before they are rounded to 8 bits where they are at hand."""
+        also: list[str] = []
+        for stage in self.bundle.manifest.stages:
+            also += output_names(stage.spec, self.bundle.manifest.layout)
+        with self._use.shared():
+            wanted = ["latents"] if "latents" in also else []
+            return self._make_batch(self.stages, jobs, nullcontext, wanted)
 
     def _make_batch(
-        self,
-        stages: Stages,
-        prompts: list[Prepared],
-        seeds: list[int],
-        latent_CHW: tuple[int, int, int],
-        sources: list[Source],
-        timer: Timer,
-    ) -> np.ndarray:
-        """The whole path, from prompts to images uint8 [B, H, W, 3], for one batch."""
-        # A bundle has a smallest batch: what is missing repeats the last image, and is dropped.
-        missing = max(0, self._batch.min - len(seeds))
-        padded = prompts + prompts[-1:] * missing
+        self, stages: Stages, jobs: Sequence[ImageJob], timer: Timer, also: Sequence[str] = ()
+    ) -> Tensors:
+        """The whole path, from prompts to images uint8 [B, H, W, 3], for one batch.
 
-        # tokens_BL, or context_BLD where the text encoder has seen these prompts lately.
-        text = self._prompts.feed(padded, partial(_encode, self.bundle, stages, timer))
+        Returns:
+            'images' and the tensors that ``also`` names, an entry a job.
+
+        """
+        # A bundle has a smallest batch: what is missing repeats the last job, and is dropped.
+        missing = max(0, self._batch.min - len(jobs))
+        padded = [*jobs, *[jobs[-1]] * missing]
+        prompts = [job.prepared for job in padded]
+
+        # context_BLD, or tokens_BL of one prompt that the text encoder has not seen lately.
+        text = self._prompts.feed(prompts, self._encode(stages, timer))
         # noise_BCHW; of a task with a source image also image_BHWC (or source_BCHW), mask and step.
-        start = self._start(
-            seeds + seeds[-1:] * missing, latent_CHW, sources + sources[-1:] * missing
-        )
+        sources = [job.source for job in padded if job.source]
+        start = self._start([job.seed for job in padded], jobs[0].latent_CHW, sources)
 
         # text_encoder: tokens_BL                -> context_BLD
         # vae_encoder:  image_BHWC               -> source_BCHW
         # unet:         noise_BCHW, context_BLD  -> latents_BCHW, which are x0: the one step
         # vae_decoder:  latents_BCHW             -> images_BHWC
-        outputs = ["images", *_worth_keeping(text | start)]
+        outputs = ["images", *also, *_worth_keeping(text | start)]
         made = stages.run(text | start, outputs, timer)
 
         # The next batch of these prompts, or from these images, starts from what is known now.
         if "context" in made:
-            self._prompts.keep(padded, made["context"])
+            self._prompts.keep(prompts, made["context"])
         if "source" in made:
             self._encoded_images.keep(start["image"], made["source"])
-        return made["images"][: len(seeds)]
+        return {name: made[name][: len(jobs)] for name in ("images", *also)}
+
+    def _encode(self, stages: Stages, timer: Timer) -> Encode:
+        """The text encoder, for one prompt."""
+        return partial(_encode, self.bundle, stages, timer, self._batch.min)
 
     def _start(
         self, seeds: Sequence[int], latent_CHW: tuple[int, int, int], sources: Sequence[Source]
@@ -443,25 +617,43 @@ class OneStepPipeline(ClosesAtExit):
             >>> pipe.upscale("small.png").images[0].save("large.png")
 
         """
-        enlargement = upscaling(self.bundle, image, overlap=overlap)
-        weights = self._prompts.reads_weights(prompt_weights)
-        prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
-        latent_CHW = latent_shape(self.bundle, None, None)
+        enlargement, jobs = self.tile_jobs(
+            image, prompt, overlap=overlap, truncate=truncate, prompt_weights=prompt_weights
+        )
         made = []
         # All tiles in one use: a swap between two would leave a seam in the image.
         with self._use.shared():
-            loaded = self._loaded
-            for tiles in _batches(list(enlargement.tiles), self._batch.max):
-                prompts = prepared * len(tiles)
-                seeds = [0] * len(tiles)
-                made.append(
-                    self._make_batch(loaded.stages, prompts, seeds, latent_CHW, tiles, timer)
-                )
-        image_HWC = enlargement.merge(np.concatenate(made))
-        size = {"height": enlargement.height, "width": enlargement.width}
-        facts = {**size, "truncate": truncate, "prompt_weights": weights, **enlargement.facts}
-        parameters = self._parameters(loaded.swap, prompt, 0, facts)
-        return GenerateResult(image_HWC[None], (prompt,), (0,), (parameters,))
+            for batch in cut(jobs, self.sizes_for(jobs[0])):
+                made += self.make(batch, timer)
+        return merge_tiles(enlargement, made)
+
+    def tile_jobs(
+        self,
+        image: ImageSource,
+        prompt: str = "",
+        *,
+        overlap: int | None = None,
+        truncate: bool = False,
+        prompt_weights: bool | None = None,
+    ) -> tuple[Upscaling, list[ImageJob]]:
+        """Check a request to enlarge an image, and make a job of each tile; see ``upscale``.
+
+        ``merge_tiles`` puts the tiles together. All of them must be made with one adaptor.
+
+        Raises:
+            HipaError: as ``upscale`` does.
+
+        """
+        check_prompts([prompt])
+        enlargement = upscaling(self.bundle, image, overlap=overlap)
+        weights = self._prompts.reads_weights(prompt_weights)
+        (prepared,) = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
+        latent_CHW = latent_shape(self.bundle, None, None)
+        facts = {"truncate": truncate, "prompt_weights": weights}
+        jobs = []
+        for tile in enlargement.tiles:
+            jobs.append(ImageJob(prompt, 0, prepared, latent_CHW, tile, facts))
+        return enlargement, jobs
 
     def generate_on_device(
         self,
@@ -494,8 +686,7 @@ class OneStepPipeline(ClosesAtExit):
         prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
         start = self._start(range(seed, seed + count), latent_CHW, sources)
         with self._use.shared():
-            encode = partial(_encode, self.bundle, self.stages, nullcontext)
-            text = self._prompts.feed(prepared * count, encode)
+            text = self._prompts.feed(prepared * count, self._encode(self.stages, nullcontext))
             images: DeviceArray = self.stages.run_on_device(text | start)["images"]
         return images
 
@@ -522,9 +713,8 @@ class OneStepPipeline(ClosesAtExit):
         latent_CHW = self._latent_shape(source, None, None)
         weights = fresh._prompts.reads_weights(prompt_weights)
         prepared = fresh._prompts.prepare([prompt], truncate=False, weights=weights)
-        encode = partial(_encode, self.bundle, self.stages, nullcontext)
         with self._use.shared():
-            feed = fresh._prompts.feed(prepared * count, encode)
+            feed = fresh._prompts.feed(prepared * count, self._encode(self.stages, nullcontext))
         sources = [source] * count if source else []
         feed |= fresh._start(range(seed, seed + count), latent_CHW, sources)
 
@@ -651,20 +841,50 @@ def _changes_text(swap: AdaptorSwap | None) -> bool:
     return swap is not None and swap.manifest.text is not None
 
 
-def _encode(bundle: Bundle, stages: Stages, timer: Timer, tokens_BL: np.ndarray) -> np.ndarray:
-    """The context [B, L, D] of tokens, from the text encoder alone."""
+def _encode(
+    bundle: Bundle, stages: Stages, timer: Timer, smallest: int, tokens_BL: np.ndarray
+) -> np.ndarray:
+    """The context [1, L, D] of one prompt's tokens [1, L], from the text encoder alone."""
     encoder = stages.runners["text_encoder"]
-    feed = stage_feed(encoder.spec, {"tokens": tokens_BL}, bundle.manifest.layout)
+    padded_BL = np.repeat(tokens_BL, smallest, axis=0)
+    feed = stage_feed(encoder.spec, {"tokens": padded_BL}, bundle.manifest.layout)
     with timer("text_encoder"):
-        return encoder(**feed)[encoder.spec.outputs[0].name]
+        return encoder(**feed)[encoder.spec.outputs[0].name][:1]
+
+
+def merge_tiles(enlargement: Upscaling, made: Sequence[MadeImage]) -> GenerateResult:
+    """Put the tiles of ``OneStepPipeline.tile_jobs`` together: one image."""
+    image_HWC = enlargement.merge(np.stack([tile.stage_image_HWC for tile in made]))
+    size = {"height": enlargement.height, "width": enlargement.width}
+    first = made[0]
+    parameters = {**first.parameters, **size, **enlargement.facts}
+    return GenerateResult(image_HWC[None], (first.job.prompt,), (0,), (parameters,))
+
+
+def _result(made: Sequence[MadeImage]) -> GenerateResult:
+    """The finished images of a batch."""
+    return GenerateResult(
+        images_BHWC=np.stack([image.finished() for image in made]),
+        prompts=tuple(image.job.prompt for image in made),
+        seeds=tuple(image.job.seed for image in made),
+        parameters=tuple(image.parameters for image in made),
+    )
+
+
+def _joined(batches: Sequence[GenerateResult]) -> GenerateResult:
+    """Several batches as one result."""
+    prompts: list[str] = []
+    seeds: list[int] = []
+    parameters: list[dict[str, Any]] = []
+    for batch in batches:
+        prompts += batch.prompts
+        seeds += batch.seeds
+        parameters += batch.parameters
+    images_BHWC = np.concatenate([batch.images_BHWC for batch in batches])
+    return GenerateResult(images_BHWC, tuple(prompts), tuple(seeds), tuple(parameters))
 
 
 def _worth_keeping(feed: Mapping[str, np.ndarray]) -> list[str]:
     """Tensors to keep for the next batch: those that this batch must compute first."""
     first_computed = {"tokens": "context", "image": "source"}
     return [computed for start, computed in first_computed.items() if start in feed]
-
-
-def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for first in range(0, len(items), size):
-        yield items[first : first + size]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle, latent_shape
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.noise import check_seeds
 from hipa_deploy.generate.runner import check_backend
 
@@ -52,15 +52,42 @@ def check_request(
 
 def check_count(prompts: int, count: int) -> None:
     """Raise HipaError unless there is something to make, and not absurdly much."""
+    if not isinstance(count, int):
+        raise HipaError(f"count is {brief(count)}. Expected a whole number.")
     if prompts < 1 or count < 1 or prompts * count > MAX_IMAGES:
         raise HipaError(
             f"got {prompts} prompts, count {count}. Expected 1 to {MAX_IMAGES} images in all."
         )
 
 
+def check_pairs(requests: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Check pairs of a prompt and a seed.
+
+    Raises:
+        HipaError: no pair, too many, something that is no such pair, or a value that cannot be
+            used.
+
+    """
+    pairs = []
+    for request in requests:
+        if not isinstance(request, tuple | list) or len(request) != 2:
+            raise HipaError(
+                f"a request is {brief(request)}. Expected a pair (prompt, seed), such as "
+                "('3d emoji of a red apple', 3)."
+            )
+        prompt, seed = request
+        check_seeds(seed)
+        pairs.append((prompt, int(seed)))
+    check_count(len(pairs), 1)
+    check_prompts([prompt for prompt, _ in pairs])
+    return pairs
+
+
 def check_prompts(prompts: Sequence[str]) -> None:
     """Raise HipaError for a prompt that would take minutes to cut into tokens, or is no text."""
     for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise HipaError(f"a prompt is {brief(prompt)}. Expected text.")
         if len(prompt) > MAX_CHARACTERS:
             raise HipaError(
                 f"a prompt has {len(prompt)} characters. Expected at most {MAX_CHARACTERS}."

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CPU_BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
-BACKENDS = ("auto", *CPU_BACKENDS, "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "rtx")
+BACKENDS = (
+    "auto",
+    *CPU_BACKENDS,
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "onnxruntime-rtx",
+    "tensorrt",
+    "rtx",
+)
 ENGINE_BACKENDS = ("tensorrt", "rtx")
 
 

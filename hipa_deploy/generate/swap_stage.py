@@ -127,13 +127,13 @@ def _swap_engine(
 def _engine_cache(
     bundle: Bundle, stage: str, backend: str, swap: AdaptorSwap | None
 ) -> Path | None:
-    """Where ONNX Runtime's TensorRT provider keeps engines with these weights.
+    """Where a TensorRT provider of ONNX Runtime keeps what it made of these weights.
 
-    The provider does not look at the weights itself, so an adaptor has a folder of its own.
+    A provider does not look at the weights itself, so an adaptor has a folder of its own.
     """
-    if backend != "onnxruntime-tensorrt":
+    cache = engine_cache(bundle, stage, backend)
+    if cache is None:
         return None
-    cache = engine_cache(bundle, stage)
     file = TEXT_WEIGHTS if stage == TEXT_STAGE else WEIGHTS
     if swap is None or file not in swap.manifest.files:
         return cache

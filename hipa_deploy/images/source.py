@@ -312,7 +312,7 @@ def batch_inputs(sources: Sequence[Source]) -> dict[str, np.ndarray]:
     """
     if not sources:
         return {}
-    # All sources of a batch come from one request, so the first tells which inputs there are.
+    # All sources of a batch are for one task and one strength: the first tells which inputs.
     first = sources[0]
     inputs = {"image": np.stack([source.image_HWC for source in sources])}
     masks = [source.mask_1hw for source in sources if source.mask_1hw is not None]
@@ -321,6 +321,29 @@ def batch_inputs(sources: Sequence[Source]) -> dict[str, np.ndarray]:
     if first.step is not None:
         inputs["step"] = np.asarray([first.step], np.int64)
     return inputs
+
+
+def trial_sources(bundle: Bundle, count: int) -> list[Source]:
+    """Different sources of the bundle's own size, to try its stages with.
+
+    Returns:
+        ``count`` sources of noise; none for a bundle that makes images from text.
+
+    """
+    manifest = bundle.manifest
+    if manifest.task == "generate":
+        return []
+    step = manifest.one_step
+    numbers = np.random.default_rng(0)
+    sources = []
+    for _ in range(count):
+        image_HWC = numbers.integers(0, 256, (step.height, step.width, 3), np.uint8)
+        mask_1hw = None
+        if manifest.task == "inpaint":
+            mask_1hw = numbers.integers(0, 2, (1, *step.latent_shape[1:])).astype(np.float32)
+        number = 0 if len(manifest.strengths) > 1 else None
+        sources.append(Source(manifest.task, image_HWC, mask_1hw, number))
+    return sources
 
 
 class EncodedImages:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from hipa_deploy.bundle.text_settings import TextSettings, TextWishes, choose_text
+from hipa_deploy.embedded import NAME
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_prompt_file
-from hipa_deploy.models.adaptor_folder import METADATA
+from hipa_deploy.models.adaptor_folder import METADATA, read_metadata
 from hipa_deploy.models.clip_tokenizer import text_sizes
 from hipa_deploy.models.early_config import early_config
 from hipa_deploy.models.lora.early_lora import check_adaptor, check_lora, check_style
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod, check_fits, load_method
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.load_part import check_weights
-from hipa_deploy.train.recipes.recipe import TeacherSettings
+from hipa_deploy.train.recipes.recipe import TeacherSettings, load_recipe
 
 FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
 REFERENCE_STEPS = 25  # fewer steps would be too coarse to compare with
+USUAL_RECIPE = "sd15"
 REPORT_FILES = ("report.md", "report.json", "spectra.png", "premise.png", "samples.png")
 
 
@@ -209,6 +214,82 @@ def draw(prompts: list[str], count: int) -> tuple[list[str], list[int]]:
     texts = [prompts[number % len(prompts)] for number in range(count)]
     seeds = [FIRST_SEED + number for number in range(count)]
     return texts, seeds
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The teacher to compare with.
+
+    Attributes:
+        teacher: Its settings.
+        source: Where they come from, in words.
+        differs: In what it differs from the adaptor's own teacher; empty where it does not, or
+            where that is not known.
+
+    """
+
+    teacher: TeacherSettings
+    source: str
+    differs: str = ""
+
+
+def choose_teacher(recipe: str | None, adaptor: Path | None, model: str) -> Reference:
+    """The teacher to compare with: the recipe's, or the adaptor's own, or a usual one.
+
+    Args:
+        recipe: A recipe's name or file, if one was asked for.
+        adaptor: The adaptor's folder, if any; what it was trained on is in its metadata.
+        model: The base model, as on the command line.
+
+    Raises:
+        HipaError: As ``load_recipe`` and ``read_metadata``.
+
+    """
+    recorded = None if adaptor is None else recorded_teacher(adaptor)
+    if recipe is not None:
+        teacher = load_recipe(recipe).teacher
+        source = f"the recipe {recipe}"
+    elif recorded is not None:
+        teacher = recorded
+        source = "the adaptor's own record"
+    else:
+        # Nobody said: the included model has its recipe, and 7.5 is usual for Stable Diffusion.
+        usual = NAME if model == NAME else USUAL_RECIPE
+        teacher = load_recipe(usual).teacher
+        source = f"the recipe {usual}, as no adaptor says another"
+    reference = reference_teacher(teacher)
+    return Reference(reference, source, _differences(reference, recorded))
+
+
+def recorded_teacher(adaptor: Path) -> TeacherSettings | None:
+    """The teacher that an adaptor was trained on; None where its metadata does not say."""
+    if not (adaptor / METADATA).exists():
+        return None
+    recorded = read_metadata(adaptor).recipe.get("teacher")
+    try:
+        return TeacherSettings.model_validate(recorded)
+    except ValidationError:
+        return None  # of another version, whose settings have other names
+
+
+def _differences(reference: TeacherSettings, recorded: TeacherSettings | None) -> str:
+    """In what the reference differs from the adaptor's own teacher, in words."""
+    if recorded is None:
+        return ""
+    found = []
+    for name in ("sampler", "steps", "guidance"):
+        now = getattr(reference, name)
+        then = getattr(recorded, name)
+        if now != then:
+            found.append(f"{name} {now} rather than {then}")
+    return ", ".join(found)
+
+
+def trained_on(adaptor: Path, prompts: list[str]) -> bool:
+    """Whether an adaptor was trained on exactly these prompts."""
+    together = "\n".join(dict.fromkeys(prompts))
+    digest = hashlib.sha256(together.encode()).hexdigest()
+    return digest == read_metadata(adaptor).prompts_sha256
 
 
 def reference_teacher(teacher: TeacherSettings) -> TeacherSettings:

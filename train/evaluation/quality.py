@@ -132,24 +132,31 @@ def kid(
         -176.5
 
     """
-    # Cubes of sums over a thousand features lose their differences in float32.
-    a_ND = features_a_ND.double()
-    b_ND = features_b_ND.double()
-    if min(len(a_ND), len(b_ND)) < 2:
+    if min(len(features_a_ND), len(features_b_ND)) < 2:
         raise HipaError(
-            f"KID-Lite0 of {len(a_ND)} and {len(b_ND)} images. Expected at least two in each set."
+            f"KID-Lite0 of {len(features_a_ND)} and {len(features_b_ND)} images. Expected at least "
+            "two in each set."
         )
 
     # Which pairs of rows each mean is over, bool [N, N].
     if prompts is None:
-        within_a = ~torch.eye(len(a_ND), dtype=torch.bool)
-        within_b = ~torch.eye(len(b_ND), dtype=torch.bool)
-        across = torch.ones(len(a_ND), len(b_ND), dtype=torch.bool)
+        within_a = ~torch.eye(len(features_a_ND), dtype=torch.bool)
+        within_b = ~torch.eye(len(features_b_ND), dtype=torch.bool)
+        across = torch.ones(len(features_a_ND), len(features_b_ND), dtype=torch.bool)
     else:
-        within_a = within_b = across = _other_prompts(prompts, a_ND, b_ND)
+        within_a = within_b = across = other_prompts(prompts, features_a_ND, features_b_ND)
 
-    within = _kernel(a_ND, a_ND)[within_a].mean() + _kernel(b_ND, b_ND)[within_b].mean()
-    return float(within - 2 * _kernel(a_ND, b_ND)[across].mean())
+    kernel_a, kernel_b, kernel_across = kernels(features_a_ND, features_b_ND)
+    within = kernel_a[within_a].mean() + kernel_b[within_b].mean()
+    return float(within - 2 * kernel_across[across].mean())
+
+
+def kernels(features_a_ND: Tensor, features_b_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KID's kernel within the first set, within the second, and across them, float64 [N, N]."""
+    # Cubes of sums over a thousand features lose their differences in float32.
+    a_ND = features_a_ND.double()
+    b_ND = features_b_ND.double()
+    return _kernel(a_ND, a_ND), _kernel(b_ND, b_ND), _kernel(a_ND, b_ND)
 
 
 def kid_lite0(
@@ -397,7 +404,7 @@ def _kernel(a_ND: Tensor, b_ND: Tensor) -> Tensor:
     return (a_ND @ b_ND.T / a_ND.shape[1] + 1) ** 3
 
 
-def _other_prompts(prompts: Sequence[str], a_ND: Tensor, b_ND: Tensor) -> Tensor:
+def other_prompts(prompts: Sequence[str], a_ND: Tensor, b_ND: Tensor) -> Tensor:
     """Which pairs of rows have different prompts, bool [N, N]."""
     # Equal prompts get one number, that of their last row; only whether numbers differ matters.
     number_of = {prompt: number for number, prompt in enumerate(prompts)}

@@ -8,9 +8,11 @@ Shapes: N images of a row of the report, H, W image size in pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -20,19 +22,50 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.train.evaluation.evaluation_request import REPORT_FILES, Rival, draw
+from hipa_deploy.train.evaluation.intervals import (
+    Interval,
+    draw_weights,
+    interval,
+    kid_of_draws,
+    mean_of_draws,
+)
 from hipa_deploy.train.evaluation.quality import (
     Quality,
-    compare,
-    kid_lite0,
+    high_frequency_energies,
+    kernels,
+    lite0_features,
     one_step_images,
+    other_prompts,
+    paired_distances,
     teacher_images,
 )
 from hipa_deploy.train.evaluation.rivals import rival_images
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
+FEW_PROMPTS = 64  # with fewer the intervals are too wide to rank adaptors (ours)
 FEWER_STEPS = (1, 2, 4, 8)  # the teacher's rows beside its full number of steps
 BASE = "base, one step"
 ADAPTED = "HiPA, one step"
+
+
+class Intervals(BaseModel):
+    """Bootstrap intervals of a row's numbers, each from 2.5 to 97.5 % (see intervals.py).
+
+    Attributes:
+        kid_lite0: Of KID-Lite0.
+        distance: Of the distance.
+        high_frequency_ratio: Of the high-frequency ratio.
+        kid_gap_closed: Of the share of the gap that the row closes; None where the gap between base
+            and teacher is itself not clear of 0, so that a share of it says nothing.
+
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    kid_lite0: Interval
+    distance: Interval
+    high_frequency_ratio: Interval
+    kid_gap_closed: Interval | None = None
 
 
 class QualityReport(BaseModel):
@@ -41,16 +74,20 @@ class QualityReport(BaseModel):
     Every row has images of the same prompts and noise. The KID-Lite0 of the teacher's own row is
     the floor: no other row is expected below it.
 
-    Version 3 of the schema: KID-Lite0 leaves out pairs of rows with the same prompt (``kid``), so
+    Version 4 of the schema has intervals, and the prompts' count. Reports of version 3 are read.
+    Since version 3 KID-Lite0 leaves out pairs of rows with the same prompt (``kid``), so
     that the floor is about 0. In earlier versions it was below 0.
 
     Attributes:
         schema_version: Version of these fields.
         images: Images of each row.
+        prompts: How many different prompts they are of.
         teacher_steps: UNet steps of the teacher that the rows are compared with.
         teacher_guidance: That teacher's guidance.
         kid_lite0_floor: KID-Lite0 between the teacher's images and its images from other noise.
+        teacher_from: Where the teacher's settings come from, in words.
         rows: The three numbers of each row, by its name.
+        intervals: Their bootstrap intervals, by the row's name.
         style: LoRAs and embeddings of every row's model.
         text: How prompts were encoded.
 
@@ -58,12 +95,15 @@ class QualityReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    schema_version: int = 3
+    schema_version: int = 4
     images: int
+    prompts: int | None = None
     teacher_steps: int
     teacher_guidance: float
     kid_lite0_floor: float
+    teacher_from: str | None = None
     rows: dict[str, Quality]
+    intervals: dict[str, Intervals] = {}
     style: StyleInfo = StyleInfo()
     text: TextSettings = TextSettings()
 
@@ -74,6 +114,23 @@ class QualityReport(BaseModel):
         """
         base = self.rows[BASE].kid_lite0
         return (base - self.rows[row].kid_lite0) / (base - self.kid_lite0_floor)
+
+    @property
+    def doubts(self) -> list[str]:
+        """What a reader should know before ranking rows by these numbers, a sentence each."""
+        found = []
+        if self.prompts is not None and self.prompts < FEW_PROMPTS:
+            found.append(
+                f"{self.prompts} different prompts are few: the intervals are wide. Expected at "
+                f"least {FEW_PROMPTS}."
+            )
+        adapted = [name for name in self.intervals if not _is_reference(name)]
+        if adapted and all(self.intervals[name].kid_gap_closed is None for name in adapted):
+            found.append(
+                "The gap in KID-Lite0 between the base's one step and the teacher is smaller than "
+                "its own noise, so no share of it is given. Compare more images."
+            )
+        return found
 
 
 def teacher_row(steps: int) -> str:
@@ -166,17 +223,87 @@ def quality_report(
         HipaError: The sets differ in shape, or have fewer than two different prompts.
 
     """
+    reference = _Reference(truth_NHWC, again_NHWC, prompts)
+    floor = reference.measure(truth_NHWC)
+
     # The teacher's own row is measured like any other: it shows what perfect numbers look like.
-    qualities = {}
-    for name, images_NHWC in rows.items():
-        qualities[name] = compare(images_NHWC, truth_NHWC, again_NHWC, prompts)
+    measured = {name: reference.measure(images_NHWC) for name, images_NHWC in rows.items()}
+    base = measured.get(BASE)
     return QualityReport(
         images=len(truth_NHWC),
+        prompts=len(set(prompts)),
         teacher_steps=teacher.steps,
         teacher_guidance=teacher.guidance,
-        kid_lite0_floor=kid_lite0(truth_NHWC, again_NHWC, prompts),
-        rows=qualities,
+        kid_lite0_floor=floor.quality.kid_lite0,
+        rows={name: row.quality for name, row in measured.items()},
+        intervals={name: _intervals(row, base, floor) for name, row in measured.items()},
     )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A row's numbers, and the same of every bootstrap draw, float64 [R]."""
+
+    quality: Quality
+    kid_R: np.ndarray
+    distance_R: np.ndarray
+    ratio_R: np.ndarray
+
+
+class _Reference:
+    """The teacher's images, to which every row is compared, with what is computed of them once.
+
+    Args:
+        truth_NHWC: From the rows' noise, uint8.
+        again_NHWC: From other noise, uint8.
+        prompts: The prompt of each image.
+
+    Raises:
+        HipaError: Fewer than two different prompts, or not one for each image.
+
+    """
+
+    def __init__(self, truth_NHWC: np.ndarray, again_NHWC: np.ndarray, prompts: list[str]) -> None:
+        self.truth_NHWC = truth_NHWC
+        self.again_ND = lite0_features(again_NHWC)
+        self.energy_N = high_frequency_energies(truth_NHWC)
+        self.compared_NN = other_prompts(prompts, lite0_features(truth_NHWC), self.again_ND)
+        self.weights_RN = draw_weights(prompts)
+
+    def measure(self, images_NHWC: np.ndarray) -> _Measured:
+        """Compare a row's images, uint8 [N, H, W, 3]."""
+        row_kernels = kernels(lite0_features(images_NHWC), self.again_ND)
+        distance_N = paired_distances(images_NHWC, self.truth_NHWC)
+        energy_N = high_frequency_energies(images_NHWC)
+
+        # Every image once is one more draw: that of the numbers themselves.
+        every_1N = torch.ones(1, len(images_NHWC), dtype=torch.float64)
+        weights_RN = torch.cat([every_1N, self.weights_RN])
+        kid_R = kid_of_draws(row_kernels, self.compared_NN, weights_RN)
+        distance_R = mean_of_draws(distance_N, weights_RN)
+        ratio_R = mean_of_draws(energy_N, weights_RN) / mean_of_draws(self.energy_N, weights_RN)
+        quality = Quality(float(kid_R[0]), float(distance_R[0]), float(ratio_R[0]))
+        return _Measured(quality, kid_R[1:], distance_R[1:], ratio_R[1:])
+
+
+def _intervals(row: _Measured, base: _Measured | None, floor: _Measured) -> Intervals:
+    """The intervals of a row; the base's row is None where there is none."""
+    closed = None
+    if base is not None:
+        gap_R = base.kid_R - floor.kid_R
+        if interval(gap_R)[0] > 0:
+            closed = interval((base.kid_R - row.kid_R) / gap_R)
+    return Intervals(
+        kid_lite0=interval(row.kid_R),
+        distance=interval(row.distance_R),
+        high_frequency_ratio=interval(row.ratio_R),
+        kid_gap_closed=closed,
+    )
+
+
+def _is_reference(name: str) -> bool:
+    """Whether a row is the base's or the teacher's, of which there is no share to close."""
+    return name == BASE or name.startswith("teacher")
 
 
 def teacher_twice(
@@ -206,7 +333,7 @@ def render_table(report: QualityReport) -> Table:
     headings = ("KID-Lite0", "DISTS-like distance", "high-frequency ratio")
     table = Table("", *headings, title=conditions(report))
     for name, row in report.rows.items():
-        table.add_row(name, *_cells(row))
+        table.add_row(name, *_cells(row, report.intervals.get(name)))
     return table
 
 
@@ -217,10 +344,13 @@ def conditions(report: QualityReport) -> str:
     if report.text.clip_skip:
         added.append(f"clip skip {report.text.clip_skip}")
     style = f" with {', '.join(added)}" if added else ""
+    source = f", from {report.teacher_from}" if report.teacher_from else ""
+    prompts = "the same prompts" if report.prompts is None else f"{report.prompts} prompts"
     return (
-        f"{report.images} images{style}; KID-Lite0 to the teacher ({report.teacher_steps} steps, "
-        f"guidance {report.teacher_guidance:g}) from other noise, its floor "
-        f"{report.kid_lite0_floor:.3f}; the other numbers to its images from the same noise"
+        f"{report.images} images of {prompts}{style}; KID-Lite0 to the teacher "
+        f"({report.teacher_steps} steps, guidance {report.teacher_guidance:g}{source}) from other "
+        f"noise, its floor {report.kid_lite0_floor:.3f}; the other numbers to its images from "
+        "the same noise"
     )
 
 
@@ -228,13 +358,37 @@ def markdown_table(report: QualityReport) -> str:
     """The rows as a table in Markdown."""
     lines = ["| | KID-Lite0 | DISTS-like distance | high-frequency ratio |", "|---|---|---|---|"]
     for name, row in report.rows.items():
-        lines.append(f"| {name} | {' | '.join(_cells(row))} |")
+        cells = _cells(row, report.intervals.get(name))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cells(row: Quality) -> list[str]:
+def _cells(row: Quality, intervals: Intervals | None) -> list[str]:
+    """The three numbers of a row, each with its interval."""
     numbers = (row.kid_lite0, row.distance, row.high_frequency_ratio)
-    return [f"{number:.3f}" for number in numbers]
+    if intervals is None:
+        return [f"{number:.3f}" for number in numbers]
+    ranges = (intervals.kid_lite0, intervals.distance, intervals.high_frequency_ratio)
+    cells = []
+    for number, (low, high) in zip(numbers, ranges, strict=True):
+        cells.append(f"{number:.3f} ({low:.3f} to {high:.3f})")
+    return cells
+
+
+def gap_line(report: QualityReport) -> str | None:
+    """The share of the gap that each row closes, with its interval; None where there is none."""
+    closed = []
+    for name in report.rows:
+        if _is_reference(name):
+            continue
+        if not report.intervals:
+            closed.append(f"{name} {report.kid_gap_closed(name):.0%}")
+            continue
+        limits = report.intervals[name].kid_gap_closed
+        if limits is not None:
+            share = f"{name} {report.kid_gap_closed(name):.0%}"
+            closed.append(f"{share} ({limits[0]:.0%} to {limits[1]:.0%})")
+    return f"KID gap closed: {'; '.join(closed)}." if closed else None
 
 
 def write_report(
@@ -278,18 +432,20 @@ def write_report(
     save_picture(folder / "samples.png", samples_picture(rows))
 
     # The text comes last, so that a report that can be read has all of its pictures.
-    text = f"# Quality\n\n{conditions(report)}.\n\n{markdown_table(report)}"
-    closed = []
-    for name in report.rows:
-        if name != BASE and not name.startswith("teacher"):
-            closed.append(f"{name} {report.kid_gap_closed(name):.0%}")
-    text += f"\n\nKID gap closed: {'; '.join(closed)}.\n" if closed else "\n"
+    text = f"# Quality\n\n{conditions(report)}.\n\n{markdown_table(report)}\n\n{INTERVALS}\n"
+    for line in (gap_line(report), *report.doubts):
+        if line:
+            text += f"\n{line}\n"
     text += f"\n{PICTURES}Columns of the samples: {'; '.join(rows)}.\n"
     write_file(folder / "report.json", (report.model_dump_json(indent=2) + "\n").encode())
     write_file(folder / "report.md", text.encode())
     return folder / "report.md"
 
 
+INTERVALS = (
+    "In brackets: 95 % of 1,000 bootstrap draws of the prompts. They say how far the numbers "
+    "depend on the prompts that were drawn, and nothing of another training."
+)
 PICTURES = """![Radial power spectra](spectra.png)
 
 ![The premise](premise.png)

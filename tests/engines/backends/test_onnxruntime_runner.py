@@ -134,11 +134,26 @@ DYNAMIC = StageSpec(
                 "trt_profile_max_shapes": "x:4x3",
             },
         ),
+        (
+            "onnxruntime-rtx",
+            conv_spec("unet"),
+            {"nv_runtime_cache_path": "/c", "enable_cuda_graph": "1"},
+        ),
+        (
+            "onnxruntime-rtx",
+            DYNAMIC,
+            {
+                "nv_runtime_cache_path": "/c", "nv_profile_min_shapes": "x:1x3",
+                "nv_profile_opt_shapes": "x:2x3", "nv_profile_max_shapes": "x:4x3",
+            },
+        ),
     ],
 )  # fmt: skip
 def test_provider_options(backend, spec, expected):
     assert provider_options(backend, spec, Path("/c")) == expected
-    assert "trt_engine_cache_path" not in provider_options(backend, spec, None)
+    assert not {"trt_engine_cache_path", "nv_runtime_cache_path"} & set(
+        provider_options(backend, spec, None)
+    )
 
 
 class Refusing:
@@ -182,16 +197,18 @@ def test_another_refusal_is_an_error(path, monkeypatch):
 
 def test_the_engine_cache_is_named_after_weights_device_and_version(make_bundle, monkeypatch):
     bundle = make_bundle(stages=("unet",))
-    here = engine_cache(bundle, "unet")
+    here = engine_cache(bundle, "unet", "onnxruntime-tensorrt")
     assert here.parent == bundle.root / "engines/onnxruntime-tensorrt"
     assert not here.exists(), "only a provider that is there makes it"
     monkeypatch.setattr(onnxruntime_runner, "find_gpu", lambda: ORIN)
-    orin = engine_cache(bundle, "unet")
+    orin = engine_cache(bundle, "unet", "onnxruntime-tensorrt")
     monkeypatch.setattr(onnxruntime, "__version__", "9.9")
-    newer = engine_cache(bundle, "unet")
+    newer = engine_cache(bundle, "unet", "onnxruntime-tensorrt")
     files = {**bundle.manifest.files, "unet/model.onnx": "0" * 64}
     changed = Bundle(bundle.root, bundle.manifest.model_copy(update={"files": files}))
-    assert len({here, orin, newer, engine_cache(changed, "unet")}) == 4
+    other = engine_cache(changed, "unet", "onnxruntime-tensorrt")
+    assert len({here, orin, newer, other}) == 4
+    assert engine_cache(bundle, "unet", "onnxruntime") is None
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path):
@@ -200,7 +217,8 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path):
         assert onnxruntime_runner._writable(tmp_path / "file" / "cache") is None
 
 
-GPU_PROVIDERS = [name for name in PROVIDERS if name != "onnxruntime"]
+# The plugin has tests of its own (test_rtx_plugin.py).
+GPU_PROVIDERS = ["onnxruntime-cuda", "onnxruntime-tensorrt"]
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from hipa_deploy import embedded
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.commands.app import main
 from hipa_deploy.doctor.examine import examine
-from hipa_deploy.engines.build import engine_check
+from hipa_deploy.engines.build import build_stage, engine_check
 from hipa_deploy.engines.build.build_stage import BuiltEngine, StageBuild, sidecar_path
 from hipa_deploy.engines.build.suspects import bisect_stage
 from hipa_deploy.engines.store.diagnose import diagnose
@@ -232,6 +232,104 @@ def test_a_known_fault_has_its_remedy_from_the_start(bundle, monkeypatch):
     assert fake.jobs[-1].myelin == ("-peep:fc_h_fusion=off", "-peep:match_dual_gemm=off")
     assert built.sidecar.key.repairs.known_faults == ("fc-h-fusion", "match-dual-gemm")
     assert build(bundle, key=key).path == built.path
+
+
+RTX_50 = ORIN.model_copy(update={"sm": 120, "name": "NVIDIA GeForce RTX 5090"})
+FAULT = "fused-attention-sm120"
+
+
+def test_a_documented_remedy_that_costs_time_is_applied_at_once(bundle, monkeypatch, capsys):
+    fake = FaultyTensorRT(lambda job: [] if "val_73" in job.fp32 else [KEY_PROJECTION])
+    fake.install(monkeypatch, RTX_50)
+    key = key_of(bundle, "10.16.1.11", RTX_50)
+    with pytest.warns(RuntimeWarning, match="float32 in attention"):
+        built = build(bundle, key=key)
+    assert len(fake.jobs) == 1, "not after a failed build"
+    repairs = built.sidecar.key.repairs
+    assert (repairs.known_faults, repairs.islands) == ((FAULT,), ("attention",))
+    (remedy,) = built.sidecar.remedies
+    assert remedy.fault == FAULT
+    assert "No attention is fused" in remedy.cost
+    assert remedy.sources == ("https://github.com/NVIDIA/TensorRT/issues/4837",)
+    assert read_sidecar(built.path.with_suffix(".json")).remedies == (remedy,)
+    assert diagnose(built.path).remedies == (str(remedy),)
+    assert built.sidecar.attempts == ()
+    assert build(bundle, key=key).up_to_date
+
+
+def test_without_repairs_no_remedy_is_applied(bundle, monkeypatch):
+    fake = FaultyTensorRT(lambda job: [])
+    fake.install(monkeypatch, RTX_50)
+    key = key_of(bundle, "10.16.1.11", RTX_50)
+    with pytest.warns(RuntimeWarning, match="float32 in attention"):
+        mended = build(bundle, key=key)
+    plain = build(bundle, key=key, repair=False)
+    assert not plain.up_to_date, "the engine with the remedy is another one"
+    assert plain.path != mended.path
+    assert plain.sidecar.key.repairs is None
+    assert plain.sidecar.remedies == ()
+    assert build(bundle, key=key, repair=False).path == plain.path
+    assert build(bundle, key=key).path == mended.path
+    assert len(fake.jobs) == 2
+
+
+def test_a_remedy_that_is_left_out_comes_back_if_the_engine_is_wrong(bundle, monkeypatch):
+    wrong = False
+    fake = FaultyTensorRT(lambda job: [KEY_PROJECTION] if wrong and not job.fp32 else [])
+    fake.install(monkeypatch, RTX_50)
+    key = key_of(bundle, "10.16.1.11", RTX_50)
+    built = build(bundle, key=key, without_remedies=(FAULT,))
+    assert built.sidecar.key.repairs is None
+    shutil.rmtree(built.path.parent)
+
+    wrong = True
+    with pytest.warns(RuntimeWarning, match="float32 in attention"):
+        built = build(bundle, key=key, without_remedies=(FAULT,))
+    assert built.sidecar.key.repairs.known_faults == (FAULT,)
+    assert [attempt.check.outcome for attempt in built.sidecar.attempts] == ["failed", "passed"]
+    assert all(attempt.latency_ms > 0 for attempt in built.sidecar.attempts), "what it costs"
+    count = len(fake.jobs)
+    assert build(bundle, key=key, without_remedies=(FAULT,)).path == built.path
+    assert len(fake.jobs) == count
+
+
+def test_without_remedy_and_without_check_there_is_a_warning(bundle, monkeypatch):
+    FaultyTensorRT(lambda job: []).install(monkeypatch, RTX_50)
+    monkeypatch.setattr(engine_check, "find_gpu", lambda: None)
+    key = key_of(bundle, "10.16.1.11", RTX_50)
+    with pytest.warns(RuntimeWarning, match=rf"without the remedy of {FAULT}, and not checked"):
+        build(bundle, key=key, repair=False)
+
+
+def test_a_build_that_fails_with_a_remedy_says_how_to_leave_it_out(bundle, monkeypatch):
+    fake = FaultyTensorRT(lambda job: [], fails=lambda job: bool(job.fp32))
+    fake.install(monkeypatch, RTX_50)
+    with pytest.raises(HipaError, match=rf"To leave them out: --without-remedy {FAULT}$"):
+        build(bundle, key=key_of(bundle, "10.16.1.11", RTX_50))
+
+
+def test_a_build_that_fails_as_others_found_names_the_thread(bundle, monkeypatch):
+    fake = FaultyTensorRT(lambda job: [], fails=lambda job: True)
+    fake.install(monkeypatch)
+    with pytest.raises(HipaError, match=r"node conv\. Known of this TensorRT: .*issues/4736"):
+        build(bundle, key=key_of(bundle, "10.3.0"))
+    monkeypatch.setattr(build_stage, "run_worker", lambda job, report: fail("the disk is full."))
+    with pytest.raises(HipaError, match=r"the disk is full\.$"):
+        build(bundle, key=key_of(bundle, "10.3.0"))
+
+
+def fail(words: str):
+    raise HipaError(words)
+
+
+def test_the_command_knows_the_faults(capsys):
+    for options, message in (
+        (["--without-remedy", "nothing"], "no known fault of TensorRT is called nothing"),
+        (["--without-remedy", FAULT, "--no-repair"], "Omit --without-remedy"),
+    ):
+        with pytest.raises(SystemExit, match="1"):
+            main(["build", "emoji", "--backend", "tensorrt", *options])
+        assert message in capsys.readouterr().err
 
 
 def test_a_costly_remedy_is_tried_before_the_search(bundle, monkeypatch):

@@ -185,7 +185,7 @@ def test_no_engine_is_written_or_read_through_a_link_out_of_the_bundle(tmp_path:
     for use in (
         lambda: engine_folder(bundle, "tensorrt", "t"),
         lambda: find_sidecars(bundle, "unet", "tensorrt"),
-        lambda: engine_cache(bundle, "unet"),
+        lambda: engine_cache(bundle, "unet", "onnxruntime-tensorrt"),
     ):
         with pytest.raises(HipaError, match="leads out"):
             use()

@@ -295,3 +295,41 @@ def test_a_file_that_may_not_grow_is_named(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == f"OSError: [Errno 27] File too large: '{path}'"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not files.HAS_LOCKS, reason="no locks here")
+@pytest.mark.parametrize("removes_before", [False, True], ids=["later", "at once"])
+def test_new_scratch_that_a_sweep_took_for_a_leftover_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removes_before: bool
+) -> None:
+    """Another process's sweep locks the scratch in the moment before its maker does."""
+    real = files.is_locked_now
+    sweeps = []
+
+    def after_a_sweep(file):
+        if not sweeps:
+            path = Path(file.name if isinstance(file.name, str) else newest(tmp_path))
+            sweeps.append((path, path.open("r+b")))
+            assert real(sweeps[0][1])
+            if removes_before:
+                path.unlink()
+        return real(file)
+
+    def newest(folder: Path) -> Path:
+        return max(folder.iterdir(), key=lambda path: path.stat().st_ctime_ns)
+
+    monkeypatch.setattr(files, "is_locked_now", after_a_sweep)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    with temporary_folder("scratch") as folder:
+        lock, held = sweeps[0]
+        shutil.rmtree(lock.parent, ignore_errors=True)
+        held.close()
+        (folder / "x").write_text("1")
+        assert (folder / "x").read_text() == "1"
+    assert list(tmp_path.iterdir()) == []
+
+    sweeps.clear()
+    write_file(tmp_path / "file", b"content")
+    sweeps[0][1].close()
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompts import (
-    CACHED_BATCHES,
+    CACHED_PROMPTS,
     BakedPrompts,
     EncodedPrompt,
     EncodedPrompts,
@@ -86,7 +86,7 @@ def test_a_prompt_that_is_too_long_may_be_cut(tmp_path: Path) -> None:
 
 def test_contexts_are_remembered_and_forgotten() -> None:
     source = EncodedPrompts(None)  # type: ignore[arg-type]  # feed and keep need no tokenizer
-    batches = [[EncodedPrompt(np.asarray([n]))] for n in range(CACHED_BATCHES + 1)]
+    batches = [[EncodedPrompt(np.asarray([n]))] for n in range(CACHED_PROMPTS + 1)]
     for batch in batches[:-1]:
         assert list(source.feed(batch, no_encoder)) == ["tokens"]
         source.keep(batch, batch[0].tokens_L.astype(np.float32))

@@ -17,7 +17,7 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import StageSpec, TensorSpec
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.prompts import CACHED_BATCHES, EncodedPrompts
+from hipa_deploy.generate.prompts import CACHED_PROMPTS, EncodedPrompts
 from hipa_deploy.generate.stages import HostStages
 from tests.swap_samples import INFO, scaled_weights, write_swap
 from tests.threads import THREADS, in_threads
@@ -187,4 +187,4 @@ def test_contexts_are_remembered_and_forgotten_by_several_threads() -> None:
             assert known.get("context", value) == value
 
     in_threads(fill)
-    assert len(cache._cache) == CACHED_BATCHES
+    assert len(cache._cache) == CACHED_PROMPTS

@@ -8,22 +8,30 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from hipa_deploy.embedded import ADAPTOR, MODEL
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.adaptor_folder import METADATA
 from hipa_deploy.train.evaluation.evaluation_request import (
+    choose_teacher,
     draw,
     held_out_prompts,
+    recorded_teacher,
     reference_teacher,
+    trained_on,
 )
+from hipa_deploy.train.evaluation.quality import compare
 from hipa_deploy.train.evaluation.quality_report import (
     ADAPTED,
     BASE,
+    QualityReport,
+    gap_line,
     make_images,
     quality_report,
     render_table,
     teacher_row,
     write_report,
 )
-from hipa_deploy.train.recipes.recipe import TeacherSettings
+from hipa_deploy.train.recipes.recipe import TeacherSettings, load_recipe, read_prompts
 from tests.tiny_model import PROMPTS
 
 TEACHER = TeacherSettings(steps=25, guidance=5.0, pairs=1)
@@ -92,6 +100,50 @@ def test_a_better_set_has_better_numbers(tmp_path: Path) -> None:
     assert "other noise" in console.export_text()
 
 
+def test_every_number_has_an_interval_that_holds_it() -> None:
+    truth, again, near, far = image_sets()
+    report = quality_report(
+        TEACHER, TEXTS, truth, again, {teacher_row(25): truth, ADAPTED: near, BASE: far}
+    )
+    for name, row in report.rows.items():
+        intervals = report.intervals[name]
+        for number in ("kid_lite0", "distance", "high_frequency_ratio"):
+            low, high = getattr(intervals, number)
+            assert low <= high
+            assert low - 1e-9 <= getattr(row, number) <= high + 1e-9 or number == "kid_lite0"
+    assert report.intervals[ADAPTED].kid_gap_closed is not None
+    assert gap_line(report).startswith("KID gap closed: HiPA, one step ")
+    assert any("8 different prompts are few" in text for text in report.doubts)
+
+
+def test_no_share_of_a_gap_that_is_smaller_than_its_noise() -> None:
+    truth, again, near, _ = image_sets()
+    report = quality_report(TEACHER, TEXTS, truth, again, {ADAPTED: near, BASE: truth})
+    assert report.intervals[ADAPTED].kid_gap_closed is None
+    assert gap_line(report) is None
+    assert any("smaller than its own noise" in text.replace("\n", " ") for text in report.doubts)
+
+
+def test_the_numbers_are_those_of_the_single_functions() -> None:
+    truth, again, near, far = image_sets()
+    report = quality_report(TEACHER, TEXTS, truth, again, {ADAPTED: near, BASE: far})
+    expected = compare(near, truth, again, TEXTS)
+    row = report.rows[ADAPTED]
+    assert row.kid_lite0 == pytest.approx(expected.kid_lite0, rel=1e-9)
+    assert row.distance == pytest.approx(expected.distance, rel=1e-5)
+    assert row.high_frequency_ratio == pytest.approx(expected.high_frequency_ratio, rel=1e-5)
+
+
+def test_a_report_of_version_3_is_read() -> None:
+    truth, again, near, far = image_sets()
+    values = quality_report(TEACHER, TEXTS, truth, again, {ADAPTED: near, BASE: far}).model_dump()
+    for name in ("intervals", "prompts", "teacher_from"):
+        del values[name]
+    old = QualityReport.model_validate(values | {"schema_version": 3})
+    assert old.doubts == []
+    assert "KID gap closed: HiPA, one step " in gap_line(old)
+
+
 def test_the_report_is_a_folder_of_text_and_pictures(tmp_path: Path) -> None:
     truth, again, near, far = image_sets()
     rows = {"teacher, 4 steps": near, teacher_row(25): truth, BASE: far, ADAPTED: near}
@@ -105,6 +157,34 @@ def test_the_report_is_a_folder_of_text_and_pictures(tmp_path: Path) -> None:
     assert len(pictures) == 3
     assert all(Image.open(path.parent / name).size[0] > 200 for name in pictures)
     assert json.loads((path.parent / "report.json").read_text())["teacher_steps"] == 25
+
+
+def test_the_teacher_is_the_adaptors_own() -> None:
+    own = choose_teacher(None, ADAPTOR, "some-model")
+    assert own.source == "the adaptor's own record"
+    assert own.teacher.guidance == recorded_teacher(ADAPTOR).guidance
+    asked = choose_teacher("sd15", ADAPTOR, "some-model")
+    assert asked.source == "the recipe sd15"
+    assert asked.teacher.guidance == 7.5
+    assert "guidance 7.5 rather than" in asked.differs
+    assert choose_teacher(None, None, "emoji").source.startswith("the recipe emoji")
+    assert choose_teacher(None, None, "some-model").teacher.guidance == 7.5
+
+
+def test_an_adaptor_whose_record_says_no_teacher(tmp_path: Path) -> None:
+    assert recorded_teacher(tmp_path) is None
+    values = json.loads((ADAPTOR / METADATA).read_text())
+    values["recipe"] = {"teacher": {"another": "version"}}
+    (tmp_path / METADATA).write_text(json.dumps(values))
+    for name in ("pytorch_lora_weights.safetensors",):
+        (tmp_path / name).symlink_to(ADAPTOR / name)
+    assert recorded_teacher(tmp_path) is None
+
+
+def test_prompts_of_the_training_are_recognised() -> None:
+    prompts = read_prompts(load_recipe("emoji"), MODEL)
+    assert trained_on(ADAPTOR, [*prompts, prompts[0]])
+    assert not trained_on(ADAPTOR, prompts[1:])
 
 
 def test_the_reference_is_fine_however_coarse_the_pairs_were() -> None:

@@ -1,0 +1,53 @@
+"""The groups in which the help of every command shows its options.
+
+An option is in the same group wherever it occurs, so that one finds it again.
+"""
+
+from __future__ import annotations
+
+HELP_GROUP = "Help"
+
+_GROUPS = {
+    "Model": (
+        *("--model", "--config", "--adaptor", "--adaptor-scale", "--from", "--lora"),
+        *("--embedding", "--one-step", "--decoder", "--encoder", "--rival"),
+    ),
+    "Prompts": (
+        *("--prompts", "--context-tokens", "--clip-skip", "--truncate", "--prompt-weights"),
+        *("--log-prompts", "--reference-prompts"),
+    ),
+    "Image": (
+        *("--task", "--strength", "--strengths", "--feather", "--overlap", "--seed", "--count"),
+        *("--height", "--width", "--dynamic", "--batch", "--images"),
+    ),
+    "Training": ("--recipe", "--steps", "--gpus", "--quick"),
+    "Precision and layout": ("--dtype", "--layout", "--fuse"),
+    "Device": (
+        *("--backend", "--build", "--target", "--workspace", "--tactic-dram"),
+        *(
+            "--optimization-level",
+            "--timing-cache",
+            "--refit",
+            "--best-of",
+            "--no-repair",
+            "--without-remedy",
+        ),
+    ),
+    "Measuring": (
+        *("--runs", "--warmup", "--metric", "--threshold", "--layers", "--roofline"),
+        *("--self-test", "--bisect"),
+    ),
+    "Output": (
+        *("--out", "--swap-for", "--json", "--html", "--markdown", "--dry-run", "--force"),
+        *("--sign",),
+    ),
+    "Network": ("--host", "--port", "--api-keys", "--allow-host", "--allow-origin"),
+    "Limits": (
+        *("--wait", "--queue", "--time-limit", "--prompt-limit", "--body-limit"),
+        "--pixel-limit",
+    ),
+    "Safety": ("--allow-code",),
+    HELP_GROUP: ("--help", "--version"),
+}
+
+GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}

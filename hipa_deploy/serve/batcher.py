@@ -1,0 +1,323 @@
+"""Requests of many users, joined into batches: one thread a bundle, and a bounded queue.
+
+An idle thread starts a batch at once. One that has just made a batch takes what waits, and if that
+is less than a full batch it waits a few milliseconds: clients that have their answer ask again.
+
+The images of a batch have one adaptor and one size. The adaptor that is loaded goes on for
+``PATIENCE`` seconds while others wait, because a swap takes longer than a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.jobs.batch_sizes import largest_fitting
+from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
+
+PATIENCE = 1.0  # seconds
+_RECENT = 0.2  # weight of the latest batch in the mean time of an image
+MAX_RETRY_AFTER = 60  # seconds
+
+
+class QueueFullError(Exception):
+    """More images wait than the service accepts.
+
+    Args:
+        retry_after: whole seconds, about as long as what waits will take.
+
+    """
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the queue is full; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class StoppingError(Exception):
+    """The service is stopping and accepts nothing more."""
+
+
+class Engine(Protocol):
+    """What makes the images: a ``OneStepPipeline``."""
+
+    def sizes_for(self, job: ImageJob) -> tuple[int, ...]:
+        """How many jobs like this one a batch may have, ascending."""
+
+    def make(
+        self, jobs: Sequence[ImageJob], timer: Callable[[str], AbstractContextManager[object]]
+    ) -> list[MadeImage]:
+        """Make one batch."""
+
+    def swap_adaptor(self, adaptor: str | None) -> None:
+        """Take another adaptor; None is the bundle's own."""
+
+
+class Watch(Protocol):
+    """Who counts what a batcher does: the metrics."""
+
+    def stage(self, name: str) -> AbstractContextManager[object]:
+        """A context in which a stage runs."""
+
+    def batch(self, images: int, seconds: float) -> None:
+        """A batch was made."""
+
+    def waited(self, seconds: float) -> None:
+        """An image waited so long in the queue."""
+
+    def swapped(self, seconds: float) -> None:
+        """An adaptor was swapped in."""
+
+
+@dataclass(eq=False)
+class Work:
+    """The images of one request, and where they stand.
+
+    Attributes:
+        jobs: the images to make.
+        adaptor: whose weights make them; None is the bundle's own.
+        done: all images in order, or the error.
+        queued: when they were queued, by ``time.perf_counter``.
+        begun: when the first batch with one of them began; None before.
+        ended: when the last one was made; None before.
+        batches: size of the batch that each image was in.
+
+    """
+
+    jobs: Sequence[ImageJob]
+    adaptor: str | None = None
+    done: Future[list[MadeImage]] = field(default_factory=Future)
+    queued: float = 0.0
+    begun: float | None = None
+    ended: float | None = None
+    batches: list[int] = field(default_factory=list)
+    _made: dict[int, MadeImage] = field(default_factory=dict)
+
+    def take(self, place: int, image: MadeImage) -> None:
+        """Keep one image; the last one ends the work."""
+        self._made[place] = image
+        if len(self._made) == len(self.jobs):
+            self.ended = time.perf_counter()
+            # Whoever asked may have gone away at any moment.
+            with suppress(InvalidStateError):
+                self.done.set_result([self._made[place] for place in range(len(self.jobs))])
+
+    def fail(self, error: BaseException) -> None:
+        """End the work with an error."""
+        with suppress(InvalidStateError):
+            self.done.set_exception(error)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One image in the queue."""
+
+    work: Work
+    place: int
+
+    @property
+    def job(self) -> ImageJob:
+        return self.work.jobs[self.place]
+
+
+class Batcher:
+    """A queue before one pipeline, and the thread that empties it.
+
+    Args:
+        engine: makes the images; nothing else may use it meanwhile.
+        queue: images that may wait.
+        wait: seconds that a busy batcher waits for company.
+        watch: counts what is done.
+        name: of the thread.
+
+    Example:
+        >>> batcher = Batcher(pipe, queue=64, wait=0.004, watch=watch)
+        >>> batcher.reserve(1)
+        >>> work = Work(pipe.jobs([("a red apple", 3)]))
+        >>> batcher.submit(work, reserved=1)
+        >>> (image,) = work.done.result()
+
+    """
+
+    def __init__(
+        self, engine: Engine, *, queue: int, wait: float, watch: Watch, name: str = "batches"
+    ) -> None:
+        self._engine = engine
+        self._most = queue
+        self._wait = wait
+        self._watch = watch
+        self._changed = threading.Condition()
+        self._items: deque[_Item] = deque()
+        self._reserved = 0  # places of requests whose images are being read
+        self._stopping = False
+        self._adaptor: str | None = None
+        self._an_image = 0.0  # seconds, the mean of the latest batches
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Images that wait, those that are being prepared included."""
+        return len(self._items) + self._reserved
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def reserve(self, images: int) -> None:
+        """Take places in the queue for images that are not ready yet.
+
+        Raises:
+            QueueFullError: there are not as many.
+            StoppingError: the batcher was closed.
+
+        """
+        with self._changed:
+            if self._stopping:
+                raise StoppingError
+            if self.waiting + images > self._most:
+                seconds = math.ceil(self.waiting * self._an_image)
+                raise QueueFullError(min(max(1, seconds), MAX_RETRY_AFTER))
+            self._reserved += images
+
+    def release(self, images: int) -> None:
+        """Give reserved places back."""
+        with self._changed:
+            self._reserved -= images
+
+    def submit(self, work: Work, reserved: int) -> None:
+        """Queue the images of a request on places that ``reserve`` gave.
+
+        Args:
+            work: what to make.
+            reserved: places that it had; they are used up.
+
+        """
+        with self._changed:
+            self._reserved -= reserved
+            work.queued = time.perf_counter()
+            self._items.extend(_Item(work, place) for place in range(len(work.jobs)))
+            self._changed.notify_all()
+
+    def cancel(self, work: Work) -> None:
+        """Make no more images of a request. Those of a batch under way are thrown away."""
+        with self._changed:
+            work.done.cancel()
+            self._items = deque(item for item in self._items if item.work is not work)
+
+    def close(self) -> None:
+        """Accept nothing more, make what waits, and end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while True:
+            batch = self._next_batch()
+            if batch is None:
+                return
+            if not batch:
+                continue
+            try:
+                self._make(batch)
+            except Exception as error:  # a bug; the thread must live for the next request
+                for item in batch:
+                    item.work.fail(error)
+
+    def _next_batch(self) -> list[_Item] | None:
+        """Wait for a batch and take it out of the queue; None: closed, and nothing waits."""
+        with self._changed:
+            idle = not self._items
+            while not self._items:
+                if self._stopping:
+                    return None
+                self._changed.wait()
+            batch = self._choose()
+            # Not after idleness: the first request of a quiet service must not wait.
+            if not idle:
+                free = time.perf_counter()
+                while batch and not self._is_full(batch) and not self._stopping:
+                    left = self._wait - (time.perf_counter() - free)
+                    if left <= 0 or not self._changed.wait(left):
+                        break
+                    batch = self._choose()
+                batch = self._choose()
+            # Whoever waited may have gone away meanwhile: then the next turn waits again.
+            taken = set(map(id, batch))
+            self._items = deque(item for item in self._items if id(item) not in taken)
+            return batch
+
+    def _is_full(self, batch: list[_Item]) -> bool:
+        return len(batch) >= self._engine.sizes_for(batch[0].job)[-1]
+
+    def _choose(self) -> list[_Item]:
+        """The images of the next batch: those that may share one with the first, oldest first."""
+        if not self._items:
+            return []
+        first = self._items[0]
+        now = time.perf_counter()
+        if first.work.adaptor != self._adaptor and now - first.work.queued < PATIENCE:
+            same = [item for item in self._items if item.work.adaptor == self._adaptor]
+            first = same[0] if same else first
+        key = (first.work.adaptor, first.job.company)
+        sizes = self._engine.sizes_for(first.job)
+        batch = []
+        for item in self._items:
+            if (item.work.adaptor, item.job.company) == key:
+                batch.append(item)
+                if len(batch) == sizes[-1]:
+                    break
+        return batch[: largest_fitting(len(batch), sizes)]
+
+    def _make(self, batch: list[_Item]) -> None:
+        begun = time.perf_counter()
+        for item in batch:
+            self._watch.waited(begun - item.work.queued)
+            if item.work.begun is None:
+                item.work.begun = begun
+        adaptor = batch[0].work.adaptor
+        if adaptor != self._adaptor:
+            self._swap(adaptor)
+        try:
+            self._run(batch)
+        except HipaError as error:
+            if len(batch) == 1:
+                batch[0].work.fail(error)
+                return
+            # One of them is at fault, and the others must not pay for it.
+            for item in batch:
+                self._run_alone(item)
+
+    def _run_alone(self, item: _Item) -> None:
+        try:
+            self._run([item])
+        except HipaError as error:
+            item.work.fail(error)
+
+    def _run(self, batch: list[_Item]) -> None:
+        started = time.perf_counter()
+        made = self._engine.make([item.job for item in batch], self._watch.stage)
+        seconds = time.perf_counter() - started
+        self._watch.batch(len(batch), seconds)
+        an_image = seconds / len(batch)
+        self._an_image += (an_image - self._an_image) * (_RECENT if self._an_image else 1)
+        for item, image in zip(batch, made, strict=True):
+            item.work.batches.append(len(batch))
+            item.work.take(item.place, image)
+
+    def _swap(self, adaptor: str | None) -> None:
+        started = time.perf_counter()
+        # Until it has succeeded nobody knows what is loaded: the next batch swaps again.
+        self._adaptor = ""
+        self._engine.swap_adaptor(adaptor)
+        self._adaptor = adaptor
+        self._watch.swapped(time.perf_counter() - started)

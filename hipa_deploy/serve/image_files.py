@@ -1,0 +1,96 @@
+"""Images as files in memory: what a service sends, and what users upload.
+
+Shapes: H, W height and width in pixels; C channels.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import IO, Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.images.png import png_bytes
+
+Format = Literal["png", "jpeg", "webp"]
+MEDIA_TYPES: dict[Format, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+# What OpenAI's API takes. Every other decoder of Pillow is code that a stranger could reach.
+_UPLOADS = ("PNG", "JPEG", "WEBP")
+BEST = 100  # quality of a JPEG or WebP
+
+
+def encode(
+    image_HWC: np.ndarray, parameters: dict[str, Any], kind: Format, quality: int = BEST
+) -> bytes:
+    """An image as a file.
+
+    Args:
+        image_HWC: uint8 [H, W, 3].
+        parameters: what made it; a PNG carries them, the others do not.
+        kind: of file.
+        quality: of a JPEG or WebP, 0 to 100.
+
+    """
+    if kind == "png":
+        return png_bytes(image_HWC, parameters)
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC).save(buffer, kind.upper(), quality=quality)
+    return buffer.getvalue()
+
+
+def open_upload(file: IO[bytes], what: str, most_pixels: int) -> Image.Image:
+    """Open an image that a user sent, and look at its head: no pixel is decoded yet.
+
+    Args:
+        file: its bytes.
+        what: 'image' or 'mask', for messages.
+        most_pixels: of width times height.
+
+    Raises:
+        HipaError: not a PNG, JPEG or WebP, or too many pixels.
+
+    """
+    file.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(file, formats=_UPLOADS)
+    except Exception:  # what Pillow raises depends on the format and the damage
+        raise HipaError(f"the {what} is no PNG, JPEG or WebP file that can be read.") from None
+    if image.width * image.height > most_pixels:
+        raise HipaError(
+            f"the {what} has {image.width}x{image.height} pixels. "
+            f"Expected at most {most_pixels} in all. Make it smaller."
+        )
+    return image
+
+
+def mask_of_alpha(image: Image.Image, what: str) -> np.ndarray:
+    """The mask of OpenAI's API, bool [H, W]: fully transparent pixels are repainted.
+
+    Args:
+        image: with an alpha channel.
+        what: 'image' or 'mask', for messages.
+
+    Raises:
+        HipaError: the image has no transparency, or cannot be decoded.
+
+    Source: OpenAI's API reference of ``images.edit``: "fully transparent areas (e.g. where alpha is
+    zero) indicate where image should be edited".
+
+    """
+    try:
+        if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+            raise HipaError(
+                f"the {what} has no alpha channel. Expected one that is transparent where the "
+                "image is to be repainted."
+            )
+        alpha_HW = np.asarray(image.convert("RGBA"))[..., 3]
+    except HipaError:
+        raise
+    except Exception:
+        raise HipaError(f"the {what} is damaged. Expected a complete file.") from None
+    return alpha_HW == 0

@@ -1,0 +1,42 @@
+"""API keys, from a file and from the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hipa_deploy.disk.reading import MIB, read_text
+from hipa_deploy.errors import HipaError
+
+VARIABLE = "HIPA_API_KEYS"
+_SHORTEST = 16  # characters; `openssl rand -hex 16` gives 32
+
+
+def read_keys(path: Path | None) -> list[str]:
+    """The keys of a file, one a line, and those of the variable, with commas between.
+
+    Empty lines and lines that begin with ``#`` are left out.
+
+    Args:
+        path: the file; None reads the variable alone.
+
+    Raises:
+        HipaError: the file cannot be read or has no key, or a key is too short or no plain text.
+
+    """
+    keys = [key.strip() for key in os.environ.get(VARIABLE, "").split(",") if key.strip()]
+    if path is not None:
+        lines = [line.strip() for line in read_text(path, max_bytes=MIB).splitlines()]
+        of_file = [line for line in lines if line and not line.startswith("#")]
+        if not of_file:
+            raise HipaError(f"{path} has no API key. Write one a line.")
+        keys += of_file
+    for key in keys:
+        # The key itself stays out of the message: it may be right but for a blank.
+        if len(key) < _SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
+            raise HipaError(
+                f"an API key has {len(key)} characters or some that are not plain text. Expected "
+                f"{_SHORTEST} or more ASCII characters without blanks, such as openssl rand -hex "
+                "16 gives."
+            )
+    return keys

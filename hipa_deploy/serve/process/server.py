@@ -1,0 +1,173 @@
+"""The process: it listens at once, loads its bundles, and stops when it has answered everybody."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.serve.process.http_protocol import PunctualProtocol
+from hipa_deploy.serve.service import ImageService
+from hipa_deploy.serve.web.request_log import log, set_up_logs
+from hipa_deploy.serve.web.web_app import web_app
+
+_STOP_SECONDS = 5  # for the last answers to leave, on top of the time limit of a request
+_SWITCH_SECONDS = 0.0005
+_BACKLOG = 2048  # connections that the system keeps for us
+
+
+def run_server(
+    service: ImageService,
+    backend: str,
+    *,
+    host: str,
+    port: int,
+    hosts: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    keys: Sequence[str] = (),
+    log_prompts: bool = False,
+) -> None:
+    """Listen, load the bundles, and answer until a signal or a bundle that does not load.
+
+    Ctrl-C and SIGTERM let the requests end that were accepted; then the signal takes its usual
+    effect.
+
+    Args:
+        service: not loaded yet.
+        backend: that runs the bundles.
+        host: name or address to listen at.
+        port: 0 lets the system choose.
+        hosts: as ``web_app`` takes them.
+        origins: as ``web_app`` takes them.
+        keys: as ``web_app`` takes them.
+        log_prompts: write prompts to the log.
+
+    Raises:
+        HipaError: the address is not free, or a bundle does not load.
+
+    """
+    listening = _listen(host, port)
+    set_up_logs()
+    if not keys and not is_loopback(host):
+        log(
+            "everybody who reaches this address can use the service",
+            logging.WARNING,
+            host=host,
+            remedy="give it --api-keys, or --host 127.0.0.1",
+        )
+    app = web_app(service, hosts=hosts, origins=origins, keys=keys, log_prompts=log_prompts)
+    config = uvicorn.Config(
+        app,
+        http=PunctualProtocol,
+        ws="none",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=round(service.limits.seconds) + _STOP_SECONDS,
+    )
+    _more_files()
+    # A thread that waits for Python's lock gets it after this time. The usual 5 ms would be most of
+    # what a request of a small model takes on top of its image.
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    server = uvicorn.Server(config)
+    try:
+        asyncio.run(_run(server, listening, service, backend))
+    finally:
+        service.close()
+        log("stopped")
+
+
+async def _run(
+    server: uvicorn.Server, listening: socket.socket, service: ImageService, backend: str
+) -> None:
+    loading = asyncio.create_task(_load(server, service, backend))
+    address, port = listening.getsockname()[:2]
+    shown = f"[{address}]" if ":" in address else address
+    log("listening", url=f"http://{shown}:{port}")
+    await server.serve([listening])
+    service.stopping = True
+    # Loading goes on in a thread that cannot be interrupted; the error of one is the command's.
+    await loading
+
+
+async def _load(server: uvicorn.Server, service: ImageService, backend: str) -> None:
+    """Load in a thread, so that /health/live answers meanwhile."""
+    try:
+        await asyncio.to_thread(service.load, backend)
+    except BaseException:
+        server.should_exit = True
+        raise
+    for served in service.models.served:
+        if served.warm_up and served.pipe:
+            log(
+                "ready",
+                bundle=served.name,
+                backend=served.pipe.backend,
+                load_s=round(served.pipe.load_seconds, 2),
+                warm_up_s=round(served.warm_up.seconds, 2),
+                batch_sizes=served.warm_up.sizes,
+                sizes_that_change_an_image=served.warm_up.changing,
+                sizes_that_save_no_time=served.warm_up.slow,
+            )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        HipaError: the address is not this machine's, or is taken.
+
+    """
+    if not 0 <= port <= 65535:
+        raise HipaError(f"--port is {port}. Expected 0 to 65535.")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        # asyncio sets TCP_NODELAY only where the protocol is named. Without it the body of an
+        # answer waits 40 ms for the client's delayed acknowledgement of the head.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        try:
+            if os.name == "posix":
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((host, port))
+            listening.listen(_BACKLOG)
+        except BaseException:
+            listening.close()
+            raise
+        return listening
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise HipaError(
+            f"cannot listen at {host}, port {port}: {reason}. Choose another --host or --port."
+        ) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _more_files() -> None:
+    """Let this process have as many open connections as the system allows it."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,0 +1,192 @@
+"""The models of a service: bundles and their adaptors, by name."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hipa_deploy.bundle.adaptor_swap import FOLDER, AdaptorSwap
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.embedded import resolve_bundle
+from hipa_deploy.errors import HipaError, brief
+from hipa_deploy.generate.jobs.batch_sizes import WarmUp
+from hipa_deploy.generate.pipeline import OneStepPipeline
+from hipa_deploy.generate.runner import check_backend
+from hipa_deploy.serve.batcher import Batcher
+from hipa_deploy.serve.serve_metrics import ServeMetrics
+from hipa_deploy.serve.settings import Limits
+
+# Of a model: it stands in JSON, in logs, in the labels of metrics, and in a path of the API.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class ServedBundle:
+    """A bundle that is served: first its manifest alone, after ``load`` its pipeline and queue.
+
+    Args:
+        name: of the model.
+        root: the bundle's folder.
+
+    Raises:
+        HipaError: no bundle, or an adaptor in its folder that does not belong to it.
+
+    """
+
+    def __init__(self, name: str, root: Path) -> None:
+        self.name = name
+        self.bundle = Bundle.open(root)
+        self.adaptors = _adaptors(self.bundle)
+        self.created = int(time.time())
+        self.pipe: OneStepPipeline | None = None
+        self.batcher: Batcher | None = None
+        self.warm_up: WarmUp | None = None
+
+    def load(self, backend: str, limits: Limits, metrics: ServeMetrics) -> None:
+        """Load the pipeline, make the first images, and start the queue.
+
+        Raises:
+            HipaError: as ``OneStepPipeline.load`` and ``warmup``.
+
+        """
+        pipe = OneStepPipeline.load(self.bundle.root, backend)
+        try:
+            self.warm_up = pipe.warmup(limits.batch)
+        except BaseException:
+            pipe.close()
+            raise
+        watch = metrics.watch(self.name)
+        self.pipe = pipe
+        self.batcher = Batcher(
+            pipe,
+            queue=limits.queue,
+            wait=limits.wait,
+            watch=watch,
+            name=f"batches of {self.name}",
+        )
+        metrics.queue_length(self.name, lambda: self.waiting)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the first image was made, and the thread that makes images lives."""
+        return self.batcher is not None and self.batcher.alive
+
+    @property
+    def waiting(self) -> int:
+        """Images in the queue."""
+        return self.batcher.waiting if self.batcher else 0
+
+    def close(self) -> None:
+        """Make what waits, and release the pipeline."""
+        if self.batcher:
+            self.batcher.close()
+        if self.pipe:
+            self.pipe.close()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's name, and what it stands for.
+
+    Attributes:
+        name: 'BUNDLE' or 'BUNDLE:ADAPTOR'.
+        served: the bundle.
+        adaptor: a name in the bundle's adaptors folder; None is the bundle's own.
+
+    """
+
+    name: str
+    served: ServedBundle
+    adaptor: str | None = None
+
+
+class Models:
+    """All models of a service.
+
+    Args:
+        bundles: 'PATH' or 'NAME=PATH' each; the name is the folder's, if none is given.
+
+    Raises:
+        HipaError: no bundle, two of one name, or a name that cannot be used.
+
+    """
+
+    def __init__(self, bundles: Sequence[str]) -> None:
+        self.served: list[ServedBundle] = []
+        self.by_name: dict[str, Model] = {}
+        for text in bundles:
+            name, root = _name_and_folder(text)
+            if name in self.by_name:
+                raise HipaError(
+                    f"two bundles are called {name!r}. Give one another name: OTHER={root}"
+                )
+            served = ServedBundle(name, root)
+            self.served.append(served)
+            for adaptor in (None, *served.adaptors):
+                model = Model(f"{name}:{adaptor}" if adaptor else name, served, adaptor)
+                self.by_name[model.name] = model
+
+    def for_task(self, *tasks: str) -> list[Model]:
+        """The bundles without another adaptor that are for one of the tasks."""
+        own = [model for model in self.by_name.values() if model.adaptor is None]
+        return [model for model in own if model.served.bundle.manifest.task in tasks]
+
+    @property
+    def ready(self) -> bool:
+        """Whether every bundle is."""
+        return all(served.ready for served in self.served)
+
+    def close(self) -> None:
+        """Close every bundle."""
+        for served in self.served:
+            served.close()
+
+
+def check_start(bundles: Sequence[str], backend: str) -> Models:
+    """Check what can be checked before anything is loaded.
+
+    Raises:
+        HipaError: an unknown backend, or as ``Models``.
+
+    """
+    check_backend(backend)
+    return Models(bundles)
+
+
+def _name_and_folder(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not equals or Path(text).exists():
+        name, folder = "", text
+    root = resolve_bundle(folder)
+    name = name or (folder if root != Path(folder) else root.resolve().name)
+    if not _NAME.fullmatch(name):
+        raise HipaError(
+            f"{brief(name)} cannot be the name of a model. Expected letters, digits and . _ -, "
+            f"such as: my-model={folder}"
+        )
+    return name, root
+
+
+def _adaptors(bundle: Bundle) -> tuple[str, ...]:
+    """The adaptors in the bundle's folder, sorted; each is opened, so that a damaged one is found.
+
+    Raises:
+        HipaError: a folder that is no adaptor of this bundle.
+
+    """
+    folder = bundle.root / FOLDER
+    names = []
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.name.startswith("."):
+                AdaptorSwap.open(bundle, path.name)
+                names.append(path.name)
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise HipaError(
+                f"{folder / name}: {brief(name)} cannot be the name of a model. Expected letters, "
+                "digits and . _ -. Rename the folder."
+            )
+    return tuple(names)

@@ -1,0 +1,317 @@
+"""The image service: an order comes in, image files go out. A web framework calls it.
+
+Pixels are decoded, blended and encoded in a few threads, images are made in one thread a bundle,
+and the caller's event loop does neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
+from hipa_deploy.generate.pipeline import DEFAULT_FEATHER, OneStepPipeline, merge_tiles
+from hipa_deploy.images.source import Source, Upscaling, edit_source, inpaint_source
+from hipa_deploy.serve.batcher import Batcher, Work
+from hipa_deploy.serve.image_files import BEST, Format, encode, mask_of_alpha, open_upload
+from hipa_deploy.serve.serve_metrics import ServeMetrics
+from hipa_deploy.serve.served import Model, Models
+from hipa_deploy.serve.settings import Limits
+
+Result = TypeVar("Result")
+Uploaded = Any  # a binary file object
+
+
+class NotReadyError(Exception):
+    """The bundles are still loading."""
+
+
+class TimeLimitError(Exception):
+    """The images were not ready within the time limit."""
+
+
+class GoneError(Exception):
+    """Whoever asked has gone away."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a request asks for, its values checked as far as that needs no bundle.
+
+    Attributes:
+        model: a bundle, perhaps with another adaptor.
+        prompt: what the images show.
+        seeds: one an image.
+        image: the uploaded source image; None to make images from text.
+        mask: the uploaded mask, white where the image is repainted.
+        alpha_mask: the mask is in the alpha channel of ``mask``, or of ``image`` without one.
+        strength: of an edit; None is the bundle's largest.
+        feather: of an inpainting, in pixels.
+        overlap: of an upscaling, in pixels; None is the default.
+        height: in pixels; None is the bundle's own.
+        width: in pixels; None is the bundle's own.
+        truncate: cut a prompt that is too long.
+        prompt_weights: read ``(word:1.3)`` as a weight; None is as the bundle says.
+        format: of the files.
+        quality: of a JPEG or WebP.
+
+    """
+
+    model: Model
+    prompt: str = field(repr=False)
+    seeds: Sequence[int]
+    image: Uploaded | None = field(default=None, repr=False)
+    mask: Uploaded | None = field(default=None, repr=False)
+    alpha_mask: bool = False
+    strength: float | None = None
+    feather: int = DEFAULT_FEATHER
+    overlap: int | None = None
+    height: int | None = None
+    width: int | None = None
+    truncate: bool = False
+    prompt_weights: bool | None = None
+    format: Format = "png"
+    quality: int = BEST
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """The images of an order.
+
+    Attributes:
+        files: the encoded images.
+        parameters: of each image.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+        queue_ms: that the order waited for its first batch.
+        make_ms: from the begin of the first batch to the end of the last.
+        encode_ms: for blending and encoding.
+        batches: size of the batch that each image was in; an enlarged image has one a tile.
+
+    """
+
+    files: list[bytes] = field(repr=False)
+    parameters: list[dict[str, Any]] = field(repr=False)
+    height: int
+    width: int
+    queue_ms: float
+    make_ms: float
+    encode_ms: float
+    batches: list[int]
+
+
+@dataclass(frozen=True)
+class _Files:
+    files: list[bytes]
+    parameters: list[dict[str, Any]]
+    height: int
+    width: int
+
+
+class ImageService:
+    """Models, limits, metrics, and the way from an order to its images.
+
+    Args:
+        models: what is served.
+        limits: what is allowed.
+
+    """
+
+    def __init__(self, models: Models, limits: Limits) -> None:
+        self.models = models
+        self.limits = limits
+        self.metrics = ServeMetrics()
+        self.stopping = False
+        # Pillow and zlib let other threads run. More threads than cores would only take memory.
+        self._threads = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "images")
+
+    def load(self, backend: str) -> None:
+        """Load every bundle and make its first image.
+
+        Raises:
+            HipaError: as ``OneStepPipeline.load``.
+
+        """
+        for served in self.models.served:
+            if not self.stopping:
+                served.load(backend, self.limits, self.metrics)
+        self.metrics.ready.set(1)
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered with images."""
+        return self.models.ready and not self.stopping
+
+    def close(self) -> None:
+        """Make what was accepted, and release everything."""
+        self.stopping = True
+        self.metrics.ready.set(0)
+        self.models.close()
+        self._threads.shutdown()
+
+    async def deliver(self, order: Order, gone: Callable[[], Awaitable[None]]) -> Delivery:
+        """Make the images of an order.
+
+        Args:
+            order: what to make.
+            gone: returns when whoever asked has gone away.
+
+        Raises:
+            HipaError: something is wrong with the order.
+            NotReadyError: the bundles are loading.
+            QueueFullError: too many images wait.
+            StoppingError: the service is stopping.
+            TimeLimitError: it took too long.
+            GoneError: nobody waits for it any more.
+
+        """
+        pipe = order.model.served.pipe
+        batcher = order.model.served.batcher
+        if pipe is None or batcher is None:
+            raise NotReadyError
+        started = time.perf_counter()
+        places = len(order.seeds)
+        batcher.reserve(places)
+        work: Work | None = None
+        try:
+            jobs, merge = await self._prepared(pipe, order)
+            # An enlarged image is as many jobs as it has tiles.
+            more = len(jobs) - places
+            if more > 0:
+                if len(jobs) > self.limits.queue:
+                    raise HipaError(
+                        f"the image takes {len(jobs)} tiles of this model. Expected at most "
+                        f"{self.limits.queue}. Make it smaller."
+                    )
+                batcher.reserve(more)
+                places += more
+            work = Work(jobs, order.model.adaptor)
+        finally:
+            if work is None:
+                batcher.release(places)
+        batcher.submit(work, places)
+        made = await self._waited_for(work, batcher, started, gone)
+        assert work.begun is not None
+        assert work.ended is not None
+
+        begun_encoding = time.perf_counter()
+        files = await self._in_thread(_encoded, made, merge, order.format, order.quality)
+        encode_seconds = time.perf_counter() - begun_encoding
+        self.metrics.encode_seconds.labels(order.format).observe(encode_seconds)
+        self.metrics.images.labels(order.model.name).inc(len(files.files))
+        return Delivery(
+            files=files.files,
+            parameters=files.parameters,
+            height=files.height,
+            width=files.width,
+            queue_ms=(work.begun - work.queued) * 1000,
+            make_ms=(work.ended - work.begun) * 1000,
+            encode_ms=encode_seconds * 1000,
+            batches=work.batches,
+        )
+
+    async def _prepared(
+        self, pipe: OneStepPipeline, order: Order
+    ) -> tuple[list[ImageJob], Upscaling | None]:
+        """The jobs of an order; for an enlargement also what merges its tiles."""
+        if order.image is None:
+            # Microseconds: a thread would take longer.
+            return _jobs(pipe, order, None), None
+        return await self._in_thread(_jobs_from_image, pipe, order, self.limits.pixels)
+
+    async def _in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, partial(function, *arguments))
+
+    async def _waited_for(
+        self, work: Work, batcher: Batcher, started: float, gone: Callable[[], Awaitable[None]]
+    ) -> list[MadeImage]:
+        """The made images; the work is cancelled when nobody waits for it any more."""
+        images = asyncio.wrap_future(work.done)
+        leaving = asyncio.ensure_future(gone())
+        try:
+            left = self.limits.seconds - (time.perf_counter() - started)
+            either: set[asyncio.Future[Any]] = {images, leaving}
+            await asyncio.wait(either, timeout=max(0, left), return_when=asyncio.FIRST_COMPLETED)
+            if images.done():
+                return images.result()
+            raise GoneError if leaving.done() else TimeLimitError
+        finally:
+            leaving.cancel()
+            if not images.done():
+                batcher.cancel(work)
+
+
+def _jobs(pipe: OneStepPipeline, order: Order, source: Source | None) -> list[ImageJob]:
+    return pipe.jobs(
+        [(order.prompt, seed) for seed in order.seeds],
+        source=source,
+        height=order.height,
+        width=order.width,
+        truncate=order.truncate,
+        prompt_weights=order.prompt_weights,
+    )
+
+
+def _jobs_from_image(
+    pipe: OneStepPipeline, order: Order, most_pixels: int
+) -> tuple[list[ImageJob], Upscaling | None]:
+    """Decode the uploaded images, and make jobs of them."""
+    assert order.image is not None
+    image = open_upload(order.image, "image", most_pixels)
+    task = pipe.bundle.manifest.task
+    if task == "upscale":
+        enlargement, jobs = pipe.tile_jobs(
+            image,
+            order.prompt,
+            overlap=order.overlap,
+            truncate=order.truncate,
+            prompt_weights=order.prompt_weights,
+        )
+        return jobs, enlargement
+    if task == "edit":
+        source = edit_source(
+            pipe.bundle, image, strength=order.strength, height=order.height, width=order.width
+        )
+        return _jobs(pipe, order, source), None
+    uploaded = image if order.mask is None else open_upload(order.mask, "mask", most_pixels)
+    mask: Image.Image | np.ndarray = uploaded
+    if order.alpha_mask:
+        mask = mask_of_alpha(uploaded, "image" if order.mask is None else "mask")
+    source = inpaint_source(
+        pipe.bundle,
+        image,
+        mask,
+        feather=order.feather,
+        height=order.height,
+        width=order.width,
+    )
+    return _jobs(pipe, order, source), None
+
+
+def _encoded(
+    made: Sequence[MadeImage], merge: Upscaling | None, kind: Format, quality: int
+) -> _Files:
+    """Finish and encode the images of an order."""
+    if merge is not None:
+        result = merge_tiles(merge, made)
+        images = list(result.images_BHWC)
+        parameters = list(result.parameters)
+    else:
+        images = [image.finished() for image in made]
+        parameters = [image.parameters for image in made]
+    files = []
+    for image_HWC, facts in zip(images, parameters, strict=True):
+        files.append(encode(image_HWC, facts, kind, quality))
+    height, width = images[0].shape[:2]
+    return _Files(files, parameters, height, width)

@@ -1,0 +1,70 @@
+"""What a service allows, as numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hipa_deploy.disk.reading import MIB
+from hipa_deploy.errors import HipaError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of a service.
+
+    Attributes:
+        queue: images of a bundle that may wait; more are refused.
+        images: of one request.
+        prompt: characters.
+        body: bytes of a request with images; one without may have ``JSON_BODY``.
+        pixels: of an uploaded image.
+        seconds: from the arrival of a request to its last image.
+        wait: seconds that a busy service waits for company of a batch.
+        batch: images of a batch; None is the bundle's largest.
+
+    """
+
+    queue: int = 64
+    images: int = 10
+    prompt: int = 4000
+    body: int = 32 * MIB
+    pixels: int = 1 << 24
+    seconds: float = 60.0
+    wait: float = 0.004
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every number.
+
+        Raises:
+            HipaError: one is out of range.
+
+        """
+        at_least_1 = {
+            "--queue": self.queue,
+            "--images": self.images,
+            "--prompt-limit": self.prompt,
+            "--body-limit": self.body,
+            "--pixel-limit": self.pixels,
+            "--batch": 1 if self.batch is None else self.batch,
+        }
+        for option, number in at_least_1.items():
+            if number < 1:
+                raise HipaError(f"{option} is {number}. Expected 1 or more.")
+        if self.images > self.queue:
+            raise HipaError(
+                f"--images {self.images} is more than --queue {self.queue}: such a request would "
+                "never be accepted. Raise --queue, or lower --images."
+            )
+        if not (math.isfinite(self.seconds) and self.seconds > 0):
+            raise HipaError(f"--time-limit is {self.seconds}. Expected seconds, above 0.")
+        if not 0 <= self.wait <= 1:
+            raise HipaError(f"--wait is {self.wait * 1000:g}. Expected 0 to 1000 milliseconds.")
+
+
+JSON_BODY = MIB  # bytes
+BODY_SECONDS = 30.0  # for the body of a request to arrive
+HEAD_SECONDS = 10.0  # for the head of a request to arrive
+ANSWER_SECONDS = 60.0  # for a client to take a part of the answer
+"""Limits that nobody has asked to change."""

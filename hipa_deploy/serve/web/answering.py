@@ -1,0 +1,190 @@
+"""What all routes that make images share: which model, the order's limits, errors as answers."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+
+from fastapi import Request
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.serve.batcher import QueueFullError, StoppingError
+from hipa_deploy.serve.served import Model
+from hipa_deploy.serve.service import (
+    Delivery,
+    GoneError,
+    ImageService,
+    NotReadyError,
+    Order,
+    TimeLimitError,
+)
+from hipa_deploy.serve.web.api_errors import ApiError
+
+# JSON numbers of JavaScript are exact up to 2**53. A drawn seed must survive such a client.
+_DRAWN_SEEDS = 2**53
+_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", re.ASCII)
+_CLOSED = 499  # nobody reads it; nginx writes this number for a client that went away
+
+
+def chosen_model(service: ImageService, name: str | None, tasks: Sequence[str]) -> Model:
+    """The model of a name; without a name the one that is for one of the tasks.
+
+    Raises:
+        ApiError: no such model, one for another task, or no name where several would fit.
+
+    """
+    if name is None:
+        fitting = service.models.for_task(*tasks)
+        if len(fitting) == 1:
+            return fitting[0]
+        names = ", ".join(model.name for model in fitting) or "none"
+        raise ApiError(
+            400,
+            f"Name a model. For this request there are: {names}.",
+            "missing_required_parameter",
+            param="model",
+        )
+    model = service.models.by_name.get(name)
+    if model is None:
+        known = ", ".join(list(service.models.by_name)[:20])
+        raise ApiError(
+            404,
+            f"The model does not exist here. There are: {known}.",
+            "model_not_found",
+            param="model",
+        )
+    task = model.served.bundle.manifest.task
+    if task not in tasks:
+        raise ApiError(
+            400,
+            f"The model {model.name} is to {task}. This request is to {' or '.join(tasks)}.",
+            "invalid_value",
+            param="model",
+        )
+    return model
+
+
+def seeds_from(service: ImageService, first: int | None, count: int, param: str) -> range:
+    """The seeds of an order; without a first one it is drawn.
+
+    Raises:
+        ApiError: more images than this service makes in a request.
+
+    """
+    if count > service.limits.images:
+        raise ApiError(
+            400,
+            f"{param}: {count} images are too many. "
+            f"This service makes at most {service.limits.images} in a request.",
+            "invalid_value",
+            param=param,
+        )
+    if first is None:
+        first = secrets.randbelow(_DRAWN_SEEDS - count)
+    return range(first, first + count)
+
+
+def check_prompt_length(service: ImageService, prompt: str) -> None:
+    """Refuse a prompt that is longer than this service reads.
+
+    Raises:
+        ApiError: it is.
+
+    """
+    most = service.limits.prompt
+    if len(prompt) > most:
+        raise ApiError(
+            400,
+            f"prompt: it has {len(prompt)} characters. Expected at most {most}.",
+            "string_above_max_length",
+            param="prompt",
+        )
+
+
+def check_quality(output_format: str, compression: int, default: int) -> None:
+    """Refuse a quality for a format that has none.
+
+    Raises:
+        ApiError: it is a PNG.
+
+    """
+    if output_format == "png" and compression != default:
+        raise ApiError(
+            400,
+            "output_compression: a PNG has none. Ask for output_format jpeg or webp.",
+            "invalid_value",
+            param="output_compression",
+        )
+
+
+def size_of(text: str | None) -> tuple[int | None, int | None]:
+    """Height and width of OpenAI's 'WIDTHxHEIGHT'; None for the bundle's own.
+
+    Raises:
+        ApiError: no such text.
+
+    """
+    if text in (None, "auto"):
+        return None, None
+    found = _SIZE.fullmatch(text or "")
+    if found is None:
+        raise ApiError(400, "size: expected WIDTHxHEIGHT or auto.", "invalid_value", param="size")
+    return int(found[2]), int(found[1])
+
+
+async def deliver(service: ImageService, request: Request, order: Order) -> Delivery:
+    """Make the images of an order; every refusal becomes an answer.
+
+    Raises:
+        ApiError: why there are none.
+
+    """
+    facts = request.scope["facts"]
+    facts |= {"model": order.model.name, "images": len(order.seeds)}
+    if request.app.state.log_prompts:
+        facts["prompt"] = order.prompt
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    try:
+        delivery = await service.deliver(order, gone)
+    except HipaError as error:
+        # Messages of bundles name their folder, which is nobody's business.
+        words = str(error).replace(str(order.model.served.bundle.root), order.model.name)
+        raise ApiError(400, words, "invalid_request") from None
+    except NotReadyError:
+        raise ApiError(
+            503,
+            "The service is loading its models. Try again soon.",
+            "not_ready",
+            headers={"retry-after": "5"},
+        ) from None
+    except StoppingError:
+        raise ApiError(
+            503, "The service is stopping.", "stopping", headers={"retry-after": "5"}
+        ) from None
+    except QueueFullError as error:
+        raise ApiError(
+            429,
+            f"Too many images are waiting. Try again in {error.retry_after} seconds.",
+            "rate_limit_exceeded",
+            headers={"retry-after": str(error.retry_after)},
+        ) from None
+    except TimeLimitError:
+        raise ApiError(
+            504,
+            f"The images were not ready after {service.limits.seconds:g} seconds.",
+            "timeout",
+        ) from None
+    except GoneError:
+        raise ApiError(_CLOSED, "The client went away.", "client_closed") from None
+    facts |= {
+        "queue_ms": round(delivery.queue_ms, 2),
+        "make_ms": round(delivery.make_ms, 2),
+        "encode_ms": round(delivery.encode_ms, 2),
+        "batches": delivery.batches[:20],
+    }
+    return delivery

@@ -1,0 +1,291 @@
+"""The guard before the application: which requests come in at all, and how much of them is read.
+
+It is ASGI itself, because nothing of a request may be parsed before it was let in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from hipa_deploy.serve.settings import ANSWER_SECONDS, BODY_SECONDS, JSON_BODY
+from hipa_deploy.serve.web.api_errors import ApiError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+ANY = "*"  # of hosts: every name, for a service behind a proxy that checks names itself
+OPEN_PATHS = ("/health/live", "/health/ready")
+_DRAINED = 256 * 1024 * 1024  # bytes of a refused body that are read and thrown away
+_DRAIN_SECONDS = 10.0
+_MOST_HEADERS = 32 * 1024  # bytes
+
+
+class Guard:
+    """Refuse what must not come in, and limit what does.
+
+    - The Host header must be a number, 'localhost' or a name that the owner gave: otherwise a page
+      of another site could reach a service on this machine by DNS rebinding.
+    - A request that a browser sends from a page of another site is refused.
+    - With keys, every request but the health checks needs one.
+    - A body may have so many bytes, and so many seconds to arrive.
+
+    Args:
+        app: the application.
+        hosts: names that a Host header may have, beside numbers and localhost; ``ANY`` is all.
+        origins: of other sites whose pages may send requests.
+        keys: one of them is needed; none: no key is.
+        body: bytes that a request with images may have.
+
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        hosts: Iterable[str] = (),
+        origins: Iterable[str] = (),
+        keys: Sequence[str] = (),
+        body: int,
+    ) -> None:
+        self._app = app
+        self._hosts = {"localhost", *(host.lower() for host in hosts)}
+        self._origins = {origin.lower().rstrip("/") for origin in origins}
+        self._keys = [_digest(key) for key in keys]
+        self._body = body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request in, or answer it here."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope)
+        try:
+            headers.check_size()
+            self._check_host(headers)
+            self._check_origin(scope, headers)
+            self._check_key(scope, headers)
+            body = _Body(receive, self._limit(headers))
+            body.check_length(headers)
+        except ApiError as error:
+            scope["error"] = error.code
+            await _refuse(error, scope, headers, receive, send)
+            return
+        await self._app(scope, body.receive, _patient(send))
+
+    def _check_host(self, headers: Headers) -> None:
+        host = headers.one("host")
+        name = _host_name(host) if host is not None else None
+        known = name is not None and (name in self._hosts or _is_number(name))
+        if known or ANY in self._hosts:
+            return
+        raise ApiError(
+            421,
+            "This service is not known under that Host name. Its owner can allow one with "
+            "--allow-host.",
+            "unknown_host",
+        )
+
+    def _check_origin(self, scope: Scope, headers: Headers) -> None:
+        """Refuse what a page of another site sends. Programs send no Origin at all."""
+        origin = headers.one("origin")
+        if origin is not None:
+            own = f"{scope['scheme']}://{headers.one('host')}".lower()
+            if origin.lower() == own or origin.lower() in self._origins:
+                return
+        elif headers.one("sec-fetch-site") in (None, "same-origin", "none"):
+            return
+        elif scope["method"] == "GET" and headers.one("sec-fetch-mode") == "navigate":
+            return  # a link on another site: its page does not see what comes
+        raise ApiError(
+            403,
+            "Pages of other sites may not use this service. Its owner can allow one with "
+            "--allow-origin.",
+            "forbidden_origin",
+        )
+
+    def _check_key(self, scope: Scope, headers: Headers) -> None:
+        # A browser asks without a key what it may ask with one.
+        is_open = scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
+        if not self._keys or is_open:
+            return
+        scheme, _, given = (headers.one("authorization") or "").partition(" ")
+        digest = _digest(given.strip() if scheme.lower() == "bearer" else "")
+        # Every key is compared, whatever the first ones gave: the time says nothing.
+        found = False
+        for key in self._keys:
+            found |= hmac.compare_digest(digest, key)
+        if not found:
+            raise ApiError(
+                401,
+                "Incorrect API key provided. Send it as: Authorization: Bearer KEY",
+                "invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+
+    def _limit(self, headers: Headers) -> int:
+        kind = headers.one("content-type") or ""
+        is_form = kind.lower().startswith("multipart/form-data")
+        return self._body if is_form else min(self._body, JSON_BODY)
+
+
+class Headers:
+    """The headers of a request."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._all: list[tuple[bytes, bytes]] = scope["headers"]
+
+    def check_size(self) -> None:
+        """Refuse headers that no client needs.
+
+        Raises:
+            ApiError: they are too large.
+
+        """
+        if sum(len(key) + len(value) for key, value in self._all) > _MOST_HEADERS:
+            raise ApiError(431, "The headers are too large.", "headers_too_large")
+
+    def one(self, name: str) -> str | None:
+        """A header that stands there once.
+
+        Raises:
+            ApiError: it stands there twice, so that two readers would read two things.
+
+        """
+        wanted = name.encode()
+        found = [value for key, value in self._all if key == wanted]
+        if len(found) > 1:
+            raise ApiError(400, f"The header {name} is there twice.", "invalid_header")
+        return found[0].decode("latin-1") if found else None
+
+
+class _Body:
+    """The body of a request, counted and timed while it arrives."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self._receive = receive
+        self._most = most
+        self._until = time.monotonic() + BODY_SECONDS
+        self._got = 0
+        self._complete = False
+
+    def check_length(self, headers: Headers) -> None:
+        """Refuse a body whose length is known to be too much, before it is sent."""
+        length = headers.one("content-length")
+        # The server has checked that it is a number.
+        if length is not None and int(length) > self._most:
+            raise self._too_large()
+
+    async def receive(self) -> Message:
+        """The next part; after the last one, whatever comes."""
+        if self._complete:
+            return await self._receive()
+        try:
+            left = max(0, self._until - time.monotonic())
+            message = await asyncio.wait_for(self._receive(), left)
+        except asyncio.TimeoutError:
+            raise ApiError(
+                408,
+                f"The request was not complete after {BODY_SECONDS:.0f} seconds.",
+                "request_timeout",
+                headers={"connection": "close"},
+            ) from None
+        if message["type"] == "http.request":
+            self._got += len(message.get("body", b""))
+            self._complete = not message.get("more_body", False)
+            if self._got > self._most:
+                if not self._complete:
+                    await _drain(self._receive)
+                raise self._too_large()
+        return message
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"The request is too large. Expected at most {self._most} bytes.",
+            "request_too_large",
+            headers={"connection": "close"},
+        )
+
+
+async def _refuse(
+    error: ApiError, scope: Scope, headers: Headers, receive: Receive, send: Send
+) -> None:
+    """Answer with an error, and read a body that is on its way, so that the client sees why.
+
+    A client that is still sending when the connection closes gets a reset in place of the answer.
+    """
+    response = error.response()
+    response.headers["connection"] = "close"
+    await send(
+        {
+            "type": "http.response.start",
+            "status": response.status_code,
+            "headers": response.raw_headers,
+        }
+    )
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    expects = any(name == b"expect" for name, _ in scope["headers"])
+    if not expects:
+        await _drain(receive)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _drain(receive: Receive) -> None:
+    until = time.monotonic() + _DRAIN_SECONDS
+    drained = 0
+    while drained < _DRAINED:
+        try:
+            message = await asyncio.wait_for(receive(), max(0, until - time.monotonic()))
+        except asyncio.TimeoutError:
+            return
+        drained += len(message.get("body", b""))
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            return
+
+
+def _patient(send: Send) -> Send:
+    """``send`` that gives up when a client does not take its answer."""
+    gave_up = False
+
+    async def limited(message: Message) -> None:
+        nonlocal gave_up
+        if gave_up:
+            return
+        try:
+            await asyncio.wait_for(send(message), ANSWER_SECONDS)
+        except asyncio.TimeoutError:
+            gave_up = True
+
+    return limited
+
+
+def _host_name(host: str) -> str | None:
+    """The name in a Host header, without the port; None if it cannot be read."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+
+
+def _is_number(name: str) -> bool:
+    """Whether a host is an IP address: no name server can send a browser elsewhere with it."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _digest(key: str) -> bytes:
+    """Equal lengths, so that a comparison does not tell the length of a key."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,204 @@
+"""This service's own API, for what OpenAI's lacks, and health and metrics."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from hipa_deploy.serve.image_files import BEST, MEDIA_TYPES
+from hipa_deploy.serve.serve_metrics import CONTENT_TYPE
+from hipa_deploy.serve.served import Model
+from hipa_deploy.serve.service import Delivery, ImageService, Order
+from hipa_deploy.serve.web.answering import (
+    check_prompt_length,
+    check_quality,
+    chosen_model,
+    deliver,
+    seeds_from,
+)
+from hipa_deploy.serve.web.api_errors import ApiError, error_response
+from hipa_deploy.serve.web.openai_routes import form_schema, json_schema
+from hipa_deploy.serve.web.request_body import Form, json_fields
+from hipa_deploy.serve.web.schemas import (
+    EditFields,
+    GenerateFields,
+    InpaintFields,
+    OwnFields,
+    UpscaleFields,
+)
+
+router = APIRouter()
+
+
+@router.post("/hipa/generate", openapi_extra=json_schema(GenerateFields))
+async def generate(request: Request) -> Response:
+    """Images from a prompt."""
+    fields = await json_fields(request, GenerateFields)
+    return await _images_of(request, fields, "generate")
+
+
+@router.post("/hipa/edit", openapi_extra=form_schema(EditFields, "image"))
+async def edit(request: Request) -> Response:
+    """An image, edited as a prompt says."""
+    async with Form(request, ["image"]) as form:
+        fields = form.fields(EditFields)
+        image = form.file("image", required=True)
+        return await _images_of(request, fields, "edit", image=image, strength=fields.strength)
+
+
+@router.post("/hipa/inpaint", openapi_extra=form_schema(InpaintFields, "image", "mask"))
+async def inpaint(request: Request) -> Response:
+    """An image of which the part that is white in the mask is repainted."""
+    async with Form(request, ["image", "mask"]) as form:
+        fields = form.fields(InpaintFields)
+        image = form.file("image", required=True)
+        mask = form.file("mask", required=True)
+        return await _images_of(
+            request, fields, "inpaint", image=image, mask=mask, feather=fields.feather
+        )
+
+
+@router.post("/hipa/upscale", openapi_extra=form_schema(UpscaleFields, "image"))
+async def upscale(request: Request) -> Response:
+    """An image, enlarged by the model's factor."""
+    service: ImageService = request.app.state.service
+    async with Form(request, ["image"]) as form:
+        fields = form.fields(UpscaleFields)
+        image = form.file("image", required=True)
+        order = Order(
+            model=_model(service, fields, "upscale", fields.prompt),
+            prompt=fields.prompt,
+            seeds=[0],
+            image=image,
+            overlap=fields.overlap,
+            truncate=fields.truncate,
+            prompt_weights=fields.prompt_weights,
+            format=fields.output_format,
+            quality=fields.output_compression,
+        )
+        return _answer(request, await deliver(service, request, order), order)
+
+
+@router.get("/hipa/models")
+async def models(request: Request) -> dict[str, Any]:
+    """All models: what they are for, and what they take."""
+    service: ImageService = request.app.state.service
+    return {"models": [_described(model) for model in service.models.by_name.values()]}
+
+
+@router.get("/health/live")
+async def live() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "live"}
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> Response:
+    """Every bundle has made its first image."""
+    service: ImageService = request.app.state.service
+    if service.ready:
+        return JSONResponse({"status": "ready"})
+    return error_response(503, "The service is not ready.", "not_ready")
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Numbers for Prometheus."""
+    service: ImageService = request.app.state.service
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+
+async def _images_of(
+    request: Request, fields: GenerateFields, task: str, **from_image: Any
+) -> Response:
+    service: ImageService = request.app.state.service
+    order = Order(
+        model=_model(service, fields, task, fields.prompt),
+        prompt=fields.prompt,
+        seeds=seeds_from(service, fields.seed, fields.count, "count"),
+        height=fields.height,
+        width=fields.width,
+        truncate=fields.truncate,
+        prompt_weights=fields.prompt_weights,
+        format=fields.output_format,
+        quality=fields.output_compression,
+        **from_image,
+    )
+    return _answer(request, await deliver(service, request, order), order)
+
+
+def _model(service: ImageService, fields: OwnFields, task: str, prompt: str) -> Model:
+    """The model, once the fields that all requests share are checked."""
+    check_prompt_length(service, prompt)
+    check_quality(fields.output_format, fields.output_compression, BEST)
+    return chosen_model(service, fields.model, [task])
+
+
+def _answer(request: Request, delivery: Delivery, order: Order) -> Response:
+    """The bytes of one image where the client asks for an image, else JSON."""
+    accepts = request.headers.get("accept", "")
+    media_type = MEDIA_TYPES[order.format]
+    times = {
+        "queue_ms": round(delivery.queue_ms, 3),
+        "make_ms": round(delivery.make_ms, 3),
+        "encode_ms": round(delivery.encode_ms, 3),
+    }
+    if media_type in accepts or "image/*" in accepts:
+        if len(delivery.files) > 1:
+            raise ApiError(
+                400,
+                "Several images do not fit into one answer as bytes. Ask for one, or for JSON.",
+                "invalid_value",
+                param="count",
+            )
+        timing = ", ".join(f"{name[:-3]};dur={value}" for name, value in times.items())
+        headers = {"x-hipa-seed": str(order.seeds[0]), "server-timing": timing}
+        return Response(delivery.files[0], media_type=media_type, headers=headers)
+    images = []
+    for file, parameters in zip(delivery.files, delivery.parameters, strict=True):
+        images.append(
+            {
+                "b64_json": base64.b64encode(file).decode(),
+                "seed": parameters["seed"],
+                "parameters": parameters,
+            }
+        )
+    content = {
+        "model": order.model.name,
+        "width": delivery.width,
+        "height": delivery.height,
+        "output_format": order.format,
+        "images": images,
+        **times,
+        "batches": delivery.batches,
+    }
+    return JSONResponse(content)
+
+
+def _described(model: Model) -> dict[str, Any]:
+    served = model.served
+    manifest = served.bundle.manifest
+    axes = served.bundle.axes
+    sizes = {}
+    for side, own in (("height", manifest.one_step.height), ("width", manifest.one_step.width)):
+        axis = axes.get(side)
+        sizes[side] = {
+            "own": own,
+            "min": axis.min if axis else own,
+            "max": axis.max if axis else own,
+            "multiple": axis.multiple if axis else 1,
+        }
+    return {
+        "id": model.name,
+        "task": manifest.task,
+        "adaptor": model.adaptor,
+        **sizes,
+        "strengths": [entry.strength for entry in manifest.strengths],
+        "upscale": manifest.upscale,
+        "backend": served.pipe.backend if served.pipe else None,
+        "batch_sizes": list(served.pipe.batch_sizes) if served.pipe else None,
+        "ready": served.ready,
+    }

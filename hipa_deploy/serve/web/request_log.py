@@ -1,0 +1,109 @@
+"""One JSON line an event on the standard error, without what users wrote."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import uuid
+from datetime import datetime, timezone
+from typing import Any
+
+from hipa_deploy.serve.serve_metrics import ServeMetrics
+from hipa_deploy.serve.web.guard import App, Message, Receive, Scope, Send
+
+LOG = logging.getLogger("hipa.serve")
+
+
+class JsonLines(logging.Formatter):
+    """A record of Python's logging as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(
+                timespec="milliseconds"
+            ),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
+        line |= getattr(record, "facts", {})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        # ASCII alone: no character of a user can move the cursor of a terminal.
+        return json.dumps(line)
+
+
+def set_up_logs() -> None:
+    """Send what this program, uvicorn and Python's warnings say through ``JsonLines``."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.captureWarnings(True)
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    LOG.setLevel(logging.INFO)
+    # It writes what a broken form holds.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+
+
+def log(event: str, level: int = logging.INFO, **facts: Any) -> None:
+    """Write one event."""
+    LOG.log(level, event, extra={"facts": facts})
+
+
+class RequestLog:
+    """Counts and logs every request; the outermost layer.
+
+    Args:
+        app: the guard and the application.
+        metrics: where requests are counted.
+
+    """
+
+    def __init__(self, app: App, metrics: ServeMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; say afterwards what became of it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        number = uuid.uuid4().hex
+        scope["facts"] = {}
+        status = 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message["headers"], (b"x-request-id", number.encode())]
+                headers.append((b"x-content-type-options", b"nosniff"))
+                message = {**message, "headers": headers}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            seconds = time.perf_counter() - started
+            # The route as this program writes it, never the path as it was asked for.
+            route = getattr(scope.get("route"), "path", "none")
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.request_seconds.labels(route).observe(seconds)
+            error = scope.get("error")
+            if error:
+                self._metrics.refusals.labels(error).inc()
+            quiet = route.startswith("/health") or route == "/metrics"
+            if not quiet or status >= 400:
+                facts = {"error": error, **scope["facts"]} if error else scope["facts"]
+                log(
+                    "request",
+                    id=number,
+                    route=route,
+                    status=status,
+                    ms=round(seconds * 1000, 2),
+                    **facts,
+                )

@@ -1,0 +1,134 @@
+"""The fields of the requests, as OpenAI's images API and this service's own API have them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hipa_deploy.generate.noise import SEED_LIMIT
+from hipa_deploy.generate.pipeline import DEFAULT_FEATHER
+from hipa_deploy.serve.image_files import BEST, Format
+
+ModelName = Annotated[str, Field(max_length=250)]
+Prompt = Annotated[str, Field(min_length=1, max_length=100_000)]
+Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
+Count = Annotated[int, Field(ge=1, le=10_000)]
+Side = Annotated[int, Field(ge=1, le=65536)]
+Quality = Annotated[int, Field(ge=0, le=100)]
+
+
+class Fields(BaseModel):
+    """A request's fields: a field that nobody knows is an error, not a silence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: ModelName | None = None
+    output_format: Format = "png"
+    output_compression: Quality = BEST
+
+
+class OpenAiFields(Fields):
+    """What both requests of OpenAI's images API have.
+
+    Attributes:
+        model: 'BUNDLE' or 'BUNDLE:ADAPTOR'; may be left out where one model fits.
+        prompt: what the images show.
+        n: images.
+        size: 'WIDTHxHEIGHT', or 'auto' for the bundle's own.
+        response_format: images come as base64. There are no URLs: this service stores nothing.
+        output_format: of the files.
+        output_compression: quality of a JPEG or WebP.
+        seed: of the first image, an addition of this service; None draws one.
+        user: accepted and not used. So are ``quality``, ``style`` and ``moderation``: a one-step
+            bundle has one quality, one style, and no moderation.
+        background: pictures are opaque.
+        stream: answers are not streamed: one step has nothing to show in between.
+        partial_images: see ``stream``.
+        input_fidelity: accepted and not used.
+
+    """
+
+    prompt: Prompt
+    n: Count | None = None
+    size: Annotated[str, Field(max_length=20)] | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    seed: Seed | None = None
+    user: Annotated[str, Field(max_length=1000)] | None = None
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = None
+    style: Literal["vivid", "natural"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    background: Literal["auto", "opaque", "transparent"] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+    input_fidelity: Literal["low", "high"] | None = None
+
+
+class OwnFields(Fields):
+    """What all requests of this service's own API have.
+
+    Attributes:
+        model: as ``OpenAiFields`` has it.
+        output_format: of the files.
+        output_compression: quality of a JPEG or WebP.
+        truncate: cut a prompt that is too long, in place of refusing it.
+        prompt_weights: read ``(word:1.3)`` as a weight; None is as the bundle was exported.
+
+    """
+
+    truncate: bool = False
+    prompt_weights: bool | None = None
+
+
+class GenerateFields(OwnFields):
+    """Images from a prompt.
+
+    Attributes:
+        prompt: what the images show.
+        seed: of the first image; the others take the next numbers. None draws one.
+        count: images.
+        height: in pixels; None is the bundle's own.
+        width: in pixels; None is the bundle's own.
+
+    """
+
+    prompt: Prompt
+    seed: Seed | None = None
+    count: Count = 1
+    height: Side | None = None
+    width: Side | None = None
+
+
+class EditFields(GenerateFields):
+    """An edit of an image.
+
+    Attributes:
+        strength: one of the bundle's strengths, in (0, 1]; None is the largest.
+
+    """
+
+    strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+
+
+class InpaintFields(GenerateFields):
+    """An image of which a part is repainted.
+
+    Attributes:
+        feather: width of the seam, in pixels.
+
+    """
+
+    feather: Annotated[int, Field(ge=0, le=4096)] = DEFAULT_FEATHER
+
+
+class UpscaleFields(OwnFields):
+    """An image that is enlarged.
+
+    Attributes:
+        prompt: what the image shows; may be empty.
+        overlap: pixels of the result by which tiles overlap; None is an eighth of a tile.
+
+    """
+
+    prompt: Annotated[str, Field(max_length=100_000)] = ""
+    overlap: Annotated[int, Field(ge=0, le=65536)] | None = None

@@ -1,0 +1,88 @@
+"""The application: routes, errors in one form, the guard and the log around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from hipa_deploy.serve.service import GoneError, ImageService
+from hipa_deploy.serve.web import openai_routes, own_routes
+from hipa_deploy.serve.web.api_errors import ApiError, error_response
+from hipa_deploy.serve.web.guard import Guard
+from hipa_deploy.serve.web.request_log import LOG, RequestLog
+
+
+def web_app(
+    service: ImageService,
+    *,
+    hosts: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    keys: Sequence[str] = (),
+    log_prompts: bool = False,
+) -> ASGIApp:
+    """The ASGI application of a service.
+
+    Args:
+        service: what makes the images; whoever calls this loads and closes it.
+        hosts: names that a Host header may have, beside IP addresses and localhost.
+        origins: of other sites whose pages may use the service, such as 'https://example.org'.
+        keys: API keys; without any, everybody who reaches the service may use it.
+        log_prompts: write prompts to the log.
+
+    Example:
+        >>> service = ImageService(Models(["emoji"]), Limits())
+        >>> service.load("auto")
+        >>> app = web_app(service)
+
+    """
+    # No pages of documentation: they would load scripts from another host.
+    app = FastAPI(title="hipa-deploy", docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.state.log_prompts = log_prompts
+    app.include_router(openai_routes.router)
+    app.include_router(own_routes.router)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(GoneError, _gone)
+    app.add_exception_handler(Exception, _bug)
+    inner: ASGIApp = app
+    if origins:
+        inner = CORSMiddleware(
+            app,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+            expose_headers=["x-request-id", "x-hipa-seed", "server-timing", "retry-after"],
+        )
+    guard = Guard(inner, hosts=hosts, origins=origins, keys=keys, body=service.limits.body)
+    return RequestLog(guard, service.metrics)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    """An ``ApiError`` of a route, or what the framework says of paths and methods."""
+    assert isinstance(error, HTTPException)
+    if isinstance(error, ApiError):
+        request.scope["error"] = error.code
+        return error.response()
+    words = {404: "There is nothing under this path.", 405: "This path has another method."}
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    request.scope["error"] = code
+    message = words.get(error.status_code, "The request cannot be read.")
+    return error_response(error.status_code, message, code, headers=error.headers)
+
+
+async def _gone(request: Request, error: Exception) -> JSONResponse:
+    """The client went away while its request was read; nobody reads this."""
+    request.scope["error"] = "client_closed"
+    return error_response(499, "The client went away.", "client_closed")
+
+
+async def _bug(request: Request, error: Exception) -> JSONResponse:
+    """A bug: the client learns that it was one, the log learns which."""
+    request.scope["error"] = "internal_error"
+    LOG.error("bug", exc_info=error)
+    return error_response(500, "The service failed. Its log says why.", "internal_error")

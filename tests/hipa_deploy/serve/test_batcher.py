@@ -1,0 +1,250 @@
+"""The queue and its thread, with an engine that waits until a test lets it go."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
+from hipa_deploy.serve import batcher as batcher_module
+from hipa_deploy.serve.batcher import Batcher, QueueFullError, StoppingError, Work
+
+WAIT = 5.0  # seconds, far more than anything here takes
+
+
+class Gate:
+    """An engine that notes its batches, and makes each when it is let go."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[str | None, list[str]]] = []
+        self.adaptor: str | None = None
+        self.begun = threading.Semaphore(0)
+        self.go = threading.Semaphore(0)
+        self.bad: set[str] = set()
+
+    def sizes_for(self, job: ImageJob) -> tuple[int, ...]:
+        return (1, 2, 4) if job.latent_CHW[1] < 32 else (1,)
+
+    def make(self, jobs: Sequence[ImageJob], timer) -> list[MadeImage]:
+        self.batches.append((self.adaptor, [job.prompt for job in jobs]))
+        self.begun.release()
+        assert self.go.acquire(timeout=WAIT)
+        if self.bad & {job.prompt for job in jobs}:
+            raise HipaError("one of them is bad")
+        return [MadeImage(job, np.zeros((1, 1, 3), np.uint8), {}) for job in jobs]
+
+    def swap_adaptor(self, adaptor: str | None) -> None:
+        if adaptor == "broken":
+            raise HipaError("this adaptor is broken")
+        self.adaptor = adaptor
+
+    def let_go(self, batches: int = 1) -> None:
+        for _ in range(batches):
+            self.go.release()
+
+    def wait_for_batch(self) -> None:
+        assert self.begun.acquire(timeout=WAIT)
+
+
+class Watch:
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        yield
+
+    def batch(self, images: int, seconds: float) -> None: ...
+    def waited(self, seconds: float) -> None: ...
+    def swapped(self, seconds: float) -> None: ...
+
+
+def job(prompt: str, size: int = 8) -> ImageJob:
+    return ImageJob(prompt, 0, None, (4, size, size))
+
+
+@pytest.fixture
+def engine() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def batcher(engine: Gate) -> Iterator[Batcher]:
+    made = Batcher(engine, queue=8, wait=0.0, watch=Watch())
+    yield made
+    engine.let_go(100)
+    made.close()
+    assert not made.alive
+
+
+def submit(batcher: Batcher, *prompts: str, adaptor: str | None = None, size: int = 8) -> Work:
+    work = Work([job(prompt, size) for prompt in prompts], adaptor)
+    batcher.reserve(len(prompts))
+    batcher.submit(work, len(prompts))
+    return work
+
+
+def prompts(engine: Gate) -> list[str]:
+    return ["".join(batch) for _, batch in engine.batches]
+
+
+def test_requests_that_wait_share_batches(engine: Gate, batcher: Batcher) -> None:
+    first = submit(batcher, "a")
+    engine.wait_for_batch()
+    works = [submit(batcher, *letters) for letters in ("b", "cd", "efg", "h")]
+    assert batcher.waiting == 7
+    engine.let_go(10)
+    for work in (first, *works):
+        assert [image.job for image in work.done.result(WAIT)] == work.jobs
+    # An idle service starts at once; then sizes of 4, 2 and 1 are used, and no others.
+    assert prompts(engine) == ["a", "bcde", "fg", "h"]
+    assert works[2].batches == [4, 2, 2]
+
+
+def test_other_sizes_do_not_share(engine: Gate, batcher: Batcher) -> None:
+    submit(batcher, "a")
+    engine.wait_for_batch()
+    works = [
+        submit(batcher, "b"),
+        submit(batcher, "x", size=16),
+        submit(batcher, "c"),
+    ]
+    works += [submit(batcher, "y", size=32), submit(batcher, "z", size=32)]
+    engine.let_go(10)
+    for work in works:
+        work.done.result(WAIT)
+    assert prompts(engine) == ["a", "bc", "x", "y", "z"]
+
+
+def test_a_busy_batcher_waits_for_company(engine: Gate) -> None:
+    batcher = Batcher(engine, queue=8, wait=1.0, watch=Watch())
+    started = time.perf_counter()
+    submit(batcher, "a")
+    engine.wait_for_batch()
+    assert time.perf_counter() - started < 0.9, "an idle one must not wait"
+    submit(batcher, "b")
+    engine.let_go()
+    time.sleep(0.05)
+    last = submit(batcher, "c", "d", "e")
+    engine.let_go(10)
+    last.done.result(WAIT)
+    assert time.perf_counter() - started < 0.9, "a full batch must not wait"
+    assert prompts(engine) == ["a", "bcde"]
+    batcher.close()
+
+
+def test_a_full_queue_refuses_and_says_when(engine: Gate, batcher: Batcher) -> None:
+    submit(batcher, "a")
+    engine.wait_for_batch()
+    works = [submit(batcher, *"bcdefgh"), submit(batcher, "i")]
+    with pytest.raises(QueueFullError) as caught:
+        submit(batcher, "j")
+    assert 1 <= caught.value.retry_after <= 60
+    batcher.cancel(works[1])
+    batcher.reserve(1)
+    with pytest.raises(QueueFullError):
+        batcher.reserve(1)
+    batcher.release(1)
+    assert batcher.waiting == 7
+
+
+def test_what_is_cancelled_is_not_made(engine: Gate, batcher: Batcher) -> None:
+    running = submit(batcher, "a")
+    engine.wait_for_batch()
+    waiting = submit(batcher, "b", "c")
+    last = submit(batcher, "d")
+    batcher.cancel(waiting)
+    batcher.cancel(running)  # too late to save its batch
+    engine.let_go(10)
+    last.done.result(WAIT)
+    assert prompts(engine) == ["a", "d"]
+    assert running.done.cancelled()
+
+
+def test_the_only_one_that_waits_goes_away(engine: Gate) -> None:
+    batcher = Batcher(engine, queue=8, wait=0.2, watch=Watch())
+    submit(batcher, "a")
+    engine.wait_for_batch()
+    gone = submit(batcher, "b")
+    engine.let_go(10)
+    time.sleep(0.05)
+    batcher.cancel(gone)
+    time.sleep(0.3)
+    submit(batcher, "c").done.result(WAIT)
+    assert prompts(engine) == ["a", "c"]
+    batcher.close()
+
+
+def test_adaptors_do_not_mix_and_nobody_waits_for_ever(
+    engine: Gate, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(batcher, "a")
+    engine.wait_for_batch()
+    works = [
+        submit(batcher, "b", adaptor="night"),
+        submit(batcher, "c"),
+        submit(batcher, "d", adaptor="night"),
+    ]
+    engine.let_go(2)
+    works[1].done.result(WAIT)
+    # The adaptor that is loaded goes first, while the others have not waited long.
+    assert engine.batches == [(None, ["a"]), (None, ["c"]), *engine.batches[2:]]
+    engine.let_go(1)
+    works[2].done.result(WAIT)
+    assert engine.batches[2:] == [("night", ["b", "d"])]
+
+    monkeypatch.setattr(batcher_module, "PATIENCE", 0.0)
+    submit(batcher, "e")
+    for _ in ("c", "bd", "e"):
+        engine.wait_for_batch()
+    last = [submit(batcher, "f", adaptor="night"), submit(batcher, "g")]
+    engine.let_go(10)
+    for work in last:
+        work.done.result(WAIT)
+    assert engine.batches[3:] == [(None, ["e"]), ("night", ["f"]), (None, ["g"])]
+
+
+def test_an_error_hits_only_whose_fault_it_is(engine: Gate, batcher: Batcher) -> None:
+    engine.bad = {"c"}
+    submit(batcher, "a")
+    engine.wait_for_batch()
+    works = [submit(batcher, letter) for letter in "bcde"]
+    engine.let_go(10)
+    for work in (works[0], works[2], works[3]):
+        work.done.result(WAIT)
+    with pytest.raises(HipaError, match="bad"):
+        works[1].done.result(WAIT)
+
+
+def test_an_adaptor_that_does_not_load(engine: Gate, batcher: Batcher) -> None:
+    engine.let_go(10)
+    with pytest.raises(HipaError, match="broken"):
+        submit(batcher, "a", adaptor="broken").done.result(WAIT)
+    submit(batcher, "b").done.result(WAIT)
+    assert engine.batches == [(None, ["b"])]
+
+
+def test_a_bug_ends_its_requests_and_not_the_thread(engine: Gate, batcher: Batcher) -> None:
+    engine.make = lambda jobs, timer: 1 / 0  # type: ignore[assignment,method-assign]
+    with pytest.raises(ZeroDivisionError):
+        submit(batcher, "a").done.result(WAIT)
+    assert batcher.alive
+
+
+def test_closing_makes_what_waits_and_accepts_nothing(engine: Gate) -> None:
+    batcher = Batcher(engine, queue=8, wait=0.0, watch=Watch())
+    first = submit(batcher, "a")
+    engine.wait_for_batch()
+    second = submit(batcher, "b")
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    time.sleep(0.05)
+    with pytest.raises(StoppingError):
+        batcher.reserve(1)
+    engine.let_go(2)
+    closing.join(WAIT)
+    assert first.done.result(0)
+    assert second.done.result(0)

@@ -1,0 +1,177 @@
+"""Who is let in: hosts, origins, keys, and bodies that do not arrive. Without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from hipa_deploy.serve.web import guard as guard_module
+from hipa_deploy.serve.web.guard import Guard
+
+KEY = "0123456789abcdef"
+
+
+class App:
+    """Reads the body and answers 200; keeps what went wrong."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.error: Any = None
+
+    async def __call__(self, scope, receive, send) -> None:
+        self.calls += 1
+        try:
+            more = True
+            while more:
+                more = (await receive()).get("more_body", False)
+        except Exception as error:
+            self.error = error
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def ask(
+    guard: Guard, headers: dict[str, str] | list, *, method: str = "POST", path: str = "/v1/models",
+    body: bytes = b"{}", delay: float = 0.0,
+) -> tuple[int, dict]:  # fmt: skip
+    """The status and the body of an answer."""
+    listed = list(headers.items()) if isinstance(headers, dict) else headers
+    scope = {
+        "type": "http", "scheme": "http", "method": method, "path": path,
+        "headers": [(key.encode(), value.encode("latin-1")) for key, value in listed],
+    }  # fmt: skip
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        await asyncio.sleep(delay)
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    asyncio.run(guard(scope, receive, send))
+    if not sent:
+        return 0, {}
+    content = b"".join(message.get("body", b"") for message in sent)
+    return sent[0]["status"], json.loads(content) if content else {}
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200), ("LOCALHOST", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200),
+        ("192.168.1.7:80", 200), ("gpu-box:8000", 200), ("GPU-box", 200),
+        ("evil.example", 421), ("localhost.evil.example", 421), ("127.0.0.1.evil.example", 421),
+        ("localhost@evil.example", 421), ("", 421), ("[::1", 421), ("gpu-box.", 421),
+    ],
+)  # fmt: skip
+def test_hosts(host: str, status: int) -> None:
+    app = App()
+    got, answer = ask(Guard(app, hosts=["gpu-box"], body=1000), {"host": host})
+    assert got == status
+    assert app.calls == (status == 200)
+    if status != 200:
+        assert answer["error"]["code"] == "unknown_host"
+
+
+def test_a_request_without_or_with_two_hosts() -> None:
+    assert ask(Guard(App(), body=1000), {})[0] == 421
+    two = [("host", "localhost"), ("host", "localhost")]
+    assert ask(Guard(App(), body=1000), two)[0] == 400
+
+
+def test_all_hosts_on_request() -> None:
+    assert ask(Guard(App(), hosts=["*"], body=1000), {"host": "any.example"})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "method", "status"),
+    [
+        ({}, "POST", 200),
+        ({"origin": "http://localhost:8000"}, "POST", 200),
+        ({"origin": "https://friend.example"}, "POST", 200),
+        ({"origin": "http://localhost:3000"}, "POST", 403),
+        ({"origin": "https://localhost:8000"}, "POST", 403),
+        ({"origin": "https://evil.example"}, "POST", 403),
+        ({"origin": "null"}, "POST", 403),
+        ({"origin": "https://evil.example"}, "GET", 403),
+        ({"sec-fetch-site": "cross-site"}, "POST", 403),
+        ({"sec-fetch-site": "same-site"}, "GET", 403),
+        ({"sec-fetch-site": "same-origin"}, "POST", 200),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, "GET", 200),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, "POST", 403),
+    ],
+)
+def test_pages_of_other_sites(headers: dict, method: str, status: int) -> None:
+    guard = Guard(App(), origins=["https://friend.example/"], body=1000)
+    got, _ = ask(guard, {"host": "localhost:8000", **headers}, method=method)
+    assert got == status
+
+
+@pytest.mark.parametrize(
+    ("authorization", "status"),
+    [
+        (None, 401), ("", 401), ("Bearer ", 401), (f"Bearer {KEY}x", 401), (f"Basic {KEY}", 401),
+        (KEY, 401), (f"Bearer {KEY[:-1]}", 401), ("Bearer \xff", 401),
+        (f"Bearer {KEY}", 200), (f"bearer  {KEY} ", 200), ("Bearer another-of-sixteen", 200),
+    ],
+)  # fmt: skip
+def test_keys(authorization: str | None, status: int) -> None:
+    guard = Guard(App(), keys=[KEY, "another-of-sixteen"], body=1000)
+    headers = {"host": "localhost"}
+    if authorization is not None:
+        headers["authorization"] = authorization
+    got, answer = ask(guard, headers)
+    assert got == status
+    if status == 401:
+        assert answer["error"]["code"] == "invalid_api_key"
+        assert KEY not in json.dumps(answer)
+    for path, expected in (("/health/ready", 200), ("/health/live", 200), ("/metrics", 401)):
+        assert ask(guard, {"host": "localhost"}, method="GET", path=path)[0] == expected
+
+
+def test_a_form_may_be_larger_than_json() -> None:
+    guard = Guard(App(), body=3 << 20)
+    length = {"host": "localhost", "content-length": str(2 << 20)}
+    assert ask(guard, length)[0] == 413
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    assert ask(guard, {**length, **form})[0] == 200
+
+
+def test_a_body_that_grows_too_large() -> None:
+    app = App()
+    ask(Guard(app, body=10), {"host": "localhost"}, body=b"a" * 11)
+    assert app.error.status_code == 413
+
+
+def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard_module, "BODY_SECONDS", 0.05)
+    app = App()
+    ask(Guard(app, body=10), {"host": "localhost"}, delay=5)
+    assert (app.error.status_code, app.error.code) == (408, "request_timeout")
+
+
+def test_a_client_that_takes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard_module, "ANSWER_SECONDS", 0.05)
+    sent = []
+
+    async def run() -> None:
+        async def receive() -> dict:
+            return {"type": "http.request"}
+
+        async def send(message: dict) -> None:
+            sent.append(message["type"])
+            await asyncio.sleep(5)
+
+        scope = {
+            "type": "http", "scheme": "http", "method": "GET", "path": "/",
+            "headers": [(b"host", b"localhost")],
+        }  # fmt: skip
+        await asyncio.wait_for(Guard(App(), body=10)(scope, receive, send), 2)
+
+    asyncio.run(run())
+    assert sent == ["http.response.start"]

@@ -1,0 +1,126 @@
+"""This service's own API: seeds, sizes, strengths, masks, upscaling, bytes."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from hipa_deploy import OneStepPipeline
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.images.example_source import example_image, example_mask
+from hipa_deploy.images.png import read_parameters
+from tests.served import Server
+
+PROMPT = "a green pear"
+IMAGE_HWC = example_image(32, 32, number=3)
+MASK_HW = example_mask(32, 32)
+Bundles = dict[str, Bundle]
+
+
+@pytest.fixture(scope="module")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+def png(image: np.ndarray) -> tuple[str, bytes, str]:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return ("a.png", buffer.getvalue(), "image/png")
+
+
+def images(answer: httpx.Response) -> list[np.ndarray]:
+    assert answer.status_code == 200, answer.text
+    files = [base64.b64decode(image["b64_json"]) for image in answer.json()["images"]]
+    return [np.asarray(Image.open(io.BytesIO(file))) for file in files]
+
+
+def test_the_bytes_are_those_of_the_command(http: httpx.Client, bundles: Bundles, tmp_path) -> None:
+    order = {"prompt": PROMPT, "model": "tiny", "seed": 2**63 - 1}
+    answer = http.post("/hipa/generate", json=order, headers={"accept": "image/*"})
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["x-hipa-seed"] == str(2**63 - 1)
+    assert "make;dur=" in answer.headers["server-timing"]
+    (tmp_path / "a.png").write_bytes(answer.content)
+    with OneStepPipeline.load(bundles["tiny"].root, "onnxruntime") as pipe:
+        result = pipe(PROMPT, seed=2**63 - 1)
+    assert read_parameters(tmp_path / "a.png") == result.parameters[0]
+    pixels = np.asarray(Image.open(tmp_path / "a.png"))
+    np.testing.assert_array_equal(pixels, result.images_BHWC[0])
+
+
+def test_several_images_are_json(http: httpx.Client) -> None:
+    order = {"prompt": PROMPT, "model": "tiny", "seed": 5, "count": 3, "height": 32, "width": 32}
+    answer = http.post("/hipa/generate", json=order)
+    assert [image["seed"] for image in answer.json()["images"]] == [5, 6, 7]
+    assert len(images(answer)) == len(answer.json()["batches"]) == 3
+    refused = http.post("/hipa/generate", json=order, headers={"accept": "image/png"})
+    assert refused.json()["error"]["param"] == "count"
+
+
+def test_a_prompt_that_is_too_long_may_be_cut(http: httpx.Client) -> None:
+    order = {"prompt": "pear " * 80, "model": "tiny", "seed": 5}
+    assert http.post("/hipa/generate", json=order).status_code == 400
+    answer = http.post("/hipa/generate", json={**order, "truncate": True})
+    assert answer.json()["images"][0]["parameters"]["truncate"] is True
+
+
+@pytest.mark.parametrize("strength", [0.75, 0.5])
+def test_edits_of_several_strengths(http: httpx.Client, bundles: Bundles, strength: float) -> None:
+    data = {"prompt": PROMPT, "seed": "5", "strength": str(strength)}
+    answer = http.post("/hipa/edit", data=data, files={"image": png(IMAGE_HWC)})
+    with OneStepPipeline.load(bundles["tiny-edit"].root, "onnxruntime") as pipe:
+        expected = pipe.edit(IMAGE_HWC, PROMPT, strength=strength, seed=5)
+    np.testing.assert_array_equal(images(answer)[0], expected.images_BHWC[0])
+    assert answer.json()["images"][0]["parameters"] == expected.parameters[0]
+
+
+def test_white_is_repainted(http: httpx.Client, bundles: Bundles) -> None:
+    files = {"image": png(IMAGE_HWC), "mask": png((MASK_HW * 255).astype(np.uint8))}
+    data = {"prompt": PROMPT, "seed": "5", "feather": "2"}
+    answer = http.post("/hipa/inpaint", data=data, files=files)
+    with OneStepPipeline.load(bundles["tiny-inpaint"].root, "onnxruntime") as pipe:
+        expected = pipe.inpaint(IMAGE_HWC, MASK_HW, PROMPT, seed=5, feather=2).images_BHWC[0]
+    np.testing.assert_array_equal(images(answer)[0], expected)
+
+
+def test_an_image_of_several_tiles(http: httpx.Client, bundles: Bundles) -> None:
+    image = example_image(20, 36, number=1)
+    answer = http.post("/hipa/upscale", data={"overlap": "4"}, files={"image": png(image)})
+    with OneStepPipeline.load(bundles["tiny-upscale"].root, "onnxruntime") as pipe:
+        expected = pipe.upscale(image, overlap=4)
+    np.testing.assert_array_equal(images(answer)[0], expected.images_BHWC[0])
+    assert answer.json()["images"][0]["parameters"] == expected.parameters[0]
+    assert len(answer.json()["batches"]) > 1
+
+
+def test_an_image_of_more_tiles_than_the_queue_holds(http: httpx.Client, server: Server) -> None:
+    large = np.zeros((200, 400, 3), np.uint8)
+    answer = http.post("/hipa/upscale", files={"image": png(large)})
+    assert answer.status_code == 400
+    assert "tiles" in answer.json()["error"]["message"]
+    assert 'hipa_queue_images{bundle="tiny-upscale"} 0.0' in http.get("/metrics").text
+
+
+def test_models_say_what_they_take(http: httpx.Client) -> None:
+    models = {model["id"]: model for model in http.get("/hipa/models").json()["models"]}
+    assert models["tiny"]["task"] == "generate"
+    assert models["tiny:half"]["adaptor"] == "half"
+    assert models["tiny-edit"]["strengths"] == [0.75, 0.5]
+    assert models["tiny"]["height"] == {"own": 32, "min": 32, "max": 32, "multiple": 1}
+    assert models["tiny"]["batch_sizes"][0] == 1
+    assert "/" not in str(models)
+
+
+def test_the_openapi_document_has_every_route(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    for path in ("/v1/images/generations", "/v1/images/edits", "/hipa/upscale", "/metrics"):
+        assert path in paths
+    form = paths["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]
+    assert {"image", "mask", "prompt"} <= form["schema"]["properties"].keys()
