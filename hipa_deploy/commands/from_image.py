@@ -188,7 +188,6 @@ def upscale(
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
-        note_faster_backend(pipe, backend)
         note_weights(pipe.bundle, [prompt], prompt_weights)
         with console.status("enlarging"):
             result = pipe.upscale(
@@ -199,6 +198,7 @@ def upscale(
                 prompt_weights=prompt_weights,
             )
         write_images([result], paths, force=force)
+        note_faster_backend(pipe, backend)
 
 
 def _open(bundle: str) -> Bundle:

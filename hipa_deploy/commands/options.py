@@ -256,10 +256,10 @@ def make_images(
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
-        note_faster_backend(pipe, backend)
         note_weights(pipe.bundle, prompts, prompt_weights)
         batches = pipe.stream(prompts, prompt_weights=prompt_weights, **choices)
         write_images(batches, paths, force=force)
+        note_faster_backend(pipe, backend)
 
 
 def image_outputs(
