@@ -48,6 +48,7 @@ COMMANDS = House(
     "#7d8aa0",
     (
         ("hipa_deploy.commands", "the command line"),
+        ("hipa_deploy.commands.files", "image files, made once more"),
         ("hipa_deploy.guide", "help in groups, examples, hipa init"),
         ("hipa_deploy.demo", "the whole chain, and each task"),
         ("hipa_deploy.doctor", "what works here, and is it right"),
@@ -109,7 +110,8 @@ CORE = House(
         ("hipa_deploy.models.one_step", "one-step methods of others"),
         ("hipa_deploy.models", "where a model is, and of which kind"),
         ("hipa_deploy.models.weights", "which weights are loaded, and their identity"),
-        ("hipa_deploy.images", "images in and out, masks, tiles, PNG parameters"),
+        ("hipa_deploy.images", "images in and out, masks, tiles"),
+        ("hipa_deploy.marks", "metadata, watermark, signature, safety checker"),
         ("hipa_deploy.bundle", "manifest, files, adaptors to swap, parity gate"),
         ("hipa_deploy.embedded", "the small model, its adaptors and its bundle"),
         ("hipa_deploy.disk", "files and folders: whole, hashed, locked, read within limits"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from hipa_deploy.bundle.manifest import Axis, Layout, Precision
+from hipa_deploy.marks.records import Marks
 from hipa_deploy.models.style import Style
 from hipa_deploy.tasks import Task
 
@@ -44,6 +45,8 @@ class ExportOptions:
         one_step: the step of a LoRA, or of a model, that others made: a preset of
             ``hipa_deploy.models.one_step`` or a .toml file. None is the adaptor's own step; without
             an adaptor of HiPA, x0 at the last timestep.
+        marks: how the bundle's images are marked.
+        safety: export the model's safety checker, if it has one; the bundle then runs it.
         signing_key: the private key that signs the manifest; None leaves the bundle unsigned.
 
     Example:
@@ -73,6 +76,8 @@ class ExportOptions:
     prompt_weights: bool | None = None
     style: Style = field(default_factory=Style)
     one_step: str | None = None
+    marks: Marks = field(default_factory=Marks)
+    safety: bool = True
     signing_key: Path | None = None
 
     def size(self, name: Literal["batch", "height", "width"]) -> int | None:

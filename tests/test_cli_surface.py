@@ -24,7 +24,7 @@ SURFACE = {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
         "--height", "--width", "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--task",
         "--strengths", "--encoder", "--context-tokens", "--clip-skip", "--prompt-weights", "--lora",
-        "--embedding", "--one-step", "--build", "--swap-for", "--sign",
+        "--embedding", "--one-step", "--build", "--swap-for", "--sign", "--mark",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
@@ -33,19 +33,22 @@ SURFACE = {
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
-        "--prompt-weights", "--verify", "--cache", "--force",
+        "--prompt-weights", "--verify", "--cache", "--force", "--again", "--format", "--quality",
+        "--watermark", "--c2pa",
     },
     "edit": {
         "--strength", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--verify", "--cache", "--force",
+        "--truncate", "--prompt-weights", "--force",
+        "--verify", "--cache", "--format", "--quality", "--watermark", "--c2pa",
     },
     "inpaint": {
         "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--verify", "--cache", "--force",
+        "--truncate", "--prompt-weights", "--force",
+        "--verify", "--cache", "--format", "--quality", "--watermark", "--c2pa",
     },
     "upscale": {
-        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights",
-        "--verify", "--cache", "--force",
+        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights", "--force",
+        "--verify", "--cache", "--format", "--quality", "--watermark", "--c2pa",
     },
     "serve": {
         "--host", "--port", "--backend", "--api-keys", "--allow-host", "--allow-origin", "--batch",

@@ -62,6 +62,7 @@ ROOMS = (
     "hipa_deploy",
     "hipa_deploy.disk",
     "hipa_deploy.embedded",
+    "hipa_deploy.marks",
     "hipa_deploy.bundle",
     "hipa_deploy.images",
     "hipa_deploy.generate.jobs",
@@ -94,6 +95,7 @@ ROOMS = (
     "hipa_deploy.serve.process",
     "hipa_deploy.doctor",
     "hipa_deploy.demo",
+    "hipa_deploy.commands.files",
     "hipa_deploy.guide",
     "hipa_deploy.commands",
 )

@@ -180,7 +180,7 @@ def plan_memory(
     # A run holds every stage of the bundle, also those whose engine is up to date.
     run_place = _run_place(profile, device)
     every_stage = [
-        _stage_memory(bundle, stage, library, options) for stage in bundle.manifest.stages
+        _stage_memory(bundle, stage, library, options) for stage in bundle.stages.values()
     ]
     if run_place is not None:
         needs.append(_run_need(every_stage, run_place))

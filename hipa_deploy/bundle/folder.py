@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from hipa_deploy.bundle.manifest import Axis, Manifest, Stage
 from hipa_deploy.bundle.onnx_check import beside, external_files
 from hipa_deploy.bundle.signature import check_signature
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.disk.reading import (
     MIB,
     check_size,
@@ -103,8 +104,22 @@ class Bundle:
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
-        """The stages by name, in the order in which they run."""
+        """The stages by name, in the order in which they run; a safety checker is the last."""
+        stages = dict(self.path_stages)
+        if self.manifest.safety is not None:
+            stage = self.manifest.safety.stage
+            stages[stage.spec.name] = stage
+        return stages
+
+    @cached_property
+    def path_stages(self) -> dict[str, Stage]:
+        """The stages that lead from a prompt to an image, without the safety checker."""
         return {stage.spec.name: stage for stage in self.manifest.stages}
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the manifest, which lists the hash of every other file: it names the bundle."""
+        return file_sha256(self.root / MANIFEST)
 
     def path(self, relative: str) -> Path:
         """The file that ``relative`` names.

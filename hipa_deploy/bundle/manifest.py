@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.disk.reading import name_problem, shown
+from hipa_deploy.marks.records import Marks, SafetySettings
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
 
@@ -30,7 +31,8 @@ MAX_FILES = 10_000
 DType = Literal["float16", "float32", "int64", "uint8"]
 Precision = Literal["fp16", "fp32"]
 Layout = Literal["onestep", "generic"]
-STAGE_NAMES = ("text_encoder", "vae_encoder", "unet", "vae_decoder", "generator")
+PATH_STAGES = ("text_encoder", "vae_encoder", "unet", "vae_decoder", "generator")
+STAGE_NAMES = (*PATH_STAGES, "safety_checker")
 
 
 def _stage_name(name: str) -> str:
@@ -411,6 +413,32 @@ class OneStep(Record):
         return self.method.noise_scale if self.method else 1.0
 
 
+class SafetyStage(Record):
+    """The model's safety checker: the network as a stage, and what surrounds it.
+
+    Attributes:
+        stage: pixels float32 [1, 3, S, S] -> cosines float32 [1, N].
+        settings: how images are prepared, and the thresholds.
+
+    """
+
+    stage: Stage
+    settings: SafetySettings
+
+    @model_validator(mode="after")
+    def _fits(self) -> SafetyStage:
+        spec = self.stage.spec
+        names = [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
+        if spec.name != "safety_checker" or names != ["pixels", "cosines"]:
+            raise ValueError(f"stage {shown(spec.name)} is no safety checker")
+        settings = self.settings
+        cosines = len(settings.special_thresholds) + len(settings.thresholds)
+        shapes = (spec.inputs[0].shape, spec.outputs[0].shape)
+        if shapes != ((1, 3, *settings.crop), (1, cosines)):
+            raise ValueError(f"its settings do not fit a safety checker of {shapes}")
+        return self
+
+
 class Manifest(Record):
     """``hipa.json``.
 
@@ -432,6 +460,8 @@ class Manifest(Record):
         one_step: the constants of the step.
         text: how prompts become contexts; in older bundles one chunk of 77 tokens.
         stages: in the order in which they run.
+        safety: the safety checker, which sees every image; None where the model has none.
+        marks: how images are marked.
         end_to_end: from the reference prompt to images.
         files: SHA-256 of every file, by its path in the bundle.
 
@@ -453,7 +483,9 @@ class Manifest(Record):
     upscale: int | None = Field(default=None, ge=1, le=64)
     one_step: OneStep
     text: TextSettings = TextSettings()
-    stages: tuple[Stage, ...] = Field(min_length=1, max_length=len(STAGE_NAMES))
+    stages: tuple[Stage, ...] = Field(min_length=1, max_length=len(PATH_STAGES))
+    safety: SafetyStage | None = None
+    marks: Marks = Marks()
     end_to_end: Parity
     files: dict[FileName, Text] = Field(max_length=MAX_FILES)
 
@@ -463,6 +495,8 @@ class Manifest(Record):
         names = [stage.spec.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError("two stages have one name")
+        if "safety_checker" in names:
+            raise ValueError("the safety checker stands among the stages")
         if bool(self.strengths) != (self.task == "edit"):
             raise ValueError(f"task {self.task} with {len(self.strengths)} strengths")
         if bool(self.upscale) != (self.task == "upscale"):

@@ -18,7 +18,8 @@ def doctor(
     subject: Annotated[
         str | None,
         typer.Argument(
-            help="What to check: a bundle folder (or 'emoji'), which is run, or an .engine file."
+            help="What to check: a bundle folder (or 'emoji'), which is run; an .engine file; or "
+            "an image, whose parameters, provenance and watermark are read."
         ),
     ] = None,
     backend: BackendOption = "auto",
@@ -49,7 +50,7 @@ def doctor(
     """Show what this machine can run, what is missing, and the command that fixes it.
 
     With a bundle, its reference prompt is run and compared with the outputs stored by the export.
-    Exit code 1: a problem was found.
+    With an image, everything is shown that it says about itself. Exit code 1: a problem was found.
     """
     if self_test:
         if bisect:
@@ -88,8 +89,20 @@ def _bisect(subject: str | None, as_json: bool) -> None:
 def _examine(subject: str | None, backend: str, as_json: bool) -> None:
     """Print the report on this machine and on ``subject``; exit with 1 on a problem."""
     from hipa_deploy.doctor.examine import check_request, examine, render
+    from hipa_deploy.doctor.image_report import examine_image, render_image
+    from hipa_deploy.marks.read_marks import is_image_file
 
     check_request(subject, backend)
+    if subject and is_image_file(Path(subject)):
+        with console.status("reading"):
+            image_report = examine_image(Path(subject))
+        if as_json:
+            typer.echo(json.dumps(image_report, indent=2))
+        else:
+            Console().print(render_image(image_report))
+        if image_report["problems"]:
+            raise typer.Exit(1)
+        return
     with console.status("examining"):
         report = examine(subject, backend)
     if as_json:

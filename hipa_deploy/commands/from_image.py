@@ -7,20 +7,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hipa_deploy.commands.files.file_settings import (
+    FileSettings,
+    check_marked_size,
+    file_settings,
+)
 from hipa_deploy.commands.options import (
     AdaptorOption,
     BackendOption,
     BundleArgument,
+    C2paOption,
     CacheOption,
     CountOption,
+    FileFormat,
     ForceOption,
+    FormatOption,
     HeightOption,
     OutOption,
     PromptsArgument,
     PromptWeightsOption,
+    QualityOption,
     SeedOption,
     TruncateOption,
     VerifyOption,
+    WatermarkOption,
     WidthOption,
     console,
     image_outputs,
@@ -62,6 +72,10 @@ def edit(
     prompt_weights: PromptWeightsOption = None,
     verify: VerifyOption = False,
     cache: CacheOption = True,
+    format: FormatOption = None,
+    quality: QualityOption = None,
+    watermark: WatermarkOption = None,
+    c2pa: C2paOption = None,
     force: ForceOption = False,
 ) -> None:
     """Edit an image as a prompt says, in one step.
@@ -71,8 +85,11 @@ def edit(
     """
     from hipa_deploy.images.source import edit_source
 
-    paths = _outputs(bundle, out, prompts, count, seed, [image], force, backend, adaptor)
-    source = edit_source(_open(bundle), image, strength=strength, height=height, width=width)
+    paths = _outputs(bundle, out, prompts, count, seed, [image], force, backend, adaptor, format)
+    opened = _open(bundle)
+    files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
+    source = edit_source(opened, image, strength=strength, height=height, width=width)
+    check_marked_size(files, opened, source)
     note_name(out, paths)
     _generate_from(
         bundle,
@@ -87,6 +104,7 @@ def edit(
         prompt_weights=prompt_weights,
         verify=verify,
         cache=cache,
+        files=files,
         force=force,
     )
 
@@ -116,6 +134,10 @@ def inpaint(
     prompt_weights: PromptWeightsOption = None,
     verify: VerifyOption = False,
     cache: CacheOption = True,
+    format: FormatOption = None,
+    quality: QualityOption = None,
+    watermark: WatermarkOption = None,
+    c2pa: C2paOption = None,
     force: ForceOption = False,
 ) -> None:
     """Repaint a part of an image as a prompt says, in one step.
@@ -126,8 +148,12 @@ def inpaint(
     """
     from hipa_deploy.images.source import inpaint_source
 
-    paths = _outputs(bundle, out, prompts, count, seed, [image, mask], force, backend, adaptor)
-    source = inpaint_source(_open(bundle), image, mask, feather=feather, height=height, width=width)
+    inputs = [image, mask]
+    paths = _outputs(bundle, out, prompts, count, seed, inputs, force, backend, adaptor, format)
+    opened = _open(bundle)
+    files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
+    source = inpaint_source(opened, image, mask, feather=feather, height=height, width=width)
+    check_marked_size(files, opened, source)
     note_name(out, paths)
     _generate_from(
         bundle,
@@ -142,6 +168,7 @@ def inpaint(
         prompt_weights=prompt_weights,
         verify=verify,
         cache=cache,
+        files=files,
         force=force,
     )
 
@@ -164,6 +191,10 @@ def upscale(
     prompt_weights: PromptWeightsOption = None,
     verify: VerifyOption = False,
     cache: CacheOption = True,
+    format: FormatOption = None,
+    quality: QualityOption = None,
+    watermark: WatermarkOption = None,
+    c2pa: C2paOption = None,
     force: ForceOption = False,
 ) -> None:
     """Enlarge an image by the factor that the bundle is for, in one step a tile.
@@ -177,14 +208,18 @@ def upscale(
 
     # Before engines are loaded: a mistake in the image or the overlap is reported at once.
     inputs = [image, resolve_bundle(bundle)]
-    paths = image_outputs(out, 1, 1, 0, inputs=inputs, force=force)
+    paths = image_outputs(out, 1, 1, 0, inputs=inputs, force=force, format=format)
     opened = _open(bundle)
     check_request(opened, backend, [prompt], seed=0, count=1, adaptor=adaptor)
-    upscaling(opened, image, overlap=overlap)
+    files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
+    enlargement = upscaling(opened, image, overlap=overlap)
+    check_marked_size(files, opened, enlargement)
     note_name(out, paths)
 
     with console.status("loading"):
-        pipe = OneStepPipeline.load(bundle, backend, verify=verify, cache=cache)
+        pipe = OneStepPipeline.load(
+            bundle, backend, watermark=watermark, verify=verify, cache=cache
+        )
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
@@ -197,7 +232,7 @@ def upscale(
                 truncate=truncate,
                 prompt_weights=prompt_weights,
             )
-        write_images([result], paths, force=force)
+        write_images([result], paths, files, force=force)
         note_faster_backend(pipe, backend)
 
 
@@ -219,6 +254,7 @@ def _outputs(
     force: bool,
     backend: str,
     adaptor: str | None,
+    format: FileFormat | None,
 ) -> list[Path]:
     """Paths of the images to write; checked before the images and the bundle are read."""
     from hipa_deploy.embedded import resolve_bundle
@@ -226,7 +262,7 @@ def _outputs(
 
     check_count(len(prompts), count)
     inputs = [*images, resolve_bundle(bundle)]
-    paths = image_outputs(out, len(prompts), count, seed, inputs=inputs, force=force)
+    paths = image_outputs(out, len(prompts), count, seed, inputs=inputs, force=force, format=format)
     check_request(_open(bundle), backend, prompts, seed=seed, count=count, adaptor=adaptor)
     return paths
 
@@ -245,6 +281,7 @@ def _generate_from(
     prompt_weights: bool | None,
     verify: bool,
     cache: bool,
+    files: FileSettings,
     force: bool,
 ) -> None:
     """Make every image from ``source`` and write it."""
@@ -262,4 +299,5 @@ def _generate_from(
         prompt_weights=prompt_weights,
         verify=verify,
         cache=cache,
+        files=files,
     )

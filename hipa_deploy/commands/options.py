@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import secrets
+from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,11 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from hipa_deploy.commands.files.file_settings import IMAGE_SUFFIXES, FileSettings
 from hipa_deploy.commands.outputs import check_outputs, next_free_name, write_output
 from hipa_deploy.errors import HipaError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from hipa_deploy.bundle.folder import Bundle
+    from hipa_deploy.generate.jobs.withheld import Flagged
     from hipa_deploy.generate.pipeline import GenerateResult, OneStepPipeline
 
 # Progress and notes go to stderr, results (paths, tables, JSON) to stdout: a script can pipe them.
@@ -49,6 +54,30 @@ class EngineBackend(str, Enum):
 
     rtx = "rtx"
     tensorrt = "tensorrt"
+
+
+class FileFormat(str, Enum):
+    """What image files are written as."""
+
+    png = "png"
+    webp = "webp"
+    jpeg = "jpeg"
+
+
+def parse_seed(text: str) -> int:
+    """The number of ``--seed``; 'random' draws one of 32 bits and prints it.
+
+    Other programs that read the parameters know no larger seeds.
+    """
+    text = str(text)
+    if text == "random":
+        seed = secrets.randbelow(2**32)
+        console.print(f"seed {seed}", highlight=False)
+        return seed
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no whole number and not 'random'.") from None
 
 
 ModelOption = Annotated[
@@ -108,8 +137,8 @@ BackendOption = Annotated[
 OutOption = Annotated[
     Path | None,
     typer.Option(
-        help="A .png file for one image, a folder for several. By default image.png or images, "
-        "and the next free name, such as image-2.png, if that exists."
+        help="A .png, .webp or .jpg file for one image, a folder for several. By default image.png "
+        "or images, and the next free name, such as image-2.png, if that exists."
     ),
 ]
 ForceOption = Annotated[
@@ -117,7 +146,45 @@ ForceOption = Annotated[
     typer.Option("--force", help="Replace output files that exist. An input is never replaced."),
 ]
 SeedOption = Annotated[
-    int, typer.Option(help="Seed of the first image; further images take the next numbers.")
+    int,
+    typer.Option(
+        metavar="NUMBER|random",
+        parser=parse_seed,
+        help="Seed of the first image; further images take the next numbers. 'random' draws one "
+        "and prints it.",
+    ),
+]
+FormatOption = Annotated[
+    FileFormat | None,
+    typer.Option(
+        "--format",
+        help="Format of the files in a folder, png by default. A single file has that of its name.",
+    ),
+]
+QualityOption = Annotated[
+    int | None,
+    typer.Option(
+        help="WebP and JPEG: 1 (small) to 100 (best). By default a JPEG has 95, and a WebP is "
+        "lossless."
+    ),
+]
+WatermarkOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--watermark/--no-watermark",
+        help="Put an invisible watermark into each image, which hipa-doctor IMAGE reads. By "
+        "default as the bundle's owner chose. Needs images of 256 pixels or more each way.",
+    ),
+]
+C2paOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--c2pa",
+        metavar="PEM",
+        envvar="HIPA_C2PA",
+        help="Sign each file's content credentials (C2PA) with this private key and the "
+        "certificates that follow it in the same file.",
+    ),
 ]
 CountOption = Annotated[int, typer.Option(help="How many images to make of each prompt.")]
 HeightOption = Annotated[
@@ -199,23 +266,45 @@ def note_faster_backend(pipe: OneStepPipeline, asked: str) -> None:
 
 
 def write_images(
-    batches: Iterable[GenerateResult], paths: list[Path], *, force: bool = False
+    batches: Iterable[GenerateResult],
+    paths: list[Path],
+    files: FileSettings = FileSettings(),
+    *,
+    force: bool = False,
+    watch: Callable[[np.ndarray], None] | None = None,
 ) -> None:
     """Write each image as soon as its batch is made, and print its path.
 
     Args:
         batches: results, in the order of ``paths``.
-        paths: one PNG path for each image, as ``image_outputs`` gave them.
+        paths: one path for each image, as ``image_outputs`` gave them; a suffix is a format.
+        files: how the files are written and marked.
         force: whether files that exist are replaced.
+        watch: is shown every image, uint8 [H, W, 3], once its file is written.
+
+    Raises:
+        HipaError: images were flagged by a checker. All others are written before.
 
     """
-    from hipa_deploy.images.png import png_bytes
+    from hipa_deploy.generate.jobs.withheld import withheld_error
 
-    remaining = iter(paths)
+    asked = 0
+    flagged: list[Flagged] = []
     for batch in batches:
-        for image_HWC, parameters in zip(batch.images_BHWC, batch.parameters, strict=True):
-            content = png_bytes(image_HWC, parameters)
-            typer.echo(write_output(next(remaining), content, force=force))
+        withheld = {one.index for one in batch.flagged}
+        made = zip(batch.images_BHWC, batch.parameters, strict=True)
+        for index in range(len(batch.seeds) + len(withheld)):
+            path = paths[asked]
+            asked += 1
+            if index not in withheld:
+                image_HWC, parameters = next(made)
+                content = files.encode(path, image_HWC, parameters)
+                typer.echo(write_output(path, content, force=force))
+                if watch is not None:
+                    watch(image_HWC)
+        flagged += batch.flagged
+    if flagged:
+        raise withheld_error(flagged, asked)
 
 
 def make_images(
@@ -229,6 +318,8 @@ def make_images(
     prompt_weights: bool | None,
     verify: bool,
     cache: bool,
+    files: FileSettings = FileSettings(),
+    watch: Callable[[np.ndarray], None] | None = None,
     **choices: Any,
 ) -> None:
     """Load a bundle, make an image for each prompt and seed, write each as soon as it is made.
@@ -236,13 +327,15 @@ def make_images(
     Args:
         bundle: a bundle's folder, or 'emoji'.
         prompts: what the images show.
-        paths: one PNG path for each image, as ``image_outputs`` gave them.
+        paths: one path for each image, as ``image_outputs`` gave them.
         adaptor: an adaptor to swap in; None is the bundle's own.
         backend: what runs the stages.
         force: whether files that exist are replaced.
         prompt_weights: whether brackets in prompts are weights; None is as the bundle says.
         verify: whether every file is hashed and every stage compiled again.
         cache: whether compiled stages are kept.
+        files: how the files are written and marked.
+        watch: is shown every image, once its file is written.
         choices: what else ``OneStepPipeline.stream`` takes: ``source``, ``seed``, ``count``, …
 
     Raises:
@@ -252,13 +345,15 @@ def make_images(
     from hipa_deploy.generate.pipeline import OneStepPipeline
 
     with console.status("loading"):
-        pipe = OneStepPipeline.load(bundle, backend, verify=verify, cache=cache)
+        pipe = OneStepPipeline.load(
+            bundle, backend, watermark=files.watermark, verify=verify, cache=cache
+        )
     with pipe:
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
         note_weights(pipe.bundle, prompts, prompt_weights)
         batches = pipe.stream(prompts, prompt_weights=prompt_weights, **choices)
-        write_images(batches, paths, force=force)
+        write_images(batches, paths, files, force=force, watch=watch)
         note_faster_backend(pipe, backend)
 
 
@@ -270,16 +365,18 @@ def image_outputs(
     *,
     inputs: Iterable[Path] = (),
     force: bool = False,
+    format: FileFormat | None = None,
 ) -> list[Path]:
     """Paths of the images of a command, once it is certain that they may be written.
 
     Args:
-        out: a .png file or a folder; None takes the first free name.
+        out: an image file or a folder; None takes the first free name.
         prompts: number of prompts.
         count: images a prompt.
         seed: of the first image of each prompt.
         inputs: files and folders that the command reads.
         force: whether files that exist may be replaced.
+        format: of the files in a folder; None is PNG.
 
     Raises:
         HipaError: as ``image_paths`` and ``check_outputs``.
@@ -287,35 +384,43 @@ def image_outputs(
     """
 
     if out is None:
-        out = next_free_name(_usual_name(prompts * count))
-    paths = image_paths(out, prompts, count, seed)
+        out = next_free_name(_usual_name(prompts * count, format))
+    paths = image_paths(out, prompts, count, seed, format)
     check_outputs(paths, inputs=inputs, force=force)
     return paths
 
 
 def note_name(out: Path | None, paths: list[Path]) -> None:
     """Say so where the usual name is taken and another one is written."""
-    usual = _usual_name(len(paths))
+    usual = Path("images" if len(paths) > 1 else f"image{paths[0].suffix}")
     written = paths[0] if len(paths) == 1 else paths[0].parent
     if out is None and written != usual:
         console.print(f"{usual} exists: writing {written}", highlight=False, markup=False)
 
 
-def _usual_name(images: int) -> Path:
-    return Path("images" if images > 1 else "image.png")
+def _usual_name(images: int, format: FileFormat | None) -> Path:
+    return Path("images" if images > 1 else f"image{_suffix(format)}")
 
 
-def image_paths(out: Path, prompts: int, count: int, seed: int) -> list[Path]:
+def _suffix(format: FileFormat | None) -> str:
+    return ".jpg" if format is FileFormat.jpeg else f".{format.value if format else 'png'}"
+
+
+def image_paths(
+    out: Path, prompts: int, count: int, seed: int, format: FileFormat | None = None
+) -> list[Path]:
     """Paths of the images of a command: one file for one image, else numbered files in a folder.
 
     Args:
-        out: a .png file or a folder.
+        out: an image file or a folder.
         prompts: number of prompts.
         count: images a prompt.
         seed: of the first image of each prompt.
+        format: of the files in a folder; None is PNG.
 
     Raises:
-        HipaError: several images for one file, or a file that is not a PNG.
+        HipaError: several images for one file, a file of another kind, or a ``format`` that is not
+            that of the file's name.
 
     Example:
         >>> [path.name for path in image_paths(Path("images"), prompts=2, count=1, seed=7)]
@@ -323,7 +428,11 @@ def image_paths(out: Path, prompts: int, count: int, seed: int) -> list[Path]:
 
     """
     # A folder may have a name that ends in .png; one that exists is taken as a folder.
-    if out.suffix.lower() == ".png" and not out.is_dir():
+    if out.suffix.lower() in IMAGE_SUFFIXES and not out.is_dir():
+        if format is not None and IMAGE_SUFFIXES[out.suffix.lower()] != format.value:
+            raise HipaError(
+                f"--format {format.value} is not the format of --out {out}. Leave --format out."
+            )
         if prompts * count > 1:
             raise HipaError(
                 f"--out {out} is one file for {prompts * count} images. Give --out a folder."
@@ -332,12 +441,12 @@ def image_paths(out: Path, prompts: int, count: int, seed: int) -> list[Path]:
 
     if out.is_file() or (out.suffix and not out.is_dir()):
         raise HipaError(
-            f"--out {out}: images are written as PNG. "
-            "Give --out a name that ends in .png, or a folder."
+            f"--out {out}: images are written as PNG, WebP or JPEG. "
+            "Give --out a name that ends in .png, .webp or .jpg, or a folder."
         )
 
     paths = []
     for number in range(prompts):
         for i in range(count):
-            paths.append(out / f"{number:03d}-seed{seed + i}.png")
+            paths.append(out / f"{number:03d}-seed{seed + i}{_suffix(format)}")
     return paths

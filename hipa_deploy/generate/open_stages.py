@@ -160,7 +160,7 @@ def open_stages(bundle: Bundle, backend: str, *, kept: Kept = "none") -> Stages:
     if backend in ENGINE_BACKENDS and bundle.manifest.layout == "onestep":
         from hipa_deploy.engines.store.select import open_engines
 
-        return open_engines(bundle, bundle.stages, backend)
+        return open_engines(bundle, bundle.path_stages, backend)
 
     if kept == "use" and _all_kept(bundle, backend):
         runners = _open_side_by_side(bundle, backend)
@@ -174,7 +174,7 @@ def _open_in_turn(bundle: Bundle, backend: str, kept: Kept) -> dict[str, Runner]
     # If a stage cannot be loaded, the stack closes those before it.
     with ExitStack() as opened:
         runners = {}
-        for stage in bundle.stages:
+        for stage in bundle.path_stages:
             runners[stage] = opened.enter_context(open_runner(bundle, stage, backend, kept=kept))
         opened.pop_all()  # all are loaded, so the stages own them now
     return runners
@@ -184,15 +184,15 @@ def _all_kept(bundle: Bundle, backend: str) -> bool:
     """Whether every stage is small, or lies compiled in this user's cache."""
     if backend not in CPU_BACKENDS:
         return False
-    compiled = [_compiled(bundle, stage, backend, "use") for stage in bundle.stages]
+    compiled = [_compiled(bundle, stage, backend, "use") for stage in bundle.path_stages]
     return all(stage is None or stage.found() for stage in compiled)
 
 
 def _open_side_by_side(bundle: Bundle, backend: str) -> dict[str, Runner]:
     """Compiled stages all at once: each holds its own weights at the end, and no more meanwhile."""
-    with ThreadPoolExecutor(len(bundle.stages)) as pool:
+    with ThreadPoolExecutor(len(bundle.path_stages)) as pool:
         futures = {}
-        for stage in bundle.stages:
+        for stage in bundle.path_stages:
             futures[stage] = pool.submit(open_runner, bundle, stage, backend, kept="use")
     # If a stage cannot be loaded, the stack closes the others.
     with ExitStack() as opened:

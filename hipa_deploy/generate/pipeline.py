@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +21,15 @@ from PIL import Image
 from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, AdaptorSwap, adapted_stage
 from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.bundle.manifest import Axis
+from hipa_deploy.embedded import BUNDLE as EMBEDDED_BUNDLE
+from hipa_deploy.embedded import NAME as EMBEDDED_NAME
 from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.jobs.batch_sizes import WarmUp, cut, prove, sizes_to_try
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
+from hipa_deploy.generate.jobs.withheld import Flagged
 from hipa_deploy.generate.noise import bundle_noise, check_seeds
-from hipa_deploy.generate.open_stages import Kept, open_stages, resolve_backend
+from hipa_deploy.generate.open_stages import Kept, open_runner, open_stages, resolve_backend
 from hipa_deploy.generate.prompts import Encode, PromptSource, open_prompts
 from hipa_deploy.generate.request import check_count, check_pairs, check_prompts
 from hipa_deploy.generate.runner import ENGINE_BACKENDS, ClosesAtExit, Runner, check_backend
@@ -51,6 +54,8 @@ from hipa_deploy.images.source import (
     trial_sources,
     upscaling,
 )
+from hipa_deploy.marks.marker import ImageMarker, watermark_payload
+from hipa_deploy.marks.safety import SAFETY_STAGE, Checker, SafetyChecker
 from hipa_deploy.shared_use import SharedUse
 from hipa_deploy.tasks import STEP_INPUTS
 
@@ -68,7 +73,9 @@ class GenerateResult:
         images_BHWC: uint8 [N, H, W, 3], RGB.
         prompts: N prompts.
         seeds: N seeds, each in [0, 2**63).
-        parameters: N dictionaries: all that reproduces the image. A PNG carries its own as JSON.
+        parameters: N dictionaries: all that reproduces the image. A file carries its own as JSON.
+        flagged: images that were asked for and are withheld, because a checker flagged them. They
+            are not among the N.
 
     """
 
@@ -76,12 +83,15 @@ class GenerateResult:
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     parameters: tuple[dict[str, Any], ...]
+    flagged: tuple[Flagged, ...] = ()
 
     def __repr__(self) -> str:
         """The shape, and the first prompt and seed: the pixels would fill the screen."""
         count, height, width = self.images_BHWC.shape[:3]
         first = f"{brief(self.prompts[0], 40)}, seed {self.seeds[0]}" if self.prompts else "none"
         more = ", …" if count > 1 else ""
+        if self.flagged:
+            more += f"; {len(self.flagged)} withheld"
         return f"GenerateResult({count} x {width}x{height}: {first}{more})"
 
     @property
@@ -131,6 +141,8 @@ class OneStepPipeline(ClosesAtExit):
         backend: str,
         stages: Stages,
         prompts: PromptSource | None = None,
+        marker: ImageMarker = ImageMarker(),
+        safety: Runner | None = None,
     ) -> None:
         self.bundle = bundle
         self.backend = backend
@@ -145,6 +157,8 @@ class OneStepPipeline(ClosesAtExit):
         self._proven = False  # whether the sizes are those that a warm-up found
         self._prompts = open_prompts(bundle) if prompts is None else prompts
         self._encoded_images = EncodedImages()
+        self._marker = marker
+        self._safety = safety
 
     @classmethod
     def load(
@@ -154,6 +168,8 @@ class OneStepPipeline(ClosesAtExit):
         *,
         verify: bool = False,
         cache: bool = True,
+        watermark: bool | int | None = None,
+        checker: Checker | None = None,
     ) -> OneStepPipeline:
         """Open a bundle, check the hashes of its files and load its stages.
 
@@ -165,6 +181,11 @@ class OneStepPipeline(ClosesAtExit):
                 not changed since an earlier start are not read again (``disk.remembered``).
             cache: take compiled stages that an earlier start left in this user's cache, and leave
                 them there, on the CPU backends.
+            watermark: whether images carry the invisible watermark; a number of 32 bits is what it
+                says. None is as the bundle's owner chose.
+            checker: a function of yours that sees every image, beside the bundle's own safety
+                checker: uint8 [B, H, W, 3] in, and for each image False, True or a reason out.
+                Flagged images are in ``GenerateResult.flagged``, not among the images.
 
         Raises:
             HipaError: not a bundle, a corrupt file, or a backend that is unknown, not installed or
@@ -181,11 +202,18 @@ class OneStepPipeline(ClosesAtExit):
         kept: Kept = "none"
         if cache:
             kept = "renew" if verify else "use"
+        payload = _payload(opened, watermark)
         stages = open_stages(opened, name, kept=kept)
+        safety = None
         try:
-            pipeline = cls(opened, name, stages, prompts)
+            if opened.manifest.safety is not None:
+                safety = open_runner(opened, SAFETY_STAGE, name, kept=kept)
+            marker = ImageMarker(payload, _checkers(opened, safety, checker))
+            pipeline = cls(opened, name, stages, prompts, marker, safety)
         except BaseException:
             stages.close()
+            if safety is not None:
+                safety.close()
             raise
         pipeline._verify = verify
         pipeline.load_seconds = time.perf_counter() - started
@@ -326,7 +354,35 @@ class OneStepPipeline(ClosesAtExit):
     def _stream(self, jobs: Sequence[ImageJob], timer: Timer) -> Iterator[GenerateResult]:
         """Make jobs of one shape, a batch at a time."""
         for batch in cut(jobs, self.sizes_for(jobs[0])):
-            yield _result(self.make(batch, timer))
+            yield self.guard(_result(self.make(batch, timer)))
+
+    def guard(self, result: GenerateResult) -> GenerateResult:
+        """Withhold the images that a checker flags, and watermark the others.
+
+        Every result of this pipeline has passed it. A program that takes images from ``make`` calls
+        it before it shows them.
+
+        Raises:
+            HipaError: a checker fails.
+
+        """
+        marker = self._marker
+        if marker.does_nothing:
+            return result
+        kept = []
+        flagged = []
+        for i, reason in enumerate(marker.reasons(result.images_BHWC)):
+            if reason is None:
+                kept.append(i)
+            else:
+                flagged.append(Flagged(i, result.prompts[i], result.seeds[i], reason))
+        return GenerateResult(
+            images_BHWC=marker.mark(result.images_BHWC[kept]),
+            prompts=tuple(result.prompts[i] for i in kept),
+            seeds=tuple(result.seeds[i] for i in kept),
+            parameters=tuple({**result.parameters[i], **marker.facts} for i in kept),
+            flagged=tuple(flagged),
+        )
 
     def jobs(
         self,
@@ -625,7 +681,7 @@ class OneStepPipeline(ClosesAtExit):
         with self._use.shared():
             for batch in cut(jobs, self.sizes_for(jobs[0])):
                 made += self.make(batch, timer)
-        return merge_tiles(enlargement, made)
+        return self.guard(merge_tiles(enlargement, made))
 
     def tile_jobs(
         self,
@@ -646,6 +702,7 @@ class OneStepPipeline(ClosesAtExit):
         """
         check_prompts([prompt])
         enlargement = upscaling(self.bundle, image, overlap=overlap)
+        self._marker.check_size(enlargement.height, enlargement.width)
         weights = self._prompts.reads_weights(prompt_weights)
         (prepared,) = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
         latent_CHW = latent_shape(self.bundle, None, None)
@@ -677,6 +734,12 @@ class OneStepPipeline(ClosesAtExit):
                 than a batch holds.
 
         """
+        if not self._marker.does_nothing:
+            raise HipaError(
+                "the images of this bundle are checked or watermarked, which is done on the host. "
+                "Call the pipeline, or load it with watermark=False if its images are only "
+                "watermarked."
+            )
         check_seeds(seed, count)
         if count not in self._batch:
             raise HipaError(f"count is {count}, a batch of this bundle holds {self._batch}.")
@@ -742,6 +805,11 @@ class OneStepPipeline(ClosesAtExit):
         return self._loaded.swap
 
     @property
+    def safety(self) -> Runner | None:
+        """The safety checker's network; None where the bundle has none."""
+        return self._safety
+
+    @property
     def runners(self) -> dict[str, Runner]:
         """Each stage by itself, in the order in which they run."""
         return self.stages.runners
@@ -799,7 +867,10 @@ class OneStepPipeline(ClosesAtExit):
         require_task(self.bundle, source.task if source else "generate")
         if source:
             height, width = source.image_HWC.shape[:2]
-        return latent_shape(self.bundle, height, width)
+        shape = latent_shape(self.bundle, height, width)
+        step = self.bundle.manifest.one_step
+        self._marker.check_size(height or step.height, width or step.width)
+        return shape
 
     def _parameters(
         self, swap: AdaptorSwap | None, prompt: str, seed: int, facts: Mapping[str, Any]
@@ -826,6 +897,8 @@ class OneStepPipeline(ClosesAtExit):
             "adaptor": adaptor.sha256 if adaptor else None,
             **added,
             "unet": unet_sha256,
+            "bundle": self.bundle.sha256,
+            "bundle_name": _name_of(self.bundle),
         }
 
     def close(self) -> None:
@@ -835,6 +908,31 @@ class OneStepPipeline(ClosesAtExit):
         """
         with self._use.alone():
             self.stages.close()
+            if self._safety is not None:
+                self._safety.close()
+
+
+def _payload(bundle: Bundle, watermark: bool | int | None) -> int | None:
+    """The watermark's number; None for no watermark."""
+    unet = bundle.manifest.files[bundle.stages[adapted_stage(bundle)].path]
+    return watermark_payload(bundle.manifest.marks, unet, watermark)
+
+
+def _checkers(bundle: Bundle, network: Runner | None, own: Checker | None) -> tuple[Checker, ...]:
+    """What sees every image: the bundle's safety checker, then the user's."""
+    checkers: list[Checker] = []
+    safety = bundle.manifest.safety
+    if safety is not None and network is not None:
+        checkers.append(SafetyChecker(network, safety.settings))
+    if own is not None:
+        checkers.append(own)
+    return tuple(checkers)
+
+
+def _name_of(bundle: Bundle) -> str:
+    """What a user calls the bundle, without the folder that it lies in."""
+    root = bundle.root.resolve()
+    return EMBEDDED_NAME if root == EMBEDDED_BUNDLE.resolve() else root.name
 
 
 def _changes_text(swap: AdaptorSwap | None) -> bool:
@@ -876,12 +974,19 @@ def _joined(batches: Sequence[GenerateResult]) -> GenerateResult:
     prompts: list[str] = []
     seeds: list[int] = []
     parameters: list[dict[str, Any]] = []
+    flagged: list[Flagged] = []
+    asked = 0
     for batch in batches:
         prompts += batch.prompts
         seeds += batch.seeds
         parameters += batch.parameters
+        for one in batch.flagged:
+            flagged.append(replace(one, index=asked + one.index))
+        asked += len(batch.seeds) + len(batch.flagged)
     images_BHWC = np.concatenate([batch.images_BHWC for batch in batches])
-    return GenerateResult(images_BHWC, tuple(prompts), tuple(seeds), tuple(parameters))
+    return GenerateResult(
+        images_BHWC, tuple(prompts), tuple(seeds), tuple(parameters), tuple(flagged)
+    )
 
 
 def _worth_keeping(feed: Mapping[str, np.ndarray]) -> list[str]:

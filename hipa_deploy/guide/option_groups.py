@@ -18,7 +18,7 @@ _GROUPS = {
     ),
     "Image": (
         *("--task", "--strength", "--strengths", "--feather", "--overlap", "--seed", "--count"),
-        *("--height", "--width", "--dynamic", "--batch", "--images"),
+        *("--height", "--width", "--dynamic", "--batch", "--images", "--again"),
     ),
     "Training": ("--recipe", "--steps", "--gpus", "--quick"),
     "Precision and layout": ("--dtype", "--layout", "--fuse"),
@@ -41,13 +41,14 @@ _GROUPS = {
     ),
     "Output": (
         *("--out", "--swap-for", "--json", "--html", "--markdown", "--dry-run", "--force"),
-        *("--sign",),
+        *("--sign", "--format", "--quality"),
     ),
     "Network": ("--host", "--port", "--api-keys", "--allow-host", "--allow-origin"),
     "Limits": (
         *("--wait", "--queue", "--time-limit", "--prompt-limit", "--body-limit"),
         "--pixel-limit",
     ),
+    "Marks": ("--mark", "--watermark", "--c2pa"),
     "Safety": ("--allow-code",),
     HELP_GROUP: ("--help", "--version"),
 }
