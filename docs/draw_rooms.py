@@ -66,6 +66,7 @@ TRAIN = House(
         ("recipes", "TOML recipes and their keys"),
         ("losses", "the HiPA loss and its parts"),
         ("model", "base, adaptor, one step"),
+        ("distribution", "scores, noised latents"),
         ("loop", "steps, checkpoints"),
         ("data", "teacher pairs, images"),
         ("evaluation", "quality and its report"),

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SURFACE = {
     "train": {
         "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps",
-        "--lora", "--embedding", "--dry-run", "--gpus", "--allow-code",
+        "--lora", "--embedding", "--average", "--rank", "--dry-run", "--gpus", "--allow-code",
     },
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
@@ -28,27 +28,28 @@ SURFACE = {
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
-        "--timing-cache", "--refit", "--best-of", "--dry-run", "--no-repair", "--without-remedy",
-        "--force",
+        "--timing-cache", "--refit", "--best-of", "--swap", "--dry-run", "--no-repair",
+        "--without-remedy", "--force",
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
-        "--prompt-weights", "--verify", "--cache", "--force", "--again", "--format", "--quality",
-        "--watermark", "--c2pa",
+        "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
+        "--again", "--format", "--quality", "--watermark", "--c2pa",
     },
     "edit": {
         "--strength", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--force",
-        "--verify", "--cache", "--format", "--quality", "--watermark", "--c2pa",
+        "--truncate", "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
+        "--format", "--quality", "--watermark", "--c2pa",
     },
     "inpaint": {
         "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--force",
-        "--verify", "--cache", "--format", "--quality", "--watermark", "--c2pa",
+        "--truncate", "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
+        "--format", "--quality", "--watermark", "--c2pa",
     },
     "upscale": {
-        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights", "--force",
-        "--verify", "--cache", "--format", "--quality", "--watermark", "--c2pa",
+        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights",
+        "--low-memory", "--verify", "--cache", "--force",
+        "--format", "--quality", "--watermark", "--c2pa",
     },
     "serve": {
         "--host", "--port", "--backend", "--api-keys", "--allow-host", "--allow-origin", "--batch",
@@ -56,8 +57,8 @@ SURFACE = {
         "--pixel-limit", "--log-prompts",
     },
     "profile": {
-        "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
-        "--roofline", "--verify", "--cache", "--force",
+        "--runs", "--seconds", "--warmup", "--backend", "--json", "--html", "--markdown",
+        "--layers", "--roofline", "--low-memory", "--verify", "--cache", "--force",
     },
     "profile compare": {"--metric", "--threshold", "--json", "--force"},
     "profile table": set(),

@@ -85,6 +85,7 @@ ROOMS = (
     "hipa_deploy.train.recipes",
     "hipa_deploy.train.losses",
     "hipa_deploy.train.model",
+    "hipa_deploy.train.distribution",
     "hipa_deploy.train.loop",
     "hipa_deploy.train.data",
     "hipa_deploy.train.evaluation",

@@ -210,6 +210,8 @@ class Cost(Record):
         stage's
             largest shapes, when none is fused away. None where a shape is unknown, and in older
             bundles.
+        fused_activation_bytes: the same where no attention that can be fused stores its scores.
+            None where a shape is unknown, and in older bundles.
 
     """
 
@@ -217,6 +219,14 @@ class Cost(Record):
     weight_bytes: Count
     io_bytes: Count
     activation_bytes: Count | None = None
+    fused_activation_bytes: Count | None = None
+
+    @property
+    def engine_activation_bytes(self) -> int | None:
+        """What is known best of the activations of an engine, which fuses attentions."""
+        if self.fused_activation_bytes is None:
+            return self.activation_bytes
+        return self.fused_activation_bytes
 
 
 class Stage(Record):

@@ -28,7 +28,7 @@ def doctor(
         bool,
         typer.Option(
             "--self-test",
-            help="Build, run and time the included model on every backend of this machine.",
+            help="Build, run, check and time the included model on every backend of this machine.",
         ),
     ] = False,
     bisect: Annotated[
@@ -115,7 +115,8 @@ def _examine(subject: str | None, backend: str, as_json: bool) -> None:
 
 def _self_test(subject: str | None, out: Path | None, as_json: bool, force: bool) -> None:
     """Print the self-test's report, write it to ``out``; exit with 1 if a step failed."""
-    from hipa_deploy.doctor.self_test import render_text, self_test
+    from hipa_deploy.doctor.self_test import self_test
+    from hipa_deploy.doctor.self_test_report import render_terminal, render_text
 
     if subject:
         raise HipaError(
@@ -125,9 +126,11 @@ def _self_test(subject: str | None, out: Path | None, as_json: bool, force: bool
     if out:
         check_outputs([out], force=force)
     report = self_test(console)
-    text = render_text(report)
     if out:
-        write_output(out, text.encode(), force=force)
-    typer.echo(report.model_dump_json(indent=2) if as_json else text)
+        write_output(out, render_text(report).encode(), force=force)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        Console().print(render_terminal(report))
     if report.failed:
         raise typer.Exit(1)

@@ -23,6 +23,7 @@ from hipa_deploy.commands.options import (
     ForceOption,
     FormatOption,
     HeightOption,
+    LowMemoryOption,
     OutOption,
     PromptsArgument,
     PromptWeightsOption,
@@ -34,6 +35,7 @@ from hipa_deploy.commands.options import (
     WidthOption,
     console,
     image_outputs,
+    load_pipeline,
     make_images,
     note_faster_backend,
     note_name,
@@ -72,6 +74,7 @@ def edit(
     prompt_weights: PromptWeightsOption = None,
     verify: VerifyOption = False,
     cache: CacheOption = True,
+    low_memory: LowMemoryOption = False,
     format: FormatOption = None,
     quality: QualityOption = None,
     watermark: WatermarkOption = None,
@@ -104,6 +107,7 @@ def edit(
         prompt_weights=prompt_weights,
         verify=verify,
         cache=cache,
+        low_memory=low_memory,
         files=files,
         force=force,
     )
@@ -134,6 +138,7 @@ def inpaint(
     prompt_weights: PromptWeightsOption = None,
     verify: VerifyOption = False,
     cache: CacheOption = True,
+    low_memory: LowMemoryOption = False,
     format: FormatOption = None,
     quality: QualityOption = None,
     watermark: WatermarkOption = None,
@@ -168,6 +173,7 @@ def inpaint(
         prompt_weights=prompt_weights,
         verify=verify,
         cache=cache,
+        low_memory=low_memory,
         files=files,
         force=force,
     )
@@ -191,6 +197,7 @@ def upscale(
     prompt_weights: PromptWeightsOption = None,
     verify: VerifyOption = False,
     cache: CacheOption = True,
+    low_memory: LowMemoryOption = False,
     format: FormatOption = None,
     quality: QualityOption = None,
     watermark: WatermarkOption = None,
@@ -202,7 +209,6 @@ def upscale(
     Needs a bundle for upscaling, such as hipa-export --adaptor emoji-upscale writes.
     """
     from hipa_deploy.embedded import resolve_bundle
-    from hipa_deploy.generate.pipeline import OneStepPipeline
     from hipa_deploy.generate.request import check_request
     from hipa_deploy.images.source import upscaling
 
@@ -216,13 +222,9 @@ def upscale(
     check_marked_size(files, opened, enlargement)
     note_name(out, paths)
 
-    with console.status("loading"):
-        pipe = OneStepPipeline.load(
-            bundle, backend, watermark=watermark, verify=verify, cache=cache
-        )
-    with pipe:
-        if adaptor is not None:
-            pipe.swap_adaptor(adaptor)
+    with load_pipeline(
+        bundle, backend, adaptor, low_memory, watermark, verify=verify, cache=cache
+    ) as pipe:
         note_weights(pipe.bundle, [prompt], prompt_weights)
         with console.status("enlarging"):
             result = pipe.upscale(
@@ -281,6 +283,7 @@ def _generate_from(
     prompt_weights: bool | None,
     verify: bool,
     cache: bool,
+    low_memory: bool,
     files: FileSettings,
     force: bool,
 ) -> None:
@@ -291,6 +294,7 @@ def _generate_from(
         paths,
         adaptor=adaptor,
         backend=backend,
+        low_memory=low_memory,
         force=force,
         source=source,
         seed=seed,

@@ -17,6 +17,7 @@ from hipa_deploy.commands.options import (
     ForceOption,
     FormatOption,
     HeightOption,
+    LowMemoryOption,
     OutOption,
     PromptWeightsOption,
     QualityOption,
@@ -60,6 +61,7 @@ def generate(
     prompt_weights: PromptWeightsOption = None,
     verify: VerifyOption = False,
     cache: CacheOption = True,
+    low_memory: LowMemoryOption = False,
     again: Annotated[
         Path | None,
         typer.Option(
@@ -146,6 +148,7 @@ def generate(
         paths,
         adaptor=adaptor,
         backend=backend,
+        low_memory=low_memory,
         force=force,
         verify=verify,
         cache=cache,

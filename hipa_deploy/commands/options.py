@@ -222,6 +222,15 @@ CacheOption = Annotated[
         help="Keep the compiled models of a CPU backend in the user's cache, for the next start.",
     ),
 ]
+LowMemoryOption = Annotated[
+    bool,
+    typer.Option(
+        "--low-memory",
+        help="Hold less in memory and take longer: models are loaded when they run, the text "
+        "encoder apart from the others, and these one at a time where they do not fit together. "
+        "The image is the same.",
+    ),
+]
 PromptWeightsOption = Annotated[
     bool | None,
     typer.Option(
@@ -314,6 +323,7 @@ def make_images(
     *,
     adaptor: str | None,
     backend: str,
+    low_memory: bool,
     force: bool,
     prompt_weights: bool | None,
     verify: bool,
@@ -330,6 +340,7 @@ def make_images(
         paths: one path for each image, as ``image_outputs`` gave them.
         adaptor: an adaptor to swap in; None is the bundle's own.
         backend: what runs the stages.
+        low_memory: load the stages in turn.
         force: whether files that exist are replaced.
         prompt_weights: whether brackets in prompts are weights; None is as the bundle says.
         verify: whether every file is hashed and every stage compiled again.
@@ -342,19 +353,52 @@ def make_images(
         HipaError: the bundle cannot be loaded here, or does not make such images.
 
     """
-    from hipa_deploy.generate.pipeline import OneStepPipeline
-
-    with console.status("loading"):
-        pipe = OneStepPipeline.load(
-            bundle, backend, watermark=files.watermark, verify=verify, cache=cache
-        )
-    with pipe:
-        if adaptor is not None:
-            pipe.swap_adaptor(adaptor)
+    with load_pipeline(
+        bundle, backend, adaptor, low_memory, files.watermark, verify=verify, cache=cache
+    ) as pipe:
         note_weights(pipe.bundle, prompts, prompt_weights)
         batches = pipe.stream(prompts, prompt_weights=prompt_weights, **choices)
         write_images(batches, paths, files, force=force, watch=watch)
         note_faster_backend(pipe, backend)
+
+
+def load_pipeline(
+    bundle: str,
+    backend: str,
+    adaptor: str | None,
+    low_memory: bool,
+    watermark: bool | int | None = None,
+    *,
+    verify: bool = False,
+    cache: bool = True,
+) -> OneStepPipeline:
+    """Load a bundle with an adaptor, and say in one line how the stages share little memory.
+
+    Raises:
+        HipaError: the bundle cannot be loaded here, or the adaptor does not fit it.
+
+    """
+    from hipa_deploy.generate.pipeline import OneStepPipeline
+
+    with console.status("loading"):
+        pipe = OneStepPipeline.load(
+            bundle,
+            backend,
+            low_memory=low_memory,
+            watermark=watermark,
+            verify=verify,
+            cache=cache,
+        )
+    try:
+        if low_memory:
+            # In words: 'text_encoder, then unet + vae_decoder'.
+            console.print(f"low memory: {pipe.stages}", markup=False, highlight=False)
+        if adaptor is not None:
+            pipe.swap_adaptor(adaptor)
+    except BaseException:
+        pipe.close()
+        raise
+    return pipe
 
 
 def image_outputs(

@@ -29,8 +29,14 @@ from hipa_deploy.generate.jobs.batch_sizes import WarmUp, cut, prove, sizes_to_t
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.generate.jobs.withheld import Flagged
 from hipa_deploy.generate.noise import bundle_noise, check_seeds
-from hipa_deploy.generate.open_stages import Kept, open_runner, open_stages, resolve_backend
-from hipa_deploy.generate.prompts import Encode, PromptSource, open_prompts
+from hipa_deploy.generate.open_stages import (
+    Kept,
+    StagesInTurn,
+    open_runner,
+    open_stages,
+    resolve_backend,
+)
+from hipa_deploy.generate.prompts import CACHED_PROMPTS, Encode, PromptSource, open_prompts
 from hipa_deploy.generate.request import check_count, check_pairs, check_prompts
 from hipa_deploy.generate.runner import ENGINE_BACKENDS, ClosesAtExit, Runner, check_backend
 from hipa_deploy.generate.stages import (
@@ -170,6 +176,7 @@ class OneStepPipeline(ClosesAtExit):
         cache: bool = True,
         watermark: bool | int | None = None,
         checker: Checker | None = None,
+        low_memory: bool = False,
     ) -> OneStepPipeline:
         """Open a bundle, check the hashes of its files and load its stages.
 
@@ -186,6 +193,10 @@ class OneStepPipeline(ClosesAtExit):
             checker: a function of yours that sees every image, beside the bundle's own safety
                 checker: uint8 [B, H, W, 3] in, and for each image False, True or a reason out.
                 Flagged images are in ``GenerateResult.flagged``, not among the images.
+            low_memory: hold less at once, and take longer: stages are loaded when they run, and
+                released before others are loaded. The text encoder is always apart from the
+                others. These stay loaded together on TensorRT and TensorRT-RTX if they fit, and
+                else, as on all other backends, one at a time. The images are the same.
 
         Raises:
             HipaError: not a bundle, a corrupt file, or a backend that is unknown, not installed or
@@ -203,11 +214,14 @@ class OneStepPipeline(ClosesAtExit):
         if cache:
             kept = "renew" if verify else "use"
         payload = _payload(opened, watermark)
-        stages = open_stages(opened, name, kept=kept)
+        stages = open_stages(opened, name, low_memory=low_memory, kept=kept)
         safety = None
         try:
             if opened.manifest.safety is not None:
-                safety = open_runner(opened, SAFETY_STAGE, name, kept=kept)
+                if isinstance(stages, StagesInTurn):
+                    safety = stages.runners[SAFETY_STAGE]
+                else:
+                    safety = open_runner(opened, SAFETY_STAGE, name, kept=kept)
             marker = ImageMarker(payload, _checkers(opened, safety, checker))
             pipeline = cls(opened, name, stages, prompts, marker, safety)
         except BaseException:
@@ -353,8 +367,19 @@ class OneStepPipeline(ClosesAtExit):
 
     def _stream(self, jobs: Sequence[ImageJob], timer: Timer) -> Iterator[GenerateResult]:
         """Make jobs of one shape, a batch at a time."""
-        for batch in cut(jobs, self.sizes_for(jobs[0])):
-            yield self.guard(_result(self.make(batch, timer)))
+        # With little memory the text encoder is loaded once for as many prompts as are remembered.
+        together = CACHED_PROMPTS if self.low_memory else len(jobs)
+        for first in range(0, len(jobs), together):
+            some = jobs[first : first + together]
+            if self.low_memory:
+                self._encode_ahead(some, timer)
+            for batch in cut(some, self.sizes_for(jobs[0])):
+                yield self.guard(_result(self.make(batch, timer)))
+
+    def _encode_ahead(self, jobs: Sequence[ImageJob], timer: Timer) -> None:
+        """Let the prompts of jobs be encoded and remembered."""
+        with self._use.shared():
+            self._prompts.feed([job.prepared for job in jobs], self._encode(self.stages, timer))
 
     def guard(self, result: GenerateResult) -> GenerateResult:
         """Withhold the images that a checker flags, and watermark the others.
@@ -800,6 +825,11 @@ class OneStepPipeline(ClosesAtExit):
         return self._loaded.stages
 
     @property
+    def low_memory(self) -> bool:
+        """Whether the stages are loaded in turn."""
+        return isinstance(self.stages, StagesInTurn)
+
+    @property
     def swapped(self) -> AdaptorSwap | None:
         """The adaptor that was swapped in; None: the bundle's own."""
         return self._loaded.swap
@@ -837,6 +867,14 @@ class OneStepPipeline(ClosesAtExit):
             else AdaptorSwap.open(self.bundle, adaptor, remembered=not self._verify)
         )
         stage = adapted_stage(self.bundle)
+        if isinstance(self.stages, StagesInTurn):
+            with self._one_swap, self._use.alone():
+                texts_differ = _changes_text(swap) or _changes_text(self.swapped)
+                self.stages.swap(swap)
+                self._loaded = _Loaded(self.stages, swap)
+                if texts_differ:
+                    self._prompts.forget()
+            return
         with self._one_swap:
             runner = self.runners[stage]
             changed: dict[str, Runner] = {}

@@ -20,7 +20,7 @@ _GROUPS = {
         *("--task", "--strength", "--strengths", "--feather", "--overlap", "--seed", "--count"),
         *("--height", "--width", "--dynamic", "--batch", "--images", "--again"),
     ),
-    "Training": ("--recipe", "--steps", "--gpus", "--quick"),
+    "Training": ("--recipe", "--steps", "--average", "--rank", "--gpus", "--quick"),
     "Precision and layout": ("--dtype", "--layout", "--fuse"),
     "Device": (
         *("--backend", "--build", "--target", "--workspace", "--tactic-dram"),
@@ -33,10 +33,12 @@ _GROUPS = {
             "--without-remedy",
             "--cache",
             "--verify",
+            "--low-memory",
+            "--swap",
         ),
     ),
     "Measuring": (
-        *("--runs", "--warmup", "--metric", "--threshold", "--layers", "--roofline"),
+        *("--runs", "--seconds", "--warmup", "--metric", "--threshold", "--layers", "--roofline"),
         *("--self-test", "--bisect"),
     ),
     "Output": (

@@ -162,6 +162,15 @@ def test_the_command_writes_no_file_and_says_so(
     assert "seed 5, was flagged by the bundle's safety checker" in said.err
 
 
+def test_a_flagged_image_is_withheld_in_low_memory_too(strict: Path, bundle: Bundle) -> None:
+    with OneStepPipeline.load(strict, low_memory=True) as pipe:
+        assert len(pipe("a red apple", seed=5, count=2).flagged) == 2
+    with OneStepPipeline.load(bundle.root) as pipe:
+        expected = pipe("a red apple", seed=5, count=2).images_BHWC
+    with OneStepPipeline.load(bundle.root, low_memory=True) as pipe:
+        np.testing.assert_array_equal(pipe("a red apple", seed=5, count=2).images_BHWC, expected)
+
+
 def test_a_checker_of_ones_own(bundle: Bundle) -> None:
     seen = []
 

@@ -77,7 +77,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {
         {
             "--backend": ["rtx", "tensorrt", "x"], "--target": WORDS, "--workspace": NUMBERS,
             "--tactic-dram": NUMBERS, "--optimization-level": NUMBERS, "--best-of": NUMBERS,
-            "--timing-cache": PATHS, "--dry-run": [],
+            "--timing-cache": PATHS, "--swap": NUMBERS, "--dry-run": [],
         },
     ),
 }  # fmt: skip

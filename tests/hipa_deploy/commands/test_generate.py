@@ -83,3 +83,18 @@ def test_verify_and_no_cache_give_the_same_image(tmp_path: Path) -> None:
         assert not stopped.value.code
         images.append(path.read_bytes())
     assert images[0] == images[1] == images[2]
+
+
+def test_low_memory_gives_the_same_file_and_says_how(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {"": tmp_path / "usual.png", "--low-memory": tmp_path / "low.png"}
+    for option, path in paths.items():
+        options = ["--backend", "onnxruntime", "--out", str(path), *filter(None, [option])]
+        with pytest.raises(SystemExit) as stopped:
+            main(["generate", "emoji", "3d emoji of a red apple", *options])
+        assert not stopped.value.code
+    usual, low = paths.values()
+    assert usual.read_bytes() == low.read_bytes()
+    line = "low memory: text_encoder, then unet, then vae_decoder\n"
+    assert capsys.readouterr().err.count(line) == 1
