@@ -36,13 +36,9 @@ class Guard:
     - The Host header must be a number, 'localhost' or a name that the owner gave: otherwise a page
       of another site could reach a service on this machine by DNS rebinding.
     - A request that a browser sends from a page of another site is refused.
-<<<<<<< HEAD
     - With keys, every request but the health checks and the page's own files needs one.
-=======
-    - With keys, every request but the health checks needs one.
     - Where no image can wait any more, a request for images is refused unread: in a flood that
       leaves the processor to those that were accepted.
->>>>>>> main
     - A body may have so many bytes, and so many seconds to arrive.
 
     Args:
