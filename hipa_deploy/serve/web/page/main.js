@@ -234,8 +234,8 @@ async function restore(entry) {
   form.write(order);
   showIdeas();
   try {
-    if (order.source) await source.restore(order.source, order.mask, order.task, form.target);
-    else await source.fit(form.task, form.target);
+    if (form.bundle && order.source) await source.restore(order.source, order.mask, order.task, form.target);
+    else if (form.bundle) await source.fit(form.task, form.target);
     if (number !== asked) return;
     await result.show(entry);
   } catch (error) {
@@ -310,7 +310,6 @@ async function start() {
   onKeyNeeded(askForKey);
   // A phone has room for the prompt and the image; the settings are one touch away.
   byId("settings").open = matchMedia("(min-width: 60rem)").matches;
-  await history.load();
   try {
     about = await getJson("page/about");
     await offerModels();
@@ -318,8 +317,11 @@ async function start() {
     service("down", error.code === "unreachable" ? undefined : "Not connected");
     showError(error);
     byId("retry").addEventListener("click", () => location.reload(), { once: true });
+    await history.load(); // old images can be seen without a service
     return;
   }
+  // Not before: an image that comes back needs the models of its form.
+  await history.load();
   if (byId("settings").open) form.prompt.focus();
   await untilReady();
 }

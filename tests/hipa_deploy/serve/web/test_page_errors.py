@@ -158,6 +158,9 @@ def test_a_service_that_has_stopped(page: Any, server: Server) -> None:
     assert page.locator("#result.stale").count() == 1
     assert PROMPT in page.inner_text("#caption")
     assert page.is_visible("#retry")
+    # What was kept can be seen all the same.
+    page.locator("#history button").first.click()
+    page.wait_for_selector("#result:not(.stale)")
 
 
 def test_where_there_is_no_browser_the_tests_skip(
