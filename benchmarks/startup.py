@@ -125,7 +125,9 @@ def main(
     Console().print(table)
     if out:
         conditions = {"machine": platform.processor(), "load": os.getloadavg(), "images": images}
-        out.write_text(json.dumps({"conditions": conditions, "runs": results}, indent=2))
+        out.write_text(
+            json.dumps({"conditions": conditions, "runs": results}, indent=2), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
