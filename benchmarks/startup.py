@@ -64,7 +64,7 @@ def start(python: str, bundle: Path, backend: str, options: dict[str, bool], ima
     arguments = [str(bundle), backend, json.dumps(options), str(images)]
     began = time.time()
     done = subprocess.run(
-        [python, "-c", CHILD, *arguments], capture_output=True, text=True, check=False
+        [python, "-c", CHILD, *arguments], capture_output=True, encoding="utf-8", check=False
     )
     if done.returncode:
         raise SystemExit(f"{python} {backend}: {done.stderr[-2000:]}")
