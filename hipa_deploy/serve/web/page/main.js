@@ -102,17 +102,13 @@ async function done(order, made) {
   await result.show(entry);
   history.mark(entry.blob);
   byId("use").disabled = false;
-  // Something has changed while the image was decoded.
-  if (number !== asked) {
-    result.stale(true);
-    return;
-  }
   const settle = () => {
     history.add(entry);
     say(`Image ready after ${Math.round(made.roundTrip)} milliseconds.`);
   };
   if (keep) settle();
-  else settling = setTimeout(settle, SETTLED);
+  if (number !== asked) result.stale(true); // something has changed while the image was decoded
+  else if (!keep) settling = setTimeout(settle, SETTLED);
 }
 
 function failed(order, error) {

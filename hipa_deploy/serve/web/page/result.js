@@ -35,7 +35,7 @@ export class Result {
     this.#caption(order, seed);
     this.#showBefore(order.source);
     this.#offer(url, order, seed);
-    await this.#facts(blob);
+    this.#facts(blob); // a moment later
   }
 
   /** Dim the image where it is not that of the form any more. */
