@@ -33,22 +33,22 @@ SURFACE = {
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
-        "--prompt-weights", "--low-memory", "--force",
+        "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
         "--again", "--format", "--quality", "--watermark", "--c2pa",
     },
     "edit": {
         "--strength", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--low-memory", "--force",
+        "--truncate", "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
         "--format", "--quality", "--watermark", "--c2pa",
     },
     "inpaint": {
         "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--low-memory", "--force",
+        "--truncate", "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
         "--format", "--quality", "--watermark", "--c2pa",
     },
     "upscale": {
         "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights",
-        "--low-memory", "--force",
+        "--low-memory", "--verify", "--cache", "--force",
         "--format", "--quality", "--watermark", "--c2pa",
     },
     "serve": {
@@ -64,7 +64,7 @@ SURFACE = {
     "triton": {"--out", "--name", "--backend", "--instances", "--join"},
     "profile": {
         "--runs", "--seconds", "--warmup", "--backend", "--json", "--html", "--markdown",
-        "--layers", "--roofline", "--low-memory", "--force",
+        "--layers", "--roofline", "--low-memory", "--verify", "--cache", "--force",
     },
     "profile compare": {"--metric", "--threshold", "--json", "--force"},
     "profile table": set(),

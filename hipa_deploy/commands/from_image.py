@@ -17,6 +17,7 @@ from hipa_deploy.commands.options import (
     BackendOption,
     BundleArgument,
     C2paOption,
+    CacheOption,
     CountOption,
     FileFormat,
     ForceOption,
@@ -29,12 +30,14 @@ from hipa_deploy.commands.options import (
     QualityOption,
     SeedOption,
     TruncateOption,
+    VerifyOption,
     WatermarkOption,
     WidthOption,
     console,
     image_outputs,
     load_pipeline,
     make_images,
+    note_faster_backend,
     note_weights,
     write_images,
 )
@@ -68,6 +71,8 @@ def edit(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
     low_memory: LowMemoryOption = False,
     format: FormatOption = None,
     quality: QualityOption = None,
@@ -99,6 +104,8 @@ def edit(
         backend=backend,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        verify=verify,
+        cache=cache,
         low_memory=low_memory,
         files=files,
         force=force,
@@ -128,6 +135,8 @@ def inpaint(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
     low_memory: LowMemoryOption = False,
     format: FormatOption = None,
     quality: QualityOption = None,
@@ -161,6 +170,8 @@ def inpaint(
         backend=backend,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        verify=verify,
+        cache=cache,
         low_memory=low_memory,
         files=files,
         force=force,
@@ -183,6 +194,8 @@ def upscale(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
     low_memory: LowMemoryOption = False,
     format: FormatOption = None,
     quality: QualityOption = None,
@@ -207,7 +220,9 @@ def upscale(
     enlargement = upscaling(opened, image, overlap=overlap)
     check_marked_size(files, opened, enlargement)
 
-    with load_pipeline(bundle, backend, adaptor, low_memory, watermark) as pipe:
+    with load_pipeline(
+        bundle, backend, adaptor, low_memory, watermark, verify=verify, cache=cache
+    ) as pipe:
         with console.status("enlarging"):
             result = pipe.upscale(
                 image,
@@ -218,6 +233,7 @@ def upscale(
             )
         note_weights(pipe.bundle, [prompt], prompt_weights)
         write_images([result], paths, files, out=out, force=force)
+        note_faster_backend(pipe, backend)
 
 
 def _open(bundle: str) -> Bundle:
@@ -264,6 +280,8 @@ def _generate_from(
     backend: str,
     truncate: bool,
     prompt_weights: bool | None,
+    verify: bool,
+    cache: bool,
     low_memory: bool,
     files: FileSettings,
     force: bool,
@@ -283,5 +301,7 @@ def _generate_from(
         count=count,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        verify=verify,
+        cache=cache,
         files=files,
     )

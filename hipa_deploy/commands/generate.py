@@ -12,6 +12,7 @@ from hipa_deploy.commands.options import (
     AdaptorOption,
     BackendOption,
     C2paOption,
+    CacheOption,
     CountOption,
     ForceOption,
     FormatOption,
@@ -22,6 +23,7 @@ from hipa_deploy.commands.options import (
     QualityOption,
     SeedOption,
     TruncateOption,
+    VerifyOption,
     WatermarkOption,
     WidthOption,
     console,
@@ -56,6 +58,8 @@ def generate(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
     low_memory: LowMemoryOption = False,
     again: Annotated[
         Path | None,
@@ -79,7 +83,6 @@ def generate(
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.generate.request import check_count, check_request
-    from hipa_deploy.guide.known_prompts import warn_of_unknown
 
     recipe = None
     choices: dict[str, Any] = {
@@ -136,7 +139,6 @@ def generate(
             _say(f"differs: {difference}")
     step = opened.manifest.one_step
     check_marked_size(files, opened, (size[0] or step.height, size[1] or step.width))
-    warn_of_unknown(root, prompts)
 
     make_images(
         bundle,
@@ -147,6 +149,8 @@ def generate(
         backend=backend,
         low_memory=low_memory,
         force=force,
+        verify=verify,
+        cache=cache,
         files=files,
         watch=None if recipe is None else lambda image_HWC: _say(recipe.compare(image_HWC)),
         **choices,

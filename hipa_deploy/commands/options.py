@@ -207,6 +207,22 @@ TruncateOption = Annotated[
     bool,
     typer.Option("--truncate", help="Cut off a prompt that is too long, instead of refusing it."),
 ]
+
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Read and hash every file, and compile every model, whatever earlier starts left in "
+        "the cache. By default a file that has not changed is not read again.",
+    ),
+]
+CacheOption = Annotated[
+    bool,
+    typer.Option(
+        "--cache/--no-cache",
+        help="Keep the compiled models of a CPU backend in the user's cache, for the next start.",
+    ),
+]
 LowMemoryOption = Annotated[
     bool,
     typer.Option(
@@ -241,6 +257,22 @@ def note_weights(bundle: Bundle, prompts: list[str], asked: bool | None) -> None
             text = f"note: {found!r} is read as text. --prompt-weights reads it as a weight."
             console.print(text, markup=False, highlight=False, soft_wrap=True)
             return
+
+
+def note_faster_backend(pipe: OneStepPipeline, asked: str) -> None:
+    """Say so in one line where 'auto' took ONNX Runtime and a faster backend is installed.
+
+    It is not taken by itself: with 8 significant bits it makes other images.
+    """
+    from hipa_deploy.engines.backends.available import faster_on_cpu
+
+    faster = faster_on_cpu() if asked == "auto" and pipe.backend == "onnxruntime" else None
+    if faster:
+        text = (
+            f"note: auto took onnxruntime. --backend {faster} is faster on this processor. "
+            f"Is it accurate enough? Run: hipa-doctor {pipe.bundle.root} --backend {faster}"
+        )
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def write_images(
@@ -303,6 +335,8 @@ def make_images(
     low_memory: bool,
     force: bool,
     prompt_weights: bool | None,
+    verify: bool,
+    cache: bool,
     files: FileSettings = FileSettings(),
     watch: Callable[[np.ndarray], None] | None = None,
     **choices: Any,
@@ -319,6 +353,8 @@ def make_images(
         low_memory: load the stages in turn.
         force: whether files that exist are replaced.
         prompt_weights: whether brackets in prompts are weights; None is as the bundle says.
+        verify: whether every file is hashed and every stage compiled again.
+        cache: whether compiled stages are kept.
         files: how the files are written and marked.
         watch: is shown every image, once its file is written.
         choices: what else ``OneStepPipeline.stream`` takes: ``source``, ``seed``, ``count``, …
@@ -327,12 +363,18 @@ def make_images(
         HipaError: the bundle cannot be loaded here, or does not make such images.
 
     """
-    with load_pipeline(bundle, backend, adaptor, low_memory, files.watermark) as pipe:
+    from hipa_deploy.guide.known_prompts import warn_of_unknown
+
+    with load_pipeline(
+        bundle, backend, adaptor, low_memory, files.watermark, verify=verify, cache=cache
+    ) as pipe:
         batches = iter(pipe.stream(prompts, prompt_weights=prompt_weights, **choices))
-        # A prompt that is refused is one line, without the note.
+        # A prompt that is refused is one line, without the notes.
         first = next(batches)
+        warn_of_unknown(pipe.bundle.root, prompts)
         note_weights(pipe.bundle, prompts, prompt_weights)
         write_images(chain([first], batches), paths, files, out=out, force=force, watch=watch)
+        note_faster_backend(pipe, backend)
 
 
 def load_pipeline(
@@ -341,6 +383,9 @@ def load_pipeline(
     adaptor: str | None,
     low_memory: bool,
     watermark: bool | int | None = None,
+    *,
+    verify: bool = False,
+    cache: bool = True,
 ) -> OneStepPipeline:
     """Load a bundle with an adaptor, and say in one line how the stages share little memory.
 
@@ -351,7 +396,14 @@ def load_pipeline(
     from hipa_deploy.generate.pipeline import OneStepPipeline
 
     with console.status("loading"):
-        pipe = OneStepPipeline.load(bundle, backend, low_memory=low_memory, watermark=watermark)
+        pipe = OneStepPipeline.load(
+            bundle,
+            backend,
+            low_memory=low_memory,
+            watermark=watermark,
+            verify=verify,
+            cache=cache,
+        )
     try:
         if low_memory:
             # In words: 'text_encoder, then unet + vae_decoder'.

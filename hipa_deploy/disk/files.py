@@ -36,8 +36,17 @@ _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def user_cache() -> Path:
-    """Return the folder of files that can be made again: $HIPA_CACHE, or ~/.cache/hipa-deploy."""
-    return Path(os.environ.get("HIPA_CACHE") or Path.home() / ".cache" / "hipa-deploy")
+    """Return the folder of files that can be made again.
+
+    It is $HIPA_CACHE, else hipa-deploy in $XDG_CACHE_HOME or in ~/.cache.
+    """
+    own = os.environ.get("HIPA_CACHE")
+    if own:
+        return Path(own)
+    # The XDG base directory specification says that a path that is not absolute is ignored.
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    parent = shared if shared.is_absolute() else Path.home() / ".cache"
+    return parent / "hipa-deploy"
 
 
 def refuse_to_overwrite(out: Path) -> None:
@@ -147,7 +156,7 @@ def new_folder(out: Path, *, alone: bool = False) -> Iterator[Path]:
             lock = out.with_name(f".{out.name[:_NAME_CHARACTERS]}.lock")
             remedy = "Wait until it ends, or choose another name."
             stack.enter_context(locked(lock, str(out), remedy))
-        holder = stack.enter_context(_scratch_folder(out.parent, out.name))
+        holder = stack.enter_context(scratch_folder(out.parent, out.name))
         scratch = holder / out.name
         scratch.mkdir()
         try:
@@ -180,7 +189,7 @@ def temporary_folder(name: str) -> Iterator[Path]:
         name: what the folder is for; a part of its name.
 
     """
-    with _scratch_folder(Path(tempfile.gettempdir()), name) as holder:
+    with scratch_folder(Path(tempfile.gettempdir()), name) as holder:
         folder = holder / name
         folder.mkdir()
         yield folder
@@ -282,8 +291,11 @@ def is_special(path: Path) -> bool:
 
 
 @contextmanager
-def _scratch_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Yield a new, locked folder in ``parent``; it is removed at the end of the block."""
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield a new, locked folder in ``parent``; it is removed at the end of the block.
+
+    What earlier processes left in ``parent`` is removed first.
+    """
     sweep(parent)
     with ExitStack() as stack:
         while True:

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.adaptor_swap import FOLDER, MANIFEST, AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.disk import remembered
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.engines.backends.onnxruntime_runner import engine_cache
@@ -220,3 +222,48 @@ def test_no_engine_is_written_or_read_through_a_link_out_of_the_bundle(tmp_path:
     ):
         with pytest.raises(HipaError, match="leads out"):
             use()
+
+
+@pytest.mark.parametrize("name", ["unet/model.onnx", "tokenizer/tokenizer.json"])
+def test_a_change_after_the_first_start_is_found(tmp_path, monkeypatch, name):
+    """A content of the same size and mtime, in a bundle whose hashes are remembered."""
+    monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered, "_SETTLED_NS", -1)
+    root = tmp_path / "b"
+    shutil.copytree(BUNDLE, root)
+    OneStepPipeline.load(root, "onnxruntime").close()
+    with monkeypatch.context() as nothing_is_read:
+        nothing_is_read.setattr(remembered, "file_sha256", pytest.fail)
+        OneStepPipeline.load(root, "onnxruntime").close()
+
+    path = root / name
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(HipaError, match="is corrupt: its SHA-256 is not the manifest's"):
+        OneStepPipeline.load(root, "onnxruntime")
+
+
+def test_verify_reads_what_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered, "_SETTLED_NS", -1)
+    OneStepPipeline.load(BUNDLE, "onnxruntime").close()
+    read = []
+    monkeypatch.setattr(
+        remembered, "file_sha256", lambda path: read.append(path) or file_sha256(path)
+    )
+    OneStepPipeline.load(BUNDLE, "onnxruntime").close()
+    assert read == []
+    OneStepPipeline.load(BUNDLE, "onnxruntime", verify=True).close()
+    assert len(read) == len(Bundle.open(BUNDLE).manifest.files)
+
+
+def test_a_record_of_another_hash_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered, "_SETTLED_NS", -1)
+    Bundle.open(BUNDLE).verify(remembered=True)
+    (record,) = (tmp_path / "cache" / "hashes").iterdir()
+    record.write_text(record.read_text().replace('"sha256": "', '"sha256": "f'))
+    Bundle.open(BUNDLE).verify(remembered=True)
