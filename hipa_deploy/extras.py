@@ -13,6 +13,7 @@ EXTRAS = {
     ),
     "export": ("torch", "diffusers", "transformers", "peft", "onnx", "onnxscript"),
     "serve": ("fastapi", "uvicorn", "python_multipart", "prometheus_client"),
+    "ray": ("ray",),
 }  # fmt: skip
 
 

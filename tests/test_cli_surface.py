@@ -54,8 +54,14 @@ SURFACE = {
     "serve": {
         "--host", "--port", "--backend", "--api-keys", "--allow-host", "--allow-origin", "--batch",
         "--wait", "--queue", "--images", "--time-limit", "--prompt-limit", "--body-limit",
-        "--pixel-limit", "--c2pa", "--log-prompts",
+        "--pixel-limit", "--c2pa", "--log-prompts", "--ray", "--replicas", "--replica-cpus",
+        "--replica-gpus", "--scale-at",
     },
+    "bulk": {
+        "--out", "--column", "--seed", "--shard-size", "--backend", "--truncate", "--c2pa", "--ray",
+        "--replicas", "--replica-cpus", "--replica-gpus",
+    },
+    "triton": {"--out", "--name", "--backend", "--instances", "--join"},
     "profile": {
         "--runs", "--seconds", "--warmup", "--backend", "--json", "--html", "--markdown",
         "--layers", "--roofline", "--low-memory", "--verify", "--cache", "--force",

@@ -105,29 +105,45 @@ def open_engines(bundle: Bundle, stages: Iterable[str], backend: str) -> TensorR
 
     """
     library = as_tensorrt_library(backend)
-    version = load_tensorrt(library).__version__
-    gpu = find_gpu()
-    if gpu is None:
-        raise HipaError(
-            f"{backend} needs an NVIDIA GPU and its driver, and none answers. "
-            "Use --backend onnxruntime."
-        )
-
-    # Every engine is found and checked before the first is loaded, which takes seconds.
     engines = []
     barriers = {}
-    for stage in stages:
-        path = select_engine(bundle, stage, library, version, gpu)
-        remedy = rebuild_command(bundle.root, library)
-        sidecar = read_sidecar(path)
-        check_engine_file(engine_path(path), sidecar, remedy)
-        barriers[stage] = sidecar.key.barriers
-        engines.append((bundle.stages[stage].spec, engine_path(path)))
+    for stage, sidecar_path in fitting_engines(bundle, stages, library).items():
+        barriers[stage] = read_sidecar(sidecar_path).key.barriers
+        engines.append((bundle.stages[stage].spec, engine_path(sidecar_path)))
 
     # Imported here: 'auto' asks this module about engines on machines that have none.
     from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner
 
     return TensorRTRunner(engines, library, barriers=barriers)
+
+
+def fitting_engines(
+    bundle: Bundle, stages: Iterable[str], library: TensorRTLibrary
+) -> dict[str, Path]:
+    """The sidecar of the newest engine of each stage that fits this device, its engine checked.
+
+    Every engine is found and checked before a caller loads the first, which takes seconds.
+
+    Raises:
+        MissingDependencyError: as ``open_engine``.
+        HipaError: as ``open_engine``, for the first stage without one.
+
+    """
+    version = load_tensorrt(library).__version__
+    gpu = find_gpu()
+    if gpu is None:
+        raise HipaError(
+            f"{library} needs an NVIDIA GPU and its driver, and none answers. "
+            "Use --backend onnxruntime."
+        )
+    found = {}
+    for stage in stages:
+        path = select_engine(bundle, stage, library, version, gpu)
+        check_engine_file(
+            engine_path(path), read_sidecar(path), rebuild_command(bundle.root, library)
+        )
+        found[stage] = path
+    return found
 
 
 def select_engine(

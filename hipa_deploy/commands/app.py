@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
+from hipa_deploy.bulk.bulk_command import bulk
 from hipa_deploy.commands.build import build
 from hipa_deploy.commands.demo import demo
 from hipa_deploy.commands.doctor import doctor
@@ -32,6 +33,7 @@ from hipa_deploy.guide.init import init
 from hipa_deploy.guide.usage_examples import examples_text
 from hipa_deploy.interrupts import interrupting_signal, signals_interrupt
 from hipa_deploy.serve.process.command import serve
+from hipa_deploy.triton.triton_command import triton
 
 ABOUT = """Turn a multi-step text-to-image diffusion model into a one-step one, and run it fast.
 
@@ -125,6 +127,8 @@ _register(edit, IMAGES)
 _register(inpaint, IMAGES)
 _register(upscale, IMAGES)
 _register(serve, IMAGES)
+_register(triton, IMAGES)
+_register(bulk, IMAGES)
 _register(profile, MEASURE)
 _register(profile_compare, MEASURE, "profile compare")
 _register(profile_table, MEASURE, "profile table")

@@ -956,6 +956,17 @@ def _payload(bundle: Bundle, watermark: bool | int | None) -> int | None:
     return watermark_payload(bundle.manifest.marks, unet, watermark)
 
 
+def bundle_marker(bundle: Bundle, safety: Runner | None) -> ImageMarker:
+    """What a bundle's owner wants done to every image, for stages that another program runs.
+
+    Args:
+        bundle: the bundle.
+        safety: its safety checker's network; None where it has none.
+
+    """
+    return ImageMarker(_payload(bundle, None), _checkers(bundle, safety, None))
+
+
 def _checkers(bundle: Bundle, network: Runner | None, own: Checker | None) -> tuple[Checker, ...]:
     """What sees every image: the bundle's safety checker, then the user's."""
     checkers: list[Checker] = []

@@ -14,7 +14,7 @@ _GROUPS = {
     ),
     "Prompts": (
         *("--prompts", "--context-tokens", "--clip-skip", "--truncate", "--prompt-weights"),
-        *("--log-prompts", "--reference-prompts"),
+        *("--log-prompts", "--reference-prompts", "--column"),
     ),
     "Image": (
         *("--task", "--strength", "--strengths", "--feather", "--overlap", "--seed", "--count"),
@@ -43,12 +43,16 @@ _GROUPS = {
     ),
     "Output": (
         *("--out", "--swap-for", "--json", "--html", "--markdown", "--dry-run", "--force"),
-        *("--sign", "--format", "--quality"),
+        *("--sign", "--name", "--shard-size", "--format", "--quality"),
     ),
     "Network": ("--host", "--port", "--api-keys", "--allow-host", "--allow-origin"),
     "Limits": (
         *("--wait", "--queue", "--time-limit", "--prompt-limit", "--body-limit"),
         "--pixel-limit",
+    ),
+    "Several machines": (
+        *("--ray", "--replicas", "--replica-cpus", "--replica-gpus", "--scale-at"),
+        *("--instances", "--join", "--no-join"),
     ),
     "Marks": ("--mark", "--watermark", "--c2pa"),
     "Safety": ("--allow-code",),

@@ -37,6 +37,14 @@ EXAMPLES = {
         "hipa-serve emoji",
         "hipa-serve my-bundle --host 0.0.0.0 --api-keys keys.txt --allow-host gpu-box",
     ),
+    "bulk": (
+        "hipa-bulk emoji prompts.parquet --out images",
+        "hipa-bulk my-bundle prompts.parquet --out images --ray auto --replicas 4",
+    ),
+    "triton": (
+        "hipa-triton emoji --out models",
+        "hipa-triton my-bundle --out models --backend onnxruntime-cuda --instances 2",
+    ),
     "profile": (
         "hipa-profile emoji --runs 50",
         "hipa-profile my-bundle --backend tensorrt --layers --json latency.json",

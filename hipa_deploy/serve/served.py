@@ -43,6 +43,9 @@ class ServedBundle:
         self.pipe: OneStepPipeline | None = None
         self.batcher: Batcher | None = None
         self.warm_up: WarmUp | None = None
+        self.backend: str | None = None
+        self.batch_sizes: tuple[int, ...] | None = None
+        self._elsewhere = False
 
     def load(self, backend: str, limits: Limits, metrics: ServeMetrics) -> None:
         """Load the pipeline, make the first images, and start the queue.
@@ -59,6 +62,8 @@ class ServedBundle:
             raise
         watch = metrics.watch(self.name)
         self.pipe = pipe
+        self.backend = pipe.backend
+        self.batch_sizes = pipe.batch_sizes
         self.batcher = Batcher(
             pipe,
             queue=limits.queue,
@@ -68,10 +73,16 @@ class ServedBundle:
         )
         metrics.queue_length(self.name, lambda: self.waiting)
 
+    def loaded_elsewhere(self, backend: str, batch_sizes: tuple[int, ...]) -> None:
+        """Note that other processes make this bundle's images, and how."""
+        self.backend = backend
+        self.batch_sizes = batch_sizes
+        self._elsewhere = True
+
     @property
     def ready(self) -> bool:
         """Whether the first image was made, and the thread that makes images lives."""
-        return self.batcher is not None and self.batcher.alive
+        return self._elsewhere or (self.batcher is not None and self.batcher.alive)
 
     @property
     def waiting(self) -> int:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from hipa_deploy.errors import HipaError
+
+if TYPE_CHECKING:
+    from hipa_deploy.marks.content_credentials import ContentSigner
+    from hipa_deploy.serve.cluster.cluster_service import Replicas
+    from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings
+    from hipa_deploy.serve.served import Models
+    from hipa_deploy.serve.service import ImageService
+    from hipa_deploy.serve.settings import Limits
 
 Bundles = Annotated[
     list[str],
@@ -85,6 +96,39 @@ def serve(
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Write prompts to the log too.")
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Let replicas on a Ray cluster make the images: local starts one on this machine, "
+            "auto joins the one that runs here, HOST:PORT another one. By default this process "
+            "makes them.",
+        ),
+    ] = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            help="With --ray: replicas of each bundle, as N, or as FEWEST:MOST to follow the load; "
+            "1 by default."
+        ),
+    ] = None,
+    replica_cpus: Annotated[
+        float | None,
+        typer.Option(help="With --ray: CPU cores to set aside for a replica; 1 by default."),
+    ] = None,
+    replica_gpus: Annotated[
+        float | None,
+        typer.Option(
+            help="With --ray: GPUs of a replica, or the part of one; 0 by default.",
+        ),
+    ] = None,
+    scale_at: Annotated[
+        float | None,
+        typer.Option(
+            help="With --ray and FEWEST:MOST: requests a replica above which another one is "
+            "started; by default twice the largest batch."
+        ),
+    ] = None,
 ) -> None:
     """Serve bundles over HTTP: OpenAI's images API, requests joined into batches, metrics.
 
@@ -94,13 +138,16 @@ def serve(
     from hipa_deploy.extras import require
 
     require("serve")
+    if ray is not None:
+        require("ray")
     from hipa_deploy.disk.reading import MIB
     from hipa_deploy.marks.content_credentials import ContentSigner
-    from hipa_deploy.serve.process.api_keys import read_keys
+    from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings, replicas_from
     from hipa_deploy.serve.process.server import run_server
     from hipa_deploy.serve.served import check_start
     from hipa_deploy.serve.service import ImageService
     from hipa_deploy.serve.settings import Limits
+    from hipa_deploy.serve.web.api_keys import read_keys
 
     limits = Limits(
         queue=queue,
@@ -112,11 +159,32 @@ def serve(
         wait=wait / 1000,
         batch=batch,
     )
+    given = {
+        "--replicas": replicas,
+        "--replica-cpus": replica_cpus,
+        "--replica-gpus": replica_gpus,
+        "--scale-at": scale_at,
+    }
+    unused = [option for option, value in given.items() if value is not None]
+    if ray is None and unused:
+        raise HipaError(f"{unused[0]} is for a Ray cluster. Give --ray too, or leave it out.")
+    least, most = replicas_from("1" if replicas is None else replicas)
+    settings = ClusterSettings(
+        least=least,
+        most=most,
+        cpus=1.0 if replica_cpus is None else replica_cpus,
+        gpus=0.0 if replica_gpus is None else replica_gpus,
+        waiting=scale_at,
+    )
     keys = read_keys(api_keys)
     signer = None if c2pa is None else ContentSigner.read(c2pa)
     models = check_start(bundles, backend)
+    if ray is None:
+        service = ImageService(models, limits, signer)
+    else:
+        service = _cluster_service(models, limits, signer, c2pa, settings, backend, ray)
     run_server(
-        ImageService(models, limits, signer),
+        service,
         backend,
         host=host,
         port=port,
@@ -125,3 +193,27 @@ def serve(
         keys=keys,
         log_prompts=log_prompts,
     )
+
+
+def _cluster_service(
+    models: Models,
+    limits: Limits,
+    signer: ContentSigner | None,
+    c2pa: Path | None,
+    settings: ClusterSettings,
+    backend: str,
+    address: str,
+) -> ImageService:
+    """A service whose replicas run on a Ray cluster; the cluster is joined when it is loaded."""
+    from hipa_deploy.serve.cluster.cluster_service import ClusterService
+    from hipa_deploy.serve.cluster.ray_replicas import join_ray, start_replicas
+
+    settings.check_backend(backend)
+
+    def start(models: Models, backend: str, limits: Limits) -> Mapping[str, Replicas]:
+        return start_replicas(models, backend, limits, settings, c2pa)
+
+    service = ClusterService(models, limits, start, signer)
+    # Here and not in the thread that loads: Ray sets handlers of signals.
+    join_ray(address)
+    return service

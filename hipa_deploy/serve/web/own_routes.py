@@ -199,7 +199,7 @@ def _described(model: Model) -> dict[str, Any]:
         **sizes,
         "strengths": [entry.strength for entry in manifest.strengths],
         "upscale": manifest.upscale,
-        "backend": served.pipe.backend if served.pipe else None,
-        "batch_sizes": list(served.pipe.batch_sizes) if served.pipe else None,
+        "backend": served.backend,
+        "batch_sizes": list(served.batch_sizes) if served.batch_sizes else None,
         "ready": served.ready,
     }

@@ -17,7 +17,7 @@ import pytest
 from hipa_deploy.commands.app import main
 from hipa_deploy.errors import HipaError
 from hipa_deploy.serve.process import http_protocol
-from hipa_deploy.serve.process.api_keys import read_keys
+from hipa_deploy.serve.web.api_keys import read_keys
 from tests.served import Server, running
 
 KEY = "0123456789abcdef"

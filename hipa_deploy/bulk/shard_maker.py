@@ -1,0 +1,183 @@
+"""Make one shard: a tar file of images, as WebDataset reads it.
+
+Equal rows give equal bytes, unless images are signed: a signature has its time. Names, order,
+owners and times in the tar are fixed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hipa_deploy.bulk.bulk_job import BulkJob, failures_path, read_rows, shard_path
+from hipa_deploy.bundle.folder import MANIFEST
+from hipa_deploy.disk.files import write_file
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.jobs.batch_sizes import cut
+from hipa_deploy.generate.jobs.image_job import ImageJob
+from hipa_deploy.generate.pipeline import OneStepPipeline, finished_result
+from hipa_deploy.generate.prompt_files import MAX_CHARACTERS, one_line
+from hipa_deploy.images.source import require_task
+from hipa_deploy.marks.content_credentials import ContentSigner
+from hipa_deploy.marks.marker import encode_marked, require_signer
+
+_AHEAD = 64  # rows whose jobs are in memory
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """A shard that was made.
+
+    Attributes:
+        shard: its number.
+        images: in it.
+        failures: rows without an image.
+
+    """
+
+    shard: int
+    images: int
+    failures: int
+
+    def __str__(self) -> str:
+        return f"shard {self.shard}: {self.images} images, {self.failures} failures"
+
+
+class ShardMaker:
+    """A loaded bundle that makes shards of a job.
+
+    Args:
+        bundle: the bundle's folder, on this machine.
+        prompts: the table, on this machine.
+        out: the folder of the shards.
+        job: what to make.
+        c2pa: a file of key and certificates that signs the images; None signs nothing.
+
+    Raises:
+        HipaError: another bundle or table than the job's, or as ``OneStepPipeline.load``.
+
+    Example:
+        >>> maker = ShardMaker(root, Path("prompts.parquet"), Path("images"), job)
+        >>> maker.make(0)
+        ShardReport(shard=0, images=1000, failures=0)
+
+    """
+
+    def __init__(
+        self, bundle: Path, prompts: Path, out: Path, job: BulkJob, c2pa: Path | None = None
+    ) -> None:
+        # On another machine of a cluster, the same path may hold something else.
+        for path, known in ((bundle / MANIFEST, job.bundle), (prompts, job.prompts)):
+            if file_sha256(path) != known:
+                raise HipaError(f"{path} is not the job's: another file, or it was changed.")
+        self._signer = None if c2pa is None else ContentSigner.read(c2pa)
+        self._prompts = prompts
+        self._out = out
+        self._job = job
+        self._pipe = OneStepPipeline.load(bundle, job.backend)
+        try:
+            require_task(self._pipe.bundle, "generate")
+            require_signer(self._pipe.bundle.manifest.marks, self._signer)
+            self._pipe.warmup()
+        except BaseException:
+            self._pipe.close()
+            raise
+
+    def make(self, shard: int) -> ShardReport:
+        """Make a shard. Its file appears when it is whole.
+
+        Raises:
+            HipaError: the table or the backend fails. A row that fails alone is listed.
+
+        """
+        failures: list[dict[str, object]] = []
+        target = shard_path(self._out, shard)
+        part = target.with_name(f".{target.name}.part")
+        images = 0
+        try:
+            with (
+                part.open("wb") as file,
+                tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+            ):
+                for row, prompt, content in self._images(shard, failures):
+                    _add(tar, f"{row:09d}.png", content)
+                    _add(tar, f"{row:09d}.txt", prompt.encode())
+                    images += 1
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+            listed = failures_path(self._out, shard)
+            if failures:
+                lines = [json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures]
+                write_file(listed, "".join(lines).encode())
+            else:
+                listed.unlink(missing_ok=True)
+            # Last: a shard that is there is never made again.
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+        return ShardReport(shard, images, len(failures))
+
+    def _images(
+        self, shard: int, failures: list[dict[str, object]]
+    ) -> Iterator[tuple[int, str, bytes]]:
+        """Row, prompt and file of each image of a shard, in order, a few in memory."""
+        jobs = self._jobs(shard, failures)
+        while True:
+            ahead = list(islice(jobs, _AHEAD))
+            if not ahead:
+                return
+            rows = iter([row for row, _ in ahead])
+            for batch in cut([job for _, job in ahead], self._pipe.sizes_for(ahead[0][1])):
+                result = self._pipe.guard(finished_result(self._pipe.make(batch)))
+                withheld = {one.index: one.reason for one in result.flagged}
+                shown = iter(zip(result.images_BHWC, result.parameters, strict=True))
+                for place, job in enumerate(batch):
+                    row = next(rows)
+                    if place in withheld:
+                        error = f"withheld: flagged by {withheld[place]}"
+                        failures.append({"row": row, "error": error})
+                        continue
+                    yield row, job.prompt, self._file(*next(shown))
+
+    def _file(self, image_HWC: np.ndarray, parameters: dict[str, Any]) -> bytes:
+        """An image as PNG, with what the bundle's owner wants in it."""
+        marks = self._pipe.bundle.manifest.marks
+        return encode_marked(image_HWC, parameters, "png", marks=marks, signer=self._signer)
+
+    def _jobs(
+        self, shard: int, failures: list[dict[str, object]]
+    ) -> Iterator[tuple[int, ImageJob]]:
+        rows = self._job.rows_of(shard)
+        for row, text in read_rows(self._prompts, self._job.column, rows):
+            prompt = one_line(text or "")
+            try:
+                if not prompt:
+                    raise HipaError("the prompt is empty.")
+                if len(prompt) > MAX_CHARACTERS:
+                    raise HipaError(f"the prompt has more than {MAX_CHARACTERS} characters.")
+                pairs = [(prompt, self._job.seed + row)]
+                (job,) = self._pipe.jobs(pairs, truncate=self._job.truncate)
+            except HipaError as error:
+                failures.append({"row": row, "error": str(error)})
+                continue
+            yield row, job
+
+    def close(self) -> None:
+        """Release the bundle."""
+        self._pipe.close()
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)  # of time 0, and owned by nobody
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))

@@ -1,0 +1,189 @@
+"""Bulk runs of a tiny bundle: shards, what is resumed, what fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hipa_deploy.bulk.bulk_job import (
+    BulkJob,
+    begin,
+    missing_shards,
+    new_job,
+    read_rows,
+    shard_path,
+)
+from hipa_deploy.bulk.shard_maker import ShardMaker
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.commands.app import main
+from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.pipeline import OneStepPipeline
+from tests.served import tiny_bundles
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+PROMPTS = ["a red apple", "a boat", None, "a house", "a red apple " * 100, "a cat", "a dog"]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    return tiny_bundles(tmp_path_factory.mktemp("bundles"))
+
+
+def write_prompts(path: Path, prompts: list[str | None], group: int = 2) -> Path:
+    table = pyarrow.table({"number": list(range(len(prompts))), "caption": prompts})
+    parquet.write_table(table, path, row_group_size=group)
+    return path
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(["bulk", *map(str, arguments)])
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def content(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        return {entry.name: tar.extractfile(entry).read() for entry in tar}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rows", [range(7), range(2, 5), range(6, 7), range(3, 4)])
+def test_rows_of_any_group(rows: range, tmp_path: Path) -> None:
+    path = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    assert list(read_rows(path, "caption", rows)) == [(row, PROMPTS[row]) for row in rows]
+
+
+def test_every_row_is_in_one_shard() -> None:
+    job = BulkJob(
+        bundle="b", backend="onnxruntime", prompts="p", rows=7, column="c", seed=0, shard_size=3,
+        truncate=False,
+    )  # fmt: skip
+    assert [job.rows_of(shard) for shard in range(job.shards)] == [
+        range(3), range(3, 6), range(6, 7)
+    ]  # fmt: skip
+
+
+def test_shards_hold_the_images_of_the_pipeline_and_are_made_once(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    out = tmp_path / "out"
+    arguments = (bundles["tiny"].root, prompts, "--out", out, "--seed", 40, "--shard-size", 3)
+    assert run(*arguments) == 0
+    captured = capsys.readouterr()
+    assert "3 shards, 3 to make" in captured.out
+    assert "2 shards have rows without an image" in captured.err
+
+    made = {}
+    for shard in range(3):
+        made |= content(shard_path(out, shard))
+    with OneStepPipeline.load(bundles["tiny"].root, "onnxruntime") as pipe:
+        good = [0, 1, 3, 5, 6]
+        assert sorted(made) == sorted(f"{row:09d}.{end}" for row in good for end in ("png", "txt"))
+        for row in good:
+            expected = pipe.generate([(PROMPTS[row], 40 + row)])
+            image = Image.open(io.BytesIO(made[f"{row:09d}.png"]))
+            np.testing.assert_array_equal(np.asarray(image), expected.images_BHWC[0])
+            assert made[f"{row:09d}.txt"].decode() == PROMPTS[row]
+            assert json.loads(image.info["hipa"])["seed"] == 40 + row
+
+    failed = [json.loads(line) for line in (out / "shard-000001.failures.jsonl").open()]
+    assert [failure["row"] for failure in failed] == [4]
+    assert "tokens" in failed[0]["error"]
+    assert "empty" in (out / "shard-000000.failures.jsonl").read_text()
+
+    # A shard that is lost is made again, to the byte; the others are not touched.
+    before = {shard: shard_path(out, shard).read_bytes() for shard in range(3)}
+    stamps = {shard: shard_path(out, shard).stat().st_mtime_ns for shard in (0, 2)}
+    shard_path(out, 1).unlink()
+    (out / ".shard-000001.tar.part").write_bytes(b"half")
+    assert run(*arguments) == 0
+    assert "3 shards, 1 to make" in capsys.readouterr().out
+    assert {shard: shard_path(out, shard).read_bytes() for shard in range(3)} == before
+    assert {shard: shard_path(out, shard).stat().st_mtime_ns for shard in (0, 2)} == stamps
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_shard_that_stops_half_way_leaves_no_file(
+    bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", ["a boat"] * 5)
+    job = new_job(bundles["tiny"].root, prompts, backend="onnxruntime", shard_size=5)
+    maker = ShardMaker(bundles["tiny"].root, prompts, tmp_path, job)
+
+    def fails(*_: object) -> None:
+        raise HipaError("the device is gone.")
+
+    monkeypatch.setattr(maker._pipe, "make", fails)
+    with pytest.raises(HipaError, match="device is gone"):
+        maker.make(0)
+    maker.close()
+    assert missing_shards(job, tmp_path) == [0]
+    assert [path.name for path in tmp_path.iterdir()] == ["p.parquet"]
+
+
+def test_another_job_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    out = tmp_path / "out"
+    out.mkdir()
+    root = bundles["tiny"].root
+    begin(new_job(root, prompts, backend="onnxruntime"), out)
+    begin(new_job(root, prompts, backend="onnxruntime"), out)
+    with pytest.raises(HipaError, match="its seed was 0, now it is 1"):
+        begin(new_job(root, prompts, backend="onnxruntime", seed=1), out)
+    job = new_job(root, prompts, backend="onnxruntime")
+    write_prompts(prompts, [*PROMPTS[:-1], "a bird"])
+    with pytest.raises(HipaError, match="its prompts was"):
+        begin(new_job(root, prompts, backend="onnxruntime"), out)
+    with pytest.raises(HipaError, match="not the job's"):
+        ShardMaker(root, prompts, out, job)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--column", "title"], "no column 'title'"),
+        (["--column", "number"], "is int64. Expected text"),
+        (["--shard-size", "0"], "--shard-size is 0"),
+        (["--seed", "-1"], "seed -1"),
+        (["--backend", "magic"], "is unknown"),
+        (["--replicas", "2"], "Give --ray"),
+        (["--replicas", "two"], "FEWEST:MOST"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    arguments: list[str],
+    words: str,
+    bundles: dict[str, Bundle],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    assert run(bundles["tiny"].root, prompts, "--out", tmp_path / "out", *arguments) == 1
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_no_job_are_left_alone(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    assert run(bundles["tiny"].root, prompts, "--out", tmp_path / "out") == 1
+    assert "no bulk job" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    (tmp_path / "text.parquet").write_text("a boat")
+    assert run(bundles["tiny"].root, tmp_path / "text.parquet", "--out", tmp_path / "o") == 1
+    assert run(bundles["tiny-edit"].root, prompts, "--out", tmp_path / "o") == 1
+    assert not (tmp_path / "o").exists()

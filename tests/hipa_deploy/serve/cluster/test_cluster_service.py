@@ -1,0 +1,216 @@
+"""The service whose images replicas make: the same answers, retries, refusals. No Ray here."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.commands.app import main
+from hipa_deploy.errors import HipaError
+from hipa_deploy.serve.batcher import QueueFullError, StoppingError
+from hipa_deploy.serve.cluster.carried_order import CarriedOrder, Refusal, carried
+from hipa_deploy.serve.cluster.cluster_service import ClusterService, ReplicaLostError
+from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings, replicas_from
+from hipa_deploy.serve.cluster.replica import Replica, fingerprint
+from hipa_deploy.serve.served import Models
+from hipa_deploy.serve.service import (
+    Delivery,
+    GoneError,
+    ImageService,
+    NotReadyError,
+    Order,
+    TimeLimitError,
+)
+from hipa_deploy.serve.settings import Limits
+
+LIMITS = Limits(queue=8, images=8, seconds=60)
+PROMPT = "3d emoji of a red apple"
+
+
+class Here:
+    """Replicas in this process. What travels is pickled, as between processes; some die."""
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+        self.dying = 0
+        self.calls: list[CarriedOrder] = []
+
+    async def deliver(self, order: CarriedOrder) -> Delivery | Refusal:
+        self.calls.append(pickle.loads(pickle.dumps(order)))
+        if self.dying:
+            self.dying -= 1
+            raise ReplicaLostError("ActorDiedError")
+        return pickle.loads(pickle.dumps(await self.replica.deliver(self.calls[-1])))
+
+    def facts(self) -> dict[str, Any]:
+        return self.replica.facts()
+
+    def close(self) -> None:
+        self.replica.close()
+
+
+def replica_of(bundle: Bundle, limits: Limits = LIMITS) -> Replica:
+    served = Models([f"m={bundle.root}"]).served[0]
+    known = fingerprint(bundle.root, served.adaptors)
+    return Replica("m", str(bundle.root), known, "onnxruntime", limits)
+
+
+def service_of(
+    bundle: Bundle, limits: Limits = LIMITS, within: Limits = LIMITS
+) -> tuple[ClusterService, Here]:
+    here = Here(replica_of(bundle, within))
+    service = ClusterService(Models([f"m={bundle.root}"]), limits, lambda *_: {"m": here})
+    service.load("onnxruntime")
+    return service, here
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+def deliver(service: ImageService, gone: Any = never, model: str = "m", **values: Any) -> Delivery:
+    order = Order(model=service.models.by_name[model], prompt=PROMPT, **values)
+    return asyncio.run(service.deliver(order, gone))
+
+
+def test_the_bytes_are_the_single_machines(bundles: dict[str, Bundle]) -> None:
+    bundle = bundles["tiny"]
+    alone = ImageService(Models([f"m={bundle.root}"]), LIMITS)
+    alone.load("onnxruntime")
+    service, _ = service_of(bundle)
+    assert service.ready
+    assert service.models.by_name["m"].served.backend == "onnxruntime"
+    for model in ("m", "m:half"):
+        made = deliver(service, model=model, seeds=range(3, 6))
+        assert made.files == deliver(alone, model=model, seeds=range(3, 6)).files
+        assert [facts["seed"] for facts in made.parameters] == [3, 4, 5]
+    assert b'hipa_images_total{model="m"} 3.0' in service.metrics.text()
+    service.close()
+    alone.close()
+
+
+def test_uploaded_images_travel(bundles: dict[str, Bundle]) -> None:
+    bundle = bundles["tiny-inpaint"]
+    step = bundle.manifest.one_step
+    pixels_HWC = np.random.default_rng(0).integers(0, 256, (step.height, step.width, 4), np.uint8)
+    pixels_HWC[..., 3] = 255
+    pixels_HWC[: step.height // 2, :, 3] = 0
+    file = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(file, "PNG")
+    alone = ImageService(Models([f"m={bundle.root}"]), LIMITS)
+    alone.load("onnxruntime")
+    service, _ = service_of(bundle)
+    values = {"image": file, "alpha_mask": True, "seeds": [7], "feather": 2}
+    assert deliver(service, **values).files == deliver(alone, **values).files
+    service.close()
+    alone.close()
+
+
+def test_an_order_outlives_two_replicas_and_not_three(bundles: dict[str, Bundle]) -> None:
+    service, here = service_of(bundles["tiny"])
+    expected = deliver(service, seeds=[5]).files
+    here.dying = 2
+    assert deliver(service, seeds=[5]).files == expected
+    # The same order each time: a seed is drawn before it travels.
+    assert here.calls[1].values == here.calls[2].values == here.calls[3].values
+    here.dying = 3
+    with pytest.raises(ReplicaLostError):
+        deliver(service, seeds=[5])
+    assert here.dying == 0
+    assert service._under_way == {"m": 0}
+    service.close()
+
+
+def test_refusals_are_those_of_the_single_machine(bundles: dict[str, Bundle]) -> None:
+    service, here = service_of(bundles["tiny"], Limits(queue=100, seconds=60, images=100))
+    with pytest.raises(HipaError, match="height"):
+        deliver(service, seeds=[1], height=7)
+    with pytest.raises(QueueFullError):
+        deliver(service, seeds=range(9))  # the replica's own queue has 8 places
+
+    async def at_once() -> None:
+        return None
+
+    with pytest.raises(GoneError):
+        deliver(service, gone=at_once, seeds=[1])
+    here.replica.close()
+    with pytest.raises(StoppingError):
+        deliver(service, seeds=[1])
+    with pytest.raises(RuntimeError, match="has ended"):
+        here.replica.check_health()
+
+
+def test_late_images_are_given_up(bundles: dict[str, Bundle]) -> None:
+    short = Limits(queue=8, images=8, seconds=0.0001)
+    service, _ = service_of(bundles["tiny"], short)
+    with pytest.raises(TimeLimitError):
+        deliver(service, seeds=[1])
+    service.close()
+    service, _ = service_of(bundles["tiny"], within=short)
+    with pytest.raises(TimeLimitError):
+        deliver(service, seeds=[1])
+    service.close()
+
+
+def test_nothing_is_ready_before_it_is_loaded(bundles: dict[str, Bundle]) -> None:
+    service = ClusterService(Models([f"m={bundles['tiny'].root}"]), LIMITS, lambda *_: {})
+    assert not service.ready
+    with pytest.raises(NotReadyError):
+        deliver(service, seeds=[1])
+
+
+def test_another_bundle_under_the_path_is_refused(bundles: dict[str, Bundle]) -> None:
+    root = str(bundles["tiny"].root)
+    with pytest.raises(HipaError, match="another bundle"):
+        Replica("m", root, "0" * 64, "onnxruntime", LIMITS)
+    with pytest.raises(HipaError, match="auto"):
+        Replica("m", root, "0" * 64, "auto", LIMITS)
+
+
+def test_an_unknown_adaptor_is_refused(bundles: dict[str, Bundle]) -> None:
+    replica = replica_of(bundles["tiny"])
+    models = Models([f"m={bundles['tiny'].root}"])
+    order = carried(Order(model=models.by_name["m"], prompt=PROMPT, seeds=[1]))
+    other = CarriedOrder("m:new", order.values, order.files)
+    refused = asyncio.run(replica.deliver(other))
+    assert isinstance(refused, Refusal)
+    assert refused.kind == "order"
+    replica.close()
+
+
+@pytest.mark.parametrize(("text", "expected"), [("2", (2, 2)), ("1:4", (1, 4))])
+def test_replicas(text: str, expected: tuple[int, int]) -> None:
+    assert replicas_from(text) == expected
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"least": 0}, {"least": 3, "most": 2}, {"cpus": -1.0}, {"gpus": 1.5},
+                {"waiting": 0.0}, {"gpus": float("nan")}],
+)  # fmt: skip
+def test_numbers_out_of_range(numbers: dict[str, Any]) -> None:
+    with pytest.raises(HipaError, match="Expected"):
+        ClusterSettings(**numbers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--replicas", "2"], "--replicas is for a Ray cluster"),
+        (["--scale-at", "2"], "--scale-at is for a Ray cluster"),
+    ],
+)
+def test_options_of_a_cluster_need_one(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "emoji", *arguments])
+    assert stopped.value.code == 1
+    assert words in capsys.readouterr().err
