@@ -106,6 +106,12 @@ class Bundle:
         """The stages by name, in the order in which they run."""
         return {stage.spec.name: stage for stage in self.manifest.stages}
 
+    @cached_property
+    def all_stages(self) -> dict[str, Stage]:
+        """The stages by name; the last is the base UNet, in a bundle that refines."""
+        refine = self.manifest.refine
+        return self.stages | ({refine.stage.spec.name: refine.stage} if refine else {})
+
     def path(self, relative: str) -> Path:
         """The file that ``relative`` names.
 
@@ -126,7 +132,7 @@ class Bundle:
 
     def stage_path(self, name: str) -> Path:
         """The ONNX file of stage ``name``."""
-        return self.path(self.stages[name].path)
+        return self.path(self.all_stages[name].path)
 
     def verify(self) -> None:
         """Hash every file that the manifest lists, and check that a stage reads no other.
@@ -146,7 +152,7 @@ class Bundle:
                     f"{path} is corrupt: its SHA-256 is not the manifest's. "
                     "Copy or export the bundle again."
                 )
-        for name, stage in self.stages.items():
+        for name, stage in self.all_stages.items():
             for location in sorted(external_files(self.stage_path(name))):
                 weights = beside(stage.path, location)
                 if weights not in self.weight_files(name):
@@ -161,7 +167,7 @@ class Bundle:
 
         These are all but the graph itself, and JSON files such as the weight map.
         """
-        graph = self.stages[stage].path
+        graph = self.all_stages[stage].path
         folder = PurePosixPath(graph).parent.as_posix()
         names = []
         for name in sorted(self.manifest.files):

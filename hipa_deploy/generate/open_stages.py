@@ -42,7 +42,7 @@ def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
 
     """
     path = bundle.stage_path(stage)
-    spec = bundle.stages[stage].spec
+    spec = bundle.all_stages[stage].spec
     if backend.startswith("openvino"):
         from hipa_deploy.engines.backends.openvino_runner import OpenVinoRunner
 

@@ -1,0 +1,48 @@
+"""What the parameters of a draft say about the image that is to be refined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import RefineSettings
+from hipa_deploy.errors import HipaError
+
+# What a draft was asked for, and its final image is asked for too.
+_CHOICES = ("height", "width", "truncate", "prompt_weights")
+
+
+def draft_choices(bundle: Bundle, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of ``OneStepPipeline.jobs`` for the final image of a draft.
+
+    Args:
+        bundle: the bundle that refines.
+        parameters: of the draft, as ``GenerateResult`` or a PNG has them.
+
+    Raises:
+        HipaError: the draft was made with another base model, or with other LoRAs: its final image
+            would be one of its own.
+
+    """
+    base = bundle.manifest.base_model.sha256
+    if parameters.get("base_model") != base:
+        raise HipaError(
+            f"a draft was made with another base model than that of {bundle.root}. "
+            "Refine it with the bundle that made it."
+        )
+    own = [lora.model_dump(mode="json") for lora in bundle.manifest.loras]
+    if parameters.get("loras", []) != own:
+        raise HipaError(
+            f"a draft was made with other LoRAs than the base model of {bundle.root} has. "
+            "Refine it with a bundle that was exported with them."
+        )
+    return {name: parameters[name] for name in _CHOICES if name in parameters}
+
+
+def refine_facts(bundle: Bundle, settings: RefineSettings) -> dict[str, Any]:
+    """What reproduces a final image, beside the parameters of its draft."""
+    refinement = bundle.manifest.refine
+    assert refinement is not None  # settings were made for this bundle
+    unet = bundle.manifest.files[refinement.stage.path]
+    return settings.model_dump(mode="json") | {"unet": unet}
