@@ -526,9 +526,7 @@ class OneStepPipeline(ClosesAtExit):
             text["context"] = encode(text["tokens"])
             self._prompts.keep(prompts, text["context"])
         noise_BCHW = initial_noise([job.seed for job in padded], jobs[0].latent_CHW)
-        latents_BCHW = self._refiner.latents(
-            noise_BCHW, text["context"], settings, timer, progress
-        )
+        latents_BCHW = self._refiner.latents(noise_BCHW, text["context"], settings, timer, progress)
         # The decoder alone runs: what the stages before it would give is there.
         feed = {"context": text["context"], "latents": latents_BCHW}
         images_BHWC = loaded.stages.run(feed, ["images"], timer)["images"]

@@ -11,6 +11,7 @@ _GROUPS = {
     "Model": (
         *("--model", "--config", "--adaptor", "--adaptor-scale", "--from", "--lora"),
         *("--embedding", "--one-step", "--decoder", "--encoder", "--rival"),
+        "--with-teacher",
     ),
     "Prompts": (
         *("--prompts", "--context-tokens", "--clip-skip", "--truncate", "--prompt-weights"),
