@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,8 @@ from hipa_deploy.errors import HipaError
 
 if TYPE_CHECKING:
     from hipa_deploy.bundle.folder import Bundle
-    from hipa_deploy.generate.pipeline import GenerateResult
+    from hipa_deploy.bundle.manifest import RefineSettings
+    from hipa_deploy.generate.pipeline import GenerateResult, OneStepPipeline
 
 # Progress and notes go to stderr, results (paths, tables, JSON) to stdout: a script can pipe them.
 console = Console(stderr=True)
@@ -196,6 +197,7 @@ def make_images(
     backend: str,
     force: bool,
     prompt_weights: bool | None,
+    refine: RefineSettings | None = None,
     **choices: Any,
 ) -> None:
     """Load a bundle, make an image for each prompt and seed, write each as soon as it is made.
@@ -208,6 +210,7 @@ def make_images(
         backend: what runs the stages.
         force: whether files that exist are replaced.
         prompt_weights: whether brackets in prompts are weights; None is as the bundle says.
+        refine: how the base model makes the images, in many steps; None is the one step.
         choices: what else ``OneStepPipeline.stream`` takes: ``source``, ``seed``, ``count``, …
 
     Raises:
@@ -223,7 +226,34 @@ def make_images(
             pipe.swap_adaptor(adaptor)
         note_weights(pipe.bundle, prompts, prompt_weights)
         batches = pipe.stream(prompts, prompt_weights=prompt_weights, **choices)
+        if refine is not None:
+            batches = _refined(pipe, batches, refine, len(paths))
         write_images(batches, paths, force=force)
+
+
+def _refined(
+    pipe: OneStepPipeline, drafts: Iterable[GenerateResult], settings: RefineSettings, images: int
+) -> Iterator[GenerateResult]:
+    """Each batch of drafts as the base model makes it, with a bar of the steps of all images."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("refining", total=images)
+        finished = 0
+        for batch in drafts:
+            count = len(batch.seeds)
+
+            def show(done: int, total: int, before: int = finished, share: int = count) -> None:
+                bar.update(task, completed=before + share * done / total)
+
+            yield pipe.refine(
+                batch,
+                settings.steps,
+                guidance=settings.guidance,
+                sampler=settings.sampler,
+                progress=show,
+            )
+            finished += count
 
 
 def image_outputs(

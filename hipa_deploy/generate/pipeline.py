@@ -28,7 +28,7 @@ from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.generate.noise import bundle_noise, check_seeds, initial_noise
 from hipa_deploy.generate.open_stages import open_stages, resolve_backend
 from hipa_deploy.generate.prompts import Encode, PromptSource, open_prompts
-from hipa_deploy.generate.refine.drafts import draft_choices, refine_facts
+from hipa_deploy.generate.refine.drafts import check_swap, draft_choices, refine_facts
 from hipa_deploy.generate.refine.refiner import Progress, Refiner, refine_settings, refinement_of
 from hipa_deploy.generate.request import check_count, check_pairs, check_prompts
 from hipa_deploy.generate.runner import ENGINE_BACKENDS, ClosesAtExit, Runner, check_backend
@@ -513,11 +513,7 @@ class OneStepPipeline(ClosesAtExit):
         """The base model's images uint8 [B, H, W, 3] of one batch, from the noise of the drafts."""
         settings = jobs[0].refine
         assert settings is not None
-        if loaded.swap and loaded.swap.manifest.loras != self.bundle.manifest.loras:
-            raise HipaError(
-                "the adaptor that was swapped in has other LoRAs than the bundle's base model, so "
-                "its drafts cannot be refined. Swap it out, or export a bundle with these LoRAs."
-            )
+        check_swap(self.bundle, loaded.swap)
         padded = self._padded(jobs)
         prompts = [job.prepared for job in padded]
         encode = self._encode(loaded.stages, timer)

@@ -19,7 +19,7 @@ _GROUPS = {
     ),
     "Image": (
         *("--task", "--strength", "--strengths", "--feather", "--overlap", "--seed", "--count"),
-        *("--height", "--width", "--dynamic", "--batch", "--images"),
+        *("--height", "--width", "--dynamic", "--batch", "--images", "--refine", "--guidance"),
     ),
     "Training": ("--recipe", "--steps", "--gpus", "--quick"),
     "Precision and layout": ("--dtype", "--layout", "--fuse"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import RefineSettings
 from hipa_deploy.errors import HipaError
@@ -38,6 +39,20 @@ def draft_choices(bundle: Bundle, parameters: Mapping[str, Any]) -> dict[str, An
             "Refine it with a bundle that was exported with them."
         )
     return {name: parameters[name] for name in _CHOICES if name in parameters}
+
+
+def check_swap(bundle: Bundle, swap: AdaptorSwap | None) -> None:
+    """Check that the drafts of a swapped adaptor are of the base model that refines them.
+
+    Raises:
+        HipaError: the swap has LoRAs that the bundle's base model lacks, or lacks some of its own.
+
+    """
+    if swap is not None and swap.manifest.loras != bundle.manifest.loras:
+        raise HipaError(
+            f"adaptor {swap.root} has other LoRAs than the base model of {bundle.root}, so its "
+            "drafts cannot be refined. Swap it out, or export a bundle with these LoRAs."
+        )
 
 
 def refine_facts(bundle: Bundle, settings: RefineSettings) -> dict[str, Any]:
