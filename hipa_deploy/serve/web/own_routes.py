@@ -16,6 +16,7 @@ from hipa_deploy.serve.service import Delivery, ImageService, Order
 from hipa_deploy.serve.web.answering import (
     check_prompt_length,
     check_quality,
+    check_refines,
     chosen_model,
     deliver,
     seeds_from,
@@ -48,14 +49,8 @@ async def refine(request: Request) -> Response:
     service: ImageService = request.app.state.service
     fields = await json_fields(request, RefineFields)
     model = _model(service, fields, "generate", fields.prompt)
-    pipe = model.served.pipe
-    settings = refine_settings(
-        model.served.bundle,
-        fields.steps,
-        fields.guidance,
-        fields.sampler,
-        backend=pipe.backend if pipe else "auto",
-    )
+    check_refines(model)
+    settings = refine_settings(model.served.bundle, fields.steps, fields.guidance, fields.sampler)
     return await _images_of(request, fields, "generate", refine=settings)
 
 
