@@ -31,6 +31,7 @@ DType = Literal["float16", "float32", "int64", "uint8"]
 Precision = Literal["fp16", "fp32"]
 Layout = Literal["onestep", "generic"]
 TEACHER_STAGE = "teacher"  # the base UNet, which refines: not one of the stages of the one step
+TEACHER_INPUTS = ("sample", "timestep", "encoder_hidden_states")
 STAGE_NAMES = ("text_encoder", "vae_encoder", "unet", "vae_decoder", "generator", TEACHER_STAGE)
 
 
@@ -449,6 +450,10 @@ class Refinement(Record):
     def _teacher(cls, stage: Stage) -> Stage:
         if stage.spec.name != TEACHER_STAGE:
             raise ValueError(f"stage {stage.spec.name} refines, expected {TEACHER_STAGE}")
+        names = tuple(tensor.name for tensor in stage.spec.inputs)
+        if names != TEACHER_INPUTS or len(stage.spec.outputs) != 1:
+            expected = ", ".join(TEACHER_INPUTS)
+            raise ValueError(f"stage {TEACHER_STAGE} takes {', '.join(names)}, expected {expected}")
         return stage
 
 

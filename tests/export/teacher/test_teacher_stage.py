@@ -14,13 +14,19 @@ from diffusers import StableDiffusionPipeline
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import RefineSettings
+from hipa_deploy.bundle.reference import Reference
 from hipa_deploy.errors import HipaError
+from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_request import check_request
 from hipa_deploy.export.graph.axes import parse_axes
+from hipa_deploy.export.model_parts import ModelParts
+from hipa_deploy.export.references import References
 from hipa_deploy.export.teacher import teacher_stage
+from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.generate.noise import initial_noise
+from hipa_deploy.generate.tokenizer import PromptTokenizer
 from hipa_deploy.models.adaptor_folder import teacher_settings
 from hipa_deploy.train.data.teacher_pairs import teacher_scheduler
 from tests.export.conftest import SD_SCHEDULE, make_adaptor
@@ -114,13 +120,20 @@ def test_another_unet_does_not_pass_the_gate(
         return build(replace(parts, adaptor=taught_dir))
 
     monkeypatch.setattr(teacher_stage, "generic_unet_module", with_adaptor)
-    options = ExportOptions(
-        model=str(model_dir), out=tmp_path / "b", adaptor=taught_dir, dtype="fp32",
-        with_teacher=True,
-    )  # fmt: skip
+    model = ModelParts.open(str(model_dir))
+    reference = Reference.read(bundle)
+    references = References(reference.prompt, tuple(reference.seeds), reference.tensors)
+    refinement = bundle.manifest.refine
+    assert refinement
     with pytest.raises(HipaError, match=r"teacher in fp32 is .* dB from PyTorch"):
-        export_bundle(options)
-    assert not (tmp_path / "b").exists()
+        teacher_stage.write_teacher(
+            StageWriter(tmp_path, "fp32", {}, references),
+            ChosenParts(model, "generate", adaptor=taught_dir),
+            refinement.stage.spec,
+            bundle.manifest.one_step,
+            PromptTokenizer(bundle.path("tokenizer/tokenizer.json")),
+            reference.tensors["context"],
+        )
 
 
 @pytest.mark.parametrize(

@@ -205,3 +205,8 @@ def test_the_manifest(bundle: Bundle) -> None:
     refine = {**fields["refine"], "stage": fields["stages"][1]}
     with pytest.raises(ValidationError, match="stage unet refines"):
         Manifest.model_validate({**fields, "refine": refine})
+    stage = fields["refine"]["stage"]
+    spec = {**stage["spec"], "inputs": stage["spec"]["inputs"][:2]}
+    refine = {**fields["refine"], "stage": {**stage, "spec": spec}}
+    with pytest.raises(ValidationError, match="teacher takes sample, timestep, expected"):
+        Manifest.model_validate({**fields, "refine": refine})
