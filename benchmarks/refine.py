@@ -96,6 +96,13 @@ def foretelling(distances_NN: np.ndarray, seeds: int) -> dict[str, Any]:
     }
 
 
+def between_seeds(distances_NN: np.ndarray, seeds: int) -> dict[str, float]:
+    """The spread of the distances between images of one prompt, each to the other seeds'."""
+    place_N = np.arange(len(distances_NN))
+    same_prompt = place_N[:, None] // seeds == place_N[None] // seeds
+    return spread(distances_NN[same_prompt & ~np.eye(len(place_N), dtype=bool)])
+
+
 def main(
     bundle: Annotated[Path, typer.Argument(help="A bundle exported with --with-teacher.")],
     out: Annotated[Path, typer.Option(help="JSON file to write.")],
@@ -126,9 +133,13 @@ def main(
         "seeds": seeds,
         "refine": final.parameters[0]["refine"],
         "milliseconds": {name: 1000 * t / len(drafts_NHWC) for name, t in seconds.items()},
-        "pixels": foretelling(pixel_distances(drafts_NHWC, finals_NHWC), seeds),
-        "features": foretelling(feature_distances(drafts_NHWC, finals_NHWC), seeds),
     }
+    for name, distances in (("pixels", pixel_distances), ("features", feature_distances)):
+        report[name] = {
+            **foretelling(distances(drafts_NHWC, finals_NHWC), seeds),
+            "finals_of_a_prompt": between_seeds(distances(finals_NHWC, finals_NHWC), seeds),
+            "drafts_of_a_prompt": between_seeds(distances(drafts_NHWC, drafts_NHWC), seeds),
+        }
     text = json.dumps(report, indent=2) + "\n"
     out.write_text(text, encoding="utf-8")
     console.print(text, highlight=False)
