@@ -7,7 +7,7 @@ DEMO := demo
 
 FUZZ_CASES := 300
 
-.PHONY: demo test fuzz lint types docs clean
+.PHONY: demo test fuzz lint types docs wheels-for-gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/hipa-demo --out $(DEMO)
@@ -32,6 +32,11 @@ types: $(VENV)/installed
 # The documentation site, into site/. A broken link is an error.
 docs: $(VENV)/installed
 	$(BIN)/zensical build --clean --strict
+
+# Wheels for a GPU machine without a network, into wheels/ (docs/how-to/measure-on-a-gpu.md). Another
+# Python or TensorRT: make wheels-for-gpu WHEELS="--python 3.12 --with rtx"
+wheels-for-gpu: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu/wheels.py --out wheels $(WHEELS)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("hipa-deploy needs Python >= 3.10" if sys.version_info < (3, 10) else 0)'

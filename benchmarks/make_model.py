@@ -67,26 +67,34 @@ SIZES: dict[str, dict[str, Any]] = {
         "prediction_type": "v_prediction",
     },
 }
+VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
 # Typer offers the members of an enum as an option's choices.
 Size = Enum("Size", {name: name for name in SIZES}, type=str)  # type: ignore[misc]
 
 
-def new_pipeline(size: str) -> StableDiffusionPipeline:
-    """The published configurations of Runway and Stability AI, with seeded random weights."""
+def new_pipeline(size: str, device: str = "cpu") -> StableDiffusionPipeline:
+    """The published configurations of Runway and Stability AI, with seeded random weights.
+
+    Args:
+        size: a key of ``SIZES``.
+        device: torch device that draws the weights, and holds them. A GPU draws in seconds what
+            takes a CPU a minute.
+
+    """
     torch.manual_seed(0)
 
     # The parts are made in float16 at once: float32 weights would take twice the memory first.
     torch.set_default_dtype(torch.float16)
     shapes = SIZES[size]
-    unet = UNet2DConditionModel(**shapes["unet"])
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        sample_size=shapes["unet"]["sample_size"] * 8,
-    )
-    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49408, **shapes["text"]))
+    with torch.device(device):
+        unet = UNet2DConditionModel(**shapes["unet"])
+        vae = AutoencoderKL(**VAE, sample_size=shapes["unet"]["sample_size"] * 8)
+        encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49408, **shapes["text"]))
 
     # The scheduler's tables are float32.
     torch.set_default_dtype(torch.float32)

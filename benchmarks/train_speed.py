@@ -42,6 +42,7 @@ from hipa_deploy.train.data.teacher_pairs import prompt_contexts, teacher_pairs
 from hipa_deploy.train.loop import run
 from hipa_deploy.train.losses.hipa_loss import hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
+from hipa_deploy.train.model.mixed_precision import DTYPES
 from hipa_deploy.train.model.unet_adaptor import PRESETS
 from hipa_deploy.train.recipes.recipe import Recipe, load_recipe, read_prompts
 from hipa_deploy.train.train_adaptor import train_adaptor
@@ -49,19 +50,22 @@ from hipa_deploy.train.train_adaptor import train_adaptor
 DISCARDED = 3  # first steps of each, while allocators and the processor's caches settle
 
 
-def plain_loop(model_dir: Path, recipe: Recipe, cache: Path) -> Callable[[Tensor], float]:
-    """Prepare the plain loop.
+def plain_loop(
+    model_dir: Path, recipe: Recipe, cache: Path, device: str = "cpu"
+) -> Callable[[Tensor], float]:
+    """Prepare the plain loop, in the recipe's precision and with its gradient checkpointing.
 
     Args:
         model_dir: Diffusers folder.
         recipe: The training's recipe.
         cache: Folder of the teacher pairs' cache.
+        device: Torch device.
 
     Returns:
         A function that makes one step with the rows int64 [B] and returns its loss.
 
     """
-    model = DiffusionModel.load(model_dir, "cpu", text=recipe.text)
+    model = DiffusionModel.load(model_dir, device, text=recipe.text)
     prompts = read_prompts(recipe, model_dir)
     context = prompt_contexts(model, prompts)
     pairs = teacher_pairs(
@@ -69,14 +73,16 @@ def plain_loop(model_dir: Path, recipe: Recipe, cache: Path) -> Callable[[Tensor
     )
 
     # Everything that a step reads, made once for all pairs.
-    noise = model.noise(pairs.seed_N.tolist())
-    contexts = context(pairs.prompt_N)
-    latents = pairs.latents_NCHW.float()
+    noise = model.noise(pairs.seed_N.tolist()).to(device)
+    contexts = context(pairs.prompt_N).to(device)
+    latents = pairs.latents_NCHW.float().to(device)
     with torch.no_grad():
         images = torch.cat([model.decode(part).clamp(0, 1) for part in latents.split(16)])
 
     # The student, with peft's adaptor of the same shape.
-    pipe = StableDiffusionPipeline.from_pretrained(model_dir, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        model_dir, safety_checker=None, torch_dtype=torch.float32
+    ).to(device)
     unet = pipe.unet.requires_grad_(False)
     vae = pipe.vae.requires_grad_(False)
     rank = recipe.adaptor.rank
@@ -84,23 +90,42 @@ def plain_loop(model_dir: Path, recipe: Recipe, cache: Path) -> Callable[[Tensor
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
     weights = [weight for weight in unet.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.optimiser.learning_rate, weight_decay=1e-2)
-    loss_function = hipa_loss(recipe.loss)
-    alpha_bar = pipe.scheduler.alphas_cumprod[recipe.timestep]
+    loss_function = hipa_loss(recipe.loss).to(device)
+    alpha_bar = pipe.scheduler.alphas_cumprod[recipe.timestep].to(device)
+    if recipe.gradient_checkpointing:
+        # diffusers recomputes activations only in a part that is training.
+        unet.train().enable_gradient_checkpointing()
+        vae.train().enable_gradient_checkpointing()
+    dtype = DTYPES.get(recipe.mixed_precision, torch.float32)
+    mixed = recipe.mixed_precision != "no"
+    kind = torch.device(device).type
+    scaler = torch.amp.GradScaler(kind, enabled=recipe.mixed_precision == "fp16")
+    v_prediction = pipe.scheduler.config.prediction_type == "v_prediction"
 
     def step(rows: Tensor) -> float:
-        # x0 of one step at the recipe's timestep, from the predicted noise.
+        rows = rows.to(device)
+        # x0 of one step at the recipe's timestep, from the predicted noise or velocity.
         z = noise[rows]
-        eps = unet(z, torch.full((len(rows),), recipe.timestep), contexts[rows]).sample
-        x0 = (z - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+        timestep = torch.full((len(rows),), recipe.timestep, device=device)
+        with torch.autocast(kind, dtype, enabled=mixed):
+            predicted = unet(z, timestep, contexts[rows]).sample
+        if v_prediction:
+            x0 = alpha_bar.sqrt() * z - (1 - alpha_bar).sqrt() * predicted
+        else:
+            x0 = (z - (1 - alpha_bar).sqrt() * predicted) / alpha_bar.sqrt()
         if recipe.loss.latent_warmup_steps:
             loss, _ = loss_function.warmup_loss(x0, latents[rows])
         else:
-            image = vae.decode(x0 / vae.config.scaling_factor).sample / 2 + 0.5
+            with torch.autocast(kind, dtype, enabled=mixed):
+                decoded = vae.decode(x0 / vae.config.scaling_factor).sample
+            image = decoded.float() / 2 + 0.5
             loss, _ = loss_function(image, images[rows], x0, latents[rows])
 
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(weights, recipe.optimiser.clip_norm)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -24,8 +25,10 @@ from hipa_deploy.export.graph.modules import (
     TinyDecoder,
     TinyEncoder,
 )
+from hipa_deploy.export.graph.safety_module import SafetyNetwork, load_safety_checker
 from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.export.writer import StageSource
+from hipa_deploy.marks.safety import SAFETY_STAGE
 
 
 def bundle_sources(
@@ -76,6 +79,16 @@ def decoder_source(options: ExportOptions, parts: ChosenParts) -> StageSource:
         return StageSource("vae_decoder", build_generic, ("latent_sample",), "sample")
     build = partial(decoder_module, parts)
     return StageSource("vae_decoder", build, ("latents",), "images")
+
+
+def safety_source(model: Path) -> StageSource:
+    """The safety checker of a model's folder."""
+    return StageSource(SAFETY_STAGE, partial(safety_module, model), ("pixels",), "cosines")
+
+
+def safety_module(model: Path) -> SafetyNetwork:
+    """The safety checker's network, with its concepts."""
+    return SafetyNetwork(load_safety_checker(model / SAFETY_STAGE))
 
 
 def text_encoder_module(parts: ChosenParts, dtype: torch.dtype) -> TextEncoderStage:

@@ -10,11 +10,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hipa_deploy import __version__
 from hipa_deploy.bundle.folder import MANIFEST, SCHEMA, Bundle
-from hipa_deploy.bundle.manifest import Manifest, Stage
+from hipa_deploy.bundle.manifest import Manifest, SafetyStage, Stage
 from hipa_deploy.bundle.signature import sign
 from hipa_deploy.disk.files import new_folder
 from hipa_deploy.embedded import EXAMPLE_PROMPT, MODEL
-from hipa_deploy.export.builders import bundle_sources
+from hipa_deploy.export.builders import bundle_sources, safety_source
 from hipa_deploy.export.bundle_files import (
     file_hashes,
     tokenize,
@@ -25,11 +25,17 @@ from hipa_deploy.export.bundle_files import (
 )
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.export_request import check_request, resolve_request
+from hipa_deploy.export.export_request import (
+    check_request,
+    has_safety_checker,
+    resolve_request,
+)
 from hipa_deploy.export.graph.axes import stage_axes
 from hipa_deploy.export.graph.modules import stage_specs
+from hipa_deploy.export.graph.safety_module import safety_spec
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import (
+    add_safety,
     encode_closed_set,
     latent_sample,
     make_references,
@@ -38,6 +44,7 @@ from hipa_deploy.export.references import (
 from hipa_deploy.export.task import print_warning
 from hipa_deploy.export.teacher.teacher_stage import write_teacher
 from hipa_deploy.export.writer import StageWriter
+from hipa_deploy.marks.safety import SAFETY_STAGE
 
 NEUTRAL_PROMPT = "a photo of a red apple"
 PROGRESS_LABELS = {
@@ -46,6 +53,7 @@ PROGRESS_LABELS = {
     "unet": "UNet",
     "generator": "UNet",
     "vae_decoder": "decoder",
+    SAFETY_STAGE: "safety checker",
 }
 
 
@@ -123,6 +131,11 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             references, parts, settings, step, options.layout, watch=options.dtype == "fp16"
         )
 
+        checks_images = options.safety and has_safety_checker(model.folder)
+        if checks_images:
+            references, safety_settings = add_safety(references, model.folder)
+            specs[SAFETY_STAGE] = safety_spec(safety_settings)
+
         for doubt in references.doubts:
             print_warning(console, doubt)
 
@@ -139,6 +152,12 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             written = writer.write(source, tensors)
             tensors[source.output] = written.output
             stages.append(written.stage)
+        safety = None
+        if checks_images:
+            show(PROGRESS_LABELS[SAFETY_STAGE])
+            pixels = {"pixels": references.tensors["pixels"]}
+            written = writer.write(safety_source(model.folder), pixels)
+            safety = SafetyStage(stage=written.stage, settings=safety_settings)
         refinement = None
         if options.with_teacher:
             show("base UNet")
@@ -178,6 +197,8 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             one_step=step,
             text=text,
             stages=tuple(stages),
+            safety=safety,
+            marks=options.marks,
             end_to_end=stages[-1].parity,
             refine=refinement,
             files=file_hashes(root),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from hipa_deploy.bundle.manifest import Axis, Layout, Precision
+from hipa_deploy.marks.records import Marks
 from hipa_deploy.models.style import Style
 from hipa_deploy.tasks import Task
 
@@ -45,6 +46,8 @@ class ExportOptions:
             ``hipa_deploy.models.one_step`` or a .toml file. None is the adaptor's own step; without
             an adaptor of HiPA, x0 at the last timestep.
         with_teacher: put the base UNet, without the adaptor, into the bundle, to refine drafts.
+        marks: how the bundle's images are marked.
+        safety: export the model's safety checker, if it has one; the bundle then runs it.
         signing_key: the private key that signs the manifest; None leaves the bundle unsigned.
 
     Example:
@@ -75,6 +78,8 @@ class ExportOptions:
     style: Style = field(default_factory=Style)
     one_step: str | None = None
     with_teacher: bool = False
+    marks: Marks = field(default_factory=Marks)
+    safety: bool = True
     signing_key: Path | None = None
 
     def size(self, name: Literal["batch", "height", "width"]) -> int | None:

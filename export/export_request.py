@@ -29,6 +29,7 @@ from hipa_deploy.export.task import (
     text_settings,
 )
 from hipa_deploy.generate.prompt_files import check_prompt_file, read_numbered_prompts
+from hipa_deploy.marks.watermark import check_side
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, teacher_settings
 from hipa_deploy.models.clip_tokenizer import text_sizes
 from hipa_deploy.models.early_config import early_config
@@ -38,8 +39,11 @@ from hipa_deploy.models.one_step.one_step_method import OWN, load_method
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.early_check import known_shapes
 from hipa_deploy.models.weights.load_part import check_weights
+from hipa_deploy.models.weights.part_config import read_config
+from hipa_deploy.models.weights.weight_files import find_weights
 from hipa_deploy.models.weights.weight_identity import has_identity
 
+SAFETY = "safety_checker"
 BYTES = {"fp16": 2, "fp32": 4}  # of a weight
 
 
@@ -96,7 +100,30 @@ def check_request(options: ExportOptions) -> None:
     text_settings(options, model.config, text_sizes(model.config)[0])
     step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
     stage_axes(options.dynamic, step, model.config.size_multiple)
+    _check_watermark(options, settings, step)
+    if options.safety and has_safety_checker(model.folder):
+        read_config(model.folder / SAFETY, "config.json")
+        find_weights(model.folder / SAFETY)
     check_space(options.out, _least_bytes(options, model))
+
+
+def has_safety_checker(folder: Path) -> bool:
+    """Whether a diffusers folder has a safety checker."""
+    return (folder / SAFETY).is_dir()
+
+
+def _check_watermark(options: ExportOptions, settings: TaskSettings, step: OneStep) -> None:
+    """Raise HipaError where no image of the bundle would be large enough for the watermark."""
+    if not options.marks.watermark or settings.task == "upscale":
+        return
+    largest = [step.height, step.width]
+    for i, name in enumerate(("height", "width")):
+        if name in options.dynamic:
+            largest[i] = options.dynamic[name].max
+    try:
+        check_side(*largest)
+    except HipaError as error:
+        raise HipaError(f"--mark watermark: {error}") from None
 
 
 def early_model(name: str) -> ModelParts:

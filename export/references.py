@@ -16,6 +16,8 @@ in memory at a time.
     images       uint8   [B, H, W, 3]   decoder
     timestep     int64   [1]            layout generic
     latent_sample float32 [B, C, h, w]  layout generic: x0 without the scaling
+    pixels       float32 [1, 3, S, S]   the first image, as the safety checker takes them
+    cosines      float32 [1, N]         safety checker
     sample       float32 [B, 3, H, W]   layout generic: decoder, in [-1, 1]
 
 At further strengths of an edit the keys are 'output_1', 'latents_1', 'images_1' and so on.
@@ -27,6 +29,7 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,11 +42,18 @@ from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.graph.half_precision import Ranges
 from hipa_deploy.export.graph.modules import from_uint8, seen_by_unet, to_uint8
 from hipa_deploy.export.graph.reference_check import check_reference
+from hipa_deploy.export.graph.safety_module import (
+    load_safety_checker,
+    reference_cosines,
+    safety_settings,
+)
 from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.generate.noise import bundle_noise
 from hipa_deploy.generate.prompt_weights import weigh_context
 from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.images.example_source import example_inputs
+from hipa_deploy.marks.records import SafetySettings
+from hipa_deploy.marks.safety import SAFETY_STAGE, prepare_pixels
 from hipa_deploy.tasks import STEP_INPUTS, finish_latents, is_inpainting_unet, start_latents
 
 FIRST_SEED = 0
@@ -338,6 +348,25 @@ def make_references(
         references = add_images(references, parts, settings, step, watch=watch)
     gc.collect()
     return references
+
+
+def add_safety(references: References, model: Path) -> tuple[References, SafetySettings]:
+    """Add 'pixels' and 'cosines' of a model's safety checker; and its settings.
+
+    Args:
+        references: with 'images'.
+        model: the diffusers folder.
+
+    Raises:
+        HipaError: the checker is damaged, or gives what no working one gives.
+
+    """
+    checker = load_safety_checker(model / SAFETY_STAGE)
+    settings = safety_settings(checker, model / SAFETY_STAGE, model / "feature_extractor")
+    # One image is enough, and as many as the stage takes.
+    pixels = prepare_pixels(references.tensors["images"][:1], settings)
+    cosines_BN = reference_cosines(checker, torch.from_numpy(pixels)).numpy()
+    return references.plus({"pixels": pixels, "cosines": cosines_BN}), settings
 
 
 @contextmanager

@@ -115,7 +115,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "runners": ("generate.runner", "generate.open_stages"),
     "sd_configs": ("models.configurations",),
     "selfcheck": ("doctor.self_check", "engines.latency.stage_timer", "bundle.reference"),
-    "selftest": ("doctor.self_test",),
+    "selftest": ("doctor.self_test", "doctor.self_test_report"),
     "single_file": ("models.single_file",),
     "source": ("images.source",),
     "swap": ("bundle.adaptor_swap",),

@@ -18,42 +18,48 @@ ROOT = Path(__file__).parents[1]
 SURFACE = {
     "train": {
         "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps",
-        "--lora", "--embedding", "--dry-run", "--gpus", "--allow-code",
+        "--lora", "--embedding", "--average", "--rank", "--dry-run", "--gpus", "--allow-code",
     },
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
         "--height", "--width", "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--task",
         "--strengths", "--encoder", "--context-tokens", "--clip-skip", "--prompt-weights", "--lora",
-        "--embedding", "--one-step", "--build", "--swap-for", "--sign", "--with-teacher",
+        "--embedding", "--one-step", "--build", "--swap-for", "--sign", "--mark",
+        "--with-teacher",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
-        "--timing-cache", "--refit", "--best-of", "--dry-run", "--no-repair", "--without-remedy",
-        "--force",
+        "--timing-cache", "--refit", "--best-of", "--swap", "--dry-run", "--no-repair",
+        "--without-remedy", "--force",
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
-        "--prompt-weights", "--refine", "--guidance", "--force",
+        "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
+        "--again", "--refine", "--guidance", "--format", "--quality", "--watermark", "--c2pa",
     },
     "edit": {
         "--strength", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--force",
+        "--truncate", "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
+        "--format", "--quality", "--watermark", "--c2pa",
     },
     "inpaint": {
         "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--force",
+        "--truncate", "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
+        "--format", "--quality", "--watermark", "--c2pa",
     },
     "upscale": {
-        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights", "--force",
+        "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights",
+        "--low-memory", "--verify", "--cache", "--force",
+        "--format", "--quality", "--watermark", "--c2pa",
     },
     "serve": {
         "--host", "--port", "--backend", "--api-keys", "--allow-host", "--allow-origin", "--batch",
         "--wait", "--queue", "--images", "--time-limit", "--prompt-limit", "--body-limit",
-        "--pixel-limit", "--log-prompts",
+        "--pixel-limit", "--c2pa", "--log-prompts",
     },
     "profile": {
-        "--runs", "--warmup", "--backend", "--json", "--html", "--markdown", "--layers",
-        "--roofline", "--force",
+        "--runs", "--seconds", "--warmup", "--backend", "--json", "--html", "--markdown",
+        "--layers", "--roofline", "--low-memory", "--verify", "--cache", "--force",
     },
     "profile compare": {"--metric", "--threshold", "--json", "--force"},
     "profile table": set(),
@@ -93,9 +99,9 @@ def test_every_command_and_option_has_a_help_text() -> None:
 
 def test_every_verb_has_an_entry_point() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    expected = {"hipa": "hipa_deploy.commands.app:main"}
+    expected = {"hipa": "hipa_deploy.__main__:main"}
     for verb in SURFACE:
-        expected[f"hipa-{verb.split()[0]}"] = "hipa_deploy.commands.app:verb_main"
+        expected[f"hipa-{verb.split()[0]}"] = "hipa_deploy.__main__:verb_main"
     assert scripts == expected
 
 

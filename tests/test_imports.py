@@ -62,6 +62,7 @@ ROOMS = (
     "hipa_deploy",
     "hipa_deploy.disk",
     "hipa_deploy.embedded",
+    "hipa_deploy.marks",
     "hipa_deploy.bundle",
     "hipa_deploy.images",
     "hipa_deploy.generate.jobs",
@@ -86,6 +87,7 @@ ROOMS = (
     "hipa_deploy.train.recipes",
     "hipa_deploy.train.losses",
     "hipa_deploy.train.model",
+    "hipa_deploy.train.distribution",
     "hipa_deploy.train.loop",
     "hipa_deploy.train.data",
     "hipa_deploy.train.evaluation",
@@ -96,6 +98,7 @@ ROOMS = (
     "hipa_deploy.serve.process",
     "hipa_deploy.doctor",
     "hipa_deploy.demo",
+    "hipa_deploy.commands.files",
     "hipa_deploy.guide",
     "hipa_deploy.commands",
 )

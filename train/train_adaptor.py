@@ -7,6 +7,7 @@ context, C channels, H W height and width (of latents, or of images where the na
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.style import Style
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.data.examples import task_examples
+from hipa_deploy.train.data.source_images import real_latents
+from hipa_deploy.train.distribution.terms import distribution_terms
 from hipa_deploy.train.loop.optimizer import new_optimizer
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.run import Run, loss_state, run_steps
@@ -121,8 +124,9 @@ def train_adaptor(
     # Loss, optimiser and the run folder, which restores weights and optimiser of a stopped run.
     # They come before the teacher pairs so that a checkpoint of another recipe is refused at once,
     # not after hours of sampling.
-    loss = hipa_loss(recipe.loss).to(model.device)
-    optimizer = new_optimizer(weights, loss, recipe.optimiser)
+    loss = hipa_loss(recipe.loss, alone=not recipe.compares_distributions).to(model.device)
+    distribution = distribution_terms(model, recipe)
+    optimizer = new_optimizer(weights, loss, recipe.optimiser, distribution)
     run = Run(
         folder=run_folder(out),
         weights=weights,
@@ -130,7 +134,7 @@ def train_adaptor(
         identity=metadata.model_dump(mode="json"),
         recipe=recipe,
         processes=processes,
-        extra_state=loss_state(loss, recipe, processes),
+        extra_state=loss_state(loss, recipe, processes, distribution),
     )
     run.resume()
 
@@ -140,6 +144,9 @@ def train_adaptor(
         examples = task_examples(
             model, recipe, prompts, cache=cache, console=console, processes=processes
         )
+    if distribution is not None and recipe.latent_discriminator.real_images:
+        folder = Path(recipe.latent_discriminator.real_images)
+        distribution.real = real_latents(model, folder, console)
     alpha_bar_T = model.alphas_cumprod
 
     def student_latents(rows: Tensor) -> Tensor:
@@ -173,27 +180,38 @@ def train_adaptor(
     def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:
         """Mean loss over examples ``rows`` at ``step``, and its terms."""
         latents = student_latents(rows)
-        target_latents = examples.latents(rows)
+        target_latents = examples.latents(rows) if recipe.needs_targets else None
+        if target_latents is not None and step < recipe.loss.latent_warmup_steps:
+            return loss.warmup_loss(latents, target_latents)
 
         # Decoding, forward and backward, is two thirds of a step's time: it happens only where an
         # image term needs it.
-        if step < recipe.loss.latent_warmup_steps:
-            return loss.warmup_loss(latents, target_latents)
-        if not loss.needs_images:
-            return loss.latent_loss(latents, target_latents)
-        images = examples.composite(decode(latents), rows)
-        return loss(images, examples.images(rows), latents, target_latents)
+        if target_latents is None:
+            total, terms = latents.new_zeros(()), {}
+        elif loss.needs_images:
+            images = examples.composite(decode(latents), rows)
+            total, terms = loss(images, examples.images(rows), latents, target_latents)
+        else:
+            total, terms = loss.latent_loss(latents, target_latents)
+        if distribution is None:
+            return total, terms
+
+        # What compares distributions rather than images; it has no part in the paper.
+        context = examples.context(rows)
+        beside, more = distribution(latents, target_latents, context, rows, step)
+        return total + beside, terms | more
 
     @torch.no_grad()
     def sample_columns() -> list[Tensor]:
         """Columns of the sample grid, uint8 [N, H, W, 3] each."""
         return [*fixed_columns, to_uint8(student_images(sample_rows))]
 
-    run_steps(run, examples.count, loss_at, sample_columns, console)
+    run_steps(run, examples.count, loss_at, sample_columns, console, distribution)
 
-    # What is stored is the average of the weights, if the recipe keeps one. One process writes;
-    # the others wait, so that a full disk ends all of them with one message.
-    with processes.fail_together(), run.average.applied():
+    # What is stored is the average of the weights, if the recipe keeps one and asks for it. One
+    # process writes; the others wait, so that a full disk ends all of them with one message.
+    average = run.average.applied() if recipe.written == "average" else nullcontext()
+    with processes.fail_together(), average:
         if processes.is_main:
             vae = model.vae if metadata.encoder_rank else None
             save_adaptor(model.unet, metadata, model.schedule, out, vae)
@@ -248,6 +266,7 @@ def _without_folders(recipe: Recipe) -> dict[str, Any]:
         (values, "prompts"),
         (values["source"], "prompts"),
         (values["source"], "images"),
+        (values["latent_discriminator"], "real_images"),
     )
     for table, key in paths:
         if table[key]:

@@ -37,6 +37,8 @@ def check_request(
     check_weights(model)
     if isinstance(recipe, Recipe) and recipe.task != "generate" and recipe.source.images:
         image_paths(Path(recipe.source.images))
+    if isinstance(recipe, Recipe) and recipe.latent_discriminator.real_images:
+        image_paths(Path(recipe.latent_discriminator.real_images))
     check_style(style, model)
     recipe_text: TextSettings = recipe.text
     recipe_text.check(*text_sizes(config))

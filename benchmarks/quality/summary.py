@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from criteria import criteria_section
-from evaluation import LOW_OF_MANY, LOW_OF_ONE, SPLITS, load_references
+from bars import bars_section
+from criteria import criteria_section, split_names
+from evaluation import LOW_OF_MANY, LOW_OF_ONE, load_references
 from items import CONSISTENCY_RATE, FIRST, Item
 from run_item import Setting
 
@@ -29,6 +30,7 @@ Result = dict[str, Any]
 """What result.json of an item holds."""
 GROUPS = {
     "main": "HiPA",
+    "ingredients": "HiPA and more",
     "baselines": "Baselines, same pairs, same adaptor",
     "ablations": "Ablations",
     "sizes": "Ranks and presets",
@@ -43,12 +45,13 @@ NUMBERS = {
     "hf_ratio": "HF ratio",
     "recall@1": "R@1",
     "recall@5": "R@5",
+    "variety": "variety",
 }
 PICTURED = ("shipped", "hipa", "latent-mse", "consistency", "progressive")
 
 
 def write_report(setting: Setting, items: list[Item]) -> Path:
-    """Write report.md with the items that are done, and pictures once there are references."""
+    """Write report.md and numbers.csv with the items that are done, and pictures beside them."""
     results = {}
     for item in items:
         result = setting.result(item.name)
@@ -59,6 +62,7 @@ def write_report(setting: Setting, items: list[Item]) -> Path:
     text = render(setting, items, results)
     if FIRST in results:
         text += "\n" + pictures(setting, results)
+        write_file(setting.out / "numbers.csv", numbers_csv(results).encode())
     write_file(setting.out / "report.md", text.encode())
     return setting.out / "report.md"
 
@@ -80,8 +84,8 @@ def render(setting: Setting, items: list[Item], results: dict[str, Result]) -> s
     if missing:
         parts.append(f"Not done yet: {', '.join(missing)}.")
     if FIRST in results:
-        parts.append(criteria_section(results))
-        for split in SPLITS:
+        parts.append(bars_section(results) if setting.ingredients else criteria_section(results))
+        for split in split_names(results):
             parts.append(quality_section(split, results))
     parts.append(cost_section(results))
     return "\n\n".join(parts) + "\n"
@@ -137,6 +141,27 @@ def quality_section(split: str, results: dict[str, Result]) -> str:
     return f"## {split.capitalize()}\n\n{table(head, rows)}"
 
 
+def numbers_csv(results: dict[str, Result]) -> str:
+    """Every number of every item: one line for each item, split, noise seed and number.
+
+    The noise seed 'all' is the number of all images together.
+    """
+    lines = ["item,split,noise_seed,number,value"]
+    rows = {FIRST + ": " + name: row for name, row in results[FIRST]["rows"].items()}
+    for name, result in results.items():
+        if "splits" in result:
+            rows[name] = result["splits"]
+    for name, row in rows.items():
+        for split, measured in row.items():
+            groups = {"all": measured["pooled"]}
+            for seed, numbers in enumerate(measured["repeats"]):
+                groups[str(seed)] = numbers
+            for seed, numbers in groups.items():
+                for key, value in numbers.items():
+                    lines.append(f'"{name}","{split}",{seed},{key},{value:.6g}')
+    return "\n".join(lines) + "\n"
+
+
 def cost_section(results: dict[str, Result]) -> str:
     """What each training took."""
     head = ["", "trainable parameters", "steps", "images seen", "seconds", "processor seconds"]
@@ -161,7 +186,7 @@ def cost_section(results: dict[str, Result]) -> str:
 
 def pictures(setting: Setting, results: dict[str, Result]) -> str:
     """Draw the pictures of the first split; returns the Markdown that shows them."""
-    split = next(iter(SPLITS))
+    split = split_names(results)[0]
     reference = load_references(setting.folder(FIRST))[split]
     truth_images = reference.images[reference.truth]
     base_images = reference.images[BASE]
@@ -182,8 +207,9 @@ def gap_figure(path: Path, results: dict[str, Result]) -> None:
     """Horizontal bars of the KID gap closed on each split, with the spread over the noise seeds."""
     trained = [result for result in results.values() if "splits" in result]
     figure, axes = new_figure(9, 1.5 + 0.45 * len(trained))
-    height = 0.8 / len(SPLITS)
-    for number, split in enumerate(SPLITS):
+    names = split_names(results)
+    height = 0.8 / len(names)
+    for number, split in enumerate(names):
         share = _share(results[FIRST], split)
         pooled = []
         spreads = []
@@ -207,7 +233,7 @@ def gap_figure(path: Path, results: dict[str, Result]) -> None:
 
     # Above the axes, where the legend hides no bar.
     above = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
-    axes.legend(fontsize="small", ncols=len(SPLITS), **above)
+    axes.legend(fontsize="small", ncols=len(names), **above)
     save_figure(path, figure)
 
 

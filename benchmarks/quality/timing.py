@@ -13,9 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from hipa_deploy.disk.files import write_file
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train import train_adaptor as adaptor_training
+from hipa_deploy.train.distribution.terms import DistributionTerms
 from hipa_deploy.train.loop.run import Run
 
 FILE = "time.json"
@@ -72,6 +75,17 @@ class TimedRun(Run):
             self.spent += StepTime(1, wall - last_wall, cpu - last_cpu)
         self.last_step_end = (wall, cpu)
         return record
+
+    def follow(self, rows: Tensor, distribution: DistributionTerms) -> dict[str, float]:
+        values = super().follow(rows, distribution)
+        # It comes after the step that it belongs to, and is part of that step's time.
+        wall = time.perf_counter()
+        cpu = time.process_time()
+        if self.last_step_end:
+            last_wall, last_cpu = self.last_step_end
+            self.spent += StepTime(0, wall - last_wall, cpu - last_cpu)
+        self.last_step_end = (wall, cpu)
+        return values
 
     def save(self) -> None:
         super().save()

@@ -25,7 +25,7 @@ from hipa_deploy.disk.locks import locked as lock_file
 from hipa_deploy.disk.reading import check_file
 from hipa_deploy.engines.backends.available import describe_device
 from hipa_deploy.engines.build.build_stage import BuiltEngine, StageBuild, up_to_date
-from hipa_deploy.engines.build.memory_plan import MemoryPlan, plan_memory
+from hipa_deploy.engines.build.memory_plan import MemoryPlan, is_here, plan_memory
 from hipa_deploy.engines.build.worker import Event
 from hipa_deploy.engines.build.worker_process import Report
 from hipa_deploy.engines.faults.known_faults import find_fault
@@ -63,6 +63,7 @@ def build_bundle(
     force: bool = False,
     repair: bool = True,
     without_remedies: tuple[str, ...] = (),
+    swap_gib: int | None = None,
     console: Console | None = None,
 ) -> list[BuiltEngine]:
     """Build an engine for every stage into ``bundle.root/engines/<backend>-<target>``.
@@ -85,6 +86,7 @@ def build_bundle(
             that fails.
         without_remedies: ids of known faults (``engines/faults/known_faults.toml``) whose remedy is
             left out, unless the engine fails its gate without it.
+        swap_gib: swap space that the memory plan counts with; None is what is free here.
         console: where the progress bars are drawn; standard error by default.
 
     Returns:
@@ -124,7 +126,9 @@ def build_bundle(
 
     # Without this check the system might end the build halfway for lack of memory.
     if not force:
-        plan = plan_memory(bundle, to_build, library, target, options, describe_device())
+        swap_mib = None if swap_gib is None else swap_gib * 1024
+        device = describe_device()
+        plan = plan_memory(bundle, to_build, library, target, options, device, swap_mib)
         plan.refuse_misfits()
 
     # Under the lock each stage is looked up again: another build may have finished it meanwhile.
@@ -146,11 +150,23 @@ def build_bundle(
 
 
 def dry_run(
-    bundle: Bundle, *, backend: str, target: str = "auto", options: BuildOptions = BuildOptions()
+    bundle: Bundle,
+    *,
+    backend: str,
+    target: str = "auto",
+    options: BuildOptions = BuildOptions(),
+    swap_gib: int | None = None,
 ) -> MemoryPlan:
     """Predict what building every stage will take, without building.
 
     TensorRT need not be installed, and the target need not be this machine.
+
+    Args:
+        bundle: the exported bundle.
+        backend: 'rtx' or 'tensorrt'.
+        target: a name in ``engines/targets``, or 'auto'.
+        options: of the builder; those that are None take the values of the target.
+        swap_gib: swap space to count with; None is what is free here, and none on another device.
 
     Raises:
         HipaError: an unknown backend or target.
@@ -160,7 +176,23 @@ def dry_run(
     library = as_tensorrt_library(backend)
     device = describe_device()
     options = options.or_else(default_options(target, library, device))
-    return plan_memory(bundle, bundle.stages, library, target, options, device)
+    swap_mib = None if swap_gib is None else swap_gib * 1024
+    return plan_memory(bundle, bundle.stages, library, target, options, device, swap_mib)
+
+
+def built_elsewhere(backend: str, target: str) -> str | None:
+    """The title of a target whose engines this machine cannot build; None where it can.
+
+    TensorRT measures on the GPU that will run the engines, so it builds for no other.
+
+    Raises:
+        HipaError: an unknown backend or target.
+
+    """
+    if as_tensorrt_library(backend) != "tensorrt" or target == "auto":
+        return None
+    profile = load_target_profile(target)
+    return None if is_here(profile, describe_device()) else profile.title
 
 
 def check_request(

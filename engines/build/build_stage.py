@@ -332,6 +332,7 @@ class StageBuild:
             precision_check=built.outcome.precision_check,
             engine_sha256=file_sha256(built.scratch),
             engine_bytes=built.scratch.stat().st_size,
+            activation_bytes=built.outcome.activation_bytes,
             build_seconds=built.outcome.seconds,
             build_peak_mib=built.outcome.peak_mib,
             candidates_ms=built.candidates_ms,

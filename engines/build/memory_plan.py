@@ -7,17 +7,28 @@ of what must be held at once, which no device has confirmed yet. All sizes are i
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 
 from rich.table import Table
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import Stage
 from hipa_deploy.engines.backends.available import Device
-from hipa_deploy.engines.device.machine import available_memory_mib, free_swap_mib
 from hipa_deploy.engines.targets.build_options import BuildOptions
+from hipa_deploy.engines.targets.memory_needs import Need, Place, elsewhere, this_machine
+from hipa_deploy.engines.targets.run_memory import (
+    TEXT_STAGE,
+    StageSize,
+    engine_activations_mib,
+    low_memory_groups,
+    one_group_at_a_time,
+    with_own_activations,
+    with_shared_activations,
+)
 from hipa_deploy.engines.targets.target import TargetProfile, load_target_profile
 from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 from hipa_deploy.errors import HipaError
@@ -29,15 +40,15 @@ from hipa_deploy.record import Record
 # a 23 MB model it is between 24 % below and 28 % above the peak.
 HOST_BASE_MIB = 330
 HOST_PER_WEIGHT = 3.3
-# Our allowances, not measured. The first is for the process of a run, its libraries and its CUDA
-# context; the second is for the operating system beside it on a Jetson.
+# Our allowance, not measured: for the process of a run, its libraries and its CUDA context.
 RUNTIME_MIB = 700
-SYSTEM_MIB = 1024
-# The share of its memory that a device shows: firmware and drivers keep the other part. An Orin
-# Nano shows 7,620 of 8,192 MiB.
-USABLE = 0.93
-
-Verdict = Literal["fits", "fits with swap", "does not fit", "unknown"]
+# The smallest workspace that the plan proposes; kernels that need more are passed over.
+SMALL_WORKSPACE_MIB = 256
+# The tiny decoder in FP16, by its graph (benchmarks/stage_memory.py): its file, and the bytes that
+# its activations take for each pixel of the images.
+TINY_WEIGHTS_MIB = 3
+TINY_BYTES_PER_PIXEL = 384
+DECODER_STAGE = "vae_decoder"
 
 
 class StageMemory(Record):
@@ -46,8 +57,8 @@ class StageMemory(Record):
     Attributes:
         stage: the name of the stage.
         weights: the size of its ONNX files.
-        activations: the most that its activations take at once; None in bundles that were exported
-            without this number.
+        activations: the most that its engine's activations take at once, predicted from its graph;
+            None in bundles that were exported without this number.
         build_host: host memory that its build takes.
         build_gpu: GPU memory that its build takes; None for TensorRT-RTX, which builds on the host.
 
@@ -60,61 +71,38 @@ class StageMemory(Record):
     build_gpu: int | None
 
 
-class Place(Record):
-    """A device with its memory, in MiB; None where a size is not known.
+class RunMemory(Record):
+    """What the weights and activations of all stages take in a run, in MiB.
 
     Attributes:
-        name: 'this machine', or the title of a target.
-        shared: GPU and host share one memory, which is then counted as the host's.
-        host: host memory that is available.
-        swap: free swap space.
-        gpu: GPU memory.
+        own_activations: with activations of its own for each stage. The engines of a pipeline are
+            not run like that: it shows what sharing saves.
+        shared_activations: with one block for the activations of all.
+        text_encoder_apart: with ``--low-memory``, the other stages loaded together.
+        one_at_a_time: with ``--low-memory`` where these do not fit together.
 
     """
 
-    name: str
-    shared: bool
-    host: int | None
-    swap: int = 0
-    gpu: int | None = None
+    own_activations: int
+    shared_activations: int
+    text_encoder_apart: int
+    one_at_a_time: int
 
 
-class Need(Record):
-    """One requirement of a build or a run, in MiB.
+class Way(Record):
+    """A change that makes a need smaller.
 
     Attributes:
-        what: the work and the kind of memory, such as 'building: GPU memory'.
-        where: the device or the folder.
-        need: how much is needed.
-        have: how much is available; None where it is not known.
-        swap: free swap space.
-        pageable: the part of ``need`` that swap can hold. GPU memory cannot be swapped.
+        change: the option, or the other export.
+        need: what the need is then.
 
     """
 
-    what: str
-    where: str
-    need: int
-    have: int | None
-    swap: int = 0
-    pageable: int = 0
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether it fits."""
-        if self.have is None:
-            return "unknown"
-        over = self.need - self.have
-        if over <= 0:
-            return "fits"
-        return "fits with swap" if over <= min(self.swap, self.pageable) else "does not fit"
+    change: str
+    need: Need
 
     def __str__(self) -> str:
-        have = "unknown" if self.have is None else f"{self.have:,} MiB"
-        swap = f" and {self.swap:,} MiB of swap" if self.swap else ""
-        return (
-            f"{self.what} on {self.where} takes about {self.need:,} MiB (available: {have}{swap})"
-        )
+        return f"{self.change} ({self.need.need:,} MiB, {self.need.verdict})"
 
 
 class MemoryPlan(Record):
@@ -124,11 +112,15 @@ class MemoryPlan(Record):
         stages: the stages that are to be built.
         needs: everything that must fit: the build, the engines on disk, and the run of the whole
             bundle if its device is known.
+        run: what the whole bundle takes in a run, held in several ways.
+        ways: what would make the needs smaller that do not fit.
 
     """
 
     stages: tuple[StageMemory, ...]
     needs: tuple[Need, ...]
+    run: RunMemory
+    ways: tuple[Way, ...] = ()
 
     @property
     def misfits(self) -> tuple[Need, ...]:
@@ -139,11 +131,108 @@ class MemoryPlan(Record):
         """Refuse a build that does not fit.
 
         Raises:
-            HipaError: a need does not fit; the message has the numbers and a remedy.
+            HipaError: a need does not fit; the message has the numbers and what would fit.
 
         """
         if self.misfits:
-            raise HipaError(f"{'; '.join(map(str, self.misfits))}. {_remedy(self.misfits)}")
+            raise HipaError(f"{'; '.join(map(str, self.misfits))}. {self._remedy()}")
+
+    def _remedy(self) -> str:
+        # The disk first, because without space on it nothing else helps.
+        if any("disk" in need.what for need in self.misfits):
+            return "Free some disk space."
+        ways = [str(way) for way in self.ways if way.need.verdict != "does not fit"]
+        less = f"What would fit: {'; '.join(ways)}. " if ways else ""
+        return f"{less}Close other programs, or pass --force: the memory plan is a prediction."
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is to be built and run, and where: all that the needs follow from.
+
+    Attributes:
+        sizes: of every stage of the bundle.
+        to_build: the names of the stages that are to be built.
+        library: the TensorRT library that builds.
+        options: the workspace is part of the GPU memory of a build.
+        build_place: where the build runs.
+        run_place: where the engines run; None where that is not known.
+
+    """
+
+    sizes: tuple[StageSize, ...]
+    to_build: tuple[str, ...]
+    library: TensorRTLibrary
+    options: BuildOptions
+    build_place: Place
+    run_place: Place | None
+
+    def stages(self) -> tuple[StageMemory, ...]:
+        """What the stages that are to be built take."""
+        return tuple(self._stage(size) for size in self.sizes if size.stage in self.to_build)
+
+    def _stage(self, size: StageSize) -> StageMemory:
+        # TensorRT-RTX compiles on the processor alone; TensorRT times its tactics on the GPU.
+        build_gpu = None
+        if self.library == "tensorrt":
+            workspace = self.options.workspace_mib or 0
+            build_gpu = size.weights + (size.activations or 0) + workspace
+        return StageMemory(
+            stage=size.stage,
+            weights=size.weights,
+            activations=size.activations,
+            build_host=round(HOST_BASE_MIB + HOST_PER_WEIGHT * size.weights),
+            build_gpu=build_gpu,
+        )
+
+    def needs(self) -> list[Need]:
+        """What the build of the largest stage takes, and the run of all stages."""
+        running = self._running()
+        return self._building() if running is None else [*self._building(), running]
+
+    def _building(self) -> list[Need]:
+        """Stages are built one after another, each in a process of its own: the largest counts."""
+        stages = self.stages()
+        if not stages:
+            return []
+        place = self.build_place
+        largest = max(stages, key=lambda stage: stage.build_host + (stage.build_gpu or 0))
+        if largest.build_gpu is None:
+            return [_host_need("building", place, largest.build_host, 0)]
+
+        # On a Jetson host and GPU take from one memory, so their parts add up to one need.
+        on_gpu = largest.build_gpu + RUNTIME_MIB
+        if place.shared:
+            return [_host_need("building", place, largest.build_host, on_gpu)]
+        return [
+            _host_need("building", place, largest.build_host, 0),
+            _gpu_need("building", place, on_gpu),
+        ]
+
+    def _running(self) -> Need | None:
+        place = self.run_place
+        if place is None:
+            return None
+        need = RUNTIME_MIB + with_shared_activations(self.sizes)
+        found = _gpu_need("running", place, need)
+        if place.shared:
+            found = _host_need("running", place, 0, need)
+        # As low-memory mode itself decides: the stages but the text encoder together, if they fit.
+        room = None if place.for_engines is None else place.for_engines - RUNTIME_MIB
+        groups = low_memory_groups(self.sizes, room)
+        low = RUNTIME_MIB + one_group_at_a_time(self.sizes, groups)
+        return found.model_copy(update={"low_memory": low if low < need else None})
+
+    def run(self) -> RunMemory:
+        """The stages of a run, held in several ways."""
+        together = low_memory_groups(self.sizes, None)
+        alone = tuple((size.stage,) for size in self.sizes)
+        return RunMemory(
+            own_activations=with_own_activations(self.sizes),
+            shared_activations=with_shared_activations(self.sizes),
+            text_encoder_apart=one_group_at_a_time(self.sizes, together),
+            one_at_a_time=one_group_at_a_time(self.sizes, alone),
+        )
 
 
 def plan_memory(
@@ -153,6 +242,7 @@ def plan_memory(
     target: str,
     options: BuildOptions,
     device: Device,
+    swap_mib: int | None = None,
 ) -> MemoryPlan:
     """Predict what building ``stages``, and running the whole bundle, will take.
 
@@ -163,112 +253,175 @@ def plan_memory(
         target: a name in ``engines/targets``, or 'auto' for this machine.
         options: the workspace is part of the GPU memory of a build.
         device: this machine.
+        swap_mib: swap space to count with, in place of what is free here.
 
     Raises:
         HipaError: an unknown target.
 
     """
-    to_build = tuple(
-        _stage_memory(bundle, bundle.stages[stage], library, options) for stage in stages
-    )
     profile = None if target == "auto" else load_target_profile(target)
+    sizes = tuple(_stage_size(bundle, stage) for stage in bundle.stages.values())
+    plan = plan_stages(
+        sizes,
+        tuple(stages),
+        library,
+        profile,
+        options,
+        device,
+        tiny=_tiny_decoder(bundle),
+        swap_mib=swap_mib,
+    )
+    # After the build: the run comes last.
+    needs = list(plan.needs)
+    place = [index for index, need in enumerate(needs) if need.what.startswith("running")]
+    needs.insert(place[0] if place else len(needs), _disk_need(bundle, plan.stages))
+    return plan.model_copy(update={"needs": tuple(needs)})
 
-    # Only the stages without an engine are built, and only their engines are written.
-    needs = _build_needs(to_build, _build_place(library, profile, device))
-    needs.append(_disk_need(bundle, to_build))
 
-    # A run holds every stage of the bundle, also those whose engine is up to date.
+def plan_stages(
+    sizes: tuple[StageSize, ...],
+    to_build: tuple[str, ...],
+    library: TensorRTLibrary,
+    profile: TargetProfile | None,
+    options: BuildOptions,
+    device: Device,
+    *,
+    tiny: StageSize | None = None,
+    swap_mib: int | None = None,
+) -> MemoryPlan:
+    """As ``plan_memory``, from the sizes of stages alone and without the disk.
+
+    Args:
+        sizes: of every stage, in the order in which they run. A run holds them all, also those
+            whose engine is up to date.
+        to_build: the names of those that are to be built.
+        library: the TensorRT library that builds.
+        profile: the target; None for this machine.
+        options: the workspace is part of the GPU memory of a build.
+        device: this machine.
+        tiny: what a tiny decoder would take; None where there is one, or no decoder.
+        swap_mib: swap space to count with, in place of what is free here.
+
+    """
+    build_place = _build_place(library, profile, device)
     run_place = _run_place(profile, device)
-    every_stage = [
-        _stage_memory(bundle, stage, library, options) for stage in bundle.manifest.stages
-    ]
-    if run_place is not None:
-        needs.append(_run_need(every_stage, run_place))
-    return MemoryPlan(stages=to_build, needs=tuple(needs))
+    if swap_mib is not None:
+        build_place = build_place.model_copy(update={"swap": swap_mib})
+    case = _Case(sizes, to_build, library, options, build_place, run_place)
+    return MemoryPlan(
+        stages=case.stages(),
+        needs=tuple(case.needs()),
+        run=case.run(),
+        ways=tuple(_ways(case, tiny)),
+    )
 
 
-def _stage_memory(
-    bundle: Bundle, stage: Stage, library: TensorRTLibrary, options: BuildOptions
-) -> StageMemory:
+def _ways(case: _Case, tiny: StageSize | None) -> list[Way]:
+    """What would make each need smaller that does not fit, and last all of that together."""
+    changes: list[tuple[str, Callable[[_Case], _Case]]] = []
+    if (case.options.workspace_mib or 0) > SMALL_WORKSPACE_MIB:
+        changes.append((f"--workspace {SMALL_WORKSPACE_MIB}", _small_workspace))
+    if tiny is not None:
+        changes.append(("hipa-export --decoder tiny", partial(_with_tiny, tiny)))
+    if any(size.stage == TEXT_STAGE for size in case.sizes):
+        changes.append(("hipa-export --prompts", _without_text))
+    everything = case
+    for _, change in changes:
+        everything = change(everything)
+
+    ways: list[Way] = []
+    for need in case.needs():
+        if need.verdict != "does not fit":
+            continue
+        smaller = []
+        for words, change in changes:
+            found = _same_need(change(case), need)
+            if found.need < need.need:
+                smaller.append(Way(change=words, need=found))
+        if need.low_memory is not None:
+            smaller.append(Way(change="--low-memory", need=_with_low_memory(need)))
+        if len(smaller) > 1:
+            found = _with_low_memory(_same_need(everything, need))
+            smaller.append(Way(change="all of these", need=found))
+        over = need.need - (need.have or 0)
+        if need.swap < over <= need.pageable:
+            gib = math.ceil(over / 1024)
+            swapped = need.model_copy(update={"swap": gib * 1024})
+            smaller.append(Way(change=f"{gib} GiB of swap", need=swapped))
+        ways += smaller
+    return ways
+
+
+def _same_need(case: _Case, need: Need) -> Need:
+    """What ``need`` is in another case."""
+    (found,) = (found for found in case.needs() if found.what == need.what)
+    return found
+
+
+def _with_low_memory(need: Need) -> Need:
+    least = need.need if need.low_memory is None else need.low_memory
+    return need.model_copy(update={"need": least, "low_memory": None})
+
+
+def _small_workspace(case: _Case) -> _Case:
+    options = case.options.model_copy(update={"workspace_mib": SMALL_WORKSPACE_MIB})
+    return replace(case, options=options)
+
+
+def _with_tiny(tiny: StageSize, case: _Case) -> _Case:
+    sizes = tuple(tiny if size.stage == DECODER_STAGE else size for size in case.sizes)
+    return replace(case, sizes=sizes)
+
+
+def _without_text(case: _Case) -> _Case:
+    return replace(case, sizes=tuple(size for size in case.sizes if size.stage != TEXT_STAGE))
+
+
+def _stage_size(bundle: Bundle, stage: Stage) -> StageSize:
     # A large stage keeps its weights in files beside the graph: model.onnx and model.onnx.data.
     onnx = bundle.stage_path(stage.spec.name)
     weights = _mib(sum(path.stat().st_size for path in onnx.parent.glob(f"{onnx.name}*")))
     activations = None
-    if stage.cost is not None and stage.cost.activation_bytes is not None:
-        activations = _mib(stage.cost.activation_bytes)
+    if stage.cost is not None and stage.cost.engine_activation_bytes is not None:
+        activations = engine_activations_mib(stage.cost.engine_activation_bytes)
+    return StageSize(stage=stage.spec.name, weights=weights, activations=activations)
 
-    # TensorRT-RTX compiles on the processor alone; TensorRT times its tactics on the GPU.
-    build_gpu = None
-    if library == "tensorrt":
-        build_gpu = weights + (activations or 0) + (options.workspace_mib or 0)
-    return StageMemory(
-        stage=stage.spec.name,
-        weights=weights,
-        activations=activations,
-        build_host=round(HOST_BASE_MIB + HOST_PER_WEIGHT * weights),
-        build_gpu=build_gpu,
+
+def _tiny_decoder(bundle: Bundle) -> StageSize | None:
+    """What a tiny decoder would take in place of the bundle's; None where there is nothing to do.
+
+    Its activations have a fixed number of channels at the size of the image.
+    """
+    decoder = bundle.manifest.decoder
+    if DECODER_STAGE not in bundle.stages or (decoder is not None and decoder.kind == "tiny"):
+        return None
+    spec = bundle.stages[DECODER_STAGE].spec
+    pixels = math.prod(spec.outputs[0].at(spec.sizes("max"))) // 3  # of all images of a batch
+    wider = 2 if bundle.manifest.precision == "fp32" else 1
+    return StageSize(
+        stage=DECODER_STAGE,
+        weights=TINY_WEIGHTS_MIB * wider,
+        activations=engine_activations_mib(TINY_BYTES_PER_PIXEL * wider * pixels),
     )
 
 
 def _build_place(library: TensorRTLibrary, profile: TargetProfile | None, device: Device) -> Place:
     """Where the build runs: TensorRT-RTX on this machine's processor, TensorRT on the target."""
-    if library == "tensorrt" and profile is not None and not _is_here(profile, device):
-        return _elsewhere(profile)
-    return _here(device)
+    if library == "tensorrt" and profile is not None and not is_here(profile, device):
+        return elsewhere(profile)
+    return this_machine(device)
 
 
 def _run_place(profile: TargetProfile | None, device: Device) -> Place | None:
     """Where the engines run; None if no target is named and this machine has no GPU."""
-    if profile is not None and not _is_here(profile, device):
-        return _elsewhere(profile)
-    return _here(device) if device.gpu else None
+    if profile is not None and not is_here(profile, device):
+        return elsewhere(profile)
+    return this_machine(device) if device.gpu else None
 
 
-def _is_here(profile: TargetProfile, device: Device) -> bool:
+def is_here(profile: TargetProfile, device: Device) -> bool:
+    """Whether this machine has a GPU of the target's compute capability."""
     return device.gpu is not None and device.gpu.sm == profile.sm
-
-
-def _here(device: Device) -> Place:
-    gpu = device.gpu
-    shared = gpu is not None and (gpu.integrated or device.jetson is not None)
-    return Place(
-        name="this machine",
-        shared=shared,
-        host=available_memory_mib(),
-        swap=free_swap_mib(),
-        gpu=None if gpu is None or shared else gpu.memory_mib,
-    )
-
-
-def _elsewhere(profile: TargetProfile) -> Place:
-    """A target that is not this machine, as its data file describes it."""
-    memory = None if profile.memory_gib is None else round(profile.memory_gib * 1024 * USABLE)
-    if not profile.memory_shared:
-        return Place(name=profile.title, shared=False, host=None, gpu=memory)
-    if memory:
-        memory -= SYSTEM_MIB
-    return Place(name=profile.title, shared=True, host=memory)
-
-
-def _build_needs(stages: tuple[StageMemory, ...], place: Place) -> list[Need]:
-    """What the build of the largest stage takes.
-
-    Stages are built one after another, each in a process of its own, so only the largest counts.
-    """
-    if not stages:
-        return []
-    largest = max(stages, key=lambda stage: stage.build_host + (stage.build_gpu or 0))
-    if largest.build_gpu is None:
-        return [_host_need("building", place, largest.build_host, 0)]
-
-    # On a Jetson host and GPU take from one memory, so their parts add up to one need.
-    on_gpu = largest.build_gpu + RUNTIME_MIB
-    if place.shared:
-        return [_host_need("building", place, largest.build_host, on_gpu)]
-    return [
-        _host_need("building", place, largest.build_host, 0),
-        _gpu_need("building", place, on_gpu),
-    ]
 
 
 def _host_need(what: str, place: Place, pageable: int, pinned: int) -> Need:
@@ -285,14 +438,6 @@ def _host_need(what: str, place: Place, pageable: int, pinned: int) -> Need:
 
 def _gpu_need(what: str, place: Place, need: int) -> Need:
     return Need(what=f"{what}: GPU memory", where=place.name, need=need, have=place.gpu)
-
-
-def _run_need(stages: list[StageMemory], place: Place) -> Need:
-    """What a run takes: the engines and activations of every stage are held at once."""
-    need = RUNTIME_MIB + sum(stage.weights + (stage.activations or 0) for stage in stages)
-    if place.shared:
-        return _host_need("running", place, 0, need)
-    return _gpu_need("running", place, need)
 
 
 def _disk_need(bundle: Bundle, stages: tuple[StageMemory, ...]) -> Need:
@@ -314,24 +459,8 @@ def _mib(size: int) -> int:
     return -(-size // (1 << 20))
 
 
-def _remedy(misfits: tuple[Need, ...]) -> str:
-    # One remedy for all: the disk first, because without space on it nothing else helps.
-    kinds = {need.what for need in misfits}
-    if any("disk" in kind for kind in kinds):
-        return "Free some disk space."
-    if any("building" in kind for kind in kinds):
-        return (
-            "Close other programs, add swap, lower --workspace, or pass --force: "
-            "the memory plan is a prediction."
-        )
-    return (
-        "Use --decoder tiny, a smaller size or batch, or pass --force: "
-        "the memory plan is a prediction."
-    )
-
-
 def render_memory_plan(plan: MemoryPlan) -> list[Table]:
-    """Show the plan as two tables: the stages, and what must fit."""
+    """Show the plan as tables: the stages, the ways to hold them, what must fit, what would."""
     stages = Table(title="Predicted, in MiB; not measured on any GPU")
     stages.add_column("stage", justify="left")
     for heading in ("weights", "activations", "build, host", "build, GPU"):
@@ -340,15 +469,37 @@ def render_memory_plan(plan: MemoryPlan) -> list[Table]:
         sizes = (stage.weights, stage.activations, stage.build_host, stage.build_gpu)
         stages.add_row(stage.stage, *map(_size_cell, sizes))
 
+    run = Table("weights and activations of all stages in a run", "MiB")
+    run.columns[1].justify = "right"
+    run.add_row("each stage with its own activations", _size_cell(plan.run.own_activations))
+    run.add_row("activations shared: as engines run", _size_cell(plan.run.shared_activations))
+    run.add_row("--low-memory, if it fits", _size_cell(plan.run.text_encoder_apart))
+    run.add_row("--low-memory, each stage alone", _size_cell(plan.run.one_at_a_time))
+
+    tables = [stages, run, _needs_table(plan)]
+    if plan.ways:
+        ways = Table("what would take less", "of", "takes", "")
+        ways.columns[2].justify = "right"
+        for way in plan.ways:
+            need = way.need
+            ways.add_row(way.change, need.what, f"{need.need:,}", _verdict_cell(need))
+        tables.append(ways)
+    return tables
+
+
+def _needs_table(plan: MemoryPlan) -> Table:
     needs = Table("", "where", "takes", "available", "swap", "")
-    colours = {"does not fit": "red", "unknown": "yellow"}
     for need in plan.needs:
         have = "unknown" if need.have is None else f"{need.have:,}"
         swap = f"{need.swap:,}" if need.swap else "-"
-        colour = colours.get(need.verdict, "green")
-        verdict = f"[{colour}]{need.verdict}[/{colour}]"
-        needs.add_row(need.what, need.where, f"{need.need:,}", have, swap, verdict)
-    return [stages, needs]
+        needs.add_row(need.what, need.where, f"{need.need:,}", have, swap, _verdict_cell(need))
+    return needs
+
+
+def _verdict_cell(need: Need) -> str:
+    colours = {"does not fit": "red", "unknown": "yellow"}
+    colour = colours.get(need.verdict, "green")
+    return f"[{colour}]{need.verdict}[/{colour}]"
 
 
 def _size_cell(mib: int | None) -> str:

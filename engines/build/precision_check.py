@@ -47,16 +47,17 @@ def check_network(trt: ModuleType, network: Any, requested: Precision) -> Precis
     return check
 
 
-def inspect(trt: ModuleType, logger: Any, engine: Any) -> str:
-    """The JSON of an engine's inspector; an empty text if the engine does not load.
+def inspect(trt: ModuleType, logger: Any, engine: Any) -> tuple[str, int | None]:
+    """The JSON of an engine's inspector, and the bytes that its activations take.
 
-    The engine is loaded, which needs a driver.
+    The engine is loaded, which needs a driver. An empty text and None if it does not load.
     """
     loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
     if loaded is None:
-        return ""
+        return "", None
     inspector = loaded.create_engine_inspector()
-    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    text = str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    return text, int(loaded.device_memory_size_v2)
 
 
 def check_inspected(text: str, requested: Precision) -> PrecisionCheck | None:

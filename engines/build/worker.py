@@ -88,6 +88,7 @@ class Outcome(Record):
         skipped_tactics: how many tactics TensorRT skipped for lack of memory, which is harmless.
         fused_attentions: how many attentions the engine computes in one kernel each; None where the
             engine cannot be looked at.
+        activation_bytes: what the engine's activations take; None where it cannot be loaded.
 
     """
 
@@ -96,6 +97,7 @@ class Outcome(Record):
     precision_check: PrecisionCheck
     skipped_tactics: int = 0
     fused_attentions: int | None = None
+    activation_bytes: int | None = None
 
 
 class Event(Record):
@@ -191,8 +193,9 @@ def build(job: Job, send: Send) -> Outcome:
 
     # What the engine says counts more than what the network said, but loading it needs a driver.
     fused = None
+    activation_bytes = None
     if find_gpu() is not None:
-        text = inspect(trt, poly.get_trt_logger(), engine)
+        text, activation_bytes = inspect(trt, poly.get_trt_logger(), engine)
         check = check_inspected(text, job.precision) or check
         fused = _fused_attentions(text, job.library)
     return Outcome(
@@ -200,6 +203,7 @@ def build(job: Job, send: Send) -> Outcome:
         peak_mib=peak_rss_mib(),
         precision_check=check,
         fused_attentions=fused,
+        activation_bytes=activation_bytes,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 FIELDS = (
@@ -29,7 +30,8 @@ def ask_smi(gpu_name: str | None) -> dict[str, str]:
 
     The answer is empty without nvidia-smi. It is also empty if there are several GPUs and not
     exactly one has the name: their numbers do not help, because CUDA and nvidia-smi count GPUs in
-    different orders.
+    different orders. They count alike with CUDA_DEVICE_ORDER=PCI_BUS_ID in the environment, and
+    then the first GPU that CUDA_VISIBLE_DEVICES names is asked.
     """
     for reasons in _REASONS_FIELDS:
         rows = _query((*FIELDS, reasons))
@@ -44,7 +46,10 @@ def ask_smi(gpu_name: str | None) -> dict[str, str]:
 
 
 def _query(fields: tuple[str, ...]) -> list[dict[str, str]]:
-    command = ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    chosen = _first_visible()
+    if chosen is not None:
+        command.append(f"--id={chosen}")
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=10, check=True, encoding="utf-8"
@@ -58,6 +63,16 @@ def _query(fields: tuple[str, ...]) -> list[dict[str, str]]:
         if len(cells) == len(fields):
             rows.append(dict(zip(fields, cells, strict=True)))
     return rows
+
+
+def _first_visible() -> str | None:
+    """What nvidia-smi calls CUDA's first GPU; None where the environment does not tell."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    if first.startswith("GPU-"):  # a UUID is the same for both
+        return first
+    if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
+        return first or "0"
+    return None
 
 
 def smi_number(answer: dict[str, str], field: str) -> float | None:

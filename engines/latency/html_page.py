@@ -95,8 +95,11 @@ def render_page(report: LatencyReport) -> str:
 
 
 def _warnings(report: LatencyReport) -> Iterator[str]:
-    if report.warnings:
-        paragraphs = "".join(f"<p>{escape(text)}</p>" for text in report.warnings)
+    texts = list(report.warnings)
+    if report.validity and not report.validity.valid:
+        texts.insert(0, str(report.validity))
+    if texts:
+        paragraphs = "".join(f"<p>{escape(text)}</p>" for text in texts)
         yield f'<div class="warn">{paragraphs}</div>'
 
 

@@ -7,19 +7,28 @@ processes took.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 from hipa_deploy.engines.device import sysfs
 from hipa_deploy.engines.device.nvidia_smi import ask_smi, smi_number, smi_text, smi_throttles
 from hipa_deploy.engines.device.sysfs import Clock
 from hipa_deploy.record import Record
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 # A clock above this share of its maximum counts as at its maximum.
 _NEAR = 0.95
 # Readings closer together than this, in seconds, say nothing of other processes: /proc/stat counts
 # in steps of 10 ms.
 _LEAST_SECONDS = 0.1
+# Between two readings of a ``Watch``: often enough for several in the shortest valid measurement,
+# seldom enough that nvidia-smi does not disturb it.
+WATCH_SECONDS = 1.0
 # Other processes matter if they took this share of the cores that this process may use.
 _OTHERS_SHARE = 0.1
 
@@ -141,6 +150,64 @@ class Machine:
         )
 
 
+class Watch:
+    """Reads the state of a machine again and again, in a thread, while something runs.
+
+    Readings right before and after a measurement do not show what lies between them: a GPU that is
+    idle lowers its clock within milliseconds.
+
+    Args:
+        machine: what to read; None reads nothing.
+        interval: seconds between two readings; None is ``WATCH_SECONDS``.
+
+    Attributes:
+        readings: those so far, in order.
+
+    Example:
+        >>> with Watch(Machine(Path("/"), "NVIDIA H100 PCIe")) as watch:
+        ...     work()
+        >>> watch.readings[0].clocks["gpu"].now_mhz
+        1755.0
+
+    """
+
+    def __init__(self, machine: Machine | None, interval: float | None = None) -> None:
+        self.readings: list[Reading] = []
+        self._machine = machine
+        self._interval = WATCH_SECONDS if interval is None else interval
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._read_on, name="hipa-watch", daemon=True)
+
+    def _read_on(self) -> None:
+        assert self._machine is not None
+        # The first reading comes after an interval: the GPU is at work by then.
+        while not self._ended.wait(self._interval):
+            self.readings.append(self._machine.read())
+
+    def start(self) -> None:
+        """Begin to read."""
+        if self._machine is not None:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Read no more. Calling it twice, or without ``start``, is harmless."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
 def _smi_clocks(smi: dict[str, str]) -> dict[str, Clock]:
     clocks = {}
     for name, field in (("gpu", "sm"), ("memory", "mem")):
@@ -182,7 +249,7 @@ def state_warnings(state: MachineState, *, cores: int, on_gpu: bool) -> tuple[st
         A sentence for each reason, without a full stop.
 
     """
-    return (*_throttling(state), *_low_clocks(state, on_gpu), *_other_processes(state, cores))
+    return (*_throttling(state), *_low_clocks(state, on_gpu), *others_warnings(state, cores=cores))
 
 
 def _throttling(state: MachineState) -> list[str]:
@@ -219,7 +286,8 @@ def _low_clocks(state: MachineState, on_gpu: bool) -> list[str]:
     return found
 
 
-def _other_processes(state: MachineState, cores: int) -> list[str]:
+def others_warnings(state: MachineState, *, cores: int) -> tuple[str, ...]:
+    """Warn of other processes that took a tenth or more of this process's cores."""
     if state.others_cores is None or state.others_cores < _OTHERS_SHARE * cores:
-        return []
-    return [f"other processes took {state.others_cores:.1f} cores' time during the runs"]
+        return ()
+    return (f"other processes took {state.others_cores:.1f} cores' time during the runs",)

@@ -24,7 +24,13 @@ from hipa_deploy.bundle.reference import reference_prompt
 from hipa_deploy.engines.backends.available import Device, describe_device
 from hipa_deploy.engines.device.machine import peak_rss_mib, usable_cores
 from hipa_deploy.engines.latency.layer_times import profile_layers
-from hipa_deploy.engines.latency.machine_state import Machine, MachineState, state_warnings
+from hipa_deploy.engines.latency.machine_state import (
+    Machine,
+    MachineState,
+    Watch,
+    others_warnings,
+    state_warnings,
+)
 from hipa_deploy.engines.latency.report import (
     MAX_RUNS,
     BundleFacts,
@@ -34,6 +40,7 @@ from hipa_deploy.engines.latency.report import (
     Prompts,
 )
 from hipa_deploy.engines.latency.stage_timer import END_TO_END, StageTimer
+from hipa_deploy.engines.latency.validity import judge
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.prompts import BAKED_PROMPTS, read_baked_prompts
@@ -42,6 +49,7 @@ from hipa_deploy.images.example_source import example_source
 
 # A run is not steady if the medians of its first and last quarter differ by this share.
 DRIFT = 0.1
+MAX_SECONDS = 86_400  # a day
 # With fewer samples in a quarter, two medians differ by chance.
 _LEAST_QUARTER = 5
 
@@ -64,8 +72,10 @@ class _Run(NamedTuple):
     device: dict[str, float]
 
 
-def check_runs(runs: int, warmup: int) -> None:
-    """Raise HipaError for numbers of runs out of range."""
+def check_runs(runs: int, warmup: int, seconds: float = 0.0) -> None:
+    """Raise HipaError for numbers of runs, or seconds, out of range."""
+    if not 0 <= seconds <= MAX_SECONDS:
+        raise HipaError(f"got {seconds:g} seconds. Expected 0 to {MAX_SECONDS}.")
     if not 1 <= runs <= MAX_RUNS or not 0 <= warmup <= MAX_RUNS:
         raise HipaError(
             f"got {runs} runs and {warmup} of warm-up. "
@@ -78,6 +88,7 @@ def profile_pipeline(
     *,
     runs: int = 50,
     warmup: int = 5,
+    seconds: float = 0.0,
     prompt: str | None = None,
     layers: bool = False,
     console: Console | None = None,
@@ -89,6 +100,9 @@ def profile_pipeline(
         pipeline: the pipeline to measure; it stays loaded.
         runs: timed runs, 1 to ``MAX_RUNS``.
         warmup: untimed runs between the first run and the timed ones, 0 to ``MAX_RUNS``.
+        seconds: go on beyond ``runs`` until the timed runs took this long together, or there are
+            ``MAX_RUNS`` of them. A valid figure needs 100 runs and 10 seconds
+            (``engines/latency/validity.py``).
         prompt: one prompt for all runs, so that all but the first use the cached text context. By
             default every run has a new prompt, the bundle's reference prompt with a number behind
             it, so that the text encoder runs each time. A bundle with baked prompts takes them in
@@ -108,7 +122,7 @@ def profile_pipeline(
         ['text_encoder', 'unet', 'vae_decoder']
 
     """
-    check_runs(runs, warmup)
+    check_runs(runs, warmup, seconds)
     prompts = _run_prompts(pipeline.bundle, prompt)
     device = describe_device()
     machine = Machine(root, device.gpu.name if device.gpu else None)
@@ -120,9 +134,16 @@ def profile_pipeline(
 
     # The timed runs, with the state of the machine read right before and right after them.
     before = machine.read()
-    timed = []
-    for number in _with_progress(range(1 + warmup, 1 + warmup + runs), console):
-        timed.append(_time_run(pipeline, prompts.text(number), number))
+    on_gpu = pipeline.backend not in CPU_BACKENDS
+    with Watch(machine if on_gpu else None) as watch:
+        timed = []
+        for number in _with_progress(range(1 + warmup, 1 + warmup + runs), console):
+            timed.append(_time_run(pipeline, prompts.text(number), number))
+        took = sum(run.host[END_TO_END] for run in timed)
+        while took < seconds and len(timed) < MAX_RUNS:
+            number = 1 + warmup + len(timed)
+            timed.append(_time_run(pipeline, prompts.text(number), number))
+            took += timed[-1].host[END_TO_END]
     state = machine.state(before, machine.read())
 
     # Statistics of the timed runs, and what makes them doubtful.
@@ -130,9 +151,16 @@ def profile_pipeline(
     device_stats = _stats_by_stage([run.device for run in timed], first.device)
     conditions = _conditions(pipeline, prompts.description, device, state)
     end_to_end = host_stats.pop(END_TO_END)
-    on_gpu = pipeline.backend not in CPU_BACKENDS
-    warnings = state_warnings(state, cores=conditions.threads, on_gpu=on_gpu)
-    warnings += drift_warnings(end_to_end.samples_ms)
+    drift = drift_warnings(end_to_end.samples_ms)
+    warnings = state_warnings(state, cores=conditions.threads, on_gpu=on_gpu) + drift
+
+    # Whether the figures count. Other processes take from a CPU what is measured there.
+    others = () if on_gpu else others_warnings(state, cores=conditions.threads)
+    validity = judge(
+        end_to_end.samples_ms,
+        readings=watch.readings if on_gpu else None,
+        disturbances=(*drift, *others),
+    )
 
     # Memory is read before the layers are profiled: a profiler takes memory of its own.
     host_mib = peak_rss_mib()
@@ -151,6 +179,7 @@ def profile_pipeline(
         conditions=conditions,
         layers=layer_times,
         warnings=warnings,
+        validity=validity,
     )
 
 
@@ -305,6 +334,7 @@ def _conditions(
         device=device,
         bundle=_bundle_facts(pipeline.bundle),
         state=state,
+        low_memory=pipeline.low_memory,
     )
 
 

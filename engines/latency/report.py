@@ -15,6 +15,7 @@ from hipa_deploy.engines.backends.available import Device
 from hipa_deploy.engines.latency.layer_times import LayerTime
 from hipa_deploy.engines.latency.machine_state import MachineState
 from hipa_deploy.engines.latency.roofline import Roofline
+from hipa_deploy.engines.latency.validity import Validity
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.record import Record
 
@@ -90,6 +91,8 @@ class Conditions(Record):
         device: the machine.
         bundle: None in reports of schema 1.
         state: the machine's clocks, temperatures and power mode; None in reports of schema 1.
+        low_memory: stages were loaded in turn, and their loading is part of the time from prompt
+            to image.
 
     """
 
@@ -104,6 +107,7 @@ class Conditions(Record):
     device: Device
     bundle: BundleFacts | None = None
     state: MachineState | None = None
+    low_memory: bool = False
 
 
 class LatencyReport(Record):
@@ -126,6 +130,7 @@ class LatencyReport(Record):
         roofline: a prediction for a target, not a measurement; None if no target was named.
         layers: by stage, the time of each layer, if layers were profiled.
         warnings: what makes the numbers doubtful, a sentence each.
+        validity: whether the numbers count, by stated bounds; None in reports of older versions.
 
     """
 
@@ -143,6 +148,7 @@ class LatencyReport(Record):
     roofline: Roofline | None = None
     layers: dict[str, tuple[LayerTime, ...]] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    validity: Validity | None = None
 
 
 def read_report(path: Path) -> LatencyReport:

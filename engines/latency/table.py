@@ -25,7 +25,7 @@ def render_table(report: LatencyReport) -> Table:
     size = f"{conditions.width}x{conditions.height}"
     title = (
         f"Latency of a batch of {conditions.batch}, {size}, {conditions.precision}, "
-        f"{conditions.backend}, in ms"
+        f"{conditions.backend}{_memory_mode(conditions)}, in ms"
     )
     table = Table(title=title, caption=_caption(report), caption_justify="left")
     table.add_column("stage", no_wrap=True)
@@ -66,6 +66,8 @@ def _caption(report: LatencyReport) -> str:
     conditions = report.conditions
     runs = report.end_to_end.runs
     few = "; p99 of fewer than 100 runs is close to the slowest" if runs < 100 else ""
+    if report.validity and report.validity.p99_estimate_ms:
+        few = f"; p99 is below {_ms(report.validity.p99_estimate_ms)} with 99 % confidence"
     lines = [
         f"{runs} runs after {report.warmup} of warm-up{few}; {conditions.prompts}; "
         f"{device_name(report)}, {conditions.threads} threads; load {report.load_seconds:.2f} s; "
@@ -79,6 +81,8 @@ def _caption(report: LatencyReport) -> str:
             known.append(f"{name} {value}")
     if known:
         lines.append(f"{'; '.join(known)}.")
+    if report.validity:
+        lines.append(f"{report.validity}.")
     lines += [f"warning: {warning}." for warning in report.warnings]
     return "\n".join(lines)
 
@@ -171,7 +175,7 @@ def markdown_table(reports: Sequence[LatencyReport]) -> str:
     warnings: dict[str, None] = {}
     for report in reports:
         stage_names |= dict.fromkeys(report.stages)
-        warnings |= dict.fromkeys(report.warnings)
+        warnings |= dict.fromkeys(_notes(report))
     stages = list(stage_names)
     notes = list(warnings)
 
@@ -202,13 +206,13 @@ def _row(report: LatencyReport, stages: Sequence[str], notes: Sequence[str]) -> 
         stats = report.stages.get(name)
         times.append(_ms(stats.p50_ms if stats else None))
     percent = report.roofline.measured_percent if report.roofline else None
-    references = [f"[{notes.index(warning) + 1}]" for warning in report.warnings]
+    references = [f"[{notes.index(note) + 1}]" for note in _notes(report)]
     return [
         device_name(report),
         _or_dash(state.power_mode if state else None),
         _gpu_clock(conditions, state),
         _release(conditions, state),
-        f"{conditions.backend} {_version(conditions)}".strip(),
+        f"{conditions.backend} {_version(conditions)}".strip() + _memory_mode(conditions),
         model_name(report),
         _or_dash(facts.decoder if facts else None),
         f"{conditions.width}x{conditions.height}",
@@ -221,6 +225,13 @@ def _row(report: LatencyReport, stages: Sequence[str], notes: Sequence[str]) -> 
         str(report.end_to_end.runs),
         " ".join(references),
     ]
+
+
+def _notes(report: LatencyReport) -> list[str]:
+    """What a reader of the row must know: that it is invalid and why, and its warnings."""
+    validity = report.validity
+    invalid = [str(validity)] if validity and not validity.valid else []
+    return [*invalid, *report.warnings]
 
 
 def _or_dash(text: str | None) -> str:
@@ -238,6 +249,10 @@ def _gpu_clock(conditions: Conditions, state: MachineState | None) -> str:
 def _release(conditions: Conditions, state: MachineState | None) -> str:
     parts = [conditions.device.l4t, state.jetpack if state else None]
     return " / ".join(part for part in parts if part) or "-"
+
+
+def _memory_mode(conditions: Conditions) -> str:
+    return ", low memory" if conditions.low_memory else ""
 
 
 def _version(conditions: Conditions) -> str:

@@ -130,9 +130,10 @@ class Sidecar(Record):
     """What the JSON file beside an engine holds.
 
     ``candidates_ms`` is the median latency of every build with ``--best-of``, the fastest kept.
-    ``check``, ``attention``, ``attempts`` and ``remedies`` are absent in files of older versions.
-    ``attempts`` has the builds that failed their gate before this one, and this one; it is empty
-    without any. ``remedies`` are those of known faults that are among the key's repairs.
+    ``activation_bytes`` is what TensorRT says its activations take, None where no GPU loaded it.
+    This, ``check``, ``attention``, ``attempts`` and ``remedies`` are absent in files of older
+    versions. ``attempts`` has the builds that failed their gate before this one, and this one; it
+    is empty without any. ``remedies`` are those of known faults that are among the key's repairs.
     """
 
     schema_version: Literal[1] = 1
@@ -142,6 +143,7 @@ class Sidecar(Record):
     precision_check: PrecisionCheck
     engine_sha256: str
     engine_bytes: int
+    activation_bytes: int | None = None
     build_seconds: float
     build_peak_mib: int | None
     candidates_ms: tuple[float, ...] = ()

@@ -1,4 +1,7 @@
-"""Named buffers: device memory with a page-locked copy on the host, or one memory for both."""
+"""Named buffers: device memory with a page-locked copy on the host, or one memory for both.
+
+And the block of device memory in which stages hold their activations.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,11 @@ from types import ModuleType
 import numpy as np
 
 from hipa_deploy.engines.tensorrt.cuda import call
+from hipa_deploy.errors import HipaError
+
+# cudaMalloc aligns to this, as TensorRT wants of activations. An engine that needs none gets as
+# much all the same: a context without any memory does not run.
+_LEAST_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ def shares_memory(cudart: ModuleType) -> bool:
 
     On such a GPU a stage's inputs and outputs lie in mapped page-locked memory, which the GPU reads
     without caching (CUDA for Tegra, 'Memory Selection'). That is right for data that is read once;
-    engines keep their activations in memory of their own.
+    activations lie in device memory (``ActivationBlock``).
     """
     integrated = cudart.cudaDeviceAttr.cudaDevAttrIntegrated
     return bool(call(cudart, "cudaDeviceGetAttribute", integrated, 0))
@@ -75,3 +83,46 @@ def allocate(
     # A view without a copy: the memory belongs to ``stack``, and the view ends with it.
     raw = (ctypes.c_uint8 * size).from_address(pinned)
     return Buffer(device, np.ctypeslib.as_array(raw).view(dtype), shared)
+
+
+class ActivationBlock:
+    """One block of device memory for the activations of stages that run one after the other.
+
+    Attributes:
+        address: of the block on the device; 0 before ``reserve``.
+        size: its bytes.
+
+    """
+
+    def __init__(self, cudart: ModuleType) -> None:
+        self.address = 0
+        self.size = 0
+        self._cudart = cudart
+
+    def reserve(self, size: int) -> None:
+        """Make the block at least ``size`` bytes large. Its content and address may change.
+
+        Raises:
+            HipaError: CUDA has no such block left. There is no block then.
+
+        """
+        size = max(size, _LEAST_BLOCK)
+        if size <= self.size:
+            return
+        # Freed first: both at once might not fit.
+        self.free()
+        try:
+            self.address = call(self._cudart, "cudaMalloc", size)
+        except HipaError as error:
+            raise HipaError(
+                f"no block of {-(-size >> 20):,} MiB is left on the GPU for the activations: "
+                f"{str(error).rstrip('.')}. Close other programs; "
+                "hipa-generate --low-memory takes less."
+            ) from None
+        self.size = size
+
+    def free(self) -> None:
+        """Give the block back. Calling it twice is harmless."""
+        if self.size:
+            self.size = 0
+            call(self._cudart, "cudaFree", self.address)

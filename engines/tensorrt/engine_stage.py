@@ -22,8 +22,8 @@ Shape = tuple[int, ...]
 class EngineStage:
     """An engine and its execution context.
 
-    The context's activations belong to the engine; the buffers of inputs and outputs belong to the
-    runner, which binds them.
+    All memory belongs to the runner: it binds the buffers of inputs and outputs, and places the
+    activations. A context has none of its own, and runs only when both are there.
 
     Args:
         trt: the module of TensorRT or TensorRT-RTX.
@@ -34,7 +34,7 @@ class EngineStage:
 
     Raises:
         HipaError: an engine that does not deserialise, whose tensors are not those of ``spec``, or
-            for whose activations no memory is left.
+            that gives no execution context.
 
     """
 
@@ -45,32 +45,64 @@ class EngineStage:
         self._trt = trt
         self._barriers = barriers
         self._barrier_addresses: dict[str, int] = {}
+        self._activations: tuple[int, int] | None = None  # address and size
         self._runtime, self._engine = deserialise(trt, path)
         check_engine_tensors(trt, self._engine, spec, barriers)
         self._context = self.new_context()
 
     def new_context(self) -> Any:
-        """Another execution context, with activations of its own."""
-        context = self._engine.create_execution_context(*self._runtime_config())
+        """Another execution context, for the activations of the first: only one may run at a time.
+
+        Raises:
+            HipaError: the engine gives none; the message has TensorRT's last error.
+
+        """
+        context = self._engine.create_execution_context(self._context_choice())
         if context is None:
+            words = recording_logger(self._trt).last
             raise HipaError(
-                f"{self.spec.name}: not enough GPU memory for the engine's activations. "
-                "Close other programs."
+                f"{self.spec.name}: the engine gives no execution context: {words}. "
+                "Close other programs; hipa-generate --low-memory takes less."
             )
+        if self._activations is not None:
+            context.set_device_memory(*self._activations)
         return context
 
-    def _runtime_config(self) -> tuple[Any, ...]:
-        """Arguments for a new context: on TensorRT-RTX with dynamic shapes a runtime configuration.
+    def _context_choice(self) -> Any:
+        """What a new context is made with: no activations of its own.
 
-        It compiles the kernels for new shapes at once. By default TensorRT-RTX compiles them in the
-        background, and a CUDA graph would keep the general kernels that it starts with.
+        On TensorRT-RTX with dynamic shapes it is a runtime configuration, which compiles the
+        kernels for new shapes at once. By default TensorRT-RTX compiles them in the background, and
+        a CUDA graph would keep the general kernels that it starts with.
         """
+        user_managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         strategies = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
         if not self.spec.axes or strategies is None:
-            return ()
+            return user_managed
         config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(user_managed)
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-        return (config,)
+        return config
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes that the activations take at the largest shapes.
+
+        This and ``set_device_memory`` with a size are in every supported version. TensorRT 11 has
+        no other: it dropped the 32-bit names of 10.0.
+        """
+        return int(self._engine.device_memory_size_v2)
+
+    def place_activations(self, address: int, size: int) -> None:
+        """Where the activations are held from now on, in every context of this engine.
+
+        Args:
+            address: of device memory, a multiple of 256.
+            size: its bytes, at least ``activation_bytes``.
+
+        """
+        self._activations = (address, size)
+        self._context.set_device_memory(address, size)
 
     def barrier_sizes(self) -> dict[str, int]:
         """Bytes that each barrier needs at the largest shapes.
@@ -166,7 +198,7 @@ class EngineStage:
             (layer, milliseconds) of the second of two runs, in the order in which the layers ran.
 
         Raises:
-            HipaError: no memory for another context, or as ``enqueue`` does.
+            HipaError: no further context, or as ``enqueue`` does.
 
         """
         context = self.new_context()

@@ -2,7 +2,7 @@
 
 A ``TensorRTRunner`` holds one stage or several in sequence. Several share one stream and one buffer
 for each tensor name, so that an output of a stage is the input of the next one, on the device; and
-all of them together are one CUDA graph.
+all of them together are one CUDA graph. They share one block for their activations too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.manifest import StageSpec
-from hipa_deploy.engines.tensorrt.buffers import Buffer, allocate, shares_memory
+from hipa_deploy.engines.tensorrt.buffers import ActivationBlock, Buffer, allocate, shares_memory
 from hipa_deploy.engines.tensorrt.cuda import call, load_cudart
 from hipa_deploy.engines.tensorrt.cuda_graph import CapturedGraph
 from hipa_deploy.engines.tensorrt.device_array import DeviceArray
@@ -76,6 +76,8 @@ class TensorRTRunner(ClosesAtExit):
         runners: each stage by itself; it shares stream and buffers with the others.
         graph_problem: why there is no CUDA graph; None while nothing is wrong.
         device_memory_mib: device memory that loading and running took so far.
+        activation_bytes: the size of the block that the stages' activations share: the most that
+            one stage needs.
 
     Raises:
         MissingDependencyError: TensorRT or cuda-python is not installed.
@@ -115,10 +117,14 @@ class TensorRTRunner(ClosesAtExit):
             self._shared = shares_memory(self._cudart)
             self._free_bytes = call(self._cudart, "cudaMemGetInfo")  # before anything is allocated
             self._buffers = self._allocate(specs, stack)
+            # Before the stages: the block goes when no context is left that has its address.
+            self._activations = ActivationBlock(self._cudart)
+            stack.callback(self._activations.free)
             self._stages = {}
             for spec, path in stages:
                 unread = (barriers or {}).get(spec.name, ())
                 self._stages[spec.name] = self._load(spec, path, unread, stack)
+            self._place_activations()
             # One event before the first stage and one after each.
             self._events = [self._new_event(stack) for _ in range(len(stages) + 1)]
             self.device_memory_mib: int | None = self._used_mib()
@@ -165,6 +171,21 @@ class TensorRTRunner(ClosesAtExit):
         stage.place_barriers(addresses)
         stage.bind(self._buffers)
         return stage
+
+    def _place_activations(self) -> None:
+        """Give every stage the same block for its activations.
+
+        Nothing may run and no graph may exist meanwhile: both hold the block's address.
+        """
+        # Sharing is right because no two stages run at once. All are put on one stream, directly or
+        # as one graph that was captured from it; the auxiliary streams that an engine may use join
+        # that stream before the engine ends; and ``_one_call`` lets one call in at a time. What a
+        # stage hands to the next lies in a buffer of its own, never in the block. Another runner
+        # has another stream, and so another block.
+        needed = max(stage.activation_bytes for stage in self._stages.values())
+        self._activations.reserve(needed)
+        for stage in self._stages.values():
+            stage.place_activations(self._activations.address, self._activations.size)
 
     def _new_event(self, stack: ExitStack) -> object:
         event = call(self._cudart, "cudaEventCreate")
@@ -257,7 +278,8 @@ class TensorRTRunner(ClosesAtExit):
             stage: whose engine; None: the first stage's.
 
         Raises:
-            HipaError: a closed runner, or what ``change`` raises.
+            HipaError: a closed runner, what ``change`` raises, or no memory for what the changed
+                engine needs: then the runner is closed.
 
         """
         with self._one_call:
@@ -267,6 +289,17 @@ class TensorRTRunner(ClosesAtExit):
             self._wait()
             self._drop_graphs()
             self._stages[stage or next(iter(self._stages))].change(change)
+            # A changed engine may need more than the one that was loaded.
+            try:
+                self._place_activations()
+            except HipaError:
+                self.close()  # the contexts have the address of a block that is gone
+                raise
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of the block in which all stages hold their activations, one after the other."""
+        return self._activations.size
 
     @property
     def device_ms(self) -> float | None:
@@ -289,7 +322,7 @@ class TensorRTRunner(ClosesAtExit):
         """Milliseconds of every layer, ('stage/layer', ms), in a pass without a CUDA graph.
 
         Raises:
-            HipaError: as a call does, or no memory for a second execution context.
+            HipaError: as a call does, or no second execution context.
 
         """
         times = self.profile(inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +27,7 @@ _VIEWS = {"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 
 
 def stage_cost(path: Path, spec: StageSpec) -> Cost:
-    """The cost of a stage at its usual shapes; its ``activation_bytes`` at the largest shapes.
+    """The cost of a stage at its usual shapes; the bytes of its activations at the largest shapes.
 
     Raises:
         HipaError: as ``graph_cost`` does.
@@ -37,7 +37,12 @@ def stage_cost(path: Path, spec: StageSpec) -> Cost:
     if not spec.axes:
         return usual
     largest = graph_cost(path, spec.sizes("max"))
-    return usual.model_copy(update={"activation_bytes": largest.activation_bytes})
+    return usual.model_copy(
+        update={
+            "activation_bytes": largest.activation_bytes,
+            "fused_activation_bytes": largest.fused_activation_bytes,
+        }
+    )
 
 
 def graph_cost(path: Path, sizes: Mapping[str, int] = MappingProxyType({})) -> Cost:
@@ -78,6 +83,9 @@ def graph_cost(path: Path, sizes: Mapping[str, int] = MappingProxyType({})) -> C
             weight_bytes=_weight_bytes(model.graph, shapes),
             io_bytes=io_bytes,
             activation_bytes=_activation_bytes(model.graph, shapes),
+            fused_activation_bytes=_activation_bytes(
+                model.graph, shapes, _fusable_scores(model.graph, shapes)
+            ),
         )
     except HipaError as error:
         raise HipaError(f"{path}: {error}") from None
@@ -178,17 +186,51 @@ def _weight_bytes(graph: GraphProto, shapes: _Shapes) -> int:
     return total
 
 
-def _activation_bytes(graph: GraphProto, shapes: _Shapes) -> int | None:
+def _fusable_scores(graph: GraphProto, shapes: _Shapes) -> set[str]:
+    """The scores of every attention that TensorRT can compute in one kernel, which stores none.
+
+    Its conditions: both products in FP16, and heads of 16 to 256 numbers, a multiple of 8
+    (docs/reference/engines.md). The scores are the first product and its softmax.
+    """
+    writers = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            readers[name].append(node)
+
+    scores = set()
+    for node in graph.node:
+        if node.op_type != "Softmax":
+            continue
+        first = writers.get(node.input[0])
+        after = [reader.op_type for reader in readers[node.output[0]]]
+        if first is None or first.op_type != "MatMul" or after != ["MatMul"]:
+            continue
+        try:
+            head = shapes[first.input[0]][-1]
+            is_half = shapes.bytes(node.input[0]) == 2 * prod(shapes[node.input[0]])
+        except (HipaError, KeyError):
+            continue
+        if is_half and 16 <= head <= 256 and head % 8 == 0:
+            scores |= {node.input[0], node.output[0]}
+    return scores
+
+
+def _activation_bytes(
+    graph: GraphProto, shapes: _Shapes, not_stored: Collection[str] = ()
+) -> int | None:
     """The largest sum, over the nodes in order, of the tensors that are alive.
 
     A tensor is alive from the node that writes it to the last node that reads it. Inputs, outputs
-    and weights lie in memory of their own. None: a shape is not known.
+    and weights lie in memory of their own, and ``not_stored`` in none. None: a shape is not known.
     """
     # Which tensor's memory a name lies in: its own, or of a view that of its source. "" stands for
     # memory that is no activation.
     holder: dict[str, str] = {}
     for value in (*graph.input, *graph.output, *graph.initializer):
         holder[value.name] = ""
+    for name in not_stored:
+        holder[name] = ""
     last_read: dict[str, int] = {}
     for index, node in enumerate(graph.node):
         for name in node.output:

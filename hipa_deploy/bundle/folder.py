@@ -23,6 +23,7 @@ from hipa_deploy.disk.reading import (
     shown,
     validated,
 )
+from hipa_deploy.disk.remembered import RememberedHashes
 from hipa_deploy.errors import HipaError, first_line, reason_of
 
 SCHEMA = 1
@@ -103,7 +104,16 @@ class Bundle:
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
-        """The stages by name, in the order in which they run."""
+        """The stages by name, in the order in which they run; a safety checker is the last."""
+        stages = dict(self.path_stages)
+        if self.manifest.safety is not None:
+            stage = self.manifest.safety.stage
+            stages[stage.spec.name] = stage
+        return stages
+
+    @cached_property
+    def path_stages(self) -> dict[str, Stage]:
+        """The stages that lead from a prompt to an image, without the safety checker."""
         return {stage.spec.name: stage for stage in self.manifest.stages}
 
     @cached_property
@@ -111,6 +121,11 @@ class Bundle:
         """The stages by name; the last is the base UNet, in a bundle that refines."""
         refine = self.manifest.refine
         return self.stages | ({refine.stage.spec.name: refine.stage} if refine else {})
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the manifest, which lists the hash of every other file: it names the bundle."""
+        return file_sha256(self.root / MANIFEST)
 
     def path(self, relative: str) -> Path:
         """The file that ``relative`` names.
@@ -134,8 +149,12 @@ class Bundle:
         """The ONNX file of stage ``name``."""
         return self.path(self.all_stages[name].path)
 
-    def verify(self) -> None:
+    def verify(self, *, remembered: bool = False) -> None:
         """Hash every file that the manifest lists, and check that a stage reads no other.
+
+        Args:
+            remembered: take the hash of an unchanged file from this user's cache, as
+                ``hipa_deploy.disk.remembered`` says. By default every file is read.
 
         Raises:
             HipaError: a file is missing, truncated or changed, lies outside the bundle, or has
@@ -145,13 +164,15 @@ class Bundle:
         # Every file is there, and none is absurd, before the first is hashed.
         for relative in self.manifest.files:
             check_size(self.path(relative))
+        hashes = RememberedHashes(self.root)
         for relative, expected in self.manifest.files.items():
             path = self.path(relative)
-            if file_sha256(path) != expected:
+            if not hashes.matches(path, expected, again=not remembered):
                 raise HipaError(
                     f"{path} is corrupt: its SHA-256 is not the manifest's. "
                     "Copy or export the bundle again."
                 )
+        hashes.save()
         for name, stage in self.all_stages.items():
             for location in sorted(external_files(self.stage_path(name))):
                 weights = beside(stage.path, location)

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.disk.reading import name_problem, shown
+from hipa_deploy.marks.records import Marks, SafetySettings
 from hipa_deploy.record import Record
 from hipa_deploy.tasks import Task
 
@@ -32,7 +33,8 @@ Precision = Literal["fp16", "fp32"]
 Layout = Literal["onestep", "generic"]
 TEACHER_STAGE = "teacher"  # the base UNet, which refines: not one of the stages of the one step
 TEACHER_INPUTS = ("sample", "timestep", "encoder_hidden_states")
-STAGE_NAMES = ("text_encoder", "vae_encoder", "unet", "vae_decoder", "generator", TEACHER_STAGE)
+PATH_STAGES = ("text_encoder", "vae_encoder", "unet", "vae_decoder", "generator")
+STAGE_NAMES = (*PATH_STAGES, "safety_checker", TEACHER_STAGE)
 
 
 def _stage_name(name: str) -> str:
@@ -211,6 +213,8 @@ class Cost(Record):
         stage's
             largest shapes, when none is fused away. None where a shape is unknown, and in older
             bundles.
+        fused_activation_bytes: the same where no attention that can be fused stores its scores.
+            None where a shape is unknown, and in older bundles.
 
     """
 
@@ -218,6 +222,14 @@ class Cost(Record):
     weight_bytes: Count
     io_bytes: Count
     activation_bytes: Count | None = None
+    fused_activation_bytes: Count | None = None
+
+    @property
+    def engine_activation_bytes(self) -> int | None:
+        """What is known best of the activations of an engine, which fuses attentions."""
+        if self.fused_activation_bytes is None:
+            return self.activation_bytes
+        return self.fused_activation_bytes
 
 
 class Stage(Record):
@@ -457,6 +469,32 @@ class Refinement(Record):
         return stage
 
 
+class SafetyStage(Record):
+    """The model's safety checker: the network as a stage, and what surrounds it.
+
+    Attributes:
+        stage: pixels float32 [1, 3, S, S] -> cosines float32 [1, N].
+        settings: how images are prepared, and the thresholds.
+
+    """
+
+    stage: Stage
+    settings: SafetySettings
+
+    @model_validator(mode="after")
+    def _fits(self) -> SafetyStage:
+        spec = self.stage.spec
+        names = [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
+        if spec.name != "safety_checker" or names != ["pixels", "cosines"]:
+            raise ValueError(f"stage {shown(spec.name)} is no safety checker")
+        settings = self.settings
+        cosines = len(settings.special_thresholds) + len(settings.thresholds)
+        shapes = (spec.inputs[0].shape, spec.outputs[0].shape)
+        if shapes != ((1, 3, *settings.crop), (1, cosines)):
+            raise ValueError(f"its settings do not fit a safety checker of {shapes}")
+        return self
+
+
 class Manifest(Record):
     """``hipa.json``.
 
@@ -478,6 +516,8 @@ class Manifest(Record):
         one_step: the constants of the step.
         text: how prompts become contexts; in older bundles one chunk of 77 tokens.
         stages: in the order in which they run.
+        safety: the safety checker, which sees every image; None where the model has none.
+        marks: how images are marked.
         end_to_end: from the reference prompt to images.
         refine: the base model beside the one-step one; None, and left out of the file, without it.
         files: SHA-256 of every file, by its path in the bundle.
@@ -500,7 +540,9 @@ class Manifest(Record):
     upscale: int | None = Field(default=None, ge=1, le=64)
     one_step: OneStep
     text: TextSettings = TextSettings()
-    stages: tuple[Stage, ...] = Field(min_length=1, max_length=len(STAGE_NAMES))
+    stages: tuple[Stage, ...] = Field(min_length=1, max_length=len(PATH_STAGES))
+    safety: SafetyStage | None = None
+    marks: Marks = Marks()
     end_to_end: Parity
     refine: Refinement | None = None
     files: dict[FileName, Text] = Field(max_length=MAX_FILES)
@@ -515,6 +557,8 @@ class Manifest(Record):
             raise ValueError(f"stage {TEACHER_STAGE} is among those of the one step")
         if self.refine and (self.task, self.layout) != ("generate", "onestep"):
             raise ValueError(f"task {self.task} in layout {self.layout} is not refined")
+        if "safety_checker" in names:
+            raise ValueError("the safety checker stands among the stages")
         if bool(self.strengths) != (self.task == "edit"):
             raise ValueError(f"task {self.task} with {len(self.strengths)} strengths")
         if bool(self.upscale) != (self.task == "upscale"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,10 @@ from hipa_deploy.errors import HipaError
 if TYPE_CHECKING:
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.engines.build.build_stage import BuiltEngine
+    from hipa_deploy.engines.build.memory_plan import MemoryPlan
     from hipa_deploy.engines.targets.build_options import BuildOptions
+
+MAX_SWAP_GIB = 1024
 
 
 def build(
@@ -89,6 +93,15 @@ def build(
             "given several times. It is tried all the same if the engine fails its check.",
         ),
     ] = None,
+    swap: Annotated[
+        int | None,
+        typer.Option(
+            help="Swap space in GiB that the prediction counts with, such as a file that you will "
+            "add; by default what is free here, and none on another device.",
+            min=0,
+            max=MAX_SWAP_GIB,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the predicted memory and build nothing.")
     ] = False,
@@ -125,36 +138,82 @@ def build(
 
     root = resolve_bundle(bundle)
     if dry_run:
-        _dry_run(root, backend, target, options)
-    else:
-        build_engines(
-            root,
-            backend,
-            target,
-            options,
-            best_of=best_of,
-            force=force,
-            repair=not no_repair,
-            without_remedies=without_remedies,
-        )
+        _dry_run(root, backend, target, options, swap)
+        return
+    _refuse_elsewhere(bundle, backend, target, options, swap)
+    build_engines(
+        root,
+        backend,
+        target,
+        options,
+        best_of=best_of,
+        force=force,
+        repair=not no_repair,
+        without_remedies=without_remedies,
+        swap_gib=swap,
+    )
 
 
-def _dry_run(root: Path, backend: EngineBackend, target: str, options: BuildOptions) -> None:
+def _refuse_elsewhere(
+    bundle: str, backend: EngineBackend, target: str, options: BuildOptions, swap: int | None
+) -> None:
+    """Print the memory plan of a device that this machine cannot build for.
+
+    Raises:
+        HipaError: it is such a device; the message has the command to run there, and what does not
+            fit.
+
+    """
+    from hipa_deploy.embedded import resolve_bundle
+    from hipa_deploy.engines.build.build_bundle import built_elsewhere
+
+    title = built_elsewhere(backend.value, target)
+    if title is None:
+        return
+    root = resolve_bundle(bundle)
+    plan = _print_plan(root, backend, target, options, swap)
+
+    # The included bundle is there already.
+    included = not Path(bundle).is_dir()
+    name = bundle if included else root.name
+    flags = ["--backend", backend.value, "--target", target, *options.flags()]
+    command = shlex.join(["hipa-build", name, *flags])
+    there = "Run there" if included else f"Copy {root} there and run"
+    try:
+        plan.refuse_misfits()
+        doubt = ""
+    except HipaError as error:
+        doubt = f" It may not fit: {error}"
+    raise HipaError(
+        f"engines for {title} are built on the device itself, and this is the plan. "
+        f"{there}: {command}.{doubt}"
+    )
+
+
+def _dry_run(
+    root: Path, backend: EngineBackend, target: str, options: BuildOptions, swap: int | None
+) -> None:
     """Print the memory plan.
 
     Raises:
         HipaError: a stage does not fit the target.
 
     """
+    # After the tables: the user sees the numbers as well as the refusal.
+    _print_plan(root, backend, target, options, swap).refuse_misfits()
+
+
+def _print_plan(
+    root: Path, backend: EngineBackend, target: str, options: BuildOptions, swap: int | None
+) -> MemoryPlan:
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.engines.build.build_bundle import dry_run
     from hipa_deploy.engines.build.memory_plan import render_memory_plan
 
-    plan = dry_run(Bundle.open(root), backend=backend.value, target=target, options=options)
+    bundle = Bundle.open(root)
+    plan = dry_run(bundle, backend=backend.value, target=target, options=options, swap_gib=swap)
     Console().print(*render_memory_plan(plan), sep="\n")
-
-    # After the table: the user sees the numbers as well as the refusal.
-    plan.refuse_misfits()
+    return plan
 
 
 def build_engines(
@@ -167,8 +226,8 @@ def build_engines(
         backend: what compiles the engines.
         target: 'auto', or a target's name.
         options: build options that are not the target's own.
-        more: ``best_of``, ``force``, ``repair`` and ``without_remedies``, as ``build_bundle``
-            takes them.
+        more: ``best_of``, ``force``, ``repair``, ``without_remedies`` and ``swap_gib``, as
+            ``build_bundle`` takes them.
 
     Raises:
         HipaError: the bundle, the backend or the target does not allow it, or an engine built for

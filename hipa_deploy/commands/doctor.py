@@ -18,7 +18,8 @@ def doctor(
     subject: Annotated[
         str | None,
         typer.Argument(
-            help="What to check: a bundle folder (or 'emoji'), which is run, or an .engine file."
+            help="What to check: a bundle folder (or 'emoji'), which is run; an .engine file; or "
+            "an image, whose parameters, provenance and watermark are read."
         ),
     ] = None,
     backend: BackendOption = "auto",
@@ -27,7 +28,7 @@ def doctor(
         bool,
         typer.Option(
             "--self-test",
-            help="Build, run and time the included model on every backend of this machine.",
+            help="Build, run, check and time the included model on every backend of this machine.",
         ),
     ] = False,
     bisect: Annotated[
@@ -49,7 +50,7 @@ def doctor(
     """Show what this machine can run, what is missing, and the command that fixes it.
 
     With a bundle, its reference prompt is run and compared with the outputs stored by the export.
-    Exit code 1: a problem was found.
+    With an image, everything is shown that it says about itself. Exit code 1: a problem was found.
     """
     if self_test:
         if bisect:
@@ -88,8 +89,20 @@ def _bisect(subject: str | None, as_json: bool) -> None:
 def _examine(subject: str | None, backend: str, as_json: bool) -> None:
     """Print the report on this machine and on ``subject``; exit with 1 on a problem."""
     from hipa_deploy.doctor.examine import check_request, examine, render
+    from hipa_deploy.doctor.image_report import examine_image, render_image
+    from hipa_deploy.marks.read_marks import is_image_file
 
     check_request(subject, backend)
+    if subject and is_image_file(Path(subject)):
+        with console.status("reading"):
+            image_report = examine_image(Path(subject))
+        if as_json:
+            typer.echo(json.dumps(image_report, indent=2))
+        else:
+            Console().print(render_image(image_report))
+        if image_report["problems"]:
+            raise typer.Exit(1)
+        return
     with console.status("examining"):
         report = examine(subject, backend)
     if as_json:
@@ -102,7 +115,8 @@ def _examine(subject: str | None, backend: str, as_json: bool) -> None:
 
 def _self_test(subject: str | None, out: Path | None, as_json: bool, force: bool) -> None:
     """Print the self-test's report, write it to ``out``; exit with 1 if a step failed."""
-    from hipa_deploy.doctor.self_test import render_text, self_test
+    from hipa_deploy.doctor.self_test import self_test
+    from hipa_deploy.doctor.self_test_report import render_terminal, render_text
 
     if subject:
         raise HipaError(
@@ -112,9 +126,11 @@ def _self_test(subject: str | None, out: Path | None, as_json: bool, force: bool
     if out:
         check_outputs([out], force=force)
     report = self_test(console)
-    text = render_text(report)
     if out:
-        write_output(out, text.encode(), force=force)
-    typer.echo(report.model_dump_json(indent=2) if as_json else text)
+        write_output(out, render_text(report).encode(), force=force)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        Console().print(render_terminal(report))
     if report.failed:
         raise typer.Exit(1)

@@ -157,6 +157,14 @@ def export(
             "given bundle, for hipa-generate --adaptor."
         ),
     ] = None,
+    mark: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How the bundle's images are marked, whoever makes them: watermark, watermark=HEX "
+            "(your own number), c2pa (files only with signed content credentials), no-provenance, "
+            "no-safety (leave out the model's safety checker). May be repeated."
+        ),
+    ] = None,
     sign: Annotated[
         Path | None,
         typer.Option(
@@ -196,6 +204,7 @@ def export(
                     context_tokens,
                     clip_skip,
                     prompt_weights,
+                    mark,
                 )
             )
         )
@@ -214,8 +223,10 @@ def export(
     from hipa_deploy.export.export_request import check_options, check_request
     from hipa_deploy.export.graph.axes import parse_axes
     from hipa_deploy.export.task import parse_strengths
+    from hipa_deploy.marks.records import parse_marks
     from hipa_deploy.models.locate import resolve_decoder, resolve_encoder, unpacked
 
+    marks, safety = parse_marks(mark or [])
     options = ExportOptions(
         model=model,
         out=out,
@@ -237,6 +248,8 @@ def export(
         style=parse_style(lora, embedding),
         one_step=one_step,
         with_teacher=with_teacher,
+        marks=marks,
+        safety=safety,
         signing_key=sign,
     )
     # Before a checkpoint in one file is converted, which takes minutes, or TAESD is fetched.

@@ -7,23 +7,37 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hipa_deploy.commands.files.file_settings import (
+    FileSettings,
+    check_marked_size,
+    file_settings,
+)
 from hipa_deploy.commands.options import (
     AdaptorOption,
     BackendOption,
     BundleArgument,
+    C2paOption,
+    CacheOption,
     CountOption,
+    FileFormat,
     ForceOption,
+    FormatOption,
     HeightOption,
+    LowMemoryOption,
     OutOption,
     PromptsArgument,
     PromptWeightsOption,
+    QualityOption,
     SeedOption,
     TruncateOption,
+    VerifyOption,
+    WatermarkOption,
     WidthOption,
     console,
     image_outputs,
+    load_pipeline,
     make_images,
-    note_name,
+    note_faster_backend,
     note_weights,
     write_images,
 )
@@ -57,6 +71,13 @@ def edit(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
+    low_memory: LowMemoryOption = False,
+    format: FormatOption = None,
+    quality: QualityOption = None,
+    watermark: WatermarkOption = None,
+    c2pa: C2paOption = None,
     force: ForceOption = False,
 ) -> None:
     """Edit an image as a prompt says, in one step.
@@ -66,20 +87,27 @@ def edit(
     """
     from hipa_deploy.images.source import edit_source
 
-    paths = _outputs(bundle, out, prompts, count, seed, [image], force, backend, adaptor)
-    source = edit_source(_open(bundle), image, strength=strength, height=height, width=width)
-    note_name(out, paths)
+    paths = _outputs(bundle, out, prompts, count, seed, [image], force, backend, adaptor, format)
+    opened = _open(bundle)
+    files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
+    source = edit_source(opened, image, strength=strength, height=height, width=width)
+    check_marked_size(files, opened, source)
     _generate_from(
         bundle,
         source,
         prompts,
         paths,
+        out=out,
         seed=seed,
         count=count,
         adaptor=adaptor,
         backend=backend,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        verify=verify,
+        cache=cache,
+        low_memory=low_memory,
+        files=files,
         force=force,
     )
 
@@ -107,6 +135,13 @@ def inpaint(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
+    low_memory: LowMemoryOption = False,
+    format: FormatOption = None,
+    quality: QualityOption = None,
+    watermark: WatermarkOption = None,
+    c2pa: C2paOption = None,
     force: ForceOption = False,
 ) -> None:
     """Repaint a part of an image as a prompt says, in one step.
@@ -117,20 +152,28 @@ def inpaint(
     """
     from hipa_deploy.images.source import inpaint_source
 
-    paths = _outputs(bundle, out, prompts, count, seed, [image, mask], force, backend, adaptor)
-    source = inpaint_source(_open(bundle), image, mask, feather=feather, height=height, width=width)
-    note_name(out, paths)
+    inputs = [image, mask]
+    paths = _outputs(bundle, out, prompts, count, seed, inputs, force, backend, adaptor, format)
+    opened = _open(bundle)
+    files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
+    source = inpaint_source(opened, image, mask, feather=feather, height=height, width=width)
+    check_marked_size(files, opened, source)
     _generate_from(
         bundle,
         source,
         prompts,
         paths,
+        out=out,
         seed=seed,
         count=count,
         adaptor=adaptor,
         backend=backend,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        verify=verify,
+        cache=cache,
+        low_memory=low_memory,
+        files=files,
         force=force,
     )
 
@@ -151,6 +194,13 @@ def upscale(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
+    low_memory: LowMemoryOption = False,
+    format: FormatOption = None,
+    quality: QualityOption = None,
+    watermark: WatermarkOption = None,
+    c2pa: C2paOption = None,
     force: ForceOption = False,
 ) -> None:
     """Enlarge an image by the factor that the bundle is for, in one step a tile.
@@ -158,24 +208,21 @@ def upscale(
     Needs a bundle for upscaling, such as hipa-export --adaptor emoji-upscale writes.
     """
     from hipa_deploy.embedded import resolve_bundle
-    from hipa_deploy.generate.pipeline import OneStepPipeline
     from hipa_deploy.generate.request import check_request
     from hipa_deploy.images.source import upscaling
 
     # Before engines are loaded: a mistake in the image or the overlap is reported at once.
     inputs = [image, resolve_bundle(bundle)]
-    paths = image_outputs(out, 1, 1, 0, inputs=inputs, force=force)
+    paths = image_outputs(out, 1, 1, 0, inputs=inputs, force=force, format=format)
     opened = _open(bundle)
     check_request(opened, backend, [prompt], seed=0, count=1, adaptor=adaptor)
-    upscaling(opened, image, overlap=overlap)
-    note_name(out, paths)
+    files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
+    enlargement = upscaling(opened, image, overlap=overlap)
+    check_marked_size(files, opened, enlargement)
 
-    with console.status("loading"):
-        pipe = OneStepPipeline.load(bundle, backend)
-    with pipe:
-        if adaptor is not None:
-            pipe.swap_adaptor(adaptor)
-        note_weights(pipe.bundle, [prompt], prompt_weights)
+    with load_pipeline(
+        bundle, backend, adaptor, low_memory, watermark, verify=verify, cache=cache
+    ) as pipe:
         with console.status("enlarging"):
             result = pipe.upscale(
                 image,
@@ -184,7 +231,9 @@ def upscale(
                 truncate=truncate,
                 prompt_weights=prompt_weights,
             )
-        write_images([result], paths, force=force)
+        note_weights(pipe.bundle, [prompt], prompt_weights)
+        write_images([result], paths, files, out=out, force=force)
+        note_faster_backend(pipe, backend)
 
 
 def _open(bundle: str) -> Bundle:
@@ -205,6 +254,7 @@ def _outputs(
     force: bool,
     backend: str,
     adaptor: str | None,
+    format: FileFormat | None,
 ) -> list[Path]:
     """Paths of the images to write; checked before the images and the bundle are read."""
     from hipa_deploy.embedded import resolve_bundle
@@ -212,7 +262,7 @@ def _outputs(
 
     check_count(len(prompts), count)
     inputs = [*images, resolve_bundle(bundle)]
-    paths = image_outputs(out, len(prompts), count, seed, inputs=inputs, force=force)
+    paths = image_outputs(out, len(prompts), count, seed, inputs=inputs, force=force, format=format)
     check_request(_open(bundle), backend, prompts, seed=seed, count=count, adaptor=adaptor)
     return paths
 
@@ -223,12 +273,17 @@ def _generate_from(
     prompts: list[str],
     paths: list[Path],
     *,
+    out: Path | None,
     seed: int,
     count: int,
     adaptor: str | None,
     backend: str,
     truncate: bool,
     prompt_weights: bool | None,
+    verify: bool,
+    cache: bool,
+    low_memory: bool,
+    files: FileSettings,
     force: bool,
 ) -> None:
     """Make every image from ``source`` and write it."""
@@ -236,12 +291,17 @@ def _generate_from(
         bundle,
         prompts,
         paths,
+        out=out,
         adaptor=adaptor,
         backend=backend,
+        low_memory=low_memory,
         force=force,
         source=source,
         seed=seed,
         count=count,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        verify=verify,
+        cache=cache,
+        files=files,
     )

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from hipa_deploy.commands.files.file_settings import IMAGE_SUFFIXES, FileSettings
 from hipa_deploy.commands.outputs import check_outputs, next_free_name, write_output
 from hipa_deploy.errors import HipaError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.bundle.manifest import RefineSettings
+    from hipa_deploy.generate.jobs.withheld import Flagged
     from hipa_deploy.generate.pipeline import GenerateResult, OneStepPipeline
+    from hipa_deploy.generate.refine.refiner import Progress
 
 # Progress and notes go to stderr, results (paths, tables, JSON) to stdout: a script can pipe them.
 console = Console(stderr=True)
@@ -50,6 +58,30 @@ class EngineBackend(str, Enum):
 
     rtx = "rtx"
     tensorrt = "tensorrt"
+
+
+class FileFormat(str, Enum):
+    """What image files are written as."""
+
+    png = "png"
+    webp = "webp"
+    jpeg = "jpeg"
+
+
+def parse_seed(text: str) -> int:
+    """The number of ``--seed``; 'random' draws one of 32 bits and prints it.
+
+    Other programs that read the parameters know no larger seeds.
+    """
+    text = str(text)
+    if text == "random":
+        seed = secrets.randbelow(2**32)
+        console.print(f"seed {seed}", highlight=False)
+        return seed
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no whole number and not 'random'.") from None
 
 
 ModelOption = Annotated[
@@ -109,8 +141,8 @@ BackendOption = Annotated[
 OutOption = Annotated[
     Path | None,
     typer.Option(
-        help="A .png file for one image, a folder for several. By default image.png or images, "
-        "and the next free name, such as image-2.png, if that exists."
+        help="A .png, .webp or .jpg file for one image, a folder for several. By default image.png "
+        "or images, and the next free name, such as image-2.png, if that exists."
     ),
 ]
 ForceOption = Annotated[
@@ -118,7 +150,45 @@ ForceOption = Annotated[
     typer.Option("--force", help="Replace output files that exist. An input is never replaced."),
 ]
 SeedOption = Annotated[
-    int, typer.Option(help="Seed of the first image; further images take the next numbers.")
+    int,
+    typer.Option(
+        metavar="NUMBER|random",
+        parser=parse_seed,
+        help="Seed of the first image; further images take the next numbers. 'random' draws one "
+        "and prints it.",
+    ),
+]
+FormatOption = Annotated[
+    FileFormat | None,
+    typer.Option(
+        "--format",
+        help="Format of the files in a folder, png by default. A single file has that of its name.",
+    ),
+]
+QualityOption = Annotated[
+    int | None,
+    typer.Option(
+        help="WebP and JPEG: 1 (small) to 100 (best). By default a JPEG has 95, and a WebP is "
+        "lossless."
+    ),
+]
+WatermarkOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--watermark/--no-watermark",
+        help="Put an invisible watermark into each image, which hipa-doctor IMAGE reads. By "
+        "default as the bundle's owner chose. Needs images of 256 pixels or more each way.",
+    ),
+]
+C2paOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--c2pa",
+        metavar="PEM",
+        envvar="HIPA_C2PA",
+        help="Sign each file's content credentials (C2PA) with this private key and the "
+        "certificates that follow it in the same file.",
+    ),
 ]
 CountOption = Annotated[int, typer.Option(help="How many images to make of each prompt.")]
 HeightOption = Annotated[
@@ -141,6 +211,30 @@ TruncateOption = Annotated[
     typer.Option("--truncate", help="Cut off a prompt that is too long, instead of refusing it."),
 ]
 
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Read and hash every file, and compile every model, whatever earlier starts left in "
+        "the cache. By default a file that has not changed is not read again.",
+    ),
+]
+CacheOption = Annotated[
+    bool,
+    typer.Option(
+        "--cache/--no-cache",
+        help="Keep the compiled models of a CPU backend in the user's cache, for the next start.",
+    ),
+]
+LowMemoryOption = Annotated[
+    bool,
+    typer.Option(
+        "--low-memory",
+        help="Hold less in memory and take longer: models are loaded when they run, the text "
+        "encoder apart from the others, and these one at a time where they do not fit together. "
+        "The image is the same.",
+    ),
+]
 PromptWeightsOption = Annotated[
     bool | None,
     typer.Option(
@@ -168,24 +262,69 @@ def note_weights(bundle: Bundle, prompts: list[str], asked: bool | None) -> None
             return
 
 
+def note_faster_backend(pipe: OneStepPipeline, asked: str) -> None:
+    """Say so in one line where 'auto' took ONNX Runtime and a faster backend is installed.
+
+    It is not taken by itself: with 8 significant bits it makes other images.
+    """
+    from hipa_deploy.engines.backends.available import faster_on_cpu
+
+    faster = faster_on_cpu() if asked == "auto" and pipe.backend == "onnxruntime" else None
+    if faster:
+        text = (
+            f"note: auto took onnxruntime. --backend {faster} is faster on this processor. "
+            f"Is it accurate enough? Run: hipa-doctor {pipe.bundle.root} --backend {faster}"
+        )
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def write_images(
-    batches: Iterable[GenerateResult], paths: list[Path], *, force: bool = False
+    batches: Iterable[GenerateResult],
+    paths: list[Path],
+    files: FileSettings = FileSettings(),
+    *,
+    out: Path | None,
+    force: bool = False,
+    watch: Callable[[np.ndarray], None] | None = None,
 ) -> None:
     """Write each image as soon as its batch is made, and print its path.
 
     Args:
         batches: results, in the order of ``paths``.
-        paths: one PNG path for each image, as ``image_outputs`` gave them.
+        paths: one path for each image, as ``image_outputs`` gave them; a suffix is a format.
+        files: how the files are written and marked.
+        out: the user's own name; without one, another name than the usual is told.
         force: whether files that exist are replaced.
+        watch: is shown every image, uint8 [H, W, 3], once its file is written.
+
+    Raises:
+        HipaError: images were flagged by a checker. All others are written before.
 
     """
-    from hipa_deploy.images.png import png_bytes
+    from hipa_deploy.generate.jobs.withheld import withheld_error
 
-    remaining = iter(paths)
+    asked = 0
+    written = 0
+    flagged: list[Flagged] = []
     for batch in batches:
-        for image_HWC, parameters in zip(batch.images_BHWC, batch.parameters, strict=True):
-            content = png_bytes(image_HWC, parameters)
-            typer.echo(write_output(next(remaining), content, force=force))
+        withheld = {one.index for one in batch.flagged}
+        made = zip(batch.images_BHWC, batch.parameters, strict=True)
+        for index in range(len(batch.seeds) + len(withheld)):
+            path = paths[asked]
+            asked += 1
+            if index not in withheld:
+                image_HWC, parameters = next(made)
+                content = files.encode(path, image_HWC, parameters)
+                typer.echo(write_output(path, content, force=force))
+                written += 1
+                # Not before: of a request that is refused, nothing is written.
+                if written == 1:
+                    _note_name(out, paths)
+                if watch is not None:
+                    watch(image_HWC)
+        flagged += batch.flagged
+    if flagged:
+        raise withheld_error(flagged, asked)
 
 
 def make_images(
@@ -193,10 +332,16 @@ def make_images(
     prompts: list[str],
     paths: list[Path],
     *,
+    out: Path | None,
     adaptor: str | None,
     backend: str,
+    low_memory: bool,
     force: bool,
     prompt_weights: bool | None,
+    verify: bool,
+    cache: bool,
+    files: FileSettings = FileSettings(),
+    watch: Callable[[np.ndarray], None] | None = None,
     refine: RefineSettings | None = None,
     **choices: Any,
 ) -> None:
@@ -205,11 +350,17 @@ def make_images(
     Args:
         bundle: a bundle's folder, or 'emoji'.
         prompts: what the images show.
-        paths: one PNG path for each image, as ``image_outputs`` gave them.
+        paths: one path for each image, as ``image_outputs`` gave them.
+        out: as for ``write_images``.
         adaptor: an adaptor to swap in; None is the bundle's own.
         backend: what runs the stages.
+        low_memory: load the stages in turn.
         force: whether files that exist are replaced.
         prompt_weights: whether brackets in prompts are weights; None is as the bundle says.
+        verify: whether every file is hashed and every stage compiled again.
+        cache: whether compiled stages are kept.
+        files: how the files are written and marked.
+        watch: is shown every image, once its file is written.
         refine: how the base model makes the images, in many steps; None is the one step.
         choices: what else ``OneStepPipeline.stream`` takes: ``source``, ``seed``, ``count``, …
 
@@ -217,43 +368,76 @@ def make_images(
         HipaError: the bundle cannot be loaded here, or does not make such images.
 
     """
+    from hipa_deploy.guide.known_prompts import warn_of_unknown
+
+    with (
+        load_pipeline(
+            bundle, backend, adaptor, low_memory, files.watermark, verify=verify, cache=cache
+        ) as pipe,
+        _refining(refine is not None) as progress,
+    ):
+        stream = pipe.stream(
+            prompts, prompt_weights=prompt_weights, refine=refine, progress=progress, **choices
+        )
+        batches = iter(stream)
+        # A prompt that is refused is one line, without the notes.
+        first = next(batches)
+        warn_of_unknown(pipe.bundle.root, prompts)
+        note_weights(pipe.bundle, prompts, prompt_weights)
+        write_images(chain([first], batches), paths, files, out=out, force=force, watch=watch)
+        note_faster_backend(pipe, backend)
+
+
+def load_pipeline(
+    bundle: str,
+    backend: str,
+    adaptor: str | None,
+    low_memory: bool,
+    watermark: bool | int | None = None,
+    *,
+    verify: bool = False,
+    cache: bool = True,
+) -> OneStepPipeline:
+    """Load a bundle with an adaptor, and say in one line how the stages share little memory.
+
+    Raises:
+        HipaError: the bundle cannot be loaded here, or the adaptor does not fit it.
+
+    """
     from hipa_deploy.generate.pipeline import OneStepPipeline
 
     with console.status("loading"):
-        pipe = OneStepPipeline.load(bundle, backend)
-    with pipe:
+        pipe = OneStepPipeline.load(
+            bundle,
+            backend,
+            low_memory=low_memory,
+            watermark=watermark,
+            verify=verify,
+            cache=cache,
+        )
+    try:
+        if low_memory:
+            # In words: 'text_encoder, then unet + vae_decoder'.
+            console.print(f"low memory: {pipe.stages}", markup=False, highlight=False)
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
-        note_weights(pipe.bundle, prompts, prompt_weights)
-        batches = pipe.stream(prompts, prompt_weights=prompt_weights, **choices)
-        if refine is not None:
-            batches = _refined(pipe, batches, refine, len(paths))
-        write_images(batches, paths, force=force)
+    except BaseException:
+        pipe.close()
+        raise
+    return pipe
 
 
-def _refined(
-    pipe: OneStepPipeline, drafts: Iterable[GenerateResult], settings: RefineSettings, images: int
-) -> Iterator[GenerateResult]:
-    """Each batch of drafts as the base model makes it, with a bar of the steps of all images."""
-    from rich.progress import Progress
+@contextmanager
+def _refining(asked: bool) -> Iterator[Progress | None]:
+    """A bar of the steps of all images, where they are refined."""
+    if not asked:
+        yield None
+        return
+    from rich.progress import Progress as Bar
 
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("refining", total=images)
-        finished = 0
-        for batch in drafts:
-            count = len(batch.seeds)
-
-            def show(done: int, total: int, before: int = finished, share: int = count) -> None:
-                bar.update(task, completed=before + share * done / total)
-
-            yield pipe.refine(
-                batch,
-                settings.steps,
-                guidance=settings.guidance,
-                sampler=settings.sampler,
-                progress=show,
-            )
-            finished += count
+    with Bar(console=console, transient=True) as bar:
+        task = bar.add_task("refining", total=None)
+        yield lambda done, steps: bar.update(task, completed=done, total=steps)
 
 
 def image_outputs(
@@ -264,16 +448,18 @@ def image_outputs(
     *,
     inputs: Iterable[Path] = (),
     force: bool = False,
+    format: FileFormat | None = None,
 ) -> list[Path]:
     """Paths of the images of a command, once it is certain that they may be written.
 
     Args:
-        out: a .png file or a folder; None takes the first free name.
+        out: an image file or a folder; None takes the first free name.
         prompts: number of prompts.
         count: images a prompt.
         seed: of the first image of each prompt.
         inputs: files and folders that the command reads.
         force: whether files that exist may be replaced.
+        format: of the files in a folder; None is PNG.
 
     Raises:
         HipaError: as ``image_paths`` and ``check_outputs``.
@@ -281,35 +467,43 @@ def image_outputs(
     """
 
     if out is None:
-        out = next_free_name(_usual_name(prompts * count))
-    paths = image_paths(out, prompts, count, seed)
+        out = next_free_name(_usual_name(prompts * count, format))
+    paths = image_paths(out, prompts, count, seed, format)
     check_outputs(paths, inputs=inputs, force=force)
     return paths
 
 
-def note_name(out: Path | None, paths: list[Path]) -> None:
+def _note_name(out: Path | None, paths: list[Path]) -> None:
     """Say so where the usual name is taken and another one is written."""
-    usual = _usual_name(len(paths))
+    usual = Path("images" if len(paths) > 1 else f"image{paths[0].suffix}")
     written = paths[0] if len(paths) == 1 else paths[0].parent
     if out is None and written != usual:
         console.print(f"{usual} exists: writing {written}", highlight=False, markup=False)
 
 
-def _usual_name(images: int) -> Path:
-    return Path("images" if images > 1 else "image.png")
+def _usual_name(images: int, format: FileFormat | None) -> Path:
+    return Path("images" if images > 1 else f"image{_suffix(format)}")
 
 
-def image_paths(out: Path, prompts: int, count: int, seed: int) -> list[Path]:
+def _suffix(format: FileFormat | None) -> str:
+    return ".jpg" if format is FileFormat.jpeg else f".{format.value if format else 'png'}"
+
+
+def image_paths(
+    out: Path, prompts: int, count: int, seed: int, format: FileFormat | None = None
+) -> list[Path]:
     """Paths of the images of a command: one file for one image, else numbered files in a folder.
 
     Args:
-        out: a .png file or a folder.
+        out: an image file or a folder.
         prompts: number of prompts.
         count: images a prompt.
         seed: of the first image of each prompt.
+        format: of the files in a folder; None is PNG.
 
     Raises:
-        HipaError: several images for one file, or a file that is not a PNG.
+        HipaError: several images for one file, a file of another kind, or a ``format`` that is not
+            that of the file's name.
 
     Example:
         >>> [path.name for path in image_paths(Path("images"), prompts=2, count=1, seed=7)]
@@ -317,7 +511,11 @@ def image_paths(out: Path, prompts: int, count: int, seed: int) -> list[Path]:
 
     """
     # A folder may have a name that ends in .png; one that exists is taken as a folder.
-    if out.suffix.lower() == ".png" and not out.is_dir():
+    if out.suffix.lower() in IMAGE_SUFFIXES and not out.is_dir():
+        if format is not None and IMAGE_SUFFIXES[out.suffix.lower()] != format.value:
+            raise HipaError(
+                f"--format {format.value} is not the format of --out {out}. Leave --format out."
+            )
         if prompts * count > 1:
             raise HipaError(
                 f"--out {out} is one file for {prompts * count} images. Give --out a folder."
@@ -326,12 +524,12 @@ def image_paths(out: Path, prompts: int, count: int, seed: int) -> list[Path]:
 
     if out.is_file() or (out.suffix and not out.is_dir()):
         raise HipaError(
-            f"--out {out}: images are written as PNG. "
-            "Give --out a name that ends in .png, or a folder."
+            f"--out {out}: images are written as PNG, WebP or JPEG. "
+            "Give --out a name that ends in .png, .webp or .jpg, or a folder."
         )
 
     paths = []
     for number in range(prompts):
         for i in range(count):
-            paths.append(out / f"{number:03d}-seed{seed + i}.png")
+            paths.append(out / f"{number:03d}-seed{seed + i}{_suffix(format)}")
     return paths

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hipa_deploy.commands.options import BackendOption, BundleArgument, ForceOption, console
+from hipa_deploy.commands.options import (
+    BackendOption,
+    BundleArgument,
+    CacheOption,
+    ForceOption,
+    LowMemoryOption,
+    VerifyOption,
+    console,
+    load_pipeline,
+)
 from hipa_deploy.commands.outputs import check_outputs, write_output
 
 
@@ -26,6 +35,13 @@ class Metric(str, Enum):
 def profile(
     bundle: BundleArgument,
     runs: Annotated[int, typer.Option(help="How many timed runs, after the warm-up.")] = 50,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            help="Go on beyond --runs until the timed runs took so many seconds. A figure is valid "
+            "from 100 runs and 10 seconds on."
+        ),
+    ] = 0.0,
     warmup: Annotated[
         int,
         typer.Option(
@@ -57,6 +73,9 @@ def profile(
             "or rtx4090."
         ),
     ] = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
+    low_memory: LowMemoryOption = False,
     force: ForceOption = False,
 ) -> None:
     """Measure how long one image takes: in each model and from prompt to image.
@@ -72,11 +91,10 @@ def profile(
     from hipa_deploy.engines.latency.roofline import predict_roofline, render_roofline
     from hipa_deploy.engines.latency.table import markdown_table, render_table
     from hipa_deploy.engines.latency.with_roofline import with_own_roofline, with_roofline
-    from hipa_deploy.generate.pipeline import OneStepPipeline
     from hipa_deploy.generate.runner import check_backend
 
     # Before minutes of profiling: a wrong output or an unknown device is reported at once.
-    check_runs(runs, warmup)
+    check_runs(runs, warmup, seconds)
     check_backend(backend)
     outputs = [path for path in (json_path, html_path) if path is not None]
     check_outputs(outputs, inputs=[resolve_bundle(bundle)], force=force)
@@ -84,8 +102,10 @@ def profile(
     if roofline is not None:
         prediction = predict_roofline(Bundle.open(resolve_bundle(bundle)), roofline)
 
-    with OneStepPipeline.load(bundle, backend) as pipe:
-        report = profile_pipeline(pipe, runs=runs, warmup=warmup, layers=layers, console=console)
+    with load_pipeline(bundle, backend, None, low_memory, verify=verify, cache=cache) as pipe:
+        report = profile_pipeline(
+            pipe, runs=runs, seconds=seconds, warmup=warmup, layers=layers, console=console
+        )
         if prediction:
             report = with_roofline(report, prediction)
         else:

@@ -58,6 +58,19 @@ def train(
     ] = None,
     lora: LoraOption = None,
     embedding: EmbeddingOption = None,
+    average: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Train nothing, and write the average of this adaptor and the others. Give it two "
+            "or more times."
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1024, help="Of an average: its rank. By default that of the adaptors."
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Training steps, in place of the recipe's number.")
     ] = None,
@@ -85,11 +98,26 @@ def train(
     """Train a HiPA adaptor, with which a model makes an image in one step.
 
     A recipe for a decoder trains a small image decoder instead. A training that was stopped
-    continues when the same command runs again.
+    continues when the same command runs again. With --average, trained adaptors become one.
     """
     if not dry_run:
         refuse_to_overwrite(out)
     require("train")
+    if average:
+        others = (prompts, start, adaptor, lora, embedding, steps, config, gpus)
+        named = recipe != "emoji" or model != "emoji" or dry_run or allow_code
+        if named or any(other is not None for other in others):
+            raise HipaError(
+                "--average trains nothing, so it goes with --out and --rank alone. Leave the "
+                "other options out."
+            )
+        _average(average, out, rank)
+        return
+    if rank is not None:
+        raise HipaError(
+            "--rank is for --average; the rank of a training is adaptor.rank of its recipe. "
+            "Leave it out."
+        )
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.generate.prompt_files import check_prompt_file
     from hipa_deploy.models.locate import model_folder
@@ -138,6 +166,20 @@ def train(
             _dry_run_training(chosen, folder, style, gpus or 1)
         else:
             _train(chosen, folder, out, initial or active, style)
+
+
+def _average(folders: list[Path], out: Path, rank: int | None) -> None:
+    """Write the average of adaptors, and print where it is and what its rank left out."""
+    from hipa_deploy.embedded import resolve_adaptor
+    from hipa_deploy.train.average_adaptors import average_adaptors
+
+    made = average_adaptors([resolve_adaptor(str(folder)) for folder in folders], out, rank)
+    console.print(
+        f"average of {len(folders)} adaptors, rank {made.rank}: {made.error:.1%} of its norm is "
+        "left out",
+        highlight=False,
+    )
+    typer.echo(made.folder)
 
 
 def _train(

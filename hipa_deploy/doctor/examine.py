@@ -14,6 +14,7 @@ from hipa_deploy.bundle.folder import MANIFEST, Bundle
 from hipa_deploy.disk.files import check_name
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import EXTRAS, missing
+from hipa_deploy.marks.records import Marks
 from hipa_deploy.models.adaptor_folder import WEIGHTS
 
 # A file of each embedded folder without which the folder is no use.
@@ -37,7 +38,8 @@ def check_request(subject: str | None, backend: str) -> None:
         check_name(path)
         if not path.exists():
             raise HipaError(
-                f"{subject} does not exist. Expected a bundle's folder, an .engine file, or emoji."
+                f"{subject} does not exist. Expected a bundle's folder, an .engine file, an image, "
+                "or emoji."
             )
 
 
@@ -131,9 +133,21 @@ def _examine_bundle(name: str, backend: str, problems: list[str]) -> dict[str, A
         "precision": manifest.precision,
         "size": [manifest.one_step.width, manifest.one_step.height],
         "stages": {stage.spec.name: round(stage.parity.psnr_db, 1) for stage in manifest.stages},
+        "marks": _marks_in_words(manifest.marks),
+        "safety_checker": "runs on every image" if manifest.safety else "none in this bundle",
         "engines": engines,
         "self_check": _self_check(bundle, backend, problems),
     }
+
+
+def _marks_in_words(marks: Marks) -> str:
+    """How the bundle's owner wants its images marked."""
+    words = ["provenance"] if marks.provenance else ["no provenance"]
+    if marks.watermark:
+        words.append(f"watermark {marks.watermark_id or 'of the UNet'}")
+    if marks.c2pa:
+        words.append("signed content credentials")
+    return ", ".join(words)
 
 
 def _self_check(bundle: Bundle, backend: str, problems: list[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from hipa_deploy.generate.noise import bundle_noise
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.stages import output_names
 from hipa_deploy.images.source import Source
+from hipa_deploy.marks.safety import SAFETY_STAGE
 
 _NOISE_TOLERANCE = 1e-5  # another C library's logarithm may round differently
 
@@ -111,6 +112,11 @@ def check_pipeline(pipe: OneStepPipeline) -> SelfCheck:
         (name,) = output_names(stage.spec, bundle.manifest.layout)
         stages[stage.spec.name] = _check(tensors[name], reference, name, bundle)
 
+    if pipe.safety is not None:
+        pixels = {"pixels": _tensor(reference, "pixels", bundle)}
+        cosines = pipe.safety(**pixels)["cosines"]
+        stages[SAFETY_STAGE] = _check(cosines, reference, "cosines", bundle)
+
     # And as a user calls it: caches and batches of the pipeline take part.
     images_BHWC = _generate(pipe, reference)
     end_to_end = _check(images_BHWC, reference, "images", bundle)
@@ -129,14 +135,10 @@ def check_pipeline(pipe: OneStepPipeline) -> SelfCheck:
 
 
 def _generate(pipe: OneStepPipeline, reference: Reference) -> np.ndarray:
-    """The reference's images, uint8 [B, H, W, 3]."""
-    result = pipe(
-        reference.prompt,
-        source=_source(reference, pipe.bundle),
-        seed=reference.seeds[0],
-        count=len(reference.seeds),
-    )
-    return result.images_BHWC
+    """The reference's images, uint8 [B, H, W, 3], before a watermark or a checker."""
+    pairs = [(reference.prompt, seed) for seed in reference.seeds]
+    jobs = pipe.jobs(pairs, source=_source(reference, pipe.bundle))
+    return np.stack([made.finished() for made in pipe.make(jobs)])
 
 
 def _source(reference: Reference, bundle: Bundle) -> Source | None:

@@ -1,13 +1,12 @@
 """``hipa-doctor --self-test``: build, run, check and time the embedded bundle on every backend.
 
-The report is meant to be attached to an issue: facts of the device, versions, and the outcome of
-every step, with the reason where one was skipped.
+The report is a referee's: what was checked, with which numbers and by which bound, on which device
+and versions, and whether each figure counts. ``self_test_report`` shows it.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shutil
 import time
 import traceback
@@ -24,13 +23,16 @@ from rich.console import Console
 from hipa_deploy import __version__, embedded
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.disk.files import temporary_folder
-from hipa_deploy.doctor.self_check import END_TO_END, check_pipeline
+from hipa_deploy.doctor.self_check import END_TO_END, StageCheck, check_pipeline
+from hipa_deploy.engines.latency.validity import LEAST_QUERIES, LEAST_SECONDS, Validity
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.generate.pipeline import OneStepPipeline
 
-# Enough for a median to see that something is wrong, few enough for a slow device.
-RUNS = 10
-WARMUP = 2
+# As long as a valid figure takes (engines/latency/validity.py), and a little more: the time of the
+# runs is compared with the bound, not the wall clock.
+RUNS = LEAST_QUERIES
+SECONDS = 1.02 * LEAST_SECONDS
+WARMUP = 5
 
 # What the report gives the version of, where it is installed.
 PACKAGES = (
@@ -40,6 +42,26 @@ PACKAGES = (
 )  # fmt: skip
 
 Outcome = Literal["passed", "failed", "skipped"]
+
+
+class Check(BaseModel):
+    """One line of the report.
+
+    Attributes:
+        name: what was checked.
+        measured: the number, with its unit.
+        bound: what it was judged by; empty where it is only noted.
+        outcome: 'invalid' is a time that does not count, which is no fault of the machine; 'noted'
+            is judged by nothing.
+
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    measured: str
+    bound: str
+    outcome: Literal["passed", "failed", "invalid", "noted"]
 
 
 class Step(BaseModel):
@@ -52,6 +74,8 @@ class Step(BaseModel):
         seconds: how long it took.
         figures: numbers and checks by name.
         notes: warnings that came up meanwhile.
+        checks: what was checked, a line each.
+        validity: whether its time counts; None where nothing was timed.
 
     """
 
@@ -63,19 +87,28 @@ class Step(BaseModel):
     seconds: float = 0.0
     figures: dict[str, Any] = {}
     notes: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
+    validity: Validity | None = None
 
 
 class SelfTest(BaseModel):
-    """The report of a self-test: device and versions, as JSON types, and a result for each step."""
+    """The report of a self-test: device and versions, as JSON types, and a result for each step.
+
+    Attributes:
+        schema_version: 2; reports of version 1 have neither checks nor validity.
+        gpu: what the report says of a GPU: that it was tested, or why none was.
+
+    """
 
     model_config = ConfigDict(frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     created: str
     producer: str
     device: dict[str, Any]
     versions: dict[str, str]
     steps: tuple[Step, ...]
+    gpu: str = ""
 
     @property
     def failed(self) -> bool:
@@ -109,7 +142,26 @@ def self_test(console: Console | None = None) -> SelfTest:
         device=device,
         versions=_versions(),
         steps=steps,
+        gpu=_gpu_verdict(device, steps),
     )
+
+
+def _gpu_verdict(device: dict[str, Any], steps: tuple[Step, ...]) -> str:
+    """What the report says of a GPU. A backend of a GPU that was skipped tested nothing."""
+    from hipa_deploy.generate.runner import CPU_BACKENDS
+
+    if device["gpu"] is None:
+        return "no GPU was tested: no NVIDIA GPU answers here"
+    name = device["gpu"]["name"]
+    ran = []
+    for step in steps:
+        backend = step.name.removeprefix("run ")
+        on_gpu = step.name != backend and backend not in CPU_BACKENDS
+        if on_gpu and step.outcome != "skipped":
+            ran.append(f"{backend} {step.outcome}")
+    if not ran:
+        return f"no GPU was tested: no backend runs on the {name} here"
+    return f"{name} was tested: {', '.join(ran)}"
 
 
 def _steps(bundle: Bundle, device: dict[str, Any], console: Console) -> Iterator[Step]:
@@ -135,31 +187,26 @@ def _steps(bundle: Bundle, device: dict[str, Any], console: Console) -> Iterator
             yield Step(name=name, outcome="skipped", detail=backend["remedy"])
 
 
-class _GateError(Exception):
-    """A check failed that still has figures to report."""
+class _Findings(BaseModel):
+    """What a step found: a line, and what ``Step`` has of it."""
 
-    def __init__(self, problems: tuple[str, ...], figures: dict[str, Any]) -> None:
-        super().__init__(" ".join(problems))
-        self.figures = figures
-
-
-def _attempt(name: str, work: Callable[[], tuple[str, dict[str, Any]]]) -> Step:
-    """Do ``work``, which gives a line and figures; whatever it raises is the step's outcome."""
-    started = time.perf_counter()
+    detail: str
     figures: dict[str, Any] = {}
-    outcome: Outcome = "passed"
+    checks: tuple[Check, ...] = ()
+    validity: Validity | None = None
+    problems: tuple[str, ...] = ()
+
+
+def _attempt(name: str, work: Callable[[], _Findings]) -> Step:
+    """Do ``work``; its problems, or whatever it raises, are the step's outcome."""
+    started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         # Every warning is recorded, also one that this process has seen before.
         warnings.simplefilter("always")
         try:
-            detail, figures = work()
-        except _GateError as error:
-            outcome = "failed"
-            detail = str(error)
-            figures = error.figures
+            found = work()
         except Exception as error:  # the report is for errors that nobody foresaw
-            outcome = "failed"
-            detail = describe(error)
+            found = _Findings(detail="", problems=(describe(error),))
     seconds = round(time.perf_counter() - started, 3)
 
     # RuntimeWarning is what this project warns with; other libraries' deprecations are no news.
@@ -169,11 +216,13 @@ def _attempt(name: str, work: Callable[[], tuple[str, dict[str, Any]]]) -> Step:
             notes.append(str(warning.message))
     return Step(
         name=name,
-        outcome=outcome,
-        detail=detail,
+        outcome="failed" if found.problems else "passed",
+        detail=" ".join(found.problems) or found.detail,
         seconds=seconds,
-        figures=figures,
+        figures=found.figures,
         notes=tuple(notes),
+        checks=found.checks,
+        validity=found.validity,
     )
 
 
@@ -192,9 +241,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}{place}"
 
 
-def _build(
-    bundle: Bundle, library: str, has_gpu: bool, console: Console
-) -> tuple[str, dict[str, Any]]:
+def _build(bundle: Bundle, library: str, has_gpu: bool, console: Console) -> _Findings:
     """Build engines of every stage; without a GPU, where none could run, of the smallest alone."""
     from hipa_deploy.engines.build.build_bundle import build_bundle
 
@@ -205,43 +252,92 @@ def _build(
     part = Bundle(bundle.root, bundle.manifest.model_copy(update={"stages": chosen}))
 
     figures = {}
+    checks = []
     for engine in build_bundle(part, backend=library, console=console):
+        sidecar = engine.sidecar
         figures[engine.stage] = {
-            "bytes": engine.sidecar.engine_bytes,
-            "seconds": engine.sidecar.build_seconds,
+            "bytes": sidecar.engine_bytes,
+            "seconds": sidecar.build_seconds,
         }
-    return f"{len(figures)} of {len(stages)} engines: {', '.join(figures)}", figures
+        # An engine that fails its gate is an error of build_bundle: it does not come here.
+        built = Check(
+            name=f"engine of {engine.stage}",
+            measured=f"{sidecar.engine_bytes / 1e6:.1f} MB in {sidecar.build_seconds:.1f} s",
+            bound="builds; passes its gate" if has_gpu else "builds; no GPU to run it on",
+            outcome="passed",
+        )
+        checks.append(built)
+    return _Findings(
+        detail=f"{len(figures)} of {len(stages)} engines: {', '.join(figures)}",
+        figures=figures,
+        checks=tuple(checks),
+    )
 
 
-def _run(bundle: Bundle, backend: str, console: Console) -> tuple[str, dict[str, Any]]:
-    """The self-check, then a short latency measurement.
-
-    Raises:
-        _GateError: a stage's output is not close enough to PyTorch's.
-
-    """
+def _run(bundle: Bundle, backend: str, console: Console) -> _Findings:
+    """The self-check, then a latency measurement; a gate that fails is a problem."""
     from hipa_deploy.engines.latency.measure import profile_pipeline
 
     with OneStepPipeline.load(bundle.root, backend) as pipe:
         check = check_pipeline(pipe)
-        latency = profile_pipeline(pipe, runs=RUNS, warmup=WARMUP, console=console)
-        checks = {**check.stages, END_TO_END: check.end_to_end}
+        latency = profile_pipeline(pipe, runs=RUNS, seconds=SECONDS, warmup=WARMUP, console=console)
+        stage_checks = {**check.stages, END_TO_END: check.end_to_end}
+        graph_problems = _graph_problems(pipe)
         figures = {
-            "self_check": {name: str(stage_check) for name, stage_check in checks.items()},
+            "self_check": {name: str(stage_check) for name, stage_check in stage_checks.items()},
             "p50_ms": round(latency.end_to_end.p50_ms, 3),
             "first_ms": latency.end_to_end.first_ms,
             "load_seconds": latency.load_seconds,
             # Only stages that run on engines know these.
             "device_ms": getattr(pipe.stages, "device_ms", None),
             "device_memory_mib": getattr(pipe.stages, "device_memory_mib", None),
-            "graph_problems": _graph_problems(pipe),
+            "graph_problems": graph_problems,
         }
 
-    if check.problems:
-        raise _GateError(check.problems, figures)
+    checks = [_parity_check(name, stage_check) for name, stage_check in stage_checks.items()]
+    if latency.validity is not None:
+        checks.append(_time_check(latency.end_to_end.p50_ms, latency.validity))
+    for problem in graph_problems:
+        checks.append(Check(name="CUDA graph", measured=problem, bound="", outcome="noted"))
+
     parity = check.end_to_end.parity
     psnr = f"{parity.psnr_db:.1f} dB from PyTorch FP32" if parity else ""
-    return f"{psnr}, p50 {latency.end_to_end.p50_ms:.2f} ms over {RUNS} runs", figures
+    runs = latency.end_to_end.runs
+    return _Findings(
+        detail=f"{psnr}, p50 {latency.end_to_end.p50_ms:.2f} ms over {runs} runs",
+        figures=figures,
+        checks=tuple(checks),
+        validity=latency.validity,
+        problems=check.problems,
+    )
+
+
+def _parity_check(name: str, check: StageCheck) -> Check:
+    """How close a stage, or the whole, is to PyTorch."""
+    measured = check.problem or "nothing to measure"
+    if check.parity:
+        measured = f"{check.parity.psnr_db:.1f} dB from PyTorch FP32"
+    return Check(
+        name=name,
+        measured=measured,
+        bound=f"at least {check.least_psnr_db:.0f} dB",
+        outcome="failed" if check.problem else "passed",
+    )
+
+
+def _time_check(p50_ms: float, validity: Validity) -> Check:
+    """The time of an image, and whether it counts."""
+    measured = f"p50 {p50_ms:.2f} ms, {validity.queries} queries in {validity.seconds:.1f} s"
+    if validity.p99_estimate_ms is not None:
+        measured += f", p99 below {validity.p99_estimate_ms:.2f} ms"
+    if not validity.valid:
+        measured += f": {'; '.join(validity.reasons)}"
+    return Check(
+        name="time of a batch",
+        measured=measured,
+        bound=f"{validity.least_queries} queries, {validity.least_seconds:g} s, steady",
+        outcome="passed" if validity.valid else "invalid",
+    )
 
 
 def _graph_problems(pipe: OneStepPipeline) -> list[str]:
@@ -263,52 +359,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def render_text(report: SelfTest) -> str:
-    """The report as Markdown, its JSON at the end: readable in an issue, and by a program."""
-    body = json.dumps(report.model_dump(mode="json"), indent=2)
-    lines = [
-        "# hipa-deploy self-test",
-        "",
-        *(f"- {fact}" for fact in _fact_lines(report)),
-        "",
-        _row("step", "outcome", "time", "what"),
-        _row("---", "---", "---", "---"),
-        *(_step_row(step) for step in report.steps),
-        "",
-        "```json",
-        body,
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _fact_lines(report: SelfTest) -> list[str]:
-    """Producer, machine, GPU and versions, a line each."""
-    device = report.device
-    machine = (
-        f"machine: {device['jetson'] or device['cpu']}, {device['cores']} cores, "
-        f"{device['memory_mib']} MiB, {device['os']}, {device['arch']}, "
-        f"Python {device['python']}, L4T {device['l4t'] or '-'}"
-    )
-    gpu = "GPU: none answers"
-    if device["gpu"]:
-        facts = device["gpu"]
-        gpu = (
-            f"GPU: {facts['name']}, SM {facts['sm']}, {facts['memory_mib']} MiB, "
-            f"driver {facts['driver']}, CUDA {facts['cuda']}"
-        )
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    return [f"{report.producer}, {report.created}", machine, gpu, f"versions: {versions}"]
-
-
-def _step_row(step: Step) -> str:
-    # A bar in a message would begin another cell of the table.
-    text = "; ".join((step.detail, *step.notes)).replace("|", "/")
-    return _row(step.name, step.outcome, f"{step.seconds:.1f} s", text)
-
-
-def _row(*cells: str) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"

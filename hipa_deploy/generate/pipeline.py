@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,22 @@ from PIL import Image
 from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, AdaptorSwap, adapted_stage
 from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.bundle.manifest import Axis, RefineSettings
+from hipa_deploy.embedded import BUNDLE as EMBEDDED_BUNDLE
+from hipa_deploy.embedded import NAME as EMBEDDED_NAME
 from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.jobs.batch_sizes import WarmUp, cut, prove, sizes_to_try
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
+from hipa_deploy.generate.jobs.withheld import Flagged
 from hipa_deploy.generate.noise import bundle_noise, check_seeds, initial_noise
-from hipa_deploy.generate.open_stages import open_stages, resolve_backend
-from hipa_deploy.generate.prompts import Encode, PromptSource, open_prompts
+from hipa_deploy.generate.open_stages import (
+    Kept,
+    StagesInTurn,
+    open_runner,
+    open_stages,
+    resolve_backend,
+)
+from hipa_deploy.generate.prompts import CACHED_PROMPTS, Encode, PromptSource, open_prompts
 from hipa_deploy.generate.refine.drafts import check_swap, draft_choices, refine_facts
 from hipa_deploy.generate.refine.refiner import Progress, Refiner, refine_settings, refinement_of
 from hipa_deploy.generate.request import check_count, check_pairs, check_prompts
@@ -53,6 +62,8 @@ from hipa_deploy.images.source import (
     trial_sources,
     upscaling,
 )
+from hipa_deploy.marks.marker import ImageMarker, watermark_payload
+from hipa_deploy.marks.safety import SAFETY_STAGE, Checker, SafetyChecker
 from hipa_deploy.shared_use import SharedUse
 from hipa_deploy.tasks import STEP_INPUTS
 
@@ -70,7 +81,9 @@ class GenerateResult:
         images_BHWC: uint8 [N, H, W, 3], RGB.
         prompts: N prompts.
         seeds: N seeds, each in [0, 2**63).
-        parameters: N dictionaries: all that reproduces the image. A PNG carries its own as JSON.
+        parameters: N dictionaries: all that reproduces the image. A file carries its own as JSON.
+        flagged: images that were asked for and are withheld, because a checker flagged them. They
+            are not among the N.
 
     """
 
@@ -78,12 +91,15 @@ class GenerateResult:
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     parameters: tuple[dict[str, Any], ...]
+    flagged: tuple[Flagged, ...] = ()
 
     def __repr__(self) -> str:
         """The shape, and the first prompt and seed: the pixels would fill the screen."""
         count, height, width = self.images_BHWC.shape[:3]
         first = f"{brief(self.prompts[0], 40)}, seed {self.seeds[0]}" if self.prompts else "none"
         more = ", …" if count > 1 else ""
+        if self.flagged:
+            more += f"; {len(self.flagged)} withheld"
         return f"GenerateResult({count} x {width}x{height}: {first}{more})"
 
     @property
@@ -133,10 +149,13 @@ class OneStepPipeline(ClosesAtExit):
         backend: str,
         stages: Stages,
         prompts: PromptSource | None = None,
+        marker: ImageMarker = ImageMarker(),
+        safety: Runner | None = None,
     ) -> None:
         self.bundle = bundle
         self.backend = backend
         self.load_seconds = 0.0
+        self._verify = False
         self._loaded = _Loaded(stages)
         self._use = SharedUse()  # calls share what is loaded, a swap has it alone
         self._one_swap = threading.Lock()
@@ -147,15 +166,40 @@ class OneStepPipeline(ClosesAtExit):
         self._prompts = open_prompts(bundle) if prompts is None else prompts
         self._encoded_images = EncodedImages()
         self._refiner = Refiner(bundle, backend)
+        self._marker = marker
+        self._safety = safety
 
     @classmethod
-    def load(cls, bundle: str | Path, backend: str = "auto") -> OneStepPipeline:
+    def load(
+        cls,
+        bundle: str | Path,
+        backend: str = "auto",
+        *,
+        verify: bool = False,
+        cache: bool = True,
+        watermark: bool | int | None = None,
+        checker: Checker | None = None,
+        low_memory: bool = False,
+    ) -> OneStepPipeline:
         """Open a bundle, check the hashes of its files and load its stages.
 
         Args:
             bundle: a folder that ``hipa-export`` wrote, or 'emoji' for the embedded bundle.
             backend: one of ``hipa_deploy.generate.runner.BACKENDS``. 'auto' is an engine that was
                 built for this device, else ONNX Runtime on the CPU.
+            verify: read and hash every file, and compile every stage. By default files that have
+                not changed since an earlier start are not read again (``disk.remembered``).
+            cache: take compiled stages that an earlier start left in this user's cache, and leave
+                them there, on the CPU backends.
+            watermark: whether images carry the invisible watermark; a number of 32 bits is what it
+                says. None is as the bundle's owner chose.
+            checker: a function of yours that sees every image, beside the bundle's own safety
+                checker: uint8 [B, H, W, 3] in, and for each image False, True or a reason out.
+                Flagged images are in ``GenerateResult.flagged``, not among the images.
+            low_memory: hold less at once, and take longer: stages are loaded when they run, and
+                released before others are loaded. The text encoder is always apart from the
+                others. These stay loaded together on TensorRT and TensorRT-RTX if they fit, and
+                else, as on all other backends, one at a time. The images are the same.
 
         Raises:
             HipaError: not a bundle, a corrupt file, or a backend that is unknown, not installed or
@@ -165,16 +209,30 @@ class OneStepPipeline(ClosesAtExit):
         check_backend(backend)
         started = time.perf_counter()
         opened = Bundle.open(resolve_bundle(bundle))
-        opened.verify()
+        opened.verify(remembered=not verify)
         name = resolve_backend(backend, opened)
         # The tokenizer first: what is wrong with it is found before seconds of loading.
         prompts = open_prompts(opened)
-        stages = open_stages(opened, name)
+        kept: Kept = "none"
+        if cache:
+            kept = "renew" if verify else "use"
+        payload = _payload(opened, watermark)
+        stages = open_stages(opened, name, low_memory=low_memory, kept=kept)
+        safety = None
         try:
-            pipeline = cls(opened, name, stages, prompts)
+            if opened.manifest.safety is not None:
+                if isinstance(stages, StagesInTurn):
+                    safety = stages.runners[SAFETY_STAGE]
+                else:
+                    safety = open_runner(opened, SAFETY_STAGE, name, kept=kept)
+            marker = ImageMarker(payload, _checkers(opened, safety, checker))
+            pipeline = cls(opened, name, stages, prompts, marker, safety)
         except BaseException:
             stages.close()
+            if safety is not None:
+                safety.close()
             raise
+        pipeline._verify = verify
         pipeline.load_seconds = time.perf_counter() - started
         return pipeline
 
@@ -285,10 +343,13 @@ class OneStepPipeline(ClosesAtExit):
         truncate: bool = False,
         prompt_weights: bool | None = None,
         timer: Timer = nullcontext,
+        refine: RefineSettings | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[GenerateResult]:
         """The same as a call, a batch at a time.
 
-        Everything is checked before the first image is made.
+        Everything is checked before the first image is made. With ``refine`` and ``progress``, as
+        ``jobs`` and ``refine`` take them, the base model makes the images.
 
         Example:
             >>> for batch in pipe.stream("3d emoji of a red apple", count=1000):
@@ -307,13 +368,57 @@ class OneStepPipeline(ClosesAtExit):
             width=width,
             truncate=truncate,
             prompt_weights=prompt_weights,
+            refine=refine,
         )
-        yield from self._stream(jobs, timer)
+        yield from self._stream(jobs, timer, progress)
 
-    def _stream(self, jobs: Sequence[ImageJob], timer: Timer) -> Iterator[GenerateResult]:
+    def _stream(
+        self, jobs: Sequence[ImageJob], timer: Timer, progress: Progress | None = None
+    ) -> Iterator[GenerateResult]:
         """Make jobs of one shape, a batch at a time."""
-        for batch in cut(jobs, self.sizes_for(jobs[0])):
-            yield _result(self.make(batch, timer))
+        # With little memory the text encoder is loaded once for as many prompts as are remembered.
+        together = CACHED_PROMPTS if self.low_memory else len(jobs)
+        for first in range(0, len(jobs), together):
+            some = jobs[first : first + together]
+            if self.low_memory:
+                self._encode_ahead(some, timer)
+            batches = list(cut(some, self.sizes_for(jobs[0])))
+            for number, batch in enumerate(batches):
+                report = partial(_report, progress, number, len(batches)) if progress else None
+                yield self.guard(finished_result(self.make(batch, timer, report)))
+
+    def _encode_ahead(self, jobs: Sequence[ImageJob], timer: Timer) -> None:
+        """Let the prompts of jobs be encoded and remembered."""
+        with self._use.shared():
+            self._prompts.feed([job.prepared for job in jobs], self._encode(self.stages, timer))
+
+    def guard(self, result: GenerateResult) -> GenerateResult:
+        """Withhold the images that a checker flags, and watermark the others.
+
+        Every result of this pipeline has passed it. A program that takes images from ``make`` calls
+        it before it shows them.
+
+        Raises:
+            HipaError: a checker fails.
+
+        """
+        marker = self._marker
+        if marker.does_nothing:
+            return result
+        kept = []
+        flagged = []
+        for i, reason in enumerate(marker.reasons(result.images_BHWC)):
+            if reason is None:
+                kept.append(i)
+            else:
+                flagged.append(Flagged(i, result.prompts[i], result.seeds[i], reason))
+        return GenerateResult(
+            images_BHWC=marker.mark(result.images_BHWC[kept]),
+            prompts=tuple(result.prompts[i] for i in kept),
+            seeds=tuple(result.seeds[i] for i in kept),
+            parameters=tuple({**result.parameters[i], **marker.facts} for i in kept),
+            flagged=tuple(flagged),
+        )
 
     def jobs(
         self,
@@ -347,7 +452,7 @@ class OneStepPipeline(ClosesAtExit):
         """
         pairs = check_pairs(requests)
         if refine is not None:
-            refinement_of(self.bundle, self.backend)
+            refinement_of(self.bundle, self.backend, low_memory=self.low_memory)
         latent_CHW = self._latent_shape(source, height, width)
         weights = self._prompts.reads_weights(prompt_weights)
         texts = list(dict.fromkeys(text for text, _ in pairs))
@@ -576,12 +681,7 @@ class OneStepPipeline(ClosesAtExit):
             choices = draft_choices(self.bundle, parameters)
             jobs += self.jobs([(prompt, seed)], refine=settings, **choices)
         check_count(len(jobs), 1)
-        batches = list(cut(jobs, self.sizes_for(jobs[0])))
-        made: list[GenerateResult] = []
-        for number, batch in enumerate(batches):
-            report = partial(_report, progress, number, len(batches)) if progress else None
-            made.append(_result(self.make(batch, timer, report)))
-        return _joined(made)
+        return _joined(list(self._stream(jobs, timer, progress)))
 
     def _encode(self, stages: Stages, timer: Timer) -> Encode:
         """The text encoder, for one prompt."""
@@ -712,7 +812,7 @@ class OneStepPipeline(ClosesAtExit):
         with self._use.shared():
             for batch in cut(jobs, self.sizes_for(jobs[0])):
                 made += self.make(batch, timer)
-        return merge_tiles(enlargement, made)
+        return self.guard(merge_tiles(enlargement, made))
 
     def tile_jobs(
         self,
@@ -733,6 +833,7 @@ class OneStepPipeline(ClosesAtExit):
         """
         check_prompts([prompt])
         enlargement = upscaling(self.bundle, image, overlap=overlap)
+        self._marker.check_size(enlargement.height, enlargement.width)
         weights = self._prompts.reads_weights(prompt_weights)
         (prepared,) = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
         latent_CHW = latent_shape(self.bundle, None, None)
@@ -764,6 +865,12 @@ class OneStepPipeline(ClosesAtExit):
                 than a batch holds.
 
         """
+        if not self._marker.does_nothing:
+            raise HipaError(
+                "the images of this bundle are checked or watermarked, which is done on the host. "
+                "Call the pipeline, or load it with watermark=False if its images are only "
+                "watermarked."
+            )
         check_seeds(seed, count)
         if count not in self._batch:
             raise HipaError(f"count is {count}, a batch of this bundle holds {self._batch}.")
@@ -824,9 +931,19 @@ class OneStepPipeline(ClosesAtExit):
         return self._loaded.stages
 
     @property
+    def low_memory(self) -> bool:
+        """Whether the stages are loaded in turn."""
+        return isinstance(self.stages, StagesInTurn)
+
+    @property
     def swapped(self) -> AdaptorSwap | None:
         """The adaptor that was swapped in; None: the bundle's own."""
         return self._loaded.swap
+
+    @property
+    def safety(self) -> Runner | None:
+        """The safety checker's network; None where the bundle has none."""
+        return self._safety
 
     @property
     def runners(self) -> dict[str, Runner]:
@@ -850,8 +967,20 @@ class OneStepPipeline(ClosesAtExit):
         """
         from hipa_deploy.generate.swap_stage import swap_stage, swap_text_encoder  # the engines
 
-        swap = None if adaptor is None else AdaptorSwap.open(self.bundle, adaptor)
+        swap = (
+            None
+            if adaptor is None
+            else AdaptorSwap.open(self.bundle, adaptor, remembered=not self._verify)
+        )
         stage = adapted_stage(self.bundle)
+        if isinstance(self.stages, StagesInTurn):
+            with self._one_swap, self._use.alone():
+                texts_differ = _changes_text(swap) or _changes_text(self.swapped)
+                self.stages.swap(swap)
+                self._loaded = _Loaded(self.stages, swap)
+                if texts_differ:
+                    self._prompts.forget()
+            return
         with self._one_swap:
             runner = self.runners[stage]
             changed: dict[str, Runner] = {}
@@ -882,7 +1011,10 @@ class OneStepPipeline(ClosesAtExit):
         require_task(self.bundle, source.task if source else "generate")
         if source:
             height, width = source.image_HWC.shape[:2]
-        return latent_shape(self.bundle, height, width)
+        shape = latent_shape(self.bundle, height, width)
+        step = self.bundle.manifest.one_step
+        self._marker.check_size(height or step.height, width or step.width)
+        return shape
 
     def _parameters(
         self, swap: AdaptorSwap | None, prompt: str, seed: int, facts: Mapping[str, Any]
@@ -909,6 +1041,8 @@ class OneStepPipeline(ClosesAtExit):
             "adaptor": adaptor.sha256 if adaptor else None,
             **added,
             "unet": unet_sha256,
+            "bundle": self.bundle.sha256,
+            "bundle_name": _name_of(self.bundle),
         }
 
     def close(self) -> None:
@@ -919,6 +1053,31 @@ class OneStepPipeline(ClosesAtExit):
         with self._use.alone():
             self.stages.close()
             self._refiner.close()
+            if self._safety is not None:
+                self._safety.close()
+
+
+def _payload(bundle: Bundle, watermark: bool | int | None) -> int | None:
+    """The watermark's number; None for no watermark."""
+    unet = bundle.manifest.files[bundle.stages[adapted_stage(bundle)].path]
+    return watermark_payload(bundle.manifest.marks, unet, watermark)
+
+
+def _checkers(bundle: Bundle, network: Runner | None, own: Checker | None) -> tuple[Checker, ...]:
+    """What sees every image: the bundle's safety checker, then the user's."""
+    checkers: list[Checker] = []
+    safety = bundle.manifest.safety
+    if safety is not None and network is not None:
+        checkers.append(SafetyChecker(network, safety.settings))
+    if own is not None:
+        checkers.append(own)
+    return tuple(checkers)
+
+
+def _name_of(bundle: Bundle) -> str:
+    """What a user calls the bundle, without the folder that it lies in."""
+    root = bundle.root.resolve()
+    return EMBEDDED_NAME if root == EMBEDDED_BUNDLE.resolve() else root.name
 
 
 def _report(progress: Progress, batch: int, batches: int, done: int, steps: int) -> None:
@@ -950,8 +1109,8 @@ def merge_tiles(enlargement: Upscaling, made: Sequence[MadeImage]) -> GenerateRe
     return GenerateResult(image_HWC[None], (first.job.prompt,), (0,), (parameters,))
 
 
-def _result(made: Sequence[MadeImage]) -> GenerateResult:
-    """The finished images of a batch."""
+def finished_result(made: Sequence[MadeImage]) -> GenerateResult:
+    """The finished images of ``make``, of one size; ``guard`` has not seen them."""
     return GenerateResult(
         images_BHWC=np.stack([image.finished() for image in made]),
         prompts=tuple(image.job.prompt for image in made),
@@ -965,12 +1124,19 @@ def _joined(batches: Sequence[GenerateResult]) -> GenerateResult:
     prompts: list[str] = []
     seeds: list[int] = []
     parameters: list[dict[str, Any]] = []
+    flagged: list[Flagged] = []
+    asked = 0
     for batch in batches:
         prompts += batch.prompts
         seeds += batch.seeds
         parameters += batch.parameters
+        for one in batch.flagged:
+            flagged.append(replace(one, index=asked + one.index))
+        asked += len(batch.seeds) + len(batch.flagged)
     images_BHWC = np.concatenate([batch.images_BHWC for batch in batches])
-    return GenerateResult(images_BHWC, tuple(prompts), tuple(seeds), tuple(parameters))
+    return GenerateResult(
+        images_BHWC, tuple(prompts), tuple(seeds), tuple(parameters), tuple(flagged)
+    )
 
 
 def _worth_keeping(feed: Mapping[str, np.ndarray]) -> list[str]:

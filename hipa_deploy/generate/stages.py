@@ -85,6 +85,19 @@ def input_names(spec: StageSpec, layout: Layout) -> tuple[str, ...]:
     return tuple(name_along_path(spec, tensor.name, layout) for tensor in spec.inputs)
 
 
+def computed_names(bundle: Bundle, stage: str) -> list[str]:
+    """What the path calls all that is known once ``stage`` has run.
+
+    In the generic layout numpy adds to the UNet and to the decoder what their graphs leave out.
+    """
+    layout = bundle.manifest.layout
+    names = list(output_names(bundle.stages[stage].spec, layout))
+    added = {"unet": "latents", "vae_decoder": "images"}
+    if layout == "generic" and stage in added:
+        names.append(added[stage])
+    return names
+
+
 class Stages(Protocol):
     """Every stage of a bundle, loaded on one backend.
 

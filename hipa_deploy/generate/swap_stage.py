@@ -36,7 +36,9 @@ class EngineRunner(Runner, Protocol):
         """Call ``change(trt, engine)``, which may alter the engine, while nothing runs on it."""
 
 
-def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap | None) -> Runner:
+def swap_stage(
+    bundle: Bundle, runner: Runner | None, backend: str, swap: AdaptorSwap | None
+) -> Runner:
     """The runner of the stage that has the UNet, with the weights of ``swap``.
 
     An engine changes in place and is then checked: its output for the bundle's reference inputs
@@ -45,7 +47,7 @@ def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap |
 
     Args:
         bundle: the bundle that ``runner`` was opened from.
-        runner: the loaded stage.
+        runner: the loaded stage; None where no session is open yet.
         backend: the runner's backend.
         swap: the adaptor; None: the bundle's own weights.
 
@@ -63,6 +65,7 @@ def swap_stage(bundle: Bundle, runner: Runner, backend: str, swap: AdaptorSwap |
         return _swap_session(bundle, backend, swap, weights, adapted_stage(bundle))
     if backend.startswith("openvino"):
         raise HipaError(f"backend {backend} does not swap adaptors. Use --backend onnxruntime.")
+    assert runner is not None, "an engine changes in place"
     return _swap_engine(bundle, runner, backend, swap, weights)
 
 

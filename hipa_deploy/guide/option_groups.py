@@ -19,9 +19,10 @@ _GROUPS = {
     ),
     "Image": (
         *("--task", "--strength", "--strengths", "--feather", "--overlap", "--seed", "--count"),
-        *("--height", "--width", "--dynamic", "--batch", "--images", "--refine", "--guidance"),
+        *("--height", "--width", "--dynamic", "--batch", "--images", "--again"),
+        *("--refine", "--guidance"),
     ),
-    "Training": ("--recipe", "--steps", "--gpus", "--quick"),
+    "Training": ("--recipe", "--steps", "--average", "--rank", "--gpus", "--quick"),
     "Precision and layout": ("--dtype", "--layout", "--fuse"),
     "Device": (
         *("--backend", "--build", "--target", "--workspace", "--tactic-dram"),
@@ -32,21 +33,26 @@ _GROUPS = {
             "--best-of",
             "--no-repair",
             "--without-remedy",
+            "--cache",
+            "--verify",
+            "--low-memory",
+            "--swap",
         ),
     ),
     "Measuring": (
-        *("--runs", "--warmup", "--metric", "--threshold", "--layers", "--roofline"),
+        *("--runs", "--seconds", "--warmup", "--metric", "--threshold", "--layers", "--roofline"),
         *("--self-test", "--bisect"),
     ),
     "Output": (
         *("--out", "--swap-for", "--json", "--html", "--markdown", "--dry-run", "--force"),
-        *("--sign",),
+        *("--sign", "--format", "--quality"),
     ),
     "Network": ("--host", "--port", "--api-keys", "--allow-host", "--allow-origin"),
     "Limits": (
         *("--wait", "--queue", "--time-limit", "--prompt-limit", "--body-limit"),
         "--pixel-limit",
     ),
+    "Marks": ("--mark", "--watermark", "--c2pa"),
     "Safety": ("--allow-code",),
     HELP_GROUP: ("--help", "--version"),
 }

@@ -1,27 +1,34 @@
-"""PNG files that carry the generation parameters of their image, enlarging, and image grids.
+"""Images written with their generation parameters, enlarging, and image grids.
 
 Shapes: N images; H, W height and width in pixels; C = 3 colour channels.
 """
 
 from __future__ import annotations
 
-import io
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from hipa_deploy.disk.files import write_file
 from hipa_deploy.errors import HipaError
+from hipa_deploy.marks.image_file import PARAMETERS_KEY, encode_image, image_format
+from hipa_deploy.marks.read_marks import read_parameters
 
-# The keyword of the text chunk; it is part of the file format.
-PARAMETERS_KEY = "hipa"
+__all__ = [
+    "PARAMETERS_KEY",
+    "enlarge",
+    "grid",
+    "png_bytes",
+    "read_parameters",
+    "save_image",
+    "save_png",
+]
 
 
 def png_bytes(image_HWC: np.ndarray, parameters: dict[str, Any]) -> bytes:
-    """Encode an image as PNG, with its generation parameters as JSON in a text chunk.
+    """Encode an image as PNG, with its parameters and its provenance; see ``encode_image``.
 
     Equal input gives equal bytes.
 
@@ -30,12 +37,38 @@ def png_bytes(image_HWC: np.ndarray, parameters: dict[str, Any]) -> bytes:
         parameters: values that JSON can hold, such as prompt and seed.
 
     """
-    info = PngImagePlugin.PngInfo()
-    # iTXt holds UTF-8; the older tEXt chunk holds Latin-1 only, which few prompts fit.
-    info.add_itxt(PARAMETERS_KEY, json.dumps(parameters, sort_keys=True, ensure_ascii=False))
-    buffer = io.BytesIO()
-    Image.fromarray(image_HWC).save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
+    return encode_image(image_HWC, parameters, "png")
+
+
+def save_image(
+    path: Path,
+    image_HWC: np.ndarray,
+    parameters: dict[str, Any],
+    *,
+    quality: int | None = None,
+    force: bool = False,
+) -> None:
+    """Write an image with its parameters and provenance, completely or not at all.
+
+    Args:
+        path: the file; its suffix is the format: .png, .webp, .jpg or .jpeg.
+        image_HWC: uint8 [H, W, 3].
+        parameters: values that JSON can hold, such as prompt and seed.
+        quality: 1 to 100 for WebP and JPEG; None is lossless WebP, or JPEG of quality 95.
+        force: whether a file that exists is replaced.
+
+    Raises:
+        HipaError: the file exists and ``force`` is False, the suffix is none of these, or the
+            quality does not fit.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> result = pipe("3d emoji of a red apple", seed=0)
+        >>> save_image(Path("apple.webp"), result.images_BHWC[0], result.parameters[0])
+
+    """
+    content = encode_image(image_HWC, parameters, image_format(path), quality=quality)
+    _write(path, content, force)
 
 
 def save_png(
@@ -44,7 +77,7 @@ def save_png(
     """Write an image and its generation parameters as PNG, completely or not at all.
 
     Args:
-        path: the file.
+        path: the file, whatever its suffix; ``save_image`` goes by the suffix.
         image_HWC: uint8 [H, W, 3].
         parameters: values that JSON can hold, such as prompt and seed.
         force: whether a file that exists is replaced.
@@ -58,32 +91,15 @@ def save_png(
         >>> save_png(Path("apple.png"), result.images_BHWC[0], result.parameters[0])
 
     """
+    _write(path, png_bytes(image_HWC, parameters), force)
+
+
+def _write(path: Path, content: bytes, force: bool) -> None:
     try:
-        write_file(path, png_bytes(image_HWC, parameters), replace=force)
+        write_file(path, content, replace=force)
     except FileExistsError:
         raise HipaError(
             f"{path} exists. Give force=True to replace it, or choose another name."
-        ) from None
-
-
-def read_parameters(path: Path) -> dict[str, Any]:
-    """Read the generation parameters from a PNG that hipa-generate or ``save_png`` wrote.
-
-    Raises:
-        HipaError: the file is not an image, or has no generation parameters.
-
-    """
-    try:
-        with Image.open(path) as image:
-            parameters: dict[str, Any] = json.loads(image.info[PARAMETERS_KEY])
-            return parameters
-    except KeyError:
-        raise HipaError(
-            f"{path} carries no generation parameters. Expected a PNG that hipa-generate wrote."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise HipaError(
-            f"{path} cannot be read ({error}). Expected a PNG that hipa-generate wrote."
         ) from None
 
 

@@ -113,10 +113,12 @@ def write_bundle(root: Path, precision: str = "fp16") -> Bundle:
     return Bundle.open(root)
 
 
-def put_engine(bundle, stage="unet", library="tensorrt", gpu=ORIN, **changes) -> Path:
+def put_engine(
+    bundle, stage="unet", library="tensorrt", gpu=ORIN, content=CONTENT, activations=None, **changes
+) -> Path:
     """Write an engine and the sidecar of a build on ``gpu``; returns the sidecar's path.
 
-    ``changes`` replace fields of the engine's key.
+    ``activations`` is the sidecar's ``activation_bytes``; ``changes`` replace fields of its key.
     """
     target = Target(name="t", compute_capabilities=(gpu.sm,), **binding(library, gpu))
     key = key_for(bundle, stage, library, "10.13.3", target, BuildOptions()).model_copy(
@@ -124,14 +126,15 @@ def put_engine(bundle, stage="unet", library="tensorrt", gpu=ORIN, **changes) ->
     )
     path = bundle.root / "engines" / f"{library}-t" / f"{stage}-{key.short}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    engine_path(path).write_bytes(CONTENT)
+    engine_path(path).write_bytes(content)
     sidecar = Sidecar(
         producer="tests",
         stage=stage,
         key=key,
         precision_check=PrecisionCheck(by="inspector", float16=1, float32=0),
         engine_sha256=file_sha256(engine_path(path)),
-        engine_bytes=len(CONTENT),
+        engine_bytes=len(content),
+        activation_bytes=activations,
         build_seconds=1.0,
         build_peak_mib=None,
     )

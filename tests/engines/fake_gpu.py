@@ -10,7 +10,9 @@ wait shows. And it refuses what the real ones refuse:
 - an external event outside a capture, and the time of an event that a capture swallowed or that
   nobody recorded;
 - a run after an error that nobody read, without every address, on memory that is gone or too
-  small, or with a shape outside the profile.
+  small, or with a shape outside the profile;
+- activations that are missing, too small, not aligned, gone when the run comes, or used from two
+  streams. Every run writes over all of its activations.
 
 ``leaks`` names what was not released.
 """
@@ -18,6 +20,7 @@ wait shows. And it refuses what the real ones refuse:
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
@@ -40,7 +43,8 @@ WORDS = {
     CAPTURE_INVALIDATED: b"operation failed due to a previous error during capture",
     ILLEGAL_ADDRESS: b"an illegal memory access was encountered",
 }
-STREAM = 7
+FIRST_STREAM = 7
+ALIGNMENT = 256  # of all memory
 
 Operation = Callable[[], None]
 
@@ -49,6 +53,8 @@ Operation = Callable[[], None]
 class Memory:
     raw: ctypes.Array
     kind: str  # device, pinned or mapped
+    owner: ctypes.Array  # ``raw`` is the aligned part of it
+    stream: int | None = None  # that has used it for activations
 
     @property
     def size(self) -> int:
@@ -85,6 +91,7 @@ class FakeCudart:
         self.log: list[str] = []  # the names of all calls, in order
         self.memory: dict[int, Memory] = {}
         self.streams: set[int] = set()
+        self.made_streams = 0
         self.queue: list[Operation] = []
         self.events: dict[int, Event] = {}
         self.graphs: dict[int, list[Operation]] = {}
@@ -143,9 +150,11 @@ class FakeCudart:
     def _allocate(self, size: int, kind: str):
         if self._forbidden_in_capture():
             return CAPTURE_UNSUPPORTED, None
-        raw = (ctypes.c_uint8 * size)(*b"\xaa" * size)  # never zeros by luck
-        self.memory[ctypes.addressof(raw)] = Memory(raw, kind)
-        return 0, ctypes.addressof(raw)
+        owner = (ctypes.c_uint8 * (size + ALIGNMENT))(*b"\xaa" * (size + ALIGNMENT))  # never zeros
+        address = -(-ctypes.addressof(owner) // ALIGNMENT) * ALIGNMENT
+        raw = (ctypes.c_uint8 * size).from_address(address)
+        self.memory[address] = Memory(raw, kind, owner)
+        return 0, address
 
     def do_cudaMalloc(self, size):
         return self._allocate(size, "device")
@@ -195,11 +204,17 @@ class FakeCudart:
 
     def _run_queue(self) -> None:
         while self.queue:
-            self.queue.pop(0)()
+            try:
+                self.queue.pop(0)()
+            except IllegalAddress:
+                self.queue.clear()  # what comes after it does not run either
+                raise
 
     def do_cudaStreamCreateWithFlags(self, flags):
-        self.streams.add(STREAM)
-        return 0, STREAM
+        self.made_streams += 1
+        stream = FIRST_STREAM + self.made_streams - 1
+        self.streams.add(stream)
+        return 0, stream
 
     def do_cudaStreamDestroy(self, stream):
         if stream not in self.streams:
@@ -305,9 +320,17 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.warm: set[tuple] = set()
+        self.activations: int | None = None
         self.profiler = None
         if engine.capturable is not None:
             self.is_stream_capturable = lambda stream: engine.capturable
+
+    def set_device_memory(self, memory, size):
+        # As TensorRT, which returns nothing: what is wrong is in the log, and the run fails.
+        if size < self.engine.device_memory_size_v2 or memory % ALIGNMENT:
+            self.engine.logger.log(1, "device memory is too small or not aligned.\n")
+            return
+        self.activations = memory
 
     def set_tensor_address(self, name, address):
         known = name in self.engine.tensors and isinstance(address, int)
@@ -331,6 +354,9 @@ class FakeContext:
         if not self.engine.runs or self.addresses.keys() != self.engine.tensors.keys():
             self.engine.logger.log(1, "address not set.\n")
             return False
+        if self.activations is None:
+            self.engine.logger.log(1, "device memory was not provided.\n")
+            return False
         if self.cudart.last_error:
             self.engine.logger.log(1, "Cuda failure of an earlier call.\n")
             return False
@@ -344,13 +370,30 @@ class FakeContext:
             return False
         self.warm.add(tuple(now.items()))
         addresses = dict(self.addresses)  # a graph keeps those it was captured with
-        if self.cudart.put(stream, lambda: self._compute(addresses, now))[0]:
+        held = self.activations
+
+        def run() -> None:
+            self._use(held, stream)
+            self._compute(addresses, now)
+
+        if self.cudart.put(stream, run)[0]:
             return False
         if self.profiler is not None:
             self.cudart._run_queue()
             self.profiler.report_layer_time("conv", 0.75)
             self.profiler.report_layer_time("relu", 0.25)
         return True
+
+    def _use(self, address: int, stream: int) -> None:
+        """Write over the activations, which nothing else may be in."""
+        memory = self.cudart.memory.get(address)
+        needed = self.engine.device_memory_size_v2
+        if memory is None or memory.kind != "device" or memory.size < needed:
+            raise IllegalAddress
+        if memory.stream not in (None, stream):
+            raise IllegalAddress
+        memory.stream = stream
+        memory.raw[:needed] = b"\x55" * needed
 
     def _compute(self, addresses, shapes) -> None:
         views = {name: self._view(addresses[name], name, shapes[name]) for name in addresses}
@@ -372,6 +415,7 @@ class FakeEngine:
     """An engine with the tensors of ``spec`` (or ``changes``) that computes ``compute``.
 
     ``capturable``: None as TensorRT, which cannot be asked; True or False as TensorRT-RTX.
+    ``activations``: the bytes that a context needs.
     """
 
     def __init__(
@@ -385,6 +429,7 @@ class FakeEngine:
         spoils_capture=False,
         refuses_address="",
         max_rows=99,
+        activations=1024,
         **changes,
     ) -> None:
         self.tensors = {tensor.name: _open(tensor) for tensor in spec.inputs + spec.outputs}
@@ -397,8 +442,10 @@ class FakeEngine:
         self.spoils_capture = spoils_capture
         self.refuses_address = refuses_address
         self.max_rows = max_rows
+        self.device_memory_size_v2 = activations
         self.logger = None
         self.cudart = None
+        self.strategy = None
         self.contexts: list[FakeContext] = []
 
     @property
@@ -418,14 +465,31 @@ class FakeEngine:
         return self.tensors[name][1]
 
     def create_runtime_config(self):
-        return SimpleNamespace(dynamic_shapes_kernel_specialization_strategy="lazy")
+        return FakeRuntimeConfig()
 
-    def create_execution_context(self, config=None):
-        self.strategy = config and config.dynamic_shapes_kernel_specialization_strategy
+    def create_execution_context(self, choice="static"):
+        memory = choice
+        if isinstance(choice, FakeRuntimeConfig):
+            memory = choice.allocation
+            self.strategy = choice.dynamic_shapes_kernel_specialization_strategy
         if not self.has_context:
             return None
-        self.contexts.append(FakeContext(self, self.cudart))
-        return self.contexts[-1]
+        context = FakeContext(self, self.cudart)
+        if memory != "user managed":
+            _, context.activations = self.cudart._allocate(self.device_memory_size_v2, "device")
+            weakref.finalize(context, self.cudart.memory.pop, context.activations)
+        self.contexts.append(context)
+        return context
+
+
+class FakeRuntimeConfig:
+    """TensorRT-RTX's choices for a context, as they are by default."""
+
+    allocation = "static"
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.allocation = strategy
 
 
 def _open(tensor: TensorSpec) -> tuple[str, tuple[int, ...]]:
@@ -462,6 +526,9 @@ class FakeGpu:
         trt.Logger = FakeLogger
         trt.ILogger = FakeILogger
         trt.IProfiler = FakeIProfiler
+        trt.ExecutionContextAllocationStrategy = SimpleNamespace(
+            STATIC="static", USER_MANAGED="user managed"
+        )
         trt.nptype = np.dtype
         trt.Runtime = lambda logger: SimpleNamespace(
             deserialize_cuda_engine=lambda data: self._deserialise(logger, bytes(data))

@@ -28,9 +28,11 @@ class FakeEngine:
         self.fail = fail
         self.wants = wants
         self.weights = {}
+        self.shapes = {}
         for name, weight in read_initializers(onnx_path).items():
             if weight.dtype.startswith("float") and name not in fixed:
                 self.weights[name] = weight.read().reshape(-1)
+                self.shapes[name] = weight.shape
         for name in inner:
             self.weights[name] = np.ones(2, np.float32)
 

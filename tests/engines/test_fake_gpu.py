@@ -5,6 +5,8 @@ The runner does none of what is refused here: a change that does it fails in the
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -30,6 +32,55 @@ def test_a_run_on_memory_that_is_freed():
     cuda.cudaFree(context.addresses["x"])
     assert context.execute_async_v3(stream)
     assert cuda.cudaStreamSynchronize(stream) == (700,)
+
+
+@pytest.mark.parametrize(
+    ("size", "offset", "words"),
+    [
+        (None, 0, "device memory was not provided"),
+        (4095, 0, "device memory is too small or not aligned; device memory was not provided"),
+        (8192, 8, "device memory is too small or not aligned; device memory was not provided"),
+        (4096, 0, ""),
+    ],
+)
+def test_a_context_without_enough_memory_does_not_run(size, offset, words):
+    cuda, stream, context = context_without_memory()
+    if size is not None:
+        context.set_device_memory(cuda.cudaMalloc(8192)[1] + offset, size)
+    assert context.execute_async_v3(stream) is (words == "")
+    assert "; ".join(context.engine.logger.words) == words
+
+
+def test_a_block_that_is_freed_or_used_from_two_streams():
+    for spoil in ("free", "other stream"):
+        cuda, stream, context = context_without_memory()
+        _, block = cuda.cudaMalloc(4096)
+        context.set_device_memory(block, 4096)
+        assert context.execute_async_v3(stream)
+        assert cuda.cudaStreamSynchronize(stream) == (0,)
+        if spoil == "free":
+            cuda.cudaFree(block)
+        else:
+            _, stream = cuda.cudaStreamCreateWithFlags(1)
+        assert context.execute_async_v3(stream)
+        assert cuda.cudaStreamSynchronize(stream) == (700,), spoil
+
+
+def context_without_memory():
+    """A fake, a stream, and a context on it whose tensors are bound, but not its activations."""
+    tensors = [TensorSpec(name=name, dtype="float32", shape=(1, 3)) for name in ("x", "y")]
+    spec = StageSpec(name="unet", inputs=tensors[:1], outputs=tensors[1:])
+    cuda = FakeCudart()
+    engine = FakeEngine(spec, lambda x: {"y": x})
+    engine.device_memory_size_v2 = 4096
+    engine.cudart = cuda
+    engine.logger = SimpleNamespace(words=[])
+    engine.logger.log = lambda severity, text: engine.logger.words.append(text.rstrip(".\n"))
+    _, stream = cuda.cudaStreamCreateWithFlags(1)
+    context = engine.create_execution_context("user managed")
+    for name in ("x", "y"):
+        context.set_tensor_address(name, cuda.cudaMalloc(12)[1])
+    return cuda, stream, context
 
 
 def test_waiting_and_allocating_in_a_capture():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,21 @@ def test_the_averaged_weights_are_stored(
     state = torch.load(tmp_path / "adaptor.run" / "state.pt", weights_only=True)
     assert absolute_sum(stored) == pytest.approx(absolute_sum(state["average"]), rel=1e-5)
     assert absolute_sum(stored) < 0.95 * absolute_sum(state["weights"])
+
+
+def test_the_last_weights_are_stored_where_the_recipe_says_so(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    last = recipe.model_copy(update={"ema_decay": 0.9, "written": "last"})
+    stored = train(last, model_dir, tmp_path / "adaptor", cache)
+    state = torch.load(tmp_path / "adaptor.run" / "state.pt", weights_only=True)
+    assert absolute_sum(stored) == pytest.approx(absolute_sum(state["weights"]), rel=1e-5)
+
+    # A finished run can write the other one too.
+    shutil.rmtree(tmp_path / "adaptor")
+    average = last.model_copy(update={"written": "average"})
+    stored = train(average, model_dir, tmp_path / "adaptor", cache)
+    assert absolute_sum(stored) == pytest.approx(absolute_sum(state["average"]), rel=1e-5)
 
 
 def test_balanced_loss_resumes_exactly(

@@ -36,7 +36,9 @@ from hipa_deploy.train.data.teacher_pairs import (
     Pairs,
     RowFunction,
     cached_rows,
+    noise_seeds,
     prompt_contexts,
+    prompt_order,
     stream_noise,
     teacher_pairs,
 )
@@ -136,11 +138,17 @@ def task_examples(
     texts = prompts if task == "generate" else [*prompts, ""]
     context = prompt_contexts(model, texts, console)
 
+    # A recipe without targets needs the teacher's images for the sample grid alone.
+    teacher = recipe.teacher
+    if task == "generate" and not recipe.needs_targets:
+        shown = min(teacher.pairs, recipe.samples)
+        teacher = teacher.model_copy(update={"pairs": shown})
+
     def make_pairs(pair_prompts: list[str], edits: Edits | None = None) -> Pairs:
         return teacher_pairs(
             model,
             pair_prompts,
-            recipe.teacher,
+            teacher,
             seed=recipe.seed,
             context=context,
             cache=cache,
@@ -161,6 +169,8 @@ def task_examples(
         source_images = teacher_source_images(model, pairs, len(prompts), decode, console)
 
     if task == "generate":
+        if not recipe.needs_targets:
+            pairs = _starts_of_all(pairs, recipe, len(prompts))
         return generate_examples(model, pairs, source_images, context, recipe.timestep)
     if task == "edit":
         edits = choose_edits(model, source_images, prompts, recipe, console)
@@ -170,6 +180,16 @@ def task_examples(
     if task == "inpaint":
         return inpaint_examples(model, source_images, recipe, context, console)
     return upscale_examples(model, source_images, recipe, context, console)
+
+
+def _starts_of_all(first: Pairs, recipe: Recipe, prompts: int) -> Pairs:
+    """Prompts and noise of all the recipe's pairs, and the latents of the first of them alone."""
+    count = recipe.teacher.pairs
+    return Pairs(
+        latents_NCHW=first.latents_NCHW,
+        prompt_N=prompt_order(prompts, count, recipe.seed),
+        seed_N=noise_seeds(torch.arange(count), recipe.seed),
+    )
 
 
 def generate_examples(

@@ -18,7 +18,13 @@ from torch import Tensor
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.images.read import fit_image, read_image
 from hipa_deploy.train.data.captions import folder_captions, image_paths
-from hipa_deploy.train.data.teacher_pairs import Pairs, RowFunction, cached_rows
+from hipa_deploy.train.data.teacher_pairs import (
+    Pairs,
+    RowFunction,
+    cached_rows,
+    prompt_contexts,
+)
+from hipa_deploy.train.distribution.terms import RealLatents
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.unet_adaptor import without_adaptor
 
@@ -130,3 +136,24 @@ def folder_source_images(
         key={"images": [file_sha256(path) for path in paths], "colours": "sRGB"},
     )
     return source_images, list(index)
+
+
+def real_latents(model: DiffusionModel, folder: Path, console: Console | None) -> RealLatents:
+    """Latents and contexts of a folder of captioned images.
+
+    Args:
+        model: The base model, which encodes both.
+        folder: As for ``folder_source_images``.
+        console: As for ``folder_source_images``.
+
+    Raises:
+        HipaError: As ``folder_source_images``.
+
+    """
+    images, captions = folder_source_images(model, folder, [], console)
+    context = prompt_contexts(model, captions, console)
+    return RealLatents(
+        count=len(images),
+        latents=images.latents,
+        context=lambda rows: context(images.prompt_N[rows]),
+    )

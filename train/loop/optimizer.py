@@ -8,32 +8,44 @@ from typing import Any
 import torch
 from torch import nn
 
+from hipa_deploy.train.distribution.terms import DistributionTerms
 from hipa_deploy.train.losses.hipa_loss import HipaLoss
 from hipa_deploy.train.recipes.recipe import OptimiserSettings
 
 
 def new_optimizer(
-    weights: dict[str, nn.Parameter], loss: HipaLoss, settings: OptimiserSettings
+    weights: dict[str, nn.Parameter],
+    loss: HipaLoss,
+    settings: OptimiserSettings,
+    distribution: DistributionTerms | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW with one parameter group for ``weights`` and, if the loss trains any, one for its own.
+    """AdamW with one parameter group for ``weights`` and one for each other kind of weights.
 
     Args:
         weights: The weights to train, by name.
         loss: Its ``trained_parameters``, the discriminator's, become the second group.
         settings: ``learning_rate`` is set at every step by the training loop, not here.
+        distribution: Its heads join the discriminator's group. Its fake score has a group with a
+            learning rate of its own, ``own_rate``, and takes steps of its own: AdamW leaves weights
+            without a gradient alone.
 
     """
     groups: list[dict[str, Any]] = [{"params": list(weights.values())}]
 
     # A discriminator trains without momentum, as in Sauer et al. 2021 ('Projected GANs Converge
     # Faster'), and without decay.
-    if loss.trained_parameters:
-        discriminator_group = {
-            "params": list(loss.trained_parameters.values()),
-            "betas": (0.0, 0.99),
+    judges = list(loss.trained_parameters.values())
+    if distribution is not None:
+        judges += distribution.head_weights.values()
+    if judges:
+        groups.append({"params": judges, "betas": (0.0, 0.99), "weight_decay": 0.0})
+    if distribution is not None and distribution.score is not None:
+        fake_group = {
+            "params": list(distribution.fake_weights.values()),
             "weight_decay": 0.0,
+            "own_rate": distribution.recipe.score.learning_rate,
         }
-        groups.append(discriminator_group)
+        groups.append(fake_group)
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError, as_line, brief, first_line
 from hipa_deploy.images.png import grid
 from hipa_deploy.interrupts import interruptible
+from hipa_deploy.train.distribution.terms import DistributionTerms
 from hipa_deploy.train.loop.checkpoint import (
     check_tensors,
     damaged,
@@ -55,6 +57,8 @@ CHANGEABLE_SETTINGS = {
     "micro_batch",
     "prompts",
     "prompts_column",
+    "written",
+    "latent_discriminator.real_images",
 }
 # The parts of a run's identity beside its recipe, and what a message calls another value of each.
 OTHER_IDENTITY = {
@@ -74,6 +78,7 @@ def run_steps(
     loss_at: LossAt,
     sample_columns: SampleColumns,
     console: Console,
+    distribution: DistributionTerms | None = None,
 ) -> None:
     """Take the steps that ``run`` still lacks, with a progress bar, scalars, samples, checkpoints.
 
@@ -85,6 +90,7 @@ def run_steps(
             a resumed run would differ from an unbroken one.
         sample_columns: Returns the columns of a sample grid, uint8 [N, H, W, 3] each.
         console: Where progress goes.
+        distribution: Its fake score, if it has one, follows the student after each step.
 
     Raises:
         HipaError: the loss is not finite; the last checkpoint is kept.
@@ -104,6 +110,8 @@ def run_steps(
             rows = batch_rows(count, recipe.batch, recipe.seed, run.step)
             values = run.accumulate(rows, loss_at)
             record = run.take_step(values["loss"])
+            if distribution is not None:
+                values |= run.follow(rows, distribution)
 
             # Report it.
             progress.update(task, completed=run.step)
@@ -268,8 +276,10 @@ class Run:
                 f"checkpoint {self.path} cannot be written: {reason}. {self._last_checkpoint()}"
             ) from None
 
-    def accumulate(self, rows: Tensor, loss_at: LossAt) -> dict[str, float]:
-        """Add up the gradients of the mean loss over ``rows``, int64 [batch].
+    def accumulate(
+        self, rows: Tensor, loss_at: LossAt, step: int | None = None
+    ) -> dict[str, float]:
+        """Add up the gradients of the mean loss over ``rows``, int64 [batch], at a step.
 
         Each process takes its share of the rows, in pieces of ``micro_batch``. How a batch is
         divided changes its rounding and nothing else.
@@ -278,10 +288,12 @@ class Run:
             The loss and its unweighted terms, by name, over the whole batch.
 
         """
+        if step is None:
+            step = self.step
         share = self.processes.share(rows)
         sums: dict[str, Tensor] = {}
         for part in share.split(self.recipe.micro_batch or len(share)):
-            total, terms = loss_at(part, self.step)
+            total, terms = loss_at(part, step)
 
             # A piece counts by its rows: a mean of unequal pieces' means would favour the last one.
             weight = len(part) / len(rows)
@@ -322,7 +334,7 @@ class Run:
         for group in self.optimizer.param_groups:
             norm = nn.utils.clip_grad_norm_(group["params"], settings.clip_norm)
             norms.append(norm.item())
-            group["lr"] = rate
+            group["lr"] = group.get("own_rate", rate)
         self.check_finite(loss, sum(norms))
 
         self.scaler.step(self.optimizer)
@@ -335,6 +347,39 @@ class Run:
         if self.scaler.is_enabled():
             record["loss_scale"] = self.scaler.get_scale()
         return record
+
+    def follow(self, rows: Tensor, distribution: DistributionTerms) -> dict[str, float]:
+        """Take the fake score's steps after one of the student, with that step's rows.
+
+        Returns:
+            The fake score's loss by name, of the last of its steps; empty if it takes none.
+
+        Raises:
+            HipaError: the loss or its gradient is not finite.
+
+        """
+        values: dict[str, float] = {}
+        steps = distribution.following_steps
+        if not steps:
+            return values
+        with distribution.following():
+            for number in range(steps):
+                loss_at = partial(distribution.fake_loss, number=number)
+                values = self.accumulate(rows, loss_at, self.step - 1)
+                self._take_following_step(values.pop("loss"))
+        return values
+
+    def _take_following_step(self, loss: float) -> None:
+        # Only the fake score's weights have a gradient here, so AdamW moves no others.
+        self.scaler.unscale_(self.optimizer)
+        norm = 0.0
+        for group in self.optimizer.param_groups:
+            clipped = nn.utils.clip_grad_norm_(group["params"], self.recipe.optimiser.clip_norm)
+            norm += clipped.item()
+        self.check_finite(loss, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def check_finite(self, loss: float, norm: float) -> None:
         """Raise HipaError if the loss or its gradient norm is not finite.
@@ -420,9 +465,12 @@ def _state_bytes(state: Any) -> int:
 
 
 def loss_state(
-    loss: HipaLoss, recipe: Recipe | DecoderRecipe, processes: Processes
+    loss: HipaLoss,
+    recipe: Recipe | DecoderRecipe,
+    processes: Processes,
+    distribution: DistributionTerms | None = None,
 ) -> dict[str, nn.Parameter]:
-    """The parameters of the loss that a checkpoint stores.
+    """The parameters of the loss, and of ``distribution``, that a checkpoint stores.
 
     Raises:
         HipaError: the loss is balanced by gradients, which must be those of one whole batch, and
@@ -433,7 +481,9 @@ def loss_state(
         raise processes.error(
             "loss.balance = 'gradient' needs whole batches: one process, and no micro_batch."
         )
-    return loss.state
+    if distribution is None:
+        return loss.state
+    return {**loss.state, **distribution.state}
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -29,44 +29,29 @@ PROBE_SIZE = 64  # pixels: side of the blank image that tells which maps a backb
 REDUCTION = 4  # a map is judged if its side is the image's divided by this, or less
 
 
-class Discriminator(nn.Module):
-    """One head for each coarse map of a backbone, which judges every place of it.
+class Heads(nn.Module):
+    """Small heads that judge feature maps, one for each.
 
     A head turns a map [B, C_i, H_i, W_i] into a judgement [B, 1, H_i, W_i]: positive means that the
     place looks like the teacher's.
 
     Args:
-        backbone: Image [B, 3, H, W] -> feature maps. It is called once here, on a blank image.
+        channels: C_i of each map.
         seed: It alone decides the heads' weights, whatever else draws random numbers.
-
-    Raises:
-        HipaError: the backbone has no map at a quarter of the image's size or below.
 
     """
 
-    def __init__(self, backbone: Callable[[Tensor], Sequence[Tensor]], seed: int = 0) -> None:
+    def __init__(self, channels: Sequence[int], seed: int = 0) -> None:
         super().__init__()
-        # Which maps are coarse is read off their sizes, since a user's backbone may have any.
-        with torch.no_grad():
-            maps = backbone(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
-        largest = PROBE_SIZE // REDUCTION
-        self.judged = [i for i, features in enumerate(maps) if features.shape[-1] <= largest]
-        if not self.judged:
-            raise HipaError(
-                "loss.adversarial_weight: the backbone of loss.perceptual has no map at a quarter "
-                "of the image's size or below. Expected at least one: use lite0 or vgg16, or "
-                "remove the weight."
-            )
-
         # The global random generator does not change, so that a discriminator does not alter what
         # other parts of a training draw.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.heads = nn.ModuleList(_head(maps[i].shape[1]) for i in self.judged)
+            self.heads = nn.ModuleList(_head(width) for width in channels)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The judgements of the coarse maps; ``maps`` are all maps of the backbone."""
-        return [head(maps[i]) for head, i in zip(self.heads, self.judged, strict=True)]
+        """The judgement of each map."""
+        return [head(features) for head, features in zip(self.heads, maps, strict=True)]
 
     def hinge_loss(self, maps: Sequence[Tensor], target_maps: Sequence[Tensor]) -> Tensor:
         """L_D, a scalar with a gradient for the heads alone."""
@@ -81,10 +66,47 @@ class Discriminator(nn.Module):
 
     def generator_loss(self, maps: Sequence[Tensor]) -> Tensor:
         """L_G, a scalar with a gradient for the image alone."""
-        # Called with detached weights: the student must not teach the heads to like its images.
-        fixed = {name: weight.detach() for name, weight in self.named_parameters()}
-        judged = functional_call(self, fixed, (maps,))
+        judged = self.fixed(maps)
         return -torch.stack([judgement.mean() for judgement in judged]).mean()
+
+    def fixed(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The judgements with a gradient for the maps alone."""
+        # Called with detached weights: the student must not teach the heads to like its images.
+        weights = {name: weight.detach() for name, weight in self.named_parameters()}
+        judged: list[Tensor] = functional_call(self, weights, (maps,))
+        return judged
+
+
+class Discriminator(Heads):
+    """One head for each coarse map of a backbone, which judges every place of it.
+
+    Args:
+        backbone: Image [B, 3, H, W] -> feature maps. It is called once here, on a blank image.
+        seed: As for ``Heads``.
+
+    Raises:
+        HipaError: the backbone has no map at a quarter of the image's size or below.
+
+    """
+
+    def __init__(self, backbone: Callable[[Tensor], Sequence[Tensor]], seed: int = 0) -> None:
+        # Which maps are coarse is read off their sizes, since a user's backbone may have any.
+        with torch.no_grad():
+            maps = backbone(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
+        largest = PROBE_SIZE // REDUCTION
+        judged = [i for i, features in enumerate(maps) if features.shape[-1] <= largest]
+        if not judged:
+            raise HipaError(
+                "loss.adversarial_weight: the backbone of loss.perceptual has no map at a quarter "
+                "of the image's size or below. Expected at least one: use lite0 or vgg16, or "
+                "remove the weight."
+            )
+        super().__init__([maps[i].shape[1] for i in judged], seed)
+        self.judged = judged
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The judgements of the coarse maps; ``maps`` are all maps of the backbone."""
+        return super().forward([maps[i] for i in self.judged])
 
 
 def _head(channels: int) -> nn.Sequential:

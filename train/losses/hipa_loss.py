@@ -221,14 +221,18 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float = HUBER_C) -> Tensor:
     return (((x - y).square() + c**2).sqrt() - c).mean()
 
 
-def hipa_loss(settings: LossSettings | DecoderLossSettings) -> HipaLoss:
+def hipa_loss(settings: LossSettings | DecoderLossSettings, *, alone: bool = True) -> HipaLoss:
     """The loss that a recipe describes.
+
+    Args:
+        settings: Weights and forms of the terms.
+        alone: Whether the recipe has no other terms, so that one of these must have a weight.
 
     Raises:
         HipaError: no term has a weight, or what the perceptual distance needs is not installed.
 
     """
     loss = HipaLoss(settings)
-    if not (loss.needs_images or loss.latent_weight or loss.latent_hf_weight):
+    if alone and not (loss.needs_images or loss.latent_weight or loss.latent_hf_weight):
         raise HipaError("recipe: every weight of its loss is 0. Expected at least one above 0.")
     return loss

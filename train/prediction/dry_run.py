@@ -105,6 +105,7 @@ def dry_run(
     # A small model runs here in seconds: a measurement says more than a share of a peak rate.
     teacher_call = prediction.pairs.flops / recipe.teacher.steps
     measured_flops = teacher_call + prediction.warm_up.flops + prediction.step.flops
+    measured_flops += prediction.fake.flops if prediction.fake else 0
     if measured_flops <= SMALL_FLOPS:
         shown.append(measured_table(prediction, measure_steps(recipe, model_dir)))
     else:
@@ -223,10 +224,22 @@ def cost_table(prediction: TrainingPrediction) -> Table:
     pair_rows = recipe.teacher.batch
     add("teacher pairs", pair_rows, pair_rows, prediction.pairs, batches)
     add("step, latents alone", recipe.batch, micro_batch, prediction.warm_up, warm_up)
-    add("step, decoded", recipe.batch, micro_batch, prediction.step, decoded)
+    add(_step_title(recipe), recipe.batch, micro_batch, prediction.step, decoded)
+    if prediction.fake:
+        add("fake score's steps", recipe.batch, micro_batch, prediction.fake, decoded)
     if prediction.target:
         add("its teacher images", recipe.batch, recipe.batch, prediction.target, decoded)
     return table
+
+
+def _step_title(recipe: Recipe) -> str:
+    """What an optimiser step after the warm-up does."""
+    title = "step, decoded" if recipe.loss.has_image_terms else "step"
+    if recipe.score.weight:
+        title += ", score"
+    if recipe.latent_discriminator.weight:
+        title += ", latent discriminator"
+    return title
 
 
 def _name(precision: MixedPrecision) -> str:
@@ -300,7 +313,7 @@ def measured_table(prediction: TrainingPrediction, seconds: Mapping[str, float])
 
     Args:
         prediction: The training.
-        seconds: Seconds of 'teacher call', 'warm-up step' and 'step'.
+        seconds: As ``measure_steps`` returns them.
 
     """
     recipe = prediction.recipe
@@ -310,6 +323,8 @@ def measured_table(prediction: TrainingPrediction, seconds: Mapping[str, float])
         "warm-up step": warm_up,
         "step": decoded,
     }
+    if prediction.fake:
+        times["fake score"] = decoded
     table = Table("", title="Measured on this machine's CPU, random weights")
     for heading in ("seconds", "how often", "minutes in all"):
         table.add_column(heading, justify="right")

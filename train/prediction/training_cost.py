@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -34,6 +34,7 @@ from hipa_deploy.models.weights.part_config import build
 from hipa_deploy.models.weights.weight_files import find_weights
 from hipa_deploy.tasks import STEP_INPUTS
 from hipa_deploy.train.data.teacher_pairs import TABLE_BYTES
+from hipa_deploy.train.distribution.terms import DistributionTerms, check_distribution_terms
 from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.hipa_loss import HipaLoss
 from hipa_deploy.train.losses.lite0 import Lite0
@@ -44,6 +45,8 @@ from hipa_deploy.train.model.unet_adaptor import add_adaptors, trained_parameter
 from hipa_deploy.train.recipes.recipe import Recipe
 
 PAIR_NUMBERS_BYTES = 16  # of a teacher pair: prompt index and noise seed, int64 each
+SCHEDULE = 1000  # timesteps of a schedule; which alpha_bar they have costs nothing
+LAST_STEP = 100_000_000  # beyond every recipe's delays
 CPU = torch.device("cpu")
 ADAMW_BYTES = 8  # two float32 moments for each trainable parameter
 
@@ -126,6 +129,7 @@ class TrainingPrediction:
         memory: The memory of ``step`` for other micro-batches.
         target: The decoding of the teacher's images in each step; None where all images of a
             training fit in memory and are decoded once.
+        fake: The steps of the fake score after one of the student; None without score distillation.
 
     """
 
@@ -142,6 +146,7 @@ class TrainingPrediction:
     step: TrainingCost
     memory: MicroBatchMemory
     target: TrainingCost | None
+    fake: TrainingCost | None = None
 
     @property
     def rows(self) -> int:
@@ -159,6 +164,8 @@ class TrainingPrediction:
         costs = [self.pairs, self.warm_up, self.step]
         if self.target is not None:
             costs.append(self.target)
+        if self.fake is not None:
+            costs.append(self.fake)
         return max(cost.peak_bytes for cost in costs)
 
     @property
@@ -174,7 +181,7 @@ class TrainingPrediction:
             runs = 0.0
         if self.recipe.task == "edit":
             runs += source.per_image * sum(source.strengths) / len(source.strengths)
-        return runs * self.recipe.teacher.pairs / self.recipe.teacher.batch
+        return runs * _pairs(self.recipe) / self.recipe.teacher.batch
 
     @property
     def pairs_flops(self) -> float:
@@ -187,7 +194,8 @@ class TrainingPrediction:
         warm_up = min(self.recipe.loss.latent_warmup_steps, self.recipe.steps)
         decoded = self.recipe.steps - warm_up
         target = self.target.flops if self.target else 0
-        return warm_up * self.warm_up.flops + decoded * (self.step.flops + target)
+        fake = self.fake.flops if self.fake else 0
+        return warm_up * self.warm_up.flops + decoded * (self.step.flops + target + fake)
 
 
 def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> TrainingPrediction:
@@ -225,12 +233,12 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
     trainable = sum(weight.numel() for weight in training.weights.values())
     pair_bytes = latents_bytes(model, recipe) + PAIR_NUMBERS_BYTES
     height, width = model.resolution
-    images_bytes = 3 * height * width * recipe.teacher.pairs
+    images_bytes = 3 * height * width * _pairs(recipe)
 
     # From here on all tensors are fake ones. The adaptor's weights are among those that were
     # replaced, so the training must look them up again.
     with FakeTensorMode():
-        _replace_tensors(*parts.values(), training.loss)
+        _replace_tensors(*parts.values(), *training.own_modules)
         training.weights = trained_parameters(model)
         return TrainingPrediction(
             recipe=recipe,
@@ -240,12 +248,13 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
             resolution=model.resolution,
             parameters=parameters,
             trainable=trainable,
-            pairs_bytes=recipe.teacher.pairs * pair_bytes,
+            pairs_bytes=_pairs(recipe) * pair_bytes,
             pairs=training.pairs_cost(),
             warm_up=training.batch_cost(processes, decoded=False),
             step=training.batch_cost(processes, decoded=True),
             memory=training.micro_batch_memory(),
             target=training.target_cost() if images_bytes > TABLE_BYTES else None,
+            fake=training.fake_cost(processes) if recipe.score.weight else None,
         )
 
 
@@ -311,6 +320,7 @@ class SimulatedTraining:
         recipe: The training's recipe.
         weights: The trainable parameters by name.
         loss: The recipe's loss.
+        distribution: The recipe's terms that compare distributions, if any.
 
     """
 
@@ -322,23 +332,83 @@ class SimulatedTraining:
         self.unet = in_precision(model.unet, recipe.mixed_precision, CPU)
         self.decode = in_precision(model.decode, recipe.mixed_precision, CPU)
         self.teacher_unet = in_precision(model.unet, recipe.teacher.mixed_precision, CPU)
+        self.distribution: DistributionTerms | None = None
+        if recipe.compares_distributions:
+            with CPU:
+                self.distribution = _distribution(model, recipe)
         # A number rather than a tensor comes out of it, so it needs a device with values.
         with CPU:
             self.alpha_bar = model.alpha_bar(recipe.timestep)
 
     def step(self, rows: int, *, decoded: bool) -> None:
-        """Forward and backward pass of ``rows`` rows, with or without decoding."""
+        """Forward and backward pass of ``rows`` rows.
+
+        Args:
+            rows: How many.
+            decoded: A step after the latent warm-up, with every term; it decodes if an image term
+                needs it.
+
+        """
         latents = self._student_latents(rows)
         target = self._latents(rows)
-        if decoded:
+        if not decoded:
+            total, _ = self.loss.warmup_loss(latents, target)
+        elif self.loss.needs_images:
             image = self.decode(latents)
             total, _ = self.loss(image, torch.rand_like(image), latents, target)
+        elif self.recipe.needs_targets:
+            total, _ = self.loss.latent_loss(latents, target)
         else:
-            total, _ = self.loss.warmup_loss(latents, target)
+            total = latents.new_zeros(())
+        if decoded and self.distribution is not None:
+            total = total + self._beside(self.distribution, latents, target)
         total.backward()
+        self._forget_gradients()
 
+    def fake_steps(self, rows: int) -> None:
+        """The steps of the fake score after one of the student, of ``rows`` rows."""
+        distribution = self.distribution
+        assert distribution is not None
+        examples = _examples(rows)
+        self._prepare(distribution)
+        distribution.remember(self._latents(rows), self._context(rows), examples)
+        with distribution.following():
+            for number in range(self.recipe.score.steps):
+                loss, _ = distribution.fake_loss(examples, LAST_STEP, number)
+                loss.backward()
+        self._forget_gradients()
+
+    @property
+    def own_modules(self) -> list[nn.Module]:
+        """The modules beside the model's parts."""
+        modules: list[nn.Module] = [self.loss]
+        if self.distribution is not None and self.distribution.discriminator is not None:
+            modules.append(self.distribution.discriminator)
+        return modules
+
+    def _beside(self, distribution: DistributionTerms, latents: Tensor, target: Tensor) -> Tensor:
+        """The terms that compare distributions, at a step where all of them are on."""
+        self._prepare(distribution)
+        rows = len(latents)
+        context = self._context(rows)
+        total, _ = distribution(latents, target, context, _examples(rows), LAST_STEP)
+        distribution.forget()  # what the fake score learns from counts in fake_steps
+        return total
+
+    def _prepare(self, distribution: DistributionTerms) -> None:
+        """Give it a schedule and an empty prompt of the kind of tensor that the step has."""
+        distribution.alpha_bar_T = torch.rand(SCHEDULE)
+        if distribution.score is not None:
+            distribution.score.alpha_bar_T = distribution.alpha_bar_T
+            distribution.score.empty_1LD = self._context(1)
+
+    def _forget_gradients(self) -> None:
         # Gradients left behind would count as memory of the next step.
-        for weight in (*self.weights.values(), *self.loss.trained_parameters.values()):
+        trained = [*self.weights.values(), *self.loss.trained_parameters.values()]
+        if self.distribution is not None:
+            trained += self.distribution.fake_weights.values()
+            trained += self.distribution.head_weights.values()
+        for weight in trained:
             weight.grad = None
 
     @torch.no_grad()
@@ -373,13 +443,30 @@ class SimulatedTraining:
         AdamW's own arithmetic, a few operations for each parameter, is not counted.
         """
         cost = self._cost(lambda: self.step(rows, decoded=decoded))
+        return TrainingCost(cost.flops, cost.peak_bytes + self._moments_bytes())
+
+    def fake_cost(self, processes: int = 1) -> TrainingCost:
+        """Cost of ``fake_steps`` for a whole batch, with AdamW's moments in memory."""
+        micro_batch = self._micro_batch(processes)
+        cost = self._cost(lambda: self.fake_steps(micro_batch))
+        flops = round(cost.flops * self.recipe.batch / micro_batch)
+        return TrainingCost(flops, cost.peak_bytes + self._moments_bytes())
+
+    def _micro_batch(self, processes: int) -> int:
+        """Rows that a process takes through the models at once."""
+        rows = -(-self.recipe.batch // processes)
+        return min(self.recipe.micro_batch or rows, rows)
+
+    def _moments_bytes(self) -> int:
         trainable = sum(weight.numel() for weight in self.weights.values())
-        return TrainingCost(cost.flops, cost.peak_bytes + ADAMW_BYTES * trainable)
+        if self.distribution is not None:
+            for weights in (self.distribution.fake_weights, self.distribution.head_weights):
+                trainable += sum(weight.numel() for weight in weights.values())
+        return ADAMW_BYTES * trainable
 
     def batch_cost(self, processes: int, *, decoded: bool) -> TrainingCost:
         """Operations of a whole batch in all processes, and the memory of one of them."""
-        rows = -(-self.recipe.batch // processes)
-        micro_batch = min(self.recipe.micro_batch or rows, rows)
+        micro_batch = self._micro_batch(processes)
         cost = self.step_cost(micro_batch, decoded=decoded)
         flops = round(cost.flops * self.recipe.batch / micro_batch)
         return TrainingCost(flops, cost.peak_bytes)
@@ -396,7 +483,7 @@ class SimulatedTraining:
 
     def _cost(self, call: Callable[[], None]) -> TrainingCost:
         pipe = self.model.pipe
-        live = _LiveBytes(pipe.text_encoder, pipe.unet, pipe.vae, self.loss)
+        live = _LiveBytes(pipe.text_encoder, pipe.unet, pipe.vae, *self.own_modules)
         flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
         with live, flops:
             call()
@@ -444,7 +531,8 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
 
     Returns:
         Seconds of the fastest call of 'teacher call' (the UNet for one batch of pairs),
-        'warm-up step' (without decoding) and 'step' (with decoding).
+        'warm-up step' (without decoding), 'step' (with decoding) and, of score distillation, 'fake
+        score' (all of its steps after one of the student).
 
     """
     training = SimulatedTraining(unloaded_model(model_dir), recipe)
@@ -453,6 +541,8 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
         "warm-up step": lambda: training.step(recipe.batch, decoded=False),
         "step": lambda: training.step(recipe.batch, decoded=True),
     }
+    if recipe.score.weight:
+        calls["fake score"] = lambda: training.fake_steps(recipe.batch)
 
     # The first call pays for allocations and thread pools. The fastest of the others is the one
     # that other work on the machine disturbed least.
@@ -461,6 +551,44 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
         seconds = [_seconds(call) for _ in range(repeats + 1)]
         fastest[name] = min(seconds[1:])
     return fastest
+
+
+def _pairs(recipe: Recipe) -> int:
+    """Teacher pairs that are made: of a recipe without targets, those that are shown."""
+    if recipe.task == "generate" and not recipe.needs_targets:
+        return min(recipe.teacher.pairs, recipe.samples)
+    return recipe.teacher.pairs
+
+
+def _distribution(model: DiffusionModel, recipe: Recipe) -> DistributionTerms:
+    """The terms that compare distributions, whose schedule and empty prompt come later."""
+    check_distribution_terms(recipe, model)
+    return DistributionTerms(
+        model.unet,
+        recipe,
+        alpha_bar_T=torch.ones(1),
+        prediction_type=model.prediction_type,
+        empty_1LD=torch.ones(1),
+        draw=_drawn,
+    )
+
+
+def _examples(count: int) -> Tensor:
+    """Row numbers with values, which the terms look at, even among fake tensors."""
+    with unset_fake_temporarily():
+        return torch.arange(count)
+
+
+def _drawn(
+    seed: int,
+    stream: int,
+    step: int,
+    rows: Tensor,
+    timesteps: tuple[int, int],
+    shape_CHW: tuple[int, int, int],
+) -> tuple[Tensor, Tensor]:
+    """As ``row_draws``, of tensors without values."""
+    return torch.zeros(len(rows), dtype=torch.int64), torch.randn(len(rows), *shape_CHW)
 
 
 def _seconds(call: Callable[[], None]) -> float:

@@ -11,13 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.disk.reading import read_toml, shown
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.tasks import Task
+from hipa_deploy.train.recipes.distribution_settings import (
+    LatentDiscriminatorSettings,
+    ScoreSettings,
+)
+from hipa_deploy.train.recipes.recipe_table import Settings
 
 SHIPPED = Path(__file__).parent  # the folder of the recipes that the package contains
 RADIUS = 0.2  # of the Nyquist frequency: there the high-pass is 1 - exp(-1/2) = 0.39
@@ -25,15 +30,7 @@ MODEL_PREFIX = "model:"  # of a prompt file that lies in the model's folder
 MixedPrecision = Literal["no", "bf16", "fp16"]
 
 
-class _Settings(BaseModel):
-    """Frozen; an unknown key is an error; the text under a field becomes its description."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class AdaptorSettings(_Settings):
+class AdaptorSettings(Settings):
     """The low-rank adaptor."""
 
     preset: Literal["paper", "full"] = "paper"
@@ -49,7 +46,7 @@ class AdaptorSettings(_Settings):
     """Of super-resolution: rank of a second adaptor, on the VAE's encoder; 0 is none."""
 
 
-class TeacherSettings(_Settings):
+class TeacherSettings(Settings):
     """The deterministic multi-step sampler whose images the one-step model learns."""
 
     sampler: Literal["ddim", "dpmsolver++"] = "ddim"
@@ -68,7 +65,7 @@ class TeacherSettings(_Settings):
     """Precision of the UNet's arithmetic; the sampler's stays in float32."""
 
 
-class SourceSettings(_Settings):
+class SourceSettings(Settings):
     """The images that editing, inpainting and super-resolution start from."""
 
     images: str | None = None
@@ -124,7 +121,7 @@ class SourceSettings(_Settings):
         return coverage
 
 
-class _ImageLossSettings(_Settings):
+class _ImageLossSettings(Settings):
     """The loss terms on decoded images, which recipes of both kinds have."""
 
     perceptual: Literal["dists", "lpips", "none"] = "dists"
@@ -166,6 +163,17 @@ class _ImageLossSettings(_Settings):
     """Evaluations of the loss between two measurements of the gradients, with balance =
     gradient."""
 
+    @property
+    def has_image_terms(self) -> bool:
+        """Whether any term needs the decoded image."""
+        terms = [
+            self.perceptual != "none" and self.perceptual_weight,
+            self.hf_weight * (self.fourier_weight + self.edge_weight),
+            self.amplitude_weight,
+            getattr(self, "pixel_weight", 0.0),
+        ]
+        return any(terms)
+
     @model_validator(mode="after")
     def _judges_features(self) -> _ImageLossSettings:
         if self.adversarial_weight and (self.perceptual == "none" or not self.perceptual_weight):
@@ -199,7 +207,7 @@ class DecoderLossSettings(_ImageLossSettings):
     """Weight of the error of pixels in [0, 1]."""
 
 
-class DecoderSettings(_Settings):
+class DecoderSettings(Settings):
     """The AutoencoderTiny (TAESD, github.com/madebyollin/taesd) to train, with TAESD's defaults."""
 
     channels: int = Field(64, ge=4, le=512)
@@ -211,7 +219,7 @@ class DecoderSettings(_Settings):
     enlarge eight times."""
 
 
-class LatentSettings(_Settings):
+class LatentSettings(Settings):
     """The one-step latents to learn from; the targets are the full decoder's images of them."""
 
     count: int = Field(4096, ge=1, le=10_000_000)
@@ -225,7 +233,7 @@ class LatentSettings(_Settings):
     """How many further latents, with other prompts and seeds, to measure the fidelity on."""
 
 
-class OptimiserSettings(_Settings):
+class OptimiserSettings(Settings):
     """The AdamW optimiser and its learning-rate schedule."""
 
     learning_rate: float = Field(1e-4, gt=0, le=1)
@@ -240,7 +248,7 @@ class OptimiserSettings(_Settings):
     """Largest norm of the gradient; a longer one is scaled down."""
 
 
-class _TrainingSettings(_Settings):
+class _TrainingSettings(Settings):
     """The keys that every kind of recipe has."""
 
     prompts: str
@@ -259,8 +267,10 @@ class _TrainingSettings(_Settings):
     mixed_precision: MixedPrecision = "no"
     """Precision of the networks' arithmetic in training; weights, x0 and losses stay in float32."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay of an exponential moving average of the weights, which is stored in their place; 0
-    stores the weights themselves."""
+    """Decay of an exponential moving average of the weights; 0 keeps none."""
+    written: Literal["average", "last"] = "average"
+    """Which weights are written in the end, where ema_decay keeps an average; a checkpoint has
+    both."""
     timestep: int = Field(999, ge=0, le=100_000)
     """Timestep of the single step; latents made with an adaptor use the adaptor's."""
     seed: int = Field(0, ge=0, lt=2**30)
@@ -302,6 +312,23 @@ class Recipe(_TrainingSettings):
     """The teacher and how many of its images to learn."""
     loss: LossSettings = LossSettings()
     """Loss weights."""
+    score: ScoreSettings = ScoreSettings()
+    """Score distillation."""
+    latent_discriminator: LatentDiscriminatorSettings = LatentDiscriminatorSettings()
+    """The discriminator on noised latents."""
+
+    @property
+    def compares_distributions(self) -> bool:
+        """Whether a term beside the loss compares distributions."""
+        return bool(self.score.weight or self.latent_discriminator.weight)
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether any term looks at the teacher's images; score distillation alone does not."""
+        loss = self.loss
+        if loss.latent_weight or loss.latent_hf_weight or loss.latent_warmup_steps:
+            return True
+        return loss.has_image_terms or bool(self.latent_discriminator.weight)
 
     @model_validator(mode="after")
     def _encoder_adaptor_is_for_upscaling(self) -> Recipe:
@@ -398,6 +425,7 @@ def load_any_recipe(
     _make_absolute(values, "prompts", base)
     _make_absolute(values.get("source"), "prompts", base)
     _make_absolute(values.get("source"), "images", base)
+    _make_absolute(values.get("latent_discriminator"), "real_images", base)
 
     # The recipe of an adaptor need not name its kind.
     kind = values.get("kind", "adaptor")

@@ -8,7 +8,8 @@ from typing import Any
 from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import RefineSettings
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, brief
+from hipa_deploy.generate.refine.refiner import refine_settings
 
 # What a draft was asked for, and its final image is asked for too.
 _CHOICES = ("height", "width", "truncate", "prompt_weights")
@@ -61,3 +62,30 @@ def refine_facts(bundle: Bundle, settings: RefineSettings) -> dict[str, Any]:
     assert refinement is not None  # settings were made for this bundle
     unet = bundle.manifest.files[refinement.stage.path]
     return settings.model_dump(mode="json") | {"unet": unet}
+
+
+def recorded_settings(bundle: Bundle, recorded: Any, where: str) -> RefineSettings:
+    """The settings that an image was refined with, from its parameters.
+
+    Args:
+        bundle: that refines it again.
+        recorded: the entry 'refine' of the parameters, which may be a stranger's.
+        where: the image, for messages.
+
+    Raises:
+        HipaError: a damaged record, or another base UNet than the bundle's.
+
+    """
+    names = {"sampler", "steps", "guidance", "unet"}
+    if not isinstance(recorded, dict) or recorded.keys() != names:
+        raise HipaError(
+            f"{where}: its parameters have refine={brief(recorded)}. "
+            "Expected an image that hipa-generate wrote."
+        )
+    settings = refine_settings(bundle, recorded["steps"], recorded["guidance"], recorded["sampler"])
+    if refine_facts(bundle, settings)["unet"] != recorded["unet"]:
+        raise HipaError(
+            f"{where} was refined with another base UNet than {bundle.root} has, and would become "
+            "another picture. Give the bundle that made it."
+        )
+    return settings

@@ -32,15 +32,17 @@ MOST_GUIDANCE = 30.0
 _MAX_TABLES = 1 << 26  # bytes; a context of 231 tokens and 1,024 numbers each is one of them
 
 
-def refinement_of(bundle: Bundle, backend: str = "auto") -> Refinement:
+def refinement_of(bundle: Bundle, backend: str = "auto", *, low_memory: bool = False) -> Refinement:
     """What ``bundle`` refines with.
 
     Args:
         bundle: the bundle.
         backend: what is to run it.
+        low_memory: whether the stages are loaded in turn.
 
     Raises:
-        HipaError: the bundle does not refine, or that backend cannot.
+        HipaError: the bundle does not refine, that backend cannot, or there is no memory for the
+            base model beside the stages.
 
     """
     manifest = bundle.manifest
@@ -58,6 +60,11 @@ def refinement_of(bundle: Bundle, backend: str = "auto") -> Refinement:
         raise HipaError(
             f"backend {backend} does not refine: no engine is built of the base model. "
             "Use --backend onnxruntime, onnxruntime-cuda or openvino."
+        )
+    if low_memory:
+        raise HipaError(
+            "the base model is loaded beside the other stages, which takes more memory, not less. "
+            "Leave out --low-memory (low_memory=True)."
         )
     return manifest.refine
 

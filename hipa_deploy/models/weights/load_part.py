@@ -60,9 +60,21 @@ def load_part(kind: Any, where: Path) -> Any:
         (torch.float32, False)
 
     """
-    tensors = _read(where)
-    module = _empty(kind, where)
-    _fill(module, tensors, where)
+    return fill_part(_empty(kind, where), where)
+
+
+def fill_part(module: Any, where: Path) -> Any:
+    """Give a module without weights those of a folder: float32, frozen, in evaluation mode.
+
+    Args:
+        module: as the folder's configuration describes it, on the device 'meta'.
+        where: the part's folder.
+
+    Raises:
+        HipaError: as ``load_part``.
+
+    """
+    _fill(module, _read(where), where)
     return module.requires_grad_(False).eval()
 
 
@@ -97,16 +109,20 @@ def _read(where: Path) -> dict[str, Tensor]:
 
 def _empty(kind: Any, where: Path) -> nn.Module:
     """Make the module that config.json describes, without memory for its weights."""
+    module = build(kind, read_config(where, CONFIG), where / CONFIG)
+    number_positions(module)
+    return module
+
+
+def number_positions(module: nn.Module) -> None:
+    """Number the positions of a CLIP that was made without memory: these numbers are in no file."""
     import torch
 
-    module = build(kind, read_config(where, CONFIG), where / CONFIG)
-    # CLIP numbers its positions itself; these numbers are in no file.
     for part in module.modules():
         numbers = getattr(part, COMPUTED, None)
         if isinstance(numbers, torch.Tensor):
             count = numbers.shape[-1]
             setattr(part, COMPUTED, torch.arange(count).expand((1, -1)))
-    return module
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:

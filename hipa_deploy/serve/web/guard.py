@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hipa_deploy.serve.settings import ANSWER_SECONDS, BODY_SECONDS, JSON_BODY
-from hipa_deploy.serve.web.api_errors import ApiError
+from hipa_deploy.serve.web.api_errors import ApiError, queue_full
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -37,6 +37,8 @@ class Guard:
       of another site could reach a service on this machine by DNS rebinding.
     - A request that a browser sends from a page of another site is refused.
     - With keys, every request but the health checks needs one.
+    - Where no image can wait any more, a request for images is refused unread: in a flood that
+      leaves the processor to those that were accepted.
     - A body may have so many bytes, and so many seconds to arrive.
 
     Args:
@@ -45,6 +47,7 @@ class Guard:
         origins: of other sites whose pages may send requests.
         keys: one of them is needed; none: no key is.
         body: bytes that a request with images may have.
+        full: gives seconds after which to try again, or None where images can still wait.
 
     """
 
@@ -56,12 +59,14 @@ class Guard:
         origins: Iterable[str] = (),
         keys: Sequence[str] = (),
         body: int,
+        full: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._app = app
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
         self._origins = {origin.lower().rstrip("/") for origin in origins}
         self._keys = [_digest(key) for key in keys]
         self._body = body
+        self._full = full
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or answer it here."""
@@ -74,6 +79,7 @@ class Guard:
             self._check_host(headers)
             self._check_origin(scope, headers)
             self._check_key(scope, headers)
+            self._check_place(scope)
             body = _Body(receive, self._limit(headers))
             body.check_length(headers)
         except ApiError as error:
@@ -131,6 +137,11 @@ class Guard:
                 "invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
+
+    def _check_place(self, scope: Scope) -> None:
+        seconds = self._full() if scope["method"] == "POST" else None
+        if seconds is not None:
+            raise queue_full(seconds)
 
     def _limit(self, headers: Headers) -> int:
         kind = headers.one("content-type") or ""

@@ -58,7 +58,14 @@ def web_app(
             allow_headers=["authorization", "content-type"],
             expose_headers=["x-request-id", "x-hipa-seed", "server-timing", "retry-after"],
         )
-    guard = Guard(inner, hosts=hosts, origins=origins, keys=keys, body=service.limits.body)
+    guard = Guard(
+        inner,
+        hosts=hosts,
+        origins=origins,
+        keys=keys,
+        body=service.limits.body,
+        full=lambda: service.full,
+    )
     return RequestLog(guard, service.metrics)
 
 

@@ -22,12 +22,12 @@ from rich.console import Console
 from hipa_deploy.bundle.manifest import Axis, StageSpec
 from hipa_deploy.engines.build import build_bundle as build_module
 from hipa_deploy.engines.build import build_stage as build_stage_module
-from hipa_deploy.engines.build import memory_plan as plan_module
 from hipa_deploy.engines.build import worker as build_worker
 from hipa_deploy.engines.build.build_bundle import build_bundle, dry_run, locked
 from hipa_deploy.engines.build.worker import Job
 from hipa_deploy.engines.build.worker_process import run_worker
 from hipa_deploy.engines.store.sidecar import read_sidecar
+from hipa_deploy.engines.targets import memory_needs
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.target import load_target_profile
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
@@ -104,6 +104,7 @@ def test_a_refittable_engine_of_a_faulty_version_is_refused(make_bundle, monkeyp
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(find_gpu() is None, reason="no NVIDIA GPU with a driver")
 def test_a_refittable_engine_is_another_engine(make_bundle):
     bundle = make_bundle(stages=("unet",))
     (plain,) = build(bundle)
@@ -114,7 +115,7 @@ def test_a_refittable_engine_is_another_engine(make_bundle):
 
 def test_what_cannot_fit_is_refused_before_anything_is_written(make_bundle, monkeypatch):
     bundle = make_bundle(stages=("unet",))
-    monkeypatch.setattr(plan_module, "available_memory_mib", lambda: 100)
+    monkeypatch.setattr(memory_needs, "available_memory_mib", lambda: 100)
     message = r"building: memory on this machine takes about \d+ MiB \(available: 100 MiB\)"
     with pytest.raises(HipaError, match=message):
         build(bundle, target="rtx40")

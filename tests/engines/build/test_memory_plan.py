@@ -13,20 +13,26 @@ from rich.console import Console
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import Cost
 from hipa_deploy.engines.backends.available import Device
-from hipa_deploy.engines.build import memory_plan as plan_module
 from hipa_deploy.engines.build.memory_plan import (
     HOST_BASE_MIB,
     HOST_PER_WEIGHT,
     RUNTIME_MIB,
-    Need,
+    TINY_BYTES_PER_PIXEL,
+    TINY_WEIGHTS_MIB,
     plan_memory,
+    plan_stages,
     render_memory_plan,
 )
+from hipa_deploy.engines.targets import memory_needs
 from hipa_deploy.engines.targets.build_options import BuildOptions
+from hipa_deploy.engines.targets.memory_needs import Need
+from hipa_deploy.engines.targets.run_memory import StageSize, engine_activations_mib
+from hipa_deploy.engines.targets.target import load_target_profile
 from hipa_deploy.errors import HipaError
 from tests.engines.engine_samples import ORIN, RTX_4090
 
 MIB = 1 << 20
+ACTIVATIONS = 73  # of the UNet's engine: 1.45 times the 50 MiB of its graph
 
 
 @pytest.fixture
@@ -48,8 +54,8 @@ def bundle(make_bundle, monkeypatch) -> Bundle:
     for stage in made.manifest.stages:
         stages.append(stage.model_copy(update={"cost": costs[stage.spec.name]}))
 
-    monkeypatch.setattr(plan_module, "available_memory_mib", lambda: 4000)
-    monkeypatch.setattr(plan_module, "free_swap_mib", lambda: 500)
+    monkeypatch.setattr(memory_needs, "available_memory_mib", lambda: 4000)
+    monkeypatch.setattr(memory_needs, "free_swap_mib", lambda: 500)
     return Bundle(made.root, made.manifest.model_copy(update={"stages": tuple(stages)}))
 
 
@@ -76,13 +82,26 @@ def plan(bundle, library, target="auto", device=None, stages=("unet", "vae_decod
 def test_tensorrt_rtx_compiles_on_the_host_and_the_largest_stage_counts(bundle):
     planned = plan(bundle, "rtx")
     unet, decoder = planned.stages
-    assert (unet.weights, unet.activations, unet.build_gpu) == (1000, 50, None)
+    assert (unet.weights, unet.activations, unet.build_gpu) == (1000, ACTIVATIONS, None)
     assert (decoder.weights, decoder.activations) == (100, None)
     building, disk = planned.needs
     assert building.need == unet.build_host == round(HOST_BASE_MIB + HOST_PER_WEIGHT * 1000)
     assert (building.where, building.have, building.verdict) == ("this machine", 4000, "fits")
     assert disk.need == pytest.approx(1100 * 1.1 + 16, abs=1)
     planned.refuse_misfits()
+
+
+@pytest.mark.parametrize(("graph_mib", "engine_mib"), [(0, 32), (22, 32), (23, 34), (512, 743)])
+def test_an_engine_takes_more_than_its_graph(graph_mib, engine_mib):
+    assert engine_activations_mib(graph_mib * MIB) == engine_mib
+
+
+def test_attention_that_is_fused_counts_where_it_is_known():
+    """A bundle of an older version has the sum with all scores alone."""
+    cost = Cost(flops=0, weight_bytes=0, io_bytes=0, activation_bytes=500)
+    assert cost.engine_activation_bytes == 500
+    fused = cost.model_copy(update={"fused_activation_bytes": 50})
+    assert fused.engine_activation_bytes == 50
 
 
 def test_only_the_stages_to_build_count(bundle):
@@ -94,7 +113,7 @@ def test_only_the_stages_to_build_count(bundle):
 def test_a_named_target_says_whether_the_whole_pipeline_runs_there(bundle):
     running = plan(bundle, "rtx", "rtx4090").needs[-1]
     assert running.where == "GeForce RTX 4090"
-    assert running.need == RUNTIME_MIB + 1000 + 50 + 100
+    assert running.need == RUNTIME_MIB + 1000 + ACTIVATIONS + 100
     assert running.verdict == "fits"
     assert plan(bundle, "rtx", "rtx40").needs[-1].verdict == "unknown"  # a family: cards differ
 
@@ -102,7 +121,7 @@ def test_a_named_target_says_whether_the_whole_pipeline_runs_there(bundle):
 def test_on_a_jetson_host_and_gpu_share_one_memory(bundle):
     planned = plan(bundle, "tensorrt", device=machine(ORIN), workspace_mib=300)
     building, _, running = planned.needs
-    gpu = 1000 + 50 + 300
+    gpu = 1000 + ACTIVATIONS + 300
     assert planned.stages[0].build_gpu == gpu
     assert building.what == "building: shared memory"
     assert building.need == planned.stages[0].build_host + gpu + RUNTIME_MIB
@@ -110,14 +129,14 @@ def test_on_a_jetson_host_and_gpu_share_one_memory(bundle):
     assert running.where == "this machine"
     numbers = (
         r"on this machine takes about 5,\d+ MiB \(available: 4,000 MiB and 500 MiB of swap\)\. "
-        r"Close other programs"
+        r"What would fit: .*Close other programs"
     )
     with pytest.raises(HipaError, match=numbers):
         planned.refuse_misfits()
 
 
 def test_swap_can_hold_the_part_of_the_host(bundle, monkeypatch):
-    monkeypatch.setattr(plan_module, "free_swap_mib", lambda: 3000)
+    monkeypatch.setattr(memory_needs, "free_swap_mib", lambda: 3000)
     planned = plan(bundle, "tensorrt", device=machine(ORIN))
     assert planned.needs[0].verdict == "fits with swap"
     planned.refuse_misfits()
@@ -149,8 +168,96 @@ def test_a_full_disk_is_refused_with_numbers(bundle, monkeypatch):
 
 def test_too_little_to_run_has_its_own_remedy(bundle, monkeypatch):
     small = RTX_4090.model_copy(update={"memory_mib": 1000})
-    with pytest.raises(HipaError, match=r"running: GPU memory .* Use --decoder tiny"):
+    message = r"running: GPU memory .* takes about 1,873 MiB \(available: 1,000 MiB\)\. Close other"
+    with pytest.raises(HipaError, match=message):
         plan(bundle, "rtx", device=machine(small)).refuse_misfits()
+
+
+SD15 = (
+    StageSize(stage="text_encoder", weights=235, activations=2),
+    StageSize(stage="unet", weights=1640, activations=150),
+    StageSize(stage="vae_decoder", weights=95, activations=700),
+)
+TINY = StageSize(stage="vae_decoder", weights=3, activations=96)
+NAMES = tuple(size.stage for size in SD15)
+
+
+def plan_sd15(library="tensorrt", target="orin-nano", sizes=SD15, swap_mib=None, **options):
+    """The plan of another device than this machine."""
+    profile = load_target_profile(target)
+    if "memory_gib" in options:
+        profile = profile.model_copy(update={"memory_gib": options.pop("memory_gib")})
+    return plan_stages(
+        sizes,
+        NAMES,
+        library,
+        profile,
+        BuildOptions(**options),
+        machine(),
+        tiny=TINY,
+        swap_mib=swap_mib,
+    )
+
+
+def test_a_run_counts_the_largest_activations_once():
+    run = plan_sd15().run
+    assert run.own_activations == 235 + 1640 + 95 + 2 + 150 + 700
+    assert run.shared_activations == 235 + 1640 + 95 + 700
+    assert run.text_encoder_apart == 1640 + 95 + 700
+    assert run.one_at_a_time == 1640 + 150
+    assert plan_sd15().needs[-1].need == RUNTIME_MIB + run.shared_activations
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "need", "verdict"),
+    [(6, 2435, "fits"), (4, 1790, "fits with --low-memory"), (3, 1790, "does not fit")],
+)
+def test_a_run_may_fit_in_low_memory_mode_alone(memory_gib, need, verdict):
+    """At 4 GiB 2,785 MiB are left beside the system: too few for UNet and decoder together."""
+    running = plan_sd15(memory_gib=memory_gib).needs[-1]
+    assert (running.low_memory, running.verdict) == (RUNTIME_MIB + need, verdict)
+
+
+def test_what_would_fit_is_listed_with_its_figure():
+    planned = plan_sd15(memory_gib=6, workspace_mib=1024)
+    (building,) = planned.misfits
+    assert building.what == "building: shared memory"
+    host = round(HOST_BASE_MIB + HOST_PER_WEIGHT * 1640)
+    assert building.need == host + 1640 + 150 + 1024 + RUNTIME_MIB
+    over = building.need - building.have
+    ways = {way.change: way.need for way in planned.ways}
+    # Neither the decoder nor the text encoder is the largest stage to build.
+    assert list(ways) == ["--workspace 256", f"{-(-over // 1024)} GiB of swap"]
+    assert ways["--workspace 256"].need == building.need - 1024 + 256
+    assert ways[f"{-(-over // 1024)} GiB of swap"].verdict == "fits with swap"
+    with pytest.raises(
+        HipaError, match=r"What would fit: \d GiB of swap \(9,\d\d\d MiB, fits with"
+    ):
+        planned.refuse_misfits()
+
+
+def test_swap_that_will_be_there_counts():
+    assert plan_sd15(memory_gib=6, swap_mib=8 * 1024).needs[0].verdict == "fits with swap"
+    assert plan_sd15(memory_gib=6, swap_mib=1).needs[0].verdict == "does not fit"
+
+
+def test_what_would_make_a_run_smaller():
+    planned = plan_sd15("rtx", "rtx4090", memory_gib=2)
+    ways = {way.change: way.need for way in planned.ways}
+    assert {change: need.need - RUNTIME_MIB for change, need in ways.items()} == {
+        "hipa-export --decoder tiny": 235 + 1640 + 3 + 150,
+        "hipa-export --prompts": 1640 + 95 + 700,
+        "--low-memory": 1640 + 150,
+        "all of these": 1640 + 150,
+    }
+    assert {need.verdict for need in ways.values()} == {"does not fit"}
+
+
+def test_the_tiny_decoder_of_a_bundle_is_known_by_its_pixels(bundle):
+    planned = plan(bundle, "rtx", device=machine(RTX_4090.model_copy(update={"memory_mib": 100})))
+    tiny = {way.change: way.need.need for way in planned.ways}["hipa-export --decoder tiny"]
+    assert tiny == RUNTIME_MIB + 1000 + ACTIVATIONS + TINY_WEIGHTS_MIB
+    assert TINY_BYTES_PER_PIXEL * 512 * 512 == 96 * MIB
 
 
 @given(*[st.integers(0, 10_000)] * 4)

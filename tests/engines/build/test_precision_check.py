@@ -6,10 +6,11 @@ The JSON is written by hand, because reading an engine needs a driver.
 from __future__ import annotations
 
 import json
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from hipa_deploy.engines.build.precision_check import check_inspected, parse_inspector
+from hipa_deploy.engines.build.precision_check import check_inspected, inspect, parse_inspector
 from hipa_deploy.errors import HipaError
 
 TENSORRT_10 = {
@@ -58,3 +59,15 @@ def test_an_engine_of_another_precision_than_requested_is_an_error():
 )
 def test_a_report_without_types_gives_no_check(text):
     assert parse_inspector(text) is None
+
+
+def test_a_loaded_engine_says_what_its_activations_take():
+    inspector = SimpleNamespace(get_engine_information=lambda kind: "{}")
+    loaded = SimpleNamespace(create_engine_inspector=lambda: inspector, device_memory_size_v2=5)
+    trt = ModuleType("trt")
+    trt.LayerInformationFormat = SimpleNamespace(JSON=1)
+    trt.Runtime = lambda logger: SimpleNamespace(
+        deserialize_cuda_engine=lambda engine: loaded if engine else None
+    )
+    assert inspect(trt, None, b"engine") == ("{}", 5)
+    assert inspect(trt, None, b"") == ("", None)

@@ -56,6 +56,30 @@ def test_of_several_gpus_the_one_with_the_name_is_used(monkeypatch):
     assert ask_smi("Orin") == ask_smi(None) == {}
 
 
+@pytest.mark.parametrize(
+    ("order", "visible", "asked"),
+    [
+        ("", "", None),
+        ("", "1", None),
+        ("PCI_BUS_ID", "", "--id=0"),
+        ("PCI_BUS_ID", "3,1", "--id=3"),
+        ("", "GPU-8932f937,GPU-1", "--id=GPU-8932f937"),
+    ],
+)
+def test_cudas_first_gpu_is_asked_where_the_environment_tells(monkeypatch, order, visible, asked):
+    commands = []
+
+    def run(command, **more):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout=ROW + "\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert smi_number(ask_smi(None), "clocks.sm") == 2520
+    assert commands[0][3:] == ([asked] if asked else [])
+
+
 def test_two_gpus_of_one_name_cannot_be_distinguished(monkeypatch):
     answer_with(monkeypatch, OTHER, OTHER)
     assert ask_smi("NVIDIA T400") == {}

@@ -92,6 +92,34 @@ def test_the_first_run_is_apart_and_prompts_differ(pipeline):
     assert report.conditions.versions.keys() >= {"hipa-deploy", "numpy"}
 
 
+def test_it_goes_on_for_as_long_as_it_is_told_and_says_whether_the_figures_count(pipeline):
+    report = profile_pipeline(pipeline, runs=3, warmup=0, seconds=0.1, console=QUIET)
+    assert report.end_to_end.runs > 10
+    assert 0.1 <= report.validity.seconds < 0.2
+    assert pipeline.prompts[-1] == f"a cat {report.end_to_end.runs}"
+    assert not report.validity.valid
+    assert "at least 10 s are needed" in " ".join(report.validity.reasons)
+    assert report.validity.steadiness is None  # no GPU took part
+
+
+def test_the_gpu_is_watched_while_the_runs_go_on(pipeline, monkeypatch):
+    from hipa_deploy.engines.latency import machine_state
+
+    smi = {"clocks.sm": "1500", "temperature.gpu": "71", "reasons": "0x0"}
+    monkeypatch.setattr(machine_state, "ask_smi", lambda name: smi)
+    monkeypatch.setattr(machine_state, "WATCH_SECONDS", 0.02)
+    pipeline.backend = "onnxruntime-cuda"
+    report = profile_pipeline(pipeline, runs=2, warmup=0, seconds=0.3, console=QUIET)
+    steadiness = report.validity.steadiness
+    assert steadiness.readings >= 2
+    assert (steadiness.clock_low_mhz, steadiness.celsius_high) == (1500, 71)
+
+
+def test_seconds_out_of_range_are_refused(pipeline):
+    with pytest.raises(HipaError, match="got -1 seconds"):
+        profile_pipeline(pipeline, runs=2, warmup=0, seconds=-1, console=QUIET)
+
+
 def test_the_new_prompts_of_the_embedded_bundle():
     prompts = _run_prompts(Bundle.open(embedded.BUNDLE), None)
     assert prompts.text(0) == "3d emoji of a red apple 0"

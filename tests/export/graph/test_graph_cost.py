@@ -85,7 +85,11 @@ def test_closed_form(
     cost = graph_cost(save(tmp_path / "model.onnx", made, x, {"w": weight}, y))
     io_bytes = 2 * (math.prod(x) + math.prod(y))
     assert cost == Cost(
-        flops=flops, weight_bytes=2 * math.prod(weight), io_bytes=io_bytes, activation_bytes=0
+        flops=flops,
+        weight_bytes=2 * math.prod(weight),
+        io_bytes=io_bytes,
+        activation_bytes=0,
+        fused_activation_bytes=0,
     )
 
 
@@ -156,6 +160,39 @@ def test_activations_of_an_unknown_shape_are_unknown(tmp_path: Path) -> None:
     steps = chain(("NonZero", "x", "a"), ("Cast", "a", "b"), ("Relu", "x", "y"))
     steps[1].attribute.append(helper.make_attribute("to", TensorProto.FLOAT16))
     assert graph_cost(save(tmp_path / "model.onnx", steps, (3, 5), {})).activation_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("head", "kind", "fused"),
+    [
+        (64, TensorProto.FLOAT16, True),
+        (8, TensorProto.FLOAT16, False),
+        (60, TensorProto.FLOAT16, False),
+        (512, TensorProto.FLOAT16, False),
+        (64, TensorProto.FLOAT, False),
+    ],
+)
+def test_scores_of_an_attention_that_is_fused_take_nothing(
+    tmp_path: Path, head: int, kind: int, fused: bool
+) -> None:
+    """Queries, keys and values are x; scores of 128 x 128 are larger than all of them."""
+    q = helper.make_tensor_value_info("x", kind, (1, 128, head))
+    k = helper.make_tensor_value_info("k", kind, (1, head, 128))
+    y = helper.make_tensor_value_info("y", kind, (1, 128, head))
+    nodes = chain(
+        ("Relu", "x", "q"), ("MatMul", "qk", "s"), ("Softmax", "s", "p"), ("MatMul", "px", "z"),
+        ("Relu", "z", "y"),
+    )  # fmt: skip
+    graph = helper.make_graph(nodes, "attention", [q, k], [y])
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
+    item = 2 if kind == TensorProto.FLOAT16 else 4
+    rows = 128 * head * item
+    scores = 128 * 128 * item
+    cost = graph_cost(path)
+    # Both scores at once, or one beside the queries or the result.
+    assert cost.activation_bytes == scores + max(scores, rows)
+    assert cost.fused_activation_bytes == (rows if fused else cost.activation_bytes)
 
 
 def test_external_data_is_not_needed(tmp_path: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+from hipa_deploy.commands.app import main
+from hipa_deploy.embedded import BUNDLE
 
 
 @pytest.mark.parametrize(
@@ -14,7 +19,39 @@ import pytest
         (["nope", "--backend", "rtx"], "bundle nope does not exist"),
         (["emoji", "--backend", "rtx", "--target", "rtx99"], "target 'rtx99' is unknown"),
         (["emoji", "--backend", "rtx", "--workspace", "-1"], "workspace_mib is -1"),
+        (["emoji", "--backend", "rtx", "--swap", "-1"], "--swap"),
     ],
 )
 def test_a_mistake(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
     assert message in refused("build", *arguments)
+
+
+@pytest.mark.parametrize("included", [True, False])
+def test_a_device_that_builds_for_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], included: bool
+) -> None:
+    """A PC answers with the plan and the command, whether TensorRT is installed or not."""
+    bundle = "emoji" if included else str(shutil.copytree(BUNDLE, tmp_path / "my bundle"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["build", bundle, "--backend", "tensorrt", "--target", "orin-nano", "--refit"])
+    assert stopped.value.code == 1
+    captured = capsys.readouterr()
+    assert "Orin Nano" in captured.out
+    assert "--low-memory" in captured.out
+    name = "emoji" if included else "'my bundle'"
+    command = f"hipa-build {name} --backend tensorrt --target orin-nano --refit"
+    there = "Run there" if included else f"Copy {bundle} there and run"
+    assert captured.err == (
+        "hipa: engines for Jetson Orin Nano 8 GB are built on the device itself, and this is the "
+        f"plan. {there}: {command}.\n"
+    )
+
+
+def test_the_plan_for_a_device_counts_the_swap_that_it_will_have(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = ["build", "emoji", "--backend", "tensorrt", "--target", "orin-nano", "--dry-run"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*plan, "--swap", "16"])
+    assert stopped.value.code == 0
+    assert "16,384" in capsys.readouterr().out

@@ -20,7 +20,7 @@ import pytest
         ),
         (["inpaint", "emoji", "a.png", "apple"], "Missing argument"),
         (["upscale", "emoji", "a.png"], "is a bundle to generate, not to upscale"),
-        (["upscale", "emoji", "a.png", "--out", "x.jpg"], ".png"),
+        (["upscale", "emoji", "a.png", "--out", "x.gif"], ".png"),
     ],
 )
 def test_a_mistake(arguments: list[str], message: str, refused: Callable[..., str]) -> None:

@@ -37,6 +37,13 @@ def test_the_images_are_those_of_the_pipeline(
         np.testing.assert_array_equal(np.asarray(Image.open(path)), image_HWC)
         assert read_parameters(path) == parameters
 
+    # From what the file says, as for every other image.
+    again = ["generate", root, "--again", str(paths[0]), "--out", str(tmp_path / "again.png")]
+    with pytest.raises(SystemExit) as stopped:
+        main(again)
+    assert not stopped.value.code
+    assert "the same image, pixel for pixel" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -46,6 +53,7 @@ def test_the_images_are_those_of_the_pipeline(
         (["--refine", "4", "--guidance", "99"], "guidance is 99"),
         (["--guidance", "3"], "--guidance is for --refine"),
         (["--refine", "4", "--backend", "rtx"], "backend rtx does not refine"),
+        (["--refine", "4", "--low-memory"], "Leave out --low-memory"),
     ],
 )
 def test_a_mistake(

@@ -27,7 +27,7 @@ def test_a_folder_may_be_named_like_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "message"), [("a.png", 2, "is one file for 2 images"), ("a.jpg", 1, "PNG")]
+    ("name", "count", "message"), [("a.png", 2, "is one file for 2 images"), ("a.gif", 1, "PNG")]
 )
 def test_what_is_no_place_for_the_images(
     name: str, count: int, message: str, tmp_path: Path

@@ -58,6 +58,49 @@ def test_fake_tensors_take_what_real_ones_take(
     assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
 
 
+BESIDE = {
+    "score": {"weight": 1.0, "rank": 2},
+    "latent_discriminator": {"weight": 1.0, "r1": 1.0},
+}
+
+
+def with_terms(recipe: Recipe, **changes: Any) -> Recipe:
+    return Recipe.model_validate(recipe.model_dump() | changes)
+
+
+def test_terms_that_compare_distributions_are_counted(model_dir: Path, recipe: Recipe) -> None:
+    both = with_terms(recipe, **BESIDE, gradient_checkpointing=True)
+    prediction = predict_once(both, model_dir)
+    real = SimulatedTraining(unloaded_model(model_dir), both)
+    assert prediction.fake is not None
+    for predicted, cost in (
+        (prediction.step, real.step_cost(both.batch, decoded=True)),
+        (prediction.fake, real.fake_cost()),
+    ):
+        assert predicted.flops == cost.flops
+        assert predicted.peak_bytes == pytest.approx(cost.peak_bytes, rel=0.03)
+
+
+def test_score_distillation_costs_three_forward_passes_and_its_own_step(
+    model_dir: Path, recipe: Recipe
+) -> None:
+    # The teacher's call with guidance has two rows for each of the batch, the fake score's one.
+    score = {"weight": 1.0, "rank": 1, "steps": 1}
+    loss = {"perceptual": "none", "hf_weight": 0.0, "latent_weight": 0.0}
+    alone = with_terms(recipe, score=score, loss=loss, adaptor={"preset": "full", "rank": 1})
+    prediction = predict_once(alone, model_dir)
+    call = prediction.pairs.flops / alone.teacher.steps / (2 * alone.teacher.batch) * alone.batch
+    assert prediction.fake is not None
+    plain = predict_once(with_terms(recipe, adaptor={"preset": "full", "rank": 1}), model_dir)
+    assert prediction.step.flops - plain.warm_up.flops == pytest.approx(3 * call, rel=0.1)
+    assert prediction.fake.flops == pytest.approx(plain.warm_up.flops, rel=0.02)
+    assert plain.fake is None
+
+    # It needs no pairs but those that the sample grid shows.
+    assert prediction.sampler_batches == alone.samples / alone.teacher.batch
+    assert prediction.training_flops == 4 * (prediction.step.flops + prediction.fake.flops)
+
+
 def test_the_loss_costs_what_the_real_one_costs(
     training: SimulatedTraining, recipe: Recipe
 ) -> None:

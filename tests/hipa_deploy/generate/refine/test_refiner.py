@@ -15,10 +15,11 @@ import pytest
 from pydantic import ValidationError
 
 from hipa_deploy import OneStepPipeline
-from hipa_deploy.bundle.folder import MANIFEST, Bundle
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import LoraInfo, Manifest, RefineSettings
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.refine.drafts import recorded_settings, refine_facts
 from hipa_deploy.generate.refine.refiner import read_tables, refine_settings
 from tests.refine_samples import GUIDANCE, SAMPLER, STEPS, refine_bundle
 from tests.swap_samples import INFO, scaled_weights, write_swap
@@ -127,6 +128,29 @@ def test_wishes_out_of_range(bundle: Bundle, wish: dict[str, Any], words: str) -
         refine_settings(bundle, **wish)
 
 
+def test_a_checker_sees_final_images(bundle: Bundle) -> None:
+    def checker(images_BHWC: np.ndarray) -> list[bool]:
+        return [True] * len(images_BHWC)
+
+    with OneStepPipeline.load(bundle.root, "onnxruntime") as unchecked:
+        draft = unchecked(PROMPTS[0], seed=2)
+    with OneStepPipeline.load(bundle.root, "onnxruntime", checker=checker) as checked:
+        final = checked.refine(draft, 2)
+    assert not len(final.images_BHWC)
+    assert [flagged.seed for flagged in final.flagged] == [2]
+
+
+def test_a_record_of_another_base_model(bundle: Bundle) -> None:
+    record = refine_facts(bundle, RefineSettings())
+    assert recorded_settings(bundle, record, "a.png") == RefineSettings()
+    with pytest.raises(HipaError, match="another base UNet"):
+        recorded_settings(bundle, {**record, "unet": "0" * 64}, "a.png")
+    with pytest.raises(HipaError, match="steps is 'x'"):
+        recorded_settings(bundle, {**record, "steps": "x"}, "a.png")
+    with pytest.raises(HipaError, match="its parameters have refine=3"):
+        recorded_settings(bundle, 3, "a.png")
+
+
 def test_what_cannot_be_refined(bundle: Bundle, pipe: OneStepPipeline) -> None:
     with pytest.raises(HipaError, match="backend rtx does not refine"):
         refine_settings(bundle, backend="rtx")
@@ -187,7 +211,7 @@ def test_a_changed_teacher_is_found_at_loading(tmp_path: Path) -> None:
 
 def test_the_manifest(bundle: Bundle) -> None:
     manifest = bundle.manifest
-    assert manifest.to_json() == (bundle.root / MANIFEST).read_text()
+    assert Manifest.model_validate_json(manifest.to_json()) == manifest
     assert list(bundle.stages) == ["text_encoder", "unet", "vae_decoder"]
     assert list(bundle.all_stages)[-1] == "teacher"
 

@@ -1,0 +1,137 @@
+"""What the stages of the supported models take in memory, from their graphs.
+
+Purpose: the sizes behind the tables of memory in docs/reference/engines.md: bytes of each stage's
+ONNX files, and the most bytes that its activations hold at once. Both follow from the shapes alone,
+so the graphs are exported with zeros or random numbers for weights, and none is run. They are in
+FP16, of layout onestep, for one image of the model's own size.
+
+Command, from the repository's root::
+
+    python benchmarks/stage_memory.py --out docs/memory.json --keep /tmp/stages
+
+Expected time: about five minutes on two cores, with 6 GB of memory. ``--keep`` leaves the graphs
+there, and takes those that are there already.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+sys.path.insert(0, str(Path(__file__).parent))
+from make_model import SIZES, VAE
+
+from hipa_deploy.bundle.manifest import OneStep
+from hipa_deploy.export.graph.fold import fold_timestep
+from hipa_deploy.export.graph.graph_cost import stage_cost
+from hipa_deploy.export.graph.half_precision import to_half
+from hipa_deploy.export.graph.modules import (
+    OneStepDecoder,
+    OneStepUNet,
+    TextEncoderStage,
+    TinyDecoder,
+    stage_specs,
+)
+from hipa_deploy.export.graph.to_onnx import export_stage
+
+TITLES = {"sd15": "SD 1.5", "sd21-base": "SD 2.1, 512 px", "sd21": "SD 2.1, 768 px"}
+TOKENS = 77
+MIB = 1 << 20
+
+
+def one_step(size: str) -> OneStep:
+    """A step of the model's size; its constants are of no account here."""
+    pixels = SIZES[size]["unet"]["sample_size"] * 8
+    return OneStep(
+        timestep=999,
+        alpha_bar=0.0047,
+        prediction_type=SIZES[size]["prediction_type"],
+        scaling_factor=0.18215,
+        latent_shape=(4, pixels // 8, pixels // 8),
+        height=pixels,
+        width=pixels,
+    )
+
+
+def zeros(kind: Any, config: Any) -> Any:
+    """A module of class ``kind`` whose weights are zeros, in float16, made without drawing any."""
+    with torch.device("meta"):
+        module = kind(config) if isinstance(config, CLIPTextConfig) else kind(**config)
+    module = module.half().to_empty(device="cpu").eval()
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data.zero_()
+    return module
+
+
+def builders(size: str) -> dict[str, Callable[[], torch.nn.Module]]:
+    """By stage, what makes its module. 'vae_decoder tiny' is the tiny decoder."""
+    shapes = SIZES[size]
+
+    def text_encoder() -> torch.nn.Module:
+        config = CLIPTextConfig(vocab_size=49408, **shapes["text"])
+        return TextEncoderStage(zeros(CLIPTextModel, config), torch.float16)
+
+    def unet() -> torch.nn.Module:
+        model = zeros(UNet2DConditionModel, shapes["unet"])
+        fold_timestep(model, 999)
+        return OneStepUNet(model, one_step(size))
+
+    return {
+        "text_encoder": text_encoder,
+        "unet": unet,
+        # Folding solves equations with the decoder's weights, which zeros do not allow.
+        "vae_decoder": lambda: OneStepDecoder(AutoencoderKL(**VAE).eval()),
+        "vae_decoder tiny": lambda: TinyDecoder(AutoencoderTiny().eval()),
+    }
+
+
+def measure(size: str, scratch: Path) -> dict[str, dict[str, int]]:
+    """By stage, ``weight_bytes`` (its files) and ``activation_bytes``, with fused attention."""
+    step = one_step(size)
+    specs = stage_specs(
+        layout="onestep",
+        precision="fp16",
+        batch=1,
+        step=step,
+        length=TOKENS,
+        width=SIZES[size]["unet"]["cross_attention_dim"],
+        axes={},
+    )
+    found = {}
+    for name, build in builders(size).items():
+        spec = specs[name.split()[0]]
+        folder = scratch / size / name.replace(" ", "-")
+        path = folder / "model.onnx"
+        if not path.is_file():
+            export_stage(to_half(build()), spec, folder)
+        files = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+        cost = stage_cost(path, spec)
+        assert cost.fused_activation_bytes is not None
+        found[name] = {"weight_bytes": files, "activation_bytes": cost.fused_activation_bytes}
+        print(size, name, found[name], flush=True)
+    return found
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    keep: Annotated[Path | None, typer.Option(help="Where the graphs are kept.")] = None,
+) -> None:
+    """Write the sizes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        models = {}
+        for size, title in TITLES.items():
+            models[title] = measure(size, keep or Path(scratch))
+    out.write_text(json.dumps(models, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

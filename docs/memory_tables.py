@@ -1,0 +1,131 @@
+"""Write the tables of memory in docs/reference/engines.md, from the plan's own arithmetic.
+
+    python docs/memory_tables.py
+
+``docs/memory.json`` has the sizes of the stages, by benchmarks/stage_memory.py. What a build and a
+run take of a device follows from them as in ``hipa-build --dry-run``: no number is written by hand.
+tests/test_memory_tables.py checks that the page is up to date.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hipa_deploy.engines.backends.available import Device
+from hipa_deploy.engines.build.memory_plan import MemoryPlan, plan_stages
+from hipa_deploy.engines.targets.memory_needs import Need
+from hipa_deploy.engines.targets.run_memory import StageSize, engine_activations_mib
+from hipa_deploy.engines.targets.target import default_options, load_target_profile, target_names
+
+SIZES = Path(__file__).parent / "memory.json"
+PAGE = Path(__file__).parent / "reference/engines.md"
+BEGIN = "<!-- made by docs/memory_tables.py -->\n"
+END = "<!-- end -->\n"
+
+# Of no account: every target is another machine than this one.
+NO_GPU = Device(
+    cpu="",
+    cores=1,
+    memory_mib=0,
+    os="",
+    arch="",
+    python="",
+    l4t=None,
+    gpu=None,
+    jetson=None,
+    backends=(),
+)
+SWAP_GIB = 16  # as on the page for Jetson
+STAGES = ("text_encoder", "unet", "vae_decoder")
+
+
+def models() -> dict[str, tuple[StageSize, ...]]:
+    """The sizes of the stages of each model, with the full and with the tiny decoder."""
+    found = {}
+    for title, stages in json.loads(SIZES.read_text(encoding="utf-8")).items():
+        for decoder, name in (("full", "vae_decoder"), ("tiny", "vae_decoder tiny")):
+            sizes = []
+            for stage, measured in zip(STAGES, (*STAGES[:2], name), strict=True):
+                sizes.append(_size(stage, stages[measured]))
+            found[f"{title}, {decoder} decoder"] = tuple(sizes)
+    return found
+
+
+def _size(stage: str, measured: dict[str, int]) -> StageSize:
+    return StageSize(
+        stage=stage,
+        weights=-(-measured["weight_bytes"] >> 20),
+        activations=engine_activations_mib(measured["activation_bytes"]),
+    )
+
+
+def plan(sizes: tuple[StageSize, ...], target: str) -> MemoryPlan:
+    """What TensorRT takes of a target that is another machine than this one."""
+    options = default_options(target, "tensorrt", NO_GPU)
+    profile = load_target_profile(target)
+    return plan_stages(
+        sizes, STAGES, "tensorrt", profile, options, NO_GPU, swap_mib=SWAP_GIB * 1024
+    )
+
+
+def tables() -> str:
+    """Both tables, in Markdown."""
+    lines = [
+        "| MiB | own activations | shared | low memory | one at a time |",
+        "|---|---|---|---|---|",
+    ]
+    for title, sizes in models().items():
+        run = plan(sizes, "orin-nano").run
+        ways = (
+            run.own_activations,
+            run.shared_activations,
+            run.text_encoder_apart,
+            run.one_at_a_time,
+        )
+        lines.append(_row(title, [f"{mib:,}" for mib in ways]))
+
+    # Families of cards have no memory of their own, and what fits is not known there.
+    targets = [name for name in target_names() if load_target_profile(name).memory_gib]
+    targets.sort(key=lambda name: load_target_profile(name).memory_gib or 0)
+    lines += ["", _row("MiB: build / run", targets), "|---" * (len(targets) + 1) + "|"]
+    for title, sizes in models().items():
+        lines.append(_row(title, [_cell(plan(sizes, target)) for target in targets]))
+    has = ["" if have is None else f"{have:,}" for have in map(_available, targets)]
+    lines.append(_row("available", has))
+    return "\n".join(lines) + "\n"
+
+
+def _row(first: str, cells: list[str] | list[int]) -> str:
+    return f"| {first} | {' | '.join(map(str, cells))} |"
+
+
+def _cell(found: MemoryPlan) -> str:
+    """What a build takes of the GPU's memory, and a run."""
+    running = found.needs[-1]
+    building = found.needs[-2]
+    return f"{_figure(building)} / {_figure(running)}"
+
+
+def _figure(need: Need) -> str:
+    marks = {
+        "does not fit": " (no)",
+        "fits with swap": " (swap)",
+        "fits with --low-memory": " (low memory)",
+    }
+    return f"{need.need:,}{marks.get(need.verdict, '')}"
+
+
+def _available(target: str) -> int | None:
+    (sizes, *_) = models().values()
+    return plan(sizes, target).needs[-1].have
+
+
+def with_tables(page: str) -> str:
+    """The page with the tables of today."""
+    start = page.index(BEGIN) + len(BEGIN)
+    return page[:start] + tables() + page[page.index(END, start) :]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,358 @@
+"""The terms that compare distributions, as a training calls them.
+
+Both terms take their gradient at the student's latents by themselves, since each needs the frozen
+UNet in another state than the student's backward pass does: without adaptors, or with the fake
+score's. A backward pass through all of it would recompute checkpointed activations in the wrong
+state.
+
+Shape suffixes: B rows of a batch, T timesteps, L tokens, D width of the text context, C latent
+channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.train.distribution.draws import (
+    DISCRIMINATOR_STREAM,
+    FAKE_STREAM,
+    REAL_STREAM,
+    SCORE_STREAM,
+    Draw,
+    row_draws,
+)
+from hipa_deploy.train.distribution.fake_score import add_fake_score, as_fake_score, fake_weights
+from hipa_deploy.train.distribution.latent_discriminator import (
+    LatentDiscriminator,
+    encoder_maps,
+    map_channels,
+)
+from hipa_deploy.train.distribution.score_distillation import ScoreDistillation, noised
+from hipa_deploy.train.losses.hipa_loss import Terms
+from hipa_deploy.train.model.diffusion_model import DiffusionModel
+from hipa_deploy.train.model.mixed_precision import in_precision
+from hipa_deploy.train.model.unet_adaptor import without_adaptor
+from hipa_deploy.train.recipes.recipe import Recipe
+
+Timesteps = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RealLatents:
+    """``count`` real images, as functions of row indices int64 [B].
+
+    Attributes:
+        count: How many there are.
+        latents: Rows -> scaled latents, float32 [B, C, H, W].
+        context: Rows -> text contexts of their captions, float32 [B, L, D].
+
+    """
+
+    count: int
+    latents: Callable[[Tensor], Tensor]
+    context: Callable[[Tensor], Tensor]
+
+
+class DistributionTerms:
+    """Score distillation and the discriminator on noised latents, as far as a recipe has them.
+
+    Args:
+        unet: The UNet2DConditionModel, with the student's adaptor. The fake score's is added.
+        recipe: Of the training.
+        alpha_bar_T: Cumulative signal power of every timestep.
+        prediction_type: What the UNet predicts: epsilon, v_prediction or sample.
+        empty_1LD: Text context of the empty prompt.
+        draw: Where timesteps and noise come from.
+
+    Attributes:
+        score: Score distillation; None without a weight.
+        discriminator: The heads on noised latents; None without a weight.
+        real: Real images that the heads take for true beside the teacher's; None at first.
+
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        recipe: Recipe,
+        *,
+        alpha_bar_T: Tensor,
+        prediction_type: str,
+        empty_1LD: Tensor,
+        draw: Draw = row_draws,
+    ) -> None:
+        self.unet = unet
+        self.recipe = recipe
+        self.alpha_bar_T = alpha_bar_T
+        self.draw = draw
+        self.real: RealLatents | None = None
+        self.score: ScoreDistillation | None = None
+        self.discriminator: LatentDiscriminator | None = None
+
+        # The student's latents of this step by their rows: what the fake score learns from.
+        self._made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._call = in_precision(unet, recipe.mixed_precision, alpha_bar_T.device)
+        # The gradient of the heads' verdict has no loss scale, which fp16 would need.
+        precision = "no" if recipe.mixed_precision == "fp16" else recipe.mixed_precision
+        self._maps = in_precision(partial(encoder_maps, unet), precision, alpha_bar_T.device)
+        if recipe.score.weight:
+            add_fake_score(unet, recipe.score.rank, recipe.seed)
+            self.score = ScoreDistillation(
+                recipe.score,
+                self._teacher,
+                self._predict,
+                guidance=recipe.teacher.guidance,
+                alpha_bar_T=alpha_bar_T,
+                prediction_type=prediction_type,
+                empty_1LD=empty_1LD,
+            )
+        if recipe.latent_discriminator.weight:
+            settings = recipe.latent_discriminator
+            self.discriminator = LatentDiscriminator(
+                map_channels(unet), settings.loss, settings.r1, recipe.seed
+            )
+            self.discriminator.to(alpha_bar_T.device)
+
+    @property
+    def fake_weights(self) -> dict[str, nn.Parameter]:
+        """The fake score's weights by name; none without score distillation."""
+        return fake_weights(self.unet) if self.score else {}
+
+    @property
+    def head_weights(self) -> dict[str, nn.Parameter]:
+        """The discriminator's weights by name; none without a discriminator."""
+        if self.discriminator is None:
+            return {}
+        return dict(self.discriminator.named_parameters(prefix="latent_discriminator"))
+
+    @property
+    def state(self) -> dict[str, nn.Parameter]:
+        """What a checkpoint must store beside the optimiser, so that a resumed run is exact."""
+        own = {**self.fake_weights, **self.head_weights}
+        return {f"distribution.{name}": weight for name, weight in own.items()}
+
+    def __call__(
+        self,
+        latents_BCHW: Tensor,
+        target_BCHW: Tensor | None,
+        context_BLD: Tensor,
+        rows: Tensor,
+        step: int,
+    ) -> tuple[Tensor, Terms]:
+        """The weighted total of both terms, and the terms, all scalars.
+
+        Args:
+            latents_BCHW: The student's, with a gradient.
+            target_BCHW: The teacher's; score distillation alone needs none.
+            context_BLD: Text contexts of the prompts.
+            rows: The examples, int64 [B].
+            step: Of the training.
+
+        """
+        total = latents_BCHW.new_zeros(())
+        terms: Terms = {}
+        self.remember(latents_BCHW.detach(), context_BLD, rows)
+        if self.score is not None and step >= self._first_score_step:
+            terms["score"] = self._score_term(latents_BCHW, context_BLD, rows, step)
+            total = total + self.recipe.score.weight * terms["score"]
+        if self.discriminator is not None:
+            assert target_BCHW is not None  # Recipe.needs_targets
+            for_student, for_heads = self._judged(
+                latents_BCHW, target_BCHW, context_BLD, rows, step
+            )
+            terms["latent_adversarial"] = for_student
+            terms["latent_discriminator"] = for_heads
+            # The heads' own loss has no weight, as that of the discriminator on images.
+            total = total + self.recipe.latent_discriminator.weight * for_student + for_heads
+        return total, terms
+
+    def remember(self, latents_BCHW: Tensor, context_BLD: Tensor, rows: Tensor) -> None:
+        """Keep the student's latents of these rows for the fake score, if there is one."""
+        if self.score is not None:
+            self._made[_key(rows)] = (latents_BCHW, context_BLD)
+
+    @property
+    def following_steps(self) -> int:
+        """Steps that the fake score takes after this one of the student."""
+        return self.recipe.score.steps if self._made else 0
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """The fake score learns inside the block, from the images of the student's last step."""
+        with as_fake_score(self.unet):
+            yield
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the student's latents that ``remember`` kept."""
+        self._made.clear()
+
+    def fake_loss(self, rows: Tensor, step: int, number: int) -> tuple[Tensor, Terms]:
+        """The fake score's own loss, for ``following``.
+
+        Args:
+            rows: A piece of the step's rows, as ``__call__`` had it.
+            step: Of the training.
+            number: Of the fake score's step, from 0.
+
+        """
+        assert self.score is not None
+        latents, context = self._made[_key(rows)]
+        timesteps = self.recipe.score.timesteps
+        timestep_B, noise = self._drawn(FAKE_STREAM + number, step, rows, timesteps, latents)
+        loss = self.score.fake_loss(latents, context, timestep_B, noise)
+        return loss, {"fake_score": loss}
+
+    @property
+    def _first_score_step(self) -> int:
+        return self.recipe.loss.latent_warmup_steps + self.recipe.score.delay
+
+    def _score_term(
+        self, latents_BCHW: Tensor, context_BLD: Tensor, rows: Tensor, step: int
+    ) -> Tensor:
+        """Half the mean square of the gradient, as DMD's loss; its gradient is that gradient."""
+        assert self.score is not None
+        x0 = latents_BCHW.detach()
+        timesteps = self.recipe.score.timesteps
+        timestep_B, noise = self._drawn(SCORE_STREAM, step, rows, timesteps, x0)
+        gradient = self.score.gradient(x0, context_BLD, timestep_B, noise)
+        value = gradient.square().mean() / 2
+        return with_gradient(value, latents_BCHW, gradient / gradient.numel())
+
+    def _judged(
+        self,
+        latents_BCHW: Tensor,
+        target_BCHW: Tensor,
+        context_BLD: Tensor,
+        rows: Tensor,
+        step: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The discriminator's loss for the student, and that for its heads."""
+        assert self.discriminator is not None
+        x0 = latents_BCHW.detach().requires_grad_(True)
+        timesteps = self.recipe.latent_discriminator.timesteps
+        timestep_B, noise = self._drawn(DISCRIMINATOR_STREAM, step, rows, timesteps, x0)
+        alpha_bar_B111 = self.alpha_bar_T[timestep_B].view(-1, 1, 1, 1)
+        true, true_context = self._true_latents(target_BCHW, context_BLD, rows, step)
+        with without_adaptor(self.unet):
+            z = noised(x0, alpha_bar_B111, noise)
+            maps = [features.float() for features in self._maps(z, timestep_B, context_BLD)]
+            for_student = self.discriminator.student_loss(maps)
+            (gradient,) = torch.autograd.grad(for_student, x0)
+            with torch.no_grad():
+                z = noised(true, alpha_bar_B111, noise)
+                true_maps = self._maps(z, timestep_B, true_context)
+        for_heads = self.discriminator.own_loss(maps, [features.float() for features in true_maps])
+        return with_gradient(for_student, latents_BCHW, gradient), for_heads
+
+    def _true_latents(
+        self, target_BCHW: Tensor, context_BLD: Tensor, rows: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Latents that the heads take for true, with contexts: the teacher's, and a share real."""
+        if self.real is None:
+            return target_BCHW, context_BLD
+        is_real = []
+        chosen = []
+        for row in rows.tolist():
+            rng = np.random.default_rng((self.recipe.seed, REAL_STREAM, step, row))
+            is_real.append(rng.random() < self.recipe.latent_discriminator.real_share)
+            chosen.append(int(rng.integers(self.real.count)))
+        is_real_B = torch.tensor(is_real, device=target_BCHW.device)
+        real_rows = torch.tensor(chosen)
+        real = self.real.latents(real_rows).to(target_BCHW.device)
+        real_context = self.real.context(real_rows)
+        latents = torch.where(is_real_B.view(-1, 1, 1, 1), real, target_BCHW)
+        contexts = torch.where(is_real_B.view(-1, 1, 1), real_context, context_BLD)
+        return latents, contexts
+
+    def _drawn(
+        self, stream: int, step: int, rows: Tensor, timesteps: Timesteps, like_BCHW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        channels, height, width = like_BCHW.shape[1:]
+        shape = (channels, height, width)
+        timestep_B, noise = self.draw(self.recipe.seed, stream, step, rows, timesteps, shape)
+        return timestep_B.to(like_BCHW.device), noise.to(like_BCHW.device)
+
+    def _teacher(self, z_BCHW: Tensor, timestep_B: Tensor, context_BLD: Tensor) -> Tensor:
+        with without_adaptor(self.unet):
+            return self._output(z_BCHW, timestep_B, context_BLD)
+
+    def _predict(self, z_BCHW: Tensor, timestep_B: Tensor, context_BLD: Tensor) -> Tensor:
+        """The fake score's prediction; in ``following`` it is switched on already."""
+        if torch.is_grad_enabled():
+            return self._output(z_BCHW, timestep_B, context_BLD)
+        with as_fake_score(self.unet):
+            return self._output(z_BCHW, timestep_B, context_BLD)
+
+    def _output(self, z_BCHW: Tensor, timestep_B: Tensor, context_BLD: Tensor) -> Tensor:
+        output: Tensor = self._call(z_BCHW, timestep_B, context_BLD, return_dict=False)[0]
+        return output.float()
+
+
+def _key(rows: Tensor) -> tuple[int, ...]:
+    return tuple(rows.tolist())
+
+
+def with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar of that value, whose gradient at ``at`` is ``gradient``.
+
+    Example:
+        >>> at = torch.ones(2, requires_grad=True)
+        >>> with_gradient(torch.tensor(5.0), at, torch.tensor([1.0, 2.0])).backward()
+        >>> at.grad
+        tensor([1., 2.])
+
+    """
+    pull = (at * gradient.detach()).sum()
+    return value.detach() + pull - pull.detach()
+
+
+def distribution_terms(model: DiffusionModel, recipe: Recipe) -> DistributionTerms | None:
+    """The terms of a recipe; None if it has none.
+
+    Args:
+        model: The base model, with the student's adaptor in its UNet.
+        recipe: Of the training.
+
+    Raises:
+        HipaError: the UNet was made for inpainting, or a timestep is none of the model's.
+
+    """
+    check_distribution_terms(recipe, model)
+    if not recipe.compares_distributions:
+        return None
+    return DistributionTerms(
+        model.unet,
+        recipe,
+        alpha_bar_T=model.alphas_cumprod,
+        prediction_type=model.prediction_type,
+        empty_1LD=model.context([""]),
+    )
+
+
+def check_distribution_terms(recipe: Recipe, model: DiffusionModel) -> None:
+    """Raise HipaError if the recipe has terms that the model cannot have."""
+    length = len(model.config.alphas_cumprod)
+    tables = {"score": recipe.score, "latent_discriminator": recipe.latent_discriminator}
+    for name, settings in tables.items():
+        if not settings.weight:
+            continue
+        if model.concatenates:
+            raise HipaError(
+                f"{model.folder} fills holes only, and makes no whole images to compare. "
+                f"Set {name}.weight = 0."
+            )
+        if settings.timesteps[1] >= length:
+            raise HipaError(
+                f"recipe: {name}.timesteps = {list(settings.timesteps)}: expected timesteps below "
+                f"{length}, which is all that the model has."
+            )
