@@ -97,7 +97,7 @@ def generate(
 
     The same prompt and seed give the same image. Each file carries the parameters that made it, and
     says that a model did. With --refine the many steps of the base model start from the seed's
-    noise, as the one step does: a draft without it foretells the image.
+    noise, as the one step does.
     """
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_bundle

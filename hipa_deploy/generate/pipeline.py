@@ -650,8 +650,8 @@ class OneStepPipeline(ClosesAtExit):
     ) -> GenerateResult:
         """Make the base model's own images of drafts: many guided steps from the same noise.
 
-        The draft foretells the final image, as an adaptor learns to reach the end of these very
-        steps at once. Each step runs the base UNet twice.
+        An adaptor learns to reach the end of these very steps at once. Each step runs the base UNet
+        twice. docs/how-to/refine.md says how well a draft foretells the final image.
 
         Args:
             result: drafts of this bundle, made by any backend. What is used are their parameters.

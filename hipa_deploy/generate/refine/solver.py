@@ -80,7 +80,7 @@ class DpmSolver:
     """
 
     def __init__(self, alpha_bars_T: np.ndarray, steps: int, prediction_type: str) -> None:
-        self.timesteps = trailing_timesteps(len(alpha_bars_T), steps)
+        self.timesteps: Sequence[int] = trailing_timesteps(len(alpha_bars_T), steps)
         self._prediction_type = prediction_type
         alpha_bars = [
             max(float(alpha_bars_T[timestep]), _LEAST_ALPHA_BAR) for timestep in self.timesteps
@@ -124,7 +124,7 @@ class Ddim:
     """
 
     def __init__(self, alpha_bars_T: np.ndarray, steps: int, prediction_type: str) -> None:
-        self.timesteps = trailing_timesteps(len(alpha_bars_T), steps)
+        self.timesteps: Sequence[int] = trailing_timesteps(len(alpha_bars_T), steps)
         self._prediction_type = prediction_type
         self._alpha_bars_T = alpha_bars_T
         # diffusers goes this far down, and not to the next timestep. The two differ by rounding
