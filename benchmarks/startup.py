@@ -64,7 +64,7 @@ def start(python: str, bundle: Path, backend: str, options: dict[str, bool], ima
     arguments = [str(bundle), backend, json.dumps(options), str(images)]
     began = time.time()
     done = subprocess.run(
-        [python, "-c", CHILD, *arguments], capture_output=True, text=True, check=False
+        [python, "-c", CHILD, *arguments], capture_output=True, encoding="utf-8", check=False
     )
     if done.returncode:
         raise SystemExit(f"{python} {backend}: {done.stderr[-2000:]}")
@@ -125,7 +125,9 @@ def main(
     Console().print(table)
     if out:
         conditions = {"machine": platform.processor(), "load": os.getloadavg(), "images": images}
-        out.write_text(json.dumps({"conditions": conditions, "runs": results}, indent=2))
+        out.write_text(
+            json.dumps({"conditions": conditions, "runs": results}, indent=2), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

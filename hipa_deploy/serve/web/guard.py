@@ -36,7 +36,7 @@ class Guard:
     - The Host header must be a number, 'localhost' or a name that the owner gave: otherwise a page
       of another site could reach a service on this machine by DNS rebinding.
     - A request that a browser sends from a page of another site is refused.
-    - With keys, every request but the health checks needs one.
+    - With keys, every request but the health checks and the page's own files needs one.
     - Where no image can wait any more, a request for images is refused unread: in a flood that
       leaves the processor to those that were accepted.
     - A body may have so many bytes, and so many seconds to arrive.
@@ -46,6 +46,7 @@ class Guard:
         hosts: names that a Host header may have, beside numbers and localhost; ``ANY`` is all.
         origins: of other sites whose pages may send requests.
         keys: one of them is needed; none: no key is.
+        open_paths: need no key, beside the health checks.
         body: bytes that a request with images may have.
         full: gives seconds after which to try again, or None where images can still wait.
 
@@ -58,6 +59,7 @@ class Guard:
         hosts: Iterable[str] = (),
         origins: Iterable[str] = (),
         keys: Sequence[str] = (),
+        open_paths: Iterable[str] = (),
         body: int,
         full: Callable[[], int | None] = lambda: None,
     ) -> None:
@@ -65,6 +67,7 @@ class Guard:
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
         self._origins = {origin.lower().rstrip("/") for origin in origins}
         self._keys = [_digest(key) for key in keys]
+        self._open_paths = {*OPEN_PATHS, *open_paths}
         self._body = body
         self._full = full
 
@@ -121,7 +124,7 @@ class Guard:
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         # A browser asks without a key what it may ask with one.
-        is_open = scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
+        is_open = scope["path"] in self._open_paths or scope["method"] == "OPTIONS"
         if not self._keys or is_open:
             return
         scheme, _, given = (headers.one("authorization") or "").partition(" ")

@@ -65,7 +65,9 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., subp
 def test_a_generation_that_is_stopped(
     number: signal.Signals, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    process = start("generate", "emoji", "a", "--count", "500", "--out", "images")
+    process = start(
+        "generate", "emoji", embedded.EXAMPLE_PROMPT, "--count", "500", "--out", "images"
+    )
     images = tmp_path / "work" / "images"
     wait_until(lambda: images.exists() and len(list(images.glob("*.png"))) > 1, process)
     process.send_signal(number)
