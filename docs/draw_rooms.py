@@ -84,6 +84,7 @@ EXPORT = House(
     (
         ("(top)", "merge, stages, gate, swap"),
         ("graph", "fold, FP16, weight map"),
+        ("teacher", "the base UNet, to refine"),
     ),
 )
 ENGINES = House(
@@ -109,6 +110,7 @@ CORE = House(
     "#8a5aa8",
     (
         ("hipa_deploy.generate", "prompt to image: tokenizer, noise, stages, pipeline"),
+        ("hipa_deploy.generate.refine", "many steps of the base model, from a draft's noise"),
         ("hipa_deploy.generate.jobs", "images to make, and what may share a batch"),
         ("hipa_deploy.models.lora", "LoRA files and their arithmetic: needs torch"),
         ("hipa_deploy.models.one_step", "one-step methods of others"),

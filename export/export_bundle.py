@@ -42,6 +42,7 @@ from hipa_deploy.export.references import (
     text_references,
 )
 from hipa_deploy.export.task import print_warning
+from hipa_deploy.export.teacher.teacher_stage import write_teacher
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.marks.safety import SAFETY_STAGE
 
@@ -157,6 +158,21 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             pixels = {"pixels": references.tensors["pixels"]}
             written = writer.write(safety_source(model.folder), pixels)
             safety = SafetyStage(stage=written.stage, settings=safety_settings)
+        refinement = None
+        if options.with_teacher:
+            show("base UNet")
+            base_specs = stage_specs(
+                layout="generic",
+                precision=options.dtype,
+                batch=batch,
+                step=step,
+                length=tokens_NL.shape[1],
+                width=model.config.text_width,
+                axes=axes,
+            )
+            refinement = write_teacher(
+                writer, parts, base_specs["unet"], step, tokenizer, tensors["context"]
+            )
         if options.layout == "generic":
             write_diffusers_files(root, model, settings.method)
 
@@ -184,9 +200,10 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             safety=safety,
             marks=options.marks,
             end_to_end=stages[-1].parity,
+            refine=refinement,
             files=file_hashes(root),
         )
-        (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         if options.signing_key is not None:
             sign(root / MANIFEST, options.signing_key)
     return Bundle.open(options.out)

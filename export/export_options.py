@@ -45,6 +45,7 @@ class ExportOptions:
         one_step: the step of a LoRA, or of a model, that others made: a preset of
             ``hipa_deploy.models.one_step`` or a .toml file. None is the adaptor's own step; without
             an adaptor of HiPA, x0 at the last timestep.
+        with_teacher: put the base UNet, without the adaptor, into the bundle, to refine drafts.
         marks: how the bundle's images are marked.
         safety: export the model's safety checker, if it has one; the bundle then runs it.
         signing_key: the private key that signs the manifest; None leaves the bundle unsigned.
@@ -76,6 +77,7 @@ class ExportOptions:
     prompt_weights: bool | None = None
     style: Style = field(default_factory=Style)
     one_step: str | None = None
+    with_teacher: bool = False
     marks: Marks = field(default_factory=Marks)
     safety: bool = True
     signing_key: Path | None = None

@@ -30,7 +30,7 @@ from hipa_deploy.export.task import (
 )
 from hipa_deploy.generate.prompt_files import check_prompt_file, read_numbered_prompts
 from hipa_deploy.marks.watermark import check_side
-from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS
+from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, teacher_settings
 from hipa_deploy.models.clip_tokenizer import text_sizes
 from hipa_deploy.models.early_config import early_config
 from hipa_deploy.models.locate import TINY, model_folder, model_name
@@ -91,6 +91,8 @@ def check_request(options: ExportOptions) -> None:
     check_style(options.style, model.folder)
     settings = choose_task(options, model)
     model.check_unet(settings.task)
+    if options.with_teacher:
+        _check_teacher(options, settings)
     if options.decoder is not None:
         model.check_tiny_decoder(options.decoder)
     if options.encoder is not None:
@@ -206,6 +208,8 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
             f"batch {options.batch} is out of range. Expected 1 <= batch <= {MAX_BATCH}."
         )
     _check_scale(options.adaptor_scale)
+    if options.with_teacher:
+        _check_teacher_options(options)
     if options.layout == "generic":
         for name in ("fuse", "decoder", "prompts", "dynamic", "context_tokens"):
             if getattr(options, name):
@@ -220,6 +224,32 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
             )
 
 
+def _check_teacher_options(options: ExportOptions) -> None:
+    """Raise HipaError where there is nothing to refine, or nothing to refine it with."""
+    if options.adaptor is None:
+        raise HipaError(
+            "--with-teacher puts the model without the adaptor beside the one with it, and there "
+            "is no adaptor. Give --adaptor, or leave out --with-teacher."
+        )
+    if options.layout == "generic":
+        raise HipaError("--with-teacher needs --layout onestep. Leave out --layout generic.")
+    if options.fuse:
+        raise HipaError(
+            "--with-teacher needs a decoder of its own stage, which --fuse joins with the UNet. "
+            "Leave out --fuse."
+        )
+
+
+def _check_teacher(options: ExportOptions, settings: TaskSettings) -> None:
+    """Raise HipaError unless the adaptor's drafts can be refined."""
+    if settings.task != "generate":
+        raise HipaError(
+            f"--with-teacher is for the task generate, this is {settings.task}. "
+            "Leave out --with-teacher."
+        )
+    teacher_settings(options.adaptor)
+
+
 def _check_scale(scale: float) -> None:
     if not math.isfinite(scale):
         raise HipaError(f"--adaptor-scale {scale} is not finite. Expected 1.0 for as trained.")
@@ -228,6 +258,8 @@ def _check_scale(scale: float) -> None:
 def _least_bytes(options: ExportOptions, model: ModelParts) -> int:
     """Bytes that the bundle will have at least: the weights of its largest stages."""
     parts = ["unet"]
+    if options.with_teacher:
+        parts.append("unet")
     if not options.prompts:
         parts.append("text_encoder")
     count = 0

@@ -139,7 +139,7 @@ def text_references(
 def add_context(references: References, parts: ChosenParts, *, watch: bool) -> References:
     """Add 'context', the text encoder's last hidden states for 'tokens'."""
     encoder = parts.text_encoder()
-    with _watched(watch, "text_encoder", encoder) as largest:
+    with watched(watch, "text_encoder", encoder) as largest:
         tokens_BL = torch.from_numpy(references.tensors["tokens"])
         context_BLD = parts.context(encoder, tokens_BL).numpy()
     return references.plus({"context": context_BLD}, largest)
@@ -185,10 +185,10 @@ def add_source(
     vae = parts.encoder()
     sample_BCHW = from_uint8(torch.from_numpy(tensors["image"])) * 2 - 1
     if isinstance(vae, AutoencoderTiny):
-        with _watched(watch, "encoder", vae) as largest:
+        with watched(watch, "encoder", vae) as largest:
             source_BCHW = vae.encode(sample_BCHW).latents
     else:
-        with _watched(watch, "vae", vae) as largest:
+        with watched(watch, "vae", vae) as largest:
             source_BCHW = vae.encode(sample_BCHW).latent_dist.mean * step.scaling_factor
     tensors["source"] = source_BCHW.numpy()
     return references.plus(tensors, largest)
@@ -209,7 +209,7 @@ def add_step(
     noise_scale = step.noise_scale if layout == "onestep" else 1.0
     unet, adaptor = parts.unet()
     tensors: dict[str, np.ndarray] = {}
-    with _watched(watch, "unet", unet) as largest:
+    with watched(watch, "unet", unet) as largest:
         for index, start in enumerate(settings.starts(step)):
             output_BCHW, latents_BCHW = _one_step(
                 unet,
@@ -270,7 +270,7 @@ def add_images(
     vae = parts.decoder()
     is_tiny = isinstance(vae, AutoencoderTiny)
     tensors: dict[str, np.ndarray] = {}
-    with _watched(watch, "decoder" if is_tiny else "vae", vae) as largest:
+    with watched(watch, "decoder" if is_tiny else "vae", vae) as largest:
         for index in range(len(settings.starts(step))):
             latents_BCHW = torch.from_numpy(references.tensors[strength_key("latents", index)])
             # A tiny decoder takes latents as the scheduler scales them; the model's VAE does not.
@@ -290,7 +290,7 @@ def add_sample(
     """Add the decoder's tensors of the layout generic: 'latent_sample', 'sample' and 'images'."""
     vae = parts.decoder()
     latents_BCHW = latent_sample(references.tensors, step)
-    with _watched(watch, "vae", vae) as largest:
+    with watched(watch, "vae", vae) as largest:
         sample_BCHW = vae.decode(torch.from_numpy(latents_BCHW), return_dict=False)[0]
     tensors = {
         "latent_sample": latents_BCHW,
@@ -370,7 +370,7 @@ def add_safety(references: References, model: Path) -> tuple[References, SafetyS
 
 
 @contextmanager
-def _watched(watch: bool, name: str, module: nn.Module) -> Iterator[dict[str, float]]:
+def watched(watch: bool, name: str, module: nn.Module) -> Iterator[dict[str, float]]:
     """Record ``module``'s largest magnitudes inside the block, by place in the diffusers folder.
 
     The dict that the block gets is filled when the block ends.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,6 +67,8 @@ class StageWriter:
         references: what the stages are judged by.
         strengths: how many strengths of an edit the UNet serves; a stage that takes the index of
             one is run at each.
+        variants: of a stage that is checked at several inputs: the tensors of each, by key. The
+            references of the second are 'output_1', and so on, as at strengths.
         islands: by stage, the FP32 islands of a bundle whose graphs are to come out the same again.
             None: find out which are needed.
 
@@ -78,6 +80,7 @@ class StageWriter:
     references: References
     strengths: int = 0
     islands: Mapping[str, tuple[str, ...]] | None = None
+    variants: Sequence[Mapping[str, np.ndarray]] = ()
 
     def write(self, source: StageSource, tensors: Mapping[str, np.ndarray]) -> WrittenStage:
         """Export the module of ``source``, run the graph, and compare with the references.
@@ -160,7 +163,7 @@ class StageWriter:
         """Names of the parts of ``module`` that must stay in float32."""
         islands = islands_by_range(module, self._reached(module))
         if tensors is not None:
-            tensors = {**tensors, "step": np.asarray([failing])}
+            tensors = self._feeds(source, tensors)[failing]
             feed = []
             for key in source.inputs:
                 # The module is still in float32; a bundle's context may be float16 already.
@@ -189,13 +192,18 @@ class StageWriter:
         return reached
 
     def _run(self, source: StageSource, tensors: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """What the stage gives; if it takes the index of a strength, at each of them."""
+        """What the stage gives for each of its feeds."""
+        return [self._run_once(source, feed) for feed in self._feeds(source, tensors)]
+
+    def _feeds(
+        self, source: StageSource, tensors: Mapping[str, np.ndarray]
+    ) -> list[Mapping[str, np.ndarray]]:
+        """What the stage is run with: once, at each strength that it takes, or each variant."""
+        if self.variants:
+            return [{**tensors, **variant} for variant in self.variants]
         if "step" not in source.inputs:
-            return [self._run_once(source, tensors)]
-        outputs = []
-        for index in range(self.strengths):
-            outputs.append(self._run_once(source, {**tensors, "step": np.asarray([index])}))
-        return outputs
+            return [tensors]
+        return [{**tensors, "step": np.asarray([index])} for index in range(self.strengths)]
 
     def _run_once(self, source: StageSource, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
         spec = self.specs[source.name]

@@ -1,5 +1,7 @@
 """Make tests/tiny_bundles.zip: a bundle of each task, of random weights, for batches of 1 to 8.
 
+And tests/tiny_refine.zip: a bundle that refines, with an adaptor of random weights.
+
     python tests/make_tiny_bundles.py
 
 An export takes seconds, and a server of all tasks needs four of them. So they are kept.
@@ -14,9 +16,13 @@ from pathlib import Path
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.axes import parse_axes
+from tests.export.conftest import make_adaptor
 from tests.tiny_model import make_model
 
 OUT = Path(__file__).parent / "tiny_bundles.zip"
+REFINE_OUT = Path(__file__).parent / "tiny_refine.zip"
+REFINE_NAME = "tiny-refine"
+TEACHER = {"sampler": "ddim", "steps": 7, "guidance": 3.5}
 TASKS = {
     "tiny": {},
     "tiny-edit": {"task": "edit", "strengths": (0.75, 0.5)},
@@ -34,8 +40,27 @@ def main() -> None:
                 axes = parse_axes("batch=1:4:8")
                 out = folder / task
                 export_bundle(ExportOptions(model=str(model), out=out, dynamic=axes, **options))
-                for path in sorted(out.rglob("*")):
-                    archive.write(path, path.relative_to(folder))
+                add(archive, out)
+        make_refine_bundle(model, folder)
+
+
+def make_refine_bundle(model: Path, folder: Path) -> None:
+    """Write REFINE_OUT."""
+    adaptor = make_adaptor(model, folder / "adaptor", recipe={"teacher": TEACHER})
+    out = folder / REFINE_NAME
+    options = ExportOptions(
+        model=str(model), out=out, adaptor=adaptor, with_teacher=True,
+        dynamic=parse_axes("batch=1:2:4"),
+    )  # fmt: skip
+    export_bundle(options)
+    with zipfile.ZipFile(REFINE_OUT, "w", zipfile.ZIP_DEFLATED) as archive:
+        add(archive, out)
+
+
+def add(archive: zipfile.ZipFile, bundle: Path) -> None:
+    """Put a bundle into an archive."""
+    for path in sorted(bundle.rglob("*")):
+        archive.write(path, path.relative_to(bundle.parent))
 
 
 if __name__ == "__main__":

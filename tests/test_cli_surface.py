@@ -25,6 +25,7 @@ SURFACE = {
         "--height", "--width", "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--task",
         "--strengths", "--encoder", "--context-tokens", "--clip-skip", "--prompt-weights", "--lora",
         "--embedding", "--one-step", "--build", "--swap-for", "--sign", "--mark",
+        "--with-teacher",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
@@ -34,7 +35,7 @@ SURFACE = {
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
         "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
-        "--again", "--format", "--quality", "--watermark", "--c2pa",
+        "--again", "--refine", "--guidance", "--format", "--quality", "--watermark", "--c2pa",
     },
     "edit": {
         "--strength", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",

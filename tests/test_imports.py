@@ -67,6 +67,7 @@ ROOMS = (
     "hipa_deploy.images",
     "hipa_deploy.generate.jobs",
     "hipa_deploy.generate",
+    "hipa_deploy.generate.refine",
     "hipa_deploy.models.weights",
     "hipa_deploy.models",
     "hipa_deploy.models.lora",
@@ -82,6 +83,7 @@ ROOMS = (
     "hipa_deploy.engines.latency",
     "hipa_deploy.export.graph",
     "hipa_deploy.export",
+    "hipa_deploy.export.teacher",
     "hipa_deploy.train.recipes",
     "hipa_deploy.train.losses",
     "hipa_deploy.train.model",
@@ -125,6 +127,14 @@ UPWARD = {
         "hipa_deploy.engines",
     ): "the same, for the weights of an adaptor",
     ("hipa_deploy.generate.pipeline", "hipa_deploy.engines.tensorrt"): "a type of a signature",
+    (
+        "hipa_deploy.generate.pipeline",
+        "hipa_deploy.generate.refine",
+    ): "a pipeline makes drafts and refines them",
+    (
+        "hipa_deploy.export.export_bundle",
+        "hipa_deploy.export.teacher",
+    ): "the teacher is the last of a bundle's stages, and made of the parts that the others are",
 }
 # Imports from one stage to another.
 ACROSS = {

@@ -218,7 +218,7 @@ def compiled_stage(
         "format": _FORMAT,
         "backend": backend,
         "options": dict(options()),
-        "graph": bundle.stages[stage].path,
+        "graph": bundle.all_stages[stage].path,
         "files": files,
         "processor": [platform.machine(), cpu_name(), features],
         "limits": {name: os.environ.get(name) for name in _LIMITS},

@@ -213,7 +213,7 @@ def engine_cache(bundle: Bundle, stage: str, backend: str) -> Path | None:
         return None
     gpu = find_gpu()
     files = bundle.manifest.files
-    folder = PurePosixPath(bundle.stages[stage].path).parent
+    folder = PurePosixPath(bundle.all_stages[stage].path).parent
     hashes = [files[name] for name in sorted(files) if PurePosixPath(name).parent == folder]
     device = gpu.model_dump(mode="json") if gpu else None
     facts = [_load_onnxruntime().__version__, device, hashes]

@@ -117,6 +117,12 @@ class Bundle:
         return {stage.spec.name: stage for stage in self.manifest.stages}
 
     @cached_property
+    def all_stages(self) -> dict[str, Stage]:
+        """The stages by name; the last is the base UNet, in a bundle that refines."""
+        refine = self.manifest.refine
+        return self.stages | ({refine.stage.spec.name: refine.stage} if refine else {})
+
+    @cached_property
     def sha256(self) -> str:
         """Of the manifest, which lists the hash of every other file: it names the bundle."""
         return file_sha256(self.root / MANIFEST)
@@ -141,7 +147,7 @@ class Bundle:
 
     def stage_path(self, name: str) -> Path:
         """The ONNX file of stage ``name``."""
-        return self.path(self.stages[name].path)
+        return self.path(self.all_stages[name].path)
 
     def verify(self, *, remembered: bool = False) -> None:
         """Hash every file that the manifest lists, and check that a stage reads no other.
@@ -167,7 +173,7 @@ class Bundle:
                     "Copy or export the bundle again."
                 )
         hashes.save()
-        for name, stage in self.stages.items():
+        for name, stage in self.all_stages.items():
             for location in sorted(external_files(self.stage_path(name))):
                 weights = beside(stage.path, location)
                 if weights not in self.weight_files(name):
@@ -182,7 +188,7 @@ class Bundle:
 
         These are all but the graph itself, and JSON files such as the weight map.
         """
-        graph = self.stages[stage].path
+        graph = self.all_stages[stage].path
         folder = PurePosixPath(graph).parent.as_posix()
         names = []
         for name in sorted(self.manifest.files):

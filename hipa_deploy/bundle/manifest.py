@@ -31,8 +31,10 @@ MAX_FILES = 10_000
 DType = Literal["float16", "float32", "int64", "uint8"]
 Precision = Literal["fp16", "fp32"]
 Layout = Literal["onestep", "generic"]
+TEACHER_STAGE = "teacher"  # the base UNet, which refines: not one of the stages of the one step
+TEACHER_INPUTS = ("sample", "timestep", "encoder_hidden_states")
 PATH_STAGES = ("text_encoder", "vae_encoder", "unet", "vae_decoder", "generator")
-STAGE_NAMES = (*PATH_STAGES, "safety_checker")
+STAGE_NAMES = (*PATH_STAGES, "safety_checker", TEACHER_STAGE)
 
 
 def _stage_name(name: str) -> str:
@@ -140,7 +142,8 @@ class StageSpec(Record):
     """What goes into a stage and what comes out.
 
     Attributes:
-        name: text_encoder, vae_encoder, unet, vae_decoder or generator (UNet and decoder in one).
+        name: text_encoder, vae_encoder, unet, vae_decoder, generator (UNet and decoder in one), or
+            teacher (the base UNet of a bundle that refines).
         inputs: in the ONNX graph's order.
         outputs: in the ONNX graph's order.
         axes: dimensions that are not static, by name; empty if every shape is static.
@@ -423,6 +426,49 @@ class OneStep(Record):
         return self.method.noise_scale if self.method else 1.0
 
 
+class RefineSettings(Record):
+    """How the base model makes an image in many steps.
+
+    Attributes:
+        sampler: 'dpmsolver++' (second order, multi-step) or 'ddim'.
+        steps: of the sampler, 2 to 1000.
+        guidance: of classifier-free guidance, 1 to 30; 1 is the prompt's prediction alone.
+
+    """
+
+    sampler: Literal["ddim", "dpmsolver++"] = "dpmsolver++"
+    steps: int = Field(default=25, ge=2, le=1000)
+    guidance: float = Field(default=5.0, ge=1, le=30)
+
+
+class Refinement(Record):
+    """What a bundle refines its drafts with: the base model, as the adaptor's teacher was.
+
+    Attributes:
+        stage: the base UNet without the adaptor, called 'teacher': noisy latents, a timestep and a
+            context come in, its prediction comes out.
+        tables: a .npz file with ``alpha_bars`` float32 [T], of each timestep, and
+            ``empty_context`` [1, L, D], the context of the empty prompt.
+        settings: the teacher's own, which are the default.
+
+    """
+
+    stage: Stage
+    tables: FileName
+    settings: RefineSettings
+
+    @field_validator("stage")
+    @classmethod
+    def _teacher(cls, stage: Stage) -> Stage:
+        if stage.spec.name != TEACHER_STAGE:
+            raise ValueError(f"stage {stage.spec.name} refines, expected {TEACHER_STAGE}")
+        names = tuple(tensor.name for tensor in stage.spec.inputs)
+        if names != TEACHER_INPUTS or len(stage.spec.outputs) != 1:
+            expected = ", ".join(TEACHER_INPUTS)
+            raise ValueError(f"stage {TEACHER_STAGE} takes {', '.join(names)}, expected {expected}")
+        return stage
+
+
 class SafetyStage(Record):
     """The model's safety checker: the network as a stage, and what surrounds it.
 
@@ -473,6 +519,7 @@ class Manifest(Record):
         safety: the safety checker, which sees every image; None where the model has none.
         marks: how images are marked.
         end_to_end: from the reference prompt to images.
+        refine: the base model beside the one-step one; None, and left out of the file, without it.
         files: SHA-256 of every file, by its path in the bundle.
 
     """
@@ -497,6 +544,7 @@ class Manifest(Record):
     safety: SafetyStage | None = None
     marks: Marks = Marks()
     end_to_end: Parity
+    refine: Refinement | None = None
     files: dict[FileName, Text] = Field(max_length=MAX_FILES)
 
     @model_validator(mode="after")
@@ -505,6 +553,10 @@ class Manifest(Record):
         names = [stage.spec.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError("two stages have one name")
+        if TEACHER_STAGE in names:
+            raise ValueError(f"stage {TEACHER_STAGE} is among those of the one step")
+        if self.refine and (self.task, self.layout) != ("generate", "onestep"):
+            raise ValueError(f"task {self.task} in layout {self.layout} is not refined")
         if "safety_checker" in names:
             raise ValueError("the safety checker stands among the stages")
         if bool(self.strengths) != (self.task == "edit"):
@@ -521,3 +573,11 @@ class Manifest(Record):
                 f"latents of {latent_h} x {latent_w} are no images of {step.height} x {step.width}"
             )
         return self
+
+    def to_json(self) -> str:
+        """The text of ``hipa.json``.
+
+        A bundle that does not refine has no field of that: versions before it read it too.
+        """
+        without = None if self.refine else {"refine"}
+        return self.model_dump_json(indent=2, exclude=without) + "\n"

@@ -138,6 +138,14 @@ def export(
             "trained, as text without one.",
         ),
     ] = None,
+    with_teacher: Annotated[
+        bool,
+        typer.Option(
+            "--with-teacher",
+            help="Also write the model without the adaptor, so that hipa-generate --refine can "
+            "make the final image of a draft in many steps. Nearly doubles the bundle.",
+        ),
+    ] = False,
     build: Annotated[
         EngineBackend | None,
         typer.Option(help="Also compile engines for this machine, as hipa-build does."),
@@ -181,6 +189,7 @@ def export(
             and layout is Layout.onestep
             and batch == 1
             and not fuse
+            and not with_teacher
             and encoder == "full"
             and all(
                 value is None
@@ -238,6 +247,7 @@ def export(
         prompt_weights=prompt_weights,
         style=parse_style(lora, embedding),
         one_step=one_step,
+        with_teacher=with_teacher,
         marks=marks,
         safety=safety,
         signing_key=sign,
@@ -263,7 +273,7 @@ def export(
     bundle = export_checked(options, console)
 
     # One line a stage: how close it is to PyTorch, and what FP16 could not hold.
-    for stage in bundle.stages.values():
+    for stage in bundle.all_stages.values():
         line = f"{stage.spec.name}: {_parity_text(stage.parity)}"
         if stage.fp32_islands:
             line += f"; in FP32: {', '.join(stage.fp32_islands)}"

@@ -33,6 +33,8 @@ from hipa_deploy.commands.options import (
 from hipa_deploy.errors import HipaError
 
 if TYPE_CHECKING:
+    from hipa_deploy.bundle.folder import Bundle
+    from hipa_deploy.bundle.manifest import RefineSettings
     from hipa_deploy.commands.files.again import Recipe
     from hipa_deploy.commands.files.file_settings import FileSettings
 
@@ -73,12 +75,29 @@ def generate(
     quality: QualityOption = None,
     watermark: WatermarkOption = None,
     c2pa: C2paOption = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Make the base model's own image from the same noise, in so many steps, of a "
+            "bundle exported with --with-teacher. 'teacher' is as many as the adaptor's teacher "
+            "took.",
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="With --refine: how strongly the prompt guides it, 1 to 30; by default as it "
+            "guided the adaptor's teacher."
+        ),
+    ] = None,
     force: ForceOption = False,
 ) -> None:
     """Generate images from prompts, in one step each.
 
     The same prompt and seed give the same image. Each file carries the parameters that made it, and
-    says that a model did.
+    says that a model did. With --refine the many steps of the base model start from the seed's
+    noise, as the one step does.
     """
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_bundle
@@ -139,6 +158,9 @@ def generate(
             _say(f"differs: {difference}")
     step = opened.manifest.one_step
     check_marked_size(files, opened, (size[0] or step.height, size[1] or step.width))
+    settings = _refine_settings(
+        opened, backend, adaptor, refine, guidance, recipe, low_memory=low_memory
+    )
 
     make_images(
         bundle,
@@ -153,6 +175,7 @@ def generate(
         cache=cache,
         files=files,
         watch=None if recipe is None else lambda image_HWC: _say(recipe.compare(image_HWC)),
+        refine=settings,
         **choices,
     )
 
@@ -209,3 +232,49 @@ def _as_recorded(recipe: Recipe, files: FileSettings) -> FileSettings:
 
 def _say(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _refine_settings(
+    bundle: Bundle,
+    backend: str,
+    adaptor: str | None,
+    refine: str | None,
+    guidance: float | None,
+    recipe: Recipe | None,
+    *,
+    low_memory: bool,
+) -> RefineSettings | None:
+    """How to refine, as asked or as an image was; None for one step.
+
+    Raises:
+        HipaError: a value out of range, or a bundle, backend or adaptor that is not refined.
+
+    """
+    if recipe is not None:
+        if refine is not None or guidance is not None:
+            raise HipaError("--again refines as the image was. Leave out --refine and --guidance.")
+        if "refine" not in recipe.parameters:
+            return None
+    elif refine is None:
+        if guidance is not None:
+            raise HipaError("--guidance is for --refine: one step has none. Leave out --guidance.")
+        return None
+    from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
+    from hipa_deploy.generate.open_stages import resolve_backend
+    from hipa_deploy.generate.refine.drafts import check_swap, recorded_settings
+    from hipa_deploy.generate.refine.refiner import refine_settings, refinement_of
+
+    refinement_of(bundle, resolve_backend(backend, bundle), low_memory=low_memory)
+    if adaptor is not None:
+        check_swap(bundle, AdaptorSwap.open(bundle, adaptor))
+    if recipe is not None:
+        return recorded_settings(bundle, recipe.parameters["refine"], f"{recipe.path}")
+    steps = None
+    if refine is not None and refine != "teacher":
+        try:
+            steps = int(refine)
+        except ValueError:
+            raise HipaError(
+                f"--refine {refine!r} is no number of steps. Expected one, such as 25, or teacher."
+            ) from None
+    return refine_settings(bundle, steps, guidance)

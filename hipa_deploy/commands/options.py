@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from itertools import chain
 from pathlib import Path
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hipa_deploy.bundle.folder import Bundle
+    from hipa_deploy.bundle.manifest import RefineSettings
     from hipa_deploy.generate.jobs.withheld import Flagged
     from hipa_deploy.generate.pipeline import GenerateResult, OneStepPipeline
+    from hipa_deploy.generate.refine.refiner import Progress
 
 # Progress and notes go to stderr, results (paths, tables, JSON) to stdout: a script can pipe them.
 console = Console(stderr=True)
@@ -339,6 +342,7 @@ def make_images(
     cache: bool,
     files: FileSettings = FileSettings(),
     watch: Callable[[np.ndarray], None] | None = None,
+    refine: RefineSettings | None = None,
     **choices: Any,
 ) -> None:
     """Load a bundle, make an image for each prompt and seed, write each as soon as it is made.
@@ -357,6 +361,7 @@ def make_images(
         cache: whether compiled stages are kept.
         files: how the files are written and marked.
         watch: is shown every image, once its file is written.
+        refine: how the base model makes the images, in many steps; None is the one step.
         choices: what else ``OneStepPipeline.stream`` takes: ``source``, ``seed``, ``count``, …
 
     Raises:
@@ -365,10 +370,16 @@ def make_images(
     """
     from hipa_deploy.guide.known_prompts import warn_of_unknown
 
-    with load_pipeline(
-        bundle, backend, adaptor, low_memory, files.watermark, verify=verify, cache=cache
-    ) as pipe:
-        batches = iter(pipe.stream(prompts, prompt_weights=prompt_weights, **choices))
+    with (
+        load_pipeline(
+            bundle, backend, adaptor, low_memory, files.watermark, verify=verify, cache=cache
+        ) as pipe,
+        _refining(refine is not None) as progress,
+    ):
+        stream = pipe.stream(
+            prompts, prompt_weights=prompt_weights, refine=refine, progress=progress, **choices
+        )
+        batches = iter(stream)
         # A prompt that is refused is one line, without the notes.
         first = next(batches)
         warn_of_unknown(pipe.bundle.root, prompts)
@@ -414,6 +425,19 @@ def load_pipeline(
         pipe.close()
         raise
     return pipe
+
+
+@contextmanager
+def _refining(asked: bool) -> Iterator[Progress | None]:
+    """A bar of the steps of all images, where they are refined."""
+    if not asked:
+        yield None
+        return
+    from rich.progress import Progress as Bar
+
+    with Bar(console=console, transient=True) as bar:
+        task = bar.add_task("refining", total=None)
+        yield lambda done, steps: bar.update(task, completed=done, total=steps)
 
 
 def image_outputs(

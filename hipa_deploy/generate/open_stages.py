@@ -71,7 +71,7 @@ def open_runner(bundle: Bundle, stage: str, backend: str, *, kept: Kept = "none"
 
     """
     path = bundle.stage_path(stage)
-    spec = bundle.stages[stage].spec
+    spec = bundle.all_stages[stage].spec
     if backend in CPU_BACKENDS:
         return _open_on_cpu(bundle, stage, backend, kept)
     if backend.startswith("onnxruntime"):
@@ -87,7 +87,7 @@ def open_runner(bundle: Bundle, stage: str, backend: str, *, kept: Kept = "none"
 def _open_on_cpu(bundle: Bundle, stage: str, backend: str, kept: Kept) -> Runner:
     """Load one stage on ONNX Runtime or OpenVINO, compiled now or at an earlier start."""
     path = bundle.stage_path(stage)
-    spec = bundle.stages[stage].spec
+    spec = bundle.all_stages[stage].spec
     compiled = _compiled(bundle, stage, backend, kept)
     if backend.startswith("openvino"):
         from hipa_deploy.engines.backends.openvino_runner import OpenVinoRunner

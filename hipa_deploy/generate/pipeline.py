@@ -20,7 +20,7 @@ from PIL import Image
 
 from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, AdaptorSwap, adapted_stage
 from hipa_deploy.bundle.folder import Bundle, latent_shape
-from hipa_deploy.bundle.manifest import Axis
+from hipa_deploy.bundle.manifest import Axis, RefineSettings
 from hipa_deploy.embedded import BUNDLE as EMBEDDED_BUNDLE
 from hipa_deploy.embedded import NAME as EMBEDDED_NAME
 from hipa_deploy.embedded import resolve_bundle
@@ -28,7 +28,7 @@ from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.jobs.batch_sizes import WarmUp, cut, prove, sizes_to_try
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.generate.jobs.withheld import Flagged
-from hipa_deploy.generate.noise import bundle_noise, check_seeds
+from hipa_deploy.generate.noise import bundle_noise, check_seeds, initial_noise
 from hipa_deploy.generate.open_stages import (
     Kept,
     StagesInTurn,
@@ -37,6 +37,8 @@ from hipa_deploy.generate.open_stages import (
     resolve_backend,
 )
 from hipa_deploy.generate.prompts import CACHED_PROMPTS, Encode, PromptSource, open_prompts
+from hipa_deploy.generate.refine.drafts import check_swap, draft_choices, refine_facts
+from hipa_deploy.generate.refine.refiner import Progress, Refiner, refine_settings, refinement_of
 from hipa_deploy.generate.request import check_count, check_pairs, check_prompts
 from hipa_deploy.generate.runner import ENGINE_BACKENDS, ClosesAtExit, Runner, check_backend
 from hipa_deploy.generate.stages import (
@@ -163,6 +165,7 @@ class OneStepPipeline(ClosesAtExit):
         self._proven = False  # whether the sizes are those that a warm-up found
         self._prompts = open_prompts(bundle) if prompts is None else prompts
         self._encoded_images = EncodedImages()
+        self._refiner = Refiner(bundle, backend)
         self._marker = marker
         self._safety = safety
 
@@ -340,10 +343,13 @@ class OneStepPipeline(ClosesAtExit):
         truncate: bool = False,
         prompt_weights: bool | None = None,
         timer: Timer = nullcontext,
+        refine: RefineSettings | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[GenerateResult]:
         """The same as a call, a batch at a time.
 
-        Everything is checked before the first image is made.
+        Everything is checked before the first image is made. With ``refine`` and ``progress``, as
+        ``jobs`` and ``refine`` take them, the base model makes the images.
 
         Example:
             >>> for batch in pipe.stream("3d emoji of a red apple", count=1000):
@@ -362,10 +368,13 @@ class OneStepPipeline(ClosesAtExit):
             width=width,
             truncate=truncate,
             prompt_weights=prompt_weights,
+            refine=refine,
         )
-        yield from self._stream(jobs, timer)
+        yield from self._stream(jobs, timer, progress)
 
-    def _stream(self, jobs: Sequence[ImageJob], timer: Timer) -> Iterator[GenerateResult]:
+    def _stream(
+        self, jobs: Sequence[ImageJob], timer: Timer, progress: Progress | None = None
+    ) -> Iterator[GenerateResult]:
         """Make jobs of one shape, a batch at a time."""
         # With little memory the text encoder is loaded once for as many prompts as are remembered.
         together = CACHED_PROMPTS if self.low_memory else len(jobs)
@@ -373,8 +382,10 @@ class OneStepPipeline(ClosesAtExit):
             some = jobs[first : first + together]
             if self.low_memory:
                 self._encode_ahead(some, timer)
-            for batch in cut(some, self.sizes_for(jobs[0])):
-                yield self.guard(finished_result(self.make(batch, timer)))
+            batches = list(cut(some, self.sizes_for(jobs[0])))
+            for number, batch in enumerate(batches):
+                report = partial(_report, progress, number, len(batches)) if progress else None
+                yield self.guard(finished_result(self.make(batch, timer, report)))
 
     def _encode_ahead(self, jobs: Sequence[ImageJob], timer: Timer) -> None:
         """Let the prompts of jobs be encoded and remembered."""
@@ -418,6 +429,7 @@ class OneStepPipeline(ClosesAtExit):
         width: int | None = None,
         truncate: bool = False,
         prompt_weights: bool | None = None,
+        refine: RefineSettings | None = None,
     ) -> list[ImageJob]:
         """Check requests and make a job of each, for ``make``. Nothing is computed yet.
 
@@ -431,12 +443,16 @@ class OneStepPipeline(ClosesAtExit):
             width: as a call takes it.
             truncate: as a call takes it.
             prompt_weights: as a call takes it.
+            refine: what ``refine_settings`` of ``hipa_deploy.generate.refine.refiner`` gave: the
+                base model makes these images, in many steps.
 
         Raises:
-            HipaError: as ``generate`` does.
+            HipaError: as ``generate`` does; or ``refine`` for a bundle that does not refine.
 
         """
         pairs = check_pairs(requests)
+        if refine is not None:
+            refinement_of(self.bundle, self.backend, low_memory=self.low_memory)
         latent_CHW = self._latent_shape(source, height, width)
         weights = self._prompts.reads_weights(prompt_weights)
         texts = list(dict.fromkeys(text for text, _ in pairs))
@@ -445,16 +461,23 @@ class OneStepPipeline(ClosesAtExit):
         facts: dict[str, Any] = {"truncate": truncate, "prompt_weights": weights}
         if source:
             facts |= source.facts
-        return [
-            ImageJob(text, seed, prepared[text], latent_CHW, source, facts) for text, seed in pairs
-        ]
+        jobs = []
+        for text, seed in pairs:
+            jobs.append(ImageJob(text, seed, prepared[text], latent_CHW, source, facts, refine))
+        return jobs
 
-    def make(self, jobs: Sequence[ImageJob], timer: Timer = nullcontext) -> list[MadeImage]:
+    def make(
+        self,
+        jobs: Sequence[ImageJob],
+        timer: Timer = nullcontext,
+        progress: Progress | None = None,
+    ) -> list[MadeImage]:
         """Make one batch of jobs of this pipeline, whoever asked for them.
 
         Args:
             jobs: 1 to the bundle's largest batch, whose ``company`` is equal.
             timer: as a call takes it.
+            progress: of jobs to refine: called with the steps that are done, and the steps in all.
 
         Returns:
             The images in the order of ``jobs``, not finished yet (``MadeImage.finished``).
@@ -467,14 +490,21 @@ class OneStepPipeline(ClosesAtExit):
         if not 1 <= len(jobs) <= self._batch.max:
             raise HipaError(f"got {len(jobs)} jobs. Expected 1 to {self._batch.max} in a batch.")
         if len({job.company for job in jobs}) > 1:
-            raise HipaError("the jobs differ in size or strength. Make a batch of each kind.")
+            raise HipaError(
+                "the jobs differ in size, strength or refining. Make a batch of each kind."
+            )
         with self._use.shared():
             loaded = self._loaded
-            images_BHWC = self._make_batch(loaded.stages, jobs, timer)["images"]
+            if jobs[0].refine is None:
+                images_BHWC = self._make_batch(loaded.stages, jobs, timer)["images"]
+            else:
+                images_BHWC = self._refine_batch(loaded, jobs, timer, progress)
         height, width = images_BHWC.shape[1:3]
         made = []
         for job, image_HWC in zip(jobs, images_BHWC, strict=True):
             facts = {"height": height, "width": width, **job.facts}
+            if job.refine is not None:
+                facts["refine"] = refine_facts(self.bundle, job.refine)
             parameters = self._parameters(loaded.swap, job.prompt, job.seed, facts)
             made.append(MadeImage(job, image_HWC, parameters))
         return made
@@ -488,8 +518,11 @@ class OneStepPipeline(ClosesAtExit):
         """How many jobs like this one a batch may have, ascending.
 
         After ``warmup`` these are ``batch_sizes`` for the bundle's own height and width. Kernels
-        depend on the size, so jobs of another one are made one by one.
+        depend on the size, so jobs of another one are made one by one. So are jobs to refine: their
+        many steps were not part of the proof.
         """
+        if job.refine is not None:
+            return (self._batch.min,)
         own = job.latent_CHW == latent_shape(self.bundle, None, None)
         return self._sizes if own or not self._proven else self._sizes[:1]
 
@@ -552,9 +585,7 @@ class OneStepPipeline(ClosesAtExit):
             'images' and the tensors that ``also`` names, an entry a job.
 
         """
-        # A bundle has a smallest batch: what is missing repeats the last job, and is dropped.
-        missing = max(0, self._batch.min - len(jobs))
-        padded = [*jobs, *[jobs[-1]] * missing]
+        padded = self._padded(jobs)
         prompts = [job.prepared for job in padded]
 
         # context_BLD, or tokens_BL of one prompt that the text encoder has not seen lately.
@@ -576,6 +607,81 @@ class OneStepPipeline(ClosesAtExit):
         if "source" in made:
             self._encoded_images.keep(start["image"], made["source"])
         return {name: made[name][: len(jobs)] for name in ("images", *also)}
+
+    def _refine_batch(
+        self,
+        loaded: _Loaded,
+        jobs: Sequence[ImageJob],
+        timer: Timer,
+        progress: Progress | None,
+    ) -> np.ndarray:
+        """The base model's images uint8 [B, H, W, 3] of one batch, from the noise of the drafts."""
+        settings = jobs[0].refine
+        assert settings is not None
+        check_swap(self.bundle, loaded.swap)
+        padded = self._padded(jobs)
+        prompts = [job.prepared for job in padded]
+        encode = self._encode(loaded.stages, timer)
+        text = self._prompts.feed(prompts, encode)
+        if "context" not in text:
+            text["context"] = encode(text["tokens"])
+            self._prompts.keep(prompts, text["context"])
+        noise_BCHW = initial_noise([job.seed for job in padded], jobs[0].latent_CHW)
+        latents_BCHW = self._refiner.latents(noise_BCHW, text["context"], settings, timer, progress)
+        # The decoder alone runs: what the stages before it would give is there.
+        feed = {"context": text["context"], "latents": latents_BCHW}
+        images_BHWC = loaded.stages.run(feed, ["images"], timer)["images"]
+        return images_BHWC[: len(jobs)]
+
+    def _padded(self, jobs: Sequence[ImageJob]) -> list[ImageJob]:
+        """As many jobs as the bundle's smallest batch: what is missing repeats the last one."""
+        missing = max(0, self._batch.min - len(jobs))
+        return [*jobs, *[jobs[-1]] * missing]
+
+    def refine(
+        self,
+        result: GenerateResult,
+        steps: int | None = None,
+        *,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        timer: Timer = nullcontext,
+        progress: Progress | None = None,
+    ) -> GenerateResult:
+        """Make the base model's own images of drafts: many guided steps from the same noise.
+
+        An adaptor learns to reach the end of these very steps at once. Each step runs the base UNet
+        twice. docs/how-to/refine.md says how well a draft foretells the final image.
+
+        Args:
+            result: drafts of this bundle, made by any backend. What is used are their parameters.
+            steps: 2 to 1000; None is as many as the adaptor's teacher took.
+            guidance: of classifier-free guidance, 1 to 30; None is the teacher's.
+            sampler: 'dpmsolver++' or 'ddim'; None is the teacher's.
+            timer: called with a stage's name, gives a context to run the stage in.
+            progress: called with the steps that are done and the steps in all, over all images.
+
+        Returns:
+            As many images. Their parameters have the drafts' entries, and ``refine``.
+
+        Raises:
+            HipaError: a bundle without the base model (``hipa-export --with-teacher``), or for
+                another task; a value out of range; drafts of another base model; or a backend that
+                fails or has no base model: tensorrt and rtx.
+
+        Example:
+            >>> draft = pipe("3d emoji of a red apple", seed=3)
+            >>> final = pipe.refine(draft, steps=15)
+
+        """
+        settings = refine_settings(self.bundle, steps, guidance, sampler, self.backend)
+        jobs: list[ImageJob] = []
+        drafts = zip(result.prompts, result.seeds, result.parameters, strict=True)
+        for prompt, seed, parameters in drafts:
+            choices = draft_choices(self.bundle, parameters)
+            jobs += self.jobs([(prompt, seed)], refine=settings, **choices)
+        check_count(len(jobs), 1)
+        return _joined(list(self._stream(jobs, timer, progress)))
 
     def _encode(self, stages: Stages, timer: Timer) -> Encode:
         """The text encoder, for one prompt."""
@@ -946,6 +1052,7 @@ class OneStepPipeline(ClosesAtExit):
         """
         with self._use.alone():
             self.stages.close()
+            self._refiner.close()
             if self._safety is not None:
                 self._safety.close()
 
@@ -982,6 +1089,11 @@ def _name_of(bundle: Bundle) -> str:
     """What a user calls the bundle, without the folder that it lies in."""
     root = bundle.root.resolve()
     return EMBEDDED_NAME if root == EMBEDDED_BUNDLE.resolve() else root.name
+
+
+def _report(progress: Progress, batch: int, batches: int, done: int, steps: int) -> None:
+    """The steps of one batch as a part of those of all batches."""
+    progress(batch * steps + done, batches * steps)
 
 
 def _changes_text(swap: AdaptorSwap | None) -> bool:

@@ -37,10 +37,17 @@ _REASONS = {
     "--provider": _DEVICE,
 }
 
+# What hipa-generate has in their place, for a bundle with the base model.
+_REFINE = " For the base model in many steps there is --refine"
+_IN_GENERATE = {_ONE_STEP: f"{_REFINE}.", _GUIDANCE: f"{_REFINE}, with --guidance."}
+
 
 def why_not(option: str, command: str) -> str | None:
     """Why a command that makes images has no such option; None for an option that no tool has."""
     if command not in IMAGE_COMMANDS:
         return None
     reason = _REASONS.get(option)
-    return f"No such option: {option}. {reason}" if reason else None
+    if reason is None:
+        return None
+    instead = _IN_GENERATE.get(reason, "") if command == "generate" else ""
+    return f"No such option: {option}. {reason}{instead}"

@@ -11,6 +11,7 @@ _GROUPS = {
     "Model": (
         *("--model", "--config", "--adaptor", "--adaptor-scale", "--from", "--lora"),
         *("--embedding", "--one-step", "--decoder", "--encoder", "--rival"),
+        "--with-teacher",
     ),
     "Prompts": (
         *("--prompts", "--context-tokens", "--clip-skip", "--truncate", "--prompt-weights"),
@@ -19,6 +20,7 @@ _GROUPS = {
     "Image": (
         *("--task", "--strength", "--strengths", "--feather", "--overlap", "--seed", "--count"),
         *("--height", "--width", "--dynamic", "--batch", "--images", "--again"),
+        *("--refine", "--guidance"),
     ),
     "Training": ("--recipe", "--steps", "--average", "--rank", "--gpus", "--quick"),
     "Precision and layout": ("--dtype", "--layout", "--fuse"),

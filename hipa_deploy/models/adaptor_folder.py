@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from hipa_deploy.bundle.manifest import EmbeddingInfo, LoraInfo
+from hipa_deploy.bundle.manifest import EmbeddingInfo, LoraInfo, RefineSettings
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.disk.hashing import file_sha256
-from hipa_deploy.disk.reading import read_record
+from hipa_deploy.disk.reading import read_record, shown
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.weights.weight_file import read_layout
 from hipa_deploy.models.weights.weight_identity import (
@@ -161,3 +161,28 @@ def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMeta
             "(VAE hashes differ)."
         )
     return metadata
+
+
+def teacher_settings(adaptor: Path | None) -> RefineSettings:
+    """Sampler, steps and guidance of the teacher that an adaptor learned from.
+
+    A LoRA that others made does not say, and gets the defaults of ``RefineSettings``.
+
+    Raises:
+        HipaError: the adaptor's record has values that no teacher takes.
+
+    """
+    if adaptor is None or not (adaptor / METADATA).exists():
+        return RefineSettings()
+    recorded = read_metadata(adaptor).recipe.get("teacher")
+    if not isinstance(recorded, dict):
+        return RefineSettings()
+    known = {name: recorded[name] for name in RefineSettings.model_fields if name in recorded}
+    try:
+        return RefineSettings(**known)
+    except ValueError:
+        raise HipaError(
+            f"adaptor {adaptor}: {METADATA} has a teacher of {shown(str(known))}. Expected 2 to "
+            "1000 steps, a guidance of 1 to 30, and the sampler ddim or dpmsolver++. Copy the "
+            "adaptor again."
+        ) from None

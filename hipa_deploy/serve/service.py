@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from hipa_deploy.bundle.manifest import RefineSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.generate.jobs.withheld import Flagged
@@ -70,6 +71,7 @@ class Order:
         width: in pixels; None is the bundle's own.
         truncate: cut a prompt that is too long.
         prompt_weights: read ``(word:1.3)`` as a weight; None is as the bundle says.
+        refine: how the base model makes the images, in many steps; None is the one step.
         format: of the files.
         quality: of a JPEG or WebP.
 
@@ -88,6 +90,7 @@ class Order:
     width: int | None = None
     truncate: bool = False
     prompt_weights: bool | None = None
+    refine: RefineSettings | None = None
     format: Format = "png"
     quality: int = BEST
 
@@ -290,6 +293,7 @@ def _jobs(pipe: OneStepPipeline, order: Order, source: Source | None) -> list[Im
         width=order.width,
         truncate=order.truncate,
         prompt_weights=order.prompt_weights,
+        refine=order.refine,
     )
 
 

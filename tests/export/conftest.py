@@ -59,7 +59,7 @@ def make_adaptor(
         alpha_bar=0.0046601,
         resolution=(32, 32),
         steps_trained=1,
-        recipe={},
+        recipe=task.pop("recipe", {}),
         **task,
     )
     return save_adaptor(unet, metadata, SD_SCHEDULE, out)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hipa_deploy.bundle.manifest import RefineSettings
 from hipa_deploy.images.source import Source
 
 
@@ -25,6 +26,7 @@ class ImageJob:
         latent_CHW: shape of the latents: latent channels, height and width.
         source: the image that it is made from; None for a bundle that makes images from text.
         facts: entries for the generation parameters.
+        refine: how the base model makes the image, in many steps; None is the one step.
 
     """
 
@@ -34,12 +36,13 @@ class ImageJob:
     latent_CHW: tuple[int, int, int]
     source: Source | None = field(default=None, repr=False)
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    refine: RefineSettings | None = None
 
     @property
     def company(self) -> Hashable:
-        """What is equal for all jobs of a batch: the shape, and the strength of an edit."""
+        """What is equal for all jobs of a batch: shape, strength of an edit, way of refining."""
         step = self.source.step if self.source else None
-        return self.latent_CHW, step
+        return self.latent_CHW, step, self.refine
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fastapi import Request
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.runner import ENGINE_BACKENDS
 from hipa_deploy.serve.batcher import QueueFullError, StoppingError
 from hipa_deploy.serve.served import Model
 from hipa_deploy.serve.service import (
@@ -63,6 +64,23 @@ def chosen_model(service: ImageService, name: str | None, tasks: Sequence[str]) 
             param="model",
         )
     return model
+
+
+def check_refines(model: Model) -> None:
+    """Refuse to refine with a model that cannot.
+
+    Raises:
+        ApiError: its bundle has no base model, or its backend does not run one.
+
+    """
+    served = model.served
+    problem = None
+    if served.bundle.manifest.refine is None:
+        problem = "has no base model to refine with"
+    elif served.pipe and served.pipe.backend in ENGINE_BACKENDS:
+        problem = f"runs on {served.pipe.backend}, which does not refine"
+    if problem:
+        raise ApiError(400, f"The model {model.name} {problem}.", "invalid_value", param="model")
 
 
 def seeds_from(service: ImageService, first: int | None, count: int, param: str) -> range:

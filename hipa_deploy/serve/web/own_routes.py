@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from hipa_deploy.generate.refine.refiner import refine_settings
 from hipa_deploy.serve.image_files import BEST, MEDIA_TYPES
 from hipa_deploy.serve.serve_metrics import CONTENT_TYPE
 from hipa_deploy.serve.served import Model
@@ -15,6 +16,7 @@ from hipa_deploy.serve.service import Delivery, ImageService, Order
 from hipa_deploy.serve.web.answering import (
     check_prompt_length,
     check_quality,
+    check_refines,
     chosen_model,
     deliver,
     seeds_from,
@@ -27,6 +29,7 @@ from hipa_deploy.serve.web.schemas import (
     GenerateFields,
     InpaintFields,
     OwnFields,
+    RefineFields,
     UpscaleFields,
 )
 
@@ -38,6 +41,17 @@ async def generate(request: Request) -> Response:
     """Images from a prompt."""
     fields = await json_fields(request, GenerateFields)
     return await _images_of(request, fields, "generate")
+
+
+@router.post("/hipa/refine", openapi_extra=json_schema(RefineFields))
+async def refine(request: Request) -> Response:
+    """The final images of drafts: the same fields as of ``/hipa/generate``, in many steps."""
+    service: ImageService = request.app.state.service
+    fields = await json_fields(request, RefineFields)
+    model = _model(service, fields, "generate", fields.prompt)
+    check_refines(model)
+    settings = refine_settings(model.served.bundle, fields.steps, fields.guidance, fields.sampler)
+    return await _images_of(request, fields, "generate", refine=settings)
 
 
 @router.post("/hipa/edit", openapi_extra=form_schema(EditFields, "image"))
@@ -111,9 +125,7 @@ async def metrics(request: Request) -> Response:
     return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
 
-async def _images_of(
-    request: Request, fields: GenerateFields, task: str, **from_image: Any
-) -> Response:
+async def _images_of(request: Request, fields: GenerateFields, task: str, **more: Any) -> Response:
     service: ImageService = request.app.state.service
     order = Order(
         model=_model(service, fields, task, fields.prompt),
@@ -125,7 +137,7 @@ async def _images_of(
         prompt_weights=fields.prompt_weights,
         format=fields.output_format,
         quality=fields.output_compression,
-        **from_image,
+        **more,
     )
     return _answer(request, await deliver(service, request, order), order)
 
@@ -199,6 +211,7 @@ def _described(model: Model) -> dict[str, Any]:
         **sizes,
         "strengths": [entry.strength for entry in manifest.strengths],
         "upscale": manifest.upscale,
+        "refine": manifest.refine.settings.model_dump() if manifest.refine else None,
         "backend": served.backend,
         "batch_sizes": list(served.batch_sizes) if served.batch_sizes else None,
         "ready": served.ready,

@@ -99,6 +99,21 @@ class GenerateFields(OwnFields):
     width: Side | None = None
 
 
+class RefineFields(GenerateFields):
+    """Images of the base model in many steps, from the noise of the drafts.
+
+    Attributes:
+        steps: of the sampler; None is as many as the adaptor's teacher took.
+        guidance: how strongly the prompt guides; None is the teacher's.
+        sampler: None is the teacher's.
+
+    """
+
+    steps: Annotated[int, Field(ge=2, le=1000)] | None = None
+    guidance: Annotated[float, Field(ge=1, le=30, allow_inf_nan=False)] | None = None
+    sampler: Literal["dpmsolver++", "ddim"] | None = None
+
+
 class EditFields(GenerateFields):
     """An edit of an image.
 

@@ -1,0 +1,262 @@
+"""The base UNet of a bundle, run in many guided steps, and the checks of a request for that.
+
+Shapes: B batch, C latent channels, h, w latent height and width, L tokens, D width of a context,
+T timesteps of the noise schedule.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+
+from hipa_deploy.bundle.arrays import Header, bounded, read_npz
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import Refinement, RefineSettings
+from hipa_deploy.errors import HipaError, brief
+from hipa_deploy.generate.open_stages import open_runner
+from hipa_deploy.generate.refine.solver import make_solver
+from hipa_deploy.generate.runner import ENGINE_BACKENDS, Runner
+from hipa_deploy.generate.stages import Timer
+
+Progress = Callable[[int, int], None]
+"""Called with the steps that are done and the steps in all."""
+
+SAMPLERS = ("dpmsolver++", "ddim")
+LEAST_STEPS = 2
+MOST_STEPS = 1000
+LEAST_GUIDANCE = 1.0
+MOST_GUIDANCE = 30.0
+_MAX_TABLES = 1 << 26  # bytes; a context of 231 tokens and 1,024 numbers each is one of them
+
+
+def refinement_of(bundle: Bundle, backend: str = "auto", *, low_memory: bool = False) -> Refinement:
+    """What ``bundle`` refines with.
+
+    Args:
+        bundle: the bundle.
+        backend: what is to run it.
+        low_memory: whether the stages are loaded in turn.
+
+    Raises:
+        HipaError: the bundle does not refine, that backend cannot, or there is no memory for the
+            base model beside the stages.
+
+    """
+    manifest = bundle.manifest
+    if manifest.task != "generate":
+        raise HipaError(
+            f"{bundle.root} is for the task {manifest.task}, which is not refined. "
+            "Use a bundle for the task generate."
+        )
+    if manifest.refine is None:
+        raise HipaError(
+            f"{bundle.root} does not have the base model that refines. Export it with "
+            "--with-teacher."
+        )
+    if backend in ENGINE_BACKENDS:
+        raise HipaError(
+            f"backend {backend} does not refine: no engine is built of the base model. "
+            "Use --backend onnxruntime, onnxruntime-cuda or openvino."
+        )
+    if low_memory:
+        raise HipaError(
+            "the base model is loaded beside the other stages, which takes more memory, not less. "
+            "Leave out --low-memory (low_memory=True)."
+        )
+    return manifest.refine
+
+
+def refine_settings(
+    bundle: Bundle,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    backend: str = "auto",
+) -> RefineSettings:
+    """Check a request to refine, and fill in what the adaptor's teacher did.
+
+    Args:
+        bundle: the bundle.
+        steps: of the sampler, 2 to 1000 and at most the schedule's.
+        guidance: of classifier-free guidance, 1 to 30.
+        sampler: 'dpmsolver++' or 'ddim'.
+        backend: what is to run it.
+
+    Raises:
+        HipaError: the bundle does not refine, a backend that cannot, or a value out of range.
+
+    Example:
+        >>> refine_settings(bundle, steps=10)
+        RefineSettings(sampler='dpmsolver++', steps=10, guidance=3.0)
+
+    """
+    own = refinement_of(bundle, backend).settings
+    if steps is None:
+        steps = own.steps
+    if guidance is None:
+        guidance = own.guidance
+    if sampler is None:
+        sampler = own.sampler
+    is_whole = isinstance(steps, int) and not isinstance(steps, bool)
+    if not is_whole or not LEAST_STEPS <= steps <= MOST_STEPS:
+        raise HipaError(
+            f"steps is {brief(steps)}. Expected a whole number of {LEAST_STEPS} to {MOST_STEPS}."
+        )
+    is_number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
+    if not is_number or not LEAST_GUIDANCE <= guidance <= MOST_GUIDANCE:
+        raise HipaError(
+            f"guidance is {brief(guidance)}. Expected {LEAST_GUIDANCE:g} to {MOST_GUIDANCE:g}; "
+            "1 is none."
+        )
+    if sampler not in SAMPLERS:
+        raise HipaError(
+            f"sampler {brief(sampler)} is unknown. Expected one of: {', '.join(SAMPLERS)}."
+        )
+    return RefineSettings(sampler=sampler, steps=steps, guidance=float(guidance))
+
+
+class Refiner:
+    """The base UNet of one bundle, loaded on one backend when it is used first.
+
+    Any thread may call it.
+
+    Args:
+        bundle: the bundle.
+        backend: what runs the UNet, not 'auto'.
+
+    """
+
+    def __init__(self, bundle: Bundle, backend: str) -> None:
+        self._bundle = bundle
+        self._backend = backend
+        self._loading = threading.Lock()
+        self._runner: Runner | None = None
+        self._tables: dict[str, np.ndarray] = {}
+        self._closed = False
+
+    def latents(
+        self,
+        noise_BCHW: np.ndarray,
+        context_BLD: np.ndarray,
+        settings: RefineSettings,
+        timer: Timer = nullcontext,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """The base model's scaled latents, float32 [B, C, h, w].
+
+        With classifier-free guidance (Ho & Salimans 2022) the UNet is asked twice a step, with the
+        prompt and with the empty one.
+
+        Args:
+            noise_BCHW: float32, standard normal.
+            context_BLD: of the prompts, in the type that the bundle's text encoder gives.
+            settings: sampler, steps and guidance.
+            timer: called with 'teacher' around each call of the UNet.
+            progress: called before the first step and after each.
+
+        Raises:
+            HipaError: more steps than the schedule has, a backend that fails, or a damaged file.
+
+        """
+        unet = self._load()
+        alpha_bars_T = self._tables["alpha_bars"]
+        if settings.steps > len(alpha_bars_T):
+            raise HipaError(
+                f"steps is {settings.steps}, and the noise schedule has {len(alpha_bars_T)} "
+                "timesteps. Take fewer steps."
+            )
+        prediction_type = self._bundle.manifest.one_step.prediction_type
+        solver = make_solver(settings, alpha_bars_T, prediction_type)
+        empty_BLD = np.repeat(self._tables["empty_context"], len(context_BLD), axis=0)
+
+        def predict(sample_BCHW: np.ndarray, timestep: int, text_BLD: np.ndarray) -> np.ndarray:
+            return _ask(unet, sample_BCHW, timestep, text_BLD, timer)
+
+        total = len(solver.timesteps)
+        x_BCHW = noise_BCHW
+        for index, timestep in enumerate(solver.timesteps):
+            if progress:
+                progress(index, total)
+            output_BCHW = predict(x_BCHW, timestep, context_BLD)
+            if settings.guidance != 1:
+                without_BCHW = predict(x_BCHW, timestep, empty_BLD)
+                guidance = np.float32(settings.guidance)
+                output_BCHW = without_BCHW + guidance * (output_BCHW - without_BCHW)
+            x_BCHW = solver.step(index, x_BCHW, output_BCHW)
+        if progress:
+            progress(total, total)
+        if not np.isfinite(x_BCHW).all():
+            raise HipaError(
+                f"backend {self._backend} gives NaN or infinity in the base model. "
+                "Export the bundle with --dtype fp32, or use another backend."
+            )
+        return x_BCHW
+
+    def _load(self) -> Runner:
+        with self._loading:
+            if self._closed:
+                raise HipaError("the pipeline is closed. Load the bundle again.")
+            if self._runner is None:
+                refinement = refinement_of(self._bundle, self._backend)
+                name = refinement.stage.spec.name
+                self._tables = read_tables(self._bundle, refinement)
+                self._runner = open_runner(self._bundle, name, self._backend)
+            return self._runner
+
+    def close(self) -> None:
+        """Release the UNet. Calling it twice is harmless."""
+        with self._loading:
+            self._closed = True
+            if self._runner is not None:
+                self._runner.close()
+                self._runner = None
+
+
+def _ask(
+    unet: Runner, sample_BCHW: np.ndarray, timestep: int, context_BLD: np.ndarray, timer: Timer
+) -> np.ndarray:
+    """What the UNet predicts, float32 [B, C, h, w]."""
+    values = (sample_BCHW, np.asarray([timestep]), context_BLD)
+    feed = {}
+    for tensor, value in zip(unet.spec.inputs, values, strict=True):
+        feed[tensor.name] = value.astype(tensor.dtype, copy=False)
+    with timer(unet.spec.name):
+        output_BCHW = unet(**feed)[unet.spec.outputs[0].name]
+    return output_BCHW.astype(np.float32, copy=False)
+
+
+def read_tables(bundle: Bundle, refinement: Refinement) -> dict[str, np.ndarray]:
+    """``alpha_bars`` float32 [T] and ``empty_context`` [1, L, D] of a bundle that refines.
+
+    Raises:
+        HipaError: the file is damaged, or is another's.
+
+    """
+    context = refinement.stage.spec.inputs[2]
+    shape_LD = context.shape[1:]
+
+    def check(name: str, found: Header) -> str | None:
+        dtype, shape = found
+        if name == "alpha_bars" and dtype == np.float32 and len(shape) == 1:
+            return bounded(found)
+        if name == "empty_context" and dtype == context.dtype and shape == (1, *shape_LD):
+            return None
+        return f"{brief(name)} is {dtype} {list(shape)}"
+
+    path = bundle.path(refinement.tables)
+    tables = read_npz(path, check, max_bytes=_MAX_TABLES)
+    whole = tables.keys() == {"alpha_bars", "empty_context"}
+    if not whole or not _is_schedule(tables["alpha_bars"]):
+        raise HipaError(f"{path} has no noise schedule. Export the bundle again.")
+    if not np.isfinite(tables["empty_context"]).all():
+        raise HipaError(f"{path} has NaN or infinity. Export the bundle again.")
+    return tables
+
+
+def _is_schedule(alpha_bars_T: np.ndarray) -> bool:
+    """Whether the signal fades from each timestep to the next, in [0, 1)."""
+    in_range = bool((alpha_bars_T[:1] < 1).all() and (alpha_bars_T >= 0).all())
+    return in_range and bool((np.diff(alpha_bars_T) < 0).all())
