@@ -36,7 +36,8 @@ export async function makeImage(order, signal) {
   const request = order.task === "generate" ? jsonRequest(order) : formRequest(order);
   request.headers.accept = "image/png";
   const started = performance.now();
-  const answer = await send(`hipa/${order.task}`, { ...request, method: "POST", signal });
+  const path = order.refined ? "hipa/refine" : `hipa/${order.task}`;
+  const answer = await send(path, { ...request, method: "POST", signal });
   const blob = await answer.blob();
   return {
     blob,

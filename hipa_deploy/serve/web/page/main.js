@@ -101,7 +101,7 @@ async function done(order, made) {
   const number = asked;
   await result.show(entry);
   history.mark(entry.blob);
-  byId("use").disabled = false;
+  offerWhatFollows(entry.order);
   const settle = () => {
     history.add(entry);
     say(`Image ready after ${Math.round(made.roundTrip)} milliseconds.`);
@@ -239,11 +239,30 @@ async function restore(entry) {
     return;
   }
   history.mark(entry.blob);
-  byId("use").disabled = false;
+  offerWhatFollows(order);
   say("The image is back.");
   if (form.models.some((model) => model.id === order.model)) return;
   showError(new FormProblem(`The image is back, but its model ${order.model} is not served here. The form names another one.`, null));
   result.stale(false);
+}
+
+/** What can be done with the image that is shown: a draft can be refined, if its model can. */
+function offerWhatFollows(order) {
+  byId("use").disabled = false;
+  const bundle = form.models.find((model) => model.id === order.model);
+  byId("refine").disabled = order.refined || order.task !== "generate" || !bundle?.refine;
+}
+
+/** The final image of the draft that is shown: many steps of the base model from its own noise. */
+function refine() {
+  asked += 1;
+  tries = 0;
+  clearTimeout(settling);
+  hideError();
+  history.add(result.shown);
+  const { order, seed } = result.shown;
+  say("The image is refined. This takes many steps.");
+  newest.request({ ...order, seed, refined: true, keep: true });
 }
 
 // ---- keys and buttons ----
@@ -267,6 +286,7 @@ byId("controls").addEventListener("submit", (event) => {
   event.preventDefault();
   makeNow();
 });
+byId("refine").addEventListener("click", refine);
 byId("dice").addEventListener("click", newSeed);
 byId("stop").addEventListener("click", stop);
 byId("retry").addEventListener("click", makeNow);
@@ -326,6 +346,7 @@ async function offerModels() {
   const { models } = await getJson("hipa/models");
   source.limits = about.limits;
   form.offer(models);
+  byId("refine").hidden = !models.some((model) => model.refine);
   byId("use").hidden = !form.tasks.some((task) => task !== "generate");
   showIdeas();
   await source.fit(form.task, form.target);

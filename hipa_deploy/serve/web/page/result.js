@@ -51,7 +51,8 @@ export class Result {
   #caption(order, seed) {
     const how = document.createElement("span");
     how.className = "hint";
-    how.textContent = order.task === "upscale" ? order.model : `seed ${seed} · ${order.model}`;
+    const made = order.refined ? " · refined" : "";
+    how.textContent = order.task === "upscale" ? order.model : `seed ${seed} · ${order.model}${made}`;
     byId("caption").replaceChildren(order.prompt, how);
   }
 
@@ -73,7 +74,8 @@ export class Result {
     const link = byId("download");
     const words = order.prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "");
     link.href = url;
-    link.download = `${words.slice(0, 60) || order.task}-${seed}.png`;
+    const made = order.refined ? "-refined" : "";
+    link.download = `${words.slice(0, 60) || order.task}-${seed}${made}.png`;
     link.removeAttribute("aria-disabled");
   }
 
