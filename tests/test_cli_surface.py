@@ -69,6 +69,10 @@ SURFACE = {
     },
     "doctor": {"--backend", "--json", "--self-test", "--bisect", "--out", "--force"},
     "demo": {"--out", "--quick", "--task"},
+    "publish": {
+        "--repo", "--model", "--base-model", "--license", "--report", "--dry-run", "--private",
+        "--force",
+    },
     "init": {"--device", "--model", "--adaptor", "--task", "--prefer"},
 }  # fmt: skip
 

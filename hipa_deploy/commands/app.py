@@ -30,6 +30,7 @@ from hipa_deploy.guide.guided_command import GuidedCommand, VersionOption, with_
 from hipa_deploy.guide.init import init
 from hipa_deploy.guide.usage_examples import examples_text
 from hipa_deploy.interrupts import signal_of, sigterm_interrupts
+from hipa_deploy.publish.command import publish
 from hipa_deploy.serve.process.command import serve
 
 ABOUT = """Turn a multi-step text-to-image diffusion model into a one-step one, and run it fast.
@@ -119,6 +120,7 @@ _register(init, START)
 _register(train, CHAIN)
 _register(export, CHAIN)
 _register(build, CHAIN)
+_register(publish, CHAIN)
 _register(generate, IMAGES)
 _register(edit, IMAGES)
 _register(inpaint, IMAGES)

@@ -43,6 +43,7 @@ _GROUPS = {
         *("--out", "--swap-for", "--json", "--html", "--markdown", "--dry-run", "--force"),
         *("--sign", "--format", "--quality"),
     ),
+    "Publishing": ("--repo", "--base-model", "--license", "--report", "--private"),
     "Network": ("--host", "--port", "--api-keys", "--allow-host", "--allow-origin"),
     "Limits": (
         *("--wait", "--queue", "--time-limit", "--prompt-limit", "--body-limit"),
