@@ -25,6 +25,7 @@ SURFACE = {
         "--height", "--width", "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--task",
         "--strengths", "--encoder", "--context-tokens", "--clip-skip", "--prompt-weights", "--lora",
         "--embedding", "--one-step", "--build", "--swap-for", "--sign", "--mark",
+        "--reference-prompts",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",

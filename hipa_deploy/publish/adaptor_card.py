@@ -57,7 +57,7 @@ def adaptor_card(
         f"# {repo.split('/')[1]}\n\nA HiPA adaptor: a LoRA with which {base.name} makes an image "
         f"in one step. Without it, it takes {_teacher_steps(metadata)}. "
         f"It is for the task {metadata.task}, at timestep {metadata.timestep}. "
-        "Trained with [HiPA](https://arxiv.org/abs/2311.15158) by hipa-deploy.\n\n"
+        "Trained with [HiPA](https://arxiv.org/abs/2311.18158) by hipa-deploy.\n\n"
     )
     parts = {
         "Use it with diffusers": _diffusers(folder, metadata, repo, base),
