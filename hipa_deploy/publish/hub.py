@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hipa_deploy.errors import HipaError, as_line
+from hipa_deploy.publish.leaks import CARD
 
-CARD = "README.md"
 LOGIN = "Run: hf auth login, or set HF_TOKEN."
 
 

@@ -14,6 +14,7 @@ _USER_FOLDER = re.compile(
     rb"/(?:home|Users|root|mnt|media)/[\w.-]+/[\w./-]+"
     rb"|[A-Za-z]:\\{1,2}(?:Users|Documents and Settings)\\{1,2}[\w.\\ -]+"
 )
+CARD = "README.md"
 _AT_ONCE = 1 << 26  # bytes of a file
 _OVERLAP = 4096  # bytes that two pieces of a file share: longer than a path
 _SHORTEST = 6  # characters of a folder that is looked for: '/tmp' may stand anywhere
@@ -36,7 +37,8 @@ def refuse_local_paths(folder: Path, own: Iterable[Path]) -> None:
         if len(text) >= _SHORTEST:
             needles.append(re.escape(text.encode()) + rb"[\w./-]*")
     pattern = re.compile(b"|".join([_USER_FOLDER.pattern, *needles]))
-    for path in sorted(folder.rglob("*")):
+    # The card repeats what other files say, so it comes last: the message names where to mend.
+    for path in sorted(folder.rglob("*"), key=lambda path: (path.name == CARD, path)):
         found = _find(path, pattern) if path.is_file() else None
         if found is not None:
             name = path.relative_to(folder).as_posix()

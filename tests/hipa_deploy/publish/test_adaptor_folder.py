@@ -144,7 +144,7 @@ def change(adaptor: Path, **values: object) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/home/ada/data/captions.txt", "C:\\\\Users\\\\ada\\\\captions.txt", "HERE/captions.txt"],
+    ["/home/ada/data/captions.txt", r"C:\Users\ada\captions.txt", "HERE/captions.txt"],
 )
 def test_a_path_of_this_machine_is_refused(adaptor: Path, tmp_path: Path, path: str) -> None:
     change(adaptor, recipe={"prompts": path.replace("HERE", str(tmp_path))})

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
+from huggingface_hub.constants import ENDPOINT  # the client reads addresses of this host alone
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.publish.hub import upload
@@ -54,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path == "/api/repos/create":
             self.server.private = json.loads(body).get("private")
-            self.answer({"url": f"{self.server.address}/me/one-step"})
+            self.answer({"url": f"{ENDPOINT}/me/one-step"})
         elif path.endswith("/validate-yaml"):
             self.answer({"errors": [], "warnings": []})
         elif "/preupload/" in path:
@@ -75,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.parent = value.get("parentCommit")
             else:
                 self.server.files[value["path"]] = base64.b64decode(value["content"])
-        address = f"{self.server.address}/me/one-step/commit/{'2' * 40}"
+        address = f"{ENDPOINT}/me/one-step/commit/{'2' * 40}"
         self.answer({"success": True, "commitOid": "2" * 40, "commitUrl": address})
 
 
