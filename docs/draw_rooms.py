@@ -54,6 +54,7 @@ COMMANDS = House(
         ("hipa_deploy.doctor", "what works here, and is it right"),
         ("hipa_deploy.serve.process", "hipa-serve: keys, socket, signals"),
         ("hipa_deploy.serve.web", "HTTP: OpenAI's API, own API, guard"),
+        ("hipa_deploy.publish", "model cards, peft's files, upload"),
         ("hipa_deploy.serve", "models by name, queue, batches"),
     ),
 )

@@ -66,4 +66,4 @@ def upload(folder: Path, repo: str, *, private: bool, force: bool, api: Any = No
             commit_message="Upload with hipa-publish",
             parent_commit=found.sha,
         )
-    return str(commit)
+    return str(commit.commit_url)
