@@ -130,7 +130,7 @@ def main(
         models = {}
         for size, title in TITLES.items():
             models[title] = measure(size, keep or Path(scratch))
-    out.write_text(json.dumps(models, indent=2) + "\n")
+    out.write_text(json.dumps(models, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hipa_deploy.interrupts import raise_interruption
+
 
 class HipaError(Exception):
     """A mistake that the user can fix.
@@ -68,8 +70,9 @@ def last_line(error: BaseException) -> str:
 def as_line(problem: str, remedy: str) -> Iterator[None]:
     """Turn whatever a library raises in this block into a HipaError: problem, reason, remedy.
 
-    Panics of libraries in Rust are no ``Exception``, and an ``EOFError`` would look like Ctrl-D: so
-    everything is caught that is not a HipaError, Ctrl-C or the end of the process.
+    Panics of libraries in Rust are no ``Exception``, an ``EOFError`` would look like Ctrl-D, and a
+    library's ``SystemExit(0)`` like success: so everything is caught but a HipaError and Ctrl-C,
+    which stays Ctrl-C even if the library made another error of it.
 
     Raises:
         HipaError: in place of any other error.
@@ -81,13 +84,15 @@ def as_line(problem: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (HipaError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (HipaError, KeyboardInterrupt, GeneratorExit):
         raise
     except MemoryError as error:
+        raise_interruption()
         # numpy says how much it wanted; others say nothing.
         reason = first_line(error) if str(error) else "not enough memory"
         raise HipaError(f"{problem}: {reason}. {remedy}") from None
     except BaseException as error:
+        raise_interruption()
         reason = first_line(error).rstrip(".")
         raise HipaError(f"{problem}: {reason}. {remedy}") from None
 

@@ -15,34 +15,80 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM asked this process to stop. What cleans up after Ctrl-C cleans up after it too."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM asked a command to stop. What cleans up after Ctrl-C does so after both.
+
+    It is a class of its own, because CPython keeps in mind that a plain KeyboardInterrupt has ended
+    the ``exec`` of a text, as dataclasses use it. However that is handled, the process then ends
+    by SIGINT in place of its exit code (``unhandled_keyboard_interrupt`` in Python/pythonrun.c).
+    """
 
 
-def signal_of(error: KeyboardInterrupt) -> int:
-    """The number of the signal that raised ``error``."""
-    return signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+class Interruption:
+    """Which signal interrupted a command, if any did.
+
+    Libraries lose KeyboardInterrupt. Python itself turns one that is raised while a class is made
+    into a RuntimeError, modules in C++ into an ImportError, and in a destructor it vanishes. So
+    the handler remembers the signal, and how a command ended is asked here and not of its
+    exception.
+    """
+
+    number: int | None = None
+
+
+_current: Interruption | None = None
 
 
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM raise ``Terminated`` within the block, as Ctrl-C raises KeyboardInterrupt.
+def signals_interrupt() -> Iterator[Interruption]:
+    """Let Ctrl-C and SIGTERM raise ``Interrupted`` within the block, and remember the first.
 
-    A SIGTERM that is ignored stays ignored. Outside the main thread, where Python allows no signal
+    A signal that is ignored stays ignored. Outside the main thread, where Python allows no signal
     handlers, the block changes nothing.
+
+    Example:
+        >>> with signals_interrupt() as interruption:
+        ...     work()
+        >>> interruption.number is None
+        True
+
     """
-    if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
-        yield
+    global _current
+    interruption = Interruption()
+    if not _in_main_thread():
+        yield interruption
         return
 
-    def handle(*_: Any) -> None:
-        raise Terminated
+    def handle(number: int, _: Any) -> None:
+        if interruption.number is None:
+            interruption.number = number
+        raise Interrupted
 
-    previous = signal.signal(signal.SIGTERM, handle)
+    previous = {}
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            previous[int(number)] = signal.signal(number, handle)
+    outer = _current
+    _current = interruption
     try:
-        yield
+        yield interruption
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        _current = outer
+        _restore(previous)
+
+
+def interrupting_signal() -> int | None:
+    """The number of the signal that has interrupted this command; None if none has."""
+    return None if _current is None else _current.number
+
+
+def raise_interruption() -> None:
+    """Raise ``Interrupted`` again if this command was interrupted, and something lost it.
+
+    What reports errors of libraries calls this first, and what puts a result in its place.
+    """
+    if interrupting_signal() is not None:
+        raise Interrupted
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.interrupts import raise_interruption
 
 _ALLOWED: ContextVar[bool] = ContextVar("code_allowed", default=False)
 
@@ -90,6 +91,7 @@ def user_errors(what: str, expected: str) -> Iterator[None]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
+        raise_interruption()
         raise HipaError(
             f"{what} ({type(error).__name__}: {first_line(error)}). {expected}"
         ) from None

@@ -1,12 +1,20 @@
 """Settings for every test."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 
 # Before anything imports torch: one thread per worker. With several threads, on CPUs with AMX, the
 # same convolution of one or two rows sometimes rounds otherwise, and the tests of resumed runs
 # compare bit for bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No test reads or changes the user's cache. Workers of pytest-xdist inherit the folder.
+if "HIPA_CACHE" not in os.environ:
+    os.environ["HIPA_CACHE"] = tempfile.mkdtemp(prefix="hipa-tests-")
+    atexit.register(shutil.rmtree, os.environ["HIPA_CACHE"], ignore_errors=True)
 
 from hypothesis import settings
 

@@ -34,32 +34,32 @@ SURFACE = {
     },
     "generate": {
         "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend", "--truncate",
-        "--prompt-weights", "--low-memory", "--force",
+        "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
         "--again", "--format", "--quality", "--watermark", "--c2pa",
     },
     "edit": {
         "--strength", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--low-memory", "--force",
+        "--truncate", "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
         "--format", "--quality", "--watermark", "--c2pa",
     },
     "inpaint": {
         "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
-        "--truncate", "--prompt-weights", "--low-memory", "--force",
+        "--truncate", "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
         "--format", "--quality", "--watermark", "--c2pa",
     },
     "upscale": {
         "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights",
-        "--low-memory", "--force",
+        "--low-memory", "--verify", "--cache", "--force",
         "--format", "--quality", "--watermark", "--c2pa",
     },
     "serve": {
         "--host", "--port", "--backend", "--api-keys", "--allow-host", "--allow-origin", "--batch",
         "--wait", "--queue", "--images", "--time-limit", "--prompt-limit", "--body-limit",
-        "--pixel-limit", "--log-prompts",
+        "--pixel-limit", "--c2pa", "--log-prompts",
     },
     "profile": {
         "--runs", "--seconds", "--warmup", "--backend", "--json", "--html", "--markdown",
-        "--layers", "--roofline", "--low-memory", "--force",
+        "--layers", "--roofline", "--low-memory", "--verify", "--cache", "--force",
     },
     "profile compare": {"--metric", "--threshold", "--json", "--force"},
     "profile table": set(),
@@ -103,9 +103,9 @@ def test_every_command_and_option_has_a_help_text() -> None:
 
 def test_every_verb_has_an_entry_point() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    expected = {"hipa": "hipa_deploy.commands.app:main"}
+    expected = {"hipa": "hipa_deploy.__main__:main"}
     for verb in SURFACE:
-        expected[f"hipa-{verb.split()[0]}"] = "hipa_deploy.commands.app:verb_main"
+        expected[f"hipa-{verb.split()[0]}"] = "hipa_deploy.__main__:verb_main"
     assert scripts == expected
 
 

@@ -13,6 +13,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
+# Of code, of tables, and of the page that the image service answers with.
+SUFFIXES = (".py", ".toml", ".html", ".css", ".js", ".svg")
 # A folder of the repository, and the package that it becomes.
 PACKAGES = {
     "train": "hipa_deploy.train",
@@ -53,7 +55,7 @@ def test_wheel_exposes_only_hipa_deploy(wheel_names: list[str]) -> None:
 def test_wheel_holds_every_module_and_recipe(wheel_names: list[str]) -> None:
     for folder, package in PACKAGES.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".toml") and "__pycache__" not in path.parts:
+            if path.suffix in SUFFIXES and "__pycache__" not in path.parts:
                 inside = f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}"
                 assert inside in wheel_names
 

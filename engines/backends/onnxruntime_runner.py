@@ -26,6 +26,8 @@ from hipa_deploy.engines.backends.available import (
     PROVIDERS,
 )
 from hipa_deploy.engines.backends.bound_session import BoundSession
+from hipa_deploy.engines.backends.compiled_cache import CompiledStage
+from hipa_deploy.engines.backends.onnxruntime_compiled import optimised_session
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.errors import HipaError, as_line, first_line
 from hipa_deploy.generate.runner import ClosesAtExit, check_inputs, check_outputs
@@ -62,6 +64,8 @@ class OnnxRuntimeRunner(ClosesAtExit):
         cache: a folder where the TensorRT provider keeps the engines that it builds on a first run,
             and the RTX provider the kernels that it compiles; None: they keep none.
         weights: values by ONNX name that replace the graph's own.
+        compiled: where the optimised graph is kept, on the CPU and with the graph's own weights;
+            None: the graph is optimised anew.
 
     Raises:
         HipaError: the provider is not installed or does not start, ONNX Runtime cannot load the
@@ -86,6 +90,7 @@ class OnnxRuntimeRunner(ClosesAtExit):
         optimise: bool = True,
         cache: Path | None = None,
         weights: Mapping[str, np.ndarray] | None = None,
+        compiled: CompiledStage | None = None,
     ) -> None:
         self.spec = spec
         self._path = path
@@ -100,8 +105,14 @@ class OnnxRuntimeRunner(ClosesAtExit):
             model = _with_weights(onnxruntime, path, options, weights) if weights else str(path)
             return _open_session(onnxruntime, path, backend, options, settings, model)
 
+        session: Any = None
+        if compiled is not None and backend == "onnxruntime" and optimise and not weights:
+            session = optimised_session(
+                onnxruntime, path, partial(_session_options, onnxruntime, backend), compiled
+            )
         try:
-            session: Any = start()
+            if session is None:
+                session = start()
         except _NoGraphError as error:
             self.graph_problem = str(error)
             warnings.warn(
@@ -113,6 +124,8 @@ class OnnxRuntimeRunner(ClosesAtExit):
             settings = {name: settings[name] for name in settings if name != _GRAPH[backend]}
             session = start()
 
+        if compiled is not None:
+            compiled.warn_if_not_kept()
         if backend == rtx_plugin.BACKEND:
             rtx_plugin.check_assignment(session, spec.name)
         _check_names(path, "inputs", session.get_inputs(), spec.inputs)
@@ -225,6 +238,12 @@ def _writable(cache: Path) -> Path | None:
     return cache
 
 
+def compiled_options() -> dict[str, Any]:
+    """What decides an optimised graph, beside the stage and the processor."""
+    onnxruntime = _load_onnxruntime()
+    return {"version": onnxruntime.__version__, "build": onnxruntime.get_build_info()}
+
+
 def _load_onnxruntime() -> ModuleType:
     try:
         return importlib.import_module("onnxruntime")
@@ -324,6 +343,9 @@ def _session_options(onnxruntime: ModuleType, backend: str, optimise: bool) -> A
         # place of 24 for the embedded model, and 1 % more time at the size of SD 1.5; and whatever
         # else runs on the machine has the cores meanwhile.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # With patterns, the second run takes a second block for all of its tensors and keeps the
+        # first: 1.2 GB more for the decoder of SD 1.5, for no time that could be measured.
+        options.enable_mem_pattern = False
     else:
         # A node that the GPU provider cannot run is an error, not a slow surprise.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -14,6 +14,8 @@ import numpy as np
 from hipa_deploy.bundle.manifest import StageSpec
 from hipa_deploy.disk.reading import REEXPORT
 from hipa_deploy.engines.backends.available import NO_BF16
+from hipa_deploy.engines.backends.compiled_cache import CompiledStage
+from hipa_deploy.engines.backends.mapped_blob import MappedBlob
 from hipa_deploy.errors import HipaError, MissingDependencyError, as_line
 from hipa_deploy.generate.runner import ClosesAtExit, check_inputs, check_outputs
 
@@ -34,6 +36,7 @@ class OpenVinoRunner(ClosesAtExit):
         backend: 'openvino' (FP32) or 'openvino-bf16' (8 significant bits, on CPUs that multiply
             bfloat16). Whether that is near enough to FP32 for a model, the bundle's own checks say:
             ``hipa-doctor BUNDLE --backend openvino-bf16``.
+        compiled: where the compiled stage is kept; None: it is compiled anew.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
@@ -41,7 +44,14 @@ class OpenVinoRunner(ClosesAtExit):
 
     """
 
-    def __init__(self, path: Path, spec: StageSpec, backend: str = "openvino") -> None:
+    def __init__(
+        self,
+        path: Path,
+        spec: StageSpec,
+        backend: str = "openvino",
+        *,
+        compiled: CompiledStage | None = None,
+    ) -> None:
         self.spec = spec
         self._one_call = threading.Lock()
         openvino = load_openvino()
@@ -50,8 +60,25 @@ class OpenVinoRunner(ClosesAtExit):
             raise HipaError(f"backend {backend}: {NO_BF16}")
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         self._path = path
-        with as_line(f"{path}: OpenVINO cannot compile it", REEXPORT):
-            self._model: Any = core(openvino).compile_model(path, "CPU", options)
+        self._model: Any = None
+        self._blob: MappedBlob | None = None
+        if compiled is not None and _is_kept(openvino, path, options, compiled):
+            self._load(openvino, options, compiled)
+        if self._model is None:
+            with as_line(f"{path}: OpenVINO cannot compile it", REEXPORT):
+                self._model = core(openvino).compile_model(path, "CPU", options)
+        if compiled is not None:
+            compiled.warn_if_not_kept()
+
+    def _load(self, openvino: ModuleType, options: dict[str, str], compiled: CompiledStage) -> None:
+        """Load the model out of the cache; leave it None if it does not load."""
+        try:
+            blob = MappedBlob(compiled.folder)
+            with blob.letting_go():
+                self._model = core(openvino).import_model(blob.tensor(openvino), "CPU", options)
+            self._blob = blob
+        except Exception:  # damaged, or removed by another process meanwhile
+            compiled.discard()
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Compute the outputs by name; the arrays belong to the caller.
@@ -76,6 +103,28 @@ class OpenVinoRunner(ClosesAtExit):
         """Release the model. Calling it twice is harmless."""
         with self._one_call:
             self._model = None
+            self._blob = None  # after the model, which reads it
+
+
+def compiled_options() -> dict[str, Any]:
+    """What decides a compiled model, beside the stage, the backend and the processor."""
+    return {"version": load_openvino().get_version()}
+
+
+def _is_kept(
+    openvino: ModuleType, path: Path, options: dict[str, str], compiled: CompiledStage
+) -> bool:
+    """Whether the compiled model is in the cache, after it was made if it was not.
+
+    OpenVINO's own cache writes it, which takes less memory than an export. It is not asked to find
+    it again: its key has the path and the times of the ONNX file, and nothing of weights that lie
+    in another file.
+    """
+
+    def make(folder: Path) -> None:
+        core(openvino).compile_model(path, "CPU", {**options, "CACHE_DIR": str(folder)})
+
+    return compiled.found() or compiled.write(make)
 
 
 def load_openvino() -> ModuleType:

@@ -80,6 +80,20 @@ def cpu_name() -> str:
     return platform.processor() or "unknown"
 
 
+def cpu_features() -> str | None:
+    """The processor's instruction sets, sorted, as the kernel names them; None if it names none.
+
+    Two machines whose processors have one name may differ in them, as virtual machines do.
+    """
+    # x86 has 'flags', ARM has 'Features', once for each core.
+    text = read_text("/proc/cpuinfo") or ""
+    found = set(re.findall(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE))
+    if not found:
+        return None
+    # Cores may differ; what is compiled for one may run on another.
+    return " | ".join(sorted(" ".join(sorted(features.split())) for features in found))
+
+
 def os_name() -> str:
     """The operating system's name and version."""
     with contextlib.suppress(OSError):

@@ -35,7 +35,6 @@ from hipa_deploy.bundle.manifest import (
 )
 from hipa_deploy.bundle.onnx_weights import check_values, no_weight, read_initializers
 from hipa_deploy.bundle.signature import check_signature
-from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.disk.reading import (
     MAX_JSON,
     MIB,
@@ -46,6 +45,7 @@ from hipa_deploy.disk.reading import (
     read_record,
     validated,
 )
+from hipa_deploy.disk.remembered import RememberedHashes
 from hipa_deploy.errors import HipaError, first_line, reason_of
 from hipa_deploy.record import Record
 
@@ -232,12 +232,13 @@ class AdaptorSwap:
     manifest: SwapManifest
 
     @classmethod
-    def open(cls, bundle: Bundle, adaptor: str | Path) -> AdaptorSwap:
+    def open(cls, bundle: Bundle, adaptor: str | Path, *, remembered: bool = False) -> AdaptorSwap:
         """Open an adaptor and check its hashes.
 
         Args:
             bundle: the bundle that it is for.
             adaptor: a name in the bundle's ``adaptors`` folder, or a folder.
+            remembered: as ``Bundle.verify`` takes it.
 
         Raises:
             HipaError: no such adaptor, a damaged one, one for another bundle, or one that the key
@@ -268,15 +269,17 @@ class AdaptorSwap:
             raise HipaError(
                 f"adaptor {root} was exported for another bundle. Run: {export_command(bundle)}"
             )
+        hashes = RememberedHashes(root)
         for name, expected in manifest.files.items():
             whole = (root / name).exists()
             if whole:
                 check_size(inside(root, name))
-                whole = file_sha256(root / name) == expected
+                whole = hashes.matches(root / name, expected, again=not remembered)
             if not whole:
                 raise HipaError(
                     f"{root / name} is missing or corrupt. Copy or export the adaptor again."
                 )
+        hashes.save()
         return cls(root, manifest)
 
     def weights(self, bundle: Bundle) -> dict[str, np.ndarray]:

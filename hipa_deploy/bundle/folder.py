@@ -23,6 +23,7 @@ from hipa_deploy.disk.reading import (
     shown,
     validated,
 )
+from hipa_deploy.disk.remembered import RememberedHashes
 from hipa_deploy.errors import HipaError, first_line, reason_of
 
 SCHEMA = 1
@@ -142,8 +143,12 @@ class Bundle:
         """The ONNX file of stage ``name``."""
         return self.path(self.stages[name].path)
 
-    def verify(self) -> None:
+    def verify(self, *, remembered: bool = False) -> None:
         """Hash every file that the manifest lists, and check that a stage reads no other.
+
+        Args:
+            remembered: take the hash of an unchanged file from this user's cache, as
+                ``hipa_deploy.disk.remembered`` says. By default every file is read.
 
         Raises:
             HipaError: a file is missing, truncated or changed, lies outside the bundle, or has
@@ -153,13 +158,15 @@ class Bundle:
         # Every file is there, and none is absurd, before the first is hashed.
         for relative in self.manifest.files:
             check_size(self.path(relative))
+        hashes = RememberedHashes(self.root)
         for relative, expected in self.manifest.files.items():
             path = self.path(relative)
-            if file_sha256(path) != expected:
+            if not hashes.matches(path, expected, again=not remembered):
                 raise HipaError(
                     f"{path} is corrupt: its SHA-256 is not the manifest's. "
                     "Copy or export the bundle again."
                 )
+        hashes.save()
         for name, stage in self.stages.items():
             for location in sorted(external_files(self.stage_path(name))):
                 weights = beside(stage.path, location)

@@ -6,6 +6,7 @@ import codecs
 import inspect
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from hipa_deploy.guide.foreign_options import why_not
 from hipa_deploy.guide.guided_command import GuidedCommand, VersionOption, with_version
 from hipa_deploy.guide.init import init
 from hipa_deploy.guide.usage_examples import examples_text
-from hipa_deploy.interrupts import signal_of, sigterm_interrupts
+from hipa_deploy.interrupts import interrupting_signal, signals_interrupt
 from hipa_deploy.publish.command import publish
 from hipa_deploy.serve.process.command import serve
 
@@ -65,8 +66,8 @@ class _Commands(TyperGroup):
         """
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            raise StoppedError("stopped", signal_of(error)) from None
+        except KeyboardInterrupt:
+            raise StoppedError("stopped", interrupting_signal() or signal.SIGINT) from None
         except UnicodeEncodeError as error:
             # Python shows bytes of a name that are no UTF-8 as characters that have no encoding.
             if not any("\ud800" <= character <= "\udfff" for character in error.object):
@@ -140,7 +141,7 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of ``hipa``: run a command and exit with its code.
+    """Run ``hipa`` with these words, and exit with the command's code.
 
     A user's mistake is one line on stderr and exit code 1. Ctrl-C is exit code 130 and SIGTERM 143,
     with one line too. A bug keeps its traceback.
@@ -158,32 +159,47 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-    # standalone_mode would let Click print its own usage block; ours is one line with a remedy.
     warnings.showwarning = _show_warning
-    try:
-        with sigterm_interrupts():
+    code = None
+    problem: BaseException | None = None
+    with signals_interrupt() as interruption:
+        try:
+            # standalone_mode would let Click print its own usage block; ours is one line.
             code = app(args=arguments, prog_name="hipa", standalone_mode=False)
-    except StoppedError as error:
-        _stop(str(error), error.exit_code)
-    except HipaError as error:
-        _stop(str(error))
-    except _UsageError as error:
-        _stop(_usage_message(error))
-    except OSError as error:
-        # A full disk or a folder without write permission is for the user to fix, not a bug.
-        problem = f"{error.filename or 'a file'}: {error.strerror or error}"
-        _stop(f"{problem}. Check the path, its permissions and the free disk space.")
-    except MemoryError as error:
-        # numpy says how much it wanted; others say nothing.
-        detail = f" ({first_line(error)})" if str(error) else ""
-        _stop(f"not enough memory{detail}. Ask for less at once, or close other programs.")
-    except KeyboardInterrupt as error:
-        _stop("stopped", 128 + signal_of(error))
-    except typer.Abort:
-        _stop("stopped", 130)
+        except BaseException as error:
+            problem = error
 
+    if isinstance(problem, StoppedError):
+        _stop(str(problem), problem.exit_code)
+    # Whatever a library made of the interruption: an error of its own, or nothing.
+    if interruption.number is not None:
+        _stop("stopped", 128 + interruption.number)
+    if problem is not None:
+        _stop_after(problem)
     # A command that ended with typer.Exit(n) returns n here.
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _stop_after(problem: BaseException) -> NoReturn:
+    """Exit with a line about an error that the user can mend, or raise it again: it is a bug."""
+    if isinstance(problem, HipaError):
+        _stop(str(problem))
+    if isinstance(problem, _UsageError):
+        _stop(_usage_message(problem))
+    if isinstance(problem, OSError):
+        # A full disk or a folder without write permission is for the user to fix, not a bug.
+        reason = f"{problem.filename or 'a file'}: {problem.strerror or problem}"
+        _stop(f"{reason}. Check the path, its permissions and the free disk space.")
+    if isinstance(problem, MemoryError):
+        # numpy says how much it wanted; others say nothing.
+        detail = f" ({first_line(problem)})" if str(problem) else ""
+        _stop(f"not enough memory{detail}. Ask for less at once, or close other programs.")
+    if isinstance(problem, (KeyboardInterrupt, typer.Abort)):
+        _stop("stopped", 128 + signal.SIGINT)
+    if isinstance(problem, SystemExit):
+        # Only a library ends a command in this way, and its code may be 0.
+        _stop(f"a library ended the command (exit code {problem.code}). The work is not done.")
+    raise problem
 
 
 def _usage_message(error: Any) -> str:
@@ -244,7 +260,7 @@ def _show_warning(
 
 
 def verb_main() -> None:
-    """Entry point of every ``hipa-VERB``: the script's own name says the verb."""
+    """Run ``hipa-VERB``: the script's own name says the verb."""
     _use_utf8()
     verb = Path(sys.argv[0]).stem.removeprefix("hipa-")
     main([verb, *sys.argv[1:]])

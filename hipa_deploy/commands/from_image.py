@@ -17,6 +17,7 @@ from hipa_deploy.commands.options import (
     BackendOption,
     BundleArgument,
     C2paOption,
+    CacheOption,
     CountOption,
     FileFormat,
     ForceOption,
@@ -29,13 +30,14 @@ from hipa_deploy.commands.options import (
     QualityOption,
     SeedOption,
     TruncateOption,
+    VerifyOption,
     WatermarkOption,
     WidthOption,
     console,
     image_outputs,
     load_pipeline,
     make_images,
-    note_name,
+    note_faster_backend,
     note_weights,
     write_images,
 )
@@ -69,6 +71,8 @@ def edit(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
     low_memory: LowMemoryOption = False,
     format: FormatOption = None,
     quality: QualityOption = None,
@@ -88,18 +92,20 @@ def edit(
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     source = edit_source(opened, image, strength=strength, height=height, width=width)
     check_marked_size(files, opened, source)
-    note_name(out, paths)
     _generate_from(
         bundle,
         source,
         prompts,
         paths,
+        out=out,
         seed=seed,
         count=count,
         adaptor=adaptor,
         backend=backend,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        verify=verify,
+        cache=cache,
         low_memory=low_memory,
         files=files,
         force=force,
@@ -129,6 +135,8 @@ def inpaint(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
     low_memory: LowMemoryOption = False,
     format: FormatOption = None,
     quality: QualityOption = None,
@@ -150,18 +158,20 @@ def inpaint(
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     source = inpaint_source(opened, image, mask, feather=feather, height=height, width=width)
     check_marked_size(files, opened, source)
-    note_name(out, paths)
     _generate_from(
         bundle,
         source,
         prompts,
         paths,
+        out=out,
         seed=seed,
         count=count,
         adaptor=adaptor,
         backend=backend,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        verify=verify,
+        cache=cache,
         low_memory=low_memory,
         files=files,
         force=force,
@@ -184,6 +194,8 @@ def upscale(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
     low_memory: LowMemoryOption = False,
     format: FormatOption = None,
     quality: QualityOption = None,
@@ -207,10 +219,10 @@ def upscale(
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     enlargement = upscaling(opened, image, overlap=overlap)
     check_marked_size(files, opened, enlargement)
-    note_name(out, paths)
 
-    with load_pipeline(bundle, backend, adaptor, low_memory, watermark) as pipe:
-        note_weights(pipe.bundle, [prompt], prompt_weights)
+    with load_pipeline(
+        bundle, backend, adaptor, low_memory, watermark, verify=verify, cache=cache
+    ) as pipe:
         with console.status("enlarging"):
             result = pipe.upscale(
                 image,
@@ -219,7 +231,9 @@ def upscale(
                 truncate=truncate,
                 prompt_weights=prompt_weights,
             )
-        write_images([result], paths, files, force=force)
+        note_weights(pipe.bundle, [prompt], prompt_weights)
+        write_images([result], paths, files, out=out, force=force)
+        note_faster_backend(pipe, backend)
 
 
 def _open(bundle: str) -> Bundle:
@@ -259,12 +273,15 @@ def _generate_from(
     prompts: list[str],
     paths: list[Path],
     *,
+    out: Path | None,
     seed: int,
     count: int,
     adaptor: str | None,
     backend: str,
     truncate: bool,
     prompt_weights: bool | None,
+    verify: bool,
+    cache: bool,
     low_memory: bool,
     files: FileSettings,
     force: bool,
@@ -274,6 +291,7 @@ def _generate_from(
         bundle,
         prompts,
         paths,
+        out=out,
         adaptor=adaptor,
         backend=backend,
         low_memory=low_memory,
@@ -283,5 +301,7 @@ def _generate_from(
         count=count,
         truncate=truncate,
         prompt_weights=prompt_weights,
+        verify=verify,
+        cache=cache,
         files=files,
     )

@@ -12,6 +12,7 @@ from hipa_deploy.commands.options import (
     AdaptorOption,
     BackendOption,
     C2paOption,
+    CacheOption,
     CountOption,
     ForceOption,
     FormatOption,
@@ -22,12 +23,12 @@ from hipa_deploy.commands.options import (
     QualityOption,
     SeedOption,
     TruncateOption,
+    VerifyOption,
     WatermarkOption,
     WidthOption,
     console,
     image_outputs,
     make_images,
-    note_name,
 )
 from hipa_deploy.errors import HipaError
 
@@ -57,6 +58,8 @@ def generate(
     backend: BackendOption = "auto",
     truncate: TruncateOption = False,
     prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
     low_memory: LowMemoryOption = False,
     again: Annotated[
         Path | None,
@@ -136,16 +139,18 @@ def generate(
             _say(f"differs: {difference}")
     step = opened.manifest.one_step
     check_marked_size(files, opened, (size[0] or step.height, size[1] or step.width))
-    note_name(out, paths)
 
     make_images(
         bundle,
         prompts,
         paths,
+        out=out,
         adaptor=adaptor,
         backend=backend,
         low_memory=low_memory,
         force=force,
+        verify=verify,
+        cache=cache,
         files=files,
         watch=None if recipe is None else lambda image_HWC: _say(recipe.compare(image_HWC)),
         **choices,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -206,6 +207,22 @@ TruncateOption = Annotated[
     bool,
     typer.Option("--truncate", help="Cut off a prompt that is too long, instead of refusing it."),
 ]
+
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Read and hash every file, and compile every model, whatever earlier starts left in "
+        "the cache. By default a file that has not changed is not read again.",
+    ),
+]
+CacheOption = Annotated[
+    bool,
+    typer.Option(
+        "--cache/--no-cache",
+        help="Keep the compiled models of a CPU backend in the user's cache, for the next start.",
+    ),
+]
 LowMemoryOption = Annotated[
     bool,
     typer.Option(
@@ -242,11 +259,28 @@ def note_weights(bundle: Bundle, prompts: list[str], asked: bool | None) -> None
             return
 
 
+def note_faster_backend(pipe: OneStepPipeline, asked: str) -> None:
+    """Say so in one line where 'auto' took ONNX Runtime and a faster backend is installed.
+
+    It is not taken by itself: with 8 significant bits it makes other images.
+    """
+    from hipa_deploy.engines.backends.available import faster_on_cpu
+
+    faster = faster_on_cpu() if asked == "auto" and pipe.backend == "onnxruntime" else None
+    if faster:
+        text = (
+            f"note: auto took onnxruntime. --backend {faster} is faster on this processor. "
+            f"Is it accurate enough? Run: hipa-doctor {pipe.bundle.root} --backend {faster}"
+        )
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def write_images(
     batches: Iterable[GenerateResult],
     paths: list[Path],
     files: FileSettings = FileSettings(),
     *,
+    out: Path | None,
     force: bool = False,
     watch: Callable[[np.ndarray], None] | None = None,
 ) -> None:
@@ -256,6 +290,7 @@ def write_images(
         batches: results, in the order of ``paths``.
         paths: one path for each image, as ``image_outputs`` gave them; a suffix is a format.
         files: how the files are written and marked.
+        out: the user's own name; without one, another name than the usual is told.
         force: whether files that exist are replaced.
         watch: is shown every image, uint8 [H, W, 3], once its file is written.
 
@@ -266,6 +301,7 @@ def write_images(
     from hipa_deploy.generate.jobs.withheld import withheld_error
 
     asked = 0
+    written = 0
     flagged: list[Flagged] = []
     for batch in batches:
         withheld = {one.index for one in batch.flagged}
@@ -277,6 +313,10 @@ def write_images(
                 image_HWC, parameters = next(made)
                 content = files.encode(path, image_HWC, parameters)
                 typer.echo(write_output(path, content, force=force))
+                written += 1
+                # Not before: of a request that is refused, nothing is written.
+                if written == 1:
+                    _note_name(out, paths)
                 if watch is not None:
                     watch(image_HWC)
         flagged += batch.flagged
@@ -289,11 +329,14 @@ def make_images(
     prompts: list[str],
     paths: list[Path],
     *,
+    out: Path | None,
     adaptor: str | None,
     backend: str,
     low_memory: bool,
     force: bool,
     prompt_weights: bool | None,
+    verify: bool,
+    cache: bool,
     files: FileSettings = FileSettings(),
     watch: Callable[[np.ndarray], None] | None = None,
     **choices: Any,
@@ -304,11 +347,14 @@ def make_images(
         bundle: a bundle's folder, or 'emoji'.
         prompts: what the images show.
         paths: one path for each image, as ``image_outputs`` gave them.
+        out: as for ``write_images``.
         adaptor: an adaptor to swap in; None is the bundle's own.
         backend: what runs the stages.
         low_memory: load the stages in turn.
         force: whether files that exist are replaced.
         prompt_weights: whether brackets in prompts are weights; None is as the bundle says.
+        verify: whether every file is hashed and every stage compiled again.
+        cache: whether compiled stages are kept.
         files: how the files are written and marked.
         watch: is shown every image, once its file is written.
         choices: what else ``OneStepPipeline.stream`` takes: ``source``, ``seed``, ``count``, …
@@ -317,10 +363,18 @@ def make_images(
         HipaError: the bundle cannot be loaded here, or does not make such images.
 
     """
-    with load_pipeline(bundle, backend, adaptor, low_memory, files.watermark) as pipe:
+    from hipa_deploy.guide.known_prompts import warn_of_unknown
+
+    with load_pipeline(
+        bundle, backend, adaptor, low_memory, files.watermark, verify=verify, cache=cache
+    ) as pipe:
+        batches = iter(pipe.stream(prompts, prompt_weights=prompt_weights, **choices))
+        # A prompt that is refused is one line, without the notes.
+        first = next(batches)
+        warn_of_unknown(pipe.bundle.root, prompts)
         note_weights(pipe.bundle, prompts, prompt_weights)
-        batches = pipe.stream(prompts, prompt_weights=prompt_weights, **choices)
-        write_images(batches, paths, files, force=force, watch=watch)
+        write_images(chain([first], batches), paths, files, out=out, force=force, watch=watch)
+        note_faster_backend(pipe, backend)
 
 
 def load_pipeline(
@@ -329,6 +383,9 @@ def load_pipeline(
     adaptor: str | None,
     low_memory: bool,
     watermark: bool | int | None = None,
+    *,
+    verify: bool = False,
+    cache: bool = True,
 ) -> OneStepPipeline:
     """Load a bundle with an adaptor, and say in one line how the stages share little memory.
 
@@ -339,7 +396,14 @@ def load_pipeline(
     from hipa_deploy.generate.pipeline import OneStepPipeline
 
     with console.status("loading"):
-        pipe = OneStepPipeline.load(bundle, backend, low_memory=low_memory, watermark=watermark)
+        pipe = OneStepPipeline.load(
+            bundle,
+            backend,
+            low_memory=low_memory,
+            watermark=watermark,
+            verify=verify,
+            cache=cache,
+        )
     try:
         if low_memory:
             # In words: 'text_encoder, then unet + vae_decoder'.
@@ -385,7 +449,7 @@ def image_outputs(
     return paths
 
 
-def note_name(out: Path | None, paths: list[Path]) -> None:
+def _note_name(out: Path | None, paths: list[Path]) -> None:
     """Say so where the usual name is taken and another one is written."""
     usual = Path("images" if len(paths) > 1 else f"image{paths[0].suffix}")
     written = paths[0] if len(paths) == 1 else paths[0].parent

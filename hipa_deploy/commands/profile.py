@@ -12,8 +12,10 @@ from rich.console import Console
 from hipa_deploy.commands.options import (
     BackendOption,
     BundleArgument,
+    CacheOption,
     ForceOption,
     LowMemoryOption,
+    VerifyOption,
     console,
     load_pipeline,
 )
@@ -71,6 +73,8 @@ def profile(
             "or rtx4090."
         ),
     ] = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
     low_memory: LowMemoryOption = False,
     force: ForceOption = False,
 ) -> None:
@@ -98,7 +102,7 @@ def profile(
     if roofline is not None:
         prediction = predict_roofline(Bundle.open(resolve_bundle(bundle)), roofline)
 
-    with load_pipeline(bundle, backend, None, low_memory) as pipe:
+    with load_pipeline(bundle, backend, None, low_memory, verify=verify, cache=cache) as pipe:
         report = profile_pipeline(
             pipe, runs=runs, seconds=seconds, warmup=warmup, layers=layers, console=console
         )

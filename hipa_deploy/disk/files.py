@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from hipa_deploy.disk.locks import HAS_LOCKS, is_locked_now, is_still_at, locked
 from hipa_deploy.errors import HipaError
-from hipa_deploy.interrupts import uninterrupted
+from hipa_deploy.interrupts import raise_interruption, uninterrupted
 
 # mkdtemp and mkstemp end a name in eight such characters.
 _SCRATCH_FOLDER = re.compile(r"\..+-[a-z0-9_]{8}")
@@ -36,8 +36,17 @@ _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def user_cache() -> Path:
-    """Return the folder of files that can be made again: $HIPA_CACHE, or ~/.cache/hipa-deploy."""
-    return Path(os.environ.get("HIPA_CACHE") or Path.home() / ".cache" / "hipa-deploy")
+    """Return the folder of files that can be made again.
+
+    It is $HIPA_CACHE, else hipa-deploy in $XDG_CACHE_HOME or in ~/.cache.
+    """
+    own = os.environ.get("HIPA_CACHE")
+    if own:
+        return Path(own)
+    # The XDG base directory specification says that a path that is not absolute is ignored.
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    parent = shared if shared.is_absolute() else Path.home() / ".cache"
+    return parent / "hipa-deploy"
 
 
 def refuse_to_overwrite(out: Path) -> None:
@@ -147,7 +156,7 @@ def new_folder(out: Path, *, alone: bool = False) -> Iterator[Path]:
             lock = out.with_name(f".{out.name[:_NAME_CHARACTERS]}.lock")
             remedy = "Wait until it ends, or choose another name."
             stack.enter_context(locked(lock, str(out), remedy))
-        holder = stack.enter_context(_scratch_folder(out.parent, out.name))
+        holder = stack.enter_context(scratch_folder(out.parent, out.name))
         scratch = holder / out.name
         scratch.mkdir()
         try:
@@ -161,6 +170,7 @@ def new_folder(out: Path, *, alone: bool = False) -> Iterator[Path]:
                 f"and {_size(free_bytes(scratch))} are free. Free some space, or choose another "
                 "disk."
             ) from None
+        raise_interruption()
         try:
             # A rename replaces an empty folder on Linux, but not on Windows.
             if out.is_dir():
@@ -179,7 +189,7 @@ def temporary_folder(name: str) -> Iterator[Path]:
         name: what the folder is for; a part of its name.
 
     """
-    with _scratch_folder(Path(tempfile.gettempdir()), name) as holder:
+    with scratch_folder(Path(tempfile.gettempdir()), name) as holder:
         folder = holder / name
         folder.mkdir()
         yield folder
@@ -214,6 +224,7 @@ def write_file(path: Path, content: bytes, *, replace: bool = True) -> None:
             file.write(content)
             file.flush()
             scratch.chmod(0o644)  # mkstemp makes a file that only its owner can read
+            raise_interruption()
             # Renamed while it is locked; Windows has no locks and renames no open file.
             if not HAS_LOCKS:
                 file.close()
@@ -280,13 +291,18 @@ def is_special(path: Path) -> bool:
 
 
 @contextmanager
-def _scratch_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Yield a new, locked folder in ``parent``; it is removed at the end of the block."""
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield a new, locked folder in ``parent``; it is removed at the end of the block.
+
+    What earlier processes left in ``parent`` is removed first.
+    """
     sweep(parent)
     with ExitStack() as stack:
         while True:
-            holder = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
-            stack.callback(_remove, holder)
+            # A folder without a lock in it is never swept: an interruption must not leave one.
+            with uninterrupted():
+                holder = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
+                stack.callback(_remove, holder)
             try:
                 file = (holder / _LOCK).open("w", encoding="utf-8")
             except FileNotFoundError:  # as below

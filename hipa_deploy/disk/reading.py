@@ -71,9 +71,11 @@ def name_problem(name: str) -> str | None:
 def inside(folder: Path, name: str) -> Path:
     """Return the regular file ``name`` in ``folder``.
 
-    Links are followed, and the file that they lead to must lie in the folder as well. There is one
-    exception: in the cache of a model hub, ``models--NAME/snapshots/REVISION``, every file is a
-    link into ``models--NAME/blobs``.
+    Links are followed, and the file that they lead to must lie in the folder as well. There are two
+    exceptions. In the cache of a model hub, ``models--NAME/snapshots/REVISION``, every file is a
+    link into ``models--NAME/blobs``. The installed package's own files may be links to anywhere:
+    uv's ``link-mode = "symlink"`` and Bazel install a package so, and who can write there can
+    change the code.
 
     Args:
         folder: of the bundle, the swap or the engines.
@@ -90,6 +92,8 @@ def inside(folder: Path, name: str) -> Path:
         raise HipaError(f"{folder}: the file name {shown(name)} {problem}. {_REMEDY}")
     path = folder / name
     check_regular(path)
+    if _is_own(folder):
+        return path
     real = path.resolve()
     if not any(real.is_relative_to(allowed) for allowed in _allowed(folder)):
         raise HipaError(f"{path} is a link that leads out of {folder}. Copy the file in its place.")
@@ -149,6 +153,13 @@ def shown(name: str) -> str:
     """A name of a stranger's, for a message: cut, and quoted with escapes where it needs them."""
     cut = name if len(name) <= 80 else f"{name[:80]}…"
     return cut if cut.isprintable() and cut and " " not in cut else repr(cut)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether ``folder`` belongs to the installed package, as the included bundle's does."""
+    # The folder of this module, and not of what it links to.
+    package = Path(__file__).parent.parent
+    return folder.resolve().is_relative_to(package.resolve())
 
 
 def _allowed(folder: Path) -> list[Path]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, AdaptorSwap, adapted_sta
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.runner import ENGINE_BACKENDS, ClosesAtExit, Runner
+from hipa_deploy.generate.runner import CPU_BACKENDS, ENGINE_BACKENDS, ClosesAtExit, Runner
 from hipa_deploy.generate.stages import (
     Stages,
     Tensors,
@@ -29,6 +30,10 @@ from hipa_deploy.generate.stages import (
 )
 from hipa_deploy.tasks import unet_inputs
 
+if TYPE_CHECKING:
+    from hipa_deploy.engines.backends.compiled_cache import CompiledStage
+
+Kept = Literal["none", "use", "renew"]
 Groups = tuple[tuple[str, ...], ...]
 """Names of stages; those of one group are loaded together, and one group at a time."""
 
@@ -46,8 +51,15 @@ def resolve_backend(backend: str, bundle: Bundle) -> str:
     return backend_with_engines(bundle) or "onnxruntime"
 
 
-def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
+def open_runner(bundle: Bundle, stage: str, backend: str, *, kept: Kept = "none") -> Runner:
     """Load one stage on one backend (not 'auto').
+
+    Args:
+        bundle: of the stage. Its hashes have been checked.
+        stage: its name.
+        backend: what runs it.
+        kept: whether a CPU backend takes the compiled stage that an earlier start left in this
+            user's cache, and leaves one there: 'none', 'use', or 'renew', which makes it again.
 
     Raises:
         HipaError: the backend is not installed, or no engine fits this device; the message says
@@ -60,10 +72,8 @@ def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
     """
     path = bundle.stage_path(stage)
     spec = bundle.stages[stage].spec
-    if backend.startswith("openvino"):
-        from hipa_deploy.engines.backends.openvino_runner import OpenVinoRunner
-
-        return OpenVinoRunner(path, spec, backend)
+    if backend in CPU_BACKENDS:
+        return _open_on_cpu(bundle, stage, backend, kept)
     if backend.startswith("onnxruntime"):
         from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
 
@@ -72,6 +82,38 @@ def open_runner(bundle: Bundle, stage: str, backend: str) -> Runner:
     from hipa_deploy.engines.store.select import open_engine
 
     return open_engine(bundle, stage, backend)
+
+
+def _open_on_cpu(bundle: Bundle, stage: str, backend: str, kept: Kept) -> Runner:
+    """Load one stage on ONNX Runtime or OpenVINO, compiled now or at an earlier start."""
+    path = bundle.stage_path(stage)
+    spec = bundle.stages[stage].spec
+    compiled = _compiled(bundle, stage, backend, kept)
+    if backend.startswith("openvino"):
+        from hipa_deploy.engines.backends.openvino_runner import OpenVinoRunner
+
+        return OpenVinoRunner(path, spec, backend, compiled=compiled)
+    from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner
+
+    return OnnxRuntimeRunner(path, spec, backend, compiled=compiled)
+
+
+def _compiled(bundle: Bundle, stage: str, backend: str, kept: Kept) -> CompiledStage | None:
+    """Where the compiled form of a stage lies, for a CPU backend; None where it is not kept."""
+    if kept == "none":
+        return None
+    from hipa_deploy.engines.backends.compiled_cache import compiled_stage
+
+    options: Callable[[], dict[str, Any]]
+    if backend.startswith("openvino"):
+        from hipa_deploy.engines.backends import openvino_runner
+
+        options = openvino_runner.compiled_options
+    else:
+        from hipa_deploy.engines.backends import onnxruntime_runner
+
+        options = onnxruntime_runner.compiled_options
+    return compiled_stage(bundle, stage, backend, options, again=kept == "renew")
 
 
 def check_stages(bundle: Bundle) -> None:
@@ -118,7 +160,9 @@ def _unfit(bundle: Bundle, problem: str) -> HipaError:
     )
 
 
-def open_stages(bundle: Bundle, backend: str, *, low_memory: bool = False) -> Stages:
+def open_stages(
+    bundle: Bundle, backend: str, *, low_memory: bool = False, kept: Kept = "none"
+) -> Stages:
     """Load every stage on one backend (not 'auto').
 
     TensorRT runs the stages of the onestep layout as one CUDA graph. The generic layout has
@@ -128,6 +172,7 @@ def open_stages(bundle: Bundle, backend: str, *, low_memory: bool = False) -> St
         bundle: the bundle.
         backend: what runs the stages.
         low_memory: load them in turn (``StagesInTurn``), none of them yet.
+        kept: as ``open_runner`` takes it.
 
     Raises:
         HipaError: as ``open_runner`` and ``check_stages`` do. Stages that were loaded are released.
@@ -135,8 +180,8 @@ def open_stages(bundle: Bundle, backend: str, *, low_memory: bool = False) -> St
     """
     check_stages(bundle)
     if low_memory:
-        return StagesInTurn(bundle, backend, _groups(bundle, backend))
-    return _open_together(bundle, tuple(bundle.path_stages), backend, None)
+        return StagesInTurn(bundle, backend, _groups(bundle, backend), kept)
+    return _open_together(bundle, tuple(bundle.path_stages), backend, None, kept)
 
 
 def _groups(bundle: Bundle, backend: str) -> Groups:
@@ -151,7 +196,7 @@ def _groups(bundle: Bundle, backend: str) -> Groups:
 
 
 def _open_together(
-    bundle: Bundle, names: tuple[str, ...], backend: str, swap: AdaptorSwap | None
+    bundle: Bundle, names: tuple[str, ...], backend: str, swap: AdaptorSwap | None, kept: Kept
 ) -> Stages:
     """Load some stages of a bundle, with the weights of ``swap`` where it has other ones."""
     if backend in ENGINE_BACKENDS and bundle.manifest.layout == "onestep":
@@ -166,19 +211,49 @@ def _open_together(
             raise
         return stages
 
-    # If a stage cannot be loaded, the stack closes those before it.
+    if swap is None and kept == "use" and _all_kept(bundle, names, backend):
+        return host_stages(bundle, backend, _open_side_by_side(bundle, names, backend))
+    # One after the other: compiling takes memory that the next compilation uses again. If a stage
+    # cannot be loaded, the stack closes those before it.
     with ExitStack() as opened:
         runners = {}
         for stage in names:
-            runners[stage] = opened.enter_context(_open_adapted(bundle, stage, backend, swap))
+            runner = _open_adapted(bundle, stage, backend, swap, kept)
+            runners[stage] = opened.enter_context(runner)
         opened.pop_all()  # all are loaded, so the stages own them now
     return host_stages(bundle, backend, runners)
 
 
-def _open_adapted(bundle: Bundle, stage: str, backend: str, swap: AdaptorSwap | None) -> Runner:
+def _all_kept(bundle: Bundle, names: tuple[str, ...], backend: str) -> bool:
+    """Whether every stage is small, or lies compiled in this user's cache."""
+    if backend not in CPU_BACKENDS:
+        return False
+    compiled = [_compiled(bundle, stage, backend, "use") for stage in names]
+    return all(stage is None or stage.found() for stage in compiled)
+
+
+def _open_side_by_side(bundle: Bundle, names: tuple[str, ...], backend: str) -> dict[str, Runner]:
+    """Compiled stages all at once: each holds its own weights at the end, and no more meanwhile."""
+    with ThreadPoolExecutor(len(names)) as pool:
+        futures = {}
+        for stage in names:
+            futures[stage] = pool.submit(open_runner, bundle, stage, backend, kept="use")
+    # If a stage cannot be loaded, the stack closes the others.
+    with ExitStack() as opened:
+        for future in futures.values():
+            if future.exception() is None:
+                opened.enter_context(future.result())
+        runners = {stage: future.result() for stage, future in futures.items()}
+        opened.pop_all()
+    return runners
+
+
+def _open_adapted(
+    bundle: Bundle, stage: str, backend: str, swap: AdaptorSwap | None, kept: Kept
+) -> Runner:
     """``open_runner`` with the weights of ``swap``. A session takes them as it is opened."""
     if swap is None or backend in ENGINE_BACKENDS:
-        runner = open_runner(bundle, stage, backend)
+        runner = open_runner(bundle, stage, backend, kept=kept)
         _adapt(bundle, stage, runner, backend, swap)
         return runner
     from hipa_deploy.generate.swap_stage import swap_stage, swap_text_encoder  # the engines
@@ -187,7 +262,7 @@ def _open_adapted(bundle: Bundle, stage: str, backend: str, swap: AdaptorSwap | 
         return swap_stage(bundle, None, backend, swap)
     if stage == TEXT_STAGE and swap.manifest.text is not None:
         return swap_text_encoder(bundle, backend, swap)
-    return open_runner(bundle, stage, backend)
+    return open_runner(bundle, stage, backend, kept=kept)
 
 
 def _adapt(
@@ -213,6 +288,7 @@ class StagesInTurn:
         backend: what runs the stages.
         groups: the stages from a prompt to an image, in the order in which they run. A safety
             checker is a group by itself, which only a call of its runner loads.
+        kept: as ``open_runner`` takes it; 'renew' compiles anew, and keeps nothing.
 
     Attributes:
         runners: each stage by itself. A call of one loads its group.
@@ -221,8 +297,10 @@ class StagesInTurn:
 
     """
 
-    def __init__(self, bundle: Bundle, backend: str, groups: Groups) -> None:
+    def __init__(self, bundle: Bundle, backend: str, groups: Groups, kept: Kept = "none") -> None:
         self.groups = groups
+        # A stage that is loaded at every image is not compiled into the cache each time.
+        self._kept: Kept = "none" if kept == "renew" else kept
         self.has_profiler = backend in ENGINE_BACKENDS
         self.device_memory_mib: int | None = None
         self.runners: dict[str, Runner] = {}
@@ -311,7 +389,7 @@ class StagesInTurn:
         if self._loaded is not None and self._loaded[0] == group:
             return self._loaded[1]
         self._release()
-        stages = _open_together(self._bundle, group, self._backend, self._swap)
+        stages = _open_together(self._bundle, group, self._backend, self._swap, self._kept)
         self._loaded = (group, stages)
         return stages
 

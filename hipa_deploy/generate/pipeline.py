@@ -30,6 +30,7 @@ from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.generate.jobs.withheld import Flagged
 from hipa_deploy.generate.noise import bundle_noise, check_seeds
 from hipa_deploy.generate.open_stages import (
+    Kept,
     StagesInTurn,
     open_runner,
     open_stages,
@@ -152,6 +153,7 @@ class OneStepPipeline(ClosesAtExit):
         self.bundle = bundle
         self.backend = backend
         self.load_seconds = 0.0
+        self._verify = False
         self._loaded = _Loaded(stages)
         self._use = SharedUse()  # calls share what is loaded, a swap has it alone
         self._one_swap = threading.Lock()
@@ -170,6 +172,8 @@ class OneStepPipeline(ClosesAtExit):
         bundle: str | Path,
         backend: str = "auto",
         *,
+        verify: bool = False,
+        cache: bool = True,
         watermark: bool | int | None = None,
         checker: Checker | None = None,
         low_memory: bool = False,
@@ -180,6 +184,10 @@ class OneStepPipeline(ClosesAtExit):
             bundle: a folder that ``hipa-export`` wrote, or 'emoji' for the embedded bundle.
             backend: one of ``hipa_deploy.generate.runner.BACKENDS``. 'auto' is an engine that was
                 built for this device, else ONNX Runtime on the CPU.
+            verify: read and hash every file, and compile every stage. By default files that have
+                not changed since an earlier start are not read again (``disk.remembered``).
+            cache: take compiled stages that an earlier start left in this user's cache, and leave
+                them there, on the CPU backends.
             watermark: whether images carry the invisible watermark; a number of 32 bits is what it
                 says. None is as the bundle's owner chose.
             checker: a function of yours that sees every image, beside the bundle's own safety
@@ -198,19 +206,22 @@ class OneStepPipeline(ClosesAtExit):
         check_backend(backend)
         started = time.perf_counter()
         opened = Bundle.open(resolve_bundle(bundle))
-        opened.verify()
+        opened.verify(remembered=not verify)
         name = resolve_backend(backend, opened)
         # The tokenizer first: what is wrong with it is found before seconds of loading.
         prompts = open_prompts(opened)
+        kept: Kept = "none"
+        if cache:
+            kept = "renew" if verify else "use"
         payload = _payload(opened, watermark)
-        stages = open_stages(opened, name, low_memory=low_memory)
+        stages = open_stages(opened, name, low_memory=low_memory, kept=kept)
         safety = None
         try:
             if opened.manifest.safety is not None:
                 if isinstance(stages, StagesInTurn):
                     safety = stages.runners[SAFETY_STAGE]
                 else:
-                    safety = open_runner(opened, SAFETY_STAGE, name)
+                    safety = open_runner(opened, SAFETY_STAGE, name, kept=kept)
             marker = ImageMarker(payload, _checkers(opened, safety, checker))
             pipeline = cls(opened, name, stages, prompts, marker, safety)
         except BaseException:
@@ -218,6 +229,7 @@ class OneStepPipeline(ClosesAtExit):
             if safety is not None:
                 safety.close()
             raise
+        pipeline._verify = verify
         pipeline.load_seconds = time.perf_counter() - started
         return pipeline
 
@@ -362,7 +374,7 @@ class OneStepPipeline(ClosesAtExit):
             if self.low_memory:
                 self._encode_ahead(some, timer)
             for batch in cut(some, self.sizes_for(jobs[0])):
-                yield self.guard(_result(self.make(batch, timer)))
+                yield self.guard(finished_result(self.make(batch, timer)))
 
     def _encode_ahead(self, jobs: Sequence[ImageJob], timer: Timer) -> None:
         """Let the prompts of jobs be encoded and remembered."""
@@ -849,7 +861,11 @@ class OneStepPipeline(ClosesAtExit):
         """
         from hipa_deploy.generate.swap_stage import swap_stage, swap_text_encoder  # the engines
 
-        swap = None if adaptor is None else AdaptorSwap.open(self.bundle, adaptor)
+        swap = (
+            None
+            if adaptor is None
+            else AdaptorSwap.open(self.bundle, adaptor, remembered=not self._verify)
+        )
         stage = adapted_stage(self.bundle)
         if isinstance(self.stages, StagesInTurn):
             with self._one_swap, self._use.alone():
@@ -981,8 +997,8 @@ def merge_tiles(enlargement: Upscaling, made: Sequence[MadeImage]) -> GenerateRe
     return GenerateResult(image_HWC[None], (first.job.prompt,), (0,), (parameters,))
 
 
-def _result(made: Sequence[MadeImage]) -> GenerateResult:
-    """The finished images of a batch."""
+def finished_result(made: Sequence[MadeImage]) -> GenerateResult:
+    """The finished images of ``make``, of one size; ``guard`` has not seen them."""
     return GenerateResult(
         images_BHWC=np.stack([image.finished() for image in made]),
         prompts=tuple(image.job.prompt for image in made),

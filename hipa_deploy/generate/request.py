@@ -47,7 +47,7 @@ def check_request(
     check_prompts(prompts)
     latent_shape(bundle, *size)
     if adaptor is not None:
-        AdaptorSwap.open(bundle, adaptor)
+        AdaptorSwap.open(bundle, adaptor, remembered=True)
 
 
 def check_count(prompts: int, count: int) -> None:

@@ -31,6 +31,8 @@ _GROUPS = {
             "--best-of",
             "--no-repair",
             "--without-remedy",
+            "--cache",
+            "--verify",
             "--low-memory",
             "--swap",
         ),

@@ -5,8 +5,12 @@ Shapes: H, W height and width in pixels; C = 3 colour channels.
 
 from __future__ import annotations
 
+import os
 import struct
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +26,12 @@ _ARRAY_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _SIXTEEN_BITS = 65535
 _TO_EIGHT_BITS = 257  # 65535 / 255
 MAX_FILE = 512 * MIB
+_STRIP_PIXELS = 1 << 22
 MAX_PIXELS = 1 << 27  # 134 megapixels; more than any camera but a few medium formats has
+MAX_SIDE = 1 << 20  # Pillow's lists of rows, and single rows, would take gigabytes beyond it
 # Formats of Pillow that start another program, are no pixels, or read other files.
 _NOT_READ = ("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "FPX", "MIC", "PCD")
+_ORIENTATION = 0x0112  # of EXIF
 # What Pillow raises for EXIF data that it cannot parse.
 _BROKEN_EXIF = (SyntaxError, ValueError, struct.error)
 
@@ -64,17 +71,24 @@ def read_image(source: ImageSource) -> np.ndarray:
     levels_16 = None
     if space is not None and _is_deep_grey(upright):
         levels_16 = srgb_levels(space, name)
-    image = _eight_bits(upright, "image", levels_16)
-    if space is not None and not _is_deep_grey(upright):
-        image = to_srgb(image, space, name)
+    pixels_HWC = np.empty((upright.height, upright.width, 3), np.uint8)
+    for rows, strip in _strips(upright):
+        image = _eight_bits(strip, "image", levels_16)
+        if space is not None and not _is_deep_grey(strip):
+            image = to_srgb(image, space, name)
+        pixels_HWC[rows] = np.asarray(_over_white(image))
+    return pixels_HWC
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """An 8-bit image of any mode as RGB, its transparent pixels over white."""
     if image.mode in ("La", "RGBa"):  # premultiplied alpha: "RGBA" is the plain one
         image = image.convert(image.mode.upper())
-
     # A key colour in ``info`` (GIF, PNG) is transparency too; convert("RGBA") turns it into alpha.
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+    return image.convert("RGB")
 
 
 def read_mask(source: ImageSource) -> np.ndarray:
@@ -101,13 +115,29 @@ def read_mask(source: ImageSource) -> np.ndarray:
     if isinstance(source, np.ndarray) and _holds_only_0_and_1(source):
         source = source.astype(bool)
     upright, _ = _as_pillow(source, "mask", None)
-    image = _eight_bits(upright, "mask")
-    if image.mode in ("La", "RGBa"):
-        image = image.convert(image.mode.upper())
+    mask_HW = np.empty((upright.height, upright.width), np.float32)
+    for rows, strip in _strips(upright):
+        image = _eight_bits(strip, "mask")
+        if image.mode in ("La", "RGBa"):
+            image = image.convert(image.mode.upper())
+        # Through RGB, because Pillow converts not every mode to "L" directly.
+        mask_HW[rows] = np.asarray(image.convert("RGB").convert("L")) >= 128
+    return mask_HW
 
-    # Through RGB, because Pillow converts not every mode to "L" directly.
-    grey_HW = np.asarray(image.convert("RGB").convert("L"))
-    return (grey_HW >= 128).astype(np.float32)
+
+def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """Cut an image into strips of whole rows: which rows, and these.
+
+    A small file can hold 134 megapixels. Each step of a conversion would copy all of them, colours
+    as floats.
+    """
+    count = max(1, _STRIP_PIXELS // image.width)
+    if count >= image.height:
+        yield slice(0, image.height), image
+        return
+    for top in range(0, image.height, count):
+        bottom = min(top + count, image.height)
+        yield slice(top, bottom), image.crop((0, top, image.width, bottom))
 
 
 def _holds_only_0_and_1(array: np.ndarray) -> bool:
@@ -205,6 +235,11 @@ def _formats() -> list[str]:
 
 def _check_pixels(image: Image.Image) -> None:
     """Raise HipaError for an image that would take gigabytes, before it is decoded."""
+    if max(image.size) > MAX_SIDE:
+        raise HipaError(
+            f"the image has {image.width}x{image.height} pixels. Expected at most {MAX_SIDE} "
+            "pixels a side. Cut it."
+        )
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise HipaError(
             f"the image has {image.width}x{image.height} pixels. Expected 1 to {MAX_PIXELS} pixels "
@@ -214,14 +249,43 @@ def _check_pixels(image: Image.Image) -> None:
 
 def _upright(image: Image.Image, colours_of: str | None) -> tuple[Image.Image, ColourSpace | None]:
     """Decode an image and turn it as its EXIF orientation says; find out its colour space."""
-    image.load()
+    with _quiet(image):
+        image.load()
     # Before it is turned: Pillow then writes its EXIF data anew.
     space = colour_space(image, colours_of) if colours_of is not None else None
     try:
+        # Pillow copies an image that is upright, too.
+        if image.getexif().get(_ORIENTATION, 1) == 1:
+            return image, space
         return ImageOps.exif_transpose(image), space
     except _BROKEN_EXIF:
         # As every viewer does, show the image as it is stored.
         return image, space
+
+
+@contextmanager
+def _quiet(image: Image.Image) -> Iterator[None]:
+    """Keep libtiff's own words about a damaged file off the standard error.
+
+    Pillow raises what is wrong as well. Other threads keep their standard error, so it is only
+    done in the main thread, which is that of a command.
+    """
+    in_command = threading.current_thread() is threading.main_thread()
+    if image.format != "TIFF" or not in_command:
+        yield
+        return
+    try:
+        stderr = os.dup(2)
+    except OSError:  # this process has none
+        yield
+        return
+    try:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _from_array(array: np.ndarray, what: str) -> Image.Image:

@@ -172,6 +172,15 @@ class Batcher:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def full(self) -> int | None:
+        """Seconds after which to try again, where not even one image can wait; else None."""
+        return None if self.waiting < self._most else self._retry_after()
+
+    def _retry_after(self) -> int:
+        seconds = math.ceil(self.waiting * self._an_image)
+        return min(max(1, seconds), MAX_RETRY_AFTER)
+
     def reserve(self, images: int) -> None:
         """Take places in the queue for images that are not ready yet.
 
@@ -184,8 +193,7 @@ class Batcher:
             if self._stopping:
                 raise StoppingError
             if self.waiting + images > self._most:
-                seconds = math.ceil(self.waiting * self._an_image)
-                raise QueueFullError(min(max(1, seconds), MAX_RETRY_AFTER))
+                raise QueueFullError(self._retry_after())
             self._reserved += images
 
     def release(self, images: int) -> None:

@@ -1,44 +1,23 @@
-"""Images as files in memory: what a service sends, and what users upload.
+"""Images as files: the formats that a service sends, and what users upload.
 
 Shapes: H, W height and width in pixels; C channels.
 """
 
 from __future__ import annotations
 
-import io
 import warnings
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import numpy as np
 from PIL import Image
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.images.png import png_bytes
 
 Format = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[Format, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 # What OpenAI's API takes. Every other decoder of Pillow is code that a stranger could reach.
 _UPLOADS = ("PNG", "JPEG", "WEBP")
-BEST = 100  # quality of a JPEG or WebP
-
-
-def encode(
-    image_HWC: np.ndarray, parameters: dict[str, Any], kind: Format, quality: int = BEST
-) -> bytes:
-    """An image as a file.
-
-    Args:
-        image_HWC: uint8 [H, W, 3].
-        parameters: what made it; a PNG carries them, the others do not.
-        kind: of file.
-        quality: of a JPEG or WebP, 0 to 100.
-
-    """
-    if kind == "png":
-        return png_bytes(image_HWC, parameters)
-    buffer = io.BytesIO()
-    Image.fromarray(image_HWC).save(buffer, kind.upper(), quality=quality)
-    return buffer.getvalue()
+BEST = 100  # quality of a JPEG or WebP; of a WebP it means lossless
 
 
 def open_upload(file: IO[bytes], what: str, most_pixels: int) -> Image.Image:

@@ -20,10 +20,18 @@ from PIL import Image
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
-from hipa_deploy.generate.pipeline import DEFAULT_FEATHER, OneStepPipeline, merge_tiles
+from hipa_deploy.generate.jobs.withheld import Flagged
+from hipa_deploy.generate.pipeline import (
+    DEFAULT_FEATHER,
+    OneStepPipeline,
+    finished_result,
+    merge_tiles,
+)
 from hipa_deploy.images.source import Source, Upscaling, edit_source, inpaint_source
+from hipa_deploy.marks.content_credentials import ContentSigner
+from hipa_deploy.marks.marker import encode_marked, require_signer
 from hipa_deploy.serve.batcher import Batcher, Work
-from hipa_deploy.serve.image_files import BEST, Format, encode, mask_of_alpha, open_upload
+from hipa_deploy.serve.image_files import BEST, Format, mask_of_alpha, open_upload
 from hipa_deploy.serve.serve_metrics import ServeMetrics
 from hipa_deploy.serve.served import Model, Models
 from hipa_deploy.serve.settings import Limits
@@ -89,8 +97,9 @@ class Delivery:
     """The images of an order.
 
     Attributes:
-        files: the encoded images.
-        parameters: of each image.
+        files: the encoded images, without those that a safety checker withheld.
+        parameters: of each of these.
+        flagged: the images that were withheld, and why.
         height: of the images, in pixels.
         width: of the images, in pixels.
         queue_ms: that the order waited for its first batch.
@@ -102,6 +111,7 @@ class Delivery:
 
     files: list[bytes] = field(repr=False)
     parameters: list[dict[str, Any]] = field(repr=False)
+    flagged: tuple[Flagged, ...]
     height: int
     width: int
     queue_ms: float
@@ -114,6 +124,7 @@ class Delivery:
 class _Files:
     files: list[bytes]
     parameters: list[dict[str, Any]]
+    flagged: tuple[Flagged, ...]
     height: int
     width: int
 
@@ -124,12 +135,19 @@ class ImageService:
     Args:
         models: what is served.
         limits: what is allowed.
+        signer: signs a C2PA manifest into every file; None signs nothing.
+
+    Raises:
+        HipaError: the owner of a bundle wants signed images, and there is no signer.
 
     """
 
-    def __init__(self, models: Models, limits: Limits) -> None:
+    def __init__(self, models: Models, limits: Limits, signer: ContentSigner | None = None) -> None:
+        for served in models.served:
+            require_signer(served.bundle.manifest.marks, signer)
         self.models = models
         self.limits = limits
+        self.signer = signer
         self.metrics = ServeMetrics()
         self.stopping = False
         # Pillow and zlib let other threads run. More threads than cores would only take memory.
@@ -151,6 +169,17 @@ class ImageService:
     def ready(self) -> bool:
         """Whether requests are answered with images."""
         return self.models.ready and not self.stopping
+
+    @property
+    def full(self) -> int | None:
+        """Seconds after which to try again, where no bundle has a place in its queue; else None."""
+        least: int | None = None
+        for served in self.models.served:
+            seconds = None if served.batcher is None else served.batcher.full
+            if seconds is None:
+                return None
+            least = seconds if least is None else min(least, seconds)
+        return least
 
     def close(self) -> None:
         """Make what was accepted, and release everything."""
@@ -205,13 +234,14 @@ class ImageService:
         assert work.ended is not None
 
         begun_encoding = time.perf_counter()
-        files = await self._in_thread(_encoded, made, merge, order.format, order.quality)
+        files = await self._in_thread(_encoded, pipe, made, merge, order, self.signer)
         encode_seconds = time.perf_counter() - begun_encoding
         self.metrics.encode_seconds.labels(order.format).observe(encode_seconds)
         self.metrics.images.labels(order.model.name).inc(len(files.files))
         return Delivery(
             files=files.files,
             parameters=files.parameters,
+            flagged=files.flagged,
             height=files.height,
             width=files.width,
             queue_ms=(work.begun - work.queued) * 1000,
@@ -300,18 +330,29 @@ def _jobs_from_image(
 
 
 def _encoded(
-    made: Sequence[MadeImage], merge: Upscaling | None, kind: Format, quality: int
+    pipe: OneStepPipeline,
+    made: Sequence[MadeImage],
+    merge: Upscaling | None,
+    order: Order,
+    signer: ContentSigner | None,
 ) -> _Files:
-    """Finish and encode the images of an order."""
-    if merge is not None:
-        result = merge_tiles(merge, made)
-        images = list(result.images_BHWC)
-        parameters = list(result.parameters)
-    else:
-        images = [image.finished() for image in made]
-        parameters = [image.parameters for image in made]
+    """Finish the images of an order, let the checkers see them, mark and encode them."""
+    result = finished_result(made) if merge is None else merge_tiles(merge, made)
+    height, width = result.images_BHWC.shape[1:3]
+    shown = pipe.guard(result)
+
+    # OpenAI's scale has a 0, files do not. A WebP of the best quality is lossless: None.
+    quality = max(1, order.quality)
+    lossless = order.format == "png" or (order.format == "webp" and quality == BEST)
     files = []
-    for image_HWC, facts in zip(images, parameters, strict=True):
-        files.append(encode(image_HWC, facts, kind, quality))
-    height, width = images[0].shape[:2]
-    return _Files(files, parameters, height, width)
+    for image_HWC, facts in zip(shown.images_BHWC, shown.parameters, strict=True):
+        content = encode_marked(
+            image_HWC,
+            facts,
+            order.format,
+            quality=None if lossless else quality,
+            marks=pipe.bundle.manifest.marks,
+            signer=signer,
+        )
+        files.append(content)
+    return _Files(files, list(shown.parameters), shown.flagged, height, width)

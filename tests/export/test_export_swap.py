@@ -63,7 +63,11 @@ def png(bundle: Bundle, path: Path, *adaptors: str | None) -> bytes:
         for adaptor in adaptors:
             pipe.swap_adaptor(adaptor)
         result = pipe(PROMPT, seed=5)
-    save_png(path, result.images_BHWC[0], result.parameters[0])
+    # Which of the two bundles made the image is in its record, and differs.
+    parameters = dict(result.parameters[0])
+    for name in ("bundle", "bundle_name"):
+        del parameters[name]
+    save_png(path, result.images_BHWC[0], parameters)
     return path.read_bytes()
 
 

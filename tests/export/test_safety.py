@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.marks.records import Marks, SafetySettings, parse_marks
 from hipa_deploy.marks.safety import SafetyChecker, flagged_concepts, prepare_pixels
 from tests.safety_model import add_safety_checker, pictures
+from tests.served import running
 from tests.tiny_model import make_model
 
 
@@ -271,3 +274,22 @@ def test_an_incomplete_checker_is_refused_at_once(model: Path, tmp_path: Path) -
     (folder / "safety_checker" / "model.safetensors").unlink()
     with pytest.raises(HipaError, match="safety_checker"):
         export_bundle(ExportOptions(model=str(folder), out=tmp_path / "out"))
+
+
+def test_the_service_sends_no_flagged_image(strict: Path) -> None:
+    with running(str(strict), "--backend", "onnxruntime") as server:
+        for path, body in (
+            ("/v1/images/generations", {"prompt": "a red apple", "n": 2}),
+            ("/hipa/generate", {"prompt": "a red apple", "count": 2}),
+        ):
+            request = urllib.request.Request(
+                server.url + path,
+                json.dumps(body).encode(),
+                {"content-type": "application/json"},
+            )
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=60)
+            assert refused.value.code == 400
+            error = json.loads(refused.value.read())["error"]
+            assert error["code"] == "moderation_blocked"
+            assert "safety checker" in error["message"]

@@ -83,15 +83,41 @@ def test_outside_the_main_thread_the_event_is_never_set() -> None:
     assert failures == []
 
 
-def test_sigterm_raises_what_ctrl_c_handlers_catch() -> None:
-    done = run("""
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_raises_what_ctrl_c_raises(number: str) -> None:
+    done = run(f"""
+before = signal.getsignal(signal.{number})
 try:
-    with sigterm_interrupts():
-        press(signal.SIGTERM)
+    with signals_interrupt() as interruption:
+        press(signal.{number})
         raise SystemExit("went on")
-except KeyboardInterrupt as error:
-    assert signal_of(error) == signal.SIGTERM
-assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+except KeyboardInterrupt:
+    assert interruption.number == signal.{number}
+assert signal.getsignal(signal.{number}) is before
+""")
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_interruption_that_was_lost_is_raised_again() -> None:
+    done = run("""
+raise_interruption()
+with signals_interrupt() as interruption:
+    raise_interruption()
+    try:
+        press(signal.SIGTERM)
+    except KeyboardInterrupt:
+        pass  # as a library does
+    try:
+        raise_interruption()
+        raise SystemExit("went on")
+    except KeyboardInterrupt:
+        assert interrupting_signal() == signal.SIGTERM
+    try:
+        press(signal.SIGINT)
+    except KeyboardInterrupt:
+        assert interrupting_signal() == signal.SIGTERM  # the first one counts
+assert interrupting_signal() is None
+raise_interruption()
 """)
     assert done.returncode == 0, done.stderr
 
@@ -99,8 +125,9 @@ assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 def test_an_ignored_sigterm_stays_ignored() -> None:
     done = run("""
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-with sigterm_interrupts():
+with signals_interrupt() as interruption:
     press(signal.SIGTERM)
+    assert interruption.number is None
 """)
     assert done.returncode == 0, done.stderr
 
@@ -110,14 +137,14 @@ def test_a_signal_waits_for_the_end_of_the_cleaning(number: str) -> None:
     done = run(f"""
 cleaned = False
 try:
-    with sigterm_interrupts():
+    with signals_interrupt() as interruption:
         with uninterrupted():
             press(signal.{number})
             press(signal.{number})
             cleaned = True
         raise SystemExit("went on")
-except KeyboardInterrupt as error:
-    assert signal_of(error) == signal.{number}
+except KeyboardInterrupt:
+    assert interruption.number == signal.{number}
 assert cleaned
 """)
     assert done.returncode == 0, done.stderr

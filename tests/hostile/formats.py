@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageCms
 
 from hipa_deploy.bundle.adaptor_swap import FOLDER, MANIFEST
 from hipa_deploy.bundle.folder import Bundle
@@ -21,6 +24,11 @@ from tests.swap_samples import scaled_weights, write_swap
 PROMPT = "3d emoji of a red apple"
 GENERATE = ("generate", "bundle", PROMPT, "--backend", "onnxruntime", "--out", "image.png")
 DOCTOR = ("doctor", "bundle", "--backend", "onnxruntime")
+ROWS = [
+    {"text": "a red apple", "file_name": "0.png"},
+    {"text": "a boat, at sea", "file_name": "1.png"},
+    {"text": 'the "old" bridge', "file_name": "2.png"},
+] * 4
 SWAP = f"bundle/{FOLDER}/night"
 
 
@@ -70,6 +78,60 @@ def two_reports(folder: Path) -> None:
         (folder / name).write_text(a_report().model_dump_json())
 
 
+def with_image(folder: Path) -> None:
+    """A PNG, a JPEG and a WebP, with a colour profile and EXIF data."""
+    image = Image.effect_noise((24, 20), 80).convert("RGB")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned
+    for kind in ("png", "jpeg", "webp"):
+        (folder / kind).mkdir()
+        image.save(folder / kind / f"image.{kind}", icc_profile=profile, exif=exif)
+
+
+def with_prompts(folder: Path) -> None:
+    """Prompts in each format of a text."""
+    (folder / "txt").mkdir()
+    (folder / "txt/prompts.txt").write_text("\n".join(row["text"] for row in ROWS))
+    for kind, delimiter in (("csv", ","), ("tsv", "\t")):
+        (folder / kind).mkdir()
+        with (folder / kind / f"prompts.{kind}").open("w", newline="") as file:
+            table = csv.DictWriter(file, ("text", "file_name"), delimiter=delimiter)
+            table.writeheader()
+            table.writerows(ROWS)
+
+
+def with_parquet(folder: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    (folder / "p").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "p/prompts.parquet")
+
+
+def with_dataset(folder: Path) -> None:
+    """What ``save_to_disk`` of the package datasets writes."""
+    import pyarrow
+
+    dataset = folder / "d/prompts.d"
+    dataset.mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_stream(str(dataset / "data.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    state = {"_data_files": [{"filename": "data.arrow"}], "_fingerprint": "1", "_split": "train"}
+    (dataset / "state.json").write_text(json.dumps(state))
+
+
+def with_captions(folder: Path) -> None:
+    """Images with a table of captions."""
+    (folder / "images").mkdir()
+    lines = []
+    for number in range(3):
+        Image.new("RGB", (4, 4)).save(folder / f"images/{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"a boat {number}"}))
+    (folder / "images/metadata.jsonl").write_text("\n".join(lines))
+
+
 def _change(path: Path, edit: Any) -> None:
     content = json.loads(path.read_text())
     edit(content)
@@ -96,6 +158,22 @@ def _correct(root: Path, manifest: Path) -> None:
 
     _change(manifest, edit)
 
+
+def _read(reader: str, folder: str) -> tuple[str, ...]:
+    return ("read", f"tests.hostile.readers:{reader}", folder)
+
+
+def _prompts(folder: str) -> tuple[str, ...]:
+    return _read("prompts", folder)
+
+
+TABLES_OF_ARROW: list[Format] = []
+if find_spec("pyarrow") is not None:
+    TABLES_OF_ARROW += [
+        Format("parquet", with_parquet, "p/prompts.parquet", "bytes", _prompts("p")),
+        Format("dataset", with_dataset, "d/prompts.d/data.arrow", "bytes", _prompts("d")),
+        Format("dataset's state", with_dataset, "d/prompts.d/state.json", "json", _prompts("d")),
+    ]
 
 FORMATS = (
     Format("manifest", embedded_bundle, "bundle/hipa.json", "json", GENERATE),
@@ -162,5 +240,17 @@ FORMATS = (
         "report.json",
         "json",
         ("profile", "compare", "other.json", "report.json"),
+    ),
+    *(
+        Format(f"{kind} image", with_image, f"{kind}/image.{kind}", "image", _read("image", kind))
+        for kind in ("png", "jpeg", "webp")
+    ),
+    *(
+        Format(f"{kind} prompts", with_prompts, f"{kind}/prompts.{kind}", "table", _prompts(kind))
+        for kind in ("txt", "csv", "tsv")
+    ),
+    *TABLES_OF_ARROW,
+    Format(
+        "captions", with_captions, "images/metadata.jsonl", "table", _read("captions", "images")
     ),
 )

@@ -40,9 +40,10 @@ class Format:
         name: of the test.
         write: makes a valid sample in an empty folder, which is done once.
         file: the file that is changed, relative to that folder; it may be a pattern of one file.
-        kind: json, toml, npz, npy, onnx, safetensors, pickle or text: which mutations there are.
-        command: the words after ``hipa``; the command runs in the folder. ('read', 'module:name')
-            calls a function with the folder in its place.
+        kind: json, toml, npz, npy, onnx, safetensors, pickle, image, table, bytes or
+            text: which mutations there are.
+        command: the words after ``hipa``; the command runs in the folder. ('read', 'module:name',
+            'sub-folder') calls a function in its place, with that folder or, without one, with '.'.
         fix: corrects the hashes that a change made wrong, as an attacker would.
         heavy: it needs torch, which the worker then imports once.
 

@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 from hypothesis import strategies as st
 
-from tests.hostile.weights_mutations import APPLY, EDITS, dump_toml
+from tests.hostile import image_mutations, weights_mutations
+from tests.hostile.weights_mutations import dump_toml
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -142,7 +143,8 @@ _INSIDE = {
     "npz": _npz_edits,
     "npy": _npy_edits,
     "onnx": _onnx_edits,
-    **EDITS,
+    **weights_mutations.EDITS,
+    **image_mutations.EDITS,
 }
 
 
@@ -319,5 +321,6 @@ _APPLY = {
     "npz": _apply_npz,
     "npy": _apply_npy,
     "onnx": _apply_onnx,
-    **APPLY,
+    **weights_mutations.APPLY,
+    **image_mutations.APPLY,
 }

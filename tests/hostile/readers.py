@@ -12,6 +12,29 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.models.style import Style, parse_style
 
 
+def image(folder: Path) -> None:
+    """An image and a mask, as ``hipa edit``, ``inpaint`` and ``upscale`` read them."""
+    from hipa_deploy.images.read import read_image, read_mask
+
+    for path in folder.glob("image.*"):
+        read_image(path)
+        read_mask(path)
+
+
+def prompts(folder: Path) -> None:
+    """A file of prompts, as ``--prompts`` and recipes read it."""
+    from hipa_deploy.generate.prompt_files import read_prompt_file
+
+    read_prompt_file(next(folder.glob("prompts.*"), folder / "prompts.txt"))
+
+
+def captions(folder: Path) -> None:
+    """A folder of images with captions, as a recipe's ``[source]`` reads it."""
+    from hipa_deploy.train.data.captions import folder_captions, image_paths
+
+    folder_captions(folder, image_paths(folder), None)
+
+
 def model(folder: Path) -> None:
     """A model folder, as ``hipa export`` opens it."""
     from hipa_deploy.export.model_parts import ModelParts

@@ -20,7 +20,7 @@ from PIL import Image
 from tests.hostile.harness import Worker
 from tests.hostile.test_early_refusals import HEAVY
 
-CASES = int(os.environ.get("HIPA_FUZZ_CASES", "12"))
+CASES = int(os.environ.get("HIPA_FUZZ_CASES", "8"))
 
 NUMBERS = [
     "0", "1", "-1", "2", "7", "63", "64", "65", "1000", str(2**31), str(2**63), str(10**9),
@@ -111,6 +111,8 @@ KEPT = [
     ("generate", "emoji", "a", "--out", "loop"),
     ("generate", "emoji", "a", "--out", "x" * 300),
     ("generate", "emoji", "\udcff"),
+    ("generate", "emoji", "(" * 5000),
+    ("generate", "emoji", "(a:1.5) " + "b " * 200),
     ("generate", "emoji", "x" * 120_000),
     ("generate", "loop", "a"),
     ("generate", "/dev/zero", "a"),

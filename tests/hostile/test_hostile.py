@@ -14,7 +14,7 @@ import pytest
 from tests.hostile.formats import FORMATS
 from tests.hostile.harness import Format, Samples, Worker, check_mutations, check_refused
 
-CASES = int(os.environ.get("HIPA_FUZZ_CASES", "4"))
+CASES = int(os.environ.get("HIPA_FUZZ_CASES", "3"))
 
 # Examples that once were tracebacks, hangs, crashes or wrong: format, edits.
 KEPT = [

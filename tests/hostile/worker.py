@@ -31,6 +31,7 @@ IMPORTED = (
     "hipa_deploy.doctor.examine",
     "hipa_deploy.generate.pipeline",
     "hipa_deploy.generate.swap_stage",
+    "tests.hostile.readers",
 )
 
 
@@ -42,7 +43,6 @@ HEAVY = (
     "hipa_deploy.export.export_bundle",
     "hipa_deploy.train.train_adaptor",
     "hipa_deploy.train.prediction.training_cost",
-    "tests.hostile.readers",
 )
 
 
@@ -94,7 +94,7 @@ def _child(hipa, case: dict, printed: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (256 * MIB, 256 * MIB))
         sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
         if case["argv"][0] == "read":
-            _read_in_place_of_commands(case["argv"][1], Path(case["folder"]))
+            _read_in_place_of_commands(case["argv"][1], Path(*case["argv"][2:]))
         hipa(case["argv"])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 98

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.disk.reading import MIB, check_file
 from hipa_deploy.errors import HipaError, as_line
+from hipa_deploy.interrupts import raise_interruption
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +65,7 @@ def load_pickled(
         raise
     # A damaged file raises errors of every kind.
     except BaseException as error:
+        raise_interruption()
         raise _refused(path, error) from None
     _check_tensors(path, content)
     return content

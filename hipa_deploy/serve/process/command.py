@@ -73,6 +73,15 @@ def serve(
     pixel_limit: Annotated[
         int, typer.Option(help="The most pixels of an uploaded image, in millions.")
     ] = 16,
+    c2pa: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PEM",
+            envvar="HIPA_C2PA",
+            help="Sign content credentials (C2PA) into every image: a file with the private key "
+            "and the certificates.",
+        ),
+    ] = None,
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Write prompts to the log too.")
     ] = False,
@@ -86,6 +95,7 @@ def serve(
 
     require("serve")
     from hipa_deploy.disk.reading import MIB
+    from hipa_deploy.marks.content_credentials import ContentSigner
     from hipa_deploy.serve.process.api_keys import read_keys
     from hipa_deploy.serve.process.server import run_server
     from hipa_deploy.serve.served import check_start
@@ -103,9 +113,10 @@ def serve(
         batch=batch,
     )
     keys = read_keys(api_keys)
+    signer = None if c2pa is None else ContentSigner.read(c2pa)
     models = check_start(bundles, backend)
     run_server(
-        ImageService(models, limits),
+        ImageService(models, limits, signer),
         backend,
         host=host,
         port=port,

@@ -19,7 +19,7 @@ from hipa_deploy.serve.service import (
     Order,
     TimeLimitError,
 )
-from hipa_deploy.serve.web.api_errors import ApiError
+from hipa_deploy.serve.web.api_errors import ApiError, queue_full
 
 # JSON numbers of JavaScript are exact up to 2**53. A drawn seed must survive such a client.
 _DRAWN_SEEDS = 2**53
@@ -167,12 +167,7 @@ async def deliver(service: ImageService, request: Request, order: Order) -> Deli
             503, "The service is stopping.", "stopping", headers={"retry-after": "5"}
         ) from None
     except QueueFullError as error:
-        raise ApiError(
-            429,
-            f"Too many images are waiting. Try again in {error.retry_after} seconds.",
-            "rate_limit_exceeded",
-            headers={"retry-after": str(error.retry_after)},
-        ) from None
+        raise queue_full(error.retry_after) from None
     except TimeLimitError:
         raise ApiError(
             504,
@@ -181,6 +176,14 @@ async def deliver(service: ImageService, request: Request, order: Order) -> Deli
         ) from None
     except GoneError:
         raise ApiError(_CLOSED, "The client went away.", "client_closed") from None
+    if delivery.flagged:
+        facts["withheld"] = len(delivery.flagged)
+    if not delivery.files:
+        # The code of OpenAI's images API for images that its own filter withholds.
+        reason = delivery.flagged[0].reason
+        raise ApiError(
+            400, f"Every image was withheld: {reason}.", "moderation_blocked", param="prompt"
+        )
     facts |= {
         "queue_ms": round(delivery.queue_ms, 2),
         "make_ms": round(delivery.make_ms, 2),

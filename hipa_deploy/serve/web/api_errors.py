@@ -52,6 +52,21 @@ class ApiError(HTTPException):
         )
 
 
+def queue_full(seconds: int) -> ApiError:
+    """The answer where too many images wait.
+
+    Args:
+        seconds: after which to try again.
+
+    """
+    return ApiError(
+        429,
+        f"Too many images are waiting. Try again in {seconds} seconds.",
+        "rate_limit_exceeded",
+        headers={"retry-after": str(seconds)},
+    )
+
+
 def error_response(
     status: int,
     message: str,

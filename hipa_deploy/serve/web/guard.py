@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hipa_deploy.serve.settings import ANSWER_SECONDS, BODY_SECONDS, JSON_BODY
-from hipa_deploy.serve.web.api_errors import ApiError
+from hipa_deploy.serve.web.api_errors import ApiError, queue_full
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -36,7 +36,9 @@ class Guard:
     - The Host header must be a number, 'localhost' or a name that the owner gave: otherwise a page
       of another site could reach a service on this machine by DNS rebinding.
     - A request that a browser sends from a page of another site is refused.
-    - With keys, every request but the health checks needs one.
+    - With keys, every request but the health checks and the page's own files needs one.
+    - Where no image can wait any more, a request for images is refused unread: in a flood that
+      leaves the processor to those that were accepted.
     - A body may have so many bytes, and so many seconds to arrive.
 
     Args:
@@ -44,7 +46,9 @@ class Guard:
         hosts: names that a Host header may have, beside numbers and localhost; ``ANY`` is all.
         origins: of other sites whose pages may send requests.
         keys: one of them is needed; none: no key is.
+        open_paths: need no key, beside the health checks.
         body: bytes that a request with images may have.
+        full: gives seconds after which to try again, or None where images can still wait.
 
     """
 
@@ -55,13 +59,17 @@ class Guard:
         hosts: Iterable[str] = (),
         origins: Iterable[str] = (),
         keys: Sequence[str] = (),
+        open_paths: Iterable[str] = (),
         body: int,
+        full: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._app = app
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
         self._origins = {origin.lower().rstrip("/") for origin in origins}
         self._keys = [_digest(key) for key in keys]
+        self._open_paths = {*OPEN_PATHS, *open_paths}
         self._body = body
+        self._full = full
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or answer it here."""
@@ -74,6 +82,7 @@ class Guard:
             self._check_host(headers)
             self._check_origin(scope, headers)
             self._check_key(scope, headers)
+            self._check_place(scope)
             body = _Body(receive, self._limit(headers))
             body.check_length(headers)
         except ApiError as error:
@@ -115,7 +124,7 @@ class Guard:
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         # A browser asks without a key what it may ask with one.
-        is_open = scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
+        is_open = scope["path"] in self._open_paths or scope["method"] == "OPTIONS"
         if not self._keys or is_open:
             return
         scheme, _, given = (headers.one("authorization") or "").partition(" ")
@@ -131,6 +140,11 @@ class Guard:
                 "invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
+
+    def _check_place(self, scope: Scope) -> None:
+        seconds = self._full() if scope["method"] == "POST" else None
+        if seconds is not None:
+            raise queue_full(seconds)
 
     def _limit(self, headers: Headers) -> int:
         kind = headers.one("content-type") or ""

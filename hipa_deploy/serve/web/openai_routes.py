@@ -147,16 +147,20 @@ async def _answer(
     delivery = await deliver(service, request, order)
     return {
         "created": int(time.time()),
-        "data": _images(delivery, order),
+        "data": _images(delivery),
         "background": "opaque",
         "output_format": fields.output_format,
         "size": f"{delivery.width}x{delivery.height}",
     }
 
 
-def _images(delivery: Delivery, order: Order) -> list[dict[str, Any]]:
-    """Each image as base64, with the seed that makes it again: an addition of this service."""
+def _images(delivery: Delivery) -> list[dict[str, Any]]:
+    """Each image as base64, with the seed that makes it again: an addition of this service.
+
+    Images that a safety checker withheld are missing, so there may be fewer than were asked for.
+    """
     images = []
-    for file, seed in zip(delivery.files, order.seeds, strict=True):
-        images.append({"b64_json": base64.b64encode(file).decode(), "seed": seed})
+    for file, parameters in zip(delivery.files, delivery.parameters, strict=True):
+        encoded = base64.b64encode(file).decode()
+        images.append({"b64_json": encoded, "seed": parameters["seed"]})
     return images

@@ -147,7 +147,7 @@ def _answer(request: Request, delivery: Delivery, order: Order) -> Response:
         "encode_ms": round(delivery.encode_ms, 3),
     }
     if media_type in accepts or "image/*" in accepts:
-        if len(delivery.files) > 1:
+        if len(order.seeds) > 1:
             raise ApiError(
                 400,
                 "Several images do not fit into one answer as bytes. Ask for one, or for JSON.",
@@ -172,6 +172,7 @@ def _answer(request: Request, delivery: Delivery, order: Order) -> Response:
         "height": delivery.height,
         "output_format": order.format,
         "images": images,
+        "withheld": [{"seed": one.seed, "reason": one.reason} for one in delivery.flagged],
         **times,
         "batches": delivery.batches,
     }

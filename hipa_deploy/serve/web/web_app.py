@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from hipa_deploy.serve.service import GoneError, ImageService
-from hipa_deploy.serve.web import openai_routes, own_routes
+from hipa_deploy.serve.web import openai_routes, own_routes, page_routes
 from hipa_deploy.serve.web.api_errors import ApiError, error_response
 from hipa_deploy.serve.web.guard import Guard
 from hipa_deploy.serve.web.request_log import LOG, RequestLog
@@ -46,6 +46,7 @@ def web_app(
     app.state.log_prompts = log_prompts
     app.include_router(openai_routes.router)
     app.include_router(own_routes.router)
+    app.include_router(page_routes.router)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(GoneError, _gone)
     app.add_exception_handler(Exception, _bug)
@@ -58,7 +59,15 @@ def web_app(
             allow_headers=["authorization", "content-type"],
             expose_headers=["x-request-id", "x-hipa-seed", "server-timing", "retry-after"],
         )
-    guard = Guard(inner, hosts=hosts, origins=origins, keys=keys, body=service.limits.body)
+    guard = Guard(
+        inner,
+        hosts=hosts,
+        origins=origins,
+        keys=keys,
+        open_paths=page_routes.open_paths(),
+        body=service.limits.body,
+        full=lambda: service.full,
+    )
     return RequestLog(guard, service.metrics)
 
 

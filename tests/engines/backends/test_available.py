@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 
-from hipa_deploy.engines.backends.available import NO_BF16, Device, describe_device
+from hipa_deploy.engines.backends import available
+from hipa_deploy.engines.backends.available import NO_BF16, Backend, Device, describe_device
 from hipa_deploy.generate.runner import BACKENDS
 from tests.engines.machine_samples import imitate_files
 
@@ -56,3 +57,17 @@ def test_it_does_not_raise_where_everything_is_missing(monkeypatch):
         )
     assert remedies["tensorrt"].endswith("pip install 'hipa-deploy[tensorrt]'")
     assert remedies["rtx"].endswith("pip install 'hipa-deploy[rtx]'")
+
+
+def test_bfloat16_is_faster_where_it_is_usable(monkeypatch):
+    def openvino(usable: bool) -> list[Backend]:
+        rest = {"version": "1", "remedy": None}
+        return [
+            Backend(name="openvino", usable=True, **rest),
+            Backend(name="openvino-bf16", usable=usable, **rest),
+        ]
+
+    monkeypatch.setattr(available, "_openvino_backends", lambda: openvino(True))
+    assert available.faster_on_cpu() == "openvino-bf16"
+    monkeypatch.setattr(available, "_openvino_backends", lambda: openvino(False))
+    assert available.faster_on_cpu() is None

@@ -39,6 +39,7 @@ class StubPipeline:
 
     backend = "onnxruntime"
     load_seconds = 0.5
+    low_memory = False
 
     def __init__(self, root: Path, *, baked: bool = False) -> None:
         """A bundle of two images a batch; ``baked``: it has a closed set of prompts."""

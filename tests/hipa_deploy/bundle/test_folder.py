@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.adaptor_swap import FOLDER, MANIFEST, AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.disk import remembered
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.engines.backends.onnxruntime_runner import engine_cache
@@ -79,6 +83,37 @@ def test_a_bundle_in_a_hub_cache_is_links_and_loads(root: Path) -> None:
     (repository / "blobs" / file_sha256(root / "unet/model.onnx")).write_bytes(b"tampered")
     with pytest.raises(HipaError, match="corrupt"):
         Bundle.open(snapshot).verify()
+
+
+def test_the_package_may_be_installed_as_links(tmp_path: Path) -> None:
+    """As uv's ``link-mode = "symlink"`` does; a stranger's bundle may not be links all the same."""
+    installed = tmp_path / "site-packages/hipa_deploy"
+    repository = Path(__file__).parents[3]
+
+    def link(folder: Path, to: Path) -> None:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(folder, to, ignore=ignored, copy_function=os.symlink)
+
+    link(repository / "hipa_deploy", installed)
+    link(repository / "engines", installed / "engines")
+    link(BUNDLE, tmp_path / "strange")
+
+    def generate(bundle: str) -> subprocess.CompletedProcess[str]:
+        words = ["-m", "hipa_deploy", "generate", bundle, "a cat", "--backend", "onnxruntime"]
+        return subprocess.run(
+            [sys.executable, *words, "--out", f"{bundle}.png"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(installed.parent)},
+            capture_output=True,
+            text=True,
+        )
+
+    own = generate("emoji")
+    assert own.returncode == 0, own.stderr
+    strange = generate("strange")
+    assert strange.returncode == 1
+    assert "is a link that leads out of strange" in strange.stderr
+    assert not (tmp_path / "strange.png").exists()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
@@ -187,3 +222,48 @@ def test_no_engine_is_written_or_read_through_a_link_out_of_the_bundle(tmp_path:
     ):
         with pytest.raises(HipaError, match="leads out"):
             use()
+
+
+@pytest.mark.parametrize("name", ["unet/model.onnx", "tokenizer/tokenizer.json"])
+def test_a_change_after_the_first_start_is_found(tmp_path, monkeypatch, name):
+    """A content of the same size and mtime, in a bundle whose hashes are remembered."""
+    monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered, "_SETTLED_NS", -1)
+    root = tmp_path / "b"
+    shutil.copytree(BUNDLE, root)
+    OneStepPipeline.load(root, "onnxruntime").close()
+    with monkeypatch.context() as nothing_is_read:
+        nothing_is_read.setattr(remembered, "file_sha256", pytest.fail)
+        OneStepPipeline.load(root, "onnxruntime").close()
+
+    path = root / name
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(HipaError, match="is corrupt: its SHA-256 is not the manifest's"):
+        OneStepPipeline.load(root, "onnxruntime")
+
+
+def test_verify_reads_what_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered, "_SETTLED_NS", -1)
+    OneStepPipeline.load(BUNDLE, "onnxruntime").close()
+    read = []
+    monkeypatch.setattr(
+        remembered, "file_sha256", lambda path: read.append(path) or file_sha256(path)
+    )
+    OneStepPipeline.load(BUNDLE, "onnxruntime").close()
+    assert read == []
+    OneStepPipeline.load(BUNDLE, "onnxruntime", verify=True).close()
+    assert len(read) == len(Bundle.open(BUNDLE).manifest.files)
+
+
+def test_a_record_of_another_hash_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered, "_SETTLED_NS", -1)
+    Bundle.open(BUNDLE).verify(remembered=True)
+    (record,) = (tmp_path / "cache" / "hashes").iterdir()
+    record.write_text(record.read_text().replace('"sha256": "', '"sha256": "f'))
+    Bundle.open(BUNDLE).verify(remembered=True)

@@ -41,10 +41,10 @@ def test_what_looks_like_a_weight_is_said_to_be_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def note(name: str, *options: str) -> str:
+        # With 'auto' there may be a note on another backend.
+        common = ["--backend", "onnxruntime", "--out", str(tmp_path / name)]
         with pytest.raises(SystemExit) as stopped:
-            main(
-                ["generate", "emoji", "a (red:1.3) apple", "--out", str(tmp_path / name), *options]
-            )
+            main(["generate", "emoji", "a (red:1.3) apple", *common, *options])
         assert not stopped.value.code
         return capsys.readouterr().err
 
@@ -54,6 +54,35 @@ def test_what_looks_like_a_weight_is_said_to_be_text(
     text, weights, asked = (tmp_path / f"{name}.png" for name in ("text", "weights", "asked"))
     assert text.read_bytes() == asked.read_bytes() != weights.read_bytes()
     assert read_parameters(weights)["prompt_weights"] is True
+
+
+def test_auto_names_a_faster_backend(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def notes(*options: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(["generate", "emoji", "an apple", "--out", str(tmp_path / "a.png"), *options])
+        assert not stopped.value.code
+        return capsys.readouterr().err
+
+    faster = "hipa_deploy.engines.backends.available.faster_on_cpu"
+    monkeypatch.setattr(faster, lambda: "openvino-bf16")
+    expected = "note: auto took onnxruntime. --backend openvino-bf16 is faster on this processor."
+    assert expected in notes()
+    assert "note" not in notes("--backend", "onnxruntime", "--force")
+    monkeypatch.setattr(faster, lambda: None)
+    assert "note" not in notes("--force")
+
+
+def test_verify_and_no_cache_give_the_same_image(tmp_path: Path) -> None:
+    images = []
+    for name, options in {"plain": [], "verified": ["--verify"], "anew": ["--no-cache"]}.items():
+        path = tmp_path / f"{name}.png"
+        with pytest.raises(SystemExit) as stopped:
+            main(["generate", "emoji", "an apple", "--out", str(path), *options])
+        assert not stopped.value.code
+        images.append(path.read_bytes())
+    assert images[0] == images[1] == images[2]
 
 
 def test_low_memory_gives_the_same_file_and_says_how(

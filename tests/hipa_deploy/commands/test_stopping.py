@@ -65,7 +65,9 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., subp
 def test_a_generation_that_is_stopped(
     number: signal.Signals, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    process = start("generate", "emoji", "a", "--count", "500", "--out", "images")
+    process = start(
+        "generate", "emoji", embedded.EXAMPLE_PROMPT, "--count", "500", "--out", "images"
+    )
     images = tmp_path / "work" / "images"
     wait_until(lambda: images.exists() and len(list(images.glob("*.png"))) > 1, process)
     process.send_signal(number)
@@ -149,6 +151,133 @@ def test_ctrl_c_inside_a_command_is_one_line(
         main(["doctor"])
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "hipa: stopped\n"
+
+
+# What libraries make of an interruption: each function is called in place of ``examine``.
+LOSSES = """
+import os, sys, tempfile
+from importlib import import_module
+from hipa_deploy.disk.files import new_folder, write_file
+from hipa_deploy.errors import as_line
+from hipa_deploy.commands.app import main
+from pathlib import Path
+
+def press():
+    os.kill(os.getpid(), {number})
+
+class Pressing:
+    def __set_name__(self, owner, name):
+        press()
+
+def rewrapped():
+    class Owner:  # Python up to 3.11 raises a RuntimeError
+        attribute = Pressing()
+
+def in_a_text():
+    exec("press()")
+
+def as_an_error():
+    with as_line("a file cannot be read", "Copy it again."):
+        try:
+            press()
+        except BaseException as error:
+            raise ImportError("initialization failed") from error
+
+def as_a_bug():
+    try:
+        press()
+    except BaseException as error:
+        raise ValueError("a bug") from error
+
+def as_success():
+    try:
+        press()
+    except BaseException:
+        sys.exit(0)
+
+def lost():
+    try:
+        press()
+    except BaseException:
+        pass
+
+def lost_before_a_file():
+    lost()
+    write_file(Path("file"), b"half")
+
+def lost_before_a_folder():
+    with new_folder(Path("folder")):
+        lost()
+
+def while_a_folder_is_made():
+    make = tempfile.mkdtemp
+
+    def pressing(*arguments, **options):
+        folder = make(*arguments, **options)
+        press()
+        return folder
+
+    tempfile.mkdtemp = pressing
+    try:
+        with new_folder(Path("folder")):
+            pass
+    finally:
+        tempfile.mkdtemp = make
+
+# The text last: another one would make Python forget the signal.
+ways = (rewrapped, as_an_error, as_a_bug, as_success, lost, lost_before_a_file,
+        lost_before_a_folder, while_a_folder_is_made, in_a_text)
+for way in ways:
+    import_module("hipa_deploy.doctor.examine").examine = lambda *_, **__: way()
+    try:
+        main(["doctor"])
+    except SystemExit as end:
+        print(way.__name__, end.code, file=sys.stderr)
+sys.exit(7)
+"""
+WAYS = (
+    "rewrapped", "as_an_error", "as_a_bug", "as_success", "lost", "lost_before_a_file",
+    "lost_before_a_folder", "while_a_folder_is_made", "in_a_text",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", EXIT_CODES)
+def test_an_interruption_that_a_library_changes(number: signal.Signals, tmp_path: Path) -> None:
+    module = tmp_path / "losses.py"
+    module.write_text(LOSSES.replace("{number}", str(int(number))))
+    # As a module, as "python -m hipa_deploy" is: a script's exit code is not changed at the end.
+    command = [sys.executable, "-m", "losses"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    expected = [f"hipa: stopped\n{way} {EXIT_CODES[number]}\n" for way in WAYS]
+    assert done.stderr == "".join(expected)
+    assert done.returncode == 7  # Python itself has forgotten the signal
+    assert {path.name for path in tmp_path.iterdir()} <= {"losses.py", "__pycache__"}
+
+
+@pytest.mark.parametrize("number", EXIT_CODES)
+def test_a_command_that_is_stopped_while_it_is_imported(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    # A package of the commands that is imported before they are.
+    (tmp_path / "typer.py").write_text(f"import os\nos.kill(os.getpid(), {int(number)})\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([*HIPA, "--help"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (EXIT_CODES[number], "hipa: stopped\n")
+
+
+@pytest.mark.parametrize("code", [0, None, 3, "words"])
+def test_a_library_that_ends_the_process_is_an_error(
+    code: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leave(*_: object, **__: object) -> None:
+        sys.exit(code)
+
+    monkeypatch.setattr(import_module("hipa_deploy.doctor.examine"), "examine", leave)
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor"])
+    assert stopped.value.code == 1
+    line = f"hipa: a library ended the command (exit code {code}). The work is not done.\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_warning_for_the_user_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

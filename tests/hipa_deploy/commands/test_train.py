@@ -38,7 +38,10 @@ def test_a_dry_run_prints_writes_nothing_and_fails_with_its_prompts(
 ) -> None:
     from hipa_deploy.train.prediction import dry_run
 
-    def stand_in(recipe: object, model_dir: Path, gpus: list) -> tuple[list[str], HipaError | None]:
+    def stand_in(
+        recipe: object, model_dir: Path, gpus: list, processes: int
+    ) -> tuple[list[str], HipaError | None]:
+        assert processes == 1
         knows_a100 = "A100 80 GB SXM" in [gpu.title for gpu in gpus]
         return [f"{recipe.steps} steps of {model_dir.name}, {knows_a100}"], problem
 

@@ -50,8 +50,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     there: set[int] = set()
     open_runner = open_stages.open_runner
 
-    def recording(bundle, stage, backend):
-        runner = open_runner(bundle, stage, backend)
+    def recording(bundle, stage, backend, **options):
+        runner = open_runner(bundle, stage, backend, **options)
         log.append((stage, len(there)))
         there.add(id(runner))
         close = runner.close
@@ -92,7 +92,7 @@ def test_the_generic_layout_in_turn(monkeypatch, groups) -> None:
     stages = {name: SimpleNamespace(spec=runner.spec) for name, runner in runners.items()}
     manifest = SimpleNamespace(layout="generic", one_step=STEP)
     fake = SimpleNamespace(root="root", stages=stages, manifest=manifest)
-    monkeypatch.setattr(open_stages, "open_runner", lambda bundle, stage, backend: runners[stage])
+    monkeypatch.setattr(open_stages, "open_runner", lambda _, stage, *__, **___: runners[stage])
     for runner in runners.values():
         monkeypatch.setattr(type(runner), "__enter__", lambda self: self, raising=False)
         monkeypatch.setattr(type(runner), "__exit__", lambda self, *_: None, raising=False)

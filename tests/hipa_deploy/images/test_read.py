@@ -1,12 +1,15 @@
 import io
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.images.read import check_size, fit_image, fit_mask, read_image, read_mask
@@ -166,6 +169,90 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
     path = saved(tmp_path, red, "x.gif", save_all=True, append_images=[blue])
     assert Image.open(path).n_frames == 2
     assert (read_image(path) == [255, 0, 0]).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB", "I;16", "F"])
+def test_an_image_is_read_alike_in_strips(
+    mode: str, orientation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large image is converted in strips; here they are one row or two."""
+    noise = np.random.default_rng(1).integers(0, 256, (23, 17, 4), dtype=np.uint8)
+    options: dict[str, Any] = {}
+    if mode in ("I;16", "F"):
+        grey_HW = noise[..., 0].astype(np.uint16) * 257
+        image = Image.fromarray(np.float32(grey_HW / 65535) if mode == "F" else grey_HW)
+    else:
+        image = Image.fromarray(noise if mode in ("RGBA", "LA") else noise[..., :3])
+        image = image.quantize(7) if mode == "P" else _in_mode(image, mode)
+    if mode == "P":
+        options["transparency"] = 3
+    if mode in ("L", "RGB", "RGBA", "I;16"):
+        image.info["gamma"] = 0.7
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, image, "x.tiff" if mode in ("CMYK", "LAB", "F") else "x.png",
+                 exif=exif, **options)  # fmt: skip
+    source = Image.open(path)
+    source.info |= image.info
+    whole = read_image(source)
+    mask = read_mask(path)
+    assert len(np.unique(whole)) > 1
+    for width in (17, 40):
+        monkeypatch.setattr("hipa_deploy.images.read._STRIP_PIXELS", width)
+        np.testing.assert_array_equal(read_image(source), whole)
+        np.testing.assert_array_equal(read_mask(path), mask)
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    if mode == "LAB":
+        to_lab = ImageCms.buildTransform(
+            ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
+        )
+        return ImageCms.applyTransform(image, to_lab)
+    return image.convert(mode)
+
+
+MEMORY = """
+import resource, sys
+from hipa_deploy.images.read import read_image, read_mask
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # MiB
+before = peak()
+{"image": read_image, "mask": read_mask}[sys.argv[1]](sys.argv[2])
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("what", ["image", "mask"])
+def test_a_small_file_of_many_pixels_takes_little_memory(what: str, tmp_path: Path) -> None:
+    side = 5000
+    path = tmp_path / "x.png"
+    path.write_bytes(png(4, 16, (side, side), bytes((4 * side + 1) * side)))
+    assert path.stat().st_size < 120_000
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, what, str(path)], capture_output=True, text=True, check=True
+    )
+    # The image as Pillow has it, 4 bytes a pixel, and the result of 3 or 4.
+    assert int(done.stdout) < 8 * side * side / 2**20 + 120
+
+
+@pytest.mark.parametrize("size", [(1 << 21, 1), (1, 1 << 21)])
+def test_an_endless_row_or_column_is_refused(size: tuple[int, int], tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(png(0, 8, size, b""))
+    with pytest.raises(HipaError, match="at most 1048576 pixels a side"):
+        read_image(tmp_path / "x.png")
+
+
+def test_libtiff_says_nothing_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = saved(tmp_path, Image.effect_noise((64, 64), 50), "x.tiff", compression="tiff_lzw")
+    content = bytearray(path.read_bytes())
+    content[1000:3000] = bytes(2000)
+    path.write_bytes(content)
+    with pytest.raises(HipaError, match="cannot be read"):
+        read_image(path)
+    os.write(2, b"and then")
+    assert capfd.readouterr().err == "and then"
 
 
 def test_files_that_are_not_an_image(tmp_path: Path) -> None:

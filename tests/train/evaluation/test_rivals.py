@@ -63,7 +63,9 @@ def test_a_report_with_rivals(model_dir: Path, lora: Path, tmp_path: Path) -> No
     texts = [PROMPTS[number % 3] for number in range(4)]
     report = quality_report(teacher, texts, rows["teacher, 2 steps"], again, rows)
     text = write_report(tmp_path / "report", report, rows).read_text()
-    assert f"KID gap closed: {names[0]} " in text
+    assert all(f"| {name} |" in text for name in names)
+    # Four images of three prompts leave a gap that is not clear of its noise.
+    assert "is smaller than its own noise" in " ".join(text.split())
     assert all(f"| {name} |" in text for name in names)
 
 

@@ -90,7 +90,7 @@ def test_at_the_smallest_scale_an_infinite_gradient_is_divergence(
     recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 0.5)
-    monkeypatch.setattr(train_adaptor_module, "hipa_loss", lambda settings: Exploding())
+    monkeypatch.setattr(train_adaptor_module, "hipa_loss", lambda settings, **_: Exploding())
     loss = recipe.loss.model_copy(update={"latent_warmup_steps": 0})
     half = recipe.model_copy(update={"mixed_precision": "fp16", "loss": loss})
     with pytest.raises(HipaError, match="training diverged: loss 0, gradient norm"):

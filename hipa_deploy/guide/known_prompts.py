@@ -1,0 +1,62 @@
+"""Prompts outside what the embedded model knows, and the nearest that it does."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+from hipa_deploy.embedded import BUNDLE, MODEL
+from hipa_deploy.errors import HipaWarning, brief
+
+# What the model was trained on, and the same concepts in a style that was kept aside.
+_FILES = ("prompts.txt", "prompts_pair.txt")
+
+
+def warn_of_unknown(bundle: Path, prompts: Iterable[str]) -> None:
+    """Warn of each prompt that the embedded bundle cannot draw; say nothing of other bundles.
+
+    Args:
+        bundle: the bundle's folder.
+        prompts: what images are asked of.
+
+    Example:
+        >>> warn_of_unknown(BUNDLE, ["3d emoji of a zebra crossing"])
+        HipaWarning: the included model knows no '3d emoji of a zebra crossing', and draws …
+
+    """
+    if bundle != BUNDLE:
+        return
+    known = known_prompts()
+    for prompt in dict.fromkeys(prompts):
+        nearest = nearest_known(prompt, known)
+        if nearest is not None:
+            warnings.warn(
+                f"the included model knows no {brief(prompt)}, and draws something else. The "
+                f"nearest prompt that it knows is {nearest!r}. {MODEL / _FILES[0]} lists them all.",
+                HipaWarning,
+                stacklevel=2,
+            )
+
+
+def known_prompts() -> dict[str, str]:
+    """Every prompt that the embedded model knows, by itself in lower case."""
+    known = {}
+    for name in _FILES:
+        for line in (MODEL / name).read_text(encoding="utf-8").splitlines():
+            known[_plain(line)] = line
+    return known
+
+
+def nearest_known(prompt: str, known: dict[str, str]) -> str | None:
+    """The known prompt that is spelled most like this one; None for one that is known itself."""
+    plain = _plain(prompt)
+    if plain in known:
+        return None
+    return known[difflib.get_close_matches(plain, known, n=1, cutoff=0.0)[0]]
+
+
+def _plain(prompt: str) -> str:
+    """In lower case and with single spaces, as CLIP's tokenizer reads it."""
+    return " ".join(prompt.lower().split())

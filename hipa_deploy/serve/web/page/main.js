@@ -1,0 +1,351 @@
+// The page: what happens when something changes. Each part lives in a module of its own.
+
+import { getJson, makeImage, onKeyNeeded, ServiceError } from "./api.js";
+import { Form, FormProblem } from "./form.js";
+import { History } from "./history.js";
+import { askForKey } from "./key_dialog.js";
+import { Newest } from "./newest.js";
+import { readFacts } from "./png_facts.js";
+import { Result } from "./result.js";
+import { MISSING_MASK, Source } from "./source.js";
+
+const SHORTEST_DELAY = 90; // milliseconds after a keystroke before a request leaves
+const LONGEST_DELAY = 400;
+const SETTLED = 1500; // milliseconds that an image must stand before it is kept
+const MOST_TRIES = 5; // of a request that a busy service sends away
+const MOST_IDEAS = 6;
+
+const byId = (id) => document.getElementById(id);
+
+let about = { prompts: {}, limits: { prompt: Infinity, body: Infinity, pixels: Infinity } };
+let lastRoundTrip = SHORTEST_DELAY;
+let settling = null;
+let tries = 0;
+let asked = 0; // counts what was asked for: reading the mask takes a moment, and may be overtaken
+
+const form = new Form(formChanged);
+const result = new Result();
+const source = new Source({ changed: (what) => formChanged(what), received });
+const history = new History({
+  list: byId("history"),
+  help: byId("history-help"),
+  forget: byId("forget"),
+  restore,
+});
+const newest = new Newest({ run: makeImage, done, failed, busy });
+
+// ---- asking for images ----
+
+/**
+ * Ask for the image of what the form says now.
+ *
+ * `delay`: wait a moment, more keystrokes may come. `keep`: the user asked for it by a key or a
+ * button, so it goes into the history at once, and what is missing is said as an error.
+ */
+async function ask({ delay = false, keep = false, again = false } = {}) {
+  const number = ++asked;
+  newest.stop();
+  clearTimeout(settling);
+  if (!again) tries = 0;
+  result.stale(result.shown !== null);
+  let order;
+  try {
+    order = form.read();
+    if (form.bundle) await source.fit(form.task, form.target);
+  } catch (error) {
+    if (number === asked) showError(error);
+    return;
+  }
+  const parts = order && form.task !== "generate" ? await source.parts(form.task) : {};
+  if (number !== asked) return; // overtaken while the mask was read
+  const missing = source.missing(form.task);
+  showEmpty(missing);
+  if (!order || !parts) {
+    // Everything that was painted may have been erased again.
+    const words = order ? MISSING_MASK : "Type a prompt first: what the image shows.";
+    if (keep) showError(new FormProblem(missing ?? words, order ? null : form.prompt));
+    else hideError();
+    return;
+  }
+  if (order.prompt.length > about.limits.prompt) {
+    showError(new FormProblem(`The prompt has ${order.prompt.length} characters. This service reads at most ${about.limits.prompt}.`, form.prompt));
+    return;
+  }
+  if (!again) hideError();
+  const wait = Math.min(LONGEST_DELAY, Math.max(SHORTEST_DELAY, lastRoundTrip));
+  newest.request({ ...order, ...parts, keep }, delay ? wait : 0);
+}
+
+function formChanged(what) {
+  if (what !== "other" && what !== "mask") showIdeas();
+  const isLive = byId("live").checked && form.task !== "upscale";
+  // A new image or another task shows something at once; strokes and words only while one wants it.
+  if (isLive || what === "task" || what === "image") {
+    ask({ delay: true });
+    return;
+  }
+  newest.stop();
+  asked += 1;
+  result.stale(result.shown !== null);
+  if (form.bundle) source.fit(form.task, form.target).catch(showError);
+  showEmpty(source.missing(form.task));
+}
+
+async function done(order, made) {
+  lastRoundTrip = made.roundTrip;
+  tries = 0;
+  hideError();
+  service("ready");
+  const { keep, ...plain } = order;
+  const entry = { order: plain, blob: made.blob, seed: made.seed, latency: latencyWords(made) };
+  const number = asked;
+  await result.show(entry);
+  history.mark(entry.blob);
+  byId("use").disabled = false;
+  const settle = () => {
+    history.add(entry);
+    say(`Image ready after ${Math.round(made.roundTrip)} milliseconds.`);
+  };
+  if (keep) settle();
+  if (number !== asked) result.stale(true); // something has changed while the image was decoded
+  else if (!keep) settling = setTimeout(settle, SETTLED);
+}
+
+function failed(order, error) {
+  if (error.name === "AbortError") return;
+  tries += 1;
+  const again = error instanceof ServiceError && error.retryAfter !== null && tries < MOST_TRIES;
+  if (error.code === "unreachable") service("down");
+  showError(error, again ? " The page tries again by itself." : "");
+  if (!again) return;
+  newest.request(order, error.retryAfter * 1000);
+  byId("stop").disabled = false;
+}
+
+function latencyWords({ roundTrip, times }) {
+  const total = `${Math.round(roundTrip)} ms`;
+  if (times.make === undefined) return total;
+  const parts = [`model ${Math.round(times.make)}`];
+  if (times.queue >= 1) parts.push(`queue ${Math.round(times.queue)}`);
+  return `${total} (${parts.join(", ")})`;
+}
+
+// ---- what the page says ----
+
+function busy(isBusy) {
+  byId("result-frame").closest(".board").setAttribute("aria-busy", String(isBusy));
+  byId("stop").disabled = !isBusy;
+}
+
+function showError(error, more = "") {
+  byId("error-words").textContent = error.message + more;
+  byId("error").hidden = false;
+  byId("retry").hidden = error instanceof FormProblem;
+  form.mark(error.control ?? null);
+  result.stale(result.shown !== null);
+}
+
+function hideError() {
+  byId("error").hidden = true;
+}
+
+function say(words) {
+  byId("status").textContent = words;
+}
+
+function service(state, words) {
+  const line = byId("service");
+  if (line.dataset.state === state && !words) return;
+  line.dataset.state = state;
+  const backends = [...new Set(form.models.map((model) => model.backend).filter(Boolean))].join(", ");
+  const ready = backends ? `Ready on ${backends}` : "Ready";
+  line.textContent = words ?? { ready, down: "The service does not answer" }[state];
+}
+
+function showEmpty(missing) {
+  if (result.shown) return;
+  const { example } = about.prompts[form.bundle?.id] ?? {};
+  const typed = form.prompt.value.trim() !== "";
+  if (missing) result.empty(missing);
+  else if (form.task === "upscale") result.empty("Press “Make the image”.");
+  else if (!typed && example) result.empty(`Type what the image shows, such as “${example}”.`);
+  else if (!typed) result.empty("Type what the image shows. The image changes while you type.");
+}
+
+/** Prompts that the model surely knows: its example, or those of a closed set that are like yours. */
+function showIdeas() {
+  const { example, known = [] } = about.prompts[form.bundle?.id] ?? {};
+  const typed = form.prompt.value.trim().toLowerCase();
+  let ideas = example ? [example] : [];
+  if (known.length) ideas = known.filter((prompt) => prompt.toLowerCase().includes(typed));
+  if (!known.length && typed) ideas = [];
+  ideas = ideas.filter((prompt) => prompt.toLowerCase() !== typed).slice(0, MOST_IDEAS);
+  byId("idea-list").replaceChildren(...ideas.map(ideaButton));
+  byId("ideas").hidden = ideas.length === 0;
+}
+
+function ideaButton(prompt) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = prompt;
+  button.addEventListener("click", () => {
+    form.prompt.value = prompt;
+    showIdeas();
+    form.prompt.focus();
+    ask({ keep: true });
+  });
+  return button;
+}
+
+// ---- images that come in ----
+
+/** A dropped or pasted file. Where the task needs no image, find out what it may be for. */
+async function received(file) {
+  if (form.task !== "generate") return false;
+  const facts = await readFacts(file);
+  if (typeof facts?.prompt === "string" && /^\d+$/.test(facts.seed ?? "")) {
+    form.prompt.value = facts.prompt;
+    form.seed.value = facts.seed;
+    say("The prompt and the seed were read from the image.");
+    showIdeas();
+    ask({ keep: true });
+    return true;
+  }
+  const task = form.tasks.find((one) => one !== "generate");
+  if (!task) {
+    showError(new FormProblem("This service has no model that takes an image. The file is no image of hipa-deploy with a prompt and a seed either.", null));
+    return true;
+  }
+  form.setTask(task);
+  showIdeas();
+  return false;
+}
+
+async function restore(entry) {
+  newest.stop();
+  const number = ++asked;
+  clearTimeout(settling);
+  hideError();
+  const { order } = entry;
+  form.write(order);
+  showIdeas();
+  try {
+    if (form.bundle && order.source) await source.restore(order.source, order.mask, order.task, form.target);
+    else if (form.bundle) await source.fit(form.task, form.target);
+    if (number !== asked) return;
+    await result.show(entry);
+  } catch (error) {
+    showError(error);
+    return;
+  }
+  history.mark(entry.blob);
+  byId("use").disabled = false;
+  say("The image is back.");
+  if (form.models.some((model) => model.id === order.model)) return;
+  showError(new FormProblem(`The image is back, but its model ${order.model} is not served here. The form names another one.`, null));
+  result.stale(false);
+}
+
+// ---- keys and buttons ----
+
+function makeNow() {
+  ask({ keep: true });
+}
+
+function newSeed() {
+  form.newSeed();
+  ask({ keep: true });
+}
+
+function stop() {
+  asked += 1;
+  newest.stop();
+  say("Stopped.");
+}
+
+byId("controls").addEventListener("submit", (event) => {
+  event.preventDefault();
+  makeNow();
+});
+byId("dice").addEventListener("click", newSeed);
+byId("stop").addEventListener("click", stop);
+byId("retry").addEventListener("click", makeNow);
+byId("live").addEventListener("change", () => { if (byId("live").checked) ask({ delay: true }); });
+byId("prompt").addEventListener("keydown", (event) => {
+  // While a Japanese or Chinese word is composed, Enter chooses its characters.
+  if (event.key !== "Enter" || event.shiftKey || event.ctrlKey || event.metaKey || event.isComposing) return;
+  event.preventDefault();
+  makeNow();
+});
+addEventListener("keydown", (event) => {
+  if (byId("key-dialog").open) return;
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    if (form.task === "upscale") makeNow();
+    else newSeed();
+  } else if (event.key === "Escape" && (newest.active || !byId("error").hidden)) {
+    stop();
+    hideError();
+  }
+});
+byId("download").addEventListener("click", (event) => {
+  if (!result.shown) event.preventDefault();
+  else history.add(result.shown);
+});
+byId("use").addEventListener("click", () => {
+  const task = form.task === "generate" ? form.tasks.find((one) => one !== "generate") : form.task;
+  history.add(result.shown);
+  form.setTask(task);
+  source.use(result.shown.blob);
+  ask({ delay: true });
+});
+
+// ---- the beginning ----
+
+async function start() {
+  onKeyNeeded(askForKey);
+  // A phone has room for the prompt and the image; the settings are one touch away.
+  byId("settings").open = matchMedia("(min-width: 60rem)").matches;
+  try {
+    about = await getJson("page/about");
+    await offerModels();
+  } catch (error) {
+    service("down", error.code === "unreachable" ? undefined : "Not connected");
+    showError(error);
+    byId("retry").addEventListener("click", () => location.reload(), { once: true });
+    await history.load(); // old images can be seen without a service
+    return;
+  }
+  // Not before: an image that comes back needs the models of its form.
+  await history.load();
+  if (byId("settings").open) form.prompt.focus();
+  await untilReady();
+}
+
+async function offerModels() {
+  const { models } = await getJson("hipa/models");
+  source.limits = about.limits;
+  form.offer(models);
+  byId("use").hidden = !form.tasks.some((task) => task !== "generate");
+  showIdeas();
+  await source.fit(form.task, form.target);
+  showEmpty(source.missing(form.task));
+}
+
+/** Say that the models load, and when they have. */
+async function untilReady() {
+  for (;;) {
+    if (form.models.every((model) => model.ready)) break;
+    service("loading", "Loading the models…");
+    await new Promise((resolve) => setTimeout(resolve, 1000));
+    try {
+      const { models } = await getJson("hipa/models");
+      form.models = models;
+    } catch (error) {
+      if (error.code === "unreachable") service("down");
+    }
+  }
+  service("ready");
+}
+
+start();

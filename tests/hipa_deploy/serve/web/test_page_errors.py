@@ -1,0 +1,172 @@
+"""The page in a real browser where something is wrong: keys, refusals, a service that is gone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hipa_deploy.bundle.folder import Bundle
+from tests.browser import open_browser, open_page
+from tests.served import Server, running, tiny_bundles
+
+KEY = "a-key-of-plain-text"
+PROMPT = "a green pear"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return tiny_bundles(tmp_path_factory.mktemp("bundles"))["tiny"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Bundle) -> Iterator[Server]:
+    options = ("--backend", "onnxruntime", "--prompt-limit", "400")
+    with running(str(tiny.root), *options, HIPA_API_KEYS=KEY) as it:
+        yield it
+
+
+@pytest.fixture
+def page(browser: Any, server: Server) -> Iterator[Any]:
+    """The page of somebody whose key is known."""
+    script = f"sessionStorage.setItem('hipa-api-key', '{KEY}')"
+    with open_page(browser, server.url, script=script) as it:
+        yield it
+
+
+def error_of(page: Any) -> str:
+    page.wait_for_selector("#error")
+    assert page.get_attribute("#error", "role") == "alert"
+    return page.inner_text("#error-words")
+
+
+def test_a_key_is_asked_for_and_kept_for_the_tab_alone(browser: Any, server: Server) -> None:
+    with open_page(browser, server.url, ready=False) as page:
+        page.wait_for_selector("#key-dialog[open]")
+        page.fill("#key", "a-key-that-is-wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_function(
+            "() => document.querySelector('#key-words').textContent.startsWith('Incorrect API key')"
+        )
+        page.fill("#key", KEY)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#service[data-state=ready]")
+        page.fill("#prompt", PROMPT)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#history button")
+        assert page.evaluate("Object.values({...sessionStorage})") == [KEY]
+        assert page.evaluate("Object.keys({...localStorage}).length + document.cookie.length") == 0
+        assert page.input_value("#key") == ""
+        page.reload()
+        page.wait_for_selector("#service[data-state=ready]")
+
+
+def test_without_a_key_the_page_says_so(browser: Any, server: Server) -> None:
+    with open_page(browser, server.url, ready=False) as page:
+        page.wait_for_selector("#key-dialog[open]")
+        page.keyboard.press("Escape")
+        assert "Incorrect API key" in error_of(page)
+        assert page.inner_text("#service") == "Not connected"
+
+
+def test_what_the_service_refuses_is_said_in_its_words(page: Any) -> None:
+    page.fill("#prompt", "pear " * 79)  # 395 characters, and more tokens than the model takes
+    page.keyboard.press("Enter")
+    assert "tokens" in error_of(page)
+    page.fill("#prompt", "pear " * 81 + "pear")
+    assert "at most 400" in error_of(page)
+    assert page.get_attribute("#prompt", "aria-invalid") == "true"
+    for seed in ("-1", "1.5", "9223372036854775808", ""):
+        page.fill("#prompt", PROMPT)
+        page.fill("#seed", seed)
+        page.wait_for_selector("#seed[aria-invalid]")
+        assert "from 0 to 9223372036854775807" in error_of(page)
+    page.fill("#seed", "007")
+    page.wait_for_selector("#error", state="hidden")
+    page.wait_for_selector("#result:not(.stale)")
+    assert "seed 7 " in page.inner_text("#caption")
+
+
+def test_a_busy_service_is_asked_again_when_it_says(page: Any) -> None:
+    """The refusal is the service's own answer of ``QueueFullError``, with one second in it."""
+    message = "Too many images are waiting. Try again in 1 seconds."
+    refusal = {"message": message, "type": "rate_limit_error", "param": None, "code": "busy"}
+    asked: list[Any] = []
+
+    def answer(route: Any) -> None:
+        asked.append(route)
+        if len(asked) > 1:
+            route.continue_()
+            return
+        headers = {"retry-after": "1", "content-type": "application/json"}
+        route.fulfill(status=429, headers=headers, body=json.dumps({"error": refusal}))
+
+    page.route("**/hipa/generate", answer)
+    page.fill("#prompt", PROMPT)
+    page.keyboard.press("Enter")
+    assert error_of(page) == f"{message} The page tries again by itself."
+    page.wait_for_selector("#history button")
+    page.wait_for_selector("#error", state="hidden")
+    assert len(asked) == 2
+
+
+def test_an_answer_that_is_not_the_services(page: Any) -> None:
+    page.route("**/hipa/generate", lambda route: route.fulfill(status=502, body="<h1>Bad</h1>"))
+    page.fill("#prompt", PROMPT)
+    assert error_of(page) == "The service answered with status 502."
+
+
+def test_a_closed_set_of_prompts_is_offered(page: Any) -> None:
+    """What the page does with the prompts; that they are a bundle's is tested beside the routes."""
+    known = ["a red apple", "a green pear", "a green car"]
+    answer = {
+        "prompts": {"tiny": {"example": known[0], "known": known}},
+        "limits": {"prompt": 400, "body": 1 << 20, "pixels": 1 << 20},
+    }
+    page.route("**/page/about", lambda route: route.fulfill(json=answer))
+    page.reload()
+    page.wait_for_selector("#service[data-state=ready]")
+    page.uncheck("#live")
+    page.fill("#prompt", "green")
+    assert page.locator("#idea-list button").all_inner_texts() == known[1:]
+    page.locator("#idea-list button").first.click()
+    page.wait_for_selector("#history button")
+    assert page.input_value("#prompt") == known[1]
+
+
+def test_a_service_that_has_stopped(page: Any, server: Server) -> None:
+    """The last test of this file: it stops the server."""
+    page.fill("#prompt", PROMPT)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#history button")
+    assert page.locator("#result.stale").count() == 0
+    server.stop()
+    page.fill("#prompt", "a red apple")
+    page.keyboard.press("Enter")
+    assert error_of(page).startswith("The service does not answer.")
+    assert page.inner_text("#service") == "The service does not answer"
+    # The image is still there, and is not taken for that of the new prompt.
+    assert page.locator("#result.stale").count() == 1
+    assert PROMPT in page.inner_text("#caption")
+    assert page.is_visible("#retry")
+    # What was kept can be seen all the same.
+    page.locator("#history button").first.click()
+    page.wait_for_selector("#result:not(.stale)")
+
+
+def test_where_there_is_no_browser_the_tests_skip(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("HIPA_CHROMIUM", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="install the package chromium"), open_browser():
+        pass
