@@ -31,7 +31,7 @@ from hipa_deploy.guide.guided_command import GuidedCommand, VersionOption, with_
 from hipa_deploy.guide.init import init
 from hipa_deploy.guide.usage_examples import examples_text
 from hipa_deploy.interrupts import interrupting_signal, signals_interrupt
-from hipa_deploy.publish.command import publish
+from hipa_deploy.publish.publish_command import publish
 from hipa_deploy.serve.process.command import serve
 
 ABOUT = """Turn a multi-step text-to-image diffusion model into a one-step one, and run it fast.

@@ -19,8 +19,8 @@ from hipa_deploy.publish.card import (
     sections,
     table,
 )
+from hipa_deploy.publish.measured_quality import Report
 from hipa_deploy.publish.peft_files import PEFT_WEIGHTS
-from hipa_deploy.publish.quality import Report
 from hipa_deploy.tasks import Task
 
 TAGS = ("lora", "one-step", "hipa")

@@ -18,7 +18,7 @@ from hipa_deploy.publish.card import (
     sections,
     table,
 )
-from hipa_deploy.publish.quality import Report
+from hipa_deploy.publish.measured_quality import Report
 
 TAGS = ("onnx", "one-step", "hipa")
 BACKENDS = {

@@ -25,8 +25,8 @@ from hipa_deploy.publish.adaptor_card import adaptor_card
 from hipa_deploy.publish.base_model import BaseModel, base_of_adaptor, base_of_bundle
 from hipa_deploy.publish.bundle_card import bundle_card
 from hipa_deploy.publish.leaks import CARD, refuse_local_paths
+from hipa_deploy.publish.measured_quality import Report, read_report
 from hipa_deploy.publish.peft_files import write_peft_files
-from hipa_deploy.publish.quality import Report, read_report
 
 SCHEDULER = "scheduler/scheduler_config.json"
 
