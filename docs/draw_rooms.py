@@ -57,6 +57,7 @@ COMMANDS = House(
         ("hipa_deploy.serve.process", "hipa-serve: socket, signals"),
         ("hipa_deploy.serve.cluster", "replicas on a Ray cluster"),
         ("hipa_deploy.serve.web", "HTTP: OpenAI's API, own API, guard"),
+        ("hipa_deploy.publish", "model cards, peft's files, upload"),
         ("hipa_deploy.serve", "models by name, queue, batches"),
     ),
 )

@@ -129,13 +129,22 @@ def write_closed_set(
     return stored_NLD
 
 
-def write_references(root: Path, references: References) -> None:
-    """Write ``reference/``: the tensors, and the prompt and seeds that they belong to."""
+def write_references(root: Path, references: References, others: Sequence[References] = ()) -> None:
+    """Write ``reference/``: the tensors, and the prompt and seeds that they belong to.
+
+    Args:
+        root: the bundle's folder.
+        references: what is stored.
+        others: of further prompts that judged the stages. Their texts alone are stored, after the
+            prompt of the tensors.
+
+    """
     tensors = root / REFERENCE_TENSORS
     tensors.parent.mkdir()
     arrays: Any = references.tensors  # Any: numpy's stub takes no mapping of arrays here
     np.savez_compressed(tensors, **arrays)
-    content = {"prompts": [references.prompt], "seeds": list(references.seeds)}
+    prompts = [judge.prompt for judge in (references, *others)]
+    content = {"prompts": prompts, "seeds": list(references.seeds)}
     (root / REFERENCE_PROMPTS).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 

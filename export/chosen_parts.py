@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
@@ -146,3 +149,46 @@ class ChosenParts:
         """Whether the decoder is the one that a manifest names, by its weights."""
         folder = self.tiny_decoder or self.model.folder / "vae"
         return has_identity(folder, decoder.sha256)
+
+
+@dataclass(frozen=True)
+class HeldParts(ChosenParts):
+    """The same parts; the last one that was asked for stays loaded, until ``release`` or another.
+
+    So a part serves several prompts in turn, and two parts are never in memory together.
+    """
+
+    held: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, parts: ChosenParts) -> HeldParts:
+        """Parts that load what ``parts`` load."""
+        return cls(**{entry.name: getattr(parts, entry.name) for entry in fields(ChosenParts)})
+
+    def text_encoder(self) -> CLIPTextModel:
+        """As ``ChosenParts.text_encoder``."""
+        return self._once("text_encoder", super().text_encoder)
+
+    def unet(self) -> tuple[UNet2DConditionModel, AdaptorInfo | None]:
+        """As ``ChosenParts.unet``."""
+        unet: tuple[UNet2DConditionModel, AdaptorInfo | None] = self._once("unet", super().unet)
+        return unet
+
+    def encoder(self) -> AutoencoderKL | AutoencoderTiny:
+        """As ``ChosenParts.encoder``."""
+        return self._once("encoder", super().encoder)
+
+    def decoder(self) -> AutoencoderKL | AutoencoderTiny:
+        """As ``ChosenParts.decoder``."""
+        return self._once("decoder", super().decoder)
+
+    def release(self) -> None:
+        """Free what is loaded. Modules and their hooks may refer to each other in cycles."""
+        self.held.clear()
+        gc.collect()
+
+    def _once(self, name: str, load: Callable[[], Any]) -> Any:
+        if name not in self.held:
+            self.release()
+            self.held[name] = load()
+        return self.held[name]

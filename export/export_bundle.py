@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -35,10 +36,12 @@ from hipa_deploy.export.graph.modules import stage_specs
 from hipa_deploy.export.graph.safety_module import safety_spec
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import (
+    FIRST_SEED,
+    References,
     add_safety,
     encode_closed_set,
     latent_sample,
-    make_references,
+    make_every_reference,
     text_references,
 )
 from hipa_deploy.export.task import print_warning
@@ -101,10 +104,15 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
     with new_folder(options.out, alone=True) as root, _progress(console) as show:
         # The tokenizer comes first: the length of its tokens is a size of the stages.
         show("text")
-        prompts = list(places) or [example_prompt(model)]
+        judging = list(request.judging) or list(places)[:1] or [example_prompt(model)]
+        prompts = list(places) or judging
         tokenizer = write_tokenizer(root, parts.tokenizer(), prompts[0], text.context_tokens)
         tokens_NL, weights_NL = tokenize(
-            tokenizer, prompts, options.prompts, places, weights=text.prompt_weights
+            tokenizer,
+            prompts,
+            options.prompts or options.reference_prompts,
+            places or request.judging,
+            weights=text.prompt_weights,
         )
         specs = stage_specs(
             layout=options.layout,
@@ -120,38 +128,61 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
         # All of PyTorch's tensors before anything is exported: each part of the model is loaded
         # for its references, freed, and loaded again for its stage.
         show("references")
-        references = text_references(prompts[0], tokens_NL[:1], batch, step, options.layout)
-        tensors = references.inputs()
+        contexts_NLD = None
+        stored_NLD = None
         if places:
             contexts_NLD = encode_closed_set(parts, tokens_NL, weights_NL)
-            references = references.plus({"context": contexts_NLD[:1].repeat(batch, 0)})
             stored_NLD = write_closed_set(root, prompts, contexts_NLD, options.dtype)
-            tensors["context"] = stored_NLD[:1].repeat(batch, 0)
-        references = make_references(
-            references, parts, settings, step, options.layout, watch=options.dtype == "fp16"
+        judges: list[References] = []
+        chains: list[dict[str, np.ndarray]] = []
+        for number, prompt in enumerate(judging):
+            at = prompts.index(prompt)
+            tokens_1L = tokens_NL[at : at + 1]
+            seed = FIRST_SEED + number * batch  # other noise for each
+            judge = text_references(prompt, tokens_1L, batch, step, options.layout, seed)
+            chain = judge.inputs()
+            if contexts_NLD is not None and stored_NLD is not None:
+                judge = judge.plus({"context": contexts_NLD[at : at + 1].repeat(batch, 0)})
+                chain["context"] = stored_NLD[at : at + 1].repeat(batch, 0)
+            judges.append(judge)
+            chains.append(chain)
+        judges = make_every_reference(
+            judges, parts, settings, step, options.layout, watch=options.dtype == "fp16"
         )
+        references = judges[0]
 
         checks_images = options.safety and has_safety_checker(model.folder)
         if checks_images:
             references, safety_settings = add_safety(references, model.folder)
             specs[SAFETY_STAGE] = safety_spec(safety_settings)
 
-        for doubt in references.doubts:
+        doubts = [doubt for judge in (references, *judges[1:]) for doubt in judge.doubts]
+        for doubt in dict.fromkeys(doubts):
             print_warning(console, doubt)
 
         # The chain: a stage is fed with what the ONNX stages before it gave, not with PyTorch's
         # tensors, so that the last stage's error is that of the whole bundle.
-        tensors |= references.inputs()
-        writer = StageWriter(root, options.dtype, specs, references, len(settings.strengths))
+        for chain, judge in zip(chains, judges, strict=True):
+            chain |= judge.inputs()
+        writer = StageWriter(
+            root,
+            options.dtype,
+            specs,
+            references,
+            len(settings.strengths),
+            others=tuple(judges[1:]),
+        )
         stages: list[Stage] = []
         for source in bundle_sources(options, parts, settings, step):
             show(PROGRESS_LABELS[source.name])
             if "latent_sample" in source.inputs:
                 # The generic UNet gives its raw output, of which the runtime makes x0.
-                tensors["latent_sample"] = latent_sample(tensors, step)
-            written = writer.write(source, tensors)
-            tensors[source.output] = written.output
-            stages.append(written.stage)
+                for chain in chains:
+                    chain["latent_sample"] = latent_sample(chain, step)
+            stage, outputs = writer.write_judged(source, chains)
+            for chain, output in zip(chains, outputs, strict=True):
+                chain[source.output] = output
+            stages.append(stage)
         safety = None
         if checks_images:
             show(PROGRESS_LABELS[SAFETY_STAGE])
@@ -171,14 +202,14 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
                 axes=axes,
             )
             refinement = write_teacher(
-                writer, parts, base_specs["unet"], step, tokenizer, tensors["context"]
+                writer, parts, base_specs["unet"], step, tokenizer, chains[0]["context"]
             )
         if options.layout == "generic":
             write_diffusers_files(root, model, settings.method)
 
         # The manifest is last: it lists the hash of every other file.
         show("manifest")
-        write_references(root, references)
+        write_references(root, references, judges[1:])
         manifest = Manifest(
             schema_version=SCHEMA,
             producer=f"hipa-deploy {__version__}",

@@ -31,6 +31,8 @@ class ExportOptions:
         decoder: an AutoencoderTiny folder; None is the model's own VAE.
         prompts: what ``read_prompt_file`` reads. The bundle then holds the contexts of these
             prompts in place of the text encoder, and takes no others.
+        reference_prompts: what ``read_prompt_file`` reads. Up to 8 of these prompts judge every
+            stage; None is one prompt of this package.
         dynamic: axes that are not static, of 'batch', 'height' and 'width', in images and pixels.
         task: None is the adaptor's own; generate without an adaptor.
         strengths: of an edit, in (0, 1]; empty means all that the adaptor was trained for.
@@ -68,6 +70,7 @@ class ExportOptions:
     fuse: bool = False
     decoder: Path | None = None
     prompts: Path | None = None
+    reference_prompts: Path | None = None
     dynamic: Mapping[str, Axis] = field(default_factory=dict)
     task: Task | None = None
     strengths: tuple[float, ...] = ()

@@ -17,7 +17,7 @@ from hipa_deploy.bundle.manifest import MAX_BATCH, OneStep
 from hipa_deploy.bundle.signature import read_private_key
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.disk.files import check_space, refuse_to_overwrite
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.axes import stage_axes
 from hipa_deploy.export.model_parts import ModelParts
@@ -44,6 +44,7 @@ from hipa_deploy.models.weights.weight_files import find_weights
 from hipa_deploy.models.weights.weight_identity import has_identity
 
 SAFETY = "safety_checker"
+MAX_REFERENCE_PROMPTS = 8  # each is a run of every stage in PyTorch and in ONNX Runtime
 BYTES = {"fp16": 2, "fp32": 4}  # of a weight
 
 
@@ -59,6 +60,8 @@ class Request:
         chunk_tokens: tokens that the text encoder reads at once.
         step: the constants of the step.
         places: the prompts of a closed set, and where each is in its file; empty without one.
+        judging: the user's prompts that judge the stages, and where each is in its file; empty
+            where none are given.
         warnings: what a user should know, a line each.
 
     """
@@ -70,6 +73,7 @@ class Request:
     chunk_tokens: int
     step: OneStep
     places: Mapping[str, str]
+    judging: Mapping[str, str]
     warnings: tuple[str, ...]
 
 
@@ -85,6 +89,7 @@ def check_request(options: ExportOptions) -> None:
     check_options(options)
     if options.prompts is not None:
         read_numbered_prompts(options.prompts)
+    choose_judging(options)
     model = early_model(options.model)
     if options.adaptor is not None:
         check_adaptor(options.adaptor, model.folder)
@@ -148,6 +153,7 @@ def resolve_request(options: ExportOptions) -> Request:
 
     """
     places = read_numbered_prompts(options.prompts) if options.prompts else {}
+    judging, judging_warning = choose_judging(options)
     model = ModelParts.open(options.model)
     settings = choose_task(options, model)
     chunk_tokens, _ = text_sizes(model.config)
@@ -156,6 +162,7 @@ def resolve_request(options: ExportOptions) -> Request:
         settings.timestep, options.size("height"), options.size("width"), settings.method
     )
     warnings = (
+        judging_warning,
         text_warning,
         step_warning(options, settings, model),
         size_warning(options, step),
@@ -168,7 +175,48 @@ def resolve_request(options: ExportOptions) -> Request:
         chunk_tokens=chunk_tokens,
         step=step,
         places=places,
+        judging=judging,
         warnings=tuple(warning for warning in warnings if warning),
+    )
+
+
+def choose_judging(options: ExportOptions) -> tuple[dict[str, str], str | None]:
+    """The prompts of ``reference_prompts`` that judge the stages, and a warning.
+
+    Of more than 8 prompts, 8 are taken at equal distances from the first to the last.
+
+    Returns:
+        The place of each prompt in its file, empty without such a file; and what a user should
+        know, None where all prompts are taken.
+
+    Raises:
+        HipaError: the file cannot be read; or a prompt is none of the closed set, so that the
+            bundle could not make it.
+
+    """
+    path = options.reference_prompts
+    if path is None:
+        return {}, None
+    places = read_numbered_prompts(path)
+    if options.prompts is not None:
+        closed = read_numbered_prompts(options.prompts)
+        for prompt, place in places.items():
+            if prompt not in closed:
+                raise HipaError(
+                    f"--reference-prompts {path}, {place}: {brief(prompt)} is none of --prompts "
+                    f"{options.prompts}, which are all that the bundle makes. Remove it there."
+                )
+    if len(places) <= MAX_REFERENCE_PROMPTS:
+        return places, None
+    prompts = list(places)
+    last = len(prompts) - 1
+    chosen = {}
+    for number in range(MAX_REFERENCE_PROMPTS):
+        prompt = prompts[number * last // (MAX_REFERENCE_PROMPTS - 1)]
+        chosen[prompt] = places[prompt]
+    return chosen, (
+        f"the stages are judged by {MAX_REFERENCE_PROMPTS} of the {len(places)} prompts of {path}, "
+        "at equal distances."
     )
 
 
@@ -203,6 +251,8 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
         load_method(options.one_step)
     if options.prompts is not None:
         check_prompt_file(options.prompts)
+    if options.reference_prompts is not None:
+        check_prompt_file(options.reference_prompts)
     if not 1 <= options.batch <= MAX_BATCH:
         raise HipaError(
             f"batch {options.batch} is out of range. Expected 1 <= batch <= {MAX_BATCH}."

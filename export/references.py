@@ -25,8 +25,7 @@ At further strengths of an edit the keys are 'output_1', 'latents_1', 'images_1'
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from hipa_deploy.bundle.manifest import AdaptorInfo, Layout, OneStep
-from hipa_deploy.export.chosen_parts import ChosenParts
+from hipa_deploy.export.chosen_parts import ChosenParts, HeldParts
 from hipa_deploy.export.graph.half_precision import Ranges
 from hipa_deploy.export.graph.modules import from_uint8, seen_by_unet, to_uint8
 from hipa_deploy.export.graph.reference_check import check_reference
@@ -124,10 +123,15 @@ def strength_key(name: str, index: int) -> str:
 
 
 def text_references(
-    prompt: str, tokens_1L: np.ndarray, batch: int, step: OneStep, layout: Layout = "onestep"
+    prompt: str,
+    tokens_1L: np.ndarray,
+    batch: int,
+    step: OneStep,
+    layout: Layout = "onestep",
+    first_seed: int = FIRST_SEED,
 ) -> References:
     """The tensors that need no part of the model: the tokens of ``prompt``, and noise per image."""
-    seeds = tuple(range(FIRST_SEED, FIRST_SEED + batch))
+    seeds = tuple(range(first_seed, first_seed + batch))
     tensors = {
         "tokens": tokens_1L.repeat(batch, 0),
         "noise": bundle_noise(list(seeds), step.latent_shape, step, layout),
@@ -317,11 +321,24 @@ def make_references(
     *,
     watch: bool,
 ) -> References:
-    """All tensors of a bundle, part by part.
+    """All tensors of one prompt; see ``make_every_reference``."""
+    return make_every_reference([references], parts, settings, step, layout, watch=watch)[0]
+
+
+def make_every_reference(
+    every: Sequence[References],
+    parts: ChosenParts,
+    settings: TaskSettings,
+    step: OneStep,
+    layout: Layout,
+    *,
+    watch: bool,
+) -> list[References]:
+    """All tensors of some prompts, part by part.
 
     Args:
-        references: the prompt's tokens and the noise; with 'context', where that is made already.
-        parts: the model's parts; each is loaded, run and freed again.
+        every: of each prompt the tokens and the noise; with 'context', where that is made already.
+        parts: the model's parts; each is loaded, run for every prompt, and freed again.
         settings: the task.
         step: the constants of the one step.
         layout: the generic one has a timestep as an input, and a decoder without conversion.
@@ -331,23 +348,27 @@ def make_references(
         HipaError: a part gives what no working model gives.
 
     """
-    # A part ends with its function, but modules and their hooks may refer to each other in cycles:
-    # without a collection the next part could be loaded beside the one before.
-    if "context" not in references.tensors:
-        references = add_context(references, parts, watch=watch)
-        gc.collect()
+    held = HeldParts.of(parts)
+    made = list(every)
+    for index, references in enumerate(made):
+        if "context" not in references.tensors:
+            made[index] = add_context(references, held, watch=watch)
+    held.release()
     if settings.task != "generate":
-        references = add_source(references, parts, settings, step, watch=watch)
-        gc.collect()
-    references = add_step(references, parts, settings, step, layout, watch=watch)
-    gc.collect()
-    if layout == "generic":
-        references = references.plus({"timestep": np.asarray([step.timestep])})
-        references = add_sample(references, parts, step, watch=watch)
-    else:
-        references = add_images(references, parts, settings, step, watch=watch)
-    gc.collect()
-    return references
+        for index, references in enumerate(made):
+            made[index] = add_source(references, held, settings, step, watch=watch)
+        held.release()
+    for index, references in enumerate(made):
+        made[index] = add_step(references, held, settings, step, layout, watch=watch)
+    held.release()
+    for index, references in enumerate(made):
+        if layout == "generic":
+            references = references.plus({"timestep": np.asarray([step.timestep])})
+            made[index] = add_sample(references, held, step, watch=watch)
+        else:
+            made[index] = add_images(references, held, settings, step, watch=watch)
+    held.release()
+    return made
 
 
 def add_safety(references: References, model: Path) -> tuple[References, SafetySettings]:

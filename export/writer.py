@@ -15,9 +15,14 @@ from torch import Tensor, nn
 
 from hipa_deploy.bundle.manifest import Parity, Precision, Stage, StageSpec
 from hipa_deploy.bundle.parity import compare, problem
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.export.graph.graph_cost import stage_cost
-from hipa_deploy.export.graph.half_precision import fewest_islands, islands_by_range, to_half
+from hipa_deploy.export.graph.half_precision import (
+    fewest_islands,
+    islands_by_range,
+    to_half,
+    whole_attentions,
+)
 from hipa_deploy.export.graph.modules import place_of
 from hipa_deploy.export.graph.run_apart import run_apart
 from hipa_deploy.export.graph.to_onnx import OPSET, export_stage
@@ -56,6 +61,25 @@ class WrittenStage(NamedTuple):
     output: np.ndarray
 
 
+class Case(NamedTuple):
+    """What a stage is run for: the number of a prompt, and of an edit's strength."""
+
+    judge: int
+    strength: int
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """A prompt that judges a stage: PyTorch's tensors, and those that the ONNX stages gave."""
+
+    references: References
+    tensors: Mapping[str, np.ndarray]
+
+    def expected(self, source: StageSource, case: Case) -> np.ndarray:
+        """PyTorch's output of a stage."""
+        return self.references.tensors[strength_key(source.output, case.strength)]
+
+
 @dataclass(frozen=True)
 class StageWriter:
     """Writes stages into a bundle's folder and checks each.
@@ -71,6 +95,7 @@ class StageWriter:
             references of the second are 'output_1', and so on, as at strengths.
         islands: by stage, the FP32 islands of a bundle whose graphs are to come out the same again.
             None: find out which are needed.
+        others: of further prompts, which judge the stages too.
 
     """
 
@@ -81,9 +106,10 @@ class StageWriter:
     strengths: int = 0
     islands: Mapping[str, tuple[str, ...]] | None = None
     variants: Sequence[Mapping[str, np.ndarray]] = ()
+    others: tuple[References, ...] = ()
 
     def write(self, source: StageSource, tensors: Mapping[str, np.ndarray]) -> WrittenStage:
-        """Export the module of ``source``, run the graph, and compare with the references.
+        """Export the module of ``source``, run the graph, and compare with the first reference.
 
         Args:
             source: what to write.
@@ -95,16 +121,43 @@ class StageWriter:
             HipaError: the graph does not give what PyTorch gives, or cannot be exported or run.
 
         """
+        stage, outputs = self.write_judged(source, [tensors])
+        return WrittenStage(stage, outputs[0])
+
+    def write_judged(
+        self, source: StageSource, chains: Sequence[Mapping[str, np.ndarray]]
+    ) -> tuple[Stage, list[np.ndarray]]:
+        """Export the module of ``source``, and compare with the reference of every prompt.
+
+        Args:
+            source: what to write.
+            chains: what the stage is fed with, as ``write``'s ``tensors``: for the first reference,
+                and for as many of the others as are to judge this stage.
+
+        Returns:
+            The stage, with the worst parity of all; and its output for each chain, at the largest
+            strength of an edit.
+
+        Raises:
+            HipaError: as ``write``.
+
+        """
+        every = (self.references, *self.others)
+        judges = [_Judge(*pair) for pair in zip(every, chains, strict=False)]
         islands = self._export(source)
-        outputs = self._run(source, tensors)
-        problems = self._problems(source, outputs)
+        outputs = self._run(source, judges)
+        problems = self._problems(source, judges, outputs)
 
         # In range, and still not faithful: find the layers whose rounding hurts, at the first
-        # strength that fails, and export once more with these in float32.
-        if problems and self.precision == "fp16" and self.islands is None:
-            failing = min(problems)
-            islands = self._export(source, tensors, failing)
-            outputs = self._run(source, tensors)
+        # case that fails, and export once more with these in float32. Another case may need more.
+        mended: set[Case] = set()
+        if self.precision == "fp16" and self.islands is None:
+            while problems and min(problems) not in mended:
+                failing = min(problems)
+                mended.add(failing)
+                islands = self._export(source, judges, failing, islands)
+                outputs = self._run(source, judges)
+                problems = self._problems(source, judges, outputs)
 
         # Another adaptor must fit the bundle's own graph, so its islands cannot grow.
         elif problems and self.islands is not None:
@@ -121,22 +174,23 @@ class StageWriter:
             precision="fp32" if islands == WHOLE_TEXT_ENCODER else self.precision,
             opset=OPSET,
             fp32_islands=islands,
-            parity=self._worst_parity(source, outputs),
+            parity=self._worst_parity(source, judges, outputs),
             cost=stage_cost(self.root / path, spec),
         )
-        return WrittenStage(stage, outputs[0])
+        return stage, [outputs[Case(number, 0)] for number in range(len(judges))]
 
     @torch.no_grad()
     def _export(
         self,
         source: StageSource,
-        tensors: Mapping[str, np.ndarray] | None = None,
-        failing: int = 0,
+        judges: Sequence[_Judge] = (),
+        failing: Case | None = None,
+        known: tuple[str, ...] = (),
     ) -> tuple[str, ...]:
         """Build the module, convert it and write the graph; returns the names of its islands.
 
-        With ``tensors``, the islands include the layers without which the module is not faithful
-        at the strength ``failing``.
+        With ``failing``, the islands are those that are ``known``, and the layers without which the
+        module is not faithful in that case.
         """
         module = source.build()
         islands: tuple[str, ...] = ()
@@ -144,7 +198,7 @@ class StageWriter:
             if self.islands is not None:
                 islands = self.islands[source.name]
             else:
-                islands = self._find_islands(source, module, tensors, failing)
+                islands = self._find_islands(source, module, judges, failing, known)
             to_half(module, islands)
         export_stage(module, self.specs[source.name], self.root / source.name)
 
@@ -157,19 +211,22 @@ class StageWriter:
         self,
         source: StageSource,
         module: nn.Module,
-        tensors: Mapping[str, np.ndarray] | None,
-        failing: int,
+        judges: Sequence[_Judge],
+        failing: Case | None,
+        known: tuple[str, ...],
     ) -> tuple[str, ...]:
         """Names of the parts of ``module`` that must stay in float32."""
-        islands = islands_by_range(module, self._reached(module))
-        if tensors is not None:
-            tensors = self._feeds(source, tensors)[failing]
+        found = islands_by_range(module, self._reached(module))
+        islands = whole_attentions([*found, *known])
+        if failing is not None:
+            judge = judges[failing.judge]
+            tensors = self._feeds(source, judge.tensors)[failing.strength]
             feed = []
             for key in source.inputs:
                 # The module is still in float32; a bundle's context may be float16 already.
-                dtype = self.references.tensors[key].dtype
+                dtype = judge.references.tensors[key].dtype
                 feed.append(torch.from_numpy(tensors[key].astype(dtype)))
-            expected = self.references.tensors[strength_key(source.output, failing)]
+            expected = judge.expected(source, failing)
             islands = fewest_islands(module, tuple(feed), partial(_is_faithful, expected), islands)
 
         # Its attention is transformers' own, whose scores nobody watches, and the whole text
@@ -179,7 +236,7 @@ class StageWriter:
         return islands
 
     def _reached(self, module: nn.Module) -> dict[str, float]:
-        """The largest magnitudes at ``module``'s parts, by their names in it.
+        """The largest magnitudes at ``module``'s parts for any prompt, by their names in it.
 
         The references recorded them in the general form, by place in the diffusers folder. A
         ``StepBias`` has the place of the projection that it replaces, whose outputs it holds.
@@ -187,13 +244,19 @@ class StageWriter:
         reached: dict[str, float] = {}
         for name, _ in module.named_modules():
             place = place_of(module, name)
-            if place in self.references.largest:
-                reached[name] = self.references.largest[place]
+            for references in (self.references, *self.others):
+                if place in references.largest:
+                    value = references.largest[place]
+                    reached[name] = max(reached.get(name, 0.0), value)
         return reached
 
-    def _run(self, source: StageSource, tensors: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """What the stage gives for each of its feeds."""
-        return [self._run_once(source, feed) for feed in self._feeds(source, tensors)]
+    def _run(self, source: StageSource, judges: Sequence[_Judge]) -> dict[Case, np.ndarray]:
+        """What the stage gives in each case."""
+        outputs: dict[Case, np.ndarray] = {}
+        for number, judge in enumerate(judges):
+            for index, feed in enumerate(self._feeds(source, judge.tensors)):
+                outputs[Case(number, index)] = self._run_once(source, feed)
+        return outputs
 
     def _feeds(
         self, source: StageSource, tensors: Mapping[str, np.ndarray]
@@ -212,27 +275,40 @@ class StageWriter:
             feed[tensor.name] = tensors[key].astype(tensor.dtype)
         return run_apart(self.root / source.name / "model.onnx", spec, feed)
 
-    def _problems(self, source: StageSource, outputs: list[np.ndarray]) -> dict[int, str]:
-        """What is wrong with the outputs, by the index of the strength; empty if all is well."""
-        problems: dict[int, str] = {}
-        for index, output in enumerate(outputs):
-            expected = self.references.tensors[strength_key(source.output, index)]
-            wrong = problem(output, expected, self.precision)
+    def _problems(
+        self,
+        source: StageSource,
+        judges: Sequence[_Judge],
+        outputs: Mapping[Case, np.ndarray],
+    ) -> dict[Case, str]:
+        """What is wrong with the outputs, by case; empty if all is well."""
+        problems: dict[Case, str] = {}
+        for case, output in outputs.items():
+            wrong = problem(output, judges[case.judge].expected(source, case), self.precision)
             if wrong:
-                problems[index] = wrong
+                problems[case] = wrong
         return problems
 
-    def _worst_parity(self, source: StageSource, outputs: list[np.ndarray]) -> Parity:
-        """The parity of the strength that is furthest from PyTorch.
+    def _worst_parity(
+        self,
+        source: StageSource,
+        judges: Sequence[_Judge],
+        outputs: Mapping[Case, np.ndarray],
+    ) -> Parity:
+        """The parity of the case that is furthest from PyTorch.
 
         Raises:
             HipaError: one of them does not pass the gate.
 
         """
         measured = []
-        for index, output in enumerate(outputs):
-            expected = self.references.tensors[strength_key(source.output, index)]
-            measured.append(check_parity(source.name, output, expected, self.precision))
+        for case, output in outputs.items():
+            judge = judges[case.judge]
+            name = source.name
+            if len(judges) > 1:
+                name += f" of {brief(judge.references.prompt)}"
+            expected = judge.expected(source, case)
+            measured.append(check_parity(name, output, expected, self.precision))
         return min(measured, key=lambda parity: parity.psnr_db)
 
 

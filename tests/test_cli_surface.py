@@ -26,6 +26,7 @@ SURFACE = {
         "--strengths", "--encoder", "--context-tokens", "--clip-skip", "--prompt-weights", "--lora",
         "--embedding", "--one-step", "--build", "--swap-for", "--sign", "--mark",
         "--with-teacher",
+        "--reference-prompts",
     },
     "build": {
         "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
@@ -76,6 +77,10 @@ SURFACE = {
     },
     "doctor": {"--backend", "--json", "--self-test", "--bisect", "--out", "--force"},
     "demo": {"--out", "--quick", "--task"},
+    "publish": {
+        "--repo", "--model", "--base-model", "--license", "--report", "--dry-run", "--private",
+        "--force",
+    },
     "init": {"--device", "--model", "--adaptor", "--task", "--prefer"},
 }  # fmt: skip
 

@@ -93,6 +93,7 @@ ROOMS = (
     "hipa_deploy.train.evaluation",
     "hipa_deploy.train.prediction",
     "hipa_deploy.train",
+    "hipa_deploy.publish",
     "hipa_deploy.serve",
     "hipa_deploy.serve.web",
     "hipa_deploy.serve.cluster",

@@ -64,7 +64,7 @@ def body(report: Report) -> str:
         lines += _part_lines(part, notes)
     if notes:
         lines += ["Not valid, because:", ""]
-        lines += [f"- [{number}] {note}" for number, note in enumerate(notes, start=1)]
+        lines += [f"- ({number}) {note}" for number, note in enumerate(notes, start=1)]
         lines.append("")
     return "\n".join(lines)
 
@@ -139,7 +139,7 @@ def _valid(figure: Figure, notes: list[str]) -> str:
     for reason in figure.validity.reasons:
         if reason not in notes:
             notes.append(reason)
-        numbers.append(f"[{notes.index(reason) + 1}]")
+        numbers.append(f"({notes.index(reason) + 1})")
     return f"no {' '.join(numbers)}"
 
 

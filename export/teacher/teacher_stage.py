@@ -85,7 +85,11 @@ def write_teacher(
 
     own_spec = spec.model_copy(update={"name": TEACHER_STAGE})
     own_writer = replace(
-        writer, references=references, specs={TEACHER_STAGE: own_spec}, variants=tuple(variants)
+        writer,
+        references=references,
+        specs={TEACHER_STAGE: own_spec},
+        variants=tuple(variants),
+        others=(),
     )
     source = StageSource(TEACHER_STAGE, partial(generic_unet_module, base), INPUTS, "output")
     stage = own_writer.write(source, {}).stage

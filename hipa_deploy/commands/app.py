@@ -32,6 +32,7 @@ from hipa_deploy.guide.guided_command import GuidedCommand, VersionOption, with_
 from hipa_deploy.guide.init import init
 from hipa_deploy.guide.usage_examples import examples_text
 from hipa_deploy.interrupts import interrupting_signal, signals_interrupt
+from hipa_deploy.publish.publish_command import publish
 from hipa_deploy.serve.process.command import serve
 from hipa_deploy.triton.triton_command import triton
 
@@ -122,6 +123,7 @@ _register(init, START)
 _register(train, CHAIN)
 _register(export, CHAIN)
 _register(build, CHAIN)
+_register(publish, CHAIN)
 _register(generate, IMAGES)
 _register(edit, IMAGES)
 _register(inpaint, IMAGES)

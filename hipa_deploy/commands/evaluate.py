@@ -143,7 +143,7 @@ def evaluate(
         )
 
     # Then what only torch can tell, still before the first image.
-    from hipa_deploy.models.adaptor_folder import read_metadata
+    from hipa_deploy.models.adaptor_folder import read_metadata, weights_sha256
     from hipa_deploy.models.lora.open_style import OpenStyle
     from hipa_deploy.models.model_config import ModelConfig
     from hipa_deploy.models.style import check_same_loras
@@ -166,7 +166,10 @@ def evaluate(
     source = reference.source
     if reference.differs:
         source += f", with {reference.differs}"
-    report = report.model_copy(update={"style": added, "text": text, "teacher_from": source})
+    known = {"style": added, "text": text, "teacher_from": source}
+    if adaptor_dir is not None:
+        known["adaptor_sha256"] = weights_sha256(adaptor_dir)
+    report = report.model_copy(update=known)
 
     if json_path:
         write_output(json_path, (report.model_dump_json(indent=2) + "\n").encode(), force=force)

@@ -86,6 +86,13 @@ def export(
             "bundle then makes these prompts only, and needs no text encoder."
         ),
     ] = None,
+    reference_prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts of yours, in a file as for --prompts: the export compares every model "
+            "with PyTorch on up to 8 of them, and reports the worst. By default on one prompt."
+        ),
+    ] = None,
     dynamic: Annotated[
         str | None,
         typer.Option(
@@ -197,6 +204,7 @@ def export(
                     height,
                     width,
                     prompts,
+                    reference_prompts,
                     dynamic,
                     task,
                     strengths,
@@ -239,6 +247,7 @@ def export(
         batch=batch,
         fuse=fuse,
         prompts=prompts,
+        reference_prompts=reference_prompts,
         dynamic=parse_axes(dynamic) if dynamic else {},
         task=task.value if task else None,
         strengths=parse_strengths(strengths) if strengths else (),

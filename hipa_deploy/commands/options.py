@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Progress and notes go to stderr, results (paths, tables, JSON) to stdout: a script can pipe them.
 console = Console(stderr=True)
+_LARGE_BUNDLE = 500_000_000  # bytes; that of SD 1.5 in FP16 has 2 GB
 
 
 class Precision(str, Enum):
@@ -265,11 +266,18 @@ def note_weights(bundle: Bundle, prompts: list[str], asked: bool | None) -> None
 def note_faster_backend(pipe: OneStepPipeline, asked: str) -> None:
     """Say so in one line where 'auto' took ONNX Runtime and a faster backend is installed.
 
-    It is not taken by itself: with 8 significant bits it makes other images.
+    It is not taken by itself: with 8 significant bits it makes other images. It was measured at the
+    size of SD 1.5, so nothing is said of small bundles.
     """
+    if asked != "auto" or pipe.backend != "onnxruntime":
+        return
+    bundle = pipe.bundle
+    size = sum((bundle.root / name).stat().st_size for name in bundle.manifest.files)
+    if size < _LARGE_BUNDLE:
+        return
     from hipa_deploy.engines.backends.available import faster_on_cpu
 
-    faster = faster_on_cpu() if asked == "auto" and pipe.backend == "onnxruntime" else None
+    faster = faster_on_cpu()
     if faster:
         text = (
             f"note: auto took onnxruntime. --backend {faster} is faster on this processor. "

@@ -256,7 +256,7 @@ class OneStepPipeline(ClosesAtExit):
         Args:
             prompt: one prompt, or several.
             source: what a task makes the images from; ``edit``, ``inpaint`` and ``upscale`` make
-            it.
+                it.
             seed: of the first image, in [0, 2**63).
             count: images a prompt; at most 10,000 images in all.
             height: pixels; None is the bundle's own size, or that of ``source``.

@@ -47,6 +47,7 @@ _GROUPS = {
         *("--out", "--swap-for", "--json", "--html", "--markdown", "--dry-run", "--force"),
         *("--sign", "--name", "--shard-size", "--format", "--quality"),
     ),
+    "Publishing": ("--repo", "--base-model", "--license", "--report", "--private"),
     "Network": ("--host", "--port", "--api-keys", "--allow-host", "--allow-origin"),
     "Limits": (
         *("--wait", "--queue", "--time-limit", "--prompt-limit", "--body-limit"),

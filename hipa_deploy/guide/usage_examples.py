@@ -17,6 +17,10 @@ EXAMPLES = {
         "hipa-build my-bundle --backend tensorrt --dry-run",
         "hipa-build my-bundle --backend rtx --target rtx40",
     ),
+    "publish": (
+        "hipa-publish my-adaptor --repo me/my-adaptor --model my-model --dry-run folder",
+        "hipa-publish my-bundle --repo me/my-bundle --report quality --private",
+    ),
     "generate": (
         'hipa-generate emoji "3d emoji of a red apple" --seed 7 --out apple.png',
         'hipa-generate my-bundle "a lighthouse" "a boat" --count 4 --out pictures',

@@ -80,6 +80,8 @@ class QualityReport(BaseModel):
 
     Attributes:
         schema_version: Version of these fields.
+        adaptor_sha256: Hash of the measured adaptor's weights; None where there is none, and in
+            reports of 0.1.0.
         images: Images of each row.
         prompts: How many different prompts they are of.
         teacher_steps: UNet steps of the teacher that the rows are compared with.
@@ -96,6 +98,7 @@ class QualityReport(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     schema_version: int = 4
+    adaptor_sha256: str | None = None
     images: int
     prompts: int | None = None
     teacher_steps: int

@@ -129,7 +129,7 @@ def test_an_engine_does_not_change_under_a_call(
     engine_pipe: OneStepPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     swaps = {name: AdaptorSwap.open(engine_pipe.bundle, name) for name in LEVELS}
-    monkeypatch.setattr(AdaptorSwap, "open", lambda bundle, name: swaps[name])
+    monkeypatch.setattr(AdaptorSwap, "open", lambda bundle, name, **_: swaps[name])
     engine_pipe.swap_adaptor("half")
     done = threading.Event()
 

@@ -1,0 +1,226 @@
+"""The card of an adaptor: ``README.md`` of its repository."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from hipa_deploy.disk.reading import read_json
+from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, WEIGHTS, AdaptorMetadata
+from hipa_deploy.models.weights.weight_file import read_layout
+from hipa_deploy.publish.base_model import BaseModel
+from hipa_deploy.publish.card import (
+    added_text,
+    bullets,
+    files_table,
+    front_matter,
+    licence_text,
+    sections,
+    table,
+)
+from hipa_deploy.publish.measured_quality import Report
+from hipa_deploy.publish.peft_files import PEFT_WEIGHTS
+from hipa_deploy.tasks import Task
+
+TAGS = ("lora", "one-step", "hipa")
+LAST_TIMESTEP = 999  # of Stable Diffusion's schedule, where DDIM's one step starts
+EXAMPLES: dict[Task, str] = {
+    "generate": 'hipa-generate my-bundle "a lighthouse" --out image.png',
+    "edit": 'hipa-edit my-bundle photo.png "a snowy street" --out image.png',
+    "inpaint": 'hipa-inpaint my-bundle photo.png mask.png "an empty bench" --out image.png',
+    "upscale": "hipa-upscale my-bundle small.png --out large.png",
+}
+
+
+def adaptor_card(
+    folder: Path, metadata: AdaptorMetadata, repo: str, base: BaseModel, report: Report | None
+) -> str:
+    """The text of the card.
+
+    Args:
+        folder: the folder to publish, with every file but the card.
+        metadata: of the adaptor.
+        repo: owner/name of the repository.
+        base: the base model.
+        report: the measured quality; None says that none was measured.
+
+    """
+    head = front_matter(
+        base,
+        task=metadata.task,
+        library="diffusers",
+        tags=TAGS,
+        inference={"parameters": {"num_inference_steps": 1, "guidance_scale": 0}},
+    )
+    about = (
+        f"# {repo.split('/')[1]}\n\nA HiPA adaptor: a LoRA with which {base.name} makes an image "
+        f"in one step. Without it, it takes {_teacher_steps(metadata)}. "
+        f"It is for the task {metadata.task}, at timestep {metadata.timestep}. "
+        "Trained with [HiPA](https://arxiv.org/abs/2311.18158) by hipa-deploy.\n\n"
+    )
+    parts = {
+        "Use it with diffusers": _diffusers(folder, metadata, repo, base),
+        "Use it with peft": _peft(folder, metadata, repo, base),
+        "Use it with hipa-deploy": _hipa(metadata, repo, base),
+        "What it was made from": table(_recipe(metadata, base)),
+        "What it cost": table(_cost(folder, metadata)),
+        "Measured quality": _quality(report),
+        "Limits": bullets(_limits(metadata, base)),
+        "Licence": licence_text(base, "The adaptor"),
+        "Files": files_table(folder),
+    }
+    return head + about + sections(parts)
+
+
+def _diffusers(folder: Path, metadata: AdaptorMetadata, repo: str, base: BaseModel) -> str:
+    if metadata.task != "generate":
+        return (
+            "`pipe.load_lora_weights` loads the weights. The step of this task, with its image and "
+            "mask, is none that a pipeline of diffusers takes: use hipa-deploy, below."
+        )
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
+    lines = [
+        f"from diffusers import {', '.join(sorted((scheduler, 'StableDiffusionPipeline')))}",
+        "",
+        f'pipe = StableDiffusionPipeline.from_pretrained("{base.folder}")',
+    ]
+    for added in added_text(metadata.loras, metadata.embeddings):
+        lines.append(f"# First add what the adaptor was trained on: {added}")
+    lines += [
+        f'pipe.load_lora_weights("{repo}", weight_name="{WEIGHTS}")',
+        f'pipe.scheduler = {scheduler}.from_pretrained("{repo}", subfolder="scheduler")',
+    ]
+    # DDIM's one step starts at the last timestep by itself; others are told where.
+    steps = "num_inference_steps=1"
+    if metadata.timestep != LAST_TIMESTEP:
+        steps = f"timesteps=[{metadata.timestep}]"
+    skip = f", clip_skip={metadata.text.clip_skip}" if metadata.text.clip_skip else ""
+    lines.append(f'image = pipe("a lighthouse", {steps}, guidance_scale=0{skip}).images[0]')
+    return _code("python", lines)
+
+
+def _peft(folder: Path, metadata: AdaptorMetadata, repo: str, base: BaseModel) -> str:
+    size = (folder / PEFT_WEIGHTS).stat().st_size
+    note = (
+        f"\n\n`{PEFT_WEIGHTS}` ({size:,} bytes) holds the values of `{WEIGHTS}` under peft's names."
+        " `unet(sample, timestep, encoder_hidden_states)` is then the adapted UNet; the step "
+        f"around it is yours: x0 from timestep {metadata.timestep}, prediction type "
+        f"{metadata.prediction_type}."
+    )
+    if metadata.encoder_rank:
+        note += f" The part on the VAE's encoder, `{ENCODER_WEIGHTS}`, is not among them."
+    lines = [
+        "from diffusers import UNet2DConditionModel",
+        "from peft import PeftModel",
+        "",
+        f'unet = UNet2DConditionModel.from_pretrained("{base.folder}", subfolder="unet")',
+        f'unet = PeftModel.from_pretrained(unet, "{repo}")',
+    ]
+    return _code("python", lines) + note
+
+
+def _hipa(metadata: AdaptorMetadata, repo: str, base: BaseModel) -> str:
+    added = "".join(f" --lora FILE:{lora.scale:g}" for lora in metadata.loras)
+    added += " --embedding FILE" * len(metadata.embeddings)
+    lines = [
+        "pip install 'hipa-deploy[export]'",
+        f"hf download {repo} --local-dir my-adaptor",
+        f"hipa-export --model {base.option} --adaptor my-adaptor{added} --out my-bundle",
+        EXAMPLES[metadata.task],
+    ]
+    return _code("bash", lines)
+
+
+def _code(language: str, lines: list[str]) -> str:
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
+def _recipe(metadata: AdaptorMetadata, base: BaseModel) -> dict[str, object]:
+    recipe = metadata.recipe
+    rows: dict[str, object] = {
+        "base model": base.name,
+        "SHA-256 of its UNet's weights": f"`{metadata.base_unet_sha256}`",
+    }
+    for number, added in enumerate(added_text(metadata.loras, metadata.embeddings), start=1):
+        rows[f"added before the training, {number}"] = added
+    rows |= {
+        "task": metadata.task,
+        "prompts": f"{recipe.get('prompts')} (SHA-256 `{metadata.prompts_sha256}`)",
+        "image size": f"{metadata.resolution[1]} x {metadata.resolution[0]} pixels",
+        "timestep": metadata.timestep,
+        "prediction type": metadata.prediction_type,
+        "rank, alpha": f"{metadata.rank}, {metadata.alpha:g}",
+        "adapted layers": ", ".join(metadata.targets),
+    }
+    if metadata.strengths:
+        rows["strengths"] = ", ".join(f"{strength:g}" for strength in metadata.strengths)
+    for name in ("teacher", "loss", "optimiser", "score", "latent_discriminator"):
+        values = recipe.get(name)
+        if isinstance(values, dict):
+            rows[f"recipe [{name}]"] = _flat(values)
+    return rows
+
+
+def _flat(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in values.items() if value is not None)
+
+
+def _cost(folder: Path, metadata: AdaptorMetadata) -> dict[str, object]:
+    recipe = metadata.recipe
+    rows: dict[str, object] = {
+        "trained weights": f"{_weights(folder / WEIGHTS):,}",
+        "size of the adaptor": f"{(folder / WEIGHTS).stat().st_size:,} bytes",
+        "optimiser steps": f"{metadata.steps_trained:,}",
+    }
+    if metadata.encoder_rank:
+        count = _weights(folder / ENCODER_WEIGHTS)
+        rows["trained weights of the VAE's encoder"] = f"{count:,}"
+    batch = recipe.get("batch")
+    if isinstance(batch, int):
+        rows["images seen"] = f"{metadata.steps_trained * batch:,} ({batch} a step)"
+    if "mixed_precision" in recipe:
+        rows["mixed precision"] = recipe["mixed_precision"]
+    teacher = recipe.get("teacher")
+    if isinstance(teacher, dict) and {"pairs", "steps", "guidance"} <= teacher.keys():
+        # Guidance needs the UNet twice a step, with and without the prompt.
+        calls = teacher["steps"] * (2 if teacher["guidance"] > 1 else 1)
+        rows["teacher's images"] = f"{teacher['pairs']:,}, {calls} UNet evaluations each"
+    rows["an image now"] = "1 UNet evaluation"
+    rows["hours and device"] = "not recorded"
+    return rows
+
+
+def _weights(path: Path) -> int:
+    return sum(math.prod(entry.shape) for entry in read_layout(path).values())
+
+
+def _teacher_steps(metadata: AdaptorMetadata) -> str:
+    teacher = metadata.recipe.get("teacher")
+    steps = teacher.get("steps") if isinstance(teacher, dict) else None
+    return f"{steps} steps" if steps else "many steps"
+
+
+def _quality(report: Report | None) -> str:
+    return report.text if report else "None was measured for this card."
+
+
+def _limits(metadata: AdaptorMetadata, base: BaseModel) -> list[str]:
+    height, width = metadata.resolution
+    tokens = metadata.text.context_tokens or 77
+    found = [
+        f"It fits one model: {base.name}, with the UNet whose hash is above. On another one, or on "
+        "a fine-tune of it, it loads and gives bad images. hipa-deploy refuses that.",
+        "One step, always: it was trained for no more. There is no guidance and no negative "
+        "prompt.",
+        f"It was trained at {width} x {height} pixels. Other sizes were not measured.",
+        f"A prompt is read up to {tokens} tokens.",
+        "It shows what its base model shows, and has that model's biases.",
+    ]
+    if metadata.text.clip_skip:
+        found.append(f"Prompts are encoded with clip skip {metadata.text.clip_skip} (diffusers).")
+    if metadata.text.context_tokens and metadata.text.context_tokens > 77:
+        found.append("diffusers' own pipeline cuts a prompt at 77 tokens.")
+    if metadata.loras or metadata.embeddings:
+        found.append("Without the LoRAs and embeddings that are named above its images are wrong.")
+    return found

@@ -1,0 +1,158 @@
+"""The folder of a published adaptor: what loads it, its card, and what is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import PeftModel
+from torch import Tensor
+
+from hipa_deploy.embedded import ADAPTORS, MODEL
+from hipa_deploy.errors import HipaError, HipaWarning
+from hipa_deploy.export.merge import merge_adaptor
+from hipa_deploy.models.adaptor_folder import METADATA
+from hipa_deploy.publish.base_model import check_hub_id
+
+from .conftest import PNG, front_matter, written
+
+pytestmark = pytest.mark.filterwarnings("ignore::hipa_deploy.errors.HipaWarning")
+
+
+@torch.no_grad()
+def output_of(unet: Callable[..., tuple[Tensor]]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    sample_BCHW = torch.randn(1, 4, 16, 16, generator=generator)
+    context_BLD = torch.randn(1, 77, 192, generator=generator)
+    return unet(sample_BCHW, 999, context_BLD, return_dict=False)[0]
+
+
+def test_peft_diffusers_and_our_merge_load_the_same_adaptor(tmp_path: Path) -> None:
+    folder = written("emoji", tmp_path / "out")
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL)
+    base_BCHW = output_of(pipe.unet)
+    pipe.load_lora_weights(folder)
+    expected_BCHW = output_of(pipe.unet)
+    assert (expected_BCHW - base_BCHW).abs().max() > 0.01
+
+    unet = UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet")
+    torch.testing.assert_close(
+        output_of(PeftModel.from_pretrained(unet, folder)), expected_BCHW, rtol=0, atol=0
+    )
+    merged = UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet")
+    merge_adaptor(merged, folder, 1.0)
+    torch.testing.assert_close(output_of(merged), expected_BCHW, rtol=0, atol=1e-4)
+
+
+def test_the_card_of_an_adaptor(adaptor: Path, model_with_licence: Path, tmp_path: Path) -> None:
+    out = written(
+        adaptor, tmp_path / "out", model=str(model_with_licence), base_model="stabilityai/base"
+    )
+    assert front_matter(out) == {
+        "base_model": "stabilityai/base",
+        "base_model_relation": "adapter",
+        "inference": {"parameters": {"num_inference_steps": 1, "guidance_scale": 0}},
+        "library_name": "diffusers",
+        "license": "openrail++",
+        "pipeline_tag": "text-to-image",
+        "tags": ["lora", "one-step", "hipa"],
+    }
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "stabilityai/base"
+    text = (out / "README.md").read_text()
+    for expected in (
+        'pipe.load_lora_weights("me/one-step"',
+        'PeftModel.from_pretrained(unet, "me/one-step")',
+        "hipa-export --model stabilityai/base --adaptor my-adaptor",
+        "| trained weights | 2,426,880 |",
+        "| teacher's images | 14,308, 30 UNet evaluations each |",
+        "None was measured for this card.",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTORS if name != "emoji"])
+def test_a_task_is_not_promised_to_diffusers(name: str, tmp_path: Path) -> None:
+    out = written(name, tmp_path / "out")
+    assert front_matter(out)["pipeline_tag"] == "image-to-image"
+    text = (out / "README.md").read_text()
+    assert "from diffusers import DDIM" not in text
+    assert f"hipa-{name.removeprefix('emoji-')} my-bundle" in text
+
+
+def test_only_what_belongs_to_an_adaptor_is_published(adaptor: Path, tmp_path: Path) -> None:
+    (adaptor / "checkpoint").mkdir()
+    (adaptor / "checkpoint" / "state.pt").write_bytes(b"x")
+    (adaptor / "notes.txt").write_text("mine")
+    out = written(adaptor, tmp_path / "out")
+    assert {path.name for path in out.rglob("*") if path.is_file()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "hipa_adaptor.json",
+        "pytorch_lora_weights.safetensors",
+        "scheduler_config.json",
+    }
+
+
+def test_the_report_is_in_the_card(report: Path, tmp_path: Path) -> None:
+    out = written("emoji", tmp_path / "out", report=report)
+    text = (out / "README.md").read_text()
+    assert "| HiPA | 0.1 |" in text
+    assert "![Samples](quality/samples.png)" in text
+    assert (out / "quality" / "samples.png").read_bytes() == PNG
+
+
+def test_a_report_of_another_adaptor_is_refused(report: Path, tmp_path: Path) -> None:
+    with pytest.raises(HipaError, match="measured another adaptor"):
+        written("emoji-edit", tmp_path / "out", report=report)
+
+
+def test_an_old_report_gets_a_warning(report: Path, tmp_path: Path) -> None:
+    (report / "report.json").write_text('{"rows": {}}')
+    with pytest.warns(HipaWarning, match="does not say which adaptor"):
+        written("emoji", tmp_path / "out", report=report)
+
+
+def test_a_report_without_its_samples_is_refused(report: Path, tmp_path: Path) -> None:
+    (report / "samples.png").unlink()
+    with pytest.raises(HipaError, match=r"has no samples.png. Expected a folder"):
+        written("emoji", tmp_path / "out", report=report)
+
+
+def test_what_the_card_lacks_is_said(tmp_path: Path) -> None:
+    with pytest.warns(HipaWarning, match=r"--base-model owner/name\) and its licence"):
+        written("emoji", tmp_path / "out")
+
+
+def test_an_adaptor_of_an_unknown_model_needs_the_model(adaptor: Path, tmp_path: Path) -> None:
+    change(adaptor, base_unet_sha256="tensors-v1:" + "0" * 64)
+    with pytest.raises(HipaError, match=r"knows only its hash. Give --model"):
+        written(adaptor, tmp_path / "out")
+    with pytest.raises(HipaError, match="was trained on another base model"):
+        written(adaptor, tmp_path / "out2", model=str(MODEL))
+
+
+def change(adaptor: Path, **values: object) -> None:
+    metadata = json.loads((adaptor / METADATA).read_text())
+    (adaptor / METADATA).write_text(json.dumps({**metadata, **values}))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/home/ada/data/captions.txt", r"C:\Users\ada\captions.txt", "HERE/captions.txt"],
+)
+def test_a_path_of_this_machine_is_refused(adaptor: Path, tmp_path: Path, path: str) -> None:
+    change(adaptor, recipe={"prompts": path.replace("HERE", str(tmp_path))})
+    with pytest.raises(HipaError, match=r"hipa_adaptor.json names the path .*captions"):
+        written(adaptor, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["me", "me/a/b", "me/..", "/me", "me/a b", "me/x.git", "a" * 99])
+def test_a_repository_that_cannot_be(name: str) -> None:
+    with pytest.raises(HipaError, match="Expected owner/name"):
+        check_hub_id("--repo", name)

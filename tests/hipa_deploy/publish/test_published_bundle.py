@@ -1,0 +1,62 @@
+"""The folder of a published bundle."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hipa_deploy import OneStepPipeline
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.embedded import BUNDLE
+from hipa_deploy.errors import HipaError
+
+from .conftest import front_matter, written
+
+pytestmark = pytest.mark.filterwarnings("ignore::hipa_deploy.errors.HipaWarning")
+
+
+def test_the_folder_makes_the_same_image(tmp_path: Path) -> None:
+    """The card beside the bundle's files changes nothing, and engines stay at home."""
+    bundle = Path(shutil.copytree(BUNDLE, tmp_path / "bundle"))
+    (bundle / "engines").mkdir(exist_ok=True)
+    (bundle / "engines" / "unet.engine").write_bytes(b"x")
+    out = written(bundle, tmp_path / "out")
+    assert not (out / "engines").exists()
+    Bundle.open(out).verify()
+    with (
+        OneStepPipeline.load(out, "onnxruntime") as pipe,
+        OneStepPipeline.load(BUNDLE, "onnxruntime") as own,
+    ):
+        image = pipe("3d emoji of a red apple", seed=3).images_BHWC
+        assert (image == own("3d emoji of a red apple", seed=3).images_BHWC).all()
+
+
+def test_the_card_of_a_bundle(report: Path, tmp_path: Path) -> None:
+    out = written("emoji-bundle", tmp_path / "out", licence="apache-2.0", report=report)
+    assert front_matter(out) == {
+        "library_name": "hipa-deploy",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-to-image",
+        "tags": ["onnx", "one-step", "hipa"],
+    }
+    manifest = Bundle.open(BUNDLE).manifest
+    text = (out / "README.md").read_text()
+    for expected in (
+        "hipa-generate my-bundle",
+        f"UNet `{manifest.base_model.sha256}`",
+        manifest.files["unet/model.onnx"],
+        "| unet | fp16 | 74.1 dB | none |",
+        "A safety checker is not in the bundle.",
+        "Image size and batch are fixed.",
+        "| HiPA | 0.1 |",
+    ):
+        assert expected in text
+
+
+def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(BUNDLE, tmp_path / "bundle"))
+    (bundle / "unet" / "weights.json").write_text("{}")
+    with pytest.raises(HipaError, match=r"weights.json is corrupt"):
+        written(bundle, tmp_path / "out")
