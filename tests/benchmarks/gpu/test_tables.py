@@ -61,7 +61,7 @@ def test_a_table_says_what_counts_and_why_not():
     lines = text.splitlines()
     assert lines[0] == "**a note**"
     assert (
-        "| generate, rtx | sd15 | fp16 | 1 | 100 images/s | 10 | - | 41.5 | no [1] [2] |" in lines
+        "| generate, rtx | sd15 | fp16 | 1 | 100 images/s | 10 | - | 41.5 | no (1) (2) |" in lines
     )
     assert "| generate, a\\|b | sd15 | fp16 | 1 | 100 images/s | 10 | 20 | - | yes |" in lines
     assert "- [1] 20 queries, and at least 100 are needed" in lines
