@@ -64,7 +64,7 @@ def test_a_table_says_what_counts_and_why_not():
         "| generate, rtx | sd15 | fp16 | 1 | 100 images/s | 10 | - | 41.5 | no (1) (2) |" in lines
     )
     assert "| generate, a\\|b | sd15 | fp16 | 1 | 100 images/s | 10 | 20 | - | yes |" in lines
-    assert "- [1] 20 queries, and at least 100 are needed" in lines
+    assert "- (1) 20 queries, and at least 100 are needed" in lines
     assert "- three: the time budget ended first" in lines
     assert "no NVIDIA GPU: none was tested" in render(a_report())
 
