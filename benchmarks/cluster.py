@@ -45,7 +45,7 @@ def main() -> None:
     )
     print(json.dumps(report, indent=2))
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 async def measure(bundle: str, images: int, clients: int, pin: bool) -> dict[str, Any]:

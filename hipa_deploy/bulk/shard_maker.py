@@ -107,7 +107,7 @@ class ShardMaker:
         try:
             with (
                 part.open("wb") as file,
-                tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+                tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
             ):
                 for row, prompt, content in self._images(shard, failures):
                     _add(tar, f"{row:09d}.png", content)

@@ -157,5 +157,5 @@ def test_jobs_that_cannot_share_a_batch(bundles: dict[str, Path]) -> None:
             for strength in (0.75, 0.5)
         ]
         mixed = [pipe.jobs([("a pear", 1)], source=source)[0] for source in sources]
-        with pytest.raises(HipaError, match="differ in size or strength"):
+        with pytest.raises(HipaError, match="differ in size, strength or refining"):
             pipe.make(mixed)
