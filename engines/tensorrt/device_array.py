@@ -150,16 +150,18 @@ def _delete(managed: Any) -> None:
 
 _CapsuleDestructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
-# CPython's functions for capsules; ctypes has to know the types of every pointer they take.
-_new_capsule = ctypes.pythonapi.PyCapsule_New
+# CPython's functions for capsules; ctypes has to know the types of every pointer they take. Taken by
+# index, each is our own: an attribute of ctypes.pythonapi is one object for the whole process, and
+# another library that declares its types there (as py_object, say) would declare ours.
+_new_capsule = ctypes.pythonapi["PyCapsule_New"]
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, _CapsuleDestructor]
 
-_is_capsule = ctypes.pythonapi.PyCapsule_IsValid
+_is_capsule = ctypes.pythonapi["PyCapsule_IsValid"]
 _is_capsule.restype = ctypes.c_int
 _is_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
 
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer = ctypes.pythonapi["PyCapsule_GetPointer"]
 _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
 

@@ -5,6 +5,7 @@ numpy takes only memory on the CPU, so these arrays say that they lie there.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 
 import numpy as np
@@ -40,6 +41,13 @@ def test_a_capsule_that_nobody_consumed_releases_its_tensor():
     del capsule
     gc.collect()
     assert device_array._alive == {}
+
+
+def test_another_library_may_declare_its_own_types_for_the_capsules_functions(monkeypatch):
+    for name in ("PyCapsule_New", "PyCapsule_IsValid", "PyCapsule_GetPointer"):
+        shared = getattr(ctypes.pythonapi, name)
+        monkeypatch.setattr(shared, "argtypes", [ctypes.py_object, ctypes.c_char_p])
+    test_a_capsule_that_nobody_consumed_releases_its_tensor()
 
 
 def test_a_consumer_receives_a_filled_array():
