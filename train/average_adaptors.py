@@ -39,6 +39,7 @@ from hipa_deploy.models.adaptor_folder import (
     weights_sha256,
 )
 from hipa_deploy.models.weights.weight_file import load_tensors
+from hipa_deploy.train.loop.spent import summed
 
 DOWN = ".lora_A.weight"
 UP = ".lora_B.weight"
@@ -126,6 +127,7 @@ def average_adaptors(folders: Sequence[Path], out: Path, rank: int | None = None
             "encoder_rank": rank if metadata[0].encoder_rank else 0,
             "steps_trained": max(each.steps_trained for each in metadata),
             "initial_sha256": None,
+            "training": summed([entry for each in metadata for entry in each.training]),
             "recipe": {**metadata[0].recipe, "average": about},
         }
     )

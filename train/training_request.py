@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from hipa_deploy.bundle.text_settings import TextSettings
+from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import METADATA, AdaptorMetadata
 from hipa_deploy.models.clip_tokenizer import text_sizes
@@ -13,7 +16,25 @@ from hipa_deploy.models.lora.early_lora import check_adaptor, check_style
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.load_part import check_weights
 from hipa_deploy.train.data.captions import image_paths
-from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe, read_prompts
+from hipa_deploy.train.recipes.recipe import (
+    DecoderRecipe,
+    Recipe,
+    held_out_prompts,
+    read_prompts,
+)
+
+# accelerate's trackers: the module that each needs, and the package that has it.
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "wandb": ("wandb", "wandb"),
+    "trackio": ("trackio", "trackio"),
+    "mlflow": ("mlflow", "mlflow"),
+    "comet_ml": ("comet_ml", "comet_ml"),
+    "aim": ("aim", "aim"),
+    "clearml": ("clearml", "clearml"),
+    "dvclive": ("dvclive", "dvclive"),
+    "swanlab": ("swanlab", "swanlab"),
+}
 
 
 def check_request(
@@ -32,7 +53,9 @@ def check_request(
             missing, damaged or does not fit the model or the recipe; or the model is incomplete.
 
     """
-    read_prompts(recipe, model)
+    prompts = read_prompts(recipe, model)
+    if isinstance(recipe, Recipe):
+        held_out_prompts(recipe, model, prompts)
     config = early_config(model)
     check_weights(model)
     if isinstance(recipe, Recipe) and recipe.task != "generate" and recipe.source.images:
@@ -51,6 +74,25 @@ def check_request(
         )
     if isinstance(recipe, Recipe):
         _check_start(recipe, start, metadata)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check the names of ``--log-with``, and that their packages are installed.
+
+    Raises:
+        HipaError: accelerate has no tracker of that name, or its package is not installed.
+
+    """
+    for name in names:
+        if name not in TRACKERS:
+            known = ", ".join(TRACKERS)
+            raise HipaError(f"--log-with {shown(name)} is unknown. Expected one of: {known}.")
+        module, package = TRACKERS[name]
+        if find_spec(module) is None:
+            raise HipaError(
+                f"--log-with {name} needs package {package}, not installed; run: pip install "
+                f"{package}"
+            )
 
 
 def _check_start(recipe: Recipe, start: Path, metadata: AdaptorMetadata) -> None:

@@ -22,6 +22,7 @@ from hipa_deploy.train.recipes.distribution_settings import (
     LatentDiscriminatorSettings,
     ScoreSettings,
 )
+from hipa_deploy.train.recipes.held_out_settings import HeldOutSettings
 from hipa_deploy.train.recipes.recipe_table import Settings
 
 SHIPPED = Path(__file__).parent  # the folder of the recipes that the package contains
@@ -150,6 +151,10 @@ class _ImageLossSettings(Settings):
     """Operator of the edge term."""
     amplitude_weight: float = Field(0.0, ge=0)
     """Weight of the difference of Fourier amplitudes, which ignores the phase (ours)."""
+    custom: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
+    """A loss of your own, module:function (docs/how-to/your-own-loss.md); needs --allow-code."""
+    custom_weight: float = Field(1.0, ge=0)
+    """Weight of your own loss."""
     radius: float = Field(RADIUS, gt=0, le=2)
     """Radius of the Gaussian high-pass, in units of the Nyquist frequency."""
     pixel: Literal["l1", "mse"] = "l1"
@@ -171,6 +176,7 @@ class _ImageLossSettings(Settings):
             self.hf_weight * (self.fourier_weight + self.edge_weight),
             self.amplitude_weight,
             getattr(self, "pixel_weight", 0.0),
+            self.custom_weight if self.custom else 0.0,
         ]
         return any(terms)
 
@@ -316,6 +322,8 @@ class Recipe(_TrainingSettings):
     """Score distillation."""
     latent_discriminator: LatentDiscriminatorSettings = LatentDiscriminatorSettings()
     """The discriminator on noised latents."""
+    held_out: HeldOutSettings = HeldOutSettings()
+    """The held-out measure, and early stop."""
 
     @property
     def compares_distributions(self) -> bool:
@@ -426,6 +434,7 @@ def load_any_recipe(
     _make_absolute(values.get("source"), "prompts", base)
     _make_absolute(values.get("source"), "images", base)
     _make_absolute(values.get("latent_discriminator"), "real_images", base)
+    _make_absolute(values.get("held_out"), "prompts", base)
 
     # The recipe of an adaptor need not name its kind.
     kind = values.get("kind", "adaptor")
@@ -503,6 +512,32 @@ def read_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str
     remedy = "Set prompts_column in the recipe."
     prompts = read_prompt_file(path, recipe.prompts_column, remedy)
     return list(dict.fromkeys([*source_prompts(recipe, model_folder), *prompts]))
+
+
+def held_out_prompts(recipe: Recipe, model_folder: Path, trained: list[str]) -> list[str]:
+    """The recipe's held-out prompts, without those that are trained on; none if it has no file.
+
+    Args:
+        recipe: Names the file.
+        model_folder: Where files lie whose name begins with 'model:'.
+        trained: The prompts of the training, as ``read_prompts`` returns them.
+
+    Raises:
+        HipaError: As ``read_prompt_file``, or fewer than two prompts are left.
+
+    """
+    if not recipe.held_out.prompts:
+        return []
+    path = _prompts_path(recipe.held_out.prompts, model_folder)
+    prompts = read_prompt_file(path, None, "Give a text file with one prompt a line.")
+    known = set(trained)
+    kept = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+    if len(kept) < 2:
+        raise HipaError(
+            f"held-out prompts {path}: {len(kept)} of {len(set(prompts))} are not trained on as "
+            "well. Expected at least 2: give others, or leave held_out.prompts out."
+        )
+    return kept
 
 
 def source_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str]:
