@@ -64,7 +64,7 @@ def early(folder: Path) -> None:
 
 def training_cost(folder: Path) -> None:
     """A model folder, as ``hipa train --dry-run`` opens it."""
-    from hipa_deploy.train.prediction.training_cost import unloaded_model
+    from hipa_deploy.train.prediction.simulated_training import unloaded_model
 
     unloaded_model(folder / "model")
 

@@ -109,15 +109,15 @@ def check_output(out: Path, recipe: Recipe | DecoderRecipe) -> int:
     check_same_recipe(folder, recorded, stored_recipe(recipe), type(recipe))
     if recipe.steps <= taken:
         raise HipaError(
-            f"{out} exists and is not empty: its run is finished after {taken} steps, and {recipe.steps} were asked for. "
-            "There is nothing to do. To go on from its last checkpoint, ask for more steps "
+            f"{out} exists and is not empty: its run is finished after {taken} steps, and "
+            f"{recipe.steps} were asked for. There is nothing to do. To go on from its last checkpoint, ask for more steps "
             f"(--steps {2 * taken}); for another run choose another output folder."
         )
     asked = _what_ends(recorded)
     if asked == _what_ends(stored_recipe(recipe)):
         raise HipaError(
-            f"{out} exists and is not empty: its run stopped early, after {taken} of {recipe.steps} steps. "
-            "There is nothing to do. To go on from its last checkpoint, ask for more steps than "
+            f"{out} exists and is not empty: its run stopped early, after {taken} of "
+            f"{recipe.steps} steps. There is nothing to do. To go on from its last checkpoint, ask for more steps than "
             f"{recipe.steps}, or for another held_out.patience."
         )
     return taken
