@@ -19,6 +19,7 @@ SURFACE = {
     "train": {
         "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps",
         "--lora", "--embedding", "--average", "--rank", "--dry-run", "--gpus", "--allow-code",
+        "--held-out", "--patience", "--log-with",
     },
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",

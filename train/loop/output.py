@@ -110,15 +110,16 @@ def check_output(out: Path, recipe: Recipe | DecoderRecipe) -> int:
     if recipe.steps <= taken:
         raise HipaError(
             f"{out} exists and is not empty: its run is finished after {taken} steps, and "
-            f"{recipe.steps} were asked for. There is nothing to do. To go on from its last checkpoint, ask for more steps "
-            f"(--steps {2 * taken}); for another run choose another output folder."
+            f"{recipe.steps} were asked for. There is nothing to do. To go on from its last "
+            f"checkpoint, ask for more steps (--steps {2 * taken}); for another run choose "
+            "another output folder."
         )
     asked = _what_ends(recorded)
     if asked == _what_ends(stored_recipe(recipe)):
         raise HipaError(
             f"{out} exists and is not empty: its run stopped early, after {taken} of "
-            f"{recipe.steps} steps. There is nothing to do. To go on from its last checkpoint, ask for more steps than "
-            f"{recipe.steps}, or for another held_out.patience."
+            f"{recipe.steps} steps. There is nothing to do. To go on from its last checkpoint, "
+            f"ask for more steps than {recipe.steps}, or for another held_out.patience."
         )
     return taken
 

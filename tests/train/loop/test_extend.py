@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def test_a_schedule_that_depends_on_the_end_says_so(
     changed = recipe.model_copy(update={"optimiser": cosine})
     train(changed, model_dir, tmp_path / "adaptor", cache, steps=2)
     _, printed = train(changed, model_dir, tmp_path / "adaptor", cache, steps=4)
-    assert "the learning rate goes from 0.0051 to 0.0051 here" in printed
+    assert re.search(r"the learning rate goes from 0\.005\d* to 0\.005\d* here", printed)
     assert "will differ from one that was trained for 4 steps at once" in printed
 
 
@@ -131,13 +132,18 @@ def test_a_foreign_folder_is_told_from_a_run(recipe: Recipe, tmp_path: Path, nam
     assert file.exists()
 
 
+def fail_at_the_end(out: Path) -> None:
+    with replacing(out, 2):
+        assert not out.exists()
+        raise OSError("full")
+
+
 def test_a_failure_at_the_end_puts_the_finished_result_back(tmp_path: Path) -> None:
     out = tmp_path / "adaptor"
     out.mkdir()
     (out / "a").touch()
-    with pytest.raises(OSError, match="full"), replacing(out, 2):
-        assert not out.exists()
-        raise OSError("full")
+    with pytest.raises(OSError, match="full"):
+        fail_at_the_end(out)
     assert (out / "a").exists()
     with replacing(out, 2):
         out.mkdir()
