@@ -33,7 +33,8 @@ from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.frequency import high_frequency_energy
 from hipa_deploy.train.losses.lite0 import Lite0
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
-from hipa_deploy.train.recipes.recipe import RADIUS, Recipe
+from hipa_deploy.train.recipes.loss_settings import RADIUS
+from hipa_deploy.train.recipes.recipe import Recipe
 
 CHUNK = 8  # images that go through the networks at once, beside a training's own memory
 SEED_OFFSET = 1 << 29  # noise that no example of the training has; a recipe's seed is below 2^30

@@ -36,7 +36,7 @@ from hipa_deploy.train.loop.plateau import Plateau
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.run import Run, check_extends, loss_state
 from hipa_deploy.train.loop.run_lock import one_run_at_a_time
-from hipa_deploy.train.loop.steps import Watch, result_lines, run_steps
+from hipa_deploy.train.loop.training_steps import Watch, result_lines, run_steps
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
 from hipa_deploy.train.model.encoder_adaptor import load_encoder_weights

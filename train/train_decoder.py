@@ -49,7 +49,7 @@ from hipa_deploy.train.loop.output import check_output, replacing, run_folder
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.run import Run, loss_state
 from hipa_deploy.train.loop.run_lock import one_run_at_a_time
-from hipa_deploy.train.loop.steps import Watch, result_lines, run_steps
+from hipa_deploy.train.loop.training_steps import Watch, result_lines, run_steps
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.mixed_precision import in_precision, use_tensor_cores

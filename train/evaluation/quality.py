@@ -37,7 +37,8 @@ from hipa_deploy.train.losses.frequency import high_frequency_energy
 from hipa_deploy.train.losses.lite0 import Lite0
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.unet_adaptor import one_step_model
-from hipa_deploy.train.recipes.recipe import RADIUS, TeacherSettings
+from hipa_deploy.train.recipes.loss_settings import RADIUS
+from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 CHUNK = 32  # images that go through a network at once
 

@@ -39,7 +39,7 @@ from hipa_deploy.train.losses.edge import edge_loss, edge_similarity_loss
 from hipa_deploy.train.losses.frequency import amplitude_loss, fourier_loss, fourier_similarity_loss
 from hipa_deploy.train.losses.gradient_balance import GradientBalance
 from hipa_deploy.train.losses.lpips import LpipsLike
-from hipa_deploy.train.recipes.recipe import DecoderLossSettings, LossSettings
+from hipa_deploy.train.recipes.loss_settings import DecoderLossSettings, LossSettings
 
 Terms = dict[str, Tensor]  # unweighted scalar of each term, by name
 Term = Callable[[Tensor, Tensor], Tensor]  # (image, target) -> scalar

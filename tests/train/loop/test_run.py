@@ -15,7 +15,7 @@ from rich.console import Console
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train import train_adaptor as train_adaptor_module
 from hipa_deploy.train.loop.run import Run
-from hipa_deploy.train.loop.steps import batch_rows
+from hipa_deploy.train.loop.training_steps import batch_rows
 from hipa_deploy.train.model.unet_adaptor import WEIGHTS
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.data import teacher_pairs as teacher_pairs_module
-from hipa_deploy.train.loop import steps as run_module
+from hipa_deploy.train.loop import training_steps as run_module
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 
