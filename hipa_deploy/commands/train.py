@@ -132,10 +132,10 @@ def train(
         check_new_or_finished(out)
     require("train")
     if average:
-        others = (prompts, start, adaptor, lora, embedding, steps, config, gpus)
-        others += (held_out, patience, log_with)
+        training = (prompts, start, adaptor, lora, embedding, steps, config, gpus)
+        watching = (held_out, patience, log_with)
         named = recipe != "emoji" or model != "emoji" or dry_run or allow_code
-        if named or any(other is not None for other in others):
+        if named or any(other is not None for other in (*training, *watching)):
             raise HipaError(
                 "--average trains nothing, so it goes with --out and --rank alone. Leave the "
                 "other options out."

@@ -22,7 +22,10 @@ _GROUPS = {
         *("--height", "--width", "--dynamic", "--batch", "--images", "--again"),
         *("--refine", "--guidance"),
     ),
-    "Training": ("--recipe", "--steps", "--average", "--rank", "--gpus", "--quick"),
+    "Training": (
+        *("--recipe", "--steps", "--held-out", "--patience", "--log-with"),
+        *("--average", "--rank", "--gpus", "--quick"),
+    ),
     "Precision and layout": ("--dtype", "--layout", "--fuse"),
     "Device": (
         *("--backend", "--build", "--target", "--workspace", "--tactic-dram"),

@@ -67,15 +67,21 @@ class Plateau:
         if not isinstance(stored, dict):
             raise damaged(path, "its held-out measurements are no table")
         best = stored.get("best")
-        counts = (stored.get("step"), stored.get("without"))
-        whole = all(type(count) is int and 0 <= count < 1 << 40 for count in counts)
-        if not isinstance(best, float) or math.isnan(best) or not whole:
+        step: Any = stored.get("step")
+        without: Any = stored.get("without")
+        is_count = _is_count(step) and _is_count(without)
+        if not isinstance(best, float) or math.isnan(best) or not is_count:
             raise damaged(path, f"its held-out measurements are {brief(stored)}")
         if stored.get("key") != self.key:
             return
         self.best = best
-        self.step, self.without = counts
+        self.step = int(step)
+        self.without = int(without)
 
     def start_again(self) -> None:
         """Count from here: a run that is extended gets its patience anew."""
         self.without = 0
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 40

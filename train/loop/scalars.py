@@ -189,7 +189,8 @@ class Trackers:
                 tracker = Scalars(folder / TENSORBOARD, step)
             else:
                 tracker = OtherTracker(name, folder, config, console)
-            self.open.append(self.stack.enter_context(tracker))
+            self.stack.enter_context(tracker)
+            self.open.append(tracker)
 
     def __enter__(self) -> Trackers:
         return self

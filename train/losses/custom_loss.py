@@ -81,7 +81,8 @@ def _check(loss: CustomLoss) -> None:
             got = f"a tensor {list(value.shape)}"
         raise HipaError(f"{what} gives {got}. {EXPECTED}")
     if not torch.isfinite(value):
-        raise HipaError(f"{what} is {float(value):g} on two images, not finite. {EXPECTED}")
+        got = f"{float(value.detach()):g}"
+        raise HipaError(f"{what} is {got} on two images, not finite. {EXPECTED}")
     if not value.requires_grad:
         raise HipaError(f"{what} has no gradient for the student's images. {EXPECTED}")
     with user_errors(f"{what} fails in its gradient", EXPECTED):
