@@ -32,6 +32,26 @@ settings.load_profile("project")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let workers take the files in the order below, not those of most tests first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first where workers share them, and the smallest last.
+
+    A long file that comes last would leave the other worker without work.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    weights: dict[Path, int] = {}
+    for item in items:
+        weight = 1000 if item.get_closest_marker("slow") else 1
+        weights[item.path] = weights.get(item.path, 0) + weight
+    items.sort(key=lambda item: (-weights[item.path], str(item.path)))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     """Leave the imported libraries and the collected tests out of every later collection.

@@ -247,34 +247,21 @@ def test_a_full_disk_leaves_nothing(model_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def decoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """TAESD's architecture, four times enlarging, in a few thousand seeded parameters."""
-    torch.manual_seed(0)
-    tiny = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
-        decoder_block_out_channels=(8, 8, 8), num_decoder_blocks=(1, 1, 1),
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("decoder") / "tiny"
-    tiny.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def small_bundle(
-    model_dir: Path, adaptor_dir: Path, decoder_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    model_dir: Path, adaptor_dir: Path, tiny_vae_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
     """The smallest thing a device can run: one graph, a tiny decoder, a closed set of prompts."""
     folder = tmp_path_factory.mktemp("bundle")
     (folder / "prompts.txt").write_text(f"a red apple\n{PROMPT}\n")
     options = ExportOptions(
         model=str(model_dir), adaptor=adaptor_dir, out=folder / "small", dtype="fp32", fuse=True,
-        decoder=decoder_dir, prompts=folder / "prompts.txt", height=48, width=32,
+        decoder=tiny_vae_dir, prompts=folder / "prompts.txt", height=48, width=32,
     )  # fmt: skip
     return export_bundle(options)
 
 
 def test_fused_tiny_and_baked_equals_diffusers(
-    model_dir: Path, adaptor_dir: Path, decoder_dir: Path, small_bundle: Bundle
+    model_dir: Path, adaptor_dir: Path, tiny_vae_dir: Path, small_bundle: Bundle
 ) -> None:
     assert tuple(small_bundle.stages) == ("generator",)
     assert not [
@@ -282,7 +269,7 @@ def test_fused_tiny_and_baked_equals_diffusers(
     ]
     assert small_bundle.manifest.decoder is not None
     assert small_bundle.manifest.decoder.kind == "tiny"
-    theirs = diffusers_image(model_dir, adaptor_dir, 5, size=(48, 32), decoder=decoder_dir)
+    theirs = diffusers_image(model_dir, adaptor_dir, 5, size=(48, 32), decoder=tiny_vae_dir)
     with OneStepPipeline.load(small_bundle.root, "onnxruntime") as pipe:
         ours = pipe(PROMPT, seed=5).images_BHWC[0]
     assert ours.shape == (48, 32, 3)

@@ -101,27 +101,19 @@ def edit_bundle(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bu
 
 
 @pytest.fixture(scope="module")
-def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AutoencoderTiny]:
-    """TAESD's architecture, four times reducing, and its folder."""
-    torch.manual_seed(0)
-    tiny = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
-        decoder_block_out_channels=(8, 8, 8), num_decoder_blocks=(1, 1, 1),
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("vae") / "tiny"
-    tiny.save_pretrained(folder)
-    return folder, tiny
+def tiny_vae(tiny_vae_dir: Path) -> AutoencoderTiny:
+    return AutoencoderTiny.from_pretrained(tiny_vae_dir)
 
 
 @pytest.fixture(scope="module")
 def tiny_bundle(
     model_dir: Path,
-    tiny_vae: tuple[Path, AutoencoderTiny],
+    tiny_vae_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Bundle:
     """Of the strength that an edit has when none is given, with a tiny encoder."""
     out = tmp_path_factory.mktemp("single") / "b"
-    return export(model_dir, out, task="edit", encoder=tiny_vae[0])
+    return export(model_dir, out, task="edit", encoder=tiny_vae_dir)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +171,7 @@ def test_the_edits_manifest(edit_bundle: Bundle, parts: Parts) -> None:
 
 
 def test_one_strength_is_folded_and_gives_the_same(
-    tiny_bundle: Bundle, tiny_vae: tuple[Path, AutoencoderTiny], parts: Parts
+    tiny_bundle: Bundle, tiny_vae: AutoencoderTiny, parts: Parts
 ) -> None:
     assert [tensor.name for tensor in tiny_bundle.stages["unet"].spec.inputs] == [
         "noise",
@@ -189,7 +181,7 @@ def test_one_strength_is_folded_and_gives_the_same(
     assert [entry.strength for entry in tiny_bundle.manifest.strengths] == [0.5]
     with OneStepPipeline.load(tiny_bundle.root, "onnxruntime") as pipe:
         result = pipe.edit(IMAGE_HWC, PROMPT, seed=SEED)
-    expected = parts.edit_latents(tiny_encoding(tiny_vae[1]), 499)
+    expected = parts.edit_latents(tiny_encoding(tiny_vae), 499)
     assert_close(result.images_BHWC[0], expected)
 
 
@@ -225,7 +217,7 @@ def test_several_strengths_fused_in_fp16_with_dynamic_sizes(
 
 
 def test_where_the_step_starts_and_ends_is_float32_in_an_fp16_graph(
-    model_dir: Path, tiny_vae: tuple[Path, AutoencoderTiny], tmp_path: Path
+    model_dir: Path, tiny_vae_dir: Path, tmp_path: Path
 ) -> None:
     # The UNet alone is looked at: the other stages are the smallest that there are.
     options = ExportOptions(
@@ -233,8 +225,8 @@ def test_where_the_step_starts_and_ends_is_float32_in_an_fp16_graph(
         out=tmp_path / "b",
         task="edit",
         strengths=STRENGTHS,
-        encoder=tiny_vae[0],
-        decoder=tiny_vae[0],
+        encoder=tiny_vae_dir,
+        decoder=tiny_vae_dir,
         prompts=model_dir / "prompts.txt",
     )
     graph = onnx.shape_inference.infer_shapes(
@@ -353,13 +345,13 @@ def test_one_encoding_serves_several_seeds(edit_bundle: Bundle) -> None:
     assert seen.count("unet") == 6
 
 
-def test_a_tiny_encoder(tiny_bundle: Bundle, tiny_vae: tuple[Path, AutoencoderTiny]) -> None:
+def test_a_tiny_encoder(tiny_bundle: Bundle, tiny_vae: AutoencoderTiny) -> None:
     encoder = tiny_bundle.manifest.encoder
     assert encoder is not None
     assert (encoder.kind, encoder.name) == ("tiny", "tiny")
     with open_runner(tiny_bundle, "vae_encoder", "onnxruntime") as runner:
         source = runner(image=IMAGE_HWC[None])["source"]
-    np.testing.assert_allclose(source, tiny_encoding(tiny_vae[1]).numpy(), atol=1e-5)
+    np.testing.assert_allclose(source, tiny_encoding(tiny_vae).numpy(), atol=1e-5)
 
 
 def test_a_pil_image_of_another_size_is_cropped_and_scaled(edit_bundle: Bundle) -> None:

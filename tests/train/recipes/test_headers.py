@@ -55,6 +55,13 @@ def derived(prediction: TrainingPrediction) -> dict[str, float]:
     }
 
 
+def test_every_recipe_for_stable_diffusion_has_a_header_here() -> None:
+    names = {path.stem for path in SHIPPED.glob("sd*.toml")}
+    others = {path.stem for path in SHIPPED.glob("*.toml")} - names
+    assert names == {"sd15", "sd21-base", "sd21-v"}
+    assert all(name.startswith("emoji") for name in others)
+
+
 # The three take the same path; one of them is enough for every run of the tests.
 @pytest.mark.parametrize(
     "name",
