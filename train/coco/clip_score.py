@@ -26,6 +26,21 @@ def clip_sha256(folder: Path) -> str:
     return files_sha256(folder, [folder / "config.json", *clip_weights(folder)])
 
 
+def clip_size(folder: Path) -> tuple[int, int, int]:
+    """Width and layers of a CLIP's vision part, and the width of its embeddings.
+
+    Raises:
+        HipaError: the folder has no configuration of a CLIP.
+
+    """
+    from transformers import CLIPConfig
+
+    with as_line(f"--clip {folder} cannot be loaded", f"Fetch it: {FETCH_CLIP}"):
+        config = CLIPConfig.from_pretrained(folder, local_files_only=True)
+    vision = config.vision_config
+    return vision.hidden_size, vision.num_hidden_layers, config.projection_dim
+
+
 class ClipScore:
     """Cosines of images and captions.
 

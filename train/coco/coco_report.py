@@ -127,7 +127,7 @@ def coco_report(
     differences = {}
     first: tuple[CocoRow, RowFeatures, np.ndarray] | None = None
     for name, row in rows.items():
-        fid = frechet_distance(reference, Moments.of(row.features_ND))
+        fid = frechet_distance(reference, row.features_ND)
         left_out_G = distances_left_out(reference, row.features_ND, groups)
         numbers = CocoRow(
             fid=fid,

@@ -54,28 +54,47 @@ class Moments:
         return root
 
 
-def frechet_distance(reference: Moments, other: Moments) -> float:
-    """The squared Fréchet distance of two normal distributions with these moments.
+def frechet_distance(reference: Moments, features_ND: np.ndarray) -> float:
+    """The squared Fréchet distance of two sets of features, taken for normal distributions.
 
     Heusel et al. 2017, arXiv 1706.08500, equation 6::
 
         d = |m1 - m2|^2 + Tr(C1) + Tr(C2) - 2 Tr((C1 C2)^(1/2))
 
-    The last trace is that of (R C2 R)^(1/2) with R = C1^(1/2), whose eigenvalues are real: no
-    square root of a matrix without symmetry is needed, and nothing is added to singular ones.
+    The last trace is the sum of the roots of the eigenvalues of C1 C2. Those are the eigenvalues of
+    the symmetric R C2 R with R = C1^(1/2), and of the symmetric A C1 A^T with C2 = A^T A, which is
+    the smaller one for fewer images than features. So no square root of a matrix without symmetry
+    is needed, and nothing is added to a singular one.
 
     Args:
-        reference: of the real images; its root is computed once.
-        other: of the generated ones.
+        reference: of the real images.
+        features_ND: of the generated ones.
 
     Returns:
         0 for equal moments, larger the more they differ.
 
+    Raises:
+        HipaError: as ``Moments.of``.
+
     """
-    difference_D = reference.mean_D - other.mean_D
+    other = Moments.of(features_ND)
+    if len(features_ND) >= features_ND.shape[1]:
+        return _distance(reference, other, _eigenvalues(reference, other))
+    factor_ND = (features_ND - other.mean_D) / np.sqrt(len(features_ND) - 1)
+    values = np.linalg.eigvalsh(factor_ND @ reference.covariance_DD @ factor_ND.T)
+    return _distance(reference, other, values)
+
+
+def _eigenvalues(reference: Moments, other: Moments) -> np.ndarray:
+    """The eigenvalues of R C2 R, float64 [D]."""
     root_DD = reference.root_DD
-    values_D = np.linalg.eigvalsh(root_DD @ other.covariance_DD @ root_DD)
-    cross = np.sqrt(values_D.clip(min=0)).sum()
+    values: np.ndarray = np.linalg.eigvalsh(root_DD @ other.covariance_DD @ root_DD)
+    return values
+
+
+def _distance(reference: Moments, other: Moments, eigenvalues: np.ndarray) -> float:
+    difference_D = reference.mean_D - other.mean_D
+    cross = np.sqrt(eigenvalues.clip(min=0)).sum()
     traces = np.trace(reference.covariance_DD) + np.trace(other.covariance_DD)
     return float(difference_D @ difference_D + traces - 2 * cross)
 
@@ -91,20 +110,25 @@ def distances_left_out(
     Args:
         reference: of the real images.
         features_ND: of the generated ones. Image n is in group n modulo G.
-        groups: G, at most N / 2.
+        groups: G, from 2 to N / 2.
 
     """
+    numbers = np.arange(len(features_ND))
+    if len(features_ND) < 2 * features_ND.shape[1]:
+        kept = [features_ND[numbers % groups != group] for group in range(groups)]
+        return np.array([frechet_distance(reference, rows) for rows in kept])
+
+    # With many images the covariance is the work: that of all images less that of each group.
     values_ND = features_ND.astype(np.float64)
     centre_D = values_ND.mean(axis=0)
-    centred_ND = values_ND - centre_D  # so that no two large sums are subtracted
-    products_DD = centred_ND.T @ centred_ND
-    sums_D = centred_ND.sum(axis=0)
+    values_ND -= centre_D  # so that no two large sums are subtracted
+    products_DD = values_ND.T @ values_ND
     distances = []
     for group in range(groups):
-        left_out = centred_ND[group::groups]
+        left_out = values_ND[group::groups]
         count = len(values_ND) - len(left_out)
-        mean_D = (sums_D - left_out.sum(axis=0)) / count
+        mean_D = -left_out.sum(axis=0) / count
         scatter_DD = products_DD - left_out.T @ left_out - count * np.outer(mean_D, mean_D)
-        kept = Moments(centre_D + mean_D, scatter_DD / (count - 1))
-        distances.append(frechet_distance(reference, kept))
+        moments = Moments(centre_D + mean_D, scatter_DD / (count - 1))
+        distances.append(_distance(reference, moments, _eigenvalues(reference, moments)))
     return np.array(distances)

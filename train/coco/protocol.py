@@ -33,6 +33,7 @@ INCEPTION_URL = (
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 # The peers' code calls it ViT-G/14 and loads open_clip's ViT-g-14, laion2b_s12b_b42k.
 CLIP_HUB_ID = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
+CLIP_SIZE = (1408, 40, 1024)  # of ViT-g-14
 FETCH_CLIP = f"hf download {CLIP_HUB_ID} --local-dir clip-vit-g-14"
 
 
@@ -95,6 +96,7 @@ class Protocol(Record):
         inception_sha256: of the file of Inception's weights.
         clip: name of the folder of CLIP; None where no CLIP score is measured.
         clip_sha256: of its weights.
+        clip_size: width and layers of its vision part, and the width of its embeddings.
         clip_prefix: put before each caption for the CLIP score.
 
     """
@@ -111,6 +113,7 @@ class Protocol(Record):
     inception_sha256: str
     clip: str | None = None
     clip_sha256: str | None = None
+    clip_size: tuple[int, int, int] | None = None
     clip_prefix: str = CLIP_PREFIX
 
     @property
@@ -155,6 +158,11 @@ class Protocol(Record):
             )
         if self.resolution != RESOLUTION:
             found.append(f"Images are scaled to {self.resolution} pixels; the peers take 256.")
+        if self.clip is not None and self.clip_size != CLIP_SIZE:
+            found.append(
+                f"The CLIP score is by {self.clip}, another model than the peers' ViT-g-14: compare "
+                "it with scores of the same model only."
+            )
         if self.clip is not None and self.clip_prefix != CLIP_PREFIX:
             found.append(
                 f"The CLIP score's captions begin with {self.clip_prefix!r}; those of the peers "
@@ -168,7 +176,7 @@ class Protocol(Record):
         return [
             self._captions_text(),
             f"Noise: seeds {self.first_seed:,} to {self.first_seed + self.images - 1:,}, in the "
-            "captions' order, the same for every row.",
+            "captions' order, the same for every row whose images are made here.",
             f"Images: as the model makes them, cropped to a square about the centre, scaled to "
             f"{self.resolution}x{self.resolution} with Lanczos' filter; the real ones in the same "
             "way. GigaGAN (evaluation.py: compute_fid), DMD2 (coco_evaluator.py: compute_fid), "

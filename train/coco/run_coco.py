@@ -16,7 +16,7 @@ from hipa_deploy.disk.locks import locked
 from hipa_deploy.errors import StoppedError
 from hipa_deploy.interrupts import interrupting_signal
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.train.coco.clip_score import clip_sha256
+from hipa_deploy.train.coco.clip_score import clip_sha256, clip_size
 from hipa_deploy.train.coco.coco_folder import CocoData, read_coco
 from hipa_deploy.train.coco.coco_report import (
     CocoReport,
@@ -169,6 +169,7 @@ def make_protocol(data: CocoData, wishes: CocoWishes, request: CocoRequest) -> P
         inception_sha256=file_sha256(request.inception),
         clip=None if clip is None else clip.resolve().name,
         clip_sha256=None if clip is None else clip_sha256(clip),
+        clip_size=None if clip is None else clip_size(clip),
         clip_prefix=wishes.clip_prefix,
     )
 
