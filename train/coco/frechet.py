@@ -36,10 +36,7 @@ class Moments:
             HipaError: fewer than two rows, or values that are not finite.
 
         """
-        if len(features_ND) < 2:
-            raise HipaError(f"features of {len(features_ND)} images. Expected at least 2.")
-        if not np.isfinite(features_ND).all():
-            raise HipaError("features are not finite. Check the images and the network's file.")
+        _check(features_ND)
         values_ND = features_ND.astype(np.float64)
         mean_D = values_ND.mean(axis=0)
         centred_ND = values_ND - mean_D
@@ -52,6 +49,14 @@ class Moments:
         roots_D = np.sqrt(values_D.clip(min=0))  # rounding may leave zeros a little negative
         root: np.ndarray = (vectors_DD * roots_D) @ vectors_DD.T
         return root
+
+
+def _check(features_ND: np.ndarray) -> None:
+    """Raise HipaError for fewer than two rows, or values that are not finite."""
+    if len(features_ND) < 2:
+        raise HipaError(f"features of {len(features_ND)} images. Expected at least 2.")
+    if not np.isfinite(features_ND).all():
+        raise HipaError("features are not finite. Check the images and the network's file.")
 
 
 def frechet_distance(reference: Moments, features_ND: np.ndarray) -> float:
@@ -77,12 +82,16 @@ def frechet_distance(reference: Moments, features_ND: np.ndarray) -> float:
         HipaError: as ``Moments.of``.
 
     """
-    other = Moments.of(features_ND)
     if len(features_ND) >= features_ND.shape[1]:
-        return _distance(reference, other, _eigenvalues(reference, other))
-    factor_ND = (features_ND - other.mean_D) / np.sqrt(len(features_ND) - 1)
-    values = np.linalg.eigvalsh(factor_ND @ reference.covariance_DD @ factor_ND.T)
-    return _distance(reference, other, values)
+        other = Moments.of(features_ND)
+        trace = float(np.trace(other.covariance_DD))
+        return _distance(reference, other.mean_D, trace, _eigenvalues(reference, other))
+    _check(features_ND)
+    values_ND = features_ND.astype(np.float64)
+    mean_D = values_ND.mean(axis=0)
+    factor_ND = (values_ND - mean_D) / np.sqrt(len(values_ND) - 1)
+    eigenvalues = np.linalg.eigvalsh(factor_ND @ reference.covariance_DD @ factor_ND.T)
+    return _distance(reference, mean_D, float((factor_ND**2).sum()), eigenvalues)
 
 
 def _eigenvalues(reference: Moments, other: Moments) -> np.ndarray:
@@ -92,10 +101,13 @@ def _eigenvalues(reference: Moments, other: Moments) -> np.ndarray:
     return values
 
 
-def _distance(reference: Moments, other: Moments, eigenvalues: np.ndarray) -> float:
-    difference_D = reference.mean_D - other.mean_D
+def _distance(
+    reference: Moments, mean_D: np.ndarray, trace: float, eigenvalues: np.ndarray
+) -> float:
+    """The distance to a set with this mean, trace of its covariance, and these eigenvalues."""
+    difference_D = reference.mean_D - mean_D
     cross = np.sqrt(eigenvalues.clip(min=0)).sum()
-    traces = np.trace(reference.covariance_DD) + np.trace(other.covariance_DD)
+    traces = np.trace(reference.covariance_DD) + trace
     return float(difference_D @ difference_D + traces - 2 * cross)
 
 
@@ -129,6 +141,8 @@ def distances_left_out(
         count = len(values_ND) - len(left_out)
         mean_D = -left_out.sum(axis=0) / count
         scatter_DD = products_DD - left_out.T @ left_out - count * np.outer(mean_D, mean_D)
-        moments = Moments(centre_D + mean_D, scatter_DD / (count - 1))
-        distances.append(_distance(reference, moments, _eigenvalues(reference, moments)))
+        kept_set = Moments(centre_D + mean_D, scatter_DD / (count - 1))
+        trace = float(np.trace(kept_set.covariance_DD))
+        eigenvalues = _eigenvalues(reference, kept_set)
+        distances.append(_distance(reference, kept_set.mean_D, trace, eigenvalues))
     return np.array(distances)

@@ -160,8 +160,8 @@ class Protocol(Record):
             found.append(f"Images are scaled to {self.resolution} pixels; the peers take 256.")
         if self.clip is not None and self.clip_size != CLIP_SIZE:
             found.append(
-                f"The CLIP score is by {self.clip}, another model than the peers' ViT-g-14: compare "
-                "it with scores of the same model only."
+                f"The CLIP score is by {self.clip}, another model than the peers' ViT-g-14: "
+                "compare it with scores of the same model only."
             )
         if self.clip is not None and self.clip_prefix != CLIP_PREFIX:
             found.append(

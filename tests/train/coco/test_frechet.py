@@ -61,7 +61,7 @@ def test_a_set_without_a_group_is_the_set_of_the_others(count: int) -> None:
 
 
 def test_the_interval_covers_the_distance_of_the_whole_distribution() -> None:
-    """Of 100 sets of 300 images, about 95 % of the intervals hold the mean distance of such sets."""
+    """About 95 of 100 intervals of sets of 300 images hold the mean distance of such sets."""
     reference = Moments.of(features(2000, 0))
     made = [features(300, seed, shift=0.3) for seed in range(1, 101)]
     distances = [frechet_distance(reference, rows) for rows in made]
@@ -74,5 +74,5 @@ def test_the_interval_covers_the_distance_of_the_whole_distribution() -> None:
 
 @pytest.mark.parametrize("rows", [np.zeros((1, 4)), np.full((5, 4), np.nan)])
 def test_what_has_no_moments(rows: np.ndarray) -> None:
-    with pytest.raises(HipaError, match="Expected at least 2|not finite"):
+    with pytest.raises(HipaError, match=r"Expected at least 2|not finite"):
         Moments.of(rows)
