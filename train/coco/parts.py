@@ -104,7 +104,8 @@ class Parts:
     def write(self, part: int, values: Mapping[str, np.ndarray]) -> None:
         """Write a part: an array by each name, with a row for each of its images."""
         buffer = io.BytesIO()
-        np.savez(buffer, **values)
+        save: Any = np.savez  # its stub takes the names for its own options
+        save(buffer, **values)
         write_file(self.path(part), buffer.getvalue())
 
     def names(self) -> list[str]:

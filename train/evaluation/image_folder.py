@@ -150,7 +150,7 @@ def _noise(paths: Sequence[Path], prompts: Sequence[str], seeds: Sequence[int]) 
                 f"{path} was made of the prompt {prompt!r}, and its place is that of "
                 f"{prompts[number]!r}. Name the images by the prompts' numbers."
             )
-        known += 1
+        known += "seed" in parameters
         same += parameters.get("seed") == seeds[number]
     if same == len(paths):
         return True, "Its files say the same seeds as the other rows'."
