@@ -272,10 +272,10 @@ def evaluate(
         check_same_loras(adaptor_dir, read_metadata(adaptor_dir).loras, added.loras)
     check_rivals(rivals, folder, style)
     texts, seeds = draw(request.texts, images)
-    facts = {one.row: contender_facts(one, folder, texts, seeds) for one in rivals}
+    text = request.text
+    facts = {one.row: contender_facts(one, folder, texts, seeds, text) for one in rivals}
 
     # Every kind of image is made from the same prompts and seeds, so that only the model differs.
-    text = request.text
     rows, again = quality.make_images(
         folder, adaptor_dir, texts, teacher, images, console, style, rivals, text
     )
@@ -337,11 +337,18 @@ def _on_coco(
         console.print(f"warning: {warning}", markup=False, highlight=False)
 
     # Then what only torch can tell, still before the first image.
+    from hipa_deploy.models.adaptor_folder import read_metadata
+    from hipa_deploy.models.lora.open_style import OpenStyle
+    from hipa_deploy.models.model_config import ModelConfig
+    from hipa_deploy.models.style import check_same_loras
     from hipa_deploy.train.coco import coco_report as reports
     from hipa_deploy.train.coco.entries import Models
     from hipa_deploy.train.coco.run_coco import Contest, measure_on_coco, write_coco_report
     from hipa_deploy.train.evaluation.rivals import check_rivals
 
+    if adaptor is not None:
+        added = OpenStyle.read(style, ModelConfig.read(folder)).info
+        check_same_loras(adaptor, read_metadata(adaptor).loras, added.loras)
     check_rivals(rivals, folder, style)
     models = Models(folder, style, text)
     contest = Contest(models, adaptor, rivals, teacher if wishes.with_teacher else None)

@@ -187,6 +187,8 @@ def _difference(figure: str, change: float, limits: Interval, *, lower_is_better
     low, high = limits
     digits = 2 if lower_is_better else 4
     numbers = f"{change:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+    if float(f"{max(abs(low), abs(high)):.{digits}f}") == 0:
+        return f"{figure} equal, to {digits} digits"
     if low <= 0 <= high:
         return f"{figure} not told apart, {numbers}"
     better = (change < 0) == lower_is_better

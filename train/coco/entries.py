@@ -135,7 +135,7 @@ def contender_entry(
         HipaError: as ``contender_facts``.
 
     """
-    facts = contender_facts(contender, models.folder, prompts, seeds)
+    facts = contender_facts(contender, models.folder, prompts, seeds, models.text)
     if isinstance(contender, ImageFolder):
         files = find_images(contender.folder, prompts, seeds).paths
         return Entry(contender.row, {"files": _files(files)}, files=files, notes=facts.notes)

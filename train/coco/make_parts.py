@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from hipa_deploy.train.evaluation.rivals import Maker
 from hipa_deploy.train.loop.progress_bar import ProgressBar
 
 INCEPTION_BATCH = 25  # divides a part
+Advance = Callable[[int], None]
+"""Tells the progress bar how many more images are done."""
 
 
 @dataclass
@@ -88,7 +91,7 @@ def make_reference(
 ) -> None:
     """Compute what is missing of the real images' features."""
 
-    def make(part: int) -> dict[str, np.ndarray]:
+    def make(part: int, _: Advance) -> dict[str, np.ndarray]:
         return measure([paths[number] for number in parts.images_of(part)], None)
 
     _make_missing(f"real images, {parts.count:,}", parts, shard, console, make)
@@ -123,7 +126,7 @@ def make_row(
     """
     maker: Maker | None = None
 
-    def make(part: int) -> dict[str, np.ndarray]:
+    def make(part: int, advance: Advance) -> dict[str, np.ndarray]:
         nonlocal maker
         numbers = parts.images_of(part)
         captions = [prompts[number] for number in numbers]
@@ -140,6 +143,7 @@ def make_row(
                 parameters = {"prompt": prompts[number], "seed": seeds[number]}
                 write_file(parts.image_path(number), encode_image(image_HWC, parameters))
             raise_interruption()
+            advance(len(some))
         return measure([parts.image_path(number) for number in numbers], captions)
 
     _make_missing(entry.row, parts, shard, console, make)
@@ -150,9 +154,12 @@ def _make_missing(
     parts: Parts,
     shard: Shard,
     console: Console,
-    make: Callable[[int], dict[str, np.ndarray]],
+    make: Callable[[int, Advance], dict[str, np.ndarray]],
 ) -> None:
-    """Make and write the missing parts of this process, with a progress bar."""
+    """Make and write the missing parts of this process, with a progress bar.
+
+    Images move the bar when they are made, and what was there before when its part is done.
+    """
     missing = parts.missing(shard)
     if not missing:
         return
@@ -161,6 +168,8 @@ def _make_missing(
     left = sum(len(parts.images_of(part)) for part in missing)
     with ProgressBar(console) as progress:
         task = progress.add_task(name, total=total, completed=total - left)
+        done = total - left
         for part in missing:
-            parts.write(part, make(part))
-            progress.advance(task, len(parts.images_of(part)))
+            parts.write(part, make(part, partial(progress.advance, task)))
+            done += len(parts.images_of(part))
+            progress.update(task, completed=done)

@@ -120,9 +120,9 @@ class Protocol(Record):
     def figure(self) -> str:
         """What the distance may be called: 'FID-30k' where it is that of the peers' tables."""
         known = SETS[self.year]
-        if self.images == known.count and self.has_published_weights:
-            return known.figure
-        return f"FID-{self.images}"
+        if not self.has_published_weights:
+            return "Fréchet distance"
+        return known.figure if self.images == known.count else f"FID-{self.images}"
 
     @property
     def has_published_weights(self) -> bool:

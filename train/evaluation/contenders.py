@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hipa_deploy.bundle.folder import MANIFEST, Bundle
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.images.source import require_task
 from hipa_deploy.models.adaptor_folder import METADATA, read_metadata
+from hipa_deploy.models.clip_tokenizer import text_sizes
 from hipa_deploy.models.early_config import early_config
 from hipa_deploy.models.lora.early_lora import check_adaptor, check_lora
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod, check_fits, load_method
@@ -244,12 +246,15 @@ def _check_other_adaptor(contender: OtherAdaptor, model: Path) -> None:
         )
 
 
-def bundle_notes(contender: BundleContender, model: Path) -> list[str]:
+def bundle_notes(
+    contender: BundleContender, model: Path, text: TextSettings | None = None
+) -> list[str]:
     """What a reader of a report should know of a bundle's row, a sentence each.
 
     Args:
         contender: the bundle.
         model: the diffusers folder of the base model of the report's other rows.
+        text: how the prompts of the other rows are encoded; None is not compared.
 
     Raises:
         HipaError: not a bundle.
@@ -259,14 +264,36 @@ def bundle_notes(contender: BundleContender, model: Path) -> list[str]:
     notes = [f"It is run by the runtime, in {manifest.precision}."]
     if not has_identity(model / "unet", manifest.base_model.sha256):
         notes.append("Its base model is another one than that of the other rows.")
-    if manifest.text.prompt_weights:
-        notes.append("Brackets in its prompts are weights.")
-    return notes
+    return notes + _text_notes(manifest.text, text, model)
 
 
-def adaptor_notes(contender: OtherAdaptor, model: Path) -> list[str]:
-    """What a reader should know of another adaptor's row, a sentence each."""
-    recipe = read_metadata(contender.folder, model).recipe
-    teacher = recipe.get("teacher") or {}
+def adaptor_notes(
+    contender: OtherAdaptor, model: Path, text: TextSettings | None = None
+) -> list[str]:
+    """What a reader should know of another adaptor's row; arguments as for ``bundle_notes``."""
+    metadata = read_metadata(contender.folder, model)
+    teacher = metadata.recipe.get("teacher")
     guidance = teacher.get("guidance") if isinstance(teacher, dict) else None
-    return [] if guidance is None else [f"It was trained on a teacher of guidance {guidance:g}."]
+    notes = []
+    if isinstance(guidance, int | float):
+        notes.append(f"It was trained on a teacher of guidance {guidance:g}.")
+    return notes + _text_notes(metadata.text, text, model)
+
+
+def _text_notes(own: TextSettings, others: TextSettings | None, model: Path) -> list[str]:
+    """A sentence where a row reads prompts in another way than the other rows."""
+    if others is None:
+        return []
+    at_once, _ = text_sizes(early_config(model))
+    ways = []
+    for settings in (own, others):
+        tokens = settings.context_tokens or at_once
+        ways.append((tokens, settings.clip_skip, settings.prompt_weights))
+    if ways[0] == ways[1]:
+        return []
+    tokens, skip, weights = ways[0]
+    brackets = "weights" if weights else "text"
+    return [
+        f"It reads prompts in a way of its own: {tokens} tokens, clip skip {skip}, brackets are "
+        f"{brackets}."
+    ]

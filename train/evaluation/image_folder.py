@@ -85,6 +85,8 @@ def find_images(folder: Path, prompts: Sequence[str], seeds: Sequence[int]) -> F
     else:
         found = _by_number(folder, paths, prompts)
         note = "Its images are found by their numbers."
+    if len(paths) > len(found):
+        note += f" {len(paths) - len(found)} others in the folder are not used."
     same_noise, noise_note = _noise(found, prompts, seeds)
     return FoundImages(found, same_noise, [note, noise_note])
 

@@ -94,7 +94,11 @@ def _check_bundle_size(contender: BundleContender, size: tuple[int, int]) -> Non
 
 
 def contender_facts(
-    contender: Contender, folder: Path, prompts: Sequence[str], seeds: Sequence[int]
+    contender: Contender,
+    folder: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    text: TextSettings | None = None,
 ) -> Facts:
     """What is known of a contender before its images are made.
 
@@ -103,15 +107,16 @@ def contender_facts(
         folder: Diffusers folder of the base model.
         prompts: N prompts.
         seeds: The noise seed of each prompt.
+        text: How the prompts of the other rows are encoded; None is not compared.
 
     Raises:
         HipaError: As ``find_images``.
 
     """
     if isinstance(contender, BundleContender):
-        return Facts(notes=tuple(bundle_notes(contender, folder)))
+        return Facts(notes=tuple(bundle_notes(contender, folder, text)))
     if isinstance(contender, OtherAdaptor):
-        return Facts(notes=tuple(adaptor_notes(contender, folder)))
+        return Facts(notes=tuple(adaptor_notes(contender, folder, text)))
     if isinstance(contender, ImageFolder):
         found = find_images(contender.folder, prompts, seeds)
         return Facts(found.same_noise, tuple(found.notes))

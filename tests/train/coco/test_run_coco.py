@@ -84,7 +84,7 @@ def test_shards_an_interruption_and_the_report(
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     report = CocoReport.model_validate_json((out / "report.json").read_text())
     assert list(report.rows) == ["HiPA, one step", "bundle (bundle)", "theirs (images)"]
-    assert report.figure == "FID-6"
+    assert report.figure == "Fréchet distance"
     # Their images are the real ones, cropped and scaled alike.
     assert report.rows["theirs (images)"].fid == pytest.approx(0, abs=1e-6)
     # The bundle is the adaptor in float16: their images differ by the rounding.
@@ -95,7 +95,7 @@ def test_shards_an_interruption_and_the_report(
     text = (out / "report.md").read_text()
     for words in (
         "no FID, and compare with each other only", "6 images in place of 5,000",
-        "another model than the peers' ViT-g-14", "do not say their seeds", "not told apart",
+        "another model than the peers' ViT-g-14", "do not say their seeds",
         "bicubic to 299x299 in float", "A photo depicts", "all images of val2017",
     ):  # fmt: skip
         assert words in text
@@ -174,7 +174,8 @@ def test_the_name_of_the_tables_is_for_their_measurement_alone() -> None:
     changes = {"images": 2000, "resolution": 512, "reference": "captioned", "inception_sha256": ""}
     for name, value in changes.items():
         assert Protocol(**{**values, name: value}).departures != []
-    assert Protocol(**{**values, "inception_sha256": ""}).figure == "FID-30000"
+    assert Protocol(**{**values, "inception_sha256": ""}).figure == "Fréchet distance"
+    assert Protocol(**{**values, "images": 5000}).figure == "FID-5000"
 
 
 def test_parts_cover_every_image_once(tmp_path: Path) -> None:
