@@ -316,6 +316,7 @@ def _on_coco(
 ) -> None:
     """The measurement on COCO: one report for each set that is there."""
     from hipa_deploy.models.locate import model_folder
+    from hipa_deploy.train.coco.coco_folder import read_coco
     from hipa_deploy.train.coco.coco_request import REPORT_FILES, check_coco
     from hipa_deploy.train.evaluation.contenders import contender_path
     from hipa_deploy.train.evaluation.evaluation_request import check_models
@@ -335,6 +336,16 @@ def _on_coco(
     text, warning = check_models(folder, adaptor, rivals, style, text_wishes)
     if warning:
         console.print(f"warning: {warning}", markup=False, highlight=False)
+    read = {}
+    for place, known in request.sets.items():
+        with console.status(f"reading COCO {known.year}"):
+            read[place] = read_coco(
+                wishes.folder,
+                known,
+                captions=wishes.captions,
+                reference=request.reference,
+                images=wishes.images,
+            )
 
     # Then what only torch can tell, still before the first image.
     from hipa_deploy.models.adaptor_folder import read_metadata
@@ -352,8 +363,8 @@ def _on_coco(
     check_rivals(rivals, folder, style)
     models = Models(folder, style, text)
     contest = Contest(models, adaptor, rivals, teacher if wishes.with_teacher else None)
-    for place, known in request.sets.items():
-        report = measure_on_coco(place, known, wishes, request, contest, console)
+    for place, data in read.items():
+        report = measure_on_coco(place, data, wishes, request, contest, console)
         if report is None:
             continue
         Console().print(reports.coco_table(report))

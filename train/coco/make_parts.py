@@ -51,6 +51,18 @@ class Measure:
     _inception: Inception | None = None
     _clip: ClipScore | None = None
 
+    def load(self) -> None:
+        """Load the networks, unless they are.
+
+        Raises:
+            HipaError: one cannot be loaded.
+
+        """
+        if self._inception is None:
+            self._inception = Inception(self.inception, self.device)
+        if self._clip is None and self.clip is not None:
+            self._clip = ClipScore(self.clip, self.device, self.clip_prefix)
+
     def __call__(
         self, paths: Sequence[Path], captions: Sequence[str] | None
     ) -> dict[str, np.ndarray]:
@@ -67,10 +79,8 @@ class Measure:
             HipaError: an image cannot be read, or a network cannot be loaded.
 
         """
-        if self._inception is None:
-            self._inception = Inception(self.inception, self.device)
-        if self._clip is None and self.clip is not None:
-            self._clip = ClipScore(self.clip, self.device, self.clip_prefix)
+        self.load()
+        assert self._inception is not None
         features = []
         cosines = []
         done = 0

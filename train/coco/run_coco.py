@@ -17,7 +17,7 @@ from hipa_deploy.errors import StoppedError
 from hipa_deploy.interrupts import interrupting_signal
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.train.coco.clip_score import clip_sha256, clip_size
-from hipa_deploy.train.coco.coco_folder import CocoData, read_coco
+from hipa_deploy.train.coco.coco_folder import CocoData
 from hipa_deploy.train.coco.coco_report import (
     CocoReport,
     RowFeatures,
@@ -39,7 +39,7 @@ from hipa_deploy.train.coco.parts import (
     begin_job,
     row_folder,
 )
-from hipa_deploy.train.coco.protocol import FIRST_SEED, CocoSet, Protocol
+from hipa_deploy.train.coco.protocol import FIRST_SEED, Protocol
 from hipa_deploy.train.evaluation.contenders import Contender
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
@@ -77,7 +77,7 @@ class Contest:
 
 def measure_on_coco(
     out: Path,
-    known: CocoSet,
+    data: CocoData,
     wishes: CocoWishes,
     request: CocoRequest,
     contest: Contest,
@@ -88,7 +88,7 @@ def measure_on_coco(
     Args:
         out: the folder of images, features and report. What it holds of the same measurement is
             not made again.
-        known: which set.
+        data: captions and real images, as ``read_coco`` gave them.
         wishes: what was asked for.
         request: the same, checked.
         contest: what is measured.
@@ -98,30 +98,26 @@ def measure_on_coco(
         The report, which the caller writes; None for a shard, while others have work to do.
 
     Raises:
-        HipaError: files of COCO are missing or damaged, ``out`` holds another measurement, a model
-            cannot be loaded, or the disk has too little space.
+        HipaError: ``out`` holds another measurement, a model or an image cannot be loaded, or the
+            disk has too little space.
         StoppedError: Ctrl-C; the same call goes on from there.
 
     """
-    with console.status(f"reading COCO {known.year}"):
-        data = read_coco(
-            wishes.folder,
-            known,
-            captions=wishes.captions,
-            reference=request.reference,
-            images=wishes.images,
-        )
+    with console.status("reading models"):
         protocol = make_protocol(data, wishes, request)
         seeds = [FIRST_SEED + number for number in range(len(data.captions))]
         entries = contest.entries(data.captions, seeds)
-    begin_job(out, protocol)
     reference = Parts(out / REFERENCE, len(data.real))
     rows = {}
     for entry in entries:
         rows[entry.row] = Parts(row_folder(out, entry.row, entry.identity), len(data.captions))
     check_space(out, _bytes_to_write(contest, entries, rows))
 
+    # Before anything is recorded: a network that cannot be loaded must not begin a measurement.
     measure = Measure(request.inception, wishes.clip, protocol.resolution, protocol.clip_prefix)
+    if any(parts.missing() for parts in (reference, *rows.values())):
+        measure.load()
+    begin_job(out, protocol)
     shard = request.shard
     try:
         with ExitStack() as stack:

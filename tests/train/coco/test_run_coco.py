@@ -116,6 +116,16 @@ def test_shards_an_interruption_and_the_report(
     assert "its resolution was 256, now it is 64" in capsys.readouterr().err
 
 
+def test_a_network_that_cannot_be_loaded_begins_nothing(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong.pt").write_bytes(b"no network")
+    out = tmp_path / "out"
+    assert run(*arguments(files, out, "--inception", str(tmp_path / "wrong.pt"))) == 1
+    assert "wrong.pt cannot be loaded" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_what_a_row_depends_on_names_its_folder() -> None:
     plain = Models(MODEL, Style(), TextSettings(context_tokens=77))
     long = Models(MODEL, Style(), TextSettings(context_tokens=154))
