@@ -221,6 +221,11 @@ def evaluate(
     }
     given = {name: value for name, value in coco_options.items() if value is not None}
     if coco is not None:
+        if recipe is not None and not with_teacher:
+            raise HipaError(
+                f"--recipe {recipe} sets the multi-step model, which --coco measures only with "
+                "--with-teacher. Add that, or leave out --recipe."
+            )
         coco_wishes = _coco_wishes(coco, images, given)
         _on_coco(
             coco_wishes, model, config, adaptor_dir, rivals, style, wishes, teacher,

@@ -16,9 +16,7 @@ import torch
 
 from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.train.coco.prepare_images import clean_resize
-from hipa_deploy.train.coco.protocol import INCEPTION_URL
-
-FEATURES = 2048
+from hipa_deploy.train.coco.protocol import FEATURES, INCEPTION_URL
 
 
 class Inception:

@@ -18,15 +18,17 @@ from typing import Any
 
 import numpy as np
 
+from hipa_deploy.bundle.arrays import expect, read_npz
 from hipa_deploy.disk.files import write_file
-from hipa_deploy.disk.reading import read_record
-from hipa_deploy.errors import HipaError, as_line
-from hipa_deploy.train.coco.protocol import Protocol
+from hipa_deploy.disk.reading import MIB, read_record
+from hipa_deploy.errors import HipaError, reason_of
+from hipa_deploy.train.coco.protocol import FEATURES, Protocol
 
 PART = 100  # images
 JOB = "coco.json"
 REFERENCE = "reference"
-ENTRY = "row.json"
+FLOAT = np.dtype(np.float32)
+MAX_PART = 16 * MIB  # of a part's arrays; 100 images have 0.8
 
 
 @dataclass(frozen=True)
@@ -108,36 +110,29 @@ class Parts:
         save(buffer, **values)
         write_file(self.path(part), buffer.getvalue())
 
-    def names(self) -> list[str]:
-        """What the first part holds.
-
-        Raises:
-            HipaError: it is missing or damaged.
-
-        """
-        path = self.path(0)
-        with (
-            as_line(f"{path} cannot be read", "Remove it, and run the command again."),
-            np.load(path, allow_pickle=False) as content,
-        ):
-            return list(content.files)
-
     def read(self, name: str) -> np.ndarray:
         """The arrays of one name, of all parts in their order.
 
+        Args:
+            name: 'features', or 'clip' where a CLIP score was measured.
+
         Raises:
-            HipaError: a part is missing, damaged, or has another number of rows than images.
+            HipaError: a part is missing or damaged, or has other arrays than its images need.
 
         """
         arrays = []
         for part in self.parts:
             path = self.path(part)
-            with as_line(f"{path} cannot be read", "Remove it, and run the command again."):
-                with np.load(path, allow_pickle=False) as content:
-                    array = content[name]
-                if len(array) != len(self.images_of(part)):
-                    raise ValueError(f"it has {len(array)} rows")
-            arrays.append(array)
+            count = len(self.images_of(part))
+            known = expect({"features": (FLOAT, (count, FEATURES)), "clip": (FLOAT, (count,))})
+            try:
+                found = read_npz(path, known, max_bytes=MAX_PART)
+            except HipaError as error:
+                reason = reason_of(error).removesuffix("Export it again").rstrip()
+                raise HipaError(f"{reason} Remove it, and run the command again.") from None
+            if name not in found:
+                raise HipaError(f"{path} has no {name}. Remove it, and run the command again.")
+            arrays.append(found[name])
         return np.concatenate(arrays)
 
 

@@ -23,7 +23,8 @@ ReferenceSet = Literal["all", "captioned"]
 RESOLUTION = 256  # GigaGAN and DMD2: --eval_res 256
 CLIP_PREFIX = "A photo depicts "  # GigaGAN, DMD2 and SwiftBrush v2, after arXiv 2104.08718
 FIRST_SEED = 1_000_000  # as in the other reports: no training pair has such a noise
-FULL_RANK = 2049  # images below which the covariance of 2,048 features is singular
+FEATURES = 2048  # of Inception's pooled layer
+FULL_RANK = FEATURES + 1  # images below which their covariance is singular
 
 INCEPTION_URL = (
     "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"

@@ -146,7 +146,10 @@ def measure_on_coco(
         return None
     with console.status("computing distances"):
         return coco_report(
-            protocol, reference.read("features"), _read_rows(entries, rows), data.captions
+            protocol,
+            reference.read("features"),
+            _read_rows(entries, rows, has_clip=protocol.clip is not None),
+            data.captions,
         )
 
 
@@ -183,11 +186,12 @@ def write_coco_report(out: Path, report: CocoReport, write: Callable[[Path, byte
     return write(out / "report.md", coco_markdown(report).encode())
 
 
-def _read_rows(entries: Sequence[Entry], rows: dict[str, Parts]) -> dict[str, RowFeatures]:
+def _read_rows(
+    entries: Sequence[Entry], rows: dict[str, Parts], *, has_clip: bool
+) -> dict[str, RowFeatures]:
     found = {}
     for entry in entries:
         parts = rows[entry.row]
-        has_clip = "clip" in parts.names()
         found[entry.row] = RowFeatures(
             features_ND=parts.read("features"),
             clip_N=parts.read("clip") if has_clip else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -194,11 +193,17 @@ def test_parts_cover_every_image_once(tmp_path: Path) -> None:
     assert covered == list(range(250))
     shards = [parts.missing(Shard(number, 2)) for number in range(2)]
     assert shards == [[0, 2], [1]]
-    parts.write(1, {"features": np.zeros((100, 3))})
+    parts.write(1, {"features": np.zeros((100, 2048), np.float32)})
     assert parts.missing() == [0, 2]
-    parts.write(0, {"features": np.zeros((99, 3))})
-    with pytest.raises(HipaError, match=r"part-00000.npz cannot be read: it has 99 rows. Remove"):
+    again = "Remove it, and run the command again"
+    parts.write(0, {"features": np.zeros((99, 2048), np.float32)})
+    with pytest.raises(
+        HipaError, match=rf"part-00000.npz .*expected float32 \[100, 2048\].*{again}"
+    ):
         Parts(tmp_path, 200).read("features")
-    parts.path(0).write_bytes(io.BytesIO(b"no zip").getvalue())
-    with pytest.raises(HipaError, match="Remove it, and run the command again"):
+    parts.path(0).write_bytes(b"no zip")
+    with pytest.raises(HipaError, match=rf"File is not a zip file\. {again}"):
+        Parts(tmp_path, 200).read("features")
+    parts.write(0, {"clip": np.zeros(100, np.float32)})
+    with pytest.raises(HipaError, match=f"has no features. {again}"):
         Parts(tmp_path, 200).read("features")
