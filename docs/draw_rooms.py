@@ -74,6 +74,7 @@ TRAIN = House(
         ("loop", "steps, checkpoints"),
         ("data", "teacher pairs, images"),
         ("evaluation", "quality and its report"),
+        ("coco", "FID and CLIP score on MS-COCO"),
         ("prediction", "what a training would take"),
     ),
 )

@@ -74,7 +74,8 @@ SURFACE = {
     "evaluate": {
         "--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json", "--out",
         "--lora", "--embedding", "--one-step", "--rival", "--context-tokens", "--clip-skip",
-        "--force",
+        "--coco", "--year", "--inception", "--clip", "--shard", "--captions", "--reference",
+        "--resolution", "--clip-prefix", "--batch", "--with-teacher", "--force",
     },
     "doctor": {"--backend", "--json", "--self-test", "--bisect", "--out", "--force"},
     "demo": {"--out", "--quick", "--task"},

@@ -91,6 +91,7 @@ ROOMS = (
     "hipa_deploy.train.loop",
     "hipa_deploy.train.data",
     "hipa_deploy.train.evaluation",
+    "hipa_deploy.train.coco",
     "hipa_deploy.train.prediction",
     "hipa_deploy.train",
     "hipa_deploy.publish",

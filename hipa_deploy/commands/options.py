@@ -118,8 +118,8 @@ OneStepOption = Annotated[
     str | None,
     typer.Option(
         help="Method of a one-step LoRA or model that others made: hyper-sd15 | hyper-sd15-t800 | "
-        "lcm-sd15 | tcd-sd15 | tcd-sd21-base | sd-turbo | hipa | a .toml file. By default the "
-        "adaptor's own step."
+        "lcm-sd15 | tcd-sd15 | tcd-sd21-base | sd-turbo | hipa | a .toml file; METHOD@TIMESTEP "
+        "starts at another timestep. By default the adaptor's own step."
     ),
 ]
 BundleArgument = Annotated[

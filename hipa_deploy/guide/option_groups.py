@@ -44,7 +44,8 @@ _GROUPS = {
     ),
     "Measuring": (
         *("--runs", "--seconds", "--warmup", "--metric", "--threshold", "--layers", "--roofline"),
-        *("--self-test", "--bisect"),
+        *("--self-test", "--bisect", "--coco", "--year", "--inception", "--clip", "--captions"),
+        *("--reference", "--resolution", "--clip-prefix", "--shard"),
     ),
     "Output": (
         *("--out", "--swap-for", "--json", "--html", "--markdown", "--dry-run", "--force"),

@@ -62,7 +62,7 @@ EXAMPLES = {
         "hipa-profile table orin.json rtx4090.json",
     ),
     "evaluate": (
-        "hipa-evaluate --adaptor emoji --images 64",
+        "hipa-evaluate --adaptor emoji --images 64 --rival my-bundle",
         "hipa-evaluate --model my-model --adaptor my-adaptor --prompts held-out.txt --out report",
     ),
     "doctor": ("hipa-doctor", "hipa-doctor my-bundle --backend tensorrt"),

@@ -51,14 +51,15 @@ class Quality:
         kid_lite0: KID-Lite0 to the teacher's images from other noise, without pairs of one prompt.
             About 0 for the teacher's own images, larger for worse ones; may be a little negative.
         distance: Mean DISTS-like distance to the teacher's images from the same noise: 0 for equal
-            images, about 1 where nothing agrees.
+            images, about 1 where nothing agrees. None for images of other noise, or of noise that
+            is not known: there is no pair to compare.
         high_frequency_ratio: High-frequency energy over that of the teacher's images from the same
             noise: 1 at best, below 1 for blurred images, above 1 for noisy ones.
 
     """
 
     kid_lite0: float
-    distance: float
+    distance: float | None
     high_frequency_ratio: float
 
 
