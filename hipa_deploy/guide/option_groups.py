@@ -25,7 +25,7 @@ _GROUPS = {
     "Training": ("--recipe", "--steps", "--average", "--rank", "--gpus", "--quick"),
     "Precision and layout": ("--dtype", "--layout", "--fuse"),
     "Device": (
-        *("--backend", "--build", "--target", "--workspace", "--tactic-dram"),
+        *("--for", "--backend", "--build", "--target", "--workspace", "--tactic-dram"),
         *(
             "--optimization-level",
             "--timing-cache",
