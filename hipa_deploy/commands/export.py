@@ -288,8 +288,9 @@ def export(
     if choice is not None:
         from hipa_deploy.fit.export_plan import need_lines, plan_export
 
+        planned = need_lines(plan_export(options, choice.target))
         _say(choice.lines())
-        _say(need_lines(plan_export(options, choice.target)))
+        _say(planned or ["note: weights of this kind are planned once the bundle is written"])
     if build:
         from hipa_deploy.engines.build.build_bundle import check_tools
 

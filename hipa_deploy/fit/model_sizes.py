@@ -19,6 +19,8 @@ from hipa_deploy.models.weights.early_check import known_shapes
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 DECODER_PARTS = ("decoder.", "post_quant_conv.")
 ENCODER_PARTS = ("encoder.", "quant_conv.")
+# What a graph of one step has no need of: its timestep is folded into biases.
+TIME_PARTS = ("time_embedding.", "time_emb_proj.")
 # The most values that are held at once, for each place of the latents and channel of the UNet's
 # first level, and for each pixel and channel of the decoder's last level. These are the graphs of
 # SD 1.5 and SD 2.1 at both of their sizes, with fused attention (docs/memory.json).
@@ -94,7 +96,10 @@ def _weights(
     vae = known_shapes(folder / "vae")
     if has_source:
         numbers["vae_encoder"] = _count(vae, ENCODER_PARTS)
-    numbers["unet"] = _count(known_shapes(folder / "unet"))
+    unet = known_shapes(folder / "unet")
+    if unet is not None and options.layout == "onestep":
+        unet = {name: unet[name] for name in unet if not any(part in name for part in TIME_PARTS)}
+    numbers["unet"] = _count(unet)
     numbers[DECODER_STAGE] = _count(vae, DECODER_PARTS)
     if min(numbers.values()) < 0:
         return None

@@ -29,6 +29,7 @@ SWAP = ("export", "--model", "emoji", "--swap-for", "emoji", "--out", "new")
 EVALUATE = ("evaluate",)
 TRAIN = ("train", "--out", "new")
 GENERATE = ("generate", "emoji", "a red apple")
+LARGE = ("--height", "2048", "--width", "2048", "--batch", "64")
 BUILD = ("build", "emoji", "--backend", "rtx", "--target", "rtx40")
 PROFILE = ("profile", "emoji")
 MODEL_COMMANDS = {"export": EXPORT, "evaluate": EVALUATE, "train": TRAIN}
@@ -143,6 +144,10 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*EXPORT, "--task", "edit", "--strengths", "0.5,0.5"), "strengths"),
     ((*EXPORT, "--layout", "generic", "--fuse"), "--fuse"),
     ((*EXPORT, "--one-step", "nope"), "nope"),
+    ((*EXPORT, "--for", "nope"), "nope"),
+    ((*EXPORT, "--for", "orin-nano", "--build", "rtx"), "--build"),
+    ((*EXPORT, "--for", "orin-nano", "--layout", "generic"), "--layout"),
+    ((*EXPORT, "--for", "orin-nano", *LARGE), "what would fit"),
     ((*EXPORT_ADAPTED, "--one-step", "hyper-sd15"), "own step"),
     ((*EXPORT, "--one-step", "file.toml"), "file.toml"),
     ((*EVALUATE, "--images", "3"), "Expected 4"),
@@ -190,6 +195,10 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*BUILD, "--best-of", str(10**9)), "best"),
     ((*BUILD[:-1], "nope"), "nope"),
     (("build", "nope", "--backend", "rtx"), "nope"),
+    (("build", "emoji"), "--backend"),
+    (("build", "emoji", "--for", "nope"), "nope"),
+    (("build", "emoji", "--for", "orin-nano", "--target", "thor"), "--target"),
+    (("build", "emoji", "--for", "orin-nano", "--backend", "rtx"), "does not support"),
     ((*BUILD, "--timing-cache", "full"), "full"),
     ((*BUILD, "--timing-cache", "/dev/zero"), "/dev/zero"),
     (("doctor", "nope"), "nope"),
