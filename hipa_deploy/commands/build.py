@@ -197,10 +197,10 @@ def _choose_for(target: str, given: dict[str, Any]) -> TargetChoice:
         HipaError: there is no such target, or an option contradicts it.
 
     """
-    from hipa_deploy.fit.target_choice import build_choice, profile_for
+    from hipa_deploy.fit.target_choice import build_choice, check_build
 
-    # A wrong name first: then nothing needs to be known of this machine.
-    profile_for(target)
+    # A mistake first: to look at this machine takes as long as to import TensorRT.
+    check_build(target, given)
     from hipa_deploy.engines.build.build_bundle import built_elsewhere
 
     return build_choice(target, given, here=built_elsewhere("tensorrt", target) is None)

@@ -98,13 +98,12 @@ def export_choice(target: str, given: Mapping[str, Any]) -> TargetChoice:
     return choose(target, wishes, given)
 
 
-def build_choice(target: str, given: Mapping[str, Any], *, here: bool) -> TargetChoice:
-    """What ``hipa-build --for TARGET`` takes.
+def check_build(target: str, given: Mapping[str, Any]) -> None:
+    """Refuse what contradicts ``hipa-build --for TARGET``, before this machine is looked at.
 
     Args:
         target: a name in ``engines/targets``.
         given: what the user named, by option.
-        here: this machine is the target. Then its swap is counted, and not what it should have.
 
     Raises:
         HipaError: there is no such target; or ``given`` has another target, or a library that
@@ -117,14 +116,29 @@ def build_choice(target: str, given: Mapping[str, Any], *, here: bool) -> Target
             f"--target {given['--target']} is another device than --for {target}. "
             "Leave one of the two out."
         )
-    backend = given.get("--backend", profile.suits.backend)
-    if backend == "rtx" and profile.memory_shared:
+    if given.get("--backend") == "rtx" and profile.memory_shared:
         raise HipaError(
             f"--backend rtx: TensorRT-RTX does not support {profile.title}. Leave out --backend."
         )
-    wishes = {"--backend": profile.suits.backend, "--target": target}
+
+
+def build_choice(target: str, given: Mapping[str, Any], *, here: bool) -> TargetChoice:
+    """What ``hipa-build --for TARGET`` takes.
+
+    Args:
+        target: a name in ``engines/targets``.
+        given: what the user named, by option.
+        here: this machine is the target. Then its swap is counted, and not what it should have.
+
+    Raises:
+        HipaError: as ``check_build``.
+
+    """
+    check_build(target, given)
+    profile = profile_for(target)
+    wishes: dict[str, Any] = {"--backend": profile.suits.backend, "--target": target}
     # TensorRT-RTX measures nothing while it builds, and has no use for limits.
-    if backend == "tensorrt":
+    if given.get("--backend", profile.suits.backend) == "tensorrt":
         wishes["--workspace"] = profile.build.workspace_mib
         wishes["--tactic-dram"] = profile.build.tactic_dram_mib
         wishes["--optimization-level"] = profile.build.optimization_level
