@@ -108,10 +108,10 @@ def build_bundle(
     """
     # Cheap checks come first: a wrong option must not cost the time to hash a large bundle.
     check_request(backend, target, options, best_of, without_remedies)
-    _check_gpu(options, best_of)
+    _check_best_of(best_of)
     library, trt = check_tools(backend)
     if options.refit:
-        refuse_faulty(library, trt.__version__)
+        _check_refit(library, trt.__version__)
     bundle.verify()
     goal = resolve_target(target, library, find_gpu(), trt)
     options = _resolve_options(options, library, target, goal, trt.__version__)
@@ -238,15 +238,19 @@ def check_request(
         check_file(cache_file, MAX_TIMING_CACHE, "Name another file with --timing-cache.")
 
 
-def _check_gpu(options: BuildOptions, best_of: int) -> None:
-    """Raise HipaError where an option needs a GPU and there is none."""
+def _check_best_of(best_of: int) -> None:
+    """Raise HipaError where engines are to be timed and there is no GPU."""
     if best_of > 1 and find_gpu() is None:
         raise HipaError(
             "--best-of runs each engine to time it, and no NVIDIA GPU was found. Omit --best-of."
         )
 
+
+def _check_refit(library: TensorRTLibrary, version: str) -> None:
+    """Raise HipaError where this TensorRT, or a machine without a GPU, cannot build for refits."""
+    refuse_faulty(library, version)
     # Without a driver TensorRT-RTX 1.7 fails in Myelin: CHECK(status == CUDA_SUCCESS).
-    if options.refit and find_gpu() is None:
+    if find_gpu() is None:
         raise HipaError(
             "--refit: compiling a refittable engine needs a driver, "
             "and no NVIDIA GPU was found. Build on a machine with a GPU, or omit --refit."

@@ -200,6 +200,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*BUILD, "--tactic-dram", str(10**12)), "tactic"),
     ((*BUILD, "--optimization-level", "6"), "optimization"),
     ((*BUILD, "--best-of", "0"), "best"),
+    ((*BUILD, "--best-of", "2"), "no NVIDIA GPU"),
     ((*BUILD, "--best-of", str(10**9)), "best"),
     ((*BUILD[:-1], "nope"), "nope"),
     (("build", "nope", "--backend", "rtx"), "nope"),
