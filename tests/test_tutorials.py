@@ -113,7 +113,7 @@ def test_my_fine_tune_on_an_orin(tmp_path: Path) -> None:
     manifest = json.loads((folder / "my-bundle/hipa.json").read_text())
     assert manifest["precision"] == "fp16"
     assert manifest["decoder"]["kind"] == "tiny"
-    assert [lora["name"] for lora in manifest["base_model"]["loras"]] == ["my-style"]
+    assert [lora["name"] for lora in manifest["loras"]] == ["my-style"]
 
     # What the page shows of the command's words is what the command says.
     shown = next(step.text for step in steps("fine-tune-on-orin.md") if step.language == "text")
