@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from hipa_deploy.commands.app import main
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = ROOT / "docs/tutorials"
@@ -48,38 +51,68 @@ def steps(page: str) -> list[Step]:
     return found
 
 
-def follow(page: str, folder: Path) -> str:
-    """Do what a page says; everything that the commands print."""
-    tools = folder.parent / "tools"
+@dataclass(frozen=True)
+class Reader:
+    """Someone who does what a page says, in a folder that looks like the repository.
+
+    Commands of hipa-deploy run in this process: each import of torch would take seconds.
+    """
+
+    folder: Path
+    capture: pytest.CaptureFixture[str]
+
+    def follow(self, page: str) -> str:
+        """Do what a page says; everything that the commands print."""
+        printed = ""
+        for step in steps(page):
+            if step.name is not None:
+                (self.folder / step.name).write_text(step.text, encoding="utf-8")
+            elif step.run and step.language == "py":
+                printed += self._run([sys.executable, "-c", step.text])
+            elif step.run and step.language == "bash":
+                for line in step.text.replace("\\\n", " ").splitlines():
+                    printed += self._line(line)
+        return printed
+
+    def _line(self, line: str) -> str:
+        words = shlex.split(line, comments=True)
+        if not words:
+            return ""
+        if not words[0].startswith("hipa-"):
+            return self._run(["bash", "-euo", "pipefail", "-c", line])
+        with pytest.raises(SystemExit) as ended:
+            main([words[0].removeprefix("hipa-"), *words[1:]])
+        printed = "".join(self.capture.readouterr())
+        assert ended.value.code == 0, f"{line}\n{printed}"
+        return printed
+
+    def _run(self, command: list[str]) -> str:
+        result = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
+        printed = result.stdout + result.stderr
+        assert result.returncode == 0, f"{command}\n{printed}"
+        return printed
+
+
+@pytest.fixture
+def reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Reader:
+    tools = tmp_path / "tools"
     tools.mkdir()
     # An environment that borrows packages has no script for accelerate of its own.
     (tools / "accelerate").write_text(
         f'#!/bin/sh\nexec "{sys.executable}" -m accelerate.commands.accelerate_cli "$@"\n'
     )
     (tools / "accelerate").chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), str(tools), os.environ["PATH"]]),
-        "HIPA_CACHE": str(folder.parent / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "200",
-    }
+    paths = [str(Path(sys.executable).parent), str(tools), os.environ["PATH"]]
+    monkeypatch.setenv("PATH", os.pathsep.join(paths))
+    monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folder = tmp_path / "repository"
     folder.mkdir()
     (folder / "examples").symlink_to(ROOT / "examples")
-    printed = ""
-    for step in steps(page):
-        if step.name is not None:
-            (folder / step.name).write_text(step.text, encoding="utf-8")
-        elif step.run and step.language in ("bash", "py"):
-            command = ["bash", "-euo", "pipefail", "-c", step.text]
-            if step.language == "py":
-                command = [sys.executable, "-c", step.text]
-            result = subprocess.run(
-                command, cwd=folder, env=environment, capture_output=True, text=True
-            )
-            assert result.returncode == 0, f"{step.text}\n{result.stdout}\n{result.stderr}"
-            printed += result.stdout + result.stderr
-    return printed
+    monkeypatch.chdir(folder)
+    return Reader(folder, capsys)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -105,9 +138,9 @@ def test_what_is_not_run_needs_what_a_test_has_not() -> None:
 
 
 @pytest.mark.slow
-def test_my_fine_tune_on_an_orin(tmp_path: Path) -> None:
-    folder = tmp_path / "repository"
-    printed = follow("fine-tune-on-orin.md", folder)
+def test_my_fine_tune_on_an_orin(reader: Reader) -> None:
+    folder = reader.folder
+    printed = reader.follow("fine-tune-on-orin.md")
     pixels(folder / "first.png")
 
     manifest = json.loads((folder / "my-bundle/hipa.json").read_text())
@@ -123,9 +156,9 @@ def test_my_fine_tune_on_an_orin(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_adaptor_on_several_gpus(tmp_path: Path) -> None:
-    folder = tmp_path / "repository"
-    follow("four-gpus.md", folder)
+def test_an_adaptor_on_several_gpus(reader: Reader) -> None:
+    folder = reader.folder
+    reader.follow("four-gpus.md")
     adaptor = json.loads((folder / "my-adaptor/hipa_adaptor.json").read_text())
     assert adaptor["steps_trained"] == 3
     assert (folder / "my-adaptor/pytorch_lora_weights.safetensors").is_file()
@@ -133,9 +166,9 @@ def test_an_adaptor_on_several_gpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_from_an_adaptor_to_a_published_model(tmp_path: Path) -> None:
-    folder = tmp_path / "repository"
-    follow("publish-a-model.md", folder)
+def test_from_an_adaptor_to_a_published_model(reader: Reader) -> None:
+    folder = reader.folder
+    reader.follow("publish-a-model.md")
     card = (folder / "folder/README.md").read_text()
     assert "HiPA, one step" in card
     assert (folder / "folder/quality/samples.png").is_file()
