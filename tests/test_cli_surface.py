@@ -27,10 +27,10 @@ SURFACE = {
         "--strengths", "--encoder", "--context-tokens", "--clip-skip", "--prompt-weights", "--lora",
         "--embedding", "--one-step", "--build", "--swap-for", "--sign", "--mark",
         "--with-teacher",
-        "--reference-prompts",
+        "--reference-prompts", "--for",
     },
     "build": {
-        "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
+        "--for", "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
         "--timing-cache", "--refit", "--best-of", "--swap", "--dry-run", "--no-repair",
         "--without-remedy", "--force",
     },

@@ -103,6 +103,7 @@ ROOMS = (
     "hipa_deploy.bulk",
     "hipa_deploy.doctor",
     "hipa_deploy.demo",
+    "hipa_deploy.fit",
     "hipa_deploy.commands.files",
     "hipa_deploy.guide",
     "hipa_deploy.commands",

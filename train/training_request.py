@@ -11,7 +11,7 @@ from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import METADATA, AdaptorMetadata
 from hipa_deploy.models.clip_tokenizer import text_sizes
-from hipa_deploy.models.early_config import early_config
+from hipa_deploy.models.early_config import EarlyConfig, early_config
 from hipa_deploy.models.lora.early_lora import check_adaptor, check_style
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.load_part import check_weights
@@ -62,6 +62,41 @@ def check_request(
         image_paths(Path(recipe.source.images))
     if isinstance(recipe, Recipe) and recipe.latent_discriminator.real_images:
         image_paths(Path(recipe.latent_discriminator.real_images))
+    _check_files(recipe, model, config, start, style)
+
+
+def check_dry_run(recipe: Recipe, model: Path, start: Path | None, style: Style) -> None:
+    """Check the request of a prediction, for which the model's configuration is enough.
+
+    Its prompts are not read here: the prediction does without them, and says what is wrong.
+
+    Args:
+        recipe: of an adaptor.
+        model: the diffusers folder of the base model, with or without weights.
+        start: the adaptor to start from.
+        style: LoRAs and embeddings of the model.
+
+    Raises:
+        HipaError: the configuration cannot be read; or, where the weights are there, an adaptor or
+            a LoRA is damaged or does not fit.
+
+    """
+    config = early_config(model)
+    try:
+        check_weights(model)
+    except HipaError:
+        return
+    _check_files(recipe, model, config, start, style)
+
+
+def _check_files(
+    recipe: Recipe | DecoderRecipe,
+    model: Path,
+    config: EarlyConfig,
+    start: Path | None,
+    style: Style,
+) -> None:
+    """Raise HipaError unless the files that are given fit the model and the recipe."""
     check_style(style, model)
     recipe_text: TextSettings = recipe.text
     recipe_text.check(*text_sizes(config))

@@ -154,7 +154,7 @@ def train(
     from hipa_deploy.models.style import parse_style
     from hipa_deploy.train.loop.output import check_output
     from hipa_deploy.train.recipes.recipe import Recipe, load_any_recipe
-    from hipa_deploy.train.training_request import check_trackers
+    from hipa_deploy.train.training_request import check_dry_run, check_trackers
     from hipa_deploy.user_code import check_allowed, code_allowed
 
     if gpus is not None and not dry_run:
@@ -201,6 +201,7 @@ def train(
         folder = model_folder(model, config)
         if dry_run:
             assert isinstance(chosen, Recipe)  # a decoder's was refused above
+            check_dry_run(chosen, folder, initial, style)
             _dry_run_training(chosen, folder, style, gpus or 1)
         else:
             check_output(out, chosen)
@@ -210,9 +211,14 @@ def train(
 def _average(folders: list[Path], out: Path, rank: int | None) -> None:
     """Write the average of adaptors, and print where it is and what its rank left out."""
     from hipa_deploy.embedded import resolve_adaptor
+    from hipa_deploy.train.average_request import check_average
+
+    found = [resolve_adaptor(str(folder)) for folder in folders]
+    check_average(found)
+
     from hipa_deploy.train.average_adaptors import average_adaptors
 
-    made = average_adaptors([resolve_adaptor(str(folder)) for folder in folders], out, rank)
+    made = average_adaptors(found, out, rank)
     console.print(
         f"average of {len(folders)} adaptors, rank {made.rank}: {made.error:.1%} of its norm is "
         "left out",

@@ -28,7 +28,7 @@ _GROUPS = {
     ),
     "Precision and layout": ("--dtype", "--layout", "--fuse"),
     "Device": (
-        *("--backend", "--build", "--target", "--workspace", "--tactic-dram"),
+        *("--for", "--backend", "--build", "--target", "--workspace", "--tactic-dram"),
         *(
             "--optimization-level",
             "--timing-cache",

@@ -11,10 +11,10 @@ EXAMPLES = {
     ),
     "export": (
         "hipa-export --model my-model --adaptor my-adaptor --out my-bundle --dtype fp16",
-        "hipa-export --model my-model --adaptor my-adaptor --out small --decoder tiny --build rtx",
+        "hipa-export --model my-model --adaptor my-adaptor --out small --for orin-nano",
     ),
     "build": (
-        "hipa-build my-bundle --backend tensorrt --dry-run",
+        "hipa-build my-bundle --for orin-nano --dry-run",
         "hipa-build my-bundle --backend rtx --target rtx40",
     ),
     "publish": (
