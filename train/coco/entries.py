@@ -48,7 +48,7 @@ class Entry:
     Attributes:
         row: its name.
         identity: what its images depend on beside prompts and seeds, as JSON values.
-        open: loads what makes the images; None where they exist already.
+        load_maker: loads what makes the images; None where they exist already.
         files: the images that exist already, in the prompts' order.
         notes: what a reader should know, a sentence each.
 
@@ -56,7 +56,7 @@ class Entry:
 
     row: str
     identity: dict[str, Any]
-    open: Callable[[], Maker] | None = None
+    load_maker: Callable[[], Maker] | None = None
     files: Sequence[Path] = ()
     notes: tuple[str, ...] = ()
 

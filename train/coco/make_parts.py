@@ -140,12 +140,12 @@ def make_row(
         nonlocal maker
         numbers = parts.images_of(part)
         captions = [prompts[number] for number in numbers]
-        if entry.open is None:
+        if entry.load_maker is None:
             return measure([entry.files[number] for number in numbers], captions)
         missing = [number for number in numbers if not parts.image_path(number).is_file()]
         for start in range(0, len(missing), batch):
             # Loaded when it is needed: a job that is merged has all of its images.
-            maker = maker or entry.open()
+            maker = maker or entry.load_maker()
             some = missing[start : start + batch]
             texts = [prompts[number] for number in some]
             images = maker(texts, [seeds[number] for number in some])

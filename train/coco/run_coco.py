@@ -196,7 +196,7 @@ def _read_rows(
             features_ND=parts.read("features"),
             clip_N=parts.read("clip") if has_clip else None,
             notes=entry.notes,
-            identity=dict(entry.identity) if entry.open is not None else {},
+            identity=dict(entry.identity) if entry.load_maker is not None else {},
         )
     return found
 
@@ -206,7 +206,7 @@ def _bytes_to_write(contest: Contest, entries: Sequence[Entry], rows: dict[str, 
     height, width = ModelConfig.read(contest.models.folder).native_size
     images = 0
     for entry in entries:
-        if entry.open is not None:
+        if entry.load_maker is not None:
             parts = rows[entry.row]
             images += sum(len(parts.images_of(part)) for part in parts.missing())
     return int(images * height * width * BYTES_A_PIXEL)
