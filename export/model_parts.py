@@ -16,7 +16,6 @@ from hipa_deploy.errors import HipaError, reason_of
 from hipa_deploy.models.adaptor_folder import unet_sha256
 from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_metadata
-from hipa_deploy.models.kind import check_unet
 from hipa_deploy.models.locate import model_folder, model_name
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod
@@ -71,7 +70,7 @@ class ModelParts:
         """
         folder = model_folder(name)
         config = ModelConfig.read(folder)
-        check_weights(folder)
+        check_weights(folder, config.text_parts)
         return cls(folder, model_name(str(name), folder), config)
 
     @cached_property
@@ -99,7 +98,7 @@ class ModelParts:
             HipaError: as ``unet``.
 
         """
-        check_unet(self.folder, self.config.unet, self.config.latent_channels, task)
+        self.config.check_unet(task)
 
     def text_encoder(self) -> CLIPTextModel:
         """The CLIP text encoder."""
