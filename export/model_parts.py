@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizerFast
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
 MAX_PIXELS = 2048 * 2048
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A Stable Diffusion folder with one CLIP text encoder. Its parts come in float32, frozen.
+    """A Stable Diffusion folder with CLIP's text encoder, or with SDXL's two. Its parts come in float32, frozen.
 
     Attributes:
         folder: the diffusers folder.
@@ -105,6 +105,12 @@ class ModelParts:
         from transformers import CLIPTextModel
 
         return load_part(CLIPTextModel, self.folder / "text_encoder")
+
+    def text_encoder_2(self) -> CLIPTextModelWithProjection:
+        """The second CLIP text encoder of SDXL, with the pooled vector's projection."""
+        from transformers import CLIPTextModelWithProjection
+
+        return load_part(CLIPTextModelWithProjection, self.folder / "text_encoder_2")
 
     def vae(self) -> AutoencoderKL:
         """The autoencoder."""
@@ -191,9 +197,9 @@ class ModelParts:
             )
         return tiny
 
-    def tokenizer(self) -> CLIPTokenizerFast:
-        """The tokenizer, in its Rust form; see ``load_tokenizer``."""
-        return load_tokenizer(self.config)
+    def tokenizer(self, part: str = "tokenizer") -> CLIPTokenizerFast:
+        """The tokenizer, or 'tokenizer_2' of SDXL, in its Rust form; see ``load_tokenizer``."""
+        return load_tokenizer(self.config, part)
 
     def one_step(
         self,

@@ -220,7 +220,12 @@ class ModelConfig:
     @property
     def text_width(self) -> int:
         """Width D of a text context [B, L, D]; of two encoders, side by side, both together."""
-        return sum(int(values["hidden_size"]) for values in self.text_parts.values())
+        return sum(self.text_widths)
+
+    @property
+    def text_widths(self) -> tuple[int, ...]:
+        """Width of each text encoder's part of a context, in their order."""
+        return tuple(int(values["hidden_size"]) for values in self.text_parts.values())
 
     @property
     def text_layers(self) -> int:
