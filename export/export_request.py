@@ -140,7 +140,7 @@ def early_model(name: str) -> ModelParts:
     """
     folder = model_folder(name)
     config = early_config(folder)
-    check_weights(folder)
+    check_weights(folder, config.text_parts)
     return ModelParts(folder, model_name(str(name), folder), config)
 
 

@@ -57,12 +57,20 @@ class TaskSettings:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the UNet stage's inputs, in order."""
-        return unet_inputs(self.task, len(self.strengths))
+        """Names of the UNet stage's inputs, in order, but for SDXL's conditioning."""
+        return self.inputs_with(conditioning=False)
+
+    def inputs_with(self, *, conditioning: bool) -> tuple[str, ...]:
+        """Names of the UNet stage's inputs, in order; see ``unet_inputs``."""
+        return unet_inputs(self.task, len(self.strengths), conditioned=conditioning)
 
     def starts(self, step: OneStep) -> tuple[OneStep | Strength, ...]:
         """Timestep and alpha_bar of every start: one for each strength of an edit, else one."""
         return self.strengths or (step,)
+
+    def timesteps(self, step: OneStep) -> list[int]:
+        """The timestep of every start."""
+        return [start.timestep for start in self.starts(step)]
 
 
 def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
