@@ -1,7 +1,7 @@
 """Train a HiPA adaptor: one readable function.
 
-Shape suffixes: B rows of a batch, T timesteps of the noise schedule, L tokens, D width of the text
-context, C channels, H W height and width (of latents, or of images where the name says image).
+Shape suffixes: B rows of a batch, T timesteps of the noise schedule, C channels, H W height and
+width (of latents, or of images where the name says image).
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def train_adaptor(
             unet,
             recipe.task,
             examples.step_inputs(rows),
-            examples.context(rows),
+            examples.conditions(rows),
             timestep_B=timestep_B,
             alpha_bar=alpha_bar_T[timestep_B].view(-1, 1, 1, 1),
             prediction_type=model.prediction_type,
@@ -197,8 +197,8 @@ def train_adaptor(
             return total, terms
 
         # What compares distributions rather than images; it has no part in the paper.
-        context = examples.context(rows)
-        beside, more = distribution(latents, target_latents, context, rows, step)
+        conditions = examples.conditions(rows)
+        beside, more = distribution(latents, target_latents, conditions, rows, step)
         return total + beside, terms | more
 
     @torch.no_grad()

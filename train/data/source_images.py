@@ -22,7 +22,7 @@ from hipa_deploy.train.data.teacher_pairs import (
     Pairs,
     RowFunction,
     cached_rows,
-    prompt_contexts,
+    prompt_conditions,
 )
 from hipa_deploy.train.distribution.terms import RealLatents
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
@@ -139,7 +139,7 @@ def folder_source_images(
 
 
 def real_latents(model: DiffusionModel, folder: Path, console: Console | None) -> RealLatents:
-    """Latents and contexts of a folder of captioned images.
+    """Latents and conditions of a folder of captioned images.
 
     Args:
         model: The base model, which encodes both.
@@ -151,9 +151,9 @@ def real_latents(model: DiffusionModel, folder: Path, console: Console | None) -
 
     """
     images, captions = folder_source_images(model, folder, [], console)
-    context = prompt_contexts(model, captions, console)
+    conditions = prompt_conditions(model, captions, console)
     return RealLatents(
         count=len(images),
         latents=images.latents,
-        context=lambda rows: context(images.prompt_N[rows]),
+        conditions=lambda rows: conditions(images.prompt_N[rows]),
     )

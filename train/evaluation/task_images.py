@@ -103,7 +103,7 @@ def one_step_task_images(
             model.unet,
             task,
             step_inputs,
-            model.context(prompts[chunk]),
+            model.conditions(prompts[chunk]),
             timestep_B=torch.full((len(seeds[chunk]),), timestep, device=model.device),
             alpha_bar=model.alpha_bar(timestep),
             prediction_type=model.prediction_type,

@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.kind import SECOND
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.weights.part_config import build
 from hipa_deploy.models.weights.weight_files import find_weights
@@ -38,7 +39,8 @@ from hipa_deploy.train.distribution.terms import DistributionTerms, check_distri
 from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.hipa_loss import HipaLoss
 from hipa_deploy.train.losses.lite0 import Lite0
-from hipa_deploy.train.model.diffusion_model import DiffusionModel
+from hipa_deploy.train.model.conditions import Conditions, predict
+from hipa_deploy.train.model.diffusion_model import DiffusionModel, pipeline, tokenizer_of
 from hipa_deploy.train.model.mixed_precision import in_precision
 from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import add_adaptors, trained_parameters, without_adaptor
@@ -120,7 +122,7 @@ class TrainingPrediction:
         prediction_type: What the UNet predicts: epsilon, v_prediction or sample.
         alpha_bar: Share of the signal's variance that is left at the step's timestep.
         resolution: Height and width of an image, in pixels.
-        parameters: Frozen parameters of text_encoder, unet and vae.
+        parameters: Frozen parameters of each text encoder, unet and vae.
         trainable: Trainable parameters of the adaptor.
         pairs_bytes: Bytes of all teacher pairs in the cache.
         pairs: One batch of teacher pairs, all sampler steps.
@@ -228,7 +230,7 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
     with torch.device("meta"):
         training = SimulatedTraining(unloaded_model(model_dir), recipe)
     model = training.model
-    parts = {"text_encoder": model.pipe.text_encoder, "unet": model.unet, "vae": model.vae}
+    parts = {**model.text_modules, "unet": model.unet, "vae": model.vae}
     parameters = {name: _frozen_parameters(part) for name, part in parts.items()}
     trainable = sum(weight.numel() for weight in training.weights.values())
     pair_bytes = latents_bytes(model, recipe) + PAIR_NUMBERS_BYTES
@@ -264,22 +266,20 @@ def unloaded_model(folder: Path) -> DiffusionModel:
     The weights are whatever values the constructors draw, and there is no tokenizer: time and
     memory depend on neither.
     """
-    # The pipeline warns of a scheduler without these values; nothing here depends on them.
-    expected_values = {"clip_sample": False, "steps_offset": 1}
     config = ModelConfig.read(folder)
-
-    # Any: diffusers' type of a pipeline does not know its parts.
-    pipe: Any = StableDiffusionPipeline(
-        unet=_unloaded(UNet2DConditionModel, config.unet, folder / "unet"),
-        vae=_unloaded(AutoencoderKL, config.vae, folder / "vae"),
-        text_encoder=_unloaded(CLIPTextModel, config.text_encoder, folder / "text_encoder"),
-        tokenizer=None,
-        scheduler=DDIMScheduler(**config.schedule, **expected_values),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    for module in (pipe.text_encoder, pipe.unet, pipe.vae):
+    kinds: dict[str, Any] = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+    }
+    if config.has_text_pair:
+        kinds[SECOND] = CLIPTextModelWithProjection
+    parts: dict[str, Any] = {}
+    for part, kind in kinds.items():
+        parts[part] = _unloaded(kind, getattr(config, part), folder / part)
+    tokenizers = dict.fromkeys(tokenizer_of(part) for part in config.text_parts)
+    pipe = pipeline(config, parts, tokenizers)
+    for module in parts.values():
         module.eval().requires_grad_(False)
     return DiffusionModel(folder, pipe, torch.device("cpu"))
 
@@ -371,7 +371,7 @@ class SimulatedTraining:
         assert distribution is not None
         examples = _examples(rows)
         self._prepare(distribution)
-        distribution.remember(self._latents(rows), self._context(rows), examples)
+        distribution.remember(self._latents(rows), self._conditions(rows), examples)
         with distribution.following():
             for number in range(self.recipe.score.steps):
                 loss, _ = distribution.fake_loss(examples, LAST_STEP, number)
@@ -390,17 +390,17 @@ class SimulatedTraining:
         """The terms that compare distributions, at a step where all of them are on."""
         self._prepare(distribution)
         rows = len(latents)
-        context = self._context(rows)
-        total, _ = distribution(latents, target, context, _examples(rows), LAST_STEP)
+        conditions = self._conditions(rows)
+        total, _ = distribution(latents, target, conditions, _examples(rows), LAST_STEP)
         distribution.forget()  # what the fake score learns from counts in fake_steps
         return total
 
     def _prepare(self, distribution: DistributionTerms) -> None:
-        """Give it a schedule and an empty prompt of the kind of tensor that the step has."""
+        """Give it a schedule and an conditions of the kind of tensor that the step has."""
         distribution.alpha_bar_T = torch.rand(SCHEDULE)
         if distribution.score is not None:
             distribution.score.alpha_bar_T = distribution.alpha_bar_T
-            distribution.score.empty_1LD = self._context(1)
+            distribution.score.unguided = self._conditions(1)
 
     def _forget_gradients(self) -> None:
         # Gradients left behind would count as memory of the next step.
@@ -423,9 +423,8 @@ class SimulatedTraining:
         guided = self.recipe.teacher.guidance != 1
         rows = self.recipe.teacher.batch * (2 if guided else 1)
         with without_adaptor(self.model.unet):
-            self.teacher_unet(
-                self._latents(rows), self.recipe.timestep, self._context(rows), return_dict=False
-            )
+            timestep = self.recipe.timestep
+            predict(self.teacher_unet, self._latents(rows), timestep, self._conditions(rows))
 
     @torch.no_grad()
     def decode_targets(self) -> None:
@@ -483,7 +482,8 @@ class SimulatedTraining:
 
     def _cost(self, call: Callable[[], None]) -> TrainingCost:
         pipe = self.model.pipe
-        live = _LiveBytes(pipe.text_encoder, pipe.unet, pipe.vae, *self.own_modules)
+        encoders = self.model.text_modules.values()
+        live = _LiveBytes(*encoders, pipe.unet, pipe.vae, *self.own_modules)
         flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
         with live, flops:
             call()
@@ -493,11 +493,15 @@ class SimulatedTraining:
         """Random latents [B, C, H, W]."""
         return torch.randn(rows, *self.model.latent_shape_CHW)
 
-    def _context(self, rows: int) -> Tensor:
-        """Random text contexts [B, L, D]."""
-        config = self.model.pipe.text_encoder.config
-        length = self.recipe.text.context_tokens or config.max_position_embeddings
-        return torch.randn(rows, length, config.hidden_size)
+    def _conditions(self, rows: int) -> Conditions:
+        """Random text contexts [B, L, D], and SDXL's added conditions."""
+        encoder = self.model.pipe.text_encoder.config
+        length = self.recipe.text.context_tokens or encoder.max_position_embeddings
+        config = self.model.config
+        context_BLD = torch.randn(rows, length, config.text_width)
+        if config.pooled_width is None:
+            return Conditions(context_BLD)
+        return Conditions(context_BLD, torch.randn(rows, config.pooled_width), torch.rand(rows, 6))
 
     def _student_latents(self, rows: int) -> Tensor:
         """The step's x0 [B, C, H, W], from random inputs of the recipe's task."""
@@ -513,7 +517,7 @@ class SimulatedTraining:
             self.unet,
             task,
             step_inputs,
-            self._context(rows),
+            self._conditions(rows),
             timestep_B=torch.full((rows,), self.recipe.timestep),
             alpha_bar=self.alpha_bar,
             prediction_type=self.model.prediction_type,
@@ -568,7 +572,7 @@ def _distribution(model: DiffusionModel, recipe: Recipe) -> DistributionTerms:
         recipe,
         alpha_bar_T=torch.ones(1),
         prediction_type=model.prediction_type,
-        empty_1LD=torch.ones(1),
+        unguided=Conditions(torch.ones(1)),
         draw=_drawn,
     )
 
