@@ -45,7 +45,7 @@ from hipa_deploy.train.data.teacher_pairs import (
 )
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float
-from hipa_deploy.train.model.mixed_precision import in_precision
+from hipa_deploy.train.model.mixed_precision import decoder_precision, in_precision
 from hipa_deploy.train.recipes.recipe import Recipe, SourceSettings, source_prompts
 
 # The filters with which small images are usually made: the adaptor must not learn one of them only.
@@ -159,7 +159,8 @@ def task_examples(
         )
 
     # Without a folder the teacher makes the images: of an edit, those that it will edit.
-    decode = in_precision(model.decode, recipe.mixed_precision, model.device)
+    precision = decoder_precision(recipe, model.config)
+    decode = in_precision(model.decode, precision, model.device)
     if not folder:
         if model.concatenates:
             raise HipaError(
@@ -167,7 +168,9 @@ def task_examples(
                 "Set source.images."
             )
         pairs = make_pairs(source_prompts(recipe, model.folder) or prompts)
-        source_images = teacher_source_images(model, pairs, len(prompts), decode, console)
+        source_images = teacher_source_images(
+            model, pairs, len(prompts), decode, console, kept=keeps_images(recipe)
+        )
 
     if task == "generate":
         if not recipe.needs_targets:
@@ -176,11 +179,21 @@ def task_examples(
     if task == "edit":
         edits = choose_edits(model, source_images, prompts, recipe, console)
         edit_pairs = make_pairs(prompts, edits)
-        edited = teacher_source_images(model, edit_pairs, len(prompts), decode, console)
+        edited = teacher_source_images(
+            model, edit_pairs, len(prompts), decode, console, kept=keeps_images(recipe)
+        )
         return edit_examples(model, edits, edit_pairs, edited, conditions)
     if task == "inpaint":
         return inpaint_examples(model, source_images, recipe, conditions, console)
     return upscale_examples(model, source_images, recipe, conditions, console)
+
+
+def keeps_images(recipe: Recipe) -> bool:
+    """Whether the teacher's whole images are needed in each step, where there is memory for them.
+
+    Where squares are decoded they are needed for the sample grid alone, or to edit.
+    """
+    return recipe.decode_crop is None
 
 
 def _starts_of_all(first: Pairs, recipe: Recipe, prompts: int) -> Pairs:

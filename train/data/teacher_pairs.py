@@ -434,8 +434,28 @@ def prompt_conditions(
     return conditions
 
 
+def rows_at_once(resolution: tuple[int, int], most: int = CHUNK) -> int:
+    """Images that go through a VAE at once where nothing learns.
+
+    Up to 768 pixels it is ``most``; above, as many as have the pixels of that many images of 512.
+
+    Example:
+        >>> rows_at_once((512, 512)), rows_at_once((1024, 1024))
+        (16, 4)
+
+    """
+    height, width = resolution
+    if max(height, width) <= 768:
+        return most
+    return max(1, most * 512 * 512 // (height * width))
+
+
 def cached_rows(
-    name: str, compute: Callable[[list[int]], Tensor], count: int, console: Console | None = None
+    name: str,
+    compute: Callable[[list[int]], Tensor],
+    count: int,
+    console: Console | None = None,
+    at_once: int = CHUNK,
 ) -> RowFunction:
     """A function of row indices that reads a table in memory, or computes rows that do not fit.
 
@@ -447,6 +467,7 @@ def cached_rows(
         compute: Row indices -> values [len(indices), ...].
         count: How many rows there are.
         console: Where the progress bar goes; stderr if None.
+        at_once: Rows that are computed at once.
 
     Returns:
         A function from int64 [B] to the rows' values [B, ...].
@@ -464,7 +485,8 @@ def cached_rows(
     if row.numel() * row.element_size() * count > TABLE_BYTES:
         return lambda index_B: compute(index_B.tolist())
 
-    chunks = [list(range(start, min(start + CHUNK, count))) for start in range(0, count, CHUNK)]
+    starts = range(0, count, at_once)
+    chunks = [list(range(start, min(start + at_once, count))) for start in starts]
     with ProgressBar(console) as progress:
         table = torch.cat([compute(chunk) for chunk in progress.track(chunks, description=name)])
     return lambda index_B: table[index_B.to(table.device)]

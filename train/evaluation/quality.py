@@ -31,7 +31,7 @@ from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style
-from hipa_deploy.train.data.teacher_pairs import teacher_latents
+from hipa_deploy.train.data.teacher_pairs import rows_at_once, teacher_latents
 from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.frequency import high_frequency_energy
 from hipa_deploy.train.losses.lite0 import Lite0
@@ -361,8 +361,9 @@ def decoded_images(
 
     # Noise and conditions are made for each chunk, so that memory does not grow with the set.
     images = []
-    for start in range(0, len(seeds), CHUNK):
-        chunk = slice(start, start + CHUNK)
+    at_once = rows_at_once(model.resolution, CHUNK)
+    for start in range(0, len(seeds), at_once):
+        chunk = slice(start, start + at_once)
         noise_BCHW = model.noise(seeds[chunk])
         made = latents(noise_BCHW, model.conditions(prompts[chunk]))
         images.append(to_uint8(model.decode(made)))

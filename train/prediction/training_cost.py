@@ -34,6 +34,7 @@ from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.weights.part_config import build
 from hipa_deploy.models.weights.weight_files import find_weights
 from hipa_deploy.tasks import STEP_INPUTS
+from hipa_deploy.train.data.crops import check_crop, cropped
 from hipa_deploy.train.data.teacher_pairs import TABLE_BYTES
 from hipa_deploy.train.distribution.terms import DistributionTerms, check_distribution_terms
 from hipa_deploy.train.losses.dists import DistsLike
@@ -41,7 +42,7 @@ from hipa_deploy.train.losses.hipa_loss import HipaLoss
 from hipa_deploy.train.losses.lite0 import Lite0
 from hipa_deploy.train.model.conditions import Conditions, predict
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, pipeline, tokenizer_of
-from hipa_deploy.train.model.mixed_precision import in_precision
+from hipa_deploy.train.model.mixed_precision import decoder_precision, in_precision
 from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import add_adaptors, trained_parameters, without_adaptor
 from hipa_deploy.train.recipes.recipe import Recipe
@@ -236,6 +237,9 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
     pair_bytes = latents_bytes(model, recipe) + PAIR_NUMBERS_BYTES
     height, width = model.resolution
     images_bytes = 3 * height * width * _pairs(recipe)
+    # Squares of the teacher's latents are decoded in each step, however few pairs there are.
+    crops = recipe.decode_crop is not None and recipe.loss.has_image_terms
+    decodes_targets = crops or images_bytes > TABLE_BYTES
 
     # From here on all tensors are fake ones. The adaptor's weights are among those that were
     # replaced, so the training must look them up again.
@@ -255,7 +259,7 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
             warm_up=training.batch_cost(processes, decoded=False),
             step=training.batch_cost(processes, decoded=True),
             memory=training.micro_batch_memory(),
-            target=training.target_cost() if images_bytes > TABLE_BYTES else None,
+            target=training.target_cost(processes) if decodes_targets else None,
             fake=training.fake_cost(processes) if recipe.score.weight else None,
         )
 
@@ -330,7 +334,8 @@ class SimulatedTraining:
         self.weights = add_adaptors(model, recipe)
         self.loss = _loss(recipe)
         self.unet = in_precision(model.unet, recipe.mixed_precision, CPU)
-        self.decode = in_precision(model.decode, recipe.mixed_precision, CPU)
+        self.decode = in_precision(model.decode, decoder_precision(recipe, model.config), CPU)
+        check_crop(recipe.decode_crop, model.latent_shape_CHW)
         self.teacher_unet = in_precision(model.unet, recipe.teacher.mixed_precision, CPU)
         self.distribution: DistributionTerms | None = None
         if recipe.compares_distributions:
@@ -354,7 +359,7 @@ class SimulatedTraining:
         if not decoded:
             total, _ = self.loss.warmup_loss(latents, target)
         elif self.loss.needs_images:
-            image = self.decode(latents)
+            image = self.decode(self._decoded_part(latents))
             total, _ = self.loss(image, torch.rand_like(image), latents, target)
         elif self.recipe.needs_targets:
             total, _ = self.loss.latent_loss(latents, target)
@@ -427,9 +432,9 @@ class SimulatedTraining:
             predict(self.teacher_unet, self._latents(rows), timestep, self._conditions(rows))
 
     @torch.no_grad()
-    def decode_targets(self) -> None:
-        """Decode the teacher's images of a batch."""
-        self.decode(self._latents(self.recipe.batch)).clamp(0, 1)
+    def decode_targets(self, rows: int) -> None:
+        """Decode the teacher's images of ``rows`` rows."""
+        self.decode(self._decoded_part(self._latents(rows))).clamp(0, 1)
 
     def pairs_cost(self) -> TrainingCost:
         """Cost of one batch of teacher pairs, without the sampler's own small arithmetic."""
@@ -476,9 +481,12 @@ class SimulatedTraining:
         two_rows = self.step_cost(2, decoded=True).peak_bytes
         return MicroBatchMemory(one_row, two_rows - one_row)
 
-    def target_cost(self) -> TrainingCost:
-        """Cost of ``decode_targets``."""
-        return self._cost(self.decode_targets)
+    def target_cost(self, processes: int = 1) -> TrainingCost:
+        """Cost of ``decode_targets`` for a whole batch, and the memory of a micro-batch."""
+        micro_batch = self._micro_batch(processes)
+        cost = self._cost(lambda: self.decode_targets(micro_batch))
+        flops = round(cost.flops * self.recipe.batch / micro_batch)
+        return TrainingCost(flops, cost.peak_bytes)
 
     def _cost(self, call: Callable[[], None]) -> TrainingCost:
         pipe = self.model.pipe
@@ -492,6 +500,13 @@ class SimulatedTraining:
     def _latents(self, rows: int) -> Tensor:
         """Random latents [B, C, H, W]."""
         return torch.randn(rows, *self.model.latent_shape_CHW)
+
+    def _decoded_part(self, latents_BCHW: Tensor) -> Tensor:
+        """What a step decodes: a square of the latents, or all; where it lies costs nothing."""
+        side = self.recipe.decode_crop
+        if side is None:
+            return latents_BCHW
+        return cropped(latents_BCHW, [(0, 0)] * len(latents_BCHW), side)
 
     def _conditions(self, rows: int) -> Conditions:
         """Random text contexts [B, L, D], and SDXL's added conditions."""

@@ -129,9 +129,8 @@ def test_dmd_divides_by_each_rows_own_error() -> None:
 def test_guidance_is_used_below_its_timestep_alone() -> None:
     def teacher(z: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         # The real prompt's context is 1, the empty one's 0.
-        return gaussian_model(0.0, 1.0)(z, timestep, conditions) + conditions.context_BLD.view(
-            -1, 1, 1, 1
-        )
+        shift = conditions.context_BLD.view(-1, 1, 1, 1)
+        return gaussian_model(0.0, 1.0)(z, timestep, conditions) + shift
 
     fake = gaussian_model(0.0, 1.0)
     x0, noise = torch.randn(2, 2, 1, 2, 2)

@@ -305,11 +305,10 @@ def test_real_images_are_a_share_of_what_the_heads_take_for_true(
     assert made is not None
     rows = torch.arange(400)
     target = torch.zeros(400, *model.latent_shape_CHW)
-    conditions = model.conditions([""]).expand(400, -1, -1)
+    conditions = model.conditions([""]).repeated(400)
+    of_real = Conditions(conditions.context_BLD[:1] + 1.0)
     made.real = terms.RealLatents(
-        2,
-        lambda chosen: torch.ones(len(chosen), 4, 8, 8),
-        lambda chosen: Conditions(conditions.context_BLD[:1] + 1.0),
+        2, lambda chosen: torch.ones(len(chosen), 4, 8, 8), lambda chosen: of_real
     )
     latents, chosen = made._true_latents(target, conditions, rows, 0)
     is_real = latents[:, 0, 0, 0] == 1
