@@ -206,9 +206,10 @@ def train_adaptor(
         """The images [B, 3, H, W] in [0, 1] that the student's are compared with."""
         if recipe.decode_crop is None:
             return examples.images(rows)
-        # In steps of 1 / 255, as whole images are kept.
+        # In steps of 1 / 255 and in the order in memory in which whole images are kept.
         with torch.no_grad():
-            return to_float(to_uint8(decode(part(latents)))).to(model.device)
+            image_BHWC = to_uint8(decode(part(latents))).contiguous()
+        return to_float(image_BHWC).to(model.device)
 
     def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:
         """Mean loss over examples ``rows`` at ``step``, and its terms."""

@@ -1,7 +1,7 @@
-"""The configurations of Stable Diffusion 1.x and 2.1, for a checkpoint in one file, which has none.
+"""The configurations of published models: for a checkpoint in one file, which has none, and costs.
 
-Values are those of the repositories that Runway and Stability published with the weights. Most
-values that are a default of diffusers or transformers are omitted. The tokenizer is CLIP's
+Values are those of the repositories that Runway, Stability and Segmind published with the weights.
+Most values that are a default of diffusers or transformers are omitted. The tokenizer is CLIP's
 (https://github.com/openai/CLIP, MIT License).
 """
 
@@ -65,6 +65,49 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
+# SDXL and what Segmind distilled from it (arXiv 2401.02677). Their costs are predicted from these;
+# a checkpoint in one file is converted with none of them.
+_SDXL_UNET = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+    "layers_per_block": 2,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SDXL_MODELS: dict[str, dict[str, Any]] = {
+    "sdxl": {"transformer_layers_per_block": [1, 2, 10]},
+    # The middle block is one ResNet block, and the layers of a block have transformers of their own
+    # depths. Vega's depths are those that give the published sizes of its blocks: 247, 31, 460 M.
+    "ssd-1b": {
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+    },
+    "vega": {
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [1, 1], [2, 2]],
+        "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
+    },
+}
+_SDXL_TEXT_2 = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+# The published ids are not the tokenizers' own: transformers then finds the end token as the
+# largest id.
+_SDXL_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+
 
 def context_width(name: str) -> int:
     """Return the width D of the text context [B, 77, D] of one of ``MODELS``."""
@@ -78,16 +121,21 @@ def input_channels(name: str) -> int:
 
 
 def write_config(name: str, folder: Path) -> Path:
-    """Write a StableDiffusionPipeline folder without weights: configurations and tokenizer.
+    """Write a pipeline's folder without weights: configurations and tokenizers.
 
     Args:
-        name: one of ``MODELS``.
+        name: one of ``MODELS`` or ``SDXL_MODELS``.
         folder: where to write; it is made if necessary.
 
     Returns:
         ``folder``.
 
     """
+    if name in SDXL_MODELS:
+        write_files(_sdxl_configs(SDXL_MODELS[name]), folder)
+        _write_tokenizer(folder / "tokenizer", END)
+        _write_tokenizer(folder / "tokenizer_2", "!")
+        return folder
     write_files(_configs(MODELS[name]), folder)
     _write_tokenizer(folder / "tokenizer", MODELS[name]["pad_token"])
     return folder
@@ -119,6 +167,47 @@ def model_index(scheduler: str) -> dict[str, Any]:
         **{part: ["transformers", kind] for part, kind in transformers.items()},
         **{part: [None, None] for part in absent},
         "requires_safety_checker": False,
+    }
+
+
+def _sdxl_configs(unet: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the JSON files of a folder of SDXL's kind, by path, for a value of ``SDXL_MODELS``."""
+    base = _configs({**_SD1, "size": 128, "prediction_type": "epsilon"})
+    index = model_index("EulerDiscreteScheduler")
+    for part in ("safety_checker", "requires_safety_checker"):
+        del index[part]
+    index |= {
+        "_class_name": "StableDiffusionXLPipeline",
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "force_zeros_for_empty_prompt": True,
+    }
+    schedule = {
+        **base["scheduler/scheduler_config.json"],
+        "_class_name": "EulerDiscreteScheduler",
+        "timestep_spacing": "leading",
+    }
+    text = {**base["text_encoder/config.json"], "projection_dim": 768, **_SDXL_IDS}
+    return {
+        INDEX: index,
+        "unet/config.json": {
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": 128,
+            **_SDXL_UNET,
+            **unet,
+        },
+        "vae/config.json": {
+            **base["vae/config.json"],
+            "scaling_factor": 0.13025,
+            "force_upcast": True,
+        },
+        "scheduler/scheduler_config.json": schedule,
+        "text_encoder/config.json": text,
+        "text_encoder_2/config.json": {
+            **text,
+            "architectures": ["CLIPTextModelWithProjection"],
+            **_SDXL_TEXT_2,
+        },
     }
 
 
