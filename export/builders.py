@@ -119,7 +119,9 @@ def text_pair_module(
 ) -> TextPairStage:
     """Both text encoders and the conditioning, whose outputs have ``dtype``."""
     # The UNet comes first: all of it but the conditioning is freed before the encoders are loaded.
-    conditioning = parts.conditioning(settings.timesteps(step), size_numbers(step.height, step.width))
+    conditioning = parts.conditioning(
+        settings.timesteps(step), size_numbers(step.height, step.width)
+    )
     gc.collect()
     encoder, encoder_2 = parts.text_pair()
     return TextPairStage(

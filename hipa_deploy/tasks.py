@@ -35,9 +35,7 @@ STEP_INPUTS: dict[Task, tuple[str, ...]] = {
 }
 
 
-def unet_inputs(
-    task: Task, strengths: int = 1, *, conditioned: bool = False
-) -> tuple[str, ...]:
+def unet_inputs(task: Task, strengths: int = 1, *, conditioned: bool = False) -> tuple[str, ...]:
     """Return the names of a UNet stage's inputs, in order.
 
     Args:
