@@ -150,9 +150,9 @@ def _delete(managed: Any) -> None:
 
 _CapsuleDestructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
-# CPython's functions for capsules; ctypes has to know the types of every pointer they take. Taken by
-# index, each is our own: an attribute of ctypes.pythonapi is one object for the whole process, and
-# another library that declares its types there (as py_object, say) would declare ours.
+# CPython's functions for capsules; ctypes has to know the types of every pointer they take. Taken
+# by index, each is our own: an attribute of ctypes.pythonapi is one object for the whole process,
+# and another library that declares its types there (as py_object, say) would declare ours.
 _new_capsule = ctypes.pythonapi["PyCapsule_New"]
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, _CapsuleDestructor]

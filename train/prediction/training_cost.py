@@ -13,7 +13,6 @@ text encoder.
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,6 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPTextModel
 
 from hipa_deploy.errors import HipaError
@@ -42,6 +38,7 @@ from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.mixed_precision import in_precision
 from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import add_adaptors, trained_parameters, without_adaptor
+from hipa_deploy.train.prediction.count_call import count_call
 from hipa_deploy.train.recipes.recipe import Recipe
 
 PAIR_NUMBERS_BYTES = 16  # of a teacher pair: prompt index and noise seed, int64 each
@@ -49,26 +46,6 @@ SCHEDULE = 1000  # timesteps of a schedule; which alpha_bar they have costs noth
 LAST_STEP = 100_000_000  # beyond every recipe's delays
 CPU = torch.device("cpu")
 ADAMW_BYTES = 8  # two float32 moments for each trainable parameter
-
-
-def _cpu_attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _cpu_attention_backward_flops(
-    grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
-) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-# torch's flop_counter (2.13) knows the attention kernels of GPUs only, and would count those of
-# the CPU as nothing.
-_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        _cpu_attention_backward_flops
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -483,11 +460,8 @@ class SimulatedTraining:
 
     def _cost(self, call: Callable[[], None]) -> TrainingCost:
         pipe = self.model.pipe
-        live = _LiveBytes(pipe.text_encoder, pipe.unet, pipe.vae, *self.own_modules)
-        flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
-        with live, flops:
-            call()
-        return TrainingCost(flops.get_total_flops(), live.peak)
+        resident = (pipe.text_encoder, pipe.unet, pipe.vae, *self.own_modules)
+        return TrainingCost(*count_call(call, resident))
 
     def _latents(self, rows: int) -> Tensor:
         """Random latents [B, C, H, W]."""
@@ -633,46 +607,3 @@ def _replace_tensors(*roots: nn.Module) -> None:
 
 def _empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that live; PyTorch frees one when its last tensor goes.
-
-    Attributes:
-        now: Bytes that live at present.
-        peak: The most bytes that lived at once.
-
-    """
-
-    def __init__(self, *resident: nn.Module) -> None:
-        super().__init__()
-        self._alive: set[int] = set()
-        self.now = 0
-        self.peak = 0
-        for module in resident:
-            for tensor in (*module.parameters(), *module.buffers()):
-                self._add(tensor)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._add(leaf)
-        return out
-
-    def _add(self, tensor: Tensor) -> None:
-        # Views share their base's storage, which counts once: the C++ object's address tells.
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._alive:
-            return
-        self._alive.add(key)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-
-        # The size is bound here, because the storage is gone when the finalizer runs.
-        weakref.finalize(storage, self._remove, key, storage.nbytes())
-
-    def _remove(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self.now -= size

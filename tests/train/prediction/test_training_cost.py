@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.train.losses.hipa_loss import hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.prediction import training_cost
+from hipa_deploy.train.prediction.count_call import count_call
 from hipa_deploy.train.prediction.training_cost import (
     MicroBatchMemory,
     SimulatedTraining,
@@ -120,13 +122,28 @@ def test_flops_are_those_of_a_product_and_its_gradients(training: SimulatedTrain
 def test_memory_is_the_most_that_lives_at_once() -> None:
     layer = torch.nn.Linear(10, 10)
     weights = 4 * (100 + 10)
-    with training_cost._LiveBytes(layer) as live:
+
+    def call() -> None:
         for _ in range(3):
             torch.empty(1000)  # freed each time
         kept = torch.empty(500)
         view = kept[:10].reshape(2, 5)
-    assert (live.peak, live.now) == (weights + 4000, weights + 2000)
-    assert view.numel() == 10
+        assert view.numel() == 10
+
+    assert count_call(call, [layer]) == (0, weights + 4000)
+    assert count_call(lambda: None, [layer]) == (0, weights)
+
+
+def test_memory_does_not_wait_for_pythons_garbage_collection(
+    model_dir: Path, recipe: Recipe
+) -> None:
+    checkpointed = recipe.model_copy(update=CHECKPOINTED)
+    gc.disable()
+    try:
+        uncollected = predict_training(checkpointed, model_dir)
+    finally:
+        gc.enable()
+    assert uncollected == predict_once(checkpointed, model_dir)
 
 
 def test_cost_grows_with_the_batch_and_memory_falls_with_checkpointing(
