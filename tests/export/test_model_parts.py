@@ -54,7 +54,7 @@ def test_folder_that_is_no_model(tmp_path: Path) -> None:
 
 def test_a_second_encoder_that_is_not_there(copy: Path) -> None:
     edit(copy / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
-    with pytest.raises(HipaError, match="no readable text_encoder_2/config.json"):
+    with pytest.raises(HipaError, match=r"no readable text_encoder_2/config\.json"):
         ModelParts.open(copy)
 
 

@@ -20,7 +20,9 @@ from tests.tiny_sdxl import make_sdxl
 
 # In a file, and in the diffusers folder.
 LAYERS = {
-    "lora_te1_text_model_encoder_layers_1_mlp_fc1": "text_encoder.text_model.encoder.layers.1.mlp.fc1",
+    "lora_te1_text_model_encoder_layers_1_mlp_fc1": (
+        "text_encoder.text_model.encoder.layers.1.mlp.fc1"
+    ),
     "lora_te2_text_model_encoder_layers_2_self_attn_q_proj": (
         "text_encoder_2.text_model.encoder.layers.2.self_attn.q_proj"
     ),
