@@ -53,7 +53,7 @@ _SDXL_UNET = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-# Distilled from SDXL: fewer transformers, and a middle block of one ResNet block.
+# Distilled from SDXL (arXiv 2401.02677): fewer transformers, and a middle block of one ResNet block.
 _SSD_1B_UNET = {
     **_SDXL_UNET,
     "mid_block_type": "UNetMidBlock2D",
@@ -66,12 +66,15 @@ _VEGA_UNET = {
     "transformer_layers_per_block": [1, [1, 1], [2, 2]],
     "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
 }
+# The published ids are not the tokenizers' own: transformers then finds the end token as the
+# largest id.
+_SDXL_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
 _SDXL_TEXT_2 = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
                 "num_attention_heads": 20, "hidden_act": "gelu",
-                "projection_dim": 1280}  # fmt: skip
+                "projection_dim": 1280, **_SDXL_IDS}  # fmt: skip
 _SDXL: dict[str, Any] = {
     "unet": _SDXL_UNET,
-    "text_encoder": {**_SD1_TEXT, "projection_dim": 768},
+    "text_encoder": {**_SD1_TEXT, "projection_dim": 768, **_SDXL_IDS},
     "text_encoder_2": _SDXL_TEXT_2,
     "pad_token": END,
     "pad_token_2": "!",
@@ -169,7 +172,10 @@ def model_index(scheduler: str, *, has_text_pair: bool = False) -> dict[str, Any
     diffusers = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": scheduler}
     transformers = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
     absent = ["feature_extractor", "image_encoder"]
-    facts: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline"}
+    facts: dict[str, Any] = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": True,
+    }
     if has_text_pair:
         transformers["text_encoder_2"] = "CLIPTextModelWithProjection"
         transformers["tokenizer_2"] = "CLIPTokenizer"

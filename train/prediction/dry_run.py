@@ -228,7 +228,7 @@ def cost_table(prediction: TrainingPrediction) -> Table:
     if prediction.fake:
         add("fake score's steps", recipe.batch, micro_batch, prediction.fake, decoded)
     if prediction.target:
-        add("its teacher images", recipe.batch, recipe.batch, prediction.target, decoded)
+        add("its teacher images", recipe.batch, micro_batch, prediction.target, decoded)
     return table
 
 

@@ -19,23 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.kind import SECOND
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.weights.part_config import build
 from hipa_deploy.models.weights.weight_files import find_weights
 from hipa_deploy.tasks import STEP_INPUTS
+from hipa_deploy.train.data.crops import check_crop, cropped
 from hipa_deploy.train.data.teacher_pairs import TABLE_BYTES
 from hipa_deploy.train.distribution.terms import DistributionTerms, check_distribution_terms
 from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.hipa_loss import HipaLoss
 from hipa_deploy.train.losses.lite0 import Lite0
-from hipa_deploy.train.model.diffusion_model import DiffusionModel
-from hipa_deploy.train.model.mixed_precision import in_precision
+from hipa_deploy.train.model.conditions import Conditions, predict
+from hipa_deploy.train.model.diffusion_model import DiffusionModel, pipeline, tokenizer_of
+from hipa_deploy.train.model.mixed_precision import decoder_precision, in_precision
 from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import add_adaptors, trained_parameters, without_adaptor
 from hipa_deploy.train.prediction.count_call import count_call
@@ -97,7 +100,7 @@ class TrainingPrediction:
         prediction_type: What the UNet predicts: epsilon, v_prediction or sample.
         alpha_bar: Share of the signal's variance that is left at the step's timestep.
         resolution: Height and width of an image, in pixels.
-        parameters: Frozen parameters of text_encoder, unet and vae.
+        parameters: Frozen parameters of each text encoder, unet and vae.
         trainable: Trainable parameters of the adaptor.
         pairs_bytes: Bytes of all teacher pairs in the cache.
         pairs: One batch of teacher pairs, all sampler steps.
@@ -205,12 +208,15 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
     with torch.device("meta"):
         training = SimulatedTraining(unloaded_model(model_dir), recipe)
     model = training.model
-    parts = {"text_encoder": model.pipe.text_encoder, "unet": model.unet, "vae": model.vae}
+    parts = {**model.text_modules, "unet": model.unet, "vae": model.vae}
     parameters = {name: _frozen_parameters(part) for name, part in parts.items()}
     trainable = sum(weight.numel() for weight in training.weights.values())
     pair_bytes = latents_bytes(model, recipe) + PAIR_NUMBERS_BYTES
     height, width = model.resolution
     images_bytes = 3 * height * width * _pairs(recipe)
+    # Squares of the teacher's latents are decoded in each step, however few pairs there are.
+    crops = recipe.decode_crop is not None and recipe.loss.has_image_terms
+    decodes_targets = crops or images_bytes > TABLE_BYTES
 
     # From here on all tensors are fake ones. The adaptor's weights are among those that were
     # replaced, so the training must look them up again.
@@ -230,7 +236,7 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
             warm_up=training.batch_cost(processes, decoded=False),
             step=training.batch_cost(processes, decoded=True),
             memory=training.micro_batch_memory(),
-            target=training.target_cost() if images_bytes > TABLE_BYTES else None,
+            target=training.target_cost(processes) if decodes_targets else None,
             fake=training.fake_cost(processes) if recipe.score.weight else None,
         )
 
@@ -241,22 +247,20 @@ def unloaded_model(folder: Path) -> DiffusionModel:
     The weights are whatever values the constructors draw, and there is no tokenizer: time and
     memory depend on neither.
     """
-    # The pipeline warns of a scheduler without these values; nothing here depends on them.
-    expected_values = {"clip_sample": False, "steps_offset": 1}
     config = ModelConfig.read(folder)
-
-    # Any: diffusers' type of a pipeline does not know its parts.
-    pipe: Any = StableDiffusionPipeline(
-        unet=_unloaded(UNet2DConditionModel, config.unet, folder / "unet"),
-        vae=_unloaded(AutoencoderKL, config.vae, folder / "vae"),
-        text_encoder=_unloaded(CLIPTextModel, config.text_encoder, folder / "text_encoder"),
-        tokenizer=None,
-        scheduler=DDIMScheduler(**config.schedule, **expected_values),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    for module in (pipe.text_encoder, pipe.unet, pipe.vae):
+    kinds: dict[str, Any] = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+    }
+    if config.has_text_pair:
+        kinds[SECOND] = CLIPTextModelWithProjection
+    parts: dict[str, Any] = {}
+    for part, kind in kinds.items():
+        parts[part] = _unloaded(kind, getattr(config, part), folder / part)
+    tokenizers = dict.fromkeys(tokenizer_of(part) for part in config.text_parts)
+    pipe = pipeline(config, parts, tokenizers)
+    for module in parts.values():
         module.eval().requires_grad_(False)
     return DiffusionModel(folder, pipe, torch.device("cpu"))
 
@@ -307,7 +311,8 @@ class SimulatedTraining:
         self.weights = add_adaptors(model, recipe)
         self.loss = _loss(recipe)
         self.unet = in_precision(model.unet, recipe.mixed_precision, CPU)
-        self.decode = in_precision(model.decode, recipe.mixed_precision, CPU)
+        self.decode = in_precision(model.decode, decoder_precision(recipe, model.config), CPU)
+        check_crop(recipe.decode_crop, model.latent_shape_CHW)
         self.teacher_unet = in_precision(model.unet, recipe.teacher.mixed_precision, CPU)
         self.distribution: DistributionTerms | None = None
         if recipe.compares_distributions:
@@ -331,7 +336,7 @@ class SimulatedTraining:
         if not decoded:
             total, _ = self.loss.warmup_loss(latents, target)
         elif self.loss.needs_images:
-            image = self.decode(latents)
+            image = self.decode(self._decoded_part(latents))
             total, _ = self.loss(image, torch.rand_like(image), latents, target)
         elif self.recipe.needs_targets:
             total, _ = self.loss.latent_loss(latents, target)
@@ -348,7 +353,7 @@ class SimulatedTraining:
         assert distribution is not None
         examples = _examples(rows)
         self._prepare(distribution)
-        distribution.remember(self._latents(rows), self._context(rows), examples)
+        distribution.remember(self._latents(rows), self._conditions(rows), examples)
         with distribution.following():
             for number in range(self.recipe.score.steps):
                 loss, _ = distribution.fake_loss(examples, LAST_STEP, number)
@@ -367,17 +372,17 @@ class SimulatedTraining:
         """The terms that compare distributions, at a step where all of them are on."""
         self._prepare(distribution)
         rows = len(latents)
-        context = self._context(rows)
-        total, _ = distribution(latents, target, context, _examples(rows), LAST_STEP)
+        conditions = self._conditions(rows)
+        total, _ = distribution(latents, target, conditions, _examples(rows), LAST_STEP)
         distribution.forget()  # what the fake score learns from counts in fake_steps
         return total
 
     def _prepare(self, distribution: DistributionTerms) -> None:
-        """Give it a schedule and an empty prompt of the kind of tensor that the step has."""
+        """Give it a schedule and an conditions of the kind of tensor that the step has."""
         distribution.alpha_bar_T = torch.rand(SCHEDULE)
         if distribution.score is not None:
             distribution.score.alpha_bar_T = distribution.alpha_bar_T
-            distribution.score.empty_1LD = self._context(1)
+            distribution.score.unguided = self._conditions(1)
 
     def _forget_gradients(self) -> None:
         # Gradients left behind would count as memory of the next step.
@@ -400,14 +405,13 @@ class SimulatedTraining:
         guided = self.recipe.teacher.guidance != 1
         rows = self.recipe.teacher.batch * (2 if guided else 1)
         with without_adaptor(self.model.unet):
-            self.teacher_unet(
-                self._latents(rows), self.recipe.timestep, self._context(rows), return_dict=False
-            )
+            timestep = self.recipe.timestep
+            predict(self.teacher_unet, self._latents(rows), timestep, self._conditions(rows))
 
     @torch.no_grad()
-    def decode_targets(self) -> None:
-        """Decode the teacher's images of a batch."""
-        self.decode(self._latents(self.recipe.batch)).clamp(0, 1)
+    def decode_targets(self, rows: int) -> None:
+        """Decode the teacher's images of ``rows`` rows."""
+        self.decode(self._decoded_part(self._latents(rows))).clamp(0, 1)
 
     def pairs_cost(self) -> TrainingCost:
         """Cost of one batch of teacher pairs, without the sampler's own small arithmetic."""
@@ -454,24 +458,39 @@ class SimulatedTraining:
         two_rows = self.step_cost(2, decoded=True).peak_bytes
         return MicroBatchMemory(one_row, two_rows - one_row)
 
-    def target_cost(self) -> TrainingCost:
-        """Cost of ``decode_targets``."""
-        return self._cost(self.decode_targets)
+    def target_cost(self, processes: int = 1) -> TrainingCost:
+        """Cost of ``decode_targets`` for a whole batch, and the memory of a micro-batch."""
+        micro_batch = self._micro_batch(processes)
+        cost = self._cost(lambda: self.decode_targets(micro_batch))
+        flops = round(cost.flops * self.recipe.batch / micro_batch)
+        return TrainingCost(flops, cost.peak_bytes)
 
     def _cost(self, call: Callable[[], None]) -> TrainingCost:
         pipe = self.model.pipe
-        resident = (pipe.text_encoder, pipe.unet, pipe.vae, *self.own_modules)
+        encoders = self.model.text_modules.values()
+        resident = (*encoders, pipe.unet, pipe.vae, *self.own_modules)
         return TrainingCost(*count_call(call, resident))
 
     def _latents(self, rows: int) -> Tensor:
         """Random latents [B, C, H, W]."""
         return torch.randn(rows, *self.model.latent_shape_CHW)
 
-    def _context(self, rows: int) -> Tensor:
-        """Random text contexts [B, L, D]."""
-        config = self.model.pipe.text_encoder.config
-        length = self.recipe.text.context_tokens or config.max_position_embeddings
-        return torch.randn(rows, length, config.hidden_size)
+    def _decoded_part(self, latents_BCHW: Tensor) -> Tensor:
+        """What a step decodes: a square of the latents, or all; where it lies costs nothing."""
+        side = self.recipe.decode_crop
+        if side is None:
+            return latents_BCHW
+        return cropped(latents_BCHW, [(0, 0)] * len(latents_BCHW), side)
+
+    def _conditions(self, rows: int) -> Conditions:
+        """Random text contexts [B, L, D], and SDXL's added conditions."""
+        encoder = self.model.pipe.text_encoder.config
+        length = self.recipe.text.context_tokens or encoder.max_position_embeddings
+        config = self.model.config
+        context_BLD = torch.randn(rows, length, config.text_width)
+        if config.pooled_width is None:
+            return Conditions(context_BLD)
+        return Conditions(context_BLD, torch.randn(rows, config.pooled_width), torch.rand(rows, 6))
 
     def _student_latents(self, rows: int) -> Tensor:
         """The step's x0 [B, C, H, W], from random inputs of the recipe's task."""
@@ -487,7 +506,7 @@ class SimulatedTraining:
             self.unet,
             task,
             step_inputs,
-            self._context(rows),
+            self._conditions(rows),
             timestep_B=torch.full((rows,), self.recipe.timestep),
             alpha_bar=self.alpha_bar,
             prediction_type=self.model.prediction_type,
@@ -542,7 +561,7 @@ def _distribution(model: DiffusionModel, recipe: Recipe) -> DistributionTerms:
         recipe,
         alpha_bar_T=torch.ones(1),
         prediction_type=model.prediction_type,
-        empty_1LD=torch.ones(1),
+        unguided=Conditions(torch.ones(1)),
         draw=_drawn,
     )
 
