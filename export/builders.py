@@ -118,8 +118,10 @@ def text_pair_module(
     parts: ChosenParts, settings: TaskSettings, step: OneStep, dtype: torch.dtype
 ) -> TextPairStage:
     """Both text encoders and the conditioning, whose outputs have ``dtype``."""
-    # The UNet comes first: all of it but the conditioning is freed before the encoders are loaded.
-    conditioning = parts.conditioning(settings.timesteps(step), size_numbers(step.height, step.width))
+    # The UNet first: all of it but the conditioning is freed before the encoders are loaded.
+    conditioning = parts.conditioning(
+        settings.timesteps(step), size_numbers(step.height, step.width)
+    )
     gc.collect()
     encoder, encoder_2 = parts.text_pair()
     return TextPairStage(

@@ -40,7 +40,9 @@ MAX_PIXELS = 2048 * 2048
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A Stable Diffusion folder with CLIP's text encoder, or with SDXL's two. Its parts come in float32, frozen.
+    """A Stable Diffusion folder with CLIP's text encoder, or with SDXL's two.
+
+    Its parts come in float32, frozen.
 
     Attributes:
         folder: the diffusers folder.

@@ -29,7 +29,6 @@ from hipa_deploy.export.graph.to_onnx import OPSET, export_stage
 from hipa_deploy.export.references import References, strength_key
 
 
-
 @dataclass(frozen=True)
 class StageSource:
     """What a stage is made of.

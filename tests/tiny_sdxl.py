@@ -51,7 +51,7 @@ def make_sdxl(
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=16, in_channels=in_channels, block_out_channels=(16, 32, 32),
-        layers_per_block=2, norm_num_groups=4, cross_attention_dim=FIRST_WIDTH + SECOND_WIDTH,
+        layers_per_block=1, norm_num_groups=4, cross_attention_dim=FIRST_WIDTH + SECOND_WIDTH,
         attention_head_dim=(2, 4, 4), transformer_layers_per_block=(1, 1, 2),
         use_linear_projection=True, addition_embed_type="text_time",
         addition_time_embed_dim=TIME_WIDTH,

@@ -53,6 +53,7 @@ class Conditioning(torch.nn.Module):
         self.places = {
             "add_embedding": "unet.add_embedding",
             "activations": "unet.time_embed_act",
+            "time_1SD": "unet.time_embedding.linear_2.bias",
         }
         self.add_embedding = model.add_embedding
         self.activations = torch.nn.Sequential()
