@@ -53,8 +53,8 @@ def derived(prediction: TrainingPrediction) -> dict[str, float]:
     }
 
 
-# All take the same path; one of them is enough for every run of the tests. Vega takes 20 seconds of a
-# processor, and SDXL 50.
+# All take the same path; one of them is enough for every run of the tests. Vega takes 20
+# seconds of a processor, and SDXL 50.
 @pytest.mark.parametrize(
     "name",
     [
