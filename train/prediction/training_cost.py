@@ -110,6 +110,7 @@ class TrainingPrediction:
         target: The decoding of the teacher's images in each step; None where all images of a
             training fit in memory and are decoded once.
         fake: The steps of the fake score after one of the student; None without score distillation.
+        square: Side in pixels of what a step decodes of each image; None is the whole image.
 
     """
 
@@ -127,6 +128,7 @@ class TrainingPrediction:
     memory: MicroBatchMemory
     target: TrainingCost | None
     fake: TrainingCost | None = None
+    square: int | None = None
 
     @property
     def rows(self) -> int:
@@ -215,8 +217,8 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
     height, width = model.resolution
     images_bytes = 3 * height * width * _pairs(recipe)
     # Squares of the teacher's latents are decoded in each step, however few pairs there are.
-    crops = recipe.decode_crop is not None and recipe.loss.has_image_terms
-    decodes_targets = crops or images_bytes > TABLE_BYTES
+    crop = recipe.decode_crop if recipe.loss.has_image_terms else None
+    decodes_targets = crop is not None or images_bytes > TABLE_BYTES
 
     # From here on all tensors are fake ones. The adaptor's weights are among those that were
     # replaced, so the training must look them up again.
@@ -238,6 +240,7 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
             memory=training.micro_batch_memory(),
             target=training.target_cost(processes) if decodes_targets else None,
             fake=training.fake_cost(processes) if recipe.score.weight else None,
+            square=crop and crop * model.config.vae_factor,
         )
 
 
@@ -309,6 +312,7 @@ class SimulatedTraining:
         self.model = model
         self.recipe = recipe
         self.weights = add_adaptors(model, recipe)
+        self._step_costs: dict[tuple[int, bool], TrainingCost] = {}
         self.loss = _loss(recipe)
         self.unet = in_precision(model.unet, recipe.mixed_precision, CPU)
         self.decode = in_precision(model.decode, decoder_precision(recipe, model.config), CPU)
@@ -423,8 +427,13 @@ class SimulatedTraining:
 
         AdamW's own arithmetic, a few operations for each parameter, is not counted.
         """
-        cost = self._cost(lambda: self.step(rows, decoded=decoded))
-        return TrainingCost(cost.flops, cost.peak_bytes + self._moments_bytes())
+        # A step of SDXL takes tens of seconds to count, and is asked for more than once.
+        key = (rows, decoded)
+        if key not in self._step_costs:
+            cost = self._cost(lambda: self.step(rows, decoded=decoded))
+            peak_bytes = cost.peak_bytes + self._moments_bytes()
+            self._step_costs[key] = TrainingCost(cost.flops, peak_bytes)
+        return self._step_costs[key]
 
     def fake_cost(self, processes: int = 1) -> TrainingCost:
         """Cost of ``fake_steps`` for a whole batch, with AdamW's moments in memory."""
