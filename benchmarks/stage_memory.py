@@ -150,7 +150,7 @@ def conditioning_shape(size: str) -> tuple[int, int] | None:
 
 
 def unet_counts(size: str) -> dict[str, int]:
-    """Bytes of the weights that its graph has in float16, and operations of a call at 1024 pixels."""
+    """Bytes of the graph's weights in float16, and operations of one call at 1024 pixels."""
     with tempfile.TemporaryDirectory() as folder:
         config = ModelConfig.read(write_config(size, Path(folder) / size))
     unet_config = {key: value for key, value in config.unet.items() if not key.startswith("_")}
