@@ -334,7 +334,7 @@ def _least_bytes(options: ExportOptions, model: ModelParts) -> int:
     if options.with_teacher:
         parts.append("unet")
     if not options.prompts:
-        parts.append("text_encoder")
+        parts += model.config.text_parts
     count = 0
     for part in parts:
         for shape in (known_shapes(model.folder / part) or {}).values():

@@ -1,10 +1,13 @@
 """Settings for every test."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 # Before anything imports torch: one thread per worker. With several threads, on CPUs with AMX, the
 # same convolution of one or two rows sometimes rounds otherwise, and the tests of resumed runs
@@ -16,6 +19,8 @@ if "HIPA_CACHE" not in os.environ:
     os.environ["HIPA_CACHE"] = tempfile.mkdtemp(prefix="hipa-tests-")
     atexit.register(shutil.rmtree, os.environ["HIPA_CACHE"], ignore_errors=True)
 
+import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 # With two workers of torch on two cores, the time of one example says nothing.
@@ -25,3 +30,59 @@ settings.load_profile("project")
 # A shell starts background commands with SIGINT ignored, and the processes that the tests start
 # would inherit that. Some tests interrupt such a process as Ctrl-C does.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let workers take the files in the order below, not those of most tests first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first where workers share them, and the smallest last.
+
+    A long file that comes last would leave the other worker without work.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    weights: dict[Path, int] = {}
+    for item in items:
+        weight = 1000 if item.get_closest_marker("slow") else 1
+        weights[item.path] = weights.get(item.path, 0) + weight
+    items.sort(key=lambda item: (-weights[item.path], str(item.path)))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Leave the imported libraries and the collected tests out of every later collection.
+
+    An export and a training collect garbage many times, and each time would walk through millions
+    of objects of torch, diffusers and pytest that live until the end.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def emoji_task_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that gives the embedded model's bundle for a task. Copy it; never write into it.
+
+    It is exported once in a run of the tests, by whichever worker asks first.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # that of all workers
+
+    def bundle_for(task: str) -> Path:
+        from hipa_deploy import embedded
+        from hipa_deploy.export.export_bundle import export_bundle
+        from hipa_deploy.export.export_options import ExportOptions
+
+        out = root / f"emoji-{task}"
+        with FileLock(root / f"emoji-{task}.lock"):
+            if not out.exists():
+                adaptor = embedded.resolve_adaptor(f"emoji-{task}")
+                export_bundle(ExportOptions(model="emoji", adaptor=adaptor, out=out))
+        return out
+
+    return bundle_for

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -98,7 +100,12 @@ def test_03_a_web_server(folder: Path, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_04_from_an_image(folder: Path, environment: dict[str, str]) -> None:
+def test_04_from_an_image(
+    folder: Path, environment: dict[str, str], emoji_task_bundle: Callable[[str], Path]
+) -> None:
+    """The script exports one of its bundles, and finds the others as a run before left them."""
+    for task in ("inpaint", "upscale"):
+        shutil.copytree(emoji_task_bundle(task), folder / "bundles" / task)
     line = run("04_from_an_image.py", folder, environment)
     assert line == "edited.png, inpainted.png, upscaled.png (64x64)"
     source = picture(folder / "source.png")

@@ -53,7 +53,7 @@ _SDXL_UNET = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-# Distilled from SDXL (arXiv 2401.02677): fewer transformers, and a middle block of one ResNet block.
+# Distilled from SDXL (arXiv 2401.02677): fewer transformers, and one ResNet block in the middle.
 _SSD_1B_UNET = {
     **_SDXL_UNET,
     "mid_block_type": "UNetMidBlock2D",

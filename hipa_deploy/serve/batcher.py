@@ -173,11 +173,12 @@ class Batcher:
         return self._thread.is_alive()
 
     @property
-    def full(self) -> int | None:
-        """Seconds after which to try again, where not even one image can wait; else None."""
-        return None if self.waiting < self._most else self._retry_after()
+    def free(self) -> int:
+        """Images that can still wait."""
+        return max(0, self._most - self.waiting)
 
-    def _retry_after(self) -> int:
+    def retry_after(self) -> int:
+        """Seconds after which to try again when the queue is full."""
         seconds = math.ceil(self.waiting * self._an_image)
         return min(max(1, seconds), MAX_RETRY_AFTER)
 
@@ -193,7 +194,7 @@ class Batcher:
             if self._stopping:
                 raise StoppingError
             if self.waiting + images > self._most:
-                raise QueueFullError(self._retry_after())
+                raise QueueFullError(self.retry_after())
             self._reserved += images
 
     def release(self, images: int) -> None:

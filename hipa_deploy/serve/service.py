@@ -173,16 +173,24 @@ class ImageService:
         """Whether requests are answered with images."""
         return self.models.ready and not self.stopping
 
-    @property
-    def full(self) -> int | None:
-        """Seconds after which to try again, where no bundle has a place in its queue; else None."""
-        least: int | None = None
+    def full(self, arriving: int) -> int | None:
+        """Whether requests that have arrived, and wait in no queue yet, will fill all queues.
+
+        Args:
+            arriving: how many.
+
+        Returns:
+            Seconds after which to try again; None where there is a place for another image.
+
+        """
+        free = 0
+        seconds = []
         for served in self.models.served:
-            seconds = None if served.batcher is None else served.batcher.full
-            if seconds is None:
+            if served.batcher is None:
                 return None
-            least = seconds if least is None else min(least, seconds)
-        return least
+            free += served.batcher.free
+            seconds.append(served.batcher.retry_after())
+        return None if arriving < free else min(seconds)
 
     def close(self) -> None:
         """Make what was accepted, and release everything."""

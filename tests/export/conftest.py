@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from rich.console import Console
 from safetensors.torch import load_file
 
 from hipa_deploy.bundle.folder import Bundle
@@ -73,14 +75,36 @@ def adaptor_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def fp32_bundle(
+def fp32_export(
     model_dir: Path, adaptor_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Bundle:
+) -> tuple[Bundle, list[str]]:
+    """A bundle, and the lines that its export printed."""
     # Two images per call: a batch that is not one shows where a shape is taken for granted.
     out = tmp_path_factory.mktemp("bundle") / "fp32"
-    return export_bundle(
-        ExportOptions(model=str(model_dir), adaptor=adaptor_dir, out=out, dtype="fp32", batch=2)
+    said = StringIO()
+    bundle = export_bundle(
+        ExportOptions(model=str(model_dir), adaptor=adaptor_dir, out=out, dtype="fp32", batch=2),
+        Console(file=said, width=60),
     )
+    return bundle, said.getvalue().splitlines()
+
+
+@pytest.fixture(scope="session")
+def fp32_bundle(fp32_export: tuple[Bundle, list[str]]) -> Bundle:
+    return fp32_export[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_vae_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TAESD's architecture, four times reducing, in a few thousand seeded parameters."""
+    torch.manual_seed(0)
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
+        decoder_block_out_channels=(8, 8, 8), num_decoder_blocks=(1, 1, 1),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("vae") / "tiny"
+    tiny.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,39 @@ def generic_bundle(
     return export_bundle(options)
 
 
+@pytest.fixture(scope="module")
+def plain_fp16_bundle(
+    model_dir: Path, adaptor_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """In FP16, with an adaptor that has no file of this project's own: another tool's."""
+    folder = tmp_path_factory.mktemp("plain")
+    adaptor = Path(shutil.copytree(adaptor_dir, folder / "adaptor"))
+    (adaptor / "hipa_adaptor.json").unlink()
+    return export_bundle(ExportOptions(model=str(model_dir), adaptor=adaptor, out=folder / "b"))
+
+
+KEY = ed25519.Ed25519PrivateKey.generate()
+
+
+@pytest.fixture(scope="module")
+def signed_bundle(
+    model_dir: Path, adaptor_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """``fp32_bundle`` once more, and signed."""
+    folder = tmp_path_factory.mktemp("signed")
+    private = write_private(folder / "private.pem", KEY)
+    return export_bundle(
+        ExportOptions(
+            model=str(model_dir),
+            adaptor=adaptor_dir,
+            out=folder / "b",
+            dtype="fp32",
+            batch=2,
+            signing_key=private,
+        )
+    )
+
+
 def diffusers_image(
     model_dir: Path,
     adaptor_dir: Path,
@@ -106,9 +139,9 @@ def test_graphs_are_valid_and_specialised(fp32_bundle: Bundle) -> None:
     assert not [i.name for i in unet.graph.initializer if "time" in i.name]
 
 
-def test_x0_is_computed_in_float32_inside_an_fp16_graph(model_dir: Path, tmp_path: Path) -> None:
-    bundle = export_bundle(ExportOptions(model=str(model_dir), out=tmp_path / "fp16"))
-    graph = onnx.shape_inference.infer_shapes(onnx.load(bundle.stage_path("unet"))).graph
+def test_x0_is_computed_in_float32_inside_an_fp16_graph(plain_fp16_bundle: Bundle) -> None:
+    path = plain_fp16_bundle.stage_path("unet")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
     last = next(node for node in graph.node if node.output[0] == graph.output[0].name)
     assert types[last.output[0]] == onnx.TensorProto.FLOAT
@@ -116,15 +149,10 @@ def test_x0_is_computed_in_float32_inside_an_fp16_graph(model_dir: Path, tmp_pat
     assert {types[node.output[0]] for node in convolutions} == {onnx.TensorProto.FLOAT16}
 
 
-def test_export_is_reproducible(
-    model_dir: Path, adaptor_dir: Path, fp32_bundle: Bundle, tmp_path: Path
-) -> None:
-    options = ExportOptions(
-        model=str(model_dir), adaptor=adaptor_dir, out=tmp_path / "b", dtype="fp32", batch=2
-    )
-    again = export_bundle(options)
+def test_export_is_reproducible(fp32_bundle: Bundle, signed_bundle: Bundle) -> None:
+    again = signed_bundle.manifest.files
     onnx_files = {k: v for k, v in fp32_bundle.manifest.files.items() if k.endswith(".onnx")}
-    assert {k: again.manifest.files[k] for k in onnx_files} == onnx_files
+    assert {k: again[k] for k in onnx_files} == onnx_files
 
 
 def test_manifest_names_its_parents(fp32_bundle: Bundle) -> None:
@@ -135,12 +163,6 @@ def test_manifest_names_its_parents(fp32_bundle: Bundle) -> None:
     assert manifest.end_to_end.psnr_db >= 60
     assert "hipa.json" not in manifest.files
     assert {"reference/tensors.npz", "tokenizer/tokenizer.json"} <= manifest.files.keys()
-
-
-def test_v_prediction(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "v", "v_prediction")
-    bundle = export_bundle(ExportOptions(model=str(model), out=tmp_path / "b", dtype="fp32"))
-    assert bundle.manifest.one_step.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize(
@@ -171,15 +193,10 @@ def test_an_adaptor_of_another_model_leaves_nothing(adaptor_dir: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adaptor_of_another_tool_is_taken(
-    model_dir: Path, adaptor_dir: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(adaptor_dir, tmp_path / "plain")
-    (tmp_path / "plain" / "hipa_adaptor.json").unlink()
-    options = ExportOptions(
-        model=str(model_dir), adaptor=tmp_path / "plain", out=tmp_path / "out", dtype="fp32"
-    )
-    assert export_bundle(options).manifest.one_step.timestep == 999
+def test_an_adaptor_of_another_tool_is_taken(plain_fp16_bundle: Bundle) -> None:
+    manifest = plain_fp16_bundle.manifest
+    assert manifest.adaptor is not None
+    assert manifest.one_step.timestep == 999
 
 
 def test_a_folder_in_use_is_not_touched(model_dir: Path, tmp_path: Path) -> None:
@@ -230,34 +247,21 @@ def test_a_full_disk_leaves_nothing(model_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def decoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """TAESD's architecture, four times enlarging, in a few thousand seeded parameters."""
-    torch.manual_seed(0)
-    tiny = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
-        decoder_block_out_channels=(8, 8, 8), num_decoder_blocks=(1, 1, 1),
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("decoder") / "tiny"
-    tiny.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def small_bundle(
-    model_dir: Path, adaptor_dir: Path, decoder_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    model_dir: Path, adaptor_dir: Path, tiny_vae_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
     """The smallest thing a device can run: one graph, a tiny decoder, a closed set of prompts."""
     folder = tmp_path_factory.mktemp("bundle")
     (folder / "prompts.txt").write_text(f"a red apple\n{PROMPT}\n")
     options = ExportOptions(
         model=str(model_dir), adaptor=adaptor_dir, out=folder / "small", dtype="fp32", fuse=True,
-        decoder=decoder_dir, prompts=folder / "prompts.txt", height=48, width=32,
+        decoder=tiny_vae_dir, prompts=folder / "prompts.txt", height=48, width=32,
     )  # fmt: skip
     return export_bundle(options)
 
 
 def test_fused_tiny_and_baked_equals_diffusers(
-    model_dir: Path, adaptor_dir: Path, decoder_dir: Path, small_bundle: Bundle
+    model_dir: Path, adaptor_dir: Path, tiny_vae_dir: Path, small_bundle: Bundle
 ) -> None:
     assert tuple(small_bundle.stages) == ("generator",)
     assert not [
@@ -265,7 +269,7 @@ def test_fused_tiny_and_baked_equals_diffusers(
     ]
     assert small_bundle.manifest.decoder is not None
     assert small_bundle.manifest.decoder.kind == "tiny"
-    theirs = diffusers_image(model_dir, adaptor_dir, 5, size=(48, 32), decoder=decoder_dir)
+    theirs = diffusers_image(model_dir, adaptor_dir, 5, size=(48, 32), decoder=tiny_vae_dir)
     with OneStepPipeline.load(small_bundle.root, "onnxruntime") as pipe:
         ours = pipe(PROMPT, seed=5).images_BHWC[0]
     assert ours.shape == (48, 32, 3)
@@ -330,14 +334,11 @@ def test_the_prompt_of_the_reference_is_the_models(
 
 
 def test_a_signed_export_is_signed_and_a_bad_key_is_found_at_once(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, signed_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ExportOptions(model=str(model_dir), out=tmp_path / "b", dtype="fp32")
-    key = ed25519.Ed25519PrivateKey.generate()
     with pytest.raises(HipaError, match=r"private key .*private.pem cannot be read"):
         export_bundle(replace(options, signing_key=tmp_path / "private.pem"))
     assert not (tmp_path / "b").exists()
-    private = write_private(tmp_path / "private.pem", key)
-    export_bundle(replace(options, signing_key=private))
-    monkeypatch.setenv("HIPA_PUBLIC_KEY", str(write_public(tmp_path / "public.pem", key)))
-    Bundle.open(tmp_path / "b").verify()
+    monkeypatch.setenv("HIPA_PUBLIC_KEY", str(write_public(tmp_path / "public.pem", KEY)))
+    Bundle.open(signed_bundle.root).verify()

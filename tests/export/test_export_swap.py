@@ -96,13 +96,13 @@ def test_the_swapped_graph_is_the_direct_exports_file(pair: tuple[Bundle, Bundle
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{"fuse": True}, {"layout": "generic", "dtype": "fp32"}, {"prompts": True}]
+    "changes", [{"fuse": True, "prompts": True}, {"layout": "generic", "dtype": "fp32"}]
 )
 def test_other_bundles(
     changes: dict, model_dir: Path, adaptor_dir: Path, other_adaptor: Path, tmp_path: Path
 ) -> None:
     if "prompts" in changes:
-        changes = {"prompts": model_dir / "prompts.txt"}
+        changes = changes | {"prompts": model_dir / "prompts.txt"}
     options = ExportOptions(
         model=str(model_dir), adaptor=adaptor_dir, out=tmp_path / "base", **changes
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.models.locate import model_folder
 from hipa_deploy.models.single_file import PARTS as PREFIXES
 from hipa_deploy.models.single_file import TEXT
@@ -148,36 +150,61 @@ def test_rounded_values_are_one_model_however_they_are_stored(
 
 
 def stage_files(model: str | Path, out: Path) -> dict[str, str]:
-    """The hashes of a bundle's graphs and tokenizer, and the identity of its model."""
+    """The kind of prediction, the hashes of graphs and tokenizer, and the model's identity."""
     options = ExportOptions(model=str(model), out=out, dtype="fp32", height=16, width=16)
     bundle: Bundle = export_bundle(options)
     manifest = bundle.manifest
     assert manifest.one_step.scaling_factor == 0.18215
-    kept = {"base_model": manifest.base_model.sha256}
+    kept = {
+        "base_model": manifest.base_model.sha256,
+        "predicts": manifest.one_step.prediction_type,
+    }
     for path, sha256 in manifest.files.items():
         if path.endswith((".onnx", ".data", "tokenizer.json", "tensors.npz")):
             kept[path] = sha256
     return kept
 
 
-# A full export for each takes seconds, so each model has another packaging, and two of them are
-# left to the long run of the tests.
+# A full export takes seconds, so each model has another packaging.
 @pytest.mark.parametrize(
-    ("name", "packaging"),
+    ("name", "packaging", "predicts"),
     [
-        ("v1-5", "single file with old keys"),
-        ("2-1", ".bin only"),
-        pytest.param("2-1-base", "sharded", marks=pytest.mark.slow),
-        pytest.param("sd-turbo", "hub cache", marks=pytest.mark.slow),
+        ("v1-5", "single file with old keys", "epsilon"),
+        ("2-1", ".bin only", "v_prediction"),
     ],
 )
 def test_the_same_model_gives_the_same_bundle(
-    models: dict[str, Path], tmp_path: Path, name: str, packaging: str
+    models: dict[str, Path], tmp_path: Path, name: str, packaging: str, predicts: str
 ) -> None:
     other = EXACT[packaging](name, models[name], tmp_path)
     expected = stage_files(models[name], tmp_path / "expected")
     assert len([path for path in expected if path.endswith(".onnx")]) == 3
+    assert expected["predicts"] == predicts
     assert stage_files(other, tmp_path / "other-bundle") == expected
+
+
+# An export of the folder too would give the same, as all that it reads is compared here.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "packaging"), [("2-1-base", "sharded"), ("sd-turbo", "hub cache")]
+)
+def test_the_same_folder_in_another_place_is_exported(
+    models: dict[str, Path], tmp_path: Path, name: str, packaging: str
+) -> None:
+    other = EXACT[packaging](name, models[name], tmp_path)
+    got = ModelParts.open(other)
+    expected = ModelParts.open(str(models[name]))
+    assert replace(got.config, folder=expected.config.folder) == expected.config
+    assert got.info.sha256 == expected.info.sha256
+    for part in ("unet", "vae", "text_encoder"):
+        theirs = getattr(expected, part)().state_dict()
+        ours = getattr(got, part)().state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    made = stage_files(other, tmp_path / "bundle")
+    assert len([path for path in made if path.endswith(".onnx")]) == 3
+    assert made["base_model"] == expected.info.sha256
+    assert made["predicts"] == "epsilon"
 
 
 def test_half_precision_beside_full_changes_nothing(

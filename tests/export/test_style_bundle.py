@@ -111,13 +111,14 @@ def test_a_swap_keeps_the_bundles_words(
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["unet", "text_encoder"])
-def test_a_lora_is_swapped_in_as_its_own_export_has_it(
-    model_dir: Path, adaptor_dir: Path, style: Style, bundle: Bundle, tmp_path: Path, part: str
+def test_a_lora_of_the_unet_alone_is_swapped_in(
+    model_dir: Path, adaptor_dir: Path, style: Style, bundle: Bundle, tmp_path: Path
 ) -> None:
-    """One more LoRA, on one part alone; and the bundle's own again after it."""
-    more = write_lora(model_dir, tmp_path / "more.safetensors", seed=2, parts=(part,))
+    """One more LoRA, and no text encoder in the swap: the image is PyTorch's of the styled model.
+
+    That a swapped UNet is the own export's, to the byte, is test_export_swap.py's.
+    """
+    more = write_lora(model_dir, tmp_path / "more.safetensors", seed=2, parts=("unet",))
     both = replace(style, loras=(*style.loras, LoraChoice(more, 0.6)))
     swap = export_swap(
         SwapOptions(
@@ -128,7 +129,39 @@ def test_a_lora_is_swapped_in_as_its_own_export_has_it(
             style=both,
         )
     )
-    assert (swap.manifest.text is not None) == (part == "text_encoder")
+    assert swap.manifest.text is None
+    expected = one_step_images(model_dir, adaptor_dir, [PROMPT], [1], style=both)
+    with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
+        before = pipe(PROMPT, seed=1)
+        pipe.swap_adaptor(tmp_path / "swap")
+        swapped = pipe(PROMPT, seed=1)
+        pipe.swap_adaptor(None)
+        again = pipe(PROMPT, seed=1)
+    assert np.abs(swapped.images_BHWC.astype(int) - expected).max() <= 1
+    assert np.abs(before.images_BHWC.astype(int) - expected).max() > 1
+    np.testing.assert_array_equal(again.images_BHWC, before.images_BHWC)
+    assert again.parameters == before.parameters
+    names = [lora["name"] for lora in swapped.parameters[0]["loras"]]
+    assert names == ["style.safetensors", "more.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_lora_is_swapped_in_as_its_own_export_has_it(
+    model_dir: Path, adaptor_dir: Path, style: Style, bundle: Bundle, tmp_path: Path
+) -> None:
+    """One more LoRA, on the text encoder alone; and the bundle's own again after it."""
+    more = write_lora(model_dir, tmp_path / "more.safetensors", seed=2, parts=("text_encoder",))
+    both = replace(style, loras=(*style.loras, LoraChoice(more, 0.6)))
+    swap = export_swap(
+        SwapOptions(
+            model=str(model_dir),
+            adaptor=adaptor_dir,
+            bundle=bundle.root,
+            out=tmp_path / "swap",
+            style=both,
+        )
+    )
+    assert swap.manifest.text is not None
     own = export_bundle(
         ExportOptions(
             model=str(model_dir), adaptor=adaptor_dir, out=tmp_path / "b", dtype="fp32", style=both

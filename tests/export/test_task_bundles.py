@@ -76,10 +76,11 @@ class Parts:
         return (image.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
     def edit(self, image_HWC: np.ndarray, timestep: int) -> np.ndarray:
+        return self.edit_latents(self.encode(image_HWC), timestep)
+
+    def edit_latents(self, source: torch.Tensor, timestep: int) -> np.ndarray:
         a = self.alpha_bar[timestep]
-        return self.decode(
-            self.x0(a.sqrt() * self.encode(image_HWC) + (1 - a).sqrt() * self.noise, timestep)
-        )
+        return self.decode(self.x0(a.sqrt() * source + (1 - a).sqrt() * self.noise, timestep))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,22 @@ def edit_bundle(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bu
     return export(
         model_dir, tmp_path_factory.mktemp("edit") / "b", task="edit", strengths=(0.5, 0.75)
     )
+
+
+@pytest.fixture(scope="module")
+def tiny_vae(tiny_vae_dir: Path) -> AutoencoderTiny:
+    return AutoencoderTiny.from_pretrained(tiny_vae_dir)
+
+
+@pytest.fixture(scope="module")
+def tiny_bundle(
+    model_dir: Path,
+    tiny_vae_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundle:
+    """Of the strength that an edit has when none is given, with a tiny encoder."""
+    out = tmp_path_factory.mktemp("single") / "b"
+    return export(model_dir, out, task="edit", encoder=tiny_vae_dir)
 
 
 @pytest.fixture(scope="module")
@@ -154,18 +171,25 @@ def test_the_edits_manifest(edit_bundle: Bundle, parts: Parts) -> None:
 
 
 def test_one_strength_is_folded_and_gives_the_same(
-    model_dir: Path, tmp_path: Path, edit_bundle: Bundle, parts: Parts
+    tiny_bundle: Bundle, tiny_vae: AutoencoderTiny, parts: Parts
 ) -> None:
-    bundle = export(model_dir, tmp_path / "b", task="edit")
-    assert [tensor.name for tensor in bundle.stages["unet"].spec.inputs] == [
+    assert [tensor.name for tensor in tiny_bundle.stages["unet"].spec.inputs] == [
         "noise",
         "source",
         "context",
     ]
-    assert [entry.strength for entry in bundle.manifest.strengths] == [0.5]
-    with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
+    assert [entry.strength for entry in tiny_bundle.manifest.strengths] == [0.5]
+    with OneStepPipeline.load(tiny_bundle.root, "onnxruntime") as pipe:
         result = pipe.edit(IMAGE_HWC, PROMPT, seed=SEED)
-    assert_close(result.images_BHWC[0], parts.edit(IMAGE_HWC, 499))
+    expected = parts.edit_latents(tiny_encoding(tiny_vae), 499)
+    assert_close(result.images_BHWC[0], expected)
+
+
+def tiny_encoding(tiny: AutoencoderTiny) -> torch.Tensor:
+    """The latents of ``IMAGE_HWC``, as diffusers gives them."""
+    sample = torch.from_numpy(IMAGE_HWC.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        return tiny.encode(sample).latents
 
 
 def test_several_strengths_fused_in_fp16_with_dynamic_sizes(
@@ -193,10 +217,17 @@ def test_several_strengths_fused_in_fp16_with_dynamic_sizes(
 
 
 def test_where_the_step_starts_and_ends_is_float32_in_an_fp16_graph(
-    model_dir: Path, tmp_path: Path
+    model_dir: Path, tiny_vae_dir: Path, tmp_path: Path
 ) -> None:
+    # The UNet alone is looked at: the other stages are the smallest that there are.
     options = ExportOptions(
-        model=str(model_dir), out=tmp_path / "b", task="edit", strengths=STRENGTHS
+        model=str(model_dir),
+        out=tmp_path / "b",
+        task="edit",
+        strengths=STRENGTHS,
+        encoder=tiny_vae_dir,
+        decoder=tiny_vae_dir,
+        prompts=model_dir / "prompts.txt",
     )
     graph = onnx.shape_inference.infer_shapes(
         onnx.load(export_bundle(options).stage_path("unet"))
@@ -314,20 +345,13 @@ def test_one_encoding_serves_several_seeds(edit_bundle: Bundle) -> None:
     assert seen.count("unet") == 6
 
 
-def test_a_tiny_encoder(model_dir: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    tiny = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
-        decoder_block_out_channels=(8, 8, 8), num_decoder_blocks=(1, 1, 1),
-    )  # fmt: skip
-    tiny.save_pretrained(tmp_path / "tiny")
-    bundle = export(model_dir, tmp_path / "b", task="edit", encoder=tmp_path / "tiny")
-    assert bundle.manifest.encoder is not None
-    assert (bundle.manifest.encoder.kind, bundle.manifest.encoder.name) == ("tiny", "tiny")
-    with open_runner(bundle, "vae_encoder", "onnxruntime") as runner, torch.no_grad():
+def test_a_tiny_encoder(tiny_bundle: Bundle, tiny_vae: AutoencoderTiny) -> None:
+    encoder = tiny_bundle.manifest.encoder
+    assert encoder is not None
+    assert (encoder.kind, encoder.name) == ("tiny", "tiny")
+    with open_runner(tiny_bundle, "vae_encoder", "onnxruntime") as runner:
         source = runner(image=IMAGE_HWC[None])["source"]
-        sample = torch.from_numpy(IMAGE_HWC.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
-        np.testing.assert_allclose(source, tiny.encode(sample).latents.numpy(), atol=1e-5)
+    np.testing.assert_allclose(source, tiny_encoding(tiny_vae).numpy(), atol=1e-5)
 
 
 def test_a_pil_image_of_another_size_is_cropped_and_scaled(edit_bundle: Bundle) -> None:

@@ -167,6 +167,8 @@ async def deliver(service: ImageService, request: Request, order: Order) -> Deli
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
+    # From here on the queue knows of it: the service takes its place before anything else runs.
+    request.scope["queued"]()
     try:
         delivery = await service.deliver(order, gone)
     except HipaError as error:

@@ -37,8 +37,9 @@ class Guard:
       of another site could reach a service on this machine by DNS rebinding.
     - A request that a browser sends from a page of another site is refused.
     - With keys, every request but the health checks and the page's own files needs one.
-    - Where no image can wait any more, a request for images is refused unread: in a flood that
-      leaves the processor to those that were accepted.
+    - Where no image can wait any more, a request for images is refused before it is parsed: in a
+      flood that leaves the processor to those that were accepted. Requests that came in, and have
+      no place in the queue yet, count as if they had one.
     - A body may have so many bytes, and so many seconds to arrive.
 
     Args:
@@ -48,7 +49,8 @@ class Guard:
         keys: one of them is needed; none: no key is.
         open_paths: need no key, beside the health checks.
         body: bytes that a request with images may have.
-        full: gives seconds after which to try again, or None where images can still wait.
+        full: takes the number of requests that came in and have no place in the queue yet. Gives
+            seconds after which to try again, or None where another image can wait.
 
     """
 
@@ -61,7 +63,7 @@ class Guard:
         keys: Sequence[str] = (),
         open_paths: Iterable[str] = (),
         body: int,
-        full: Callable[[], int | None] = lambda: None,
+        full: Callable[[int], int | None] = lambda arriving: None,
     ) -> None:
         self._app = app
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
@@ -70,6 +72,7 @@ class Guard:
         self._open_paths = {*OPEN_PATHS, *open_paths}
         self._body = body
         self._full = full
+        self._arriving: set[object] = set()  # a token of each request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or answer it here."""
@@ -77,19 +80,43 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope)
+        body = _Body(receive, min(self._body, JSON_BODY))
         try:
-            headers.check_size()
-            self._check_host(headers)
-            self._check_origin(scope, headers)
-            self._check_key(scope, headers)
-            self._check_place(scope)
-            body = _Body(receive, self._limit(headers))
-            body.check_length(headers)
+            await self._let_in(scope, headers, body)
         except ApiError as error:
             scope["error"] = error.code
-            await _refuse(error, scope, headers, receive, send)
+            await _refuse(error, scope, body, send)
             return
-        await self._app(scope, body.receive, _patient(send))
+        place = object()
+        # Only what has arrived whole counts: a client that sends slowly keeps nobody out.
+        if scope["method"] == "POST" and body.complete:
+            self._arriving.add(place)
+        scope["queued"] = lambda: self._arriving.discard(place)
+        try:
+            await self._app(scope, body.receive, _patient(send))
+        finally:
+            self._arriving.discard(place)
+
+    async def _let_in(self, scope: Scope, headers: Headers, body: _Body) -> None:
+        """Check all that can be checked before the application.
+
+        Raises:
+            ApiError: the request must not come in.
+
+        """
+        headers.check_size()
+        self._check_host(headers)
+        self._check_origin(scope, headers)
+        self._check_key(scope, headers)
+        if self._is_form(headers):
+            body.most = self._body
+        body.check_length(headers)
+        if scope["method"] != "POST":
+            return
+        self._check_place()
+        await body.begin()
+        # Others have come while this one was read.
+        self._check_place()
 
     def _check_host(self, headers: Headers) -> None:
         host = headers.one("host")
@@ -141,15 +168,14 @@ class Guard:
                 headers={"www-authenticate": "Bearer"},
             )
 
-    def _check_place(self, scope: Scope) -> None:
-        seconds = self._full() if scope["method"] == "POST" else None
+    def _check_place(self) -> None:
+        seconds = self._full(len(self._arriving))
         if seconds is not None:
             raise queue_full(seconds)
 
-    def _limit(self, headers: Headers) -> int:
+    def _is_form(self, headers: Headers) -> bool:
         kind = headers.one("content-type") or ""
-        is_form = kind.lower().startswith("multipart/form-data")
-        return self._body if is_form else min(self._body, JSON_BODY)
+        return kind.lower().startswith("multipart/form-data")
 
 
 class Headers:
@@ -187,26 +213,36 @@ class _Body:
 
     def __init__(self, receive: Receive, most: int) -> None:
         self._receive = receive
-        self._most = most
+        self.most = most
         self._until = time.monotonic() + BODY_SECONDS
         self._got = 0
-        self._complete = False
+        self._first: Message | None = None
+        self.complete = False
 
     def check_length(self, headers: Headers) -> None:
         """Refuse a body whose length is known to be too much, before it is sent."""
         length = headers.one("content-length")
         # The server has checked that it is a number.
-        if length is not None and int(length) > self._most:
+        if length is not None and int(length) > self.most:
             raise self._too_large()
+
+    async def begin(self) -> None:
+        """Read the first part, which ``receive`` gives again."""
+        self._first = await self.receive()
 
     async def receive(self) -> Message:
         """The next part; after the last one, whatever comes."""
-        if self._complete:
+        if self._first is not None:
+            first = self._first
+            self._first = None
+            return first
+        if self.complete:
             return await self._receive()
         try:
             left = max(0, self._until - time.monotonic())
             message = await asyncio.wait_for(self._receive(), left)
         except asyncio.TimeoutError:
+            self.complete = True  # nobody waits for the rest
             raise ApiError(
                 408,
                 f"The request was not complete after {BODY_SECONDS:.0f} seconds.",
@@ -215,25 +251,28 @@ class _Body:
             ) from None
         if message["type"] == "http.request":
             self._got += len(message.get("body", b""))
-            self._complete = not message.get("more_body", False)
-            if self._got > self._most:
-                if not self._complete:
-                    await _drain(self._receive)
+            self.complete = not message.get("more_body", False)
+            if self._got > self.most:
+                await self.drain()
                 raise self._too_large()
         return message
+
+    async def drain(self) -> None:
+        """Read what is still on its way and throw it away."""
+        if not self.complete:
+            self.complete = True
+            await _drain(self._receive)
 
     def _too_large(self) -> ApiError:
         return ApiError(
             413,
-            f"The request is too large. Expected at most {self._most} bytes.",
+            f"The request is too large. Expected at most {self.most} bytes.",
             "request_too_large",
             headers={"connection": "close"},
         )
 
 
-async def _refuse(
-    error: ApiError, scope: Scope, headers: Headers, receive: Receive, send: Send
-) -> None:
+async def _refuse(error: ApiError, scope: Scope, body: _Body, send: Send) -> None:
     """Answer with an error, and read a body that is on its way, so that the client sees why.
 
     A client that is still sending when the connection closes gets a reset in place of the answer.
@@ -250,7 +289,7 @@ async def _refuse(
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
     expects = any(name == b"expect" for name, _ in scope["headers"])
     if not expects:
-        await _drain(receive)
+        await body.drain()
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

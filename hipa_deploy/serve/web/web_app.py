@@ -66,7 +66,7 @@ def web_app(
         keys=keys,
         open_paths=page_routes.open_paths(),
         body=service.limits.body,
-        full=lambda: service.full,
+        full=service.full,
     )
     return RequestLog(guard, service.metrics)
 

@@ -182,7 +182,12 @@ def test_an_edit_of_several_strengths(model_dir: Path, tmp_path: Path, dtype: st
     """Its biases are tables, which an adaptor changes; its encoder ends with the folded mean."""
     strengths = (1.0, 0.5)
     options = ExportOptions(
-        model=str(model_dir), out=tmp_path / "b", dtype=dtype, task="edit", strengths=strengths
+        model=str(model_dir),
+        out=tmp_path / "b",
+        dtype=dtype,
+        task="edit",
+        strengths=strengths,
+        prompts=model_dir / "prompts.txt",  # the text encoder is that of the other bundles
     )
     bundle = export_bundle(options)
     expected = merged_model(model_dir, None, (999, 499))

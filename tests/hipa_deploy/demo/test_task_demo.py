@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,19 +15,30 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.demo import contact_sheet, task_demo
 from hipa_deploy.demo.contact_sheet import HEADING_HEIGHT, PROMPT_WIDTH
 from hipa_deploy.demo.steps import open_folder
+from hipa_deploy.embedded import MODEL
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.adaptor_folder import unet_sha256
 from hipa_deploy.tasks import Task
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "columns"), [("edit", 3), ("inpaint", 4), ("upscale", 4)])
 def test_a_demo_of_each_task(
-    task: Task, columns: int, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+    task: Task,
+    columns: int,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    emoji_task_bundle: Callable[[str], Path],
 ) -> None:
+    """The first exports its bundle itself; the others continue a demo that was stopped after it."""
     monkeypatch.setattr(task_demo, "build", lambda bundle, console: [])
     for module in (contact_sheet, task_demo):
         monkeypatch.setattr(module, "SHEET_ROWS", 2)
     out = tmp_path / "demo"
+    if task != "edit":
+        open_folder(out, {"model": unet_sha256(MODEL), "task": task})
+        shutil.copytree(emoji_task_bundle(task), out / "bundle")
     task_demo.run_task_demo(task, out, console=console)
     bundle = Bundle.open(out / "bundle")
     bundle.verify()

@@ -139,9 +139,9 @@ def test_a_busy_batcher_waits_for_company(engine: Gate) -> None:
 def test_a_full_queue_refuses_and_says_when(engine: Gate, batcher: Batcher) -> None:
     submit(batcher, "a")
     engine.wait_for_batch()
-    assert batcher.full is None
+    assert batcher.free == 8
     works = [submit(batcher, *"bcdefgh"), submit(batcher, "i")]
-    assert batcher.full is not None
+    assert batcher.free == 0
     with pytest.raises(QueueFullError) as caught:
         submit(batcher, "j")
     assert 1 <= caught.value.retry_after <= 60

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hipa_deploy.models.configurations import write_config
+from hipa_deploy.train.prediction import dry_run
 from hipa_deploy.train.prediction.training_cost import TrainingPrediction, predict_training
 from hipa_deploy.train.recipes.recipe import SHIPPED, load_recipe
 
@@ -53,6 +55,11 @@ def derived(prediction: TrainingPrediction) -> dict[str, float]:
     }
 
 
+def test_every_recipe_for_stable_diffusion_has_a_header_here() -> None:
+    names = {path.stem for path in SHIPPED.glob("*.toml") if not path.stem.startswith("emoji")}
+    assert names == {"sd15", "sd21-base", "sd21-v", "sdxl", "ssd-1b", "vega"}
+
+
 # All take the same path; one of them is enough for every run of the tests. Vega takes 20
 # seconds of a processor, and SDXL 50.
 @pytest.mark.parametrize(
@@ -66,13 +73,27 @@ def derived(prediction: TrainingPrediction) -> dict[str, float]:
         pytest.param("vega", marks=pytest.mark.slow),
     ],
 )
-def test_a_header_is_what_the_dry_run_derives(name: str, tmp_path: Path) -> None:
+def test_a_header_is_what_the_dry_run_derives(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = tmp_path / "captions.txt"
     prompts.write_text("a boat\n")
     recipe = load_recipe(name, {"prompts": str(prompts)})
     assert recipe.mixed_precision != "no"
     assert recipe.teacher.mixed_precision != "no"
-    expected = derived(predict_training(recipe, write_config(name, tmp_path / "model")))
+    predictions = []
+
+    def predict(*arguments: Any) -> TrainingPrediction:
+        predictions.append(predict_training(*arguments))
+        return predictions[-1]
+
+    # The whole dry run of a published model from its configuration, and what it derived.
+    monkeypatch.setattr(dry_run, "predict_training", predict)
+    shown, problem = dry_run.dry_run(recipe, write_config(name, tmp_path / "model"), [])
+    assert problem is None
+    assert shown
+    (prediction,) = predictions
+    expected = derived(prediction)
     for key, text in header_of(name).items():
         # Half a unit of the last digit that the header shows.
         digits = len(text.partition(".")[2])

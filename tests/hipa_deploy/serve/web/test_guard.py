@@ -144,15 +144,62 @@ def test_a_form_may_be_larger_than_json() -> None:
 
 def test_a_body_that_grows_too_large() -> None:
     app = App()
-    ask(Guard(app, body=10), {"host": "localhost"}, body=b"a" * 11)
-    assert app.error.status_code == 413
+    status, answer = ask(Guard(app, body=10), {"host": "localhost"}, body=b"a" * 11)
+    assert (status, answer["error"]["code"], app.calls) == (413, "request_too_large", 0)
 
 
 def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard_module, "BODY_SECONDS", 0.05)
     app = App()
-    ask(Guard(app, body=10), {"host": "localhost"}, delay=5)
-    assert (app.error.status_code, app.error.code) == (408, "request_timeout")
+    status, answer = ask(Guard(app, body=10), {"host": "localhost"}, delay=5)
+    assert (status, answer["error"]["code"], app.calls) == (408, "request_timeout", 0)
+
+
+def test_requests_on_their_way_to_the_queue_take_its_places() -> None:
+    """Of a crowd that comes at once, only as many come in as the queue has places."""
+    scopes: list[dict] = []
+    statuses: list[int] = []
+
+    async def app(scope, receive, send) -> None:
+        assert (await receive())["body"] == b"{}", "what the guard read is given again"
+        scopes.append(scope)
+        await asyncio.sleep(3600)
+
+    async def send(message: dict) -> None:
+        statuses.append(message.get("status", 0))
+
+    async def run() -> None:
+        guard = Guard(app, body=100, full=lambda arriving: None if arriving < 2 else 7)
+
+        def come(more: bool = False) -> asyncio.Task:
+            async def receive() -> dict:
+                return {"type": "http.request", "body": b"{}", "more_body": more}
+
+            scope = {
+                "type": "http", "scheme": "http", "method": "POST", "path": "/hipa/generate",
+                "headers": [(b"host", b"localhost")],
+            }  # fmt: skip
+            return asyncio.create_task(guard(scope, receive, send))
+
+        slow = [come(more=True) for _ in range(3)]
+        crowd = [come() for _ in range(4)]
+        await asyncio.sleep(0.05)
+        assert (len(scopes), statuses.count(429)) == (5, 2), "slow clients keep nobody out"
+
+        scopes[-1]["queued"]()
+        crowd.append(come())
+        await asyncio.sleep(0.05)
+        assert (len(scopes), statuses.count(429)) == (6, 2), "the queue counts that one itself"
+
+        crowd[0].cancel()
+        await asyncio.sleep(0.05)
+        crowd.append(come())
+        await asyncio.sleep(0.05)
+        assert (len(scopes), statuses.count(429)) == (7, 2), "one that has gone frees its place"
+        for task in slow + crowd:
+            task.cancel()
+
+    asyncio.run(run())
 
 
 def test_a_client_that_takes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
