@@ -53,8 +53,7 @@ def test_conditions_are_those_of_the_pipeline(sdxl: DiffusionModel, sdxl_dir: Pa
     assert (first(PROMPTS) != second(PROMPTS)).any()
 
 
-@pytest.mark.parametrize("zeros", [True, False])
-@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
+@pytest.mark.parametrize(("sampler", "zeros"), [("ddim", True), ("dpmsolver++", False)])
 def test_the_teacher_is_the_pipeline(
     sdxl_dir: Path, tmp_path: Path, sampler: str, zeros: bool
 ) -> None:
@@ -158,7 +157,6 @@ def test_each_condition_reaches_the_unet(sdxl: DiffusionModel) -> None:
         ("sdxl", "paper", 23_224_320),
         ("sdxl", "full", 48_619_520),
         ("ssd-1b", "paper", 10_829_824),
-        ("vega", "paper", 4_567_040),
         ("vega", "full", 14_417_920),
     ],
 )

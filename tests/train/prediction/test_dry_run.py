@@ -160,6 +160,7 @@ def test_a_recipe_of_sdxl_runs_on_a_tiny_one(sdxl_dir: Path, tmp_path: Path) -> 
         "batch": 2,
         "teacher.batch": 2,
         "adaptor.rank": 2,
+        "gradient_checkpointing": False,
         # Half precision is slow on a CPU, and the steps are run.
         "mixed_precision": "no",
         "vae_precision": "no",
