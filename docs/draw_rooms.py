@@ -50,6 +50,7 @@ COMMANDS = House(
         ("hipa_deploy.commands", "the command line"),
         ("hipa_deploy.commands.files", "image files, made once more"),
         ("hipa_deploy.guide", "help in groups, examples, hipa init"),
+        ("hipa_deploy.fit", "--for: what suits a device"),
         ("hipa_deploy.demo", "the whole chain, and each task"),
         ("hipa_deploy.doctor", "what works here, and is it right"),
         ("hipa_deploy.bulk", "hipa-bulk: a table in shards"),
@@ -74,6 +75,7 @@ TRAIN = House(
         ("loop", "steps, checkpoints"),
         ("data", "teacher pairs, images"),
         ("evaluation", "quality and its report"),
+        ("coco", "FID and CLIP score on MS-COCO"),
         ("prediction", "what a training would take"),
     ),
 )

@@ -19,6 +19,7 @@ SURFACE = {
     "train": {
         "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps",
         "--lora", "--embedding", "--average", "--rank", "--dry-run", "--gpus", "--allow-code",
+        "--held-out", "--patience", "--log-with",
     },
     "export": {
         "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
@@ -26,10 +27,10 @@ SURFACE = {
         "--strengths", "--encoder", "--context-tokens", "--clip-skip", "--prompt-weights", "--lora",
         "--embedding", "--one-step", "--build", "--swap-for", "--sign", "--mark",
         "--with-teacher",
-        "--reference-prompts",
+        "--reference-prompts", "--for",
     },
     "build": {
-        "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
+        "--for", "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
         "--timing-cache", "--refit", "--best-of", "--swap", "--dry-run", "--no-repair",
         "--without-remedy", "--force",
     },
@@ -73,7 +74,8 @@ SURFACE = {
     "evaluate": {
         "--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json", "--out",
         "--lora", "--embedding", "--one-step", "--rival", "--context-tokens", "--clip-skip",
-        "--force",
+        "--coco", "--year", "--inception", "--clip", "--shard", "--captions", "--reference",
+        "--resolution", "--clip-prefix", "--batch", "--with-teacher", "--force",
     },
     "doctor": {"--backend", "--json", "--self-test", "--bisect", "--out", "--force"},
     "demo": {"--out", "--quick", "--task"},

@@ -35,28 +35,15 @@ from hipa_deploy.models.adaptor_folder import (
     METADATA,
     WEIGHTS,
     AdaptorMetadata,
-    read_metadata,
     weights_sha256,
 )
 from hipa_deploy.models.weights.weight_file import load_tensors
+from hipa_deploy.train.average_request import check_average
+from hipa_deploy.train.loop.spent import summed
 
 DOWN = ".lora_A.weight"
 UP = ".lora_B.weight"
 CONFIG = "lora_adapter_metadata"  # diffusers' name of the LoRA configuration in a file's header
-# What must be the same in all adaptors, and what a message calls it.
-SHARED = {
-    "base_unet_sha256": "base model",
-    "base_vae_sha256": "VAE",
-    "task": "task",
-    "timestep": "timestep",
-    "prediction_type": "prediction type",
-    "resolution": "resolution",
-    "strengths": "strengths",
-    "upscale": "factor",
-    "text": "text settings",
-    "loras": "LoRAs",
-    "embeddings": "embeddings",
-}
 
 
 @dataclass(frozen=True)
@@ -96,10 +83,7 @@ def average_adaptors(folders: Sequence[Path], out: Path, rank: int | None = None
 
     """
     refuse_to_overwrite(out)
-    if len(folders) < 2:
-        raise HipaError(f"{len(folders)} adaptor to average. Expected --average at least twice.")
-    metadata = [read_metadata(folder) for folder in folders]
-    _check_together(folders, metadata)
+    metadata = check_average(folders)
     if rank is None:
         rank = max(record.rank for record in metadata)
 
@@ -126,6 +110,7 @@ def average_adaptors(folders: Sequence[Path], out: Path, rank: int | None = None
             "encoder_rank": rank if metadata[0].encoder_rank else 0,
             "steps_trained": max(each.steps_trained for each in metadata),
             "initial_sha256": None,
+            "training": summed([entry for each in metadata for entry in each.training]),
             "recipe": {**metadata[0].recipe, "average": about},
         }
     )
@@ -137,23 +122,6 @@ def average_adaptors(folders: Sequence[Path], out: Path, rank: int | None = None
         shutil.copytree(folders[0] / "scheduler", scratch / "scheduler")
         (scratch / METADATA).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return Average(out, rank, error)
-
-
-def _check_together(folders: Sequence[Path], metadata: list[AdaptorMetadata]) -> None:
-    """Raise HipaError unless the adaptors are for the same step of the same model."""
-    first = metadata[0]
-    for folder, other in zip(folders, metadata, strict=True):
-        if bool(other.encoder_rank) != bool(first.encoder_rank):
-            raise HipaError(
-                f"adaptors {folders[0]} and {folder}: one of them has an adaptor of the VAE's "
-                "encoder, the other none. Expected both of one kind."
-            )
-        for key, what in SHARED.items():
-            if getattr(other, key) != getattr(first, key):
-                raise HipaError(
-                    f"adaptors {folders[0]} and {folder} are for another {what} each. "
-                    "Expected adaptors of one model, task and timestep."
-                )
 
 
 def _layers(path: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -7,16 +7,15 @@ width (of latents, or of images where the name says image).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from hipa_deploy.disk.files import refuse_to_overwrite
 from hipa_deploy.models.adaptor_folder import (
     AdaptorMetadata,
     read_metadata,
@@ -27,14 +26,20 @@ from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.style import Style
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.data.crops import check_crop, crop_corners, cropped
-from hipa_deploy.train.data.examples import task_examples
+from hipa_deploy.train.data.examples import TaskExamples, task_examples
 from hipa_deploy.train.data.source_images import real_latents
 from hipa_deploy.train.data.teacher_pairs import RowFunction
 from hipa_deploy.train.distribution.terms import distribution_terms
+from hipa_deploy.train.evaluation.sample_grid import headed_grid
+from hipa_deploy.train.held_out import HeldOutMeasure, held_out_examples, held_out_key
+from hipa_deploy.train.loop.identity import stored_recipe
 from hipa_deploy.train.loop.optimizer import new_optimizer
+from hipa_deploy.train.loop.output import check_output, replacing, run_folder
+from hipa_deploy.train.loop.plateau import Plateau
 from hipa_deploy.train.loop.processes import Processes
-from hipa_deploy.train.loop.run import Run, loss_state, run_steps
-from hipa_deploy.train.loop.run_lock import one_run_at_a_time, run_folder
+from hipa_deploy.train.loop.run import Run, check_extends, loss_state
+from hipa_deploy.train.loop.run_lock import one_run_at_a_time
+from hipa_deploy.train.loop.training_steps import Watch, result_lines, run_steps
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.encoder_adaptor import load_encoder_weights
@@ -51,7 +56,7 @@ from hipa_deploy.train.model.unet_adaptor import (
     save_adaptor,
     without_adaptor,
 )
-from hipa_deploy.train.recipes.recipe import Recipe, read_prompts
+from hipa_deploy.train.recipes.recipe import Recipe, held_out_prompts, read_prompts
 
 
 @one_run_at_a_time
@@ -64,24 +69,31 @@ def train_adaptor(
     style: Style | None = None,
     cache: Path | None = None,
     device: str | None = None,
+    log_with: Sequence[str] = ("tensorboard",),
     console: Console | None = None,
 ) -> Path:
     """Train an adaptor for a Stable Diffusion model and write it to a new folder.
 
-    The same call resumes a stopped run: the folder ``out``.run holds its checkpoint, TensorBoard
-    scalars and sample grids, whose columns are source image if the task has one, teacher, base
-    model in one step, adapted model in one step. Under ``accelerate launch`` every process makes
-    this call, and all of them train one adaptor (docs/how-to/several-gpus.md).
+    The same call resumes a stopped run, and with more steps it extends a finished one: the folder
+    ``out``.run holds the checkpoint, TensorBoard scalars and sample grids, whose columns are
+    prompt, source image if the task has one, teacher, base model in one step, adapted model in one
+    step. With held-out prompts it also holds the best step's adaptor.
+
+    Under ``accelerate launch`` every process makes this call, and all of them train
+    one adaptor (docs/how-to/several-gpus.md).
 
     Args:
         recipe: The task, adaptor, teacher, loss and optimiser (docs/reference/recipe-keys.md).
         model_dir: Stable Diffusion folder, in the format of diffusers. It is not changed.
-        out: The adaptor folder to write. It must not exist, or be empty.
+        out: The adaptor folder to write. It must not exist, be empty, or be this run's own result
+            of fewer steps, which then moves to ``out``.run/finished.
         initial_adaptor: Adaptor folder to start from, with the recipe's preset, rank and alpha.
         style: LoRAs and embeddings of the teacher and the student alike; the adaptor then needs the
             same LoRAs.
         cache: Folder that keeps teacher pairs between runs. Default: the user's cache.
         device: Torch device such as 'cpu' or 'cuda:1'. Default: the GPU, or the CPU without one.
+        log_with: Where numbers and samples go: 'tensorboard', and names of accelerate's trackers,
+            such as 'wandb'.
         console: Where to print progress. Default: stderr.
 
     Returns:
@@ -100,7 +112,10 @@ def train_adaptor(
     # process of a launch must know which of them prints and writes.
     processes = Processes.join(recipe, device)
     console = processes.console(console)
-    refuse_to_overwrite(out)
+    finished_steps = check_output(out, recipe)
+
+    # The loss comes before the model: code of a user's own that cannot be used fails now.
+    loss = hipa_loss(recipe.loss, alone=not recipe.compares_distributions)
 
     # The frozen base model. Only the networks run in the recipe's precision; x0 and the losses stay
     # in float32, because x0 enlarges an error of the UNet's output
@@ -112,6 +127,7 @@ def train_adaptor(
     decode = in_precision(model.decode, vae_precision, model.device)
     check_crop(recipe.decode_crop, model.latent_shape_CHW)
     prompts = read_prompts(recipe, model_dir)
+    unseen_prompts = held_out_prompts(recipe, model_dir, prompts)
     metadata = _metadata(recipe, model, prompts)
     cut = model.tokenizer.count_too_long(prompts)
     if cut:
@@ -133,7 +149,7 @@ def train_adaptor(
     # Loss, optimiser and the run folder, which restores weights and optimiser of a stopped run.
     # They come before the teacher pairs so that a checkpoint of another recipe is refused at once,
     # not after hours of sampling.
-    loss = hipa_loss(recipe.loss, alone=not recipe.compares_distributions).to(model.device)
+    loss = loss.to(model.device)
     distribution = distribution_terms(model, recipe)
     optimizer = new_optimizer(weights, loss, recipe.optimiser, distribution)
     run = Run(
@@ -144,8 +160,15 @@ def train_adaptor(
         recipe=recipe,
         processes=processes,
         extra_state=loss_state(loss, recipe, processes, distribution),
+        plateau=Plateau(
+            recipe.held_out.patience,
+            recipe.held_out.min_delta,
+            held_out_key(recipe, unseen_prompts),
+        ),
     )
     run.resume()
+    if finished_steps:
+        check_extends(out, run, read_metadata(out).model_dump(mode="json"))
 
     # The examples to learn from, made by the base model as teacher. For text to image the student
     # starts from the same noise as the teacher: the loss compares the two images pixel by pixel.
@@ -153,12 +176,16 @@ def train_adaptor(
         examples = task_examples(
             model, recipe, prompts, cache=cache, console=console, processes=processes
         )
+        if unseen_prompts:
+            unseen = held_out_examples(
+                model, recipe, unseen_prompts, cache=cache, console=console, processes=processes
+            )
     if distribution is not None and recipe.latent_discriminator.real_images:
         folder = Path(recipe.latent_discriminator.real_images)
         distribution.real = real_latents(model, folder, console)
     alpha_bar_T = model.alphas_cumprod
 
-    def student_latents(rows: Tensor) -> Tensor:
+    def student_latents(examples: TaskExamples, rows: Tensor) -> Tensor:
         """The student's one step, for examples ``rows`` (int64 [B]): x0 latents [B, C, H, W]."""
         timestep_B = examples.timestep(rows)
         return task_latents(
@@ -172,9 +199,9 @@ def train_adaptor(
             concatenates=model.concatenates,
         )
 
-    def student_images(rows: Tensor) -> Tensor:
+    def student_images(examples: TaskExamples, rows: Tensor) -> Tensor:
         """The student's images [B, 3, H, W], in [0, 1] but for overshoot."""
-        return examples.composite(decode(student_latents(rows)), rows)
+        return examples.composite(decode(student_latents(examples, rows)), rows)
 
     # The columns of the sample grid that stay the same: source image, target, base model. They are
     # made once, before the first step, while they still cost nothing but a forward pass.
@@ -186,12 +213,12 @@ def train_adaptor(
         pieces = sample_rows.split(recipe.micro_batch or len(sample_rows))
         return torch.cat([to_uint8(images(rows)) for rows in pieces])
 
-    fixed_columns = []
+    fixed_columns = {}
     with torch.no_grad(), without_adaptor(model.unet, model.vae):
         if examples.source is not None:
-            fixed_columns.append(examples.source(sample_rows))
-        fixed_columns.append(column(examples.images))
-        fixed_columns.append(column(student_images))
+            fixed_columns["source"] = examples.source(sample_rows)
+        fixed_columns["teacher"] = column(examples.images)
+        fixed_columns["base, one step"] = column(partial(student_images, examples))
 
     def decoded_part(rows: Tensor, step: int) -> Callable[[Tensor], Tensor]:
         """The part of the latents of ``rows`` that is decoded at ``step``: a square, or all."""
@@ -215,14 +242,14 @@ def train_adaptor(
         """Mean loss over examples ``rows`` at ``step``, and its terms."""
         target_latents = examples.latents(rows) if recipe.needs_targets else None
         if target_latents is not None and step < recipe.loss.latent_warmup_steps:
-            return loss.warmup_loss(student_latents(rows), target_latents)
+            return loss.warmup_loss(student_latents(examples, rows), target_latents)
 
         # The target comes first: decoding it takes memory, and the student's activations stay until
         # the backward pass.
         part = decoded_part(rows, step)
         if target_latents is not None and loss.needs_images:
             target_images = images_of_target(target_latents, rows, part)
-        latents = student_latents(rows)
+        latents = student_latents(examples, rows)
 
         # Decoding, forward and backward, is two thirds of a step's time: it happens only where an
         # image term needs it.
@@ -241,19 +268,38 @@ def train_adaptor(
         beside, more = distribution(latents, target_latents, conditions, rows, step)
         return total + beside, terms | more
 
-    def sample_columns() -> list[Tensor]:
-        """Columns of the sample grid, uint8 [N, H, W, 3] each."""
-        return [*fixed_columns, column(student_images)]
+    def sample_grid(step: int) -> np.ndarray:
+        """The sample grid, uint8 [height, width, 3]."""
+        images = column(partial(student_images, examples))
+        columns = {**fixed_columns, "HiPA, one step": images}
+        return headed_grid(columns, examples.prompts(sample_rows), step)
 
-    run_steps(run, examples.count, loss_at, sample_columns, console, distribution)
+    def save(folder: Path) -> Path:
+        """Write the adaptor as it is now, with the steps and hours that it took."""
+        taken = {"steps_trained": run.step, "training": run.spent.until(run.step)}
+        vae = model.vae if metadata.encoder_rank else None
+        record = metadata.model_copy(update=taken)
+        return save_adaptor(model.unet, record, model.schedule, folder, vae)
+
+    measure = None
+    if unseen_prompts:
+        measure = HeldOutMeasure(unseen, student_images, model.device)
+    watch = Watch(
+        sample_grid,
+        log_with=log_with,
+        measure=measure,
+        every=recipe.held_out.every,
+        save_best=save,
+    )
+    run_steps(run, examples.count, loss_at, watch, console, distribution)
 
     # What is stored is the average of the weights, if the recipe keeps one and asks for it. One
     # process writes; the others wait, so that a full disk ends all of them with one message.
-    average = run.average.applied() if recipe.written == "average" else nullcontext()
-    with processes.fail_together(), average:
+    with processes.fail_together(), run.written_weights():
         if processes.is_main:
-            vae = model.vae if metadata.encoder_rank else None
-            save_adaptor(model.unet, metadata, model.schedule, out, vae)
+            with replacing(out, finished_steps):
+                save(out)
+            console.print(*result_lines(out, run, finished_steps), sep="\n", highlight=False)
     return out
 
 
@@ -290,24 +336,6 @@ def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> Adap
         alpha_bar=model.alpha_bar(timestep),
         resolution=model.resolution,
         steps_trained=recipe.steps,
-        recipe=_without_folders(recipe),
+        recipe=stored_recipe(recipe),
         text=recipe.text,
     )
-
-
-def _without_folders(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as the adaptor stores it: paths are shortened to their file names.
-
-    Folders are of no use to another user, and a run whose files were moved must still resume.
-    """
-    values: dict[str, Any] = recipe.model_dump()
-    paths = (
-        (values, "prompts"),
-        (values["source"], "prompts"),
-        (values["source"], "images"),
-        (values["latent_discriminator"], "real_images"),
-    )
-    for table, key in paths:
-        if table[key]:
-            table[key] = Path(table[key]).name
-    return values

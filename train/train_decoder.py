@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from diffusers import AutoencoderTiny
 from rich.console import Console
 from torch import Tensor
 
-from hipa_deploy.disk.files import new_folder, refuse_to_overwrite
+from hipa_deploy.disk.files import new_folder
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata, unet_sha256
@@ -42,10 +42,14 @@ from hipa_deploy.train.data.teacher_pairs import (
     stream_noise,
 )
 from hipa_deploy.train.evaluation.quality import CHUNK, paired_distance
+from hipa_deploy.train.evaluation.sample_grid import headed_grid
+from hipa_deploy.train.loop.identity import stored_recipe
 from hipa_deploy.train.loop.optimizer import new_optimizer
+from hipa_deploy.train.loop.output import check_output, replacing, run_folder
 from hipa_deploy.train.loop.processes import Processes
-from hipa_deploy.train.loop.run import Run, loss_state, run_steps
-from hipa_deploy.train.loop.run_lock import one_run_at_a_time, run_folder
+from hipa_deploy.train.loop.run import Run, loss_state
+from hipa_deploy.train.loop.run_lock import one_run_at_a_time
+from hipa_deploy.train.loop.training_steps import Watch, result_lines, run_steps
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
@@ -70,21 +74,26 @@ def train_decoder(
     adaptor: Path | None = None,
     style: Style | None = None,
     device: str | None = None,
+    log_with: Sequence[str] = ("tensorboard",),
     console: Console | None = None,
 ) -> Path:
     """Distil a tiny decoder for a Stable Diffusion model and write it to a new folder.
 
-    The same call resumes a stopped run: the folder ``out``.run holds its checkpoint, TensorBoard
-    scalars and sample grids, whose columns are the full and the tiny decoder's images.
+    The same call resumes a stopped run, and with more steps it extends a finished one: the folder
+    ``out``.run holds its checkpoint, TensorBoard scalars and sample grids, whose columns are the
+    full and the tiny decoder's images.
 
     Args:
         recipe: The decoder's size, latents, loss and optimiser (docs/reference/training-inputs.md).
         model_dir: Stable Diffusion folder, in the format of diffusers. It is not changed.
-        out: The decoder folder to write. It must not exist, or be empty.
+        out: The decoder folder to write. It must not exist, be empty, or be this run's own result
+            of fewer steps, which then moves to ``out``.run/finished.
         adaptor: Adaptor folder; the decoder then learns the latents of the adapted model. Default:
             those of the base model in one step.
         style: LoRAs and embeddings of that model.
         device: Torch device such as 'cpu' or 'cuda:1'. Default: the GPU, or the CPU without one.
+        log_with: Where numbers and samples go: 'tensorboard', and names of accelerate's trackers,
+            such as 'wandb'.
         console: Where to print progress. Default: stderr.
 
     Returns:
@@ -104,7 +113,10 @@ def train_decoder(
     # process of a launch must know which of them prints and writes.
     processes = Processes.join(recipe, device)
     console = processes.console(console)
-    refuse_to_overwrite(out)
+    finished_steps = check_output(out, recipe)
+
+    # The loss comes before the model: code of a user's own that cannot be used fails now.
+    loss = hipa_loss(recipe.loss)
 
     # The frozen one-step model whose latents are to be decoded.
     # Its prompts are encoded as those that the adaptor was trained with.
@@ -118,7 +130,7 @@ def train_decoder(
     # come before the latents, so that a checkpoint of another recipe is refused at once.
     tiny = tiny_autoencoder(recipe.decoder, model, recipe.seed)
     weights = dict(tiny.decoder.named_parameters())
-    loss = hipa_loss(recipe.loss).to(model.device)
+    loss = loss.to(model.device)
     optimizer = new_optimizer(weights, loss, recipe.optimiser)
     identity = _identity(recipe, model_dir, adaptor, [*prompts, *held_out_prompts])
     identity |= model.style.model_dump(mode="json")
@@ -147,13 +159,15 @@ def train_decoder(
         return loss.image_loss(decode(examples.latents(rows)), examples.images(rows))
 
     @torch.no_grad()
-    def sample_columns() -> list[Tensor]:
-        """Columns of the sample grid, uint8 [N, H, W, 3] each: full decoder, tiny decoder."""
+    def sample_grid(step: int) -> np.ndarray:
+        """The sample grid, uint8 [height, width, 3]."""
         full_images = examples.images(sample_rows)
         tiny_images = decode(examples.latents(sample_rows))
-        return [to_uint8(full_images), to_uint8(tiny_images)]
+        columns = {"full decoder": to_uint8(full_images), "tiny decoder": to_uint8(tiny_images)}
+        return headed_grid(columns, (), step)
 
-    run_steps(run, count, loss_at, sample_columns, console)
+    watch = Watch(sample_grid, log_with=log_with, every=recipe.steps)
+    run_steps(run, count, loss_at, watch, console)
 
     # The folder says how faithful the decoder is. What is measured is what was stored, in float16,
     # on prompts and noise that the training has not seen.
@@ -163,20 +177,22 @@ def train_decoder(
             latents = draw_latents(
                 model, generate, held_out_prompts, held_out, recipe.seed, HELD_OUT
             )
-            with new_folder(out) as scratch:
+            with replacing(out, finished_steps), new_folder(out) as scratch:
                 stored = save_and_reload(tiny, scratch).to(model.device)
                 held_out_examples = decoder_examples(model, latents, held_out, console)
                 metadata = DecoderMetadata(
                     base_vae_sha256=identity["base_vae_sha256"],
                     latent_channels=tiny.config.latent_channels,
                     factor=model.pipe.vae_scale_factor,
-                    steps_trained=recipe.steps,
+                    steps_trained=run.step,
                     fidelity=measure_fidelity(stored, held_out_examples),
                     recipe=identity["recipe"],
+                    training=run.spent.until(run.step),
                 )
                 (scratch / DECODER_METADATA).write_text(
                     metadata.model_dump_json(indent=2) + "\n", encoding="utf-8"
                 )
+            console.print(*result_lines(out, run, finished_steps), sep="\n", highlight=False)
     return out
 
 
@@ -350,12 +366,10 @@ def _identity(
     recipe: DecoderRecipe, model_dir: Path, adaptor: Path | None, prompts: list[str]
 ) -> dict[str, Any]:
     """What the run depends on: a checkpoint of another identity is refused."""
-    # The prompts' file goes in by its name alone: its folder is of no use to another user.
-    stored_recipe = recipe.model_dump(mode="json") | {"prompts": Path(recipe.prompts).name}
     return {
         "base_unet_sha256": unet_sha256(model_dir),
         "base_vae_sha256": vae_sha256(model_dir),
         "adaptor_sha256": file_sha256(adaptor / WEIGHTS) if adaptor else None,
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "recipe": stored_recipe,
+        "recipe": stored_recipe(recipe),
     }

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from hipa_deploy.bundle.text_settings import TextSettings
+from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import METADATA, AdaptorMetadata
 from hipa_deploy.models.clip_tokenizer import text_sizes
-from hipa_deploy.models.early_config import early_config
+from hipa_deploy.models.early_config import EarlyConfig, early_config
 from hipa_deploy.models.lora.early_lora import check_adaptor, check_style
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.load_part import check_weights
 from hipa_deploy.train.data.captions import image_paths
-from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe, read_prompts
+from hipa_deploy.train.recipes.recipe import (
+    DecoderRecipe,
+    Recipe,
+    held_out_prompts,
+    read_prompts,
+)
+
+# accelerate's trackers: the module that each needs, and the package that has it.
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "wandb": ("wandb", "wandb"),
+    "trackio": ("trackio", "trackio"),
+    "mlflow": ("mlflow", "mlflow"),
+    "comet_ml": ("comet_ml", "comet_ml"),
+    "aim": ("aim", "aim"),
+    "clearml": ("clearml", "clearml"),
+    "dvclive": ("dvclive", "dvclive"),
+    "swanlab": ("swanlab", "swanlab"),
+}
 
 
 def check_request(
@@ -32,13 +53,50 @@ def check_request(
             missing, damaged or does not fit the model or the recipe; or the model is incomplete.
 
     """
-    read_prompts(recipe, model)
+    prompts = read_prompts(recipe, model)
+    if isinstance(recipe, Recipe):
+        held_out_prompts(recipe, model, prompts)
     config = early_config(model)
     check_weights(model)
     if isinstance(recipe, Recipe) and recipe.task != "generate" and recipe.source.images:
         image_paths(Path(recipe.source.images))
     if isinstance(recipe, Recipe) and recipe.latent_discriminator.real_images:
         image_paths(Path(recipe.latent_discriminator.real_images))
+    _check_files(recipe, model, config, start, style)
+
+
+def check_dry_run(recipe: Recipe, model: Path, start: Path | None, style: Style) -> None:
+    """Check the request of a prediction, for which the model's configuration is enough.
+
+    Its prompts are not read here: the prediction does without them, and says what is wrong.
+
+    Args:
+        recipe: of an adaptor.
+        model: the diffusers folder of the base model, with or without weights.
+        start: the adaptor to start from.
+        style: LoRAs and embeddings of the model.
+
+    Raises:
+        HipaError: the configuration cannot be read; or, where the weights are there, an adaptor or
+            a LoRA is damaged or does not fit.
+
+    """
+    config = early_config(model)
+    try:
+        check_weights(model)
+    except HipaError:
+        return
+    _check_files(recipe, model, config, start, style)
+
+
+def _check_files(
+    recipe: Recipe | DecoderRecipe,
+    model: Path,
+    config: EarlyConfig,
+    start: Path | None,
+    style: Style,
+) -> None:
+    """Raise HipaError unless the files that are given fit the model and the recipe."""
     check_style(style, model)
     recipe_text: TextSettings = recipe.text
     recipe_text.check(*text_sizes(config))
@@ -51,6 +109,25 @@ def check_request(
         )
     if isinstance(recipe, Recipe):
         _check_start(recipe, start, metadata)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check the names of ``--log-with``, and that their packages are installed.
+
+    Raises:
+        HipaError: accelerate has no tracker of that name, or its package is not installed.
+
+    """
+    for name in names:
+        if name not in TRACKERS:
+            known = ", ".join(TRACKERS)
+            raise HipaError(f"--log-with {shown(name)} is unknown. Expected one of: {known}.")
+        module, package = TRACKERS[name]
+        if find_spec(module) is None:
+            raise HipaError(
+                f"--log-with {name} needs package {package}, not installed; run: pip install "
+                f"{package}"
+            )
 
 
 def _check_start(recipe: Recipe, start: Path, metadata: AdaptorMetadata) -> None:

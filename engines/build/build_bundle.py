@@ -108,8 +108,10 @@ def build_bundle(
     """
     # Cheap checks come first: a wrong option must not cost the time to hash a large bundle.
     check_request(backend, target, options, best_of, without_remedies)
+    _check_best_of(best_of)
     library, trt = check_tools(backend)
-    _check_options(library, trt.__version__, options, best_of)
+    if options.refit:
+        _check_refit(library, trt.__version__)
     bundle.verify()
     goal = resolve_target(target, library, find_gpu(), trt)
     options = _resolve_options(options, library, target, goal, trt.__version__)
@@ -236,22 +238,23 @@ def check_request(
         check_file(cache_file, MAX_TIMING_CACHE, "Name another file with --timing-cache.")
 
 
-def _check_options(
-    library: TensorRTLibrary, version: str, options: BuildOptions, best_of: int
-) -> None:
+def _check_best_of(best_of: int) -> None:
+    """Raise HipaError where engines are to be timed and there is no GPU."""
     if best_of > 1 and find_gpu() is None:
         raise HipaError(
             "--best-of runs each engine to time it, and no NVIDIA GPU was found. Omit --best-of."
         )
 
-    if options.refit:
-        refuse_faulty(library, version)
-        # Without a driver TensorRT-RTX 1.7 fails in Myelin: CHECK(status == CUDA_SUCCESS).
-        if find_gpu() is None:
-            raise HipaError(
-                "--refit: compiling a refittable engine needs a driver, "
-                "and no NVIDIA GPU was found. Build on a machine with a GPU, or omit --refit."
-            )
+
+def _check_refit(library: TensorRTLibrary, version: str) -> None:
+    """Raise HipaError where this TensorRT, or a machine without a GPU, cannot build for refits."""
+    refuse_faulty(library, version)
+    # Without a driver TensorRT-RTX 1.7 fails in Myelin: CHECK(status == CUDA_SUCCESS).
+    if find_gpu() is None:
+        raise HipaError(
+            "--refit: compiling a refittable engine needs a driver, "
+            "and no NVIDIA GPU was found. Build on a machine with a GPU, or omit --refit."
+        )
 
 
 def _resolve_options(

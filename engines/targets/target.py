@@ -34,6 +34,28 @@ _MOST_VISIBLE = 1.01
 _FOLDER = Path(__file__).parent
 
 
+class Suits(Record):
+    """What the commands take with ``--for TARGET`` where the user names nothing else.
+
+    Build options are not repeated here: ``TargetProfile.build`` has them.
+
+    Attributes:
+        backend: of ``hipa-build``.
+        dtype: of ``hipa-export``.
+        decoder: of ``hipa-export``; None leaves the model's own.
+        batch: of ``hipa-export``; None leaves the option's default.
+        swap_gib: swap space that the memory plan of another machine counts with. On the target
+            itself the plan counts what is free there.
+
+    """
+
+    backend: TensorRTLibrary
+    dtype: Literal["fp16", "fp32"] = "fp16"
+    decoder: Literal["full", "tiny"] | None = None
+    batch: int | None = Field(default=None, ge=1)
+    swap_gib: int | None = Field(default=None, ge=0)
+
+
 class TargetProfile(Record):
     """A target's data file. Units are in the names; ``memory_shared`` means shared with the CPU.
 
@@ -45,7 +67,7 @@ class TargetProfile(Record):
 
     ``gpu_name`` is a regular expression that is found in the device's name of its GPU, or on Jetson
     in the name of its module. ``build`` holds build options that suit the target where TensorRT's
-    own defaults do not.
+    own defaults do not. ``suits`` is what ``--for`` takes besides.
     """
 
     title: str
@@ -60,6 +82,7 @@ class TargetProfile(Record):
     sm_count: int | None = Field(default=None, ge=1)
     gpu_name: str | None = None
     build: BuildOptions = BuildOptions()
+    suits: Suits
 
     def is_device(self, device: Device) -> bool:
         """Whether ``device`` is this very model, by name and by memory.

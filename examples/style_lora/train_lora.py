@@ -27,7 +27,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-MODEL = Path(__file__).parents[2] / "hipa_deploy/embedded/model"
+MODEL = Path(__file__).resolve().parents[2] / "hipa_deploy/embedded/model"
 # The layers that diffusers' own example trains: the projections of every attention layer.
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 # As the embedded model itself was trained (examples/emoji/train_unet.py): the error of x0 is

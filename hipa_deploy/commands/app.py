@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -34,6 +35,13 @@ from hipa_deploy.guide.usage_examples import examples_text
 from hipa_deploy.interrupts import interrupting_signal, signals_interrupt
 from hipa_deploy.publish.publish_command import publish
 from hipa_deploy.serve.process.command import serve
+from hipa_deploy.standard_streams import (
+    BROKEN_PIPE_CODE,
+    caused_by_broken_pipe,
+    is_broken,
+    open_closed_streams,
+    silence_broken_streams,
+)
 from hipa_deploy.triton.triton_command import triton
 
 ABOUT = """Turn a multi-step text-to-image diffusion model into a one-step one, and run it fast.
@@ -70,6 +78,13 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise StoppedError("stopped", interrupting_signal() or signal.SIGINT) from None
+        except BrokenPipeError as error:
+            # Click takes every closed pipe and socket for standard output.
+            if is_broken():
+                raise
+            raise HipaError(
+                f"a connection was closed by the other side ({first_line(error)}). Try again."
+            ) from error
         except UnicodeEncodeError as error:
             # Python shows bytes of a name that are no UTF-8 as characters that have no encoding.
             if not any("\ud800" <= character <= "\udfff" for character in error.object):
@@ -157,6 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
         SystemExit: always.
 
     """
+    open_closed_streams()
     if arguments is None:
         _use_utf8()
     # Set before anything imports these libraries: their notes are for developers, not for users.
@@ -170,6 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             # standalone_mode would let Click print its own usage block; ours is one line.
             code = app(args=arguments, prog_name="hipa", standalone_mode=False)
+            sys.stdout.flush()
         except BaseException as error:
             problem = error
 
@@ -178,6 +195,9 @@ def main(arguments: list[str] | None = None) -> None:
     # Whatever a library made of the interruption: an error of its own, or nothing.
     if interruption.number is not None:
         _stop("stopped", 128 + interruption.number)
+    if isinstance(problem, BrokenPipeError) or caused_by_broken_pipe(problem):
+        silence_broken_streams()
+        _stop(_told_of_broken_pipe(arguments), BROKEN_PIPE_CODE)
     if problem is not None:
         _stop_after(problem)
     # A command that ended with typer.Exit(n) returns n here.
@@ -204,6 +224,14 @@ def _stop_after(problem: BaseException) -> NoReturn:
         # Only a library ends a command in this way, and its code may be 0.
         _stop(f"a library ended the command (exit code {problem.code}). The work is not done.")
     raise problem
+
+
+def _told_of_broken_pipe(arguments: list[str] | None) -> str:
+    """What to say where nobody reads standard output: nothing of a help, as ``| head`` cuts it."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or {"--help", "--version"} & set(words):
+        return ""
+    return "nothing reads the output any more, so the command stopped. The work may not be done."
 
 
 def _usage_message(error: Any) -> str:
@@ -244,7 +272,10 @@ def _stop(message: str, code: int = 1) -> NoReturn:
         # What is wrong stands first, and what to do last: a value in between is long.
         line = f"{line[: _MAX_LINE // 2]} … {line[-_MAX_LINE // 2 :]}"
     if line:
-        sys.stderr.write(f"hipa: {line}\n")
+        # Where nobody reads it either, the exit code alone is left to say it.
+        with suppress(BrokenPipeError):
+            sys.stderr.write(f"hipa: {line}\n")
+            sys.stderr.flush()
     raise SystemExit(code)
 
 

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from hipa_deploy.commands.options import BundleArgument, EngineBackend, console
+from hipa_deploy.commands.options import (
+    BundleArgument,
+    EngineBackend,
+    ForOption,
+    console,
+    given_options,
+)
 from hipa_deploy.errors import HipaError
 
 if TYPE_CHECKING:
@@ -17,19 +23,31 @@ if TYPE_CHECKING:
     from hipa_deploy.engines.build.build_stage import BuiltEngine
     from hipa_deploy.engines.build.memory_plan import MemoryPlan
     from hipa_deploy.engines.targets.build_options import BuildOptions
+    from hipa_deploy.fit.target_choice import TargetChoice
 
 MAX_SWAP_GIB = 1024
+# What --for can decide; the other options have nothing to do with a device.
+_CHOSEN = (
+    "--backend",
+    "--target",
+    "--workspace",
+    "--tactic-dram",
+    "--optimization-level",
+    "--swap",
+)
 
 
 def build(
+    context: typer.Context,
     bundle: BundleArgument,
     backend: Annotated[
-        EngineBackend,
+        EngineBackend | None,
         typer.Option(
             help="rtx: TensorRT-RTX, compiles on any machine for a GeForce or RTX GPU. "
-            "tensorrt: compiles on the device that will run the engines."
+            "tensorrt: compiles on the device that will run the engines. Required without --for."
         ),
-    ],
+    ] = None,
+    for_target: ForOption = None,
     target: Annotated[
         str,
         typer.Option(
@@ -118,6 +136,23 @@ def build(
     from hipa_deploy.engines.faults.known_faults import find_fault
     from hipa_deploy.engines.targets.build_options import BuildOptions
 
+    retold = None
+    if for_target is not None:
+        given = given_options(context, _CHOSEN)
+        choice = _choose_for(for_target, given)
+        for line in choice.lines():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        backend = EngineBackend(choice.values["--backend"])
+        target = choice.target
+        swap = choice.values.get("--swap", swap)
+        retold = ["--for", for_target]
+        if "--backend" in choice.overridden:
+            retold += ["--backend", backend.value]
+    if backend is None:
+        raise HipaError(
+            "--backend is missing. Expected rtx or tensorrt; or --for TARGET, which chooses it."
+        )
+
     # An option that was not given keeps the default of BuildOptions, or of the target.
     options_by_name = {
         "workspace_mib": workspace,
@@ -140,7 +175,8 @@ def build(
     if dry_run:
         _dry_run(root, backend, target, options, swap)
         return
-    _refuse_elsewhere(bundle, backend, target, options, swap)
+    retold = retold or ["--backend", backend.value, "--target", target]
+    _refuse_elsewhere(bundle, backend, target, options, swap, retold)
     build_engines(
         root,
         backend,
@@ -154,10 +190,33 @@ def build(
     )
 
 
+def _choose_for(target: str, given: dict[str, Any]) -> TargetChoice:
+    """What suits the target, and what of the user's wins.
+
+    Raises:
+        HipaError: there is no such target, or an option contradicts it.
+
+    """
+    from hipa_deploy.fit.target_choice import build_choice, check_build
+
+    # A mistake first: to look at this machine takes as long as to import TensorRT.
+    check_build(target, given)
+    from hipa_deploy.engines.build.build_bundle import built_elsewhere
+
+    return build_choice(target, given, here=built_elsewhere("tensorrt", target) is None)
+
+
 def _refuse_elsewhere(
-    bundle: str, backend: EngineBackend, target: str, options: BuildOptions, swap: int | None
+    bundle: str,
+    backend: EngineBackend,
+    target: str,
+    options: BuildOptions,
+    swap: int | None,
+    retold: list[str],
 ) -> None:
     """Print the memory plan of a device that this machine cannot build for.
+
+    ``retold`` is how the command to run there names the device.
 
     Raises:
         HipaError: it is such a device; the message has the command to run there, and what does not
@@ -176,7 +235,7 @@ def _refuse_elsewhere(
     # The included bundle is there already.
     included = not Path(bundle).is_dir()
     name = bundle if included else root.name
-    flags = ["--backend", backend.value, "--target", target, *options.flags()]
+    flags = [*retold, *options.flags()]
     command = shlex.join(["hipa-build", name, *flags])
     there = "Run there" if included else f"Copy {root} there and run"
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from hipa_deploy.commands.options import (
     ConfigOption,
     EmbeddingOption,
     EngineBackend,
+    ForOption,
     Layout,
     LoraOption,
     ModelOption,
@@ -20,6 +22,7 @@ from hipa_deploy.commands.options import (
     Precision,
     Task,
     console,
+    given_options,
 )
 from hipa_deploy.disk.files import refuse_to_overwrite
 from hipa_deploy.errors import HipaError
@@ -27,10 +30,12 @@ from hipa_deploy.extras import require
 
 if TYPE_CHECKING:
     from hipa_deploy.bundle.manifest import Parity
+    from hipa_deploy.fit.target_choice import TargetChoice
     from hipa_deploy.models.style import Style
 
 
 def export(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Bundle folder to write, new or empty.")],
     model: ModelOption,
     config: ConfigOption = None,
@@ -75,6 +80,7 @@ def export(
             "Or an AutoencoderTiny folder, such as hipa-train wrote."
         ),
     ] = "full",
+    for_target: ForOption = None,
     fuse: Annotated[
         bool,
         typer.Option("--fuse/--no-fuse", help="Join UNet and decoder into one ONNX model."),
@@ -209,6 +215,7 @@ def export(
                     task,
                     strengths,
                     build,
+                    for_target,
                     context_tokens,
                     clip_skip,
                     prompt_weights,
@@ -225,6 +232,13 @@ def export(
         style = parse_style(lora, embedding)
         _export_swap(model, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out, sign)
         return
+
+    choice = None
+    if for_target is not None:
+        choice = _choose_for(for_target, context, layout, build)
+        dtype = Precision(choice.values.get("--dtype", dtype))
+        decoder = choice.values.get("--decoder", decoder)
+        batch = choice.values.get("--batch", batch)
 
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.export.export_options import ExportOptions
@@ -271,6 +285,12 @@ def export(
         encoder=resolve_encoder(encoder),
     )
     check_request(options)
+    if choice is not None:
+        from hipa_deploy.fit.export_plan import need_lines, plan_export
+
+        planned = need_lines(plan_export(options, choice.target))
+        _say(choice.lines())
+        _say(planned or ["note: weights of this kind are planned once the bundle is written"])
     if build:
         from hipa_deploy.engines.build.build_bundle import check_tools
 
@@ -292,7 +312,47 @@ def export(
         from hipa_deploy.engines.targets.build_options import BuildOptions
 
         build_engines(out, build, "auto", BuildOptions())
+    if choice is not None:
+        from hipa_deploy.fit.export_plan import bundle_needs
+
+        needs = bundle_needs(bundle, choice.target)
+        _say(need_lines(needs))
+        # The figures of the bundle's own files can be larger than what was predicted before.
+        if any(need.verdict == "does not fit" for need in needs):
+            _say([f"warning: the bundle is written, and may not fit {choice.title}."])
+        _say([f"next: hipa-build {shlex.quote(str(out))} --for {choice.target} --dry-run"])
     typer.echo(out)
+
+
+def _choose_for(
+    target: str, context: typer.Context, layout: Layout, build: EngineBackend | None
+) -> TargetChoice:
+    """What suits the target, where the other options leave a choice.
+
+    Raises:
+        HipaError: there is no such target, or another option contradicts it.
+
+    """
+    from hipa_deploy.fit.target_choice import export_choice
+
+    given = given_options(context, ("--dtype", "--decoder", "--batch"))
+    choice = export_choice(target, given)
+    if build is not None:
+        raise HipaError(
+            f"--build compiles for this machine, and --for {target} chooses for {choice.title}. "
+            f"Leave out --build, and run hipa-build with --for {target} on the bundle."
+        )
+    if layout is Layout.generic and choice.values.get("--decoder", "full") != "full":
+        raise HipaError(
+            f"--for {target} takes --decoder {choice.values['--decoder']}, which needs --layout "
+            "onestep. Leave out --layout generic, or give --decoder full."
+        )
+    return choice
+
+
+def _say(lines: list[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _export_swap(

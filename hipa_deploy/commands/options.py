@@ -118,8 +118,18 @@ OneStepOption = Annotated[
     str | None,
     typer.Option(
         help="Method of a one-step LoRA or model that others made: hyper-sd15 | hyper-sd15-t800 | "
-        "lcm-sd15 | tcd-sd15 | tcd-sd21-base | sd-turbo | hipa | a .toml file. By default the "
-        "adaptor's own step."
+        "lcm-sd15 | tcd-sd15 | tcd-sd21-base | sd-turbo | hipa | a .toml file; METHOD@TIMESTEP "
+        "starts at another timestep. By default the adaptor's own step."
+    ),
+]
+ForOption = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="TARGET",
+        help="Take what suits a device, print it, and refuse what the memory plan says cannot fit "
+        "there: orin-nano | orin-nx | agx-orin | thor | rtx30 | rtx40 | rtx4090 | rtx50 | a100 | "
+        "h100. An option that you give as well wins.",
     ),
 ]
 BundleArgument = Annotated[
@@ -245,6 +255,29 @@ PromptWeightsOption = Annotated[
         "otherwise.",
     ),
 ]
+
+
+def given_options(context: typer.Context, names: Iterable[str]) -> dict[str, Any]:
+    """The values of those options that the user named, by option.
+
+    Args:
+        context: of the command.
+        names: options, such as '--best-of'.
+
+    """
+    by_option = {}
+    for parameter in context.command.params:
+        for option in parameter.opts:
+            by_option[option] = parameter.name
+    given = {}
+    for option in names:
+        name = by_option[option]
+        source = context.get_parameter_source(name)
+        # By its name: Typer carries a copy of Click, whose sources are another class.
+        if source is not None and source.name == "COMMANDLINE":
+            value = context.params[name]
+            given[option] = value.value if isinstance(value, Enum) else value
+    return given
 
 
 def note_weights(bundle: Bundle, prompts: list[str], asked: bool | None) -> None:

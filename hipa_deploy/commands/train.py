@@ -74,6 +74,28 @@ def train(
     steps: Annotated[
         int | None, typer.Option(help="Training steps, in place of the recipe's number.")
     ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts that are not trained on, as for --prompts: every 200 steps the adaptor "
+            "is measured on them, and the best one kept."
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Early stop: end after so many held-out measurements in a row without a better "
+            "one. Never by default.",
+        ),
+    ] = None,
+    log_with: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where losses, samples and measurements go: tensorboard, or another tracker of "
+            "accelerate, such as wandb. May be given several times; tensorboard by default."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -90,23 +112,30 @@ def train(
         bool,
         typer.Option(
             "--allow-code",
-            help="Let the recipe run code: a backbone of your own, module:function. The module is "
-            "imported, so allow only what you trust.",
+            help="Let the recipe run code: a backbone or a loss of your own, module:function. The "
+            "module is imported, so allow only what you trust.",
         ),
     ] = False,
 ) -> None:
     """Train a HiPA adaptor, with which a model makes an image in one step.
 
     A recipe for a decoder trains a small image decoder instead. A training that was stopped
-    continues when the same command runs again. With --average, trained adaptors become one.
+    continues when the same command runs again, and one that is finished with more --steps. With
+    --average, trained adaptors become one.
     """
-    if not dry_run:
+    # A finished training may be extended; an average is always new.
+    if average:
         refuse_to_overwrite(out)
+    elif not dry_run:
+        from hipa_deploy.train.loop.output import check_new_or_finished
+
+        check_new_or_finished(out)
     require("train")
     if average:
-        others = (prompts, start, adaptor, lora, embedding, steps, config, gpus)
+        training = (prompts, start, adaptor, lora, embedding, steps, config, gpus)
+        watching = (held_out, patience, log_with)
         named = recipe != "emoji" or model != "emoji" or dry_run or allow_code
-        if named or any(other is not None for other in others):
+        if named or any(other is not None for other in (*training, *watching)):
             raise HipaError(
                 "--average trains nothing, so it goes with --out and --rank alone. Leave the "
                 "other options out."
@@ -123,7 +152,9 @@ def train(
     from hipa_deploy.models.locate import model_folder
     from hipa_deploy.models.lora.early_lora import check_adaptor_path
     from hipa_deploy.models.style import parse_style
+    from hipa_deploy.train.loop.output import check_output
     from hipa_deploy.train.recipes.recipe import Recipe, load_any_recipe
+    from hipa_deploy.train.training_request import check_dry_run, check_trackers
     from hipa_deploy.user_code import check_allowed, code_allowed
 
     if gpus is not None and not dry_run:
@@ -139,6 +170,12 @@ def train(
     if prompts is not None:
         check_prompt_file(prompts)
         overrides["prompts"] = str(prompts.absolute())
+    if held_out is not None:
+        check_prompt_file(held_out)
+        overrides["held_out.prompts"] = str(held_out.absolute())
+    if patience is not None:
+        overrides["held_out.patience"] = patience
+    check_trackers(log_with or ())
     chosen = load_any_recipe(recipe, overrides)
     initial = resolve_adaptor(start) if start else None
     active = resolve_adaptor(adaptor) if adaptor else None
@@ -160,20 +197,28 @@ def train(
         )
     with code_allowed(allow_code):
         check_allowed("backbone", chosen.loss.backbone)
+        check_allowed("loss", chosen.loss.custom or "")
         folder = model_folder(model, config)
         if dry_run:
             assert isinstance(chosen, Recipe)  # a decoder's was refused above
+            check_dry_run(chosen, folder, initial, style)
             _dry_run_training(chosen, folder, style, gpus or 1)
         else:
-            _train(chosen, folder, out, initial or active, style)
+            check_output(out, chosen)
+            _train(chosen, folder, out, initial or active, style, log_with or ["tensorboard"])
 
 
 def _average(folders: list[Path], out: Path, rank: int | None) -> None:
     """Write the average of adaptors, and print where it is and what its rank left out."""
     from hipa_deploy.embedded import resolve_adaptor
+    from hipa_deploy.train.average_request import check_average
+
+    found = [resolve_adaptor(str(folder)) for folder in folders]
+    check_average(found)
+
     from hipa_deploy.train.average_adaptors import average_adaptors
 
-    made = average_adaptors([resolve_adaptor(str(folder)) for folder in folders], out, rank)
+    made = average_adaptors(found, out, rank)
     console.print(
         f"average of {len(folders)} adaptors, rank {made.rank}: {made.error:.1%} of its norm is "
         "left out",
@@ -183,7 +228,12 @@ def _average(folders: list[Path], out: Path, rank: int | None) -> None:
 
 
 def _train(
-    chosen: Recipe | DecoderRecipe, folder: Path, out: Path, start: Path | None, style: Style
+    chosen: Recipe | DecoderRecipe,
+    folder: Path,
+    out: Path,
+    start: Path | None,
+    style: Style,
+    log_with: list[str],
 ) -> None:
     """Train what the recipe is for, and print where it is.
 
@@ -193,6 +243,7 @@ def _train(
         out: the folder to write.
         start: the adaptor to start from, or the one that a decoder will be used with.
         style: LoRAs and embeddings that are added to the base model.
+        log_with: names of trackers.
 
     """
     from hipa_deploy.train.training_request import check_request
@@ -207,10 +258,24 @@ def _train(
     with leaving_process_group():
         if isinstance(chosen, Recipe):
             path = train_adaptor(
-                chosen, folder, out, initial_adaptor=start, style=style, console=console
+                chosen,
+                folder,
+                out,
+                initial_adaptor=start,
+                style=style,
+                log_with=log_with,
+                console=console,
             )
         else:
-            path = train_decoder(chosen, folder, out, adaptor=start, style=style, console=console)
+            path = train_decoder(
+                chosen,
+                folder,
+                out,
+                adaptor=start,
+                style=style,
+                log_with=log_with,
+                console=console,
+            )
 
     # Several processes may train together; the path is printed once.
     if is_main():

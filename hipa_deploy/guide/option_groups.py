@@ -22,10 +22,13 @@ _GROUPS = {
         *("--height", "--width", "--dynamic", "--batch", "--images", "--again"),
         *("--refine", "--guidance"),
     ),
-    "Training": ("--recipe", "--steps", "--average", "--rank", "--gpus", "--quick"),
+    "Training": (
+        *("--recipe", "--steps", "--held-out", "--patience", "--log-with"),
+        *("--average", "--rank", "--gpus", "--quick"),
+    ),
     "Precision and layout": ("--dtype", "--layout", "--fuse"),
     "Device": (
-        *("--backend", "--build", "--target", "--workspace", "--tactic-dram"),
+        *("--for", "--backend", "--build", "--target", "--workspace", "--tactic-dram"),
         *(
             "--optimization-level",
             "--timing-cache",
@@ -41,7 +44,8 @@ _GROUPS = {
     ),
     "Measuring": (
         *("--runs", "--seconds", "--warmup", "--metric", "--threshold", "--layers", "--roofline"),
-        *("--self-test", "--bisect"),
+        *("--self-test", "--bisect", "--coco", "--year", "--inception", "--clip", "--captions"),
+        *("--reference", "--resolution", "--clip-prefix", "--shard"),
     ),
     "Output": (
         *("--out", "--swap-for", "--json", "--html", "--markdown", "--dry-run", "--force"),

@@ -116,11 +116,17 @@ def _export(answers: Answers) -> Step:
     command = ["hipa-export", "--model", answers.model, "--adaptor", adaptor]
     command += ["--task", answers.task, "--out", BUNDLE]
 
-    # FP16 arithmetic is slower than FP32's on most CPUs.
-    command += ["--dtype", "fp32" if answers.device == "cpu" else "fp16"]
+    if answers.on_jetson:
+        command += ["--for", answers.device]
+    else:
+        # FP16 arithmetic is slower than FP32's on most CPUs.
+        command += ["--dtype", "fp32" if answers.device == "cpu" else "fp16"]
     title = "Merge the adaptor and export a bundle"
     if answers.prefer != "quality":
         command += ["--decoder", "tiny"]
+    elif answers.on_jetson:
+        # For the smallest device --for would take the tiny one.
+        command += ["--decoder", "full"]
     if answers.prefer == "memory":
         command += ["--prompts", "prompts.txt"]
         title += "; prompts.txt has every prompt that the device will ever draw, one a line"
@@ -138,7 +144,8 @@ def _copy_to_jetson() -> Step:
 
 
 def _build(answers: Answers) -> Step:
-    build = ["hipa-build", BUNDLE, "--backend", answers.backend]
+    build = ["hipa-build", BUNDLE]
+    build += ["--for", answers.device] if answers.on_jetson else ["--backend", answers.backend]
     title = "See what the build takes, then compile engines for this GPU"
     return Step(title, ([*build, "--dry-run"], build))
 

@@ -11,10 +11,10 @@ EXAMPLES = {
     ),
     "export": (
         "hipa-export --model my-model --adaptor my-adaptor --out my-bundle --dtype fp16",
-        "hipa-export --model my-model --adaptor my-adaptor --out small --decoder tiny --build rtx",
+        "hipa-export --model my-model --adaptor my-adaptor --out small --for orin-nano",
     ),
     "build": (
-        "hipa-build my-bundle --backend tensorrt --dry-run",
+        "hipa-build my-bundle --for orin-nano --dry-run",
         "hipa-build my-bundle --backend rtx --target rtx40",
     ),
     "publish": (
@@ -62,7 +62,7 @@ EXAMPLES = {
         "hipa-profile table orin.json rtx4090.json",
     ),
     "evaluate": (
-        "hipa-evaluate --adaptor emoji --images 64",
+        "hipa-evaluate --adaptor emoji --images 64 --rival my-bundle",
         "hipa-evaluate --model my-model --adaptor my-adaptor --prompts held-out.txt --out report",
     ),
     "doctor": ("hipa-doctor", "hipa-doctor my-bundle --backend tensorrt"),

@@ -35,6 +35,25 @@ Pixels = Annotated[int, Field(ge=1, le=65_536)]
 Strength = Annotated[float, Field(gt=0, le=1)]
 
 
+class TrainingTime(Record):
+    """How long a training ran on one kind of device.
+
+    Attributes:
+        device: torch's name of it: cpu, cuda, …
+        card: the GPU's name as its driver says it, or the CPU's.
+        processes: how many trained together, each on a device of its own.
+        hours: of wall-clock time, with the making of teacher pairs and the measurements.
+        steps: optimiser steps of these hours.
+
+    """
+
+    device: str = Field(max_length=100)
+    card: str = Field(max_length=200)
+    processes: int = Field(ge=1, le=1_000_000)
+    hours: float = Field(ge=0, allow_inf_nan=False)
+    steps: int = Field(ge=0)
+
+
 class AdaptorMetadata(Record):
     """``hipa_adaptor.json``: what an adaptor was made from and how.
 
@@ -64,6 +83,7 @@ class AdaptorMetadata(Record):
         loras: merged into the base model before the training; the adaptor needs them too. The base
             model's hash is that of the model without them.
         embeddings: words that the base model was given for the training.
+        training: hours and devices, summed over all sessions of the run; empty in older adaptors.
 
     """
 
@@ -88,6 +108,7 @@ class AdaptorMetadata(Record):
     text: TextSettings = TextSettings()
     loras: tuple[LoraInfo, ...] = ()
     embeddings: tuple[EmbeddingInfo, ...] = ()
+    training: tuple[TrainingTime, ...] = Field(default=(), max_length=1000)
 
 
 def unet_sha256(model_folder: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from hipa_deploy.disk.reading import read_record
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.adaptor_folder import TrainingTime
 from hipa_deploy.models.weights.weight_identity import weights_identity
 from hipa_deploy.record import Record
 
@@ -42,6 +43,7 @@ class DecoderMetadata(Record):
         steps_trained: optimiser steps.
         fidelity: how close the decoder is to the full one.
         recipe: the training recipe.
+        training: hours and devices, summed over all sessions of the run; empty in older decoders.
 
     """
 
@@ -52,6 +54,7 @@ class DecoderMetadata(Record):
     steps_trained: int
     fidelity: DecoderFidelity
     recipe: dict[str, Any]
+    training: tuple[TrainingTime, ...] = ()
 
 
 def vae_sha256(model_folder: Path) -> str:

@@ -174,7 +174,14 @@ def _fetch_taesd() -> Path:
     """Download TAESD into the hub's local cache, or find it there."""
     from huggingface_hub import snapshot_download
 
-    return _fetch(TAESD, snapshot_download)
+    try:
+        return _fetch(TAESD, snapshot_download)
+    except HipaError as error:
+        raise HipaError(
+            f"the tiny decoder and encoder of other models than {NAME} are TAESD's. {error}. Where "
+            f"there is a network, run: hf download {TAESD} --local-dir taesd. Then give that "
+            "folder: --decoder taesd, or --encoder taesd."
+        ) from None
 
 
 def _fetch(name: str, download: Callable[[str], str]) -> Path:

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hipa_deploy.disk.reading import read_json
-from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, WEIGHTS, AdaptorMetadata
+from hipa_deploy.models.adaptor_folder import (
+    ENCODER_WEIGHTS,
+    WEIGHTS,
+    AdaptorMetadata,
+    TrainingTime,
+)
 from hipa_deploy.models.weights.weight_file import read_layout
 from hipa_deploy.publish.base_model import BaseModel
 from hipa_deploy.publish.card import (
@@ -187,8 +192,14 @@ def _cost(folder: Path, metadata: AdaptorMetadata) -> dict[str, object]:
         calls = teacher["steps"] * (2 if teacher["guidance"] > 1 else 1)
         rows["teacher's images"] = f"{teacher['pairs']:,}, {calls} UNet evaluations each"
     rows["an image now"] = "1 UNet evaluation"
-    rows["hours and device"] = "not recorded"
+    rows["hours and device"] = "; ".join(map(_time, metadata.training)) or "not recorded"
     return rows
+
+
+def _time(spent: TrainingTime) -> str:
+    count = "" if spent.processes == 1 else f"{spent.processes} x "
+    hours = f"{spent.hours:.1f} h" if spent.hours >= 0.1 else f"{60 * spent.hours:.1f} min"
+    return f"{hours} on {count}{spent.card} ({spent.device}), {spent.steps:,} steps"
 
 
 def _weights(path: Path) -> int:

@@ -132,6 +132,22 @@ def with_captions(folder: Path) -> None:
     (folder / "images/metadata.jsonl").write_text("\n".join(lines))
 
 
+def with_coco(folder: Path) -> None:
+    """Images and captions in the layout of MS-COCO, and a part of their features."""
+    (folder / "coco/annotations").mkdir(parents=True)
+    (folder / "coco/val2017").mkdir()
+    images = []
+    captions = []
+    for number in range(6):
+        name = f"{number:012d}.jpg"
+        Image.new("RGB", (4, 4)).save(folder / "coco/val2017" / name)
+        images.append({"id": number, "file_name": name})
+        captions.append({"id": number, "image_id": number, "caption": f"a boat {number}"})
+    content = {"images": images, "annotations": captions}
+    (folder / "coco/annotations/captions_val2017.json").write_text(json.dumps(content))
+    np.savez(folder / "coco/part-00000.npz", features=np.zeros((6, 2048), np.float32))
+
+
 def _change(path: Path, edit: Any) -> None:
     content = json.loads(path.read_text())
     edit(content)
@@ -252,5 +268,19 @@ FORMATS = (
     *TABLES_OF_ARROW,
     Format(
         "captions", with_captions, "images/metadata.jsonl", "table", _read("captions", "images")
+    ),
+    Format(
+        "COCO's captions",
+        with_coco,
+        "coco/annotations/captions_val2017.json",
+        "json",
+        _read("coco", "coco"),
+    ),
+    Format(
+        "features of COCO",
+        with_coco,
+        "coco/part-00000.npz",
+        "npz",
+        _read("coco_features", "coco"),
     ),
 )

@@ -35,6 +35,21 @@ def captions(folder: Path) -> None:
     folder_captions(folder, image_paths(folder), None)
 
 
+def coco(folder: Path) -> None:
+    """A folder of MS-COCO, as ``hipa evaluate --coco`` reads it."""
+    from hipa_deploy.train.coco.coco_folder import find_sets, read_coco
+
+    for captions in ("random", "first"):
+        read_coco(folder, find_sets(folder, 2017)[0], captions=captions)
+
+
+def coco_features(folder: Path) -> None:
+    """Features that an earlier run kept, as ``hipa evaluate --coco`` reads them."""
+    from hipa_deploy.train.coco.parts import Parts
+
+    Parts(folder, 6).read("features")
+
+
 def model(folder: Path) -> None:
     """A model folder, as ``hipa export`` opens it."""
     from hipa_deploy.export.model_parts import ModelParts
@@ -64,7 +79,7 @@ def early(folder: Path) -> None:
 
 def training_cost(folder: Path) -> None:
     """A model folder, as ``hipa train --dry-run`` opens it."""
-    from hipa_deploy.train.prediction.training_cost import unloaded_model
+    from hipa_deploy.train.prediction.simulated_training import unloaded_model
 
     unloaded_model(folder / "model")
 

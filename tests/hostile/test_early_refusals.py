@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -29,6 +31,13 @@ SWAP = ("export", "--model", "emoji", "--swap-for", "emoji", "--out", "new")
 EVALUATE = ("evaluate",)
 TRAIN = ("train", "--out", "new")
 GENERATE = ("generate", "emoji", "a red apple")
+AVERAGE = ("train", "--out", "new", "--average", "emoji")
+DRY_RUN = (*TRAIN, "--dry-run")
+PUBLISH = ("publish", "emoji", "--repo", "me/x", "--dry-run", "new")
+TRITON = ("triton", "emoji", "--out", "new")
+BULK = ("bulk", "emoji", "rows.parquet", "--out", "new")
+SERVE = ("serve", "emoji", "--port", "0")
+LARGE = ("--height", "2048", "--width", "2048", "--batch", "64")
 BUILD = ("build", "emoji", "--backend", "rtx", "--target", "rtx40")
 PROFILE = ("profile", "emoji")
 MODEL_COMMANDS = {"export": EXPORT, "evaluate": EVALUATE, "train": TRAIN}
@@ -143,6 +152,10 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*EXPORT, "--task", "edit", "--strengths", "0.5,0.5"), "strengths"),
     ((*EXPORT, "--layout", "generic", "--fuse"), "--fuse"),
     ((*EXPORT, "--one-step", "nope"), "nope"),
+    ((*EXPORT, "--for", "nope"), "nope"),
+    ((*EXPORT, "--for", "orin-nano", "--build", "rtx"), "--build"),
+    ((*EXPORT, "--for", "orin-nano", "--layout", "generic"), "--layout"),
+    ((*EXPORT, "--for", "orin-nano", *LARGE), "what would fit"),
     ((*EXPORT_ADAPTED, "--one-step", "hyper-sd15"), "own step"),
     ((*EXPORT, "--one-step", "file.toml"), "file.toml"),
     ((*EVALUATE, "--images", "3"), "Expected 4"),
@@ -187,15 +200,108 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*BUILD, "--tactic-dram", str(10**12)), "tactic"),
     ((*BUILD, "--optimization-level", "6"), "optimization"),
     ((*BUILD, "--best-of", "0"), "best"),
+    ((*BUILD, "--best-of", "2"), "no NVIDIA GPU"),
     ((*BUILD, "--best-of", str(10**9)), "best"),
     ((*BUILD[:-1], "nope"), "nope"),
     (("build", "nope", "--backend", "rtx"), "nope"),
+    (("build", "emoji"), "--backend"),
+    (("build", "emoji", "--for", "nope"), "nope"),
+    (("build", "emoji", "--for", "orin-nano", "--target", "thor"), "--target"),
+    (("build", "emoji", "--for", "orin-nano", "--backend", "rtx"), "does not support"),
     ((*BUILD, "--timing-cache", "full"), "full"),
     ((*BUILD, "--timing-cache", "/dev/zero"), "/dev/zero"),
     (("doctor", "nope"), "nope"),
     (("doctor", "emoji", "--backend", "nope"), "nope"),
     (("doctor", "--self-test", "emoji"), "--self-test"),
     (("demo", "--task", "edit", "--quick"), "--quick"),
+    (("demo", "--out", "full"), "full"),
+    # Trainings that are predicted or averaged.
+    ((*TRAIN, "--gpus", "4"), "--gpus"),
+    ((*TRAIN, "--rank", "4"), "--rank"),
+    ((*AVERAGE,), "twice"),
+    ((*AVERAGE, "--average", "nope"), "nope"),
+    ((*AVERAGE, "--average", "cut"), "cut"),
+    ((*AVERAGE, "--average", "not-finite"), "NaN"),
+    ((*AVERAGE, "--average", "other-model"), "base model"),
+    ((*AVERAGE, "--rank", "0"), "rank"),
+    ((*AVERAGE, "--steps", "3"), "--average"),
+    (("train", "--out", "full", "--average", "emoji"), "full"),
+    ((*DRY_RUN, "--model", "nope"), "nope"),
+    ((*DRY_RUN, "--model", "full"), "full"),
+    ((*DRY_RUN, "--prompts", "nope.txt"), "nope.txt"),
+    ((*DRY_RUN, "--recipe", "nope"), "nope"),
+    ((*DRY_RUN, "--gpus", "0"), "gpus"),
+    ((*DRY_RUN, "--lora", f"cut/{WEIGHTS}"), "cut"),
+    ((*DRY_RUN, "--lora", f"foreign-layer/{WEIGHTS}"), "layer"),
+    ((*DRY_RUN, "--from", "cut"), "cut"),
+    ((*DRY_RUN, "--from", "other-rank"), "rank"),
+    # Publishing.
+    ((*PUBLISH[:3], "x", "--dry-run", "new"), "--repo"),
+    ((*PUBLISH[:-1], "full"), "full"),
+    ((*PUBLISH[:-1], "file.txt"), "file.txt"),
+    ((*PUBLISH, "--base-model", "x"), "--base-model"),
+    ((*PUBLISH, "--license", "no such"), "--license"),
+    ((*PUBLISH, "--report", "nope"), "nope"),
+    ((*PUBLISH, "--report", "full"), "full"),
+    ((*PUBLISH, "--model", "nope"), "nope"),
+    ((*PUBLISH, "--model", "full"), "full"),
+    (("publish", "nope", *PUBLISH[2:]), "nope"),
+    (("publish", "full", *PUBLISH[2:]), "neither"),
+    (("publish", "cut", *PUBLISH[2:], "--model", "emoji"), "cut"),
+    (("publish", "other-model", *PUBLISH[2:], "--model", "emoji"), "base model"),
+    # Services and many images.
+    ((*TRITON[:-1], "full"), "full"),
+    ((*TRITON[:-1], "file.txt"), "file.txt"),
+    ((*TRITON, "--name", "a/b"), "--name"),
+    ((*TRITON, "--backend", "rtx"), "--backend"),
+    ((*TRITON, "--instances", "0"), "--instances"),
+    (("triton", "nope", *TRITON[2:]), "nope"),
+    ((*BULK, "--replicas", "3"), "--ray"),
+    ((*BULK, "--backend", "nope"), "nope"),
+    ((*BULK, "--shard-size", "0"), "--shard-size"),
+    ((*BULK, "--column", "name"), "--column"),
+    ((*BULK, "--seed", "-1"), "seed"),
+    ((*BULK, "--c2pa", "nope.pem"), "nope.pem"),
+    ((*BULK[:-1], "file.txt"), "file.txt"),
+    ((*BULK[:-1], "full"), "full"),
+    (("bulk", "nope", *BULK[2:]), "nope"),
+    (("bulk", "emoji", "file.txt", *BULK[3:]), "file.txt"),
+    (("serve", "nope"), "nope"),
+    (("serve", "full"), "full"),
+    (("serve", "emoji", "emoji"), "emoji"),
+    ((*SERVE, "--backend", "nope"), "nope"),
+    ((*SERVE, "--batch", "0"), "batch"),
+    ((*SERVE, "--queue", "0"), "queue"),
+    ((*SERVE, "--time-limit", "-1"), "time"),
+    ((*SERVE, "--replicas", "2"), "--ray"),
+    ((*SERVE, "--api-keys", "nope"), "nope"),
+    ((*SERVE, "--api-keys", "empty.txt"), "key"),
+    ((*SERVE, "--c2pa", "nope.pem"), "nope.pem"),
+    ((*SERVE[:-1], str(10**8)), "port"),
+    # Reports, questions, marks.
+    (("profile", "compare", "nope.json", "nope.json"), "nope.json"),
+    (("profile", "compare", "file.txt", "file.txt"), "file.txt"),
+    (("profile", "compare", "file.txt", "file.txt", "--threshold", "x"), "threshold"),
+    (("profile", "compare", "a.json", "b.json", "--json", "file.txt"), "file.txt exists"),
+    (("profile", "table", "nope.json"), "nope.json"),
+    (("init", "--device", "toaster"), "--device"),
+    (("init", "--device", "cpu"), "--model"),
+    ((*GENERATE, "--again", "file.txt"), "--again"),
+    ((*GENERATE, "--refine", "5"), "refine"),
+    ((*GENERATE, "--guidance", "3"), "--guidance"),
+    ((*GENERATE, "--format", "webp", "--out", "a.png"), "--format"),
+    ((*GENERATE, "--quality", "0", "--out", "a.jpg"), "quality"),
+    ((*GENERATE, "--c2pa", "nope.pem"), "nope.pem"),
+    ((*EXPORT, "--mark", "nope"), "--mark"),
+    ((*EXPORT, "--sign", "nope"), "nope"),
+    ((*EXPORT, "--sign", "file.txt"), "file.txt"),
+    ((*EXPORT, "--with-teacher"), "--adaptor"),
+    ((*EXPORT, "--reference-prompts", "nope.txt"), "nope.txt"),
+    ((*EXPORT_ADAPTED, "--with-teacher", "--fuse"), "--fuse"),
+    ((*BUILD, "--without-remedy", "nope"), "nope"),
+    (("doctor", "--bisect"), "--bisect"),
+    (("doctor", "emoji", "--bisect"), "--bisect"),
+    (("doctor", "--out", "a.md"), "--self-test"),
 ]
 # Mistakes that each of the three commands with a model can be given.
 for command in MODEL_COMMANDS.values():
@@ -258,6 +364,7 @@ def _write_prompts(folder: Path) -> None:
     (folder / "zero.txt").write_text("a boat\na \0 bridge\n")
     (folder / "columns.csv").write_text("name,size\nboat,3\n")
     (folder / "lines.jsonl").write_text('{"text": "a boat"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a boat"]}), folder / "rows.parquet")
     (folder / "one-line").write_text("a boat " * 10_000)
     with (folder / "sparse").open("wb") as file:
         file.truncate(40 * 10**9)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hipa_deploy.train.loop import run as run_module
+from hipa_deploy.train.loop import training_steps as run_module
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.recipes.recipe import Recipe
 from tests.tiny_model import make_model

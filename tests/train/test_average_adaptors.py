@@ -125,6 +125,9 @@ def test_the_rank_leaves_out_the_smallest_singular_values(window: tuple[int, ...
 def test_an_adaptor_is_its_own_average(adaptors: list[Path], model_dir: Path, tmp_path: Path):
     made = average_adaptors([adaptors[0], adaptors[0]], tmp_path / "same")
     assert made.error < 1e-6
+    (spent,) = read_metadata(made.folder).training
+    (each,) = read_metadata(adaptors[0]).training
+    assert (spent.steps, spent.hours) == (2 * each.steps, pytest.approx(2 * each.hours))
     own = merged(model_dir, adaptors[0])
     for name, weight in merged(model_dir, made.folder).items():
         torch.testing.assert_close(weight, own[name], rtol=1e-4, atol=1e-6)

@@ -88,7 +88,7 @@ def test_a_run_leaves_a_decoder_and_its_run_folder(
     assert metadata.fidelity.images == 4
     run = tmp_path / "tiny.run"
     assert {path.name for path in run.iterdir()} == {"state.pt", "samples", "tensorboard"}
-    assert Image.open(run / "samples" / "step-00000004.png").size == (2 * 34, 2 * 34)
+    assert Image.open(run / "samples" / "step-00000004.png").size == (268, 306)
     with pytest.raises(HipaError, match="is not empty"):
         train(decoder_recipe, model_dir, tmp_path / "tiny")
 
@@ -104,6 +104,19 @@ def test_resumed_equals_unbroken(
     assert not (tmp_path / "broken").exists()
     stop_after(None)
     assert not differences(train(decoder_recipe, model_dir, tmp_path / "broken"), unbroken)
+
+    # So does a finished run that is extended.
+    shorter = decoder_recipe.model_copy(update={"steps": 2})
+    train(shorter, model_dir, tmp_path / "short")
+    assert not differences(train(decoder_recipe, model_dir, tmp_path / "short"), unbroken)
+    (spent,) = read_decoder_metadata(tmp_path / "short").training
+    assert spent.steps == 4
+    assert (tmp_path / "short.run" / "finished" / "step-00000002").is_dir()
+    adaptor_recipe = Recipe.model_validate(
+        {"prompts": "model:prompts.txt", "steps": 8, "teacher": {"pairs": 2}}
+    )
+    with pytest.raises(HipaError, match="it is a decoder, and the recipe is of kind adaptor"):
+        train_adaptor(adaptor_recipe, model_dir, tmp_path / "short", device="cpu")
 
 
 def test_training_raises_the_fidelity(

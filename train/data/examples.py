@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,8 @@ class TaskExamples:
         composite: (decoded image [B, 3, H, W], rows) -> the finished image. Inpainting puts the
             repainted hole into its source; the other tasks change nothing.
         source: Rows -> image that the task starts from, uint8 [B, H, W, 3]; None for text to image.
+        prompt_N: Index of each example's prompt, int64 [N].
+        texts: The prompts by index.
 
     """
 
@@ -93,6 +95,14 @@ class TaskExamples:
     images: RowFunction
     composite: Callable[[Tensor, Tensor], Tensor] = _unchanged
     source: RowFunction | None = None
+    prompt_N: Tensor | None = None
+    texts: tuple[str, ...] = ()
+
+    def prompts(self, rows: Tensor) -> list[str]:
+        """The prompt of each row, int64 [B]."""
+        if self.prompt_N is None or not self.texts:
+            return []
+        return [self.texts[index] for index in self.prompt_N[rows].tolist()]
 
 
 def task_examples(
@@ -125,6 +135,19 @@ def task_examples(
         torch.Size([4, 3, 64, 64])
 
     """
+    examples, texts = _examples_and_texts(model, recipe, prompts, cache, console, processes)
+    return replace(examples, texts=tuple(texts))
+
+
+def _examples_and_texts(
+    model: DiffusionModel,
+    recipe: Recipe,
+    prompts: list[str],
+    cache: Path | None,
+    console: Console | None,
+    processes: Processes | None,
+) -> tuple[TaskExamples, list[str]]:
+    """The examples, and the prompts by the indices that they use."""
     task = recipe.task
     folder = None if task == "generate" else recipe.source.images
 
@@ -175,17 +198,17 @@ def task_examples(
     if task == "generate":
         if not recipe.needs_targets:
             pairs = _starts_of_all(pairs, recipe, len(prompts))
-        return generate_examples(model, pairs, source_images, conditions, recipe.timestep)
+        return generate_examples(model, pairs, source_images, conditions, recipe.timestep), texts
     if task == "edit":
         edits = choose_edits(model, source_images, prompts, recipe, console)
         edit_pairs = make_pairs(prompts, edits)
         edited = teacher_source_images(
             model, edit_pairs, len(prompts), decode, console, kept=keeps_images(recipe)
         )
-        return edit_examples(model, edits, edit_pairs, edited, conditions)
+        return edit_examples(model, edits, edit_pairs, edited, conditions), texts
     if task == "inpaint":
-        return inpaint_examples(model, source_images, recipe, conditions, console)
-    return upscale_examples(model, source_images, recipe, conditions, console)
+        return inpaint_examples(model, source_images, recipe, conditions, console), texts
+    return upscale_examples(model, source_images, recipe, conditions, console), texts
 
 
 def keeps_images(recipe: Recipe) -> bool:
@@ -225,6 +248,7 @@ def generate_examples(
         timestep=_constant_timestep(model, timestep),
         latents=teacher_images.latents,
         images=lambda rows: to_float(teacher_images.images(rows)).to(model.device),
+        prompt_N=pairs.prompt_N,
     )
 
 
@@ -258,6 +282,7 @@ def edit_examples(
         latents=edited.latents,
         images=lambda rows: to_float(edited.images(rows)).to(model.device),
         source=edits.images,
+        prompt_N=pairs.prompt_N,
     )
 
 
@@ -374,6 +399,7 @@ def inpaint_examples(
 
     """
     count, image_of = _repeated(source_images, recipe.source)
+    prompt_N = _prompts_used(source_images, image_of, recipe)
     cell_size = model.pipe.vae_scale_factor
 
     # Masks are drawn again in each step rather than kept: they are cheap, and there may be many.
@@ -413,7 +439,8 @@ def inpaint_examples(
     return TaskExamples(
         count=count,
         step_inputs=step_inputs,
-        conditions=_conditions(source_images, image_of, recipe, conditions),
+        conditions=lambda rows: conditions(prompt_N[rows]),
+        prompt_N=prompt_N,
         timestep=_constant_timestep(model, recipe.timestep),
         latents=lambda rows: source_images.latents(image_of(rows)),
         images=images,
@@ -444,6 +471,7 @@ def upscale_examples(
 
     """
     count, image_of = _repeated(source_images, recipe.source)
+    prompt_N = _prompts_used(source_images, image_of, recipe)
     factor = recipe.source.factor
     height, width = model.resolution
     if height % factor or width % factor:
@@ -474,7 +502,8 @@ def upscale_examples(
     return TaskExamples(
         count=count,
         step_inputs=lambda rows: {"source": source(rows)},
-        conditions=_conditions(source_images, image_of, recipe, conditions),
+        conditions=lambda rows: conditions(prompt_N[rows]),
+        prompt_N=prompt_N,
         timestep=_constant_timestep(model, recipe.timestep),
         latents=lambda rows: source_images.latents(image_of(rows)),
         images=lambda rows: to_float(source_images.images(image_of(rows))).to(model.device),
@@ -512,10 +541,8 @@ def _repeated(source_images: SourceImages, settings: SourceSettings) -> tuple[in
     return count, lambda rows: rows // settings.per_image
 
 
-def _conditions(
-    source_images: SourceImages, image_of: RowFunction, recipe: Recipe, conditions: RowConditions
-) -> RowConditions:
-    """Conditions of each example's prompt: its image's, or the empty one for a share of them.
+def _prompts_used(source_images: SourceImages, image_of: RowFunction, recipe: Recipe) -> Tensor:
+    """Index of each example's prompt: its image's, or the empty one's for a share of them.
 
     The examples without a prompt teach the step to work where the user types none.
     """
@@ -524,8 +551,7 @@ def _conditions(
     draws = np.random.default_rng((recipe.seed, WITHOUT_PROMPT_STREAM)).random(len(prompt_N))
     without_prompt = torch.from_numpy(draws < recipe.source.without_prompt)
     empty_prompt = source_images.prompts  # its index: it follows all others
-    chosen_N = torch.where(without_prompt, empty_prompt, prompt_N)
-    return lambda rows: conditions(chosen_N[rows])
+    return torch.where(without_prompt, empty_prompt, prompt_N)
 
 
 def _encoded(

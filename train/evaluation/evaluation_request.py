@@ -16,10 +16,10 @@ from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.models.adaptor_folder import METADATA, read_metadata
 from hipa_deploy.models.clip_tokenizer import text_sizes
 from hipa_deploy.models.early_config import early_config
-from hipa_deploy.models.lora.early_lora import check_adaptor, check_lora, check_style
-from hipa_deploy.models.one_step.one_step_method import OneStepMethod, check_fits, load_method
+from hipa_deploy.models.lora.early_lora import check_adaptor, check_style
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.load_part import check_weights
+from hipa_deploy.train.evaluation.contenders import Contender, check_contenders
 from hipa_deploy.train.recipes.recipe import TeacherSettings, load_recipe
 
 FIRST_SEED = 1_000_000  # training pairs have seeds above 2**32: no noise is seen twice
@@ -47,7 +47,7 @@ class Request:
 def check_request(
     folder: Path,
     adaptor: Path | None,
-    rivals: Sequence[Rival],
+    rivals: Sequence[Contender],
     style: Style,
     wishes: TextWishes,
     *,
@@ -59,7 +59,7 @@ def check_request(
     Args:
         folder: the diffusers folder of the base model.
         adaptor: the adaptor's folder, if any.
-        rivals: one-step LoRAs and models of others.
+        rivals: what else is compared.
         style: LoRAs and embeddings of the model.
         wishes: how prompts are to be encoded.
         prompts: a file of prompts; None is the model's own.
@@ -70,18 +70,29 @@ def check_request(
 
     """
     texts, _ = draw(held_out_prompts(folder, prompts), images)
-    config = early_config(folder)
+    text, warning = check_models(folder, adaptor, rivals, style, wishes)
+    return Request(texts, text, warning)
+
+
+def check_models(
+    folder: Path,
+    adaptor: Path | None,
+    rivals: Sequence[Contender],
+    style: Style,
+    wishes: TextWishes,
+) -> tuple[TextSettings, str | None]:
+    """Check models and adaptors before anything is loaded; arguments as for ``check_request``.
+
+    Returns:
+        How prompts are encoded, and what a user should know of it; None if nothing.
+
+    Raises:
+        HipaError: one is missing, damaged or for another model.
+
+    """
     check_weights(folder)
     check_style(style, folder)
-    rows = [rival.row for rival in rivals]
-    for rival in rivals:
-        if rows.count(rival.row) > 1:
-            raise HipaError(
-                f"--rival: two of them are called {rival.row!r}. Rename one of the files."
-            )
-        check_fits(rival.method, config)
-        if rival.lora is not None:
-            check_lora(rival.lora, folder, ("unet", "text_encoder"))
+    check_contenders(rivals, folder)
     trained = None
     if adaptor is not None:
         metadata = check_adaptor(adaptor, folder)
@@ -96,80 +107,7 @@ def check_request(
                 "Expected one for text to image."
             )
         trained = metadata.text
-    text, warning = choose_text(wishes, trained, *text_sizes(config))
-    return Request(texts, text, warning)
-
-
-@dataclass(frozen=True)
-class Rival:
-    """A one-step method, and the LoRA that it is for.
-
-    Attributes:
-        method: how the step is taken.
-        lora: its file or folder; None is the base model itself, such as SD-Turbo.
-
-    """
-
-    method: OneStepMethod
-    lora: Path | None = None
-
-    @property
-    def row(self) -> str:
-        """The name of its row in a report."""
-        if self.lora is None:
-            return f"{self.method.name}, one step"
-        return f"{self.lora.stem} ({self.method.name}), one step"
-
-
-def parse_rival(text: str) -> Rival:
-    """The rival in ``[FILE_OR_FOLDER=]METHOD``.
-
-    Raises:
-        HipaError: there is no such file or method.
-
-    Example:
-        >>> parse_rival("Hyper-SD15-1step-lora.safetensors=hyper-sd15").row
-        'Hyper-SD15-1step-lora (hyper-sd15), one step'
-
-    """
-    # The last sign: a path may have others.
-    path, _, name = text.rpartition("=")
-    return make_rival(name, Path(path) if path else None, f"--rival {text}")
-
-
-def make_rival(name: str, lora: Path | None, option: str) -> Rival:
-    """The rival of a method's name and a LoRA.
-
-    Args:
-        name: as for ``load_method``, but 'hipa'.
-        lora: a file or folder.
-        option: what the user said, for messages.
-
-    Raises:
-        HipaError: there is no such method or file; a method without the LoRA that it needs; an
-            adaptor of HiPA, which says its step itself.
-
-    """
-    method = load_method(name)
-    if method is None:
-        raise HipaError(f"{option}: hipa is the step of --adaptor. Leave it out.")
-    if lora is None:
-        if method.needs_adaptor:
-            raise HipaError(
-                f"{option}: {name} is a LoRA. Name its file too: --rival FILE={name}, or --adaptor "
-                f"FILE --one-step {name}."
-            )
-        return Rival(method)
-    if not lora.exists():
-        raise HipaError(
-            f"{option}: {lora} does not exist. Expected a one-step LoRA's file or folder."
-        )
-    if (lora / METADATA).exists():
-        raise HipaError(
-            f"{option}: {lora} is an adaptor of HiPA, which says its own step. Give it as "
-            "--adaptor alone; for a model that is one-step itself give --adaptor none."
-        )
-    return Rival(method, lora)
+    return choose_text(wishes, trained, *text_sizes(early_config(folder)))
 
 
 def held_out_prompts(model_dir: Path, prompts: Path | None = None) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 DRAWS = 1000
 LEVEL = 0.95  # of the intervals
+Z = 1.959964  # standard errors of a normal distribution each way, for LEVEL
 Interval = tuple[float, float]
 
 
@@ -75,3 +76,21 @@ def interval(values_R: np.ndarray) -> Interval:
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(values_R, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def jackknife_interval(whole: float, left_out_G: np.ndarray) -> Interval:
+    """The interval of ``LEVEL`` of a number, from its values without each of G groups.
+
+    The delete-a-group jackknife (Efron and Tibshirani 1993, chapter 11; Shao and Wu 1989): the
+    squared error is (G - 1) / G times the sum of squared differences to their mean. It needs no
+    draw with repetitions, which some numbers do not stand.
+
+    Args:
+        whole: The number of the whole set.
+        left_out_G: Of the set without each group.
+
+    """
+    groups = len(left_out_G)
+    squares = (left_out_G - left_out_G.mean()) ** 2
+    error = float(np.sqrt(squares.sum() * (groups - 1) / groups))
+    return whole - Z * error, whole + Z * error

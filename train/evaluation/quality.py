@@ -38,7 +38,8 @@ from hipa_deploy.train.losses.lite0 import Lite0
 from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.unet_adaptor import one_step_model
-from hipa_deploy.train.recipes.recipe import RADIUS, TeacherSettings
+from hipa_deploy.train.recipes.loss_settings import RADIUS
+from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 CHUNK = 32  # images that go through a network at once
 
@@ -51,14 +52,15 @@ class Quality:
         kid_lite0: KID-Lite0 to the teacher's images from other noise, without pairs of one prompt.
             About 0 for the teacher's own images, larger for worse ones; may be a little negative.
         distance: Mean DISTS-like distance to the teacher's images from the same noise: 0 for equal
-            images, about 1 where nothing agrees.
+            images, about 1 where nothing agrees. None for images of other noise, or of noise that
+            is not known: there is no pair to compare.
         high_frequency_ratio: High-frequency energy over that of the teacher's images from the same
             noise: 1 at best, below 1 for blurred images, above 1 for noisy ones.
 
     """
 
     kid_lite0: float
-    distance: float
+    distance: float | None
     high_frequency_ratio: float
 
 

@@ -7,7 +7,7 @@ Shapes: N images of a row of the report, H, W image size in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style, StyleInfo
-from hipa_deploy.train.evaluation.evaluation_request import REPORT_FILES, Rival, draw
+from hipa_deploy.train.evaluation.contenders import Contender
+from hipa_deploy.train.evaluation.evaluation_request import REPORT_FILES, draw
 from hipa_deploy.train.evaluation.intervals import (
     Interval,
     draw_weights,
@@ -39,7 +40,7 @@ from hipa_deploy.train.evaluation.quality import (
     paired_distances,
     teacher_images,
 )
-from hipa_deploy.train.evaluation.rivals import rival_images
+from hipa_deploy.train.evaluation.rivals import Facts, rival_images
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 FEW_PROMPTS = 64  # with fewer the intervals are too wide to rank adaptors (ours)
@@ -53,7 +54,7 @@ class Intervals(BaseModel):
 
     Attributes:
         kid_lite0: Of KID-Lite0.
-        distance: Of the distance.
+        distance: Of the distance; None where there is none.
         high_frequency_ratio: Of the high-frequency ratio.
         kid_gap_closed: Of the share of the gap that the row closes; None where the gap between base
             and teacher is itself not clear of 0, so that a share of it says nothing.
@@ -63,7 +64,7 @@ class Intervals(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     kid_lite0: Interval
-    distance: Interval
+    distance: Interval | None
     high_frequency_ratio: Interval
     kid_gap_closed: Interval | None = None
 
@@ -74,7 +75,8 @@ class QualityReport(BaseModel):
     Every row has images of the same prompts and noise. The KID-Lite0 of the teacher's own row is
     the floor: no other row is expected below it.
 
-    Version 4 of the schema has intervals, and the prompts' count. Reports of version 3 are read.
+    Version 5 of the schema has notes, and rows without a distance. Version 4 has intervals, and the
+    prompts' count. Reports of version 3 are read.
     Since version 3 KID-Lite0 leaves out pairs of rows with the same prompt (``kid``), so
     that the floor is about 0. In earlier versions it was below 0.
 
@@ -90,6 +92,7 @@ class QualityReport(BaseModel):
         teacher_from: Where the teacher's settings come from, in words.
         rows: The three numbers of each row, by its name.
         intervals: Their bootstrap intervals, by the row's name.
+        notes: What a reader should know of a row, a sentence each, by the row's name.
         style: LoRAs and embeddings of every row's model.
         text: How prompts were encoded.
 
@@ -97,7 +100,7 @@ class QualityReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    schema_version: int = 4
+    schema_version: int = 5
     adaptor_sha256: str | None = None
     images: int
     prompts: int | None = None
@@ -107,6 +110,7 @@ class QualityReport(BaseModel):
     teacher_from: str | None = None
     rows: dict[str, Quality]
     intervals: dict[str, Intervals] = {}
+    notes: dict[str, tuple[str, ...]] = {}
     style: StyleInfo = StyleInfo()
     text: TextSettings = TextSettings()
 
@@ -150,7 +154,7 @@ def make_images(
     images: int,
     console: Console,
     style: Style | None = None,
-    rivals: Sequence[Rival] = (),
+    rivals: Sequence[Contender] = (),
     text: TextSettings | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Make the images of every row of a report.
@@ -164,7 +168,7 @@ def make_images(
         console: Where the status line goes.
         style: LoRAs and embeddings of every row's model.
         text: How prompts are encoded, for every row; None is as the adaptor was trained.
-        rivals: One-step LoRAs and models of others, a row each.
+        rivals: What else is compared, a row each.
 
     Returns:
         The images of each row by its name, uint8 [N, H, W, 3]; and the teacher's for the same
@@ -212,6 +216,7 @@ def quality_report(
     truth_NHWC: np.ndarray,
     again_NHWC: np.ndarray,
     rows: dict[str, np.ndarray],
+    facts: Mapping[str, Facts] | None = None,
 ) -> QualityReport:
     """Compare the rows' images with the teacher's for the same prompts and noise.
 
@@ -221,6 +226,7 @@ def quality_report(
         truth_NHWC: The teacher's images from the rows' noise, uint8.
         again_NHWC: The teacher's images from other noise, uint8: KID-Lite0 is measured to these.
         rows: Images of each row by its name, uint8 [N, H, W, 3].
+        facts: What is known of some rows beside their images, by the row's name.
 
     Raises:
         HipaError: The sets differ in shape, or have fewer than two different prompts.
@@ -230,7 +236,11 @@ def quality_report(
     floor = reference.measure(truth_NHWC)
 
     # The teacher's own row is measured like any other: it shows what perfect numbers look like.
-    measured = {name: reference.measure(images_NHWC) for name, images_NHWC in rows.items()}
+    facts = facts or {}
+    measured = {}
+    for name, images_NHWC in rows.items():
+        paired = name not in facts or facts[name].same_noise
+        measured[name] = reference.measure(images_NHWC, paired=paired)
     base = measured.get(BASE)
     return QualityReport(
         images=len(truth_NHWC),
@@ -240,6 +250,7 @@ def quality_report(
         kid_lite0_floor=floor.quality.kid_lite0,
         rows={name: row.quality for name, row in measured.items()},
         intervals={name: _intervals(row, base, floor) for name, row in measured.items()},
+        notes={name: fact.notes for name, fact in facts.items() if fact.notes},
     )
 
 
@@ -249,7 +260,7 @@ class _Measured:
 
     quality: Quality
     kid_R: np.ndarray
-    distance_R: np.ndarray
+    distance_R: np.ndarray | None
     ratio_R: np.ndarray
 
 
@@ -273,18 +284,26 @@ class _Reference:
         self.compared_NN = other_prompts(prompts, lite0_features(truth_NHWC), self.again_ND)
         self.weights_RN = draw_weights(prompts)
 
-    def measure(self, images_NHWC: np.ndarray) -> _Measured:
-        """Compare a row's images, uint8 [N, H, W, 3]."""
+    def measure(self, images_NHWC: np.ndarray, *, paired: bool = True) -> _Measured:
+        """Compare a row's images, uint8 [N, H, W, 3].
+
+        Images that are not ``paired`` are of other noise than the teacher's: nothing says which
+        part of their distance is the noise's, and so they have none. KID and the ratio compare sets
+        and not pairs.
+        """
         row_kernels = kernels(lite0_features(images_NHWC), self.again_ND)
-        distance_N = paired_distances(images_NHWC, self.truth_NHWC)
         energy_N = high_frequency_energies(images_NHWC)
 
         # Every image once is one more draw: that of the numbers themselves.
         every_1N = torch.ones(1, len(images_NHWC), dtype=torch.float64)
         weights_RN = torch.cat([every_1N, self.weights_RN])
         kid_R = kid_of_draws(row_kernels, self.compared_NN, weights_RN)
-        distance_R = mean_of_draws(distance_N, weights_RN)
         ratio_R = mean_of_draws(energy_N, weights_RN) / mean_of_draws(self.energy_N, weights_RN)
+        if not paired:
+            quality = Quality(float(kid_R[0]), None, float(ratio_R[0]))
+            return _Measured(quality, kid_R[1:], None, ratio_R[1:])
+        distance_N = paired_distances(images_NHWC, self.truth_NHWC)
+        distance_R = mean_of_draws(distance_N, weights_RN)
         quality = Quality(float(kid_R[0]), float(distance_R[0]), float(ratio_R[0]))
         return _Measured(quality, kid_R[1:], distance_R[1:], ratio_R[1:])
 
@@ -298,7 +317,7 @@ def _intervals(row: _Measured, base: _Measured | None, floor: _Measured) -> Inte
             closed = interval((base.kid_R - row.kid_R) / gap_R)
     return Intervals(
         kid_lite0=interval(row.kid_R),
-        distance=interval(row.distance_R),
+        distance=None if row.distance_R is None else interval(row.distance_R),
         high_frequency_ratio=interval(row.ratio_R),
         kid_gap_closed=closed,
     )
@@ -368,14 +387,24 @@ def markdown_table(report: QualityReport) -> str:
 
 def _cells(row: Quality, intervals: Intervals | None) -> list[str]:
     """The three numbers of a row, each with its interval."""
+    limits: tuple[Interval | None, ...] = (None, None, None)
+    if intervals is not None:
+        limits = (intervals.kid_lite0, intervals.distance, intervals.high_frequency_ratio)
     numbers = (row.kid_lite0, row.distance, row.high_frequency_ratio)
-    if intervals is None:
-        return [f"{number:.3f}" for number in numbers]
-    ranges = (intervals.kid_lite0, intervals.distance, intervals.high_frequency_ratio)
     cells = []
-    for number, (low, high) in zip(numbers, ranges, strict=True):
-        cells.append(f"{number:.3f} ({low:.3f} to {high:.3f})")
+    for number, ends in zip(numbers, limits, strict=True):
+        if number is None:
+            cells.append("none")
+        elif ends is None:
+            cells.append(f"{number:.3f}")
+        else:
+            cells.append(f"{number:.3f} ({ends[0]:.3f} to {ends[1]:.3f})")
     return cells
+
+
+def row_notes(report: QualityReport) -> list[str]:
+    """A line for each row of which a reader should know something."""
+    return [f"{name}: {' '.join(notes)}" for name, notes in report.notes.items()]
 
 
 def gap_line(report: QualityReport) -> str | None:
@@ -436,7 +465,7 @@ def write_report(
 
     # The text comes last, so that a report that can be read has all of its pictures.
     text = f"# Quality\n\n{conditions(report)}.\n\n{markdown_table(report)}\n\n{INTERVALS}\n"
-    for line in (gap_line(report), *report.doubts):
+    for line in (gap_line(report), *report.doubts, *row_notes(report)):
         if line:
             text += f"\n{line}\n"
     text += f"\n{PICTURES}Columns of the samples: {'; '.join(rows)}.\n"

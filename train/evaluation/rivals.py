@@ -1,49 +1,131 @@
-"""One-step LoRAs and models of others, to compare an adaptor with: ``hipa-evaluate --rival``.
+"""The images of what an adaptor is compared with: ``hipa-evaluate --rival``.
 
 Shapes: N images of a row of the report, H, W image size in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.one_step.step_constants import step_constants
-from hipa_deploy.models.style import LoraChoice, Style
-from hipa_deploy.train.evaluation.evaluation_request import Rival
+from hipa_deploy.models.style import LoraChoice, Style, check_same_loras
+from hipa_deploy.train.evaluation.contenders import (
+    BundleContender,
+    Contender,
+    ImageFolder,
+    OtherAdaptor,
+    Rival,
+    adaptor_notes,
+    bundle_notes,
+)
+from hipa_deploy.train.evaluation.image_folder import find_images
 from hipa_deploy.train.evaluation.quality import decoded_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.one_step import one_step_latents
+from hipa_deploy.train.model.unet_adaptor import one_step_model
+
+if TYPE_CHECKING:
+    from hipa_deploy.generate.pipeline import OneStepPipeline
+
+Maker = Callable[[Sequence[str], Sequence[int]], np.ndarray]
+"""A function from N prompts and their N noise seeds to images, uint8 [N, H, W, 3]."""
 
 
-def check_rivals(rivals: Sequence[Rival], folder: Path, style: Style) -> None:
-    """Check that every rival fits the model in ``folder``; no weights of the model are loaded.
+@dataclass(frozen=True)
+class Facts:
+    """What a report says of a contender beside its numbers.
+
+    Attributes:
+        same_noise: whether its images are of the same noise as the other rows'.
+        notes: a sentence each.
+
+    """
+
+    same_noise: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def check_rivals(contenders: Sequence[Contender], folder: Path, style: Style) -> None:
+    """Check that every contender fits the model in ``folder``; no weights of the model are loaded.
 
     Raises:
-        HipaError: a method or LoRA that is not for this model, or two rivals of one name.
+        HipaError: a method, LoRA or adaptor that is not for this model, a bundle whose images have
+            another size, or two contenders of one name.
 
     """
     config = ModelConfig.read(folder)
-    rows = [rival.row for rival in rivals]
+    rows = [contender.row for contender in contenders]
     for row in rows:
         if rows.count(row) > 1:
             raise HipaError(f"--rival: two of them are called {row!r}. Rename one of the files.")
-    for rival in rivals:
-        step_constants(rival.method, config)
-        OpenStyle.read(_with_lora(style, rival), config)
+    for contender in contenders:
+        if isinstance(contender, Rival):
+            step_constants(contender.method, config)
+            OpenStyle.read(style_with_lora(style, contender), config)
+        elif isinstance(contender, OtherAdaptor):
+            loras = OpenStyle.read(style, config).info.loras
+            check_same_loras(contender.folder, read_metadata(contender.folder).loras, loras)
+        elif isinstance(contender, BundleContender):
+            _check_bundle_size(contender, config.native_size)
+
+
+def _check_bundle_size(contender: BundleContender, size: tuple[int, int]) -> None:
+    """Raise HipaError if a bundle makes images of another size than the model."""
+    step = Bundle.open(contender.folder).manifest.one_step
+    height = step.height
+    width = step.width
+    if (height, width) != size:
+        raise HipaError(
+            f"bundle {contender.folder} makes images of {height}x{width} pixels (height x width), "
+            f"and the model's have {size[0]}x{size[1]}. Export it in that size."
+        )
+
+
+def contender_facts(
+    contender: Contender,
+    folder: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    text: TextSettings | None = None,
+) -> Facts:
+    """What is known of a contender before its images are made.
+
+    Args:
+        contender: checked by ``check_rivals``.
+        folder: Diffusers folder of the base model.
+        prompts: N prompts.
+        seeds: The noise seed of each prompt.
+        text: How the prompts of the other rows are encoded; None is not compared.
+
+    Raises:
+        HipaError: As ``find_images``.
+
+    """
+    if isinstance(contender, BundleContender):
+        return Facts(notes=tuple(bundle_notes(contender, folder, text)))
+    if isinstance(contender, OtherAdaptor):
+        return Facts(notes=tuple(adaptor_notes(contender, folder, text)))
+    if isinstance(contender, ImageFolder):
+        found = find_images(contender.folder, prompts, seeds)
+        return Facts(found.same_noise, tuple(found.notes))
+    return Facts()
 
 
 def rival_images(
     folder: Path,
-    rival: Rival,
+    rival: Contender,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -51,28 +133,53 @@ def rival_images(
     device: str | None = None,
     text: TextSettings | None = None,
 ) -> np.ndarray:
-    """One-step images of a rival.
+    """Images of a contender.
 
     Args:
         folder: Diffusers folder of the base model.
-        rival: The LoRA and its method.
+        rival: What makes them.
         prompts: N prompts.
         seeds: The noise seed of each prompt.
         style: LoRAs and embeddings that are added to the model.
         device: 'cpu', 'cuda', ...; None is the GPU if there is one.
-        text: How prompts are encoded; None is one chunk, all layers.
+        text: How prompts are encoded; None is one chunk, all layers. Another adaptor reads them as
+            it was trained, and a bundle as it was exported.
 
     Returns:
         uint8 [N, H, W, 3].
 
     Raises:
-        HipaError: as ``check_rivals``; or not one seed for each prompt.
+        HipaError: as ``check_rivals`` and ``find_images``; or not one seed for each prompt.
 
     """
-    model = DiffusionModel.load(
-        folder, device, style=_with_lora(style or Style(), rival), text=text
-    )
-    constants = step_constants(rival.method, model.config)
+    if isinstance(rival, ImageFolder):
+        height, width = ModelConfig.read(folder).native_size
+        return find_images(rival.folder, prompts, seeds).images(height, width)
+    return open_contender(folder, rival, style=style, device=device, text=text)(prompts, seeds)
+
+
+def open_contender(
+    folder: Path,
+    contender: Rival | OtherAdaptor | BundleContender,
+    *,
+    style: Style | None = None,
+    device: str | None = None,
+    text: TextSettings | None = None,
+) -> Maker:
+    """Load a contender once, to make many images; arguments and errors as for ``rival_images``."""
+    if isinstance(contender, BundleContender):
+        # Here, as a report without a bundle needs no runtime.
+        from hipa_deploy.generate.pipeline import OneStepPipeline
+
+        return partial(_bundle_images, OneStepPipeline.load(contender.folder))
+    if isinstance(contender, OtherAdaptor):
+        own_text = read_metadata(contender.folder).text
+        model = DiffusionModel.load(folder, device, style=style, text=own_text)
+        return partial(decoded_images, model, one_step_model(model, 999, contender.folder))
+
+    added = style_with_lora(style or Style(), contender)
+    model = DiffusionModel.load(folder, device, style=added, text=text)
+    constants = step_constants(contender.method, model.config)
     latents = partial(
         one_step_latents,
         model.unet,
@@ -81,10 +188,26 @@ def rival_images(
         prediction_type=constants.prediction_type,
         method=constants.method,
     )
-    return decoded_images(model, latents, prompts, seeds)
+    return partial(decoded_images, model, latents)
 
 
-def _with_lora(style: Style, rival: Rival) -> Style:
+def _bundle_images(
+    pipe: OneStepPipeline, prompts: Sequence[str], seeds: Sequence[int]
+) -> np.ndarray:
+    """The images of a bundle as its stages make them: no watermark, and none is withheld."""
+    # Prompts that are too long are cut, as those of the other rows are.
+    jobs = pipe.jobs(zip(prompts, seeds, strict=True), truncate=True)
+    images = []
+    start = 0
+    while start < len(jobs):
+        batch = jobs[start : start + max(pipe.batch_sizes)]
+        for made in pipe.make(batch):
+            images.append(made.finished())
+        start += len(batch)
+    return np.stack(images)
+
+
+def style_with_lora(style: Style, rival: Rival) -> Style:
     """The style, and the rival's LoRA after it: both are merged in the same way."""
     if rival.lora is None:
         return style

@@ -11,7 +11,7 @@ import torch
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.losses.frequency import high_pass
 from hipa_deploy.train.model.diffusion_model import to_float, to_uint8
-from hipa_deploy.train.recipes.recipe import RADIUS
+from hipa_deploy.train.recipes.loss_settings import RADIUS
 
 
 def radial_power(images_NHWC: np.ndarray) -> np.ndarray:

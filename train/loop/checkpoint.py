@@ -48,14 +48,25 @@ def read_checkpoint(path: Path, weights: Mapping[str, Tensor], steps: int) -> di
             raise damaged(path, f"its {key} is no table")
 
     step = state["step"]
-    if type(step) is not int or not 0 <= step <= steps:
-        raise damaged(path, f"its step is {brief(step)}, expected 0 to {steps}")
+    if type(step) is not int or step < 0:
+        raise damaged(path, f"its step is {brief(step)}, expected 0 or more")
     try:
         identity = parse_json(state["identity"]) if isinstance(state["identity"], str) else None
     except ValueError as error:
         raise damaged(path, f"its identity cannot be read: {first_line(error)}") from None
     if not isinstance(identity, dict) or not isinstance(identity.get("recipe"), dict):
         raise damaged(path, "its identity holds no recipe")
+
+    # A run that goes on to fewer steps than it was started for is one; a checkpoint beyond the end
+    # of its own run is none.
+    last = identity["recipe"].get("steps")
+    if type(last) is not int or step > last:
+        raise damaged(path, f"its step is {step}, and its run has {brief(last)}")
+    if step > steps:
+        raise HipaError(
+            f"run folder {path.parent} has taken {step} steps already, and {steps} were asked for. "
+            "Ask for more steps, or choose another output folder."
+        )
     return {**state, "identity": identity}
 
 
@@ -116,4 +127,7 @@ def check_tensor(path: Path, what: str, value: Any, shape: torch.Size) -> None:
 
 def damaged(path: Path, why: str) -> HipaError:
     """The error for a checkpoint that cannot be used."""
-    return HipaError(f"checkpoint {path} is damaged: {why}. Remove {path.parent}.")
+    return HipaError(
+        f"checkpoint {path} is damaged: {why}. Remove {path.parent}, or choose another "
+        "output folder."
+    )

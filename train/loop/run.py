@@ -7,25 +7,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from pydantic import ValidationError
-from rich.console import Console
 from torch import Tensor, nn
 
 from hipa_deploy.disk.files import describe_write_error
-from hipa_deploy.disk.reading import shown
-from hipa_deploy.errors import HipaError, as_line, brief, first_line
-from hipa_deploy.images.png import grid
-from hipa_deploy.interrupts import interruptible
+from hipa_deploy.errors import HipaError, as_line, first_line
 from hipa_deploy.train.distribution.terms import DistributionTerms
 from hipa_deploy.train.loop.checkpoint import (
     check_tensors,
@@ -33,10 +26,12 @@ from hipa_deploy.train.loop.checkpoint import (
     optimizer_state,
     read_checkpoint,
 )
+from hipa_deploy.train.loop.identity import check_same_run
 from hipa_deploy.train.loop.optimizer import learning_rate
+from hipa_deploy.train.loop.output import CHECKPOINT
+from hipa_deploy.train.loop.plateau import Plateau
 from hipa_deploy.train.loop.processes import Processes
-from hipa_deploy.train.loop.progress_bar import ProgressBar
-from hipa_deploy.train.loop.scalars import Scalars
+from hipa_deploy.train.loop.spent import Spent
 from hipa_deploy.train.losses.hipa_loss import HipaLoss, Terms
 from hipa_deploy.train.model.mixed_precision import grad_scaler
 from hipa_deploy.train.model.weight_average import WeightAverage
@@ -44,108 +39,6 @@ from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
 
 # Mean loss of rows (int64 [B]) at a step, and its unweighted terms.
 LossAt = Callable[[Tensor, int], tuple[Tensor, Terms]]
-# Columns of a sample grid, uint8 [N, H, W, 3] each.
-SampleColumns = Callable[[], list[Tensor]]
-
-# Settings that a resumed run may change: they do not decide which steps it takes. Prompts are
-# compared by their hash instead, wherever their file lies.
-CHANGEABLE_SETTINGS = {
-    "checkpoint_every",
-    "sample_every",
-    "samples",
-    "gradient_checkpointing",
-    "micro_batch",
-    "prompts",
-    "prompts_column",
-    "written",
-    "latent_discriminator.real_images",
-}
-# The parts of a run's identity beside its recipe, and what a message calls another value of each.
-OTHER_IDENTITY = {
-    "base_unet_sha256": "another base model",
-    "base_vae_sha256": "another VAE",
-    "adaptor_sha256": "another adaptor",
-    "initial_sha256": "another adaptor to start from",
-    "prompts_sha256": "other prompts",
-    "loras": "other LoRAs, or at other scales",
-    "embeddings": "other embeddings",
-}
-
-
-def run_steps(
-    run: Run,
-    count: int,
-    loss_at: LossAt,
-    sample_columns: SampleColumns,
-    console: Console,
-    distribution: DistributionTerms | None = None,
-) -> None:
-    """Take the steps that ``run`` still lacks, with a progress bar, scalars, samples, checkpoints.
-
-    Args:
-        run: The run, resumed by its caller; its recipe says how many steps and how large a batch.
-        count: How many examples there are; a step's batch is drawn from these rows.
-        loss_at: ``loss_at(rows, step)`` returns the mean loss over ``rows``, int64 [B], a scalar
-            with a gradient, and its terms. It must depend on the weights, rows and step alone, or
-            a resumed run would differ from an unbroken one.
-        sample_columns: Returns the columns of a sample grid, uint8 [N, H, W, 3] each.
-        console: Where progress goes.
-        distribution: Its fake score, if it has one, follows the student after each step.
-
-    Raises:
-        HipaError: the loss is not finite; the last checkpoint is kept.
-        StoppedError: Ctrl-C or SIGTERM reached any process; a checkpoint of the last step is kept.
-
-    """
-    recipe = run.recipe
-    processes = run.processes
-    with (
-        run.open_scalars() as scalars,
-        interruptible(under_launcher=processes.count > 1) as stop,
-        ProgressBar(console) as progress,
-    ):
-        task = progress.add_task("training", total=recipe.steps, completed=run.step)
-        while run.step < recipe.steps:
-            # The step itself.
-            rows = batch_rows(count, recipe.batch, recipe.seed, run.step)
-            values = run.accumulate(rows, loss_at)
-            record = run.take_step(values["loss"])
-            if distribution is not None:
-                values |= run.follow(rows, distribution)
-
-            # Report it.
-            progress.update(task, completed=run.step)
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-            progress.note = f"step {run.step}  {shown}"
-            scalars.add({**values, **record}, run.step)
-
-            # The checkpoint comes before the samples: a failure while sampling then loses no step.
-            # All processes must stop after the same step, so one that was interrupted tells the
-            # rest.
-            done = run.step == recipe.steps
-            stopping = processes.any(stop.is_set())
-            if run.step % recipe.checkpoint_every == 0 or done or stopping:
-                run.save()
-                console.print(progress.note, highlight=False)
-            if run.step % recipe.sample_every == 0 or done:
-                run.save_samples(sample_columns)
-            if stopping and not done:
-                message = f"stopped at step {run.step} of {recipe.steps}."
-                raise processes.stopped(f"{message} Run the same command to resume.", stop.number)
-
-
-def batch_rows(count: int, batch: int, seed: int, step: int) -> Tensor:
-    """Rows of one step, int64 [batch], drawn from ``count``: without repetition where possible.
-
-    They depend on (seed, step) alone, so that a resumed run draws what an unbroken one would.
-
-    Example:
-        >>> batch_rows(count=100, batch=8, seed=0, step=5).shape
-        torch.Size([8])
-
-    """
-    rows = np.random.default_rng((seed, step)).choice(count, size=batch, replace=batch > count)
-    return torch.from_numpy(rows)
 
 
 @dataclass
@@ -165,6 +58,10 @@ class Run:
         processes: The processes that share each batch.
         extra_state: Further parameters that a checkpoint stores: those of the loss.
         step: Optimiser steps taken so far.
+        plateau: Of the held-out measure, if the recipe has one.
+
+    Attributes:
+        notes: What to tell about a run that goes on, a line each.
 
     """
 
@@ -176,17 +73,20 @@ class Run:
     processes: Processes = field(default_factory=Processes)
     extra_state: dict[str, nn.Parameter] = field(default_factory=dict)
     step: int = 0
+    plateau: Plateau = field(default_factory=lambda: Plateau(patience=0, min_delta=0.0))
     saved_step: int = field(default=0, init=False)
+    notes: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         device = next(iter(self.weights.values())).device
         self.scaler = grad_scaler(self.recipe.mixed_precision, device)
         self.average = WeightAverage(self.weights, self.recipe.ema_decay)
+        self.spent = Spent(device, self.processes.count)
 
     @property
     def path(self) -> Path:
         """The checkpoint file."""
-        return self.folder / "state.pt"
+        return self.folder / CHECKPOINT
 
     def resume(self) -> None:
         """Load the checkpoint if there is one.
@@ -205,7 +105,7 @@ class Run:
     def _load(self) -> None:
         weights = self._stored_weights()
         state = read_checkpoint(self.path, weights, self.recipe.steps)
-        self._check_same_run(state["identity"])
+        check_same_run(self.folder, state["identity"], self.identity, type(self.recipe))
         check_tensors(self.path, "weights", state["weights"], weights)
         check_tensors(self.path, "average", state["average"], self.average.mean)
         optimizer = optimizer_state(self.path, state["optimizer"], self.optimizer)
@@ -220,6 +120,29 @@ class Run:
             self._load_scaler(state["scaler"])
         self.step = state["step"]
         self.saved_step = self.step
+        self.spent.load(state.get("training"), self.step, self.path)
+        self.plateau.load(state.get("held_out"), self.path)
+        self._note_other_steps(state["identity"]["recipe"]["steps"])
+
+    def _note_other_steps(self, before: int) -> None:
+        """Say what it means that the run goes on to another step than it was started for."""
+        steps = self.recipe.steps
+        if steps == before:
+            return
+        self.plateau.start_again()
+        self.notes.append(
+            f"the run of {before} steps goes on from step {self.step} to step {steps}"
+        )
+        settings = self.recipe.optimiser
+        if settings.decay == "constant":
+            return
+        was = learning_rate(settings, max(0, self.step - 1), before)
+        now = learning_rate(settings, self.step, steps)
+        self.notes.append(
+            f"warning: the {settings.decay} decay now ends at step {steps}: the learning rate goes "
+            f"from {was:.2g} to {now:.2g} here. The adaptor will differ from one that was trained "
+            f"for {steps} steps at once. With optimiser.decay = 'constant' it would be the same."
+        )
 
     def _load_scaler(self, stored: dict[str, Any]) -> None:
         """Restore the scale of fp16 gradients; its rules are this run's own."""
@@ -259,6 +182,8 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "identity": json.dumps(self.identity),
+            "training": [entry.model_dump() for entry in self.spent.until(self.step)],
+            "held_out": self.plateau.state(),
         }
         scratch = self.path.with_suffix(".tmp")
         try:
@@ -401,56 +326,33 @@ class Run:
             return f"The checkpoint of step {self.saved_step} is kept."
         return "No checkpoint exists yet."
 
-    def save_samples(self, sample_columns: SampleColumns) -> None:
-        """Write a sample grid of the averaged weights: samples/step-00001000.png."""
-        with self.processes.fail_together():
-            if self.processes.is_main:
-                path = self.folder / "samples" / f"step-{self.step:08d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with self.average.applied():
-                    columns = sample_columns()
-                image = grid([column.numpy() for column in columns])
-                Image.fromarray(image).save(path)
-
-    def open_scalars(self) -> Scalars:
-        """TensorBoard scalars in the run folder; a process that does not write records nothing."""
-        folder = self.folder / "tensorboard" if self.processes.is_main else None
-        return Scalars(folder, self.step)
-
-    def _check_same_run(self, stored: dict[str, Any]) -> None:
-        remedy = "Remove it, or choose another output folder."
-        for key, other in OTHER_IDENTITY.items():
-            # What a run of an older version does not know is none.
-            if (stored.get(key) or None) != (self.identity.get(key) or None):
-                raise HipaError(f"run folder {self.folder} was started with {other}. {remedy}")
-
-        # The recipes are compared setting by setting, so that the message can name the first
-        # change.
-        with as_line(f"checkpoint {self.path} is damaged", f"Remove {self.folder}."):
-            before = self._flat_recipe(stored["recipe"])
-        now = self._flat_recipe(self.identity["recipe"])
-        for key in sorted(before.keys() | now.keys()):
-            if key in CHANGEABLE_SETTINGS or before.get(key) == now.get(key):
-                continue
-            change = f"{shown(key)} was {_text(before.get(key))}, is {_text(now.get(key))}"
-            raise HipaError(f"run folder {self.folder} has another recipe: {change}. {remedy}")
-
-    def _flat_recipe(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """A stored recipe as 'table.key' -> JSON value, with defaults for settings that it lacks.
-
-        A setting that was introduced after the recipe was stored has its default, so that older
-        runs resume. A recipe with settings that exist no more does not validate, and stays as it
-        is.
-        """
-        with suppress(ValidationError):
-            recipe = type(self.recipe).model_validate(recipe).model_dump(mode="json")
-        # Through JSON and back: a tuple and the list that was stored for it are then equal.
-        return _flat(json.loads(json.dumps(recipe)))
+    @contextmanager
+    def written_weights(self) -> Iterator[None]:
+        """The weights that are written in the end: the average, if the recipe asks for it."""
+        average = self.average.applied() if self.recipe.written == "average" else nullcontext()
+        with average:
+            yield
 
 
-def _text(value: Any) -> str:
-    """A setting's value for a message, as it stands in a recipe."""
-    return shown(value) if isinstance(value, str) else brief(value)
+def check_extends(out: Path, run: Run, result: dict[str, Any]) -> None:
+    """Check that the finished result in ``out`` is of the run that is resumed.
+
+    Args:
+        out: The result's folder.
+        run: The run, resumed.
+        result: The result's metadata.
+
+    Raises:
+        HipaError: it is another run's, or of more steps than the checkpoint.
+
+    """
+    check_same_run(out, result, run.identity, type(run.recipe))
+    taken = result["steps_trained"]
+    if taken > run.step:
+        raise run.processes.error(
+            f"{out} took {taken} steps, and the checkpoint {run.path} is of step {run.step}: it "
+            "is not the one that the result was made with. Choose another output folder."
+        )
 
 
 def _state_bytes(state: Any) -> int:
@@ -484,14 +386,3 @@ def loss_state(
     if distribution is None:
         return loss.state
     return {**loss.state, **distribution.state}
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, with keys such as 'loss.hf_weight'."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

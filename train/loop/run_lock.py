@@ -8,21 +8,12 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from hipa_deploy.disk.files import check_writable, refuse_to_overwrite
+from hipa_deploy.disk.files import check_writable
 from hipa_deploy.disk.locks import locked
-from hipa_deploy.errors import HipaError
+from hipa_deploy.train.loop.output import LOCK, check_output, check_run_folder, run_folder
 from hipa_deploy.train.loop.processes import Processes
 
 Train = TypeVar("Train", bound=Callable[..., Path])
-
-LOCK = ".lock"
-# What a run folder holds. Another folder of this name is somebody's own.
-CONTENT = {"state.pt", "state.tmp", "samples", "tensorboard", LOCK}
-
-
-def run_folder(out: Path) -> Path:
-    """The folder of the checkpoint, scalars and samples of a training that writes ``out``."""
-    return out.with_name(out.name + ".run")
 
 
 def one_run_at_a_time(train: Train) -> Train:
@@ -33,7 +24,7 @@ def one_run_at_a_time(train: Train) -> Train:
 
     @wraps(train)
     def alone(recipe: Any, model_dir: Path, out: Path, **more: Any) -> Path:
-        refuse_to_overwrite(out)
+        check_output(out, recipe)
         processes = Processes.join(recipe, more.get("device"))
         with ExitStack() as stack:
             with processes.fail_together():
@@ -52,15 +43,7 @@ def _locked(folder: Path) -> Iterator[None]:
         HipaError: another training holds it, or the folder is none of a training.
 
     """
-    is_other = folder.exists() and not folder.is_dir()
-    if folder.is_dir():
-        names = {path.name for path in folder.iterdir()}
-        is_other = bool(names) and not names & CONTENT
-    if is_other:
-        raise HipaError(
-            f"{folder} is needed for checkpoints, and is not a training's folder. "
-            "Choose another output folder."
-        )
+    check_run_folder(folder)
     check_writable(folder / LOCK)
     folder.mkdir(parents=True, exist_ok=True)
     remedy = "Wait until it ends, or choose another output folder."

@@ -1,20 +1,37 @@
-"""TensorBoard scalars of a training run."""
+"""Where a training's numbers and sample grids go: TensorBoard, and accelerate's trackers.
+
+TensorBoard is written here rather than by accelerate's tracker, which flushes the file at every
+step. The other trackers are accelerate's own classes. They are opened without its Accelerator, for
+the reasons that processes.py gives.
+"""
 
 from __future__ import annotations
 
-from contextlib import suppress
+import hashlib
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
+
+from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.train.loop.output import TRACKERS
+
+TENSORBOARD = "tensorboard"
+PROJECT = "hipa-train"  # of W&B and others, unless WANDB_PROJECT names another
 
 
 class Scalars:
     """A TensorBoard writer as a context manager; without a folder it records nothing.
 
     Args:
-        folder: Where the event file goes; None in a process that does not write. step: The step
-        that the run resumes from. TensorBoard then hides values of later steps, which
-            a killed run wrote after its last checkpoint.
+        folder: Where the event file goes; None in a process that does not write.
+        step: The step that the run resumes from. TensorBoard then hides values of later steps,
+            which a killed run wrote after its last checkpoint.
 
     """
 
@@ -41,3 +58,152 @@ class Scalars:
             return
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
+
+    def add_image(self, name: str, image_HWC: np.ndarray, step: int) -> None:
+        """Record an image, uint8 [H, W, 3]."""
+        if self.writer is not None:
+            self.writer.add_image(name, image_HWC, step, dataformats="HWC")
+
+
+class OtherTracker:
+    """One of accelerate's trackers as a context manager.
+
+    Once a training runs, a tracker that fails ends it not: the console says so, and nothing more
+    is sent to it.
+
+    Args:
+        name: accelerate's name of it, such as 'wandb'.
+        folder: The run folder.
+        config: The recipe as 'table.key' -> value, which the tracker shows beside the run.
+        console: Where a failure is told.
+
+    Raises:
+        HipaError: it cannot be opened.
+
+    """
+
+    def __init__(
+        self, name: str, folder: Path, config: dict[str, Any], console: Console | None
+    ) -> None:
+        self.name = name
+        self.console = console
+        self.tracker: Any = None
+        try:
+            self.tracker = _open(name, folder)
+            self.tracker.store_init_configuration(config)
+        except Exception as error:
+            raise HipaError(
+                f"tracker {name} cannot be opened ({type(error).__name__}: {first_line(error)}). "
+                f"Log in to it first (W&B: run wandb login, or set WANDB_MODE=offline), or leave "
+                f"--log-with {name} out."
+            ) from None
+
+    def __enter__(self) -> OtherTracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._call("finish")
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Record the values of a step, by name."""
+        self._call("log", dict(values), step=step)
+
+    def add_image(self, name: str, image_HWC: np.ndarray, step: int) -> None:
+        """Record an image, uint8 [H, W, 3], where the tracker takes images."""
+        if hasattr(self.tracker, "log_images"):
+            self._call("log_images", {name: image_HWC[None]}, step=step)
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> None:
+        if self.tracker is None:
+            return
+        try:
+            getattr(self.tracker, method)(*arguments, **options)
+        except Exception as error:
+            self.tracker = None
+            if self.console is not None:
+                self.console.print(
+                    f"warning: tracker {self.name} failed ({type(error).__name__}: "
+                    f"{first_line(error)}). The training goes on without it.",
+                    highlight=False,
+                )
+
+
+def _open(name: str, folder: Path) -> Any:
+    """A started tracker of accelerate for the run of a folder."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    holder = folder / TRACKERS
+    holder.mkdir(parents=True, exist_ok=True)
+    project = os.environ.get("WANDB_PROJECT", PROJECT)
+    if name == "wandb":
+        # A resumed run goes on in the same run of W&B: its id comes from the folder.
+        run_id = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+        title = folder.name.removesuffix(".run")
+        tracker = kind(project, dir=str(holder), id=run_id, name=title, resume="allow")
+    elif kind.requires_logging_directory:
+        tracker = kind(project, logging_dir=str(holder))
+    else:
+        tracker = kind(project)
+    # Before accelerate 1.8 a tracker starts when it is made.
+    start = getattr(tracker, "start", None)
+    if start is not None:
+        start()
+    return tracker
+
+
+class Trackers:
+    """All trackers of a run as one context manager; a process that does not write has none.
+
+    Args:
+        folder: The run folder; None in a process that does not write.
+        step: The step that the run resumes from.
+        names: TENSORBOARD, and names of accelerate's trackers.
+        config: The recipe as 'table.key' -> value.
+        console: Where a tracker's failure is told.
+
+    Raises:
+        HipaError: a tracker cannot be opened.
+
+    Example:
+        >>> with Trackers(Path("adaptor.run"), 0, ["tensorboard", "wandb"], {}) as trackers:
+        ...     trackers.add({"loss": 0.5}, step=1)
+
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        step: int,
+        names: Sequence[str],
+        config: dict[str, Any],
+        console: Console | None = None,
+    ) -> None:
+        self.stack = ExitStack()
+        self.open: list[Scalars | OtherTracker] = []
+        if folder is None:
+            return
+        for name in names:
+            tracker: Scalars | OtherTracker
+            if name == TENSORBOARD:
+                tracker = Scalars(folder / TENSORBOARD, step)
+            else:
+                tracker = OtherTracker(name, folder, config, console)
+            self.stack.enter_context(tracker)
+            self.open.append(tracker)
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Record the values of a step, by name."""
+        for tracker in self.open:
+            tracker.add(values, step)
+
+    def add_image(self, name: str, image_HWC: np.ndarray, step: int) -> None:
+        """Record an image, uint8 [H, W, 3]."""
+        for tracker in self.open:
+            tracker.add_image(name, image_HWC, step)

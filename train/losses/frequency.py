@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from hipa_deploy.train.recipes.recipe import RADIUS
+from hipa_deploy.train.recipes.loss_settings import RADIUS
 
 # c of the similarities: mean power below which a band counts as empty and a window as flat. It is
 # the power of a hundredth of white.

@@ -2,6 +2,7 @@
 
     L = perceptual_weight D + hf_weight (fourier_weight L_F + edge_weight L_E)       (images)
         + amplitude_weight L_A + pixel_weight L_pixel + adversarial_weight L_G       (images, ours)
+        + custom_weight L_custom                                                     (images, yours)
         + latent_weight L_latent + latent_hf_weight (L_F + L_E of latents)           (latents, ours)
 
 The two losses of the first line are the paper's (arXiv 2311.18158). Its equations and weights are
@@ -10,6 +11,7 @@ not public: docs/explanation/hipa.md lists what is published and what this proje
     D           dists.py or lpips.py
     L_F, L_A    frequency.py
     L_E         edge.py
+    L_custom    custom_loss.py
     L_G         discriminator.py, whose loss for its own weights, L_D, is added with weight 1
 
 A recipe can have gradient_balance.py scale the image terms.
@@ -30,13 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.train.losses.custom_loss import load_custom_loss
 from hipa_deploy.train.losses.discriminator import Discriminator
 from hipa_deploy.train.losses.dists import DistsLike, perceptual_distance
 from hipa_deploy.train.losses.edge import edge_loss, edge_similarity_loss
 from hipa_deploy.train.losses.frequency import amplitude_loss, fourier_loss, fourier_similarity_loss
 from hipa_deploy.train.losses.gradient_balance import GradientBalance
 from hipa_deploy.train.losses.lpips import LpipsLike
-from hipa_deploy.train.recipes.recipe import DecoderLossSettings, LossSettings
+from hipa_deploy.train.recipes.loss_settings import DecoderLossSettings, LossSettings
 
 Terms = dict[str, Tensor]  # unweighted scalar of each term, by name
 Term = Callable[[Tensor, Tensor], Tensor]  # (image, target) -> scalar
@@ -89,6 +92,13 @@ class HipaLoss(nn.Module):
             "amplitude": partial(amplitude_loss, radius=settings.radius),
             "pixel": F.mse_loss if settings.pixel == "mse" else F.l1_loss,
         }
+
+        # A user's own; it has no weights that train.
+        if "custom" in self.weights:
+            assert settings.custom is not None
+            with torch.device("cpu"):  # whichever is the default; it moves with the other terms
+                self.custom = load_custom_loss(settings.custom)
+            self.image_terms["custom"] = self.custom
 
         # The terms of two latents, which a decoder's loss does not have.
         self.latent_weight = 0.0
@@ -210,6 +220,7 @@ def image_weights(settings: LossSettings | DecoderLossSettings) -> dict[str, flo
         "amplitude": settings.amplitude_weight,
         "pixel": settings.pixel_weight,
         "adversarial": settings.adversarial_weight,
+        "custom": settings.custom_weight if settings.custom else 0.0,
     }
 
 

@@ -38,8 +38,11 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """Take in the weights after ``step`` steps.
 
-        The decay rises to its value as (1 + step) / (10 + step), as in diffusers' EMAModel. Without
-        that the average of a short run would be mostly its start, which for an adaptor is zero.
+        The decay rises to its value as (1 + step) / (10 + step), with the first step as 1.
+        diffusers' EMAModel counts from 0 and so replaces the average at its first update: its
+        averages are others (by 0.2 % after 50 steps), which a run that goes on must not get.
+        Without that rise the average of a short run would be mostly its start, which for an
+        adaptor is zero.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, mean in self.mean.items():

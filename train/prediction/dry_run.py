@@ -198,6 +198,11 @@ def doubts(prediction: TrainingPrediction, prompt_count: int | None) -> list[str
             "predicts epsilon: hardly any signal is left to compute x0 from. Expected at least "
             f"{LEAST_SIGNAL:g}: choose an earlier timestep."
         )
+    if recipe.loss.custom:
+        found.append(
+            f"the cost of the loss {recipe.loss.custom} is not known, and not counted: expected "
+            "somewhat more time and memory than is said below."
+        )
     if prediction.recipe.steps * recipe.batch < recipe.teacher.pairs:
         found.append(
             f"{recipe.steps:,} steps of {recipe.batch} see {recipe.steps * recipe.batch:,} of the "

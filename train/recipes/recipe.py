@@ -22,10 +22,11 @@ from hipa_deploy.train.recipes.distribution_settings import (
     LatentDiscriminatorSettings,
     ScoreSettings,
 )
+from hipa_deploy.train.recipes.held_out_settings import HeldOutSettings
+from hipa_deploy.train.recipes.loss_settings import DecoderLossSettings, LossSettings
 from hipa_deploy.train.recipes.recipe_table import Settings
 
 SHIPPED = Path(__file__).parent  # the folder of the recipes that the package contains
-RADIUS = 0.2  # of the Nyquist frequency: there the high-pass is 1 - exp(-1/2) = 0.39
 MODEL_PREFIX = "model:"  # of a prompt file that lies in the model's folder
 MixedPrecision = Literal["no", "bf16", "fp16"]
 CROPPED = ("generate", "edit")  # the tasks whose targets are the teacher's latents
@@ -120,92 +121,6 @@ class SourceSettings(Settings):
         if not 0 < coverage[0] <= coverage[1] < 1:
             raise ValueError("expected 0 < least <= largest < 1")
         return coverage
-
-
-class _ImageLossSettings(Settings):
-    """The loss terms on decoded images, which recipes of both kinds have."""
-
-    perceptual: Literal["dists", "lpips", "none"] = "dists"
-    """Perceptual distance; none switches the term off."""
-    backbone: str = Field("lite0", pattern=r"^(lite0|vgg16|[\w.]+:\w+)$")
-    """Network of the perceptual distance: lite0, vgg16 (torchvision's, with the published channel
-    weights), or your own module:function."""
-    perceptual_weight: float = Field(1.0, ge=0)
-    """Weight of the perceptual distance."""
-    perceptual_size: int | None = Field(None, ge=32, le=4096)
-    """Size in pixels to which the short side is resized before the perceptual distance (DISTS
-    evaluates at 256); by default it is not resized."""
-    hf_weight: float = Field(1.0, ge=0)
-    """Weight of the high-frequency terms together: it multiplies fourier_weight and edge_weight."""
-    fourier_weight: float = Field(1.0, ge=0)
-    """Weight of the Fourier term among the high-frequency terms."""
-    edge_weight: float = Field(1.0, ge=0)
-    """Weight of the edge term among the high-frequency terms."""
-    high_frequency: Literal["difference", "similarity"] = "difference"
-    """Form of both terms. difference: the L1 difference; similarity (ours): it rewards the target's
-    energy in a band even where details lie elsewhere."""
-    fourier_focal: float = Field(0.0, ge=0, le=10)
-    """Of the difference: exponent of the focal weighting, which favours the frequencies with the
-    largest error; 0 weighs all frequencies alike."""
-    edge: Literal["sobel", "laplacian"] = "sobel"
-    """Operator of the edge term."""
-    amplitude_weight: float = Field(0.0, ge=0)
-    """Weight of the difference of Fourier amplitudes, which ignores the phase (ours)."""
-    radius: float = Field(RADIUS, gt=0, le=2)
-    """Radius of the Gaussian high-pass, in units of the Nyquist frequency."""
-    pixel: Literal["l1", "mse"] = "l1"
-    """Error of the pixel term."""
-    adversarial_weight: float = Field(0.0, ge=0)
-    """Weight of a discriminator that judges the perceptual distance's features (ours)."""
-    balance: Literal["fixed", "gradient"] = "fixed"
-    """gradient: scale the terms of the image so that the gradients of any two at the image are in
-    the ratio of their weights; fixed: use the weights as they are."""
-    balance_every: int = Field(50, ge=1, le=10_000_000)
-    """Evaluations of the loss between two measurements of the gradients, with balance =
-    gradient."""
-
-    @property
-    def has_image_terms(self) -> bool:
-        """Whether any term needs the decoded image."""
-        terms = [
-            self.perceptual != "none" and self.perceptual_weight,
-            self.hf_weight * (self.fourier_weight + self.edge_weight),
-            self.amplitude_weight,
-            getattr(self, "pixel_weight", 0.0),
-        ]
-        return any(terms)
-
-    @model_validator(mode="after")
-    def _judges_features(self) -> _ImageLossSettings:
-        if self.adversarial_weight and (self.perceptual == "none" or not self.perceptual_weight):
-            raise ValueError(
-                "adversarial_weight needs a perceptual distance with a weight: "
-                "the discriminator judges the distance's features"
-            )
-        return self
-
-
-class LossSettings(_ImageLossSettings):
-    """Weights of the terms of an adaptor's loss; see hipa_deploy.train.losses.hipa_loss."""
-
-    pixel_weight: float = Field(0.0, ge=0)
-    """Weight of the error of pixels in [0, 1]."""
-    latent: Literal["mse", "huber"] = "mse"
-    """Form of the error of the latents: mean square, or pseudo-Huber."""
-    latent_weight: float = Field(0.05, ge=0)
-    """Weight of the error of the latents, beside the losses of the decoded image."""
-    latent_hf_weight: float = Field(0.0, ge=0)
-    """Weight of the Fourier and edge terms on the latents, which need no decoding (ours)."""
-    latent_warmup_steps: int = Field(0, ge=0, le=10_000_000)
-    """Number of first steps that use the error of the latents alone; without decoding a step is
-    about three times faster."""
-
-
-class DecoderLossSettings(_ImageLossSettings):
-    """Weights of the terms of a decoder's loss; see hipa_deploy.train.losses.hipa_loss."""
-
-    pixel_weight: float = Field(1.0, ge=0)
-    """Weight of the error of pixels in [0, 1]."""
 
 
 class DecoderSettings(Settings):
@@ -324,6 +239,8 @@ class Recipe(_TrainingSettings):
     """Score distillation."""
     latent_discriminator: LatentDiscriminatorSettings = LatentDiscriminatorSettings()
     """The discriminator on noised latents."""
+    held_out: HeldOutSettings = HeldOutSettings()
+    """The held-out measure, and early stop."""
 
     @property
     def compares_distributions(self) -> bool:
@@ -443,6 +360,7 @@ def load_any_recipe(
     _make_absolute(values.get("source"), "prompts", base)
     _make_absolute(values.get("source"), "images", base)
     _make_absolute(values.get("latent_discriminator"), "real_images", base)
+    _make_absolute(values.get("held_out"), "prompts", base)
 
     # The recipe of an adaptor need not name its kind.
     kind = values.get("kind", "adaptor")
@@ -520,6 +438,32 @@ def read_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str
     remedy = "Set prompts_column in the recipe."
     prompts = read_prompt_file(path, recipe.prompts_column, remedy)
     return list(dict.fromkeys([*source_prompts(recipe, model_folder), *prompts]))
+
+
+def held_out_prompts(recipe: Recipe, model_folder: Path, trained: list[str]) -> list[str]:
+    """The recipe's held-out prompts, without those that are trained on; none if it has no file.
+
+    Args:
+        recipe: Names the file.
+        model_folder: Where files lie whose name begins with 'model:'.
+        trained: The prompts of the training, as ``read_prompts`` returns them.
+
+    Raises:
+        HipaError: As ``read_prompt_file``, or fewer than two prompts are left.
+
+    """
+    if not recipe.held_out.prompts:
+        return []
+    path = _prompts_path(recipe.held_out.prompts, model_folder)
+    prompts = read_prompt_file(path, None, "Give a text file with one prompt a line.")
+    known = set(trained)
+    kept = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+    if len(kept) < 2:
+        raise HipaError(
+            f"held-out prompts {path}: {len(kept)} of {len(set(prompts))} are not trained on as "
+            "well. Expected at least 2: give others, or leave held_out.prompts out."
+        )
+    return kept
 
 
 def source_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str]:

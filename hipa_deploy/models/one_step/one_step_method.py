@@ -77,7 +77,8 @@ def load_method(name: str) -> OneStepMethod | None:
     """Read a preset or a file.
 
     Args:
-        name: one of ``preset_names()``, or a .toml file.
+        name: one of ``preset_names()``, or a .toml file. ``NAME@TIMESTEP`` starts its step at
+            another timestep than its authors say.
 
     Returns:
         The method; None for 'hipa', HiPA's own step.
@@ -88,10 +89,15 @@ def load_method(name: str) -> OneStepMethod | None:
     Example:
         >>> load_method("hyper-sd15").scheduler
         'TCDScheduler'
+        >>> load_method("lcm-sd15@759").timestep
+        759
 
     """
     if name == OWN:
         return None
+    plain, _, timestep = name.rpartition("@")
+    if plain and timestep.isdecimal() and not Path(name).is_file():
+        return _at_timestep(load_method(plain), int(timestep), name)
     path = Path(name)
     is_preset = path.suffix.lower() != ".toml"
     if is_preset:
@@ -113,6 +119,17 @@ def load_method(name: str) -> OneStepMethod | None:
         )
     except ValidationError as error:
         raise HipaError(f"one-step method {path}: {_problem(error)}") from None
+
+
+def _at_timestep(method: OneStepMethod | None, timestep: int, name: str) -> OneStepMethod:
+    """A method whose step starts at another timestep, under the name that says so."""
+    if method is None:
+        raise HipaError(f"one-step method {name}: an adaptor of HiPA has its own step. Use {OWN}.")
+    values = method.model_dump(exclude_unset=True)
+    try:
+        return OneStepMethod.model_validate({**values, "name": name, "timestep": timestep})
+    except ValidationError as error:
+        raise HipaError(f"one-step method {name}: {_problem(error)}") from None
 
 
 def _problem(error: ValidationError) -> str:

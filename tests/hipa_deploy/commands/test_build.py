@@ -20,6 +20,9 @@ from hipa_deploy.embedded import BUNDLE
         (["emoji", "--backend", "rtx", "--target", "rtx99"], "target 'rtx99' is unknown"),
         (["emoji", "--backend", "rtx", "--workspace", "-1"], "workspace_mib is -1"),
         (["emoji", "--backend", "rtx", "--swap", "-1"], "--swap"),
+        (["emoji", "--for", "orin"], "--for 'orin' is no target"),
+        (["emoji", "--for", "orin-nano", "--target", "thor"], "--target thor is another device"),
+        (["emoji", "--for", "orin-nano", "--backend", "rtx"], "does not support Jetson Orin Nano"),
     ],
 )
 def test_a_mistake(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
@@ -55,3 +58,25 @@ def test_the_plan_for_a_device_counts_the_swap_that_it_will_have(
         main([*plan, "--swap", "16"])
     assert stopped.value.code == 0
     assert "16,384" in capsys.readouterr().out
+
+
+def test_one_option_for_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    """It sets what the device needs, says so, and the command to run there has it too."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["build", "emoji", "--for", "orin-nano", "--dry-run"])
+    assert stopped.value.code == 0
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "for Jetson Orin Nano 8 GB: --backend tensorrt --target orin-nano --workspace 1024 "
+        "--tactic-dram 4096 --swap 4\n"
+    )
+    assert "4,096" in captured.out
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["build", "emoji", "--for", "orin-nano", "--workspace", "512", "--swap", "8"])
+    assert stopped.value.code == 1
+    captured = capsys.readouterr()
+    assert "yours: --workspace 512, where orin-nano has 1024\n" in captured.err
+    assert "yours: --swap 8, where orin-nano has 4\n" in captured.err
+    assert captured.err.endswith("hipa-build emoji --for orin-nano --workspace 512.\n")
+    assert "8,192" in captured.out

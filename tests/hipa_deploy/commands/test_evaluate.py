@@ -18,6 +18,9 @@ import pytest
         (["--clip-skip", "1"], "trained with clip skip 0, not 1. Leave out --clip-skip"),
         (["--context-tokens", "80"], "Expected one of: 77, 154, 231"),
         (["--prompts", "nope.txt"], "nope.txt cannot be read"),
+        (["--captions", "first"], "--captions is for --coco. Give --coco DIR too"),
+        (["--coco", ".", "--out", "o"], "has no annotations/captions_val2017.json"),
+        (["--adaptor", "none", "--rival", "lcm-sd15@2000"], "Name its file too"),
     ],
 )
 def test_a_mistake(arguments: list[str], message: str, refused: Callable[..., str]) -> None:

@@ -28,6 +28,19 @@ import pytest
             ["--model", "emoji", "--adaptor", "emoji", "--one-step", "lcm-sd15"],
             "Leave out --one-step lcm-sd15",
         ),
+        (["--model", "emoji", "--for", "orin"], "--for 'orin' is no target"),
+        (["--model", "emoji", "--for", "orin-nano", "--build", "rtx"], "Leave out --build"),
+        (
+            ["--model", "emoji", "--for", "orin-nano", "--layout", "generic"],
+            "Leave out --layout generic, or give --decoder full",
+        ),
+        (
+            [
+                *("--model", "emoji", "--for", "orin-nano", "--batch", "64"),
+                *("--height", "2048", "--width", "2048"),
+            ],
+            "What would fit: --batch 1 (",
+        ),
     ],
 )
 def test_a_mistake(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
@@ -52,6 +65,7 @@ def test_a_mistake(arguments: list[str], message: str, refused: Callable[..., st
         ["--context-tokens", "154"],
         ["--clip-skip", "1"],
         ["--no-prompt-weights"],
+        ["--for", "orin-nano"],
     ],
 )
 def test_a_swap_takes_no_option_that_the_bundle_decides(

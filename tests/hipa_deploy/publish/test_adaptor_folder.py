@@ -75,6 +75,23 @@ def test_the_card_of_an_adaptor(adaptor: Path, model_with_licence: Path, tmp_pat
         assert expected in text
 
 
+def test_the_card_says_on_what_and_how_long_it_was_trained(adaptor: Path, tmp_path: Path) -> None:
+    assert "| hours and device | not recorded |" in card(adaptor, tmp_path / "before")
+    path = adaptor / METADATA
+    gpu = {"device": "cuda", "card": "NVIDIA A100", "processes": 4, "hours": 2.5, "steps": 900}
+    cpu = {"device": "cpu", "card": "AMD EPYC", "processes": 1, "hours": 0.05, "steps": 100}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"training": [gpu, cpu]}))
+    expected = "2.5 h on 4 x NVIDIA A100 (cuda), 900 steps; 3.0 min on AMD EPYC (cpu), 100 steps"
+    assert f"| hours and device | {expected} |" in card(adaptor, tmp_path / "after")
+
+
+def card(adaptor: Path, out: Path) -> str:
+    """The card's text."""
+    with pytest.warns(HipaWarning):
+        written(adaptor, out)
+    return (out / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", [name for name in ADAPTORS if name != "emoji"])
 def test_a_task_is_not_promised_to_diffusers(name: str, tmp_path: Path) -> None:
     out = written(name, tmp_path / "out")

@@ -26,7 +26,8 @@ from hipa_deploy.train.losses.hipa_loss import HipaLoss
 from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.unet_adaptor import WEIGHTS, add_adaptors, trained_parameters
-from hipa_deploy.train.recipes.recipe import LossSettings, Recipe
+from hipa_deploy.train.recipes.loss_settings import LossSettings
+from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 from tests.tiny_model import make_model
 from tests.weights import differences, read_weights

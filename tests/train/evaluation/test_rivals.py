@@ -16,7 +16,7 @@ from hipa_deploy.embedded import ADAPTOR
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.models.style import Style
-from hipa_deploy.train.evaluation.evaluation_request import make_rival, parse_rival
+from hipa_deploy.train.evaluation.contenders import make_rival, parse_rival
 from hipa_deploy.train.evaluation.quality_report import (
     BASE,
     make_images,

@@ -7,7 +7,8 @@ from torch import nn
 from hipa_deploy.train.loop.optimizer import learning_rate, new_optimizer
 from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.hipa_loss import HipaLoss
-from hipa_deploy.train.recipes.recipe import LossSettings, OptimiserSettings
+from hipa_deploy.train.recipes.loss_settings import LossSettings
+from hipa_deploy.train.recipes.recipe import OptimiserSettings
 
 
 def test_warm_up_and_cosine_decay() -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.models.adaptor_folder import WEIGHTS
+from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata
 from hipa_deploy.train.data.teacher_pairs import teacher_pairs
 from hipa_deploy.train.loop.processes import Processes, leaving_process_group
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
@@ -91,6 +91,7 @@ def outcome(
     two_recipe: Recipe, model_dir: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Outcome:
     work = tmp_path_factory.mktemp("two")
+    (work / "held-out.txt").write_text("a red house\na blue boat\n")
     script = Path(__file__).with_name("two_processes.py")
     result = launch(script, model_dir, cache, work, two_recipe.model_dump_json(), cwd=work)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -131,6 +132,14 @@ def test_two_processes_train_the_adaptor_of_one(
         relative_difference(trained_weights(outcome.work / "unbroken"), trained_weights(one))
         < TOLERANCE
     )
+
+
+def test_two_processes_stop_early_together(outcome: Outcome) -> None:
+    assert (outcome.main["early"], outcome.other["early"]) == ("done", "done")
+    assert "stopped early at step 1" in outcome.main["early printed"]
+    assert "stopped early" not in outcome.other["early printed"]
+    (spent,) = read_metadata(outcome.work / "early").training
+    assert (spent.processes, spent.steps) == (2, 1)
 
 
 def test_two_processes_write_the_shards_of_one(

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train import train_adaptor as train_adaptor_module
-from hipa_deploy.train.loop.run import Run, batch_rows
+from hipa_deploy.train.loop.run import Run
+from hipa_deploy.train.loop.training_steps import batch_rows
 from hipa_deploy.train.model.unet_adaptor import WEIGHTS
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
@@ -60,7 +61,7 @@ def test_files_of_a_run_folder(
     assert {path.name for path in run.iterdir()} == {"state.pt", "samples", "tensorboard"}
     expected = {"step-00000002.png", "step-00000004.png"}
     assert {path.name for path in samples.iterdir()} == expected
-    assert Image.open(samples / "step-00000004.png").size == (3 * 34, 2 * 34)
+    assert Image.open(samples / "step-00000004.png").size == (604, 306)
 
 
 def test_another_recipe_does_not_resume(

@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.loop.scalars import Scalars
+from hipa_deploy.train.loop.scalars import OtherTracker, Scalars, Trackers
+from hipa_deploy.train.training_request import TRACKERS, check_trackers
+
+IMAGE = np.zeros((4, 6, 3), np.uint8)
+CONFIG = {"steps": 4, "optimiser.learning_rate": 0.1}
 
 
 def test_failing_to_close_does_not_hide_the_first_error(
@@ -25,4 +34,66 @@ def test_failing_to_close_does_not_hide_the_first_error(
 def test_without_a_folder_nothing_is_recorded() -> None:
     with Scalars(None, 0) as scalars:
         scalars.add({"loss": 1.0}, 1)
+        scalars.add_image("samples", IMAGE, 1)
     assert scalars.writer is None
+    with Trackers(None, 0, ["tensorboard"], {}) as trackers:
+        trackers.add({"loss": 1.0}, 1)
+    assert not trackers.open
+
+
+def test_a_tracker_of_accelerate_gets_values_and_images(tmp_path: Path) -> None:
+    # accelerate's own for TensorBoard: the one of them that needs no other package.
+    with OtherTracker("tensorboard", tmp_path, CONFIG, None) as tracker:
+        tracker.add({"loss": 0.5, "held_out/dists_like": 0.1}, 3)
+        tracker.tracker.log_images({"samples": IMAGE[None]}, step=3, dataformats="NHWC")
+    (folder,) = (tmp_path / "trackers").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    (event,) = events.Scalars("loss")
+    assert (event.step, event.value) == (3, 0.5)
+    assert "samples" in "".join(events.Tags()["images"])
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = tmp_path / "adaptor.run"
+    with Trackers(run, 0, ["tensorboard", "wandb"], CONFIG) as trackers:
+        trackers.add({"loss": 0.5}, 1)
+        trackers.add_image("samples", IMAGE, 1)
+        wandb_run = trackers.open[1].tracker.tracker
+        assert wandb_run.name == "adaptor"
+        assert wandb_run.config["optimiser.learning_rate"] == 0.1
+    (folder,) = (run / "trackers" / "wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))
+    assert list(folder.rglob("samples*.png"))
+
+
+def test_a_tracker_that_fails_does_not_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Console(file=io.StringIO(), width=1000)
+    with OtherTracker("tensorboard", tmp_path, CONFIG, screen) as tracker:
+        tracker.tracker.writer.close()
+        tracker.tracker.writer = None
+        tracker.add({"loss": 0.5}, 1)
+        tracker.add({"loss": 0.5}, 2)
+    printed = screen.file.getvalue()
+    assert printed.count("warning: tracker tensorboard failed") == 1
+
+    def refuse(self: Any) -> None:
+        raise RuntimeError("no API key")
+
+    monkeypatch.setattr(LOGGER_TYPE_TO_CLASS["tensorboard"], "start", refuse)
+    with pytest.raises(HipaError, match=r"cannot be opened \(RuntimeError: no API key\)"):
+        OtherTracker("tensorboard", tmp_path, CONFIG, None)
+
+
+def test_names_of_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(TRACKERS) == set(LOGGER_TYPE_TO_CLASS)
+    check_trackers(["tensorboard"])
+    with pytest.raises(HipaError, match=r"--log-with paper is unknown\. Expected one of: tensor"):
+        check_trackers(["paper"])
+    monkeypatch.setitem(TRACKERS, "wandb", ("no_such_module", "wandb"))
+    with pytest.raises(HipaError, match="needs package wandb, not installed; run: pip install"):
+        check_trackers(["wandb"])

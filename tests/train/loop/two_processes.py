@@ -19,7 +19,8 @@ from rich.console import Console
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.data import teacher_pairs as teacher_pairs_module
-from hipa_deploy.train.loop import run as run_module
+from hipa_deploy.train.loop import training_steps as run_module
+from hipa_deploy.train.recipes.held_out_settings import HeldOutSettings
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 
@@ -64,6 +65,11 @@ teacher_pairs_module.write_file = full_disk
 train("full disk", "full", work / "cache-full")
 teacher_pairs_module.write_file = original_write_file
 train("disagreeing", "other", recipe=recipe.model_copy(update={"seed": index}))
+held_out = HeldOutSettings(
+    prompts=str(work / "held-out.txt"), count=2, every=1, patience=1, min_delta=10
+)
+watched = recipe.model_copy(update={"held_out": held_out, "steps": 3})
+train("early", "early", recipe=watched)
 train("too small", "small", recipe=recipe.model_copy(update={"batch": 1}))
 (work / f"outcomes-{index}.json").write_text(json.dumps(outcomes))
 PartialState().destroy_process_group()

@@ -11,7 +11,7 @@ from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.edge import edge_loss, edge_similarity_loss
 from hipa_deploy.train.losses.frequency import amplitude_loss, fourier_loss, fourier_similarity_loss
 from hipa_deploy.train.losses.hipa_loss import HUBER_C, HipaLoss, hipa_loss, pseudo_huber
-from hipa_deploy.train.recipes.recipe import DecoderLossSettings, LossSettings
+from hipa_deploy.train.recipes.loss_settings import DecoderLossSettings, LossSettings
 
 
 @pytest.fixture

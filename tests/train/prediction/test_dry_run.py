@@ -117,6 +117,9 @@ def test_what_can_hardly_be_meant_is_said(model_dir: Path, recipe: Recipe) -> No
         ("50,000 pairs of 40 prompts", "perceptual_size = 64", "alpha_bar is 0", "for nothing")
     ):
         assert expected in found[number]
+    loss = recipe.loss.model_copy(update={"custom": "my_losses:f"})
+    own = dry_run.doubts(replace(prediction, recipe=recipe.model_copy(update={"loss": loss})), 3)
+    assert "the cost of the loss my_losses:f is not known" in own[0]
     unread = dry_run.doubts(replace(prediction, recipe=odd), None)
     assert not any("prompts" in text for text in unread)
 

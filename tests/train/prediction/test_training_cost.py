@@ -13,13 +13,15 @@ from hipa_deploy.train.losses.hipa_loss import hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.prediction import training_cost
 from hipa_deploy.train.prediction.count_call import count_call
-from hipa_deploy.train.prediction.training_cost import (
+from hipa_deploy.train.prediction.simulated_training import (
     MicroBatchMemory,
     SimulatedTraining,
     TrainingCost,
+    unloaded_model,
+)
+from hipa_deploy.train.prediction.training_cost import (
     measure_steps,
     predict_training,
-    unloaded_model,
 )
 from hipa_deploy.train.recipes.recipe import Recipe
 from tests.tiny_model import make_model

@@ -113,3 +113,14 @@ def test_a_unet_that_takes_the_guidance(tmp_path: Path) -> None:
 def test_names_are_listed() -> None:
     with pytest.raises(HipaError, match=r"'hyper' does not exist.*hyper-sd15, .*sd-turbo"):
         load_method("hyper")
+
+
+def test_another_timestep() -> None:
+    preset = load_method("lcm-sd15")
+    other = load_method("lcm-sd15@759")
+    assert preset is not None
+    assert other == preset.model_copy(update={"name": "lcm-sd15@759", "timestep": 759})
+    with pytest.raises(HipaError, match=r"hipa@5: an adaptor of HiPA has its own step"):
+        load_method("hipa@5")
+    with pytest.raises(HipaError, match=r"lcm-sd15@200000: timestep = 200000"):
+        load_method("lcm-sd15@200000")

@@ -1,0 +1,153 @@
+"""Which run a folder holds: what a run that goes on must have in common with its start.
+
+Imports no torch, so that a command can ask before any slow work.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from hipa_deploy.disk.reading import shown
+from hipa_deploy.errors import HipaError, as_line, brief
+from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
+
+# Settings that a run may change when it goes on: they do not decide what a step does. Prompts are
+# compared by their hash instead, wherever their file lies.
+CHANGEABLE_SETTINGS = (
+    "steps",
+    "checkpoint_every",
+    "sample_every",
+    "samples",
+    "gradient_checkpointing",
+    "micro_batch",
+    "written",
+    "prompts",
+    "prompts_column",
+    "latent_discriminator.real_images",
+)
+CHANGEABLE_TABLE = "held_out."  # it measures the steps, and changes none
+# The parts of a run's identity beside its recipe, and what a message calls another value of each.
+OTHER_IDENTITY = {
+    "base_unet_sha256": "another base model",
+    "base_vae_sha256": "another VAE",
+    "adaptor_sha256": "another adaptor",
+    "initial_sha256": "another adaptor to start from",
+    "prompts_sha256": "other prompts",
+    "loras": "other LoRAs, or at other scales",
+    "embeddings": "other embeddings",
+}
+# Keys of a recipe that are paths, with their table.
+PATHS = (
+    (None, "prompts"),
+    ("source", "prompts"),
+    ("source", "images"),
+    ("latent_discriminator", "real_images"),
+    ("held_out", "prompts"),
+)
+MAY_CHANGE = (
+    "A run that goes on may change steps, checkpoint_every, sample_every, samples, micro_batch, "
+    "gradient_checkpointing, written and [held_out]"
+)
+
+
+def check_same_run(
+    folder: Path,
+    stored: Mapping[str, Any],
+    now: Mapping[str, Any],
+    kind: type[Recipe | DecoderRecipe],
+) -> None:
+    """Check that a stored run is the one that is to go on.
+
+    Args:
+        folder: of the run, for messages.
+        stored: its identity: ``recipe``, and keys of OTHER_IDENTITY.
+        now: the identity of the training that was asked for.
+        kind: of the recipe.
+
+    Raises:
+        HipaError: it is another run; the message names the first difference, and says what may
+            differ.
+
+    """
+    for key, other in OTHER_IDENTITY.items():
+        # What a run of an older version does not know is none.
+        if (stored.get(key) or None) != (now.get(key) or None):
+            raise _another(folder, f"was started with {other}")
+    check_same_recipe(folder, stored["recipe"], now["recipe"], kind)
+
+
+def check_same_recipe(
+    folder: Path,
+    stored: dict[str, Any],
+    now: dict[str, Any],
+    kind: type[Recipe | DecoderRecipe],
+) -> None:
+    """Check the settings of two recipes one by one, so that a message can name the first change.
+
+    Raises:
+        HipaError: a setting differs that may not.
+
+    """
+    with as_line(f"checkpoint {folder / 'state.pt'} is damaged", f"Remove {folder}."):
+        before = _flat_recipe(stored, kind)
+    after = _flat_recipe(now, kind)
+    for key in sorted(before.keys() | after.keys()):
+        may_change = key in CHANGEABLE_SETTINGS or key.startswith(CHANGEABLE_TABLE)
+        if may_change or before.get(key) == after.get(key):
+            continue
+        change = f"{shown(key)} was {_text(before.get(key))}, is {_text(after.get(key))}"
+        raise _another(folder, f"has another recipe: {change}")
+
+
+def stored_recipe(recipe: Recipe | DecoderRecipe) -> dict[str, Any]:
+    """The recipe as a result stores it: paths are shortened to their file names.
+
+    Folders are of no use to another user, and a run whose files were moved must still go on.
+    """
+    values: dict[str, Any] = recipe.model_dump()
+    for table, key in PATHS:
+        holder = values if table is None else values.get(table)
+        if holder and holder.get(key):
+            holder[key] = Path(holder[key]).name
+    return values
+
+
+def _another(folder: Path, why: str) -> HipaError:
+    return HipaError(
+        f"run folder {folder} {why}. {MAY_CHANGE}. For another run choose another output folder, "
+        "or remove this one."
+    )
+
+
+def _flat_recipe(recipe: dict[str, Any], kind: type[Recipe | DecoderRecipe]) -> dict[str, Any]:
+    """A stored recipe as 'table.key' -> JSON value, with defaults for settings that it lacks.
+
+    A setting that was introduced after the recipe was stored has its default, so that older runs
+    go on. A recipe with settings that exist no more does not validate, and stays as it is.
+    """
+    with suppress(ValidationError):
+        recipe = kind.model_validate(recipe).model_dump(mode="json")
+    # Through JSON and back: a tuple and the list that was stored for it are then equal.
+    return flat(json.loads(json.dumps(recipe)))
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with keys such as 'loss.hf_weight'."""
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[prefix + key] = value
+    return values
+
+
+def _text(value: Any) -> str:
+    """A setting's value for a message, as it stands in a recipe."""
+    return shown(value) if isinstance(value, str) else brief(value)
