@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.configurations import write_config
+from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.weights.part_config import build
 from hipa_deploy.train.data.teacher_pairs import (
     prompt_conditions,
     teacher_latents,
@@ -20,6 +23,7 @@ from hipa_deploy.train.data.teacher_pairs import (
 )
 from hipa_deploy.train.model.conditions import Conditions, joined_rows, predict
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
+from hipa_deploy.train.model.unet_adaptor import PRESETS, adaptor_parameters, add_adaptor
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 PROMPTS = ["a red apple", "", "wow!! a boat"]
@@ -49,8 +53,7 @@ def test_conditions_are_those_of_the_pipeline(sdxl: DiffusionModel, sdxl_dir: Pa
     assert (first(PROMPTS) != second(PROMPTS)).any()
 
 
-@pytest.mark.parametrize("zeros", [True, False])
-@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
+@pytest.mark.parametrize(("sampler", "zeros"), [("ddim", True), ("dpmsolver++", False)])
 def test_the_teacher_is_the_pipeline(
     sdxl_dir: Path, tmp_path: Path, sampler: str, zeros: bool
 ) -> None:
@@ -146,3 +149,22 @@ def test_each_condition_reaches_the_unet(sdxl: DiffusionModel) -> None:
             Conditions(conditions.context_BLD, conditions.pooled_BP, conditions.sizes_B6 / 2),
         ):
             assert not torch.allclose(predict(sdxl.unet, noise, 999, change), output)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "expected"),
+    [
+        ("sdxl", "paper", 23_224_320),
+        ("sdxl", "full", 48_619_520),
+        ("ssd-1b", "paper", 10_829_824),
+        ("vega", "full", 14_417_920),
+    ],
+)
+def test_the_presets_on_the_published_unets_at_rank_16(
+    name: str, preset: str, expected: int, tmp_path: Path
+) -> None:
+    config = ModelConfig.read(write_config(name, tmp_path / name))
+    unet = build(UNet2DConditionModel, config.unet, Path("unet"))
+    with torch.device("meta"):
+        add_adaptor(unet, targets=PRESETS[preset], rank=16, alpha=16, seed=0)
+    assert sum(weight.numel() for weight in adaptor_parameters(unet).values()) == expected
