@@ -152,8 +152,9 @@ def write_closed_set(
     np.save(path, stored_NLD)
     (root / BAKED_PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")
     for name in (TOKENIZER, TOKENIZER_2):
-        if (root / name).exists():
-            shutil.rmtree((root / name).parent)
+        folder = (root / name).parent
+        if folder.exists():
+            shutil.rmtree(folder)
     return stored_NLD
 
 

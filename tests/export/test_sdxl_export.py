@@ -19,7 +19,7 @@ from hipa_deploy.doctor.self_check import check_bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.export_request import SwapOptions, check_request
+from hipa_deploy.export.export_request import SwapOptions, check_request, resolve_request
 from hipa_deploy.export.export_swap import export_swap
 from hipa_deploy.export.graph.axes import parse_axes
 from hipa_deploy.models.model_config import ModelConfig
@@ -148,6 +148,22 @@ def test_what_sdxl_is_not_exported_for(
     if changes.get("adaptor") == "lora":
         changes = {**changes, "adaptor": write_unet_lora(tmp_path, FIRST_WIDTH + SECOND_WIDTH)}
     options = ExportOptions(model=str(model), out=tmp_path / "bundle", **changes)
+    with pytest.raises(HipaError, match=message):
+        check_request(options)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("sdxl-turbo", None), ("sd-turbo", "sd-turbo is for SD 2.x")]
+)
+def test_one_step_methods_are_for_a_family(
+    model: Path, tmp_path: Path, name: str, message: str | None
+) -> None:
+    options = ExportOptions(model=str(model), out=tmp_path / "bundle", one_step=name)
+    if message is None:
+        request = resolve_request(options)
+        assert request.step.method is not None
+        assert request.step.method.name == name
+        return
     with pytest.raises(HipaError, match=message):
         check_request(options)
 
