@@ -38,7 +38,7 @@ from rich.console import Console
 from torch import Tensor
 
 from hipa_deploy.embedded import MODEL
-from hipa_deploy.train.data.teacher_pairs import prompt_contexts, teacher_pairs
+from hipa_deploy.train.data.teacher_pairs import prompt_conditions, teacher_pairs
 from hipa_deploy.train.loop import run
 from hipa_deploy.train.losses.hipa_loss import hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
@@ -67,14 +67,14 @@ def plain_loop(
     """
     model = DiffusionModel.load(model_dir, device, text=recipe.text)
     prompts = read_prompts(recipe, model_dir)
-    context = prompt_contexts(model, prompts)
+    conditions = prompt_conditions(model, prompts)
     pairs = teacher_pairs(
-        model, prompts, recipe.teacher, seed=recipe.seed, context=context, cache=cache
+        model, prompts, recipe.teacher, seed=recipe.seed, conditions=conditions, cache=cache
     )
 
     # Everything that a step reads, made once for all pairs.
     noise = model.noise(pairs.seed_N.tolist()).to(device)
-    contexts = context(pairs.prompt_N).to(device)
+    contexts = conditions(pairs.prompt_N).context_BLD.to(device)
     latents = pairs.latents_NCHW.float().to(device)
     with torch.no_grad():
         images = torch.cat([model.decode(part).clamp(0, 1) for part in latents.split(16)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -13,6 +14,7 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from hipa_deploy.bundle.manifest import OneStep
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.graph.conditioning import cut_conditioning
 from hipa_deploy.export.graph.fold import fold_timestep
 from hipa_deploy.export.graph.modules import (
     Generator,
@@ -22,6 +24,7 @@ from hipa_deploy.export.graph.modules import (
     OneStepEncoder,
     OneStepUNet,
     TextEncoderStage,
+    TextPairStage,
     TinyDecoder,
     TinyEncoder,
 )
@@ -29,6 +32,7 @@ from hipa_deploy.export.graph.safety_module import SafetyNetwork, load_safety_ch
 from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.export.writer import StageSource
 from hipa_deploy.marks.safety import SAFETY_STAGE
+from hipa_deploy.models.text_pair import size_numbers
 
 
 def bundle_sources(
@@ -37,7 +41,7 @@ def bundle_sources(
     """The stages of the bundle that ``options`` ask for, in the order in which it runs them."""
     sources = []
     if options.prompts is None:
-        sources.append(text_encoder_source(options, parts))
+        sources.append(text_encoder_source(options, parts, settings, step))
     if settings.task != "generate":
         sources.append(
             StageSource("vae_encoder", partial(encoder_module, parts), ("image",), "source")
@@ -50,10 +54,16 @@ def bundle_sources(
     return sources
 
 
-def text_encoder_source(options: ExportOptions, parts: ChosenParts) -> StageSource:
-    """The text encoder."""
+def text_encoder_source(
+    options: ExportOptions, parts: ChosenParts, settings: TaskSettings, step: OneStep
+) -> StageSource:
+    """The text encoder; of SDXL both, with the conditioning of the UNet."""
     # Whatever it computes in, its context has the type that the UNet takes.
     dtype = torch.float16 if options.dtype == "fp16" else torch.float32
+    if parts.has_text_pair:
+        build_pair = partial(text_pair_module, parts, settings, step, dtype)
+        inputs = ("tokens", "tokens_2")
+        return StageSource("text_encoder", build_pair, inputs, "context", ("conditioning",))
     build = partial(text_encoder_module, parts, dtype)
     return StageSource("text_encoder", build, ("tokens",), "context")
 
@@ -63,13 +73,15 @@ def unet_source(
 ) -> StageSource:
     """The stage that holds the UNet: of layout onestep 'unet' or, with the decoder, 'generator'."""
     if options.layout == "generic":
-        inputs = ("noise", "timestep", "context")
-        return StageSource("unet", partial(generic_unet_module, parts), inputs, "output")
+        generic_inputs = ("noise", "timestep", "context")
+        build_generic = partial(generic_unet_module, parts)
+        return StageSource("unet", build_generic, generic_inputs, "output")
+    inputs = settings.inputs_with(conditioning=parts.has_text_pair)
     if options.fuse:
         build_generator = partial(generator_module, parts, settings, step)
-        return StageSource("generator", build_generator, settings.inputs, "images")
+        return StageSource("generator", build_generator, inputs, "images")
     build_unet = partial(unet_module, parts, settings, step)
-    return StageSource("unet", build_unet, settings.inputs, "latents")
+    return StageSource("unet", build_unet, inputs, "latents")
 
 
 def decoder_source(options: ExportOptions, parts: ChosenParts) -> StageSource:
@@ -102,6 +114,21 @@ def text_encoder_module(parts: ChosenParts, dtype: torch.dtype) -> TextEncoderSt
     return TextEncoderStage(encoder, dtype, parts.chunk_tokens)
 
 
+def text_pair_module(
+    parts: ChosenParts, settings: TaskSettings, step: OneStep, dtype: torch.dtype
+) -> TextPairStage:
+    """Both text encoders and the conditioning, whose outputs have ``dtype``."""
+    # The UNet first: all of it but the conditioning is freed before the encoders are loaded.
+    conditioning = parts.conditioning(
+        settings.timesteps(step), size_numbers(step.height, step.width)
+    )
+    gc.collect()
+    encoder, encoder_2 = parts.text_pair()
+    return TextPairStage(
+        encoder, encoder_2, conditioning, dtype, parts.chunk_tokens, parts.clip_skip
+    )
+
+
 def encoder_module(parts: ChosenParts) -> OneStepEncoder | TinyEncoder:
     """The encoder, with its scaling folded in."""
     vae = parts.encoder()
@@ -114,9 +141,13 @@ def encoder_module(parts: ChosenParts) -> OneStepEncoder | TinyEncoder:
 def unet_module(parts: ChosenParts, settings: TaskSettings, step: OneStep) -> OneStepUNet:
     """The UNet with the adaptor merged and its timesteps folded."""
     unet, _ = parts.unet()
-    timesteps = [start.timestep for start in settings.starts(step)]
-    fold_timestep(unet, *timesteps)
-    return OneStepUNet(unet, step, settings.task, settings.strengths)
+    if parts.has_text_pair:
+        cut_conditioning(unet)
+    else:
+        fold_timestep(unet, *settings.timesteps(step))
+    return OneStepUNet(
+        unet, step, settings.task, settings.strengths, conditioned=parts.has_text_pair
+    )
 
 
 def decoder_module(parts: ChosenParts) -> OneStepDecoder | TinyDecoder:

@@ -18,19 +18,28 @@ from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import References
-from hipa_deploy.generate.prompts import BAKED_CONTEXTS, BAKED_PROMPTS
+from hipa_deploy.generate.prompts import (
+    BAKED_CONDITIONING,
+    BAKED_CONTEXTS,
+    BAKED_PROMPTS,
+    TOKENIZER,
+    TOKENIZER_2,
+)
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
 from hipa_deploy.models.clip_tokenizer import rust_tokenizer
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod
 from hipa_deploy.models.one_step.step_constants import make_scheduler
 
-TOKENIZER = "tokenizer/tokenizer.json"
 # Texts that tokenizers have read differently: Japanese, a joined emoji, and U+200B.
 HARD_TEXTS = ("東京の夜景", "a 👩\u200d👧 family", "\u200ba cat")
 
 
 def write_tokenizer(
-    root: Path, fast: CLIPTokenizerFast, prompt: str, context_tokens: int | None = None
+    root: Path,
+    fast: CLIPTokenizerFast,
+    prompt: str,
+    context_tokens: int | None = None,
+    name: str = TOKENIZER,
 ) -> PromptTokenizer:
     """Write ``tokenizer.json``, padding and length inside, and open it as the runtime will.
 
@@ -39,6 +48,7 @@ def write_tokenizer(
         fast: the model's tokenizer.
         prompt: its tokens are compared with transformers', and those of ``HARD_TEXTS``.
         context_tokens: tokens of a context; None is one chunk.
+        name: of the file in the bundle.
 
     Raises:
         HipaError: the two tokenizers do not agree.
@@ -46,7 +56,7 @@ def write_tokenizer(
     """
     # Padding and length go into the file: the runtime has no other configuration of the tokenizer.
     length = fast.model_max_length
-    path = root / TOKENIZER
+    path = root / name
     path.parent.mkdir()
     rust_tokenizer(fast).save(str(path))
 
@@ -108,6 +118,22 @@ def tokenize(
     return np.concatenate(tokens), np.concatenate(weights_of)
 
 
+def write_conditioning(
+    root: Path, conditioning_NSK: np.ndarray, precision: Precision
+) -> np.ndarray:
+    """Write the conditioning of a closed set beside its contexts; returns it as stored.
+
+    Args:
+        root: the bundle's folder, where ``write_closed_set`` has written.
+        conditioning_NSK: float32, of the N prompts.
+        precision: fp16 stores it as float16.
+
+    """
+    stored_NSK = conditioning_NSK.astype(np.float16 if precision == "fp16" else np.float32)
+    np.save(root / BAKED_CONDITIONING, stored_NSK)
+    return stored_NSK
+
+
 def write_closed_set(
     root: Path, prompts: Sequence[str], contexts_NLD: np.ndarray, precision: Precision
 ) -> np.ndarray:
@@ -125,7 +151,10 @@ def write_closed_set(
     path.parent.mkdir()
     np.save(path, stored_NLD)
     (root / BAKED_PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    shutil.rmtree((root / TOKENIZER).parent)
+    for name in (TOKENIZER, TOKENIZER_2):
+        folder = (root / name).parent
+        if folder.exists():
+            shutil.rmtree(folder)
     return stored_NLD
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizerFast
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
 from hipa_deploy.bundle.manifest import AdaptorInfo, DecoderInfo, EncoderInfo
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.graph.conditioning import Conditioning
 from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, METADATA, read_metadata
@@ -24,6 +25,7 @@ from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.style import check_same_loras
 from hipa_deploy.models.text_context import text_context
+from hipa_deploy.models.text_pair import pair_context
 from hipa_deploy.models.weights.weight_identity import has_identity, weights_identity
 from hipa_deploy.tasks import Task
 
@@ -87,11 +89,47 @@ class ChosenParts:
             style=style,
         )
 
+    @property
+    def has_text_pair(self) -> bool:
+        """Whether the model has two text encoders and conditioning, as SDXL has."""
+        return self.model.config.has_text_pair
+
     def tokenizer(self) -> CLIPTokenizerFast:
         """The model's tokenizer, with the words of embeddings."""
         tokenizer = self.model.tokenizer()
         self.style.add_words(tokenizer)
         return tokenizer
+
+    def tokenizer_2(self) -> CLIPTokenizerFast:
+        """The second tokenizer of a model with two text encoders, which takes no embeddings."""
+        return self.model.tokenizer("tokenizer_2")
+
+    def text_encoder_2(self) -> CLIPTextModelWithProjection:
+        """The second text encoder with LoRAs merged; no adaptor changes it."""
+        encoder = self.model.text_encoder_2()
+        self.style.merge({"text_encoder_2": encoder})
+        return encoder
+
+    def text_pair(self) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+        """Both text encoders."""
+        return self.text_encoder(), self.text_encoder_2()
+
+    def pair_context(
+        self,
+        pair: tuple[CLIPTextModel, CLIPTextModelWithProjection],
+        tokens_BL: Tensor,
+        tokens_2_BL: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The context float32 [B, L, D] and the pooled vector float32 [B, P] of both encoders."""
+        return pair_context(*pair, tokens_BL, tokens_2_BL, self.chunk_tokens, self.clip_skip)
+
+    def conditioning(self, timesteps: Sequence[int], sizes: Sequence[int]) -> Conditioning:
+        """What the UNet, with LoRAs and adaptor merged, makes of the pooled vector.
+
+        The rest of the UNet is freed again.
+        """
+        unet, _ = self.unet()
+        return Conditioning(unet, timesteps, sizes)
 
     def text_encoder(self) -> CLIPTextModel:
         """The model's text encoder with LoRAs merged and words added; no adaptor changes it."""
@@ -168,6 +206,15 @@ class HeldParts(ChosenParts):
     def text_encoder(self) -> CLIPTextModel:
         """As ``ChosenParts.text_encoder``."""
         return self._once("text_encoder", super().text_encoder)
+
+    def text_pair(self) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+        """As ``ChosenParts.text_pair``."""
+        pair: tuple[CLIPTextModel, CLIPTextModelWithProjection]
+        pair = self._once("text_pair", self._load_pair)
+        return pair
+
+    def _load_pair(self) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+        return super().text_encoder(), super().text_encoder_2()
 
     def unet(self) -> tuple[UNet2DConditionModel, AdaptorInfo | None]:
         """As ``ChosenParts.unet``."""

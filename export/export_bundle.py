@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hipa_deploy import __version__
 from hipa_deploy.bundle.folder import MANIFEST, SCHEMA, Bundle
-from hipa_deploy.bundle.manifest import Manifest, SafetyStage, Stage
+from hipa_deploy.bundle.manifest import Manifest, OneStep, SafetyStage, Stage
 from hipa_deploy.bundle.signature import sign
 from hipa_deploy.disk.files import new_folder
 from hipa_deploy.embedded import EXAMPLE_PROMPT, MODEL
@@ -20,6 +23,7 @@ from hipa_deploy.export.bundle_files import (
     file_hashes,
     tokenize,
     write_closed_set,
+    write_conditioning,
     write_diffusers_files,
     write_references,
     write_tokenizer,
@@ -32,6 +36,7 @@ from hipa_deploy.export.export_request import (
     resolve_request,
 )
 from hipa_deploy.export.graph.axes import stage_axes
+from hipa_deploy.export.graph.conditioning import conditioning_channels
 from hipa_deploy.export.graph.modules import stage_specs
 from hipa_deploy.export.graph.safety_module import safety_spec
 from hipa_deploy.export.model_parts import ModelParts
@@ -39,15 +44,18 @@ from hipa_deploy.export.references import (
     FIRST_SEED,
     References,
     add_safety,
+    condition_closed_set,
     encode_closed_set,
     latent_sample,
     make_every_reference,
     text_references,
 )
-from hipa_deploy.export.task import print_warning
+from hipa_deploy.export.task import TaskSettings, print_warning
 from hipa_deploy.export.teacher.teacher_stage import write_teacher
 from hipa_deploy.export.writer import StageWriter
+from hipa_deploy.generate.prompts import TOKENIZER_2
 from hipa_deploy.marks.safety import SAFETY_STAGE
+from hipa_deploy.models.weights.part_config import build
 
 NEUTRAL_PROMPT = "a photo of a red apple"
 PROGRESS_LABELS = {
@@ -107,13 +115,21 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
         judging = list(request.judging) or list(places)[:1] or [example_prompt(model)]
         prompts = list(places) or judging
         tokenizer = write_tokenizer(root, parts.tokenizer(), prompts[0], text.context_tokens)
-        tokens_NL, weights_NL = tokenize(
-            tokenizer,
-            prompts,
-            options.prompts or options.reference_prompts,
-            places or request.judging,
+        read = partial(
+            tokenize,
+            prompts=prompts,
+            path=options.prompts or options.reference_prompts,
+            places=places or request.judging,
             weights=text.prompt_weights,
         )
+        tokens_NL, weights_NL = read(tokenizer)
+        tokens_2_NL = None
+        weights_2_NL = None
+        if parts.has_text_pair:
+            second = write_tokenizer(
+                root, parts.tokenizer_2(), prompts[0], text.context_tokens, TOKENIZER_2
+            )
+            tokens_2_NL, weights_2_NL = read(second)
         specs = stage_specs(
             layout=options.layout,
             precision=options.dtype,
@@ -122,28 +138,40 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             length=tokens_NL.shape[1],
             width=model.config.text_width,
             axes=axes,
-            names=settings.inputs,
+            names=settings.inputs_with(conditioning=parts.has_text_pair),
+            conditioning=conditioning_shape(parts, settings, step),
         )
 
         # All of PyTorch's tensors before anything is exported: each part of the model is loaded
         # for its references, freed, and loaded again for its stage.
         show("references")
-        contexts_NLD = None
-        stored_NLD = None
+        known: dict[str, np.ndarray] = {}  # of a closed set: what PyTorch gives, of N prompts
+        stored: dict[str, np.ndarray] = {}  # and as the bundle stores it
         if places:
-            contexts_NLD = encode_closed_set(parts, tokens_NL, weights_NL)
-            stored_NLD = write_closed_set(root, prompts, contexts_NLD, options.dtype)
+            contexts_NLD, pooled_NP = encode_closed_set(
+                parts, tokens_NL, weights_NL, tokens_2_NL, weights_2_NL
+            )
+            known["context"] = contexts_NLD
+            stored["context"] = write_closed_set(root, prompts, contexts_NLD, options.dtype)
+            if pooled_NP is not None:
+                conditioning_NSK = condition_closed_set(parts, pooled_NP, settings, step)
+                known["pooled"] = pooled_NP
+                stored["conditioning"] = write_conditioning(root, conditioning_NSK, options.dtype)
         judges: list[References] = []
         chains: list[dict[str, np.ndarray]] = []
         for number, prompt in enumerate(judging):
             at = prompts.index(prompt)
             tokens_1L = tokens_NL[at : at + 1]
             seed = FIRST_SEED + number * batch  # other noise for each
-            judge = text_references(prompt, tokens_1L, batch, step, options.layout, seed)
+            tokens_2_1L = None if tokens_2_NL is None else tokens_2_NL[at : at + 1]
+            judge = text_references(
+                prompt, tokens_1L, batch, step, options.layout, seed, tokens_2_1L
+            )
             chain = judge.inputs()
-            if contexts_NLD is not None and stored_NLD is not None:
-                judge = judge.plus({"context": contexts_NLD[at : at + 1].repeat(batch, 0)})
-                chain["context"] = stored_NLD[at : at + 1].repeat(batch, 0)
+            for name, value in known.items():
+                judge = judge.plus({name: value[at : at + 1].repeat(batch, 0)})
+            for name, value in stored.items():
+                chain[name] = value[at : at + 1].repeat(batch, 0)
             judges.append(judge)
             chains.append(chain)
         judges = make_every_reference(
@@ -180,8 +208,8 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
                 for chain in chains:
                     chain["latent_sample"] = latent_sample(chain, step)
             stage, outputs = writer.write_judged(source, chains)
-            for chain, output in zip(chains, outputs, strict=True):
-                chain[source.output] = output
+            for chain, made in zip(chains, outputs, strict=True):
+                chain |= made
             stages.append(stage)
         safety = None
         if checks_images:
@@ -227,6 +255,7 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             upscale=settings.upscale,
             one_step=step,
             text=text,
+            text_widths=model.config.text_widths if parts.has_text_pair else (),
             stages=tuple(stages),
             safety=safety,
             marks=options.marks,
@@ -238,6 +267,18 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
         if options.signing_key is not None:
             sign(root / MANIFEST, options.signing_key)
     return Bundle.open(options.out)
+
+
+def conditioning_shape(
+    parts: ChosenParts, settings: TaskSettings, step: OneStep
+) -> tuple[int, int] | None:
+    """S and K of SDXL's conditioning [B, S, K]; None for another model."""
+    if not parts.has_text_pair:
+        return None
+    config = parts.model.config
+    path = config.folder / "unet/config.json"
+    unet: Any = build(UNet2DConditionModel, config.unet, path)
+    return len(settings.starts(step)), conditioning_channels(unet)
 
 
 def example_prompt(model: ModelParts) -> str:

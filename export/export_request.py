@@ -98,6 +98,8 @@ def check_request(options: ExportOptions) -> None:
     model.check_unet(settings.task)
     if options.with_teacher:
         _check_teacher(options, settings)
+    if model.config.has_text_pair:
+        _check_text_pair(options)
     if options.decoder is not None:
         model.check_tiny_decoder(options.decoder)
     if options.encoder is not None:
@@ -140,7 +142,7 @@ def early_model(name: str) -> ModelParts:
     """
     folder = model_folder(name)
     config = early_config(folder)
-    check_weights(folder)
+    check_weights(folder, config.text_parts)
     return ModelParts(folder, model_name(str(name), folder), config)
 
 
@@ -300,6 +302,27 @@ def _check_teacher(options: ExportOptions, settings: TaskSettings) -> None:
     teacher_settings(options.adaptor)
 
 
+def _check_text_pair(options: ExportOptions) -> None:
+    """Raise HipaError for what a model with two text encoders, as SDXL, is not exported for."""
+    if options.with_teacher:
+        raise HipaError(
+            f"--with-teacher: {options.model} has two text encoders, as SDXL has, and drafts of "
+            "such a model are not refined. Leave out --with-teacher."
+        )
+    if options.layout == "generic":
+        raise HipaError(
+            f"--layout generic: {options.model} has two text encoders, as SDXL has, and is "
+            "exported in the layout onestep alone. Use --layout onestep."
+        )
+    for name in ("height", "width"):
+        if name in options.dynamic:
+            raise HipaError(
+                f"--dynamic {name}: the UNet of {options.model} is told the size of the image, as "
+                f"SDXL's is, and the bundle holds that number. Export a bundle for each size, "
+                f"with --height and --width."
+            )
+
+
 def _check_scale(scale: float) -> None:
     if not math.isfinite(scale):
         raise HipaError(f"--adaptor-scale {scale} is not finite. Expected 1.0 for as trained.")
@@ -311,7 +334,7 @@ def _least_bytes(options: ExportOptions, model: ModelParts) -> int:
     if options.with_teacher:
         parts.append("unet")
     if not options.prompts:
-        parts.append("text_encoder")
+        parts += model.config.text_parts
     count = 0
     for part in parts:
         for shape in (known_shapes(model.folder / part) or {}).values():

@@ -43,7 +43,7 @@ from hipa_deploy.export.export_request import (
     check_swap_request,
     resolve_swap_request,
 )
-from hipa_deploy.export.graph.run_apart import run_apart
+from hipa_deploy.export.graph.run_apart import run_all_apart, run_apart
 from hipa_deploy.export.references import (
     INPUTS,
     References,
@@ -53,6 +53,7 @@ from hipa_deploy.export.references import (
 )
 from hipa_deploy.export.task import TaskSettings, print_warning
 from hipa_deploy.export.writer import StageWriter
+from hipa_deploy.generate.stages import name_along_path, stage_feed
 from hipa_deploy.models.style import StyleInfo
 
 
@@ -97,6 +98,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         # The UNet's stage once more, fed with what the bundle's own stages before it give.
         with (console or Console(stderr=True)).status("export: UNet"):
             references = _references(bundle, parts, settings, changes_text=changes_text)
+            changes_text = changes_text or _has_other_conditioning(bundle, references)
             for doubt in references.doubts:
                 print_warning(console, doubt)
             source = unet_source(like_bundle, parts, settings, bundle.manifest.one_step)
@@ -111,8 +113,11 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
             inputs = _stage_inputs(bundle, references)
             text = None
             if changes_text:
-                encoder = writer.write(text_encoder_source(like_bundle, parts), inputs)
-                inputs["context"] = encoder.output
+                encoder = writer.write(
+                    text_encoder_source(like_bundle, parts, settings, bundle.manifest.one_step),
+                    inputs,
+                )
+                inputs |= encoder.outputs
                 text = _swapped_text(bundle, encoder.stage, scratch, root)
             stage = writer.write(source, inputs).stage
 
@@ -171,7 +176,7 @@ def _on_text(loras: Sequence[LoraInfo]) -> list[tuple[str, str, float]]:
     """Name, hash and scale of the LoRAs that change the text encoder."""
     found = []
     for lora in loras:
-        if "text_encoder" in lora.parts:
+        if {"text_encoder", "text_encoder_2"} & set(lora.parts):
             found.append((lora.name, lora.sha256, lora.scale))
     return found
 
@@ -193,7 +198,7 @@ def _references(
     """
     step = bundle.manifest.one_step
     stored = Reference.read(bundle).tensors
-    taken = {*INPUTS, *settings.inputs}
+    taken = {*INPUTS, *settings.inputs, "pooled"}
     tensors = {name: value for name, value in stored.items() if name in taken}
     references = References(prompt="", seeds=(), tensors=tensors)
     if changes_text:
@@ -208,7 +213,7 @@ def _references(
 def _stage_inputs(bundle: Bundle, references: References) -> dict[str, np.ndarray]:
     """What the UNet's stage is fed with: the reference inputs, and what the stages before give."""
     tensors = references.inputs()
-    tensors["context"] = _context(bundle, references.tensors)
+    tensors |= _text(bundle, references.tensors)
     if "vae_encoder" in bundle.stages:
         spec = bundle.stages["vae_encoder"].spec
         feed = {"image": tensors["image"]}
@@ -216,15 +221,42 @@ def _stage_inputs(bundle: Bundle, references: References) -> dict[str, np.ndarra
     return tensors
 
 
-def _context(bundle: Bundle, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The context as the bundle's text encoder gives it, or as the bundle stores it."""
-    if "text_encoder" in bundle.stages:
-        spec = bundle.stages["text_encoder"].spec
-        feed = {spec.inputs[0].name: tensors["tokens"]}
-        return run_apart(bundle.stage_path("text_encoder"), spec, feed)
-    spec = bundle.stages[adapted_stage(bundle)].spec
-    dtype = next(tensor.dtype for tensor in spec.inputs if tensor.name == "context")
-    return tensors["context"].astype(dtype)
+def _text(bundle: Bundle, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The context, and SDXL's conditioning, as the bundle's text stage gives or it stores them."""
+    layout = bundle.manifest.layout
+    if TEXT_STAGE in bundle.stages:
+        spec = bundle.stages[TEXT_STAGE].spec
+        feed = stage_feed(spec, tensors, layout)
+        made = run_all_apart(bundle.stage_path(TEXT_STAGE), spec, feed)
+        return {name_along_path(spec, name, layout): value for name, value in made.items()}
+    stored = {}
+    for tensor in bundle.stages[adapted_stage(bundle)].spec.inputs:
+        if tensor.name in ("context", "conditioning"):
+            stored[tensor.name] = tensors[tensor.name].astype(tensor.dtype)
+    return stored
+
+
+def _has_other_conditioning(bundle: Bundle, references: References) -> bool:
+    """Whether the adaptor changes what SDXL's text stage computes for the UNet.
+
+    Raises:
+        HipaError: it does, and the bundle has the conditioning of its prompts in place of a text
+            stage.
+
+    """
+    made = references.tensors.get("conditioning")
+    if made is None:
+        return False
+    stored = Reference.read(bundle).tensors["conditioning"]
+    # Another machine or number of threads changes the last digits.
+    if np.allclose(made, stored, rtol=0, atol=1e-5 * float(np.abs(stored).max())):
+        return False
+    if TEXT_STAGE not in bundle.stages:
+        raise HipaError(
+            f"{bundle.root} has the contexts of its prompts in place of a text encoder, and this "
+            "adaptor changes the UNet's embedding of prompts. Export a bundle of its own."
+        )
+    return True
 
 
 def _differing(base: Path, other: Path) -> dict[str, Initializer]:

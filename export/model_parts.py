@@ -16,7 +16,6 @@ from hipa_deploy.errors import HipaError, reason_of
 from hipa_deploy.models.adaptor_folder import unet_sha256
 from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_metadata
-from hipa_deploy.models.kind import check_unet
 from hipa_deploy.models.locate import model_folder, model_name
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod
@@ -34,14 +33,16 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizerFast
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
 MAX_PIXELS = 2048 * 2048
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A Stable Diffusion folder with one CLIP text encoder. Its parts come in float32, frozen.
+    """A Stable Diffusion folder with CLIP's text encoder, or with SDXL's two.
+
+    Its parts come in float32, frozen.
 
     Attributes:
         folder: the diffusers folder.
@@ -71,7 +72,7 @@ class ModelParts:
         """
         folder = model_folder(name)
         config = ModelConfig.read(folder)
-        check_weights(folder)
+        check_weights(folder, config.text_parts)
         return cls(folder, model_name(str(name), folder), config)
 
     @cached_property
@@ -99,13 +100,19 @@ class ModelParts:
             HipaError: as ``unet``.
 
         """
-        check_unet(self.folder, self.config.unet, self.config.latent_channels, task)
+        self.config.check_unet(task)
 
     def text_encoder(self) -> CLIPTextModel:
         """The CLIP text encoder."""
         from transformers import CLIPTextModel
 
         return load_part(CLIPTextModel, self.folder / "text_encoder")
+
+    def text_encoder_2(self) -> CLIPTextModelWithProjection:
+        """The second CLIP text encoder of SDXL, with the pooled vector's projection."""
+        from transformers import CLIPTextModelWithProjection
+
+        return load_part(CLIPTextModelWithProjection, self.folder / "text_encoder_2")
 
     def vae(self) -> AutoencoderKL:
         """The autoencoder."""
@@ -192,9 +199,9 @@ class ModelParts:
             )
         return tiny
 
-    def tokenizer(self) -> CLIPTokenizerFast:
-        """The tokenizer, in its Rust form; see ``load_tokenizer``."""
-        return load_tokenizer(self.config)
+    def tokenizer(self, part: str = "tokenizer") -> CLIPTokenizerFast:
+        """The tokenizer, or 'tokenizer_2' of SDXL, in its Rust form; see ``load_tokenizer``."""
+        return load_tokenizer(self.config, part)
 
     def one_step(
         self,

@@ -5,7 +5,10 @@ error in a fold shows in the comparison of a stage with its reference. Only one 
 in memory at a time.
 
     tokens       int64   [B, L]
-    context      float32 [B, L, D]      text encoder
+    tokens_2     int64   [B, L]         as SDXL's second tokenizer reads the prompt
+    context      float32 [B, L, D]      text encoder; SDXL's two side by side
+    pooled       float32 [B, P]         SDXL's second text encoder
+    conditioning float32 [B, S, K]      what the blocks of SDXL's UNet project, at each start
     noise        float32 [B, C, h, w]   standard normal; layout generic: what the UNet sees
     image        uint8   [B, H, W, 3]   tasks with a source image
     mask         float32 [B, 1, h, w]   task inpaint
@@ -26,7 +29,7 @@ At further strengths of an edit the keys are 'output_1', 'latents_1', 'images_1'
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,6 +41,7 @@ from torch import nn
 
 from hipa_deploy.bundle.manifest import AdaptorInfo, Layout, OneStep
 from hipa_deploy.export.chosen_parts import ChosenParts, HeldParts
+from hipa_deploy.export.graph.conditioning import Recorder
 from hipa_deploy.export.graph.half_precision import Ranges
 from hipa_deploy.export.graph.modules import from_uint8, seen_by_unet, to_uint8
 from hipa_deploy.export.graph.reference_check import check_reference
@@ -48,17 +52,18 @@ from hipa_deploy.export.graph.safety_module import (
 )
 from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.generate.noise import bundle_noise
-from hipa_deploy.generate.prompt_weights import weigh_context
+from hipa_deploy.generate.prompt_weights import weigh_side_by_side
 from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.images.example_source import example_inputs
 from hipa_deploy.marks.records import SafetySettings
 from hipa_deploy.marks.safety import SAFETY_STAGE, prepare_pixels
+from hipa_deploy.models.text_pair import size_numbers
 from hipa_deploy.tasks import STEP_INPUTS, finish_latents, is_inpainting_unet, start_latents
 
 FIRST_SEED = 0
 ENCODED_AT_ONCE = 64  # prompts of a closed set; thousands at once would not fit into memory
 # Tensors that come from outside of the model. The stages of a bundle compute all others.
-INPUTS = ("tokens", "noise", "image", "mask", "step", "timestep")
+INPUTS = ("tokens", "tokens_2", "noise", "image", "mask", "step", "timestep")
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ def text_references(
     step: OneStep,
     layout: Layout = "onestep",
     first_seed: int = FIRST_SEED,
+    tokens_2_1L: np.ndarray | None = None,
 ) -> References:
     """The tensors that need no part of the model: the tokens of ``prompt``, and noise per image."""
     seeds = tuple(range(first_seed, first_seed + batch))
@@ -136,12 +142,16 @@ def text_references(
         "tokens": tokens_1L.repeat(batch, 0),
         "noise": bundle_noise(list(seeds), step.latent_shape, step, layout),
     }
+    if tokens_2_1L is not None:
+        tensors["tokens_2"] = tokens_2_1L.repeat(batch, 0)
     return References(prompt, seeds, tensors)
 
 
 @torch.no_grad()
 def add_context(references: References, parts: ChosenParts, *, watch: bool) -> References:
-    """Add 'context', the text encoder's last hidden states for 'tokens'."""
+    """Add 'context', the text encoder's last hidden states for 'tokens'; of SDXL also 'pooled'."""
+    if parts.has_text_pair:
+        return _add_pair(references, parts, watch=watch)
     encoder = parts.text_encoder()
     with watched(watch, "text_encoder", encoder) as largest:
         tokens_BL = torch.from_numpy(references.tensors["tokens"])
@@ -149,20 +159,80 @@ def add_context(references: References, parts: ChosenParts, *, watch: bool) -> R
     return references.plus({"context": context_BLD}, largest)
 
 
+def _add_pair(references: References, parts: ChosenParts, *, watch: bool) -> References:
+    """Add 'context' and 'pooled' of two text encoders."""
+    pair = parts.text_pair()
+    with (
+        watched(watch, "text_encoder", pair[0]) as first,
+        watched(watch, "text_encoder_2", pair[1]) as second,
+    ):
+        context_BLD, pooled_BP = parts.pair_context(
+            pair,
+            torch.from_numpy(references.tensors["tokens"]),
+            torch.from_numpy(references.tensors["tokens_2"]),
+        )
+    tensors = {"context": context_BLD.numpy(), "pooled": pooled_BP.numpy()}
+    return references.plus(tensors, {**first, **second})
+
+
 @torch.no_grad()
 def encode_closed_set(
-    parts: ChosenParts, tokens_NL: np.ndarray, weights_NL: np.ndarray
-) -> np.ndarray:
-    """Contexts float32 [N, L, D] of all prompts of a closed set, weighed."""
-    encoder = parts.text_encoder()
+    parts: ChosenParts,
+    tokens_NL: np.ndarray,
+    weights_NL: np.ndarray,
+    tokens_2_NL: np.ndarray | None = None,
+    weights_2_NL: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Contexts float32 [N, L, D] of all prompts of a closed set, weighed; of SDXL also 'pooled'.
+
+    Args:
+        parts: the model's.
+        tokens_NL: int64, of N prompts.
+        weights_NL: float32, of their tokens.
+        tokens_2_NL: of the second tokenizer; None where the model has one text encoder.
+        weights_2_NL: of these.
+
+    Returns:
+        The contexts, and the pooled vectors float32 [N, P], on which weights have no effect.
+
+    """
     contexts = []
-    for tokens_BL in torch.from_numpy(tokens_NL).split(ENCODED_AT_ONCE):
-        contexts.append(parts.context(encoder, tokens_BL))
-    weighed_NLD: np.ndarray = weigh_context(
-        torch.cat(contexts).numpy(), weights_NL, parts.chunk_tokens
+    pooled = []
+    weights = [weights_NL]
+    if tokens_2_NL is None:
+        encoder = parts.text_encoder()
+        for tokens_BL in torch.from_numpy(tokens_NL).split(ENCODED_AT_ONCE):
+            contexts.append(parts.context(encoder, tokens_BL))
+    else:
+        assert weights_2_NL is not None
+        weights.append(weights_2_NL)
+        pair = parts.text_pair()
+        batches = zip(
+            torch.from_numpy(tokens_NL).split(ENCODED_AT_ONCE),
+            torch.from_numpy(tokens_2_NL).split(ENCODED_AT_ONCE),
+            strict=True,
+        )
+        for tokens_BL, tokens_2_BL in batches:
+            context_BLD, pooled_BP = parts.pair_context(pair, tokens_BL, tokens_2_BL)
+            contexts.append(context_BLD)
+            pooled.append(pooled_BP)
+    weighed_NLD = weigh_side_by_side(
+        torch.cat(contexts).numpy(), weights, parts.model.config.text_widths, parts.chunk_tokens
     )
     check_reference({"context": weighed_NLD})
-    return weighed_NLD
+    return weighed_NLD, torch.cat(pooled).numpy() if pooled else None
+
+
+@torch.no_grad()
+def condition_closed_set(
+    parts: ChosenParts, pooled_NP: np.ndarray, settings: TaskSettings, step: OneStep
+) -> np.ndarray:
+    """The conditioning float32 [N, S, K] of all prompts of a closed set."""
+    sizes = size_numbers(step.height, step.width)
+    conditioning = parts.conditioning(settings.timesteps(step), sizes)
+    made: np.ndarray = conditioning(torch.from_numpy(pooled_NP)).numpy()
+    check_reference({"conditioning": made})
+    return made
 
 
 @torch.no_grad()
@@ -208,12 +278,16 @@ def add_step(
     *,
     watch: bool,
 ) -> References:
-    """Add 'output' and 'latents' of the one step, at every strength of an edit."""
+    """Add 'output' and 'latents' of the one step, at every strength of an edit.
+
+    Of SDXL also 'conditioning', as the UNet's blocks compute it in the general form.
+    """
     # In the layout generic the noise is scaled already.
     noise_scale = step.noise_scale if layout == "onestep" else 1.0
     unet, adaptor = parts.unet()
     tensors: dict[str, np.ndarray] = {}
-    with watched(watch, "unet", unet) as largest:
+    conditioning = []
+    with watched(watch, "unet", unet) as largest, _recorded(parts, unet) as recorder:
         for index, start in enumerate(settings.starts(step)):
             output_BCHW, latents_BCHW = _one_step(
                 unet,
@@ -226,7 +300,29 @@ def add_step(
             )
             tensors[strength_key("output", index)] = output_BCHW
             tensors[strength_key("latents", index)] = latents_BCHW
+            if recorder is not None:
+                conditioning.append(recorder.conditioning_BK.numpy())
+    if conditioning:
+        tensors["conditioning"] = np.stack(conditioning, axis=1)
     return replace(references.plus(tensors, largest), adaptor=adaptor)
+
+
+def _recorded(
+    parts: ChosenParts, unet: UNet2DConditionModel
+) -> AbstractContextManager[Recorder | None]:
+    """A recorder of SDXL's conditioning; nothing for another model."""
+    return Recorder(unet) if parts.has_text_pair else nullcontext()
+
+
+def _added_conditions(
+    tensors: Mapping[str, np.ndarray], step: OneStep
+) -> dict[str, torch.Tensor] | None:
+    """What diffusers calls ``added_cond_kwargs``: SDXL's pooled vector and six numbers."""
+    if "pooled" not in tensors:
+        return None
+    pooled_BP = torch.from_numpy(tensors["pooled"])
+    sizes_1N = torch.tensor([size_numbers(step.height, step.width)], dtype=pooled_BP.dtype)
+    return {"text_embeds": pooled_BP, "time_ids": sizes_1N.repeat(len(pooled_BP), 1)}
 
 
 def _one_step(
@@ -255,7 +351,13 @@ def _one_step(
     on_torch = {name: torch.from_numpy(value) for name, value in conditions.items()}
     sample_BCHW = seen_by_unet(torch.from_numpy(start_BCHW), on_torch, concatenates=concatenates)
     context_BLD = torch.from_numpy(tensors["context"])
-    output_BCHW = unet(sample_BCHW, timestep, context_BLD, return_dict=False)[0].numpy()
+    output_BCHW = unet(
+        sample_BCHW,
+        timestep,
+        context_BLD,
+        added_cond_kwargs=_added_conditions(tensors, step),
+        return_dict=False,
+    )[0].numpy()
 
     x0_BCHW = predict_x0(start_BCHW, output_BCHW, alpha_bar, step.prediction_type, step.method)
     return output_BCHW, finish_latents(settings.task, x0_BCHW, conditions)

@@ -57,12 +57,20 @@ class TaskSettings:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the UNet stage's inputs, in order."""
-        return unet_inputs(self.task, len(self.strengths))
+        """Names of the UNet stage's inputs, in order, but for SDXL's conditioning."""
+        return self.inputs_with(conditioning=False)
+
+    def inputs_with(self, *, conditioning: bool) -> tuple[str, ...]:
+        """Names of the UNet stage's inputs, in order; see ``unet_inputs``."""
+        return unet_inputs(self.task, len(self.strengths), conditioned=conditioning)
 
     def starts(self, step: OneStep) -> tuple[OneStep | Strength, ...]:
         """Timestep and alpha_bar of every start: one for each strength of an edit, else one."""
         return self.strengths or (step,)
+
+    def timesteps(self, step: OneStep) -> list[int]:
+        """The timestep of every start."""
+        return [start.timestep for start in self.starts(step)]
 
 
 def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
@@ -203,7 +211,7 @@ def step_warning(options: ExportOptions, settings: TaskSettings, model: ModelPar
         return None
     if options.one_step is not None or settings.task != "generate":
         return None
-    names = ", ".join(names_for(config.text_width))
+    names = ", ".join(names_for(config))
     if options.adaptor is not None and not (options.adaptor / METADATA).exists():
         return (
             f"{options.adaptor} does not say what its one step is: x0 at timestep "
@@ -213,9 +221,12 @@ def step_warning(options: ExportOptions, settings: TaskSettings, model: ModelPar
     if options.adaptor is None and config.scheduler.get("timestep_spacing") == "trailing":
         kind = str(config.scheduler.get("_class_name"))
         if kind in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"):
+            name, preset = ("SD-Turbo", "sd-turbo")
+            if config.has_text_pair:
+                name, preset = ("SDXL-Turbo", "sdxl-turbo")
             return (
-                f"{config.folder} has a {kind} with trailing timesteps, as SD-Turbo has. If the "
-                "model is SD-Turbo or made from it, use --one-step sd-turbo."
+                f"{config.folder} has a {kind} with trailing timesteps, as {name} has. If the "
+                f"model is {name} or made from it, use --one-step {preset}."
             )
     return None
 

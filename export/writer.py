@@ -24,11 +24,9 @@ from hipa_deploy.export.graph.half_precision import (
     whole_attentions,
 )
 from hipa_deploy.export.graph.modules import place_of
-from hipa_deploy.export.graph.run_apart import run_apart
+from hipa_deploy.export.graph.run_apart import run_all_apart
 from hipa_deploy.export.graph.to_onnx import OPSET, export_stage
 from hipa_deploy.export.references import References, strength_key
-
-WHOLE_TEXT_ENCODER = ("encoder",)
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class StageSource:
             that the model is never in memory twice.
         inputs: keys of the tensors that it takes, in the order of the stage's inputs.
         output: key of the tensor that it gives.
+        also: keys of further tensors that it gives, in the order of the stage's outputs.
 
     """
 
@@ -49,16 +48,27 @@ class StageSource:
     build: Callable[[], nn.Module]
     inputs: tuple[str, ...]
     output: str
+    also: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Keys of all that it gives."""
+        return (self.output, *self.also)
 
 
 class WrittenStage(NamedTuple):
-    """A stage of the manifest, and what it gave for the reference.
+    """A stage of the manifest, and what it gave for the reference, by key.
 
-    ``output`` is the tensor at the largest strength of an edit: the next stage is fed with it.
+    ``outputs`` are those at the largest strength of an edit: the next stage is fed with them.
     """
 
     stage: Stage
-    output: np.ndarray
+    outputs: dict[str, np.ndarray]
+
+    @property
+    def output(self) -> np.ndarray:
+        """The stage's first output."""
+        return next(iter(self.outputs.values()))
 
 
 class Case(NamedTuple):
@@ -68,6 +78,10 @@ class Case(NamedTuple):
     strength: int
 
 
+_Outputs = dict[Case, dict[str, np.ndarray]]
+"""What a stage gave in each case, by key."""
+
+
 @dataclass(frozen=True)
 class _Judge:
     """A prompt that judges a stage: PyTorch's tensors, and those that the ONNX stages gave."""
@@ -75,9 +89,9 @@ class _Judge:
     references: References
     tensors: Mapping[str, np.ndarray]
 
-    def expected(self, source: StageSource, case: Case) -> np.ndarray:
-        """PyTorch's output of a stage."""
-        return self.references.tensors[strength_key(source.output, case.strength)]
+    def expected(self, key: str, case: Case) -> np.ndarray:
+        """PyTorch's output of a stage, by its key."""
+        return self.references.tensors[strength_key(key, case.strength)]
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,7 @@ class StageWriter:
 
     def write_judged(
         self, source: StageSource, chains: Sequence[Mapping[str, np.ndarray]]
-    ) -> tuple[Stage, list[np.ndarray]]:
+    ) -> tuple[Stage, list[dict[str, np.ndarray]]]:
         """Export the module of ``source``, and compare with the reference of every prompt.
 
         Args:
@@ -135,8 +149,8 @@ class StageWriter:
                 and for as many of the others as are to judge this stage.
 
         Returns:
-            The stage, with the worst parity of all; and its output for each chain, at the largest
-            strength of an edit.
+            The stage, with the worst parity of all; and its outputs for each chain, by key, at the
+            largest strength of an edit.
 
         Raises:
             HipaError: as ``write``.
@@ -171,7 +185,7 @@ class StageWriter:
         stage = Stage(
             spec=spec,
             path=path,
-            precision="fp32" if islands == WHOLE_TEXT_ENCODER else self.precision,
+            precision="fp32" if islands and source.name == "text_encoder" else self.precision,
             opset=OPSET,
             fp32_islands=islands,
             parity=self._worst_parity(source, judges, outputs),
@@ -216,6 +230,10 @@ class StageWriter:
         known: tuple[str, ...],
     ) -> tuple[str, ...]:
         """Names of the parts of ``module`` that must stay in float32."""
+        # Its attention is transformers' own, whose scores nobody watches, and the whole text
+        # encoder costs next to nothing.
+        if source.name == "text_encoder" and failing is not None:
+            return _whole(module)
         found = islands_by_range(module, self._reached(module))
         islands = whole_attentions([*found, *known])
         if failing is not None:
@@ -226,13 +244,11 @@ class StageWriter:
                 # The module is still in float32; a bundle's context may be float16 already.
                 dtype = judge.references.tensors[key].dtype
                 feed.append(torch.from_numpy(tensors[key].astype(dtype)))
-            expected = judge.expected(source, failing)
+            expected = judge.expected(source.output, failing)
             islands = fewest_islands(module, tuple(feed), partial(_is_faithful, expected), islands)
 
-        # Its attention is transformers' own, whose scores nobody watches, and the whole text
-        # encoder costs next to nothing.
         if islands and source.name == "text_encoder":
-            return WHOLE_TEXT_ENCODER
+            return _whole(module)
         return islands
 
     def _reached(self, module: nn.Module) -> dict[str, float]:
@@ -250,9 +266,9 @@ class StageWriter:
                     reached[name] = max(reached.get(name, 0.0), value)
         return reached
 
-    def _run(self, source: StageSource, judges: Sequence[_Judge]) -> dict[Case, np.ndarray]:
+    def _run(self, source: StageSource, judges: Sequence[_Judge]) -> _Outputs:
         """What the stage gives in each case."""
-        outputs: dict[Case, np.ndarray] = {}
+        outputs: _Outputs = {}
         for number, judge in enumerate(judges):
             for index, feed in enumerate(self._feeds(source, judge.tensors)):
                 outputs[Case(number, index)] = self._run_once(source, feed)
@@ -268,32 +284,37 @@ class StageWriter:
             return [tensors]
         return [{**tensors, "step": np.asarray([index])} for index in range(self.strengths)]
 
-    def _run_once(self, source: StageSource, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    def _run_once(
+        self, source: StageSource, tensors: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
         spec = self.specs[source.name]
         feed: dict[str, np.ndarray] = {}
         for tensor, key in zip(spec.inputs, source.inputs, strict=True):
             feed[tensor.name] = tensors[key].astype(tensor.dtype)
-        return run_apart(self.root / source.name / "model.onnx", spec, feed)
+        made = run_all_apart(self.root / source.name / "model.onnx", spec, feed)
+        outputs = zip(source.outputs, spec.outputs, strict=True)
+        return {key: made[tensor.name] for key, tensor in outputs}
 
     def _problems(
         self,
         source: StageSource,
         judges: Sequence[_Judge],
-        outputs: Mapping[Case, np.ndarray],
+        outputs: _Outputs,
     ) -> dict[Case, str]:
         """What is wrong with the outputs, by case; empty if all is well."""
         problems: dict[Case, str] = {}
-        for case, output in outputs.items():
-            wrong = problem(output, judges[case.judge].expected(source, case), self.precision)
-            if wrong:
-                problems[case] = wrong
+        for case, made in outputs.items():
+            for key, output in made.items():
+                wrong = problem(output, judges[case.judge].expected(key, case), self.precision)
+                if wrong:
+                    problems[case] = wrong
         return problems
 
     def _worst_parity(
         self,
         source: StageSource,
         judges: Sequence[_Judge],
-        outputs: Mapping[Case, np.ndarray],
+        outputs: _Outputs,
     ) -> Parity:
         """The parity of the case that is furthest from PyTorch.
 
@@ -302,13 +323,14 @@ class StageWriter:
 
         """
         measured = []
-        for case, output in outputs.items():
+        for case, made in outputs.items():
             judge = judges[case.judge]
             name = source.name
             if len(judges) > 1:
                 name += f" of {brief(judge.references.prompt)}"
-            expected = judge.expected(source, case)
-            measured.append(check_parity(name, output, expected, self.precision))
+            for key, output in made.items():
+                expected = judge.expected(key, case)
+                measured.append(check_parity(name, output, expected, self.precision))
         return min(measured, key=lambda parity: parity.psnr_db)
 
 
@@ -325,6 +347,11 @@ def check_parity(
     if wrong:
         raise HipaError(f"{stage} in {precision} {wrong}. Export with --dtype fp32.")
     return compare(output, expected)
+
+
+def _whole(module: nn.Module) -> tuple[str, ...]:
+    """All of a text stage, as islands: the encoder, or SDXL's two and the conditioning."""
+    return tuple(name for name, _ in module.named_children())
 
 
 def _is_faithful(expected: np.ndarray, output: Tensor) -> bool:

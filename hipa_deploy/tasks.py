@@ -35,13 +35,14 @@ STEP_INPUTS: dict[Task, tuple[str, ...]] = {
 }
 
 
-def unet_inputs(task: Task, strengths: int = 1) -> tuple[str, ...]:
+def unet_inputs(task: Task, strengths: int = 1, *, conditioned: bool = False) -> tuple[str, ...]:
     """Return the names of a UNet stage's inputs, in order.
 
     Args:
         task: what the stage is for.
         strengths: number of strengths of an edit. With several, the input 'step' is the index of
             one.
+        conditioned: whether the UNet takes what else depends on the prompt, as SDXL's does.
 
     Example:
         >>> unet_inputs("edit", strengths=3)
@@ -51,7 +52,10 @@ def unet_inputs(task: Task, strengths: int = 1) -> tuple[str, ...]:
     names = list(STEP_INPUTS[task])
     if strengths > 1:
         names.append("step")
-    return (*names, "context")
+    names.append("context")
+    if conditioned:
+        names.append("conditioning")
+    return tuple(names)
 
 
 def is_inpainting_unet(in_channels: int, latent_channels: int) -> bool:

@@ -34,6 +34,8 @@ UNET_NAMES = {
     "mid_block.resnets.0": "middle_block.0",
     "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 VAE_ATTENTION = {
     "group_norm": "norm",
@@ -63,7 +65,11 @@ def write_checkpoint(folder: Path, path: Path, *, open_clip: bool = False) -> Pa
     text = load("text_encoder", "model")
     weights = _prefixed("model.diffusion_model.", unet_names(load("unet")))
     weights |= _prefixed("first_stage_model.", vae_names(load("vae")))
-    if open_clip:
+    if (folder / "text_encoder_2").is_dir():
+        weights |= _prefixed("conditioner.embedders.0.transformer.", text)
+        second = load("text_encoder_2", "model")
+        weights |= open_clip_names(second, "conditioner.embedders.1.model.")
+    elif open_clip:
         weights |= open_clip_names(text)
     else:
         weights |= _prefixed("cond_stage_model.transformer.", text)
@@ -172,12 +178,11 @@ def vae_names(vae: Weights) -> Weights:
     return renamed
 
 
-def open_clip_names(text: Weights) -> Weights:
-    """Return the text encoder's weights by OpenCLIP's names, which SD 2.x has.
+def open_clip_names(text: Weights, prefix: str = "cond_stage_model.model.") -> Weights:
+    """Return the text encoder's weights by OpenCLIP's names, which SD 2.x and SDXL have.
 
-    OpenCLIP stores query, key and value as one matrix.
+    OpenCLIP stores query, key and value as one matrix, and the projection transposed.
     """
-    prefix = "cond_stage_model.model."
     simple = {
         "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
         "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -185,6 +190,8 @@ def open_clip_names(text: Weights) -> Weights:
         "text_model.final_layer_norm.bias": "ln_final.bias",
     }
     out = {prefix + new: text[old] for old, new in simple.items()}
+    if "text_projection.weight" in text:
+        out[f"{prefix}text_projection"] = text["text_projection.weight"].T
     for name, weight in text.items():
         match = re.match(r"text_model\.encoder\.layers\.(\d+)\.(.*)\.(weight|bias)", name)
         if not match:

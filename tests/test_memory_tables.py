@@ -25,12 +25,14 @@ def test_the_page_has_the_tables_of_the_plan() -> None:
     module = memory_tables()
     page = module.PAGE.read_text(encoding="utf-8")
     assert module.with_tables(page) == page, "run: python docs/memory_tables.py"
+    page = module.FAMILY_PAGE.read_text(encoding="utf-8")
+    assert module.with_tables(page, family=True) == page, "run: python docs/memory_tables.py"
 
 
 def test_every_model_and_every_way_to_hold_it() -> None:
     module = memory_tables()
-    models = module.models()
-    assert len(models) == 6
+    models = {**module.models(), **module.models(family=True)}
+    assert len(models) == 12
     for title, sizes in models.items():
         run = module.plan(sizes, "orin-nano").run
         ways = [

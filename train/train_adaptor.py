@@ -1,13 +1,14 @@
 """Train a HiPA adaptor: one readable function.
 
-Shape suffixes: B rows of a batch, T timesteps of the noise schedule, L tokens, D width of the text
-context, C channels, H W height and width (of latents, or of images where the name says image).
+Shape suffixes: B rows of a batch, T timesteps of the noise schedule, C channels, H W height and
+width (of latents, or of images where the name says image).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,10 @@ from hipa_deploy.models.adaptor_folder import (
 from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.style import Style
 from hipa_deploy.tasks import strength_timestep
+from hipa_deploy.train.data.crops import check_crop, crop_corners, cropped
 from hipa_deploy.train.data.examples import TaskExamples, task_examples
 from hipa_deploy.train.data.source_images import real_latents
+from hipa_deploy.train.data.teacher_pairs import RowFunction
 from hipa_deploy.train.distribution.terms import distribution_terms
 from hipa_deploy.train.evaluation.sample_grid import headed_grid
 from hipa_deploy.train.held_out import HeldOutMeasure, held_out_examples, held_out_key
@@ -38,9 +41,13 @@ from hipa_deploy.train.loop.run import Run, check_extends, loss_state
 from hipa_deploy.train.loop.run_lock import one_run_at_a_time
 from hipa_deploy.train.loop.training_steps import Watch, result_lines, run_steps
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
-from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
+from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.encoder_adaptor import load_encoder_weights
-from hipa_deploy.train.model.mixed_precision import in_precision, use_tensor_cores
+from hipa_deploy.train.model.mixed_precision import (
+    decoder_precision,
+    in_precision,
+    use_tensor_cores,
+)
 from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import (
     PRESETS,
@@ -116,7 +123,9 @@ def train_adaptor(
     model = DiffusionModel.load(model_dir, processes.device, recipe.task, style, recipe.text)
     use_tensor_cores(model.device)
     unet = in_precision(model.unet, recipe.mixed_precision, model.device)
-    decode = in_precision(model.decode, recipe.mixed_precision, model.device)
+    vae_precision = decoder_precision(recipe, model.config)
+    decode = in_precision(model.decode, vae_precision, model.device)
+    check_crop(recipe.decode_crop, model.latent_shape_CHW)
     prompts = read_prompts(recipe, model_dir)
     unseen_prompts = held_out_prompts(recipe, model_dir, prompts)
     metadata = _metadata(recipe, model, prompts)
@@ -183,7 +192,7 @@ def train_adaptor(
             unet,
             recipe.task,
             examples.step_inputs(rows),
-            examples.context(rows),
+            examples.conditions(rows),
             timestep_B=timestep_B,
             alpha_bar=alpha_bar_T[timestep_B].view(-1, 1, 1, 1),
             prediction_type=model.prediction_type,
@@ -197,41 +206,71 @@ def train_adaptor(
     # The columns of the sample grid that stay the same: source image, target, base model. They are
     # made once, before the first step, while they still cost nothing but a forward pass.
     sample_rows = torch.arange(min(recipe.samples, examples.count))
+
+    @torch.no_grad()
+    def column(images: RowFunction) -> Tensor:
+        """A column of the sample grid, uint8 [N, H, W, 3], made as many rows at once as a step."""
+        pieces = sample_rows.split(recipe.micro_batch or len(sample_rows))
+        return torch.cat([to_uint8(images(rows)) for rows in pieces])
+
     fixed_columns = {}
     with torch.no_grad(), without_adaptor(model.unet, model.vae):
         if examples.source is not None:
             fixed_columns["source"] = examples.source(sample_rows)
-        fixed_columns["teacher"] = to_uint8(examples.images(sample_rows))
-        fixed_columns["base, one step"] = to_uint8(student_images(examples, sample_rows))
+        fixed_columns["teacher"] = column(examples.images)
+        fixed_columns["base, one step"] = column(partial(student_images, examples))
+
+    def decoded_part(rows: Tensor, step: int) -> Callable[[Tensor], Tensor]:
+        """The part of the latents of ``rows`` that is decoded at ``step``: a square, or all."""
+        side = recipe.decode_crop
+        if side is None:
+            return lambda latents: latents
+        _, height, width = model.latent_shape_CHW
+        corners = crop_corners(recipe.seed, step, rows, side, (height, width))
+        return lambda latents: cropped(latents, corners, side)
+
+    def images_of_target(latents: Tensor, rows: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+        """The images [B, 3, H, W] in [0, 1] that the student's are compared with."""
+        if recipe.decode_crop is None:
+            return examples.images(rows)
+        # In steps of 1 / 255 and in the order in memory in which whole images are kept.
+        with torch.no_grad():
+            image_BHWC = to_uint8(decode(part(latents))).contiguous()
+        return to_float(image_BHWC).to(model.device)
 
     def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:
         """Mean loss over examples ``rows`` at ``step``, and its terms."""
-        latents = student_latents(examples, rows)
         target_latents = examples.latents(rows) if recipe.needs_targets else None
         if target_latents is not None and step < recipe.loss.latent_warmup_steps:
-            return loss.warmup_loss(latents, target_latents)
+            return loss.warmup_loss(student_latents(examples, rows), target_latents)
+
+        # The target comes first: decoding it takes memory, and the student's activations stay until
+        # the backward pass.
+        part = decoded_part(rows, step)
+        if target_latents is not None and loss.needs_images:
+            target_images = images_of_target(target_latents, rows, part)
+        latents = student_latents(examples, rows)
 
         # Decoding, forward and backward, is two thirds of a step's time: it happens only where an
         # image term needs it.
         if target_latents is None:
             total, terms = latents.new_zeros(()), {}
         elif loss.needs_images:
-            images = examples.composite(decode(latents), rows)
-            total, terms = loss(images, examples.images(rows), latents, target_latents)
+            images = examples.composite(decode(part(latents)), rows)
+            total, terms = loss(images, target_images, latents, target_latents)
         else:
             total, terms = loss.latent_loss(latents, target_latents)
         if distribution is None:
             return total, terms
 
         # What compares distributions rather than images; it has no part in the paper.
-        context = examples.context(rows)
-        beside, more = distribution(latents, target_latents, context, rows, step)
+        conditions = examples.conditions(rows)
+        beside, more = distribution(latents, target_latents, conditions, rows, step)
         return total + beside, terms | more
 
-    @torch.no_grad()
     def sample_grid(step: int) -> np.ndarray:
         """The sample grid, uint8 [height, width, 3]."""
-        images = to_uint8(student_images(examples, sample_rows))
+        images = column(partial(student_images, examples))
         columns = {**fixed_columns, "HiPA, one step": images}
         return headed_grid(columns, examples.prompts(sample_rows), step)
 

@@ -4,8 +4,8 @@ Architecture and folder are those of AutoencoderTiny (TAESD, https://github.com/
 No images are needed: it learns to decode the latents that the one-step model makes, and its targets
 are the full decoder's images of them.
 
-Shape suffixes: B rows of a batch, N all rows, L tokens, D width of the text context, C channels, H
-W height and width (of latents, or of images where the name says image).
+Shape suffixes: B rows of a batch, N all rows, C channels, H W height and width (of latents, or of
+images where the name says image).
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from hipa_deploy.train.loop.run import Run, loss_state
 from hipa_deploy.train.loop.run_lock import one_run_at_a_time
 from hipa_deploy.train.loop.training_steps import Watch, result_lines, run_steps
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
+from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.mixed_precision import in_precision, use_tensor_cores
 from hipa_deploy.train.model.unet_adaptor import one_step_model
@@ -232,7 +233,7 @@ def split_prompts(prompts: list[str], seed: int) -> tuple[list[str], list[str]]:
 
 def draw_latents(
     model: DiffusionModel,
-    generate: Callable[[Tensor, Tensor], Tensor],
+    generate: Callable[[Tensor, Conditions], Tensor],
     prompts: list[str],
     count: int,
     seed: int,
@@ -241,8 +242,8 @@ def draw_latents(
     """One-step latents by row, each a function of its row, ``seed`` and ``stream`` alone.
 
     Args:
-        model: The base model, for noise and text contexts.
-        generate: (noise [B, C, H, W], context [B, L, D]) -> latents [B, C, H, W].
+        model: The base model, for noise and conditions.
+        generate: (noise [B, C, H, W], conditions) -> latents [B, C, H, W].
         prompts: Each is used equally often, but for a last incomplete pass.
         count: How many rows there are.
         seed: Of the order of prompts and of the noise.
@@ -256,8 +257,8 @@ def draw_latents(
 
     @torch.no_grad()
     def latents(rows: Tensor) -> Tensor:
-        context_BLD = model.context([prompts[i] for i in prompt_N[rows].tolist()])
-        return generate(stream_noise(model, rows, seed, stream), context_BLD)
+        conditions = model.conditions([prompts[i] for i in prompt_N[rows].tolist()])
+        return generate(stream_noise(model, rows, seed, stream), conditions)
 
     return latents
 

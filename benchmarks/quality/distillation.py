@@ -37,9 +37,15 @@ from torch import Tensor
 from hipa_deploy.disk.files import refuse_to_overwrite
 from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.models.adaptor_folder import AdaptorMetadata, unet_sha256
-from hipa_deploy.train.data.teacher_pairs import Pairs, RowFunction, prompt_contexts, teacher_pairs
+from hipa_deploy.train.data.teacher_pairs import (
+    Pairs,
+    RowConditions,
+    prompt_conditions,
+    teacher_pairs,
+)
 from hipa_deploy.train.loop.run import run_steps
 from hipa_deploy.train.losses.hipa_loss import Terms
+from hipa_deploy.train.model.conditions import Conditions, predict
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
 from hipa_deploy.train.model.one_step import one_step_latents
 from hipa_deploy.train.model.unet_adaptor import (
@@ -67,20 +73,20 @@ class Student:
         recipe: The training's recipe.
         model: The base model, with the adaptor in its UNet.
         pairs: The teacher pairs.
-        context: Prompt indices int64 [B] -> text contexts float32 [B, L, D].
+        conditions: Prompt indices int64 [B] -> what the UNet is told of the prompts.
         metadata: What the finished adaptor says of itself.
         alpha_bar_T: alpha_bar of every timestep.
-        empty_1LD: Text context of the empty prompt.
+        unguided: What guidance leads away from, one row.
 
     """
 
     recipe: Recipe
     model: DiffusionModel
     pairs: Pairs
-    context: RowFunction
+    conditions: RowConditions
     metadata: AdaptorMetadata
     alpha_bar_T: Tensor
-    empty_1LD: Tensor
+    unguided: Conditions
 
     @classmethod
     def prepare(
@@ -90,13 +96,13 @@ class Student:
         model = DiffusionModel.load(model_dir, text=recipe.text)
         prompts = read_prompts(recipe, model_dir)
         metadata = adaptor_metadata(recipe, model, prompts, method)
-        context = prompt_contexts(model, prompts, console)
+        conditions = prompt_conditions(model, prompts, console)
         pairs = teacher_pairs(
             model,
             prompts,
             recipe.teacher,
             seed=recipe.seed,
-            context=context,
+            conditions=conditions,
             cache=cache,
             console=console,
         )
@@ -110,9 +116,9 @@ class Student:
             seed=recipe.seed,
         )
         alphas = DDIMScheduler(**model.schedule).alphas_cumprod
-        return cls(recipe, model, pairs, context, metadata, alphas, model.context([""]))
+        return cls(recipe, model, pairs, conditions, metadata, alphas, model.unguided())
 
-    def batch(self, rows: Tensor, step: int) -> tuple[Tensor, Tensor, torch.Generator]:
+    def batch(self, rows: Tensor, step: int) -> tuple[Tensor, Conditions, torch.Generator]:
         """The batch of one step.
 
         Args:
@@ -120,14 +126,13 @@ class Student:
             step: Number of the step.
 
         Returns:
-            The teacher's latents float32 [B, C, H, W], the contexts [B, L, D], and a generator that
+            The teacher's latents float32 [B, C, H, W], the conditions, and a generator that
             depends on the recipe's seed and the step alone, so that a resumed run is exact.
 
         """
         generator = torch.Generator().manual_seed((self.recipe.seed << 32) + step)
         latents_BCHW = self.pairs.latents_NCHW[rows].float()
-        context_BLD = self.context(self.pairs.prompt_N[rows])
-        return latents_BCHW, context_BLD, generator
+        return latents_BCHW, self.conditions(self.pairs.prompt_N[rows]), generator
 
     def alpha_bar(self, timestep_B: Tensor) -> Tensor:
         """alpha_bar of each row, [B, 1, 1, 1]; it is 1 at timestep -1, where there is no noise."""
@@ -145,7 +150,7 @@ class Student:
         self,
         z_BCHW: Tensor,
         timestep_B: Tensor,
-        context_BLD: Tensor,
+        conditions: Conditions,
         *,
         unet: Any = None,
         guidance: float = 1.0,
@@ -155,16 +160,16 @@ class Student:
         Args:
             z_BCHW: Noised latents.
             timestep_B: Timestep of each row.
-            context_BLD: Text contexts.
+            conditions: Of the rows.
             unet: None is the student's own.
             guidance: Classifier-free guidance, as in the teacher's sampler; 1 turns it off.
 
         """
         unet = unet or self.model.unet
-        output = unet(z_BCHW, timestep_B, context_BLD, return_dict=False)[0]
+        output = predict(unet, z_BCHW, timestep_B, conditions)
         if guidance != 1:
-            empty_BLD = self.empty_1LD.expand_as(context_BLD)
-            unconditional = unet(z_BCHW, timestep_B, empty_BLD, return_dict=False)[0]
+            unguided = self.unguided.repeated(len(conditions))
+            unconditional = predict(unet, z_BCHW, timestep_B, unguided)
             output = unconditional + guidance * (output - unconditional)
         return predict_x0(z_BCHW, output, self.alpha_bar(timestep_B), self.model.prediction_type)
 
@@ -190,7 +195,7 @@ class Student:
         latents = one_step_latents(
             self.model.unet,
             self.model.noise(self.pairs.seed_N[rows].tolist()),
-            self.context(self.pairs.prompt_N[rows]),
+            self.conditions(self.pairs.prompt_N[rows]),
             timestep=self.metadata.timestep,
             alpha_bar=self.metadata.alpha_bar,
             prediction_type=self.model.prediction_type,
@@ -228,7 +233,7 @@ def train_consistency(
 
     def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:
         # A random timestep of the solver, and the one that its step leads to.
-        x0, context, generator = student.batch(rows, step)
+        x0, conditions, generator = student.batch(rows, step)
         now = torch.randint(1, SOLVER_STEPS + 1, (len(x0),), generator=generator) * skip - 1
         then = (now - skip).clamp_min(0)
         z = student.noised(x0, now, generator)
@@ -236,11 +241,11 @@ def train_consistency(
         # The target: the student itself, at the end of one guided solver step of the base model.
         with torch.no_grad():
             with without_adaptor(student.model.unet):
-                guided = student.predict(z, now, context, guidance=recipe.teacher.guidance)
+                guided = student.predict(z, now, conditions, guidance=recipe.teacher.guidance)
             nearer = student.ddim(z, guided, now, then)
-            target = consistent(student.predict(nearer, then, context), nearer, then)
+            target = consistent(student.predict(nearer, then, conditions), nearer, then)
 
-        error = consistent(student.predict(z, now, context), z, now) - target
+        error = consistent(student.predict(z, now, conditions), z, now) - target
         loss = ((error.square() + HUBER**2).sqrt() - HUBER).mean()
         return loss, {"consistency": loss}
 
@@ -321,7 +326,7 @@ def progressive_loss(
 
     def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:
         # A random step of the student, with the teacher's timestep in its middle.
-        x0, context, generator = student.batch(rows, offset + step)
+        x0, conditions, generator = student.batch(rows, offset + step)
         i = torch.randint(1, halved + 1, (len(x0),), generator=generator)
         now = timestep(i)
         middle = timestep(i - 0.5)
@@ -330,16 +335,16 @@ def progressive_loss(
 
         # The target: where two steps of the teacher lead.
         with torch.no_grad():
-            x0_first = student.predict(z, now, context, unet=teacher, guidance=guidance)
+            x0_first = student.predict(z, now, conditions, unet=teacher, guidance=guidance)
             first = student.ddim(z, x0_first, now, middle)
-            x0_second = student.predict(first, middle, context, unet=teacher, guidance=guidance)
+            x0_second = student.predict(first, middle, conditions, unet=teacher, guidance=guidance)
             second = student.ddim(first, x0_second, middle, then)
             target = two_steps_in_one(z, second, student.alpha_bar(now), student.alpha_bar(then))
 
         # Truncated SNR weighting (section 4): without it the steps near noise weigh nothing.
         alpha_bar = student.alpha_bar(now)
         weight = (alpha_bar / (1 - alpha_bar)).clamp_min(1)
-        loss = (weight * (student.predict(z, now, context) - target).square()).mean()
+        loss = (weight * (student.predict(z, now, conditions) - target).square()).mean()
         return loss, {"progressive": loss}
 
     return loss_at

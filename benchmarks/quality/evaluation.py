@@ -38,6 +38,7 @@ from hipa_deploy.train.evaluation.quality import (
 )
 from hipa_deploy.train.evaluation.quality_report import BASE, FEWER_STEPS, teacher_row
 from hipa_deploy.train.evaluation.spectrum import mixed
+from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
 from hipa_deploy.train.recipes.recipe import Recipe, TeacherSettings, read_prompts
 
@@ -343,16 +344,16 @@ def _heads(
     model = DiffusionModel.load(model_dir, text=recipe.text)
     prompts = read_prompts(recipe, model_dir)
 
-    # The cache usually has all pairs, so contexts are computed only where one is missing.
-    def context(rows_B: Tensor) -> Tensor:
-        return model.context([prompts[row] for row in rows_B.tolist()])
+    # The cache usually has all pairs, so prompts are encoded only where one is missing.
+    def conditions(rows_B: Tensor) -> Conditions:
+        return model.conditions([prompts[row] for row in rows_B.tolist()])
 
     pairs = teacher_pairs(
         model,
         prompts,
         recipe.teacher,
         seed=recipe.seed,
-        context=context,
+        conditions=conditions,
         cache=cache,
         console=console,
     )

@@ -186,7 +186,7 @@ def teacher_edits(folder: Path, samples: Samples, strength: float) -> np.ndarray
         uint8 [N, H, W, 3].
 
     """
-    # The rows are their own prompts: contexts are computed for exactly these samples.
+    # The rows are their own prompts: exactly these samples are encoded.
     model = DiffusionModel.load(folder)
     rows = torch.arange(len(samples.seeds))
     source_NCHW = model.encode(to_float(torch.from_numpy(samples.sources)))
@@ -198,8 +198,8 @@ def teacher_edits(folder: Path, samples: Samples, strength: float) -> np.ndarray
         key={},
     )
     noise = model.noise(samples.seeds)
-    context = model.context(samples.prompts)
-    latents = edited_latents(model, edits, rows, noise, context, model.context([""]), TEACHER)
+    conditions = model.conditions(samples.prompts)
+    latents = edited_latents(model, edits, rows, noise, conditions, model.unguided(), TEACHER)
     return to_uint8(model.decode(latents)).numpy()
 
 

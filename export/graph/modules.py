@@ -17,7 +17,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from hipa_deploy.bundle.manifest import (
     Axis,
@@ -29,9 +29,11 @@ from hipa_deploy.bundle.manifest import (
     Strength,
     TensorSpec,
 )
+from hipa_deploy.export.graph.conditioning import Conditioning
 from hipa_deploy.export.graph.fold import fold_decoder_input, fold_encoder_output
 from hipa_deploy.export.graph.upsample import fold_upsampling
 from hipa_deploy.generate.x0 import predict_x0_in_a_graph
+from hipa_deploy.models.text_pair import pair_context
 from hipa_deploy.tasks import Task, finish_latents, is_inpainting_unet, start_latents, unet_inputs
 
 TORCH_DTYPES = {
@@ -82,11 +84,66 @@ class TextEncoderStage(torch.nn.Module):
         return context_NCD.reshape(-1, length, width).to(self.dtype)
 
 
+class TextPairStage(torch.nn.Module):
+    """tokens, tokens_2 int64 [B, L] -> context [B, L, D], conditioning [B, S, K] in ``dtype``.
+
+    Two text encoders, and all of the UNet that depends on the prompt alone.
+
+    Args:
+        encoder: the first text encoder.
+        encoder_2: the second one, with the pooled vector's projection.
+        conditioning: what the UNet makes of the pooled vector.
+        dtype: of both outputs, as the UNet takes them.
+        chunk_tokens: tokens that an encoder reads at once; L is a multiple of it.
+        clip_skip: layers of both that are left out besides the last one.
+
+    """
+
+    places: ClassVar = {
+        "encoder": "text_encoder",
+        "encoder_2": "text_encoder_2",
+        "conditioning": "unet",
+    }
+
+    def __init__(
+        self,
+        encoder: CLIPTextModel,
+        encoder_2: CLIPTextModelWithProjection,
+        conditioning: Conditioning,
+        dtype: torch.dtype,
+        chunk_tokens: int = 77,
+        clip_skip: int = 0,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.encoder_2 = encoder_2
+        self.conditioning = conditioning
+        self.dtype = dtype
+        self.chunk_tokens = chunk_tokens
+        self.clip_skip = clip_skip
+
+    def forward(
+        self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The formula of ``pair_context``, then the conditioning of the pooled vector."""
+        context_BLD, pooled_BP = pair_context(
+            self.encoder,
+            self.encoder_2,
+            tokens_BL,
+            tokens_2_BL,
+            self.chunk_tokens,
+            self.clip_skip,
+        )
+        conditioning_BSK = self.conditioning(pooled_BP)
+        return context_BLD.to(self.dtype), conditioning_BSK.to(self.dtype)
+
+
 class OneStepUNet(torch.nn.Module):
     """The one step of a task -> the latents to decode, scaled, float32 [B, C, H, W].
 
     The inputs are ``unet_inputs(task)``: noise and source [B, C, H, W], mask [B, 1, H, W], the
-    index of one of several strengths [1], context [B, L, D]. The start of the step and the
+    index of one of several strengths [1], context [B, L, D]; of SDXL also the conditioning
+    [B, S, K] that the text stage computed. The start of the step and the
     combination to x0 stay in float32 inside a float16 graph: for eps, x0 = (z - s eps) / a
     amplifies the UNet's rounding s / a = 14.6 times at t = 999.
 
@@ -95,6 +152,7 @@ class OneStepUNet(torch.nn.Module):
         step: the constants of the step.
         task: what the image is made from.
         strengths: of an edit; with several, the UNet takes the index of one.
+        conditioned: whether ``cut_conditioning`` cut the UNet, in place of ``fold_timestep``.
 
     Example:
         >>> fold_timestep(unet, step.timestep)
@@ -111,12 +169,14 @@ class OneStepUNet(torch.nn.Module):
         step: OneStep,
         task: Task = "generate",
         strengths: Sequence[Strength] = (),
+        *,
+        conditioned: bool = False,
     ) -> None:
         super().__init__()
         self.unet = unet
         self.step = step
         self.task: Task = task
-        self.names = unet_inputs(task, len(strengths))
+        self.names = unet_inputs(task, len(strengths), conditioned=conditioned)
         name_arguments(self, self.names)
         self.concatenates = is_inpainting_unet(unet.config["in_channels"], step.latent_shape[0])
         # Not a buffer: it must stay float32 when the module is converted to float16.
@@ -127,7 +187,7 @@ class OneStepUNet(torch.nn.Module):
         """One call of the UNet, then x0."""
         tensors = dict(zip(self.names, inputs, strict=True))
         context_BLD = tensors["context"]
-        timestep = tensors.get("step", self.step.timestep)
+        timestep = self._embedding(tensors)
         alpha_bar = self._alpha_bar(tensors)
 
         # Everything but the UNet's own arithmetic is float32.
@@ -149,6 +209,18 @@ class OneStepUNet(torch.nn.Module):
         latents_BCHW: torch.Tensor = finish_latents(self.task, x0_BCHW, tensors)
         return latents_BCHW
 
+    def _embedding(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """What the folded UNet takes in place of a timestep.
+
+        That is nothing that it looks at, the index of a strength [1], or the conditioning [B, K].
+        """
+        if "conditioning" not in tensors:
+            return tensors.get("step", self.step.timestep)
+        conditioning_BSK = tensors["conditioning"]
+        if "step" in tensors:
+            conditioning_BSK = torch.index_select(conditioning_BSK, 1, tensors["step"])
+        return conditioning_BSK[:, 0]
+
     def _alpha_bar(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         """A number; with several strengths, that of the index 'step', [1, 1, 1, 1]."""
         if "step" not in tensors:
@@ -164,7 +236,7 @@ def name_arguments(module: torch.nn.Module, names: Sequence[str]) -> None:
     which bundle it fits.
     """
     forward = module.forward
-    suffixes = {"context": "BLD", "mask": "B1HW", "step": "1"}
+    suffixes = {"context": "BLD", "conditioning": "BSK", "mask": "B1HW", "step": "1"}
 
     def named(*inputs: torch.Tensor) -> torch.Tensor:
         return forward(*inputs)
@@ -313,8 +385,10 @@ def place_of(module: torch.nn.Module, name: str) -> str:
     if not name:
         return ""
     head, _, tail = name.partition(".")
-    if isinstance(module, Generator):
-        return place_of(getattr(module, head), tail)
+    # A module within the stage may have places of its own, for all of its parts.
+    inner = getattr(module, head)
+    if hasattr(inner, "places"):
+        return place_of(inner, tail)
     place: str = module.places[head]  # type: ignore[index, assignment]  # nn.Module's stub
     return f"{place}.{tail}" if tail else place
 
@@ -365,6 +439,7 @@ def stage_specs(
     width: int,
     axes: Mapping[str, Axis],
     names: Sequence[str] = ("noise", "context"),
+    conditioning: tuple[int, int] | None = None,
 ) -> dict[str, StageSpec]:
     """Inputs and outputs of every stage, by the stage's name.
 
@@ -379,6 +454,7 @@ def stage_specs(
         width: of the text context.
         axes: dimensions that are dynamic, by name.
         names: the UNet's inputs.
+        conditioning: S and K of SDXL's conditioning [B, S, K]; None without one.
 
     Example:
         >>> specs = stage_specs("onestep", "fp16", 1, step, 77, 768, {})
@@ -403,8 +479,13 @@ def stage_specs(
     if layout == "generic":
         rows = _generic_rows(shown, channels, length, width, real)
     else:
-        rows = _onestep_rows(shown, channels, length, width, real, names)
-    return {name: _spec(name, axes, stage_rows) for name, stage_rows in rows.items()}
+        rows = _onestep_rows(shown, channels, length, width, real, names, conditioning)
+    specs = {}
+    for name, stage_rows in rows.items():
+        # The text stage gives its context, and the conditioning where there is one.
+        outputs = 2 if name == "text_encoder" and conditioning else 1
+        specs[name] = _spec(name, axes, stage_rows, outputs)
+    return specs
 
 
 def _onestep_rows(
@@ -414,6 +495,7 @@ def _onestep_rows(
     width: int,
     real: DType,
     names: Sequence[str],
+    conditioning: tuple[int, int] | None,
 ) -> dict[str, tuple[_Row, ...]]:
     """The stages of layout onestep. Latents are float32 between stages, images uint8."""
     batch = sizes["batch"]
@@ -436,10 +518,15 @@ def _onestep_rows(
         "step": ("step", "int64", (1,)),
         "context": context,
     }
+    text_rows = [tokens, context]
+    if conditioning is not None:
+        blocks: _Row = ("conditioning", real, (batch, *conditioning))
+        unet_inputs["conditioning"] = blocks
+        text_rows = [tokens, ("tokens_2", "int64", (batch, length)), context, blocks]
     # Each task takes some of the UNet's inputs, in the order of its names.
     inputs = [unet_inputs[name] for name in names]
     return {
-        "text_encoder": (tokens, context),
+        "text_encoder": tuple(text_rows),
         "vae_encoder": (image, source),
         "unet": (*inputs, latents),
         "vae_decoder": (latents, images),
@@ -473,8 +560,10 @@ def _generic_rows(
     }
 
 
-def _spec(name: str, axes: Mapping[str, Axis], rows: tuple[_Row, ...]) -> StageSpec:
-    """A stage of ``rows``, the last of which is its output, with the axes that they name."""
+def _spec(
+    name: str, axes: Mapping[str, Axis], rows: tuple[_Row, ...], outputs: int = 1
+) -> StageSpec:
+    """A stage of ``rows``, the last of which are its outputs, with the axes that they name."""
     tensors = []
     used_axes: dict[str, Axis] = {}
     for tensor_name, dtype, shape in rows:
@@ -483,5 +572,8 @@ def _spec(name: str, axes: Mapping[str, Axis], rows: tuple[_Row, ...]) -> StageS
             if isinstance(size, str):
                 used_axes[size] = axes[size]
     return StageSpec(
-        name=name, inputs=tuple(tensors[:-1]), outputs=tuple(tensors[-1:]), axes=used_axes
+        name=name,
+        inputs=tuple(tensors[:-outputs]),
+        outputs=tuple(tensors[-outputs:]),
+        axes=used_axes,
     )

@@ -32,6 +32,8 @@ USUAL_SATURATED = 0.99
 # What makes each tensor, by its key without the number of a strength.
 MAKERS = {
     "context": "the text encoder",
+    "pooled": "the second text encoder",
+    "conditioning": "the UNet's embedding of the prompt",
     "source": "the VAE's encoder",
     "output": "the UNet",
     "latents": "the one step",

@@ -23,6 +23,19 @@ from hipa_deploy.interrupts import die_with_parent
 
 
 def run_apart(path: Path, spec: StageSpec, feed: dict[str, np.ndarray]) -> np.ndarray:
+    """Run a stage on the CPU with ONNX Runtime; gives its first output. See ``run_all_apart``.
+
+    Example:
+        >>> run_apart(bundle.stage_path("unet"), spec, {"noise": noise, "context": context}).shape
+        (1, 4, 64, 64)
+
+    """
+    return run_all_apart(path, spec, feed)[spec.outputs[0].name]
+
+
+def run_all_apart(
+    path: Path, spec: StageSpec, feed: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """Run a stage on the CPU with ONNX Runtime.
 
     Args:
@@ -31,21 +44,17 @@ def run_apart(path: Path, spec: StageSpec, feed: dict[str, np.ndarray]) -> np.nd
         feed: a tensor for each input, by name.
 
     Returns:
-        The stage's first output.
+        The stage's outputs, by name.
 
     Raises:
         HipaError: ONNX Runtime cannot load or run the graph, or the process was killed, as by a
             system that is out of memory.
 
-    Example:
-        >>> run_apart(bundle.stage_path("unet"), spec, {"noise": noise, "context": context}).shape
-        (1, 4, 64, 64)
-
     """
     with temporary_folder("hipa-export") as scratch:
         # Tensors travel as files: they can be larger than a pipe's buffer or a command line.
         feed_path = scratch / "feed.npz"
-        out_path = scratch / "out.npy"
+        out_path = scratch / "out.npz"
         np.savez(feed_path, **feed)  # type: ignore[arg-type]  # numpy's stub
         command = [
             sys.executable,
@@ -63,8 +72,8 @@ def run_apart(path: Path, spec: StageSpec, feed: dict[str, np.ndarray]) -> np.nd
             if lines:
                 raise HipaError(lines[-1])
             raise HipaError(f"{spec.name}: its run ended with status {status}.")
-        output: np.ndarray = np.load(out_path)
-        return output
+        with np.load(out_path) as outputs:
+            return dict(outputs)
 
 
 def _run(command: list[str]) -> tuple[int, str]:
@@ -97,7 +106,7 @@ def _main(path: str, spec: str, feed: str, out: str) -> None:
     runner = OnnxRuntimeRunner(Path(path), stage, "onnxruntime", optimise=False)
     with runner, np.load(feed) as tensors:
         outputs = runner(**tensors)
-    np.save(out, outputs[stage.outputs[0].name])
+    np.savez(out, **outputs)  # type: ignore[arg-type]  # numpy's stub
 
 
 if __name__ == "__main__":

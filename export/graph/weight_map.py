@@ -21,6 +21,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from hipa_deploy.bundle.adaptor_swap import Fold, MappedWeight, WeightLayout, WeightMap
+from hipa_deploy.export.graph.conditioning import Conditioning
 from hipa_deploy.export.graph.fold import NoTimeEmbedding, StepBias
 from hipa_deploy.export.graph.modules import OneStepDecoder, OneStepEncoder, place_of
 from hipa_deploy.export.graph.upsample import UpsampledConv
@@ -129,6 +130,9 @@ def _folds(module: nn.Module) -> Iterator[tuple[str, Fold]]:
             for name, block in part.named_modules():
                 if isinstance(block, ResnetBlock2D):
                     yield f"{dot}{name}.conv1.bias", "timestep"
+        # All that depends on the timestep alone, which is added in the text stage of SDXL.
+        if isinstance(part, Conditioning):
+            yield f"{dot}time_1SD", "timestep"
         if isinstance(part, OneStepEncoder):
             yield f"{dot}encoder.conv_out.weight", "encoder output"
             yield f"{dot}encoder.conv_out.bias", "encoder output"

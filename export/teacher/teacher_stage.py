@@ -68,7 +68,7 @@ def write_teacher(
             f"{len(alpha_bars_T)} timesteps. Correct the model's scheduler_config.json."
         )
     tokens_1L = tokenizer([""])
-    empty_1LD = encode_closed_set(base, tokens_1L, np.ones(tokens_1L.shape, np.float32))
+    empty_1LD, _ = encode_closed_set(base, tokens_1L, np.ones(tokens_1L.shape, np.float32))
     gc.collect()
     samples = _samples(writer.references, alpha_bars_T, settings.steps)
     references = _references(

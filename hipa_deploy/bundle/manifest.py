@@ -515,6 +515,8 @@ class Manifest(Record):
         upscale: how many times larger super-resolution makes an image; None for other tasks.
         one_step: the constants of the step.
         text: how prompts become contexts; in older bundles one chunk of 77 tokens.
+        text_widths: of the contexts of several text encoders, which stand side by side, as in
+            SDXL; empty, and left out of the file, for one text encoder.
         stages: in the order in which they run.
         safety: the safety checker, which sees every image; None where the model has none.
         marks: how images are marked.
@@ -540,6 +542,7 @@ class Manifest(Record):
     upscale: int | None = Field(default=None, ge=1, le=64)
     one_step: OneStep
     text: TextSettings = TextSettings()
+    text_widths: tuple[Size, ...] = Field(default=(), max_length=2)
     stages: tuple[Stage, ...] = Field(min_length=1, max_length=len(PATH_STAGES))
     safety: SafetyStage | None = None
     marks: Marks = Marks()
@@ -577,7 +580,12 @@ class Manifest(Record):
     def to_json(self) -> str:
         """The text of ``hipa.json``.
 
-        A bundle that does not refine has no field of that: versions before it read it too.
+        A bundle that does not refine has no field of that: versions before it read it too. So it
+        is with the widths of several text encoders.
         """
-        without = None if self.refine else {"refine"}
+        without = set()
+        if not self.refine:
+            without.add("refine")
+        if not self.text_widths:
+            without.add("text_widths")
         return self.model_dump_json(indent=2, exclude=without) + "\n"

@@ -31,7 +31,7 @@ def train(
         typer.Option(
             help="Settings of the training: a TOML file, or an included recipe: emoji | "
             "emoji-edit | emoji-inpaint | emoji-upscale | emoji-decoder | sd15 | sd21-base | "
-            "sd21-v."
+            "sd21-v | sdxl | ssd-1b | vega."
         ),
     ] = "emoji",
     model: ModelOption = "emoji",

@@ -109,8 +109,10 @@ def check_pipeline(pipe: OneStepPipeline) -> SelfCheck:
     )
     stages = {}
     for stage in bundle.manifest.stages:
-        (name,) = output_names(stage.spec, bundle.manifest.layout)
-        stages[stage.spec.name] = _check(tensors[name], reference, name, bundle)
+        checks = []
+        for name in output_names(stage.spec, bundle.manifest.layout):
+            checks.append(_check(tensors[name], reference, name, bundle))
+        stages[stage.spec.name] = min(checks, key=_quality)
 
     if pipe.safety is not None:
         pixels = {"pixels": _tensor(reference, "pixels", bundle)}
@@ -132,6 +134,11 @@ def check_pipeline(pipe: OneStepPipeline) -> SelfCheck:
         end_to_end=end_to_end,
         problems=tuple(problems),
     )
+
+
+def _quality(check: StageCheck) -> float:
+    """How well an output agrees: dB, and less than all where it cannot be compared."""
+    return -1.0 if check.parity is None else check.parity.psnr_db
 
 
 def _generate(pipe: OneStepPipeline, reference: Reference) -> np.ndarray:

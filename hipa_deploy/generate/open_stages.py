@@ -124,7 +124,7 @@ def check_stages(bundle: Bundle) -> None:
 
     """
     manifest = bundle.manifest
-    known = {"tokens" if "text_encoder" in bundle.stages else "context"}
+    known = set(_text_inputs(bundle))
     known |= set(unet_inputs(manifest.task, len(manifest.strengths))) - {"source", "context"}
     if manifest.task != "generate":
         known.add("image")
@@ -137,8 +137,10 @@ def check_stages(bundle: Bundle) -> None:
         for name in input_names(stage.spec, manifest.layout):
             if name not in known:
                 raise _unfit(bundle, f"stage {stage.spec.name} takes {shown(name)}")
-        if len(stage.spec.outputs) != 1:
-            raise _unfit(bundle, f"stage {stage.spec.name} has several outputs")
+        # The text stage of SDXL gives the conditioning beside the context.
+        most = 2 if stage.spec.name == "text_encoder" and manifest.text_widths else 1
+        if len(stage.spec.outputs) != most:
+            raise _unfit(bundle, f"stage {stage.spec.name} has {len(stage.spec.outputs)} outputs")
         known |= set(output_names(stage.spec, manifest.layout))
         images = stage.spec.outputs[0]
         # Numpy does what the generic layout leaves out.
@@ -150,6 +152,14 @@ def check_stages(bundle: Bundle) -> None:
         raise _unfit(bundle, f"the last stage does not give {expected}")
     if not generic and (images.dtype != "uint8" or images.shape[3] != 3):
         raise _unfit(bundle, "the last stage gives no RGB images")
+
+
+def _text_inputs(bundle: Bundle) -> tuple[str, ...]:
+    """What the pipeline gives the stages of the prompt."""
+    has_encoder = "text_encoder" in bundle.stages
+    if not bundle.manifest.text_widths:
+        return ("tokens",) if has_encoder else ("context",)
+    return ("tokens", "tokens_2") if has_encoder else ("context", "conditioning")
 
 
 def _unfit(bundle: Bundle, problem: str) -> HipaError:

@@ -47,6 +47,7 @@ from hipa_deploy.generate.stages import (
     Timer,
     host_stages,
     input_names,
+    name_along_path,
     output_names,
     stage_feed,
 )
@@ -594,16 +595,16 @@ class OneStepPipeline(ClosesAtExit):
         sources = [job.source for job in padded if job.source]
         start = self._start([job.seed for job in padded], jobs[0].latent_CHW, sources)
 
-        # text_encoder: tokens_BL                -> context_BLD
+        # text_encoder: tokens_BL                -> context_BLD (of SDXL also conditioning_BSK)
         # vae_encoder:  image_BHWC               -> source_BCHW
         # unet:         noise_BCHW, context_BLD  -> latents_BCHW, which are x0: the one step
         # vae_decoder:  latents_BCHW             -> images_BHWC
-        outputs = ["images", *also, *_worth_keeping(text | start)]
+        outputs = ["images", *also, *self._worth_keeping(text | start)]
         made = stages.run(text | start, outputs, timer)
 
         # The next batch of these prompts, or from these images, starts from what is known now.
         if "context" in made:
-            self._prompts.keep(prompts, made["context"])
+            self._prompts.keep(prompts, {name: made[name] for name in self._text_outputs()})
         if "source" in made:
             self._encoded_images.keep(start["image"], made["source"])
         return {name: made[name][: len(jobs)] for name in ("images", *also)}
@@ -624,14 +625,27 @@ class OneStepPipeline(ClosesAtExit):
         encode = self._encode(loaded.stages, timer)
         text = self._prompts.feed(prompts, encode)
         if "context" not in text:
-            text["context"] = encode(text["tokens"])
-            self._prompts.keep(prompts, text["context"])
+            made = encode(text)
+            self._prompts.keep(prompts, made)
+            text |= made
         noise_BCHW = initial_noise([job.seed for job in padded], jobs[0].latent_CHW)
         latents_BCHW = self._refiner.latents(noise_BCHW, text["context"], settings, timer, progress)
         # The decoder alone runs: what the stages before it would give is there.
         feed = {"context": text["context"], "latents": latents_BCHW}
         images_BHWC = loaded.stages.run(feed, ["images"], timer)["images"]
         return images_BHWC[: len(jobs)]
+
+    def _worth_keeping(self, feed: Mapping[str, np.ndarray]) -> list[str]:
+        """Tensors to keep for the next batch: those that this batch must compute first."""
+        names = self._text_outputs() if "tokens" in feed else []
+        return [*names, "source"] if "image" in feed else names
+
+    def _text_outputs(self) -> list[str]:
+        """What the path calls the outputs of the text stage; nothing without one."""
+        if TEXT_STAGE not in self.bundle.stages:
+            return []
+        spec = self.bundle.stages[TEXT_STAGE].spec
+        return list(output_names(spec, self.bundle.manifest.layout))
 
     def _padded(self, jobs: Sequence[ImageJob]) -> list[ImageJob]:
         """As many jobs as the bundle's smallest batch: what is missing repeats the last one."""
@@ -920,7 +934,7 @@ class OneStepPipeline(ClosesAtExit):
             names += output_names(stage.spec, layout)
         computed = []
         for name in dict.fromkeys([*names, "images"]):
-            if name not in feed and name != "tokens":
+            if name not in feed and name not in ("tokens", "tokens_2"):
                 computed.append(name)
         with self._use.shared():
             return feed | self.stages.run(feed, computed)
@@ -1101,14 +1115,15 @@ def _changes_text(swap: AdaptorSwap | None) -> bool:
 
 
 def _encode(
-    bundle: Bundle, stages: Stages, timer: Timer, smallest: int, tokens_BL: np.ndarray
-) -> np.ndarray:
-    """The context [1, L, D] of one prompt's tokens [1, L], from the text encoder alone."""
+    bundle: Bundle, stages: Stages, timer: Timer, smallest: int, tokens: Tensors
+) -> Tensors:
+    """What the text stage alone gives for one prompt: the context [1, L, D] of tokens [1, L]."""
     encoder = stages.runners["text_encoder"]
-    padded_BL = np.repeat(tokens_BL, smallest, axis=0)
-    feed = stage_feed(encoder.spec, {"tokens": padded_BL}, bundle.manifest.layout)
+    layout = bundle.manifest.layout
+    padded = {name: np.repeat(value, smallest, axis=0) for name, value in tokens.items()}
     with timer("text_encoder"):
-        return encoder(**feed)[encoder.spec.outputs[0].name][:1]
+        made = encoder(**stage_feed(encoder.spec, padded, layout))
+    return {name_along_path(encoder.spec, name, layout): value[:1] for name, value in made.items()}
 
 
 def merge_tiles(enlargement: Upscaling, made: Sequence[MadeImage]) -> GenerateResult:
@@ -1148,9 +1163,3 @@ def _joined(batches: Sequence[GenerateResult]) -> GenerateResult:
     return GenerateResult(
         images_BHWC, tuple(prompts), tuple(seeds), tuple(parameters), tuple(flagged)
     )
-
-
-def _worth_keeping(feed: Mapping[str, np.ndarray]) -> list[str]:
-    """Tensors to keep for the next batch: those that this batch must compute first."""
-    first_computed = {"tokens": "context", "image": "source"}
-    return [computed for start, computed in first_computed.items() if start in feed]

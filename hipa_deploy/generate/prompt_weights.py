@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from hipa_deploy.errors import HipaError
@@ -150,6 +151,34 @@ def weigh_context(context_BLD: Any, weights_BL: Any, chunk_tokens: int) -> Any:
         if not bool((weights_C == 1).all()):
             weighed_NCD[row] *= _scale(context_NCD[row], weighed_NCD[row])
     return weighed_NCD.reshape(batch, length, width)
+
+
+def weigh_side_by_side(
+    context_BLD: Any, weights: Sequence[Any], widths: Sequence[int], chunk_tokens: int
+) -> Any:
+    """``weigh_context`` for the contexts of several text encoders, side by side.
+
+    Each encoder has tokens and so weights of its own, and keeps its own mean, as in the web UI.
+
+    Args:
+        context_BLD: numpy, the contexts side by side.
+        weights: of each encoder's tokens, float32 [B, L].
+        widths: of each encoder's part; their sum is D.
+        chunk_tokens: as for ``weigh_context``.
+
+    Raises:
+        HipaError: as ``weigh_context``.
+
+    """
+    import numpy as np  # the module is imported for the help of a command too
+
+    parts = []
+    first = 0
+    for weights_BL, width in zip(weights, widths, strict=True):
+        part_BLD = context_BLD[..., first : first + width]
+        parts.append(weigh_context(part_BLD, weights_BL, chunk_tokens))
+        first += width
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 
 def _scale(context_CD: Any, weighed_CD: Any) -> float:

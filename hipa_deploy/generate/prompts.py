@@ -11,7 +11,7 @@ import difflib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,19 +22,27 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.disk.reading import MIB, read_text
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import one_line
-from hipa_deploy.generate.prompt_weights import weigh_context
+from hipa_deploy.generate.prompt_weights import weigh_side_by_side
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
 
 BAKED_PROMPTS = "prompts/prompts.txt"
 BAKED_CONTEXTS = "prompts/contexts.npy"
-CACHED_PROMPTS = 256  # 30 MB of Stable Diffusion 1.5's contexts
+BAKED_CONDITIONING = "prompts/conditioning.npy"  # of a bundle of SDXL
+TOKENIZER = "tokenizer/tokenizer.json"
+TOKENIZER_2 = "tokenizer_2/tokenizer.json"  # of a bundle of SDXL
+CACHED_PROMPTS = 256  # 30 MB of Stable Diffusion 1.5's contexts, 88 MB of SDXL's
 _SAMPLES = ("a photo of a red apple", "a drawing of a house by the sea")
 _MAX_PROMPTS = 256 * MIB
 
 Prepared = Any
 """A prompt that was checked: an ``EncodedPrompt``, or its place in a closed set."""
-Encode = Callable[[np.ndarray], np.ndarray]
-"""The text encoder: tokens [B, L] -> context [B, L, D]."""
+TextTensors = dict[str, np.ndarray]
+"""'tokens' [B, L] and what the text stage makes of them, 'context' [B, L, D].
+
+In a bundle of SDXL also 'tokens_2' [B, L] and 'conditioning' [B, S, K].
+"""
+Encode = Callable[[TextTensors], TextTensors]
+"""The text stage: tokens -> contexts."""
 
 
 class PromptSource(Protocol):
@@ -63,8 +71,10 @@ class PromptSource(Protocol):
 
         """
 
-    def feed(self, prompts: list[Prepared], encode: Encode) -> dict[str, np.ndarray]:
+    def feed(self, prompts: list[Prepared], encode: Encode) -> TextTensors:
         """What the stages start from: 'context' [B, L, D] if it is known, else 'tokens' [B, L].
+
+        In a bundle of SDXL 'conditioning' is beside 'context', and 'tokens_2' beside 'tokens'.
 
         Args:
             prompts: the prompts of a batch.
@@ -73,8 +83,8 @@ class PromptSource(Protocol):
 
         """
 
-    def keep(self, prompts: list[Prepared], context_BLD: np.ndarray) -> None:
-        """Remember the contexts that a run of the stages made from the tokens of ``feed``."""
+    def keep(self, prompts: list[Prepared], made: TextTensors) -> None:
+        """Remember what a run of the stages made from the tokens of ``feed``."""
 
     def forget(self) -> None:
         """Forget all contexts that were kept: the text encoder is another now."""
@@ -89,14 +99,19 @@ def open_prompts(bundle: Bundle) -> PromptSource:
         return BakedPrompts(
             bundle.path(BAKED_PROMPTS),
             bundle.path(BAKED_CONTEXTS),
+            bundle.path(BAKED_CONDITIONING) if bundle.manifest.text_widths else None,
             weights=bundle.manifest.text.prompt_weights,
         )
     # The graph has the length in its shapes, also in bundles whose manifest says nothing of it.
     context_tokens = bundle.stages["text_encoder"].spec.inputs[0].shape[-1]
     assert isinstance(context_tokens, int)  # no export makes it an axis
-    path = bundle.path("tokenizer/tokenizer.json")
-    tokenizer = PromptTokenizer(path, context_tokens)
-    return EncodedPrompts(tokenizer, weights=bundle.manifest.text.prompt_weights)
+    tokenizer = PromptTokenizer(bundle.path(TOKENIZER), context_tokens)
+    second = None
+    widths = bundle.manifest.text_widths
+    if widths:
+        second = PromptTokenizer(bundle.path(TOKENIZER_2), context_tokens)
+    weights = bundle.manifest.text.prompt_weights
+    return EncodedPrompts(tokenizer, second, widths, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -106,11 +121,30 @@ class EncodedPrompt:
     Attributes:
         tokens_L: int64.
         weights_L: float32; None where every token weighs 1.
+        second: the same prompt as the second tokenizer of a bundle of SDXL reads it.
 
     """
 
     tokens_L: np.ndarray
     weights_L: np.ndarray | None = None
+    second: EncodedPrompt | None = None
+
+    @property
+    def parts(self) -> tuple[EncodedPrompt, ...]:
+        """The prompt for each text encoder."""
+        return (self,) if self.second is None else (self, self.second)
+
+    @property
+    def is_weighed(self) -> bool:
+        """Whether a token has a weight other than 1."""
+        return any(part.weights_L is not None for part in self.parts)
+
+    def tensors(self) -> TextTensors:
+        """The tokens as the text stage takes them, of one prompt."""
+        tensors = {"tokens": self.tokens_L[None]}
+        if self.second is not None:
+            tensors["tokens_2"] = self.second.tokens_L[None]
+        return tensors
 
 
 class EncodedPrompts:
@@ -126,15 +160,26 @@ class EncodedPrompts:
 
     Args:
         tokenizer: the bundle's.
+        second: the second tokenizer of a bundle of SDXL.
+        widths: of each text encoder's part of the context; empty for one.
         weights: whether the bundle reads ``(word:1.3)`` as a weight, unless a caller decides.
 
     """
 
-    def __init__(self, tokenizer: PromptTokenizer, *, weights: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PromptTokenizer,
+        second: PromptTokenizer | None = None,
+        widths: Sequence[int] = (),
+        *,
+        weights: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._second = second
+        self._widths = widths
         self._weights = weights
-        # Contexts [L, D] by their token ids; the one that was used last stands last.
-        self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        # Tensors of one prompt, [1, …], by its token ids; the one that was used last stands last.
+        self._cache: OrderedDict[bytes, TextTensors] = OrderedDict()
         self._changes_cache = threading.Lock()
 
     def reads_weights(self, asked: bool | None) -> bool:
@@ -146,58 +191,59 @@ class EncodedPrompts:
     ) -> list[EncodedPrompt]:
         """Tokens and weights of each prompt."""
         try:
-            if not weights:
-                tokens_BL = self._tokenizer(prompts, truncate=truncate)
-                return [EncodedPrompt(tokens_L) for tokens_L in tokens_BL]
-            prepared = []
-            for row in zip(*self._tokenizer.weighted(prompts, truncate=truncate), strict=True):
-                tokens_L, weights_L = row
-                all_one = bool((weights_L == 1).all())
-                prepared.append(EncodedPrompt(tokens_L, None if all_one else weights_L))
-            return prepared
+            first = _encoded(self._tokenizer, prompts, truncate=truncate, weights=weights)
+            if self._second is None:
+                return first
+            second = _encoded(self._second, prompts, truncate=truncate, weights=weights)
+            return [replace(one, second=two) for one, two in zip(first, second, strict=True)]
         except PromptTooLongError as error:
             remedy = "Shorten it, or pass --truncate (truncate=True)"
             if error.context_tokens:
                 remedy += f", or export the bundle with --context-tokens {error.context_tokens}"
             raise PromptTooLongError(error.problem, f"{remedy}.") from None
 
-    def feed(self, prompts: list[EncodedPrompt], encode: Encode) -> dict[str, np.ndarray]:
+    def feed(self, prompts: list[EncodedPrompt], encode: Encode) -> TextTensors:
         """The contexts; the token ids of one prompt that is neither known nor weighed."""
-        if len(prompts) == 1 and prompts[0].weights_L is None:
+        if len(prompts) == 1 and not prompts[0].is_weighed:
             # All stages in one run, where the text encoder is the first of them.
-            known_LD = self._known(prompts[0])
-            if known_LD is None:
-                return {"tokens": prompts[0].tokens_L[None]}
-            return {"context": known_LD[None]}
-        return {"context": np.stack([self._context(prompt, encode) for prompt in prompts])}
+            known = self._known(prompts[0])
+            return dict(known) if known is not None else prompts[0].tensors()
+        rows = [self._text(prompt, encode) for prompt in prompts]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
-    def _context(self, prompt: EncodedPrompt, encode: Encode) -> np.ndarray:
-        """The context [L, D] of a prompt, with its weights."""
-        context_LD = self._known(prompt)
-        if context_LD is None:
-            context_BLD = encode(prompt.tokens_L[None])
-            self.keep([prompt], context_BLD)
-            context_LD = context_BLD[0]
-        if prompt.weights_L is None:
-            return context_LD
-        weighed_BLD = weigh_context(context_LD[None], prompt.weights_L[None], self._tokenizer.chunk)
-        return weighed_BLD[0].astype(context_LD.dtype)
+    def _text(self, prompt: EncodedPrompt, encode: Encode) -> TextTensors:
+        """What the text stage gives for one prompt, with its weights."""
+        known = self._known(prompt)
+        if known is None:
+            known = encode(prompt.tensors())
+            self.keep([prompt], known)
+        if not prompt.is_weighed:
+            return known
+        context_1LD = known["context"]
+        weights = []
+        for part in prompt.parts:
+            ones_L = np.ones(len(part.tokens_L), np.float32)
+            weights.append((ones_L if part.weights_L is None else part.weights_L)[None])
+        widths = self._widths or (context_1LD.shape[-1],)
+        weighed_1LD = weigh_side_by_side(context_1LD, weights, widths, self._tokenizer.chunk)
+        return {**known, "context": weighed_1LD.astype(context_1LD.dtype)}
 
-    def _known(self, prompt: EncodedPrompt) -> np.ndarray | None:
-        """The context [L, D] without weights, if the prompt was used lately."""
-        key = prompt.tokens_L.tobytes()
+    def _known(self, prompt: EncodedPrompt) -> TextTensors | None:
+        """What the text stage gave for a prompt without weights, if it was used lately."""
+        key = _key(prompt)
         with self._changes_cache:
-            context_LD = self._cache.get(key)
-            if context_LD is not None:
+            known = self._cache.get(key)
+            if known is not None:
                 self._cache.move_to_end(key)
-            return context_LD
+            return known
 
-    def keep(self, prompts: list[EncodedPrompt], context_BLD: np.ndarray) -> None:
-        """Remember the context of one prompt as it is without weights, and forget the oldest."""
+    def keep(self, prompts: list[EncodedPrompt], made: TextTensors) -> None:
+        """Remember one prompt's tensors as they are without weights, and forget the oldest."""
+        # Copies: the row of a batch would keep the whole batch in memory.
+        rows = {name: value[:1].copy() for name, value in made.items()}
         # Two threads at once would both choose the same oldest entry.
         with self._changes_cache:
-            # A copy: the row of a batch would keep the whole batch in memory.
-            self._cache[prompts[0].tokens_L.tobytes()] = context_BLD[0].copy()
+            self._cache[_key(prompts[0])] = rows
             if len(self._cache) > CACHED_PROMPTS:
                 self._cache.popitem(last=False)
 
@@ -209,6 +255,24 @@ class EncodedPrompts:
     def samples(self) -> tuple[str, ...]:
         """Two prompts, each of a few tokens."""
         return _SAMPLES
+
+
+def _key(prompt: EncodedPrompt) -> bytes:
+    """What tells a prompt from others: its tokens, for every text encoder."""
+    return b"".join(part.tokens_L.tobytes() for part in prompt.parts)
+
+
+def _encoded(
+    tokenizer: PromptTokenizer, prompts: Sequence[str], *, truncate: bool, weights: bool
+) -> list[EncodedPrompt]:
+    """Tokens and weights of each prompt, as one tokenizer reads them."""
+    if not weights:
+        return [EncodedPrompt(tokens_L) for tokens_L in tokenizer(prompts, truncate=truncate)]
+    prepared = []
+    for tokens_L, weights_L in zip(*tokenizer.weighted(prompts, truncate=truncate), strict=True):
+        all_one = bool((weights_L == 1).all())
+        prepared.append(EncodedPrompt(tokens_L, None if all_one else weights_L))
+    return prepared
 
 
 def _contexts_problem(found: Header) -> str | None:
@@ -225,20 +289,33 @@ class BakedPrompts:
     Args:
         prompts: a text file, one prompt a line.
         contexts: their contexts [N, L, D] in numpy's format, mapped and not read.
+        conditioning: of a bundle of SDXL, their conditioning [N, S, K] in the same format.
         weights: whether ``(word:1.3)`` was a weight when they were baked.
 
     Raises:
-        HipaError: the two files do not hold as many.
+        HipaError: the files do not hold as many.
 
     """
 
-    def __init__(self, prompts: Path, contexts: Path, *, weights: bool = False) -> None:
+    def __init__(
+        self,
+        prompts: Path,
+        contexts: Path,
+        conditioning: Path | None = None,
+        *,
+        weights: bool = False,
+    ) -> None:
         self._weights = weights
         baked = read_baked_prompts(prompts)
-        self._contexts_NLD = read_npy(contexts, _contexts_problem, mapped=True)
-        if len(baked) != len(self._contexts_NLD):
-            got = f"{len(baked)} prompts, {len(self._contexts_NLD)} contexts"
-            raise HipaError(f"{contexts}: {got}. Export the bundle again.")
+        files = {"context": contexts}
+        if conditioning is not None:
+            files["conditioning"] = conditioning
+        self._baked: TextTensors = {}
+        for name, path in files.items():
+            self._baked[name] = read_npy(path, _contexts_problem, mapped=True)
+            if len(baked) != len(self._baked[name]):
+                got = f"{len(baked)} prompts, {len(self._baked[name])} contexts"
+                raise HipaError(f"{path}: {got}. Export the bundle again.")
 
         # White space makes no difference to the tokens, so it makes none to the choice.
         self._index: dict[str, int] = {}
@@ -269,11 +346,11 @@ class BakedPrompts:
                 )
         return [self._index[prompt] for prompt in wanted]
 
-    def feed(self, prompts: list[int], encode: Encode) -> dict[str, np.ndarray]:
+    def feed(self, prompts: list[int], encode: Encode) -> TextTensors:
         """Always the context."""
-        return {"context": np.ascontiguousarray(self._contexts_NLD[prompts])}
+        return {name: np.ascontiguousarray(rows[prompts]) for name, rows in self._baked.items()}
 
-    def keep(self, prompts: list[int], context_BLD: np.ndarray) -> None:
+    def keep(self, prompts: list[int], made: TextTensors) -> None:
         """Nothing to remember: all contexts are known."""
 
     def forget(self) -> None:

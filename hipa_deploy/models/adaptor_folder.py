@@ -17,6 +17,7 @@ from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.disk.reading import read_record, shown
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.weights.part_config import read_config
 from hipa_deploy.models.weights.weight_file import read_layout
 from hipa_deploy.models.weights.weight_identity import (
     has_identity,
@@ -167,6 +168,7 @@ def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMeta
         raise HipaError(
             f"adaptor {folder} was trained on another base model than {model_folder} "
             f"(UNet hashes differ).{hint_of_0_1_0(metadata.base_unet_sha256)}"
+            f"{_other_family(folder, model_folder)}"
         )
 
     # An adaptor of the VAE encoder is bound to its VAE in the same way.
@@ -182,6 +184,29 @@ def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMeta
             "(VAE hashes differ)."
         )
     return metadata
+
+
+def _other_family(folder: Path, model_folder: Path) -> str:
+    """A sentence about an adaptor whose base model was of another family; empty for the same.
+
+    The text contexts' width tells the families apart: the adaptor's own layers take it as well.
+    """
+    model = read_config(model_folder, "unet/config.json").get("cross_attention_dim")
+    for name, layout in read_layout(folder / WEIGHTS).items():
+        if not name.endswith("attn2.to_k.lora_A.weight"):
+            continue
+        width = layout.shape[-1]
+        if isinstance(model, int) and model != width:
+            return f" It is for {_family(width)}, and the model has {_family(model)}."
+        break
+    return ""
+
+
+def _family(width: int) -> str:
+    """What the width of text contexts says of a model."""
+    names = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL, SSD-1B or Segmind-Vega"}
+    contexts = f"text contexts {width} wide"
+    return f"{contexts} ({names[width]})" if width in names else contexts
 
 
 def teacher_settings(adaptor: Path | None) -> RefineSettings:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizerFast
 
 
-def load_tokenizer(config: ModelConfig) -> CLIPTokenizerFast:
+def load_tokenizer(config: ModelConfig, part: str = "tokenizer") -> CLIPTokenizerFast:
     """The tokenizer of a model, in its Rust form, with a length that the text encoder can read.
 
     The folder may have ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``, from which it is
@@ -34,6 +34,7 @@ def load_tokenizer(config: ModelConfig) -> CLIPTokenizerFast:
 
     Args:
         config: of the model.
+        part: 'tokenizer', or 'tokenizer_2' of a model with two text encoders.
 
     Raises:
         HipaError: the files are missing or damaged, cannot be read as a fast tokenizer, have no
@@ -42,14 +43,15 @@ def load_tokenizer(config: ModelConfig) -> CLIPTokenizerFast:
     """
     from transformers import CLIPTokenizerFast
 
-    folder = config.folder / "tokenizer"
+    folder = config.folder / part
+    encoder = config.text_parts[part.replace("tokenizer", "text_encoder")]
     _check_files(folder)
     with as_line(
         f"{folder} cannot be loaded as CLIP's fast tokenizer",
         "Expected tokenizer.json, or vocab.json and merges.txt. Copy the model again.",
     ):
         tokenizer = CLIPTokenizerFast.from_pretrained(
-            config.folder, subfolder="tokenizer", local_files_only=True
+            config.folder, subfolder=part, local_files_only=True
         )
     if tokenizer.pad_token_id is None:
         raise HipaError(
@@ -58,13 +60,13 @@ def load_tokenizer(config: ModelConfig) -> CLIPTokenizerFast:
         )
 
     # The embedding of a token beyond the table would be an index error in the middle of a training.
-    rows = int(config.text_encoder["vocab_size"])
+    rows = int(encoder["vocab_size"])
     if len(tokenizer) > rows:
         raise HipaError(
             f"{folder} has {len(tokenizer)} tokens, the text encoder {rows}. "
             "Expected both from the same model. Copy the model again."
         )
-    positions = int(config.text_encoder["max_position_embeddings"])
+    positions = int(encoder["max_position_embeddings"])
     tokenizer.model_max_length = min(int(tokenizer.model_max_length), positions)
     return tokenizer
 

@@ -1,7 +1,7 @@
-"""The configurations of Stable Diffusion 1.x and 2.1, for a checkpoint in one file, which has none.
+"""The configurations of published models, for a checkpoint in one file, which has none.
 
-Values are those of the repositories that Runway and Stability published with the weights. Most
-values that are a default of diffusers or transformers are omitted. The tokenizer is CLIP's
+Values are those of the repositories that Runway, Stability and Segmind published with the weights.
+Most values that are a default of diffusers or transformers are omitted. The tokenizer is CLIP's
 (https://github.com/openai/CLIP, MIT License).
 """
 
@@ -41,6 +41,48 @@ _SD2_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers"
 # OpenCLIP, the text encoder of SD 2.x, was trained with prompts padded by token 0, which is '!'.
 _SD1: dict[str, Any] = {"unet": _SD1_UNET, "text_encoder": _SD1_TEXT, "pad_token": END}
 _SD2: dict[str, Any] = {"unet": _SD2_UNET, "text_encoder": _SD2_TEXT, "pad_token": "!"}
+_SDXL_UNET = {
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "transformer_layers_per_block": [1, 2, 10],
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+# Distilled from SDXL (arXiv 2401.02677): fewer transformers, and one ResNet block in the middle.
+_SSD_1B_UNET = {
+    **_SDXL_UNET,
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+    "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+}
+_VEGA_UNET = {
+    **_SDXL_UNET,
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": [1, [1, 1], [2, 2]],
+    "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
+}
+# The published ids are not the tokenizers' own: transformers then finds the end token as the
+# largest id.
+_SDXL_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+_SDXL_TEXT_2 = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+                "num_attention_heads": 20, "hidden_act": "gelu",
+                "projection_dim": 1280, **_SDXL_IDS}  # fmt: skip
+_SDXL: dict[str, Any] = {
+    "unet": _SDXL_UNET,
+    "text_encoder": {**_SD1_TEXT, "projection_dim": 768, **_SDXL_IDS},
+    "text_encoder_2": _SDXL_TEXT_2,
+    "pad_token": END,
+    "pad_token_2": "!",
+    "scaling_factor": 0.13025,
+    "size": 128,
+    "prediction_type": "epsilon",
+}
+# 'transformers' tells models of equal widths apart: how many transformers the UNet has.
 MODELS: dict[str, dict[str, Any]] = {
     "sd15": {**_SD1, "size": 64, "prediction_type": "epsilon"},
     "sd21-base": {**_SD2, "size": 64, "prediction_type": "epsilon"},
@@ -63,6 +105,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "size": 64,
         "prediction_type": "epsilon",
     },
+    "sdxl": {**_SDXL, "transformers": 70},
+    "ssd-1b": {**_SDXL, "unet": _SSD_1B_UNET, "transformers": 34},
+    "vega": {**_SDXL, "unet": _VEGA_UNET, "transformers": 15},
+    "sdxl-inpainting": {
+        **_SDXL,
+        "unet": {**_SDXL_UNET, "in_channels": 9},
+        "transformers": 70,
+    },
 }
 
 
@@ -77,8 +127,14 @@ def input_channels(name: str) -> int:
     return int(unet["in_channels"])
 
 
+def transformer_count(name: str) -> int | None:
+    """Return how many transformers the UNet of one of ``MODELS`` has; None where none is alike."""
+    count: int | None = MODELS[name].get("transformers")
+    return count
+
+
 def write_config(name: str, folder: Path) -> Path:
-    """Write a StableDiffusionPipeline folder without weights: configurations and tokenizer.
+    """Write a diffusers folder without weights: configurations and tokenizers.
 
     Args:
         name: one of ``MODELS``.
@@ -90,6 +146,8 @@ def write_config(name: str, folder: Path) -> Path:
     """
     write_files(_configs(MODELS[name]), folder)
     _write_tokenizer(folder / "tokenizer", MODELS[name]["pad_token"])
+    if "pad_token_2" in MODELS[name]:
+        _write_tokenizer(folder / "tokenizer_2", MODELS[name]["pad_token_2"])
     return folder
 
 
@@ -101,33 +159,44 @@ def write_files(files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def model_index(scheduler: str) -> dict[str, Any]:
-    """The content of a StableDiffusionPipeline's model_index.json.
+def model_index(scheduler: str, *, has_text_pair: bool = False) -> dict[str, Any]:
+    """The content of the model_index.json of a StableDiffusionPipeline, or of SDXL's.
 
     It lists a library and a class for each part; the absent ones have neither.
 
     Args:
         scheduler: the class, in diffusers.
+        has_text_pair: whether the model has two text encoders, as SDXL has.
 
     """
     diffusers = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": scheduler}
     transformers = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
-    absent = ("safety_checker", "feature_extractor", "image_encoder")
+    absent = ["feature_extractor", "image_encoder"]
+    facts: dict[str, Any] = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": True,
+    }
+    if has_text_pair:
+        transformers["text_encoder_2"] = "CLIPTextModelWithProjection"
+        transformers["tokenizer_2"] = "CLIPTokenizer"
+    else:
+        facts = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+        absent.insert(0, "safety_checker")
     return {
-        "_class_name": "StableDiffusionPipeline",
+        **facts,
         **{part: ["diffusers", kind] for part, kind in diffusers.items()},
         **{part: ["transformers", kind] for part, kind in transformers.items()},
         **{part: [None, None] for part in absent},
-        "requires_safety_checker": False,
     }
 
 
 def _configs(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the JSON files of a diffusers folder, by path, for a value of ``MODELS``."""
-    # The VAE, the noise schedule and CLIP's vocabulary are the same in all of these models.
+    # The VAE, the noise schedule and CLIP's vocabulary are the same in all of these models. SDXL's
+    # VAE was trained anew.
     vae = {
         "latent_channels": 4,
-        "scaling_factor": 0.18215,
+        "scaling_factor": model.get("scaling_factor", 0.18215),
         "block_out_channels": [128, 256, 512, 512],
         "layers_per_block": 2,
         "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -149,8 +218,14 @@ def _configs(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "max_position_embeddings": 77,
         **model["text_encoder"],
     }
+    second = {}
+    if "text_encoder_2" in model:
+        values = {**text, "projection_dim": 512, **model["text_encoder_2"]}
+        values["architectures"] = ["CLIPTextModelWithProjection"]
+        second["text_encoder_2/config.json"] = values
     return {
-        INDEX: model_index("DDIMScheduler"),
+        INDEX: model_index("DDIMScheduler", has_text_pair="text_encoder_2" in model),
+        **second,
         "unet/config.json": {
             "_class_name": "UNet2DConditionModel",
             "sample_size": model["size"],

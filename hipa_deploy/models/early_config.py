@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hipa_deploy.models.kind import check_pipeline
+from hipa_deploy.models.kind import SECOND, check_pipeline, has_second_encoder
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.weights.part_config import checked_values, read_config
 
@@ -35,6 +35,7 @@ TEXT: dict[str, Any] = {
     "num_hidden_layers": 12,
     "max_position_embeddings": 77,
     "vocab_size": 49408,
+    "projection_dim": 512,
 }
 SCHEDULER: dict[str, Any] = {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
 
@@ -57,13 +58,18 @@ def early_config(folder: Path) -> EarlyConfig:
             where one is needed.
 
     """
-    check_pipeline(folder, read_config(folder, "model_index.json"))
+    index = read_config(folder, "model_index.json")
+    check_pipeline(folder, index)
+    second = None
+    if has_second_encoder(index):
+        second = _values(folder, f"{SECOND}/config.json", TEXT)
     config = EarlyConfig(
         folder=folder,
         unet=_values(folder, "unet/config.json", UNET),
         vae=_values(folder, "vae/config.json", VAE),
         text_encoder=_values(folder, "text_encoder/config.json", TEXT),
         scheduler=_values(folder, "scheduler/scheduler_config.json", SCHEDULER),
+        text_encoder_2=second,
     )
     config._check_numbers()
     config._check_prediction()

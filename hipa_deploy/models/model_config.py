@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError, as_line, brief
-from hipa_deploy.models.kind import check_pipeline, check_unet, listed_class
+from hipa_deploy.models.kind import (
+    SECOND,
+    check_pipeline,
+    check_unet,
+    has_second_encoder,
+    listed_class,
+)
 from hipa_deploy.models.weights.part_config import (
     AGAIN,
     defaults_of,
@@ -68,6 +74,7 @@ class ModelConfig:
         vae: keywords of AutoencoderKL.
         text_encoder: keywords of CLIPTextConfig.
         scheduler: keywords of the scheduler's class, and its name as ``_class_name``.
+        text_encoder_2: keywords of CLIPTextConfig for SDXL's second text encoder; None without.
 
     Example:
         >>> config = ModelConfig.read(folder_of_sd15)
@@ -81,6 +88,7 @@ class ModelConfig:
     vae: Mapping[str, Any]
     text_encoder: Mapping[str, Any]
     scheduler: Mapping[str, Any]
+    text_encoder_2: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: Path, task: Task | None = None) -> ModelConfig:
@@ -102,24 +110,48 @@ class ModelConfig:
         index = read_config(folder, "model_index.json")
         check_pipeline(folder, index)
         unet = _read_part(folder, "unet", UNet2DConditionModel)
+        second = None
+        if has_second_encoder(index):
+            second = _read_part(folder, SECOND, CLIPTextConfig)
         config = cls(
             folder=folder,
             unet=_with_true_size(folder, unet),
             vae=_read_part(folder, "vae", AutoencoderKL),
             text_encoder=_read_part(folder, "text_encoder", CLIPTextConfig),
             scheduler=_read_scheduler(folder, index),
+            text_encoder_2=second,
         )
         config._check_numbers()
         if task is not None:
-            check_unet(folder, config.unet, config.latent_channels, task)
+            config.check_unet(task)
         # transformers' own tools never set it, and no stage of a bundle has a mask.
-        if config.text_encoder.get("use_attention_mask"):
-            raise HipaError(
-                f"{folder}: text_encoder/config.json has use_attention_mask, which hides the "
-                "padding of prompts. Expected a text encoder of Stable Diffusion, which sees it."
-            )
+        for part, values in config.text_parts.items():
+            if values.get("use_attention_mask"):
+                raise HipaError(
+                    f"{folder}: {part}/config.json has use_attention_mask, which hides the "
+                    "padding of prompts. Expected a text encoder of Stable Diffusion, which sees "
+                    "it."
+                )
         config._check_prediction()
         return config
+
+    def check_unet(self, task: Task) -> None:
+        """Check that the UNet is one for ``task``, and for the model's text encoders.
+
+        Raises:
+            HipaError: as ``hipa_deploy.models.kind.check_unet``; or the text contexts are of
+                another width than the UNet takes.
+
+        """
+        check_unet(self.folder, self.unet, self.latent_channels, task, self.pooled_width)
+        taken = self.unet.get("cross_attention_dim")
+        # Of one encoder, the UNet's own layers tell when their weights are loaded.
+        if self.has_text_pair and taken != self.text_width:
+            raise HipaError(
+                f"{self.folder}: the UNet takes text contexts {brief(taken)} wide, and its two "
+                f"text encoders give {self.text_width} side by side. Use the text encoders that "
+                "the UNet was trained with."
+            )
 
     def _check_prediction(self) -> None:
         """Refuse a UNet that predicts something else than the step can combine."""
@@ -139,6 +171,11 @@ class ModelConfig:
             ("vae", "scaling_factor", _is_factor, "a number above 0"),
             ("text_encoder", "hidden_size", _is_count, "a width"),
         )
+        if self.has_text_pair:
+            wanted += (
+                (SECOND, "hidden_size", _is_count, "a width"),
+                (SECOND, "projection_dim", _is_count, "a width"),
+            )
         for part, key, fits, expected in wanted:
             value = getattr(self, part)[key]
             if not fits(value):
@@ -182,13 +219,42 @@ class ModelConfig:
 
     @property
     def text_width(self) -> int:
-        """Width D of a text context [B, L, D]."""
-        return int(self.text_encoder["hidden_size"])
+        """Width D of a text context [B, L, D]; of two encoders, side by side, both together."""
+        return sum(self.text_widths)
+
+    @property
+    def text_widths(self) -> tuple[int, ...]:
+        """Width of each text encoder's part of a context, in their order."""
+        return tuple(int(values["hidden_size"]) for values in self.text_parts.values())
 
     @property
     def text_layers(self) -> int:
-        """Layers of the text encoder."""
-        return int(self.text_encoder["num_hidden_layers"])
+        """Layers of the text encoder that a context may have.
+
+        Of two encoders the last layer is never a part of the context (``text_pair``).
+        """
+        layers = [int(values["num_hidden_layers"]) for values in self.text_parts.values()]
+        return min(layers) - 1 if self.has_text_pair else layers[0]
+
+    @property
+    def has_text_pair(self) -> bool:
+        """Whether it has two text encoders and a pooled vector, as SDXL has."""
+        return self.text_encoder_2 is not None
+
+    @property
+    def text_parts(self) -> dict[str, Mapping[str, Any]]:
+        """The configuration of each text encoder, by its folder's name, in their order."""
+        parts = {"text_encoder": self.text_encoder}
+        if self.text_encoder_2 is not None:
+            parts[SECOND] = self.text_encoder_2
+        return parts
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Width P of the pooled vector [B, P] of a second text encoder; None without one."""
+        if self.text_encoder_2 is None:
+            return None
+        return int(self.text_encoder_2["projection_dim"])
 
     @property
     def is_inpainting(self) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from hipa_deploy.models.configurations import (
     context_width,
     input_channels,
     model_index,
+    transformer_count,
     write_config,
     write_files,
 )
@@ -48,7 +50,20 @@ if TYPE_CHECKING:
 UNET = "model.diffusion_model."
 FIRST_LAYER = UNET + "input_blocks.0.0.weight"
 CROSS_ATTENTION = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+# Of SDXL, the second level is the first with attention.
+SDXL_CROSS_ATTENTION = UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+TRANSFORMER = re.compile(rf"{re.escape(UNET)}.*\.transformer_blocks\.\d+\.attn2\.to_k\.weight")
 PARTS = {"unet": UNET, "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+ENCODERS = "conditioner.embedders."  # of SDXL
+SDXL_PARTS = {
+    "unet": UNET,
+    "vae": "first_stage_model.",
+    "text_encoder": ENCODERS + "0.transformer.",
+    "text_encoder_2": ENCODERS + "1.model.",
+}
+REFINER = ENCODERS + "0.model."
+# Tensors by which some tools mark a model of SDXL that does not predict eps in SDXL's schedule.
+MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max")
 TEXT = PARTS["text_encoder"] + "transformer."
 TEXT_TO_IMAGE = 4  # channels of a UNet's input: the latents
 CHANNELS = (TEXT_TO_IMAGE, 9)  # for inpainting, noise, mask and source
@@ -59,7 +74,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def converted(checkpoint: Path, config: str | None = None) -> Path:
-    """Return the diffusers folder of a checkpoint of SD 1.x or 2.x; convert it on the first call.
+    """Return the diffusers folder of a checkpoint of SD 1.x, 2.x or SDXL; convert it once.
 
     The folder is found again by the contents of the checkpoint and of the configurations. Weights
     keep the precision that they are stored in. Where an averaged copy (EMA) lies beside the plain
@@ -69,7 +84,7 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
         checkpoint: a file in the original layout: .safetensors, or .ckpt, .pt, .pth or .bin, which
             torch reads without running code of it.
         config: one of ``MODELS``, or a diffusers folder whose configurations and tokenizer are
-            used; None for SD 1.x, which the weights tell.
+            used; None for SD 1.x and SDXL, which the weights tell.
 
     Raises:
         HipaError: the file holds something else, is damaged or incomplete; or ``config`` is
@@ -123,13 +138,14 @@ def _current_name(name: str) -> str:
 
 
 def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
-    """Check that a file holds a complete text-to-image model of SD 1.x or 2.x."""
-    expected = "Expected an SD 1.x or 2.x checkpoint"
+    """Check that a file holds a complete text-to-image model of SD 1.x, 2.x or SDXL."""
+    expected = "Expected an SD 1.x, 2.x or SDXL checkpoint"
 
     # The kinds that people mistake for such a checkpoint get a message of their own.
-    if any(name.startswith("conditioner.") for name in shapes):
+    if any(name.startswith(REFINER) for name in shapes):
         raise HipaError(
-            f"model {checkpoint} is an SDXL checkpoint, with two text encoders. {expected}."
+            f"model {checkpoint} is SDXL's refiner, which finishes images of another model in many "
+            "steps. Use SDXL's base model."
         )
     if FIRST_LAYER not in shapes:
         lora = any("lora" in name for name in shapes)
@@ -147,12 +163,18 @@ def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
         )
 
     # Files of a UNet alone are common too: their VAE and text encoder would be random.
-    for part, prefix in PARTS.items():
+    for part, prefix in _parts_of(shapes).items():
         if not any(name.startswith(prefix) for name in shapes):
             raise HipaError(
                 f"model {checkpoint} has no {part} (no weight {prefix}…). "
                 f"{expected} with all its parts."
             )
+
+
+def _parts_of(shapes: Iterable[str]) -> dict[str, str]:
+    """Return how the names of each part begin in a file with these names."""
+    is_sdxl = any(name.startswith(ENCODERS) for name in shapes)
+    return SDXL_PARTS if is_sdxl else PARTS
 
 
 def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
@@ -169,23 +191,36 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
             check_file(path, MAX_TOKENIZER, "Copy the model again.")  # they are hashed below
         return config
 
-    # The width of the text context tells SD 1.x (768) from SD 2.x (1024).
-    attention = shapes.get(CROSS_ATTENTION, ())
+    marks = [name for name in MARKS if name in shapes]
+    if marks:
+        raise HipaError(
+            f"model {checkpoint} has the mark {marks[0]}: it does not predict eps as SDXL does. "
+            "Name a diffusers folder with its scheduler: --config FOLDER."
+        )
+
+    # The width of the text context tells SD 1.x (768) from SD 2.x (1024) and SDXL (2048); SDXL and
+    # its relatives are told apart by the number of their transformers.
+    attention = shapes.get(CROSS_ATTENTION) or shapes.get(SDXL_CROSS_ATTENTION, ())
     width = attention[1] if len(attention) == 2 else 0
     channels = shapes[FIRST_LAYER][1]
+    transformers = sum(TRANSFORMER.fullmatch(name) is not None for name in shapes)
     fitting = []
     for name in MODELS:
-        if (context_width(name), input_channels(name)) == (width, channels):
+        if (context_width(name), input_channels(name)) != (width, channels):
+            continue
+        if transformer_count(name) in (None, transformers):
             fitting.append(name)
     if config in fitting:
         return str(config)
 
     if width:
         got = f"its text contexts are {width} wide"
+        if width == context_width("sdxl"):
+            got += f", its UNet has {transformers} transformers"
         if channels != TEXT_TO_IMAGE:
             got += f" and its UNet takes {channels} channels"
     else:
-        got = "it has no text contexts where SD 1.x and 2.x have them"
+        got = "it has no text contexts where SD 1.x, 2.x and SDXL have them"
     if not fitting:
         raise HipaError(
             f"model {checkpoint}: {got}. Name the model it was made from: --config FOLDER."
@@ -216,32 +251,37 @@ def _key(checkpoint: Path, config: str) -> str:
 def _convert(checkpoint: Path, config: str, shapes: Shapes, out: Path) -> None:
     """Write a checkpoint as the diffusers folder ``out``."""
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from diffusers.utils import logging
     from safetensors import SafetensorError
 
     logging.disable_progress_bar()
     # The safety checker is a model of its own, which no command uses.
     unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    kind: Any = StableDiffusionPipeline
+    parts = _parts_of(shapes)
+    if parts is SDXL_PARTS:
+        kind = StableDiffusionXLPipeline
+        unused = {"feature_extractor": None, "image_encoder": None, "add_watermarker": False}
     with new_folder(out) as scratch:
         if config in MODELS:
             write_config(config, scratch)
         else:
-            _copy_config(Path(config), scratch)
+            _copy_config(Path(config), scratch, has_text_pair=parts is SDXL_PARTS)
         rewritten = _with_current_names(checkpoint, scratch)
         # Wrong shapes and missing parts meet errors of every kind.
         with as_line(
             f"model {checkpoint} cannot be converted",
             f"Expected a complete checkpoint of {config}.",
         ):
-            pipe = StableDiffusionPipeline.from_single_file(
+            pipe = kind.from_single_file(
                 str(rewritten or checkpoint),
                 config=str(scratch),
                 local_files_only=True,
                 **unused,
             )
 
-        for part, prefix in PARTS.items():
+        for part, prefix in parts.items():
             module = getattr(pipe, part)
             _check_complete(checkpoint, part, module)
             _check_all_used(checkpoint, config, part, module, shapes)
@@ -259,7 +299,7 @@ def _convert(checkpoint: Path, config: str, shapes: Shapes, out: Path) -> None:
             ) from None
 
 
-def _copy_config(folder: Path, out: Path) -> None:
+def _copy_config(folder: Path, out: Path, *, has_text_pair: bool) -> None:
     """Write the configurations and the tokenizer of a user's model into ``out``.
 
     diffusers imports the libraries that a model_index.json names, and believes the numbers in the
@@ -269,24 +309,31 @@ def _copy_config(folder: Path, out: Path) -> None:
     from transformers import CLIPTextConfig
 
     config = ModelConfig.read(folder)
-    load_tokenizer(config)
-    (out / "tokenizer").mkdir()
-    for path in sorted((folder / "tokenizer").iterdir()):
-        if path.suffix in (".json", ".txt"):
-            shutil.copyfile(path, out / "tokenizer" / path.name)
+    if config.has_text_pair != has_text_pair:
+        kinds = ("one text encoder", "two text encoders, as SDXL has")
+        raise HipaError(
+            f"--config {folder} has {kinds[config.has_text_pair]}, and the checkpoint "
+            f"{kinds[has_text_pair]}. Name the model that it was made from."
+        )
+    for part in config.text_parts:
+        name = part.replace("text_encoder", "tokenizer")
+        load_tokenizer(config, name)
+        (out / name).mkdir()
+        for path in sorted((folder / name).iterdir()):
+            if path.suffix in (".json", ".txt"):
+                shutil.copyfile(path, out / name / path.name)
 
     scheduler = listed_class(read_config(folder, INDEX), "scheduler")
     values = read_config(folder, SCHEDULER)
     files = {
-        INDEX: model_index(scheduler),
+        INDEX: model_index(scheduler, has_text_pair=config.has_text_pair),
         "unet/config.json": _known(config.unet, UNet2DConditionModel),
         "vae/config.json": _known(config.vae, AutoencoderKL),
-        "text_encoder/config.json": {
-            "model_type": "clip_text_model",
-            **_known(config.text_encoder, CLIPTextConfig),
-        },
         SCHEDULER: {key: value for key, value in values.items() if key in config.scheduler},
     }
+    for part, text in config.text_parts.items():
+        known = _known(text, CLIPTextConfig)
+        files[f"{part}/config.json"] = {"model_type": "clip_text_model", **known}
     write_files(files, out)
 
 
@@ -309,9 +356,11 @@ def _with_current_names(checkpoint: Path, scratch: Path) -> Path | None:
 
     out = scratch / f"checkpoint{SAFETENSORS}"
     kept: dict[str, Tensor] = {}
-    for name, weight in load_tensors(checkpoint).items():
+    tensors = load_tensors(checkpoint)
+    prefixes = tuple(_parts_of(tensors).values())
+    for name, weight in tensors.items():
         # Averaged copies and the state of the training are not used.
-        if name.startswith(tuple(PARTS.values())):
+        if name.startswith(prefixes):
             kept[_current_name(name)] = weight
     save_file(_apart(kept), out)
     return out
@@ -351,7 +400,7 @@ def _check_all_used(checkpoint: Path, config: str, part: str, module: Any, shape
     only warns. Counting numbers needs no knowledge of the names. CLIP's text encoder is left out:
     files of SD 2.x hold its last layer, which the model does not use.
     """
-    if part == "text_encoder":
+    if part.startswith("text_encoder"):
         return
     stored = 0
     for name, shape in shapes.items():

@@ -140,5 +140,5 @@ def shown(result: GenerateResult) -> GenerateResult:
 
 def text_files(bundle: Bundle) -> list[str]:
     """The files that turn a prompt into tokens or contexts, sorted, relative to the bundle."""
-    folders = ("tokenizer/", "prompts/")
+    folders = ("tokenizer/", "tokenizer_2/", "prompts/")
     return sorted(name for name in bundle.manifest.files if name.startswith(folders))

@@ -142,9 +142,11 @@ def test_a_closed_set_is_encoded_in_chunks(
     parts = ChosenParts(model, "generate")
     tokens_NL = np.random.default_rng(0).integers(0, 500, size=(5, 77))
     ones_NL = np.ones(tokens_NL.shape, np.float32)
-    whole = encode_closed_set(parts, tokens_NL, ones_NL)
+    whole, pooled = encode_closed_set(parts, tokens_NL, ones_NL)
+    assert pooled is None
     monkeypatch.setattr("hipa_deploy.export.references.ENCODED_AT_ONCE", 2)
-    np.testing.assert_allclose(encode_closed_set(parts, tokens_NL, ones_NL), whole, atol=1e-6)
+    apart, _ = encode_closed_set(parts, tokens_NL, ones_NL)
+    np.testing.assert_allclose(apart, whole, atol=1e-6)
     assert whole.shape == (5, 77, 16)
 
 

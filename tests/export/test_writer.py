@@ -76,7 +76,8 @@ def writer_of(
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_a_sound_module_is_written_without_islands(tmp_path: Path, precision: Precision) -> None:
     writer, source = writer_of(tmp_path, Layers, precision)
-    stage, output = writer.write(source, {"x": X_BD})
+    written = writer.write(source, {"x": X_BD})
+    stage = written.stage
     assert (stage.path, stage.precision, stage.fp32_islands) == (
         "unet/model.onnx",
         precision,
@@ -84,7 +85,7 @@ def test_a_sound_module_is_written_without_islands(tmp_path: Path, precision: Pr
     )
     assert (tmp_path / stage.path).is_file()
     assert stage.cost is not None
-    np.testing.assert_allclose(output, writer.references.tensors["y"], atol=1e-2)
+    np.testing.assert_allclose(written.output, writer.references.tensors["y"], atol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hipa_deploy.train.loop import training_steps as run_module
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.recipes.recipe import Recipe
 from tests.tiny_model import make_model
+from tests.tiny_sdxl import make_sdxl
 
 StopAfter = Callable[[int | None], None]
 
@@ -36,6 +37,18 @@ def v_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(model_dir: Path) -> DiffusionModel:
     """A fresh copy for each test, since adaptors are added in place."""
     return DiffusionModel.load(model_dir, "cpu")
+
+
+@pytest.fixture(scope="session")
+def sdxl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL folder, with two text encoders."""
+    return make_sdxl(tmp_path_factory.mktemp("sdxl") / "tiny")
+
+
+@pytest.fixture
+def sdxl(sdxl_dir: Path) -> DiffusionModel:
+    """A fresh copy for each test, since adaptors are added in place."""
+    return DiffusionModel.load(sdxl_dir, "cpu")
 
 
 @pytest.fixture(scope="session")

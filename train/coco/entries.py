@@ -36,6 +36,7 @@ from hipa_deploy.train.evaluation.rivals import (
     open_contender,
     style_with_lora,
 )
+from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.unet_adaptor import one_step_model
 from hipa_deploy.train.recipes.recipe import TeacherSettings
@@ -78,10 +79,11 @@ class Models:
 
     def identity(self) -> dict[str, Any]:
         """What images of the base model depend on."""
-        parts = ("unet", "vae", "text_encoder")
+        config = ModelConfig.read(self.folder)
+        parts = ("unet", "vae", *config.text_parts)
         return {
             "model": {part: weights_identity(self.folder / part) for part in parts},
-            "schedule": ModelConfig.read(self.folder).schedule,
+            "schedule": config.schedule,
             "style": self.style_info(self.style),
             "text": self.text.model_dump(mode="json"),
         }
@@ -96,10 +98,10 @@ def teacher_entry(models: Models, teacher: TeacherSettings) -> Entry:
 
     def load() -> Maker:
         model = DiffusionModel.load(models.folder, style=models.style, text=models.text)
-        empty_1LD = model.context([""])
+        unguided = model.unguided()
 
-        def latents(noise_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
-            return teacher_latents(model, noise_BCHW, context_BLD, empty_1LD, teacher)
+        def latents(noise_BCHW: Tensor, conditions: Conditions) -> Tensor:
+            return teacher_latents(model, noise_BCHW, conditions, unguided, teacher)
 
         return partial(decoded_images, model, latents)
 

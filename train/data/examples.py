@@ -4,7 +4,7 @@ An example is a function of its row and the recipe's seed alone, so that a resum
 unbroken one would.
 
 Shapes: N examples, B rows of a batch, C latent channels, H, W image size in pixels, h, w latent
-size, L tokens of a prompt, D width of the text encoder.
+size.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ from hipa_deploy.train.data.source_images import (
 from hipa_deploy.train.data.teacher_pairs import (
     Edits,
     Pairs,
+    RowConditions,
     RowFunction,
     cached_rows,
     noise_seeds,
-    prompt_contexts,
+    prompt_conditions,
     prompt_order,
     stream_noise,
     teacher_pairs,
 )
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float
-from hipa_deploy.train.model.mixed_precision import in_precision
+from hipa_deploy.train.model.mixed_precision import decoder_precision, in_precision
 from hipa_deploy.train.recipes.recipe import Recipe, SourceSettings, source_prompts
 
 # The filters with which small images are usually made: the adaptor must not learn one of them only.
@@ -74,7 +75,7 @@ class TaskExamples:
         count: How many examples there are.
         step_inputs: Rows -> the tensors of the task's ``STEP_INPUTS``, by name: noise and source
             float32 [B, C, h, w], mask float32 [B, 1, h, w].
-        context: Rows -> text contexts float32 [B, L, D].
+        conditions: Rows -> what the UNet is told of their prompts.
         timestep: Rows -> timestep of the step, int64 [B].
         latents: Rows -> target latents float32 [B, C, h, w].
         images: Rows -> target images float32 [B, 3, H, W] in [0, 1].
@@ -88,7 +89,7 @@ class TaskExamples:
 
     count: int
     step_inputs: Callable[[Tensor], dict[str, Tensor]]
-    context: RowFunction
+    conditions: RowConditions
     timestep: RowFunction
     latents: RowFunction
     images: RowFunction
@@ -159,7 +160,7 @@ def _examples_and_texts(
 
     # The empty prompt comes last: a share of the inpainting and super-resolution examples has it.
     texts = prompts if task == "generate" else [*prompts, ""]
-    context = prompt_contexts(model, texts, console)
+    conditions = prompt_conditions(model, texts, console)
 
     # A recipe without targets needs the teacher's images for the sample grid alone.
     teacher = recipe.teacher
@@ -173,7 +174,7 @@ def _examples_and_texts(
             pair_prompts,
             teacher,
             seed=recipe.seed,
-            context=context,
+            conditions=conditions,
             cache=cache,
             console=console,
             processes=processes,
@@ -181,7 +182,8 @@ def _examples_and_texts(
         )
 
     # Without a folder the teacher makes the images: of an edit, those that it will edit.
-    decode = in_precision(model.decode, recipe.mixed_precision, model.device)
+    precision = decoder_precision(recipe, model.config)
+    decode = in_precision(model.decode, precision, model.device)
     if not folder:
         if model.concatenates:
             raise HipaError(
@@ -189,20 +191,32 @@ def _examples_and_texts(
                 "Set source.images."
             )
         pairs = make_pairs(source_prompts(recipe, model.folder) or prompts)
-        source_images = teacher_source_images(model, pairs, len(prompts), decode, console)
+        source_images = teacher_source_images(
+            model, pairs, len(prompts), decode, console, kept=keeps_images(recipe)
+        )
 
     if task == "generate":
         if not recipe.needs_targets:
             pairs = _starts_of_all(pairs, recipe, len(prompts))
-        return generate_examples(model, pairs, source_images, context, recipe.timestep), texts
+        return generate_examples(model, pairs, source_images, conditions, recipe.timestep), texts
     if task == "edit":
         edits = choose_edits(model, source_images, prompts, recipe, console)
         edit_pairs = make_pairs(prompts, edits)
-        edited = teacher_source_images(model, edit_pairs, len(prompts), decode, console)
-        return edit_examples(model, edits, edit_pairs, edited, context), texts
+        edited = teacher_source_images(
+            model, edit_pairs, len(prompts), decode, console, kept=keeps_images(recipe)
+        )
+        return edit_examples(model, edits, edit_pairs, edited, conditions), texts
     if task == "inpaint":
-        return inpaint_examples(model, source_images, recipe, context, console), texts
-    return upscale_examples(model, source_images, recipe, context, console), texts
+        return inpaint_examples(model, source_images, recipe, conditions, console), texts
+    return upscale_examples(model, source_images, recipe, conditions, console), texts
+
+
+def keeps_images(recipe: Recipe) -> bool:
+    """Whether the teacher's whole images are needed in each step, where there is memory for them.
+
+    Where squares are decoded they are needed for the sample grid alone, or to edit.
+    """
+    return recipe.decode_crop is None
 
 
 def _starts_of_all(first: Pairs, recipe: Recipe, prompts: int) -> Pairs:
@@ -219,7 +233,7 @@ def generate_examples(
     model: DiffusionModel,
     pairs: Pairs,
     teacher_images: SourceImages,
-    context: RowFunction,
+    conditions: RowConditions,
     timestep: int,
 ) -> TaskExamples:
     """Text to image: from noise to the image that the teacher makes of the same noise."""
@@ -230,7 +244,7 @@ def generate_examples(
     return TaskExamples(
         count=len(pairs),
         step_inputs=step_inputs,
-        context=lambda rows: context(pairs.prompt_N[rows]),
+        conditions=lambda rows: conditions(pairs.prompt_N[rows]),
         timestep=_constant_timestep(model, timestep),
         latents=teacher_images.latents,
         images=lambda rows: to_float(teacher_images.images(rows)).to(model.device),
@@ -239,7 +253,11 @@ def generate_examples(
 
 
 def edit_examples(
-    model: DiffusionModel, edits: Edits, pairs: Pairs, edited: SourceImages, context: RowFunction
+    model: DiffusionModel,
+    edits: Edits,
+    pairs: Pairs,
+    edited: SourceImages,
+    conditions: RowConditions,
 ) -> TaskExamples:
     """Editing: from a noised source image to what the teacher makes of the same start.
 
@@ -248,7 +266,7 @@ def edit_examples(
         edits: Sources, prompts and timesteps (one for each strength).
         pairs: The teacher's edits; their noise is added to the sources.
         edited: The images of ``pairs``.
-        context: Text contexts by prompt index.
+        conditions: By prompt index.
 
     """
 
@@ -259,7 +277,7 @@ def edit_examples(
     return TaskExamples(
         count=len(pairs),
         step_inputs=step_inputs,
-        context=lambda rows: context(pairs.prompt_N[rows]),
+        conditions=lambda rows: conditions(pairs.prompt_N[rows]),
         timestep=lambda rows: edits.timestep_N[rows].to(model.device),
         latents=edited.latents,
         images=lambda rows: to_float(edited.images(rows)).to(model.device),
@@ -366,7 +384,7 @@ def inpaint_examples(
     model: DiffusionModel,
     source_images: SourceImages,
     recipe: Recipe,
-    context: RowFunction,
+    conditions: RowConditions,
     console: Console | None,
 ) -> TaskExamples:
     """Inpainting: from noise in the hole and clean latents around it to the image that was there.
@@ -376,7 +394,7 @@ def inpaint_examples(
         source_images: The complete images, which are the targets.
         recipe: Seed, timestep, ``source.per_image``, ``source.coverage`` and
             ``source.without_prompt``.
-        context: Text contexts by prompt index; the empty prompt is the last.
+        conditions: By prompt index; the empty prompt is the last.
         console: Where the progress bar goes.
 
     """
@@ -421,7 +439,7 @@ def inpaint_examples(
     return TaskExamples(
         count=count,
         step_inputs=step_inputs,
-        context=lambda rows: context(prompt_N[rows]),
+        conditions=lambda rows: conditions(prompt_N[rows]),
         prompt_N=prompt_N,
         timestep=_constant_timestep(model, recipe.timestep),
         latents=lambda rows: source_images.latents(image_of(rows)),
@@ -435,7 +453,7 @@ def upscale_examples(
     model: DiffusionModel,
     source_images: SourceImages,
     recipe: Recipe,
-    context: RowFunction,
+    conditions: RowConditions,
     console: Console | None,
 ) -> TaskExamples:
     """Super-resolution: from the latents of a reduced and enlarged image to the original image.
@@ -445,7 +463,7 @@ def upscale_examples(
         source_images: The images in full resolution, which are the targets.
         recipe: Seed, timestep, ``source.per_image``, ``source.factor`` and
             ``source.without_prompt``.
-        context: Text contexts by prompt index; the empty prompt is the last.
+        conditions: By prompt index; the empty prompt is the last.
         console: Where the progress bar goes.
 
     Raises:
@@ -484,7 +502,7 @@ def upscale_examples(
     return TaskExamples(
         count=count,
         step_inputs=lambda rows: {"source": source(rows)},
-        context=lambda rows: context(prompt_N[rows]),
+        conditions=lambda rows: conditions(prompt_N[rows]),
         prompt_N=prompt_N,
         timestep=_constant_timestep(model, recipe.timestep),
         latents=lambda rows: source_images.latents(image_of(rows)),

@@ -22,7 +22,8 @@ from hipa_deploy.train.data.teacher_pairs import (
     Pairs,
     RowFunction,
     cached_rows,
-    prompt_contexts,
+    prompt_conditions,
+    rows_at_once,
 )
 from hipa_deploy.train.distribution.terms import RealLatents
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
@@ -58,6 +59,8 @@ def teacher_source_images(
     prompts: int,
     decode: Callable[[Tensor], Tensor],
     console: Console | None,
+    *,
+    kept: bool = True,
 ) -> SourceImages:
     """The teacher's images of its pairs, so that no data set is needed.
 
@@ -67,16 +70,28 @@ def teacher_source_images(
         prompts: How many prompts the pairs' indices count.
         decode: Scaled latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1].
         console: Where the progress bar goes; stderr if None.
+        kept: Whether images are kept, where all of them fit in memory; else they are decoded
+            whenever they are asked for.
 
     """
 
     def latents(rows: Tensor) -> Tensor:
         return pairs.latents_NCHW[rows].float().to(model.device)
 
-    def images(rows: list[int]) -> Tensor:
-        return to_uint8(decode(latents(torch.tensor(rows))))
+    @torch.no_grad()
+    def images(rows: Tensor) -> Tensor:
+        return to_uint8(decode(latents(rows)))
 
-    decoded = cached_rows("teacher images", images, len(pairs), console)
+    decoded: RowFunction = images
+    if kept:
+        at_once = rows_at_once(model.resolution)
+        decoded = cached_rows(
+            "teacher images",
+            lambda rows: images(torch.tensor(rows)),
+            len(pairs),
+            console,
+            at_once,
+        )
     return SourceImages(decoded, latents, pairs.prompt_N, prompts, {"images": "teacher's"})
 
 
@@ -139,7 +154,7 @@ def folder_source_images(
 
 
 def real_latents(model: DiffusionModel, folder: Path, console: Console | None) -> RealLatents:
-    """Latents and contexts of a folder of captioned images.
+    """Latents and conditions of a folder of captioned images.
 
     Args:
         model: The base model, which encodes both.
@@ -151,9 +166,9 @@ def real_latents(model: DiffusionModel, folder: Path, console: Console | None) -
 
     """
     images, captions = folder_source_images(model, folder, [], console)
-    context = prompt_contexts(model, captions, console)
+    conditions = prompt_conditions(model, captions, console)
     return RealLatents(
         count=len(images),
         latents=images.latents,
-        context=lambda rows: context(images.prompt_N[rows]),
+        conditions=lambda rows: conditions(images.prompt_N[rows]),
     )

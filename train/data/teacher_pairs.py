@@ -6,8 +6,7 @@ everything that the pairs depend on (model weights, prompts, sampler settings, s
 pair is never found. A run that was stopped, or that wants more pairs than before, makes only the
 missing shards. Several processes divide the shards among them.
 
-Shapes: N pairs, B rows of a batch, C latent channels, H, W latent height and width, L tokens of a
-prompt, D width of the text encoder.
+Shapes: N pairs, B rows of a batch, C latent channels, H, W latent height and width.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from hipa_deploy.models.weights.weight_identity import loaded_files_sha256, weig
 from hipa_deploy.tasks import start_latents
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.progress_bar import ProgressBar
+from hipa_deploy.train.model.conditions import Conditions, joined_rows, predict
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.mixed_precision import in_precision
 from hipa_deploy.train.recipes.recipe import TeacherSettings
@@ -44,6 +44,8 @@ CHUNK = 16  # rows computed at once to fill a table
 SHARD_TENSORS = ("latents", "prompt", "seed")
 RowFunction = Callable[[Tensor], Tensor]
 """A function from row indices int64 [B] to the rows' values [B, ...]."""
+RowConditions = Callable[[Tensor], Conditions]
+"""The same for the conditions of rows."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class Pairs:
 def teacher_latents(
     model: DiffusionModel,
     noise_BCHW: Tensor,
-    context_BLD: Tensor,
-    empty_1LD: Tensor,
+    conditions: Conditions,
+    unguided: Conditions,
     teacher: TeacherSettings,
     first: int | None = None,
 ) -> Tensor:
@@ -103,8 +105,8 @@ def teacher_latents(
     Args:
         model: The base model.
         noise_BCHW: Standard normal noise float32; with ``first``, noised latents of a source image.
-        context_BLD: Text contexts of the prompts.
-        empty_1LD: Text context of the empty prompt.
+        conditions: Of the prompts.
+        unguided: One row, which guidance leads away from: ``DiffusionModel.unguided``.
         teacher: Sampler, number of steps, guidance and precision.
         first: Timestep to start from, which must be one of the sampler's; None is the last
             timestep (999), where there is nothing but noise. An edit starts later in the schedule.
@@ -124,13 +126,13 @@ def teacher_latents(
     # Guidance 1 is the conditional prediction alone: then half the batch is not needed.
     guided = teacher.guidance != 1
     if guided:
-        context_BLD = torch.cat([empty_1LD.expand_as(context_BLD), context_BLD])
+        conditions = joined_rows([unguided.repeated(len(conditions)), conditions])
 
     x_BCHW = noise_BCHW
     for timestep in timesteps:
         inputs = torch.cat([x_BCHW, x_BCHW]) if guided else x_BCHW
         # The sampler's arithmetic stays in float32, whatever the UNet computes in.
-        output = unet(inputs, timestep, context_BLD, return_dict=False)[0].float()
+        output = predict(unet, inputs, timestep, conditions).float()
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + teacher.guidance * (conditional - unconditional)
@@ -143,8 +145,8 @@ def edited_latents(
     edits: Edits,
     rows: Tensor,
     noise_BCHW: Tensor,
-    context_BLD: Tensor,
-    empty_1LD: Tensor,
+    conditions: Conditions,
+    unguided: Conditions,
     teacher: TeacherSettings,
 ) -> Tensor:
     """The teacher's edits of ``rows``: it denoises each source from the source's own timestep.
@@ -156,8 +158,8 @@ def edited_latents(
         edits: Sources, prompts and timesteps.
         rows: Which edits to make, int64 [B].
         noise_BCHW: Standard normal noise float32 that is added to the sources.
-        context_BLD: Text contexts of the edits' prompts.
-        empty_1LD: Text context of the empty prompt.
+        conditions: Of the edits' prompts.
+        unguided: As for ``teacher_latents``.
         teacher: Sampler, number of steps, guidance and precision.
 
     Returns:
@@ -174,7 +176,7 @@ def edited_latents(
         step_inputs = {"noise": noise_BCHW[chosen], "source": source_BCHW[chosen]}
         start = start_latents("edit", step_inputs, model.alpha_bar(timestep))
         latents_BCHW[chosen] = teacher_latents(
-            model, start, context_BLD[chosen], empty_1LD, teacher, timestep
+            model, start, conditions[chosen], unguided, teacher, timestep
         )
     return latents_BCHW
 
@@ -212,7 +214,7 @@ def teacher_pairs(
     teacher: TeacherSettings,
     *,
     seed: int,
-    context: RowFunction | None = None,
+    conditions: RowConditions | None = None,
     cache: Path | None = None,
     console: Console | None = None,
     processes: Processes | None = None,
@@ -228,7 +230,7 @@ def teacher_pairs(
         prompts: The prompts, each used equally often.
         teacher: Sampler settings, number of pairs, shard size and storage type.
         seed: Fixes the order of the prompts and the noise.
-        context: Text contexts by prompt index, as ``prompt_contexts`` returns them; computed here
+        conditions: Of prompts by their index, as ``prompt_conditions`` returns them; computed here
             if None.
         cache: Folder of the cache; None is the user's own (HIPA_CACHE).
         console: Where the progress bar goes; stderr if None.
@@ -248,8 +250,8 @@ def teacher_pairs(
     processes = processes or Processes()
     folder = cache_folder(model, prompts, teacher, seed, cache or user_cache(), edits)
     prompt_N = prompt_order(len(prompts), teacher.pairs, seed) if edits is None else edits.prompt_N
-    context = context or prompt_contexts(model, prompts, console)
-    empty_1LD = model.context([""])
+    conditions = conditions or prompt_conditions(model, prompts, console)
+    unguided = model.unguided()
     count = len(prompt_N)
     starts = range(0, count, teacher.batch)
     ranges = [(start, min(start + teacher.batch, count)) for start in starts]
@@ -258,11 +260,12 @@ def teacher_pairs(
         rows = torch.arange(start, stop)
         prompt_B = prompt_N[start:stop]
         seed_B = noise_seeds(rows, seed)
-        conditions = (model.noise(seed_B.tolist()), context(prompt_B), empty_1LD, teacher)
+        noise_BCHW = model.noise(seed_B.tolist())
+        arguments = (noise_BCHW, conditions(prompt_B), unguided, teacher)
         if edits is None:
-            latents = teacher_latents(model, *conditions)
+            latents = teacher_latents(model, *arguments)
         else:
-            latents = edited_latents(model, edits, rows, *conditions)
+            latents = edited_latents(model, edits, rows, *arguments)
         stored = latents.to(getattr(torch, teacher.dtype)).cpu()
         return {"latents": stored, "prompt": prompt_B, "seed": seed_B}
 
@@ -350,7 +353,11 @@ def cache_folder(
         key["text"] = settings
     if model.style:
         key["style"] = model.style.model_dump(mode="json")
-    parts = ["unet", "text_encoder"]
+    # A model with two text encoders is bound to both, and to what guidance leads away from.
+    parts = ["unet", *model.config.text_parts]
+    if model.config.has_text_pair:
+        key["tokenizer_2"] = folder_sha256(model.folder / "tokenizer_2", "*.*")
+        key["zeros_unguided"] = bool(model.pipe.config.force_zeros_for_empty_prompt)
     if edits is not None:
         key["edits"] = edits.key
         parts.append("vae")
@@ -395,22 +402,60 @@ def prompt_order(prompts: int, pairs: int, seed: int) -> Tensor:
     return torch.from_numpy(np.concatenate(shuffled)[:pairs])
 
 
-def prompt_contexts(
+def prompt_conditions(
     model: DiffusionModel, prompts: list[str], console: Console | None = None
-) -> RowFunction:
-    """Text contexts by prompt index: int64 [B] -> float32 [B, L, D].
+) -> RowConditions:
+    """Conditions by prompt index: int64 [B] -> those of B prompts.
 
     Each prompt is encoded once if all contexts fit in memory, else whenever a batch needs it.
     """
+    first = model.conditions(prompts[:1])
+    tokens_and_width = first.context_BLD.shape[1:]
+    numbers = first.context_BLD[0].numel()
 
-    def contexts(rows: list[int]) -> Tensor:
-        return model.context([prompts[row] for row in rows])
+    # A row of the table is a context, and behind it SDXL's pooled vector. The sizes are those of
+    # the model and the same for all.
+    def rows_of_table(rows: list[int]) -> Tensor:
+        made = model.conditions([prompts[row] for row in rows])
+        if made.pooled_BP is None:
+            return made.context_BLD
+        return torch.cat([made.context_BLD.flatten(1), made.pooled_BP], dim=1)
 
-    return cached_rows("text contexts", contexts, len(prompts), console)
+    table = cached_rows("text contexts", rows_of_table, len(prompts), console)
+
+    def conditions(index_B: Tensor) -> Conditions:
+        values = table(index_B)
+        if first.sizes_B6 is None:
+            return Conditions(values)
+        context_BLD = values[:, :numbers].reshape(-1, *tokens_and_width)
+        pooled_BP = values[:, numbers:].contiguous()
+        return Conditions(context_BLD, pooled_BP, first.sizes_B6.expand(len(values), -1))
+
+    return conditions
+
+
+def rows_at_once(resolution: tuple[int, int], most: int = CHUNK) -> int:
+    """Images that go through a VAE at once where nothing learns.
+
+    Up to 768 pixels it is ``most``; above, as many as have the pixels of that many images of 512.
+
+    Example:
+        >>> rows_at_once((512, 512)), rows_at_once((1024, 1024))
+        (16, 4)
+
+    """
+    height, width = resolution
+    if max(height, width) <= 768:
+        return most
+    return max(1, most * 512 * 512 // (height * width))
 
 
 def cached_rows(
-    name: str, compute: Callable[[list[int]], Tensor], count: int, console: Console | None = None
+    name: str,
+    compute: Callable[[list[int]], Tensor],
+    count: int,
+    console: Console | None = None,
+    at_once: int = CHUNK,
 ) -> RowFunction:
     """A function of row indices that reads a table in memory, or computes rows that do not fit.
 
@@ -422,6 +467,7 @@ def cached_rows(
         compute: Row indices -> values [len(indices), ...].
         count: How many rows there are.
         console: Where the progress bar goes; stderr if None.
+        at_once: Rows that are computed at once.
 
     Returns:
         A function from int64 [B] to the rows' values [B, ...].
@@ -439,7 +485,8 @@ def cached_rows(
     if row.numel() * row.element_size() * count > TABLE_BYTES:
         return lambda index_B: compute(index_B.tolist())
 
-    chunks = [list(range(start, min(start + CHUNK, count))) for start in range(0, count, CHUNK)]
+    starts = range(0, count, at_once)
+    chunks = [list(range(start, min(start + at_once, count))) for start in starts]
     with ProgressBar(console) as progress:
         table = torch.cat([compute(chunk) for chunk in progress.track(chunks, description=name)])
     return lambda index_B: table[index_B.to(table.device)]

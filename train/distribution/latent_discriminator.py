@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hipa_deploy.train.losses.discriminator import Heads
+from hipa_deploy.train.model.conditions import Conditions
 
 
 class LatentDiscriminator(Heads):
@@ -93,15 +94,15 @@ class LatentDiscriminator(Heads):
 
 
 def encoder_maps(
-    unet: Any, z_BCHW: Tensor, timestep_B: Tensor, context_BLD: Tensor
+    unet: Any, z_BCHW: Tensor, timestep_B: Tensor, conditions: Conditions
 ) -> list[Tensor]:
     """The features of a UNet's encoder and middle block, the decoder being left out.
 
     Args:
-        unet: A UNet2DConditionModel of Stable Diffusion 1.x or 2.x.
+        unet: A UNet2DConditionModel of Stable Diffusion 1.x, 2.x or SDXL.
         z_BCHW: Noised latents.
         timestep_B: Their timesteps.
-        context_BLD: Text contexts.
+        conditions: Of the rows.
 
     Returns:
         The output of each level before it is halved, and that of the middle block, [B, C, H, W]
@@ -109,16 +110,27 @@ def encoder_maps(
 
     """
     embedding = unet.time_embedding(unet.get_time_embed(sample=z_BCHW, timestep=timestep_B))
+    added = unet.get_aug_embed(
+        emb=embedding,
+        encoder_hidden_states=conditions.context_BLD,
+        added_cond_kwargs=conditions.added.get("added_cond_kwargs", {}),
+    )
+    if added is not None:
+        embedding = embedding + added
     hidden = unet.conv_in(z_BCHW)
     maps = []
     for block in unet.down_blocks:
         attention = {}
         if getattr(block, "has_cross_attention", False):
-            attention["encoder_hidden_states"] = context_BLD
+            attention["encoder_hidden_states"] = conditions.context_BLD
         hidden, outputs = block(hidden_states=hidden, temb=embedding, **attention)
         # The outputs of a block are those of its layers, then that of its halving.
         maps.append(outputs[len(block.resnets) - 1])
-    maps.append(unet.mid_block(hidden, embedding, encoder_hidden_states=context_BLD))
+    # The middle block of SSD-1B and Segmind-Vega is one ResNet block.
+    attention = {}
+    if getattr(unet.mid_block, "has_cross_attention", False):
+        attention["encoder_hidden_states"] = conditions.context_BLD
+    maps.append(unet.mid_block(hidden, embedding, **attention))
     return maps
 
 

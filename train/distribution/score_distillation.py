@@ -17,8 +17,7 @@ learns to predict the noise in the student's images. Nothing is decoded, and no 
 beside the student's. 'Guidance below a timestep' is that of 1.x-Distill (2604.04018): guidance at
 high noise picks the modes before there is an image.
 
-Shape suffixes: B rows of a batch, T timesteps, L tokens, D width of the text context, C latent
-channels, H W latent size.
+Shape suffixes: B rows of a batch, T timesteps, C latent channels, H W latent size.
 """
 
 from __future__ import annotations
@@ -30,10 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hipa_deploy.generate.x0 import predict_x0
+from hipa_deploy.train.model.conditions import Conditions, joined_rows
 from hipa_deploy.train.recipes.distribution_settings import ScoreSettings
 
-# (z [B, C, H, W], timesteps [B], contexts [B, L, D]) -> what a UNet predicts, [B, C, H, W].
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (z [B, C, H, W], timesteps [B], conditions) -> what a UNet predicts, [B, C, H, W].
+Predict = Callable[[Tensor, Tensor, Conditions], Tensor]
 SMALLEST_ERROR = 1e-6  # keeps the division finite where the student is already right
 
 
@@ -47,14 +47,14 @@ class ScoreDistillation:
         guidance: Of the teacher, if the settings have none of their own.
         alpha_bar_T: Cumulative signal power of every timestep.
         prediction_type: What both predict: epsilon, v_prediction or sample.
-        empty_1LD: Text context of the empty prompt.
+        unguided: One row, which guidance leads away from: ``DiffusionModel.unguided``.
 
     Example:
         >>> score = ScoreDistillation(
         ...     ScoreSettings(weight=1), unet, unet, guidance=5.0, prediction_type="epsilon",
-        ...     alpha_bar_T=model.alphas_cumprod, empty_1LD=model.context([""]),
+        ...     alpha_bar_T=model.alphas_cumprod, unguided=model.unguided(),
         ... )
-        >>> score.gradient(latents, context, timestep_B, noise).shape
+        >>> score.gradient(latents, conditions, timestep_B, noise).shape
         torch.Size([2, 4, 64, 64])
 
     """
@@ -68,7 +68,7 @@ class ScoreDistillation:
         guidance: float,
         alpha_bar_T: Tensor,
         prediction_type: str,
-        empty_1LD: Tensor,
+        unguided: Conditions,
     ) -> None:
         self.settings = settings
         self.teacher = teacher
@@ -76,26 +76,26 @@ class ScoreDistillation:
         self.guidance = guidance if settings.guidance is None else settings.guidance
         self.alpha_bar_T = alpha_bar_T
         self.prediction_type = prediction_type
-        self.empty_1LD = empty_1LD
+        self.unguided = unguided
 
     @torch.no_grad()
     def gradient(
-        self, x0_BCHW: Tensor, context_BLD: Tensor, timestep_B: Tensor, noise_BCHW: Tensor
+        self, x0_BCHW: Tensor, conditions: Conditions, timestep_B: Tensor, noise_BCHW: Tensor
     ) -> Tensor:
         """The gradient of the distance at each row's latents, float32 [B, C, H, W].
 
         Args:
             x0_BCHW: The student's latents.
-            context_BLD: Text contexts of its prompts.
+            conditions: Of its prompts.
             timestep_B: Timestep to which each row is noised.
             noise_BCHW: Standard normal.
 
         """
         alpha_bar_B111 = self._alpha_bar(timestep_B)
         z_BCHW = noised(x0_BCHW, alpha_bar_B111, noise_BCHW)
-        output = self.fake(z_BCHW, timestep_B, context_BLD)
+        output = self.fake(z_BCHW, timestep_B, conditions)
         fake_BCHW = predict_x0(z_BCHW, output, alpha_bar_B111, self.prediction_type)
-        output = self._guided(z_BCHW, timestep_B, context_BLD)
+        output = self._guided(z_BCHW, timestep_B, conditions)
         teacher_BCHW = predict_x0(z_BCHW, output, alpha_bar_B111, self.prediction_type)
 
         difference: Tensor = fake_BCHW - teacher_BCHW
@@ -105,30 +105,30 @@ class ScoreDistillation:
         return difference / error_B111.clamp_min(SMALLEST_ERROR)
 
     def fake_loss(
-        self, x0_BCHW: Tensor, context_BLD: Tensor, timestep_B: Tensor, noise_BCHW: Tensor
+        self, x0_BCHW: Tensor, conditions: Conditions, timestep_B: Tensor, noise_BCHW: Tensor
     ) -> Tensor:
         """The loss that the fake score learns by: the error of its prediction, a scalar.
 
         Args:
             x0_BCHW: The student's latents, without a gradient.
-            context_BLD: As for ``gradient``.
+            conditions: As for ``gradient``.
             timestep_B: As for ``gradient``.
             noise_BCHW: As for ``gradient``.
 
         """
         alpha_bar_B111 = self._alpha_bar(timestep_B)
         z_BCHW = noised(x0_BCHW, alpha_bar_B111, noise_BCHW)
-        output = self.fake(z_BCHW, timestep_B, context_BLD).float()
+        output = self.fake(z_BCHW, timestep_B, conditions).float()
         target = prediction_target(x0_BCHW, alpha_bar_B111, noise_BCHW, self.prediction_type)
         return F.mse_loss(output, target)
 
-    def _guided(self, z_BCHW: Tensor, timestep_B: Tensor, context_BLD: Tensor) -> Tensor:
+    def _guided(self, z_BCHW: Tensor, timestep_B: Tensor, conditions: Conditions) -> Tensor:
         """The teacher's prediction with guidance; both prompts go through it as one batch."""
         if self.guidance == 1:
-            return self.teacher(z_BCHW, timestep_B, context_BLD).float()
-        contexts = torch.cat([self.empty_1LD.expand_as(context_BLD), context_BLD])
+            return self.teacher(z_BCHW, timestep_B, conditions).float()
+        both = joined_rows([self.unguided.repeated(len(conditions)), conditions])
         twice_z = torch.cat([z_BCHW, z_BCHW])
-        output = self.teacher(twice_z, torch.cat([timestep_B, timestep_B]), contexts).float()
+        output = self.teacher(twice_z, torch.cat([timestep_B, timestep_B]), both).float()
         unconditional, conditional = output.chunk(2)
         is_guided_B = timestep_B < self.settings.guidance_below
         guidance_B = torch.where(is_guided_B, self.guidance, 1.0)

@@ -5,8 +5,7 @@ UNet in another state than the student's backward pass does: without adaptors, o
 score's. A backward pass through all of it would recompute checkpointed activations in the wrong
 state.
 
-Shape suffixes: B rows of a batch, T timesteps, L tokens, D width of the text context, C latent
-channels, H W latent size.
+Shape suffixes: B rows of a batch, T timesteps, C latent channels, H W latent size.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from hipa_deploy.train.distribution.latent_discriminator import (
 )
 from hipa_deploy.train.distribution.score_distillation import ScoreDistillation, noised
 from hipa_deploy.train.losses.hipa_loss import Terms
+from hipa_deploy.train.model.conditions import Conditions, predict
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.mixed_precision import in_precision
 from hipa_deploy.train.model.unet_adaptor import without_adaptor
@@ -53,13 +53,13 @@ class RealLatents:
     Attributes:
         count: How many there are.
         latents: Rows -> scaled latents, float32 [B, C, H, W].
-        context: Rows -> text contexts of their captions, float32 [B, L, D].
+        conditions: Rows -> what a UNet is told of their captions.
 
     """
 
     count: int
     latents: Callable[[Tensor], Tensor]
-    context: Callable[[Tensor], Tensor]
+    conditions: Callable[[Tensor], Conditions]
 
 
 class DistributionTerms:
@@ -70,7 +70,7 @@ class DistributionTerms:
         recipe: Of the training.
         alpha_bar_T: Cumulative signal power of every timestep.
         prediction_type: What the UNet predicts: epsilon, v_prediction or sample.
-        empty_1LD: Text context of the empty prompt.
+        unguided: One row, which guidance leads away from: ``DiffusionModel.unguided``.
         draw: Where timesteps and noise come from.
 
     Attributes:
@@ -87,7 +87,7 @@ class DistributionTerms:
         *,
         alpha_bar_T: Tensor,
         prediction_type: str,
-        empty_1LD: Tensor,
+        unguided: Conditions,
         draw: Draw = row_draws,
     ) -> None:
         self.unet = unet
@@ -99,7 +99,7 @@ class DistributionTerms:
         self.discriminator: LatentDiscriminator | None = None
 
         # The student's latents of this step by their rows: what the fake score learns from.
-        self._made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._made: dict[tuple[int, ...], tuple[Tensor, Conditions]] = {}
         self._call = in_precision(unet, recipe.mixed_precision, alpha_bar_T.device)
         # The gradient of the heads' verdict has no loss scale, which fp16 would need.
         precision = "no" if recipe.mixed_precision == "fp16" else recipe.mixed_precision
@@ -113,7 +113,7 @@ class DistributionTerms:
                 guidance=recipe.teacher.guidance,
                 alpha_bar_T=alpha_bar_T,
                 prediction_type=prediction_type,
-                empty_1LD=empty_1LD,
+                unguided=unguided,
             )
         if recipe.latent_discriminator.weight:
             settings = recipe.latent_discriminator
@@ -144,7 +144,7 @@ class DistributionTerms:
         self,
         latents_BCHW: Tensor,
         target_BCHW: Tensor | None,
-        context_BLD: Tensor,
+        conditions: Conditions,
         rows: Tensor,
         step: int,
     ) -> tuple[Tensor, Terms]:
@@ -153,32 +153,30 @@ class DistributionTerms:
         Args:
             latents_BCHW: The student's, with a gradient.
             target_BCHW: The teacher's; score distillation alone needs none.
-            context_BLD: Text contexts of the prompts.
+            conditions: Of the prompts.
             rows: The examples, int64 [B].
             step: Of the training.
 
         """
         total = latents_BCHW.new_zeros(())
         terms: Terms = {}
-        self.remember(latents_BCHW.detach(), context_BLD, rows)
+        self.remember(latents_BCHW.detach(), conditions, rows)
         if self.score is not None and step >= self._first_score_step:
-            terms["score"] = self._score_term(latents_BCHW, context_BLD, rows, step)
+            terms["score"] = self._score_term(latents_BCHW, conditions, rows, step)
             total = total + self.recipe.score.weight * terms["score"]
         if self.discriminator is not None:
             assert target_BCHW is not None  # Recipe.needs_targets
-            for_student, for_heads = self._judged(
-                latents_BCHW, target_BCHW, context_BLD, rows, step
-            )
+            for_student, for_heads = self._judged(latents_BCHW, target_BCHW, conditions, rows, step)
             terms["latent_adversarial"] = for_student
             terms["latent_discriminator"] = for_heads
             # The heads' own loss has no weight, as that of the discriminator on images.
             total = total + self.recipe.latent_discriminator.weight * for_student + for_heads
         return total, terms
 
-    def remember(self, latents_BCHW: Tensor, context_BLD: Tensor, rows: Tensor) -> None:
+    def remember(self, latents_BCHW: Tensor, conditions: Conditions, rows: Tensor) -> None:
         """Keep the student's latents of these rows for the fake score, if there is one."""
         if self.score is not None:
-            self._made[_key(rows)] = (latents_BCHW, context_BLD)
+            self._made[_key(rows)] = (latents_BCHW, conditions)
 
     @property
     def following_steps(self) -> int:
@@ -206,10 +204,10 @@ class DistributionTerms:
 
         """
         assert self.score is not None
-        latents, context = self._made[_key(rows)]
+        latents, conditions = self._made[_key(rows)]
         timesteps = self.recipe.score.timesteps
         timestep_B, noise = self._drawn(FAKE_STREAM + number, step, rows, timesteps, latents)
-        loss = self.score.fake_loss(latents, context, timestep_B, noise)
+        loss = self.score.fake_loss(latents, conditions, timestep_B, noise)
         return loss, {"fake_score": loss}
 
     @property
@@ -217,14 +215,14 @@ class DistributionTerms:
         return self.recipe.loss.latent_warmup_steps + self.recipe.score.delay
 
     def _score_term(
-        self, latents_BCHW: Tensor, context_BLD: Tensor, rows: Tensor, step: int
+        self, latents_BCHW: Tensor, conditions: Conditions, rows: Tensor, step: int
     ) -> Tensor:
         """Half the mean square of the gradient, as DMD's loss; its gradient is that gradient."""
         assert self.score is not None
         x0 = latents_BCHW.detach()
         timesteps = self.recipe.score.timesteps
         timestep_B, noise = self._drawn(SCORE_STREAM, step, rows, timesteps, x0)
-        gradient = self.score.gradient(x0, context_BLD, timestep_B, noise)
+        gradient = self.score.gradient(x0, conditions, timestep_B, noise)
         value = gradient.square().mean() / 2
         return with_gradient(value, latents_BCHW, gradient / gradient.numel())
 
@@ -232,7 +230,7 @@ class DistributionTerms:
         self,
         latents_BCHW: Tensor,
         target_BCHW: Tensor,
-        context_BLD: Tensor,
+        conditions: Conditions,
         rows: Tensor,
         step: int,
     ) -> tuple[Tensor, Tensor]:
@@ -242,24 +240,24 @@ class DistributionTerms:
         timesteps = self.recipe.latent_discriminator.timesteps
         timestep_B, noise = self._drawn(DISCRIMINATOR_STREAM, step, rows, timesteps, x0)
         alpha_bar_B111 = self.alpha_bar_T[timestep_B].view(-1, 1, 1, 1)
-        true, true_context = self._true_latents(target_BCHW, context_BLD, rows, step)
+        true, true_conditions = self._true_latents(target_BCHW, conditions, rows, step)
         with without_adaptor(self.unet):
             z = noised(x0, alpha_bar_B111, noise)
-            maps = [features.float() for features in self._maps(z, timestep_B, context_BLD)]
+            maps = [features.float() for features in self._maps(z, timestep_B, conditions)]
             for_student = self.discriminator.student_loss(maps)
             (gradient,) = torch.autograd.grad(for_student, x0)
             with torch.no_grad():
                 z = noised(true, alpha_bar_B111, noise)
-                true_maps = self._maps(z, timestep_B, true_context)
+                true_maps = self._maps(z, timestep_B, true_conditions)
         for_heads = self.discriminator.own_loss(maps, [features.float() for features in true_maps])
         return with_gradient(for_student, latents_BCHW, gradient), for_heads
 
     def _true_latents(
-        self, target_BCHW: Tensor, context_BLD: Tensor, rows: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """Latents that the heads take for true, with contexts: the teacher's, and a share real."""
+        self, target_BCHW: Tensor, conditions: Conditions, rows: Tensor, step: int
+    ) -> tuple[Tensor, Conditions]:
+        """Latents that the heads take for true, with conditions: the teacher's, some real."""
         if self.real is None:
-            return target_BCHW, context_BLD
+            return target_BCHW, conditions
         is_real = []
         chosen = []
         for row in rows.tolist():
@@ -269,10 +267,9 @@ class DistributionTerms:
         is_real_B = torch.tensor(is_real, device=target_BCHW.device)
         real_rows = torch.tensor(chosen)
         real = self.real.latents(real_rows).to(target_BCHW.device)
-        real_context = self.real.context(real_rows)
+        real_conditions = self.real.conditions(real_rows)
         latents = torch.where(is_real_B.view(-1, 1, 1, 1), real, target_BCHW)
-        contexts = torch.where(is_real_B.view(-1, 1, 1), real_context, context_BLD)
-        return latents, contexts
+        return latents, real_conditions.where(is_real_B, conditions)
 
     def _drawn(
         self, stream: int, step: int, rows: Tensor, timesteps: Timesteps, like_BCHW: Tensor
@@ -282,20 +279,19 @@ class DistributionTerms:
         timestep_B, noise = self.draw(self.recipe.seed, stream, step, rows, timesteps, shape)
         return timestep_B.to(like_BCHW.device), noise.to(like_BCHW.device)
 
-    def _teacher(self, z_BCHW: Tensor, timestep_B: Tensor, context_BLD: Tensor) -> Tensor:
+    def _teacher(self, z_BCHW: Tensor, timestep_B: Tensor, conditions: Conditions) -> Tensor:
         with without_adaptor(self.unet):
-            return self._output(z_BCHW, timestep_B, context_BLD)
+            return self._output(z_BCHW, timestep_B, conditions)
 
-    def _predict(self, z_BCHW: Tensor, timestep_B: Tensor, context_BLD: Tensor) -> Tensor:
+    def _predict(self, z_BCHW: Tensor, timestep_B: Tensor, conditions: Conditions) -> Tensor:
         """The fake score's prediction; in ``following`` it is switched on already."""
         if torch.is_grad_enabled():
-            return self._output(z_BCHW, timestep_B, context_BLD)
+            return self._output(z_BCHW, timestep_B, conditions)
         with as_fake_score(self.unet):
-            return self._output(z_BCHW, timestep_B, context_BLD)
+            return self._output(z_BCHW, timestep_B, conditions)
 
-    def _output(self, z_BCHW: Tensor, timestep_B: Tensor, context_BLD: Tensor) -> Tensor:
-        output: Tensor = self._call(z_BCHW, timestep_B, context_BLD, return_dict=False)[0]
-        return output.float()
+    def _output(self, z_BCHW: Tensor, timestep_B: Tensor, conditions: Conditions) -> Tensor:
+        return predict(self._call, z_BCHW, timestep_B, conditions).float()
 
 
 def _key(rows: Tensor) -> tuple[int, ...]:
@@ -335,7 +331,7 @@ def distribution_terms(model: DiffusionModel, recipe: Recipe) -> DistributionTer
         recipe,
         alpha_bar_T=model.alphas_cumprod,
         prediction_type=model.prediction_type,
-        empty_1LD=model.context([""]),
+        unguided=model.unguided(),
     )
 
 

@@ -31,10 +31,11 @@ from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style
-from hipa_deploy.train.data.teacher_pairs import teacher_latents
+from hipa_deploy.train.data.teacher_pairs import rows_at_once, teacher_latents
 from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.frequency import high_frequency_energy
 from hipa_deploy.train.losses.lite0 import Lite0
+from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.unet_adaptor import one_step_model
 from hipa_deploy.train.recipes.loss_settings import RADIUS
@@ -288,10 +289,10 @@ def teacher_images(
 
     """
     model = DiffusionModel.load(model_dir, device, style=style, text=text)
-    empty_1LD = model.context([""])
+    unguided = model.unguided()
 
-    def latents(noise_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
-        return teacher_latents(model, noise_BCHW, context_BLD, empty_1LD, teacher)
+    def latents(noise_BCHW: Tensor, conditions: Conditions) -> Tensor:
+        return teacher_latents(model, noise_BCHW, conditions, unguided, teacher)
 
     return decoded_images(model, latents, prompts, seeds)
 
@@ -336,15 +337,15 @@ def one_step_images(
 @torch.no_grad()
 def decoded_images(
     model: DiffusionModel,
-    latents: Callable[[Tensor, Tensor], Tensor],
+    latents: Callable[[Tensor, Conditions], Tensor],
     prompts: Sequence[str],
     seeds: Sequence[int],
 ) -> np.ndarray:
-    """Decoded images of ``latents(noise, context)``, in chunks that fit in memory.
+    """Decoded images of ``latents(noise, conditions)``, in chunks that fit in memory.
 
     Args:
-        model: Makes noise and contexts, and decodes.
-        latents: Noise [B, C, h, w] and contexts [B, L, D] -> scaled latents [B, C, h, w].
+        model: Makes noise and conditions, and decodes.
+        latents: Noise [B, C, h, w] and conditions -> scaled latents [B, C, h, w].
         prompts: N prompts.
         seeds: The noise seed of each prompt.
 
@@ -360,13 +361,14 @@ def decoded_images(
             f"{len(prompts)} prompts and {len(seeds)} seeds. Expected one seed for each prompt."
         )
 
-    # Noise and context are made for each chunk, so that memory does not grow with the set.
+    # Noise and conditions are made for each chunk, so that memory does not grow with the set.
     images = []
-    for start in range(0, len(seeds), CHUNK):
-        chunk = slice(start, start + CHUNK)
+    at_once = rows_at_once(model.resolution, CHUNK)
+    for start in range(0, len(seeds), at_once):
+        chunk = slice(start, start + at_once)
         noise_BCHW = model.noise(seeds[chunk])
-        context_BLD = model.context(prompts[chunk])
-        images.append(to_uint8(model.decode(latents(noise_BCHW, context_BLD))))
+        made = latents(noise_BCHW, model.conditions(prompts[chunk]))
+        images.append(to_uint8(model.decode(made)))
     return torch.cat(images).numpy()
 
 

@@ -19,6 +19,7 @@ from hipa_deploy.images.png import enlarge
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style, check_same_loras
 from hipa_deploy.tasks import STEP_INPUTS, Task, strength_timestep
+from hipa_deploy.train.data.teacher_pairs import rows_at_once
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.encoder_adaptor import attach_encoder_adaptor
 from hipa_deploy.train.model.one_step import task_latents
@@ -95,15 +96,16 @@ def one_step_task_images(
 
     # The step itself, by chunks.
     chunks = []
-    for start in range(0, len(seeds), CHUNK):
-        chunk = slice(start, start + CHUNK)
+    at_once = rows_at_once(model.resolution, CHUNK)
+    for start in range(0, len(seeds), at_once):
+        chunk = slice(start, start + at_once)
         chunk_holes = None if holes is None else holes[chunk]
         step_inputs = _step_inputs(model, task, sources[chunk], chunk_holes, seeds[chunk])
         latents = task_latents(
             model.unet,
             task,
             step_inputs,
-            model.context(prompts[chunk]),
+            model.conditions(prompts[chunk]),
             timestep_B=torch.full((len(seeds[chunk]),), timestep, device=model.device),
             alpha_bar=model.alpha_bar(timestep),
             prediction_type=model.prediction_type,

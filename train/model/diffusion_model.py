@@ -1,7 +1,12 @@
 """The frozen base model: a Stable Diffusion folder in float32, and what training needs of it.
 
-Shape suffixes: B batch, T timesteps of the noise schedule, L tokens, D width of the text context,
-C channels, H W height and width; h w where the size of latents stands beside that of images.
+SDXL, SSD-1B and Segmind-Vega have two text encoders and added conditions. Sizes and crop are those
+that StableDiffusionXLPipeline takes by default: original and target size are the training's
+resolution, and nothing is cropped.
+
+Shape suffixes: B batch, T timesteps of the noise schedule, L tokens, D width of the text context, P
+width of the pooled vector, C channels, H W height and width; h w where the size of latents stands
+beside that of images.
 """
 
 from __future__ import annotations
@@ -13,31 +18,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from hipa_deploy.bundle.text_settings import TextSettings
+from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.prompt_weights import weigh_context
 from hipa_deploy.generate.tokenizer import PromptTokenizer
 from hipa_deploy.models.clip_tokenizer import load_tokenizer, prompt_tokenizer
+from hipa_deploy.models.kind import SECOND
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.models.text_context import text_context
+from hipa_deploy.models.text_pair import pair_context, size_numbers
 from hipa_deploy.models.weights.load_part import check_weights, load_part
+from hipa_deploy.models.weights.part_config import read_config
 from hipa_deploy.tasks import Task, is_inpainting_unet
+from hipa_deploy.train.model.conditions import Conditions
 
 
 @dataclass(frozen=True)
 class DiffusionModel:
-    """Tokenizer, text encoder, UNet, VAE and noise schedule of one StableDiffusionPipeline folder.
+    """Tokenizers, text encoders, UNet, VAE and noise schedule of one Stable Diffusion folder.
 
     Args:
         folder: Where it was loaded from.
-        pipe: The StableDiffusionPipeline that holds its parts.
+        pipe: The StableDiffusionPipeline, or StableDiffusionXLPipeline, that holds its parts.
         device: Where its parts are.
         style: The LoRAs and embeddings that were added to it.
         text: How prompts are encoded.
@@ -46,7 +62,7 @@ class DiffusionModel:
         >>> model = DiffusionModel.load(Path("stable-diffusion-v1-5"), "cuda")
         >>> model.latent_shape_CHW, model.resolution
         ((4, 64, 64), (512, 512))
-        >>> model.context(["a cat", "a dog"]).shape
+        >>> model.conditions(["a cat", "a dog"]).context_BLD.shape
         torch.Size([2, 77, 768])
 
     """
@@ -84,27 +100,25 @@ class DiffusionModel:
         # Before loading gigabytes: its configuration says whether the model can be trained at all.
         config = ModelConfig.read(folder, task)
         text = text or TextSettings()
-        tokenizer = load_tokenizer(config)
-        text.check(tokenizer.model_max_length, config.text_layers)
+        tokenizers = {}
+        for part in config.text_parts:
+            name = tokenizer_of(part)
+            tokenizers[name] = load_tokenizer(config, name)
+            text.check(tokenizers[name].model_max_length, config.text_layers)
         added = OpenStyle.read(style or Style(), config)
-        check_weights(folder)
+        check_weights(folder, config.text_parts)
         diffusers_logging.disable_progress_bar()
-        pipe: Any = StableDiffusionPipeline(
-            vae=load_part(AutoencoderKL, folder / "vae"),
-            text_encoder=load_part(CLIPTextModel, folder / "text_encoder"),
-            # The bundle's, so that both see the same ids.
-            tokenizer=tokenizer,
-            unet=load_part(UNet2DConditionModel, folder / "unet"),
-            # Sampling has a scheduler of its own: this one holds the place in the pipeline.
-            # Diffusers warns of settings that Stable Diffusion does not have.
-            scheduler=DDIMScheduler(**config.schedule, steps_offset=1, clip_sample=False),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        added.merge({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+        parts: dict[str, Any] = {
+            "vae": load_part(AutoencoderKL, folder / "vae"),
+            "text_encoder": load_part(CLIPTextModel, folder / "text_encoder"),
+            "unet": load_part(UNet2DConditionModel, folder / "unet"),
+        }
+        if config.has_text_pair:
+            parts[SECOND] = load_part(CLIPTextModelWithProjection, folder / SECOND)
+        pipe = pipeline(config, parts, tokenizers)
+        added.merge({part: parts[part] for part in ("unet", *config.text_parts)})
         added.add_words(pipe.tokenizer, pipe.text_encoder)
-        for module in (pipe.text_encoder, pipe.unet, pipe.vae):
+        for module in parts.values():
             module.eval().requires_grad_(False)
 
         pipe.set_progress_bar_config(disable=True)
@@ -128,8 +142,21 @@ class DiffusionModel:
 
     @cached_property
     def tokenizer(self) -> PromptTokenizer:
-        """The tokenizer as a bundle has it."""
+        """The tokenizer as a bundle has it; of two, the first. Both count the same tokens."""
         return prompt_tokenizer(self.pipe.tokenizer, self.text.context_tokens)
+
+    @cached_property
+    def tokenizers(self) -> list[PromptTokenizer]:
+        """The tokenizer of each text encoder, in their order."""
+        found = [self.tokenizer]
+        if self.config.has_text_pair:
+            found.append(prompt_tokenizer(self.pipe.tokenizer_2, self.text.context_tokens))
+        return found
+
+    @property
+    def text_modules(self) -> dict[str, Any]:
+        """The text encoders by the names of their folders."""
+        return {part: getattr(self.pipe, part) for part in self.config.text_parts}
 
     @property
     def latent_shape_CHW(self) -> tuple[int, int, int]:
@@ -167,20 +194,55 @@ class DiffusionModel:
         """
         return torch.from_numpy(initial_noise(list(seeds), self.latent_shape_CHW)).to(self.device)
 
-    @torch.no_grad()
     def context(self, prompts: Sequence[str]) -> Tensor:
         """Text context, float32 [B, L, D]; words beyond the context's length are cut."""
-        chunk = self.tokenizer.chunk
-        if not self.text.prompt_weights:
-            tokens_BL = torch.from_numpy(self.tokenizer(prompts, truncate=True)).to(self.device)
-            return text_context(self.pipe.text_encoder, tokens_BL, chunk, self.text.clip_skip)
+        return self.conditions(prompts).context_BLD
 
-        tokens, weights = self.tokenizer.weighted(prompts, truncate=True)
-        tokens_BL = torch.from_numpy(tokens).to(self.device)
-        weights_BL = torch.from_numpy(weights).to(self.device)
-        context_BLD = text_context(self.pipe.text_encoder, tokens_BL, chunk, self.text.clip_skip)
-        weighed_BLD: Tensor = weigh_context(context_BLD, weights_BL, chunk)
-        return weighed_BLD
+    @torch.no_grad()
+    def conditions(self, prompts: Sequence[str]) -> Conditions:
+        """What the UNet is told of B prompts; words beyond the context's length are cut."""
+        tokens = []
+        weights = []
+        for tokenizer in self.tokenizers:
+            if self.text.prompt_weights:
+                ids, weight = tokenizer.weighted(prompts, truncate=True)
+                weights.append(torch.from_numpy(weight).to(self.device))
+            else:
+                ids = tokenizer(prompts, truncate=True)
+            tokens.append(torch.from_numpy(ids).to(self.device))
+
+        encoders = list(self.text_modules.values())
+        chunk = self.tokenizer.chunk
+        skip = self.text.clip_skip
+        pooled_BP = None
+        sizes_B6 = None
+        if self.config.has_text_pair:
+            context_BLD, pooled_BP = pair_context(*encoders, *tokens, chunk, skip)
+            sizes_B6 = self._sizes().expand(len(context_BLD), -1)
+        else:
+            context_BLD = text_context(*encoders, *tokens, chunk, skip)
+        if weights:
+            # Each encoder's part is weighed by itself; the pooled vector has no tokens to weigh.
+            parts = context_BLD.split(self.config.text_widths, dim=-1)
+            weighed = [weigh_context(*pair, chunk) for pair in zip(parts, weights, strict=True)]
+            context_BLD = torch.cat(weighed, dim=-1)
+        return Conditions(context_BLD, pooled_BP, sizes_B6)
+
+    def unguided(self) -> Conditions:
+        """One row of what classifier-free guidance leads away from: the empty prompt.
+
+        SDXL was trained with zeros in its place where its folder says so
+        (``force_zeros_for_empty_prompt``, which StableDiffusionXLPipeline obeys in
+        ``encode_prompt`` when no negative prompt is given). An empty prompt that a user types is
+        encoded all the same.
+        """
+        empty = self.conditions([""])
+        zeros = self.config.has_text_pair and self.pipe.config.force_zeros_for_empty_prompt
+        return empty.zeroed() if zeros else empty
+
+    def _sizes(self) -> Tensor:
+        numbers = size_numbers(*self.resolution)
+        return torch.tensor([numbers], dtype=torch.float32, device=self.device)
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
         """Image [B, 3, H, W] in [0, 1] -> scaled latents, float32 [B, C, h, w].
@@ -204,6 +266,57 @@ class DiffusionModel:
         unscaled_BCHW = latents_BCHW / self.vae.config.scaling_factor
         image_BCHW = self.vae.decode(unscaled_BCHW, return_dict=False)[0]
         return image_BCHW.float() / 2 + 0.5
+
+
+def pipeline(config: ModelConfig, parts: dict[str, Any], tokenizers: dict[str, Any]) -> Any:
+    """The pipeline that holds the parts of a model.
+
+    Args:
+        config: Of the model.
+        parts: unet, vae and text encoders, by the names of their folders.
+        tokenizers: The bundle's, so that both see the same ids, by the names of their folders;
+            None where no prompt will be read.
+
+    Raises:
+        HipaError: ``force_zeros_for_empty_prompt`` in model_index.json is no truth value.
+
+    """
+    # Sampling has a scheduler of its own: this one holds the place in the pipeline. Diffusers warns
+    # of settings that Stable Diffusion does not have.
+    scheduler = DDIMScheduler(**config.schedule, steps_offset=1, clip_sample=False)
+    if config.has_text_pair:
+        return StableDiffusionXLPipeline(
+            **parts,
+            **tokenizers,
+            scheduler=scheduler,
+            force_zeros_for_empty_prompt=_forces_zeros(config.folder),
+            add_watermarker=False,
+        )
+    return StableDiffusionPipeline(
+        **parts,
+        **tokenizers,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def tokenizer_of(text_encoder: str) -> str:
+    """The folder of a text encoder's tokenizer: text_encoder_2 -> tokenizer_2."""
+    return text_encoder.replace("text_encoder", "tokenizer")
+
+
+def _forces_zeros(folder: Path) -> bool:
+    """Whether guidance leads away from zeros; a folder that does not say it has the default."""
+    key = "force_zeros_for_empty_prompt"
+    value = read_config(folder, "model_index.json").get(key, True)
+    if not isinstance(value, bool):
+        raise HipaError(
+            f"{folder}: model_index.json has {key}={brief(value)}. Expected true or false. "
+            "Correct the file."
+        )
+    return value
 
 
 def to_uint8(image01_BCHW: Tensor) -> Tensor:

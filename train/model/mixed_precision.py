@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch.amp import GradScaler
 
-from hipa_deploy.train.recipes.recipe import MixedPrecision
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.train.recipes.recipe import MixedPrecision, Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -47,6 +49,23 @@ def in_precision(function: Function, precision: MixedPrecision, device: torch.de
             return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]  # a TypeVar cannot say 'called in the same way'
+
+
+def decoder_precision(recipe: Recipe, config: ModelConfig) -> MixedPrecision:
+    """The precision in which a training decodes latents.
+
+    Raises:
+        HipaError: it is fp16, in which SDXL's published VAE gives NaN. Its configuration says so
+            (``force_upcast``); the one that was mended for fp16 says false.
+
+    """
+    precision = recipe.vae_precision or recipe.mixed_precision
+    if precision == "fp16" and config.has_text_pair and config.vae["force_upcast"]:
+        raise HipaError(
+            f"{config.folder}: its VAE overflows fp16 (force_upcast in vae/config.json). "
+            'Set vae_precision = "bf16" or "no" in the recipe, or use a VAE that was made for fp16.'
+        )
+    return precision
 
 
 def grad_scaler(precision: MixedPrecision, device: torch.device) -> GradScaler:

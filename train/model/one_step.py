@@ -3,7 +3,7 @@
 Differentiable, and always combined in float32; hipa_deploy.generate.x0 has the formulas and the
 reason.
 
-Shape suffixes: B batch, L tokens, D width of the text context, C latent channels, H W latent size.
+Shape suffixes: B batch, C latent channels, H W latent size.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor
 from hipa_deploy.bundle.manifest import StepMethod
 from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.tasks import Task, finish_latents, start_latents
+from hipa_deploy.train.model.conditions import Conditions, predict
 
 
 def one_step_latents(
     unet: Callable[..., Any],
     noise_BCHW: Tensor,
-    context_BLD: Tensor,
+    conditions: Conditions,
     *,
     timestep: int,
     alpha_bar: float,
@@ -34,7 +35,7 @@ def one_step_latents(
     Args:
         unet: diffusers' UNet2DConditionModel, or a function that is called like one.
         noise_BCHW: Standard normal, float32 [B, C, H, W].
-        context_BLD: Text context, float32 [B, L, D].
+        conditions: Of the B prompts.
         timestep: Where the step starts, 999 for pure noise.
         alpha_bar: Cumulative signal power at ``timestep``, in (0, 1).
         prediction_type: What the UNet predicts: epsilon, v_prediction or sample.
@@ -45,7 +46,7 @@ def one_step_latents(
 
     Example:
         >>> one_step_latents(
-        ...     model.unet, model.noise([0, 1]), model.context(["a cat", "a dog"]),
+        ...     model.unet, model.noise([0, 1]), model.conditions(["a cat", "a dog"]),
         ...     timestep=999, alpha_bar=0.0046601, prediction_type="epsilon",
         ... ).shape
         torch.Size([2, 4, 64, 64])
@@ -55,7 +56,7 @@ def one_step_latents(
         unet,
         "generate",
         {"noise": noise_BCHW},
-        context_BLD,
+        conditions,
         timestep_B=torch.full((len(noise_BCHW),), timestep, device=noise_BCHW.device),
         alpha_bar=alpha_bar,
         prediction_type=prediction_type,
@@ -67,7 +68,7 @@ def task_latents(
     unet: Callable[..., Any],
     task: Task,
     step_inputs: Mapping[str, Tensor],
-    context_BLD: Tensor,
+    conditions: Conditions,
     *,
     timestep_B: Tensor,
     alpha_bar: float | Tensor,
@@ -82,7 +83,7 @@ def task_latents(
         task: The task, which decides where the step starts.
         step_inputs: The tensors that hipa_deploy.tasks.STEP_INPUTS names for ``task``: noise and
             source [B, C, H, W], mask [B, 1, H, W].
-        context_BLD: As there.
+        conditions: As there.
         timestep_B: Timestep of each row, int64 [B].
         alpha_bar: Of each row, [B, 1, 1, 1], or one number for all rows.
         prediction_type: As there.
@@ -106,6 +107,6 @@ def task_latents(
         unet_input = torch.cat(channels, dim=1)  # [B, 2 C + 1, H, W]
 
     # predict_x0 combines them in float32, even if the UNet ran in half precision.
-    output_BCHW = unet(unet_input, timestep_B, context_BLD, return_dict=False)[0]
+    output_BCHW = predict(unet, unet_input, timestep_B, conditions)
     x0_BCHW = predict_x0(start_BCHW, output_BCHW, alpha_bar, prediction_type, method)
     return finish_latents(task, x0_BCHW, step_inputs)

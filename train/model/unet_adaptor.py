@@ -2,7 +2,7 @@
 
 diffusers reads that folder with ``pipe.load_lora_weights``.
 
-Shape suffixes: B batch, L tokens, D width of the text context, C latent channels, H W latent size.
+Shape suffixes: B batch, C latent channels, H W latent size.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import METADATA, WEIGHTS, AdaptorMetadata, read_metadata
 from hipa_deploy.models.style import check_same_loras
 from hipa_deploy.models.weights.weight_file import load_tensors
+from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.encoder_adaptor import (
     ADAPTER,
@@ -208,8 +209,8 @@ def attach_adaptor(unet: Any, folder: Path) -> None:
 
 def one_step_model(
     model: DiffusionModel, timestep: int, adaptor: Path | None
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The text-to-image model as a function of noise and context.
+) -> Callable[[Tensor, Conditions], Tensor]:
+    """The text-to-image model as a function of noise and conditions.
 
     Args:
         model: The base model. With ``adaptor`` it is changed in place.
@@ -217,7 +218,7 @@ def one_step_model(
         adaptor: Adaptor folder, or None for the base model.
 
     Returns:
-        A function (noise [B, C, H, W], context [B, L, D]) -> x0 latents, float32 [B, C, H, W].
+        A function (noise [B, C, H, W], conditions) -> x0 latents, float32 [B, C, H, W].
 
     Raises:
         HipaError: the adaptor is damaged, for another task, or was trained on another base model or
@@ -225,7 +226,7 @@ def one_step_model(
 
     Example:
         >>> generate = one_step_model(model, 999, Path("adaptor"))
-        >>> generate(model.noise([0]), model.context(["a cat"])).shape
+        >>> generate(model.noise([0]), model.conditions(["a cat"])).shape
         torch.Size([1, 4, 64, 64])
 
     """

@@ -155,6 +155,8 @@ def facts_table(prediction: TrainingPrediction, model_dir: Path, prompts: str) -
 
     table = Table(show_header=False)
     predicts = f"predicts {prediction.prediction_type}, {width}x{height} pixels"
+    if prediction.square:
+        predicts += f", of which a step decodes squares of {prediction.square}"
     table.add_row("model", f"{model_dir.name}: {predicts}")
     table.add_row("parameters", ", ".join(sizes))
     table.add_row("trainable", f"{prediction.trainable / 1e6:.2f} M ({shape})")
@@ -182,7 +184,7 @@ def doubts(prediction: TrainingPrediction, prompt_count: int | None) -> list[str
 
     # Enlarged images have no more detail for the distance to see, and cost more.
     size = recipe.loss.perceptual_size
-    smallest = min(prediction.resolution)
+    smallest = prediction.square or min(prediction.resolution)
     if size is not None and size > smallest:
         found.append(
             f"perceptual_size = {size} is larger than the images of {smallest} pixels: they would "
@@ -233,7 +235,7 @@ def cost_table(prediction: TrainingPrediction) -> Table:
     if prediction.fake:
         add("fake score's steps", recipe.batch, micro_batch, prediction.fake, decoded)
     if prediction.target:
-        add("its teacher images", recipe.batch, recipe.batch, prediction.target, decoded)
+        add("its teacher images", recipe.batch, micro_batch, prediction.target, decoded)
     return table
 
 

@@ -12,22 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.kind import SECOND
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.weights.part_config import build
 from hipa_deploy.models.weights.weight_files import find_weights
 from hipa_deploy.tasks import STEP_INPUTS
+from hipa_deploy.train.data.crops import check_crop, cropped
 from hipa_deploy.train.distribution.terms import DistributionTerms, check_distribution_terms
 from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.hipa_loss import HipaLoss
 from hipa_deploy.train.losses.lite0 import Lite0
-from hipa_deploy.train.model.diffusion_model import DiffusionModel
-from hipa_deploy.train.model.mixed_precision import in_precision
+from hipa_deploy.train.model.conditions import Conditions, predict
+from hipa_deploy.train.model.diffusion_model import DiffusionModel, pipeline, tokenizer_of
+from hipa_deploy.train.model.mixed_precision import decoder_precision, in_precision
 from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import add_adaptors, without_adaptor
 from hipa_deploy.train.prediction.count_call import count_call
@@ -82,22 +85,20 @@ def unloaded_model(folder: Path) -> DiffusionModel:
     The weights are whatever values the constructors draw, and there is no tokenizer: time and
     memory depend on neither.
     """
-    # The pipeline warns of a scheduler without these values; nothing here depends on them.
-    expected_values = {"clip_sample": False, "steps_offset": 1}
     config = ModelConfig.read(folder)
-
-    # Any: diffusers' type of a pipeline does not know its parts.
-    pipe: Any = StableDiffusionPipeline(
-        unet=_unloaded(UNet2DConditionModel, config.unet, folder / "unet"),
-        vae=_unloaded(AutoencoderKL, config.vae, folder / "vae"),
-        text_encoder=_unloaded(CLIPTextModel, config.text_encoder, folder / "text_encoder"),
-        tokenizer=None,
-        scheduler=DDIMScheduler(**config.schedule, **expected_values),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    for module in (pipe.text_encoder, pipe.unet, pipe.vae):
+    kinds: dict[str, Any] = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+    }
+    if config.has_text_pair:
+        kinds[SECOND] = CLIPTextModelWithProjection
+    parts: dict[str, Any] = {}
+    for part, kind in kinds.items():
+        parts[part] = _unloaded(kind, getattr(config, part), folder / part)
+    tokenizers = dict.fromkeys(tokenizer_of(part) for part in config.text_parts)
+    pipe = pipeline(config, parts, tokenizers)
+    for module in parts.values():
         module.eval().requires_grad_(False)
     return DiffusionModel(folder, pipe, torch.device("cpu"))
 
@@ -139,9 +140,11 @@ class SimulatedTraining:
         self.model = model
         self.recipe = recipe
         self.weights = add_adaptors(model, recipe)
+        self._step_costs: dict[tuple[int, bool], TrainingCost] = {}
         self.loss = _loss(recipe)
         self.unet = in_precision(model.unet, recipe.mixed_precision, CPU)
-        self.decode = in_precision(model.decode, recipe.mixed_precision, CPU)
+        self.decode = in_precision(model.decode, decoder_precision(recipe, model.config), CPU)
+        check_crop(recipe.decode_crop, model.latent_shape_CHW)
         self.teacher_unet = in_precision(model.unet, recipe.teacher.mixed_precision, CPU)
         self.distribution: DistributionTerms | None = None
         if recipe.compares_distributions:
@@ -165,7 +168,7 @@ class SimulatedTraining:
         if not decoded:
             total, _ = self.loss.warmup_loss(latents, target)
         elif self.loss.needs_images:
-            image = self.decode(latents)
+            image = self.decode(self._decoded_part(latents))
             total, _ = self.loss(image, torch.rand_like(image), latents, target)
         elif self.recipe.needs_targets:
             total, _ = self.loss.latent_loss(latents, target)
@@ -182,7 +185,7 @@ class SimulatedTraining:
         assert distribution is not None
         examples = _examples(rows)
         self._prepare(distribution)
-        distribution.remember(self._latents(rows), self._context(rows), examples)
+        distribution.remember(self._latents(rows), self._conditions(rows), examples)
         with distribution.following():
             for number in range(self.recipe.score.steps):
                 loss, _ = distribution.fake_loss(examples, LAST_STEP, number)
@@ -201,17 +204,17 @@ class SimulatedTraining:
         """The terms that compare distributions, at a step where all of them are on."""
         self._prepare(distribution)
         rows = len(latents)
-        context = self._context(rows)
-        total, _ = distribution(latents, target, context, _examples(rows), LAST_STEP)
+        conditions = self._conditions(rows)
+        total, _ = distribution(latents, target, conditions, _examples(rows), LAST_STEP)
         distribution.forget()  # what the fake score learns from counts in fake_steps
         return total
 
     def _prepare(self, distribution: DistributionTerms) -> None:
-        """Give it a schedule and an empty prompt of the kind of tensor that the step has."""
+        """Give it a schedule and an conditions of the kind of tensor that the step has."""
         distribution.alpha_bar_T = torch.rand(SCHEDULE)
         if distribution.score is not None:
             distribution.score.alpha_bar_T = distribution.alpha_bar_T
-            distribution.score.empty_1LD = self._context(1)
+            distribution.score.unguided = self._conditions(1)
 
     def _forget_gradients(self) -> None:
         # Gradients left behind would count as memory of the next step.
@@ -234,14 +237,13 @@ class SimulatedTraining:
         guided = self.recipe.teacher.guidance != 1
         rows = self.recipe.teacher.batch * (2 if guided else 1)
         with without_adaptor(self.model.unet):
-            self.teacher_unet(
-                self._latents(rows), self.recipe.timestep, self._context(rows), return_dict=False
-            )
+            timestep = self.recipe.timestep
+            predict(self.teacher_unet, self._latents(rows), timestep, self._conditions(rows))
 
     @torch.no_grad()
-    def decode_targets(self) -> None:
-        """Decode the teacher's images of a batch."""
-        self.decode(self._latents(self.recipe.batch)).clamp(0, 1)
+    def decode_targets(self, rows: int) -> None:
+        """Decode the teacher's images of ``rows`` rows."""
+        self.decode(self._decoded_part(self._latents(rows))).clamp(0, 1)
 
     def pairs_cost(self) -> TrainingCost:
         """Cost of one batch of teacher pairs, without the sampler's own small arithmetic."""
@@ -253,8 +255,13 @@ class SimulatedTraining:
 
         AdamW's own arithmetic, a few operations for each parameter, is not counted.
         """
-        cost = self._cost(lambda: self.step(rows, decoded=decoded))
-        return TrainingCost(cost.flops, cost.peak_bytes + self._moments_bytes())
+        # A step of SDXL takes tens of seconds to count, and is asked for more than once.
+        key = (rows, decoded)
+        if key not in self._step_costs:
+            cost = self._cost(lambda: self.step(rows, decoded=decoded))
+            peak_bytes = cost.peak_bytes + self._moments_bytes()
+            self._step_costs[key] = TrainingCost(cost.flops, peak_bytes)
+        return self._step_costs[key]
 
     def fake_cost(self, processes: int = 1) -> TrainingCost:
         """Cost of ``fake_steps`` for a whole batch, with AdamW's moments in memory."""
@@ -288,24 +295,39 @@ class SimulatedTraining:
         two_rows = self.step_cost(2, decoded=True).peak_bytes
         return MicroBatchMemory(one_row, two_rows - one_row)
 
-    def target_cost(self) -> TrainingCost:
-        """Cost of ``decode_targets``."""
-        return self._cost(self.decode_targets)
+    def target_cost(self, processes: int = 1) -> TrainingCost:
+        """Cost of ``decode_targets`` for a whole batch, and the memory of a micro-batch."""
+        micro_batch = self._micro_batch(processes)
+        cost = self._cost(lambda: self.decode_targets(micro_batch))
+        flops = round(cost.flops * self.recipe.batch / micro_batch)
+        return TrainingCost(flops, cost.peak_bytes)
 
     def _cost(self, call: Callable[[], None]) -> TrainingCost:
         pipe = self.model.pipe
-        resident = (pipe.text_encoder, pipe.unet, pipe.vae, *self.own_modules)
+        encoders = self.model.text_modules.values()
+        resident = (*encoders, pipe.unet, pipe.vae, *self.own_modules)
         return TrainingCost(*count_call(call, resident))
 
     def _latents(self, rows: int) -> Tensor:
         """Random latents [B, C, H, W]."""
         return torch.randn(rows, *self.model.latent_shape_CHW)
 
-    def _context(self, rows: int) -> Tensor:
-        """Random text contexts [B, L, D]."""
-        config = self.model.pipe.text_encoder.config
-        length = self.recipe.text.context_tokens or config.max_position_embeddings
-        return torch.randn(rows, length, config.hidden_size)
+    def _decoded_part(self, latents_BCHW: Tensor) -> Tensor:
+        """What a step decodes: a square of the latents, or all; where it lies costs nothing."""
+        side = self.recipe.decode_crop
+        if side is None:
+            return latents_BCHW
+        return cropped(latents_BCHW, [(0, 0)] * len(latents_BCHW), side)
+
+    def _conditions(self, rows: int) -> Conditions:
+        """Random text contexts [B, L, D], and SDXL's added conditions."""
+        encoder = self.model.pipe.text_encoder.config
+        length = self.recipe.text.context_tokens or encoder.max_position_embeddings
+        config = self.model.config
+        context_BLD = torch.randn(rows, length, config.text_width)
+        if config.pooled_width is None:
+            return Conditions(context_BLD)
+        return Conditions(context_BLD, torch.randn(rows, config.pooled_width), torch.rand(rows, 6))
 
     def _student_latents(self, rows: int) -> Tensor:
         """The step's x0 [B, C, H, W], from random inputs of the recipe's task."""
@@ -321,7 +343,7 @@ class SimulatedTraining:
             self.unet,
             task,
             step_inputs,
-            self._context(rows),
+            self._conditions(rows),
             timestep_B=torch.full((rows,), self.recipe.timestep),
             alpha_bar=self.alpha_bar,
             prediction_type=self.model.prediction_type,
@@ -337,7 +359,7 @@ def _distribution(model: DiffusionModel, recipe: Recipe) -> DistributionTerms:
         recipe,
         alpha_bar_T=torch.ones(1),
         prediction_type=model.prediction_type,
-        empty_1LD=torch.ones(1),
+        unguided=Conditions(torch.ones(1)),
         draw=_drawn,
     )
 

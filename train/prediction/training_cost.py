@@ -49,7 +49,7 @@ class TrainingPrediction:
         prediction_type: What the UNet predicts: epsilon, v_prediction or sample.
         alpha_bar: Share of the signal's variance that is left at the step's timestep.
         resolution: Height and width of an image, in pixels.
-        parameters: Frozen parameters of text_encoder, unet and vae.
+        parameters: Frozen parameters of each text encoder, unet and vae.
         trainable: Trainable parameters of the adaptor.
         pairs_bytes: Bytes of all teacher pairs in the cache.
         pairs: One batch of teacher pairs, all sampler steps.
@@ -59,6 +59,7 @@ class TrainingPrediction:
         target: The decoding of the teacher's images in each step; None where all images of a
             training fit in memory and are decoded once.
         fake: The steps of the fake score after one of the student; None without score distillation.
+        square: Side in pixels of what a step decodes of each image; None is the whole image.
 
     """
 
@@ -76,6 +77,7 @@ class TrainingPrediction:
     memory: MicroBatchMemory
     target: TrainingCost | None
     fake: TrainingCost | None = None
+    square: int | None = None
 
     @property
     def rows(self) -> int:
@@ -157,12 +159,15 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
     with torch.device("meta"):
         training = SimulatedTraining(unloaded_model(model_dir), recipe)
     model = training.model
-    parts = {"text_encoder": model.pipe.text_encoder, "unet": model.unet, "vae": model.vae}
+    parts = {**model.text_modules, "unet": model.unet, "vae": model.vae}
     parameters = {name: _frozen_parameters(part) for name, part in parts.items()}
     trainable = sum(weight.numel() for weight in training.weights.values())
     pair_bytes = latents_bytes(model, recipe) + PAIR_NUMBERS_BYTES
     height, width = model.resolution
     images_bytes = 3 * height * width * _pairs(recipe)
+    # Squares of the teacher's latents are decoded in each step, however few pairs there are.
+    crop = recipe.decode_crop if recipe.loss.has_image_terms else None
+    decodes_targets = crop is not None or images_bytes > TABLE_BYTES
 
     # From here on all tensors are fake ones. The adaptor's weights are among those that were
     # replaced, so the training must look them up again.
@@ -182,8 +187,9 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
             warm_up=training.batch_cost(processes, decoded=False),
             step=training.batch_cost(processes, decoded=True),
             memory=training.micro_batch_memory(),
-            target=training.target_cost() if images_bytes > TABLE_BYTES else None,
+            target=training.target_cost(processes) if decodes_targets else None,
             fake=training.fake_cost(processes) if recipe.score.weight else None,
+            square=crop and crop * model.config.vae_factor,
         )
 
 

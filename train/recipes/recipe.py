@@ -29,6 +29,7 @@ from hipa_deploy.train.recipes.recipe_table import Settings
 SHIPPED = Path(__file__).parent  # the folder of the recipes that the package contains
 MODEL_PREFIX = "model:"  # of a prompt file that lies in the model's folder
 MixedPrecision = Literal["no", "bf16", "fp16"]
+CROPPED = ("generate", "edit")  # the tasks whose targets are the teacher's latents
 
 
 class AdaptorSettings(Settings):
@@ -221,6 +222,13 @@ class Recipe(_TrainingSettings):
     gradient_checkpointing: bool = False
     """Compute the activations of UNet and decoder again in the backward pass: less memory, more
     time."""
+    vae_precision: MixedPrecision | None = None
+    """Precision of the VAE's decoder in training; by default mixed_precision. SDXL's published VAE
+    overflows fp16."""
+    decode_crop: int | None = Field(None, ge=8, le=1024)
+    """Of text to image and editing: side, in latents, of the square of each image that is decoded
+    for the losses on images, student and teacher alike; chosen anew in each step. By default the
+    whole image is decoded."""
     adaptor: AdaptorSettings = AdaptorSettings()
     """The low-rank adaptor."""
     teacher: TeacherSettings
@@ -251,6 +259,15 @@ class Recipe(_TrainingSettings):
     def _encoder_adaptor_is_for_upscaling(self) -> Recipe:
         if self.adaptor.encoder_rank and self.task != "upscale":
             raise ValueError(f"adaptor.encoder_rank is for the task upscale, this is {self.task}")
+        return self
+
+    @model_validator(mode="after")
+    def _crops_are_of_the_teachers_images(self) -> Recipe:
+        # The other tasks compare with images that the decoder did not make.
+        if self.decode_crop is not None and self.task not in CROPPED:
+            raise ValueError(
+                f"decode_crop is for the tasks {' and '.join(CROPPED)}, this is {self.task}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -18,12 +18,14 @@ from hipa_deploy.models.adaptor_folder import (
     AdaptorMetadata,
     read_metadata,
 )
+from hipa_deploy.models.kind import SECOND, has_second_encoder
 from hipa_deploy.models.lora.find_lora import PICKLED, SAFETENSORS, find_lora
 from hipa_deploy.models.lora.kinds import Shaped, kind_of
 from hipa_deploy.models.lora.lora_file import by_layer
 from hipa_deploy.models.lora.names import ModuleNames
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.early_check import check_tensors, known_shapes
+from hipa_deploy.models.weights.part_config import read_config
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -70,8 +72,16 @@ def check_style(style: Style, model: Path) -> None:
         HipaError: one is damaged, half, not finite or for another model.
 
     """
+    parts = ["unet", "text_encoder"]
+    if has_second_encoder(read_config(model, "model_index.json")):
+        parts.append(SECOND)
+        if style.embeddings:
+            raise HipaError(
+                f"--embedding {style.embeddings[0].path}: {model} has two text encoders, and words "
+                "are added to models of one alone. Leave out --embedding."
+            )
     for lora in style.loras:
-        check_lora(lora.path, model, ("unet", "text_encoder"))
+        check_lora(lora.path, model, parts)
     for embedding in style.embeddings:
         check_regular(embedding.path)
         ending = embedding.path.suffix.lower()
@@ -117,14 +127,17 @@ def check_lora(path: Path, model: Path, parts: Sequence[str]) -> None:
 def _modules(shapes: Mapping[str, Shapes]) -> ModuleNames:
     """The layers with a weight, by the names of a model's tensors."""
     names: dict[str, Iterable[str]] = {}
+    context_width = None
     for part, tensors in shapes.items():
         modules = []
-        for name in tensors:
+        for name, shape in tensors.items():
             module, _, end = name.rpartition(".")
             if end == "weight":
                 modules.append(module)
+            if name.endswith("attn2.to_k.weight") and shape:
+                context_width = shape[-1]
         names[part] = modules
-    return ModuleNames(names)
+    return ModuleNames(names, context_width)
 
 
 def _check_pair(layer: str, roles: Mapping[str, Shaped], weight: tuple[int, ...]) -> None:

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, TypeVar
 from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.models.lora.find_lora import find_lora, lora_sha256
 from hipa_deploy.models.lora.kinds import Shaped, kind_of, rank_of
-from hipa_deploy.models.lora.names import LayerKey, ModuleNames, role_of
+from hipa_deploy.models.lora.names import SECOND, LayerKey, ModuleNames, role_of
 from hipa_deploy.models.lora.scaling import PeftSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SDXL = "text_encoder_2"  # the part that SDXL has, and SD 1.x and 2.x do not
-SDXL_CONTEXT = 2048  # width of its text contexts; 768 in SD 1.x, 1024 in SD 2.x
+# Of each model family, the width of its text contexts.
+FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+SDXL_CONTEXT = 2048
 MAX_SIDE = 65_536
 AnyTensor = TypeVar("AnyTensor", bound=Shaped)
 FAMILY = "Use the LoRA with the model family that it was trained on."
@@ -152,7 +153,7 @@ def by_layer(
         named = modules.part_of(layer) or part
         if named is not None and named not in modules.parts:
             raise HipaError(f"{file} holds {layer}, {_other_part(named, modules)}")
-        _check_context(file, layer, role, value)
+        _check_context(file, layer, role, value, modules)
         key = modules.find(f"{part}.{layer}" if modules.part_of(layer) is None and part else layer)
         if key is None:
             foreign.append(layer)
@@ -179,26 +180,37 @@ def by_layer(
 
 def _other_part(part: str, modules: ModuleNames) -> str:
     """What to say of a layer of a part that the LoRA may not change."""
-    if part == SDXL:
+    if part == SECOND and not modules.is_sdxl:
         return (
             "a layer of a second text encoder: this is a LoRA for SDXL. "
             "Expected one for SD 1.x or 2.x, as the model is."
         )
     allowed = " and the ".join(name.replace("_", " ") for name in modules.parts)
     text = f"a layer of the {part.replace('_', ' ')}. Here a LoRA can change the {allowed} alone."
-    if part == "text_encoder":
+    if part in ("text_encoder", SECOND):
         text += " Give it with --lora, which changes the text encoder too."
     return text
 
 
-def _check_context(file: Path, layer: str, role: str, value: Shaped) -> None:
-    """Refuse SDXL's LoRAs by name: their text contexts are wider than any other's."""
+def _check_context(file: Path, layer: str, role: str, value: Shaped, modules: ModuleNames) -> None:
+    """Refuse another family's LoRAs by name: the width of its text contexts tells it."""
     is_key = layer.endswith(("attn2_to_k", "attn2.to_k", "attn2_to_v", "attn2.to_v"))
-    if is_key and role == "down" and tuple(value.shape[-1:]) == (SDXL_CONTEXT,):
-        raise HipaError(
-            f"{file} is a LoRA for SDXL: {layer} takes text contexts {SDXL_CONTEXT} wide. "
-            "Expected one for SD 1.x or 2.x, as the model is."
-        )
+    if not is_key or role != "down" or not value.shape:
+        return
+    width = value.shape[-1]
+    if width not in FAMILIES or width == modules.context_width:
+        return
+    # A LoRA for SDXL is known by its width alone; others fit a model whose width nobody knows.
+    if modules.context_width is None and width != SDXL_CONTEXT:
+        return
+    if modules.is_sdxl:
+        expected = "SDXL"
+    else:
+        expected = FAMILIES.get(modules.context_width or 0, "SD 1.x or 2.x")
+    raise HipaError(
+        f"{file} is a LoRA for {FAMILIES[width]}: {layer} takes text contexts {width} wide. "
+        f"Expected one for {expected}, as the model is."
+    )
 
 
 def _some(names: list[str]) -> str:

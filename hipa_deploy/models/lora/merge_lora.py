@@ -21,11 +21,17 @@ CHANGEABLE = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 def module_names(parts: Mapping[str, nn.Module]) -> ModuleNames:
     """The layers that a LoRA may change: everything that has a weight, by its name in its part."""
     names: dict[str, Iterable[str]] = {}
+    context_width = None
     for part, model in parts.items():
-        names[part] = [
-            name for name, module in model.named_modules() if isinstance(module, CHANGEABLE)
-        ]
-    return ModuleNames(names)
+        found = []
+        for name, module in model.named_modules():
+            if not isinstance(module, CHANGEABLE):
+                continue
+            found.append(name)
+            if name.endswith("attn2.to_k") and isinstance(module, nn.Linear):
+                context_width = module.in_features
+        names[part] = found
+    return ModuleNames(names, context_width)
 
 
 @torch.no_grad()

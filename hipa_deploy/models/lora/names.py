@@ -85,6 +85,10 @@ PARTS: dict[str, str | None] = {
 _UNDERSCORES = tuple(prefix for prefix in PARTS if prefix.startswith(("lora_", "lycoris_")))
 
 
+SECOND = "text_encoder_2"  # the part that SDXL has, and SD 1.x and 2.x do not
+ADDED = "add_embedding.linear_1"  # the layer of SDXL's UNet that takes the pooled vector
+
+
 class LayerKey(NamedTuple):
     """A layer of the pipeline: its part ('unet', 'text_encoder') and its module's name there."""
 
@@ -114,10 +118,12 @@ class ModuleNames:
 
     Args:
         modules: for each part, the dotted names of its modules.
+        context_width: of the text contexts that the UNet takes; None where that is not known.
 
     """
 
-    def __init__(self, modules: dict[str, Iterable[str]]) -> None:
+    def __init__(self, modules: dict[str, Iterable[str]], context_width: int | None = None) -> None:
+        self.context_width = context_width
         self._dotted: dict[str, dict[str, str]] = {}
         self._underscored: dict[str, dict[str, str]] = {}
         for part, names in modules.items():
@@ -132,6 +138,11 @@ class ModuleNames:
     def parts(self) -> tuple[str, ...]:
         """The parts that a LoRA may change."""
         return tuple(self._dotted)
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the model is SDXL or a relative: its UNet embeds a pooled vector."""
+        return SECOND in self._dotted or ADDED in self._dotted.get("unet", {})
 
     def part_of(self, name: str) -> str | None:
         """The part that a layer's name in a file says it is for; None if it does not say."""

@@ -13,6 +13,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.models.lora.embeddings import Embedding, add_rows, add_tokens, read_embedding
 from hipa_deploy.models.lora.lora_file import LoraFile, LoraLayer, read_lora
 from hipa_deploy.models.lora.merge_lora import merge_lora, module_names
+from hipa_deploy.models.lora.names import SECOND
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.models.weights.part_config import build
@@ -80,7 +81,7 @@ class OpenStyle:
     @property
     def changes_text(self) -> bool:
         """Whether the text encoder is another with this style."""
-        in_loras = any("text_encoder" in lora.parts for lora in self.info.loras)
+        in_loras = any({"text_encoder", SECOND} & set(lora.parts) for lora in self.info.loras)
         return in_loras or bool(self.embeddings)
 
     def merge(self, parts: Mapping[str, nn.Module]) -> None:
@@ -107,16 +108,20 @@ class OpenStyle:
 
 
 def empty_parts(config: ModelConfig) -> dict[str, Any]:
-    """UNet and text encoder as their configurations describe them, on the meta device."""
+    """UNet and text encoders as their configurations describe them, on the meta device."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     folder = config.folder
     text = folder / "text_encoder/config.json"
-    return {
+    parts = {
         "unet": build(UNet2DConditionModel, config.unet, folder / "unet/config.json"),
         "text_encoder": build(CLIPTextModel, config.text_encoder, text),
     }
+    if config.text_encoder_2 is not None:
+        second = folder / SECOND / "config.json"
+        parts[SECOND] = build(CLIPTextModelWithProjection, config.text_encoder_2, second)
+    return parts
 
 
 def _without_memory(lora: LoraFile) -> LoraFile:

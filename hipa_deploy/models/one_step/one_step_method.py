@@ -169,29 +169,30 @@ def check_fits(method: OneStepMethod, config: ModelConfig) -> None:
             f"{config.unet['time_cond_proj_dim']}), which is not supported. Use the plain model "
             "with the method's LoRA, such as LCM-LoRA."
         )
-    if method.family is not None and not _is_for(method, config.text_width):
+    if method.family is not None and not _is_for(method, config):
         name, width = FAMILIES[method.family]
-        others = ", ".join(names_for(config.text_width))
+        others = ", ".join(names_for(config))
         raise HipaError(
             f"one-step method {method.name} is for {name} (text context {width} wide), and "
             f"{config.folder} has {config.text_width}. Use one of: {others}."
         )
 
 
-def names_for(text_width: int) -> list[str]:
-    """The presets for models whose text context has this width, HiPA's own step first."""
+def names_for(config: ModelConfig) -> list[str]:
+    """The presets for models of this kind, HiPA's own step first."""
     names = []
     for name in preset_names():
         method = load_method(name)
-        if method is None or _is_for(method, text_width):
+        if method is None or _is_for(method, config):
             names.append(name)
     return names
 
 
-def _is_for(method: OneStepMethod, text_width: int) -> bool:
+def _is_for(method: OneStepMethod, config: ModelConfig) -> bool:
     if method.family is None:
         return True
+    # SDXL and its relatives are known by their two text encoders, whatever the widths.
+    if config.has_text_pair or method.family == "sdxl":
+        return config.has_text_pair and method.family == "sdxl"
     known = {width for _, width in FAMILIES.values()}
-    if text_width in known or method.family == "sdxl":
-        return FAMILIES[method.family][1] == text_width
-    return True
+    return config.text_width not in known or FAMILIES[method.family][1] == config.text_width

@@ -8,6 +8,7 @@ both are errors, and so is a shape that differs.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +30,18 @@ BESIDE_TEXT = re.compile(r"(vision_model|visual_projection|text_projection)\..*|
 TEXT_LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\..*")
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: Path, also: Iterable[str] = ()) -> None:
     """Check that every part of a model has files of weights, before any is loaded.
 
     Args:
         folder: a diffusers folder.
+        also: parts that not every model has, such as 'text_encoder_2'.
 
     Raises:
         HipaError: a part has none, or lacks a shard.
 
     """
-    for part in PARTS:
+    for part in dict.fromkeys((*PARTS, *also)):
         find_weights(folder / part)
 
 

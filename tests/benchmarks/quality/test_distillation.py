@@ -66,15 +66,15 @@ def test_guided_ddim_is_the_teachers_sampler(student: Student) -> None:
     from hipa_deploy.train.data.teacher_pairs import teacher_latents
 
     noise = student.model.noise([3, 4])
-    context = student.model.context(["a pear", "a boat"])
+    conditions = student.model.conditions(["a pear", "a boat"])
     teacher = TeacherSettings(steps=2, guidance=3.0, pairs=1)
-    expected = teacher_latents(student.model, noise, context, student.empty_1LD, teacher)
+    expected = teacher_latents(student.model, noise, conditions, student.unguided, teacher)
     z = noise
     with torch.no_grad():
         for now, then in ((999, 499), (499, -1)):
             now_B = torch.full((2,), now)
             then_B = torch.full((2,), then)
-            z = student.ddim(z, student.predict(z, now_B, context, guidance=3.0), now_B, then_B)
+            z = student.ddim(z, student.predict(z, now_B, conditions, guidance=3.0), now_B, then_B)
     assert torch.allclose(z, expected, rtol=1e-3, atol=1e-3)
 
 

@@ -15,7 +15,7 @@ from hipa_deploy.generate.prompts import (
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
 
 
-def no_encoder(tokens_BL: np.ndarray) -> np.ndarray:
+def no_encoder(tokens: dict) -> dict:
     raise AssertionError("the text encoder ran")
 
 
@@ -89,11 +89,11 @@ def test_contexts_are_remembered_and_forgotten() -> None:
     batches = [[EncodedPrompt(np.asarray([n]))] for n in range(CACHED_PROMPTS + 1)]
     for batch in batches[:-1]:
         assert list(source.feed(batch, no_encoder)) == ["tokens"]
-        source.keep(batch, batch[0].tokens_L.astype(np.float32))
+        source.keep(batch, {"context": batch[0].tokens_L.astype(np.float32)})
     assert all(
         source.feed(batch, no_encoder)["context"] == batch[0].tokens_L for batch in batches[:-1]
     )
-    source.keep(batches[-1], np.zeros((1, 1), np.float32))  # pushes out the first
+    source.keep(batches[-1], {"context": np.zeros((1, 1), np.float32)})  # pushes out the first
     assert list(source.feed(batches[0], no_encoder)) == ["tokens"]
     assert list(source.feed(batches[1], no_encoder)) == ["context"]
 
@@ -109,9 +109,10 @@ def test_weights_change_the_context_and_not_what_is_remembered() -> None:
     source = EncodedPrompts(PromptTokenizer.of(rust.to_str(), "tokenizer"))
     calls = []
 
-    def encode(tokens_BL: np.ndarray) -> np.ndarray:
-        calls.append(tokens_BL)
-        return (tokens_BL[..., None] + np.asarray([1.0, 2.0])).astype(np.float16)
+    def encode(tokens: dict) -> dict:
+        calls.append(tokens)
+        context_BLD = tokens["tokens"][..., None] + np.asarray([1.0, 2.0])
+        return {"context": context_BLD.astype(np.float16)}
 
     weighed = source.prepare(["(red:2) pear"], truncate=False, weights=True)
     assert weighed[0].tokens_L.tolist() == [0, 2, 3, 1]
@@ -123,7 +124,9 @@ def test_weights_change_the_context_and_not_what_is_remembered() -> None:
     # The same words without weights: what the encoder gave, and no second call of it.
     plain = source.prepare(["red pear"], truncate=False, weights=True)
     assert plain[0].weights_L is None
-    np.testing.assert_array_equal(source.feed(plain, no_encoder)["context"], encode(calls[0]))
+    np.testing.assert_array_equal(
+        source.feed(plain, no_encoder)["context"], encode(calls[0])["context"]
+    )
     assert source.prepare(["(red:2)"], truncate=True)[0].weights_L is None
 
 

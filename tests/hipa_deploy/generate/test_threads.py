@@ -181,7 +181,7 @@ def test_contexts_are_remembered_and_forgotten_by_several_threads() -> None:
         for step in range(2000):
             value = number + THREADS * step
             prepared: list = cache.prepare([str(value)], truncate=False)
-            cache.keep(prepared, np.full(1, value))
+            cache.keep(prepared, {"context": np.full(1, value)})
             known = cache.feed(prepared, no_encoder)
             # Another thread may have filled the cache meanwhile.
             assert known.get("context", value) == value

@@ -26,7 +26,7 @@ def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "_class_name": "StableDiffusionXLPipeline",
                 "text_encoder_2": ["transformers", "CLIPTextModel"],
             },
-            "is StableDiffusionXLPipeline: two text encoders are not supported",
+            "is StableDiffusionXLPipeline: its text_encoder_2 is CLIPTextModel, expected",
         ),
         ("model_index.json", {"unet": None}, "its unet is None, expected UNet2DConditionModel"),
         ("model_index.json", {"unet": 5}, "its unet is 5, expected UNet2DConditionModel"),

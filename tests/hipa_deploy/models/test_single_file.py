@@ -12,15 +12,24 @@ from safetensors.torch import load_file, save_file
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.locate import model_folder, unpacked
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.single_file import CROSS_ATTENTION, FIRST_LAYER, PARTS, TEXT
+from hipa_deploy.models.single_file import (
+    CROSS_ATTENTION,
+    FIRST_LAYER,
+    PARTS,
+    SDXL_CROSS_ATTENTION,
+    SDXL_PARTS,
+    TEXT,
+)
 from tests.original_layout import write_checkpoint
 from tests.packaging import hub_cache
 from tests.tiny_model import make_model
+from tests.tiny_sdxl import make_sdxl
 
 FILES = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
+    "text_encoder_2": "model",
 }
 
 INCOMPLETE = r"cannot be converted.*Expected a complete checkpoint"
@@ -44,6 +53,28 @@ def weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
 def write(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
     return path
+
+
+@pytest.mark.parametrize("vega", [False, True], ids=["sdxl", "vega"])
+def test_every_weight_of_an_sdxl_checkpoint_arrives(tmp_path: Path, vega: bool) -> None:
+    folder = make_sdxl(tmp_path / "model", vega=vega)
+    checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
+    out = model_folder(str(checkpoint), str(folder))
+    assert ModelConfig.read(out, "generate").has_text_pair
+    for part in SDXL_PARTS:
+        expected = weights(folder, part)
+        got = weights(out, part)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+    for name in ("tokenizer", "tokenizer_2"):
+        assert (out / name / "vocab.json").is_file()
+
+
+def test_a_folder_of_the_other_kind_is_refused(folder: Path, tmp_path: Path) -> None:
+    sdxl = make_sdxl(tmp_path / "model")
+    checkpoint = write_checkpoint(sdxl, tmp_path / "mine.safetensors")
+    with pytest.raises(HipaError, match="has one text encoder, and the checkpoint two"):
+        model_folder(str(checkpoint), str(folder))
 
 
 @pytest.mark.parametrize("open_clip", [False, True], ids=["sd1", "sd2"])
@@ -266,6 +297,11 @@ def test_a_config_of_other_shapes_is_refused(folder: Path, tmp_path: Path) -> No
         model_folder(str(checkpoint), str(folder))
 
 
+SDXL = {FIRST_LAYER: (8, 4, 3, 3), "first_stage_model.x": (1,)}
+PAIR = {
+    "conditioner.embedders.0.transformer.x": (1,),
+    "conditioner.embedders.1.model.x": (1,),
+}
 SD = {FIRST_LAYER: (8, 4, 3, 3), "first_stage_model.x": (1,), "cond_stage_model.x": (1,)}
 
 
@@ -273,10 +309,21 @@ SD = {FIRST_LAYER: (8, 4, 3, 3), "first_stage_model.x": (1,), "cond_stage_model.
     ("shapes", "config", "message"),
     [
         (
-            {"conditioner.embedders.1.model.ln_final.bias": (4,)},
+            {"conditioner.embedders.0.model.ln_final.bias": (4,)},
             None,
-            "is an SDXL checkpoint, with two text encoders",
+            "is SDXL's refiner, which finishes images of another model",
         ),
+        (
+            {**SDXL, "conditioner.embedders.0.transformer.x": (1,)},
+            None,
+            "has no text_encoder_2",
+        ),
+        (
+            {**SDXL, **PAIR, SDXL_CROSS_ATTENTION: (8, 2048)},
+            None,
+            r"2048 wide, its UNet has 1 transformers\. Name the model",
+        ),
+        ({**SDXL, **PAIR, "v_pred": (1,)}, None, "has the mark v_pred: it does not predict eps"),
         ({"unet.to_q.lora_A.weight": (4, 4)}, None, "holds LoRA weights"),
         ({"double_blocks.0.weight": (4, 4)}, None, f"has no weight {FIRST_LAYER}"),
         ({**SD, FIRST_LAYER: (8, 8, 3, 3)}, None, r"takes 8 channels \(made for editing"),
@@ -298,7 +345,7 @@ SD = {FIRST_LAYER: (8, 4, 3, 3), "first_stage_model.x": (1,), "cond_stage_model.
             r"768 wide, unlike sd21-v's. Expected --config sd15",
         ),
         ({**SD, CROSS_ATTENTION: (8, 640)}, None, r"640 wide\. Name the model .* --config FOLDER"),
-        (SD, None, "no text contexts where SD 1.x and 2.x have them.*--config FOLDER"),
+        (SD, None, "no text contexts where SD 1.x, 2.x and SDXL have them.*--config FOLDER"),
         (
             SD,
             "sd3",

@@ -76,7 +76,7 @@ def test_the_teachers_edit_of_full_strength_is_close_to_its_image_from_the_noise
     edit = of_task(recipe, "edit", strengths=[1.0])
     start = 0.0682649 * inputs["source"] + 0.9976672 * inputs["noise"]
     expected = teacher_latents(
-        model, start, examples.context(ROWS), model.context([""]), edit.teacher
+        model, start, examples.conditions(ROWS), model.unguided(), edit.teacher
     )
     assert torch.allclose(examples.latents(ROWS), expected, atol=2e-2)  # stored in float16
 
@@ -110,7 +110,7 @@ def test_upscaling_starts_from_the_small_image(
     assert list(examples.step_inputs(ROWS)) == ["source"]
     error = (to_float(examples.source(ROWS)) - examples.images(ROWS)).abs().mean()
     assert 0 < error < 0.2
-    assert torch.allclose(examples.context(ROWS), model.context([""] * 3), atol=1e-6)
+    assert torch.allclose(examples.conditions(ROWS).context_BLD, model.context([""] * 3), atol=1e-6)
 
 
 def test_a_factor_that_does_not_divide_the_size(
@@ -169,7 +169,7 @@ def test_real_images_with_captions(
     assert examples.count == 3
     assert torch.allclose(examples.images(ROWS)[0, :, 0, 0], torch.tensor([1.0, 0, 0]))
     expected = model.context(["a red wall", "", "snow"])
-    assert torch.allclose(examples.context(ROWS), expected, atol=1e-6)
+    assert torch.allclose(examples.conditions(ROWS).context_BLD, expected, atol=1e-6)
     edited = examples_of(model, of_task(recipe, "edit", images=str(images), strengths=[0.5]), cache)
     assert edited.count == 3
 

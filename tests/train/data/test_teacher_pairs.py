@@ -20,6 +20,7 @@ from hipa_deploy.train.data.teacher_pairs import (
     teacher_scheduler,
 )
 from hipa_deploy.train.loop.processes import Processes
+from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 from tests.tiny_model import PROMPTS
@@ -37,7 +38,7 @@ def equal(a: module.Pairs, b: module.Pairs) -> bool:
 def test_same_as_the_pipeline(model: DiffusionModel) -> None:
     noise = model.noise([7])
     got = teacher_latents(
-        model, noise, model.context(["a red apple"]), model.context([""]), TEACHER
+        model, noise, model.conditions(["a red apple"]), model.unguided(), TEACHER
     )
     model.pipe.scheduler = teacher_scheduler(model.schedule, "ddim")
     expected = model.pipe(
@@ -53,11 +54,10 @@ def test_same_as_the_pipeline(model: DiffusionModel) -> None:
 def test_without_guidance_the_empty_prompt_does_not_matter(model: DiffusionModel) -> None:
     plain = TEACHER.model_copy(update={"guidance": 1.0})
     noise = model.noise([7])
-    context = model.context(["a red apple"])
-    first = teacher_latents(model, noise, context, model.context([""]), plain)
-    assert torch.equal(
-        first, teacher_latents(model, noise, context, torch.full_like(context, torch.nan), plain)
-    )
+    conditions = model.conditions(["a red apple"])
+    first = teacher_latents(model, noise, conditions, model.unguided(), plain)
+    unused = Conditions(torch.full_like(conditions.context_BLD, torch.nan))
+    assert torch.equal(first, teacher_latents(model, noise, conditions, unused, plain))
 
 
 @pytest.mark.parametrize("sampler", ["euler", "DDIM", ""])
@@ -79,7 +79,7 @@ def test_samplers_start_at_the_last_timestep(
     assert scheduler.config.prediction_type == model.prediction_type
     teacher = TEACHER.model_copy(update={"sampler": sampler})
     latents = teacher_latents(
-        model, model.noise([0, 1]), model.context(PROMPTS[:2]), model.context([""]), teacher
+        model, model.noise([0, 1]), model.conditions(PROMPTS[:2]), model.unguided(), teacher
     )
     assert latents.shape == (2, 4, 8, 8)
     assert torch.isfinite(latents).all()
@@ -166,7 +166,7 @@ def test_a_cache_that_machines_do_not_share(
 
 def test_a_teacher_in_half_precision(model: DiffusionModel) -> None:
     half = TEACHER.model_copy(update={"mixed_precision": "fp16"})
-    arguments = (model, model.noise([0]), model.context(PROMPTS[:1]), model.context([""]))
+    arguments = (model, model.noise([0]), model.conditions(PROMPTS[:1]), model.unguided())
     exact = teacher_latents(*arguments, TEACHER)
     rounded = teacher_latents(*arguments, half)
     assert rounded.dtype == torch.float32
@@ -176,9 +176,9 @@ def test_a_teacher_in_half_precision(model: DiffusionModel) -> None:
 
 def test_stored_noise_and_prompt_lead_to_the_latents(model: DiffusionModel, tmp_path: Path) -> None:
     pairs = teacher_pairs(model, PROMPTS, TEACHER, seed=3, cache=tmp_path)
-    context = model.context([PROMPTS[i] for i in pairs.prompt_N[4:]])
+    conditions = model.conditions([PROMPTS[i] for i in pairs.prompt_N[4:]])
     again = teacher_latents(
-        model, model.noise(pairs.seed_N[4:].tolist()), context, model.context([""]), TEACHER
+        model, model.noise(pairs.seed_N[4:].tolist()), conditions, model.unguided(), TEACHER
     )
     assert torch.allclose(again, pairs.latents_NCHW[4:], atol=1e-5)
     assert len(set(pairs.seed_N.tolist())) == 6

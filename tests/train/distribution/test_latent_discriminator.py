@@ -39,11 +39,11 @@ def test_the_features_are_those_of_the_unets_own_forward_pass(model: DiffusionMo
     model.unet.mid_block.register_forward_hook(keep("mid"))
     z = torch.randn(2, *model.latent_shape_CHW)
     timestep = torch.tensor([3, 900])
-    context = model.context(["a red apple", ""])
-    model.unet(z, timestep, context)
+    conditions = model.conditions(["a red apple", ""])
+    model.unet(z, timestep, conditions.context_BLD)
     expected = [seen["0"][0], seen["1"][0], seen["mid"]]
 
-    maps = encoder_maps(model.unet, z, timestep, context)
+    maps = encoder_maps(model.unet, z, timestep, conditions)
     assert [features.shape[1] for features in maps] == map_channels(model.unet)
     assert [features.shape[-1] for features in maps] == [8, 4, 4]
     for features, own in zip(maps, expected, strict=True):

@@ -16,18 +16,19 @@ from hipa_deploy.train.distribution.score_distillation import (
     noised,
     prediction_target,
 )
+from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.recipes.distribution_settings import ScoreSettings
 
 ALPHA_BAR = torch.tensor([0.9, 0.5, 0.1])
-EMPTY = torch.zeros(1, 1, 1)
+EMPTY = Conditions(torch.zeros(1, 1, 1))
 
 
-def gaussian_model(mean: float, deviation: float, calls: list[Tensor] | None = None) -> Predict:
+def gaussian_model(mean: float, deviation: float, calls: list[Conditions] | None = None) -> Predict:
     """The exact noise prediction of a Gaussian: from the mean of x0 given z (Bayes' rule)."""
 
-    def predict(z: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    def predict(z: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         if calls is not None:
-            calls.append(context)
+            calls.append(conditions)
         alpha_bar = ALPHA_BAR[timestep].view(-1, 1, 1, 1)
         a = alpha_bar.sqrt()
         variance = deviation**2
@@ -48,12 +49,12 @@ def distillation(
         guidance=guidance,
         alpha_bar_T=ALPHA_BAR,
         prediction_type="epsilon",
-        empty_1LD=EMPTY,
+        unguided=EMPTY,
     )
 
 
-def contexts(rows: int) -> Tensor:
-    return torch.ones(rows, 1, 1)
+def conditions_of(rows: int) -> Conditions:
+    return Conditions(torch.ones(rows, 1, 1))
 
 
 @pytest.mark.parametrize("timestep", [0, 1, 2])
@@ -72,7 +73,7 @@ def test_the_gradient_is_that_of_the_divergence_of_two_gaussians(timestep: int) 
     x0 = 0.7 + 0.3 * u
     score = distillation(gaussian_model(-0.2, 0.8), gaussian_model(0.7, 0.3), gradient="noise")
     timesteps = torch.full((len(x0),), timestep)
-    gradient = score.gradient(x0, contexts(len(x0)), timesteps, noise)
+    gradient = score.gradient(x0, conditions_of(len(x0)), timesteps, noise)
     # The difference of noises is s / a of the divergence's gradient (the module's docstring).
     factor = (alpha_bar / (1 - alpha_bar)).sqrt()
     assert (factor * gradient).mean() == pytest.approx(mean.grad.item(), rel=0.02, abs=2e-3)
@@ -93,7 +94,7 @@ def test_descending_it_moves_a_student_onto_the_teacher() -> None:
         fake = gaussian_model(mean.item(), deviation.item())
         score = distillation(gaussian_model(-0.2, 0.8), fake)
         x0 = mean + deviation * u
-        gradient = score.gradient(x0.detach(), contexts(256), timestep, noise)
+        gradient = score.gradient(x0.detach(), conditions_of(256), timestep, noise)
         optimizer.zero_grad()
         (x0 * gradient).mean().backward()
         optimizer.step()
@@ -104,7 +105,7 @@ def test_descending_it_moves_a_student_onto_the_teacher() -> None:
 def test_it_is_zero_where_both_scores_agree() -> None:
     model = gaussian_model(0.1, 0.5)
     x0, noise = torch.randn(2, 3, 4, 2, 2)
-    gradient = distillation(model, model).gradient(x0, contexts(3), torch.arange(3), noise)
+    gradient = distillation(model, model).gradient(x0, conditions_of(3), torch.arange(3), noise)
     assert torch.equal(gradient, torch.zeros_like(x0))
 
 
@@ -121,21 +122,22 @@ def test_dmd_divides_by_each_rows_own_error() -> None:
     for row in range(2):
         size = (x0[row] - real[row]).abs().mean()
         expected.append(((x0[row] - real[row]) - (x0[row] - own[row])) / size)
-    got = distillation(teacher, fake).gradient(x0, contexts(2), timestep, noise)
+    got = distillation(teacher, fake).gradient(x0, conditions_of(2), timestep, noise)
     torch.testing.assert_close(got, torch.stack(expected))
 
 
 def test_guidance_is_used_below_its_timestep_alone() -> None:
-    def teacher(z: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    def teacher(z: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         # The real prompt's context is 1, the empty one's 0.
-        return gaussian_model(0.0, 1.0)(z, timestep, context) + context.view(-1, 1, 1, 1)
+        shift = conditions.context_BLD.view(-1, 1, 1, 1)
+        return gaussian_model(0.0, 1.0)(z, timestep, conditions) + shift
 
     fake = gaussian_model(0.0, 1.0)
     x0, noise = torch.randn(2, 2, 1, 2, 2)
     timestep = torch.tensor([0, 2])
     settings = {"gradient": "noise", "guidance_below": 2}
     gradient = distillation(teacher, fake, guidance=3.0, **settings).gradient(
-        x0, contexts(2), timestep, noise
+        x0, conditions_of(2), timestep, noise
     )
     # Noise of teacher minus fake: 0 + 3 * 1 with guidance, 1 without.
     torch.testing.assert_close(gradient[0], torch.full((1, 2, 2), 3.0))
@@ -148,7 +150,7 @@ def test_without_guidance_the_empty_prompt_costs_nothing() -> None:
     fake = gaussian_model(0.0, 1.0)
     x0, noise = torch.randn(2, 2, 1, 2, 2)
     for guided in (distillation(teacher, fake), distillation(teacher, fake, 5.0)):
-        guided.gradient(x0, contexts(2), torch.tensor([0, 1]), noise)
+        guided.gradient(x0, conditions_of(2), torch.tensor([0, 1]), noise)
     # The settings' own guidance wins.
     own = ScoreDistillation(
         ScoreSettings(weight=1, guidance=1.0),
@@ -157,10 +159,10 @@ def test_without_guidance_the_empty_prompt_costs_nothing() -> None:
         guidance=5.0,
         alpha_bar_T=ALPHA_BAR,
         prediction_type="epsilon",
-        empty_1LD=EMPTY,
+        unguided=EMPTY,
     )
-    own.gradient(x0, contexts(2), torch.tensor([0, 1]), noise)
-    assert [len(context) for context in calls] == [2, 4, 2]
+    own.gradient(x0, conditions_of(2), torch.tensor([0, 1]), noise)
+    assert [len(conditions) for conditions in calls] == [2, 4, 2]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -183,8 +185,8 @@ def test_the_fake_score_learns_the_best_prediction(prediction_type: str) -> None
     alpha_bar = ALPHA_BAR[1]
 
     def as_type(shift: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        def predict(z: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-            eps = exact(z, timestep, context) + shift
+        def predict(z: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+            eps = exact(z, timestep, conditions) + shift
             if prediction_type == "epsilon":
                 return eps
             mean = predict_x0(z, eps, alpha_bar, "epsilon")
@@ -201,8 +203,8 @@ def test_the_fake_score_learns_the_best_prediction(prediction_type: str) -> None
             guidance=1.0,
             alpha_bar_T=ALPHA_BAR,
             prediction_type=prediction_type,
-            empty_1LD=EMPTY,
+            unguided=EMPTY,
         )
         timestep = torch.ones(len(x0), dtype=torch.int64)
-        losses.append(score.fake_loss(x0, contexts(len(x0)), timestep, noise).item())
+        losses.append(score.fake_loss(x0, conditions_of(len(x0)), timestep, noise).item())
     assert losses[1] < min(losses[0], losses[2])

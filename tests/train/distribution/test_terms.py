@@ -23,6 +23,7 @@ from hipa_deploy.train.distribution.terms import (
 )
 from hipa_deploy.train.loop.optimizer import new_optimizer
 from hipa_deploy.train.losses.hipa_loss import HipaLoss
+from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.unet_adaptor import WEIGHTS, add_adaptors, trained_parameters
 from hipa_deploy.train.recipes.loss_settings import LossSettings
@@ -79,9 +80,9 @@ def step(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One call at a step where both terms are on; the student's latents follow its adaptor."""
     noise = torch.randn(6, *model.latent_shape_CHW, generator=torch.Generator().manual_seed(0))
-    context = model.context(["a red apple"] * len(rows))
-    output = model.unet(noise[rows], 999, context).sample
-    return made(noise[rows] - output, 0.5 * noise[rows], context, rows, 5)
+    conditions = model.conditions(["a red apple"] * len(rows))
+    output = model.unet(noise[rows], 999, conditions.context_BLD).sample
+    return made(noise[rows] - output, 0.5 * noise[rows], conditions, rows, 5)
 
 
 def test_a_resumed_training_equals_an_unbroken_one(
@@ -223,8 +224,8 @@ def test_the_discriminators_gradient_is_that_of_autograd(
     assert made.discriminator is not None
     rows = torch.tensor([0, 4])
     latents = torch.randn(2, *model.latent_shape_CHW, requires_grad=True)
-    context = model.context(["a red apple", "a boat"])
-    total, _ = made(latents, torch.zeros(latents.shape), context, rows, 5)
+    conditions = model.conditions(["a red apple", "a boat"])
+    total, _ = made(latents, torch.zeros(latents.shape), conditions, rows, 5)
     total.backward()
 
     # The same by one graph, with the UNet's own forward pass up to the middle block.
@@ -237,7 +238,7 @@ def test_the_discriminators_gradient_is_that_of_autograd(
     own = latents.detach().requires_grad_(True)
     alpha_bar = model.alpha_bar(300)
     z = alpha_bar**0.5 * own + (1 - alpha_bar) ** 0.5 * noise
-    model.unet(z, 300, context)
+    model.unet(z, 300, conditions.context_BLD)
     judged = made.discriminator(seen)
     (-(judged[0].mean() + judged[1].mean() + judged[2].mean()) / 3).backward()
     torch.testing.assert_close(latents.grad, own.grad, rtol=1e-4, atol=1e-7)
@@ -269,16 +270,16 @@ def test_the_fake_score_has_a_learning_rate_of_its_own(
 
 def test_the_fake_score_starts_as_the_frozen_model(model: DiffusionModel, both: Recipe) -> None:
     z = torch.randn(1, *model.latent_shape_CHW)
-    context = model.context(["a boat"])
+    conditions = model.conditions(["a boat"])
     with torch.no_grad():
-        frozen = model.unet(z, 500, context).sample
+        frozen = model.unet(z, 500, conditions.context_BLD).sample
         student_weights = add_adaptors(model, both)
         fake = fake_score.add_fake_score(model.unet, 3, seed=0)
         for weight in student_weights.values():
             weight.fill_(0.1)
         with fake_score.as_fake_score(model.unet):
-            torch.testing.assert_close(model.unet(z, 500, context).sample, frozen)
-        assert not torch.allclose(model.unet(z, 500, context).sample, frozen)
+            torch.testing.assert_close(model.unet(z, 500, conditions.context_BLD).sample, frozen)
+        assert not torch.allclose(model.unet(z, 500, conditions.context_BLD).sample, frozen)
     assert not set(fake) & set(student_weights)
     # The student alone is what a training stores.
     assert trained_parameters(model).keys() == student_weights.keys()
@@ -305,14 +306,15 @@ def test_real_images_are_a_share_of_what_the_heads_take_for_true(
     assert made is not None
     rows = torch.arange(400)
     target = torch.zeros(400, *model.latent_shape_CHW)
-    context = model.context([""]).expand(400, -1, -1)
+    conditions = model.conditions([""]).repeated(400)
+    of_real = Conditions(conditions.context_BLD[:1] + 1.0)
     made.real = terms.RealLatents(
-        2, lambda chosen: torch.ones(len(chosen), 4, 8, 8), lambda chosen: context[:1] + 1.0
+        2, lambda chosen: torch.ones(len(chosen), 4, 8, 8), lambda chosen: of_real
     )
-    latents, contexts = made._true_latents(target, context, rows, 0)
+    latents, chosen = made._true_latents(target, conditions, rows, 0)
     is_real = latents[:, 0, 0, 0] == 1
     assert 0.4 < is_real.float().mean() < 0.6
-    assert torch.equal(contexts[:, 0, 0] != context[:, 0, 0], is_real)
+    assert torch.equal(chosen.context_BLD[:, 0, 0] != conditions.context_BLD[:, 0, 0], is_real)
 
 
 def test_a_value_with_a_gradient_of_its_own() -> None:

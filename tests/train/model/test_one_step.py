@@ -44,12 +44,12 @@ def test_shipped_scheduler_takes_exactly_this_step(kind: str, timestep: int) -> 
 
 def test_diffusers_pipeline_gives_the_same_latents(model: DiffusionModel) -> None:
     noise = model.noise([5])
-    context = model.context(["a red apple"])
+    conditions = model.conditions(["a red apple"])
     with torch.no_grad():
         expected = one_step_latents(
             model.unet,
             noise,
-            context,
+            conditions,
             timestep=999,
             alpha_bar=model.alpha_bar(999),
             prediction_type=model.prediction_type,

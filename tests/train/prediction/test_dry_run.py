@@ -155,6 +155,35 @@ def test_every_recipe_of_the_embedded_model_is_predicted(name: str) -> None:
     assert shown
 
 
+def test_a_recipe_of_sdxl_runs_on_a_tiny_one(sdxl_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "captions.txt").write_text("a boat\n")
+    changes = {
+        "prompts": str(tmp_path / "captions.txt"),
+        "decode_crop": 8,  # the tiny model has 16 latents a side
+        "batch": 2,
+        "teacher.batch": 2,
+        "adaptor.rank": 2,
+        "gradient_checkpointing": False,
+        # Half precision is slow on a CPU, and the steps are run.
+        "mixed_precision": "no",
+        "vae_precision": "no",
+        "teacher.mixed_precision": "no",
+    }
+    shown, problem = dry_run.dry_run(load_recipe("vega", changes), sdxl_dir, [])
+    assert problem is None
+    text = text_of(shown)
+    assert "text_encoder_2" in text
+    assert "squares of 32" in text
+    # The perceptual distance sees squares, so it is their size that 256 pixels would enlarge.
+    assert "larger than the images of 32 pixels" in text
+
+    with pytest.raises(HipaError, match="decode_crop = 64 is larger"):
+        dry_run.dry_run(load_recipe("vega", {**changes, "decode_crop": 64}), sdxl_dir, [])
+    fp16 = {**changes, "vae_precision": "fp16"}
+    with pytest.raises(HipaError, match="overflows fp16"):
+        dry_run.dry_run(load_recipe("vega", fp16), sdxl_dir, [])
+
+
 def test_text_settings_that_do_not_fit_are_refused_as_in_a_training(
     model_dir: Path, recipe: Recipe
 ) -> None:

@@ -132,7 +132,7 @@ def test_a_file_of_peft_names_no_part(parts: dict[str, torch.nn.Module], tmp_pat
         (pair("lora_te2_text_model_encoder_layers_0_mlp_fc1", 4, 4), "this is a LoRA for SDXL"),
         (pair("text_encoder_2.text_model.encoder.layers.0.mlp.fc1", 4, 4), "LoRA for SDXL"),
         (pair(f"lora_unet_{K.replace('.', '_')}", 32, 2048), "is a LoRA for SDXL: .* 2048 wide"),
-        (pair(f"lora_unet_{K.replace('.', '_')}", 32, 1024), "It is for another model"),
+        (pair(f"lora_unet_{K.replace('.', '_')}", 32, 1024), "LoRA for SD 2.x: .* 1024 wide"),
         (
             pair(f"unet.{Q}", 32, 32) | pair(f"lora_unet_{Q.replace('.', '_')}", 32, 32),
             rf"two tensors are the down of unet\.{Q}",

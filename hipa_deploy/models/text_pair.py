@@ -1,0 +1,85 @@
+"""Two text encoders and what they give, as SDXL has them: the one formula of training and export.
+
+The contexts of CLIP ViT-L and OpenCLIP bigG stand side by side. Each is the hidden state before the
+encoder's last layer, without the final layer norm. The second encoder also gives a pooled vector:
+its last hidden state at the end token, normed and projected. The UNet takes that vector together
+with six numbers: the original size of a training image, the crop's corner, and the target size
+(Podell et al. 2023, https://arxiv.org/abs/2307.01952, section 2.2).
+
+The source is ``encode_prompt`` and ``_get_add_time_ids`` of diffusers'
+pipeline_stable_diffusion_xl.py. The functions call the models that they are given, so nothing of
+torch is imported here.
+
+Shape suffixes: B prompts, N = B * chunks, C tokens of a chunk (77 for CLIP), L = C * chunks tokens
+of a context, D its width, P width of the pooled vector.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+
+def pair_context(
+    encoder: CLIPTextModel,
+    encoder_2: CLIPTextModelWithProjection,
+    tokens_BL: Tensor,
+    tokens_2_BL: Tensor,
+    chunk_tokens: int,
+    clip_skip: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The text context [B, L, D] and the pooled vector [B, P] of a prompt's tokens.
+
+    Of a context of several chunks the pooled vector is the first chunk's.
+
+    Args:
+        encoder: the first text encoder, of width D1.
+        encoder_2: the second one, of width D2; D = D1 + D2.
+        tokens_BL: int64, as the first tokenizer gives them.
+        tokens_2_BL: int64, as the second tokenizer gives them. It pads otherwise, and reads
+            exclamation marks otherwise.
+        chunk_tokens: C, tokens that an encoder reads at once.
+        clip_skip: layers of both encoders that are left out besides the last one.
+
+    Example:
+        >>> context_BLD, pooled_BP = pair_context(encoder, encoder_2, tokens, tokens_2, 77)
+        >>> context_BLD.shape, pooled_BP.shape
+        (torch.Size([1, 77, 2048]), torch.Size([1, 1280]))
+
+    """
+    import torch
+
+    first_BLD = hidden_context(encoder, tokens_BL, chunk_tokens, clip_skip)
+    batch, length = tokens_2_BL.shape
+    outputs = encoder_2(tokens_2_BL.reshape(-1, chunk_tokens), output_hidden_states=True)
+    second_BLD = outputs.hidden_states[-2 - clip_skip].reshape(batch, length, -1)
+    chunks = length // chunk_tokens
+    pooled_BP = outputs.text_embeds[::chunks]
+    return torch.cat([first_BLD, second_BLD], dim=-1), pooled_BP
+
+
+def hidden_context(
+    encoder: CLIPTextModel, tokens_BL: Tensor, chunk_tokens: int, clip_skip: int = 0
+) -> Tensor:
+    """The hidden state [B, L, D1] before the encoder's last layer; see ``pair_context``."""
+    batch, length = tokens_BL.shape
+    outputs = encoder(tokens_BL.reshape(-1, chunk_tokens), output_hidden_states=True)
+    hidden: Tensor = outputs.hidden_states[-2 - clip_skip]
+    return hidden.reshape(batch, length, -1)
+
+
+def size_numbers(height: int, width: int) -> tuple[int, int, int, int, int, int]:
+    """The six numbers of an image of this size that was not cropped.
+
+    They are the original height and width, the crop's top and left, the target height and width:
+    what StableDiffusionXLPipeline takes by default.
+
+    Example:
+        >>> size_numbers(1024, 768)
+        (1024, 768, 0, 0, 1024, 768)
+
+    """
+    return (height, width, 0, 0, height, width)

@@ -1,0 +1,101 @@
+"""LoRAs of SDXL, in kohya's layout: lora_te1, lora_te2, and the UNet under its original names."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.lora.early_lora import check_style
+from hipa_deploy.models.lora.open_style import OpenStyle
+from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.style import LoraChoice, Style
+from hipa_deploy.models.weights.load_part import load_part
+from tests.tiny_model import make_model
+from tests.tiny_sdxl import make_sdxl
+
+# In a file, and in the diffusers folder.
+LAYERS = {
+    "lora_te1_text_model_encoder_layers_1_mlp_fc1": (
+        "text_encoder.text_model.encoder.layers.1.mlp.fc1"
+    ),
+    "lora_te2_text_model_encoder_layers_2_self_attn_q_proj": (
+        "text_encoder_2.text_model.encoder.layers.2.self_attn.q_proj"
+    ),
+    "lora_te2_text_projection": "text_encoder_2.text_projection",
+    # One ResNet block a level: 1 is the first, 2 the downsampling, 3 the first with attention.
+    "lora_unet_input_blocks_3_1_transformer_blocks_0_attn2_to_k": (
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    ),
+    "lora_unet_middle_block_1_transformer_blocks_1_ff_net_2": (
+        "unet.mid_block.attentions.0.transformer_blocks.1.ff.net.2"
+    ),
+    "lora_unet_label_emb_0_0": "unet.add_embedding.linear_1",
+    "lora_unet_down_blocks_0_resnets_0_time_emb_proj": "unet.down_blocks.0.resnets.0.time_emb_proj",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sdxl(tmp_path_factory.mktemp("model") / "sdxl")
+
+
+@pytest.fixture
+def parts(model: Path) -> dict[str, torch.nn.Module]:
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    return {
+        "unet": load_part(UNet2DConditionModel, model / "unet"),
+        "text_encoder": load_part(CLIPTextModel, model / "text_encoder"),
+        "text_encoder_2": load_part(CLIPTextModelWithProjection, model / "text_encoder_2"),
+    }
+
+
+def write_kohya(parts: dict[str, torch.nn.Module], path: Path) -> dict[str, torch.Tensor]:
+    """Write the LoRA; returns the change of each weight, by its place."""
+    tensors = {}
+    changes = {}
+    generator = torch.Generator().manual_seed(1)
+    for name, place in LAYERS.items():
+        part, _, module = place.partition(".")
+        outputs, inputs = parts[part].get_submodule(module).weight.shape
+        down = torch.randn(2, inputs, generator=generator)
+        up = torch.randn(outputs, 2, generator=generator)
+        tensors[f"{name}.lora_down.weight"] = down
+        tensors[f"{name}.lora_up.weight"] = up
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+        changes[place] = 0.5 * (up @ down)  # alpha / rank
+    save_file(tensors, path)
+    return changes
+
+
+def test_every_layer_is_found_and_changed(
+    model: Path, parts: dict[str, torch.nn.Module], tmp_path: Path
+) -> None:
+    changes = write_kohya(parts, tmp_path / "kohya.safetensors")
+    choice = Style(loras=(LoraChoice(tmp_path / "kohya.safetensors", 0.7),))
+    check_style(choice, model)
+    style = OpenStyle.read(choice, ModelConfig.read(model))
+    assert style.info.loras[0].parts == ("unet", "text_encoder_2", "text_encoder")
+    assert style.changes_text
+    before = copy.deepcopy(parts)
+    style.merge(parts)
+    for part, module in parts.items():
+        for name, weight in module.named_parameters():
+            expected = before[part].get_parameter(name)
+            change = changes.get(f"{part}.{name.removesuffix('.weight')}")
+            if change is not None:
+                expected = expected + 0.7 * change
+            torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
+
+
+def test_a_lora_of_two_encoders_on_one(parts: dict[str, torch.nn.Module], tmp_path: Path) -> None:
+    write_kohya(parts, tmp_path / "kohya.safetensors")
+    small = make_model(tmp_path / "sd15")
+    with pytest.raises(HipaError, match="LoRA for SDXL"):
+        check_style(Style(loras=(LoraChoice(tmp_path / "kohya.safetensors"),)), small)
