@@ -217,10 +217,12 @@ class DiffusionModel:
         pooled_BP = None
         sizes_B6 = None
         if self.config.has_text_pair:
-            context_BLD, pooled_BP = pair_context(*encoders, *tokens, chunk, skip)
+            context_BLD, pooled_BP = pair_context(
+                encoders[0], encoders[1], tokens[0], tokens[1], chunk, skip
+            )
             sizes_B6 = self._sizes().expand(len(context_BLD), -1)
         else:
-            context_BLD = text_context(*encoders, *tokens, chunk, skip)
+            context_BLD = text_context(encoders[0], tokens[0], chunk, skip)
         if weights:
             # Each encoder's part is weighed by itself; the pooled vector has no tokens to weigh.
             parts = context_BLD.split(self.config.text_widths, dim=-1)
