@@ -211,18 +211,18 @@ class DiffusionModel:
                 ids = tokenizer(prompts, truncate=True)
             tokens.append(torch.from_numpy(ids).to(self.device))
 
-        encoders = list(self.text_modules.values())
+        encoder = self.pipe.text_encoder
         chunk = self.tokenizer.chunk
         skip = self.text.clip_skip
         pooled_BP = None
         sizes_B6 = None
         if self.config.has_text_pair:
             context_BLD, pooled_BP = pair_context(
-                encoders[0], encoders[1], tokens[0], tokens[1], chunk, skip
+                encoder, self.pipe.text_encoder_2, tokens[0], tokens[1], chunk, skip
             )
             sizes_B6 = self._sizes().expand(len(context_BLD), -1)
         else:
-            context_BLD = text_context(encoders[0], tokens[0], chunk, skip)
+            context_BLD = text_context(encoder, tokens[0], chunk, skip)
         if weights:
             # Each encoder's part is weighed by itself; the pooled vector has no tokens to weigh.
             parts = context_BLD.split(self.config.text_widths, dim=-1)
