@@ -102,7 +102,8 @@ def _training(answers: Answers) -> Step:
     else:
         title = (
             f"Write captions to {CAPTIONS}, one a line; see what the training takes, then train. "
-            "For SD 2.1 the recipe is sd21-base or sd21-v"
+            "For SD 2.1 the recipe is sd21-base or sd21-v; for SDXL, SSD-1B and Segmind-Vega it is "
+            "sdxl, ssd-1b or vega"
         )
         recipe = "sd15"
     command += ["--recipe", recipe, "--prompts", CAPTIONS]

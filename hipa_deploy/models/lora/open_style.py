@@ -47,11 +47,16 @@ class OpenStyle:
 
         Raises:
             HipaError: a file that cannot be read, that is not whole or is for another model; an
-                embedding of another width, or a token that is taken.
+                embedding of another width or for two text encoders, or a token that is taken.
 
         """
         if not style:
             return cls()
+        if style.embeddings and config.has_text_pair:
+            raise HipaError(
+                f"{style.embeddings[0].path}: {config.folder} has two text encoders, and words are "
+                "added to models of one alone. Leave the embedding out."
+            )
         width = config.text_width
         embeddings = tuple(read_embedding(chosen, width) for chosen in style.embeddings)
         _check_tokens(embeddings)
