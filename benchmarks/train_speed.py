@@ -39,7 +39,7 @@ from torch import Tensor
 
 from hipa_deploy.embedded import MODEL
 from hipa_deploy.train.data.teacher_pairs import prompt_conditions, teacher_pairs
-from hipa_deploy.train.loop import run
+from hipa_deploy.train.loop import training_steps
 from hipa_deploy.train.losses.hipa_loss import hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.mixed_precision import DTYPES
@@ -167,7 +167,7 @@ def measure(recipe: Recipe, model_dir: Path, work: Path) -> dict[str, list[tuple
     plain_step = plain_loop(model_dir, recipe, work)
     plain_laps: list[tuple[float, float]] = []
     our_laps: list[tuple[float, float]] = []
-    original = run.batch_rows
+    original = training_steps.batch_rows
     clock = Clock()
 
     # Our loop calls batch_rows at the beginning of each step: there the plain loop makes its own.
@@ -177,11 +177,11 @@ def measure(recipe: Recipe, model_dir: Path, work: Path) -> dict[str, list[tuple
         plain_laps.append(clock.lap())
         return original(*arguments)
 
-    run.batch_rows = make_plain_step
+    training_steps.batch_rows = make_plain_step
     try:
         train_adaptor(recipe, model_dir, work / "adaptor", cache=work, device="cpu")
     finally:
-        run.batch_rows = original
+        training_steps.batch_rows = original
 
     # Our first lap is all that comes before the first step, so a step of ours ends with the lap
     # after it, and the last plain step has no partner.

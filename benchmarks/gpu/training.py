@@ -25,7 +25,7 @@ from benchmarks.train_speed import plain_loop
 from hipa_deploy.engines.latency.report import LatencyStats
 from hipa_deploy.engines.latency.validity import Validity
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.loop import run as training_loop
+from hipa_deploy.train.loop import training_steps as training_loop
 from hipa_deploy.train.prediction.training_cost import TrainingPrediction, predict_training
 from hipa_deploy.train.recipes.recipe import MixedPrecision, Recipe, load_recipe
 from hipa_deploy.train.train_adaptor import train_adaptor

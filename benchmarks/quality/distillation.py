@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from rich.console import Console
@@ -43,7 +44,8 @@ from hipa_deploy.train.data.teacher_pairs import (
     prompt_conditions,
     teacher_pairs,
 )
-from hipa_deploy.train.loop.run import run_steps
+from hipa_deploy.train.evaluation.sample_grid import headed_grid
+from hipa_deploy.train.loop.training_steps import Watch, run_steps
 from hipa_deploy.train.losses.hipa_loss import Terms
 from hipa_deploy.train.model.conditions import Conditions, predict
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
@@ -186,11 +188,12 @@ class Student:
     def train(self, run: TimedRun, loss_at: LossAt, console: Console) -> None:
         """Make the optimiser steps of the run's recipe; the same call resumes a stopped run."""
         run.resume()
-        run_steps(run, len(self.pairs), loss_at, self.samples, console)
+        watch = Watch(self.samples, every=run.recipe.steps)
+        run_steps(run, len(self.pairs), loss_at, watch, console)
 
     @torch.no_grad()
-    def samples(self) -> list[Tensor]:
-        """One-step images of the first pairs' noise, uint8: the one column of a sample grid."""
+    def samples(self, step: int) -> np.ndarray:
+        """A sample grid of one column: one-step images of the first pairs' noise."""
         rows = torch.arange(min(self.recipe.samples, len(self.pairs)))
         latents = one_step_latents(
             self.model.unet,
@@ -200,7 +203,7 @@ class Student:
             alpha_bar=self.metadata.alpha_bar,
             prediction_type=self.model.prediction_type,
         )
-        return [to_uint8(self.model.decode(latents))]
+        return headed_grid({"one step": to_uint8(self.model.decode(latents))}, (), step)
 
     def new_run(self, folder: Path, steps: int, phase: int = 0) -> TimedRun:
         """A run of the adaptor's weights with a fresh optimiser.

@@ -50,21 +50,21 @@ class TimedRun(Run):
     (checkpoints, sample grids) is not timed either.
 
     Attributes:
-        spent: The time of all steps up to now.
+        timed: The time of all steps up to now.
         last_step_end: Wall and processor seconds at the end of the last step; None before one.
 
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        self.spent = StepTime()
+        self.timed = StepTime()
         self.last_step_end: tuple[float, float] | None = None
 
     def resume(self) -> None:
         super().resume()
         path = self.folder / FILE
         if self.step and path.exists():
-            self.spent = StepTime(**json.loads(path.read_text(encoding="utf-8")))
+            self.timed = StepTime(**json.loads(path.read_text(encoding="utf-8")))
 
     def take_step(self, loss: float) -> dict[str, float]:
         record = super().take_step(loss)
@@ -72,7 +72,7 @@ class TimedRun(Run):
         cpu = time.process_time()
         if self.last_step_end:
             last_wall, last_cpu = self.last_step_end
-            self.spent += StepTime(1, wall - last_wall, cpu - last_cpu)
+            self.timed += StepTime(1, wall - last_wall, cpu - last_cpu)
         self.last_step_end = (wall, cpu)
         return record
 
@@ -83,13 +83,13 @@ class TimedRun(Run):
         cpu = time.process_time()
         if self.last_step_end:
             last_wall, last_cpu = self.last_step_end
-            self.spent += StepTime(0, wall - last_wall, cpu - last_cpu)
+            self.timed += StepTime(0, wall - last_wall, cpu - last_cpu)
         self.last_step_end = (wall, cpu)
         return values
 
     def save(self) -> None:
         super().save()
-        write_file(self.folder / FILE, json.dumps(asdict(self.spent)).encode())
+        write_file(self.folder / FILE, json.dumps(asdict(self.timed)).encode())
         # Saving is no part of the next step.
         self.last_step_end = (time.perf_counter(), time.process_time())
 

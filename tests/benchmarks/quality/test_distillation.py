@@ -20,7 +20,7 @@ from timing import spent_in
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata
-from hipa_deploy.train.loop import run as run_module
+from hipa_deploy.train.loop import training_steps as run_module
 from hipa_deploy.train.recipes.recipe import Recipe, TeacherSettings
 
 QUIET = Console(file=io.StringIO())

@@ -15,7 +15,8 @@ from hipa_deploy.train.recipes.recipe import Recipe, TeacherSettings
 def new_run(folder: Path) -> TimedRun:
     weight = torch.nn.Parameter(torch.ones(2))
     recipe = Recipe(prompts="prompts.txt", steps=100, teacher=TeacherSettings(pairs=1))
-    return TimedRun(folder, {"w": weight}, torch.optim.AdamW([weight]), {"recipe": {}}, recipe)
+    identity = {"recipe": recipe.model_dump(mode="json")}
+    return TimedRun(folder, {"w": weight}, torch.optim.AdamW([weight]), identity, recipe)
 
 
 def take(run: TimedRun, steps: int) -> None:
@@ -32,7 +33,7 @@ def test_time_adds_up_over_sittings_as_far_as_the_checkpoint(tmp_path: Path) -> 
     take(run, 3)  # lost with the process
     again = new_run(tmp_path / "phase-0")
     again.resume()
-    assert (again.step, again.spent.steps) == (4, 3)  # the first step has no beginning
+    assert (again.step, again.timed.steps) == (4, 3)  # the first step has no beginning
     take(again, 3)
     again.save()
     second = new_run(tmp_path / "phase-1")
