@@ -1,10 +1,12 @@
 """What a device imports, and which part may import which."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections import Counter
 from graphlib import TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -260,3 +262,20 @@ def test_a_stage_folder_refuses_its_bare_name(stage: str) -> None:
     )
     assert result.returncode == 1
     assert f"import hipa_deploy.{stage}, not {stage}" in result.stderr
+
+
+def test_what_lies_beside_the_package_imports_names_that_exist() -> None:
+    """Benchmarks and examples, of which tests run a part only."""
+    missing = []
+    for folder in ("benchmarks", "examples", "docs"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                    "hipa_deploy"
+                ):
+                    module = importlib.import_module(node.module)
+                    for alias in node.names:
+                        name = f"{node.module}.{alias.name}"
+                        if not hasattr(module, alias.name) and find_spec(name) is None:
+                            missing.append(f"{path.name}: {name}")
+    assert missing == []
