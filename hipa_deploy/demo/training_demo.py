@@ -5,11 +5,15 @@ Shape suffixes: N images, H W image size, C three colours.
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 
 from hipa_deploy import embedded
@@ -29,10 +33,12 @@ from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.models.adaptor_folder import unet_sha256
 
 if TYPE_CHECKING:
-    from hipa_deploy.train.recipes.recipe import Recipe
+    from hipa_deploy.train.recipes.recipe import Recipe, TeacherSettings
 
 # Enough for KID-Lite0 to distinguish base and adaptor, few enough for the teacher's 25 steps.
 IMAGES = 64
+TIMED = 3  # images of the teacher, after one that is not counted
+BASE_TIMESTEP = 999
 
 # What the demos change in the embedded recipe. FULL is short enough for two CPU cores: a teacher
 # pair takes 0.1 to 0.3 s there, a decoded training step 0.6 s.
@@ -112,7 +118,7 @@ def _train(out: Path, recipe: Recipe, quick: bool, console: Console) -> Path:
 
 
 def _compare(out: Path, recipe: Recipe, console: Console) -> tuple[list[str], str]:
-    """Write contact sheet and quality.json on prompts that no training saw.
+    """Write contact sheet, spectra.png and quality.json on prompts that no training saw.
 
     Returns:
         The sheet's headings, and the line to print about the quality.
@@ -122,6 +128,7 @@ def _compare(out: Path, recipe: Recipe, console: Console) -> tuple[list[str], st
         held_out_prompts,
         reference_teacher,
     )
+    from hipa_deploy.train.evaluation.figures import spectra_figure
     from hipa_deploy.train.evaluation.quality import one_step_images
     from hipa_deploy.train.evaluation.quality_report import draw, quality_report, teacher_twice
 
@@ -134,29 +141,94 @@ def _compare(out: Path, recipe: Recipe, console: Console) -> tuple[list[str], st
     with console.status(f"teacher, {teacher.steps} steps, twice {IMAGES} images"):
         truth_NHWC, again_NHWC = teacher_twice(embedded.MODEL, prompts, seeds, teacher)
     base_NHWC = one_step_images(embedded.MODEL, None, prompts, seeds)
-    made = []
-    with OneStepPipeline.load(out / "bundle", backend="onnxruntime") as pipe:
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            made.append(pipe(prompt, seed=seed).images_BHWC)
-    ours_NHWC = np.concatenate(made)
+    shipped_NHWC, shipped_ms = _through_bundle(embedded.BUNDLE, prompts, seeds)
+    ours_NHWC, ours_ms = _through_bundle(out / "bundle", prompts, seeds)
 
-    columns = {
-        f"teacher, {teacher.steps} steps": truth_NHWC,
-        "base, 1 step": base_NHWC,
-        "HiPA, 1 step (bundle)": ours_NHWC,
+    sets = {"teacher": truth_NHWC, "base": base_NHWC, "shipped": shipped_NHWC, "hipa": ours_NHWC}
+    teacher_ms, base_ms = _pytorch_times(prompts[0], seeds[0], teacher)
+    headings = {
+        "teacher": f"teacher, {teacher.steps} steps\n\n{teacher_ms:.0f} ms, PyTorch",
+        "base": f"base, 1 step\n\n{base_ms:.0f} ms, PyTorch",
+        "shipped": f"HiPA, 1 step\nincluded adaptor\n{shipped_ms:.0f} ms, bundle",
+        "hipa": f"HiPA, 1 step\ntrained now, {recipe.steps} steps\n{ours_ms:.0f} ms, bundle",
     }
-    write_sheet(out / SHEET, columns, prompts)
+    named = {
+        "teacher": truth_NHWC,
+        "base": base_NHWC,
+        "HiPA, included": shipped_NHWC,
+        "HiPA, trained now": ours_NHWC,
+    }
+    spectra_figure(out / "spectra.png", named, truth="teacher")
+    columns = {headings[name]: images_NHWC for name, images_NHWC in sets.items()}
+    with Image.open(out / "spectra.png") as spectra:
+        rows = _most_changed(prompts, base_NHWC, truth_NHWC)
+        write_sheet(out / SHEET, columns, prompts, rows=rows, below=spectra)
+
     report = quality_report(
-        teacher, prompts, truth_NHWC, again_NHWC, {"base": base_NHWC, "hipa": ours_NHWC}
+        teacher,
+        prompts,
+        truth_NHWC,
+        again_NHWC,
+        {name: sets[name] for name in ("base", "shipped", "hipa")},
     )
     write_file(out / "quality.json", (report.model_dump_json(indent=2) + "\n").encode())
     line = (
         f"KID-Lite0 to the {teacher.steps}-step teacher on {IMAGES} held-out (style, concept) "
         f"pairs, lower is better: base one step {report.rows['base'].kid_lite0:.2f}, "
-        f"HiPA one step {report.rows['hipa'].kid_lite0:.2f}, "
-        f"the teacher from other noise {report.kid_lite0_floor:.2f}"
+        f"HiPA one step with the included adaptor {report.rows['shipped'].kid_lite0:.2f}, "
+        f"with the one trained now {report.rows['hipa'].kid_lite0:.2f}, "
+        f"the teacher from other noise {report.kid_lite0_floor:.2f}. "
+        "The sheet has the prompts whose base and teacher images differ most, and the median time "
+        "of an image, one at a time"
     )
-    return list(columns), line
+    return [heading.replace("\n\n", ", ").replace("\n", ", ") for heading in columns], line
+
+
+def _through_bundle(
+    bundle: Path, prompts: Sequence[str], seeds: Sequence[int]
+) -> tuple[np.ndarray, float]:
+    """One image of each prompt, uint8 [N, H, W, 3], and the median milliseconds of one."""
+    made = []
+    times = []
+    with OneStepPipeline.load(bundle, backend="onnxruntime") as pipe:
+        pipe.warmup()
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            started = time.perf_counter()
+            made.append(pipe(prompt, seed=seed).images_BHWC)
+            times.append((time.perf_counter() - started) * 1000)
+    return np.concatenate(made), statistics.median(times)
+
+
+def _pytorch_times(prompt: str, seed: int, teacher: TeacherSettings) -> tuple[float, float]:
+    """Median milliseconds of one image of the teacher, and of the base model in one step."""
+    from hipa_deploy.train.data.teacher_pairs import teacher_latents
+    from hipa_deploy.train.evaluation.quality import decoded_images, one_step_model
+    from hipa_deploy.train.model.diffusion_model import DiffusionModel
+
+    model = DiffusionModel.load(embedded.MODEL)
+    unguided = model.unguided()
+    many = partial(teacher_latents, model, unguided=unguided, teacher=teacher)
+    found = []
+    for latents in (many, one_step_model(model, BASE_TIMESTEP, None)):
+        times = []
+        for _ in range(TIMED + 1):
+            started = time.perf_counter()
+            decoded_images(model, latents, [prompt], [seed])
+            times.append((time.perf_counter() - started) * 1000)
+        found.append(statistics.median(times[1:]))
+    return found[0], found[1]
+
+
+def _most_changed(
+    prompts: Sequence[str], one_NHWC: np.ndarray, other_NHWC: np.ndarray
+) -> list[int]:
+    """A row of each prompt, those first whose two images differ most in their pixels."""
+    difference_NHWC = one_NHWC.astype(np.float32) - other_NHWC.astype(np.float32)
+    distance_N = np.square(difference_NHWC).mean(axis=(1, 2, 3))
+    rows: dict[str, int] = {}
+    for row in np.argsort(-distance_N, kind="stable"):
+        rows.setdefault(prompts[row], int(row))
+    return list(rows.values())
 
 
 def _trained_with() -> str:

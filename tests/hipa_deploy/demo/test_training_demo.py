@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.console import Console
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.demo import contact_sheet
 from hipa_deploy.demo import training_demo as demo
-from hipa_deploy.demo.contact_sheet import HEADING_HEIGHT, PROMPT_WIDTH
+from hipa_deploy.demo.contact_sheet import HEADING_HEIGHT, LINE_HEIGHT, PROMPT_WIDTH
 from hipa_deploy.demo.steps import MARKER
 from hipa_deploy.engines.store.sidecar import find_sidecars
 from hipa_deploy.errors import HipaError, MissingDependencyError
@@ -33,12 +34,18 @@ def test_demo_writes_what_it_says(
     assert "KID-Lite0" in text
     assert "none was run" in text
     with Image.open(out / "contact_sheet.png") as sheet:
-        assert sheet.size == (PROMPT_WIDTH + 3 * 130, HEADING_HEIGHT + 4 * 130)
+        width = PROMPT_WIDTH + 4 * 130
+        with Image.open(out / "spectra.png") as spectra:
+            below = round(spectra.height * width / spectra.width)
+        # Three lines of headings, four rows of images, and the spectra under them.
+        assert sheet.size == (width, HEADING_HEIGHT + 2 * LINE_HEIGHT + 4 * 130 + below)
     bundle = Bundle.open(out / "bundle")
     bundle.verify()
     assert all(find_sidecars(bundle, stage, "rtx") for stage in bundle.stages)
     assert json.loads((out / "latency.json").read_text())["end_to_end"]["p50_ms"] > 0
-    assert json.loads((out / "quality.json").read_text())["images"] == 8
+    quality = json.loads((out / "quality.json").read_text())
+    assert quality["images"] == 8
+    assert {"base", "shipped", "hipa"} <= set(quality["rows"])
     assert (out / "adaptor/pytorch_lora_weights.safetensors").is_file()
 
 
@@ -66,3 +73,12 @@ def test_missing_extras_come_with_the_command(
     with pytest.raises(MissingDependencyError, match="pip install"):
         demo.run_demo(tmp_path / "demo", quick=True, console=console)
     assert not (tmp_path / "demo").exists()
+
+
+def test_the_sheet_shows_first_what_changed_most() -> None:
+    one_NHWC = np.zeros((4, 2, 2, 3), np.uint8)
+    other_NHWC = one_NHWC.copy()
+    other_NHWC[1] = 9
+    other_NHWC[3] = 200
+    assert demo._most_changed(["a", "b", "c", "d"], one_NHWC, other_NHWC) == [3, 1, 0, 2]
+    assert demo._most_changed(["a", "b", "a", "b"], one_NHWC, other_NHWC) == [3, 0]
