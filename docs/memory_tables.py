@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hipa_deploy.engines.backends.available import Device
+from hipa_deploy.engines.backends.available import ANOTHER_MACHINE
 from hipa_deploy.engines.build.memory_plan import MemoryPlan, plan_stages
 from hipa_deploy.engines.latency.roofline import peak_of
 from hipa_deploy.engines.targets.memory_needs import Need
@@ -27,19 +27,6 @@ FAMILY = ("Segmind-Vega", "SSD-1B", "SDXL")  # those of the second page
 BEGIN = "<!-- made by docs/memory_tables.py -->\n"
 END = "<!-- end -->\n"
 
-# Of no account: every target is another machine than this one.
-NO_GPU = Device(
-    cpu="",
-    cores=1,
-    memory_mib=0,
-    os="",
-    arch="",
-    python="",
-    l4t=None,
-    gpu=None,
-    jetson=None,
-    backends=(),
-)
 SWAP_GIB = 16  # as on the page for Jetson
 STAGES = ("text_encoder", "unet", "vae_decoder")
 
@@ -71,10 +58,10 @@ def _size(stage: str, measured: dict[str, int]) -> StageSize:
 
 def plan(sizes: tuple[StageSize, ...], target: str) -> MemoryPlan:
     """What TensorRT takes of a target that is another machine than this one."""
-    options = default_options(target, "tensorrt", NO_GPU)
+    options = default_options(target, "tensorrt", ANOTHER_MACHINE)
     profile = load_target_profile(target)
     return plan_stages(
-        sizes, STAGES, "tensorrt", profile, options, NO_GPU, swap_mib=SWAP_GIB * 1024
+        sizes, STAGES, "tensorrt", profile, options, ANOTHER_MACHINE, swap_mib=SWAP_GIB * 1024
     )
 
 

@@ -62,6 +62,24 @@ class Device(Record):
     backends: tuple[Backend, ...]
 
 
+ANOTHER_MACHINE = Device(
+    cpu="",
+    cores=1,
+    memory_mib=0,
+    os="",
+    arch="",
+    python="",
+    gpu=None,
+    jetson=None,
+    l4t=None,
+    backends=(),
+)
+"""For plans of a device elsewhere, also where this machine is one of its kind.
+
+What is free here now says nothing of the time when a bundle is built there.
+"""
+
+
 def describe_device() -> Device:
     """Look at this machine: processor, memory, GPU, Jetson release and backends. Never raises."""
     gpu = find_gpu()

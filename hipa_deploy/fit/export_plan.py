@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.engines.backends.available import Device
+from hipa_deploy.engines.backends.available import ANOTHER_MACHINE
 from hipa_deploy.engines.build.memory_plan import plan_memory, plan_stages
 from hipa_deploy.engines.targets.memory_needs import Need
 from hipa_deploy.engines.targets.run_memory import StageSize
@@ -16,21 +16,6 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.fit.model_sizes import predicted_sizes
 from hipa_deploy.fit.target_choice import profile_for
-
-# The target is planned for as a device of its own, also where this machine is one: what is free
-# here now says nothing of the time when the bundle is built.
-_ELSEWHERE = Device(
-    cpu="",
-    cores=1,
-    memory_mib=0,
-    os="",
-    arch="",
-    python="",
-    l4t=None,
-    gpu=None,
-    jetson=None,
-    backends=(),
-)
 
 Change = Callable[[ExportOptions], ExportOptions]
 
@@ -90,7 +75,7 @@ def bundle_needs(bundle: Bundle, target: str) -> tuple[Need, ...]:
         profile.suits.backend,
         target,
         profile.build,
-        _ELSEWHERE,
+        ANOTHER_MACHINE,
         swap_mib,
     )
     return tuple(need for need in plan.needs if need.where == profile.title)
@@ -114,7 +99,7 @@ def _needs(
         profile.suits.backend,
         profile,
         profile.build,
-        _ELSEWHERE,
+        ANOTHER_MACHINE,
         swap_mib=swap_gib * 1024,
     )
     return tuple(need for need in plan.needs if need.where == profile.title)
