@@ -35,6 +35,7 @@ from hipa_deploy.export.export_request import (
     has_safety_checker,
     resolve_request,
 )
+from hipa_deploy.export.generic.generic_pair import pair_sizes
 from hipa_deploy.export.graph.axes import stage_axes
 from hipa_deploy.export.graph.conditioning import conditioning_channels
 from hipa_deploy.export.graph.modules import stage_specs
@@ -54,12 +55,14 @@ from hipa_deploy.export.task import TaskSettings, print_warning
 from hipa_deploy.export.teacher.teacher_stage import write_teacher
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.generate.prompts import TOKENIZER_2
+from hipa_deploy.generate.stages import join_context
 from hipa_deploy.marks.safety import SAFETY_STAGE
 from hipa_deploy.models.weights.part_config import build
 
 NEUTRAL_PROMPT = "a photo of a red apple"
 PROGRESS_LABELS = {
     "text_encoder": "text",
+    "text_encoder_2": "text",
     "vae_encoder": "encoder",
     "unet": "UNet",
     "generator": "UNet",
@@ -139,7 +142,8 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             width=model.config.text_width,
             axes=axes,
             names=settings.inputs_with(conditioning=parts.has_text_pair),
-            conditioning=conditioning_shape(parts, settings, step),
+            conditioning=conditioning_shape(parts, options, settings, step),
+            pair=pair_sizes(model.config, text.clip_skip),
         )
 
         # All of PyTorch's tensors before anything is exported: each part of the model is loaded
@@ -203,6 +207,10 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
         stages: list[Stage] = []
         for source in bundle_sources(options, parts, settings, step):
             show(PROGRESS_LABELS[source.name])
+            if "time_ids" in source.inputs:
+                # The generic UNet of SDXL takes both encoders' contexts, side by side.
+                for chain in chains:
+                    chain["context"] = join_context(chain)
             if "latent_sample" in source.inputs:
                 # The generic UNet gives its raw output, of which the runtime makes x0.
                 for chain in chains:
@@ -233,7 +241,7 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
                 writer, parts, base_specs["unet"], step, tokenizer, chains[0]["context"]
             )
         if options.layout == "generic":
-            write_diffusers_files(root, model, settings.method)
+            write_diffusers_files(root, model, settings.method, text.clip_skip)
 
         # The manifest is last: it lists the hash of every other file.
         show("manifest")
@@ -270,10 +278,10 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
 
 
 def conditioning_shape(
-    parts: ChosenParts, settings: TaskSettings, step: OneStep
+    parts: ChosenParts, options: ExportOptions, settings: TaskSettings, step: OneStep
 ) -> tuple[int, int] | None:
-    """S and K of SDXL's conditioning [B, S, K]; None for another model."""
-    if not parts.has_text_pair:
+    """S and K of SDXL's conditioning [B, S, K]; None for another model, or the layout generic."""
+    if options.layout == "generic" or not parts.has_text_pair:
         return None
     config = parts.model.config
     path = config.folder / "unet/config.json"

@@ -104,7 +104,13 @@ def check_request(options: ExportOptions) -> None:
         model.check_tiny_decoder(options.decoder)
     if options.encoder is not None:
         model.check_tiny_encoder(options.encoder)
-    text_settings(options, model.config, text_sizes(model.config)[0])
+    chunk_tokens = text_sizes(model.config)[0]
+    text, _ = text_settings(options, model.config, chunk_tokens)
+    if model.config.has_text_pair and options.layout == "generic" and text.chunks(chunk_tokens) > 1:
+        raise HipaError(
+            f"--layout generic: the adaptor was trained with contexts of {text.context_tokens} "
+            f"tokens, and optimum gives each text encoder {chunk_tokens}. Use --layout onestep."
+        )
     step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
     stage_axes(options.dynamic, step, model.config.size_multiple)
     _check_watermark(options, settings, step)
@@ -308,11 +314,6 @@ def _check_text_pair(options: ExportOptions) -> None:
         raise HipaError(
             f"--with-teacher: {options.model} has two text encoders, as SDXL has, and drafts of "
             "such a model are not refined. Leave out --with-teacher."
-        )
-    if options.layout == "generic":
-        raise HipaError(
-            f"--layout generic: {options.model} has two text encoders, as SDXL has, and is "
-            "exported in the layout onestep alone. Use --layout onestep."
         )
     for name in ("height", "width"):
         if name in options.dynamic:

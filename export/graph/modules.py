@@ -29,6 +29,7 @@ from hipa_deploy.bundle.manifest import (
     Strength,
     TensorSpec,
 )
+from hipa_deploy.export.generic.generic_rows import PairSizes, Row, generic_rows
 from hipa_deploy.export.graph.conditioning import Conditioning
 from hipa_deploy.export.graph.fold import fold_decoder_input, fold_encoder_output
 from hipa_deploy.export.graph.upsample import fold_upsampling
@@ -393,43 +394,6 @@ def place_of(module: torch.nn.Module, name: str) -> str:
     return f"{place}.{tail}" if tail else place
 
 
-class GenericUNet(torch.nn.Module):
-    """The UNet as optimum names it.
-
-    sample [B, C, h, w], timestep int64 [1], encoder_hidden_states [B, L, D] -> out_sample.
-    """
-
-    places: ClassVar = {"unet": "unet"}
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(
-        self, sample_BCHW: torch.Tensor, timestep: torch.Tensor, context_BLD: torch.Tensor
-    ) -> torch.Tensor:
-        """The UNet's own output."""
-        return self.unet(sample_BCHW, timestep, context_BLD, return_dict=False)[0]
-
-
-class GenericDecoder(torch.nn.Module):
-    """latent_sample [B, C, H, W] -> sample [B, 3, H, W] in [-1, 1]."""
-
-    places: ClassVar = {"vae": "vae"}
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
-        """The decoder's own output."""
-        return self.vae.decode(latents_BCHW, return_dict=False)[0]
-
-
-# Name, type, shape of a tensor; the last row of a stage is its output.
-_Row = tuple[str, DType, tuple[int | str, ...]]
-
-
 def stage_specs(
     layout: Layout,
     precision: Precision,
@@ -440,6 +404,7 @@ def stage_specs(
     axes: Mapping[str, Axis],
     names: Sequence[str] = ("noise", "context"),
     conditioning: tuple[int, int] | None = None,
+    pair: PairSizes | None = None,
 ) -> dict[str, StageSpec]:
     """Inputs and outputs of every stage, by the stage's name.
 
@@ -455,6 +420,7 @@ def stage_specs(
         axes: dimensions that are dynamic, by name.
         names: the UNet's inputs.
         conditioning: S and K of SDXL's conditioning [B, S, K]; None without one.
+        pair: of SDXL in layout generic, what its text encoders give.
 
     Example:
         >>> specs = stage_specs("onestep", "fp16", 1, step, 77, 768, {})
@@ -476,11 +442,13 @@ def stage_specs(
 
     real: DType = "float16" if precision == "fp16" else "float32"
     channels = step.latent_shape[0]
-    if layout == "generic":
-        rows = _generic_rows(shown, channels, length, width, real)
-    else:
-        rows = _onestep_rows(shown, channels, length, width, real, names, conditioning)
     specs = {}
+    if layout == "generic":
+        for name, generic in generic_rows(shown, channels, length, width, real, pair).items():
+            every = (*generic.inputs, *generic.outputs)
+            specs[name] = _spec(name, axes, every, len(generic.outputs))
+        return specs
+    rows = _onestep_rows(shown, channels, length, width, real, names, conditioning)
     for name, stage_rows in rows.items():
         # The text stage gives its context, and the conditioning where there is one.
         outputs = 2 if name == "text_encoder" and conditioning else 1
@@ -496,7 +464,7 @@ def _onestep_rows(
     real: DType,
     names: Sequence[str],
     conditioning: tuple[int, int] | None,
-) -> dict[str, tuple[_Row, ...]]:
+) -> dict[str, tuple[Row, ...]]:
     """The stages of layout onestep. Latents are float32 between stages, images uint8."""
     batch = sizes["batch"]
     latent_size = (sizes["latent_height"], sizes["latent_width"])
@@ -505,13 +473,13 @@ def _onestep_rows(
 
     # Between stages latents are float32, so that only the stages' own arithmetic is rounded; images
     # are uint8 at both ends, a quarter of the bytes to copy.
-    tokens: _Row = ("tokens", "int64", (batch, length))
-    context: _Row = ("context", real, (batch, length, width))
-    image: _Row = ("image", "uint8", image_BHWC)
-    images: _Row = ("images", "uint8", image_BHWC)
-    latents: _Row = ("latents", "float32", latent_BCHW)
-    source: _Row = ("source", "float32", latent_BCHW)
-    unet_inputs: dict[str, _Row] = {
+    tokens: Row = ("tokens", "int64", (batch, length))
+    context: Row = ("context", real, (batch, length, width))
+    image: Row = ("image", "uint8", image_BHWC)
+    images: Row = ("images", "uint8", image_BHWC)
+    latents: Row = ("latents", "float32", latent_BCHW)
+    source: Row = ("source", "float32", latent_BCHW)
+    unet_inputs: dict[str, Row] = {
         "noise": ("noise", "float32", latent_BCHW),
         "source": source,
         "mask": ("mask", "float32", (batch, 1, *latent_size)),
@@ -520,7 +488,7 @@ def _onestep_rows(
     }
     text_rows = [tokens, context]
     if conditioning is not None:
-        blocks: _Row = ("conditioning", real, (batch, *conditioning))
+        blocks: Row = ("conditioning", real, (batch, *conditioning))
         unet_inputs["conditioning"] = blocks
         text_rows = [tokens, ("tokens_2", "int64", (batch, length)), context, blocks]
     # Each task takes some of the UNet's inputs, in the order of its names.
@@ -534,34 +502,8 @@ def _onestep_rows(
     }
 
 
-def _generic_rows(
-    sizes: Mapping[str, int | str], channels: int, length: int, width: int, real: DType
-) -> dict[str, tuple[_Row, ...]]:
-    """The stages of layout generic, with the names that optimum expects."""
-    batch = sizes["batch"]
-    latent_BCHW = (batch, channels, sizes["latent_height"], sizes["latent_width"])
-    context_BLD = (batch, length, width)
-    # The names are optimum's: ORTDiffusionPipeline feeds and reads by them.
-    return {
-        "text_encoder": (
-            ("input_ids", "int64", (batch, length)),
-            ("last_hidden_state", real, context_BLD),
-        ),
-        "unet": (
-            ("sample", real, latent_BCHW),
-            ("timestep", "int64", (1,)),
-            ("encoder_hidden_states", real, context_BLD),
-            ("out_sample", real, latent_BCHW),
-        ),
-        "vae_decoder": (
-            ("latent_sample", real, latent_BCHW),
-            ("sample", real, (batch, 3, sizes["height"], sizes["width"])),
-        ),
-    }
-
-
 def _spec(
-    name: str, axes: Mapping[str, Axis], rows: tuple[_Row, ...], outputs: int = 1
+    name: str, axes: Mapping[str, Axis], rows: tuple[Row, ...], outputs: int = 1
 ) -> StageSpec:
     """A stage of ``rows``, the last of which are its outputs, with the axes that they name."""
     tensors = []

@@ -54,6 +54,7 @@ MANIFEST = "swap.json"
 WEIGHTS = "weights.npz"
 REFERENCE = "reference.npy"
 TEXT_STAGE = "text_encoder"
+TEXT_STAGE_2 = "text_encoder_2"  # of SDXL in the generic layout
 TEXT_WEIGHTS = "text_encoder.npz"
 WEIGHT_MAP = "weights.json"
 # Numbers so few (the scales of a Resize, the limits of a Clip) are settings of a layer to TensorRT,

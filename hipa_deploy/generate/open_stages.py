@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, AdaptorSwap, adapted_stage
+from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, TEXT_STAGE_2, AdaptorSwap, adapted_stage
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError
@@ -25,8 +25,9 @@ from hipa_deploy.generate.stages import (
     Timer,
     computed_names,
     host_stages,
-    input_names,
     output_names,
+    spared_by,
+    taken_names,
 )
 from hipa_deploy.tasks import unet_inputs
 
@@ -129,29 +130,37 @@ def check_stages(bundle: Bundle) -> None:
     if manifest.task != "generate":
         known.add("image")
     generic = manifest.layout == "generic"
+    pair = bool(manifest.text_widths)
     if generic:
-        known.add("timestep")
+        known |= {"timestep", "time_ids"} if pair else {"timestep"}
 
     images = None
     for stage in manifest.stages:
-        for name in input_names(stage.spec, manifest.layout):
+        for name in taken_names(stage.spec, manifest.layout):
             if name not in known:
                 raise _unfit(bundle, f"stage {stage.spec.name} takes {shown(name)}")
-        # The text stage of SDXL gives the conditioning beside the context.
-        most = 2 if stage.spec.name == "text_encoder" and manifest.text_widths else 1
-        if len(stage.spec.outputs) != most:
-            raise _unfit(bundle, f"stage {stage.spec.name} has {len(stage.spec.outputs)} outputs")
-        known |= set(output_names(stage.spec, manifest.layout))
+        made = output_names(stage.spec, manifest.layout)
+        if len(made) != _outputs(bundle, stage.spec.name):
+            raise _unfit(bundle, f"stage {stage.spec.name} has {len(made)} outputs")
+        # With what numpy makes after a stage of the generic layout.
+        known |= set(computed_names(bundle, stage.spec.name))
         images = stage.spec.outputs[0]
-        # Numpy does what the generic layout leaves out.
-        if generic and stage.spec.name == "unet":
-            known.add("latents")
 
     expected = "sample" if generic else "images"
     if images is None or images.name != expected or len(images.shape) != 4:
         raise _unfit(bundle, f"the last stage does not give {expected}")
     if not generic and (images.dtype != "uint8" or images.shape[3] != 3):
         raise _unfit(bundle, "the last stage gives no RGB images")
+
+
+def _outputs(bundle: Bundle, stage: str) -> int:
+    """How many tensors the path takes from a stage."""
+    if not bundle.manifest.text_widths:
+        return 1
+    # SDXL's text stage gives the conditioning beside the context; in the generic layout the second
+    # text encoder gives the pooled vector beside its part of the context.
+    several = TEXT_STAGE if bundle.manifest.layout == "onestep" else TEXT_STAGE_2
+    return 2 if stage == several else 1
 
 
 def _text_inputs(bundle: Bundle) -> tuple[str, ...]:
@@ -371,9 +380,9 @@ class StagesInTurn:
         for group in groups:
             for name in group:
                 spec = self._bundle.stages[name].spec
-                if set(output_names(spec, layout)) <= known.keys():
+                if spared_by(spec, layout) <= known.keys():
                     continue
-                taken += [name for name in input_names(spec, layout) if name not in made]
+                taken += [name for name in taken_names(spec, layout) if name not in made]
                 made += computed_names(self._bundle, spec.name)
         return taken
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, AdaptorSwap, adapted_stage
+from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, TEXT_STAGE_2, AdaptorSwap, adapted_stage
 from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.bundle.manifest import Axis, RefineSettings
 from hipa_deploy.embedded import BUNDLE as EMBEDDED_BUNDLE
@@ -45,10 +45,12 @@ from hipa_deploy.generate.stages import (
     Stages,
     Tensors,
     Timer,
+    along_path,
     host_stages,
     input_names,
-    name_along_path,
+    join_context,
     output_names,
+    split_context,
     stage_feed,
 )
 from hipa_deploy.images.read import ImageSource
@@ -596,6 +598,7 @@ class OneStepPipeline(ClosesAtExit):
         start = self._start([job.seed for job in padded], jobs[0].latent_CHW, sources)
 
         # text_encoder: tokens_BL                -> context_BLD (of SDXL also conditioning_BSK)
+        #   (of SDXL in the generic layout two encoders, and context_BLD with pooled_BP)
         # vae_encoder:  image_BHWC               -> source_BCHW
         # unet:         noise_BCHW, context_BLD  -> latents_BCHW, which are x0: the one step
         # vae_decoder:  latents_BCHW             -> images_BHWC
@@ -642,10 +645,12 @@ class OneStepPipeline(ClosesAtExit):
 
     def _text_outputs(self) -> list[str]:
         """What the path calls the outputs of the text stage; nothing without one."""
-        if TEXT_STAGE not in self.bundle.stages:
+        stages = self.bundle.stages
+        if TEXT_STAGE_2 in stages:
+            return ["context", "pooled"]
+        if TEXT_STAGE not in stages:
             return []
-        spec = self.bundle.stages[TEXT_STAGE].spec
-        return list(output_names(spec, self.bundle.manifest.layout))
+        return list(output_names(stages[TEXT_STAGE].spec, self.bundle.manifest.layout))
 
     def _padded(self, jobs: Sequence[ImageJob]) -> list[ImageJob]:
         """As many jobs as the bundle's smallest batch: what is missing repeats the last one."""
@@ -936,8 +941,12 @@ class OneStepPipeline(ClosesAtExit):
         for name in dict.fromkeys([*names, "images"]):
             if name not in feed and name not in ("tokens", "tokens_2"):
                 computed.append(name)
+        parts: Tensors = {}
+        if TEXT_STAGE_2 in self.bundle.stages and "context" in feed:
+            parts = split_context(feed["context"], self.bundle.manifest.text_widths)
+            computed = [name for name in computed if name not in parts]
         with self._use.shared():
-            return feed | self.stages.run(feed, computed)
+            return feed | parts | self.stages.run(feed, computed)
 
     @property
     def stages(self) -> Stages:
@@ -1118,12 +1127,19 @@ def _encode(
     bundle: Bundle, stages: Stages, timer: Timer, smallest: int, tokens: Tensors
 ) -> Tensors:
     """What the text stage alone gives for one prompt: the context [1, L, D] of tokens [1, L]."""
-    encoder = stages.runners["text_encoder"]
     layout = bundle.manifest.layout
     padded = {name: np.repeat(value, smallest, axis=0) for name, value in tokens.items()}
-    with timer("text_encoder"):
-        made = encoder(**stage_feed(encoder.spec, padded, layout))
-    return {name_along_path(encoder.spec, name, layout): value[:1] for name, value in made.items()}
+    made: Tensors = {}
+    for name in (TEXT_STAGE, TEXT_STAGE_2):
+        if name not in bundle.stages:
+            continue
+        encoder = stages.runners[name]
+        with timer(name):
+            outputs = encoder(**stage_feed(encoder.spec, padded, layout))
+        made |= along_path(encoder.spec, outputs, layout)
+    if TEXT_STAGE_2 in bundle.stages:
+        made = {"context": join_context(made), "pooled": made["pooled"]}
+    return {name: value[:1] for name, value in made.items()}
 
 
 def merge_tiles(enlargement: Upscaling, made: Sequence[MadeImage]) -> GenerateResult:

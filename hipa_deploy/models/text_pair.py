@@ -6,7 +6,7 @@ its last hidden state at the end token, normed and projected. The UNet takes tha
 with six numbers: the original size of a training image, the crop's corner, and the target size
 (Podell et al. 2023, https://arxiv.org/abs/2307.01952, section 2.2).
 
-The source is ``encode_prompt`` and ``_get_add_time_ids`` of diffusers'
+The numbers are ``hipa_deploy.tasks.size_numbers``. The source is ``encode_prompt`` of diffusers'
 pipeline_stable_diffusion_xl.py. The functions call the models that they are given, so nothing of
 torch is imported here.
 
@@ -69,17 +69,3 @@ def hidden_context(
     outputs = encoder(tokens_BL.reshape(-1, chunk_tokens), output_hidden_states=True)
     hidden: Tensor = outputs.hidden_states[-2 - clip_skip]
     return hidden.reshape(batch, length, -1)
-
-
-def size_numbers(height: int, width: int) -> tuple[int, int, int, int, int, int]:
-    """The six numbers of an image of this size that was not cropped.
-
-    They are the original height and width, the crop's top and left, the target height and width:
-    what StableDiffusionXLPipeline takes by default.
-
-    Example:
-        >>> size_numbers(1024, 768)
-        (1024, 768, 0, 0, 1024, 768)
-
-    """
-    return (height, width, 0, 0, height, width)

@@ -40,10 +40,10 @@ from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.models.text_context import text_context
-from hipa_deploy.models.text_pair import pair_context, size_numbers
+from hipa_deploy.models.text_pair import pair_context
 from hipa_deploy.models.weights.load_part import check_weights, load_part
 from hipa_deploy.models.weights.part_config import read_config
-from hipa_deploy.tasks import Task, is_inpainting_unet
+from hipa_deploy.tasks import Task, is_inpainting_unet, size_numbers
 from hipa_deploy.train.model.conditions import Conditions
 
 
