@@ -218,9 +218,8 @@ def write_diffusers_files(
     stages |= {"unet": "unet", "vae": "vae_decoder"}
     for part, stage in stages.items():
         config = json.loads((model.folder / part / "config.json").read_text(encoding="utf-8"))
-        if part in TEXT_PARTS and model.config.has_text_pair:
-            states = hidden_states(model.config, clip_skip)
-            config["num_hidden_layers"] = states[TEXT_PARTS.index(part)]
+        if model.config.has_text_pair:
+            config |= _pair_changes(model, part, clip_skip)
         _write_json(root / stage / "config.json", config)
 
     for name, part in tokenizers.items():
@@ -231,6 +230,18 @@ def write_diffusers_files(
         tokenizer.write_bytes(content)
 
     scheduler.save_pretrained(root / "scheduler")
+
+
+def _pair_changes(model: ModelParts, part: str, clip_skip: int) -> dict[str, object]:
+    """What the configuration of a part of SDXL says otherwise in the bundle."""
+    if part in TEXT_PARTS:
+        states = hidden_states(model.config, clip_skip)
+        return {"num_hidden_layers": states[TEXT_PARTS.index(part)]}
+    if part == "vae":
+        # The graph has float32 where the VAE needs it. diffusers' pipeline would try to convert the
+        # decoder, and a session of ONNX Runtime cannot be.
+        return {"force_upcast": False}
+    return {}
 
 
 def _pair_index(model: ModelParts) -> dict[str, object]:

@@ -279,8 +279,8 @@ def _open_adapted(
 
     if stage == adapted_stage(bundle):
         return swap_stage(bundle, None, backend, swap)
-    if stage == TEXT_STAGE and swap.manifest.text is not None:
-        return swap_text_encoder(bundle, backend, swap)
+    if stage in swap.manifest.texts:
+        return swap_text_encoder(bundle, backend, swap, stage)
     return open_runner(bundle, stage, backend, kept=kept)
 
 
@@ -437,10 +437,10 @@ class StagesInTurn:
             self._release()
             self._swap = swap
             try:
-                if swap is not None and swap.manifest.text is not None:
+                for stage in swap.manifest.texts if swap is not None else ():
                     from hipa_deploy.generate.swap_stage import swap_text_encoder
 
-                    swap_text_encoder(self._bundle, self._backend, swap).close()
+                    swap_text_encoder(self._bundle, self._backend, swap, stage).close()
                 self.load_stage(adapted_stage(self._bundle))
             except BaseException:
                 self._swap = before

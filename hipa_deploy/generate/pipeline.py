@@ -998,17 +998,18 @@ class OneStepPipeline(ClosesAtExit):
         stage = adapted_stage(self.bundle)
         if isinstance(self.stages, StagesInTurn):
             with self._one_swap, self._use.alone():
-                texts_differ = _changes_text(swap) or _changes_text(self.swapped)
+                texts = _changed_texts(swap, self.swapped)
                 self.stages.swap(swap)
                 self._loaded = _Loaded(self.stages, swap)
-                if texts_differ:
+                if texts:
                     self._prompts.forget()
             return
         with self._one_swap:
             runner = self.runners[stage]
             changed: dict[str, Runner] = {}
-            if _changes_text(swap) or _changes_text(self.swapped):
-                changed[TEXT_STAGE] = swap_text_encoder(self.bundle, self.backend, swap)
+            texts = _changed_texts(swap, self.swapped)
+            for name in texts:
+                changed[name] = swap_text_encoder(self.bundle, self.backend, swap, name)
             if self.backend in ENGINE_BACKENDS:
                 # An engine changes in place, so no call may be under way meanwhile.
                 with self._use.alone():
@@ -1022,7 +1023,7 @@ class OneStepPipeline(ClosesAtExit):
             runners = {**self.runners, **changed}
             with self._use.alone():
                 self._loaded = _Loaded(host_stages(self.bundle, self.backend, runners), swap)
-                if TEXT_STAGE in changed:
+                if texts:
                     self._prompts.forget()
                 for old in before:
                     old.close()
@@ -1119,8 +1120,13 @@ def _report(progress: Progress, batch: int, batches: int, done: int, steps: int)
     progress(batch * steps + done, batches * steps)
 
 
-def _changes_text(swap: AdaptorSwap | None) -> bool:
-    return swap is not None and swap.manifest.text is not None
+def _changed_texts(*swaps: AdaptorSwap | None) -> list[str]:
+    """The text encoders that one of these swaps changes, a stage each."""
+    stages: dict[str, None] = {}
+    for swap in swaps:
+        if swap is not None:
+            stages |= dict.fromkeys(swap.manifest.texts)
+    return list(stages)
 
 
 def _encode(

@@ -75,11 +75,6 @@ def check_style(style: Style, model: Path) -> None:
     parts = ["unet", "text_encoder"]
     if has_second_encoder(read_config(model, "model_index.json")):
         parts.append(SECOND)
-        if style.embeddings:
-            raise HipaError(
-                f"--embedding {style.embeddings[0].path}: {model} has two text encoders, and words "
-                "are added to models of one alone. Leave out --embedding."
-            )
     for lora in style.loras:
         check_lora(lora.path, model, parts)
     for embedding in style.embeddings:
