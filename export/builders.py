@@ -29,6 +29,7 @@ from hipa_deploy.export.graph.modules import (
     OneStepDecoder,
     OneStepEncoder,
     OneStepUNet,
+    SizedTextPairStage,
     TextEncoderStage,
     TextPairStage,
     TinyDecoder,
@@ -86,8 +87,9 @@ def text_encoder_source(
     # Whatever it computes in, its context has the type that the UNet takes.
     dtype = torch.float16 if options.dtype == "fp16" else torch.float32
     if parts.has_text_pair:
-        build_pair = partial(text_pair_module, parts, settings, step, dtype)
-        inputs = ("tokens", "tokens_2")
+        sized = is_sized(options)
+        build_pair = partial(text_pair_module, parts, settings, step, dtype, sized=sized)
+        inputs = ("tokens", "tokens_2", "sizes") if sized else ("tokens", "tokens_2")
         return StageSource("text_encoder", build_pair, inputs, "context", ("conditioning",))
     build = partial(text_encoder_module, parts, dtype)
     return StageSource("text_encoder", build, ("tokens",), "context")
@@ -141,19 +143,27 @@ def text_encoder_module(parts: ChosenParts, dtype: torch.dtype) -> TextEncoderSt
     return TextEncoderStage(encoder, dtype, parts.chunk_tokens)
 
 
+def is_sized(options: ExportOptions) -> bool:
+    """Whether images of several sizes are made, of which SDXL's text stage must be told."""
+    return bool({"height", "width"} & set(options.dynamic))
+
+
 def text_pair_module(
-    parts: ChosenParts, settings: TaskSettings, step: OneStep, dtype: torch.dtype
+    parts: ChosenParts,
+    settings: TaskSettings,
+    step: OneStep,
+    dtype: torch.dtype,
+    *,
+    sized: bool,
 ) -> TextPairStage:
     """Both text encoders and the conditioning, whose outputs have ``dtype``."""
     # The UNet first: all of it but the conditioning is freed before the encoders are loaded.
-    conditioning = parts.conditioning(
-        settings.timesteps(step), size_numbers(step.height, step.width)
-    )
+    sizes = None if sized else size_numbers(step.height, step.width)
+    conditioning = parts.conditioning(settings.timesteps(step), sizes)
     gc.collect()
     encoder, encoder_2 = parts.text_pair()
-    return TextPairStage(
-        encoder, encoder_2, conditioning, dtype, parts.chunk_tokens, parts.clip_skip
-    )
+    kind = SizedTextPairStage if sized else TextPairStage
+    return kind(encoder, encoder_2, conditioning, dtype, parts.chunk_tokens, parts.clip_skip)
 
 
 def encoder_module(parts: ChosenParts) -> OneStepEncoder | TinyEncoder:

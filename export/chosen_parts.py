@@ -128,7 +128,7 @@ class ChosenParts:
         """The context float32 [B, L, D] and the pooled vector float32 [B, P] of both encoders."""
         return pair_context(*pair, tokens_BL, tokens_2_BL, self.chunk_tokens, self.clip_skip)
 
-    def conditioning(self, timesteps: Sequence[int], sizes: Sequence[int]) -> Conditioning:
+    def conditioning(self, timesteps: Sequence[int], sizes: Sequence[int] | None) -> Conditioning:
         """What the UNet, with LoRAs and adaptor merged, makes of the pooled vector.
 
         The rest of the UNet is freed again.

@@ -18,7 +18,7 @@ from hipa_deploy.bundle.manifest import Manifest, OneStep, SafetyStage, Stage
 from hipa_deploy.bundle.signature import sign
 from hipa_deploy.disk.files import new_folder
 from hipa_deploy.embedded import EXAMPLE_PROMPT, MODEL
-from hipa_deploy.export.builders import bundle_sources, safety_source
+from hipa_deploy.export.builders import bundle_sources, is_sized, safety_source
 from hipa_deploy.export.bundle_files import (
     file_hashes,
     tokenize,
@@ -144,6 +144,7 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             names=settings.inputs_with(conditioning=parts.has_text_pair),
             conditioning=conditioning_shape(parts, options, settings, step),
             pair=pair_sizes(model.config, text.clip_skip),
+            sized=is_sized(options),
         )
 
         # All of PyTorch's tensors before anything is exported: each part of the model is loaded
@@ -169,7 +170,14 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             seed = FIRST_SEED + number * batch  # other noise for each
             tokens_2_1L = None if tokens_2_NL is None else tokens_2_NL[at : at + 1]
             judge = text_references(
-                prompt, tokens_1L, batch, step, options.layout, seed, tokens_2_1L
+                prompt,
+                tokens_1L,
+                batch,
+                step,
+                options.layout,
+                seed,
+                tokens_2_1L,
+                sized=is_sized(options) and parts.has_text_pair,
             )
             chain = judge.inputs()
             for name, value in known.items():

@@ -316,11 +316,11 @@ def _check_text_pair(options: ExportOptions) -> None:
             "such a model are not refined. Leave out --with-teacher."
         )
     for name in ("height", "width"):
-        if name in options.dynamic:
+        if name in options.dynamic and options.prompts is not None:
             raise HipaError(
                 f"--dynamic {name}: the UNet of {options.model} is told the size of the image, as "
-                f"SDXL's is, and the bundle holds that number. Export a bundle for each size, "
-                f"with --height and --width."
+                f"SDXL's is, and --prompts would bake one size. Leave out --prompts, or export a "
+                f"bundle for each size, with --height and --width."
             )
 
 
@@ -470,6 +470,7 @@ def _check_same_base(options: SwapOptions, bundle: Bundle, model: ModelParts) ->
 def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
     """The options that ``bundle`` was exported with, but for the adaptor."""
     manifest = bundle.manifest
+    dynamic = {name: bundle.axes[name] for name in ("height", "width") if name in bundle.axes}
     return ExportOptions(
         model=options.model,
         out=options.out,
@@ -478,6 +479,7 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
         dtype=manifest.precision,
         layout=manifest.layout,
         batch=manifest.batch,
+        dynamic=dynamic,
         fuse="generator" in bundle.stages,
         decoder=options.decoder,
         task=manifest.task,

@@ -6,6 +6,7 @@ in memory at a time.
 
     tokens       int64   [B, L]
     tokens_2     int64   [B, L]         as SDXL's second tokenizer reads the prompt
+    sizes        int64   [B, 6]         the size, of SDXL with images of several sizes
     context      float32 [B, L, D]      text encoder; SDXL's two side by side
     pooled       float32 [B, P]         SDXL's second text encoder
     conditioning float32 [B, S, K]      what the blocks of SDXL's UNet project, at each start
@@ -72,7 +73,9 @@ from hipa_deploy.tasks import (
 FIRST_SEED = 0
 ENCODED_AT_ONCE = 64  # prompts of a closed set; thousands at once would not fit into memory
 # Tensors that come from outside of the model. The stages of a bundle compute all others.
-INPUTS = ("tokens", "tokens_2", "noise", "image", "mask", "step", "timestep", "time_ids")
+INPUTS = (
+    "tokens", "tokens_2", "sizes", "noise", "image", "mask", "step", "timestep", "time_ids",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,8 +147,13 @@ def text_references(
     layout: Layout = "onestep",
     first_seed: int = FIRST_SEED,
     tokens_2_1L: np.ndarray | None = None,
+    *,
+    sized: bool = False,
 ) -> References:
-    """The tensors that need no part of the model: the tokens of ``prompt``, and noise per image."""
+    """The tensors that need no part of the model: the tokens of ``prompt``, and noise per image.
+
+    Of SDXL with images of several sizes (``sized``) also the numbers of the size.
+    """
     seeds = tuple(range(first_seed, first_seed + batch))
     tensors = {
         "tokens": tokens_1L.repeat(batch, 0),
@@ -153,6 +161,8 @@ def text_references(
     }
     if tokens_2_1L is not None:
         tensors["tokens_2"] = tokens_2_1L.repeat(batch, 0)
+    if sized:
+        tensors["sizes"] = _time_ids(step, batch).astype(np.int64)
     return References(prompt, seeds, tensors)
 
 

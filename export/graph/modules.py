@@ -29,7 +29,7 @@ from hipa_deploy.bundle.manifest import (
     Strength,
     TensorSpec,
 )
-from hipa_deploy.export.generic.generic_rows import PairSizes, Row, generic_rows
+from hipa_deploy.export.generic.generic_rows import SIZE_NUMBERS, PairSizes, Row, generic_rows
 from hipa_deploy.export.graph.conditioning import Conditioning
 from hipa_deploy.export.graph.fold import fold_decoder_input, fold_encoder_output
 from hipa_deploy.export.graph.upsample import fold_upsampling
@@ -127,6 +127,14 @@ class TextPairStage(torch.nn.Module):
         self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The formula of ``pair_context``, then the conditioning of the pooled vector."""
+        return self._outputs(tokens_BL, tokens_2_BL, None)
+
+    def _outputs(
+        self,
+        tokens_BL: torch.Tensor,
+        tokens_2_BL: torch.Tensor,
+        sizes_B6: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         context_BLD, pooled_BP = pair_context(
             self.encoder,
             self.encoder_2,
@@ -135,8 +143,18 @@ class TextPairStage(torch.nn.Module):
             self.chunk_tokens,
             self.clip_skip,
         )
-        conditioning_BSK = self.conditioning(pooled_BP)
+        conditioning_BSK = self.conditioning(pooled_BP, sizes_B6)
         return context_BLD.to(self.dtype), conditioning_BSK.to(self.dtype)
+
+
+class SizedTextPairStage(TextPairStage):
+    """``TextPairStage`` for images of several sizes: it is told the size, sizes int64 [B, 6]."""
+
+    def forward(
+        self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor, sizes_B6: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``TextPairStage``, with the numbers of ``hipa_deploy.tasks.size_numbers``."""
+        return self._outputs(tokens_BL, tokens_2_BL, sizes_B6)
 
 
 class OneStepUNet(torch.nn.Module):
@@ -405,6 +423,8 @@ def stage_specs(
     names: Sequence[str] = ("noise", "context"),
     conditioning: tuple[int, int] | None = None,
     pair: PairSizes | None = None,
+    *,
+    sized: bool = False,
 ) -> dict[str, StageSpec]:
     """Inputs and outputs of every stage, by the stage's name.
 
@@ -421,6 +441,7 @@ def stage_specs(
         names: the UNet's inputs.
         conditioning: S and K of SDXL's conditioning [B, S, K]; None without one.
         pair: of SDXL in layout generic, what its text encoders give.
+        sized: whether SDXL's text stage is told the size of the images.
 
     Example:
         >>> specs = stage_specs("onestep", "fp16", 1, step, 77, 768, {})
@@ -448,7 +469,7 @@ def stage_specs(
             every = (*generic.inputs, *generic.outputs)
             specs[name] = _spec(name, axes, every, len(generic.outputs))
         return specs
-    rows = _onestep_rows(shown, channels, length, width, real, names, conditioning)
+    rows = _onestep_rows(shown, channels, length, width, real, names, conditioning, sized=sized)
     for name, stage_rows in rows.items():
         # The text stage gives its context, and the conditioning where there is one.
         outputs = 2 if name == "text_encoder" and conditioning else 1
@@ -464,6 +485,8 @@ def _onestep_rows(
     real: DType,
     names: Sequence[str],
     conditioning: tuple[int, int] | None,
+    *,
+    sized: bool,
 ) -> dict[str, tuple[Row, ...]]:
     """The stages of layout onestep. Latents are float32 between stages, images uint8."""
     batch = sizes["batch"]
@@ -490,7 +513,8 @@ def _onestep_rows(
     if conditioning is not None:
         blocks: Row = ("conditioning", real, (batch, *conditioning))
         unet_inputs["conditioning"] = blocks
-        text_rows = [tokens, ("tokens_2", "int64", (batch, length)), context, blocks]
+        told: list[Row] = [("sizes", "int64", (batch, SIZE_NUMBERS))] if sized else []
+        text_rows = [tokens, ("tokens_2", "int64", (batch, length)), *told, context, blocks]
     # Each task takes some of the UNet's inputs, in the order of its names.
     inputs = [unet_inputs[name] for name in names]
     return {

@@ -168,7 +168,7 @@ def _text_inputs(bundle: Bundle) -> tuple[str, ...]:
     has_encoder = "text_encoder" in bundle.stages
     if not bundle.manifest.text_widths:
         return ("tokens",) if has_encoder else ("context",)
-    return ("tokens", "tokens_2") if has_encoder else ("context", "conditioning")
+    return ("tokens", "tokens_2", "sizes") if has_encoder else ("context", "conditioning")
 
 
 def _unfit(bundle: Bundle, problem: str) -> HipaError:

@@ -459,7 +459,8 @@ class OneStepPipeline(ClosesAtExit):
         latent_CHW = self._latent_shape(source, height, width)
         weights = self._prompts.reads_weights(prompt_weights)
         texts = list(dict.fromkeys(text for text, _ in pairs))
-        tokens = self._prompts.prepare(texts, truncate=truncate, weights=weights)
+        size = self._pixels(latent_CHW)
+        tokens = self._prompts.prepare(texts, truncate=truncate, weights=weights, size=size)
         prepared = dict(zip(texts, tokens, strict=True))
         facts: dict[str, Any] = {"truncate": truncate, "prompt_weights": weights}
         if source:
@@ -561,9 +562,10 @@ class OneStepPipeline(ClosesAtExit):
         """Different jobs of the bundle's own size, of its task."""
         texts = self._prompts.samples()
         weights = self._prompts.reads_weights(None)
-        prepared = self._prompts.prepare(list(texts), truncate=True, weights=weights)
-        sources: Sequence[Source | None] = trial_sources(self.bundle, count) or [None] * count
         latent_CHW = latent_shape(self.bundle, None, None)
+        size = self._pixels(latent_CHW)
+        prepared = self._prompts.prepare(list(texts), truncate=True, weights=weights, size=size)
+        sources: Sequence[Source | None] = trial_sources(self.bundle, count) or [None] * count
         jobs = []
         for seed, source in enumerate(sources):
             place = seed % len(texts)
@@ -854,8 +856,10 @@ class OneStepPipeline(ClosesAtExit):
         enlargement = upscaling(self.bundle, image, overlap=overlap)
         self._marker.check_size(enlargement.height, enlargement.width)
         weights = self._prompts.reads_weights(prompt_weights)
-        (prepared,) = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
         latent_CHW = latent_shape(self.bundle, None, None)
+        (prepared,) = self._prompts.prepare(
+            [prompt], truncate=truncate, weights=weights, size=self._pixels(latent_CHW)
+        )
         facts = {"truncate": truncate, "prompt_weights": weights}
         jobs = []
         for tile in enlargement.tiles:
@@ -896,7 +900,8 @@ class OneStepPipeline(ClosesAtExit):
         latent_CHW = self._latent_shape(source, height, width)
         sources = [source] * count if source else []
         weights = self._prompts.reads_weights(prompt_weights)
-        prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
+        size = self._pixels(latent_CHW)
+        prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights, size=size)
         start = self._start(range(seed, seed + count), latent_CHW, sources)
         with self._use.shared():
             text = self._prompts.feed(prepared * count, self._encode(self.stages, nullcontext))
@@ -925,7 +930,8 @@ class OneStepPipeline(ClosesAtExit):
         fresh = OneStepPipeline(self.bundle, self.backend, self.stages)
         latent_CHW = self._latent_shape(source, None, None)
         weights = fresh._prompts.reads_weights(prompt_weights)
-        prepared = fresh._prompts.prepare([prompt], truncate=False, weights=weights)
+        size = self._pixels(latent_CHW)
+        prepared = fresh._prompts.prepare([prompt], truncate=False, weights=weights, size=size)
         with self._use.shared():
             feed = fresh._prompts.feed(prepared * count, self._encode(self.stages, nullcontext))
         sources = [source] * count if source else []
@@ -939,7 +945,7 @@ class OneStepPipeline(ClosesAtExit):
             names += output_names(stage.spec, layout)
         computed = []
         for name in dict.fromkeys([*names, "images"]):
-            if name not in feed and name not in ("tokens", "tokens_2"):
+            if name not in feed and name not in ("tokens", "tokens_2", "sizes"):
                 computed.append(name)
         parts: Tensors = {}
         if TEXT_STAGE_2 in self.bundle.stages and "context" in feed:
@@ -1039,6 +1045,12 @@ class OneStepPipeline(ClosesAtExit):
         step = self.bundle.manifest.one_step
         self._marker.check_size(height or step.height, width or step.width)
         return shape
+
+    def _pixels(self, latent_CHW: tuple[int, int, int]) -> tuple[int, int]:
+        """Height and width in pixels of the images of such latents."""
+        step = self.bundle.manifest.one_step
+        factor = step.height // step.latent_shape[1]
+        return latent_CHW[1] * factor, latent_CHW[2] * factor
 
     def _parameters(
         self, swap: AdaptorSwap | None, prompt: str, seed: int, facts: Mapping[str, Any]

@@ -7,6 +7,7 @@ name      shape, dtype            what it is
 ========= ======================= ============================================================
 tokens    [B, L] int64            token ids of the prompts
 tokens_2  [B, L] int64            the same as the second tokenizer of SDXL reads them
+sizes     [B, 6] int64            the size, of a bundle of SDXL for images of several sizes
 context   [B, L, D]               what the text encoder makes of them
 conditioning [B, S, K]            what else SDXL's UNet takes of the prompt, at S starts of the step
 noise     [B, C, h, w] float32    standard normal noise, one stream a seed (``bundle_noise``)
