@@ -28,6 +28,7 @@ from hipa_deploy.bundle.manifest import EmbeddingInfo
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.kind import SECOND
+from hipa_deploy.models.lora.early_lora import SDXL_KEYS, is_for_both
 from hipa_deploy.models.lora.find_lora import PICKLED, SAFETENSORS
 from hipa_deploy.models.lora.tensor_file import finite, load_pickled, read_tensors
 from hipa_deploy.models.style import EmbeddingChoice
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 # The first name of a vector: the supplementary private use area A, which nobody types.
 FIRST_NAME = 0xF0000
 FIRST = "text_encoder"
-SDXL_KEYS = {"clip_l": FIRST, "clip_g": SECOND}
 MOST_LETTERS = 200
 MOST_VECTORS = 75  # a prompt of 77 tokens, without its first and last
 
@@ -168,10 +168,7 @@ def _read_for_pair(chosen: EmbeddingChoice, widths: Sequence[int]) -> list[Embed
     by_width = dict(zip((FIRST, SECOND), widths, strict=True))
     found: dict[str, Tensor] = {}
     own_token = None
-    if isinstance(content, Mapping) and set(SDXL_KEYS) & set(content):
-        if set(content) != set(SDXL_KEYS):
-            names = ", ".join(map(str, list(content)[:3]))
-            raise HipaError(f"{path} holds {names}. Expected clip_l and clip_g, and no more.")
+    if isinstance(content, Mapping) and is_for_both(path, content):
         for key, part in SDXL_KEYS.items():
             found[part] = _as_rows(path, content[key])
     else:
