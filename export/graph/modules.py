@@ -85,10 +85,8 @@ class TextEncoderStage(torch.nn.Module):
         return context_NCD.reshape(-1, length, width).to(self.dtype)
 
 
-class TextPairStage(torch.nn.Module):
-    """tokens, tokens_2 int64 [B, L] -> context [B, L, D], conditioning [B, S, K] in ``dtype``.
-
-    Two text encoders, and all of the UNet that depends on the prompt alone.
+class _TextPair(torch.nn.Module):
+    """Two text encoders, and all of the UNet that depends on the prompt and the size alone.
 
     Args:
         encoder: the first text encoder.
@@ -123,18 +121,13 @@ class TextPairStage(torch.nn.Module):
         self.chunk_tokens = chunk_tokens
         self.clip_skip = clip_skip
 
-    def forward(
-        self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The formula of ``pair_context``, then the conditioning of the pooled vector."""
-        return self._outputs(tokens_BL, tokens_2_BL, None)
-
-    def _outputs(
+    def outputs(
         self,
         tokens_BL: torch.Tensor,
         tokens_2_BL: torch.Tensor,
-        sizes_B6: torch.Tensor | None,
+        sizes_B6: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The formula of ``pair_context``, then the conditioning of the pooled vector."""
         context_BLD, pooled_BP = pair_context(
             self.encoder,
             self.encoder_2,
@@ -147,14 +140,24 @@ class TextPairStage(torch.nn.Module):
         return context_BLD.to(self.dtype), conditioning_BSK.to(self.dtype)
 
 
-class SizedTextPairStage(TextPairStage):
+class TextPairStage(_TextPair):
+    """tokens, tokens_2 int64 [B, L] -> context [B, L, D], conditioning [B, S, K] in ``dtype``."""
+
+    def forward(
+        self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For images of the size that the conditioning holds."""
+        return self.outputs(tokens_BL, tokens_2_BL)
+
+
+class SizedTextPairStage(_TextPair):
     """``TextPairStage`` for images of several sizes: it is told the size, sizes int64 [B, 6]."""
 
     def forward(
         self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor, sizes_B6: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``TextPairStage``, with the numbers of ``hipa_deploy.tasks.size_numbers``."""
-        return self._outputs(tokens_BL, tokens_2_BL, sizes_B6)
+        """With the numbers of ``hipa_deploy.tasks.size_numbers`` for each image."""
+        return self.outputs(tokens_BL, tokens_2_BL, sizes_B6)
 
 
 class OneStepUNet(torch.nn.Module):
