@@ -77,12 +77,11 @@ def web_app(
 
 def image_paths() -> list[str]:
     """The paths of the requests for images."""
-    routes = [*openai_routes.router.routes, *own_routes.router.routes]
-    return [
-        route.path
-        for route in routes
-        if isinstance(route, Route) and "POST" in (route.methods or ())
-    ]
+    paths = []
+    for route in (*openai_routes.router.routes, *own_routes.router.routes):
+        if isinstance(route, Route) and "POST" in (route.methods or ()):
+            paths.append(route.path)
+    return paths
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
