@@ -30,6 +30,7 @@ class PunctualProtocol(H11Protocol):
         super().__init__(*arguments, **options)
         self._late: asyncio.TimerHandle | None = None
         self._unwanted = 0  # bytes of a refused request's body that are still to come
+        self._place: object | None = None  # of the latest request, in the doorkeeper's arrivals
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first head."""
@@ -39,6 +40,7 @@ class PunctualProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._stop_watching()
+        self._leave()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -50,23 +52,14 @@ class PunctualProtocol(H11Protocol):
             if not data:
                 return
         place = None
-        if self.doorkeeper is not None and self._is_idle():
-            request = self.doorkeeper.read(data)
-            if request is not None:
-                refusal = self.doorkeeper.refusal(self.server_state.default_headers)
-                if refusal is not None:
-                    self._refuse(refusal, request.missing)
-                    return
-                # Only what has arrived whole counts, as in the guard.
-                if not request.missing:
-                    place = self.doorkeeper.arrivals.enter()
-        cycle = self.cycle
+        if self._is_idle():
+            if self._is_refused(data):
+                return
+            place = self._place
         super().data_received(data)
-        if place is not None:
-            if self.cycle is cycle:  # it was no request after all
-                self.doorkeeper.arrivals.leave(place)
-            else:
-                self.scope[PLACE] = place
+        # None where the request is no HTTP after all.
+        if place is not None and self.scope is not None:
+            self.scope[PLACE] = place
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_watching()
         else:
@@ -83,13 +76,33 @@ class PunctualProtocol(H11Protocol):
             and not self.transport.get_write_buffer_size()
         )
 
-    def _refuse(self, answer: bytes, missing: int) -> None:
-        """Answer without a look at the request; the connection stays open for the next one."""
+    def _is_refused(self, data: bytes) -> bool:
+        """Refuse a request that cannot come in; count one that does."""
+        self._leave()
+        if self.doorkeeper is None:
+            return False
+        request = self.doorkeeper.read(data)
+        if request is None:
+            return False
+        refusal = self.doorkeeper.refusal(self.server_state.default_headers)
+        if refusal is None:
+            # Only what has arrived whole counts, as in the guard.
+            if not request.missing:
+                self._place = self.doorkeeper.arrivals.enter()
+            return False
         self._unset_keepalive_if_required()
-        self._unwanted = missing
-        self.transport.write(answer)
+        self._unwanted = request.missing
+        self.transport.write(refusal)
+        # The connection stays open: a client that tries again need not connect again.
         self._stop_watching()
         self._watch()
+        return True
+
+    def _leave(self) -> None:
+        """Whatever became of the latest request, it is not on its way any more."""
+        if self.doorkeeper is not None and self._place is not None:
+            self.doorkeeper.arrivals.leave(self._place)
+            self._place = None
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP in the form of the API's other errors."""
