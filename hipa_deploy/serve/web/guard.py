@@ -5,7 +5,6 @@ It is ASGI itself, because nothing of a request may be parsed before it was let 
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 
 from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.settings import ANSWER_SECONDS, BODY_SECONDS, JSON_BODY
+from hipa_deploy.serve.time_limit import LateError, TimeLimit
 from hipa_deploy.serve.web.api_errors import ApiError, queue_full
 from hipa_deploy.serve.web.api_keys import ApiKeys
 
@@ -237,9 +237,9 @@ class _Body:
         if self.complete:
             return await self._receive()
         try:
-            left = max(0, self._until - time.monotonic())
-            message = await asyncio.wait_for(self._receive(), left)
-        except asyncio.TimeoutError:
+            with TimeLimit(self._until - time.monotonic()):
+                message = await self._receive()
+        except LateError:
             self.complete = True  # nobody waits for the rest
             raise ApiError(
                 408,
@@ -296,8 +296,9 @@ async def _drain(receive: Receive) -> None:
     drained = 0
     while drained < _DRAINED:
         try:
-            message = await asyncio.wait_for(receive(), max(0, until - time.monotonic()))
-        except asyncio.TimeoutError:
+            with TimeLimit(until - time.monotonic()):
+                message = await receive()
+        except LateError:
             return
         drained += len(message.get("body", b""))
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
@@ -313,8 +314,9 @@ def _patient(send: Send) -> Send:
         if gave_up:
             return
         try:
-            await asyncio.wait_for(send(message), ANSWER_SECONDS)
-        except asyncio.TimeoutError:
+            with TimeLimit(ANSWER_SECONDS):
+                await send(message)
+        except LateError:
             gave_up = True
 
     return limited
