@@ -45,10 +45,10 @@ PEERS = ("diffusers", "optimum-onnxruntime", "openvino-genai")
 def write_models(folder: Path) -> None:
     """The fused model for each peer."""
     import openvino
-    import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from openvino_tokenizers import convert_tokenizer
     from optimum.onnxruntime import ORTStableDiffusionPipeline
+    from transformers import CLIPTokenizerFast
 
     pipe = StableDiffusionPipeline.from_pretrained(MODEL)
     pipe.load_lora_weights(ADAPTOR)
@@ -57,20 +57,35 @@ def write_models(folder: Path) -> None:
     # The last timestep in place of the first one: the only step begins at pure noise.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     pipe.save_pretrained(folder / "diffusers")
-    ORTStableDiffusionPipeline.from_pretrained(folder / "diffusers", export=True).save_pretrained(
-        folder / "optimum-onnxruntime"
-    )
+    ORTStableDiffusionPipeline.from_pretrained(
+        str(folder / "diffusers"), export=True
+    ).save_pretrained(folder / "optimum-onnxruntime")
 
     genai = folder / "openvino-genai"
     shutil.copytree(folder / "diffusers", genai, dirs_exist_ok=True)
-    parts = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae_decoder"}
     shutil.copytree(genai / "vae", genai / "vae_decoder", dirs_exist_ok=True)
-    for part in parts:
-        onnx = folder / "optimum-onnxruntime" / part / "model.onnx"
-        openvino.save_model(openvino.convert_model(onnx), genai / part / "openvino_model.xml")
-    tokenizer = convert_tokenizer(pipe.tokenizer, with_detokenizer=False)
+    for part in ("text_encoder", "unet", "vae_decoder"):
+        model = openvino.convert_model(folder / "optimum-onnxruntime" / part / "model.onnx")
+        if part == "unet":
+            take_integer_timestep(model)
+        openvino.save_model(model, genai / part / "openvino_model.xml")
+    words = CLIPTokenizerFast.from_pretrained(genai / "tokenizer")
+    tokenizer = convert_tokenizer(words, with_detokenizer=False)
     openvino.save_model(tokenizer, genai / "tokenizer" / "openvino_tokenizer.xml")
-    torch.set_num_threads(os.cpu_count() or 1)
+
+
+def take_integer_timestep(model: Any) -> None:
+    """Change a UNet's input to what OpenVINO GenAI gives: an int64 of shape [1]."""
+    from openvino import Type, opset13
+
+    number = opset13.parameter([1], Type.i64)
+    number.output(0).set_names({"timestep"})
+    scalar = opset13.convert(opset13.squeeze(number, opset13.constant([0])), "f32")
+    (old,) = [one for one in model.get_parameters() if "timestep" in one.output(0).get_names()]
+    old.output(0).replace(scalar.output(0))
+    model.add_parameters([number])
+    model.remove_parameter(old)
+    model.validate_nodes_and_infer_types()
 
 
 def maker(peer: str, folder: Path) -> Callable[[str, int], Any]:
@@ -95,7 +110,7 @@ def maker(peer: str, folder: Path) -> Callable[[str, int], Any]:
         from diffusers import StableDiffusionPipeline as Pipeline
     else:
         from optimum.onnxruntime import ORTStableDiffusionPipeline as Pipeline
-    pipe = Pipeline.from_pretrained(folder / peer)
+    pipe = Pipeline.from_pretrained(str(folder / peer))
     pipe.set_progress_bar_config(disable=True)
 
     def with_diffusers(prompt: str, seed: int) -> Any:
