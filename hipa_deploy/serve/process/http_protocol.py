@@ -59,7 +59,8 @@ class PunctualProtocol(H11Protocol):
         super().data_received(data)
         # None where the request is no HTTP after all.
         if place is not None and self.scope is not None:
-            self.scope[PLACE] = place
+            # ASGI lets servers add keys of their own; uvicorn's type knows the standard's alone.
+            self.scope[PLACE] = place  # type: ignore[literal-required]
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_watching()
         else:

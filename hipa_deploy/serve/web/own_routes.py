@@ -105,7 +105,7 @@ async def models(request: Request) -> dict[str, Any]:
 
 
 @router.get("/health/live")
-async def live() -> dict[str, str]:
+async def live(request: Request) -> dict[str, str]:
     """The process answers."""
     return {"status": "live"}
 
