@@ -149,7 +149,7 @@ def train(
         )
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.generate.prompt_files import check_prompt_file
-    from hipa_deploy.models.locate import model_folder
+    from hipa_deploy.models.locate import check_model_name, model_folder
     from hipa_deploy.models.lora.early_lora import check_adaptor_path
     from hipa_deploy.models.style import parse_style
     from hipa_deploy.train.loop.output import check_output
@@ -157,6 +157,7 @@ def train(
     from hipa_deploy.train.training_request import check_dry_run, check_trackers
     from hipa_deploy.user_code import check_allowed, code_allowed
 
+    check_model_name(model)
     if gpus is not None and not dry_run:
         raise HipaError(
             "--gpus is for --dry-run. To train on several GPUs, start the command with "
