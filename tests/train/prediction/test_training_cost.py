@@ -143,9 +143,12 @@ def test_memory_does_not_wait_for_pythons_garbage_collection(
     gc.disable()
     try:
         uncollected = predict_training(checkpointed, model_dir)
+        memory = uncollected.memory
     finally:
         gc.enable()
-    assert uncollected == predict_once(checkpointed, model_dir)
+    collected = predict_once(checkpointed, model_dir)
+    assert uncollected == collected
+    assert memory == collected.memory
 
 
 def test_cost_grows_with_the_batch_and_memory_falls_with_checkpointing(
