@@ -258,6 +258,11 @@ class Recipe(_TrainingSettings):
     """The discriminator on noised latents."""
 
     @property
+    def held_out_rows(self) -> int:
+        """As for a decoder. Where steps decode squares, whole images are decoded one by one."""
+        return 1 if self.decode_crop is not None else super().held_out_rows
+
+    @property
     def compares_distributions(self) -> bool:
         """Whether a term beside the loss compares distributions."""
         return bool(self.score.weight or self.latent_discriminator.weight)
