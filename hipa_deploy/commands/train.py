@@ -20,6 +20,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
 
 if TYPE_CHECKING:
+    from hipa_deploy.engines.targets.target import TargetProfile
     from hipa_deploy.models.style import Style
     from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
 
@@ -291,7 +292,6 @@ def _dry_run_training(recipe: Recipe, model_dir: Path, style: Style, processes: 
             a LoRA does not fit the model.
 
     """
-    from hipa_deploy.engines.targets.target import load_target_profile, target_names
     from hipa_deploy.train.prediction.dry_run import dry_run
 
     # Merged LoRAs cost a training nothing, so the prediction is that of the base model.
@@ -301,14 +301,31 @@ def _dry_run_training(recipe: Recipe, model_dir: Path, style: Style, processes: 
 
         OpenStyle.read(style, ModelConfig.read(model_dir))
 
-    # Devices whose memory is shared with the CPU (Jetson) are for running, not for training.
-    profiles = [load_target_profile(name) for name in target_names()]
-    gpus = [profile for profile in profiles if not profile.memory_shared]
-
     with console.status("predicting"):
-        lines, problem = dry_run(recipe, model_dir, gpus, processes)
+        lines, problem = dry_run(recipe, model_dir, training_gpus(), processes)
 
     # The problem comes last: the user sees the recipe that has it.
     Console().print(*lines, sep="\n", markup=False, highlight=False)
     if problem:
         raise problem
+
+
+def training_gpus() -> list[TargetProfile]:
+    """The GPUs for which a training is predicted.
+
+    Devices whose memory is shared with the CPU (Jetson) are for running, not for training.
+    """
+    from hipa_deploy.engines.targets.target import load_target_profile, target_names
+
+    found = []
+    for name in target_names():
+        profile = load_target_profile(name)
+        if profile.memory_shared:
+            continue
+        if name == "a100":
+            # The smaller A100 computes as fast. No engine depends on its memory, so that it is no
+            # target of its own.
+            changes = {"title": "A100 40 GB SXM", "memory_gib": 40}
+            found.append(profile.model_copy(update=changes))
+        found.append(profile)
+    return found
