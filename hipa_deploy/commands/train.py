@@ -78,8 +78,8 @@ def train(
     held_out: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts that are not trained on, as for --prompts: every 200 steps the adaptor "
-            "is measured on them, and the best one kept."
+            help="Prompts that are not trained on, as for --prompts: as often as the recipe says "
+            "what is trained is measured on them, and the best step kept. By default the recipe's."
         ),
     ] = None,
     patience: Annotated[
