@@ -19,6 +19,7 @@ from hipa_deploy.export.graph.fold import fold_timestep
 from hipa_deploy.export.graph.modules import (
     Generator,
     GenericDecoder,
+    GenericPairUNet,
     GenericUNet,
     OneStepDecoder,
     OneStepEncoder,
@@ -32,7 +33,7 @@ from hipa_deploy.export.graph.safety_module import SafetyNetwork, load_safety_ch
 from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.export.writer import StageSource
 from hipa_deploy.marks.safety import SAFETY_STAGE
-from hipa_deploy.models.text_pair import size_numbers
+from hipa_deploy.tasks import size_numbers
 
 
 def bundle_sources(
@@ -61,9 +62,11 @@ def text_encoder_source(
     # Whatever it computes in, its context has the type that the UNet takes.
     dtype = torch.float16 if options.dtype == "fp16" else torch.float32
     if parts.has_text_pair:
-        build_pair = partial(text_pair_module, parts, settings, step, dtype)
-        inputs = ("tokens", "tokens_2")
-        return StageSource("text_encoder", build_pair, inputs, "context", ("conditioning",))
+        build_pair = partial(
+            text_pair_module, parts, settings, step, dtype, gives_pooled=options.with_teacher
+        )
+        also = ("conditioning", "pooled") if options.with_teacher else ("conditioning",)
+        return StageSource("text_encoder", build_pair, ("tokens", "tokens_2"), "context", also)
     build = partial(text_encoder_module, parts, dtype)
     return StageSource("text_encoder", build, ("tokens",), "context")
 
@@ -115,7 +118,12 @@ def text_encoder_module(parts: ChosenParts, dtype: torch.dtype) -> TextEncoderSt
 
 
 def text_pair_module(
-    parts: ChosenParts, settings: TaskSettings, step: OneStep, dtype: torch.dtype
+    parts: ChosenParts,
+    settings: TaskSettings,
+    step: OneStep,
+    dtype: torch.dtype,
+    *,
+    gives_pooled: bool = False,
 ) -> TextPairStage:
     """Both text encoders and the conditioning, whose outputs have ``dtype``."""
     # The UNet first: all of it but the conditioning is freed before the encoders are loaded.
@@ -125,7 +133,13 @@ def text_pair_module(
     gc.collect()
     encoder, encoder_2 = parts.text_pair()
     return TextPairStage(
-        encoder, encoder_2, conditioning, dtype, parts.chunk_tokens, parts.clip_skip
+        encoder,
+        encoder_2,
+        conditioning,
+        dtype,
+        parts.chunk_tokens,
+        parts.clip_skip,
+        gives_pooled=gives_pooled,
     )
 
 
@@ -167,7 +181,7 @@ def generator_module(parts: ChosenParts, settings: TaskSettings, step: OneStep) 
 def generic_unet_module(parts: ChosenParts) -> GenericUNet:
     """The UNet with the adaptor merged, and nothing folded."""
     unet, _ = parts.unet()
-    return GenericUNet(unet)
+    return GenericPairUNet(unet) if parts.has_text_pair else GenericUNet(unet)
 
 
 def generic_decoder_module(parts: ChosenParts) -> GenericDecoder:

@@ -57,8 +57,13 @@ from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.images.example_source import example_inputs
 from hipa_deploy.marks.records import SafetySettings
 from hipa_deploy.marks.safety import SAFETY_STAGE, prepare_pixels
-from hipa_deploy.models.text_pair import size_numbers
-from hipa_deploy.tasks import STEP_INPUTS, finish_latents, is_inpainting_unet, start_latents
+from hipa_deploy.tasks import (
+    STEP_INPUTS,
+    finish_latents,
+    is_inpainting_unet,
+    size_numbers,
+    start_latents,
+)
 
 FIRST_SEED = 0
 ENCODED_AT_ONCE = 64  # prompts of a closed set; thousands at once would not fit into memory

@@ -126,3 +126,17 @@ def strength_timestep(strength: float, train_timesteps: int = 1000) -> int:
 
     """
     return max(0, round(strength * train_timesteps) - 1)
+
+
+def size_numbers(height: int, width: int) -> tuple[int, int, int, int, int, int]:
+    """The six numbers that SDXL's UNet takes for an image of this size that was not cropped.
+
+    They are the original height and width, the crop's top and left, the target height and width:
+    what StableDiffusionXLPipeline takes by default.
+
+    Example:
+        >>> size_numbers(1024, 768)
+        (1024, 768, 0, 0, 1024, 768)
+
+    """
+    return (height, width, 0, 0, height, width)

@@ -87,7 +87,8 @@ class TextEncoderStage(torch.nn.Module):
 class TextPairStage(torch.nn.Module):
     """tokens, tokens_2 int64 [B, L] -> context [B, L, D], conditioning [B, S, K] in ``dtype``.
 
-    Two text encoders, and all of the UNet that depends on the prompt alone.
+    Two text encoders, and all of the UNet that depends on the prompt alone. For a base UNet that
+    refines, the pooled vector [B, P] is a third output.
 
     Args:
         encoder: the first text encoder.
@@ -96,6 +97,7 @@ class TextPairStage(torch.nn.Module):
         dtype: of both outputs, as the UNet takes them.
         chunk_tokens: tokens that an encoder reads at once; L is a multiple of it.
         clip_skip: layers of both that are left out besides the last one.
+        gives_pooled: whether the pooled vector is an output.
 
     """
 
@@ -113,6 +115,8 @@ class TextPairStage(torch.nn.Module):
         dtype: torch.dtype,
         chunk_tokens: int = 77,
         clip_skip: int = 0,
+        *,
+        gives_pooled: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -121,10 +125,11 @@ class TextPairStage(torch.nn.Module):
         self.dtype = dtype
         self.chunk_tokens = chunk_tokens
         self.clip_skip = clip_skip
+        self.gives_pooled = gives_pooled
 
     def forward(
         self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """The formula of ``pair_context``, then the conditioning of the pooled vector."""
         context_BLD, pooled_BP = pair_context(
             self.encoder,
@@ -135,7 +140,10 @@ class TextPairStage(torch.nn.Module):
             self.clip_skip,
         )
         conditioning_BSK = self.conditioning(pooled_BP)
-        return context_BLD.to(self.dtype), conditioning_BSK.to(self.dtype)
+        outputs = [context_BLD, conditioning_BSK]
+        if self.gives_pooled:
+            outputs.append(pooled_BP)
+        return tuple(output.to(self.dtype) for output in outputs)
 
 
 class OneStepUNet(torch.nn.Module):
@@ -412,6 +420,28 @@ class GenericUNet(torch.nn.Module):
         return self.unet(sample_BCHW, timestep, context_BLD, return_dict=False)[0]
 
 
+class GenericPairUNet(GenericUNet):
+    """SDXL's UNet as optimum names it.
+
+    sample [B, C, h, w], timestep int64 [1], encoder_hidden_states [B, L, D], the pooled vector
+    text_embeds [B, P] and the numbers of size and crop time_ids [B, 6] -> out_sample.
+    """
+
+    def forward(  # type: ignore[override]  # the signature becomes the graph's inputs
+        self,
+        sample_BCHW: torch.Tensor,
+        timestep: torch.Tensor,
+        context_BLD: torch.Tensor,
+        pooled_BP: torch.Tensor,
+        sizes_B6: torch.Tensor,
+    ) -> torch.Tensor:
+        """The UNet's own output."""
+        added = {"text_embeds": pooled_BP, "time_ids": sizes_B6}
+        return self.unet(
+            sample_BCHW, timestep, context_BLD, added_cond_kwargs=added, return_dict=False
+        )[0]
+
+
 class GenericDecoder(torch.nn.Module):
     """latent_sample [B, C, H, W] -> sample [B, 3, H, W] in [-1, 1]."""
 
@@ -440,6 +470,7 @@ def stage_specs(
     axes: Mapping[str, Axis],
     names: Sequence[str] = ("noise", "context"),
     conditioning: tuple[int, int] | None = None,
+    pooled: int | None = None,
 ) -> dict[str, StageSpec]:
     """Inputs and outputs of every stage, by the stage's name.
 
@@ -455,6 +486,7 @@ def stage_specs(
         axes: dimensions that are dynamic, by name.
         names: the UNet's inputs.
         conditioning: S and K of SDXL's conditioning [B, S, K]; None without one.
+        pooled: P of the pooled vector [B, P], where the text stage gives it; else None.
 
     Example:
         >>> specs = stage_specs("onestep", "fp16", 1, step, 77, 768, {})
@@ -479,11 +511,13 @@ def stage_specs(
     if layout == "generic":
         rows = _generic_rows(shown, channels, length, width, real)
     else:
-        rows = _onestep_rows(shown, channels, length, width, real, names, conditioning)
+        rows = _onestep_rows(shown, channels, length, width, real, names, conditioning, pooled)
     specs = {}
     for name, stage_rows in rows.items():
-        # The text stage gives its context, and the conditioning where there is one.
-        outputs = 2 if name == "text_encoder" and conditioning else 1
+        outputs = 1
+        if name == "text_encoder":
+            # Its context; the conditioning and the pooled vector where they are wanted.
+            outputs += (conditioning is not None) + (pooled is not None)
         specs[name] = _spec(name, axes, stage_rows, outputs)
     return specs
 
@@ -496,6 +530,7 @@ def _onestep_rows(
     real: DType,
     names: Sequence[str],
     conditioning: tuple[int, int] | None,
+    pooled: int | None,
 ) -> dict[str, tuple[_Row, ...]]:
     """The stages of layout onestep. Latents are float32 between stages, images uint8."""
     batch = sizes["batch"]
@@ -523,6 +558,8 @@ def _onestep_rows(
         blocks: _Row = ("conditioning", real, (batch, *conditioning))
         unet_inputs["conditioning"] = blocks
         text_rows = [tokens, ("tokens_2", "int64", (batch, length)), context, blocks]
+    if pooled is not None:
+        text_rows.append(("pooled", real, (batch, pooled)))
     # Each task takes some of the UNet's inputs, in the order of its names.
     inputs = [unet_inputs[name] for name in names]
     return {

@@ -137,9 +137,12 @@ def check_stages(bundle: Bundle) -> None:
         for name in input_names(stage.spec, manifest.layout):
             if name not in known:
                 raise _unfit(bundle, f"stage {stage.spec.name} takes {shown(name)}")
-        # The text stage of SDXL gives the conditioning beside the context.
-        most = 2 if stage.spec.name == "text_encoder" and manifest.text_widths else 1
-        if len(stage.spec.outputs) != most:
+        expected_outputs = 1
+        if stage.spec.name == "text_encoder" and manifest.text_widths:
+            # The text stage of SDXL gives the conditioning beside the context, and what a base
+            # UNet takes.
+            expected_outputs = 3 if manifest.refine else 2
+        if len(stage.spec.outputs) != expected_outputs:
             raise _unfit(bundle, f"stage {stage.spec.name} has {len(stage.spec.outputs)} outputs")
         known |= set(output_names(stage.spec, manifest.layout))
         images = stage.spec.outputs[0]

@@ -590,7 +590,7 @@ class OneStepPipeline(ClosesAtExit):
         prompts = [job.prepared for job in padded]
 
         # context_BLD, or tokens_BL of one prompt that the text encoder has not seen lately.
-        text = self._prompts.feed(prompts, self._encode(stages, timer))
+        text = self._text_feed(prompts, stages, timer)
         # noise_BCHW; of a task with a source image also image_BHWC (or source_BCHW), mask and step.
         sources = [job.source for job in padded if job.source]
         start = self._start([job.seed for job in padded], jobs[0].latent_CHW, sources)
@@ -625,15 +625,23 @@ class OneStepPipeline(ClosesAtExit):
         encode = self._encode(loaded.stages, timer)
         text = self._prompts.feed(prompts, encode)
         if "context" not in text:
-            made = encode(text)
-            self._prompts.keep(prompts, made)
-            text |= made
+            text = encode(text)
+            self._prompts.keep(prompts, text)
         noise_BCHW = initial_noise([job.seed for job in padded], jobs[0].latent_CHW)
-        latents_BCHW = self._refiner.latents(noise_BCHW, text["context"], settings, timer, progress)
+        latents_BCHW = self._refiner.latents(noise_BCHW, text, settings, timer, progress)
         # The decoder alone runs: what the stages before it would give is there.
-        feed = {"context": text["context"], "latents": latents_BCHW}
+        feed = {name: text[name] for name in self._text_outputs()}
+        feed["latents"] = latents_BCHW
         images_BHWC = loaded.stages.run(feed, ["images"], timer)["images"]
         return images_BHWC[: len(jobs)]
+
+    def _text_feed(self, prompts: list[Any], stages: Stages, timer: Timer) -> Tensors:
+        """What the stages of the one step start from of the text."""
+        text = self._prompts.feed(prompts, self._encode(stages, timer))
+        # Where no text stage gives it, none takes it either: it is for the base UNet.
+        if TEXT_STAGE not in self.bundle.stages:
+            text.pop("pooled", None)
+        return text
 
     def _worth_keeping(self, feed: Mapping[str, np.ndarray]) -> list[str]:
         """Tensors to keep for the next batch: those that this batch must compute first."""
@@ -894,7 +902,7 @@ class OneStepPipeline(ClosesAtExit):
         prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
         start = self._start(range(seed, seed + count), latent_CHW, sources)
         with self._use.shared():
-            text = self._prompts.feed(prepared * count, self._encode(self.stages, nullcontext))
+            text = self._text_feed(prepared * count, self.stages, nullcontext)
             images: DeviceArray = self.stages.run_on_device(text | start)["images"]
         return images
 
@@ -922,7 +930,7 @@ class OneStepPipeline(ClosesAtExit):
         weights = fresh._prompts.reads_weights(prompt_weights)
         prepared = fresh._prompts.prepare([prompt], truncate=False, weights=weights)
         with self._use.shared():
-            feed = fresh._prompts.feed(prepared * count, self._encode(self.stages, nullcontext))
+            feed = fresh._text_feed(prepared * count, self.stages, nullcontext)
         sources = [source] * count if source else []
         feed |= fresh._start(range(seed, seed + count), latent_CHW, sources)
 

@@ -136,7 +136,6 @@ def test_a_closed_set_to_edit_in_fp16(model: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"layout": "generic"}, "exported in the layout onestep alone"),
-        ({"with_teacher": True, "adaptor": "lora"}, "drafts of such a model are not refined"),
         ({"dynamic": parse_axes("height=64:64:128")}, "Export a bundle for each size"),
         ({"style": Style(embeddings=(EmbeddingChoice(Path(__file__)),))}, "two text encoders"),
         ({"height": 72}, "height 72 does not fit this model. Expected a multiple of 16"),
@@ -145,8 +144,6 @@ def test_a_closed_set_to_edit_in_fp16(model: Path, tmp_path: Path) -> None:
 def test_what_sdxl_is_not_exported_for(
     model: Path, tmp_path: Path, changes: dict, message: str
 ) -> None:
-    if changes.get("adaptor") == "lora":
-        changes = {**changes, "adaptor": write_unet_lora(tmp_path, FIRST_WIDTH + SECOND_WIDTH)}
     options = ExportOptions(model=str(model), out=tmp_path / "bundle", **changes)
     with pytest.raises(HipaError, match=message):
         check_request(options)

@@ -13,7 +13,7 @@ from hipa_deploy.export.graph.conditioning import (
     conditioning_channels,
     cut_conditioning,
 )
-from hipa_deploy.models.text_pair import size_numbers
+from hipa_deploy.tasks import size_numbers
 
 POOLED = 20
 CONTEXT = 40
