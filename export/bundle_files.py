@@ -167,7 +167,7 @@ def write_references(root: Path, references: References, others: Sequence[Refere
 
     """
     tensors = root / REFERENCE_TENSORS
-    tensors.parent.mkdir()
+    tensors.parent.mkdir(exist_ok=True)
     arrays: Any = references.tensors  # Any: numpy's stub takes no mapping of arrays here
     np.savez_compressed(tensors, **arrays)
     prompts = [judge.prompt for judge in (references, *others)]

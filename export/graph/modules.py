@@ -436,7 +436,9 @@ class GenericPairUNet(GenericUNet):
         sizes_B6: torch.Tensor,
     ) -> torch.Tensor:
         """The UNet's own output."""
-        added = {"text_embeds": pooled_BP, "time_ids": sizes_B6}
+        # diffusers joins the pooled vector with sinusoids in float32. torch would join two types,
+        # an ONNX graph does not.
+        added = {"text_embeds": pooled_BP.float(), "time_ids": sizes_B6}
         return self.unet(
             sample_BCHW, timestep, context_BLD, added_cond_kwargs=added, return_dict=False
         )[0]

@@ -15,6 +15,7 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from hipa_deploy.bundle.manifest import (
     StageSpec,
     TensorSpec,
 )
+from hipa_deploy.bundle.reference import TEACHER_TENSORS
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import generic_unet_module
 from hipa_deploy.export.chosen_parts import ChosenParts
@@ -108,6 +110,7 @@ def write_teacher(
     stage = own_writer.write(source, {}).stage
     tables = {f"empty_{name}": value for name, value in stored.items()}
     np.savez(writer.root / TABLES, alpha_bars=alpha_bars_T, **tables)  # type: ignore[arg-type]
+    _write_reference(writer.root, stage.spec, inputs, samples, references)
     return Refinement(stage=stage, tables=TABLES, settings=settings)
 
 
@@ -131,6 +134,24 @@ def _unguided(base: ChosenParts, tokenizers: Sequence[PromptTokenizer]) -> _Tens
     context_1LD, pooled_1P = encode_closed_set(base, tokens[0], ones_1L, tokens[1], ones_1L)
     assert pooled_1P is not None  # a model with two text encoders has it
     return {"context": context_1LD, "pooled": pooled_1P}
+
+
+def _write_reference(
+    root: Path,
+    spec: StageSpec,
+    inputs: Sequence[str],
+    samples: Sequence[_Tensors],
+    references: References,
+) -> None:
+    """What PyTorch predicts in the middle, by the names of the stage, for checks on a device."""
+    middle = len(samples) // 2
+    tensors = {}
+    for tensor, key in zip(spec.inputs, inputs, strict=True):
+        tensors[tensor.name] = samples[middle][key]
+    tensors[spec.outputs[0].name] = references.tensors[strength_key("output", middle)]
+    path = root / TEACHER_TENSORS
+    path.parent.mkdir(exist_ok=True)
+    np.savez_compressed(path, **tensors)  # type: ignore[arg-type]
 
 
 def _teacher_spec(spec: StageSpec, text: Mapping[str, np.ndarray]) -> StageSpec:

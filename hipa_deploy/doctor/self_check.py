@@ -11,9 +11,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import Parity, Precision
+from hipa_deploy.bundle.manifest import TEACHER_STAGE, Parity, Precision
 from hipa_deploy.bundle.parity import MIN_PSNR_DB, compare, problem
-from hipa_deploy.bundle.reference import Reference
+from hipa_deploy.bundle.reference import TEACHER_TENSORS, Reference, teacher_tensors
 from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import bundle_noise
@@ -119,6 +119,9 @@ def check_pipeline(pipe: OneStepPipeline) -> SelfCheck:
         cosines = pipe.safety(**pixels)["cosines"]
         stages[SAFETY_STAGE] = _check(cosines, reference, "cosines", bundle)
 
+    if TEACHER_TENSORS in bundle.manifest.files and pipe.refines:
+        stages[TEACHER_STAGE] = _check_teacher(pipe)
+
     # And as a user calls it: caches and batches of the pipeline take part.
     images_BHWC = _generate(pipe, reference)
     end_to_end = _check(images_BHWC, reference, "images", bundle)
@@ -134,6 +137,19 @@ def check_pipeline(pipe: OneStepPipeline) -> SelfCheck:
         end_to_end=end_to_end,
         problems=tuple(problems),
     )
+
+
+def _check_teacher(pipe: OneStepPipeline) -> StageCheck:
+    """The base UNet, which refines, on its own reference."""
+    unet = pipe.base_unet()
+    tensors = teacher_tensors(pipe.bundle)
+    reference = Reference("", [], tensors)
+    feed = {}
+    for tensor in unet.spec.inputs:
+        value = _tensor(reference, tensor.name, pipe.bundle)
+        feed[tensor.name] = value.astype(tensor.dtype, copy=False)
+    name = unet.spec.outputs[0].name
+    return _check(unet(**feed)[name], reference, name, pipe.bundle)
 
 
 def _quality(check: StageCheck) -> float:

@@ -84,6 +84,23 @@ def open_runner(bundle: Bundle, stage: str, backend: str, *, kept: Kept = "none"
     return open_engine(bundle, stage, backend)
 
 
+def has_engine(bundle: Bundle, stage: str, backend: str) -> bool:
+    """Whether a stage has an engine that ``backend`` needs; True for backends that need none.
+
+    The engine's files are looked for. Whether its key fits this device shows when it is loaded.
+
+    Raises:
+        HipaError: a sidecar of such an engine is damaged.
+
+    """
+    if backend not in ENGINE_BACKENDS:
+        return True
+    from hipa_deploy.engines.store.sidecar import find_sidecars
+    from hipa_deploy.engines.tensorrt.library import as_tensorrt_library
+
+    return bool(find_sidecars(bundle, stage, as_tensorrt_library(backend)))
+
+
 def _open_on_cpu(bundle: Bundle, stage: str, backend: str, kept: Kept) -> Runner:
     """Load one stage on ONNX Runtime or OpenVINO, compiled now or at an earlier start."""
     path = bundle.stage_path(stage)

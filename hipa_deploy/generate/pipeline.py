@@ -32,6 +32,7 @@ from hipa_deploy.generate.noise import bundle_noise, check_seeds, initial_noise
 from hipa_deploy.generate.open_stages import (
     Kept,
     StagesInTurn,
+    has_engine,
     open_runner,
     open_stages,
     resolve_backend,
@@ -688,8 +689,8 @@ class OneStepPipeline(ClosesAtExit):
 
         Raises:
             HipaError: a bundle without the base model (``hipa-export --with-teacher``), or for
-                another task; a value out of range; drafts of another base model; or a backend that
-                fails or has no base model: tensorrt and rtx.
+                another task; a value out of range; drafts of another base model; a backend that
+                fails, or that has no engine of the base model (``hipa-build`` builds it).
 
         Example:
             >>> draft = pipe("3d emoji of a red apple", seed=3)
@@ -704,6 +705,27 @@ class OneStepPipeline(ClosesAtExit):
             jobs += self.jobs([(prompt, seed)], refine=settings, **choices)
         check_count(len(jobs), 1)
         return _joined(list(self._stream(jobs, timer, progress)))
+
+    @property
+    def refines(self) -> bool:
+        """Whether ``refine`` has what it needs here: the base model, and an engine where one runs.
+
+        With ``low_memory`` it has not.
+        """
+        refinement = self.bundle.manifest.refine
+        if refinement is None or self.low_memory:
+            return False
+        return has_engine(self.bundle, refinement.stage.spec.name, self.backend)
+
+    def base_unet(self) -> Runner:
+        """The base UNet that refines, loaded now if it was not before: to check or time it alone.
+
+        Raises:
+            HipaError: as ``refine``; or the pipeline is closed.
+
+        """
+        refinement_of(self.bundle, self.backend, low_memory=self.low_memory)
+        return self._refiner.unet()
 
     def _encode(self, stages: Stages, timer: Timer) -> Encode:
         """The text encoder, for one prompt."""

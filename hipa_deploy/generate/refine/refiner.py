@@ -16,9 +16,9 @@ from hipa_deploy.bundle.arrays import Header, bounded, read_npz
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import Refinement, RefineSettings
 from hipa_deploy.errors import HipaError, brief
-from hipa_deploy.generate.open_stages import open_runner
+from hipa_deploy.generate.open_stages import has_engine, open_runner
 from hipa_deploy.generate.refine.solver import make_solver
-from hipa_deploy.generate.runner import ENGINE_BACKENDS, Runner
+from hipa_deploy.generate.runner import Runner
 from hipa_deploy.generate.stages import Timer
 from hipa_deploy.tasks import size_numbers
 
@@ -58,10 +58,10 @@ def refinement_of(bundle: Bundle, backend: str = "auto", *, low_memory: bool = F
             f"{bundle.root} does not have the base model that refines. Export it with "
             "--with-teacher."
         )
-    if backend in ENGINE_BACKENDS:
+    if not has_engine(bundle, manifest.refine.stage.spec.name, backend):
         raise HipaError(
-            f"backend {backend} does not refine: no engine is built of the base model. "
-            "Use --backend onnxruntime, onnxruntime-cuda or openvino."
+            f"{bundle.root} has no {backend} engine of the base model, which refines. "
+            f"Run: hipa-build {bundle.root} --backend {backend}"
         )
     if low_memory:
         raise HipaError(
@@ -164,7 +164,7 @@ class Refiner:
             HipaError: more steps than the schedule has, a backend that fails, or a damaged file.
 
         """
-        unet = self._load()
+        unet = self.unet()
         alpha_bars_T = self._tables["alpha_bars"]
         if settings.steps > len(alpha_bars_T):
             raise HipaError(
@@ -218,7 +218,13 @@ class Refiner:
         sizes = size_numbers(height * pixels, width * pixels)
         return [text["context"], text["pooled"], np.repeat([sizes], batch, axis=0)]
 
-    def _load(self) -> Runner:
+    def unet(self) -> Runner:
+        """The base UNet, which the first call loads. It belongs to this object.
+
+        Raises:
+            HipaError: it cannot be loaded, its tables are damaged, or this object is closed.
+
+        """
         with self._loading:
             if self._closed:
                 raise HipaError("the pipeline is closed. Load the bundle again.")
