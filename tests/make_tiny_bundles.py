@@ -1,8 +1,7 @@
 """Make tests/tiny_bundles.zip: a bundle of each task, of random weights, for batches of 1 to 8.
 
 And tests/tiny_refine.zip: a bundle that refines, with an adaptor of random weights. And
-tests/tiny_sdxl.zip: a bundle of each task of a tiny SDXL; the one to generate refines, and has an
-adaptor to swap in.
+tests/tiny_sdxl.tar.xz: a bundle of each task of a tiny SDXL, of which the one to generate refines.
 
     python tests/make_tiny_bundles.py
 
@@ -11,14 +10,13 @@ An export takes seconds, and a server of all tasks needs four of them. So they a
 
 from __future__ import annotations
 
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
 
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.export_request import SwapOptions
-from hipa_deploy.export.export_swap import export_swap
 from hipa_deploy.export.graph.axes import parse_axes
 from tests.export.conftest import make_adaptor
 from tests.tiny_model import make_model
@@ -26,7 +24,7 @@ from tests.tiny_sdxl import make_sdxl
 
 OUT = Path(__file__).parent / "tiny_bundles.zip"
 REFINE_OUT = Path(__file__).parent / "tiny_refine.zip"
-SDXL_OUT = Path(__file__).parent / "tiny_sdxl.zip"
+SDXL_OUT = Path(__file__).parent / "tiny_sdxl.tar.xz"
 REFINE_NAME = "tiny-refine"
 TEACHER = {"sampler": "ddim", "steps": 7, "guidance": 3.5}
 TASKS = {
@@ -65,24 +63,17 @@ def make_refine_bundle(model: Path, folder: Path) -> None:
 
 
 def make_sdxl_bundles(folder: Path) -> None:
-    """Write SDXL_OUT."""
+    """Write SDXL_OUT: as one stream, in which what the bundles have in common is there once."""
     model = make_sdxl(folder / "sdxl")
     axes = parse_axes("batch=1:2:4")
     adaptor = make_adaptor(model, folder / "sdxl-adaptor", recipe={"teacher": TEACHER})
-    with zipfile.ZipFile(SDXL_OUT, "w", zipfile.ZIP_DEFLATED) as archive:
+    with tarfile.open(SDXL_OUT, "w:xz") as archive:
         for task, options in TASKS.items():
             out = folder / f"sdxl-{task}"
             if not options:
                 options = {"adaptor": adaptor, "with_teacher": True}
             export_bundle(ExportOptions(model=str(model), out=out, dynamic=axes, **options))
-            if "with_teacher" in options:
-                # At another scale it changes the text stage too, as it has the time embedding.
-                swap = SwapOptions(
-                    model=str(model), adaptor=adaptor, adaptor_scale=0.5, bundle=out,
-                    out=out / "adaptors" / "half",
-                )  # fmt: skip
-                export_swap(swap)
-            add(archive, out)
+            archive.add(out, out.name)
 
 
 def add(archive: zipfile.ZipFile, bundle: Path) -> None:
