@@ -1,7 +1,8 @@
 """Make tests/tiny_bundles.zip: a bundle of each task, of random weights, for batches of 1 to 8.
 
 And tests/tiny_refine.zip: a bundle that refines, with an adaptor of random weights. And
-tests/tiny_sdxl.tar.xz: a bundle of each task of a tiny SDXL, of which the one to generate refines.
+tests/tiny_sdxl.tar.xz: a bundle of each task of a tiny SDXL, and one with baked prompts. Those
+to generate refine.
 
     python tests/make_tiny_bundles.py
 
@@ -67,11 +68,12 @@ def make_sdxl_bundles(folder: Path) -> None:
     model = make_sdxl(folder / "sdxl")
     axes = parse_axes("batch=1:2:4")
     adaptor = make_adaptor(model, folder / "sdxl-adaptor", recipe={"teacher": TEACHER})
+    taught = {"adaptor": adaptor, "with_teacher": True}
+    bundles = {f"sdxl-{name}": options or taught for name, options in TASKS.items()}
+    bundles["sdxl-tiny-baked"] = {**taught, "prompts": model / "prompts.txt"}
     with tarfile.open(SDXL_OUT, "w:xz") as archive:
-        for task, options in TASKS.items():
-            out = folder / f"sdxl-{task}"
-            if not options:
-                options = {"adaptor": adaptor, "with_teacher": True}
+        for name, options in bundles.items():
+            out = folder / name
             export_bundle(ExportOptions(model=str(model), out=out, dynamic=axes, **options))
             archive.add(out, out.name)
 

@@ -9,6 +9,7 @@ from hipa_deploy.bundle.folder import Bundle
 
 ARCHIVE = Path(__file__).parent / "tiny_sdxl.tar.xz"
 NAME = "sdxl-tiny"  # it refines
+BAKED = "sdxl-tiny-baked"  # the same with a closed set of prompts
 
 
 def sdxl_bundles(folder: Path) -> dict[str, Bundle]:

@@ -167,6 +167,10 @@ def check_stages(bundle: Bundle) -> None:
         if generic and stage.spec.name == "unet":
             known.add("latents")
 
+    wants_pooled = manifest.refine and manifest.refine.takes_pooled
+    if wants_pooled and TEXT_STAGE in bundle.stages and "pooled" not in known:
+        raise _unfit(bundle, "the text stage gives no pooled vector for the base UNet")
+
     expected = "sample" if generic else "images"
     if images is None or images.name != expected or len(images.shape) != 4:
         raise _unfit(bundle, f"the last stage does not give {expected}")

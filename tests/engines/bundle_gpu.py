@@ -65,7 +65,7 @@ class BundleGpu(FakeGpu):
         return super()._deserialise(logger, data)
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=4)
 def _session(content: bytes) -> onnxruntime.InferenceSession:
     """A session; of the stages of the bundle one each for all tests, as opening one takes time."""
     return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
