@@ -940,7 +940,8 @@ class OneStepPipeline(ClosesAtExit):
         """Every tensor along the path of one batch, by name: for checks and profiles of a stage.
 
         The names and shapes are those of ``hipa_deploy.generate.stages``. Every stage runs: nothing
-        that is cached is taken. Of a prompt with weights the tokens are left out.
+        that is cached is taken. Of a prompt with weights the context has them, and is then not what
+        the text encoder gives for the tokens.
 
         Raises:
             HipaError: as a call does.
@@ -967,7 +968,12 @@ class OneStepPipeline(ClosesAtExit):
             if name not in feed and name not in ("tokens", "tokens_2"):
                 computed.append(name)
         with self._use.shared():
-            return feed | self.stages.run(feed, computed)
+            found = feed | self.stages.run(feed, computed)
+        # Of several images the text encoder was run by itself, so the tokens are not in the feed.
+        if TEXT_STAGE in self.bundle.stages:
+            for name, tokens_1L in prepared[0].tensors().items():
+                found.setdefault(name, np.repeat(tokens_1L, count, axis=0))
+        return found
 
     @property
     def stages(self) -> Stages:
