@@ -42,7 +42,7 @@ from hipa_deploy.tasks import size_numbers
 
 TABLES = f"{TEACHER_STAGE}/tables.npz"
 INPUTS = ("noisy", "timestep", "context")
-PAIR_INPUTS = (*INPUTS, "pooled", "sizes")  # of SDXL
+PAIR_INPUTS = (*INPUTS, "pooled", "time_ids")  # of SDXL
 
 _Tensors = dict[str, np.ndarray]
 
@@ -88,9 +88,9 @@ def write_teacher(
     # The last one as guidance asks for it.
     samples[-1] |= {name: value.repeat(batch, 0) for name, value in empty.items()}
     if parts.has_text_pair:
-        sizes_B6 = np.repeat([size_numbers(step.height, step.width)], batch, axis=0)
+        time_ids_B6 = np.repeat([size_numbers(step.height, step.width)], batch, axis=0)
         for sample in samples:
-            sample["sizes"] = sizes_B6.astype(np.float32)
+            sample["time_ids"] = time_ids_B6.astype(np.float32)
     references = _references(writer.references, base, samples, watch=writer.precision == "fp16")
 
     # What the graph is fed with: text as the bundle has it, rounded to its precision.
@@ -197,7 +197,7 @@ def _predict(unet: torch.nn.Module, sample: Mapping[str, np.ndarray]) -> np.ndar
     on_torch = {name: torch.from_numpy(value) for name, value in sample.items()}
     added = None
     if "pooled" in on_torch:
-        added = {"text_embeds": on_torch["pooled"], "time_ids": on_torch["sizes"]}
+        added = {"text_embeds": on_torch["pooled"], "time_ids": on_torch["time_ids"]}
     output_BCHW = unet(
         on_torch["noisy"],
         on_torch["timestep"],
