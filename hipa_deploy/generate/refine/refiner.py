@@ -209,7 +209,8 @@ class Refiner:
         self, text: Mapping[str, np.ndarray], noise_BCHW: np.ndarray
     ) -> list[np.ndarray]:
         """What the UNet takes after latents and timestep, in the order of its inputs."""
-        refinement = refinement_of(self._bundle, self._backend)
+        refinement = self._bundle.manifest.refine
+        assert refinement is not None  # its UNet is loaded
         if not refinement.takes_pooled:
             return [text["context"]]
         step = self._bundle.manifest.one_step
