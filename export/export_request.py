@@ -105,7 +105,13 @@ def check_request(options: ExportOptions) -> None:
         model.check_tiny_decoder(options.decoder)
     if options.encoder is not None:
         model.check_tiny_encoder(options.encoder)
-    text_settings(options, model.config, text_sizes(model.config)[0])
+    chunk_tokens = text_sizes(model.config)[0]
+    text, _ = text_settings(options, model.config, chunk_tokens)
+    if model.config.has_text_pair and options.layout == "generic" and text.chunks(chunk_tokens) > 1:
+        raise HipaError(
+            f"--layout generic: the adaptor was trained with contexts of {text.context_tokens} "
+            f"tokens, and optimum gives each text encoder {chunk_tokens}. Use --layout onestep."
+        )
     step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
     stage_axes(options.dynamic, step, model.config.size_multiple)
     _check_watermark(options, settings, step)
@@ -307,17 +313,12 @@ def _check_teacher(options: ExportOptions, settings: TaskSettings, model: ModelP
 
 def _check_text_pair(options: ExportOptions) -> None:
     """Raise HipaError for what a model with two text encoders, as SDXL, is not exported for."""
-    if options.layout == "generic":
-        raise HipaError(
-            f"--layout generic: {options.model} has two text encoders, as SDXL has, and is "
-            "exported in the layout onestep alone. Use --layout onestep."
-        )
     for name in ("height", "width"):
-        if name in options.dynamic:
+        if name in options.dynamic and options.prompts is not None:
             raise HipaError(
                 f"--dynamic {name}: the UNet of {options.model} is told the size of the image, as "
-                f"SDXL's is, and the bundle holds that number. Export a bundle for each size, "
-                f"with --height and --width."
+                f"SDXL's is, and --prompts would bake one size. Leave out --prompts, or export a "
+                f"bundle for each size, with --height and --width."
             )
 
 
@@ -467,6 +468,7 @@ def _check_same_base(options: SwapOptions, bundle: Bundle, model: ModelParts) ->
 def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
     """The options that ``bundle`` was exported with, but for the adaptor."""
     manifest = bundle.manifest
+    dynamic = {name: bundle.axes[name] for name in ("height", "width") if name in bundle.axes}
     return ExportOptions(
         model=options.model,
         out=options.out,
@@ -475,6 +477,7 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
         dtype=manifest.precision,
         layout=manifest.layout,
         batch=manifest.batch,
+        dynamic=dynamic,
         fuse="generator" in bundle.stages,
         decoder=options.decoder,
         task=manifest.task,

@@ -21,7 +21,7 @@ from hipa_deploy.engines.backends.available import Device
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.memory_needs import Need, Place, elsewhere, this_machine
 from hipa_deploy.engines.targets.run_memory import (
-    TEXT_STAGE,
+    TEXT_STAGES,
     StageSize,
     engine_activations_mib,
     low_memory_groups,
@@ -343,7 +343,7 @@ def _ways(case: _Case, tiny: StageSize | None) -> list[Way]:
         changes.append((f"--workspace {SMALL_WORKSPACE_MIB}", _small_workspace))
     if tiny is not None:
         changes.append(("hipa-export --decoder tiny", partial(_with_tiny, tiny)))
-    if any(size.stage == TEXT_STAGE for size in case.sizes):
+    if any(size.stage in TEXT_STAGES for size in case.sizes):
         changes.append(("hipa-export --prompts", _without_text))
     if case.path != case.sizes:
         changes.append(("hipa-export without --with-teacher", _without_teacher))
@@ -396,7 +396,7 @@ def _with_tiny(tiny: StageSize, case: _Case) -> _Case:
 
 
 def _without_text(case: _Case) -> _Case:
-    return replace(case, sizes=tuple(size for size in case.sizes if size.stage != TEXT_STAGE))
+    return replace(case, sizes=tuple(size for size in case.sizes if size.stage not in TEXT_STAGES))
 
 
 def _without_teacher(case: _Case) -> _Case:

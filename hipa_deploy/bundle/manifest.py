@@ -35,7 +35,9 @@ TEACHER_STAGE = "teacher"  # the base UNet, which refines: not one of the stages
 TEACHER_INPUTS = ("sample", "timestep", "encoder_hidden_states")
 # Of SDXL's base UNet also the pooled vector and the six numbers of size and crop.
 TEACHER_PAIR_INPUTS = (*TEACHER_INPUTS, "text_embeds", "time_ids")
-PATH_STAGES = ("text_encoder", "vae_encoder", "unet", "vae_decoder", "generator")
+PATH_STAGES = (
+    "text_encoder", "text_encoder_2", "vae_encoder", "unet", "vae_decoder", "generator",
+)  # fmt: skip
 STAGE_NAMES = (*PATH_STAGES, "safety_checker", TEACHER_STAGE)
 
 
@@ -144,8 +146,9 @@ class StageSpec(Record):
     """What goes into a stage and what comes out.
 
     Attributes:
-        name: text_encoder, vae_encoder, unet, vae_decoder, generator (UNet and decoder in one), or
-            teacher (the base UNet of a bundle that refines).
+        name: text_encoder, text_encoder_2 (SDXL's, in layout generic), vae_encoder, unet,
+            vae_decoder, generator (UNet and decoder in one), or teacher (the base UNet of a bundle
+            that refines).
         inputs: in the ONNX graph's order.
         outputs: in the ONNX graph's order.
         axes: dimensions that are not static, by name; empty if every shape is static.
@@ -154,7 +157,7 @@ class StageSpec(Record):
 
     name: Name
     inputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=32)
-    outputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=32)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=64)
     axes: dict[Name, Axis] = Field(default_factory=dict, max_length=16)
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, AdaptorSwap, adapted_stage
+from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, TEXT_STAGE_2, AdaptorSwap, adapted_stage
 from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.bundle.manifest import Axis, RefineSettings
 from hipa_deploy.embedded import BUNDLE as EMBEDDED_BUNDLE
@@ -46,10 +46,12 @@ from hipa_deploy.generate.stages import (
     Stages,
     Tensors,
     Timer,
+    along_path,
     host_stages,
     input_names,
-    name_along_path,
+    join_context,
     output_names,
+    split_context,
     stage_feed,
 )
 from hipa_deploy.images.read import ImageSource
@@ -458,7 +460,8 @@ class OneStepPipeline(ClosesAtExit):
         latent_CHW = self._latent_shape(source, height, width)
         weights = self._prompts.reads_weights(prompt_weights)
         texts = list(dict.fromkeys(text for text, _ in pairs))
-        tokens = self._prompts.prepare(texts, truncate=truncate, weights=weights)
+        size = self._pixels(latent_CHW)
+        tokens = self._prompts.prepare(texts, truncate=truncate, weights=weights, size=size)
         prepared = dict(zip(texts, tokens, strict=True))
         facts: dict[str, Any] = {"truncate": truncate, "prompt_weights": weights}
         if source:
@@ -560,9 +563,10 @@ class OneStepPipeline(ClosesAtExit):
         """Different jobs of the bundle's own size, of its task."""
         texts = self._prompts.samples()
         weights = self._prompts.reads_weights(None)
-        prepared = self._prompts.prepare(list(texts), truncate=True, weights=weights)
-        sources: Sequence[Source | None] = trial_sources(self.bundle, count) or [None] * count
         latent_CHW = latent_shape(self.bundle, None, None)
+        size = self._pixels(latent_CHW)
+        prepared = self._prompts.prepare(list(texts), truncate=True, weights=weights, size=size)
+        sources: Sequence[Source | None] = trial_sources(self.bundle, count) or [None] * count
         jobs = []
         for seed, source in enumerate(sources):
             place = seed % len(texts)
@@ -597,6 +601,7 @@ class OneStepPipeline(ClosesAtExit):
         start = self._start([job.seed for job in padded], jobs[0].latent_CHW, sources)
 
         # text_encoder: tokens_BL                -> context_BLD (of SDXL also conditioning_BSK)
+        #   (of SDXL in the generic layout two encoders, and context_BLD with pooled_BP)
         # vae_encoder:  image_BHWC               -> source_BCHW
         # unet:         noise_BCHW, context_BLD  -> latents_BCHW, which are x0: the one step
         # vae_decoder:  latents_BCHW             -> images_BHWC
@@ -651,10 +656,12 @@ class OneStepPipeline(ClosesAtExit):
 
     def _text_outputs(self) -> list[str]:
         """What the path calls the outputs of the text stage; nothing without one."""
-        if TEXT_STAGE not in self.bundle.stages:
+        stages = self.bundle.stages
+        if TEXT_STAGE_2 in stages:
+            return ["context", "pooled"]
+        if TEXT_STAGE not in stages:
             return []
-        spec = self.bundle.stages[TEXT_STAGE].spec
-        return list(output_names(spec, self.bundle.manifest.layout))
+        return list(output_names(stages[TEXT_STAGE].spec, self.bundle.manifest.layout))
 
     def _padded(self, jobs: Sequence[ImageJob]) -> list[ImageJob]:
         """As many jobs as the bundle's smallest batch: what is missing repeats the last one."""
@@ -879,8 +886,10 @@ class OneStepPipeline(ClosesAtExit):
         enlargement = upscaling(self.bundle, image, overlap=overlap)
         self._marker.check_size(enlargement.height, enlargement.width)
         weights = self._prompts.reads_weights(prompt_weights)
-        (prepared,) = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
         latent_CHW = latent_shape(self.bundle, None, None)
+        (prepared,) = self._prompts.prepare(
+            [prompt], truncate=truncate, weights=weights, size=self._pixels(latent_CHW)
+        )
         facts = {"truncate": truncate, "prompt_weights": weights}
         jobs = []
         for tile in enlargement.tiles:
@@ -921,7 +930,8 @@ class OneStepPipeline(ClosesAtExit):
         latent_CHW = self._latent_shape(source, height, width)
         sources = [source] * count if source else []
         weights = self._prompts.reads_weights(prompt_weights)
-        prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
+        size = self._pixels(latent_CHW)
+        prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights, size=size)
         start = self._start(range(seed, seed + count), latent_CHW, sources)
         with self._use.shared():
             text = self._text_feed(prepared * count, self.stages, nullcontext)
@@ -951,7 +961,8 @@ class OneStepPipeline(ClosesAtExit):
         fresh = OneStepPipeline(self.bundle, self.backend, self.stages)
         latent_CHW = self._latent_shape(source, None, None)
         weights = fresh._prompts.reads_weights(prompt_weights)
-        prepared = fresh._prompts.prepare([prompt], truncate=False, weights=weights)
+        size = self._pixels(latent_CHW)
+        prepared = fresh._prompts.prepare([prompt], truncate=False, weights=weights, size=size)
         with self._use.shared():
             feed = fresh._text_feed(prepared * count, self.stages, nullcontext)
         sources = [source] * count if source else []
@@ -965,14 +976,18 @@ class OneStepPipeline(ClosesAtExit):
             names += output_names(stage.spec, layout)
         computed = []
         for name in dict.fromkeys([*names, "images"]):
-            if name not in feed and name not in ("tokens", "tokens_2"):
+            if name not in feed and name not in ("tokens", "tokens_2", "sizes"):
                 computed.append(name)
+        parts: Tensors = {}
+        if TEXT_STAGE_2 in self.bundle.stages and "context" in feed:
+            parts = split_context(feed["context"], self.bundle.manifest.text_widths)
+            computed = [name for name in computed if name not in parts]
         with self._use.shared():
-            found = feed | self.stages.run(feed, computed)
+            found = feed | parts | self.stages.run(feed, computed)
         # Of several images the text encoder was run by itself, so the tokens are not in the feed.
         if TEXT_STAGE in self.bundle.stages:
-            for name, tokens_1L in prepared[0].tensors().items():
-                found.setdefault(name, np.repeat(tokens_1L, count, axis=0))
+            for name, value in prepared[0].tensors().items():
+                found.setdefault(name, np.repeat(value, count, axis=0))
         return found
 
     @property
@@ -1025,17 +1040,18 @@ class OneStepPipeline(ClosesAtExit):
         stage = adapted_stage(self.bundle)
         if isinstance(self.stages, StagesInTurn):
             with self._one_swap, self._use.alone():
-                texts_differ = _changes_text(swap) or _changes_text(self.swapped)
+                texts = _changed_texts(swap, self.swapped)
                 self.stages.swap(swap)
                 self._loaded = _Loaded(self.stages, swap)
-                if texts_differ:
+                if texts:
                     self._prompts.forget()
             return
         with self._one_swap:
             runner = self.runners[stage]
             changed: dict[str, Runner] = {}
-            if _changes_text(swap) or _changes_text(self.swapped):
-                changed[TEXT_STAGE] = swap_text_encoder(self.bundle, self.backend, swap)
+            texts = _changed_texts(swap, self.swapped)
+            for name in texts:
+                changed[name] = swap_text_encoder(self.bundle, self.backend, swap, name)
             if self.backend in ENGINE_BACKENDS:
                 # An engine changes in place, so no call may be under way meanwhile.
                 with self._use.alone():
@@ -1049,7 +1065,7 @@ class OneStepPipeline(ClosesAtExit):
             runners = {**self.runners, **changed}
             with self._use.alone():
                 self._loaded = _Loaded(host_stages(self.bundle, self.backend, runners), swap)
-                if TEXT_STAGE in changed:
+                if texts:
                     self._prompts.forget()
                 for old in before:
                     old.close()
@@ -1065,6 +1081,12 @@ class OneStepPipeline(ClosesAtExit):
         step = self.bundle.manifest.one_step
         self._marker.check_size(height or step.height, width or step.width)
         return shape
+
+    def _pixels(self, latent_CHW: tuple[int, int, int]) -> tuple[int, int]:
+        """Height and width in pixels of the images of such latents."""
+        step = self.bundle.manifest.one_step
+        factor = step.height // step.latent_shape[1]
+        return latent_CHW[1] * factor, latent_CHW[2] * factor
 
     def _parameters(
         self, swap: AdaptorSwap | None, prompt: str, seed: int, facts: Mapping[str, Any]
@@ -1146,20 +1168,32 @@ def _report(progress: Progress, batch: int, batches: int, done: int, steps: int)
     progress(batch * steps + done, batches * steps)
 
 
-def _changes_text(swap: AdaptorSwap | None) -> bool:
-    return swap is not None and swap.manifest.text is not None
+def _changed_texts(*swaps: AdaptorSwap | None) -> list[str]:
+    """The text encoders that one of these swaps changes, a stage each."""
+    stages: dict[str, None] = {}
+    for swap in swaps:
+        if swap is not None:
+            stages |= dict.fromkeys(swap.manifest.texts)
+    return list(stages)
 
 
 def _encode(
     bundle: Bundle, stages: Stages, timer: Timer, smallest: int, tokens: Tensors
 ) -> Tensors:
     """What the text stage alone gives for one prompt: the context [1, L, D] of tokens [1, L]."""
-    encoder = stages.runners["text_encoder"]
     layout = bundle.manifest.layout
     padded = {name: np.repeat(value, smallest, axis=0) for name, value in tokens.items()}
-    with timer("text_encoder"):
-        made = encoder(**stage_feed(encoder.spec, padded, layout))
-    return {name_along_path(encoder.spec, name, layout): value[:1] for name, value in made.items()}
+    made: Tensors = {}
+    for name in (TEXT_STAGE, TEXT_STAGE_2):
+        if name not in bundle.stages:
+            continue
+        encoder = stages.runners[name]
+        with timer(name):
+            outputs = encoder(**stage_feed(encoder.spec, padded, layout))
+        made |= along_path(encoder.spec, outputs, layout)
+    if TEXT_STAGE_2 in bundle.stages:
+        made = {"context": join_context(made), "pooled": made["pooled"]}
+    return {name: value[:1] for name, value in made.items()}
 
 
 def merge_tiles(enlargement: Upscaling, made: Sequence[MadeImage]) -> GenerateResult:

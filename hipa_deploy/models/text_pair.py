@@ -6,7 +6,7 @@ its last hidden state at the end token, normed and projected. The UNet takes tha
 with six numbers: the original size of a training image, the crop's corner, and the target size
 (Podell et al. 2023, https://arxiv.org/abs/2307.01952, section 2.2).
 
-The source is ``encode_prompt`` and ``_get_add_time_ids`` of diffusers'
+The numbers are ``hipa_deploy.tasks.size_numbers``. The source is ``encode_prompt`` of diffusers'
 pipeline_stable_diffusion_xl.py. The functions call the models that they are given, so nothing of
 torch is imported here.
 

@@ -21,8 +21,8 @@ from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_request import check_request, resolve_request
 from hipa_deploy.export.graph.axes import parse_axes
+from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.style import EmbeddingChoice, Style
 from tests.tiny_model import PROMPTS, make_model
 from tests.tiny_sdxl import FIRST_WIDTH, SECOND_WIDTH, make_sdxl
 
@@ -134,9 +134,10 @@ def test_a_closed_set_to_edit_in_fp16(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layout": "generic"}, "exported in the layout onestep alone"),
-        ({"dynamic": parse_axes("height=64:64:128")}, "Export a bundle for each size"),
-        ({"style": Style(embeddings=(EmbeddingChoice(Path(__file__)),))}, "two text encoders"),
+        (
+            {"dynamic": parse_axes("height=64:64:128"), "prompts": Path(__file__)},
+            "--prompts would bake one size. Leave out --prompts, or export a bundle for each size",
+        ),
         ({"height": 72}, "height 72 does not fit this model. Expected a multiple of 16"),
     ],
 )
@@ -231,3 +232,39 @@ def test_adaptors_of_another_family(
     options = ExportOptions(model=str(base), out=tmp_path / "bundle", adaptor=lora)
     with pytest.raises(HipaError, match=message):
         check_request(options)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_images_of_several_sizes(model: Path, reference: Any, tmp_path: Path) -> None:
+    """The text stage is told each size, and a prompt is remembered at each."""
+    options = ExportOptions(
+        model=str(model),
+        out=tmp_path / "bundle",
+        dtype="fp32",
+        dynamic=parse_axes("height=48:64:96,width=48:64:96,batch=1:1:2"),
+    )
+    bundle = export_bundle(options)
+    names = [tensor.name for tensor in bundle.stages["text_encoder"].spec.inputs]
+    assert names == ["tokens", "tokens_2", "sizes"]
+    assert check_bundle(bundle).problems == ()
+    wrong_size = {"original_size": (64, 64), "target_size": (64, 64)}
+    with OneStepPipeline.load(bundle.root) as pipe:
+        for height, width in ((96, 64), (48, 80), (64, 64), (96, 64)):
+            noise = initial_noise([3], (4, height // 4, width // 4))
+            request = {
+                "prompt": MARKED,
+                "num_inference_steps": 1,
+                "guidance_scale": 1.0,
+                "latents": torch.from_numpy(noise),
+                "height": height,
+                "width": width,
+                "output_type": "np",
+            }
+            expected = (reference(**request).images * 255).round()
+            got = pipe(MARKED, seed=3, height=height, width=width).images_BHWC
+            assert np.abs(expected - got).max() <= 1
+        other = (reference(**request, **wrong_size).images * 255).round()
+        several = pipe([MARKED, "a boat"], seed=3, height=96, width=64).images_BHWC
+    assert np.abs(other - got).max() > 3
+    np.testing.assert_array_equal(several[:1], got)

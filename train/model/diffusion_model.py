@@ -116,6 +116,8 @@ class DiffusionModel:
         pipe = pipeline(config, parts, tokenizers)
         added.merge({part: parts[part] for part in ("unet", *config.text_parts)})
         added.add_words(pipe.tokenizer, pipe.text_encoder)
+        if config.has_text_pair:
+            added.add_words(pipe.tokenizer_2, pipe.text_encoder_2, SECOND)
         for module in parts.values():
             module.eval().requires_grad_(False)
 

@@ -27,6 +27,7 @@ from hipa_deploy.export.graph.axes import parse_axes
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.teacher import teacher_stage
 from hipa_deploy.generate.noise import initial_noise
+from hipa_deploy.generate.pipeline import GenerateResult
 from hipa_deploy.generate.prompts import TOKENIZER, TOKENIZER_2
 from hipa_deploy.generate.tokenizer import PromptTokenizer
 from hipa_deploy.train.data.teacher_pairs import teacher_scheduler
@@ -57,7 +58,7 @@ def bundle(model: Path, taught: Path, tmp_path_factory: pytest.TempPathFactory) 
         out=tmp_path_factory.mktemp("refine") / "bundle",
         adaptor=taught,
         dtype="fp32",
-        dynamic=parse_axes("batch=1:2:4"),
+        dynamic=parse_axes("batch=1:2:4,height=64:64:96"),
         with_teacher=True,
     )
     return export_bundle(options)
@@ -69,7 +70,9 @@ def pipe(bundle: Bundle) -> Iterator[OneStepPipeline]:
         yield loaded
 
 
-def diffusers_result(model: Path, seed: int, settings: RefineSettings) -> tuple[Any, Any]:
+def diffusers_result(
+    model: Path, seed: int, height: int, settings: RefineSettings
+) -> tuple[Any, Any]:
     """Latents, scaled, and the image in levels of 0 to 255, of diffusers' own pipeline."""
     pipe = StableDiffusionXLPipeline.from_pretrained(model, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
@@ -77,16 +80,20 @@ def diffusers_result(model: Path, seed: int, settings: RefineSettings) -> tuple[
     pipe.scheduler = teacher_scheduler(schedule, settings.sampler)
     request = {
         "prompt": PROMPT,
-        "latents": torch.from_numpy(initial_noise([seed], (4, 16, 16))),
+        "latents": torch.from_numpy(initial_noise([seed], (4, height // 4, 16))),
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance,
+        "height": height,
+        "width": 64,
     }
     latents_BCHW = pipe(**request, output_type="latent").images.numpy()
     image_HWC = pipe(**request, output_type="np").images[0]
     return latents_BCHW, np.round(image_HWC * 255).astype(int)
 
 
-def our_latents(pipe: OneStepPipeline, seed: int, settings: RefineSettings) -> np.ndarray:
+def refined_latents(
+    pipe: OneStepPipeline, draft: GenerateResult, settings: RefineSettings
+) -> np.ndarray:
     """What the decoder is given."""
     seen: dict[str, np.ndarray] = {}
     run = pipe.stages.run
@@ -97,19 +104,20 @@ def our_latents(pipe: OneStepPipeline, seed: int, settings: RefineSettings) -> n
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipe.stages, "run", record)
-        pipe.refine(pipe(PROMPT, seed=seed), **settings.model_dump())
+        pipe.refine(draft, **settings.model_dump())
     return seen["latents"]
 
 
-@pytest.mark.parametrize("wish", [OWN, DDIM, {**OWN, "guidance": 1}])
+@pytest.mark.parametrize(("height", "wish"), [(64, OWN), (96, DDIM), (64, {**OWN, "guidance": 1})])
 def test_final_images_are_those_of_diffusers(
-    pipe: OneStepPipeline, model: Path, wish: dict[str, Any]
+    pipe: OneStepPipeline, model: Path, height: int, wish: dict[str, Any]
 ) -> None:
+    """At another size the base UNet is told that size, as diffusers tells it."""
     settings = RefineSettings(**wish)
-    expected_BCHW, expected_HWC = diffusers_result(model, 11, settings)
-    latents_BCHW = our_latents(pipe, 11, settings)
+    expected_BCHW, expected_HWC = diffusers_result(model, 11, height, settings)
+    draft = pipe(PROMPT, seed=11, height=height)
+    latents_BCHW = refined_latents(pipe, draft, settings)
     assert np.abs(latents_BCHW - expected_BCHW).max() < 1e-4 * np.abs(expected_BCHW).max()
-    draft = pipe(PROMPT, seed=11)
     final = pipe.refine(draft, **wish)
     assert np.abs(final.images_BHWC[0] - expected_HWC).max() <= 1
     assert np.abs(draft.images_BHWC[0] - expected_HWC).mean() > 1
