@@ -165,7 +165,7 @@ def text_pair_module(
     *,
     sized: bool,
     gives_pooled: bool = False,
-) -> TextPairStage:
+) -> TextPairStage | SizedTextPairStage:
     """Both text encoders and the conditioning, whose outputs have ``dtype``."""
     # The UNet first: all of it but the conditioning is freed before the encoders are loaded.
     sizes = None if sized else size_numbers(step.height, step.width)

@@ -468,7 +468,7 @@ def _check_same_base(options: SwapOptions, bundle: Bundle, model: ModelParts) ->
 def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
     """The options that ``bundle`` was exported with, but for the adaptor."""
     manifest = bundle.manifest
-    dynamic = {name: bundle.axes[name] for name in ("height", "width") if name in bundle.axes}
+    dynamic = {name: axis for name, axis in bundle.axes.items() if name in ("height", "width")}
     return ExportOptions(
         model=options.model,
         out=options.out,

@@ -85,17 +85,16 @@ class TextEncoderStage(torch.nn.Module):
         return context_NCD.reshape(-1, length, width).to(self.dtype)
 
 
-class TextPairStage(torch.nn.Module):
-    """tokens, tokens_2 int64 [B, L] -> context [B, L, D], conditioning [B, S, K] in ``dtype``.
+class _TextPair(torch.nn.Module):
+    """Two text encoders, and all of the UNet that depends on the prompt and the size alone.
 
-    Two text encoders, and all of the UNet that depends on the prompt alone. For a base UNet that
-    refines, the pooled vector [B, P] is a third output.
+    For a base UNet that refines, the pooled vector [B, P] is a third output.
 
     Args:
         encoder: the first text encoder.
         encoder_2: the second one, with the pooled vector's projection.
         conditioning: what the UNet makes of the pooled vector.
-        dtype: of both outputs, as the UNet takes them.
+        dtype: of all outputs, as the UNet takes them.
         chunk_tokens: tokens that an encoder reads at once; L is a multiple of it.
         clip_skip: layers of both that are left out besides the last one.
         gives_pooled: whether the pooled vector is an output.
@@ -128,18 +127,13 @@ class TextPairStage(torch.nn.Module):
         self.clip_skip = clip_skip
         self.gives_pooled = gives_pooled
 
-    def forward(
-        self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """The formula of ``pair_context``, then the conditioning of the pooled vector."""
-        return self._outputs(tokens_BL, tokens_2_BL, None)
-
-    def _outputs(
+    def outputs(
         self,
         tokens_BL: torch.Tensor,
         tokens_2_BL: torch.Tensor,
-        sizes_B6: torch.Tensor | None,
+        sizes_B6: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
+        """The formula of ``pair_context``, then the conditioning of the pooled vector."""
         context_BLD, pooled_BP = pair_context(
             self.encoder,
             self.encoder_2,
@@ -155,14 +149,24 @@ class TextPairStage(torch.nn.Module):
         return tuple(output.to(self.dtype) for output in outputs)
 
 
-class SizedTextPairStage(TextPairStage):
+class TextPairStage(_TextPair):
+    """tokens, tokens_2 int64 [B, L] -> context [B, L, D], conditioning [B, S, K] in ``dtype``."""
+
+    def forward(
+        self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """For images of the size that the conditioning holds."""
+        return self.outputs(tokens_BL, tokens_2_BL)
+
+
+class SizedTextPairStage(_TextPair):
     """``TextPairStage`` for images of several sizes: it is told the size, sizes int64 [B, 6]."""
 
     def forward(
         self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor, sizes_B6: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """As ``TextPairStage``, with the numbers of ``hipa_deploy.tasks.size_numbers``."""
-        return self._outputs(tokens_BL, tokens_2_BL, sizes_B6)
+        """With the numbers of ``hipa_deploy.tasks.size_numbers`` for each image."""
+        return self.outputs(tokens_BL, tokens_2_BL, sizes_B6)
 
 
 class OneStepUNet(torch.nn.Module):

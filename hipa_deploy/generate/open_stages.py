@@ -20,6 +20,7 @@ from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.runner import CPU_BACKENDS, ENGINE_BACKENDS, ClosesAtExit, Runner
 from hipa_deploy.generate.stages import (
+    CONTEXT_PARTS,
     Stages,
     Tensors,
     Timer,
@@ -34,6 +35,7 @@ from hipa_deploy.tasks import unet_inputs
 if TYPE_CHECKING:
     from hipa_deploy.engines.backends.compiled_cache import CompiledStage
 
+TEXT_INPUTS = ("tokens", "tokens_2", "sizes")  # of the text stages, not all of them in every bundle
 Kept = Literal["none", "use", "renew"]
 Groups = tuple[tuple[str, ...], ...]
 """Names of stages; those of one group are loaded together, and one group at a time."""
@@ -151,8 +153,14 @@ def check_stages(bundle: Bundle) -> None:
     if generic:
         known |= {"timestep", "time_ids"} if pair else {"timestep"}
 
+    if TEXT_STAGE_2 in bundle.stages and not (generic and pair):
+        raise _unfit(bundle, f"it has the stage {TEXT_STAGE_2}")
+
     images = None
     for stage in manifest.stages:
+        # A prompt that is remembered has no tokens any more, so no later stage may take them.
+        if stage.spec.name not in CONTEXT_PARTS:
+            known -= set(TEXT_INPUTS)
         for name in taken_names(stage.spec, manifest.layout):
             if name not in known:
                 raise _unfit(bundle, f"stage {stage.spec.name} takes {shown(name)}")
@@ -192,7 +200,7 @@ def _text_inputs(bundle: Bundle) -> tuple[str, ...]:
     has_encoder = "text_encoder" in bundle.stages
     if not bundle.manifest.text_widths:
         return ("tokens",) if has_encoder else ("context",)
-    return ("tokens", "tokens_2", "sizes") if has_encoder else ("context", "conditioning")
+    return TEXT_INPUTS if has_encoder else ("context", "conditioning")
 
 
 def _unfit(bundle: Bundle, problem: str) -> HipaError:

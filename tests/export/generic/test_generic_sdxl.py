@@ -137,11 +137,13 @@ def test_the_stages_are_as_optimum_exports_them(bundle: Bundle, model: Path) -> 
 
 def test_stages_that_do_not_fit(bundle: Bundle) -> None:
     first, second, *others = bundle.manifest.stages
-    for stages, message in (
-        ((first, *others), "stage unet takes encoder_hidden_states|takes context"),
-        ((second, first, *others), "stage text_encoder_2 takes context_1"),
+    for changes, message in (
+        ({"stages": (first, *others)}, "stage unet takes context"),
+        ({"stages": (second, first, *others)}, "stage text_encoder_2 takes context_1"),
+        ({"text_widths": ()}, "it has the stage text_encoder_2"),
+        ({"layout": "onestep"}, "it has the stage text_encoder_2"),
     ):
-        manifest = bundle.manifest.model_copy(update={"stages": tuple(stages)})
+        manifest = bundle.manifest.model_copy(update=changes)
         with pytest.raises(HipaError, match=message):
             check_stages(Bundle(bundle.root, manifest))
 
