@@ -32,7 +32,6 @@ from hipa_deploy.generate.noise import bundle_noise, check_seeds, initial_noise
 from hipa_deploy.generate.open_stages import (
     Kept,
     StagesInTurn,
-    has_engine,
     open_runner,
     open_stages,
     resolve_backend,
@@ -712,27 +711,6 @@ class OneStepPipeline(ClosesAtExit):
             jobs += self.jobs([(prompt, seed)], refine=settings, **choices)
         check_count(len(jobs), 1)
         return _joined(list(self._stream(jobs, timer, progress)))
-
-    @property
-    def refines(self) -> bool:
-        """Whether ``refine`` has what it needs here: the base model, and an engine where one runs.
-
-        With ``low_memory`` it has not.
-        """
-        refinement = self.bundle.manifest.refine
-        if refinement is None or self.low_memory:
-            return False
-        return has_engine(self.bundle, refinement.stage.spec.name, self.backend)
-
-    def base_unet(self) -> Runner:
-        """The base UNet that refines, loaded now if it was not before: to check or time it alone.
-
-        Raises:
-            HipaError: as ``refine``; or the pipeline is closed.
-
-        """
-        refinement_of(self.bundle, self.backend, low_memory=self.low_memory)
-        return self._refiner.unet()
 
     def _encode(self, stages: Stages, timer: Timer) -> Encode:
         """The text encoder, for one prompt."""

@@ -164,7 +164,7 @@ class Refiner:
             HipaError: more steps than the schedule has, a backend that fails, or a damaged file.
 
         """
-        unet = self.unet()
+        unet = self._load()
         alpha_bars_T = self._tables["alpha_bars"]
         if settings.steps > len(alpha_bars_T):
             raise HipaError(
@@ -219,13 +219,7 @@ class Refiner:
         sizes = size_numbers(height * pixels, width * pixels)
         return [text["context"], text["pooled"], np.repeat([sizes], batch, axis=0)]
 
-    def unet(self) -> Runner:
-        """The base UNet, which the first call loads. It belongs to this object.
-
-        Raises:
-            HipaError: it cannot be loaded, its tables are damaged, or this object is closed.
-
-        """
+    def _load(self) -> Runner:
         with self._loading:
             if self._closed:
                 raise HipaError("the pipeline is closed. Load the bundle again.")

@@ -10,7 +10,8 @@ import pytest
 
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.doctor.self_check import check_pipeline
+from hipa_deploy.doctor import self_check
+from hipa_deploy.doctor.self_check import check_bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.refine.refiner import refine_settings
 from tests.engines.bundle_gpu import BundleGpu
@@ -51,11 +52,23 @@ def test_the_same_final_image_as_on_the_cpu(bundle: Bundle, gpu: BundleGpu) -> N
 
 def test_the_doctor_runs_it_too(bundle: Bundle, gpu: BundleGpu) -> None:
     has_reference = "reference/teacher.npz" in bundle.manifest.files
-    with OneStepPipeline.load(bundle.root, "tensorrt") as pipe:
-        checked = check_pipeline(pipe)
+    checked = check_bundle(bundle, "tensorrt")
     assert checked.problems == ()
     # The bundle of tiny_refine.zip is from before there was such a file.
     assert ("teacher" in checked.stages) is has_reference
+    assert gpu.loads[-1] == "teacher" or not has_reference
+
+
+def test_a_wrong_engine_is_told(
+    bundle: Bundle, gpu: BundleGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "reference/teacher.npz" not in bundle.manifest.files:
+        pytest.skip("the bundle has nothing to compare with")
+    right = self_check.teacher_tensors(bundle)
+    wrong = {**right, "out_sample": right["out_sample"][..., ::-1]}
+    monkeypatch.setattr(self_check, "teacher_tensors", lambda _: wrong)
+    (problem,) = check_bundle(bundle, "tensorrt").problems
+    assert problem.startswith("teacher on tensorrt is ")
 
 
 def test_engines_that_were_built_without_it(bundle: Bundle, gpu: BundleGpu) -> None:
@@ -63,7 +76,6 @@ def test_engines_that_were_built_without_it(bundle: Bundle, gpu: BundleGpu) -> N
         path.unlink()
     with OneStepPipeline.load(bundle.root, "tensorrt") as pipe:
         draft = pipe(PROMPT, seed=3)
-        assert not pipe.refines
         words = r"no tensorrt engine of the base model, which refines. Run: hipa-build .*tensorrt"
         with pytest.raises(HipaError, match=words):
             pipe.refine(draft, 3)
