@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.reference import REFERENCE_TENSORS
+from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.doctor.self_check import check_bundle
 from hipa_deploy.engines.build.engine_check import stage_reference
 from hipa_deploy.errors import HipaError
@@ -25,6 +26,7 @@ from hipa_deploy.export.export_swap import export_swap
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.open_stages import check_stages
 from hipa_deploy.models.style import LoraChoice, Style
+from tests.export.conftest import make_adaptor
 from tests.tiny_sdxl import FIRST_WIDTH, POOLED, SECOND_WIDTH, make_sdxl
 
 MARKED = "a red apple!!"  # SDXL's two tokenizers read exclamation marks differently
@@ -195,4 +197,13 @@ def test_a_lora_of_both_encoders_is_swapped(
 def test_what_the_layout_does_not_have(model: Path, tmp_path: Path, changes: dict) -> None:
     options = ExportOptions(model=str(model), out=tmp_path / "b", layout="generic", **changes)
     with pytest.raises(HipaError, match="needs --layout onestep"):
+        check_request(options)
+
+
+def test_contexts_that_optimum_does_not_make(model: Path, tmp_path: Path) -> None:
+    adaptor = make_adaptor(
+        model, tmp_path / "adaptor", preset="paper", text=TextSettings(context_tokens=154)
+    )
+    options = ExportOptions(model=str(model), out=tmp_path / "b", adaptor=adaptor, layout="generic")
+    with pytest.raises(HipaError, match=r"contexts of 154 tokens, .* Use --layout onestep"):
         check_request(options)
