@@ -88,9 +88,18 @@ def text_encoder_source(
     dtype = torch.float16 if options.dtype == "fp16" else torch.float32
     if parts.has_text_pair:
         sized = is_sized(options)
-        build_pair = partial(text_pair_module, parts, settings, step, dtype, sized=sized)
+        build_pair = partial(
+            text_pair_module,
+            parts,
+            settings,
+            step,
+            dtype,
+            sized=sized,
+            gives_pooled=options.with_teacher,
+        )
         inputs = ("tokens", "tokens_2", "sizes") if sized else ("tokens", "tokens_2")
-        return StageSource("text_encoder", build_pair, inputs, "context", ("conditioning",))
+        also = ("conditioning", "pooled") if options.with_teacher else ("conditioning",)
+        return StageSource("text_encoder", build_pair, inputs, "context", also)
     build = partial(text_encoder_module, parts, dtype)
     return StageSource("text_encoder", build, ("tokens",), "context")
 
@@ -155,6 +164,7 @@ def text_pair_module(
     dtype: torch.dtype,
     *,
     sized: bool,
+    gives_pooled: bool = False,
 ) -> TextPairStage | SizedTextPairStage:
     """Both text encoders and the conditioning, whose outputs have ``dtype``."""
     # The UNet first: all of it but the conditioning is freed before the encoders are loaded.
@@ -163,7 +173,15 @@ def text_pair_module(
     gc.collect()
     encoder, encoder_2 = parts.text_pair()
     kind = SizedTextPairStage if sized else TextPairStage
-    return kind(encoder, encoder_2, conditioning, dtype, parts.chunk_tokens, parts.clip_skip)
+    return kind(
+        encoder,
+        encoder_2,
+        conditioning,
+        dtype,
+        parts.chunk_tokens,
+        parts.clip_skip,
+        gives_pooled=gives_pooled,
+    )
 
 
 def encoder_module(parts: ChosenParts) -> OneStepEncoder | TinyEncoder:

@@ -20,7 +20,6 @@ from hipa_deploy.export.generic.generic_pair import TEXT_PARTS, hidden_states, i
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import References
 from hipa_deploy.generate.prompts import (
-    BAKED_CONDITIONING,
     BAKED_CONTEXTS,
     BAKED_PROMPTS,
     TOKENIZER,
@@ -119,20 +118,19 @@ def tokenize(
     return np.concatenate(tokens), np.concatenate(weights_of)
 
 
-def write_conditioning(
-    root: Path, conditioning_NSK: np.ndarray, precision: Precision
-) -> np.ndarray:
-    """Write the conditioning of a closed set beside its contexts; returns it as stored.
+def write_baked(root: Path, name: str, rows: np.ndarray, precision: Precision) -> np.ndarray:
+    """Write what belongs to a closed set beside its contexts; returns it as stored.
 
     Args:
         root: the bundle's folder, where ``write_closed_set`` has written.
-        conditioning_NSK: float32, of the N prompts.
+        name: of the file in the bundle.
+        rows: float32 [N, …], the conditioning or the pooled vectors of the N prompts.
         precision: fp16 stores it as float16.
 
     """
-    stored_NSK = conditioning_NSK.astype(np.float16 if precision == "fp16" else np.float32)
-    np.save(root / BAKED_CONDITIONING, stored_NSK)
-    return stored_NSK
+    stored = rows.astype(np.float16 if precision == "fp16" else np.float32)
+    np.save(root / name, stored)
+    return stored
 
 
 def write_closed_set(
@@ -170,7 +168,7 @@ def write_references(root: Path, references: References, others: Sequence[Refere
 
     """
     tensors = root / REFERENCE_TENSORS
-    tensors.parent.mkdir()
+    tensors.parent.mkdir(exist_ok=True)
     # Any: numpy's stub takes no mapping of arrays here.
     arrays: Any = {name: value for name, value in references.tensors.items() if is_taken(name)}
     np.savez_compressed(tensors, **arrays)

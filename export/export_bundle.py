@@ -22,8 +22,8 @@ from hipa_deploy.export.builders import bundle_sources, is_sized, safety_source
 from hipa_deploy.export.bundle_files import (
     file_hashes,
     tokenize,
+    write_baked,
     write_closed_set,
-    write_conditioning,
     write_diffusers_files,
     write_references,
     write_tokenizer,
@@ -54,7 +54,7 @@ from hipa_deploy.export.references import (
 from hipa_deploy.export.task import TaskSettings, print_warning
 from hipa_deploy.export.teacher.teacher_stage import write_teacher
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.generate.prompts import TOKENIZER_2
+from hipa_deploy.generate.prompts import BAKED_CONDITIONING, BAKED_POOLED, TOKENIZER_2
 from hipa_deploy.generate.stages import join_context
 from hipa_deploy.marks.safety import SAFETY_STAGE
 from hipa_deploy.models.weights.part_config import build
@@ -126,12 +126,14 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             weights=text.prompt_weights,
         )
         tokens_NL, weights_NL = read(tokenizer)
+        tokenizers = [tokenizer]
         tokens_2_NL = None
         weights_2_NL = None
         if parts.has_text_pair:
             second = write_tokenizer(
                 root, parts.tokenizer_2(), prompts[0], text.context_tokens, TOKENIZER_2
             )
+            tokenizers.append(second)
             tokens_2_NL, weights_2_NL = read(second)
         specs = stage_specs(
             layout=options.layout,
@@ -143,6 +145,7 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             axes=axes,
             names=settings.inputs_with(conditioning=parts.has_text_pair),
             conditioning=conditioning_shape(parts, options, settings, step),
+            pooled=model.config.pooled_width if options.with_teacher else None,
             pair=pair_sizes(model.config, text.clip_skip),
             sized=is_sized(options),
         )
@@ -161,7 +164,11 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             if pooled_NP is not None:
                 conditioning_NSK = condition_closed_set(parts, pooled_NP, settings, step)
                 known["pooled"] = pooled_NP
-                stored["conditioning"] = write_conditioning(root, conditioning_NSK, options.dtype)
+                stored["conditioning"] = write_baked(
+                    root, BAKED_CONDITIONING, conditioning_NSK, options.dtype
+                )
+                if options.with_teacher:
+                    stored["pooled"] = write_baked(root, BAKED_POOLED, pooled_NP, options.dtype)
         judges: list[References] = []
         chains: list[dict[str, np.ndarray]] = []
         for number, prompt in enumerate(judging):
@@ -246,7 +253,7 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
                 axes=axes,
             )
             refinement = write_teacher(
-                writer, parts, base_specs["unet"], step, tokenizer, chains[0]["context"]
+                writer, parts, base_specs["unet"], step, tokenizers, chains[0]
             )
         if options.layout == "generic":
             write_diffusers_files(root, model, settings.method, text.clip_skip)

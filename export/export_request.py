@@ -37,6 +37,7 @@ from hipa_deploy.models.locate import TINY, model_folder, model_name
 from hipa_deploy.models.lora.early_lora import check_adaptor, check_adaptor_path, check_style
 from hipa_deploy.models.one_step.one_step_method import OWN, load_method
 from hipa_deploy.models.style import Style
+from hipa_deploy.models.text_pair import forces_zeros
 from hipa_deploy.models.weights.early_check import known_shapes
 from hipa_deploy.models.weights.load_part import check_weights
 from hipa_deploy.models.weights.part_config import read_config
@@ -97,7 +98,7 @@ def check_request(options: ExportOptions) -> None:
     settings = choose_task(options, model)
     model.check_unet(settings.task)
     if options.with_teacher:
-        _check_teacher(options, settings)
+        _check_teacher(options, settings, model)
     if model.config.has_text_pair:
         _check_text_pair(options)
     if options.decoder is not None:
@@ -298,7 +299,7 @@ def _check_teacher_options(options: ExportOptions) -> None:
         )
 
 
-def _check_teacher(options: ExportOptions, settings: TaskSettings) -> None:
+def _check_teacher(options: ExportOptions, settings: TaskSettings, model: ModelParts) -> None:
     """Raise HipaError unless the adaptor's drafts can be refined."""
     if settings.task != "generate":
         raise HipaError(
@@ -306,15 +307,12 @@ def _check_teacher(options: ExportOptions, settings: TaskSettings) -> None:
             "Leave out --with-teacher."
         )
     teacher_settings(options.adaptor)
+    if model.config.has_text_pair:
+        forces_zeros(model.folder)
 
 
 def _check_text_pair(options: ExportOptions) -> None:
     """Raise HipaError for what a model with two text encoders, as SDXL, is not exported for."""
-    if options.with_teacher:
-        raise HipaError(
-            f"--with-teacher: {options.model} has two text encoders, as SDXL has, and drafts of "
-            "such a model are not refined. Leave out --with-teacher."
-        )
     for name in ("height", "width"):
         if name in options.dynamic and options.prompts is not None:
             raise HipaError(
@@ -488,6 +486,7 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
         context_tokens=manifest.text.context_tokens,
         clip_skip=manifest.text.clip_skip,
         one_step=options.one_step,
+        with_teacher=manifest.refine is not None,
     )
 
 

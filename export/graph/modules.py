@@ -88,13 +88,16 @@ class TextEncoderStage(torch.nn.Module):
 class _TextPair(torch.nn.Module):
     """Two text encoders, and all of the UNet that depends on the prompt and the size alone.
 
+    For a base UNet that refines, the pooled vector [B, P] is a third output.
+
     Args:
         encoder: the first text encoder.
         encoder_2: the second one, with the pooled vector's projection.
         conditioning: what the UNet makes of the pooled vector.
-        dtype: of both outputs, as the UNet takes them.
+        dtype: of all outputs, as the UNet takes them.
         chunk_tokens: tokens that an encoder reads at once; L is a multiple of it.
         clip_skip: layers of both that are left out besides the last one.
+        gives_pooled: whether the pooled vector is an output.
 
     """
 
@@ -112,6 +115,8 @@ class _TextPair(torch.nn.Module):
         dtype: torch.dtype,
         chunk_tokens: int = 77,
         clip_skip: int = 0,
+        *,
+        gives_pooled: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -120,13 +125,14 @@ class _TextPair(torch.nn.Module):
         self.dtype = dtype
         self.chunk_tokens = chunk_tokens
         self.clip_skip = clip_skip
+        self.gives_pooled = gives_pooled
 
     def outputs(
         self,
         tokens_BL: torch.Tensor,
         tokens_2_BL: torch.Tensor,
         sizes_B6: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """The formula of ``pair_context``, then the conditioning of the pooled vector."""
         context_BLD, pooled_BP = pair_context(
             self.encoder,
@@ -137,7 +143,10 @@ class _TextPair(torch.nn.Module):
             self.clip_skip,
         )
         conditioning_BSK = self.conditioning(pooled_BP, sizes_B6)
-        return context_BLD.to(self.dtype), conditioning_BSK.to(self.dtype)
+        outputs = [context_BLD, conditioning_BSK]
+        if self.gives_pooled:
+            outputs.append(pooled_BP)
+        return tuple(output.to(self.dtype) for output in outputs)
 
 
 class TextPairStage(_TextPair):
@@ -145,7 +154,7 @@ class TextPairStage(_TextPair):
 
     def forward(
         self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """For images of the size that the conditioning holds."""
         return self.outputs(tokens_BL, tokens_2_BL)
 
@@ -155,7 +164,7 @@ class SizedTextPairStage(_TextPair):
 
     def forward(
         self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor, sizes_B6: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """With the numbers of ``hipa_deploy.tasks.size_numbers`` for each image."""
         return self.outputs(tokens_BL, tokens_2_BL, sizes_B6)
 
@@ -425,6 +434,7 @@ def stage_specs(
     axes: Mapping[str, Axis],
     names: Sequence[str] = ("noise", "context"),
     conditioning: tuple[int, int] | None = None,
+    pooled: int | None = None,
     pair: PairSizes | None = None,
     *,
     sized: bool = False,
@@ -443,6 +453,7 @@ def stage_specs(
         axes: dimensions that are dynamic, by name.
         names: the UNet's inputs.
         conditioning: S and K of SDXL's conditioning [B, S, K]; None without one.
+        pooled: P of the pooled vector [B, P], where the text stage gives it; else None.
         pair: of SDXL in layout generic, what its text encoders give.
         sized: whether SDXL's text stage is told the size of the images.
 
@@ -472,10 +483,14 @@ def stage_specs(
             every = (*generic.inputs, *generic.outputs)
             specs[name] = _spec(name, axes, every, len(generic.outputs))
         return specs
-    rows = _onestep_rows(shown, channels, length, width, real, names, conditioning, sized=sized)
+    rows = _onestep_rows(
+        shown, channels, length, width, real, names, conditioning, pooled=pooled, sized=sized
+    )
     for name, stage_rows in rows.items():
-        # The text stage gives its context, and the conditioning where there is one.
-        outputs = 2 if name == "text_encoder" and conditioning else 1
+        outputs = 1
+        if name == "text_encoder":
+            # Its context; the conditioning and the pooled vector where they are wanted.
+            outputs += (conditioning is not None) + (pooled is not None)
         specs[name] = _spec(name, axes, stage_rows, outputs)
     return specs
 
@@ -489,6 +504,7 @@ def _onestep_rows(
     names: Sequence[str],
     conditioning: tuple[int, int] | None,
     *,
+    pooled: int | None,
     sized: bool,
 ) -> dict[str, tuple[Row, ...]]:
     """The stages of layout onestep. Latents are float32 between stages, images uint8."""
@@ -518,6 +534,8 @@ def _onestep_rows(
         unet_inputs["conditioning"] = blocks
         told: list[Row] = [("sizes", "int64", (batch, SIZE_NUMBERS))] if sized else []
         text_rows = [tokens, ("tokens_2", "int64", (batch, length)), *told, context, blocks]
+    if pooled is not None:
+        text_rows.append(("pooled", real, (batch, pooled)))
     # Each task takes some of the UNet's inputs, in the order of its names.
     inputs = [unet_inputs[name] for name in names]
     return {

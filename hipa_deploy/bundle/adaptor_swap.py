@@ -112,7 +112,7 @@ def read_weight_map(bundle: Bundle, stage: str) -> WeightMap | None:
         HipaError: it is damaged.
 
     """
-    name = (PurePosixPath(bundle.stages[stage].path).parent / WEIGHT_MAP).as_posix()
+    name = (PurePosixPath(bundle.all_stages[stage].path).parent / WEIGHT_MAP).as_posix()
     if name not in bundle.manifest.files:
         return None
     try:
@@ -383,7 +383,7 @@ def export_command(bundle: Bundle) -> str:
 
 def stage_files(bundle: Bundle, stage: str) -> dict[str, str]:
     """SHA-256 of the files that hold the graph and weights of ``stage``, by name."""
-    own = (bundle.stages[stage].path, *bundle.weight_files(stage))
+    own = (bundle.all_stages[stage].path, *bundle.weight_files(stage))
     return {name: sha256 for name, sha256 in bundle.manifest.files.items() if name in own}
 
 

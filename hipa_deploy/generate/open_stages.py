@@ -87,6 +87,23 @@ def open_runner(bundle: Bundle, stage: str, backend: str, *, kept: Kept = "none"
     return open_engine(bundle, stage, backend)
 
 
+def has_engine(bundle: Bundle, stage: str, backend: str) -> bool:
+    """Whether a stage has an engine that ``backend`` needs; True for backends that need none.
+
+    The engine's files are looked for. Whether its key fits this device shows when it is loaded.
+
+    Raises:
+        HipaError: a sidecar of such an engine is damaged.
+
+    """
+    if backend not in ENGINE_BACKENDS:
+        return True
+    from hipa_deploy.engines.store.sidecar import find_sidecars
+    from hipa_deploy.engines.tensorrt.library import as_tensorrt_library
+
+    return bool(find_sidecars(bundle, stage, as_tensorrt_library(backend)))
+
+
 def _open_on_cpu(bundle: Bundle, stage: str, backend: str, kept: Kept) -> Runner:
     """Load one stage on ONNX Runtime or OpenVINO, compiled now or at an earlier start."""
     path = bundle.stage_path(stage)
@@ -154,6 +171,10 @@ def check_stages(bundle: Bundle) -> None:
         known |= set(computed_names(bundle, stage.spec.name))
         images = stage.spec.outputs[0]
 
+    wants_pooled = manifest.refine and manifest.refine.takes_pooled
+    if wants_pooled and TEXT_STAGE in bundle.stages and "pooled" not in known:
+        raise _unfit(bundle, "the text stage gives no pooled vector for the base UNet")
+
     expected = "sample" if generic else "images"
     if images is None or images.name != expected or len(images.shape) != 4:
         raise _unfit(bundle, f"the last stage does not give {expected}")
@@ -165,10 +186,13 @@ def _outputs(bundle: Bundle, stage: str) -> int:
     """How many tensors the path takes from a stage."""
     if not bundle.manifest.text_widths:
         return 1
-    # SDXL's text stage gives the conditioning beside the context; in the generic layout the second
-    # text encoder gives the pooled vector beside its part of the context.
+    # SDXL's text stage gives the conditioning beside the context, and the pooled vector for a base
+    # UNet; in the generic layout the second text encoder gives that vector beside its part of the
+    # context.
     several = TEXT_STAGE if bundle.manifest.layout == "onestep" else TEXT_STAGE_2
-    return 2 if stage == several else 1
+    if stage != several:
+        return 1
+    return 3 if bundle.manifest.refine else 2
 
 
 def _text_inputs(bundle: Bundle) -> tuple[str, ...]:

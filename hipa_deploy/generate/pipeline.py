@@ -594,7 +594,7 @@ class OneStepPipeline(ClosesAtExit):
         prompts = [job.prepared for job in padded]
 
         # context_BLD, or tokens_BL of one prompt that the text encoder has not seen lately.
-        text = self._prompts.feed(prompts, self._encode(stages, timer))
+        text = self._text_feed(prompts, stages, timer)
         # noise_BCHW; of a task with a source image also image_BHWC (or source_BCHW), mask and step.
         sources = [job.source for job in padded if job.source]
         start = self._start([job.seed for job in padded], jobs[0].latent_CHW, sources)
@@ -630,15 +630,23 @@ class OneStepPipeline(ClosesAtExit):
         encode = self._encode(loaded.stages, timer)
         text = self._prompts.feed(prompts, encode)
         if "context" not in text:
-            made = encode(text)
-            self._prompts.keep(prompts, made)
-            text |= made
+            text = encode(text)
+            self._prompts.keep(prompts, text)
         noise_BCHW = initial_noise([job.seed for job in padded], jobs[0].latent_CHW)
-        latents_BCHW = self._refiner.latents(noise_BCHW, text["context"], settings, timer, progress)
+        latents_BCHW = self._refiner.latents(noise_BCHW, text, settings, timer, progress)
         # The decoder alone runs: what the stages before it would give is there.
-        feed = {"context": text["context"], "latents": latents_BCHW}
+        feed = {name: text[name] for name in self._text_outputs()}
+        feed["latents"] = latents_BCHW
         images_BHWC = loaded.stages.run(feed, ["images"], timer)["images"]
         return images_BHWC[: len(jobs)]
+
+    def _text_feed(self, prompts: list[Any], stages: Stages, timer: Timer) -> Tensors:
+        """What the stages of the one step start from of the text."""
+        text = self._prompts.feed(prompts, self._encode(stages, timer))
+        # Where no text stage gives it, none takes it either: it is for the base UNet.
+        if TEXT_STAGE not in self.bundle.stages:
+            text.pop("pooled", None)
+        return text
 
     def _worth_keeping(self, feed: Mapping[str, np.ndarray]) -> list[str]:
         """Tensors to keep for the next batch: those that this batch must compute first."""
@@ -687,8 +695,8 @@ class OneStepPipeline(ClosesAtExit):
 
         Raises:
             HipaError: a bundle without the base model (``hipa-export --with-teacher``), or for
-                another task; a value out of range; drafts of another base model; or a backend that
-                fails or has no base model: tensorrt and rtx.
+                another task; a value out of range; drafts of another base model; a backend that
+                fails, or that has no engine of the base model (``hipa-build`` builds it).
 
         Example:
             >>> draft = pipe("3d emoji of a red apple", seed=3)
@@ -904,7 +912,7 @@ class OneStepPipeline(ClosesAtExit):
         prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights, size=size)
         start = self._start(range(seed, seed + count), latent_CHW, sources)
         with self._use.shared():
-            text = self._prompts.feed(prepared * count, self._encode(self.stages, nullcontext))
+            text = self._text_feed(prepared * count, self.stages, nullcontext)
             images: DeviceArray = self.stages.run_on_device(text | start)["images"]
         return images
 
@@ -920,7 +928,8 @@ class OneStepPipeline(ClosesAtExit):
         """Every tensor along the path of one batch, by name: for checks and profiles of a stage.
 
         The names and shapes are those of ``hipa_deploy.generate.stages``. Every stage runs: nothing
-        that is cached is taken. Of a prompt with weights the tokens are left out.
+        that is cached is taken. Of a prompt with weights the context has them, and is then not what
+        the text encoder gives for the tokens.
 
         Raises:
             HipaError: as a call does.
@@ -933,7 +942,7 @@ class OneStepPipeline(ClosesAtExit):
         size = self._pixels(latent_CHW)
         prepared = fresh._prompts.prepare([prompt], truncate=False, weights=weights, size=size)
         with self._use.shared():
-            feed = fresh._prompts.feed(prepared * count, self._encode(self.stages, nullcontext))
+            feed = fresh._text_feed(prepared * count, self.stages, nullcontext)
         sources = [source] * count if source else []
         feed |= fresh._start(range(seed, seed + count), latent_CHW, sources)
 
@@ -952,7 +961,12 @@ class OneStepPipeline(ClosesAtExit):
             parts = split_context(feed["context"], self.bundle.manifest.text_widths)
             computed = [name for name in computed if name not in parts]
         with self._use.shared():
-            return feed | parts | self.stages.run(feed, computed)
+            found = feed | parts | self.stages.run(feed, computed)
+        # Of several images the text encoder was run by itself, so the tokens are not in the feed.
+        if TEXT_STAGE in self.bundle.stages:
+            for name, value in prepared[0].tensors().items():
+                found.setdefault(name, np.repeat(value, count, axis=0))
+        return found
 
     @property
     def stages(self) -> Stages:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from hipa_deploy.tasks import size_numbers
 BAKED_PROMPTS = "prompts/prompts.txt"
 BAKED_CONTEXTS = "prompts/contexts.npy"
 BAKED_CONDITIONING = "prompts/conditioning.npy"  # of a bundle of SDXL
+BAKED_POOLED = "prompts/pooled.npy"  # of one that refines
 TOKENIZER = "tokenizer/tokenizer.json"
 TOKENIZER_2 = "tokenizer_2/tokenizer.json"  # of a bundle of SDXL
 CACHED_PROMPTS = 256  # 30 MB of Stable Diffusion 1.5's contexts, 88 MB of SDXL's
@@ -41,7 +42,7 @@ TextTensors = dict[str, np.ndarray]
 """'tokens' [B, L] and what the text stage makes of them, 'context' [B, L, D].
 
 In a bundle of SDXL also 'tokens_2' [B, L] and 'conditioning' [B, S, K], and with images of several
-sizes 'sizes' [B, 6].
+sizes 'sizes' [B, 6]. In one that refines also the pooled vector, 'pooled' [B, P].
 """
 Encode = Callable[[TextTensors], TextTensors]
 """The text stage: tokens -> contexts."""
@@ -104,10 +105,15 @@ class PromptSource(Protocol):
 def open_prompts(bundle: Bundle) -> PromptSource:
     """The bundle's prompt source: its tokenizer, or the contexts that its export baked."""
     if "text_encoder" not in bundle.stages:
+        more = {}
+        if bundle.manifest.text_widths:
+            more["conditioning"] = bundle.path(BAKED_CONDITIONING)
+            if bundle.manifest.refine is not None:
+                more["pooled"] = bundle.path(BAKED_POOLED)
         return BakedPrompts(
             bundle.path(BAKED_PROMPTS),
             bundle.path(BAKED_CONTEXTS),
-            bundle.path(BAKED_CONDITIONING) if bundle.manifest.text_widths else None,
+            more,
             weights=bundle.manifest.text.prompt_weights,
         )
     # The graph has the length in its shapes, also in bundles whose manifest says nothing of it.
@@ -310,13 +316,22 @@ def _contexts_problem(found: Header) -> str | None:
     return f"it has {dtype} {list(shape)}, expected float16 or float32 [prompts, tokens, width]"
 
 
+def _pooled_problem(found: Header) -> str | None:
+    """What is wrong with an array as the pooled vectors [N, P] of a closed set."""
+    dtype, shape = found
+    if len(shape) == 2 and dtype in (np.float16, np.float32):
+        return None
+    return f"it has {dtype} {list(shape)}, expected float16 or float32 [prompts, width]"
+
+
 class BakedPrompts:
     """A closed set of prompts: no tokenizer and no text encoder on the device.
 
     Args:
         prompts: a text file, one prompt a line.
         contexts: their contexts [N, L, D] in numpy's format, mapped and not read.
-        conditioning: of a bundle of SDXL, their conditioning [N, S, K] in the same format.
+        more: of a bundle of SDXL, files of the same format: by name, what else its stages take of
+            each prompt.
         weights: whether ``(word:1.3)`` was a weight when they were baked.
 
     Raises:
@@ -328,18 +343,17 @@ class BakedPrompts:
         self,
         prompts: Path,
         contexts: Path,
-        conditioning: Path | None = None,
+        more: Mapping[str, Path] = {},
         *,
         weights: bool = False,
     ) -> None:
         self._weights = weights
         baked = read_baked_prompts(prompts)
-        files = {"context": contexts}
-        if conditioning is not None:
-            files["conditioning"] = conditioning
+        files = {"context": contexts, **more}
         self._baked: TextTensors = {}
         for name, path in files.items():
-            self._baked[name] = read_npy(path, _contexts_problem, mapped=True)
+            fits = _pooled_problem if name == "pooled" else _contexts_problem
+            self._baked[name] = read_npy(path, fits, mapped=True)
             if len(baked) != len(self._baked[name]):
                 got = f"{len(baked)} prompts, {len(self._baked[name])} contexts"
                 raise HipaError(f"{path}: {got}. Export the bundle again.")

@@ -10,6 +10,7 @@ tokens_2  [B, L] int64            the same as the second tokenizer of SDXL reads
 sizes     [B, 6] int64            the size, of a bundle of SDXL for images of several sizes
 context   [B, L, D]               what the text encoder makes of them
 conditioning [B, S, K]            what else SDXL's UNet takes of the prompt, at S starts of the step
+pooled    [B, P]                  what SDXL's base UNet takes in its place, in a bundle that refines
 noise     [B, C, h, w] float32    standard normal noise, one stream a seed (``bundle_noise``)
 image     [B, H, W, 3] uint8      the source image of an edit, an inpainting or an upscaling
 source    [B, C, h, w]            its latents

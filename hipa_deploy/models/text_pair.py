@@ -16,7 +16,11 @@ of a context, D its width, P width of the pooled vector.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hipa_deploy.errors import HipaError, brief
+from hipa_deploy.models.weights.part_config import read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,3 +73,26 @@ def hidden_context(
     outputs = encoder(tokens_BL.reshape(-1, chunk_tokens), output_hidden_states=True)
     hidden: Tensor = outputs.hidden_states[-2 - clip_skip]
     return hidden.reshape(batch, length, -1)
+
+
+def forces_zeros(folder: Path) -> bool:
+    """Whether guidance leads away from zeros, and not from the encoded empty prompt.
+
+    SDXL was trained so. ``StableDiffusionXLPipeline.encode_prompt`` then takes zeros for the
+    context and the pooled vector where no negative prompt is given.
+
+    Args:
+        folder: the diffusers folder. One that does not say it has diffusers' default, which is yes.
+
+    Raises:
+        HipaError: ``force_zeros_for_empty_prompt`` in model_index.json is no truth value.
+
+    """
+    key = "force_zeros_for_empty_prompt"
+    value = read_config(folder, "model_index.json").get(key, True)
+    if not isinstance(value, bool):
+        raise HipaError(
+            f"{folder}: model_index.json has {key}={brief(value)}. Expected true or false. "
+            "Correct the file."
+        )
+    return value
