@@ -107,10 +107,11 @@ def check_request(options: ExportOptions) -> None:
         model.check_tiny_encoder(options.encoder)
     chunk_tokens = text_sizes(model.config)[0]
     text, _ = text_settings(options, model.config, chunk_tokens)
-    if model.config.has_text_pair and options.layout == "generic" and text.chunks(chunk_tokens) > 1:
+    # --context-tokens itself is refused before: what is left is how the adaptor was trained.
+    if options.layout == "generic" and text.chunks(chunk_tokens) > 1:
         raise HipaError(
             f"--layout generic: the adaptor was trained with contexts of {text.context_tokens} "
-            f"tokens, and optimum gives each text encoder {chunk_tokens}. Use --layout onestep."
+            f"tokens, and optimum gives a text encoder {chunk_tokens}. Use --layout onestep."
         )
     step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
     stage_axes(options.dynamic, step, model.config.size_multiple)

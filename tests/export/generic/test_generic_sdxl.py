@@ -27,6 +27,7 @@ from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.open_stages import check_stages
 from hipa_deploy.models.style import LoraChoice, Style
 from tests.export.conftest import make_adaptor
+from tests.tiny_model import make_model
 from tests.tiny_sdxl import FIRST_WIDTH, POOLED, SECOND_WIDTH, make_sdxl
 
 MARKED = "a red apple!!"  # SDXL's two tokenizers read exclamation marks differently
@@ -200,10 +201,13 @@ def test_what_the_layout_does_not_have(model: Path, tmp_path: Path, changes: dic
         check_request(options)
 
 
-def test_contexts_that_optimum_does_not_make(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_contexts_that_optimum_does_not_make(model: Path, tmp_path: Path, family: str) -> None:
+    """optimum feeds 77 tokens whatever an adaptor was trained with."""
+    base = model if family == "sdxl" else make_model(tmp_path / family)
     adaptor = make_adaptor(
-        model, tmp_path / "adaptor", preset="paper", text=TextSettings(context_tokens=154)
+        base, tmp_path / "adaptor", preset="paper", text=TextSettings(context_tokens=154)
     )
-    options = ExportOptions(model=str(model), out=tmp_path / "b", adaptor=adaptor, layout="generic")
+    options = ExportOptions(model=str(base), out=tmp_path / "b", adaptor=adaptor, layout="generic")
     with pytest.raises(HipaError, match=r"contexts of 154 tokens, .* Use --layout onestep"):
         check_request(options)
