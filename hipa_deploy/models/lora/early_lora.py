@@ -88,6 +88,11 @@ def check_style(style: Style, model: Path) -> None:
             names = check_tensors(embedding.path)
             if has_pair:
                 is_for_both(embedding.path, names)
+            elif SDXL_KEYS.keys() & names.keys():
+                raise HipaError(
+                    f"{embedding.path} is an embedding for SDXL, with vectors for two text "
+                    "encoders. Expected one for SD 1.x or 2.x, as the model is."
+                )
         elif ending not in PICKLED:
             endings = ", ".join((SAFETENSORS, *PICKLED))
             raise HipaError(

@@ -153,6 +153,9 @@ def by_layer(
         named = modules.part_of(layer) or part
         if named is not None and named not in modules.parts:
             raise HipaError(f"{file} holds {layer}, {_other_part(named, modules)}")
+        family = modules.other_family(layer)
+        if family is not None:
+            raise HipaError(f"{file} is a LoRA for {family}, by the name of {layer}. {FAMILY}")
         _check_context(file, layer, role, value, modules)
         key = modules.find(f"{part}.{layer}" if modules.part_of(layer) is None and part else layer)
         if key is None:

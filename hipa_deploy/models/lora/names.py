@@ -81,6 +81,10 @@ PARTS: dict[str, str | None] = {
     "lycoris_te1_": "text_encoder",
     "lycoris_te2_": "text_encoder_2",
 }
+# Where a file counts the text encoders, it is of a family that has two; where not, of one with one.
+# The first encoders are of one shape in SD 1.x and in SDXL, so that nothing else tells them apart.
+_OF_ONE = ("lora_te_", "lycoris_te_")
+_OF_TWO = ("lora_te1_", "lycoris_te1_")
 # In kohya's layout dots are underscores, so a name is looked up among the model's own.
 _UNDERSCORES = tuple(prefix for prefix in PARTS if prefix.startswith(("lora_", "lycoris_")))
 
@@ -143,6 +147,20 @@ class ModuleNames:
     def is_sdxl(self) -> bool:
         """Whether the model is SDXL or a relative: its UNet embeds a pooled vector."""
         return SECOND in self._dotted or ADDED in self._dotted.get("unet", {})
+
+    def other_family(self, name: str) -> str | None:
+        """The family that a text encoder's layer is named for, where it is not the model's.
+
+        Example:
+            >>> ModuleNames({"unet": []}).other_family("lora_te1_text_model_final_layer_norm")
+            'SDXL'
+
+        """
+        if self.is_sdxl and name.startswith(_OF_ONE):
+            return "SD 1.x or 2.x"
+        if "unet" in self._dotted and not self.is_sdxl and name.startswith(_OF_TWO):
+            return "SDXL"
+        return None
 
     def part_of(self, name: str) -> str | None:
         """The part that a layer's name in a file says it is for; None if it does not say."""

@@ -13,7 +13,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.models.lora.early_lora import check_style
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.style import LoraChoice, Style
+from hipa_deploy.models.style import EmbeddingChoice, LoraChoice, Style
 from hipa_deploy.models.weights.load_part import load_part
 from tests.tiny_model import make_model
 from tests.tiny_sdxl import make_sdxl
@@ -99,3 +99,31 @@ def test_a_lora_of_two_encoders_on_one(parts: dict[str, torch.nn.Module], tmp_pa
     small = make_model(tmp_path / "sd15")
     with pytest.raises(HipaError, match="LoRA for SDXL"):
         check_style(Style(loras=(LoraChoice(tmp_path / "kohya.safetensors"),)), small)
+
+
+@pytest.mark.parametrize(
+    ("has_pair", "prefix", "family"),
+    [(False, "lora_te1", "SDXL"), (True, "lora_te", "SD 1.x"), (True, "lycoris_te", "SD 1.x")],
+)
+def test_text_layers_are_named_for_a_family(
+    model: Path, tmp_path: Path, has_pair: bool, prefix: str, family: str
+) -> None:
+    """The first encoders of both families have equal shapes, so a file would fit either."""
+    name = f"{prefix}_text_model_encoder_layers_0_self_attn_q_proj"
+    tensors = {
+        f"{name}.lora_down.weight": torch.ones(2, 16),
+        f"{name}.lora_up.weight": torch.ones(16, 2),
+    }
+    path = tmp_path / "text.safetensors"
+    save_file(tensors, path)
+    base = model if has_pair else make_model(tmp_path / "sd15")
+    with pytest.raises(HipaError, match=f"is a LoRA for {family}.*, by the name of {prefix}_"):
+        check_style(Style(loras=(LoraChoice(path),)), base)
+
+
+def test_an_embedding_for_two_encoders_on_one(tmp_path: Path) -> None:
+    path = tmp_path / "word.safetensors"
+    save_file({"clip_l": torch.ones(1, 16), "clip_g": torch.ones(1, 24)}, path)
+    small = make_model(tmp_path / "sd15")
+    with pytest.raises(HipaError, match="is an embedding for SDXL"):
+        check_style(Style(embeddings=(EmbeddingChoice(path),)), small)
