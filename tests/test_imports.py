@@ -134,7 +134,6 @@ UPWARD = {
         "hipa_deploy.generate.swap_stage",
         "hipa_deploy.engines",
     ): "the same, for the weights of an adaptor",
-    ("hipa_deploy.generate.pipeline", "hipa_deploy.engines.tensorrt"): "a type of a signature",
     (
         "hipa_deploy.generate.pipeline",
         "hipa_deploy.generate.refine",
@@ -145,6 +144,10 @@ UPWARD = {
     ): "the public class puts its parts together",
     (
         "hipa_deploy.generate.parts.batch_maker",
+        "hipa_deploy.engines.tensorrt",
+    ): "a type of a signature",
+    (
+        "hipa_deploy.generate.parts.batch_pipeline",
         "hipa_deploy.engines.tensorrt",
     ): "a type of a signature",
     (
