@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from hipa_deploy.commands.files.outputs import check_outputs, write_output
 from hipa_deploy.commands.options import (
     ConfigOption,
     EmbeddingOption,
@@ -17,7 +18,6 @@ from hipa_deploy.commands.options import (
     OneStepOption,
     console,
 )
-from hipa_deploy.commands.outputs import check_outputs, write_output
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
 
