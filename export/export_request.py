@@ -23,6 +23,7 @@ from hipa_deploy.export.graph.axes import stage_axes
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.task import (
     TaskSettings,
+    asked_size,
     choose_task,
     size_warning,
     step_warning,
@@ -105,7 +106,7 @@ def check_request(options: ExportOptions) -> None:
     if options.encoder is not None:
         model.check_tiny_encoder(options.encoder)
     text_settings(options, model.config, text_sizes(model.config)[0])
-    step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
+    step = model.one_step(settings.timestep, *asked_size(options))
     stage_axes(options.dynamic, step, model.config.size_multiple)
     _check_watermark(options, settings, step)
     if options.safety and has_safety_checker(model.folder):
@@ -160,9 +161,7 @@ def resolve_request(options: ExportOptions) -> Request:
     settings = choose_task(options, model)
     chunk_tokens, _ = text_sizes(model.config)
     text, text_warning = text_settings(options, model.config, chunk_tokens)
-    step = model.one_step(
-        settings.timestep, options.size("height"), options.size("width"), settings.method
-    )
+    step = model.one_step(settings.timestep, *asked_size(options), settings.method)
     warnings = (
         judging_warning,
         text_warning,

@@ -108,8 +108,8 @@ def main(
     run: Annotated[Path, typer.Option(help="Folder with emoji.npz; keeps checkpoints.")],
     start: Annotated[Path, typer.Option(help="The model folder that convert_unet.py wrote.")],
     out: Annotated[Path, typer.Option(help="Model folder to write; must not exist.")],
-    steps: int = 1200,
-    batch: int = 64,
+    steps: int = 800,
+    batch: int = 32,
     rate: float = 5e-4,
     average: Annotated[float, typer.Option(help="Decay of the averaged weights.")] = 0.995,
 ) -> None:
@@ -132,8 +132,9 @@ def main(
     state = Run(run / "unet_sdxl", {"unet": unet}, optimizer, steps, ema_decay=average)
     state.resume()
     count = len(pictures.context_PLD) - 1
-    for image, generator in state.batches(batch, count, save_every=100):
-        set_learning_rate(optimizer, rate * warmup_stable_decay(state.step, steps, decay=0.3))
+    for image, generator in state.batches(batch, count, save_every=50):
+        factor = warmup_stable_decay(state.step, steps, warmup=50, decay=0.3)
+        set_learning_rate(optimizer, rate * factor)
         picture, caption = pictures.draw(image, generator)
         latents = pictures.latents_NCHW[picture]
         added = {

@@ -219,6 +219,9 @@ class Recipe(_TrainingSettings):
     """The task that the step learns; see hipa_deploy.tasks."""
     source: SourceSettings = SourceSettings()
     """The images that tasks other than generate start from."""
+    resolution: int | None = Field(None, ge=8, le=8192)
+    """Side in pixels of the square images that are trained on; by default the size that the model
+    was made for. Bundles and reports of the adaptor have it too."""
     gradient_checkpointing: bool = False
     """Compute the activations of UNet and decoder again in the backward pass: less memory, more
     time."""
@@ -241,6 +244,11 @@ class Recipe(_TrainingSettings):
     """The discriminator on noised latents."""
     held_out: HeldOutSettings = HeldOutSettings()
     """The held-out measure, and early stop."""
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the images in pixels; None is what the model was made for."""
+        return None if self.resolution is None else (self.resolution, self.resolution)
 
     @property
     def compares_distributions(self) -> bool:
