@@ -37,8 +37,14 @@ LAYERS = (1, 1, 2)  # transformer layers of each level; (1, 2, 10) in SDXL
 RIDGE = 1e-3
 
 
-def load_pipeline(run: Path) -> StableDiffusionXLPipeline:
-    """The embedded model's parts and the second encoder, as one SDXL that is not trained yet."""
+def load_pipeline(run: Path, prompts: list[str]) -> StableDiffusionXLPipeline:
+    """The embedded model's parts and the second encoder, as one SDXL that is not trained yet.
+
+    Args:
+        run: Folder with tokenizer_2/ and text_encoder_2/.
+        prompts: On which contexts are compared: the captions of the training images.
+
+    """
     first = CLIPTextModel.from_pretrained(EMBEDDED, subfolder="text_encoder").float()
     second = CLIPTextModelWithProjection.from_pretrained(run / "text_encoder_2").float()
     old = UNet2DConditionModel.from_pretrained(EMBEDDED, subfolder="unet").float()
@@ -55,7 +61,6 @@ def load_pipeline(run: Path) -> StableDiffusionXLPipeline:
         add_watermarker=False,
     )
     pipe.set_progress_bar_config(disable=True)
-    prompts = (EMBEDDED / "prompts.txt").read_text(encoding="utf-8").splitlines()
     fit_DE, explained = fit_contexts(pipe, prompts)
     print(f"the new contexts explain {explained:.1%} of the old ones' variance")
     copy_unet(old, pipe.unet, fit_DE)
@@ -167,7 +172,8 @@ def main(
 ) -> None:
     """Write an SDXL folder that pretrain_unet.py starts from."""
     torch.manual_seed(0)
-    save_model(load_pipeline(run), out)
+    prompts = (EMBEDDED / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    save_model(load_pipeline(run, prompts), out)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from convert_unet import copy_unet, fit_contexts, load_pipeline, main, new_unet
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from convert_unet import copy_unet, fit_contexts, load_pipeline, new_unet, save_model
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from pretrain_unet import EACH
 from pretrain_unet import main as pretrain
 from sized_pictures import cropped, plain, small_original, variants
@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def start(run: Path) -> Path:
     """The converted model."""
-    main(run, run / "start")
+    save_model(load_pipeline(run, CAPTIONS), run / "start")
     return run / "start"
 
 
@@ -61,13 +61,18 @@ def test_the_unet_predicts_what_the_embedded_one_does_of_mapped_contexts() -> No
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_the_map_of_contexts_is_the_least_squares_solution(run: Path) -> None:
-    pipe = load_pipeline(run)
+def test_new_contexts_stand_for_the_old_ones(start: Path) -> None:
+    pipe = StableDiffusionXLPipeline.from_pretrained(start, add_watermarker=False)
     fit_DE, explained = fit_contexts(pipe, CAPTIONS)
-    assert fit_DE.shape == (192 + WIDTH, 192)
-    assert 0.5 < explained <= 1
-    new_NLD = pipe.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)[0]
-    assert new_NLD.shape == (2, 77, 192 + WIDTH)
+    assert 0.99 < explained <= 1
+
+    # Against the embedded model's own pipeline, which encodes prompts by itself.
+    old = StableDiffusionPipeline.from_pretrained(
+        EMBEDDED, torch_dtype=torch.float32, safety_checker=None
+    )
+    theirs = old.encode_prompt(CAPTIONS, "cpu", 1, do_classifier_free_guidance=False)[0]
+    ours = pipe.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)[0] @ fit_DE
+    assert (ours - theirs).square().mean() < 0.02 * theirs.var()
 
 
 def test_diffusers_and_the_training_read_the_model(start: Path) -> None:
