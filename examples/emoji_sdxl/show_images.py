@@ -20,10 +20,9 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.train.data.teacher_pairs import teacher_latents
 from hipa_deploy.train.evaluation.quality import one_step_images, teacher_images
-from hipa_deploy.train.evaluation.sample_grid import headed_grid
+from hipa_deploy.train.evaluation.sample_grid import LINE, headed_grid
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
@@ -49,7 +48,12 @@ def compare(model: Path, adaptor: Path, prompts: list[str]) -> np.ndarray:
         "HiPA, one step": one_step_images(model, adaptor, prompts, seeds),
     }
     tensors = {name: torch.from_numpy(images) for name, images in columns.items()}
-    return headed_grid(tensors, prompts, read_metadata(adaptor).steps_trained)
+    return sheet(tensors, prompts)
+
+
+def sheet(columns: dict[str, Tensor], prompts: list[str]) -> np.ndarray:
+    """A sample grid without its first line, which names a step of a training."""
+    return headed_grid(columns, prompts, step=0)[LINE:]
 
 
 @torch.no_grad()
@@ -73,15 +77,14 @@ def main(
     model: Annotated[Path, typer.Option(help="The model folder that pretrain_unet.py wrote.")],
     adaptor: Annotated[Path, typer.Option(help="The adaptor that hipa-train wrote.")],
     out: Annotated[Path, typer.Option(help="Folder to write the sheets to.")],
-    rows: int = 6,
+    rows: int = 5,
 ) -> None:
     """Draw the sheets."""
     held_out = (model / "prompts_pair.txt").read_text(encoding="utf-8").splitlines()
     prompts = held_out[:: max(1, len(held_out) // rows)][:rows]
-    trained = read_metadata(adaptor).steps_trained
     out.mkdir(parents=True, exist_ok=True)
     Image.fromarray(compare(model, adaptor, prompts)).save(out / "one_step.png", optimize=True)
-    sizes = headed_grid(sizes_columns(model, prompts[:3]), prompts[:3], trained)
+    sizes = sheet(sizes_columns(model, prompts[:3]), prompts[:3])
     Image.fromarray(sizes).save(out / "sizes.png", optimize=True)
 
 
