@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     new_second_encoder(tokenizer).save_pretrained(folder / "text_encoder_2")
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     np.savez(folder / "emoji.npz", images=images)
-    with (folder / "captions.csv").open("w", newline="") as file:
+    with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["caption", "split"])
         writer.writerows([[caption, "train"] for caption in CAPTIONS])
