@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hipa_deploy.train.data.teacher_pairs import teacher_latents
 from hipa_deploy.train.evaluation.quality import one_step_images, teacher_images
-from hipa_deploy.train.evaluation.sample_grid import LINE, headed_grid
+from hipa_deploy.train.evaluation.sample_grid import GAP, LINE, headed_grid
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
@@ -53,7 +53,7 @@ def compare(model: Path, adaptor: Path, prompts: list[str]) -> np.ndarray:
 
 def sheet(columns: dict[str, Tensor], prompts: list[str]) -> np.ndarray:
     """A sample grid without its first line, which names a step of a training."""
-    return headed_grid(columns, prompts, step=0)[LINE:]
+    return headed_grid(columns, prompts, step=0)[LINE + GAP :]
 
 
 @torch.no_grad()
