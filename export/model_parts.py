@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.bundle.manifest import ModelInfo, OneStep, StepMethod
-from hipa_deploy.errors import HipaError, reason_of
+from hipa_deploy.errors import HipaError, brief, reason_of
 from hipa_deploy.models.adaptor_folder import unet_sha256
 from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.decoder_folder import DECODER_METADATA, read_decoder_metadata
@@ -287,6 +287,11 @@ def _check_tiny(folder: Path, what: str, latent_channels: int) -> None:
         channels = config.get("latent_channels", latent_channels)
         if channels != latent_channels:
             raise HipaError(f"it has {channels} latent channels, the model {latent_channels}")
+        factor = config.get("scaling_factor", 1.0)
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e6:
+            raise HipaError(
+                f"config.json has scaling_factor {brief(factor)}. Expected a number above 0"
+            )
         for path in find_weights(folder):
             if path.suffix.lower() == SAFETENSORS:
                 check_tensors(path)

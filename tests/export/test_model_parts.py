@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,15 @@ def test_a_decoder_for_other_latents(
 ) -> None:
     with pytest.raises(HipaError, match=message):
         ModelParts.open(model_dir).tiny_decoder(make_decoder(tmp_path / "tiny", **changes))
+
+
+@pytest.mark.parametrize("factor", [0, -1.0, "0.13", True, None])
+def test_a_decoder_without_a_usable_factor(model_dir: Path, tmp_path: Path, factor: Any) -> None:
+    folder = make_decoder(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "scaling_factor": factor}))
+    with pytest.raises(HipaError, match=r"scaling_factor .*\. Expected a number above 0"):
+        ModelParts.open(model_dir).check_tiny_decoder(folder)
 
 
 def test_a_decoder_of_another_vae(model_dir: Path, tmp_path: Path) -> None:
