@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -29,6 +28,7 @@ from hipa_deploy.export.graph.modules import (
     TinyEncoder,
 )
 from hipa_deploy.export.graph.safety_module import SafetyNetwork, load_safety_checker
+from hipa_deploy.export.model_parts import free_memory
 from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.export.writer import StageSource
 from hipa_deploy.marks.safety import SAFETY_STAGE
@@ -122,7 +122,7 @@ def text_pair_module(
     conditioning = parts.conditioning(
         settings.timesteps(step), size_numbers(step.height, step.width)
     )
-    gc.collect()
+    free_memory()
     encoder, encoder_2 = parts.text_pair()
     return TextPairStage(
         encoder, encoder_2, conditioning, dtype, parts.chunk_tokens, parts.clip_skip

@@ -1,4 +1,5 @@
 import json
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.model_parts import ModelParts
+from hipa_deploy.export.model_parts import ModelParts, free_memory
 from hipa_deploy.models.decoder_folder import DECODER_METADATA, DecoderFidelity, DecoderMetadata
 from hipa_deploy.models.kind import UNSUPPORTED
 
@@ -143,3 +144,24 @@ def test_no_decoder(model_dir: Path, tmp_path: Path, name: str, message: str) ->
     (tmp_path / "empty").mkdir()
     with pytest.raises(HipaError, match=message):
         ModelParts.open(model_dir).tiny_decoder(tmp_path / name)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have no such call")
+def test_memory_of_freed_weights_goes_back_to_the_system() -> None:
+    """glibc keeps freed blocks, once it has seen larger ones come and go."""
+    for _ in range(4):
+        torch.ones(4 << 20)  # 16 MiB
+    weights = [torch.ones(1 << 18) for _ in range(256)]  # 256 MiB
+    kept = [torch.ones(1) for _ in range(256)]
+    full = resident_mib()
+    del weights
+    free_memory()
+    assert resident_mib() < full - 200
+    assert len(kept) == 256
+
+
+def resident_mib() -> int:
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line
+    )
+    return int(line.split()[1]) >> 10
