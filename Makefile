@@ -7,12 +7,16 @@ DEMO := demo
 
 FUZZ_CASES := 300
 
-.PHONY: demo test fuzz lint types docs wheels-for-gpu clean
+.PHONY: demo test tests fuzz lint types docs wheels-for-gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/hipa-demo --out $(DEMO)
 
-test: lint types
+# Types beside the tests: alone, mypy would leave a core idle for a minute.
+test: lint
+	$(MAKE) --no-print-directory --jobs=2 types tests
+
+tests: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 # Hostile files, FUZZ_CASES of each format; what fails is shrunk and printed (tests/hostile).

@@ -12,13 +12,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import re
+import select
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,8 +35,19 @@ PROMPTS = [f"3d emoji of a {colour} apple" for colour in ("red", "green", "blue"
 QUEUE = 64
 CLIENTS = 32
 FLOOD = 20  # times the queue
+ROUNDS = 3  # of the flood
 BLOCK = 25  # images of the service, then of the bare pipeline
 COLD = 5  # of each block
+
+
+def request_bytes(seed: int, path: str = "/hipa/generate") -> bytes:
+    """A request for one image."""
+    body = json.dumps({"prompt": PROMPTS[seed % len(PROMPTS)], "seed": seed}).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Accept: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
 
 
 class Client:
@@ -47,12 +63,7 @@ class Client:
         if self._streams is None:
             self._streams = await asyncio.open_connection(*self._address)
         reader, writer = self._streams
-        body = json.dumps({"prompt": PROMPTS[seed % len(PROMPTS)], "seed": seed}).encode()
-        writer.write(
-            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            f"Accept: image/png\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-            + body
-        )
+        writer.write(request_bytes(seed, path))
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers = {}
         for line in head[1:]:
@@ -159,11 +170,117 @@ async def load(url: str, clients: int, requests: int, first: int = 0) -> dict[st
     }
 
 
+class Crowd:
+    """Many clients at once, each on a connection of its own, in one thread with little Python.
+
+    asyncio's streams would take several times as much of the processor that the service shares.
+
+    Args:
+        port: of the service.
+        elsewhere: the port that all but every ``FLOOD``-th client ask; None is the service's.
+
+    """
+
+    def __init__(self, port: int, elsewhere: int | None = None) -> None:
+        self._ports = (port, port if elsewhere is None else elsewhere)
+        self._poll = select.epoll()
+        self._clients: dict[int, tuple[socket.socket, bytes, float]] = {}
+        self._answers: dict[int, bytes] = {}
+
+    def ask(self, clients: int) -> dict[str, Any]:
+        """What became of so many requests: codes, and times of the accepted and the refused."""
+        times: dict[int, list[float]] = {200: [], 429: []}
+        cpu = time.process_time()
+        for seed in range(clients):
+            self._connect(self._ports[seed % FLOOD != 0], seed)
+        while self._clients:
+            for number, event in self._poll.poll(600):
+                client, request, started = self._clients[number]
+                if event & select.EPOLLOUT:
+                    client.send(request)
+                    self._poll.modify(number, select.EPOLLIN)
+                    continue
+                self._answers[number] += client.recv(1 << 20)
+                status = self._status(number)
+                if status:
+                    times[status].append((time.perf_counter() - started) * 1000)
+                    self._poll.unregister(number)
+                    del self._clients[number]
+                    client.close()
+        codes = {code: len(taken) for code, taken in times.items()}
+        report: dict[str, Any] = {"codes": codes, "accepted": figures(times[200])}
+        if times[429]:
+            report["refused"] = figures(times[429])
+        return report | {"clients_cpu_ms": round((time.process_time() - cpu) * 1000)}
+
+    def _connect(self, port: int, seed: int) -> None:
+        client = socket.socket()
+        client.setblocking(False)
+        client.connect_ex(("127.0.0.1", port))
+        self._poll.register(client, select.EPOLLOUT)
+        self._clients[client.fileno()] = (client, request_bytes(seed), time.perf_counter())
+        self._answers[client.fileno()] = b""
+
+    def _status(self, number: int) -> int:
+        """The status of an answer that has come whole, else 0."""
+        head, end, body = self._answers[number].partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        if not end or not length or len(body) < int(length[1]):
+            return 0
+        return int(head.split()[1])
+
+
+class Refuser(asyncio.Protocol):
+    """Answers a constant to whatever comes: what a crowd costs whoever is asked."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._transport.write(b"HTTP/1.1 429 Full\r\ncontent-length: 0\r\n\r\n")
+
+
+def run_refuser(ready: Connection) -> None:
+    """A server of ``Refuser``, which sends its port."""
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(Refuser, "127.0.0.1", 0, backlog=2048)
+        ready.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(run())
+
+
 async def flood(url: str) -> dict[str, Any]:
-    """Twenty times as many requests at once as the queue holds; then as many as it holds."""
-    crowd = await load(url, QUEUE * FLOOD, QUEUE * FLOOD)
-    full = await load(url, QUEUE, QUEUE)
-    return {"flood": crowd, "full_queue": full}
+    """As many requests at once as the queue holds, and twenty times as many, in turn.
+
+    The third crowd shows what the machine takes: as many clients as of the flood, of which all but
+    a full queue ask a server that answers a constant.
+    """
+    port = urlsplit(url).port
+    assert port is not None
+    receiving, sending = multiprocessing.Pipe()
+    refuser = multiprocessing.get_context("spawn").Process(target=run_refuser, args=(sending,))
+    refuser.start()
+    elsewhere = receiving.recv()
+    rounds: dict[str, list[dict[str, Any]]] = {"full_queue": [], "flood": [], "elsewhere": []}
+    for _ in range(ROUNDS):
+        for name, found in rounds.items():
+            before = await cpu_seconds(url)
+            crowd = Crowd(port, elsewhere if name == "elsewhere" else None)
+            report = crowd.ask(QUEUE if name == "full_queue" else QUEUE * FLOOD)
+            cpu = (await cpu_seconds(url) - before) * 1000
+            found.append(report | {"service_cpu_ms": round(cpu)})
+    refuser.terminate()
+    refuser.join()
+    against = {}
+    for name in ("flood", "elsewhere"):
+        ratios = []
+        for crowded, alone in zip(rounds[name], rounds["full_queue"], strict=True):
+            ratios.append(crowded["accepted"]["p99_ms"] / alone["accepted"]["p99_ms"])
+        against[name] = round(statistics.median(ratios), 2)
+    return {"p99_against_full_queue": against, **rounds}
 
 
 async def memory(url: str, requests: int) -> dict[str, Any]:
@@ -205,30 +322,30 @@ async def measure(url: str, arguments: argparse.Namespace, pipe: OneStepPipeline
     return found
 
 
-def start(arguments: argparse.Namespace) -> tuple[subprocess.Popen[str], dict[str, Any]]:
-    """A server that is ready, and what it says of itself."""
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "hipa_deploy", "serve", arguments.bundle,
-            "--backend", arguments.backend, "--port", "0", "--queue", str(QUEUE),
-            "--wait", str(arguments.wait), "--time-limit", "600",
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )  # fmt: skip
+def start(arguments: argparse.Namespace, log: Path) -> tuple[subprocess.Popen, dict[str, Any]]:
+    """A server that is ready, and what it says of itself.
+
+    Its log goes into a file: a pipe would make it wait for a reader among the clients.
+    """
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [
+                sys.executable, "-m", "hipa_deploy", "serve", arguments.bundle,
+                "--backend", arguments.backend, "--port", "0", "--queue", str(QUEUE),
+                "--wait", str(arguments.wait), "--time-limit", "600",
+            ],
+            stderr=file,
+        )  # fmt: skip
     facts: dict[str, Any] = {}
-    assert process.stderr is not None
-    for line in process.stderr:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            sys.exit(line)
-        if event["event"] == "listening":
-            facts["url"] = event["url"]
-        if event["event"] == "ready":
-            facts["ready"] = event
-            break
+    while "ready" not in facts:
+        time.sleep(0.1)
+        text = log.read_text(encoding="utf-8")
+        if process.poll() is not None:
+            sys.exit(text)
+        for line in text.splitlines(keepends=True):
+            if line.endswith("\n") and line.startswith("{"):
+                event = json.loads(line)
+                facts[event["event"]] = event
     return process, facts
 
 
@@ -242,15 +359,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
 
-    with OneStepPipeline.load(arguments.bundle, arguments.backend) as pipe:
+    with (
+        OneStepPipeline.load(arguments.bundle, arguments.backend) as pipe,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         pipe.warmup(1)
-        process, facts = start(arguments)
+        process, facts = start(arguments, Path(folder) / "log")
         try:
-            # The log would fill the pipe, and a full pipe would stop the server.
-            import threading
-
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            found = asyncio.run(measure(facts["url"], arguments, pipe))
+            found = asyncio.run(measure(facts["listening"]["url"], arguments, pipe))
         finally:
             process.terminate()
             process.wait()

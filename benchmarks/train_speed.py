@@ -208,6 +208,7 @@ def main(
         "loss.latent_warmup_steps": total if warm_up else 0,
         "teacher.pairs": 64,
         "teacher.steps": 2,
+        "held_out.prompts": None,
     }
     with tempfile.TemporaryDirectory() as work:
         seconds = measure(load_recipe("emoji", overrides), model, Path(work))

@@ -19,7 +19,6 @@ Shapes: N examples, B rows of a chunk, H, W image size, D features.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,15 +27,15 @@ from rich.console import Console
 from torch import Tensor
 
 from hipa_deploy.train.data.examples import TaskExamples, task_examples
+from hipa_deploy.train.data.teacher_pairs import RowFunction
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.frequency import high_frequency_energy
 from hipa_deploy.train.losses.lite0 import Lite0
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.recipes.loss_settings import RADIUS
-from hipa_deploy.train.recipes.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import HELD_OUT_ROWS, DecoderRecipe, Recipe
 
-CHUNK = 8  # images that go through the networks at once, beside a training's own memory
 SEED_OFFSET = 1 << 29  # noise that no example of the training has; a recipe's seed is below 2^30
 
 
@@ -71,45 +70,52 @@ def held_out_examples(
     return task_examples(model, other, prompts, cache=cache, console=console, processes=processes)
 
 
-def held_out_key(recipe: Recipe, prompts: list[str]) -> str:
+def held_out_key(recipe: Recipe | DecoderRecipe, prompts: list[str]) -> str:
     """What the values of two measurements must have in common to be compared."""
     text = "\n".join([str(recipe.held_out.count), *prompts])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class HeldOutMeasure:
-    """The distances between the teacher's images, made once, and a student's.
+    """The distances between images to learn, made once, and a student's.
 
     Args:
-        examples: As ``held_out_examples`` returns them.
-        student: (examples, rows int64 [B]) -> images float32 [B, 3, H, W].
+        images: Rows int64 [B] -> the images to learn, float32 [B, 3, H, W]: the teacher's, or the
+            full decoder's.
+        student: Rows -> the student's images of the same.
+        count: How many rows there are.
         device: Where the networks run.
+        at_once: How many images go through the networks at once.
 
     """
 
     def __init__(
         self,
-        examples: TaskExamples,
-        student: Callable[[TaskExamples, Tensor], Tensor],
+        images: RowFunction,
+        student: RowFunction,
+        count: int,
         device: torch.device,
+        at_once: int = HELD_OUT_ROWS,
     ) -> None:
-        self.examples = examples
+        self.images = images
         self.student = student
+        self.count = count
+        self.at_once = at_once
         self.lite0 = Lite0.pretrained().to(device)
         self.dists = DistsLike().to(device)
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
         """The values by name; what decides comes first."""
-        count = self.examples.count
+        count = self.count
         similarity = 0.0
         dists = 0.0
         energy = 0.0
         teacher_energy = 0.0
-        for rows in torch.arange(count).split(CHUNK):
+        for rows in torch.arange(count).split(self.at_once):
             # What a user gets: 8 bits a channel.
-            student = self._shown(self.student(self.examples, rows))
-            teacher = self._shown(self.examples.images(rows))
+            student = self._shown(self.student(rows))
+            teacher = self._shown(self.images(rows))
             features = self.lite0.pooled(student)
             teacher_features = self.lite0.pooled(teacher)
             similarity += float(F.cosine_similarity(features, teacher_features).sum())

@@ -283,7 +283,13 @@ def train_adaptor(
 
     measure = None
     if unseen_prompts:
-        measure = HeldOutMeasure(unseen, student_images, model.device)
+        measure = HeldOutMeasure(
+            unseen.images,
+            partial(student_images, unseen),
+            unseen.count,
+            model.device,
+            recipe.held_out_rows,
+        )
     watch = Watch(
         sample_grid,
         log_with=log_with,

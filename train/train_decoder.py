@@ -10,11 +10,12 @@ images where the name says image).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,11 @@ from hipa_deploy.train.data.teacher_pairs import (
 )
 from hipa_deploy.train.evaluation.quality import CHUNK, paired_distance
 from hipa_deploy.train.evaluation.sample_grid import headed_grid
+from hipa_deploy.train.held_out import HeldOutMeasure, held_out_key
 from hipa_deploy.train.loop.identity import stored_recipe
 from hipa_deploy.train.loop.optimizer import new_optimizer
 from hipa_deploy.train.loop.output import check_output, replacing, run_folder
+from hipa_deploy.train.loop.plateau import Plateau
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.run import Run, loss_state
 from hipa_deploy.train.loop.run_lock import one_run_at_a_time
@@ -55,12 +58,18 @@ from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.mixed_precision import in_precision, use_tensor_cores
 from hipa_deploy.train.model.unet_adaptor import one_step_model
-from hipa_deploy.train.recipes.recipe import DecoderRecipe, DecoderSettings, read_prompts
+from hipa_deploy.train.recipes.recipe import (
+    DecoderRecipe,
+    DecoderSettings,
+    held_out_prompts,
+    read_prompts,
+)
 
 # Noise streams of a recipe's seed. No two uses share one, and the teacher pairs have stream 0.
 TRAINING = 1
 PERTURBATION = 2
 HELD_OUT = 3
+WATCHED = 4
 # Every AutoencoderTiny has an encoder. This one is never trained, so it is as small as it can be.
 ENCODER_CHANNELS = 4
 
@@ -81,7 +90,7 @@ def train_decoder(
 
     The same call resumes a stopped run, and with more steps it extends a finished one: the folder
     ``out``.run holds its checkpoint, TensorBoard scalars and sample grids, whose columns are the
-    full and the tiny decoder's images.
+    full and the tiny decoder's images. With held-out prompts it also holds the best step's decoder.
 
     Args:
         recipe: The decoder's size, latents, loss and optimiser (docs/reference/training-inputs.md).
@@ -123,7 +132,8 @@ def train_decoder(
     text = read_metadata(adaptor).text if adaptor is not None else recipe.text
     model = DiffusionModel.load(model_dir, processes.device, style=style, text=text)
     all_prompts = read_prompts(recipe, model_dir)
-    prompts, held_out_prompts = split_prompts(all_prompts, recipe.seed)
+    prompts, fidelity_prompts = split_prompts(all_prompts, recipe.seed)
+    unseen_prompts = held_out_prompts(recipe, model_dir, all_prompts)
     generate = one_step_model(model, recipe.timestep, adaptor)
 
     # Tiny decoder, loss, optimiser and the run folder, which restores those of a stopped run. They
@@ -132,7 +142,7 @@ def train_decoder(
     weights = dict(tiny.decoder.named_parameters())
     loss = loss.to(model.device)
     optimizer = new_optimizer(weights, loss, recipe.optimiser)
-    identity = _identity(recipe, model_dir, adaptor, [*prompts, *held_out_prompts])
+    identity = _identity(recipe, model_dir, adaptor, [*prompts, *fidelity_prompts])
     identity |= model.style.model_dump(mode="json")
     run = Run(
         folder=run_folder(out),
@@ -142,6 +152,11 @@ def train_decoder(
         recipe=recipe,
         processes=processes,
         extra_state=loss_state(loss, recipe, processes),
+        plateau=Plateau(
+            recipe.held_out.patience,
+            recipe.held_out.min_delta,
+            held_out_key(recipe, unseen_prompts),
+        ),
     )
     run.resume()
 
@@ -166,34 +181,70 @@ def train_decoder(
         columns = {"full decoder": to_uint8(full_images), "tiny decoder": to_uint8(tiny_images)}
         return headed_grid(columns, (), step)
 
-    watch = Watch(sample_grid, log_with=log_with, every=recipe.steps)
+    # The folder says how faithful the decoder is. What is measured is what was stored, in float16,
+    # on prompts and noise that the training has not seen. They are made once.
+    @cache
+    def fidelity_examples() -> DecoderExamples:
+        held_out = recipe.latents.held_out
+        latents = draw_latents(model, generate, fidelity_prompts, held_out, recipe.seed, HELD_OUT)
+        return decoder_examples(model, latents, held_out, console)
+
+    def save(folder: Path) -> None:
+        """Write the decoder as it is now, with its fidelity and the time that it took."""
+        with new_folder(folder) as scratch:
+            # A copy, since the stored one is in float16 and the training goes on in float32.
+            stored = save_and_reload(copy.deepcopy(tiny), scratch).to(model.device)
+            metadata = DecoderMetadata(
+                base_vae_sha256=identity["base_vae_sha256"],
+                latent_channels=tiny.config.latent_channels,
+                factor=model.pipe.vae_scale_factor,
+                steps_trained=run.step,
+                fidelity=measure_fidelity(stored, fidelity_examples()),
+                recipe=identity["recipe"],
+                training=run.spent.until(run.step),
+            )
+            (scratch / DECODER_METADATA).write_text(
+                metadata.model_dump_json(indent=2) + "\n", encoding="utf-8"
+            )
+
+    watch = Watch(
+        sample_grid,
+        log_with=log_with,
+        measure=_held_out_measure(recipe, model, generate, decode, unseen_prompts, console),
+        every=recipe.held_out.every,
+        save_best=save,
+    )
     run_steps(run, count, loss_at, watch, console)
 
-    # The folder says how faithful the decoder is. What is measured is what was stored, in float16,
-    # on prompts and noise that the training has not seen.
     with processes.fail_together(), run.average.applied():
         if processes.is_main:
-            held_out = recipe.latents.held_out
-            latents = draw_latents(
-                model, generate, held_out_prompts, held_out, recipe.seed, HELD_OUT
-            )
-            with replacing(out, finished_steps), new_folder(out) as scratch:
-                stored = save_and_reload(tiny, scratch).to(model.device)
-                held_out_examples = decoder_examples(model, latents, held_out, console)
-                metadata = DecoderMetadata(
-                    base_vae_sha256=identity["base_vae_sha256"],
-                    latent_channels=tiny.config.latent_channels,
-                    factor=model.pipe.vae_scale_factor,
-                    steps_trained=run.step,
-                    fidelity=measure_fidelity(stored, held_out_examples),
-                    recipe=identity["recipe"],
-                    training=run.spent.until(run.step),
-                )
-                (scratch / DECODER_METADATA).write_text(
-                    metadata.model_dump_json(indent=2) + "\n", encoding="utf-8"
-                )
+            with replacing(out, finished_steps):
+                save(out)
             console.print(*result_lines(out, run, finished_steps), sep="\n", highlight=False)
     return out
+
+
+def _held_out_measure(
+    recipe: DecoderRecipe,
+    model: DiffusionModel,
+    generate: Callable[[Tensor, Conditions], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    prompts: list[str],
+    console: Console,
+) -> HeldOutMeasure | None:
+    """The tiny decoder's images against the full one's, of held-out prompts; None without them."""
+    if not prompts:
+        return None
+    count = recipe.held_out.count
+    latents = draw_latents(model, generate, prompts, count, recipe.seed, WATCHED)
+    examples = decoder_examples(model, latents, count, console)
+    return HeldOutMeasure(
+        examples.images,
+        lambda rows: decode(examples.latents(rows)),
+        count,
+        model.device,
+        recipe.held_out_rows,
+    )
 
 
 @dataclass(frozen=True)
@@ -247,7 +298,7 @@ def draw_latents(
         prompts: Each is used equally often, but for a last incomplete pass.
         count: How many rows there are.
         seed: Of the order of prompts and of the noise.
-        stream: TRAINING or HELD_OUT: other noise for the same seed.
+        stream: TRAINING, HELD_OUT or WATCHED: other noise for the same seed.
 
     Returns:
         A function from rows, int64 [B], to latents, float32 [B, C, H, W].

@@ -54,8 +54,7 @@ def check_request(
 
     """
     prompts = read_prompts(recipe, model)
-    if isinstance(recipe, Recipe):
-        held_out_prompts(recipe, model, prompts)
+    held_out_prompts(recipe, model, prompts)
     config = early_config(model)
     check_weights(model)
     if isinstance(recipe, Recipe) and recipe.task != "generate" and recipe.source.images:

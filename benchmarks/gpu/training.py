@@ -114,6 +114,7 @@ def recipe_of(job: Job, case: Case) -> tuple[Recipe, Path]:
         "teacher.pairs": batch,
         "teacher.batch": batch,
         "teacher.steps": 2,
+        "held_out.prompts": None,
     }
     if job.tiny:
         overrides |= {"batch": 2, "adaptor.rank": 4, "loss.perceptual_size": 32}

@@ -132,10 +132,14 @@ def build(
     The engines are written into the bundle. If this machine can run them, each is checked on the
     bundle's reference before it counts as built. Engines that are already up to date are kept.
     """
+    from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.engines.faults.known_faults import find_fault
     from hipa_deploy.engines.targets.build_options import BuildOptions
 
+    # A bundle that is not there is named even where the backend is missing too.
+    root = resolve_bundle(bundle)
+    Bundle.open(root)
     retold = None
     if for_target is not None:
         given = given_options(context, _CHOSEN)
@@ -171,7 +175,6 @@ def build(
     if no_repair and without_remedies:
         raise HipaError("--no-repair leaves out every remedy. Omit --without-remedy.")
 
-    root = resolve_bundle(bundle)
     if dry_run:
         _dry_run(root, backend, target, options, swap)
         return

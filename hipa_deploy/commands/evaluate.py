@@ -184,7 +184,7 @@ def evaluate(
     from hipa_deploy.bundle.text_settings import TextWishes
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.generate.prompt_files import check_prompt_file
-    from hipa_deploy.models.locate import model_folder
+    from hipa_deploy.models.locate import check_model_name, model_folder
     from hipa_deploy.models.style import parse_style
     from hipa_deploy.train.evaluation.contenders import contender_path, make_rival, parse_contender
     from hipa_deploy.train.evaluation.evaluation_request import (
@@ -198,6 +198,7 @@ def evaluate(
 
     # Before minutes of the teacher's images, and before torch is imported: every mistake that the
     # options and the headers of files show. First what needs no model.
+    check_model_name(model)
     adaptor_dir = None if adaptor == NONE else resolve_adaptor(adaptor)
     rivals = [parse_contender(text) for text in rival or ()]
     if one_step is not None:

@@ -20,6 +20,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
 
 if TYPE_CHECKING:
+    from hipa_deploy.engines.targets.target import TargetProfile
     from hipa_deploy.models.style import Style
     from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
 
@@ -77,8 +78,8 @@ def train(
     held_out: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts that are not trained on, as for --prompts: every 200 steps the adaptor "
-            "is measured on them, and the best one kept."
+            help="Prompts that are not trained on, as for --prompts: as often as the recipe says "
+            "what is trained is measured on them, and the best step kept. By default the recipe's."
         ),
     ] = None,
     patience: Annotated[
@@ -149,7 +150,7 @@ def train(
         )
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.generate.prompt_files import check_prompt_file
-    from hipa_deploy.models.locate import model_folder
+    from hipa_deploy.models.locate import check_model_name, model_folder
     from hipa_deploy.models.lora.early_lora import check_adaptor_path
     from hipa_deploy.models.style import parse_style
     from hipa_deploy.train.loop.output import check_output
@@ -157,6 +158,7 @@ def train(
     from hipa_deploy.train.training_request import check_dry_run, check_trackers
     from hipa_deploy.user_code import check_allowed, code_allowed
 
+    check_model_name(model)
     if gpus is not None and not dry_run:
         raise HipaError(
             "--gpus is for --dry-run. To train on several GPUs, start the command with "
@@ -290,7 +292,6 @@ def _dry_run_training(recipe: Recipe, model_dir: Path, style: Style, processes: 
             a LoRA does not fit the model.
 
     """
-    from hipa_deploy.engines.targets.target import load_target_profile, target_names
     from hipa_deploy.train.prediction.dry_run import dry_run
 
     # Merged LoRAs cost a training nothing, so the prediction is that of the base model.
@@ -300,14 +301,31 @@ def _dry_run_training(recipe: Recipe, model_dir: Path, style: Style, processes: 
 
         OpenStyle.read(style, ModelConfig.read(model_dir))
 
-    # Devices whose memory is shared with the CPU (Jetson) are for running, not for training.
-    profiles = [load_target_profile(name) for name in target_names()]
-    gpus = [profile for profile in profiles if not profile.memory_shared]
-
     with console.status("predicting"):
-        lines, problem = dry_run(recipe, model_dir, gpus, processes)
+        lines, problem = dry_run(recipe, model_dir, training_gpus(), processes)
 
     # The problem comes last: the user sees the recipe that has it.
     Console().print(*lines, sep="\n", markup=False, highlight=False)
     if problem:
         raise problem
+
+
+def training_gpus() -> list[TargetProfile]:
+    """The GPUs for which a training is predicted.
+
+    Devices whose memory is shared with the CPU (Jetson) are for running, not for training.
+    """
+    from hipa_deploy.engines.targets.target import load_target_profile, target_names
+
+    found = []
+    for name in target_names():
+        profile = load_target_profile(name)
+        if profile.memory_shared:
+            continue
+        if name == "a100":
+            # The smaller A100 computes as fast. No engine depends on its memory, so that it is no
+            # target of its own.
+            changes = {"title": "A100 40 GB SXM", "memory_gib": 40}
+            found.append(profile.model_copy(update=changes))
+        found.append(profile)
+    return found

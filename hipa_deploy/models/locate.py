@@ -51,14 +51,29 @@ def model_folder(name: str, config: str | None = None) -> Path:
         return _diffusers_folder(path)
     if name == NAME:
         return MODEL
+    check_model_name(name)
+    from diffusers import DiffusionPipeline
+
+    return _fetch(name, DiffusionPipeline.download)
+
+
+def check_model_name(name: str) -> None:
+    """Check that a model is there or may be on the hub; nothing is read, converted or fetched.
+
+    Args:
+        name: as for ``model_folder``.
+
+    Raises:
+        HipaError: it is neither a path that exists nor a hub id.
+
+    """
+    if Path(name).exists() or name == NAME:
+        return
     if "/" not in name or name.startswith(("/", ".")):
         raise HipaError(
             f"{name} does not exist. Expected a diffusers model folder, a checkpoint in one file, "
             f"a hub id like owner/name, or {NAME}."
         )
-    from diffusers import DiffusionPipeline
-
-    return _fetch(name, DiffusionPipeline.download)
 
 
 def model_name(name: str, folder: Path) -> str:

@@ -20,12 +20,12 @@ from hipa_deploy.models.adaptor_folder import (
     read_metadata,
     weights_sha256,
 )
-from hipa_deploy.models.locate import model_folder
+from hipa_deploy.models.locate import check_model_name, model_folder
 from hipa_deploy.publish.adaptor_card import adaptor_card
 from hipa_deploy.publish.base_model import BaseModel, base_of_adaptor, base_of_bundle
 from hipa_deploy.publish.bundle_card import bundle_card
 from hipa_deploy.publish.leaks import CARD, refuse_local_paths
-from hipa_deploy.publish.measured_quality import Report, read_report
+from hipa_deploy.publish.measured_quality import Report, check_report, read_reports
 from hipa_deploy.publish.peft_files import write_peft_files
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -40,7 +40,7 @@ class Wishes:
         model: the base model, a folder or a hub id.
         base_model: its id on the hub, where ``model`` is a folder.
         licence: of the base model, where its folder does not say it.
-        report: a report folder of hipa-evaluate.
+        reports: report folders of hipa-evaluate.
 
     """
 
@@ -48,7 +48,7 @@ class Wishes:
     model: str | None = None
     base_model: str | None = None
     licence: str | None = None
-    report: Path | None = None
+    reports: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,24 @@ class Publication:
         card = self.finish(folder)
         (folder / CARD).write_text(card, encoding="utf-8")
         refuse_local_paths(folder, [self.source.resolve().parent])
+
+
+def check_paths(source: str, wishes: Wishes) -> None:
+    """Check that what was named is there, before anything is read.
+
+    Args:
+        source: as for ``open_publication``.
+        wishes: the user's.
+
+    Raises:
+        HipaError: a folder or a report does not exist.
+
+    """
+    _source_folder(source)
+    for folder in wishes.reports:
+        check_report(folder)
+    if wishes.model is not None:
+        check_model_name(wishes.model)
 
 
 def open_publication(source: str, wishes: Wishes) -> Publication:
@@ -130,7 +148,7 @@ def _open_adaptor(folder: Path, wishes: Wishes) -> Publication:
     config = read_json(folder / SCHEDULER, remedy="Copy the adaptor again.")
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
         raise HipaError(f"{folder / SCHEDULER} names no scheduler. Copy the adaptor again.")
-    report = read_report(wishes.report, digest) if wishes.report else None
+    report = read_reports(wishes.reports, digest)
     base = base_of_adaptor(metadata, wishes.model, wishes.base_model, wishes.licence)
     if wishes.model is not None:
         read_metadata(folder, model_folder(wishes.model))  # refuses another model
@@ -149,13 +167,11 @@ def _open_bundle(folder: Path, wishes: Wishes) -> Publication:
     bundle = Bundle.open(folder)
     bundle.verify()
     adaptor = bundle.manifest.adaptor
-    if wishes.report is not None and adaptor is None:
+    if wishes.reports and adaptor is None:
         raise HipaError(
             "--report is of an adaptor, and the bundle has none merged. Leave out --report."
         )
-    report = None
-    if wishes.report is not None and adaptor is not None:
-        report = read_report(wishes.report, adaptor.sha256)
+    report = None if adaptor is None else read_reports(wishes.reports, adaptor.sha256)
     name = bundle.manifest.base_model.name
     base = base_of_bundle(name, wishes.model, wishes.base_model, wishes.licence)
     _check_free(folder, bundle.manifest.files)

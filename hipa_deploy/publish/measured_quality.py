@@ -1,4 +1,4 @@
-"""The measured quality in a card: the report folder of ``hipa-evaluate --out``."""
+"""The measured quality in a card: report folders of ``hipa-evaluate --out``, of COCO too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hipa_deploy.disk.reading import MIB, read_json, read_text
 from hipa_deploy.errors import HipaError, HipaWarning
@@ -14,33 +15,71 @@ from hipa_deploy.errors import HipaError, HipaWarning
 FOLDER = "quality"  # of the report, in the published folder
 NUMBERS = "report.json"
 TEXT = "report.md"
-PICTURES = ("samples.png", "premise.png", "spectra.png")
+PICTURES = ("samples.png", "premise.png", "spectra.png")  # a report on COCO has none
 AGAIN = "Expected a folder that hipa-evaluate --out wrote."
 
 
 @dataclass(frozen=True)
 class Report:
-    """A report folder that was read and belongs to what is published.
+    """Report folders that were read and belong to what is published.
 
     Attributes:
-        folder: where it is.
-        text: its text without the heading; pictures are found from the published folder.
+        files: what is copied, by its name in ``quality/``.
+        text: their texts without the headings; pictures are found from the published folder.
 
     """
 
-    folder: Path
+    files: dict[str, Path]
     text: str
 
     def copy_to(self, published: Path) -> None:
-        """Copy the report's files into ``quality/`` of a folder."""
+        """Copy the reports' files into ``quality/`` of a folder."""
         target = published / FOLDER
-        target.mkdir()
-        for name in (TEXT, NUMBERS, *PICTURES):
-            shutil.copyfile(self.folder / name, target / name)
+        for name, source in self.files.items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target / name)
+
+
+def read_reports(folders: tuple[Path, ...], adaptor_sha256: str | None) -> Report | None:
+    """Read the report folders of one card; None where there is none.
+
+    Args:
+        folders: of ``hipa-evaluate --out``: the comparison with the teacher, and one of each year
+            of COCO.
+        adaptor_sha256: of the adaptor that is published, or is merged into the bundle.
+
+    Raises:
+        HipaError: as ``read_report``; or two reports of one kind.
+
+    """
+    files: dict[str, Path] = {}
+    texts = []
+    for folder in folders:
+        report = read_report(folder, adaptor_sha256)
+        if files.keys() & report.files.keys():
+            raise HipaError(
+                f"--report {folder} is of the same kind as another one. Give one report of the "
+                "comparison with the teacher, and one of each year of COCO."
+            )
+        files |= report.files
+        texts.append(report.text)
+    return Report(files, "\n\n".join(texts)) if texts else None
+
+
+def check_report(folder: Path) -> None:
+    """Check that a folder has a report's files, which takes no time.
+
+    Raises:
+        HipaError: a file is missing.
+
+    """
+    for name in (TEXT, NUMBERS):
+        if not (folder / name).is_file():
+            raise HipaError(f"--report {folder} has no {name}. {AGAIN}")
 
 
 def read_report(folder: Path, adaptor_sha256: str | None) -> Report:
-    """Read a report folder.
+    """Read a report folder: the comparison with the teacher, or FID and CLIP score on COCO.
 
     A report says since version 0.2 which adaptor it measured. An older one gets a warning.
 
@@ -52,12 +91,18 @@ def read_report(folder: Path, adaptor_sha256: str | None) -> Report:
         HipaError: a file is missing or damaged, or the report measured another adaptor.
 
     """
-    for name in (TEXT, NUMBERS, *PICTURES):
+    check_report(folder)
+    numbers = read_json(folder / NUMBERS, remedy=AGAIN)
+    if not isinstance(numbers, dict) or not isinstance(numbers.get("rows"), dict):
+        raise HipaError(f"--report {folder}: {NUMBERS} is no quality report. {AGAIN}")
+    text = read_text(folder / TEXT, max_bytes=MIB)
+    protocol = numbers.get("protocol")
+    if isinstance(protocol, dict):
+        return _coco_report(folder, numbers["rows"], protocol, text, adaptor_sha256)
+
+    for name in PICTURES:
         if not (folder / name).is_file():
             raise HipaError(f"--report {folder} has no {name}. {AGAIN}")
-    numbers = read_json(folder / NUMBERS, remedy=AGAIN)
-    if not isinstance(numbers, dict) or "rows" not in numbers:
-        raise HipaError(f"--report {folder}: {NUMBERS} is no quality report. {AGAIN}")
     measured = numbers.get("adaptor_sha256")
     if measured is None:
         warnings.warn(
@@ -66,11 +111,43 @@ def read_report(folder: Path, adaptor_sha256: str | None) -> Report:
             stacklevel=2,
         )
     elif measured != adaptor_sha256:
-        raise HipaError(
-            f"--report {folder} measured another adaptor (hashes differ). Run hipa-evaluate --out "
-            "with this one."
-        )
-
-    text = read_text(folder / TEXT, max_bytes=MIB)
+        raise _of_another(folder)
     text = re.sub(r"\A# .*\n+", "", text)
-    return Report(folder, re.sub(r"\]\((\w+\.png)\)", rf"]({FOLDER}/\1)", text).strip())
+    text = re.sub(r"\]\((\w+\.png)\)", rf"]({FOLDER}/\1)", text).strip()
+    return Report({name: folder / name for name in (TEXT, NUMBERS, *PICTURES)}, text)
+
+
+def _coco_report(
+    folder: Path,
+    rows: dict[str, Any],
+    protocol: dict[str, Any],
+    text: str,
+    adaptor_sha256: str | None,
+) -> Report:
+    """A report on COCO, whose rows say each which adaptor it is of.
+
+    Its figures, intervals and protocol go into the card as its text has them. Its rows' files stay
+    where they are: tens of thousands of images and their features.
+    """
+    year = protocol.get("year")
+    measured = set()
+    for row in rows.values():
+        identity = row.get("identity") if isinstance(row, dict) else None
+        if isinstance(identity, dict):
+            measured.add(identity.get("adaptor"))
+    if year not in (2014, 2017) or not measured:
+        raise HipaError(f"--report {folder}: {NUMBERS} is no report on COCO. {AGAIN}")
+    if adaptor_sha256 is None or adaptor_sha256 not in measured:
+        raise _of_another(folder)
+
+    # Headings of the card are one level above those of the report.
+    text = re.sub(r"^(#+) ", r"##\1 ", text.strip(), flags=re.MULTILINE)
+    names = {f"coco-{year}/{name}": folder / name for name in (TEXT, NUMBERS)}
+    return Report(names, text)
+
+
+def _of_another(folder: Path) -> HipaError:
+    return HipaError(
+        f"--report {folder} measured another adaptor (hashes differ). Run hipa-evaluate --out "
+        "with this one."
+    )

@@ -44,10 +44,10 @@ def publish(
         ),
     ] = None,
     report: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
-            help="Report folder that hipa-evaluate --out wrote: the measured quality and the "
-            "sample images."
+            help="Report folder that hipa-evaluate --out wrote, of COCO too: the measured quality "
+            "and the sample images. Repeat it for more."
         ),
     ] = None,
     dry_run: Annotated[
@@ -84,12 +84,14 @@ def publish(
         if find_spec(module) is None:
             raise MissingDependencyError(module, "publish")
 
-    from hipa_deploy.publish.folders import Wishes, open_publication
+    from hipa_deploy.publish.folders import Wishes, check_paths, open_publication
     from hipa_deploy.publish.hub import check_token, upload
 
+    # A path that is wrong is named even where the token is missing too.
+    wishes = Wishes(repo, model, base_model, licence, tuple(report or ()))
+    check_paths(source, wishes)
     if dry_run is None:
         check_token()
-    wishes = Wishes(repo, model, base_model, licence, report)
     publication = open_publication(source, wishes)
     if dry_run is not None:
         with new_folder(dry_run) as folder:

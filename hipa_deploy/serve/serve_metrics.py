@@ -41,6 +41,9 @@ class ServeMetrics:
         )
         self.images = self._counter("images", "Images delivered.", "model")
         self.refusals = self._counter("refusals", "Requests that were not answered.", "reason")
+        # Looking a label up takes as long as counting, and a flood asks for the same ones.
+        self._unread_requests = self.requests.labels("none", "429")
+        self._unread_refusals = self.refusals.labels("rate_limit_exceeded")
         self._queue = Gauge(
             "hipa_queue_images", "Images that wait.", ["bundle"], registry=self._registry
         )
@@ -81,6 +84,11 @@ class ServeMetrics:
             self._swaps.labels(bundle),
             lambda stage: self._stages.labels(bundle, stage),
         )
+
+    def refused_unread(self) -> None:
+        """Count a request that was refused because no image can wait, and was not even parsed."""
+        self._unread_requests.inc()
+        self._unread_refusals.inc()
 
     def text(self) -> bytes:
         """All numbers in Prometheus' text format."""

@@ -99,17 +99,32 @@ def test_the_swapped_graph_is_the_direct_exports_file(pair: tuple[Bundle, Bundle
     "changes", [{"fuse": True, "prompts": True}, {"layout": "generic", "dtype": "fp32"}]
 )
 def test_other_bundles(
-    changes: dict, model_dir: Path, adaptor_dir: Path, other_adaptor: Path, tmp_path: Path
+    changes: dict,
+    model_dir: Path,
+    adaptor_dir: Path,
+    other_adaptor: Path,
+    tiny_vae_dir: Path,
+    tmp_path: Path,
 ) -> None:
-    if "prompts" in changes:
-        changes = changes | {"prompts": model_dir / "prompts.txt"}
+    decoder = None
+    if "fuse" in changes:
+        # A swap changes the UNet alone: the decoder is the smallest that there is. The generic
+        # layout takes none.
+        decoder = tiny_vae_dir
+        changes = changes | {"prompts": model_dir / "prompts.txt", "decoder": decoder}
     options = ExportOptions(
         model=str(model_dir), adaptor=adaptor_dir, out=tmp_path / "base", **changes
     )
     base = export_bundle(options)
     own = export_bundle(replace(options, adaptor=other_adaptor, out=tmp_path / "own"))
     export_swap(
-        SwapOptions(model=str(model_dir), adaptor=other_adaptor, bundle=base.root, out=night(base))
+        SwapOptions(
+            model=str(model_dir),
+            adaptor=other_adaptor,
+            bundle=base.root,
+            out=night(base),
+            decoder=decoder,
+        )
     )
     assert png(base, tmp_path / "a.png", "night") == png(own, tmp_path / "b.png")
 

@@ -124,6 +124,17 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*EXPORT, "--adaptor", "emoji-edit", "--encoder", "nope"), "nope does not exist"),
     ((*EXPORT, "--adaptor", "emoji-edit", "--encoder", "other-decoder"), "decoder"),
     ((*EXPORT, "--adaptor", "emoji-upscale", "--encoder", "nope"), "nope"),
+    # What does not exist is named although something else is missing or wrong too.
+    ((*EVALUATE, "--coco", "nope"), "--coco nope does not exist"),
+    ((*EVALUATE, "--coco", "full"), "--coco full has no annotations"),
+    ((*EVALUATE, "--coco", "nope", "--model", "no-model"), "no-model does not exist"),
+    ((*EVALUATE, "--rival", "no/such/folder"), "--rival no/such/folder does not exist"),
+    ((*TRAIN, "--gpus", "2", "--model", "no-model"), "no-model does not exist"),
+    ((*TRAIN, "--patience", "2", "--model", "no-model"), "no-model does not exist"),
+    (("build", "nope"), "bundle nope does not exist"),
+    (("build", "nope", "--for", "nowhere"), "bundle nope does not exist"),
+    (("publish", "nope", "--repo", "me/x"), "nope does not exist"),
+    (("publish", "emoji", "--repo", "me/x", "--report", "nope"), "--report nope has no report.md"),
     # Numbers.
     ((*EXPORT, "--height", "65"), "multiple"),
     ((*EXPORT, "--height", "-64"), "multiple"),

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hipa_deploy.embedded import MODEL
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata
 from hipa_deploy.train.evaluation.quality import (
@@ -23,7 +24,14 @@ from hipa_deploy.train.held_out import HeldOutMeasure, held_out_examples
 from hipa_deploy.train.loop.plateau import Plateau
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_uint8
 from hipa_deploy.train.recipes.held_out_settings import HeldOutSettings
-from hipa_deploy.train.recipes.recipe import Recipe, held_out_prompts, load_recipe, read_prompts
+from hipa_deploy.train.recipes.recipe import (
+    SHIPPED,
+    Recipe,
+    held_out_prompts,
+    load_any_recipe,
+    load_recipe,
+    read_prompts,
+)
 from hipa_deploy.train.train_adaptor import train_adaptor
 from tests.weights import differences, read_weights
 
@@ -64,19 +72,20 @@ def test_the_measure_is_that_of_the_report(
     assert examples.count == 3
     assert set(examples.prompts(torch.arange(3))) <= {*PROMPTS, ""}
 
-    def student(examples: Any, rows: torch.Tensor) -> torch.Tensor:
+    def student(rows: torch.Tensor) -> torch.Tensor:
         return 0.5 * examples.images(rows) + 0.3
 
-    values = HeldOutMeasure(examples, student, torch.device("cpu"))()
+    values = HeldOutMeasure(examples.images, student, 3, torch.device("cpu"))()
     rows = torch.arange(3)
     teacher = to_uint8(examples.images(rows)).numpy()
-    shown = to_uint8(student(examples, rows)).numpy()
+    shown = to_uint8(student(rows)).numpy()
     cosine = torch.cosine_similarity(lite0_features(shown), lite0_features(teacher)).mean()
     assert values["held_out/feature_distance"] == pytest.approx(1 - float(cosine), abs=1e-5)
     assert values["held_out/dists_like"] == pytest.approx(paired_distance(shown, teacher), abs=1e-5)
     ratio = high_frequency_ratio(shown, teacher)
     assert values["held_out/high_frequency"] == pytest.approx(ratio, rel=1e-4)
-    same = HeldOutMeasure(examples, lambda of, rows: of.images(rows), torch.device("cpu"))()
+    # As many at once as a micro-batch has change no value.
+    same = HeldOutMeasure(examples.images, examples.images, 3, torch.device("cpu"), 2)()
     assert list(same.values()) == pytest.approx([0, 0, 1], abs=1e-5)
 
 
@@ -173,3 +182,27 @@ def test_patience_needs_prompts(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text('prompts = "a"\nsteps = 1\n[teacher]\npairs = 1\n')
     loaded = load_recipe(tmp_path / "r.toml", {"held_out.prompts": "b.txt"})
     assert loaded.held_out.prompts == str(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_included_recipe_has_held_out_prompts(path: Path, tmp_path: Path) -> None:
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a boat\n")
+    own = {} if path.stem.startswith("emoji") else {"prompts": str(captions)}
+    recipe = load_any_recipe(path.stem, own)
+    trained = read_prompts(recipe, MODEL)
+    held_out = held_out_prompts(recipe, MODEL, trained)
+    assert len(held_out) >= recipe.held_out.count
+    # It costs little: not one image in a hundred of those that a training sees.
+    assert recipe.measurements * recipe.held_out.count < 0.01 * recipe.steps * recipe.batch
+
+
+def test_held_out_prompts_of_the_model_go_with_the_recipes_own(tmp_path: Path) -> None:
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a boat\n")
+    other = {"prompts": str(captions)}
+    assert load_recipe("emoji", other).held_out.prompts is None
+    assert load_recipe("emoji", {**other, "held_out.prompts": "x.txt"}).held_out.prompts
+    assert load_recipe("sd15", other).held_out.prompts == "included:held_out.txt"
+    with pytest.raises(HipaError, match="patience needs held-out prompts"):
+        load_recipe("emoji", {**other, "held_out.patience": 3})

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.model_parts import ModelParts
@@ -16,6 +17,7 @@ from hipa_deploy.models.decoder_folder import read_decoder_metadata, vae_sha256
 from hipa_deploy.train.loop.run import Run
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.unet_adaptor import one_step_model
+from hipa_deploy.train.recipes.held_out_settings import HeldOutSettings
 from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 from hipa_deploy.train.train_decoder import (
@@ -160,6 +162,39 @@ def test_training_raises_the_fidelity(
     long = read_decoder_metadata(tmp_path / "long").fidelity
     assert long.psnr_db > short.psnr_db + 3
     assert long.perceptual_distance < short.perceptual_distance
+
+
+def test_the_held_out_measure_keeps_the_best_decoder(
+    decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "held-out.txt"
+    prompts.write_text("a red house\na blue boat\na tree\n")
+    held_out = HeldOutSettings(prompts=str(prompts), count=3, every=1)
+    watched = decoder_recipe.model_copy(update={"held_out": held_out, "steps": 3})
+    train_decoder(watched, model_dir, tmp_path / "watched", console=QUIET, device="cpu")
+
+    # It changes no step: the weights are those of a training without it.
+    plain = decoder_recipe.model_copy(update={"steps": 3})
+    train_decoder(plain, model_dir, tmp_path / "plain", console=QUIET, device="cpu")
+    weights = "diffusion_pytorch_model.safetensors"
+    found = [read_weights(tmp_path / name / weights) for name in ("watched", "plain")]
+    assert not differences(*found)
+
+    run = tmp_path / "watched.run"
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    measured = events.Scalars("held_out/feature_distance")
+    assert [event.step for event in measured] == [0, 1, 2, 3]
+    best = min(measured, key=lambda event: event.value)
+    kept = list(run.glob("best-step-*"))
+    assert [path.name for path in kept] == ([f"best-step-{best.step:08d}"] if best.step else [])
+    for path in kept:
+        assert read_decoder_metadata(path).steps_trained == best.step
+
+    # A plateau ends the training.
+    patient = held_out.model_copy(update={"patience": 1, "min_delta": 10.0})
+    short = watched.model_copy(update={"held_out": patient})
+    out = train_decoder(short, model_dir, tmp_path / "short", console=QUIET, device="cpu")
+    assert read_decoder_metadata(out).steps_trained == 1
 
 
 def test_with_an_adaptor_it_learns_the_adapted_models_latents(

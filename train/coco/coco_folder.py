@@ -85,6 +85,11 @@ def find_sets(folder: Path, year: int | None) -> list[CocoSet]:
     """
     if year is not None and year not in SETS:
         raise HipaError(f"--year is {year}. Expected 2014 or 2017.")
+    if not folder.is_dir():
+        raise HipaError(
+            f"--coco {folder} does not exist. Expected a folder with annotations and the images "
+            "of COCO."
+        )
     wanted = [SETS[year]] if year is not None else list(SETS.values())
     found = [known for known in wanted if (folder / "annotations" / known.captions).is_file()]
     if not found:

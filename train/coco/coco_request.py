@@ -90,17 +90,21 @@ def check_coco(wishes: CocoWishes, out: Path | None, prompts: Path | None) -> Co
         HipaError: something is missing or out of range; the message says what to do.
 
     """
+    # A path that is wrong is named first, even where something else is missing too.
+    found = find_sets(wishes.folder, wishes.year)
+    check_captions(wishes.captions)
+    if wishes.clip is not None:
+        check_clip_folder(wishes.clip)
+    if wishes.inception is not None:
+        check_inception(wishes.inception)
+    if prompts is not None:
+        raise HipaError("--prompts is not for --coco. Give a list of captions: --captions FILE.")
     if out is None:
         raise HipaError(
             "--coco keeps images and features in a folder, to go on after an interruption. "
             "Give one: --out FOLDER."
         )
-    if prompts is not None:
-        raise HipaError("--prompts is not for --coco. Give a list of captions: --captions FILE.")
-    found = find_sets(wishes.folder, wishes.year)
     inception = check_inception(wishes.inception)
-    if wishes.clip is not None:
-        check_clip_folder(wishes.clip)
     reference: ReferenceSet
     if wishes.reference == "all":
         reference = "all"
@@ -121,6 +125,20 @@ def check_coco(wishes: CocoWishes, out: Path | None, prompts: Path | None) -> Co
     if len(found) > 1:
         sets = {out / str(known.year): known for known in found}
     return CocoRequest(sets, inception, reference, shard, wishes.shard is None)
+
+
+def check_captions(text: str) -> None:
+    """Check that a list of captions is there.
+
+    Raises:
+        HipaError: it is neither a way to choose captions nor a file.
+
+    """
+    if text not in ("random", "first") and not Path(text).is_file():
+        raise HipaError(
+            f"--captions {text} does not exist. Expected random, first, or a text file with one "
+            "caption a line."
+        )
 
 
 def check_inception(path: Path | None) -> Path:

@@ -128,6 +128,11 @@ def parse_contender(text: str) -> Contender:
         return _of_folder(folder, text)
     if folder.is_file() and folder.suffix.lower() in LORA_FILES:
         raise _without_method(text)
+    if "=" not in text and len(folder.parts) > 1 and not folder.exists():
+        raise HipaError(
+            f"--rival {text} does not exist. Expected a folder of an adaptor, a bundle or images, "
+            "or FILE=METHOD."
+        )
     return parse_rival(text)
 
 

@@ -44,6 +44,8 @@ from hipa_deploy.train.evaluation.rivals import Facts, rival_images
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 FEW_PROMPTS = 64  # with fewer the intervals are too wide to rank adaptors (ours)
+# A share whose interval is as wide as the whole gap cannot tell none of it from all of it (ours).
+WIDEST_SHARE = 1.0
 FEWER_STEPS = (1, 2, 4, 8)  # the teacher's rows beside its full number of steps
 BASE = "base, one step"
 ADAPTED = "HiPA, one step"
@@ -56,8 +58,9 @@ class Intervals(BaseModel):
         kid_lite0: Of KID-Lite0.
         distance: Of the distance; None where there is none.
         high_frequency_ratio: Of the high-frequency ratio.
-        kid_gap_closed: Of the share of the gap that the row closes; None where the gap between base
-            and teacher is itself not clear of 0, so that a share of it says nothing.
+        kid_gap_closed: Of the share of the gap that the row closes; None where a share says
+            nothing: the gap between base and teacher is itself not clear of 0, or the interval of
+            the share is wider than ``WIDEST_SHARE``.
 
     """
 
@@ -131,11 +134,15 @@ class QualityReport(BaseModel):
                 f"{self.prompts} different prompts are few: the intervals are wide. Expected at "
                 f"least {FEW_PROMPTS}."
             )
-        adapted = [name for name in self.intervals if not _is_reference(name)]
-        if adapted and all(self.intervals[name].kid_gap_closed is None for name in adapted):
+        unknown = []
+        for name, intervals in self.intervals.items():
+            if not _is_reference(name) and intervals.kid_gap_closed is None:
+                unknown.append(name)
+        if unknown:
             found.append(
-                "The gap in KID-Lite0 between the base's one step and the teacher is smaller than "
-                "its own noise, so no share of it is given. Compare more images."
+                f"No share of the gap in KID-Lite0 is given of {'; '.join(unknown)}: the gap "
+                "between the base's one step and the teacher is smaller than its own noise, or "
+                "than that of the share. Compare more images."
             )
         return found
 
@@ -314,7 +321,9 @@ def _intervals(row: _Measured, base: _Measured | None, floor: _Measured) -> Inte
     if base is not None:
         gap_R = base.kid_R - floor.kid_R
         if interval(gap_R)[0] > 0:
-            closed = interval((base.kid_R - row.kid_R) / gap_R)
+            low, high = interval((base.kid_R - row.kid_R) / gap_R)
+            if high - low <= WIDEST_SHARE:
+                closed = low, high
     return Intervals(
         kid_lite0=interval(row.kid_R),
         distance=None if row.distance_R is None else interval(row.distance_R),

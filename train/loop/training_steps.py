@@ -39,7 +39,7 @@ class Watch:
         measure: Returns held-out values by name; the first of them decides which step is best.
             None measures nothing.
         every: Steps between measurements.
-        save_best: Writes the adaptor of the best step into a new folder.
+        save_best: Writes the adaptor or decoder of the best step into a new folder.
 
     """
 
@@ -206,7 +206,7 @@ def result_lines(out: Path, run: Run, finished_steps: int) -> list[str]:
     best = run.folder / f"{BEST}{run.plateau.step:08d}"
     if best.is_dir() and run.plateau.step != run.step:
         lines.append(
-            f"the held-out measure was best at step {run.plateau.step}: that adaptor is {best}"
+            f"the held-out measure was best at step {run.plateau.step}: its result is {best}"
         )
     lines.append(f"to go on from here: the same command with more --steps than {run.step}")
     return lines

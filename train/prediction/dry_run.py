@@ -236,6 +236,10 @@ def cost_table(prediction: TrainingPrediction) -> Table:
         add("fake score's steps", recipe.batch, micro_batch, prediction.fake, decoded)
     if prediction.target:
         add("its teacher images", recipe.batch, micro_batch, prediction.target, decoded)
+    if prediction.held_out:
+        count = recipe.held_out.count
+        at_once = recipe.held_out_rows
+        add("held-out measure", count, at_once, prediction.held_out, recipe.measurements)
     return table
 
 
@@ -332,6 +336,9 @@ def measured_table(prediction: TrainingPrediction, seconds: Mapping[str, float])
     }
     if prediction.fake:
         times["fake score"] = decoded
+    if prediction.held_out:
+        pieces = math.ceil(recipe.held_out.count / recipe.held_out_rows)
+        times["held-out rows"] = recipe.measurements * pieces
     table = Table("", title="Measured on this machine's CPU, random weights")
     for heading in ("seconds", "how often", "minutes in all"):
         table.add_column(heading, justify="right")

@@ -142,6 +142,7 @@ class SimulatedTraining:
         self.weights = add_adaptors(model, recipe)
         self._step_costs: dict[tuple[int, bool], TrainingCost] = {}
         self.loss = _loss(recipe)
+        self.held_out = _DistanceNetworks() if recipe.held_out.prompts else None
         self.unet = in_precision(model.unet, recipe.mixed_precision, CPU)
         self.decode = in_precision(model.decode, decoder_precision(recipe, model.config), CPU)
         check_crop(recipe.decode_crop, model.latent_shape_CHW)
@@ -196,6 +197,8 @@ class SimulatedTraining:
     def own_modules(self) -> list[nn.Module]:
         """The modules beside the model's parts."""
         modules: list[nn.Module] = [self.loss]
+        if self.held_out is not None:
+            modules.append(self.held_out)
         if self.distribution is not None and self.distribution.discriminator is not None:
             modules.append(self.distribution.discriminator)
         return modules
@@ -244,6 +247,20 @@ class SimulatedTraining:
     def decode_targets(self, rows: int) -> None:
         """Decode the teacher's images of ``rows`` rows."""
         self.decode(self._decoded_part(self._latents(rows))).clamp(0, 1)
+
+    @torch.no_grad()
+    def measure_rows(self, rows: int) -> None:
+        """The held-out measure of ``rows`` images: the student's step, and both networks."""
+        assert self.held_out is not None
+        student = self.decode(self._student_latents(rows))
+        self.held_out(student, torch.rand_like(student))
+
+    def held_out_cost(self) -> TrainingCost:
+        """Cost of one held-out measurement."""
+        rows = self.recipe.held_out_rows
+        cost = self._cost(lambda: self.measure_rows(rows))
+        flops = round(cost.flops * self.recipe.held_out.count / rows)
+        return TrainingCost(flops, cost.peak_bytes + self._moments_bytes())
 
     def pairs_cost(self) -> TrainingCost:
         """Cost of one batch of teacher pairs, without the sampler's own small arithmetic."""
@@ -382,14 +399,34 @@ def _drawn(
     return torch.zeros(len(rows), dtype=torch.int64), torch.randn(len(rows), *shape_CHW)
 
 
-def _loss(recipe: Recipe) -> HipaLoss:
-    """The recipe's loss, with zeros for Lite0's weights, whose values change neither cost."""
+class _DistanceNetworks(nn.Module):
+    """The networks of the held-out measure (train/held_out.py), with zeros for weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lite0 = _zero_lite0()
+        self.dists_lite0 = _zero_lite0()  # the DISTS-like distance loads its own
+        self.dists = DistsLike(self.dists_lite0.features)
+
+    def forward(self, student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
+        self.lite0.pooled(student_BCHW)
+        self.lite0.pooled(teacher_BCHW)
+        return self.dists(student_BCHW, teacher_BCHW)
+
+
+def _zero_lite0() -> Lite0:
+    """Lite0 with zeros for weights, whose values change neither operations nor memory."""
     with torch.device("meta"):
         state = Lite0().state_dict()
     zeros = {}
     for name, weight in state.items():
         zeros[name] = torch.zeros(weight.shape, dtype=weight.dtype)
-    lite0 = Lite0.from_weights(zeros)
+    return Lite0.from_weights(zeros)
+
+
+def _loss(recipe: Recipe) -> HipaLoss:
+    """The recipe's loss, with zeros for Lite0's weights."""
+    lite0 = _zero_lite0()
     perceptual = DistsLike(lite0.features, size=recipe.loss.perceptual_size)
     perceptual.lite0 = lite0  # registered as a sub-module, so that its weights count as memory
 

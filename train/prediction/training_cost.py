@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -55,11 +56,12 @@ class TrainingPrediction:
         pairs: One batch of teacher pairs, all sampler steps.
         warm_up: One optimiser step without decoding, of ``recipe.batch`` rows.
         step: One optimiser step with decoding, of ``recipe.batch`` rows.
-        memory: The memory of ``step`` for other micro-batches.
         target: The decoding of the teacher's images in each step; None where all images of a
             training fit in memory and are decoded once.
         fake: The steps of the fake score after one of the student; None without score distillation.
+        held_out: One held-out measurement; None without held-out prompts.
         square: Side in pixels of what a step decodes of each image; None is the whole image.
+        count_memory: Counts ``memory``, which takes as long as everything else together.
 
     """
 
@@ -74,10 +76,16 @@ class TrainingPrediction:
     pairs: TrainingCost
     warm_up: TrainingCost
     step: TrainingCost
-    memory: MicroBatchMemory
+    count_memory: Callable[[], MicroBatchMemory] = field(compare=False, repr=False)
     target: TrainingCost | None
     fake: TrainingCost | None = None
+    held_out: TrainingCost | None = None
     square: int | None = None
+
+    @cached_property
+    def memory(self) -> MicroBatchMemory:
+        """The memory of ``step`` for other micro-batches; counted when it is first asked for."""
+        return self.count_memory()
 
     @property
     def rows(self) -> int:
@@ -97,11 +105,13 @@ class TrainingPrediction:
             costs.append(self.target)
         if self.fake is not None:
             costs.append(self.fake)
+        if self.held_out is not None:
+            costs.append(self.held_out)
         return max(cost.peak_bytes for cost in costs)
 
     @property
     def sampler_batches(self) -> float:
-        """How often the teacher's sampler runs through a batch.
+        """How often the teacher's sampler runs through a batch, held-out images included.
 
         An edit takes its strength's share of a run. A folder of images, whose size is not known
         here, is taken to hold ``teacher.pairs`` of them.
@@ -112,7 +122,10 @@ class TrainingPrediction:
             runs = 0.0
         if self.recipe.task == "edit":
             runs += source.per_image * sum(source.strengths) / len(source.strengths)
-        return runs * _pairs(self.recipe) / self.recipe.teacher.batch
+        pairs = _pairs(self.recipe)
+        if self.held_out is not None:
+            pairs += self.recipe.held_out.count
+        return runs * pairs / self.recipe.teacher.batch
 
     @property
     def pairs_flops(self) -> float:
@@ -121,12 +134,14 @@ class TrainingPrediction:
 
     @property
     def training_flops(self) -> float:
-        """Operations of all optimiser steps."""
+        """Operations of all optimiser steps, and of the held-out measurements among them."""
         warm_up = min(self.recipe.loss.latent_warmup_steps, self.recipe.steps)
         decoded = self.recipe.steps - warm_up
         target = self.target.flops if self.target else 0
         fake = self.fake.flops if self.fake else 0
-        return warm_up * self.warm_up.flops + decoded * (self.step.flops + target + fake)
+        held_out = self.held_out.flops if self.held_out else 0
+        steps = warm_up * self.warm_up.flops + decoded * (self.step.flops + target + fake)
+        return steps + self.recipe.measurements * held_out
 
 
 def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> TrainingPrediction:
@@ -171,7 +186,13 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
 
     # From here on all tensors are fake ones. The adaptor's weights are among those that were
     # replaced, so the training must look them up again.
-    with FakeTensorMode():
+    mode = FakeTensorMode()
+
+    def count_memory() -> MicroBatchMemory:
+        with mode:
+            return training.micro_batch_memory()
+
+    with mode:
         _replace_tensors(*parts.values(), *training.own_modules)
         training.weights = trained_parameters(model)
         return TrainingPrediction(
@@ -186,9 +207,10 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
             pairs=training.pairs_cost(),
             warm_up=training.batch_cost(processes, decoded=False),
             step=training.batch_cost(processes, decoded=True),
-            memory=training.micro_batch_memory(),
+            count_memory=count_memory,
             target=training.target_cost(processes) if decodes_targets else None,
             fake=training.fake_cost(processes) if recipe.score.weight else None,
+            held_out=training.held_out_cost() if recipe.held_out.prompts else None,
             square=crop and crop * model.config.vae_factor,
         )
 
@@ -210,8 +232,9 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
 
     Returns:
         Seconds of the fastest call of 'teacher call' (the UNet for one batch of pairs),
-        'warm-up step' (without decoding), 'step' (with decoding) and, of score distillation, 'fake
-        score' (all of its steps after one of the student).
+        'warm-up step' (without decoding), 'step' (with decoding); of score distillation, 'fake
+        score' (all of its steps after one of the student); and with held-out prompts 'held-out
+        rows' (as many as are measured at once).
 
     """
     training = SimulatedTraining(unloaded_model(model_dir), recipe)
@@ -222,6 +245,8 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
     }
     if recipe.score.weight:
         calls["fake score"] = lambda: training.fake_steps(recipe.batch)
+    if recipe.held_out.prompts:
+        calls["held-out rows"] = lambda: training.measure_rows(recipe.held_out_rows)
 
     # The first call pays for allocations and thread pools. The fastest of the others is the one
     # that other work on the machine disturbed least.

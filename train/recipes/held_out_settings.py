@@ -1,4 +1,4 @@
-"""The settings of the held-out measure of an adaptor's training."""
+"""The settings of the held-out measure of a training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ class HeldOutSettings(Settings):
 
     prompts: str | None = None
     """File of held-out prompts, as the key prompts; none switches the measure off. Prompts that are
-    trained on as well are left out of it."""
+    trained on as well are left out of it. 'included:held_out.txt' is the package's own list."""
     count: int = Field(32, ge=2, le=4096)
-    """How many pairs of teacher and student to measure on."""
+    """How many pairs of images to measure on: of teacher and student, or of full and tiny
+    decoder."""
     every: int = Field(200, ge=1, le=10_000_000)
     """Steps between measurements."""
     patience: int = Field(0, ge=0, le=10_000_000)

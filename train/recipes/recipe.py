@@ -6,6 +6,7 @@ a file format: recipes outside of this repository use them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ from hipa_deploy.train.recipes.recipe_table import Settings
 
 SHIPPED = Path(__file__).parent  # the folder of the recipes that the package contains
 MODEL_PREFIX = "model:"  # of a prompt file that lies in the model's folder
+INCLUDED_PREFIX = "included:"  # of a prompt file that the package contains, beside the recipes
+HELD_OUT_ROWS = 8  # images that go through the networks at once, beside a training's own memory
 MixedPrecision = Literal["no", "bf16", "fp16"]
 CROPPED = ("generate", "edit")  # the tasks whose targets are the teacher's latents
 
@@ -201,6 +204,20 @@ class _TrainingSettings(Settings):
     """The optimiser."""
     text: TextSettings = TextSettings()
     """How prompts are encoded."""
+    held_out: HeldOutSettings = HeldOutSettings()
+    """The held-out measure, and early stop."""
+
+    @property
+    def held_out_rows(self) -> int:
+        """How many images the held-out measure takes through the networks at once."""
+        return min(HELD_OUT_ROWS, self.micro_batch or HELD_OUT_ROWS, self.held_out.count)
+
+    @property
+    def measurements(self) -> int:
+        """How often the held-out measure is taken: at the start, every so often, at the end."""
+        if not self.held_out.prompts:
+            return 0
+        return 1 + math.ceil(self.steps / self.held_out.every)
 
 
 class Recipe(_TrainingSettings):
@@ -239,8 +256,11 @@ class Recipe(_TrainingSettings):
     """Score distillation."""
     latent_discriminator: LatentDiscriminatorSettings = LatentDiscriminatorSettings()
     """The discriminator on noised latents."""
-    held_out: HeldOutSettings = HeldOutSettings()
-    """The held-out measure, and early stop."""
+
+    @property
+    def held_out_rows(self) -> int:
+        """As for a decoder. Where steps decode squares, whole images are decoded one by one."""
+        return 1 if self.decode_crop is not None else super().held_out_rows
 
     @property
     def compares_distributions(self) -> bool:
@@ -335,7 +355,9 @@ def load_any_recipe(
 
     Args:
         source: A TOML file, or the name of a shipped recipe such as 'emoji'.
-        overrides: Values to replace, with a dot for each table: {'teacher.pairs': 256}.
+        overrides: Values to replace, with a dot for each table: {'teacher.pairs': 256}. Held-out
+            prompts of the model's folder go with the recipe's own prompts: where ``prompts`` is
+            replaced and ``held_out.prompts`` is not, nothing is held out.
 
     Returns:
         The validated recipe, with the paths of its files made absolute.
@@ -351,7 +373,9 @@ def load_any_recipe(
         values = read_toml(path)
     except HipaError as error:
         raise HipaError(f"recipe {error}") from None
-    _override(values, overrides or {})
+    overrides = overrides or {}
+    _drop_held_out(values, overrides)
+    _override(values, overrides)
 
     # A shipped recipe cannot know where the user's files lie: its paths are relative to the current
     # folder.
@@ -385,12 +409,24 @@ def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
         table[last] = value
 
 
+def _drop_held_out(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Leave out the model's held-out prompts where others than the recipe's prompts are given.
+
+    They were chosen for the recipe's prompts, and the model that the others are for may lack them.
+    """
+    table = values.get("held_out")
+    if "prompts" not in overrides or not isinstance(table, dict):
+        return
+    if str(table.get("prompts")).startswith(MODEL_PREFIX):
+        del table["prompts"]
+
+
 def _make_absolute(table: Any, key: str, base: Path) -> None:
     """Make a path of a table absolute, if it is there; its type is validated later."""
     if not isinstance(table, dict):
         return
     name = table.get(key)
-    if isinstance(name, str) and not name.startswith(MODEL_PREFIX):
+    if isinstance(name, str) and not name.startswith((MODEL_PREFIX, INCLUDED_PREFIX)):
         table[key] = str(base / name)
 
 
@@ -440,7 +476,9 @@ def read_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str
     return list(dict.fromkeys([*source_prompts(recipe, model_folder), *prompts]))
 
 
-def held_out_prompts(recipe: Recipe, model_folder: Path, trained: list[str]) -> list[str]:
+def held_out_prompts(
+    recipe: Recipe | DecoderRecipe, model_folder: Path, trained: list[str]
+) -> list[str]:
     """The recipe's held-out prompts, without those that are trained on; none if it has no file.
 
     Args:
@@ -485,6 +523,8 @@ def source_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[s
 def _prompts_path(name: str, model_folder: Path) -> Path:
     if name.startswith(MODEL_PREFIX):
         return model_folder / name.removeprefix(MODEL_PREFIX)
+    if name.startswith(INCLUDED_PREFIX):
+        return SHIPPED / Path(name.removeprefix(INCLUDED_PREFIX)).name
     return Path(name)
 
 

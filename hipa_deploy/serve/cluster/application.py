@@ -53,6 +53,8 @@ class Arguments(BaseModel):
         queue: images that may wait at a replica.
         images: the most images of a request.
         time_limit: seconds.
+        release: any text. ``serve deploy`` does nothing where a config says what it said before,
+            also where another bundle lies under the same path since: another text makes it look.
 
     """
 
@@ -75,6 +77,7 @@ class Arguments(BaseModel):
     queue: int = 64
     images: int = 10
     time_limit: float = 60.0
+    release: str = ""
 
     @field_validator("bundles", "allow_host", "allow_origin", mode="before")
     @classmethod

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 import uvicorn
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.serve.process.http_protocol import PunctualProtocol
+from hipa_deploy.serve.arrivals import Arrivals
+from hipa_deploy.serve.process.doorkeeper import Doorkeeper
+from hipa_deploy.serve.process.http_protocol import protocol_with
 from hipa_deploy.serve.service import ImageService
 from hipa_deploy.serve.web.request_log import log, set_up_logs
-from hipa_deploy.serve.web.web_app import web_app
+from hipa_deploy.serve.web.web_app import image_paths, web_app
 
 _STOP_SECONDS = 5  # for the last answers to leave, on top of the time limit of a request
 _SWITCH_SECONDS = 0.0005
@@ -63,10 +65,19 @@ def run_server(
             host=host,
             remedy="give it --api-keys, or --host 127.0.0.1",
         )
-    app = web_app(service, hosts=hosts, origins=origins, keys=keys, log_prompts=log_prompts)
+    arrivals = Arrivals(service.full)
+    app = web_app(
+        service,
+        hosts=hosts,
+        origins=origins,
+        keys=keys,
+        log_prompts=log_prompts,
+        arrivals=arrivals,
+    )
+    doorkeeper = Doorkeeper(arrivals, service.metrics, image_paths(), keys)
     config = uvicorn.Config(
         app,
-        http=PunctualProtocol,
+        http=protocol_with(doorkeeper),
         ws="none",
         loop="asyncio",
         log_config=None,
@@ -85,6 +96,7 @@ def run_server(
         asyncio.run(_run(server, listening, service, backend))
     finally:
         service.close()
+        doorkeeper.write_log()
         log("stopped")
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from hipa_deploy.disk.reading import MIB, read_text
@@ -40,3 +43,37 @@ def read_keys(path: Path | None) -> list[str]:
                 "16 gives."
             )
     return keys
+
+
+class ApiKeys:
+    """The keys of a service, compared in constant time.
+
+    Args:
+        keys: one of them is needed; none: no key is.
+
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def fit(self, authorization: str) -> bool:
+        """Whether somebody may come in.
+
+        Args:
+            authorization: the value of the header of this name; empty without it.
+
+        """
+        if not self._digests:
+            return True
+        scheme, _, given = authorization.partition(" ")
+        digest = _digest(given.strip() if scheme.lower() == "bearer" else "")
+        # Every key is compared, whatever the first ones gave: the time says nothing.
+        found = False
+        for key in self._digests:
+            found |= hmac.compare_digest(digest, key)
+        return found
+
+
+def _digest(key: str) -> bytes:
+    """Equal lengths, so that a comparison does not tell the length of a key."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

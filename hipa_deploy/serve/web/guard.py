@@ -5,17 +5,17 @@ It is ASGI itself, because nothing of a request may be parsed before it was let 
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import hmac
 import ipaddress
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.settings import ANSWER_SECONDS, BODY_SECONDS, JSON_BODY
+from hipa_deploy.serve.time_limit import LateError, TimeLimit
 from hipa_deploy.serve.web.api_errors import ApiError, queue_full
+from hipa_deploy.serve.web.api_keys import ApiKeys
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -25,6 +25,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ANY = "*"  # of hosts: every name, for a service behind a proxy that checks names itself
 OPEN_PATHS = ("/health/live", "/health/ready")
+PLACE = "hipa.place"  # in a scope: the request's place in ``Arrivals``, where it has one already
 _DRAINED = 256 * 1024 * 1024  # bytes of a refused body that are read and thrown away
 _DRAIN_SECONDS = 10.0
 _MOST_HEADERS = 32 * 1024  # bytes
@@ -49,8 +50,8 @@ class Guard:
         keys: one of them is needed; none: no key is.
         open_paths: need no key, beside the health checks.
         body: bytes that a request with images may have.
-        full: takes the number of requests that came in and have no place in the queue yet. Gives
-            seconds after which to try again, or None where another image can wait.
+        arrivals: where requests on their way to the queue are counted; None counts them, and
+            refuses none.
 
     """
 
@@ -63,16 +64,15 @@ class Guard:
         keys: Sequence[str] = (),
         open_paths: Iterable[str] = (),
         body: int,
-        full: Callable[[int], int | None] = lambda arriving: None,
+        arrivals: Arrivals | None = None,
     ) -> None:
         self._app = app
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
         self._origins = {origin.lower().rstrip("/") for origin in origins}
-        self._keys = [_digest(key) for key in keys]
+        self._keys = ApiKeys(keys)
         self._open_paths = {*OPEN_PATHS, *open_paths}
         self._body = body
-        self._full = full
-        self._arriving: set[object] = set()  # a token of each request
+        self._arrivals = arrivals or Arrivals()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or answer it here."""
@@ -84,18 +84,19 @@ class Guard:
         try:
             await self._let_in(scope, headers, body)
         except ApiError as error:
+            self._arrivals.leave(scope.get(PLACE))
             scope["error"] = error.code
             await _refuse(error, scope, body, send)
             return
-        place = object()
+        place = scope.get(PLACE)
         # Only what has arrived whole counts: a client that sends slowly keeps nobody out.
-        if scope["method"] == "POST" and body.complete:
-            self._arriving.add(place)
-        scope["queued"] = lambda: self._arriving.discard(place)
+        if place is None and scope["method"] == "POST" and body.complete:
+            place = self._arrivals.enter()
+        scope["queued"] = lambda: self._arrivals.leave(place)
         try:
             await self._app(scope, body.receive, _patient(send))
         finally:
-            self._arriving.discard(place)
+            self._arrivals.leave(place)
 
     async def _let_in(self, scope: Scope, headers: Headers, body: _Body) -> None:
         """Check all that can be checked before the application.
@@ -112,6 +113,9 @@ class Guard:
             body.most = self._body
         body.check_length(headers)
         if scope["method"] != "POST":
+            return
+        if PLACE in scope:
+            await body.begin()
             return
         self._check_place()
         await body.begin()
@@ -152,15 +156,9 @@ class Guard:
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         # A browser asks without a key what it may ask with one.
         is_open = scope["path"] in self._open_paths or scope["method"] == "OPTIONS"
-        if not self._keys or is_open:
+        if is_open:
             return
-        scheme, _, given = (headers.one("authorization") or "").partition(" ")
-        digest = _digest(given.strip() if scheme.lower() == "bearer" else "")
-        # Every key is compared, whatever the first ones gave: the time says nothing.
-        found = False
-        for key in self._keys:
-            found |= hmac.compare_digest(digest, key)
-        if not found:
+        if not self._keys.fit(headers.one("authorization") or ""):
             raise ApiError(
                 401,
                 "Incorrect API key provided. Send it as: Authorization: Bearer KEY",
@@ -169,7 +167,7 @@ class Guard:
             )
 
     def _check_place(self) -> None:
-        seconds = self._full(len(self._arriving))
+        seconds = self._arrivals.refused_for()
         if seconds is not None:
             raise queue_full(seconds)
 
@@ -239,9 +237,9 @@ class _Body:
         if self.complete:
             return await self._receive()
         try:
-            left = max(0, self._until - time.monotonic())
-            message = await asyncio.wait_for(self._receive(), left)
-        except asyncio.TimeoutError:
+            with TimeLimit(self._until - time.monotonic()):
+                message = await self._receive()
+        except LateError:
             self.complete = True  # nobody waits for the rest
             raise ApiError(
                 408,
@@ -298,8 +296,9 @@ async def _drain(receive: Receive) -> None:
     drained = 0
     while drained < _DRAINED:
         try:
-            message = await asyncio.wait_for(receive(), max(0, until - time.monotonic()))
-        except asyncio.TimeoutError:
+            with TimeLimit(until - time.monotonic()):
+                message = await receive()
+        except LateError:
             return
         drained += len(message.get("body", b""))
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
@@ -315,8 +314,9 @@ def _patient(send: Send) -> Send:
         if gave_up:
             return
         try:
-            await asyncio.wait_for(send(message), ANSWER_SECONDS)
-        except asyncio.TimeoutError:
+            with TimeLimit(ANSWER_SECONDS):
+                await send(message)
+        except LateError:
             gave_up = True
 
     return limited
@@ -337,8 +337,3 @@ def _is_number(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _digest(key: str) -> bytes:
-    """Equal lengths, so that a comparison does not tell the length of a key."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

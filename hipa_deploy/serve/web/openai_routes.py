@@ -16,6 +16,7 @@ from hipa_deploy.serve.image_files import BEST
 from hipa_deploy.serve.served import Model
 from hipa_deploy.serve.service import Delivery, ImageService, Order
 from hipa_deploy.serve.web.answering import (
+    DirectRoute,
     check_prompt_length,
     check_quality,
     chosen_model,
@@ -27,7 +28,7 @@ from hipa_deploy.serve.web.api_errors import ApiError
 from hipa_deploy.serve.web.request_body import Form, json_fields
 from hipa_deploy.serve.web.schemas import OpenAiFields
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 
 def form_schema(fields: type[Any], *files: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from hipa_deploy.serve.serve_metrics import CONTENT_TYPE
 from hipa_deploy.serve.served import Model
 from hipa_deploy.serve.service import Delivery, ImageService, Order
 from hipa_deploy.serve.web.answering import (
+    DirectRoute,
     check_prompt_length,
     check_quality,
     check_refines,
@@ -33,7 +34,7 @@ from hipa_deploy.serve.web.schemas import (
     UpscaleFields,
 )
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 
 @router.post("/hipa/generate", openapi_extra=json_schema(GenerateFields))
@@ -104,7 +105,7 @@ async def models(request: Request) -> dict[str, Any]:
 
 
 @router.get("/health/live")
-async def live() -> dict[str, str]:
+async def live(request: Request) -> dict[str, str]:
     """The process answers."""
     return {"status": "live"}
 

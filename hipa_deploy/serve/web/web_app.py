@@ -8,8 +8,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.service import GoneError, ImageService
 from hipa_deploy.serve.web import openai_routes, own_routes, page_routes
 from hipa_deploy.serve.web.api_errors import ApiError, error_response
@@ -24,6 +26,7 @@ def web_app(
     origins: Sequence[str] = (),
     keys: Sequence[str] = (),
     log_prompts: bool = False,
+    arrivals: Arrivals | None = None,
 ) -> ASGIApp:
     """The ASGI application of a service.
 
@@ -33,6 +36,7 @@ def web_app(
         origins: of other sites whose pages may use the service, such as 'https://example.org'.
         keys: API keys; without any, everybody who reaches the service may use it.
         log_prompts: write prompts to the log.
+        arrivals: of the service, where the server before the application counts them too.
 
     Example:
         >>> service = ImageService(Models(["emoji"]), Limits())
@@ -66,9 +70,18 @@ def web_app(
         keys=keys,
         open_paths=page_routes.open_paths(),
         body=service.limits.body,
-        full=service.full,
+        arrivals=arrivals or Arrivals(service.full),
     )
     return RequestLog(guard, service.metrics)
+
+
+def image_paths() -> list[str]:
+    """The paths of the requests for images."""
+    paths = []
+    for route in (*openai_routes.router.routes, *own_routes.router.routes):
+        if isinstance(route, Route) and "POST" in (route.methods or ()):
+            paths.append(route.path)
+    return paths
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

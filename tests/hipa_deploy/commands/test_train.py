@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hipa_deploy.commands.app import main
+from hipa_deploy.commands.train import training_gpus
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.recipes.recipe import SHIPPED
 
@@ -67,3 +68,15 @@ def test_a_recipe_that_names_code_is_refused_before_the_code_runs(
     message = refused("train", "--out", "x", "--recipe", str(recipe))
     assert "backbone os:abort runs code of the module os" in message
     assert "--allow-code" in message
+
+
+def test_a_training_is_predicted_for_the_gpus_that_people_train_on() -> None:
+    memory = {gpu.title: gpu.memory_gib for gpu in training_gpus()}
+    for title, gib in (
+        ("GeForce RTX 4090", 24),
+        ("A100 40 GB SXM", 40),
+        ("A100 80 GB SXM", 80),
+        ("H100 80 GB SXM", 80),
+    ):
+        assert memory[title] == gib
+    assert not [title for title in memory if "Jetson" in title]

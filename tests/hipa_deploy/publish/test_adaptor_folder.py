@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from torch import Tensor
 
-from hipa_deploy.embedded import ADAPTORS, MODEL
+from hipa_deploy.embedded import ADAPTOR, ADAPTORS, MODEL
 from hipa_deploy.errors import HipaError, HipaWarning
 from hipa_deploy.export.merge import merge_adaptor
 from hipa_deploy.models.adaptor_folder import METADATA
@@ -117,7 +119,7 @@ def test_only_what_belongs_to_an_adaptor_is_published(adaptor: Path, tmp_path: P
 
 
 def test_the_report_is_in_the_card(report: Path, tmp_path: Path) -> None:
-    out = written("emoji", tmp_path / "out", report=report)
+    out = written("emoji", tmp_path / "out", reports=(report,))
     text = (out / "README.md").read_text()
     assert "| HiPA | 0.1 |" in text
     assert "![Samples](quality/samples.png)" in text
@@ -126,19 +128,74 @@ def test_the_report_is_in_the_card(report: Path, tmp_path: Path) -> None:
 
 def test_a_report_of_another_adaptor_is_refused(report: Path, tmp_path: Path) -> None:
     with pytest.raises(HipaError, match="measured another adaptor"):
-        written("emoji-edit", tmp_path / "out", report=report)
+        written("emoji-edit", tmp_path / "out", reports=(report,))
 
 
 def test_an_old_report_gets_a_warning(report: Path, tmp_path: Path) -> None:
     (report / "report.json").write_text('{"rows": {}}')
     with pytest.warns(HipaWarning, match="does not say which adaptor"):
-        written("emoji", tmp_path / "out", report=report)
+        written("emoji", tmp_path / "out", reports=(report,))
+
+
+@pytest.fixture
+def coco_report(tmp_path: Path) -> Path:
+    """A report folder as hipa-evaluate --coco writes it, of the embedded adaptor."""
+    from hipa_deploy.models.adaptor_folder import weights_sha256
+    from hipa_deploy.train.coco.coco_report import RowFeatures, coco_markdown
+    from hipa_deploy.train.coco.coco_report import coco_report as measure
+    from hipa_deploy.train.coco.protocol import INCEPTION_SHA256, Protocol
+
+    generator = np.random.default_rng(0)
+    protocol = Protocol(
+        year=2014, images=30_000, captions="random", captions_sha256="1" * 64, resolution=256,
+        reference="all", reference_sha256="2" * 64, reference_images=40_504,
+        inception_sha256=INCEPTION_SHA256, clip="clip-vit-g-14", clip_sha256="3" * 64,
+        clip_size=(1408, 40, 1024),
+    )  # fmt: skip
+    real = generator.standard_normal((12, 4)).astype(np.float32)
+    made = generator.standard_normal((12, 4)).astype(np.float32)
+    clip = generator.uniform(0.2, 0.4, 12).astype(np.float32)
+    row = RowFeatures(made, clip, (), {"adaptor": weights_sha256(ADAPTOR)})
+    report = measure(protocol, real, {"HiPA, one step": row}, [f"caption {n}" for n in range(12)])
+    folder = tmp_path / "coco"
+    folder.mkdir()
+    (folder / "report.json").write_text(report.model_dump_json())
+    (folder / "report.md").write_text(coco_markdown(report))
+    (folder / "hipa-one-step").mkdir()  # images and features, which are not published
+    return folder
+
+
+def test_the_figures_of_coco_are_in_the_card(
+    report: Path, coco_report: Path, tmp_path: Path
+) -> None:
+    out = written("emoji", tmp_path / "out", reports=(report, coco_report))
+    card = (out / "README.md").read_text()
+    quality = card[card.index("## Measured quality") : card.index("## Limits")]
+    assert "| HiPA | 0.1 |" in quality
+    assert "### FID-30k on COCO 2014\n" in quality
+    # The figures with their intervals, and the protocol.
+    row = r"\| HiPA, one step \| [\d.]+ \([-\d.]+ to [\d.]+\) \| 0\.\d{4} \(0\.\d+ to 0\.\d+\) \|"
+    assert re.search(row, quality)
+    assert "#### Protocol\n" in quality
+    assert "mean cosine of image and caption by clip-vit-g-14" in quality
+    assert (out / "quality/coco-2014/report.json").is_file()
+    assert not list(out.rglob("hipa-one-step"))
+
+
+def test_a_coco_report_that_does_not_fit_is_refused(coco_report: Path, tmp_path: Path) -> None:
+    with pytest.raises(HipaError, match="measured another adaptor"):
+        written("emoji-edit", tmp_path / "other", reports=(coco_report,))
+    with pytest.raises(HipaError, match="of the same kind as another one"):
+        written("emoji", tmp_path / "twice", reports=(coco_report, coco_report))
+    (coco_report / "report.json").write_text('{"rows": {}, "protocol": {"year": 2014}}')
+    with pytest.raises(HipaError, match="is no report on COCO"):
+        written("emoji", tmp_path / "damaged", reports=(coco_report,))
 
 
 def test_a_report_without_its_samples_is_refused(report: Path, tmp_path: Path) -> None:
     (report / "samples.png").unlink()
     with pytest.raises(HipaError, match=r"has no samples.png. Expected a folder"):
-        written("emoji", tmp_path / "out", report=report)
+        written("emoji", tmp_path / "out", reports=(report,))
 
 
 def test_what_the_card_lacks_is_said(tmp_path: Path) -> None:

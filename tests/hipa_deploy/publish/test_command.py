@@ -20,6 +20,10 @@ from hipa_deploy.commands.app import main
         (["emoji", "--repo", "me/x", "--dry-run", "."], "current folder"),
         (["emoji", "--repo", "me/x", "--report", "no", "--dry-run", "out"], "has no report.md"),
         (["emoji", "--repo", "me/x"], "HF_TOKEN"),
+        # What does not exist is named although the token is missing too.
+        (["nope", "--repo", "me/x"], "nope does not exist"),
+        (["emoji", "--repo", "me/x", "--report", "no"], "has no report.md"),
+        (["emoji", "--repo", "me/x", "--model", "no"], "no does not exist"),
     ],
 )
 def test_a_mistake(

@@ -34,7 +34,7 @@ def test_the_folder_makes_the_same_image(tmp_path: Path) -> None:
 
 
 def test_the_card_of_a_bundle(report: Path, tmp_path: Path) -> None:
-    out = written("emoji-bundle", tmp_path / "out", licence="apache-2.0", report=report)
+    out = written("emoji-bundle", tmp_path / "out", licence="apache-2.0", reports=(report,))
     assert front_matter(out) == {
         "library_name": "hipa-deploy",
         "license": "apache-2.0",

@@ -146,6 +146,9 @@ def test_what_a_row_depends_on_names_its_folder() -> None:
         ({"shard": "4/4"}, "--shard 4/4. Expected NUMBER/COUNT"),
         ({"clip": Path("nowhere")}, "is no folder of transformers' CLIP"),
         ({"year": 2014}, "has no annotations/captions_val2014.json"),
+        ({"folder": Path("nope"), "out": None}, "--coco nope does not exist"),
+        ({"captions": "nope.txt", "out": None}, "--captions nope.txt does not exist"),
+        ({"inception": Path("nope.pt"), "out": None}, "--inception nope.pt is no file"),
     ],
 )
 def test_a_request_that_is_wrong(

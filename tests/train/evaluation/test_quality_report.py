@@ -19,11 +19,13 @@ from hipa_deploy.train.evaluation.evaluation_request import (
     reference_teacher,
     trained_on,
 )
-from hipa_deploy.train.evaluation.quality import compare
+from hipa_deploy.train.evaluation.quality import Quality, compare
 from hipa_deploy.train.evaluation.quality_report import (
     ADAPTED,
     BASE,
     QualityReport,
+    _intervals,
+    _Measured,
     gap_line,
     make_images,
     quality_report,
@@ -122,6 +124,26 @@ def test_no_share_of_a_gap_that_is_smaller_than_its_noise() -> None:
     assert report.intervals[ADAPTED].kid_gap_closed is None
     assert gap_line(report) is None
     assert any("smaller than its own noise" in text.replace("\n", " ") for text in report.doubts)
+
+
+@pytest.mark.parametrize(("spread", "given"), [(0.01, True), (0.2, False)])
+def test_no_share_whose_interval_is_wider_than_the_gap(spread: float, given: bool) -> None:
+    generator = np.random.default_rng(0)
+
+    def row(kid: float, noise: float) -> _Measured:
+        draws = kid + noise * generator.standard_normal(1000)
+        return _Measured(Quality(kid, None, 1.0), draws, None, np.ones(1000))
+
+    # The gap is 0.1 and clear of 0: whether a share of it is given depends on the row's own noise.
+    measured = _intervals(row(0.02, spread), row(0.1, 0.005), row(0.0, 0.005))
+    assert (measured.kid_gap_closed is not None) == given
+
+    truth, again, near, far = image_sets()
+    report = quality_report(TEACHER, TEXTS, truth, again, {ADAPTED: near, BASE: far, "rival": near})
+    intervals = {**report.intervals, "rival": measured}
+    report = report.model_copy(update={"intervals": intervals})
+    assert ("rival" in gap_line(report)) == given
+    assert any("is given of rival:" in text for text in report.doubts) != given
 
 
 def test_the_numbers_are_those_of_the_single_functions() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -57,6 +58,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    PartialState(cpu=True)  # as every training makes it before its trackers
     run = tmp_path / "adaptor.run"
     with Trackers(run, 0, ["tensorboard", "wandb"], CONFIG) as trackers:
         trackers.add({"loss": 0.5}, 1)

@@ -28,7 +28,7 @@ predict_once = cache(dry_run.predict_training)
 @pytest.fixture(autouse=True)
 def predictions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "predict_training", predict_once)
-    seconds = {"teacher call": 1.0, "warm-up step": 2.0, "step": 4.0}
+    seconds = {"teacher call": 1.0, "warm-up step": 2.0, "step": 4.0, "held-out rows": 1.0}
     monkeypatch.setattr(dry_run, "measure_steps", lambda recipe, model_dir: seconds)
 
 
@@ -173,6 +173,8 @@ def test_a_recipe_of_sdxl_runs_on_a_tiny_one(sdxl_dir: Path, tmp_path: Path) -> 
     assert problem is None
     text = text_of(shown)
     assert "text_encoder_2" in text
+    assert "held-out measure" in text
+    assert "held-out rows" in text
     assert "squares of 32" in text
     # The perceptual distance sees squares, so it is their size that 256 pixels would enlarge.
     assert "larger than the images of 32 pixels" in text

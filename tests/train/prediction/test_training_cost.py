@@ -23,6 +23,7 @@ from hipa_deploy.train.prediction.training_cost import (
     measure_steps,
     predict_training,
 )
+from hipa_deploy.train.recipes.held_out_settings import HeldOutSettings
 from hipa_deploy.train.recipes.recipe import Recipe
 from tests.tiny_model import make_model
 
@@ -143,9 +144,12 @@ def test_memory_does_not_wait_for_pythons_garbage_collection(
     gc.disable()
     try:
         uncollected = predict_training(checkpointed, model_dir)
+        memory = uncollected.memory
     finally:
         gc.enable()
-    assert uncollected == predict_once(checkpointed, model_dir)
+    collected = predict_once(checkpointed, model_dir)
+    assert uncollected == collected
+    assert memory == collected.memory
 
 
 def test_cost_grows_with_the_batch_and_memory_falls_with_checkpointing(
@@ -245,6 +249,28 @@ def test_edits_take_a_share_of_the_sampler_and_real_images_none(
     assert predict_training(edit, model_dir).sampler_batches == pytest.approx(1.6 * batches)
     real = of_task(recipe, "upscale", images="folder")
     assert predict_training(real, model_dir).sampler_batches == 0
+
+
+def test_the_held_out_measure_is_counted(model_dir: Path, recipe: Recipe) -> None:
+    plain = predict_once(recipe, model_dir)
+    settings = HeldOutSettings(prompts="included:held_out.txt", count=3, every=3)
+    watched = predict_training(recipe.model_copy(update={"held_out": settings}), model_dir)
+    assert plain.held_out is None
+    assert watched.held_out is not None
+    # At the start, after every third of the steps, and after the last one.
+    measurements = watched.recipe.measurements
+    assert measurements == 1 + -(-recipe.steps // 3)
+    more = watched.training_flops - plain.training_flops
+    assert more == measurements * watched.held_out.flops
+    pairs = recipe.teacher.pairs
+    share = watched.sampler_batches / plain.sampler_batches
+    assert share == pytest.approx((pairs + 3) / pairs)
+
+    # One measurement is three images' forward passes, whatever goes through at once.
+    apart = recipe.model_copy(update={"held_out": settings, "micro_batch": 1})
+    assert predict_training(apart, model_dir).held_out.flops == pytest.approx(
+        watched.held_out.flops, rel=0.02
+    )
 
 
 def test_a_nine_channel_model_is_predicted(recipe: Recipe, tmp_path: Path) -> None:

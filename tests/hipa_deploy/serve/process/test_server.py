@@ -68,6 +68,11 @@ def test_a_flood_is_refused_and_the_accepted_are_served(bundles) -> None:
         assert f'hipa_refusals_total{{reason="rate_limit_exceeded"}} {refused}.0' in text
         assert f'hipa_images_total{{model="tiny"}} {80 - refused}.0' in text
         assert server.stop() == 143
+        logged = 0
+        for line in server.lines:
+            if line.get("status") == 429:
+                logged += line["requests"] if line["event"] == "refused unread" else 1
+        assert logged == refused
 
 
 def test_a_time_limit_and_a_client_that_leaves_cost_nothing_more(bundles) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.web import guard as guard_module
 from hipa_deploy.serve.web.guard import Guard
 
@@ -169,7 +170,8 @@ def test_requests_on_their_way_to_the_queue_take_its_places() -> None:
         statuses.append(message.get("status", 0))
 
     async def run() -> None:
-        guard = Guard(app, body=100, full=lambda arriving: None if arriving < 2 else 7)
+        arrivals = Arrivals(lambda arriving: None if arriving < 2 else 7)
+        guard = Guard(app, body=100, arrivals=arrivals)
 
         def come(more: bool = False) -> asyncio.Task:
             async def receive() -> dict:

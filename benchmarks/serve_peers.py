@@ -1,0 +1,255 @@
+"""hipa-serve beside other servers of the same model: the included one, one step, 64x64, PNG.
+
+    python benchmarks/serve_peers.py --folder /tmp/peers
+
+No peer runs an adaptor in one step out of the box, so each gets the included base model with the
+adaptor fused, DDIM with one step at timestep 999 and no guidance, and a FastAPI route that makes an
+image behind a lock: what their own documentation shows. The peers' packages are not ours:
+
+    pip install openvino-genai    # brings openvino-tokenizers
+
+All servers run at once and are asked in turn, so that all see the same machine. Processor time of
+the server a request says more than seconds on a machine that others use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import shutil
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from serve import Client, figures
+
+from hipa_deploy.embedded import ADAPTOR, MODEL
+
+SIDE = 64
+ROUNDS = 4
+A_ROUND = 25  # requests of a server
+COLD = 3  # of each round
+TOGETHER = 8  # clients
+PEERS = ("diffusers", "optimum-onnxruntime", "openvino-genai")
+
+
+def write_models(folder: Path) -> None:
+    """The fused model for each peer."""
+    import openvino
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from openvino_tokenizers import convert_tokenizer
+    from optimum.onnxruntime import ORTStableDiffusionPipeline
+    from transformers import CLIPTokenizerFast
+
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL)
+    pipe.load_lora_weights(ADAPTOR)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    # The last timestep in place of the first one: the only step begins at pure noise.
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.save_pretrained(folder / "diffusers")
+    ORTStableDiffusionPipeline.from_pretrained(
+        str(folder / "diffusers"), export=True
+    ).save_pretrained(folder / "optimum-onnxruntime")
+
+    genai = folder / "openvino-genai"
+    shutil.copytree(folder / "diffusers", genai, dirs_exist_ok=True)
+    shutil.copytree(genai / "vae", genai / "vae_decoder", dirs_exist_ok=True)
+    for part in ("text_encoder", "unet", "vae_decoder"):
+        model = openvino.convert_model(folder / "optimum-onnxruntime" / part / "model.onnx")
+        if part == "unet":
+            take_integer_timestep(model)
+        openvino.save_model(model, genai / part / "openvino_model.xml")
+    words = CLIPTokenizerFast.from_pretrained(genai / "tokenizer")
+    tokenizer = convert_tokenizer(words, with_detokenizer=False)
+    openvino.save_model(tokenizer, genai / "tokenizer" / "openvino_tokenizer.xml")
+
+
+def take_integer_timestep(model: Any) -> None:
+    """Change a UNet's input to what OpenVINO GenAI gives: an int64 of shape [1]."""
+    from openvino import Type, opset13
+
+    number = opset13.parameter([1], Type.i64)
+    number.output(0).set_names({"timestep"})
+    scalar = opset13.convert(opset13.squeeze(number, opset13.constant([0])), "f32")
+    (old,) = [one for one in model.get_parameters() if "timestep" in one.output(0).get_names()]
+    old.output(0).replace(scalar.output(0))
+    model.add_parameters([number])
+    model.remove_parameter(old)
+    model.validate_nodes_and_infer_types()
+
+
+def maker(peer: str, folder: Path) -> Callable[[str, int], Any]:
+    """A function from prompt and seed to an image of Pillow."""
+    options = {"height": SIDE, "width": SIDE, "num_inference_steps": 1, "guidance_scale": 1.0}
+    if peer == "openvino-genai":
+        import openvino_genai
+        from PIL import Image
+
+        genai = openvino_genai.Text2ImagePipeline(str(folder / peer), "CPU")
+
+        def with_openvino(prompt: str, seed: int) -> Any:
+            random = openvino_genai.CppStdGenerator(seed)
+            made = genai.generate(prompt, generator=random, num_images_per_prompt=1, **options)
+            return Image.fromarray(made.data[0])
+
+        return with_openvino
+
+    import torch
+
+    if peer == "diffusers":
+        from diffusers import StableDiffusionPipeline as Pipeline
+    else:
+        from optimum.onnxruntime import ORTStableDiffusionPipeline as Pipeline
+    pipe = Pipeline.from_pretrained(str(folder / peer))
+    pipe.set_progress_bar_config(disable=True)
+
+    def with_diffusers(prompt: str, seed: int) -> Any:
+        random = torch.Generator().manual_seed(seed)
+        return pipe(prompt, generator=random, **options).images[0]
+
+    return with_diffusers
+
+
+def serve_peer(peer: str, folder: Path, port: int) -> None:
+    """The server of a peer, as its documentation would have it."""
+    import threading
+
+    import uvicorn
+    from fastapi import FastAPI, Response
+    from pydantic import BaseModel
+
+    make = maker(peer, folder)
+    make("warm", 0).save(folder / f"{peer}.png")
+    lock = threading.Lock()
+    app = FastAPI()
+
+    class Fields(BaseModel):
+        prompt: str
+        seed: int
+
+    def generate(fields: Fields) -> Response:
+        with lock:
+            image = make(fields.prompt, fields.seed)
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return Response(file.getvalue(), media_type="image/png")
+
+    # Annotations of a function's own classes cannot be looked up by their text.
+    generate.__annotations__ = {"fields": Fields}
+    app.post("/hipa/generate")(generate)
+    uvicorn.run(app, port=port, log_level="warning")
+
+
+def start(command: list[str], port: int) -> psutil.Process:
+    """A server in a process of its own, once it answers."""
+    with tempfile.TemporaryFile() as log:
+        process = psutil.Popen(command, stderr=log)
+        while True:
+            time.sleep(0.3)
+            if process.poll() is not None:
+                log.seek(0)
+                sys.exit(log.read().decode())
+            try:
+                asyncio.run(Client(f"http://127.0.0.1:{port}").ask(0))
+                return process
+            except (OSError, EOFError, AssertionError):
+                continue
+
+
+async def measure(ports: dict[str, int], processes: dict[str, psutil.Process]) -> dict[str, Any]:
+    """Requests one by one, then from several clients, server after server in every round."""
+    alone: dict[str, list[float]] = {name: [] for name in ports}
+    cpu: dict[str, list[float]] = {name: [] for name in ports}
+    rates: dict[str, list[float]] = {name: [] for name in ports}
+    for _ in range(ROUNDS):
+        for name, port in ports.items():
+            url = f"http://127.0.0.1:{port}"
+            client = Client(url)
+            used = 0.0
+            for seed in range(A_ROUND):
+                if seed == COLD:
+                    used = cpu_seconds(processes[name])
+                begun = time.perf_counter()
+                status, _ = await client.ask(seed)
+                assert status == 200, name
+                if seed >= COLD:
+                    alone[name].append((time.perf_counter() - begun) * 1000)
+            used = cpu_seconds(processes[name]) - used
+            cpu[name].append(used / (A_ROUND - COLD) * 1000)
+            client.close()
+            begun = time.perf_counter()
+            await asyncio.gather(*[several(url, number) for number in range(TOGETHER)])
+            rates[name].append(TOGETHER * 4 / (time.perf_counter() - begun))
+    found = {}
+    for name in ports:
+        found[name] = {
+            **figures(alone[name]),
+            "cpu_ms_a_request": round(statistics.median(cpu[name]), 1),
+            "images_per_second_8_clients": round(statistics.median(rates[name]), 1),
+        }
+    return found
+
+
+async def several(url: str, first: int) -> None:
+    """Four requests of one of several clients."""
+    client = Client(url)
+    for seed in range(4):
+        await client.ask(first * 4 + seed)
+    client.close()
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="for the peers' models")
+    parser.add_argument("--serve", nargs=2, metavar=("PEER", "PORT"), help="used by this script")
+    parser.add_argument("--bundle", default="emoji")
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve_peer(arguments.serve[0], arguments.folder, int(arguments.serve[1]))
+        return
+    if not (arguments.folder / "openvino-genai" / "tokenizer" / "openvino_tokenizer.xml").exists():
+        write_models(arguments.folder)
+    commands = {}
+    for backend in ("onnxruntime", "openvino"):
+        commands[f"hipa-serve, {backend}"] = [
+            "-m", "hipa_deploy", "serve", arguments.bundle, "--backend", backend, "--port",
+        ]  # fmt: skip
+    for peer in PEERS:
+        commands[peer] = [__file__, "--folder", str(arguments.folder), "--serve", peer]
+    ports = {}
+    processes = {}
+    try:
+        for name, command in commands.items():
+            ports[name] = free_port()
+            processes[name] = start([sys.executable, *command, str(ports[name])], ports[name])
+        found = asyncio.run(measure(ports, processes))
+    finally:
+        for process in processes.values():
+            process.terminate()
+    facts = {"cores": os.cpu_count(), "load_average": os.getloadavg()}
+    print(json.dumps({**found, **facts}, indent=2))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+if __name__ == "__main__":
+    main()
