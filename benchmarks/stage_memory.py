@@ -55,8 +55,7 @@ from hipa_deploy.export.graph.modules import (
 from hipa_deploy.export.graph.to_onnx import export_stage
 from hipa_deploy.models.configurations import write_config
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.text_pair import size_numbers
-from hipa_deploy.tasks import unet_inputs
+from hipa_deploy.tasks import size_numbers, unet_inputs
 
 TITLES = {"sd15": "SD 1.5", "sd21-base": "SD 2.1, 512 px", "sd21": "SD 2.1, 768 px"}
 # SDXL's family, whose configurations are the package's own. The first is exported.

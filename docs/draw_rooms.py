@@ -87,6 +87,7 @@ EXPORT = House(
     (
         ("(top)", "merge, stages, gate, swap"),
         ("graph", "fold, FP16, weight map"),
+        ("generic", "what optimum loads"),
         ("teacher", "the base UNet, to refine"),
     ),
 )

@@ -10,18 +10,25 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
+from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE_2
 from hipa_deploy.bundle.manifest import OneStep
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.generic.generic_modules import (
+    GenericDecoder,
+    GenericPairEncoder,
+    GenericPairUNet,
+    GenericUNet,
+)
+from hipa_deploy.export.generic.generic_pair import TEXT_PARTS, encoder_keys, hidden_states
 from hipa_deploy.export.graph.conditioning import cut_conditioning
 from hipa_deploy.export.graph.fold import fold_timestep
 from hipa_deploy.export.graph.modules import (
     Generator,
-    GenericDecoder,
-    GenericUNet,
     OneStepDecoder,
     OneStepEncoder,
     OneStepUNet,
+    SizedTextPairStage,
     TextEncoderStage,
     TextPairStage,
     TinyDecoder,
@@ -32,7 +39,7 @@ from hipa_deploy.export.model_parts import free_memory
 from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.export.writer import StageSource
 from hipa_deploy.marks.safety import SAFETY_STAGE
-from hipa_deploy.models.text_pair import size_numbers
+from hipa_deploy.tasks import size_numbers
 
 
 def bundle_sources(
@@ -41,7 +48,7 @@ def bundle_sources(
     """The stages of the bundle that ``options`` ask for, in the order in which it runs them."""
     sources = []
     if options.prompts is None:
-        sources.append(text_encoder_source(options, parts, settings, step))
+        sources += text_sources(options, parts, settings, step)
     if settings.task != "generate":
         sources.append(
             StageSource("vae_encoder", partial(encoder_module, parts), ("image",), "source")
@@ -54,16 +61,45 @@ def bundle_sources(
     return sources
 
 
+def text_sources(
+    options: ExportOptions, parts: ChosenParts, settings: TaskSettings, step: OneStep
+) -> list[StageSource]:
+    """The stages of the text: one, and of SDXL in layout generic two."""
+    if options.layout == "generic" and parts.has_text_pair:
+        return [generic_encoder_source(options, parts, name) for name in TEXT_PARTS]
+    return [text_encoder_source(options, parts, settings, step)]
+
+
+def generic_encoder_source(options: ExportOptions, parts: ChosenParts, name: str) -> StageSource:
+    """One of SDXL's text encoders, by itself."""
+    dtype = torch.float16 if options.dtype == "fp16" else torch.float32
+    states = hidden_states(parts.model.config, parts.clip_skip)[TEXT_PARTS.index(name)]
+    keys = encoder_keys(name, states)
+    build = partial(generic_encoder_module, parts, name, states, dtype)
+    tokens = "tokens_2" if name == TEXT_STAGE_2 else "tokens"
+    return StageSource(name, build, (tokens,), keys[0], keys[1:])
+
+
 def text_encoder_source(
     options: ExportOptions, parts: ChosenParts, settings: TaskSettings, step: OneStep
 ) -> StageSource:
-    """The text encoder; of SDXL both, with the conditioning of the UNet."""
+    """The text encoder; of SDXL in layout onestep both, with the conditioning of the UNet."""
     # Whatever it computes in, its context has the type that the UNet takes.
     dtype = torch.float16 if options.dtype == "fp16" else torch.float32
     if parts.has_text_pair:
-        build_pair = partial(text_pair_module, parts, settings, step, dtype)
-        inputs = ("tokens", "tokens_2")
-        return StageSource("text_encoder", build_pair, inputs, "context", ("conditioning",))
+        sized = is_sized(options)
+        build_pair = partial(
+            text_pair_module,
+            parts,
+            settings,
+            step,
+            dtype,
+            sized=sized,
+            gives_pooled=options.with_teacher,
+        )
+        inputs = ("tokens", "tokens_2", "sizes") if sized else ("tokens", "tokens_2")
+        also = ("conditioning", "pooled") if options.with_teacher else ("conditioning",)
+        return StageSource("text_encoder", build_pair, inputs, "context", also)
     build = partial(text_encoder_module, parts, dtype)
     return StageSource("text_encoder", build, ("tokens",), "context")
 
@@ -73,7 +109,9 @@ def unet_source(
 ) -> StageSource:
     """The stage that holds the UNet: of layout onestep 'unet' or, with the decoder, 'generator'."""
     if options.layout == "generic":
-        generic_inputs = ("noise", "timestep", "context")
+        generic_inputs: tuple[str, ...] = ("noise", "timestep", "context")
+        if parts.has_text_pair:
+            generic_inputs = (*generic_inputs, "pooled", "time_ids")
         build_generic = partial(generic_unet_module, parts)
         return StageSource("unet", build_generic, generic_inputs, "output")
     inputs = settings.inputs_with(conditioning=parts.has_text_pair)
@@ -114,18 +152,35 @@ def text_encoder_module(parts: ChosenParts, dtype: torch.dtype) -> TextEncoderSt
     return TextEncoderStage(encoder, dtype, parts.chunk_tokens)
 
 
+def is_sized(options: ExportOptions) -> bool:
+    """Whether images of several sizes are made, of which SDXL's text stage must be told."""
+    return bool({"height", "width"} & set(options.dynamic))
+
+
 def text_pair_module(
-    parts: ChosenParts, settings: TaskSettings, step: OneStep, dtype: torch.dtype
-) -> TextPairStage:
+    parts: ChosenParts,
+    settings: TaskSettings,
+    step: OneStep,
+    dtype: torch.dtype,
+    *,
+    sized: bool,
+    gives_pooled: bool = False,
+) -> TextPairStage | SizedTextPairStage:
     """Both text encoders and the conditioning, whose outputs have ``dtype``."""
     # The UNet first: all of it but the conditioning is freed before the encoders are loaded.
-    conditioning = parts.conditioning(
-        settings.timesteps(step), size_numbers(step.height, step.width)
-    )
+    sizes = None if sized else size_numbers(step.height, step.width)
+    conditioning = parts.conditioning(settings.timesteps(step), sizes)
     free_memory()
     encoder, encoder_2 = parts.text_pair()
-    return TextPairStage(
-        encoder, encoder_2, conditioning, dtype, parts.chunk_tokens, parts.clip_skip
+    kind = SizedTextPairStage if sized else TextPairStage
+    return kind(
+        encoder,
+        encoder_2,
+        conditioning,
+        dtype,
+        parts.chunk_tokens,
+        parts.clip_skip,
+        gives_pooled=gives_pooled,
     )
 
 
@@ -164,9 +219,19 @@ def generator_module(parts: ChosenParts, settings: TaskSettings, step: OneStep) 
     return Generator(unet_module(parts, settings, step), decoder_module(parts))
 
 
-def generic_unet_module(parts: ChosenParts) -> GenericUNet:
+def generic_encoder_module(
+    parts: ChosenParts, name: str, states: int, dtype: torch.dtype
+) -> GenericPairEncoder:
+    """One of SDXL's text encoders, whose outputs have ``dtype``."""
+    encoder = parts.text_encoder_2() if name == TEXT_STAGE_2 else parts.text_encoder()
+    return GenericPairEncoder(name, encoder, states, dtype)
+
+
+def generic_unet_module(parts: ChosenParts) -> GenericUNet | GenericPairUNet:
     """The UNet with the adaptor merged, and nothing folded."""
     unet, _ = parts.unet()
+    if parts.has_text_pair:
+        return GenericPairUNet(unet)
     return GenericUNet(unet)
 
 

@@ -16,10 +16,10 @@ from hipa_deploy.bundle.manifest import Precision
 from hipa_deploy.bundle.reference import REFERENCE_PROMPTS, REFERENCE_TENSORS
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
+from hipa_deploy.export.generic.generic_pair import TEXT_PARTS, hidden_states, is_taken
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import References
 from hipa_deploy.generate.prompts import (
-    BAKED_CONDITIONING,
     BAKED_CONTEXTS,
     BAKED_PROMPTS,
     TOKENIZER,
@@ -118,20 +118,19 @@ def tokenize(
     return np.concatenate(tokens), np.concatenate(weights_of)
 
 
-def write_conditioning(
-    root: Path, conditioning_NSK: np.ndarray, precision: Precision
-) -> np.ndarray:
-    """Write the conditioning of a closed set beside its contexts; returns it as stored.
+def write_baked(root: Path, name: str, rows: np.ndarray, precision: Precision) -> np.ndarray:
+    """Write what belongs to a closed set beside its contexts; returns it as stored.
 
     Args:
         root: the bundle's folder, where ``write_closed_set`` has written.
-        conditioning_NSK: float32, of the N prompts.
+        name: of the file in the bundle.
+        rows: float32 [N, …], the conditioning or the pooled vectors of the N prompts.
         precision: fp16 stores it as float16.
 
     """
-    stored_NSK = conditioning_NSK.astype(np.float16 if precision == "fp16" else np.float32)
-    np.save(root / BAKED_CONDITIONING, stored_NSK)
-    return stored_NSK
+    stored = rows.astype(np.float16 if precision == "fp16" else np.float32)
+    np.save(root / name, stored)
+    return stored
 
 
 def write_closed_set(
@@ -169,8 +168,9 @@ def write_references(root: Path, references: References, others: Sequence[Refere
 
     """
     tensors = root / REFERENCE_TENSORS
-    tensors.parent.mkdir()
-    arrays: Any = references.tensors  # Any: numpy's stub takes no mapping of arrays here
+    tensors.parent.mkdir(exist_ok=True)
+    # Any: numpy's stub takes no mapping of arrays here.
+    arrays: Any = {name: value for name, value in references.tensors.items() if is_taken(name)}
     np.savez_compressed(tensors, **arrays)
     prompts = [judge.prompt for judge in (references, *others)]
     content = {"prompts": prompts, "seeds": list(references.seeds)}
@@ -178,41 +178,81 @@ def write_references(root: Path, references: References, others: Sequence[Refere
 
 
 def write_diffusers_files(
-    root: Path, model: ModelParts, method: OneStepMethod | None = None
+    root: Path, model: ModelParts, method: OneStepMethod | None = None, clip_skip: int = 0
 ) -> None:
     """Write what optimum's ORTDiffusionPipeline reads beside the stages of the layout generic.
 
-    That is ``model_index.json``, the configurations, the tokenizer's vocabulary and the one-step
+    That is ``model_index.json``, the configurations, the tokenizers' vocabularies and the one-step
     scheduler.
+
+    Args:
+        root: the bundle's folder, with its stages and tokenizers.
+        model: the base model.
+        method: whose step the bundle takes; None is HiPA's.
+        clip_skip: layers of SDXL's text encoders that the bundle leaves out.
 
     Raises:
         HipaError: no scheduler of diffusers takes the step of ``method``.
 
     """
     scheduler = _one_step_scheduler(model, method)
-    index = {
+    index: dict[str, object] = {
         "_class_name": "StableDiffusionPipeline",
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", type(scheduler).__name__],
-        "safety_checker": [None, None],
         "feature_extractor": [None, None],
     }
+    tokenizers = {TOKENIZER: "tokenizer"}
+    if model.config.has_text_pair:
+        index |= _pair_index(model)
+        tokenizers[TOKENIZER_2] = "tokenizer_2"
+    else:
+        index["safety_checker"] = [None, None]
     _write_json(root / "model_index.json", index)
-    stages = {"text_encoder": "text_encoder", "unet": "unet", "vae": "vae_decoder"}
+    stages = {part: part for part in model.config.text_parts}
+    stages |= {"unet": "unet", "vae": "vae_decoder"}
     for part, stage in stages.items():
         config = json.loads((model.folder / part / "config.json").read_text(encoding="utf-8"))
+        if model.config.has_text_pair:
+            config |= _pair_changes(model, part, clip_skip)
         _write_json(root / stage / "config.json", config)
 
-    # save_pretrained writes a tokenizer.json of its own, without padding and length.
-    tokenizer = root / TOKENIZER
-    content = tokenizer.read_bytes()
-    model.tokenizer().save_pretrained(tokenizer.parent)
-    tokenizer.write_bytes(content)
+    for name, part in tokenizers.items():
+        # save_pretrained writes a tokenizer.json of its own, without padding and length.
+        tokenizer = root / name
+        content = tokenizer.read_bytes()
+        model.tokenizer(part).save_pretrained(tokenizer.parent)
+        tokenizer.write_bytes(content)
 
     scheduler.save_pretrained(root / "scheduler")
+
+
+def _pair_changes(model: ModelParts, part: str, clip_skip: int) -> dict[str, object]:
+    """What the configuration of a part of SDXL says otherwise in the bundle."""
+    if part in TEXT_PARTS:
+        states = hidden_states(model.config, clip_skip)
+        return {"num_hidden_layers": states[TEXT_PARTS.index(part)]}
+    if part == "vae":
+        # The graph has float32 where the VAE needs it. diffusers' pipeline would try to convert the
+        # decoder, and a session of ONNX Runtime cannot be.
+        return {"force_upcast": False}
+    return {}
+
+
+def _pair_index(model: ModelParts) -> dict[str, object]:
+    """What ``model_index.json`` of SDXL says otherwise than that of SD 1.5."""
+    key = "force_zeros_for_empty_prompt"
+    own = json.loads((model.folder / "model_index.json").read_text(encoding="utf-8"))
+    return {
+        "_class_name": "StableDiffusionXLPipeline",
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "image_encoder": [None, None],
+        key: own.get(key, True),
+    }
 
 
 def _one_step_scheduler(model: ModelParts, method: OneStepMethod | None) -> Any:

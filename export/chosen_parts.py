@@ -21,6 +21,7 @@ from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
 from hipa_deploy.export.model_parts import ModelParts, free_memory
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, METADATA, read_metadata
 from hipa_deploy.models.decoder_folder import vae_sha256
+from hipa_deploy.models.kind import SECOND
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.style import check_same_loras
 from hipa_deploy.models.text_context import text_context
@@ -100,13 +101,17 @@ class ChosenParts:
         return tokenizer
 
     def tokenizer_2(self) -> CLIPTokenizerFast:
-        """The second tokenizer of a model with two text encoders, which takes no embeddings."""
-        return self.model.tokenizer("tokenizer_2")
+        """The second tokenizer of a model with two text encoders, with the words of embeddings."""
+        tokenizer = self.model.tokenizer("tokenizer_2")
+        self.style.add_words(tokenizer, part=SECOND)
+        return tokenizer
 
     def text_encoder_2(self) -> CLIPTextModelWithProjection:
-        """The second text encoder with LoRAs merged; no adaptor changes it."""
+        """The second text encoder with LoRAs merged and words added; no adaptor changes it."""
         encoder = self.model.text_encoder_2()
-        self.style.merge({"text_encoder_2": encoder})
+        self.style.merge({SECOND: encoder})
+        if self.style.embeddings:
+            self.style.add_words(self.model.tokenizer("tokenizer_2"), encoder, SECOND)
         return encoder
 
     def text_pair(self) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
@@ -122,7 +127,7 @@ class ChosenParts:
         """The context float32 [B, L, D] and the pooled vector float32 [B, P] of both encoders."""
         return pair_context(*pair, tokens_BL, tokens_2_BL, self.chunk_tokens, self.clip_skip)
 
-    def conditioning(self, timesteps: Sequence[int], sizes: Sequence[int]) -> Conditioning:
+    def conditioning(self, timesteps: Sequence[int], sizes: Sequence[int] | None) -> Conditioning:
         """What the UNet, with LoRAs and adaptor merged, makes of the pooled vector.
 
         The rest of the UNet is freed again.

@@ -18,12 +18,12 @@ from hipa_deploy.bundle.manifest import Manifest, OneStep, SafetyStage, Stage
 from hipa_deploy.bundle.signature import sign
 from hipa_deploy.disk.files import new_folder
 from hipa_deploy.embedded import EXAMPLE_PROMPT, MODEL
-from hipa_deploy.export.builders import bundle_sources, safety_source
+from hipa_deploy.export.builders import bundle_sources, is_sized, safety_source
 from hipa_deploy.export.bundle_files import (
     file_hashes,
     tokenize,
+    write_baked,
     write_closed_set,
-    write_conditioning,
     write_diffusers_files,
     write_references,
     write_tokenizer,
@@ -35,6 +35,7 @@ from hipa_deploy.export.export_request import (
     has_safety_checker,
     resolve_request,
 )
+from hipa_deploy.export.generic.generic_pair import pair_sizes
 from hipa_deploy.export.graph.axes import stage_axes
 from hipa_deploy.export.graph.conditioning import conditioning_channels
 from hipa_deploy.export.graph.modules import stage_specs
@@ -53,13 +54,15 @@ from hipa_deploy.export.references import (
 from hipa_deploy.export.task import TaskSettings, print_warning
 from hipa_deploy.export.teacher.teacher_stage import write_teacher
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.generate.prompts import TOKENIZER_2
+from hipa_deploy.generate.prompts import BAKED_CONDITIONING, BAKED_POOLED, TOKENIZER_2
+from hipa_deploy.generate.stages import join_context
 from hipa_deploy.marks.safety import SAFETY_STAGE
 from hipa_deploy.models.weights.part_config import build
 
 NEUTRAL_PROMPT = "a photo of a red apple"
 PROGRESS_LABELS = {
     "text_encoder": "text",
+    "text_encoder_2": "text",
     "vae_encoder": "encoder",
     "unet": "UNet",
     "generator": "UNet",
@@ -123,12 +126,14 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             weights=text.prompt_weights,
         )
         tokens_NL, weights_NL = read(tokenizer)
+        tokenizers = [tokenizer]
         tokens_2_NL = None
         weights_2_NL = None
         if parts.has_text_pair:
             second = write_tokenizer(
                 root, parts.tokenizer_2(), prompts[0], text.context_tokens, TOKENIZER_2
             )
+            tokenizers.append(second)
             tokens_2_NL, weights_2_NL = read(second)
         specs = stage_specs(
             layout=options.layout,
@@ -139,7 +144,10 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             width=model.config.text_width,
             axes=axes,
             names=settings.inputs_with(conditioning=parts.has_text_pair),
-            conditioning=conditioning_shape(parts, settings, step),
+            conditioning=conditioning_shape(parts, options, settings, step),
+            pooled=model.config.pooled_width if options.with_teacher else None,
+            pair=pair_sizes(model.config, text.clip_skip),
+            sized=is_sized(options),
         )
 
         # All of PyTorch's tensors before anything is exported: each part of the model is loaded
@@ -156,7 +164,11 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             if pooled_NP is not None:
                 conditioning_NSK = condition_closed_set(parts, pooled_NP, settings, step)
                 known["pooled"] = pooled_NP
-                stored["conditioning"] = write_conditioning(root, conditioning_NSK, options.dtype)
+                stored["conditioning"] = write_baked(
+                    root, BAKED_CONDITIONING, conditioning_NSK, options.dtype
+                )
+                if options.with_teacher:
+                    stored["pooled"] = write_baked(root, BAKED_POOLED, pooled_NP, options.dtype)
         judges: list[References] = []
         chains: list[dict[str, np.ndarray]] = []
         for number, prompt in enumerate(judging):
@@ -165,7 +177,14 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             seed = FIRST_SEED + number * batch  # other noise for each
             tokens_2_1L = None if tokens_2_NL is None else tokens_2_NL[at : at + 1]
             judge = text_references(
-                prompt, tokens_1L, batch, step, options.layout, seed, tokens_2_1L
+                prompt,
+                tokens_1L,
+                batch,
+                step,
+                options.layout,
+                seed,
+                tokens_2_1L,
+                sized=is_sized(options) and parts.has_text_pair,
             )
             chain = judge.inputs()
             for name, value in known.items():
@@ -203,6 +222,10 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
         stages: list[Stage] = []
         for source in bundle_sources(options, parts, settings, step):
             show(PROGRESS_LABELS[source.name])
+            if "time_ids" in source.inputs:
+                # The generic UNet of SDXL takes both encoders' contexts, side by side.
+                for chain in chains:
+                    chain["context"] = join_context(chain)
             if "latent_sample" in source.inputs:
                 # The generic UNet gives its raw output, of which the runtime makes x0.
                 for chain in chains:
@@ -230,10 +253,10 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
                 axes=axes,
             )
             refinement = write_teacher(
-                writer, parts, base_specs["unet"], step, tokenizer, chains[0]["context"]
+                writer, parts, base_specs["unet"], step, tokenizers, chains[0]
             )
         if options.layout == "generic":
-            write_diffusers_files(root, model, settings.method)
+            write_diffusers_files(root, model, settings.method, text.clip_skip)
 
         # The manifest is last: it lists the hash of every other file.
         show("manifest")
@@ -270,10 +293,10 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
 
 
 def conditioning_shape(
-    parts: ChosenParts, settings: TaskSettings, step: OneStep
+    parts: ChosenParts, options: ExportOptions, settings: TaskSettings, step: OneStep
 ) -> tuple[int, int] | None:
-    """S and K of SDXL's conditioning [B, S, K]; None for another model."""
-    if not parts.has_text_pair:
+    """S and K of SDXL's conditioning [B, S, K]; None for another model, or the layout generic."""
+    if options.layout == "generic" or not parts.has_text_pair:
         return None
     config = parts.model.config
     path = config.folder / "unet/config.json"

@@ -37,6 +37,7 @@ from hipa_deploy.models.locate import TINY, model_folder, model_name
 from hipa_deploy.models.lora.early_lora import check_adaptor, check_adaptor_path, check_style
 from hipa_deploy.models.one_step.one_step_method import OWN, load_method
 from hipa_deploy.models.style import Style
+from hipa_deploy.models.text_pair import forces_zeros
 from hipa_deploy.models.weights.early_check import known_shapes
 from hipa_deploy.models.weights.load_part import check_weights
 from hipa_deploy.models.weights.part_config import read_config
@@ -97,14 +98,20 @@ def check_request(options: ExportOptions) -> None:
     settings = choose_task(options, model)
     model.check_unet(settings.task)
     if options.with_teacher:
-        _check_teacher(options, settings)
+        _check_teacher(options, settings, model)
     if model.config.has_text_pair:
         _check_text_pair(options)
     if options.decoder is not None:
         model.check_tiny_decoder(options.decoder)
     if options.encoder is not None:
         model.check_tiny_encoder(options.encoder)
-    text_settings(options, model.config, text_sizes(model.config)[0])
+    chunk_tokens = text_sizes(model.config)[0]
+    text, _ = text_settings(options, model.config, chunk_tokens)
+    if model.config.has_text_pair and options.layout == "generic" and text.chunks(chunk_tokens) > 1:
+        raise HipaError(
+            f"--layout generic: the adaptor was trained with contexts of {text.context_tokens} "
+            f"tokens, and optimum gives each text encoder {chunk_tokens}. Use --layout onestep."
+        )
     step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
     stage_axes(options.dynamic, step, model.config.size_multiple)
     _check_watermark(options, settings, step)
@@ -292,7 +299,7 @@ def _check_teacher_options(options: ExportOptions) -> None:
         )
 
 
-def _check_teacher(options: ExportOptions, settings: TaskSettings) -> None:
+def _check_teacher(options: ExportOptions, settings: TaskSettings, model: ModelParts) -> None:
     """Raise HipaError unless the adaptor's drafts can be refined."""
     if settings.task != "generate":
         raise HipaError(
@@ -300,26 +307,18 @@ def _check_teacher(options: ExportOptions, settings: TaskSettings) -> None:
             "Leave out --with-teacher."
         )
     teacher_settings(options.adaptor)
+    if model.config.has_text_pair:
+        forces_zeros(model.folder)
 
 
 def _check_text_pair(options: ExportOptions) -> None:
     """Raise HipaError for what a model with two text encoders, as SDXL, is not exported for."""
-    if options.with_teacher:
-        raise HipaError(
-            f"--with-teacher: {options.model} has two text encoders, as SDXL has, and drafts of "
-            "such a model are not refined. Leave out --with-teacher."
-        )
-    if options.layout == "generic":
-        raise HipaError(
-            f"--layout generic: {options.model} has two text encoders, as SDXL has, and is "
-            "exported in the layout onestep alone. Use --layout onestep."
-        )
     for name in ("height", "width"):
-        if name in options.dynamic:
+        if name in options.dynamic and options.prompts is not None:
             raise HipaError(
                 f"--dynamic {name}: the UNet of {options.model} is told the size of the image, as "
-                f"SDXL's is, and the bundle holds that number. Export a bundle for each size, "
-                f"with --height and --width."
+                f"SDXL's is, and --prompts would bake one size. Leave out --prompts, or export a "
+                f"bundle for each size, with --height and --width."
             )
 
 
@@ -469,6 +468,7 @@ def _check_same_base(options: SwapOptions, bundle: Bundle, model: ModelParts) ->
 def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
     """The options that ``bundle`` was exported with, but for the adaptor."""
     manifest = bundle.manifest
+    dynamic = {name: axis for name, axis in bundle.axes.items() if name in ("height", "width")}
     return ExportOptions(
         model=options.model,
         out=options.out,
@@ -477,6 +477,7 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
         dtype=manifest.precision,
         layout=manifest.layout,
         batch=manifest.batch,
+        dynamic=dynamic,
         fuse="generator" in bundle.stages,
         decoder=options.decoder,
         task=manifest.task,
@@ -485,6 +486,7 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
         context_tokens=manifest.text.context_tokens,
         clip_skip=manifest.text.clip_skip,
         one_step=options.one_step,
+        with_teacher=manifest.refine is not None,
     )
 
 

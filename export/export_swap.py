@@ -17,6 +17,7 @@ from hipa_deploy.bundle.adaptor_swap import (
     MANIFEST,
     REFERENCE,
     TEXT_STAGE,
+    TEXT_STAGE_2,
     TEXT_WEIGHTS,
     WEIGHT_MAP,
     WEIGHTS,
@@ -36,7 +37,7 @@ from hipa_deploy.bundle.signature import sign
 from hipa_deploy.disk.files import new_folder, temporary_folder
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.builders import text_encoder_source, unet_source
+from hipa_deploy.export.builders import text_sources, unet_source
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_request import (
     SwapOptions,
@@ -53,7 +54,7 @@ from hipa_deploy.export.references import (
 )
 from hipa_deploy.export.task import TaskSettings, print_warning
 from hipa_deploy.export.writer import StageWriter
-from hipa_deploy.generate.stages import name_along_path, stage_feed
+from hipa_deploy.generate.stages import along_path, join_context, stage_feed
 from hipa_deploy.models.style import StyleInfo
 
 
@@ -111,20 +112,22 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
                 islands={name: stage.fp32_islands for name, stage in bundle.stages.items()},
             )
             inputs = _stage_inputs(bundle, references)
-            text = None
+            texts = {}
             if changes_text:
-                encoder = writer.write(
-                    text_encoder_source(like_bundle, parts, settings, bundle.manifest.one_step),
-                    inputs,
-                )
-                inputs |= encoder.outputs
-                text = _swapped_text(bundle, encoder.stage, scratch, root)
+                step = bundle.manifest.one_step
+                for text_source in text_sources(like_bundle, parts, settings, step):
+                    encoder = writer.write(text_source, inputs)
+                    inputs |= encoder.outputs
+                    name = text_source.name
+                    texts[name] = _swapped_text(bundle, encoder.stage, scratch, root)
+                if TEXT_STAGE_2 in texts:
+                    inputs["context"] = join_context(inputs)
             stage = writer.write(source, inputs).stage
 
         # Only what differs is kept.
         onnx = scratch / stage.path
         weights = _differing(bundle.stage_path(stage.spec.name), onnx)
-        if not weights and text is None:
+        if not weights and not texts:
             raise HipaError(
                 f"{bundle.stage_path(stage.spec.name)}: this adaptor changes no weight of it: the "
                 "bundle has it already."
@@ -132,8 +135,8 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         _write_weights(root / WEIGHTS, weights)
         np.save(root / REFERENCE, references.tensors[source.output])
         made_from = (references.adaptor, parts.style.info.loras)
-        manifest = _manifest(bundle, stage, onnx, weights, made_from, text, root)
-        (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        manifest = _manifest(bundle, stage, onnx, weights, made_from, texts, root)
+        (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         if options.signing_key is not None:
             sign(root / MANIFEST, options.signing_key)
     return AdaptorSwap.open(bundle, options.out)
@@ -197,13 +200,13 @@ def _references(
     Prompt and seeds are not needed, as nothing of them is written.
     """
     step = bundle.manifest.one_step
+    layout = bundle.manifest.layout
     stored = Reference.read(bundle).tensors
     taken = {*INPUTS, *settings.inputs, "pooled"}
     tensors = {name: value for name, value in stored.items() if name in taken}
     references = References(prompt="", seeds=(), tensors=tensors)
     if changes_text:
-        references = add_context(references, parts, watch=False)
-    layout = bundle.manifest.layout
+        references = add_context(references, parts, layout, watch=False)
     references = add_step(references, parts, settings, step, layout, watch=False)
     if "generator" in bundle.stages:
         references = add_images(references, parts, settings, step, watch=False)
@@ -225,10 +228,16 @@ def _text(bundle: Bundle, tensors: Mapping[str, np.ndarray]) -> dict[str, np.nda
     """The context, and SDXL's conditioning, as the bundle's text stage gives or it stores them."""
     layout = bundle.manifest.layout
     if TEXT_STAGE in bundle.stages:
-        spec = bundle.stages[TEXT_STAGE].spec
-        feed = stage_feed(spec, tensors, layout)
-        made = run_all_apart(bundle.stage_path(TEXT_STAGE), spec, feed)
-        return {name_along_path(spec, name, layout): value for name, value in made.items()}
+        encoded: dict[str, np.ndarray] = {}
+        for stage in TEXT_WEIGHTS:
+            if stage in bundle.stages:
+                spec = bundle.stages[stage].spec
+                feed = stage_feed(spec, tensors, layout)
+                made = run_all_apart(bundle.stage_path(stage), spec, feed)
+                encoded |= along_path(spec, made, layout)
+        if TEXT_STAGE_2 in bundle.stages:
+            encoded["context"] = join_context(encoded)
+        return encoded
     stored = {}
     for tensor in bundle.stages[adapted_stage(bundle)].spec.inputs:
         if tensor.name in ("context", "conditioning"):
@@ -293,15 +302,16 @@ def _write_weights(path: Path, weights: Mapping[str, Initializer]) -> None:
 
 
 def _swapped_text(bundle: Bundle, stage: Stage, scratch: Path, root: Path) -> SwappedText:
-    """Write the text encoder's weights that differ into ``root``; what the manifest says of them.
+    """Write a text encoder's weights that differ into ``root``; what the manifest says of them.
 
     Raises:
         HipaError: the graph comes out different, or a weight differs that is no parameter.
 
     """
     onnx = scratch / stage.path
-    weights = _differing(bundle.stage_path(TEXT_STAGE), onnx)
-    _write_weights(root / TEXT_WEIGHTS, weights)
+    changed = stage.spec.name
+    weights = _differing(bundle.stage_path(changed), onnx)
+    _write_weights(root / TEXT_WEIGHTS[changed], weights)
     mapped = _weight_map(onnx)
     unexpected = [name for name in weights if name not in mapped]
     if unexpected:
@@ -310,7 +320,7 @@ def _swapped_text(bundle: Bundle, stage: Stage, scratch: Path, root: Path) -> Sw
             "Please report this."
         )
     return SwappedText(
-        base_files=stage_files(bundle, TEXT_STAGE),
+        base_files=stage_files(bundle, changed),
         onnx_sha256=file_sha256(onnx),
         parity=stage.parity,
         weights={name: mapped[name] for name in weights},
@@ -332,7 +342,7 @@ def _manifest(
     onnx: Path,
     weights: Mapping[str, Initializer],
     made_from: tuple[AdaptorInfo | None, tuple[LoraInfo, ...]],
-    text: SwappedText | None,
+    texts: Mapping[str, SwappedText],
     root: Path,
 ) -> SwapManifest:
     """The manifest of the swap in ``root``, whose ``weights`` are from the graph ``onnx``.
@@ -369,6 +379,7 @@ def _manifest(
         loras=loras,
         parity=stage.parity,
         weights={name: mapped[name] for name in weights},
-        text=text,
+        text=texts.get(TEXT_STAGE),
+        text_2=texts.get(TEXT_STAGE_2),
         files={path.name: file_sha256(path) for path in sorted(root.iterdir())},
     )

@@ -6,6 +6,7 @@ in memory at a time.
 
     tokens       int64   [B, L]
     tokens_2     int64   [B, L]         as SDXL's second tokenizer reads the prompt
+    sizes        int64   [B, 6]         the size, of SDXL with images of several sizes
     context      float32 [B, L, D]      text encoder; SDXL's two side by side
     pooled       float32 [B, P]         SDXL's second text encoder
     conditioning float32 [B, S, K]      what the blocks of SDXL's UNet project, at each start
@@ -22,6 +23,9 @@ in memory at a time.
     pixels       float32 [1, 3, S, S]   the first image, as the safety checker takes them
     cosines      float32 [1, N]         safety checker
     sample       float32 [B, 3, H, W]   layout generic: decoder, in [-1, 1]
+    time_ids     float32 [B, 6]         layout generic: the size, as SDXL's UNet is told it
+    context_1    float32 [B, L, D1]     layout generic: SDXL's first text encoder; the second has
+                                        context_2. Further outputs of both are not stored.
 
 At further strengths of an edit the keys are 'output_1', 'latents_1', 'images_1' and so on.
 """
@@ -41,6 +45,7 @@ from torch import nn
 
 from hipa_deploy.bundle.manifest import AdaptorInfo, Layout, OneStep
 from hipa_deploy.export.chosen_parts import ChosenParts, HeldParts
+from hipa_deploy.export.generic.generic_pair import TEXT_PARTS, encoder_tensors, hidden_states
 from hipa_deploy.export.graph.conditioning import Recorder
 from hipa_deploy.export.graph.half_precision import Ranges
 from hipa_deploy.export.graph.modules import from_uint8, seen_by_unet, to_uint8
@@ -57,13 +62,20 @@ from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.images.example_source import example_inputs
 from hipa_deploy.marks.records import SafetySettings
 from hipa_deploy.marks.safety import SAFETY_STAGE, prepare_pixels
-from hipa_deploy.models.text_pair import size_numbers
-from hipa_deploy.tasks import STEP_INPUTS, finish_latents, is_inpainting_unet, start_latents
+from hipa_deploy.tasks import (
+    STEP_INPUTS,
+    finish_latents,
+    is_inpainting_unet,
+    size_numbers,
+    start_latents,
+)
 
 FIRST_SEED = 0
 ENCODED_AT_ONCE = 64  # prompts of a closed set; thousands at once would not fit into memory
 # Tensors that come from outside of the model. The stages of a bundle compute all others.
-INPUTS = ("tokens", "tokens_2", "noise", "image", "mask", "step", "timestep")
+INPUTS = (
+    "tokens", "tokens_2", "sizes", "noise", "image", "mask", "step", "timestep", "time_ids",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,8 +147,13 @@ def text_references(
     layout: Layout = "onestep",
     first_seed: int = FIRST_SEED,
     tokens_2_1L: np.ndarray | None = None,
+    *,
+    sized: bool = False,
 ) -> References:
-    """The tensors that need no part of the model: the tokens of ``prompt``, and noise per image."""
+    """The tensors that need no part of the model: the tokens of ``prompt``, and noise per image.
+
+    Of SDXL with images of several sizes (``sized``) also the numbers of the size.
+    """
     seeds = tuple(range(first_seed, first_seed + batch))
     tensors = {
         "tokens": tokens_1L.repeat(batch, 0),
@@ -144,14 +161,21 @@ def text_references(
     }
     if tokens_2_1L is not None:
         tensors["tokens_2"] = tokens_2_1L.repeat(batch, 0)
+    if sized:
+        tensors["sizes"] = _time_ids(step, batch).astype(np.int64)
     return References(prompt, seeds, tensors)
 
 
 @torch.no_grad()
-def add_context(references: References, parts: ChosenParts, *, watch: bool) -> References:
-    """Add 'context', the text encoder's last hidden states for 'tokens'; of SDXL also 'pooled'."""
+def add_context(
+    references: References, parts: ChosenParts, layout: Layout = "onestep", *, watch: bool
+) -> References:
+    """Add 'context', the text encoder's last hidden states for 'tokens'; of SDXL also 'pooled'.
+
+    In the layout generic also all that SDXL's text encoders give there.
+    """
     if parts.has_text_pair:
-        return _add_pair(references, parts, watch=watch)
+        return _add_pair(references, parts, layout, watch=watch)
     encoder = parts.text_encoder()
     with watched(watch, "text_encoder", encoder) as largest:
         tokens_BL = torch.from_numpy(references.tensors["tokens"])
@@ -159,7 +183,9 @@ def add_context(references: References, parts: ChosenParts, *, watch: bool) -> R
     return references.plus({"context": context_BLD}, largest)
 
 
-def _add_pair(references: References, parts: ChosenParts, *, watch: bool) -> References:
+def _add_pair(
+    references: References, parts: ChosenParts, layout: Layout, *, watch: bool
+) -> References:
     """Add 'context' and 'pooled' of two text encoders."""
     pair = parts.text_pair()
     with (
@@ -172,6 +198,13 @@ def _add_pair(references: References, parts: ChosenParts, *, watch: bool) -> Ref
             torch.from_numpy(references.tensors["tokens_2"]),
         )
     tensors = {"context": context_BLD.numpy(), "pooled": pooled_BP.numpy()}
+    if layout == "generic":
+        states = hidden_states(parts.model.config, parts.clip_skip)
+        for part, encoder, key, count in zip(
+            TEXT_PARTS, pair, ("tokens", "tokens_2"), states, strict=True
+        ):
+            tokens_BL = torch.from_numpy(references.tensors[key])
+            tensors |= encoder_tensors(part, encoder, tokens_BL, count)
     return references.plus(tensors, {**first, **second})
 
 
@@ -287,7 +320,7 @@ def add_step(
     unet, adaptor = parts.unet()
     tensors: dict[str, np.ndarray] = {}
     conditioning = []
-    with watched(watch, "unet", unet) as largest, _recorded(parts, unet) as recorder:
+    with watched(watch, "unet", unet) as largest, _recorded(parts, unet, layout) as recorder:
         for index, start in enumerate(settings.starts(step)):
             output_BCHW, latents_BCHW = _one_step(
                 unet,
@@ -308,10 +341,12 @@ def add_step(
 
 
 def _recorded(
-    parts: ChosenParts, unet: UNet2DConditionModel
+    parts: ChosenParts, unet: UNet2DConditionModel, layout: Layout
 ) -> AbstractContextManager[Recorder | None]:
-    """A recorder of SDXL's conditioning; nothing for another model."""
-    return Recorder(unet) if parts.has_text_pair else nullcontext()
+    """A recorder of SDXL's conditioning; nothing for another model, or where the UNet keeps it."""
+    if layout == "generic" or not parts.has_text_pair:
+        return nullcontext()
+    return Recorder(unet)
 
 
 def _added_conditions(
@@ -321,8 +356,13 @@ def _added_conditions(
     if "pooled" not in tensors:
         return None
     pooled_BP = torch.from_numpy(tensors["pooled"])
-    sizes_1N = torch.tensor([size_numbers(step.height, step.width)], dtype=pooled_BP.dtype)
-    return {"text_embeds": pooled_BP, "time_ids": sizes_1N.repeat(len(pooled_BP), 1)}
+    return {"text_embeds": pooled_BP, "time_ids": torch.from_numpy(_time_ids(step, len(pooled_BP)))}
+
+
+def _time_ids(step: OneStep, batch: int) -> np.ndarray:
+    """The six numbers of each image of a batch, float32 [B, 6]."""
+    numbers_16 = np.asarray([size_numbers(step.height, step.width)], np.float32)
+    return numbers_16.repeat(batch, 0)
 
 
 def _one_step(
@@ -454,7 +494,7 @@ def make_every_reference(
     made = list(every)
     for index, references in enumerate(made):
         if "context" not in references.tensors:
-            made[index] = add_context(references, held, watch=watch)
+            made[index] = add_context(references, held, layout, watch=watch)
     held.release()
     if settings.task != "generate":
         for index, references in enumerate(made):
@@ -465,7 +505,10 @@ def make_every_reference(
     held.release()
     for index, references in enumerate(made):
         if layout == "generic":
-            references = references.plus({"timestep": np.asarray([step.timestep])})
+            inputs = {"timestep": np.asarray([step.timestep])}
+            if parts.has_text_pair:
+                inputs["time_ids"] = _time_ids(step, references.batch)
+            references = references.plus(inputs)
             made[index] = add_sample(references, held, step, watch=watch)
         else:
             made[index] = add_images(references, held, settings, step, watch=watch)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hipa_deploy.bundle.manifest import Parity, Precision, Stage, StageSpec
 from hipa_deploy.bundle.parity import compare, problem
 from hipa_deploy.errors import HipaError, brief
+from hipa_deploy.export.generic.generic_pair import TEXT_PARTS
 from hipa_deploy.export.graph.graph_cost import stage_cost
 from hipa_deploy.export.graph.half_precision import (
     fewest_islands,
@@ -185,7 +186,7 @@ class StageWriter:
         stage = Stage(
             spec=spec,
             path=path,
-            precision="fp32" if islands and source.name == "text_encoder" else self.precision,
+            precision="fp32" if islands and source.name in TEXT_PARTS else self.precision,
             opset=OPSET,
             fp32_islands=islands,
             parity=self._worst_parity(source, judges, outputs),
@@ -232,7 +233,7 @@ class StageWriter:
         """Names of the parts of ``module`` that must stay in float32."""
         # Its attention is transformers' own, whose scores nobody watches, and the whole text
         # encoder costs next to nothing.
-        if source.name == "text_encoder" and failing is not None:
+        if source.name in TEXT_PARTS and failing is not None:
             return _whole(module)
         found = islands_by_range(module, self._reached(module))
         islands = whole_attentions([*found, *known])
@@ -247,7 +248,7 @@ class StageWriter:
             expected = judge.expected(source.output, failing)
             islands = fewest_islands(module, tuple(feed), partial(_is_faithful, expected), islands)
 
-        if islands and source.name == "text_encoder":
+        if islands and source.name in TEXT_PARTS:
             return _whole(module)
         return islands
 

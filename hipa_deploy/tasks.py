@@ -58,6 +58,21 @@ def unet_inputs(task: Task, strengths: int = 1, *, conditioned: bool = False) ->
     return tuple(names)
 
 
+def size_numbers(height: int, width: int) -> tuple[int, int, int, int, int, int]:
+    """What SDXL's UNet is told of an image of this size that was not cropped.
+
+    The six numbers are the original height and width, the crop's top and left, the target height
+    and width: what StableDiffusionXLPipeline takes by default (``_get_add_time_ids`` of diffusers'
+    pipeline_stable_diffusion_xl.py).
+
+    Example:
+        >>> size_numbers(1024, 768)
+        (1024, 768, 0, 0, 1024, 768)
+
+    """
+    return (height, width, 0, 0, height, width)
+
+
 def is_inpainting_unet(in_channels: int, latent_channels: int) -> bool:
     """Whether a UNet was made for inpainting: it sees [z, mask, source], 2 C + 1 channels.
 

@@ -1,6 +1,8 @@
 """Make tests/tiny_bundles.zip: a bundle of each task, of random weights, for batches of 1 to 8.
 
-And tests/tiny_refine.zip: a bundle that refines, with an adaptor of random weights.
+And tests/tiny_refine.zip: a bundle that refines, with an adaptor of random weights. And
+tests/tiny_sdxl.tar.xz: a bundle of each task of a tiny SDXL, and one with baked prompts. Those
+to generate refine.
 
     python tests/make_tiny_bundles.py
 
@@ -9,6 +11,7 @@ An export takes seconds, and a server of all tasks needs four of them. So they a
 
 from __future__ import annotations
 
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -18,9 +21,11 @@ from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.axes import parse_axes
 from tests.export.conftest import make_adaptor
 from tests.tiny_model import make_model
+from tests.tiny_sdxl import make_sdxl
 
 OUT = Path(__file__).parent / "tiny_bundles.zip"
 REFINE_OUT = Path(__file__).parent / "tiny_refine.zip"
+SDXL_OUT = Path(__file__).parent / "tiny_sdxl.tar.xz"
 REFINE_NAME = "tiny-refine"
 TEACHER = {"sampler": "ddim", "steps": 7, "guidance": 3.5}
 TASKS = {
@@ -42,6 +47,7 @@ def main() -> None:
                 export_bundle(ExportOptions(model=str(model), out=out, dynamic=axes, **options))
                 add(archive, out)
         make_refine_bundle(model, folder)
+        make_sdxl_bundles(folder)
 
 
 def make_refine_bundle(model: Path, folder: Path) -> None:
@@ -55,6 +61,21 @@ def make_refine_bundle(model: Path, folder: Path) -> None:
     export_bundle(options)
     with zipfile.ZipFile(REFINE_OUT, "w", zipfile.ZIP_DEFLATED) as archive:
         add(archive, out)
+
+
+def make_sdxl_bundles(folder: Path) -> None:
+    """Write SDXL_OUT: as one stream, in which what the bundles have in common is there once."""
+    model = make_sdxl(folder / "sdxl")
+    axes = parse_axes("batch=1:2:4")
+    adaptor = make_adaptor(model, folder / "sdxl-adaptor", recipe={"teacher": TEACHER})
+    taught = {"adaptor": adaptor, "with_teacher": True}
+    bundles = {f"sdxl-{name}": options or taught for name, options in TASKS.items()}
+    bundles["sdxl-tiny-baked"] = {**taught, "prompts": model / "prompts.txt"}
+    with tarfile.open(SDXL_OUT, "w:xz") as archive:
+        for name, options in bundles.items():
+            out = folder / name
+            export_bundle(ExportOptions(model=str(model), out=out, dynamic=axes, **options))
+            archive.add(out, out.name)
 
 
 def add(archive: zipfile.ZipFile, bundle: Path) -> None:

@@ -84,6 +84,7 @@ ROOMS = (
     "hipa_deploy.engines.store",
     "hipa_deploy.engines.build",
     "hipa_deploy.engines.latency",
+    "hipa_deploy.export.generic",
     "hipa_deploy.export.graph",
     "hipa_deploy.export",
     "hipa_deploy.export.teacher",

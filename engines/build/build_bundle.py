@@ -68,6 +68,8 @@ def build_bundle(
 ) -> list[BuiltEngine]:
     """Build an engine for every stage into ``bundle.root/engines/<backend>-<target>``.
 
+    The base UNet of a bundle that refines is one of them.
+
     Where this machine has the GPU, each engine runs on the bundle's reference tensors before it
     counts as built. One that fails its gate is mended (``engines.build.ladder``), or kept apart
     under a name that no command loads.
@@ -120,7 +122,7 @@ def build_bundle(
     folder = engine_folder(bundle, library, goal.name)
     keys: dict[str, EngineKey] = {}
     to_build: list[str] = []
-    for stage in bundle.stages:
+    for stage in bundle.all_stages:
         key = key_for(bundle, stage, library, trt.__version__, goal, options)
         keys[stage] = key
         if up_to_date(folder, stage, key, best_of) is None:
@@ -179,7 +181,7 @@ def dry_run(
     device = describe_device()
     options = options.or_else(default_options(target, library, device))
     swap_mib = None if swap_gib is None else swap_gib * 1024
-    return plan_memory(bundle, bundle.stages, library, target, options, device, swap_mib)
+    return plan_memory(bundle, bundle.all_stages, library, target, options, device, swap_mib)
 
 
 def built_elsewhere(backend: str, target: str) -> str | None:

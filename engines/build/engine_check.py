@@ -9,9 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import Parity, Precision, StageSpec
+from hipa_deploy.bundle.manifest import TEACHER_STAGE, Parity, Precision, StageSpec
 from hipa_deploy.bundle.parity import MIN_PSNR_DB, compare, problem
-from hipa_deploy.bundle.reference import REFERENCE_TENSORS, Reference
+from hipa_deploy.bundle.reference import (
+    REFERENCE_TENSORS,
+    TEACHER_TENSORS,
+    Reference,
+    teacher_tensors,
+)
 from hipa_deploy.engines.store.engine_key import EngineKey
 from hipa_deploy.engines.store.sidecar import EngineCheck
 from hipa_deploy.engines.tensorrt.cuda import load_cudart
@@ -44,16 +49,24 @@ def stage_reference(bundle: Bundle, stage: str) -> StageReference:
         HipaError: the bundle has no reference, or one that lacks a tensor of this stage.
 
     """
-    if REFERENCE_TENSORS not in bundle.manifest.files:
-        raise HipaError(f"{bundle.root} has no reference tensors. Export the bundle again.")
-    tensors = Reference.read(bundle).tensors
-    spec = bundle.stages[stage].spec
+    is_teacher = stage == TEACHER_STAGE
+    if (TEACHER_TENSORS if is_teacher else REFERENCE_TENSORS) not in bundle.manifest.files:
+        raise HipaError(
+            f"{bundle.root} has no reference tensors of stage {stage}. Export the bundle again."
+        )
+    tensors = teacher_tensors(bundle) if is_teacher else Reference.read(bundle).tensors
+    spec = bundle.all_stages[stage].spec
     layout = bundle.manifest.layout
 
     feed = {}
     expected = {}
     for tensor in (*spec.inputs, *spec.outputs):
-        name = name_along_path(spec, tensor.name, layout)
+        # The base UNet is no stage of the path, and its reference has its own names.
+        name: str | None = tensor.name
+        if not is_teacher:
+            name = name_along_path(spec, tensor.name, layout)
+        if name is None:
+            continue  # an output that only optimum reads
         if name not in tensors:
             raise HipaError(
                 f"{bundle.root}: the reference has no tensor {name!r}. Export the bundle again."
@@ -98,12 +111,12 @@ def check_engine(bundle: Bundle, stage: str, path: Path, key: EngineKey) -> Engi
         return EngineCheck(outcome="not run", detail=reason)
 
     reference = stage_reference(bundle, stage)
-    spec = bundle.stages[stage].spec
+    spec = bundle.all_stages[stage].spec
     try:
         got = run_engine(spec, path, key.flavour, reference.feed, key.barriers)
     except HipaError as error:
         return EngineCheck(outcome="failed", detail=f"the engine does not run: {error}")
-    return judge(got, reference.expected, bundle.stages[stage].precision)
+    return judge(got, reference.expected, bundle.all_stages[stage].precision)
 
 
 def judge(

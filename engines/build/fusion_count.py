@@ -60,7 +60,7 @@ def _islands_at(
     if set(attention.elements) <= {FLOAT16}:
         return []
     block = block_at(graph.blocks, attention.nodes[0]).name
-    named = bundle.stages[stage].fp32_islands
+    named = bundle.all_stages[stage].fp32_islands
     inside = [name for name in named if name.startswith(block) or block.startswith(name)]
     return inside or [block]
 

@@ -121,8 +121,8 @@ def _kind(block: str) -> str:
 def build_facts(bundle: Bundle, stage: str, key: EngineKey, graph: Graph) -> Build:
     """What decides which known faults a build of ``stage`` meets."""
     batches = []
-    for tensor in bundle.stages[stage].spec.inputs:
-        sizes = tensor.at(bundle.stages[stage].spec.sizes("max"))
+    for tensor in bundle.all_stages[stage].spec.inputs:
+        sizes = tensor.at(bundle.all_stages[stage].spec.sizes("max"))
         # A timestep or a step has one number for the whole batch.
         if len(sizes) > 1:
             batches.append(sizes[0])

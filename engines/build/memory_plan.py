@@ -16,12 +16,12 @@ from functools import partial
 from rich.table import Table
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import Stage
+from hipa_deploy.bundle.manifest import TEACHER_STAGE, Stage
 from hipa_deploy.engines.backends.available import Device
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.targets.memory_needs import Need, Place, elsewhere, this_machine
 from hipa_deploy.engines.targets.run_memory import (
-    TEXT_STAGE,
+    TEXT_STAGES,
     StageSize,
     engine_activations_mib,
     low_memory_groups,
@@ -111,7 +111,7 @@ class MemoryPlan(Record):
     Attributes:
         stages: the stages that are to be built.
         needs: everything that must fit: the build, the engines on disk, and the run of the whole
-            bundle if its device is known.
+            bundle if its device is known; of a bundle that refines, also with the base UNet.
         run: what the whole bundle takes in a run, held in several ways.
         ways: what would make the needs smaller that do not fit.
 
@@ -151,7 +151,7 @@ class _Case:
     """What is to be built and run, and where: all that the needs follow from.
 
     Attributes:
-        sizes: of every stage of the bundle.
+        sizes: of every stage of the bundle, the base UNet of one that refines too.
         to_build: the names of the stages that are to be built.
         library: the TensorRT library that builds.
         options: the workspace is part of the GPU memory of a build.
@@ -187,8 +187,16 @@ class _Case:
 
     def needs(self) -> list[Need]:
         """What the build of the largest stage takes, and the run of all stages."""
-        running = self._running()
-        return self._building() if running is None else [*self._building(), running]
+        found = self._building()
+        for need in (self._running(), self._refining()):
+            if need is not None:
+                found.append(need)
+        return found
+
+    @property
+    def path(self) -> tuple[StageSize, ...]:
+        """The stages of the one step."""
+        return tuple(size for size in self.sizes if size.stage != TEACHER_STAGE)
 
     def _building(self) -> list[Need]:
         """Stages are built one after another, each in a process of its own: the largest counts."""
@@ -213,25 +221,37 @@ class _Case:
         place = self.run_place
         if place is None:
             return None
-        need = RUNTIME_MIB + with_shared_activations(self.sizes)
+        need = RUNTIME_MIB + with_shared_activations(self.path)
         found = _gpu_need("running", place, need)
         if place.shared:
             found = _host_need("running", place, 0, need)
         # As low-memory mode itself decides: the stages but the text encoder together, if they fit.
         room = None if place.for_engines is None else place.for_engines - RUNTIME_MIB
-        groups = low_memory_groups(self.sizes, room)
-        low = RUNTIME_MIB + one_group_at_a_time(self.sizes, groups)
+        groups = low_memory_groups(self.path, room)
+        low = RUNTIME_MIB + one_group_at_a_time(self.path, groups)
         return found.model_copy(update={"low_memory": low if low < need else None})
 
+    def _refining(self) -> Need | None:
+        """The base UNet is a runner of its own beside the other stages, with its own block."""
+        place = self.run_place
+        teacher = [size for size in self.sizes if size.stage == TEACHER_STAGE]
+        if place is None or not teacher:
+            return None
+        stages = with_shared_activations(self.path)
+        need = RUNTIME_MIB + stages + with_own_activations(teacher)
+        if place.shared:
+            return _host_need("refining", place, 0, need)
+        return _gpu_need("refining", place, need)
+
     def run(self) -> RunMemory:
-        """The stages of a run, held in several ways."""
-        together = low_memory_groups(self.sizes, None)
-        alone = tuple((size.stage,) for size in self.sizes)
+        """The stages of the one step, held in several ways."""
+        together = low_memory_groups(self.path, None)
+        alone = tuple((size.stage,) for size in self.path)
         return RunMemory(
-            own_activations=with_own_activations(self.sizes),
-            shared_activations=with_shared_activations(self.sizes),
-            text_encoder_apart=one_group_at_a_time(self.sizes, together),
-            one_at_a_time=one_group_at_a_time(self.sizes, alone),
+            own_activations=with_own_activations(self.path),
+            shared_activations=with_shared_activations(self.path),
+            text_encoder_apart=one_group_at_a_time(self.path, together),
+            one_at_a_time=one_group_at_a_time(self.path, alone),
         )
 
 
@@ -260,7 +280,7 @@ def plan_memory(
 
     """
     profile = None if target == "auto" else load_target_profile(target)
-    sizes = tuple(_stage_size(bundle, stage) for stage in bundle.stages.values())
+    sizes = tuple(_stage_size(bundle, stage) for stage in bundle.all_stages.values())
     plan = plan_stages(
         sizes,
         tuple(stages),
@@ -323,8 +343,10 @@ def _ways(case: _Case, tiny: StageSize | None) -> list[Way]:
         changes.append((f"--workspace {SMALL_WORKSPACE_MIB}", _small_workspace))
     if tiny is not None:
         changes.append(("hipa-export --decoder tiny", partial(_with_tiny, tiny)))
-    if any(size.stage == TEXT_STAGE for size in case.sizes):
+    if any(size.stage in TEXT_STAGES for size in case.sizes):
         changes.append(("hipa-export --prompts", _without_text))
+    if case.path != case.sizes:
+        changes.append(("hipa-export without --with-teacher", _without_teacher))
     everything = case
     for _, change in changes:
         everything = change(everything)
@@ -374,7 +396,13 @@ def _with_tiny(tiny: StageSize, case: _Case) -> _Case:
 
 
 def _without_text(case: _Case) -> _Case:
-    return replace(case, sizes=tuple(size for size in case.sizes if size.stage != TEXT_STAGE))
+    return replace(case, sizes=tuple(size for size in case.sizes if size.stage not in TEXT_STAGES))
+
+
+def _without_teacher(case: _Case) -> _Case:
+    # A base UNet of no size, so that the need is still there to compare with.
+    nothing = StageSize(stage=TEACHER_STAGE, weights=0, activations=0)
+    return replace(case, sizes=(*case.path, nothing))
 
 
 def _stage_size(bundle: Bundle, stage: Stage) -> StageSize:

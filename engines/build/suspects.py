@@ -134,7 +134,7 @@ def stage_job(
         library=key.flavour,
         # Not resolved: in a hub's cache the file is a link, and its weights lie beside the link.
         onnx=bundle.stage_path(stage).absolute(),
-        spec=bundle.stages[stage].spec,
+        spec=bundle.all_stages[stage].spec,
         out=out.resolve(),
         precision=key.precision,
         compute_capabilities=key.compute_capabilities,
@@ -166,7 +166,7 @@ def bisect_engine(bundle: Bundle, stage: str, graph: StageGraph, job: Job) -> Bi
         suspect=engine_run(job, feed, usual),
         reference=float32_run(path, feed),
         usual=usual,
-        least_psnr_db=MIN_PSNR_DB[bundle.stages[stage].precision],
+        least_psnr_db=MIN_PSNR_DB[bundle.all_stages[stage].precision],
     )
 
 

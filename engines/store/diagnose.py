@@ -177,7 +177,7 @@ def _values_here(sidecar: Sidecar, bundle: Bundle | None, gpu: Gpu | None) -> di
         "repairs": built.repairs,
     }
 
-    if bundle is not None and sidecar.stage in bundle.stages:
+    if bundle is not None and sidecar.stage in bundle.all_stages:
         target = Target(name="here", compute_capabilities=built.compute_capabilities)
         now = key_for(bundle, sidecar.stage, built.flavour, built.tensorrt, target, built.options)
         for name in _OF_BUNDLE:

@@ -127,10 +127,10 @@ def key_for(
     # The weights lie beside the graph: model.onnx.data, or several such files.
     external = [files[name] for name in bundle.weight_files(stage)]
     return EngineKey(
-        onnx_sha256=files[bundle.stages[stage].path],
+        onnx_sha256=files[bundle.all_stages[stage].path],
         external_sha256=tuple(external),
-        precision=bundle.stages[stage].precision,
-        axes=bundle.stages[stage].spec.axes,
+        precision=bundle.all_stages[stage].precision,
+        axes=bundle.all_stages[stage].spec.axes,
         # A timing cache changes how long a build takes, not what an engine depends on.
         options=options.model_copy(update={"timing_cache": None}),
         flavour=library,

@@ -109,7 +109,7 @@ def open_engines(bundle: Bundle, stages: Iterable[str], backend: str) -> TensorR
     barriers = {}
     for stage, sidecar_path in fitting_engines(bundle, stages, library).items():
         barriers[stage] = read_sidecar(sidecar_path).key.barriers
-        engines.append((bundle.stages[stage].spec, engine_path(sidecar_path)))
+        engines.append((bundle.all_stages[stage].spec, engine_path(sidecar_path)))
 
     # Imported here: 'auto' asks this module about engines on machines that have none.
     from hipa_deploy.engines.tensorrt.tensorrt_runner import TensorRTRunner

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from hipa_deploy.record import Record
 
-TEXT_STAGE = "text_encoder"
+TEXT_STAGES = ("text_encoder", "text_encoder_2")  # SDXL has two in the generic layout
 
 # What the activations of an engine take, of what they take in its graph with fused attention, and
 # at least. Engines of TensorRT-RTX 1.7 take 0.9 to 1.41 times as much for the stages of SD 1.5, and
@@ -63,7 +63,7 @@ def one_group_at_a_time(sizes: Sequence[StageSize], groups: Groups) -> int:
 def low_memory_groups(sizes: Sequence[StageSize], room: int | None) -> Groups:
     """How low-memory mode groups the stages, in the order in which they run.
 
-    The text encoder is always apart: it runs only for a new prompt. All others stay loaded together
+    A text encoder is always apart: it runs only for a new prompt. All others stay loaded together
     for the next image, unless they do not fit. Then each is loaded by itself, at every image.
 
     Args:
@@ -82,8 +82,8 @@ def low_memory_groups(sizes: Sequence[StageSize], room: int | None) -> Groups:
         (('text_encoder',), ('unet',), ('vae_decoder',))
 
     """
-    text = [size for size in sizes if size.stage == TEXT_STAGE]
-    others = [size for size in sizes if size.stage != TEXT_STAGE]
+    text = [size for size in sizes if size.stage in TEXT_STAGES]
+    others = [size for size in sizes if size.stage not in TEXT_STAGES]
     groups = [(size.stage,) for size in text]
     if room is None or with_shared_activations(others) <= room:
         return (*groups, tuple(size.stage for size in others))

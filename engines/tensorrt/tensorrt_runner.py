@@ -350,7 +350,10 @@ class TensorRTRunner(ClosesAtExit):
             raise HipaError(f"{self.spec.name}: the runner is closed.")
         # Checked before anything reaches CUDA: a wrong feed leaves the runner as it was.
         chosen = self._choose(feed) if names is None else tuple(names)
-        check_inputs(sequence_spec([self._stages[name].spec for name in chosen]), feed)
+        spec = sequence_spec([self._stages[name].spec for name in chosen])
+        if names is None:
+            feed = self._needed(feed, chosen, spec)
+        check_inputs(spec, feed)
 
         # An earlier call whose outputs stay on the device may still read the buffers written here.
         self._wait()
@@ -374,6 +377,20 @@ class TensorRTRunner(ClosesAtExit):
             if not all(tensor.name in feed for tensor in stage.spec.outputs):
                 chosen.append(name)
         return tuple(chosen)
+
+    def _needed(
+        self, feed: Mapping[str, np.ndarray], chosen: Sequence[str], spec: StageSpec
+    ) -> dict[str, np.ndarray]:
+        """``feed`` without what only kept a stage from running, and no other stage takes."""
+        taken = {tensor.name for tensor in spec.inputs}
+        kept = dict(feed)
+        for name, stage in self._stages.items():
+            if name in chosen:
+                continue
+            for tensor in stage.spec.outputs:
+                if tensor.name not in taken:
+                    kept.pop(tensor.name, None)
+        return kept
 
     def _prepare(self, names: tuple[str, ...], feed_shapes: dict[str, Shape]) -> _PreparedRun:
         """Make these stages ready for these shapes: set the shapes, warm up, capture.

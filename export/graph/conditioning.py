@@ -27,12 +27,12 @@ PROJECTION = "time_emb_proj"
 
 
 class Conditioning(torch.nn.Module):
-    """pooled vector [B, P] -> conditioning [B, S, K].
+    """pooled vector [B, P] and perhaps the six numbers int64 [B, 6] -> conditioning [B, S, K].
 
     Args:
         unet: SDXL's, in float32, with LoRAs and adaptor merged. Its layers are used, not copied.
         timesteps: S of them.
-        sizes: the six numbers of ``size_numbers``.
+        sizes: the six numbers of ``size_numbers``; None for an input of images of several sizes.
 
     Raises:
         HipaError: a block uses the embedding in another way: scale and shift, or in its norms.
@@ -45,13 +45,17 @@ class Conditioning(torch.nn.Module):
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, timesteps: Sequence[int], sizes: Sequence[int]
+        self,
+        unet: UNet2DConditionModel,
+        timesteps: Sequence[int],
+        sizes: Sequence[int] | None,
     ) -> None:
         super().__init__()
         model: Any = unet
         # Where each layer lies in the diffusers folder; see ``place_of``.
         self.places = {
             "add_embedding": "unet.add_embedding",
+            "sinusoids": "unet.add_time_proj",
             "activations": "unet.time_embed_act",
             "time_1SD": "unet.time_embedding.linear_2.bias",
         }
@@ -73,12 +77,22 @@ class Conditioning(torch.nn.Module):
             for timestep in timesteps:
                 rows.append(model.time_embedding(model.get_time_embed(probe, timestep)))
             self.time_1SD = torch.cat(rows)[None]
-            self.sizes_1E = model.add_time_proj(torch.tensor(sizes)).reshape(1, -1)
+            self.sinusoids = model.add_time_proj
+            self.sizes_1E = None
+            if sizes is not None:
+                self.sizes_1E = self.sinusoids(torch.tensor(sizes)).reshape(1, -1)
 
-    def forward(self, pooled_BP: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, pooled_BP: torch.Tensor, sizes_B6: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The blocks' projections side by side, in the order of ``conditioned_blocks``."""
         dtype = self.add_embedding.linear_1.weight.dtype
-        sizes_BE = self.sizes_1E.expand(pooled_BP.shape[0], -1)
+        batch = pooled_BP.shape[0]
+        if self.sizes_1E is not None:
+            sizes_BE = self.sizes_1E.expand(batch, -1)
+        else:
+            assert sizes_B6 is not None
+            sizes_BE = self.sinusoids(sizes_B6.flatten()).reshape(batch, -1)
         added_BD = self.add_embedding(torch.cat([pooled_BP.float(), sizes_BE], dim=-1).to(dtype))
         embedding_BSD = self.activations(added_BD.float()[:, None] + self.time_1SD).to(dtype)
         parts = []

@@ -29,6 +29,7 @@ from hipa_deploy.bundle.manifest import (
     Strength,
     TensorSpec,
 )
+from hipa_deploy.export.generic.generic_rows import SIZE_NUMBERS, PairSizes, Row, generic_rows
 from hipa_deploy.export.graph.conditioning import Conditioning
 from hipa_deploy.export.graph.fold import fold_decoder_input, fold_encoder_output
 from hipa_deploy.export.graph.upsample import fold_upsampling
@@ -84,18 +85,19 @@ class TextEncoderStage(torch.nn.Module):
         return context_NCD.reshape(-1, length, width).to(self.dtype)
 
 
-class TextPairStage(torch.nn.Module):
-    """tokens, tokens_2 int64 [B, L] -> context [B, L, D], conditioning [B, S, K] in ``dtype``.
+class _TextPair(torch.nn.Module):
+    """Two text encoders, and all of the UNet that depends on the prompt and the size alone.
 
-    Two text encoders, and all of the UNet that depends on the prompt alone.
+    For a base UNet that refines, the pooled vector [B, P] is a third output.
 
     Args:
         encoder: the first text encoder.
         encoder_2: the second one, with the pooled vector's projection.
         conditioning: what the UNet makes of the pooled vector.
-        dtype: of both outputs, as the UNet takes them.
+        dtype: of all outputs, as the UNet takes them.
         chunk_tokens: tokens that an encoder reads at once; L is a multiple of it.
         clip_skip: layers of both that are left out besides the last one.
+        gives_pooled: whether the pooled vector is an output.
 
     """
 
@@ -113,6 +115,8 @@ class TextPairStage(torch.nn.Module):
         dtype: torch.dtype,
         chunk_tokens: int = 77,
         clip_skip: int = 0,
+        *,
+        gives_pooled: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -121,10 +125,14 @@ class TextPairStage(torch.nn.Module):
         self.dtype = dtype
         self.chunk_tokens = chunk_tokens
         self.clip_skip = clip_skip
+        self.gives_pooled = gives_pooled
 
-    def forward(
-        self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def outputs(
+        self,
+        tokens_BL: torch.Tensor,
+        tokens_2_BL: torch.Tensor,
+        sizes_B6: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """The formula of ``pair_context``, then the conditioning of the pooled vector."""
         context_BLD, pooled_BP = pair_context(
             self.encoder,
@@ -134,8 +142,31 @@ class TextPairStage(torch.nn.Module):
             self.chunk_tokens,
             self.clip_skip,
         )
-        conditioning_BSK = self.conditioning(pooled_BP)
-        return context_BLD.to(self.dtype), conditioning_BSK.to(self.dtype)
+        conditioning_BSK = self.conditioning(pooled_BP, sizes_B6)
+        outputs = [context_BLD, conditioning_BSK]
+        if self.gives_pooled:
+            outputs.append(pooled_BP)
+        return tuple(output.to(self.dtype) for output in outputs)
+
+
+class TextPairStage(_TextPair):
+    """tokens, tokens_2 int64 [B, L] -> context [B, L, D], conditioning [B, S, K] in ``dtype``."""
+
+    def forward(
+        self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """For images of the size that the conditioning holds."""
+        return self.outputs(tokens_BL, tokens_2_BL)
+
+
+class SizedTextPairStage(_TextPair):
+    """``TextPairStage`` for images of several sizes: it is told the size, sizes int64 [B, 6]."""
+
+    def forward(
+        self, tokens_BL: torch.Tensor, tokens_2_BL: torch.Tensor, sizes_B6: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """With the numbers of ``hipa_deploy.tasks.size_numbers`` for each image."""
+        return self.outputs(tokens_BL, tokens_2_BL, sizes_B6)
 
 
 class OneStepUNet(torch.nn.Module):
@@ -401,43 +432,6 @@ def place_of(module: torch.nn.Module, name: str) -> str:
     return f"{place}.{tail}" if tail else place
 
 
-class GenericUNet(torch.nn.Module):
-    """The UNet as optimum names it.
-
-    sample [B, C, h, w], timestep int64 [1], encoder_hidden_states [B, L, D] -> out_sample.
-    """
-
-    places: ClassVar = {"unet": "unet"}
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(
-        self, sample_BCHW: torch.Tensor, timestep: torch.Tensor, context_BLD: torch.Tensor
-    ) -> torch.Tensor:
-        """The UNet's own output."""
-        return self.unet(sample_BCHW, timestep, context_BLD, return_dict=False)[0]
-
-
-class GenericDecoder(torch.nn.Module):
-    """latent_sample [B, C, H, W] -> sample [B, 3, H, W] in [-1, 1]."""
-
-    places: ClassVar = {"vae": "vae"}
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
-        """The decoder's own output."""
-        return self.vae.decode(latents_BCHW, return_dict=False)[0]
-
-
-# Name, type, shape of a tensor; the last row of a stage is its output.
-_Row = tuple[str, DType, tuple[int | str, ...]]
-
-
 def stage_specs(
     layout: Layout,
     precision: Precision,
@@ -448,6 +442,10 @@ def stage_specs(
     axes: Mapping[str, Axis],
     names: Sequence[str] = ("noise", "context"),
     conditioning: tuple[int, int] | None = None,
+    pooled: int | None = None,
+    pair: PairSizes | None = None,
+    *,
+    sized: bool = False,
 ) -> dict[str, StageSpec]:
     """Inputs and outputs of every stage, by the stage's name.
 
@@ -463,6 +461,9 @@ def stage_specs(
         axes: dimensions that are dynamic, by name.
         names: the UNet's inputs.
         conditioning: S and K of SDXL's conditioning [B, S, K]; None without one.
+        pooled: P of the pooled vector [B, P], where the text stage gives it; else None.
+        pair: of SDXL in layout generic, what its text encoders give.
+        sized: whether SDXL's text stage is told the size of the images.
 
     Example:
         >>> specs = stage_specs("onestep", "fp16", 1, step, 77, 768, {})
@@ -484,14 +485,20 @@ def stage_specs(
 
     real: DType = "float16" if precision == "fp16" else "float32"
     channels = step.latent_shape[0]
-    if layout == "generic":
-        rows = _generic_rows(shown, channels, length, width, real)
-    else:
-        rows = _onestep_rows(shown, channels, length, width, real, names, conditioning)
     specs = {}
+    if layout == "generic":
+        for name, generic in generic_rows(shown, channels, length, width, real, pair).items():
+            every = (*generic.inputs, *generic.outputs)
+            specs[name] = _spec(name, axes, every, len(generic.outputs))
+        return specs
+    rows = _onestep_rows(
+        shown, channels, length, width, real, names, conditioning, pooled=pooled, sized=sized
+    )
     for name, stage_rows in rows.items():
-        # The text stage gives its context, and the conditioning where there is one.
-        outputs = 2 if name == "text_encoder" and conditioning else 1
+        outputs = 1
+        if name == "text_encoder":
+            # Its context; the conditioning and the pooled vector where they are wanted.
+            outputs += (conditioning is not None) + (pooled is not None)
         specs[name] = _spec(name, axes, stage_rows, outputs)
     return specs
 
@@ -504,7 +511,10 @@ def _onestep_rows(
     real: DType,
     names: Sequence[str],
     conditioning: tuple[int, int] | None,
-) -> dict[str, tuple[_Row, ...]]:
+    *,
+    pooled: int | None,
+    sized: bool,
+) -> dict[str, tuple[Row, ...]]:
     """The stages of layout onestep. Latents are float32 between stages, images uint8."""
     batch = sizes["batch"]
     latent_size = (sizes["latent_height"], sizes["latent_width"])
@@ -513,13 +523,13 @@ def _onestep_rows(
 
     # Between stages latents are float32, so that only the stages' own arithmetic is rounded; images
     # are uint8 at both ends, a quarter of the bytes to copy.
-    tokens: _Row = ("tokens", "int64", (batch, length))
-    context: _Row = ("context", real, (batch, length, width))
-    image: _Row = ("image", "uint8", image_BHWC)
-    images: _Row = ("images", "uint8", image_BHWC)
-    latents: _Row = ("latents", "float32", latent_BCHW)
-    source: _Row = ("source", "float32", latent_BCHW)
-    unet_inputs: dict[str, _Row] = {
+    tokens: Row = ("tokens", "int64", (batch, length))
+    context: Row = ("context", real, (batch, length, width))
+    image: Row = ("image", "uint8", image_BHWC)
+    images: Row = ("images", "uint8", image_BHWC)
+    latents: Row = ("latents", "float32", latent_BCHW)
+    source: Row = ("source", "float32", latent_BCHW)
+    unet_inputs: dict[str, Row] = {
         "noise": ("noise", "float32", latent_BCHW),
         "source": source,
         "mask": ("mask", "float32", (batch, 1, *latent_size)),
@@ -528,9 +538,12 @@ def _onestep_rows(
     }
     text_rows = [tokens, context]
     if conditioning is not None:
-        blocks: _Row = ("conditioning", real, (batch, *conditioning))
+        blocks: Row = ("conditioning", real, (batch, *conditioning))
         unet_inputs["conditioning"] = blocks
-        text_rows = [tokens, ("tokens_2", "int64", (batch, length)), context, blocks]
+        told: list[Row] = [("sizes", "int64", (batch, SIZE_NUMBERS))] if sized else []
+        text_rows = [tokens, ("tokens_2", "int64", (batch, length)), *told, context, blocks]
+    if pooled is not None:
+        text_rows.append(("pooled", real, (batch, pooled)))
     # Each task takes some of the UNet's inputs, in the order of its names.
     inputs = [unet_inputs[name] for name in names]
     return {
@@ -542,34 +555,8 @@ def _onestep_rows(
     }
 
 
-def _generic_rows(
-    sizes: Mapping[str, int | str], channels: int, length: int, width: int, real: DType
-) -> dict[str, tuple[_Row, ...]]:
-    """The stages of layout generic, with the names that optimum expects."""
-    batch = sizes["batch"]
-    latent_BCHW = (batch, channels, sizes["latent_height"], sizes["latent_width"])
-    context_BLD = (batch, length, width)
-    # The names are optimum's: ORTDiffusionPipeline feeds and reads by them.
-    return {
-        "text_encoder": (
-            ("input_ids", "int64", (batch, length)),
-            ("last_hidden_state", real, context_BLD),
-        ),
-        "unet": (
-            ("sample", real, latent_BCHW),
-            ("timestep", "int64", (1,)),
-            ("encoder_hidden_states", real, context_BLD),
-            ("out_sample", real, latent_BCHW),
-        ),
-        "vae_decoder": (
-            ("latent_sample", real, latent_BCHW),
-            ("sample", real, (batch, 3, sizes["height"], sizes["width"])),
-        ),
-    }
-
-
 def _spec(
-    name: str, axes: Mapping[str, Axis], rows: tuple[_Row, ...], outputs: int = 1
+    name: str, axes: Mapping[str, Axis], rows: tuple[Row, ...], outputs: int = 1
 ) -> StageSpec:
     """A stage of ``rows``, the last of which are its outputs, with the axes that they name."""
     tensors = []

@@ -6,7 +6,8 @@ Such an adaptor is a folder, ``adaptors/NAME/`` of a bundle or anywhere else, wi
 - ``weights.npz``: the weights of one stage that differ, under their ONNX names, in the graph's own
   dtype and shape.
 - ``reference.npy``: what that stage gives in PyTorch FP32 for the bundle's reference inputs.
-- ``text_encoder.npz``: the text encoder's weights that differ, where LoRAs change it too.
+- ``text_encoder.npz``: the text encoder's weights that differ, where LoRAs change it too. A bundle
+  of SDXL in the layout generic has two text encoders, and then ``text_encoder_2.npz`` lies beside.
 
 The weight map, ``weights.json`` beside a stage's graph, says which parameter of the model each ONNX
 weight is. The formats are described in docs/reference/bundle.md.
@@ -54,7 +55,8 @@ MANIFEST = "swap.json"
 WEIGHTS = "weights.npz"
 REFERENCE = "reference.npy"
 TEXT_STAGE = "text_encoder"
-TEXT_WEIGHTS = "text_encoder.npz"
+TEXT_STAGE_2 = "text_encoder_2"  # of SDXL in the generic layout
+TEXT_WEIGHTS = {TEXT_STAGE: "text_encoder.npz", TEXT_STAGE_2: "text_encoder_2.npz"}
 WEIGHT_MAP = "weights.json"
 # Numbers so few (the scales of a Resize, the limits of a Clip) are settings of a layer to TensorRT,
 # and no weights.
@@ -110,7 +112,7 @@ def read_weight_map(bundle: Bundle, stage: str) -> WeightMap | None:
         HipaError: it is damaged.
 
     """
-    name = (PurePosixPath(bundle.stages[stage].path).parent / WEIGHT_MAP).as_posix()
+    name = (PurePosixPath(bundle.all_stages[stage].path).parent / WEIGHT_MAP).as_posix()
     if name not in bundle.manifest.files:
         return None
     try:
@@ -170,6 +172,8 @@ class SwapManifest(Record):
         parity: of that stage, against PyTorch FP32.
         weights: where each weight that differs comes from, by ONNX name.
         text: what it changes in the text encoder; None where that stays the bundle's.
+        text_2: what it changes in the stage 'text_encoder_2'; None, and left out of the file, where
+            that stays the bundle's, or there is no such stage.
         files: SHA-256 of this folder's files, by name.
 
     """
@@ -184,6 +188,7 @@ class SwapManifest(Record):
     parity: Parity
     weights: dict[str, MappedWeight]
     text: SwappedText | None = None
+    text_2: SwappedText | None = None
     files: dict[FileName, str]
 
     @field_validator("files")
@@ -197,9 +202,21 @@ class SwapManifest(Record):
 
     @model_validator(mode="after")
     def _text_is_complete(self) -> SwapManifest:
-        if self.text is not None and TEXT_WEIGHTS not in self.files:
-            raise ValueError(f"{TEXT_WEIGHTS} has no hash")
+        for stage in self.texts:
+            if TEXT_WEIGHTS[stage] not in self.files:
+                raise ValueError(f"{TEXT_WEIGHTS[stage]} has no hash")
         return self
+
+    @property
+    def texts(self) -> dict[str, SwappedText]:
+        """What it changes in text encoders, by stage."""
+        texts = {TEXT_STAGE: self.text, TEXT_STAGE_2: self.text_2}
+        return {stage: text for stage, text in texts.items() if text is not None}
+
+    def to_json(self) -> str:
+        """The text of ``swap.json``, without a field that versions before it do not know."""
+        without = set() if self.text_2 else {"text_2"}
+        return self.model_dump_json(indent=2, exclude=without) + "\n"
 
 
 def check_encoder(bundle: Bundle) -> None:
@@ -262,9 +279,9 @@ class AdaptorSwap:
         # The weights fit one graph alone: another has other names, shapes or layouts.
         fits = manifest.stage == adapted_stage(bundle)
         fits = fits and manifest.base_files == stage_files(bundle, manifest.stage)
-        if manifest.text is not None:
-            fits = fits and TEXT_STAGE in bundle.stages
-            fits = fits and manifest.text.base_files == stage_files(bundle, TEXT_STAGE)
+        for stage, text in manifest.texts.items():
+            fits = fits and stage in bundle.stages
+            fits = fits and text.base_files == stage_files(bundle, stage)
         if not fits:
             raise HipaError(
                 f"adaptor {root} was exported for another bundle. Run: {export_command(bundle)}"
@@ -293,17 +310,17 @@ class AdaptorSwap:
         path = bundle.stage_path(self.manifest.stage)
         return self._read_weights(WEIGHTS, path, self.manifest.weights)
 
-    def text_weights(self, bundle: Bundle) -> dict[str, np.ndarray]:
-        """The text encoder's weights that differ from the bundle's, by ONNX name; often none.
+    def text_weights(self, bundle: Bundle, stage: str = TEXT_STAGE) -> dict[str, np.ndarray]:
+        """A text encoder's weights that differ from the bundle's, by ONNX name; often none.
 
         Raises:
             HipaError: as for ``weights``.
 
         """
-        if self.manifest.text is None:
+        if stage not in self.manifest.texts:
             return {}
-        path = bundle.stage_path(TEXT_STAGE)
-        return self._read_weights(TEXT_WEIGHTS, path, self.manifest.text.weights)
+        mapped = self.manifest.texts[stage].weights
+        return self._read_weights(TEXT_WEIGHTS[stage], bundle.stage_path(stage), mapped)
 
     def _read_weights(
         self, file: str, path: Path, mapped: Mapping[str, MappedWeight]
@@ -366,7 +383,7 @@ def export_command(bundle: Bundle) -> str:
 
 def stage_files(bundle: Bundle, stage: str) -> dict[str, str]:
     """SHA-256 of the files that hold the graph and weights of ``stage``, by name."""
-    own = (bundle.stages[stage].path, *bundle.weight_files(stage))
+    own = (bundle.all_stages[stage].path, *bundle.weight_files(stage))
     return {name: sha256 for name, sha256 in bundle.manifest.files.items() if name in own}
 
 

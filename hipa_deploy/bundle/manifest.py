@@ -33,7 +33,11 @@ Precision = Literal["fp16", "fp32"]
 Layout = Literal["onestep", "generic"]
 TEACHER_STAGE = "teacher"  # the base UNet, which refines: not one of the stages of the one step
 TEACHER_INPUTS = ("sample", "timestep", "encoder_hidden_states")
-PATH_STAGES = ("text_encoder", "vae_encoder", "unet", "vae_decoder", "generator")
+# Of SDXL's base UNet also the pooled vector and the six numbers of size and crop.
+TEACHER_PAIR_INPUTS = (*TEACHER_INPUTS, "text_embeds", "time_ids")
+PATH_STAGES = (
+    "text_encoder", "text_encoder_2", "vae_encoder", "unet", "vae_decoder", "generator",
+)  # fmt: skip
 STAGE_NAMES = (*PATH_STAGES, "safety_checker", TEACHER_STAGE)
 
 
@@ -142,8 +146,9 @@ class StageSpec(Record):
     """What goes into a stage and what comes out.
 
     Attributes:
-        name: text_encoder, vae_encoder, unet, vae_decoder, generator (UNet and decoder in one), or
-            teacher (the base UNet of a bundle that refines).
+        name: text_encoder, text_encoder_2 (SDXL's, in layout generic), vae_encoder, unet,
+            vae_decoder, generator (UNet and decoder in one), or teacher (the base UNet of a bundle
+            that refines).
         inputs: in the ONNX graph's order.
         outputs: in the ONNX graph's order.
         axes: dimensions that are not static, by name; empty if every shape is static.
@@ -152,7 +157,7 @@ class StageSpec(Record):
 
     name: Name
     inputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=32)
-    outputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=32)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=64)
     axes: dict[Name, Axis] = Field(default_factory=dict, max_length=16)
 
     @model_validator(mode="after")
@@ -446,9 +451,11 @@ class Refinement(Record):
 
     Attributes:
         stage: the base UNet without the adaptor, called 'teacher': noisy latents, a timestep and a
-            context come in, its prediction comes out.
+            context come in, of SDXL also the pooled vector and six numbers; its prediction comes
+            out.
         tables: a .npz file with ``alpha_bars`` float32 [T], of each timestep, and
-            ``empty_context`` [1, L, D], the context of the empty prompt.
+            ``empty_context`` [1, L, D], the context of the empty prompt; of SDXL also
+            ``empty_pooled`` [1, P].
         settings: the teacher's own, which are the default.
 
     """
@@ -463,10 +470,16 @@ class Refinement(Record):
         if stage.spec.name != TEACHER_STAGE:
             raise ValueError(f"stage {stage.spec.name} refines, expected {TEACHER_STAGE}")
         names = tuple(tensor.name for tensor in stage.spec.inputs)
-        if names != TEACHER_INPUTS or len(stage.spec.outputs) != 1:
+        known = (TEACHER_INPUTS, TEACHER_PAIR_INPUTS)
+        if names not in known or len(stage.spec.outputs) != 1:
             expected = ", ".join(TEACHER_INPUTS)
             raise ValueError(f"stage {TEACHER_STAGE} takes {', '.join(names)}, expected {expected}")
         return stage
+
+    @property
+    def takes_pooled(self) -> bool:
+        """Whether the base UNet takes a pooled vector and six numbers, as SDXL's does."""
+        return len(self.stage.spec.inputs) == len(TEACHER_PAIR_INPUTS)
 
 
 class SafetyStage(Record):
@@ -560,6 +573,10 @@ class Manifest(Record):
             raise ValueError(f"stage {TEACHER_STAGE} is among those of the one step")
         if self.refine and (self.task, self.layout) != ("generate", "onestep"):
             raise ValueError(f"task {self.task} in layout {self.layout} is not refined")
+        if self.refine and self.refine.takes_pooled != bool(self.text_widths):
+            raise ValueError(
+                f"stage {TEACHER_STAGE} is of a model with another number of text encoders"
+            )
         if "safety_checker" in names:
             raise ValueError("the safety checker stands among the stages")
         if bool(self.strengths) != (self.task == "edit"):

@@ -21,6 +21,7 @@ from hipa_deploy.record import Record
 
 REFERENCE_TENSORS = "reference/tensors.npz"
 REFERENCE_PROMPTS = "reference/prompts.json"
+TEACHER_TENSORS = "reference/teacher.npz"  # of a bundle that refines
 
 _MAX_TENSORS = 1 << 30  # bytes of all tensors; those of 64 images of 1024 x 1024 fill half of it
 _MAX_SEED = 2**63 - 1
@@ -63,15 +64,29 @@ class Reference:
 
         """
         prompt, seeds = _read_prompt(bundle)
-        try:
-            path = bundle.path(REFERENCE_TENSORS)
-            tensors = read_npz(path, lambda name, found: bounded(found), max_bytes=_MAX_TENSORS)
-        except HipaError as error:
-            raise _unreadable(bundle, error) from None
-        for name, tensor in tensors.items():
-            if not np.isfinite(tensor).all():
-                raise _unreadable(bundle, HipaError(f"{shown(name)} has NaN or infinity"))
-        return cls(prompt, seeds, tensors)
+        return cls(prompt, seeds, _read_tensors(bundle, REFERENCE_TENSORS))
+
+
+def teacher_tensors(bundle: Bundle) -> dict[str, np.ndarray]:
+    """Inputs and outputs of the base UNet in the middle of a trajectory, as its stage calls them.
+
+    Raises:
+        HipaError: the bundle has none, or the file is not what an export writes.
+
+    """
+    return _read_tensors(bundle, TEACHER_TENSORS)
+
+
+def _read_tensors(bundle: Bundle, name: str) -> dict[str, np.ndarray]:
+    try:
+        path = bundle.path(name)
+        tensors = read_npz(path, lambda name, found: bounded(found), max_bytes=_MAX_TENSORS)
+    except HipaError as error:
+        raise _unreadable(bundle, error) from None
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise _unreadable(bundle, HipaError(f"{shown(name)} has NaN or infinity"))
+    return tensors
 
 
 def reference_prompt(bundle: Bundle) -> str:

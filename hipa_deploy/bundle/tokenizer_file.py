@@ -19,6 +19,11 @@ _MAX_PARTS = 500  # values in the normaliser, the splitting and the post-process
 _MAX_TEXT = 500  # characters of a pattern or of a special token
 _MAX_INSERTED = 4  # characters that a normaliser may put in for each one that it finds
 _MAX_REPLACEMENTS = 4
+_MAX_WORDS = 10_000  # rules of embeddings, of all together
+_MAX_VECTORS = 75  # of an embedding, as many as a prompt of 77 tokens has
+# What stands for the vectors of embeddings (``hipa_deploy.models.lora.embeddings``): Unicode's
+# supplementary private use area A.
+_PRIVATE = range(0xF0000, 0xFFFFE)
 _MAX_REPEATS = 3  # unlimited repetitions in one alternative of a pattern
 # Parts of the file that decide how a prompt is read, besides the vocabulary.
 _STEPS = ("normalizer", "pre_tokenizer", "post_processor")
@@ -65,7 +70,10 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, str) and len(value) > _MAX_TEXT:
             yield f"it has an added token of {len(value)} characters"
 
-    steps = [content.get(name) for name in _STEPS]
+    words: list[dict[str, Any]] = []
+    steps = [_without_words(content.get(name), words) for name in _STEPS]
+    if len(words) > _MAX_WORDS:
+        yield f"it has {len(words)} words of embeddings, expected at most {_MAX_WORDS}"
     values = list(_values(steps))
     if len(values) > _MAX_PARTS:
         yield f"its steps have {len(values)} parts, expected at most {_MAX_PARTS}"
@@ -83,6 +91,42 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
                     yield f"it puts in {len(inserted)} characters for one"
     if replacements > _MAX_REPLACEMENTS:
         yield f"it replaces characters {replacements} times"
+
+
+def _without_words(value: Any, words: list[dict[str, Any]]) -> Any:
+    """``value`` without the rules that stand for words of embeddings, which go to ``words``.
+
+    Such a rule replaces a text by private characters. No other such rule replaces these, so a
+    prompt grows by ``_MAX_VECTORS`` at most, however many rules there are.
+    """
+    if isinstance(value, list):
+        kept = []
+        for entry in value:
+            if _is_word(entry):
+                words.append(entry)
+            else:
+                kept.append(_without_words(entry, words))
+        return kept
+    if isinstance(value, dict):
+        return {name: _without_words(entry, words) for name, entry in value.items()}
+    return value
+
+
+def _is_word(rule: Any) -> bool:
+    """Whether a rule of the normaliser replaces a word by the vectors of an embedding."""
+    if not isinstance(rule, dict) or rule.keys() != {"type", "pattern", "content"}:
+        return False
+    pattern = rule["pattern"]
+    inserted = rule["content"]
+    if rule["type"] != "Replace" or not isinstance(pattern, dict) or list(pattern) != ["String"]:
+        return False
+    word = pattern["String"]
+    if not isinstance(word, str) or not isinstance(inserted, str):
+        return False
+    if not 1 <= len(word) <= _MAX_TEXT or not 1 <= len(inserted) <= _MAX_VECTORS:
+        return False
+    is_plain = not any(ord(letter) in _PRIVATE for letter in word)
+    return is_plain and all(ord(letter) in _PRIVATE for letter in inserted)
 
 
 def _numbers(table: Any) -> Iterator[float]:

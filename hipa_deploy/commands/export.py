@@ -396,9 +396,9 @@ def _export_swap(
     manifest = swap.manifest
     line = f"{manifest.stage}: {len(manifest.weights)} weights differ; "
     console.print(line + _parity_text(manifest.parity), highlight=False)
-    if manifest.text:
-        line = f"text_encoder: {len(manifest.text.weights)} weights differ; "
-        console.print(line + _parity_text(manifest.text.parity), highlight=False)
+    for stage, text in manifest.texts.items():
+        line = f"{stage}: {len(text.weights)} weights differ; "
+        console.print(line + _parity_text(text.parity), highlight=False)
     typer.echo(out)
 
 

@@ -11,13 +11,15 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.bundle.manifest import Parity, Precision
+from hipa_deploy.bundle.manifest import TEACHER_STAGE, Parity, Precision
 from hipa_deploy.bundle.parity import MIN_PSNR_DB, compare, problem
-from hipa_deploy.bundle.reference import Reference
+from hipa_deploy.bundle.reference import TEACHER_TENSORS, Reference, teacher_tensors
 from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.noise import bundle_noise
+from hipa_deploy.generate.open_stages import has_engine, open_runner
 from hipa_deploy.generate.pipeline import OneStepPipeline
+from hipa_deploy.generate.runner import Runner
 from hipa_deploy.generate.stages import output_names
 from hipa_deploy.images.source import Source
 from hipa_deploy.marks.safety import SAFETY_STAGE
@@ -83,11 +85,23 @@ def check_bundle(bundle: Bundle, backend: str = "auto") -> SelfCheck:
 
     """
     with OneStepPipeline.load(bundle.root, backend) as pipe:
-        return check_pipeline(pipe)
+        found = check_pipeline(pipe)
+
+    # The base UNet last and by itself: both UNets of SDXL together may not fit into memory.
+    here = TEACHER_TENSORS in bundle.manifest.files
+    if not here or not has_engine(bundle, TEACHER_STAGE, found.backend):
+        return found
+    with open_runner(bundle, TEACHER_STAGE, found.backend) as unet:
+        check = _check_teacher(bundle, unet)
+    problems = found.problems
+    if check.problem:
+        problems = (*problems, _in_words(TEACHER_STAGE, found.backend, check))
+    stages = {**found.stages, TEACHER_STAGE: check}
+    return found.model_copy(update={"stages": stages, "problems": problems})
 
 
 def check_pipeline(pipe: OneStepPipeline) -> SelfCheck:
-    """The same as ``check_bundle``, with a pipeline that is loaded already.
+    """The same with a pipeline that is loaded already, and without a base UNet that refines.
 
     A stage is fed what the stages before it gave, so errors accumulate as they do in the manifest's
     parity. End to end is ``pipe`` as a user calls it, prompt to image.
@@ -126,7 +140,7 @@ def check_pipeline(pipe: OneStepPipeline) -> SelfCheck:
     problems = []
     for name, check in {**stages, END_TO_END: end_to_end}.items():
         if check.problem:
-            problems.append(f"{name} on {pipe.backend} {check.problem}.")
+            problems.append(_in_words(name, pipe.backend, check))
     return SelfCheck(
         backend=pipe.backend,
         prompt=reference.prompt,
@@ -134,6 +148,22 @@ def check_pipeline(pipe: OneStepPipeline) -> SelfCheck:
         end_to_end=end_to_end,
         problems=tuple(problems),
     )
+
+
+def _in_words(stage: str, backend: str, check: StageCheck) -> str:
+    """A gate that failed, as a line."""
+    return f"{stage} on {backend} {check.problem}."
+
+
+def _check_teacher(bundle: Bundle, unet: Runner) -> StageCheck:
+    """The base UNet, which refines, on its own reference."""
+    reference = Reference("", [], teacher_tensors(bundle))
+    feed = {}
+    for tensor in unet.spec.inputs:
+        value = _tensor(reference, tensor.name, bundle)
+        feed[tensor.name] = value.astype(tensor.dtype, copy=False)
+    name = unet.spec.outputs[0].name
+    return _check(unet(**feed)[name], reference, name, bundle)
 
 
 def _quality(check: StageCheck) -> float:

@@ -71,7 +71,7 @@ def bundle_needs(bundle: Bundle, target: str) -> tuple[Need, ...]:
     swap_mib = (profile.suits.swap_gib or 0) * 1024
     plan = plan_memory(
         bundle,
-        bundle.stages,
+        bundle.all_stages,
         profile.suits.backend,
         target,
         profile.build,
@@ -144,6 +144,8 @@ def _changes(options: ExportOptions) -> list[tuple[str, Change]]:
         changes.append(
             ("no --height and --width", lambda old: replace(old, height=None, width=None))
         )
+    if options.with_teacher:
+        changes.append(("no --with-teacher", lambda old: replace(old, with_teacher=False)))
     if options.layout == "onestep":
         if options.decoder is None:
             # Its size is always the same: which folder it is in does not matter.

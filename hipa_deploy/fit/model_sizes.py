@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from hipa_deploy.bundle.manifest import TEACHER_STAGE
 from hipa_deploy.engines.build.memory_plan import (
     DECODER_STAGE,
     TINY_BYTES_PER_PIXEL,
@@ -38,8 +39,8 @@ def predicted_sizes(options: ExportOptions) -> tuple[StageSize, ...] | None:
         options: a request that ``check_request`` has passed.
 
     Returns:
-        The stages in the order in which they run; None where the weights are in files that torch
-        alone can read.
+        The stages in the order in which they run, and the base UNet that refines; None where the
+        weights are in files that torch alone can read.
 
     Raises:
         HipaError: as ``check_request``.
@@ -72,6 +73,10 @@ def predicted_sizes(options: ExportOptions) -> tuple[StageSize, ...] | None:
         generator = weights.pop("unet") + weights.pop(DECODER_STAGE)
         weights["generator"] = generator
         activations["generator"] = max(activations["unet"], activations[DECODER_STAGE])
+    if options.with_teacher:
+        whole = _count(known_shapes(model.folder / "unet"))
+        weights[TEACHER_STAGE] = -(-whole * wide >> 20)
+        activations[TEACHER_STAGE] = activations["unet"]
     sizes = []
     for stage, mib in weights.items():
         held = None if stage not in activations else engine_activations_mib(activations[stage])

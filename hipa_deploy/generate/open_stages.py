@@ -14,25 +14,28 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, AdaptorSwap, adapted_stage
+from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, TEXT_STAGE_2, AdaptorSwap, adapted_stage
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.runner import CPU_BACKENDS, ENGINE_BACKENDS, ClosesAtExit, Runner
 from hipa_deploy.generate.stages import (
+    CONTEXT_PARTS,
     Stages,
     Tensors,
     Timer,
     computed_names,
     host_stages,
-    input_names,
     output_names,
+    spared_by,
+    taken_names,
 )
 from hipa_deploy.tasks import unet_inputs
 
 if TYPE_CHECKING:
     from hipa_deploy.engines.backends.compiled_cache import CompiledStage
 
+TEXT_INPUTS = ("tokens", "tokens_2", "sizes")  # of the text stages, not all of them in every bundle
 Kept = Literal["none", "use", "renew"]
 Groups = tuple[tuple[str, ...], ...]
 """Names of stages; those of one group are loaded together, and one group at a time."""
@@ -84,6 +87,23 @@ def open_runner(bundle: Bundle, stage: str, backend: str, *, kept: Kept = "none"
     return open_engine(bundle, stage, backend)
 
 
+def has_engine(bundle: Bundle, stage: str, backend: str) -> bool:
+    """Whether a stage has an engine that ``backend`` needs; True for backends that need none.
+
+    The engine's files are looked for. Whether its key fits this device shows when it is loaded.
+
+    Raises:
+        HipaError: a sidecar of such an engine is damaged.
+
+    """
+    if backend not in ENGINE_BACKENDS:
+        return True
+    from hipa_deploy.engines.store.sidecar import find_sidecars
+    from hipa_deploy.engines.tensorrt.library import as_tensorrt_library
+
+    return bool(find_sidecars(bundle, stage, as_tensorrt_library(backend)))
+
+
 def _open_on_cpu(bundle: Bundle, stage: str, backend: str, kept: Kept) -> Runner:
     """Load one stage on ONNX Runtime or OpenVINO, compiled now or at an earlier start."""
     path = bundle.stage_path(stage)
@@ -129,23 +149,31 @@ def check_stages(bundle: Bundle) -> None:
     if manifest.task != "generate":
         known.add("image")
     generic = manifest.layout == "generic"
+    pair = bool(manifest.text_widths)
     if generic:
-        known.add("timestep")
+        known |= {"timestep", "time_ids"} if pair else {"timestep"}
+
+    if TEXT_STAGE_2 in bundle.stages and not (generic and pair):
+        raise _unfit(bundle, f"it has the stage {TEXT_STAGE_2}")
 
     images = None
     for stage in manifest.stages:
-        for name in input_names(stage.spec, manifest.layout):
+        # A prompt that is remembered has no tokens any more, so no later stage may take them.
+        if stage.spec.name not in CONTEXT_PARTS:
+            known -= set(TEXT_INPUTS)
+        for name in taken_names(stage.spec, manifest.layout):
             if name not in known:
                 raise _unfit(bundle, f"stage {stage.spec.name} takes {shown(name)}")
-        # The text stage of SDXL gives the conditioning beside the context.
-        most = 2 if stage.spec.name == "text_encoder" and manifest.text_widths else 1
-        if len(stage.spec.outputs) != most:
-            raise _unfit(bundle, f"stage {stage.spec.name} has {len(stage.spec.outputs)} outputs")
-        known |= set(output_names(stage.spec, manifest.layout))
+        made = output_names(stage.spec, manifest.layout)
+        if len(made) != _outputs(bundle, stage.spec.name):
+            raise _unfit(bundle, f"stage {stage.spec.name} has {len(made)} outputs")
+        # With what numpy makes after a stage of the generic layout.
+        known |= set(computed_names(bundle, stage.spec.name))
         images = stage.spec.outputs[0]
-        # Numpy does what the generic layout leaves out.
-        if generic and stage.spec.name == "unet":
-            known.add("latents")
+
+    wants_pooled = manifest.refine and manifest.refine.takes_pooled
+    if wants_pooled and TEXT_STAGE in bundle.stages and "pooled" not in known:
+        raise _unfit(bundle, "the text stage gives no pooled vector for the base UNet")
 
     expected = "sample" if generic else "images"
     if images is None or images.name != expected or len(images.shape) != 4:
@@ -154,12 +182,25 @@ def check_stages(bundle: Bundle) -> None:
         raise _unfit(bundle, "the last stage gives no RGB images")
 
 
+def _outputs(bundle: Bundle, stage: str) -> int:
+    """How many tensors the path takes from a stage."""
+    if not bundle.manifest.text_widths:
+        return 1
+    # SDXL's text stage gives the conditioning beside the context, and the pooled vector for a base
+    # UNet; in the generic layout the second text encoder gives that vector beside its part of the
+    # context.
+    several = TEXT_STAGE if bundle.manifest.layout == "onestep" else TEXT_STAGE_2
+    if stage != several:
+        return 1
+    return 3 if bundle.manifest.refine else 2
+
+
 def _text_inputs(bundle: Bundle) -> tuple[str, ...]:
     """What the pipeline gives the stages of the prompt."""
     has_encoder = "text_encoder" in bundle.stages
     if not bundle.manifest.text_widths:
         return ("tokens",) if has_encoder else ("context",)
-    return ("tokens", "tokens_2") if has_encoder else ("context", "conditioning")
+    return TEXT_INPUTS if has_encoder else ("context", "conditioning")
 
 
 def _unfit(bundle: Bundle, problem: str) -> HipaError:
@@ -270,8 +311,8 @@ def _open_adapted(
 
     if stage == adapted_stage(bundle):
         return swap_stage(bundle, None, backend, swap)
-    if stage == TEXT_STAGE and swap.manifest.text is not None:
-        return swap_text_encoder(bundle, backend, swap)
+    if stage in swap.manifest.texts:
+        return swap_text_encoder(bundle, backend, swap, stage)
     return open_runner(bundle, stage, backend, kept=kept)
 
 
@@ -371,9 +412,9 @@ class StagesInTurn:
         for group in groups:
             for name in group:
                 spec = self._bundle.stages[name].spec
-                if set(output_names(spec, layout)) <= known.keys():
+                if spared_by(spec, layout) <= known.keys():
                     continue
-                taken += [name for name in input_names(spec, layout) if name not in made]
+                taken += [name for name in taken_names(spec, layout) if name not in made]
                 made += computed_names(self._bundle, spec.name)
         return taken
 
@@ -428,10 +469,10 @@ class StagesInTurn:
             self._release()
             self._swap = swap
             try:
-                if swap is not None and swap.manifest.text is not None:
+                for stage in swap.manifest.texts if swap is not None else ():
                     from hipa_deploy.generate.swap_stage import swap_text_encoder
 
-                    swap_text_encoder(self._bundle, self._backend, swap).close()
+                    swap_text_encoder(self._bundle, self._backend, swap, stage).close()
                 self.load_stage(adapted_stage(self._bundle))
             except BaseException:
                 self._swap = before

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, AdaptorSwap, adapted_stage
+from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, TEXT_STAGE_2, AdaptorSwap, adapted_stage
 from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.bundle.manifest import Axis, RefineSettings
 from hipa_deploy.embedded import BUNDLE as EMBEDDED_BUNDLE
@@ -45,10 +45,12 @@ from hipa_deploy.generate.stages import (
     Stages,
     Tensors,
     Timer,
+    along_path,
     host_stages,
     input_names,
-    name_along_path,
+    join_context,
     output_names,
+    split_context,
     stage_feed,
 )
 from hipa_deploy.images.read import ImageSource
@@ -457,7 +459,8 @@ class OneStepPipeline(ClosesAtExit):
         latent_CHW = self._latent_shape(source, height, width)
         weights = self._prompts.reads_weights(prompt_weights)
         texts = list(dict.fromkeys(text for text, _ in pairs))
-        tokens = self._prompts.prepare(texts, truncate=truncate, weights=weights)
+        size = self._pixels(latent_CHW)
+        tokens = self._prompts.prepare(texts, truncate=truncate, weights=weights, size=size)
         prepared = dict(zip(texts, tokens, strict=True))
         facts: dict[str, Any] = {"truncate": truncate, "prompt_weights": weights}
         if source:
@@ -559,9 +562,10 @@ class OneStepPipeline(ClosesAtExit):
         """Different jobs of the bundle's own size, of its task."""
         texts = self._prompts.samples()
         weights = self._prompts.reads_weights(None)
-        prepared = self._prompts.prepare(list(texts), truncate=True, weights=weights)
-        sources: Sequence[Source | None] = trial_sources(self.bundle, count) or [None] * count
         latent_CHW = latent_shape(self.bundle, None, None)
+        size = self._pixels(latent_CHW)
+        prepared = self._prompts.prepare(list(texts), truncate=True, weights=weights, size=size)
+        sources: Sequence[Source | None] = trial_sources(self.bundle, count) or [None] * count
         jobs = []
         for seed, source in enumerate(sources):
             place = seed % len(texts)
@@ -590,12 +594,13 @@ class OneStepPipeline(ClosesAtExit):
         prompts = [job.prepared for job in padded]
 
         # context_BLD, or tokens_BL of one prompt that the text encoder has not seen lately.
-        text = self._prompts.feed(prompts, self._encode(stages, timer))
+        text = self._text_feed(prompts, stages, timer)
         # noise_BCHW; of a task with a source image also image_BHWC (or source_BCHW), mask and step.
         sources = [job.source for job in padded if job.source]
         start = self._start([job.seed for job in padded], jobs[0].latent_CHW, sources)
 
         # text_encoder: tokens_BL                -> context_BLD (of SDXL also conditioning_BSK)
+        #   (of SDXL in the generic layout two encoders, and context_BLD with pooled_BP)
         # vae_encoder:  image_BHWC               -> source_BCHW
         # unet:         noise_BCHW, context_BLD  -> latents_BCHW, which are x0: the one step
         # vae_decoder:  latents_BCHW             -> images_BHWC
@@ -625,15 +630,23 @@ class OneStepPipeline(ClosesAtExit):
         encode = self._encode(loaded.stages, timer)
         text = self._prompts.feed(prompts, encode)
         if "context" not in text:
-            made = encode(text)
-            self._prompts.keep(prompts, made)
-            text |= made
+            text = encode(text)
+            self._prompts.keep(prompts, text)
         noise_BCHW = initial_noise([job.seed for job in padded], jobs[0].latent_CHW)
-        latents_BCHW = self._refiner.latents(noise_BCHW, text["context"], settings, timer, progress)
+        latents_BCHW = self._refiner.latents(noise_BCHW, text, settings, timer, progress)
         # The decoder alone runs: what the stages before it would give is there.
-        feed = {"context": text["context"], "latents": latents_BCHW}
+        feed = {name: text[name] for name in self._text_outputs()}
+        feed["latents"] = latents_BCHW
         images_BHWC = loaded.stages.run(feed, ["images"], timer)["images"]
         return images_BHWC[: len(jobs)]
+
+    def _text_feed(self, prompts: list[Any], stages: Stages, timer: Timer) -> Tensors:
+        """What the stages of the one step start from of the text."""
+        text = self._prompts.feed(prompts, self._encode(stages, timer))
+        # Where no text stage gives it, none takes it either: it is for the base UNet.
+        if TEXT_STAGE not in self.bundle.stages:
+            text.pop("pooled", None)
+        return text
 
     def _worth_keeping(self, feed: Mapping[str, np.ndarray]) -> list[str]:
         """Tensors to keep for the next batch: those that this batch must compute first."""
@@ -642,10 +655,12 @@ class OneStepPipeline(ClosesAtExit):
 
     def _text_outputs(self) -> list[str]:
         """What the path calls the outputs of the text stage; nothing without one."""
-        if TEXT_STAGE not in self.bundle.stages:
+        stages = self.bundle.stages
+        if TEXT_STAGE_2 in stages:
+            return ["context", "pooled"]
+        if TEXT_STAGE not in stages:
             return []
-        spec = self.bundle.stages[TEXT_STAGE].spec
-        return list(output_names(spec, self.bundle.manifest.layout))
+        return list(output_names(stages[TEXT_STAGE].spec, self.bundle.manifest.layout))
 
     def _padded(self, jobs: Sequence[ImageJob]) -> list[ImageJob]:
         """As many jobs as the bundle's smallest batch: what is missing repeats the last one."""
@@ -680,8 +695,8 @@ class OneStepPipeline(ClosesAtExit):
 
         Raises:
             HipaError: a bundle without the base model (``hipa-export --with-teacher``), or for
-                another task; a value out of range; drafts of another base model; or a backend that
-                fails or has no base model: tensorrt and rtx.
+                another task; a value out of range; drafts of another base model; a backend that
+                fails, or that has no engine of the base model (``hipa-build`` builds it).
 
         Example:
             >>> draft = pipe("3d emoji of a red apple", seed=3)
@@ -849,8 +864,10 @@ class OneStepPipeline(ClosesAtExit):
         enlargement = upscaling(self.bundle, image, overlap=overlap)
         self._marker.check_size(enlargement.height, enlargement.width)
         weights = self._prompts.reads_weights(prompt_weights)
-        (prepared,) = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
         latent_CHW = latent_shape(self.bundle, None, None)
+        (prepared,) = self._prompts.prepare(
+            [prompt], truncate=truncate, weights=weights, size=self._pixels(latent_CHW)
+        )
         facts = {"truncate": truncate, "prompt_weights": weights}
         jobs = []
         for tile in enlargement.tiles:
@@ -891,10 +908,11 @@ class OneStepPipeline(ClosesAtExit):
         latent_CHW = self._latent_shape(source, height, width)
         sources = [source] * count if source else []
         weights = self._prompts.reads_weights(prompt_weights)
-        prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights)
+        size = self._pixels(latent_CHW)
+        prepared = self._prompts.prepare([prompt], truncate=truncate, weights=weights, size=size)
         start = self._start(range(seed, seed + count), latent_CHW, sources)
         with self._use.shared():
-            text = self._prompts.feed(prepared * count, self._encode(self.stages, nullcontext))
+            text = self._text_feed(prepared * count, self.stages, nullcontext)
             images: DeviceArray = self.stages.run_on_device(text | start)["images"]
         return images
 
@@ -910,7 +928,8 @@ class OneStepPipeline(ClosesAtExit):
         """Every tensor along the path of one batch, by name: for checks and profiles of a stage.
 
         The names and shapes are those of ``hipa_deploy.generate.stages``. Every stage runs: nothing
-        that is cached is taken. Of a prompt with weights the tokens are left out.
+        that is cached is taken. Of a prompt with weights the context has them, and is then not what
+        the text encoder gives for the tokens.
 
         Raises:
             HipaError: as a call does.
@@ -920,9 +939,10 @@ class OneStepPipeline(ClosesAtExit):
         fresh = OneStepPipeline(self.bundle, self.backend, self.stages)
         latent_CHW = self._latent_shape(source, None, None)
         weights = fresh._prompts.reads_weights(prompt_weights)
-        prepared = fresh._prompts.prepare([prompt], truncate=False, weights=weights)
+        size = self._pixels(latent_CHW)
+        prepared = fresh._prompts.prepare([prompt], truncate=False, weights=weights, size=size)
         with self._use.shared():
-            feed = fresh._prompts.feed(prepared * count, self._encode(self.stages, nullcontext))
+            feed = fresh._text_feed(prepared * count, self.stages, nullcontext)
         sources = [source] * count if source else []
         feed |= fresh._start(range(seed, seed + count), latent_CHW, sources)
 
@@ -934,10 +954,19 @@ class OneStepPipeline(ClosesAtExit):
             names += output_names(stage.spec, layout)
         computed = []
         for name in dict.fromkeys([*names, "images"]):
-            if name not in feed and name not in ("tokens", "tokens_2"):
+            if name not in feed and name not in ("tokens", "tokens_2", "sizes"):
                 computed.append(name)
+        parts: Tensors = {}
+        if TEXT_STAGE_2 in self.bundle.stages and "context" in feed:
+            parts = split_context(feed["context"], self.bundle.manifest.text_widths)
+            computed = [name for name in computed if name not in parts]
         with self._use.shared():
-            return feed | self.stages.run(feed, computed)
+            found = feed | parts | self.stages.run(feed, computed)
+        # Of several images the text encoder was run by itself, so the tokens are not in the feed.
+        if TEXT_STAGE in self.bundle.stages:
+            for name, value in prepared[0].tensors().items():
+                found.setdefault(name, np.repeat(value, count, axis=0))
+        return found
 
     @property
     def stages(self) -> Stages:
@@ -989,17 +1018,18 @@ class OneStepPipeline(ClosesAtExit):
         stage = adapted_stage(self.bundle)
         if isinstance(self.stages, StagesInTurn):
             with self._one_swap, self._use.alone():
-                texts_differ = _changes_text(swap) or _changes_text(self.swapped)
+                texts = _changed_texts(swap, self.swapped)
                 self.stages.swap(swap)
                 self._loaded = _Loaded(self.stages, swap)
-                if texts_differ:
+                if texts:
                     self._prompts.forget()
             return
         with self._one_swap:
             runner = self.runners[stage]
             changed: dict[str, Runner] = {}
-            if _changes_text(swap) or _changes_text(self.swapped):
-                changed[TEXT_STAGE] = swap_text_encoder(self.bundle, self.backend, swap)
+            texts = _changed_texts(swap, self.swapped)
+            for name in texts:
+                changed[name] = swap_text_encoder(self.bundle, self.backend, swap, name)
             if self.backend in ENGINE_BACKENDS:
                 # An engine changes in place, so no call may be under way meanwhile.
                 with self._use.alone():
@@ -1013,7 +1043,7 @@ class OneStepPipeline(ClosesAtExit):
             runners = {**self.runners, **changed}
             with self._use.alone():
                 self._loaded = _Loaded(host_stages(self.bundle, self.backend, runners), swap)
-                if TEXT_STAGE in changed:
+                if texts:
                     self._prompts.forget()
                 for old in before:
                     old.close()
@@ -1029,6 +1059,12 @@ class OneStepPipeline(ClosesAtExit):
         step = self.bundle.manifest.one_step
         self._marker.check_size(height or step.height, width or step.width)
         return shape
+
+    def _pixels(self, latent_CHW: tuple[int, int, int]) -> tuple[int, int]:
+        """Height and width in pixels of the images of such latents."""
+        step = self.bundle.manifest.one_step
+        factor = step.height // step.latent_shape[1]
+        return latent_CHW[1] * factor, latent_CHW[2] * factor
 
     def _parameters(
         self, swap: AdaptorSwap | None, prompt: str, seed: int, facts: Mapping[str, Any]
@@ -1110,20 +1146,32 @@ def _report(progress: Progress, batch: int, batches: int, done: int, steps: int)
     progress(batch * steps + done, batches * steps)
 
 
-def _changes_text(swap: AdaptorSwap | None) -> bool:
-    return swap is not None and swap.manifest.text is not None
+def _changed_texts(*swaps: AdaptorSwap | None) -> list[str]:
+    """The text encoders that one of these swaps changes, a stage each."""
+    stages: dict[str, None] = {}
+    for swap in swaps:
+        if swap is not None:
+            stages |= dict.fromkeys(swap.manifest.texts)
+    return list(stages)
 
 
 def _encode(
     bundle: Bundle, stages: Stages, timer: Timer, smallest: int, tokens: Tensors
 ) -> Tensors:
     """What the text stage alone gives for one prompt: the context [1, L, D] of tokens [1, L]."""
-    encoder = stages.runners["text_encoder"]
     layout = bundle.manifest.layout
     padded = {name: np.repeat(value, smallest, axis=0) for name, value in tokens.items()}
-    with timer("text_encoder"):
-        made = encoder(**stage_feed(encoder.spec, padded, layout))
-    return {name_along_path(encoder.spec, name, layout): value[:1] for name, value in made.items()}
+    made: Tensors = {}
+    for name in (TEXT_STAGE, TEXT_STAGE_2):
+        if name not in bundle.stages:
+            continue
+        encoder = stages.runners[name]
+        with timer(name):
+            outputs = encoder(**stage_feed(encoder.spec, padded, layout))
+        made |= along_path(encoder.spec, outputs, layout)
+    if TEXT_STAGE_2 in bundle.stages:
+        made = {"context": join_context(made), "pooled": made["pooled"]}
+    return {name: value[:1] for name, value in made.items()}
 
 
 def merge_tiles(enlargement: Upscaling, made: Sequence[MadeImage]) -> GenerateResult:

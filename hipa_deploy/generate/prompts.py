@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,10 +24,12 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import one_line
 from hipa_deploy.generate.prompt_weights import weigh_side_by_side
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
+from hipa_deploy.tasks import size_numbers
 
 BAKED_PROMPTS = "prompts/prompts.txt"
 BAKED_CONTEXTS = "prompts/contexts.npy"
 BAKED_CONDITIONING = "prompts/conditioning.npy"  # of a bundle of SDXL
+BAKED_POOLED = "prompts/pooled.npy"  # of one that refines
 TOKENIZER = "tokenizer/tokenizer.json"
 TOKENIZER_2 = "tokenizer_2/tokenizer.json"  # of a bundle of SDXL
 CACHED_PROMPTS = 256  # 30 MB of Stable Diffusion 1.5's contexts, 88 MB of SDXL's
@@ -39,7 +41,8 @@ Prepared = Any
 TextTensors = dict[str, np.ndarray]
 """'tokens' [B, L] and what the text stage makes of them, 'context' [B, L, D].
 
-In a bundle of SDXL also 'tokens_2' [B, L] and 'conditioning' [B, S, K].
+In a bundle of SDXL also 'tokens_2' [B, L] and 'conditioning' [B, S, K], and with images of several
+sizes 'sizes' [B, 6]. In one that refines also the pooled vector, 'pooled' [B, P].
 """
 Encode = Callable[[TextTensors], TextTensors]
 """The text stage: tokens -> contexts."""
@@ -57,7 +60,12 @@ class PromptSource(Protocol):
         """
 
     def prepare(
-        self, prompts: Sequence[str], *, truncate: bool, weights: bool = False
+        self,
+        prompts: Sequence[str],
+        *,
+        truncate: bool,
+        weights: bool = False,
+        size: tuple[int, int] | None = None,
     ) -> list[Prepared]:
         """Check prompts, before the first image is made.
 
@@ -65,6 +73,7 @@ class PromptSource(Protocol):
             prompts: the prompts.
             truncate: cut those that are too long.
             weights: what ``reads_weights`` gave.
+            size: height and width of the images in pixels, of which some bundles of SDXL are told.
 
         Raises:
             HipaError: a prompt that cannot be encoded.
@@ -96,10 +105,15 @@ class PromptSource(Protocol):
 def open_prompts(bundle: Bundle) -> PromptSource:
     """The bundle's prompt source: its tokenizer, or the contexts that its export baked."""
     if "text_encoder" not in bundle.stages:
+        more = {}
+        if bundle.manifest.text_widths:
+            more["conditioning"] = bundle.path(BAKED_CONDITIONING)
+            if bundle.manifest.refine is not None:
+                more["pooled"] = bundle.path(BAKED_POOLED)
         return BakedPrompts(
             bundle.path(BAKED_PROMPTS),
             bundle.path(BAKED_CONTEXTS),
-            bundle.path(BAKED_CONDITIONING) if bundle.manifest.text_widths else None,
+            more,
             weights=bundle.manifest.text.prompt_weights,
         )
     # The graph has the length in its shapes, also in bundles whose manifest says nothing of it.
@@ -111,7 +125,8 @@ def open_prompts(bundle: Bundle) -> PromptSource:
     if widths:
         second = PromptTokenizer(bundle.path(TOKENIZER_2), context_tokens)
     weights = bundle.manifest.text.prompt_weights
-    return EncodedPrompts(tokenizer, second, widths, weights=weights)
+    names = [tensor.name for tensor in bundle.stages["text_encoder"].spec.inputs]
+    return EncodedPrompts(tokenizer, second, widths, weights=weights, sized="sizes" in names)
 
 
 @dataclass(frozen=True)
@@ -122,12 +137,14 @@ class EncodedPrompt:
         tokens_L: int64.
         weights_L: float32; None where every token weighs 1.
         second: the same prompt as the second tokenizer of a bundle of SDXL reads it.
+        sizes_6: int64; the numbers of the size, where the text stage is told it.
 
     """
 
     tokens_L: np.ndarray
     weights_L: np.ndarray | None = None
     second: EncodedPrompt | None = None
+    sizes_6: np.ndarray | None = None
 
     @property
     def parts(self) -> tuple[EncodedPrompt, ...]:
@@ -144,6 +161,8 @@ class EncodedPrompt:
         tensors = {"tokens": self.tokens_L[None]}
         if self.second is not None:
             tensors["tokens_2"] = self.second.tokens_L[None]
+        if self.sizes_6 is not None:
+            tensors["sizes"] = self.sizes_6[None]
         return tensors
 
 
@@ -163,6 +182,7 @@ class EncodedPrompts:
         second: the second tokenizer of a bundle of SDXL.
         widths: of each text encoder's part of the context; empty for one.
         weights: whether the bundle reads ``(word:1.3)`` as a weight, unless a caller decides.
+        sized: whether the text stage is told the size of the images.
 
     """
 
@@ -173,11 +193,13 @@ class EncodedPrompts:
         widths: Sequence[int] = (),
         *,
         weights: bool = False,
+        sized: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._second = second
         self._widths = widths
         self._weights = weights
+        self._sized = sized
         # Tensors of one prompt, [1, …], by its token ids; the one that was used last stands last.
         self._cache: OrderedDict[bytes, TextTensors] = OrderedDict()
         self._changes_cache = threading.Lock()
@@ -187,15 +209,25 @@ class EncodedPrompts:
         return self._weights if asked is None else asked
 
     def prepare(
-        self, prompts: Sequence[str], *, truncate: bool, weights: bool = False
+        self,
+        prompts: Sequence[str],
+        *,
+        truncate: bool,
+        weights: bool = False,
+        size: tuple[int, int] | None = None,
     ) -> list[EncodedPrompt]:
-        """Tokens and weights of each prompt."""
+        """Tokens and weights of each prompt, and the size where the text stage is told it."""
+        sizes_6 = None
+        if self._sized:
+            assert size is not None
+            sizes_6 = np.asarray(size_numbers(*size), np.int64)
         try:
             first = _encoded(self._tokenizer, prompts, truncate=truncate, weights=weights)
             if self._second is None:
                 return first
             second = _encoded(self._second, prompts, truncate=truncate, weights=weights)
-            return [replace(one, second=two) for one, two in zip(first, second, strict=True)]
+            pairs = zip(first, second, strict=True)
+            return [replace(one, second=two, sizes_6=sizes_6) for one, two in pairs]
         except PromptTooLongError as error:
             remedy = "Shorten it, or pass --truncate (truncate=True)"
             if error.context_tokens:
@@ -258,8 +290,9 @@ class EncodedPrompts:
 
 
 def _key(prompt: EncodedPrompt) -> bytes:
-    """What tells a prompt from others: its tokens, for every text encoder."""
-    return b"".join(part.tokens_L.tobytes() for part in prompt.parts)
+    """What tells a prompt from others: its tokens, for every text encoder, and the size."""
+    tokens = b"".join(part.tokens_L.tobytes() for part in prompt.parts)
+    return tokens if prompt.sizes_6 is None else tokens + prompt.sizes_6.tobytes()
 
 
 def _encoded(
@@ -283,13 +316,22 @@ def _contexts_problem(found: Header) -> str | None:
     return f"it has {dtype} {list(shape)}, expected float16 or float32 [prompts, tokens, width]"
 
 
+def _pooled_problem(found: Header) -> str | None:
+    """What is wrong with an array as the pooled vectors [N, P] of a closed set."""
+    dtype, shape = found
+    if len(shape) == 2 and dtype in (np.float16, np.float32):
+        return None
+    return f"it has {dtype} {list(shape)}, expected float16 or float32 [prompts, width]"
+
+
 class BakedPrompts:
     """A closed set of prompts: no tokenizer and no text encoder on the device.
 
     Args:
         prompts: a text file, one prompt a line.
         contexts: their contexts [N, L, D] in numpy's format, mapped and not read.
-        conditioning: of a bundle of SDXL, their conditioning [N, S, K] in the same format.
+        more: of a bundle of SDXL, files of the same format: by name, what else its stages take of
+            each prompt.
         weights: whether ``(word:1.3)`` was a weight when they were baked.
 
     Raises:
@@ -301,18 +343,17 @@ class BakedPrompts:
         self,
         prompts: Path,
         contexts: Path,
-        conditioning: Path | None = None,
+        more: Mapping[str, Path] = {},
         *,
         weights: bool = False,
     ) -> None:
         self._weights = weights
         baked = read_baked_prompts(prompts)
-        files = {"context": contexts}
-        if conditioning is not None:
-            files["conditioning"] = conditioning
+        files = {"context": contexts, **more}
         self._baked: TextTensors = {}
         for name, path in files.items():
-            self._baked[name] = read_npy(path, _contexts_problem, mapped=True)
+            fits = _pooled_problem if name == "pooled" else _contexts_problem
+            self._baked[name] = read_npy(path, fits, mapped=True)
             if len(baked) != len(self._baked[name]):
                 got = f"{len(baked)} prompts, {len(self._baked[name])} contexts"
                 raise HipaError(f"{path}: {got}. Export the bundle again.")
@@ -333,7 +374,12 @@ class BakedPrompts:
         return self._weights
 
     def prepare(
-        self, prompts: Sequence[str], *, truncate: bool, weights: bool = False
+        self,
+        prompts: Sequence[str],
+        *,
+        truncate: bool,
+        weights: bool = False,
+        size: tuple[int, int] | None = None,
     ) -> list[int]:
         """The place of each prompt in the set."""
         wanted = [one_line(prompt) for prompt in prompts]

@@ -69,8 +69,10 @@ def swap_stage(
     return _swap_engine(bundle, runner, backend, swap, weights)
 
 
-def swap_text_encoder(bundle: Bundle, backend: str, swap: AdaptorSwap | None) -> Runner:
-    """A new session of the text encoder, with the weights that ``swap`` has for it.
+def swap_text_encoder(
+    bundle: Bundle, backend: str, swap: AdaptorSwap | None, stage: str = TEXT_STAGE
+) -> Runner:
+    """A new session of a text encoder, with the weights that ``swap`` has for it.
 
     Raises:
         HipaError: weights that are not of the bundle's graph, or another backend than ONNX Runtime:
@@ -82,8 +84,8 @@ def swap_text_encoder(bundle: Bundle, backend: str, swap: AdaptorSwap | None) ->
             f"this swap changes the text encoder too, which backend {backend} cannot take. "
             "Use --backend onnxruntime, or export a bundle with these LoRAs."
         )
-    weights = swap.text_weights(bundle) if swap else {}
-    return _swap_session(bundle, backend, swap, weights, TEXT_STAGE)
+    weights = swap.text_weights(bundle, stage) if swap else {}
+    return _swap_session(bundle, backend, swap, weights, stage)
 
 
 def _swap_session(
@@ -137,7 +139,7 @@ def _engine_cache(
     cache = engine_cache(bundle, stage, backend)
     if cache is None:
         return None
-    file = TEXT_WEIGHTS if stage == TEXT_STAGE else WEIGHTS
+    file = TEXT_WEIGHTS.get(stage, WEIGHTS)
     if swap is None or file not in swap.manifest.files:
         return cache
     return cache.with_name(f"{cache.name}-{swap.manifest.files[file][:12]}")

@@ -6,7 +6,7 @@ its last hidden state at the end token, normed and projected. The UNet takes tha
 with six numbers: the original size of a training image, the crop's corner, and the target size
 (Podell et al. 2023, https://arxiv.org/abs/2307.01952, section 2.2).
 
-The source is ``encode_prompt`` and ``_get_add_time_ids`` of diffusers'
+The numbers are ``hipa_deploy.tasks.size_numbers``. The source is ``encode_prompt`` of diffusers'
 pipeline_stable_diffusion_xl.py. The functions call the models that they are given, so nothing of
 torch is imported here.
 
@@ -16,7 +16,11 @@ of a context, D its width, P width of the pooled vector.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hipa_deploy.errors import HipaError, brief
+from hipa_deploy.models.weights.part_config import read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,15 +75,24 @@ def hidden_context(
     return hidden.reshape(batch, length, -1)
 
 
-def size_numbers(height: int, width: int) -> tuple[int, int, int, int, int, int]:
-    """The six numbers of an image of this size that was not cropped.
+def forces_zeros(folder: Path) -> bool:
+    """Whether guidance leads away from zeros, and not from the encoded empty prompt.
 
-    They are the original height and width, the crop's top and left, the target height and width:
-    what StableDiffusionXLPipeline takes by default.
+    SDXL was trained so. ``StableDiffusionXLPipeline.encode_prompt`` then takes zeros for the
+    context and the pooled vector where no negative prompt is given.
 
-    Example:
-        >>> size_numbers(1024, 768)
-        (1024, 768, 0, 0, 1024, 768)
+    Args:
+        folder: the diffusers folder. One that does not say it has diffusers' default, which is yes.
+
+    Raises:
+        HipaError: ``force_zeros_for_empty_prompt`` in model_index.json is no truth value.
 
     """
-    return (height, width, 0, 0, height, width)
+    key = "force_zeros_for_empty_prompt"
+    value = read_config(folder, "model_index.json").get(key, True)
+    if not isinstance(value, bool):
+        raise HipaError(
+            f"{folder}: model_index.json has {key}={brief(value)}. Expected true or false. "
+            "Correct the file."
+        )
+    return value

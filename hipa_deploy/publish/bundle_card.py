@@ -20,6 +20,7 @@ from hipa_deploy.publish.card import (
 )
 from hipa_deploy.publish.measured_quality import Report
 
+REFINE = 'hipa-generate my-bundle "a lighthouse" --refine teacher --out final.png'
 TAGS = ("onnx", "one-step", "hipa")
 BACKENDS = {
     "onnxruntime": "CPU, nothing more to install",
@@ -71,6 +72,7 @@ def _use(manifest: Manifest, repo: str) -> str:
         "pip install hipa-deploy",
         f"hf download {repo} --local-dir my-bundle",
         EXAMPLES[manifest.task],
+        *([REFINE] if manifest.refine else []),
         "hipa-build my-bundle --backend tensorrt    # on an NVIDIA GPU, once",
         "```",
     ]
@@ -113,7 +115,7 @@ def _stages(bundle: Bundle) -> str:
         "| stage | precision | PSNR | layers kept in float32 |",
         "|---|---|---|---|",
     ]
-    for name, stage in bundle.stages.items():
+    for name, stage in bundle.all_stages.items():
         islands = ", ".join(stage.fp32_islands) or "none"
         lines.append(f"| {name} | {stage.precision} | {stage.parity.psnr_db:.1f} dB | {islands} |")
     return "\n".join(lines)
@@ -140,8 +142,14 @@ def _marks(manifest: Manifest) -> list[str]:
 
 def _limits(bundle: Bundle) -> list[str]:
     manifest = bundle.manifest
+    one_step = "One step, always. There is no guidance and no negative prompt."
+    if manifest.refine:
+        one_step = (
+            "One step has no guidance and no negative prompt. The base model (stage teacher) "
+            "refines a draft in many guided steps, without a negative prompt."
+        )
     found = [
-        "One step, always. There is no guidance and no negative prompt.",
+        one_step,
         "It holds no engines: they fit one kind of device each, and are built there.",
         "It shows what its base model shows, and has that model's biases.",
     ]

@@ -13,6 +13,7 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.jobs.batch_sizes import WarmUp
+from hipa_deploy.generate.open_stages import has_engine
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.runner import check_backend
 from hipa_deploy.serve.batcher import Batcher
@@ -83,6 +84,14 @@ class ServedBundle:
     def ready(self) -> bool:
         """Whether the first image was made, and the thread that makes images lives."""
         return self._elsewhere or (self.batcher is not None and self.batcher.alive)
+
+    @property
+    def refines(self) -> bool:
+        """Whether it has a base model to refine with, and what its backend needs of it."""
+        refinement = self.bundle.manifest.refine
+        if refinement is None:
+            return False
+        return has_engine(self.bundle, refinement.stage.spec.name, self.backend or "auto")
 
     @property
     def waiting(self) -> int:

@@ -25,7 +25,7 @@ _BATCH = "batch"  # the axis, as every bundle calls it
 _DELAY_US = 4000  # that a batch waits for company
 # The text encoder sees one prompt at a time, as in ``EncodedPrompts``: some of ONNX Runtime's
 # kernels round otherwise at another place of a batch, and it would be every image of the prompt.
-_NEVER_JOINED = ("text_encoder",)
+_NEVER_JOINED = ("text_encoder", "text_encoder_2")
 # What a request of a task has besides prompt and seed: name, type, dims, optional.
 _IMAGE = ("image", "TYPE_UINT8", "[ -1, -1, 3 ]", False)
 _EXTRA_INPUTS: dict[Task, tuple[tuple[str, str, str, bool], ...]] = {

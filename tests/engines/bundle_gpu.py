@@ -15,7 +15,12 @@ from tests.engines import fake_refit
 from tests.engines.engine_samples import ORIN, put_engine
 from tests.engines.fake_gpu import FakeEngine, FakeGpu
 
-ACTIVATIONS = {"text_encoder": 40_000, "unet": 900_000, "vae_decoder": 3_000_000}
+ACTIVATIONS = {
+    "text_encoder": 40_000,
+    "unet": 900_000,
+    "vae_decoder": 3_000_000,
+    "teacher": 1_000_000,
+}
 
 
 class BundleGpu(FakeGpu):
@@ -32,9 +37,9 @@ class BundleGpu(FakeGpu):
         self.bundle = bundle
         self.loads: list[str] = []
         self.at_load: list[int] = []
-        for stage, size in ACTIVATIONS.items():
+        for stage in bundle.all_stages:
             content = stage.encode()
-            put_engine(bundle, stage, content=content, activations=size)
+            put_engine(bundle, stage, content=content, activations=ACTIVATIONS[stage])
 
     def install(self, monkeypatch) -> None:
         """Put this in the place of TensorRT, CUDA and the GPU."""
@@ -60,7 +65,7 @@ class BundleGpu(FakeGpu):
         return super()._deserialise(logger, data)
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=4)
 def _session(content: bytes) -> onnxruntime.InferenceSession:
     """A session; of the stages of the bundle one each for all tests, as opening one takes time."""
     return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -92,7 +97,7 @@ def _engine(bundle: Bundle, stage: str) -> FakeEngine:
         outputs = [output.name for output in session.get_outputs()]
         return dict(zip(outputs, session.run(outputs, inputs), strict=True))
 
-    engine = FakeEngine(bundle.stages[stage].spec, compute, activations=ACTIVATIONS[stage])
+    engine = FakeEngine(bundle.all_stages[stage].spec, compute, activations=ACTIVATIONS[stage])
     for name in ("weights", "refittable", "fail", "wants"):
         setattr(engine, name, getattr(weights, name))
     return engine

@@ -10,10 +10,9 @@ import torch
 from hipa_deploy.export.builders import bundle_sources
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.generic.generic_modules import GenericDecoder, GenericUNet
 from hipa_deploy.export.graph.modules import (
     Generator,
-    GenericDecoder,
-    GenericUNet,
     OneStepDecoder,
     OneStepEncoder,
     OneStepUNet,

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline
+from safetensors.torch import save_file
 
 from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.export.bundle_files import write_tokenizer
 from hipa_deploy.export.chosen_parts import ChosenParts
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.model_parts import ModelParts
+from hipa_deploy.generate.prompts import TOKENIZER_2
 from hipa_deploy.models.adaptor_folder import WEIGHTS
 from hipa_deploy.models.decoder_folder import vae_sha256
+from hipa_deploy.models.style import EmbeddingChoice, Style
 from hipa_deploy.models.weights.weight_identity import weights_identity
+from tests.tiny_sdxl import FIRST_WIDTH, SECOND_WIDTH, make_sdxl
 
 
 @pytest.fixture
@@ -71,3 +77,32 @@ def test_every_call_loads_a_part_anew(model_dir: Path) -> None:
         first.conv_in.weight.zero_()
     second, _ = parts.unet()
     assert second.conv_in.weight.abs().max() > 0
+
+
+@torch.no_grad()
+def test_words_for_both_text_encoders(tmp_path: Path) -> None:
+    """The bundle's tokenizers and the encoders, against diffusers with the same file."""
+    folder = make_sdxl(tmp_path / "sdxl")
+    path = tmp_path / "cat.safetensors"
+    content = {"clip_l": torch.randn(5, FIRST_WIDTH), "clip_g": torch.randn(5, SECOND_WIDTH)}
+    save_file(content, path)
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(folder)
+    pipe.load_textual_inversion(content["clip_l"], token="<cat>")
+    pipe.load_textual_inversion(
+        content["clip_g"],
+        token="<cat>",
+        text_encoder=pipe.text_encoder_2,
+        tokenizer=pipe.tokenizer_2,
+    )
+
+    style = Style(embeddings=(EmbeddingChoice(path, "<cat>"),))
+    options = ExportOptions(model=str(folder), out=tmp_path / "b", style=style)
+    parts = ChosenParts.choose(ModelParts.open(str(folder)), options, "generate")
+    prompt = "a <cat> in red!!"
+    first = write_tokenizer(tmp_path, parts.tokenizer(), prompt)
+    second = write_tokenizer(tmp_path, parts.tokenizer_2(), prompt, name=TOKENIZER_2)
+    tokens = [torch.from_numpy(tokenizer([prompt])) for tokenizer in (first, second)]
+    context_BLD, pooled_BP = parts.pair_context(parts.text_pair(), *tokens)
+    expected, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
+    torch.testing.assert_close(context_BLD, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pooled_BP, pooled, rtol=0, atol=1e-5)

@@ -19,12 +19,11 @@ from hipa_deploy.doctor.self_check import check_bundle
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.export_request import SwapOptions, check_request, resolve_request
-from hipa_deploy.export.export_swap import export_swap
+from hipa_deploy.export.export_request import check_request, resolve_request
 from hipa_deploy.export.graph.axes import parse_axes
+from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.open_stages import open_runner
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.style import EmbeddingChoice, Style
 from tests.tiny_model import PROMPTS, make_model
 from tests.tiny_sdxl import FIRST_WIDTH, SECOND_WIDTH, make_sdxl
 
@@ -177,18 +176,16 @@ def test_a_closed_set_to_edit_in_fp16(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layout": "generic"}, "exported in the layout onestep alone"),
-        ({"with_teacher": True, "adaptor": "lora"}, "drafts of such a model are not refined"),
-        ({"dynamic": parse_axes("height=64:64:128")}, "Export a bundle for each size"),
-        ({"style": Style(embeddings=(EmbeddingChoice(Path(__file__)),))}, "two text encoders"),
+        (
+            {"dynamic": parse_axes("height=64:64:128"), "prompts": Path(__file__)},
+            "--prompts would bake one size. Leave out --prompts, or export a bundle for each size",
+        ),
         ({"height": 72}, "height 72 does not fit this model. Expected a multiple of 16"),
     ],
 )
 def test_what_sdxl_is_not_exported_for(
     model: Path, tmp_path: Path, changes: dict, message: str
 ) -> None:
-    if changes.get("adaptor") == "lora":
-        changes = {**changes, "adaptor": write_unet_lora(tmp_path, FIRST_WIDTH + SECOND_WIDTH)}
     options = ExportOptions(model=str(model), out=tmp_path / "bundle", **changes)
     with pytest.raises(HipaError, match=message):
         check_request(options)
@@ -281,43 +278,35 @@ def test_adaptors_of_another_family(
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_an_adaptor_that_changes_the_conditioning_is_swapped(
-    model: Path, bundle: Bundle, reference: Any, tmp_path: Path
-) -> None:
-    """The swap holds the UNet's weights and the text stage's; diffusers loads the same file."""
-    layers = {
-        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (32, FIRST_WIDTH + SECOND_WIDTH),
-        "down_blocks.1.resnets.0.time_emb_proj": (32, 64),
-        "time_embedding.linear_2": (64, 64),
-    }
-    tensors = {}
-    for name, (outputs, inputs) in layers.items():
-        tensors[f"unet.{name}.lora_A.weight"] = torch.randn(2, inputs) * 0.3
-        tensors[f"unet.{name}.lora_B.weight"] = torch.randn(outputs, 2) * 0.3
-    lora = tmp_path / "lora.safetensors"
-    save_file(tensors, lora)
-    out = tmp_path / "swap"
-    swap = export_swap(SwapOptions(model=str(model), adaptor=lora, bundle=bundle.root, out=out))
-    assert swap.manifest.text is not None
+def test_images_of_several_sizes(model: Path, reference: Any, tmp_path: Path) -> None:
+    """The text stage is told each size, and a prompt is remembered at each."""
+    options = ExportOptions(
+        model=str(model),
+        out=tmp_path / "bundle",
+        dtype="fp32",
+        dynamic=parse_axes("height=48:64:96"),
+    )
+    bundle = export_bundle(options)
+    names = [tensor.name for tensor in bundle.stages["text_encoder"].spec.inputs]
+    assert names == ["tokens", "tokens_2", "sizes"]
+    assert check_bundle(bundle).problems == ()
+    wrong_size = {"original_size": (64, 64), "target_size": (64, 64)}
     with OneStepPipeline.load(bundle.root) as pipe:
-        own = pipe.tensors(MARKED, seed=3)
-        pipe(MARKED, seed=3)  # its context is remembered now
-        pipe.swap_adaptor(out)
-        swapped = pipe.tensors(MARKED, seed=3)
-        image = pipe(MARKED, seed=3).images_BHWC
-        pipe.swap_adaptor(None)
-        np.testing.assert_array_equal(pipe(MARKED, seed=3).images_BHWC, own["images"])
-    np.testing.assert_array_equal(image, swapped["images"])
-    assert np.abs(swapped["conditioning"] - own["conditioning"]).max() > 1e-2
-
-    reference.load_lora_weights(tmp_path, weight_name=lora.name)
-    latents = reference(
-        prompt=MARKED,
-        num_inference_steps=1,
-        guidance_scale=1.0,
-        latents=torch.from_numpy(swapped["noise"]),
-        output_type="latent",
-    ).images.numpy()
-    reference.unload_lora_weights()
-    assert np.abs(latents - own["latents"]).max() > 1e-2
-    assert np.abs(latents - swapped["latents"]).max() < 1e-4
+        for height in (96, 48, 64, 96):
+            noise = initial_noise([3], (4, height // 4, 16))
+            request = {
+                "prompt": MARKED,
+                "num_inference_steps": 1,
+                "guidance_scale": 1.0,
+                "latents": torch.from_numpy(noise),
+                "height": height,
+                "width": 64,
+                "output_type": "np",
+            }
+            expected = (reference(**request).images * 255).round()
+            got = pipe(MARKED, seed=3, height=height).images_BHWC
+            assert np.abs(expected - got).max() <= 1
+        other = (reference(**request, **wrong_size).images * 255).round()
+        several = pipe([MARKED, "a boat"], seed=3, height=96).images_BHWC
+    assert np.abs(other - got).max() > 3
+    np.testing.assert_array_equal(several[:1], got)

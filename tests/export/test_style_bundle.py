@@ -31,10 +31,10 @@ PROMPT = "a <cat> with a pear"
 
 @pytest.fixture(scope="module")
 def style(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Style:
-    """A LoRA of UNet and text encoder, and a word of two vectors."""
+    """A LoRA of UNet and text encoder, and a word of as many vectors as published ones have."""
     folder = tmp_path_factory.mktemp("style")
     lora = write_lora(model_dir, folder / "style.safetensors", seed=1)
-    cat = write_embedding(folder / "cat.safetensors", "<cat>", count=2)
+    cat = write_embedding(folder / "cat.safetensors", "<cat>", count=8)
     return Style((LoraChoice(lora, 0.5),), (EmbeddingChoice(cat),))
 
 

@@ -30,7 +30,6 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from hipa_deploy.bundle.text_settings import TextSettings
-from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.prompt_weights import weigh_context
 from hipa_deploy.generate.tokenizer import PromptTokenizer
@@ -40,10 +39,9 @@ from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.models.text_context import text_context
-from hipa_deploy.models.text_pair import pair_context, size_numbers
+from hipa_deploy.models.text_pair import forces_zeros, pair_context
 from hipa_deploy.models.weights.load_part import check_weights, load_part
-from hipa_deploy.models.weights.part_config import read_config
-from hipa_deploy.tasks import Task, is_inpainting_unet
+from hipa_deploy.tasks import Task, is_inpainting_unet, size_numbers
 from hipa_deploy.train.model.conditions import Conditions
 
 
@@ -118,6 +116,8 @@ class DiffusionModel:
         pipe = pipeline(config, parts, tokenizers)
         added.merge({part: parts[part] for part in ("unet", *config.text_parts)})
         added.add_words(pipe.tokenizer, pipe.text_encoder)
+        if config.has_text_pair:
+            added.add_words(pipe.tokenizer_2, pipe.text_encoder_2, SECOND)
         for module in parts.values():
             module.eval().requires_grad_(False)
 
@@ -291,7 +291,7 @@ def pipeline(config: ModelConfig, parts: dict[str, Any], tokenizers: dict[str, A
             **parts,
             **tokenizers,
             scheduler=scheduler,
-            force_zeros_for_empty_prompt=_forces_zeros(config.folder),
+            force_zeros_for_empty_prompt=forces_zeros(config.folder),
             add_watermarker=False,
         )
     return StableDiffusionPipeline(
@@ -307,18 +307,6 @@ def pipeline(config: ModelConfig, parts: dict[str, Any], tokenizers: dict[str, A
 def tokenizer_of(text_encoder: str) -> str:
     """The folder of a text encoder's tokenizer: text_encoder_2 -> tokenizer_2."""
     return text_encoder.replace("text_encoder", "tokenizer")
-
-
-def _forces_zeros(folder: Path) -> bool:
-    """Whether guidance leads away from zeros; a folder that does not say it has the default."""
-    key = "force_zeros_for_empty_prompt"
-    value = read_config(folder, "model_index.json").get(key, True)
-    if not isinstance(value, bool):
-        raise HipaError(
-            f"{folder}: model_index.json has {key}={brief(value)}. Expected true or false. "
-            "Correct the file."
-        )
-    return value
 
 
 def to_uint8(image01_BCHW: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """The base UNet of a bundle, run in many guided steps, and the checks of a request for that.
 
 Shapes: B batch, C latent channels, h, w latent height and width, L tokens, D width of a context,
-T timesteps of the noise schedule.
+P width of SDXL's pooled vector, T timesteps of the noise schedule.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -16,14 +16,16 @@ from hipa_deploy.bundle.arrays import Header, bounded, read_npz
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import Refinement, RefineSettings
 from hipa_deploy.errors import HipaError, brief
-from hipa_deploy.generate.open_stages import open_runner
+from hipa_deploy.generate.open_stages import has_engine, open_runner
 from hipa_deploy.generate.refine.solver import make_solver
-from hipa_deploy.generate.runner import ENGINE_BACKENDS, Runner
+from hipa_deploy.generate.runner import Runner
 from hipa_deploy.generate.stages import Timer
+from hipa_deploy.tasks import size_numbers
 
 Progress = Callable[[int, int], None]
 """Called with the steps that are done and the steps in all."""
 
+TEXT_TENSORS = ("context", "pooled")  # what the base UNet takes of a prompt
 SAMPLERS = ("dpmsolver++", "ddim")
 LEAST_STEPS = 2
 MOST_STEPS = 1000
@@ -56,10 +58,10 @@ def refinement_of(bundle: Bundle, backend: str = "auto", *, low_memory: bool = F
             f"{bundle.root} does not have the base model that refines. Export it with "
             "--with-teacher."
         )
-    if backend in ENGINE_BACKENDS:
+    if not has_engine(bundle, manifest.refine.stage.spec.name, backend):
         raise HipaError(
-            f"backend {backend} does not refine: no engine is built of the base model. "
-            "Use --backend onnxruntime, onnxruntime-cuda or openvino."
+            f"{bundle.root} has no {backend} engine of the base model, which refines. "
+            f"Run: hipa-build {bundle.root} --backend {backend}"
         )
     if low_memory:
         raise HipaError(
@@ -140,7 +142,7 @@ class Refiner:
     def latents(
         self,
         noise_BCHW: np.ndarray,
-        context_BLD: np.ndarray,
+        text: Mapping[str, np.ndarray],
         settings: RefineSettings,
         timer: Timer = nullcontext,
         progress: Progress | None = None,
@@ -152,7 +154,8 @@ class Refiner:
 
         Args:
             noise_BCHW: float32, standard normal.
-            context_BLD: of the prompts, in the type that the bundle's text encoder gives.
+            text: of the prompts, in the type that the bundle's text stage gives: 'context'
+                [B, L, D], and of SDXL 'pooled' [B, P].
             settings: sampler, steps and guidance.
             timer: called with 'teacher' around each call of the UNet.
             progress: called before the first step and after each.
@@ -170,19 +173,26 @@ class Refiner:
             )
         prediction_type = self._bundle.manifest.one_step.prediction_type
         solver = make_solver(settings, alpha_bars_T, prediction_type)
-        empty_BLD = np.repeat(self._tables["empty_context"], len(context_BLD), axis=0)
+        prompted = self._conditions(text, noise_BCHW)
+        empty = {}
+        for name in TEXT_TENSORS:
+            if name in text:
+                empty[name] = np.repeat(self._tables[f"empty_{name}"], len(noise_BCHW), axis=0)
+        unguided = self._conditions(empty, noise_BCHW)
 
-        def predict(sample_BCHW: np.ndarray, timestep: int, text_BLD: np.ndarray) -> np.ndarray:
-            return _ask(unet, sample_BCHW, timestep, text_BLD, timer)
+        def predict(
+            sample_BCHW: np.ndarray, timestep: int, conditions: Sequence[np.ndarray]
+        ) -> np.ndarray:
+            return _ask(unet, sample_BCHW, timestep, conditions, timer)
 
         total = len(solver.timesteps)
         x_BCHW = noise_BCHW
         for index, timestep in enumerate(solver.timesteps):
             if progress:
                 progress(index, total)
-            output_BCHW = predict(x_BCHW, timestep, context_BLD)
+            output_BCHW = predict(x_BCHW, timestep, prompted)
             if settings.guidance != 1:
-                without_BCHW = predict(x_BCHW, timestep, empty_BLD)
+                without_BCHW = predict(x_BCHW, timestep, unguided)
                 guidance = np.float32(settings.guidance)
                 output_BCHW = without_BCHW + guidance * (output_BCHW - without_BCHW)
             x_BCHW = solver.step(index, x_BCHW, output_BCHW)
@@ -194,6 +204,20 @@ class Refiner:
                 "Export the bundle with --dtype fp32, or use another backend."
             )
         return x_BCHW
+
+    def _conditions(
+        self, text: Mapping[str, np.ndarray], noise_BCHW: np.ndarray
+    ) -> list[np.ndarray]:
+        """What the UNet takes after latents and timestep, in the order of its inputs."""
+        refinement = self._bundle.manifest.refine
+        assert refinement is not None  # its UNet is loaded
+        if not refinement.takes_pooled:
+            return [text["context"]]
+        step = self._bundle.manifest.one_step
+        pixels = step.height // step.latent_shape[1]
+        batch, _, height, width = noise_BCHW.shape
+        sizes = size_numbers(height * pixels, width * pixels)
+        return [text["context"], text["pooled"], np.repeat([sizes], batch, axis=0)]
 
     def _load(self) -> Runner:
         with self._loading:
@@ -216,10 +240,14 @@ class Refiner:
 
 
 def _ask(
-    unet: Runner, sample_BCHW: np.ndarray, timestep: int, context_BLD: np.ndarray, timer: Timer
+    unet: Runner,
+    sample_BCHW: np.ndarray,
+    timestep: int,
+    conditions: Sequence[np.ndarray],
+    timer: Timer,
 ) -> np.ndarray:
     """What the UNet predicts, float32 [B, C, h, w]."""
-    values = (sample_BCHW, np.asarray([timestep]), context_BLD)
+    values = (sample_BCHW, np.asarray([timestep]), *conditions)
     feed = {}
     for tensor, value in zip(unet.spec.inputs, values, strict=True):
         feed[tensor.name] = value.astype(tensor.dtype, copy=False)
@@ -231,27 +259,32 @@ def _ask(
 def read_tables(bundle: Bundle, refinement: Refinement) -> dict[str, np.ndarray]:
     """``alpha_bars`` float32 [T] and ``empty_context`` [1, L, D] of a bundle that refines.
 
+    Of SDXL also ``empty_pooled`` [1, P].
+
     Raises:
         HipaError: the file is damaged, or is another's.
 
     """
-    context = refinement.stage.spec.inputs[2]
-    shape_LD = context.shape[1:]
+    # What guidance leads away from has the type and shape of what it leads to.
+    empty = {"empty_context": refinement.stage.spec.inputs[2]}
+    if refinement.takes_pooled:
+        empty["empty_pooled"] = refinement.stage.spec.inputs[3]
 
     def check(name: str, found: Header) -> str | None:
         dtype, shape = found
         if name == "alpha_bars" and dtype == np.float32 and len(shape) == 1:
             return bounded(found)
-        if name == "empty_context" and dtype == context.dtype and shape == (1, *shape_LD):
+        tensor = empty.get(name)
+        if tensor is not None and dtype == tensor.dtype and shape == (1, *tensor.shape[1:]):
             return None
         return f"{brief(name)} is {dtype} {list(shape)}"
 
     path = bundle.path(refinement.tables)
     tables = read_npz(path, check, max_bytes=_MAX_TABLES)
-    whole = tables.keys() == {"alpha_bars", "empty_context"}
+    whole = tables.keys() == {"alpha_bars", *empty}
     if not whole or not _is_schedule(tables["alpha_bars"]):
         raise HipaError(f"{path} has no noise schedule. Export the bundle again.")
-    if not np.isfinite(tables["empty_context"]).all():
+    if not all(np.isfinite(tables[name]).all() for name in empty):
         raise HipaError(f"{path} has NaN or infinity. Export the bundle again.")
     return tables
 

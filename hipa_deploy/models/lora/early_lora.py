@@ -27,6 +27,9 @@ from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.early_check import check_tensors, known_shapes
 from hipa_deploy.models.weights.part_config import read_config
 
+# Of an embedding for SDXL, the tensor of each text encoder.
+SDXL_KEYS = {"clip_l": "text_encoder", "clip_g": SECOND}
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -73,25 +76,43 @@ def check_style(style: Style, model: Path) -> None:
 
     """
     parts = ["unet", "text_encoder"]
-    if has_second_encoder(read_config(model, "model_index.json")):
+    has_pair = has_second_encoder(read_config(model, "model_index.json"))
+    if has_pair:
         parts.append(SECOND)
-        if style.embeddings:
-            raise HipaError(
-                f"--embedding {style.embeddings[0].path}: {model} has two text encoders, and words "
-                "are added to models of one alone. Leave out --embedding."
-            )
     for lora in style.loras:
         check_lora(lora.path, model, parts)
     for embedding in style.embeddings:
         check_regular(embedding.path)
         ending = embedding.path.suffix.lower()
         if ending == SAFETENSORS:
-            check_tensors(embedding.path)
+            names = check_tensors(embedding.path)
+            if has_pair:
+                is_for_both(embedding.path, names)
         elif ending not in PICKLED:
             endings = ", ".join((SAFETENSORS, *PICKLED))
             raise HipaError(
                 f"{embedding.path} is no embedding file. Expected one that ends in: {endings}."
             )
+
+
+def is_for_both(path: Path, names: Iterable[object]) -> bool:
+    """Whether an embedding's file has vectors for SDXL's two text encoders.
+
+    Args:
+        path: the file, for the message.
+        names: of its tensors.
+
+    Raises:
+        HipaError: it has those for one of the two alone, or more than both.
+
+    """
+    given = set(names)
+    if not given & set(SDXL_KEYS):
+        return False
+    if given != set(SDXL_KEYS):
+        found = ", ".join(sorted(map(str, given))[:3])
+        raise HipaError(f"{path} holds {found}. Expected clip_l and clip_g, and no more.")
+    return True
 
 
 def check_lora(path: Path, model: Path, parts: Sequence[str]) -> None:

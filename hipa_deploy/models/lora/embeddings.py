@@ -1,7 +1,10 @@
 """Textual inversion embeddings: new words of a tokenizer, with rows of their own (Gal et al. 2022).
 
 The formats: diffusers' ``learned_embeds`` (.safetensors or .bin, {token: vectors}), and those of
-AUTOMATIC1111 (.pt with ``string_to_param``, .safetensors with ``emb_params``).
+AUTOMATIC1111 (.pt with ``string_to_param``, .safetensors with ``emb_params``). For the two text
+encoders of SDXL one file has ``clip_l`` and ``clip_g``, as kohya's scripts and diffusers' advanced
+ones write it; or each encoder has a file of one of the other formats, as of diffusers'
+textual_inversion_sdxl.py.
 
 One word may have several vectors. diffusers then has the tokens TOKEN, TOKEN_1, TOKEN_2, and its
 ``maybe_convert_prompt`` writes all of them where a prompt has TOKEN. Here the tokenizer does so
@@ -13,7 +16,7 @@ Shape suffixes: N vectors, D width of the text encoder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,16 +27,18 @@ from torch import Tensor, nn
 from hipa_deploy.bundle.manifest import EmbeddingInfo
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.kind import SECOND
+from hipa_deploy.models.lora.early_lora import SDXL_KEYS, is_for_both
 from hipa_deploy.models.lora.find_lora import PICKLED, SAFETENSORS
 from hipa_deploy.models.lora.tensor_file import finite, load_pickled, read_tensors
 from hipa_deploy.models.style import EmbeddingChoice
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizerFast
+    from transformers import CLIPTokenizerFast, PreTrainedModel
 
 # The first name of a vector: the supplementary private use area A, which nobody types.
 FIRST_NAME = 0xF0000
-SDXL_KEYS = ("clip_l", "clip_g")
+FIRST = "text_encoder"
 MOST_LETTERS = 200
 MOST_VECTORS = 75  # a prompt of 77 tokens, without its first and last
 
@@ -47,6 +52,7 @@ class Embedding:
         sha256: of the file.
         token: the word that stands for it in a prompt.
         vectors_ND: float32.
+        part: the text encoder that it is for.
 
     """
 
@@ -54,6 +60,7 @@ class Embedding:
     sha256: str
     token: str
     vectors_ND: Tensor
+    part: str = FIRST
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -89,33 +96,137 @@ def read_embedding(chosen: EmbeddingChoice, width: int) -> Embedding:
 
     """
     path = chosen.path
-    ending = path.suffix.lower()
-    if ending not in (SAFETENSORS, *PICKLED):
-        endings = ", ".join((SAFETENSORS, *PICKLED))
-        raise HipaError(f"{path} is no embedding file. Expected one that ends in: {endings}.")
-    content = read_tensors(path)[0] if ending == SAFETENSORS else load_pickled(path)
-    own_token, vectors = _vectors(path, content)
-    vectors_ND = finite(path, "the embedding", vectors)
-    if vectors_ND.dim() == 1:
-        vectors_ND = vectors_ND[None]
-
-    if vectors_ND.dim() != 2 or not 1 <= len(vectors_ND) <= MOST_VECTORS:
+    content = _content(path)
+    if isinstance(content, Mapping) and set(SDXL_KEYS) & set(content):
         raise HipaError(
-            f"{path} holds an embedding of shape {list(vectors_ND.shape)}. "
-            f"Expected 1 to {MOST_VECTORS} vectors of width {width}."
+            f"{path} is an embedding for SDXL, with vectors for two text encoders. "
+            "Expected one for SD 1.x or 2.x, as the model is."
         )
+    own_token, vectors = _vectors(path, content)
+    vectors_ND = _as_rows(path, vectors)
     if vectors_ND.shape[1] != width:
         raise HipaError(
             f"{path} holds vectors of width {vectors_ND.shape[1]}, the model's text encoder has "
             f"{width}. Use an embedding of this model's family: 768 is SD 1.x, 1024 is SD 2.x."
         )
-    token = (chosen.token or own_token or path.stem).strip()
+    return Embedding(path, file_sha256(path), _token(chosen, own_token), vectors_ND)
+
+
+def read_pair_embeddings(
+    choices: Sequence[EmbeddingChoice], widths: Sequence[int]
+) -> list[Embedding]:
+    """Read the embeddings of a model with two text encoders, as SDXL is.
+
+    Args:
+        choices: the files, and their tokens as ``read_embedding`` takes them.
+        widths: of the two encoders.
+
+    Returns:
+        Two for every token, one for each encoder.
+
+    Raises:
+        HipaError: as ``read_embedding``; or a token has vectors for one encoder alone, or not as
+            many for one as for the other.
+
+    Example:
+        >>> pair = read_pair_embeddings([EmbeddingChoice(Path("cat.safetensors"))], (768, 1280))
+        >>> [embedding.part for embedding in pair]
+        ['text_encoder', 'text_encoder_2']
+
+    """
+    found: list[Embedding] = []
+    for chosen in choices:
+        found += _read_for_pair(chosen, widths)
+    for embedding in found:
+        _check_other_half(embedding, found)
+    return found
+
+
+def _check_other_half(embedding: Embedding, found: Sequence[Embedding]) -> None:
+    """Raise HipaError unless the other encoder has as many vectors of the same token."""
+    counts = {}
+    for other in found:
+        if other.token == embedding.token:
+            counts[other.part] = len(other.vectors_ND)
+    if len(counts) == 1:
+        raise HipaError(
+            f"{embedding.path} has vectors of {embedding.token!r} for {embedding.part} alone, "
+            "and the model has two text encoders, as SDXL has. Expected a file with clip_l and "
+            "clip_g; or give the file for the other encoder too, with the same token."
+        )
+    if counts[FIRST] != counts[SECOND]:
+        raise HipaError(
+            f"{embedding.path}: {embedding.token!r} has {counts[FIRST]} vectors for {FIRST} and "
+            f"{counts[SECOND]} for {SECOND}. Expected as many for both."
+        )
+
+
+def _read_for_pair(chosen: EmbeddingChoice, widths: Sequence[int]) -> list[Embedding]:
+    """What one file has for two text encoders: vectors for both, or for the one of their width."""
+    path = chosen.path
+    content = _content(path)
+    by_width = dict(zip((FIRST, SECOND), widths, strict=True))
+    found: dict[str, Tensor] = {}
+    own_token = None
+    if isinstance(content, Mapping) and is_for_both(path, content):
+        for key, part in SDXL_KEYS.items():
+            found[part] = _as_rows(path, content[key])
+    else:
+        own_token, vectors = _vectors(path, content)
+        vectors_ND = _as_rows(path, vectors)
+        fitting = [part for part, width in by_width.items() if width == vectors_ND.shape[1]]
+        if len(fitting) > 1:
+            raise HipaError(
+                f"{path}: both text encoders are {widths[0]} wide, and the file does not say which "
+                "one it is for. Expected a file with clip_l and clip_g."
+            )
+        found[fitting[0] if fitting else FIRST] = vectors_ND
+    for part, vectors_ND in found.items():
+        if vectors_ND.shape[1] != by_width[part]:
+            raise HipaError(
+                f"{path} holds vectors of width {vectors_ND.shape[1]}, and the model's text "
+                f"encoders have {widths[0]} and {widths[1]}. Use an embedding of this model's "
+                "family: SDXL's are 768 (clip_l) and 1280 (clip_g)."
+            )
+    token = _token(chosen, own_token)
+    sha256 = file_sha256(path)
+    return [Embedding(path, sha256, token, rows_ND, part) for part, rows_ND in found.items()]
+
+
+def _content(path: Path) -> Any:
+    """What an embedding's file holds."""
+    ending = path.suffix.lower()
+    if ending not in (SAFETENSORS, *PICKLED):
+        endings = ", ".join((SAFETENSORS, *PICKLED))
+        raise HipaError(f"{path} is no embedding file. Expected one that ends in: {endings}.")
+    return read_tensors(path)[0] if ending == SAFETENSORS else load_pickled(path)
+
+
+def _as_rows(path: Path, vectors: Any) -> Tensor:
+    """Vectors float32 [N, D]."""
+    if not isinstance(vectors, Tensor):
+        raise HipaError(f"{path} holds a {type(vectors).__name__}. Expected an embedding.")
+    vectors_ND = finite(path, "the embedding", vectors)
+    if vectors_ND.dim() == 1:
+        vectors_ND = vectors_ND[None]
+    if vectors_ND.dim() != 2 or not 1 <= len(vectors_ND) <= MOST_VECTORS:
+        raise HipaError(
+            f"{path} holds an embedding of shape {list(vectors_ND.shape)}. "
+            f"Expected 1 to {MOST_VECTORS} vectors."
+        )
+    return vectors_ND
+
+
+def _token(chosen: EmbeddingChoice, own: str | None) -> str:
+    """The word for an embedding: the user's, the file's own, or the file's name."""
+    path = chosen.path
+    token = (chosen.token or own or path.stem).strip()
     if not token or not token.isprintable() or len(token) > MOST_LETTERS:
         raise HipaError(
             f"{path}: {token!r} is no token. Expected 1 to {MOST_LETTERS} printable letters. "
             f"Give one after a colon: {path}:<word>."
         )
-    return Embedding(path, file_sha256(path), token, vectors_ND)
+    return token
 
 
 def _vectors(path: Path, content: Any) -> tuple[str | None, Tensor]:
@@ -124,11 +235,6 @@ def _vectors(path: Path, content: Any) -> tuple[str | None, Tensor]:
         return None, content
     if not isinstance(content, Mapping):
         raise HipaError(f"{path} holds a {type(content).__name__}. Expected an embedding.")
-    if set(SDXL_KEYS) & set(content):
-        raise HipaError(
-            f"{path} is an embedding for SDXL, with vectors for two text encoders. "
-            "Expected one for SD 1.x or 2.x, as the model is."
-        )
     if "string_to_param" in content:
         params = content["string_to_param"]
         named = dict(params.items()) if hasattr(params, "items") else {}
@@ -193,7 +299,7 @@ def add_tokens(tokenizer: CLIPTokenizerFast, embedding: Embedding) -> list[int]:
 
 
 @torch.no_grad()
-def add_rows(encoder: CLIPTextModel, embedding: Embedding, ids: list[int]) -> None:
+def add_rows(encoder: PreTrainedModel, embedding: Embedding, ids: list[int]) -> None:
     """Give the tokens ``ids`` the vectors of ``embedding``, in place."""
     old: Any = encoder.get_input_embeddings()
     rows = max(len(old.weight), max(ids) + 1)

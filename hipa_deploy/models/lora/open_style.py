@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,14 @@ from torch import nn
 
 from hipa_deploy.bundle.manifest import LoraInfo
 from hipa_deploy.errors import HipaError
-from hipa_deploy.models.lora.embeddings import Embedding, add_rows, add_tokens, read_embedding
+from hipa_deploy.models.lora.embeddings import (
+    FIRST,
+    Embedding,
+    add_rows,
+    add_tokens,
+    read_embedding,
+    read_pair_embeddings,
+)
 from hipa_deploy.models.lora.lora_file import LoraFile, LoraLayer, read_lora
 from hipa_deploy.models.lora.merge_lora import merge_lora, module_names
 from hipa_deploy.models.lora.names import SECOND
@@ -19,7 +26,7 @@ from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.models.weights.part_config import build
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizerFast
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -47,19 +54,20 @@ class OpenStyle:
 
         Raises:
             HipaError: a file that cannot be read, that is not whole or is for another model; an
-                embedding of another width or for two text encoders, or a token that is taken.
+                embedding of another width or for another number of text encoders, or a token that
+                is taken.
 
         """
         if not style:
             return cls()
-        if style.embeddings and config.has_text_pair:
-            raise HipaError(
-                f"{style.embeddings[0].path}: {config.folder} has two text encoders, and words are "
-                "added to models of one alone. Leave the embedding out."
-            )
-        width = config.text_width
-        embeddings = tuple(read_embedding(chosen, width) for chosen in style.embeddings)
-        _check_tokens(embeddings)
+        embeddings: list[Embedding]
+        if config.has_text_pair:
+            embeddings = read_pair_embeddings(style.embeddings, config.text_widths)
+        else:
+            width = config.text_width
+            embeddings = [read_embedding(chosen, width) for chosen in style.embeddings]
+        for part in config.text_parts:
+            _check_tokens([embedding for embedding in embeddings if embedding.part == part])
 
         loras = []
         infos = []
@@ -78,10 +86,10 @@ class OpenStyle:
                     parts=lora.parts,
                 )
             )
-        info = StyleInfo(
-            loras=tuple(infos), embeddings=tuple(embedding.info for embedding in embeddings)
-        )
-        return cls(tuple(loras), embeddings, info)
+        # A file with vectors for two text encoders is one embedding.
+        added = dict.fromkeys(embedding.info for embedding in embeddings)
+        info = StyleInfo(loras=tuple(infos), embeddings=tuple(added))
+        return cls(tuple(loras), tuple(embeddings), info)
 
     @property
     def changes_text(self) -> bool:
@@ -99,14 +107,26 @@ class OpenStyle:
         for lora, scale in self.loras:
             merge_lora(parts, lora, scale, "the number after --lora")
 
-    def add_words(self, tokenizer: CLIPTokenizerFast, encoder: CLIPTextModel | None = None) -> None:
+    def add_words(
+        self,
+        tokenizer: CLIPTokenizerFast,
+        encoder: CLIPTextModel | CLIPTextModelWithProjection | None = None,
+        part: str = FIRST,
+    ) -> None:
         """Add the embeddings' tokens to ``tokenizer``, and their rows to ``encoder``, in place.
+
+        Args:
+            tokenizer: of a text encoder.
+            encoder: that text encoder; None adds the words alone.
+            part: which of two encoders it is: 'text_encoder' or 'text_encoder_2'.
 
         Raises:
             HipaError: a token is one of the tokenizer's already.
 
         """
         for embedding in self.embeddings:
+            if embedding.part != part:
+                continue
             ids = add_tokens(tokenizer, embedding)
             if encoder is not None:
                 add_rows(encoder, embedding, ids)
@@ -137,7 +157,7 @@ def _without_memory(lora: LoraFile) -> LoraFile:
     return replace(lora, layers=layers)
 
 
-def _check_tokens(embeddings: tuple[Embedding, ...]) -> None:
+def _check_tokens(embeddings: Sequence[Embedding]) -> None:
     """Raise HipaError for two embeddings of one token."""
     seen: dict[str, Embedding] = {}
     for embedding in embeddings:

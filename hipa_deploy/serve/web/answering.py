@@ -12,7 +12,6 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.runner import ENGINE_BACKENDS
 from hipa_deploy.serve.batcher import QueueFullError, StoppingError
 from hipa_deploy.serve.served import Model
 from hipa_deploy.serve.service import (
@@ -97,8 +96,8 @@ def check_refines(model: Model) -> None:
     problem = None
     if served.bundle.manifest.refine is None:
         problem = "has no base model to refine with"
-    elif served.pipe and served.pipe.backend in ENGINE_BACKENDS:
-        problem = f"runs on {served.pipe.backend}, which does not refine"
+    elif not served.refines:
+        problem = f"runs on {served.backend}, and no engine of its base model is built"
     if problem:
         raise ApiError(400, f"The model {model.name} {problem}.", "invalid_value", param="model")
 

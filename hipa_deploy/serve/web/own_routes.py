@@ -212,7 +212,9 @@ def _described(model: Model) -> dict[str, Any]:
         **sizes,
         "strengths": [entry.strength for entry in manifest.strengths],
         "upscale": manifest.upscale,
-        "refine": manifest.refine.settings.model_dump() if manifest.refine else None,
+        "refine": manifest.refine.settings.model_dump()
+        if manifest.refine and served.refines
+        else None,
         "backend": served.backend,
         "batch_sizes": list(served.batch_sizes) if served.batch_sizes else None,
         "ready": served.ready,

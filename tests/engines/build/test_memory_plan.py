@@ -270,6 +270,26 @@ def test_what_would_make_a_run_smaller():
     assert {need.verdict for need in ways.values()} == {"does not fit"}
 
 
+def test_the_base_unet_counts_beside_the_stages():
+    """It is no stage of the one step: a run without refining never loads it."""
+    teacher = StageSize(stage="teacher", weights=1700, activations=160)
+    with_it = plan_sd15("rtx", "rtx4090", memory_gib=4, sizes=(*SD15, teacher))
+    without = plan_sd15("rtx", "rtx4090", memory_gib=4)
+    assert with_it.run == without.run
+    assert [need.what for need in with_it.needs[-2:]] == [
+        "running: GPU memory",
+        "refining: GPU memory",
+    ]
+    assert with_it.needs[-2] == without.needs[-1]
+    (refining,) = with_it.misfits
+    assert refining.need == without.needs[-1].need + 1700 + 160
+    ways = {way.change: way.need for way in with_it.ways}
+    assert ways["hipa-export without --with-teacher"].need == without.needs[-1].need
+    assert "--low-memory" not in ways
+    with pytest.raises(HipaError, match="fit: hipa-export without --with-teacher"):
+        with_it.refuse_misfits()
+
+
 def test_the_tiny_decoder_of_a_bundle_is_known_by_its_pixels(bundle):
     planned = plan(bundle, "rtx", device=machine(RTX_4090.model_copy(update={"memory_mib": 100})))
     tiny = {way.change: way.need.need for way in planned.ways}["hipa-export --decoder tiny"]

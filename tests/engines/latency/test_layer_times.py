@@ -20,6 +20,7 @@ from hipa_deploy.engines.latency.layer_times import (
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.stages import HostStages
+from tests.sdxl_samples import sdxl_bundle
 
 PROMPT = "3d emoji of a red apple"
 
@@ -50,6 +51,18 @@ def test_the_feeds_are_those_of_the_pipeline(pipeline):
     assert inputs["text_encoder"]["tokens"].shape == (1, 77)
     latents = pipeline.runners["unet"](**inputs["unet"])["latents"]
     assert np.array_equal(latents, inputs["vae_decoder"]["latents"])
+
+
+def test_the_feeds_of_a_batch_of_sdxl(tmp_path):
+    """Of several images the pipeline encodes each prompt by itself, without the whole batch."""
+    with OneStepPipeline.load(sdxl_bundle(tmp_path).root, "onnxruntime") as pipe:
+        for prompt in (PROMPT, "a (red:1.3) apple"):
+            inputs = stage_inputs(pipe, prompt)
+            assert {value.shape for value in inputs["text_encoder"].values()} == {(2, 77)}
+            assert list(inputs["text_encoder"]) == ["tokens", "tokens_2"]
+            made = pipe.runners["text_encoder"](**inputs["text_encoder"])
+            conditioning = inputs["unet"]["conditioning"]
+            np.testing.assert_allclose(made["conditioning"], conditioning, atol=1e-2)
 
 
 def test_a_runner_that_can_profile_itself_does(pipeline):

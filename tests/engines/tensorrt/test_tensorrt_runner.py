@@ -123,6 +123,24 @@ def test_with_a_known_context_the_text_encoder_does_not_run(fake):
         assert "cudaStreamBeginCapture" not in calls(fake, before)
 
 
+def test_what_only_keeps_a_stage_from_running_is_left_out(fake, monkeypatch):
+    """SDXL's text stage gives a pooled vector that no other stage of the one step takes."""
+    pooled = tensor("pooled", "float16", 1, 2)
+    text = TEXT.model_copy(update={"outputs": (CONTEXT, pooled)})
+    whole = lambda tokens: {"context": 2 * tokens, "pooled": tokens[:, :2]}  # noqa: E731
+    monkeypatch.setitem(COMPUTE, "text_encoder", whole)
+    with fake(text, UNET, DECODER) as runner:
+        known = runner.run(INPUTS, ("context", "pooled"))
+        feed = {**known, "noise": INPUTS["noise"]}
+        assert runner.run(feed, ("images",))["images"].tolist() == IMAGE
+        assert runner.device_ms == 2, "the text encoder did not run"
+        # The decoder alone, as after the last step of a refining.
+        feed = {**known, "latents": np.float32([[1, 2, 3]])}
+        assert runner.run(feed, ("images",))["images"].tolist() == [[2, 3, 4]]
+        with pytest.raises(HipaError, match="got inputs"):
+            runner.run({**feed, "unknown": known["pooled"]}, ("images",))
+
+
 def test_a_stage_by_itself_is_a_runner(fake):
     with fake() as runner:
         unet = runner.runners["unet"]

@@ -13,7 +13,7 @@ from hipa_deploy.export.graph.conditioning import (
     conditioning_channels,
     cut_conditioning,
 )
-from hipa_deploy.models.text_pair import size_numbers
+from hipa_deploy.tasks import size_numbers
 
 POOLED = 20
 CONTEXT = 40
@@ -62,6 +62,8 @@ def test_the_cut_unet_gives_what_diffusers_gives(changes: dict) -> None:
     conditioning_BSK = Conditioning(unet, [999, 499], sizes)(pooled_BP)
     assert conditioning_BSK.shape == (2, 2, conditioning_channels(unet))
     assert (conditioning_BSK - torch.stack(recorded, dim=1)).abs().max() < 1e-6
+    told_BSK = Conditioning(unet, [999, 499], None)(pooled_BP, torch.tensor([sizes] * 2))
+    torch.testing.assert_close(told_BSK, conditioning_BSK, rtol=0, atol=0)
     # Another prompt and another timestep must show in it, or the comparison would say nothing.
     assert (conditioning_BSK[0] - conditioning_BSK[1]).abs().max() > 1e-2
     assert (conditioning_BSK[:, 0] - conditioning_BSK[:, 1]).abs().max() > 1e-3

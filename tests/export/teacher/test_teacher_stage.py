@@ -131,8 +131,8 @@ def test_another_unet_does_not_pass_the_gate(
             ChosenParts(model, "generate", adaptor=taught_dir),
             refinement.stage.spec,
             bundle.manifest.one_step,
-            PromptTokenizer(bundle.path("tokenizer/tokenizer.json")),
-            reference.tensors["context"],
+            [PromptTokenizer(bundle.path("tokenizer/tokenizer.json"))],
+            reference.tensors,
         )
 
 

@@ -75,3 +75,42 @@ def test_numbers_and_lists_have_limits(place: tuple, value: object, words: str) 
 @pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, "9" * 5000, "\ud800"])
 def test_what_is_no_table_is_a_problem_and_no_exception(text: str) -> None:
     assert tokenizer_problem(text)
+
+
+def word(pattern: str, content: str) -> dict[str, Any]:
+    """A rule for a word of an embedding, as the library writes it."""
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+
+
+def with_rules(rules: list[dict[str, Any]]) -> str:
+    usual = json.loads(TEXT)["normalizer"]
+    # Every embedding puts its rules around what was there.
+    nested = {"type": "Sequence", "normalizers": [*rules[1:], usual]}
+    return changed("normalizer", value={"type": "Sequence", "normalizers": [*rules[:1], nested]})
+
+
+def test_words_of_embeddings_pass() -> None:
+    vectors = "".join(chr(0xF0000 + number) for number in range(75))
+    rules = [word(f"<cat>_{number}", vectors[number]) for number in range(74, 0, -1)]
+    rules.append(word("<cat>", vectors))
+    assert tokenizer_problem(with_rules(rules * 5)) is None
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        word("a", "x" * 5),  # no private characters
+        word("a", chr(0xF0000) * 76),
+        word("", chr(0xF0000) * 5),
+        word(chr(0xF0001), chr(0xF0000) * 5),  # it would grow what another rule has put in
+        {**word("a", chr(0xF0000) * 5), "pattern": {"Regex": "."}},
+        {**word("a", chr(0xF0000) * 5), "prepend": "y"},
+    ],
+)
+def test_rules_that_only_look_like_words(rule: dict[str, Any]) -> None:
+    assert "puts in" in str(tokenizer_problem(with_rules([rule])))
+
+
+def test_words_of_embeddings_have_a_limit() -> None:
+    rules = [word(f"<{number}>", chr(0xF0000)) for number in range(10_001)]
+    assert "10001 words" in str(tokenizer_problem(with_rules(rules)))

@@ -72,6 +72,21 @@ def test_the_options_change_the_sizes(request_for: ExportOptions) -> None:
     assert [size.stage for size in baked] == ["unet", "vae_decoder"]
 
 
+def test_the_base_unet_counts_too(request_for: ExportOptions) -> None:
+    with_it = replace(request_for, with_teacher=True)
+    sizes = predicted_sizes(with_it)
+    assert sizes is not None
+    assert sizes[:-1] == predicted_sizes(request_for)
+    # Nothing is folded in it.
+    assert (sizes[-1].stage, sizes[-1].weights) == ("teacher", 1640)
+    needs = {need.what: need.need for need in plan_export(with_it, "agx-orin")}
+    refining = needs["refining: shared memory"] - needs["running: shared memory"]
+    assert refining == 1640 + (sizes[-1].activations or 0)
+    crowded = replace(with_it, batch=4, decoder=None)
+    with pytest.raises(HipaError, match="no --with-teacher"):
+        plan_export(crowded, "orin-nano")
+
+
 def test_the_orin_nano_takes_sd15_with_little_swap(request_for: ExportOptions) -> None:
     building, running = plan_export(request_for, "orin-nano")
     assert building.verdict == "fits with swap"

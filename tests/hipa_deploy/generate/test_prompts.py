@@ -13,6 +13,7 @@ from hipa_deploy.generate.prompts import (
     read_baked_prompts,
 )
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
+from hipa_deploy.tasks import size_numbers
 
 
 def no_encoder(tokens: dict) -> dict:
@@ -128,6 +129,17 @@ def test_weights_change_the_context_and_not_what_is_remembered() -> None:
         source.feed(plain, no_encoder)["context"], encode(calls[0])["context"]
     )
     assert source.prepare(["(red:2)"], truncate=True)[0].weights_L is None
+
+
+def test_a_prompt_is_remembered_at_each_size() -> None:
+    source = EncodedPrompts(None)  # type: ignore[arg-type]  # feed and keep need no tokenizer
+    sizes = [np.asarray(size_numbers(*size)) for size in ((64, 64), (96, 64))]
+    small, large = (EncodedPrompt(np.asarray([1, 2]), sizes_6=numbers_6) for numbers_6 in sizes)
+    fed = source.feed([large], no_encoder)
+    assert fed["sizes"].tolist() == [[96, 64, 0, 0, 96, 64]]
+    source.keep([small], {"context": np.zeros((1, 2, 1), np.float32)})
+    assert list(source.feed([small], no_encoder)) == ["context"]
+    assert list(source.feed([large], no_encoder)) == ["tokens", "sizes"]
 
 
 def test_a_closed_set_keeps_how_it_was_baked(tmp_path: Path) -> None:

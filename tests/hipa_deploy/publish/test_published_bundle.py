@@ -11,6 +11,7 @@ from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.errors import HipaError
+from tests.sdxl_samples import sdxl_bundle
 
 from .conftest import front_matter, written
 
@@ -53,6 +54,18 @@ def test_the_card_of_a_bundle(report: Path, tmp_path: Path) -> None:
         "| HiPA | 0.1 |",
     ):
         assert expected in text
+
+
+def test_the_card_of_a_bundle_that_refines(tmp_path: Path) -> None:
+    """Of SDXL: both tokenizers and the base UNet are published."""
+    bundle = sdxl_bundle(tmp_path / "made")
+    out = written(bundle.root, tmp_path / "out", licence="apache-2.0")
+    Bundle.open(out).verify()
+    text = (out / "README.md").read_text()
+    assert 'hipa-generate my-bundle "a lighthouse" --refine teacher' in text
+    assert "| teacher | fp16 |" in text
+    assert "One step, always" not in text
+    assert (out / "tokenizer_2/tokenizer.json").is_file()
 
 
 def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.triton.bundle_model import BundleModel
 from hipa_deploy.triton.model_repository import check_repository_request, write_repository
 from hipa_deploy.triton.triton_config import stage_config
+from tests.sdxl_samples import sdxl_bundle
 from tests.served import tiny_bundles
 
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
@@ -95,10 +96,13 @@ class Repository:
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     found = tiny_bundles(tmp_path_factory.mktemp("bundles"))
-    return {**found, "emoji": Bundle.open(resolve_bundle("emoji"))}
+    sdxl = sdxl_bundle(tmp_path_factory.mktemp("sdxl"))
+    return {**found, "sdxl": sdxl, "emoji": Bundle.open(resolve_bundle("emoji"))}
 
 
-@pytest.mark.parametrize("name", ["emoji", "tiny", "tiny-edit", "tiny-inpaint", "tiny-upscale"])
+@pytest.mark.parametrize(
+    "name", ["emoji", "tiny", "tiny-edit", "tiny-inpaint", "tiny-upscale", "sdxl"]
+)
 def test_configurations_are_of_the_files(
     bundles: dict[str, Bundle], name: str, tmp_path: Path
 ) -> None:
@@ -142,7 +146,7 @@ def test_batches_are_joined_where_the_bundle_takes_them(
     assert static.input[0].dims[0] == 1
 
 
-@pytest.mark.parametrize("name", ["emoji", "tiny"])
+@pytest.mark.parametrize("name", ["emoji", "tiny", "sdxl"])
 def test_an_image_is_that_of_the_pipeline(
     bundles: dict[str, Bundle], name: str, tmp_path: Path
 ) -> None:

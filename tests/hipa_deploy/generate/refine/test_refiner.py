@@ -152,7 +152,7 @@ def test_a_record_of_another_base_model(bundle: Bundle) -> None:
 
 
 def test_what_cannot_be_refined(bundle: Bundle, pipe: OneStepPipeline) -> None:
-    with pytest.raises(HipaError, match="backend rtx does not refine"):
+    with pytest.raises(HipaError, match="has no rtx engine of the base model"):
         refine_settings(bundle, backend="rtx")
     without = replace(bundle, manifest=bundle.manifest.model_copy(update={"refine": None}))
     with pytest.raises(HipaError, match="Export it with --with-teacher"):

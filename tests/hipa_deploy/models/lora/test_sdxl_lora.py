@@ -13,7 +13,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.models.lora.early_lora import check_style
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.style import EmbeddingChoice, LoraChoice, Style
+from hipa_deploy.models.style import LoraChoice, Style
 from hipa_deploy.models.weights.load_part import load_part
 from tests.tiny_model import make_model
 from tests.tiny_sdxl import make_sdxl
@@ -99,10 +99,3 @@ def test_a_lora_of_two_encoders_on_one(parts: dict[str, torch.nn.Module], tmp_pa
     small = make_model(tmp_path / "sd15")
     with pytest.raises(HipaError, match="LoRA for SDXL"):
         check_style(Style(loras=(LoraChoice(tmp_path / "kohya.safetensors"),)), small)
-
-
-def test_words_for_two_text_encoders_are_refused(model: Path) -> None:
-    style = Style(embeddings=(EmbeddingChoice(Path("word.safetensors")),))
-    config = ModelConfig.read(model, "generate")
-    with pytest.raises(HipaError, match=r"word\.safetensors: .* has two text encoders"):
-        OpenStyle.read(style, config)
