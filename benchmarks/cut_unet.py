@@ -34,7 +34,7 @@ from make_model import PAIRS, random_part
 from hipa_deploy.export.graph.conditioning import Conditioning, cut_conditioning
 from hipa_deploy.models.configurations import write_config
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.text_pair import size_numbers
+from hipa_deploy.tasks import size_numbers
 
 # Typer offers the members of an enum as an option's choices.
 Size = Enum("Size", {name: name for name in PAIRS}, type=str)  # type: ignore[misc]
