@@ -99,6 +99,7 @@ def test_a_tiny_decoder_gives_the_pipelines_images(
             dtype="fp32",
             task="edit",
             strengths=(0.5,),
+            prompts=model / "prompts.txt",
             decoder=tmp_path / "taesdxl",
             encoder=tmp_path / "taesdxl",
         )

@@ -79,7 +79,7 @@ def test_a_decoder_for_the_latents_of_sdxl(decoder_recipe: DecoderRecipe, tmp_pa
     """It learns the VAE's images of latents as SDXL's UNet gives them, and an export takes it."""
     base = make_sdxl(tmp_path / "sdxl")
     short = train(decoder_recipe, base, tmp_path / "short")
-    long = train(decoder_recipe.model_copy(update={"steps": 40}), base, tmp_path / "long")
+    long = train(decoder_recipe.model_copy(update={"steps": 20}), base, tmp_path / "long")
     assert differences(short, long)
     fidelity = read_decoder_metadata(tmp_path / "long").fidelity
     assert fidelity.psnr_db > read_decoder_metadata(tmp_path / "short").fidelity.psnr_db
