@@ -284,7 +284,7 @@ def export(
         options,
         model=model,
         decoder=resolve_decoder(decoder, model),
-        encoder=resolve_encoder(encoder),
+        encoder=resolve_encoder(encoder, model),
     )
     check_request(options)
     if choice is not None:
