@@ -327,7 +327,7 @@ def start(arguments: argparse.Namespace, log: Path) -> tuple[subprocess.Popen, d
 
     Its log goes into a file: a pipe would make it wait for a reader among the clients.
     """
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [
                 sys.executable, "-m", "hipa_deploy", "serve", arguments.bundle,

@@ -114,6 +114,7 @@ CORE = House(
     "#8a5aa8",
     (
         ("hipa_deploy.generate", "prompt to image: tokenizer, noise, stages, pipeline"),
+        ("hipa_deploy.generate.parts", "requests to jobs, jobs to images, what is loaded"),
         ("hipa_deploy.generate.refine", "many steps of the base model, from a draft's noise"),
         ("hipa_deploy.generate.jobs", "images to make, and what may share a batch"),
         ("hipa_deploy.models.lora", "LoRA files and their arithmetic: needs torch"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -36,6 +35,7 @@ from hipa_deploy.export.graph.modules import (
     TinyEncoder,
 )
 from hipa_deploy.export.graph.safety_module import SafetyNetwork, load_safety_checker
+from hipa_deploy.export.model_parts import free_memory
 from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.export.writer import StageSource
 from hipa_deploy.marks.safety import SAFETY_STAGE
@@ -170,7 +170,7 @@ def text_pair_module(
     # The UNet first: all of it but the conditioning is freed before the encoders are loaded.
     sizes = None if sized else size_numbers(step.height, step.width)
     conditioning = parts.conditioning(settings.timesteps(step), sizes)
-    gc.collect()
+    free_memory()
     encoder, encoder_2 = parts.text_pair()
     kind = SizedTextPairStage if sized else TextPairStage
     return kind(

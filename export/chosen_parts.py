@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,7 +18,7 @@ from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.conditioning import Conditioning
 from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
-from hipa_deploy.export.model_parts import ModelParts
+from hipa_deploy.export.model_parts import ModelParts, free_memory
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, METADATA, read_metadata
 from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.kind import SECOND
@@ -235,9 +234,9 @@ class HeldParts(ChosenParts):
         return self._once("decoder", super().decoder)
 
     def release(self) -> None:
-        """Free what is loaded. Modules and their hooks may refer to each other in cycles."""
+        """Free what is loaded."""
         self.held.clear()
-        gc.collect()
+        free_memory()
 
     def _once(self, name: str, load: Callable[[], Any]) -> Any:
         if name not in self.held:

@@ -24,7 +24,7 @@ class ExportOptions:
         adaptor_scale: 1.0 merges the adaptor as it was trained.
         dtype: precision of weights and arithmetic inside the graphs, fp16 or fp32.
         layout: onestep is specialised to one step; generic is what optimum loads.
-        height: pixels; None is the size that the model was trained for.
+        height: pixels; None is what the adaptor was trained at, or without one the model.
         width: the same.
         batch: images per call, static.
         fuse: UNet and decoder become one stage, 'generator'.
@@ -88,7 +88,7 @@ class ExportOptions:
     def size(self, name: Literal["batch", "height", "width"]) -> int | None:
         """The size of the reference: the usual one of a dynamic axis, or the static one.
 
-        None: the size that the model was trained for.
+        None: what the adaptor was trained at, or without one the model.
         """
         if name in self.dynamic:
             return self.dynamic[name].opt

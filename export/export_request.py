@@ -23,6 +23,7 @@ from hipa_deploy.export.graph.axes import stage_axes
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.task import (
     TaskSettings,
+    asked_size,
     choose_task,
     size_warning,
     step_warning,
@@ -113,7 +114,7 @@ def check_request(options: ExportOptions) -> None:
             f"--layout generic: the adaptor was trained with contexts of {text.context_tokens} "
             f"tokens, and optimum gives a text encoder {chunk_tokens}. Use --layout onestep."
         )
-    step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
+    step = model.one_step(settings.timestep, *asked_size(options))
     stage_axes(options.dynamic, step, model.config.size_multiple)
     _check_watermark(options, settings, step)
     if options.safety and has_safety_checker(model.folder):
@@ -168,9 +169,7 @@ def resolve_request(options: ExportOptions) -> Request:
     settings = choose_task(options, model)
     chunk_tokens, _ = text_sizes(model.config)
     text, text_warning = text_settings(options, model.config, chunk_tokens)
-    step = model.one_step(
-        settings.timestep, options.size("height"), options.size("width"), settings.method
-    )
+    step = model.one_step(settings.timestep, *asked_size(options), settings.method)
     warnings = (
         judging_warning,
         text_warning,

@@ -293,7 +293,7 @@ def add_source(
     sample_BCHW = from_uint8(torch.from_numpy(tensors["image"])) * 2 - 1
     if isinstance(vae, AutoencoderTiny):
         with watched(watch, "encoder", vae) as largest:
-            source_BCHW = vae.encode(sample_BCHW).latents
+            source_BCHW = vae.encode(sample_BCHW).latents * vae.config["scaling_factor"]
     else:
         with watched(watch, "vae", vae) as largest:
             source_BCHW = vae.encode(sample_BCHW).latent_dist.mean * step.scaling_factor
@@ -419,9 +419,9 @@ def add_images(
     with watched(watch, "decoder" if is_tiny else "vae", vae) as largest:
         for index in range(len(settings.starts(step))):
             latents_BCHW = torch.from_numpy(references.tensors[strength_key("latents", index)])
-            # A tiny decoder takes latents as the scheduler scales them; the model's VAE does not.
-            if not is_tiny:
-                latents_BCHW = latents_BCHW / step.scaling_factor
+            # The factor of a tiny decoder is its own, and nearly always 1.
+            scale = vae.config["scaling_factor"] if is_tiny else step.scaling_factor
+            latents_BCHW = latents_BCHW / scale
             sample_BCHW = vae.decode(latents_BCHW).sample
             # Whole numbers cannot be NaN, so the images are looked at before they are rounded.
             check_reference({"sample": sample_BCHW.numpy()})

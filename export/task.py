@@ -231,6 +231,20 @@ def step_warning(options: ExportOptions, settings: TaskSettings, model: ModelPar
     return None
 
 
+def asked_size(options: ExportOptions) -> tuple[int | None, int | None]:
+    """Height and width of the export in pixels; None is the size that the model was made for.
+
+    What the options leave open is the size that the adaptor was trained at.
+    """
+    height = options.size("height")
+    width = options.size("width")
+    if options.adaptor is not None and (options.adaptor / METADATA).exists():
+        trained = read_metadata(options.adaptor).resolution
+        height = trained[0] if height is None else height
+        width = trained[1] if width is None else width
+    return height, width
+
+
 def size_warning(options: ExportOptions, step: OneStep) -> str | None:
     """Warn of an adaptor that was trained at another size than is exported; None if it was not."""
     if options.adaptor is None or not (options.adaptor / METADATA).exists():

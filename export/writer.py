@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from hipa_deploy.export.graph.half_precision import (
 from hipa_deploy.export.graph.modules import place_of
 from hipa_deploy.export.graph.run_apart import run_all_apart
 from hipa_deploy.export.graph.to_onnx import OPSET, export_stage
+from hipa_deploy.export.model_parts import free_memory
 from hipa_deploy.export.references import References, strength_key
 
 
@@ -215,11 +215,11 @@ class StageWriter:
             else:
                 islands = self._find_islands(source, module, judges, failing, known)
             to_half(module, islands)
+            free_memory()  # of the float32 weights
         export_stage(module, self.specs[source.name], self.root / source.name)
 
-        # torch.export leaves cycles that hold the weights; without this they stay in memory.
         del module
-        gc.collect()
+        free_memory()
         return islands
 
     def _find_islands(

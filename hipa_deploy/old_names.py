@@ -22,6 +22,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "bundle": ("bundle.manifest", "bundle.folder"),
     "cli": (
         "commands.options",
+        "commands.make_images",
         "commands.app",
         "commands.demo",
         "commands.doctor",
@@ -29,7 +30,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "commands.generate",
         "commands.train",
     ),
-    "cli_common": ("commands.options",),
+    "cli_common": ("commands.options", "commands.make_images"),
     "cli_profile": ("commands.profile",),
     "cli_tasks": ("commands.from_image",),
     "compositing": ("images.compositing",),

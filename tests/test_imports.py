@@ -71,6 +71,7 @@ ROOMS = (
     "hipa_deploy.generate.jobs",
     "hipa_deploy.generate",
     "hipa_deploy.generate.refine",
+    "hipa_deploy.generate.parts",
     "hipa_deploy.models.weights",
     "hipa_deploy.models",
     "hipa_deploy.models.lora",
@@ -133,11 +134,22 @@ UPWARD = {
         "hipa_deploy.generate.swap_stage",
         "hipa_deploy.engines",
     ): "the same, for the weights of an adaptor",
-    ("hipa_deploy.generate.pipeline", "hipa_deploy.engines.tensorrt"): "a type of a signature",
     (
         "hipa_deploy.generate.pipeline",
         "hipa_deploy.generate.refine",
     ): "a pipeline makes drafts and refines them",
+    (
+        "hipa_deploy.generate.pipeline",
+        "hipa_deploy.generate.parts",
+    ): "the public class puts its parts together",
+    (
+        "hipa_deploy.generate.parts.batch_maker",
+        "hipa_deploy.engines.tensorrt",
+    ): "a type of a signature",
+    (
+        "hipa_deploy.generate.parts.batch_pipeline",
+        "hipa_deploy.engines.tensorrt",
+    ): "a type of a signature",
     (
         "hipa_deploy.export.export_bundle",
         "hipa_deploy.export.teacher",

@@ -120,7 +120,9 @@ def train_adaptor(
     # The frozen base model. Only the networks run in the recipe's precision; x0 and the losses stay
     # in float32, because x0 enlarges an error of the UNet's output
     # (train/model/mixed_precision.py).
-    model = DiffusionModel.load(model_dir, processes.device, recipe.task, style, recipe.text)
+    model = DiffusionModel.load(
+        model_dir, processes.device, recipe.task, style, recipe.text, recipe.size
+    )
     use_tensor_cores(model.device)
     unet = in_precision(model.unet, recipe.mixed_precision, model.device)
     vae_precision = decoder_precision(recipe, model.config)

@@ -128,9 +128,14 @@ def train_decoder(
     loss = hipa_loss(recipe.loss)
 
     # The frozen one-step model whose latents are to be decoded.
-    # Its prompts are encoded as those that the adaptor was trained with.
-    text = read_metadata(adaptor).text if adaptor is not None else recipe.text
-    model = DiffusionModel.load(model_dir, processes.device, style=style, text=text)
+    # Its prompts are encoded as those that the adaptor was trained with, at the adaptor's size.
+    text = recipe.text
+    size = None
+    if adaptor is not None:
+        trained = read_metadata(adaptor)
+        text = trained.text
+        size = trained.resolution
+    model = DiffusionModel.load(model_dir, processes.device, style=style, text=text, size=size)
     all_prompts = read_prompts(recipe, model_dir)
     prompts, fidelity_prompts = split_prompts(all_prompts, recipe.seed)
     unseen_prompts = held_out_prompts(recipe, model_dir, all_prompts)

@@ -56,6 +56,7 @@ def check_request(
     prompts = read_prompts(recipe, model)
     held_out_prompts(recipe, model, prompts)
     config = early_config(model)
+    _check_size(recipe, config)
     check_weights(model)
     if isinstance(recipe, Recipe) and recipe.task != "generate" and recipe.source.images:
         image_paths(Path(recipe.source.images))
@@ -76,16 +77,23 @@ def check_dry_run(recipe: Recipe, model: Path, start: Path | None, style: Style)
         style: LoRAs and embeddings of the model.
 
     Raises:
-        HipaError: the configuration cannot be read; or, where the weights are there, an adaptor or
-            a LoRA is damaged or does not fit.
+        HipaError: the configuration cannot be read; the recipe's resolution does not fit it; or,
+            where the weights are there, an adaptor or a LoRA is damaged or does not fit.
 
     """
     config = early_config(model)
+    _check_size(recipe, config)
     try:
         check_weights(model)
     except HipaError:
         return
     _check_files(recipe, model, config, start, style)
+
+
+def _check_size(recipe: Recipe | DecoderRecipe, config: EarlyConfig) -> None:
+    """Raise HipaError unless the size of the recipe's images fits the model."""
+    if isinstance(recipe, Recipe) and recipe.size is not None:
+        config.latents_of(recipe.size)
 
 
 def _check_files(

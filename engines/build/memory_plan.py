@@ -35,9 +35,9 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
 # Peak resident memory of a stage's build on the host: a base and a multiple of its ONNX files.
-# Measured with TensorRT-RTX 1.7 and no GPU (benchmarks/build_memory.py), the line is 3 to 8 % above
-# the peak for stages of SD 1.5 and SD 2.1 in FP16 (100 to 1,600 MiB of weights). For the stages of
-# a 23 MB model it is between 24 % below and 28 % above the peak.
+# Measured with TensorRT-RTX 1.7 and no GPU (benchmarks/build_memory.py), the line is 2 to 8 % above
+# the peak for stages of SD 1.5, SD 2.1 and SDXL's family in FP16 (100 to 4,900 MiB of weights). For
+# the stages of a 23 MB model it is between 24 % below and 28 % above the peak.
 HOST_BASE_MIB = 330
 HOST_PER_WEIGHT = 3.3
 # Our allowance, not measured: for the process of a run, its libraries and its CUDA context.

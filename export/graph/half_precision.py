@@ -13,7 +13,6 @@ hurt most by its rounding.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -223,15 +222,24 @@ class Rounding:
             if not _is_inside(name, islands):
                 rounded[name] = layer
 
-        # The weights are rounded in place, so that a copy of them is needed to restore them after.
-        weights = {name: copy.deepcopy(layer.state_dict()) for name, layer in rounded.items()}
+        # A layer's weights are rounded while it runs: never is there a copy of all of them.
+        exact: dict[nn.Parameter, Tensor] = {}
+
+        def enter(layer: nn.Module, x: tuple[Any, ...]) -> tuple[Any, ...]:
+            for weight in layer.parameters(recurse=False):
+                exact[weight] = weight.data
+                weight.data = _round(weight.data)
+            return tuple(map(_round, x))
+
+        def leave(layer: nn.Module, _: tuple[Any, ...], y: Any) -> Any:
+            for weight in layer.parameters(recurse=False):
+                weight.data = exact.pop(weight)
+            return _round(y)
 
         hooks = []
         for layer in rounded.values():
-            for weight in layer.parameters(recurse=False):
-                weight.copy_(_round(weight))
-            hooks.append(layer.register_forward_pre_hook(_round_inputs))
-            hooks.append(layer.register_forward_hook(_round_output))
+            hooks.append(layer.register_forward_pre_hook(enter))
+            hooks.append(layer.register_forward_hook(leave))
 
         # Whatever happens inside, the module is left as it was.
         try:
@@ -240,8 +248,8 @@ class Rounding:
         finally:
             for hook in hooks:
                 hook.remove()
-            for name, state in weights.items():
-                rounded[name].load_state_dict(state)
+            for weight, value in exact.items():
+                weight.data = value
 
     @torch.no_grad()
     def sensitive(self, inputs: tuple[Tensor, ...]) -> list[str]:
@@ -289,14 +297,6 @@ def _round(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.half().to(value.dtype)
     return value
-
-
-def _round_inputs(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(map(_round, inputs))
-
-
-def _round_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-    return _round(output)
 
 
 def fewest_islands(

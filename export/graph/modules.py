@@ -324,12 +324,18 @@ class TinyEncoder(torch.nn.Module):
     def __init__(self, vae: AutoencoderTiny) -> None:
         super().__init__()
         self.layers = vae.encoder.layers
+        self.scale = float(vae.config["scaling_factor"])
 
     def forward(self, image_BHWC: torch.Tensor) -> torch.Tensor:
         """EncoderTiny's layers take an image in [0, 1]."""
         first: Any = self.layers[0]
         latents_BCHW: torch.Tensor = self.layers(from_uint8(image_BHWC).to(first.weight.dtype))
-        return latents_BCHW.float()
+        return scaled(latents_BCHW.float(), self.scale)
+
+
+def scaled(value: torch.Tensor, factor: float) -> torch.Tensor:
+    """``value`` times ``factor``, which is 1 for nearly every AutoencoderTiny: then no node."""
+    return value if factor == 1 else value * factor
 
 
 def from_uint8(image_BHWC: torch.Tensor) -> torch.Tensor:
@@ -372,12 +378,14 @@ class TinyDecoder(torch.nn.Module):
     def __init__(self, vae: AutoencoderTiny) -> None:
         super().__init__()
         self.layers = vae.decoder.layers
+        self.scale = float(vae.config["scaling_factor"])
         fold_upsampling(self.layers)
 
     def forward(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
         """Clamp as DecoderTiny does, decode to an image in [0, 1], and convert."""
         first: Any = self.layers[0]
-        sample_BCHW = (torch.tanh(latents_BCHW / 3) * 3).to(first.weight.dtype)
+        own_BCHW = scaled(latents_BCHW, 1 / self.scale)
+        sample_BCHW = (torch.tanh(own_BCHW / 3) * 3).to(first.weight.dtype)
         return to_uint8(self.layers(sample_BCHW).float())
 
 

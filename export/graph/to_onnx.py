@@ -75,6 +75,7 @@ def export_stage(module: torch.nn.Module, spec: StageSpec, folder: Path) -> list
 
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in module.parameters())
     program.save(folder / "model.onnx", external_data=weight_bytes > EXTERNAL_DATA_BYTES)
+    _drop_weights(program.model)
     text = weight_map.model_dump_json(indent=1) + "\n"
     (folder / WEIGHT_MAP).write_text(text, encoding="utf-8")
     return sorted(folder.iterdir())
@@ -114,6 +115,16 @@ def _strip_metadata(model: Any) -> None:
         node.doc_string = None
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
+
+
+def _drop_weights(model: Any) -> None:
+    """Let go of a model's weights, once it is written.
+
+    onnxscript's pattern matchers keep the last node that they looked at, and so the whole graph of
+    the last export, until the next one (``SimplePatternMatcher._current_node``).
+    """
+    for value in model.graph.initializers.values():
+        value.const_value = None
 
 
 @contextlib.contextmanager

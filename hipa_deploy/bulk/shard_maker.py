@@ -25,7 +25,8 @@ from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.batch_sizes import cut
 from hipa_deploy.generate.jobs.image_job import ImageJob
-from hipa_deploy.generate.pipeline import OneStepPipeline, finished_result
+from hipa_deploy.generate.jobs.result import finished_result
+from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.prompt_files import MAX_CHARACTERS, one_line
 from hipa_deploy.images.source import require_task
 from hipa_deploy.marks.content_credentials import ContentSigner

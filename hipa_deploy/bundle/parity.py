@@ -93,7 +93,8 @@ def problem(got: np.ndarray, expected: np.ndarray, precision: Precision) -> str 
     """
     if not np.isfinite(got.astype(np.float32)).all():
         return "gives NaN or infinity"
-    if got.std() == 0 and expected.std() > 0:
+    # Not by the standard deviation, whose sum overflows in float16.
+    if got.min() == got.max() and expected.min() < expected.max():
         return "gives a flat output"
 
     found = compare(got, expected)

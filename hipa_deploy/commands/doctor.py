@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from hipa_deploy.commands.files.outputs import check_outputs, write_output
 from hipa_deploy.commands.options import BackendOption, ForceOption, console
-from hipa_deploy.commands.outputs import check_outputs, write_output
 from hipa_deploy.errors import HipaError
 
 

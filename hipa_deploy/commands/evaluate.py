@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from hipa_deploy.commands.files.outputs import check_outputs, write_output
 from hipa_deploy.commands.options import (
     ConfigOption,
     EmbeddingOption,
@@ -17,7 +18,6 @@ from hipa_deploy.commands.options import (
     OneStepOption,
     console,
 )
-from hipa_deploy.commands.outputs import check_outputs, write_output
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
 
@@ -273,10 +273,21 @@ def evaluate(
     from hipa_deploy.train.evaluation import quality_report as quality
     from hipa_deploy.train.evaluation.rivals import check_rivals, contender_facts
 
-    added = OpenStyle.read(style, ModelConfig.read(folder)).info
+    base = ModelConfig.read(folder)
+    added = OpenStyle.read(style, base).info
+    size = None
     if adaptor_dir is not None:
-        check_same_loras(adaptor_dir, read_metadata(adaptor_dir).loras, added.loras)
-    check_rivals(rivals, folder, style)
+        metadata = read_metadata(adaptor_dir)
+        check_same_loras(adaptor_dir, metadata.loras, added.loras)
+        size = metadata.resolution
+        base.latents_of(size)
+        if size != base.native_size:
+            console.print(
+                f"All images have {size[1]}x{size[0]} pixels, as the adaptor was trained.",
+                markup=False,
+                highlight=False,
+            )
+    check_rivals(rivals, folder, style, size)
     texts, seeds = draw(request.texts, images)
     text = request.text
     facts = {one.row: contender_facts(one, folder, texts, seeds, text) for one in rivals}
@@ -363,11 +374,14 @@ def _on_coco(
     from hipa_deploy.train.coco.run_coco import Contest, measure_on_coco, write_coco_report
     from hipa_deploy.train.evaluation.rivals import check_rivals
 
+    size = None
     if adaptor is not None:
         added = OpenStyle.read(style, ModelConfig.read(folder)).info
-        check_same_loras(adaptor, read_metadata(adaptor).loras, added.loras)
-    check_rivals(rivals, folder, style)
-    models = Models(folder, style, text)
+        metadata = read_metadata(adaptor)
+        check_same_loras(adaptor, metadata.loras, added.loras)
+        size = metadata.resolution
+    check_rivals(rivals, folder, style, size)
+    models = Models(folder, style, text, size)
     contest = Contest(models, adaptor, rivals, teacher if wishes.with_teacher else None)
     for place, data in read.items():
         report = measure_on_coco(place, data, wishes, request, contest, console)

@@ -65,10 +65,12 @@ def export(
         ),
     ] = Layout.onestep,
     height: Annotated[
-        int | None, typer.Option(help="Image height in pixels; the model's own by default.")
+        int | None,
+        typer.Option(help="Image height in pixels; by default the adaptor's, or the model's own."),
     ] = None,
     width: Annotated[
-        int | None, typer.Option(help="Image width in pixels; the model's own by default.")
+        int | None,
+        typer.Option(help="Image width in pixels; by default the adaptor's, or the model's own."),
     ] = None,
     batch: Annotated[
         int, typer.Option(help="How many images the models make at once, always.")
@@ -282,7 +284,7 @@ def export(
         options,
         model=model,
         decoder=resolve_decoder(decoder, model),
-        encoder=resolve_encoder(encoder),
+        encoder=resolve_encoder(encoder, model),
     )
     check_request(options)
     if choice is not None:

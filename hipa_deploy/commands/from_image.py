@@ -12,6 +12,14 @@ from hipa_deploy.commands.files.file_settings import (
     check_marked_size,
     file_settings,
 )
+from hipa_deploy.commands.make_images import (
+    image_outputs,
+    load_pipeline,
+    make_images,
+    note_faster_backend,
+    note_weights,
+    write_images,
+)
 from hipa_deploy.commands.options import (
     AdaptorOption,
     BackendOption,
@@ -34,12 +42,6 @@ from hipa_deploy.commands.options import (
     WatermarkOption,
     WidthOption,
     console,
-    image_outputs,
-    load_pipeline,
-    make_images,
-    note_faster_backend,
-    note_weights,
-    write_images,
 )
 
 if TYPE_CHECKING:

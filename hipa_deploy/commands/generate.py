@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hipa_deploy.commands.files.file_settings import check_marked_size, file_settings
+from hipa_deploy.commands.make_images import image_outputs, make_images
 from hipa_deploy.commands.options import (
     AdaptorOption,
     BackendOption,
@@ -27,8 +28,6 @@ from hipa_deploy.commands.options import (
     WatermarkOption,
     WidthOption,
     console,
-    image_outputs,
-    make_images,
 )
 from hipa_deploy.errors import HipaError
 

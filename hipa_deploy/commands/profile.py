@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from hipa_deploy.commands.files.outputs import check_outputs, write_output
+from hipa_deploy.commands.make_images import load_pipeline
 from hipa_deploy.commands.options import (
     BackendOption,
     BundleArgument,
@@ -17,9 +19,7 @@ from hipa_deploy.commands.options import (
     LowMemoryOption,
     VerifyOption,
     console,
-    load_pipeline,
 )
-from hipa_deploy.commands.outputs import check_outputs, write_output
 
 
 class Metric(str, Enum):

@@ -14,7 +14,7 @@ from hipa_deploy.engines.build.memory_plan import (
 from hipa_deploy.engines.targets.run_memory import StageSize, engine_activations_mib
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_request import BYTES, early_model
-from hipa_deploy.export.task import choose_task
+from hipa_deploy.export.task import asked_size, choose_task
 from hipa_deploy.models.weights.early_check import known_shapes
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
@@ -48,7 +48,7 @@ def predicted_sizes(options: ExportOptions) -> tuple[StageSize, ...] | None:
     """
     model = early_model(options.model)
     settings = choose_task(options, model)
-    step = model.one_step(settings.timestep, options.size("height"), options.size("width"))
+    step = model.one_step(settings.timestep, *asked_size(options))
     pixels = _largest(options, "batch", options.batch)
     pixels *= _largest(options, "height", step.height)
     pixels *= _largest(options, "width", step.width)

@@ -8,11 +8,14 @@ from pathlib import Path
 from hipa_deploy.disk.reading import name_problem, read_text
 from hipa_deploy.embedded import DECODER, MODEL, NAME
 from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.weights.weight_file import SAFETENSORS
 
 TINY = "tiny"
 HUB_PREFIX = "models--"  # of a repository's folder in the hub's cache
-TAESD = "madebyollin/taesd"  # its source: https://github.com/madebyollin/taesd
+# The source of both: https://github.com/madebyollin/taesd. The second is for SDXL's latents.
+TAESD = "madebyollin/taesd"
+TAESDXL = "madebyollin/taesdxl"
 
 
 def model_folder(name: str, config: str | None = None) -> Path:
@@ -104,24 +107,25 @@ def unpacked(name: str, config: str | None = None) -> str:
     return name
 
 
-def resolve_encoder(name: str) -> Path | None:
+def resolve_encoder(name: str, model: str) -> Path | None:
     """Return the AutoencoderTiny folder for the value of ``--encoder``.
 
     Args:
-        name: 'full' for the model's own VAE; 'tiny' for TAESD, since the embedded decoder has no
-            encoder of its own; or a folder.
+        name: 'full' for the model's own VAE; 'tiny' for TAESD, or TAESDXL for SDXL's family, since
+            the embedded decoder has no encoder of its own; or a folder.
+        model: the base model, as for ``model_folder``.
 
     Returns:
         The folder, or None for 'full'.
 
     Raises:
-        HipaError: the hub does not provide TAESD.
+        HipaError: the model does not exist, or the hub does not provide it or the tiny encoder.
 
     """
     if name == "full":
         return None
     if name == TINY:
-        return _fetch_taesd()
+        return _fetch_tiny(model_folder(model))
     return _in_hub_cache(Path(name))
 
 
@@ -130,23 +134,23 @@ def resolve_decoder(name: str, model: str) -> Path | None:
 
     Args:
         name: 'full' for the model's own VAE; 'tiny' for the embedded decoder if ``model`` is the
-            embedded one, and for TAESD otherwise; or a folder.
+            embedded one, for TAESDXL if it is of SDXL's family, and for TAESD otherwise; or a
+            folder.
         model: the base model, as for ``model_folder``.
 
     Returns:
         The folder, or None for 'full'.
 
     Raises:
-        HipaError: the model does not exist, or the hub does not provide it or TAESD.
+        HipaError: the model does not exist, or the hub does not provide it or the tiny decoder.
 
     """
     if name == "full":
         return None
     if name != TINY:
         return _in_hub_cache(Path(name))
-    if model_folder(model) == MODEL:
-        return DECODER
-    return _fetch_taesd()
+    folder = model_folder(model)
+    return DECODER if folder == MODEL else _fetch_tiny(folder)
 
 
 def _diffusers_folder(path: Path) -> Path:
@@ -185,17 +189,20 @@ def _in_hub_cache(path: Path) -> Path:
     )
 
 
-def _fetch_taesd() -> Path:
-    """Download TAESD into the hub's local cache, or find it there."""
+def _fetch_tiny(model: Path) -> Path:
+    """Download the AutoencoderTiny for a model's latents into the hub's cache, or find it there."""
     from huggingface_hub import snapshot_download
 
+    # Nothing in its files says which of the two latents it is for: both have four channels.
+    repository = TAESDXL if ModelConfig.read(model).has_text_pair else TAESD
+    name = repository.rpartition("/")[2]
     try:
-        return _fetch(TAESD, snapshot_download)
+        return _fetch(repository, snapshot_download)
     except HipaError as error:
         raise HipaError(
-            f"the tiny decoder and encoder of other models than {NAME} are TAESD's. {error}. Where "
-            f"there is a network, run: hf download {TAESD} --local-dir taesd. Then give that "
-            "folder: --decoder taesd, or --encoder taesd."
+            f"the tiny decoder and encoder of this model are {name.upper()}'s. {error}. Where "
+            f"there is a network, run: hf download {repository} --local-dir {name}. Then give that "
+            f"folder: --decoder {name}, or --encoder {name}."
         ) from None
 
 

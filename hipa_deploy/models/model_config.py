@@ -281,6 +281,29 @@ class ModelConfig:
         height, width = size
         return self.latent_channels, int(height), int(width)
 
+    def latents_of(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
+        """[C, h, w] of the latents of images of a size.
+
+        Args:
+            size: height and width in pixels; None is the size that the model was trained for.
+
+        Raises:
+            HipaError: a size that does not fit the model, or None where the configuration does not
+                say one.
+
+        """
+        if size is None:
+            return self.native_latents
+        for side in size:
+            if side <= 0 or side % self.size_multiple:
+                nearest = max(1, round(side / self.size_multiple)) * self.size_multiple
+                raise HipaError(
+                    f"resolution {side} does not fit {self.folder}. Expected a multiple of "
+                    f"{self.size_multiple}: {nearest} is nearest."
+                )
+        height, width = size
+        return self.latent_channels, height // self.vae_factor, width // self.vae_factor
+
     @property
     def native_size(self) -> tuple[int, int]:
         """Height and width in pixels that the model was trained for.

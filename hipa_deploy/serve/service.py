@@ -21,13 +21,9 @@ from PIL import Image
 from hipa_deploy.bundle.manifest import RefineSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
+from hipa_deploy.generate.jobs.result import finished_result, merge_tiles
 from hipa_deploy.generate.jobs.withheld import Flagged
-from hipa_deploy.generate.pipeline import (
-    DEFAULT_FEATHER,
-    OneStepPipeline,
-    finished_result,
-    merge_tiles,
-)
+from hipa_deploy.generate.pipeline import DEFAULT_FEATHER, OneStepPipeline
 from hipa_deploy.images.source import Source, Upscaling, edit_source, inpaint_source
 from hipa_deploy.marks.content_credentials import ContentSigner
 from hipa_deploy.marks.marker import encode_marked, require_signer

@@ -12,8 +12,10 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import StageSpec
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.jobs.result import GenerateResult
 from hipa_deploy.generate.jobs.withheld import withheld_error
-from hipa_deploy.generate.pipeline import GenerateResult, OneStepPipeline, bundle_marker
+from hipa_deploy.generate.parts.image_guard import bundle_marker
+from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.runner import ClosesAtExit, Runner, check_inputs, check_outputs
 from hipa_deploy.generate.stages import host_stages
 from hipa_deploy.marks.safety import SAFETY_STAGE

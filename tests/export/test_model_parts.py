@@ -1,13 +1,15 @@
 import json
+import platform
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.export.model_parts import ModelParts
+from hipa_deploy.export.model_parts import ModelParts, free_memory
 from hipa_deploy.models.decoder_folder import DECODER_METADATA, DecoderFidelity, DecoderMetadata
 from hipa_deploy.models.kind import UNSUPPORTED
 
@@ -115,6 +117,15 @@ def test_a_decoder_for_other_latents(
         ModelParts.open(model_dir).tiny_decoder(make_decoder(tmp_path / "tiny", **changes))
 
 
+@pytest.mark.parametrize("factor", [0, -1.0, "0.13", True, None])
+def test_a_decoder_without_a_usable_factor(model_dir: Path, tmp_path: Path, factor: Any) -> None:
+    folder = make_decoder(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "scaling_factor": factor}))
+    with pytest.raises(HipaError, match=r"scaling_factor .*\. Expected a number above 0"):
+        ModelParts.open(model_dir).check_tiny_decoder(folder)
+
+
 def test_a_decoder_of_another_vae(model_dir: Path, tmp_path: Path) -> None:
     folder = make_decoder(tmp_path / "tiny")
     metadata = DecoderMetadata(
@@ -133,3 +144,24 @@ def test_no_decoder(model_dir: Path, tmp_path: Path, name: str, message: str) ->
     (tmp_path / "empty").mkdir()
     with pytest.raises(HipaError, match=message):
         ModelParts.open(model_dir).tiny_decoder(tmp_path / name)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have no such call")
+def test_memory_of_freed_weights_goes_back_to_the_system() -> None:
+    """glibc keeps freed blocks, once it has seen larger ones come and go."""
+    for _ in range(4):
+        torch.ones(4 << 20)  # 16 MiB
+    weights = [torch.ones(1 << 18) for _ in range(256)]  # 256 MiB
+    kept = [torch.ones(1) for _ in range(256)]
+    full = resident_mib()
+    del weights
+    free_memory()
+    assert resident_mib() < full - 200
+    assert len(kept) == 256
+
+
+def resident_mib() -> int:
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line
+    )
+    return int(line.split()[1]) >> 10

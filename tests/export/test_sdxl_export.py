@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
 from hipa_deploy import OneStepPipeline
@@ -22,6 +22,7 @@ from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_request import check_request, resolve_request
 from hipa_deploy.export.graph.axes import parse_axes
 from hipa_deploy.generate.noise import initial_noise
+from hipa_deploy.generate.open_stages import open_runner
 from hipa_deploy.models.model_config import ModelConfig
 from tests.tiny_model import PROMPTS, make_model
 from tests.tiny_sdxl import FIRST_WIDTH, SECOND_WIDTH, make_sdxl
@@ -77,6 +78,48 @@ def test_the_bundle_gives_the_pipelines_images(bundle: Bundle, reference: Any, p
     assert np.abs(images - got["images"].astype(np.float64)).max() <= 1
     np.testing.assert_array_equal(alone, got["images"])
     np.testing.assert_array_equal(cached[1:], alone)
+
+
+@torch.no_grad()
+def test_a_tiny_decoder_gives_the_pipelines_images(
+    model: Path, reference: Any, tmp_path: Path
+) -> None:
+    """A folder as TAESDXL's, but with a factor: TAESDXL's own is 1, which hides a factor's loss."""
+    torch.manual_seed(1)
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
+        decoder_block_out_channels=(8, 8, 8), num_decoder_blocks=(1, 1, 1),
+        scaling_factor=0.13025,
+    )  # fmt: skip
+    tiny.save_pretrained(tmp_path / "taesdxl")
+    bundle = export_bundle(
+        ExportOptions(
+            model=str(model),
+            out=tmp_path / "bundle",
+            dtype="fp32",
+            task="edit",
+            strengths=(0.5,),
+            prompts=model / "prompts.txt",
+            decoder=tmp_path / "taesdxl",
+            encoder=tmp_path / "taesdxl",
+        )
+    )
+    assert bundle.manifest.decoder is not None
+    assert bundle.manifest.decoder.kind == "tiny"
+    source_HWC = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    with open_runner(bundle, "vae_encoder", "onnxruntime") as runner:
+        encoded = runner(image=source_HWC[None])["source"]
+    sample = torch.from_numpy(source_HWC).permute(2, 0, 1)[None] / 127.5 - 1
+    # As diffusers' pipelines encode an image and decode latents.
+    theirs = tiny.encode(sample).latents * tiny.config.scaling_factor
+    np.testing.assert_allclose(encoded, theirs.numpy(), atol=1e-5)
+
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with open_runner(bundle, "vae_decoder", "onnxruntime") as runner:
+        got = runner(latents=latents.numpy())["images"]
+    decoded = tiny.decode(latents / tiny.config.scaling_factor).sample
+    expected = reference.image_processor.postprocess(decoded, output_type="np") * 255
+    assert np.abs(expected.round() - got.astype(np.float64)).max() <= 1
 
 
 def test_the_stages_say_what_they_are(bundle: Bundle) -> None:

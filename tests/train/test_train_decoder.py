@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.models.decoder_folder import read_decoder_metadata, vae_sha256
 from hipa_deploy.train.loop.run import Run
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
@@ -27,6 +28,7 @@ from hipa_deploy.train.train_decoder import (
     split_prompts,
     train_decoder,
 )
+from tests.tiny_sdxl import make_sdxl
 from tests.weights import differences, read_weights
 
 QUIET = Console(file=io.StringIO())
@@ -71,6 +73,34 @@ def train(
     """The stored weights after training."""
     folder = train_decoder(recipe, model_dir, out, console=QUIET, device="cpu", **options)
     return read_weights(folder / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_decoder_for_the_latents_of_sdxl(decoder_recipe: DecoderRecipe, tmp_path: Path) -> None:
+    """It learns the VAE's images of latents as SDXL's UNet gives them, and an export takes it."""
+    base = make_sdxl(tmp_path / "sdxl")
+    short = train(decoder_recipe, base, tmp_path / "short")
+    long = train(decoder_recipe.model_copy(update={"steps": 20}), base, tmp_path / "long")
+    assert differences(short, long)
+    fidelity = read_decoder_metadata(tmp_path / "long").fidelity
+    assert fidelity.psnr_db > read_decoder_metadata(tmp_path / "short").fidelity.psnr_db
+    assert read_decoder_metadata(tmp_path / "long").base_vae_sha256 == vae_sha256(base)
+
+    # Its targets are the pipeline's own: the VAE's image of the latents over its own factor.
+    model = DiffusionModel.load(base, "cpu")
+    generate = one_step_model(model, decoder_recipe.timestep, None)
+    prompts = (base / "prompts.txt").read_text().splitlines()
+    rows = draw_latents(model, generate, prompts, 2, 0, TRAINING)
+    latents = rows(torch.tensor([0]))
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
+    with torch.no_grad():
+        expected = vae.decode(latents / 0.13025).sample / 2 + 0.5
+    assert torch.allclose(model.decode(latents), expected, atol=1e-5)
+
+    parts = ModelParts.open(str(base))
+    assert parts.tiny_decoder(tmp_path / "long").config.scaling_factor == 1.0
+    other = make_sdxl(tmp_path / "other", seed=1)
+    with pytest.raises(HipaError, match="another VAE"):
+        ModelParts.open(str(other)).tiny_decoder(tmp_path / "long")
 
 
 def test_a_run_leaves_a_decoder_and_its_run_folder(

@@ -70,23 +70,33 @@ class Models:
         folder: Diffusers folder of the base model.
         style: LoRAs and embeddings that are added to it.
         text: How prompts are encoded.
+        size: Height and width of the images in pixels; None is what the model was made for.
 
     """
 
     folder: Path
     style: Style
     text: TextSettings
+    size: tuple[int, int] | None = None
 
     def identity(self) -> dict[str, Any]:
         """What images of the base model depend on."""
         config = ModelConfig.read(self.folder)
         parts = ("unet", "vae", *config.text_parts)
-        return {
+        known: dict[str, Any] = {
             "model": {part: weights_identity(self.folder / part) for part in parts},
             "schedule": config.schedule,
             "style": self.style_info(self.style),
             "text": self.text.model_dump(mode="json"),
         }
+        # Measurements from before there were sizes go on.
+        if self.size is not None and self.size != config.native_size:
+            known["size"] = list(self.size)
+        return known
+
+    def load(self) -> DiffusionModel:
+        """The base model with its style."""
+        return DiffusionModel.load(self.folder, style=self.style, text=self.text, size=self.size)
 
     def style_info(self, style: Style) -> dict[str, Any]:
         """What the files of a style say, hashes included."""
@@ -97,7 +107,7 @@ def teacher_entry(models: Models, teacher: TeacherSettings) -> Entry:
     """The row of the multi-step model."""
 
     def load() -> Maker:
-        model = DiffusionModel.load(models.folder, style=models.style, text=models.text)
+        model = models.load()
         unguided = model.unguided()
 
         def latents(noise_BCHW: Tensor, conditions: Conditions) -> Tensor:
@@ -114,7 +124,7 @@ def adaptor_entry(models: Models, adaptor: Path) -> Entry:
     """The row of the adaptor that the report is about."""
 
     def load() -> Maker:
-        model = DiffusionModel.load(models.folder, style=models.style, text=models.text)
+        model = models.load()
         return partial(decoded_images, model, one_step_model(model, 999, adaptor))
 
     identity = {**models.identity(), "adaptor": weights_sha256(adaptor)}
@@ -150,7 +160,14 @@ def contender_entry(
         added = models.style_info(style_with_lora(models.style, contender))
         method = contender.method.model_dump(mode="json")
         identity = {**models.identity(), "style": added, "method": method}
-    load = partial(open_contender, models.folder, contender, style=models.style, text=models.text)
+    load = partial(
+        open_contender,
+        models.folder,
+        contender,
+        style=models.style,
+        text=models.text,
+        size=models.size,
+    )
     return Entry(contender.row, identity, load, notes=facts.notes)
 
 

@@ -203,7 +203,8 @@ def _read_rows(
 
 def _bytes_to_write(contest: Contest, entries: Sequence[Entry], rows: dict[str, Parts]) -> int:
     """About how much the images that are missing will take."""
-    height, width = ModelConfig.read(contest.models.folder).native_size
+    models = contest.models
+    height, width = models.size or ModelConfig.read(models.folder).native_size
     images = 0
     for entry in entries:
         if entry.load_maker is not None:

@@ -160,7 +160,10 @@ def _examples_and_texts(
 
     # The empty prompt comes last: a share of the inpainting and super-resolution examples has it.
     texts = prompts if task == "generate" else [*prompts, ""]
-    conditions = prompt_conditions(model, texts, console)
+    used_N = None
+    if task == "generate":
+        used_N = prompt_order(len(prompts), recipe.teacher.pairs, recipe.seed)
+    conditions = prompt_conditions(model, texts, console, used_N)
 
     # A recipe without targets needs the teacher's images for the sample grid alone.
     teacher = recipe.teacher

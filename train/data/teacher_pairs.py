@@ -403,12 +403,24 @@ def prompt_order(prompts: int, pairs: int, seed: int) -> Tensor:
 
 
 def prompt_conditions(
-    model: DiffusionModel, prompts: list[str], console: Console | None = None
+    model: DiffusionModel,
+    prompts: list[str],
+    console: Console | None = None,
+    used_N: Tensor | None = None,
 ) -> RowConditions:
     """Conditions by prompt index: int64 [B] -> those of B prompts.
 
     Each prompt is encoded once if all contexts fit in memory, else whenever a batch needs it.
+
+    Args:
+        model: The base model, which encodes them.
+        prompts: The prompts.
+        console: Where the progress bar goes; stderr if None.
+        used_N: Indices of the prompts that will be asked for, if not all are: a long file of
+            prompts has many that no pair is made of.
+
     """
+    used = torch.arange(len(prompts)) if used_N is None else used_N.unique()
     first = model.conditions(prompts[:1])
     tokens_and_width = first.context_BLD.shape[1:]
     numbers = first.context_BLD[0].numel()
@@ -416,15 +428,19 @@ def prompt_conditions(
     # A row of the table is a context, and behind it SDXL's pooled vector. The sizes are those of
     # the model and the same for all.
     def rows_of_table(rows: list[int]) -> Tensor:
-        made = model.conditions([prompts[row] for row in rows])
+        made = model.conditions([prompts[index] for index in used[rows].tolist()])
         if made.pooled_BP is None:
             return made.context_BLD
         return torch.cat([made.context_BLD.flatten(1), made.pooled_BP], dim=1)
 
-    table = cached_rows("text contexts", rows_of_table, len(prompts), console)
+    table = cached_rows("text contexts", rows_of_table, len(used), console)
 
     def conditions(index_B: Tensor) -> Conditions:
-        values = table(index_B)
+        wanted_B = index_B.cpu()
+        row_B = torch.searchsorted(used, wanted_B).clamp(max=len(used) - 1)
+        # The conditions of another prompt would train without a word.
+        assert torch.equal(used[row_B], wanted_B), "a prompt that was not said to be used"
+        values = table(row_B)
         if first.sizes_B6 is None:
             return Conditions(values)
         context_BLD = values[:, :numbers].reshape(-1, *tokens_and_width)

@@ -269,6 +269,7 @@ def teacher_images(
     device: str | None = None,
     style: Style | None = None,
     text: TextSettings | None = None,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Images of the multi-step sampler with guidance.
 
@@ -280,6 +281,7 @@ def teacher_images(
         device: 'cpu', 'cuda', ...; None is the GPU if there is one.
         style: LoRAs and embeddings that are added to the model.
         text: How prompts are encoded; None is one chunk, all layers.
+        size: Height and width in pixels; None is what the model was made for.
 
     Returns:
         uint8 [N, H, W, 3].
@@ -288,7 +290,7 @@ def teacher_images(
         HipaError: Not one seed for each prompt, or a model that cannot be loaded.
 
     """
-    model = DiffusionModel.load(model_dir, device, style=style, text=text)
+    model = DiffusionModel.load(model_dir, device, style=style, text=text, size=size)
     unguided = model.unguided()
 
     def latents(noise_BCHW: Tensor, conditions: Conditions) -> Tensor:
@@ -307,6 +309,7 @@ def one_step_images(
     device: str | None = None,
     style: Style | None = None,
     text: TextSettings | None = None,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """One-step images of the base model, or of the base model with an adaptor.
 
@@ -319,6 +322,8 @@ def one_step_images(
         device: 'cpu', 'cuda', ...; None is the GPU if there is one.
         style: LoRAs and embeddings that are added to the model before the adaptor.
         text: How prompts are encoded; None is as the adaptor was trained.
+        size: Height and width in pixels; None is what the adaptor was trained at, or without one
+            what the model was made for.
 
     Returns:
         uint8 [N, H, W, 3].
@@ -328,9 +333,11 @@ def one_step_images(
             adaptor of another task or model.
 
     """
-    if text is None and adaptor_dir is not None:
-        text = read_metadata(adaptor_dir).text
-    model = DiffusionModel.load(model_dir, device, style=style, text=text)
+    if adaptor_dir is not None:
+        trained = read_metadata(adaptor_dir)
+        text = text or trained.text
+        size = size or trained.resolution
+    model = DiffusionModel.load(model_dir, device, style=style, text=text, size=size)
     return decoded_images(model, one_step_model(model, timestep, adaptor_dir), prompts, seeds)
 
 

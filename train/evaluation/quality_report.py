@@ -174,7 +174,8 @@ def make_images(
         images: N, how many images each row has.
         console: Where the status line goes.
         style: LoRAs and embeddings of every row's model.
-        text: How prompts are encoded, for every row; None is as the adaptor was trained.
+        text: How prompts are encoded, for every row; None is as the adaptor was trained. All
+            images have the size that the adaptor was trained at.
         rivals: What else is compared, a row each.
 
     Returns:
@@ -187,8 +188,11 @@ def make_images(
     """
     texts, seeds = draw(prompts, images)
     rows = {}
-    if text is None and adaptor is not None:
-        text = read_metadata(adaptor).text
+    size = None
+    if adaptor is not None:
+        trained = read_metadata(adaptor)
+        text = text or trained.text
+        size = trained.resolution
 
     # The teacher at fewer steps shows what its steps are worth on this model.
     for steps in FEWER_STEPS:
@@ -197,23 +201,27 @@ def make_images(
         with console.status(f"{steps}-step teacher, {images} images"):
             fewer = teacher.model_copy(update={"steps": steps})
             rows[teacher_row(steps)] = teacher_images(
-                model_dir, texts, seeds, fewer, style=style, text=text
+                model_dir, texts, seeds, fewer, style=style, text=text, size=size
             )
 
     # The reference, and the same prompts from other noise, to which KID-Lite0 is measured.
     with console.status(f"{teacher.steps}-step teacher, twice {images} images"):
         rows[teacher_row(teacher.steps)], again = teacher_twice(
-            model_dir, texts, seeds, teacher, style, text
+            model_dir, texts, seeds, teacher, style, text, size
         )
 
     with console.status("one-step images"):
-        rows[BASE] = one_step_images(model_dir, None, texts, seeds, style=style, text=text)
+        rows[BASE] = one_step_images(
+            model_dir, None, texts, seeds, style=style, text=text, size=size
+        )
         if adaptor is not None:
             rows[ADAPTED] = one_step_images(
                 model_dir, adaptor, texts, seeds, style=style, text=text
             )
         for rival in rivals:
-            rows[rival.row] = rival_images(model_dir, rival, texts, seeds, style=style, text=text)
+            rows[rival.row] = rival_images(
+                model_dir, rival, texts, seeds, style=style, text=text, size=size
+            )
     return rows, again
 
 
@@ -344,6 +352,7 @@ def teacher_twice(
     teacher: TeacherSettings,
     style: Style | None = None,
     text: TextSettings | None = None,
+    size: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's images from ``seeds``, and of the same prompts from other seeds.
 
@@ -354,7 +363,7 @@ def teacher_twice(
     # One call for both sets, so that the model is loaded once.
     others = [seed + len(seeds) for seed in seeds]
     both = teacher_images(
-        model_dir, [*texts, *texts], [*seeds, *others], teacher, style=style, text=text
+        model_dir, [*texts, *texts], [*seeds, *others], teacher, style=style, text=text, size=size
     )
     return both[: len(seeds)], both[len(seeds) :]
 

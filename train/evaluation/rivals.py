@@ -57,12 +57,23 @@ class Facts:
     notes: tuple[str, ...] = ()
 
 
-def check_rivals(contenders: Sequence[Contender], folder: Path, style: Style) -> None:
+def check_rivals(
+    contenders: Sequence[Contender],
+    folder: Path,
+    style: Style,
+    size: tuple[int, int] | None = None,
+) -> None:
     """Check that every contender fits the model in ``folder``; no weights of the model are loaded.
 
+    Args:
+        contenders: Of one report.
+        folder: Diffusers folder of the base model.
+        style: LoRAs and embeddings that are added to the model.
+        size: Height and width of the report's images in pixels; None is the model's own.
+
     Raises:
-        HipaError: a method, LoRA or adaptor that is not for this model, a bundle whose images have
-            another size, or two contenders of one name.
+        HipaError: a method, LoRA or adaptor that is not for this model, an adaptor or a bundle
+            whose images have another size, or two contenders of one name.
 
     """
     config = ModelConfig.read(folder)
@@ -76,20 +87,34 @@ def check_rivals(contenders: Sequence[Contender], folder: Path, style: Style) ->
             OpenStyle.read(style_with_lora(style, contender), config)
         elif isinstance(contender, OtherAdaptor):
             loras = OpenStyle.read(style, config).info.loras
-            check_same_loras(contender.folder, read_metadata(contender.folder).loras, loras)
+            trained = read_metadata(contender.folder)
+            check_same_loras(contender.folder, trained.loras, loras)
+            _check_adaptor_size(contender, trained.resolution, size or config.native_size)
         elif isinstance(contender, BundleContender):
-            _check_bundle_size(contender, config.native_size)
+            _check_bundle_size(contender, size or config.native_size)
+
+
+def _check_adaptor_size(
+    contender: OtherAdaptor, own: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """Raise HipaError if an adaptor was trained at another size than the report's."""
+    if own != size:
+        raise HipaError(
+            f"adaptor {contender.folder} was trained at {own[0]}x{own[1]} pixels (height x width), "
+            f"and the report's images have {size[0]}x{size[1]}. Measure it in a report of its own, "
+            "as --adaptor."
+        )
 
 
 def _check_bundle_size(contender: BundleContender, size: tuple[int, int]) -> None:
-    """Raise HipaError if a bundle makes images of another size than the model."""
+    """Raise HipaError if a bundle makes images of another size than the report's."""
     step = Bundle.open(contender.folder).manifest.one_step
     height = step.height
     width = step.width
     if (height, width) != size:
         raise HipaError(
             f"bundle {contender.folder} makes images of {height}x{width} pixels (height x width), "
-            f"and the model's have {size[0]}x{size[1]}. Export it in that size."
+            f"and the report's have {size[0]}x{size[1]}. Export it in that size."
         )
 
 
@@ -132,6 +157,7 @@ def rival_images(
     style: Style | None = None,
     device: str | None = None,
     text: TextSettings | None = None,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Images of a contender.
 
@@ -144,6 +170,7 @@ def rival_images(
         device: 'cpu', 'cuda', ...; None is the GPU if there is one.
         text: How prompts are encoded; None is one chunk, all layers. Another adaptor reads them as
             it was trained, and a bundle as it was exported.
+        size: Height and width in pixels; None is what the model was made for.
 
     Returns:
         uint8 [N, H, W, 3].
@@ -153,9 +180,10 @@ def rival_images(
 
     """
     if isinstance(rival, ImageFolder):
-        height, width = ModelConfig.read(folder).native_size
+        height, width = size or ModelConfig.read(folder).native_size
         return find_images(rival.folder, prompts, seeds).images(height, width)
-    return open_contender(folder, rival, style=style, device=device, text=text)(prompts, seeds)
+    make = open_contender(folder, rival, style=style, device=device, text=text, size=size)
+    return make(prompts, seeds)
 
 
 def open_contender(
@@ -165,6 +193,7 @@ def open_contender(
     style: Style | None = None,
     device: str | None = None,
     text: TextSettings | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Maker:
     """Load a contender once, to make many images; arguments and errors as for ``rival_images``."""
     if isinstance(contender, BundleContender):
@@ -174,11 +203,11 @@ def open_contender(
         return partial(_bundle_images, OneStepPipeline.load(contender.folder))
     if isinstance(contender, OtherAdaptor):
         own_text = read_metadata(contender.folder).text
-        model = DiffusionModel.load(folder, device, style=style, text=own_text)
+        model = DiffusionModel.load(folder, device, style=style, text=own_text, size=size)
         return partial(decoded_images, model, one_step_model(model, 999, contender.folder))
 
     added = style_with_lora(style or Style(), contender)
-    model = DiffusionModel.load(folder, device, style=added, text=text)
+    model = DiffusionModel.load(folder, device, style=added, text=text, size=size)
     constants = step_constants(contender.method, model.config)
     latents = partial(
         one_step_latents,

@@ -76,8 +76,13 @@ def one_step_task_images(
 
     """
     # The model, and the settings of the step: an adaptor knows those that it was trained for.
-    text = read_metadata(adaptor_dir).text if adaptor_dir is not None else None
-    model = DiffusionModel.load(model_dir, device, task, style, text)
+    text = None
+    size = None
+    if adaptor_dir is not None:
+        trained = read_metadata(adaptor_dir)
+        text = trained.text
+        size = trained.resolution
+    model = DiffusionModel.load(model_dir, device, task, style, text, size)
     if adaptor_dir is not None:
         metadata = read_metadata(adaptor_dir, model_dir)
         check_same_loras(adaptor_dir, metadata.loras, model.style.loras)

@@ -1,8 +1,8 @@
 """The frozen base model: a Stable Diffusion folder in float32, and what training needs of it.
 
 SDXL, SSD-1B and Segmind-Vega have two text encoders and added conditions. Sizes and crop are those
-that StableDiffusionXLPipeline takes by default: original and target size are the training's
-resolution, and nothing is cropped.
+that StableDiffusionXLPipeline takes by default: original and target size are those of the
+images, and nothing is cropped.
 
 Shape suffixes: B batch, T timesteps of the noise schedule, L tokens, D width of the text context, P
 width of the pooled vector, C channels, H W height and width; h w where the size of latents stands
@@ -55,6 +55,7 @@ class DiffusionModel:
         device: Where its parts are.
         style: The LoRAs and embeddings that were added to it.
         text: How prompts are encoded.
+        size: Height and width of its images in pixels; None is what it was made for.
 
     Example:
         >>> model = DiffusionModel.load(Path("stable-diffusion-v1-5"), "cuda")
@@ -70,6 +71,7 @@ class DiffusionModel:
     device: torch.device
     style: StyleInfo = field(default_factory=StyleInfo)
     text: TextSettings = field(default_factory=TextSettings)
+    size: tuple[int, int] | None = None
 
     @classmethod
     def load(
@@ -79,6 +81,7 @@ class DiffusionModel:
         task: Task = "generate",
         style: Style | None = None,
         text: TextSettings | None = None,
+        size: tuple[int, int] | None = None,
     ) -> DiffusionModel:
         """Load in float32, whatever the stored precision, and freeze all weights.
 
@@ -88,15 +91,18 @@ class DiffusionModel:
             task: The task to train. A UNet that was made for inpainting can learn that task alone.
             style: LoRAs to merge into it and embeddings to add, before anything else.
             text: How prompts are encoded; None is as the text encoder reads them at once.
+            size: Height and width of its images in pixels; None is what it was made for.
 
         Raises:
             HipaError: it is not a Stable Diffusion folder, its kind of model cannot be trained to
                 one step, its tokenizer cannot be read, its weights are not finite, or the style
-                does not fit it.
+                or the size does not fit it.
 
         """
         # Before loading gigabytes: its configuration says whether the model can be trained at all.
         config = ModelConfig.read(folder, task)
+        if size is not None:
+            config.latents_of(size)
         text = text or TextSettings()
         tokenizers = {}
         for part in config.text_parts:
@@ -123,7 +129,7 @@ class DiffusionModel:
 
         pipe.set_progress_bar_config(disable=True)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(folder, pipe.to(device), device, added.info, text)
+        return cls(folder, pipe.to(device), device, added.info, text, size)
 
     @property
     def unet(self) -> Any:
@@ -160,13 +166,13 @@ class DiffusionModel:
 
     @property
     def latent_shape_CHW(self) -> tuple[int, int, int]:
-        """Latent shape at the model's native resolution."""
-        return self.config.native_latents
+        """Latent shape of its images."""
+        return self.config.latents_of(self.size)
 
     @property
     def resolution(self) -> tuple[int, int]:
-        """Native image height and width in pixels."""
-        return self.config.native_size
+        """Height and width of its images in pixels."""
+        return self.size or self.config.native_size
 
     @property
     def schedule(self) -> dict[str, Any]:

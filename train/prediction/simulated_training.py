@@ -79,13 +79,23 @@ class MicroBatchMemory:
         return min(rows, 1 + int(more))
 
 
-def unloaded_model(folder: Path) -> DiffusionModel:
+def unloaded_model(folder: Path, size: tuple[int, int] | None = None) -> DiffusionModel:
     """The model of a folder's configurations, float32 on the CPU, without the stored weights.
 
     The weights are whatever values the constructors draw, and there is no tokenizer: time and
     memory depend on neither.
+
+    Args:
+        folder: of the model.
+        size: Height and width of its images in pixels; None is what it was made for.
+
+    Raises:
+        HipaError: The configurations are of no model that is known, or the size does not fit it.
+
     """
     config = ModelConfig.read(folder)
+    if size is not None:
+        config.latents_of(size)
     kinds: dict[str, Any] = {
         "unet": UNet2DConditionModel,
         "vae": AutoencoderKL,
@@ -100,7 +110,7 @@ def unloaded_model(folder: Path) -> DiffusionModel:
     pipe = pipeline(config, parts, tokenizers)
     for module in parts.values():
         module.eval().requires_grad_(False)
-    return DiffusionModel(folder, pipe, torch.device("cpu"))
+    return DiffusionModel(folder, pipe, torch.device("cpu"), size=size)
 
 
 def _unloaded(kind: Any, config: Mapping[str, Any], where: Path) -> nn.Module:

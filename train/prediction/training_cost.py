@@ -172,7 +172,7 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
 
     # On the meta device neither weights nor adaptor take memory, however large the model is.
     with torch.device("meta"):
-        training = SimulatedTraining(unloaded_model(model_dir), recipe)
+        training = SimulatedTraining(unloaded_model(model_dir, recipe.size), recipe)
     model = training.model
     parts = {**model.text_modules, "unet": model.unet, "vae": model.vae}
     parameters = {name: _frozen_parameters(part) for name, part in parts.items()}
@@ -237,7 +237,7 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
         rows' (as many as are measured at once).
 
     """
-    training = SimulatedTraining(unloaded_model(model_dir), recipe)
+    training = SimulatedTraining(unloaded_model(model_dir, recipe.size), recipe)
     calls = {
         "teacher call": training.teacher_call,
         "warm-up step": lambda: training.step(recipe.batch, decoded=False),

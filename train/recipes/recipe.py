@@ -236,6 +236,9 @@ class Recipe(_TrainingSettings):
     """The task that the step learns; see hipa_deploy.tasks."""
     source: SourceSettings = SourceSettings()
     """The images that tasks other than generate start from."""
+    resolution: int | None = Field(None, ge=8, le=8192)
+    """Side in pixels of the square images that are trained on; by default the size that the model
+    was made for. Bundles and reports of the adaptor have it too."""
     gradient_checkpointing: bool = False
     """Compute the activations of UNet and decoder again in the backward pass: less memory, more
     time."""
@@ -261,6 +264,11 @@ class Recipe(_TrainingSettings):
     def held_out_rows(self) -> int:
         """As for a decoder. Where steps decode squares, whole images are decoded one by one."""
         return 1 if self.decode_crop is not None else super().held_out_rows
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the images in pixels; None is what the model was made for."""
+        return None if self.resolution is None else (self.resolution, self.resolution)
 
     @property
     def compares_distributions(self) -> bool:

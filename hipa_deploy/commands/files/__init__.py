@@ -1,4 +1,4 @@
-"""The files of the commands that make images: how they are written, and made once more.
+"""What commands may write; the files of those that make images: how they are written, and again.
 
 May import everything of the core. The commands import it; it imports none of them.
 """

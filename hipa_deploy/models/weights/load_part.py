@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.weights.part_config import build, read_config
-from hipa_deploy.models.weights.weight_file import load_tensors
+from hipa_deploy.models.weights.weight_file import each_tensor
 from hipa_deploy.models.weights.weight_files import current_name, find_weights
 from hipa_deploy.models.weights.weight_identity import COMPUTED
 
@@ -86,10 +86,8 @@ def _read(where: Path) -> dict[str, Tensor]:
 
     tensors: dict[str, Tensor] = {}
     for path in find_weights(where):
-        file = load_tensors(path)
         # One by one, so that a part in half precision is never in memory twice.
-        for name in list(file):
-            stored = file.pop(name)
+        for name, stored in each_tensor(path):
             if name.endswith(COMPUTED):
                 continue
             if not stored.is_floating_point():

@@ -7,6 +7,7 @@ A pickled file can hold instructions that run code when it is loaded. It is read
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -108,6 +109,47 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
     with as_line(f"{path} is damaged", AGAIN):
         return dict(load_file(path))
+
+
+def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a file with its name, on the CPU, as it is stored.
+
+    Tensors in half precision of a .safetensors file are read one by one, into memory of their own.
+    They are for conversion: of a file that is mapped, every page that was read stays in memory
+    while any of its tensors is in use.
+
+    Raises:
+        HipaError: as ``load_tensors``.
+
+    Example:
+        >>> dict(each_tensor(Path("model.fp16.safetensors")))["logit_scale"].dtype
+        torch.float16
+
+    """
+    import torch
+
+    types = {"F16": torch.float16, "BF16": torch.bfloat16}
+    layouts = {} if is_pickled(path) else read_layout(path)
+    halves: set[str] = set()
+    with path.open("rb") as file:
+        for name, layout in layouts.items():
+            size = layout.end - layout.start
+            if layout.dtype not in types or not size:
+                continue
+            halves.add(name)
+            content = bytearray(size)
+            file.seek(layout.start)
+            file.readinto(content)
+            values = torch.frombuffer(content, dtype=types[layout.dtype])
+            yield name, values.reshape(layout.shape)
+    if halves and len(halves) == len(layouts):
+        return
+
+    tensors = load_tensors(path)
+    for name in list(tensors):
+        stored = tensors.pop(name)
+        if name not in halves:
+            yield name, stored
 
 
 def _load_pickled(path: Path) -> dict[str, Tensor]:

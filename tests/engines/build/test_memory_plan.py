@@ -166,6 +166,23 @@ def test_a_full_disk_is_refused_with_numbers(bundle, monkeypatch):
         plan(bundle, "rtx").refuse_misfits()
 
 
+@pytest.mark.parametrize(
+    ("weights", "fits"), [(1414, True), (2540, True), (4897, False)], ids=["vega", "ssd-1b", "sdxl"]
+)
+def test_sdxl_is_refused_with_numbers_where_its_relatives_build(monkeypatch, weights, fits):
+    """The UNets' true sizes, and a machine with 15 GiB that are free."""
+    monkeypatch.setattr(memory_needs, "available_memory_mib", lambda: 15 * 1024)
+    monkeypatch.setattr(memory_needs, "free_swap_mib", lambda: 0)
+    sizes = (StageSize(stage="unet", weights=weights, activations=290),)
+    planned = plan_stages(sizes, ("unet",), "rtx", None, BuildOptions(), machine())
+    if fits:
+        planned.refuse_misfits()
+        return
+    numbers = r"building: memory on this machine takes about 16,490 MiB \(available: 15,360 MiB\)"
+    with pytest.raises(HipaError, match=numbers):
+        planned.refuse_misfits()
+
+
 def test_too_little_to_run_has_its_own_remedy(bundle, monkeypatch):
     small = RTX_4090.model_copy(update={"memory_mib": 1000})
     message = r"running: GPU memory .* takes about 1,873 MiB \(available: 1,000 MiB\)\. Close other"

@@ -122,6 +122,33 @@ def test_rounding_that_hurts_is_found_and_avoided(unet: UNet2DConditionModel) ->
         np.testing.assert_array_equal(weight, before[name])
 
 
+def test_the_emulation_rounds_weights_and_leaves_them_as_they_were(
+    unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a run fails inside of a layer."""
+    module = Call(unet)
+    before = {name: weight.clone() for name, weight in module.named_parameters()}
+    places = {name: weight.data_ptr() for name, weight in module.named_parameters()}
+    output = Rounding(module)((latents(),))
+
+    def fail(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unet.conv_out, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            Rounding(module)((latents(),))
+    for name, weight in module.named_parameters():
+        assert torch.equal(weight, before[name])
+        assert weight.data_ptr() == places[name]
+
+    # Weights that are rounded already give the same.
+    for weight in module.parameters():
+        weight.data = weight.data.half().float()
+    assert torch.equal(output, Rounding(module)((latents(),)))
+    assert not torch.equal(output, module(latents()))
+
+
 def test_query_key_and_value_stand_and_fall_together() -> None:
     names = ["a.attn1.to_q", "a.attn1.to_k", "a.attn1.to_out.0", "b.conv"]
     assert whole_attentions(names) == ("a.attn1", "b.conv")

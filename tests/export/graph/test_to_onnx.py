@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import ClassVar
 
@@ -80,3 +82,14 @@ def test_large_weights_go_to_a_file_of_their_own(
 def test_an_axis_that_the_module_fixes(tmp_path: Path) -> None:
     with pytest.raises(HipaError, match="unet: this model does not allow a dynamic batch"):
         export_stage(FixedBatch(), spec_of(BATCH), tmp_path)
+
+
+def test_no_weight_stays_in_memory(tmp_path: Path) -> None:
+    """The exporter's own caches hold the last graph, which must not hold its weights."""
+    module = Linear()
+    weights = [weakref.ref(weight) for weight in module.parameters()]
+    assert weights
+    export_stage(module, spec_of({}), tmp_path / "stage")
+    del module
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)

@@ -48,6 +48,16 @@ def test_gate_stops_bad(got: np.ndarray, message: str) -> None:
         check("unet", got, RAMP, "fp16")
 
 
+def test_a_flat_output_in_float16_whose_sum_overflows() -> None:
+    """As a context [1, 77, 2048] is: its standard deviation in float16 is infinite or NaN."""
+    flat = np.full((1, 77, 2048), 3, np.float16)
+    varied = flat.copy()
+    varied[0, ::2] = -3
+    with pytest.raises(HipaError, match="flat"):
+        check("text_encoder", flat, varied, "fp16")
+    check("text_encoder", varied, varied, "fp16")
+
+
 def test_high_frequency_energy_in_closed_form() -> None:
     """Doubling the contrast of a pattern quadruples its energy; a flat image has no energy."""
     pattern = np.indices((8, 8)).sum(axis=0)[None, :, :, None] % 2

@@ -68,7 +68,7 @@ def test_auto_names_a_faster_backend(
     faster = "hipa_deploy.engines.backends.available.faster_on_cpu"
     monkeypatch.setattr(faster, lambda: "openvino-bf16")
     assert "note" not in notes(), "of a small bundle nothing was measured"
-    monkeypatch.setattr("hipa_deploy.commands.options._LARGE_BUNDLE", 0)
+    monkeypatch.setattr("hipa_deploy.commands.make_images._LARGE_BUNDLE", 0)
     expected = "note: auto took onnxruntime. --backend openvino-bf16 is faster on this processor."
     assert expected in notes("--force")
     assert "note" not in notes("--backend", "onnxruntime", "--force")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hipa_deploy.commands.options import image_paths
+from hipa_deploy.commands.make_images import image_paths
 from hipa_deploy.errors import HipaError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hipa_deploy.commands.outputs import check_outputs, next_free_name, write_output
+from hipa_deploy.commands.files.outputs import check_outputs, next_free_name, write_output
 from hipa_deploy.errors import HipaError, HipaWarning
 
 

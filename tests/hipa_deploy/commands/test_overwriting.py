@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hipa_deploy.commands.app import main
-from hipa_deploy.commands.options import image_outputs
+from hipa_deploy.commands.make_images import image_outputs
 from hipa_deploy.errors import HipaError
 
 Refused = Callable[..., str]

@@ -90,8 +90,8 @@ def test_an_engine_that_cannot_take_it_stays_open(engine_pipe: OneStepPipeline) 
 
 @pytest.mark.parametrize("backend", ["openvino", "openvino-bf16"])
 def test_openvino_does_not_swap(engine_pipe: OneStepPipeline, backend: str) -> None:
-    engine_pipe.backend = backend
+    pipe = OneStepPipeline(engine_pipe.bundle, backend, engine_pipe.stages)
     with pytest.raises(
         HipaError, match=rf"{backend} does not swap adaptors\. Use --backend onnxruntime"
     ):
-        engine_pipe.swap_adaptor("night")
+        pipe.swap_adaptor("night")

@@ -5,7 +5,15 @@ import pytest
 
 from hipa_deploy import embedded
 from hipa_deploy.errors import HipaError
-from hipa_deploy.models.locate import model_folder, model_name, resolve_decoder
+from hipa_deploy.models.configurations import write_config
+from hipa_deploy.models.locate import (
+    TAESD,
+    TAESDXL,
+    model_folder,
+    model_name,
+    resolve_decoder,
+    resolve_encoder,
+)
 from tests.packaging import hub_cache
 
 
@@ -60,6 +68,34 @@ def test_a_repository_in_the_cache_of_the_hub(tmp_path: Path) -> None:
     (home / "snapshots").mkdir()
     with pytest.raises(HipaError, match=r"has 0 snapshots.* Download the model again"):
         model_folder(str(home))
+
+
+@pytest.mark.parametrize(
+    ("size", "repository"), [("sd15", TAESD), ("sdxl", TAESDXL), ("vega", TAESDXL)]
+)
+def test_the_tiny_decoder_is_the_one_for_the_models_latents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, repository: str
+) -> None:
+    """Both have four channels: the other one would decode a wrong image without a word."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(name: str) -> str:
+        asked.append(name)
+        if len(asked) > 2:
+            raise OSError("no network")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = str(write_config(size, tmp_path / "model"))
+    assert resolve_decoder("tiny", model) == tmp_path / repository
+    assert resolve_encoder("tiny", model) == tmp_path / repository
+    assert resolve_decoder("full", model) is None
+    assert asked == [repository] * 2
+    name = repository.rpartition("/")[2]
+    with pytest.raises(HipaError, match=f"hf download {repository} --local-dir {name}. Then"):
+        resolve_encoder("tiny", model)
 
 
 def test_what_a_manifest_calls_a_model(tmp_path: Path) -> None:

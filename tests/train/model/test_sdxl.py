@@ -107,6 +107,26 @@ def test_the_table_of_conditions_gives_the_rows(sdxl: DiffusionModel) -> None:
     torch.testing.assert_close(rows.sizes_B6, expected.sizes_B6)
 
 
+def test_prompts_that_no_pair_uses_are_not_encoded(
+    sdxl: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    conditions_of = DiffusionModel.conditions
+
+    def conditions(model: DiffusionModel, prompts: list[str]) -> Conditions:
+        encoded.extend(prompts)
+        return conditions_of(model, prompts)
+
+    many = [f"prompt {number}" for number in range(20)]
+    monkeypatch.setattr(DiffusionModel, "conditions", conditions)
+    some = prompt_conditions(sdxl, many, used_N=torch.tensor([7, 3, 7]))
+    rows = some(torch.tensor([7, 3]))
+    assert set(encoded) == {"prompt 0", "prompt 3", "prompt 7"}  # the first says how large rows are
+    expected = conditions_of(sdxl, ["prompt 7", "prompt 3"])
+    torch.testing.assert_close(rows.context_BLD, expected.context_BLD, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rows.pooled_BP, expected.pooled_BP, rtol=1e-5, atol=1e-5)
+
+
 def test_weights_of_words_change_the_context_alone(sdxl_dir: Path) -> None:
     settings = TextSettings(prompt_weights=True)
     model = DiffusionModel.load(sdxl_dir, "cpu", text=settings)

@@ -11,7 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.models.weights.weight_file import is_pickled, load_tensors, read_layout
+from hipa_deploy.models.weights.weight_file import (
+    each_tensor,
+    is_pickled,
+    load_tensors,
+    read_layout,
+)
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4).to(torch.bfloat16)}
 
@@ -26,6 +31,32 @@ def test_the_layout_says_where_the_bytes_are(tmp_path: Path) -> None:
     }
     start, end = layouts["a"][2:]
     assert path.read_bytes()[start:end] == TENSORS["a"].numpy().tobytes()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin"])
+def test_one_by_one_they_are_the_same(tmp_path: Path, name: str) -> None:
+    """Half precision is read into memory of its own, everything else as ever."""
+    path = tmp_path / name
+    tensors = {**TENSORS, "c": torch.randn(3, 5).half(), "none": torch.zeros(0, 2).half()}
+    if name.endswith("bin"):
+        torch.save(tensors, path)
+    else:
+        save_file(tensors, path)
+    found = dict(each_tensor(path))
+    assert found.keys() == tensors.keys()
+    for key, value in found.items():
+        assert value.dtype == tensors[key].dtype
+        assert torch.equal(value, tensors[key])
+
+
+def test_a_file_in_half_precision_is_not_mapped(tmp_path: Path) -> None:
+    """A map would hold all pages that were read beside the converted weights."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(1 << 20).half(), "b": torch.ones(1 << 20).bfloat16()}, path)
+    kept = [value.float() for _, value in each_tensor(path)]
+    for _ in each_tensor(path):
+        assert str(path) not in Path("/proc/self/maps").read_text()
+    assert all(value.sum() == 1 << 20 for value in kept)
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.SAFETENSORS", "a.bin", "a.PT", "a.pth"])
