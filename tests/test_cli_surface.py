@@ -1,5 +1,6 @@
 """The commands and their options, pinned: a change here is a change for every user's script."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 from typer.main import get_command
 
 from hipa_deploy.commands.app import app
+from hipa_deploy.models.configurations import MODELS
+from hipa_deploy.models.one_step.one_step_method import preset_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -108,6 +111,17 @@ def test_every_command_and_option_has_a_help_text() -> None:
         assert command.help, name
         for parameter in command.params:
             assert parameter.help, f"{name} {parameter.name}"
+
+
+@pytest.mark.parametrize(
+    ("option", "names"), [("--config", tuple(MODELS)), ("--one-step", tuple(preset_names()))]
+)
+def test_a_help_text_names_every_choice(option: str, names: tuple[str, ...]) -> None:
+    """The lists are written out, so that --help loads nothing: a new name must be added there."""
+    for command in commands().values():
+        for param in command.params:
+            if option in param.opts:
+                assert set(names) <= set(re.split(r"[\s|;.:]+", param.help or "")), command.name
 
 
 def test_every_verb_has_an_entry_point() -> None:

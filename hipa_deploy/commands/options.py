@@ -80,7 +80,8 @@ ConfigOption = Annotated[
     str | None,
     typer.Option(
         help="For a model in one file, the model it is of: sd15 | sd21-base | sd21-v | "
-        "sd15-inpainting | sd2-inpainting | a diffusers folder of the same architecture. "
+        "sd15-inpainting | sd2-inpainting | sdxl | ssd-1b | vega | sdxl-inpainting | a diffusers "
+        "folder of the same architecture. "
         "Needed only if its weights do not show it."
     ),
 ]
@@ -102,8 +103,9 @@ OneStepOption = Annotated[
     str | None,
     typer.Option(
         help="Method of a one-step LoRA or model that others made: hyper-sd15 | hyper-sd15-t800 | "
-        "lcm-sd15 | tcd-sd15 | tcd-sd21-base | sd-turbo | hipa | a .toml file; METHOD@TIMESTEP "
-        "starts at another timestep. By default the adaptor's own step."
+        "lcm-sd15 | tcd-sd15 | tcd-sd21-base | sd-turbo | hyper-sdxl | hyper-sdxl-unet | "
+        "dmd2-sdxl | dmd2-sdxl-unet | lcm-sdxl | tcd-sdxl | sdxl-turbo | hipa | a .toml file; "
+        "METHOD@TIMESTEP starts at another timestep. By default the adaptor's own step."
     ),
 ]
 ForOption = Annotated[

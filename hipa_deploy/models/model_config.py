@@ -184,6 +184,14 @@ class ModelConfig:
                     f"Expected {expected}. Copy the model again, or correct the file."
                 )
 
+        # diffusers' SDXL pipelines scale each channel of the latents with these, and others do not.
+        statistics = (self.vae.get("latents_mean"), self.vae.get("latents_std"))
+        if self.has_text_pair and None not in statistics:
+            raise HipaError(
+                f"{self.folder}: vae/config.json has latents_mean and latents_std, as Playground "
+                "v2.5 has. Expected a VAE with a scaling_factor alone, as SDXL's is."
+            )
+
         betas = self.scheduler.get("trained_betas")
         if betas is not None and not _are_betas(betas):
             raise HipaError(
@@ -452,7 +460,7 @@ def _read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
             raise HipaError(
                 f"{folder} has the scheduler {shown(candidate)}{why}, which is not of DDPM's "
                 "family: its x0 is neither eps nor v. Expected a model of DDPM's noise schedule, "
-                "such as SD 1.x or 2.x."
+                "such as SD 1.x, 2.x or SDXL."
             )
     kind = _scheduler_class(name)
     values = known_values(kind, config, folder / SCHEDULER)

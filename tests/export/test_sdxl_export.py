@@ -238,6 +238,11 @@ def write_unet_lora(folder: Path, width: int, layer: str = "attn2_to_k") -> Path
         ("unet/config.json", {"addition_time_embed_dim": None}, "Expected two widths"),
         ("unet/config.json", {"cross_attention_dim": 16}, "text contexts 16 wide"),
         ("text_encoder_2/config.json", {"projection_dim": 24}, "a pooled vector of 24"),
+        (
+            "vae/config.json",
+            {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4},
+            "has latents_mean and latents_std",
+        ),
     ],
 )
 def test_models_that_only_look_like_sdxl(
