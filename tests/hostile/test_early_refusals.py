@@ -134,6 +134,9 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("build", "nope"), "bundle nope does not exist"),
     (("build", "nope", "--for", "nowhere"), "bundle nope does not exist"),
     (("publish", "nope", "--repo", "me/x"), "nope does not exist"),
+    (("doctor", "nope", "--out", "a.md"), "nope does not exist"),
+    (("doctor", "nope", "--bisect"), "nope does not exist"),
+    (("doctor", "nope", "--self-test"), "nope does not exist"),
     (("publish", "emoji", "--repo", "me/x", "--report", "nope"), "--report nope has no report.md"),
     # Numbers.
     ((*EXPORT, "--height", "65"), "multiple"),
