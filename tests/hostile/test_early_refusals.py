@@ -134,6 +134,8 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("build", "nope"), "bundle nope does not exist"),
     (("build", "nope", "--for", "nowhere"), "bundle nope does not exist"),
     (("publish", "nope", "--repo", "me/x"), "nope does not exist"),
+    (("serve", "nope", "--replicas", "2"), "nope does not exist"),
+    (("bulk", "nope", *BULK[2:], "--replicas", "3"), "nope does not exist"),
     (("doctor", "nope", "--out", "a.md"), "nope does not exist"),
     (("doctor", "nope", "--bisect"), "nope does not exist"),
     (("doctor", "nope", "--self-test"), "nope does not exist"),
