@@ -326,6 +326,7 @@ for command in MODEL_COMMANDS.values():
         ((*model, "--model", "nope"), "nope"),
         ((*model, "--model", "file.txt"), "file.txt"),
         ((*model, "--model", "full"), "full"),
+        ((*model, "--model", "emoji-adaptor"), "holds a LoRA, not a model"),
         ((*command, "--config", "sd15"), "--config"),
         ((*command, "--lora", "nope.safetensors"), "nope.safetensors"),
         ((*command, "--lora", f"cut/{WEIGHTS}"), "cut"),
