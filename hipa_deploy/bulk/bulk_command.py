@@ -85,6 +85,8 @@ def bulk(
     from hipa_deploy.marks.marker import require_signer
     from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings, replicas_from
 
+    root = resolve_bundle(bundle)
+    opened = Bundle.open(root)
     check_backend(backend)
     settings = ClusterSettings(*replicas_from(replicas), replica_cpus, replica_gpus)
     if ray is not None:
@@ -92,8 +94,6 @@ def bulk(
         settings.check_backend(backend)
     elif (replicas, replica_cpus, replica_gpus) != ("1", 1.0, 0.0):
         raise HipaError("--replicas and its kin are for a Ray cluster. Give --ray too.")
-    root = resolve_bundle(bundle)
-    opened = Bundle.open(root)
     require_task(opened, "generate")
     require_signer(opened.manifest.marks, None if c2pa is None else ContentSigner.read(c2pa))
     job = new_job(

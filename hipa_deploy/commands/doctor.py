@@ -52,6 +52,7 @@ def doctor(
     With a bundle, its reference prompt is run and compared with the outputs stored by the export.
     With an image, everything is shown that it says about itself. Exit code 1: a problem was found.
     """
+    _check_subject(subject, backend)
     if self_test:
         if bisect:
             raise HipaError("--bisect is for an engine. Leave --self-test out.")
@@ -62,6 +63,13 @@ def doctor(
         _bisect(subject, as_json)
     else:
         _examine(subject, backend, as_json)
+
+
+def _check_subject(subject: str | None, backend: str) -> None:
+    """What does not exist is named first, even where the options do not fit it either."""
+    from hipa_deploy.doctor.examine import check_request
+
+    check_request(subject, backend)
 
 
 def _bisect(subject: str | None, as_json: bool) -> None:
@@ -88,11 +96,10 @@ def _bisect(subject: str | None, as_json: bool) -> None:
 
 def _examine(subject: str | None, backend: str, as_json: bool) -> None:
     """Print the report on this machine and on ``subject``; exit with 1 on a problem."""
-    from hipa_deploy.doctor.examine import check_request, examine, render
+    from hipa_deploy.doctor.examine import examine, render
     from hipa_deploy.doctor.image_report import examine_image, render_image
     from hipa_deploy.marks.read_marks import is_image_file
 
-    check_request(subject, backend)
     if subject and is_image_file(Path(subject)):
         with console.status("reading"):
             image_report = examine_image(Path(subject))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from hipa_deploy.disk.reading import name_problem, read_text
 from hipa_deploy.embedded import DECODER, MODEL, NAME
-from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.errors import HipaError, HipaWarning, first_line
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.weights.weight_file import SAFETENSORS
 
 TINY = "tiny"
+# What diffusers and peft call a LoRA's file.
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 HUB_PREFIX = "models--"  # of a repository's folder in the hub's cache
 # The source of both: https://github.com/madebyollin/taesd. The second is for SDXL's latents.
 TAESD = "madebyollin/taesd"
@@ -156,7 +159,20 @@ def resolve_decoder(name: str, model: str) -> Path | None:
 def _diffusers_folder(path: Path) -> Path:
     """Return the diffusers folder that a user means by a folder."""
     folder = _in_hub_cache(path)
-    if not (folder / "model_index.json").exists() and folder.is_dir():
+    lora = next((folder / name for name in LORA_FILES if (folder / name).is_file()), None)
+    if (folder / "model_index.json").exists():
+        if lora is not None:
+            warnings.warn(
+                f"{lora} is no part of the model, and is not used. Add --lora {lora} to merge it.",
+                HipaWarning,
+                stacklevel=2,
+            )
+    elif lora is not None:
+        raise HipaError(
+            f"{folder} has no model_index.json: it holds a LoRA, not a model. Give the base model "
+            f"as --model, and this as --lora {lora}, or as --adaptor if hipa-train wrote it."
+        )
+    elif folder.is_dir():
         # Repositories also hold the whole model in one file, beside the parts or without them.
         for file in sorted(folder.iterdir()):
             if file.suffix.lower() in (SAFETENSORS, ".ckpt"):

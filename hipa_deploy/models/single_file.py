@@ -149,8 +149,14 @@ def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
         )
     if FIRST_LAYER not in shapes:
         lora = any("lora" in name for name in shapes)
-        got = "holds LoRA weights, not a model" if lora else f"has no weight {FIRST_LAYER}"
-        raise HipaError(f"model {checkpoint} {got}. {expected} in the original layout.")
+        if lora:
+            raise HipaError(
+                f"model {checkpoint} holds LoRA weights, not a model. {expected} in the original "
+                f"layout. Give that as --model, and this as --lora {checkpoint}."
+            )
+        raise HipaError(
+            f"model {checkpoint} has no weight {FIRST_LAYER}. {expected} in the original layout."
+        )
 
     # The first convolution's weight is [320, channels, 3, 3].
     if len(shapes[FIRST_LAYER]) != 4:

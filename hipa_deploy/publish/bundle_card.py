@@ -41,7 +41,7 @@ def bundle_card(
         bundle: the bundle.
         repo: owner/name of the repository.
         base: the base model.
-        report: the measured quality of the adaptor; None says that none was measured.
+        report: the measured quality; None says that none was measured.
 
     """
     manifest = bundle.manifest
@@ -122,9 +122,7 @@ def _stages(bundle: Bundle) -> str:
 
 
 def _quality(report: Report | None) -> str:
-    if report is None:
-        return "None was measured for this card."
-    return f"Of the adaptor, in PyTorch, before it was merged.\n\n{report.text}"
+    return report.text if report else "None was measured for this card."
 
 
 def _marks(manifest: Manifest) -> list[str]:

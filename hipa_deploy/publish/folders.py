@@ -25,7 +25,7 @@ from hipa_deploy.publish.adaptor_card import adaptor_card
 from hipa_deploy.publish.base_model import BaseModel, base_of_adaptor, base_of_bundle
 from hipa_deploy.publish.bundle_card import bundle_card
 from hipa_deploy.publish.leaks import CARD, refuse_local_paths
-from hipa_deploy.publish.measured_quality import Report, check_report, read_reports
+from hipa_deploy.publish.measured_quality import Report, Subject, check_report, read_reports
 from hipa_deploy.publish.peft_files import write_peft_files
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -148,7 +148,7 @@ def _open_adaptor(folder: Path, wishes: Wishes) -> Publication:
     config = read_json(folder / SCHEDULER, remedy="Copy the adaptor again.")
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
         raise HipaError(f"{folder / SCHEDULER} names no scheduler. Copy the adaptor again.")
-    report = read_reports(wishes.reports, digest)
+    report = read_reports(wishes.reports, Subject(digest))
     base = base_of_adaptor(metadata, wishes.model, wishes.base_model, wishes.licence)
     if wishes.model is not None:
         read_metadata(folder, model_folder(wishes.model))  # refuses another model
@@ -167,11 +167,8 @@ def _open_bundle(folder: Path, wishes: Wishes) -> Publication:
     bundle = Bundle.open(folder)
     bundle.verify()
     adaptor = bundle.manifest.adaptor
-    if wishes.reports and adaptor is None:
-        raise HipaError(
-            "--report is of an adaptor, and the bundle has none merged. Leave out --report."
-        )
-    report = None if adaptor is None else read_reports(wishes.reports, adaptor.sha256)
+    merged = None if adaptor is None else adaptor.sha256
+    report = read_reports(wishes.reports, Subject(merged, bundle.sha256))
     name = bundle.manifest.base_model.name
     base = base_of_bundle(name, wishes.model, wishes.base_model, wishes.licence)
     _check_free(folder, bundle.manifest.files)

@@ -159,6 +159,7 @@ def serve(
         wait=wait / 1000,
         batch=batch,
     )
+    models = check_start(bundles, backend)
     given = {
         "--replicas": replicas,
         "--replica-cpus": replica_cpus,
@@ -178,7 +179,6 @@ def serve(
     )
     keys = read_keys(api_keys)
     signer = None if c2pa is None else ContentSigner.read(c2pa)
-    models = check_start(bundles, backend)
     if ray is None:
         service = ImageService(models, limits, signer)
     else:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from hipa_deploy import embedded
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, HipaWarning
 from hipa_deploy.models.configurations import write_config
 from hipa_deploy.models.locate import (
     TAESD,
@@ -109,3 +109,15 @@ def test_a_folder_around_one_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "v1-5.CKPT").touch()
     with pytest.raises(HipaError, match=r"has no model_index.json.* such as .*v1-5.CKPT"):
         model_folder(str(tmp_path))
+
+
+def test_a_lora_beside_or_in_place_of_a_model(tmp_path: Path) -> None:
+    """It is never left out in silence."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    with pytest.raises(HipaError, match=r"holds a LoRA, not a model.* as --lora .*mine/pytorch"):
+        model_folder(str(folder))
+    (folder / "model_index.json").write_text("{}")
+    with pytest.warns(HipaWarning, match=r"is not used. Add --lora .*mine/pytorch"):
+        assert model_folder(str(folder)) == folder

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -41,6 +42,34 @@ def report(tmp_path: Path) -> Path:
     (folder / "report.md").write_text(text + "![Samples](samples.png)\n")
     for name in ("samples.png", "premise.png", "spectra.png"):
         (folder / name).write_bytes(PNG)
+    return folder
+
+
+@pytest.fixture
+def coco_report(tmp_path: Path) -> Path:
+    """A report folder as hipa-evaluate --coco writes it, of the embedded adaptor."""
+    from hipa_deploy.models.adaptor_folder import weights_sha256
+    from hipa_deploy.train.coco.coco_report import RowFeatures, coco_markdown
+    from hipa_deploy.train.coco.coco_report import coco_report as measure
+    from hipa_deploy.train.coco.protocol import INCEPTION_SHA256, Protocol
+
+    generator = np.random.default_rng(0)
+    protocol = Protocol(
+        year=2014, images=30_000, captions="random", captions_sha256="1" * 64, resolution=256,
+        reference="all", reference_sha256="2" * 64, reference_images=40_504,
+        inception_sha256=INCEPTION_SHA256, clip="clip-vit-g-14", clip_sha256="3" * 64,
+        clip_size=(1408, 40, 1024),
+    )  # fmt: skip
+    real = generator.standard_normal((12, 4)).astype(np.float32)
+    made = generator.standard_normal((12, 4)).astype(np.float32)
+    clip = generator.uniform(0.2, 0.4, 12).astype(np.float32)
+    row = RowFeatures(made, clip, (), {"adaptor": weights_sha256(ADAPTOR)})
+    report = measure(protocol, real, {"HiPA, one step": row}, [f"caption {n}" for n in range(12)])
+    folder = tmp_path / "coco"
+    folder.mkdir()
+    (folder / "report.json").write_text(report.model_dump_json())
+    (folder / "report.md").write_text(coco_markdown(report))
+    (folder / "hipa-one-step").mkdir()  # images and features, which are not published
     return folder
 
 

@@ -7,14 +7,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from torch import Tensor
 
-from hipa_deploy.embedded import ADAPTOR, ADAPTORS, MODEL
+from hipa_deploy.embedded import ADAPTORS, MODEL
 from hipa_deploy.errors import HipaError, HipaWarning
 from hipa_deploy.export.merge import merge_adaptor
 from hipa_deploy.models.adaptor_folder import METADATA
@@ -127,7 +126,7 @@ def test_the_report_is_in_the_card(report: Path, tmp_path: Path) -> None:
 
 
 def test_a_report_of_another_adaptor_is_refused(report: Path, tmp_path: Path) -> None:
-    with pytest.raises(HipaError, match="measured another adaptor"):
+    with pytest.raises(HipaError, match="measured something else"):
         written("emoji-edit", tmp_path / "out", reports=(report,))
 
 
@@ -137,32 +136,11 @@ def test_an_old_report_gets_a_warning(report: Path, tmp_path: Path) -> None:
         written("emoji", tmp_path / "out", reports=(report,))
 
 
-@pytest.fixture
-def coco_report(tmp_path: Path) -> Path:
-    """A report folder as hipa-evaluate --coco writes it, of the embedded adaptor."""
-    from hipa_deploy.models.adaptor_folder import weights_sha256
-    from hipa_deploy.train.coco.coco_report import RowFeatures, coco_markdown
-    from hipa_deploy.train.coco.coco_report import coco_report as measure
-    from hipa_deploy.train.coco.protocol import INCEPTION_SHA256, Protocol
-
-    generator = np.random.default_rng(0)
-    protocol = Protocol(
-        year=2014, images=30_000, captions="random", captions_sha256="1" * 64, resolution=256,
-        reference="all", reference_sha256="2" * 64, reference_images=40_504,
-        inception_sha256=INCEPTION_SHA256, clip="clip-vit-g-14", clip_sha256="3" * 64,
-        clip_size=(1408, 40, 1024),
-    )  # fmt: skip
-    real = generator.standard_normal((12, 4)).astype(np.float32)
-    made = generator.standard_normal((12, 4)).astype(np.float32)
-    clip = generator.uniform(0.2, 0.4, 12).astype(np.float32)
-    row = RowFeatures(made, clip, (), {"adaptor": weights_sha256(ADAPTOR)})
-    report = measure(protocol, real, {"HiPA, one step": row}, [f"caption {n}" for n in range(12)])
-    folder = tmp_path / "coco"
-    folder.mkdir()
-    (folder / "report.json").write_text(report.model_dump_json())
-    (folder / "report.md").write_text(coco_markdown(report))
-    (folder / "hipa-one-step").mkdir()  # images and features, which are not published
-    return folder
+def test_a_report_of_no_adaptor_is_refused(report: Path, tmp_path: Path) -> None:
+    """It was measured with --adaptor none, which another one's card must not hide."""
+    (report / "report.json").write_text('{"rows": {}, "adaptor_sha256": null}')
+    with pytest.raises(HipaError, match="measured no adaptor"):
+        written("emoji", tmp_path / "out", reports=(report,))
 
 
 def test_the_figures_of_coco_are_in_the_card(
@@ -183,7 +161,7 @@ def test_the_figures_of_coco_are_in_the_card(
 
 
 def test_a_coco_report_that_does_not_fit_is_refused(coco_report: Path, tmp_path: Path) -> None:
-    with pytest.raises(HipaError, match="measured another adaptor"):
+    with pytest.raises(HipaError, match="measured something else"):
         written("emoji-edit", tmp_path / "other", reports=(coco_report,))
     with pytest.raises(HipaError, match="of the same kind as another one"):
         written("emoji", tmp_path / "twice", reports=(coco_report, coco_report))

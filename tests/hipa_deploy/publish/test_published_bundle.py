@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,37 @@ def test_the_card_of_a_bundle(report: Path, tmp_path: Path) -> None:
         "| HiPA | 0.1 |",
     ):
         assert expected in text
+
+
+def of_a_bundle(report: Path, sha256: str) -> None:
+    """Make a report on COCO one that measured a bundle and no adaptor."""
+    numbers = json.loads((report / "report.json").read_text())
+    row = numbers["rows"].pop("HiPA, one step")
+    numbers["rows"]["mine (bundle)"] = {**row, "identity": {"bundle": sha256}}
+    (report / "report.json").write_text(json.dumps(numbers))
+
+
+def test_figures_of_coco_of_the_bundle_itself(coco_report: Path, tmp_path: Path) -> None:
+    of_a_bundle(coco_report, Bundle.open(BUNDLE).sha256)
+    out = written("emoji-bundle", tmp_path / "out", reports=(coco_report,))
+    card = (out / "README.md").read_text()
+    quality = card[card.index("## Measured quality") : card.index("## Marks")]
+    assert "Of this bundle in the row 'mine (bundle)'." in quality
+    assert "before it was merged" not in quality
+    assert (out / "quality/coco-2014/report.json").is_file()
+    with pytest.raises(HipaError, match="measured something else"):
+        written("emoji", tmp_path / "adaptor", reports=(coco_report,))
+    of_another = tmp_path / "of-another"
+    shutil.copytree(coco_report, of_another)
+    numbers = (of_another / "report.json").read_text()
+    (of_another / "report.json").write_text(numbers.replace(Bundle.open(BUNDLE).sha256, "0" * 64))
+    with pytest.raises(HipaError, match="measured something else"):
+        written("emoji-bundle", tmp_path / "other", reports=(of_another,))
+
+
+def test_figures_of_coco_of_the_merged_adaptor(coco_report: Path, tmp_path: Path) -> None:
+    out = written("emoji-bundle", tmp_path / "out", reports=(coco_report,))
+    assert "Of the adaptor, in PyTorch, before it was merged." in (out / "README.md").read_text()
 
 
 def test_the_card_of_a_bundle_that_refines(tmp_path: Path) -> None:
