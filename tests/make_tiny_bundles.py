@@ -67,7 +67,9 @@ def make_sdxl_bundles(folder: Path) -> None:
     """Write SDXL_OUT: as one stream, in which what the bundles have in common is there once."""
     model = make_sdxl(folder / "sdxl")
     axes = parse_axes("batch=1:2:4")
-    adaptor = make_adaptor(model, folder / "sdxl-adaptor", recipe={"teacher": TEACHER})
+    adaptor = make_adaptor(
+        model, folder / "sdxl-adaptor", recipe={"teacher": TEACHER}, resolution=(64, 64)
+    )
     taught = {"adaptor": adaptor, "with_teacher": True}
     bundles = {f"sdxl-{name}": options or taught for name, options in TASKS.items()}
     bundles["sdxl-tiny-baked"] = {**taught, "prompts": model / "prompts.txt"}

@@ -59,7 +59,7 @@ def make_adaptor(
         timestep=task.pop("timestep", 999),
         prediction_type="epsilon",
         alpha_bar=0.0046601,
-        resolution=(32, 32),
+        resolution=task.pop("resolution", (32, 32)),
         steps_trained=1,
         recipe=task.pop("recipe", {}),
         **task,

@@ -48,7 +48,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def taught(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adaptor of every layer, those of the time embedding too."""
-    return make_adaptor(model, tmp_path_factory.mktemp("taught") / "taught", recipe=RECIPE)
+    folder = tmp_path_factory.mktemp("taught") / "taught"
+    return make_adaptor(model, folder, recipe=RECIPE, resolution=(64, 64))
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def test_the_images_are_those_of_the_pipeline(
         (["--refine", "many"], "is no number of steps"),
         (["--refine", "4", "--guidance", "99"], "guidance is 99"),
         (["--guidance", "3"], "--guidance is for --refine"),
-        (["--refine", "4", "--backend", "rtx"], "backend rtx does not refine"),
+        (["--refine", "4", "--backend", "rtx"], "has no rtx engine of the base model"),
         (["--refine", "4", "--low-memory"], "Leave out --low-memory"),
     ],
 )
