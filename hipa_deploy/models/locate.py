@@ -163,7 +163,7 @@ def _diffusers_folder(path: Path) -> Path:
     if (folder / "model_index.json").exists():
         if lora is not None:
             warnings.warn(
-                f"{lora} is no part of the model, and is not used. Add --lora {lora} to merge it.",
+                f"{lora} is not loaded with the model: only --lora {lora} merges it.",
                 HipaWarning,
                 stacklevel=2,
             )

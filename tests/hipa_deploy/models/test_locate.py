@@ -119,5 +119,5 @@ def test_a_lora_beside_or_in_place_of_a_model(tmp_path: Path) -> None:
     with pytest.raises(HipaError, match=r"holds a LoRA, not a model.* as --lora .*mine/pytorch"):
         model_folder(str(folder))
     (folder / "model_index.json").write_text("{}")
-    with pytest.warns(HipaWarning, match=r"is not used. Add --lora .*mine/pytorch"):
+    with pytest.warns(HipaWarning, match=r"is not loaded with the model: only --lora"):
         assert model_folder(str(folder)) == folder
