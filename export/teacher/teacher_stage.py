@@ -11,7 +11,6 @@ P width of the pooled vector, T timesteps of the noise schedule.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,6 +31,7 @@ from hipa_deploy.bundle.reference import TEACHER_TENSORS
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.builders import generic_unet_module
 from hipa_deploy.export.chosen_parts import ChosenParts
+from hipa_deploy.export.model_parts import free_memory
 from hipa_deploy.export.references import References, encode_closed_set, strength_key, watched
 from hipa_deploy.export.writer import StageSource, StageWriter
 from hipa_deploy.generate.refine.solver import trailing_timesteps
@@ -80,7 +80,7 @@ def write_teacher(
         )
     batch = writer.references.batch
     empty = _unguided(base, tokenizers)
-    gc.collect()
+    free_memory()
     own = {name: writer.references.tensors[name] for name in empty}
     samples = _samples(writer.references, alpha_bars_T, settings.steps)
     for sample in samples:
