@@ -30,7 +30,7 @@ _HEAD = re.compile(
 )
 # The headers that say how long a request is, who sends it, and what happens to the connection.
 _DECISIVE = re.compile(
-    rb"^(content-length|transfer-encoding|connection|expect|upgrade|authorization):"
+    rb"^(content-length|transfer-encoding|connection|expect|upgrade|authorization|origin):"
     rb"[ \t]*([^\r]*?)[ \t]*\r$",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -45,11 +45,13 @@ class PlainRequest:
 
     Attributes:
         authorization: the header's value; empty without it.
+        origin: the same.
         missing: bytes of the body that have not come yet.
 
     """
 
     authorization: bytes
+    origin: bytes
     missing: int
 
 
@@ -70,26 +72,30 @@ def plain_request(data: bytes, paths: frozenset[bytes]) -> PlainRequest | None:
             return None
         decisive[name.lower()] = value
     authorization = decisive.pop(b"authorization", b"")
+    origin = decisive.pop(b"origin", b"")
     length = decisive.pop(b"content-length", b"")
     keeps = decisive.pop(b"connection", b"keep-alive").lower() == b"keep-alive"
     if decisive or not keeps or not _LENGTH.fullmatch(length) or int(length) > _SHORT:
         return None
     missing = int(length) - (len(data) - head.end())
     # A next request behind this one is the usual parser's too.
-    return PlainRequest(authorization, missing) if missing >= 0 else None
+    return PlainRequest(authorization, origin, missing) if missing >= 0 else None
 
 
 class Doorkeeper:
     """Decides about the plain requests for images.
 
     With API keys, a request without one takes the usual way and is answered with 401: it neither
-    learns that the queue is full nor takes a place of those that have a key.
+    learns that the queue is full nor takes a place of those that have a key. Where pages of other
+    sites are allowed, what a page sends takes the usual way too: its browser hands it a refusal
+    with the right headers only.
 
     Args:
         arrivals: the guard's.
         metrics: where refusals are counted.
         paths: of the requests for images.
         keys: the guard's.
+        origins: the guard's.
 
     """
 
@@ -99,10 +105,12 @@ class Doorkeeper:
         metrics: ServeMetrics,
         paths: Sequence[str],
         keys: Sequence[str] = (),
+        origins: Sequence[str] = (),
     ) -> None:
         self.arrivals = arrivals
         self._paths = frozenset(path.encode() for path in paths)
         self._keys = ApiKeys(keys)
+        self._has_origins = bool(origins)
         self._count = metrics.refused_unread
         self._unlogged = 0
 
@@ -110,6 +118,8 @@ class Doorkeeper:
         """A plain request of somebody who may send one; None for the usual way."""
         request = plain_request(data, self._paths)
         if request is None or not self._keys.fit(request.authorization.decode("latin-1")):
+            return None
+        if request.origin and self._has_origins:
             return None
         return request
 

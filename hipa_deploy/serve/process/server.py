@@ -74,7 +74,7 @@ def run_server(
         log_prompts=log_prompts,
         arrivals=arrivals,
     )
-    doorkeeper = Doorkeeper(arrivals, service.metrics, image_paths(), keys)
+    doorkeeper = Doorkeeper(arrivals, service.metrics, image_paths(), keys, origins)
     config = uvicorn.Config(
         app,
         http=protocol_with(doorkeeper),

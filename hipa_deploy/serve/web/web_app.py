@@ -54,17 +54,8 @@ def web_app(
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(GoneError, _gone)
     app.add_exception_handler(Exception, _bug)
-    inner: ASGIApp = app
-    if origins:
-        inner = CORSMiddleware(
-            app,
-            allow_origins=list(origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
-            expose_headers=["x-request-id", "x-hipa-seed", "server-timing", "retry-after"],
-        )
-    guard = Guard(
-        inner,
+    guarded: ASGIApp = Guard(
+        app,
         hosts=hosts,
         origins=origins,
         keys=keys,
@@ -72,7 +63,16 @@ def web_app(
         body=service.limits.body,
         arrivals=arrivals or Arrivals(service.full),
     )
-    return RequestLog(guard, service.metrics)
+    if origins:
+        # Around the guard: a page of such a site must be able to read its refusals too.
+        guarded = CORSMiddleware(
+            guarded,
+            allow_origins=[origin.rstrip("/") for origin in origins],
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+            expose_headers=["x-request-id", "x-hipa-seed", "server-timing", "retry-after"],
+        )
+    return RequestLog(guarded, service.metrics)
 
 
 def image_paths() -> list[str]:

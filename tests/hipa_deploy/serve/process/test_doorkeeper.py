@@ -135,12 +135,16 @@ class Full:
 
     """
 
-    def __init__(self, root: str, keys: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, root: str, keys: tuple[str, ...] = (), origins: tuple[str, ...] = ()
+    ) -> None:
         self.seconds: int | None = 7
         self.service = ImageService(Models([f"tiny={root}"]), Limits())
         self.arrivals = Arrivals(lambda arriving: self.seconds)
-        app = web_app(self.service, keys=keys, arrivals=self.arrivals)
-        self.doorkeeper = Doorkeeper(self.arrivals, self.service.metrics, image_paths(), keys)
+        app = web_app(self.service, keys=keys, origins=origins, arrivals=self.arrivals)
+        self.doorkeeper = Doorkeeper(
+            self.arrivals, self.service.metrics, image_paths(), keys, origins
+        )
         listening = socket.create_server(("127.0.0.1", 0))
         self.address = listening.getsockname()
         config = uvicorn.Config(
@@ -293,3 +297,26 @@ def test_who_has_no_key_does_not_learn_that_the_queue_is_full(bundles) -> None:
         assert full.doorkeeper.read(request(f"authorization:  bearer {KEY} ")) is not None
     finally:
         full.stop()
+
+
+@pytest.mark.parametrize("key", ["another-key", KEY])
+def test_a_page_of_an_allowed_site_can_read_refusals(bundles, key: str) -> None:
+    """A browser hands an answer without these headers to no page."""
+    site = "https://friend.example"
+    it = Full(str(bundles["tiny"].root), keys=(KEY,), origins=(f"{site}/",))
+    try:
+        host, port = it.address
+        headers = {"origin": site, "authorization": f"Bearer {key}"}
+        answer = httpx.post(f"http://{host}:{port}{PATH}", json={"prompt": "a"}, headers=headers)
+        assert answer.status_code == (429 if key == KEY else 401)
+        assert answer.headers["access-control-allow-origin"] == site
+        assert "retry-after" in answer.headers["access-control-expose-headers"]
+
+        # Programs send no Origin and are refused before they are parsed, as without sites.
+        plain = request(f"Authorization: Bearer {KEY}")
+        assert it.doorkeeper.read(plain) is not None
+        assert (
+            it.doorkeeper.read(request(f"Authorization: Bearer {KEY}", f"Origin: {site}")) is None
+        )
+    finally:
+        it.stop()
