@@ -10,11 +10,9 @@ from hipa_deploy.disk.reading import name_problem, read_text
 from hipa_deploy.embedded import DECODER, MODEL, NAME
 from hipa_deploy.errors import HipaError, HipaWarning, first_line
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.models.weights.weight_file import SAFETENSORS
+from hipa_deploy.models.weights.weight_file import LORA_FILES, SAFETENSORS
 
 TINY = "tiny"
-# What diffusers and peft call a LoRA's file.
-LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 HUB_PREFIX = "models--"  # of a repository's folder in the hub's cache
 # The source of both: https://github.com/madebyollin/taesd. The second is for SDXL's latents.
 TAESD = "madebyollin/taesd"

@@ -19,13 +19,14 @@ from hipa_deploy.models.adaptor_folder import (
     read_metadata,
 )
 from hipa_deploy.models.kind import SECOND, has_second_encoder
-from hipa_deploy.models.lora.find_lora import PICKLED, SAFETENSORS, find_lora
+from hipa_deploy.models.lora.find_lora import find_lora
 from hipa_deploy.models.lora.kinds import Shaped, kind_of
 from hipa_deploy.models.lora.lora_file import by_layer
 from hipa_deploy.models.lora.names import ModuleNames
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.early_check import check_tensors, known_shapes
 from hipa_deploy.models.weights.part_config import read_config
+from hipa_deploy.models.weights.weight_file import PICKLED, SAFETENSORS
 
 # Of an embedding for SDXL, the tensor of each text encoder.
 SDXL_KEYS = {"clip_l": "text_encoder", "clip_g": SECOND}

@@ -29,9 +29,9 @@ from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.kind import SECOND
 from hipa_deploy.models.lora.early_lora import SDXL_KEYS, is_for_both
-from hipa_deploy.models.lora.find_lora import PICKLED, SAFETENSORS
 from hipa_deploy.models.lora.tensor_file import finite, load_pickled, read_tensors
 from hipa_deploy.models.style import EmbeddingChoice
+from hipa_deploy.models.weights.weight_file import PICKLED, SAFETENSORS
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizerFast, PreTrainedModel

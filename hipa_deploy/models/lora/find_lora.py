@@ -8,16 +8,8 @@ from typing import NamedTuple
 
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.weights.weight_file import LORA_FILES, PICKLED, SAFETENSORS
 
-SAFETENSORS = ".safetensors"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")  # read with torch.load(weights_only=True), never else
-# What the writers call the file in a folder, the first that is there.
-FILE_NAMES = (
-    "pytorch_lora_weights.safetensors",
-    "adapter_model.safetensors",
-    "pytorch_lora_weights.bin",
-    "adapter_model.bin",
-)
 PEFT_CONFIG = "adapter_config.json"
 # peft writes one folder for each part; their names are the pipeline's.
 PART_FOLDERS = ("unet", "text_encoder", "text_encoder_2")
@@ -64,7 +56,7 @@ def find_lora(path: Path) -> tuple[FoundFile, ...]:
 
 def _named_file(folder: Path) -> Path | None:
     """The file of a name that a writer gives; None if there is none."""
-    for name in FILE_NAMES:
+    for name in LORA_FILES:
         if (folder / name).is_file():
             return folder / name
     return None
@@ -75,7 +67,7 @@ def _only_file(folder: Path) -> Path:
     found = sorted(file for file in folder.iterdir() if file.suffix.lower() == SAFETENSORS)
     if not found:
         raise HipaError(
-            f"{folder}: no {FILE_NAMES[0]} or other LoRA in it. Expected an adaptor folder, as "
+            f"{folder}: no {LORA_FILES[0]} or other LoRA in it. Expected an adaptor folder, as "
             "hipa-train writes it, or a LoRA's .safetensors file."
         )
     if len(found) > 1:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hipa_deploy.disk.reading import MIB, check_file, parse_json, read_json, shown
 from hipa_deploy.errors import HipaError, as_line, brief, first_line
-from hipa_deploy.models.lora.find_lora import PEFT_CONFIG, SAFETENSORS
+from hipa_deploy.models.lora.find_lora import PEFT_CONFIG
 from hipa_deploy.models.weights import pickled
+from hipa_deploy.models.weights.weight_file import SAFETENSORS
 
 MAX_BYTES = 16_384 * MIB  # of a file; a LoRA with whole matrices has as many as its model
 

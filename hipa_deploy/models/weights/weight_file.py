@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 SAFETENSORS = ".safetensors"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+# What diffusers and peft call a LoRA's file in a folder; the first that is there counts.
+LORA_FILES = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapter_model.bin",
+)
 MAX_WEIGHTS = MAX_PICKLED  # bytes
 AGAIN = "Copy it again."
 LENGTH_BYTES = 8  # of the header's length, at the start of a .safetensors file
