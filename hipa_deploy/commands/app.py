@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _Warnings().show
     code = None
     problem: BaseException | None = None
     with signals_interrupt() as interruption:
@@ -279,19 +279,33 @@ def _stop(message: str, code: int = 1) -> NoReturn:
     raise SystemExit(code)
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Print a warning that is meant for the user as one line, others as Python does."""
-    if issubclass(category, HipaWarning):
-        sys.stderr.write(f"hipa: warning: {' '.join(str(message).split())}\n")
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+class _Warnings:
+    """Prints what is meant for the user as one line, once, and other warnings as Python does.
+
+    Python tells a warning once for each line of code that it is blamed on. A check before the slow
+    work and the work itself are two.
+    """
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def show(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        """Print a warning; the arguments are those of ``warnings.showwarning``."""
+        if not issubclass(category, HipaWarning):
+            sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+            return
+        text = " ".join(str(message).split())
+        if text not in self._told:
+            self._told.add(text)
+            sys.stderr.write(f"hipa: warning: {text}\n")
 
 
 def verb_main() -> None:

@@ -280,8 +280,15 @@ def test_a_library_that_ends_the_process_is_an_error(
     assert capsys.readouterr().err == line
 
 
-def test_a_warning_for_the_user_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    command_line._show_warning(HipaWarning("two\nlines"), HipaWarning, "x.py", 1)
+def test_a_warning_for_the_user_is_one_line_and_comes_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = command_line._Warnings()
+    told.show(HipaWarning("two\nlines"), HipaWarning, "x.py", 1)
     assert capsys.readouterr().err == "hipa: warning: two lines\n"
-    command_line._show_warning(UserWarning("other"), UserWarning, "x.py", 1)
+    # Blamed on another line, by a check that ran before.
+    told.show(HipaWarning("two\nlines"), HipaWarning, "y.py", 2)
+    told.show(HipaWarning("another"), HipaWarning, "x.py", 1)
+    assert capsys.readouterr().err == "hipa: warning: another\n"
+    told.show(UserWarning("other"), UserWarning, "x.py", 1)
     assert "x.py:1: UserWarning: other" in capsys.readouterr().err
