@@ -72,7 +72,8 @@ def write_prompts(emoji: EmojiSet, modules: Path, out: Path) -> None:
         coloured = half_on_colours(train) + kinds + styles
         pairs = two_concepts(by_concept(train), WIDE_PROMPTS - len(coloured))
         written["prompts_wide"] = coloured + pairs
-        written["prompts_words"] = train + word_prompts(modules, concepts)
+        words = half_on_colours(train + word_prompts(modules, concepts))
+        written["prompts_words"] = words + kinds + styles
     else:
         written["prompts_words"] = blended_prompts(train) + word_prompts(modules, CONCEPTS)
         written["prompts_wide"] = wide_prompts(train)
