@@ -47,7 +47,10 @@ NUMBERS = {
     "recall@5": "R@5",
     "variety": "variety",
 }
-PICTURED = ("shipped", "hipa", "latent-mse", "consistency", "progressive")
+PICTURED = (
+    "shipped", "hipa", "score", "score-judge", "paper-loss", "latent-mse", "consistency",
+    "progressive",
+)  # fmt: skip
 
 
 def write_report(setting: Setting, items: list[Item]) -> Path:
