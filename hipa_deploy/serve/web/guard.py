@@ -68,7 +68,7 @@ class Guard:
     ) -> None:
         self._app = app
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
-        self._origins = {origin.lower().rstrip("/") for origin in origins}
+        self._origins = {as_sent(origin) for origin in origins}
         self._keys = ApiKeys(keys)
         self._open_paths = {*OPEN_PATHS, *open_paths}
         self._body = body
@@ -320,6 +320,11 @@ def _patient(send: Send) -> Send:
             gave_up = True
 
     return limited
+
+
+def as_sent(origin: str) -> str:
+    """An origin that the owner gave, as browsers send it: in small letters, without a slash."""
+    return origin.lower().rstrip("/")
 
 
 def _host_name(host: str) -> str | None:

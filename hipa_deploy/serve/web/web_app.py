@@ -15,7 +15,7 @@ from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.service import GoneError, ImageService
 from hipa_deploy.serve.web import openai_routes, own_routes, page_routes
 from hipa_deploy.serve.web.api_errors import ApiError, error_response
-from hipa_deploy.serve.web.guard import Guard
+from hipa_deploy.serve.web.guard import Guard, as_sent
 from hipa_deploy.serve.web.request_log import LOG, RequestLog
 
 
@@ -67,7 +67,7 @@ def web_app(
         # Around the guard: a page of such a site must be able to read its refusals too.
         guarded = CORSMiddleware(
             guarded,
-            allow_origins=[origin.rstrip("/") for origin in origins],
+            allow_origins=[as_sent(origin) for origin in origins],
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
             expose_headers=["x-request-id", "x-hipa-seed", "server-timing", "retry-after"],

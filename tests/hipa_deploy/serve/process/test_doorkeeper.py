@@ -303,7 +303,7 @@ def test_who_has_no_key_does_not_learn_that_the_queue_is_full(bundles) -> None:
 def test_a_page_of_an_allowed_site_can_read_refusals(bundles, key: str) -> None:
     """A browser hands an answer without these headers to no page."""
     site = "https://friend.example"
-    it = Full(str(bundles["tiny"].root), keys=(KEY,), origins=(f"{site}/",))
+    it = Full(str(bundles["tiny"].root), keys=(KEY,), origins=("https://Friend.example/",))
     try:
         host, port = it.address
         headers = {"origin": site, "authorization": f"Bearer {key}"}
