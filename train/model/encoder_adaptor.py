@@ -8,11 +8,15 @@ Its encoder sees a blurred, enlarged image. OSEDiff adapts both too, and leaves 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, read_metadata
@@ -38,19 +42,50 @@ def add_encoder_adaptor(vae: Any, rank: int, seed: int) -> None:
         vae.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS), ADAPTER)
 
 
-def save_encoder_adaptor(vae: Any, folder: Path) -> None:
+def save_encoder_adaptor(vae: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write ENCODER_WEIGHTS into ``folder``, with its LoRA configuration in the header.
 
     Raises:
-        HipaError: a weight is not finite.
+        HipaError: a weight is not finite in ``dtype``.
 
     """
-    # Before anything is written: weights of a training that diverged are of no use.
-    for name, weight in get_peft_model_state_dict(vae, adapter_name=ADAPTER).items():
-        if not torch.isfinite(weight).all():
-            raise HipaError(f"adaptor weight vae.{name} is not finite. Nothing was written.")
+    check_storable(get_peft_model_state_dict(vae, adapter_name=ADAPTER), dtype, "vae.")
     vae.save_lora_adapter(folder, ADAPTER, weight_name=ENCODER_WEIGHTS)
-    (folder / ENCODER_WEIGHTS).chmod(0o644)  # safetensors makes it readable for its owner alone
+    finish_file(folder / ENCODER_WEIGHTS, dtype)
+
+
+def check_storable(weights: Mapping[str, Tensor], dtype: torch.dtype, prefix: str = "") -> None:
+    """Refuse adapter weights that cannot be stored in ``dtype``, before anything is written.
+
+    Args:
+        weights: adapter weights by name.
+        dtype: float32 or float16.
+        prefix: what a message puts before a name.
+
+    Raises:
+        HipaError: a weight is not finite (a training that diverged), or too large for ``dtype``.
+
+    """
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise HipaError(f"adaptor weight {prefix}{name} is not finite. Nothing was written.")
+        if not torch.isfinite(weight.to(dtype)).all():
+            largest = float(weight.abs().max())
+            raise HipaError(
+                f"adaptor weight {prefix}{name} is as large as {largest:.3g}. Expected at most "
+                f"{torch.finfo(dtype).max:g} in the recipe's adaptor.dtype, {dtype}. "
+                "Nothing was written. Set it to float32."
+            )
+
+
+def finish_file(path: Path, dtype: torch.dtype) -> None:
+    """Store the tensors of a written safetensors file in ``dtype``; its header stays."""
+    if dtype != torch.float32:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+        tensors = {name: tensor.to(dtype) for name, tensor in load_tensors(path).items()}
+        save_file(tensors, path, header)
+    path.chmod(0o644)  # safetensors makes it readable for its owner alone
 
 
 def attach_encoder_adaptor(vae: Any, folder: Path) -> None:

@@ -29,6 +29,8 @@ from hipa_deploy.train.model.encoder_adaptor import (
     ADAPTER,
     add_encoder_adaptor,
     attach_lora,
+    check_storable,
+    finish_file,
     same_shapes,
     save_encoder_adaptor,
 )
@@ -158,7 +160,8 @@ def save_adaptor(
 ) -> Path:
     """Write weights, one-step scheduler and metadata to the new folder ``out``.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all. Weights are stored in ``adaptor.dtype`` of the recipe in
+    ``metadata``, or in float32 where it names none.
 
     Args:
         unet: The UNet2DConditionModel that ``add_adaptor`` was called on.
@@ -168,14 +171,12 @@ def save_adaptor(
         vae: If its encoder has an adaptor, the AutoencoderKL; its weights are written too.
 
     Raises:
-        HipaError: a weight is not finite, or ``out`` exists and is not empty.
+        HipaError: a weight is not finite in that dtype, or ``out`` exists and is not empty.
 
     """
-    # Before anything is written: weights of a training that diverged are of no use.
+    dtype = _stored_dtype(metadata)
     weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
-    for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
-            raise HipaError(f"adaptor weight {name} is not finite. Nothing was written to {out}.")
+    check_storable(weights, dtype)
 
     # The LoRA configuration goes into the safetensors header: without it a loader assumes alpha =
     # rank. Names stay peft's: diffusers' own conversion renames the attention layers only, and its
@@ -187,12 +188,17 @@ def save_adaptor(
         StableDiffusionPipeline.save_lora_weights(
             scratch, unet_lora_layers=stored, unet_lora_adapter_metadata=config
         )
-        (scratch / WEIGHTS).chmod(0o644)  # safetensors makes it readable for its owner alone
+        finish_file(scratch / WEIGHTS, dtype)
         if vae is not None:
-            save_encoder_adaptor(vae, scratch)
+            save_encoder_adaptor(vae, scratch, dtype)
         one_step_scheduler(schedule, metadata.timestep).save_pretrained(scratch / "scheduler")
         (scratch / METADATA).write_text(metadata.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return out
+
+
+def _stored_dtype(metadata: AdaptorMetadata) -> torch.dtype:
+    name = metadata.recipe.get("adaptor", {}).get("dtype", "float32")
+    return {"float16": torch.float16, "float32": torch.float32}[name]
 
 
 def attach_adaptor(unet: Any, folder: Path) -> None:

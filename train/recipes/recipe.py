@@ -49,6 +49,9 @@ class AdaptorSettings(Settings):
     which every loader understands."""
     encoder_rank: int = Field(0, ge=0, le=1024)
     """Of super-resolution: rank of a second adaptor, on the VAE's encoder; 0 is none."""
+    dtype: Literal["float16", "float32"] = "float32"
+    """Storage type of the adapter weights in the folder that is written. They are trained in
+    float32, which checkpoints keep."""
 
 
 class TeacherSettings(Settings):

@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from pydantic import ValidationError
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
@@ -168,6 +169,21 @@ def test_weights_that_are_not_finite_are_not_written(model: DiffusionModel, tmp_
     with pytest.raises(HipaError, match=r"adaptor weight vae\.encoder\..* is not finite"):
         save_encoder_adaptor(model.vae, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_half_precision_keeps_the_header(
+    folder: Path, model: DiffusionModel, tmp_path: Path
+) -> None:
+    add_encoder_adaptor(model.vae, 2, seed=1)
+    load_encoder_weights(model.vae, folder)
+    save_encoder_adaptor(model.vae, tmp_path, torch.float16)
+    stored = load_file(tmp_path / ENCODER_WEIGHTS)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    files = [safe_open(path / ENCODER_WEIGHTS, "pt") for path in (tmp_path, folder)]
+    assert files[0].metadata() == files[1].metadata()
+    other = DiffusionModel.load(model.folder, "cpu")
+    attach_encoder_adaptor(other.vae, tmp_path)
+    assert torch.allclose(encoded(other.vae), encoded(model.vae), atol=2e-3)
 
 
 def test_other_tasks_refuse_an_encoder_rank(recipe: Recipe) -> None:

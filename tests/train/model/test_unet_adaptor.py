@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.models.adaptor_folder import AdaptorMetadata, read_metadata, unet_sha256
+from hipa_deploy.models.adaptor_folder import WEIGHTS, AdaptorMetadata, read_metadata, unet_sha256
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.unet_adaptor import (
     FULL,
@@ -142,6 +143,41 @@ def test_training_continues_from_a_folder(model: DiffusionModel, tmp_path: Path)
     add_adaptor(fresh.unet, targets=FULL, rank=2, alpha=2, seed=9)
     load_adaptor_weights(fresh.unet, folder)
     assert torch.equal(output(fresh), expected)
+
+
+def test_half_precision_halves_the_file(model: DiffusionModel, tmp_path: Path) -> None:
+    expected = output(with_random_adaptor(model))
+    half = metadata_of(model, 2, 2).model_copy(update={"recipe": {"adaptor": {"dtype": "float16"}}})
+    folder = save_adaptor(model.unet, half, model.schedule, tmp_path / "half")
+
+    stored = load_file(folder / WEIGHTS)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    trained = load_file(save(model, tmp_path / "whole") / WEIGHTS)
+    assert all(torch.equal(trained[name].half(), tensor) for name, tensor in stored.items())
+
+    diffusers_model, attached, continued = (
+        DiffusionModel.load(model.folder, "cpu") for _ in range(3)
+    )
+    diffusers_model.pipe.load_lora_weights(folder)
+    assert torch.allclose(output(diffusers_model), expected, atol=2e-3)
+    attach_adaptor(attached.unet, folder)
+    add_adaptor(continued.unet, targets=FULL, rank=2, alpha=2, seed=9)
+    load_adaptor_weights(continued.unet, folder)
+    for one in (attached, continued):
+        assert {weight.dtype for weight in one.unet.parameters()} == {torch.float32}
+        assert torch.equal(output(one), output(diffusers_model))
+
+
+def test_weights_too_large_for_half_precision_are_refused(
+    model: DiffusionModel, tmp_path: Path
+) -> None:
+    with_random_adaptor(model)
+    with torch.no_grad():
+        next(iter(adaptor_parameters(model.unet).values())).fill_(70_000)
+    half = metadata_of(model, 2, 2).model_copy(update={"recipe": {"adaptor": {"dtype": "float16"}}})
+    with pytest.raises(HipaError, match=r"as large as 7e\+04. Expected at most 65504"):
+        save_adaptor(model.unet, half, model.schedule, tmp_path / "half")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("targets", "rank", "alpha"), [(PAPER, 2, 2), (FULL, 4, 4), (FULL, 2, 1)])
