@@ -4,7 +4,7 @@ Needs:   pip install 'hipa-deploy[export]', because the bundles of these tasks a
          running them needs the core install alone.
 Run:     python examples/04_from_an_image.py
 Expect:  source.png (an apple), edited.png (the apple in another style), inpainted.png (a part of
-         it repainted), small.png (16x16) and upscaled.png (64x64, made from small.png). About a
+         it repainted), small.png (32x32) and upscaled.png (128x128, made from small.png). About a
          minute on two CPU cores the first time; the bundles in bundles/ are kept.
 """
 
@@ -39,15 +39,15 @@ with OneStepPipeline.load(bundle_for("edit")) as pipe:
     edited = pipe.edit(source, "noto emoji of a red apple", seed=1).images[0]
 edited.save("edited.png")
 
-# White is repainted, black is kept: here a rectangle right of the middle. [64, 64], 0 and 255.
+# White is repainted, black is kept: here a rectangle right of the middle. [128, 128], 0 and 255.
 mask_HW = np.zeros((source.height, source.width), np.uint8)
-mask_HW[16:48, 32:56] = 255
+mask_HW[32:96, 64:112] = 255
 with OneStepPipeline.load(bundle_for("inpaint")) as pipe:
     inpainted = pipe.inpaint(source, mask_HW, "3d emoji of a red apple", seed=2).images[0]
 inpainted.save("inpainted.png")
 
 # The factor, here 4, is the adaptor's. A larger image would be enlarged tile by tile.
-small = source.resize((16, 16), Image.Resampling.BICUBIC)
+small = source.resize((32, 32), Image.Resampling.BICUBIC)
 small.save("small.png")
 with OneStepPipeline.load(bundle_for("upscale")) as pipe:
     upscaled = pipe.upscale(small, "3d emoji of a red apple").images[0]

@@ -48,7 +48,7 @@ def run(name: str, folder: Path, environment: dict[str, str], *arguments: str) -
     return result.stdout.splitlines()[-1]
 
 
-def picture(source: Path | BytesIO, size: tuple[int, int] = (64, 64)) -> np.ndarray:
+def picture(source: Path | BytesIO, size: tuple[int, int] = (128, 128)) -> np.ndarray:
     """The pixels of an image that is neither blank nor noise."""
     with Image.open(source) as image:
         assert image.size == size
@@ -60,8 +60,8 @@ def picture(source: Path | BytesIO, size: tuple[int, int] = (64, 64)) -> np.ndar
 
 
 def test_01_an_image(folder: Path, environment: dict[str, str]) -> None:
-    assert run("01_image.py", folder, environment) == "apple.png: 64x64, seed 0, on onnxruntime"
-    red, green, _ = picture(folder / "apple.png")[20:44, 20:44].mean(axis=(0, 1))
+    assert run("01_image.py", folder, environment) == "apple.png: 128x128, seed 0, on onnxruntime"
+    red, green, _ = picture(folder / "apple.png")[40:88, 40:88].mean(axis=(0, 1))
     assert red > green + 50
 
 
@@ -107,14 +107,14 @@ def test_04_from_an_image(
     for task in ("inpaint", "upscale"):
         shutil.copytree(emoji_task_bundle(task), folder / "bundles" / task)
     line = run("04_from_an_image.py", folder, environment)
-    assert line == "edited.png, inpainted.png, upscaled.png (64x64)"
+    assert line == "edited.png, inpainted.png, upscaled.png (128x128)"
     source = picture(folder / "source.png")
     edited = picture(folder / "edited.png")
     inpainted = picture(folder / "inpainted.png")
     upscaled = picture(folder / "upscaled.png")
     assert abs(edited - source).mean() > 5
     assert (inpainted[:, :20] == source[:, :20]).all()
-    assert (inpainted[16:48, 32:56] != source[16:48, 32:56]).any()
+    assert (inpainted[32:96, 64:112] != source[32:96, 64:112]).any()
     assert abs(upscaled - source).mean() < 20
 
 

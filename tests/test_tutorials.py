@@ -118,7 +118,7 @@ def reader(
 def pixels(path: Path) -> np.ndarray:
     """An image of the embedded model's size that is not blank."""
     with Image.open(path) as image:
-        assert image.size == (64, 64)
+        assert image.size == (128, 128)
         values = np.asarray(image.convert("RGB")).astype(float)
     assert values.std() > 10
     return values

@@ -8,9 +8,9 @@ Commands, from the repository's root::
     python -m benchmarks.tasks.run --task inpaint --adaptor adaptor-inpaint --out report
     python -m benchmarks.tasks.run --task edit --adaptor adaptor-edit --out report --data runs/emoji
 
-Expected time: about two minutes for super-resolution of the embedded model with three repeats, as
-one thread of a CPU that had other work as well (39 s were measured for one repeat). Editing and
-inpainting take longer, since their pipelines make more steps.
+Expected time: 95 s for super-resolution with two repeats of 48 cases, as one thread of a CPU that
+had other work as well (54 s of a core). Editing and inpainting take about twice as long, since
+their pipelines make more steps.
 
 All rows see the same images, masks, prompts and noise seeds. The images are those of the model's
 held-out prompts: the teacher's own, or with --data (a folder of examples/emoji/build_dataset.py)
@@ -101,8 +101,15 @@ class Samples:
     masks: np.ndarray | None = None
 
 
+def chosen_prompts(model: Path, cases: int) -> list[str]:
+    """At most ``cases`` of the model's held-out prompts, at equal distances in their list."""
+    prompts = held_out_prompts(model)
+    places = np.linspace(0, len(prompts) - 1, min(cases, len(prompts)))
+    return [prompts[place] for place in places.round().astype(int)]
+
+
 @cache
-def held_out_images(model: Path, data: Path | None) -> dict[str, np.ndarray]:
+def held_out_images(model: Path, data: Path | None, cases: int) -> dict[str, np.ndarray]:
     """The image of each prompt that the samples need, uint8 [H, W, 3].
 
     These are the held-out prompts and the prompts that edits start from.
@@ -112,23 +119,25 @@ def held_out_images(model: Path, data: Path | None) -> dict[str, np.ndarray]:
         captions = [row["caption"] for row in rows]
         return dict(zip(captions, images, strict=True))
 
-    starts = [start for _, start in edit_pairs(model)]
-    wanted = list(dict.fromkeys([*held_out_prompts(model), *starts]))
+    starts = [start for _, start in edit_pairs(model, cases)]
+    wanted = list(dict.fromkeys([*chosen_prompts(model, cases), *starts]))
     # Seeds below those of the samples: no sample starts from the noise of its own truth.
     seeds = [FIRST_SEED - 1 - number for number in range(len(wanted))]
     images = teacher_images(model, wanted, seeds, TEACHER)
     return dict(zip(wanted, images, strict=True))
 
 
-def edit_pairs(model: Path) -> list[tuple[str, str]]:
+def edit_pairs(model: Path, cases: int) -> list[tuple[str, str]]:
     """(held-out prompt, training prompt of the same thing), where there is one to start from."""
-    prompts = held_out_prompts(model)
+    prompts = chosen_prompts(model, cases)
     starts = edit_starts(prompts, read_prompt_file(model / "prompts.txt"), SAME)
     pairs = zip(prompts, starts, strict=True)
     return [(prompt, start) for prompt, start in pairs if start != prompt]
 
 
-def make_samples(task: Task, model: Path, data: Path | None, repeat: int, factor: int) -> Samples:
+def make_samples(
+    task: Task, model: Path, data: Path | None, repeat: int, factor: int, cases: int
+) -> Samples:
     """The held-out cases with the noise and masks of one repeat.
 
     Args:
@@ -137,13 +146,14 @@ def make_samples(task: Task, model: Path, data: Path | None, repeat: int, factor
         data: Folder of real images; None is the teacher's images.
         repeat: Number of the repeat.
         factor: Of super-resolution.
+        cases: How many held-out prompts, at most.
 
     """
-    images = held_out_images(model, data)
-    prompts = held_out_prompts(model)
+    images = held_out_images(model, data, cases)
+    prompts = chosen_prompts(model, cases)
     starts = prompts
     if task == "edit":
-        pairs = edit_pairs(model)
+        pairs = edit_pairs(model, cases)
         prompts = [prompt for prompt, _ in pairs]
         starts = [start for _, start in pairs]
     seeds = [FIRST_SEED + 10_000 * repeat + number for number in range(len(prompts))]
@@ -412,6 +422,7 @@ def main(
     strength: Annotated[float, typer.Option(help="Of edits.")] = 0.8,
     factor: Annotated[int, typer.Option(help="Of super-resolution.")] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="Times with other noise and masks.")] = 3,
+    cases: Annotated[int, typer.Option(min=2, help="Held-out prompts, evenly spread.")] = 64,
 ) -> None:
     """Compare one step with many for a task, and write its report."""
     if task not in TASKS:
@@ -424,7 +435,7 @@ def main(
     numbers: dict[str, list[Numbers]] = {}
     for repeat in range(repeats):
         with console.status(f"{task}: {repeat + 1} of {repeats}"):
-            samples = make_samples(task, folder, data, repeat, factor)
+            samples = make_samples(task, folder, data, repeat, factor, cases)
             rows = make_rows(folder, adaptor, samples, strength)
             for name, images in rows.items():
                 if name == PIPELINE:

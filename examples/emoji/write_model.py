@@ -74,6 +74,9 @@ def write_prompts(emoji: EmojiSet, modules: Path, out: Path) -> None:
         written["prompts_wide"] = coloured + pairs
         words = half_on_colours(train + word_prompts(modules, concepts))
         written["prompts_words"] = words + kinds + styles
+        # Some things have the name of a kind, and that caption was trained on.
+        for held_out in ("prompts_pair", "prompts_concept"):
+            written[held_out] = [each for each in written[held_out] if each not in kinds]
     else:
         written["prompts_words"] = blended_prompts(train) + word_prompts(modules, CONCEPTS)
         written["prompts_wide"] = wide_prompts(train)

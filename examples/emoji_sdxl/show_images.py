@@ -30,12 +30,12 @@ TEACHER = TeacherSettings(sampler="ddim", steps=25, guidance=3.0, pairs=1)
 FIRST_SEED = 1_000_000  # as hipa-evaluate takes it; no training sees these seeds
 # Heading -> original height and width, top and left of the crop, target height and width.
 SIZES = {
-    "64 x 64": (64, 64, 0, 0, 64, 64),
-    "original 16": (16, 16, 0, 0, 64, 64),
-    "original 32": (32, 32, 0, 0, 64, 64),
-    "crop, left 0": (64, 96, 0, 0, 64, 64),
-    "crop, left 32": (64, 96, 0, 32, 64, 64),
-    "crop, top 32": (96, 64, 32, 0, 64, 64),
+    "128 x 128": (128, 128, 0, 0, 128, 128),
+    "original 32": (32, 32, 0, 0, 128, 128),
+    "original 64": (64, 64, 0, 0, 128, 128),
+    "crop, left 0": (128, 192, 0, 0, 128, 128),
+    "crop, left 64": (128, 192, 0, 64, 128, 128),
+    "crop, top 64": (192, 128, 64, 0, 128, 128),
 }
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-SIDE = 64  # pixels of a training picture
-SMALLEST = 16  # of an original's side
-LARGEST_OVERHANG = 32  # pixels that one side of an original may be longer than the other
+SIDE = 128  # pixels of a training picture
+SMALLEST = 32  # of an original's side
+LARGEST_OVERHANG = 64  # pixels that one side of an original may be longer than the other
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Sized:
     """A picture, and what the UNet is told of it.
 
     Attributes:
-        image_HWC: uint8 [64, 64, 3].
+        image_HWC: uint8 [128, 128, 3].
         sizes: original height and width, top and left of the crop, target height and width.
 
     """
@@ -48,7 +48,7 @@ def cropped(image_HWC: np.ndarray, overhang: int, offset: int, upright: bool) ->
     """The image in the middle of a longer white original, of which a square is cut out.
 
     Args:
-        image_HWC: uint8 [64, 64, 3].
+        image_HWC: uint8 [128, 128, 3].
         overhang: pixels by which one side is longer.
         offset: pixels that are cut off at the top or left, 0 to ``overhang``.
         upright: whether the height is longer, else the width.
@@ -72,7 +72,7 @@ def variants(image_HWC: np.ndarray, rng: np.random.Generator, count: int = 3) ->
     for _ in range(count):
         made.append(small_original(image_HWC, int(rng.integers(SMALLEST, SIDE))))
     for _ in range(count):
-        overhang = int(rng.integers(4, LARGEST_OVERHANG + 1))
+        overhang = int(rng.integers(8, LARGEST_OVERHANG + 1))
         offset = int(rng.integers(overhang + 1))
         made.append(cropped(image_HWC, overhang, offset, bool(rng.integers(2))))
     return made

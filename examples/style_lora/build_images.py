@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples/emoji"))
 
 from build_dataset import CONCEPTS, IconifySet, fraction, split_of  # noqa: E402
-from captions import exact_caption  # noqa: E402
+from captions import COLOURS, exact_caption, on_background  # noqa: E402
 
 ICONS = "@iconify-json/fluent-emoji-high-contrast/icons.json"
 MODULES = Path(__file__).parent / "node_modules"
@@ -83,7 +83,10 @@ def write_folder(folder: Path, concepts: list[str], icons: IconifySet) -> None:
 
 def training_prompts(held_out: list[str]) -> list[str]:
     """The model's prompts of the captions' style, without those of the concepts to measure on."""
-    left_out = {exact_caption(WORD, concept) for concept in held_out}
+    left_out = set()
+    for concept in held_out:
+        caption = exact_caption(WORD, concept)
+        left_out.update(on_background(caption, colour) for colour in ("", *COLOURS))
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
     return [
         prompt

@@ -17,7 +17,7 @@ from hipa_deploy.images.png import grid, png_bytes
 
 SHEET = "contact_sheet.png"
 SHEET_ROWS = 8
-ENLARGED = 2  # the embedded model's 64x64 pixels are small on a screen
+ENLARGED = 2  # so that details can be compared
 
 # Pixels of the labels, and characters of Pillow's default font that fit into them.
 HEADING_HEIGHT = 18

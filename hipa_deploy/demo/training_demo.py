@@ -41,12 +41,12 @@ TIMED = 3  # images of the teacher, after one that is not counted
 BASE_TIMESTEP = 999
 
 # What the demos change in the embedded recipe. FULL is short enough for two CPU cores: a teacher
-# pair takes 0.1 to 0.3 s there, a decoded training step 0.6 s.
+# pair takes 0.1 s there, a decoded training step 0.5 s.
 FULL: dict[str, Any] = {
-    "teacher.pairs": 384,
+    "teacher.pairs": 512,
     "teacher.batch": 32,
-    "steps": 400,
-    "loss.latent_warmup_steps": 250,
+    "steps": 500,
+    "loss.latent_warmup_steps": 150,
 }
 QUICK: dict[str, Any] = {
     "teacher.pairs": 64,

@@ -10,8 +10,10 @@ from pathlib import Path
 from hipa_deploy.embedded import BUNDLE, MODEL
 from hipa_deploy.errors import HipaWarning, brief
 
-# What the model was trained on, and the same concepts in a style that was kept aside.
-_FILES = ("prompts.txt", "prompts_pair.txt")
+# What the model was trained on: things, kinds and styles. Pairs are the same things in a style that
+# was kept aside.
+_FILES = ("prompts.txt", "prompts_pair.txt", "prompts_kind.txt", "prompts_style.txt")
+_COMPARED = 100  # characters of a prompt: each is compared with thousands
 
 
 def warn_of_unknown(bundle: Path, prompts: Iterable[str]) -> None:
@@ -34,7 +36,8 @@ def warn_of_unknown(bundle: Path, prompts: Iterable[str]) -> None:
         if nearest is not None:
             warnings.warn(
                 f"the included model knows no {brief(prompt)}, and draws something else. The "
-                f"nearest prompt that it knows is {nearest!r}. {MODEL / _FILES[0]} lists them all.",
+                f"nearest prompt that it knows is {nearest!r}. {MODEL} lists them, in "
+                f"{', '.join(_FILES)}.",
                 HipaWarning,
                 stacklevel=2,
             )
@@ -50,11 +53,26 @@ def known_prompts() -> dict[str, str]:
 
 
 def nearest_known(prompt: str, known: dict[str, str]) -> str | None:
-    """The known prompt that is spelled most like this one; None for one that is known itself."""
+    """The known prompt that is spelled most like this one; None for one that is known itself.
+
+    Any known prompt may also name one of the known backgrounds' colours.
+    """
     plain = _plain(prompt)
-    if plain in known:
+    bare, background = _split(plain)
+    backgrounds = {_split(each)[1] for each in known}
+    if plain in known or (bare in known and background in backgrounds):
         return None
-    return known[difflib.get_close_matches(plain, known, n=1, cutoff=0.0)[0]]
+    candidates = [each for each in known if not _split(each)[1]]
+    found = difflib.get_close_matches(bare[:_COMPARED], candidates, n=1, cutoff=0.0)
+    return known[found[0]] + (background if background in backgrounds else "")
+
+
+def _split(plain: str) -> tuple[str, str]:
+    """A prompt without its background, and what it says of that: ' on a blue background'."""
+    bare, on, rest = plain.rpartition(" on a ")
+    if rest.endswith(" background"):
+        return bare, on + rest
+    return plain, ""
 
 
 def _plain(prompt: str) -> str:

@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = second_tokenizer()
     tokenizer.save_pretrained(folder / "tokenizer_2")
     new_second_encoder(tokenizer).save_pretrained(folder / "text_encoder_2")
-    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2, 128, 128, 3), dtype=np.uint8)
     np.savez(folder / "emoji.npz", images=images)
     with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -54,7 +54,7 @@ def test_the_unet_predicts_what_the_embedded_one_does_of_mapped_contexts() -> No
 
     x = torch.randn(2, 4, 16, 16)
     context = torch.randn(2, 77, 192 + WIDTH)
-    added = {"text_embeds": torch.randn(2, POOLED), "time_ids": torch.rand(2, 6) * 64}
+    added = {"text_embeds": torch.randn(2, POOLED), "time_ids": torch.rand(2, 6) * 128}
     with torch.no_grad():
         ours = new(x, 500, context, added_cond_kwargs=added).sample
         theirs = old(x, 500, context @ fit_DE).sample
@@ -80,12 +80,12 @@ def test_diffusers_and_the_training_read_the_model(start: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     assert pipe.config.force_zeros_for_empty_prompt
     made = pipe(CAPTIONS, num_inference_steps=2, output_type="np", generator=torch.manual_seed(0))
-    assert made.images.shape == (2, 64, 64, 3)
+    assert made.images.shape == (2, 128, 128, 3)
 
     model = DiffusionModel.load(start, "cpu")
     conditions = model.conditions(CAPTIONS)
     assert conditions.sizes_B6 is not None
-    assert conditions.sizes_B6.tolist() == [[64, 64, 0, 0, 64, 64]] * 2
+    assert conditions.sizes_B6.tolist() == [[128, 128, 0, 0, 128, 128]] * 2
     context, _, pooled, _ = pipe.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
     torch.testing.assert_close(conditions.context_BLD, context)
     torch.testing.assert_close(conditions.pooled_BP, pooled)
@@ -109,23 +109,23 @@ def test_a_step_of_training_reaches_every_condition(run: Path, start: Path) -> N
 
 
 def test_the_six_numbers_say_how_a_picture_was_made() -> None:
-    image = np.zeros((64, 64, 3), np.uint8)
-    image[20:44, 28:36] = 200
-    assert plain(image).sizes == (64, 64, 0, 0, 64, 64)
+    image = np.zeros((128, 128, 3), np.uint8)
+    image[40:88, 56:72] = 200
+    assert plain(image).sizes == (128, 128, 0, 0, 128, 128)
 
     # Cut at 10 of 20 pixels, the image is in its old place; cut at 0 it lies 10 pixels further.
     middle = cropped(image, 20, 10, upright=False)
-    assert middle.sizes == (64, 84, 0, 10, 64, 64)
+    assert middle.sizes == (128, 148, 0, 10, 128, 128)
     np.testing.assert_array_equal(middle.image_HWC, image)
     first = cropped(image, 20, 0, upright=True)
-    assert first.sizes == (84, 64, 0, 0, 64, 64)
-    np.testing.assert_array_equal(first.image_HWC[10:], image[:54])
+    assert first.sizes == (148, 128, 0, 0, 128, 128)
+    np.testing.assert_array_equal(first.image_HWC[10:], image[:118])
     assert (first.image_HWC[:10] == 255).all()
 
     small = small_original(image, 16)
-    assert small.sizes == (16, 16, 0, 0, 64, 64)
+    assert small.sizes == (16, 16, 0, 0, 128, 128)
     assert np.abs(np.diff(small.image_HWC.astype(int), axis=1)).max() < 200
 
     made = variants(image, np.random.default_rng(0), EACH)
     assert len(made) == 1 + 2 * EACH
-    assert {one.image_HWC.shape for one in made} == {(64, 64, 3)}
+    assert {one.image_HWC.shape for one in made} == {(128, 128, 3)}

@@ -35,11 +35,11 @@ def emoji_dir(model_dir: Path) -> Path:
 
 
 def test_edits_start_from_a_training_prompt_of_the_same_thing(emoji_dir: Path) -> None:
-    assert run.edit_pairs(emoji_dir) == [
+    assert run.edit_pairs(emoji_dir, 64) == [
         ("flat emoji of a pear", "3d emoji of a pear"),
         ("flat emoji of a lemon", "3d emoji of a lemon"),
     ]
-    samples = run.make_samples("edit", emoji_dir, None, 0, 4)
+    samples = run.make_samples("edit", emoji_dir, None, 0, 4, 64)
     assert samples.prompts == ["flat emoji of a pear", "flat emoji of a lemon"]
     assert samples.sources.shape == samples.truth.shape
 
@@ -49,7 +49,7 @@ def test_real_images_are_found_by_their_captions(emoji_dir: Path, tmp_path: Path
     (tmp_path / "captions.csv").write_text("caption\n" + "\n".join(captions) + "\n")
     images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "emoji.npz", images=images)
-    samples = run.make_samples("upscale", emoji_dir, tmp_path, 0, 4)
+    samples = run.make_samples("upscale", emoji_dir, tmp_path, 0, 4, 64)
     assert samples.truth[:, 0, 0, 0].tolist() == [2, 1, 0]
     assert samples.sources.shape == (3, 4, 4, 3)
 

@@ -32,7 +32,7 @@ def test_the_embedded_bundle_has_a_prompt_a_seed_and_the_tensors_of_each_stage()
     assert reference.prompt == "3d emoji of a red apple"
     assert reference.seeds == [0]
     assert reference.tensors.keys() >= {"noise", "context", "latents", "images"}
-    assert reference.tensors["images"].shape == (1, 64, 64, 3)
+    assert reference.tensors["images"].shape == (1, 128, 128, 3)
     assert reference.tensors["images"].dtype == np.uint8
 
 

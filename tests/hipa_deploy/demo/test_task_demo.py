@@ -45,7 +45,7 @@ def test_a_demo_of_each_task(
     assert bundle.manifest.task == task
     assert bundle.manifest.adaptor is not None
     with Image.open(out / "contact_sheet.png") as sheet:
-        assert sheet.size == (PROMPT_WIDTH + columns * 130, HEADING_HEIGHT + 2 * 130)
+        assert sheet.size == (PROMPT_WIDTH + columns * 258, HEADING_HEIGHT + 2 * 258)
     assert json.loads((out / "latency.json").read_text())["end_to_end"]["p50_ms"] > 0
     assert "contact sheet" in console.export_text()
 

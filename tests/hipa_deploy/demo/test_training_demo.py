@@ -34,11 +34,11 @@ def test_demo_writes_what_it_says(
     assert "KID-Lite0" in text
     assert "none was run" in text
     with Image.open(out / "contact_sheet.png") as sheet:
-        width = PROMPT_WIDTH + 4 * 130
+        width = PROMPT_WIDTH + 4 * 258
         with Image.open(out / "spectra.png") as spectra:
             below = round(spectra.height * width / spectra.width)
         # Three lines of headings, four rows of images, and the spectra under them.
-        assert sheet.size == (width, HEADING_HEIGHT + 2 * LINE_HEIGHT + 4 * 130 + below)
+        assert sheet.size == (width, HEADING_HEIGHT + 2 * LINE_HEIGHT + 4 * 258 + below)
     bundle = Bundle.open(out / "bundle")
     bundle.verify()
     assert all(find_sidecars(bundle, stage, "rtx") for stage in bundle.stages)

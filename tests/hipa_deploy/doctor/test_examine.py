@@ -33,7 +33,7 @@ def test_a_backend_that_is_missing_comes_with_a_remedy() -> None:
 def test_a_bundle_is_checked() -> None:
     report = examine("emoji")
     assert report["problems"] == []
-    assert report["bundle"]["size"] == [64, 64]
+    assert report["bundle"]["size"] == [128, 128]
 
 
 def test_a_corrupt_bundle_is_a_problem_and_exit_code_1(

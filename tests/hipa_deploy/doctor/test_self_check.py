@@ -128,7 +128,7 @@ def test_doctor_prints_the_checks(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_exits_with_1_on_a_problem(
     copy: Path, backend: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    change_tensors(copy, images=np.zeros((1, 64, 64, 3), np.uint8))
+    change_tensors(copy, images=np.zeros((1, 128, 128, 3), np.uint8))
     with pytest.raises(SystemExit) as stopped:
         main(["doctor", str(copy), "--backend", backend, "--json"])
     assert stopped.value.code == 1

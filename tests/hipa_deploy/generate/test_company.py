@@ -109,7 +109,7 @@ def test_a_bundle_of_one_batch_size() -> None:
         np.testing.assert_array_equal(
             result.images_BHWC[1], pipe(PROMPTS[1], seed=2).images_BHWC[0]
         )
-        assert repr(result) == "GenerateResult(2 x 64x64: 'a red pear', seed 1, …)"
+        assert repr(result) == "GenerateResult(2 x 128x128: 'a red pear', seed 1, …)"
 
 
 @pytest.mark.parametrize(

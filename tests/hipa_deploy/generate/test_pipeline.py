@@ -29,9 +29,9 @@ def pipe() -> Iterator[OneStepPipeline]:
 
 def test_an_image(pipe: OneStepPipeline) -> None:
     result = pipe(APPLE)
-    assert result.images_BHWC.shape == (1, 64, 64, 3)
+    assert result.images_BHWC.shape == (1, 128, 128, 3)
     assert result.images_BHWC.dtype == np.uint8
-    assert result.images[0].size == (64, 64)
+    assert result.images[0].size == (128, 128)
     corners = result.images_BHWC[0, ::63, ::63].astype(float)
     assert corners.mean() > 230  # emoji stand on white
     red, green, blue = result.images_BHWC[0, 20:50, 20:50].reshape(-1, 3).mean(axis=0)
@@ -131,7 +131,7 @@ def test_host_backends_have_no_device_arrays(pipe: OneStepPipeline) -> None:
         ({"prompt": APPLE, "count": 10**9}, "count"),
         ({"prompt": APPLE, "seed": -1}, "seed"),
         ({"prompt": "apple " * 100}, "77"),
-        ({"prompt": APPLE, "height": 0}, "height 0 is not a size of this bundle. Expected 64"),
+        ({"prompt": APPLE, "height": 0}, "height 0 is not a size of this bundle. Expected 128"),
     ],
 )
 def test_bad_requests(pipe: OneStepPipeline, arguments: dict, message: str) -> None:
@@ -140,7 +140,7 @@ def test_bad_requests(pipe: OneStepPipeline, arguments: dict, message: str) -> N
 
 
 def test_truncation_on_request(pipe: OneStepPipeline) -> None:
-    assert pipe("apple " * 100, truncate=True).images_BHWC.shape == (1, 64, 64, 3)
+    assert pipe("apple " * 100, truncate=True).images_BHWC.shape == (1, 128, 128, 3)
 
 
 def test_unknown_backend() -> None:

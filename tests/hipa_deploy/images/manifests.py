@@ -11,9 +11,11 @@ from hipa_deploy.tasks import Task
 
 
 def bundle(task: Task, **changes) -> Bundle:
-    """Return the embedded bundle, 64 x 64 pixels and 16 x 16 latents, as if it were for a task."""
-    manifest = Bundle.open(BUNDLE).manifest.model_copy(update={"task": task, **changes})
-    return Bundle(Path("b"), manifest)
+    """Return the embedded bundle as if it were for a task, 64 x 64 pixels, and 16 x 16 latents."""
+    manifest = Bundle.open(BUNDLE).manifest
+    one_step = manifest.one_step.model_copy(update={"height": 64, "width": 64})
+    changed = manifest.model_copy(update={"task": task, "one_step": one_step, **changes})
+    return Bundle(Path("b"), changed)
 
 
 def strengths(*values: float) -> tuple[Strength, ...]:

@@ -45,7 +45,7 @@ def write_images(folder: Path, seeds: list[int] | None = None, count: int = 4) -
     """Flat images by number, which say their seeds if some are given."""
     folder.mkdir()
     for number in range(count):
-        image = np.full((64, 64, 3), 40 * number, np.uint8)
+        image = np.full((128, 128, 3), 40 * number, np.uint8)
         parameters = {}
         if seeds is not None:
             parameters = {"prompt": PROMPTS[number], "seed": seeds[number]}
@@ -142,14 +142,14 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
         find_images(folder, PROMPTS, SEEDS)
     (folder / "3-seed7.png").unlink()
     Image.fromarray(read_image(folder / "3.png")).resize((32, 48)).save(folder / "3.png")
-    with pytest.raises(HipaError, match=r"has 48x32 pixels .* Expected 64x64"):
+    with pytest.raises(HipaError, match=r"has 48x32 pixels .* Expected 128x128"):
         rival_images(MODEL, ImageFolder(folder), PROMPTS, SEEDS)
 
 
 def test_contenders_that_do_not_fit_the_model(model_dir: Path) -> None:
     with pytest.raises(HipaError, match="is for the task edit"):
         check_contenders([OtherAdaptor(ADAPTORS["emoji-edit"])], MODEL)
-    with pytest.raises(HipaError, match=r"makes images of 64x64 pixels .* have 32x32"):
+    with pytest.raises(HipaError, match=r"makes images of 128x128 pixels .* have 32x32"):
         check_rivals([BundleContender(BUNDLE)], model_dir, Style())
     facts = contender_facts(BundleContender(BUNDLE), model_dir, PROMPTS, SEEDS)
     assert "Its base model is another one than that of the other rows." in facts.notes
