@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from hipa_deploy.embedded import BUNDLE, MODEL
+from hipa_deploy.embedded import BUNDLE, EXAMPLE_PROMPT, MODEL
 from hipa_deploy.errors import HipaWarning, brief
 
 # What the model was trained on: things, kinds and styles. Pairs are the same things in a style that
 # was kept aside.
 _FILES = ("prompts.txt", "prompts_pair.txt", "prompts_kind.txt", "prompts_style.txt")
+_STYLE = EXAMPLE_PROMPT.partition(" of ")[0]
 _COMPARED = 100  # characters of a prompt: each is compared with thousands
 
 
@@ -59,12 +60,13 @@ def nearest_known(prompt: str, known: dict[str, str]) -> str | None:
     """
     plain = _plain(prompt)
     bare, background = _split(plain)
-    backgrounds = {_split(each)[1] for each in known}
-    if plain in known or (bare in known and background in backgrounds):
+    # Every background of the model stands after each of its styles, and '' stands for white.
+    background_known = f"{_STYLE}{background}" in known
+    if plain in known or (bare in known and background_known):
         return None
     candidates = [each for each in known if not _split(each)[1]]
     found = difflib.get_close_matches(bare[:_COMPARED], candidates, n=1, cutoff=0.0)
-    return known[found[0]] + (background if background in backgrounds else "")
+    return known[found[0]] + (background if background_known else "")
 
 
 def _split(plain: str) -> tuple[str, str]:
