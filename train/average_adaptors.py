@@ -40,6 +40,8 @@ from hipa_deploy.models.adaptor_folder import (
 from hipa_deploy.models.weights.weight_file import load_tensors
 from hipa_deploy.train.average_request import check_average
 from hipa_deploy.train.loop.spent import summed
+from hipa_deploy.train.model.encoder_adaptor import check_storable, finish_file
+from hipa_deploy.train.model.unet_adaptor import stored_dtype
 
 DOWN = ".lora_A.weight"
 UP = ".lora_B.weight"
@@ -66,6 +68,8 @@ class Average:
 def average_adaptors(folders: Sequence[Path], out: Path, rank: int | None = None) -> Average:
     """Write the average of adaptors to the new folder ``out``.
 
+    It is stored in float16 where all of them are, else in float32.
+
     Args:
         folders: Two or more adaptor folders, for the same model, task and timestep. They may have
             other ranks, layers, losses, seeds or prompts: a layer that one lacks counts as
@@ -74,8 +78,8 @@ def average_adaptors(folders: Sequence[Path], out: Path, rank: int | None = None
         rank: Rank of the average; the largest of the adaptors' own if None.
 
     Raises:
-        HipaError: fewer than two adaptors, adaptors that do not go together or are damaged, or an
-            ``out`` that is not empty.
+        HipaError: fewer than two adaptors, adaptors that do not go together or are damaged, an
+            average that is not finite as it is stored, or an ``out`` that is not empty.
 
     Example:
         >>> average_adaptors([Path("seed-0"), Path("seed-1")], Path("both")).error
@@ -100,8 +104,16 @@ def average_adaptors(folders: Sequence[Path], out: Path, rank: int | None = None
         whole += file_whole
     error = (left_out / whole) ** 0.5 if whole else 0.0
 
+    dtype = torch.float16
+    for each in metadata:
+        dtype = torch.promote_types(dtype, stored_dtype(each))
+    for tensors in averaged.values():
+        check_storable(tensors, dtype)
+
     hashes = [weights_sha256(folder) for folder in folders]
     about = {"adaptors": hashes, "rank": rank, "left_out": error}
+    recipe = metadata[0].recipe
+    stored = {**recipe.get("adaptor", {}), "dtype": str(dtype).removeprefix("torch.")}
     record = metadata[0].model_copy(
         update={
             "rank": rank,
@@ -111,14 +123,14 @@ def average_adaptors(folders: Sequence[Path], out: Path, rank: int | None = None
             "steps_trained": max(each.steps_trained for each in metadata),
             "initial_sha256": None,
             "training": summed([entry for each in metadata for entry in each.training]),
-            "recipe": {**metadata[0].recipe, "average": about},
+            "recipe": {**recipe, "adaptor": stored, "average": about},
         }
     )
     with new_folder(out) as scratch:
         for file, tensors in averaged.items():
             path = scratch / file
             save_file(tensors, path, metadata=_header(folders[0] / file, rank, tensors))
-            path.chmod(0o644)  # safetensors makes it readable for its owner alone
+            finish_file(path, dtype)
         shutil.copytree(folders[0] / "scheduler", scratch / "scheduler")
         (scratch / METADATA).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return Average(out, rank, error)

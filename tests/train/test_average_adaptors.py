@@ -11,6 +11,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -95,6 +97,38 @@ def test_diffusers_loads_it_as_any_adaptor(
         torch.testing.assert_close(
             ours.unet(z, 999, context).sample, theirs.unet(z, 999, context).sample
         )
+
+
+def stored_as(adaptor: Path, dtype: str, out: Path) -> Path:
+    """A copy of an adaptor whose weights are stored in another dtype."""
+    shutil.copytree(adaptor, out)
+    tensors = load_file(out / WEIGHTS)
+    with safe_open(out / WEIGHTS, "pt") as file:
+        header = file.metadata()
+    cast = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+    save_file(cast, out / WEIGHTS, header)
+    record = json.loads((out / METADATA).read_text())
+    record["recipe"]["adaptor"]["dtype"] = dtype
+    (out / METADATA).write_text(json.dumps(record))
+    return out
+
+
+@pytest.mark.parametrize(("second", "expected"), [("float16", "float16"), ("float32", "float32")])
+def test_it_is_stored_in_float16_where_all_adaptors_are(
+    adaptors: list[Path], model_dir: Path, tmp_path: Path, second: str, expected: str
+) -> None:
+    folders = [
+        stored_as(adaptors[0], "float16", tmp_path / "0"),
+        stored_as(adaptors[1], second, tmp_path / "1"),
+    ]
+    made = average_adaptors(folders, tmp_path / "average", rank=5)
+    tensors = load_file(made.folder / WEIGHTS)
+    assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, expected)}
+    assert read_metadata(made.folder).recipe["adaptor"]["dtype"] == expected
+    one = merged(model_dir, adaptors[0])
+    two = merged(model_dir, adaptors[1])
+    for name, weight in merged(model_dir, made.folder).items():
+        torch.testing.assert_close(weight, (one[name] + two[name]) / 2, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("window", [(), (3, 3)])

@@ -174,7 +174,7 @@ def save_adaptor(
         HipaError: a weight is not finite in that dtype, or ``out`` exists and is not empty.
 
     """
-    dtype = _stored_dtype(metadata)
+    dtype = stored_dtype(metadata)
     weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
     check_storable(weights, dtype)
 
@@ -196,7 +196,8 @@ def save_adaptor(
     return out
 
 
-def _stored_dtype(metadata: AdaptorMetadata) -> torch.dtype:
+def stored_dtype(metadata: AdaptorMetadata) -> torch.dtype:
+    """The dtype in which the weights of an adaptor with this record are stored."""
     name = metadata.recipe.get("adaptor", {}).get("dtype", "float32")
     return {"float16": torch.float16, "float32": torch.float32}[name]
 
