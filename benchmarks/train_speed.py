@@ -42,7 +42,7 @@ from hipa_deploy.train.data.teacher_pairs import prompt_conditions, teacher_pair
 from hipa_deploy.train.loop import training_steps
 from hipa_deploy.train.losses.hipa_loss import hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
-from hipa_deploy.train.model.mixed_precision import DTYPES
+from hipa_deploy.train.model.mixed_precision import DTYPES, computed_precision
 from hipa_deploy.train.model.unet_adaptor import PRESETS
 from hipa_deploy.train.recipes.recipe import Recipe, load_recipe, read_prompts
 from hipa_deploy.train.train_adaptor import train_adaptor
@@ -96,8 +96,9 @@ def plain_loop(
         # diffusers recomputes activations only in a part that is training.
         unet.train().enable_gradient_checkpointing()
         vae.train().enable_gradient_checkpointing()
-    dtype = DTYPES.get(recipe.mixed_precision, torch.float32)
-    mixed = recipe.mixed_precision != "no"
+    precision = computed_precision(recipe.mixed_precision, torch.device(device))
+    dtype = DTYPES.get(precision, torch.float32)
+    mixed = precision != "no"
     kind = torch.device(device).type
     scaler = torch.amp.GradScaler(kind, enabled=recipe.mixed_precision == "fp16")
     v_prediction = pipe.scheduler.config.prediction_type == "v_prediction"

@@ -46,6 +46,7 @@ from hipa_deploy.train.model.encoder_adaptor import load_encoder_weights
 from hipa_deploy.train.model.mixed_precision import (
     decoder_precision,
     in_precision,
+    precision_note,
     use_tensor_cores,
 )
 from hipa_deploy.train.model.one_step import task_latents
@@ -127,6 +128,10 @@ def train_adaptor(
     unet = in_precision(model.unet, recipe.mixed_precision, model.device)
     vae_precision = decoder_precision(recipe, model.config)
     decode = in_precision(model.decode, vae_precision, model.device)
+    precisions = (recipe.teacher.mixed_precision, recipe.mixed_precision, vae_precision)
+    slow = precision_note(precisions, model.device)
+    if slow:
+        console.print(slow)
     check_crop(recipe.decode_crop, model.latent_shape_CHW)
     prompts = read_prompts(recipe, model_dir)
     unseen_prompts = held_out_prompts(recipe, model_dir, prompts)

@@ -56,7 +56,7 @@ from hipa_deploy.train.loop.training_steps import Watch, result_lines, run_steps
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
-from hipa_deploy.train.model.mixed_precision import in_precision, use_tensor_cores
+from hipa_deploy.train.model.mixed_precision import in_precision, precision_note, use_tensor_cores
 from hipa_deploy.train.model.unet_adaptor import one_step_model
 from hipa_deploy.train.recipes.recipe import (
     DecoderRecipe,
@@ -136,6 +136,9 @@ def train_decoder(
         text = trained.text
         size = trained.resolution
     model = DiffusionModel.load(model_dir, processes.device, style=style, text=text, size=size)
+    slow = precision_note([recipe.mixed_precision], model.device)
+    if slow:
+        console.print(slow)
     all_prompts = read_prompts(recipe, model_dir)
     prompts, fidelity_prompts = split_prompts(all_prompts, recipe.seed)
     unseen_prompts = held_out_prompts(recipe, model_dir, all_prompts)

@@ -23,6 +23,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from latent_rounds import CaptionContexts, LatentRounds, choose_captions, rounds_at
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from hipa_deploy.train.model.mixed_precision import in_precision
+
 CAPTION_DROPOUT = 0.1  # the empty caption of classifier-free guidance
 # After Hang et al. 2023, 'Efficient Diffusion Training via Min-SNR Weighting Strategy'.
 BOUNDS = (0.25, 4.0)
@@ -172,17 +174,17 @@ def main(
 def predictor(unet: UNet2DConditionModel, device: str) -> Any:
     """The UNet's forward pass in bfloat16; weights, gradients and optimiser stay in float32.
 
-    One AVX-512 core makes about 109 images a second. Attention is
-    written out, because the fused kernel's backward pass is slow on heads this small. The UNet is
-    not compiled: with torch.compile of torch 2.13 on a CPU, 280 of the 326 parameters got a
-    gradient of exactly zero.
+    A CPU without instructions for bfloat16 computes it in float32. One AVX-512 core makes about
+    109 images a second. Attention is written out, because the fused kernel's backward pass is slow
+    on heads this small. The UNet is not compiled: with torch.compile of torch 2.13 on a CPU, 280 of
+    the 326 parameters got a gradient of exactly zero.
     """
     unet.set_attn_processor(AttnProcessor())
     use_float32_norms(unet)
+    in_half = in_precision(unet, "bf16", torch.device(device))
 
     def predict(noisy: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            return unet(noisy, timestep, context, return_dict=False)[0].float()
+        return in_half(noisy, timestep, context, return_dict=False)[0].float()
 
     return predict
 

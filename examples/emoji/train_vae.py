@@ -31,6 +31,8 @@ from common import (
 )
 from diffusers import AutoencoderKL
 
+from hipa_deploy.train.model.mixed_precision import computed_precision
+
 KL_WEIGHT = 1e-3  # of the divergence a latent number
 
 
@@ -153,6 +155,7 @@ def main(
     folder = run / ("vae_decoder" if decoder_only else "vae")
     state = Run(folder, {"vae": vae}, optimizer, steps, ema_decay=0.995)
     state.resume()
+    half = large and computed_precision("bf16", torch.device("cpu")) == "bf16"
     for index, generator in state.batches(batch, count):
         set_learning_rate(
             optimizer, rate * warmup_stable_decay(state.step, steps, warmup=50, decay=0.7)
@@ -160,7 +163,7 @@ def main(
 
         # The decoder sees a sample of the encoder's posterior, as in every variational autoencoder.
         target = pixels_of(index, generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=large):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             posterior = vae.encode(target).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             image = vae.decode(posterior.mean + posterior.std * noise).sample.float()

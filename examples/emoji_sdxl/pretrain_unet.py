@@ -33,6 +33,8 @@ from sized_pictures import variants
 from torch import Tensor
 from train_unet import CAPTION_DROPOUT, SCHEDULE, loss_weight
 
+from hipa_deploy.train.model.mixed_precision import in_precision
+
 # How often a picture is drawn of the image as it is, of a small original, and of a crop.
 SHARES = (0.6, 0.2, 0.2)
 EACH = 3  # small originals of an image, and crops
@@ -126,6 +128,7 @@ def main(
     unet = pipe.unet.train().to(memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())
     use_float32_norms(unet)
+    in_half = in_precision(unet, "bf16", torch.device("cpu"))
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
     )
@@ -146,14 +149,13 @@ def main(
         noisy = schedule.add_noise(latents, noise, timestep)
 
         # An error for each picture, weighted by its timestep.
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = unet(
-                noisy.to(memory_format=torch.channels_last),
-                timestep,
-                pictures.context_PLD[caption],
-                added_cond_kwargs=added,
-                return_dict=False,
-            )[0].float()
+        predicted = in_half(
+            noisy.to(memory_format=torch.channels_last),
+            timestep,
+            pictures.context_PLD[caption],
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0].float()
         error = (predicted - noise).square().mean(dim=(1, 2, 3))
         loss = (error * loss_weight(snr[timestep])).mean()
         loss.backward()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hipa_deploy.train.loop import training_steps as run_module
+from hipa_deploy.train.model import mixed_precision
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.recipes.recipe import Recipe
 from tests.tiny_model import make_model
@@ -19,6 +20,12 @@ StopAfter = Callable[[int | None], None]
 
 # Widths of VGG16's convolutions (Simonyan & Zisserman 2014, configuration D); 0 is a pooling layer.
 VGG16_WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+
+
+@pytest.fixture(autouse=True)
+def half_precision_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run half precision here too where the CPU emulates it: tiny networks are fast enough."""
+    monkeypatch.setattr(mixed_precision, "_cpu_computes_in", lambda precision: True)
 
 
 @pytest.fixture(scope="session")

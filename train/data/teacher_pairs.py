@@ -36,7 +36,7 @@ from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.progress_bar import ProgressBar
 from hipa_deploy.train.model.conditions import Conditions, joined_rows, predict
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
-from hipa_deploy.train.model.mixed_precision import in_precision
+from hipa_deploy.train.model.mixed_precision import computed_precision, in_precision
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 TABLE_BYTES = 2 << 30  # rows that take more than 2 GiB together are not kept in memory
@@ -331,7 +331,7 @@ def cache_folder(
     # A float32 teacher leaves mixed_precision out of the key: the setting is younger than the
     # cache, and pairs from before it, all of them float32, are still found.
     excluded = {"pairs"}
-    if teacher.mixed_precision == "no":
+    if computed_precision(teacher.mixed_precision, model.device) == "no":
         excluded.add("mixed_precision")
 
     key = {

@@ -72,6 +72,7 @@ class DistributionTerms:
         prediction_type: What the UNet predicts: epsilon, v_prediction or sample.
         unguided: One row, which guidance leads away from: ``DiffusionModel.unguided``.
         draw: Where timesteps and noise come from.
+        emulated: As of ``in_precision``.
 
     Attributes:
         score: Score distillation; None without a weight.
@@ -89,6 +90,7 @@ class DistributionTerms:
         prediction_type: str,
         unguided: Conditions,
         draw: Draw = row_draws,
+        emulated: bool = False,
     ) -> None:
         self.unet = unet
         self.recipe = recipe
@@ -100,10 +102,11 @@ class DistributionTerms:
 
         # The student's latents of this step by their rows: what the fake score learns from.
         self._made: dict[tuple[int, ...], tuple[Tensor, Conditions]] = {}
-        self._call = in_precision(unet, recipe.mixed_precision, alpha_bar_T.device)
+        device = alpha_bar_T.device
+        self._call = in_precision(unet, recipe.mixed_precision, device, emulated=emulated)
         # The gradient of the heads' verdict has no loss scale, which fp16 would need.
         precision = "no" if recipe.mixed_precision == "fp16" else recipe.mixed_precision
-        self._maps = in_precision(partial(encoder_maps, unet), precision, alpha_bar_T.device)
+        self._maps = in_precision(partial(encoder_maps, unet), precision, device, emulated=emulated)
         if recipe.score.weight:
             add_fake_score(unet, recipe.score.rank, recipe.seed)
             self.score = ScoreDistillation(

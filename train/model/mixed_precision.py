@@ -6,7 +6,8 @@ Diffusion's schedule an error of the predicted noise is 14.6 times as large in x
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,8 @@ from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.train.recipes.recipe import MixedPrecision, Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {"bf16": "bfloat16", "fp16": "float16"}
+X86 = ("x86_64", "AMD64")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -30,10 +33,63 @@ def use_tensor_cores(device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def in_precision(function: Function, precision: MixedPrecision, device: torch.device) -> Function:
+def computed_precision(precision: MixedPrecision, device: torch.device) -> MixedPrecision:
+    """The precision in which a device computes what is asked for: that one, or float32.
+
+    A CPU without instructions for bfloat16 or float16 emulates them number by number. Measured
+    on an AMD EPYC with AVX2 and torch 2.13, with the embedded model: the UNet takes 17 times as
+    long in bfloat16 as in float32 (float16 21), the decoder 52 times (79). float32 is also more
+    precise, so such a CPU computes in it.
+    """
+    if device.type != "cpu" or precision == "no" or _cpu_computes_in(precision):
+        return precision
+    return "no"
+
+
+def precision_note(precisions: Iterable[MixedPrecision], device: torch.device) -> str | None:
+    """What to tell the user where a device computes in float32 in place of these precisions."""
+    replaced = []
+    for precision in dict.fromkeys(precisions):
+        if computed_precision(precision, device) != precision:
+            replaced.append(NAMES[precision])
+    if not replaced:
+        return None
+    return (
+        f"note: this CPU has no instructions for {' and '.join(replaced)}, which would be many "
+        "times slower here. It computes in float32."
+    )
+
+
+def _cpu_computes_in(precision: MixedPrecision) -> bool:
+    """Whether this machine's CPU has instructions for a precision.
+
+    On x86-64 oneDNN says yes to bfloat16 from AVX-512 on, where it still may convert each number.
+    """
+    if precision == "fp16":
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    if platform.machine() in X86:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def in_precision(
+    function: Function,
+    precision: MixedPrecision,
+    device: torch.device,
+    *,
+    emulated: bool = False,
+) -> Function:
     """``function`` under autocast: convolutions and matrix products in ``precision``.
 
-    Its weights stay in float32. With 'no' it is ``function`` itself.
+    Its weights stay in float32. With 'no' it is ``function`` itself, and so it is on a CPU that
+    would have to emulate the precision.
+
+    Args:
+        function: A network, or what calls one.
+        precision: Of the recipe.
+        device: Where it runs.
+        emulated: Use the precision even where the CPU emulates it: to count on a CPU what a
+            training takes elsewhere.
 
     Example:
         >>> unet = in_precision(model.unet, "bf16", model.device)
@@ -41,6 +97,8 @@ def in_precision(function: Function, precision: MixedPrecision, device: torch.de
         torch.bfloat16
 
     """
+    if not emulated:
+        precision = computed_precision(precision, device)
     if precision == "no":
         return function
 

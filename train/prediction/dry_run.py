@@ -15,6 +15,8 @@ from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.clip_tokenizer import text_sizes
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.train.model.mixed_precision import precision_note
+from hipa_deploy.train.prediction.simulated_training import CPU
 from hipa_deploy.train.prediction.training_cost import (
     TrainingCost,
     TrainingPrediction,
@@ -108,6 +110,9 @@ def dry_run(
     measured_flops += prediction.fake.flops if prediction.fake else 0
     if measured_flops <= SMALL_FLOPS:
         shown.append(measured_table(prediction, measure_steps(recipe, model_dir)))
+        slow = precision_note((recipe.teacher.mixed_precision, recipe.mixed_precision), CPU)
+        if slow:
+            shown.append(slow)
     else:
         shown.append(gpu_table(prediction, gpus))
     for warning in doubts(prediction, count):

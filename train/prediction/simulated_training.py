@@ -137,6 +137,11 @@ def _unloaded(kind: Any, config: Mapping[str, Any], where: Path) -> nn.Module:
 class SimulatedTraining:
     """The training step of train/train_adaptor.py on random inputs, to be counted or timed.
 
+    Args:
+        model: The base model; it gets the recipe's adaptor.
+        recipe: The training's recipe.
+        timed: In the precision in which this machine's CPU computes, else in the recipe's.
+
     Attributes:
         model: The base model, with the recipe's adaptor.
         recipe: The training's recipe.
@@ -146,21 +151,24 @@ class SimulatedTraining:
 
     """
 
-    def __init__(self, model: DiffusionModel, recipe: Recipe) -> None:
+    def __init__(self, model: DiffusionModel, recipe: Recipe, *, timed: bool = False) -> None:
         self.model = model
         self.recipe = recipe
+        emulated = not timed
         self.weights = add_adaptors(model, recipe)
         self._step_costs: dict[tuple[int, bool], TrainingCost] = {}
         self.loss = _loss(recipe)
         self.held_out = _DistanceNetworks() if recipe.held_out.prompts else None
-        self.unet = in_precision(model.unet, recipe.mixed_precision, CPU)
-        self.decode = in_precision(model.decode, decoder_precision(recipe, model.config), CPU)
+        self.unet = in_precision(model.unet, recipe.mixed_precision, CPU, emulated=emulated)
+        vae_precision = decoder_precision(recipe, model.config)
+        self.decode = in_precision(model.decode, vae_precision, CPU, emulated=emulated)
         check_crop(recipe.decode_crop, model.latent_shape_CHW)
-        self.teacher_unet = in_precision(model.unet, recipe.teacher.mixed_precision, CPU)
+        teacher_precision = recipe.teacher.mixed_precision
+        self.teacher_unet = in_precision(model.unet, teacher_precision, CPU, emulated=emulated)
         self.distribution: DistributionTerms | None = None
         if recipe.compares_distributions:
             with CPU:
-                self.distribution = _distribution(model, recipe)
+                self.distribution = _distribution(model, recipe, emulated=emulated)
         # A number rather than a tensor comes out of it, so it needs a device with values.
         with CPU:
             self.alpha_bar = model.alpha_bar(recipe.timestep)
@@ -378,7 +386,7 @@ class SimulatedTraining:
         )
 
 
-def _distribution(model: DiffusionModel, recipe: Recipe) -> DistributionTerms:
+def _distribution(model: DiffusionModel, recipe: Recipe, *, emulated: bool) -> DistributionTerms:
     """The terms that compare distributions, whose schedule and empty prompt come later."""
     check_distribution_terms(recipe, model)
     return DistributionTerms(
@@ -388,6 +396,7 @@ def _distribution(model: DiffusionModel, recipe: Recipe) -> DistributionTerms:
         prediction_type=model.prediction_type,
         unguided=Conditions(torch.ones(1)),
         draw=_drawn,
+        emulated=emulated,
     )
 
 

@@ -225,6 +225,8 @@ def latents_bytes(model: DiffusionModel, recipe: Recipe) -> int:
 def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str, float]:
     """Measure the parts of a training on this machine's CPU, with random weights.
 
+    They run in the precision that a training would have here (``computed_precision``).
+
     Args:
         recipe: The training's recipe.
         model_dir: Diffusers folder; its configurations are read.
@@ -237,7 +239,7 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
         rows' (as many as are measured at once).
 
     """
-    training = SimulatedTraining(unloaded_model(model_dir, recipe.size), recipe)
+    training = SimulatedTraining(unloaded_model(model_dir, recipe.size), recipe, timed=True)
     calls = {
         "teacher call": training.teacher_call,
         "warm-up step": lambda: training.step(recipe.batch, decoded=False),

@@ -70,7 +70,7 @@ class TeacherSettings(Settings):
     dtype: Literal["float16", "float32"] = "float16"
     """Storage type of the cached latents."""
     mixed_precision: MixedPrecision = "no"
-    """Precision of the UNet's arithmetic; the sampler's stays in float32."""
+    """Precision of the UNet's arithmetic; the sampler's stays in float32. A CPU as above."""
 
 
 class SourceSettings(Settings):
@@ -187,7 +187,8 @@ class _TrainingSettings(Settings):
     """Rows that a process takes through the models at once; the gradients of a step accumulate. By
     default all of its rows."""
     mixed_precision: MixedPrecision = "no"
-    """Precision of the networks' arithmetic in training; weights, x0 and losses stay in float32."""
+    """Precision of the networks' arithmetic in training; weights, x0 and losses stay in float32. A
+    CPU without instructions for it computes in float32, and the training says so."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the weights; 0 keeps none."""
     written: Literal["average", "last"] = "average"

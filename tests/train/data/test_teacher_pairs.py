@@ -20,6 +20,7 @@ from hipa_deploy.train.data.teacher_pairs import (
     teacher_scheduler,
 )
 from hipa_deploy.train.loop.processes import Processes
+from hipa_deploy.train.model import mixed_precision
 from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.recipes.recipe import TeacherSettings
@@ -193,7 +194,7 @@ def test_half_precision_storage(model: DiffusionModel, tmp_path: Path) -> None:
 
 
 def test_cache_key_depends_on_content(
-    model: DiffusionModel, v_model_dir: Path, tmp_path: Path
+    model: DiffusionModel, v_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(
         model: DiffusionModel = model,
@@ -214,6 +215,10 @@ def test_cache_key_depends_on_content(
     ]
     assert len({key(), *changed}) == 8
     assert key(pairs=100) == key()
+
+    # Pairs that a CPU computes in float32 in place of bfloat16 are float32's.
+    monkeypatch.setattr(mixed_precision, "_cpu_computes_in", lambda precision: False)
+    assert key(mixed_precision="bf16") == key()
 
     # How prompts are encoded is part of it, but for defaults, which older pairs do not name.
     texts = [TextSettings(clip_skip=1), TextSettings(context_tokens=154)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,8 +14,14 @@ from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.train import train_adaptor as train_adaptor_module
 from hipa_deploy.train.loop.run import Run
 from hipa_deploy.train.losses.hipa_loss import HipaLoss
+from hipa_deploy.train.model import mixed_precision
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
-from hipa_deploy.train.model.mixed_precision import DTYPES, in_precision
+from hipa_deploy.train.model.mixed_precision import (
+    DTYPES,
+    computed_precision,
+    in_precision,
+    precision_note,
+)
 from hipa_deploy.train.model.unet_adaptor import WEIGHTS
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
@@ -107,6 +114,60 @@ class Exploding(torch.nn.Module):
 
     def forward(self, image: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, dict]:
         return (image - image.detach()).sqrt().mean(), {}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_cpu_without_the_instructions_computes_in_float32_and_says_so(
+    precision: str,
+    recipe: Recipe,
+    model_dir: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would have to emulate them: 17 to 79 times as slow, on a Zen 3."""
+    monkeypatch.setattr(mixed_precision, "_cpu_computes_in", lambda precision: False)
+    teacher = recipe.teacher.model_copy(update={"mixed_precision": precision})
+    changes = {"mixed_precision": precision, "teacher": teacher, "steps": 2}
+    weights = {}
+    for name, asked in (("half", recipe.model_copy(update=changes)), ("float32", recipe)):
+        said = io.StringIO()
+        two = asked.model_copy(update={"steps": 2})
+        console = Console(file=said, width=200)
+        folder = train_adaptor(
+            two, model_dir, tmp_path / name, cache=cache, device="cpu", console=console
+        )
+        weights[name] = load_file(folder / WEIGHTS)
+        assert ("It computes in float32" in said.getvalue()) == (name == "half")
+    assert weights["half"].keys() == weights["float32"].keys()
+    for name, weight in weights["half"].items():
+        torch.testing.assert_close(weight, weights["float32"][name], rtol=0, atol=1e-6)
+
+
+def test_only_a_cpu_that_lacks_the_instructions_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(mixed_precision, "_cpu_computes_in", lambda precision: precision == "bf16")
+    assert computed_precision("bf16", cpu) == "bf16"
+    assert computed_precision("fp16", cpu) == "no"
+    assert computed_precision("fp16", gpu) == "fp16"
+    assert precision_note(["bf16", "no"], cpu) is None
+    assert precision_note(["fp16"], gpu) is None
+    note = precision_note(["fp16", "bf16", "fp16"], cpu)
+    assert note is not None
+    assert "no instructions for float16, which" in note
+
+
+def test_what_is_counted_for_another_device_keeps_its_precision(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixed_precision, "_cpu_computes_in", lambda precision: False)
+    cpu = torch.device("cpu")
+    assert in_precision(model.unet, "bf16", cpu) is model.unet
+    emulated = in_precision(model.unet, "bf16", cpu, emulated=True)
+    z = torch.zeros(1, *model.latent_shape_CHW)
+    with torch.no_grad():
+        assert emulated(z, 999, model.context(["a boat"])).sample.dtype == torch.bfloat16
 
 
 def test_without_mixed_precision_the_function_itself_is_returned(model: DiffusionModel) -> None:
