@@ -7,7 +7,7 @@ DEMO := demo
 
 FUZZ_CASES := 300
 
-.PHONY: demo test tests fuzz lint types docs wheels-for-gpu clean
+.PHONY: demo test tests figures fuzz lint types docs wheels-for-gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/hipa-demo --out $(DEMO)
@@ -17,7 +17,12 @@ test: lint
 	$(MAKE) --no-print-directory --jobs=2 types tests
 
 tests: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not figures"
+
+# Costs in the headers of recipes whose like `make test` checks; after a change of a recipe or of
+# what predicts its cost.
+figures: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 -m figures
 
 # Hostile files, FUZZ_CASES of each format; what fails is shrunk and printed (tests/hostile).
 fuzz: $(VENV)/installed

@@ -22,9 +22,9 @@ StopAfter = Callable[[int | None], None]
 VGG16_WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 
 
-@pytest.fixture(autouse=True)
-def half_precision_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run half precision here too where the CPU emulates it: tiny networks are fast enough."""
+@pytest.fixture
+def half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision even where the CPU emulates it: tiny networks are fast enough."""
     monkeypatch.setattr(mixed_precision, "_cpu_computes_in", lambda precision: True)
 
 

@@ -64,6 +64,7 @@ def test_resumed_equals_unbroken(
     assert differences(train(reseeded, model_dir, tmp_path / "reseeded", cache), unbroken)
 
 
+@pytest.mark.usefixtures("half_precision")
 def test_resumed_equals_unbroken_with_everything_on(
     recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
 ) -> None:

@@ -77,6 +77,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, sdxl_dir: Path, cache: Pat
     return out
 
 
+@pytest.mark.usefixtures("half_precision")
 def test_resumed_equals_unbroken_with_everything_on(
     recipe: Recipe, sdxl_dir: Path, cache: Path, tmp_path: Path, stop_after
 ) -> None:

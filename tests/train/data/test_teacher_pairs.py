@@ -165,6 +165,7 @@ def test_a_cache_that_machines_do_not_share(
     ]
 
 
+@pytest.mark.usefixtures("half_precision")
 def test_a_teacher_in_half_precision(model: DiffusionModel) -> None:
     half = TEACHER.model_copy(update={"mixed_precision": "fp16"})
     arguments = (model, model.noise([0]), model.conditions(PROMPTS[:1]), model.unguided())
@@ -193,6 +194,7 @@ def test_half_precision_storage(model: DiffusionModel, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("half_precision")
 def test_cache_key_depends_on_content(
     model: DiffusionModel, v_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,7 @@ def test_a_resumed_training_equals_an_unbroken_one(
     assert not differences(train(everything, model_dir, tmp_path / "broken", cache), unbroken)
 
 
+@pytest.mark.usefixtures("half_precision")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_both_terms_in_mixed_precision_learn_nearly_the_same(
     both: Recipe, model_dir: Path, cache: Path, tmp_path: Path, precision: str

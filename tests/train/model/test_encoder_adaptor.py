@@ -221,6 +221,7 @@ def test_targets_do_not_depend_on_the_encoder_adaptor(
     assert torch.equal(before, after)
 
 
+@pytest.mark.usefixtures("half_precision")
 def test_with_everything_on_and_from_an_adaptor(
     folder: Path, recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 
 QUIET = Console(quiet=True)
+pytestmark = pytest.mark.usefixtures("half_precision")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
