@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import os
@@ -23,6 +24,8 @@ from hipa_deploy.serve.web.web_app import image_paths, web_app
 
 _STOP_SECONDS = 5  # for the last answers to leave, on top of the time limit of a request
 _SWITCH_SECONDS = 0.0005
+# Objects, beyond those that have gone, after which Python looks for cycles among the new ones.
+_COLLECT_AFTER = 10_000
 _BACKLOG = 2048  # connections that the system keeps for us
 
 
@@ -120,6 +123,7 @@ async def _load(server: uvicorn.Server, service: ImageService, backend: str) -> 
     except BaseException:
         server.should_exit = True
         raise
+    _collect_less()
     for served in service.models.served:
         if served.warm_up and served.pipe:
             log(
@@ -132,6 +136,18 @@ async def _load(server: uvicorn.Server, service: ImageService, backend: str) -> 
                 sizes_that_change_an_image=served.warm_up.changing,
                 sizes_that_save_no_time=served.warm_up.slow,
             )
+
+
+def _collect_less() -> None:
+    """Collect garbage seldom, and without what was loaded.
+
+    A request leaves no cycles behind, but takes more than Python's usual 700 objects at a time. So
+    every fifth one paid for a collection, every fiftieth for a large one (1.6 ms), and one in a
+    thousand for a walk through everything that was loaded (26 ms; CPython 3.11, AMD EPYC).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_AFTER, *gc.get_threshold()[1:])
 
 
 def _listen(host: str, port: int) -> socket.socket:

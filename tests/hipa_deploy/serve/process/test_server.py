@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import socket
@@ -17,6 +18,7 @@ import pytest
 from hipa_deploy.commands.app import main
 from hipa_deploy.errors import HipaError
 from hipa_deploy.serve.process import http_protocol
+from hipa_deploy.serve.process import server as server_module
 from hipa_deploy.serve.web.api_keys import read_keys
 from tests.served import Server, running
 
@@ -26,6 +28,28 @@ ORDER = {"prompt": "a green pear", "model": "tiny", "seed": 1}
 
 def generate(server: Server, **fields: object) -> httpx.Response:
     return httpx.post(f"{server.url}/hipa/generate", json={**ORDER, **fields}, timeout=60)
+
+
+def test_what_a_request_takes_for_a_moment_starts_no_collection() -> None:
+    """Python's 700 objects were a collection at every fifth request."""
+    usual = gc.get_threshold()
+    generations = []
+
+    def collected(phase: str, details: dict[str, int]) -> None:
+        generations.append(details["generation"])
+
+    try:
+        server_module._collect_less()
+        gc.callbacks.append(collected)
+        for _ in range(10):
+            _ = [[] for _ in range(5_000)]
+            del _
+        assert generations == []
+        _ = [[] for _ in range(20_000)]
+        assert 0 in generations
+    finally:
+        gc.callbacks.remove(collected)
+        gc.set_threshold(*usual)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
