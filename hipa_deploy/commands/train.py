@@ -31,8 +31,8 @@ def train(
         str,
         typer.Option(
             help="Settings of the training: a TOML file, or an included recipe: emoji | "
-            "emoji-edit | emoji-inpaint | emoji-upscale | emoji-decoder | sd15 | sd21-base | "
-            "sd21-v | sdxl | ssd-1b | vega."
+            "emoji-sharpen | emoji-edit | emoji-inpaint | emoji-upscale | emoji-decoder | sd15 | "
+            "sd21-base | sd21-v | sdxl | ssd-1b | vega."
         ),
     ] = "emoji",
     model: ModelOption = "emoji",
