@@ -19,8 +19,8 @@ test: lint
 tests: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not figures"
 
-# Costs in the headers of recipes whose like `make test` checks; after a change of a recipe or of
-# what predicts its cost.
+# Checks the costs in the headers of four large recipes, which `make test` leaves out. Run it after a
+# change of a recipe, or of what predicts its cost.
 figures: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 -m figures
 
@@ -47,7 +47,7 @@ docs: $(VENV)/installed
 wheels-for-gpu: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu/wheels.py --out wheels $(WHEELS)
 
-# Not compiled: Python compiles what it imports, a third of the 17,000 files, and pip all of them.
+# pip would compile all 17,500 files. Python compiles those that it imports, the first time.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("hipa-deploy needs Python >= 3.10" if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
