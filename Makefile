@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 DEMO := demo
 
 FUZZ_CASES := 300
+TESTS := not gpu and not thorough
 
-.PHONY: demo test tests figures fuzz lint types docs wheels-for-gpu clean
+.PHONY: demo test tests test-all fuzz lint types docs wheels-for-gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/hipa-demo --out $(DEMO)
@@ -17,12 +18,13 @@ test: lint
 	$(MAKE) --no-print-directory --jobs=2 types tests
 
 tests: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not figures"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(TESTS)"
 
-# Checks the costs in the headers of four large recipes, which `make test` leaves out. Run it after a
-# change of a recipe, or of what predicts its cost.
-figures: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 -m figures
+# Also the tests marked 'thorough', which take as long again: further models and combinations of what
+# `make test` covers, the longer examples, and the costs in the recipes' headers. Run it before a
+# release, and after a change of the export or of what predicts a training's cost.
+test-all: lint
+	$(MAKE) --no-print-directory --jobs=2 types tests TESTS="not gpu"
 
 # Hostile files, FUZZ_CASES of each format; what fails is shrunk and printed (tests/hostile).
 fuzz: $(VENV)/installed

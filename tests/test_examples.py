@@ -99,6 +99,7 @@ def test_03_a_web_server(folder: Path, environment: dict[str, str]) -> None:
         server.communicate(timeout=60)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_04_from_an_image(
     folder: Path, environment: dict[str, str], emoji_task_bundle: Callable[[str], Path]
@@ -118,6 +119,7 @@ def test_04_from_an_image(
     assert abs(upscaled - source).mean() < 20
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_05_train_an_adaptor(folder: Path, environment: dict[str, str]) -> None:
     line = run("05_train_adaptor.py", folder, environment, "--steps", "1", "--pairs", "4")
@@ -126,6 +128,7 @@ def test_05_train_an_adaptor(folder: Path, environment: dict[str, str]) -> None:
     assert (folder / "my-adaptor/pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_06_swap_adaptors(folder: Path, environment: dict[str, str]) -> None:
     line = run("06_swap_adaptors.py", folder, environment)
@@ -139,6 +142,7 @@ def test_06_swap_adaptors(folder: Path, environment: dict[str, str]) -> None:
     assert (picture(folder / "other.png") != own).any()
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_07_compare_latency(folder: Path, environment: dict[str, str]) -> None:
     # Which one is faster is not asserted: other work on the machine may decide that.

@@ -129,6 +129,7 @@ def test_the_generic_layout_has_one_chunk(model_dir: Path, tmp_path: Path) -> No
         export(model_dir, tmp_path / "b", context_tokens=154, layout="generic")
 
 
+@pytest.mark.thorough
 def test_a_closed_set_of_long_prompts(
     model_dir: Path, long_pipe: OneStepPipeline, tmp_path: Path
 ) -> None:
@@ -263,6 +264,7 @@ def test_an_adaptor_brings_its_text_settings(model_dir: Path, tmp_path: Path) ->
         export_swap(options)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_swapped_text_encoder_keeps_the_bundles_text_settings(
     model_dir: Path, tmp_path: Path

@@ -104,6 +104,7 @@ def test_the_same_seed_gives_the_same_lora(
     assert all(torch.equal(again[key], first[key]) for key in first)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_the_report_has_every_row(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

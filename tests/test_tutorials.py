@@ -155,6 +155,7 @@ def test_my_fine_tune_on_an_orin(reader: Reader) -> None:
     assert "next: hipa-build my-bundle --for orin-nano --dry-run" in printed
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_an_adaptor_on_several_gpus(reader: Reader) -> None:
     folder = reader.folder
@@ -165,6 +166,7 @@ def test_an_adaptor_on_several_gpus(reader: Reader) -> None:
     assert list((folder / "my-adaptor.run").rglob("*"))
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_from_an_adaptor_to_a_published_model(reader: Reader) -> None:
     folder = reader.folder

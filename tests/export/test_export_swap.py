@@ -94,6 +94,7 @@ def test_the_swapped_graph_is_the_direct_exports_file(pair: tuple[Bundle, Bundle
     assert any(".conv1.weight" in place for place in places)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"fuse": True, "prompts": True}, {"layout": "generic", "dtype": "fp32"}]

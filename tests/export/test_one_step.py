@@ -96,6 +96,9 @@ CASES = {
         settings={"timestep_scaling": 0.001}, layout="generic",
     ),
 }  # fmt: skip
+# Each consistency method once, and an adversarial one in the other layout.
+QUICK = ["lcm-sd15", "tcd, v", "sd-turbo, generic"]
+THOROUGH = [pytest.param(name, marks=pytest.mark.thorough) for name in CASES if name not in QUICK]
 TOML = {
     "euler.toml": """
         source = "this test"
@@ -167,7 +170,7 @@ def lcm_bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportOptions,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*QUICK, *THOROUGH])
 def test_a_bundle_gives_the_image_of_diffusers(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -170,7 +170,7 @@ def stage_files(model: str | Path, out: Path) -> dict[str, str]:
     ("name", "packaging", "predicts"),
     [
         ("v1-5", "single file with old keys", "epsilon"),
-        ("2-1", ".bin only", "v_prediction"),
+        pytest.param("2-1", ".bin only", "v_prediction", marks=pytest.mark.thorough),
     ],
 )
 def test_the_same_model_gives_the_same_bundle(
@@ -184,6 +184,7 @@ def test_the_same_model_gives_the_same_bundle(
 
 
 # An export of the folder too would give the same, as all that it reads is compared here.
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "packaging"), [("2-1-base", "sharded"), ("sd-turbo", "hub cache")]

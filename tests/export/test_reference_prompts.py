@@ -56,6 +56,7 @@ def test_a_wrong_image_of_any_prompt_stops_the_export(tmp_path: Path) -> None:
         both.write_judged(source, [{"x": TINY_BD}, {"x": TINY_BD}])
 
 
+@pytest.mark.thorough
 def test_a_bundle_is_judged_by_the_prompts_of_a_file(model_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     options = options_of(file, ["a blue boat", "a red apple", "an old tree"])

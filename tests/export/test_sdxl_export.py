@@ -80,6 +80,7 @@ def test_the_bundle_gives_the_pipelines_images(bundle: Bundle, reference: Any, p
     np.testing.assert_array_equal(cached[1:], alone)
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_a_tiny_decoder_gives_the_pipelines_images(
     model: Path, reference: Any, tmp_path: Path
@@ -150,6 +151,7 @@ def test_weights_are_each_encoders_own(bundle: Bundle) -> None:
         np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_closed_set_to_edit_in_fp16(model: Path, tmp_path: Path) -> None:
     """Baked prompts hold the conditioning at each strength."""
@@ -282,6 +284,7 @@ def test_adaptors_of_another_family(
         check_request(options)
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 @pytest.mark.slow
 def test_images_of_several_sizes(model: Path, reference: Any, tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ def test_a_lora_of_the_unet_alone_is_swapped_in(
     assert names == ["style.safetensors", "more.safetensors"]
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_lora_is_swapped_in_as_its_own_export_has_it(
     model_dir: Path, adaptor_dir: Path, style: Style, bundle: Bundle, tmp_path: Path

@@ -192,6 +192,7 @@ def tiny_encoding(tiny: AutoencoderTiny) -> torch.Tensor:
         return tiny.encode(sample).latents
 
 
+@pytest.mark.thorough
 def test_several_strengths_fused_in_fp16_with_dynamic_sizes(
     model_dir: Path, tmp_path: Path, parts: Parts
 ) -> None:
@@ -246,7 +247,7 @@ def test_where_the_step_starts_and_ends_is_float32_in_an_fp16_graph(
     assert types[cast.input[0]] == onnx.TensorProto.FLOAT
 
 
-@pytest.mark.parametrize("in_channels", [4, 9])
+@pytest.mark.parametrize("in_channels", [4, pytest.param(9, marks=pytest.mark.thorough)])
 def test_inpainting_equals_the_formulas(
     in_channels: int, inpaint_bundle: Bundle, model_dir: Path, parts: Parts, tmp_path: Path
 ) -> None:

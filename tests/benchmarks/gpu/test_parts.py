@@ -93,6 +93,7 @@ def test_images_with_pytorch(new_job, monkeypatch):
     assert (first != call(1)).any()
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.usefixtures("rates_in")
 def test_training_steps_of_both_loops(new_job, monkeypatch):
@@ -216,6 +217,7 @@ def test_a_backend_that_is_not_there_is_left_out_with_its_remedy(new_job, monkey
     assert set(read_part(job.out, "backends").left_out.values()) == {remedy}
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_bundle_is_exported_and_a_failure_is_the_last_line(new_job, monkeypatch):
     good = BundleCase("good", "generate", 1)

@@ -124,6 +124,7 @@ def test_variety_is_the_distance_between_images_of_one_prompt() -> None:
     ] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.thorough
 def test_from_nothing_to_a_report(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "sentence_vectors", lambda: letters)
     chosen = (FIRST, MAIN, "score-judge", "hipa-seed", "hipa-average")

@@ -67,6 +67,7 @@ def images_of(pipe: Any, prompt: str, **options: Any) -> np.ndarray:
     return (made.images * 255).round()
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_optimum_diffusers_and_the_runtime_give_one_image(
     bundle: Bundle, diffusers_pipe: Any
@@ -91,6 +92,7 @@ def test_optimum_diffusers_and_the_runtime_give_one_image(
     assert np.abs(skipped - images_of(optimum, MARKED)).max() > 5
 
 
+@pytest.mark.thorough
 def test_the_runtime_is_the_same_in_every_way(bundle: Bundle) -> None:
     """Alone and in a batch, remembered or not, in turn, weighed, and the self-check."""
     with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
@@ -107,6 +109,7 @@ def test_the_runtime_is_the_same_in_every_way(bundle: Bundle) -> None:
     assert check_bundle(bundle).problems == ()
 
 
+@pytest.mark.thorough
 def test_the_stages_are_as_optimum_exports_them(bundle: Bundle, model: Path) -> None:
     assert list(bundle.stages) == ["text_encoder", "text_encoder_2", "unet", "vae_decoder"]
     second = bundle.stages["text_encoder_2"].spec
@@ -138,6 +141,7 @@ def test_the_stages_are_as_optimum_exports_them(bundle: Bundle, model: Path) -> 
     }
 
 
+@pytest.mark.thorough
 def test_stages_that_do_not_fit(bundle: Bundle) -> None:
     first, second, *others = bundle.manifest.stages
     for changes, message in (
@@ -151,6 +155,7 @@ def test_stages_that_do_not_fit(bundle: Bundle) -> None:
             check_stages(Bundle(bundle.root, manifest))
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 @pytest.mark.slow
 def test_a_lora_of_both_encoders_is_swapped(

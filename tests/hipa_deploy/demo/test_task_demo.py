@@ -22,7 +22,10 @@ from hipa_deploy.tasks import Task
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "columns"), [("edit", 3), ("inpaint", 4), ("upscale", 4)])
+@pytest.mark.parametrize(
+    ("task", "columns"),
+    [pytest.param("edit", 3, marks=pytest.mark.thorough), ("inpaint", 4), ("upscale", 4)],
+)
 def test_a_demo_of_each_task(
     task: Task,
     columns: int,

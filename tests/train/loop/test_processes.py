@@ -186,6 +186,7 @@ def test_a_failure_in_one_process_ends_both(outcome: Outcome) -> None:
     assert "batch = 1 is less than the 2 processes" in outcome.main["too small"]
 
 
+@pytest.mark.thorough
 def test_the_command_under_accelerate_launch(model_dir: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     lines = [

@@ -192,6 +192,7 @@ def test_other_tasks_refuse_an_encoder_rank(recipe: Recipe) -> None:
         Recipe.model_validate(recipe.model_dump() | {"adaptor": {"encoder_rank": 2}})
 
 
+@pytest.mark.thorough
 def test_the_predicted_cost_includes_the_encoder(
     folder: Path, recipe: Recipe, model_dir: Path
 ) -> None:

@@ -142,9 +142,15 @@ def test_prompts_that_cannot_be_read_are_reported_after_the_tables(
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[3] / "train/recipes").glob("*.toml"))
 DECODERS = [name for name in RECIPES if name.endswith("-decoder")]
 ADAPTORS = [name for name in RECIPES if name not in DECODERS]
+QUICK = ["emoji", "emoji-edit"]
+THOROUGH = [
+    pytest.param(name, marks=pytest.mark.thorough)
+    for name in ADAPTORS
+    if name.startswith("emoji") and name not in QUICK
+]
 
 
-@pytest.mark.parametrize("name", [name for name in ADAPTORS if name.startswith("emoji")])
+@pytest.mark.parametrize("name", [*QUICK, *THOROUGH])
 def test_every_recipe_of_the_embedded_model_is_predicted(name: str) -> None:
     """Its loss runs on tensors without values, whatever it is made of.
 

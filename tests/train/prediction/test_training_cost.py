@@ -86,6 +86,7 @@ def test_terms_that_compare_distributions_are_counted(model_dir: Path, recipe: R
         assert predicted.peak_bytes == pytest.approx(cost.peak_bytes, rel=0.03)
 
 
+@pytest.mark.thorough
 def test_score_distillation_costs_three_forward_passes_and_its_own_step(
     model_dir: Path, recipe: Recipe
 ) -> None:
@@ -137,6 +138,7 @@ def test_memory_is_the_most_that_lives_at_once() -> None:
     assert count_call(lambda: None, [layer]) == (0, weights)
 
 
+@pytest.mark.thorough
 def test_memory_does_not_wait_for_pythons_garbage_collection(
     model_dir: Path, recipe: Recipe
 ) -> None:
@@ -191,7 +193,7 @@ def test_processes_share_a_batch(model_dir: Path, recipe: Recipe) -> None:
         predict_training(recipe, model_dir, 99)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.thorough)])
 def test_mixed_precision_is_predicted_as_it_runs(
     model_dir: Path, recipe: Recipe, precision: str
 ) -> None:
@@ -240,6 +242,7 @@ def of_task(recipe: Recipe, task: str, **source: Any) -> Recipe:
     return Recipe.model_validate(recipe.model_dump() | {"task": task, "source": source})
 
 
+@pytest.mark.thorough
 def test_edits_take_a_share_of_the_sampler_and_real_images_none(
     model_dir: Path, recipe: Recipe
 ) -> None:
@@ -251,6 +254,7 @@ def test_edits_take_a_share_of_the_sampler_and_real_images_none(
     assert predict_training(real, model_dir).sampler_batches == 0
 
 
+@pytest.mark.thorough
 def test_the_held_out_measure_is_counted(model_dir: Path, recipe: Recipe) -> None:
     plain = predict_once(recipe, model_dir)
     settings = HeldOutSettings(prompts="included:held_out.txt", count=3, every=3)

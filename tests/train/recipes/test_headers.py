@@ -27,7 +27,6 @@ NAMES = (
     "held_out",
 )  # fmt: skip
 A100 = 312e12  # FP16 operations a second
-SELDOM = (pytest.mark.slow, pytest.mark.figures)
 
 
 def header_of(name: str) -> dict[str, str]:
@@ -68,19 +67,10 @@ def test_every_recipe_for_stable_diffusion_has_a_header_here() -> None:
     assert names == {"sd15", "sd21-base", "sd21-v", "sdxl", "ssd-1b", "vega"}
 
 
-# All take the same path; one of each kind is enough for every run of the tests. Vega takes 20
-# seconds of a processor, SSD-1B 40 and SDXL 50 to 100.
-@pytest.mark.parametrize(
-    "name",
-    [
-        "sd15",
-        pytest.param("sd21-base", marks=SELDOM),
-        pytest.param("sd21-v", marks=SELDOM),
-        pytest.param("sdxl", marks=SELDOM),
-        pytest.param("ssd-1b", marks=SELDOM),
-        pytest.param("vega", marks=pytest.mark.slow),
-    ],
-)
+# Each takes 20 to 100 seconds of a processor.
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["sd15", "sd21-base", "sd21-v", "sdxl", "ssd-1b", "vega"])
 def test_a_header_is_what_the_dry_run_derives(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
