@@ -110,7 +110,9 @@ def dry_run(
     measured_flops += prediction.fake.flops if prediction.fake else 0
     if measured_flops <= SMALL_FLOPS:
         shown.append(measured_table(prediction, measure_steps(recipe, model_dir)))
-        slow = precision_note((recipe.teacher.mixed_precision, recipe.mixed_precision), CPU)
+        decoder = recipe.vae_precision or recipe.mixed_precision
+        precisions = (recipe.teacher.mixed_precision, recipe.mixed_precision, decoder)
+        slow = precision_note(precisions, CPU)
         if slow:
             shown.append(slow)
     else:

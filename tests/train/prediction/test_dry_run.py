@@ -13,6 +13,7 @@ from rich.table import Table
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.embedded import MODEL
 from hipa_deploy.errors import HipaError
+from hipa_deploy.train.model import mixed_precision
 from hipa_deploy.train.prediction import dry_run
 from hipa_deploy.train.recipes.recipe import Recipe, load_recipe
 
@@ -64,6 +65,17 @@ def test_a_small_model_is_measured(model_dir: Path, recipe: Recipe) -> None:
     ):
         assert expected in text
     assert "a card" not in text
+
+
+def test_float32_in_place_of_the_decoders_precision_is_said(
+    model_dir: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixed_precision, "_cpu_computes_in", lambda precision: False)
+    halved = recipe.model_copy(update={"vae_precision": "bf16"})
+    shown, _ = dry_run.dry_run(halved, model_dir, [])
+    assert "no instructions for bfloat16, which" in text_of(shown)
+    shown, _ = dry_run.dry_run(recipe, model_dir, [])
+    assert "no instructions" not in text_of(shown)
 
 
 def test_a_large_model_is_predicted_for_named_gpus(
