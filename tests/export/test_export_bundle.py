@@ -231,7 +231,6 @@ def scale_weights(folder: Path, factors: dict[str, float]) -> None:
     save_file(weights, path)
 
 
-@pytest.mark.thorough
 def test_a_full_disk_leaves_nothing(model_dir: Path, tmp_path: Path) -> None:
     """No file of this process may grow past 100 kB, as if the disk were full there."""
     code = (

@@ -106,7 +106,6 @@ def test_the_manifest_names_the_teacher(bundle: Bundle) -> None:
     assert {"teacher/model.onnx", "teacher/tables.npz"} <= bundle.manifest.files.keys()
 
 
-@pytest.mark.thorough
 def test_another_unet_does_not_pass_the_gate(
     bundle: Bundle,
     model_dir: Path,
