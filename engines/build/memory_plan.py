@@ -225,23 +225,31 @@ class _Case:
         found = _gpu_need("running", place, need)
         if place.shared:
             found = _host_need("running", place, 0, need)
-        # As low-memory mode itself decides: the stages but the text encoder together, if they fit.
-        room = None if place.for_engines is None else place.for_engines - RUNTIME_MIB
-        groups = low_memory_groups(self.path, room)
-        low = RUNTIME_MIB + one_group_at_a_time(self.path, groups)
+        low = RUNTIME_MIB + self._largest_group(place)
         return found.model_copy(update={"low_memory": low if low < need else None})
 
+    def _largest_group(self, place: Place) -> int:
+        """What the stages of the one step take in low-memory mode."""
+        # As it decides itself: the stages but the text encoder together, if they fit.
+        room = None if place.for_engines is None else place.for_engines - RUNTIME_MIB
+        return one_group_at_a_time(self.path, low_memory_groups(self.path, room))
+
     def _refining(self) -> Need | None:
-        """The base UNet is a runner of its own beside the other stages, with its own block."""
+        """The base UNet is a runner of its own beside the other stages, with its own block.
+
+        In low-memory mode nothing is beside it.
+        """
         place = self.run_place
         teacher = [size for size in self.sizes if size.stage == TEACHER_STAGE]
         if place is None or not teacher:
             return None
-        stages = with_shared_activations(self.path)
-        need = RUNTIME_MIB + stages + with_own_activations(teacher)
+        alone = with_own_activations(teacher)
+        need = RUNTIME_MIB + with_shared_activations(self.path) + alone
+        found = _gpu_need("refining", place, need)
         if place.shared:
-            return _host_need("refining", place, 0, need)
-        return _gpu_need("refining", place, need)
+            found = _host_need("refining", place, 0, need)
+        low = RUNTIME_MIB + max(alone, self._largest_group(place))
+        return found.model_copy(update={"low_memory": low if low < need else None})
 
     def run(self) -> RunMemory:
         """The stages of the one step, held in several ways."""

@@ -157,9 +157,7 @@ def generate(
             _say(f"differs: {difference}")
     step = opened.manifest.one_step
     check_marked_size(files, opened, (size[0] or step.height, size[1] or step.width))
-    settings = _refine_settings(
-        opened, backend, adaptor, refine, guidance, recipe, low_memory=low_memory
-    )
+    settings = _refine_settings(opened, backend, adaptor, refine, guidance, recipe)
 
     make_images(
         bundle,
@@ -240,8 +238,6 @@ def _refine_settings(
     refine: str | None,
     guidance: float | None,
     recipe: Recipe | None,
-    *,
-    low_memory: bool,
 ) -> RefineSettings | None:
     """How to refine, as asked or as an image was; None for one step.
 
@@ -263,7 +259,7 @@ def _refine_settings(
     from hipa_deploy.generate.refine.drafts import check_swap, recorded_settings
     from hipa_deploy.generate.refine.refiner import refine_settings, refinement_of
 
-    refinement_of(bundle, resolve_backend(backend, bundle), low_memory=low_memory)
+    refinement_of(bundle, resolve_backend(backend, bundle))
     if adaptor is not None:
         check_swap(bundle, AdaptorSwap.open(bundle, adaptor))
     if recipe is not None:

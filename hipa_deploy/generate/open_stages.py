@@ -478,6 +478,14 @@ class StagesInTurn:
                 self._swap = before
                 raise
 
+    def make_room(self) -> None:
+        """Release what is loaded, for a model that is loaded in its place.
+
+        Whoever holds ``one_call`` has the memory to itself until it lets go.
+        """
+        with self._one_call:
+            self._release()
+
     def one_call(self) -> threading.RLock:
         """What every call holds while it runs."""
         return self._one_call

@@ -6,8 +6,8 @@ H W image size, h w latent size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.generate.jobs.image_parameters import image_parameters
 from hipa_deploy.generate.jobs.sizes_in_use import batch_axis
 from hipa_deploy.generate.noise import bundle_noise, initial_noise
+from hipa_deploy.generate.open_stages import StagesInTurn
 from hipa_deploy.generate.parts.loaded_stages import Loaded, LoadedStages
 from hipa_deploy.generate.prompts import Encode, PromptSource
 from hipa_deploy.generate.refine.drafts import check_swap, refine_facts
@@ -194,12 +195,26 @@ class BatchMaker:
             text = encode(text)
             self._prompts.keep(prompts, text)
         noise_BCHW = initial_noise([job.seed for job in padded], jobs[0].latent_CHW)
-        latents_BCHW = self._refiner.latents(noise_BCHW, text, settings, timer, progress)
+        with self._room_for_refiner(loaded.stages):
+            latents_BCHW = self._refiner.latents(noise_BCHW, text, settings, timer, progress)
         # The decoder alone runs: what the stages before it would give is there.
         feed = {name: text[name] for name in self._text_outputs()}
         feed["latents"] = latents_BCHW
         images_BHWC = loaded.stages.run(feed, ["images"], timer)["images"]
         return images_BHWC[: len(jobs)]
+
+    @contextmanager
+    def _room_for_refiner(self, stages: Stages) -> Iterator[None]:
+        """Where stages are loaded in turn, the base UNet is one of them: nothing is beside it."""
+        if not isinstance(stages, StagesInTurn):
+            yield
+            return
+        with stages.one_call():
+            stages.make_room()
+            try:
+                yield
+            finally:
+                self._refiner.release()
 
     def _worth_keeping(self, feed: Mapping[str, np.ndarray]) -> list[str]:
         """Tensors to keep for the next batch: those that this batch must compute first."""

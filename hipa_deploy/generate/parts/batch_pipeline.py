@@ -107,7 +107,7 @@ class BatchPipeline(ClosesAtExit):
         """
         pairs = check_pairs(requests)
         if refine is not None:
-            refinement_of(self.bundle, self.backend, low_memory=self.low_memory)
+            refinement_of(self.bundle, self.backend)
         return self._requests.jobs(
             pairs,
             source=source,

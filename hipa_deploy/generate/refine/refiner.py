@@ -34,17 +34,15 @@ MOST_GUIDANCE = 30.0
 _MAX_TABLES = 1 << 26  # bytes; a context of 231 tokens and 1,024 numbers each is one of them
 
 
-def refinement_of(bundle: Bundle, backend: str = "auto", *, low_memory: bool = False) -> Refinement:
+def refinement_of(bundle: Bundle, backend: str = "auto") -> Refinement:
     """What ``bundle`` refines with.
 
     Args:
         bundle: the bundle.
         backend: what is to run it.
-        low_memory: whether the stages are loaded in turn.
 
     Raises:
-        HipaError: the bundle does not refine, that backend cannot, or there is no memory for the
-            base model beside the stages.
+        HipaError: the bundle does not refine, or that backend cannot.
 
     """
     manifest = bundle.manifest
@@ -62,11 +60,6 @@ def refinement_of(bundle: Bundle, backend: str = "auto", *, low_memory: bool = F
         raise HipaError(
             f"{bundle.root} has no {backend} engine of the base model, which refines. "
             f"Run: hipa-build {bundle.root} --backend {backend}"
-        )
-    if low_memory:
-        raise HipaError(
-            "the base model is loaded beside the other stages, which takes more memory, not less. "
-            "Leave out --low-memory (low_memory=True)."
         )
     return manifest.refine
 
@@ -230,13 +223,19 @@ class Refiner:
                 self._runner = open_runner(self._bundle, name, self._backend)
             return self._runner
 
+    def release(self) -> None:
+        """Release the UNet until it is used again. No call may be under way."""
+        with self._loading:
+            runner = self._runner
+            self._runner = None
+            if runner is not None:
+                runner.close()
+
     def close(self) -> None:
-        """Release the UNet. Calling it twice is harmless."""
+        """Release the UNet for good. Calling it twice is harmless."""
         with self._loading:
             self._closed = True
-            if self._runner is not None:
-                self._runner.close()
-                self._runner = None
+        self.release()
 
 
 def _ask(

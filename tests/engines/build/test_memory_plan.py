@@ -281,12 +281,24 @@ def test_the_base_unet_counts_beside_the_stages():
         "refining: GPU memory",
     ]
     assert with_it.needs[-2] == without.needs[-1]
-    (refining,) = with_it.misfits
+    refining = with_it.needs[-1]
     assert refining.need == without.needs[-1].need + 1700 + 160
-    ways = {way.change: way.need for way in with_it.ways}
+    # In low-memory mode nothing is beside it.
+    assert refining.low_memory == RUNTIME_MIB + max(1700 + 160, 1640 + 95 + 700)
+    assert refining.verdict == "fits with --low-memory"
+    assert not with_it.misfits
+
+
+def test_a_base_unet_that_does_not_fit_can_be_left_out():
+    teacher = StageSize(stage="teacher", weights=2600, activations=160)
+    with_it = plan_sd15("rtx", "rtx4090", memory_gib=3, sizes=(*SD15, teacher))
+    without = plan_sd15("rtx", "rtx4090", memory_gib=3)
+    refining = with_it.misfits[-1]
+    assert refining.what == "refining: GPU memory"
+    ways = {way.change: way.need for way in with_it.ways if way.need.what == refining.what}
     assert ways["hipa-export without --with-teacher"].need == without.needs[-1].need
-    assert "--low-memory" not in ways
-    with pytest.raises(HipaError, match="fit: hipa-export without --with-teacher"):
+    assert ways["--low-memory"].need == RUNTIME_MIB + 2600 + 160
+    with pytest.raises(HipaError, match="refining: GPU memory"):
         with_it.refuse_misfits()
 
 

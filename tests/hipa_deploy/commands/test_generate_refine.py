@@ -53,7 +53,6 @@ def test_the_images_are_those_of_the_pipeline(
         (["--refine", "4", "--guidance", "99"], "guidance is 99"),
         (["--guidance", "3"], "--guidance is for --refine"),
         (["--refine", "4", "--backend", "rtx"], "has no rtx engine of the base model"),
-        (["--refine", "4", "--low-memory"], "Leave out --low-memory"),
     ],
 )
 def test_a_mistake(

@@ -20,9 +20,11 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate import open_stages, pipeline
 from hipa_deploy.generate import prompts as prompts_module
 from hipa_deploy.generate.open_stages import StagesInTurn
+from hipa_deploy.generate.refine import refiner
 from hipa_deploy.generate.stages import HostStages
 from tests.engines.bundle_gpu import BundleGpu
 from tests.hipa_deploy.generate.test_stages import STEP, generic
+from tests.refine_samples import refine_bundle
 from tests.swap_samples import scaled_weights, write_swap
 from tests.threads import in_threads
 
@@ -264,3 +266,23 @@ def test_the_room_of_a_jetson_is_what_the_kernel_can_give(gpu, monkeypatch) -> N
     assert low_memory._room_mib("tensorrt") == (1 << 20) - 256  # the fake has 1 TiB
     gpu.cudart.integrated = True
     assert low_memory._room_mib("tensorrt") == 5000 - 256
+
+
+def test_the_base_unet_is_loaded_alone_and_gives_the_same_image(
+    tmp_path: Path, opened: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refiner, "open_runner", open_stages.open_runner)
+    refining = refine_bundle(tmp_path)
+    with OneStepPipeline.load(refining.root, "onnxruntime") as pipe:
+        drafts = pipe(PROMPT, count=2)
+        expected = pipe.refine(drafts, 3).images_BHWC
+    opened.clear()
+    with OneStepPipeline.load(refining.root, "onnxruntime", low_memory=True) as pipe:
+        final = pipe.refine(drafts, 3).images_BHWC
+        assert [name for name, _ in opened] == ["text_encoder", *["teacher", "vae_decoder"] * 2]
+        # Other calls meanwhile wait for their turn.
+        drawn = in_threads(lambda number: pipe.refine(pipe(PROMPT, seed=number % 2), 3), 4)
+    np.testing.assert_array_equal(final, expected)
+    for number, images in enumerate(drawn):
+        np.testing.assert_array_equal(images.images_BHWC[0], expected[number % 2])
+    assert {already for _, already in opened} == {0}

@@ -50,6 +50,20 @@ def test_the_same_final_image_as_on_the_cpu(bundle: Bundle, gpu: BundleGpu) -> N
     np.testing.assert_array_equal(again, expected)
 
 
+def test_low_memory_loads_its_engine_alone(bundle: Bundle, gpu: BundleGpu) -> None:
+    with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
+        expected = pipe.refine(pipe(PROMPT, seed=3), 3).images_BHWC
+    with OneStepPipeline.load(bundle.root, "tensorrt", low_memory=True) as pipe:
+        draft = pipe(PROMPT, seed=3)
+        gpu.loads.clear()
+        gpu.at_load.clear()
+        images = pipe.refine(draft, 3).images_BHWC
+    assert gpu.loads[0] == "teacher"
+    assert gpu.at_load[0] == 1, "nothing is loaded beside it"
+    assert gpu.at_load[1] == 1, "it was closed before the decoder was loaded"
+    np.testing.assert_array_equal(images, expected)
+
+
 def test_the_doctor_runs_it_too(bundle: Bundle, gpu: BundleGpu) -> None:
     has_reference = "reference/teacher.npz" in bundle.manifest.files
     checked = check_bundle(bundle, "tensorrt")
