@@ -27,6 +27,7 @@ from hipa_deploy.bundle.adaptor_swap import (
     SwappedText,
     WeightMap,
     adapted_stage,
+    joint_sha256,
     stage_files,
 )
 from hipa_deploy.bundle.folder import Bundle
@@ -321,10 +322,19 @@ def _swapped_text(bundle: Bundle, stage: Stage, scratch: Path, root: Path) -> Sw
         )
     return SwappedText(
         base_files=stage_files(bundle, changed),
-        onnx_sha256=file_sha256(onnx),
+        onnx_sha256=_stage_sha256(onnx),
         parity=stage.parity,
         weights={name: mapped[name] for name in weights},
     )
+
+
+def _stage_sha256(onnx: Path) -> str:
+    """What ``stage_sha256`` is of a bundle with this graph and the weights beside it."""
+    files = {}
+    for path in onnx.parent.iterdir():
+        if path.suffix != ".json":
+            files[path.name] = file_sha256(path)
+    return joint_sha256(files)
 
 
 def _weight_map(onnx: Path) -> dict[str, MappedWeight]:
@@ -374,7 +384,7 @@ def _manifest(
         producer=f"hipa-deploy {__version__}",
         stage=stage.spec.name,
         base_files=stage_files(bundle, stage.spec.name),
-        onnx_sha256=file_sha256(onnx),
+        onnx_sha256=_stage_sha256(onnx),
         adaptor=adaptor,
         loras=loras,
         parity=stage.parity,

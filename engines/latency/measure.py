@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 import hipa_deploy
+from hipa_deploy.bundle.adaptor_swap import stage_sha256
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.reference import reference_prompt
 from hipa_deploy.engines.backends.available import Device, describe_device
@@ -348,7 +349,7 @@ def _bundle_facts(bundle: Bundle) -> BundleFacts:
         base_model_sha256=manifest.base_model.sha256,
         adaptor=manifest.adaptor.name if manifest.adaptor else None,
         decoder=f"{decoder.kind}: {decoder.name}" if decoder else None,
-        graphs={name: manifest.files[stage.path] for name, stage in bundle.stages.items()},
+        graphs={name: stage_sha256(bundle, name) for name in bundle.stages},
     )
 
 

@@ -65,7 +65,7 @@ class BundleFacts(Record):
         base_model_sha256: the hash of its weights.
         adaptor: the name of the HiPA adaptor; None without one.
         decoder: its kind and name, such as 'tiny: taesd'; None for the model's own.
-        graphs: the SHA-256 of each stage's ONNX file.
+        graphs: the SHA-256 of each stage, its graph and its weights.
 
     """
 

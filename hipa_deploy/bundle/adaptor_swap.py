@@ -15,6 +15,7 @@ weight is. The formats are described in docs/reference/bundle.md.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ class SwappedText(Record):
 
     Attributes:
         base_files: SHA-256 of the files of the graph that it fits, by name.
-        onnx_sha256: of the graph that an export with the same LoRAs has.
+        onnx_sha256: of the stage that an export with the same LoRAs has (``joint_sha256``).
         parity: of that stage, against PyTorch FP32.
         weights: where each weight that differs comes from, by ONNX name.
 
@@ -166,7 +167,7 @@ class SwapManifest(Record):
     Attributes:
         stage: the stage whose weights it changes.
         base_files: SHA-256 of the files of the graph that it fits, by name.
-        onnx_sha256: of the graph that an export of the same adaptor has.
+        onnx_sha256: of the stage that an export of the same adaptor has (``joint_sha256``).
         adaptor: the adaptor that was merged; None where LoRAs alone were.
         loras: merged before the adaptor, in this order.
         parity: of that stage, against PyTorch FP32.
@@ -299,6 +300,17 @@ class AdaptorSwap:
         hashes.save()
         return cls(root, manifest)
 
+    @property
+    def stage_sha256(self) -> str:
+        """What ``stage_sha256`` is of a bundle that was exported with the same adaptor."""
+        manifest = self.manifest
+        base = manifest.base_files.values()
+        if len(base) == 1 or manifest.onnx_sha256 not in base:
+            return manifest.onnx_sha256
+        # Earlier versions wrote the hash of the graph alone, which all adaptors share.
+        text = f"{manifest.onnx_sha256} {manifest.files[WEIGHTS]}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def weights(self, bundle: Bundle) -> dict[str, np.ndarray]:
         """The weights that differ from the bundle's, by ONNX name.
 
@@ -385,6 +397,25 @@ def stage_files(bundle: Bundle, stage: str) -> dict[str, str]:
     """SHA-256 of the files that hold the graph and weights of ``stage``, by name."""
     own = (bundle.all_stages[stage].path, *bundle.weight_files(stage))
     return {name: sha256 for name, sha256 in bundle.manifest.files.items() if name in own}
+
+
+def stage_sha256(bundle: Bundle, stage: str) -> str:
+    """One hash that stands for the graph and the weights of ``stage``, wherever the weights lie."""
+    return joint_sha256(stage_files(bundle, stage))
+
+
+def joint_sha256(files: Mapping[str, str]) -> str:
+    """One hash for a graph and the files of weights beside it.
+
+    Args:
+        files: their SHA-256, by name. A graph alone, which has its weights inside, keeps its own.
+
+    """
+    if len(files) == 1:
+        return next(iter(files.values()))
+    # The graphs of all adaptors are equal where the weights lie beside them.
+    lines = [f"{PurePosixPath(name).name} {sha256}\n" for name, sha256 in files.items()]
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
 def adapted_stage(bundle: Bundle) -> str:

@@ -20,6 +20,8 @@ KEYWORD = "parameters"
 """Of the PNG text chunk."""
 NEGATIVE = "Negative prompt:"
 SAMPLER = "HiPA one step"
+# A1111's names of the samplers that refine. Its own space their timesteps in another way.
+REFINERS = {"dpmsolver++": "DPM++ 2M", "ddim": "DDIM"}
 # A name, a colon, and a value: in quotes, or up to the next comma (A1111's ``re_param``).
 _FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _LEAST_FIELDS = 3  # with fewer, A1111 takes the last line for a part of the prompt
@@ -39,13 +41,21 @@ def infotext(parameters: Mapping[str, Any]) -> str:
     if "prompt" not in parameters:
         return ""
     fields: dict[str, Any] = {"Steps": 1, "Sampler": SAMPLER, "CFG scale": 1}
+    unet = parameters.get("unet")
+    # The base UNet made a refined image, in many steps.
+    refine = parameters.get("refine")
+    if isinstance(refine, Mapping):
+        fields["Steps"] = refine.get("steps")
+        fields["Sampler"] = REFINERS.get(str(refine.get("sampler")), refine.get("sampler"))
+        fields["CFG scale"] = refine.get("guidance")
+        unet = refine.get("unet")
     if "seed" in parameters:
         fields["Seed"] = parameters["seed"]
     if "width" in parameters and "height" in parameters:
         fields["Size"] = f"{parameters['width']}x{parameters['height']}"
     # A1111 names a model by the first ten digits of a SHA-256.
-    if parameters.get("unet"):
-        fields["Model hash"] = str(parameters["unet"])[:10]
+    if unet:
+        fields["Model hash"] = str(unet)[:10]
     if parameters.get("bundle_name"):
         fields["Model"] = parameters["bundle_name"]
     if parameters.get("strength") is not None:
@@ -53,7 +63,7 @@ def infotext(parameters: Mapping[str, Any]) -> str:
     fields["Version"] = parameters.get("producer", "hipa-deploy")
     line = ", ".join(f"{name}: {_quoted(value)}" for name, value in fields.items())
     # ComfyUI's reader looks for the line of the negative prompt, so it is there although it is
-    # empty: one step has no guidance.
+    # empty: one step has no guidance, and a refined image leads away from the empty prompt.
     return f"{parameters['prompt']}\n{NEGATIVE} \n{line}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, adapted_stage
+from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, adapted_stage, stage_sha256
 from hipa_deploy.bundle.folder import MANIFEST, Bundle
 from hipa_deploy.embedded import NAME, resolve_bundle
 from hipa_deploy.errors import HipaError, brief
@@ -110,7 +110,7 @@ class Recipe:
         """
         if given is not None:
             return given
-        if self.parameters["unet"] == _unet_sha256(bundle, None):
+        if self._has_weights_of(bundle, None):
             return None
         folder = bundle.root / "adaptors"
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -118,7 +118,7 @@ class Recipe:
                 swap = AdaptorSwap.open(bundle, path)
             except HipaError:
                 continue
-            if swap.manifest.onnx_sha256 == self.parameters["unet"]:
+            if self._has_weights_of(bundle, swap):
                 return str(path)
         return None
 
@@ -137,7 +137,7 @@ class Recipe:
         swap = None if adaptor is None else AdaptorSwap.open(bundle, adaptor)
         before = self.parameters
         now_unet = _unet_sha256(bundle, swap)
-        if before["unet"] != now_unet:
+        if not self._has_weights_of(bundle, swap):
             lines = [f"UNet {before['unet'][:12]}, here {now_unet[:12]}"]
             now = {
                 "base_model": bundle.manifest.base_model.sha256,
@@ -160,6 +160,21 @@ class Recipe:
         if before["backend"] != backend:
             lines.append(f"backend {before['backend']}, now {backend}")
         return lines
+
+    def _has_weights_of(self, bundle: Bundle, swap: AdaptorSwap | None) -> bool:
+        """Whether the image was made with these weights of the UNet."""
+        before = self.parameters
+        if before["unet"] == _unet_sha256(bundle, swap):
+            return True
+        # Earlier versions recorded the graph's hash alone, which all adaptors share where the
+        # weights lie beside it. The bundle and the adaptor that they recorded tell them apart.
+        graph = bundle.manifest.files[bundle.stages[adapted_stage(bundle)].path]
+        if before["unet"] != graph or before.get("bundle") != bundle.sha256:
+            return False
+        manifest = bundle.manifest if swap is None else swap.manifest
+        adaptor = manifest.adaptor.sha256 if manifest.adaptor else None
+        loras = [lora.model_dump(mode="json") for lora in manifest.loras]
+        return before.get("adaptor") == adaptor and before.get("loras", []) == loras
 
     def compare(self, image_HWC: np.ndarray) -> str:
         """How the new image compares with the one in the file, in words.
@@ -185,5 +200,5 @@ class Recipe:
 
 def _unet_sha256(bundle: Bundle, swap: AdaptorSwap | None) -> str:
     if swap is not None:
-        return swap.manifest.onnx_sha256
-    return bundle.manifest.files[bundle.stages[adapted_stage(bundle)].path]
+        return swap.stage_sha256
+    return stage_sha256(bundle, adapted_stage(bundle))

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
+from hipa_deploy.bundle.adaptor_swap import stage_sha256
+from hipa_deploy.bundle.folder import MANIFEST, Bundle
 from hipa_deploy.commands.app import main
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.embedded import BUNDLE
+from hipa_deploy.generate.parts.image_guard import payload_of
 from hipa_deploy.images.png import save_image
 from hipa_deploy.images.read import read_image
 from hipa_deploy.marks.read_marks import read_marks, read_parameters
+from tests.swap_samples import INFO, scaled_weights, write_swap
 
 PROMPT = "3d emoji of a red apple"
 PIXELS = np.zeros((64, 64, 3), np.uint8)
@@ -67,6 +75,73 @@ def test_what_differs_is_said(run: Callable[..., str], tmp_path: Path) -> None:
     assert "UNet 000000000000, here" in said
     assert "--adaptor" in said
     assert not Path("3.png").exists()
+
+
+def with_weights_beside(root: Path, factor: float) -> Bundle:
+    """The embedded bundle as large ones are, its UNet's weights beside the graph; some are scaled.
+
+    Whatever the factor, the graph's file has the same bytes.
+    """
+    bundle = Bundle.open(Path(shutil.copytree(BUNDLE, root)))
+    path = bundle.stage_path("unet")
+    graph = onnx.load(path)
+    for name, values in scaled_weights(bundle, factor).items():
+        (tensor,) = (each for each in graph.graph.initializer if each.name == name)
+        tensor.raw_data = values.tobytes()
+    onnx.save(
+        graph, path, save_as_external_data=True, location="model.onnx.data", size_threshold=640
+    )
+    manifest = json.loads((root / MANIFEST).read_text())
+    for name in ("unet/model.onnx", "unet/model.onnx.data"):
+        manifest["files"][name] = file_sha256(root / name)
+    (root / MANIFEST).write_text(json.dumps(manifest))
+    return Bundle.open(root)
+
+
+def test_weights_beside_the_graph_are_told_apart(run: Callable[..., str], tmp_path: Path) -> None:
+    day = with_weights_beside(tmp_path / "day", 1.0)
+    dusk = with_weights_beside(tmp_path / "dusk", 1.3)
+    graph = "unet/model.onnx"
+    assert day.manifest.files[graph] == dusk.manifest.files[graph]
+    assert payload_of(day, watermark=True) != payload_of(dusk, watermark=True)
+
+    run("generate", "day", PROMPT, "--out", "day.png")
+    said = run("generate", "dusk", "--again", "day.png", "--out", "1.png", code=1)
+    assert "was made with other weights than dusk has" in said
+
+    # With the swap in, it is the bundle that was exported with the same weights.
+    weights = scaled_weights(day, 1.3)
+    write_swap(day, tmp_path / "day/adaptors/x", weights, onnx_sha256=stage_sha256(dusk, "unet"))
+    run("generate", "day", PROMPT, "--adaptor", "x", "--out", "x.png")
+    for bundle in ("day", "dusk"):
+        said = run("generate", bundle, "--again", "x.png", "--out", f"again-{bundle}.png")
+        assert "the same image, pixel for pixel" in said
+
+
+def test_records_of_earlier_versions_name_the_graph_alone(
+    run: Callable[..., str], tmp_path: Path
+) -> None:
+    day = with_weights_beside(tmp_path / "day", 1.0)
+    dusk = with_weights_beside(tmp_path / "dusk", 1.3)
+    graph = day.manifest.files["unet/model.onnx"]
+    for name, factor in (("x", 1.3), ("y", 1.6)):
+        folder = tmp_path / "day/adaptors" / name
+        adaptor = INFO.model_copy(update={"sha256": name.encode().hex() * 32})
+        weights = scaled_weights(day, factor)
+        write_swap(day, folder, weights, onnx_sha256=graph, adaptor=adaptor)
+        run("generate", "day", PROMPT, "--adaptor", name, "--out", f"{name}.png")
+        save_image(
+            Path(f"old-{name}.png"),
+            read_image(Path(f"{name}.png")),
+            {**read_parameters(Path(f"{name}.png")), "unet": graph},
+        )
+    new = [read_parameters(Path(f"{name}.png"))["unet"] for name in "xy"]
+    assert len({*new, graph, stage_sha256(day, "unet")}) == 4
+    for name in ("x", "old-x", "y", "old-y"):
+        said = run("generate", "day", "--again", f"{name}.png", "--out", f"again-{name}.png")
+        assert "the same image, pixel for pixel" in said
+    assert dusk.sha256 != day.sha256
+    run("generate", "dusk", "--again", "old-x.png", "--out", "1.png", code=1)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from hipa_deploy import OneStepPipeline
@@ -21,6 +22,8 @@ from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.refine.drafts import recorded_settings, refine_facts
 from hipa_deploy.generate.refine.refiner import read_tables, refine_settings
+from hipa_deploy.images.png import save_image
+from hipa_deploy.marks.a1111 import infotext, parse_infotext
 from tests.refine_samples import GUIDANCE, SAMPLER, STEPS, refine_bundle
 from tests.swap_samples import INFO, scaled_weights, write_swap
 
@@ -64,6 +67,18 @@ def test_the_parameters_reproduce_it(pipe: OneStepPipeline, bundle: Bundle) -> N
     again = pipe.refine(final, wanted["steps"], guidance=2.0, sampler="dpmsolver++")
     np.testing.assert_array_equal(again.images_BHWC, final.images_BHWC)
     assert np.any(pipe.refine(draft).images_BHWC != final.images_BHWC)
+
+
+def test_other_programs_read_how_it_was_refined(pipe: OneStepPipeline, tmp_path: Path) -> None:
+    final = pipe.refine(pipe(PROMPTS[0], seed=5), 4, guidance=2.0, sampler="dpmsolver++")
+    path = tmp_path / "final.png"
+    save_image(path, final.images_BHWC[0], final.parameters[0])
+    fields = parse_infotext(Image.open(path).text["parameters"])
+    assert (fields["Steps"], fields["Sampler"], fields["CFG scale"]) == ("4", "DPM++ 2M", "2.0")
+    assert fields["Model hash"] == final.parameters[0]["refine"]["unet"][:10]
+    # A stranger's file may say anything.
+    for odd in ({}, {"steps": None, "sampler": ["x"]}, 7, "ddim"):
+        assert infotext({"prompt": "a cat", "refine": odd}).startswith("a cat\n")
 
 
 def test_progress_and_calls_of_the_unet(pipe: OneStepPipeline) -> None:
