@@ -86,7 +86,9 @@ class CompiledStage:
                 return None
         entry = read_json(self.folder / _ENTRY, max_bytes=MIB)
         is_same = isinstance(entry, dict) and entry.get("identity") == self._identity
-        return entry if is_same and isinstance(entry.get("files"), dict) else None
+        if not is_same or not isinstance(entry.get("files"), dict):
+            return None
+        return entry if isinstance(entry.get("written", 0), int | float) else None
 
     def _is_whole(self, entry: dict[str, Any]) -> bool:
         """Compare every file's marks, and keep the entry from being removed as the oldest."""

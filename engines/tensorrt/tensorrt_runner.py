@@ -401,14 +401,19 @@ class TensorRTRunner(ClosesAtExit):
         if known is not None and known.feed_shapes == feed_shapes:
             return known
 
-        # A context has one set of shapes, and every graph was captured with it.
-        if any(self._shapes.get(name, shape) != shape for name, shape in feed_shapes.items()):
-            self._drop_graphs()
-
         stages = tuple(self._stages[name] for name in names)
         prepared = _PreparedRun(stages, feed_shapes, shapes=dict(feed_shapes))
-        for stage in stages:
-            stage.set_shapes(prepared.shapes)
+        before = dict(self._shapes)
+        try:
+            for stage in stages:
+                stage.set_shapes(prepared.shapes)
+        except BaseException:
+            self._drop_graphs()
+            raise
+        # A context has one set of shapes, and every graph was captured with it. What one stage
+        # hands to the next counts too: a stage that ran alone was fed with it.
+        if any(before.get(name, shape) != shape for name, shape in prepared.shapes.items()):
+            self._drop_graphs()
         self._shapes.update(prepared.shapes)
         if self._graph and self.graph_problem is None:
             self._capture(prepared)

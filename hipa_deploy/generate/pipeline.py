@@ -247,14 +247,18 @@ class OneStepPipeline(BatchPipeline):
         """Make jobs of one shape, a batch at a time."""
         # With little memory the text encoder is loaded once for as many prompts as are remembered.
         together = CACHED_PROMPTS if self.low_memory else len(jobs)
+        groups = []
         for first in range(0, len(jobs), together):
-            some = jobs[first : first + together]
+            groups.append(list(cut(jobs[first : first + together], self.sizes_for(jobs[0]))))
+        total = sum(len(batches) for batches in groups)
+        number = 0
+        for batches in groups:
             if self.low_memory:
-                self._batches.encode_ahead(some, timer)
-            batches = list(cut(some, self.sizes_for(jobs[0])))
-            for number, batch in enumerate(batches):
-                report = partial(_report, progress, number, len(batches)) if progress else None
+                self._batches.encode_ahead([job for batch in batches for job in batch], timer)
+            for batch in batches:
+                report = partial(_report, progress, number, total) if progress else None
                 yield self.guard(finished_result(self.make(batch, timer, report)))
+                number += 1
 
     def refine(
         self,

@@ -32,6 +32,9 @@ from hipa_deploy.errors import HipaError
 
 ROUND = 1.1  # what a pair of round brackets multiplies by
 SQUARE = 1 / 1.1  # and a pair of square ones
+# Of all brackets around a piece together. Far below, an image is noise already; far above, float32
+# ends, and the image would be black.
+LARGEST = 1000
 # An escaped character, a bracket, a weight with its bracket, or text.
 # Of the mean magnitude: a mean this small is rounding, and a ratio of two such means is noise. The
 # text encoders of Stable Diffusion have a mean that is far from it; a layer norm without a bias,
@@ -47,7 +50,8 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     A bracket that is not closed reaches to the end; one that was not opened is text.
 
     Raises:
-        HipaError: what stands after a colon, as in ``(word:1.2.3)``, is no number.
+        HipaError: what stands after a colon, as in ``(word:1.2.3)``, is no number; or a weight is
+            larger than ``LARGEST``.
 
     Example:
         >>> parse_weights("a (red:1.3) apple")
@@ -80,6 +84,12 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
         _multiply(pieces, start, ROUND)
     for start in square_starts:
         _multiply(pieces, start, SQUARE)
+    for _, weight in pieces:
+        if not abs(weight) <= LARGEST:
+            raise HipaError(
+                f"a part of the prompt has the weight {weight:.3g}. Expected at most {LARGEST}, "
+                r"all brackets around it together. Brackets that are text are \( and \)."
+            )
     return _joined(pieces)
 
 

@@ -17,6 +17,7 @@ from hipa_deploy.bundle.adaptor_swap import (
     adapted_stage,
 )
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import Precision
 from hipa_deploy.bundle.parity import problem
 from hipa_deploy.bundle.reference import Reference
 from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner, engine_cache
@@ -112,7 +113,11 @@ def _swap_engine(
     swap: AdaptorSwap | None,
     weights: Mapping[str, np.ndarray],
 ) -> Runner:
-    """Refit the engine in place and check it. Only an engine that computes wrongly is closed."""
+    """Refit the engine in place and check it.
+
+    An engine whose weights have changed is closed unless it is right: its images would name the
+    adaptor that it had before.
+    """
     path = bundle.stage_path(adapted_stage(bundle))
     library = as_tensorrt_library(backend)
     remedy = rebuild_command(bundle.root, library, BuildOptions(refit=True))
@@ -120,10 +125,16 @@ def _swap_engine(
     def change(trt: ModuleType, engine: Any) -> None:
         refit_engine(trt, engine, path, weights, library, remedy)
 
+    # What can be wrong with the files is found before the engine changes.
+    feed, expected = _expected_output(bundle, runner, swap)
     try:
         cast(EngineRunner, runner).change_engine(change)
-        _check_output(bundle, runner, swap)
     except RefitFailedError:
+        runner.close()
+        raise
+    try:
+        _check_output(runner, feed, expected, bundle.manifest.precision)
+    except BaseException:
         runner.close()
         raise
     return runner
@@ -145,11 +156,13 @@ def _engine_cache(
     return cache.with_name(f"{cache.name}-{swap.manifest.files[file][:12]}")
 
 
-def _check_output(bundle: Bundle, runner: Runner, swap: AdaptorSwap | None) -> None:
-    """Compare the stage's output with PyTorch's, for the bundle's reference inputs.
+def _expected_output(
+    bundle: Bundle, runner: Runner, swap: AdaptorSwap | None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The bundle's reference inputs of the stage, and what PyTorch gives for them.
 
     Raises:
-        RefitFailedError: they do not agree.
+        HipaError: a file that is damaged.
 
     """
     spec = runner.spec
@@ -161,8 +174,21 @@ def _check_output(bundle: Bundle, runner: Runner, swap: AdaptorSwap | None) -> N
     # A graph may take float16 where the reference is float32.
     inputs = stage_feed(spec, tensors, layout)
     feed = {tensor.name: inputs[tensor.name].astype(tensor.dtype) for tensor in spec.inputs}
+    return feed, expected
+
+
+def _check_output(
+    runner: Runner, feed: Mapping[str, np.ndarray], expected: np.ndarray, precision: Precision
+) -> None:
+    """Compare the stage's output with PyTorch's.
+
+    Raises:
+        RefitFailedError: they do not agree.
+
+    """
+    spec = runner.spec
     output = runner(**feed)[spec.outputs[0].name]
-    wrong = problem(output, expected, bundle.manifest.precision)
+    wrong = problem(output, expected, precision)
     if wrong:
         raise RefitFailedError(
             f"{spec.name} after the swap {wrong}. Load the bundle again, and report this."

@@ -84,8 +84,9 @@ def _over_white(image: Image.Image) -> Image.Image:
     """An 8-bit image of any mode as RGB, its transparent pixels over white."""
     if image.mode in ("La", "RGBa"):  # premultiplied alpha: "RGBA" is the plain one
         image = image.convert(image.mode.upper())
-    # A key colour in ``info`` (GIF, PNG) is transparency too; convert("RGBA") turns it into alpha.
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+    # A key colour (GIF, PNG) and a palette with alpha are transparency too; convert("RGBA") turns
+    # them into alpha.
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, stage_sha256
+from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, joint_sha256, stage_files
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import RefineSettings
 from hipa_deploy.errors import HipaError, brief
@@ -60,8 +60,10 @@ def refine_facts(bundle: Bundle, settings: RefineSettings) -> dict[str, Any]:
     """What reproduces a final image, beside the parameters of its draft."""
     refinement = bundle.manifest.refine
     assert refinement is not None  # settings were made for this bundle
-    unet = stage_sha256(bundle, refinement.stage.spec.name)
-    return settings.model_dump(mode="json") | {"unet": unet}
+    # Its noise schedule and the empty prompt's context lie in the same folder.
+    files = stage_files(bundle, refinement.stage.spec.name)
+    files.pop(refinement.tables, None)
+    return settings.model_dump(mode="json") | {"unet": joint_sha256(files)}
 
 
 def recorded_settings(bundle: Bundle, recorded: Any, where: str) -> RefineSettings:

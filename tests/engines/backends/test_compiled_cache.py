@@ -162,6 +162,13 @@ def overwrite(path: Path) -> None:
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+def without_a_time(path: Path) -> None:
+    """As written a moment ago, but not when."""
+    entry = path.with_name("entry.json")
+    content = json.loads(entry.read_text())
+    entry.write_text(json.dumps(content | {"synced": False, "written": None}))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -171,6 +178,7 @@ def overwrite(path: Path) -> None:
         lambda path: path.with_name("entry.json").write_text("{"),
         lambda path: path.with_name("entry.json").write_text("[]"),
         lambda path: path.with_name("entry.json").unlink(),
+        without_a_time,
         lambda path: path.chmod(0o666),
         lambda path: path.parent.chmod(0o777),
     ],

@@ -141,6 +141,32 @@ def test_what_only_keeps_a_stage_from_running_is_left_out(fake, monkeypatch):
             runner.run({**feed, "unknown": known["pooled"]}, ("images",))
 
 
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_stage_alone_is_made_ready_again_after_other_shapes(fake, graph):
+    """Its inputs change their shapes in a run of all stages too, where no feed names them."""
+    several = {"batch": Axis(min=1, opt=1, max=4)}
+
+    def batched(spec: StageSpec) -> StageSpec:
+        def open_batch(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+            return tuple(each.model_copy(update={"shape": ("batch", 3)}) for each in tensors)
+
+        changes = {"inputs": open_batch(spec.inputs), "outputs": open_batch(spec.outputs)}
+        return spec.model_copy(update={**changes, "axes": several})
+
+    with fake(batched(UNET), batched(DECODER), graph=graph) as runner:
+
+        def decoded(*rows: list[int]) -> list[list[int]]:
+            return runner.run({"latents": np.float32(rows)}, ("images",))["images"].tolist()
+
+        assert decoded([1, 1, 1], [50, 50, 50]) == [[2, 2, 2], [51, 51, 51]]
+        one = {"noise": np.float32([[7, 7, 7]]), "context": np.float16([[1, 1, 1]])}
+        assert runner.run(one, ("images",))["images"].tolist() == [[9, 9, 9]]
+        before = len(fake.gpu.cudart.log)
+        assert decoded([2, 2, 2], [90, 90, 90]) == [[3, 3, 3], [91, 91, 91]]
+        # A graph of one row's run would be launched on a context for two.
+        assert ("cudaStreamBeginCapture" in calls(fake, before)) == graph
+
+
 def test_a_stage_by_itself_is_a_runner(fake):
     with fake() as runner:
         unet = runner.runners["unet"]

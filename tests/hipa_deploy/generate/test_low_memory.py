@@ -286,3 +286,17 @@ def test_the_base_unet_is_loaded_alone_and_gives_the_same_image(
     for number, images in enumerate(drawn):
         np.testing.assert_array_equal(images.images_BHWC[0], expected[number % 2])
     assert {already for _, already in opened} == {0}
+
+
+def test_the_progress_of_a_refining_is_that_of_all_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (pipeline, prompts_module):
+        monkeypatch.setattr(module, "CACHED_PROMPTS", 2)
+    refining = refine_bundle(tmp_path)
+    shown: list[tuple[int, int]] = []
+    with OneStepPipeline.load(refining.root, "onnxruntime", low_memory=True) as pipe:
+        drafts = pipe(PROMPT, count=3)
+        pipe.refine(drafts, 2, progress=lambda done, steps: shown.append((done, steps)))
+    assert (shown[0], shown[-1]) == ((0, 6), (6, 6))
+    assert shown == sorted(shown)

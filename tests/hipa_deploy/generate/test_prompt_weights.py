@@ -70,6 +70,14 @@ def test_no_number(prompt: str) -> None:
         parse_weights(prompt)
 
 
+@pytest.mark.parametrize(
+    "prompt", ["(a:" + "9" * 40 + ")", "(a:-1001)", "((a:100):100)", "(" * 100 + "a"]
+)
+def test_a_weight_that_float32_cannot_use(prompt: str) -> None:
+    with pytest.raises(HipaError, match="Expected at most 1000, all brackets around it together"):
+        parse_weights(prompt)
+
+
 def published_arithmetic(z: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
     """EmphasisOriginal of the web UI's modules/sd_emphasis.py, for one prompt and one chunk."""
     original_mean = z.mean()

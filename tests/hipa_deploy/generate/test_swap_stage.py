@@ -80,6 +80,34 @@ def test_an_engine_that_computes_wrongly_afterwards_is_closed(engine_pipe: OneSt
     assert engine_pipe.swapped is None
 
 
+def test_a_damaged_adaptor_changes_nothing(engine_pipe: OneStepPipeline) -> None:
+    runner = engine_pipe.runners["unet"]
+    night = engine_pipe.bundle.root / FOLDER / "night"
+    (night / REFERENCE).write_bytes(b"no array")
+    manifest = SwapManifest.model_validate_json((night / MANIFEST).read_text())
+    files = manifest.files | {REFERENCE: file_sha256(night / REFERENCE)}
+    (night / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json())
+    with pytest.raises(HipaError, match="is not an array that can be read"):
+        engine_pipe.swap_adaptor("night")
+    assert_weights(runner.engine, UNET, {})
+    assert not runner.closed
+
+
+def test_an_engine_that_fails_with_its_new_weights_is_closed(
+    engine_pipe: OneStepPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its images would name the adaptor that it had before."""
+    runner = engine_pipe.runners["unet"]
+
+    def fail(self: FakeRunner, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        raise HipaError("no memory is left on the GPU.")
+
+    monkeypatch.setattr(FakeRunner, "__call__", fail)
+    with pytest.raises(HipaError, match="no memory"):
+        engine_pipe.swap_adaptor("night")
+    assert runner.closed
+
+
 def test_an_engine_that_cannot_take_it_stays_open(engine_pipe: OneStepPipeline) -> None:
     runner = engine_pipe.runners["unet"]
     runner.engine.refittable = False

@@ -120,6 +120,13 @@ def test_a_palette_with_a_transparent_entry(tmp_path: Path) -> None:
         assert read[0].tolist() == [[10, 20, 30], [255, 255, 255], [0, 200, 0]]
 
 
+def test_a_palette_with_alpha() -> None:
+    pixels = np.array([[[10, 20, 30, 255], [90, 0, 0, 0]]], np.uint8)
+    image = Image.fromarray(pixels).quantize(2)
+    assert (image.mode, image.palette.mode) == ("P", "RGBA")
+    assert read_image(image)[0].tolist() == [[10, 20, 30], [255, 255, 255]]
+
+
 def test_one_bit_and_grey(tmp_path: Path) -> None:
     bits = np.array([[True, False]])
     for source in (bits, saved(tmp_path, Image.fromarray(bits))):
