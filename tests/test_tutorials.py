@@ -143,7 +143,7 @@ def test_my_fine_tune_on_an_orin(reader: Reader) -> None:
     printed = reader.follow("fine-tune-on-orin.md")
     pixels(folder / "first.png")
 
-    manifest = json.loads((folder / "my-bundle/hipa.json").read_text())
+    manifest = json.loads((folder / "orin-bundle/hipa.json").read_text())
     assert manifest["precision"] == "fp16"
     assert manifest["decoder"]["kind"] == "tiny"
     assert [lora["name"] for lora in manifest["loras"]] == ["my-style"]
@@ -152,7 +152,7 @@ def test_my_fine_tune_on_an_orin(reader: Reader) -> None:
     shown = next(step.text for step in steps("fine-tune-on-orin.md") if step.language == "text")
     for line in shown.splitlines():
         assert line in printed
-    assert "next: hipa-build my-bundle --for orin-nano --dry-run" in printed
+    assert "next: hipa-build orin-bundle --for orin-nano --dry-run" in printed
 
 
 @pytest.mark.thorough
@@ -160,10 +160,10 @@ def test_my_fine_tune_on_an_orin(reader: Reader) -> None:
 def test_an_adaptor_on_several_gpus(reader: Reader) -> None:
     folder = reader.folder
     reader.follow("four-gpus.md")
-    adaptor = json.loads((folder / "my-adaptor/hipa_adaptor.json").read_text())
+    adaptor = json.loads((folder / "four-adaptor/hipa_adaptor.json").read_text())
     assert adaptor["steps_trained"] == 3
-    assert (folder / "my-adaptor/pytorch_lora_weights.safetensors").is_file()
-    assert list((folder / "my-adaptor.run").rglob("*"))
+    assert (folder / "four-adaptor/pytorch_lora_weights.safetensors").is_file()
+    assert list((folder / "four-adaptor.run").rglob("*"))
 
 
 @pytest.mark.thorough

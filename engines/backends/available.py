@@ -135,10 +135,19 @@ def _onnxruntime_backend(
     name: str, version: str | None, installed: bool, gpu: Gpu | None
 ) -> Backend:
     if not installed:
-        command = INSTALL_ONNXRUNTIME if name == "onnxruntime" else INSTALL_ONNXRUNTIME_GPU
-        return Backend(name=name, version=None, usable=False, remedy=f"Run: {command}")
+        remedy = f"Run: {INSTALL_ONNXRUNTIME}"
+        if name != "onnxruntime":
+            remedy = _how_to_get_gpu_provider(gpu)
+        return Backend(name=name, version=None, usable=False, remedy=remedy)
     usable = name == "onnxruntime" or gpu is not None
     return Backend(name=name, version=version, usable=usable, remedy=None if usable else _NO_GPU)
+
+
+def _how_to_get_gpu_provider(gpu: Gpu | None) -> str:
+    """What to do for ONNX Runtime on a GPU: its package takes the place of the one for the CPU."""
+    if jetson_model() is not None:
+        return "The package onnxruntime-gpu of PyPI is not for Jetson. Use --backend tensorrt."
+    return _NO_GPU if gpu is None else f"Run: {INSTALL_ONNXRUNTIME_GPU}"
 
 
 def _openvino_backends() -> list[Backend]:
@@ -178,6 +187,10 @@ def _engine_backend(library: TensorRTLibrary, gpu: Gpu | None) -> Backend:
         version = load_tensorrt(library).__version__
         load_cudart(library)
     except HipaError as error:
-        return Backend(name=library, version=None, usable=False, remedy=str(error))
+        remedy = str(error)
+        # TensorRT builds on the GPU too; TensorRT-RTX builds without one.
+        if library == "tensorrt" and gpu is None and jetson_model() is None:
+            remedy = _NO_GPU
+        return Backend(name=library, version=None, usable=False, remedy=remedy)
     usable = gpu is not None
     return Backend(name=library, version=version, usable=usable, remedy=None if usable else _NO_GPU)

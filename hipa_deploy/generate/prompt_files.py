@@ -131,7 +131,7 @@ def check_prompt_file(path: Path) -> None:
     except (OSError, ValueError) as error:  # a character that no file name has is a ValueError
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise HipaError(
-            f"prompts {path} cannot be read: {reason}. Expected a file of prompts."
+            f"prompts {path} cannot be read: {reason}. Give a file of prompts (--prompts)."
         ) from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise HipaError(f"prompts {path} is a pipe or a device. Expected a file of prompts.")
@@ -188,6 +188,8 @@ def _choose_column(path: Path, names: Sequence[str], column: str | None, remedy:
         if name in names:
             return name
     expected = " or ".join(map(repr, wanted))
+    if path.suffix.lower() in (".csv", ".tsv") and column is None:
+        remedy = f"{remedy} If its first line is a prompt, name the file .txt."
     raise HipaError(
         f"prompts {path} has no column {expected}. It has: {', '.join(names) or 'none'}. {remedy}"
     )

@@ -60,7 +60,7 @@ def route(answers: Answers) -> list[Step]:
     Example:
         >>> steps = route(Answers("cpu", "emoji", "emoji", "generate", "quality"))
         >>> steps[-1].commands[0]
-        ['hipa-profile', 'my-bundle', '--backend', 'auto', '--runs', '50']
+        ['hipa-profile', 'my-bundle', '--backend', 'auto', '--runs', '100', '--seconds', '10']
 
     """
     steps = [_install_for_export(answers)]
@@ -171,5 +171,7 @@ def _images(answers: Answers) -> Step:
 
 
 def _measure(answers: Answers) -> Step:
-    command = ["hipa-profile", BUNDLE, "--backend", answers.backend, "--runs", "50"]
+    # From so many runs and seconds on a figure is valid.
+    enough = ["--runs", "100", "--seconds", "10"]
+    command = ["hipa-profile", BUNDLE, "--backend", answers.backend, *enough]
     return Step("Measure how long an image takes", (command,))

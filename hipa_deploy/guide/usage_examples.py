@@ -50,7 +50,7 @@ EXAMPLES = {
         "hipa-triton my-bundle --out models --backend onnxruntime-cuda --instances 2",
     ),
     "profile": (
-        "hipa-profile emoji --runs 50",
+        "hipa-profile emoji --runs 100 --seconds 10",
         "hipa-profile my-bundle --backend tensorrt --layers --json latency.json",
     ),
     "profile compare": (

@@ -9,7 +9,9 @@ import pytest
 
 from hipa_deploy.engines.backends import available
 from hipa_deploy.engines.backends.available import NO_BF16, Backend, Device, describe_device
+from hipa_deploy.engines.tensorrt.gpu import Gpu
 from hipa_deploy.generate.runner import BACKENDS
+from tests.engines.engine_samples import RTX_4090
 from tests.engines.machine_samples import imitate_files
 
 
@@ -51,12 +53,22 @@ def test_it_does_not_raise_where_everything_is_missing(monkeypatch):
     assert (found.gpu, found.jetson, found.l4t, found.memory_mib) == (None, None, None, None)
     remedies = {backend.name: backend.remedy for backend in found.backends}
     assert remedies["onnxruntime"] == "Run: pip install onnxruntime"
-    for provider in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
-        assert (
-            remedies[provider] == "Run: pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
-        )
-    assert remedies["tensorrt"].endswith("pip install 'hipa-deploy[tensorrt]'")
+    # What needs a GPU is not worth an installation where none answers.
+    for name in ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"):
+        assert remedies[name] == "No NVIDIA GPU with a driver answers on this machine."
     assert remedies["rtx"].endswith("pip install 'hipa-deploy[rtx]'")
+
+
+def test_how_to_get_onnxruntime_on_a_gpu(monkeypatch):
+    def remedies(gpu: Gpu | None) -> set[str | None]:
+        backends = available._onnxruntime_backends(gpu)
+        return {each.remedy for each in backends if each.name.endswith(("-cuda", "-tensorrt"))}
+
+    command = "Run: pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
+    assert remedies(RTX_4090) == {command}
+    monkeypatch.setattr(available, "jetson_model", lambda: "NVIDIA Jetson Orin Nano")
+    (remedy,) = remedies(None)
+    assert "not for Jetson. Use --backend tensorrt" in remedy
 
 
 def test_bfloat16_is_faster_where_it_is_usable(monkeypatch):
