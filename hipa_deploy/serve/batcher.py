@@ -4,7 +4,8 @@ An idle thread starts a batch at once. One that has just made a batch takes what
 is less than a full batch it waits a few milliseconds: clients that have their answer ask again.
 
 The images of a batch have one adaptor and one size. The adaptor that is loaded goes on for
-``PATIENCE`` seconds while others wait, because a swap takes longer than a batch.
+``PATIENCE`` seconds while others wait, because a swap takes longer than a batch. In a crowd each
+adaptor has such a turn after its swap, however long its images have waited.
 """
 
 from __future__ import annotations
@@ -158,6 +159,7 @@ class Batcher:
         self._reserved = 0  # places of requests whose images are being read
         self._stopping = False
         self._adaptor: str | None = None
+        self._turn_began = time.perf_counter()  # of the adaptor that is loaded
         self._an_image = 0.0  # seconds, the mean of the latest batches
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self._thread.start()
@@ -273,8 +275,10 @@ class Batcher:
         if not self._items:
             return []
         first = self._items[0]
-        now = time.perf_counter()
-        if first.work.adaptor != self._adaptor and now - first.work.queued < PATIENCE:
+        # Not from its queueing alone: in a crowd each image has waited longer than PATIENCE, and
+        # almost every batch would swap.
+        overtaken = time.perf_counter() - max(first.work.queued, self._turn_began)
+        if first.work.adaptor != self._adaptor and overtaken < PATIENCE:
             same = [item for item in self._items if item.work.adaptor == self._adaptor]
             first = same[0] if same else first
         key = (first.work.adaptor, first.job.company)
@@ -329,4 +333,5 @@ class Batcher:
         self._adaptor = ""
         self._engine.swap_adaptor(adaptor)
         self._adaptor = adaptor
-        self._watch.swapped(time.perf_counter() - started)
+        self._turn_began = time.perf_counter()
+        self._watch.swapped(self._turn_began - started)

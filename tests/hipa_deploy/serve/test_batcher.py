@@ -209,6 +209,41 @@ def test_adaptors_do_not_mix_and_nobody_waits_for_ever(
     assert engine.batches[3:] == [(None, ["e"]), ("night", ["f"]), (None, ["g"])]
 
 
+class Clock:
+    """A clock that a test sets; it stands in for the module ``time``."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_in_a_crowd_each_adaptor_has_its_turn(
+    engine: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All have waited longer than the patience: still not every batch swaps."""
+    clock = Clock()
+    monkeypatch.setattr(batcher_module, "time", clock)
+    batcher = Batcher(engine, queue=16, wait=0.0, watch=Watch())
+    # Images of this size have batches of their own.
+    submit(batcher, "a", size=32)
+    engine.wait_for_batch()
+    works = []
+    for dark, plain in ("bc", "de", "fg", "hi"):
+        works.append(submit(batcher, dark, adaptor="night", size=32))
+        works.append(submit(batcher, plain, size=32))
+    clock.now += 10 * batcher_module.PATIENCE
+    for _ in works:
+        engine.let_go()
+        engine.wait_for_batch()
+        clock.now += 0.4 * batcher_module.PATIENCE
+    engine.let_go()
+    batcher.close()
+    # Batches of 0.4 turns: a turn has three, and the one that has waited longest comes next.
+    assert prompts(engine) == ["a", "b", "d", "f", "c", "e", "g", "h", "i"]
+
+
 def test_an_error_hits_only_whose_fault_it_is(engine: Gate, batcher: Batcher) -> None:
     engine.bad = {"c"}
     submit(batcher, "a")
