@@ -60,8 +60,8 @@ SURFACE = {
     "serve": {
         "--host", "--port", "--backend", "--api-keys", "--allow-host", "--allow-origin", "--batch",
         "--wait", "--queue", "--images", "--time-limit", "--prompt-limit", "--body-limit",
-        "--pixel-limit", "--c2pa", "--log-prompts", "--ray", "--replicas", "--replica-cpus",
-        "--replica-gpus", "--scale-at",
+        "--pixel-limit", "--steps-limit", "--c2pa", "--log-prompts", "--ray", "--replicas",
+        "--replica-cpus", "--replica-gpus", "--scale-at",
     },
     "bulk": {
         "--out", "--column", "--seed", "--shard-size", "--backend", "--truncate", "--c2pa", "--ray",

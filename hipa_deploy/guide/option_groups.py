@@ -55,7 +55,7 @@ _GROUPS = {
     "Network": ("--host", "--port", "--api-keys", "--allow-host", "--allow-origin"),
     "Limits": (
         *("--wait", "--queue", "--time-limit", "--prompt-limit", "--body-limit"),
-        "--pixel-limit",
+        *("--pixel-limit", "--steps-limit"),
     ),
     "Several machines": (
         *("--ray", "--replicas", "--replica-cpus", "--replica-gpus", "--scale-at"),

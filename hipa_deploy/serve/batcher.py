@@ -18,11 +18,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.batch_sizes import largest_fitting
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
+from hipa_deploy.generate.refine.refiner import Progress
 
 PATIENCE = 1.0  # seconds
 _RECENT = 0.2  # weight of the latest batch in the mean time of an image
@@ -46,6 +48,10 @@ class StoppingError(Exception):
     """The service is stopping and accepts nothing more."""
 
 
+class _UnwantedError(Exception):
+    """Nobody waits for an image of the batch under way any more."""
+
+
 class Engine(Protocol):
     """What makes the images: a ``OneStepPipeline``."""
 
@@ -53,9 +59,12 @@ class Engine(Protocol):
         """How many jobs like this one a batch may have, ascending."""
 
     def make(
-        self, jobs: Sequence[ImageJob], timer: Callable[[str], AbstractContextManager[object]]
+        self,
+        jobs: Sequence[ImageJob],
+        timer: Callable[[str], AbstractContextManager[object]],
+        progress: Progress,
     ) -> list[MadeImage]:
-        """Make one batch."""
+        """Make one batch; what ``progress`` raises between two steps ends it."""
 
     def swap_adaptor(self, adaptor: str | None) -> None:
         """Take another adaptor; None is the bundle's own."""
@@ -219,7 +228,11 @@ class Batcher:
             self._changed.notify_all()
 
     def cancel(self, work: Work) -> None:
-        """Make no more images of a request. Those of a batch under way are thrown away."""
+        """Make no more images of a request.
+
+        A batch under way in which nobody else has an image ends after its step. Otherwise the
+        request's images are thrown away.
+        """
         with self._changed:
             work.done.cancel()
             self._items = deque(item for item in self._items if item.work is not work)
@@ -318,7 +331,11 @@ class Batcher:
 
     def _run(self, batch: list[_Item]) -> None:
         started = time.perf_counter()
-        made = self._engine.make([item.job for item in batch], self._watch.stage)
+        jobs = [item.job for item in batch]
+        try:
+            made = self._engine.make(jobs, self._watch.stage, partial(_check_wanted, batch))
+        except _UnwantedError:
+            return
         seconds = time.perf_counter() - started
         self._watch.batch(len(batch), seconds)
         an_image = seconds / len(batch)
@@ -335,3 +352,14 @@ class Batcher:
         self._adaptor = adaptor
         self._turn_began = time.perf_counter()
         self._watch.swapped(self._turn_began - started)
+
+
+def _check_wanted(batch: Sequence[_Item], done: int, total: int) -> None:
+    """Stop a batch of many steps that nobody waits for: whoever is behind it should not wait.
+
+    Raises:
+        _UnwantedError: every request of it was cancelled.
+
+    """
+    if all(item.work.done.cancelled() for item in batch):
+        raise _UnwantedError

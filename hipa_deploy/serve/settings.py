@@ -19,6 +19,7 @@ class Limits:
         prompt: characters.
         body: bytes of a request with images; one without may have ``JSON_BODY``.
         pixels: of an uploaded image.
+        steps: of a refining.
         seconds: from the arrival of a request to its last image.
         wait: seconds that a busy service waits for company of a batch.
         batch: images of a batch; None is the bundle's largest.
@@ -30,6 +31,7 @@ class Limits:
     prompt: int = 4000
     body: int = 32 * MIB
     pixels: int = 1 << 24
+    steps: int = 100
     seconds: float = 60.0
     wait: float = 0.004
     batch: int | None = None
@@ -47,6 +49,7 @@ class Limits:
             "--prompt-limit": self.prompt,
             "--body-limit": self.body,
             "--pixel-limit": self.pixels,
+            "--steps-limit": self.steps,
             "--batch": 1 if self.batch is None else self.batch,
         }
         for option, number in at_least_1.items():

@@ -53,6 +53,7 @@ class Arguments(BaseModel):
         queue: images that may wait at a replica.
         images: the most images of a request.
         time_limit: seconds.
+        steps_limit: the most steps of a refining.
         release: any text. ``serve deploy`` does nothing where a config says what it said before,
             also where another bundle lies under the same path since: another text makes it look.
 
@@ -77,6 +78,7 @@ class Arguments(BaseModel):
     queue: int = 64
     images: int = 10
     time_limit: float = 60.0
+    steps_limit: int = 100
     release: str = ""
 
     @field_validator("bundles", "allow_host", "allow_origin", mode="before")
@@ -95,6 +97,7 @@ class Arguments(BaseModel):
             queue=self.queue,
             images=self.images,
             seconds=self.time_limit,
+            steps=self.steps_limit,
             wait=self.wait / 1000,
             batch=self.batch,
         )

@@ -84,6 +84,7 @@ def serve(
     pixel_limit: Annotated[
         int, typer.Option(help="The most pixels of an uploaded image, in millions.")
     ] = 16,
+    steps_limit: Annotated[int, typer.Option(help="The most steps of a refining.")] = 100,
     c2pa: Annotated[
         Path | None,
         typer.Option(
@@ -155,6 +156,7 @@ def serve(
         prompt=prompt_limit,
         body=body_limit * MIB,
         pixels=pixel_limit * 1_000_000,
+        steps=steps_limit,
         seconds=time_limit,
         wait=wait / 1000,
         batch=batch,

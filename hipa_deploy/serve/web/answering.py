@@ -139,6 +139,23 @@ def check_prompt_length(service: ImageService, prompt: str) -> None:
         )
 
 
+def check_steps(service: ImageService, steps: int) -> None:
+    """Refuse to refine in more steps than this service allows.
+
+    Raises:
+        ApiError: they are more.
+
+    """
+    most = service.limits.steps
+    if steps > most:
+        raise ApiError(
+            400,
+            f"steps: {steps} steps are too many. This service refines in at most {most}.",
+            "invalid_value",
+            param="steps",
+        )
+
+
 def check_quality(output_format: str, compression: int, default: int) -> None:
     """Refuse a quality for a format that has none.
 

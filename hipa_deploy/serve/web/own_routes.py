@@ -18,6 +18,7 @@ from hipa_deploy.serve.web.answering import (
     check_prompt_length,
     check_quality,
     check_refines,
+    check_steps,
     chosen_model,
     deliver,
     seeds_from,
@@ -52,6 +53,8 @@ async def refine(request: Request) -> Response:
     model = _model(service, fields, "generate", fields.prompt)
     check_refines(model)
     settings = refine_settings(model.served.bundle, fields.steps, fields.guidance, fields.sampler)
+    # Here and not of the fields: without a number it is the teacher's.
+    check_steps(service, settings.steps)
     return await _images_of(request, fields, "generate", refine=settings)
 
 

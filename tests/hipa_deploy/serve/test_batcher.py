@@ -31,7 +31,7 @@ class Gate:
     def sizes_for(self, job: ImageJob) -> tuple[int, ...]:
         return (1, 2, 4) if job.latent_CHW[1] < 32 else (1,)
 
-    def make(self, jobs: Sequence[ImageJob], timer) -> list[MadeImage]:
+    def make(self, jobs: Sequence[ImageJob], timer, progress) -> list[MadeImage]:
         self.batches.append((self.adaptor, [job.prompt for job in jobs]))
         self.begun.release()
         assert self.go.acquire(timeout=WAIT)
@@ -166,6 +166,53 @@ def test_what_is_cancelled_is_not_made(engine: Gate, batcher: Batcher) -> None:
     assert running.done.cancelled()
 
 
+class Steps(Gate):
+    """An engine whose batches have three steps; each step of each is let go."""
+
+    def make(self, jobs: Sequence[ImageJob], timer, progress) -> list[MadeImage]:
+        self.batches.append((self.adaptor, [job.prompt for job in jobs]))
+        for step in range(3):
+            progress(step, 3)
+            self.begun.release()
+            assert self.go.acquire(timeout=WAIT)
+        progress(3, 3)
+        self.batches.append((self.adaptor, ["."]))
+        return [MadeImage(job, np.zeros((1, 1, 3), np.uint8), {}) for job in jobs]
+
+
+def test_a_batch_of_many_steps_ends_when_nobody_waits_for_it() -> None:
+    engine = Steps()
+    batcher = Batcher(engine, queue=8, wait=0.0, watch=Watch())
+    gone = submit(batcher, "a", "b", size=32)  # batches of one image
+    engine.wait_for_batch()
+    last = submit(batcher, "c")
+    batcher.cancel(gone)
+    engine.let_go(4)
+    last.done.result(WAIT)
+    batcher.close()
+    # The first step was under way, the other two were not made.
+    assert prompts(engine) == ["a", "c", "."]
+    assert gone.done.cancelled()
+
+
+def test_a_batch_of_many_steps_goes_on_for_whoever_still_waits() -> None:
+    engine = Steps()
+    batcher = Batcher(engine, queue=8, wait=0.0, watch=Watch())
+    submit(batcher, "a")
+    engine.wait_for_batch()
+    gone, stays = submit(batcher, "b"), submit(batcher, "c")
+    engine.let_go(3)
+    for _ in range(3):
+        engine.wait_for_batch()
+    batcher.cancel(gone)
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    engine.let_go(3)
+    closing.join(WAIT)
+    assert prompts(engine) == ["a", ".", "bc", "."]
+    assert stays.done.result(0)
+
+
 def test_the_only_one_that_waits_goes_away(engine: Gate) -> None:
     batcher = Batcher(engine, queue=8, wait=0.2, watch=Watch())
     submit(batcher, "a")
@@ -265,7 +312,7 @@ def test_an_adaptor_that_does_not_load(engine: Gate, batcher: Batcher) -> None:
 
 
 def test_a_bug_ends_its_requests_and_not_the_thread(engine: Gate, batcher: Batcher) -> None:
-    engine.make = lambda jobs, timer: 1 / 0  # type: ignore[assignment,method-assign]
+    engine.make = lambda *_: 1 / 0  # type: ignore[assignment,method-assign]
     with pytest.raises(ZeroDivisionError):
         submit(batcher, "a").done.result(WAIT)
     assert batcher.alive

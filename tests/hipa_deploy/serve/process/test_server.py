@@ -193,6 +193,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["emoji", "--queue", "0"], "--queue is 0"),
         (["emoji", "--queue", "5"], "--images 10 is more than --queue 5"),
         (["emoji", "--time-limit", "nan"], "--time-limit is nan"),
+        (["emoji", "--steps-limit", "0"], "--steps-limit is 0"),
         (["emoji", "--wait", "-1"], "--wait is -1"),
         (["emoji", "--batch", "0"], "--batch is 0"),
         (["emoji", "--api-keys", "none.txt"], "none.txt"),
