@@ -1,7 +1,9 @@
-"""uvicorn's HTTP protocol with a limit on the time that the head of a request may take.
+"""uvicorn's HTTP protocol with limits on the time of a request's head, and of taking an answer.
 
 uvicorn closes an idle connection after an answer, and none on which a client has never sent a whole
-head, or has sent half of the next one. Thousands of those would take all file descriptors.
+head, or has sent half of the next one. Thousands of those would take all file descriptors. So would
+clients that do not take their answers: a connection with bytes to send stays open until they have
+left, also after it was closed.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hipa_deploy.serve.process.doorkeeper import Doorkeeper
-from hipa_deploy.serve.settings import HEAD_SECONDS
+from hipa_deploy.serve.settings import ANSWER_SECONDS, HEAD_SECONDS
 from hipa_deploy.serve.web.api_errors import error_response
-from hipa_deploy.serve.web.guard import PLACE
+from hipa_deploy.serve.web.guard import GIVE_UP, PLACE
 
 
 class PunctualProtocol(H11Protocol):
     """Closes a connection whose next request's head is not complete after ``HEAD_SECONDS``.
 
+    One whose client takes nothing of an answer is dropped after ``ANSWER_SECONDS`` to twice that.
     A class of ``protocol_with`` also asks a doorkeeper before it parses a request.
     """
 
@@ -29,6 +32,8 @@ class PunctualProtocol(H11Protocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._late: asyncio.TimerHandle | None = None
+        self._next_look: asyncio.TimerHandle | None = None
+        self._left = 0  # bytes that the client had not taken at the last look
         self._unwanted = 0  # bytes of a refused request's body that are still to come
         self._place: object | None = None  # of the latest request, in the doorkeeper's arrivals
 
@@ -36,12 +41,30 @@ class PunctualProtocol(H11Protocol):
         """Begin to wait for the first head."""
         super().connection_made(transport)
         self._watch()
+        self._next_look = self.loop.call_later(ANSWER_SECONDS, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._stop_watching()
+        if self._next_look is not None:
+            self._next_look.cancel()
+        if self.scope is not None:
+            # Otherwise the scope and this protocol would hold each other.
+            self.scope.pop(GIVE_UP, None)  # type: ignore[misc,typeddict-item]
         self._leave()
         super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        """Let the application drop the connection, for requests that came behind others too."""
+        super().handle_events()
+        if self.scope is not None:
+            # ASGI lets servers add keys of their own; uvicorn's type knows the standard's alone.
+            self.scope[GIVE_UP] = self._give_up  # type: ignore[literal-required]
+
+    def resume_writing(self) -> None:
+        """Note that the client has taken a part of its answer."""
+        self._left = 0
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Stop waiting where the head is complete; begin where a part of the next one has come."""
@@ -59,7 +82,6 @@ class PunctualProtocol(H11Protocol):
         super().data_received(data)
         # None where the request is no HTTP after all.
         if place is not None and self.scope is not None:
-            # ASGI lets servers add keys of their own; uvicorn's type knows the standard's alone.
             self.scope[PLACE] = place  # type: ignore[literal-required]
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_watching()
@@ -129,6 +151,26 @@ class PunctualProtocol(H11Protocol):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+    def _look(self) -> None:
+        """Drop a connection whose client has taken nothing since the last look."""
+        left = 0
+        # Only then nothing is added to what waits, so that less of it means a client that reads.
+        # A slow one has all the time that it needs.
+        if self.flow.write_paused or self.transport.is_closing():
+            left = self.transport.get_write_buffer_size()
+        if left and left == self._left:
+            self._give_up()
+            return
+        self._left = left
+        self._next_look = self.loop.call_later(ANSWER_SECONDS, self._look)
+
+    def _give_up(self) -> None:
+        """Drop the connection, what waits in it, and the requests behind the one under way."""
+        if self.cycle is not None:
+            # Before the loop says so: an application that ends now is no error.
+            self.cycle.disconnected = True
+        self.transport.abort()
 
     def _close_late(self) -> None:
         self._late = None

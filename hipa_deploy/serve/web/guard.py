@@ -26,6 +26,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 ANY = "*"  # of hosts: every name, for a service behind a proxy that checks names itself
 OPEN_PATHS = ("/health/live", "/health/ready")
 PLACE = "hipa.place"  # in a scope: the request's place in ``Arrivals``, where it has one already
+GIVE_UP = "hipa.give_up"  # in a scope: drops the connection, where the server can
 _DRAINED = 256 * 1024 * 1024  # bytes of a refused body that are read and thrown away
 _DRAIN_SECONDS = 10.0
 _MOST_HEADERS = 32 * 1024  # bytes
@@ -42,6 +43,7 @@ class Guard:
       flood that leaves the processor to those that were accepted. Requests that came in, and have
       no place in the queue yet, count as if they had one.
     - A body may have so many bytes, and so many seconds to arrive.
+    - A client has so many seconds to take a part of its answer.
 
     Args:
         app: the application.
@@ -79,6 +81,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        send = _patient(scope, send)
         headers = Headers(scope)
         body = _Body(receive, min(self._body, JSON_BODY))
         try:
@@ -94,7 +97,7 @@ class Guard:
             place = self._arrivals.enter()
         scope["queued"] = lambda: self._arrivals.leave(place)
         try:
-            await self._app(scope, body.receive, _patient(send))
+            await self._app(scope, body.receive, send)
         finally:
             self._arrivals.leave(place)
 
@@ -305,8 +308,11 @@ async def _drain(receive: Receive) -> None:
             return
 
 
-def _patient(send: Send) -> Send:
-    """``send`` that gives up when a client does not take its answer."""
+def _patient(scope: Scope, send: Send) -> Send:
+    """``send`` that gives up when a client does not take its answer.
+
+    The connection is dropped then: closed in the usual way, it would wait for its client.
+    """
     gave_up = False
 
     async def limited(message: Message) -> None:
@@ -318,6 +324,8 @@ def _patient(send: Send) -> Send:
                 await send(message)
         except LateError:
             gave_up = True
+            if GIVE_UP in scope:
+                scope[GIVE_UP]()
 
     return limited
 

@@ -1,0 +1,157 @@
+"""Clients that do not take their answers, at a server in this process: the limit is a minute."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import uvicorn
+
+from hipa_deploy.serve.process import http_protocol
+from hipa_deploy.serve.web import guard as guard_module
+from hipa_deploy.serve.web.guard import Guard
+
+SECONDS = 0.5  # the limit here
+LARGE = 4 << 20  # bytes, far more than the system keeps for a connection here
+REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def set_limit(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr(http_protocol, "ANSWER_SECONDS", seconds)
+    monkeypatch.setattr(guard_module, "ANSWER_SECONDS", seconds)
+
+
+@pytest.fixture(autouse=True)
+def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_limit(monkeypatch, SECONDS)
+
+
+class Answers:
+    """Answers every request with as many bytes, and counts the requests."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.calls = 0
+
+    async def __call__(self, scope, receive, send) -> None:
+        self.calls += 1
+        length = (b"content-length", str(self.size).encode())
+        await send({"type": "http.response.start", "status": 200, "headers": [length]})
+        await send({"type": "http.response.body", "body": bytes(self.size)})
+
+
+@contextmanager
+def served(app) -> Iterator[tuple[uvicorn.Server, socket.socket]]:
+    """A server, and a connection to it; both keep few bytes in the system."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+    config = uvicorn.Config(
+        app,
+        http=http_protocol.PunctualProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        timeout_keep_alive=1,
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+    thread.start()
+    client = socket.socket()
+    try:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(30)
+        client.connect(listening.getsockname())
+        yield server, client
+    finally:
+        client.close()
+        server.should_exit = True
+        thread.join()
+
+
+def wait_until_dropped(server: uvicorn.Server, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while server.server_state.connections:
+        assert time.monotonic() < deadline, "the connection is still open"
+        time.sleep(0.05)
+
+
+def wait_until_idle(server: uvicorn.Server) -> None:
+    """Until no application runs for a request."""
+    deadline = time.monotonic() + 10
+    while server.server_state.tasks:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def problems(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_many_answers_that_nobody_takes(caplog: pytest.LogCaptureFixture, guarded: bool) -> None:
+    """Not all answers come through the guard: those to a browser's preflights do not."""
+    app = Answers(20_000)
+    with served(Guard(app, body=100) if guarded else app) as (server, client):
+        client.sendall(400 * REQUEST)
+        time.sleep(SECONDS / 2)
+        assert server.server_state.connections
+        wait_until_dropped(server)
+        wait_until_idle(server)
+    assert app.calls < 100, "what was pipelined is disregarded"
+    assert problems(caplog) == []
+
+
+def test_a_refusal_that_nobody_takes(caplog: pytest.LogCaptureFixture) -> None:
+    app = Answers(LARGE)
+    with served(Guard(app, body=100)) as (server, client):
+        client.sendall(REQUEST + REQUEST.replace(b"localhost", b"stranger.example") + REQUEST)
+        time.sleep(SECONDS / 2)
+        assert server.server_state.connections
+        wait_until_dropped(server)
+        wait_until_idle(server)
+    assert app.calls == 1
+    assert problems(caplog) == []
+
+
+@pytest.mark.parametrize("request_head", [REQUEST, REQUEST[:-2] + b"Connection: close\r\n\r\n"])
+def test_one_answer_that_nobody_takes(
+    caplog: pytest.LogCaptureFixture, request_head: bytes
+) -> None:
+    """The application has answered, and the closed connection waits for its client."""
+    with served(Guard(Answers(LARGE), body=100)) as (server, client):
+        client.sendall(request_head)
+        time.sleep(SECONDS / 2)
+        assert server.server_state.connections
+        wait_until_dropped(server)
+    assert problems(caplog) == []
+
+
+def test_half_a_head_behind_an_answer_that_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.2)
+    with served(Guard(Answers(LARGE), body=100)) as (server, client):
+        client.sendall(REQUEST + b"GET / HT")
+        time.sleep(0.1)
+        assert server.server_state.connections
+        wait_until_dropped(server)
+
+
+def test_a_slow_client_gets_its_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes three times the limit, and is closed in the usual way long before it has all."""
+    set_limit(monkeypatch, 2 * SECONDS)
+    with served(Guard(Answers(LARGE), body=100)) as (_, client):
+        client.sendall(REQUEST)
+        began = time.monotonic()
+        got = 0
+        while part := client.recv(LARGE // 100):
+            got += len(part)
+            should_take = got / LARGE * 6 * SECONDS
+            time.sleep(max(0.0, began + should_take - time.monotonic()))
+        assert got > LARGE
+        assert time.monotonic() - began > 5 * SECONDS
