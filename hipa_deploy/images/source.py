@@ -238,7 +238,13 @@ class Upscaling:
         return merged_HWC[: self.height, : self.width]
 
 
-def upscaling(bundle: Bundle, image: ImageSource, *, overlap: int | None = None) -> Upscaling:
+def upscaling(
+    bundle: Bundle,
+    image: ImageSource,
+    *,
+    overlap: int | None = None,
+    most_tiles: int = MAX_TILES,
+) -> Upscaling:
     """Prepare an image to enlarge by the bundle's factor: cut into overlapping tiles.
 
     An image whose result is smaller than a tile is continued with the colours of its border, and
@@ -249,10 +255,11 @@ def upscaling(bundle: Bundle, image: ImageSource, *, overlap: int | None = None)
         image: a path, a Pillow image or an array.
         overlap: tiles share at least this many pixels of the result, at most half a tile; None is
                 an eighth.
+        most_tiles: that the image may take.
 
     Raises:
         HipaError: the image cannot be read, the bundle is for another task, the result would be
-            larger than ``MAX_UPSCALED_PIXELS`` or take more than ``MAX_TILES`` tiles, or the
+            larger than ``MAX_UPSCALED_PIXELS`` or take more than ``most_tiles`` tiles, or the
             overlap is more than half a tile.
 
     """
@@ -281,10 +288,11 @@ def upscaling(bundle: Bundle, image: ImageSource, *, overlap: int | None = None)
     padded_h = max(height, step.height)
     padded_w = max(width, step.width)
     offsets = tiles(padded_h, padded_w, step.height, step.width, overlap)
-    if len(offsets) > MAX_TILES:
+    # Before the image is enlarged: a small file of one colour can take gigabytes.
+    if len(offsets) > most_tiles:
         raise HipaError(
-            f"{width}x{height} pixels take {len(offsets)} tiles of this bundle. Expected at most "
-            f"{MAX_TILES}. Lower the overlap, or make the image smaller."
+            f"the image takes {len(offsets)} tiles of this model. Expected at most {most_tiles}. "
+            "Make it smaller. A lower overlap takes fewer tiles."
         )
 
     # The stages take complete tiles only. Repeating the border adds no edge for them to sharpen.

@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 from hipa_deploy.bundle.manifest import RefineSettings
-from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.generate.jobs.result import finished_result, merge_tiles
 from hipa_deploy.generate.jobs.withheld import Flagged
@@ -220,15 +219,10 @@ class ImageService:
         batcher.reserve(places)
         work: Work | None = None
         try:
-            jobs, merge = await self._prepared(pipe, order)
+            jobs, merge = await self._prepared(pipe, order, started)
             # An enlarged image is as many jobs as it has tiles.
             more = len(jobs) - places
             if more > 0:
-                if len(jobs) > self.limits.queue:
-                    raise HipaError(
-                        f"the image takes {len(jobs)} tiles of this model. Expected at most "
-                        f"{self.limits.queue}. Make it smaller."
-                    )
                 batcher.reserve(more)
                 places += more
             work = Work(jobs, order.model.adaptor)
@@ -241,7 +235,7 @@ class ImageService:
         assert work.ended is not None
 
         begun_encoding = time.perf_counter()
-        files = await self._in_thread(_encoded, pipe, made, merge, order, self.signer)
+        files = await self._in_thread(started, _encoded, pipe, made, merge, order, self.signer)
         encode_seconds = time.perf_counter() - begun_encoding
         self.metrics.encode_seconds.labels(order.format).observe(encode_seconds)
         self.metrics.images.labels(order.model.name).inc(len(files.files))
@@ -258,17 +252,32 @@ class ImageService:
         )
 
     async def _prepared(
-        self, pipe: OneStepPipeline, order: Order
+        self, pipe: OneStepPipeline, order: Order, started: float
     ) -> tuple[list[ImageJob], Upscaling | None]:
         """The jobs of an order; for an enlargement also what merges its tiles."""
         if order.image is None:
             # Microseconds: a thread would take longer.
             return _jobs(pipe, order, None), None
-        return await self._in_thread(_jobs_from_image, pipe, order, self.limits.pixels)
+        return await self._in_thread(started, _jobs_from_image, pipe, order, self.limits)
 
-    async def _in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
+    async def _in_thread(
+        self, started: float, function: Callable[..., Result], *arguments: Any
+    ) -> Result:
+        """What a function returns in one of the threads; nobody waits beyond the time limit."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, partial(function, *arguments))
+        result = loop.run_in_executor(self._threads, partial(function, *arguments))
+        try:
+            await asyncio.wait({result}, timeout=self._left(started))
+            if result.done():
+                return result.result()
+            raise TimeLimitError
+        finally:
+            # A function that no thread has begun is never called.
+            result.cancel()
+
+    def _left(self, started: float) -> float:
+        """Seconds that are left of the time limit."""
+        return max(0, self.limits.seconds - (time.perf_counter() - started))
 
     async def _waited_for(
         self, work: Work, batcher: Batcher, started: float, gone: Callable[[], Awaitable[None]]
@@ -277,9 +286,9 @@ class ImageService:
         images = asyncio.wrap_future(work.done)
         leaving = asyncio.ensure_future(gone())
         try:
-            left = self.limits.seconds - (time.perf_counter() - started)
+            left = self._left(started)
             either: set[asyncio.Future[Any]] = {images, leaving}
-            await asyncio.wait(either, timeout=max(0, left), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if images.done():
                 return images.result()
             raise GoneError if leaving.done() else TimeLimitError
@@ -302,11 +311,11 @@ def _jobs(pipe: OneStepPipeline, order: Order, source: Source | None) -> list[Im
 
 
 def _jobs_from_image(
-    pipe: OneStepPipeline, order: Order, most_pixels: int
+    pipe: OneStepPipeline, order: Order, limits: Limits
 ) -> tuple[list[ImageJob], Upscaling | None]:
     """Decode the uploaded images, and make jobs of them."""
     assert order.image is not None
-    image = open_upload(order.image, "image", most_pixels)
+    image = open_upload(order.image, "image", limits.pixels)
     task = pipe.bundle.manifest.task
     if task == "upscale":
         enlargement, jobs = pipe.tile_jobs(
@@ -315,6 +324,7 @@ def _jobs_from_image(
             overlap=order.overlap,
             truncate=order.truncate,
             prompt_weights=order.prompt_weights,
+            most_tiles=limits.queue,
         )
         return jobs, enlargement
     if task == "edit":
@@ -322,7 +332,7 @@ def _jobs_from_image(
             pipe.bundle, image, strength=order.strength, height=order.height, width=order.width
         )
         return _jobs(pipe, order, source), None
-    uploaded = image if order.mask is None else open_upload(order.mask, "mask", most_pixels)
+    uploaded = image if order.mask is None else open_upload(order.mask, "mask", limits.pixels)
     mask: Image.Image | np.ndarray = uploaded
     if order.alpha_mask:
         mask = mask_of_alpha(uploaded, "image" if order.mask is None else "mask")

@@ -20,7 +20,7 @@ class Limits:
         body: bytes of a request with images; one without may have ``JSON_BODY``.
         pixels: of an uploaded image.
         steps: of a refining.
-        seconds: from the arrival of a request to its last image.
+        seconds: from the arrival of a request to its encoded images.
         wait: seconds that a busy service waits for company of a batch.
         batch: images of a batch; None is the bundle's largest.
 

@@ -31,7 +31,7 @@ from hipa_deploy.generate.request import check_pairs
 from hipa_deploy.generate.runner import ClosesAtExit, Runner
 from hipa_deploy.generate.stages import Stages, Tensors, Timer
 from hipa_deploy.images.read import ImageSource
-from hipa_deploy.images.source import Source, Upscaling
+from hipa_deploy.images.source import MAX_TILES, Source, Upscaling
 from hipa_deploy.marks.marker import ImageMarker
 
 if TYPE_CHECKING:
@@ -126,17 +126,31 @@ class BatchPipeline(ClosesAtExit):
         overlap: int | None = None,
         truncate: bool = False,
         prompt_weights: bool | None = None,
+        most_tiles: int = MAX_TILES,
     ) -> tuple[Upscaling, list[ImageJob]]:
         """Check a request to enlarge an image, and make a job of each tile; see ``upscale``.
 
         ``merge_tiles`` puts the tiles together. All of them must be made with one adaptor.
+
+        Args:
+            image: as ``upscale`` takes it.
+            prompt: as ``upscale`` takes it.
+            overlap: as ``upscale`` takes it.
+            truncate: as ``upscale`` takes it.
+            prompt_weights: as ``upscale`` takes it.
+            most_tiles: that the image may take; one of more is refused before it is enlarged.
 
         Raises:
             HipaError: as ``upscale`` does.
 
         """
         return self._requests.tile_jobs(
-            image, prompt, overlap=overlap, truncate=truncate, prompt_weights=prompt_weights
+            image,
+            prompt,
+            overlap=overlap,
+            truncate=truncate,
+            prompt_weights=prompt_weights,
+            most_tiles=most_tiles,
         )
 
     def make(

@@ -80,10 +80,11 @@ class JobMaker:
         overlap: int | None,
         truncate: bool,
         prompt_weights: bool | None,
+        most_tiles: int,
     ) -> tuple[Upscaling, list[ImageJob]]:
         """Make a job of each tile of an image to enlarge; see ``OneStepPipeline.tile_jobs``."""
         check_prompts([prompt])
-        enlargement = upscaling(self._bundle, image, overlap=overlap)
+        enlargement = upscaling(self._bundle, image, overlap=overlap, most_tiles=most_tiles)
         self._marker.check_size(enlargement.height, enlargement.width)
         weights = self._prompts.reads_weights(prompt_weights)
         latent_CHW = latent_shape(self._bundle, None, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hipa_deploy.errors import HipaError
 from hipa_deploy.images.compositing import hide_hole
 from hipa_deploy.images.example_source import example_image, example_mask
 from hipa_deploy.images.png import enlarge
@@ -63,6 +64,18 @@ def test_the_border_is_repeated_beyond_a_small_image() -> None:
     upscaled = upscaling(bundle("upscale", upscale=4), example_image(8, 16))
     tile_HWC = upscaled.tiles[0].image_HWC
     np.testing.assert_array_equal(tile_HWC[32:], np.broadcast_to(tile_HWC[31], (32, 64, 3)))
+
+
+def test_too_many_tiles_are_refused_before_the_image_is_enlarged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    upscale_bundle = bundle("upscale", upscale=4)
+    small_HWC = example_image(40, 30)
+    assert len(upscaling(upscale_bundle, small_HWC, most_tiles=6).tiles) == 6
+    monkeypatch.setattr("hipa_deploy.images.source.enlarge", None)
+    words = "takes 6 tiles of this model. Expected at most 5. Make it smaller. A lower overlap"
+    with pytest.raises(HipaError, match=words):
+        upscaling(upscale_bundle, small_HWC, most_tiles=5)
 
 
 def test_the_same_picture_has_the_same_hash_and_another_shape_another() -> None:

@@ -1,0 +1,91 @@
+"""What an order may cost before its images are made: tiles, and time."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.errors import HipaError
+from hipa_deploy.serve import service as service_module
+from hipa_deploy.serve.served import Models
+from hipa_deploy.serve.service import Delivery, ImageService, Order, TimeLimitError
+from hipa_deploy.serve.settings import Limits
+
+WAIT = 60.0  # seconds, far more than anything here takes
+
+
+@contextmanager
+def serving(bundle: Bundle, limits: Limits) -> Iterator[ImageService]:
+    service = ImageService(Models([f"m={bundle.root}"]), limits)
+    service.load("onnxruntime")
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+def upload(height: int, width: int) -> io.BytesIO:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, "PNG")
+    return file
+
+
+def deliver(service: ImageService, **values: Any) -> Delivery:
+    order = Order(service.models.by_name["m"], "a green pear", **{"seeds": [0], **values})
+
+    async def stays() -> None:
+        await asyncio.Event().wait()
+
+    return asyncio.run(service.deliver(order, stays))
+
+
+def waiting(service: ImageService) -> int:
+    batcher = service.models.served[0].batcher
+    assert batcher is not None
+    return batcher.waiting
+
+
+def test_an_image_of_too_many_tiles_is_never_enlarged(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def must_not_run(*_: Any) -> None:
+        raise AssertionError("it was enlarged")
+
+    with serving(bundles["tiny-upscale"], Limits(queue=10)) as service:
+        assert len(deliver(service, image=upload(20, 20)).batches) > 1
+        monkeypatch.setattr("hipa_deploy.images.source.enlarge", must_not_run)
+        words = r"the image takes \d+ tiles of this model. Expected at most 10. Make it smaller"
+        with pytest.raises(HipaError, match=words):
+            deliver(service, image=upload(200, 400))
+        assert waiting(service) == 0
+
+
+@pytest.mark.parametrize("slow", ["_jobs_from_image", "_encoded"])
+def test_slow_work_in_a_thread_is_answered_within_the_time_limit(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    go_on = threading.Event()
+
+    def wait(*_: Any) -> None:
+        go_on.wait(WAIT)
+        raise HipaError("nobody waits for this any more")
+
+    monkeypatch.setattr(service_module, slow, wait)
+    with serving(bundles["tiny-edit"], Limits(seconds=1.0)) as service:
+        started = time.perf_counter()
+        try:
+            with pytest.raises(TimeLimitError):
+                deliver(service, image=upload(32, 32))
+            assert time.perf_counter() - started < WAIT / 2
+            assert waiting(service) == 0
+        finally:
+            go_on.set()
