@@ -189,6 +189,26 @@ def check_size(image_HWC: np.ndarray, factor: int) -> None:
         )
 
 
+def turned_upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says; one whose EXIF data is broken stays as it is.
+
+    Args:
+        image: decoded: a PNG can have its EXIF data behind its pixels.
+
+    Returns:
+        ``image`` itself where there is nothing to turn.
+
+    """
+    try:
+        # Pillow copies an image that is upright, too.
+        if image.getexif().get(_ORIENTATION, 1) == 1:
+            return image
+        return ImageOps.exif_transpose(image)
+    except _BROKEN_EXIF:
+        # As every viewer does, show the image as it is stored.
+        return image
+
+
 def _as_pillow(
     source: ImageSource, what: str, colours_of: str | None
 ) -> tuple[Image.Image, ColourSpace | None]:
@@ -254,14 +274,7 @@ def _upright(image: Image.Image, colours_of: str | None) -> tuple[Image.Image, C
         image.load()
     # Before it is turned: Pillow then writes its EXIF data anew.
     space = colour_space(image, colours_of) if colours_of is not None else None
-    try:
-        # Pillow copies an image that is upright, too.
-        if image.getexif().get(_ORIENTATION, 1) == 1:
-            return image, space
-        return ImageOps.exif_transpose(image), space
-    except _BROKEN_EXIF:
-        # As every viewer does, show the image as it is stored.
-        return image, space
+    return turned_upright(image), space
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.images.read import turned_upright
 
 Format = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[Format, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -50,6 +51,8 @@ def open_upload(file: IO[bytes], what: str, most_pixels: int) -> Image.Image:
 def mask_of_alpha(image: Image.Image, what: str) -> np.ndarray:
     """The mask of OpenAI's API, bool [H, W]: fully transparent pixels are repainted.
 
+    It is turned upright as ``read_image`` turns the image that it belongs to.
+
     Args:
         image: with an alpha channel.
         what: 'image' or 'mask', for messages.
@@ -67,7 +70,8 @@ def mask_of_alpha(image: Image.Image, what: str) -> np.ndarray:
                 f"the {what} has no alpha channel. Expected one that is transparent where the "
                 "image is to be repainted."
             )
-        alpha_HW = np.asarray(image.convert("RGBA"))[..., 3]
+        image.load()
+        alpha_HW = np.asarray(turned_upright(image).convert("RGBA"))[..., 3]
     except HipaError:
         raise
     except Exception:

@@ -120,6 +120,29 @@ def test_transparent_pixels_are_repainted(
     np.testing.assert_array_equal(pixels(answer.data[0]), expected)
 
 
+def test_a_mask_in_a_photograph_that_is_stored_lying(
+    client: openai.OpenAI, bundles: Bundles
+) -> None:
+    mask_HW = np.zeros((48, 32), np.float32)
+    mask_HW[8:20, 10:30] = 1
+    alpha_HW = np.where(mask_HW > 0, 0, 255).astype(np.uint8)
+    upright_HWC = np.dstack([example_image(48, 32, number=3), alpha_HW])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a viewer turns it clockwise
+    file = io.BytesIO()
+    Image.fromarray(np.rot90(upright_HWC).copy()).save(file, "PNG", exif=exif)
+    answer = client.images.edit(
+        image=("room.png", file.getvalue()),
+        prompt=PROMPT,
+        model="tiny-inpaint",
+        extra_body={"seed": 5},
+    )
+    with OneStepPipeline.load(bundles["tiny-inpaint"].root, "onnxruntime") as pipe:
+        source = Image.fromarray(upright_HWC)
+        expected = pipe.inpaint(source, mask_HW, PROMPT, seed=5).images_BHWC[0]
+    np.testing.assert_array_equal(pixels(answer.data[0]), expected)
+
+
 def test_an_adaptor_is_a_model_and_does_not_mix(client: openai.OpenAI, bundles: Bundles) -> None:
     names = ("tiny", "tiny:half", "tiny:double")
     with OneStepPipeline.load(bundles["tiny"].root, "onnxruntime") as pipe:
