@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from hipa_deploy.generate.noise import SEED_LIMIT
 from hipa_deploy.generate.pipeline import DEFAULT_FEATHER
@@ -16,6 +16,7 @@ Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 Count = Annotated[int, Field(ge=1, le=10_000)]
 Side = Annotated[int, Field(ge=1, le=65536)]
 Quality = Annotated[int, Field(ge=0, le=100)]
+OpenAiQuality = Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"]
 
 
 class Fields(BaseModel):
@@ -26,6 +27,13 @@ class Fields(BaseModel):
     model: ModelName | None = None
     output_format: Format = "png"
     output_compression: Quality = BEST
+
+    @field_validator("output_format", "output_compression", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+        """OpenAI's clients send null where a program passes None, as their types allow."""
+        assert info.field_name is not None
+        return cls.model_fields[info.field_name].default if value is None else value
 
 
 class OpenAiFields(Fields):
@@ -40,8 +48,9 @@ class OpenAiFields(Fields):
         output_format: of the files.
         output_compression: quality of a JPEG or WebP.
         seed: of the first image, an addition of this service; None draws one.
-        user: accepted and not used. So are ``quality``, ``style`` and ``moderation``: a one-step
-            bundle has one quality, one style, and no moderation.
+        user: accepted and not used. So are ``safety_identifier``, ``quality``, ``complexity``,
+            ``style`` and ``moderation``: a one-step bundle has one quality, one style, and no
+            moderation.
         background: pictures are opaque.
         stream: answers are not streamed: one step has nothing to show in between.
         partial_images: see ``stream``.
@@ -55,7 +64,9 @@ class OpenAiFields(Fields):
     response_format: Literal["b64_json", "url"] | None = None
     seed: Seed | None = None
     user: Annotated[str, Field(max_length=1000)] | None = None
-    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = None
+    safety_identifier: Annotated[str, Field(max_length=1000)] | None = None
+    quality: OpenAiQuality | None = None
+    complexity: Literal["low", "medium", "high"] | None = None
     style: Literal["vivid", "natural"] | None = None
     moderation: Literal["auto", "low"] | None = None
     background: Literal["auto", "opaque", "transparent"] | None = None

@@ -72,6 +72,27 @@ def test_formats(client: openai.OpenAI, kind: str) -> None:
     assert answer.output_format == kind
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"safety_identifier": "user-7", "complexity": "low", "quality": "xhigh"},
+        {"quality": "max", "complexity": "high", "user": "user-7"},
+        {"output_format": None, "output_compression": None, "quality": None, "complexity": None},
+        {"safety_identifier": None, "n": None, "size": None, "stream": None, "background": None},
+    ],
+    ids=str,
+)
+def test_options_that_change_nothing(client: openai.OpenAI, options: dict) -> None:
+    seed = {"seed": 5}
+    plain = client.images.generate(prompt=PROMPT, model="tiny", extra_body=seed)
+    answer = client.images.generate(prompt=PROMPT, model="tiny", extra_body=seed, **options)
+    assert answer.data[0].b64_json == plain.data[0].b64_json
+    assert answer.output_format == "png"
+    image = ("pear.png", png(example_image(48, 40, number=3)))
+    edited = client.images.edit(image=image, prompt=PROMPT, model="tiny-edit", **options)
+    assert len(edited.data) == 1
+
+
 def test_an_edit(client: openai.OpenAI, bundles: Bundles) -> None:
     image_HWC = example_image(48, 40, number=3)
     answer = client.images.edit(
@@ -200,6 +221,7 @@ def test_an_image_does_not_depend_on_its_company(
         ({"prompt": "pear " * 70}, openai.BadRequestError, None, "invalid_request"),
         ({"response_format": "url"}, openai.BadRequestError, "response_format", "invalid_value"),
         ({"background": "transparent"}, openai.BadRequestError, "background", "invalid_value"),
+        ({"quality": "best"}, openai.BadRequestError, "quality", "invalid_value"),
         ({"output_compression": 5}, openai.BadRequestError, "output_compression", "invalid_value"),
         ({"extra_body": {"steps": 50}}, openai.BadRequestError, "steps", "unknown_parameter"),
         ({"extra_body": {"seed": -1}}, openai.BadRequestError, "seed", "invalid_value"),

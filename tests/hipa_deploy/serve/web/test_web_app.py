@@ -1,0 +1,62 @@
+"""What browsers of other sites may ask: CORS, around the guard. No bundle is loaded."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import openai
+import pytest
+
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.serve.served import Models
+from hipa_deploy.serve.service import ImageService
+from hipa_deploy.serve.settings import Limits
+from hipa_deploy.serve.web.web_app import web_app
+
+SITE = "https://friend.example"
+
+
+def sent_by_the_client() -> set[str]:
+    """The headers that OpenAI's client adds to a request, which a browser asks for first."""
+    seen: set[str] = set()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.update(request.headers.keys())
+        return httpx.Response(200, json={"object": "list", "data": []})
+
+    client = openai.OpenAI(
+        base_url="http://localhost/v1", api_key="k", organization="o", project="p",
+        http_client=httpx.Client(transport=httpx.MockTransport(answer)),
+    )  # fmt: skip
+    client.models.list()
+    return {name for name in seen if name.startswith(("x-", "openai-"))}
+
+
+@pytest.mark.parametrize(("origin", "status"), [(SITE, 200), ("https://evil.example", 400)])
+def test_a_browser_asks_for_the_headers_of_the_client(
+    bundles: dict[str, Bundle], origin: str, status: int
+) -> None:
+    service = ImageService(Models([f"m={bundles['tiny'].root}"]), Limits())
+    app = web_app(service, origins=[SITE])
+    wanted = {"authorization", "content-type", *sent_by_the_client()}
+    assert {"x-stainless-lang", "openai-organization", "openai-project"} <= wanted
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            headers = {
+                "origin": origin,
+                "access-control-request-method": "POST",
+                "access-control-request-headers": ",".join(sorted(wanted)),
+            }
+            return await http.options("/v1/images/generations", headers=headers)
+
+    answer = asyncio.run(ask())
+    service.close()
+    assert answer.status_code == status
+    assert ("access-control-allow-origin" in answer.headers) == (status == 200)
+    if status == 200:
+        assert answer.headers["access-control-allow-origin"] == SITE
+        allowed = answer.headers["access-control-allow-headers"].lower()
+        assert wanted <= {name.strip() for name in allowed.split(",")}
