@@ -37,7 +37,9 @@ class Guard:
 
     - The Host header must be a number, 'localhost' or a name that the owner gave: otherwise a page
       of another site could reach a service on this machine by DNS rebinding.
-    - A request that a browser sends from a page of another site is refused.
+    - A request that a browser sends from a page of another site is refused. The service's own page
+      is known by its Origin, which is the Host header with a scheme. Under a name that the owner
+      gave the scheme may be https, because a proxy may add TLS.
     - With keys, every request but the health checks and the page's own files needs one.
     - Where no image can wait any more, a request for images is refused before it is parsed: in a
       flood that leaves the processor to those that were accepted. Requests that came in, and have
@@ -142,8 +144,8 @@ class Guard:
         """Refuse what a page of another site sends. Programs send no Origin at all."""
         origin = headers.one("origin")
         if origin is not None:
-            own = f"{scope['scheme']}://{headers.one('host')}".lower()
-            if origin.lower() == own or origin.lower() in self._origins:
+            own = self._own_origins(scope["scheme"], headers.one("host"))
+            if origin.lower() in own | self._origins:
                 return
         elif headers.one("sec-fetch-site") in (None, "same-origin", "none"):
             return
@@ -155,6 +157,25 @@ class Guard:
             "--allow-origin.",
             "forbidden_origin",
         )
+
+    def _own_origins(self, scheme: str, host: str | None) -> set[str]:
+        """What a browser sends as Origin from a page that this service sent under a Host header."""
+        if host is None:
+            return set()
+        origins = {f"{scheme}://{host}".lower()}
+        if self._may_have_tls(_host_name(host) or ""):
+            origins.add(f"https://{host}".lower())
+        return origins
+
+    def _may_have_tls(self, name: str) -> bool:
+        """Whether the owner gave a name, so that what answers https under it is the owner's proxy.
+
+        https://localhost can be another program of this machine, whose pages a browser lets send
+        requests to http://localhost. The same holds for numbers.
+        """
+        if _is_localhost(name) or _is_number(name):
+            return False
+        return name in self._hosts or ANY in self._hosts
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         # A browser asks without a key what it may ask with one.
@@ -341,6 +362,12 @@ def _host_name(host: str) -> str | None:
         return urlsplit(f"//{host}").hostname
     except ValueError:
         return None
+
+
+def _is_localhost(name: str) -> bool:
+    """Whether browsers take a host for their own machine without asking a name server."""
+    name = name.rstrip(".")
+    return name == "localhost" or name.endswith(".localhost")
 
 
 def _is_number(name: str) -> bool:

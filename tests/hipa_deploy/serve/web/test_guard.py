@@ -114,6 +114,57 @@ def test_pages_of_other_sites(headers: dict, method: str, status: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("gpu-box", "https://gpu-box", 200),
+        ("GPU-Box", "HTTPS://gpu-box", 200),
+        ("gpu-box:8443", "https://gpu-box:8443", 200),
+        ("gpu-box", "http://gpu-box", 200),
+        ("gpu-box", "https://gpu-box:8443", 403),
+        ("gpu-box", "https://gpu-box.evil.example", 403),
+        ("gpu-box", "https://evil.example", 403),
+        ("gpu-box", "ftp://gpu-box", 403),
+        ("gpu-box", "null", 403),
+        # DNS rebinding: the owner does not know that name.
+        ("evil.example", "https://evil.example", 421),
+        # Programs of this machine that have pages of their own.
+        ("localhost", "https://localhost", 403),
+        ("127.0.0.1:8000", "https://127.0.0.1:8000", 403),
+        ("[::1]", "https://[::1]", 403),
+        ("192.168.1.7", "https://192.168.1.7", 403),
+        ("localhost", "https://gpu-box", 403),
+        ("127.0.0.1", "https://gpu-box", 403),
+    ],
+)
+def test_the_page_behind_a_proxy_with_tls(host: str, origin: str, status: int) -> None:
+    guard = Guard(App(), hosts=["gpu-box", "other"], body=1000)
+    assert ask(guard, {"host": host, "origin": origin})[0] == status
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("any.example", "https://any.example", 200),
+        ("any.example", "https://evil.example", 403),
+        ("localhost", "https://localhost", 403),
+        ("localhost.", "https://localhost.", 403),
+        ("a.localhost", "https://a.localhost", 403),
+        ("127.0.0.1", "https://127.0.0.1", 403),
+    ],
+)
+def test_the_page_behind_a_proxy_that_checks_names(host: str, origin: str, status: int) -> None:
+    guard = Guard(App(), hosts=["*"], body=1000)
+    assert ask(guard, {"host": host, "origin": origin})[0] == status
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_a_name_of_this_machine_has_no_tls(host: str) -> None:
+    guard = Guard(App(), hosts=[host], body=1000)
+    assert ask(guard, {"host": host, "origin": f"https://{host}"})[0] == 403
+    assert ask(guard, {"host": host, "origin": f"http://{host}"})[0] == 200
+
+
+@pytest.mark.parametrize(
     ("authorization", "status"),
     [
         (None, 401), ("", 401), ("Bearer ", 401), (f"Bearer {KEY}x", 401), (f"Basic {KEY}", 401),
