@@ -84,7 +84,9 @@ def test_any_text_of_a_file_becomes_clean_prompts(text: str) -> None:
 
 def test_the_remedy_is_the_callers(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "x.csv", "id,title")
-    with pytest.raises(HipaError, match=r"It has: id, title\. Set prompts_column\. If its first line is"):
+    with pytest.raises(
+        HipaError, match=r"It has: id, title\. Set prompts_column\. If its first line is"
+    ):
         read_prompt_file(path, column_remedy="Set prompts_column.")
 
 
