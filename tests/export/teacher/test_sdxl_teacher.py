@@ -39,6 +39,9 @@ OWN = {"sampler": "dpmsolver++", "steps": 5, "guidance": 2.5}
 DDIM = {"sampler": "ddim", "steps": 4, "guidance": 7.5}
 PROMPT = "a red apple!!"  # SDXL's two tokenizers read exclamation marks differently
 
+# The export takes a minute. That of one text encoder is in test_teacher_stage.py.
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -109,7 +112,6 @@ def refined_latents(
     return seen["latents"]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(("height", "wish"), [(64, OWN), (96, DDIM), (64, {**OWN, "guidance": 1})])
 def test_final_images_are_those_of_diffusers(
     pipe: OneStepPipeline, model: Path, height: int, wish: dict[str, Any]
@@ -125,7 +127,6 @@ def test_final_images_are_those_of_diffusers(
     assert np.abs(draft.images_BHWC[0] - expected_HWC).mean() > 1
 
 
-@pytest.mark.thorough
 def test_what_the_bundle_holds(bundle: Bundle, model: Path) -> None:
     refinement = bundle.manifest.refine
     assert refinement
@@ -159,7 +160,6 @@ def test_a_folder_that_wants_the_encoded_empty_prompt(
     assert np.abs(negative_1P.numpy()).max() > 0.1
 
 
-@pytest.mark.thorough
 @torch.no_grad()
 @pytest.mark.slow
 def test_a_swap_changes_the_draft_alone(
