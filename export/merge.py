@@ -15,6 +15,7 @@ from hipa_deploy.bundle.manifest import AdaptorInfo
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, METADATA, WEIGHTS
+from hipa_deploy.models.lora.find_lora import own_name
 from hipa_deploy.models.lora.lora_file import read_lora
 from hipa_deploy.models.lora.merge_lora import merge_lora, module_names
 
@@ -57,7 +58,7 @@ def merge_adaptor(unet: UNet2DConditionModel, adaptor: Path, scale: float = 1.0)
         if layer.rank == rank:
             alphas.append(layer.scaling * rank)
     return AdaptorInfo(
-        name=adaptor.resolve().name,
+        name=own_name(adaptor),
         sha256=lora.sha256,
         rank=rank,
         alpha=max(alphas, default=1.0),

@@ -35,6 +35,7 @@ from hipa_deploy.models.configurations import (
 )
 from hipa_deploy.models.kind import listed_class
 from hipa_deploy.models.model_config import SCHEDULER, ModelConfig
+from hipa_deploy.models.text_pair import forces_zeros
 from hipa_deploy.models.weights.part_config import defaults_of, read_config
 from hipa_deploy.models.weights.weight_file import (
     SAFETENSORS,
@@ -64,6 +65,16 @@ SDXL_PARTS = {
 REFINER = ENCODERS + "0.model."
 # Tensors by which some tools mark a model of SDXL that does not predict eps in SDXL's schedule.
 MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max")
+# What a header may say of its UNet, by the names that schedulers have for it.
+PREDICTIONS = {
+    "epsilon": "epsilon",
+    "eps": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+    "v-prediction": "v_prediction",
+}
+# Ends of tensors that hold a scale of another one, which is stored in float8.
+SCALES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale", "scaled_fp8")
 TEXT = PARTS["text_encoder"] + "transformer."
 TEXT_TO_IMAGE = 4  # channels of a UNet's input: the latents
 CHANNELS = (TEXT_TO_IMAGE, 9)  # for inpainting, noise, mask and source
@@ -98,6 +109,7 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
     shapes = _read_shapes(checkpoint)
     _check_kind(checkpoint, shapes)
     config = _choose_config(checkpoint, shapes, config)
+    _check_prediction(checkpoint, config)
     status = f"reading {checkpoint.name}; the first time it becomes a diffusers folder"
     # Hashing and converting a file of several GB take a while.
     with Console(stderr=True).status(status):
@@ -168,6 +180,14 @@ def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
             "4, or 9 for inpainting. Use a text-to-image or an inpainting model."
         )
 
+    # Without their scales the weights are those of another model.
+    scales = [name for name in shapes if name.endswith(SCALES)]
+    if scales:
+        raise HipaError(
+            f"model {checkpoint} has weights in float8 with scales of their own ({scales[0]}), "
+            "which are not read. Use the model in float16, bfloat16 or float32."
+        )
+
     # Files of a UNet alone are common too: their VAE and text encoder would be random.
     for part, prefix in _parts_of(shapes).items():
         if not any(name.startswith(prefix) for name in shapes):
@@ -218,6 +238,9 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
             fitting.append(name)
     if config in fitting:
         return str(config)
+    said = _said_prediction(checkpoint)
+    if config is None and len(fitting) > 1 and said is not None:
+        fitting = [name for name in fitting if MODELS[name]["prediction_type"] == said] or fitting
 
     if width:
         got = f"its text contexts are {width} wide"
@@ -246,11 +269,42 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
     return fitting[0]
 
 
+def _said_prediction(checkpoint: Path) -> str | None:
+    """What the UNet predicts, where the file's header says it (Stability AI's ModelSpec)."""
+    if is_pickled(checkpoint):
+        return None
+    from safetensors import safe_open
+
+    with safe_open(checkpoint, "numpy") as file:
+        said = (file.metadata() or {}).get("modelspec.prediction_type")
+    return PREDICTIONS.get(str(said))
+
+
+def _check_prediction(checkpoint: Path, config: str) -> None:
+    """Check that a file does not say that it predicts something else than its configuration.
+
+    Raises:
+        HipaError: it does: every image would be wrong.
+
+    """
+    if config in MODELS:
+        expected = MODELS[config]["prediction_type"]
+    else:
+        expected = read_config(Path(config), SCHEDULER).get("prediction_type", "epsilon")
+    said = _said_prediction(checkpoint)
+    if said is not None and said != expected:
+        raise HipaError(
+            f"model {checkpoint} says that it predicts {said} (modelspec.prediction_type), and "
+            f"{config} predicts {expected}. Name the model it was made from, or a diffusers folder "
+            "with its scheduler: --config FOLDER."
+        )
+
+
 def _key(checkpoint: Path, config: str) -> str:
     """Return the name of a conversion in the cache: a hash of all that its result depends on."""
     settings = MODELS[config] if config in MODELS else folder_sha256(Path(config), "*.json")
     # 'format' is raised whenever the conversion itself changes.
-    key = {"format": 1, "checkpoint": file_sha256(checkpoint), "config": settings}
+    key = {"format": 2, "checkpoint": file_sha256(checkpoint), "config": settings}
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -331,8 +385,11 @@ def _copy_config(folder: Path, out: Path, *, has_text_pair: bool) -> None:
 
     scheduler = listed_class(read_config(folder, INDEX), "scheduler")
     values = read_config(folder, SCHEDULER)
+    index = model_index(scheduler, has_text_pair=config.has_text_pair)
+    if config.has_text_pair:
+        index["force_zeros_for_empty_prompt"] = forces_zeros(folder)
     files = {
-        INDEX: model_index(scheduler, has_text_pair=config.has_text_pair),
+        INDEX: index,
         "unet/config.json": _known(config.unet, UNet2DConditionModel),
         "vae/config.json": _known(config.vae, AutoencoderKL),
         SCHEDULER: {key: value for key, value in values.items() if key in config.scheduler},

@@ -256,14 +256,14 @@ def _only(path: Path, content: Mapping[str, Any]) -> tuple[str, Tensor]:
     return next(iter(tensors.items()))
 
 
-def add_tokens(tokenizer: CLIPTokenizerFast, embedding: Embedding) -> list[int]:
-    """Add an embedding's tokens to ``tokenizer``, in place.
+def add_tokens(tokenizer: CLIPTokenizerFast, embeddings: Sequence[Embedding]) -> list[list[int]]:
+    """Add embeddings' tokens to ``tokenizer``, in place. It must have had none added before.
 
     A prompt's word is replaced exactly as it is written, upper and lower case included, wherever it
-    stands.
+    stands. Where one word begins another, the longer one is found, whatever their order.
 
     Returns:
-        The id of each vector: the rows that the text encoder needs.
+        For each embedding the id of each vector: the rows that the text encoder needs.
 
     Raises:
         HipaError: one of the tokens is a word of the tokenizer already.
@@ -272,30 +272,36 @@ def add_tokens(tokenizer: CLIPTokenizerFast, embedding: Embedding) -> list[int]:
     from tokenizers import AddedToken, normalizers
 
     vocabulary = tokenizer.get_vocab()
-    for token in embedding.tokens:
-        if token in vocabulary or f"{token.lower()}</w>" in vocabulary:
-            raise HipaError(
-                f"--embedding {embedding.path}: {token!r} is a word of the model already. "
-                f"Give another token after a colon: {embedding.path}:<{token.strip('<>')}>."
-            )
+    for embedding in embeddings:
+        for token in embedding.tokens:
+            if token in vocabulary or f"{token.lower()}</w>" in vocabulary:
+                raise HipaError(
+                    f"--embedding {embedding.path}: {token!r} is a word of the model already. "
+                    f"Give another token after a colon: {embedding.path}:<{token.strip('<>')}>."
+                )
 
-    # Names that nobody has used yet; normalized, because they are looked for after the rules below.
     rust: Any = tokenizer.backend_tokenizer
     used = sum(1 for word in vocabulary if len(word) == 1 and ord(word) >= FIRST_NAME)
-    names = [chr(FIRST_NAME + used + number) for number in range(len(embedding.vectors_ND))]
-    rust.add_tokens([AddedToken(name, normalized=True, special=False) for name in names])
+    replacements: dict[str, str] = {}
+    ids = []
+    for embedding in embeddings:
+        # Names that nobody has used yet; normalized, because they are looked for after the rules.
+        count = len(embedding.vectors_ND)
+        names = [chr(FIRST_NAME + used + number) for number in range(count)]
+        used += count
+        rust.add_tokens([AddedToken(name, normalized=True, special=False) for name in names])
+        # TOKEN is all vectors, TOKEN_1 the second alone, as in diffusers.
+        replacements |= dict(zip(embedding.tokens[1:], names[1:], strict=True))
+        replacements[embedding.token] = "".join(names)
+        ids.append([rust.token_to_id(name) for name in names])
 
-    # TOKEN is all vectors, TOKEN_1 the second alone, as in diffusers. TOKEN is the start of TOKEN_1
-    # and so comes last. All rules come before lower-casing: a token may have capitals.
-    rules = [
-        normalizers.Replace(token, name)
-        for token, name in zip(embedding.tokens[1:], names[1:], strict=True)
-    ]
-    rules.reverse()  # TOKEN_1 is the start of TOKEN_10
-    rules.append(normalizers.Replace(embedding.token, "".join(names)))
+    # A rule takes every place where its word stands: TOKEN begins TOKEN_1, and 'bad' 'bad_hands'.
+    # All rules come before lower-casing: a token may have capitals.
+    words = sorted(replacements, key=len, reverse=True)
+    rules = [normalizers.Replace(word, replacements[word]) for word in words]
     usual = [rust.normalizer] if rust.normalizer else []
     rust.normalizer = normalizers.Sequence([*rules, *usual])
-    return [rust.token_to_id(name) for name in names]
+    return ids
 
 
 @torch.no_grad()

@@ -8,9 +8,16 @@ from typing import NamedTuple
 
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.models.weights.weight_file import LORA_FILES, PICKLED, SAFETENSORS
+from hipa_deploy.models.weights.weight_file import (
+    LORA_FILES,
+    PICKLED,
+    SAFETENSORS,
+    read_layout,
+)
 
 PEFT_CONFIG = "adapter_config.json"
+PEFT_STEM = "adapter_model"
+PEFT_KEYS = "base_model.model."
 # peft writes one folder for each part; their names are the pipeline's.
 PART_FOLDERS = ("unet", "text_encoder", "text_encoder_2")
 
@@ -78,6 +85,24 @@ def _only_file(folder: Path) -> Path:
     return found[0]
 
 
+def own_name(path: Path) -> str:
+    """What a user calls a file or folder; a file in the hub's cache is a link to a hash."""
+    name = path.absolute().name
+    return path.resolve().name if name in ("", "..") else name
+
+
+def has_peft_config(file: Path) -> bool:
+    """Whether peft's configuration lies beside ``file`` and is the file's.
+
+    A LoRA of another kind may lie in the same folder. peft's has its own name, or its own keys.
+    """
+    if not file.with_name(PEFT_CONFIG).is_file():
+        return False
+    if file.stem == PEFT_STEM or file.suffix.lower() != SAFETENSORS:
+        return file.stem == PEFT_STEM
+    return any(name.startswith(PEFT_KEYS) for name in read_layout(file))
+
+
 def lora_sha256(files: tuple[FoundFile, ...]) -> str:
     """SHA-256 of a LoRA: of its one file, or of the hashes of several, hexadecimal.
 
@@ -86,9 +111,8 @@ def lora_sha256(files: tuple[FoundFile, ...]) -> str:
     hashes = []
     for file in files:
         hashes.append(file_sha256(file.path))
-        config = file.path.with_name(PEFT_CONFIG)
-        if config.is_file():
-            hashes.append(file_sha256(config))
+        if has_peft_config(file.path):
+            hashes.append(file_sha256(file.path.with_name(PEFT_CONFIG)))
     if len(hashes) == 1:
         return hashes[0]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()

@@ -191,6 +191,9 @@ class ModuleNames:
         # attn1.processor.to_out_lora is what diffusers called the adapter of attn1.to_out.0.
         name = re.sub(r"\.processor\.(to_[qkv])$", r".\1", name)
         name = re.sub(r"\.processor\.to_out$", ".to_out.0", name)
+        # And so CLIP's attention, whose own names are others.
+        name = re.sub(r"\.self_attn\.to_([qkv])$", r".self_attn.\1_proj", name)
+        name = re.sub(r"\.self_attn\.to_out$", ".self_attn.out_proj", name)
         # CLIP's layers are in a module text_model, which some files and releases leave out.
         candidates = (name, f"{name}.0", f"text_model.{name}", name.removeprefix("text_model."))
         for candidate in candidates:

@@ -18,6 +18,7 @@ from hipa_deploy.models.lora.embeddings import (
     read_embedding,
     read_pair_embeddings,
 )
+from hipa_deploy.models.lora.find_lora import own_name
 from hipa_deploy.models.lora.lora_file import LoraFile, LoraLayer, read_lora
 from hipa_deploy.models.lora.merge_lora import merge_lora, module_names
 from hipa_deploy.models.lora.names import SECOND
@@ -79,7 +80,7 @@ class OpenStyle:
             loras.append((lora, chosen.scale))
             infos.append(
                 LoraInfo(
-                    name=chosen.path.resolve().name,
+                    name=own_name(chosen.path),
                     sha256=lora.sha256,
                     scale=chosen.scale,
                     rank=lora.rank,
@@ -124,10 +125,10 @@ class OpenStyle:
             HipaError: a token is one of the tokenizer's already.
 
         """
-        for embedding in self.embeddings:
-            if embedding.part != part:
-                continue
-            ids = add_tokens(tokenizer, embedding)
+        own = [embedding for embedding in self.embeddings if embedding.part == part]
+        if not own:
+            return
+        for embedding, ids in zip(own, add_tokens(tokenizer, own), strict=True):
             if encoder is not None:
                 add_rows(encoder, embedding, ids)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hipa_deploy.disk.reading import MIB, check_file, parse_json, read_json, shown
 from hipa_deploy.errors import HipaError, as_line, brief, first_line
-from hipa_deploy.models.lora.find_lora import PEFT_CONFIG
+from hipa_deploy.models.lora.find_lora import PEFT_CONFIG, has_peft_config
 from hipa_deploy.models.weights import pickled
 from hipa_deploy.models.weights.weight_file import SAFETENSORS
 
@@ -95,10 +95,9 @@ def _peft_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
                 "Copy or convert the file again."
             ) from None
     else:
-        beside = file.with_name(PEFT_CONFIG)
-        if not beside.is_file():
+        if not has_peft_config(file):
             return {}
-        config = read_json(beside, remedy="Copy it again.")
+        config = read_json(file.with_name(PEFT_CONFIG), remedy="Copy it again.")
     if not isinstance(config, dict):
         raise HipaError(f"{file}: its configuration is no table. Copy or convert the file again.")
     return config

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from hipa_deploy.models.single_file import (
     SDXL_PARTS,
     TEXT,
 )
+from hipa_deploy.models.text_pair import forces_zeros
 from tests.original_layout import write_checkpoint
 from tests.packaging import hub_cache
 from tests.tiny_model import make_model
@@ -75,6 +77,41 @@ def test_a_folder_of_the_other_kind_is_refused(folder: Path, tmp_path: Path) -> 
     checkpoint = write_checkpoint(sdxl, tmp_path / "mine.safetensors")
     with pytest.raises(HipaError, match="has one text encoder, and the checkpoint two"):
         model_folder(str(checkpoint), str(folder))
+
+
+def test_what_guidance_leads_away_from_is_the_folders(tmp_path: Path) -> None:
+    folder = make_sdxl(tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    for forces in (False, True):
+        index["force_zeros_for_empty_prompt"] = forces
+        (folder / "model_index.json").write_text(json.dumps(index))
+        checkpoint = write_checkpoint(folder, tmp_path / f"{forces}.safetensors")
+        assert forces_zeros(model_folder(str(checkpoint), str(folder))) is forces
+
+
+def said_to_predict(path: Path, what: str, tensors: dict[str, torch.Tensor]) -> Path:
+    save_file(tensors, path, metadata={"modelspec.prediction_type": what})
+    return path
+
+
+def test_what_the_header_says_of_the_prediction(folder: Path, tmp_path: Path) -> None:
+    stored = load_file(write_checkpoint(folder, tmp_path / "plain.safetensors"))
+    for what in ("v", "v_prediction", "something new"):
+        said = said_to_predict(tmp_path / f"{what}.safetensors", what, stored)
+        assert same_weights(folder, model_folder(str(said), str(folder)))
+    wrong = said_to_predict(tmp_path / "eps.safetensors", "epsilon", stored)
+    with pytest.raises(HipaError, match=r"says that it predicts epsilon .* predicts v_prediction"):
+        model_folder(str(wrong), str(folder))
+
+    # The two models of SD 2.x look alike but for this.
+    shapes = {**SD, CROSS_ATTENTION: (8, 1024)}
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    for what, wrong_config in (("v", "sd21-base"), ("epsilon", "sd21-v")):
+        said = said_to_predict(tmp_path / f"2-{what}.safetensors", what, tensors)
+        with pytest.raises(HipaError, match=f"says that it predicts .*, and {wrong_config}"):
+            model_folder(str(said), wrong_config)
+        with pytest.raises(HipaError, match="cannot be converted"):
+            model_folder(str(said))
 
 
 @pytest.mark.parametrize("open_clip", [False, True], ids=["sd1", "sd2"])
@@ -324,6 +361,11 @@ SD = {FIRST_LAYER: (8, 4, 3, 3), "first_stage_model.x": (1,), "cond_stage_model.
             r"2048 wide, its UNet has 1 transformers\. Name the model",
         ),
         ({**SDXL, **PAIR, "v_pred": (1,)}, None, "has the mark v_pred: it does not predict eps"),
+        (
+            {**SD, "cond_stage_model.transformer.x.scale_weight": (1,)},
+            None,
+            r"float8 with scales of their own \(cond_stage_model.*which are not read",
+        ),
         ({"unet.to_q.lora_A.weight": (4, 4)}, None, "holds LoRA weights"),
         ({"double_blocks.0.weight": (4, 4)}, None, f"has no weight {FIRST_LAYER}"),
         ({**SD, FIRST_LAYER: (8, 8, 3, 3)}, None, r"takes 8 channels \(made for editing"),

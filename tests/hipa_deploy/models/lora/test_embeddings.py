@@ -74,9 +74,10 @@ def test_contexts_are_those_of_diffusers(
 
     tokenizer = load_tokenizer(ModelConfig.read(model_dir))
     encoder = CLIPTextModel.from_pretrained(model_dir, subfolder="text_encoder")
-    for chosen in (EmbeddingChoice(path, "<Cat>"), EmbeddingChoice(other)):
-        embedding = read_embedding(chosen, WIDTH)
-        add_rows(encoder, embedding, add_tokens(tokenizer, embedding))
+    chosen = (EmbeddingChoice(path, "<Cat>"), EmbeddingChoice(other))
+    embeddings = [read_embedding(one, WIDTH) for one in chosen]
+    for embedding, ids in zip(embeddings, add_tokens(tokenizer, embeddings), strict=True):
+        add_rows(encoder, embedding, ids)
 
     for text in TEXTS:
         ids = tokenizer([text], padding="max_length", max_length=77, return_tensors="pt").input_ids
@@ -135,4 +136,4 @@ def test_a_word_that_is_taken(model_dir: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(ModelConfig.read(model_dir))
     embedding = read_embedding(EmbeddingChoice(tmp_path / "a.safetensors"), WIDTH)
     with pytest.raises(HipaError, match=r"'a' is a word of the model already\. .*:<a>\."):
-        add_tokens(tokenizer, embedding)
+        add_tokens(tokenizer, [embedding])

@@ -6,10 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
-from hipa_deploy.models.lora.find_lora import FoundFile, find_lora, lora_sha256
+from hipa_deploy.models.lora.find_lora import (
+    PEFT_CONFIG,
+    FoundFile,
+    find_lora,
+    has_peft_config,
+    lora_sha256,
+    own_name,
+)
 
 
 def touch(path: Path, content: str = "x") -> Path:
@@ -59,3 +68,29 @@ def test_the_hash_counts_every_file(tmp_path: Path) -> None:
         touch(tmp_path / "adapter_config.json", json.dumps({"lora_alpha": alpha}))
         hashes.add(lora_sha256(find_lora(tmp_path)))
     assert len(hashes) == 2
+
+
+def test_peft_s_configuration_is_of_its_own_file_alone(tmp_path: Path) -> None:
+    touch(tmp_path / PEFT_CONFIG, "{}")
+    keys = {"other": "lora_unet_x.lora_up.weight", "renamed": "base_model.model.x.lora_A.weight"}
+    for name, key in keys.items():
+        save_file({key: torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    assert not has_peft_config(tmp_path / "other.safetensors")
+    assert has_peft_config(tmp_path / "renamed.safetensors")
+    assert has_peft_config(touch(tmp_path / "adapter_model.bin"))
+    assert not has_peft_config(touch(tmp_path / "other.bin"))
+    other = tmp_path / "other.safetensors"
+    assert lora_sha256(find_lora(other)) == file_sha256(other)
+
+
+def test_a_file_in_the_hub_s_cache_has_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = touch(tmp_path / "blobs" / "0123")
+    link = tmp_path / "snapshots" / "style.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(blob)
+    assert own_name(link) == "style.safetensors"
+    monkeypatch.chdir(link.parent)
+    assert own_name(Path()) == "snapshots"
+    assert own_name(Path("..")) == tmp_path.name

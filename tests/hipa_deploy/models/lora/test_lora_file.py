@@ -80,6 +80,38 @@ class Evil:
         return exec, ("raise SystemExit('code was run')",)
 
 
+def test_a_configuration_of_another_lora_beside_it_counts_nothing(
+    parts: dict[str, torch.nn.Module], tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone" / "style.safetensors"
+    beside = tmp_path / "beside" / "style.safetensors"
+    for path in (alone, beside):
+        path.parent.mkdir()
+        save_file(pair(f"unet.{Q}", 32, 32), path)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 32}
+    beside.with_name("adapter_config.json").write_text(json.dumps(config))
+    assert_equal(merged(parts, beside), merged(parts, alone))
+
+
+def test_the_text_encoder_s_attention_as_diffusers_named_it_in_2023(
+    parts: dict[str, torch.nn.Module], tmp_path: Path
+) -> None:
+    layer = "text_model.encoder.layers.0.self_attn"
+    early: dict[str, Tensor] = {}
+    today: dict[str, Tensor] = {}
+    for old, new in (("to_q", "q_proj"), ("to_v", "v_proj"), ("to_out", "out_proj")):
+        for key, value in pair("x", 16, 16).items():
+            which = "up" if "lora_up" in key else "down"
+            early[f"text_encoder.{layer}.{old}_lora.{which}.weight"] = value
+            today[f"text_encoder.{layer}.{new}.lora_{which}.weight"] = value
+    save_file(early, tmp_path / "early.safetensors")
+    save_file(today, tmp_path / "today.safetensors")
+    got = merged(parts, tmp_path / "early.safetensors")
+    assert_equal(got, merged(parts, tmp_path / "today.safetensors"))
+    plain = parts["text_encoder"].state_dict()[f"{layer}.out_proj.weight"]
+    assert not torch.equal(got[f"text_encoder.{layer}.out_proj.weight"], plain)
+
+
 def test_a_pickled_file_runs_no_code(parts: dict[str, torch.nn.Module], tmp_path: Path) -> None:
     (tmp_path / "evil.pt").write_bytes(pickle.dumps({"x": Evil()}))
     torch.save({"x": Evil()}, tmp_path / "evil.bin")

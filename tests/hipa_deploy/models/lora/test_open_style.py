@@ -8,8 +8,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
+from transformers import CLIPTextModel
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import EmbeddingChoice, LoraChoice, Style
@@ -86,3 +88,29 @@ def test_two_embeddings_of_one_word(model_dir: Path, tmp_path: Path) -> None:
     style = Style(embeddings=(EmbeddingChoice(one), EmbeddingChoice(two)))
     with pytest.raises(HipaError, match=r"the token '<cat>_1' is that of .*one\.safetensors"):
         OpenStyle.read(style, ModelConfig.read(model_dir))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_word_that_begins_another_is_not_taken_for_it(
+    model_dir: Path, tmp_path: Path, swapped: bool
+) -> None:
+    names = ["bad_prompt_version2", "bad_prompt", "bad"]
+    if swapped:
+        names.reverse()
+    pipe = StableDiffusionPipeline.from_pretrained(model_dir)
+    choices = []
+    for name in names:
+        path = tmp_path / f"{name}.safetensors"
+        # Of one vector each: with several, diffusers takes the beginning for the word itself.
+        save_file({"emb_params": torch.randn(1, 16)}, path)
+        choices.append(EmbeddingChoice(path))
+        pipe.load_textual_inversion(str(path), token=name)
+    config = ModelConfig.read(model_dir)
+    tokenizer = load_tokenizer(config)
+    encoder = CLIPTextModel.from_pretrained(model_dir, subfolder="text_encoder")
+    OpenStyle.read(Style(embeddings=tuple(choices)), config).add_words(tokenizer, encoder)
+    for text in (*names, "a bad_prompt_version2, bad", "bad_prompt, bad_prompt_version2"):
+        ids = tokenizer([text], padding="max_length", max_length=77, return_tensors="pt").input_ids
+        expected, _ = pipe.encode_prompt(text, "cpu", 1, do_classifier_free_guidance=False)
+        with torch.no_grad():
+            torch.testing.assert_close(encoder(ids)[0], expected)
