@@ -72,7 +72,11 @@ def held_out_examples(
 
 def held_out_key(recipe: Recipe | DecoderRecipe, prompts: list[str]) -> str:
     """What the values of two measurements must have in common to be compared."""
-    text = "\n".join([str(recipe.held_out.count), *prompts])
+    parts = [str(recipe.held_out.count), *prompts]
+    # What is written may change on the way. The average, the default, is left out as before.
+    if recipe.ema_decay and recipe.written != "average":
+        parts.append(recipe.written)
+    text = "\n".join(parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

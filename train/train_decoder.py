@@ -224,7 +224,7 @@ def train_decoder(
     )
     run_steps(run, count, loss_at, watch, console)
 
-    with processes.fail_together(), run.average.applied():
+    with processes.fail_together(), run.written_weights():
         if processes.is_main:
             with replacing(out, finished_steps):
                 save(out)

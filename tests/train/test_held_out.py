@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,42 @@ def test_a_plateau_ends_the_training_and_resumes_exactly(
     # Without patience it goes on.
     train(with_held_out(patient, patience=0), model_dir, out, cache)
     assert read_metadata(out).steps_trained == 4
+
+
+def test_a_plateau_whose_result_was_not_written_takes_no_step_more(
+    watched: Recipe,
+    model_dir: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patient = with_held_out(watched, patience=2, min_delta=1.0)
+    train(patient, model_dir, tmp_path / "unbroken", cache)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    out = tmp_path / "broken"
+    with monkeypatch.context() as disk:
+        disk.setattr("hipa_deploy.train.train_adaptor.replacing", full)
+        with pytest.raises((HipaError, OSError)):
+            train(patient, model_dir, out, cache)
+    assert "stopped early at step 2" in train(patient, model_dir, out, cache)
+    assert read_metadata(out).steps_trained == 2
+    assert not differences(
+        read_weights(out / WEIGHTS), read_weights(tmp_path / "unbroken" / WEIGHTS)
+    )
+
+
+def test_another_patience_is_counted_anew(
+    watched: Recipe, model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    longer = watched.model_copy(update={"steps": 6})
+    out = tmp_path / "adaptor"
+    train(with_held_out(longer, patience=2, min_delta=1.0), model_dir, out, cache)
+    assert read_metadata(out).steps_trained == 2
+    train(with_held_out(longer, patience=3, min_delta=1.0), model_dir, out, cache)
+    assert read_metadata(out).steps_trained == 5
 
 
 def test_values_of_other_prompts_are_not_compared(tmp_path: Path) -> None:

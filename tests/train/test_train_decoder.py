@@ -151,6 +151,20 @@ def test_resumed_equals_unbroken(
         train_adaptor(adaptor_recipe, model_dir, tmp_path / "short", device="cpu")
 
 
+def test_the_last_weights_are_written_where_the_recipe_says_so(
+    decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path
+) -> None:
+    averaged = decoder_recipe.model_copy(update={"ema_decay": 0.9})
+    last = averaged.model_copy(update={"written": "last"})
+    written = {
+        recipe.written: train(recipe, model_dir, tmp_path / recipe.written)
+        for recipe in (averaged, last)
+    }
+    assert differences(written["average"], written["last"])
+    plain = train(decoder_recipe, model_dir, tmp_path / "plain")
+    assert not differences(written["last"], plain)
+
+
 def test_training_raises_the_fidelity(
     decoder_recipe: DecoderRecipe, model_dir: Path, tmp_path: Path
 ) -> None:

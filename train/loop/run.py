@@ -122,7 +122,11 @@ class Run:
         self.saved_step = self.step
         self.spent.load(state.get("training"), self.step, self.path)
         self.plateau.load(state.get("held_out"), self.path)
-        self._note_other_steps(state["identity"]["recipe"]["steps"])
+        before = state["identity"]["recipe"]
+        settings = self.recipe.held_out.model_dump(include={"patience", "min_delta"})
+        if settings.items() - before.get("held_out", {}).items():
+            self.plateau.start_again()
+        self._note_other_steps(before["steps"])
 
     def _note_other_steps(self, before: int) -> None:
         """Say what it means that the run goes on to another step than it was started for."""
@@ -222,7 +226,9 @@ class Run:
 
             # A piece counts by its rows: a mean of unequal pieces' means would favour the last one.
             weight = len(part) / len(rows)
-            self.scaler.scale(total * weight).backward()
+            # A score that is the only term gives none while it waits (score.delay).
+            if total.requires_grad:
+                self.scaler.scale(total * weight).backward()
             for name, value in {"loss": total, **terms}.items():
                 sums[name] = sums.get(name, 0) + value.detach() * weight
 
@@ -254,7 +260,9 @@ class Run:
 
         # Unscale before clipping: the limit is on the true gradient. Each group is clipped by
         # itself, so that a steep discriminator does not slow the student.
-        self.scaler.unscale_(self.optimizer)
+        moves = self._has_gradient()
+        if moves:
+            self.scaler.unscale_(self.optimizer)
         norms = []
         for group in self.optimizer.param_groups:
             norm = nn.utils.clip_grad_norm_(group["params"], settings.clip_norm)
@@ -262,8 +270,9 @@ class Run:
             group["lr"] = group.get("own_rate", rate)
         self.check_finite(loss, sum(norms))
 
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if moves:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.average.update(self.step)
@@ -272,6 +281,11 @@ class Run:
         if self.scaler.is_enabled():
             record["loss_scale"] = self.scaler.get_scale()
         return record
+
+    def _has_gradient(self) -> bool:
+        """Whether ``accumulate`` left any gradient. Without one the loss scaler cannot step."""
+        parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
+        return any(parameter.grad is not None for parameter in parameters)
 
     def follow(self, rows: Tensor, distribution: DistributionTerms) -> dict[str, float]:
         """Take the fake score's steps after one of the student, with that step's rows.

@@ -87,6 +87,10 @@ def run_steps(
         task = progress.add_task("training", total=recipe.steps, completed=run.step)
         if run.step == 0:
             measure(run, watch, trackers, console)
+        # It ended early and was stopped before its result was written.
+        if processes.any(run.plateau.ends):
+            console.print(early_end(run), highlight=False)
+            return
         while run.step < recipe.steps:
             # The step itself.
             rows = batch_rows(count, recipe.batch, recipe.seed, run.step)

@@ -98,6 +98,19 @@ def test_a_resumed_training_equals_an_unbroken_one(
 
 
 @pytest.mark.usefixtures("half_precision")
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_a_score_that_waits_and_is_alone_moves_nothing_yet(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, precision: str
+) -> None:
+    settings = {**SCORE_ALONE, "mixed_precision": precision}
+    waiting = changed(recipe, **settings | {"score": {**SCORE_ALONE["score"], "delay": 2}})
+    for steps, moved in ((2, False), (3, True)):
+        weights = train(changed(waiting, steps=steps), model_dir, tmp_path / str(steps), cache)
+        second = [weight for name, weight in weights.items() if "lora_B" in name]
+        assert any(weight.any() for weight in second) is moved
+
+
+@pytest.mark.usefixtures("half_precision")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_both_terms_in_mixed_precision_learn_nearly_the_same(
     both: Recipe, model_dir: Path, cache: Path, tmp_path: Path, precision: str
