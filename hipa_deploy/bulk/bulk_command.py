@@ -95,7 +95,8 @@ def bulk(
     elif (replicas, replica_cpus, replica_gpus) != ("1", 1.0, 0.0):
         raise HipaError("--replicas and its kin are for a Ray cluster. Give --ray too.")
     require_task(opened, "generate")
-    require_signer(opened.manifest.marks, None if c2pa is None else ContentSigner.read(c2pa))
+    signer = None if c2pa is None else ContentSigner.read(c2pa)
+    require_signer(opened.manifest.marks, signer)
     job = new_job(
         root,
         prompts,
@@ -104,6 +105,7 @@ def bulk(
         seed=seed,
         shard_size=shard_size,
         truncate=truncate,
+        signer=signer and signer.certificates_sha256,
     )
     check_writable(out)
     if out.exists() and not out.is_dir():

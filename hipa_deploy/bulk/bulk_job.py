@@ -42,6 +42,8 @@ class BulkJob(Record):
         seed: of row 0.
         shard_size: rows of a shard; the last may have fewer.
         truncate: cut prompts that are too long, in place of listing them as failures.
+        signer: SHA-256 of the certificates that sign the images; None for unsigned images, and in
+            older records.
 
     """
 
@@ -54,6 +56,7 @@ class BulkJob(Record):
     seed: int
     shard_size: int = Field(ge=1, le=MAX_SHARD)
     truncate: bool
+    signer: str | None = None
 
     @property
     def shards(self) -> int:
@@ -90,6 +93,7 @@ def new_job(
     seed: int = 0,
     shard_size: int = 1000,
     truncate: bool = False,
+    signer: str | None = None,
 ) -> BulkJob:
     """Read what is to be made.
 
@@ -128,6 +132,7 @@ def new_job(
         seed=seed,
         shard_size=shard_size,
         truncate=truncate,
+        signer=signer,
     )
 
 
@@ -141,6 +146,11 @@ def begin(job: BulkJob, out: Path) -> None:
     path = out / JOB
     if path.is_file():
         before = read_record(path, BulkJob, _REMEDY)
+        if before.signer != job.signer:
+            raise HipaError(
+                f"{out} holds images of another job: they are {_signing(before)}, now they would "
+                f"be {_signing(job)}. Use --c2pa and HIPA_C2PA as in the first run. Or: {_REMEDY}"
+            )
         for name in BulkJob.model_fields:
             if getattr(before, name) != getattr(job, name):
                 raise HipaError(
@@ -187,6 +197,11 @@ def read_rows(prompts: Path, column: str, rows: range) -> Iterator[tuple[int, st
             if number in rows:
                 yield number, cell
             number += 1
+
+
+def _signing(job: BulkJob) -> str:
+    """Who signs the images, for an error message."""
+    return "unsigned" if job.signer is None else f"signed (certificates {job.signer})"
 
 
 def _readable(path: Path) -> Any:

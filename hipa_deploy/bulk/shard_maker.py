@@ -65,7 +65,7 @@ class ShardMaker:
         c2pa: a file of key and certificates that signs the images; None signs nothing.
 
     Raises:
-        HipaError: another bundle or table than the job's, or as ``OneStepPipeline.load``.
+        HipaError: another bundle, table or signer than the job's, or as ``OneStepPipeline.load``.
 
     Example:
         >>> maker = ShardMaker(root, Path("prompts.parquet"), Path("images"), job)
@@ -82,6 +82,10 @@ class ShardMaker:
             if file_sha256(path) != known:
                 raise HipaError(f"{path} is not the job's: another file, or it was changed.")
         self._signer = None if c2pa is None else ContentSigner.read(c2pa)
+        if (self._signer and self._signer.certificates_sha256) != job.signer:
+            raise HipaError(
+                f"--c2pa is {c2pa}, which is not the job's signer. Give the file of the first run."
+            )
         self._prompts = prompts
         self._out = out
         self._job = job

@@ -7,6 +7,7 @@ stamp, no manifest and no list of revoked certificates.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -83,6 +84,11 @@ class ContentSigner:
             signer = cls(_algorithm(key), certificates, private.decode())
         signer._try(path)
         return signer
+
+    @property
+    def certificates_sha256(self) -> str:
+        """SHA-256 of the chain of certificates: who signs, without the key."""
+        return hashlib.sha256(self.certificates.encode()).hexdigest()
 
     def sign(self, content: bytes, format: ImageFormat, parameters: Mapping[str, Any]) -> bytes:
         """The image file with a signed manifest in it.

@@ -147,6 +147,58 @@ def test_another_job_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> N
         ShardMaker(root, prompts, out, job)
 
 
+def test_a_run_goes_on_with_the_same_signer_alone(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("c2pa")
+    from tests.certificates import write_chain
+
+    prompts = write_prompts(tmp_path / "p.parquet", ["a boat", "a house"])
+    out = tmp_path / "out"
+    first = write_chain(tmp_path / "first.pem")
+    arguments = (bundles["tiny"].root, prompts, "--out", out, "--shard-size", 1)
+    assert run(*arguments, "--c2pa", first) == 0
+    shard_path(out, 1).unlink()
+    capsys.readouterr()
+    assert run(*arguments) == 1
+    message = capsys.readouterr().err
+    assert "they are signed (certificates" in message
+    assert "now they would be unsigned. Use --c2pa" in message
+    assert message.count("\n") == 1
+    assert run(*arguments, "--c2pa", write_chain(tmp_path / "second.pem")) == 1
+    assert "of another job" in capsys.readouterr().err
+    assert missing_shards(BulkJob.model_validate_json((out / "job.json").read_text()), out) == [1]
+    assert run(*arguments, "--c2pa", first) == 0
+
+
+def test_a_signer_that_another_machine_has_is_refused(
+    bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    pytest.importorskip("c2pa")
+    from tests.certificates import write_chain
+
+    prompts = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    root = bundles["tiny"].root
+    job = new_job(root, prompts, backend="onnxruntime", signer="0" * 64)
+    for c2pa in (None, write_chain(tmp_path / "other.pem")):
+        with pytest.raises(HipaError, match="is not the job's signer"):
+            ShardMaker(root, prompts, tmp_path, job, c2pa)
+
+
+def test_a_record_without_a_signer_is_one_of_unsigned_images(
+    bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    root = bundles["tiny"].root
+    out = tmp_path / "out"
+    out.mkdir()
+    job = new_job(root, prompts, backend="onnxruntime")
+    (out / "job.json").write_text(job.model_dump_json(exclude={"signer"}))
+    begin(job, out)
+    with pytest.raises(HipaError, match=r"they are unsigned, now .* signed \(certificates 000"):
+        begin(new_job(root, prompts, backend="onnxruntime", signer="0" * 64), out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
