@@ -17,6 +17,7 @@ from hipa_deploy.bundle.folder import MANIFEST
 from hipa_deploy.disk.files import write_file
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.disk.reading import read_record
+from hipa_deploy.disk.remembered import file_marks
 from hipa_deploy.errors import HipaError, MissingDependencyError, as_line
 from hipa_deploy.generate.noise import check_seeds
 from hipa_deploy.generate.prompt_files import COLUMNS
@@ -98,13 +99,14 @@ def new_job(
     """Read what is to be made.
 
     Raises:
-        HipaError: a table that cannot be read, without such a column or without rows, or a number
-            out of range.
+        HipaError: a table that cannot be read, is changed meanwhile, has no such column or no rows,
+            or a number out of range.
         MissingDependencyError: pyarrow is not installed.
 
     """
     if not 1 <= shard_size <= MAX_SHARD:
         raise HipaError(f"--shard-size is {shard_size}. Expected 1 to {MAX_SHARD}.")
+    marks = file_marks(prompts)
     with _readable(prompts):
         file = _parquet().ParquetFile(prompts)
     names = list(file.schema_arrow.names)
@@ -123,7 +125,7 @@ def new_job(
     if not 1 <= rows <= MAX_ROWS:
         raise HipaError(f"prompts {prompts} has {rows} rows. Expected 1 to {MAX_ROWS}.")
     check_seeds(seed, rows)
-    return BulkJob(
+    job = BulkJob(
         bundle=file_sha256(bundle / MANIFEST),
         backend=backend,
         prompts=file_sha256(prompts),
@@ -134,6 +136,10 @@ def new_job(
         truncate=truncate,
         signer=signer,
     )
+    # The number of rows and the hash must be those of one content.
+    if file_marks(prompts) != marks:
+        raise HipaError(f"prompts {prompts} was changed while it was read. Run the command again.")
+    return job
 
 
 def begin(job: BulkJob, out: Path) -> None:

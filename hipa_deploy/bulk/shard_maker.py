@@ -22,6 +22,7 @@ from hipa_deploy.bulk.bulk_job import BulkJob, failures_path, read_rows, shard_p
 from hipa_deploy.bundle.folder import MANIFEST
 from hipa_deploy.disk.files import write_file
 from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.remembered import file_marks
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.batch_sizes import cut
 from hipa_deploy.generate.jobs.image_job import ImageJob
@@ -77,6 +78,8 @@ class ShardMaker:
     def __init__(
         self, bundle: Path, prompts: Path, out: Path, job: BulkJob, c2pa: Path | None = None
     ) -> None:
+        # Before the hash: a change while the file is read changes the marks too.
+        self._marks = file_marks(prompts)
         # On another machine of a cluster, the same path may hold something else.
         for path, known in ((bundle / MANIFEST, job.bundle), (prompts, job.prompts)):
             if file_sha256(path) != known:
@@ -102,9 +105,11 @@ class ShardMaker:
         """Make a shard. Its file appears when it is whole.
 
         Raises:
-            HipaError: the table or the backend fails. A row that fails alone is listed.
+            HipaError: the table was changed since the start, or the table or the backend fails. A
+                row that fails alone is listed.
 
         """
+        self._check_table()
         failures: list[dict[str, object]] = []
         target = shard_path(self._out, shard)
         part = target.with_name(f".{target.name}.part")
@@ -118,6 +123,8 @@ class ShardMaker:
                     _add(tar, f"{row:09d}.png", content)
                     _add(tar, f"{row:09d}.txt", prompt.encode())
                     images += 1
+            self._check_table()
+            self._check_count(shard, images + len(failures))
             with part.open("rb") as written:
                 os.fsync(written.fileno())
             listed = failures_path(self._out, shard)
@@ -131,6 +138,30 @@ class ShardMaker:
         finally:
             part.unlink(missing_ok=True)
         return ShardReport(shard, images, len(failures))
+
+    def _check_table(self) -> None:
+        """Raise HipaError where the table does not hold the job's rows any more."""
+        marks = file_marks(self._prompts)
+        if marks == self._marks:
+            return
+        # A backup may link to the file, and that changes its marks: only the content counts.
+        if marks is None or file_sha256(self._prompts) != self._job.prompts:
+            raise HipaError(
+                f"prompts {self._prompts} was changed or removed during the run. The finished "
+                "shards are right, and are kept. Bring the file of the start back and run the "
+                "command again, or choose another --out for the changed file."
+            )
+        self._marks = marks
+
+    def _check_count(self, shard: int, count: int) -> None:
+        """Raise HipaError where a shard has not as many images and failures as rows."""
+        expected = len(self._job.rows_of(shard))
+        if count != expected:
+            raise HipaError(
+                f"shard {shard} has {count} rows. Expected {expected}. prompts {self._prompts} is "
+                "damaged, or was changed. The finished shards are kept. Write the file again as it "
+                "was at the start, and run the command again."
+            )
 
     def _images(
         self, shard: int, failures: list[dict[str, object]]

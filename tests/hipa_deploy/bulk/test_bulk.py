@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +129,78 @@ def test_a_shard_that_stops_half_way_leaves_no_file(
     maker.close()
     assert missing_shards(job, tmp_path) == [0]
     assert [path.name for path in tmp_path.iterdir()] == ["p.parquet"]
+
+
+@pytest.mark.parametrize("prompts", [["a house"] * 4, ["a boat"], ["a boat"] * 6])
+def test_a_table_that_is_changed_between_two_shards_stops_the_run(
+    prompts: list[str | None], bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    path = write_prompts(tmp_path / "p.parquet", ["a boat"] * 4)
+    job = new_job(bundles["tiny"].root, path, backend="onnxruntime", shard_size=2)
+    maker = ShardMaker(bundles["tiny"].root, path, tmp_path, job)
+    assert maker.make(0).images == 2
+    before = shard_path(tmp_path, 0).read_bytes()
+    write_prompts(path, prompts)
+    with pytest.raises(HipaError, match=r"changed or removed during the run.* are kept"):
+        maker.make(1)
+    assert missing_shards(job, tmp_path) == [1]
+    assert shard_path(tmp_path, 0).read_bytes() == before
+    path.unlink()
+    with pytest.raises(HipaError, match="changed or removed"):
+        maker.make(1)
+    # The same content in another file is the job's.
+    write_prompts(path, ["a boat"] * 4)
+    assert maker.make(1).images == 2
+    maker.close()
+    assert sorted(one.name for one in tmp_path.iterdir()) == [
+        "p.parquet", "shard-000000.tar", "shard-000001.tar"
+    ]  # fmt: skip
+
+
+def test_a_table_that_is_changed_within_a_shard_stops_the_run(
+    bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_prompts(tmp_path / "p.parquet", ["a boat", None])
+    job = new_job(bundles["tiny"].root, path, backend="onnxruntime")
+    maker = ShardMaker(bundles["tiny"].root, path, tmp_path, job)
+    make = maker._pipe.make
+
+    def changes(*arguments: Any) -> Any:
+        write_prompts(path, ["a house", None])
+        return make(*arguments)
+
+    monkeypatch.setattr(maker._pipe, "make", changes)
+    with pytest.raises(HipaError, match="changed or removed during the run"):
+        maker.make(0)
+    maker.close()
+    assert [one.name for one in tmp_path.iterdir()] == ["p.parquet"]
+
+
+def test_a_shard_without_all_of_its_rows_is_not_kept(
+    bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    path = write_prompts(tmp_path / "p.parquet", ["a boat"] * 3)
+    job = new_job(bundles["tiny"].root, path, backend="onnxruntime", shard_size=3)
+    longer = job.model_copy(update={"rows": 5})
+    maker = ShardMaker(bundles["tiny"].root, path, tmp_path, longer)
+    assert maker.make(0).images == 3
+    with pytest.raises(HipaError, match=r"shard 1 has 0 rows\. Expected 2\."):
+        maker.make(1)
+    maker.close()
+    assert missing_shards(longer, tmp_path) == [1]
+
+
+def test_a_table_that_is_changed_before_it_is_hashed_is_no_job(
+    bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_prompts(tmp_path / "p.parquet", ["a boat"] * 3)
+
+    def changes(seed: int, rows: int) -> None:
+        write_prompts(path, ["a boat"] * 5)
+
+    monkeypatch.setattr("hipa_deploy.bulk.bulk_job.check_seeds", changes)
+    with pytest.raises(HipaError, match="was changed while it was read"):
+        new_job(bundles["tiny"].root, path, backend="onnxruntime")
 
 
 def test_another_job_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
