@@ -20,7 +20,7 @@ from hipa_deploy.disk.reading import read_record
 from hipa_deploy.disk.remembered import file_marks
 from hipa_deploy.errors import HipaError, MissingDependencyError, as_line
 from hipa_deploy.generate.noise import check_seeds
-from hipa_deploy.generate.prompt_files import COLUMNS
+from hipa_deploy.generate.prompt_files import COLUMNS, is_text
 from hipa_deploy.record import Record
 
 JOB = "job.json"
@@ -118,9 +118,12 @@ def new_job(
             f"prompts {prompts} has no column {expected}. It has: {', '.join(names) or 'none'}. "
             "Name it with --column."
         )
-    kind = str(file.schema_arrow.field(found).type)
-    if "string" not in kind:
-        raise HipaError(f"prompts {prompts}: column {found!r} is {kind}. Expected text.")
+    kind = file.schema_arrow.field(found).type
+    if not is_text(kind):
+        raise HipaError(
+            f"prompts {prompts}: column {found!r} is {kind}. Expected text, one in each row. "
+            "Name another column with --column, or write the table anew."
+        )
     rows = file.metadata.num_rows
     if not 1 <= rows <= MAX_ROWS:
         raise HipaError(f"prompts {prompts} has {rows} rows. Expected 1 to {MAX_ROWS}.")

@@ -289,12 +289,25 @@ def _readable(path: Path, how: str) -> Iterator[None]:
         yield
 
 
-def _check_text(path: Path, kind: Any) -> None:
-    """Raise HipaError unless a column's type in Arrow is text, as it is or in a dictionary."""
+def is_text(kind: Any) -> bool:
+    """Whether a column's type in Arrow is text, as it is or in a dictionary.
+
+    Example:
+        >>> is_text(pyarrow.list_(pyarrow.string()))
+        False
+
+    """
     types = _pyarrow("pyarrow.types")
     if types.is_dictionary(kind):
         kind = kind.value_type
-    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
+    # Version 14 of pyarrow, the oldest that we accept, has no views.
+    is_view = hasattr(types, "is_string_view") and types.is_string_view(kind)
+    return bool(is_view or types.is_string(kind) or types.is_large_string(kind))
+
+
+def _check_text(path: Path, kind: Any) -> None:
+    """Raise HipaError unless a column's type in Arrow is text, or the column is empty."""
+    if not (is_text(kind) or _pyarrow("pyarrow.types").is_null(kind)):
         raise HipaError(f"prompts {path}: a caption is of type {kind}. Expected a column of text.")
 
 

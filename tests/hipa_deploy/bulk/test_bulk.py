@@ -56,6 +56,20 @@ def content(path: Path) -> dict[str, bytes]:
         return {entry.name: tar.extractfile(entry).read() for entry in tar}  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_every_kind_of_text(kind: str, bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    cells = pyarrow.array(["a boat", None, "a boat"])
+    if kind == "dictionary":
+        cells = cells.dictionary_encode()
+    elif hasattr(pyarrow, kind):
+        cells = cells.cast(getattr(pyarrow, kind)())
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table({"caption": cells}), path)
+    assert new_job(bundles["tiny"].root, path, backend="onnxruntime").rows == 3
+    expected = [(0, "a boat"), (1, None), (2, "a boat")]
+    assert list(read_rows(path, "caption", range(3))) == expected
+
+
 @pytest.mark.parametrize("rows", [range(7), range(2, 5), range(6, 7), range(3, 4)])
 def test_rows_of_any_group(rows: range, tmp_path: Path) -> None:
     path = write_prompts(tmp_path / "p.parquet", PROMPTS)
@@ -277,6 +291,8 @@ def test_a_record_without_a_signer_is_one_of_unsigned_images(
     [
         (["--column", "title"], "no column 'title'"),
         (["--column", "number"], "is int64. Expected text"),
+        (["--column", "several"], ": string>. Expected text, one in each row"),
+        (["--column", "parts"], "is struct<text: string>. Expected text"),
         (["--shard-size", "0"], "--shard-size is 0"),
         (["--seed", "-1"], "seed -1"),
         (["--backend", "magic"], "is unknown"),
@@ -291,7 +307,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    prompts = write_prompts(tmp_path / "p.parquet", PROMPTS)
+    prompts = tmp_path / "p.parquet"
+    columns = {"caption": ["a boat"], "number": [1], "several": [["a", "b"]]}
+    parquet.write_table(pyarrow.table({**columns, "parts": [{"text": "a"}]}), prompts)
     assert run(bundles["tiny"].root, prompts, "--out", tmp_path / "out", *arguments) == 1
     message = capsys.readouterr().err
     assert words in message

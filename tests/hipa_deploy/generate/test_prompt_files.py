@@ -4,6 +4,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,10 +25,11 @@ def write_csv(path: Path, header: str = "id,caption") -> Path:
     return path
 
 
-def write_parquet(path: Path, name: str = "caption", cells: list | None = None) -> Path:
+def write_parquet(path: Path, name: str = "caption", cells: Any = None) -> Path:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pa.table({"id": [1, 2, 3], name: cells or [*CATS, None]}), path)
+    cells = [*CATS, None] if cells is None else cells
+    parquet.write_table(pa.table({"id": [1, 2, 3], name: cells}), path)
     return path
 
 
@@ -103,6 +105,15 @@ def test_parquet(tmp_path: Path) -> None:
     assert read_prompt_file(write_parquet(tmp_path / "x.parquet", "title"), "title") == CATS
 
 
+@pytest.mark.parametrize("kind", ["large_string", "string_view"])
+def test_other_kinds_of_text(kind: str, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    if not hasattr(pa, kind):
+        pytest.skip(f"this pyarrow has no {kind}")
+    cells = pa.array([*CATS, None], getattr(pa, kind)())
+    assert read_prompt_file(write_parquet(tmp_path / "x.parquet", cells=cells)) == CATS
+
+
 def test_a_folder_of_datasets(tmp_path: Path) -> None:
     assert read_prompt_file(write_dataset(tmp_path / "one")) == CATS
     write_dataset(tmp_path / "splits" / "train")
@@ -166,6 +177,11 @@ def damaged(path: Path, content: bytes = b"no") -> Path:
             lambda p: write_parquet(p / "x.parquet", cells=[1, 2, 3]),
             None,
             "a caption is of type int64. Expected",
+        ),
+        (
+            lambda p: write_parquet(p / "x.parquet", cells=[["a"], ["b", "c"], None]),
+            None,
+            "a caption is of type list<",
         ),
         (lambda p: p, None, "has no readable state.json"),
         (
