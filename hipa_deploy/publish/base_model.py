@@ -6,11 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from hipa_deploy.bundle.manifest import ModelInfo
 from hipa_deploy.embedded import MODEL, NAME
 from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.models.adaptor_folder import AdaptorMetadata
 from hipa_deploy.models.locate import model_folder, model_name
-from hipa_deploy.models.weights.weight_identity import has_identity
+from hipa_deploy.models.weights.weight_identity import has_identity, hint_of_0_1_0
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # an identifier of the hub, such as openrail++
@@ -101,21 +102,31 @@ def base_of_adaptor(
 
 
 def base_of_bundle(
-    name: str, model: str | None, hub_id: str | None, licence: str | None
+    info: ModelInfo, model: str | None, hub_id: str | None, licence: str | None
 ) -> BaseModel:
-    """The base model of a bundle, whose manifest has its ``name``.
+    """The base model of a bundle.
 
     Args:
-        name: the base model's name in the manifest.
+        info: the base model in the bundle's manifest.
         model: the value of --model; None leaves the licence to ``licence``.
         hub_id: the value of --base-model.
         licence: the value of --license.
 
     Raises:
-        HipaError: the model is missing.
+        HipaError: the model is missing, has no weights, or is another than the bundle's.
 
     """
-    return _base(name, model_folder(model) if model else None, hub_id, licence)
+    if model is None:
+        return _base(info.name, None, hub_id, licence)
+    folder = model_folder(model)
+    # Another model may have another licence.
+    if not has_identity(folder / "unet", info.sha256):
+        raise HipaError(
+            f"the bundle was exported from another base model than {model} (UNet hashes differ). "
+            f"Give --model as for the export: {info.name}. Or omit --model, and give --license."
+            f"{hint_of_0_1_0(info.sha256)}"
+        )
+    return _base(info.name, folder, hub_id, licence)
 
 
 def _base(name: str, folder: Path | None, hub_id: str | None, licence: str | None) -> BaseModel:

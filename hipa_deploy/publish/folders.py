@@ -169,8 +169,8 @@ def _open_bundle(folder: Path, wishes: Wishes) -> Publication:
     adaptor = bundle.manifest.adaptor
     merged = None if adaptor is None else adaptor.sha256
     report = read_reports(wishes.reports, Subject(merged, bundle.sha256))
-    name = bundle.manifest.base_model.name
-    base = base_of_bundle(name, wishes.model, wishes.base_model, wishes.licence)
+    info = bundle.manifest.base_model
+    base = base_of_bundle(info, wishes.model, wishes.base_model, wishes.licence)
     _check_free(folder, bundle.manifest.files)
 
     def finish(published: Path) -> str:

@@ -100,6 +100,32 @@ def test_the_card_of_a_bundle_that_refines(tmp_path: Path) -> None:
     assert (out / "tokenizer_2/tokenizer.json").is_file()
 
 
+def test_the_licence_of_the_base_model(model_with_licence: Path, tmp_path: Path) -> None:
+    out = written("emoji-bundle", tmp_path / "out", model=str(model_with_licence))
+    assert front_matter(out)["license"] == "openrail++"
+
+
+def test_another_base_model_is_refused(model_with_licence: Path, tmp_path: Path) -> None:
+    """Its licence would be in the card."""
+    path = next((model_with_licence / "unet").glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(HipaError, match=r"from another base model than .*my-model") as error:
+        written("emoji-bundle", tmp_path / "out", model=str(model_with_licence))
+    assert "Give --model as for the export: emoji. Or omit --model" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_model_card_without_weights_is_no_base_model(tmp_path: Path) -> None:
+    """As for an adaptor: nothing shows that the card is the base model's."""
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "README.md").write_text("---\nlicense: mit\n---\n")
+    with pytest.raises(HipaError, match=r"unet does not exist"):
+        written("emoji-bundle", tmp_path / "out", model=str(tmp_path / "card"))
+
+
 def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(BUNDLE, tmp_path / "bundle"))
     (bundle / "unet" / "weights.json").write_text("{}")
