@@ -105,7 +105,7 @@ def bulk(
         seed=seed,
         shard_size=shard_size,
         truncate=truncate,
-        signer=signer and signer.certificates_sha256,
+        signer=None if signer is None else signer.certificates_sha256,
     )
     check_writable(out)
     if out.exists() and not out.is_dir():
