@@ -261,7 +261,7 @@ class StageBuild:
             )
 
     def _time(self, path: Path, key: EngineKey) -> float:
-        spec = self.bundle.stages[self.stage].spec
+        spec = self.bundle.all_stages[self.stage].spec
         if key.barriers:
             return time_engine(path, spec, key.flavour, key.barriers)
         return time_engine(path, spec, key.flavour)

@@ -10,15 +10,19 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hipa_deploy import embedded
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import TEACHER_STAGE
+from hipa_deploy.bundle.reference import TEACHER_TENSORS
 from hipa_deploy.commands.app import main
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.doctor.examine import examine
 from hipa_deploy.engines.build import build_stage, engine_check
 from hipa_deploy.engines.build.build_stage import BuiltEngine, StageBuild, sidecar_path
-from hipa_deploy.engines.build.suspects import bisect_stage
+from hipa_deploy.engines.build.suspects import bisect_stage, onnxruntime_run
 from hipa_deploy.engines.store.diagnose import diagnose
 from hipa_deploy.engines.store.engine_key import EngineKey, key_for
 from hipa_deploy.engines.store.select import select_engine
@@ -28,6 +32,7 @@ from hipa_deploy.engines.targets.target import Target, binding
 from hipa_deploy.errors import HipaError
 from tests.engines.build.faulty_tensorrt import FaultyTensorRT
 from tests.engines.engine_samples import ORIN
+from tests.refine_samples import refine_bundle
 
 STAGE = "text_encoder"
 KEY_PROJECTION = "val_94"
@@ -42,21 +47,28 @@ def bundle(tmp_path: Path) -> Bundle:
     return Bundle.open(root)
 
 
-def key_of(bundle: Bundle, version: str = VERSION, gpu=ORIN) -> EngineKey:
+def key_of(bundle: Bundle, version: str = VERSION, gpu=ORIN, stage: str = STAGE) -> EngineKey:
     target = Target(name="t", compute_capabilities=(gpu.sm,), **binding("tensorrt", gpu))
-    return key_for(bundle, STAGE, "tensorrt", version, target, BuildOptions())
+    return key_for(bundle, stage, "tensorrt", version, target, BuildOptions())
 
 
-def build(bundle: Bundle, repair: bool = True, key: EngineKey | None = None, **more) -> BuiltEngine:
+def build(
+    bundle: Bundle,
+    repair: bool = True,
+    key: EngineKey | None = None,
+    stage: str = STAGE,
+    best_of: int = 1,
+    **more,
+) -> BuiltEngine:
     folder = bundle.root / "engines" / "tensorrt-t"
     folder.mkdir(parents=True, exist_ok=True)
     return StageBuild(
         bundle=bundle,
-        stage=STAGE,
-        key=key or key_of(bundle),
+        stage=stage,
+        key=key or key_of(bundle, stage=stage),
         folder=folder,
         options=BuildOptions(),
-        best_of=1,
+        best_of=best_of,
         repair=repair,
         reporter=lambda number: lambda event: None,
         **more,
@@ -165,6 +177,46 @@ def test_a_wrong_fusion_is_broken_by_an_output(bundle, monkeypatch):
     found = diagnose(path)
     assert found.repairs == "outputs val_95"
     assert "1.00 ms" in found.attempts[1]
+
+
+def refining_bundle(folder: Path) -> Bundle:
+    """The bundle that refines, with a reference of its base UNet, which the archive has not."""
+    bundle = refine_bundle(folder)
+    sizes = {"batch": 1}
+    feed = {}
+    rng = np.random.default_rng(0)
+    for tensor in bundle.all_stages[TEACHER_STAGE].spec.inputs:
+        feed[tensor.name] = rng.uniform(0, 2, tensor.at(sizes)).astype(tensor.dtype)
+    outputs = onnxruntime_run(bundle.stage_path(TEACHER_STAGE), feed)(())
+    path = bundle.root / TEACHER_TENSORS
+    np.savez(path, **feed, **outputs)
+    files = {**bundle.manifest.files, TEACHER_TENSORS: file_sha256(path)}
+    return Bundle(bundle.root, bundle.manifest.model_copy(update={"files": files}))
+
+
+def test_a_base_unet_that_fails_is_mended_or_kept_apart(tmp_path, monkeypatch):
+    """It is timed as the stages of the path are."""
+    bundle = refining_bundle(tmp_path)
+    weight = "unet.conv_in.weight"
+    fake = FaultyTensorRT(lambda job: [] if job.fp32 else [weight])
+    fake.install(monkeypatch)
+    key = key_of(bundle, "10.3.0", stage=TEACHER_STAGE)
+    with pytest.warns(RuntimeWarning, match="float32 in attention"):
+        mended = build(bundle, key=key, stage=TEACHER_STAGE)
+    assert [attempt.check.outcome for attempt in mended.sidecar.attempts] == ["failed", "passed"]
+    assert all(attempt.latency_ms > 0 for attempt in mended.sidecar.attempts)
+    shutil.rmtree(mended.path.parent)
+
+    fake.wrong_weights = lambda job: [weight]
+    with pytest.raises(HipaError, match=r"^teacher: the engine is wrong: out_sample "):
+        build(bundle, stage=TEACHER_STAGE, repair=False)
+    assert files(bundle) == {".rejected", ".rejection"}
+
+
+def test_the_fastest_of_several_base_unets_is_kept(tmp_path, monkeypatch):
+    tensorrt(monkeypatch)
+    built = build(refine_bundle(tmp_path), stage=TEACHER_STAGE, best_of=2)
+    assert len(built.sidecar.candidates_ms) == 2
 
 
 def test_the_same_fault_in_every_layer_gets_an_output_in_every_layer(bundle, monkeypatch):
