@@ -19,7 +19,7 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import TEACHER_STAGE, Stage
 from hipa_deploy.engines.backends.available import Device
 from hipa_deploy.engines.targets.build_options import BuildOptions
-from hipa_deploy.engines.targets.memory_needs import Need, Place, elsewhere, this_machine
+from hipa_deploy.engines.targets.memory_needs import Need, Place, Verdict, elsewhere, this_machine
 from hipa_deploy.engines.targets.run_memory import (
     TEXT_STAGES,
     StageSize,
@@ -49,6 +49,15 @@ SMALL_WORKSPACE_MIB = 256
 TINY_WEIGHTS_MIB = 3
 TINY_BYTES_PER_PIXEL = 384
 DECODER_STAGE = "vae_decoder"
+
+# From the best to the worst.
+_VERDICTS: tuple[Verdict, ...] = (
+    "fits",
+    "unknown",
+    "fits with swap",
+    "fits with --low-memory",
+    "does not fit",
+)
 
 
 class StageMemory(Record):
@@ -186,7 +195,7 @@ class _Case:
         )
 
     def needs(self) -> list[Need]:
-        """What the build of the largest stage takes, and the run of all stages."""
+        """What the build of the stages takes, and the run of all stages."""
         found = self._building()
         for need in (self._running(), self._refining()):
             if need is not None:
@@ -204,18 +213,21 @@ class _Case:
         if not stages:
             return []
         place = self.build_place
-        largest = max(stages, key=lambda stage: stage.build_host + (stage.build_gpu or 0))
-        if largest.build_gpu is None:
-            return [_host_need("building", place, largest.build_host, 0)]
-
         # On a Jetson host and GPU take from one memory, so their parts add up to one need.
-        on_gpu = largest.build_gpu + RUNTIME_MIB
         if place.shared:
-            return [_host_need("building", place, largest.build_host, on_gpu)]
-        return [
-            _host_need("building", place, largest.build_host, 0),
-            _gpu_need("building", place, on_gpu),
-        ]
+            return [max(map(self._building_in_shared_memory, stages), key=_severity)]
+
+        # Elsewhere the two memories may be filled most by different stages.
+        host = max(stage.build_host for stage in stages)
+        found = [_host_need("building", place, host, 0)]
+        on_gpu = [stage.build_gpu for stage in stages if stage.build_gpu is not None]
+        if on_gpu:
+            found.append(_gpu_need("building", place, max(on_gpu) + RUNTIME_MIB))
+        return found
+
+    def _building_in_shared_memory(self, stage: StageMemory) -> Need:
+        on_gpu = 0 if stage.build_gpu is None else stage.build_gpu + RUNTIME_MIB
+        return _host_need("building", self.build_place, stage.build_host, on_gpu)
 
     def _running(self) -> Need | None:
         place = self.run_place
@@ -345,7 +357,7 @@ def plan_stages(
 
 
 def _ways(case: _Case, tiny: StageSize | None) -> list[Way]:
-    """What would make each need smaller that does not fit, and last all of that together."""
+    """What would help each need that does not fit, and last all of that together."""
     changes: list[tuple[str, Callable[[_Case], _Case]]] = []
     if (case.options.workspace_mib or 0) > SMALL_WORKSPACE_MIB:
         changes.append((f"--workspace {SMALL_WORKSPACE_MIB}", _small_workspace))
@@ -366,7 +378,7 @@ def _ways(case: _Case, tiny: StageSize | None) -> list[Way]:
         smaller = []
         for words, change in changes:
             found = _same_need(change(case), need)
-            if found.need < need.need:
+            if _severity(found) < _severity(need):
                 smaller.append(Way(change=words, need=found))
         if need.low_memory is not None:
             smaller.append(Way(change="--low-memory", need=_with_low_memory(need)))
@@ -376,7 +388,8 @@ def _ways(case: _Case, tiny: StageSize | None) -> list[Way]:
         over = need.need - (need.have or 0)
         if need.swap < over <= need.pageable:
             gib = math.ceil(over / 1024)
-            swapped = need.model_copy(update={"swap": gib * 1024})
+            # Another stage may have too little that swap can hold.
+            swapped = _same_need(_with_swap(gib * 1024, case), need)
             smaller.append(Way(change=f"{gib} GiB of swap", need=swapped))
         ways += smaller
     return ways
@@ -396,6 +409,10 @@ def _with_low_memory(need: Need) -> Need:
 def _small_workspace(case: _Case) -> _Case:
     options = case.options.model_copy(update={"workspace_mib": SMALL_WORKSPACE_MIB})
     return replace(case, options=options)
+
+
+def _with_swap(swap_mib: int, case: _Case) -> _Case:
+    return replace(case, build_place=case.build_place.model_copy(update={"swap": swap_mib}))
 
 
 def _with_tiny(tiny: StageSize, case: _Case) -> _Case:
@@ -474,6 +491,12 @@ def _host_need(what: str, place: Place, pageable: int, pinned: int) -> Need:
 
 def _gpu_need(what: str, place: Place, need: int) -> Need:
     return Need(what=f"{what}: GPU memory", where=place.name, need=need, have=place.gpu)
+
+
+def _severity(need: Need) -> tuple[int, int]:
+    """Orders needs: the worst verdict counts most, then the size."""
+    # Swap holds the host's part alone, so a smaller need may fit worse than a larger one.
+    return _VERDICTS.index(need.verdict), need.need
 
 
 def _disk_need(bundle: Bundle, stages: tuple[StageMemory, ...]) -> Need:

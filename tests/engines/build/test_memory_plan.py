@@ -253,6 +253,41 @@ def test_what_would_fit_is_listed_with_its_figure():
         planned.refuse_misfits()
 
 
+def with_decoder(activations: int) -> tuple[StageSize, ...]:
+    """SD 1.5 with another decoder, as at a larger batch."""
+    return (*SD15[:-1], StageSize(stage="vae_decoder", weights=95, activations=activations))
+
+
+def test_each_of_two_memories_has_its_largest_stage():
+    """The UNet takes the most of the host, and the decoder of the GPU."""
+    planned = plan_stages(
+        with_decoder(4000), NAMES, "tensorrt", None, BuildOptions(), machine(RTX_4090)
+    )
+    host, gpu = planned.needs[:2]
+    assert host.need == round(HOST_BASE_MIB + HOST_PER_WEIGHT * 1640)
+    assert gpu.need == 95 + 4000 + RUNTIME_MIB
+
+
+def test_in_one_memory_the_stage_counts_that_swap_can_hold_least_of():
+    """The UNet takes more, and swap holds most of that."""
+    planned = plan_sd15(sizes=with_decoder(6000), swap_mib=4096)
+    (building,) = planned.misfits[:1]
+    host = round(HOST_BASE_MIB + HOST_PER_WEIGHT * 95)
+    assert (building.need, building.pageable) == (host + 95 + 6000 + RUNTIME_MIB, host)
+    ways = {way.change: way.need for way in planned.ways if way.need.what == building.what}
+    assert list(ways) == ["hipa-export --decoder tiny"]
+    # Then the UNet counts.
+    assert ways["hipa-export --decoder tiny"].need > building.need
+    assert ways["hipa-export --decoder tiny"].verdict == "fits with swap"
+
+
+def test_swap_is_no_remedy_where_another_stage_still_does_not_fit():
+    planned = plan_sd15(sizes=with_decoder(6000), swap_mib=0)
+    assert planned.needs[0].need == plan_sd15().needs[0].need, "the UNet takes the most"
+    ways = {way.change: way.need.verdict for way in planned.ways}
+    assert ways["2 GiB of swap"] == "does not fit"
+
+
 def test_swap_that_will_be_there_counts():
     assert plan_sd15(memory_gib=6, swap_mib=8 * 1024).needs[0].verdict == "fits with swap"
     assert plan_sd15(memory_gib=6, swap_mib=1).needs[0].verdict == "does not fit"
