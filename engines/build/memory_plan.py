@@ -396,9 +396,11 @@ def _ways(case: _Case, tiny: StageSize | None) -> list[Way]:
 
 
 def _same_need(case: _Case, need: Need) -> Need:
-    """What ``need`` is in another case."""
-    (found,) = (found for found in case.needs() if found.what == need.what)
-    return found
+    """What ``need`` is in another case; 0 MiB where nothing is left that has it."""
+    for found in case.needs():
+        if found.what == need.what:
+            return found
+    return need.model_copy(update={"need": 0, "pageable": 0, "low_memory": None})
 
 
 def _with_low_memory(need: Need) -> Need:

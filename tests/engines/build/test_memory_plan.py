@@ -288,6 +288,15 @@ def test_swap_is_no_remedy_where_another_stage_still_does_not_fit():
     assert ways["2 GiB of swap"] == "does not fit"
 
 
+def test_a_change_may_leave_nothing_to_build(monkeypatch):
+    monkeypatch.setattr(memory_needs, "available_memory_mib", lambda: 500)
+    monkeypatch.setattr(memory_needs, "free_swap_mib", lambda: 0)
+    planned = plan_stages(SD15, ("text_encoder",), "rtx", None, BuildOptions(), machine())
+    message = r"building: memory .*What would fit: hipa-export --prompts \(0 MiB, fits\)"
+    with pytest.raises(HipaError, match=message):
+        planned.refuse_misfits()
+
+
 def test_swap_that_will_be_there_counts():
     assert plan_sd15(memory_gib=6, swap_mib=8 * 1024).needs[0].verdict == "fits with swap"
     assert plan_sd15(memory_gib=6, swap_mib=1).needs[0].verdict == "does not fit"
