@@ -53,17 +53,20 @@ def held_out_examples(
     Args:
         model: The base model, without adaptor.
         recipe: The training's.
-        prompts: As ``held_out_prompts`` returns them.
+        prompts: As ``held_out_prompts`` returns them. The teacher makes the images of them, even
+            where the training has a folder of images.
         cache: As for ``task_examples``.
         console: As there.
         processes: As there.
 
     """
     teacher = recipe.teacher.model_copy(update={"pairs": recipe.held_out.count})
+    # The folder's images and captions are those of the training.
+    source = {"prompts": None, "images": None, "per_image": 1}
     own = {
         "seed": recipe.seed ^ SEED_OFFSET,
         "teacher": teacher,
-        "source": recipe.source.model_copy(update={"prompts": None, "per_image": 1}),
+        "source": recipe.source.model_copy(update=source),
         "samples": recipe.held_out.count,  # of a recipe without targets: how many to make
     }
     other = recipe.model_copy(update=own)

@@ -58,6 +58,7 @@ from hipa_deploy.train.model.unet_adaptor import (
     without_adaptor,
 )
 from hipa_deploy.train.recipes.recipe import Recipe, held_out_prompts, read_prompts
+from hipa_deploy.train.training_request import check_held_out, trained_prompts
 
 
 @one_run_at_a_time
@@ -134,7 +135,8 @@ def train_adaptor(
         console.print(slow)
     check_crop(recipe.decode_crop, model.latent_shape_CHW)
     prompts = read_prompts(recipe, model_dir)
-    unseen_prompts = held_out_prompts(recipe, model_dir, prompts)
+    check_held_out(recipe, model.config)
+    unseen_prompts = held_out_prompts(recipe, model_dir, trained_prompts(recipe, prompts))
     metadata = _metadata(recipe, model, prompts)
     cut = model.tokenizer.count_too_long(prompts)
     if cut:

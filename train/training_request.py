@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from rich.console import Console
+
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError
@@ -13,9 +15,10 @@ from hipa_deploy.models.adaptor_folder import METADATA, AdaptorMetadata
 from hipa_deploy.models.clip_tokenizer import text_sizes
 from hipa_deploy.models.early_config import EarlyConfig, early_config
 from hipa_deploy.models.lora.early_lora import check_adaptor, check_style
+from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.load_part import check_weights
-from hipa_deploy.train.data.captions import image_paths
+from hipa_deploy.train.data.captions import folder_captions, image_paths
 from hipa_deploy.train.recipes.recipe import (
     DecoderRecipe,
     Recipe,
@@ -54,12 +57,14 @@ def check_request(
 
     """
     prompts = read_prompts(recipe, model)
-    held_out_prompts(recipe, model, prompts)
+    held_out_prompts(recipe, model, trained_prompts(recipe, prompts))
     config = early_config(model)
     _check_size(recipe, config)
+    if isinstance(recipe, Recipe):
+        check_held_out(recipe, config)
     check_weights(model)
-    if isinstance(recipe, Recipe) and recipe.task != "generate" and recipe.source.images:
-        image_paths(Path(recipe.source.images))
+    if isinstance(recipe, Recipe) and recipe.source_folder:
+        image_paths(recipe.source_folder)
     if isinstance(recipe, Recipe) and recipe.latent_discriminator.real_images:
         image_paths(Path(recipe.latent_discriminator.real_images))
     _check_files(recipe, model, config, start, style)
@@ -83,11 +88,50 @@ def check_dry_run(recipe: Recipe, model: Path, start: Path | None, style: Style)
     """
     config = early_config(model)
     _check_size(recipe, config)
+    check_held_out(recipe, config)
     try:
         check_weights(model)
     except HipaError:
         return
     _check_files(recipe, model, config, start, style)
+
+
+def check_held_out(recipe: Recipe, config: ModelConfig) -> None:
+    """Check that the model can make the images of the held-out prompts.
+
+    Raises:
+        HipaError: it was made for inpainting, and makes no images of prompts.
+
+    """
+    if recipe.held_out.prompts and recipe.source_folder and config.is_inpainting:
+        raise HipaError(
+            f"{config.folder} fills holes only and makes no images of held-out prompts. The "
+            "images of source.images are trained on and measure nothing. Leave held_out.prompts "
+            "out of the recipe."
+        )
+
+
+def trained_prompts(recipe: Recipe | DecoderRecipe, prompts: list[str]) -> list[str]:
+    """The prompts that are not held out: the recipe's, and the captions of its folder of images.
+
+    Args:
+        recipe: Names the folder.
+        prompts: As ``read_prompts`` returns them.
+
+    Raises:
+        HipaError: As ``folder_captions``.
+
+    """
+    if not isinstance(recipe, Recipe) or not recipe.held_out.prompts:
+        return prompts
+    if recipe.source_folder is None or not recipe.source.captions:
+        return prompts
+    # What has no caption is told where the examples are made.
+    quiet = Console(quiet=True)
+    return [
+        *prompts,
+        *folder_captions(recipe.source_folder, image_paths(recipe.source_folder), quiet),
+    ]
 
 
 def _check_size(recipe: Recipe | DecoderRecipe, config: EarlyConfig) -> None:

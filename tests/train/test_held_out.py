@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hipa_deploy.embedded import MODEL
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata
+from hipa_deploy.models.style import Style
 from hipa_deploy.train.evaluation.quality import (
     high_frequency_ratio,
     lite0_features,
@@ -34,6 +36,8 @@ from hipa_deploy.train.recipes.recipe import (
     read_prompts,
 )
 from hipa_deploy.train.train_adaptor import train_adaptor
+from hipa_deploy.train.training_request import check_dry_run, check_request, trained_prompts
+from tests.tiny_model import make_model
 from tests.weights import differences, read_weights
 
 PROMPTS = ["a red house", "a blue boat", "a tree"]
@@ -98,6 +102,62 @@ def test_the_noise_is_not_that_of_the_training(
     seed = watched.seed
     trained = model.noise([(seed + 1) << 32])
     assert not torch.equal(unseen["noise"], trained)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two white images with captions, the first of which is a held-out prompt too."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, caption in {"a": PROMPTS[0], "b": "snow"}.items():
+        Image.new("RGB", (32, 32), "white").save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text(caption)
+    return images
+
+
+def of_folder(recipe: Recipe, task: str, folder: Path) -> Recipe:
+    values = recipe.model_dump()
+    values["teacher"] |= {"steps": 2}
+    source = {"images": str(folder), "strengths": [0.5], "without_prompt": 0.0}
+    return Recipe.model_validate(values | {"task": task, "source": source})
+
+
+@pytest.mark.parametrize("task", ["inpaint", "upscale", "edit"])
+def test_a_folder_of_images_is_not_measured_on(
+    watched: Recipe, model: DiffusionModel, cache: Path, folder: Path, task: str
+) -> None:
+    chosen = of_folder(watched, task, folder)
+    examples = held_out_examples(model, chosen, PROMPTS, cache=cache)
+    rows = torch.arange(3)
+    assert examples.count == watched.held_out.count == 3
+    assert set(examples.prompts(rows)) <= set(PROMPTS)
+    assert (examples.images(rows) < 0.99).flatten(1).any(dim=1).all()
+
+
+def test_captions_that_are_trained_on_are_left_out(
+    watched: Recipe, model_dir: Path, folder: Path
+) -> None:
+    chosen = of_folder(watched, "upscale", folder)
+    trained = trained_prompts(chosen, read_prompts(chosen, model_dir))
+    assert held_out_prompts(chosen, model_dir, trained) == PROMPTS[1:]
+    source = chosen.source.model_copy(update={"captions": False})
+    without = chosen.model_copy(update={"source": source})
+    assert trained_prompts(without, ["a"]) == ["a"]
+
+
+def test_a_nine_channel_model_has_no_held_out_prompts(
+    watched: Recipe, folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    nine = make_model(tmp_path / "nine", in_channels=9)
+    chosen = of_folder(watched, "inpaint", folder)
+    expected = r"makes no images of held-out prompts.* Leave held_out\.prompts out"
+    with pytest.raises(HipaError, match=expected):
+        check_request(chosen, nine, None, Style())
+    with pytest.raises(HipaError, match=expected):
+        check_dry_run(chosen, nine, None, Style())
+    with pytest.raises(HipaError, match=expected):
+        train(chosen, nine, tmp_path / "adaptor", cache)
+    check_request(with_held_out(chosen, prompts=None), nine, None, Style())
 
 
 def test_measuring_changes_no_weight_and_keeps_the_best(

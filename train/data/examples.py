@@ -149,13 +149,13 @@ def _examples_and_texts(
 ) -> tuple[TaskExamples, list[str]]:
     """The examples, and the prompts by the indices that they use."""
     task = recipe.task
-    folder = None if task == "generate" else recipe.source.images
+    folder = recipe.source_folder
 
     # A folder's captions become prompts. Only edits follow the recipe's prompts as well.
     if folder:
         own_prompts = prompts if task == "edit" else []
         source_images, prompts = folder_source_images(
-            model, Path(folder), own_prompts, console, captions=recipe.source.captions
+            model, folder, own_prompts, console, captions=recipe.source.captions
         )
 
     # The empty prompt comes last: a share of the inpainting and super-resolution examples has it.

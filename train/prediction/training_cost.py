@@ -117,15 +117,15 @@ class TrainingPrediction:
         here, is taken to hold ``teacher.pairs`` of them.
         """
         source = self.recipe.source
-        runs = 1.0
-        if source.images and self.recipe.task != "generate":
-            runs = 0.0
+        edit = 0.0
         if self.recipe.task == "edit":
-            runs += source.per_image * sum(source.strengths) / len(source.strengths)
-        pairs = _pairs(self.recipe)
+            edit = sum(source.strengths) / len(source.strengths)
+        images = 0 if self.recipe.source_folder else 1
+        runs = _pairs(self.recipe) * (images + source.per_image * edit)
+        # The teacher makes the images of held-out prompts, and edits each of them once.
         if self.held_out is not None:
-            pairs += self.recipe.held_out.count
-        return runs * pairs / self.recipe.teacher.batch
+            runs += self.recipe.held_out.count * (1 + edit)
+        return runs / self.recipe.teacher.batch
 
     @property
     def pairs_flops(self) -> float:

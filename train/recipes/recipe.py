@@ -270,6 +270,13 @@ class Recipe(_TrainingSettings):
         return 1 if self.decode_crop is not None else super().held_out_rows
 
     @property
+    def source_folder(self) -> Path | None:
+        """The folder of images that are trained on, if there is one: text to image has none."""
+        if self.task == "generate" or not self.source.images:
+            return None
+        return Path(self.source.images)
+
+    @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of the images in pixels; None is what the model was made for."""
         return None if self.resolution is None else (self.resolution, self.resolution)

@@ -252,6 +252,10 @@ def test_edits_take_a_share_of_the_sampler_and_real_images_none(
     assert predict_training(edit, model_dir).sampler_batches == pytest.approx(1.6 * batches)
     real = of_task(recipe, "upscale", images="folder")
     assert predict_training(real, model_dir).sampler_batches == 0
+    # The teacher makes the images of held-out prompts all the same.
+    held_out = HeldOutSettings(prompts="included:held_out.txt", count=3)
+    watched = predict_training(real.model_copy(update={"held_out": held_out}), model_dir)
+    assert watched.sampler_batches == 3 / recipe.teacher.batch
 
 
 @pytest.mark.thorough
