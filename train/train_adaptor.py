@@ -25,6 +25,7 @@ from hipa_deploy.models.adaptor_folder import (
 from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.style import Style
 from hipa_deploy.tasks import strength_timestep
+from hipa_deploy.train.data.captions import captioned_sha256
 from hipa_deploy.train.data.crops import check_crop, crop_corners, cropped
 from hipa_deploy.train.data.examples import TaskExamples, task_examples
 from hipa_deploy.train.data.source_images import real_latents
@@ -165,7 +166,7 @@ def train_adaptor(
         folder=run_folder(out),
         weights=weights,
         optimizer=optimizer,
-        identity=metadata.model_dump(mode="json"),
+        identity=metadata.model_dump(mode="json") | _images_identity(recipe),
         recipe=recipe,
         processes=processes,
         extra_state=loss_state(loss, recipe, processes, distribution),
@@ -316,6 +317,17 @@ def train_adaptor(
                 save(out)
             console.print(*result_lines(out, run, finished_steps), sep="\n", highlight=False)
     return out
+
+
+def _images_identity(recipe: Recipe) -> dict[str, str | None]:
+    """The part of a run's identity that its folders of images decide: IMAGES_IDENTITY."""
+    source = None
+    if recipe.source_folder:
+        source = captioned_sha256(recipe.source_folder, recipe.source.captions)
+    real = None
+    if recipe.compares_distributions and recipe.latent_discriminator.real_images:
+        real = captioned_sha256(Path(recipe.latent_discriminator.real_images))
+    return {"source_images_sha256": source, "real_images_sha256": real}
 
 
 def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> AdaptorMetadata:

@@ -12,6 +12,7 @@ A row counts more than a text. What has no caption, and what a row names in vain
 
 from __future__ import annotations
 
+import hashlib
 import json
 import posixpath
 import unicodedata
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.disk.reading import MIB, read_text
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import COLUMNS, MAX_TEXT_MIB, one_line, read_cells
@@ -88,6 +90,26 @@ def folder_captions(folder: Path, paths: Sequence[Path], console: Console | None
             f"empty prompt: {names}",
         )
     return captions
+
+
+def captioned_sha256(folder: Path, captions: bool = True) -> str:
+    """Hash the images of a folder and their captions, in their order.
+
+    The names of the files do not count, unless they change the order.
+
+    Args:
+        folder: Folder of images, searched with its sub-folders.
+        captions: Whether captions are read. If False, the images alone are hashed.
+
+    Raises:
+        HipaError: As ``image_paths`` and ``folder_captions``.
+
+    """
+    paths = image_paths(folder)
+    # What has no caption is told where the images are read.
+    texts = folder_captions(folder, paths, Console(quiet=True)) if captions else [""] * len(paths)
+    rows = [(file_sha256(path), text) for path, text in zip(paths, texts, strict=True)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _say(console: Console, text: str) -> None:

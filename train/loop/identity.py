@@ -17,8 +17,8 @@ from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError, as_line, brief
 from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
 
-# Settings that a run may change when it goes on: they do not decide what a step does. Prompts are
-# compared by their hash instead, wherever their file lies.
+# Settings that a run may change when it goes on: they do not decide what a step does. Prompts
+# and real images are compared by their hash instead, wherever their files lie.
 CHANGEABLE_SETTINGS = (
     "steps",
     "checkpoint_every",
@@ -41,6 +41,11 @@ OTHER_IDENTITY = {
     "prompts_sha256": "other prompts",
     "loras": "other LoRAs, or at other scales",
     "embeddings": "other embeddings",
+}
+# The same of folders of images, by their hash: an older run does not know them, and goes on.
+IMAGES_IDENTITY = {
+    "source_images_sha256": "other images or captions in source.images",
+    "real_images_sha256": "other images or captions in latent_discriminator.real_images",
 }
 # Keys of a recipe that are paths, with their table.
 PATHS = (
@@ -66,7 +71,7 @@ def check_same_run(
 
     Args:
         folder: of the run, for messages.
-        stored: its identity: ``recipe``, and keys of OTHER_IDENTITY.
+        stored: its identity: ``recipe``, and keys of OTHER_IDENTITY and IMAGES_IDENTITY.
         now: the identity of the training that was asked for.
         kind: of the recipe.
 
@@ -80,6 +85,9 @@ def check_same_run(
         if (stored.get(key) or None) != (now.get(key) or None):
             raise _another(folder, f"was started with {other}")
     check_same_recipe(folder, stored["recipe"], now["recipe"], kind)
+    for key, other in IMAGES_IDENTITY.items():
+        if key in stored and stored[key] != now.get(key):
+            raise _another(folder, f"was started with {other}")
 
 
 def check_same_recipe(

@@ -86,6 +86,53 @@ def test_a_run_older_than_a_setting_resumes(
     assert train(recipe, model_dir, tmp_path / "adaptor", cache)
 
 
+@pytest.mark.parametrize("table", ["source", "latent_discriminator"])
+def test_other_images_or_captions_do_not_resume(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after, table: str
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    image = folder / "a.png"
+    caption = folder / "a.txt"
+    Image.new("RGB", (32, 32), "red").save(image)
+    caption.write_text("a red wall")
+    values = recipe.model_dump()
+    if table == "source":
+        values |= {"task": "upscale", "source": {"images": str(folder)}}
+    else:
+        values |= {table: {"weight": 0.1, "real_images": str(folder)}}
+    chosen = Recipe.model_validate(values)
+    out = tmp_path / "adaptor"
+    stop_after(1)
+    with pytest.raises(HipaError, match="stopped"):
+        train(chosen, model_dir, out, cache)
+    stop_after(None)
+
+    started = r"was started with other images or captions in " + table
+    caption.write_text("a blue wall")
+    with pytest.raises(HipaError, match=started):
+        train(chosen, model_dir, out, cache)
+    caption.write_text("a red wall")
+    red = image.read_bytes()
+    Image.new("RGB", (32, 32), "blue").save(image)
+    with pytest.raises(HipaError, match=started):
+        train(chosen, model_dir, out, cache)
+    image.write_bytes(red)
+    train(chosen, model_dir, out, cache)
+
+    # The finished run is not extended with other images, and one of an older version goes on.
+    Image.new("RGB", (32, 32), "blue").save(image)
+    more = chosen.model_copy(update={"steps": 5})
+    with pytest.raises(HipaError, match=started):
+        train(more, model_dir, out, cache)
+    path = out.with_name("adaptor.run") / "state.pt"
+    state = torch.load(path, weights_only=True)
+    identity = json.loads(state["identity"])
+    del identity["source_images_sha256"], identity["real_images_sha256"]
+    torch.save(state | {"identity": json.dumps(identity)}, path)
+    assert train(more, model_dir, out, cache)
+
+
 def test_divergence_stops_and_keeps_the_checkpoint(
     recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch
 ) -> None:
