@@ -45,7 +45,11 @@ from hipa_deploy.train.data.teacher_pairs import (
 )
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float
-from hipa_deploy.train.model.mixed_precision import decoder_precision, in_precision
+from hipa_deploy.train.model.mixed_precision import (
+    computed_precision,
+    decoder_precision,
+    in_precision,
+)
 from hipa_deploy.train.recipes.recipe import Recipe, SourceSettings, source_prompts
 
 # The filters with which small images are usually made: the adaptor must not learn one of them only.
@@ -168,8 +172,8 @@ def _examples_and_texts(
     # A recipe without targets needs the teacher's images for the sample grid alone.
     teacher = recipe.teacher
     if task == "generate" and not recipe.needs_targets:
-        shown = min(teacher.pairs, recipe.samples)
-        teacher = teacher.model_copy(update={"pairs": shown})
+        of_grid = min(teacher.pairs, recipe.samples)
+        teacher = teacher.model_copy(update={"pairs": of_grid})
 
     def make_pairs(pair_prompts: list[str], edits: Edits | None = None) -> Pairs:
         return teacher_pairs(
@@ -193,9 +197,17 @@ def _examples_and_texts(
                 f"{model.folder} fills holes only and makes no images to learn from. "
                 "Set source.images."
             )
-        pairs = make_pairs(source_prompts(recipe, model.folder) or prompts)
+        shown = source_prompts(recipe, model.folder)
+        pairs = make_pairs(shown or prompts)
         source_images = teacher_source_images(
-            model, pairs, len(prompts), decode, console, kept=keeps_images(recipe)
+            model,
+            pairs,
+            len(prompts),
+            decode,
+            console,
+            kept=keeps_images(recipe),
+            shown=shown,
+            precision=computed_precision(precision, model.device),
         )
 
     if task == "generate":

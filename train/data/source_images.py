@@ -5,7 +5,7 @@ Shapes: N images, B rows of a batch, C latent channels, H, W image size in pixel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from hipa_deploy.train.data.teacher_pairs import (
 from hipa_deploy.train.distribution.terms import RealLatents
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.unet_adaptor import without_adaptor
+from hipa_deploy.train.recipes.recipe import MixedPrecision
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def teacher_source_images(
     console: Console | None,
     *,
     kept: bool = True,
+    shown: Sequence[str] = (),
+    precision: MixedPrecision = "no",
 ) -> SourceImages:
     """The teacher's images of its pairs, so that no data set is needed.
 
@@ -72,8 +75,16 @@ def teacher_source_images(
         console: Where the progress bar goes; stderr if None.
         kept: Whether images are kept, where all of them fit in memory; else they are decoded
             whenever they are asked for.
+        shown: The prompts that the pairs show, where they are not all of them.
+        precision: In which ``decode`` computes.
 
     """
+    # Defaults are left out: edits from before they were part of the key are found.
+    key: dict[str, Any] = {"images": "teacher's"}
+    if shown:
+        key["shown"] = list(shown)
+    if precision != "no":
+        key["precision"] = precision
 
     def latents(rows: Tensor) -> Tensor:
         return pairs.latents_NCHW[rows].float().to(model.device)
@@ -92,7 +103,7 @@ def teacher_source_images(
             console,
             at_once,
         )
-    return SourceImages(decoded, latents, pairs.prompt_N, prompts, {"images": "teacher's"})
+    return SourceImages(decoded, latents, pairs.prompt_N, prompts, key)
 
 
 def folder_source_images(

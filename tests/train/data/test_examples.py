@@ -81,6 +81,25 @@ def test_the_teachers_edit_of_full_strength_is_close_to_its_image_from_the_noise
     assert torch.allclose(examples.latents(ROWS), expected, atol=2e-2)  # stored in float16
 
 
+@pytest.mark.usefixtures("half_precision")
+def test_edits_in_the_cache_are_of_their_own_sources(
+    model: DiffusionModel, recipe: Recipe, tmp_path: Path
+) -> None:
+    def folders(changed: Recipe) -> int:
+        examples_of(model, changed, tmp_path / "cache")
+        return len(list((tmp_path / "cache" / "pairs").iterdir()))
+
+    chosen = of_task(recipe, "edit", strengths=[0.5])
+    assert folders(chosen) == 2  # the sources and their edits
+    # The same sources, decoded in another precision.
+    assert folders(chosen.model_copy(update={"vae_precision": "bf16"})) == 3
+    assert folders(chosen.model_copy(update={"vae_precision": "no"})) == 3
+    # Other sources, among the same prompts.
+    path = tmp_path / "sources.txt"
+    path.write_text(read_prompts(chosen, model.folder)[0] + "\n")
+    assert folders(of_task(recipe, "edit", strengths=[0.5], prompts=str(path))) == 5
+
+
 def test_inpainting_hides_the_hole_and_keeps_what_is_around_it(
     model: DiffusionModel, recipe: Recipe, cache: Path
 ) -> None:
