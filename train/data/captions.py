@@ -208,15 +208,20 @@ def _jsonl_rows(table: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def _from_sidecar(image: Path) -> str:
-    """The caption of the text beside an image; '' if there is none."""
+def sidecar(image: Path) -> Path | None:
+    """The text beside an image that holds its caption; None if there is none."""
     beside = [image.with_suffix(ending) for ending in SIDECARS]
     beside += [image.with_name(image.name + ending) for ending in SIDECARS]
-    for path in beside:
-        if path.is_file():
-            lines = _read_text(path).split("\n")
-            return next((one_line(line) for line in lines if line.strip()), "")
-    return ""
+    return next((path for path in beside if path.is_file()), None)
+
+
+def _from_sidecar(image: Path) -> str:
+    """The caption of the text beside an image; '' if there is none."""
+    path = sidecar(image)
+    if path is None:
+        return ""
+    lines = _read_text(path).split("\n")
+    return next((one_line(line) for line in lines if line.strip()), "")
 
 
 def _read_text(path: Path) -> str:

@@ -16,7 +16,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import one_line
 from hipa_deploy.images.read import read_image
 from hipa_deploy.marks.read_marks import is_image_file, read_marks
-from hipa_deploy.train.data.captions import SIDECARS, TABLES, folder_captions, image_paths
+from hipa_deploy.train.data.captions import TABLES, folder_captions, image_paths, sidecar
 
 # '12.png', '000012.png', and '012-seed1000012.png' as hipa-generate writes it.
 _NUMBER = re.compile(r"(\d+)(-seed\d+)?")
@@ -94,7 +94,8 @@ def find_images(folder: Path, prompts: Sequence[str], seeds: Sequence[int]) -> F
 def _has_captions(folder: Path, paths: Sequence[Path]) -> bool:
     if any(any(folder.rglob(name)) for name in TABLES):
         return True
-    return any(paths[0].with_suffix(ending).is_file() for ending in SIDECARS)
+    # The first image alone may lack a caption.
+    return any(sidecar(path) for path in paths)
 
 
 def _by_caption(folder: Path, paths: list[Path], prompts: Sequence[str]) -> list[Path]:

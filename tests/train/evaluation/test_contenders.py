@@ -132,6 +132,17 @@ def test_images_by_their_captions(tmp_path: Path) -> None:
         find_images(folder, [*PROMPTS, PROMPTS[1]], range(5))
 
 
+@pytest.mark.parametrize("name", ["{}.png.txt", "{}.png.caption", "{}.txt"])
+def test_images_by_the_texts_beside_them(tmp_path: Path, name: str) -> None:
+    folder = write_images(tmp_path / "theirs", count=4)
+    # The first image has no caption, and the others show the prompts backwards.
+    for number, prompt in zip([3, 2, 1], PROMPTS, strict=False):
+        (folder / name.format(f"{number:03d}")).write_text(prompt)
+    found = find_images(folder, PROMPTS[:3], range(3))
+    assert [path.stem for path in found.paths] == ["003", "002", "001"]
+    assert found.notes[0].startswith("Its images are found by their captions.")
+
+
 def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "theirs", count=3)
     with pytest.raises(HipaError, match=r"no image for 1 of 4 prompts, the first of them 3"):
