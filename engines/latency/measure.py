@@ -56,7 +56,7 @@ _LEAST_QUARTER = 5
 
 _PACKAGES = (
     "numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu13",
-    "onnxruntime-ep-nv-tensorrt-rtx-cu12", "tensorrt", "tensorrt-rtx", "cuda-python",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu12", "openvino", "tensorrt", "tensorrt-rtx", "cuda-python",
 )  # fmt: skip
 
 

@@ -15,6 +15,23 @@ from hipa_deploy.generate.runner import CPU_BACKENDS
 HEADINGS = ("first", "p50", "p90", "p95", "p99", "mean", "std", "min")
 UNKNOWN = "unknown"
 
+# ONNX Runtime on a GPU has a package of its own.
+_ONNXRUNTIME_GPU = ("onnxruntime-gpu", "onnxruntime")
+# The packages that may compute for a backend, the most likely first.
+_PACKAGES = {
+    "tensorrt": ("tensorrt",),
+    "rtx": ("tensorrt-rtx",),
+    "openvino": ("openvino",),
+    "openvino-bf16": ("openvino",),
+    "onnxruntime": ("onnxruntime",),
+    "onnxruntime-cuda": _ONNXRUNTIME_GPU,
+    "onnxruntime-tensorrt": _ONNXRUNTIME_GPU,
+    "onnxruntime-rtx": (
+        "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+        "onnxruntime-ep-nv-tensorrt-rtx-cu12",
+    ),
+}
+
 
 def render_table(report: LatencyReport) -> Table:
     """Make the table of a report for a terminal: a row for each stage, in milliseconds.
@@ -257,17 +274,7 @@ def _memory_mode(conditions: Conditions) -> str:
 
 def _version(conditions: Conditions) -> str:
     """The version of the package that computed; empty if the report does not have it."""
-    packages = {
-        "tensorrt": ["tensorrt"],
-        "rtx": ["tensorrt-rtx"],
-        "onnxruntime": ["onnxruntime"],
-        "onnxruntime-rtx": [
-            "onnxruntime-ep-nv-tensorrt-rtx-cu13",
-            "onnxruntime-ep-nv-tensorrt-rtx-cu12",
-        ],
-    }
-    # The other backends are ONNX Runtime on a GPU, which has a package of its own.
-    for name in packages.get(conditions.backend, ["onnxruntime-gpu", "onnxruntime"]):
+    for name in _PACKAGES.get(conditions.backend, ()):
         if name in conditions.versions:
             return _short(conditions.versions[name])
     return ""

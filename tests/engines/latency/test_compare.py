@@ -123,6 +123,15 @@ def test_settings_that_differ_are_named_and_readings_are_not():
     assert "state.power_mode: MAXN_SUPER (mode 2) -> 15W (mode 0)" in text
 
 
+def test_another_version_of_openvino_is_another_condition():
+    reports = []
+    for version in ("2025.4.0", "2026.4.1"):
+        update = {"backend": "openvino", "versions": {"openvino": version}}
+        reports.append(a_report(conditions=CONDITIONS.model_copy(update=update)))
+    (difference,) = condition_differences(*reports)
+    assert (difference.field, difference.second) == ("versions.openvino", "2026.4.1")
+
+
 def shown(comparison) -> str:
     console = Console(file=io.StringIO(), width=160)
     console.print(render_comparison(comparison))

@@ -93,6 +93,12 @@ def test_the_first_run_is_apart_and_prompts_differ(pipeline):
     assert report.conditions.versions.keys() >= {"hipa-deploy", "numpy"}
 
 
+def test_the_version_of_every_backend_is_recorded(pipeline, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "1.0")
+    report = profile_pipeline(pipeline, runs=1, warmup=0, console=QUIET)
+    assert {"onnxruntime", "openvino", "tensorrt"} <= report.conditions.versions.keys()
+
+
 def test_it_goes_on_for_as_long_as_it_is_told_and_says_whether_the_figures_count(pipeline):
     report = profile_pipeline(pipeline, runs=3, warmup=0, seconds=0.1, console=QUIET)
     assert report.end_to_end.runs > 10

@@ -61,6 +61,36 @@ def test_a_report_of_schema_1_has_a_row_too():
     assert "unknown" in cells(row)
 
 
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [
+        ("openvino", "openvino 2026.4.1"),
+        ("openvino-bf16", "openvino-bf16 2026.4.1"),
+        ("onnxruntime", "onnxruntime 1.32.0"),
+        ("onnxruntime-cuda", "onnxruntime-cuda 1.31.0"),
+        ("onnxruntime-tensorrt", "onnxruntime-tensorrt 1.31.0"),
+        ("rtx", "rtx"),
+        ("another", "another"),
+    ],
+)
+def test_a_backend_has_the_version_of_its_own_package(backend, expected):
+    versions = {
+        "onnxruntime": "1.32.0",
+        "onnxruntime-gpu": "1.31.0+cu12",
+        "openvino": "2026.4.1",
+    }
+    conditions = CONDITIONS.model_copy(update={"backend": backend, "versions": versions})
+    head, _, row = markdown_table([a_report(conditions=conditions)]).splitlines()[:3]
+    assert cells(row)[cells(head).index("backend")] == expected
+
+
+def test_a_report_without_the_version_of_openvino_has_no_other():
+    conditions = CONDITIONS.model_copy(
+        update={"backend": "openvino", "versions": {"onnxruntime": "1.32.0"}}
+    )
+    assert "| openvino |" in markdown_table([a_report(conditions=conditions)])
+
+
 def test_a_bar_in_a_name_does_not_break_the_table():
     facts = CONDITIONS.bundle.model_copy(update={"base_model": "a|b"})
     conditions = CONDITIONS.model_copy(update={"bundle": facts})
