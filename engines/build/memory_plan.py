@@ -475,8 +475,8 @@ def _run_place(profile: TargetProfile | None, device: Device) -> Place | None:
 
 
 def is_here(profile: TargetProfile, device: Device) -> bool:
-    """Whether this machine has a GPU of the target's compute capability."""
-    return device.gpu is not None and device.gpu.sm == profile.sm
+    """Whether this machine is the target, or for a family of cards one of them."""
+    return device.gpu is not None and profile.is_built_on(device.gpu, device.jetson)
 
 
 def _host_need(what: str, place: Place, pageable: int, pinned: int) -> Need:

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from hipa_deploy.engines.backends.available import Device
-from hipa_deploy.engines.device.jetson import l4t_release
+from hipa_deploy.engines.device.jetson import jetson_model, l4t_release
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.tensorrt.gpu import Gpu
 from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, compilable
@@ -90,16 +90,40 @@ class TargetProfile(Record):
         Memory decides because Jetson modules share names: there is an AGX Orin of 32 GB and one of
         64 GB.
         """
-        if device.gpu is None or self.gpu_name is None or self.memory_gib is None:
+        if device.gpu is None or self.memory_gib is None:
             return False
-        # CUDA calls every Orin's GPU just 'Orin': there the name of the module decides.
-        found = re.search(self.gpu_name, device.gpu.name)
-        if not found and device.jetson:
-            found = re.search(self.gpu_name, device.jetson)
-        if not found:
+        if not self._is_named(device.gpu, device.jetson):
             return False
         visible = device.gpu.memory_mib / (self.memory_gib * 1024)
         return _LEAST_VISIBLE <= visible <= _MOST_VISIBLE
+
+    def is_built_on(self, gpu: Gpu, jetson: str | None) -> bool:
+        """Whether a machine may build for this target: by compute capability, and by name.
+
+        Memory does not decide: a module with less memory than the target's is planned for with
+        what it has.
+
+        Args:
+            gpu: the machine's GPU.
+            jetson: the name of its Jetson module; None where it has none.
+
+        """
+        if gpu.sm != self.sm:
+            return False
+        if self.gpu_name is None or self._is_named(gpu, jetson):
+            return True
+        # A container may hide a module's name, and another maker's board has a name of its own.
+        if not gpu.integrated and jetson is None:
+            return False
+        others = map(load_target_profile, target_names())
+        return not any(other._is_named(gpu, jetson) for other in others)
+
+    def _is_named(self, gpu: Gpu, jetson: str | None) -> bool:
+        if self.gpu_name is None:
+            return False
+        # CUDA calls every Orin's GPU just 'Orin': there the name of the module decides.
+        names = (gpu.name, jetson or "")
+        return any(re.search(self.gpu_name, name) for name in names)
 
 
 class Target(Record):
@@ -201,22 +225,34 @@ def _rtx_folder(name: str, gpu: Gpu | None) -> str:
 
 def _this_gpu(name: str, gpu: Gpu | None) -> Target:
     """The target of TensorRT, which measures on the GPU itself and builds for no other."""
-    sm = None if name == "auto" else load_target_profile(name).sm
     if gpu is None:
         raise HipaError(
             "TensorRT builds on the device itself, and no NVIDIA GPU with a driver answers. "
             "Build there."
         )
-    if sm not in (None, gpu.sm):
-        raise HipaError(
-            f"target {name} is SM{sm}, this GPU ({gpu.name}) is SM{gpu.sm}. "
-            "TensorRT builds on the device."
-        )
+    if name != "auto":
+        _check_built_on(name, gpu)
     return Target(
         name=f"{_slug(gpu.name)}-sm{gpu.sm}",
         compute_capabilities=(gpu.sm,),
         **binding("tensorrt", gpu),
     )
+
+
+def _check_built_on(name: str, gpu: Gpu) -> None:
+    """Raise HipaError where TensorRT cannot build for the target ``name`` on this machine."""
+    profile = load_target_profile(name)
+    if profile.sm != gpu.sm:
+        raise HipaError(
+            f"target {name} is SM{profile.sm}, this GPU ({gpu.name}) is SM{gpu.sm}. "
+            "TensorRT builds on the device."
+        )
+    jetson = jetson_model()
+    if not profile.is_built_on(gpu, jetson):
+        raise HipaError(
+            f"target {name} is {profile.title}, this machine is {jetson or gpu.name}. TensorRT "
+            "builds on the device. Build there, or omit --target to build for this machine."
+        )
 
 
 def binding(library: TensorRTLibrary, gpu: Gpu) -> dict[str, str | None]:

@@ -159,6 +159,12 @@ def test_the_memory_of_another_jetson_comes_from_its_data_file(bundle):
     assert building.verdict == "fits"
 
 
+def test_one_jetson_is_not_another(bundle):
+    agx = machine(ORIN, "NVIDIA Jetson AGX Orin Developer Kit")
+    assert plan(bundle, "tensorrt", "agx-orin", agx).needs[0].where == "this machine"
+    assert plan(bundle, "tensorrt", "orin-nano", agx).needs[0].where == "Jetson Orin Nano 8 GB"
+
+
 def test_a_full_disk_is_refused_with_numbers(bundle, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=MIB))
     message = r"engines: disk on .* about 1,2\d\d MiB \(available: 1 MiB\)\. Free some disk"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from hipa_deploy.engines.targets import target
 from hipa_deploy.engines.targets.target import load_target_profile, resolve_target, target_names
 from hipa_deploy.errors import HipaError
 from tests.engines.engine_samples import ORIN, RTX_4090
@@ -50,20 +51,59 @@ def test_every_target_file_is_valid_and_has_a_source():
     ],
 )
 def test_rtx_targets(name, gpu, folder, capabilities):
-    target = resolve_target(name, "rtx", gpu, RTX)
-    assert (target.name, target.compute_capabilities) == (folder, capabilities)
-    assert target.device is target.driver is target.cuda is target.l4t is None
+    goal = resolve_target(name, "rtx", gpu, RTX)
+    assert (goal.name, goal.compute_capabilities) == (folder, capabilities)
+    assert goal.device is goal.driver is goal.cuda is goal.l4t is None
 
 
 def test_tensorrt_binds_to_this_gpu():
-    target = resolve_target("auto", "tensorrt", ORIN, TRT)
-    assert (target.name, target.device, target.driver, target.cuda) == (
+    goal = resolve_target("auto", "tensorrt", ORIN, TRT)
+    assert (goal.name, goal.device, goal.driver, goal.cuda) == (
         "orin-sm87",
         "Orin",
         "540.4",
         "12.6",
     )
-    assert resolve_target("orin-nano", "tensorrt", ORIN, TRT) == target
+    assert resolve_target("orin-nano", "tensorrt", ORIN, TRT) == goal
+
+
+NANO = "NVIDIA Jetson Orin Nano Developer Kit"
+AGX = "NVIDIA Jetson AGX Orin Developer Kit"
+LAPTOP = RTX_4090.model_copy(update={"name": "NVIDIA GeForce RTX 4090 Laptop GPU"})
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "jetson", "expected"),
+    [
+        ("orin-nano", ORIN, NANO, True),
+        ("orin-nano", ORIN.model_copy(update={"memory_mib": 3810}), NANO, True),
+        ("orin-nano", ORIN, AGX, False),
+        ("agx-orin", ORIN, AGX, True),
+        # A container, and another maker's board.
+        ("orin-nano", ORIN, None, True),
+        ("orin-nano", ORIN, "A board (Jetson inside)", True),
+        ("rtx4090", RTX_4090, None, True),
+        ("rtx4090", LAPTOP, None, False),
+        ("rtx40", LAPTOP, None, True),
+        ("rtx50", RTX_4090, None, False),
+    ],
+)
+def test_a_machine_is_a_target_by_its_name(name, gpu, jetson, expected, monkeypatch):
+    profile = load_target_profile(name)
+    assert profile.is_built_on(gpu, jetson) == expected
+    monkeypatch.setattr(target, "jetson_model", lambda: jetson)
+    if expected:
+        resolve_target(name, "tensorrt", gpu, TRT)
+        return
+    with pytest.raises(HipaError, match=rf"^target {name} is .*TensorRT builds on the device"):
+        resolve_target(name, "tensorrt", gpu, TRT)
+
+
+def test_another_module_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(target, "jetson_model", lambda: AGX)
+    message = rf"is Jetson Orin Nano 8 GB, this machine is {AGX}\. .*Build there, or omit --target"
+    with pytest.raises(HipaError, match=message):
+        resolve_target("orin-nano", "tensorrt", ORIN, TRT)
 
 
 @pytest.mark.parametrize(
