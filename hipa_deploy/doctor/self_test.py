@@ -38,7 +38,7 @@ WARMUP = 5
 PACKAGES = (
     "numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu13",
     "onnxruntime-ep-nv-tensorrt-rtx-cu12", "tensorrt", "tensorrt-rtx", "cuda-python",
-    "cuda-bindings", "polygraphy", "torch",
+    "cuda-bindings", "openvino", "polygraphy", "torch",
 )  # fmt: skip
 
 Outcome = Literal["passed", "failed", "skipped"]
