@@ -27,7 +27,7 @@ from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.axes import parse_axes
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.open_stages import open_runner
-from hipa_deploy.generate.swap_stage import _check_output
+from hipa_deploy.generate.swap_stage import _check_output, _expected_output
 from hipa_deploy.images.compositing import hide_hole, latent_mask
 from hipa_deploy.images.example_source import example_image, example_mask
 from hipa_deploy.images.png import enlarge, png_bytes, read_parameters
@@ -469,7 +469,8 @@ def test_what_an_engine_chain_takes(
 def test_the_reference_of_a_refit(edit_bundle: Bundle) -> None:
     """What a refitted engine is checked by, here with ONNX Runtime in its place."""
     with open_runner(edit_bundle, "unet", "onnxruntime") as runner:
-        _check_output(edit_bundle, runner, None)
+        feed, expected = _expected_output(edit_bundle, runner, None)
+        _check_output(runner, feed, expected, edit_bundle.manifest.precision)
 
 
 def test_a_profile_times_the_encoder_in_every_run(edit_bundle: Bundle) -> None:
