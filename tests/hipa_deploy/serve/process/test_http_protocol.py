@@ -1,4 +1,4 @@
-"""Clients that do not take their answers, at a server in this process: the limit is a minute."""
+"""Clients that send half a head or take no answer, at a server here whose limits are short."""
 
 from __future__ import annotations
 
@@ -155,3 +155,21 @@ def test_a_slow_client_gets_its_whole_answer(monkeypatch: pytest.MonkeyPatch) ->
             time.sleep(max(0.0, began + should_take - time.monotonic()))
         assert got > LARGE
         assert time.monotonic() - began > 5 * SECONDS
+
+
+def test_half_a_head_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.2)
+
+    async def app(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    with served(app) as (_, client):
+        address = client.getpeername()
+        for begin in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET / HT"):
+            with socket.create_connection(address, timeout=3) as connection:
+                connection.sendall(begin)
+                answer = b""
+                while part := connection.recv(1000):
+                    answer += part
+                assert (b"ok" in answer) == (b"\r\n\r\n" in begin)

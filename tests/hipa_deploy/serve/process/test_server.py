@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,6 @@ import pytest
 
 from hipa_deploy.commands.app import main
 from hipa_deploy.errors import HipaError
-from hipa_deploy.serve.process import http_protocol
 from hipa_deploy.serve.process import server as server_module
 from hipa_deploy.serve.web.api_keys import read_keys
 from tests.served import Server, running
@@ -221,40 +219,3 @@ def test_keys_that_are_wrong(tmp_path: Path, content: str) -> None:
     with pytest.raises(HipaError) as caught:
         read_keys(tmp_path / "keys")
     assert "short" not in str(caught.value).replace("too short", "")
-
-
-def test_half_a_head_is_closed(bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, because the limit is ten seconds."""
-    import asyncio
-
-    import uvicorn
-
-    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.2)
-
-    async def app(scope, receive, send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"ok"})
-
-    listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        app,
-        http=http_protocol.PunctualProtocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        timeout_keep_alive=1,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
-    thread.start()
-    try:
-        for begin in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET / HT"):
-            with socket.create_connection(listening.getsockname(), timeout=3) as connection:
-                connection.sendall(begin)
-                answer = b""
-                while part := connection.recv(1000):
-                    answer += part
-                assert (b"ok" in answer) == (b"\r\n\r\n" in begin)
-    finally:
-        server.should_exit = True
-        thread.join()
