@@ -421,3 +421,8 @@ def joint_sha256(files: Mapping[str, str]) -> str:
 def adapted_stage(bundle: Bundle) -> str:
     """The stage that holds the UNet."""
     return next(stage for stage in ADAPTED_STAGES if stage in bundle.stages)
+
+
+def loaded_unet_sha256(bundle: Bundle, swap: AdaptorSwap | None) -> str:
+    """The hash of the stage that holds the UNet, with the weights of ``swap`` if there is one."""
+    return stage_sha256(bundle, adapted_stage(bundle)) if swap is None else swap.stage_sha256

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, adapted_stage, stage_sha256
+from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, adapted_stage, loaded_unet_sha256
 from hipa_deploy.bundle.folder import MANIFEST, Bundle
 from hipa_deploy.embedded import NAME, resolve_bundle
 from hipa_deploy.errors import HipaError, brief
@@ -136,7 +136,7 @@ class Recipe:
         """
         swap = None if adaptor is None else AdaptorSwap.open(bundle, adaptor)
         before = self.parameters
-        now_unet = _unet_sha256(bundle, swap)
+        now_unet = loaded_unet_sha256(bundle, swap)
         if not self._has_weights_of(bundle, swap):
             lines = [f"UNet {before['unet'][:12]}, here {now_unet[:12]}"]
             now = {
@@ -164,7 +164,7 @@ class Recipe:
     def _has_weights_of(self, bundle: Bundle, swap: AdaptorSwap | None) -> bool:
         """Whether the image was made with these weights of the UNet."""
         before = self.parameters
-        if before["unet"] == _unet_sha256(bundle, swap):
+        if before["unet"] == loaded_unet_sha256(bundle, swap):
             return True
         # Earlier versions recorded the graph's hash alone, which all adaptors share where the
         # weights lie beside it. The bundle and the adaptor that they recorded tell them apart.
@@ -196,9 +196,3 @@ class Recipe:
             return "the same image, pixel for pixel"
         share = 100 * np.mean(error.any(axis=-1))
         return f"not the same pixels: {share:.1f} % differ, by at most {error.max()} of 255"
-
-
-def _unet_sha256(bundle: Bundle, swap: AdaptorSwap | None) -> str:
-    if swap is not None:
-        return swap.stage_sha256
-    return stage_sha256(bundle, adapted_stage(bundle))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, adapted_stage, stage_sha256
+from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, loaded_unet_sha256
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.embedded import BUNDLE as EMBEDDED_BUNDLE
 from hipa_deploy.embedded import NAME as EMBEDDED_NAME
@@ -33,11 +33,9 @@ def image_parameters(
     manifest = bundle.manifest
     adaptor = manifest.adaptor
     loras = manifest.loras
-    unet_sha256 = stage_sha256(bundle, adapted_stage(bundle))
     if swap:
         adaptor = swap.manifest.adaptor
         loras = swap.manifest.loras
-        unet_sha256 = swap.stage_sha256
     # Images of a bundle without LoRAs have the parameters that they always had.
     added = {"loras": [lora.model_dump(mode="json") for lora in loras]} if loras else {}
     return {
@@ -50,7 +48,7 @@ def image_parameters(
         "base_model": manifest.base_model.sha256,
         "adaptor": adaptor.sha256 if adaptor else None,
         **added,
-        "unet": unet_sha256,
+        "unet": loaded_unet_sha256(bundle, swap),
         "bundle": bundle.sha256,
         "bundle_name": _name_of(bundle),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hipa_deploy.bundle.adaptor_swap import adapted_stage, stage_sha256
+from hipa_deploy.bundle.adaptor_swap import loaded_unet_sha256
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.generate.jobs.result import GenerateResult
 from hipa_deploy.generate.jobs.withheld import Flagged
@@ -24,7 +24,7 @@ def bundle_marker(bundle: Bundle, safety: Runner | None) -> ImageMarker:
 
 def payload_of(bundle: Bundle, watermark: bool | int | None) -> int | None:
     """The watermark's number; None for no watermark."""
-    unet = stage_sha256(bundle, adapted_stage(bundle))
+    unet = loaded_unet_sha256(bundle, None)
     return watermark_payload(bundle.manifest.marks, unet, watermark)
 
 
