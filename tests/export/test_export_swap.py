@@ -134,6 +134,7 @@ def test_other_bundles(
     assert png(base, tmp_path / "a.png", "night") == png(own, tmp_path / "b.png")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_the_embedded_bundle(tmp_path: Path) -> None:
     """Its graph comes out equal here, whichever machine exported it.

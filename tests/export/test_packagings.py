@@ -166,11 +166,12 @@ def stage_files(model: str | Path, out: Path) -> dict[str, str]:
 
 
 # A full export takes seconds, so each model has another packaging.
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "packaging", "predicts"),
     [
         ("v1-5", "single file with old keys", "epsilon"),
-        pytest.param("2-1", ".bin only", "v_prediction", marks=pytest.mark.thorough),
+        ("2-1", ".bin only", "v_prediction"),
     ],
 )
 def test_the_same_model_gives_the_same_bundle(

@@ -105,6 +105,7 @@ def test_strengths_are_numbers() -> None:
         parse_strengths("0.75;0.5")
 
 
+@pytest.mark.thorough
 def test_an_edit_takes_another_adaptor_at_every_strength(
     model_dir: Path, edit_adaptor: Path, tiny_vae_dir: Path, tmp_path: Path
 ) -> None:

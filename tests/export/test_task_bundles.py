@@ -170,6 +170,7 @@ def test_the_edits_manifest(edit_bundle: Bundle, parts: Parts) -> None:
     assert all(stage.cost and stage.cost.activation_bytes for stage in manifest.stages)
 
 
+@pytest.mark.thorough
 def test_one_strength_is_folded_and_gives_the_same(
     tiny_bundle: Bundle, tiny_vae: AutoencoderTiny, parts: Parts
 ) -> None:

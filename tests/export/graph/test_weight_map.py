@@ -177,7 +177,8 @@ def test_every_parameter_of_the_model_is_in_the_graph_once(
     }  # four kernels after an upsampling
 
 
-@pytest.mark.parametrize("dtype", ["fp16", pytest.param("fp32", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_an_edit_of_several_strengths(model_dir: Path, tmp_path: Path, dtype: str) -> None:
     """Its biases are tables, which an adaptor changes; its encoder ends with the folded mean."""
     strengths = (1.0, 0.5)

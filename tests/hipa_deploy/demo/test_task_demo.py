@@ -24,7 +24,11 @@ from hipa_deploy.tasks import Task
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "columns"),
-    [pytest.param("edit", 3, marks=pytest.mark.thorough), ("inpaint", 4), ("upscale", 4)],
+    [
+        pytest.param("edit", 3, marks=pytest.mark.thorough),
+        pytest.param("inpaint", 4, marks=pytest.mark.thorough),
+        ("upscale", 4),
+    ],
 )
 def test_a_demo_of_each_task(
     task: Task,

@@ -154,7 +154,7 @@ def test_prompts_that_cannot_be_read_are_reported_after_the_tables(
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[3] / "train/recipes").glob("*.toml"))
 DECODERS = [name for name in RECIPES if name.endswith("-decoder")]
 ADAPTORS = [name for name in RECIPES if name not in DECODERS]
-QUICK = ["emoji", "emoji-edit"]
+QUICK = ["emoji"]
 THOROUGH = [
     pytest.param(name, marks=pytest.mark.thorough)
     for name in ADAPTORS
