@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from hipa_deploy.bundle.folder import Bundle
 
 MARKER = "demo.json"
+# What a valid latency takes; see engines/latency/validity.py.
+LATENCY_RUNS = 100
+LATENCY_SECONDS = 10.0
 DEFAULT = Path("demo")
 
 
@@ -126,7 +129,7 @@ def profile(out: Path, console: Console) -> str:
 
     console.rule("5. profile: ONNX Runtime on this CPU")
     with OneStepPipeline.load(out / "bundle", backend="onnxruntime") as pipe:
-        report = profile_pipeline(pipe, runs=30, console=console)
+        report = profile_pipeline(pipe, runs=LATENCY_RUNS, seconds=LATENCY_SECONDS, console=console)
     write_file(out / "latency.json", (report.model_dump_json(indent=2) + "\n").encode())
     console.print(render_table(report))
     return f"latency.json: {report.end_to_end.runs} runs, ONNX Runtime, this CPU"

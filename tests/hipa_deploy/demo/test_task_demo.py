@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.demo import contact_sheet, task_demo
+from hipa_deploy.demo import contact_sheet, steps, task_demo
 from hipa_deploy.demo.contact_sheet import HEADING_HEIGHT, PROMPT_WIDTH
 from hipa_deploy.demo.steps import open_folder
 from hipa_deploy.embedded import MODEL
@@ -42,6 +42,8 @@ def test_a_demo_of_each_task(
     monkeypatch.setattr(task_demo, "build", lambda bundle, console: [])
     for module in (contact_sheet, task_demo):
         monkeypatch.setattr(module, "SHEET_ROWS", 2)
+    monkeypatch.setattr(steps, "LATENCY_RUNS", 5)
+    monkeypatch.setattr(steps, "LATENCY_SECONDS", 0.0)
     out = tmp_path / "demo"
     if task != "edit":
         open_folder(out, {"model": unet_sha256(MODEL), "task": task})

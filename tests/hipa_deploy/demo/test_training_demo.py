@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.demo import contact_sheet
+from hipa_deploy.demo import contact_sheet, steps
 from hipa_deploy.demo import training_demo as demo
 from hipa_deploy.demo.contact_sheet import HEADING_HEIGHT, LINE_HEIGHT, PROMPT_WIDTH
 from hipa_deploy.demo.steps import MARKER
 from hipa_deploy.engines.store.sidecar import find_sidecars
 from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.train.model import mixed_precision
 
 
 @pytest.mark.slow
@@ -27,6 +30,8 @@ def test_demo_writes_what_it_says(
     monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "IMAGES", 8)
     monkeypatch.setattr(contact_sheet, "SHEET_ROWS", 4)
+    monkeypatch.setattr(steps, "LATENCY_RUNS", 5)
+    monkeypatch.setattr(steps, "LATENCY_SECONDS", 0.0)
     monkeypatch.setattr(demo, "QUICK", demo.QUICK | short)
     out = tmp_path / "demo"
     demo.run_demo(out, quick=True, console=console)
@@ -47,6 +52,17 @@ def test_demo_writes_what_it_says(
     assert quality["images"] == 8
     assert {"base", "shipped", "hipa"} <= set(quality["rows"])
     assert (out / "adaptor/pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("bfloat16", "length"), [(True, demo.FULL), (False, demo.FLOAT32)])
+def test_a_cpu_without_bfloat16_trains_a_shorter_demo(
+    monkeypatch: pytest.MonkeyPatch, bfloat16: bool, length: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(mixed_precision, "_cpu_computes_in", lambda precision: bfloat16)
+    recipe = demo._recipe(quick=False)
+    assert recipe.steps == length["steps"]
+    assert recipe.loss.latent_warmup_steps == length["loss.latent_warmup_steps"]
 
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, console: Console) -> None:
