@@ -7,8 +7,8 @@ import io
 import json
 import os
 import signal
-import urllib.request
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
