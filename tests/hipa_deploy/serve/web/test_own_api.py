@@ -55,13 +55,21 @@ def test_the_bytes_are_those_of_the_command(http: httpx.Client, bundles: Bundles
     np.testing.assert_array_equal(pixels, result.images_BHWC[0])
 
 
+def images_made(http: httpx.Client) -> str:
+    """What the metrics say of the model 'tiny'."""
+    lines = http.get("/metrics").text.splitlines()
+    return next(line for line in lines if line.startswith('hipa_images_total{model="tiny"}'))
+
+
 def test_several_images_are_json(http: httpx.Client) -> None:
     order = {"prompt": PROMPT, "model": "tiny", "seed": 5, "count": 3, "height": 32, "width": 32}
     answer = http.post("/hipa/generate", json=order)
     assert [image["seed"] for image in answer.json()["images"]] == [5, 6, 7]
     assert len(images(answer)) == len(answer.json()["batches"]) == 3
+    before = images_made(http)
     refused = http.post("/hipa/generate", json=order, headers={"accept": "image/png"})
     assert refused.json()["error"]["param"] == "count"
+    assert images_made(http) == before, "refused before they are made"
 
 
 def test_a_prompt_that_is_too_long_may_be_cut(http: httpx.Client) -> None:
