@@ -116,6 +116,24 @@ def test_an_image_of_more_tiles_than_the_queue_holds(http: httpx.Client, server:
     assert 'hipa_queue_images{bundle="tiny-upscale"} 0.0' in http.get("/metrics").text
 
 
+@pytest.mark.parametrize("path", ["/health/ready", "/", "/v1/models", "/nothing"])
+def test_head_is_get_without_the_body(http: httpx.Client, path: str) -> None:
+    """Monitors and `curl -I` ask so, and HTTP has every server know it."""
+    head = http.head(path)
+    whole = http.get(path)
+    assert head.status_code == whole.status_code
+    assert head.headers["content-length"] == str(len(whole.content))
+    assert head.content == b""
+    assert http.head("/hipa/generate").status_code == 405
+
+
+def test_a_path_with_a_slash_too_many_is_unknown(http: httpx.Client) -> None:
+    """A redirection would lead from a proxy with TLS to plain HTTP, and the key with it."""
+    answer = http.post("/v1/images/generations/", json={"prompt": PROMPT, "model": "tiny"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "not_found"
+
+
 def test_models_say_what_they_take(http: httpx.Client) -> None:
     models = {model["id"]: model for model in http.get("/hipa/models").json()["models"]}
     assert models["tiny"]["task"] == "generate"
