@@ -87,6 +87,7 @@ def test_a_killed_replica_loses_no_accepted_request() -> None:
                 )
             )
     with running(*arguments, **RAY) as server:
+        assert server.wait_for("ready", bundle="emoji")["backend"] == "onnxruntime"
         assert image(server, 0) == expected[0]
         replicas = replica_processes(server)
         assert len(replicas) == 2
