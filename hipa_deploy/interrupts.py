@@ -110,6 +110,25 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(arrived[0])
 
 
+@contextmanager
+def keeping_handlers() -> Iterator[None]:
+    """Take back the handlers of Ctrl-C and SIGTERM that a library sets within the block.
+
+    Ray's handler of SIGTERM ends the process with exit code 15, so that an orderly stop looks like
+    an error. Outside the main thread the block changes nothing: no library can set one there.
+    """
+    if not _in_main_thread():
+        yield
+        return
+    previous = {}
+    for number in STOPPING:
+        previous[int(number)] = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        _restore(previous)
+
+
 class StopRequest(threading.Event):
     """Is set when a signal asks for a stop; ``number`` is that signal's."""
 

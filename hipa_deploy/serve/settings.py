@@ -67,7 +67,10 @@ class Limits:
 
 
 JSON_BODY = MIB  # bytes
-BODY_SECONDS = 30.0  # for the body of a request to arrive
+BODY_SECONDS = 30.0  # for the body of a request to arrive, and longer as it arrives:
+# Bytes of a body for which a client has another second. 32 MiB in 30 s would need 9 Mbit/s, which
+# many have not; a byte now and then still ends at ``BODY_SECONDS``.
+BODY_RATE = 64 * 1024
 HEAD_SECONDS = 10.0  # for the head of a request to arrive
 ANSWER_SECONDS = 60.0  # for a client to take a part of the answer
 """Limits that nobody has asked to change."""

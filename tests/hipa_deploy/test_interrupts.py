@@ -132,6 +132,21 @@ with signals_interrupt() as interruption:
     assert done.returncode == 0, done.stderr
 
 
+def test_handlers_that_a_library_sets_are_taken_back() -> None:
+    """As Ray's, which ends the process with code 15."""
+    done = run("""
+with signals_interrupt() as interruption:
+    with keeping_handlers():
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(number))
+    try:
+        press(signal.SIGTERM)
+    except KeyboardInterrupt:
+        pass
+    assert interruption.number == signal.SIGTERM
+""")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_a_signal_waits_for_the_end_of_the_cleaning(number: str) -> None:
     done = run(f"""

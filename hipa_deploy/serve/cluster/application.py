@@ -19,6 +19,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from hipa_deploy.disk.reading import MIB
 from hipa_deploy.extras import require
 from hipa_deploy.marks.content_credentials import ContentSigner
 from hipa_deploy.serve.cluster.cluster_service import ClusterService, Replicas
@@ -53,6 +54,9 @@ class Arguments(BaseModel):
         queue: images that may wait at a replica.
         images: the most images of a request.
         time_limit: seconds.
+        prompt_limit: the most characters of a prompt.
+        body_limit: the most MiB of a request with images.
+        pixel_limit: the most pixels of an uploaded image, in millions.
         steps_limit: the most steps of a refining.
         release: any text. ``serve deploy`` does nothing where a config says what it said before,
             also where another bundle lies under the same path since: another text makes it look.
@@ -78,6 +82,9 @@ class Arguments(BaseModel):
     queue: int = 64
     images: int = 10
     time_limit: float = 60.0
+    prompt_limit: int = 4000
+    body_limit: int = 32
+    pixel_limit: int = 16
     steps_limit: int = 100
     release: str = ""
 
@@ -97,6 +104,9 @@ class Arguments(BaseModel):
             queue=self.queue,
             images=self.images,
             seconds=self.time_limit,
+            prompt=self.prompt_limit,
+            body=self.body_limit * MIB,
+            pixels=self.pixel_limit * 1_000_000,
             steps=self.steps_limit,
             wait=self.wait / 1000,
             batch=self.batch,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.bundle.manifest import Axis
 from hipa_deploy.errors import HipaError
+from hipa_deploy.interrupts import keeping_handlers
 from hipa_deploy.serve.batcher import QueueFullError
 from hipa_deploy.serve.cluster.carried_order import CarriedOrder, Refusal
 from hipa_deploy.serve.cluster.cluster_service import ReplicaLostError, Replicas
@@ -151,7 +152,8 @@ def join_ray(address: str) -> None:
 
     try:
         # What actors print would break the lines of JSON on the standard error.
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        with keeping_handlers():
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
         _quieten("ray")
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no answer"

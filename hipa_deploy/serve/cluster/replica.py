@@ -90,7 +90,9 @@ class Replica:
         try:
             return await self._service.deliver(Order(model=model, **values), _never)
         except HipaError as error:
-            return Refusal("order", str(error))
+            # The door knows the folder under another path, where that is a link or relative.
+            root = str(model.served.bundle.root)
+            return Refusal("order", str(error).replace(root, model.name))
         except QueueFullError as error:
             return Refusal("full", retry_after=error.retry_after)
         except StoppingError:

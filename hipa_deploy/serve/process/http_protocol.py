@@ -9,9 +9,11 @@ left, also after it was closed.
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
 import h11
+from fastapi.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hipa_deploy.serve.process.doorkeeper import Doorkeeper
@@ -23,6 +25,8 @@ from hipa_deploy.serve.web.guard import GIVE_UP, PLACE
 class PunctualProtocol(H11Protocol):
     """Closes a connection whose next request's head is not complete after ``HEAD_SECONDS``.
 
+    Half a head is answered with 408. A connection without a byte is closed in silence: browsers
+    open some before they need them, and would take the answer for that of their next request.
     One whose client takes nothing of an answer is dropped after ``ANSWER_SECONDS`` to twice that.
     A class of ``protocol_with`` also asks a doorkeeper before it parses a request.
     """
@@ -129,10 +133,14 @@ class PunctualProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP in the form of the API's other errors."""
-        response = error_response(400, "The request is no valid HTTP.", "invalid_http")
+        self._refuse_head(error_response(400, "The request is no valid HTTP.", "invalid_http"))
+
+    def _refuse_head(self, response: JSONResponse) -> None:
+        """Answer what never became a request, and close the connection."""
+        status = HTTPStatus(response.status_code)
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
         for event in (
-            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Response(status_code=status, headers=headers, reason=status.phrase.encode()),
             h11.Data(data=bytes(response.body)),
             h11.EndOfMessage(),
         ):
@@ -175,8 +183,25 @@ class PunctualProtocol(H11Protocol):
     def _close_late(self) -> None:
         self._late = None
         busy = self.cycle is not None and not self.cycle.response_complete
-        if not busy and not self.transport.is_closing():
+        if busy or self.transport.is_closing():
+            return
+        if not self._refuses_half_a_head():
             self.transport.close()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection; half a head may have come together with the request before."""
+        if self.transport.is_closing() or self._refuses_half_a_head():
+            return
+        super().timeout_keep_alive_handler()
+
+    def _refuses_half_a_head(self) -> bool:
+        """Answer with 408 where a request has begun that can still be answered."""
+        waits = self.conn.our_state is h11.IDLE and self.conn.their_state is h11.IDLE
+        if not waits or not self.conn.trailing_data[0]:
+            return False
+        words = "The head of the request did not arrive in time."
+        self._refuse_head(error_response(408, words, "request_timeout"))
+        return True
 
 
 def protocol_with(doorkeeper: Doorkeeper) -> type[PunctualProtocol]:

@@ -136,6 +136,14 @@ async def _load(server: uvicorn.Server, service: ImageService, backend: str) -> 
                 sizes_that_change_an_image=served.warm_up.changing,
                 sizes_that_save_no_time=served.warm_up.slow,
             )
+        elif served.ready:
+            # Replicas have loaded it, and measured in their own processes.
+            log(
+                "ready",
+                bundle=served.name,
+                backend=served.backend,
+                batch_sizes=served.batch_sizes,
+            )
 
 
 def _collect_less() -> None:

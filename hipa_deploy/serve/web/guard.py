@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hipa_deploy.serve.arrivals import Arrivals
-from hipa_deploy.serve.settings import ANSWER_SECONDS, BODY_SECONDS, JSON_BODY
+from hipa_deploy.serve.settings import ANSWER_SECONDS, BODY_RATE, BODY_SECONDS, JSON_BODY
 from hipa_deploy.serve.time_limit import LateError, TimeLimit
 from hipa_deploy.serve.web.api_errors import ApiError, queue_full
 from hipa_deploy.serve.web.api_keys import ApiKeys
@@ -44,7 +44,7 @@ class Guard:
     - Where no image can wait any more, a request for images is refused before it is parsed: in a
       flood that leaves the processor to those that were accepted. Requests that came in, and have
       no place in the queue yet, count as if they had one.
-    - A body may have so many bytes, and so many seconds to arrive.
+    - A body may have so many bytes, and so many seconds to arrive: more, the more has come.
     - A client has so many seconds to take a part of its answer.
 
     Args:
@@ -236,7 +236,7 @@ class _Body:
     def __init__(self, receive: Receive, most: int) -> None:
         self._receive = receive
         self.most = most
-        self._until = time.monotonic() + BODY_SECONDS
+        self._began = time.monotonic()
         self._got = 0
         self._first: Message | None = None
         self.complete = False
@@ -260,14 +260,15 @@ class _Body:
             return first
         if self.complete:
             return await self._receive()
+        seconds = BODY_SECONDS + self._got / BODY_RATE
         try:
-            with TimeLimit(self._until - time.monotonic()):
+            with TimeLimit(self._began + seconds - time.monotonic()):
                 message = await self._receive()
         except LateError:
             self.complete = True  # nobody waits for the rest
             raise ApiError(
                 408,
-                f"The request was not complete after {BODY_SECONDS:.0f} seconds.",
+                f"The request was not complete after {seconds:.0f} seconds.",
                 "request_timeout",
                 headers={"connection": "close"},
             ) from None

@@ -97,7 +97,7 @@ async def upscale(request: Request) -> Response:
             format=fields.output_format,
             quality=fields.output_compression,
         )
-        return _answer(request, await deliver(service, request, order), order)
+        return await _answer(service, request, order)
 
 
 @router.get("/hipa/models")
@@ -143,7 +143,7 @@ async def _images_of(request: Request, fields: GenerateFields, task: str, **more
         quality=fields.output_compression,
         **more,
     )
-    return _answer(request, await deliver(service, request, order), order)
+    return await _answer(service, request, order)
 
 
 def _model(service: ImageService, fields: OwnFields, task: str, prompt: str) -> Model:
@@ -153,26 +153,36 @@ def _model(service: ImageService, fields: OwnFields, task: str, prompt: str) -> 
     return chosen_model(service, fields.model, [task])
 
 
-def _answer(request: Request, delivery: Delivery, order: Order) -> Response:
+async def _answer(service: ImageService, request: Request, order: Order) -> Response:
     """The bytes of one image where the client asks for an image, else JSON."""
     accepts = request.headers.get("accept", "")
     media_type = MEDIA_TYPES[order.format]
+    as_bytes = media_type in accepts or "image/*" in accepts
+    # Before any of them is made.
+    if as_bytes and len(order.seeds) > 1:
+        raise ApiError(
+            400,
+            "Several images do not fit into one answer as bytes. Ask for one, or for JSON.",
+            "invalid_value",
+            param="count",
+        )
+    delivery = await deliver(service, request, order)
     times = {
         "queue_ms": round(delivery.queue_ms, 3),
         "make_ms": round(delivery.make_ms, 3),
         "encode_ms": round(delivery.encode_ms, 3),
     }
-    if media_type in accepts or "image/*" in accepts:
-        if len(order.seeds) > 1:
-            raise ApiError(
-                400,
-                "Several images do not fit into one answer as bytes. Ask for one, or for JSON.",
-                "invalid_value",
-                param="count",
-            )
+    if as_bytes:
         timing = ", ".join(f"{name[:-3]};dur={value}" for name, value in times.items())
         headers = {"x-hipa-seed": str(order.seeds[0]), "server-timing": timing}
         return Response(delivery.files[0], media_type=media_type, headers=headers)
+    return JSONResponse(_described_delivery(delivery, order, times))
+
+
+def _described_delivery(
+    delivery: Delivery, order: Order, times: dict[str, float]
+) -> dict[str, Any]:
+    """All images with their parameters, for a client that asks for JSON."""
     images = []
     for file, parameters in zip(delivery.files, delivery.parameters, strict=True):
         images.append(
@@ -182,7 +192,7 @@ def _answer(request: Request, delivery: Delivery, order: Order) -> Response:
                 "parameters": parameters,
             }
         )
-    content = {
+    return {
         "model": order.model.name,
         "width": delivery.width,
         "height": delivery.height,
@@ -192,7 +202,6 @@ def _answer(request: Request, delivery: Delivery, order: Order) -> Response:
         **times,
         "batches": delivery.batches,
     }
-    return JSONResponse(content)
 
 
 def _described(model: Model) -> dict[str, Any]:

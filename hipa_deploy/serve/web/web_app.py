@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.service import GoneError, ImageService
@@ -45,7 +45,8 @@ def web_app(
 
     """
     # No pages of documentation: they would load scripts from another host.
-    app = FastAPI(title="hipa-deploy", docs_url=None, redoc_url=None)
+    # No redirections either: behind a proxy with TLS they would lead to plain HTTP.
+    app = FastAPI(title="hipa-deploy", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.state.log_prompts = log_prompts
     app.include_router(openai_routes.router)
@@ -73,7 +74,19 @@ def web_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-hipa-seed", "server-timing", "retry-after"],
         )
-    return RequestLog(guarded, service.metrics)
+    return _with_head(RequestLog(guarded, service.metrics))
+
+
+def _with_head(app: ASGIApp) -> ASGIApp:
+    """Answer HEAD as GET; the server leaves the body out, and FastAPI knows no HEAD of its own."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            # A copy: the server looks at its own to know that no body follows.
+            scope = {**scope, "method": "GET"}
+        await app(scope, receive, send)
+
+    return answer
 
 
 def image_paths() -> list[str]:

@@ -4,6 +4,12 @@ import { Store } from "./store.js";
 
 const MOST = 60; // images; the oldest goes
 
+async function areEqual(one, other) {
+  const [bytes, others] = await Promise.all([one.arrayBuffer(), other.arrayBuffer()]);
+  const there = new Uint8Array(others);
+  return new Uint8Array(bytes).every((byte, at) => byte === there[at]);
+}
+
 export class History {
   /** `restore(entry)` is called with what `add` was given. */
   constructor({ list, help, forget, restore }) {
@@ -24,9 +30,15 @@ export class History {
     }
   }
 
-  /** Keep an image: {order, blob, seed, latency}. One that is the newest already is not kept twice. */
+  /** Keep an image: {order, blob, seed, latency}. One that is kept already is not kept twice. */
   async add(entry) {
-    if (this.entries[0]?.entry.blob === entry.blob) return;
+    if (this.entries.some(({ entry: one }) => one.blob === entry.blob)) return;
+    const latest = this.entries[0]?.entry.blob;
+    // Typed and kept after a moment, and then asked for by Enter too.
+    if (latest?.size === entry.blob.size && (await areEqual(latest, entry.blob))) {
+      this.mark(latest);
+      return;
+    }
     const newest = Math.max(Date.now(), (this.entries[0]?.entry.id ?? 0) + 1);
     const kept = { ...entry, id: newest };
     this.#show(kept);

@@ -99,7 +99,7 @@ async function done(order, made) {
   const { keep, ...plain } = order;
   const entry = { order: plain, blob: made.blob, seed: made.seed, latency: latencyWords(made) };
   const number = asked;
-  await result.show(entry);
+  if (!(await result.show(entry))) return;
   history.mark(entry.blob);
   offerWhatFollows(entry.order);
   const settle = () => {
@@ -233,7 +233,7 @@ async function restore(entry) {
     if (form.bundle && order.source) await source.restore(order.source, order.mask, order.task, form.target);
     else if (form.bundle) await source.fit(form.task, form.target);
     if (number !== asked) return;
-    await result.show(entry);
+    if (!(await result.show(entry))) return;
   } catch (error) {
     showError(error);
     return;

@@ -9,19 +9,29 @@ const byId = (id) => document.getElementById(id);
 export class Result {
   constructor() {
     this.shown = null; // {order, blob, seed, latency}
+    this.number = 0; // counts what was to be shown: decoding takes a moment, and may be overtaken
     this.image = byId("result");
     this.before = byId("before");
     this.compare = byId("compare");
     this.compare.addEventListener("input", () => this.#cut());
   }
 
-  /** Show an entry; resolves when its pixels are on the page. */
+  /**
+   * Show an entry; resolves when its pixels are on the page.
+   *
+   * Resolves to false where a later entry came meanwhile: that one is shown, and this one never.
+   */
   async show(entry) {
+    const number = ++this.number;
     const { order, blob, seed, latency } = entry;
     const url = URL.createObjectURL(blob);
     const next = new Image();
     next.src = url;
     await next.decode();
+    if (number !== this.number) {
+      URL.revokeObjectURL(url);
+      return false;
+    }
     URL.revokeObjectURL(this.image.src);
     this.shown = entry;
     this.image.src = url;
@@ -36,6 +46,7 @@ export class Result {
     this.#showBefore(order.source);
     this.#offer(url, order, seed);
     this.#facts(blob); // a moment later
+    return true;
   }
 
   /** Dim the image where it is not that of the form any more. */

@@ -176,6 +176,24 @@ def test_another_bundle_under_the_path_is_refused(bundles: dict[str, Bundle]) ->
         Replica("m", root, "0" * 64, "auto", LIMITS)
 
 
+def test_a_refusal_does_not_name_the_replicas_folder(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command may have been given another path of the folder, such as a relative one."""
+    replica = replica_of(bundles["tiny"])
+    root = str(bundles["tiny"].root)
+
+    async def fail(*_: Any) -> Delivery:
+        raise HipaError(f"{root}/unet.onnx cannot be read.")
+
+    monkeypatch.setattr(replica._service, "deliver", fail)
+    models = Models([f"m={root}"])
+    order = carried(Order(model=models.by_name["m"], prompt=PROMPT, seeds=[1]))
+    refused = asyncio.run(replica.deliver(order))
+    assert refused == Refusal("order", "m/unet.onnx cannot be read.")
+    replica.close()
+
+
 def test_an_unknown_adaptor_is_refused(bundles: dict[str, Bundle]) -> None:
     replica = replica_of(bundles["tiny"])
     models = Models([f"m={bundles['tiny'].root}"])

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import json
 import os
 import signal
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
+from PIL import Image
 
+from hipa_deploy.disk.reading import MIB
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.marks.marker import encode_marked
-from tests.served import Server, running
+from hipa_deploy.serve.process.command import serve
+from tests.refine_samples import refine_bundle
+from tests.served import Server, running, tiny_bundles
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
 PROMPT = "3d emoji of a red apple"
 REQUESTS = 50
+RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 
 
 def image(server: Server, seed: int) -> bytes:
@@ -30,6 +39,13 @@ def image(server: Server, seed: int) -> bytes:
     )
     with urllib.request.urlopen(request, timeout=240) as answer:
         return answer.read()
+
+
+def encoded_size(width: int, height: int) -> bytes:
+    """A PNG of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, "PNG")
+    return file.getvalue()
 
 
 def replica_processes(server: Server) -> list[int]:
@@ -70,7 +86,8 @@ def test_a_killed_replica_loses_no_accepted_request() -> None:
                     result.images_BHWC[0], result.parameters[0], "png", marks=marks, signer=None
                 )
             )
-    with running(*arguments, RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0") as server:
+    with running(*arguments, **RAY) as server:
+        assert server.wait_for("ready", bundle="emoji")["backend"] == "onnxruntime"
         assert image(server, 0) == expected[0]
         replicas = replica_processes(server)
         assert len(replicas) == 2
@@ -80,3 +97,54 @@ def test_a_killed_replica_loses_no_accepted_request() -> None:
             os.kill(replicas[0], signal.SIGKILL)
             assert [answer.result() for answer in answers] == expected
         assert [line for line in server.lines if line["event"] == "bug"] == []
+
+
+def test_limits_and_signals_are_those_of_the_single_machine(tmp_path: Path) -> None:
+    """A refining that nobody waits for stops in its replica too."""
+    roots = [str(refine_bundle(tmp_path).root), str(tiny_bundles(tmp_path)["tiny-edit"].root)]
+    limits = ("--steps-limit", "900", "--body-limit", "1", "--pixel-limit", "1")
+    options = ("--backend", "onnxruntime", "--ray", "local", "--replica-cpus", "0.1")
+    with (
+        running(*roots, *options, *limits, "--time-limit", "2", **RAY) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+
+        def refused(steps: int) -> tuple[int, str]:
+            order = {"model": "tiny-refine", "prompt": PROMPT, "steps": steps, "count": 3}
+            answer = client.post("/hipa/refine", json=order)
+            return answer.status_code, answer.text
+
+        def edited(image: bytes) -> tuple[int, str]:
+            form = {"model": "tiny-edit", "prompt": PROMPT}
+            answer = client.post("/hipa/edit", data=form, files={"image": image})
+            return answer.status_code, answer.text
+
+        assert refused(901)[0] == 400
+        assert "at most 900" in refused(901)[1]
+        assert edited(bytes(1 << 21))[0] == 413
+        status, words = edited(encoded_size(1001, 1000))
+        assert status == 400
+        assert "at most 1000000" in words
+        while refused(2)[0] != 200:  # the base model is loaded
+            pass
+        assert refused(900)[0] == 504
+        began = time.monotonic()
+        assert refused(2)[0] == 200
+        assert time.monotonic() - began < 1
+        assert server.stop() == 143
+        assert "hipa: stopped\n" in server.other
+
+
+def test_the_application_takes_every_limit_of_the_command() -> None:
+    from hipa_deploy.serve.cluster.application import Arguments
+
+    numbers = {"prompt_limit": 5, "body_limit": 2, "pixel_limit": 3, "steps_limit": 4}
+    limits = Arguments.model_validate({"bundles": "emoji", **numbers}).limits()
+    assert (limits.prompt, limits.body, limits.pixels) == (5, 2 << 20, 3_000_000)
+    assert limits.steps == 4
+    usual = Arguments.model_validate({"bundles": "emoji"}).limits()
+    given = inspect.signature(serve).parameters
+    assert usual.prompt == given["prompt_limit"].default
+    assert usual.body == given["body_limit"].default * MIB
+    assert usual.pixels == given["pixel_limit"].default * 1_000_000
+    assert usual.steps == given["steps_limit"].default

@@ -8,13 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import uvicorn
 
 from hipa_deploy.serve.process import http_protocol
 from hipa_deploy.serve.web import guard as guard_module
+from hipa_deploy.serve.web.api_errors import ApiError
 from hipa_deploy.serve.web.guard import Guard
 
 SECONDS = 0.5  # the limit here
@@ -173,3 +174,47 @@ def test_half_a_head_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
                 while part := connection.recv(1000):
                     answer += part
                 assert (b"ok" in answer) == (b"\r\n\r\n" in begin)
+                # A browser opens connections before it needs them: they are closed in silence.
+                assert (b"HTTP/1.1 408 Request Timeout" in answer) == bool(begin)
+                assert (b'"code":"request_timeout"' in answer) == bool(begin)
+
+
+def test_half_a_head_that_trickles_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.5)
+    with served(Answers(10)) as (server, client):
+        client.sendall(b"GET / HTTP/1.1\r\nHost: ")
+        client.settimeout(0.1)
+        answer = b""
+        deadline = time.monotonic() + 10
+        while not answer:
+            assert time.monotonic() < deadline
+            client.sendall(b"a")
+            with suppress(TimeoutError):
+                answer = client.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        wait_until_dropped(server)
+
+
+def test_a_body_that_trickles_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole server: the connection is dropped after the answer too."""
+    monkeypatch.setattr(guard_module, "BODY_SECONDS", 0.5)
+
+    async def app(scope, receive, send) -> None:
+        try:
+            while (await receive())["more_body"]:
+                pass
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+
+    with served(Guard(app, body=1 << 20)) as (server, client):
+        client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
+        client.settimeout(0.1)
+        answer = b""
+        deadline = time.monotonic() + 10
+        while b"request_timeout" not in answer:
+            assert time.monotonic() < deadline
+            client.sendall(b"a")
+            with suppress(TimeoutError):
+                answer += client.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        wait_until_dropped(server)

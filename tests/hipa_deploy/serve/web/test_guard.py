@@ -10,6 +10,7 @@ import pytest
 
 from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.web import guard as guard_module
+from hipa_deploy.serve.web.api_errors import ApiError
 from hipa_deploy.serve.web.guard import Guard
 
 KEY = "0123456789abcdef"
@@ -205,6 +206,44 @@ def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     app = App()
     status, answer = ask(Guard(app, body=10), {"host": "localhost"}, delay=5)
     assert (status, answer["error"]["code"], app.calls) == (408, "request_timeout", 0)
+
+
+def test_a_body_that_comes_slowly_has_more_time_the_more_has_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A large upload over a slow line is no trickle."""
+    monkeypatch.setattr(guard_module, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(guard_module, "BODY_RATE", 1000)
+    assert status_of_parts(1000 * [b""]) == 408
+    assert status_of_parts(10 * [bytes(100)]) == 200
+
+
+def status_of_parts(parts: list[bytes]) -> int:
+    """The answer's status for a body of which a part comes every 50 ms."""
+    statuses: list[int] = []
+
+    async def app(scope, receive, send) -> None:
+        try:
+            while (await receive())["more_body"]:
+                pass
+            statuses.append(200)
+        except ApiError as error:
+            statuses.append(error.status_code)
+
+    async def receive() -> dict:
+        await asyncio.sleep(0.05)
+        part = parts.pop(0)
+        return {"type": "http.request", "body": part, "more_body": bool(parts)}
+
+    async def send(message: dict) -> None:
+        pass
+
+    scope = {
+        "type": "http", "scheme": "http", "method": "POST", "path": "/hipa/generate",
+        "headers": [(b"host", b"localhost")],
+    }  # fmt: skip
+    asyncio.run(Guard(app, body=1 << 20)(scope, receive, send))
+    return statuses[0]
 
 
 def test_requests_on_their_way_to_the_queue_take_its_places() -> None:

@@ -55,13 +55,21 @@ def test_the_bytes_are_those_of_the_command(http: httpx.Client, bundles: Bundles
     np.testing.assert_array_equal(pixels, result.images_BHWC[0])
 
 
+def images_made(http: httpx.Client) -> str:
+    """What the metrics say of the model 'tiny'."""
+    lines = http.get("/metrics").text.splitlines()
+    return next(line for line in lines if line.startswith('hipa_images_total{model="tiny"}'))
+
+
 def test_several_images_are_json(http: httpx.Client) -> None:
     order = {"prompt": PROMPT, "model": "tiny", "seed": 5, "count": 3, "height": 32, "width": 32}
     answer = http.post("/hipa/generate", json=order)
     assert [image["seed"] for image in answer.json()["images"]] == [5, 6, 7]
     assert len(images(answer)) == len(answer.json()["batches"]) == 3
+    before = images_made(http)
     refused = http.post("/hipa/generate", json=order, headers={"accept": "image/png"})
     assert refused.json()["error"]["param"] == "count"
+    assert images_made(http) == before, "refused before they are made"
 
 
 def test_a_prompt_that_is_too_long_may_be_cut(http: httpx.Client) -> None:
@@ -106,6 +114,24 @@ def test_an_image_of_more_tiles_than_the_queue_holds(http: httpx.Client, server:
     assert answer.status_code == 400
     assert "tiles" in answer.json()["error"]["message"]
     assert 'hipa_queue_images{bundle="tiny-upscale"} 0.0' in http.get("/metrics").text
+
+
+@pytest.mark.parametrize("path", ["/health/ready", "/", "/v1/models", "/nothing"])
+def test_head_is_get_without_the_body(http: httpx.Client, path: str) -> None:
+    """Monitors and `curl -I` ask so, and HTTP has every server know it."""
+    head = http.head(path)
+    whole = http.get(path)
+    assert head.status_code == whole.status_code
+    assert head.headers["content-length"] == str(len(whole.content))
+    assert head.content == b""
+    assert http.head("/hipa/generate").status_code == 405
+
+
+def test_a_path_with_a_slash_too_many_is_unknown(http: httpx.Client) -> None:
+    """A redirection would lead from a proxy with TLS to plain HTTP, and the key with it."""
+    answer = http.post("/v1/images/generations/", json={"prompt": PROMPT, "model": "tiny"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "not_found"
 
 
 def test_models_say_what_they_take(http: httpx.Client) -> None:
