@@ -36,6 +36,7 @@ from hipa_deploy.models.configurations import (
 from hipa_deploy.models.kind import listed_class
 from hipa_deploy.models.model_config import SCHEDULER, ModelConfig
 from hipa_deploy.models.text_pair import forces_zeros
+from hipa_deploy.models.weights.load_part import BESIDE_TEXT
 from hipa_deploy.models.weights.part_config import defaults_of, read_config
 from hipa_deploy.models.weights.weight_file import (
     SAFETENSORS,
@@ -44,6 +45,7 @@ from hipa_deploy.models.weights.weight_file import (
     read_layout,
 )
 from hipa_deploy.models.weights.weight_files import current_name
+from hipa_deploy.models.weights.weight_identity import COMPUTED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +78,9 @@ PREDICTIONS = {
 # Ends of tensors that hold a scale of another one, which is stored in float8.
 SCALES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale", "scaled_fp8")
 TEXT = PARTS["text_encoder"] + "transformer."
+# Of the names in a text encoder: CLIP's and OpenCLIP's module, and the number of a layer.
+CLIP_ROOT = re.compile(r"(transformer\.(?!resblocks)|model\.)?(text_model\.)?")
+CLIP_LAYER = re.compile(r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
 TEXT_TO_IMAGE = 4  # channels of a UNet's input: the latents
 CHANNELS = (TEXT_TO_IMAGE, 9)  # for inpainting, noise, mask and source
 # The names of precisions in safetensors and in torch.
@@ -304,7 +309,7 @@ def _key(checkpoint: Path, config: str) -> str:
     """Return the name of a conversion in the cache: a hash of all that its result depends on."""
     settings = MODELS[config] if config in MODELS else folder_sha256(Path(config), "*.json")
     # 'format' is raised whenever the conversion itself changes.
-    key = {"format": 2, "checkpoint": file_sha256(checkpoint), "config": settings}
+    key = {"format": 3, "checkpoint": file_sha256(checkpoint), "config": settings}
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -460,21 +465,49 @@ def _check_all_used(checkpoint: Path, config: str, part: str, module: Any, shape
     """Check that every weight of a part in the file found a place in ``module``.
 
     A configuration with fewer layers than the weights have would give another model, and diffusers
-    only warns. Counting numbers needs no knowledge of the names. CLIP's text encoder is left out:
-    files of SD 2.x hold its last layer, which the model does not use.
+    only warns. Counting numbers needs no knowledge of the names. A text encoder's weights that are
+    known to be of no use are not counted.
     """
-    if part.startswith("text_encoder"):
-        return
+    used = sum(weight.numel() for weight in module.parameters())
+    prefix = _counted_from(part, shapes)
     stored = 0
     for name, shape in shapes.items():
-        if name.startswith(PARTS[part]):
-            stored += math.prod(shape)
-    used = sum(weight.numel() for weight in module.parameters())
+        if not name.startswith(prefix):
+            continue
+        if part.startswith("text_encoder") and _is_beside(name.removeprefix(prefix), module):
+            continue
+        stored += math.prod(shape)
     if stored != used:
         raise HipaError(
             f"model {checkpoint} cannot be converted: its {part} has {stored:,} weights, and that "
             f"of {config} has {used:,}. Name the model it was made from: --config FOLDER."
         )
+
+
+def _counted_from(part: str, shapes: Shapes) -> str:
+    """Return how the names of all that a file holds of a part begin."""
+    prefix = _parts_of(shapes)[part]
+    if prefix.startswith(ENCODERS):
+        # Some tools store what they add outside of SDXL's first encoder, but beside it.
+        return f"{ENCODERS}{prefix.removeprefix(ENCODERS)[0]}."
+    return prefix
+
+
+def _is_beside(name: str, module: Any) -> bool:
+    """Whether files of a text encoder may hold a weight that ``module`` does not use.
+
+    Files of SD 2.x hold a last layer, which the model does not use. The rest of CLIP, and numbers
+    that a module computes itself, are stored by some tools.
+    """
+    inner = CLIP_ROOT.sub("", name, count=1)
+    layer = CLIP_LAYER.match(inner)
+    if layer:
+        return int(layer[1]) >= module.config.num_hidden_layers
+    if inner.endswith(COMPUTED) or inner == "attn_mask":
+        return True
+    if inner in ("text_projection", "text_projection.weight"):
+        return not hasattr(module, "text_projection")
+    return BESIDE_TEXT.fullmatch(inner) is not None
 
 
 def _stored_dtype(checkpoint: Path, prefix: str) -> str:

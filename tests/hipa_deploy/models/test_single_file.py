@@ -288,6 +288,64 @@ def test_a_configuration_with_fewer_layers_is_refused(folder: Path, tmp_path: Pa
         model_folder(str(checkpoint), str(folder))
 
 
+# Of each layout: how its names begin, what tools store beside the text encoder, and what is more.
+TEXTS = {
+    "sd1": (
+        "cond_stage_model.",
+        (
+            "logit_scale",
+            "transformer.logit_scale",
+            "transformer.text_projection.weight",
+            "transformer.text_model.embeddings.position_ids",
+            "transformer.vision_model.encoder.layers.0.mlp.fc1.bias",
+        ),
+        "transformer.text_model.encoder.layers.0.self_attn.q_proj.adapter",
+    ),
+    "sd2": (
+        "cond_stage_model.model.",
+        ("logit_scale", "text_projection", "attn_mask", "transformer.resblocks.23.ln_1.bias"),
+        "transformer.resblocks.0.attn.adapter",
+    ),
+    "sdxl, first": (
+        "conditioner.embedders.0.",
+        (
+            "logit_scale",
+            "transformer.text_projection.weight",
+            "transformer.text_model.embeddings.position_ids",
+        ),
+        "adapter",
+    ),
+    "sdxl, second": (
+        "conditioner.embedders.1.model.",
+        ("logit_scale", "attn_mask"),
+        "transformer.resblocks.0.attn.adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", TEXTS)
+def test_more_than_a_text_encoder_has(folder: Path, tmp_path: Path, layout: str) -> None:
+    """diffusers would leave it out, with a warning; what is known to be of no use may be there."""
+    prefix, beside, more = TEXTS[layout]
+    source = make_sdxl(tmp_path / "model") if "sdxl" in layout else folder
+    plain = write_checkpoint(source, tmp_path / "plain.safetensors", open_clip=layout == "sd2")
+    stored = load_file(plain)
+    stored |= {prefix + name: torch.ones(3) for name in beside}
+    if layout == "sd2":
+        width = len(stored[f"{prefix}ln_final.bias"])
+        stored[f"{prefix}text_projection"] = torch.ones(width, width)
+    known = tmp_path / "known.safetensors"
+    save_file(stored, known)
+    out = model_folder(str(known), str(source))
+    expected = weights(source, "text_encoder")
+    got = weights(out, "text_encoder")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+    save_file({**stored, prefix + more: torch.ones(3)}, known)
+    with pytest.raises(HipaError, match=r"its text_encoder\w* has [\d,]+ weights, and that of"):
+        model_folder(str(known), str(source))
+
+
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
