@@ -185,6 +185,7 @@ def evaluate(
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.generate.prompt_files import check_prompt_file
     from hipa_deploy.models.locate import check_model_name, model_folder
+    from hipa_deploy.models.lora.early_lora import check_adaptor_path
     from hipa_deploy.models.style import parse_style
     from hipa_deploy.train.evaluation.contenders import contender_path, make_rival, parse_contender
     from hipa_deploy.train.evaluation.evaluation_request import (
@@ -239,12 +240,14 @@ def evaluate(
     images = 128 if images is None else images
     if prompts is not None:
         check_prompt_file(prompts)
-    folder = model_folder(model, config)
+    if adaptor_dir is not None:
+        check_adaptor_path(adaptor_dir)
 
+    # Before a checkpoint is converted, which takes minutes.
     outputs = [json_path] if json_path else []
     if out:
         outputs += [out / name for name in REPORT_FILES]
-    inputs = [folder, *(path for path in map(contender_path, rivals) if path)]
+    inputs = [Path(model), *(path for path in map(contender_path, rivals) if path)]
     if recipe:
         inputs.append(Path(recipe))
     if adaptor_dir:
@@ -252,6 +255,7 @@ def evaluate(
     if prompts:
         inputs.append(prompts)
     check_outputs(outputs, inputs=inputs, force=force)
+    folder = model_folder(model, config)
     request = check_request(
         folder, adaptor_dir, rivals, style, wishes, prompts=prompts, images=images
     )
