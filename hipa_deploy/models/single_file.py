@@ -21,7 +21,7 @@ from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER
 from hipa_deploy.disk.files import new_folder, user_cache
 from hipa_deploy.disk.hashing import file_sha256, folder_sha256
 from hipa_deploy.disk.reading import check_file
-from hipa_deploy.errors import HipaError, as_line, first_line
+from hipa_deploy.errors import HipaError, as_line, brief, first_line
 from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.configurations import (
     INDEX,
@@ -65,8 +65,13 @@ SDXL_PARTS = {
     "text_encoder_2": ENCODERS + "1.model.",
 }
 REFINER = ENCODERS + "0.model."
-# Tensors by which some tools mark a model of SDXL that does not predict eps in SDXL's schedule.
-MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max")
+# Tensors by which some tools mark a model of SDXL that does not predict eps in SDXL's schedule, and
+# what the scheduler of such a model says.
+MARKS: dict[str, tuple[str, str | bool]] = {
+    "v_pred": ("prediction_type", "v_prediction"),
+    "ztsnr": ("rescale_betas_zero_snr", True),
+}
+EDM_MARKS = ("edm_mean", "edm_std", "edm_vpred.sigma_max")
 # What a header may say of its UNet, by the names that schedulers have for it.
 PREDICTIONS = {
     "epsilon": "epsilon",
@@ -115,6 +120,7 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
     _check_kind(checkpoint, shapes)
     config = _choose_config(checkpoint, shapes, config)
     _check_prediction(checkpoint, config)
+    _check_marks(checkpoint, shapes, config)
     status = f"reading {checkpoint.name}; the first time it becomes a diffusers folder"
     # Hashing and converting a file of several GB take a while.
     with Console(stderr=True).status(status):
@@ -183,6 +189,13 @@ def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
         raise HipaError(
             f"model {checkpoint}: its UNet takes {channels} channels (made for editing?). Expected "
             "4, or 9 for inpainting. Use a text-to-image or an inpainting model."
+        )
+
+    edm = [name for name in EDM_MARKS if name in shapes]
+    if edm:
+        raise HipaError(
+            f"model {checkpoint} has the mark {edm[0]}: it was made for EDM's noise schedule. "
+            "Expected a model of DDPM's, such as SD 1.x, 2.x or SDXL."
         )
 
     # Without their scales the weights are those of another model.
@@ -303,6 +316,26 @@ def _check_prediction(checkpoint: Path, config: str) -> None:
             f"{config} predicts {expected}. Name the model it was made from, or a diffusers folder "
             "with its scheduler: --config FOLDER."
         )
+
+
+def _check_marks(checkpoint: Path, shapes: Shapes, config: str) -> None:
+    """Check that a folder's scheduler is the one that a file says it was made for.
+
+    Raises:
+        HipaError: it is another: every image would be wrong.
+
+    """
+    for mark in (name for name in MARKS if name in shapes):
+        # One of MODELS was refused for any mark.
+        key, expected = MARKS[mark]
+        got = read_config(Path(config), SCHEDULER).get(key)
+        if got != expected:
+            wanted = json.dumps(expected)
+            raise HipaError(
+                f"model {checkpoint} has the mark {mark}, and {config}/{SCHEDULER} has "
+                f"{key}={brief(got)}. Expected {wanted}. Name the model it was made from, or "
+                "correct that file in a copy of the folder."
+            )
 
 
 def _key(checkpoint: Path, config: str) -> str:

@@ -114,6 +114,29 @@ def test_what_the_header_says_of_the_prediction(folder: Path, tmp_path: Path) ->
             model_folder(str(said))
 
 
+def test_a_mark_and_another_scheduler(tmp_path: Path) -> None:
+    folder = make_sdxl(tmp_path / "model")
+    stored = load_file(write_checkpoint(folder, tmp_path / "plain.safetensors"))
+    marked = tmp_path / "marked.safetensors"
+    save_file({**stored, "v_pred": torch.ones(0), "ztsnr": torch.ones(0)}, marked)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    right = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    for key, wrong in (("prediction_type", "epsilon"), ("rescale_betas_zero_snr", False)):
+        values = {**json.loads(scheduler.read_text()), **right, key: wrong}
+        scheduler.write_text(json.dumps(values))
+        with pytest.raises(HipaError, match=rf"has the mark .* has {key}={wrong!r}\. Expected "):
+            model_folder(str(marked), str(folder))
+    scheduler.write_text(json.dumps({**values, **right}))
+    assert (
+        ModelConfig.read(model_folder(str(marked), str(folder))).scheduler.items() >= right.items()
+    )
+
+    save_file({**stored, "edm_vpred.sigma_max": torch.ones(1)}, marked)
+    for config in (None, str(folder)):
+        with pytest.raises(HipaError, match="was made for EDM's noise schedule"):
+            model_folder(str(marked), config)
+
+
 @pytest.mark.parametrize("open_clip", [False, True], ids=["sd1", "sd2"])
 def test_every_weight_of_the_checkpoint_arrives(
     folder: Path, tmp_path: Path, open_clip: bool
