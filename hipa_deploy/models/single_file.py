@@ -65,14 +65,16 @@ SDXL_PARTS = {
     "text_encoder_2": ENCODERS + "1.model.",
 }
 REFINER = ENCODERS + "0.model."
-# Tensors by which some tools mark a model of SDXL that does not predict eps in SDXL's schedule, and
-# what the scheduler of such a model says.
+# Tensors by which some tools mark a model that does not predict eps in the usual schedule, and what
+# the scheduler of such a model says.
 MARKS: dict[str, tuple[str, str | bool]] = {
     "v_pred": ("prediction_type", "v_prediction"),
     "ztsnr": ("rescale_betas_zero_snr", True),
 }
 EDM_MARKS = ("edm_mean", "edm_std", "edm_vpred.sigma_max")
-# What a header may say of its UNet, by the names that schedulers have for it.
+# Where a header may say what its UNet predicts: Stability AI's ModelSpec, and ComfyUI's words.
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+# What it may say there, by the names that schedulers have for it.
 PREDICTIONS = {
     "epsilon": "epsilon",
     "eps": "epsilon",
@@ -235,13 +237,6 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
             check_file(path, MAX_TOKENIZER, "Copy the model again.")  # they are hashed below
         return config
 
-    marks = [name for name in MARKS if name in shapes]
-    if marks:
-        raise HipaError(
-            f"model {checkpoint} has the mark {marks[0]}: it does not predict eps as SDXL does. "
-            "Name a diffusers folder with its scheduler: --config FOLDER."
-        )
-
     # The width of the text context tells SD 1.x (768) from SD 2.x (1024) and SDXL (2048); SDXL and
     # its relatives are told apart by the number of their transformers.
     attention = shapes.get(CROSS_ATTENTION) or shapes.get(SDXL_CROSS_ATTENTION, ())
@@ -254,9 +249,10 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
             continue
         if transformer_count(name) in (None, transformers):
             fitting.append(name)
+    fitting = _with_same_marks(checkpoint, shapes, fitting, config)
     if config in fitting:
         return str(config)
-    said = _said_prediction(checkpoint)
+    _, said = _said_prediction(checkpoint)
     if config is None and len(fitting) > 1 and said is not None:
         fitting = [name for name in fitting if MODELS[name]["prediction_type"] == said] or fitting
 
@@ -287,15 +283,38 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
     return fitting[0]
 
 
-def _said_prediction(checkpoint: Path) -> str | None:
-    """What the UNet predicts, where the file's header says it (Stability AI's ModelSpec)."""
-    if is_pickled(checkpoint):
-        return None
-    from safetensors import safe_open
+def _with_same_marks(
+    checkpoint: Path, shapes: Shapes, fitting: list[str], config: str | None
+) -> list[str]:
+    """Return those of ``fitting``, names in ``MODELS``, that predict what a file's marks say.
 
-    with safe_open(checkpoint, "numpy") as file:
-        said = (file.metadata() or {}).get("modelspec.prediction_type")
-    return PREDICTIONS.get(str(said))
+    Raises:
+        HipaError: none does, or ``config`` does not.
+
+    """
+    marks = [name for name in MARKS if name in shapes]
+    wanted = dict(MARKS[mark] for mark in marks)
+    same = [name for name in fitting if wanted.items() <= MODELS[name].items()]
+    if marks and (not same or config in set(fitting) - set(same)):
+        choice = f"{' or --config '.join(same)}." if same else "FOLDER."
+        raise HipaError(
+            f"model {checkpoint} has the mark {marks[0]}: it does not predict eps in the usual "
+            f"schedule. Name a model or a diffusers folder with its scheduler: --config {choice}"
+        )
+    return same
+
+
+def _said_prediction(checkpoint: Path) -> tuple[str, str | None]:
+    """What the UNet predicts, where the file's header says it: the key there, and the value."""
+    if not is_pickled(checkpoint):
+        from safetensors import safe_open
+
+        with safe_open(checkpoint, "numpy") as file:
+            header = file.metadata() or {}
+        for key in PREDICTION_KEYS:
+            if header.get(key) in PREDICTIONS:
+                return key, PREDICTIONS[header[key]]
+    return "", None
 
 
 def _check_prediction(checkpoint: Path, config: str) -> None:
@@ -309,12 +328,12 @@ def _check_prediction(checkpoint: Path, config: str) -> None:
         expected = MODELS[config]["prediction_type"]
     else:
         expected = read_config(Path(config), SCHEDULER).get("prediction_type", "epsilon")
-    said = _said_prediction(checkpoint)
+    key, said = _said_prediction(checkpoint)
     if said is not None and said != expected:
         raise HipaError(
-            f"model {checkpoint} says that it predicts {said} (modelspec.prediction_type), and "
-            f"{config} predicts {expected}. Name the model it was made from, or a diffusers folder "
-            "with its scheduler: --config FOLDER."
+            f"model {checkpoint} says that it predicts {said} ({key}), and {config} predicts "
+            f"{expected}. Name the model it was made from, or a diffusers folder with its "
+            "scheduler: --config FOLDER."
         )
 
 
@@ -325,8 +344,9 @@ def _check_marks(checkpoint: Path, shapes: Shapes, config: str) -> None:
         HipaError: it is another: every image would be wrong.
 
     """
+    if config in MODELS:  # it was chosen by the marks
+        return
     for mark in (name for name in MARKS if name in shapes):
-        # One of MODELS was refused for any mark.
         key, expected = MARKS[mark]
         got = read_config(Path(config), SCHEDULER).get(key)
         if got != expected:

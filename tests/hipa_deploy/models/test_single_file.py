@@ -17,6 +17,7 @@ from hipa_deploy.models.single_file import (
     CROSS_ATTENTION,
     FIRST_LAYER,
     PARTS,
+    PREDICTION_KEYS,
     SDXL_CROSS_ATTENTION,
     SDXL_PARTS,
     TEXT,
@@ -89,29 +90,46 @@ def test_what_guidance_leads_away_from_is_the_folders(tmp_path: Path) -> None:
         assert forces_zeros(model_folder(str(checkpoint), str(folder))) is forces
 
 
-def said_to_predict(path: Path, what: str, tensors: dict[str, torch.Tensor]) -> Path:
-    save_file(tensors, path, metadata={"modelspec.prediction_type": what})
+def said_to_predict(
+    path: Path, what: str, tensors: dict[str, torch.Tensor], key: str = PREDICTION_KEYS[0]
+) -> Path:
+    save_file(tensors, path, metadata={key: what})
     return path
 
 
-def test_what_the_header_says_of_the_prediction(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", PREDICTION_KEYS)
+def test_what_the_header_says_of_the_prediction(folder: Path, tmp_path: Path, key: str) -> None:
     stored = load_file(write_checkpoint(folder, tmp_path / "plain.safetensors"))
     for what in ("v", "v_prediction", "something new"):
-        said = said_to_predict(tmp_path / f"{what}.safetensors", what, stored)
+        said = said_to_predict(tmp_path / f"{what}.safetensors", what, stored, key)
         assert same_weights(folder, model_folder(str(said), str(folder)))
-    wrong = said_to_predict(tmp_path / "eps.safetensors", "epsilon", stored)
-    with pytest.raises(HipaError, match=r"says that it predicts epsilon .* predicts v_prediction"):
+    wrong = said_to_predict(tmp_path / "eps.safetensors", "epsilon", stored, key)
+    with pytest.raises(HipaError, match=rf"predicts epsilon \({key}\), .* predicts v_prediction"):
         model_folder(str(wrong), str(folder))
 
     # The two models of SD 2.x look alike but for this.
     shapes = {**SD, CROSS_ATTENTION: (8, 1024)}
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     for what, wrong_config in (("v", "sd21-base"), ("epsilon", "sd21-v")):
-        said = said_to_predict(tmp_path / f"2-{what}.safetensors", what, tensors)
+        said = said_to_predict(tmp_path / f"2-{what}.safetensors", what, tensors, key)
         with pytest.raises(HipaError, match=f"says that it predicts .*, and {wrong_config}"):
             model_folder(str(said), wrong_config)
         with pytest.raises(HipaError, match="cannot be converted"):
             model_folder(str(said))
+
+
+def test_a_marked_checkpoint_of_sd2(tmp_path: Path) -> None:
+    """ComfyUI marks every model that predicts v, and one of SD 2.1's does."""
+    shapes = {**SD, CROSS_ATTENTION: (8, 1024), "v_pred": (0,)}
+    marked = write(tmp_path / "marked.safetensors", shapes)
+    for config in (None, "sd21-v"):
+        with pytest.raises(HipaError, match=r"cannot be converted: .* of sd21-v\."):
+            model_folder(str(marked), config)
+    with pytest.raises(HipaError, match=r"has the mark v_pred: .* --config sd21-v\."):
+        model_folder(str(marked), "sd21-base")
+    marked = write(tmp_path / "marked.safetensors", {**shapes, "ztsnr": (0,)})
+    with pytest.raises(HipaError, match=r"has the mark v_pred: .* --config FOLDER\."):
+        model_folder(str(marked), "sd21-v")
 
 
 def test_a_mark_and_another_scheduler(tmp_path: Path) -> None:
