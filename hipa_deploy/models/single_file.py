@@ -143,12 +143,27 @@ def _is_complete(out: Path) -> bool:
 
 
 def _read_shapes(checkpoint: Path) -> Shapes:
-    """Read names and shapes of all tensors, by the current names."""
+    """Read names and shapes of all tensors, by the current names.
+
+    Raises:
+        HipaError: the file cannot be read, or two names of it mean one weight.
+
+    """
     if is_pickled(checkpoint):
         stored = {name: tuple(weight.shape) for name, weight in load_tensors(checkpoint).items()}
     else:
         stored = {name: layout.shape for name, layout in read_layout(checkpoint).items()}
-    return {_current_name(name): shape for name, shape in stored.items()}
+    names: dict[str, str] = {}
+    for name in stored:
+        current = _current_name(name)
+        if current in names and not current.endswith(COMPUTED):
+            # A merge of two models with other names has the weights of both.
+            raise HipaError(
+                f"model {checkpoint} has two tensors of one weight, {names[current]} and {name}. "
+                "Which of them is right cannot be known. Merge or convert the model again."
+            )
+        names[current] = name
+    return {current: stored[name] for current, name in names.items()}
 
 
 def _current_name(name: str) -> str:

@@ -246,6 +246,22 @@ def test_every_naming_and_every_file_gives_the_same_weights(
     assert not list(out.glob("checkpoint*"))
 
 
+def test_two_names_of_one_weight(folder: Path, tmp_path: Path) -> None:
+    """A merge of checkpoints with the old and the current names has both text encoders."""
+    stored = load_file(write_checkpoint(folder, tmp_path / "plain.safetensors"))
+    positions = f"{TEXT}text_model.embeddings.position_ids"
+    stored[positions] = torch.arange(77)[None]
+    twice = tmp_path / "positions.safetensors"
+    save_file({**stored, f"{TEXT}embeddings.position_ids": torch.arange(77)[None]}, twice)
+    assert same_weights(folder, model_folder(str(twice), str(folder)))
+
+    other = {name: weight + 1 for name, weight in stored.items() if name.startswith(TEXT)}
+    merged = tmp_path / "merged.safetensors"
+    save_file({**stored, **with_old_names(other)}, merged)
+    with pytest.raises(HipaError, match="has two tensors of one weight, cond_stage_model"):
+        model_folder(str(merged), str(folder))
+
+
 def test_weights_that_share_memory(folder: Path, tmp_path: Path) -> None:
     """Pickled, parts of one tensor stay parts of it; a .safetensors file cannot say that."""
     stored = load_file(write_checkpoint(folder, tmp_path / "plain.safetensors"))
