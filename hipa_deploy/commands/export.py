@@ -229,12 +229,14 @@ def export(
         )
         if not others_are_default:
             raise HipaError(
-                "--swap-for takes --model, --adaptor, --adaptor-scale, --one-step, --lora, "
-                "--embedding, --decoder, --sign and --out; the bundle decides everything else. "
-                "Leave the other options out."
+                "--swap-for takes --model, --config, --adaptor, --adaptor-scale, --one-step, "
+                "--lora, --embedding, --decoder, --sign and --out; the bundle decides everything "
+                "else. Leave the other options out."
             )
         style = parse_style(lora, embedding)
-        _export_swap(model, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out, sign)
+        _export_swap(
+            model, config, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out, sign
+        )
         return
 
     choice = None
@@ -362,6 +364,7 @@ def _say(lines: list[str]) -> None:
 
 def _export_swap(
     model: str,
+    config: str | None,
     adaptor: str | None,
     scale: float,
     one_step: str | None,
@@ -375,7 +378,7 @@ def _export_swap(
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
     from hipa_deploy.export.export_request import SwapOptions, check_swap_request
-    from hipa_deploy.models.locate import resolve_decoder
+    from hipa_deploy.models.locate import resolve_decoder, unpacked
     from hipa_deploy.models.lora.early_lora import check_adaptor_path
 
     if adaptor is None and not style.loras:
@@ -384,12 +387,13 @@ def _export_swap(
         )
 
     # What is missing is named before an output that is there, and both before a checkpoint is
-    # converted for its tiny decoder.
+    # converted, which takes minutes.
     root = resolve_bundle(bundle)
     Bundle.open(root)
     if adaptor is not None:
         check_adaptor_path(resolve_adaptor(adaptor))
     refuse_to_overwrite(out)
+    model = unpacked(model, config)
     # The decoder is asked for because a fused bundle has it in the same graph as the adaptor.
     options = SwapOptions(
         model=model,
