@@ -80,6 +80,24 @@ def test_a_swap_takes_no_option_that_the_bundle_decides(
     assert "the bundle decides everything else" in error
 
 
+def test_a_unet_in_float8_is_refused_before_the_export(
+    refused: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = make_model(tmp_path_factory.mktemp("model") / "tiny")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    narrow = {name: one.to(torch.float8_e4m3fn) for name, one in load_file(weights).items()}
+    save_file(narrow, weights)
+
+    def late(*_: object) -> None:
+        pytest.fail("the export has begun")
+
+    monkeypatch.setattr("hipa_deploy.export.export_bundle.export_checked", late)
+    error = refused("export", "--model", str(folder), "--out", "x")
+    assert "is stored as F8_E4M3. Expected F64, F32, F16, BF16" in error
+
+
 def test_a_swap_of_a_checkpoint_with_its_configuration(
     refused: Callable[..., str],
     tmp_path_factory: pytest.TempPathFactory,
