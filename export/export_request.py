@@ -241,7 +241,6 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
         HipaError: something is out of range, missing, or in use; or the method is unknown.
 
     """
-    refuse_to_overwrite(options.out)
     if options.signing_key is not None:
         read_private_key(options.signing_key)
     if options.task in (None, "generate") and options.adaptor is None and encoder != "full":
@@ -262,6 +261,8 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
         check_prompt_file(options.prompts)
     if options.reference_prompts is not None:
         check_prompt_file(options.reference_prompts)
+    # What is missing is named before an output that is there already.
+    refuse_to_overwrite(options.out)
     if not 1 <= options.batch <= MAX_BATCH:
         raise HipaError(
             f"batch {options.batch} is out of range. Expected 1 <= batch <= {MAX_BATCH}."

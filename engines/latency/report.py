@@ -20,6 +20,7 @@ from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.record import Record
 
 MAX_RUNS = 100_000
+WRITTEN = "Expected a file that hipa-profile --json wrote."
 MAX_MS = 1e9  # eleven days
 MAX_BYTES = 64 * MIB  # of a report; one of 100,000 runs has a few million for each stage
 Prompts = Literal[
@@ -158,12 +159,11 @@ def read_report(path: Path) -> LatencyReport:
         HipaError: the file cannot be read, or is not such a report.
 
     """
-    remedy = "Expected a file that hipa-profile --json wrote."
-    report = read_record(path, LatencyReport, remedy, max_bytes=MAX_BYTES)
+    report = read_record(path, LatencyReport, WRITTEN, max_bytes=MAX_BYTES)
     for name, stats in {**report.stages, **report.device, "end_to_end": report.end_to_end}.items():
         problem = _problem(stats)
         if problem:
-            raise HipaError(f"{path}: {shown(name)}: {problem}. {remedy}")
+            raise HipaError(f"{path}: {shown(name)}: {problem}. {WRITTEN}")
     return report
 
 

@@ -185,6 +185,7 @@ def evaluate(
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.generate.prompt_files import check_prompt_file
     from hipa_deploy.models.locate import check_model_name, model_folder
+    from hipa_deploy.models.lora.early_lora import check_adaptor_path
     from hipa_deploy.models.style import parse_style
     from hipa_deploy.train.evaluation.contenders import contender_path, make_rival, parse_contender
     from hipa_deploy.train.evaluation.evaluation_request import (
@@ -239,12 +240,14 @@ def evaluate(
     images = 128 if images is None else images
     if prompts is not None:
         check_prompt_file(prompts)
-    folder = model_folder(model, config)
+    if adaptor_dir is not None:
+        check_adaptor_path(adaptor_dir)
 
+    # Before a checkpoint is converted, which takes minutes.
     outputs = [json_path] if json_path else []
     if out:
         outputs += [out / name for name in REPORT_FILES]
-    inputs = [folder, *(path for path in map(contender_path, rivals) if path)]
+    inputs = [Path(model), *(path for path in map(contender_path, rivals) if path)]
     if recipe:
         inputs.append(Path(recipe))
     if adaptor_dir:
@@ -252,6 +255,7 @@ def evaluate(
     if prompts:
         inputs.append(prompts)
     check_outputs(outputs, inputs=inputs, force=force)
+    folder = model_folder(model, config)
     request = check_request(
         folder, adaptor_dir, rivals, style, wishes, prompts=prompts, images=images
     )
@@ -333,6 +337,7 @@ def _on_coco(
 ) -> None:
     """The measurement on COCO: one report for each set that is there."""
     from hipa_deploy.models.locate import model_folder
+    from hipa_deploy.models.lora.early_lora import check_adaptor_path
     from hipa_deploy.train.coco.coco_folder import read_coco
     from hipa_deploy.train.coco.coco_request import REPORT_FILES, check_coco
     from hipa_deploy.train.evaluation.contenders import contender_path
@@ -343,13 +348,15 @@ def _on_coco(
         raise HipaError("there is nothing to measure. Give --adaptor, --rival or --with-teacher.")
     if json_path is not None and len(request.sets) > 1:
         raise HipaError(f"--json {json_path} is for one report. Choose one of the sets: --year.")
-    folder = model_folder(model, config)
-    inputs = [folder, wishes.folder, request.inception]
+    if adaptor is not None:
+        check_adaptor_path(adaptor)
+    inputs = [Path(model), wishes.folder, request.inception]
     inputs += [path for path in map(contender_path, rivals) if path]
     outputs = [json_path] if json_path else []
     if request.report:
         outputs += [one / name for one in request.sets for name in REPORT_FILES]
     check_outputs(outputs, inputs=inputs, force=force)
+    folder = model_folder(model, config)
     text, warning = check_models(folder, adaptor, rivals, style, text_wishes)
     if warning:
         console.print(f"warning: {warning}", markup=False, highlight=False)

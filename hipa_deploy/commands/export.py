@@ -195,10 +195,11 @@ def export(
     Each model is run with ONNX Runtime and compared with PyTorch; the bundle is written only if the
     results agree. The bundle runs without PyTorch.
     """
-    refuse_to_overwrite(out)
     require("export")
+    from hipa_deploy.models.locate import check_model_name
     from hipa_deploy.models.style import parse_style
 
+    check_model_name(model)
     if swap_for is not None:
         others_are_default = (
             dtype is Precision.fp16
@@ -228,12 +229,14 @@ def export(
         )
         if not others_are_default:
             raise HipaError(
-                "--swap-for takes --model, --adaptor, --adaptor-scale, --one-step, --lora, "
-                "--embedding, --decoder, --sign and --out; the bundle decides everything else. "
-                "Leave the other options out."
+                "--swap-for takes --model, --config, --adaptor, --adaptor-scale, --one-step, "
+                "--lora, --embedding, --decoder, --sign and --out; the bundle decides everything "
+                "else. Leave the other options out."
             )
         style = parse_style(lora, embedding)
-        _export_swap(model, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out, sign)
+        _export_swap(
+            model, config, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out, sign
+        )
         return
 
     choice = None
@@ -361,6 +364,7 @@ def _say(lines: list[str]) -> None:
 
 def _export_swap(
     model: str,
+    config: str | None,
     adaptor: str | None,
     scale: float,
     one_step: str | None,
@@ -371,22 +375,32 @@ def _export_swap(
     signing_key: Path | None,
 ) -> None:
     """Write to ``out`` the weights of adaptor and LoRAs that differ from those of ``bundle``."""
+    from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
     from hipa_deploy.export.export_request import SwapOptions, check_swap_request
-    from hipa_deploy.models.locate import resolve_decoder
+    from hipa_deploy.models.locate import resolve_decoder, unpacked
+    from hipa_deploy.models.lora.early_lora import check_adaptor_path
 
     if adaptor is None and not style.loras:
         raise HipaError(
             "--swap-for needs --adaptor or --lora: whose weights to write for the bundle."
         )
 
+    # What is missing is named before an output that is there, and both before a checkpoint is
+    # converted, which takes minutes.
+    root = resolve_bundle(bundle)
+    Bundle.open(root)
+    if adaptor is not None:
+        check_adaptor_path(resolve_adaptor(adaptor))
+    refuse_to_overwrite(out)
+    model = unpacked(model, config)
     # The decoder is asked for because a fused bundle has it in the same graph as the adaptor.
     options = SwapOptions(
         model=model,
         adaptor=resolve_adaptor(adaptor) if adaptor else None,
         adaptor_scale=scale,
         style=style,
-        bundle=resolve_bundle(bundle),
+        bundle=root,
         out=out,
         decoder=resolve_decoder(decoder, model),
         one_step=one_step,

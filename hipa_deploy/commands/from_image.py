@@ -215,8 +215,8 @@ def upscale(
 
     # Before engines are loaded: a mistake in the image or the overlap is reported at once.
     inputs = [image, resolve_bundle(bundle)]
+    opened = _open_with(bundle, [image])
     paths = image_outputs(out, 1, 1, 0, inputs=inputs, force=force, format=format)
-    opened = _open(bundle)
     check_request(opened, backend, [prompt], seed=0, count=1, adaptor=adaptor)
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     enlargement = upscaling(opened, image, overlap=overlap)
@@ -246,6 +246,19 @@ def _open(bundle: str) -> Bundle:
     return Bundle.open(resolve_bundle(bundle))
 
 
+def _open_with(bundle: str, images: list[Path]) -> Bundle:
+    """The bundle, once it is known that it and the images are there.
+
+    What is missing is named before an output that is there already.
+    """
+    from hipa_deploy.disk.reading import check_regular
+
+    opened = _open(bundle)
+    for image in images:
+        check_regular(image, "Expected an image file.")
+    return opened
+
+
 def _outputs(
     bundle: str,
     out: Path | None,
@@ -264,8 +277,9 @@ def _outputs(
 
     check_count(len(prompts), count)
     inputs = [*images, resolve_bundle(bundle)]
+    opened = _open_with(bundle, images)
     paths = image_outputs(out, len(prompts), count, seed, inputs=inputs, force=force, format=format)
-    check_request(_open(bundle), backend, prompts, seed=seed, count=count, adaptor=adaptor)
+    check_request(opened, backend, prompts, seed=seed, count=count, adaptor=adaptor)
     return paths
 
 

@@ -127,6 +127,7 @@ def generate(
     # Before the bundle is loaded: a mistake is reported at once.
     check_count(len(prompts), choices["count"])
     root = resolve_bundle(bundle)
+    opened = Bundle.open(root)
     inputs = [root] if again is None else [root, again]
     paths = image_outputs(
         out,
@@ -137,7 +138,6 @@ def generate(
         force=force,
         format=format,
     )
-    opened = Bundle.open(root)
     if recipe is not None:
         adaptor = recipe.find_adaptor(opened, adaptor)
     size = (choices["height"], choices["width"])

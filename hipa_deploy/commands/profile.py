@@ -96,11 +96,13 @@ def profile(
     # Before minutes of profiling: a wrong output or an unknown device is reported at once.
     check_runs(runs, warmup, seconds)
     check_backend(backend)
+    root = resolve_bundle(bundle)
+    opened = Bundle.open(root)
     outputs = [path for path in (json_path, html_path) if path is not None]
-    check_outputs(outputs, inputs=[resolve_bundle(bundle)], force=force)
+    check_outputs(outputs, inputs=[root], force=force)
     prediction = None
     if roofline is not None:
-        prediction = predict_roofline(Bundle.open(resolve_bundle(bundle)), roofline)
+        prediction = predict_roofline(opened, roofline)
 
     with load_pipeline(bundle, backend, None, low_memory, verify=verify, cache=cache) as pipe:
         report = profile_pipeline(
@@ -149,16 +151,19 @@ def profile_compare(
 
     Shows ratios with confidence intervals, and conditions that differ. Exit code 1: a regression.
     """
+    from hipa_deploy.disk.reading import check_regular
     from hipa_deploy.engines.latency.compare import (
         compare_reports,
         parse_percent,
         render_comparison,
     )
-    from hipa_deploy.engines.latency.report import read_report
+    from hipa_deploy.engines.latency.report import WRITTEN, read_report
 
+    threshold_percent = parse_percent(threshold)
+    for report in (first, second):
+        check_regular(report, WRITTEN)
     if json_path:
         check_outputs([json_path], inputs=[first, second], force=force)
-    threshold_percent = parse_percent(threshold)
     first_report = read_report(first)
     second_report = read_report(second)
     comparison = compare_reports(

@@ -124,13 +124,6 @@ def train(
     continues when the same command runs again, and one that is finished with more --steps. With
     --average, trained adaptors become one.
     """
-    # A finished training may be extended; an average is always new.
-    if average:
-        refuse_to_overwrite(out)
-    elif not dry_run:
-        from hipa_deploy.train.loop.output import check_new_or_finished
-
-        check_new_or_finished(out)
     require("train")
     if average:
         training = (prompts, start, adaptor, lora, embedding, steps, config, gpus)
@@ -153,7 +146,7 @@ def train(
     from hipa_deploy.models.locate import check_model_name, model_folder
     from hipa_deploy.models.lora.early_lora import check_adaptor_path
     from hipa_deploy.models.style import parse_style
-    from hipa_deploy.train.loop.output import check_output
+    from hipa_deploy.train.loop.output import check_new_or_finished, check_output
     from hipa_deploy.train.recipes.recipe import Recipe, load_any_recipe
     from hipa_deploy.train.training_request import check_dry_run, check_trackers
     from hipa_deploy.user_code import check_allowed, code_allowed
@@ -185,6 +178,9 @@ def train(
     for path in (initial, active):
         if path is not None:
             check_adaptor_path(path)
+    # What is missing is named before an output that is there. A finished training may be extended.
+    if not dry_run:
+        check_new_or_finished(out)
 
     # What can be known without torch is checked before it is imported.
     if isinstance(chosen, Recipe) and active:
@@ -217,6 +213,7 @@ def _average(folders: list[Path], out: Path, rank: int | None) -> None:
 
     found = [resolve_adaptor(str(folder)) for folder in folders]
     check_average(found)
+    refuse_to_overwrite(out)
 
     from hipa_deploy.train.average_adaptors import average_adaptors
 

@@ -21,7 +21,7 @@ from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER
 from hipa_deploy.disk.files import new_folder, user_cache
 from hipa_deploy.disk.hashing import file_sha256, folder_sha256
 from hipa_deploy.disk.reading import check_file
-from hipa_deploy.errors import HipaError, as_line, first_line
+from hipa_deploy.errors import HipaError, as_line, brief, first_line
 from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.configurations import (
     INDEX,
@@ -36,6 +36,7 @@ from hipa_deploy.models.configurations import (
 from hipa_deploy.models.kind import listed_class
 from hipa_deploy.models.model_config import SCHEDULER, ModelConfig
 from hipa_deploy.models.text_pair import forces_zeros
+from hipa_deploy.models.weights.load_part import BESIDE_TEXT
 from hipa_deploy.models.weights.part_config import defaults_of, read_config
 from hipa_deploy.models.weights.weight_file import (
     SAFETENSORS,
@@ -44,6 +45,7 @@ from hipa_deploy.models.weights.weight_file import (
     read_layout,
 )
 from hipa_deploy.models.weights.weight_files import current_name
+from hipa_deploy.models.weights.weight_identity import COMPUTED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,9 +65,16 @@ SDXL_PARTS = {
     "text_encoder_2": ENCODERS + "1.model.",
 }
 REFINER = ENCODERS + "0.model."
-# Tensors by which some tools mark a model of SDXL that does not predict eps in SDXL's schedule.
-MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max")
-# What a header may say of its UNet, by the names that schedulers have for it.
+# Tensors by which some tools mark a model that does not predict eps in the usual schedule, and what
+# the scheduler of such a model says.
+MARKS: dict[str, tuple[str, str | bool]] = {
+    "v_pred": ("prediction_type", "v_prediction"),
+    "ztsnr": ("rescale_betas_zero_snr", True),
+}
+EDM_MARKS = ("edm_mean", "edm_std", "edm_vpred.sigma_max")
+# Where a header may say what its UNet predicts: Stability AI's ModelSpec, and ComfyUI's words.
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+# What it may say there, by the names that schedulers have for it.
 PREDICTIONS = {
     "epsilon": "epsilon",
     "eps": "epsilon",
@@ -76,6 +85,9 @@ PREDICTIONS = {
 # Ends of tensors that hold a scale of another one, which is stored in float8.
 SCALES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale", "scaled_fp8")
 TEXT = PARTS["text_encoder"] + "transformer."
+# Of the names in a text encoder: CLIP's and OpenCLIP's module, and the number of a layer.
+CLIP_ROOT = re.compile(r"(transformer\.(?!resblocks)|model\.)?(text_model\.)?")
+CLIP_LAYER = re.compile(r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
 TEXT_TO_IMAGE = 4  # channels of a UNet's input: the latents
 CHANNELS = (TEXT_TO_IMAGE, 9)  # for inpainting, noise, mask and source
 # The names of precisions in safetensors and in torch.
@@ -110,6 +122,7 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
     _check_kind(checkpoint, shapes)
     config = _choose_config(checkpoint, shapes, config)
     _check_prediction(checkpoint, config)
+    _check_marks(checkpoint, shapes, config)
     status = f"reading {checkpoint.name}; the first time it becomes a diffusers folder"
     # Hashing and converting a file of several GB take a while.
     with Console(stderr=True).status(status):
@@ -130,12 +143,27 @@ def _is_complete(out: Path) -> bool:
 
 
 def _read_shapes(checkpoint: Path) -> Shapes:
-    """Read names and shapes of all tensors, by the current names."""
+    """Read names and shapes of all tensors, by the current names.
+
+    Raises:
+        HipaError: the file cannot be read, or two names of it mean one weight.
+
+    """
     if is_pickled(checkpoint):
         stored = {name: tuple(weight.shape) for name, weight in load_tensors(checkpoint).items()}
     else:
         stored = {name: layout.shape for name, layout in read_layout(checkpoint).items()}
-    return {_current_name(name): shape for name, shape in stored.items()}
+    names: dict[str, str] = {}
+    for name in stored:
+        current = _current_name(name)
+        if current in names and not current.endswith(COMPUTED):
+            # A merge of two models with other names has the weights of both.
+            raise HipaError(
+                f"model {checkpoint} has two tensors of one weight, {names[current]} and {name}. "
+                "Which of them is right cannot be known. Merge or convert the model again."
+            )
+        names[current] = name
+    return {current: stored[name] for current, name in names.items()}
 
 
 def _current_name(name: str) -> str:
@@ -180,6 +208,13 @@ def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
             "4, or 9 for inpainting. Use a text-to-image or an inpainting model."
         )
 
+    edm = [name for name in EDM_MARKS if name in shapes]
+    if edm:
+        raise HipaError(
+            f"model {checkpoint} has the mark {edm[0]}: it was made for EDM's noise schedule. "
+            "Expected a model of DDPM's, such as SD 1.x, 2.x or SDXL."
+        )
+
     # Without their scales the weights are those of another model.
     scales = [name for name in shapes if name.endswith(SCALES)]
     if scales:
@@ -217,13 +252,6 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
             check_file(path, MAX_TOKENIZER, "Copy the model again.")  # they are hashed below
         return config
 
-    marks = [name for name in MARKS if name in shapes]
-    if marks:
-        raise HipaError(
-            f"model {checkpoint} has the mark {marks[0]}: it does not predict eps as SDXL does. "
-            "Name a diffusers folder with its scheduler: --config FOLDER."
-        )
-
     # The width of the text context tells SD 1.x (768) from SD 2.x (1024) and SDXL (2048); SDXL and
     # its relatives are told apart by the number of their transformers.
     attention = shapes.get(CROSS_ATTENTION) or shapes.get(SDXL_CROSS_ATTENTION, ())
@@ -236,9 +264,10 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
             continue
         if transformer_count(name) in (None, transformers):
             fitting.append(name)
+    fitting = _with_same_marks(checkpoint, shapes, fitting, config)
     if config in fitting:
         return str(config)
-    said = _said_prediction(checkpoint)
+    _, said = _said_prediction(checkpoint)
     if config is None and len(fitting) > 1 and said is not None:
         fitting = [name for name in fitting if MODELS[name]["prediction_type"] == said] or fitting
 
@@ -269,15 +298,38 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
     return fitting[0]
 
 
-def _said_prediction(checkpoint: Path) -> str | None:
-    """What the UNet predicts, where the file's header says it (Stability AI's ModelSpec)."""
-    if is_pickled(checkpoint):
-        return None
-    from safetensors import safe_open
+def _with_same_marks(
+    checkpoint: Path, shapes: Shapes, fitting: list[str], config: str | None
+) -> list[str]:
+    """Return those of ``fitting``, names in ``MODELS``, that predict what a file's marks say.
 
-    with safe_open(checkpoint, "numpy") as file:
-        said = (file.metadata() or {}).get("modelspec.prediction_type")
-    return PREDICTIONS.get(str(said))
+    Raises:
+        HipaError: none does, or ``config`` does not.
+
+    """
+    marks = [name for name in MARKS if name in shapes]
+    wanted = dict(MARKS[mark] for mark in marks)
+    same = [name for name in fitting if wanted.items() <= MODELS[name].items()]
+    if marks and (not same or config in set(fitting) - set(same)):
+        choice = f"{' or --config '.join(same)}." if same else "FOLDER."
+        raise HipaError(
+            f"model {checkpoint} has the mark {marks[0]}: it does not predict eps in the usual "
+            f"schedule. Name a model or a diffusers folder with its scheduler: --config {choice}"
+        )
+    return same
+
+
+def _said_prediction(checkpoint: Path) -> tuple[str, str | None]:
+    """What the UNet predicts, where the file's header says it: the key there, and the value."""
+    if not is_pickled(checkpoint):
+        from safetensors import safe_open
+
+        with safe_open(checkpoint, "numpy") as file:
+            header = file.metadata() or {}
+        for key in PREDICTION_KEYS:
+            if header.get(key) in PREDICTIONS:
+                return key, PREDICTIONS[header[key]]
+    return "", None
 
 
 def _check_prediction(checkpoint: Path, config: str) -> None:
@@ -291,20 +343,41 @@ def _check_prediction(checkpoint: Path, config: str) -> None:
         expected = MODELS[config]["prediction_type"]
     else:
         expected = read_config(Path(config), SCHEDULER).get("prediction_type", "epsilon")
-    said = _said_prediction(checkpoint)
+    key, said = _said_prediction(checkpoint)
     if said is not None and said != expected:
         raise HipaError(
-            f"model {checkpoint} says that it predicts {said} (modelspec.prediction_type), and "
-            f"{config} predicts {expected}. Name the model it was made from, or a diffusers folder "
-            "with its scheduler: --config FOLDER."
+            f"model {checkpoint} says that it predicts {said} ({key}), and {config} predicts "
+            f"{expected}. Name the model it was made from, or a diffusers folder with its "
+            "scheduler: --config FOLDER."
         )
+
+
+def _check_marks(checkpoint: Path, shapes: Shapes, config: str) -> None:
+    """Check that a folder's scheduler is the one that a file says it was made for.
+
+    Raises:
+        HipaError: it is another: every image would be wrong.
+
+    """
+    if config in MODELS:  # it was chosen by the marks
+        return
+    for mark in (name for name in MARKS if name in shapes):
+        key, expected = MARKS[mark]
+        got = read_config(Path(config), SCHEDULER).get(key)
+        if got != expected:
+            wanted = json.dumps(expected)
+            raise HipaError(
+                f"model {checkpoint} has the mark {mark}, and {config}/{SCHEDULER} has "
+                f"{key}={brief(got)}. Expected {wanted}. Name the model it was made from, or "
+                "correct that file in a copy of the folder."
+            )
 
 
 def _key(checkpoint: Path, config: str) -> str:
     """Return the name of a conversion in the cache: a hash of all that its result depends on."""
     settings = MODELS[config] if config in MODELS else folder_sha256(Path(config), "*.json")
     # 'format' is raised whenever the conversion itself changes.
-    key = {"format": 2, "checkpoint": file_sha256(checkpoint), "config": settings}
+    key = {"format": 3, "checkpoint": file_sha256(checkpoint), "config": settings}
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -460,21 +533,49 @@ def _check_all_used(checkpoint: Path, config: str, part: str, module: Any, shape
     """Check that every weight of a part in the file found a place in ``module``.
 
     A configuration with fewer layers than the weights have would give another model, and diffusers
-    only warns. Counting numbers needs no knowledge of the names. CLIP's text encoder is left out:
-    files of SD 2.x hold its last layer, which the model does not use.
+    only warns. Counting numbers needs no knowledge of the names. A text encoder's weights that are
+    known to be of no use are not counted.
     """
-    if part.startswith("text_encoder"):
-        return
+    used = sum(weight.numel() for weight in module.parameters())
+    prefix = _counted_from(part, shapes)
     stored = 0
     for name, shape in shapes.items():
-        if name.startswith(PARTS[part]):
-            stored += math.prod(shape)
-    used = sum(weight.numel() for weight in module.parameters())
+        if not name.startswith(prefix):
+            continue
+        if part.startswith("text_encoder") and _is_beside(name.removeprefix(prefix), module):
+            continue
+        stored += math.prod(shape)
     if stored != used:
         raise HipaError(
             f"model {checkpoint} cannot be converted: its {part} has {stored:,} weights, and that "
             f"of {config} has {used:,}. Name the model it was made from: --config FOLDER."
         )
+
+
+def _counted_from(part: str, shapes: Shapes) -> str:
+    """Return how the names of all that a file holds of a part begin."""
+    prefix = _parts_of(shapes)[part]
+    if prefix.startswith(ENCODERS):
+        # Some tools store what they add outside of SDXL's first encoder, but beside it.
+        return f"{ENCODERS}{prefix.removeprefix(ENCODERS)[0]}."
+    return prefix
+
+
+def _is_beside(name: str, module: Any) -> bool:
+    """Whether files of a text encoder may hold a weight that ``module`` does not use.
+
+    Files of SD 2.x hold a last layer, which the model does not use. The rest of CLIP, and numbers
+    that a module computes itself, are stored by some tools.
+    """
+    inner = CLIP_ROOT.sub("", name, count=1)
+    layer = CLIP_LAYER.match(inner)
+    if layer:
+        return int(layer[1]) >= module.config.num_hidden_layers
+    if inner.endswith(COMPUTED) or inner == "attn_mask":
+        return True
+    if inner in ("text_projection", "text_projection.weight"):
+        return not hasattr(module, "text_projection")
+    return BESIDE_TEXT.fullmatch(inner) is not None
 
 
 def _stored_dtype(checkpoint: Path, prefix: str) -> str:

@@ -78,8 +78,6 @@ def publish(
         check_hub_id("--base-model", base_model)
     if licence is not None:
         check_licence(licence)
-    if dry_run is not None:
-        refuse_to_overwrite(dry_run)
     for module in ("huggingface_hub", "safetensors"):
         if find_spec(module) is None:
             raise MissingDependencyError(module, "publish")
@@ -90,6 +88,8 @@ def publish(
     # A path that is wrong is named even where the token is missing too.
     wishes = Wishes(repo, model, base_model, licence, tuple(report or ()))
     check_paths(source, wishes)
+    if dry_run is not None:
+        refuse_to_overwrite(dry_run)
     if dry_run is None:
         check_token()
     publication = open_publication(source, wishes)

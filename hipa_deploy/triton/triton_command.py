@@ -47,8 +47,9 @@ def triton(
     root = resolve_bundle(bundle)
     chosen = name or (bundle if root != Path(bundle) else root.resolve().name)
     checked = check_repository_request(chosen, backend, instances)
+    opened = Bundle.open(root)
     refuse_to_overwrite(out)
     models = write_repository(
-        Bundle.open(root), out, name=chosen, backend=checked, instances=instances, joined=join
+        opened, out, name=chosen, backend=checked, instances=instances, joined=join
     )
     typer.echo(f"{out}: {', '.join(models)}")

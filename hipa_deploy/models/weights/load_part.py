@@ -16,7 +16,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.models.weights.part_config import build, read_config
 from hipa_deploy.models.weights.weight_file import each_tensor
 from hipa_deploy.models.weights.weight_files import current_name, find_weights
-from hipa_deploy.models.weights.weight_identity import COMPUTED
+from hipa_deploy.models.weights.weight_identity import COMPUTED, check_types
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,11 +38,13 @@ def check_weights(folder: Path, also: Iterable[str] = ()) -> None:
         also: parts that not every model has, such as 'text_encoder_2'.
 
     Raises:
-        HipaError: a part has none, or lacks a shard.
+        HipaError: a part has none, or lacks a shard; or the UNet's are of a type that no model is
+            loaded from.
 
     """
     for part in dict.fromkeys((*PARTS, *also)):
         find_weights(folder / part)
+    check_types(folder / "unet")
 
 
 def load_part(kind: Any, where: Path) -> Any:

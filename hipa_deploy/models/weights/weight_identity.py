@@ -77,6 +77,27 @@ def weights_identity(folder: Path) -> str:
     return PREFIX + digest.hexdigest()
 
 
+def check_types(folder: Path) -> None:
+    """Check that the weights in a part's folder have an identity, by the headers of the files.
+
+    What only torch can read is checked when the identity is made.
+
+    Args:
+        folder: of one part, such as a model's unet.
+
+    Raises:
+        HipaError: the folder has no weights, a file is damaged, or its numbers are of a type that
+            no model is loaded from.
+
+    """
+    for path in find_weights(folder):
+        if is_pickled(path):
+            continue
+        for name, layout in read_layout(path).items():
+            if not name.endswith(COMPUTED):
+                _check_type(path, name, layout.dtype)
+
+
 def has_identity(folder: Path, recorded: str) -> bool:
     """Whether the weights in a part's folder are those that an artefact was made with.
 

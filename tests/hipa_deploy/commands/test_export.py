@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.original_layout import write_checkpoint
+from tests.tiny_model import make_model
 
 
 @pytest.mark.parametrize(
@@ -73,3 +78,41 @@ def test_a_swap_takes_no_option_that_the_bundle_decides(
 ) -> None:
     error = refused("export", "--model", "emoji", "--out", "x", "--swap-for", "emoji", *option)
     assert "the bundle decides everything else" in error
+
+
+def test_a_unet_in_float8_is_refused_before_the_export(
+    refused: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = make_model(tmp_path_factory.mktemp("model") / "tiny")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    narrow = {name: one.to(torch.float8_e4m3fn) for name, one in load_file(weights).items()}
+    save_file(narrow, weights)
+
+    def late(*_: object) -> None:
+        pytest.fail("the export has begun")
+
+    monkeypatch.setattr("hipa_deploy.export.export_bundle.export_checked", late)
+    error = refused("export", "--model", str(folder), "--out", "x")
+    assert "is stored as F8_E4M3. Expected F64, F32, F16, BF16" in error
+
+
+def test_a_swap_of_a_checkpoint_with_its_configuration(
+    refused: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("model")
+    monkeypatch.setenv("HIPA_CACHE", str(elsewhere / "cache"))
+    folder = make_model(elsewhere / "tiny")
+    checkpoint = write_checkpoint(folder, elsewhere / "mine.safetensors")
+    unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    height, width = unet["time_embedding.linear_1.weight"].shape
+    layer = "unet.time_embedding.linear_1"
+    lora = elsewhere / "style.safetensors"
+    matrices = {"A": torch.ones(2, width), "B": torch.ones(height, 2)}
+    save_file({f"{layer}.lora_{name}.weight": one for name, one in matrices.items()}, lora)
+    named = ("--model", str(checkpoint), "--config", str(folder), "--lora", str(lora))
+    error = refused("export", *named, "--swap-for", "emoji", "--out", "x")
+    assert "was exported from another base model" in error

@@ -101,6 +101,61 @@ def test_a_report_of_an_evaluation_is_kept(tmp_path: Path, refused: Refused) -> 
 
 
 def test_a_report_that_is_compared_is_never_the_result(tmp_path: Path, refused: Refused) -> None:
-    (tmp_path / "a.json").write_text("{}")
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("{}")
     arguments = ("profile", "compare", "a.json", "b.json", "--json", "a.json", "--force")
     assert "never written over" in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("triton", "absent", "--out", "full"),
+        ("profile", "absent", "--json", "image.png"),
+        ("profile", "compare", "absent", "absent", "--json", "image.png"),
+        ("export", "--model", "absent", "--out", "full"),
+        ("export", "--model", "emoji", "--adaptor", "absent", "--out", "full"),
+        ("export", "--model", "emoji", "--prompts", "absent", "--out", "full"),
+        (
+            "export",
+            "--model",
+            "emoji",
+            "--adaptor",
+            "absent",
+            "--swap-for",
+            "emoji",
+            "--out",
+            "full",
+        ),
+        (
+            "export",
+            "--model",
+            "emoji",
+            "--adaptor",
+            "emoji",
+            "--swap-for",
+            "absent",
+            "--out",
+            "full",
+        ),
+        ("train", "--model", "absent", "--out", "full"),
+        ("train", "--from", "absent", "--out", "full"),
+        ("train", "--recipe", "absent", "--out", "full"),
+        ("train", "--average", "absent", "--average", "emoji", "--out", "full"),
+        ("publish", "absent", "--repo", "user/name", "--dry-run", "full"),
+        ("generate", "absent", "apple", "--out", "image.png"),
+        ("edit", "emoji", "absent", "apple", "--out", "image.png"),
+        ("inpaint", "emoji", "image.png", "absent", "apple", "--out", "image.png"),
+        ("upscale", "emoji", "absent", "--out", "image.png"),
+        ("evaluate", "--adaptor", "absent", "--json", "image.png"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_missing_is_named_before_an_output_that_is_there(
+    refused: Refused, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    assert "absent" in refused(*arguments)
+    assert " exists" not in refused(*arguments)

@@ -17,6 +17,7 @@ from hipa_deploy.models.single_file import (
     CROSS_ATTENTION,
     FIRST_LAYER,
     PARTS,
+    PREDICTION_KEYS,
     SDXL_CROSS_ATTENTION,
     SDXL_PARTS,
     TEXT,
@@ -89,29 +90,69 @@ def test_what_guidance_leads_away_from_is_the_folders(tmp_path: Path) -> None:
         assert forces_zeros(model_folder(str(checkpoint), str(folder))) is forces
 
 
-def said_to_predict(path: Path, what: str, tensors: dict[str, torch.Tensor]) -> Path:
-    save_file(tensors, path, metadata={"modelspec.prediction_type": what})
+def said_to_predict(
+    path: Path, what: str, tensors: dict[str, torch.Tensor], key: str = PREDICTION_KEYS[0]
+) -> Path:
+    save_file(tensors, path, metadata={key: what})
     return path
 
 
-def test_what_the_header_says_of_the_prediction(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", PREDICTION_KEYS)
+def test_what_the_header_says_of_the_prediction(folder: Path, tmp_path: Path, key: str) -> None:
     stored = load_file(write_checkpoint(folder, tmp_path / "plain.safetensors"))
     for what in ("v", "v_prediction", "something new"):
-        said = said_to_predict(tmp_path / f"{what}.safetensors", what, stored)
+        said = said_to_predict(tmp_path / f"{what}.safetensors", what, stored, key)
         assert same_weights(folder, model_folder(str(said), str(folder)))
-    wrong = said_to_predict(tmp_path / "eps.safetensors", "epsilon", stored)
-    with pytest.raises(HipaError, match=r"says that it predicts epsilon .* predicts v_prediction"):
+    wrong = said_to_predict(tmp_path / "eps.safetensors", "epsilon", stored, key)
+    with pytest.raises(HipaError, match=rf"predicts epsilon \({key}\), .* predicts v_prediction"):
         model_folder(str(wrong), str(folder))
 
     # The two models of SD 2.x look alike but for this.
     shapes = {**SD, CROSS_ATTENTION: (8, 1024)}
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     for what, wrong_config in (("v", "sd21-base"), ("epsilon", "sd21-v")):
-        said = said_to_predict(tmp_path / f"2-{what}.safetensors", what, tensors)
+        said = said_to_predict(tmp_path / f"2-{what}.safetensors", what, tensors, key)
         with pytest.raises(HipaError, match=f"says that it predicts .*, and {wrong_config}"):
             model_folder(str(said), wrong_config)
         with pytest.raises(HipaError, match="cannot be converted"):
             model_folder(str(said))
+
+
+def test_a_marked_checkpoint_of_sd2(tmp_path: Path) -> None:
+    """ComfyUI marks every model that predicts v, and one of SD 2.1's does."""
+    shapes = {**SD, CROSS_ATTENTION: (8, 1024), "v_pred": (0,)}
+    marked = write(tmp_path / "marked.safetensors", shapes)
+    for config in (None, "sd21-v"):
+        with pytest.raises(HipaError, match=r"cannot be converted: .* of sd21-v\."):
+            model_folder(str(marked), config)
+    with pytest.raises(HipaError, match=r"has the mark v_pred: .* --config sd21-v\."):
+        model_folder(str(marked), "sd21-base")
+    marked = write(tmp_path / "marked.safetensors", {**shapes, "ztsnr": (0,)})
+    with pytest.raises(HipaError, match=r"has the mark v_pred: .* --config FOLDER\."):
+        model_folder(str(marked), "sd21-v")
+
+
+def test_a_mark_and_another_scheduler(tmp_path: Path) -> None:
+    folder = make_sdxl(tmp_path / "model")
+    stored = load_file(write_checkpoint(folder, tmp_path / "plain.safetensors"))
+    marked = tmp_path / "marked.safetensors"
+    save_file({**stored, "v_pred": torch.ones(0), "ztsnr": torch.ones(0)}, marked)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    right = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    for key, wrong in (("prediction_type", "epsilon"), ("rescale_betas_zero_snr", False)):
+        values = {**json.loads(scheduler.read_text()), **right, key: wrong}
+        scheduler.write_text(json.dumps(values))
+        with pytest.raises(HipaError, match=rf"has the mark .* has {key}={wrong!r}\. Expected "):
+            model_folder(str(marked), str(folder))
+    scheduler.write_text(json.dumps({**values, **right}))
+    assert (
+        ModelConfig.read(model_folder(str(marked), str(folder))).scheduler.items() >= right.items()
+    )
+
+    save_file({**stored, "edm_vpred.sigma_max": torch.ones(1)}, marked)
+    for config in (None, str(folder)):
+        with pytest.raises(HipaError, match="was made for EDM's noise schedule"):
+            model_folder(str(marked), config)
 
 
 @pytest.mark.parametrize("open_clip", [False, True], ids=["sd1", "sd2"])
@@ -205,6 +246,22 @@ def test_every_naming_and_every_file_gives_the_same_weights(
     assert not list(out.glob("checkpoint*"))
 
 
+def test_two_names_of_one_weight(folder: Path, tmp_path: Path) -> None:
+    """A merge of checkpoints with the old and the current names has both text encoders."""
+    stored = load_file(write_checkpoint(folder, tmp_path / "plain.safetensors"))
+    positions = f"{TEXT}text_model.embeddings.position_ids"
+    stored[positions] = torch.arange(77)[None]
+    twice = tmp_path / "positions.safetensors"
+    save_file({**stored, f"{TEXT}embeddings.position_ids": torch.arange(77)[None]}, twice)
+    assert same_weights(folder, model_folder(str(twice), str(folder)))
+
+    other = {name: weight + 1 for name, weight in stored.items() if name.startswith(TEXT)}
+    merged = tmp_path / "merged.safetensors"
+    save_file({**stored, **with_old_names(other)}, merged)
+    with pytest.raises(HipaError, match="has two tensors of one weight, cond_stage_model"):
+        model_folder(str(merged), str(folder))
+
+
 def test_weights_that_share_memory(folder: Path, tmp_path: Path) -> None:
     """Pickled, parts of one tensor stay parts of it; a .safetensors file cannot say that."""
     stored = load_file(write_checkpoint(folder, tmp_path / "plain.safetensors"))
@@ -286,6 +343,64 @@ def test_a_configuration_with_fewer_layers_is_refused(folder: Path, tmp_path: Pa
     save_file({**stored, **extra}, checkpoint)
     with pytest.raises(HipaError, match=r"its unet has [\d,]+ weights, and that of .* --config"):
         model_folder(str(checkpoint), str(folder))
+
+
+# Of each layout: how its names begin, what tools store beside the text encoder, and what is more.
+TEXTS = {
+    "sd1": (
+        "cond_stage_model.",
+        (
+            "logit_scale",
+            "transformer.logit_scale",
+            "transformer.text_projection.weight",
+            "transformer.text_model.embeddings.position_ids",
+            "transformer.vision_model.encoder.layers.0.mlp.fc1.bias",
+        ),
+        "transformer.text_model.encoder.layers.0.self_attn.q_proj.adapter",
+    ),
+    "sd2": (
+        "cond_stage_model.model.",
+        ("logit_scale", "text_projection", "attn_mask", "transformer.resblocks.23.ln_1.bias"),
+        "transformer.resblocks.0.attn.adapter",
+    ),
+    "sdxl, first": (
+        "conditioner.embedders.0.",
+        (
+            "logit_scale",
+            "transformer.text_projection.weight",
+            "transformer.text_model.embeddings.position_ids",
+        ),
+        "adapter",
+    ),
+    "sdxl, second": (
+        "conditioner.embedders.1.model.",
+        ("logit_scale", "attn_mask"),
+        "transformer.resblocks.0.attn.adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", TEXTS)
+def test_more_than_a_text_encoder_has(folder: Path, tmp_path: Path, layout: str) -> None:
+    """diffusers would leave it out, with a warning; what is known to be of no use may be there."""
+    prefix, beside, more = TEXTS[layout]
+    source = make_sdxl(tmp_path / "model") if "sdxl" in layout else folder
+    plain = write_checkpoint(source, tmp_path / "plain.safetensors", open_clip=layout == "sd2")
+    stored = load_file(plain)
+    stored |= {prefix + name: torch.ones(3) for name in beside}
+    if layout == "sd2":
+        width = len(stored[f"{prefix}ln_final.bias"])
+        stored[f"{prefix}text_projection"] = torch.ones(width, width)
+    known = tmp_path / "known.safetensors"
+    save_file(stored, known)
+    out = model_folder(str(known), str(source))
+    expected = weights(source, "text_encoder")
+    got = weights(out, "text_encoder")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+    save_file({**stored, prefix + more: torch.ones(3)}, known)
+    with pytest.raises(HipaError, match=r"its text_encoder\w* has [\d,]+ weights, and that of"):
+        model_folder(str(known), str(source))
 
 
 @pytest.mark.parametrize(

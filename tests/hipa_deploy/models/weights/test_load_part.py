@@ -120,7 +120,7 @@ FAULTS: dict[str, tuple[Callable[[dict, str], object], str]] = {
     ),
     "integers": (
         lambda weights, name: weights.update({name: weights[name].int()}),
-        r"weight \S+ holds torch.int32. Expected floating",
+        r"weight \S+ (holds torch.int32|is stored as I32)\. Expected",
     ),
 }
 
