@@ -111,14 +111,13 @@ def test_cuda_of_nvidias_packages_is_loaded_before_the_provider(path, monkeypatc
         print("Failed to load libcudnn.so.9")  # as the real one does
         loaded.append(directory)
 
-    def providers():
-        # A provider that is a plugin (1.32) registers only when its libraries are there.
-        return ["CUDAExecutionProvider"] if loaded else ["CPUExecutionProvider"]
+    def session(*given, **options):
+        assert loaded, "the provider is asked for before its libraries are there"
+        raise RuntimeError("out of memory")
 
-    refusing = Refusing("out of memory")
     monkeypatch.setattr(onnxruntime, "preload_dlls", preload_dlls)
-    monkeypatch.setattr(onnxruntime, "get_available_providers", providers)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", refusing)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     onnxruntime_runner._preload_cuda.cache_clear()
     try:
         for _ in range(2):
