@@ -4,7 +4,13 @@
 #   JetPack 6:  docker build -f docker/jetson.Dockerfile -t hipa-deploy .
 #   JetPack 7:  docker build -f docker/jetson.Dockerfile -t hipa-deploy --build-arg EXTRA=jetson7 \
 #                 --build-arg BASE=nvcr.io/nvidia/tensorrt:25.10-py3 .
-#   docker run --rm --runtime nvidia --ipc host -v "$PWD":/work hipa-deploy hipa-doctor
+#   cat /proc/device-tree/model > /tmp/nv_jetson_model
+#   docker run --rm --runtime nvidia --ipc host -v "$PWD":/work \
+#     -v /etc/nv_tegra_release:/etc/nv_tegra_release:ro \
+#     -v /tmp/nv_jetson_model:/tmp/nv_jetson_model:ro hipa-deploy hipa-doctor
+#
+# Docker hides the module's model and the release of Jetson Linux. The two files bring them back: the
+# first decides the limits of a build, and an engine is bound to the second.
 #
 # Neither this file nor its images have been built or run by us: no Jetson and no Docker were at
 # hand. tests/test_docker.py checks what it copies and installs. Its packages resolve for aarch64

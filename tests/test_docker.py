@@ -136,3 +136,11 @@ def test_pages_name_dockerfiles_that_exist(page: str) -> None:
     named = re.findall(r"docker/[\w.]+Dockerfile", (ROOT / page).read_text())
     assert named
     assert all((ROOT / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize("page", ["docker/jetson.Dockerfile", "docs/tutorials/jetson.md"])
+def test_a_container_on_jetson_is_told_where_it_runs(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert "cat /proc/device-tree/model > /tmp/nv_jetson_model" in text
+    for path in ("/tmp/nv_jetson_model", "/etc/nv_tegra_release"):
+        assert f"-v {path}:{path}:ro" in text

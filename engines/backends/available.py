@@ -17,8 +17,9 @@ from hipa_deploy.errors import HipaError, MissingDependencyError
 from hipa_deploy.record import Record
 
 INSTALL_ONNXRUNTIME = "pip install onnxruntime"
-# Both packages install the same module: the one without GPU has to go first.
-INSTALL_ONNXRUNTIME_GPU = "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
+# Both packages install the same module: the one without GPU has to go first. The extras are the
+# libraries of CUDA and cuDNN: a driver alone has neither.
+INSTALL_ONNXRUNTIME_GPU = "pip uninstall -y onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 # The backends of ONNX Runtime, and what it calls the execution provider of each.
 PROVIDERS = {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
+import io
 import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cache as only_once
 from functools import partial
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -41,6 +44,9 @@ _GRAPH = {
     rtx_plugin.BACKEND: "enable_cuda_graph",
 }
 _NO_GRAPH = r"cannot use the (cuda graph|graph capture) feature"
+
+# Their libraries are linked to CUDA's, which pip installs where no loader looks.
+_NEED_CUDA = ("onnxruntime-cuda", "onnxruntime-tensorrt")
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -96,6 +102,8 @@ class OnnxRuntimeRunner(ClosesAtExit):
         self._path = path
         self.graph_problem: str | None = None
         onnxruntime = _load_onnxruntime()
+        if backend in _NEED_CUDA:
+            _preload_cuda(onnxruntime)
         _require_provider(onnxruntime, backend)
         settings = provider_options(backend, spec, cache and _writable(cache))
 
@@ -253,6 +261,22 @@ def _load_onnxruntime() -> ModuleType:
         ) from None
 
 
+@only_once
+def _preload_cuda(onnxruntime: ModuleType) -> None:
+    """Load CUDA's and cuDNN's libraries out of NVIDIA's packages, or from the system.
+
+    ONNX Runtime does not do so by itself. What is missing shows when the provider does not start.
+    """
+    # ONNX Runtime 1.21 and newer.
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is None:
+        return
+    # It prints what it does not find, to where a command's result goes.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(OSError, RuntimeError):
+        # "": NVIDIA's packages and the system. By default it would search torch's folder first.
+        preload(directory="")
+
+
 def _require_provider(onnxruntime: ModuleType, backend: str) -> None:
     """Raise HipaError unless the installed package has the provider of ``backend``."""
     if backend not in PROVIDERS:
@@ -323,7 +347,7 @@ def _open_session(
     # A provider whose libraries do not load is left out with no more than a log line.
     if session.get_providers()[0] != provider:
         others = ", ".join(session.get_providers())
-        libraries = "the CUDA and cuDNN libraries"
+        libraries = "the CUDA and cuDNN libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'"
         if backend == rtx_plugin.BACKEND:
             libraries = "the driver: nvidia-smi"
         raise HipaError(

@@ -6,13 +6,27 @@ import re
 
 from hipa_deploy.engines.device.machine import read_text
 
+# Docker masks /sys/firmware, where /proc/device-tree leads to, and mounts nothing in its place.
+# Here a container may have the model's name: run.sh of jetson-containers mounts it as this too.
+_MOUNTED_MODEL = "/tmp/nv_jetson_model"
+# Containers show it, and NVIDIA's k8s-device-plugin knows a Tegra by it.
+_SOC_FAMILY = "/sys/devices/soc0/family"
+_HIDDEN_MODEL = "NVIDIA Jetson, model hidden by the container"
+
 
 def jetson_model() -> str | None:
-    """The model, such as 'NVIDIA Jetson Orin Nano Developer Kit'; None on other machines."""
+    """The model, such as 'NVIDIA Jetson Orin Nano Developer Kit'; None on other machines.
+
+    A container hides the model, unless it is mounted (docker/jetson.Dockerfile). Then the text says
+    no more than that it is a Jetson.
+    """
     # Every board with a device tree has this file, a Raspberry Pi too: only NVIDIA's count.
-    model = read_text("/proc/device-tree/model") or ""
-    is_jetson = "jetson" in model.lower() or "nvidia" in model.lower()
-    return model if is_jetson else None
+    model = read_text("/proc/device-tree/model") or read_text(_MOUNTED_MODEL)
+    if model is not None:
+        is_jetson = "jetson" in model.lower() or "nvidia" in model.lower()
+        return model if is_jetson else None
+    family = read_text(_SOC_FAMILY) or ""
+    return _HIDDEN_MODEL if family.lower().startswith("tegra") else None
 
 
 def l4t_release(text: str | None = None) -> str | None:

@@ -64,7 +64,7 @@ def test_how_to_get_onnxruntime_on_a_gpu(monkeypatch):
         backends = available._onnxruntime_backends(gpu)
         return {each.remedy for each in backends if each.name.endswith(("-cuda", "-tensorrt"))}
 
-    command = "Run: pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
+    command = "Run: pip uninstall -y onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]'"
     assert remedies(RTX_4090) == {command}
     monkeypatch.setattr(available, "jetson_model", lambda: "NVIDIA Jetson Orin Nano")
     (remedy,) = remedies(None)

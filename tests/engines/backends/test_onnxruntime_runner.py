@@ -86,7 +86,7 @@ def test_other_tensors_than_the_manifest_says(path):
 def test_an_absent_provider_gives_the_pip_command(path, backend):
     if len(onnxruntime.get_available_providers()) > 2:
         pytest.skip("onnxruntime-gpu is installed")
-    with pytest.raises(HipaError, match=rf"{backend} is not in .*pip install onnxruntime-gpu"):
+    with pytest.raises(HipaError, match=rf"{backend} is not in .*pip install 'onnxruntime-gpu"):
         OnnxRuntimeRunner(path, conv_spec("unet"), backend)
 
 
@@ -101,6 +101,32 @@ def test_a_provider_that_does_not_start_is_an_error(path, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     with pytest.raises(HipaError, match="CUDAExecutionProvider"):
         OnnxRuntimeRunner(path, conv_spec("unet"), "onnxruntime-cuda")
+
+
+def test_cuda_of_nvidias_packages_is_loaded_before_the_provider(path, monkeypatch, capfd):
+    """Without ``preload_dlls`` onnxruntime-gpu finds none of its packages' libraries."""
+    loaded = []
+
+    def preload_dlls(directory=None):
+        print("Failed to load libcudnn.so.9")  # as the real one does
+        loaded.append(directory)
+
+    def session(*given, **options):
+        assert loaded, "the provider is asked for before its libraries are there"
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload_dlls)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    onnxruntime_runner._preload_cuda.cache_clear()
+    try:
+        for _ in range(2):
+            with pytest.raises(HipaError, match="out of memory"):
+                OnnxRuntimeRunner(path, conv_spec("unet"), "onnxruntime-cuda")
+    finally:
+        onnxruntime_runner._preload_cuda.cache_clear()
+    assert loaded == [""]
+    assert capfd.readouterr().out == ""
 
 
 DYNAMIC = StageSpec(

@@ -122,7 +122,7 @@ def test_doctor_prints_the_checks(capsys: pytest.CaptureFixture[str]) -> None:
     ("backend", "message"),
     [
         ("onnxruntime", "vae_decoder on onnxruntime is "),
-        ("onnxruntime-cuda", "pip install onnxruntime-gpu"),
+        ("onnxruntime-cuda", "pip install 'onnxruntime-gpu"),
     ],
 )
 def test_doctor_exits_with_1_on_a_problem(
