@@ -22,6 +22,7 @@ from hipa_deploy.train.data.captions import folder_captions, image_paths
 from hipa_deploy.train.recipes.recipe import (
     DecoderRecipe,
     Recipe,
+    check_factor,
     held_out_prompts,
     read_prompts,
 )
@@ -135,9 +136,13 @@ def trained_prompts(recipe: Recipe | DecoderRecipe, prompts: list[str]) -> list[
 
 
 def _check_size(recipe: Recipe | DecoderRecipe, config: EarlyConfig) -> None:
-    """Raise HipaError unless the size of the recipe's images fits the model."""
-    if isinstance(recipe, Recipe) and recipe.size is not None:
+    """Raise HipaError unless the size of the recipe's images fits the model and the task."""
+    if not isinstance(recipe, Recipe):
+        return
+    if recipe.size is not None:
         config.latents_of(recipe.size)
+    if recipe.task == "upscale":
+        check_factor(recipe, recipe.size or config.native_size)
 
 
 def _check_files(
