@@ -40,6 +40,7 @@ from hipa_deploy.train.data.teacher_pairs import (
     noise_seeds,
     prompt_conditions,
     prompt_order,
+    rows_at_once,
     stream_noise,
     teacher_pairs,
 )
@@ -575,4 +576,5 @@ def _encoded(
     def latents(rows: list[int]) -> Tensor:
         return model.encode(to_float(images(torch.tensor(rows))))
 
-    return cached_rows("source latents", latents, count, console)
+    at_once = rows_at_once(model.resolution)
+    return cached_rows("source latents", latents, count, console, at_once)
