@@ -40,6 +40,7 @@ from hipa_deploy.train.data.teacher_pairs import (
     RowFunction,
     cached_rows,
     prompt_order,
+    rows_at_once,
     stream_noise,
 )
 from hipa_deploy.train.evaluation.quality import CHUNK, paired_distance
@@ -342,12 +343,19 @@ def perturbed(model: DiffusionModel, latents: RowFunction, recipe: DecoderRecipe
 def decoder_examples(
     model: DiffusionModel, latents: RowFunction, count: int, console: Console
 ) -> DecoderExamples:
-    """The examples of ``latents``: all are made now if they fit in memory, else at each use."""
+    """The examples of ``latents``: all are made now if they fit in memory, else at each use.
+
+    The full decoder takes few large images at once, however many rows are asked for.
+    """
     latents_table = cached_rows("latents", lambda rows: latents(torch.tensor(rows)), count, console)
 
     # Images are kept as uint8: a quarter of the memory, and what the decoder will be measured by.
+    at_once = rows_at_once(model.resolution)
+
+    @torch.no_grad()
     def decoded(rows: list[int]) -> Tensor:
-        return to_uint8(model.decode(latents_table(torch.tensor(rows))))
+        pieces = latents_table(torch.tensor(rows)).split(at_once)
+        return torch.cat([to_uint8(model.decode(piece)) for piece in pieces])
 
     images_table = cached_rows("full decoder", decoded, count, console)
 
@@ -407,7 +415,8 @@ def save_and_reload(tiny: Any, folder: Path) -> Any:
 @torch.no_grad()
 def measure_fidelity(tiny: Any, examples: DecoderExamples) -> DecoderFidelity:
     """PSNR over all pixels of all images and the mean DISTS-like distance, of uint8 images."""
-    chunks = torch.arange(examples.count).split(CHUNK)
+    height, width = examples.images(torch.arange(1)).shape[2:]
+    chunks = torch.arange(examples.count).split(rows_at_once((height, width), CHUNK))
     full_images = torch.cat([to_uint8(examples.images(rows)) for rows in chunks])
     tiny_images = torch.cat(
         [to_uint8(decode_tiny(tiny, examples.latents(rows))) for rows in chunks]

@@ -22,6 +22,7 @@ from hipa_deploy.train.data.captions import folder_captions, image_paths
 from hipa_deploy.train.recipes.recipe import (
     DecoderRecipe,
     Recipe,
+    check_factor,
     held_out_prompts,
     read_prompts,
 )
@@ -52,14 +53,16 @@ def check_request(
         style: LoRAs and embeddings of the model.
 
     Raises:
-        HipaError: prompts or images are missing or cannot be read; an adaptor or a LoRA is
-            missing, damaged or does not fit the model or the recipe; or the model is incomplete.
+        HipaError: prompts or images are missing or cannot be read; sizes or the timestep do not
+            fit the model; an adaptor or a LoRA is missing, damaged or does not fit the model or the
+            recipe; or the model is incomplete.
 
     """
     prompts = read_prompts(recipe, model)
     held_out_prompts(recipe, model, trained_prompts(recipe, prompts))
     config = early_config(model)
     _check_size(recipe, config)
+    _check_timestep(recipe, config, start)
     if isinstance(recipe, Recipe):
         check_held_out(recipe, config)
     check_weights(model)
@@ -82,12 +85,14 @@ def check_dry_run(recipe: Recipe, model: Path, start: Path | None, style: Style)
         style: LoRAs and embeddings of the model.
 
     Raises:
-        HipaError: the configuration cannot be read; the recipe's resolution does not fit it; or,
-            where the weights are there, an adaptor or a LoRA is damaged or does not fit.
+        HipaError: the configuration cannot be read; the recipe's resolution or timestep does not
+            fit it; or, where the weights are there, an adaptor or a LoRA is damaged or does not
+            fit.
 
     """
     config = early_config(model)
     _check_size(recipe, config)
+    _check_timestep(recipe, config, start)
     check_held_out(recipe, config)
     try:
         check_weights(model)
@@ -135,9 +140,24 @@ def trained_prompts(recipe: Recipe | DecoderRecipe, prompts: list[str]) -> list[
 
 
 def _check_size(recipe: Recipe | DecoderRecipe, config: EarlyConfig) -> None:
-    """Raise HipaError unless the size of the recipe's images fits the model."""
-    if isinstance(recipe, Recipe) and recipe.size is not None:
+    """Raise HipaError unless the size of the recipe's images fits the model and the task."""
+    if not isinstance(recipe, Recipe):
+        return
+    if recipe.size is not None:
         config.latents_of(recipe.size)
+    if recipe.task == "upscale":
+        check_factor(recipe, recipe.size or config.native_size)
+
+
+def _check_timestep(
+    recipe: Recipe | DecoderRecipe, config: EarlyConfig, start: Path | None
+) -> None:
+    """Raise HipaError unless the model's schedule has the timestep at which the step starts."""
+    # An edit starts at those of its strengths, and a decoder's latents at that of their adaptor.
+    is_edit = isinstance(recipe, Recipe) and recipe.task == "edit"
+    is_of_adaptor = isinstance(recipe, DecoderRecipe) and start is not None
+    if not (is_edit or is_of_adaptor):
+        config.alpha_bar(recipe.timestep)
 
 
 def _check_files(

@@ -117,6 +117,20 @@ def test_the_last_weights_are_stored_where_the_recipe_says_so(
     assert absolute_sum(stored) == pytest.approx(absolute_sum(state["average"]), rel=1e-5)
 
 
+def test_sample_grids_show_the_weights_that_would_be_written(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    grids = {}
+    for decay, written in ((0.0, "average"), (0.9, "last"), (0.9, "average")):
+        out = tmp_path / f"{decay}-{written}"
+        changes = {"ema_decay": decay, "written": written}
+        train(recipe.model_copy(update=changes), model_dir, out, cache)
+        samples = out.with_name(f"{out.name}.run") / "samples"
+        grids[decay, written] = (samples / "step-00000004.png").read_bytes()
+    assert grids[0.9, "last"] == grids[0.0, "average"]
+    assert grids[0.9, "average"] != grids[0.0, "average"]
+
+
 def test_balanced_loss_resumes_exactly(
     recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
 ) -> None:

@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.models.decoder_folder import read_decoder_metadata, vae_sha256
+from hipa_deploy.train import train_decoder as module
+from hipa_deploy.train.data import teacher_pairs
 from hipa_deploy.train.loop.run import Run
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.unet_adaptor import one_step_model
@@ -23,7 +25,9 @@ from hipa_deploy.train.train_adaptor import train_adaptor
 from hipa_deploy.train.train_decoder import (
     HELD_OUT,
     TRAINING,
+    decoder_examples,
     draw_latents,
+    measure_fidelity,
     perturbed,
     split_prompts,
     train_decoder,
@@ -246,6 +250,36 @@ def test_a_share_of_the_latents_is_perturbed(
     has_noise_B = noise_BCHW.abs().amax(dim=(1, 2, 3)) > 0
     assert has_noise_B.float().mean() == pytest.approx(0.3, abs=0.05)
     assert noise_BCHW[has_noise_B].std() == pytest.approx(0.5, rel=0.05)
+
+
+def test_few_large_images_are_decoded_at_once(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Sixteen of SDXL's images at once would take 48 GiB.
+    model = DiffusionModel.load(model_dir, "cpu", size=(800, 800))
+    latents = torch.randn(8, *model.latent_shape_CHW)
+    decoded = []
+
+    def decode(latents_BCHW: torch.Tensor) -> torch.Tensor:
+        decoded.append(len(latents_BCHW))
+        return torch.zeros(len(latents_BCHW), 3, *model.resolution)
+
+    monkeypatch.setattr(DiffusionModel, "decode", lambda self, latents: decode(latents))
+    monkeypatch.setattr(module, "decode_tiny", lambda tiny, latents: decode(latents))
+    monkeypatch.setattr(module, "CHUNK", 20)  # 8 of this size
+    monkeypatch.setattr(module, "paired_distance", lambda *sets: 0.0)
+    examples = decoder_examples(model, lambda rows: latents[rows], 8, Console(quiet=True))
+    assert decoded == [1, 6, 2]  # the first says how large all are
+    decoded.clear()
+    assert measure_fidelity(None, examples).images == 8
+    assert decoded == [8]
+
+    # The same where the images are too many to be kept.
+    decoded.clear()
+    monkeypatch.setattr(teacher_pairs, "TABLE_BYTES", 0)
+    examples = decoder_examples(model, lambda rows: latents[rows], 8, Console(quiet=True))
+    assert examples.images(torch.arange(8)).shape == (8, 3, 800, 800)
+    assert max(decoded) == 6
 
 
 def test_held_out_prompts_are_not_trained_on() -> None:

@@ -40,6 +40,7 @@ from hipa_deploy.train.data.teacher_pairs import (
     noise_seeds,
     prompt_conditions,
     prompt_order,
+    rows_at_once,
     stream_noise,
     teacher_pairs,
 )
@@ -50,7 +51,12 @@ from hipa_deploy.train.model.mixed_precision import (
     decoder_precision,
     in_precision,
 )
-from hipa_deploy.train.recipes.recipe import Recipe, SourceSettings, source_prompts
+from hipa_deploy.train.recipes.recipe import (
+    Recipe,
+    SourceSettings,
+    check_factor,
+    source_prompts,
+)
 
 # The filters with which small images are usually made: the adaptor must not learn one of them only.
 REDUCING_FILTERS = (
@@ -152,6 +158,8 @@ def _examples_and_texts(
     processes: Processes | None,
 ) -> tuple[TaskExamples, list[str]]:
     """The examples, and the prompts by the indices that they use."""
+    # Before the teacher's images, which take hours.
+    check_factor(recipe, model.resolution)
     task = recipe.task
     folder = recipe.source_folder
 
@@ -481,19 +489,10 @@ def upscale_examples(
         conditions: By prompt index; the empty prompt is the last.
         console: Where the progress bar goes.
 
-    Raises:
-        HipaError: ``source.factor`` does not divide the model's resolution.
-
     """
     count, image_of = _repeated(source_images, recipe.source)
     prompt_N = _prompts_used(source_images, image_of, recipe)
     factor = recipe.source.factor
-    height, width = model.resolution
-    if height % factor or width % factor:
-        raise HipaError(
-            f"source.factor = {factor} does not divide {height}x{width}. "
-            "Choose one that divides the model's size."
-        )
 
     # The filters take turns, so that the examples of one image see several of them.
     def enlarged(rows: Tensor) -> Tensor:
@@ -577,4 +576,5 @@ def _encoded(
     def latents(rows: list[int]) -> Tensor:
         return model.encode(to_float(images(torch.tensor(rows))))
 
-    return cached_rows("source latents", latents, count, console)
+    at_once = rows_at_once(model.resolution)
+    return cached_rows("source latents", latents, count, console, at_once)

@@ -153,9 +153,10 @@ def folder_source_images(
         with without_adaptor(model.vae):
             return model.encode(to_float(image_rows(torch.tensor(rows))))
 
+    at_once = rows_at_once(model.resolution)
     source_images = SourceImages(
         images=image_rows,
-        latents=cached_rows("latents", latents, len(paths), console),
+        latents=cached_rows("latents", latents, len(paths), console, at_once),
         prompt_N=torch.tensor([index[text] for text in texts]),
         prompts=len(index),
         # 'colours' says how the files are read: in 0.1.0 their colour profiles were ignored.

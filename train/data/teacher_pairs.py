@@ -30,6 +30,7 @@ from hipa_deploy.disk.files import user_cache, write_file
 from hipa_deploy.disk.hashing import folder_sha256
 from hipa_deploy.disk.reading import check_regular, shown
 from hipa_deploy.errors import HipaError, as_line
+from hipa_deploy.models.model_config import LEAST_SIGNAL, ModelConfig
 from hipa_deploy.models.weights.weight_identity import loaded_files_sha256, weights_identity
 from hipa_deploy.tasks import start_latents
 from hipa_deploy.train.loop.processes import Processes
@@ -114,7 +115,12 @@ def teacher_latents(
     Returns:
         Scaled latents, float32 [B, C, H, W].
 
+    Raises:
+        HipaError: the model predicts eps, and its schedule ends in pure noise.
+
     """
+    if first is None:
+        check_teacher_start(model.config)
     unet = in_precision(model.unet, teacher.mixed_precision, model.device)
     # Any: the types of diffusers' top-level names are placeholders without methods.
     scheduler: Any = teacher_scheduler(model.schedule, teacher.sampler)
@@ -138,6 +144,23 @@ def teacher_latents(
             output = unconditional + teacher.guidance * (conditional - unconditional)
         x_BCHW = scheduler.step(output, timestep, x_BCHW).prev_sample
     return x_BCHW
+
+
+def check_teacher_start(config: ModelConfig) -> None:
+    """Check that a sampler can take its first step, at the last timestep.
+
+    Raises:
+        HipaError: there is no signal there, and the model predicts eps: x0 would be divided by
+            zero. The latents would be NaN.
+
+    """
+    signal = float(config.alphas_cumprod[-1])
+    if config.prediction_type == "epsilon" and signal < LEAST_SIGNAL:
+        raise HipaError(
+            f"{config.folder} predicts epsilon, and its noise schedule ends in pure noise, from "
+            "which eps says nothing about x0: the teacher has no first step. Correct "
+            "prediction_type or rescale_betas_zero_snr in scheduler/scheduler_config.json."
+        )
 
 
 def edited_latents(
@@ -238,7 +261,8 @@ def teacher_pairs(
         edits: Make edits of these sources, as many as there are, in place of images from noise.
 
     Raises:
-        HipaError: A shard cannot be written, or holds the pairs of another teacher.
+        HipaError: A shard cannot be written, or holds the pairs of another teacher; or the
+            teacher's latents are not finite.
 
     Example:
         >>> teacher = TeacherSettings(steps=25, guidance=5.0, pairs=64)
@@ -267,6 +291,7 @@ def teacher_pairs(
         else:
             latents = edited_latents(model, edits, rows, *arguments)
         stored = latents.to(getattr(torch, teacher.dtype)).cpu()
+        _check_finite(stored, teacher, start, stop)
         return {"latents": stored, "prompt": prompt_B, "seed": seed_B}
 
     def fits(shard: dict[str, Tensor], start: int, stop: int) -> bool:
@@ -304,6 +329,20 @@ def teacher_pairs(
     for name in SHARD_TENSORS:
         joined.append(torch.cat([shards[start][name] for start, _ in ranges]))
     return Pairs(*joined)
+
+
+def _check_finite(latents: Tensor, teacher: TeacherSettings, start: int, stop: int) -> None:
+    """Raise HipaError for latents that nothing can learn, before hours of further ones are made."""
+    if torch.isfinite(latents).all():
+        return
+    precision = teacher.mixed_precision
+    remedy = "Check that diffusers makes images with the model."
+    if precision != "no":
+        remedy = f'Set teacher.mixed_precision = "no" in the recipe, in place of "{precision}".'
+    raise HipaError(
+        f"teacher pairs {start} to {stop - 1}: the teacher's latents are not finite as "
+        f"{teacher.dtype}. Expected numbers to learn from. {remedy}"
+    )
 
 
 def cache_folder(

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -30,6 +31,12 @@ UNSUPPORTED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
+
+
+# How long a process waits for the others. NCCL's own limit is ten minutes, after which it aborts
+# them all. SDXL's teacher pairs take 7.5 hours of four A100s each (predicted), and GPUs of one kind
+# differ by some percent. The main process alone measures how faithful a decoder is.
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Processes:
         """
         _check_launcher(recipe)
         cpu = device == "cpu" or not torch.cuda.is_available() or _is_set("ACCELERATE_USE_CPU")
-        state = PartialState(cpu=cpu)
+        state = PartialState(cpu=cpu, timeout=PATIENCE)
         if recipe.batch < state.num_processes:
             raise HipaError(
                 f"batch = {recipe.batch} is less than the {state.num_processes} processes. "

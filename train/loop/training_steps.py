@@ -179,12 +179,12 @@ def early_end(run: Run) -> str:
 
 
 def save_samples(run: Run, watch: Watch, trackers: Trackers) -> None:
-    """Write a sample grid of the averaged weights: samples/step-00001000.png."""
+    """Write a sample grid of the weights that would be written: samples/step-00001000.png."""
     with run.processes.fail_together():
         if run.processes.is_main:
             path = run.folder / "samples" / f"step-{run.step:08d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            with run.average.applied():
+            with run.written_weights():
                 image = watch.sample_grid(run.step)
             Image.fromarray(image).save(path)
             trackers.add_image("samples", image, run.step)

@@ -178,11 +178,8 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
     parameters = {name: _frozen_parameters(part) for name, part in parts.items()}
     trainable = sum(weight.numel() for weight in training.weights.values())
     pair_bytes = latents_bytes(model, recipe) + PAIR_NUMBERS_BYTES
-    height, width = model.resolution
-    images_bytes = 3 * height * width * _pairs(recipe)
-    # Squares of the teacher's latents are decoded in each step, however few pairs there are.
     crop = recipe.decode_crop if recipe.loss.has_image_terms else None
-    decodes_targets = crop is not None or images_bytes > TABLE_BYTES
+    decodes_targets = _decodes_targets(recipe, model.resolution)
 
     # From here on all tensors are fake ones. The adaptor's weights are among those that were
     # replaced, so the training must look them up again.
@@ -264,6 +261,23 @@ def _pairs(recipe: Recipe) -> int:
     if recipe.task == "generate" and not recipe.needs_targets:
         return min(recipe.teacher.pairs, recipe.samples)
     return recipe.teacher.pairs
+
+
+def _decodes_targets(recipe: Recipe, resolution: tuple[int, int]) -> bool:
+    """Whether the teacher's images are decoded in each step."""
+    if not recipe.loss.has_image_terms:
+        return False
+    # Squares of the teacher's latents are, however few pairs there are.
+    if recipe.decode_crop is not None:
+        return True
+    # Inpainting and super-resolution of a folder of images compare with its files.
+    if recipe.source_folder and recipe.task != "edit":
+        return False
+    images = _pairs(recipe)
+    if recipe.task == "edit":
+        images *= recipe.source.per_image
+    height, width = resolution
+    return 3 * height * width * images > TABLE_BYTES
 
 
 def _seconds(call: Callable[[], None]) -> float:

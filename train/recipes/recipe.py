@@ -523,6 +523,27 @@ def held_out_prompts(
     return kept
 
 
+def check_factor(recipe: Recipe, size: tuple[int, int]) -> None:
+    """Check that super-resolution's small images have whole numbers of pixels.
+
+    Args:
+        recipe: Of any task; the others have no small images.
+        size: Height and width of the training's images in pixels.
+
+    Raises:
+        HipaError: ``source.factor`` does not divide them.
+
+    """
+    factor = recipe.source.factor
+    height, width = size
+    if recipe.task != "upscale" or not (height % factor or width % factor):
+        return
+    raise HipaError(
+        f"source.factor = {factor} does not divide {height}x{width}. "
+        "Choose one that divides the model's size."
+    )
+
+
 def source_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str]:
     """The prompts of an edit's source images, if they have a file of their own; else none.
 

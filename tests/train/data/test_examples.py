@@ -14,6 +14,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.images.compositing import latent_mask
 from hipa_deploy.models.adaptor_folder import read_metadata
+from hipa_deploy.models.style import Style
 from hipa_deploy.train.data.examples import (
     TaskExamples,
     edit_starts,
@@ -24,6 +25,7 @@ from hipa_deploy.train.data.teacher_pairs import teacher_latents
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float
 from hipa_deploy.train.recipes.recipe import Recipe, SourceSettings, read_prompts
 from hipa_deploy.train.train_adaptor import train_adaptor
+from hipa_deploy.train.training_request import check_dry_run, check_request
 from tests.tiny_model import make_model
 
 QUIET = Console(quiet=True)
@@ -132,11 +134,17 @@ def test_upscaling_starts_from_the_small_image(
     assert torch.allclose(examples.conditions(ROWS).context_BLD, model.context([""] * 3), atol=1e-6)
 
 
-def test_a_factor_that_does_not_divide_the_size(
-    model: DiffusionModel, recipe: Recipe, cache: Path
+def test_a_factor_that_does_not_divide_the_size_is_refused_before_any_pair_is_made(
+    model: DiffusionModel, recipe: Recipe, tmp_path: Path
 ) -> None:
+    odd = of_task(recipe, "upscale", factor=3)
     with pytest.raises(HipaError, match=r"source.factor = 3 does not divide 32x32"):
-        examples_of(model, of_task(recipe, "upscale", factor=3), cache)
+        examples_of(model, odd, tmp_path)
+    assert not list(tmp_path.iterdir())
+    for check in (check_request, check_dry_run):
+        with pytest.raises(HipaError, match=r"source.factor = 3 does not divide 32x32"):
+            check(odd, model.folder, None, Style())
+    check_request(odd.model_copy(update={"resolution": 48}), model.folder, None, Style())
 
 
 def test_edits_start_from_the_same_thing() -> None:

@@ -8,9 +8,11 @@ from PIL import Image
 from rich.console import Console
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.train.data.examples import task_examples
 from hipa_deploy.train.data.source_images import folder_source_images, teacher_source_images
 from hipa_deploy.train.data.teacher_pairs import Pairs
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
+from hipa_deploy.train.recipes.recipe import Recipe
 
 QUIET = Console(quiet=True)
 
@@ -45,3 +47,24 @@ def test_the_teachers_images_are_decoded_from_its_latents(model: DiffusionModel)
     assert torch.equal(images.latents(rows), latents[rows].float())
     # Edits in the caches of older versions have this key.
     assert images.key == {"images": "teacher's"}
+
+
+def test_few_large_images_are_encoded_at_once(
+    model_dir: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    source = {"images": str(tmp_path), "captions": False, "factor": 2}
+    values = recipe.model_dump() | {"task": "upscale", "source": source, "resolution": 800}
+    large = Recipe.model_validate(values)
+    model = DiffusionModel.load(model_dir, "cpu", size=large.size)
+    encoded = []
+
+    def encode(self: DiffusionModel, image_BCHW: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(image_BCHW))
+        return torch.zeros(len(image_BCHW), *self.latent_shape_CHW)
+
+    monkeypatch.setattr(DiffusionModel, "encode", encode)
+    task_examples(model, large, ["a boat"], console=QUIET)
+    # The images, and what they start from; the first of each says how large all are.
+    assert encoded == [1, 6, 2, 1, 6, 2]

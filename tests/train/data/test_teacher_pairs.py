@@ -26,6 +26,7 @@ from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 from tests.tiny_model import PROMPTS
 
+ZERO_SIGNAL = "rescale_betas_zero_snr"
 TEACHER = TeacherSettings(steps=3, guidance=4.0, pairs=6, batch=4, dtype="float32")
 
 
@@ -59,6 +60,32 @@ def test_without_guidance_the_empty_prompt_does_not_matter(model: DiffusionModel
     first = teacher_latents(model, noise, conditions, model.unguided(), plain)
     unused = Conditions(torch.full_like(conditions.context_BLD, torch.nan))
     assert torch.equal(first, teacher_latents(model, noise, conditions, unused, plain))
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_latents_that_are_not_finite_end_at_the_first_shard(
+    model: DiffusionModel, tmp_path: Path, precision: str, half_precision: None
+) -> None:
+    # Finite weights, and an output beyond float16, as that of a layer that overflows.
+    model.unet.conv_out.bias.fill_(1e5)
+    teacher = TEACHER.model_copy(update={"dtype": "float16", "mixed_precision": precision})
+    message = "teacher pairs 0 to 3: the teacher's latents are not finite as float16"
+    with pytest.raises(HipaError, match=message) as error:
+        teacher_pairs(model, PROMPTS, teacher, seed=0, cache=tmp_path)
+    assert ("teacher.mixed_precision" in str(error.value)) == (precision == "fp16")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
+def test_a_schedule_from_which_eps_has_no_first_step(
+    model: DiffusionModel, tmp_path: Path, sampler: str
+) -> None:
+    config = replace(model.config, scheduler={**model.config.scheduler, ZERO_SIGNAL: True})
+    model.__dict__["config"] = config  # a cached property
+    teacher = TEACHER.model_copy(update={"sampler": sampler})
+    with pytest.raises(HipaError, match="predicts epsilon, and its noise schedule ends in pure"):
+        teacher_pairs(model, PROMPTS, teacher, seed=0, cache=tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("sampler", ["euler", "DDIM", ""])

@@ -134,6 +134,11 @@ def test_two_processes_train_the_adaptor_of_one(
     )
 
 
+def test_processes_wait_longer_for_one_another_than_their_backend_would(outcome: Outcome) -> None:
+    # NCCL's own limit is ten minutes, and gloo's half an hour.
+    assert outcome.main["hours of patience"] == outcome.other["hours of patience"] == "12"
+
+
 def test_two_processes_stop_early_together(outcome: Outcome) -> None:
     assert (outcome.main["early"], outcome.other["early"]) == ("done", "done")
     assert "stopped early at step 1" in outcome.main["early printed"]

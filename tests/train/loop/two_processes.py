@@ -14,20 +14,25 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
+from torch import distributed
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.data import teacher_pairs as teacher_pairs_module
 from hipa_deploy.train.loop import training_steps as run_module
+from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.recipes.held_out_settings import HeldOutSettings
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 
 model, cache, work = (Path(argument) for argument in sys.argv[1:4])
 recipe = Recipe.model_validate_json(sys.argv[4])
-index = PartialState(cpu=True).process_index
-outcomes: dict[str, str] = {}
+index = Processes.join(recipe, "cpu").index
+group = distributed.distributed_c10d._get_default_group()
+timeout = group._get_backend(torch.device("cpu")).options._timeout
+outcomes: dict[str, str] = {"hours of patience": f"{timeout.total_seconds() / 3600:g}"}
 original_batch_rows = run_module.batch_rows
 original_write_file = teacher_pairs_module.write_file
 

@@ -221,6 +221,21 @@ def test_images_that_do_not_fit_are_decoded_in_each_step(
         prediction.step.flops + prediction.target.flops
     )
 
+    # A training that looks at latents alone decodes none, and one on a folder reads its files.
+    loss = recipe.loss.model_copy(update={"perceptual": "none", "hf_weight": 0.0})
+    latents_alone = recipe.model_copy(update={"loss": loss})
+    assert predict_training(latents_alone, model_dir).target is None
+    of_folder = of_task(recipe, "upscale", images="photos", factor=2)
+    assert predict_training(of_folder, model_dir).target is None
+
+
+def test_edits_of_an_image_are_decoded_one_by_one(
+    model_dir: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit = of_task(recipe, "edit", strengths=[1.0], per_image=2)
+    monkeypatch.setattr(training_cost, "TABLE_BYTES", 3 * 32 * 32 * edit.teacher.pairs)
+    assert predict_training(edit, model_dir).target is not None
+
 
 def test_no_weights_are_needed(model_dir: Path, recipe: Recipe, tmp_path: Path) -> None:
     for path in model_dir.rglob("*.json"):

@@ -1,0 +1,33 @@
+"""What is checked of a training's request before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.style import Style
+from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
+from hipa_deploy.train.training_request import check_dry_run, check_request
+
+BEYOND = r"timestep 1000 is out of range. Expected 0 to 999"
+
+
+def test_a_timestep_that_the_schedule_does_not_have(recipe: Recipe, model_dir: Path) -> None:
+    beyond = recipe.model_copy(update={"timestep": 1000})
+    for check in (check_request, check_dry_run):
+        with pytest.raises(HipaError, match=BEYOND):
+            check(beyond, model_dir, None, Style())
+
+    # An edit starts at the timesteps of its strengths, whatever the recipe's is.
+    source = recipe.source.model_copy(update={"strengths": (1.0,)})
+    edit = beyond.model_copy(update={"task": "edit", "source": source})
+    check_request(edit, model_dir, None, Style())
+
+
+def test_the_timestep_of_a_decoders_latents(model_dir: Path) -> None:
+    values = {"kind": "decoder", "prompts": "model:prompts.txt", "steps": 1, "timestep": 1000}
+    decoder = DecoderRecipe.model_validate(values)
+    with pytest.raises(HipaError, match=BEYOND):
+        check_request(decoder, model_dir, None, Style())
