@@ -25,6 +25,7 @@ from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.disk.remembered import file_marks
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.batch_sizes import cut
+from hipa_deploy.generate.jobs.finite import NotFiniteError
 from hipa_deploy.generate.jobs.image_job import ImageJob
 from hipa_deploy.generate.jobs.result import finished_result
 from hipa_deploy.generate.pipeline import OneStepPipeline
@@ -174,16 +175,32 @@ class ShardMaker:
                 return
             rows = iter([row for row, _ in ahead])
             for batch in cut([job for _, job in ahead], self._pipe.sizes_for(ahead[0][1])):
-                result = self._pipe.guard(finished_result(self._pipe.make(batch)))
-                withheld = {one.index: one.reason for one in result.flagged}
-                shown = iter(zip(result.images_BHWC, result.parameters, strict=True))
-                for place, job in enumerate(batch):
+                for job, made in zip(batch, self._made(batch), strict=True):
                     row = next(rows)
-                    if place in withheld:
-                        error = f"withheld: flagged by {withheld[place]}"
-                        failures.append({"row": row, "error": error})
+                    if isinstance(made, str):
+                        failures.append({"row": row, "error": made})
                         continue
-                    yield row, job.prompt, self._file(*next(shown))
+                    yield row, job.prompt, self._file(*made)
+
+    def _made(self, batch: list[ImageJob]) -> Iterator[tuple[np.ndarray, dict[str, Any]] | str]:
+        """An image with its parameters for each job, or why there is none."""
+        try:
+            result = self._pipe.guard(finished_result(self._pipe.make(batch)))
+        except NotFiniteError as error:
+            if len(batch) == 1:
+                yield str(error)
+                return
+            # One of them is at fault, and the others are images.
+            for job in batch:
+                yield from self._made([job])
+            return
+        withheld = {one.index: one.reason for one in result.flagged}
+        shown = iter(zip(result.images_BHWC, result.parameters, strict=True))
+        for place in range(len(batch)):
+            if place in withheld:
+                yield f"withheld: flagged by {withheld[place]}"
+            else:
+                yield next(shown)
 
     def _file(self, image_HWC: np.ndarray, parameters: dict[str, Any]) -> bytes:
         """An image as PNG, with what the bundle's owner wants in it."""

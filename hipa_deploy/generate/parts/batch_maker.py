@@ -16,6 +16,7 @@ import numpy as np
 from hipa_deploy.bundle.adaptor_swap import TEXT_STAGE, TEXT_STAGE_2
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.jobs.finite import check_finite
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.generate.jobs.image_parameters import image_parameters
 from hipa_deploy.generate.jobs.sizes_in_use import batch_axis
@@ -30,6 +31,7 @@ from hipa_deploy.generate.stages import (
     Tensors,
     Timer,
     along_path,
+    computed_names,
     join_context,
     output_names,
     stage_feed,
@@ -77,7 +79,7 @@ class BatchMaker:
             )
         with self._loaded.shared() as loaded:
             if jobs[0].refine is None:
-                images_BHWC = self._one_step(loaded.stages, jobs, timer)["images"]
+                images_BHWC = self._checked_step(loaded.stages, jobs, timer)
             else:
                 images_BHWC = self._refined(loaded, jobs, timer, progress)
         height, width = images_BHWC.shape[1:3]
@@ -95,6 +97,8 @@ class BatchMaker:
     def make_on_device(self, jobs: Sequence[ImageJob]) -> DeviceArray:
         """Make one batch and leave its images on the device, uint8 [B, H, W, 3].
 
+        Nothing comes to the host, so NaN of a network that overflows is not noticed.
+
         Raises:
             HipaError: the backend gives host arrays, or fails.
 
@@ -106,12 +110,12 @@ class BatchMaker:
         return images
 
     def try_batch(self, jobs: Sequence[ImageJob]) -> Tensors:
-        """Images, and the latents before they are rounded to 8 bits where they are at hand."""
-        also: list[str] = []
-        for stage in self._bundle.manifest.stages:
-            also += output_names(stage.spec, self._bundle.manifest.layout)
+        """Images, and the latents before they are rounded to 8 bits where they are at hand.
+
+        NaN is not refused: whoever asks wants to see it.
+        """
+        wanted = [name for name in self._floats() if name == "latents"]
         with self._loaded.shared() as loaded:
-            wanted = ["latents"] if "latents" in also else []
             return self._one_step(loaded.stages, jobs, nullcontext, wanted)
 
     def encode_ahead(self, jobs: Sequence[ImageJob], timer: Timer) -> None:
@@ -143,6 +147,31 @@ class BatchMaker:
     def close(self) -> None:
         """Release the base UNet that refines. Calling it twice is harmless."""
         self._refiner.close()
+
+    def _checked_step(self, stages: Stages, jobs: Sequence[ImageJob], timer: Timer) -> np.ndarray:
+        """The images of the one step, uint8 [B, H, W, 3].
+
+        Raises:
+            NotFiniteError: a network gave NaN or infinity for one of them.
+
+        """
+        floats = self._floats()
+        made = self._one_step(stages, jobs, timer, list(floats))
+        for name, what in floats.items():
+            check_finite(made[name], jobs, what, self._backend)
+        return made["images"]
+
+    def _floats(self) -> dict[str, str]:
+        """What is known of an image before it is uint8, and what makes it, for messages.
+
+        In the onestep layout the decoder itself makes uint8. A bundle of one fused stage has
+        nothing else.
+        """
+        made: set[str] = set()
+        for stage in self._bundle.stages:
+            made.update(computed_names(self._bundle, stage))
+        known = {"latents": "the one step", "sample": "the decoder"}
+        return {name: what for name, what in known.items() if name in made}
 
     def _one_step(
         self, stages: Stages, jobs: Sequence[ImageJob], timer: Timer, also: Sequence[str] = ()
@@ -197,6 +226,7 @@ class BatchMaker:
         noise_BCHW = initial_noise([job.seed for job in padded], jobs[0].latent_CHW)
         with self._room_for_refiner(loaded.stages):
             latents_BCHW = self._refiner.latents(noise_BCHW, text, settings, timer, progress)
+        check_finite(latents_BCHW[: len(jobs)], jobs, "the base model", self._backend)
         # The decoder alone runs: what the stages before it would give is there.
         feed = {name: text[name] for name in self._text_outputs()}
         feed["latents"] = latents_BCHW

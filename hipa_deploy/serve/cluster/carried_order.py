@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import IO, Any
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.jobs.finite import NotFiniteError
 from hipa_deploy.serve.batcher import QueueFullError, StoppingError
 from hipa_deploy.serve.service import Order, TimeLimitError
 
@@ -37,8 +38,9 @@ class Refusal:
     """Why there are no images.
 
     Attributes:
-        kind: 'order' (something is wrong with it), 'full', 'stopping' or 'late'.
-        message: for people; of the kind 'order'.
+        kind: 'order' (something is wrong with it), 'not finite' (a network gave NaN), 'full',
+            'stopping' or 'late'.
+        message: for people; of the kinds 'order' and 'not finite'.
         retry_after: seconds; of the kind 'full'.
 
     """
@@ -51,6 +53,8 @@ class Refusal:
         """The exception that ``ImageService.deliver`` raises in this case."""
         if self.kind == "order":
             return HipaError(self.message)
+        if self.kind == "not finite":
+            return NotFiniteError(self.message)
         if self.kind == "full":
             return QueueFullError(self.retry_after)
         if self.kind == "stopping":

@@ -14,6 +14,7 @@ from typing import Any
 from hipa_deploy.bundle.adaptor_swap import FOLDER
 from hipa_deploy.bundle.folder import MANIFEST
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.jobs.finite import NotFiniteError
 from hipa_deploy.marks.content_credentials import ContentSigner
 from hipa_deploy.serve.batcher import QueueFullError, StoppingError
 from hipa_deploy.serve.cluster.carried_order import CarriedOrder, Refusal
@@ -89,6 +90,8 @@ class Replica:
             return Refusal("order", f"the model {order.model} is not here. Try again.")
         try:
             return await self._service.deliver(Order(model=model, **values), _never)
+        except NotFiniteError as error:
+            return Refusal("not finite", str(error))
         except HipaError as error:
             # The door knows the folder under another path, where that is a link or relative.
             root = str(model.served.bundle.root)

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.jobs.finite import NotFiniteError
 from hipa_deploy.serve.batcher import QueueFullError, StoppingError
 from hipa_deploy.serve.served import Model
 from hipa_deploy.serve.service import (
@@ -207,6 +208,8 @@ async def deliver(service: ImageService, request: Request, order: Order) -> Deli
     request.scope["queued"]()
     try:
         delivery = await service.deliver(order, gone)
+    except NotFiniteError as error:
+        raise ApiError(500, str(error), "not_finite") from None
     except HipaError as error:
         # Messages of bundles name their folder, which is nobody's business.
         words = str(error).replace(str(order.model.served.bundle.root), order.model.name)

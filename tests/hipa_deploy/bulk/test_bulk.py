@@ -24,6 +24,7 @@ from hipa_deploy.bulk.shard_maker import ShardMaker
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.commands.app import main
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.parts import batch_maker
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from tests.served import tiny_bundles
 
@@ -125,6 +126,28 @@ def test_shards_hold_the_images_of_the_pipeline_and_are_made_once(
     assert {shard: shard_path(out, shard).read_bytes() for shard in range(3)} == before
     assert {shard: shard_path(out, shard).stat().st_mtime_ns for shard in (0, 2)} == stamps
     assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_row_that_overflows_fails_alone(
+    bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = write_prompts(tmp_path / "p.parquet", ["a pear", "a boat", "a house"])
+    out = tmp_path / "out"
+    check = batch_maker.check_finite
+
+    def overflowing(values_BCHW: np.ndarray, jobs: Any, *others: Any) -> None:
+        boats_B = np.array([job.prompt == "a boat" for job in jobs])
+        check(np.where(boats_B[:, None, None, None], np.nan, values_BCHW), jobs, *others)
+
+    monkeypatch.setattr(batch_maker, "check_finite", overflowing)
+    assert run(bundles["tiny"].root, prompts, "--out", out) == 0
+    assert {name for name in content(shard_path(out, 0)) if name.endswith("png")} == {
+        "000000000.png",
+        "000000002.png",
+    }
+    (failed,) = [json.loads(line) for line in (out / "shard-000000.failures.jsonl").open()]
+    assert failed["row"] == 1
+    assert "NaN or infinity" in failed["error"]
 
 
 def test_a_shard_that_stops_half_way_leaves_no_file(

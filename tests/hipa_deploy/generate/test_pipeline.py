@@ -110,8 +110,8 @@ def test_stages_that_run_as_one_get_noise_and_text_and_give_images(pipe: OneStep
         np.testing.assert_array_equal(made.images_BHWC, pipe(APPLE, seed=3).images_BHWC)
     assert seen == ["pipeline", "pipeline"]
     assert stages.log == [
-        (["noise", "tokens"], ("images", "context")),
-        (["context", "noise"], ("images",)),
+        (["noise", "tokens"], ("images", "latents", "context")),
+        (["context", "noise"], ("images", "latents")),
     ]
     np.testing.assert_array_equal(chained.generate_on_device(APPLE, seed=3), made.images_BHWC)
     with pytest.raises(HipaError, match="count is 2, a batch of this bundle holds 1 to 1"):

@@ -84,7 +84,10 @@ class EngineInPlace:
     spec = StageSpec(
         name="unet",
         inputs=(TensorSpec(name="noise", dtype="float32", shape=(1, 4, 16, 16)),),
-        outputs=(TensorSpec(name="images", dtype="uint8", shape=(1, 64, 64, 3)),),
+        outputs=(
+            TensorSpec(name="latents", dtype="float32", shape=(1, 4, 16, 16)),
+            TensorSpec(name="images", dtype="uint8", shape=(1, 64, 64, 3)),
+        ),
     )
 
     def __init__(self) -> None:
@@ -99,7 +102,8 @@ class EngineInPlace:
         time.sleep(0.001)  # other threads run meanwhile
         assert (self.level, self.closed) == (level, False), "changed under a call"
         self.calls += 1
-        return {"images": np.full((1, 64, 64, 3), level, np.uint8)}
+        images_BHWC = np.full((1, 64, 64, 3), level, np.uint8)
+        return {"latents": inputs["noise"], "images": images_BHWC}
 
     def refit(self, level: int) -> None:
         self.level = level
