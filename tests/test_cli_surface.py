@@ -83,8 +83,8 @@ SURFACE = {
     "doctor": {"--backend", "--json", "--self-test", "--bisect", "--out", "--force"},
     "demo": {"--out", "--quick", "--task"},
     "publish": {
-        "--repo", "--model", "--base-model", "--license", "--report", "--dry-run", "--private",
-        "--force",
+        "--repo", "--model", "--config", "--base-model", "--license", "--report", "--dry-run",
+        "--private", "--force",
     },
     "init": {"--device", "--model", "--adaptor", "--task", "--prefer"},
 }  # fmt: skip

@@ -74,7 +74,11 @@ def check_licence(licence: str) -> None:
 
 
 def base_of_adaptor(
-    metadata: AdaptorMetadata, model: str | None, hub_id: str | None, licence: str | None
+    metadata: AdaptorMetadata,
+    model: str | None,
+    hub_id: str | None,
+    licence: str | None,
+    config: str | None = None,
 ) -> BaseModel:
     """The base model of an adaptor.
 
@@ -83,6 +87,7 @@ def base_of_adaptor(
         model: the value of --model; None is the embedded model, if the adaptor is for that.
         hub_id: the value of --base-model.
         licence: the value of --license.
+        config: the value of --config.
 
     Raises:
         HipaError: the model is missing, or no model is given and the adaptor is for another than
@@ -96,13 +101,17 @@ def base_of_adaptor(
                 "Give --model, a folder or a hub id."
             )
         model = NAME
-    folder = model_folder(model)
+    folder = model_folder(model, config)
     name = model_name(model, folder)
     return _base(name, folder, hub_id, licence)
 
 
 def base_of_bundle(
-    info: ModelInfo, model: str | None, hub_id: str | None, licence: str | None
+    info: ModelInfo,
+    model: str | None,
+    hub_id: str | None,
+    licence: str | None,
+    config: str | None = None,
 ) -> BaseModel:
     """The base model of a bundle.
 
@@ -111,6 +120,7 @@ def base_of_bundle(
         model: the value of --model; None leaves the licence to ``licence``.
         hub_id: the value of --base-model.
         licence: the value of --license.
+        config: the value of --config.
 
     Raises:
         HipaError: the model is missing, has no weights, or is another than the bundle's.
@@ -118,7 +128,7 @@ def base_of_bundle(
     """
     if model is None:
         return _base(info.name, None, hub_id, licence)
-    folder = model_folder(model)
+    folder = model_folder(model, config)
     # Another model may have another licence.
     if not has_identity(folder / "unet", info.sha256):
         raise HipaError(

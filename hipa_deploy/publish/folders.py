@@ -37,10 +37,11 @@ class Wishes:
 
     Attributes:
         repo: owner/name.
-        model: the base model, a folder or a hub id.
+        model: the base model: a folder, a file or a hub id.
         base_model: its id on the hub, where ``model`` is a folder.
         licence: of the base model, where its folder does not say it.
         reports: report folders of hipa-evaluate.
+        config: what a ``model`` in one file is of.
 
     """
 
@@ -49,6 +50,7 @@ class Wishes:
     base_model: str | None = None
     licence: str | None = None
     reports: tuple[Path, ...] = ()
+    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,10 @@ def _open_adaptor(folder: Path, wishes: Wishes) -> Publication:
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
         raise HipaError(f"{folder / SCHEDULER} names no scheduler. Copy the adaptor again.")
     report = read_reports(wishes.reports, Subject(digest))
-    base = base_of_adaptor(metadata, wishes.model, wishes.base_model, wishes.licence)
+    named = (wishes.model, wishes.base_model, wishes.licence, wishes.config)
+    base = base_of_adaptor(metadata, *named)
     if wishes.model is not None:
-        read_metadata(folder, model_folder(wishes.model))  # refuses another model
+        read_metadata(folder, model_folder(wishes.model, wishes.config))  # refuses another model
 
     def finish(published: Path) -> str:
         write_peft_files(published, metadata, base.hub_id)
@@ -170,7 +173,8 @@ def _open_bundle(folder: Path, wishes: Wishes) -> Publication:
     merged = None if adaptor is None else adaptor.sha256
     report = read_reports(wishes.reports, Subject(merged, bundle.sha256))
     info = bundle.manifest.base_model
-    base = base_of_bundle(info, wishes.model, wishes.base_model, wishes.licence)
+    named = (wishes.model, wishes.base_model, wishes.licence, wishes.config)
+    base = base_of_bundle(info, *named)
     _check_free(folder, bundle.manifest.files)
 
     def finish(published: Path) -> str:

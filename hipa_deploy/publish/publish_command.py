@@ -23,8 +23,17 @@ def publish(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Base model of the adaptor or bundle: a diffusers folder, a hub id, or 'emoji'. "
-            "Its card says the licence. Not needed for the included adaptors, nor for a bundle."
+            help="Base model of the adaptor or bundle: a diffusers folder, a .safetensors or .ckpt "
+            "file, a hub id, or 'emoji'. Its card says the licence. Not needed for the included "
+            "adaptors, nor for a bundle."
+        ),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="For a model in one file, the model it is of: sd15 | sd21-base | sd21-v | "
+            "sd15-inpainting | sd2-inpainting | sdxl | ssd-1b | vega | sdxl-inpainting | a "
+            "diffusers folder of the same architecture. Needed only if its weights do not show it."
         ),
     ] = None,
     base_model: Annotated[
@@ -86,7 +95,7 @@ def publish(
     from hipa_deploy.publish.hub import check_token, upload
 
     # A path that is wrong is named even where the token is missing too.
-    wishes = Wishes(repo, model, base_model, licence, tuple(report or ()))
+    wishes = Wishes(repo, model, base_model, licence, tuple(report or ()), config)
     check_paths(source, wishes)
     if dry_run is not None:
         refuse_to_overwrite(dry_run)

@@ -18,6 +18,7 @@ from hipa_deploy.errors import HipaError, HipaWarning
 from hipa_deploy.export.merge import merge_adaptor
 from hipa_deploy.models.adaptor_folder import METADATA
 from hipa_deploy.publish.base_model import check_hub_id
+from hipa_deploy.publish.folders import Wishes, open_publication
 
 from .conftest import PNG, front_matter, written
 
@@ -210,3 +211,11 @@ def test_a_path_of_this_machine_is_refused(adaptor: Path, tmp_path: Path, path: 
 def test_a_repository_that_cannot_be(name: str) -> None:
     with pytest.raises(HipaError, match="Expected owner/name"):
         check_hub_id("--repo", name)
+
+
+def test_what_a_model_in_one_file_is_of(adaptor: Path, model_with_licence: Path) -> None:
+    """The card's model is read as hipa-train reads it, which takes --config for a file alone."""
+    for source in (adaptor, "emoji-bundle"):
+        wishes = Wishes("me/one-step", str(model_with_licence), config="sd21-v")
+        with pytest.raises(HipaError, match="--config is for a checkpoint in one file"):
+            open_publication(str(source), wishes)
