@@ -50,11 +50,11 @@ FULL: dict[str, Any] = {
     "loss.latent_warmup_steps": 150,
 }
 FLOAT32: dict[str, Any] = {
-    "teacher.pairs": 512,
+    "teacher.pairs": 384,
     "teacher.batch": 32,
     "teacher.steps": 8,
-    "steps": 300,
-    "loss.latent_warmup_steps": 100,
+    "steps": 260,
+    "loss.latent_warmup_steps": 90,
 }
 QUICK: dict[str, Any] = {
     "teacher.pairs": 64,
