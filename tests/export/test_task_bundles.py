@@ -443,8 +443,8 @@ def test_a_chain_starts_at_the_image_and_leaves_out_what_is_known(edit_bundle: B
         on_device = chained.generate_on_device(PROMPT, source=source, seed=SEED)
         np.testing.assert_array_equal(on_device, pipe(PROMPT, source=source, seed=SEED).images_BHWC)
     assert stages.log == [
-        (["image", "noise", "step", "tokens"], ("images", "context", "source")),
-        (["context", "noise", "source", "step"], ("images",)),
+        (["image", "noise", "step", "tokens"], ("images", "latents", "context", "source")),
+        (["context", "noise", "source", "step"], ("images", "latents")),
         (["context", "image", "noise", "step"], ("images",)),
     ]
 

@@ -60,21 +60,21 @@ def queued_images(server: Server) -> float:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_lets_accepted_requests_end(bundles, number: int, code: int) -> None:
-    """Two hundred images take a while; the signal comes when both requests are in the queue."""
+    """Eight hundred images take a while; the signal comes when both requests are in the queue."""
     root = str(bundles["tiny"].root)
     with (
-        running(root, "--backend", "onnxruntime", "--queue", "200", "--images", "100") as server,
+        running(root, "--backend", "onnxruntime", "--queue", "800", "--images", "400") as server,
         ThreadPoolExecutor(2) as pool,
     ):
-        answers = [pool.submit(generate, server, seed=seed, count=100) for seed in (0, 1000)]
+        answers = [pool.submit(generate, server, seed=seed, count=400) for seed in (0, 1000)]
         deadline = time.monotonic() + 60
-        while queued_images(server) <= 100:
+        while queued_images(server) <= 400:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert server.stop(number) == code
         for answer in answers:
             assert answer.result().status_code == 200
-            assert len(answer.result().json()["images"]) == 100
+            assert len(answer.result().json()["images"]) == 400
     assert [line for line in server.lines if line["event"] == "stopped"]
     assert server.other == ["hipa: stopped\n"]
 
