@@ -97,10 +97,10 @@ def publish(
     # A path that is wrong is named even where the token is missing too.
     wishes = Wishes(repo, model, base_model, licence, tuple(report or ()), config)
     check_paths(source, wishes)
-    if dry_run is not None:
-        refuse_to_overwrite(dry_run)
     if dry_run is None:
         check_token()
+    else:
+        refuse_to_overwrite(dry_run)
     publication = open_publication(source, wishes)
     if dry_run is not None:
         with new_folder(dry_run) as folder:

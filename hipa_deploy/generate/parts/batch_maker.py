@@ -66,6 +66,7 @@ class BatchMaker:
         self._batch = batch_axis(bundle)
         self._encoded_images = EncodedImages()
         self._refiner = Refiner(bundle, backend)
+        self._floats = _known_floats(bundle)
 
     def make(
         self, jobs: Sequence[ImageJob], timer: Timer, progress: Progress | None
@@ -114,7 +115,7 @@ class BatchMaker:
 
         NaN is not refused: whoever asks wants to see it.
         """
-        wanted = [name for name in self._floats() if name == "latents"]
+        wanted = [name for name in self._floats if name == "latents"]
         with self._loaded.shared() as loaded:
             return self._one_step(loaded.stages, jobs, nullcontext, wanted)
 
@@ -155,23 +156,10 @@ class BatchMaker:
             NotFiniteError: a network gave NaN or infinity for one of them.
 
         """
-        floats = self._floats()
-        made = self._one_step(stages, jobs, timer, list(floats))
-        for name, what in floats.items():
+        made = self._one_step(stages, jobs, timer, list(self._floats))
+        for name, what in self._floats.items():
             check_finite(made[name], jobs, what, self._backend)
         return made["images"]
-
-    def _floats(self) -> dict[str, str]:
-        """What is known of an image before it is uint8, and what makes it, for messages.
-
-        In the onestep layout the decoder itself makes uint8. A bundle of one fused stage has
-        nothing else.
-        """
-        made: set[str] = set()
-        for stage in self._bundle.stages:
-            made.update(computed_names(self._bundle, stage))
-        known = {"latents": "the one step", "sample": "the decoder"}
-        return {name: what for name, what in known.items() if name in made}
 
     def _one_step(
         self, stages: Stages, jobs: Sequence[ImageJob], timer: Timer, also: Sequence[str] = ()
@@ -268,6 +256,19 @@ class BatchMaker:
     def _encode(self, stages: Stages, timer: Timer) -> Encode:
         """The text encoder, for one prompt."""
         return partial(_encode, self._bundle, stages, timer, self._batch.min)
+
+
+def _known_floats(bundle: Bundle) -> dict[str, str]:
+    """What is known of an image before it is uint8, and what makes it, for messages.
+
+    In the onestep layout the decoder itself makes uint8. A bundle of one fused stage has nothing
+    else.
+    """
+    made: set[str] = set()
+    for stage in bundle.stages:
+        made.update(computed_names(bundle, stage))
+    known = {"latents": "the one step", "sample": "the decoder"}
+    return {name: what for name, what in known.items() if name in made}
 
 
 def _encode(
