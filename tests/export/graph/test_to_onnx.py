@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx
 import pytest
 import torch
+from onnxscript.rewriter._matcher import SimplePatternMatcher
 from torch import Tensor, nn
 
 from hipa_deploy.bundle.manifest import Axis, StageSpec, TensorSpec
@@ -38,6 +40,16 @@ class FixedBatch(Linear):
 
     def forward(self, x_BD: Tensor) -> Tensor:
         return self.layer(x_BD.view(2, 8))
+
+
+class ForTheRules(Linear):
+    """The same after detours, most of which onnxscript's rules take away."""
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        left, right = x_BD[:, :4], x_BD[:, 4:]
+        detour = torch.cat([right, left], 1).reshape(2, 4, 2).reshape(2, 2, 4).unsqueeze(1)
+        detour = detour.transpose(2, 3).transpose(2, 3).squeeze(1)
+        return self.layer(torch.relu(torch.relu(detour.reshape(2, 8)))) + 0.0
 
 
 def spec_of(axes: dict[str, Axis]) -> StageSpec:
@@ -69,6 +81,32 @@ def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
     model = onnx.load(tmp_path / "one/model.onnx")
     assert not model.metadata_props
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+
+
+def test_rules_are_tried_where_they_can_match_and_the_graph_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    match = SimplePatternMatcher.match
+
+    def counted(matcher: Any, model: Any, graph: Any, node: Any, **keywords: Any) -> Any:
+        tried.append(node.op_type)
+        return match(matcher, model, graph, node, **keywords)
+
+    monkeypatch.setattr(SimplePatternMatcher, "match", counted)
+    export_stage(ForTheRules(), spec_of({}), tmp_path / "quick")
+    quick = len(tried)
+    monkeypatch.setattr(
+        "hipa_deploy.export.graph.to_onnx._rules_where_they_can_match", contextlib.nullcontext
+    )
+    export_stage(ForTheRules(), spec_of({}), tmp_path / "everywhere")
+    assert quick < (len(tried) - quick) / 5
+
+    graphs = [(tmp_path / name / "model.onnx").read_bytes() for name in ("quick", "everywhere")]
+    assert graphs[0] == graphs[1]
+    operators = [node.op_type for node in onnx.load_from_string(graphs[0]).graph.node]
+    assert "Transpose" not in operators
+    assert operators.count("Relu") == 1
 
 
 def test_large_weights_go_to_a_file_of_their_own(
