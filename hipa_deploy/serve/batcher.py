@@ -23,6 +23,7 @@ from typing import Protocol
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.batch_sizes import largest_fitting
+from hipa_deploy.generate.jobs.finite import NotFiniteError
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.generate.refine.refiner import Progress
 
@@ -46,6 +47,13 @@ class QueueFullError(Exception):
 
 class StoppingError(Exception):
     """The service is stopping and accepts nothing more."""
+
+
+class BackendFailedError(HipaError):
+    """A backend or an adaptor failed: out of memory, say. The request is not at fault.
+
+    Everything that can be wrong with a request is found before its jobs are queued.
+    """
 
 
 class _UnwantedError(Exception):
@@ -120,7 +128,9 @@ class Work:
                 self.done.set_result([self._made[place] for place in range(len(self.jobs))])
 
     def fail(self, error: BaseException) -> None:
-        """End the work with an error."""
+        """End the work with an error; one of the backend's becomes a ``BackendFailedError``."""
+        if isinstance(error, HipaError) and not isinstance(error, NotFiniteError):
+            error = BackendFailedError(str(error))
         with suppress(InvalidStateError):
             self.done.set_exception(error)
 

@@ -203,6 +203,8 @@ class ImageService:
 
         Raises:
             HipaError: something is wrong with the order.
+            NotFiniteError: a network gave NaN or infinity.
+            BackendFailedError: a backend or an adaptor failed.
             NotReadyError: the bundles are loading.
             QueueFullError: too many images wait.
             StoppingError: the service is stopping.

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.finite import NotFiniteError
-from hipa_deploy.serve.batcher import QueueFullError, StoppingError
+from hipa_deploy.serve.batcher import BackendFailedError, QueueFullError, StoppingError
 from hipa_deploy.serve.service import Order, TimeLimitError
 
 _FILES = ("image", "mask")
@@ -38,9 +38,9 @@ class Refusal:
     """Why there are no images.
 
     Attributes:
-        kind: 'order' (something is wrong with it), 'not finite' (a network gave NaN), 'full',
-            'stopping' or 'late'.
-        message: for people; of the kinds 'order' and 'not finite'.
+        kind: 'order' (something is wrong with it), 'not finite' (a network gave NaN), 'failed'
+            (a backend or an adaptor), 'full', 'stopping' or 'late'.
+        message: for people; of the kinds 'order', 'not finite' and 'failed'.
         retry_after: seconds; of the kind 'full'.
 
     """
@@ -55,6 +55,8 @@ class Refusal:
             return HipaError(self.message)
         if self.kind == "not finite":
             return NotFiniteError(self.message)
+        if self.kind == "failed":
+            return BackendFailedError(self.message)
         if self.kind == "full":
             return QueueFullError(self.retry_after)
         if self.kind == "stopping":

@@ -16,7 +16,7 @@ from hipa_deploy.bundle.folder import MANIFEST
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.finite import NotFiniteError
 from hipa_deploy.marks.content_credentials import ContentSigner
-from hipa_deploy.serve.batcher import QueueFullError, StoppingError
+from hipa_deploy.serve.batcher import BackendFailedError, QueueFullError, StoppingError
 from hipa_deploy.serve.cluster.carried_order import CarriedOrder, Refusal
 from hipa_deploy.serve.served import Models
 from hipa_deploy.serve.service import Delivery, ImageService, Order, TimeLimitError
@@ -92,6 +92,8 @@ class Replica:
             return await self._service.deliver(Order(model=model, **values), _never)
         except NotFiniteError as error:
             return Refusal("not finite", str(error))
+        except BackendFailedError as error:
+            return Refusal("failed", str(error))
         except HipaError as error:
             # The door knows the folder under another path, where that is a link or relative.
             root = str(model.served.bundle.root)

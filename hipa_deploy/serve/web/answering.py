@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
@@ -13,7 +14,7 @@ from fastapi.routing import APIRoute
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.finite import NotFiniteError
-from hipa_deploy.serve.batcher import QueueFullError, StoppingError
+from hipa_deploy.serve.batcher import BackendFailedError, QueueFullError, StoppingError
 from hipa_deploy.serve.served import Model
 from hipa_deploy.serve.service import (
     Delivery,
@@ -24,6 +25,7 @@ from hipa_deploy.serve.service import (
     TimeLimitError,
 )
 from hipa_deploy.serve.web.api_errors import ApiError, queue_full
+from hipa_deploy.serve.web.request_log import log
 
 # JSON numbers of JavaScript are exact up to 2**53. A drawn seed must survive such a client.
 _DRAWN_SEEDS = 2**53
@@ -210,6 +212,10 @@ async def deliver(service: ImageService, request: Request, order: Order) -> Deli
         delivery = await service.deliver(order, gone)
     except NotFiniteError as error:
         raise ApiError(500, str(error), "not_finite") from None
+    except BackendFailedError as error:
+        # Only the log names files: what failed is the owner's business, and not who asked for it.
+        log("backend failed", logging.ERROR, model=order.model.name, reason=str(error))
+        raise ApiError(500, f"{order.model.name} failed. Try again.", "backend_failed") from None
     except HipaError as error:
         # Messages of bundles name their folder, which is nobody's business.
         words = str(error).replace(str(order.model.served.bundle.root), order.model.name)

@@ -13,7 +13,13 @@ import pytest
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.serve import batcher as batcher_module
-from hipa_deploy.serve.batcher import Batcher, QueueFullError, StoppingError, Work
+from hipa_deploy.serve.batcher import (
+    BackendFailedError,
+    Batcher,
+    QueueFullError,
+    StoppingError,
+    Work,
+)
 
 WAIT = 5.0  # seconds, far more than anything here takes
 
@@ -299,13 +305,13 @@ def test_an_error_hits_only_whose_fault_it_is(engine: Gate, batcher: Batcher) ->
     engine.let_go(10)
     for work in (works[0], works[2], works[3]):
         work.done.result(WAIT)
-    with pytest.raises(HipaError, match="bad"):
+    with pytest.raises(BackendFailedError, match="bad"):
         works[1].done.result(WAIT)
 
 
 def test_an_adaptor_that_does_not_load(engine: Gate, batcher: Batcher) -> None:
     engine.let_go(10)
-    with pytest.raises(HipaError, match="broken"):
+    with pytest.raises(BackendFailedError, match="broken"):
         submit(batcher, "a", adaptor="broken").done.result(WAIT)
     submit(batcher, "b").done.result(WAIT)
     assert engine.batches == [(None, ["b"])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from PIL import Image
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.commands.app import main
 from hipa_deploy.errors import HipaError
-from hipa_deploy.serve.batcher import QueueFullError, StoppingError
+from hipa_deploy.generate.jobs.finite import NotFiniteError
+from hipa_deploy.serve.batcher import BackendFailedError, QueueFullError, StoppingError
 from hipa_deploy.serve.cluster.carried_order import CarriedOrder, Refusal, carried
 from hipa_deploy.serve.cluster.cluster_service import ClusterService, ReplicaLostError
 from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings, replicas_from
@@ -30,6 +32,7 @@ from hipa_deploy.serve.service import (
     TimeLimitError,
 )
 from hipa_deploy.serve.settings import Limits
+from tests.served import add_swaps, tiny_bundles
 
 LIMITS = Limits(queue=8, images=8, seconds=60)
 PROMPT = "3d emoji of a red apple"
@@ -146,6 +149,19 @@ def test_refusals_are_those_of_the_single_machine(bundles: dict[str, Bundle]) ->
         deliver(service, seeds=[1])
     with pytest.raises(RuntimeError, match="has ended"):
         here.replica.check_health()
+
+
+def test_faults_of_a_replica_are_not_the_orders(tmp_path: Path) -> None:
+    bundle = tiny_bundles(tmp_path)["tiny"]
+    add_swaps(bundle, huge=3e4, gone=0.5)
+    service, _ = service_of(bundle)
+    shutil.rmtree(bundle.root / "adaptors" / "gone")
+    with pytest.raises(NotFiniteError, match="NaN"):
+        deliver(service, model="m:huge", seeds=[1])
+    with pytest.raises(BackendFailedError, match="gone"):
+        deliver(service, model="m:gone", seeds=[1])
+    assert deliver(service, seeds=[1]).files
+    service.close()
 
 
 def test_late_images_are_given_up(bundles: dict[str, Bundle]) -> None:

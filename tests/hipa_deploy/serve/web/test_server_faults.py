@@ -1,0 +1,54 @@
+"""Faults that are not the request's: an error of the server, which goes on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import httpx
+
+from tests.served import add_swaps, running, tiny_bundles
+
+HUGE = 3e4  # the weights are still finite in float16, but not what is computed with them
+
+
+def test_an_adaptor_that_overflows(tmp_path: Path) -> None:
+    bundle = tiny_bundles(tmp_path)["tiny"]
+    add_swaps(bundle, huge=HUGE)
+    with (
+        running(str(bundle.root), "--backend", "onnxruntime") as it,
+        httpx.Client(base_url=it.url, timeout=60) as client,
+    ):
+        models = [model["id"] for model in client.get("/v1/models").json()["data"]]
+        (broken,) = [name for name in models if "huge" in name]
+        (sound,) = [name for name in models if "huge" not in name]
+        answer = client.post("/hipa/generate", json={"prompt": "a red pear", "model": broken})
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "not_finite"
+        assert answer.json()["error"]["type"] == "server_error"
+        assert str(tmp_path) not in answer.text
+        order = {"prompt": "a red pear", "model": sound}
+        assert client.post("/hipa/generate", json=order).status_code == 200
+        assert [line for line in it.lines if line["event"] == "bug"] == []
+
+
+def test_an_adaptor_that_has_gone_since_the_start(tmp_path: Path) -> None:
+    bundle = tiny_bundles(tmp_path)["tiny"]
+    add_swaps(bundle, half=0.5)
+    with (
+        running(str(bundle.root), "--backend", "onnxruntime") as it,
+        httpx.Client(base_url=it.url, timeout=60) as client,
+    ):
+        models = [model["id"] for model in client.get("/v1/models").json()["data"]]
+        (gone,) = [name for name in models if "half" in name]
+        (sound,) = [name for name in models if "half" not in name]
+        shutil.rmtree(bundle.root / "adaptors" / "half")
+        answer = client.post("/hipa/generate", json={"prompt": "a red pear", "model": gone})
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "backend_failed"
+        assert answer.json()["error"]["type"] == "server_error"
+        assert str(tmp_path) not in answer.text
+        assert "half" in it.wait_for("backend failed", model=gone)["reason"]
+        order = {"prompt": "a red pear", "model": sound}
+        assert client.post("/hipa/generate", json=order).status_code == 200
+        assert [line for line in it.lines if line["event"] == "bug"] == []
