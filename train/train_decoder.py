@@ -53,6 +53,7 @@ from hipa_deploy.train.loop.plateau import Plateau
 from hipa_deploy.train.loop.processes import Processes
 from hipa_deploy.train.loop.run import Run, loss_state
 from hipa_deploy.train.loop.run_lock import one_run_at_a_time
+from hipa_deploy.train.loop.scalars import log_in
 from hipa_deploy.train.loop.training_steps import Watch, result_lines, run_steps
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.conditions import Conditions
@@ -124,6 +125,8 @@ def train_decoder(
     processes = Processes.join(recipe, device)
     console = processes.console(console)
     finished_steps = check_output(out, recipe)
+    if processes.is_main:
+        log_in(log_with)
 
     # The loss comes before the model: code of a user's own that cannot be used fails now.
     loss = hipa_loss(recipe.loss)

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,7 @@ class OtherTracker:
             self.tracker = _open(name, folder)
             self.tracker.store_init_configuration(config)
         except Exception as error:
-            raise HipaError(
-                f"tracker {name} cannot be opened ({type(error).__name__}: {first_line(error)}). "
-                f"Log in to it first (W&B: run wandb login, or set WANDB_MODE=offline), or leave "
-                f"--log-with {name} out."
-            ) from None
+            raise _cannot_open(name, error) from None
 
     def __enter__(self) -> OtherTracker:
         return self
@@ -126,6 +123,36 @@ class OtherTracker:
                     f"{first_line(error)}). The training goes on without it.",
                     highlight=False,
                 )
+
+
+def log_in(names: Sequence[str]) -> None:
+    """Log in to W&B before the slow work: trackers are opened after the teacher's images are made.
+
+    Where W&B knows no key, a terminal is asked for one. With ``WANDB_MODE`` 'offline' or 'disabled'
+    nothing is asked. The other trackers have no common way to log in.
+
+    Args:
+        names: of TENSORBOARD and accelerate's trackers.
+
+    Raises:
+        HipaError: there is no key, or W&B does not take it.
+
+    """
+    if "wandb" not in names:
+        return
+    wandb = import_module("wandb")
+    try:
+        wandb.login()
+    except Exception as error:
+        raise _cannot_open("wandb", error) from None
+
+
+def _cannot_open(name: str, error: Exception) -> HipaError:
+    return HipaError(
+        f"tracker {name} cannot be opened ({type(error).__name__}: {first_line(error)}). "
+        f"Log in to it first (W&B: run wandb login, or set WANDB_MODE=offline), or leave "
+        f"--log-with {name} out."
+    )
 
 
 def _open(name: str, folder: Path) -> Any:

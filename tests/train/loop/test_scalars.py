@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +73,24 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder,) = (run / "trackers" / "wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb"))
     assert list(folder.rglob("samples*.png"))
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
+@pytest.mark.parametrize(("mode", "ends"), [("online", True), ("offline", False)])
+def test_no_key_of_wandb(tmp_path: Path, mode: str, ends: bool) -> None:
+    """In a process of its own: wandb remembers the mode of its first call."""
+    program = (
+        "from hipa_deploy.train.loop.scalars import log_in\n"
+        "log_in(['tensorboard'])\n"
+        "log_in(['tensorboard', 'wandb'])"
+    )
+    environment = os.environ | {"WANDB_MODE": mode, "NETRC": str(tmp_path / "netrc")}
+    environment.pop("WANDB_API_KEY", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode == 1) is ends
+    assert ("tracker wandb cannot be opened (UsageError: No API key" in done.stderr) is ends
 
 
 def test_a_tracker_that_fails_does_not_end_the_training(
