@@ -27,6 +27,7 @@ _SIXTEEN_BITS = 65535
 _TO_EIGHT_BITS = 257  # 65535 / 255
 MAX_FILE = 512 * MIB
 _STRIP_PIXELS = 1 << 22
+_ROUNDING = 1e-6  # of a pixel: by so much an edge between two may miss them
 MAX_PIXELS = 1 << 27  # 134 megapixels; more than any camera but a few medium formats has
 MAX_SIDE = 1 << 20  # Pillow's lists of rows, and single rows, would take gigabytes beyond it
 # Formats of Pillow that start another program, are no pixels, or read other files.
@@ -160,14 +161,37 @@ def fit_image(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fit_mask(mask_HW: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Crop and scale a mask as ``fit_image`` does the image, but to the nearest pixel.
+    """Crop and scale a mask as ``fit_image`` does the image; a pixel is white if any part of it is.
+
+    The nearest pixel would not do: of a thin line in a large mask it takes some points, and none
+    of a small spot.
 
     Returns:
         float32 [height, width] of 0 and 1.
 
     """
-    mask = Image.fromarray(mask_HW.astype(np.uint8))
-    return np.asarray(ImageOps.fit(mask, (width, height), Image.Resampling.NEAREST), np.float32)
+    full_h, full_w = mask_HW.shape
+    # What ``ImageOps.fit`` leaves of the image.
+    crop_h = min(full_h, full_w * height / width)
+    crop_w = min(full_w, full_h * width / height)
+    rows_hW = _joined_rows(mask_HW > 0, crop_h, height)
+    return _joined_rows(rows_hW.T, crop_w, width).T.astype(np.float32)
+
+
+def _joined_rows(mask_HW: np.ndarray, crop: float, count: int) -> np.ndarray:
+    """Make ``count`` rows of the ``crop`` rows in the middle: each is the union of what it covers.
+
+    Returns:
+        bool [count, W].
+
+    """
+    edges = (len(mask_HW) - crop) / 2 + np.arange(count + 1) * crop / count
+    firsts = np.floor(edges[:-1] + _ROUNDING).astype(int)
+    lasts = np.ceil(edges[1:] - _ROUNDING).astype(int)
+    rows = []
+    for first, last in zip(firsts, lasts, strict=True):
+        rows.append(mask_HW[first:last].any(axis=0))
+    return np.stack(rows)
 
 
 def check_size(image_HWC: np.ndarray, factor: int) -> None:
