@@ -288,8 +288,9 @@ class OneStepPipeline(BatchPipeline):
 
         Raises:
             HipaError: a bundle without the base model (``hipa-export --with-teacher``), or for
-                another task; a value out of range; drafts of another base model; a backend that
-                fails, or that has no engine of the base model (``hipa-build`` builds it).
+                another task; a value out of range; drafts of another base model, or made from
+                another image; a backend that fails, or that has no engine of the base model
+                (``hipa-build`` builds it).
 
         Example:
             >>> draft = pipe("3d emoji of a red apple", seed=3)
