@@ -24,7 +24,7 @@ from hipa_deploy.generate.parts.open_parts import open_parts
 from hipa_deploy.generate.prompts import CACHED_PROMPTS
 from hipa_deploy.generate.refine.drafts import draft_choices
 from hipa_deploy.generate.refine.refiner import Progress, refine_settings
-from hipa_deploy.generate.request import check_count, check_prompts
+from hipa_deploy.generate.request import check_count, check_prompts, listed
 from hipa_deploy.generate.stages import Timer
 from hipa_deploy.images.read import ImageSource
 from hipa_deploy.images.source import Source, edit_source, inpaint_source
@@ -225,11 +225,13 @@ class OneStepPipeline(BatchPipeline):
             ...     save(batch.images)  # at most the bundle's largest batch in memory
 
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = listed(prompt)
         check_count(len(prompts), count)
         check_prompts(prompts)
         check_seeds(seed, count)
-        pairs = [(text, seed + i) for text in prompts for i in range(count)]
+        # As Python's number: one of numpy's, of 8 bits, would begin again at 0.
+        first = int(seed)
+        pairs = [(text, first + i) for text in prompts for i in range(count)]
         jobs = self.jobs(
             pairs,
             source=source,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import RefineSettings
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, whole_number
 from hipa_deploy.generate.jobs.batch_sizes import WarmUp
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.generate.jobs.result import GenerateResult
@@ -252,11 +252,13 @@ class BatchPipeline(ClosesAtExit):
                 "Call the pipeline, or load it with watermark=False if its images are only "
                 "watermarked."
             )
-        check_seeds(seed, count)
+        count = whole_number(count, "count")
         if count not in self._sizes.axis:
             raise HipaError(f"count is {count}, a batch of this bundle holds {self._sizes.axis}.")
-        jobs = self._requests.jobs(
-            [(prompt, seed + i) for i in range(count)],
+        check_seeds(seed, count)
+        first = int(seed)
+        jobs = self.jobs(
+            [(prompt, first + i) for i in range(count)],
             source=source,
             height=height,
             width=width,
