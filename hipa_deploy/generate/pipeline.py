@@ -138,7 +138,8 @@ class OneStepPipeline(BatchPipeline):
 
         Raises:
             HipaError: no prompt, a prompt that is too long, a weight that is no number, a seed or
-                count out of range, a size or a task that the bundle was not exported for.
+                count out of range, a size or a task that the bundle was not exported for, or
+                another size than that of ``source``.
 
         """
         batches = self.stream(
