@@ -324,8 +324,7 @@ class BatchPipeline(ClosesAtExit):
 
         Calling it twice is harmless.
         """
-        with self._loaded.alone() as loaded:
-            loaded.stages.close()
-            self._batches.close()
-            if self._safety is not None:
-                self._safety.close()
+        self._loaded.close()
+        self._batches.close()
+        if self._safety is not None:
+            self._safety.close()
