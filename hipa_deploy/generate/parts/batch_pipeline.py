@@ -239,7 +239,8 @@ class BatchPipeline(ClosesAtExit):
         """One batch of images, uint8 [count, H, W, 3], left on the device.
 
         See ``DeviceArray`` for how long it lives. The images are as the decoder gives them: an
-        inpainting's composite (``source.finish``) is left to the caller.
+        inpainting's composite (``source.finish``) is left to the caller, and NaN of a network that
+        overflows is not noticed, which a call refuses.
 
         Raises:
             HipaError: as a call does; a backend that gives host arrays; or more or fewer images
