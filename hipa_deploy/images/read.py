@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -23,6 +24,7 @@ from hipa_deploy.images.colour import ColourSpace, colour_space, srgb_levels, to
 ImageSource = str | Path | Image.Image | np.ndarray
 
 _ARRAY_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_EIGHT_BITS = 255
 _SIXTEEN_BITS = 65535
 _TO_EIGHT_BITS = 257  # 65535 / 255
 MAX_FILE = 512 * MIB
@@ -56,8 +58,8 @@ def read_image(source: ImageSource) -> np.ndarray:
         uint8 [H, W, 3].
 
     Raises:
-        HipaError: the file does not exist, is not an image, is truncated or is enormous; or the
-            array has another shape, dtype or range.
+        HipaError: the file does not exist, is not an image, is truncated or is enormous; the array
+            has another shape, dtype or range; or 32-bit integers are not levels of 16 bits.
 
     Warns:
         HipaWarning: the colour profile is damaged, or is not one for such an image.
@@ -298,7 +300,20 @@ def _upright(image: Image.Image, colours_of: str | None) -> tuple[Image.Image, C
         image.load()
     # Before it is turned: Pillow then writes its EXIF data anew.
     space = colour_space(image, colours_of) if colours_of is not None else None
+    _check_integers(image)
     return turned_upright(image), space
+
+
+def _check_integers(image: Image.Image) -> None:
+    """Raise HipaError for 32-bit integers that are levels of 8 bits: as 16 bits they are black."""
+    if image.mode != "I":
+        return
+    low, high = cast(tuple[int, int], image.getextrema())
+    if 0 < high <= _EIGHT_BITS:
+        raise HipaError(
+            f"the image has 32-bit integers from {low} to {high}. Expected levels of 16 bits, up "
+            f"to {_SIXTEEN_BITS}. Convert levels of 8 bits to Pillow's mode L."
+        )
 
 
 @contextmanager

@@ -166,6 +166,15 @@ def test_a_cmyk_jpeg(tmp_path: Path) -> None:
     assert np.abs(read.astype(int) - [255, 0, 0]).max() < 8
 
 
+def test_integers_of_32_bits_are_not_taken_for_black() -> None:
+    levels = RGB[..., 0].astype(np.int32)
+    for read in (read_image, read_mask):
+        with pytest.raises(HipaError, match=r"32-bit integers from \d+ to \d+\. .* mode L"):
+            read(Image.fromarray(levels))
+    np.testing.assert_array_equal(read_image(Image.fromarray(levels * 257))[..., 0], levels)
+    assert not read_image(Image.fromarray(levels * 0)).any()
+
+
 def test_floats_of_pillow() -> None:
     floats = Image.fromarray(np.array([[0, 0.5, 1]], np.float32))
     assert read_image(floats)[0, :, 0].tolist() == [0, 128, 255]
