@@ -85,12 +85,14 @@ class LoadedStages:
 
         Raises:
             HipaError: weights that are not of the bundle's graph, a backend that cannot take them,
-                or a pipeline that is closed. What is loaded is as before; an engine that failed
-                half way is closed.
+                a pipeline that is closed, or a thread that is inside a call. What is loaded is as
+                before; an engine that failed half way is closed.
 
         """
         from hipa_deploy.generate.swap_stage import swap_stage, swap_text_encoder  # the engines
 
+        # Another swap has the lock until the call that this thread may be in has ended.
+        self._use.check_outside()
         stages = self._now.stages
         if isinstance(stages, StagesInTurn):
             self._swap_in_turn(stages, swap)

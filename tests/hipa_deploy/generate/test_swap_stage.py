@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +154,32 @@ def test_what_a_swap_loaded_in_vain_is_released(
         engine_pipe._loaded.swap(styled)
     assert text.closed
     assert engine_pipe.swapped is None
+
+
+def test_a_swap_inside_a_call_does_not_wait_for_another_swap(tmp_path: Path) -> None:
+    bundle = Bundle.open(Path(shutil.copytree(BUNDLE, tmp_path / "bundle")))
+    night = write_swap(bundle, bundle.root / FOLDER / "night", scaled_weights(bundle, 0.5))
+    pipe = OneStepPipeline.load(bundle.root, "onnxruntime")
+    other = threading.Thread(target=pipe.swap_adaptor, args=(night,), daemon=True)
+    errors: list[str] = []
+
+    def timer(stage: str) -> AbstractContextManager[object]:
+        if stage == "unet":
+            other.start()
+            while not pipe._loaded._use._change_wanted:  # it has loaded, and waits for this call
+                time.sleep(0.01)
+            with pytest.raises(HipaError, match="from inside one of its own calls") as error:
+                pipe.swap_adaptor("night")
+            errors.append(str(error.value))
+        return nullcontext()
+
+    call = threading.Thread(target=pipe, args=("a cat",), kwargs={"timer": timer}, daemon=True)
+    call.start()
+    call.join(20)
+    other.join(20)
+    assert len(errors) == 1
+    assert pipe.swapped is not None
+    pipe.close()
 
 
 class OpenRunner(FakeRunner, ClosesAtExit):
