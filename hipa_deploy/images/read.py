@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hipa_deploy.disk.reading import MIB, check_file
-from hipa_deploy.errors import HipaError, as_line
+from hipa_deploy.errors import HipaError, HipaWarning, as_line
 from hipa_deploy.images.colour import ColourSpace, colour_space, srgb_levels, to_srgb
 
 ImageSource = str | Path | Image.Image | np.ndarray
@@ -98,8 +98,8 @@ def _over_white(image: Image.Image) -> Image.Image:
 def read_mask(source: ImageSource) -> np.ndarray:
     """Read any image as a mask: white is repainted, black is kept.
 
-    The grey value decides: 128 and above is white. An alpha channel is ignored, and so is what the
-    file says about colours: a mask is data.
+    The grey value decides: 128 and above is white. An alpha channel is ignored, with a warning
+    where it hides pixels, and so is what the file says about colours: a mask is data.
 
     Args:
         source: as for ``read_image``. An array of integers with no value above 1 is taken as a mask
@@ -111,6 +111,9 @@ def read_mask(source: ImageSource) -> np.ndarray:
     Raises:
         HipaError: as for ``read_image``.
 
+    Warns:
+        HipaWarning: some pixels are transparent: to other programs that may be the mask.
+
     Example:
         >>> read_mask(np.array([[0, 200]], np.uint8)).tolist()
         [[0.0, 1.0]]
@@ -120,12 +123,24 @@ def read_mask(source: ImageSource) -> np.ndarray:
         source = source.astype(bool)
     upright, _ = _as_pillow(source, "mask", None)
     mask_HW = np.empty((upright.height, upright.width), np.float32)
+    least_alpha = 255
     for rows, strip in _strips(upright):
         image = _eight_bits(strip, "mask")
         if image.mode in ("La", "RGBa"):
             image = image.convert(image.mode.upper())
+        if image.has_transparency_data:
+            alpha_HW = np.asarray(image.convert("RGBA").getchannel("A"))
+            least_alpha = min(least_alpha, int(alpha_HW.min()))
         # Through RGB, because Pillow converts not every mode to "L" directly.
         mask_HW[rows] = np.asarray(image.convert("RGB").convert("L")) >= 128
+    if least_alpha < 128:
+        name = f"mask {source}" if isinstance(source, str | Path) else "the mask"
+        warnings.warn(
+            f"{name} has transparent pixels, which count for nothing: what is white is repainted, "
+            "and what is black is kept.",
+            HipaWarning,
+            stacklevel=2,
+        )
     return mask_HW
 
 

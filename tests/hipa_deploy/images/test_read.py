@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, HipaWarning
 from hipa_deploy.images.read import check_size, fit_image, fit_mask, read_image, read_mask
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
@@ -188,6 +189,7 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
     assert (read_image(path) == [255, 0, 0]).all()
 
 
+@pytest.mark.filterwarnings("ignore::hipa_deploy.errors.HipaWarning")  # of transparent masks
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB", "I;16", "F"])
 def test_an_image_is_read_alike_in_strips(
@@ -344,8 +346,12 @@ def test_a_mask_ignores_alpha(tmp_path: Path) -> None:
     alpha = Image.fromarray(np.array([[255, 0]], np.uint8))
     for mode, colours in (("LA", 1), ("RGBA", 3)):
         image = Image.merge(mode, [colour] * colours + [alpha])
-        assert read_mask(image).tolist() == [[0, 1]]
-        assert read_mask(saved(tmp_path, image)).tolist() == [[0, 1]]
+        for source in (image, saved(tmp_path, image)):
+            with pytest.warns(HipaWarning, match="transparent pixels, which count for nothing"):
+                assert read_mask(source).tolist() == [[0, 1]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_mask(colour.convert("RGBA")).tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.uint16, np.float32])
