@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 from hipa_deploy.interrupts import raise_interruption
 
@@ -110,6 +111,26 @@ def brief(value: object, most: int = 80) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits, a deep list
         text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def whole_number(value: object, name: str) -> int:
+    """A number that a caller gave, one of numpy's too, as Python's.
+
+    Args:
+        value: what was given.
+        name: of the argument, for the message.
+
+    Raises:
+        HipaError: it is no whole number.
+
+    Example:
+        >>> whole_number(np.uint8(200), "seed") + 100
+        300
+
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise HipaError(f"{name} is {brief(value)}. Expected a whole number.")
+    return int(value)
 
 
 def printable(text: str) -> str:

@@ -47,6 +47,19 @@ class SharedUse:
                     del self._calls[me]
                 self._condition.notify_all()
 
+    def check_outside(self) -> None:
+        """Check that this thread may wait for ``alone``, or for another thread that does.
+
+        Raises:
+            HipaError: this thread is inside a call, for whose end both would wait for ever.
+
+        """
+        if threading.get_ident() in self._calls:
+            raise HipaError(
+                "the pipeline was changed or closed from inside one of its own calls. "
+                "Do that after the call."
+            )
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the lock alone; waits until every call that is under way has ended.
@@ -55,11 +68,7 @@ class SharedUse:
             HipaError: this thread is inside a call, for whose end it would wait for ever.
 
         """
-        if threading.get_ident() in self._calls:
-            raise HipaError(
-                "the pipeline was changed or closed from inside one of its own calls. "
-                "Do that after the call."
-            )
+        self.check_outside()
         with self._one_change:
             self._change_wanted = True  # calls that come now wait
             try:

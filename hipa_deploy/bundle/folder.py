@@ -24,7 +24,7 @@ from hipa_deploy.disk.reading import (
     validated,
 )
 from hipa_deploy.disk.remembered import RememberedHashes
-from hipa_deploy.errors import HipaError, first_line, reason_of
+from hipa_deploy.errors import HipaError, first_line, reason_of, whole_number
 
 SCHEMA = 1
 MANIFEST = "hipa.json"
@@ -218,6 +218,8 @@ def latent_shape(bundle: Bundle, height: int | None, width: int | None) -> tuple
         height = step.height
     if width is None:
         width = step.width
+    height = whole_number(height, "height")
+    width = whole_number(width, "width")
     _check_size(bundle, "height", height, step.height)
     _check_size(bundle, "width", width, step.width)
     pixels_a_latent = step.height // step.latent_shape[1]

@@ -17,7 +17,7 @@ from hipa_deploy.commands.make_images import (
     load_pipeline,
     make_images,
     note_faster_backend,
-    note_weights,
+    note_syntax,
     write_images,
 )
 from hipa_deploy.commands.options import (
@@ -233,7 +233,7 @@ def upscale(
                 truncate=truncate,
                 prompt_weights=prompt_weights,
             )
-        note_weights(pipe.bundle, [prompt], prompt_weights)
+        note_syntax(pipe.bundle, [prompt], prompt_weights)
         write_images([result], paths, files, out=out, force=force)
         note_faster_backend(pipe, backend)
 

@@ -27,20 +27,27 @@ if TYPE_CHECKING:
 _LARGE_BUNDLE = 500_000_000  # bytes; that of SD 1.5 in FP16 has 2 GB
 
 
-def note_weights(bundle: Bundle, prompts: list[str], asked: bool | None) -> None:
-    """Say so in one line where a prompt has what looks like a weight and is read as text."""
-    from hipa_deploy.generate.prompt_weights import written_weight
+def note_syntax(bundle: Bundle, prompts: list[str], asked: bool | None) -> None:
+    """Say so where a prompt has what looks like a weight, or like A1111's, and is read as text."""
+    from hipa_deploy.generate.prompt_weights import web_ui_word, written_weight
 
     # Of a closed set the bundle decides, whatever is asked.
-    is_closed_set = "text_encoder" not in bundle.stages
-    if asked is not None or bundle.manifest.text.prompt_weights or is_closed_set:
+    if "text_encoder" not in bundle.stages:
         return
-    for prompt in prompts:
-        found = written_weight(prompt)
-        if found:
-            text = f"note: {found!r} is read as text. --prompt-weights reads it as a weight."
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-            return
+    if asked is None and not bundle.manifest.text.prompt_weights:
+        weights = filter(None, map(written_weight, prompts))
+        _note_text(next(weights, None), "--prompt-weights reads it as a weight.")
+    word = next(filter(None, map(web_ui_word, prompts)), None)
+    if word and word.startswith("<lora"):
+        _note_text(word, "hipa-export --lora merges LoRAs.")
+    else:
+        _note_text(word, "AUTOMATIC1111's web UI obeys it, and nothing here does.")
+
+
+def _note_text(found: str | None, remedy: str) -> None:
+    if found:
+        text = f"note: {found!r} is read as text. {remedy}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def note_faster_backend(pipe: OneStepPipeline, asked: str) -> None:
@@ -171,7 +178,7 @@ def make_images(
         # A prompt that is refused is one line, without the notes.
         first = next(batches)
         warn_of_unknown(pipe.bundle.root, prompts)
-        note_weights(pipe.bundle, prompts, prompt_weights)
+        note_syntax(pipe.bundle, prompts, prompt_weights)
         write_images(chain([first], batches), paths, files, out=out, force=force, watch=watch)
         note_faster_backend(pipe, backend)
 

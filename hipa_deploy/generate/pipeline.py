@@ -24,7 +24,7 @@ from hipa_deploy.generate.parts.open_parts import open_parts
 from hipa_deploy.generate.prompts import CACHED_PROMPTS
 from hipa_deploy.generate.refine.drafts import draft_choices
 from hipa_deploy.generate.refine.refiner import Progress, refine_settings
-from hipa_deploy.generate.request import check_count, check_prompts
+from hipa_deploy.generate.request import check_count, check_prompts, listed
 from hipa_deploy.generate.stages import Timer
 from hipa_deploy.images.read import ImageSource
 from hipa_deploy.images.source import Source, edit_source, inpaint_source
@@ -138,7 +138,8 @@ class OneStepPipeline(BatchPipeline):
 
         Raises:
             HipaError: no prompt, a prompt that is too long, a weight that is no number, a seed or
-                count out of range, a size or a task that the bundle was not exported for.
+                count out of range, a size or a task that the bundle was not exported for, or
+                another size than that of ``source``.
 
         """
         batches = self.stream(
@@ -225,11 +226,13 @@ class OneStepPipeline(BatchPipeline):
             ...     save(batch.images)  # at most the bundle's largest batch in memory
 
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = listed(prompt)
         check_count(len(prompts), count)
         check_prompts(prompts)
         check_seeds(seed, count)
-        pairs = [(text, seed + i) for text in prompts for i in range(count)]
+        # As Python's number: one of numpy's, of 8 bits, would begin again at 0.
+        first = int(seed)
+        pairs = [(text, first + i) for text in prompts for i in range(count)]
         jobs = self.jobs(
             pairs,
             source=source,
@@ -288,8 +291,9 @@ class OneStepPipeline(BatchPipeline):
 
         Raises:
             HipaError: a bundle without the base model (``hipa-export --with-teacher``), or for
-                another task; a value out of range; drafts of another base model; a backend that
-                fails, or that has no engine of the base model (``hipa-build`` builds it).
+                another task; a value out of range; drafts of another base model, or made from
+                another image; a backend that fails, or that has no engine of the base model
+                (``hipa-build`` builds it).
 
         Example:
             >>> draft = pipe("3d emoji of a red apple", seed=3)

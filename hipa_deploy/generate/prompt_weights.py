@@ -35,13 +35,16 @@ SQUARE = 1 / 1.1  # and a pair of square ones
 # Of all brackets around a piece together. Far below, an image is noise already; far above, float32
 # ends, and the image would be black.
 LARGEST = 1000
-# An escaped character, a bracket, a weight with its bracket, or text.
 # Of the mean magnitude: a mean this small is rounding, and a ratio of two such means is noise. The
 # text encoders of Stable Diffusion have a mean that is far from it; a layer norm without a bias,
 # as in a model that was never trained, has none.
 NEGLIGIBLE = 1e-4
+# An escaped character, a bracket, a weight with its bracket, or text.
 PARTS = re.compile(r"\\[()\[\]\\]|\\|[(\[]|:\s*([+-]?[.\d]+)\s*\)|[)\]]|[^\\()\[\]:]+|:")
 WRITTEN = re.compile(r"\([^()]*:\s*[+-]?[.\d]+\s*\)")
+# The web UI's tags, such as <lora:name:0.8>, and its schedules, [from:to:when]. AND is not among
+# them: a text in capitals has it too.
+WEB_UI = re.compile(r"\bBREAK\b|<(?:lora|lyco|hypernet):[^<>]*>|\[[^\[\]]*:\s*[.\d]+\s*\]")
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
@@ -132,6 +135,18 @@ def written_weight(prompt: str) -> str | None:
 
     """
     found = WRITTEN.search(prompt)
+    return found.group(0) if found else None
+
+
+def web_ui_word(prompt: str) -> str | None:
+    """The first part of a prompt that the web UI would obey, and that is text here; None without.
+
+    Example:
+        >>> web_ui_word("a cat BREAK a dog <lora:fur:0.8>")
+        'BREAK'
+
+    """
+    found = WEB_UI.search(prompt)
     return found.group(0) if found else None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle, latent_shape
-from hipa_deploy.errors import HipaError, brief
+from hipa_deploy.errors import HipaError, brief, whole_number
 from hipa_deploy.generate.noise import check_seeds
 from hipa_deploy.generate.runner import check_backend
 
@@ -52,12 +52,25 @@ def check_request(
 
 def check_count(prompts: int, count: int) -> None:
     """Raise HipaError unless there is something to make, and not absurdly much."""
-    if not isinstance(count, int):
-        raise HipaError(f"count is {brief(count)}. Expected a whole number.")
+    count = whole_number(count, "count")
     if prompts < 1 or count < 1 or prompts * count > MAX_IMAGES:
         raise HipaError(
             f"got {prompts} prompts, count {count}. Expected 1 to {MAX_IMAGES} images in all."
         )
+
+
+def listed(prompt: str | Sequence[str]) -> list[str]:
+    """The prompts of a call, which takes one or several.
+
+    Raises:
+        HipaError: it is neither a text nor a list; what a list holds is for ``check_prompts``.
+
+    """
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, Iterable):
+        raise HipaError(f"a prompt is {brief(prompt)}. Expected text, or a list of texts.")
+    return list(prompt)
 
 
 def check_pairs(requests: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:

@@ -12,21 +12,24 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from hipa_deploy.disk.reading import MIB, check_file
-from hipa_deploy.errors import HipaError, as_line
+from hipa_deploy.errors import HipaError, HipaWarning, as_line
 from hipa_deploy.images.colour import ColourSpace, colour_space, srgb_levels, to_srgb
 
 ImageSource = str | Path | Image.Image | np.ndarray
 
 _ARRAY_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_EIGHT_BITS = 255
 _SIXTEEN_BITS = 65535
 _TO_EIGHT_BITS = 257  # 65535 / 255
 MAX_FILE = 512 * MIB
 _STRIP_PIXELS = 1 << 22
+_ROUNDING = 1e-6  # of a pixel: by so much an edge between two may miss them
 MAX_PIXELS = 1 << 27  # 134 megapixels; more than any camera but a few medium formats has
 MAX_SIDE = 1 << 20  # Pillow's lists of rows, and single rows, would take gigabytes beyond it
 # Formats of Pillow that start another program, are no pixels, or read other files.
@@ -55,8 +58,8 @@ def read_image(source: ImageSource) -> np.ndarray:
         uint8 [H, W, 3].
 
     Raises:
-        HipaError: the file does not exist, is not an image, is truncated or is enormous; or the
-            array has another shape, dtype or range.
+        HipaError: the file does not exist, is not an image, is truncated or is enormous; the array
+            has another shape, dtype or range; or 32-bit integers are not levels of 16 bits.
 
     Warns:
         HipaWarning: the colour profile is damaged, or is not one for such an image.
@@ -95,8 +98,8 @@ def _over_white(image: Image.Image) -> Image.Image:
 def read_mask(source: ImageSource) -> np.ndarray:
     """Read any image as a mask: white is repainted, black is kept.
 
-    The grey value decides: 128 and above is white. An alpha channel is ignored, and so is what the
-    file says about colours: a mask is data.
+    The grey value decides: 128 and above is white. An alpha channel is ignored, with a warning
+    where it hides pixels, and so is what the file says about colours: a mask is data.
 
     Args:
         source: as for ``read_image``. An array of integers with no value above 1 is taken as a mask
@@ -108,6 +111,9 @@ def read_mask(source: ImageSource) -> np.ndarray:
     Raises:
         HipaError: as for ``read_image``.
 
+    Warns:
+        HipaWarning: some pixels are transparent: to other programs that may be the mask.
+
     Example:
         >>> read_mask(np.array([[0, 200]], np.uint8)).tolist()
         [[0.0, 1.0]]
@@ -117,12 +123,24 @@ def read_mask(source: ImageSource) -> np.ndarray:
         source = source.astype(bool)
     upright, _ = _as_pillow(source, "mask", None)
     mask_HW = np.empty((upright.height, upright.width), np.float32)
+    least_alpha = 255
     for rows, strip in _strips(upright):
         image = _eight_bits(strip, "mask")
         if image.mode in ("La", "RGBa"):
             image = image.convert(image.mode.upper())
+        if image.has_transparency_data:
+            alpha_HW = np.asarray(image.convert("RGBA").getchannel("A"))
+            least_alpha = min(least_alpha, int(alpha_HW.min()))
         # Through RGB, because Pillow converts not every mode to "L" directly.
         mask_HW[rows] = np.asarray(image.convert("RGB").convert("L")) >= 128
+    if least_alpha < 128:
+        name = f"mask {source}" if isinstance(source, str | Path) else "the mask"
+        warnings.warn(
+            f"{name} has transparent pixels, which count for nothing: what is white is repainted, "
+            "and what is black is kept.",
+            HipaWarning,
+            stacklevel=2,
+        )
     return mask_HW
 
 
@@ -160,14 +178,37 @@ def fit_image(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fit_mask(mask_HW: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Crop and scale a mask as ``fit_image`` does the image, but to the nearest pixel.
+    """Crop and scale a mask as ``fit_image`` does the image; a pixel is white if any part of it is.
+
+    The nearest pixel would not do: of a thin line in a large mask it takes some points, and none
+    of a small spot.
 
     Returns:
         float32 [height, width] of 0 and 1.
 
     """
-    mask = Image.fromarray(mask_HW.astype(np.uint8))
-    return np.asarray(ImageOps.fit(mask, (width, height), Image.Resampling.NEAREST), np.float32)
+    full_h, full_w = mask_HW.shape
+    # What ``ImageOps.fit`` leaves of the image.
+    crop_h = min(full_h, full_w * height / width)
+    crop_w = min(full_w, full_h * width / height)
+    rows_hW = _joined_rows(mask_HW > 0, crop_h, height)
+    return _joined_rows(rows_hW.T, crop_w, width).T.astype(np.float32)
+
+
+def _joined_rows(mask_HW: np.ndarray, crop: float, count: int) -> np.ndarray:
+    """Make ``count`` rows of the ``crop`` rows in the middle: each is the union of what it covers.
+
+    Returns:
+        bool [count, W].
+
+    """
+    edges = (len(mask_HW) - crop) / 2 + np.arange(count + 1) * crop / count
+    firsts = np.floor(edges[:-1] + _ROUNDING).astype(int)
+    lasts = np.ceil(edges[1:] - _ROUNDING).astype(int)
+    rows = []
+    for first, last in zip(firsts, lasts, strict=True):
+        rows.append(mask_HW[first:last].any(axis=0))
+    return np.stack(rows)
 
 
 def check_size(image_HWC: np.ndarray, factor: int) -> None:
@@ -274,7 +315,20 @@ def _upright(image: Image.Image, colours_of: str | None) -> tuple[Image.Image, C
         image.load()
     # Before it is turned: Pillow then writes its EXIF data anew.
     space = colour_space(image, colours_of) if colours_of is not None else None
+    _check_integers(image)
     return turned_upright(image), space
+
+
+def _check_integers(image: Image.Image) -> None:
+    """Raise HipaError for 32-bit integers that are levels of 8 bits: as 16 bits they are black."""
+    if image.mode != "I":
+        return
+    low, high = cast(tuple[int, int], image.getextrema())
+    if 0 < high <= _EIGHT_BITS:
+        raise HipaError(
+            f"the image has 32-bit integers from {low} to {high}. Expected levels of 16 bits, up "
+            f"to {_SIXTEEN_BITS}. Convert levels of 8 bits to Pillow's mode L."
+        )
 
 
 @contextmanager

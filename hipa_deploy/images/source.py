@@ -11,12 +11,13 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from hipa_deploy.bundle.folder import Bundle, latent_shape
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, brief, whole_number
 from hipa_deploy.images.compositing import check_mask, composite, hide_hole, latent_mask
 from hipa_deploy.images.png import enlarge
 from hipa_deploy.images.read import (
@@ -126,8 +127,8 @@ def _strength_number(bundle: Bundle, strength: float | None) -> int:
     """Return the index of a strength among those of the bundle; None is the first, the largest."""
     if strength is None:
         return 0
-    if not 0 < strength <= 1:
-        raise HipaError(f"strength {strength} is out of range. Expected 0 < strength <= 1.")
+    if not isinstance(strength, Real) or not 0 < strength <= 1:
+        raise HipaError(f"strength {brief(strength)} is out of range. Expected 0 < strength <= 1.")
 
     # A strength that was written as JSON or on a command line may differ in its last digits.
     known = [entry.strength for entry in bundle.manifest.strengths]
@@ -169,6 +170,7 @@ def inpaint_source(
 
     """
     require_task(bundle, "inpaint")
+    feather = whole_number(feather, "feather")
     if not 0 <= feather <= MAX_FEATHER:
         raise HipaError(f"feather is {feather}. Expected 0 (a hard edge) to {MAX_FEATHER} pixels.")
 
@@ -268,6 +270,7 @@ def upscaling(
     tile = min(step.height, step.width)
     if overlap is None:
         overlap = tile // OVERLAP
+    overlap = whole_number(overlap, "overlap")
     # More would make a pixel in more than four tiles, and a large image in ten thousands of them.
     if not 0 <= overlap <= tile // 2:
         raise HipaError(

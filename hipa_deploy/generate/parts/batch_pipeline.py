@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import RefineSettings
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, whole_number
 from hipa_deploy.generate.jobs.batch_sizes import WarmUp
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.generate.jobs.result import GenerateResult
@@ -239,7 +239,8 @@ class BatchPipeline(ClosesAtExit):
         """One batch of images, uint8 [count, H, W, 3], left on the device.
 
         See ``DeviceArray`` for how long it lives. The images are as the decoder gives them: an
-        inpainting's composite (``source.finish``) is left to the caller.
+        inpainting's composite (``source.finish``) is left to the caller, and NaN of a network that
+        overflows is not noticed, which a call refuses.
 
         Raises:
             HipaError: as a call does; a backend that gives host arrays; or more or fewer images
@@ -252,11 +253,13 @@ class BatchPipeline(ClosesAtExit):
                 "Call the pipeline, or load it with watermark=False if its images are only "
                 "watermarked."
             )
-        check_seeds(seed, count)
+        count = whole_number(count, "count")
         if count not in self._sizes.axis:
             raise HipaError(f"count is {count}, a batch of this bundle holds {self._sizes.axis}.")
-        jobs = self._requests.jobs(
-            [(prompt, seed + i) for i in range(count)],
+        check_seeds(seed, count)
+        first = int(seed)
+        jobs = self.jobs(
+            [(prompt, first + i) for i in range(count)],
             source=source,
             height=height,
             width=width,
@@ -322,8 +325,7 @@ class BatchPipeline(ClosesAtExit):
 
         Calling it twice is harmless.
         """
-        with self._loaded.alone() as loaded:
-            loaded.stages.close()
-            self._batches.close()
-            if self._safety is not None:
-                self._safety.close()
+        self._loaded.close()
+        self._batches.close()
+        if self._safety is not None:
+            self._safety.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.bundle.manifest import RefineSettings
+from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.image_job import ImageJob
 from hipa_deploy.generate.prompts import PromptSource
 from hipa_deploy.generate.request import check_prompts
@@ -114,7 +115,14 @@ class JobMaker:
         """[C, h, w] of what is asked for, after a check that this bundle makes it."""
         require_task(self._bundle, source.task if source else "generate")
         if source:
-            height, width = source.image_HWC.shape[:2]
+            own = source.image_HWC.shape[:2]
+            for name, asked, has in zip(("height", "width"), (height, width), own, strict=True):
+                if asked not in (None, has):
+                    raise HipaError(
+                        f"{name} is {asked}, and the source was prepared for {has} pixels. Prepare "
+                        f"it for that {name}, or leave {name} out."
+                    )
+            height, width = own
         shape = latent_shape(self._bundle, height, width)
         step = self._bundle.manifest.one_step
         self._marker.check_size(height or step.height, width or step.width)

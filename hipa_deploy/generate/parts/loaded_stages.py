@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, adapted_stage
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.open_stages import StagesInTurn
 from hipa_deploy.generate.prompts import PromptSource
 from hipa_deploy.generate.runner import ENGINE_BACKENDS, Runner
@@ -52,6 +53,7 @@ class LoadedStages:
         self._now = Loaded(stages)
         self._use = SharedUse()  # calls share what is loaded, a swap has it alone
         self._one_swap = threading.Lock()
+        self._closed = False
 
     @property
     def now(self) -> Loaded:
@@ -65,19 +67,14 @@ class LoadedStages:
 
     @contextmanager
     def shared(self) -> Iterator[Loaded]:
-        """Use what is loaded, together with other calls. It stays as it is for so long."""
-        with self._use.shared():
-            yield self._now
-
-    @contextmanager
-    def alone(self) -> Iterator[Loaded]:
-        """Have what is loaded alone: every call that is under way has ended.
+        """Use what is loaded, together with other calls. It stays as it is for so long.
 
         Raises:
-            HipaError: this thread is inside a call, for whose end it would wait for ever.
+            HipaError: the pipeline is closed.
 
         """
-        with self._use.alone():
+        with self._use.shared():
+            self._check_open()
             yield self._now
 
     def swap(self, swap: AdaptorSwap | None) -> None:
@@ -87,34 +84,44 @@ class LoadedStages:
             swap: None: the bundle's own.
 
         Raises:
-            HipaError: weights that are not of the bundle's graph, or a backend that cannot take
-                them. What is loaded is as before; an engine that failed half way is closed.
+            HipaError: weights that are not of the bundle's graph, a backend that cannot take them,
+                a pipeline that is closed, or a thread that is inside a call. What is loaded is as
+                before; an engine that failed half way is closed.
 
         """
         from hipa_deploy.generate.swap_stage import swap_stage, swap_text_encoder  # the engines
 
+        # Another swap has the lock until the call that this thread may be in has ended.
+        self._use.check_outside()
         stages = self._now.stages
         if isinstance(stages, StagesInTurn):
             self._swap_in_turn(stages, swap)
             return
         stage = adapted_stage(self._bundle)
-        with self._one_swap:
+        # New sessions are released again unless they are taken.
+        with self._one_swap, ExitStack() as opened:
+            self._check_open()
             before = self._now.stages.runners
             changed: dict[str, Runner] = {}
             texts = _changed_texts(swap, self._now.swap)
             for name in texts:
-                changed[name] = swap_text_encoder(self._bundle, self._backend, swap, name)
+                runner = swap_text_encoder(self._bundle, self._backend, swap, name)
+                changed[name] = opened.enter_context(runner)
             if self._backend in ENGINE_BACKENDS:
                 # An engine changes in place, so no call may be under way meanwhile.
                 with self._use.alone():
+                    self._check_open()
                     swap_stage(self._bundle, before[stage], self._backend, swap)
                     self._now = Loaded(self._now.stages, swap)
                 return
 
             # ONNX Runtime gets new sessions. Calls go on with the old ones while they load.
-            changed[stage] = swap_stage(self._bundle, before[stage], self._backend, swap)
+            runner = swap_stage(self._bundle, before[stage], self._backend, swap)
+            changed[stage] = opened.enter_context(runner)
             runners = {**before, **changed}
             with self._use.alone():
+                self._check_open()
+                opened.pop_all()
                 self._now = Loaded(host_stages(self._bundle, self._backend, runners), swap)
                 if texts:
                     self._prompts.forget()
@@ -124,11 +131,27 @@ class LoadedStages:
     def _swap_in_turn(self, stages: StagesInTurn, swap: AdaptorSwap | None) -> None:
         """The weights are taken when a stage is loaded next."""
         with self._one_swap, self._use.alone():
+            self._check_open()
             texts = _changed_texts(swap, self._now.swap)
             stages.swap(swap)
             self._now = Loaded(stages, swap)
             if texts:
                 self._prompts.forget()
+
+    def close(self) -> None:
+        """Release every stage, after the calls that are under way. Twice is harmless.
+
+        Raises:
+            HipaError: this thread is inside a call, for whose end it would wait for ever.
+
+        """
+        with self._use.alone():
+            self._closed = True
+            self._now.stages.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise HipaError("the pipeline is closed. Load the bundle again.")
 
 
 def _changed_texts(*swaps: AdaptorSwap | None) -> list[str]:

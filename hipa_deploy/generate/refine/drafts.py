@@ -23,10 +23,16 @@ def draft_choices(bundle: Bundle, parameters: Mapping[str, Any]) -> dict[str, An
         parameters: of the draft, as ``GenerateResult`` or a PNG has them.
 
     Raises:
-        HipaError: the draft was made with another base model, or with other LoRAs: its final image
-            would be one of its own.
+        HipaError: the draft was made from another image, with another base model, or with other
+            LoRAs: its final image would be one of its own.
 
     """
+    if "task" in parameters:
+        task = str(parameters["task"])[:20]
+        raise HipaError(
+            f"a draft was made from another image (task {task}), from which refining does not "
+            "start. Expected images of a prompt alone."
+        )
     base = bundle.manifest.base_model.sha256
     if parameters.get("base_model") != base:
         raise HipaError(

@@ -15,7 +15,7 @@ import numpy as np
 from hipa_deploy.bundle.arrays import Header, bounded, read_npz
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import Refinement, RefineSettings
-from hipa_deploy.errors import HipaError, brief
+from hipa_deploy.errors import HipaError, brief, whole_number
 from hipa_deploy.generate.open_stages import has_engine, open_runner
 from hipa_deploy.generate.refine.solver import make_solver
 from hipa_deploy.generate.runner import Runner
@@ -95,8 +95,8 @@ def refine_settings(
         guidance = own.guidance
     if sampler is None:
         sampler = own.sampler
-    is_whole = isinstance(steps, int) and not isinstance(steps, bool)
-    if not is_whole or not LEAST_STEPS <= steps <= MOST_STEPS:
+    steps = whole_number(steps, "steps")
+    if not LEAST_STEPS <= steps <= MOST_STEPS:
         raise HipaError(
             f"steps is {brief(steps)}. Expected a whole number of {LEAST_STEPS} to {MOST_STEPS}."
         )

@@ -56,6 +56,23 @@ def test_what_looks_like_a_weight_is_said_to_be_text(
     assert read_parameters(weights)["prompt_weights"] is True
 
 
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("an apple <lora:fur:0.8>", "note: '<lora:fur:0.8>' is read as text. hipa-export --lora"),
+        ("an apple BREAK a pear", "note: 'BREAK' is read as text. AUTOMATIC1111's web UI obeys it"),
+    ],
+)
+def test_words_of_another_program_are_said_to_be_text(
+    prompt: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in ("--prompt-weights", "--no-prompt-weights"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["generate", "emoji", prompt, option, "--out", str(tmp_path / f"{option}.png")])
+        assert not stopped.value.code
+        assert words in capsys.readouterr().err
+
+
 def test_auto_names_a_faster_backend(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

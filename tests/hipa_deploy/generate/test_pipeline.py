@@ -53,6 +53,11 @@ def test_seeds_count_from_zero_and_differ(pipe: OneStepPipeline) -> None:
     assert not np.array_equal(*result.images_BHWC)
 
 
+def test_numbers_of_numpy_count_as_pythons_do(pipe: OneStepPipeline) -> None:
+    seeds = pipe(APPLE, seed=np.uint8(254), count=np.int64(3)).seeds
+    assert seeds == (254, 255, 256)
+
+
 @settings(
     max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -116,6 +121,8 @@ def test_stages_that_run_as_one_get_noise_and_text_and_give_images(pipe: OneStep
     np.testing.assert_array_equal(chained.generate_on_device(APPLE, seed=3), made.images_BHWC)
     with pytest.raises(HipaError, match="count is 2, a batch of this bundle holds 1 to 1"):
         chained.generate_on_device(APPLE, count=2)
+    with pytest.raises(HipaError, match=r"a prompt is None\. Expected text"):
+        chained.generate_on_device(None)
 
 
 def test_host_backends_have_no_device_arrays(pipe: OneStepPipeline) -> None:
@@ -132,6 +139,10 @@ def test_host_backends_have_no_device_arrays(pipe: OneStepPipeline) -> None:
         ({"prompt": APPLE, "seed": -1}, "seed"),
         ({"prompt": "apple " * 100}, "77"),
         ({"prompt": APPLE, "height": 0}, "height 0 is not a size of this bundle. Expected 128"),
+        ({"prompt": APPLE, "height": 128.0}, "height is 128.0. Expected a whole number"),
+        ({"prompt": APPLE, "width": "128"}, "width is '128'. Expected a whole number"),
+        ({"prompt": APPLE, "count": 2.0}, "count is 2.0. Expected a whole number"),
+        ({"prompt": None}, "a prompt is None. Expected text, or a list"),
     ],
 )
 def test_bad_requests(pipe: OneStepPipeline, arguments: dict, message: str) -> None:

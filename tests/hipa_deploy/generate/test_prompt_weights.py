@@ -9,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.generate.prompt_weights import parse_weights, weigh_context, written_weight
+from hipa_deploy.generate.prompt_weights import (
+    parse_weights,
+    web_ui_word,
+    weigh_context,
+    written_weight,
+)
 
 # The examples of the docstring of parse_prompt_attention in the web UI's modules/prompt_parser.py.
 PUBLISHED = {
@@ -129,3 +134,12 @@ def test_weights_that_cancel_out() -> None:
 def test_what_looks_like_a_weight() -> None:
     assert written_weight("a (red hat:1.3) here") == "(red hat:1.3)"
     assert written_weight("a (really) good [one] at 1:30") is None
+
+
+def test_what_the_web_ui_obeys() -> None:
+    assert web_ui_word("a cat <lora:fur_v2:0.8>, BREAK") == "<lora:fur_v2:0.8>"
+    assert web_ui_word("a cat\nBREAK a dog") == "BREAK"
+    assert web_ui_word("a [cat:dog:0.5] here") == "[cat:dog:0.5]"
+    assert (
+        web_ui_word("FISH AND CHIPS for a <cat-toy> at 1:30 [really], BREAKING (news:1.2)") is None
+    )

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,18 @@ def test_another_prompt_is_refused_with_the_nearest(tmp_path: Path) -> None:
         r".*'3d emoji of a dog'",
     ):
         source.prepare(["3d emoji of a dig"], truncate=False)
+
+
+def test_the_nearest_of_many_takes_no_seconds(tmp_path: Path) -> None:
+    scenery = "with a tall tower, a long bridge and some old boats on a wide river, number"
+    prompts = [f"a {number % 977} house {scenery} {number}" for number in range(20_000)]
+    source = bake(tmp_path, [*prompts, "a lighthouse at night"], 20_001)
+    started = time.process_time()
+    with pytest.raises(HipaError, match="the nearest is 'a lighthouse at night'"):
+        source.prepare(["a light house at night"], truncate=False)
+    with pytest.raises(HipaError, match=r"the nearest is 'a 976 house .* number 17585'"):
+        source.prepare([prompts[17_585].replace("tall", "high")], truncate=False)
+    assert time.process_time() - started < 2  # 5 seconds if all were compared
 
 
 def test_contexts_that_do_not_match(tmp_path: Path) -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +20,8 @@ from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.engines.tensorrt.refit import RefitFailedError
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate import swap_stage
+from hipa_deploy.generate.runner import ClosesAtExit
 from hipa_deploy.generate.stages import HostStages
 from tests.engines.fake_refit import FakeEngine, assert_weights, fake_trt
 from tests.swap_samples import scaled_weights, write_swap
@@ -123,3 +130,61 @@ def test_openvino_does_not_swap(engine_pipe: OneStepPipeline, backend: str) -> N
         HipaError, match=rf"{backend} does not swap adaptors\. Use --backend onnxruntime"
     ):
         pipe.swap_adaptor("night")
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_closed_pipeline_says_so_and_loads_nothing(low_memory: bool) -> None:
+    pipe = OneStepPipeline.load(BUNDLE, "onnxruntime", low_memory=low_memory)
+    pipe.close()
+    for call in (lambda: pipe("a red apple"), lambda: pipe.swap_adaptor(None)):
+        with pytest.raises(HipaError, match=r"the pipeline is closed\. Load the bundle again"):
+            call()
+    pipe.close()
+
+
+def test_what_a_swap_loaded_in_vain_is_released(
+    engine_pipe: OneStepPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = engine_pipe.bundle.stages["text_encoder"].spec
+    text = OpenRunner(spec, FakeEngine(UNET), np.zeros(1))
+    monkeypatch.setattr(swap_stage, "swap_text_encoder", lambda *_: text)
+    monkeypatch.setattr(swap_stage, "swap_stage", refuse)
+    styled: Any = SimpleNamespace(manifest=SimpleNamespace(texts=("text_encoder",)))
+    with pytest.raises(HipaError, match="it does not fit"):
+        engine_pipe._loaded.swap(styled)
+    assert text.closed
+    assert engine_pipe.swapped is None
+
+
+def test_a_swap_inside_a_call_does_not_wait_for_another_swap(tmp_path: Path) -> None:
+    bundle = Bundle.open(Path(shutil.copytree(BUNDLE, tmp_path / "bundle")))
+    night = write_swap(bundle, bundle.root / FOLDER / "night", scaled_weights(bundle, 0.5))
+    pipe = OneStepPipeline.load(bundle.root, "onnxruntime")
+    other = threading.Thread(target=pipe.swap_adaptor, args=(night,), daemon=True)
+    errors: list[str] = []
+
+    def timer(stage: str) -> AbstractContextManager[object]:
+        if stage == "unet":
+            other.start()
+            while not pipe._loaded._use._change_wanted:  # it has loaded, and waits for this call
+                time.sleep(0.01)
+            with pytest.raises(HipaError, match="from inside one of its own calls") as error:
+                pipe.swap_adaptor("night")
+            errors.append(str(error.value))
+        return nullcontext()
+
+    call = threading.Thread(target=pipe, args=("a cat",), kwargs={"timer": timer}, daemon=True)
+    call.start()
+    call.join(20)
+    other.join(20)
+    assert len(errors) == 1
+    assert pipe.swapped is not None
+    pipe.close()
+
+
+class OpenRunner(FakeRunner, ClosesAtExit):
+    """As the session of ONNX Runtime, a context manager."""
+
+
+def refuse(*_: object) -> None:
+    raise HipaError("it does not fit")

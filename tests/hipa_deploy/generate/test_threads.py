@@ -164,7 +164,7 @@ def test_closing_waits_for_the_image_under_way(engine_pipe: OneStepPipeline) -> 
                 return str(error)
         return "it was never closed"
 
-    assert set(in_threads(make_until_closed)) == {"the runner is closed"}
+    assert set(in_threads(make_until_closed)) == {"the pipeline is closed. Load the bundle again."}
 
 
 def no_encoder(tokens_BL: np.ndarray) -> np.ndarray:

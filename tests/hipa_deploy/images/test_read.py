@@ -1,8 +1,10 @@
 import io
+import math
 import os
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, HipaWarning
 from hipa_deploy.images.read import check_size, fit_image, fit_mask, read_image, read_mask
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
@@ -165,6 +167,15 @@ def test_a_cmyk_jpeg(tmp_path: Path) -> None:
     assert np.abs(read.astype(int) - [255, 0, 0]).max() < 8
 
 
+def test_integers_of_32_bits_are_not_taken_for_black() -> None:
+    levels = RGB[..., 0].astype(np.int32)
+    for read in (read_image, read_mask):
+        with pytest.raises(HipaError, match=r"32-bit integers from \d+ to \d+\. .* mode L"):
+            read(Image.fromarray(levels))
+    np.testing.assert_array_equal(read_image(Image.fromarray(levels * 257))[..., 0], levels)
+    assert not read_image(Image.fromarray(levels * 0)).any()
+
+
 def test_floats_of_pillow() -> None:
     floats = Image.fromarray(np.array([[0, 0.5, 1]], np.float32))
     assert read_image(floats)[0, :, 0].tolist() == [0, 128, 255]
@@ -178,6 +189,7 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
     assert (read_image(path) == [255, 0, 0]).all()
 
 
+@pytest.mark.filterwarnings("ignore::hipa_deploy.errors.HipaWarning")  # of transparent masks
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB", "I;16", "F"])
 def test_an_image_is_read_alike_in_strips(
@@ -334,8 +346,12 @@ def test_a_mask_ignores_alpha(tmp_path: Path) -> None:
     alpha = Image.fromarray(np.array([[255, 0]], np.uint8))
     for mode, colours in (("LA", 1), ("RGBA", 3)):
         image = Image.merge(mode, [colour] * colours + [alpha])
-        assert read_mask(image).tolist() == [[0, 1]]
-        assert read_mask(saved(tmp_path, image)).tolist() == [[0, 1]]
+        for source in (image, saved(tmp_path, image)):
+            with pytest.warns(HipaWarning, match="transparent pixels, which count for nothing"):
+                assert read_mask(source).tolist() == [[0, 1]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_mask(colour.convert("RGBA")).tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.uint16, np.float32])
@@ -358,7 +374,26 @@ def test_image_and_mask_are_fitted_alike() -> None:
     fitted = fit_mask(mask, 32, 32)
     assert set(np.unique(fitted)) == {0, 1}
     assert fitted.dtype == np.float32
-    assert (read_mask(fit_image(image, 32, 32)) != fitted).mean() < 0.02
+    # A pixel that is white in part is white in the mask.
+    assert (fitted >= read_mask(fit_image(image, 32, 32))).all()
+    assert (read_mask(fit_image(image, 32, 32)) != fitted).mean() < 0.06
+
+
+def test_a_thin_line_of_a_fitted_mask_stays_whole() -> None:
+    mask = np.zeros((640, 640), np.float32)
+    for place in range(640):
+        mask[place, place] = 1
+    mask[5, 600] = 1
+    expected = mask.reshape(32, 20, 32, 20).max(axis=(1, 3))
+    np.testing.assert_array_equal(fit_mask(mask, 32, 32), expected)
+
+
+@pytest.mark.parametrize("shape", [(245, 91), (91, 245), (20, 30), (100, 140)])
+def test_no_pixel_of_a_fitted_mask_is_lost(shape: tuple[int, int]) -> None:
+    for place in range(math.ceil(min(shape) / 18)):
+        mask = np.zeros(shape, np.float32)
+        mask[shape[0] // 2 + place, shape[1] // 2] = 1
+        assert 1 <= fit_mask(mask, 28, 18).sum() <= 9
 
 
 def test_an_image_smaller_than_a_latent_cell() -> None:

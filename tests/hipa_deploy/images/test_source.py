@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -85,6 +87,24 @@ def test_the_same_picture_has_the_same_hash_and_another_shape_another() -> None:
     assert square.facts["source"] != flat.facts["source"]
     again = upscaling(upscale_bundle, np.zeros((4, 4, 3), np.float32))
     assert again.facts["source"] == square.facts["source"]
+
+
+@pytest.mark.parametrize("feather", [8.0, "8", None])
+def test_a_feather_that_is_no_number_of_pixels(feather: Any) -> None:
+    with pytest.raises(HipaError, match=r"feather is .*\. Expected a whole number"):
+        inpaint_source(
+            bundle("inpaint"), IMAGE_HWC, MASK_HW, feather=feather, height=None, width=None
+        )
+
+
+def test_wishes_that_are_no_numbers() -> None:
+    edits = bundle("edit", strengths=strengths(0.75, 0.5))
+    text: Any = "0.5"
+    with pytest.raises(HipaError, match=r"strength '0\.5' is out of range"):
+        edit_source(edits, IMAGE_HWC, strength=text, height=None, width=None)
+    half: Any = 8.0
+    with pytest.raises(HipaError, match=r"overlap is 8\.0\. Expected a whole number"):
+        upscaling(bundle("upscale", upscale=4), IMAGE_HWC, overlap=half)
 
 
 def test_a_batch_of_sources() -> None:

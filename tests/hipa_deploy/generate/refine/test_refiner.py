@@ -183,6 +183,9 @@ def test_what_cannot_be_refined(bundle: Bundle, pipe: OneStepPipeline) -> None:
     styled = {**draft.parameters[0], "loras": [{"name": "ink"}]}
     with pytest.raises(HipaError, match="made with other LoRAs"):
         pipe.refine(replace(draft, parameters=(styled,)))
+    edited = {**draft.parameters[0], "task": "edit", "source": "0" * 64}
+    with pytest.raises(HipaError, match=r"made from another image \(task edit\)"):
+        pipe.refine(replace(draft, parameters=(edited,)))
 
 
 def test_a_pipeline_that_is_closed(bundle: Bundle) -> None:
