@@ -89,7 +89,20 @@ def edit(
     """
     from hipa_deploy.images.source import edit_source
 
-    paths = _outputs(bundle, out, prompts, count, seed, [image], force, backend, adaptor, format)
+    paths = _outputs(
+        bundle,
+        out,
+        prompts,
+        count,
+        seed,
+        [image],
+        force,
+        backend,
+        adaptor,
+        format,
+        truncate,
+        prompt_weights,
+    )
     opened = _open(bundle)
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     source = edit_source(opened, image, strength=strength, height=height, width=width)
@@ -154,8 +167,20 @@ def inpaint(
     """
     from hipa_deploy.images.source import inpaint_source
 
-    inputs = [image, mask]
-    paths = _outputs(bundle, out, prompts, count, seed, inputs, force, backend, adaptor, format)
+    paths = _outputs(
+        bundle,
+        out,
+        prompts,
+        count,
+        seed,
+        [image, mask],
+        force,
+        backend,
+        adaptor,
+        format,
+        truncate,
+        prompt_weights,
+    )
     opened = _open(bundle)
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     source = inpaint_source(opened, image, mask, feather=feather, height=height, width=width)
@@ -217,7 +242,16 @@ def upscale(
     inputs = [image, resolve_bundle(bundle)]
     opened = _open_with(bundle, [image])
     paths = image_outputs(out, 1, 1, 0, inputs=inputs, force=force, format=format)
-    check_request(opened, backend, [prompt], seed=0, count=1, adaptor=adaptor)
+    check_request(
+        opened,
+        backend,
+        [prompt],
+        seed=0,
+        count=1,
+        adaptor=adaptor,
+        truncate=truncate,
+        prompt_weights=prompt_weights,
+    )
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     enlargement = upscaling(opened, image, overlap=overlap)
     check_marked_size(files, opened, enlargement)
@@ -270,6 +304,8 @@ def _outputs(
     backend: str,
     adaptor: str | None,
     format: FileFormat | None,
+    truncate: bool,
+    prompt_weights: bool | None,
 ) -> list[Path]:
     """Paths of the images to write; checked before the images and the bundle are read."""
     from hipa_deploy.embedded import resolve_bundle
@@ -279,7 +315,16 @@ def _outputs(
     inputs = [*images, resolve_bundle(bundle)]
     opened = _open_with(bundle, images)
     paths = image_outputs(out, len(prompts), count, seed, inputs=inputs, force=force, format=format)
-    check_request(opened, backend, prompts, seed=seed, count=count, adaptor=adaptor)
+    check_request(
+        opened,
+        backend,
+        prompts,
+        seed=seed,
+        count=count,
+        adaptor=adaptor,
+        truncate=truncate,
+        prompt_weights=prompt_weights,
+    )
     return paths
 
 

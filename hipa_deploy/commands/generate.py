@@ -101,6 +101,7 @@ def generate(
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.generate.request import check_count, check_request
+    from hipa_deploy.images.source import require_task
 
     recipe = None
     choices: dict[str, Any] = {
@@ -141,6 +142,7 @@ def generate(
     if recipe is not None:
         adaptor = recipe.find_adaptor(opened, adaptor)
     size = (choices["height"], choices["width"])
+    require_task(opened, "generate")
     check_request(
         opened,
         backend,
@@ -149,6 +151,8 @@ def generate(
         count=choices["count"],
         adaptor=adaptor,
         size=size,
+        truncate=choices["truncate"],
+        prompt_weights=choices["prompt_weights"],
     )
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     if recipe is not None:

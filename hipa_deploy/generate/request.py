@@ -9,6 +9,7 @@ from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.errors import HipaError, brief, whole_number
 from hipa_deploy.generate.noise import check_seeds
+from hipa_deploy.generate.prompts import open_prompts
 from hipa_deploy.generate.runner import check_backend
 
 MAX_IMAGES = 10_000
@@ -24,6 +25,8 @@ def check_request(
     count: int,
     adaptor: str | Path | None = None,
     size: tuple[int | None, int | None] = (None, None),
+    truncate: bool = False,
+    prompt_weights: bool | None = None,
 ) -> None:
     """Check a request before anything of the bundle is loaded.
 
@@ -35,10 +38,13 @@ def check_request(
         count: images a prompt.
         adaptor: a name or folder of weights to swap in.
         size: height and width in pixels; None is the bundle's own.
+        truncate: cut prompts that are too long.
+        prompt_weights: read ``(word:1.3)`` as a weight; None is as the bundle says.
 
     Raises:
         HipaError: an unknown backend, a number out of range, a size that the bundle does not have,
-            an adaptor that is missing or for another bundle, or a prompt that is far too long.
+            an adaptor that is missing or for another bundle, or a prompt that the bundle does not
+            take.
 
     """
     check_backend(backend)
@@ -48,6 +54,12 @@ def check_request(
     latent_shape(bundle, *size)
     if adaptor is not None:
         AdaptorSwap.open(bundle, adaptor, remembered=True)
+    # The tokenizer opens in a moment, the stages of a large model in a minute.
+    source = open_prompts(bundle)
+    weights = source.reads_weights(prompt_weights)
+    step = bundle.manifest.one_step
+    in_pixels = (size[0] or step.height, size[1] or step.width)
+    source.prepare(prompts, truncate=truncate, weights=weights, size=in_pixels)
 
 
 def check_count(prompts: int, count: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hipa_deploy import OneStepPipeline
 from hipa_deploy.commands.app import main
 from hipa_deploy.images.png import read_parameters
 
@@ -35,6 +36,23 @@ from hipa_deploy.images.png import read_parameters
 )
 def test_a_mistake(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
     assert message in refused("generate", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["apple " * 100], "the prompt has 102 tokens, the model reads 77"),
+        (["(red:5000) apple", "--prompt-weights"], "has the weight 5e+03. Expected at most 1000"),
+    ],
+)
+def test_a_prompt_is_checked_before_anything_is_loaded(
+    arguments: list[str],
+    message: str,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(OneStepPipeline, "load")
+    assert message in refused("generate", "emoji", *arguments)
 
 
 def test_what_looks_like_a_weight_is_said_to_be_text(
