@@ -128,6 +128,27 @@ def test_shards_hold_the_images_of_the_pipeline_and_are_made_once(
     assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
 
 
+@pytest.mark.parametrize("kind", ["string", "dictionary"])
+def test_a_row_that_is_no_utf_8_fails_alone(
+    kind: str, bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    """Tables of the web have such rows, and pyarrow writes them and reads them."""
+    texts = pyarrow.array([b"a pear", b"caf\xe9 au lait", None, b"a boat"])
+    cells = pyarrow.StringArray.from_buffers(4, *texts.buffers()[1:], texts.buffers()[0])
+    if kind == "dictionary":
+        cells = cells.dictionary_encode()
+    prompts = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table({"caption": cells}), prompts)
+    out = tmp_path / "out"
+    assert run(bundles["tiny"].root, prompts, "--out", out) == 0
+    made = content(shard_path(out, 0))
+    assert made["000000000.txt"] == b"a pear"
+    assert made["000000003.txt"] == b"a boat"
+    failed = [json.loads(line) for line in (out / "shard-000000.failures.jsonl").open()]
+    assert [failure["row"] for failure in failed] == [1, 2]
+    assert "no UTF-8" in failed[0]["error"]
+
+
 def test_a_row_that_overflows_fails_alone(
     bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
