@@ -20,7 +20,7 @@ from hipa_deploy.disk.reading import read_record
 from hipa_deploy.disk.remembered import file_marks
 from hipa_deploy.errors import HipaError, MissingDependencyError, as_line
 from hipa_deploy.generate.noise import check_seeds
-from hipa_deploy.generate.prompt_files import COLUMNS, is_text
+from hipa_deploy.generate.prompt_files import COLUMNS, check_single, is_text
 from hipa_deploy.record import Record
 
 JOB = "job.json"
@@ -118,6 +118,7 @@ def new_job(
             f"prompts {prompts} has no column {expected}. It has: {', '.join(names) or 'none'}. "
             "Name it with --column."
         )
+    check_single(prompts, names, found)
     kind = file.schema_arrow.field(found).type
     if not is_text(kind):
         raise HipaError(
@@ -201,7 +202,7 @@ def read_rows(prompts: Path, column: str, rows: range) -> Iterator[tuple[int, st
         # Nothing is yielded in this block: what a caller raises is not the table's fault.
         with _readable(prompts):
             batch = next(batches, None)
-            cells = [] if batch is None else _texts(batch.column(0))
+            cells = [] if batch is None else _texts(batch.column(column))
         if batch is None:
             return
         for cell in cells:

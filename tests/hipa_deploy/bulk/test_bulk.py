@@ -128,6 +128,16 @@ def test_shards_hold_the_images_of_the_pipeline_and_are_made_once(
     assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
 
 
+def test_columns_that_could_be_mixed_up(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table([["x"], ["y"]], names=["caption", "caption"]), path)
+    with pytest.raises(HipaError, match="has 2 columns 'caption'"):
+        new_job(bundles["tiny"].root, path, backend="onnxruntime")
+    # Parquet calls the part b of the column a 'a.b', too.
+    parquet.write_table(pyarrow.table({"a": [{"b": "not this"}], "a.b": ["this"]}), path)
+    assert list(read_rows(path, "a.b", range(1))) == [(0, "this")]
+
+
 @pytest.mark.parametrize("kind", ["string", "dictionary"])
 def test_a_row_that_is_no_utf_8_fails_alone(
     kind: str, bundles: dict[str, Bundle], tmp_path: Path
