@@ -75,6 +75,21 @@ def test_a_manifest_that_does_not_validate(copy: Path, changes: dict, message: s
         Bundle.open(copy)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"surprise": 1}, r"surprise: this version knows no such field"),
+        ({"schema_version": 2}, "schema 2, this version reads 1"),
+    ],
+)
+def test_a_bundle_of_another_version_says_so(copy: Path, changes: dict, message: str) -> None:
+    """Exporting it again with the same version would not help."""
+    edit(copy, producer="hipa-deploy 9.9.9", **changes)
+    remedy = r"It was written by 'hipa-deploy 9\.9\.9'. Use that version, or export it again with"
+    with pytest.raises(HipaError, match=rf"{message}\. {remedy}"):
+        Bundle.open(copy)
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
 def test_a_path_outside_the_bundle_is_refused(copy: Path, name: str) -> None:
     edit(copy, files={name: "0" * 64})
