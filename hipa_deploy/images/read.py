@@ -243,7 +243,12 @@ def _as_pillow(
             # files, which it leaves out.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", module="PIL")
-            with Image.open(source, formats=_formats()) as image:
+            # Open as a file: one that Pillow has a name of it may map into memory, and Pillow 13
+            # scrambles a TIFF that is turned by 90 degrees then.
+            with (
+                Path(source).open("rb") as file,
+                Image.open(file, formats=_formats()) as image,
+            ):
                 _check_pixels(image)
                 return _upright(image, colours_of)
 

@@ -72,6 +72,20 @@ def test_exif_orientation_is_applied_to_image_and_mask(
     np.testing.assert_array_equal(read_mask(path), read_mask(RGB))
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_a_tiff_that_is_turned(tmp_path: Path, mode: str, compression: str) -> None:
+    """Pillow scrambles some of them when it is given their names."""
+    grey_HW = np.where(RGB[..., 0] > 127, np.uint8(255), np.uint8(0))
+    if mode == "I;16":
+        stored = Image.fromarray(np.rot90(grey_HW).astype(np.uint16) * 257)
+    else:
+        stored = Image.fromarray(np.ascontiguousarray(np.rot90(grey_HW))).convert(mode)
+    path = saved(tmp_path, stored, "x.tiff", compression=compression, tiffinfo={0x0112: 6})
+    np.testing.assert_array_equal(read_image(path)[..., 0], grey_HW)
+    np.testing.assert_array_equal(read_mask(path), grey_HW > 0)
+
+
 def test_a_photo_turned_by_its_camera(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # held upright, stored lying
