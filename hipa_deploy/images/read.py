@@ -160,14 +160,19 @@ def fit_image(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fit_mask(mask_HW: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Crop and scale a mask as ``fit_image`` does the image, but to the nearest pixel.
+    """Crop and scale a mask as ``fit_image`` does the image.
+
+    A pixel is repainted if any of the mask's pixels that it stands for is: of a thin stroke in a
+    large mask nothing is lost.
 
     Returns:
         float32 [height, width] of 0 and 1.
 
     """
-    mask = Image.fromarray(mask_HW.astype(np.uint8))
-    return np.asarray(ImageOps.fit(mask, (width, height), Image.Resampling.NEAREST), np.float32)
+    # As floats: of 255 levels, a pixel among a thousand would round to 0.
+    mask = Image.fromarray(mask_HW.astype(np.float32))
+    share_HW = np.asarray(ImageOps.fit(mask, (width, height), Image.Resampling.BOX))
+    return (share_HW > 0).astype(np.float32)
 
 
 def check_size(image_HWC: np.ndarray, factor: int) -> None:

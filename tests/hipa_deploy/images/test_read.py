@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFilter
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.images.read import check_size, fit_image, fit_mask, read_image, read_mask
@@ -372,7 +372,25 @@ def test_image_and_mask_are_fitted_alike() -> None:
     fitted = fit_mask(mask, 32, 32)
     assert set(np.unique(fitted)) == {0, 1}
     assert fitted.dtype == np.float32
-    assert (read_mask(fit_image(image, 32, 32)) != fitted).mean() < 0.02
+    # The mask has what is white in the scaled image, and at most one pixel around it.
+    white = read_mask(fit_image(image, 32, 32))
+    assert (fitted >= white).all()
+    grown = Image.fromarray(white.astype(np.uint8)).filter(ImageFilter.MaxFilter(3))
+    assert (fitted <= np.asarray(grown)).all()
+
+
+@pytest.mark.parametrize("side", [64, 100, 512])
+def test_a_thin_stroke_in_a_large_mask_is_kept_whole(side: int) -> None:
+    """A wire in a photograph is a few pixels wide, and far less than one where it is scaled."""
+    rows = np.arange(200, 1800)
+    mask = np.zeros((2000, 3000), np.float32)
+    mask[rows, 700 + rows // 2] = 1
+    expected = np.zeros((side, side), np.float32)
+    expected[rows * side // 2000, (200 + rows // 2) * side // 2000] = 1
+    fitted = fit_mask(mask, side, side)
+    assert (fitted >= expected).all()
+    # Nothing but the stroke is repainted: at most a pixel on either side of it.
+    assert fitted.sum() <= 3 * expected.sum()
 
 
 def test_an_image_smaller_than_a_latent_cell() -> None:
