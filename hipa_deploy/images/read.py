@@ -170,7 +170,7 @@ def fit_mask(mask_HW: np.ndarray, height: int, width: int) -> np.ndarray:
 
     """
     # As floats: of 255 levels, a pixel among a thousand would round to 0.
-    mask = Image.fromarray(mask_HW.astype(np.float32))
+    mask = Image.fromarray(mask_HW.astype(np.float32, copy=False))
     share_HW = np.asarray(ImageOps.fit(mask, (width, height), Image.Resampling.BOX))
     return (share_HW > 0).astype(np.float32)
 
