@@ -128,6 +128,20 @@ def test_shards_hold_the_images_of_the_pipeline_and_are_made_once(
     assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
 
 
+def test_a_table_without_one_image_is_an_error(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as a column that is empty. A part of the rows that fails is a warning."""
+    prompts = tmp_path / "p.parquet"
+    cells = pyarrow.array([None, None, None], pyarrow.string())
+    parquet.write_table(pyarrow.table({"caption": cells}), prompts)
+    out = tmp_path / "out"
+    for _ in range(2):  # made, and found there
+        assert run(bundles["tiny"].root, prompts, "--out", out, "--shard-size", 2) == 1
+        assert "no row of" in capsys.readouterr().err
+    assert "empty" in (out / "shard-000001.failures.jsonl").read_text()
+
+
 def test_columns_that_could_be_mixed_up(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     parquet.write_table(pyarrow.table([["x"], ["y"]], names=["caption", "caption"]), path)
