@@ -84,6 +84,9 @@ def test_a_tiff_that_is_turned(tmp_path: Path, mode: str, compression: str) -> N
     path = saved(tmp_path, stored, "x.tiff", compression=compression, tiffinfo={0x0112: 6})
     np.testing.assert_array_equal(read_image(path)[..., 0], grey_HW)
     np.testing.assert_array_equal(read_mask(path), grey_HW > 0)
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(read_image(opened)[..., 0], grey_HW)
+        assert opened.filename == str(path)
 
 
 def test_a_photo_turned_by_its_camera(tmp_path: Path) -> None:
