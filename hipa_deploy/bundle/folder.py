@@ -65,6 +65,11 @@ class Bundle:
                 f"bundle {root} does not exist. "
                 "Expected a folder that hipa-export wrote, or 'emoji'."
             )
+        if root.is_file():
+            raise HipaError(
+                f"{root} is a file. Expected a bundle's folder, as hipa-export writes it, or "
+                "'emoji'."
+            )
         if not path.exists():
             raise HipaError(
                 f"{root}: no {MANIFEST} in it. Expected a bundle, as hipa-export writes it."

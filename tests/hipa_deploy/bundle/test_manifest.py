@@ -52,6 +52,12 @@ def test_no_bundle(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
+def test_a_file_is_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    with pytest.raises(HipaError, match=r"model\.onnx is a file\. Expected a bundle's folder"):
+        Bundle.open(tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
 def test_not_a_manifest(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
