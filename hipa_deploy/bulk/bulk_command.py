@@ -125,14 +125,30 @@ def bulk(
             reports = make_on_ray(root, prompts, out, job, missing, settings, c2pa)
         for report in reports:
             typer.echo(str(report))
-    failing = len(list(out.glob("shard-*.failures.jsonl")))
+    failing = list(out.glob("shard-*.failures.jsonl"))
+    # A part that fails is a warning. All of a table is a mistake: another column, another bundle.
+    if _count_lines(failing) == job.rows:
+        raise HipaError(
+            f"no row of {prompts} has an image. {out}/shard-*.failures.jsonl say why. "
+            "Mend it, and choose another --out or move the folder away."
+        )
     if failing:
         warnings.warn(
-            f"{failing} shards have rows without an image. {out}/shard-*.failures.jsonl say why.",
+            f"{len(failing)} shards have rows without an image. {out}/shard-*.failures.jsonl say "
+            "why.",
             HipaWarning,
             stacklevel=1,
         )
     typer.echo(out)
+
+
+def _count_lines(paths: list[Path]) -> int:
+    """How many rows are listed as failures."""
+    count = 0
+    for path in paths:
+        with path.open("rb") as file:
+            count += sum(1 for _ in file)
+    return count
 
 
 def _make_here(

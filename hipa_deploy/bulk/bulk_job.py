@@ -20,7 +20,7 @@ from hipa_deploy.disk.reading import read_record
 from hipa_deploy.disk.remembered import file_marks
 from hipa_deploy.errors import HipaError, MissingDependencyError, as_line
 from hipa_deploy.generate.noise import check_seeds
-from hipa_deploy.generate.prompt_files import COLUMNS, is_text
+from hipa_deploy.generate.prompt_files import COLUMNS, check_single, is_text
 from hipa_deploy.record import Record
 
 JOB = "job.json"
@@ -118,6 +118,7 @@ def new_job(
             f"prompts {prompts} has no column {expected}. It has: {', '.join(names) or 'none'}. "
             "Name it with --column."
         )
+    check_single(prompts, names, found)
     kind = file.schema_arrow.field(found).type
     if not is_text(kind):
         raise HipaError(
@@ -176,6 +177,8 @@ def begin(job: BulkJob, out: Path) -> None:
 def read_rows(prompts: Path, column: str, rows: range) -> Iterator[tuple[int, str | None]]:
     """The numbers and the texts of some rows; None for an empty cell.
 
+    Bytes that are no UTF-8 become lone surrogates, which the pipeline takes in no prompt.
+
     Only the row groups that hold them are read, ``_AT_ONCE`` rows at a time.
 
     Raises:
@@ -199,13 +202,31 @@ def read_rows(prompts: Path, column: str, rows: range) -> Iterator[tuple[int, st
         # Nothing is yielded in this block: what a caller raises is not the table's fault.
         with _readable(prompts):
             batch = next(batches, None)
-            cells = [] if batch is None else batch.column(0).to_pylist()
+            cells = [] if batch is None else _texts(batch.column(column))
         if batch is None:
             return
         for cell in cells:
             if number in rows:
                 yield number, cell
             number += 1
+
+
+def _texts(column: Any) -> list[str | None]:
+    """The cells of a part of a column."""
+    try:
+        texts: list[str | None] = column.to_pylist()
+    except UnicodeDecodeError:
+        texts = [_text(cell) for cell in column]
+    return texts
+
+
+def _text(cell: Any) -> str | None:
+    """The text of a cell; one damaged cell must not end a run of a million rows."""
+    try:
+        text: str | None = cell.as_py()
+    except UnicodeDecodeError as error:
+        text = error.object.decode(errors="surrogateescape")
+    return text
 
 
 def _signing(job: BulkJob) -> str:

@@ -5,9 +5,11 @@ The format is described in docs/reference/bundle.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from hipa_deploy.bundle.manifest import Axis, Manifest, Stage
 from hipa_deploy.bundle.onnx_check import beside, external_files
@@ -63,6 +65,11 @@ class Bundle:
                 f"bundle {root} does not exist. "
                 "Expected a folder that hipa-export wrote, or 'emoji'."
             )
+        if root.is_file():
+            raise HipaError(
+                f"{root} is a file. Expected a bundle's folder, as hipa-export writes it, or "
+                "'emoji'."
+            )
         if not path.exists():
             raise HipaError(
                 f"{root}: no {MANIFEST} in it. Expected a bundle, as hipa-export writes it."
@@ -86,10 +93,9 @@ class Bundle:
         found = data.get("schema_version")
         if found != SCHEMA:
             raise HipaError(
-                f"{path}: schema {shown(str(found))}, this version reads {SCHEMA}. "
-                "Export the bundle again."
+                f"{path}: schema {shown(str(found))}, this version reads {SCHEMA}. {_remedy(data)}"
             )
-        return cls(root, validated(Manifest, data, path, "Export the bundle again."))
+        return cls(root, validated(Manifest, data, path, _remedy(data)))
 
     @cached_property
     def axes(self) -> dict[str, Axis]:
@@ -195,6 +201,17 @@ class Bundle:
             if lies_in(name, folder) and name != graph and not name.endswith(".json"):
                 names.append(name)
         return names
+
+
+def _remedy(data: Mapping[str, Any]) -> str:
+    """What to do about a manifest that cannot be used.
+
+    An export with the version that wrote it could give the same manifest again.
+    """
+    writer = data.get("producer")
+    if not isinstance(writer, str):
+        return "Export the bundle again."
+    return f"It was written by {shown(writer)}. Use that version, or export it again with this one."
 
 
 def latent_shape(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, int, int]:

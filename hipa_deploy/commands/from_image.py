@@ -9,7 +9,7 @@ import typer
 
 from hipa_deploy.commands.files.file_settings import (
     FileSettings,
-    check_marked_size,
+    check_image_size,
     file_settings,
 )
 from hipa_deploy.commands.make_images import (
@@ -106,7 +106,7 @@ def edit(
     opened = _open(bundle)
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     source = edit_source(opened, image, strength=strength, height=height, width=width)
-    check_marked_size(files, opened, source)
+    check_image_size(files, opened, source, paths)
     _generate_from(
         bundle,
         source,
@@ -184,7 +184,7 @@ def inpaint(
     opened = _open(bundle)
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     source = inpaint_source(opened, image, mask, feather=feather, height=height, width=width)
-    check_marked_size(files, opened, source)
+    check_image_size(files, opened, source, paths)
     _generate_from(
         bundle,
         source,
@@ -254,7 +254,7 @@ def upscale(
     )
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     enlargement = upscaling(opened, image, overlap=overlap)
-    check_marked_size(files, opened, enlargement)
+    check_image_size(files, opened, enlargement, paths)
 
     with load_pipeline(
         bundle, backend, adaptor, low_memory, watermark, verify=verify, cache=cache

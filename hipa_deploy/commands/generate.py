@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hipa_deploy.commands.files.file_settings import check_marked_size, file_settings
+from hipa_deploy.commands.files.file_settings import check_image_size, file_settings
 from hipa_deploy.commands.make_images import image_outputs, make_images
 from hipa_deploy.commands.options import (
     AdaptorOption,
@@ -160,7 +160,7 @@ def generate(
         for difference in recipe.differences(opened, adaptor, backend):
             _say(f"differs: {difference}")
     step = opened.manifest.one_step
-    check_marked_size(files, opened, (size[0] or step.height, size[1] or step.width))
+    check_image_size(files, opened, (size[0] or step.height, size[1] or step.width), paths)
     settings = _refine_settings(opened, backend, adaptor, refine, guidance, recipe)
 
     make_images(

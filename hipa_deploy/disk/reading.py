@@ -311,6 +311,8 @@ def validated(model: type[Model], data: Any, path: Path, remedy: str) -> Model:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(shown(str(part)) for part in first["loc"])
         words = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            words = "this version knows no such field"
         reason = f"{where}: {words}" if where else words
     except HipaError as error:  # a check of the record's own
         reason = reason_of(error)

@@ -27,10 +27,12 @@ def check_request(subject: str | None, backend: str) -> None:
     """Check what is asked for, before this machine's devices are.
 
     Raises:
-        HipaError: an unknown backend, or a subject that does not exist.
+        HipaError: an unknown backend, or a subject that does not exist, or is another file.
 
     """
+    from hipa_deploy.engines.store.diagnose import is_engine
     from hipa_deploy.generate.runner import check_backend
+    from hipa_deploy.marks.read_marks import is_image_file
 
     check_backend(backend)
     if subject:
@@ -40,6 +42,11 @@ def check_request(subject: str | None, backend: str) -> None:
             raise HipaError(
                 f"{subject} does not exist. Expected a bundle's folder, an .engine file, an image, "
                 "or emoji."
+            )
+        if path.is_file() and not (is_engine(path) or is_image_file(path)):
+            raise HipaError(
+                f"{subject} is a file of another kind. Expected a bundle's folder, an .engine "
+                "file, or an image as PNG, WebP or JPEG."
             )
 
 

@@ -186,6 +186,7 @@ def _choose_column(path: Path, names: Sequence[str], column: str | None, remedy:
     wanted = COLUMNS if column is None else (column,)
     for name in wanted:
         if name in names:
+            check_single(path, names, name)
             return name
     expected = " or ".join(map(repr, wanted))
     if path.suffix.lower() in (".csv", ".tsv") and column is None:
@@ -193,6 +194,15 @@ def _choose_column(path: Path, names: Sequence[str], column: str | None, remedy:
     raise HipaError(
         f"prompts {path} has no column {expected}. It has: {', '.join(names) or 'none'}. {remedy}"
     )
+
+
+def check_single(path: Path, names: Sequence[str], column: str) -> None:
+    """Raise HipaError where two columns of a table have the name of the prompts' column."""
+    count = names.count(column)
+    if count > 1:
+        raise HipaError(
+            f"prompts {path} has {count} columns {column!r}. Expected one. Rename the others."
+        )
 
 
 def _open_table(path: Path) -> Table | None:
@@ -277,7 +287,7 @@ def _open_parquet(path: Path) -> Table:
         with _readable(path, "as Parquet"):
             table = parquet.ParquetFile(path, read_dictionary=[name])
             for batch in table.iter_batches(ROWS_AT_ONCE, columns=[name]):
-                yield from _texts(path, batch.column(0))
+                yield from _texts(path, batch.column(name))
 
     return names, cells
 

@@ -311,7 +311,7 @@ def _check_pixels(image: Image.Image) -> None:
 
 def _upright(image: Image.Image, colours_of: str | None) -> tuple[Image.Image, ColourSpace | None]:
     """Decode an image and turn it as its EXIF orientation says; find out its colour space."""
-    with _quiet(image):
+    with _quiet(image), _not_mapped(image):
         image.load()
     # Before it is turned: Pillow then writes its EXIF data anew.
     space = colour_space(image, colours_of) if colours_of is not None else None
@@ -354,6 +354,23 @@ def _quiet(image: Image.Image) -> Iterator[None]:
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
+
+
+@contextmanager
+def _not_mapped(image: Image.Image) -> Iterator[None]:
+    """Keep Pillow from mapping the file into memory, which it does where it has the file's name.
+
+    Pillow 13 scrambles a TIFF that is turned by 90 degrees then.
+    """
+    name = getattr(image, "filename", "")
+    if not name:
+        yield
+        return
+    image.filename = ""  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        image.filename = name  # type: ignore[attr-defined]
 
 
 def _from_array(array: np.ndarray, what: str) -> Image.Image:

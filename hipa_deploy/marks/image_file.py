@@ -96,6 +96,15 @@ def check_quality(format: ImageFormat, quality: int | None) -> None:
         raise HipaError("this Pillow was built without WebP. Write PNG or JPEG.")
 
 
+def check_side_of_format(format: ImageFormat, height: int, width: int) -> None:
+    """Raise HipaError for an image that is too large for the format."""
+    if max(height, width) > _MAX_SIDE[format]:
+        raise HipaError(
+            f"the image has {width}x{height} pixels, a {format.upper()} at most "
+            f"{_MAX_SIDE[format]} each way. Write PNG."
+        )
+
+
 def encode_image(
     image_HWC: np.ndarray,
     parameters: Mapping[str, Any],
@@ -124,12 +133,7 @@ def encode_image(
 
     """
     check_quality(format, quality)
-    height, width = image_HWC.shape[:2]
-    if max(height, width) > _MAX_SIDE[format]:
-        raise HipaError(
-            f"the image has {width}x{height} pixels, a {format.upper()} at most "
-            f"{_MAX_SIDE[format]} each way. Write PNG."
-        )
+    check_side_of_format(format, *image_HWC.shape[:2])
     image = Image.fromarray(image_HWC)
     pixels = pixels_sha256(image_HWC)
     buffer = io.BytesIO()

@@ -112,14 +112,16 @@ def _why(found: FileMarks) -> str:
 
 def _marks_of(image: Image.Image) -> FileMarks:
     problems: list[str] = []
-    if image.format == "PNG":
+    # A phone's JPEG may have more images behind the first, such as a gain map: Pillow's MPO.
+    format = "JPEG" if image.format == "MPO" else str(image.format)
+    if format == "PNG":
         # Pillow reads the chunks before the pixels when it opens a file, those after them here.
         texts = getattr(image, "text", {}) if _has_all_chunks(image) else image.info
         packet = _bytes(texts.get(PNG_KEYWORD))
         text = texts.get(KEYWORD)
         record = texts.get(PARAMETERS_KEY)
     else:
-        packet = _jpeg_packet(image) if image.format == "JPEG" else image.info.get("xmp")
+        packet = _jpeg_packet(image) if format == "JPEG" else image.info.get("xmp")
         text = _user_comment(image)
         record = None
 
@@ -136,7 +138,7 @@ def _marks_of(image: Image.Image) -> FileMarks:
         except ValueError as error:
             problems.append(f"the parameters are no JSON object: {error}.")
     return FileMarks(
-        format=str(image.format),
+        format=format,
         width=image.width,
         height=image.height,
         parameters=parameters,

@@ -85,10 +85,11 @@ def _diffusers(folder: Path, metadata: AdaptorMetadata, repo: str, base: BaseMod
             "mask, is none that a pipeline of diffusers takes: use hipa-deploy, below."
         )
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
+    # DiffusionPipeline takes the class that the model names: SDXL has one of its own.
     lines = [
-        f"from diffusers import {', '.join(sorted((scheduler, 'StableDiffusionPipeline')))}",
+        f"from diffusers import {', '.join(sorted((scheduler, 'DiffusionPipeline')))}",
         "",
-        f'pipe = StableDiffusionPipeline.from_pretrained("{base.folder}")',
+        f'pipe = DiffusionPipeline.from_pretrained("{base.folder}")',
     ]
     for added in added_text(metadata.loras, metadata.embeddings):
         lines.append(f"# First add what the adaptor was trained on: {added}")
@@ -101,7 +102,13 @@ def _diffusers(folder: Path, metadata: AdaptorMetadata, repo: str, base: BaseMod
     if metadata.timestep != LAST_TIMESTEP:
         steps = f"timesteps=[{metadata.timestep}]"
     skip = f", clip_skip={metadata.text.clip_skip}" if metadata.text.clip_skip else ""
-    lines.append(f'image = pipe("a lighthouse", {steps}, guidance_scale=0{skip}).images[0]')
+    # An adaptor may be trained at another size than the pipeline takes by default.
+    height, width = metadata.resolution
+    lines += [
+        "image = pipe(",
+        f'    "a lighthouse", height={height}, width={width}, {steps}, guidance_scale=0{skip}',
+        ").images[0]",
+    ]
     return _code("python", lines)
 
 
@@ -109,7 +116,8 @@ def _peft(folder: Path, metadata: AdaptorMetadata, repo: str, base: BaseModel) -
     size = (folder / PEFT_WEIGHTS).stat().st_size
     note = (
         f"\n\n`{PEFT_WEIGHTS}` ({size:,} bytes) holds the values of `{WEIGHTS}` under peft's names."
-        " `unet(sample, timestep, encoder_hidden_states)` is then the adapted UNet; the step "
+        " `unet(sample, timestep, encoder_hidden_states)` is then the adapted UNet, which takes "
+        "`added_cond_kwargs` too if it is SDXL's; the step "
         f"around it is yours: x0 from timestep {metadata.timestep}, prediction type "
         f"{metadata.prediction_type}."
     )

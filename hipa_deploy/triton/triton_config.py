@@ -6,6 +6,7 @@ parse every text with the schema of ``tritonclient``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Literal
 
@@ -130,7 +131,9 @@ def _tensor(edge: str, tensor: TensorSpec, batched: bool) -> str:
 
 def _block(edge: str, name: str, kind: str, dims: str, *, optional: bool = False) -> str:
     last = " optional: true" if optional else ""
-    return f'{edge} [ {{ name: "{name}" data_type: {kind} dims: {dims}{last} }} ]'
+    # The name is the manifest's, and may be a stranger's: a quote in it must not end the text.
+    quoted = json.dumps(name, ensure_ascii=False)
+    return f"{edge} [ {{ name: {quoted} data_type: {kind} dims: {dims}{last} }} ]"
 
 
 def _instances(count: int, kind: str) -> str:

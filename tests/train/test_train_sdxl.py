@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hipa_deploy.errors import HipaError, StoppedError
-from hipa_deploy.models.adaptor_folder import read_metadata
+from hipa_deploy.models.adaptor_folder import METADATA, read_metadata
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.weights.weight_file import load_tensors
+from hipa_deploy.publish.folders import Wishes, open_publication
 from hipa_deploy.train.data.teacher_pairs import cache_folder
 from hipa_deploy.train.evaluation.quality import one_step_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
@@ -204,6 +205,27 @@ def test_diffusers_loads_the_adaptor_with_the_same_image(sdxl_dir: Path, trained
     theirs = np.round(theirs * 255).astype(np.int16)
     assert np.abs(ours.astype(np.int16) - theirs).max() <= 1
     assert np.abs(base.astype(np.int16) - theirs).mean() > 2
+
+
+@pytest.mark.filterwarnings("ignore::hipa_deploy.errors.HipaWarning")
+def test_the_code_in_the_card_of_an_adaptor_runs(
+    sdxl_dir: Path, trained: Path, tmp_path: Path
+) -> None:
+    """SDXL has a pipeline of its own, and an adaptor may be of another size than the model."""
+    adaptor = Path(shutil.copytree(trained, tmp_path / "adaptor"))
+    metadata = json.loads((adaptor / METADATA).read_text())
+    (adaptor / METADATA).write_text(json.dumps(metadata | {"resolution": [32, 48]}))
+    card = tmp_path / "card"
+    card.mkdir()
+    wishes = Wishes("me/one-step", model=str(sdxl_dir), base_model="me/sdxl")
+    open_publication(str(adaptor), wishes).write(card)
+
+    code = (card / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("me/sdxl", str(sdxl_dir)).replace("me/one-step", str(card))
+    made: dict[str, Any] = {}
+    exec(code, made)
+    assert isinstance(made["pipe"], StableDiffusionXLPipeline)
+    assert made["image"].size == (48, 32)
 
 
 def test_the_cache_is_bound_to_both_encoders(

@@ -89,32 +89,41 @@ def file_settings(
     return FileSettings(quality, watermark, marks, signer)
 
 
-def check_marked_size(
-    files: FileSettings, bundle: Bundle, source: Source | Upscaling | tuple[int, int]
+def check_image_size(
+    files: FileSettings,
+    bundle: Bundle,
+    source: Source | Upscaling | tuple[int, int],
+    paths: Sequence[Path],
 ) -> None:
-    """Check that images are large enough for the watermark, where they get one.
+    """Check that images are small enough for their files, and large enough for a watermark.
 
     Args:
         files: how the files are written.
         bundle: its owner's wishes count.
         source: what the images are made from, or their (height, width).
+        paths: of the files.
 
     Raises:
-        HipaError: they are too small.
+        HipaError: they are too large for the files' format; or they get a watermark, and are too
+            small for it.
 
     """
     from hipa_deploy.images.source import Upscaling
+    from hipa_deploy.marks.image_file import check_side_of_format, image_format
     from hipa_deploy.marks.watermark import check_side
 
-    wanted = files.watermark
-    if wanted is None:
-        wanted = bundle.manifest.marks.watermark
-    if wanted is False:
-        return
     if isinstance(source, tuple):
         height, width = source
     elif isinstance(source, Upscaling):
         height, width = source.height, source.width
     else:
         height, width = source.image_HWC.shape[:2]
-    check_side(height, width)
+    for path in paths[:1]:
+        if path.suffix:
+            check_side_of_format(image_format(path), height, width)
+
+    wanted = files.watermark
+    if wanted is None:
+        wanted = bundle.manifest.marks.watermark
+    if wanted is not False:
+        check_side(height, width)

@@ -128,6 +128,51 @@ def test_shards_hold_the_images_of_the_pipeline_and_are_made_once(
     assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
 
 
+def test_a_table_without_one_image_is_an_error(
+    bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as a column that is empty. A part of the rows that fails is a warning."""
+    prompts = tmp_path / "p.parquet"
+    cells = pyarrow.array([None, None, None], pyarrow.string())
+    parquet.write_table(pyarrow.table({"caption": cells}), prompts)
+    out = tmp_path / "out"
+    for _ in range(2):  # made, and found there
+        assert run(bundles["tiny"].root, prompts, "--out", out, "--shard-size", 2) == 1
+        assert "no row of" in capsys.readouterr().err
+    assert "empty" in (out / "shard-000001.failures.jsonl").read_text()
+
+
+def test_columns_that_could_be_mixed_up(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table([["x"], ["y"]], names=["caption", "caption"]), path)
+    with pytest.raises(HipaError, match="has 2 columns 'caption'"):
+        new_job(bundles["tiny"].root, path, backend="onnxruntime")
+    # Parquet calls the part b of the column a 'a.b', too.
+    parquet.write_table(pyarrow.table({"a": [{"b": "not this"}], "a.b": ["this"]}), path)
+    assert list(read_rows(path, "a.b", range(1))) == [(0, "this")]
+
+
+@pytest.mark.parametrize("kind", ["string", "dictionary"])
+def test_a_row_that_is_no_utf_8_fails_alone(
+    kind: str, bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    """Tables of the web have such rows, and pyarrow writes them and reads them."""
+    texts = pyarrow.array([b"a pear", b"caf\xe9 au lait", None, b"a boat"])
+    cells = pyarrow.StringArray.from_buffers(4, *texts.buffers()[1:], texts.buffers()[0])
+    if kind == "dictionary":
+        cells = cells.dictionary_encode()
+    prompts = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table({"caption": cells}), prompts)
+    out = tmp_path / "out"
+    assert run(bundles["tiny"].root, prompts, "--out", out) == 0
+    made = content(shard_path(out, 0))
+    assert made["000000000.txt"] == b"a pear"
+    assert made["000000003.txt"] == b"a boat"
+    failed = [json.loads(line) for line in (out / "shard-000000.failures.jsonl").open()]
+    assert [failure["row"] for failure in failed] == [1, 2]
+    assert "no UTF-8" in failed[0]["error"]
+
+
 def test_a_row_that_overflows_fails_alone(
     bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,12 @@ def test_no_bundle(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
+def test_a_file_is_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    with pytest.raises(HipaError, match=r"model\.onnx is a file\. Expected a bundle's folder"):
+        Bundle.open(tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
 def test_not_a_manifest(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
@@ -72,6 +78,21 @@ def test_not_a_manifest(tmp_path: Path, text: str) -> None:
 def test_a_manifest_that_does_not_validate(copy: Path, changes: dict, message: str) -> None:
     edit(copy, **changes)
     with pytest.raises(HipaError, match=message):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"surprise": 1}, r"surprise: this version knows no such field"),
+        ({"schema_version": 2}, "schema 2, this version reads 1"),
+    ],
+)
+def test_a_bundle_of_another_version_says_so(copy: Path, changes: dict, message: str) -> None:
+    """Exporting it again with the same version would not help."""
+    edit(copy, producer="hipa-deploy 9.9.9", **changes)
+    remedy = r"It was written by 'hipa-deploy 9\.9\.9'. Use that version, or export it again with"
+    with pytest.raises(HipaError, match=rf"{message}\. {remedy}"):
         Bundle.open(copy)
 
 

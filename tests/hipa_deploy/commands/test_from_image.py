@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hipa_deploy.commands import from_image
+from tests.served import tiny_bundles
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -31,3 +34,17 @@ def test_a_mistake(
     for name in ("a.png", "b.png"):
         Image.new("RGB", (64, 64)).save(tmp_path / name)
     assert message in refused(*arguments)
+
+
+def test_a_result_too_large_for_its_format_is_refused_before_it_is_made(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An enlargement takes hours, and must not be lost when it is written."""
+    bundle = tiny_bundles(tmp_path / "bundles")["tiny-upscale"]
+    factor = bundle.manifest.upscale or 1
+    Image.new("RGB", (16_383 // factor + 1, 8)).save(tmp_path / "a.png")
+    loads: list[object] = []
+    monkeypatch.setattr(from_image, "load_pipeline", lambda *given, **more: loads.append(given))
+    error = refused("upscale", str(bundle.root), "a.png", "--out", "x.webp")
+    assert "a WEBP at most 16383 each way. Write PNG." in error
+    assert loads == []

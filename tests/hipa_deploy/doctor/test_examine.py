@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from hipa_deploy import OneStepPipeline, embedded
 from hipa_deploy.bundle.parity import MIN_PSNR_DB
 from hipa_deploy.commands.app import main
-from hipa_deploy.doctor.examine import examine, render
+from hipa_deploy.doctor.examine import check_request, examine, render
+from hipa_deploy.errors import HipaError
 
 
 def test_the_report_says_where_the_embedded_folders_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,3 +79,12 @@ def test_a_failed_gate_comes_with_the_backends_remedy(
     problems = examine("emoji", backend)["problems"]
     assert problems
     assert all(remedy in problem for problem in problems)
+
+
+def test_a_file_that_it_does_not_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.gif"
+    Image.new("L", (4, 4)).save(path)
+    with pytest.raises(HipaError, match=r"x\.gif is a file of another kind\. .* an image as PNG"):
+        check_request(str(path), "auto")
+    path.with_suffix(".png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    check_request(str(path.with_suffix(".png")), "auto")

@@ -33,6 +33,14 @@ def write_parquet(path: Path, name: str = "caption", cells: Any = None) -> Path:
     return path
 
 
+def write_twice(path: Path) -> Path:
+    """A table as a join of two may have it, both with captions."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table([CATS, CATS], names=["caption", "caption"]), path)
+    return path
+
+
 def write_dataset(folder: Path, name: str = "text") -> Path:
     """What ``datasets.Dataset.save_to_disk`` writes, in two shards."""
     pa = pytest.importorskip("pyarrow")
@@ -105,6 +113,16 @@ def test_parquet(tmp_path: Path) -> None:
     assert read_prompt_file(write_parquet(tmp_path / "x.parquet", "title"), "title") == CATS
 
 
+def test_a_column_beside_a_table_in_a_table(tmp_path: Path) -> None:
+    """Parquet calls the part b of the column a 'a.b', too."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "x.parquet"
+    table = pa.table({"a": [{"b": "not this"}, {"b": "nor this"}], "a.b": CATS})
+    parquet.write_table(table, path)
+    assert read_prompt_file(path, "a.b") == CATS
+
+
 @pytest.mark.parametrize("kind", ["large_string", "string_view"])
 def test_other_kinds_of_text(kind: str, tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
@@ -172,6 +190,12 @@ def damaged(path: Path, content: bytes = b"no") -> Path:
             "no column 'caption' or 'text'. It has: id, title. Name the column",
         ),
         (lambda p: write_csv(p / "x.csv"), "title", "no column 'title'. It has: id, caption"),
+        (
+            lambda p: write_csv(p / "x.csv", "caption,caption"),
+            None,
+            "has 2 columns 'caption'. Expected one",
+        ),
+        (lambda p: write_twice(p / "x.parquet"), None, "has 2 columns 'caption'. Expected one"),
         (lambda p: damaged(p / "x.parquet"), None, "cannot be read as Parquet"),
         (
             lambda p: write_parquet(p / "x.parquet", cells=[1, 2, 3]),

@@ -78,6 +78,20 @@ def test_the_doctor_says_that_an_image_was_changed(tmp_path: Path, signer: Conte
     assert "do not hold" in report["problems"][0]
 
 
+def test_a_phones_photograph_with_a_gain_map(tmp_path: Path, signer: ContentSigner) -> None:
+    """Such a JPEG has a second one behind it, and Pillow calls it MPO."""
+    buffer = io.BytesIO()
+    gain_map = Image.new("L", (32, 32))
+    Image.new("RGB", (64, 64)).save(buffer, "MPO", save_all=True, append_images=[gain_map])
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(buffer.getvalue())
+    report = examine_image(path)
+    assert (report["format"], report["content_credentials"]) == ("JPEG", "none")
+    assert report["problems"] == []
+    path.write_bytes(signer.sign(buffer.getvalue(), "jpeg", {}))
+    assert examine_image(path)["content_credentials"].startswith("valid")
+
+
 def test_an_image_without_a_manifest_has_none() -> None:
     assert read_credentials(encode_image(IMAGE, {}, "png"), "png") is None
 

@@ -199,12 +199,28 @@ def change(adaptor: Path, **values: object) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/home/ada/data/captions.txt", r"C:\Users\ada\captions.txt", "HERE/captions.txt"],
+    [
+        "/home/ada/data/captions.txt",
+        "/home/zoë/data/captions.txt",
+        r"C:\Users\ada\captions.txt",
+        "HERE/captions.txt",
+        "/data/clients/acme/captions.txt",
+        "/Users/Ada Lovelace/captions.txt",
+        r"D:\clients\acme\captions.txt",
+        r"\\server\acme\captions.txt",
+    ],
 )
 def test_a_path_of_this_machine_is_refused(adaptor: Path, tmp_path: Path, path: str) -> None:
     change(adaptor, recipe={"prompts": path.replace("HERE", str(tmp_path))})
     with pytest.raises(HipaError, match=r"hipa_adaptor.json names the path .*captions"):
         written(adaptor, tmp_path / "out")
+
+
+def test_a_path_in_a_report_is_refused(report: Path, tmp_path: Path) -> None:
+    numbers = json.loads((report / "report.json").read_text())
+    (report / "report.json").write_text(json.dumps(numbers | {"rows": {"/data/acme/images": {}}}))
+    with pytest.raises(HipaError, match=r"report.json names the path /data/acme/images"):
+        written("emoji", tmp_path / "out", reports=(report,))
 
 
 @pytest.mark.parametrize("name", ["me", "me/a/b", "me/..", "/me", "me/a b", "me/x.git", "a" * 99])

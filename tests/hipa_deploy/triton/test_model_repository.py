@@ -213,6 +213,20 @@ def test_configurations_for_a_gpu(backend: Any) -> None:
     assert config.platform == expected
 
 
+@pytest.mark.parametrize(
+    "name",
+    ['x" data_type: TYPE_FP32 dims: [ 1 ] } ] max_batch_size: 9 input [ { name: "y', "a\\b", "é"],
+)
+def test_a_name_of_a_strangers_manifest_is_a_name(name: str) -> None:
+    tensor = TensorSpec(name=name, dtype="float32", shape=(1, 4))
+    spec = StageSpec(
+        name="unet", inputs=(tensor,), outputs=(tensor.model_copy(update={"name": "out"}),)
+    )
+    config = parse(stage_config("m", spec, "onnxruntime"))
+    assert [one.name for one in config.input] == [name]
+    assert config.max_batch_size == 0
+
+
 def test_an_input_that_images_share_rules_batches_out() -> None:
     """A generic UNet's timestep has one entry, however many images there are."""
     axis = Axis(min=1, opt=4, max=8)
