@@ -47,7 +47,7 @@ def ask_smi(gpu_name: str | None) -> dict[str, str]:
 
 def _query(fields: tuple[str, ...]) -> list[dict[str, str]]:
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    chosen = _first_visible()
+    chosen = first_visible()
     if chosen is not None:
         command.append(f"--id={chosen}")
     try:
@@ -65,7 +65,26 @@ def _query(fields: tuple[str, ...]) -> list[dict[str, str]]:
     return rows
 
 
-def _first_visible() -> str | None:
+def hides_all_gpus() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES leaves CUDA no GPU, however many nvidia-smi shows.
+
+    CUDA takes the variable's entries up to the first that names no GPU. So an empty one hides all,
+    and so does one that begins with -1 or, as in a job of Slurm without a GPU, with NoDevFiles.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return False
+    first = visible.split(",")[0].strip()
+    return not (first.isdecimal() or first.startswith(("GPU-", "MIG-")))
+
+
+def first_visible_number() -> int:
+    """The number of CUDA's first GPU as CUDA counts; 0 where the environment gives no number."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
+
+
+def first_visible() -> str | None:
     """What nvidia-smi calls CUDA's first GPU; None where the environment does not tell."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
     if first.startswith("GPU-"):  # a UUID is the same for both
