@@ -235,6 +235,7 @@ class StageBuild:
             scratch = self.folder / name
             stack.callback(scratch.unlink, missing_ok=True)
             outcomes[scratch] = run_worker(self._job(graph, key, scratch), self.reporter(number))
+            self._warn_of_lost_timings(outcomes[scratch])
 
         # Timing needs a GPU; a single candidate needs no timing.
         latencies_ms: dict[Path, float] = {}
@@ -247,6 +248,16 @@ class StageBuild:
         self.say("checking")
         check = check_engine(self.bundle, self.stage, best, key)
         return _Built(best, key, outcomes[best], tuple(latencies_ms.values()), check)
+
+    def _warn_of_lost_timings(self, outcome: Outcome) -> None:
+        if outcome.timing_cache_problem is not None:
+            warnings.warn(
+                f"{self.stage}: the timings of this build could not be kept "
+                f"({outcome.timing_cache_problem}): the next build takes as long. "
+                "Name another file with --timing-cache.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _warn_of_what_was_left_out(self, built: _Built, documented: Repairs) -> None:
         """Say that an engine may be wrong which has not the remedies, and was not checked."""

@@ -29,7 +29,7 @@ from hipa_deploy.engines.build.worker_process import run_worker
 from hipa_deploy.engines.store.sidecar import read_sidecar
 from hipa_deploy.engines.targets import memory_needs
 from hipa_deploy.engines.targets.build_options import BuildOptions
-from hipa_deploy.engines.targets.target import load_target_profile
+from hipa_deploy.engines.targets.target import Target, load_target_profile
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.errors import HipaError, MissingDependencyError
 from tests.engines.engine_samples import RTX_4090
@@ -242,6 +242,21 @@ def test_named_axes_become_a_profile(make_bundle, tmp_path):
 def test_a_timing_cache_is_refused_for_tensorrt_rtx(make_bundle, tmp_path):
     with pytest.raises(HipaError, match="TensorRT-RTX has no timing cache"):
         build(make_bundle(), options=BuildOptions(timing_cache=tmp_path / "cache"))
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_the_timings_alone(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("where the folder goes")
+    monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "file"))
+    goal = Target(name="orin-sm87", compute_capabilities=(87,))
+    with pytest.warns(RuntimeWarning, match="timings of kernels are not kept.*HIPA_CACHE"):
+        options = build_module._resolve_options(
+            BuildOptions(), "tensorrt", "orin-nano", goal, "10.3.0"
+        )
+    assert options.timing_cache is None
+    assert options.workspace_mib == 1024
+    monkeypatch.setenv("HIPA_CACHE", str(tmp_path))
+    options = build_module._resolve_options(BuildOptions(), "tensorrt", "auto", goal, "10.3.0")
+    assert options.timing_cache == tmp_path / "timing" / "orin-sm87-trt10.3.0.cache"
 
 
 @pytest.mark.filterwarnings("ignore")

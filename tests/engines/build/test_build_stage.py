@@ -100,6 +100,18 @@ def test_a_right_engine_is_kept_with_its_parity(bundle, monkeypatch):
     assert fake.gpu.cudart.leaks == []
 
 
+def test_timings_that_are_lost_are_told(bundle, monkeypatch):
+    fake = tensorrt(monkeypatch)
+
+    def run_worker(job, report):
+        problem = "/root/t.cache: Read-only file system"
+        return fake.run_worker(job, report).model_copy(update={"timing_cache_problem": problem})
+
+    monkeypatch.setattr(build_stage, "run_worker", run_worker)
+    with pytest.warns(RuntimeWarning, match=r"could not be kept \(/root/t\.cache: Read-only"):
+        assert not build(bundle).up_to_date
+
+
 def test_without_a_gpu_the_check_is_not_run_and_is_made_up_for_later(bundle, monkeypatch):
     fake = tensorrt(monkeypatch)
     monkeypatch.setattr(engine_check, "find_gpu", lambda: None)
