@@ -67,6 +67,9 @@ def call(cudart: ModuleType, name: str, *arguments: Any) -> Any:
     """
     error, *results = getattr(cudart, name)(*arguments)
     if int(error) != 0:
+        # CUDA keeps its last error until it is read: TensorRT's next launch would find it, in
+        # another engine too.
+        cudart.cudaGetLastError()
         raise CudaError(f"{name} failed: {describe_error(cudart, error)}.", int(error))
     return results[0] if results else None
 

@@ -131,6 +131,38 @@ def build_check(bundle: Bundle, built: BuiltEngine):
     return engine_check.check_engine(bundle, STAGE, built.path, built.sidecar.key)
 
 
+@pytest.mark.parametrize("fail", ["cudaMalloc", "cudaMallocHost", "cudaStreamCreateWithFlags"])
+def test_a_gpu_without_memory_says_nothing_of_an_engine(bundle, monkeypatch, fail):
+    """Another program has the GPU's memory: nothing is mended, and nothing is rejected."""
+    fake = tensorrt(monkeypatch)
+    fake.gpu.cudart.fail = fail
+    built = build(bundle)
+    assert str(built.sidecar.check).startswith("not run: the GPU has no memory for it: ")
+    assert len(fake.jobs) == 1
+    assert files(bundle) == {".engine", ".json"}
+    assert str(build(bundle).sidecar.check).startswith("not run")
+
+    # It is made up for.
+    fake.gpu.cudart.fail = ""
+    assert build(bundle).sidecar.check.outcome == "passed"
+    assert len(fake.jobs) == 1
+
+
+def test_tensorrts_own_words_for_no_memory_are_known(bundle, monkeypatch):
+    fake = tensorrt(monkeypatch)
+    built = build(bundle)
+
+    def run(*arguments):
+        raise HipaError(
+            "text_encoder: the engine gives no execution context: [executionContext.cpp::"
+            "ExecutionContext::470] Error Code 2: OutOfMemory (no further information)."
+        )
+
+    monkeypatch.setattr(engine_check, "run_engine", run)
+    assert build_check(bundle, built).outcome == "not run"
+    assert len(fake.jobs) == 1
+
+
 def test_an_engine_that_fails_is_kept_apart_with_its_report(bundle, monkeypatch):
     tensorrt(monkeypatch, lambda job: True)
     with pytest.raises(
