@@ -263,6 +263,36 @@ def test_the_fastest_of_several_base_unets_is_kept(tmp_path, monkeypatch):
     assert len(built.sidecar.candidates_ms) == 2
 
 
+def test_of_many_builds_two_engines_lie_on_the_disk_at_most(bundle, monkeypatch):
+    """Engines have gigabytes, and nobody wants one that is slower or wrong."""
+    most = []
+    fake = tensorrt(monkeypatch)
+    run_worker = fake.run_worker
+
+    def count(job, report):
+        outcome = run_worker(job, report)
+        most.append(len(list(job.out.parent.glob("*.tmp"))))
+        return outcome
+
+    monkeypatch.setattr(build_stage, "run_worker", count)
+    times_ms = iter([3.0, 2.0, 2.5, 1.0, 4.0])
+    monkeypatch.setattr(build_stage, "time_engine", lambda path, spec, library: next(times_ms))
+    built = build(bundle, best_of=5)
+    assert built.sidecar.candidates_ms == (3.0, 2.0, 2.5, 1.0, 4.0)
+    assert built.path.read_text() == "engine 4", "the fastest"
+    assert max(most) == 2
+    shutil.rmtree(built.path.parent)
+
+    # Repairs that do not help.
+    fake.wrong_weights = lambda job: [KEY_PROJECTION]
+    monkeypatch.setattr(build_stage, "time_engine", lambda path, spec, library, barriers=(): 1.0)
+    most.clear()
+    with pytest.raises(HipaError, match="repairs did not mend it"):
+        build(bundle)
+    assert len(most) > 4
+    assert max(most) == 2
+
+
 def test_the_same_fault_in_every_layer_gets_an_output_in_every_layer(bundle, monkeypatch):
     """As Thor's: each projection is right as soon as it is an output itself."""
     keys = {"val_32": "val_31", "val_95": "val_94", "val_154": "val_153"}
