@@ -72,6 +72,25 @@ def _gpu_from_cuda() -> Gpu:
     )
 
 
+def find_gpu_address() -> str | None:
+    """The PCI address of the GPU that CUDA calls the first, by which nvidia-smi knows it too.
+
+    None where CUDA does not answer. It never raises.
+
+    Example:
+        >>> find_gpu_address()
+        '00000000:3b:00.0'
+
+    """
+    try:
+        properties = call(load_cudart("tensorrt"), "cudaGetDeviceProperties", 0)
+        place = (properties.pciDomainID, properties.pciBusID, properties.pciDeviceID)
+    # As in ``find_gpu``.
+    except (HipaError, RuntimeError, AttributeError):
+        return None
+    return "{:08x}:{:02x}:{:02x}.0".format(*place)
+
+
 def _cuda_version(number: int) -> str:
     """CUDA's 13020 as '13.2'."""
     return f"{number // 1000}.{number % 1000 // 10}"

@@ -113,7 +113,7 @@ def test_the_gpu_is_watched_while_the_runs_go_on(pipeline, monkeypatch):
     from hipa_deploy.engines.latency import machine_state
 
     smi = {"clocks.sm": "1500", "temperature.gpu": "71", "reasons": "0x0"}
-    monkeypatch.setattr(machine_state, "ask_smi", lambda name: smi)
+    monkeypatch.setattr(machine_state, "ask_smi", lambda name, address: smi)
     monkeypatch.setattr(machine_state, "WATCH_SECONDS", 0.02)
     pipeline.backend = "onnxruntime-cuda"
     report = profile_pipeline(pipeline, runs=2, warmup=0, seconds=0.3, console=QUIET)

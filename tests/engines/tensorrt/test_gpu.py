@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
 from hipa_deploy.engines.tensorrt import gpu as gpu_module
 from hipa_deploy.engines.tensorrt.cuda import NO_DEVICE, CudaError
-from hipa_deploy.engines.tensorrt.gpu import find_gpu
+from hipa_deploy.engines.tensorrt.gpu import find_gpu, find_gpu_address
 from hipa_deploy.errors import HipaError
 
 TWO_GPUS = "NVIDIA GeForce RTX 3090, 8.6, 24576\nNVIDIA GeForce RTX 4090, 8.9, 24564\n"
@@ -110,3 +111,16 @@ def test_a_useless_nvidia_smi_is_no_gpu(monkeypatch, stdout):
         lambda command, **more: subprocess.CompletedProcess(command, 0, stdout=stdout),
     )
     assert gpu_module._gpu_from_smi() is None
+
+
+def test_the_address_of_cudas_first_gpu_is_written_as_nvidia_smi_takes_it(monkeypatch):
+    properties = SimpleNamespace(pciDomainID=0, pciBusID=0x3B, pciDeviceID=0)
+    cudart = SimpleNamespace(cudaGetDeviceProperties=lambda device: (0, properties))
+    monkeypatch.setattr(gpu_module, "load_cudart", lambda library: cudart)
+    assert find_gpu_address() == "00000000:3b:00.0"
+
+    def no_cuda(library):
+        raise HipaError("no cuda-python")
+
+    monkeypatch.setattr(gpu_module, "load_cudart", no_cuda)
+    assert find_gpu_address() is None
