@@ -100,6 +100,19 @@ def test_a_right_engine_is_kept_with_its_parity(bundle, monkeypatch):
     assert fake.gpu.cudart.leaks == []
 
 
+def test_the_engine_that_was_asked_for_last_is_the_one_that_runs(bundle, monkeypatch):
+    """Also where it is up to date: another one was built in between."""
+    fake = tensorrt(monkeypatch)
+    plain = build(bundle)
+    key = key_of(bundle).model_copy(update={"options": BuildOptions(refit=True)})
+    refittable = build(bundle, key=key)
+    for built, again in ((plain, None), (refittable, key)):
+        assert build(bundle, key=again).up_to_date
+        chosen = select_engine(bundle, STAGE, "tensorrt", VERSION, ORIN)
+        assert chosen == built.path.with_suffix(".json")
+    assert len(fake.jobs) == 2
+
+
 def test_timings_that_are_lost_are_told(bundle, monkeypatch):
     fake = tensorrt(monkeypatch)
 
