@@ -16,11 +16,20 @@ _OTHER = {"fp16": "fp32", "fp32": "fp16"}
 _HEAVY = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 
 
-def check_network(trt: ModuleType, network: Any, requested: Precision) -> PrecisionCheck:
+def check_network(
+    trt: ModuleType, network: Any, requested: Precision, *, widened: bool = False
+) -> PrecisionCheck:
     """Count the types that a parsed, strongly typed network computes in.
 
     If the network has convolutions or matrix products, only these count: normalisations and the
     arithmetic of the step stay in FP32 on purpose.
+
+    Args:
+        trt: the module of TensorRT or TensorRT-RTX.
+        network: the parsed network.
+        requested: the precision of the stage.
+        widened: whether parts of the graph were put into FP32 to mend an engine. They may be most
+            of it, such as every attention of a UNet.
 
     Raises:
         HipaError: most of the counted layers are not of the requested precision.
@@ -35,7 +44,7 @@ def check_network(trt: ModuleType, network: Any, requested: Precision) -> Precis
     )
 
     # Without this check a graph of the wrong precision would build, and only be slow or inexact.
-    wrong = _count_wrong(check, requested)
+    wrong = 0 if widened else _count_wrong(check, requested)
     if wrong:
         raise HipaError(
             f"the ONNX graph is not {requested}: "
@@ -60,8 +69,15 @@ def inspect(trt: ModuleType, logger: Any, engine: Any) -> tuple[str, int | None]
     return text, int(loaded.device_memory_size_v2)
 
 
-def check_inspected(text: str, requested: Precision) -> PrecisionCheck | None:
+def check_inspected(
+    text: str, requested: Precision, *, widened: bool = False
+) -> PrecisionCheck | None:
     """Count the types in the JSON of an engine inspector; None if there are none in it.
+
+    Args:
+        text: the JSON.
+        requested: the precision of the stage.
+        widened: as ``check_network`` takes it.
 
     Raises:
         HipaError: most of the outputs are not of the requested precision.
@@ -70,7 +86,7 @@ def check_inspected(text: str, requested: Precision) -> PrecisionCheck | None:
     check = parse_inspector(text)
     if check is None:
         return None
-    wrong = _count_wrong(check, requested)
+    wrong = 0 if widened else _count_wrong(check, requested)
     if wrong:
         raise HipaError(
             f"the engine was built in {_OTHER[requested]}, but {requested} was requested: "

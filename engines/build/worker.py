@@ -181,7 +181,7 @@ def build(job: Job, send: Send) -> Outcome:
     started = time.perf_counter()
     with _graph_file(job) as onnx:
         builder, network, parser = poly.network_from_onnx_path(str(onnx), strongly_typed=True)
-        check = check_network(trt, network, job.precision)
+        check = check_network(trt, network, job.precision, widened=bool(job.fp32))
         send(Event(layers=network.num_layers))
         _mark_outputs(network, job.mark)
 
@@ -199,7 +199,7 @@ def build(job: Job, send: Send) -> Outcome:
     activation_bytes = None
     if find_gpu() is not None:
         text, activation_bytes = inspect(trt, poly.get_trt_logger(), engine)
-        check = check_inspected(text, job.precision) or check
+        check = check_inspected(text, job.precision, widened=bool(job.fp32)) or check
         fused = _fused_attentions(text, job.library)
     return Outcome(
         seconds=round(seconds, 3),
