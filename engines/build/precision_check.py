@@ -17,7 +17,7 @@ _HEAVY = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 
 
 def check_network(
-    trt: ModuleType, network: Any, requested: Precision, *, widened: bool = False
+    trt: ModuleType, network: Any, requested: Precision, *, has_islands: bool = False
 ) -> PrecisionCheck:
     """Count the types that a parsed, strongly typed network computes in.
 
@@ -28,8 +28,8 @@ def check_network(
         trt: the module of TensorRT or TensorRT-RTX.
         network: the parsed network.
         requested: the precision of the stage.
-        widened: whether parts of the graph were put into FP32 to mend an engine. They may be most
-            of it, such as every attention of a UNet.
+        has_islands: whether parts of the graph are in FP32 on purpose, by the export or to mend an
+            engine. They may be most of it, such as every attention of a UNet.
 
     Raises:
         HipaError: most of the counted layers are not of the requested precision.
@@ -44,7 +44,7 @@ def check_network(
     )
 
     # Without this check a graph of the wrong precision would build, and only be slow or inexact.
-    wrong = 0 if widened else _count_wrong(check, requested)
+    wrong = 0 if has_islands else _count_wrong(check, requested)
     if wrong:
         raise HipaError(
             f"the ONNX graph is not {requested}: "
@@ -70,14 +70,14 @@ def inspect(trt: ModuleType, logger: Any, engine: Any) -> tuple[str, int | None]
 
 
 def check_inspected(
-    text: str, requested: Precision, *, widened: bool = False
+    text: str, requested: Precision, *, has_islands: bool = False
 ) -> PrecisionCheck | None:
     """Count the types in the JSON of an engine inspector; None if there are none in it.
 
     Args:
         text: the JSON.
         requested: the precision of the stage.
-        widened: as ``check_network`` takes it.
+        has_islands: as ``check_network`` takes it.
 
     Raises:
         HipaError: most of the outputs are not of the requested precision.
@@ -86,7 +86,7 @@ def check_inspected(
     check = parse_inspector(text)
     if check is None:
         return None
-    wrong = 0 if widened else _count_wrong(check, requested)
+    wrong = 0 if has_islands else _count_wrong(check, requested)
     if wrong:
         raise HipaError(
             f"the engine was built in {_OTHER[requested]}, but {requested} was requested: "

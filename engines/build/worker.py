@@ -60,6 +60,8 @@ class Job(Record):
         refittable: the weights that can be exchanged later. TensorRT may fuse and fold all others.
         mark: tensors that become outputs of the engine, besides those of ``spec``.
         fp32: tensors whose nodes compute in float32, whatever the graph says.
+        has_islands: whether parts of the graph are in float32 on purpose, by ``fp32`` or by the
+            export.
         myelin: options for TensorRT's compiler Myelin.
 
     """
@@ -75,6 +77,7 @@ class Job(Record):
     refittable: tuple[str, ...] = ()
     mark: tuple[str, ...] = ()
     fp32: tuple[str, ...] = ()
+    has_islands: bool = False
     myelin: tuple[str, ...] = ()
 
 
@@ -181,7 +184,7 @@ def build(job: Job, send: Send) -> Outcome:
     started = time.perf_counter()
     with _graph_file(job) as onnx:
         builder, network, parser = poly.network_from_onnx_path(str(onnx), strongly_typed=True)
-        check = check_network(trt, network, job.precision, widened=bool(job.fp32))
+        check = check_network(trt, network, job.precision, has_islands=job.has_islands)
         send(Event(layers=network.num_layers))
         _mark_outputs(network, job.mark)
 
@@ -199,7 +202,7 @@ def build(job: Job, send: Send) -> Outcome:
     activation_bytes = None
     if find_gpu() is not None:
         text, activation_bytes = inspect(trt, poly.get_trt_logger(), engine)
-        check = check_inspected(text, job.precision, widened=bool(job.fp32)) or check
+        check = check_inspected(text, job.precision, has_islands=job.has_islands) or check
         fused = _fused_attentions(text, job.library)
     return Outcome(
         seconds=round(seconds, 3),

@@ -19,6 +19,7 @@ import pytest
 from polygraphy.backend import trt as polygraphy_trt
 from rich.console import Console
 
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import Axis, StageSpec
 from hipa_deploy.engines.build import build_bundle as build_module
 from hipa_deploy.engines.build import build_stage as build_stage_module
@@ -189,6 +190,17 @@ def test_a_graph_of_another_precision_is_refused(make_bundle, dtype, requested, 
     with pytest.raises(HipaError, match=message):
         build(bundle, target="rtx40")
     assert names(bundle.root / "engines") == []
+
+
+def test_a_stage_whose_export_left_most_of_it_in_float32_is_built(make_bundle):
+    """As the export does with a decoder whose values do not fit into FP16."""
+    bundle = make_bundle(dtype=np.float32, precision="fp16", stages=("unet",))
+    (stage,) = bundle.manifest.stages
+    stage = stage.model_copy(update={"fp32_islands": ("unet.conv_in",)})
+    manifest = bundle.manifest.model_copy(update={"stages": (stage,)})
+    (built,) = build(Bundle(bundle.root, manifest), target="rtx40")
+    check = built.sidecar.precision_check
+    assert (check.float16, check.float32) == (0, 1)
 
 
 def test_an_operator_tensorrt_does_not_know_is_named(make_bundle):
