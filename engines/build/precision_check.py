@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,8 @@ from hipa_deploy.errors import HipaError
 _OTHER = {"fp16": "fp32", "fp32": "fp16"}
 # The layers that hold nearly all operations of a stage.
 _HEAVY = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
+# How an engine calls them: CaskConvolution, CaskConvActPool, CaskGemmMatrixMultiply, conv, gemm.
+_HEAVY_KERNELS = re.compile(r"conv|gemm|matrix", re.IGNORECASE)
 
 
 def check_network(
@@ -110,6 +113,10 @@ def _count_wrong(check: PrecisionCheck, requested: Precision) -> int:
 def parse_inspector(text: str) -> PrecisionCheck | None:
     """Count the types in the JSON of an engine inspector; None if there are none in it.
 
+    Where layers have a type, only convolutions and matrix products count, as in the network. A part
+    that TensorRT's compiler shows as one layer says nothing: its output may be the stage's alone,
+    which is FP32 in an FP16 UNet.
+
     TensorRT 10 writes the type as 'Format/Datatype', TensorRT 11 as 'DataType'.
 
     Example:
@@ -131,10 +138,12 @@ def parse_inspector(text: str) -> PrecisionCheck | None:
 
 
 def _outputs(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for layer in report.get("Layers", []):
-        # Without ProfilingVerbosity.DETAILED a layer is only its name, a string.
-        if isinstance(layer, dict):
-            yield from layer.get("Outputs", [])
+    # Without ProfilingVerbosity.DETAILED a layer is only its name, a string.
+    layers = [layer for layer in report.get("Layers", []) if isinstance(layer, dict)]
+    if any("LayerType" in layer for layer in layers):
+        layers = [layer for layer in layers if _HEAVY_KERNELS.search(str(layer.get("LayerType")))]
+    for layer in layers:
+        yield from layer.get("Outputs", [])
 
 
 def _type_of(tensor: dict[str, Any]) -> Precision | None:
