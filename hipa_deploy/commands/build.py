@@ -334,7 +334,12 @@ def _check_engines(bundle: Bundle, backend: str, built: list[BuiltEngine]) -> No
         console.print("These engines are for another machine. Check them there: hipa-doctor BUNDLE")
         return
 
-    checked = check_bundle(bundle, backend)
+    try:
+        checked = check_bundle(bundle, backend)
+    except HipaError as error:
+        raise HipaError(
+            f"the engines are built and kept, and they do not run here now: {error}"
+        ) from None
     for name, check in checked.stages.items():
         console.print(f"{name}: {check}", highlight=False)
     if checked.problems:

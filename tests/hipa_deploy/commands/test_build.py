@@ -17,6 +17,7 @@ from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.engines.build.build_stage import BuiltEngine
 from hipa_deploy.engines.store import select
 from hipa_deploy.engines.store.sidecar import engine_path, read_sidecar
+from hipa_deploy.errors import HipaError
 from tests.engines.engine_samples import RTX_4090, put_engine
 
 
@@ -98,6 +99,10 @@ def put_engines(bundle: Bundle, library: str, **changes: object) -> list[BuiltEn
     return built
 
 
+def no_memory(bundle: Bundle, backend: str) -> None:
+    raise HipaError("cudaMalloc failed: out of memory (error 2).")
+
+
 def test_new_engines_are_checked_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +121,10 @@ def test_new_engines_are_checked_and_no_others(
     monkeypatch.setattr(select, "load_tensorrt", lambda library: trt)
 
     put_engines(bundle, "tensorrt")
+    with monkeypatch.context() as patch:
+        patch.setattr(self_check, "check_bundle", no_memory)
+        with pytest.raises(HipaError, match=r"built and kept, .*: cudaMalloc failed"):
+            build_module._check_engines(bundle, "rtx", put_engines(bundle, "rtx"))
     build_module._check_engines(bundle, "rtx", put_engines(bundle, "rtx"))
     assert checked == ["rtx"]
     assert capsys.readouterr().err == ""
