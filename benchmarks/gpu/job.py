@@ -23,6 +23,7 @@ from hipa_deploy.engines.latency.validity import (
     Validity,
     judge,
 )
+from hipa_deploy.engines.tensorrt.gpu import find_gpu_address
 
 TINY_NOTE = "cpu, tiny: checks the script and says nothing of a GPU"
 
@@ -161,7 +162,7 @@ class Measurement:
     def __init__(self, job: Job) -> None:
         self._job = job
         gpu = job.machine.gpu
-        self._machine = Machine(gpu_name=gpu.name if gpu else None)
+        self._machine = Machine(gpu_name=gpu.name if gpu else None, gpu_address=find_gpu_address())
         self._watch = Watch(self._machine if job.on_gpu else None)
         self._taken: list[float] = []
         self._total = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -269,6 +270,16 @@ def _resolve_options(
 
     # Timings hold for one device and one version only, so each pair has a cache of its own.
     cache_path = user_cache() / "timing" / f"{goal.name}-trt{version}.cache"
+    try:
+        check_writable(cache_path)
+    except HipaError as error:
+        warnings.warn(
+            f"the timings of kernels are not kept, so the next build takes as long: {error} "
+            "Set HIPA_CACHE to it, or name a file with --timing-cache.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return resolved
     return resolved.model_copy(update={"timing_cache": cache_path})
 
 

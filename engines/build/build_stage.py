@@ -217,6 +217,8 @@ class StageBuild:
             if check.outcome == "passed":
                 sidecar = _checked(sidecar, check)
                 _write(path, sidecar)
+        # Of several engines that fit, the newest runs: what was asked for last is to be it.
+        path.touch()
         return BuiltEngine(self.stage, engine_path(path), sidecar, up_to_date=True)
 
     def _build(self, graph: StageGraph, repairs: Repairs, stack: ExitStack) -> _Built:
@@ -227,26 +229,44 @@ class StageBuild:
 
         """
         key = self.key.repaired(repairs)
-        outcomes: dict[Path, Outcome] = {}
-        for number in range(self.best_of):
-            # Each goes into a scratch file, which is removed however the build ends.
-            self._number += 1
-            name = f".{self.stage}-{key.short}-{os.getpid()}-{self._number}.tmp"
-            scratch = self.folder / name
-            stack.callback(scratch.unlink, missing_ok=True)
-            outcomes[scratch] = run_worker(self._job(graph, key, scratch), self.reporter(number))
-
+        best, outcome = self._candidate(0, graph, key, stack)
+        latencies_ms: list[float] = []
         # Timing needs a GPU; a single candidate needs no timing.
-        latencies_ms: dict[Path, float] = {}
         if self.best_of > 1:
-            for scratch in outcomes:
-                latencies_ms[scratch] = self._time(scratch, key)
-            best = min(latencies_ms, key=latencies_ms.__getitem__)
-        else:
-            best = next(iter(outcomes))
+            latencies_ms.append(self._time(best, key))
+        for number in range(1, self.best_of):
+            other, its_outcome = self._candidate(number, graph, key, stack)
+            latencies_ms.append(self._time(other, key))
+            # The slower one goes at once: engines have gigabytes, and there may be 20 of them.
+            if latencies_ms[-1] < min(latencies_ms[:-1]):
+                best, other = other, best
+                outcome = its_outcome
+            other.unlink()
         self.say("checking")
         check = check_engine(self.bundle, self.stage, best, key)
-        return _Built(best, key, outcomes[best], tuple(latencies_ms.values()), check)
+        return _Built(best, key, outcome, tuple(latencies_ms), check)
+
+    def _candidate(
+        self, number: int, graph: StageGraph, key: EngineKey, stack: ExitStack
+    ) -> tuple[Path, Outcome]:
+        """Build into a scratch file, which is removed however the build ends."""
+        self._number += 1
+        name = f".{self.stage}-{key.short}-{os.getpid()}-{self._number}.tmp"
+        scratch = self.folder / name
+        stack.callback(scratch.unlink, missing_ok=True)
+        outcome = run_worker(self._job(graph, key, scratch), self.reporter(number))
+        self._warn_of_lost_timings(outcome)
+        return scratch, outcome
+
+    def _warn_of_lost_timings(self, outcome: Outcome) -> None:
+        if outcome.timing_cache_problem is not None:
+            warnings.warn(
+                f"{self.stage}: the timings of this build could not be kept "
+                f"({outcome.timing_cache_problem}): the next build takes as long. "
+                "Name another file with --timing-cache.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
     def _warn_of_what_was_left_out(self, built: _Built, documented: Repairs) -> None:
         """Say that an engine may be wrong which has not the remedies, and was not checked."""
@@ -278,7 +298,11 @@ class StageBuild:
             self._attempts.append(Attempt(repairs=repairs, error=str(error)))
             return None
         self._note(built)
-        return built if built.check.outcome == "passed" else None
+        if built.check.outcome == "passed":
+            return built
+        # Its check and its time are noted: of wrong engines only the first is kept.
+        built.scratch.unlink()
+        return None
 
     def _note(self, built: _Built) -> None:
         """Write down a build and its time, so that one sees what a repair costs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.stages import name_along_path
+
+# CUDA says 'out of memory (error 2)'; TensorRT 'Error Code 2: OutOfMemory (no further information)'
+# and 'Cuda Runtime (out of memory)' (https://github.com/NVIDIA/TensorRT/issues/3017).
+_NO_MEMORY = re.compile(r"out ?of ?memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ def why_not_run(bundle: Bundle, stage: str, sms: Sequence[int], key: EngineKey) 
 def check_engine(bundle: Bundle, stage: str, path: Path, key: EngineKey) -> EngineCheck:
     """Run the engine at ``path`` on the reference tensors, if this machine can run it.
 
-    It never raises for an engine that is wrong or does not run: the result says so.
+    It never raises for an engine that is wrong or does not run: the result says so. A GPU without
+    the memory for it says nothing of the engine, so that it was not run.
     """
     reason = why_not_run(bundle, stage, key.compute_capabilities, key)
     if reason is not None:
@@ -115,6 +121,10 @@ def check_engine(bundle: Bundle, stage: str, path: Path, key: EngineKey) -> Engi
     try:
         got = run_engine(spec, path, key.flavour, reference.feed, key.barriers)
     except HipaError as error:
+        if _NO_MEMORY.search(str(error)):
+            # Where TensorRT met the error, nobody has read it yet: the next engine would find it.
+            load_cudart(key.flavour).cudaGetLastError()
+            return EngineCheck(outcome="not run", detail=f"the GPU has no memory for it: {error}")
         return EngineCheck(outcome="failed", detail=f"the engine does not run: {error}")
     return judge(got, reference.expected, bundle.all_stages[stage].precision)
 

@@ -504,7 +504,8 @@ def _severity(need: Need) -> tuple[int, int]:
 def _disk_need(bundle: Bundle, stages: tuple[StageMemory, ...]) -> Need:
     """What the engines take on disk.
 
-    An engine is about as large as its ONNX files. It is written once, under a temporary name.
+    An engine is about as large as its ONNX files. It is written once, under a temporary name. With
+    ``--best-of``, or where an engine is mended, a second one of its stage lies there for a while.
     """
     need = sum(round(1.1 * stage.weights) + 8 for stage in stages)
     return Need(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -14,13 +15,24 @@ from hipa_deploy.errors import HipaError
 _OTHER = {"fp16": "fp32", "fp32": "fp16"}
 # The layers that hold nearly all operations of a stage.
 _HEAVY = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
+# How an engine calls them: CaskConvolution, CaskConvActPool, CaskGemmMatrixMultiply, conv, gemm.
+_HEAVY_KERNELS = re.compile(r"conv|gemm|matrix", re.IGNORECASE)
 
 
-def check_network(trt: ModuleType, network: Any, requested: Precision) -> PrecisionCheck:
+def check_network(
+    trt: ModuleType, network: Any, requested: Precision, *, has_islands: bool = False
+) -> PrecisionCheck:
     """Count the types that a parsed, strongly typed network computes in.
 
     If the network has convolutions or matrix products, only these count: normalisations and the
     arithmetic of the step stay in FP32 on purpose.
+
+    Args:
+        trt: the module of TensorRT or TensorRT-RTX.
+        network: the parsed network.
+        requested: the precision of the stage.
+        has_islands: whether parts of the graph are in FP32 on purpose, by the export or to mend an
+            engine. They may be most of it, such as every attention of a UNet.
 
     Raises:
         HipaError: most of the counted layers are not of the requested precision.
@@ -35,7 +47,7 @@ def check_network(trt: ModuleType, network: Any, requested: Precision) -> Precis
     )
 
     # Without this check a graph of the wrong precision would build, and only be slow or inexact.
-    wrong = _count_wrong(check, requested)
+    wrong = 0 if has_islands else _count_wrong(check, requested)
     if wrong:
         raise HipaError(
             f"the ONNX graph is not {requested}: "
@@ -60,8 +72,15 @@ def inspect(trt: ModuleType, logger: Any, engine: Any) -> tuple[str, int | None]
     return text, int(loaded.device_memory_size_v2)
 
 
-def check_inspected(text: str, requested: Precision) -> PrecisionCheck | None:
+def check_inspected(
+    text: str, requested: Precision, *, has_islands: bool = False
+) -> PrecisionCheck | None:
     """Count the types in the JSON of an engine inspector; None if there are none in it.
+
+    Args:
+        text: the JSON.
+        requested: the precision of the stage.
+        has_islands: as ``check_network`` takes it.
 
     Raises:
         HipaError: most of the outputs are not of the requested precision.
@@ -70,7 +89,7 @@ def check_inspected(text: str, requested: Precision) -> PrecisionCheck | None:
     check = parse_inspector(text)
     if check is None:
         return None
-    wrong = _count_wrong(check, requested)
+    wrong = 0 if has_islands else _count_wrong(check, requested)
     if wrong:
         raise HipaError(
             f"the engine was built in {_OTHER[requested]}, but {requested} was requested: "
@@ -94,6 +113,10 @@ def _count_wrong(check: PrecisionCheck, requested: Precision) -> int:
 def parse_inspector(text: str) -> PrecisionCheck | None:
     """Count the types in the JSON of an engine inspector; None if there are none in it.
 
+    Where layers have a type, only convolutions and matrix products count, as in the network. A part
+    that TensorRT's compiler shows as one layer says nothing: its output may be the stage's alone,
+    which is FP32 in an FP16 UNet.
+
     TensorRT 10 writes the type as 'Format/Datatype', TensorRT 11 as 'DataType'.
 
     Example:
@@ -115,10 +138,12 @@ def parse_inspector(text: str) -> PrecisionCheck | None:
 
 
 def _outputs(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for layer in report.get("Layers", []):
-        # Without ProfilingVerbosity.DETAILED a layer is only its name, a string.
-        if isinstance(layer, dict):
-            yield from layer.get("Outputs", [])
+    # Without ProfilingVerbosity.DETAILED a layer is only its name, a string.
+    layers = [layer for layer in report.get("Layers", []) if isinstance(layer, dict)]
+    if any("LayerType" in layer for layer in layers):
+        layers = [layer for layer in layers if _HEAVY_KERNELS.search(str(layer.get("LayerType")))]
+    for layer in layers:
+        yield from layer.get("Outputs", [])
 
 
 def _type_of(tensor: dict[str, Any]) -> Precision | None:

@@ -143,6 +143,7 @@ def stage_job(
         refittable=tuple(refittable_weights(bundle, stage)) if options.refit else (),
         mark=repairs.barriers,
         fp32=graph.tensors_of(repairs.islands),
+        has_islands=bool(repairs.islands or bundle.all_stages[stage].fp32_islands),
         myelin=repairs.myelin,
     )
 

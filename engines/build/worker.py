@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, TextIO
 
 from hipa_deploy.bundle.manifest import Precision, StageSpec
-from hipa_deploy.disk.files import write_file
+from hipa_deploy.disk.files import describe_write_error, write_file
 from hipa_deploy.engines.build.build_progress import PhaseTree
 from hipa_deploy.engines.build.precision_check import check_inspected, check_network, inspect
 from hipa_deploy.engines.device.machine import peak_rss_mib
@@ -60,6 +60,8 @@ class Job(Record):
         refittable: the weights that can be exchanged later. TensorRT may fuse and fold all others.
         mark: tensors that become outputs of the engine, besides those of ``spec``.
         fp32: tensors whose nodes compute in float32, whatever the graph says.
+        has_islands: whether parts of the graph are in float32 on purpose, by ``fp32`` or by the
+            export.
         myelin: options for TensorRT's compiler Myelin.
 
     """
@@ -75,6 +77,7 @@ class Job(Record):
     refittable: tuple[str, ...] = ()
     mark: tuple[str, ...] = ()
     fp32: tuple[str, ...] = ()
+    has_islands: bool = False
     myelin: tuple[str, ...] = ()
 
 
@@ -89,6 +92,7 @@ class Outcome(Record):
         fused_attentions: how many attentions the engine computes in one kernel each; None where the
             engine cannot be looked at.
         activation_bytes: what the engine's activations take; None where it cannot be loaded.
+        timing_cache_problem: why the timings could not be kept; None if they were.
 
     """
 
@@ -98,6 +102,7 @@ class Outcome(Record):
     skipped_tactics: int = 0
     fused_attentions: int | None = None
     activation_bytes: int | None = None
+    timing_cache_problem: str | None = None
 
 
 class Event(Record):
@@ -166,7 +171,8 @@ def build(job: Job, send: Send) -> Outcome:
         send: is called with an event for every percent of progress.
 
     Raises:
-        HipaError: the graph has the wrong precision, or TensorRT refuses an option.
+        HipaError: the graph has the wrong precision, TensorRT refuses an option, or the engine
+            cannot be written.
         polygraphy.exception.PolygraphyException: TensorRT cannot parse or compile the graph.
 
     """
@@ -178,7 +184,7 @@ def build(job: Job, send: Send) -> Outcome:
     started = time.perf_counter()
     with _graph_file(job) as onnx:
         builder, network, parser = poly.network_from_onnx_path(str(onnx), strongly_typed=True)
-        check = check_network(trt, network, job.precision)
+        check = check_network(trt, network, job.precision, has_islands=job.has_islands)
         send(Event(layers=network.num_layers))
         _mark_outputs(network, job.mark)
 
@@ -187,8 +193,8 @@ def build(job: Job, send: Send) -> Outcome:
         config = _configure(trt, poly, (builder, network), job, monitor)
         _mark_refittable(trt, network, config, job.refittable)
         engine = poly.engine_bytes_from_network((builder, network, parser), config=config)
-    job.out.write_bytes(engine)
-    _save_timing_cache(config, job.timing_cache)
+    _write_engine(job.out, engine)
+    timing_cache_problem = _save_timing_cache(config, job.timing_cache)
     seconds = time.perf_counter() - started
 
     # What the engine says counts more than what the network said, but loading it needs a driver.
@@ -196,7 +202,7 @@ def build(job: Job, send: Send) -> Outcome:
     activation_bytes = None
     if find_gpu() is not None:
         text, activation_bytes = inspect(trt, poly.get_trt_logger(), engine)
-        check = check_inspected(text, job.precision) or check
+        check = check_inspected(text, job.precision, has_islands=job.has_islands) or check
         fused = _fused_attentions(text, job.library)
     return Outcome(
         seconds=round(seconds, 3),
@@ -204,7 +210,27 @@ def build(job: Job, send: Send) -> Outcome:
         precision_check=check,
         fused_attentions=fused,
         activation_bytes=activation_bytes,
+        timing_cache_problem=timing_cache_problem,
     )
+
+
+def _write_engine(path: Path, engine: Any) -> None:
+    """Write the serialised engine.
+
+    Raises:
+        HipaError: the disk is full, or the file cannot be written for another reason.
+
+    """
+    try:
+        path.write_bytes(engine)
+    except OSError as error:
+        # What is free is then what the engine may take.
+        path.unlink(missing_ok=True)
+        problem = describe_write_error(error, path, engine.nbytes)
+        raise HipaError(
+            f"the engine cannot be written into {path.parent}: {problem.strerror}. "
+            "Free some space there, and run the command again."
+        ) from None
 
 
 def _fused_attentions(text: str, library: TensorRTLibrary) -> int | None:
@@ -340,13 +366,22 @@ def _load_timing_cache(config: Any, path: Path) -> None:
     if is_refused or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise HipaError(
             f"{path} is not a timing cache of this device and TensorRT version. "
-            "Choose another file."
+            "Remove it, or name another file with --timing-cache."
         )
 
 
-def _save_timing_cache(config: Any, path: Path | None) -> None:
-    if path is not None:
+def _save_timing_cache(config: Any, path: Path | None) -> str | None:
+    """Write the timing cache, if there is one; why it could not be written, or None.
+
+    The engine is there by now, after what may have been an hour, and needs no cache.
+    """
+    if path is None:
+        return None
+    try:
         write_file(path, bytes(config.get_timing_cache().serialize()))
+    except OSError as error:
+        return f"{path}: {error.strerror or error}"
+    return None
 
 
 def _monitor(trt: ModuleType, send: Send) -> Any:

@@ -25,16 +25,30 @@ _THROTTLES = {
 }
 
 
-def ask_smi(gpu_name: str | None) -> dict[str, str]:
-    """Query ``FIELDS`` and ``REASONS`` of the GPU with that name, as text by field.
+def ask_smi(gpu_name: str | None, address: str | None = None) -> dict[str, str]:
+    """Query ``FIELDS`` and ``REASONS`` of one GPU, as text by field.
 
-    The answer is empty without nvidia-smi. It is also empty if there are several GPUs and not
-    exactly one has the name: their numbers do not help, because CUDA and nvidia-smi count GPUs in
-    different orders. They count alike with CUDA_DEVICE_ORDER=PCI_BUS_ID in the environment, and
-    then the first GPU that CUDA_VISIBLE_DEVICES names is asked.
+    The answer is empty without nvidia-smi. Without an address it is also empty if there are several
+    GPUs and not exactly one has the name: their numbers do not help, because CUDA and nvidia-smi
+    count GPUs in different orders. They count alike with CUDA_DEVICE_ORDER=PCI_BUS_ID in the
+    environment, and then the first GPU that CUDA_VISIBLE_DEVICES names is asked.
+
+    Args:
+        gpu_name: its name; None where it is not known.
+        address: its PCI address, '00000000:3b:00.0'; None where it is not known.
+
     """
+    if address is not None:
+        found = _ask(gpu_name, address)
+        # The GPU of a Jetson has no such address.
+        if found:
+            return found
+    return _ask(gpu_name, first_visible())
+
+
+def _ask(gpu_name: str | None, chosen: str | None) -> dict[str, str]:
     for reasons in _REASONS_FIELDS:
-        rows = _query((*FIELDS, reasons))
+        rows = _query((*FIELDS, reasons), chosen)
         if not rows:
             continue
         if len(rows) > 1:
@@ -45,9 +59,9 @@ def ask_smi(gpu_name: str | None) -> dict[str, str]:
     return {}
 
 
-def _query(fields: tuple[str, ...]) -> list[dict[str, str]]:
+def _query(fields: tuple[str, ...], chosen: str | None) -> list[dict[str, str]]:
+    """The rows of nvidia-smi's table: of the GPU that it calls ``chosen``, or of all for None."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    chosen = _first_visible()
     if chosen is not None:
         command.append(f"--id={chosen}")
     try:
@@ -65,7 +79,26 @@ def _query(fields: tuple[str, ...]) -> list[dict[str, str]]:
     return rows
 
 
-def _first_visible() -> str | None:
+def hides_all_gpus() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES leaves CUDA no GPU, however many nvidia-smi shows.
+
+    CUDA takes the variable's entries up to the first that names no GPU. So an empty one hides all,
+    and so does one that begins with -1 or, as in a job of Slurm without a GPU, with NoDevFiles.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return False
+    first = visible.split(",")[0].strip()
+    return not (first.isdecimal() or first.startswith(("GPU-", "MIG-")))
+
+
+def first_visible_number() -> int:
+    """The number of CUDA's first GPU as CUDA counts; 0 where the environment gives no number."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
+
+
+def first_visible() -> str | None:
     """What nvidia-smi calls CUDA's first GPU; None where the environment does not tell."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
     if first.startswith("GPU-"):  # a UUID is the same for both

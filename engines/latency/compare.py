@@ -64,7 +64,7 @@ class Comparison(Record):
         rows: by stage, by stage on the device, and end to end.
         only_in_one: the names that only one of the reports has.
         differences: the conditions that differ.
-        warnings: those of the two reports.
+        warnings: those of the two reports, and that one is invalid and why.
         regression: end to end, the verdict is 'slower'.
 
     """
@@ -118,8 +118,8 @@ def compare_reports(
         if name in second_parts:
             rows[name] = _ratio(stats, second_parts[name], metric, threshold_percent / 100)
 
-    warnings = [f"first: {text}" for text in first.warnings]
-    warnings += [f"second: {text}" for text in second.warnings]
+    warnings = [f"first: {text}" for text in _doubts(first)]
+    warnings += [f"second: {text}" for text in _doubts(second)]
     return Comparison(
         metric=metric,
         threshold_percent=threshold_percent,
@@ -162,6 +162,13 @@ def _check_samples(report: LatencyReport, which: str) -> None:
             f"the {which} report has {runs} runs. "
             f"Expected {LEAST_RUNS} or more: hipa-profile --runs 50."
         )
+
+
+def _doubts(report: LatencyReport) -> list[str]:
+    """What a reader must know: of a GPU whose clock fell, the validity alone tells."""
+    validity = report.validity
+    invalid = [str(validity)] if validity and not validity.valid else []
+    return [*invalid, *report.warnings]
 
 
 def _ratio(first: LatencyStats, second: LatencyStats, metric: Metric, threshold: float) -> Ratio:

@@ -125,8 +125,9 @@ def _plots(report: LatencyReport) -> Iterator[str]:
     everything = {**report.stages, END_TO_END: report.end_to_end}
     rows = {name: stats.samples_ms for name, stats in everything.items()}
 
-    # One colour for each stage in all three plots.
-    colours = {**colours_of(list(rows)), OUTSIDE: GREY}
+    # One colour for each stage in all three plots. The last has the device's stages too.
+    names = dict.fromkeys((*rows, *report.device))
+    colours = {**colours_of(list(names)), OUTSIDE: GREY}
     yield from _figure(
         "Distribution",
         f"A dot a run, {report.end_to_end.runs} after {report.warmup} of warm-up; "

@@ -100,19 +100,27 @@ class Machine:
     Args:
         root: the folder that stands for '/'; for tests.
         gpu_name: the GPU that nvidia-smi is queried for.
+        gpu_address: its PCI address, which tells GPUs of one name apart; None where it is not
+            known.
 
     """
 
-    def __init__(self, root: Path = Path("/"), gpu_name: str | None = None) -> None:
+    def __init__(
+        self,
+        root: Path = Path("/"),
+        gpu_name: str | None = None,
+        gpu_address: str | None = None,
+    ) -> None:
         self._root = root
         self._gpu_name = gpu_name
+        self._gpu_address = gpu_address
 
     def read(self) -> Reading:
         """Read the state as it is now."""
         # Clocks come first: a GPU that has become idle lowers its own within milliseconds.
         clocks = sysfs.clocks(self._root)
         throttles = sysfs.throttled_by(self._root)
-        smi = ask_smi(self._gpu_name)
+        smi = ask_smi(self._gpu_name, self._gpu_address)
 
         # If both report a value, that of the files is used: on a Jetson it is the module's own.
         temperatures = sysfs.temperatures(self._root)
@@ -135,7 +143,7 @@ class Machine:
 
     def state(self, before: Reading, after: Reading) -> MachineState:
         """Read the settings, and put two readings beside them."""
-        smi = ask_smi(self._gpu_name)
+        smi = ask_smi(self._gpu_name, self._gpu_address)
         return MachineState(
             power_mode=sysfs.power_mode(self._root),
             jetpack=sysfs.jetpack(self._root),

@@ -42,6 +42,7 @@ from hipa_deploy.engines.latency.report import (
 )
 from hipa_deploy.engines.latency.stage_timer import END_TO_END, StageTimer
 from hipa_deploy.engines.latency.validity import judge
+from hipa_deploy.engines.tensorrt.gpu import find_gpu_address
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.prompts import BAKED_PROMPTS, read_baked_prompts
@@ -126,7 +127,7 @@ def profile_pipeline(
     check_runs(runs, warmup, seconds)
     prompts = _run_prompts(pipeline.bundle, prompt)
     device = describe_device()
-    machine = Machine(root, device.gpu.name if device.gpu else None)
+    machine = Machine(root, device.gpu.name if device.gpu else None, find_gpu_address())
 
     # The first run and the warm-up. Every run has a number of its own: its seed, and its prompt.
     first = _time_run(pipeline, prompts.text(0), 0)

@@ -15,6 +15,7 @@ from hipa_deploy.engines.backends.available import Device
 from hipa_deploy.engines.latency.layer_times import LayerTime
 from hipa_deploy.engines.latency.machine_state import MachineState
 from hipa_deploy.engines.latency.roofline import Roofline
+from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from hipa_deploy.engines.latency.validity import Validity
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.record import Record
@@ -120,7 +121,8 @@ class LatencyReport(Record):
         warmup: untimed runs between the first run and the timed ones.
         load_seconds: the time to load the pipeline.
         end_to_end: from the prompt to the image.
-        stages: by stage, as the host waits for it: copies and launches are included.
+        stages: by stage, as the host waits for it: copies and launches are included. Engines run
+            in one call, so that there is one entry, 'pipeline', and ``device`` has the stages.
         device: by stage, as the device measures its computation (CUDA events around the execution,
             no copies), with the sum as 'end to end'; empty for backends that do not measure it.
         throughput_images_per_second: images of a batch over the mean time of a run.
@@ -150,6 +152,18 @@ class LatencyReport(Record):
     layers: dict[str, tuple[LayerTime, ...]] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     validity: Validity | None = None
+
+
+def stage_stats(report: LatencyReport) -> dict[str, LatencyStats]:
+    """The statistics of each stage: as the host waits for it, else as the device measures it.
+
+    Engines run all stages in one call, 'pipeline', and the host sees that call alone.
+    """
+    found = dict(report.stages)
+    for name, stats in report.device.items():
+        if name != END_TO_END:
+            found.setdefault(name, stats)
+    return found
 
 
 def read_report(path: Path) -> LatencyReport:

@@ -8,7 +8,12 @@ from rich.table import Table
 
 from hipa_deploy.engines.device.sysfs import Clock
 from hipa_deploy.engines.latency.machine_state import MachineState
-from hipa_deploy.engines.latency.report import Conditions, LatencyReport, LatencyStats
+from hipa_deploy.engines.latency.report import (
+    Conditions,
+    LatencyReport,
+    LatencyStats,
+    stage_stats,
+)
 from hipa_deploy.engines.latency.stage_timer import END_TO_END
 from hipa_deploy.generate.runner import CPU_BACKENDS
 
@@ -51,8 +56,9 @@ def render_table(report: LatencyReport) -> Table:
     if report.device:
         table.add_column("device p50", justify="right")
 
-    for name, stats in {**report.stages, END_TO_END: report.end_to_end}.items():
-        cells = stat_cells(stats)
+    for name in (*stage_stats(report), END_TO_END):
+        stats = report.end_to_end if name == END_TO_END else report.stages.get(name)
+        cells = ["-"] * len(HEADINGS) if stats is None else stat_cells(stats)
         if report.device:
             on_device = report.device.get(name)
             cells.append(_ms(on_device.p50_ms if on_device else None))
@@ -183,15 +189,16 @@ def _throttling(state: MachineState) -> str:
 def markdown_table(reports: Sequence[LatencyReport]) -> str:
     """Make a Markdown table to publish, with a row for each report.
 
-    Each stage has a column with its p50, which is '-' if a report does not have that stage. All
-    times are milliseconds of one batch. '% of bound' is the measured p50 over the lower bound of
-    the roofline, if the rates of the device are known. Warnings are notes below the table.
+    Each stage has a column with its p50, which is '-' if a report does not have that stage. Stages
+    of engines are as the device measures them. All times are milliseconds of one batch. '% of
+    bound' is the measured p50 over the lower bound of the roofline, if the rates of the device are
+    known. Warnings are notes below the table.
     """
     # Dictionaries keep the order of first appearance and drop duplicates.
     stage_names: dict[str, None] = {}
     warnings: dict[str, None] = {}
     for report in reports:
-        stage_names |= dict.fromkeys(report.stages)
+        stage_names |= dict.fromkeys(stage_stats(report))
         warnings |= dict.fromkeys(_notes(report))
     stages = list(stage_names)
     notes = list(warnings)
@@ -203,9 +210,17 @@ def markdown_table(reports: Sequence[LatencyReport]) -> str:
     )  # fmt: skip
     lines = [_line(headings), _line(["---"] * len(headings))]
     lines += [_line(_row(report, stages, notes)) for report in reports]
-    lines += ["", "Latency in ms of one batch."]
+    lines += ["", f"Latency in ms of one batch.{_on_device(reports)}"]
     lines += [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
     return "\n".join(lines) + "\n"
+
+
+def _on_device(reports: Sequence[LatencyReport]) -> str:
+    """What has to be said of stages that only the device measured; empty where there are none."""
+    for report in reports:
+        if stage_stats(report).keys() > report.stages.keys():
+            return " Stages that run in one call, 'pipeline': as the device measures them."
+    return ""
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -218,9 +233,10 @@ def _row(report: LatencyReport, stages: Sequence[str], notes: Sequence[str]) -> 
     conditions = report.conditions
     facts = conditions.bundle
     state = conditions.state
+    measured = stage_stats(report)
     times = []
     for name in stages:
-        stats = report.stages.get(name)
+        stats = measured.get(name)
         times.append(_ms(stats.p50_ms if stats else None))
     percent = report.roofline.measured_percent if report.roofline else None
     references = [f"[{notes.index(note) + 1}]" for note in _notes(report)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.engines.latency.report import LatencyReport
+from hipa_deploy.engines.latency.report import LatencyReport, stage_stats
 from hipa_deploy.engines.latency.roofline import Roofline, peak_of, predict_roofline
 from hipa_deploy.engines.targets.target import TargetProfile, load_target_profile, target_names
 from hipa_deploy.generate.runner import CPU_BACKENDS
@@ -49,14 +49,15 @@ def _measured_on(report: LatencyReport, profile: TargetProfile) -> bool:
 
 def _compared(roofline: Roofline, report: LatencyReport) -> Roofline:
     """``roofline`` with the measured p50 of each stage and the whole, in per cent of its bound."""
+    measured = stage_stats(report)
     stages = {}
     for name, bound in roofline.stages.items():
-        stats = report.stages.get(name)
+        stats = measured.get(name)
         percent = percent_of_bound(stats.p50_ms if stats else None, bound.bound_ms)
         stages[name] = bound.model_copy(update={"measured_percent": percent})
 
     # With a cached text context the run is shorter than the sum of all stages, which is the bound.
-    complete = stages.keys() <= report.stages.keys()
+    complete = stages.keys() <= measured.keys()
     measured_ms = report.end_to_end.p50_ms if complete else None
     percent = percent_of_bound(measured_ms, roofline.end_to_end_ms)
     return roofline.model_copy(update={"stages": stages, "measured_percent": percent})

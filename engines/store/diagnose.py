@@ -83,7 +83,26 @@ def diagnose(path: Path) -> Diagnosis:
             "Run hipa-build again."
         )
 
-    return _diagnose(sidecar_file, read_sidecar(sidecar_file), ())
+    return _diagnose(sidecar_file, _sidecar_at(sidecar_file), ())
+
+
+def _sidecar_at(path: Path) -> Sidecar:
+    """The sidecar at a path that a user gave.
+
+    Raises:
+        HipaError: it cannot be read. The advice to remove it is given beside an engine alone: any
+            other JSON file may be a bundle's manifest, or a report.
+
+    """
+    try:
+        return read_sidecar(path)
+    except HipaError:
+        if engine_path(path).is_file():
+            raise
+        raise HipaError(
+            f"{path} is not an engine's sidecar, and no {engine_path(path).name} lies beside it. "
+            "Expected a bundle's folder, an .engine file, or an image."
+        ) from None
 
 
 def _diagnose_rejected(path: Path, sidecar_file: Path) -> Diagnosis:
@@ -106,7 +125,7 @@ def engine_stage(path: Path) -> tuple[Bundle, str, EngineKey]:
     if path.suffix in _REJECTED:
         sidecar = read_rejection(path.with_suffix(".rejection")).sidecar
     else:
-        sidecar = read_sidecar(path.with_suffix(".json"))
+        sidecar = _sidecar_at(path.with_suffix(".json"))
     bundle = Bundle.open(_bundle_root(path.with_suffix(".json")))
     return bundle, sidecar.stage, sidecar.key
 

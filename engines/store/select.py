@@ -41,39 +41,47 @@ def backend_with_engines(bundle: Bundle) -> str | None:
     if not (bundle.root / FOLDER).is_dir():
         return None
     for library in TENSORRT_LIBRARIES:
-        if _runs_all_stages(bundle, library):
+        if engines_here(bundle, library):
             return library
     return None
 
 
-def _runs_all_stages(bundle: Bundle, library: TensorRTLibrary) -> bool:
+def engines_here(bundle: Bundle, library: TensorRTLibrary) -> dict[str, Path]:
+    """The engine of each stage that this device would load, by stage.
+
+    It is empty where a stage has none that fits, or where the library or the driver is missing. It
+    never raises.
+    """
     try:
         sidecars = {stage: find_sidecars(bundle, stage, library) for stage in bundle.stages}
         # Files are cheap to look for, CUDA and TensorRT are not cheap to load.
         if not all(sidecars.values()):
-            return False
+            return {}
         gpu = find_gpu()
         if gpu is None:
-            return False
+            return {}
         version = load_tensorrt(library).__version__
+        found = {}
         for stage in bundle.stages:
-            if not _any_fits(bundle, stage, sidecars[stage], version, gpu):
-                return False
+            engine = _first_fitting(bundle, stage, sidecars[stage], version, gpu)
+            if engine is None:
+                return {}
+            found[stage] = engine
     # A sidecar that cannot be read, or a library that is not installed: another backend is used.
     except (HipaError, OSError):
-        return False
-    return True
+        return {}
+    return found
 
 
-def _any_fits(
+def _first_fitting(
     bundle: Bundle, stage: str, sidecars: dict[Path, Sidecar], version: str, gpu: Gpu
-) -> bool:
+) -> Path | None:
     for path, sidecar in sidecars.items():
         # The key alone is compared: hashing every engine would make 'auto' slow.
         same_key = sidecar.key == key_here(sidecar.key, bundle, stage, version, gpu)
         if same_key and engine_path(path).is_file():
-            return True
-    return False
+            return engine_path(path)
+    return None
 
 
 def rebuild_command(

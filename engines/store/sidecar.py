@@ -41,7 +41,8 @@ class EngineCheck(Record):
     """How an engine did on the bundle's reference tensors.
 
     Attributes:
-        outcome: 'not run' where no GPU here runs the engine, or the bundle has no reference.
+        outcome: 'not run' where no GPU here runs the engine, or has the memory for it now, or the
+            bundle has no reference.
         detail: the reason, or what is wrong; empty if it passed.
         parity: against PyTorch in FP32; None where nothing could be measured.
         least_psnr_db: the gate, in dB.

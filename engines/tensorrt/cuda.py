@@ -12,6 +12,22 @@ from hipa_deploy.errors import HipaError
 # cuda-python 12.6.2 and newer, then 12.6.0.
 _MODULES = ("cuda.bindings.runtime", "cuda.cudart")
 
+NO_DEVICE = 100  # cudaErrorNoDevice
+
+
+class CudaError(HipaError):
+    """CUDA reported an error.
+
+    Args:
+        message: as ``HipaError`` has it.
+        code: CUDA's number of the error.
+
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
 
 def load_cudart(extra: TensorRTLibrary) -> ModuleType:
     """Import cuda-python's binding of the CUDA runtime.
@@ -46,12 +62,15 @@ def call(cudart: ModuleType, name: str, *arguments: Any) -> Any:
         The function's first result, or None for a function without results.
 
     Raises:
-        HipaError: CUDA reports an error; the message has the function's name and CUDA's own text.
+        CudaError: CUDA reports an error; the message has the function's name and CUDA's own text.
 
     """
     error, *results = getattr(cudart, name)(*arguments)
     if int(error) != 0:
-        raise HipaError(f"{name} failed: {describe_error(cudart, error)}.")
+        # CUDA keeps its last error until it is read: TensorRT's next launch would find it, in
+        # another engine too.
+        cudart.cudaGetLastError()
+        raise CudaError(f"{name} failed: {describe_error(cudart, error)}.", int(error))
     return results[0] if results else None
 
 

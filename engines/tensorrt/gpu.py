@@ -5,7 +5,12 @@ from __future__ import annotations
 import subprocess
 
 from hipa_deploy.engines.device.machine import read_text
-from hipa_deploy.engines.tensorrt.cuda import call, load_cudart
+from hipa_deploy.engines.device.nvidia_smi import (
+    first_visible,
+    first_visible_number,
+    hides_all_gpus,
+)
+from hipa_deploy.engines.tensorrt.cuda import NO_DEVICE, CudaError, call, load_cudart
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
@@ -33,12 +38,18 @@ class Gpu(Record):
 
 
 def find_gpu() -> Gpu | None:
-    """The first NVIDIA GPU, or None without one or without its driver.
+    """The first NVIDIA GPU that CUDA may use, or None without one or without its driver.
 
     It asks cuda-python first, then nvidia-smi. It never raises.
     """
+    # nvidia-smi shows these GPUs all the same.
+    if hides_all_gpus():
+        return None
     try:
         return _gpu_from_cuda()
+    except CudaError as error:
+        # CUDA knows best, as of a GPU in MIG mode that has no instance.
+        return None if error.code == NO_DEVICE else _gpu_from_smi()
     # cuda-python raises RuntimeError and AttributeError where libraries are missing.
     except (HipaError, RuntimeError, AttributeError):
         return _gpu_from_smi()
@@ -61,24 +72,52 @@ def _gpu_from_cuda() -> Gpu:
     )
 
 
+def find_gpu_address() -> str | None:
+    """The PCI address of the GPU that CUDA calls the first, by which nvidia-smi knows it too.
+
+    None where CUDA does not answer. It never raises.
+
+    Example:
+        >>> find_gpu_address()
+        '00000000:3b:00.0'
+
+    """
+    try:
+        properties = call(load_cudart("tensorrt"), "cudaGetDeviceProperties", 0)
+        place = (properties.pciDomainID, properties.pciBusID, properties.pciDeviceID)
+    # As in ``find_gpu``.
+    except (HipaError, RuntimeError, AttributeError):
+        return None
+    return "{:08x}:{:02x}:{:02x}.0".format(*place)
+
+
 def _cuda_version(number: int) -> str:
     """CUDA's 13020 as '13.2'."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _gpu_from_smi() -> Gpu | None:
-    """The first GPU by nvidia-smi's table: 'NVIDIA GeForce RTX 4090, 8.9, 24564'."""
+    """CUDA's first GPU by nvidia-smi's table: 'NVIDIA GeForce RTX 4090, 8.9, 24564'."""
+    command = list(_SMI_QUERY)
+    number = first_visible_number()
+    chosen = first_visible()
+    if chosen is not None:
+        command.append(f"--id={chosen}")
+        number = 0  # the table then has this GPU alone
     try:
         answer = subprocess.run(
-            _SMI_QUERY,
+            command,
             capture_output=True,
             text=True,
             timeout=_SMI_TIMEOUT_S,
             check=True,
             encoding="utf-8",
         )
+        # CUDA may count different GPUs in another order. nvidia-smi's is taken: whoever gave a
+        # number has most likely read it there.
+        line = answer.stdout.splitlines()[number]
         # From the right: a name may have a comma in it.
-        name, capability, memory_mib = answer.stdout.splitlines()[0].rsplit(",", 2)
+        name, capability, memory_mib = line.rsplit(",", 2)
         major, minor = capability.strip().split(".")
         return Gpu(
             name=name.strip(),

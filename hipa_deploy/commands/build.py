@@ -306,7 +306,7 @@ def build_engines(
     for engine in built:
         typer.echo(engine.path)
         _tell(engine)
-    _check_engines(bundle, backend.value)
+    _check_engines(bundle, backend.value, built)
 
 
 def _tell(engine: BuiltEngine) -> None:
@@ -320,17 +320,26 @@ def _tell(engine: BuiltEngine) -> None:
         console.print(f"{engine.stage}: attention: {sidecar.attention}", highlight=False)
 
 
-def _check_engines(bundle: Bundle, backend: str) -> None:
+def _check_engines(bundle: Bundle, backend: str, built: list[BuiltEngine]) -> None:
     """Run the new engines on the bundle's reference prompt, if they are for this machine."""
     from hipa_deploy.doctor.self_check import check_bundle
-    from hipa_deploy.engines.store.select import backend_with_engines
+    from hipa_deploy.engines.store.select import engines_here
+    from hipa_deploy.engines.tensorrt.library import as_tensorrt_library
 
-    # An engine for another device can be built here but not run here.
-    if backend_with_engines(bundle) != backend:
+    # An engine for another device can be built here but not run here; there may be others that run.
+    paths = {engine.stage: engine.path.resolve() for engine in built}
+    loaded = engines_here(bundle, as_tensorrt_library(backend))
+    are_here = [path.resolve() == paths.get(stage) for stage, path in loaded.items()]
+    if not are_here or not all(are_here):
         console.print("These engines are for another machine. Check them there: hipa-doctor BUNDLE")
         return
 
-    checked = check_bundle(bundle, backend)
+    try:
+        checked = check_bundle(bundle, backend)
+    except HipaError as error:
+        raise HipaError(
+            f"the engines are built and kept, and they do not run here now: {error}"
+        ) from None
     for name, check in checked.stages.items():
         console.print(f"{name}: {check}", highlight=False)
     if checked.problems:

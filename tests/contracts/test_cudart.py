@@ -85,7 +85,13 @@ def test_the_engines_fit(surface: Path) -> None:
 
 
 @pytest.mark.parametrize("surface", PINNED, ids=lambda path: path.stem)
-@pytest.mark.parametrize("field", ["name", "major", "minor", "totalGlobalMem", "integrated"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "name", "major", "minor", "totalGlobalMem", "integrated",
+        "pciDomainID", "pciBusID", "pciDeviceID",
+    ],
+)  # fmt: skip
 def test_device_properties_exist(surface: Path, field: str) -> None:
     assert f"cudaDeviceProp.{field}" in known(surface)
 

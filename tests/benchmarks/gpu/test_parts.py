@@ -180,7 +180,9 @@ def test_images_with_tensorrt_on_the_strict_fake(new_job, monkeypatch):
     monkeypatch.setattr("hipa_deploy.engines.store.select.open_engines", opened)
     monkeypatch.setattr(backends, "build_bundle", lambda *args, **more: built.append(more))
     monkeypatch.setattr(backends, "TINY_BACKEND", "tensorrt")
-    monkeypatch.setattr("hipa_deploy.engines.latency.machine_state.ask_smi", lambda name: SMI)
+    monkeypatch.setattr(
+        "hipa_deploy.engines.latency.machine_state.ask_smi", lambda name, address: SMI
+    )
     monkeypatch.setattr("hipa_deploy.engines.latency.machine_state.WATCH_SECONDS", 0.01)
     card = Gpu(name="H100", sm=90, memory_mib=80000, integrated=False, driver="1", cuda="13.0")
     usable = Backend(name="tensorrt", version="10", usable=True, remedy=None)

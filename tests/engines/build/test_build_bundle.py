@@ -19,6 +19,7 @@ import pytest
 from polygraphy.backend import trt as polygraphy_trt
 from rich.console import Console
 
+from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import Axis, StageSpec
 from hipa_deploy.engines.build import build_bundle as build_module
 from hipa_deploy.engines.build import build_stage as build_stage_module
@@ -29,7 +30,7 @@ from hipa_deploy.engines.build.worker_process import run_worker
 from hipa_deploy.engines.store.sidecar import read_sidecar
 from hipa_deploy.engines.targets import memory_needs
 from hipa_deploy.engines.targets.build_options import BuildOptions
-from hipa_deploy.engines.targets.target import load_target_profile
+from hipa_deploy.engines.targets.target import Target, load_target_profile
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.errors import HipaError, MissingDependencyError
 from tests.engines.engine_samples import RTX_4090
@@ -191,6 +192,17 @@ def test_a_graph_of_another_precision_is_refused(make_bundle, dtype, requested, 
     assert names(bundle.root / "engines") == []
 
 
+def test_a_stage_whose_export_left_most_of_it_in_float32_is_built(make_bundle):
+    """As the export does with a decoder whose values do not fit into FP16."""
+    bundle = make_bundle(dtype=np.float32, precision="fp16", stages=("unet",))
+    (stage,) = bundle.manifest.stages
+    stage = stage.model_copy(update={"fp32_islands": ("unet.conv_in",)})
+    manifest = bundle.manifest.model_copy(update={"stages": (stage,)})
+    (built,) = build(Bundle(bundle.root, manifest), target="rtx40")
+    check = built.sidecar.precision_check
+    assert (check.float16, check.float32) == (0, 1)
+
+
 def test_an_operator_tensorrt_does_not_know_is_named(make_bundle):
     bundle = make_bundle(dtype=np.float32, precision="fp32", op="Det", stages=("unet",))
     with pytest.raises(HipaError, match=r"unet: .*Det") as caught:
@@ -242,6 +254,21 @@ def test_named_axes_become_a_profile(make_bundle, tmp_path):
 def test_a_timing_cache_is_refused_for_tensorrt_rtx(make_bundle, tmp_path):
     with pytest.raises(HipaError, match="TensorRT-RTX has no timing cache"):
         build(make_bundle(), options=BuildOptions(timing_cache=tmp_path / "cache"))
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_the_timings_alone(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("where the folder goes")
+    monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "file"))
+    goal = Target(name="orin-sm87", compute_capabilities=(87,))
+    with pytest.warns(RuntimeWarning, match="timings of kernels are not kept.*HIPA_CACHE"):
+        options = build_module._resolve_options(
+            BuildOptions(), "tensorrt", "orin-nano", goal, "10.3.0"
+        )
+    assert options.timing_cache is None
+    assert options.workspace_mib == 1024
+    monkeypatch.setenv("HIPA_CACHE", str(tmp_path))
+    options = build_module._resolve_options(BuildOptions(), "tensorrt", "auto", goal, "10.3.0")
+    assert options.timing_cache == tmp_path / "timing" / "orin-sm87-trt10.3.0.cache"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -100,6 +100,31 @@ def test_a_right_engine_is_kept_with_its_parity(bundle, monkeypatch):
     assert fake.gpu.cudart.leaks == []
 
 
+def test_the_engine_that_was_asked_for_last_is_the_one_that_runs(bundle, monkeypatch):
+    """Also where it is up to date: another one was built in between."""
+    fake = tensorrt(monkeypatch)
+    plain = build(bundle)
+    key = key_of(bundle).model_copy(update={"options": BuildOptions(refit=True)})
+    refittable = build(bundle, key=key)
+    for built, again in ((plain, None), (refittable, key)):
+        assert build(bundle, key=again).up_to_date
+        chosen = select_engine(bundle, STAGE, "tensorrt", VERSION, ORIN)
+        assert chosen == built.path.with_suffix(".json")
+    assert len(fake.jobs) == 2
+
+
+def test_timings_that_are_lost_are_told(bundle, monkeypatch):
+    fake = tensorrt(monkeypatch)
+
+    def run_worker(job, report):
+        problem = "/root/t.cache: Read-only file system"
+        return fake.run_worker(job, report).model_copy(update={"timing_cache_problem": problem})
+
+    monkeypatch.setattr(build_stage, "run_worker", run_worker)
+    with pytest.warns(RuntimeWarning, match=r"could not be kept \(/root/t\.cache: Read-only"):
+        assert not build(bundle).up_to_date
+
+
 def test_without_a_gpu_the_check_is_not_run_and_is_made_up_for_later(bundle, monkeypatch):
     fake = tensorrt(monkeypatch)
     monkeypatch.setattr(engine_check, "find_gpu", lambda: None)
@@ -117,6 +142,38 @@ def test_without_a_gpu_the_check_is_not_run_and_is_made_up_for_later(bundle, mon
 
 def build_check(bundle: Bundle, built: BuiltEngine):
     return engine_check.check_engine(bundle, STAGE, built.path, built.sidecar.key)
+
+
+@pytest.mark.parametrize("fail", ["cudaMalloc", "cudaMallocHost", "cudaStreamCreateWithFlags"])
+def test_a_gpu_without_memory_says_nothing_of_an_engine(bundle, monkeypatch, fail):
+    """Another program has the GPU's memory: nothing is mended, and nothing is rejected."""
+    fake = tensorrt(monkeypatch)
+    fake.gpu.cudart.fail = fail
+    built = build(bundle)
+    assert str(built.sidecar.check).startswith("not run: the GPU has no memory for it: ")
+    assert len(fake.jobs) == 1
+    assert files(bundle) == {".engine", ".json"}
+    assert str(build(bundle).sidecar.check).startswith("not run")
+
+    # It is made up for.
+    fake.gpu.cudart.fail = ""
+    assert build(bundle).sidecar.check.outcome == "passed"
+    assert len(fake.jobs) == 1
+
+
+def test_tensorrts_own_words_for_no_memory_are_known(bundle, monkeypatch):
+    fake = tensorrt(monkeypatch)
+    built = build(bundle)
+
+    def run(*arguments):
+        raise HipaError(
+            "text_encoder: the engine gives no execution context: [executionContext.cpp::"
+            "ExecutionContext::470] Error Code 2: OutOfMemory (no further information)."
+        )
+
+    monkeypatch.setattr(engine_check, "run_engine", run)
+    assert build_check(bundle, built).outcome == "not run"
+    assert len(fake.jobs) == 1
 
 
 def test_an_engine_that_fails_is_kept_apart_with_its_report(bundle, monkeypatch):
@@ -217,6 +274,36 @@ def test_the_fastest_of_several_base_unets_is_kept(tmp_path, monkeypatch):
     tensorrt(monkeypatch)
     built = build(refine_bundle(tmp_path), stage=TEACHER_STAGE, best_of=2)
     assert len(built.sidecar.candidates_ms) == 2
+
+
+def test_of_many_builds_two_engines_lie_on_the_disk_at_most(bundle, monkeypatch):
+    """Engines have gigabytes, and nobody wants one that is slower or wrong."""
+    most = []
+    fake = tensorrt(monkeypatch)
+    run_worker = fake.run_worker
+
+    def count(job, report):
+        outcome = run_worker(job, report)
+        most.append(len(list(job.out.parent.glob("*.tmp"))))
+        return outcome
+
+    monkeypatch.setattr(build_stage, "run_worker", count)
+    times_ms = iter([3.0, 2.0, 2.5, 1.0, 4.0])
+    monkeypatch.setattr(build_stage, "time_engine", lambda path, spec, library: next(times_ms))
+    built = build(bundle, best_of=5)
+    assert built.sidecar.candidates_ms == (3.0, 2.0, 2.5, 1.0, 4.0)
+    assert built.path.read_text() == "engine 4", "the fastest"
+    assert max(most) == 2
+    shutil.rmtree(built.path.parent)
+
+    # Repairs that do not help.
+    fake.wrong_weights = lambda job: [KEY_PROJECTION]
+    monkeypatch.setattr(build_stage, "time_engine", lambda path, spec, library, barriers=(): 1.0)
+    most.clear()
+    with pytest.raises(HipaError, match="repairs did not mend it"):
+        build(bundle)
+    assert len(most) > 4
+    assert max(most) == 2
 
 
 def test_the_same_fault_in_every_layer_gets_an_output_in_every_layer(bundle, monkeypatch):

@@ -54,6 +54,24 @@ def test_an_engine_of_another_precision_than_requested_is_an_error():
     assert check_inspected("{}", "fp16") is None
 
 
+def layer(kind: str, dtype: str) -> dict[str, object]:
+    return {"Name": kind, "LayerType": kind, "Outputs": [{"Name": "t", "Format/Datatype": dtype}]}
+
+
+def test_what_lies_between_the_products_does_not_count():
+    """Normalisations and the arithmetic of the step compute in FP32 on purpose."""
+    layers = [layer("gemm", "Half"), layer("CaskConvolution", "Half"), layer("gemm", "Float")]
+    layers += [layer("kgen", "Float")] * 5
+    check = check_inspected(json.dumps({"Layers": layers}), "fp16")
+    assert (check.float16, check.float32) == (2, 1)
+
+
+def test_an_engine_in_one_piece_says_nothing():
+    """The UNet's output is FP32, also where it computes in FP16."""
+    layers = [layer("Reformat", "Row major linear FP32"), layer("Myelin", "Row major linear FP32")]
+    assert check_inspected(json.dumps({"Layers": layers}), "fp16") is None
+
+
 @pytest.mark.parametrize(
     "text", ["", "{}", '{"Layers": ["a", "b"]}', '{"Layers": [{"Name": "a"}]}']
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +60,28 @@ def test_progress_rises_to_one(job):
     assert outcome.seconds > 0
     assert outcome.skipped_tactics == 0
     assert [event.layers for event in events if event.layers] == [4]
+
+
+def test_an_engine_is_not_lost_where_its_timings_cannot_be_kept(job, tmp_path):
+    """TensorRT-RTX times nothing, and its builder takes a timing cache all the same."""
+    (tmp_path / "file").write_text("where the folder goes")
+    path = tmp_path / "file" / "timing.cache"
+    outcome = run_worker(job.model_copy(update={"timing_cache": path}), lambda event: None)
+    assert job.out.stat().st_size > 10_000
+    assert outcome.timing_cache_problem == f"{path}: File exists"
+    kept = run_worker(job.model_copy(update={"timing_cache": tmp_path / "t"}), lambda event: None)
+    assert kept.timing_cache_problem is None
+
+
+def test_a_full_disk_says_how_much_is_missing(tmp_path, monkeypatch):
+    def write(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    engine = SimpleNamespace(nbytes=26_500_000)
+    message = r"cannot be written into .*: No space left on device \(26\.5 MB needed, .* free\)"
+    with pytest.raises(HipaError, match=message):
+        build_worker._write_engine(tmp_path / "engine", engine)
 
 
 def test_a_worker_whose_parent_is_gone_stops(job):

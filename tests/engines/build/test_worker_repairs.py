@@ -41,6 +41,16 @@ def test_outputs_and_a_part_in_float32_are_built(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
 
 
+def test_every_layer_in_float32_is_built(tmp_path):
+    """It is asked for, so it is no graph of another precision than the manifest says."""
+    graph = StageGraph.read(BUNDLE, STAGE)
+    layers = graph.blocks_like("text_encoder.text_model.encoder.layers.0")
+    check = run_worker(
+        job_of(Repairs(islands=layers), tmp_path / "e"), lambda event: None
+    ).precision_check
+    assert (check.float16, check.float32) == (0, 24)
+
+
 def test_a_tensor_that_the_network_lacks_is_named(tmp_path):
     job = job_of(Repairs(barriers=("nothing",)), tmp_path / "engine")
     with pytest.raises(HipaError, match="the network has no tensor 'nothing'"):

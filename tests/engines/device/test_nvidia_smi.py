@@ -85,6 +85,26 @@ def test_two_gpus_of_one_name_cannot_be_distinguished(monkeypatch):
     assert ask_smi("NVIDIA T400") == {}
 
 
+def test_gpus_of_one_name_are_told_apart_by_their_address(monkeypatch):
+    hot = OTHER.replace(" 40,", " 88,")
+    rows = {"00000000:3b:00.0": [OTHER], "00000000:d8:00.0": [hot], None: [OTHER, hot]}
+
+    def run(command, **more):
+        chosen = next((part[5:] for part in command if part.startswith("--id=")), None)
+        if chosen not in rows:
+            raise subprocess.CalledProcessError(6, command)
+        return subprocess.CompletedProcess(command, 0, stdout="\n".join(rows[chosen]) + "\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    smi = ask_smi("NVIDIA T400", "00000000:d8:00.0")
+    assert smi_number(smi, "temperature.gpu") == 88
+    assert ask_smi("NVIDIA T400") == {}
+    # An address that nvidia-smi does not know, as a Jetson's.
+    rows[None] = [OTHER]
+    smi = ask_smi("NVIDIA T400", "00000000:00:00.0")
+    assert smi_number(smi, "temperature.gpu") == 40
+
+
 @pytest.mark.parametrize("rows", [(), ("No devices were found",)])
 def test_an_answer_without_a_gpu_is_empty(monkeypatch, rows):
     answer_with(monkeypatch, *rows)

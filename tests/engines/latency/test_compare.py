@@ -20,6 +20,7 @@ from hipa_deploy.engines.latency.compare import (
     resampled,
 )
 from hipa_deploy.engines.latency.stage_timer import END_TO_END
+from hipa_deploy.engines.latency.validity import judge
 from hipa_deploy.errors import HipaError
 from tests.engines.report_samples import CONDITIONS, READING, STATE, a_report
 
@@ -100,6 +101,16 @@ def test_device_time_is_compared_if_both_reports_have_it():
     assert both.rows["unet, device"].ratio == pytest.approx(1.2, abs=0.02)
     one = compare_reports(a_report(device=True), a_report())
     assert one.only_in_one == ("end to end, device", "unet, device", "vae_decoder, device")
+
+
+def test_a_report_that_does_not_count_is_told():
+    steady = judge([100.0] * 200, readings=None)
+    wandering = judge([100.0] * 200, readings=None, disturbances=["the GPU's clock went away"])
+    compared = compare_reports(a_report(validity=steady), a_report(validity=wandering))
+    assert compared.warnings == ("second: invalid: the GPU's clock went away",)
+    text = io.StringIO()
+    Console(file=text, width=200).print(render_comparison(compared))
+    assert "warning: second: invalid: the GPU's clock went away." in text.getvalue()
 
 
 def test_settings_that_differ_are_named_and_readings_are_not():

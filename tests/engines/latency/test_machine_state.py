@@ -12,7 +12,7 @@ from tests.engines.machine_samples import ORIN, plant
 
 @pytest.fixture(autouse=True)
 def no_smi(monkeypatch):
-    monkeypatch.setattr(state_module, "ask_smi", lambda name: {})
+    monkeypatch.setattr(state_module, "ask_smi", lambda name, address: {})
 
 
 def a_reading(**fields) -> Reading:
@@ -64,7 +64,7 @@ def test_a_discrete_gpu_through_nvidia_smi(tmp_path, monkeypatch):
         "persistence_mode": "Enabled",
         "reasons": "0x20",
     }
-    monkeypatch.setattr(state_module, "ask_smi", lambda name: smi if name == "RTX" else {})
+    monkeypatch.setattr(state_module, "ask_smi", lambda name, address: smi if name == "RTX" else {})
     machine = Machine(tmp_path, "RTX")
     state = machine.state(machine.read(), machine.read())
     assert state.power_limit_w == 450

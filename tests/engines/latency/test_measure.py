@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,17 +19,24 @@ from hipa_deploy import embedded
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import ModelInfo
 from hipa_deploy.bundle.reference import REFERENCE_PROMPTS
+from hipa_deploy.engines.backends.available import describe_device
+from hipa_deploy.engines.latency import measure
+from hipa_deploy.engines.latency.html_page import render_page
 from hipa_deploy.engines.latency.measure import (
     _run_prompts,
     drift_warnings,
     profile_pipeline,
     summarise,
 )
-from hipa_deploy.engines.latency.report import LatencyReport
+from hipa_deploy.engines.latency.report import LatencyReport, stage_stats
 from hipa_deploy.engines.latency.stage_timer import END_TO_END
-from hipa_deploy.engines.latency.table import render_table
+from hipa_deploy.engines.latency.table import markdown_table, render_table
+from hipa_deploy.engines.latency.with_roofline import with_own_roofline
 from hipa_deploy.errors import HipaError
+from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.prompts import BAKED_PROMPTS
+from tests.engines import engine_samples as samples
+from tests.engines.bundle_gpu import BundleGpu
 from tests.engines.machine_samples import ORIN, plant
 
 QUIET = Console(file=io.StringIO())
@@ -113,7 +121,7 @@ def test_the_gpu_is_watched_while_the_runs_go_on(pipeline, monkeypatch):
     from hipa_deploy.engines.latency import machine_state
 
     smi = {"clocks.sm": "1500", "temperature.gpu": "71", "reasons": "0x0"}
-    monkeypatch.setattr(machine_state, "ask_smi", lambda name: smi)
+    monkeypatch.setattr(machine_state, "ask_smi", lambda name, address: smi)
     monkeypatch.setattr(machine_state, "WATCH_SECONDS", 0.02)
     pipeline.backend = "onnxruntime-cuda"
     report = profile_pipeline(pipeline, runs=2, warmup=0, seconds=0.3, console=QUIET)
@@ -253,3 +261,34 @@ def test_statistics_are_ordered_and_within_the_data(seconds):
     assert stats.min_ms - tolerance <= stats.mean_ms <= most_ms + tolerance
     assert stats.runs == len(seconds)
     assert stats.p50_ms == pytest.approx(float(np.median(seconds)) * 1e3)
+
+
+def test_stages_of_engines_are_in_every_view_of_the_report(tmp_path, monkeypatch):
+    """They run in one call: the host sees that call, and only the device sees the stages."""
+    bundle = Bundle(tmp_path, Bundle.open(embedded.BUNDLE).manifest)
+    shutil.copytree(embedded.BUNDLE, tmp_path, dirs_exist_ok=True)
+    BundleGpu(bundle).install(monkeypatch)
+    nano = describe_device().model_copy(update={"gpu": samples.ORIN, "jetson": "Orin Nano"})
+    monkeypatch.setattr(measure, "describe_device", lambda: nano)
+    with OneStepPipeline.load(tmp_path, "tensorrt") as pipe:
+        report = profile_pipeline(pipe, runs=3, warmup=1, console=QUIET)
+    assert list(report.stages) == ["pipeline"]
+    stages = ["text_encoder", "unet", "vae_decoder"]
+    assert list(report.device) == [*stages, END_TO_END]
+    assert list(stage_stats(report)) == ["pipeline", *stages]
+
+    # The roofline, the page, the terminal, the table to publish.
+    report = with_own_roofline(report, bundle)
+    for name in stages:
+        assert report.roofline.stages[name].measured_percent > 0
+    assert report.roofline.measured_percent > 0
+    page = render_page(report)
+    assert all(f"<title>{name}: " in page for name in stages)
+    table = render_table(report)
+    assert list(table.columns[0].cells) == ["pipeline", *stages, END_TO_END]
+    assert "-" not in list(table.columns[-1].cells)[1:]
+    head, _, row, _, note = markdown_table([report]).splitlines()[:5]
+    by_name = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert "-" not in [by_name[f"{name} p50"] for name in stages]
+    assert by_name["% of bound"] != "-"
+    assert note.endswith("as the device measures them.")

@@ -9,7 +9,7 @@ import pytest
 
 from hipa_deploy.doctor.examine import examine, render
 from hipa_deploy.engines.store import diagnose as diagnose_module
-from hipa_deploy.engines.store.diagnose import UNKNOWN, diagnose, is_engine
+from hipa_deploy.engines.store.diagnose import UNKNOWN, diagnose, engine_stage, is_engine
 from hipa_deploy.engines.store.sidecar import engine_path
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.errors import HipaError
@@ -110,6 +110,22 @@ def test_an_engine_taken_out_of_its_bundle(make_bundle, tmp_path):
     shutil.copy(engine_path(path), engine_path(away))
     assert verdicts(away)["onnx_sha256"] == "unknown"
     assert "is not a bundle" in diagnose(away).problems[0]
+
+
+def test_no_manifest_or_report_is_to_be_removed(make_bundle):
+    """The bundle's manifest is a JSON file too."""
+    bundle = make_bundle(stages=("unet",))
+    path = put_engine(bundle)
+    for read in (diagnose, engine_stage):
+        with pytest.raises(
+            HipaError, match=r"hipa\.json is not an engine's sidecar, and no hipa\."
+        ) as e:
+            read(bundle.root / "hipa.json")
+        assert "Remove" not in str(e.value)
+        assert str(e.value).endswith("Expected a bundle's folder, an .engine file, or an image.")
+    path.write_text("{")
+    with pytest.raises(HipaError, match="Remove it and run hipa-build again"):
+        diagnose(path)
 
 
 def test_an_engine_without_a_sidecar(tmp_path):

@@ -5,11 +5,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.commands import build as build_module
 from hipa_deploy.commands.app import main
+from hipa_deploy.doctor import self_check
 from hipa_deploy.embedded import BUNDLE
+from hipa_deploy.engines.build.build_stage import BuiltEngine
+from hipa_deploy.engines.store import select
+from hipa_deploy.engines.store.sidecar import engine_path, read_sidecar
+from hipa_deploy.errors import HipaError
+from tests.engines.engine_samples import RTX_4090, put_engine
 
 
 @pytest.mark.parametrize(
@@ -80,3 +89,46 @@ def test_one_option_for_a_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert "yours: --swap 8, where orin-nano has 4\n" in captured.err
     assert captured.err.endswith("hipa-build emoji --for orin-nano --workspace 512.\n")
     assert "8,192" in captured.out
+
+
+def put_engines(bundle: Bundle, library: str, **changes: object) -> list[BuiltEngine]:
+    built = []
+    for stage in bundle.stages:
+        path = put_engine(bundle, stage, library, RTX_4090, **changes)
+        built.append(BuiltEngine(stage, engine_path(path), read_sidecar(path), up_to_date=False))
+    return built
+
+
+def no_memory(bundle: Bundle, backend: str) -> None:
+    raise HipaError("cudaMalloc failed: out of memory (error 2).")
+
+
+def test_new_engines_are_checked_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever else lies in the bundle: engines of the other library, or for this machine's GPU."""
+    shutil.copytree(BUNDLE, tmp_path, dirs_exist_ok=True)
+    bundle = Bundle.open(tmp_path)
+    checked = []
+
+    def check(bundle: Bundle, backend: str) -> SimpleNamespace:
+        checked.append(backend)
+        return SimpleNamespace(stages={}, problems=())
+
+    monkeypatch.setattr(self_check, "check_bundle", check)
+    monkeypatch.setattr(select, "find_gpu", lambda: RTX_4090)
+    trt = SimpleNamespace(__version__="10.13.3")
+    monkeypatch.setattr(select, "load_tensorrt", lambda library: trt)
+
+    put_engines(bundle, "tensorrt")
+    with monkeypatch.context() as patch:
+        patch.setattr(self_check, "check_bundle", no_memory)
+        with pytest.raises(HipaError, match=r"built and kept, .*: cudaMalloc failed"):
+            build_module._check_engines(bundle, "rtx", put_engines(bundle, "rtx"))
+    build_module._check_engines(bundle, "rtx", put_engines(bundle, "rtx"))
+    assert checked == ["rtx"]
+    assert capsys.readouterr().err == ""
+    elsewhere = put_engines(bundle, "rtx", compute_capabilities=(86,))
+    build_module._check_engines(bundle, "rtx", elsewhere)
+    assert checked == ["rtx"]
+    assert "These engines are for another machine" in capsys.readouterr().err
