@@ -28,8 +28,11 @@ _LARGE_BUNDLE = 500_000_000  # bytes; that of SD 1.5 in FP16 has 2 GB
 
 
 def note_syntax(bundle: Bundle, prompts: list[str], asked: bool | None) -> None:
-    """Say so where a prompt has what looks like a weight, or like A1111's, and is read as text."""
-    from hipa_deploy.generate.prompt_weights import web_ui_word, written_weight
+    """Say so where a prompt has what looks like a weight, or like A1111's, and is read as text.
+
+    So is the word of an embedding whose capitals are others: A1111 would take it.
+    """
+    from hipa_deploy.generate.prompt_weights import in_other_case, web_ui_word, written_weight
 
     # Of a closed set the bundle decides, whatever is asked.
     if "text_encoder" not in bundle.stages:
@@ -42,6 +45,10 @@ def note_syntax(bundle: Bundle, prompts: list[str], asked: bool | None) -> None:
         _note_text(word, "hipa-export --lora merges LoRAs.")
     else:
         _note_text(word, "AUTOMATIC1111's web UI obeys it, and nothing here does.")
+    for embedding in bundle.manifest.embeddings:
+        spelled = [in_other_case(embedding.token, prompt) for prompt in prompts]
+        remedy = f"The word of the embedding is {embedding.token!r}."
+        _note_text(next(filter(None, spelled), None), remedy)
 
 
 def _note_text(found: str | None, remedy: str) -> None:

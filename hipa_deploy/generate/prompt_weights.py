@@ -150,6 +150,20 @@ def web_ui_word(prompt: str) -> str | None:
     return found.group(0) if found else None
 
 
+def in_other_case(word: str, prompt: str) -> str | None:
+    """The first place of a prompt where ``word`` stands with other capitals; None without.
+
+    Example:
+        >>> in_other_case("EasyNegative", "blurry, easynegative")
+        'easynegative'
+
+    """
+    for found in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE):
+        if found.group(0) != word:
+            return found.group(0)
+    return None
+
+
 def weigh_context(context_BLD: Any, weights_BL: Any, chunk_tokens: int) -> Any:
     """The context [B, L, D] with each token as strong as its weight says, in float32.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.commands.app import main
 from hipa_deploy.images.png import read_parameters
+from tests.served import tiny_bundles
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,21 @@ def test_words_of_another_program_are_said_to_be_text(
             main(["generate", "emoji", prompt, option, "--out", str(tmp_path / f"{option}.png")])
         assert not stopped.value.code
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("prompt", "is_told"), [("a pear, DIM", True), ("a pear, Dim", False)])
+def test_an_embeddings_word_in_other_capitals(
+    prompt: str, is_told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tiny_bundles(tmp_path)["tiny"]
+    manifest = json.loads((bundle.root / "hipa.json").read_text(encoding="utf-8"))
+    manifest["embeddings"] = [{"name": "dim.pt", "sha256": "0", "token": "Dim", "vectors": 1}]
+    (bundle.root / "hipa.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", str(bundle.root), prompt, "--out", str(tmp_path / "image.png")])
+    assert not stopped.value.code
+    told = "note: 'DIM' is read as text. The word of the embedding is 'Dim'."
+    assert (told in capsys.readouterr().err) is is_told
 
 
 def test_auto_names_a_faster_backend(

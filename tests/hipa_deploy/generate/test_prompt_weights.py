@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompt_weights import (
+    in_other_case,
     parse_weights,
     web_ui_word,
     weigh_context,
@@ -143,3 +144,11 @@ def test_what_the_web_ui_obeys() -> None:
     assert (
         web_ui_word("FISH AND CHIPS for a <cat-toy> at 1:30 [really], BREAKING (news:1.2)") is None
     )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [("a Cat, cat", "cat"), ("Cat", None), ("concatenate", None), ("(CAT:1.2) Cat", "CAT")],
+)
+def test_a_word_in_other_capitals(prompt: str, found: str | None) -> None:
+    assert in_other_case("Cat", prompt) == found
