@@ -11,6 +11,7 @@ Shape suffixes: B prompts, C tokens of a chunk (77 for CLIP), L = C * chunks tok
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,32 @@ class PromptTooLongError(HipaError):
 
 
 _FEWEST_TOKENS = 3  # the start, the end and one of the prompt
+
+
+# A command opens a bundle's tokenizers twice: to check its prompts, and then with the stages. Each
+# takes a fifth of a second. SDXL has two.
+@lru_cache(maxsize=2)
+def _read(text: str, path: str) -> tuple[Tokenizer, dict[str, Any] | None, dict[str, Any] | None]:
+    """The library's tokenizer without truncation and padding, and what the file says of the two.
+
+    Whoever gets the tokenizer must not change it: others have the same.
+
+    Raises:
+        HipaError: ``text`` is no tokenizer.
+
+    """
+    problem = tokenizer_problem(text)
+    if problem:
+        raise HipaError(f"{path} is not a tokenizer ({problem}). Export the bundle again.")
+    with as_line(f"{path} is not a tokenizer", "Export the bundle again."):
+        tokenizer = Tokenizer.from_str(text)
+    truncation = tokenizer.truncation
+    padding = tokenizer.padding
+    # The library would cut in silence. Here a prompt that is too long is an error by default.
+    # Padding is added chunk by chunk.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, truncation, padding
 
 
 class PromptTokenizer:
@@ -98,13 +125,7 @@ class PromptTokenizer:
         return tokenizer
 
     def _open(self, text: str, path: str, context_tokens: int | None) -> None:
-        problem = tokenizer_problem(text)
-        if problem:
-            raise HipaError(f"{path} is not a tokenizer ({problem}). Export the bundle again.")
-        with as_line(f"{path} is not a tokenizer", "Export the bundle again."):
-            self._tokenizer = Tokenizer.from_str(text)
-        truncation = self._tokenizer.truncation
-        padding = self._tokenizer.padding
+        self._tokenizer, truncation, padding = _read(text, path)
         if not padding or not truncation:
             raise HipaError(f"{path} says nothing of length and padding. Export the bundle again.")
         self.chunk: int = truncation["max_length"]
@@ -117,10 +138,6 @@ class PromptTokenizer:
         self.length = self.chunk * self._chunks
         self._pad: int = padding["pad_id"]
 
-        # The library would cut in silence. Here a prompt that is too long is an error by default.
-        # Padding is added chunk by chunk.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         around = self._tokenized("", special=True).ids
         if len(around) != 2:
             raise HipaError(

@@ -42,6 +42,16 @@ def test_truncation_keeps_the_end_token(tokenizer: PromptTokenizer) -> None:
     assert tokenizer(["red apple pear red apple"], truncate=True).tolist() == [[0, 2, 3, 4, 1]]
 
 
+def test_a_file_is_read_once_for_contexts_of_any_length(
+    tokenizer: PromptTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hipa_deploy.generate.tokenizer.tokenizer_problem", lambda _: "read again")
+    longer = PromptTokenizer(tmp_path / "tokenizer.json", 10)
+    assert longer(["red apple pear red"]).tolist() == [[0, 2, 3, 4, 1, 0, 2, 1, 1, 1]]
+    with pytest.raises(HipaError, match="the model reads 5"):
+        tokenizer(["red apple pear red"])
+
+
 def test_not_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(HipaError, match="not a tokenizer"):
