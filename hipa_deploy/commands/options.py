@@ -64,9 +64,13 @@ def parse_seed(text: str) -> int:
         console.print(f"seed {seed}", highlight=False)
         return seed
     try:
-        return int(text)
+        seed = int(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is no whole number and not 'random'.") from None
+    # Other programs take -1 as any seed.
+    if seed < 0:
+        raise typer.BadParameter(f"{text} is below 0. Expected 0 or more, or 'random' for any.")
+    return seed
 
 
 ModelOption = Annotated[

@@ -28,10 +28,8 @@ def check_seeds(first: int, count: int = 1) -> None:
             "prompt call pipe.generate([(prompt, seed), …])."
         )
     if first < 0 or int(first) + count > SEED_LIMIT:
-        raise HipaError(
-            f"seed {first} (and the {count - 1} after it) is out of range. "
-            "Expected 0 <= seed < 2**63."
-        )
+        last = f" (and the {count - 1} after it)" if count > 1 else ""
+        raise HipaError(f"seed {first}{last} is out of range. Expected 0 <= seed < 2**63.")
 
 
 def initial_noise(seeds: Sequence[int], shape_CHW: tuple[int, int, int]) -> np.ndarray:

@@ -152,3 +152,14 @@ def test_low_memory_gives_the_same_file_and_says_how(
     assert usual.read_bytes() == low.read_bytes()
     line = "low memory: text_encoder, then unet, then vae_decoder\n"
     assert capsys.readouterr().err.count(line) == 1
+
+
+@pytest.mark.parametrize(("seed", "reason"), [("-1", "is below 0"), ("1.5", "is no whole number")])
+def test_what_is_no_seed(seed: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "emoji", "an apple", "--seed", seed])
+    assert stopped.value.code == 1
+    told = capsys.readouterr().err
+    assert reason in told
+    assert "'random'" in told
+    assert told.count("\n") == 1
