@@ -79,28 +79,32 @@ def _query(fields: tuple[str, ...], chosen: str | None) -> list[dict[str, str]]:
     return rows
 
 
+def _first_entry() -> str:
+    """What CUDA_VISIBLE_DEVICES names first; empty where it is empty or not set."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+
+
 def hides_all_gpus() -> bool:
     """Whether CUDA_VISIBLE_DEVICES leaves CUDA no GPU, however many nvidia-smi shows.
 
     CUDA takes the variable's entries up to the first that names no GPU. So an empty one hides all,
     and so does one that begins with -1 or, as in a job of Slurm without a GPU, with NoDevFiles.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
         return False
-    first = visible.split(",")[0].strip()
+    first = _first_entry()
     return not (first.isdecimal() or first.startswith(("GPU-", "MIG-")))
 
 
 def first_visible_number() -> int:
     """The number of CUDA's first GPU as CUDA counts; 0 where the environment gives no number."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    first = _first_entry()
     return int(first) if first.isdecimal() else 0
 
 
 def first_visible() -> str | None:
     """What nvidia-smi calls CUDA's first GPU; None where the environment does not tell."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    first = _first_entry()
     if first.startswith("GPU-"):  # a UUID is the same for both
         return first
     if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
