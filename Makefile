@@ -5,6 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
+# Container images often set it. Then each of the many processes that the tests start would compile
+# torch and what lies on it anew: 8.5 s an import in place of 4.1.
+unexport PYTHONDONTWRITEBYTECODE
+
 FUZZ_CASES := 300
 TESTS := not gpu and not thorough
 
