@@ -23,10 +23,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from bare_server import run_bare_server
 
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.images.png import png_bytes
@@ -92,38 +96,42 @@ def p99(milliseconds: list[float]) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
 
 
-async def overhead(url: str, pipe: OneStepPipeline, runs: int) -> dict[str, Any]:
-    """Requests and bare calls in turn, so that both see the same machine.
+async def overhead(
+    url: str, arguments: argparse.Namespace, pipe: OneStepPipeline
+) -> dict[str, Any]:
+    """Requests to the service, to a bare server, and bare calls in turn: all see the same machine.
 
-    They change places every ``BLOCK`` images: after each change the caches hold the weights of the
-    other process, so the first images of a block do not count.
+    They change places every ``BLOCK`` images: after each change the caches hold the weights of
+    another process, so the first images of a block do not count.
     """
-    client = Client(url)
-    served, bare, own = [], [], []
+    served, bare = [], []
+    own: dict[str, list[float]] = {"service": [], "bare_server": []}
     cpu_bare = 0.0
     cpu_before = await cpu_seconds(url)
-    for first in range(0, runs, BLOCK):
-        for seed in range(first, first + BLOCK):
-            started = time.perf_counter()
-            status, headers = await client.ask(seed)
-            took = (time.perf_counter() - started) * 1000
-            assert status == 200, headers
-            if seed >= first + COLD:
-                served.append(took)
-                times = re.findall(r"(make|encode);dur=([\d.]+)", headers["server-timing"])
-                own.append(took - sum(float(value) for _, value in times))
-        cpu_started = time.process_time()
-        for seed in range(first, first + BLOCK):
-            started = time.perf_counter()
-            result = pipe(PROMPTS[seed % len(PROMPTS)], seed=seed)
-            png_bytes(result.images_BHWC[0], result.parameters[0])
-            took = (time.perf_counter() - started) * 1000
-            if seed >= first + COLD:
-                bare.append(took)
-        cpu_bare += time.process_time() - cpu_started
-    client.close()
+    with running(run_bare_server, arguments.bundle, arguments.backend) as port:
+        clients = {"service": Client(url), "bare_server": Client(f"http://127.0.0.1:{port}")}
+        for first in range(0, arguments.runs, BLOCK):
+            for name, client in clients.items():
+                for seed in range(first, first + BLOCK):
+                    took, beside = await timed_request(client, seed)
+                    if seed < first + COLD:
+                        continue
+                    own[name].append(beside)
+                    if name == "service":
+                        served.append(took)
+            cpu_started = time.process_time()
+            for seed in range(first, first + BLOCK):
+                started = time.perf_counter()
+                result = pipe(PROMPTS[seed % len(PROMPTS)], seed=seed)
+                png_bytes(result.images_BHWC[0], result.parameters[0])
+                took = (time.perf_counter() - started) * 1000
+                if seed >= first + COLD:
+                    bare.append(took)
+            cpu_bare += time.process_time() - cpu_started
+        for client in clients.values():
+            client.close()
     cpu_service = await cpu_seconds(url) - cpu_before
-    images = -(-runs // BLOCK) * BLOCK
+    images = -(-arguments.runs // BLOCK) * BLOCK
     return {
         # Processor time does not grow where other programs make both wait for a core.
         "cpu_ms_a_request": round(cpu_service / images * 1000, 3),
@@ -132,8 +140,35 @@ async def overhead(url: str, pipe: OneStepPipeline, runs: int) -> dict[str, Any]
         "bare_pipeline_and_png": figures(bare),
         "difference_of_medians_ms": round(statistics.median(served) - statistics.median(bare), 3),
         "difference_of_p99_ms": round(p99(served) - p99(bare), 3),
-        "request_without_pipeline_and_png": figures(own),
+        "request_without_pipeline_and_png": figures(own["service"]),
+        "the_same_of_a_bare_server": figures(own["bare_server"]),
     }
+
+
+async def timed_request(client: Client, seed: int) -> tuple[float, float]:
+    """Milliseconds of a request, in all and beside pipeline and PNG."""
+    started = time.perf_counter()
+    status, headers = await client.ask(seed)
+    took = (time.perf_counter() - started) * 1000
+    assert status == 200, headers
+    times = re.findall(r"(make|encode);dur=([\d.]+)", headers["server-timing"])
+    return took, took - sum(float(value) for _, value in times)
+
+
+@contextmanager
+def running(server: Any, *options: Any) -> Iterator[int]:
+    """A server's function in a process of its own, and the port that it sends."""
+    receiving, sending = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=server, args=(sending, *options))
+    process.start()
+    # This process's end: without it a server that fails would be waited for.
+    sending.close()
+    try:
+        yield receiving.recv()
+    finally:
+        process.terminate()
+        process.join()
 
 
 async def cpu_seconds(url: str) -> float:
@@ -260,20 +295,15 @@ async def flood(url: str) -> dict[str, Any]:
     """
     port = urlsplit(url).port
     assert port is not None
-    receiving, sending = multiprocessing.Pipe()
-    refuser = multiprocessing.get_context("spawn").Process(target=run_refuser, args=(sending,))
-    refuser.start()
-    elsewhere = receiving.recv()
     rounds: dict[str, list[dict[str, Any]]] = {"full_queue": [], "flood": [], "elsewhere": []}
-    for _ in range(ROUNDS):
-        for name, found in rounds.items():
-            before = await cpu_seconds(url)
-            crowd = Crowd(port, elsewhere if name == "elsewhere" else None)
-            report = crowd.ask(QUEUE if name == "full_queue" else QUEUE * FLOOD)
-            cpu = (await cpu_seconds(url) - before) * 1000
-            found.append(report | {"service_cpu_ms": round(cpu)})
-    refuser.terminate()
-    refuser.join()
+    with running(run_refuser) as elsewhere:
+        for _ in range(ROUNDS):
+            for name, found in rounds.items():
+                before = await cpu_seconds(url)
+                crowd = Crowd(port, elsewhere if name == "elsewhere" else None)
+                report = crowd.ask(QUEUE if name == "full_queue" else QUEUE * FLOOD)
+                cpu = (await cpu_seconds(url) - before) * 1000
+                found.append(report | {"service_cpu_ms": round(cpu)})
     against = {}
     for name in ("flood", "elsewhere"):
         ratios = []
@@ -307,7 +337,7 @@ async def metrics(url: str) -> str:
 
 
 async def measure(url: str, arguments: argparse.Namespace, pipe: OneStepPipeline) -> dict:
-    found: dict[str, Any] = {"overhead": await overhead(url, pipe, arguments.runs)}
+    found: dict[str, Any] = {"overhead": await overhead(url, arguments, pipe)}
     print(json.dumps(found), flush=True)
     alone = await load(url, 1, arguments.runs)
     together = await load(url, CLIENTS, max(arguments.runs, CLIENTS * 4))
