@@ -245,11 +245,8 @@ def latent_shape(bundle: Bundle, height: int | None, width: int | None) -> tuple
 
 def _check_size(bundle: Bundle, name: str, size: int, own: int) -> None:
     """Raise HipaError unless the axis ``name`` may have ``size``; a static one has one size."""
-    if name in bundle.axes:
-        allowed = bundle.axes[name]
-        expected = str(allowed)
-    else:
-        allowed = Axis(min=own, opt=own, max=own)
-        expected = f"{own}; export with --dynamic for more"
-    if size not in allowed:
-        raise HipaError(f"{name} {size} is not a size of this bundle. Expected {expected}.")
+    axis = bundle.axes.get(name)
+    if size == own if axis is None else size in axis:
+        return
+    expected = f"{own}; export with --dynamic for more" if axis is None else str(axis)
+    raise HipaError(f"{name} {size} is not a size of this bundle. Expected {expected}.")

@@ -25,6 +25,7 @@ from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.generate.prompt_weights import parse_weights
 
 AT_ONCE = 1000  # prompts that are counted at once; a million would take much memory
+REMEMBERED_PROMPTS = 256  # whose tokens are kept, as many as contexts
 
 
 class PromptTooLongError(HipaError):
@@ -137,6 +138,10 @@ class PromptTokenizer:
         self._chunks = TextSettings(context_tokens=context_tokens).chunks(self.chunk)
         self.length = self.chunk * self._chunks
         self._pad: int = padding["pad_id"]
+        # Between two images the processor's caches hold the networks' weights. The library's own
+        # tables come back from memory then, for a prompt that has been asked for before.
+        self._remembered = lru_cache(REMEMBERED_PROMPTS)(self._encode)
+        self._remembered_weighted = lru_cache(REMEMBERED_PROMPTS)(self._encode_weighted)
 
         around = self._tokenized("", special=True).ids
         if len(around) != 2:
@@ -159,7 +164,7 @@ class PromptTokenizer:
                 quotes what would be cut.
 
         """
-        return np.stack([self._encode(prompt, truncate) for prompt in prompts])
+        return np.stack([self._remembered(prompt, truncate) for prompt in prompts])
 
     def count_too_long(self, prompts: Sequence[str]) -> int:
         """How many prompts have more tokens than fit; brackets count as text."""
@@ -194,7 +199,7 @@ class PromptTokenizer:
         tokens = []
         weights = []
         for prompt in prompts:
-            tokens_L, weights_L = self._encode_weighted(prompt, truncate)
+            tokens_L, weights_L = self._remembered_weighted(prompt, truncate)
             tokens.append(tokens_L)
             weights.append(weights_L)
         return np.stack(tokens), np.stack(weights)

@@ -43,11 +43,12 @@ class DirectRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """What answers a request."""
 
-        async def answer(request: Request) -> Response:
-            content = await self.endpoint(request, **request.path_params)
-            return content if isinstance(content, Response) else JSONResponse(content)
+        return self.answer
 
-        return answer
+    async def answer(self, request: Request) -> Response:
+        """What the function answers; what is no response yet becomes JSON."""
+        content = await self.endpoint(request, **request.path_params)
+        return content if isinstance(content, Response) else JSONResponse(content)
 
 
 def chosen_model(service: ImageService, name: str | None, tasks: Sequence[str]) -> Model:

@@ -8,12 +8,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.service import GoneError, ImageService
 from hipa_deploy.serve.web import openai_routes, own_routes, page_routes
+from hipa_deploy.serve.web.answering import DirectRoute
 from hipa_deploy.serve.web.api_errors import ApiError, error_response
 from hipa_deploy.serve.web.guard import Guard, as_sent
 from hipa_deploy.serve.web.request_log import LOG, RequestLog
@@ -56,7 +56,7 @@ def web_app(
     app.add_exception_handler(GoneError, _gone)
     app.add_exception_handler(Exception, _bug)
     guarded: ASGIApp = Guard(
-        app,
+        _ImageRoutes(app),
         hosts=hosts,
         origins=origins,
         keys=keys,
@@ -89,13 +89,57 @@ def _with_head(app: ASGIApp) -> ASGIApp:
     return answer
 
 
+class _ImageRoutes:
+    """Answers requests for images, and leaves all others to the framework.
+
+    The framework's middleware and routing are for what these routes do not have: dependencies,
+    parameters in the path, answers to check. Between two images the processor's caches hold the
+    networks' weights, so that every function on the way costs many times what it does in a loop.
+
+    Args:
+        app: the framework's application, which has these routes too, for its description of them.
+
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._routes = {route.path: route for route in _image_routes()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        # Behind a prefix of a proxy the path is not the route's: the framework knows the rules.
+        route = None
+        if scope["type"] == "http" and scope["method"] == "POST" and not scope.get("root_path"):
+            route = self._routes.get(scope["path"])
+        if route is None:
+            await self._app(scope, receive, send)
+            return
+        scope["app"] = self._app
+        scope["route"] = route
+        request = Request(scope, receive, send)
+        try:
+            response = await route.answer(request)
+        except HTTPException as error:
+            response = await _http_error(request, error)
+        except GoneError as error:
+            response = await _gone(request, error)
+        except Exception as error:
+            response = await _bug(request, error)
+        await response(scope, receive, send)
+
+
+def _image_routes() -> list[DirectRoute]:
+    """The routes of the requests for images."""
+    routes = []
+    for route in (*openai_routes.router.routes, *own_routes.router.routes):
+        if isinstance(route, DirectRoute) and "POST" in (route.methods or ()):
+            routes.append(route)
+    return routes
+
+
 def image_paths() -> list[str]:
     """The paths of the requests for images."""
-    paths = []
-    for route in (*openai_routes.router.routes, *own_routes.router.routes):
-        if isinstance(route, Route) and "POST" in (route.methods or ()):
-            paths.append(route.path)
-    return paths
+    return [route.path for route in _image_routes()]
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

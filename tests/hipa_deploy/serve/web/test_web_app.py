@@ -1,4 +1,4 @@
-"""What browsers of other sites may ask: CORS, around the guard. No bundle is loaded."""
+"""The application around the routes: CORS, and the way of requests for images. Nothing is loaded."""
 
 from __future__ import annotations
 
@@ -60,3 +60,32 @@ def test_a_browser_asks_for_the_headers_of_the_client(
         assert answer.headers["access-control-allow-origin"] == SITE
         allowed = answer.headers["access-control-allow-headers"].lower()
         assert wanted <= {name.strip() for name in allowed.split(",")}
+
+
+@pytest.mark.parametrize("prefix", ["", "/behind"])
+def test_a_bug_is_an_answer_and_a_line_in_the_log(
+    bundles: dict[str, Bundle],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    prefix: str,
+) -> None:
+    service = ImageService(Models([f"m={bundles['tiny'].root}"]), Limits())
+    app = web_app(service)
+
+    async def fail(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(service, "deliver", fail)
+
+    async def ask() -> httpx.Response:
+        # The framework, which answers behind a prefix, raises what it has answered with 500.
+        transport = httpx.ASGITransport(app, root_path=prefix, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            return await http.post(f"{prefix}/hipa/generate", json={"prompt": "an apple"})
+
+    answer = asyncio.run(ask())
+    service.close()
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["bug"]
+    assert b'_total{route="/hipa/generate",status="500"} 1.0' in service.metrics.text()
