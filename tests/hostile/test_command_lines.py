@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -197,9 +199,31 @@ def _options(draw: st.DrawFn, options: dict[str, list[str]]) -> list[str]:
     return words
 
 
+@contextmanager
+def read_by_somebody(pipe: Path) -> Iterator[None]:
+    """What is written into a pipe is read meanwhile: an output may be one, and writing it waits."""
+    ended = threading.Event()
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+
+    def read() -> None:
+        while not ended.wait(0.01):
+            with suppress(BlockingIOError):
+                os.read(reader, 1 << 20)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        os.close(reader)
+
+
 def check(worker: Worker, folder: Path, words: tuple[str, ...], *, only_checks: bool) -> None:
     fill(folder)
-    outcome = worker.run(folder, words, forbidden=HEAVY if only_checks else ())
+    with read_by_somebody(folder / "fifo"):
+        outcome = worker.run(folder, words, forbidden=HEAVY if only_checks else ())
     if only_checks and outcome.code == 96:  # the checks let it pass
         return
     assert outcome.fault is None, words
