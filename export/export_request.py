@@ -25,6 +25,7 @@ from hipa_deploy.export.task import (
     TaskSettings,
     asked_size,
     choose_task,
+    clip_skip_warning,
     size_warning,
     step_warning,
     text_settings,
@@ -173,6 +174,7 @@ def resolve_request(options: ExportOptions) -> Request:
     warnings = (
         judging_warning,
         text_warning,
+        clip_skip_warning(options, model.config),
         step_warning(options, settings, model),
         size_warning(options, step),
     )

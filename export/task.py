@@ -162,6 +162,18 @@ def text_settings(
     return choose_text(wishes, trained, chunk_tokens, config.text_layers, remedy)
 
 
+def clip_skip_warning(options: ExportOptions, config: ModelConfig) -> str | None:
+    """Warn of a clip skip for SDXL's family, whose pages count as the web UIs do."""
+    trained = options.adaptor is not None and (options.adaptor / METADATA).exists()
+    if not options.clip_skip or not config.has_text_pair or trained:
+        return None
+    return (
+        f"--clip-skip {options.clip_skip}: a model with two text encoders, as SDXL is, leaves out "
+        "their last layer already. What the web UIs call Clip skip 2 is 0 here. If you mean that, "
+        "leave out --clip-skip."
+    )
+
+
 def choose_method(
     options: ExportOptions, config: ModelConfig, metadata: AdaptorMetadata | None
 ) -> OneStepMethod | None:

@@ -141,8 +141,8 @@ def export(
         int | None,
         typer.Option(
             help="How many of the text encoder's last layers to leave out, counted as in "
-            "diffusers: 1 is AUTOMATIC1111's Clip skip 2. By default as the adaptor was trained, "
-            "0 without one."
+            "diffusers: AUTOMATIC1111's Clip skip 2 is 1 for SD 1.x, and 0 for SDXL. By default as "
+            "the adaptor was trained, 0 without one."
         ),
     ] = None,
     prompt_weights: Annotated[
