@@ -36,7 +36,12 @@ from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, teacher_settings
 from hipa_deploy.models.clip_tokenizer import text_sizes
 from hipa_deploy.models.early_config import early_config
 from hipa_deploy.models.locate import TINY, model_folder, model_name
-from hipa_deploy.models.lora.early_lora import check_adaptor, check_adaptor_path, check_style
+from hipa_deploy.models.lora.early_lora import (
+    check_adaptor,
+    check_adaptor_path,
+    check_style,
+    check_style_files,
+)
 from hipa_deploy.models.one_step.one_step_method import OWN, load_method
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.text_pair import forces_zeros
@@ -257,6 +262,7 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
             )
     if options.adaptor is not None:
         check_adaptor_path(options.adaptor)
+    check_style_files(options.style)
     if options.one_step is not None:
         load_method(options.one_step)
     if options.prompts is not None:

@@ -379,7 +379,7 @@ def _export_swap(
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
     from hipa_deploy.export.export_request import SwapOptions, check_swap_request
     from hipa_deploy.models.locate import resolve_decoder, unpacked
-    from hipa_deploy.models.lora.early_lora import check_adaptor_path
+    from hipa_deploy.models.lora.early_lora import check_adaptor_path, check_style_files
 
     if adaptor is None and not style.loras:
         raise HipaError(
@@ -392,6 +392,7 @@ def _export_swap(
     Bundle.open(root)
     if adaptor is not None:
         check_adaptor_path(resolve_adaptor(adaptor))
+    check_style_files(style)
     refuse_to_overwrite(out)
     model = unpacked(model, config)
     # The decoder is asked for because a fused bundle has it in the same graph as the adaptor.

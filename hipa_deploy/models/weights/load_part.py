@@ -38,13 +38,15 @@ def check_weights(folder: Path, also: Iterable[str] = ()) -> None:
         also: parts that not every model has, such as 'text_encoder_2'.
 
     Raises:
-        HipaError: a part has none, or lacks a shard; or the UNet's are of a type that no model is
-            loaded from.
+        HipaError: a part has none, or lacks a shard; or the UNet's or the VAE's are of a type that
+            no model is loaded from.
 
     """
     for part in dict.fromkeys((*PARTS, *also)):
         find_weights(folder / part)
-    check_types(folder / "unet")
+    # Those whose identity a bundle or an adaptor has.
+    for part in ("unet", "vae"):
+        check_types(folder / part)
 
 
 def load_part(kind: Any, where: Path) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.disk.reading import MIB, check_file
-from hipa_deploy.errors import HipaError, as_line
+from hipa_deploy.errors import HipaError, as_line, first_line
 from hipa_deploy.interrupts import raise_interruption
 
 if TYPE_CHECKING:
@@ -28,6 +28,32 @@ _SHARED = 8  # tensors may share memory, as an embedding and the layer that is t
 # Modules whose classes a checkpoint may name: they are not imported.
 _TRAINING_TOOLS = ("pytorch_lightning.", "lightning.")
 _SAFE = "Copy it again, or use a .safetensors file."
+# A clone of a repository without Git LFS has this text in place of each large file.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_stored(path: Path, max_bytes: int, remedy: str) -> None:
+    """Check that a file of weights is a regular one, within a size, and stored here at all.
+
+    Args:
+        path: of the file.
+        max_bytes: a larger file is refused.
+        remedy: what a user may do, a sentence.
+
+    Raises:
+        HipaError: it is not, or is Git LFS's stand-in for a file that was not fetched.
+
+    """
+    check_file(path, max_bytes, remedy)
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise HipaError(f"{path} cannot be read: {first_line(error)}") from None
+    if start == _LFS_POINTER:
+        raise HipaError(
+            f"{path} is a Git LFS pointer, not the weights. Run in that folder: git lfs pull"
+        )
 
 
 def load_pickled(
@@ -48,7 +74,7 @@ def load_pickled(
     """
     import torch
 
-    check_file(path, max_bytes, _SAFE)
+    check_stored(path, max_bytes, _SAFE)
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         _check_archive(path)

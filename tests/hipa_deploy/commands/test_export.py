@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,13 +81,15 @@ def test_a_swap_takes_no_option_that_the_bundle_decides(
     assert "the bundle decides everything else" in error
 
 
-def test_a_unet_in_float8_is_refused_before_the_export(
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_part_in_float8_is_refused_before_the_export(
+    part: str,
     refused: Callable[..., str],
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = make_model(tmp_path_factory.mktemp("model") / "tiny")
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = folder / part / "diffusion_pytorch_model.safetensors"
     narrow = {name: one.to(torch.float8_e4m3fn) for name, one in load_file(weights).items()}
     save_file(narrow, weights)
 
@@ -96,6 +99,48 @@ def test_a_unet_in_float8_is_refused_before_the_export(
     monkeypatch.setattr("hipa_deploy.export.export_bundle.export_checked", late)
     error = refused("export", "--model", str(folder), "--out", "x")
     assert "is stored as F8_E4M3. Expected F64, F32, F16, BF16" in error
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+EXPORT = ("export", "--out", "x")
+SWAP = ("export", "--out", "x", "--swap-for", "emoji")
+TRAIN = ("train", "--out", "x", "--recipe", "emoji")
+EVALUATE = ("evaluate", "--prompts", "prompts.txt")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *((EXPORT, option) for option in ("--lora", "--embedding", "--adaptor")),
+        *((SWAP, option) for option in ("--lora", "--adaptor")),
+        *((TRAIN, option) for option in ("--lora", "--embedding", "--from")),
+        *((EVALUATE, option) for option in ("--adaptor", "--rival")),
+        ((*EVALUATE, "--adaptor", "emoji"), "--lora"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_a_damaged_file_is_named_before_a_checkpoint_is_converted(
+    command: tuple[str, ...],
+    option: str,
+    ending: str,
+    refused: Callable[..., str],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To convert or to fetch a model takes minutes."""
+    elsewhere = tmp_path_factory.mktemp("model")
+    monkeypatch.setenv("HIPA_CACHE", str(elsewhere / "cache"))
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    pointer = elsewhere / f"style{ending}"
+    pointer.write_text(POINTER)
+    checkpoint = elsewhere / "mine.safetensors"
+    checkpoint.write_text(POINTER)  # it is not even looked at
+    value = f"{pointer}=hyper-sd15" if option == "--rival" else str(pointer)
+    error = refused(*command, "--model", str(checkpoint), option, value)
+    assert f"{pointer} is a Git LFS pointer, not the weights" in error
 
 
 def test_a_swap_of_a_checkpoint_with_its_configuration(
