@@ -5,7 +5,7 @@ the role 'down' of the layer ``mid_block.attentions.0.proj_in`` of the UNet.
 
 Sources: kohya-ss/sd-scripts networks/lora.py; KohakuBlueleaf/LyCORIS lycoris/modules;
 huggingface/peft src/peft/utils/save_and_load.py; huggingface/diffusers
-loaders/lora_conversion_utils.py.
+loaders/lora_conversion_utils.py; comfyanonymous/ComfyUI comfy/lora.py.
 """
 
 from __future__ import annotations
@@ -71,6 +71,10 @@ PARTS: dict[str, str | None] = {
     "text_encoder.base_model.model.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
     "text_encoder_2.base_model.model.": "text_encoder_2",
+    # ComfyUI's own names of a pipeline's text encoders: CLIP L, and H of SD 2.x or G of SDXL
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_h.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",

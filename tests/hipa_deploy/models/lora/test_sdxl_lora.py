@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.lora.early_lora import check_style
@@ -92,6 +92,32 @@ def test_every_layer_is_found_and_changed(
             if change is not None:
                 expected = expected + 0.7 * change
             torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
+
+
+def test_the_names_of_comfyui(
+    model: Path, parts: dict[str, torch.nn.Module], tmp_path: Path
+) -> None:
+    write_kohya(parts, tmp_path / "kohya.safetensors")
+    prefixes = {"lora_unet_": "diffusion_model.", "lora_te1_": "text_encoders.clip_l.transformer."}
+    prefixes["lora_te2_"] = "text_encoders.clip_g.transformer."
+    renamed = {}
+    for name, tensor in load_file(tmp_path / "kohya.safetensors").items():
+        layer, _, end = name.partition(".")
+        prefix = next(prefix for prefix in prefixes if layer.startswith(prefix))
+        module = LAYERS[layer].partition(".")[2]
+        renamed[f"{prefixes[prefix]}{module}.{end}"] = tensor
+    save_file(renamed, tmp_path / "comfy.safetensors")
+    merged = []
+    for name in ("kohya", "comfy"):
+        choice = Style(loras=(LoraChoice(tmp_path / f"{name}.safetensors"),))
+        check_style(choice, model)
+        own = copy.deepcopy(parts)
+        OpenStyle.read(choice, ModelConfig.read(model)).merge(own)
+        merged.append({part: module.state_dict() for part, module in own.items()})
+    torch.testing.assert_close(*merged, rtol=0, atol=0)
+    small = make_model(tmp_path / "sd15")
+    with pytest.raises(HipaError, match="a second text encoder: this is a LoRA for SDXL"):
+        check_style(Style(loras=(LoraChoice(tmp_path / "comfy.safetensors"),)), small)
 
 
 def test_a_lora_of_two_encoders_on_one(parts: dict[str, torch.nn.Module], tmp_path: Path) -> None:
