@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER
 from hipa_deploy.disk.files import new_folder, user_cache
@@ -123,7 +124,8 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
     config = _choose_config(checkpoint, shapes, config)
     _check_prediction(checkpoint, config)
     _check_marks(checkpoint, shapes, config)
-    status = f"reading {checkpoint.name}; the first time it becomes a diffusers folder"
+    # A name may have square brackets, which rich would take for a style.
+    status = f"reading {escape(checkpoint.name)}; the first time it becomes a diffusers folder"
     # Hashing and converting a file of several GB take a while.
     with Console(stderr=True).status(status):
         out = user_cache() / "models" / _key(checkpoint, config) / checkpoint.stem

@@ -186,6 +186,18 @@ def test_it_is_converted_once_and_found_by_its_content(folder: Path, tmp_path: P
     assert model_folder(str(moved), str(folder)) != out
 
 
+def test_a_name_with_square_brackets_is_shown(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    checkpoint = write_checkpoint(folder, tmp_path / "mine [v5.1].safetensors")
+    assert model_folder(str(checkpoint), str(folder)).name == "mine [v5.1]"
+    assert "mine [v5.1].safetensors" in capsys.readouterr().err
+
+
 def test_each_part_keeps_its_precision(folder: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
     stored = load_file(checkpoint)
