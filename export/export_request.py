@@ -255,11 +255,15 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
             "--encoder is for tasks with a source image, this is generate. Leave out --encoder."
         )
     for option, name in (("decoder", decoder), ("encoder", encoder)):
-        if name not in ("full", TINY) and not Path(name).is_dir():
-            raise HipaError(
-                f"--{option} {name} does not exist, or is no folder. "
-                "Expected full, tiny, or an AutoencoderTiny folder."
-            )
+        if name in ("full", TINY) or Path(name).is_dir():
+            continue
+        expected = "Expected full, tiny, or an AutoencoderTiny folder."
+        if not Path(name).exists():
+            raise HipaError(f"--{option} {name} does not exist. {expected}")
+        raise HipaError(
+            f"--{option} {name} is a file. {expected} A VAE in a file takes the place of the "
+            "model's own: docs/reference/training-inputs.md says how."
+        )
     if options.adaptor is not None:
         check_adaptor_path(options.adaptor)
     check_style_files(options.style)

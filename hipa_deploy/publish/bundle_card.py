@@ -76,7 +76,8 @@ def _adaptor(manifest: Manifest) -> str:
 
 def _other_licences(manifest: Manifest) -> str:
     """A sentence about the files of others that are part of the bundle."""
-    names = [file.name for file in (*manifest.loras, *manifest.embeddings)]
+    names = [lora.name for lora in manifest.loras]
+    names += [embedding.name for embedding in manifest.embeddings]
     if manifest.adaptor is not None and manifest.one_step.method is not None:
         names.insert(0, manifest.adaptor.name)
     if not names:

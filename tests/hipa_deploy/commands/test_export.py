@@ -28,6 +28,8 @@ from tests.tiny_model import make_model
             ["--model", "emoji", "--adaptor", "emoji", "--clip-skip", "1"],
             "trained with clip skip 0, not 1. Leave out --clip-skip",
         ),
+        (["--model", "emoji", "--decoder", __file__], "is a file. Expected full, tiny, or an Auto"),
+        (["--model", "emoji", "--decoder", "/no/such"], "--decoder /no/such does not exist. Exp"),
         (["--model", "emoji", "--one-step", "quick"], "one-step method 'quick' does not exist"),
         (["--model", "emoji", "--one-step", "lcm-sd15"], "is a LoRA. Give its file with --adaptor"),
         (
