@@ -379,7 +379,7 @@ def _key(checkpoint: Path, config: str) -> str:
     """Return the name of a conversion in the cache: a hash of all that its result depends on."""
     settings = MODELS[config] if config in MODELS else folder_sha256(Path(config), "*.json")
     # 'format' is raised whenever the conversion itself changes.
-    key = {"format": 3, "checkpoint": file_sha256(checkpoint), "config": settings}
+    key = {"format": 4, "checkpoint": file_sha256(checkpoint), "config": settings}
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -132,13 +132,19 @@ def test_a_marked_checkpoint_of_sd2(tmp_path: Path) -> None:
         model_folder(str(marked), "sd21-v")
 
 
-def test_a_mark_and_another_scheduler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "PNDMScheduler"])
+def test_a_mark_and_another_scheduler(tmp_path: Path, name: str) -> None:
     folder = make_sdxl(tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(
+        json.dumps({**index, "scheduler": ["diffusers", name]})
+    )
     stored = load_file(write_checkpoint(folder, tmp_path / "plain.safetensors"))
     marked = tmp_path / "marked.safetensors"
     save_file({**stored, "v_pred": torch.ones(0), "ztsnr": torch.ones(0)}, marked)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     right = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    right["_class_name"] = name
     for key, wrong in (("prediction_type", "epsilon"), ("rescale_betas_zero_snr", False)):
         values = {**json.loads(scheduler.read_text()), **right, key: wrong}
         scheduler.write_text(json.dumps(values))
