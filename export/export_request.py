@@ -26,6 +26,7 @@ from hipa_deploy.export.task import (
     asked_size,
     choose_task,
     clip_skip_warning,
+    method_size_warning,
     size_warning,
     step_warning,
     text_settings,
@@ -182,6 +183,7 @@ def resolve_request(options: ExportOptions) -> Request:
         clip_skip_warning(options, model.config),
         step_warning(options, settings, model),
         size_warning(options, step),
+        method_size_warning(options, settings, step),
     )
     return Request(
         options=options,

@@ -271,6 +271,23 @@ def size_warning(options: ExportOptions, step: OneStep) -> str | None:
     )
 
 
+def method_size_warning(
+    options: ExportOptions, settings: TaskSettings, step: OneStep
+) -> str | None:
+    """Warn of another size than that of a method's model, where the user chose none."""
+    size = settings.method.size if settings.method else None
+    is_chosen = options.size("height") is not None or options.size("width") is not None
+    if settings.method is None or size is None or is_chosen:
+        return None
+    if (step.height, step.width) == (size, size):
+        return None
+    return (
+        f"{settings.method.name} makes images of {size}x{size} pixels, and the model says "
+        f"{step.width}x{step.height}, which is exported. A checkpoint in one file cannot say it. "
+        f"If the model is the authors' own, add --height {size} --width {size}."
+    )
+
+
 def print_warning(console: Console | None, text: str) -> None:
     """Print a warning as one line, however narrow the terminal is; None is the standard error."""
     console = console or Console(stderr=True)
