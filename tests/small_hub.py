@@ -17,8 +17,15 @@ COMMIT = "a" * 40
 
 
 @contextmanager
-def serve_repository(root: Path, name: str) -> Iterator[tuple[str, list[str]]]:
+def serve_repository(
+    root: Path, name: str, refusal: tuple[int, str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """Serve the files of ``root`` as the repository ``name``.
+
+    Args:
+        root: of the files.
+        name: owner/name.
+        refusal: the code and the hub's word that every request is answered with; None for none.
 
     Yields:
         The address, and the names of the files that were fetched so far.
@@ -32,6 +39,9 @@ def serve_repository(root: Path, name: str) -> Iterator[tuple[str, list[str]]]:
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             files = f"/{name}/resolve/"
+            if refusal is not None:
+                self._answer(refusal[0], b"{}", {"X-Error-Code": refusal[1]})
+                return
             if path.startswith(f"/api/models/{name}"):
                 self._answer(200, json.dumps(_api(root, name, path)).encode())
                 return

@@ -281,5 +281,19 @@ def _fetch(name: str, download: Callable[[str], str]) -> Path:
         raise
     except Exception as error:  # network, authentication and hub errors share no base class
         raise HipaError(
-            f"{name}: no such folder, and the hub did not provide it: {first_line(error)}"
+            f"{name}: no such folder, and the hub did not provide it: {_hub_problem(name, error)}"
         ) from None
+
+
+def _hub_problem(name: str, error: Exception) -> str:
+    """What the hub said, with what to do where that is known; no full stop at the end."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return f"accept its terms on https://huggingface.co/{name}, and run: hf auth login"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no public repository of this name. For a private one run: hf auth login"
+    if isinstance(error, HfHubHTTPError):
+        # The first of its lines is the code alone.
+        return " ".join(str(error).split())[:200]
+    return first_line(error)

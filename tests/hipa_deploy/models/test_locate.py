@@ -65,9 +65,11 @@ except HipaError as error:
 """
 
 
-def fetched_from_hub(repository: Path, home: Path) -> tuple[str, list[str]]:
+def fetched_from_hub(
+    repository: Path, home: Path, refusal: tuple[int, str] | None = None
+) -> tuple[str, list[str]]:
     """What ``model_folder`` says of a repository that a hub serves, and the files it fetched."""
-    with serve_repository(repository, "owner/name") as (address, fetched):
+    with serve_repository(repository, "owner/name", refusal) as (address, fetched):
         settings = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         done = subprocess.run(
@@ -89,6 +91,18 @@ def test_a_repository_of_one_precision_alone(tmp_path: Path) -> None:
     for part, stem in (("unet", DIFFUSERS), ("vae", DIFFUSERS), ("text_encoder", "model")):
         assert find_weights(Path(text) / part)[0].name == f"{stem}.fp16.safetensors"
         assert fetched.count(f"{part}/{stem}.fp16.safetensors") == 1
+
+
+@pytest.mark.parametrize(
+    ("refusal", "message"),
+    [
+        ((403, "GatedRepo"), "accept its terms on https://huggingface.co/owner/name, and run: hf"),
+        ((401, "RepoNotFound"), "there is no public repository of this name. For a private one"),
+    ],
+)
+def test_what_the_hub_refuses(tmp_path: Path, refusal: tuple[int, str], message: str) -> None:
+    text, _ = fetched_from_hub(tmp_path, tmp_path / "home", refusal)
+    assert text.startswith(f"owner/name: no such folder, and the hub did not provide it: {message}")
 
 
 @pytest.mark.parametrize("kind", ["another architecture", "no pipeline"])
