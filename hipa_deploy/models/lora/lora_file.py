@@ -144,6 +144,7 @@ def by_layer(
     grouped: dict[LayerKey, dict[str, AnyTensor]] = {}
     unknown = []
     foreign = []
+    left_out = []
     for name, value in tensors.items():
         split = role_of(name)
         if split is None:
@@ -159,7 +160,7 @@ def by_layer(
         _check_context(file, layer, role, value, modules)
         key = modules.find(f"{part}.{layer}" if modules.part_of(layer) is None and part else layer)
         if key is None:
-            foreign.append(layer)
+            (left_out if modules.is_left_out(layer, part) else foreign).append(layer)
             continue
         roles = grouped.setdefault(key, {})
         if role in roles:
@@ -173,6 +174,8 @@ def by_layer(
             f"{file} holds {_some(unknown)}, which is no part of a LoRA that is known here. "
             "Expected diffusers, peft, kohya or LyCORIS."
         )
+    if not grouped:
+        foreign += left_out
     if foreign:
         parts = " or ".join(part.replace("_", " ") for part in modules.parts)
         raise HipaError(

@@ -93,6 +93,8 @@ _OF_TWO = ("lora_te1_", "lycoris_te1_")
 _UNDERSCORES = tuple(prefix for prefix in PARTS if prefix.startswith(("lora_", "lycoris_")))
 
 
+# A layer of CLIP's text encoder, with dots or underscores, and its number.
+_TEXT_LAYER = re.compile(r"(?:.*[._])?encoder[._]layers[._](\d+)[._].*")
 SECOND = "text_encoder_2"  # the part that SDXL has, and SD 1.x and 2.x do not
 ADDED = "add_embedding.linear_1"  # the layer of SDXL's UNet that takes the pooled vector
 
@@ -169,6 +171,24 @@ class ModuleNames:
     def part_of(self, name: str) -> str | None:
         """The part that a layer's name in a file says it is for; None if it does not say."""
         return PARTS[_prefix_of(name)]
+
+    def is_left_out(self, name: str, part: str | None) -> bool:
+        """Whether a file's layer is a text encoder's behind the last that the model has.
+
+        A folder says clip skip by fewer layers. Those that it leaves out have no effect.
+
+        Args:
+            name: of the layer, in the file.
+            part: what the file is for, where its name does not say so.
+
+        """
+        part = self.part_of(name) or part
+        match = _TEXT_LAYER.fullmatch(name)
+        if match is None or part not in ("text_encoder", SECOND):
+            return False
+        own = [_TEXT_LAYER.fullmatch(f"{module}.") for module in self._dotted.get(part, ())]
+        numbers = [int(found[1]) for found in own if found]
+        return bool(numbers) and int(match[1]) > max(numbers)
 
     def find(self, name: str) -> LayerKey | None:
         """The layer that ``name`` of a file stands for; None if no part has it.
