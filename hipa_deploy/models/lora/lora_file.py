@@ -143,8 +143,8 @@ def by_layer(
     """
     grouped: dict[LayerKey, dict[str, AnyTensor]] = {}
     unknown = []
-    foreign = []
-    left_out = []
+    foreign: list[str] = []
+    left_out: list[str] = []
     for name, value in tensors.items():
         split = role_of(name)
         if split is None:

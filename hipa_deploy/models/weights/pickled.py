@@ -27,6 +27,15 @@ _MAX_DEPTH = 50
 _SHARED = 8  # tensors may share memory, as an embedding and the layer that is tied to it do
 # Modules whose classes a checkpoint may name: they are not imported.
 _TRAINING_TOOLS = ("pytorch_lightning.", "lightning.")
+# Of numpy, what the numbers and arrays of a training's state are made with: not called either.
+_NUMPY = (
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+)
 _SAFE = "Copy it again, or use a .safetensors file."
 # A clone of a repository without Git LFS has this text in place of each large file.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -98,23 +107,27 @@ def load_pickled(
 
 
 class _Inert:
-    """Stands for a class of a training tool: it takes anything and does nothing."""
+    """Stands for a class of a training's state: it takes anything and does nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
+    def __setstate__(self, _: Any) -> None:
+        pass
+
 
 def _inert_classes(path: Path) -> list[Any]:
-    """What torch may build in place of PyTorch Lightning's classes, whose state is not needed.
+    """What torch may build in place of PyTorch Lightning's classes and numpy's numbers.
 
-    The published .ckpt files of SD 1.x were saved by a training of Lightning, and name its classes
-    beside the weights. No code of Lightning is imported for them.
+    The published .ckpt files of SD 1.x were saved by a training of Lightning: they name its classes
+    beside the weights, and have its best score as a number of numpy. That state is not needed. No
+    code of Lightning is imported for it, and none of numpy is called.
     """
     import torch
 
     inert: list[Any] = []
     for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
-        if name.startswith(_TRAINING_TOOLS):
+        if name.startswith(_TRAINING_TOOLS) or name in _NUMPY:
             inert.append((_Inert, name))
     return inert
 
