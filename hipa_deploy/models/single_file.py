@@ -85,6 +85,9 @@ PREDICTIONS = {
 }
 # Ends of tensors that hold a scale of another one, which is stored in float8.
 SCALES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale", "scaled_fp8")
+# What a VAE's own training leaves in its file, from where tools put it into checkpoints: an
+# averaged copy, and a discriminator.
+BESIDE_VAE = ("model_ema.", "loss.")
 TEXT = PARTS["text_encoder"] + "transformer."
 # Of the names in a text encoder: CLIP's and OpenCLIP's module, and the number of a layer.
 CLIP_ROOT = re.compile(r"(transformer\.(?!resblocks)|model\.)?(text_model\.)?")
@@ -535,8 +538,8 @@ def _check_all_used(checkpoint: Path, config: str, part: str, module: Any, shape
     """Check that every weight of a part in the file found a place in ``module``.
 
     A configuration with fewer layers than the weights have would give another model, and diffusers
-    only warns. Counting numbers needs no knowledge of the names. A text encoder's weights that are
-    known to be of no use are not counted.
+    only warns. Counting numbers needs no knowledge of the names. Weights of a text encoder or a VAE
+    that are known to be of no use are not counted.
     """
     used = sum(weight.numel() for weight in module.parameters())
     prefix = _counted_from(part, shapes)
@@ -544,7 +547,10 @@ def _check_all_used(checkpoint: Path, config: str, part: str, module: Any, shape
     for name, shape in shapes.items():
         if not name.startswith(prefix):
             continue
-        if part.startswith("text_encoder") and _is_beside(name.removeprefix(prefix), module):
+        inner = name.removeprefix(prefix)
+        if part.startswith("text_encoder") and _is_beside(inner, module):
+            continue
+        if part == "vae" and inner.startswith(BESIDE_VAE):
             continue
         stored += math.prod(shape)
     if stored != used:

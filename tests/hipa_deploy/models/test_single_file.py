@@ -192,6 +192,20 @@ def test_it_is_converted_once_and_found_by_its_content(folder: Path, tmp_path: P
     assert model_folder(str(moved), str(folder)) != out
 
 
+def test_what_a_vae_s_training_left_in_its_file(folder: Path, tmp_path: Path) -> None:
+    """vae-ft-mse-840000 has its averaging's state, and tools put all of a VAE into a checkpoint."""
+    stored = load_file(write_checkpoint(folder, tmp_path / "plain.safetensors"))
+    vae = PARTS["vae"]
+    stored[f"{vae}model_ema.decay"] = torch.tensor(0.9999)
+    stored[f"{vae}model_ema.num_updates"] = torch.tensor(840_000)
+    stored[f"{vae}loss.logvar"] = torch.zeros(())
+    save_file(stored, tmp_path / "baked.safetensors")
+    assert same_weights(folder, model_folder(str(tmp_path / "baked.safetensors"), str(folder)))
+    save_file({**stored, f"{vae}more.weight": torch.zeros(7)}, tmp_path / "more.safetensors")
+    with pytest.raises(HipaError, match=r"its vae has [\d,]+ weights, and that of"):
+        model_folder(str(tmp_path / "more.safetensors"), str(folder))
+
+
 def test_a_name_with_square_brackets_is_shown(
     folder: Path,
     tmp_path: Path,
