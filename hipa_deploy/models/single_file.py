@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER
-from hipa_deploy.disk.files import new_folder, user_cache
+from hipa_deploy.disk.files import check_space, new_folder, user_cache
 from hipa_deploy.disk.hashing import file_sha256, folder_sha256
 from hipa_deploy.disk.reading import check_file
 from hipa_deploy.errors import HipaError, as_line, brief, first_line
@@ -115,7 +115,7 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
 
     Raises:
         HipaError: the file holds something else, is damaged or incomplete; or ``config`` is
-            missing for SD 2.x, or does not fit the weights.
+            missing for SD 2.x, or does not fit the weights; or the disk of the cache is full.
 
     Example:
         >>> converted(Path("v1-5-pruned.safetensors")).name
@@ -133,6 +133,7 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
     with Console(stderr=True).status(status):
         out = user_cache() / "models" / _key(checkpoint, config) / checkpoint.stem
         if not _is_complete(out):
+            _check_space(checkpoint, shapes, out)
             try:
                 _convert(checkpoint, config, shapes, out)
             except (HipaError, OSError):
@@ -140,6 +141,22 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
                 if not _is_complete(out):
                     raise
     return out
+
+
+def _check_space(checkpoint: Path, shapes: Shapes, out: Path) -> None:
+    """Check that the disk has space for a conversion, which takes minutes.
+
+    Raises:
+        HipaError: it has less than the weights that are used take in the checkpoint.
+
+    """
+    prefixes = tuple(_parts_of(shapes).values())
+    every = sum(map(math.prod, shapes.values()))
+    used = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefixes))
+    try:
+        check_space(out, checkpoint.stat().st_size * used // max(every, 1))
+    except HipaError as error:
+        raise HipaError(f"{error} HIPA_CACHE sets another folder for the cache.") from None
 
 
 def _is_complete(out: Path) -> bool:

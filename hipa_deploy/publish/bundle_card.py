@@ -82,7 +82,8 @@ def _other_licences(manifest: Manifest) -> str:
         names.insert(0, manifest.adaptor.name)
     if not names:
         return ""
-    return f" These files are part of it, and their licences apply as well: {', '.join(names)}."
+    listed = ", ".join(dict.fromkeys(names))  # one may be merged twice
+    return f" These files are part of it, and their licences apply as well: {listed}."
 
 
 def _use(manifest: Manifest, repo: str) -> str:

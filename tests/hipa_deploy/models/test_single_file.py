@@ -458,6 +458,30 @@ def test_a_weight_that_is_missing_and_nothing_is_kept(
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
+def test_a_full_disk_is_found_before_the_conversion(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = load_file(write_checkpoint(folder, tmp_path / "mine.safetensors"))
+    save_file(with_averages(stored), tmp_path / "mine.safetensors")
+    size = sum(weight.nbytes for weight in stored.values())
+    out = model_folder(str(tmp_path / "mine.safetensors"), str(folder))
+    monkeypatch.setattr("hipa_deploy.disk.files.free_bytes", lambda _: size // 2)
+    # What was converted before needs no space.
+    assert model_folder(str(tmp_path / "mine.safetensors"), str(folder)) == out
+    shutil.rmtree(out)
+
+    def late(*_: object) -> None:
+        pytest.fail("the conversion has begun")
+
+    monkeypatch.setattr("hipa_deploy.models.single_file._convert", late)
+    with pytest.raises(HipaError, match=r"free on its disk.* HIPA_CACHE sets another folder"):
+        model_folder(str(tmp_path / "mine.safetensors"), str(folder))
+    # The averaged copy is not written, so it needs none.
+    monkeypatch.setattr("hipa_deploy.disk.files.free_bytes", lambda _: size * 5 // 4)
+    with pytest.raises(pytest.fail.Exception, match="the conversion has begun"):
+        model_folder(str(tmp_path / "mine.safetensors"), str(folder))
+
+
 def test_a_cache_that_cannot_be_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
