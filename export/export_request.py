@@ -40,6 +40,7 @@ from hipa_deploy.models.locate import TINY, model_folder, model_name
 from hipa_deploy.models.lora.early_lora import (
     check_adaptor,
     check_adaptor_path,
+    check_checkpoint_family,
     check_style,
     check_style_files,
 )
@@ -269,6 +270,7 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
     if options.adaptor is not None:
         check_adaptor_path(options.adaptor)
     check_style_files(options.style)
+    check_checkpoint_family(options.model, options.style, options.adaptor)
     if options.one_step is not None:
         load_method(options.one_step)
     if options.prompts is not None:

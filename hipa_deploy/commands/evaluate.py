@@ -185,7 +185,11 @@ def evaluate(
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.generate.prompt_files import check_prompt_file
     from hipa_deploy.models.locate import check_model_name, model_folder
-    from hipa_deploy.models.lora.early_lora import check_adaptor_path, check_style_files
+    from hipa_deploy.models.lora.early_lora import (
+        check_adaptor_path,
+        check_checkpoint_family,
+        check_style_files,
+    )
     from hipa_deploy.models.style import parse_style
     from hipa_deploy.train.evaluation.contenders import (
         check_contender_files,
@@ -249,6 +253,7 @@ def evaluate(
         check_adaptor_path(adaptor_dir)
     check_style_files(style)
     check_contender_files(rivals)
+    check_checkpoint_family(model, style, adaptor_dir)
 
     # Before a checkpoint is converted, which takes minutes.
     outputs = [json_path] if json_path else []
@@ -344,7 +349,11 @@ def _on_coco(
 ) -> None:
     """The measurement on COCO: one report for each set that is there."""
     from hipa_deploy.models.locate import model_folder
-    from hipa_deploy.models.lora.early_lora import check_adaptor_path, check_style_files
+    from hipa_deploy.models.lora.early_lora import (
+        check_adaptor_path,
+        check_checkpoint_family,
+        check_style_files,
+    )
     from hipa_deploy.train.coco.coco_folder import read_coco
     from hipa_deploy.train.coco.coco_request import REPORT_FILES, check_coco
     from hipa_deploy.train.evaluation.contenders import check_contender_files, contender_path
@@ -359,6 +368,7 @@ def _on_coco(
         check_adaptor_path(adaptor)
     check_style_files(style)
     check_contender_files(rivals)
+    check_checkpoint_family(model, style, adaptor)
     inputs = [Path(model), wishes.folder, request.inception]
     inputs += [path for path in map(contender_path, rivals) if path]
     outputs = [json_path] if json_path else []

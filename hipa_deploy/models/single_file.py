@@ -143,6 +143,24 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
     return out
 
 
+def text_width(checkpoint: Path) -> int | None:
+    """The width of a checkpoint's text contexts, by its header alone: 768 is SD 1.x.
+
+    None where the header does not show it, or torch has pickled the file.
+
+    Raises:
+        HipaError: it is no file of weights, or is damaged.
+
+    """
+    if is_pickled(checkpoint):
+        return None
+    layout = read_layout(checkpoint)
+    for name in (CROSS_ATTENTION, SDXL_CROSS_ATTENTION):
+        if name in layout and len(layout[name].shape) == 2:
+            return layout[name].shape[1]
+    return None
+
+
 def _check_space(checkpoint: Path, shapes: Shapes, out: Path) -> None:
     """Check that the disk has space for a conversion, which takes minutes.
 

@@ -21,7 +21,7 @@ from hipa_deploy.models.adaptor_folder import (
 from hipa_deploy.models.kind import SECOND, has_second_encoder
 from hipa_deploy.models.lora.find_lora import find_lora
 from hipa_deploy.models.lora.kinds import Shaped, kind_of
-from hipa_deploy.models.lora.lora_file import by_layer
+from hipa_deploy.models.lora.lora_file import by_layer, check_family
 from hipa_deploy.models.lora.names import ModuleNames
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.early_check import check_tensors, known_shapes
@@ -108,6 +108,32 @@ def check_style_files(style: Style) -> None:
         _check_own_files(lora.path)
     for embedding in style.embeddings:
         _check_embedding(embedding.path)
+
+
+def check_checkpoint_family(model: str, style: Style, *adaptors: Path | None) -> None:
+    """Check that LoRAs are of the family of a checkpoint in one file, before it is converted.
+
+    Args:
+        model: the value of ``--model``. What is no file is checked when its folder is there.
+        style: the LoRAs.
+        adaptors: folders and files that are merged besides; None is passed over.
+
+    Raises:
+        HipaError: one is for another family, or the checkpoint is damaged.
+
+    """
+    files = [file for lora in style.loras for file in find_lora(lora.path)]
+    for adaptor in adaptors:
+        if adaptor is not None:
+            files += find_lora(adaptor)
+    if not files or not Path(model).is_file():
+        return
+    from hipa_deploy.models.single_file import text_width
+
+    width = text_width(Path(model))
+    for file in files:
+        if width is not None and file.path.suffix.lower() == SAFETENSORS:
+            check_family(file.path, read_layout(file.path), width)
 
 
 def _check_embedding(path: Path) -> None:

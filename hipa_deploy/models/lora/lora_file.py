@@ -198,6 +198,25 @@ def _other_part(part: str, modules: ModuleNames) -> str:
     return text
 
 
+def check_family(file: Path, tensors: Mapping[str, Shaped], context_width: int) -> None:
+    """Check that a LoRA is for models whose text contexts have a width.
+
+    Args:
+        file: for messages.
+        tensors: what its header says of them, by name.
+        context_width: of the model: 768 is SD 1.x, 1024 is SD 2.x, 2048 is SDXL.
+
+    Raises:
+        HipaError: it is another family's.
+
+    """
+    modules = ModuleNames({}, context_width)
+    for name, value in tensors.items():
+        split = role_of(name)
+        if split is not None:
+            _check_context(file, *split, value, modules)
+
+
 def _check_context(file: Path, layer: str, role: str, value: Shaped, modules: ModuleNames) -> None:
     """Refuse another family's LoRAs by name: the width of its text contexts tells it."""
     is_key = layer.endswith(("attn2_to_k", "attn2.to_k", "attn2_to_v", "attn2.to_v"))

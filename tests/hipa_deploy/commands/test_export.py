@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hipa_deploy.models.single_file import CROSS_ATTENTION, SDXL_CROSS_ATTENTION
 from tests.original_layout import write_checkpoint
 from tests.tiny_model import make_model
 
@@ -143,6 +144,42 @@ def test_a_damaged_file_is_named_before_a_checkpoint_is_converted(
     value = f"{pointer}=hyper-sd15" if option == "--rival" else str(pointer)
     error = refused(*command, "--model", str(checkpoint), option, value)
     assert f"{pointer} is a Git LFS pointer, not the weights" in error
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (EXPORT, "--lora"),
+        (EXPORT, "--adaptor"),
+        (SWAP, "--lora"),
+        (TRAIN, "--lora"),
+        (EVALUATE, "--adaptor"),
+    ],
+)
+@pytest.mark.parametrize(("width", "family"), [(768, "SD 1.x"), (2048, "SDXL")])
+def test_a_lora_of_another_family_is_named_before_a_checkpoint_is_converted(
+    command: tuple[str, ...],
+    option: str,
+    width: int,
+    family: str,
+    refused: Callable[..., str],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    elsewhere = tmp_path_factory.mktemp("model")
+    checkpoint = elsewhere / "mine.safetensors"
+    place = CROSS_ATTENTION if width == 768 else SDXL_CROSS_ATTENTION
+    save_file({place: torch.ones(4, width)}, checkpoint)  # all that is looked at
+    lora = elsewhere / "style.safetensors"
+    layer = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    down = torch.ones(2, 1024)
+    save_file(
+        {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": torch.ones(4, 2)}, lora
+    )
+    error = refused(*command, "--model", str(checkpoint), option, str(lora))
+    assert f"{lora} is a LoRA for SD 2.x: {layer} takes text contexts 1024 wide." in error
+    assert f"Expected one for {family}, as the model is." in error
 
 
 def test_a_swap_of_a_checkpoint_with_its_configuration(
