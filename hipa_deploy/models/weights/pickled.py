@@ -39,6 +39,8 @@ _NUMPY = (
 _SAFE = "Copy it again, or use a .safetensors file."
 # A clone of a repository without Git LFS has this text in place of each large file.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# What a site sends in place of a file that it does not give without a login.
+_PAGES = (b"<!doctype", b"<html", b'{"error', b'{"message')
 
 
 def check_stored(path: Path, max_bytes: int, remedy: str) -> None:
@@ -50,18 +52,24 @@ def check_stored(path: Path, max_bytes: int, remedy: str) -> None:
         remedy: what a user may do, a sentence.
 
     Raises:
-        HipaError: it is not, or is Git LFS's stand-in for a file that was not fetched.
+        HipaError: it is not, or is Git LFS's stand-in for a file that was not fetched, or a page
+            that a site sent in place of the file.
 
     """
     check_file(path, max_bytes, remedy)
     try:
         with path.open("rb") as file:
-            start = file.read(len(_LFS_POINTER))
+            start = file.read(64)
     except OSError as error:
         raise HipaError(f"{path} cannot be read: {first_line(error)}") from None
-    if start == _LFS_POINTER:
+    if start.startswith(_LFS_POINTER):
         raise HipaError(
             f"{path} is a Git LFS pointer, not the weights. Run in that folder: git lfs pull"
+        )
+    if start.lstrip().lower().startswith(_PAGES):
+        raise HipaError(
+            f"{path} is a site's page or error, not the weights. Download the file again, with a "
+            "login or a token where the site wants one."
         )
 
 

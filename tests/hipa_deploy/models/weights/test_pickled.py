@@ -14,6 +14,7 @@ import torch
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.weights.pickled import load_pickled
+from hipa_deploy.models.weights.weight_file import load_tensors, read_layout
 
 
 def save(path: Path, content: Any) -> Path:
@@ -35,6 +36,17 @@ def test_what_torch_saves_is_read(tmp_path: Path) -> None:
     old = tmp_path / "old.pt"
     torch.save(content, old, _use_new_zipfile_serialization=False)
     assert torch.equal(load_pickled(old, mapped=True)["a"], shared)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("page", ["\n<!DOCTYPE html>", "<html>", '{"error":"Unauthorized"}'])
+def test_a_page_in_place_of_a_file(tmp_path: Path, ending: str, page: str) -> None:
+    """As a site sends it to who has no login, under the file's name."""
+    path = tmp_path / f"model{ending}"
+    path.write_text(page + " " * 100)
+    for read in (load_tensors, read_layout if ending == ".safetensors" else load_pickled):
+        with pytest.raises(HipaError, match="is a site's page or error, not the weights"):
+            read(path)
 
 
 def save_state(path: Path, callback: type) -> Path:
