@@ -127,9 +127,10 @@ class _Inert:
 def _inert_classes(path: Path) -> list[Any]:
     """What torch may build in place of PyTorch Lightning's classes and numpy's numbers.
 
-    The published .ckpt files of SD 1.x were saved by a training of Lightning: they name its classes
-    beside the weights, and have its best score as a number of numpy. That state is not needed. No
-    code of Lightning is imported for it, and none of numpy is called.
+    The published .ckpt files of SD 1.x were saved by a training of Lightning: beside the weights
+    they name its classes, and have numbers of numpy. (The file itself was not at hand: ComfyUI and
+    pickle scanners allow the same names for them.) That state is not needed. No code of Lightning
+    is imported for it, and none of numpy is called.
     """
     import torch
 

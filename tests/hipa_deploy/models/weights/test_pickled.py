@@ -64,7 +64,7 @@ def save_state(path: Path, callback: type) -> Path:
 def test_the_state_of_a_training_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
-    """As sd-v1-4.ckpt and v1-5-pruned.ckpt were published: numpy's numbers, a class of Lightning.
+    """Numpy's numbers and a class of Lightning, the names for which ComfyUI reads SD 1.x' files.
 
     Releases of numpy before 2.0 name their module otherwise.
     """
