@@ -106,6 +106,7 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
     places = request.places
     text = request.text
     step = request.step
+    model.check_parts()
     parts = ChosenParts.choose(model, options, settings.task, request.chunk_tokens, text.clip_skip)
     for warning in request.warnings:
         print_warning(console, warning)

@@ -25,6 +25,8 @@ from hipa_deploy.export.task import (
     TaskSettings,
     asked_size,
     choose_task,
+    clip_skip_warning,
+    method_size_warning,
     size_warning,
     step_warning,
     text_settings,
@@ -35,7 +37,13 @@ from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, teacher_settings
 from hipa_deploy.models.clip_tokenizer import text_sizes
 from hipa_deploy.models.early_config import early_config
 from hipa_deploy.models.locate import TINY, model_folder, model_name
-from hipa_deploy.models.lora.early_lora import check_adaptor, check_adaptor_path, check_style
+from hipa_deploy.models.lora.early_lora import (
+    check_adaptor,
+    check_adaptor_path,
+    check_checkpoint_family,
+    check_style,
+    check_style_files,
+)
 from hipa_deploy.models.one_step.one_step_method import OWN, load_method
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.text_pair import forces_zeros
@@ -173,8 +181,10 @@ def resolve_request(options: ExportOptions) -> Request:
     warnings = (
         judging_warning,
         text_warning,
+        clip_skip_warning(options, model.config),
         step_warning(options, settings, model),
         size_warning(options, step),
+        method_size_warning(options, settings, step),
     )
     return Request(
         options=options,
@@ -248,13 +258,19 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
             "--encoder is for tasks with a source image, this is generate. Leave out --encoder."
         )
     for option, name in (("decoder", decoder), ("encoder", encoder)):
-        if name not in ("full", TINY) and not Path(name).is_dir():
-            raise HipaError(
-                f"--{option} {name} does not exist, or is no folder. "
-                "Expected full, tiny, or an AutoencoderTiny folder."
-            )
+        if name in ("full", TINY) or Path(name).is_dir():
+            continue
+        expected = "Expected full, tiny, or an AutoencoderTiny folder."
+        if not Path(name).exists():
+            raise HipaError(f"--{option} {name} does not exist. {expected}")
+        raise HipaError(
+            f"--{option} {name} is a file. {expected} A VAE in a file takes the place of the "
+            "model's own: docs/reference/training-inputs.md says how."
+        )
     if options.adaptor is not None:
         check_adaptor_path(options.adaptor)
+    check_style_files(options.style)
+    check_checkpoint_family(options.model, options.style, options.adaptor)
     if options.one_step is not None:
         load_method(options.one_step)
     if options.prompts is not None:

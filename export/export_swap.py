@@ -85,6 +85,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
     model = request.model
     settings = request.settings
     like_bundle = request.like_bundle
+    model.check_parts()
     bundle.verify()
     with new_folder(options.out, alone=True) as root, temporary_folder("hipa-export") as scratch:
         for warning in request.warnings:

@@ -24,7 +24,7 @@ from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod
 from hipa_deploy.models.one_step.step_constants import step_constants
 from hipa_deploy.models.weights.early_check import check_tensors
-from hipa_deploy.models.weights.load_part import check_weights, load_part
+from hipa_deploy.models.weights.load_part import check_part, check_weights, load_part
 from hipa_deploy.models.weights.part_config import read_config
 from hipa_deploy.models.weights.weight_file import SAFETENSORS
 from hipa_deploy.models.weights.weight_files import find_weights
@@ -82,6 +82,27 @@ class ModelParts:
     def info(self) -> ModelInfo:
         """The name, and the hash of the UNet's weights, to which an adaptor is bound."""
         return ModelInfo(name=self.name, sha256=unet_sha256(self.folder))
+
+    def check_parts(self) -> None:
+        """Check by the headers of files that every part has its weights, before any is loaded.
+
+        Raises:
+            HipaError: weights of a part are missing, or are another model's.
+
+        """
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        kinds: dict[str, Any] = {
+            "text_encoder": CLIPTextModel,
+            "unet": UNet2DConditionModel,
+            "vae": AutoencoderKL,
+        }
+        if self.config.has_text_pair:
+            kinds["text_encoder_2"] = CLIPTextModelWithProjection
+        for part, kind in kinds.items():
+            check_part(kind, self.folder / part)
 
     def unet(self, task: Task = "generate") -> UNet2DConditionModel:
         """The UNet.

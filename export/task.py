@@ -162,6 +162,18 @@ def text_settings(
     return choose_text(wishes, trained, chunk_tokens, config.text_layers, remedy)
 
 
+def clip_skip_warning(options: ExportOptions, config: ModelConfig) -> str | None:
+    """Warn of a clip skip for SDXL's family, whose pages count as the web UIs do."""
+    trained = options.adaptor is not None and (options.adaptor / METADATA).exists()
+    if not options.clip_skip or not config.has_text_pair or trained:
+        return None
+    return (
+        f"--clip-skip {options.clip_skip}: a model with two text encoders, as SDXL is, leaves out "
+        "their last layer already. What the web UIs call Clip skip 2 is 0 here. If you mean that, "
+        "leave out --clip-skip."
+    )
+
+
 def choose_method(
     options: ExportOptions, config: ModelConfig, metadata: AdaptorMetadata | None
 ) -> OneStepMethod | None:
@@ -256,6 +268,23 @@ def size_warning(options: ExportOptions, step: OneStep) -> str | None:
         f"adaptor {options.adaptor} was trained at {width}x{height} pixels, and {step.width}x"
         f"{step.height} is exported. Images may repeat or lose things: leave out --height and "
         "--width, or train an adaptor at this size."
+    )
+
+
+def method_size_warning(
+    options: ExportOptions, settings: TaskSettings, step: OneStep
+) -> str | None:
+    """Warn of another size than that of a method's model, where the user chose none."""
+    size = settings.method.size if settings.method else None
+    is_chosen = options.size("height") is not None or options.size("width") is not None
+    if settings.method is None or size is None or is_chosen:
+        return None
+    if (step.height, step.width) == (size, size):
+        return None
+    return (
+        f"{settings.method.name} makes images of {size}x{size} pixels, and the model says "
+        f"{step.width}x{step.height}, which is exported. A checkpoint in one file cannot say it. "
+        f"If the model is the authors' own, add --height {size} --width {size}."
     )
 
 

@@ -17,8 +17,8 @@ class TextSettings(Record):
 
     Attributes:
         context_tokens: tokens of a context; None is as many as the text encoder reads at once.
-        clip_skip: last layers of the text encoder that are left out, as in diffusers; A1111's 'Clip
-            skip' is one more.
+        clip_skip: last layers of the text encoder that are left out, as in diffusers; of
+            SD 1.x A1111's 'Clip skip' is one more, of SDXL two.
         prompt_weights: whether ``(word:1.3)`` is a weight, and not text.
 
     Example:
@@ -41,7 +41,7 @@ class TextSettings(Record):
         default=0,
         ge=0,
         description="Last layers of the text encoder that are left out, counted as in diffusers: 1 "
-        "is what AUTOMATIC1111's web UI calls Clip skip 2.",
+        "is what AUTOMATIC1111's web UI calls Clip skip 2 of SD 1.x. Of SDXL, Clip skip 2 is 0.",
     )
     prompt_weights: bool = Field(
         default=False,

@@ -141,8 +141,8 @@ def export(
         int | None,
         typer.Option(
             help="How many of the text encoder's last layers to leave out, counted as in "
-            "diffusers: 1 is AUTOMATIC1111's Clip skip 2. By default as the adaptor was trained, "
-            "0 without one."
+            "diffusers: AUTOMATIC1111's Clip skip 2 is 1 for SD 1.x, and 0 for SDXL. By default as "
+            "the adaptor was trained, 0 without one."
         ),
     ] = None,
     prompt_weights: Annotated[
@@ -379,7 +379,11 @@ def _export_swap(
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
     from hipa_deploy.export.export_request import SwapOptions, check_swap_request
     from hipa_deploy.models.locate import resolve_decoder, unpacked
-    from hipa_deploy.models.lora.early_lora import check_adaptor_path
+    from hipa_deploy.models.lora.early_lora import (
+        check_adaptor_path,
+        check_checkpoint_family,
+        check_style_files,
+    )
 
     if adaptor is None and not style.loras:
         raise HipaError(
@@ -390,14 +394,17 @@ def _export_swap(
     # converted, which takes minutes.
     root = resolve_bundle(bundle)
     Bundle.open(root)
-    if adaptor is not None:
-        check_adaptor_path(resolve_adaptor(adaptor))
+    folder = resolve_adaptor(adaptor) if adaptor else None
+    if folder is not None:
+        check_adaptor_path(folder)
+    check_style_files(style)
+    check_checkpoint_family(model, style, folder)
     refuse_to_overwrite(out)
     model = unpacked(model, config)
     # The decoder is asked for because a fused bundle has it in the same graph as the adaptor.
     options = SwapOptions(
         model=model,
-        adaptor=resolve_adaptor(adaptor) if adaptor else None,
+        adaptor=folder,
         adaptor_scale=scale,
         style=style,
         bundle=root,

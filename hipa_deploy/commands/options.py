@@ -108,8 +108,9 @@ OneStepOption = Annotated[
     typer.Option(
         help="Method of a one-step LoRA or model that others made: hyper-sd15 | hyper-sd15-t800 | "
         "lcm-sd15 | tcd-sd15 | tcd-sd21-base | sd-turbo | hyper-sdxl | hyper-sdxl-unet | "
-        "dmd2-sdxl | dmd2-sdxl-unet | lcm-sdxl | tcd-sdxl | sdxl-turbo | hipa | a .toml file; "
-        "METHOD@TIMESTEP starts at another timestep. By default the adaptor's own step."
+        "dmd2-sdxl | dmd2-sdxl-unet | lcm-sdxl | tcd-sdxl | sdxl-turbo | sdxl-lightning | hipa | "
+        "a .toml file; METHOD@TIMESTEP starts at another timestep. By default the adaptor's own "
+        "step."
     ),
 ]
 ForOption = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,14 @@ from pathlib import Path
 from hipa_deploy.disk.reading import name_problem, read_text
 from hipa_deploy.embedded import DECODER, MODEL, NAME
 from hipa_deploy.errors import HipaError, HipaWarning, first_line
+from hipa_deploy.models.kind import PARTS, SECOND, check_pipeline, has_second_encoder
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.weights.part_config import read_config
 from hipa_deploy.models.weights.weight_file import LORA_FILES, SAFETENSORS
+from hipa_deploy.models.weights.weight_files import PRECISIONS, find_weights
 
 TINY = "tiny"
+INDEX = "model_index.json"
 HUB_PREFIX = "models--"  # of a repository's folder in the hub's cache
 # The source of both: https://github.com/madebyollin/taesd. The second is for SDXL's latents.
 TAESD = "madebyollin/taesd"
@@ -53,9 +58,7 @@ def model_folder(name: str, config: str | None = None) -> Path:
     if name == NAME:
         return MODEL
     check_model_name(name)
-    from diffusers import DiffusionPipeline
-
-    return _fetch(name, DiffusionPipeline.download)
+    return _fetch(name, _download_model)
 
 
 def check_model_name(name: str) -> None:
@@ -158,7 +161,7 @@ def _diffusers_folder(path: Path) -> Path:
     """Return the diffusers folder that a user means by a folder."""
     folder = _in_hub_cache(path)
     lora = next((folder / name for name in LORA_FILES if (folder / name).is_file()), None)
-    if (folder / "model_index.json").exists():
+    if (folder / INDEX).exists():
         if lora is not None:
             warnings.warn(
                 f"{lora} is not loaded with the model: only --lora {lora} merges it.",
@@ -220,11 +223,77 @@ def _fetch_tiny(model: Path) -> Path:
         ) from None
 
 
+def _download_model(name: str) -> str:
+    """Download a pipeline into the hub's cache, or find it there.
+
+    Raises:
+        HipaError: the repository holds no pipeline, or none that is supported.
+        Exception: of the network or the hub.
+
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    # First one small file: another architecture may have tens of gigabytes.
+    try:
+        index = Path(hf_hub_download(name, INDEX))
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        raise HipaError(
+            f"{name} on the hub has no {INDEX}, so it is no diffusers pipeline. If it has a "
+            f"checkpoint in one file, run: hf download {name} FILE --local-dir . and give that "
+            "file. A LoRA is given with --lora."
+        ) from None
+    check_pipeline(Path(name), read_config(index.parent, INDEX))
+
+    from diffusers import DiffusionPipeline
+
+    folder: str = DiffusionPipeline.download(name)
+    for variant in PRECISIONS[1:]:
+        if not _lacks_weights(Path(folder)):
+            break
+        # Many repositories have one precision alone, which diffusers fetches only by its name. It
+        # raises ValueError where there is none of that name.
+        with contextlib.suppress(ValueError):
+            folder = DiffusionPipeline.download(name, variant=variant)
+    return folder
+
+
+def _lacks_weights(folder: Path) -> bool:
+    """Whether a part of the pipeline in ``folder`` has no weights that could be loaded."""
+    parts = [*PARTS]
+    if has_second_encoder(read_config(folder, INDEX)):
+        parts.append(SECOND)
+    for part in parts:
+        try:
+            find_weights(folder / part)
+        except HipaError:
+            return True
+    return False
+
+
 def _fetch(name: str, download: Callable[[str], str]) -> Path:
     """Call ``download`` with a hub id, and turn its failures into one line."""
     try:
         return Path(download(name))
+    except HipaError:
+        raise
     except Exception as error:  # network, authentication and hub errors share no base class
         raise HipaError(
-            f"{name}: no such folder, and the hub did not provide it: {first_line(error)}"
+            f"{name}: no such folder, and the hub did not provide it: {_hub_problem(name, error)}"
         ) from None
+
+
+def _hub_problem(name: str, error: Exception) -> str:
+    """What the hub said, with what to do where that is known; no full stop at the end."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return f"accept its terms on https://huggingface.co/{name}, and run: hf auth login"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no public repository of this name. For a private one run: hf auth login"
+    if isinstance(error, HfHubHTTPError):
+        # The first of its lines is the code alone.
+        return " ".join(str(error).split())[:200]
+    return first_line(error)

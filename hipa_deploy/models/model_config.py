@@ -445,6 +445,8 @@ def _read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     The class decides what a configuration means: FlowMatchEulerDiscreteScheduler's has the same
     ``num_train_timesteps``, and read as DDPM's it would give images without sense and no error.
     """
+    from diffusers import DDIMScheduler
+
     config = read_config(folder, SCHEDULER)
     listed = listed_class(index, "scheduler")
     name = str(config.get("_class_name") or listed)
@@ -463,8 +465,14 @@ def _read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
                 "such as SD 1.x, 2.x or SDXL."
             )
     kind = _scheduler_class(name)
+    own = defaults_of(kind)
     values = known_values(kind, config, folder / SCHEDULER)
-    return {**defaults_of(kind), **values, "_class_name": name}
+
+    # Not every class can end in pure noise, PNDM's for one. The file says all the same what the
+    # model was trained with, and diffusers hands it on to a class that can.
+    others = {key: config[key] for key in SCHEDULE_KEYS if key in config and key not in own}
+    stated = known_values(DDIMScheduler, others, folder / SCHEDULER)
+    return {**own, **stated, **values, "_class_name": name}
 
 
 def scheduler_values(folder: Path, kind: Any) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER
-from hipa_deploy.disk.files import new_folder, user_cache
+from hipa_deploy.disk.files import check_space, new_folder, user_cache
 from hipa_deploy.disk.hashing import file_sha256, folder_sha256
 from hipa_deploy.disk.reading import check_file
 from hipa_deploy.errors import HipaError, as_line, brief, first_line
@@ -84,6 +85,9 @@ PREDICTIONS = {
 }
 # Ends of tensors that hold a scale of another one, which is stored in float8.
 SCALES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale", "scaled_fp8")
+# What a VAE's own training leaves in its file, from where tools put it into checkpoints: an
+# averaged copy, and a discriminator.
+BESIDE_VAE = ("model_ema.", "loss.")
 TEXT = PARTS["text_encoder"] + "transformer."
 # Of the names in a text encoder: CLIP's and OpenCLIP's module, and the number of a layer.
 CLIP_ROOT = re.compile(r"(transformer\.(?!resblocks)|model\.)?(text_model\.)?")
@@ -111,7 +115,7 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
 
     Raises:
         HipaError: the file holds something else, is damaged or incomplete; or ``config`` is
-            missing for SD 2.x, or does not fit the weights.
+            missing for SD 2.x, or does not fit the weights; or the disk of the cache is full.
 
     Example:
         >>> converted(Path("v1-5-pruned.safetensors")).name
@@ -123,11 +127,13 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
     config = _choose_config(checkpoint, shapes, config)
     _check_prediction(checkpoint, config)
     _check_marks(checkpoint, shapes, config)
-    status = f"reading {checkpoint.name}; the first time it becomes a diffusers folder"
+    # A name may have square brackets, which rich would take for a style.
+    status = f"reading {escape(checkpoint.name)}; the first time it becomes a diffusers folder"
     # Hashing and converting a file of several GB take a while.
     with Console(stderr=True).status(status):
         out = user_cache() / "models" / _key(checkpoint, config) / checkpoint.stem
         if not _is_complete(out):
+            _check_space(checkpoint, shapes, out)
             try:
                 _convert(checkpoint, config, shapes, out)
             except (HipaError, OSError):
@@ -135,6 +141,40 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
                 if not _is_complete(out):
                     raise
     return out
+
+
+def text_width(checkpoint: Path) -> int | None:
+    """The width of a checkpoint's text contexts, by its header alone: 768 is SD 1.x.
+
+    None where the header does not show it, or torch has pickled the file.
+
+    Raises:
+        HipaError: it is no file of weights, or is damaged.
+
+    """
+    if is_pickled(checkpoint):
+        return None
+    layout = read_layout(checkpoint)
+    for name in (CROSS_ATTENTION, SDXL_CROSS_ATTENTION):
+        if name in layout and len(layout[name].shape) == 2:
+            return layout[name].shape[1]
+    return None
+
+
+def _check_space(checkpoint: Path, shapes: Shapes, out: Path) -> None:
+    """Check that the disk has space for a conversion, which takes minutes.
+
+    Raises:
+        HipaError: it has less than the weights that are used take in the checkpoint.
+
+    """
+    prefixes = tuple(_parts_of(shapes).values())
+    every = sum(map(math.prod, shapes.values()))
+    used = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefixes))
+    try:
+        check_space(out, checkpoint.stat().st_size * used // max(every, 1))
+    except HipaError as error:
+        raise HipaError(f"{error} HIPA_CACHE sets another folder for the cache.") from None
 
 
 def _is_complete(out: Path) -> bool:
@@ -377,7 +417,7 @@ def _key(checkpoint: Path, config: str) -> str:
     """Return the name of a conversion in the cache: a hash of all that its result depends on."""
     settings = MODELS[config] if config in MODELS else folder_sha256(Path(config), "*.json")
     # 'format' is raised whenever the conversion itself changes.
-    key = {"format": 3, "checkpoint": file_sha256(checkpoint), "config": settings}
+    key = {"format": 4, "checkpoint": file_sha256(checkpoint), "config": settings}
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -533,8 +573,8 @@ def _check_all_used(checkpoint: Path, config: str, part: str, module: Any, shape
     """Check that every weight of a part in the file found a place in ``module``.
 
     A configuration with fewer layers than the weights have would give another model, and diffusers
-    only warns. Counting numbers needs no knowledge of the names. A text encoder's weights that are
-    known to be of no use are not counted.
+    only warns. Counting numbers needs no knowledge of the names. Weights of a text encoder or a VAE
+    that are known to be of no use are not counted.
     """
     used = sum(weight.numel() for weight in module.parameters())
     prefix = _counted_from(part, shapes)
@@ -542,7 +582,10 @@ def _check_all_used(checkpoint: Path, config: str, part: str, module: Any, shape
     for name, shape in shapes.items():
         if not name.startswith(prefix):
             continue
-        if part.startswith("text_encoder") and _is_beside(name.removeprefix(prefix), module):
+        inner = name.removeprefix(prefix)
+        if part.startswith("text_encoder") and _is_beside(inner, module):
+            continue
+        if part == "vae" and inner.startswith(BESIDE_VAE):
             continue
         stored += math.prod(shape)
     if stored != used:

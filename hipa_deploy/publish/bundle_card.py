@@ -46,11 +46,11 @@ def bundle_card(
     """
     manifest = bundle.manifest
     head = front_matter(base, task=manifest.task, library="hipa-deploy", tags=TAGS)
-    adaptor = "a HiPA adaptor" if manifest.adaptor else "no adaptor"
     about = (
-        f"# {repo.split('/')[1]}\n\nA bundle of hipa-deploy: {base.name} with {adaptor} merged, as "
-        f"ONNX models that make an image in one step, without PyTorch. Task: {manifest.task}, "
-        f"{manifest.one_step.width} x {manifest.one_step.height} pixels, {manifest.precision}.\n\n"
+        f"# {repo.split('/')[1]}\n\nA bundle of hipa-deploy: {base.name} with "
+        f"{_adaptor(manifest)} merged, as ONNX models that make an image in one step, without "
+        f"PyTorch. Task: {manifest.task}, {manifest.one_step.width} x {manifest.one_step.height} "
+        f"pixels, {manifest.precision}.\n\n"
     )
     parts = {
         "Use it": _use(manifest, repo),
@@ -60,10 +60,30 @@ def bundle_card(
         "Measured quality": _quality(report),
         "Marks": bullets(_marks(manifest)),
         "Limits": bullets(_limits(bundle)),
-        "Licence": licence_text(base, "The bundle"),
+        "Licence": licence_text(base, "The bundle") + _other_licences(manifest),
         "Files": _signed(bundle) + files_table(folder),
     }
     return head + about + sections(parts)
+
+
+def _adaptor(manifest: Manifest) -> str:
+    """What was merged for the one step, in words."""
+    if manifest.adaptor is None:
+        return "no adaptor"
+    method = manifest.one_step.method
+    return "a HiPA adaptor" if method is None else f"a one-step LoRA ({method.name})"
+
+
+def _other_licences(manifest: Manifest) -> str:
+    """A sentence about the files of others that are part of the bundle."""
+    names = [lora.name for lora in manifest.loras]
+    names += [embedding.name for embedding in manifest.embeddings]
+    if manifest.adaptor is not None and manifest.one_step.method is not None:
+        names.insert(0, manifest.adaptor.name)
+    if not names:
+        return ""
+    listed = ", ".join(dict.fromkeys(names))  # one may be merged twice
+    return f" These files are part of it, and their licences apply as well: {listed}."
 
 
 def _use(manifest: Manifest, repo: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,23 @@ def test_one_step_methods_are_for_a_family(
         return
     with pytest.raises(HipaError, match=message):
         check_request(options)
+
+
+def test_the_size_of_a_turbo_model_is_not_the_checkpoints(model: Path, tmp_path: Path) -> None:
+    """A single file of SDXL-Turbo looks like SDXL's, which makes images of 1024 pixels."""
+    options = ExportOptions(model=str(model), out=tmp_path / "bundle", one_step="sdxl-turbo")
+    (warning,) = resolve_request(options).warnings
+    assert "sdxl-turbo makes images of 512x512 pixels, and the model says 64x64" in warning
+    for chosen in ({"height": 64}, {"one_step": "dmd2-sdxl-unet"}):
+        assert not resolve_request(replace(options, **chosen)).warnings
+
+
+def test_a_clip_skip_is_not_that_of_the_web_uis(model: Path, tmp_path: Path) -> None:
+    """Models of SDXL's family are published with the advice 'Clip skip 2', which is 0 here."""
+    options = ExportOptions(model=str(model), out=tmp_path / "bundle", clip_skip=1)
+    (warning,) = resolve_request(options).warnings
+    assert "What the web UIs call Clip skip 2 is 0 here" in warning
+    assert not resolve_request(replace(options, clip_skip=0)).warnings
 
 
 def write_unet_lora(folder: Path, width: int, layer: str = "attn2_to_k") -> Path:

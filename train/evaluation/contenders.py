@@ -13,7 +13,7 @@ from hipa_deploy.images.source import require_task
 from hipa_deploy.models.adaptor_folder import METADATA, read_metadata
 from hipa_deploy.models.clip_tokenizer import text_sizes
 from hipa_deploy.models.early_config import early_config
-from hipa_deploy.models.lora.early_lora import check_adaptor, check_lora
+from hipa_deploy.models.lora.early_lora import check_adaptor, check_adaptor_path, check_lora
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod, check_fits, load_method
 from hipa_deploy.models.weights.weight_identity import has_identity
 from hipa_deploy.train.data.captions import FORMATS
@@ -99,6 +99,19 @@ Contender = Rival | OtherAdaptor | BundleContender | ImageFolder
 def contender_path(contender: Contender) -> Path | None:
     """The file or folder of a contender; None for the base model itself."""
     return contender.lora if isinstance(contender, Rival) else contender.folder
+
+
+def check_contender_files(contenders: Sequence[Contender]) -> None:
+    """Check what the files of adaptors and LoRAs show without the model that they are for.
+
+    Raises:
+        HipaError: as ``check_adaptor_path``.
+
+    """
+    for contender in contenders:
+        path = contender_path(contender)
+        if path is not None and isinstance(contender, Rival | OtherAdaptor):
+            check_adaptor_path(path)
 
 
 def _name(folder: Path) -> str:

@@ -21,12 +21,13 @@ from hipa_deploy.models.adaptor_folder import (
 from hipa_deploy.models.kind import SECOND, has_second_encoder
 from hipa_deploy.models.lora.find_lora import find_lora
 from hipa_deploy.models.lora.kinds import Shaped, kind_of
-from hipa_deploy.models.lora.lora_file import by_layer
+from hipa_deploy.models.lora.lora_file import by_layer, check_family
 from hipa_deploy.models.lora.names import ModuleNames
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.early_check import check_tensors, known_shapes
 from hipa_deploy.models.weights.part_config import read_config
-from hipa_deploy.models.weights.weight_file import PICKLED, SAFETENSORS
+from hipa_deploy.models.weights.pickled import MAX_PICKLED, check_stored
+from hipa_deploy.models.weights.weight_file import PICKLED, SAFETENSORS, read_layout
 
 # Of an embedding for SDXL, the tensor of each text encoder.
 SDXL_KEYS = {"clip_l": "text_encoder", "clip_g": SECOND}
@@ -44,12 +45,7 @@ def check_adaptor(adaptor: Path, model: Path) -> AdaptorMetadata | None:
         HipaError: there is none, it is damaged, half, not finite or for another model.
 
     """
-    check_adaptor_path(adaptor)
-    metadata = None
-    if (adaptor / METADATA).exists():
-        metadata = read_metadata(adaptor)
-        if not (adaptor / WEIGHTS).is_file():
-            raise HipaError(f"{adaptor}: no {WEIGHTS} in it. Copy the adaptor again.")
+    metadata = check_adaptor_path(adaptor)
     check_lora(adaptor, model, ("unet",))
     if (adaptor / ENCODER_WEIGHTS).exists():
         check_lora(adaptor / ENCODER_WEIGHTS, model, ("vae",))
@@ -59,14 +55,92 @@ def check_adaptor(adaptor: Path, model: Path) -> AdaptorMetadata | None:
     return metadata
 
 
-def check_adaptor_path(adaptor: Path) -> None:
-    """Raise HipaError unless there is an adaptor's folder, or a file, of this name."""
+def check_adaptor_path(adaptor: Path) -> AdaptorMetadata | None:
+    """Check what an adaptor's folder, or a LoRA, shows without its model.
+
+    So a mistake is said before a model is fetched or converted, which may take minutes.
+
+    Returns:
+        The adaptor's metadata; None for a LoRA of another tool.
+
+    Raises:
+        HipaError: there is none, or a file of it is missing, damaged or not finite.
+
+    """
     check_name(adaptor)
     if not adaptor.exists():
         raise HipaError(
             f"{adaptor} does not exist. Expected an adaptor folder, as hipa-train writes it, "
             "or a LoRA's .safetensors file."
         )
+    metadata = None
+    if (adaptor / METADATA).exists():
+        metadata = read_metadata(adaptor)
+        if not (adaptor / WEIGHTS).is_file():
+            raise HipaError(f"{adaptor}: no {WEIGHTS} in it. Copy the adaptor again.")
+    _check_own_files(adaptor)
+    if (adaptor / ENCODER_WEIGHTS).exists():
+        check_tensors(adaptor / ENCODER_WEIGHTS)
+    return metadata
+
+
+def _check_own_files(lora: Path) -> None:
+    """Raise HipaError unless the files of a LoRA are there and whole."""
+    for file in find_lora(lora):
+        _check_own_file(file.path)
+
+
+def _check_own_file(path: Path) -> None:
+    if path.suffix.lower() == SAFETENSORS:
+        check_tensors(path)
+    else:
+        check_stored(path, MAX_PICKLED, "Copy the file again.")
+
+
+def check_style_files(style: Style) -> None:
+    """Check what the files of ``--lora`` and ``--embedding`` show without a model.
+
+    Raises:
+        HipaError: one is missing, damaged, not finite or of another kind.
+
+    """
+    for lora in style.loras:
+        _check_own_files(lora.path)
+    for embedding in style.embeddings:
+        _check_embedding(embedding.path)
+
+
+def check_checkpoint_family(model: str, style: Style, *adaptors: Path | None) -> None:
+    """Check that LoRAs are of the family of a checkpoint in one file, before it is converted.
+
+    Args:
+        model: the value of ``--model``. What is no file is checked when its folder is there.
+        style: the LoRAs.
+        adaptors: folders and files that are merged besides; None is passed over.
+
+    Raises:
+        HipaError: one is for another family, or the checkpoint is damaged.
+
+    """
+    files = [file for lora in style.loras for file in find_lora(lora.path)]
+    for adaptor in adaptors:
+        if adaptor is not None:
+            files += find_lora(adaptor)
+    if not files or not Path(model).is_file():
+        return
+    from hipa_deploy.models.single_file import text_width
+
+    width = text_width(Path(model))
+    for file in files:
+        if width is not None and file.path.suffix.lower() == SAFETENSORS:
+            check_family(file.path, read_layout(file.path), width)
+
+
+def _check_embedding(path: Path) -> None:
+    if path.suffix.lower() not in (SAFETENSORS, *PICKLED):
+        endings = ", ".join((SAFETENSORS, *PICKLED))
+        raise HipaError(f"{path} is no embedding file. Expected one that ends in: {endings}.")
+    _check_own_file(path)
 
 
 def check_style(style: Style, model: Path) -> None:
@@ -83,10 +157,9 @@ def check_style(style: Style, model: Path) -> None:
     for lora in style.loras:
         check_lora(lora.path, model, parts)
     for embedding in style.embeddings:
-        check_regular(embedding.path)
-        ending = embedding.path.suffix.lower()
-        if ending == SAFETENSORS:
-            names = check_tensors(embedding.path)
+        _check_embedding(embedding.path)
+        if embedding.path.suffix.lower() == SAFETENSORS:
+            names = read_layout(embedding.path)
             if has_pair:
                 is_for_both(embedding.path, names)
             elif SDXL_KEYS.keys() & names.keys():
@@ -94,11 +167,6 @@ def check_style(style: Style, model: Path) -> None:
                     f"{embedding.path} is an embedding for SDXL, with vectors for two text "
                     "encoders. Expected one for SD 1.x or 2.x, as the model is."
                 )
-        elif ending not in PICKLED:
-            endings = ", ".join((SAFETENSORS, *PICKLED))
-            raise HipaError(
-                f"{embedding.path} is no embedding file. Expected one that ends in: {endings}."
-            )
 
 
 def is_for_both(path: Path, names: Iterable[object]) -> bool:

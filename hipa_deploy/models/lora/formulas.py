@@ -62,7 +62,8 @@ def _lora_change(tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.einsum(
             "n m k l, i n, m j -> i j k l", tensors["mid"], up.flatten(1), down.flatten(1)
         )
-    if down.shape[2:].numel() > 1 and up.shape[2:].numel() == 1:
+    # DyLoRA stores a convolution's second matrix without a kernel.
+    if down.dim() == up.dim() == 4 and down.shape[2:].numel() > 1 and up.shape[2:].numel() == 1:
         # The operation that peft merges a convolution with, so that both round alike.
         return torch.nn.functional.conv2d(down.transpose(0, 1), up).transpose(0, 1)
     return up.flatten(1) @ down.flatten(1)

@@ -143,7 +143,8 @@ def by_layer(
     """
     grouped: dict[LayerKey, dict[str, AnyTensor]] = {}
     unknown = []
-    foreign = []
+    foreign: list[str] = []
+    left_out: list[str] = []
     for name, value in tensors.items():
         split = role_of(name)
         if split is None:
@@ -159,7 +160,7 @@ def by_layer(
         _check_context(file, layer, role, value, modules)
         key = modules.find(f"{part}.{layer}" if modules.part_of(layer) is None and part else layer)
         if key is None:
-            foreign.append(layer)
+            (left_out if modules.is_left_out(layer, part) else foreign).append(layer)
             continue
         roles = grouped.setdefault(key, {})
         if role in roles:
@@ -173,6 +174,8 @@ def by_layer(
             f"{file} holds {_some(unknown)}, which is no part of a LoRA that is known here. "
             "Expected diffusers, peft, kohya or LyCORIS."
         )
+    if not grouped:
+        foreign += left_out
     if foreign:
         parts = " or ".join(part.replace("_", " ") for part in modules.parts)
         raise HipaError(
@@ -193,6 +196,25 @@ def _other_part(part: str, modules: ModuleNames) -> str:
     if part in ("text_encoder", SECOND):
         text += " Give it with --lora, which changes the text encoder too."
     return text
+
+
+def check_family(file: Path, tensors: Mapping[str, Shaped], context_width: int) -> None:
+    """Check that a LoRA is for models whose text contexts have a width.
+
+    Args:
+        file: for messages.
+        tensors: what its header says of them, by name.
+        context_width: of the model: 768 is SD 1.x, 1024 is SD 2.x, 2048 is SDXL.
+
+    Raises:
+        HipaError: it is another family's.
+
+    """
+    modules = ModuleNames({}, context_width)
+    for name, value in tensors.items():
+        split = role_of(name)
+        if split is not None:
+            _check_context(file, *split, value, modules)
 
 
 def _check_context(file: Path, layer: str, role: str, value: Shaped, modules: ModuleNames) -> None:

@@ -5,7 +5,7 @@ the role 'down' of the layer ``mid_block.attentions.0.proj_in`` of the UNet.
 
 Sources: kohya-ss/sd-scripts networks/lora.py; KohakuBlueleaf/LyCORIS lycoris/modules;
 huggingface/peft src/peft/utils/save_and_load.py; huggingface/diffusers
-loaders/lora_conversion_utils.py.
+loaders/lora_conversion_utils.py; comfyanonymous/ComfyUI comfy/lora.py.
 """
 
 from __future__ import annotations
@@ -71,6 +71,10 @@ PARTS: dict[str, str | None] = {
     "text_encoder.base_model.model.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
     "text_encoder_2.base_model.model.": "text_encoder_2",
+    # ComfyUI's own names of a pipeline's text encoders: CLIP L, and H of SD 2.x or G of SDXL
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_h.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
@@ -89,6 +93,8 @@ _OF_TWO = ("lora_te1_", "lycoris_te1_")
 _UNDERSCORES = tuple(prefix for prefix in PARTS if prefix.startswith(("lora_", "lycoris_")))
 
 
+# A layer of CLIP's text encoder, with dots or underscores, and its number.
+_TEXT_LAYER = re.compile(r"(?:.*[._])?encoder[._]layers[._](\d+)[._].*")
 SECOND = "text_encoder_2"  # the part that SDXL has, and SD 1.x and 2.x do not
 ADDED = "add_embedding.linear_1"  # the layer of SDXL's UNet that takes the pooled vector
 
@@ -165,6 +171,24 @@ class ModuleNames:
     def part_of(self, name: str) -> str | None:
         """The part that a layer's name in a file says it is for; None if it does not say."""
         return PARTS[_prefix_of(name)]
+
+    def is_left_out(self, name: str, part: str | None) -> bool:
+        """Whether a file's layer is a text encoder's behind the last that the model has.
+
+        A folder says clip skip by fewer layers. Those that it leaves out have no effect.
+
+        Args:
+            name: of the layer, in the file.
+            part: what the file is for, where its name does not say so.
+
+        """
+        part = self.part_of(name) or part
+        match = _TEXT_LAYER.fullmatch(name)
+        if match is None or part not in ("text_encoder", SECOND):
+            return False
+        own = [_TEXT_LAYER.fullmatch(f"{module}.") for module in self._dotted.get(part, ())]
+        numbers = [int(found[1]) for found in own if found]
+        return bool(numbers) and int(match[1]) > max(numbers)
 
     def find(self, name: str) -> LayerKey | None:
         """The layer that ``name`` of a file stands for; None if no part has it.

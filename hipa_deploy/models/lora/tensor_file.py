@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hipa_deploy.disk.reading import MIB, check_file, parse_json, read_json, shown
+from hipa_deploy.disk.reading import MIB, parse_json, read_json, shown
 from hipa_deploy.errors import HipaError, as_line, brief, first_line
 from hipa_deploy.models.lora.find_lora import PEFT_CONFIG, has_peft_config
 from hipa_deploy.models.weights import pickled
@@ -73,7 +73,7 @@ def load_pickled(file: Path) -> Any:
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    check_file(file, MAX_BYTES, "Copy the file again.")
+    pickled.check_stored(file, MAX_BYTES, "Copy the file again.")
     with (
         as_line(f"{file} cannot be read", "Copy the file again."),
         safe_open(file, "pt") as opened,

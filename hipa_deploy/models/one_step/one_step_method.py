@@ -45,6 +45,8 @@ class OneStepMethod(Record):
         prediction_type: what the UNet predicts; None for what the model's scheduler says.
         guidance_scale: in [0, 1], where diffusers calls the UNet once, without guidance.
         eta: what the authors give to the pipeline; None is the scheduler's default.
+        size: side of the images in pixels, where the authors' model was made for another size than
+            others of its family.
 
     """
 
@@ -60,6 +62,7 @@ class OneStepMethod(Record):
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     guidance_scale: float = Field(default=0.0, ge=0, le=1)
     eta: float | None = Field(default=None, ge=0, le=1)
+    size: int | None = Field(default=None, ge=8, le=65_536, strict=True)
 
     @model_validator(mode="after")
     def _one_source_of_numbers(self) -> OneStepMethod:

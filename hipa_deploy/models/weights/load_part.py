@@ -8,11 +8,12 @@ both are errors, and so is a shape that differs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.weights.early_check import known_shapes
 from hipa_deploy.models.weights.part_config import build, read_config
 from hipa_deploy.models.weights.weight_file import each_tensor
 from hipa_deploy.models.weights.weight_files import current_name, find_weights
@@ -27,6 +28,16 @@ ALIGNMENT = 64  # bytes, of torch's memory on a CPU
 TEXT_PREFIX = "text_model."
 # A whole CLIP has an image half and projections beside its text encoder.
 BESIDE_TEXT = re.compile(r"(vision_model|visual_projection|text_projection)\..*|logit_scale")
+# How names of tensors begin in the layout of CompVis and Stability, of a whole model and of a part.
+ORIGINAL = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "cond_stage_model.",
+    "conditioner.",
+    "input_blocks.",
+    "encoder.down.",
+    "decoder.up.",
+)
 TEXT_LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\..*")
 
 
@@ -38,13 +49,35 @@ def check_weights(folder: Path, also: Iterable[str] = ()) -> None:
         also: parts that not every model has, such as 'text_encoder_2'.
 
     Raises:
-        HipaError: a part has none, or lacks a shard; or the UNet's are of a type that no model is
-            loaded from.
+        HipaError: a part has none, or lacks a shard; or the UNet's or the VAE's are of a type that
+            no model is loaded from.
 
     """
     for part in dict.fromkeys((*PARTS, *also)):
         find_weights(folder / part)
-    check_types(folder / "unet")
+    # Those whose identity a bundle or an adaptor has.
+    for part in ("unet", "vae"):
+        check_types(folder / part)
+
+
+def check_part(kind: Any, where: Path) -> None:
+    """Check by the headers of a part's files that they hold the weights that its class has.
+
+    What only torch can read is checked when it is loaded.
+
+    Args:
+        kind: as for ``load_part``.
+        where: the part's folder.
+
+    Raises:
+        HipaError: as ``load_part``, but for what the values of the weights show.
+
+    """
+    shapes = known_shapes(where)
+    if shapes is None:
+        return
+    stored = {name: shape for name, shape in shapes.items() if not name.endswith(COMPUTED)}
+    _check_fit(_empty(kind, where), stored, where)
 
 
 def load_part(kind: Any, where: Path) -> Any:
@@ -129,24 +162,58 @@ def number_positions(module: nn.Module) -> None:
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
     """Give ``module`` its weights, after a check that they are its own."""
+    shapes = {name: tuple(weight.shape) for name, weight in tensors.items()}
+    own_names = _check_fit(module, shapes, where)
+    weights = {own: tensors[name] for name, own in own_names.items()}
+    module.load_state_dict(weights, assign=True)
+
+
+def _check_fit(
+    module: nn.Module, stored: Mapping[str, tuple[int, ...]], where: Path
+) -> dict[str, str]:
+    """Check that the weights in files are those of a module.
+
+    Args:
+        module: without memory for its weights.
+        stored: the shape of each, by its current name.
+        where: the part's folder, for messages.
+
+    Returns:
+        The name in ``module`` of each stored weight that it uses.
+
+    Raises:
+        HipaError: they are not.
+
+    """
     expected = module.state_dict()
+    own_names = {name: name for name in stored}
     # transformers names the text encoder without the prefix since 5.6.
     if not any(name.startswith(TEXT_PREFIX) for name in expected):
-        tensors = {name.removeprefix(TEXT_PREFIX): weight for name, weight in tensors.items()}
+        own_names = {name: name.removeprefix(TEXT_PREFIX) for name in stored}
 
-    missing = sorted(expected.keys() - tensors.keys())
+    missing = sorted(expected.keys() - set(own_names.values()))
+    original = [name for name in stored if name.startswith(ORIGINAL)]
+    if missing and original:
+        raise HipaError(
+            f"{where}: its weights have the names of the original layout, such as {original[0]}. "
+            "Expected those of diffusers, which converts the file: "
+            f'{type(module).__name__}.from_single_file(FILE, config="{where}")'
+            ".save_pretrained(FOLDER)."
+        )
     if missing:
         more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
         raise HipaError(f"{where}: weight {missing[0]}{more} missing. Copy the model again.")
-    for name, weight in tensors.items():
-        if name in expected:
-            _check_shape(where, name, weight, expected[name])
-        elif not _is_left_out(module, name):
+    used = {}
+    for name, own in own_names.items():
+        if own in expected:
+            _check_shape(where, own, stored[name], tuple(expected[own].shape))
+            used[name] = own
+        elif not _is_left_out(module, own):
             raise HipaError(
-                f"{where}: config.json has no place for weight {name}. Expected both of one model. "
+                f"{where}: config.json has no place for weight {own}. Expected both of one model. "
                 "Copy the model again."
             )
-    module.load_state_dict({name: tensors[name] for name in expected}, assign=True)
+    return used
 
 
 def _is_left_out(module: nn.Module, name: str) -> bool:
@@ -163,9 +230,9 @@ def _is_left_out(module: nn.Module, name: str) -> bool:
     return BESIDE_TEXT.fullmatch(name) is not None
 
 
-def _check_shape(where: Path, name: str, got: Tensor, expected: Tensor) -> None:
-    if got.shape != expected.shape:
+def _check_shape(where: Path, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if got != expected:
         raise HipaError(
-            f"{where}: weight {name} has the shape {list(got.shape)}, and config.json asks for "
-            f"{list(expected.shape)}. Expected both of one model. Copy the model again."
+            f"{where}: weight {name} has the shape {list(got)}, and config.json asks for "
+            f"{list(expected)}. Expected both of one model. Copy the model again."
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.disk.reading import MIB, check_file
-from hipa_deploy.errors import HipaError, as_line
+from hipa_deploy.errors import HipaError, as_line, first_line
 from hipa_deploy.interrupts import raise_interruption
 
 if TYPE_CHECKING:
@@ -27,7 +27,50 @@ _MAX_DEPTH = 50
 _SHARED = 8  # tensors may share memory, as an embedding and the layer that is tied to it do
 # Modules whose classes a checkpoint may name: they are not imported.
 _TRAINING_TOOLS = ("pytorch_lightning.", "lightning.")
+# Of numpy, what the numbers and arrays of a training's state are made with: not called either.
+_NUMPY = (
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+)
 _SAFE = "Copy it again, or use a .safetensors file."
+# A clone of a repository without Git LFS has this text in place of each large file.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# What a site sends in place of a file that it does not give without a login.
+_PAGES = (b"<!doctype", b"<html", b'{"error', b'{"message')
+
+
+def check_stored(path: Path, max_bytes: int, remedy: str) -> None:
+    """Check that a file of weights is a regular one, within a size, and stored here at all.
+
+    Args:
+        path: of the file.
+        max_bytes: a larger file is refused.
+        remedy: what a user may do, a sentence.
+
+    Raises:
+        HipaError: it is not, or is Git LFS's stand-in for a file that was not fetched, or a page
+            that a site sent in place of the file.
+
+    """
+    check_file(path, max_bytes, remedy)
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise HipaError(f"{path} cannot be read: {first_line(error)}") from None
+    if start.startswith(_LFS_POINTER):
+        raise HipaError(
+            f"{path} is a Git LFS pointer, not the weights. Run in that folder: git lfs pull"
+        )
+    if start.lstrip().lower().startswith(_PAGES):
+        raise HipaError(
+            f"{path} is a site's page or error, not the weights. Download the file again, with a "
+            "login or a token where the site wants one."
+        )
 
 
 def load_pickled(
@@ -48,7 +91,7 @@ def load_pickled(
     """
     import torch
 
-    check_file(path, max_bytes, _SAFE)
+    check_stored(path, max_bytes, _SAFE)
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         _check_archive(path)
@@ -72,23 +115,28 @@ def load_pickled(
 
 
 class _Inert:
-    """Stands for a class of a training tool: it takes anything and does nothing."""
+    """Stands for a class of a training's state: it takes anything and does nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
+    def __setstate__(self, _: Any) -> None:
+        pass
+
 
 def _inert_classes(path: Path) -> list[Any]:
-    """What torch may build in place of PyTorch Lightning's classes, whose state is not needed.
+    """What torch may build in place of PyTorch Lightning's classes and numpy's numbers.
 
-    The published .ckpt files of SD 1.x were saved by a training of Lightning, and name its classes
-    beside the weights. No code of Lightning is imported for them.
+    The published .ckpt files of SD 1.x were saved by a training of Lightning: beside the weights
+    they name its classes, and have numbers of numpy. (The file itself was not at hand: ComfyUI and
+    pickle scanners allow the same names for them.) That state is not needed. No code of Lightning
+    is imported for it, and none of numpy is called.
     """
     import torch
 
     inert: list[Any] = []
     for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
-        if name.startswith(_TRAINING_TOOLS):
+        if name.startswith(_TRAINING_TOOLS) or name in _NUMPY:
             inert.append((_Inert, name))
     return inert
 

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hipa_deploy.disk.reading import check_file
-from hipa_deploy.errors import HipaError, as_line, first_line
-from hipa_deploy.models.weights.pickled import MAX_PICKLED, load_pickled
+from hipa_deploy.errors import HipaError, as_line
+from hipa_deploy.models.weights.pickled import MAX_PICKLED, check_stored, load_pickled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +30,6 @@ MAX_WEIGHTS = MAX_PICKLED  # bytes
 AGAIN = "Copy it again."
 LENGTH_BYTES = 8  # of the header's length, at the start of a .safetensors file
 METADATA = "__metadata__"  # the one entry of the header that is no tensor
-# A clone of a repository without Git LFS has this text in place of each large file.
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class TensorLayout(NamedTuple):
@@ -81,7 +78,7 @@ def read_layout(path: Path) -> dict[str, TensorLayout]:
     """
     from safetensors import safe_open
 
-    _check(path)
+    check_stored(path, MAX_WEIGHTS, AGAIN)
     with as_line(f"{path} is damaged", AGAIN):
         # The library checks that the header fits the file, so its values can be used below.
         with safe_open(path, "numpy"):
@@ -109,7 +106,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         HipaError: the file is damaged, holds something else than tensors, or is a Git LFS pointer.
 
     """
-    _check(path)
+    check_stored(path, MAX_WEIGHTS, AGAIN)
     if is_pickled(path):
         return _load_pickled(path)
     from safetensors.torch import load_file
@@ -175,17 +172,3 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise HipaError(f"{path} holds no weights by name. Expected a model's state_dict.")
     return tensors
-
-
-def _check(path: Path) -> None:
-    """Refuse what is no file of weights by its size or kind, or is Git LFS's stand-in for one."""
-    check_file(path, MAX_WEIGHTS, AGAIN)
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER))
-    except OSError as error:
-        raise HipaError(f"{path} cannot be read: {first_line(error)}") from None
-    if start == LFS_POINTER:
-        raise HipaError(
-            f"{path} is a Git LFS pointer, not the weights. Run in that folder: git lfs pull"
-        )

@@ -1,4 +1,8 @@
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,10 @@ from hipa_deploy.models.locate import (
     resolve_decoder,
     resolve_encoder,
 )
+from hipa_deploy.models.weights.weight_files import DIFFUSERS, find_weights
 from tests.packaging import hub_cache
+from tests.small_hub import serve_repository
+from tests.tiny_model import make_model
 
 
 def test_emoji_is_the_embedded_model_unless_a_folder_is_here(
@@ -36,15 +43,81 @@ def test_a_folder_that_does_not_exist(name: str) -> None:
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    import diffusers
+    import huggingface_hub
 
-    def unreachable(name: str) -> str:
+    def unreachable(name: str, _: str) -> str:
         raise OSError(f"cannot reach the hub for {name}\nand more")
 
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", unreachable)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     expected = "owner/name: no such folder, and the hub did not provide it: cannot reach"
     with pytest.raises(HipaError, match=expected):
         model_folder("owner/name")
+
+
+FETCH = """
+import sys
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.locate import model_folder
+try:
+    print(model_folder("owner/name"))
+except HipaError as error:
+    print(error)
+"""
+
+
+def fetched_from_hub(
+    repository: Path, home: Path, refusal: tuple[int, str] | None = None
+) -> tuple[str, list[str]]:
+    """What ``model_folder`` says of a repository that a hub serves, and the files it fetched."""
+    with serve_repository(repository, "owner/name", refusal) as (address, fetched):
+        settings = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        done = subprocess.run(
+            [sys.executable, "-c", FETCH],
+            env={**kept, **settings, "NO_PROXY": "127.0.0.1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return done.stdout.strip(), fetched
+
+
+def test_a_repository_of_one_precision_alone(tmp_path: Path) -> None:
+    """diffusers fetches a variant only by its name; without it, no weights at all."""
+    repository = make_model(tmp_path / "repository")
+    for path in [*repository.rglob("*.safetensors")]:
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    text, fetched = fetched_from_hub(repository, tmp_path / "home")
+    for part, stem in (("unet", DIFFUSERS), ("vae", DIFFUSERS), ("text_encoder", "model")):
+        assert find_weights(Path(text) / part)[0].name == f"{stem}.fp16.safetensors"
+        assert fetched.count(f"{part}/{stem}.fp16.safetensors") == 1
+
+
+@pytest.mark.parametrize(
+    ("refusal", "message"),
+    [
+        ((403, "GatedRepo"), "accept its terms on https://huggingface.co/owner/name, and run: hf"),
+        ((401, "RepoNotFound"), "there is no public repository of this name. For a private one"),
+    ],
+)
+def test_what_the_hub_refuses(tmp_path: Path, refusal: tuple[int, str], message: str) -> None:
+    text, _ = fetched_from_hub(tmp_path, tmp_path / "home", refusal)
+    assert text.startswith(f"owner/name: no such folder, and the hub did not provide it: {message}")
+
+
+@pytest.mark.parametrize("kind", ["another architecture", "no pipeline"])
+def test_what_is_not_supported_is_not_fetched(tmp_path: Path, kind: str) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "weights.safetensors").write_bytes(bytes(100))
+    expected = "owner/name on the hub has no model_index.json, so it is no diffusers pipeline."
+    if kind == "another architecture":
+        index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer"]}
+        (repository / "model_index.json").write_text(json.dumps(index))
+        expected = "owner/name is FluxPipeline: its unet is None, expected UNet2DConditionModel"
+    text, fetched = fetched_from_hub(repository, tmp_path / "home")
+    assert text.startswith(expected)
+    assert set(fetched) <= {"model_index.json"}
 
 
 def test_a_repository_in_the_cache_of_the_hub(tmp_path: Path) -> None:

@@ -195,6 +195,21 @@ def test_a_schedule_that_ends_in_pure_noise(sd15: Path) -> None:
     assert ModelConfig.read(sd15).alpha_bar(999) == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", ["PNDMScheduler", "DEISMultistepScheduler"])
+def test_a_schedule_that_the_listed_class_cannot_have(sd15: Path, name: str) -> None:
+    """SD 1.x is published with PNDM's; a model of zero terminal SNR made from it says so beside."""
+    values = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    change(sd15, SCHEDULER, _class_name=name, **values)
+    listed = getattr(diffusers, name).from_pretrained(sd15, subfolder="scheduler")
+    expected = diffusers.DDIMScheduler.from_config(listed.config).alphas_cumprod
+    config = ModelConfig.read(sd15)
+    np.testing.assert_allclose(config.alphas_cumprod, expected, rtol=1e-6)
+    assert config.alpha_bar(999) == 0
+    change(sd15, SCHEDULER, rescale_betas_zero_snr="yes")
+    with pytest.raises(HipaError, match=r"has rescale_betas_zero_snr='yes'\. Expected a value"):
+        ModelConfig.read(sd15)
+
+
 def test_a_schedule_of_500_timesteps(sd15: Path) -> None:
     change(sd15, SCHEDULER, num_train_timesteps=500)
     config = ModelConfig.read(sd15)

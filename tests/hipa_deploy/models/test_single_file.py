@@ -132,13 +132,19 @@ def test_a_marked_checkpoint_of_sd2(tmp_path: Path) -> None:
         model_folder(str(marked), "sd21-v")
 
 
-def test_a_mark_and_another_scheduler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "PNDMScheduler"])
+def test_a_mark_and_another_scheduler(tmp_path: Path, name: str) -> None:
     folder = make_sdxl(tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(
+        json.dumps({**index, "scheduler": ["diffusers", name]})
+    )
     stored = load_file(write_checkpoint(folder, tmp_path / "plain.safetensors"))
     marked = tmp_path / "marked.safetensors"
     save_file({**stored, "v_pred": torch.ones(0), "ztsnr": torch.ones(0)}, marked)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     right = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    right["_class_name"] = name
     for key, wrong in (("prediction_type", "epsilon"), ("rescale_betas_zero_snr", False)):
         values = {**json.loads(scheduler.read_text()), **right, key: wrong}
         scheduler.write_text(json.dumps(values))
@@ -184,6 +190,32 @@ def test_it_is_converted_once_and_found_by_its_content(folder: Path, tmp_path: P
     other = {name: w + 1 for name, w in load_file(checkpoint).items()}
     save_file(other, moved)
     assert model_folder(str(moved), str(folder)) != out
+
+
+def test_what_a_vae_s_training_left_in_its_file(folder: Path, tmp_path: Path) -> None:
+    """vae-ft-mse-840000 has its averaging's state, and tools put all of a VAE into a checkpoint."""
+    stored = load_file(write_checkpoint(folder, tmp_path / "plain.safetensors"))
+    vae = PARTS["vae"]
+    stored[f"{vae}model_ema.decay"] = torch.tensor(0.9999)
+    stored[f"{vae}model_ema.num_updates"] = torch.tensor(840_000)
+    stored[f"{vae}loss.logvar"] = torch.zeros(())
+    save_file(stored, tmp_path / "baked.safetensors")
+    assert same_weights(folder, model_folder(str(tmp_path / "baked.safetensors"), str(folder)))
+    save_file({**stored, f"{vae}more.weight": torch.zeros(7)}, tmp_path / "more.safetensors")
+    with pytest.raises(HipaError, match=r"its vae has [\d,]+ weights, and that of"):
+        model_folder(str(tmp_path / "more.safetensors"), str(folder))
+
+
+def test_a_name_with_square_brackets_is_shown(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    checkpoint = write_checkpoint(folder, tmp_path / "mine [v5.1].safetensors")
+    assert model_folder(str(checkpoint), str(folder)).name == "mine [v5.1]"
+    assert "mine [v5.1].safetensors" in capsys.readouterr().err
 
 
 def test_each_part_keeps_its_precision(folder: Path, tmp_path: Path) -> None:
@@ -424,6 +456,30 @@ def test_a_weight_that_is_missing_and_nothing_is_kept(
     with pytest.raises(HipaError, match=message):
         model_folder(str(checkpoint), str(folder))
     assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_a_full_disk_is_found_before_the_conversion(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = load_file(write_checkpoint(folder, tmp_path / "mine.safetensors"))
+    save_file(with_averages(stored), tmp_path / "mine.safetensors")
+    size = sum(weight.nbytes for weight in stored.values())
+    out = model_folder(str(tmp_path / "mine.safetensors"), str(folder))
+    monkeypatch.setattr("hipa_deploy.disk.files.free_bytes", lambda _: size // 2)
+    # What was converted before needs no space.
+    assert model_folder(str(tmp_path / "mine.safetensors"), str(folder)) == out
+    shutil.rmtree(out)
+
+    def late(*_: object) -> None:
+        pytest.fail("the conversion has begun")
+
+    monkeypatch.setattr("hipa_deploy.models.single_file._convert", late)
+    with pytest.raises(HipaError, match=r"free on its disk.* HIPA_CACHE sets another folder"):
+        model_folder(str(tmp_path / "mine.safetensors"), str(folder))
+    # The averaged copy is not written, so it needs none.
+    monkeypatch.setattr("hipa_deploy.disk.files.free_bytes", lambda _: size * 5 // 4)
+    with pytest.raises(pytest.fail.Exception, match="the conversion has begun"):
+        model_folder(str(tmp_path / "mine.safetensors"), str(folder))
 
 
 def test_a_cache_that_cannot_be_written(

@@ -10,6 +10,7 @@ import pytest
 
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.manifest import LoraInfo, StepMethod
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.errors import HipaError
 from tests.sdxl_samples import sdxl_bundle
@@ -55,6 +56,32 @@ def test_the_card_of_a_bundle(report: Path, tmp_path: Path) -> None:
         "| HiPA | 0.1 |",
     ):
         assert expected in text
+
+
+def test_a_card_names_what_others_made(tmp_path: Path) -> None:
+    """Their licences apply to the bundle too, and their LoRA is none of HiPA."""
+    bundle = Path(shutil.copytree(BUNDLE, tmp_path / "bundle"))
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.adaptor is not None
+    method = StepMethod(
+        name="hyper-sd15",
+        scheduler="TCDScheduler",
+        noise_scale=1.0,
+        sample_factor=14.6,
+        output_factor=-14.6,
+    )
+    lora = LoraInfo(name="style.safetensors", sha256="1" * 64, scale=0.8, rank=4, parts=("unet",))
+    changes = {
+        "adaptor": manifest.adaptor.model_copy(update={"name": "Hyper-SD15.safetensors"}),
+        "one_step": manifest.one_step.model_copy(update={"method": method}),
+        "loras": (lora,),
+    }
+    (bundle / "hipa.json").write_text(manifest.model_copy(update=changes).to_json())
+    text = (written(bundle, tmp_path / "out", licence="apache-2.0") / "README.md").read_text()
+    assert "with a one-step LoRA (hyper-sd15) merged, as ONNX models" in text
+    assert "a HiPA adaptor" not in text
+    expected = "their licences apply as well: Hyper-SD15.safetensors, style.safetensors."
+    assert expected in text[text.index("## Licence") :]
 
 
 def of_a_bundle(report: Path, sha256: str) -> None:

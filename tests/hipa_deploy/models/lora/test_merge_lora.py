@@ -301,6 +301,11 @@ def test_a_text_encoders_part(tmp_path: Path) -> None:
         (f"lora_te_{layer.replace('.', '_')}", ("lora_down.weight", "lora_up.weight")),
         (f"text_encoder.{layer}", ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight")),
         (f"text_encoder.{layer}", ("lora_A.weight", "lora_B.weight")),
+        # What ComfyUI's node "Extract and Save Lora" writes.
+        (
+            f"text_encoders.clip_l.transformer.{layer}",
+            ("lora_down.weight", "lora_up.weight"),
+        ),
     ):
         path = tmp_path / "x.safetensors"
         save_file({f"{name}.{ends[0]}": down, f"{name}.{ends[1]}": up}, path)
@@ -310,6 +315,23 @@ def test_a_text_encoders_part(tmp_path: Path) -> None:
         assert lora.parts == ("text_encoder",)
         merge_lora(parts, lora)
         torch.testing.assert_close(own.get_submodule(layer).weight, expected, **TOLERANCE)
+
+
+def test_a_convolution_of_dylora(unet: UNet2DConditionModel, tmp_path: Path) -> None:
+    """LyCORIS stores its second matrix as [outputs, rank], and the first with a kernel."""
+    layer = "mid_block.resnets.0.conv1"
+    name = f"lora_unet_{layer.replace('.', '_')}"
+    weight = unet.get_submodule(layer).weight.detach()
+    down = torch.randn(4, *weight.shape[1:])
+    up = torch.randn(len(weight), 4)
+    tensors = {
+        f"{name}.lora_down.weight": down,
+        f"{name}.lora_up.weight": up,
+        f"{name}.alpha": torch.tensor(1.0),
+    }
+    got = merged_here(unet, write(tmp_path / "x.safetensors", tensors))[f"{layer}.weight"]
+    expected = weight + torch.einsum("or,rihw->oihw", up, down) / 4
+    torch.testing.assert_close(got, expected, **TOLERANCE)
 
 
 def test_lycoris_dora_over_rows_and_over_columns_by_hand(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.lora.early_lora import check_style
@@ -92,6 +94,67 @@ def test_every_layer_is_found_and_changed(
             if change is not None:
                 expected = expected + 0.7 * change
             torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_layers_that_the_folder_leaves_out_have_no_effect(
+    model: Path, parts: dict[str, torch.nn.Module], tmp_path: Path, layout: str
+) -> None:
+    """A folder says clip skip by num_hidden_layers, and a LoRA has all of CLIP's layers."""
+    fewer = Path(shutil.copytree(model, tmp_path / "fewer"))
+    path = fewer / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 2}))
+    path = tmp_path / "style.safetensors"
+
+    def write(numbers: tuple[int, ...]) -> Style:
+        tensors = {}
+        for number in numbers:
+            name = f"text_model.encoder.layers.{number}.mlp.fc1"
+            ends = ("lora_A.weight", "lora_B.weight")
+            prefix = "text_encoder."
+            if layout == "kohya":
+                name = name.replace(".", "_")
+                ends = ("lora_down.weight", "lora_up.weight")
+                prefix = "lora_te1_"
+            tensors[f"{prefix}{name}.{ends[0]}"] = torch.ones(2, 16)
+            tensors[f"{prefix}{name}.{ends[1]}"] = torch.ones(32, 2)
+        save_file(tensors, path)
+        return Style(loras=(LoraChoice(path),))
+
+    style = OpenStyle.read(write((0, 1, 2)), ModelConfig.read(fewer))
+    (lora,) = [lora for lora, _ in style.loras]
+    assert [key.module for key in lora.layers] == [
+        f"text_model.encoder.layers.{number}.mlp.fc1" for number in (0, 1)
+    ]
+    # A file of nothing else is still refused.
+    with pytest.raises(HipaError, match=r"has no layer .*layers.2.mlp.fc1"):
+        OpenStyle.read(write((2,)), ModelConfig.read(fewer))
+
+
+def test_the_names_of_comfyui(
+    model: Path, parts: dict[str, torch.nn.Module], tmp_path: Path
+) -> None:
+    write_kohya(parts, tmp_path / "kohya.safetensors")
+    prefixes = {"lora_unet_": "diffusion_model.", "lora_te1_": "text_encoders.clip_l.transformer."}
+    prefixes["lora_te2_"] = "text_encoders.clip_g.transformer."
+    renamed = {}
+    for name, tensor in load_file(tmp_path / "kohya.safetensors").items():
+        layer, _, end = name.partition(".")
+        prefix = next(prefix for prefix in prefixes if layer.startswith(prefix))
+        module = LAYERS[layer].partition(".")[2]
+        renamed[f"{prefixes[prefix]}{module}.{end}"] = tensor
+    save_file(renamed, tmp_path / "comfy.safetensors")
+    merged = []
+    for name in ("kohya", "comfy"):
+        choice = Style(loras=(LoraChoice(tmp_path / f"{name}.safetensors"),))
+        check_style(choice, model)
+        own = copy.deepcopy(parts)
+        OpenStyle.read(choice, ModelConfig.read(model)).merge(own)
+        merged.append({part: module.state_dict() for part, module in own.items()})
+    torch.testing.assert_close(*merged, rtol=0, atol=0)
+    small = make_model(tmp_path / "sd15")
+    with pytest.raises(HipaError, match="a second text encoder: this is a LoRA for SDXL"):
+        check_style(Style(loras=(LoraChoice(tmp_path / "comfy.safetensors"),)), small)
 
 
 def test_a_lora_of_two_encoders_on_one(parts: dict[str, torch.nn.Module], tmp_path: Path) -> None:

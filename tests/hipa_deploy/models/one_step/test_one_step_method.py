@@ -52,6 +52,7 @@ def test_every_preset_is_whole() -> None:
         ("dmd2-sdxl-unet", 399, "LCMScheduler"),
         ("sd-turbo", 999, "EulerDiscreteScheduler"),
         ("sdxl-turbo", 999, "EulerAncestralDiscreteScheduler"),
+        ("sdxl-lightning", 999, "EulerDiscreteScheduler"),
     ],
 )
 def test_what_the_authors_say(name: str, timestep: int, scheduler: str) -> None:

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.configurations import write_config
 from hipa_deploy.models.lora.merge_lora import module_names
 from hipa_deploy.models.lora.names import role_of
 from hipa_deploy.models.model_config import ModelConfig
@@ -80,6 +81,18 @@ def test_euler_scales_the_noise(configs: dict[str, ModelConfig]) -> None:
     assert constants.method.noise_scale == pytest.approx(S, rel=1e-6)
     assert constants.method.sample_factor == pytest.approx(1 / A, rel=1e-5)
     assert constants.method.output_factor == pytest.approx(-S / A, rel=1e-5)
+
+
+def test_lightning_predicts_the_image_itself(tmp_path: Path) -> None:
+    """Whatever the model's folder says: the noise is scaled as for Euler, the output is x0."""
+    preset = load_method("sdxl-lightning")
+    assert preset is not None
+    config = ModelConfig.read(write_config("sdxl", tmp_path / "sdxl"))
+    constants = step_constants(preset, config)
+    assert constants.prediction_type == "sample"
+    assert constants.method.noise_scale == pytest.approx(S, rel=1e-6)
+    assert constants.method.sample_factor == pytest.approx(0, abs=1e-6)
+    assert constants.method.output_factor == pytest.approx(1, rel=1e-6)
 
 
 @settings(

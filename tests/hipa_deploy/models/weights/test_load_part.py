@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,12 @@ from transformers import CLIPTextModel
 
 from hipa_deploy.embedded import DECODER
 from hipa_deploy.errors import HipaError
+from hipa_deploy.export.export_bundle import export_bundle
+from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.models.weights.load_part import ALIGNMENT, load_part
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
+from tests.original_layout import vae_names
 from tests.packaging import (
     STEMS,
     as_bin,
@@ -138,6 +142,42 @@ def test_training_and_export_refuse_the_same_with_the_same_words(
         getattr(ModelParts.open(str(copy)), part)()
     assert str(in_training.value) == str(in_export.value)
     assert "\n" not in str(in_training.value)
+
+
+def test_a_vae_as_stability_publishes_it_is_told_how_to_convert_it(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file such as vae-ft-mse-840000-ema-pruned.safetensors, put into a diffusers folder."""
+    path = copy / "vae/diffusion_pytorch_model.safetensors"
+    own = load_part(AutoencoderKL, copy / "vae").state_dict()
+    original = {name: value.contiguous() for name, value in vae_names(load_file(path)).items()}
+    save_file(original, path)
+    with pytest.raises(HipaError, match=r"the names of the original layout, such as") as caught:
+        load_part(AutoencoderKL, copy / "vae")
+
+    # The advice leads to the same weights.
+    (code,) = re.findall(r"AutoencoderKL\.from_single_file.*", str(caught.value))
+    names = {"AutoencoderKL": AutoencoderKL, "FILE": str(path), "FOLDER": str(tmp_path / "vae")}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    eval(code.removesuffix("."), names)
+    made = load_part(AutoencoderKL, tmp_path / "vae").state_dict()
+    torch.testing.assert_close(made, own, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("part", KINDS)
+def test_weights_of_another_model_are_found_before_an_export_begins(
+    copy: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The references of a large UNet take minutes, and its VAE is loaded after them."""
+    change_weights(copy, part, lambda weights: weights.pop(max(weights)))
+
+    def late(*_: object, **__: object) -> None:
+        pytest.fail("the export has begun")
+
+    monkeypatch.setattr("hipa_deploy.export.export_bundle.write_tokenizer", late)
+    options = ExportOptions(model=str(copy), out=copy.parent / "bundle")
+    with pytest.raises(HipaError, match=rf"{part}: weight \S+ is missing"):
+        export_bundle(options)
 
 
 def test_several_missing_weights_are_counted(copy: Path) -> None:
