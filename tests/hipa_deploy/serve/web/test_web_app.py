@@ -1,4 +1,4 @@
-"""The application around the routes: CORS, and the way of requests for images. Nothing is loaded."""
+"""The application around the routes: CORS, and requests for images. No bundle is loaded."""
 
 from __future__ import annotations
 
