@@ -149,7 +149,9 @@ def serve(
     from hipa_deploy.serve.service import ImageService
     from hipa_deploy.serve.settings import Limits
     from hipa_deploy.serve.web.api_keys import read_keys
+    from hipa_deploy.serve.web.guard import check_names
 
+    check_names(allow_host or [], allow_origin or [])
     limits = Limits(
         queue=queue,
         images=images,

@@ -29,7 +29,9 @@ def read_keys(path: Path | None) -> list[str]:
     """
     keys = [key.strip() for key in os.environ.get(VARIABLE, "").split(",") if key.strip()]
     if path is not None:
-        lines = [line.strip() for line in read_text(path, max_bytes=MIB).splitlines()]
+        remedy = "Expected a file with API keys, one a line."
+        text = read_text(path, max_bytes=MIB, remedy=remedy)
+        lines = [line.strip() for line in text.splitlines()]
         of_file = [line for line in lines if line and not line.startswith("#")]
         if not of_file:
             raise HipaError(f"{path} has no API key. Write one a line.")

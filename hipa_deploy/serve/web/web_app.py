@@ -15,7 +15,7 @@ from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.service import GoneError, ImageService
 from hipa_deploy.serve.web import openai_routes, own_routes, page_routes
 from hipa_deploy.serve.web.api_errors import ApiError, error_response
-from hipa_deploy.serve.web.guard import Guard, as_sent
+from hipa_deploy.serve.web.guard import Guard, as_sent, check_names
 from hipa_deploy.serve.web.request_log import LOG, RequestLog
 
 
@@ -38,12 +38,16 @@ def web_app(
         log_prompts: write prompts to the log.
         arrivals: of the service, where the server before the application counts them too.
 
+    Raises:
+        HipaError: a host or an origin that no request can have.
+
     Example:
         >>> service = ImageService(Models(["emoji"]), Limits())
         >>> service.load("auto")
         >>> app = web_app(service)
 
     """
+    check_names(hosts, origins)
     # No pages of documentation: they would load scripts from another host.
     # No redirections either: behind a proxy with TLS they would lead to plain HTTP.
     app = FastAPI(title="hipa-deploy", docs_url=None, redoc_url=None, redirect_slashes=False)
