@@ -19,6 +19,7 @@ from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.process.doorkeeper import Doorkeeper
 from hipa_deploy.serve.process.http_protocol import protocol_with
 from hipa_deploy.serve.service import ImageService
+from hipa_deploy.serve.settings import KEEP_SECONDS
 from hipa_deploy.serve.web.request_log import log, set_up_logs
 from hipa_deploy.serve.web.web_app import image_paths, web_app
 
@@ -88,6 +89,7 @@ def run_server(
         server_header=False,
         lifespan="off",
         backlog=_BACKLOG,
+        timeout_keep_alive=KEEP_SECONDS,
         timeout_graceful_shutdown=round(service.limits.seconds) + _STOP_SECONDS,
     )
     _more_files()

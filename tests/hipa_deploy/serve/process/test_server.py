@@ -9,6 +9,8 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,6 +20,7 @@ import pytest
 from hipa_deploy.commands.app import main
 from hipa_deploy.errors import HipaError
 from hipa_deploy.serve.process import server as server_module
+from hipa_deploy.serve.settings import KEEP_SECONDS
 from hipa_deploy.serve.web.api_keys import read_keys
 from tests.served import Server, running
 
@@ -166,6 +169,20 @@ def test_metrics(server: Server) -> None:
         "process_resident_memory_bytes",
     ):
         assert name in text, name
+
+
+def test_a_connection_is_kept_for_longer_than_proxies_keep_theirs(server: Server) -> None:
+    """uvicorn's own time is 5 seconds; Caddy's 120 would be long for a test."""
+    assert KEEP_SECONDS > 120
+    where = urlsplit(server.url)
+    with closing(HTTPConnection(where.hostname, where.port, timeout=30)) as connection:
+        connection.connect()
+        first = connection.sock
+        for pause in (0.0, 5.5):
+            time.sleep(pause)
+            connection.request("GET", "/health/live")
+            assert connection.getresponse().read() == b'{"status":"live"}'
+        assert connection.sock is first
 
 
 def test_it_listens_before_it_is_ready(server: Server) -> None:
