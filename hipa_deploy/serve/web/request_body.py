@@ -107,13 +107,21 @@ class Form:
         """The fields that are no files.
 
         Raises:
-            ApiError: a field is wrong, unknown, or there twice.
+            ApiError: a field is wrong, unknown, there twice, or text in place of a file.
 
         """
         data: dict[str, str] = {}
         for name, value in self._data.multi_items():
             if isinstance(value, UploadFile):
                 continue
+            if name in self._names:
+                # What curl sends where the sign @ was forgotten.
+                raise ApiError(
+                    400,
+                    f"{name}: got text. Expected a file; with curl: -F {name}=@FILE.",
+                    "invalid_value",
+                    param=name,
+                )
             if name in data:
                 raise ApiError(400, "A field is there twice.", "invalid_value", param=name[:100])
             data[name] = value

@@ -244,3 +244,13 @@ def test_keys_that_are_wrong(tmp_path: Path, content: str) -> None:
     with pytest.raises(HipaError) as caught:
         read_keys(tmp_path / "keys")
     assert "short" not in str(caught.value).replace("too short", "")
+
+
+@pytest.mark.parametrize("content", ["", " , "])
+def test_a_variable_without_a_key_opens_no_service(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    """As where a secret did not arrive in a container."""
+    monkeypatch.setenv("HIPA_API_KEYS", content)
+    error = refused(capsys, "emoji", "--host", "no.such.name.invalid")
+    assert "the variable HIPA_API_KEYS is set, and has no API key" in error
