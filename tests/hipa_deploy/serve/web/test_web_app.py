@@ -65,3 +65,21 @@ def test_a_browser_asks_for_the_headers_of_the_client(
         assert wanted <= {name.strip() for name in allowed.split(",")}
         allows = answer.headers.get("access-control-allow-private-network")
         assert allows == asks.get(PRIVATE)
+
+
+def test_a_task_that_no_model_is_for(bundles: dict[str, Bundle]) -> None:
+    service = ImageService(Models([f"m={bundles['tiny'].root}"]), Limits())
+    app = web_app(service)
+
+    async def ask(path: str) -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            form = {"data": {"prompt": "a"}, "files": {"image": b"no matter"}}
+            return await http.post(path, **form)
+
+    answers = [asyncio.run(ask(path)) for path in ("/v1/images/edits", "/hipa/upscale")]
+    service.close()
+    errors = [answer.json()["error"] for answer in answers]
+    assert [error["code"] for error in errors] == ["model_not_found"] * 2
+    assert errors[0]["message"].startswith("No model here is to edit or inpaint.")
+    assert errors[1]["message"].startswith("No model here is to upscale.")
