@@ -7,9 +7,11 @@ import logging
 import sys
 import time
 import uuid
+import warnings
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TextIO
 
+from hipa_deploy.errors import HipaWarning
 from hipa_deploy.serve.serve_metrics import ServeMetrics
 from hipa_deploy.serve.web.guard import App, Message, Receive, Scope, Send
 
@@ -39,13 +41,28 @@ def set_up_logs() -> None:
     """Send what this program, uvicorn and Python's warnings say through ``JsonLines``."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    logging.captureWarnings(True)
+    warnings.showwarning = _log_warning
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     LOG.setLevel(logging.INFO)
     # It writes what a broken form holds.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Write a warning as an event: ours in their own words, a library's with its place."""
+    facts = {} if issubclass(category, HipaWarning) else {"warning": category.__name__}
+    if facts:
+        facts["place"] = f"{filename}:{lineno}"
+    log(str(message), logging.WARNING, **facts)
 
 
 def log(event: str, level: int = logging.INFO, **facts: Any) -> None:

@@ -185,6 +185,17 @@ def test_a_connection_is_kept_for_longer_than_proxies_keep_theirs(server: Server
         assert connection.sock is first
 
 
+def test_a_warning_is_a_line_of_its_own_words() -> None:
+    """A container without a home has no cache."""
+    with running("emoji", "--backend", "onnxruntime", HIPA_CACHE="/proc/none") as server:
+        words = [line["event"] for line in server.lines if line["level"] == "warning"]
+    assert len(words) == 2
+    assert words[0].startswith("the hashes of unchanged files cannot be kept")
+    assert words[1].startswith("compiled stages cannot be kept")
+    assert "--no-cache" not in words[1]  # which hipa-serve does not have
+    assert not any("\n" in event for event in words)
+
+
 def test_it_listens_before_it_is_ready(server: Server) -> None:
     events = [line["event"] for line in server.lines]
     assert events.index("listening") < events.index("ready")
