@@ -160,6 +160,20 @@ def _collect_less() -> None:
     gc.set_threshold(_COLLECT_AFTER, *gc.get_threshold()[1:])
 
 
+def check_address(host: str, port: int) -> None:
+    """Check that this process can listen at an address, and do not go on to.
+
+    Args:
+        host: name or address.
+        port: 0 is any free one.
+
+    Raises:
+        HipaError: the address is not this machine's, or is taken.
+
+    """
+    _listen(host, port).close()
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket.
 
