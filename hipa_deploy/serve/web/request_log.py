@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
@@ -13,7 +14,8 @@ from typing import Any, TextIO
 
 from hipa_deploy.errors import HipaWarning
 from hipa_deploy.serve.serve_metrics import ServeMetrics
-from hipa_deploy.serve.web.guard import App, Message, Receive, Scope, Send
+from hipa_deploy.serve.web.api_errors import ApiError
+from hipa_deploy.serve.web.guard import GIVE_UP, App, Message, Receive, Scope, Send
 
 LOG = logging.getLogger("hipa.serve")
 
@@ -104,6 +106,16 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, watched)
+        except asyncio.CancelledError:
+            if GIVE_UP not in scope:
+                raise  # another server's: it may have its own reason, and waits for this
+            # Ours ends without waiting any longer: at a second Ctrl-C, or after its limit.
+            stopping = ApiError(503, "The service is stopping.", "stopping")
+            scope["error"] = stopping.code
+            if not status:
+                await stopping.response()(scope, receive, watched)
+            else:
+                scope[GIVE_UP]()
         finally:
             seconds = time.perf_counter() - started
             # The route as this program writes it, never the path as it was asked for.

@@ -196,6 +196,26 @@ def test_a_warning_is_a_line_of_its_own_words() -> None:
     assert not any("\n" in event for event in words)
 
 
+def test_a_second_ctrl_c_ends_at_once(bundles) -> None:
+    """What was accepted is answered with an error, and nothing is a bug."""
+    options = ("--backend", "onnxruntime", "--queue", "4000", "--images", "4000")
+    with running(str(bundles["tiny"].root), *options) as server, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(generate, server, count=4000)
+        deadline = time.monotonic() + 60
+        while not queued_images(server):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        began = time.monotonic()
+        assert server.stop(signal.SIGINT) == 130
+        assert time.monotonic() - began < 10
+        assert answer.result().status_code == 503
+        assert answer.result().json()["error"]["code"] == "stopping"
+    assert [line for line in server.lines if "traceback" in line] == []
+    assert server.other == ["hipa: stopped\n"]
+
+
 def test_it_listens_before_it_is_ready(server: Server) -> None:
     events = [line["event"] for line in server.lines]
     assert events.index("listening") < events.index("ready")
