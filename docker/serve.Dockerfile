@@ -29,7 +29,8 @@ COPY train train
 ARG EXTRA=openvino
 RUN pip install --no-cache-dir -c constraints.txt ".[serve,${EXTRA}]"
 
-# A service needs no rights: it reads its bundles, and writes nothing.
+# A service needs no rights: it reads its bundles, and writes nothing but uploads of more than 1 MiB
+# into /tmp, for as long as their request takes. With `docker run --read-only` give it --tmpfs /tmp.
 RUN useradd --system --no-create-home hipa
 USER hipa
 
