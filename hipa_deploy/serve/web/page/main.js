@@ -22,6 +22,7 @@ let lastRoundTrip = SHORTEST_DELAY;
 let settling = null;
 let tries = 0;
 let asked = 0; // counts what was asked for: reading the mask takes a moment, and may be overtaken
+let tryAgain = makeNow; // what the button beside an error does
 
 const form = new Form(formChanged);
 const result = new Result();
@@ -47,6 +48,7 @@ async function ask({ delay = false, keep = false, again = false } = {}) {
   newest.stop();
   clearTimeout(settling);
   if (!again) tries = 0;
+  tryAgain = makeNow;
   result.stale(result.shown !== null);
   let order;
   try {
@@ -116,7 +118,10 @@ function failed(order, error) {
   tries += 1;
   const again = error instanceof ServiceError && error.retryAfter !== null && tries < MOST_TRIES;
   if (error.code === "unreachable") service("down");
+  const wasStale = result.isStale;
   showError(error, again ? " The page tries again by itself." : "");
+  if (order.refined) result.stale(wasStale); // the draft is what it was
+  tryAgain = order.refined ? refine : makeNow;
   if (!again) return;
   newest.request(order, error.retryAfter * 1000);
   byId("stop").disabled = false;
@@ -289,7 +294,7 @@ byId("controls").addEventListener("submit", (event) => {
 byId("refine").addEventListener("click", refine);
 byId("dice").addEventListener("click", newSeed);
 byId("stop").addEventListener("click", stop);
-byId("retry").addEventListener("click", makeNow);
+byId("retry").addEventListener("click", () => tryAgain());
 byId("live").addEventListener("change", () => { if (byId("live").checked) ask({ delay: true }); });
 byId("prompt").addEventListener("keydown", (event) => {
   // While a Japanese or Chinese word is composed, Enter chooses its characters.
