@@ -86,6 +86,7 @@ function formChanged(what) {
     ask({ delay: true });
     return;
   }
+  if (newest.active) hideError(); // it may say that the page tries again by itself
   newest.stop();
   asked += 1;
   result.stale(result.shown !== null);
@@ -284,6 +285,7 @@ function newSeed() {
 function stop() {
   asked += 1;
   newest.stop();
+  hideError(); // it may say that the page tries again by itself
   say("Stopped.");
 }
 
@@ -310,7 +312,6 @@ addEventListener("keydown", (event) => {
     else newSeed();
   } else if (event.key === "Escape" && (newest.active || !byId("error").hidden)) {
     stop();
-    hideError();
   }
 });
 byId("download").addEventListener("click", (event) => {

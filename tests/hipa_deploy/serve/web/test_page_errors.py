@@ -127,6 +127,29 @@ def test_a_busy_service_is_asked_again_when_it_says(page: Any) -> None:
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize("how", ["the button", "another prompt"])
+def test_what_is_stopped_is_not_tried_again(page: Any, how: str) -> None:
+    asked: list[Any] = []
+
+    def answer(route: Any) -> None:
+        asked.append(route)
+        route.fulfill(status=429, headers={"retry-after": "2"}, json={"error": {"message": "No."}})
+
+    page.route("**/hipa/generate", answer)
+    page.uncheck("#live")
+    page.fill("#prompt", PROMPT)
+    page.keyboard.press("Enter")
+    assert error_of(page).endswith("The page tries again by itself.")
+    if how == "the button":
+        page.click("#stop")
+    else:
+        page.fill("#prompt", "a red apple")
+    page.wait_for_selector("#error", state="hidden")
+    before = len(asked)
+    page.wait_for_timeout(2500)
+    assert len(asked) == before
+
+
 def test_an_answer_that_is_not_the_services(page: Any) -> None:
     page.route("**/hipa/generate", lambda route: route.fulfill(status=502, body="<h1>Bad</h1>"))
     page.fill("#prompt", PROMPT)
