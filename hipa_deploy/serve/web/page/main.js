@@ -117,7 +117,9 @@ async function done(order, made) {
 function failed(order, error) {
   if (error.name === "AbortError") return;
   tries += 1;
-  const again = error instanceof ServiceError && error.retryAfter !== null && tries < MOST_TRIES;
+  // A large model takes minutes to load, and then makes the image that was asked for.
+  const patient = tries < MOST_TRIES || error.code === "not_ready";
+  const again = error instanceof ServiceError && error.retryAfter !== null && patient;
   if (error.code === "unreachable") service("down");
   const wasStale = result.isStale;
   showError(error, again ? " The page tries again by itself." : "");

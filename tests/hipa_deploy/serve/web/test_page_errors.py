@@ -127,6 +127,27 @@ def test_a_busy_service_is_asked_again_when_it_says(page: Any) -> None:
     assert len(asked) == 2
 
 
+def test_what_is_asked_while_the_models_load_is_made_when_they_have(page: Any) -> None:
+    """The refusal is the service's own, but for its five seconds: a model may take minutes."""
+    refusal = {"message": "The service is loading its models.", "code": "not_ready"}
+    asked: list[Any] = []
+
+    def answer(route: Any) -> None:
+        asked.append(route)
+        if len(asked) > 8:
+            route.continue_()
+            return
+        route.fulfill(status=503, headers={"retry-after": "0"}, json={"error": refusal})
+
+    page.route("**/hipa/generate", answer)
+    page.uncheck("#live")
+    page.fill("#prompt", PROMPT)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#history button")
+    page.wait_for_selector("#error", state="hidden")
+    assert len(asked) == 9
+
+
 @pytest.mark.parametrize("how", ["the button", "another prompt"])
 def test_what_is_stopped_is_not_tried_again(page: Any, how: str) -> None:
     asked: list[Any] = []
