@@ -363,15 +363,18 @@ async function offerModels() {
 
 /** Say that the models load, and when they have. */
 async function untilReady() {
-  for (;;) {
-    if (form.models.every((model) => model.ready)) break;
-    service("loading", "Loading the models…");
+  let answers = true;
+  while (!form.models.every((model) => model.ready)) {
+    if (answers) service("loading", "Loading the models…");
     await new Promise((resolve) => setTimeout(resolve, 1000));
     try {
       const { models } = await getJson("hipa/models");
       form.models = models;
+      answers = true;
     } catch (error) {
-      if (error.code === "unreachable") service("down");
+      // Until it answers again: one that cannot load its models has ended.
+      answers = error.code !== "unreachable";
+      if (!answers) service("down");
     }
   }
   service("ready");

@@ -127,6 +127,38 @@ def test_a_busy_service_is_asked_again_when_it_says(page: Any) -> None:
     assert len(asked) == 2
 
 
+def test_a_service_that_ends_while_it_loads(page: Any, server: Server) -> None:
+    state = "loading"
+
+    def answer(route: Any) -> None:
+        if state == "gone":
+            route.abort()
+            return
+        content = route.fetch().json()
+        for model in content["models"]:
+            model["ready"] = state == "ready"
+        route.fulfill(json=content)
+
+    page.route("**/hipa/models", answer)
+    page.reload()
+    page.wait_for_selector("#service[data-state=loading]")
+    state = "gone"
+    page.wait_for_selector("#service[data-state=down]")
+    # Without a moment in which it seems to load, between two questions a second apart.
+    page.evaluate(
+        """() => {
+          window.states = [];
+          const line = document.querySelector("#service");
+          new MutationObserver(() => window.states.push(line.dataset.state))
+            .observe(line, { attributes: true });
+        }"""
+    )
+    page.wait_for_timeout(2200)
+    assert "loading" not in page.evaluate("window.states")
+    state = "ready"
+    page.wait_for_selector("#service[data-state=ready]")
+
+
 def test_what_is_asked_while_the_models_load_is_made_when_they_have(page: Any) -> None:
     """The refusal is the service's own, but for its five seconds: a model may take minutes."""
     refusal = {"message": "The service is loading its models.", "code": "not_ready"}
