@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +129,25 @@ def test_auto_names_a_faster_backend(
     assert "note" not in notes("--backend", "onnxruntime", "--force")
     monkeypatch.setattr(faster, lambda: None)
     assert "note" not in notes("--force")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into Linux's cache")
+@pytest.mark.parametrize("chosen", ["", "0"])
+def test_onnx_runtime_sends_nothing(tmp_path: Path, chosen: str) -> None:
+    """With telemetry it keeps an identifier of the machine, before anything is sent."""
+    environment = {**os.environ, "HOME": str(tmp_path), "HIPA_CACHE": str(tmp_path / "ours")}
+    # ONNX Runtime sends nothing from its own tests and from a continuous integration either.
+    for name in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "CI", "GITHUB_ACTIONS"):
+        environment.pop(name, None)
+    if chosen:
+        environment["ORT_DISABLE_TELEMETRY"] = chosen
+    code = "import hipa_deploy, os, onnxruntime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip() == (chosen or "1")
+    if not chosen:
+        assert list(tmp_path.rglob("*")) == []
 
 
 def test_verify_and_no_cache_give_the_same_image(tmp_path: Path) -> None:
