@@ -96,6 +96,26 @@ def test_words_of_another_program_are_said_to_be_text(
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("prompts", "is_told"),
+    [
+        (["a", "red", "pear"], True),
+        (["pear", "apple"], False),
+        (["pear", "apple", "a boat"], False),
+    ],
+)
+def test_words_that_lack_their_quotation_marks(
+    prompts: list[str], is_told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tiny_bundles(tmp_path)["tiny"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", str(bundle.root), *prompts, "--out", str(tmp_path / "images")])
+    assert not stopped.value.code
+    told = 'note: 3 prompts of one word each. As one prompt: "a red pear"'
+    assert (told in capsys.readouterr().err) == is_told
+    assert len(list((tmp_path / "images").iterdir())) == len(prompts)
+
+
 @pytest.mark.parametrize(("prompt", "is_told"), [("a pear, DIM", True), ("a pear, Dim", False)])
 def test_an_embeddings_word_in_other_capitals(
     prompt: str, is_told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
