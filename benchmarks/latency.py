@@ -24,7 +24,6 @@ says so. Every image has a new prompt, except where the name says that its conte
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import platform
@@ -121,11 +120,12 @@ def optimum(model: Path, work: Path) -> Image:
 
 def openvino(model: Path, work: Path) -> Image:
     """OpenVINO on this toolkit's graphs, tokenizer and noise, so that only the runtime differs."""
-    ov = importlib.import_module("openvino")
     from hipa_deploy.bundle.folder import Bundle
+    from hipa_deploy.engines.backends.openvino_runner import load_openvino
     from hipa_deploy.generate.noise import initial_noise
     from hipa_deploy.generate.tokenizer import PromptTokenizer
 
+    ov = load_openvino()
     bundle = Bundle.open(work / "full")
     core = ov.Core()
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}

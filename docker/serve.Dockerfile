@@ -2,8 +2,11 @@
 # of the repository:
 #
 #   docker build -f docker/serve.Dockerfile -t hipa-serve .
-#   docker run --rm -p 127.0.0.1:8000:8000 -e HIPA_API_KEYS="$(openssl rand -hex 16)" \
+#   openssl rand -hex 16 > key.txt
+#   docker run --rm -p 127.0.0.1:8000:8000 -e HIPA_API_KEYS="$(cat key.txt)" \
 #     hipa-serve hipa-serve emoji --host 0.0.0.0
+#
+# Its page and its clients then need the key in key.txt.
 #
 # docker/compose.yml starts it together with Prometheus. `docker stop` sends SIGTERM: the service ends
 # after the requests that it has accepted, for which docker waits 10 seconds unless --stop-timeout
@@ -26,7 +29,8 @@ COPY train train
 ARG EXTRA=openvino
 RUN pip install --no-cache-dir -c constraints.txt ".[serve,${EXTRA}]"
 
-# A service needs no rights: it reads its bundles, and writes nothing.
+# A service needs no rights: it reads its bundles, and writes nothing but uploads of more than 1 MiB
+# into /tmp, for as long as their request takes. With `docker run --read-only` give it --tmpfs /tmp.
 RUN useradd --system --no-create-home hipa
 USER hipa
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.errors import HipaError
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.generate.pipeline import OneStepPipeline
 
+# From 1.29 on, ONNX Runtime's packages send events to Microsoft (the processor, names and hashes of
+# models) and keep an identifier of the machine in ~/.cache/Microsoft. It looks for this variable
+# when it is imported: https://github.com/microsoft/onnxruntime/pull/27379. A value of the user's
+# own stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 install()
 __version__ = "0.1.0"
 __all__ = ["Bundle", "HipaError", "OneStepPipeline", "__version__"]

@@ -19,6 +19,9 @@ from typing import Any
 # compare bit for bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# As hipa_deploy sets it: some tests import ONNX Runtime before.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 # No test reads or changes the user's cache. Workers of pytest-xdist inherit the folder.
 if "HIPA_CACHE" not in os.environ:
     os.environ["HIPA_CACHE"] = tempfile.mkdtemp(prefix="hipa-tests-")

@@ -11,6 +11,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -91,6 +92,15 @@ def test_03_a_web_server(folder: Path, environment: dict[str, str]) -> None:
         with urllib.request.urlopen(address + query, timeout=60) as answer:
             assert answer.headers["Content-Type"] == "image/png"
             picture(BytesIO(answer.read()))
+
+        def ask(seed: int) -> bytes:
+            url = f"{address}/?prompt=3d+emoji+of+a+red+apple&seed={seed}"
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                return answer.read()
+
+        with ThreadPoolExecutor(4) as pool:
+            at_once = list(pool.map(ask, [0, 1] * 4))
+        assert at_once == [ask(0), ask(1)] * 4
         for wrong in ("/", "/?prompt=apple&seed=much", "/?prompt=apple&seed=-1"):
             with pytest.raises(urllib.error.HTTPError, match="400"):
                 urllib.request.urlopen(address + wrong, timeout=60)

@@ -136,7 +136,7 @@ class CompiledStage:
         _warned.add(self._not_kept)
         warnings.warn(
             f"compiled stages cannot be kept ({self._not_kept}): every start compiles them again. "
-            "Set HIPA_CACHE to a folder that can be written, or leave it so with --no-cache.",
+            "Set HIPA_CACHE to a folder that can be written.",
             HipaWarning,
             stacklevel=2,
         )

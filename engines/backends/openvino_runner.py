@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ from hipa_deploy.generate.runner import ClosesAtExit, check_inputs, check_output
 # The precision that a backend computes in. OpenVINO itself would choose bfloat16 wherever that is
 # fast. FP16 weights stay FP16 in memory and compute in FP32, as in ONNX Runtime.
 _PRECISION = {"openvino": "f32", "openvino-bf16": "bf16"}
+_TELEMETRY = "openvino_telemetry"
 
 
 class OpenVinoRunner(ClosesAtExit):
@@ -128,13 +130,19 @@ def _is_kept(
 
 
 def load_openvino() -> ModuleType:
-    """Import OpenVINO.
+    """Import OpenVINO, without what sends its telemetry.
+
+    Its import alone sends an event to Google Analytics and keeps an identifier in ``~/intel``,
+    unless openvino_telemetry cannot be imported (``openvino/tools/ovc/__init__.py`` and
+    ``telemetry_utils.py`` of 2026.4). No variable turns that off.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
         HipaError: OpenVINO is installed and does not load.
 
     """
+    before = sys.modules.get(_TELEMETRY)
+    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # Python's way to forbid an import
     try:
         return importlib.import_module("openvino")
     except ModuleNotFoundError:
@@ -143,6 +151,11 @@ def load_openvino() -> ModuleType:
         raise HipaError(
             f"openvino does not load ({error}). Run: pip install --force-reinstall openvino"
         ) from None
+    finally:
+        # Other libraries of a user's program may want it.
+        sys.modules.pop(_TELEMETRY, None)
+        if before is not None:
+            sys.modules[_TELEMETRY] = before
 
 
 _ONE_CORE = threading.Lock()

@@ -106,6 +106,10 @@ def new_job(
     """
     if not 1 <= shard_size <= MAX_SHARD:
         raise HipaError(f"--shard-size is {shard_size}. Expected 1 to {MAX_SHARD}.")
+    if not prompts.is_file():
+        # Before pyarrow is looked for: where both are missing, this is the first mistake.
+        state = "is no file" if prompts.exists() else "does not exist"
+        raise HipaError(f"prompts {prompts} {state}. Expected a .parquet file.")
     marks = file_marks(prompts)
     with _readable(prompts):
         file = _parquet().ParquetFile(prompts)

@@ -51,6 +51,17 @@ def note_syntax(bundle: Bundle, prompts: list[str], asked: bool | None) -> None:
         _note_text(next(filter(None, spelled), None), remedy)
 
 
+def note_unquoted(prompts: list[str]) -> None:
+    """Say so where a prompt of several words probably lacks its quotation marks.
+
+    The shell then hands each word over as a prompt of its own, and each becomes an image.
+    """
+    if len(prompts) > 2 and not any(len(prompt.split()) > 1 for prompt in prompts):
+        joined = " ".join(prompts)
+        text = f'note: {len(prompts)} prompts of one word each. As one prompt: "{joined}"'
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _note_text(found: str | None, remedy: str) -> None:
     if found:
         text = f"note: {found!r} is read as text. {remedy}"
@@ -184,6 +195,7 @@ def make_images(
         batches = iter(stream)
         # A prompt that is refused is one line, without the notes.
         first = next(batches)
+        note_unquoted(prompts)
         warn_of_unknown(pipe.bundle.root, prompts)
         note_syntax(pipe.bundle, prompts, prompt_weights)
         write_images(chain([first], batches), paths, files, out=out, force=force, watch=watch)

@@ -330,14 +330,19 @@ def read_record(path: Path, model: type[Model], remedy: str, *, max_bytes: int =
     return validated(model, data, path, remedy)
 
 
-def read_text(path: Path, *, max_bytes: int) -> str:
+def read_text(path: Path, *, max_bytes: int, remedy: str = "") -> str:
     """The text of a file in UTF-8, without the mark that some editors put first.
+
+    Args:
+        path: of the file.
+        max_bytes: a larger file is not read.
+        remedy: what a user may do where it is missing; empty for that of a bundle.
 
     Raises:
         HipaError: as ``read_bytes``; or it is not UTF-8.
 
     """
     try:
-        return read_bytes(path, max_bytes).decode("utf-8-sig")
+        return read_bytes(path, max_bytes, remedy).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise HipaError(f"{path} cannot be read: it is not UTF-8 (byte {error.start}).") from None

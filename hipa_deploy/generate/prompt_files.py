@@ -131,7 +131,8 @@ def check_prompt_file(path: Path) -> None:
     except (OSError, ValueError) as error:  # a character that no file name has is a ValueError
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise HipaError(
-            f"prompts {path} cannot be read: {reason}. Give a file of prompts (--prompts)."
+            f"prompts {path} cannot be read: {reason}. Expected text with one prompt a line, .csv, "
+            ".tsv, .parquet or a folder of datasets."
         ) from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise HipaError(f"prompts {path} is a pipe or a device. Expected a file of prompts.")

@@ -73,4 +73,8 @@ BODY_SECONDS = 30.0  # for the body of a request to arrive, and longer as it arr
 BODY_RATE = 64 * 1024
 HEAD_SECONDS = 10.0  # for the head of a request to arrive
 ANSWER_SECONDS = 60.0  # for a client to take a part of the answer
+# For the next request on a connection. A proxy that keeps its connections for longer sends a
+# request now and then on one that is just being closed, and answers 502. nginx and AWS's load
+# balancer keep them for 60 seconds, Caddy for 120.
+KEEP_SECONDS = 125
 """Limits that nobody has asked to change."""

@@ -28,6 +28,7 @@ from hipa_deploy.serve.cluster.ray_replicas import RayReplicas, bundle_deploymen
 from hipa_deploy.serve.served import Models, check_start
 from hipa_deploy.serve.settings import Limits
 from hipa_deploy.serve.web.api_keys import read_keys
+from hipa_deploy.serve.web.guard import check_names
 from hipa_deploy.serve.web.request_log import set_up_logs
 from hipa_deploy.serve.web.web_app import web_app
 
@@ -165,12 +166,14 @@ def application(args: Mapping[str, Any]) -> Application:
         args: the fields of ``Arguments``.
 
     Raises:
-        HipaError: no bundle, an unknown backend, or a number out of range.
+        HipaError: no bundle, an unknown backend, a number out of range, or a host or an origin that
+            no request can have.
 
     """
     require("serve", "ray")
     # Ray would build the record itself, but not from an annotation that is a text, as ours are.
     arguments = Arguments.model_validate(args)
+    check_names(arguments.allow_host, arguments.allow_origin)
     settings = arguments.settings()
     settings.check_backend(arguments.backend)
     limits = arguments.limits()

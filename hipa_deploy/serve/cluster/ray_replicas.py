@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,6 +151,9 @@ def join_ray(address: str) -> None:
     """
     import ray
 
+    if address == "local":
+        # Of a cluster that others started, its owner has decided.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         # What actors print would break the lines of JSON on the standard error.
         with keeping_handlers():

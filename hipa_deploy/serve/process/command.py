@@ -144,12 +144,14 @@ def serve(
     from hipa_deploy.disk.reading import MIB
     from hipa_deploy.marks.content_credentials import ContentSigner
     from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings, replicas_from
-    from hipa_deploy.serve.process.server import run_server
+    from hipa_deploy.serve.process.server import check_address, run_server
     from hipa_deploy.serve.served import check_start
     from hipa_deploy.serve.service import ImageService
     from hipa_deploy.serve.settings import Limits
     from hipa_deploy.serve.web.api_keys import read_keys
+    from hipa_deploy.serve.web.guard import check_names
 
+    check_names(allow_host or [], allow_origin or [])
     limits = Limits(
         queue=queue,
         images=images,
@@ -184,6 +186,8 @@ def serve(
     if ray is None:
         service = ImageService(models, limits, signer)
     else:
+        # Before the cluster, which takes a while to start.
+        check_address(host, port)
         service = _cluster_service(models, limits, signer, c2pa, settings, backend, ray)
     run_server(
         service,

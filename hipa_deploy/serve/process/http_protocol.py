@@ -25,8 +25,10 @@ from hipa_deploy.serve.web.guard import GIVE_UP, PLACE
 class PunctualProtocol(H11Protocol):
     """Closes a connection whose next request's head is not complete after ``HEAD_SECONDS``.
 
-    Half a head is answered with 408. A connection without a byte is closed in silence: browsers
-    open some before they need them, and would take the answer for that of their next request.
+    One on which nothing has begun since its last answer is kept for uvicorn's keep-alive time,
+    which may be longer. Half a head is answered with 408. A connection without a byte is closed in
+    silence: browsers open some before they need them, and would take the answer for that of their
+    next request.
     One whose client takes nothing of an answer is dropped after ``ANSWER_SECONDS`` to twice that.
     A class of ``protocol_with`` also asks a doorkeeper before it parses a request.
     """
@@ -65,6 +67,14 @@ class PunctualProtocol(H11Protocol):
             # ASGI lets servers add keys of their own; uvicorn's type knows the standard's alone.
             self.scope[GIVE_UP] = self._give_up  # type: ignore[literal-required]
 
+    def on_response_complete(self) -> None:
+        """Wait no longer than for any head where a part of the next request has come already."""
+        super().on_response_complete()
+        answered = self.cycle is None or self.cycle.response_complete
+        begun = self.conn.their_state is not h11.IDLE or bool(self.conn.trailing_data[0])
+        if answered and begun and not self.transport.is_closing():
+            self._watch()
+
     def resume_writing(self) -> None:
         """Note that the client has taken a part of its answer."""
         self._left = 0
@@ -77,6 +87,8 @@ class PunctualProtocol(H11Protocol):
             self._unwanted -= thrown_away
             data = data[thrown_away:]
             if not data:
+                if not self._unwanted:
+                    self._keep()
                 return
         place = None
         if self._is_idle():
@@ -122,8 +134,19 @@ class PunctualProtocol(H11Protocol):
         self.transport.write(refusal)
         # The connection stays open: a client that tries again need not connect again.
         self._stop_watching()
-        self._watch()
+        if self._unwanted:
+            self._watch()
+        else:
+            self._keep()
         return True
+
+    def _keep(self) -> None:
+        """Keep a connection on which nothing has begun, as uvicorn does after an answer."""
+        self._stop_watching()
+        seconds = self.timeout_keep_alive
+        self.timeout_keep_alive_task = self.loop.call_later(
+            seconds, self.timeout_keep_alive_handler
+        )
 
     def _leave(self) -> None:
         """Whatever became of the latest request, it is not on its way any more."""

@@ -19,6 +19,7 @@ from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.process.doorkeeper import Doorkeeper
 from hipa_deploy.serve.process.http_protocol import protocol_with
 from hipa_deploy.serve.service import ImageService
+from hipa_deploy.serve.settings import KEEP_SECONDS
 from hipa_deploy.serve.web.request_log import log, set_up_logs
 from hipa_deploy.serve.web.web_app import image_paths, web_app
 
@@ -88,6 +89,7 @@ def run_server(
         server_header=False,
         lifespan="off",
         backlog=_BACKLOG,
+        timeout_keep_alive=KEEP_SECONDS,
         timeout_graceful_shutdown=round(service.limits.seconds) + _STOP_SECONDS,
     )
     _more_files()
@@ -156,6 +158,20 @@ def _collect_less() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_COLLECT_AFTER, *gc.get_threshold()[1:])
+
+
+def check_address(host: str, port: int) -> None:
+    """Check that this process can listen at an address, and do not go on to.
+
+    Args:
+        host: name or address.
+        port: 0 is any free one.
+
+    Raises:
+        HipaError: the address is not this machine's, or is taken.
+
+    """
+    _listen(host, port).close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -62,7 +62,14 @@ def chosen_model(service: ImageService, name: str | None, tasks: Sequence[str]) 
         fitting = service.models.for_task(*tasks)
         if len(fitting) == 1:
             return fitting[0]
-        names = ", ".join(model.name for model in fitting) or "none"
+        if not fitting:
+            raise ApiError(
+                404,
+                f"No model here is to {' or '.join(tasks)}. GET /hipa/models lists what there is.",
+                "model_not_found",
+                param="model",
+            )
+        names = ", ".join(model.name for model in fitting)
         raise ApiError(
             400,
             f"Name a model. For this request there are: {names}.",

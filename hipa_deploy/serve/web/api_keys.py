@@ -24,12 +24,22 @@ def read_keys(path: Path | None) -> list[str]:
         path: the file; None reads the variable alone.
 
     Raises:
-        HipaError: the file cannot be read or has no key, or a key is too short or no plain text.
+        HipaError: the file cannot be read; the file, or the variable where it is set, has no key;
+            or a key is too short or no plain text.
 
     """
-    keys = [key.strip() for key in os.environ.get(VARIABLE, "").split(",") if key.strip()]
+    of_variable = os.environ.get(VARIABLE)
+    keys = [key.strip() for key in (of_variable or "").split(",") if key.strip()]
+    # A secret that did not arrive must not open the service to everybody.
+    if of_variable is not None and not keys:
+        raise HipaError(
+            f"the variable {VARIABLE} is set, and has no API key. Write one key or several, with "
+            "commas between; or unset it."
+        )
     if path is not None:
-        lines = [line.strip() for line in read_text(path, max_bytes=MIB).splitlines()]
+        remedy = "Expected a file with API keys, one a line."
+        text = read_text(path, max_bytes=MIB, remedy=remedy)
+        lines = [line.strip() for line in text.splitlines()]
         of_file = [line for line in lines if line and not line.startswith("#")]
         if not of_file:
             raise HipaError(f"{path} has no API key. Write one a line.")

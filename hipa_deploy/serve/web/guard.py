@@ -6,11 +6,13 @@ It is ASGI itself, because nothing of a request may be parsed before it was let 
 from __future__ import annotations
 
 import ipaddress
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.settings import ANSWER_SECONDS, BODY_RATE, BODY_SECONDS, JSON_BODY
 from hipa_deploy.serve.time_limit import LateError, TimeLimit
@@ -30,6 +32,9 @@ GIVE_UP = "hipa.give_up"  # in a scope: drops the connection, where the server c
 _DRAINED = 256 * 1024 * 1024  # bytes of a refused body that are read and thrown away
 _DRAIN_SECONDS = 10.0
 _MOST_HEADERS = 32 * 1024  # bytes
+_HOST = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?\.?", re.ASCII | re.IGNORECASE)
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+/?", re.ASCII | re.IGNORECASE)
+_USUAL_PORTS = {"http": ":80", "https": ":443"}  # that browsers leave out of an Origin
 
 
 class Guard:
@@ -352,9 +357,45 @@ def _patient(scope: Scope, send: Send) -> Send:
     return limited
 
 
+def check_names(hosts: Iterable[str], origins: Iterable[str]) -> None:
+    """Check the names that the owner of a service gave: one that no request has lets nobody in.
+
+    Args:
+        hosts: as ``Guard`` takes them.
+        origins: as ``Guard`` takes them.
+
+    Raises:
+        HipaError: a host with a scheme, a port or a path; an origin without a scheme, with a path,
+            or '*'.
+
+    """
+    for host in hosts:
+        if host != ANY and not _HOST.fullmatch(host) and not _is_number(host.strip("[]")):
+            raise HipaError(
+                f"--allow-host is {brief(host)}. Expected a name alone, without http:// and "
+                "without a port, such as gpu-box; or '*' for all names."
+            )
+    for origin in origins:
+        if origin == ANY:
+            raise HipaError(
+                "--allow-origin is '*'. Then each page that a user of this service opens could use "
+                "it. Name each site, such as https://example.org."
+            )
+        if origin != "null" and not _ORIGIN.fullmatch(origin):
+            raise HipaError(
+                f"--allow-origin is {brief(origin)}. Expected a scheme and a host, with a port "
+                "where the site has one, and no path: https://example.org, http://localhost:3000."
+            )
+
+
 def as_sent(origin: str) -> str:
-    """An origin that the owner gave, as browsers send it: in small letters, without a slash."""
-    return origin.lower().rstrip("/")
+    """An origin that the owner gave, as browsers send it.
+
+    It is in small letters, and has neither a slash at its end nor the usual port of its scheme.
+    """
+    origin = origin.lower().rstrip("/")
+    scheme = origin.partition("://")[0]
+    return origin.removesuffix(_USUAL_PORTS.get(scheme, "/"))
 
 
 def _host_name(host: str) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
@@ -15,6 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from hipa_deploy.serve.service import GoneError
 from hipa_deploy.serve.web.api_errors import ApiError, validation_error
+from hipa_deploy.serve.web.request_log import log
 
 Fields = TypeVar("Fields", bound=BaseModel)
 
@@ -63,7 +66,7 @@ class Form:
         files: names that a file may have in it.
 
     Raises:
-        ApiError: no such form, or a file of another name.
+        ApiError: no such form, a file of another name, or one that there is no space for.
 
     """
 
@@ -95,6 +98,17 @@ class Form:
             raise
         except (MultiPartException, ValueError, KeyError, UnicodeError, LookupError):
             raise ApiError(400, "The form cannot be read.", "invalid_form") from None
+        except OSError as error:
+            # A file of more than 1 MiB is kept in the system's folder for such files.
+            log(
+                "upload cannot be kept",
+                logging.ERROR,
+                reason=str(error),
+                remedy=f"free some space in {tempfile.gettempdir()}, or set TMPDIR",
+            )
+            raise ApiError(
+                500, "The upload cannot be kept. The service's log says why.", "upload_failed"
+            ) from None
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -107,13 +121,21 @@ class Form:
         """The fields that are no files.
 
         Raises:
-            ApiError: a field is wrong, unknown, or there twice.
+            ApiError: a field is wrong, unknown, there twice, or text in place of a file.
 
         """
         data: dict[str, str] = {}
         for name, value in self._data.multi_items():
             if isinstance(value, UploadFile):
                 continue
+            if name in self._names:
+                # What curl sends where the sign @ was forgotten.
+                raise ApiError(
+                    400,
+                    f"{name}: got text. Expected a file; with curl: -F {name}=@FILE.",
+                    "invalid_value",
+                    param=name,
+                )
             if name in data:
                 raise ApiError(400, "A field is there twice.", "invalid_value", param=name[:100])
             data[name] = value

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
 import time
 import uuid
+import warnings
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TextIO
 
+from hipa_deploy.errors import HipaWarning
 from hipa_deploy.serve.serve_metrics import ServeMetrics
-from hipa_deploy.serve.web.guard import App, Message, Receive, Scope, Send
+from hipa_deploy.serve.web.api_errors import ApiError
+from hipa_deploy.serve.web.guard import GIVE_UP, App, Message, Receive, Scope, Send
 
 LOG = logging.getLogger("hipa.serve")
 
@@ -39,13 +43,28 @@ def set_up_logs() -> None:
     """Send what this program, uvicorn and Python's warnings say through ``JsonLines``."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    logging.captureWarnings(True)
+    warnings.showwarning = _log_warning
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     LOG.setLevel(logging.INFO)
     # It writes what a broken form holds.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Write a warning as an event: ours in their own words, a library's with its place."""
+    facts = {} if issubclass(category, HipaWarning) else {"warning": category.__name__}
+    if facts:
+        facts["place"] = f"{filename}:{lineno}"
+    log(str(message), logging.WARNING, **facts)
 
 
 def log(event: str, level: int = logging.INFO, **facts: Any) -> None:
@@ -87,6 +106,16 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, watched)
+        except asyncio.CancelledError:
+            if GIVE_UP not in scope:
+                raise  # another server's: it may have its own reason, and waits for this
+            # Ours ends without waiting any longer: at a second Ctrl-C, or after its limit.
+            stopping = ApiError(503, "The service is stopping.", "stopping")
+            scope["error"] = stopping.code
+            if not status:
+                await stopping.response()(scope, receive, watched)
+            else:
+                scope[GIVE_UP]()
         finally:
             seconds = time.perf_counter() - started
             # The route as this program writes it, never the path as it was asked for.

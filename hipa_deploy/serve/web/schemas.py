@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from hipa_deploy.generate.noise import SEED_LIMIT
 from hipa_deploy.generate.pipeline import DEFAULT_FEATHER
@@ -73,6 +80,22 @@ class OpenAiFields(Fields):
     stream: bool | None = None
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
     input_fidelity: Literal["low", "high"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_asks_for_nothing(cls, data: Any) -> Any:
+        """Leave out null of fields that are unknown here: OpenAI adds some with every model.
+
+        Its clients send them where a program passes None. Of 2026 are ``frame_count``,
+        ``frame_duration_ms`` and ``svg``.
+        """
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value
+            for name, value in data.items()
+            if value is not None or name in cls.model_fields
+        }
 
 
 class OwnFields(Fields):

@@ -15,7 +15,7 @@ from hipa_deploy.serve.service import GoneError, ImageService
 from hipa_deploy.serve.web import openai_routes, own_routes, page_routes
 from hipa_deploy.serve.web.answering import DirectRoute
 from hipa_deploy.serve.web.api_errors import ApiError, error_response
-from hipa_deploy.serve.web.guard import Guard, as_sent
+from hipa_deploy.serve.web.guard import Guard, as_sent, check_names
 from hipa_deploy.serve.web.request_log import LOG, RequestLog
 
 
@@ -38,12 +38,16 @@ def web_app(
         log_prompts: write prompts to the log.
         arrivals: of the service, where the server before the application counts them too.
 
+    Raises:
+        HipaError: a host or an origin that no request can have.
+
     Example:
         >>> service = ImageService(Models(["emoji"]), Limits())
         >>> service.load("auto")
         >>> app = web_app(service)
 
     """
+    check_names(hosts, origins)
     # No pages of documentation: they would load scripts from another host.
     # No redirections either: behind a proxy with TLS they would lead to plain HTTP.
     app = FastAPI(title="hipa-deploy", docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -72,6 +76,9 @@ def web_app(
             allow_methods=["GET", "POST"],
             # What the browser asks for: OpenAI's client for JavaScript sends a dozen of its own.
             allow_headers=["*"],
+            # Chromium before 142 asks for it where a public site calls a machine of a private
+            # network. Without it Starlette answers 400 to the whole question.
+            allow_private_network=True,
             expose_headers=["x-request-id", "x-hipa-seed", "server-timing", "retry-after"],
         )
     return _with_head(RequestLog(guarded, service.metrics))

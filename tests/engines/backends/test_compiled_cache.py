@@ -233,7 +233,7 @@ def test_a_cache_that_cannot_be_written_costs_one_warning(
     else:
         monkeypatch.setattr(compiled_cache, "free_bytes", lambda _: 0)
     expected = run(bundle, backend, "none")
-    with pytest.warns(HipaWarning, match=r"compiled stages cannot be kept .* --no-cache"):
+    with pytest.warns(HipaWarning, match=r"compiled stages cannot be kept .* Set HIPA_CACHE"):
         np.testing.assert_array_equal(run(bundle, backend), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,3 +163,21 @@ def test_eight_threads_that_come_first_get_one_core():
     library = Library()
     assert len(set(in_threads(lambda number: core(library)))) == 1
     assert library.made == 1
+
+
+def test_its_import_sends_nothing(tmp_path: Path) -> None:
+    """With telemetry it makes an identifier of the machine at once, and sends it with an event."""
+    pytest.importorskip("openvino")
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    # OpenVINO sends nothing from a continuous integration.
+    for name in ("CI", "TF_BUILD", "JENKINS_URL"):
+        environment.pop(name, None)
+    code = (
+        "import os; from hipa_deploy.engines.backends.openvino_runner import load_openvino\n"
+        "load_openvino(); load_openvino()\n"
+        "import openvino_telemetry  # which others may still import\n"
+        "os._exit(0)  # without waiting for a sender\n"
+    )
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    assert list(tmp_path.rglob("*")) == []

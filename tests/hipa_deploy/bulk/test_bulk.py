@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,16 @@ def test_a_table_that_is_changed_before_it_is_hashed_is_no_job(
     monkeypatch.setattr("hipa_deploy.bulk.bulk_job.check_seeds", changes)
     with pytest.raises(HipaError, match="was changed while it was read"):
         new_job(bundles["tiny"].root, path, backend="onnxruntime")
+
+
+def test_a_table_that_is_missing_is_said_before_a_library(
+    bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(HipaError, match=r"none\.parquet does not exist. Expected a \.parquet file"):
+        new_job(bundles["tiny"].root, tmp_path / "none.parquet", backend="onnxruntime")
+    with pytest.raises(HipaError, match="is no file"):
+        new_job(bundles["tiny"].root, tmp_path, backend="onnxruntime")
 
 
 def test_another_job_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +96,26 @@ def test_words_of_another_program_are_said_to_be_text(
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("prompts", "is_told"),
+    [
+        (["a", "red", "pear"], True),
+        (["pear", "apple"], False),
+        (["pear", "apple", "a boat"], False),
+    ],
+)
+def test_words_that_lack_their_quotation_marks(
+    prompts: list[str], is_told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tiny_bundles(tmp_path)["tiny"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", str(bundle.root), *prompts, "--out", str(tmp_path / "images")])
+    assert not stopped.value.code
+    told = 'note: 3 prompts of one word each. As one prompt: "a red pear"'
+    assert (told in capsys.readouterr().err) == is_told
+    assert len(list((tmp_path / "images").iterdir())) == len(prompts)
+
+
 @pytest.mark.parametrize(("prompt", "is_told"), [("a pear, DIM", True), ("a pear, Dim", False)])
 def test_an_embeddings_word_in_other_capitals(
     prompt: str, is_told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -126,6 +149,25 @@ def test_auto_names_a_faster_backend(
     assert "note" not in notes("--backend", "onnxruntime", "--force")
     monkeypatch.setattr(faster, lambda: None)
     assert "note" not in notes("--force")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into Linux's cache")
+@pytest.mark.parametrize("chosen", ["", "0"])
+def test_onnx_runtime_sends_nothing(tmp_path: Path, chosen: str) -> None:
+    """With telemetry it keeps an identifier of the machine, before anything is sent."""
+    environment = {**os.environ, "HOME": str(tmp_path), "HIPA_CACHE": str(tmp_path / "ours")}
+    # ONNX Runtime sends nothing from its own tests and from a continuous integration either.
+    for name in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "CI", "GITHUB_ACTIONS"):
+        environment.pop(name, None)
+    if chosen:
+        environment["ORT_DISABLE_TELEMETRY"] = chosen
+    code = "import hipa_deploy, os, onnxruntime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip() == (chosen or "1")
+    if not chosen:
+        assert list(tmp_path.rglob("*")) == []
 
 
 def test_verify_and_no_cache_give_the_same_image(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def damaged(path: Path, content: bytes = b"no") -> Path:
 @pytest.mark.parametrize(
     ("make", "column", "message"),
     [
-        (lambda p: p / "none.txt", None, "cannot be read: No such file"),
+        (lambda p: p / "none.txt", None, r"No such file or directory\. Expected text"),
         (lambda p: p / "none.csv", None, "cannot be read: No such file"),
         (lambda p: p / "none.parquet", None, "cannot be read: No such file"),
         (lambda p: damaged(p / "x.txt", b" \n"), None, "is empty. Expected one prompt a line"),

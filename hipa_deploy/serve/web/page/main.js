@@ -22,6 +22,7 @@ let lastRoundTrip = SHORTEST_DELAY;
 let settling = null;
 let tries = 0;
 let asked = 0; // counts what was asked for: reading the mask takes a moment, and may be overtaken
+let tryAgain = makeNow; // what the button beside an error does
 
 const form = new Form(formChanged);
 const result = new Result();
@@ -47,6 +48,7 @@ async function ask({ delay = false, keep = false, again = false } = {}) {
   newest.stop();
   clearTimeout(settling);
   if (!again) tries = 0;
+  tryAgain = makeNow;
   result.stale(result.shown !== null);
   let order;
   try {
@@ -84,6 +86,7 @@ function formChanged(what) {
     ask({ delay: true });
     return;
   }
+  if (newest.active) hideError(); // it may say that the page tries again by itself
   newest.stop();
   asked += 1;
   result.stale(result.shown !== null);
@@ -114,9 +117,14 @@ async function done(order, made) {
 function failed(order, error) {
   if (error.name === "AbortError") return;
   tries += 1;
-  const again = error instanceof ServiceError && error.retryAfter !== null && tries < MOST_TRIES;
+  // A large model takes minutes to load, and then makes the image that was asked for.
+  const patient = tries < MOST_TRIES || error.code === "not_ready";
+  const again = error instanceof ServiceError && error.retryAfter !== null && patient;
   if (error.code === "unreachable") service("down");
+  const wasStale = result.isStale;
   showError(error, again ? " The page tries again by itself." : "");
+  if (order.refined) result.stale(wasStale); // the draft is what it was
+  tryAgain = order.refined ? refine : makeNow;
   if (!again) return;
   newest.request(order, error.retryAfter * 1000);
   byId("stop").disabled = false;
@@ -279,6 +287,7 @@ function newSeed() {
 function stop() {
   asked += 1;
   newest.stop();
+  hideError(); // it may say that the page tries again by itself
   say("Stopped.");
 }
 
@@ -289,7 +298,7 @@ byId("controls").addEventListener("submit", (event) => {
 byId("refine").addEventListener("click", refine);
 byId("dice").addEventListener("click", newSeed);
 byId("stop").addEventListener("click", stop);
-byId("retry").addEventListener("click", makeNow);
+byId("retry").addEventListener("click", () => tryAgain());
 byId("live").addEventListener("change", () => { if (byId("live").checked) ask({ delay: true }); });
 byId("prompt").addEventListener("keydown", (event) => {
   // While a Japanese or Chinese word is composed, Enter chooses its characters.
@@ -305,7 +314,6 @@ addEventListener("keydown", (event) => {
     else newSeed();
   } else if (event.key === "Escape" && (newest.active || !byId("error").hidden)) {
     stop();
-    hideError();
   }
 });
 byId("download").addEventListener("click", (event) => {
@@ -355,15 +363,18 @@ async function offerModels() {
 
 /** Say that the models load, and when they have. */
 async function untilReady() {
-  for (;;) {
-    if (form.models.every((model) => model.ready)) break;
-    service("loading", "Loading the models…");
+  let answers = true;
+  while (!form.models.every((model) => model.ready)) {
+    if (answers) service("loading", "Loading the models…");
     await new Promise((resolve) => setTimeout(resolve, 1000));
     try {
       const { models } = await getJson("hipa/models");
       form.models = models;
+      answers = true;
     } catch (error) {
-      if (error.code === "unreachable") service("down");
+      // Until it answers again: one that cannot load its models has ended.
+      answers = error.code !== "unreachable";
+      if (!answers) service("down");
     }
   }
   service("ready");

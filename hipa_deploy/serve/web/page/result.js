@@ -54,6 +54,11 @@ export class Result {
     this.image.classList.toggle("stale", isStale);
   }
 
+  /** Whether it is dimmed. */
+  get isStale() {
+    return this.image.classList.contains("stale");
+  }
+
   /** What to do where there is no image yet. */
   empty(words) {
     byId("empty-words").textContent = words;

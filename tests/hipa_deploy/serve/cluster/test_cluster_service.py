@@ -6,6 +6,7 @@ import asyncio
 import io
 import pickle
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hipa_deploy import extras
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.commands.app import main
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.finite import NotFiniteError
 from hipa_deploy.serve.batcher import BackendFailedError, QueueFullError, StoppingError
+from hipa_deploy.serve.cluster import ray_replicas
 from hipa_deploy.serve.cluster.carried_order import CarriedOrder, Refusal, carried
 from hipa_deploy.serve.cluster.cluster_service import ClusterService, ReplicaLostError
 from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings, replicas_from
@@ -249,3 +252,20 @@ def test_options_of_a_cluster_need_one(
         main(["serve", "emoji", *arguments])
     assert stopped.value.code == 1
     assert words in capsys.readouterr().err
+
+
+def test_an_address_that_is_taken_is_said_before_a_cluster_starts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray may be missing here: nothing of it is imported before the address is checked."""
+    joined: list[str] = []
+    monkeypatch.setattr(extras, "missing", lambda extra: [])
+    monkeypatch.setattr(ray_replicas, "join_ray", joined.append)
+    options = ["--backend", "onnxruntime", "--ray", "local"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(SystemExit) as stopped:
+            main(["serve", "emoji", *options, "--port", port])
+    assert stopped.value.code == 1
+    assert "Choose another --host or --port" in capsys.readouterr().err
+    assert joined == []

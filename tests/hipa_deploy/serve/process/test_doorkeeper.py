@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -252,6 +253,20 @@ def test_a_body_that_does_not_come_ends_the_connection(
         connection.sendall(request(body=b"{", length=19))
         assert answer(connection)[0] == 429
         assert connection.recv(10) == b""
+
+
+@pytest.mark.parametrize("missing", [0, 9])
+def test_a_refused_client_can_come_back_later(
+    full: Full, monkeypatch: pytest.MonkeyPatch, missing: int
+) -> None:
+    """A proxy keeps the connection for other requests."""
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.2)
+    with full.connection() as connection:
+        for _ in range(2):
+            connection.sendall(request(body=BODY[missing:], length=len(BODY)))
+            assert answer(connection)[0] == 429
+            connection.sendall(BODY[:missing])
+            time.sleep(0.5)
 
 
 def test_answers_that_nobody_reads_do_not_pile_up(full: Full) -> None:

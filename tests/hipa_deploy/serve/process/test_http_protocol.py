@@ -48,7 +48,7 @@ class Answers:
 
 
 @contextmanager
-def served(app) -> Iterator[tuple[uvicorn.Server, socket.socket]]:
+def served(app, keep: int = 1) -> Iterator[tuple[uvicorn.Server, socket.socket]]:
     """A server, and a connection to it; both keep few bytes in the system."""
     listening = socket.create_server(("127.0.0.1", 0))
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
@@ -58,7 +58,7 @@ def served(app) -> Iterator[tuple[uvicorn.Server, socket.socket]]:
         ws="none",
         lifespan="off",
         log_config=None,
-        timeout_keep_alive=1,
+        timeout_keep_alive=keep,
         timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
@@ -165,7 +165,8 @@ def test_half_a_head_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"ok"})
 
-    with served(app) as (_, client):
+    # However long a connection is kept on which nothing has begun.
+    with served(app, keep=60) as (_, client):
         address = client.getpeername()
         for begin in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET / HT"):
             with socket.create_connection(address, timeout=3) as connection:
@@ -177,6 +178,28 @@ def test_half_a_head_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
                 # A browser opens connections before it needs them: they are closed in silence.
                 assert (b"HTTP/1.1 408 Request Timeout" in answer) == bool(begin)
                 assert (b'"code":"request_timeout"' in answer) == bool(begin)
+
+
+def test_a_body_whose_end_does_not_come_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The application has answered without it."""
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.2)
+    with served(Answers(10), keep=60) as (server, client):
+        client.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+        wait_until_dropped(server, 3)
+
+
+def test_a_connection_waits_for_its_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy keeps its connections for a minute, which is longer than a head may take."""
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.2)
+    with served(Answers(10), keep=60) as (_, client):
+        for _ in range(2):
+            client.sendall(REQUEST)
+            answer = b""
+            while not answer.endswith(bytes(10)):
+                answer += client.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            time.sleep(0.5)
 
 
 def test_half_a_head_that_trickles_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,6 +20,7 @@ import pytest
 from hipa_deploy.commands.app import main
 from hipa_deploy.errors import HipaError
 from hipa_deploy.serve.process import server as server_module
+from hipa_deploy.serve.settings import KEEP_SECONDS
 from hipa_deploy.serve.web.api_keys import read_keys
 from tests.served import Server, running
 
@@ -168,6 +171,51 @@ def test_metrics(server: Server) -> None:
         assert name in text, name
 
 
+def test_a_connection_is_kept_for_longer_than_proxies_keep_theirs(server: Server) -> None:
+    """uvicorn's own time is 5 seconds; Caddy's 120 would be long for a test."""
+    assert KEEP_SECONDS > 120
+    where = urlsplit(server.url)
+    with closing(HTTPConnection(where.hostname, where.port, timeout=30)) as connection:
+        connection.connect()
+        first = connection.sock
+        for pause in (0.0, 5.5):
+            time.sleep(pause)
+            connection.request("GET", "/health/live")
+            assert connection.getresponse().read() == b'{"status":"live"}'
+        assert connection.sock is first
+
+
+def test_a_warning_is_a_line_of_its_own_words() -> None:
+    """A container without a home has no cache."""
+    with running("emoji", "--backend", "onnxruntime", HIPA_CACHE="/proc/none") as server:
+        words = [line["event"] for line in server.lines if line["level"] == "warning"]
+    assert len(words) == 2
+    assert words[0].startswith("the hashes of unchanged files cannot be kept")
+    assert words[1].startswith("compiled stages cannot be kept")
+    assert "--no-cache" not in words[1]  # which hipa-serve does not have
+    assert not any("\n" in event for event in words)
+
+
+def test_a_second_ctrl_c_ends_at_once(bundles) -> None:
+    """What was accepted is answered with an error, and nothing is a bug."""
+    options = ("--backend", "onnxruntime", "--queue", "4000", "--images", "4000")
+    with running(str(bundles["tiny"].root), *options) as server, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(generate, server, count=4000)
+        deadline = time.monotonic() + 60
+        while not queued_images(server):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        began = time.monotonic()
+        assert server.stop(signal.SIGINT) == 130
+        assert time.monotonic() - began < 10
+        assert answer.result().status_code == 503
+        assert answer.result().json()["error"]["code"] == "stopping"
+    assert [line for line in server.lines if "traceback" in line] == []
+    assert server.other == ["hipa: stopped\n"]
+
+
 def test_it_listens_before_it_is_ready(server: Server) -> None:
     events = [line["event"] for line in server.lines]
     assert events.index("listening") < events.index("ready")
@@ -194,7 +242,15 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["emoji", "--steps-limit", "0"], "--steps-limit is 0"),
         (["emoji", "--wait", "-1"], "--wait is -1"),
         (["emoji", "--batch", "0"], "--batch is 0"),
-        (["emoji", "--api-keys", "none.txt"], "none.txt"),
+        (
+            ["emoji", "--api-keys", "none.txt"],
+            "none.txt is missing, so it cannot be read. Expected a file with API keys",
+        ),
+        (["emoji", "--allow-host", "http://gpu-box"], "without http:// and without a port"),
+        (["emoji", "--allow-host", "gpu-box:8000"], "--allow-host is 'gpu-box:8000'"),
+        (["emoji", "--allow-origin", "example.org"], "--allow-origin is 'example.org'"),
+        (["emoji", "--allow-origin", "https://example.org/app"], "and no path"),
+        (["emoji", "--allow-origin", "*"], "Name each site"),
         (["emoji", "--host", "no.such.name.invalid"], "cannot listen at"),
     ],
     ids=str,
@@ -219,3 +275,13 @@ def test_keys_that_are_wrong(tmp_path: Path, content: str) -> None:
     with pytest.raises(HipaError) as caught:
         read_keys(tmp_path / "keys")
     assert "short" not in str(caught.value).replace("too short", "")
+
+
+@pytest.mark.parametrize("content", ["", " , "])
+def test_a_variable_without_a_key_opens_no_service(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    """As where a secret did not arrive in a container."""
+    monkeypatch.setenv("HIPA_API_KEYS", content)
+    error = refused(capsys, "emoji", "--host", "no.such.name.invalid")
+    assert "the variable HIPA_API_KEYS is set, and has no API key" in error

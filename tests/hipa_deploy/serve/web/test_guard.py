@@ -11,7 +11,7 @@ import pytest
 from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.web import guard as guard_module
 from hipa_deploy.serve.web.api_errors import ApiError
-from hipa_deploy.serve.web.guard import Guard
+from hipa_deploy.serve.web.guard import Guard, check_names
 
 KEY = "0123456789abcdef"
 
@@ -78,6 +78,18 @@ def test_hosts(host: str, status: int) -> None:
     assert app.calls == (status == 200)
     if status != 200:
         assert answer["error"]["code"] == "unknown_host"
+
+
+def test_names_that_a_request_can_have() -> None:
+    check_names(["gpu-box", "GPU.local", "gpu_box.", "*", "192.168.1.2", "[::1]"], [])
+    origins = ["https://example.org/", "http://localhost:3000", "http://[::1]:80", "null"]
+    check_names([], [*origins, "chrome-extension://abc"])
+
+
+@pytest.mark.parametrize("given", ["https://Friend.example:443/", "https://friend.example"])
+def test_an_origin_is_known_as_browsers_send_it(given: str) -> None:
+    headers = {"host": "localhost:8000", "origin": "https://friend.example"}
+    assert ask(Guard(App(), origins=[given], body=1000), headers)[0] == 200
 
 
 def test_a_request_without_or_with_two_hosts() -> None:

@@ -79,6 +79,7 @@ def test_formats(client: openai.OpenAI, kind: str) -> None:
         {"quality": "max", "complexity": "high", "user": "user-7"},
         {"output_format": None, "output_compression": None, "quality": None, "complexity": None},
         {"safety_identifier": None, "n": None, "size": None, "stream": None, "background": None},
+        {"frame_count": None, "frame_duration_ms": None, "svg": None},
     ],
     ids=str,
 )
@@ -223,6 +224,8 @@ def test_an_image_does_not_depend_on_its_company(
         ({"background": "transparent"}, openai.BadRequestError, "background", "invalid_value"),
         ({"quality": "best"}, openai.BadRequestError, "quality", "invalid_value"),
         ({"output_compression": 5}, openai.BadRequestError, "output_compression", "invalid_value"),
+        ({"frame_count": 2}, openai.BadRequestError, "frame_count", "unknown_parameter"),
+        ({"output_format": "gif"}, openai.BadRequestError, "output_format", "invalid_value"),
         ({"extra_body": {"steps": 50}}, openai.BadRequestError, "steps", "unknown_parameter"),
         ({"extra_body": {"seed": -1}}, openai.BadRequestError, "seed", "invalid_value"),
     ],

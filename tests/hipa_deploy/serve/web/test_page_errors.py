@@ -97,7 +97,12 @@ def test_what_the_service_refuses_is_said_in_its_words(page: Any) -> None:
 
 
 def test_a_busy_service_is_asked_again_when_it_says(page: Any) -> None:
-    """The refusal is the service's own answer of ``QueueFullError``, with one second in it."""
+    """The refusal is the service's own answer of ``QueueFullError``, with one second in it.
+
+    Nothing here depends on how fast the machine is. The page does not ask while one types: then
+    Enter would sometimes find the refusal already there, and ask again at once. The second
+    request is answered when the refusal was read.
+    """
     message = "Too many images are waiting. Try again in 1 seconds."
     refusal = {"message": message, "type": "rate_limit_error", "param": None, "code": "busy"}
     asked: list[Any] = []
@@ -105,18 +110,97 @@ def test_a_busy_service_is_asked_again_when_it_says(page: Any) -> None:
     def answer(route: Any) -> None:
         asked.append(route)
         if len(asked) > 1:
-            route.continue_()
             return
         headers = {"retry-after": "1", "content-type": "application/json"}
         route.fulfill(status=429, headers=headers, body=json.dumps({"error": refusal}))
 
     page.route("**/hipa/generate", answer)
+    page.uncheck("#live")
     page.fill("#prompt", PROMPT)
     page.keyboard.press("Enter")
     assert error_of(page) == f"{message} The page tries again by itself."
+    while len(asked) < 2:
+        page.wait_for_timeout(20)
+    asked[1].continue_()
     page.wait_for_selector("#history button")
     page.wait_for_selector("#error", state="hidden")
     assert len(asked) == 2
+
+
+def test_a_service_that_ends_while_it_loads(page: Any, server: Server) -> None:
+    state = "loading"
+
+    def answer(route: Any) -> None:
+        if state == "gone":
+            route.abort()
+            return
+        content = route.fetch().json()
+        for model in content["models"]:
+            model["ready"] = state == "ready"
+        route.fulfill(json=content)
+
+    page.route("**/hipa/models", answer)
+    page.reload()
+    page.wait_for_selector("#service[data-state=loading]")
+    state = "gone"
+    page.wait_for_selector("#service[data-state=down]")
+    # Without a moment in which it seems to load, between two questions a second apart.
+    page.evaluate(
+        """() => {
+          window.states = [];
+          const line = document.querySelector("#service");
+          new MutationObserver(() => window.states.push(line.dataset.state))
+            .observe(line, { attributes: true });
+        }"""
+    )
+    page.wait_for_timeout(2200)
+    assert "loading" not in page.evaluate("window.states")
+    state = "ready"
+    page.wait_for_selector("#service[data-state=ready]")
+
+
+def test_what_is_asked_while_the_models_load_is_made_when_they_have(page: Any) -> None:
+    """The refusal is the service's own, but for its five seconds: a model may take minutes."""
+    refusal = {"message": "The service is loading its models.", "code": "not_ready"}
+    asked: list[Any] = []
+
+    def answer(route: Any) -> None:
+        asked.append(route)
+        if len(asked) > 8:
+            route.continue_()
+            return
+        route.fulfill(status=503, headers={"retry-after": "0"}, json={"error": refusal})
+
+    page.route("**/hipa/generate", answer)
+    page.uncheck("#live")
+    page.fill("#prompt", PROMPT)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#history button")
+    page.wait_for_selector("#error", state="hidden")
+    assert len(asked) == 9
+
+
+@pytest.mark.parametrize("how", ["the button", "another prompt"])
+def test_what_is_stopped_is_not_tried_again(page: Any, how: str) -> None:
+    asked: list[Any] = []
+
+    def answer(route: Any) -> None:
+        asked.append(route)
+        route.fulfill(status=429, headers={"retry-after": "2"}, json={"error": {"message": "No."}})
+
+    page.route("**/hipa/generate", answer)
+    page.uncheck("#live")
+    page.fill("#prompt", PROMPT)
+    page.keyboard.press("Enter")
+    assert error_of(page).endswith("The page tries again by itself.")
+    if how == "the button":
+        page.click("#stop")
+    else:
+        page.fill("#prompt", "a red apple")
+    page.wait_for_selector("#error", state="hidden")
+    before = len(asked)
+    page.wait_for_timeout(2500)
+    assert len(asked) == before
 
 
 def test_an_answer_that_is_not_the_services(page: Any) -> None:

@@ -66,3 +66,31 @@ def test_a_draft_is_refined(page: Any, server: Server) -> None:
     # Both are in the history; the draft comes back as a draft.
     kept = page.locator("#history button img, #history img")
     assert kept.count() >= 2
+
+
+def test_a_refining_that_failed_is_tried_again(page: Any, server: Server) -> None:
+    """The button beside the error asks for the same once more, and not for another draft."""
+    page.evaluate("() => { document.querySelector('#settings').open = true; }")
+    page.select_option("#model", "fine")
+    page.fill("#prompt", PROMPT)
+    wait_for_image(page, PROMPT, "0")
+    page.wait_for_function("() => !document.querySelector('#refine').disabled")
+    tried: list[Any] = []
+
+    def answer(route: Any) -> None:
+        tried.append(route)
+        if len(tried) == 1:
+            route.fulfill(status=502, body="")
+        else:
+            route.continue_()
+
+    page.route("**/hipa/refine", answer)
+    page.click("#refine")
+    page.wait_for_selector("#error")
+    assert page.locator("#result.stale").count() == 0, "the draft is still that of the form"
+    page.click("#retry")
+    page.wait_for_function(
+        "() => document.querySelector('#caption').textContent.includes('refined')"
+    )
+    assert len(tried) == 2
+    np.testing.assert_array_equal(shown(page), refined(server, "0"))

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import shutil
+import tempfile
 from pathlib import Path
 
 import httpx
+import pytest
 
+from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.serve.served import Models
+from hipa_deploy.serve.service import ImageService
+from hipa_deploy.serve.settings import Limits
+from hipa_deploy.serve.web.web_app import web_app
 from tests.served import add_swaps, running, tiny_bundles
 
 HUGE = 3e4  # the weights are still finite in float16, but not what is computed with them
@@ -53,3 +62,32 @@ def test_an_adaptor_that_has_gone_since_the_start(tmp_path: Path) -> None:
         order = {"prompt": "a red pear", "model": sound}
         assert client.post("/hipa/generate", json=order).status_code == 200
         assert [line for line in it.lines if line["event"] == "bug"] == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_disk_without_space_for_an_upload(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The device /dev/full stands for the disk: the system's own error comes from it."""
+
+    def on_the_full_disk(*arguments: object, **options: object) -> object:
+        return Path("/dev/full").open("r+b", buffering=0)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", on_the_full_disk)
+    service = ImageService(Models([f"m={bundles['tiny-edit'].root}"]), Limits())
+    app = web_app(service)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            files = {"image": bytes(2 << 20)}
+            return await http.post("/hipa/edit", data={"prompt": "a"}, files=files)
+
+    with caplog.at_level(logging.ERROR, "hipa.serve"):
+        answer = asyncio.run(ask())
+    service.close()
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "upload_failed"
+    (record,) = caplog.records
+    assert record.getMessage() == "upload cannot be kept"
+    assert "No space left on device" in record.facts["reason"]

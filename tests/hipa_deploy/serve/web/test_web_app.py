@@ -15,6 +15,7 @@ from hipa_deploy.serve.settings import Limits
 from hipa_deploy.serve.web.web_app import web_app
 
 SITE = "https://friend.example"
+PRIVATE = "access-control-request-private-network"  # of Chromium before 142
 
 
 def sent_by_the_client() -> set[str]:
@@ -33,9 +34,10 @@ def sent_by_the_client() -> set[str]:
     return {name for name in seen if name.startswith(("x-", "openai-"))}
 
 
+@pytest.mark.parametrize("asks", [{}, {PRIVATE: "true"}], ids=["", "private network"])
 @pytest.mark.parametrize(("origin", "status"), [(SITE, 200), ("https://evil.example", 400)])
 def test_a_browser_asks_for_the_headers_of_the_client(
-    bundles: dict[str, Bundle], origin: str, status: int
+    bundles: dict[str, Bundle], origin: str, status: int, asks: dict[str, str]
 ) -> None:
     service = ImageService(Models([f"m={bundles['tiny'].root}"]), Limits())
     app = web_app(service, origins=[SITE])
@@ -49,6 +51,7 @@ def test_a_browser_asks_for_the_headers_of_the_client(
                 "origin": origin,
                 "access-control-request-method": "POST",
                 "access-control-request-headers": ",".join(sorted(wanted)),
+                **asks,
             }
             return await http.options("/v1/images/generations", headers=headers)
 
@@ -60,6 +63,26 @@ def test_a_browser_asks_for_the_headers_of_the_client(
         assert answer.headers["access-control-allow-origin"] == SITE
         allowed = answer.headers["access-control-allow-headers"].lower()
         assert wanted <= {name.strip() for name in allowed.split(",")}
+        allows = answer.headers.get("access-control-allow-private-network")
+        assert allows == asks.get(PRIVATE)
+
+
+def test_a_task_that_no_model_is_for(bundles: dict[str, Bundle]) -> None:
+    service = ImageService(Models([f"m={bundles['tiny'].root}"]), Limits())
+    app = web_app(service)
+
+    async def ask(path: str) -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            form = {"data": {"prompt": "a"}, "files": {"image": b"no matter"}}
+            return await http.post(path, **form)
+
+    answers = [asyncio.run(ask(path)) for path in ("/v1/images/edits", "/hipa/upscale")]
+    service.close()
+    errors = [answer.json()["error"] for answer in answers]
+    assert [error["code"] for error in errors] == ["model_not_found"] * 2
+    assert errors[0]["message"].startswith("No model here is to edit or inpaint.")
+    assert errors[1]["message"].startswith("No model here is to upscale.")
 
 
 @pytest.mark.parametrize("prefix", ["", "/behind"])
