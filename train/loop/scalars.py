@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from importlib import import_module
@@ -19,10 +20,13 @@ import numpy as np
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
+from hipa_deploy.disk.files import write_file
+from hipa_deploy.disk.reading import MIB, read_text
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.train.loop.output import TRACKERS
 
 TENSORBOARD = "tensorboard"
+WANDB_ID = "wandb-run-id"  # the file in TRACKERS that keeps it
 PROJECT = "hipa-train"  # of W&B and others, unless WANDB_PROJECT names another
 
 
@@ -164,9 +168,8 @@ def _open(name: str, folder: Path) -> Any:
     holder.mkdir(parents=True, exist_ok=True)
     project = os.environ.get("WANDB_PROJECT", PROJECT)
     if name == "wandb":
-        # A resumed run goes on in the same run of W&B: its id comes from the folder.
-        run_id = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
         title = folder.name.removesuffix(".run")
+        run_id = wandb_run_id(folder)
         tracker = kind(project, dir=str(holder), id=run_id, name=title, resume="allow")
     elif kind.requires_logging_directory:
         tracker = kind(project, logging_dir=str(holder))
@@ -177,6 +180,29 @@ def _open(name: str, folder: Path) -> Any:
     if start is not None:
         start()
     return tracker
+
+
+def wandb_run_id(folder: Path) -> str:
+    """The id of a training at W&B, which its run folder keeps for when it is resumed.
+
+    It is drawn, and not made of the folder's name: W&B takes no step twice, so a second training
+    in a folder of the same name, here or on another machine, would vanish in the first one's run.
+
+    Args:
+        folder: The run folder.
+
+    """
+    path = folder / TRACKERS / WANDB_ID
+    if path.is_file():
+        known = read_text(path, max_bytes=MIB).strip()
+        if known:
+            return known
+    run_id = secrets.token_hex(8)
+    # Until this file there was the folder's name. A training of then goes on in its own run.
+    if (folder / TRACKERS / "wandb").is_dir():
+        run_id = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    write_file(path, (run_id + "\n").encode())
+    return run_id
 
 
 class Trackers:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,7 +18,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.loop.scalars import OtherTracker, Scalars, Trackers
+from hipa_deploy.train.loop.scalars import OtherTracker, Scalars, Trackers, wandb_run_id
 from hipa_deploy.train.training_request import TRACKERS, check_trackers
 
 IMAGE = np.zeros((4, 6, 3), np.uint8)
@@ -73,6 +75,22 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder,) = (run / "trackers" / "wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb"))
     assert list(folder.rglob("samples*.png"))
+
+
+def test_a_training_has_an_id_of_its_own_at_wandb(tmp_path: Path) -> None:
+    run = tmp_path / "adaptor.run"
+    first = wandb_run_id(run)
+    assert wandb_run_id(run) == first  # resumed
+
+    # A second training of that name, after the first one was removed, or on another machine.
+    shutil.rmtree(run)
+    assert wandb_run_id(run) != first
+
+    # What was begun before there was a file goes on where it was.
+    shutil.rmtree(run)
+    (run / "trackers" / "wandb").mkdir(parents=True)
+    named = hashlib.sha256(str(run).encode()).hexdigest()[:16]
+    assert wandb_run_id(run) == wandb_run_id(run) == named
 
 
 @pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
