@@ -29,7 +29,7 @@ from hipa_deploy.train.data.captions import captioned_sha256
 from hipa_deploy.train.data.crops import check_crop, crop_corners, cropped
 from hipa_deploy.train.data.examples import TaskExamples, task_examples
 from hipa_deploy.train.data.source_images import real_latents
-from hipa_deploy.train.data.teacher_pairs import RowFunction
+from hipa_deploy.train.data.teacher_pairs import RowFunction, rows_at_once
 from hipa_deploy.train.distribution.terms import distribution_terms
 from hipa_deploy.train.evaluation.sample_grid import headed_grid
 from hipa_deploy.train.held_out import HeldOutMeasure, held_out_examples, held_out_key
@@ -222,8 +222,9 @@ def train_adaptor(
 
     @torch.no_grad()
     def column(images: RowFunction) -> Tensor:
-        """A column of the sample grid, uint8 [N, H, W, 3], made as many rows at once as a step."""
-        pieces = sample_rows.split(recipe.micro_batch or len(sample_rows))
+        """A column of the sample grid, uint8 [N, H, W, 3]."""
+        at_once = rows_at_once(model.resolution, recipe.micro_batch or len(sample_rows))
+        pieces = sample_rows.split(at_once)
         return torch.cat([to_uint8(images(rows)) for rows in pieces])
 
     fixed_columns = {}

@@ -42,6 +42,9 @@ from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 TABLE_BYTES = 2 << 30  # rows that take more than 2 GiB together are not kept in memory
 CHUNK = 16  # rows computed at once to fill a table
+# Of the images that go through a VAE at once: those of one image of SDXL's, which is enough to keep
+# a GPU busy. They take 3 GiB beside the weights, less than a training step does.
+VAE_PIXELS = 1024 * 1024
 SHARD_TENSORS = ("latents", "prompt", "seed")
 RowFunction = Callable[[Tensor], Tensor]
 """A function from row indices int64 [B] to the rows' values [B, ...]."""
@@ -492,17 +495,15 @@ def prompt_conditions(
 def rows_at_once(resolution: tuple[int, int], most: int = CHUNK) -> int:
     """Images that go through a VAE at once where nothing learns.
 
-    Up to 768 pixels it is ``most``; above, as many as have the pixels of that many images of 512.
+    At most ``most``, and at most as many as have ``VAE_PIXELS`` together.
 
     Example:
-        >>> rows_at_once((512, 512)), rows_at_once((1024, 1024))
-        (16, 4)
+        >>> rows_at_once((128, 128)), rows_at_once((512, 512)), rows_at_once((1024, 1024))
+        (16, 4, 1)
 
     """
     height, width = resolution
-    if max(height, width) <= 768:
-        return most
-    return max(1, most * 512 * 512 // (height * width))
+    return max(1, min(most, VAE_PIXELS // (height * width)))
 
 
 def cached_rows(

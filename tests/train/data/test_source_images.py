@@ -55,7 +55,7 @@ def test_few_large_images_are_encoded_at_once(
     for number in range(8):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
     source = {"images": str(tmp_path), "captions": False, "factor": 2}
-    values = recipe.model_dump() | {"task": "upscale", "source": source, "resolution": 800}
+    values = recipe.model_dump() | {"task": "upscale", "source": source, "resolution": 400}
     large = Recipe.model_validate(values)
     model = DiffusionModel.load(model_dir, "cpu", size=large.size)
     encoded = []
