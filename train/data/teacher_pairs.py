@@ -516,7 +516,9 @@ def cached_rows(
     """A function of row indices that reads a table in memory, or computes rows that do not fit.
 
     The table is filled in fixed chunks, so that a row does not depend on which rows a batch reads
-    first: a resumed run must see bit-equal rows. No row has a gradient.
+    first: a resumed run must see bit-equal rows. No row has a gradient. The table is in the
+    processor's memory, since a GPU's is what a training lacks and ``--dry-run`` counts; rows are
+    where they were computed.
 
     Args:
         name: Title of the progress bar.
@@ -544,8 +546,9 @@ def cached_rows(
     starts = range(0, count, at_once)
     chunks = [list(range(start, min(start + at_once, count))) for start in starts]
     with ProgressBar(console) as progress:
-        table = torch.cat([compute(chunk) for chunk in progress.track(chunks, description=name)])
-    return lambda index_B: table[index_B.to(table.device)]
+        tracked = progress.track(chunks, description=name)
+        table = torch.cat([compute(chunk).cpu() for chunk in tracked])
+    return lambda index_B: table[index_B.cpu()].to(row.device)
 
 
 def _shard_path(folder: Path, start: int, stop: int) -> Path:
