@@ -3,9 +3,12 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,8 +37,40 @@ def test_failing_to_close_does_not_hide_the_first_error(
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full_disk)
     with pytest.raises(HipaError, match="the cause"), Scalars(tmp_path, 0):
         raise HipaError("the cause")
-    with pytest.raises(OSError, match="No space"), Scalars(tmp_path, 0):
+    screen = Console(file=io.StringIO(), width=1000)
+    with Scalars(tmp_path, 0, screen):
         pass
+    assert "warning: tracker tensorboard failed (OSError: [Errno 28]" in screen.file.getvalue()
+
+
+def test_a_full_disk_does_not_end_the_training(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    screen = Console(file=io.StringIO(), width=1000)
+    hook = threading.excepthook
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Scalars(tmp_path, 0, screen) as scalars:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))  # bytes of a file
+        try:
+            # The writer's thread writes every two minutes: now.
+            worker = scalars.writer.file_writer.event_writer._async_writer._worker
+            worker._next_flush_time = 0
+            for step in range(1, 1000):
+                scalars.add({"loss": 0.5}, step)
+                time.sleep(0.01 if scalars.writer else 0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+        scalars.add_image("samples", IMAGE, 1000)
+    printed = screen.file.getvalue()
+    assert printed.count("warning: tracker tensorboard failed (OSError: [Errno 27]") == 1
+    assert "Traceback" not in capfd.readouterr().err
+    assert threading.excepthook is hook
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file")
+    with pytest.raises(HipaError, match=r"tensorboard cannot be written: File exists\. Check its"):
+        Scalars(tmp_path / "tensorboard", 0)
 
 
 def test_without_a_folder_nothing_is_recorded() -> None:
