@@ -540,7 +540,7 @@ def cached_rows(
 
     # The first row says how large all of them are.
     row = compute([0])[0]
-    if row.numel() * row.element_size() * count > TABLE_BYTES:
+    if not fits_table(row.numel() * row.element_size(), count):
         return lambda index_B: compute(index_B.tolist())
 
     starts = range(0, count, at_once)
@@ -549,6 +549,11 @@ def cached_rows(
         tracked = progress.track(chunks, description=name)
         table = torch.cat([compute(chunk).cpu() for chunk in tracked])
     return lambda index_B: table[index_B.cpu()].to(row.device)
+
+
+def fits_table(row_bytes: int, count: int) -> bool:
+    """Whether ``cached_rows`` keeps so many rows of so many bytes in memory."""
+    return row_bytes * count <= TABLE_BYTES
 
 
 def _shard_path(folder: Path, start: int, stop: int) -> Path:
