@@ -66,6 +66,19 @@ def test_files_of_a_run_folder(
     assert Image.open(samples / "step-00000004.png").size == (604, 306)
 
 
+def test_a_full_disk_names_the_sample_that_met_it(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    samples = tmp_path / "adaptor.run" / "samples"
+    samples.mkdir(parents=True)
+    sample = samples / "step-00000002.png"
+    sample.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as full:
+        train(recipe, model_dir, tmp_path / "adaptor", cache)
+    assert full.value.filename == str(sample)
+    assert read_step(tmp_path / "adaptor.run") == 2
+
+
 def test_another_recipe_does_not_resume(
     recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stopped_run: Path
 ) -> None:
