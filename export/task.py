@@ -20,8 +20,10 @@ from hipa_deploy.models.adaptor_folder import (
     ENCODER_WEIGHTS,
     METADATA,
     AdaptorMetadata,
+    check_schedule,
     read_metadata,
 )
+from hipa_deploy.models.early_config import EarlyConfig
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.one_step.one_step_method import (
     OneStepMethod,
@@ -305,7 +307,11 @@ def _adaptor_metadata(adaptor: Path | None, model: ModelParts) -> AdaptorMetadat
         )
     if not (adaptor / METADATA).exists():
         return None
-    return read_metadata(adaptor, model.folder)
+    metadata = read_metadata(adaptor, model.folder)
+    # An early check does not know the schedule, and is followed by one that does.
+    if not isinstance(model.config, EarlyConfig):
+        check_schedule(adaptor, metadata, model.config)
+    return metadata
 
 
 def _check_options(task: Task, options: ExportOptions) -> None:

@@ -98,6 +98,33 @@ def as_line(problem: str, remedy: str) -> Iterator[None]:
         raise HipaError(f"{problem}: {reason}. {remedy}") from None
 
 
+# What torch says where a GPU or a CPU has too little memory; its errors are RuntimeErrors.
+_NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy or torch found too little memory, of the machine or of a GPU."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+@contextmanager
+def memory_remedy(remedy: str) -> Iterator[None]:
+    """Turn an error for want of memory in this block into a HipaError with this remedy.
+
+    Raises:
+        HipaError: in place of such an error.
+
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise HipaError(f"not enough memory ({first_line(error).rstrip('.')}). {remedy}") from None
+
+
 def brief(value: object, most: int = 80) -> str:
     """A value of a stranger's file for a message: as Python writes it, cut to ``most`` characters.
 

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from hipa_deploy.train.data.captions import captioned_sha256
 from hipa_deploy.train.data.crops import check_crop, crop_corners, cropped
 from hipa_deploy.train.data.examples import TaskExamples, task_examples
 from hipa_deploy.train.data.source_images import real_latents
-from hipa_deploy.train.data.teacher_pairs import RowFunction
+from hipa_deploy.train.data.teacher_pairs import RowFunction, rows_at_once
 from hipa_deploy.train.distribution.terms import distribution_terms
 from hipa_deploy.train.evaluation.sample_grid import headed_grid
 from hipa_deploy.train.held_out import HeldOutMeasure, held_out_examples, held_out_key
@@ -59,7 +60,7 @@ from hipa_deploy.train.model.unet_adaptor import (
     save_adaptor,
     without_adaptor,
 )
-from hipa_deploy.train.recipes.recipe import Recipe, held_out_prompts, read_prompts
+from hipa_deploy.train.recipes.recipe import Recipe, held_out_prompts, read_prompts, source_prompts
 from hipa_deploy.train.training_request import check_held_out, trained_prompts
 
 
@@ -169,7 +170,7 @@ def train_adaptor(
         folder=run_folder(out),
         weights=weights,
         optimizer=optimizer,
-        identity=metadata.model_dump(mode="json") | _images_identity(recipe),
+        identity=metadata.model_dump(mode="json") | _further_identity(recipe, model),
         recipe=recipe,
         processes=processes,
         extra_state=loss_state(loss, recipe, processes, distribution),
@@ -222,8 +223,9 @@ def train_adaptor(
 
     @torch.no_grad()
     def column(images: RowFunction) -> Tensor:
-        """A column of the sample grid, uint8 [N, H, W, 3], made as many rows at once as a step."""
-        pieces = sample_rows.split(recipe.micro_batch or len(sample_rows))
+        """A column of the sample grid, uint8 [N, H, W, 3]."""
+        at_once = rows_at_once(model.resolution, recipe.micro_batch or len(sample_rows))
+        pieces = sample_rows.split(at_once)
         return torch.cat([to_uint8(images(rows)) for rows in pieces])
 
     fixed_columns = {}
@@ -322,15 +324,25 @@ def train_adaptor(
     return out
 
 
-def _images_identity(recipe: Recipe) -> dict[str, str | None]:
-    """The part of a run's identity that its folders of images decide: IMAGES_IDENTITY."""
+def _further_identity(recipe: Recipe, model: DiffusionModel) -> dict[str, Any]:
+    """The part of a run's identity that its result does not record: FURTHER_IDENTITY."""
+    shown = source_prompts(recipe, model.folder)
     source = None
     if recipe.source_folder:
         source = captioned_sha256(recipe.source_folder, recipe.source.captions)
     real = None
     if recipe.compares_distributions and recipe.latent_discriminator.real_images:
         real = captioned_sha256(Path(recipe.latent_discriminator.real_images))
-    return {"source_images_sha256": source, "real_images_sha256": real}
+    return model.identity() | {
+        "decoding_vae_sha256": vae_sha256(model.folder),
+        "source_prompts_sha256": _lines_sha256(shown) if shown else None,
+        "source_images_sha256": source,
+        "real_images_sha256": real,
+    }
+
+
+def _lines_sha256(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> AdaptorMetadata:
@@ -353,7 +365,7 @@ def _metadata(recipe: Recipe, model: DiffusionModel, prompts: list[str]) -> Adap
         strengths=strengths,
         upscale=recipe.source.factor,
         base_unet_sha256=unet_sha256(model.folder),
-        prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        prompts_sha256=_lines_sha256(prompts),
         encoder_rank=settings.encoder_rank,
         base_vae_sha256=base_vae_sha256,
         loras=model.style.loras,

@@ -155,7 +155,7 @@ def train_decoder(
     loss = loss.to(model.device)
     optimizer = new_optimizer(weights, loss, recipe.optimiser)
     identity = _identity(recipe, model_dir, adaptor, [*prompts, *fidelity_prompts])
-    identity |= model.style.model_dump(mode="json")
+    identity |= model.style.model_dump(mode="json") | model.identity()
     run = Run(
         folder=run_folder(out),
         weights=weights,

@@ -27,7 +27,14 @@ from hipa_deploy.commands.from_image import edit, inpaint, upscale
 from hipa_deploy.commands.generate import generate
 from hipa_deploy.commands.profile import profile, profile_compare, profile_table
 from hipa_deploy.commands.train import train
-from hipa_deploy.errors import HipaError, HipaWarning, StoppedError, first_line, printable
+from hipa_deploy.errors import (
+    HipaError,
+    HipaWarning,
+    StoppedError,
+    first_line,
+    is_out_of_memory,
+    printable,
+)
 from hipa_deploy.guide.foreign_options import why_not
 from hipa_deploy.guide.guided_command import GuidedCommand, VersionOption, with_version
 from hipa_deploy.guide.init import init
@@ -214,9 +221,9 @@ def _stop_after(problem: BaseException) -> NoReturn:
         # A full disk or a folder without write permission is for the user to fix, not a bug.
         reason = f"{problem.filename or 'a file'}: {problem.strerror or problem}"
         _stop(f"{reason}. Check the path, its permissions and the free disk space.")
-    if isinstance(problem, MemoryError):
+    if is_out_of_memory(problem):
         # numpy says how much it wanted; others say nothing.
-        detail = f" ({first_line(problem)})" if str(problem) else ""
+        detail = f" ({first_line(problem).rstrip('.')})" if str(problem) else ""
         _stop(f"not enough memory{detail}. Ask for less at once, or close other programs.")
     if isinstance(problem, (KeyboardInterrupt, typer.Abort)):
         _stop("stopped", 128 + signal.SIGINT)

@@ -16,7 +16,7 @@ from hipa_deploy.commands.options import (
     console,
 )
 from hipa_deploy.disk.files import refuse_to_overwrite
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, memory_remedy
 from hipa_deploy.extras import require
 
 if TYPE_CHECKING:
@@ -260,7 +260,14 @@ def _train(
     from hipa_deploy.train.train_adaptor import train_adaptor
     from hipa_deploy.train.train_decoder import train_decoder
 
-    with leaving_process_group():
+    remedy = "Lower micro_batch in the recipe, which a run that goes on may change."
+    if isinstance(chosen, Recipe):
+        remedy = (
+            "Lower micro_batch or set gradient_checkpointing = true in the recipe, both of which a "
+            "run that goes on may change, or lower teacher.batch if it was making teacher pairs. "
+            "hipa-train --dry-run says what fits where."
+        )
+    with leaving_process_group(), memory_remedy(remedy):
         if isinstance(chosen, Recipe):
             path = train_adaptor(
                 chosen,

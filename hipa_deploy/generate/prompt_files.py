@@ -156,7 +156,9 @@ def read_cells(path: Path, column: str | None) -> list[str]:
             f"captions {path} are no table. Expected .csv, .tsv, .parquet or a folder of datasets."
         )
     names, cells_of = table
-    return [_clean(path, cell) for cell in cells_of(_choose_column(path, names, column, RENAME))]
+    remedy = RENAME if column is None else f"Name that column {column}."
+    chosen = _choose_column(path, names, column, remedy)
+    return [_clean(path, cell) for cell in cells_of(chosen)]
 
 
 def _clean(path: Path, cell: object) -> str:

@@ -7,6 +7,7 @@ exact for the one step.
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.disk.reading import read_record, shown
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.model_config import SCHEDULER, ModelConfig
 from hipa_deploy.models.weights.part_config import read_config
 from hipa_deploy.models.weights.weight_file import read_layout
 from hipa_deploy.models.weights.weight_identity import (
@@ -171,6 +173,17 @@ def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMeta
             f"{_other_family(folder, model_folder)}"
         )
 
+    # The same weights, as a checkpoint's that was converted with another configuration.
+    if model_folder is not None:
+        predicts = read_config(model_folder, SCHEDULER).get("prediction_type", "epsilon")
+        if predicts != metadata.prediction_type:
+            raise HipaError(
+                f"adaptor {folder} was trained on a model that predicts "
+                f"{shown(metadata.prediction_type)}, and {model_folder} predicts "
+                f"{shown(str(predicts))}. Correct prediction_type in its {SCHEDULER}, or use the "
+                "configuration of the training (--config)."
+            )
+
     # An adaptor of the VAE encoder is bound to its VAE in the same way.
     if metadata.encoder_rank and not (folder / ENCODER_WEIGHTS).is_file():
         raise HipaError(
@@ -184,6 +197,29 @@ def read_metadata(folder: Path, model_folder: Path | None = None) -> AdaptorMeta
             "(VAE hashes differ)."
         )
     return metadata
+
+
+def check_schedule(folder: Path, metadata: AdaptorMetadata, config: ModelConfig) -> None:
+    """Check that a model's noise schedule is the one that an adaptor was trained with.
+
+    Args:
+        folder: the adaptor's folder, for the message.
+        metadata: of the adaptor.
+        config: of the model.
+
+    Raises:
+        HipaError: the schedule leaves another share of the signal at the adaptor's timestep.
+
+    """
+    alpha_bar = config.alpha_bar(metadata.timestep)
+    # Sums of 1000 small numbers may differ in their last digits between two computers.
+    if not math.isclose(alpha_bar, metadata.alpha_bar, rel_tol=1e-3, abs_tol=1e-6):
+        raise HipaError(
+            f"adaptor {folder} was trained with another noise schedule: alpha_bar is "
+            f"{metadata.alpha_bar:.4g} at timestep {metadata.timestep}, and {alpha_bar:.4g} in "
+            f"{config.folder}. Correct the betas, or rescale_betas_zero_snr, in its {SCHEDULER}, "
+            "or use the configuration of the training (--config)."
+        )
 
 
 def _other_family(folder: Path, model_folder: Path) -> str:

@@ -15,6 +15,7 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.models.adaptor_folder import AdaptorMetadata, unet_sha256
+from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.train.model.encoder_adaptor import add_encoder_adaptor, save_encoder_adaptor
 from hipa_deploy.train.model.unet_adaptor import (
     PRESETS,
@@ -50,15 +51,17 @@ def make_adaptor(
     for index, weight in enumerate(adaptor_parameters(unet).values()):
         values = np.random.default_rng(index).normal(scale=0.05, size=weight.shape)
         weight.data.copy_(weight.new_tensor(values))
+    config = ModelConfig.read(model_dir, task.get("task", "generate"))
+    timestep = task.pop("timestep", 999)
     metadata = AdaptorMetadata(
         base_unet_sha256=unet_sha256(model_dir),
         prompts_sha256="0" * 64,
         rank=rank,
         alpha=alpha,
         targets=PRESETS[preset],
-        timestep=task.pop("timestep", 999),
-        prediction_type="epsilon",
-        alpha_bar=0.0046601,
+        timestep=timestep,
+        prediction_type=config.prediction_type,
+        alpha_bar=config.alpha_bar(timestep),
         resolution=task.pop("resolution", (32, 32)),
         steps_trained=1,
         recipe=task.pop("recipe", {}),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from hipa_deploy.errors import HipaError, as_line, printable, reason_of
+from hipa_deploy.errors import HipaError, as_line, memory_remedy, printable, reason_of
 
 
 class PanicError(BaseException):
@@ -26,6 +27,21 @@ def test_whatever_a_library_raises_is_one_line(error: BaseException) -> None:
 def test_what_is_no_fault_of_a_library_passes(error: BaseException) -> None:
     with pytest.raises(type(error)), as_line("it fails", "Mend it."):
         raise error
+
+
+def test_too_little_memory_is_one_line_with_its_remedy() -> None:
+    with (
+        pytest.raises(HipaError, match=r"^not enough memory \(.*alloc.*\)\. Lower it\.$"),
+        memory_remedy("Lower it."),
+    ):
+        torch.empty(1 << 50)
+    with (
+        pytest.raises(HipaError, match=r"\(CUDA out of memory\. Tried to allocate 2\.00 GiB\)"),
+        memory_remedy("Lower it."),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(RuntimeError, match="a bug"), memory_remedy("Lower it."):
+        raise RuntimeError("a bug")
 
 
 def test_the_reason_of_an_error_stands_in_brackets() -> None:

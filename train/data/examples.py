@@ -331,8 +331,7 @@ def choose_edits(
     timestep_N = []
     for row, own in enumerate(source_images.prompt_N[image_N].tolist()):
         rng = np.random.default_rng((recipe.seed, EDIT_CHOICE_STREAM, row))
-        others = [index for index in related(own) if index != own]
-        prompt_N.append(int(rng.choice(others or [own])))
+        prompt_N.append(_another(rng, related(own), own))
         timestep_N.append(timesteps[row % len(timesteps)])
 
     def images(rows: Tensor) -> Tensor:
@@ -347,6 +346,18 @@ def choose_edits(
         timestep_N=torch.tensor(timestep_N),
         key={**source_images.key, **settings.model_dump(mode="json", include=used_settings)},
     )
+
+
+def _another(rng: np.random.Generator, group: list[int], own: int) -> int:
+    """One of the indices in ``group``, which ascend, but ``own``; ``own`` where it is the only one.
+
+    It is what ``rng.choice`` takes of a list of the others. To make that list for each of 50,000
+    edits among as many prompts would take minutes.
+    """
+    if len(group) == 1:
+        return own
+    number = int(rng.integers(len(group) - 1))
+    return group[number] if group[number] < own else group[number + 1]
 
 
 def related_prompts(prompts: list[str], same: str | None) -> Callable[[int], list[int]]:
@@ -368,7 +379,8 @@ def related_prompts(prompts: list[str], same: str | None) -> Callable[[int], lis
 
     """
     if same is None:
-        return lambda index: list(range(len(prompts)))
+        everyone = list(range(len(prompts)))
+        return lambda index: everyone
 
     patterns = Patterns("source.same of the recipe", seconds=60.0)
     group_of = []

@@ -5,7 +5,9 @@ Shapes: N images, B rows of a batch, C latent channels, H, W image size in pixel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,18 @@ from hipa_deploy.train.data.teacher_pairs import (
     Pairs,
     RowFunction,
     cached_rows,
+    fits_table,
     prompt_conditions,
     rows_at_once,
 )
 from hipa_deploy.train.distribution.terms import RealLatents
+from hipa_deploy.train.loop.progress_bar import ProgressBar
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.unet_adaptor import without_adaptor
 from hipa_deploy.train.recipes.recipe import MixedPrecision
+
+READERS = 4  # threads that read images where all are checked
+READ_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,12 @@ def folder_source_images(
         fitted = [fit_image(read_image(paths[row]), *model.resolution) for row in rows]
         return torch.from_numpy(np.stack(fitted))
 
+    # Images that do not fit in memory are read when a step asks for them, their latents too. One
+    # that is damaged would end every attempt at that step, hours later.
+    height, width = model.resolution
+    latent_bytes = 4 * math.prod(model.latent_shape_CHW)
+    if not fits_table(3 * height * width, len(paths)) and not fits_table(latent_bytes, len(paths)):
+        _check_readable(paths, console)
     image_rows = cached_rows("images", images, len(paths), console)
 
     # These latents are targets. An adaptor on the encoder must not change them, not even where they
@@ -163,6 +176,24 @@ def folder_source_images(
         key={"images": [file_sha256(path) for path in paths], "colours": "sRGB"},
     )
     return source_images, list(index)
+
+
+def _check_readable(paths: Sequence[Path], console: Console | None) -> None:
+    """Read every image once.
+
+    Raises:
+        HipaError: one is damaged.
+
+    """
+
+    def read(path: Path) -> None:
+        read_image(path)
+
+    starts = range(0, len(paths), READ_AT_ONCE)
+    parts = [paths[start : start + READ_AT_ONCE] for start in starts]
+    with ThreadPoolExecutor(READERS) as pool, ProgressBar(console) as progress:
+        for part in progress.track(parts, description="checking images"):
+            list(pool.map(read, part))
 
 
 def real_latents(model: DiffusionModel, folder: Path, console: Console | None) -> RealLatents:

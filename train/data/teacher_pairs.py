@@ -42,6 +42,9 @@ from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 TABLE_BYTES = 2 << 30  # rows that take more than 2 GiB together are not kept in memory
 CHUNK = 16  # rows computed at once to fill a table
+# Of the images that go through a VAE at once: those of one image of SDXL's, which is enough to keep
+# a GPU busy. They take 3 GiB beside the weights, less than a training step does.
+VAE_PIXELS = 1024 * 1024
 SHARD_TENSORS = ("latents", "prompt", "seed")
 RowFunction = Callable[[Tensor], Tensor]
 """A function from row indices int64 [B] to the rows' values [B, ...]."""
@@ -492,17 +495,15 @@ def prompt_conditions(
 def rows_at_once(resolution: tuple[int, int], most: int = CHUNK) -> int:
     """Images that go through a VAE at once where nothing learns.
 
-    Up to 768 pixels it is ``most``; above, as many as have the pixels of that many images of 512.
+    At most ``most``, and at most as many as have ``VAE_PIXELS`` together.
 
     Example:
-        >>> rows_at_once((512, 512)), rows_at_once((1024, 1024))
-        (16, 4)
+        >>> rows_at_once((128, 128)), rows_at_once((512, 512)), rows_at_once((1024, 1024))
+        (16, 4, 1)
 
     """
     height, width = resolution
-    if max(height, width) <= 768:
-        return most
-    return max(1, most * 512 * 512 // (height * width))
+    return max(1, min(most, VAE_PIXELS // (height * width)))
 
 
 def cached_rows(
@@ -515,7 +516,9 @@ def cached_rows(
     """A function of row indices that reads a table in memory, or computes rows that do not fit.
 
     The table is filled in fixed chunks, so that a row does not depend on which rows a batch reads
-    first: a resumed run must see bit-equal rows. No row has a gradient.
+    first: a resumed run must see bit-equal rows. No row has a gradient. The table is in the
+    processor's memory, since a GPU's is what a training lacks and ``--dry-run`` counts; rows are
+    where they were computed.
 
     Args:
         name: Title of the progress bar.
@@ -537,14 +540,20 @@ def cached_rows(
 
     # The first row says how large all of them are.
     row = compute([0])[0]
-    if row.numel() * row.element_size() * count > TABLE_BYTES:
+    if not fits_table(row.numel() * row.element_size(), count):
         return lambda index_B: compute(index_B.tolist())
 
     starts = range(0, count, at_once)
     chunks = [list(range(start, min(start + at_once, count))) for start in starts]
     with ProgressBar(console) as progress:
-        table = torch.cat([compute(chunk) for chunk in progress.track(chunks, description=name)])
-    return lambda index_B: table[index_B.to(table.device)]
+        tracked = progress.track(chunks, description=name)
+        table = torch.cat([compute(chunk).cpu() for chunk in tracked])
+    return lambda index_B: table[index_B.cpu()].to(row.device)
+
+
+def fits_table(row_bytes: int, count: int) -> bool:
+    """Whether ``cached_rows`` keeps so many rows of so many bytes in memory."""
+    return row_bytes * count <= TABLE_BYTES
 
 
 def _shard_path(folder: Path, start: int, stop: int) -> Path:

@@ -42,6 +42,7 @@ from hipa_deploy.train.recipes.loss_settings import RADIUS
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 CHUNK = 32  # images that go through a network at once
+UNET_ROWS = 4  # images that a UNet takes, with guidance, in the memory of the decoder's one
 
 
 @dataclass(frozen=True)
@@ -370,12 +371,14 @@ def decoded_images(
 
     # Noise and conditions are made for each chunk, so that memory does not grow with the set.
     images = []
-    at_once = rows_at_once(model.resolution, CHUNK)
+    decoded_at_once = rows_at_once(model.resolution, CHUNK)
+    at_once = min(CHUNK, UNET_ROWS * decoded_at_once)
     for start in range(0, len(seeds), at_once):
         chunk = slice(start, start + at_once)
         noise_BCHW = model.noise(seeds[chunk])
         made = latents(noise_BCHW, model.conditions(prompts[chunk]))
-        images.append(to_uint8(model.decode(made)))
+        for piece in made.split(decoded_at_once):
+            images.append(to_uint8(model.decode(piece)))
     return torch.cat(images).numpy()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from hipa_deploy.errors import HipaError
 from hipa_deploy.images.compositing import composite, hide_hole, latent_mask
 from hipa_deploy.images.png import enlarge
-from hipa_deploy.models.adaptor_folder import read_metadata
+from hipa_deploy.models.adaptor_folder import check_schedule, read_metadata
 from hipa_deploy.models.style import Style, check_same_loras
 from hipa_deploy.tasks import STEP_INPUTS, Task, strength_timestep
 from hipa_deploy.train.data.teacher_pairs import rows_at_once
@@ -85,6 +85,7 @@ def one_step_task_images(
     model = DiffusionModel.load(model_dir, device, task, style, text, size)
     if adaptor_dir is not None:
         metadata = read_metadata(adaptor_dir, model_dir)
+        check_schedule(adaptor_dir, metadata, model.config)
         check_same_loras(adaptor_dir, metadata.loras, model.style.loras)
         if metadata.task != task or (task == "edit" and strength not in metadata.strengths):
             raise HipaError(

@@ -42,8 +42,12 @@ OTHER_IDENTITY = {
     "loras": "other LoRAs, or at other scales",
     "embeddings": "other embeddings",
 }
-# The same of folders of images, by their hash: an older run does not know them, and goes on.
-IMAGES_IDENTITY = {
+# The same of what an older run does not know; it goes on.
+FURTHER_IDENTITY = {
+    "schedule": "another noise schedule or prediction type (scheduler_config.json)",
+    "text_encoders_sha256": "another text encoder",
+    "decoding_vae_sha256": "another VAE",
+    "source_prompts_sha256": "other prompts in source.prompts",
     "source_images_sha256": "other images or captions in source.images",
     "real_images_sha256": "other images or captions in latent_discriminator.real_images",
 }
@@ -71,7 +75,7 @@ def check_same_run(
 
     Args:
         folder: of the run, for messages.
-        stored: its identity: ``recipe``, and keys of OTHER_IDENTITY and IMAGES_IDENTITY.
+        stored: its identity: ``recipe``, and keys of OTHER_IDENTITY and FURTHER_IDENTITY.
         now: the identity of the training that was asked for.
         kind: of the recipe.
 
@@ -85,7 +89,7 @@ def check_same_run(
         if (stored.get(key) or None) != (now.get(key) or None):
             raise _another(folder, f"was started with {other}")
     check_same_recipe(folder, stored["recipe"], now["recipe"], kind)
-    for key, other in IMAGES_IDENTITY.items():
+    for key, other in FURTHER_IDENTITY.items():
         if key in stored and stored[key] != now.get(key):
             raise _another(folder, f"was started with {other}")
 

@@ -216,7 +216,7 @@ def _check_launcher(recipe: Recipe | DecoderRecipe) -> None:
         raise HipaError(
             f"accelerate is configured for {configured}, the recipe says "
             f"mixed_precision = {recipe.mixed_precision!r}. "
-            "Expected one precision: set it in the recipe."
+            f"Expected the recipe's: accelerate launch --mixed_precision {recipe.mixed_precision}"
         )
 
 

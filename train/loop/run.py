@@ -52,8 +52,8 @@ class Run:
         folder: The run folder, made at the first checkpoint.
         weights: The weights to train, by name.
         optimizer: Its parameter groups hold ``weights`` first, then those that the loss trains.
-        identity: What the run depends on: ``recipe``, and keys of OTHER_IDENTITY. It is stored as
-            JSON, and a checkpoint of another identity is refused.
+        identity: What the run depends on: ``recipe``, and keys of OTHER_IDENTITY and
+            FURTHER_IDENTITY. It is stored as JSON, and a checkpoint of another identity is refused.
         recipe: The run's settings.
         processes: The processes that share each batch.
         extra_state: Further parameters that a checkpoint stores: those of the loss.

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,13 @@ import numpy as np
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
+from hipa_deploy.disk.files import write_file
+from hipa_deploy.disk.reading import MIB, read_text
 from hipa_deploy.errors import HipaError, first_line
 from hipa_deploy.train.loop.output import TRACKERS
 
 TENSORBOARD = "tensorboard"
+WANDB_ID = "wandb-run-id"  # the file in TRACKERS that keeps it
 PROJECT = "hipa-train"  # of W&B and others, unless WANDB_PROJECT names another
 
 
@@ -33,37 +38,68 @@ class Scalars:
         folder: Where the event file goes; None in a process that does not write.
         step: The step that the run resumes from. TensorBoard then hides values of later steps,
             which a killed run wrote after its last checkpoint.
+        console: Where a failure is told. As of other trackers, it does not end a training.
+
+    Raises:
+        HipaError: the folder cannot be written, as on a full disk.
 
     """
 
-    def __init__(self, folder: Path | None, step: int) -> None:
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1) if folder else None
+    def __init__(self, folder: Path | None, step: int, console: Console | None = None) -> None:
+        self.folder = folder
+        self.console = console
+        self.writer: SummaryWriter | None = None
+        self.excepthook = threading.excepthook
+        if folder is None:
+            return
+        threading.excepthook = self._thread_failed
+        try:
+            self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+        except OSError as error:
+            threading.excepthook = self.excepthook
+            raise HipaError(
+                f"{folder} cannot be written: {error.strerror}. "
+                "Check its permissions and the free disk space."
+            ) from None
 
     def __enter__(self) -> Scalars:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.writer is None:
-            return
-        if kind is None:
-            self.writer.close()
-            return
-        # Closing flushes, which fails too when a full disk was the cause. The first error says
-        # more.
-        with suppress(OSError):
-            self.writer.close()
+    def __exit__(self, *_: object) -> None:
+        # Closing flushes, which fails too on a full disk.
+        with self._told_failure():
+            if self.writer is not None:
+                self.writer.close()
+        if self.folder is not None:
+            threading.excepthook = self.excepthook
 
     def add(self, values: dict[str, float], step: int) -> None:
         """Record the values of a step, by name."""
-        if self.writer is None:
-            return
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        with self._told_failure():
+            for name, value in values.items():
+                if self.writer is not None:
+                    self.writer.add_scalar(name, value, step)
 
     def add_image(self, name: str, image_HWC: np.ndarray, step: int) -> None:
         """Record an image, uint8 [H, W, 3]."""
-        if self.writer is not None:
-            self.writer.add_image(name, image_HWC, step, dataformats="HWC")
+        with self._told_failure():
+            if self.writer is not None:
+                self.writer.add_image(name, image_HWC, step, dataformats="HWC")
+
+    @contextmanager
+    def _told_failure(self) -> Iterator[None]:
+        """Tell of a file that cannot be written, once, and record nothing more."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            _tell_failure(self.console, TENSORBOARD, error)
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """Keep quiet about the writer's own thread: its error is raised again by the next call."""
+        is_writers = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (is_writers and isinstance(failure.exc_value, OSError)):
+            self.excepthook(failure)
 
 
 class OtherTracker:
@@ -117,12 +153,16 @@ class OtherTracker:
             getattr(self.tracker, method)(*arguments, **options)
         except Exception as error:
             self.tracker = None
-            if self.console is not None:
-                self.console.print(
-                    f"warning: tracker {self.name} failed ({type(error).__name__}: "
-                    f"{first_line(error)}). The training goes on without it.",
-                    highlight=False,
-                )
+            _tell_failure(self.console, self.name, error)
+
+
+def _tell_failure(console: Console | None, name: str, error: Exception) -> None:
+    if console is not None:
+        console.print(
+            f"warning: tracker {name} failed ({type(error).__name__}: {first_line(error)}). "
+            "The training goes on without it.",
+            highlight=False,
+        )
 
 
 def log_in(names: Sequence[str]) -> None:
@@ -164,9 +204,8 @@ def _open(name: str, folder: Path) -> Any:
     holder.mkdir(parents=True, exist_ok=True)
     project = os.environ.get("WANDB_PROJECT", PROJECT)
     if name == "wandb":
-        # A resumed run goes on in the same run of W&B: its id comes from the folder.
-        run_id = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
         title = folder.name.removesuffix(".run")
+        run_id = wandb_run_id(folder)
         tracker = kind(project, dir=str(holder), id=run_id, name=title, resume="allow")
     elif kind.requires_logging_directory:
         tracker = kind(project, logging_dir=str(holder))
@@ -177,6 +216,29 @@ def _open(name: str, folder: Path) -> Any:
     if start is not None:
         start()
     return tracker
+
+
+def wandb_run_id(folder: Path) -> str:
+    """The id of a training at W&B, which its run folder keeps for when it is resumed.
+
+    It is drawn, and not made of the folder's name: W&B takes no step twice, so a second training
+    in a folder of the same name, here or on another machine, would vanish in the first one's run.
+
+    Args:
+        folder: The run folder.
+
+    """
+    path = folder / TRACKERS / WANDB_ID
+    if path.is_file():
+        known = read_text(path, max_bytes=MIB).strip()
+        if known:
+            return known
+    run_id = secrets.token_hex(8)
+    # Until this file there was the folder's name. A training of then goes on in its own run.
+    if (folder / TRACKERS / "wandb").is_dir():
+        run_id = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    write_file(path, (run_id + "\n").encode())
+    return run_id
 
 
 class Trackers:
@@ -213,7 +275,7 @@ class Trackers:
         for name in names:
             tracker: Scalars | OtherTracker
             if name == TENSORBOARD:
-                tracker = Scalars(folder / TENSORBOARD, step)
+                tracker = Scalars(folder / TENSORBOARD, step, console)
             else:
                 tracker = OtherTracker(name, folder, config, console)
             self.stack.enter_context(tracker)

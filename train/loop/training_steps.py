@@ -186,7 +186,11 @@ def save_samples(run: Run, watch: Watch, trackers: Trackers) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with run.written_weights():
                 image = watch.sample_grid(run.step)
-            Image.fromarray(image).save(path)
+            try:
+                Image.fromarray(image).save(path)
+            except OSError as error:  # Pillow's does not name the file
+                path.unlink(missing_ok=True)
+                raise OSError(error.errno, error.strerror, str(path)) from None
             trackers.add_image("samples", image, run.step)
 
 

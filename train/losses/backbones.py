@@ -142,8 +142,11 @@ def resized(image01_BCHW: Tensor, size: int | None) -> Tensor:
     """The image with its short side at ``size`` pixels, or as it is without one."""
     if size is None:
         return image01_BCHW
-    scale = size / min(image01_BCHW.shape[-2:])
-    return F.interpolate(image01_BCHW, scale_factor=scale, mode="bilinear", antialias=True)
+    height, width = image01_BCHW.shape[-2:]
+    scale = size / min(height, width)
+    # Rounded here: torch rounds down, and 784 * (256 / 784) is a little less than 256.
+    target = (round(height * scale), round(width * scale))
+    return F.interpolate(image01_BCHW, size=target, mode="bilinear", antialias=True)
 
 
 def torchvision_vgg16() -> nn.Sequential:

@@ -11,6 +11,8 @@ beside that of images.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,6 +43,7 @@ from hipa_deploy.models.style import Style, StyleInfo
 from hipa_deploy.models.text_context import text_context
 from hipa_deploy.models.text_pair import forces_zeros, pair_context
 from hipa_deploy.models.weights.load_part import check_weights, load_part
+from hipa_deploy.models.weights.weight_identity import weights_identity
 from hipa_deploy.tasks import Task, is_inpainting_unet, size_numbers
 from hipa_deploy.train.model.conditions import Conditions
 
@@ -163,6 +166,14 @@ class DiffusionModel:
     def text_modules(self) -> dict[str, Any]:
         """The text encoders by the names of their folders."""
         return {part: getattr(self.pipe, part) for part in self.config.text_parts}
+
+    def identity(self) -> dict[str, Any]:
+        """What a training depends on beside UNet and VAE, as JSON values."""
+        digest = hashlib.sha256()
+        for part in self.config.text_parts:
+            digest.update(weights_identity(self.folder / part).encode())
+        schedule = json.loads(json.dumps(self.schedule))
+        return {"schedule": schedule, "text_encoders_sha256": digest.hexdigest()}
 
     @property
     def latent_shape_CHW(self) -> tuple[int, int, int]:

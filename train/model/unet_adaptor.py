@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from hipa_deploy.disk.files import new_folder
 from hipa_deploy.errors import HipaError
-from hipa_deploy.models.adaptor_folder import METADATA, WEIGHTS, AdaptorMetadata, read_metadata
+from hipa_deploy.models.adaptor_folder import (
+    METADATA,
+    WEIGHTS,
+    AdaptorMetadata,
+    check_schedule,
+    read_metadata,
+)
 from hipa_deploy.models.style import check_same_loras
 from hipa_deploy.models.weights.weight_file import load_tensors
 from hipa_deploy.train.model.conditions import Conditions
@@ -239,6 +245,7 @@ def one_step_model(
     """
     if adaptor is not None:
         metadata = read_metadata(adaptor, model.folder)
+        check_schedule(adaptor, metadata, model.config)
         check_same_loras(adaptor, metadata.loras, model.style.loras)
         if metadata.task != "generate":
             raise HipaError(

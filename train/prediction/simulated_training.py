@@ -40,6 +40,7 @@ SCHEDULE = 1000  # timesteps of a schedule; which alpha_bar they have costs noth
 LAST_STEP = 100_000_000  # beyond every recipe's delays
 CPU = torch.device("cpu")
 ADAMW_BYTES = 8  # two float32 moments for each trainable parameter
+AVERAGE_BYTES = 4  # its average in float32
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class SimulatedTraining:
         self.recipe = recipe
         emulated = not timed
         self.weights = add_adaptors(model, recipe)
-        self._step_costs: dict[tuple[int, bool], TrainingCost] = {}
+        self._step_costs: dict[tuple[int, bool, bool], TrainingCost] = {}
         self.loss = _loss(recipe)
         self.held_out = _DistanceNetworks() if recipe.held_out.prompts else None
         self.unet = in_precision(model.unet, recipe.mixed_precision, CPU, emulated=emulated)
@@ -173,15 +174,19 @@ class SimulatedTraining:
         with CPU:
             self.alpha_bar = model.alpha_bar(recipe.timestep)
 
-    def step(self, rows: int, *, decoded: bool) -> None:
+    def step(self, rows: int, *, decoded: bool, accumulates: bool = False) -> None:
         """Forward and backward pass of ``rows`` rows.
 
         Args:
             rows: How many.
             decoded: A step after the latent warm-up, with every term; it decodes if an image term
                 needs it.
+            accumulates: Whether there are gradients of the batch's earlier rows already.
 
         """
+        if accumulates:
+            for weight in self._trained():
+                weight.grad = torch.zeros_like(weight)
         latents = self._student_latents(rows)
         target = self._latents(rows)
         if not decoded:
@@ -239,12 +244,16 @@ class SimulatedTraining:
 
     def _forget_gradients(self) -> None:
         # Gradients left behind would count as memory of the next step.
+        fake = self.distribution.fake_weights.values() if self.distribution else ()
+        for weight in (*self._trained(), *fake):
+            weight.grad = None
+
+    def _trained(self) -> list[nn.Parameter]:
+        """The weights that have a gradient in a step of the student."""
         trained = [*self.weights.values(), *self.loss.trained_parameters.values()]
         if self.distribution is not None:
-            trained += self.distribution.fake_weights.values()
             trained += self.distribution.head_weights.values()
-        for weight in trained:
-            weight.grad = None
+        return trained
 
     @torch.no_grad()
     def teacher_call(self) -> None:
@@ -278,37 +287,52 @@ class SimulatedTraining:
         rows = self.recipe.held_out_rows
         cost = self._cost(lambda: self.measure_rows(rows))
         flops = round(cost.flops * self.recipe.held_out.count / rows)
-        return TrainingCost(flops, cost.peak_bytes + self._moments_bytes())
+        # The weights make room for their average, and are kept beside it.
+        kept = self._average_bytes() if self.recipe.written == "average" else 0
+        return TrainingCost(flops, cost.peak_bytes + self._kept_bytes() + kept)
 
     def pairs_cost(self) -> TrainingCost:
         """Cost of one batch of teacher pairs, without the sampler's own small arithmetic."""
         call = self._cost(self.teacher_call)
         return TrainingCost(call.flops * self.recipe.teacher.steps, call.peak_bytes)
 
-    def step_cost(self, rows: int, *, decoded: bool) -> TrainingCost:
-        """Cost of ``step``, with AdamW's moments in memory.
+    def step_cost(self, rows: int, *, decoded: bool, accumulates: bool = False) -> TrainingCost:
+        """Cost of ``step``, with AdamW's moments and the average in memory.
 
         AdamW's own arithmetic, a few operations for each parameter, is not counted.
         """
         # A step of SDXL takes tens of seconds to count, and is asked for more than once.
-        key = (rows, decoded)
+        key = (rows, decoded, accumulates)
         if key not in self._step_costs:
-            cost = self._cost(lambda: self.step(rows, decoded=decoded))
-            peak_bytes = cost.peak_bytes + self._moments_bytes()
+            cost = self._cost(lambda: self.step(rows, decoded=decoded, accumulates=accumulates))
+            peak_bytes = cost.peak_bytes + self._kept_bytes()
             self._step_costs[key] = TrainingCost(cost.flops, peak_bytes)
         return self._step_costs[key]
 
     def fake_cost(self, processes: int = 1) -> TrainingCost:
-        """Cost of ``fake_steps`` for a whole batch, with AdamW's moments in memory."""
+        """Cost of ``fake_steps`` for a whole batch, with what ``step_cost`` has in memory."""
         micro_batch = self._micro_batch(processes)
         cost = self._cost(lambda: self.fake_steps(micro_batch))
         flops = round(cost.flops * self.recipe.batch / micro_batch)
-        return TrainingCost(flops, cost.peak_bytes + self._moments_bytes())
+        return TrainingCost(flops, cost.peak_bytes + self._kept_bytes())
+
+    def _rows(self, processes: int) -> int:
+        """Rows of a batch in the process that has the most of them."""
+        return -(-self.recipe.batch // processes)
 
     def _micro_batch(self, processes: int) -> int:
         """Rows that a process takes through the models at once."""
-        rows = -(-self.recipe.batch // processes)
+        rows = self._rows(processes)
         return min(self.recipe.micro_batch or rows, rows)
+
+    def _kept_bytes(self) -> int:
+        """Bytes of AdamW's moments and of the average."""
+        return self._moments_bytes() + self._average_bytes()
+
+    def _average_bytes(self) -> int:
+        if not self.recipe.ema_decay:
+            return 0
+        return AVERAGE_BYTES * sum(weight.numel() for weight in self.weights.values())
 
     def _moments_bytes(self) -> int:
         trainable = sum(weight.numel() for weight in self.weights.values())
@@ -320,14 +344,15 @@ class SimulatedTraining:
     def batch_cost(self, processes: int, *, decoded: bool) -> TrainingCost:
         """Operations of a whole batch in all processes, and the memory of one of them."""
         micro_batch = self._micro_batch(processes)
-        cost = self.step_cost(micro_batch, decoded=decoded)
+        accumulates = micro_batch < self._rows(processes)
+        cost = self.step_cost(micro_batch, decoded=decoded, accumulates=accumulates)
         flops = round(cost.flops * self.recipe.batch / micro_batch)
         return TrainingCost(flops, cost.peak_bytes)
 
     def micro_batch_memory(self) -> MicroBatchMemory:
         """Memory of a decoded step with one row, and what another adds."""
-        one_row = self.step_cost(1, decoded=True).peak_bytes
-        two_rows = self.step_cost(2, decoded=True).peak_bytes
+        one_row = self.step_cost(1, decoded=True, accumulates=True).peak_bytes
+        two_rows = self.step_cost(2, decoded=True, accumulates=True).peak_bytes
         return MicroBatchMemory(one_row, two_rows - one_row)
 
     def target_cost(self, processes: int = 1) -> TrainingCost:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
+import torch
 from typer.main import get_command
 
 from hipa_deploy.commands import app as command_line
@@ -39,6 +40,17 @@ def test_an_error_of_the_disk_is_one_line_with_a_remedy(
     text = refused("generate", "emoji", "apple")
     assert message in text
     assert "Check the path, its permissions and the free disk space." in text
+
+
+def test_too_little_memory_is_one_line(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(**options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(command_line, "app", failing)
+    message = "not enough memory (CUDA out of memory. Tried to allocate 2.00 GiB). Ask for less"
+    assert message in refused("evaluate")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from hipa_deploy.commands.app import main
 from hipa_deploy.commands.train import training_gpus
 from hipa_deploy.errors import HipaError
+from hipa_deploy.train import train_adaptor
 from hipa_deploy.train.recipes.recipe import SHIPPED
 
 
@@ -80,3 +82,15 @@ def test_a_training_is_predicted_for_the_gpus_that_people_train_on() -> None:
     ):
         assert memory[title] == gib
     assert not [title for title in memory if "Jetson" in title]
+
+
+def test_too_little_memory_of_a_gpu_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    def fails(*_: object, **__: object) -> Path:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train_adaptor, "train_adaptor", fails)
+    message = refused("train", "--out", str(tmp_path / "x"))
+    assert "not enough memory (CUDA out of memory. Tried to allocate 2.00 GiB). Lower" in message
+    assert "micro_batch" in message

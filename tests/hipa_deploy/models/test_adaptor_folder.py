@@ -18,9 +18,11 @@ from hipa_deploy.models.adaptor_folder import (
     ENCODER_WEIGHTS,
     METADATA,
     WEIGHTS,
+    check_schedule,
     read_metadata,
     weights_sha256,
 )
+from hipa_deploy.models.model_config import ModelConfig
 
 
 @pytest.fixture
@@ -62,6 +64,25 @@ def test_an_adaptor_of_another_unet_or_vae_is_refused(folder: Path) -> None:
     with pytest.raises(HipaError, match=r"another base model.* use the same folder as then\.$"):
         read_metadata(folder, MODEL)
     read_metadata(folder)
+
+
+def test_an_adaptor_of_another_prediction_or_schedule_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    # The weights are the same, as of one checkpoint that was converted as SD 2.1 and SD 2.1-base.
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    settings = json.loads(scheduler.read_text())
+    metadata = read_metadata(folder, model)
+    check_schedule(folder, metadata, ModelConfig.read(model))
+
+    scheduler.write_text(json.dumps(settings | {"prediction_type": "v_prediction"}))
+    with pytest.raises(HipaError, match=r"predicts epsilon, and .* predicts v_prediction\. Corr"):
+        read_metadata(folder, model)
+    scheduler.write_text(json.dumps(settings | {"beta_end": 0.013}))
+    with pytest.raises(HipaError, match=r"another noise schedule: alpha_bar is 0\.00466 at time"):
+        check_schedule(folder, metadata, ModelConfig.read(model))
 
 
 def test_an_adaptor_of_the_encoder_needs_its_weights(folder: Path) -> None:

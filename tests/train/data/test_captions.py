@@ -138,7 +138,11 @@ def test_no_caption_at_all(
             "has no caption or text",
         ),
         ("metadata.jsonl", b'{"file_name": "red.png", "text": 3}', "the text is no text"),
-        ("metadata.csv", b"file,text\nred.png,x\n", "has no column 'file_name'"),
+        (
+            "metadata.csv",
+            b"file,text\nred.png,x\n",
+            r"has no column 'file_name'. It has: file, text. Name that column file_name\.$",
+        ),
         ("red.txt", b"\xff", "is not UTF-8"),
     ],
 )

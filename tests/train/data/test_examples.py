@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.images.compositing import latent_mask
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style
+from hipa_deploy.train.data import examples as examples_module
 from hipa_deploy.train.data.examples import (
     TaskExamples,
     edit_starts,
@@ -240,3 +242,22 @@ def test_a_nine_channel_model_learns_from_real_images(
             device="cpu",
             console=QUIET,
         )
+
+
+def test_another_prompt_is_the_choice_among_the_others() -> None:
+    for group in ([3], [0, 4], [1, 2, 5, 8, 9]):
+        for own in group:
+            others = [index for index in group if index != own]
+            for seed in range(20):
+                chosen = int(np.random.default_rng(seed).choice(others or [own]))
+                assert examples_module._another(np.random.default_rng(seed), group, own) == chosen
+
+
+def test_many_edits_among_many_prompts_are_chosen_in_seconds() -> None:
+    # With a list of the others for each of them: half a minute.
+    prompts = [str(number) for number in range(20_000)]
+    related = related_prompts(prompts, None)
+    start = time.process_time()
+    for own in range(len(prompts)):
+        examples_module._another(np.random.default_rng(own), related(own), own)
+    assert time.process_time() - start < 10

@@ -8,6 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.train.data import teacher_pairs
 from hipa_deploy.train.data.examples import task_examples
 from hipa_deploy.train.data.source_images import folder_source_images, teacher_source_images
 from hipa_deploy.train.data.teacher_pairs import Pairs
@@ -36,6 +37,21 @@ def test_a_folder_without_images(model: DiffusionModel, tmp_path: Path) -> None:
         folder_source_images(model, tmp_path / "none", [], QUIET)
 
 
+def test_a_damaged_image_is_found_at_once(
+    model: DiffusionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Also among images that do not fit in memory, which a step reads hours later.
+    monkeypatch.setattr(teacher_pairs, "TABLE_BYTES", 0)
+    for number in range(3):
+        Image.new("RGB", (40, 30), "red").save(tmp_path / f"{number}.jpg")
+    images, _ = folder_source_images(model, tmp_path, [], QUIET, captions=False)
+    assert images.images(torch.tensor([2])).shape == (1, *model.resolution, 3)
+    last = tmp_path / "2.jpg"
+    last.write_bytes(last.read_bytes()[:-40])
+    with pytest.raises(HipaError, match=r"2\.jpg cannot be read"):
+        folder_source_images(model, tmp_path, [], QUIET, captions=False)
+
+
 def test_the_teachers_images_are_decoded_from_its_latents(model: DiffusionModel) -> None:
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
     pairs = Pairs(latents, prompt_N=torch.tensor([1, 0, 1]), seed_N=torch.arange(3))
@@ -55,7 +71,7 @@ def test_few_large_images_are_encoded_at_once(
     for number in range(8):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
     source = {"images": str(tmp_path), "captions": False, "factor": 2}
-    values = recipe.model_dump() | {"task": "upscale", "source": source, "resolution": 800}
+    values = recipe.model_dump() | {"task": "upscale", "source": source, "resolution": 400}
     large = Recipe.model_validate(values)
     model = DiffusionModel.load(model_dir, "cpu", size=large.size)
     encoded = []

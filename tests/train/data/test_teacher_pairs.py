@@ -269,3 +269,21 @@ def test_rows_in_memory_or_computed(limit: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "TABLE_BYTES", limit)
     rows = cached_rows("doubles", lambda index: torch.tensor(index)[:, None] * 2.0, count=40)
     assert rows(torch.tensor([39, 0, 39])).tolist() == [[78], [0], [78]]
+
+
+def test_a_table_takes_no_memory_of_a_gpu() -> None:
+    moved = []
+
+    class OnGpu(torch.Tensor):
+        """A tensor that says when it is copied into the processor's memory."""
+
+        def cpu(self, *_: object, **__: object) -> torch.Tensor:
+            moved.append(len(self))
+            return self.as_subclass(torch.Tensor)
+
+    def computed(rows: list[int]) -> torch.Tensor:
+        return torch.ones(len(rows), 3).as_subclass(OnGpu)
+
+    rows = cached_rows("ones", computed, count=40)
+    assert moved == [16, 16, 8]
+    assert type(rows(torch.tensor([39, 0]))) is torch.Tensor

@@ -12,6 +12,7 @@ from rich.console import Console
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.evaluation.quality import (
     compare,
+    decoded_images,
     kid,
     kid_lite0,
     one_step_images,
@@ -157,3 +158,26 @@ def test_damaged_weights_are_refused(model: DiffusionModel, tmp_path: Path) -> N
 def test_half_precision_files_load_in_float32(model: DiffusionModel, tmp_path: Path) -> None:
     model.pipe.to(torch.float16).save_pretrained(tmp_path / "half")
     assert DiffusionModel.load(tmp_path / "half", "cpu").unet.dtype == torch.float32
+
+
+def test_few_large_images_are_made_at_once(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 32 of SD 1.5's images at once would take the decoder 28 GiB, and of SD 2.1's 59.
+    model = DiffusionModel.load(model_dir, "cpu", size=(400, 400))
+    made = []
+    decoded = []
+
+    def latents(noise_BCHW: torch.Tensor, conditions: object) -> torch.Tensor:
+        made.append(len(noise_BCHW))
+        return noise_BCHW
+
+    def decode(self: DiffusionModel, latents_BCHW: torch.Tensor) -> torch.Tensor:
+        decoded.append(len(latents_BCHW))
+        return torch.zeros(len(latents_BCHW), 3, *self.resolution)
+
+    monkeypatch.setattr(DiffusionModel, "decode", decode)
+    images = decoded_images(model, latents, ["a boat"] * 30, range(30))
+    assert images.shape == (30, 400, 400, 3)
+    assert made == [24, 6]
+    assert decoded == [6, 6, 6, 6, 6]

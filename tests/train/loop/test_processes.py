@@ -31,7 +31,10 @@ ROOT = Path(__file__).parents[3]
 # 5e-5 or 6e-3, depending on the threads; 0.46 when one row of three is missing.
 TOLERANCE = 2e-2
 FSDP = "accelerate is configured for FSDP. Expected plain processes"
-OTHER_PRECISION = "configured for bf16, the recipe says mixed_precision = 'no'"
+OTHER_PRECISION = (
+    r"configured for bf16, the recipe says mixed_precision = 'no'\. "
+    "Expected the recipe's: accelerate launch --mixed_precision no$"
+)
 
 
 def launch(*command: object, cwd: Path) -> subprocess.CompletedProcess:

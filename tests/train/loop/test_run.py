@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hipa_deploy.train.loop.training_steps import batch_rows
 from hipa_deploy.train.model.unet_adaptor import WEIGHTS
 from hipa_deploy.train.recipes.recipe import Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
+from tests.tiny_model import PROMPTS
 from tests.weights import differences, read_weights
 
 QUIET = Console(file=io.StringIO())
@@ -62,6 +64,19 @@ def test_files_of_a_run_folder(
     expected = {"step-00000002.png", "step-00000004.png"}
     assert {path.name for path in samples.iterdir()} == expected
     assert Image.open(samples / "step-00000004.png").size == (604, 306)
+
+
+def test_a_full_disk_names_the_sample_that_met_it(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    samples = tmp_path / "adaptor.run" / "samples"
+    samples.mkdir(parents=True)
+    sample = samples / "step-00000002.png"
+    sample.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as full:
+        train(recipe, model_dir, tmp_path / "adaptor", cache)
+    assert full.value.filename == str(sample)
+    assert read_step(tmp_path / "adaptor.run") == 2
 
 
 def test_another_recipe_does_not_resume(
@@ -131,6 +146,48 @@ def test_other_images_or_captions_do_not_resume(
     del identity["source_images_sha256"], identity["real_images_sha256"]
     torch.save(state | {"identity": json.dumps(identity)}, path)
     assert train(more, model_dir, out, cache)
+
+
+def test_another_part_of_the_model_does_not_resume(
+    recipe: Recipe, model_dir: Path, v_model_dir: Path, cache: Path, tmp_path: Path, stop_after
+) -> None:
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    out = tmp_path / "adaptor"
+    stop_after(1)
+    with pytest.raises(HipaError, match="stopped"):
+        train(recipe, model, out, cache)
+    stop_after(None)
+
+    # A fine-tune whose scheduler was mended after its first training.
+    others = {
+        "scheduler/scheduler_config.json": r"another noise schedule or prediction type \(sched",
+        "text_encoder/model.safetensors": "another text encoder",
+        "vae/diffusion_pytorch_model.safetensors": "another VAE",
+    }
+    for name, other in others.items():
+        shutil.copy(v_model_dir / name, model / name)
+        with pytest.raises(HipaError, match=f"was started with {other}"):
+            train(recipe, model, out, cache)
+        shutil.copy(model_dir / name, model / name)
+    train(recipe, model, out, cache)
+
+
+def test_another_choice_of_source_prompts_does_not_resume(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
+) -> None:
+    shown = tmp_path / "shown.txt"
+    shown.write_text("\n".join(PROMPTS[:2]))
+    source = {"prompts": str(shown), "strengths": [1.0]}
+    edit = Recipe.model_validate(recipe.model_dump() | {"task": "edit", "source": source})
+    stop_after(1)
+    with pytest.raises(HipaError, match="stopped"):
+        train(edit, model_dir, tmp_path / "adaptor", cache)
+    stop_after(None)
+
+    # All prompts together are the same as before.
+    shown.write_text(PROMPTS[0])
+    with pytest.raises(HipaError, match=r"was started with other prompts in source\.prompts"):
+        train(edit, model_dir, tmp_path / "adaptor", cache)
 
 
 def test_divergence_stops_and_keeps_the_checkpoint(

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import resource
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.loop.scalars import OtherTracker, Scalars, Trackers
+from hipa_deploy.train.loop.scalars import OtherTracker, Scalars, Trackers, wandb_run_id
 from hipa_deploy.train.training_request import TRACKERS, check_trackers
 
 IMAGE = np.zeros((4, 6, 3), np.uint8)
@@ -32,8 +37,40 @@ def test_failing_to_close_does_not_hide_the_first_error(
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full_disk)
     with pytest.raises(HipaError, match="the cause"), Scalars(tmp_path, 0):
         raise HipaError("the cause")
-    with pytest.raises(OSError, match="No space"), Scalars(tmp_path, 0):
+    screen = Console(file=io.StringIO(), width=1000)
+    with Scalars(tmp_path, 0, screen):
         pass
+    assert "warning: tracker tensorboard failed (OSError: [Errno 28]" in screen.file.getvalue()
+
+
+def test_a_full_disk_does_not_end_the_training(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    screen = Console(file=io.StringIO(), width=1000)
+    hook = threading.excepthook
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Scalars(tmp_path, 0, screen) as scalars:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))  # bytes of a file
+        try:
+            # The writer's thread writes every two minutes: now.
+            worker = scalars.writer.file_writer.event_writer._async_writer._worker
+            worker._next_flush_time = 0
+            for step in range(1, 1000):
+                scalars.add({"loss": 0.5}, step)
+                time.sleep(0.01 if scalars.writer else 0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+        scalars.add_image("samples", IMAGE, 1000)
+    printed = screen.file.getvalue()
+    assert printed.count("warning: tracker tensorboard failed (OSError: [Errno 27]") == 1
+    assert "Traceback" not in capfd.readouterr().err
+    assert threading.excepthook is hook
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file")
+    with pytest.raises(HipaError, match=r"tensorboard cannot be written: File exists\. Check its"):
+        Scalars(tmp_path / "tensorboard", 0)
 
 
 def test_without_a_folder_nothing_is_recorded() -> None:
@@ -73,6 +110,22 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder,) = (run / "trackers" / "wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb"))
     assert list(folder.rglob("samples*.png"))
+
+
+def test_a_training_has_an_id_of_its_own_at_wandb(tmp_path: Path) -> None:
+    run = tmp_path / "adaptor.run"
+    first = wandb_run_id(run)
+    assert wandb_run_id(run) == first  # resumed
+
+    # A second training of that name, after the first one was removed, or on another machine.
+    shutil.rmtree(run)
+    assert wandb_run_id(run) != first
+
+    # What was begun before there was a file goes on where it was.
+    shutil.rmtree(run)
+    (run / "trackers" / "wandb").mkdir(parents=True)
+    named = hashlib.sha256(str(run).encode()).hexdigest()[:16]
+    assert wandb_run_id(run) == wandb_run_id(run) == named
 
 
 @pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")

@@ -54,6 +54,7 @@ def test_resized_keeps_the_ratio() -> None:
     image = torch.rand(1, 3, 16, 24)
     assert resized(image, 32).shape == (1, 3, 32, 48)
     assert resized(image, None) is image
+    assert resized(torch.zeros(1, 3, 392, 784), 256).shape == (1, 3, 256, 512)
 
 
 def test_missing_torchvision_names_the_release_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,6 +176,22 @@ def test_a_micro_batch_takes_less_memory_and_the_same_operations(
     assert whole.memory.one_row + further == pytest.approx(whole.step.peak_bytes, rel=0.02)
 
 
+def test_gradients_of_earlier_rows_and_the_average_take_memory(
+    model_dir: Path, recipe: Recipe
+) -> None:
+    whole = predict_once(recipe, model_dir)
+    numbers = 4 * whole.trainable
+    training = SimulatedTraining(unloaded_model(model_dir), recipe)
+    first = training.step_cost(1, decoded=True).peak_bytes
+    later = training.step_cost(1, decoded=True, accumulates=True).peak_bytes
+    assert first < later <= first + numbers
+    parts = predict_once(recipe.model_copy(update={"micro_batch": 1}), model_dir)
+    assert parts.step.peak_bytes == pytest.approx(later, rel=0.01)
+
+    averaged = predict_once(recipe.model_copy(update={"ema_decay": 0.9}), model_dir)
+    assert averaged.step.peak_bytes == whole.step.peak_bytes + numbers
+
+
 def test_the_largest_micro_batch() -> None:
     memory = MicroBatchMemory(one_row=100, further_row=10)
     assert [memory.largest(usable, 4) for usable in (99, 100, 109, 110, 129, 1000)] == [
