@@ -42,11 +42,14 @@ class OneStepPipeline(BatchPipeline):
     wait. ``swap_adaptor`` and ``close`` wait for the batches that are under way, so the parameters
     of an image always name the adaptor that made it.
 
+    A pipeline belongs to the process that loaded it. A fork of that process gets an error: each
+    process loads its own.
+
     Example:
         >>> with OneStepPipeline.load("emoji") as pipe:
         ...     result = pipe("3d emoji of a red apple", seed=0, count=2)
         >>> result.images_BHWC.shape
-        (2, 64, 64, 3)
+        (2, 128, 128, 3)
         >>> result.images[0].save("apple.png")
 
     """

@@ -323,8 +323,12 @@ class BatchPipeline(ClosesAtExit):
     def close(self) -> None:
         """Release every stage, after the batches that are under way.
 
-        Calling it twice is harmless.
+        Calling it twice is harmless. In a fork of the process that loaded them it does nothing.
         """
+        # They are the parent's: ONNX Runtime waits for threads that a fork does not have, and
+        # crashes (microsoft/onnxruntime#31961).
+        if self._loaded.is_of_parent:
+            return
         self._loaded.close()
         self._batches.close()
         if self._safety is not None:
