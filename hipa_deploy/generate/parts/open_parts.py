@@ -59,7 +59,8 @@ def open_parts(
     The arguments and the errors are those of ``OneStepPipeline.load``.
     """
     check_backend(backend)
-    opened = Bundle.open(resolve_bundle(bundle))
+    # Files are opened later too: the folder is the same one after a change of the current folder.
+    opened = Bundle.open(resolve_bundle(bundle).absolute())
     opened.verify(remembered=not verify)
     name = resolve_backend(backend, opened)
     # The tokenizer first: what is wrong with it is found before seconds of loading.

@@ -214,6 +214,7 @@ class Refiner:
             if self._runner is None:
                 refinement = refinement_of(self._bundle, self._backend)
                 name = refinement.stage.spec.name
+                self._bundle.check_unchanged(name)
                 self._tables = read_tables(self._bundle, refinement)
                 self._runner = open_runner(self._bundle, name, self._backend)
             return self._runner

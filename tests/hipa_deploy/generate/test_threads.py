@@ -200,10 +200,12 @@ def test_contexts_are_remembered_and_forgotten_by_several_threads() -> None:
 # In a process of its own: that of the tests has threads, and a fork of it is warned of.
 FORK = """
 import os
+import signal
 from hipa_deploy import HipaError, OneStepPipeline
 
 pipe = OneStepPipeline.load("emoji", backend="onnxruntime", cache=False)
 if os.fork() == 0:
+    signal.alarm(60)  # a fork that waits for ever ends
     for call in (lambda: pipe("a cat"), lambda: pipe.swap_adaptor(None), pipe.warmup):
         try:
             call()
