@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,7 +50,7 @@ from hipa_deploy.disk.reading import (
     validated,
 )
 from hipa_deploy.disk.remembered import RememberedHashes, VerifiedFiles, file_marks
-from hipa_deploy.errors import HipaError, first_line, reason_of
+from hipa_deploy.errors import HipaError, brief, first_line, reason_of
 from hipa_deploy.record import Record
 
 FOLDER = "adaptors"
@@ -385,6 +386,8 @@ def find_swap(bundle: Bundle, adaptor: str | Path) -> Path:
         HipaError: there is none; the message says which the bundle has.
 
     """
+    if not isinstance(adaptor, str | os.PathLike):
+        raise HipaError(f"the adaptor is {brief(adaptor)}. Expected a name or a folder.")
     for root in (bundle.root / FOLDER / adaptor, Path(adaptor)):
         if (root / MANIFEST).is_file():
             return root

@@ -41,7 +41,7 @@ class Bundle:
     ``Bundle.open`` reads the manifest alone, which is quick. ``verify`` hashes every file.
 
     Example:
-        >>> bundle = Bundle.open(Path("my-bundle"))
+        >>> bundle = Bundle.open("my-bundle")
         >>> bundle.verify()
         >>> list(bundle.stages)
         ['text_encoder', 'unet', 'vae_decoder']
@@ -52,14 +52,18 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, root: Path) -> Bundle:
+    def open(cls, root: str | Path) -> Bundle:
         """Read ``root/hipa.json``.
+
+        Args:
+            root: the bundle's folder.
 
         Raises:
             HipaError: not a bundle, a newer schema, a manifest that does not validate, or one that
                 the key of ``HIPA_PUBLIC_KEY`` did not sign.
 
         """
+        root = Path(root)
         path = root / MANIFEST
         if not root.exists():
             raise HipaError(

@@ -21,7 +21,7 @@ from hipa_deploy.disk.reading import MIB, check_file
 from hipa_deploy.errors import HipaError, HipaWarning, as_line
 from hipa_deploy.images.colour import ColourSpace, colour_space, srgb_levels, to_srgb
 
-ImageSource = str | Path | Image.Image | np.ndarray
+ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
 _ARRAY_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _EIGHT_BITS = 255
@@ -69,7 +69,7 @@ def read_image(source: ImageSource) -> np.ndarray:
         (480, 640, 3)
 
     """
-    name = f"image {source}" if isinstance(source, str | Path) else "the image"
+    name = f"image {os.fspath(source)}" if isinstance(source, str | os.PathLike) else "the image"
     upright, space = _as_pillow(source, "image", name)
     levels_16 = None
     if space is not None and _is_deep_grey(upright):
@@ -134,7 +134,7 @@ def read_mask(source: ImageSource) -> np.ndarray:
         # Through RGB, because Pillow converts not every mode to "L" directly.
         mask_HW[rows] = np.asarray(image.convert("RGB").convert("L")) >= 128
     if least_alpha < 128:
-        name = f"mask {source}" if isinstance(source, str | Path) else "the mask"
+        name = f"mask {os.fspath(source)}" if isinstance(source, str | os.PathLike) else "the mask"
         warnings.warn(
             f"{name} has transparent pixels, which count for nothing: what is white is repainted, "
             "and what is black is kept.",
@@ -266,13 +266,13 @@ def _as_pillow(
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, what), None
-    if not isinstance(source, str | Path | Image.Image):
+    if not isinstance(source, str | os.PathLike | Image.Image):
         raise HipaError(
             f"{what} is a {type(source).__name__}. "
             "Expected a path, a Pillow image or a numpy array."
         )
 
-    name = f"{what} {source}" if isinstance(source, str | Path) else f"the {what}"
+    name = f"{what} {os.fspath(source)}" if isinstance(source, str | os.PathLike) else f"the {what}"
     # What Pillow raises for files that are not images, or are broken, depends on the format.
     with as_line(f"{name} cannot be read", "Expected a complete image file."):
         if isinstance(source, Image.Image):
@@ -438,7 +438,7 @@ def _levels(array: np.ndarray, what: str) -> np.ndarray:
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:
         return np.rint(array / _TO_EIGHT_BITS).astype(np.uint8)
     if array.dtype.kind != "f":
         raise HipaError(

@@ -64,17 +64,18 @@ def is_image_file(path: Path) -> bool:
     return start.startswith(_STARTS) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
 
 
-def read_marks(path: Path) -> FileMarks:
+def read_marks(path: str | Path) -> FileMarks:
     """Read what an image file says about itself; its pixels are not decoded but for a PNG's.
 
     Raises:
         HipaError: the file is missing, enormous, or no PNG, WebP or JPEG.
 
     Example:
-        >>> read_marks(Path("apple.webp")).parameters["prompt"]
+        >>> read_marks("apple.webp").parameters["prompt"]
         '3d emoji of a red apple'
 
     """
+    path = Path(path)
     check_file(path, MAX_FILE, _REMEDY)
     with (
         as_line(f"{path} cannot be read", _REMEDY),
@@ -85,7 +86,7 @@ def read_marks(path: Path) -> FileMarks:
             return _marks_of(image)
 
 
-def read_parameters(path: Path) -> dict[str, Any]:
+def read_parameters(path: str | Path) -> dict[str, Any]:
     """Read the generation parameters from a file that hipa-generate or ``save_image`` wrote.
 
     Args:

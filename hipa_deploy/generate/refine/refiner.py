@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from numbers import Real
 
 import numpy as np
 
@@ -100,7 +101,7 @@ def refine_settings(
         raise HipaError(
             f"steps is {brief(steps)}. Expected a whole number of {LEAST_STEPS} to {MOST_STEPS}."
         )
-    is_number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
+    is_number = isinstance(guidance, Real) and not isinstance(guidance, bool)
     if not is_number or not LEAST_GUIDANCE <= guidance <= MOST_GUIDANCE:
         raise HipaError(
             f"guidance is {brief(guidance)}. Expected {LEAST_GUIDANCE:g} to {MOST_GUIDANCE:g}; "

@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.errors import HipaError
-from hipa_deploy.images.png import read_parameters, save_png
+from hipa_deploy.images.png import read_parameters, save_image, save_png
 from tests.stages_as_one import StagesAsOne
 
 APPLE = "3d emoji of a red apple"
@@ -56,6 +56,46 @@ def test_seeds_count_from_zero_and_differ(pipe: OneStepPipeline) -> None:
 def test_numbers_of_numpy_count_as_pythons_do(pipe: OneStepPipeline) -> None:
     seeds = pipe(APPLE, seed=np.uint8(254), count=np.int64(3)).seeds
     assert seeds == (254, 255, 256)
+
+
+def test_truth_values_of_numpy_count_as_pythons_do(pipe: OneStepPipeline, tmp_path: Path) -> None:
+    result = pipe(APPLE, truncate=np.bool_(True), prompt_weights=np.bool_(False))
+    save_image(tmp_path / "a.webp", result.images_BHWC[0], result.parameters[0])
+    assert read_parameters(tmp_path / "a.webp")["truncate"] is True
+    for option in ("truncate", "prompt_weights"):
+        with pytest.raises(HipaError, match=f"{option} is 'no'. Expected True or False"):
+            pipe(APPLE, **{option: "no"})  # type: ignore[arg-type]
+
+
+def test_the_seeds_of_tensors_do_not_begin_again(pipe: OneStepPipeline) -> None:
+    path = pipe.tensors(APPLE, seed=np.uint8(255), count=np.int64(1))
+    np.testing.assert_array_equal(path["noise"], pipe.tensors(APPLE, seed=255)["noise"])
+    for count in (0, 2, 1.0):
+        with pytest.raises(HipaError, match="count is"):
+            pipe.tensors(APPLE, count=count)  # type: ignore[arg-type]
+
+
+def test_what_python_alone_can_get_wrong_is_one_line(pipe: OneStepPipeline) -> None:
+    wrong: dict[str, Callable[[], object]] = {
+        "a prompt is array": lambda: pipe(np.array(APPLE)),  # type: ignore[arg-type]
+        "the requests are None": lambda: pipe.generate(None),  # type: ignore[arg-type]
+        "largest is '2'": lambda: pipe.warmup("2"),  # type: ignore[arg-type]
+        "the adaptor is 3": lambda: pipe.swap_adaptor(3),  # type: ignore[arg-type]
+        "the bundle is None": lambda: OneStepPipeline.load(None),  # type: ignore[arg-type]
+        "watermark is 'on'": lambda: OneStepPipeline.load(
+            "emoji",
+            watermark="on",  # type: ignore[arg-type]
+        ),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(HipaError, match=message):
+            call()
+    assert pipe.make(job for job in pipe.jobs([(APPLE, 1)]))[0].job.seed == 1  # type: ignore[arg-type]
+
+
+def test_no_watermark_is_no_watermark() -> None:
+    with OneStepPipeline.load("emoji", "onnxruntime", watermark=np.bool_(False)) as pipe:
+        assert "watermark" not in pipe(APPLE).parameters[0]
 
 
 @settings(

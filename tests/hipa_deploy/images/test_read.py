@@ -6,7 +6,7 @@ import subprocess
 import sys
 import warnings
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -424,3 +424,15 @@ def test_an_image_smaller_than_a_latent_cell() -> None:
     check_size(np.zeros((8, 8, 3), np.uint8), 8)
     with pytest.raises(HipaError, match=r"6x4 pixels .* cell of 8x8"):
         check_size(RGB, 8)
+
+
+def test_every_kind_of_path(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.new("RGB", (8, 8), "red").save(path)
+    for given in (str(path), path, PurePosixPath(path)):
+        assert read_image(given)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_sixteen_bits_of_another_order() -> None:
+    values = np.full((8, 8), 30000, np.uint16)
+    np.testing.assert_array_equal(read_image(values.astype(">u2")), read_image(values))
