@@ -15,6 +15,7 @@ from typing import Any
 
 from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
 from hipa_deploy.bundle.manifest import RefineSettings
+from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.jobs.batch_sizes import cut
 from hipa_deploy.generate.jobs.image_job import ImageJob
 from hipa_deploy.generate.jobs.result import GenerateResult, finished_result, joined, merge_tiles
@@ -304,6 +305,8 @@ class OneStepPipeline(BatchPipeline):
 
         """
         settings = refine_settings(self.bundle, steps, guidance, sampler, self.backend)
+        if not isinstance(result, GenerateResult):
+            raise HipaError(f"the drafts are {brief(result)}. Expected what a call returned.")
         jobs: list[ImageJob] = []
         drafts = zip(result.prompts, result.seeds, result.parameters, strict=True)
         for prompt, seed, parameters in drafts:

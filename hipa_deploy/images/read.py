@@ -17,6 +17,7 @@ from typing import cast
 import numpy as np
 from PIL import Image, ImageOps
 
+from hipa_deploy.disk.quiet_pillow import quiet_pillow
 from hipa_deploy.disk.reading import MIB, check_file
 from hipa_deploy.errors import HipaError, HipaWarning, as_line
 from hipa_deploy.images.colour import ColourSpace, colour_space, srgb_levels, to_srgb
@@ -35,6 +36,9 @@ MAX_SIDE = 1 << 20  # Pillow's lists of rows, and single rows, would take gigaby
 # Formats of Pillow that start another program, are no pixels, or read other files.
 _NOT_READ = ("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "FPX", "MIC", "PCD")
 _ORIENTATION = 0x0112  # of EXIF
+# Pillow decodes an image when it is used first. Two threads that do it at once spoil its pixels,
+# and one of them may miss its orientation. An image has one of these locks, by its address.
+_LOCKS = tuple(threading.Lock() for _ in range(64))
 # What Pillow raises for EXIF data that it cannot parse.
 _BROKEN_EXIF = (SyntaxError, ValueError, struct.error)
 
@@ -276,17 +280,18 @@ def _as_pillow(
     # What Pillow raises for files that are not images, or are broken, depends on the format.
     with as_line(f"{name} cannot be read", "Expected a complete image file."):
         if isinstance(source, Image.Image):
-            _check_pixels(source)
-            return _upright(source, colours_of)
+            with _lock_of(source):
+                _check_pixels(source)
+                return _upright(source, colours_of)
         check_file(Path(source), MAX_FILE, "Expected an image file.")
-        with warnings.catch_warnings():
-            # Pillow's own limit warns of large photos. Its other warnings are of details in damaged
-            # files, which it leaves out.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", module="PIL")
-            with Image.open(source, formats=_formats()) as image:
-                _check_pixels(image)
-                return _upright(image, colours_of)
+        with quiet_pillow(), Image.open(source, formats=_formats()) as image:
+            _check_pixels(image)
+            return _upright(image, colours_of)
+
+
+def _lock_of(image: Image.Image) -> threading.Lock:
+    """The lock of a caller's image, which other threads may be given too."""
+    return _LOCKS[id(image) // 64 % len(_LOCKS)]
 
 
 def _formats() -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from hipa_deploy.disk.quiet_pillow import quiet_pillow
 from hipa_deploy.disk.reading import MIB, check_file
 from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.marks.a1111 import KEYWORD, parse_infotext
@@ -79,11 +79,10 @@ def read_marks(path: str | Path) -> FileMarks:
     check_file(path, MAX_FILE, _REMEDY)
     with (
         as_line(f"{path} cannot be read", _REMEDY),
-        warnings.catch_warnings(),
+        quiet_pillow(),
+        Image.open(path, formats=_FORMATS) as image,
     ):
-        warnings.simplefilter("ignore")  # of Pillow, on details in damaged files
-        with Image.open(path, formats=_FORMATS) as image:
-            return _marks_of(image)
+        return _marks_of(image)
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
