@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.errors import HipaError
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.generate.pipeline import OneStepPipeline
 
+# ONNX Runtime 1.29 and newer reports its sessions to Microsoft unless this is set before it loads
+# (microsoft/onnxruntime#27379). Whoever wants that sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 install()
 __version__ = "0.1.0"
 __all__ = ["Bundle", "HipaError", "OneStepPipeline", "__version__"]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -136,7 +139,8 @@ def load_openvino() -> ModuleType:
 
     """
     try:
-        return importlib.import_module("openvino")
+        with _without_reports():
+            return importlib.import_module("openvino")
     except ModuleNotFoundError:
         raise MissingDependencyError("openvino", "openvino") from None
     except (ImportError, OSError) as error:
@@ -145,6 +149,23 @@ def load_openvino() -> ModuleType:
         ) from None
 
 
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Keep OpenVINO from reporting that it was imported, to Intel by way of Google Analytics.
+
+    It does so wherever it can import its package for that, and has no setting of a program.
+    """
+    if "openvino" in sys.modules or _REPORTS in sys.modules:
+        yield
+        return
+    sys.modules[_REPORTS] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        yield
+    finally:
+        sys.modules.pop(_REPORTS, None)
+
+
+_REPORTS = "openvino_telemetry"
 _ONE_CORE = threading.Lock()
 
 

@@ -27,6 +27,7 @@ from hipa_deploy.disk.reading import (
     validated,
 )
 from hipa_deploy.disk.remembered import RememberedHashes, VerifiedFiles, file_marks
+from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError, first_line, reason_of, whole_number
 
 SCHEMA = 1
@@ -56,14 +57,14 @@ class Bundle:
         """Read ``root/hipa.json``.
 
         Args:
-            root: the bundle's folder.
+            root: the bundle's folder, or 'emoji' for the embedded bundle.
 
         Raises:
             HipaError: not a bundle, a newer schema, a manifest that does not validate, or one that
                 the key of ``HIPA_PUBLIC_KEY`` did not sign.
 
         """
-        root = Path(root)
+        root = resolve_bundle(root)
         path = root / MANIFEST
         if not root.exists():
             raise HipaError(

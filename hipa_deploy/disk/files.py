@@ -42,14 +42,19 @@ _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 def user_cache() -> Path:
     """Return the folder of files that can be made again.
 
-    It is $HIPA_CACHE, else hipa-deploy in $XDG_CACHE_HOME or in ~/.cache.
+    It is $HIPA_CACHE, else hipa-deploy in $XDG_CACHE_HOME or in ~/.cache. Of a user without a home
+    it is a folder that cannot be made: whoever writes into it names HIPA_CACHE.
     """
     own = os.environ.get("HIPA_CACHE")
-    if own:
-        return Path(own)
     # The XDG base directory specification says that a path that is not absolute is ignored.
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    parent = shared if shared.is_absolute() else Path.home() / ".cache"
+    try:
+        if own:
+            # No shell has expanded a '~' in a Dockerfile or in a unit of systemd.
+            return Path(own).expanduser()
+        parent = shared if shared.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:  # a number without a name, as a container may have, and no HOME
+        parent = Path(os.devnull)
     return parent / "hipa-deploy"
 
 

@@ -63,6 +63,8 @@ def open_parts(
     check_backend(backend)
     if not isinstance(bundle, str | PathLike):
         raise HipaError(f"the bundle is {brief(bundle)}. Expected a folder, or 'emoji'.")
+    if checker is not None and not callable(checker):
+        raise HipaError(f"checker is {brief(checker)}. Expected a function that sees images.")
     # Files are opened later too: the folder is the same one after a change of the current folder.
     opened = Bundle.open(resolve_bundle(bundle).absolute())
     opened.verify(remembered=not verify)

@@ -1,5 +1,7 @@
 """The pipeline on the embedded bundle: the real model, through ONNX Runtime."""
 
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -82,6 +84,10 @@ def test_what_python_alone_can_get_wrong_is_one_line(pipe: OneStepPipeline) -> N
         "largest is '2'": lambda: pipe.warmup("2"),  # type: ignore[arg-type]
         "the adaptor is 3": lambda: pipe.swap_adaptor(3),  # type: ignore[arg-type]
         "the bundle is None": lambda: OneStepPipeline.load(None),  # type: ignore[arg-type]
+        "checker is 'nsfw'": lambda: OneStepPipeline.load(
+            "emoji",
+            checker="nsfw",  # type: ignore[arg-type]
+        ),
         "watermark is 'on'": lambda: OneStepPipeline.load(
             "emoji",
             watermark="on",  # type: ignore[arg-type]
@@ -217,3 +223,17 @@ def test_the_name_of_generation_parameters_in_version_0_1_0(pipe: OneStepPipelin
     result = pipe(APPLE, seed=5)
     assert result.recipes is result.parameters
     assert result.recipes[0]["seed"] == 5
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_no_library_reports_its_use(tmp_path: Path, backend: str) -> None:
+    """The libraries keep a number of the user's in the home folder, for their reports."""
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    unset = ("ORT_DISABLE_TELEMETRY", "CI", "TF_BUILD", "JENKINS_URL", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    code = f"from hipa_deploy import OneStepPipeline as P; P.load('emoji', '{backend}')('a cat')"
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, env={**environment, "HOME": str(tmp_path)}, check=True)
+    left = {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()}
+    assert left <= {(".cache", "hipa-deploy")}
