@@ -111,7 +111,12 @@ def check_pairs(requests: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
         pairs.append((prompt, int(seed)))
     check_count(len(pairs), 1)
     check_prompts([prompt for prompt, _ in pairs])
-    return pairs
+    return [(plain_text(prompt), seed) for prompt, seed in pairs]
+
+
+def plain_text(prompt: str) -> str:
+    """A prompt as Python's own text: numpy's, or a member of an Enum, is written as another."""
+    return str.__str__(prompt)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

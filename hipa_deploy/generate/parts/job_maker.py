@@ -13,7 +13,7 @@ from hipa_deploy.bundle.manifest import RefineSettings
 from hipa_deploy.errors import HipaError, truth_value
 from hipa_deploy.generate.jobs.image_job import ImageJob
 from hipa_deploy.generate.prompts import PromptSource
-from hipa_deploy.generate.request import check_prompts
+from hipa_deploy.generate.request import check_prompts, plain_text
 from hipa_deploy.images.read import ImageSource
 from hipa_deploy.images.source import Source, Upscaling, require_task, trial_sources, upscaling
 from hipa_deploy.marks.marker import ImageMarker
@@ -86,6 +86,7 @@ class JobMaker:
     ) -> tuple[Upscaling, list[ImageJob]]:
         """Make a job of each tile of an image to enlarge; see ``OneStepPipeline.tile_jobs``."""
         check_prompts([prompt])
+        prompt = plain_text(prompt)
         truncate = truth_value(truncate, "truncate")
         weights = self._reads_weights(prompt_weights)
         enlargement = upscaling(self._bundle, image, overlap=overlap, most_tiles=most_tiles)

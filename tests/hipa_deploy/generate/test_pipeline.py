@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from hipa_deploy import OneStepPipeline
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.errors import HipaError
 from hipa_deploy.images.png import read_parameters, save_image, save_png
+from hipa_deploy.marks.a1111 import infotext
 from tests.stages_as_one import StagesAsOne
 
 APPLE = "3d emoji of a red apple"
@@ -67,6 +69,18 @@ def test_truth_values_of_numpy_count_as_pythons_do(pipe: OneStepPipeline, tmp_pa
     for option in ("truncate", "prompt_weights"):
         with pytest.raises(HipaError, match=f"{option} is 'no'. Expected True or False"):
             pipe(APPLE, **{option: "no"})  # type: ignore[arg-type]
+
+
+class Thing(str, Enum):
+    APPLE = APPLE
+
+
+def test_a_prompt_is_pythons_own_text(pipe: OneStepPipeline) -> None:
+    expected = pipe(APPLE)
+    for prompt in (Thing.APPLE, np.str_(APPLE)):
+        result = pipe(prompt)
+        assert repr(result) == repr(expected)
+        assert infotext(result.parameters[0]) == infotext(expected.parameters[0])
 
 
 def test_the_seeds_of_tensors_do_not_begin_again(pipe: OneStepPipeline) -> None:
