@@ -160,6 +160,24 @@ def whole_number(value: object, name: str) -> int:
     return int(value)
 
 
+def truth_value(value: object, name: str) -> bool:
+    """True or False that a caller gave, one of numpy's too, as Python's.
+
+    Args:
+        value: what was given.
+        name: of the argument, for the message.
+
+    Raises:
+        HipaError: it is something else: the text "no" would count as True.
+
+    """
+    # numpy's, which takes long to import, is called bool_, and bool since version 2.
+    numpys = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+    if not isinstance(value, bool) and not numpys:
+        raise HipaError(f"{name} is {brief(value)}. Expected True or False.")
+    return bool(value)
+
+
 def printable(text: str) -> str:
     """``text`` with an escape in place of each character that could move a terminal's cursor.
 

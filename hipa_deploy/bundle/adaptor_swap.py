@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -47,8 +49,8 @@ from hipa_deploy.disk.reading import (
     read_record,
     validated,
 )
-from hipa_deploy.disk.remembered import RememberedHashes
-from hipa_deploy.errors import HipaError, first_line, reason_of
+from hipa_deploy.disk.remembered import RememberedHashes, VerifiedFiles, file_marks
+from hipa_deploy.errors import HipaError, brief, first_line, reason_of
 from hipa_deploy.record import Record
 
 FOLDER = "adaptors"
@@ -287,18 +289,25 @@ class AdaptorSwap:
             raise HipaError(
                 f"adaptor {root} was exported for another bundle. Run: {export_command(bundle)}"
             )
+        swap = cls(root.absolute(), manifest)
         hashes = RememberedHashes(root)
         for name, expected in manifest.files.items():
             whole = (root / name).exists()
             if whole:
                 check_size(inside(root, name))
+                marks = file_marks(root / name)
                 whole = hashes.matches(root / name, expected, again=not remembered)
+                swap._verified.note(swap.root / name, marks)
             if not whole:
                 raise HipaError(
                     f"{root / name} is missing or corrupt. Copy or export the adaptor again."
                 )
         hashes.save()
-        return cls(root, manifest)
+        return swap
+
+    @cached_property
+    def _verified(self) -> VerifiedFiles:
+        return VerifiedFiles()
 
     @property
     def stage_sha256(self) -> str:
@@ -347,7 +356,10 @@ class AdaptorSwap:
         size = sum(initializers[name].nbytes for name in expected)
         # Each array has a header beside its values.
         limit = size + MIB * (len(expected) + 1)
-        values = read_npz(inside(self.root, file), expect(expected), max_bytes=limit)
+        source = inside(self.root, file)
+        # With little memory it is read at every image.
+        self._verified.check(source, self.manifest.files[file], "the adaptor")
+        values = read_npz(source, expect(expected), max_bytes=limit)
         check_values(path, initializers, values)
         if values.keys() != expected.keys():
             raise HipaError(
@@ -374,6 +386,8 @@ def find_swap(bundle: Bundle, adaptor: str | Path) -> Path:
         HipaError: there is none; the message says which the bundle has.
 
     """
+    if not isinstance(adaptor, str | os.PathLike):
+        raise HipaError(f"the adaptor is {brief(adaptor)}. Expected a name or a folder.")
     for root in (bundle.root / FOLDER / adaptor, Path(adaptor)):
         if (root / MANIFEST).is_file():
             return root

@@ -5,6 +5,7 @@ The format is described in docs/reference/bundle.md.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,8 @@ from hipa_deploy.disk.reading import (
     shown,
     validated,
 )
-from hipa_deploy.disk.remembered import RememberedHashes
+from hipa_deploy.disk.remembered import RememberedHashes, VerifiedFiles, file_marks
+from hipa_deploy.embedded import resolve_bundle
 from hipa_deploy.errors import HipaError, first_line, reason_of, whole_number
 
 SCHEMA = 1
@@ -40,7 +42,7 @@ class Bundle:
     ``Bundle.open`` reads the manifest alone, which is quick. ``verify`` hashes every file.
 
     Example:
-        >>> bundle = Bundle.open(Path("my-bundle"))
+        >>> bundle = Bundle.open("my-bundle")
         >>> bundle.verify()
         >>> list(bundle.stages)
         ['text_encoder', 'unet', 'vae_decoder']
@@ -51,14 +53,18 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, root: Path) -> Bundle:
+    def open(cls, root: str | Path) -> Bundle:
         """Read ``root/hipa.json``.
+
+        Args:
+            root: the bundle's folder, or 'emoji' for the embedded bundle.
 
         Raises:
             HipaError: not a bundle, a newer schema, a manifest that does not validate, or one that
                 the key of ``HIPA_PUBLIC_KEY`` did not sign.
 
         """
+        root = resolve_bundle(root)
         path = root / MANIFEST
         if not root.exists():
             raise HipaError(
@@ -95,7 +101,10 @@ class Bundle:
             raise HipaError(
                 f"{path}: schema {shown(str(found))}, this version reads {SCHEMA}. {_remedy(data)}"
             )
-        return cls(root, validated(Manifest, data, path, _remedy(data)))
+        bundle = cls(root, validated(Manifest, data, path, _remedy(data)))
+        # Of the manifest that was read: the file may be another one when the hash is asked for.
+        bundle.__dict__["sha256"] = hashlib.sha256(content).hexdigest()
+        return bundle
 
     @cached_property
     def axes(self) -> dict[str, Axis]:
@@ -173,11 +182,13 @@ class Bundle:
         hashes = RememberedHashes(self.root)
         for relative, expected in self.manifest.files.items():
             path = self.path(relative)
+            marks = file_marks(path)
             if not hashes.matches(path, expected, again=not remembered):
                 raise HipaError(
                     f"{path} is corrupt: its SHA-256 is not the manifest's. "
                     "Copy or export the bundle again."
                 )
+            self._verified.note(path, marks)
         hashes.save()
         for name, stage in self.all_stages.items():
             for location in sorted(external_files(self.stage_path(name))):
@@ -188,6 +199,21 @@ class Bundle:
                         f"{self.stage_path(name)} has weights in {shown(location)}, outside its "
                         "folder. Export the bundle again."
                     )
+
+    def check_unchanged(self, stage: str) -> None:
+        """Check that the files of a stage, which is opened again, are those that were verified.
+
+        Raises:
+            HipaError: a file is missing, or has another content.
+
+        """
+        for relative in (self.all_stages[stage].path, *self.weight_files(stage)):
+            expected = self.manifest.files[relative]
+            self._verified.check(self.path(relative), expected, "the bundle")
+
+    @cached_property
+    def _verified(self) -> VerifiedFiles:
+        return VerifiedFiles()
 
     def weight_files(self, stage: str) -> list[str]:
         """The listed files in the folder of ``stage`` that can hold its weights, sorted.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -22,12 +23,15 @@ from hipa_deploy.disk.locks import HAS_LOCKS, is_locked_now, is_still_at, locked
 from hipa_deploy.errors import HipaError
 from hipa_deploy.interrupts import raise_interruption, uninterrupted
 
-# mkdtemp and mkstemp end a name in eight such characters.
+# mkdtemp ends a name in eight such characters, and so does a scratch file's name.
 _SCRATCH_FOLDER = re.compile(r"\..+-[a-z0-9_]{8}")
 _SCRATCH_FILE = re.compile(r"\..+-[a-z0-9_]{8}\.hipa-tmp")
 _FILE_SUFFIX = ".hipa-tmp"
 _LOCK = ".hipa-lock"  # in every scratch folder; it shows that the folder is ours
 _NAME_CHARACTERS = 40  # of the result's name in the scratch's: a file name has at most 255 bytes
+
+# Windows would change the ends of lines in a file that is not opened as binary.
+_NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
 
 _swept: set[Path] = set()
 
@@ -38,14 +42,19 @@ _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 def user_cache() -> Path:
     """Return the folder of files that can be made again.
 
-    It is $HIPA_CACHE, else hipa-deploy in $XDG_CACHE_HOME or in ~/.cache.
+    It is $HIPA_CACHE, else hipa-deploy in $XDG_CACHE_HOME or in ~/.cache. Of a user without a home
+    it is a folder that cannot be made: whoever writes into it names HIPA_CACHE.
     """
     own = os.environ.get("HIPA_CACHE")
-    if own:
-        return Path(own)
     # The XDG base directory specification says that a path that is not absolute is ignored.
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    parent = shared if shared.is_absolute() else Path.home() / ".cache"
+    try:
+        if own:
+            # No shell has expanded a '~' in a Dockerfile or in a unit of systemd.
+            return Path(own).expanduser()
+        parent = shared if shared.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:  # a number without a name, as a container may have, and no HOME
+        parent = Path(os.devnull)
     return parent / "hipa-deploy"
 
 
@@ -198,7 +207,9 @@ def temporary_folder(name: str) -> Iterator[Path]:
 def write_file(path: Path, content: bytes, *, replace: bool = True) -> None:
     """Write a file completely or not at all; its folder is made if necessary.
 
-    What a link points to is written, not the link. A device or a pipe is written to directly.
+    What a link points to is written, not the link. A device or a pipe is written to directly. A
+    new file may be read by whom the umask allows, and written by its owner. One that is replaced
+    keeps its permissions.
 
     Args:
         path: the file.
@@ -223,7 +234,8 @@ def write_file(path: Path, content: bytes, *, replace: bool = True) -> None:
         with file:
             file.write(content)
             file.flush()
-            scratch.chmod(0o644)  # mkstemp makes a file that only its owner can read
+            if path.exists():
+                scratch.chmod(stat.S_IMODE(path.stat().st_mode))
             raise_interruption()
             # Renamed while it is locked; Windows has no locks and renames no open file.
             if not HAS_LOCKS:
@@ -320,14 +332,17 @@ def _scratch_file(path: Path) -> tuple[IO[bytes], Path]:
         sweep(path.parent)
         _swept.add(path.parent)
     while True:
-        descriptor, name = tempfile.mkstemp(
-            prefix=_prefix(path.name), suffix=_FILE_SUFFIX, dir=path.parent
-        )
+        scratch = path.with_name(f"{_prefix(path.name)}{secrets.token_hex(4)}{_FILE_SUFFIX}")
+        try:
+            # Not by mkstemp, whose files have permissions of their own, whatever the umask is.
+            descriptor = os.open(scratch, _NEW_FILE, 0o644)
+        except FileExistsError:
+            continue
         file = os.fdopen(descriptor, "wb")
-        if _is_ours(file, Path(name)):
-            return file, Path(name)
+        if _is_ours(file, scratch):
+            return file, scratch
         file.close()
-        Path(name).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
 
 
 def _is_ours(file: IO[Any], path: Path) -> bool:

@@ -108,6 +108,48 @@ class RememberedHashes:
             )
 
 
+class VerifiedFiles:
+    """Files whose hashes were checked: one that is opened again later is still what it was.
+
+    A file is read again only if the system's marks of it are others than then.
+
+    Example:
+        >>> verified = VerifiedFiles()
+        >>> marks = file_marks(path)  # before it is hashed
+        >>> verified.note(path, marks)
+        >>> verified.check(path, sha256, "the bundle")
+
+    """
+
+    def __init__(self) -> None:
+        self._marks: dict[Path, list[int] | None] = {}
+
+    def note(self, path: Path, marks: list[int] | None) -> None:
+        """Note the marks that a file had before it was hashed."""
+        self._marks[path] = marks
+
+    def check(self, path: Path, expected: str, owner: str) -> None:
+        """Check a file that was noted; one that was not may be anything.
+
+        Args:
+            path: of the file.
+            expected: its SHA-256.
+            owner: what the file is of, for the message.
+
+        Raises:
+            HipaError: it is missing, or has another content.
+
+        """
+        if path not in self._marks:
+            return
+        marks = file_marks(path)
+        if marks is not None and marks == self._marks[path]:
+            return
+        if file_sha256(path) != expected:
+            raise HipaError(f"{path} has changed since {owner} was loaded. Load {owner} again.")
+        self._marks[path] = marks
+
+
 def file_marks(path: Path) -> list[int] | None:
     """Inode, size, mtime and ctime (both in ns) of a file; None where it cannot be seen.
 

@@ -16,7 +16,7 @@ from hipa_deploy.marks.read_marks import MAX_FILE, FileMarks, read_marks
 from hipa_deploy.marks.watermark_reader import LEAST_READ_SIDE, read_watermark
 
 
-def examine_image(path: Path) -> dict[str, Any]:
+def examine_image(path: str | Path) -> dict[str, Any]:
     """Read an image's parameters, provenance, content credentials and watermark.
 
     Nothing but a C2PA signature is proof: the rest anyone can write or remove.
@@ -33,10 +33,11 @@ def examine_image(path: Path) -> dict[str, Any]:
         HipaError: the file is missing, or its pixels cannot be read.
 
     Example:
-        >>> examine_image(Path("apple.png"))["provenance"]
+        >>> examine_image("apple.png")["provenance"]
         'http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia'
 
     """
+    path = Path(path)
     marks = read_marks(path)
     image_HWC = read_image(path)
     problems = list(marks.problems)

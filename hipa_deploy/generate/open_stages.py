@@ -440,6 +440,8 @@ class StagesInTurn:
         if self._loaded is not None and self._loaded[0] == group:
             return self._loaded[1]
         self._release()
+        for name in group:
+            self._bundle.check_unchanged(name)
         stages = _open_together(self._bundle, group, self._backend, self._swap, self._kept)
         self._loaded = (group, stages)
         return stages

@@ -15,6 +15,7 @@ from typing import Any
 
 from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
 from hipa_deploy.bundle.manifest import RefineSettings
+from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.jobs.batch_sizes import cut
 from hipa_deploy.generate.jobs.image_job import ImageJob
 from hipa_deploy.generate.jobs.result import GenerateResult, finished_result, joined, merge_tiles
@@ -42,11 +43,14 @@ class OneStepPipeline(BatchPipeline):
     wait. ``swap_adaptor`` and ``close`` wait for the batches that are under way, so the parameters
     of an image always name the adaptor that made it.
 
+    A pipeline belongs to the process that loaded it. A fork of that process gets an error: each
+    process loads its own.
+
     Example:
         >>> with OneStepPipeline.load("emoji") as pipe:
         ...     result = pipe("3d emoji of a red apple", seed=0, count=2)
         >>> result.images_BHWC.shape
-        (2, 64, 64, 3)
+        (2, 128, 128, 3)
         >>> result.images[0].save("apple.png")
 
     """
@@ -301,6 +305,8 @@ class OneStepPipeline(BatchPipeline):
 
         """
         settings = refine_settings(self.bundle, steps, guidance, sampler, self.backend)
+        if not isinstance(result, GenerateResult):
+            raise HipaError(f"the drafts are {brief(result)}. Expected what a call returned.")
         jobs: list[ImageJob] = []
         drafts = zip(result.prompts, result.seeds, result.parameters, strict=True)
         for prompt, seed, parameters in drafts:

@@ -80,9 +80,13 @@ def listed(prompt: str | Sequence[str]) -> list[str]:
     """
     if isinstance(prompt, str):
         return [prompt]
-    if not isinstance(prompt, Iterable):
-        raise HipaError(f"a prompt is {brief(prompt)}. Expected text, or a list of texts.")
-    return list(prompt)
+    try:
+        prompts = iter(prompt)
+    except TypeError:  # also of an array without an axis
+        raise HipaError(
+            f"a prompt is {brief(prompt)}. Expected text, or a list of texts."
+        ) from None
+    return list(prompts)
 
 
 def check_pairs(requests: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
@@ -94,6 +98,8 @@ def check_pairs(requests: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
 
     """
     pairs = []
+    if not isinstance(requests, Iterable):
+        raise HipaError(f"the requests are {brief(requests)}. Expected pairs (prompt, seed).")
     for request in requests:
         if not isinstance(request, tuple | list) or len(request) != 2:
             raise HipaError(
@@ -105,7 +111,12 @@ def check_pairs(requests: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
         pairs.append((prompt, int(seed)))
     check_count(len(pairs), 1)
     check_prompts([prompt for prompt, _ in pairs])
-    return pairs
+    return [(plain_text(prompt), seed) for prompt, seed in pairs]
+
+
+def plain_text(prompt: str) -> str:
+    """A prompt as Python's own text: numpy's, or a member of an Enum, is written as another."""
+    return str.__str__(prompt)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

@@ -61,6 +61,7 @@ def swap_stage(
             with PyTorch's.
 
     """
+    bundle.check_unchanged(adapted_stage(bundle))
     weights = swap.weights(bundle) if swap else {}
     if backend.startswith("onnxruntime"):
         return _swap_session(bundle, backend, swap, weights, adapted_stage(bundle))
@@ -85,6 +86,7 @@ def swap_text_encoder(
             f"this swap changes the text encoder too, which backend {backend} cannot take. "
             "Use --backend onnxruntime, or export a bundle with these LoRAs."
         )
+    bundle.check_unchanged(stage)
     weights = swap.text_weights(bundle, stage) if swap else {}
     return _swap_session(bundle, backend, swap, weights, stage)
 

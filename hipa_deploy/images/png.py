@@ -41,7 +41,7 @@ def png_bytes(image_HWC: np.ndarray, parameters: dict[str, Any]) -> bytes:
 
 
 def save_image(
-    path: Path,
+    path: str | Path,
     image_HWC: np.ndarray,
     parameters: dict[str, Any],
     *,
@@ -58,21 +58,22 @@ def save_image(
         force: whether a file that exists is replaced.
 
     Raises:
-        HipaError: the file exists and ``force`` is False, the suffix is none of these, or the
-            quality does not fit.
+        HipaError: the file exists and ``force`` is False, the suffix is none of these, the quality
+            does not fit, or what is given is no such image or no parameters.
         OSError: the file cannot be written.
 
     Example:
         >>> result = pipe("3d emoji of a red apple", seed=0)
-        >>> save_image(Path("apple.webp"), result.images_BHWC[0], result.parameters[0])
+        >>> save_image("apple.webp", result.images_BHWC[0], result.parameters[0])
 
     """
+    path = Path(path)
     content = encode_image(image_HWC, parameters, image_format(path), quality=quality)
     _write(path, content, force)
 
 
 def save_png(
-    path: Path, image_HWC: np.ndarray, parameters: dict[str, Any], *, force: bool = False
+    path: str | Path, image_HWC: np.ndarray, parameters: dict[str, Any], *, force: bool = False
 ) -> None:
     """Write an image and its generation parameters as PNG, completely or not at all.
 
@@ -83,15 +84,16 @@ def save_png(
         force: whether a file that exists is replaced.
 
     Raises:
-        HipaError: the file exists and ``force`` is False.
+        HipaError: the file exists and ``force`` is False, or what is given is no such image or no
+            parameters.
         OSError: the file cannot be written.
 
     Example:
         >>> result = pipe("3d emoji of a red apple", seed=0)
-        >>> save_png(Path("apple.png"), result.images_BHWC[0], result.parameters[0])
+        >>> save_png("apple.png", result.images_BHWC[0], result.parameters[0])
 
     """
-    _write(path, png_bytes(image_HWC, parameters), force)
+    _write(Path(path), png_bytes(image_HWC, parameters), force)
 
 
 def _write(path: Path, content: bytes, force: bool) -> None:

@@ -17,11 +17,12 @@ from typing import cast
 import numpy as np
 from PIL import Image, ImageOps
 
+from hipa_deploy.disk.quiet_pillow import quiet_pillow
 from hipa_deploy.disk.reading import MIB, check_file
 from hipa_deploy.errors import HipaError, HipaWarning, as_line
 from hipa_deploy.images.colour import ColourSpace, colour_space, srgb_levels, to_srgb
 
-ImageSource = str | Path | Image.Image | np.ndarray
+ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
 _ARRAY_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _EIGHT_BITS = 255
@@ -35,6 +36,9 @@ MAX_SIDE = 1 << 20  # Pillow's lists of rows, and single rows, would take gigaby
 # Formats of Pillow that start another program, are no pixels, or read other files.
 _NOT_READ = ("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "FPX", "MIC", "PCD")
 _ORIENTATION = 0x0112  # of EXIF
+# Pillow decodes an image when it is used first. Two threads that do it at once spoil its pixels,
+# and one of them may miss its orientation. An image has one of these locks, by its address.
+_LOCKS = tuple(threading.Lock() for _ in range(64))
 # What Pillow raises for EXIF data that it cannot parse.
 _BROKEN_EXIF = (SyntaxError, ValueError, struct.error)
 
@@ -69,7 +73,7 @@ def read_image(source: ImageSource) -> np.ndarray:
         (480, 640, 3)
 
     """
-    name = f"image {source}" if isinstance(source, str | Path) else "the image"
+    name = f"image {os.fspath(source)}" if isinstance(source, str | os.PathLike) else "the image"
     upright, space = _as_pillow(source, "image", name)
     levels_16 = None
     if space is not None and _is_deep_grey(upright):
@@ -134,7 +138,7 @@ def read_mask(source: ImageSource) -> np.ndarray:
         # Through RGB, because Pillow converts not every mode to "L" directly.
         mask_HW[rows] = np.asarray(image.convert("RGB").convert("L")) >= 128
     if least_alpha < 128:
-        name = f"mask {source}" if isinstance(source, str | Path) else "the mask"
+        name = f"mask {os.fspath(source)}" if isinstance(source, str | os.PathLike) else "the mask"
         warnings.warn(
             f"{name} has transparent pixels, which count for nothing: what is white is repainted, "
             "and what is black is kept.",
@@ -266,27 +270,28 @@ def _as_pillow(
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, what), None
-    if not isinstance(source, str | Path | Image.Image):
+    if not isinstance(source, str | os.PathLike | Image.Image):
         raise HipaError(
             f"{what} is a {type(source).__name__}. "
             "Expected a path, a Pillow image or a numpy array."
         )
 
-    name = f"{what} {source}" if isinstance(source, str | Path) else f"the {what}"
+    name = f"{what} {os.fspath(source)}" if isinstance(source, str | os.PathLike) else f"the {what}"
     # What Pillow raises for files that are not images, or are broken, depends on the format.
     with as_line(f"{name} cannot be read", "Expected a complete image file."):
         if isinstance(source, Image.Image):
-            _check_pixels(source)
-            return _upright(source, colours_of)
+            with _lock_of(source):
+                _check_pixels(source)
+                return _upright(source, colours_of)
         check_file(Path(source), MAX_FILE, "Expected an image file.")
-        with warnings.catch_warnings():
-            # Pillow's own limit warns of large photos. Its other warnings are of details in damaged
-            # files, which it leaves out.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", module="PIL")
-            with Image.open(source, formats=_formats()) as image:
-                _check_pixels(image)
-                return _upright(image, colours_of)
+        with quiet_pillow(), Image.open(source, formats=_formats()) as image:
+            _check_pixels(image)
+            return _upright(image, colours_of)
+
+
+def _lock_of(image: Image.Image) -> threading.Lock:
+    """The lock of a caller's image, which other threads may be given too."""
+    return _LOCKS[id(image) // 64 % len(_LOCKS)]
 
 
 def _formats() -> list[str]:
@@ -438,7 +443,7 @@ def _levels(array: np.ndarray, what: str) -> np.ndarray:
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:
         return np.rint(array / _TO_EIGHT_BITS).astype(np.uint8)
     if array.dtype.kind != "f":
         raise HipaError(

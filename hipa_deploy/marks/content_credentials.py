@@ -50,7 +50,7 @@ class ContentSigner:
     _key: str = field(repr=False)
 
     @classmethod
-    def read(cls, path: Path) -> ContentSigner:
+    def read(cls, path: str | Path) -> ContentSigner:
         """Read a key and its certificates, and sign once to see that c2pa takes them.
 
         Args:
@@ -62,7 +62,7 @@ class ContentSigner:
                 not allow such a certificate: it must be for signing, and not self-signed.
 
         Example:
-            >>> signer = ContentSigner.read(Path("c2pa.pem"))
+            >>> signer = ContentSigner.read("c2pa.pem")
             >>> content = signer.sign(content, "png", result.parameters[0])
 
         """
@@ -70,6 +70,7 @@ class ContentSigner:
         from cryptography import x509
         from cryptography.hazmat.primitives import serialization
 
+        path = Path(path)
         content = read_bytes(path, MIB, _REMEDY)
         with as_line(f"{path} cannot be used to sign images", _REMEDY):
             key = serialization.load_pem_private_key(_private_part(content), None)

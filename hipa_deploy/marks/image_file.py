@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, PngImagePlugin, features
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, brief, first_line, whole_number
 from hipa_deploy.marks.a1111 import KEYWORD, infotext
 from hipa_deploy.marks.xmp import JPEG_HEADER, PNG_KEYWORD, write_packet
 
@@ -125,13 +125,16 @@ def encode_image(
         provenance: whether the file says that a model made or changed the image.
 
     Raises:
-        HipaError: a quality that does not fit, an image that is too large for the format, or
-            parameters that are too long for a JPEG.
+        HipaError: no such image, format or parameters; a quality that does not fit, an image that
+            is too large for the format, or parameters that are too long for a JPEG.
 
     Example:
         >>> content = encode_image(result.images_BHWC[0], result.parameters[0], "webp")
 
     """
+    _check_given(image_HWC, parameters, format)
+    if quality is not None:
+        quality = whole_number(quality, "quality")
     check_quality(format, quality)
     check_side_of_format(format, *image_HWC.shape[:2])
     image = Image.fromarray(image_HWC)
@@ -162,6 +165,37 @@ def encode_image(
     subsampling = 0 if quality >= 90 else 2
     image.save(buffer, "JPEG", quality=quality, subsampling=subsampling, exif=exif)
     return _with_segment(buffer.getvalue(), segment)
+
+
+def _check_given(image_HWC: object, parameters: object, format: object) -> None:
+    """Raise HipaError for what is no image, no parameters or no format."""
+    if not isinstance(format, str) or format not in SUFFIX:
+        raise HipaError(
+            f"the format is {brief(format)}. Expected one of: {', '.join(map(repr, SUFFIX))}."
+        )
+    got = f"a {type(image_HWC).__name__}"
+    if isinstance(image_HWC, np.ndarray):
+        shape = image_HWC.shape
+        if image_HWC.dtype == np.uint8 and len(shape) == 3 and shape[2] == 3 and 0 not in shape:
+            got = ""
+        else:
+            got = f"an array of {image_HWC.dtype} {list(shape)}"
+    if got:
+        raise HipaError(
+            f"the image is {got}. Expected uint8 [H, W, 3], such as result.images_BHWC[0]."
+        )
+    if not isinstance(parameters, Mapping):
+        raise HipaError(
+            f"the parameters are {brief(parameters)}. Expected a dictionary, such as "
+            "result.parameters[0]."
+        )
+    try:
+        json.dumps(parameters)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise HipaError(
+            f"the parameters hold what JSON cannot ({first_line(error)}). Expected texts, Python's "
+            "numbers, lists and dictionaries."
+        ) from None
 
 
 def pixels_sha256(image_HWC: np.ndarray) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, whole_number
 from hipa_deploy.marks.content_credentials import ContentSigner
 from hipa_deploy.marks.image_file import ImageFormat, encode_image
 from hipa_deploy.marks.records import Marks
@@ -78,16 +78,17 @@ def watermark_payload(marks: Marks, unet_sha256: str, asked: bool | int | None) 
             manifest says.
 
     Raises:
-        HipaError: the number has more than 32 bits.
+        HipaError: it is no whole number, or has more than 32 bits.
 
     """
     if asked is None:
         asked = marks.watermark
-    if asked is False:
+    if not isinstance(asked, bool | np.bool_):
+        number = whole_number(asked, "watermark")
+        check_payload(number)
+        return number
+    if not asked:
         return None
-    if asked is not True:
-        check_payload(asked)
-        return int(asked)
     if marks.watermark_id:
         return int(marks.watermark_id, 16)
     return int(unet_sha256[:8], 16)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from hipa_deploy.disk.quiet_pillow import quiet_pillow
 from hipa_deploy.disk.reading import MIB, check_file
 from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.marks.a1111 import KEYWORD, parse_infotext
@@ -64,28 +64,28 @@ def is_image_file(path: Path) -> bool:
     return start.startswith(_STARTS) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
 
 
-def read_marks(path: Path) -> FileMarks:
+def read_marks(path: str | Path) -> FileMarks:
     """Read what an image file says about itself; its pixels are not decoded but for a PNG's.
 
     Raises:
         HipaError: the file is missing, enormous, or no PNG, WebP or JPEG.
 
     Example:
-        >>> read_marks(Path("apple.webp")).parameters["prompt"]
+        >>> read_marks("apple.webp").parameters["prompt"]
         '3d emoji of a red apple'
 
     """
+    path = Path(path)
     check_file(path, MAX_FILE, _REMEDY)
     with (
         as_line(f"{path} cannot be read", _REMEDY),
-        warnings.catch_warnings(),
+        quiet_pillow(),
+        Image.open(path, formats=_FORMATS) as image,
     ):
-        warnings.simplefilter("ignore")  # of Pillow, on details in damaged files
-        with Image.open(path, formats=_FORMATS) as image:
-            return _marks_of(image)
+        return _marks_of(image)
 
 
-def read_parameters(path: Path) -> dict[str, Any]:
+def read_parameters(path: str | Path) -> dict[str, Any]:
     """Read the generation parameters from a file that hipa-generate or ``save_image`` wrote.
 
     Args:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, whole_number
 from hipa_deploy.marks.payload_code import CODED_BITS, encode_payload
 
 # Pixels. Pictures repeat themselves in steps of 8 (JPEG's blocks), 64 or 128 (sheets and tiles);
@@ -119,6 +119,7 @@ def add_watermark(image_HWC: np.ndarray, payload: int, strength: float = 1.0) ->
     """
     height, width = image_HWC.shape[:2]
     check_side(height, width)
+    payload = whole_number(payload, "payload")
     check_payload(payload)
     strength_HW = strength * _strength(luma(image_HWC))
     tile_TT = _tile(payload)

@@ -5,12 +5,12 @@ Shapes: H, W height and width in pixels; C channels.
 
 from __future__ import annotations
 
-import warnings
 from typing import IO, Literal
 
 import numpy as np
 from PIL import Image
 
+from hipa_deploy.disk.quiet_pillow import quiet_pillow
 from hipa_deploy.errors import HipaError
 from hipa_deploy.images.read import turned_upright
 
@@ -35,8 +35,7 @@ def open_upload(file: IO[bytes], what: str, most_pixels: int) -> Image.Image:
     """
     file.seek(0)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_pillow():
             image = Image.open(file, formats=_UPLOADS)
     except Exception:  # what Pillow raises depends on the format and the damage
         raise HipaError(f"the {what} is no PNG, JPEG or WebP file that can be read.") from None

@@ -38,7 +38,8 @@ class ServedBundle:
 
     def __init__(self, name: str, root: Path) -> None:
         self.name = name
-        self.bundle = Bundle.open(root)
+        # As the pipeline has it: answers have the model's name in place of the folder.
+        self.bundle = Bundle.open(root.absolute())
         self.adaptors = _adaptors(self.bundle)
         self.created = int(time.time())
         self.pipe: OneStepPipeline | None = None

@@ -25,7 +25,24 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "backend": (str,),
     "unet": (str,),
 }
+_SHOWN = 1000  # characters of a prompt in a message
 _TEXTS = ("bundle", "bundle_name", "precision", "base_model", "adaptor", "watermark", "producer")
+
+
+def _options_of(parameters: dict[str, Any]) -> str:
+    """The options of a command with which an image was made from another image."""
+    named = ["height", "width", "seed", "strength", "feather"]
+    if parameters["task"] == "upscale":
+        named = ["overlap"]  # its size is the image's, and no noise goes into it
+    options = []
+    for name in named:
+        value = parameters.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            options.append(f"--{name} {value}")
+    for name in ("truncate", "prompt_weights"):
+        if parameters.get(name) is True:
+            options.append("--" + name.replace("_", "-"))
+    return " ".join(options)
 
 
 @dataclass(frozen=True)
@@ -75,8 +92,8 @@ class Recipe:
             task = str(parameters["task"])[:20]
             raise HipaError(
                 f"{path} was made from another image, which is not in it. Run hipa-{task} with "
-                f"that image, the prompt {brief(parameters['prompt'])} and --seed "
-                f"{parameters['seed']}."
+                f"that image, the prompt {brief(parameters['prompt'], _SHOWN)} and the options "
+                f"{_options_of(parameters)}"
             )
         return cls(path, read_marks(path), parameters)
 

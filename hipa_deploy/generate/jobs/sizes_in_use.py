@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.bundle.manifest import Axis
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, whole_number
 from hipa_deploy.generate.jobs.batch_sizes import Run, WarmUp, prove, sizes_to_try
 from hipa_deploy.generate.jobs.image_job import ImageJob
 
@@ -53,6 +53,8 @@ class SizesInUse:
             HipaError: ``largest`` is below 1, or as ``run`` does.
 
         """
+        if largest is not None:
+            largest = whole_number(largest, "largest")
         if largest is not None and largest < 1:
             raise HipaError(f"largest is {largest}. Expected 1 or more images in a batch.")
         sizes = sizes_to_try(self.axis, largest)

@@ -72,6 +72,7 @@ class BatchMaker:
         self, jobs: Sequence[ImageJob], timer: Timer, progress: Progress | None
     ) -> list[MadeImage]:
         """Make one batch; see ``OneStepPipeline.make``."""
+        jobs = list(jobs)
         if not 1 <= len(jobs) <= self._batch.max:
             raise HipaError(f"got {len(jobs)} jobs. Expected 1 to {self._batch.max} in a batch.")
         if len({job.company for job in jobs}) > 1:

@@ -253,13 +253,8 @@ class BatchPipeline(ClosesAtExit):
                 "Call the pipeline, or load it with watermark=False if its images are only "
                 "watermarked."
             )
-        count = whole_number(count, "count")
-        if count not in self._sizes.axis:
-            raise HipaError(f"count is {count}, a batch of this bundle holds {self._sizes.axis}.")
-        check_seeds(seed, count)
-        first = int(seed)
         jobs = self.jobs(
-            [(prompt, first + i) for i in range(count)],
+            self._one_batch(prompt, seed, count),
             source=source,
             height=height,
             width=width,
@@ -291,9 +286,24 @@ class BatchPipeline(ClosesAtExit):
         prompts = open_prompts(self.bundle)
         requests = JobMaker(self.bundle, prompts, self._marker)
         batches = BatchMaker(self.bundle, self.backend, self._loaded, prompts)
-        pairs = [(prompt, seed + i) for i in range(count)]
+        pairs = check_pairs(self._one_batch(prompt, seed, count))
         jobs = requests.jobs(pairs, source=source, prompt_weights=prompt_weights)
         return path_tensors(self.bundle, self._loaded, batches, jobs)
+
+    def _one_batch(self, prompt: str, seed: int, count: int) -> list[tuple[str, int]]:
+        """The pairs of prompt and seed of one batch.
+
+        Raises:
+            HipaError: a batch does not hold so many, or a seed is out of range.
+
+        """
+        count = whole_number(count, "count")
+        if count not in self._sizes.axis:
+            raise HipaError(f"count is {count}, a batch of this bundle holds {self._sizes.axis}.")
+        check_seeds(seed, count)
+        # As Python's number: one of numpy's, of 8 bits, would begin again at 0.
+        first = int(seed)
+        return [(prompt, first + i) for i in range(count)]
 
     @property
     def stages(self) -> Stages:
@@ -323,8 +333,12 @@ class BatchPipeline(ClosesAtExit):
     def close(self) -> None:
         """Release every stage, after the batches that are under way.
 
-        Calling it twice is harmless.
+        Calling it twice is harmless. In a fork of the process that loaded them it does nothing.
         """
+        # They are the parent's: ONNX Runtime waits for threads that a fork does not have, and
+        # crashes (microsoft/onnxruntime#31961).
+        if self._loaded.is_of_parent:
+            return
         self._loaded.close()
         self._batches.close()
         if self._safety is not None:

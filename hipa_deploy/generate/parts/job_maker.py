@@ -10,10 +10,10 @@ from typing import Any
 
 from hipa_deploy.bundle.folder import Bundle, latent_shape
 from hipa_deploy.bundle.manifest import RefineSettings
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, truth_value
 from hipa_deploy.generate.jobs.image_job import ImageJob
 from hipa_deploy.generate.prompts import PromptSource
-from hipa_deploy.generate.request import check_prompts
+from hipa_deploy.generate.request import check_prompts, plain_text
 from hipa_deploy.images.read import ImageSource
 from hipa_deploy.images.source import Source, Upscaling, require_task, trial_sources, upscaling
 from hipa_deploy.marks.marker import ImageMarker
@@ -61,7 +61,8 @@ class JobMaker:
 
         """
         latent_CHW = self._latent_shape(source, height, width)
-        weights = self._prompts.reads_weights(prompt_weights)
+        truncate = truth_value(truncate, "truncate")
+        weights = self._reads_weights(prompt_weights)
         texts = list(dict.fromkeys(text for text, _ in pairs))
         tokens = self._prepare(texts, latent_CHW, truncate=truncate, weights=weights)
         prepared = dict(zip(texts, tokens, strict=True))
@@ -85,9 +86,11 @@ class JobMaker:
     ) -> tuple[Upscaling, list[ImageJob]]:
         """Make a job of each tile of an image to enlarge; see ``OneStepPipeline.tile_jobs``."""
         check_prompts([prompt])
+        prompt = plain_text(prompt)
+        truncate = truth_value(truncate, "truncate")
+        weights = self._reads_weights(prompt_weights)
         enlargement = upscaling(self._bundle, image, overlap=overlap, most_tiles=most_tiles)
         self._marker.check_size(enlargement.height, enlargement.width)
-        weights = self._prompts.reads_weights(prompt_weights)
         latent_CHW = latent_shape(self._bundle, None, None)
         (prepared,) = self._prepare([prompt], latent_CHW, truncate=truncate, weights=weights)
         facts = {"truncate": truncate, "prompt_weights": weights}
@@ -108,6 +111,12 @@ class JobMaker:
             place = seed % len(texts)
             jobs.append(ImageJob(texts[place], seed, prepared[place], latent_CHW, source))
         return jobs
+
+    def _reads_weights(self, asked: bool | None) -> bool:
+        """Whether brackets are weights, for these requests."""
+        if asked is not None:
+            asked = truth_value(asked, "prompt_weights")
+        return self._prompts.reads_weights(asked)
 
     def _latent_shape(
         self, source: Source | None, height: int | None, width: int | None

@@ -5,6 +5,7 @@ All locks of a pipeline are here, but the refiner's, which loads the base UNet o
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -54,6 +55,7 @@ class LoadedStages:
         self._use = SharedUse()  # calls share what is loaded, a swap has it alone
         self._one_swap = threading.Lock()
         self._closed = False
+        self._process = os.getpid()
 
     @property
     def now(self) -> Loaded:
@@ -70,9 +72,10 @@ class LoadedStages:
         """Use what is loaded, together with other calls. It stays as it is for so long.
 
         Raises:
-            HipaError: the pipeline is closed.
+            HipaError: the pipeline is closed, or another process loaded it.
 
         """
+        self._check_process()
         with self._use.shared():
             self._check_open()
             yield self._now
@@ -85,12 +88,13 @@ class LoadedStages:
 
         Raises:
             HipaError: weights that are not of the bundle's graph, a backend that cannot take them,
-                a pipeline that is closed, or a thread that is inside a call. What is loaded is as
-                before; an engine that failed half way is closed.
+                a pipeline that is closed or of another process, or a thread that is inside a call.
+                What is loaded is as before; an engine that failed half way is closed.
 
         """
         from hipa_deploy.generate.swap_stage import swap_stage, swap_text_encoder  # the engines
 
+        self._check_process()
         # Another swap has the lock until the call that this thread may be in has ended.
         self._use.check_outside()
         stages = self._now.stages
@@ -138,6 +142,11 @@ class LoadedStages:
             if texts:
                 self._prompts.forget()
 
+    @property
+    def is_of_parent(self) -> bool:
+        """Whether this process is a fork of the one that loaded the stages."""
+        return os.getpid() != self._process
+
     def close(self) -> None:
         """Release every stage, after the calls that are under way. Twice is harmless.
 
@@ -148,6 +157,16 @@ class LoadedStages:
         with self._use.alone():
             self._closed = True
             self._now.stages.close()
+
+    def _check_process(self) -> None:
+        # A fork has no other threads than the one that made it. ONNX Runtime then computes on one
+        # core, CUDA fails, and a lock that another thread held is never released.
+        if self.is_of_parent:
+            raise HipaError(
+                f"the pipeline was loaded by process {self._process}, and this is a fork of it, "
+                f"process {os.getpid()}. Load the bundle in each process: with multiprocessing's "
+                "'spawn' or after the fork, with gunicorn without --preload."
+            )
 
     def _check_open(self) -> None:
         if self._closed:

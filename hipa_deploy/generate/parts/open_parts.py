@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.embedded import resolve_bundle
+from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.open_stages import (
     Kept,
     StagesInTurn,
@@ -59,7 +61,12 @@ def open_parts(
     The arguments and the errors are those of ``OneStepPipeline.load``.
     """
     check_backend(backend)
-    opened = Bundle.open(resolve_bundle(bundle))
+    if not isinstance(bundle, str | PathLike):
+        raise HipaError(f"the bundle is {brief(bundle)}. Expected a folder, or 'emoji'.")
+    if checker is not None and not callable(checker):
+        raise HipaError(f"checker is {brief(checker)}. Expected a function that sees images.")
+    # Files are opened later too: the folder is the same one after a change of the current folder.
+    opened = Bundle.open(resolve_bundle(bundle).absolute())
     opened.verify(remembered=not verify)
     name = resolve_backend(backend, opened)
     # The tokenizer first: what is wrong with it is found before seconds of loading.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from numbers import Real
 
 import numpy as np
 
@@ -100,7 +101,7 @@ def refine_settings(
         raise HipaError(
             f"steps is {brief(steps)}. Expected a whole number of {LEAST_STEPS} to {MOST_STEPS}."
         )
-    is_number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
+    is_number = isinstance(guidance, Real) and not isinstance(guidance, bool)
     if not is_number or not LEAST_GUIDANCE <= guidance <= MOST_GUIDANCE:
         raise HipaError(
             f"guidance is {brief(guidance)}. Expected {LEAST_GUIDANCE:g} to {MOST_GUIDANCE:g}; "
@@ -214,6 +215,7 @@ class Refiner:
             if self._runner is None:
                 refinement = refinement_of(self._bundle, self._backend)
                 name = refinement.stage.spec.name
+                self._bundle.check_unchanged(name)
                 self._tables = read_tables(self._bundle, refinement)
                 self._runner = open_runner(self._bundle, name, self._backend)
             return self._runner

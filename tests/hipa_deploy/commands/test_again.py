@@ -201,3 +201,21 @@ def test_the_doctor_gives_json(run: Callable[..., str], capsys: pytest.CaptureFi
     assert report["provenance"].endswith("/trainedAlgorithmicMedia")
     assert report["pixels"] == "as they were made"
     assert report["watermark"].startswith("none found (score ")
+
+
+@pytest.mark.parametrize(
+    ("made", "options"),
+    [
+        ({"task": "edit", "strength": 0.6}, "--height 64 --width 64 --seed 3 --strength 0.6"),
+        ({"task": "inpaint", "feather": 8}, "--height 64 --width 64 --seed 3 --feather 8"),
+        ({"task": "upscale", "overlap": 16, "truncate": True}, "--overlap 16 --truncate"),
+    ],
+)
+def test_an_image_of_another_image_says_with_which_options(
+    run: Callable[..., str], made: dict, options: str
+) -> None:
+    parameters = {"prompt": PROMPT, "seed": 3, "height": 64, "width": 64, "unet": "0" * 64}
+    save_image("a.png", PIXELS, {**parameters, "backend": "onnxruntime", **made})
+    said = run("generate", "emoji", "--again", "a.png", code=1)
+    assert f"Run hipa-{made['task']} with that image" in said
+    assert said.endswith(f"and the options {options}\n")

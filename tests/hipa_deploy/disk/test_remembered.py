@@ -197,3 +197,21 @@ def test_the_cache_is_where_the_system_keeps_caches(monkeypatch):
     # The specification: a path that is not absolute is ignored.
     monkeypatch.setenv("XDG_CACHE_HOME", "caches")
     assert user_cache() == Path.home() / ".cache" / "hipa-deploy"
+
+
+def test_the_cache_of_a_user_without_a_home_cannot_be_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("HIPA_CACHE", "~/models")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert user_cache() == Path("/home/me/models")
+
+    def no_home(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("HIPA_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    path = weights(tmp_path / "b")
+    hashes = RememberedHashes(path.parent)
+    hashes.sha256(path)
+    with pytest.warns(HipaWarning, match="Set HIPA_CACHE to a folder that can be written"):
+        hashes.save()

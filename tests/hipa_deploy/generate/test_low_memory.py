@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hipa_deploy import OneStepPipeline
-from hipa_deploy.bundle.adaptor_swap import FOLDER, MANIFEST, REFERENCE, SwapManifest
+from hipa_deploy.bundle.adaptor_swap import FOLDER, MANIFEST, REFERENCE, WEIGHTS, SwapManifest
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.embedded import BUNDLE
@@ -94,6 +94,7 @@ def test_the_generic_layout_in_turn(monkeypatch, groups) -> None:
     stages = {name: SimpleNamespace(spec=runner.spec) for name, runner in runners.items()}
     manifest = SimpleNamespace(layout="generic", one_step=STEP)
     fake = SimpleNamespace(root="root", stages=stages, manifest=manifest)
+    fake.check_unchanged = lambda stage: None
     monkeypatch.setattr(open_stages, "open_runner", lambda _, stage, *__, **___: runners[stage])
     for runner in runners.values():
         monkeypatch.setattr(type(runner), "__enter__", lambda self: self, raising=False)
@@ -215,6 +216,67 @@ def test_an_adaptor_is_in_every_load_until_it_is_swapped_out(bundle, gpu, backen
         pipe.swap_adaptor(None)
         np.testing.assert_array_equal(pipe(PROMPT).images_BHWC, own)
     assert gpu.cudart.leaks == []
+
+
+def halve(path: Path) -> None:
+    """Give a graph other weights, in the same file."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 1000] = bytes(1000)
+    path.write_bytes(content)
+
+
+def test_a_bundle_that_was_replaced_makes_no_more_images(bundle) -> None:
+    with OneStepPipeline.load(bundle.root, "onnxruntime", cache=False, low_memory=True) as pipe:
+        pipe(PROMPT)
+        (bundle.root / "unet/model.onnx").touch()  # the same content
+        pipe(PROMPT)
+        halve(bundle.root / "unet/model.onnx")
+        with pytest.raises(HipaError, match=r"unet/model\.onnx has changed since the bundle was"):
+            pipe(PROMPT)
+
+
+def test_a_bundle_that_was_replaced_takes_no_adaptor(bundle) -> None:
+    add_night(bundle)
+    with OneStepPipeline.load(bundle.root, "onnxruntime", cache=False) as pipe:
+        expected = pipe(PROMPT)
+        halve(bundle.root / "unet/model.onnx")
+        for adaptor in ("night", None):
+            with pytest.raises(HipaError, match="has changed since the bundle was loaded"):
+                pipe.swap_adaptor(adaptor)
+        np.testing.assert_array_equal(pipe(PROMPT).images_BHWC, expected.images_BHWC)
+
+
+def test_an_adaptor_that_was_replaced_makes_no_more_images(bundle) -> None:
+    add_night(bundle)
+    weights = bundle.root / FOLDER / "night" / WEIGHTS
+    with OneStepPipeline.load(bundle.root, "onnxruntime", low_memory=True) as pipe:
+        pipe.swap_adaptor("night")
+        pipe(PROMPT)
+        np.savez(weights, **scaled_weights(bundle, 2.0))
+        with pytest.raises(HipaError, match="has changed since the adaptor was loaded"):
+            pipe(PROMPT)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_the_folder_of_a_bundle_is_the_same_after_a_change_of_the_current_one(
+    bundle, monkeypatch, tmp_path, low_memory
+) -> None:
+    add_night(bundle)
+    monkeypatch.chdir(bundle.root.parent)
+    name = bundle.root.name
+    with OneStepPipeline.load(name, "onnxruntime", low_memory=low_memory) as pipe:
+        monkeypatch.chdir("/")
+        pipe(PROMPT)
+        pipe.swap_adaptor("night")
+        assert pipe(PROMPT).parameters[0]["bundle_name"] == name
+
+
+def test_a_bundle_that_was_moved_goes_on(bundle) -> None:
+    with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
+        bundle.root.rename(bundle.root.with_name("moved"))
+        parameters = pipe(PROMPT).parameters[0]
+    assert parameters["bundle"] == file_sha256(bundle.root.with_name("moved") / "hipa.json")
 
 
 def test_an_adaptor_that_fails_changes_nothing(bundle, gpu) -> None:

@@ -1,10 +1,13 @@
 """The pipeline on the embedded bundle: the real model, through ONNX Runtime."""
 
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,8 @@ from hypothesis import strategies as st
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.errors import HipaError
-from hipa_deploy.images.png import read_parameters, save_png
+from hipa_deploy.images.png import read_parameters, save_image, save_png
+from hipa_deploy.marks.a1111 import infotext
 from tests.stages_as_one import StagesAsOne
 
 APPLE = "3d emoji of a red apple"
@@ -56,6 +60,62 @@ def test_seeds_count_from_zero_and_differ(pipe: OneStepPipeline) -> None:
 def test_numbers_of_numpy_count_as_pythons_do(pipe: OneStepPipeline) -> None:
     seeds = pipe(APPLE, seed=np.uint8(254), count=np.int64(3)).seeds
     assert seeds == (254, 255, 256)
+
+
+def test_truth_values_of_numpy_count_as_pythons_do(pipe: OneStepPipeline, tmp_path: Path) -> None:
+    result = pipe(APPLE, truncate=np.bool_(True), prompt_weights=np.bool_(False))
+    save_image(tmp_path / "a.webp", result.images_BHWC[0], result.parameters[0])
+    assert read_parameters(tmp_path / "a.webp")["truncate"] is True
+    for option in ("truncate", "prompt_weights"):
+        with pytest.raises(HipaError, match=f"{option} is 'no'. Expected True or False"):
+            pipe(APPLE, **{option: "no"})  # type: ignore[arg-type]
+
+
+class Thing(str, Enum):
+    APPLE = APPLE
+
+
+def test_a_prompt_is_pythons_own_text(pipe: OneStepPipeline) -> None:
+    expected = pipe(APPLE)
+    for prompt in (Thing.APPLE, np.str_(APPLE)):
+        result = pipe(prompt)
+        assert repr(result) == repr(expected)
+        assert infotext(result.parameters[0]) == infotext(expected.parameters[0])
+
+
+def test_the_seeds_of_tensors_do_not_begin_again(pipe: OneStepPipeline) -> None:
+    path = pipe.tensors(APPLE, seed=np.uint8(255), count=np.int64(1))
+    np.testing.assert_array_equal(path["noise"], pipe.tensors(APPLE, seed=255)["noise"])
+    for count in (0, 2, 1.0):
+        with pytest.raises(HipaError, match="count is"):
+            pipe.tensors(APPLE, count=count)  # type: ignore[arg-type]
+
+
+def test_what_python_alone_can_get_wrong_is_one_line(pipe: OneStepPipeline) -> None:
+    wrong: dict[str, Callable[[], object]] = {
+        "a prompt is array": lambda: pipe(np.array(APPLE)),  # type: ignore[arg-type]
+        "the requests are None": lambda: pipe.generate(None),  # type: ignore[arg-type]
+        "largest is '2'": lambda: pipe.warmup("2"),  # type: ignore[arg-type]
+        "the adaptor is 3": lambda: pipe.swap_adaptor(3),  # type: ignore[arg-type]
+        "the bundle is None": lambda: OneStepPipeline.load(None),  # type: ignore[arg-type]
+        "checker is 'nsfw'": lambda: OneStepPipeline.load(
+            "emoji",
+            checker="nsfw",  # type: ignore[arg-type]
+        ),
+        "watermark is 'on'": lambda: OneStepPipeline.load(
+            "emoji",
+            watermark="on",  # type: ignore[arg-type]
+        ),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(HipaError, match=message):
+            call()
+    assert pipe.make(job for job in pipe.jobs([(APPLE, 1)]))[0].job.seed == 1  # type: ignore[arg-type]
+
+
+def test_no_watermark_is_no_watermark() -> None:
+    with OneStepPipeline.load("emoji", "onnxruntime", watermark=np.bool_(False)) as pipe:
+        assert "watermark" not in pipe(APPLE).parameters[0]
 
 
 @settings(
@@ -177,3 +237,17 @@ def test_the_name_of_generation_parameters_in_version_0_1_0(pipe: OneStepPipelin
     result = pipe(APPLE, seed=5)
     assert result.recipes is result.parameters
     assert result.recipes[0]["seed"] == 5
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_no_library_reports_its_use(tmp_path: Path, backend: str) -> None:
+    """The libraries keep a number of the user's in the home folder, for their reports."""
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    unset = ("ORT_DISABLE_TELEMETRY", "CI", "TF_BUILD", "JENKINS_URL", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    code = f"from hipa_deploy import OneStepPipeline as P; P.load('emoji', '{backend}')('a cat')"
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, env={**environment, "HOME": str(tmp_path)}, check=True)
+    left = {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()}
+    assert left <= {(".cache", "hipa-deploy")}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -192,3 +195,36 @@ def test_contexts_are_remembered_and_forgotten_by_several_threads() -> None:
 
     in_threads(fill)
     assert len(cache._cache) == CACHED_PROMPTS
+
+
+# In a process of its own: that of the tests has threads, and a fork of it is warned of.
+FORK = """
+import os
+import signal
+from hipa_deploy import HipaError, OneStepPipeline
+
+pipe = OneStepPipeline.load("emoji", backend="onnxruntime", cache=False)
+if os.fork() == 0:
+    signal.alarm(60)  # a fork that waits for ever ends
+    for call in (lambda: pipe("a cat"), lambda: pipe.swap_adaptor(None), pipe.warmup):
+        try:
+            call()
+        except HipaError as error:
+            print(error, flush=True)
+    pipe.close()
+    print("closed", flush=True)
+    os._exit(0)
+status = os.wait()[1]
+print("status", status, pipe("a cat").seeds)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_does_not_use_the_pipeline_of_its_parent() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    *refused, closed, status = done.stdout.splitlines()
+    assert len(refused) == 3
+    assert all("Load the bundle in each process" in line for line in refused)
+    assert closed == "closed"
+    assert status == "status 0 (0,)"

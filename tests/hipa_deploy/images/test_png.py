@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.images.png import grid, png_bytes, read_parameters, save_png
+from hipa_deploy.images.png import grid, png_bytes, read_parameters, save_image, save_png
 
 IMAGE = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 
@@ -46,3 +46,12 @@ def test_grid_places_columns_side_by_side() -> None:
     assert (sheet[:4, :5] == 0).all()
     assert (sheet[5:9, 6:11] == 9).all()
     assert (sheet[4] == 255).all()
+
+
+def test_paths_may_be_text(tmp_path: Path) -> None:
+    image_HWC = np.zeros((8, 8, 3), np.uint8)
+    for name, save in (("a.png", save_png), ("b.webp", save_image)):
+        save(f"{tmp_path}/{name}", image_HWC, {"seed": 1})
+        assert read_parameters(f"{tmp_path}/{name}") == {"seed": 1}
+        with pytest.raises(HipaError, match="exists"):
+            save(f"{tmp_path}/{name}", image_HWC, {"seed": 1})

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import warnings
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,10 @@ import pytest
 from PIL import Image, ImageCms, ImageFilter
 
 from hipa_deploy.errors import HipaError, HipaWarning
+from hipa_deploy.images.png import save_png
 from hipa_deploy.images.read import check_size, fit_image, fit_mask, read_image, read_mask
+from hipa_deploy.marks.read_marks import read_marks
+from tests.threads import in_threads
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
 
@@ -424,3 +427,44 @@ def test_an_image_smaller_than_a_latent_cell() -> None:
     check_size(np.zeros((8, 8, 3), np.uint8), 8)
     with pytest.raises(HipaError, match=r"6x4 pixels .* cell of 8x8"):
         check_size(RGB, 8)
+
+
+def test_every_kind_of_path(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.new("RGB", (8, 8), "red").save(path)
+    for given in (str(path), path, PurePosixPath(path)):
+        assert read_image(given)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_sixteen_bits_of_another_order() -> None:
+    values = np.full((8, 8), 30000, np.uint16)
+    np.testing.assert_array_equal(read_image(values.astype(">u2")), read_image(values))
+
+
+@pytest.mark.parametrize("format", ["jpeg", "png", "tiff"])
+def test_threads_may_share_an_image_that_is_not_decoded_yet(tmp_path: Path, format: str) -> None:
+    path = tmp_path / f"image.{format}"
+    pixels_HWC = np.random.default_rng(0).integers(0, 256, (400, 300, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.fromarray(pixels_HWC).save(path, exif=exif)
+    expected_HWC = read_image(path)
+    assert expected_HWC.shape == (300, 400, 3)
+    for _ in range(5):
+        with Image.open(path) as image:
+            for got_HWC in in_threads(lambda _, image=image: read_image(image)):  # type: ignore[misc]
+                np.testing.assert_array_equal(got_HWC, expected_HWC)
+
+
+def test_readers_in_threads_leave_the_filters_of_warnings_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    save_png(path, np.zeros((8, 8, 3), np.uint8), {"seed": 1})
+    before = list(warnings.filters)
+
+    def read(_: int) -> None:
+        for _again in range(30):
+            read_image(path)
+            read_marks(path)
+
+    in_threads(read)
+    assert list(warnings.filters) == before

@@ -228,3 +228,27 @@ def test_parameters_that_are_damaged_are_said_to_be(tmp_path: Path) -> None:
         assert problem in read_marks(tmp_path / "a.png").problems[0]
         with pytest.raises(HipaError, match="no generation parameters"):
             read_parameters(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"image_HWC": Image.fromarray(IMAGE)}, "the image is a Image. Expected uint8"),
+        ({"image_HWC": IMAGE[None]}, r"uint8 \[1, 24, 40, 3\]. Expected uint8 \[H, W, 3\]"),
+        ({"image_HWC": IMAGE / 255}, "float64"),
+        ({"image_HWC": IMAGE[..., 0]}, r"uint8 \[24, 40\]"),
+        ({"parameters": ({"seed": 1},)}, "the parameters are"),
+        ({"parameters": {"score": np.float32(1)}}, "hold what JSON cannot"),
+        ({"format": "jpg"}, "the format is 'jpg'. Expected one of: 'png', 'webp', 'jpeg'"),
+        ({"format": "jpeg", "quality": "90"}, "quality is '90'"),
+        ({"format": "jpeg", "quality": 90.5}, "quality is 90.5"),
+    ],
+)
+def test_what_is_no_image_is_one_line(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(HipaError, match=message):
+        encode_image(**{"image_HWC": IMAGE, "parameters": {}, **given})
+
+
+def test_a_quality_of_numpy() -> None:
+    expected = encode_image(IMAGE, {}, "jpeg", quality=90)
+    assert encode_image(IMAGE, {}, "jpeg", quality=np.int64(90)) == expected  # type: ignore[arg-type]

@@ -166,6 +166,16 @@ def test_a_record_of_another_base_model(bundle: Bundle) -> None:
         recorded_settings(bundle, 3, "a.png")
 
 
+def test_what_is_no_draft(pipe: OneStepPipeline) -> None:
+    with pytest.raises(HipaError, match="the drafts are None"):
+        pipe.refine(None)  # type: ignore[arg-type]
+
+
+def test_guidance_of_numpy(pipe: OneStepPipeline) -> None:
+    final = pipe.refine(pipe("3d emoji of a red apple"), steps=2, guidance=np.float32(2))
+    assert final.parameters[0]["refine"]["guidance"] == 2.0
+
+
 def test_what_cannot_be_refined(bundle: Bundle, pipe: OneStepPipeline) -> None:
     with pytest.raises(HipaError, match="has no rtx engine of the base model"):
         refine_settings(bundle, backend="rtx")
