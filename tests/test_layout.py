@@ -79,6 +79,26 @@ def test_packages_on_disk_are_listed() -> None:
     assert found == set(settings["packages"]) == set(settings["package-dir"])
 
 
+@pytest.mark.parametrize(
+    ("requirement", "least"),
+    [
+        ("onnxruntime", (1, 22)),  # OrtValue.ortvalue_from_shape_and_type with a vendor
+        ("pillow", (11, 1)),  # a camera's Adobe RGB; before 10.4 grey profiles too
+        ("tokenizers", (0, 20)),  # the merges of tokenizer.json as pairs
+        ("typer", (0, 15, 4)),  # 'Path | None', and click 8.2
+        ("openvino", (2025, 4)),  # import_model of a tensor
+    ],
+)
+def test_no_version_is_allowed_that_lacks_what_is_used(
+    requirement: str, least: tuple[int, ...]
+) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [*project["dependencies"], *project["optional-dependencies"]["openvino"]]
+    (found,) = (line for line in listed if line.startswith(f"{requirement}>="))
+    lowest = found.removeprefix(f"{requirement}>=")
+    assert tuple(int(number) for number in lowest.split(".")) >= least
+
+
 def test_the_embedded_folders_stay_small() -> None:
     def size(folder: str) -> int:
         paths = (ROOT / "hipa_deploy/embedded" / folder).rglob("*")
