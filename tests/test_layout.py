@@ -82,7 +82,7 @@ def test_packages_on_disk_are_listed() -> None:
 @pytest.mark.parametrize(
     ("requirement", "least"),
     [
-        ("onnxruntime", (1, 22)),  # OrtValue.ortvalue_from_shape_and_type with a vendor
+        ("onnxruntime", (1, 23)),  # OrtValue.ortvalue_from_shape_and_type with a vendor
         ("pillow", (11, 1)),  # a camera's Adobe RGB; before 10.4 grey profiles too
         ("tokenizers", (0, 20)),  # the merges of tokenizer.json as pairs
         ("typer", (0, 15, 4)),  # 'Path | None', and click 8.2
