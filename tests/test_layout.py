@@ -3,9 +3,12 @@
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -97,6 +100,28 @@ def test_no_version_is_allowed_that_lacks_what_is_used(
     (found,) = (line for line in listed if line.startswith(f"{requirement}>="))
     lowest = found.removeprefix(f"{requirement}>=")
     assert tuple(int(number) for number in lowest.split(".")) >= least
+
+
+def test_no_pin_is_for_a_python_that_its_release_does_not_support() -> None:
+    """Pip finds no such version there, and installs nothing."""
+    wrong = []
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        try:
+            found = distribution(pin.name)
+        except PackageNotFoundError:
+            continue
+        # Another version is installed, so this one's metadata are not known here.
+        if f"=={found.version}" != str(pin.specifier):
+            continue
+        supported = SpecifierSet(found.metadata["Requires-Python"] or "")
+        for python in ("3.10", "3.11", "3.12", "3.13"):
+            is_pinned = pin.marker is None or pin.marker.evaluate({"python_version": python})
+            if is_pinned and not supported.contains(f"{python}.99"):
+                wrong.append(f"{line} on Python {python}")
+    assert wrong == []
 
 
 def test_the_embedded_folders_stay_small() -> None:
