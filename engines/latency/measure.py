@@ -366,7 +366,7 @@ def _versions(device: Device) -> dict[str, str]:
             continue
     # Packages for CUDA 12 have names of their own, and a system's TensorRT may have none.
     for backend in device.backends:
-        package = _ENGINE_PACKAGES.get(backend.name)
-        if package is not None and backend.version is not None:
-            found.setdefault(package, backend.version)
+        own = _ENGINE_PACKAGES.get(backend.name)
+        if own is not None and backend.version is not None:
+            found.setdefault(own, backend.version)
     return found

@@ -203,6 +203,7 @@ def test_an_absent_package_gives_the_pip_command(model, monkeypatch):
     monkeypatch.setattr(rtx_plugin, "_REGISTERED", set())
     monkeypatch.setattr(rtx_plugin, "_load_package", absent)
     monkeypatch.setattr(rtx_plugin, "installed_version", lambda: None)
+    monkeypatch.setattr(rtx_plugin, "_LEAST_PYTHON", (3, 10))
     monkeypatch.setattr(rtx_plugin.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(onnxruntime, "__version__", "1.32.0")
     with pytest.raises(HipaError, match=r"is not installed\. Run: pip install onnxruntime-ep"):
