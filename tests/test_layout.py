@@ -3,9 +3,12 @@
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -77,6 +80,48 @@ def test_packages_on_disk_are_listed() -> None:
             inside = init.parent.relative_to(ROOT / folder).parts
             found.add(".".join([package, *inside]))
     assert found == set(settings["packages"]) == set(settings["package-dir"])
+
+
+@pytest.mark.parametrize(
+    ("requirement", "least"),
+    [
+        ("onnxruntime", (1, 23)),  # OrtValue.ortvalue_from_shape_and_type with a vendor
+        ("pillow", (11, 1)),  # a camera's Adobe RGB; before 10.4 grey profiles too
+        ("tokenizers", (0, 20)),  # the merges of tokenizer.json as pairs
+        ("typer", (0, 15, 4)),  # 'Path | None', and click 8.2
+        ("openvino", (2025, 4)),  # import_model of a tensor
+    ],
+)
+def test_no_version_is_allowed_that_lacks_what_is_used(
+    requirement: str, least: tuple[int, ...]
+) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [*project["dependencies"], *project["optional-dependencies"]["openvino"]]
+    (found,) = (line for line in listed if line.startswith(f"{requirement}>="))
+    lowest = found.removeprefix(f"{requirement}>=")
+    assert tuple(int(number) for number in lowest.split(".")) >= least
+
+
+def test_no_pin_is_for_a_python_that_its_release_does_not_support() -> None:
+    """Pip finds no such version there, and installs nothing."""
+    wrong = []
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        try:
+            found = distribution(pin.name)
+        except PackageNotFoundError:
+            continue
+        # Another version is installed, so this one's metadata are not known here.
+        if f"=={found.version}" != str(pin.specifier):
+            continue
+        supported = SpecifierSet(found.metadata["Requires-Python"] or "")
+        for python in ("3.10", "3.11", "3.12", "3.13"):
+            is_pinned = pin.marker is None or pin.marker.evaluate({"python_version": python})
+            if is_pinned and not supported.contains(f"{python}.99"):
+                wrong.append(f"{line} on Python {python}")
+    assert wrong == []
 
 
 def test_the_embedded_folders_stay_small() -> None:

@@ -10,7 +10,7 @@ import re
 from hipa_deploy.engines.backends import rtx_plugin
 from hipa_deploy.engines.device.jetson import jetson_model, l4t_release
 from hipa_deploy.engines.device.machine import cpu_name, field_mib, os_name, read_text, usable_cores
-from hipa_deploy.engines.tensorrt.cuda import load_cudart
+from hipa_deploy.engines.tensorrt.cuda import check_driver, load_cudart
 from hipa_deploy.engines.tensorrt.gpu import Gpu, find_gpu
 from hipa_deploy.engines.tensorrt.library import TENSORRT_LIBRARIES, TensorRTLibrary, load_tensorrt
 from hipa_deploy.errors import HipaError, MissingDependencyError
@@ -186,7 +186,10 @@ def _engine_backend(library: TensorRTLibrary, gpu: Gpu | None) -> Backend:
     """A TensorRT library, which runs engines only together with cuda-python."""
     try:
         version = load_tensorrt(library).__version__
-        load_cudart(library)
+        cudart = load_cudart(library)
+        # nvidia-smi may have found the GPU, with a driver that is too old for cuda-python.
+        if gpu is not None:
+            check_driver(cudart)
     except HipaError as error:
         remedy = str(error)
         # TensorRT builds on the GPU too; TensorRT-RTX builds without one.

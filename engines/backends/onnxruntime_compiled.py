@@ -2,14 +2,15 @@
 
 What ONNX Runtime does to a graph at every start, it does once: it casts float16 weights to the
 float32 that a CPU computes in, folds constants, reorders convolutions' weights for the processor,
-and packs those of matrix products. All of this lies in one file of external data beside the
-optimised graph, which ONNX Runtime maps. So the weights take no memory of the process's own, and
-the arithmetic is the same, bit for bit.
+and packs those of matrix products, where that is safe (``saves_packed``). All of this lies in one
+file of external data beside the optimised graph, which ONNX Runtime maps. So the weights take no
+memory of the process's own, and the arithmetic is the same, bit for bit.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +24,26 @@ _WEIGHTS = "model.onnx.data"
 # Smaller weights stay in the graph's own file: shapes and scalars, which optimisers read.
 _SMALLEST_WEIGHT = 1024  # bytes
 _PROVIDERS = ["CPUExecutionProvider"]
+
+
+# The first release that is known to begin what it packed at a multiple of 64 bytes.
+_FIRST_ALIGNED = (1, 32)
+
+
+def saves_packed(version: str) -> bool:
+    """Whether this ONNX Runtime can map the weights that it packed itself.
+
+    Releases before 1.32 put them at any offset of the file, and read them from there with
+    instructions that need a multiple of 64: most of 1.23 to 1.31 crashed on the embedded model, on
+    a processor with AVX-512. They pack the weights anew at every start.
+
+    Example:
+        >>> saves_packed("1.23.2")
+        False
+
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= _FIRST_ALIGNED
 
 
 def optimised_session(
@@ -47,7 +68,10 @@ def optimised_session(
         for name, value in (
             ("session.optimized_model_external_initializers_file_name", _WEIGHTS),
             ("session.optimized_model_external_initializers_min_size_in_bytes", _SMALLEST_WEIGHT),
-            ("session.save_external_prepacked_constant_initializers", 1),
+            (
+                "session.save_external_prepacked_constant_initializers",
+                int(saves_packed(onnxruntime.__version__)),
+            ),
         ):
             saving.add_session_config_entry(name, str(value))
         onnxruntime.InferenceSession(str(path), saving, providers=_PROVIDERS)

@@ -30,7 +30,7 @@ from hipa_deploy.engines.backends.available import (
 )
 from hipa_deploy.engines.backends.bound_session import BoundSession
 from hipa_deploy.engines.backends.compiled_cache import CompiledStage
-from hipa_deploy.engines.backends.onnxruntime_compiled import optimised_session
+from hipa_deploy.engines.backends.onnxruntime_compiled import optimised_session, saves_packed
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.errors import HipaError, as_line, first_line
 from hipa_deploy.generate.runner import ClosesAtExit, check_inputs, check_outputs
@@ -249,7 +249,11 @@ def _writable(cache: Path) -> Path | None:
 def compiled_options() -> dict[str, Any]:
     """What decides an optimised graph, beside the stage and the processor."""
     onnxruntime = _load_onnxruntime()
-    return {"version": onnxruntime.__version__, "build": onnxruntime.get_build_info()}
+    return {
+        "version": onnxruntime.__version__,
+        "build": onnxruntime.get_build_info(),
+        "packed": saves_packed(onnxruntime.__version__),
+    }
 
 
 def _load_onnxruntime() -> ModuleType:

@@ -30,6 +30,7 @@ _PACKAGE = "onnxruntime-ep-nv-tensorrt-rtx"
 _CUDA_VERSIONS = ("cu13", "cu12")
 # Registered with an older ONNX Runtime, the plugin says 'Minimum supported API version is 24'.
 _LEAST_ONNXRUNTIME = (1, 24)
+_LEAST_PYTHON = (3, 11)  # of ONNX Runtime 1.24: pip finds no such version for an older one
 
 # IsComputeCapabilitySupported in the package's tensorrt_rtx_provider_options.h: these two, and
 # whatever is newer than the third.
@@ -69,6 +70,11 @@ def why_not_here(onnxruntime_version: str | None, gpu: Gpu | None) -> str | None
     if jetson_model() is not None:
         return "The plugin is not for Jetson. Use --backend tensorrt."
     if onnxruntime_version is None or _number(onnxruntime_version) < _LEAST_ONNXRUNTIME:
+        if sys.version_info < _LEAST_PYTHON:
+            return (
+                "The plugin needs ONNX Runtime 1.24 or newer, which needs Python 3.11 or newer. "
+                f"This is Python {platform.python_version()}. Make an environment with a newer one."
+            )
         return "The plugin needs ONNX Runtime 1.24 or newer. Run: pip install 'onnxruntime>=1.24'"
     if installed_version() is None:
         if sys.platform == "linux" and platform.machine() != "x86_64":

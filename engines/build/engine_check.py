@@ -20,7 +20,7 @@ from hipa_deploy.bundle.reference import (
 )
 from hipa_deploy.engines.store.engine_key import EngineKey
 from hipa_deploy.engines.store.sidecar import EngineCheck
-from hipa_deploy.engines.tensorrt.cuda import load_cudart
+from hipa_deploy.engines.tensorrt.cuda import check_driver, load_cudart
 from hipa_deploy.engines.tensorrt.gpu import find_gpu
 from hipa_deploy.engines.tensorrt.library import TensorRTLibrary
 from hipa_deploy.errors import HipaError
@@ -99,7 +99,8 @@ def why_not_run(bundle: Bundle, stage: str, sms: Sequence[int], key: EngineKey) 
     if gpu.sm not in sms:
         return f"the engine is for another GPU than {gpu.name} (SM{gpu.sm})"
     try:
-        load_cudart(key.flavour)
+        # A driver that does not answer says nothing of the engine.
+        check_driver(load_cudart(key.flavour))
         stage_reference(bundle, stage)
     except HipaError as error:
         return str(error)

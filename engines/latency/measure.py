@@ -59,6 +59,8 @@ _PACKAGES = (
     "numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu13",
     "onnxruntime-ep-nv-tensorrt-rtx-cu12", "openvino", "tensorrt", "tensorrt-rtx", "cuda-python",
 )  # fmt: skip
+# The backends whose library is asked for its version, where the package is not known.
+_ENGINE_PACKAGES = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}
 
 
 class _Run(NamedTuple):
@@ -332,7 +334,7 @@ def _conditions(
         width=manifest.one_step.width,
         threads=usable_cores(),
         prompts=prompts,
-        versions={"hipa-deploy": hipa_deploy.__version__, **_versions()},
+        versions={"hipa-deploy": hipa_deploy.__version__, **_versions(device)},
         device=device,
         bundle=_bundle_facts(pipeline.bundle),
         state=state,
@@ -354,7 +356,7 @@ def _bundle_facts(bundle: Bundle) -> BundleFacts:
     )
 
 
-def _versions() -> dict[str, str]:
+def _versions(device: Device) -> dict[str, str]:
     """Versions of the packages that latency depends on, of those that are installed."""
     found = {}
     for package in _PACKAGES:
@@ -362,4 +364,9 @@ def _versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    # Packages for CUDA 12 have names of their own, and a system's TensorRT may have none.
+    for backend in device.backends:
+        own = _ENGINE_PACKAGES.get(backend.name)
+        if own is not None and backend.version is not None:
+            found.setdefault(own, backend.version)
     return found

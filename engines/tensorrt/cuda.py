@@ -6,6 +6,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
+from hipa_deploy.engines.device.jetson import jetson_model
 from hipa_deploy.engines.tensorrt.library import TensorRTLibrary, missing
 from hipa_deploy.errors import HipaError
 
@@ -13,6 +14,7 @@ from hipa_deploy.errors import HipaError
 _MODULES = ("cuda.bindings.runtime", "cuda.cudart")
 
 NO_DEVICE = 100  # cudaErrorNoDevice
+OLD_DRIVER = 35  # cudaErrorInsufficientDriver; CUDA says it where there is no driver, too
 
 
 class CudaError(HipaError):
@@ -53,6 +55,14 @@ def load_cudart(extra: TensorRTLibrary) -> ModuleType:
     raise missing("cuda-python", extra)
 
 
+def check_driver(cudart: ModuleType) -> None:
+    """Raise CudaError where the GPU's driver does not answer cuda-python.
+
+    nvidia-smi shows a GPU all the same if its driver is older than cuda-python's CUDA.
+    """
+    call(cudart, "cudaGetDeviceCount")
+
+
 def call(cudart: ModuleType, name: str, *arguments: Any) -> Any:
     """Call the function ``name`` of the CUDA runtime.
 
@@ -70,8 +80,22 @@ def call(cudart: ModuleType, name: str, *arguments: Any) -> Any:
         # CUDA keeps its last error until it is read: TensorRT's next launch would find it, in
         # another engine too.
         cudart.cudaGetLastError()
-        raise CudaError(f"{name} failed: {describe_error(cudart, error)}.", int(error))
+        message = f"{name} failed: {describe_error(cudart, error)}."
+        if int(error) == OLD_DRIVER:
+            message = f"{message} {_newer_driver()}"
+        raise CudaError(message, int(error))
     return results[0] if results else None
+
+
+def _newer_driver() -> str:
+    """What to do about a driver that is older than cuda-python's CUDA."""
+    # A Jetson's driver comes with JetPack. That of JetPack 7 knows CUDA 13.
+    if jetson_model() is not None:
+        return "JetPack 6 needs cuda-python 12. Run: pip install 'cuda-python>=12.6,<13'"
+    return (
+        "The driver is older than cuda-python, or there is none: CUDA 13 needs driver 580 or "
+        "newer. Update it, or install the packages for CUDA 12 (docs/tutorials/rtx.md)."
+    )
 
 
 def describe_error(cudart: ModuleType, error: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
-from hipa_deploy.engines.device.machine import read_text
+from hipa_deploy.engines.device.machine import field_mib, read_text
 from hipa_deploy.engines.device.nvidia_smi import (
     first_visible,
     first_visible_number,
@@ -20,13 +20,16 @@ _SMI_QUERY = (
     "--format=csv,noheader,nounits",
 )
 _SMI_TIMEOUT_S = 10
+# Where the GPU has no memory of its own, as on a DGX Spark, nvidia-smi gives these for its size.
+_NO_MEMORY_OF_ITS_OWN = ("[N/A]", "[Not Supported]")
 
 
 class Gpu(Record):
     """An NVIDIA GPU whose driver answers.
 
-    ``sm`` is the compute capability times ten: 86 for 8.6. ``integrated`` is None where only
-    nvidia-smi answered, and so is ``cuda``, the newest CUDA version that the driver supports.
+    ``sm`` is the compute capability times ten: 86 for 8.6. Where only nvidia-smi answered,
+    ``cuda``, the newest CUDA version that the driver supports, is None. So is ``integrated`` there,
+    unless the GPU has no memory of its own: then ``memory_mib`` is the host's.
     """
 
     name: str
@@ -119,11 +122,15 @@ def _gpu_from_smi() -> Gpu | None:
         # From the right: a name may have a comma in it.
         name, capability, memory_mib = line.rsplit(",", 2)
         major, minor = capability.strip().split(".")
+        integrated = None
+        if memory_mib.strip() in _NO_MEMORY_OF_ITS_OWN:
+            integrated = True
+            memory_mib = str(field_mib("/proc/meminfo", "MemTotal"))
         return Gpu(
             name=name.strip(),
             sm=int(major) * 10 + int(minor),
             memory_mib=int(memory_mib),
-            integrated=None,
+            integrated=integrated,
             driver=_driver_version(),
             cuda=None,
         )

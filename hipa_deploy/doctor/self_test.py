@@ -37,7 +37,8 @@ WARMUP = 5
 # What the report gives the version of, where it is installed.
 PACKAGES = (
     "numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu13",
-    "onnxruntime-ep-nv-tensorrt-rtx-cu12", "tensorrt", "tensorrt-rtx", "cuda-python",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu12", "tensorrt", "tensorrt-cu12", "tensorrt-rtx",
+    "tensorrt-rtx-cu12", "cuda-python",
     "cuda-bindings", "openvino", "polygraphy", "torch",
 )  # fmt: skip
 

@@ -133,6 +133,9 @@ class FakeCudart:
         self.last_error = 0
         return (error,)
 
+    def do_cudaGetDeviceCount(self):
+        return 0, 1
+
     def do_cudaDeviceGetAttribute(self, attribute, device):
         return 0, int(self.integrated and attribute == 18)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
 from hipa_deploy.engines.backends import available
 from hipa_deploy.engines.backends.available import NO_BF16, Backend, Device, describe_device
+from hipa_deploy.engines.tensorrt import cuda
 from hipa_deploy.engines.tensorrt.gpu import Gpu
 from hipa_deploy.generate.runner import BACKENDS
 from tests.engines.engine_samples import RTX_4090
@@ -69,6 +71,30 @@ def test_how_to_get_onnxruntime_on_a_gpu(monkeypatch):
     monkeypatch.setattr(available, "jetson_model", lambda: "NVIDIA Jetson Orin Nano")
     (remedy,) = remedies(None)
     assert "not for Jetson. Use --backend tensorrt" in remedy
+
+
+@pytest.mark.parametrize(
+    ("jetson", "remedy"),
+    [
+        (None, "CUDA 13 needs driver 580 or newer. Update it"),
+        ("NVIDIA Jetson Orin Nano", "Run: pip install 'cuda-python>=12.6,<13'"),
+    ],
+)
+def test_a_driver_older_than_cuda_python_is_told_with_its_remedy(monkeypatch, jetson, remedy):
+    """nvidia-smi answers with any driver: the GPU is known, and CUDA does not work."""
+    cudart = SimpleNamespace(
+        cudaGetDeviceCount=lambda: (35, None),
+        cudaGetLastError=lambda: (35,),
+        cudaGetErrorString=lambda error: (0, b"CUDA driver version is insufficient"),
+    )
+    library = SimpleNamespace(__version__="1.7.1")
+    monkeypatch.setattr(available, "load_tensorrt", lambda name: library)
+    monkeypatch.setattr(available, "load_cudart", lambda name: cudart)
+    monkeypatch.setattr(cuda, "jetson_model", lambda: jetson)
+    found = available._engine_backend("rtx", RTX_4090)
+    assert not found.usable
+    assert "version is insufficient (error 35). " in found.remedy
+    assert remedy in found.remedy
 
 
 def test_bfloat16_is_faster_where_it_is_usable(monkeypatch):

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from hipa_deploy import OneStepPipeline
@@ -16,6 +17,7 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.engines.backends import compiled_cache
 from hipa_deploy.engines.backends.compiled_cache import compiled_stage
+from hipa_deploy.engines.backends.onnxruntime_compiled import saves_packed
 from hipa_deploy.errors import HipaError, HipaWarning
 from hipa_deploy.generate.open_stages import open_runner
 from tests.engines.engine_samples import SHAPE
@@ -45,6 +47,29 @@ def run(bundle: Bundle, backend: str, kept: str = "use", stage: str = "vae_decod
 
 def entries(cache: Path) -> set[str]:
     return {path.name for path in cache.iterdir()} if cache.is_dir() else set()
+
+
+@pytest.mark.parametrize(
+    ("version", "safe"), [("1.20.1", False), ("1.31.1", False), ("1.32.0", True), ("2.0.0", True)]
+)
+def test_what_onnxruntime_packed_is_kept_where_it_aligns_it(version, safe):
+    assert saves_packed(version) == safe
+
+
+def test_what_is_packed_begins_at_a_multiple_of_64_bytes(cache):
+    """The processor's instructions for packed weights end the process where they do not."""
+    onnx = pytest.importorskip("onnx")
+    OneStepPipeline.load(BUNDLE, "onnxruntime").close()
+    offsets = []
+    for path in cache.glob("onnxruntime-*/model.onnx"):
+        for weight in onnx.load(path, load_external_data=False).graph.initializer:
+            for entry in weight.external_data:
+                # 'KERNEL+HASH|OFFSET;BYTES;CHECKSUM', and more blobs after another '|'
+                if entry.key.startswith("prepacked"):
+                    blobs = entry.value.split("|")[1:]
+                    offsets += [int(blob.split(";")[0]) for blob in blobs]
+    assert bool(offsets) == saves_packed(onnxruntime.__version__)
+    assert all(offset % 64 == 0 for offset in offsets)
 
 
 @pytest.fixture

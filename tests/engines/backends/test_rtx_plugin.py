@@ -86,11 +86,20 @@ def test_every_option_that_we_set_is_in_the_packages_own_header():
 def test_why_it_cannot_run_here(monkeypatch, onnxruntime_version, installed, gpu, expected):
     monkeypatch.setattr(rtx_plugin, "installed_version", lambda: installed)
     monkeypatch.setattr(rtx_plugin.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(rtx_plugin, "_LEAST_PYTHON", (3, 10))
     found = rtx_plugin.why_not_here(onnxruntime_version, gpu)
     if expected is None:
         assert found is None
     else:
         assert re.search(expected, found)
+
+
+def test_a_python_without_that_onnxruntime_is_named(monkeypatch):
+    """No command of pip helps there."""
+    monkeypatch.setattr(rtx_plugin, "_LEAST_PYTHON", (9, 0))
+    found = rtx_plugin.why_not_here("1.23.2", RTX_4090)
+    assert "needs Python 3.11 or newer. This is Python 3." in found
+    assert "pip install" not in found
 
 
 def test_it_is_not_for_jetson_nor_for_other_arm_machines(monkeypatch):
@@ -194,6 +203,7 @@ def test_an_absent_package_gives_the_pip_command(model, monkeypatch):
     monkeypatch.setattr(rtx_plugin, "_REGISTERED", set())
     monkeypatch.setattr(rtx_plugin, "_load_package", absent)
     monkeypatch.setattr(rtx_plugin, "installed_version", lambda: None)
+    monkeypatch.setattr(rtx_plugin, "_LEAST_PYTHON", (3, 10))
     monkeypatch.setattr(rtx_plugin.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(onnxruntime, "__version__", "1.32.0")
     with pytest.raises(HipaError, match=r"is not installed\. Run: pip install onnxruntime-ep"):

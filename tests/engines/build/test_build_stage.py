@@ -113,6 +113,15 @@ def test_the_engine_that_was_asked_for_last_is_the_one_that_runs(bundle, monkeyp
     assert len(fake.jobs) == 2
 
 
+def test_a_driver_that_does_not_answer_is_no_fault_of_the_engine(bundle, monkeypatch):
+    """nvidia-smi shows the GPU, and its driver is older than cuda-python."""
+    fake = tensorrt(monkeypatch)
+    fake.gpu.cudart.fail = "cudaGetDeviceCount"
+    built = build(bundle)
+    assert str(built.sidecar.check).startswith("not run: cudaGetDeviceCount failed")
+    assert len(fake.jobs) == 1
+
+
 def test_timings_that_are_lost_are_told(bundle, monkeypatch):
     fake = tensorrt(monkeypatch)
 

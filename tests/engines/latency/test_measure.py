@@ -19,7 +19,7 @@ from hipa_deploy import embedded
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import ModelInfo
 from hipa_deploy.bundle.reference import REFERENCE_PROMPTS
-from hipa_deploy.engines.backends.available import describe_device
+from hipa_deploy.engines.backends.available import Backend, describe_device
 from hipa_deploy.engines.latency import measure
 from hipa_deploy.engines.latency.html_page import render_page
 from hipa_deploy.engines.latency.measure import (
@@ -261,6 +261,15 @@ def test_statistics_are_ordered_and_within_the_data(seconds):
     assert stats.min_ms - tolerance <= stats.mean_ms <= most_ms + tolerance
     assert stats.runs == len(seconds)
     assert stats.p50_ms == pytest.approx(float(np.median(seconds)) * 1e3)
+
+
+def test_a_library_without_a_package_of_its_name_has_its_version(monkeypatch):
+    """The packages for CUDA 12 have other names, and a system's TensorRT may have no package."""
+    here = [Backend(name="rtx", version="1.7.1.116", usable=True, remedy=None)]
+    here.append(Backend(name="tensorrt", version=None, usable=False, remedy=""))
+    monkeypatch.setattr(measure, "_PACKAGES", ("numpy",))
+    device = describe_device().model_copy(update={"backends": tuple(here)})
+    assert measure._versions(device) == {"numpy": np.__version__, "tensorrt-rtx": "1.7.1.116"}
 
 
 def test_stages_of_engines_are_in_every_view_of_the_report(tmp_path, monkeypatch):

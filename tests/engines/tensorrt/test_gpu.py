@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from hipa_deploy.engines.device.machine import field_mib
 from hipa_deploy.engines.tensorrt import gpu as gpu_module
 from hipa_deploy.engines.tensorrt.cuda import NO_DEVICE, CudaError
 from hipa_deploy.engines.tensorrt.gpu import find_gpu, find_gpu_address
@@ -111,6 +112,16 @@ def test_a_useless_nvidia_smi_is_no_gpu(monkeypatch, stdout):
         lambda command, **more: subprocess.CompletedProcess(command, 0, stdout=stdout),
     )
     assert gpu_module._gpu_from_smi() is None
+
+
+@pytest.mark.parametrize("memory", ["[N/A]", "[Not Supported]"])
+def test_a_gpu_without_memory_of_its_own_has_the_hosts(monkeypatch, memory):
+    # Of a DGX Spark: https://github.com/XuehaiPan/nvitop/pull/208.
+    answer = subprocess.CompletedProcess([], 0, stdout=f"NVIDIA GB10, 12.1, {memory}\n")
+    monkeypatch.setattr(subprocess, "run", lambda command, **more: answer)
+    gpu = gpu_module._gpu_from_smi()
+    assert (gpu.name, gpu.sm, gpu.integrated) == ("NVIDIA GB10", 121, True)
+    assert gpu.memory_mib == field_mib("/proc/meminfo", "MemTotal")
 
 
 def test_the_address_of_cudas_first_gpu_is_written_as_nvidia_smi_takes_it(monkeypatch):
