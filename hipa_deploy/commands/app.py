@@ -249,7 +249,8 @@ def _usage_message(error: Any) -> str:
         reason = why_not(option, context.info_name)
         if reason:
             return reason
-    return error.format_message()
+    # typer 0.29 checks values through pydantic, which begins its messages so.
+    return str(error.format_message()).replace(": Value error, ", ": ", 1)
 
 
 def _use_utf8() -> None:

@@ -20,6 +20,11 @@ def test_an_unknown_command_is_a_mistake(refused: Callable[..., str]) -> None:
     assert "No such command" in refused("frobnicate")
 
 
+def test_a_wrong_choice_is_told_in_our_words(refused: Callable[..., str]) -> None:
+    line = refused("export", "--model", "emoji", "--out", "new", "--dtype", "fp8")
+    assert line == "hipa: Invalid value for '--dtype': 'fp8' is not one of 'fp16', 'fp32'.\n"
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
