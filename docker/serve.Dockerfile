@@ -29,9 +29,10 @@ COPY train train
 ARG EXTRA=openvino
 RUN pip install --no-cache-dir -c constraints.txt ".[serve,${EXTRA}]"
 
-# A service needs no rights: it reads its bundles, and writes nothing but uploads of more than 1 MiB
-# into /tmp, for as long as their request takes. With `docker run --read-only` give it --tmpfs /tmp.
-RUN useradd --system --no-create-home hipa
+# A service needs no rights: it reads its bundles. It writes uploads of more than 1 MiB into /tmp, for
+# as long as their request takes, and compiled models into /home/hipa/.cache, for the next start: keep
+# them with `docker run -v hipa-cache:/home/hipa`. With --read-only give it --tmpfs /tmp.
+RUN useradd --system --create-home hipa
 USER hipa
 
 WORKDIR /work
