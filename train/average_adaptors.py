@@ -112,6 +112,7 @@ def average_adaptors(folders: Sequence[Path], out: Path, rank: int | None = None
 
     hashes = [weights_sha256(folder) for folder in folders]
     about = {"adaptors": hashes, "rank": rank, "left_out": error}
+    prompts = dict.fromkeys(each for one in metadata for each in one.all_prompts_sha256)
     recipe = metadata[0].recipe
     stored = {**recipe.get("adaptor", {}), "dtype": str(dtype).removeprefix("torch.")}
     record = metadata[0].model_copy(
@@ -122,6 +123,7 @@ def average_adaptors(folders: Sequence[Path], out: Path, rank: int | None = None
             "encoder_rank": rank if metadata[0].encoder_rank else 0,
             "steps_trained": max(each.steps_trained for each in metadata),
             "initial_sha256": None,
+            "earlier_prompts_sha256": tuple(prompts),
             "training": summed([entry for each in metadata for entry in each.training]),
             "recipe": {**recipe, "adaptor": stored, "average": about},
         }

@@ -155,10 +155,14 @@ def train_adaptor(
     # the run's identity, so that a checkpoint never continues from another start.
     weights = add_adaptors(model, recipe)
     if initial_adaptor is not None:
-        read_metadata(initial_adaptor, model_dir)
+        initial = read_metadata(initial_adaptor, model_dir)
         load_adaptor_weights(model.unet, initial_adaptor)
         load_encoder_weights(model.vae, initial_adaptor)
-        metadata = metadata.model_copy(update={"initial_sha256": weights_sha256(initial_adaptor)})
+        update = {
+            "initial_sha256": weights_sha256(initial_adaptor),
+            "earlier_prompts_sha256": initial.all_prompts_sha256,
+        }
+        metadata = metadata.model_copy(update=update)
 
     # Loss, optimiser and the run folder, which restores weights and optimiser of a stopped run.
     # They come before the teacher pairs so that a checkpoint of another recipe is refused at once,

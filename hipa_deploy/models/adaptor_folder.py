@@ -79,6 +79,8 @@ class AdaptorMetadata(Record):
         strengths: of an edit, in descending order; empty for other tasks.
         upscale: factor of the task upscale; without meaning for other tasks.
         initial_sha256: hash of the adaptor that the training started from, if any.
+        earlier_prompts_sha256: hashes of the prompts of earlier trainings: of the adaptor that this
+            one started from, of those before it, and of all that were averaged.
         encoder_rank: rank of the VAE encoder's adapter weights, 0 where there are none.
         base_vae_sha256: hash of the VAE that the encoder's adapter weights are for.
         text: how the prompts were encoded; in older adaptors one chunk of 77 tokens.
@@ -105,12 +107,18 @@ class AdaptorMetadata(Record):
     strengths: tuple[Strength, ...] = Field(default=(), max_length=100)
     upscale: int = Field(default=4, ge=2, le=8)
     initial_sha256: str | None = None
+    earlier_prompts_sha256: tuple[str, ...] = Field(default=(), max_length=1000)
     encoder_rank: int = Field(default=0, ge=0, le=MAX_RANK)
     base_vae_sha256: str | None = None
     text: TextSettings = TextSettings()
     loras: tuple[LoraInfo, ...] = ()
     embeddings: tuple[EmbeddingInfo, ...] = ()
     training: tuple[TrainingTime, ...] = Field(default=(), max_length=1000)
+
+    @property
+    def all_prompts_sha256(self) -> tuple[str, ...]:
+        """Hashes of the prompts of every training that this adaptor has had, each once."""
+        return tuple(dict.fromkeys((*self.earlier_prompts_sha256, self.prompts_sha256)))
 
 
 def unet_sha256(model_folder: Path) -> str:

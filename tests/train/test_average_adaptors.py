@@ -162,6 +162,8 @@ def test_an_adaptor_is_its_own_average(adaptors: list[Path], model_dir: Path, tm
     (spent,) = read_metadata(made.folder).training
     (each,) = read_metadata(adaptors[0]).training
     assert (spent.steps, spent.hours) == (2 * each.steps, pytest.approx(2 * each.hours))
+    known = read_metadata(adaptors[0]).prompts_sha256
+    assert read_metadata(made.folder).all_prompts_sha256 == (known,)
     own = merged(model_dir, adaptors[0])
     for name, weight in merged(model_dir, made.folder).items():
         torch.testing.assert_close(weight, own[name], rtol=1e-4, atol=1e-6)

@@ -210,6 +210,8 @@ def test_v_prediction_and_a_start_from_another_adaptor(
     assert all(torch.allclose(second[name], first[name], atol=1e-6) for name in first)
     assert read_metadata(initial).initial_sha256 is None
     assert read_metadata(tmp_path / "second").initial_sha256 == file_sha256(initial / WEIGHTS)
+    known = read_metadata(initial).prompts_sha256
+    assert read_metadata(tmp_path / "second").earlier_prompts_sha256 == (known,)
 
     # The start belongs to the run's identity, and must fit the model.
     (tmp_path / "second").rename(tmp_path / "elsewhere")

@@ -224,10 +224,10 @@ def _differences(reference: TeacherSettings, recorded: TeacherSettings | None) -
 
 
 def trained_on(adaptor: Path, prompts: list[str]) -> bool:
-    """Whether an adaptor was trained on exactly these prompts."""
+    """Whether one of an adaptor's trainings was on exactly these prompts."""
     together = "\n".join(dict.fromkeys(prompts))
     digest = hashlib.sha256(together.encode()).hexdigest()
-    return digest == read_metadata(adaptor).prompts_sha256
+    return digest in read_metadata(adaptor).all_prompts_sha256
 
 
 def reference_teacher(teacher: TeacherSettings) -> TeacherSettings:

@@ -231,7 +231,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "bundle nothing does not exist"),
+        (["nothing"], "nothing does not exist"),
         (["emoji", "emoji"], "two bundles are called 'emoji'"),
         (["a b=emoji"], "cannot be the name of a model"),
         (["emoji", "--backend", "gpu"], "backend 'gpu' is unknown"),
