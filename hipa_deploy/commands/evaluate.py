@@ -185,11 +185,7 @@ def evaluate(
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.generate.prompt_files import check_prompt_file
     from hipa_deploy.models.locate import check_model_name, model_folder
-    from hipa_deploy.models.lora.early_lora import (
-        check_adaptor_path,
-        check_checkpoint_family,
-        check_style_files,
-    )
+    from hipa_deploy.models.lora.early_lora import check_before_model
     from hipa_deploy.models.style import parse_style
     from hipa_deploy.train.evaluation.contenders import (
         check_contender_files,
@@ -249,11 +245,8 @@ def evaluate(
     images = 128 if images is None else images
     if prompts is not None:
         check_prompt_file(prompts)
-    if adaptor_dir is not None:
-        check_adaptor_path(adaptor_dir)
-    check_style_files(style)
     check_contender_files(rivals)
-    check_checkpoint_family(model, style, adaptor_dir)
+    check_before_model(model, style, adaptor_dir)
 
     # Before a checkpoint is converted, which takes minutes.
     outputs = [json_path] if json_path else []
@@ -349,11 +342,7 @@ def _on_coco(
 ) -> None:
     """The measurement on COCO: one report for each set that is there."""
     from hipa_deploy.models.locate import model_folder
-    from hipa_deploy.models.lora.early_lora import (
-        check_adaptor_path,
-        check_checkpoint_family,
-        check_style_files,
-    )
+    from hipa_deploy.models.lora.early_lora import check_before_model
     from hipa_deploy.train.coco.coco_folder import read_coco
     from hipa_deploy.train.coco.coco_request import REPORT_FILES, check_coco
     from hipa_deploy.train.evaluation.contenders import check_contender_files, contender_path
@@ -364,11 +353,8 @@ def _on_coco(
         raise HipaError("there is nothing to measure. Give --adaptor, --rival or --with-teacher.")
     if json_path is not None and len(request.sets) > 1:
         raise HipaError(f"--json {json_path} is for one report. Choose one of the sets: --year.")
-    if adaptor is not None:
-        check_adaptor_path(adaptor)
-    check_style_files(style)
     check_contender_files(rivals)
-    check_checkpoint_family(model, style, adaptor)
+    check_before_model(model, style, adaptor)
     inputs = [Path(model), wishes.folder, request.inception]
     inputs += [path for path in map(contender_path, rivals) if path]
     outputs = [json_path] if json_path else []

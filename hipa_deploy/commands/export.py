@@ -379,11 +379,7 @@ def _export_swap(
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
     from hipa_deploy.export.export_request import SwapOptions, check_swap_request
     from hipa_deploy.models.locate import resolve_decoder, unpacked
-    from hipa_deploy.models.lora.early_lora import (
-        check_adaptor_path,
-        check_checkpoint_family,
-        check_style_files,
-    )
+    from hipa_deploy.models.lora.early_lora import check_before_model
 
     if adaptor is None and not style.loras:
         raise HipaError(
@@ -395,10 +391,7 @@ def _export_swap(
     root = resolve_bundle(bundle)
     Bundle.open(root)
     folder = resolve_adaptor(adaptor) if adaptor else None
-    if folder is not None:
-        check_adaptor_path(folder)
-    check_style_files(style)
-    check_checkpoint_family(model, style, folder)
+    check_before_model(model, style, folder)
     refuse_to_overwrite(out)
     model = unpacked(model, config)
     # The decoder is asked for because a fused bundle has it in the same graph as the adaptor.

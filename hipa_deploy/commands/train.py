@@ -144,11 +144,7 @@ def train(
     from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.generate.prompt_files import check_prompt_file
     from hipa_deploy.models.locate import check_model_name, model_folder
-    from hipa_deploy.models.lora.early_lora import (
-        check_adaptor_path,
-        check_checkpoint_family,
-        check_style_files,
-    )
+    from hipa_deploy.models.lora.early_lora import check_before_model
     from hipa_deploy.models.style import parse_style
     from hipa_deploy.train.loop.output import check_new_or_finished, check_output
     from hipa_deploy.train.recipes.recipe import Recipe, load_any_recipe
@@ -179,11 +175,7 @@ def train(
     initial = resolve_adaptor(start) if start else None
     active = resolve_adaptor(adaptor) if adaptor else None
     style = parse_style(lora, embedding)
-    for path in (initial, active):
-        if path is not None:
-            check_adaptor_path(path)
-    check_style_files(style)
-    check_checkpoint_family(model, style, initial, active)
+    check_before_model(model, style, initial, active)
     # What is missing is named before an output that is there. A finished training may be extended.
     if not dry_run:
         check_new_or_finished(out)

@@ -97,6 +97,26 @@ def _check_own_file(path: Path) -> None:
         check_stored(path, MAX_PICKLED, "Copy the file again.")
 
 
+def check_before_model(model: str, style: Style, *adaptors: Path | None) -> None:
+    """Check all that a command merges, before its model is fetched or converted.
+
+    Args:
+        model: the value of ``--model``.
+        style: the LoRAs and embeddings.
+        adaptors: folders of adaptors, or files of LoRAs, that are merged besides; None is passed
+            over.
+
+    Raises:
+        HipaError: as ``check_adaptor_path``, ``check_style_files`` and ``check_checkpoint_family``.
+
+    """
+    for adaptor in adaptors:
+        if adaptor is not None:
+            check_adaptor_path(adaptor)
+    check_style_files(style)
+    check_checkpoint_family(model, style, *adaptors)
+
+
 def check_style_files(style: Style) -> None:
     """Check what the files of ``--lora`` and ``--embedding`` show without a model.
 
