@@ -232,7 +232,8 @@ class ImageService:
         finally:
             if work is None:
                 batcher.release(places)
-        encoded = self._encoded_after(work, partial(_encoded, pipe, merge, order, self.signer))
+        encode = partial(_encoded, pipe, merge=merge, order=order, signer=self.signer)
+        encoded = self._encoded_after(work, encode)
         batcher.submit(work, places)
         files = await self._waited_for(encoded, work, batcher, started, gone)
         assert work.begun is not None
@@ -381,10 +382,10 @@ def _jobs_from_image(
 
 def _encoded(
     pipe: OneStepPipeline,
+    made: Sequence[MadeImage],
     merge: Upscaling | None,
     order: Order,
     signer: ContentSigner | None,
-    made: Sequence[MadeImage],
 ) -> _Files:
     """Finish the images of an order, let the checkers see them, mark and encode them."""
     begun = time.perf_counter()

@@ -75,7 +75,7 @@ def test_slow_work_in_a_thread_is_answered_within_the_time_limit(
 ) -> None:
     go_on = threading.Event()
 
-    def wait(*_: Any) -> None:
+    def wait(*_: Any, **__: Any) -> None:
         go_on.wait(WAIT)
         raise HipaError("nobody waits for this any more")
 
