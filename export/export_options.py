@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from hipa_deploy.bundle.manifest import Axis, Layout, Precision
+from hipa_deploy.disk.text_paths import take_text_paths
 from hipa_deploy.marks.records import Marks
 from hipa_deploy.models.style import Style
 from hipa_deploy.tasks import Task
@@ -15,7 +16,7 @@ from hipa_deploy.tasks import Task
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What to export.
+    """What to export. Paths may be text.
 
     Attributes:
         model: 'emoji', a diffusers folder or a hub id.
@@ -84,6 +85,9 @@ class ExportOptions:
     marks: Marks = field(default_factory=Marks)
     safety: bool = True
     signing_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        take_text_paths(self)
 
     def size(self, name: Literal["batch", "height", "width"]) -> int | None:
         """The size of the reference: the usual one of a dynamic axis, or the static one.

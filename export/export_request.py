@@ -17,6 +17,7 @@ from hipa_deploy.bundle.manifest import MAX_BATCH, OneStep
 from hipa_deploy.bundle.signature import read_private_key
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.disk.files import check_space, refuse_to_overwrite
+from hipa_deploy.disk.text_paths import take_text_paths
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.axes import stage_axes
@@ -384,6 +385,9 @@ class SwapOptions:
     style: Style = field(default_factory=Style)
     one_step: str | None = None
     signing_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        take_text_paths(self)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,8 @@ def train_adaptor(
     Under ``accelerate launch`` every process makes this call, and all of them train
     one adaptor (docs/how-to/several-gpus.md).
 
+    Paths may be text.
+
     Args:
         recipe: The task, adaptor, teacher, loss and optimiser (docs/reference/recipe-keys.md).
         model_dir: Stable Diffusion folder, in the format of diffusers. It is not changed.

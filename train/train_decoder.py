@@ -94,6 +94,8 @@ def train_decoder(
     ``out``.run holds its checkpoint, TensorBoard scalars and sample grids, whose columns are the
     full and the tiny decoder's images. With held-out prompts it also holds the best step's decoder.
 
+    Paths may be text.
+
     Args:
         recipe: The decoder's size, latents, loss and optimiser (docs/reference/training-inputs.md).
         model_dir: Stable Diffusion folder, in the format of diffusers. It is not changed.

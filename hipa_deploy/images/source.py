@@ -49,7 +49,7 @@ def _unchanged(images_BHWC: np.ndarray) -> np.ndarray:
     return images_BHWC
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """What an image is made from, besides the prompt and the seed.
 
@@ -203,7 +203,7 @@ def inpaint_source(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Upscaling:
     """An image to enlarge, cut into tiles of the bundle's size.
 

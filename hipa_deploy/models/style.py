@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hipa_deploy.bundle.manifest import EmbeddingInfo, LoraInfo
+from hipa_deploy.disk.text_paths import take_text_paths
 from hipa_deploy.errors import HipaError
 from hipa_deploy.record import Record
 
 
 @dataclass(frozen=True)
 class LoraChoice:
-    """One ``--lora``.
+    """One ``--lora``. The path may be text.
 
     Attributes:
         path: a file or a folder.
@@ -28,10 +29,13 @@ class LoraChoice:
     path: Path
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        take_text_paths(self)
+
 
 @dataclass(frozen=True)
 class EmbeddingChoice:
-    """One ``--embedding``.
+    """One ``--embedding``. The path may be text.
 
     Attributes:
         path: a file.
@@ -41,6 +45,9 @@ class EmbeddingChoice:
 
     path: Path
     token: str | None = None
+
+    def __post_init__(self) -> None:
+        take_text_paths(self)
 
 
 @dataclass(frozen=True)

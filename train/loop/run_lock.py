@@ -13,24 +13,31 @@ from hipa_deploy.disk.locks import locked
 from hipa_deploy.train.loop.output import LOCK, check_output, check_run_folder, run_folder
 from hipa_deploy.train.loop.processes import Processes
 
+_PATHS = ("initial_adaptor", "adaptor", "cache")  # arguments with names
+
 Train = TypeVar("Train", bound=Callable[..., Path])
 
 
 def one_run_at_a_time(train: Train) -> Train:
     """Hold the lock of the run folder during ``train(recipe, model_dir, out, *, device, …)``.
 
-    Under a launcher the main process holds it for all.
+    Under a launcher the main process holds it for all. ``train`` gets a ``Path`` where its caller
+    gave one as text.
     """
 
     @wraps(train)
-    def alone(recipe: Any, model_dir: Path, out: Path, **more: Any) -> Path:
+    def alone(recipe: Any, model_dir: str | Path, out: str | Path, **more: Any) -> Path:
+        out = Path(out)
         check_output(out, recipe)
         processes = Processes.join(recipe, more.get("device"))
         with ExitStack() as stack:
             with processes.fail_together():
                 if processes.is_main:
                     stack.enter_context(_locked(run_folder(out)))
-            return train(recipe, model_dir, out, **more)
+            for name in _PATHS:
+                if more.get(name) is not None:
+                    more[name] = Path(more[name])
+            return train(recipe, Path(model_dir), out, **more)
 
     return cast(Train, alone)
 

@@ -15,7 +15,7 @@ from hipa_deploy.bundle.manifest import RefineSettings
 from hipa_deploy.images.source import Source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageJob:
     """One image to make: everything that can be wrong with it was checked.
 
@@ -45,7 +45,7 @@ class ImageJob:
         return self.latent_CHW, step, self.refine
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MadeImage:
     """An image as the stages gave it, and what it is of.
 

@@ -18,9 +18,11 @@ from hipa_deploy.generate.jobs.withheld import Flagged
 from hipa_deploy.images.source import Upscaling
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GenerateResult:
     """Images with the prompt, the seed and the generation parameters of each.
+
+    A result equals itself alone: ``==`` of two arrays is no single answer.
 
     Attributes:
         images_BHWC: uint8 [N, H, W, 3], RGB.

@@ -112,6 +112,17 @@ def test_a_bundle_of_one_batch_size() -> None:
         assert repr(result) == "GenerateResult(2 x 128x128: 'a red pear', seed 1, …)"
 
 
+def test_what_holds_pixels_equals_itself_alone() -> None:
+    with load(Path("emoji"), "onnxruntime") as pipe:
+        jobs = [*pipe.jobs([(PROMPTS[0], 1)]), *pipe.jobs([(PROMPTS[0], 1)])]
+        made = [image for job in jobs for image in pipe.make([job])]
+        results = [pipe(PROMPTS[0], seed=1), pipe(PROMPTS[0], seed=1)]
+        for one, other in (jobs, made, results):
+            assert one == one
+            assert one != other
+            assert len({one, other}) == 2
+
+
 @pytest.mark.parametrize(
     ("requests", "message"),
     [

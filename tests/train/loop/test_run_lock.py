@@ -57,3 +57,21 @@ def test_a_folder_of_somebody_else_is_no_run_folder(
     run_folder(tmp_path / "b").touch()
     with pytest.raises(HipaError, match=r"b\.run is needed for checkpoints"):
         train(recipe, model_dir, tmp_path / "b")
+
+
+def test_paths_may_be_text(recipe: Recipe, tmp_path: Path, model_dir: Path) -> None:
+    recipe = recipe.model_copy(update={"steps": 1})
+    paths = (str(model_dir), str(tmp_path / "a"))
+    cache = str(tmp_path / "cache")
+    out = train_adaptor(recipe, *paths, cache=cache, device="cpu")  # type: ignore[arg-type]
+    assert out == tmp_path / "a"
+    # The name of an adaptor to start from too.
+    again = (str(model_dir), str(tmp_path / "b"))
+    train_adaptor(
+        recipe,
+        *again,
+        initial_adaptor=str(out),
+        cache=cache,
+        device="cpu",  # type: ignore[arg-type]
+    )
+    assert (tmp_path / "b" / "hipa_adaptor.json").is_file()
