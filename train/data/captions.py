@@ -5,7 +5,8 @@
   https://huggingface.co/docs/datasets/image_dataset#imagefolder
 - A text beside each image: ``red.caption``, ``red.txt`` or ``red.png.txt`` for ``red.png``, the
   first that exists. Its first line that is not blank is the caption.
-  https://github.com/kohya-ss/sd-scripts (its page on training)
+  https://github.com/kohya-ss/sd-scripts (its page on training). Its repeats, the number in a
+  folder's name such as ``10_cat``, are not read.
 
 A row counts more than a text. What has no caption, and what a row names in vain, is said.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
+import re
 import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
@@ -30,6 +32,7 @@ from hipa_deploy.generate.prompt_files import COLUMNS, MAX_TEXT_MIB, one_line, r
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECARS = (".caption", ".txt")
 FORMATS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_REPEATS = re.compile(r"([1-9][0-9]*)_", re.ASCII)
 NAMED = 3  # how many files a message names
 
 
@@ -89,7 +92,24 @@ def folder_captions(folder: Path, paths: Sequence[Path], console: Console | None
             f"images {folder}: {len(missing)} of {len(paths)} have no caption and train with the "
             f"empty prompt: {names}",
         )
+    repeated = _repeating_folders(folder, paths)
+    if repeated:
+        _say(
+            screen,
+            f"images {folder}: numbers before names of folders are not read as repeats, as kohya's "
+            f"scripts do; every image counts once: {_some(repeated)}",
+        )
     return captions
+
+
+def _repeating_folders(folder: Path, paths: Sequence[Path]) -> list[str]:
+    """Folders named as kohya's '10_cat', sorted; none where all have one number, which changes
+    nothing.
+    """
+    names = {"" if path.parent == folder else path.parent.name for path in paths}
+    numbers = {name: found[1] for name in names if (found := _REPEATS.match(name))}
+    alike = len(numbers) == len(names) and len(set(numbers.values())) == 1
+    return [] if alike else sorted(numbers)
 
 
 def captioned_sha256(folder: Path, captions: bool = True) -> str:

@@ -103,6 +103,29 @@ def test_what_does_not_match_is_told_in_one_line_each(images: list[Path], tmp_pa
     assert "2 of 3 have no caption and train with the empty prompt: Blue.PNG, sub/grün" in missing
 
 
+@pytest.mark.parametrize(
+    ("folders", "told"),
+    [
+        (("10_cat", "2_dog", "birds"), "every image counts once: 10_cat, 2_dog"),
+        (("10_cat", "."), "every image counts once: 10_cat"),
+        (("5_cat", "5_dog"), ""),
+        (("2024 cats", "_dogs"), ""),
+    ],
+)
+def test_repeats_in_names_of_folders_are_told(
+    folders: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
+    images = [tmp_path / folder / "a.png" for folder in folders]
+    for image in images:
+        image.parent.mkdir(exist_ok=True)
+        image.touch()
+        image.with_suffix(".txt").write_text("a pet", encoding="utf-8")
+    captions, lines = read(tmp_path, images)
+    assert captions == ["a pet"] * len(images)
+    assert lines.count("\n") == bool(told)
+    assert told in lines
+
+
 def test_a_name_of_two_images_is_none_of_them(tmp_path: Path) -> None:
     images = [tmp_path / "a.jpg", tmp_path / "a.png"]
     jsonl(tmp_path / "metadata.jsonl", {"a": "which?", "a.png": "this one"})
